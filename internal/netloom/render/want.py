@@ -1,0 +1,70 @@
+"""What a scope wants to find on a host: plain values, compared with what is there by ``plan``.
+
+The kernel's words: links, addresses, routes, rules, sysctls, one nftables ruleset. Nothing here runs anything.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.render.ruleset import Ruleset
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A layer-2 segment on the host: a bridge with one VLAN of a NIC as a port. Shared with other scopes and with VMs.
+
+    ``vlan`` ``untagged``: the bridge that the NIC is already in, else ``bridge`` with the NIC itself as a port.
+    """
+
+    bridge: str
+    nic: str
+    vlan: str
+    vlan_link: str  # empty when untagged
+
+
+class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A veth pair: ``host_link`` is a port of the segment's bridge, ``link`` stands in the namespace."""
+
+    link: str
+    host_link: str
+    mac: str
+    segment: Segment
+
+
+class Address(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """An address with its prefix length on a link of the namespace, e.g. ``10.10.1.1/24`` or ``203.0.113.20/32``."""
+
+    link: str
+    cidr: str
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A route of the namespace. ``table`` 254 is the main table. Empty ``via``: on-link."""
+
+    table: int
+    destination: str  # a prefix; the default route is "0.0.0.0/0"
+    link: str
+    via: str = ""
+    source: str = ""  # preferred source address
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """A policy routing rule: packets with this firewall mark look up this table."""
+
+    priority: int
+    mark: int
+    mask: int
+    table: int
+
+
+class Want(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything of one scope on one host. ``namespace`` empty: nothing at all."""
+
+    namespace: str
+    ports: tuple[Port, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    routes: tuple[Route, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    sysctls: dict[str, str] = {}  # "net.ipv4.ip_forward" -> "1", set inside the namespace
+    ruleset: Ruleset | None = None
+    announce: tuple[Address, ...] = ()  # addresses whose neighbours are told by gratuitous ARP when they are new

@@ -1,0 +1,25 @@
+"""Our words: what a scope should be. Frozen values that know nothing of Linux and nothing of CloudStack's spelling.
+
+A *scope* is whatever shares a network namespace: an isolated or shared network, or a VPC with all its tiers.
+The values here are what the agent keeps on disk, one JSON document per scope, and all that the renderers see.
+"""
+
+from __future__ import annotations
+
+from netloom.state.firewall import Firewall, FirewallRule, Protocol
+from netloom.state.nat import Ports, PortForward, PublicIp, StaticNat
+from netloom.state.scope import SCHEMA, Network, Scope, Uplinks
+
+__all__ = [
+    "SCHEMA",
+    "Firewall",
+    "FirewallRule",
+    "Network",
+    "PortForward",
+    "Ports",
+    "Protocol",
+    "PublicIp",
+    "Scope",
+    "StaticNat",
+    "Uplinks",
+]

@@ -1,0 +1,32 @@
+"""The firewall of a network, as CloudStack last gave it, whole."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from netloom.state.nat import Ports
+
+Protocol = Literal["tcp", "udp", "icmp", "all"]
+
+
+class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
+    """One rule. ``None`` and empty mean *any*."""
+
+    rule_id: int
+    direction: Literal["ingress", "egress"]
+    protocol: Protocol
+    ports: Ports | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+    public_ip: str = ""  # ingress only: the destination before DNAT
+    source_cidrs: tuple[str, ...] = ()
+    dest_cidrs: tuple[str, ...] = ()
+
+
+class Firewall(msgspec.Struct, frozen=True, kw_only=True):
+    """``default_egress_allow``: explicit egress rules deny; without it they allow (protocol section 3, fw_rules)."""
+
+    default_egress_allow: bool
+    rules: tuple[FirewallRule, ...] = ()
