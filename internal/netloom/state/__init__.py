@@ -7,14 +7,19 @@ The values here are what the agent keeps on disk, one JSON document per scope, a
 from __future__ import annotations
 
 from netloom.state.firewall import Firewall, FirewallRule, Protocol
+from netloom.state.lb import Backend, LbRule
 from netloom.state.nat import Ports, PortForward, PublicIp, StaticNat
+from netloom.state.nic import Nic
 from netloom.state.scope import SCHEMA, Network, Scope, Uplinks
 
 __all__ = [
     "SCHEMA",
+    "Backend",
     "Firewall",
     "FirewallRule",
+    "LbRule",
     "Network",
+    "Nic",
     "PortForward",
     "Ports",
     "Protocol",

@@ -7,7 +7,9 @@ from typing import Literal
 import msgspec
 
 from netloom.state.firewall import Firewall
+from netloom.state.lb import LbRule
 from netloom.state.nat import PortForward, PublicIp, StaticNat
+from netloom.state.nic import Nic
 
 SCHEMA = 1
 
@@ -34,6 +36,12 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str = ""
     extension_ip: str = ""  # the device's own guest address; empty: it has none but the gateway's
     firewall: Firewall | None = None  # None: no apply-fw-rules yet: ingress closed, egress open
+    dhcp: bool = False  # DHCP answers on this network
+    dns: bool = False  # a resolver answers on this network
+    resolvers: tuple[str, ...] = ()  # where the resolver asks on, IPv4
+    domain: str = ""
+    nics: dict[str, Nic] = {}  # by Nic.key
+    dhcp_options: dict[str, dict[str, str]] = {}  # by nic_id: option code -> value; may come before the NIC does
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,3 +60,4 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     public_ips: dict[str, PublicIp] = {}  # by address
     static_nats: dict[str, StaticNat] = {}  # by public address
     port_forwards: dict[str, PortForward] = {}  # by PortForward.key
+    lb_rules: dict[str, LbRule] = {}  # by rule id

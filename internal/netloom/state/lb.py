@@ -1,0 +1,27 @@
+"""Load balancing rules."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class Backend(msgspec.Struct, frozen=True, order=True, kw_only=True):
+    """A guest that takes part of the load."""
+
+    ip: str
+    port: int
+
+
+class LbRule(msgspec.Struct, frozen=True, kw_only=True):
+    """One balanced port of a public address. A rule may have no backend: then connections are refused."""
+
+    rule_id: int
+    public_ip: str
+    public_port: int
+    protocol: Literal["tcp", "udp", "tcp-proxy"]
+    algorithm: Literal["roundrobin", "leastconn", "source"]
+    backends: tuple[Backend, ...] = ()
+    name: str = ""
+    network_id: str = ""
