@@ -1,0 +1,32 @@
+"""A process that a scope wants inside its namespace, as a value: what to run, and the files it reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+SERVICES_DIR = "/run/netloom/services"
+
+
+class Service(msgspec.Struct, frozen=True, kw_only=True):
+    """One supervised process. ``directory`` is its own; the paths of both tables are relative to it.
+
+    ``config`` holds what the process reads when it starts: a change means ``on_change``. ``live`` holds what it
+    notices by itself (dnsmasq's hostsdir): a change means the file, and nothing else. ``check`` is a command that
+    accepts or refuses the new configuration before it is put in force; empty: there is none.
+    """
+
+    name: str  # "dns-204", "lb": unique within the scope
+    directory: str
+    argv: tuple[str, ...]
+    config: dict[str, str]
+    on_change: Literal["restart", "reload"] = "restart"
+    live_directory: str = ""
+    live: dict[str, str] = {}
+    check: tuple[str, ...] = ()
+
+
+def directory_of(scope_id: str, name: str) -> str:
+    """Where a service of a scope keeps its files: ``/run/netloom/services/net-204/dns-204``."""
+    return f"{SERVICES_DIR}/{scope_id}/{name}"

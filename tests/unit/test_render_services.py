@@ -1,0 +1,109 @@
+"""The configuration files of dnsmasq and haproxy, read as the programs read them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from netloom.render import dnsmasq, haproxy
+from netloom.state import Backend, LbRule, Network, Nic, Scope
+
+NETWORK = Network(
+    network_id="204",
+    implemented=True,
+    vlan="1204",
+    cidr="10.10.1.0/24",
+    gateway="10.10.1.1",
+    extension_ip="10.10.1.1",
+    dns=True,
+    resolvers=("198.51.100.53", "198.51.100.54"),
+    domain="cs2cloud.internal",
+    nics={
+        "u1": Nic(mac="02:01:00:cc:00:03", nic_uuid="u1", ip="10.10.1.45", hostname="web-1", named=True),
+        "u2": Nic(mac="02:01:00:cc:00:04", nic_uuid="u2", ip="10.10.1.46", hostname="quiet"),
+        "u3": Nic(mac="02:01:00:cc:00:05", nic_uuid="u3", ip="10.10.1.47", ip6="fd00::47", hostname="both", named=True),
+    },
+)
+
+RULE = LbRule(
+    rule_id=951,
+    public_ip="203.0.113.21",
+    public_port=80,
+    protocol="tcp",
+    algorithm="roundrobin",
+    backends=(Backend(ip="10.10.1.162", port=8080), Backend(ip="10.10.1.45", port=8080)),
+)
+
+
+def _scope(*rules: LbRule) -> Scope:
+    return Scope(scope_id="net-204", owner="test", lb_rules={str(rule.rule_id): rule for rule in rules})
+
+
+def test_only_named_nics_have_a_hosts_file() -> None:
+    live = dnsmasq.service("net-204", NETWORK).live
+    assert live == {
+        "device": "10.10.1.1 data-server\n",
+        "nic-u1": "10.10.1.45 web-1\n",
+        "nic-u3": "10.10.1.47 both\nfd00::47 both\n",
+    }
+
+
+def test_a_vm_that_comes_changes_no_configuration() -> None:
+    """So dnsmasq is neither restarted nor signalled for it."""
+    more = replace(
+        NETWORK, nics={**NETWORK.nics, "u4": Nic(mac="02:01:00:cc:00:06", hostname="new", ip="10.10.1.50", named=True)}
+    )
+    assert dnsmasq.service("net-204", more).config == dnsmasq.service("net-204", NETWORK).config
+
+
+def test_defect_20_the_resolver_knows_nothing_of_the_host() -> None:
+    text = dnsmasq.service("net-204", NETWORK).config["dnsmasq.conf"].splitlines()
+    assert {"no-hosts", "no-resolv", "server=198.51.100.53", "server=198.51.100.54"} <= set(text)
+
+
+def test_a_scope_without_rules_wants_no_haproxy() -> None:
+    assert haproxy.service(_scope()) is None
+    assert haproxy.service(_scope(replace(RULE, protocol="udp"))) is None
+
+
+def test_proxy_protocol_is_for_the_rules_that_ask() -> None:
+    proxied = replace(RULE, rule_id=952, public_port=81, protocol="tcp-proxy")
+    wanted = haproxy.service(_scope(RULE, proxied))
+    assert wanted is not None
+    plain, proxy = wanted.config["haproxy.cfg"].split("listen ")[1:]
+    assert "send-proxy" not in plain
+    assert proxy.count("send-proxy\n") == 2
+
+
+def test_the_order_of_rules_and_backends_does_not_matter() -> None:
+    other = replace(RULE, rule_id=7, public_port=90)
+    turned = replace(RULE, backends=RULE.backends[::-1])
+    assert haproxy.service(_scope(RULE, other)) == haproxy.service(_scope(other, turned))
+
+
+@pytest.mark.parametrize("algorithm", ["roundrobin", "leastconn", "source"])
+def test_haproxy_accepts_what_is_written(tmp_path: Path, algorithm: str) -> None:
+    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    assert program, "haproxy is not installed: `make setup`"
+    wanted = haproxy.service(
+        _scope(replace(RULE, algorithm=algorithm), replace(RULE, rule_id=1, public_port=1, backends=()))
+    )
+    assert wanted is not None
+    file = tmp_path / "haproxy.cfg"
+    file.write_text(wanted.config["haproxy.cfg"])
+    checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr + checked.stdout
+    assert "WARNING" not in checked.stdout + checked.stderr
+
+
+def test_dnsmasq_accepts_what_is_written(tmp_path: Path) -> None:
+    program = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    assert program, "dnsmasq is not installed: `make setup`"
+    file = tmp_path / "dnsmasq.conf"
+    file.write_text(dnsmasq.service("net-204", NETWORK).config["dnsmasq.conf"])
+    checked = subprocess.run([program, "--test", f"--conf-file={file}"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
