@@ -1,0 +1,1 @@
+"""CloudStack's words: a checked Struct per payload shape, the feature per file."""

@@ -1,0 +1,30 @@
+"""custom-action: flat, for a network or a VPC."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+
+from netloom.protocol.scalars import ActionName, Id, IPv4PrefixList, ParamName, ParamValue, Vlan, Word
+
+
+class CustomAction(msgspec.Struct, frozen=True, kw_only=True):
+    """``params`` come from the caller of CloudStack's API: whoever uses one checks it for that use."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"action_params": "action-params"}
+
+    action: ActionName
+    network_id: Id = Id("")
+    vpc_id: Id = Id("")
+    zone_id: Id = Id("")
+    vlan: Vlan = Vlan("")
+    network_state: Word = Word("")
+    vpc_state: Word = Word("")
+    cidr: IPv4PrefixList = IPv4PrefixList()
+    vpc_cidr: IPv4PrefixList = IPv4PrefixList()
+    params: dict[ParamName, ParamValue] = msgspec.field(name="action-params", default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.network_id and not self.vpc_id:
+            raise ValueError("neither network_id nor vpc_id is given")

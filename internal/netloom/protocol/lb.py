@@ -1,0 +1,56 @@
+"""Load balancing rules; a call lists only those that it is about."""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.protocol.network import NetworkPayload
+from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
+
+
+class LbProtocol(Choice):
+    """``tcp-proxy`` is tcp with the PROXY protocol towards the backends."""
+
+    WORDS = ("tcp", "udp", "tcp-proxy")
+
+
+class LbAlgorithm(Choice):
+    """How a backend is chosen."""
+
+    WORDS = ("roundrobin", "leastconn", "source")
+
+
+class Backend(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM behind a rule; ``revoked`` takes it out."""
+
+    ip: IPv4
+    port: Port
+    revoked: Flag = Flag(0)
+
+
+class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """One rule, created, updated or (``revoke``) ended. It may have no backend."""
+
+    id: Number
+    public_ip: IPv4
+    public_port: Port
+    name: Text = Text("")
+    private_port: Port | None = None
+    protocol: LbProtocol = LbProtocol("tcp")
+    algorithm: LbAlgorithm = LbAlgorithm("roundrobin")
+    revoke: Flag = Flag(0)
+    backends: tuple[Backend, ...] = ()
+
+    @property
+    def spoken(self) -> str:
+        """The protocol to speak: today's client sends ``tcp`` for all, so a name may end in ``[udp]`` or ``[tcp-proxy]``."""
+        for protocol in ("udp", "tcp-proxy"):
+            if self.name.rstrip().lower().endswith(f"[{protocol}]"):
+                return protocol
+        return str(self.protocol)
+
+
+class ApplyLbRules(NetworkPayload, frozen=True, kw_only=True):
+    """apply-lb-rules: rules that are not listed stay as they are."""
+
+    lb_rules: tuple[LbRule, ...]

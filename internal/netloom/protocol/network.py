@@ -1,0 +1,64 @@
+"""What every call about a network carries, and the calls that carry nothing else."""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.protocol.scalars import (
+    Document,
+    GuestType,
+    Id,
+    IPv4,
+    IPv4List,
+    IPv4PrefixList,
+    IPv6List,
+    IPv6PrefixList,
+    Vlan,
+    Word,
+)
+
+
+class NetworkPayload(msgspec.Struct, frozen=True, kw_only=True):
+    """The fields of protocol section 2 that name a network.
+
+    ``vlan`` is empty before the first implement and after shutdown. ``gateway`` and ``cidr`` are lists on shared
+    networks with several ranges; in calls about a NIC the gateway is the NIC's.
+    """
+
+    network_id: Id
+    vpc_id: Id = Id("")
+    zone_id: Id = Id("")
+    vlan: Vlan = Vlan("")
+    guest_type: GuestType = GuestType("isolated")
+    network_state: Word = Word("")
+    gateway: IPv4List = IPv4List()
+    cidr: IPv4PrefixList = IPv4PrefixList()
+    network_ip6_gateway: IPv6List = IPv6List()
+    network_ip6_cidr: IPv6PrefixList = IPv6PrefixList()
+
+
+class ImplementNetwork(NetworkPayload, frozen=True, kw_only=True):
+    """implement-network. ``extension_ip``: the device's own guest address; absent when it needs none."""
+
+    extension_ip: IPv4 = IPv4("")
+
+
+class ShutdownNetwork(NetworkPayload, frozen=True, kw_only=True):
+    """shutdown-network."""
+
+
+class DestroyNetwork(NetworkPayload, frozen=True, kw_only=True):
+    """destroy-network; ``network_state`` is ``allocated``."""
+
+
+class EnsureNetworkDevice(msgspec.Struct, frozen=True, kw_only=True):
+    """ensure-network-device, for a network or (tiers too) for a VPC. ``current_details`` is JSON in a string."""
+
+    network_id: Id = Id("")
+    vpc_id: Id = Id("")
+    zone_id: Id = Id("")
+    current_details: Document = Document("")
+
+    def __post_init__(self) -> None:
+        if not self.network_id and not self.vpc_id:
+            raise ValueError("neither network_id nor vpc_id is given")

@@ -1,0 +1,136 @@
+"""From bytes to a checked payload, or to one BadRequest that names the field.
+
+JSON is read strictly (no NaN, no key twice, no half surrogates), and what CloudStack means by it generously:
+null, the empty string and an absent field are the same, older spellings are accepted, unknown fields are ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from netloom.errors import BadRequest
+from netloom.protocol.scalars import quoted
+
+T = TypeVar("T")
+
+# Values below these keys are somebody's own: there an empty string is a value.
+_OPAQUE = frozenset({"action-params", "action_params", "options"})
+
+_HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_AT = " - at `$"
+_MISSING = re.compile(r"Object missing required field `([^`]*)`")
+
+
+def read(data: bytes | msgspec.Raw, shape: type[T], *, root: str = "payload") -> T:
+    """``data`` as a value of ``shape``.
+
+    Raises BadRequest: ``payload.fw_rules.rules[3].portStart: 99999 is not a port (1 to 65535)``.
+    """
+    return convert(load_object(bytes(data), root=root), shape, root=root)
+
+
+def load_object(data: bytes, *, root: str) -> dict[str, Any]:
+    """The JSON object in ``data``, without the fields that are null or empty.
+
+    Raises BadRequest for everything that is not one JSON object in UTF-8.
+    """
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{root}: not UTF-8 (byte {error.start})") from error
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        if not isinstance(value, dict):
+            raise BadRequest(f"{root}: {quoted(value)}, where an object is expected")
+        if _HALF_SURROGATE.search(data):
+            _refuse_half_characters(value, root)
+        return _without_empty(value)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{root}: not JSON: {error.msg} (character {error.pos} of {len(text)})") from error
+    except RecursionError as error:
+        raise BadRequest(f"{root}: nested too deeply") from error
+    except ValueError as error:
+        raise BadRequest(f"{root}: not JSON: {error}") from error
+
+
+def dump(value: dict[str, Any]) -> bytes:
+    """The JSON text of an object that :func:`load_object` gave."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadRequest("payload: a number that is out of range") from error
+
+
+def convert(value: dict[str, Any], shape: type[T], *, root: str) -> T:
+    """An object of :func:`load_object` as a value of ``shape``; older spellings of its fields give way to newer ones."""
+    aliases: dict[str, str] = getattr(shape, "ALIASES", {})
+    if not aliases.keys().isdisjoint(value):
+        value = {aliases.get(key, key): it for key, it in value.items() if aliases.get(key, key) not in value} | {
+            key: it for key, it in value.items() if key not in aliases
+        }
+    try:
+        return msgspec.convert(value, shape, dec_hook=_parse)
+    except msgspec.ValidationError as error:
+        raise BadRequest(_sentence(str(error), root)) from error
+
+
+def _parse(shape: Any, value: object) -> object:
+    return shape.parse(value)
+
+
+def _sentence(message: str, root: str) -> str:
+    what, at, path = message.rpartition(_AT)
+    if not at:
+        what, path = message, ""
+    where = root + path.rstrip("`")
+    if missing := _MISSING.fullmatch(what):
+        return f"{where}.{missing[1]} is missing"
+    return f"{where}: {what.replace('`', '')}".replace("Expected array", "expected a list").replace(
+        "Expected object", "expected an object"
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {quoted(key)} stands there twice")
+            seen.add(key)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def _refuse_half_characters(value: object, path: str) -> None:
+    if isinstance(value, str):
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise BadRequest(f"{path}: the value contains half of a surrogate pair")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_half_characters(key, path)
+            _refuse_half_characters(item, f"{path}.{key if len(key) < 40 else '...'}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_half_characters(item, f"{path}[{index}]")
+
+
+def _without_empty(value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: item if key in _OPAQUE else _inner_without_empty(item)
+        for key, item in value.items()
+        if item is not None and item != ""
+    }
+
+
+def _inner_without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _without_empty(value)
+    return [_inner_without_empty(item) for item in value] if isinstance(value, list) else value

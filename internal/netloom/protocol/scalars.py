@@ -1,0 +1,553 @@
+"""The single values that payloads are made of, each a checked type.
+
+Every class here has ``parse``: it takes what JSON gave (CloudStack writes most scalars as strings, other clients as
+numbers) and returns a value of the class, or raises ValueError with a sentence about the value. Addresses, prefixes
+and MACs come out in one spelling, so that the same thing told twice is the same text.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import ClassVar, Self
+
+from netloom.errors import one_line
+from netloom.names import UNTAGGED, is_id
+from netloom.secret import Secret
+
+VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
+VNI_MAX = (1 << 24) - 1  # RFC 7348: 24 bits
+SECRET_CHARACTERS_MAX = 4096  # the width of CloudStack's detail columns
+CONTENT_CHARACTERS_MAX = 16 << 20  # CloudStack's own limit is 1 MB of user data before its decoding
+QUOTE_CHARACTERS_MAX = 48
+
+_OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}\Z")
+_IPV6 = re.compile(r"[0-9a-fA-F:.]{2,45}\Z")
+_PREFIX_LENGTH = re.compile(r"(?:0|[1-9][0-9]{0,2})\Z")
+_MAC = re.compile(r"[0-9a-fA-F]{2}(?:[:-][0-9a-fA-F]{2}){5}\Z")
+_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\Z")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+_RANGE = re.compile(r"([0-9]{1,10})(?:[-:]([0-9]{1,10}))?\Z")
+_PRIVATE_VLAN = re.compile(r"([0-9]{1,8})-([ipc])?([0-9]{1,8})\Z", re.IGNORECASE)
+_SCHEME = re.compile(r"(?:vlan|pvlan|vxlan)://", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.@\\$-]{0,63}\Z")
+_LINK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}\Z")
+
+
+def quoted(value: object) -> str:
+    """``value`` for an error: one line, at most 60 characters, its size where it is longer."""
+    if isinstance(value, str):
+        shown = value if len(value) <= QUOTE_CHARACTERS_MAX else f"{value[: QUOTE_CHARACTERS_MAX - 18]}..."
+        shown = one_line(f"'{shown}'", QUOTE_CHARACTERS_MAX)
+        return shown if len(value) <= QUOTE_CHARACTERS_MAX else f"{shown} ({len(value)})"
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, int | float):
+        return one_line(repr(value) if abs(value) < 10**20 else "a huge number", QUOTE_CHARACTERS_MAX)
+    if isinstance(value, dict):
+        return "an object"
+    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
+
+
+def string(value: object, *, limit: int, secret: bool = False) -> str:
+    """``value`` as it is when it is text of at most ``limit`` characters; a secret one is not quoted."""
+    if not isinstance(value, str):
+        raise ValueError(f"{'the value' if secret else quoted(value)} is not text")  # noqa: TRY004  # the value's fault
+    if len(value) > limit:
+        shown = f"the value ({len(value)} characters)" if secret else quoted(value)
+        raise ValueError(f"{shown} is too long (at most {limit} characters)")
+    return value
+
+
+def _text(value: object) -> str:
+    """A scalar as text. A number is written as JSON wrote it; true, false and containers are refused."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) if abs(value) < 10**20 else ""
+    raise ValueError(f"{quoted(value)} is not text")
+
+
+class Text(str):
+    """One line of text without control characters, at most 1,024 characters."""
+
+    LIMIT: ClassVar[int] = 1024
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        if len(text) > cls.LIMIT:
+            raise ValueError(f"{quoted(text)} is too long (at most {cls.LIMIT} characters)")
+        if _CONTROL.search(text):
+            raise ValueError(f"{quoted(text)} contains a control character")
+        return cls(text)
+
+
+class Document(str):
+    """Text that is parsed later by somebody else: any characters but NUL, at most 64 Ki."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = string(value, limit=1 << 16)
+        if "\0" in text:
+            raise ValueError(f"{quoted(text)} contains a NUL character")
+        return cls(text)
+
+
+class Word(str):
+    """A word of the protocol (a state, a kind): letters, digits, dot, dash; lower case."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        if not _WORD.match(text):
+            raise ValueError(f"{quoted(value)} is not a word of the protocol")
+        return cls(text.lower())
+
+
+class ActionName(str):
+    """The name of a custom action: it becomes part of a file name, so letters, digits, dot, dash, underscore."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str) or not _WORD.match(value) or ".." in value:
+            raise ValueError(f"{quoted(value)} is not the name of an action")
+        return cls(value)
+
+
+class Id(str):
+    """A CloudStack id: decimal, no leading zero, ten digits at most. Names on the host are made from it."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        if not is_id(text):
+            raise ValueError(f"{quoted(value)} is not an id (a decimal number of at most 10 digits)")
+        return cls(text)
+
+
+class Flag(int):
+    """True or false, as CloudStack spells it: ``true`` or ``"true"``, in any case."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, bool):
+            return cls(value)
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return cls(value.lower() == "true")
+        raise ValueError(f"{quoted(value)} is not true or false")
+
+
+class Number(int):
+    """A whole number, as a number or as decimal text, within the bounds of its class."""
+
+    LOW: ClassVar[int] = 0
+    HIGH: ClassVar[int] = (1 << 63) - 1
+    WHAT: ClassVar[str] = "a number"
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        number: int | None = None
+        if isinstance(value, str):
+            number = int(value) if _INTEGER.match(value) else None
+        elif isinstance(value, float):
+            number = int(value) if value.is_integer() and abs(value) < 1 << 53 else None
+        elif isinstance(value, int) and not isinstance(value, bool):
+            number = value
+        if number is None or not cls.LOW <= number <= cls.HIGH:
+            raise ValueError(f"{quoted(value)} is not {cls.WHAT} ({cls.LOW} to {cls.HIGH})")
+        return cls(number)
+
+
+class Port(Number):
+    """A port, 1 to 65535."""
+
+    LOW = 1
+    HIGH = 65535
+    WHAT = "a port"
+
+
+class IcmpNumber(Number):
+    """An ICMP type or code, 0 to 255; -1 means any."""
+
+    LOW = -1
+    HIGH = 255
+    WHAT = "an ICMP type or code"
+
+
+class PortRange(str):
+    """Ports as CloudStack writes them: ``22``, ``8080-8090``, or ``8080:8090`` in its documentation.
+
+    The text is the dashed form; equal ends are one number.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        match = _RANGE.match(text)
+        if match is None:
+            raise ValueError(f"{quoted(value)} is not a port or a range of ports (22, 8080-8090)")
+        first, last = Port.parse(int(match[1])), Port.parse(int(match[2] or match[1]))
+        if first > last:
+            raise ValueError(f"{quoted(value)} is a range of ports that ends before it begins")
+        return cls(f"{first}-{last}" if first != last else f"{first}")
+
+    @property
+    def first(self) -> int:
+        return int(self.partition("-")[0])
+
+    @property
+    def last(self) -> int:
+        return int(self.rpartition("-")[2])
+
+
+class IPv4(str):
+    """An IPv4 address in the one spelling that has four decimal octets without leading zeros."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str) or not _IPV4.match(value):
+            raise ValueError(f"{quoted(value)} is not an IPv4 address")
+        return cls(value)
+
+
+class IPv6(str):
+    """An IPv6 address without a zone, in the spelling of RFC 5952."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and _IPV6.match(value):
+            try:
+                return cls(ipaddress.IPv6Address(value).compressed)
+            except ValueError:
+                pass
+        raise ValueError(f"{quoted(value)} is not an IPv6 address")
+
+
+class IPv4Prefix(str):
+    """An IPv4 network with prefix length; host bits are allowed and cleared: ``10.1.1.7/24`` is ``10.1.1.0/24``."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and len(value) <= QUOTE_CHARACTERS_MAX:
+            address, slash, length = value.partition("/")
+            if slash and _IPV4.match(address) and _PREFIX_LENGTH.match(length) and int(length) <= 32:
+                return cls(ipaddress.IPv4Network(value, strict=False))
+        raise ValueError(f"{quoted(value)} is not an IPv4 network with prefix length")
+
+    def __contains__(self, address: object) -> bool:
+        return isinstance(address, str) and ipaddress.IPv4Address(address) in ipaddress.IPv4Network(str(self))
+
+
+class IPv6Prefix(str):
+    """An IPv6 network with prefix length; host bits are allowed and cleared."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and len(value) <= 64:
+            address, slash, length = value.partition("/")
+            if slash and _IPV6.match(address) and _PREFIX_LENGTH.match(length) and int(length) <= 128:
+                try:
+                    return cls(ipaddress.IPv6Network(value, strict=False).compressed)
+                except ValueError:
+                    pass
+        raise ValueError(f"{quoted(value)} is not an IPv6 network with prefix length")
+
+
+class Prefix(str):
+    """An IPv4 or IPv6 network with prefix length, host bits cleared."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        for kind in (IPv4Prefix, IPv6Prefix):
+            try:
+                return cls(str(kind.parse(value)))
+            except ValueError:
+                continue
+        raise ValueError(f"{quoted(value)} is not a network with prefix length")
+
+
+class Netmask(str):
+    """An IPv4 netmask in dotted form whose ones are contiguous."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and _IPV4.match(value):
+            host_bits = int(ipaddress.IPv4Address(value)) ^ 0xFFFFFFFF
+            if host_bits & (host_bits + 1) == 0:
+                return cls(value)
+        raise ValueError(f"{quoted(value)} is not a netmask")
+
+    @property
+    def length(self) -> int:
+        return int(ipaddress.IPv4Address(str(self))).bit_count()
+
+
+class Mac(str):
+    """A MAC address of one station, lower case with colons."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, str) and _MAC.match(value):
+            mac = value.lower().replace("-", ":")
+            if not int(mac[:2], 16) & 1 and mac != "00:00:00:00:00:00":
+                return cls(mac)
+        raise ValueError(f"{quoted(value)} is not a MAC address")
+
+
+class HostName(str):
+    """The bare name of a VM: one label of RFC 1123, at most 63 characters (CloudStack's NetUtils demands the same)."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        if not _LABEL.match(text):
+            raise ValueError(f"{quoted(value)} is not a host name")
+        return cls(text)
+
+
+class Domain(str):
+    """A DNS name: labels of RFC 1123, at most 253 characters; a final dot is dropped."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        bare = text.removesuffix(".")
+        if len(bare) > 253 or not all(_LABEL.match(label) for label in bare.split(".")):
+            raise ValueError(f"{quoted(value)} is not a domain name")
+        return cls(bare)
+
+
+class LinkName(str):
+    """The name of a NIC of the host: at most 15 characters, no slash, not starting with a dash or a dot."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str) or not _LINK.match(value):
+            raise ValueError(f"{quoted(value)} is not the name of a network interface")
+        return cls(value)
+
+
+class Vlan(str):
+    """The value of a broadcast URI: a tag, ``untagged``, a private VLAN ``1412-i2412``, or empty.
+
+    A VXLAN id looks like a tag: ``number`` tells up to 16777215, and who reads it decides. Schemes are cut off.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        bare = text[match.end() :] if (match := _SCHEME.match(text)) else text
+        if bare.lower() == UNTAGGED:
+            return cls(UNTAGGED)
+        if private := _PRIVATE_VLAN.match(bare):
+            outer, inner = _tag(private[1], VLAN_TAG_MAX), _tag(private[3], VLAN_TAG_MAX)
+            if outer and inner:
+                return cls(f"{outer}-{(private[2] or 'i').lower()}{inner}")
+        elif tag := _tag(bare, VNI_MAX):
+            return cls(tag)
+        raise ValueError(f"{quoted(value)} is not a VLAN (a tag, untagged, 1412-i2412)")
+
+    @property
+    def private(self) -> bool:
+        return "-" in self
+
+    @property
+    def number(self) -> int:
+        """The tag or VXLAN id; 0 for untagged and empty, the primary tag of a private VLAN."""
+        head = self.partition("-")[0]
+        return int(head) if head.isdigit() else 0
+
+
+def _tag(text: str, highest: int) -> int:
+    return int(text) if _INTEGER.match(text) and 1 <= int(text) <= highest else 0
+
+
+class IPv4List(tuple[IPv4, ...]):
+    """Comma-separated IPv4 addresses (or a JSON list of them): resolvers, the gateways of a shared network."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(IPv4.parse(item) for item in _items(value))
+
+
+class IPv6List(tuple[IPv6, ...]):
+    """Comma-separated IPv6 addresses."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(IPv6.parse(item) for item in _items(value))
+
+
+class IPv4PrefixList(tuple[IPv4Prefix, ...]):
+    """Comma-separated IPv4 networks: the ranges of a shared network."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(IPv4Prefix.parse(item) for item in _items(value))
+
+
+class IPv6PrefixList(tuple[IPv6Prefix, ...]):
+    """Comma-separated IPv6 networks."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(IPv6Prefix.parse(item) for item in _items(value))
+
+
+def _items(value: object) -> list[object]:
+    if isinstance(value, list):
+        return value
+    text = string(value, limit=4096)
+    return [item.strip(" ") for item in text.split(",") if item.strip(" ")]
+
+
+class Password(Secret):
+    """A password of a VM: one line, at most 4,096 characters."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = string(value, limit=SECRET_CHARACTERS_MAX, secret=True)
+        if "\0" in text or "\n" in text or "\r" in text:
+            raise ValueError("the value is not one line")
+        return cls(text)
+
+
+class Content(Secret):
+    """What a VM may fetch: user data, a metadata item, its keys. Served byte for byte; at most 16 Mi characters.
+
+    NUL is a character here: the client decodes gzipped user data as if it were text.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(string(value, limit=CONTENT_CHARACTERS_MAX, secret=True))
+
+
+class ItemName(str):
+    """A file name inside a VM's metadata: a relative path without ``..``, empty segments or control characters.
+
+    Tenants choose some of these names (the parameters of their user data), so ``../x`` is to be expected.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = Text.parse(value)
+        if not is_item_name(text):
+            raise ValueError(f"{quoted(value)} is not the name of a metadata item")
+        return cls(text)
+
+
+def is_item_name(text: str) -> bool:
+    """Whether ``text`` may name a metadata item: at most 255 characters, no way out of the VM's own tree."""
+    return (
+        0 < len(text) <= 255
+        and "\\" not in text
+        and not _CONTROL.search(text)
+        and all(segment not in ("", ".", "..") for segment in text.split("/"))
+    )
+
+
+class ParamValue(str):
+    """The value of a custom action's parameter: one line of text; numbers and booleans are written out."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if value is None:
+            return cls("")
+        text = str(value).lower() if isinstance(value, bool) else _text(value)
+        if len(text) > 4096 or _CONTROL.search(text):
+            raise ValueError(f"{quoted(value)} is not one line of at most 4096 characters")
+        return cls(text)
+
+
+class Choice(str):
+    """One of the words of its class, in any case; the value is lower case."""
+
+    WORDS: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        if text.lower() not in cls.WORDS:
+            raise ValueError(f"{quoted(value)} is none of {', '.join(cls.WORDS)}")
+        return cls(text.lower())
+
+
+class Direction(Choice):
+    """Which way a rule looks: ``ingress`` or ``egress``."""
+
+    WORDS = ("ingress", "egress")
+
+
+class GuestType(Choice):
+    """CloudStack's kinds of guest networks."""
+
+    WORDS = ("isolated", "shared", "l2")
+
+
+class ParamName(str):
+    """The name of a custom action's parameter."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str) or not _WORD.match(value):
+            raise ValueError(f"{quoted(value)} is not the name of a parameter")
+        return cls(value)
+
+
+class Host(str):
+    """How a host is reached: an IPv4 address, an IPv6 address (brackets are dropped), or a DNS name.
+
+    A name's last label is not all digits (RFC 1123 section 2.1), so a mistyped address is no name, and nothing
+    here starts with a dash.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = _text(value)
+        bare = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+        if _IPV4.match(bare):
+            return cls(bare)
+        if ":" in bare:
+            return cls(str(IPv6.parse(bare)))
+        name = bare.removesuffix(".")
+        labels = name.split(".")
+        if len(name) <= 253 and all(map(_LABEL.match, labels)) and not labels[-1].isdigit():
+            return cls(name)
+        raise ValueError(f"{quoted(value)} is neither an address nor the name of a host")
+
+
+class HostList(tuple[Host, ...]):
+    """Comma-separated hosts, blanks allowed, each once, in the order in which they were given."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(dict.fromkeys(Host.parse(item) for item in _items(value)))
+
+
+class UserName(str):
+    """A login name: not an option, no blank, no path."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if not isinstance(value, str) or not _USER.match(value):
+            raise ValueError(f"{quoted(value)} is not a user name")
+        return cls(value)
