@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import msgspec
 
-from netloom.protocol.scalars import ActionName, Id, IPv4PrefixList, ParamName, ParamValue, Vlan, Word
+from netloom.protocol.scalars import ActionName, Id, IPv4PrefixList, ParamName, ParamValue, Vlan, Word, quoted
+
+
+class Params(dict[str, str]):
+    """Parameter name to value; CloudStack sends strings, an absent one as the empty string."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, dict):
+            return cls({str(ParamName.parse(name)): str(ParamValue.parse(it)) for name, it in value.items()})
+        raise ValueError(f"{quoted(value)}, where an object of parameters is expected")
 
 
 class CustomAction(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,7 +33,7 @@ class CustomAction(msgspec.Struct, frozen=True, kw_only=True):
     vpc_state: Word = Word("")
     cidr: IPv4PrefixList = IPv4PrefixList()
     vpc_cidr: IPv4PrefixList = IPv4PrefixList()
-    params: dict[ParamName, ParamValue] = msgspec.field(name="action-params", default_factory=dict)
+    params: Params = msgspec.field(name="action-params", default_factory=Params)
 
     def __post_init__(self) -> None:
         if not self.network_id and not self.vpc_id:

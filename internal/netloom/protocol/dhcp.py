@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import msgspec
 
 from netloom.protocol.nic import KnownNic, NicPayload
-from netloom.protocol.scalars import Id, IPv4, Number, ParamValue, quoted, string
+from netloom.protocol.scalars import Domain, Id, IPv4, IPv4List, IPv6List, Number, ParamValue, quoted, string
+
+
+class Resolvers(Protocol):
+    """A payload that tells the network's resolvers and domain; empty says nothing."""
+
+    @property
+    def dns(self) -> IPv4List: ...
+    @property
+    def dns6(self) -> IPv6List: ...
+    @property
+    def domain(self) -> Domain: ...
 
 
 class AddDhcpEntry(KnownNic, frozen=True, kw_only=True):

@@ -43,7 +43,7 @@ def load_object(data: bytes, *, root: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRequest(f"{root}: not UTF-8 (byte {error.start})") from error
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_no_constant)
         if not isinstance(value, dict):
             raise BadRequest(f"{root}: {quoted(value)}, where an object is expected")
         if _HALF_SURROGATE.search(data):
@@ -103,6 +103,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"the key {quoted(key)} stands there twice")
             seen.add(key)
     return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 40:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:

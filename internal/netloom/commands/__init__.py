@@ -1,0 +1,8 @@
+"""What a command means: (state, payload) to state, one pure function per command."""
+
+from __future__ import annotations
+
+from netloom.commands.table import TABLE, Row, apply, decode
+from netloom.commands.transition import Context, Outcome
+
+__all__ = ["TABLE", "Context", "Outcome", "Row", "apply", "decode"]

@@ -1,0 +1,180 @@
+"""Public addresses come and go, and what they are translated to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec.structs import replace
+
+from netloom.commands.transition import Context, network_of, with_network
+from netloom.errors import BadRequest
+from netloom.names import UNTAGGED
+from netloom.protocol.nat import (
+    AddPortForward,
+    AddStaticNat,
+    AssignIp,
+    DeletePortForward,
+    DeleteStaticNat,
+    PublicAddress,
+    ReleaseIp,
+)
+from netloom.protocol.scalars import VLAN_TAG_MAX, IPv4Prefix, PortRange, Vlan
+from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNat
+
+# An exit's number is the low half of a packet's mark.
+_EXIT_MAX = 0xFFFF
+
+_TRANSPORT: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
+
+
+def assign_ip(scope: Scope, asked: AssignIp, context: Context) -> Scope:
+    """The device holds the address; with ``source_nat`` it is the only one that the guests leave by."""
+    held = _public_ip(scope, asked, source_nat=bool(asked.source_nat))
+    others = {
+        address: replace(it, source_nat=False) if held.source_nat else it for address, it in scope.public_ips.items()
+    }
+    return with_network(replace(scope, public_ips={**others, held.address: held}), network_of(scope, asked))
+
+
+def release_ip(scope: Scope, asked: ReleaseIp, context: Context) -> Scope:
+    """The device no longer holds the address, and what it was translated to is gone with it: it cannot work without."""
+    address = _named(asked)
+    return replace(
+        scope,
+        public_ips={key: it for key, it in scope.public_ips.items() if key != address},
+        static_nats={key: it for key, it in scope.static_nats.items() if key != address},
+        port_forwards={key: it for key, it in scope.port_forwards.items() if it.public_ip != address},
+        lb_rules={key: it for key, it in scope.lb_rules.items() if it.public_ip != address},
+    )
+
+
+def add_static_nat(scope: Scope, asked: AddStaticNat, context: Context) -> Scope:
+    """The address stands for the guest, both ways; a guest has one such address, so an older one gives way."""
+    network = network_of(scope, asked)
+    _check_guest(network, asked.private_ip)
+    scope = with_network(_held(scope, asked), network)
+    nat = StaticNat(public_ip=str(asked.public_ip), private_ip=str(asked.private_ip), network_id=str(asked.network_id))
+    others = {
+        key: it
+        for key, it in scope.static_nats.items()
+        if (it.private_ip, it.network_id) != (nat.private_ip, nat.network_id)
+    }
+    return replace(scope, static_nats={**others, nat.public_ip: nat})
+
+
+def delete_static_nat(scope: Scope, asked: DeleteStaticNat, context: Context) -> Scope:
+    """The address stands for nobody."""
+    address = _named(asked)
+    return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
+
+
+def add_port_forward(scope: Scope, asked: AddPortForward, context: Context) -> Scope:
+    """The ports lead to the guest; the same ports with another target lead to the new one.
+
+    Raises BadRequest when the two ranges do not fit together, or when some of the ports lead somewhere already.
+    """
+    network = network_of(scope, asked)
+    _check_guest(network, asked.private_ip)
+    forward = PortForward(
+        public_ip=_named(asked),
+        protocol=_TRANSPORT[asked.protocol],
+        public_ports=_ports(asked.public_port),
+        private_ip=str(asked.private_ip),
+        private_ports=_ports(asked.private_port),
+        network_id=str(asked.network_id),
+    )
+    if forward.private_ports.count not in (1, forward.public_ports.count):
+        raise BadRequest(
+            f"payload.private_port: {forward.private_ports} is neither one port nor as many as {forward.public_ports}"
+        )
+    for key, other in scope.port_forwards.items():
+        if key != forward.key and _overlap(forward, other):
+            raise BadRequest(
+                f"payload.public_port: {forward.key} overlaps {key}, which leads to {other.private_ip}",
+                hint="delete that port forward first",
+            )
+    scope = with_network(_held(scope, asked), network)
+    return replace(scope, port_forwards={**scope.port_forwards, forward.key: forward})
+
+
+def delete_port_forward(scope: Scope, asked: DeletePortForward, context: Context) -> Scope:
+    """The ports lead nowhere."""
+    key = f"{_named(asked)}/{asked.protocol}/{asked.public_port}"
+    return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
+
+
+def _named(asked: PublicAddress) -> str:
+    if not asked.public_ip:
+        raise BadRequest(
+            "payload.public_ip is missing", hint="CloudStack leaves it out when it does not find the address"
+        )
+    return str(asked.public_ip)
+
+
+def _held(scope: Scope, asked: PublicAddress) -> Scope:
+    """``scope`` with the address of a rule held: CloudStack may send the rule before the address.
+
+    ``source_nat`` says nothing in such a call, so an address that is held already stays as it is.
+    """
+    if _named(asked) in scope.public_ips:
+        return scope
+    held = _public_ip(scope, asked, source_nat=False)
+    return replace(scope, public_ips={**scope.public_ips, held.address: held})
+
+
+def _public_ip(scope: Scope, asked: PublicAddress, *, source_nat: bool) -> PublicIp:
+    missing = [field for field in ("public_ip", "public_vlan", "public_cidr") if not getattr(asked, field)]
+    if missing:
+        raise BadRequest(
+            f"payload.{missing[0]} is missing" if len(missing) == 1 else f"payload: {', '.join(missing)} are missing",
+            hint="CloudStack leaves the public fields out when it does not find the address",
+        )
+    vlan = _public_vlan(asked.public_vlan)
+    gateway = str(asked.public_gateway)
+    return PublicIp(
+        address=str(asked.public_ip),
+        vlan=vlan,
+        gateway=gateway,
+        cidr=str(asked.public_cidr),
+        exit=_exit(scope, str(asked.public_ip), vlan, gateway),
+        source_nat=source_nat,
+        network_id=str(asked.network_id),
+    )
+
+
+def _public_vlan(vlan: Vlan) -> str:
+    if vlan != UNTAGGED and (vlan.private or not 1 <= vlan.number <= VLAN_TAG_MAX):
+        raise BadRequest(f"payload.public_vlan: {vlan} is not a VLAN tag (1 to {VLAN_TAG_MAX}, or untagged)")
+    return str(vlan)
+
+
+def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
+    """The number of the way out: that of an address with the same VLAN and gateway, else the lowest free one.
+
+    An address that stays with its VLAN and gateway keeps its number, for flows are marked with it.
+    """
+    for held in scope.public_ips.values():
+        if (held.vlan, held.gateway) == (vlan, gateway):
+            return held.exit
+    taken = {held.exit for held in scope.public_ips.values() if held.address != address}
+    free = next((number for number in range(1, _EXIT_MAX + 1) if number not in taken), None)
+    if free is None:
+        raise BadRequest(f"payload.public_vlan: more than {_EXIT_MAX} public VLANs and gateways in one scope")
+    return free
+
+
+def _check_guest(network: Network, private_ip: str) -> None:
+    if network.cidr and private_ip not in IPv4Prefix(network.cidr):
+        raise BadRequest(f"payload.private_ip: {private_ip} is not in the network's {network.cidr}")
+
+
+def _ports(told: PortRange) -> Ports:
+    return Ports(told.first, told.last)
+
+
+def _overlap(one: PortForward, other: PortForward) -> bool:
+    return (
+        (one.public_ip, one.protocol) == (other.public_ip, other.protocol)
+        and one.public_ports.first <= other.public_ports.last
+        and other.public_ports.first <= one.public_ports.last
+    )

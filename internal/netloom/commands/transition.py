@@ -1,0 +1,84 @@
+"""What goes into a command and what comes out; how a network of a scope is found and put back."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
+
+from netloom.errors import BadRequest
+from netloom.protocol.network import NetworkPayload
+from netloom.state import Network, Scope, Uplinks
+from netloom.wire import Registration
+
+
+class Context(msgspec.Struct, frozen=True, kw_only=True):
+    """What a command knows beside its payload."""
+
+    scope_id: str
+    registration: Registration
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The scope as it should be from now on, and what CloudStack reads. No scope: nothing of it is left."""
+
+    scope: Scope | None
+    output: str = ""
+
+
+GUEST_TYPES: dict[str, Literal["isolated", "shared", "l2"]] = {
+    "isolated": "isolated",
+    "shared": "shared",
+    "l2": "l2",
+}
+
+
+def blank(context: Context) -> Scope:
+    """A scope of which nothing is known but whose it is."""
+    return Scope(
+        scope_id=context.scope_id,
+        owner=context.registration.owner,
+        uplinks=_uplinks(context.registration),
+        ingress_open=context.registration.ingress_open,
+    )
+
+
+def registered(scope: Scope, registration: Registration) -> Scope:
+    """``scope`` with the operator's present details; an operator may change them while networks live."""
+    return replace(scope, uplinks=_uplinks(registration), ingress_open=registration.ingress_open)
+
+
+def network_of(scope: Scope, asked: NetworkPayload) -> Network:
+    """The network that ``asked`` is about; one that was never implemented is remembered with what this call tells.
+
+    What is known already stays: only implement-network says it anew.
+    """
+    known = scope.networks.get(asked.network_id)
+    if known is None:
+        known = Network(network_id=str(asked.network_id), guest_type=GUEST_TYPES[asked.guest_type])
+    return replace(
+        known,
+        vlan=known.vlan or str(asked.vlan),
+        gateway=known.gateway or only(asked.gateway, "gateway"),
+        cidr=known.cidr or only(asked.cidr, "cidr"),
+    )
+
+
+def with_network(scope: Scope, network: Network) -> Scope:
+    """``scope`` with ``network`` put in its place."""
+    return replace(scope, networks={**scope.networks, network.network_id: network})
+
+
+def only(values: tuple[str, ...], field: str) -> str:
+    """The one value of a field that may be a list, or nothing.
+
+    Raises BadRequest for several: only shared networks have more than one range.
+    """
+    if len(values) > 1:
+        raise BadRequest(f"payload.{field}: {len(values)} values, where a network has one")
+    return str(values[0]) if values else ""
+
+
+def _uplinks(registration: Registration) -> Uplinks:
+    return Uplinks(guest=registration.guest_nic, public=registration.public_nic)
