@@ -1,0 +1,563 @@
+"""Hosts, VMs, an internet and a management server: the machines of the bed, and the switch between them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from bed import syscalls
+from bed.hands import BedError, Hands
+from bed.places import Execution, Place, until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MANAGEMENT_NET = "198.18.0"
+MANAGEMENT_NET6 = "fd4c"
+CLOUD_UID = 1600
+EXTENSIONS = "/usr/share/cloudstack-management/extensions"
+
+# Every character that a shell, a JSON text, an XML text or a careless split would trip over.
+HOSTILE_PASSWORD = "p\u00e4 \"ss'$(x)`id`;|&<>=#%{}*~!\\"
+
+Cut = Literal["mgmt", "guest", "all"]
+
+_USERS = "netadmin:x:1500:1500::/home/netadmin:/bin/bash\nplainuser:x:1501:1501::/home/plainuser:/bin/bash\n"
+_GROUPS = "netadmin:x:1500:\nplainuser:x:1501:\n"
+_SSHD = """HostKey /etc/ssh/bed_host_key
+PermitRootLogin yes
+PasswordAuthentication yes
+KbdInteractiveAuthentication no
+StrictModes no
+UsePAM no
+UseDNS no
+MaxStartups 200
+MaxSessions 200
+MaxAuthTries 20
+PidFile none
+Subsystem sftp internal-sftp
+"""
+
+
+_SWITCH = """table bridge bed {
+  set cut { type ifname; }
+  chain wires { type filter hook forward priority 0; iifname @cut drop; oifname @cut drop; }
+}
+"""
+
+
+@dataclass
+class _Plan:
+    """What the bed was asked for, by segment: (nic, vlan) with "untagged" for the NIC itself."""
+
+    segments: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Vm(Place):
+    """A namespace on a guest bridge of a host. It dies with its host."""
+
+    def __init__(self, name: str, hands: Hands, host: Host, bridge: str, tap: str, mac: str, ip: str) -> None:
+        super().__init__(name, hands)
+        self.host, self.bridge, self.tap, self.mac = host, bridge, tap, mac
+        self.ip = ip.partition("/")[0]
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
+
+    def destroy(self) -> None:
+        """Stop it, and clean up as CloudStack's KVM agent does: the bridge goes when no port named vnet is left."""
+        self.hands.end()
+        self.host._forget_vm(self)
+
+
+class Internet(Place):
+    """A machine behind one or more public VLANs."""
+
+    def __init__(self, name: str, hands: Hands, bed: Bed) -> None:
+        super().__init__(name, hands)
+        self._bed = bed
+        self._legs = 0
+
+    def attach(self, vlan: int | str, address: str, *, nic: str = "eth2", mac: str = "") -> str:
+        """One more leg, on a VLAN of the fabric; the link's name. ``address`` with its prefix length."""
+        bridge = self._bed._segment_bridge(nic, str(vlan))
+        link = f"eth{self._legs}"
+        self._legs += 1
+        port = f"i{self.hands.pid}.{link}"
+        hardware = f" address {mac}" if mac else ""
+        self._bed.fabric.links(
+            f"link add {port} type veth peer name {link}{hardware} netns {self.hands.pid}",
+            f"link set {port} master {bridge} up",
+        )
+        self.links(f"address add {address} dev {link}", f"link set {link} up")
+        return link
+
+
+class Host(Place):
+    """A simulated KVM host: its own process tree, root, disk, sshd and links. ``address`` is its management address."""
+
+    def __init__(self, bed: Bed, number: int) -> None:
+        self.bed, self.number = bed, number
+        self.address = f"{MANAGEMENT_NET}.{10 + number}"
+        self.address6 = f"{MANAGEMENT_NET6}::{10 + number}"
+        self.vms: list[Vm] = []
+        self.running = False
+        self._taps = 0
+        self._machine: Hands | None = None
+        self._segments: list[tuple[str, str]] = []
+        self.name = f"h{number}"
+
+    # --- power
+
+    def boot(self) -> Host:
+        """Power on; returns when sshd listens. The disk is as it was."""
+        self._begin_boot()
+        self._end_boot()
+        return self
+
+    def _begin_boot(self) -> None:
+        if self.running:
+            raise BedError(f"{self.name} runs already")
+        self._machine = Hands(self.name, self.bed._machine_spec(self.name, self._files(), sshd=True))
+
+    def _end_boot(self) -> None:
+        assert self._machine is not None
+        pid = self._machine.wait_up().pid
+        entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
+        hands = Hands(f"{self.name}'s hands", {"role": "worker", "enter": entered})
+        n = self.number
+        lines = [
+            f"link add h{n}m type veth peer name eth0 address 02:4c:00:00:00:{n:02x} netns {pid}",
+            f"link set h{n}m master mgmt up",
+        ]
+        for digit in (1, 2):
+            lines += [
+                f"link add h{n}e{digit} type veth peer name eth{digit} address 02:4c:00:00:0{digit}:{n:02x} netns {pid}",
+                f"link set h{n}e{digit} master eth{digit} up",
+            ]
+        self.bed.fabric.links(*lines)
+        self.hands = hands.wait_up()
+        self.running = True
+        self.links(
+            f"address add {self.address}/24 dev eth0",
+            f"address add {self.address6}/64 dev eth0 nodad",
+            *(f"link set eth{digit} up" for digit in (0, 1, 2)),
+        )
+        self._segments = []
+        self._plug(self.bed._plan.segments)
+
+    def power_cut(self) -> None:
+        """Everything that runs on it is gone at once; the disk stays. Returns when its links are gone, too."""
+        if not self.running:
+            return
+        assert self._machine is not None
+        self.running = False
+        os.kill(self._machine.pid, signal.SIGKILL)
+        self._machine.end()
+        self.hands.end()
+        for vm in self.vms:
+            vm.hands.end()
+        self.vms = []
+        # The peers of its links go in the kernel's clean-up worker, a little later.
+        gone = until(lambda: f" h{self.number}m@" not in self.bed.fabric.sh("ip -o link"), seconds=20, pause_s=0.01)
+        if not gone:
+            raise BedError(f"{self.name}: its links stayed after the power cut")
+
+    # --- links
+
+    def _plug(self, segments: Sequence[tuple[str, str]]) -> None:
+        assert self._machine is not None
+        lines, ups = [], []
+        for nic, vlan in segments:
+            if (nic, vlan) in self._segments:
+                continue
+            self._segments.append((nic, vlan))
+            if vlan == "untagged":
+                continue
+            port = f"h{self.number}e{nic[-1]}.{vlan}"
+            lines += [
+                f"link add {port} type veth peer name {nic}.{vlan} netns {self._machine.pid}",
+                f"link set {port} master {nic}.{vlan} up",
+            ]
+            ups.append(f"link set {nic}.{vlan} up")
+        self.bed.fabric.links(*lines)
+        self.links(*ups)
+
+    def partition(self, what: Cut = "all") -> None:
+        """Cut it off silently: the switch drops its frames, every link stays up."""
+        names = ", ".join(f'"{port}"' for port in self._ports(what))
+        self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed cut {{ {names} }}\n")
+
+    def heal(self) -> None:
+        """Take back every partition of this host."""
+        lines = ""
+        for port in self._ports("all"):
+            lines += f'add element bridge bed cut {{ "{port}" }}\ndelete element bridge bed cut {{ "{port}" }}\n'
+        self.bed.fabric.run("nft", "-f", "-", input=lines)
+
+    def _ports(self, what: Cut) -> list[str]:
+        ports = [f"h{self.number}m"] if what != "guest" else []
+        if what != "mgmt":
+            ports += [f"h{self.number}e1", f"h{self.number}e2"]
+            ports += [f"h{self.number}e{nic[-1]}.{vlan}" for nic, vlan in self._segments if vlan != "untagged"]
+        return ports
+
+    # --- VMs
+
+    def vm(
+        self,
+        name: str,
+        *,
+        vlan: int | str,
+        mac: str = "",
+        ip: str = "",
+        gateway: str = "",
+        nic: str = "eth1",
+        bridge: str = "",
+    ) -> Vm:
+        """A VM on the bridge of a guest VLAN, made as CloudStack's KVM agent makes it when it is missing.
+
+        ``ip`` with its prefix length; empty: the link is up and has no address.
+        """
+        if str(vlan) != "untagged":
+            self.bed.add_segments([(nic, str(vlan))])
+        bridge = bridge or f"br{nic}-{vlan}"
+        self._taps += 1
+        tap = f"vnet{self._taps}"
+        mac = mac or f"02:4c:{self.number:02x}:00:{self._taps >> 8:02x}:{self._taps & 255:02x}"
+        assert self._machine is not None
+        spec = {
+            "role": "node",
+            "name": name,
+            "enter": {"pid": self._machine.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]},
+            "unshare": ["net", "mnt", "uts"],
+        }
+        hands = Hands(name, spec)
+        if self.run("ip", "link", "show", bridge, check=False).status:
+            self.links(
+                f"link add {bridge} type bridge stp_state 0 mcast_snooping 0",
+                f"link set {nic}.{vlan} master {bridge} up",
+                f"link set {bridge} up",
+            )
+        hands.wait_up()
+        vm = Vm(name, hands, self, bridge, tap, mac, ip)
+        self.bed.fabric.links(f"link add {tap}x type veth peer name eth0 address {mac} netns {hands.pid}")
+        self.bed.fabric.links(f"link set {tap}x netns {self._machine.pid}")
+        self.links(f"link set {tap}x name {tap}", f"link set {tap} master {bridge} up")
+        lines = ["link set eth0 up"]
+        if ip:
+            lines.insert(0, f"address add {ip} dev eth0")
+        if gateway:
+            lines.append(f"route add default via {gateway}")
+        vm.links(*lines)
+        self.vms.append(vm)
+        return vm
+
+    def _forget_vm(self, vm: Vm) -> None:
+        if vm not in self.vms:
+            return
+        self.vms.remove(vm)
+        if not until(lambda: self.run("ip", "link", "show", vm.tap, check=False).status, seconds=20, pause_s=0.01):
+            raise BedError(f"{vm.tap} stayed after {vm.name} ended")
+        ports = self.listing(f"/sys/class/net/{vm.bridge}/brif")
+        if not any("vnet" in port for port in ports):
+            self.run("ip", "link", "delete", vm.bridge, check=False)
+
+    # --- looking
+
+    def within(self, namespace: str) -> Place:
+        """A pair of hands inside one of its named namespaces. Ends with its ``with`` block."""
+        assert self._machine is not None
+        entered = {"pid": self._machine.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
+        spec = {"role": "worker", "enter": entered, "netns": f"/run/netns/{namespace}"}
+        return Place(f"{self.name}/{namespace}", Hands(f"{self.name}/{namespace}", spec).wait_up())
+
+    def objects(self, *, files: Sequence[str] = ()) -> dict[str, list[str]]:
+        """All that a network could leave behind, by category and name (inventory.py)."""
+        found: dict[str, list[str]] = self.hands.call("objects", files=list(files))
+        return found
+
+    @property
+    def host_key(self) -> str:
+        """Its public SSH host key, as one line of a known_hosts file without the name."""
+        return " ".join(self.read("/etc/ssh/bed_host_key.pub").split()[:2])
+
+    def _files(self) -> dict[str, Any]:
+        bed = self.bed
+        key = {"text": bed.public_key + "\n", "mode": 0o600}
+        homes = {"/root": 0, "/home/netadmin": 1500, "/home/plainuser": 1501}
+        return {
+            "append": {
+                "/etc/passwd": _USERS,
+                "/etc/group": _GROUPS,
+                "/etc/shadow": "".join(
+                    f"{n}:{bed.password_hash}:19000:0:99999:7:::\n" for n in ("netadmin", "plainuser")
+                ),
+            },
+            "files": {
+                "/etc/hostname": {"text": f"{self.name}\n"},
+                "/etc/hosts": {"text": f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n"},
+                "/etc/resolv.conf": {"text": ""},
+                "/etc/sudoers.d/netadmin": {"text": "netadmin ALL=(ALL) NOPASSWD: ALL\n", "mode": 0o440},
+                "/etc/ssh/bed_sshd_config": {"text": _SSHD},
+                **{f"{home}/.ssh/authorized_keys": {**key, "uid": uid, "gid": uid} for home, uid in homes.items()},
+            },
+            "directories": {
+                path: {"mode": 0o700, "uid": uid, "gid": uid}
+                for home, uid in homes.items()
+                for path in (home, f"{home}/.ssh")
+            },
+            "root_password_hash": bed.password_hash,
+        }
+
+
+class Management(Place):
+    """The management server: one link to the hosts and no other way out; programs run there as user ``cloud``."""
+
+    def __init__(self, bed: Bed, hands: Hands) -> None:
+        super().__init__("management", hands)
+        self.bed = bed
+        self.home = "/var/cloudstack/management"
+
+    def install(self, name: str, program: Sequence[str] | Path) -> str:
+        """Put an extension's executable where CloudStack expects it; its path.
+
+        A sequence is a command that a small script executes (the program from source), a path a file that is copied.
+        """
+        path = f"{EXTENSIONS}/{name}/{name}.sh"
+        if isinstance(program, Path):
+            self.run("install", "-D", "-m", "755", str(program), path)
+        else:
+            self.write(path, f'#!/bin/sh\nexec {shlex.join(program)} "$@"\n', mode=0o755)
+        return path
+
+    def environment(self, *, home: Literal["set", "unset"] = "unset", **more: str) -> dict[str, str]:
+        """The bare environment of CloudStack's service: no terminal, no XDG_RUNTIME_DIR, HOME set or not."""
+        bare = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG": "C"}
+        if home == "set":
+            bare["HOME"] = self.home
+        return {**bare, **more}
+
+    def execute(
+        self, argv: Sequence[str], *, environment: dict[str, str] | None = None, patience_s: float = 100.0
+    ) -> Execution:
+        """Run as CloudStack's client does: as ``cloud``, stdin never ends, stderr merged, read to end of file."""
+        return Execution(
+            **self.hands.call(
+                "execute",
+                argv=list(argv),
+                environment=self.environment() if environment is None else environment,
+                directory="/",
+                uid=CLOUD_UID,
+                patience_s=patience_s,
+            )
+        )
+
+
+class Bed:
+    """A switch, a management server and hosts. Use it in a ``with`` block, or call ``close``.
+
+    ``vlans`` become ``eth1.<id>`` on every host, ``public_vlans`` ``eth2.<id>``; ``add_segments`` adds more later.
+    Raises BedError when something does not start. Needs root.
+    """
+
+    def __init__(self, hosts: int = 1, vlans: Iterable[int | str] = (), public_vlans: Iterable[int | str] = ()) -> None:
+        if os.geteuid() != 0:
+            raise BedError("the test bed needs root: it makes namespaces, mounts and links")
+        self.private_key, self.public_key = _make_key()
+        self.password = HOSTILE_PASSWORD
+        self.password_hash = syscalls.hash_password(self.password)
+        self.hosts: list[Host] = []
+        self._nodes: list[Internet] = []
+        self._machines: list[Hands] = []
+        self._plan = _Plan()
+        self._shown = _shown_paths()
+        self._shelf = _shelf(self._shown)
+        self._keeper = Hands("fabric", {"role": "keeper", "unshare": ["net", "mnt"], "shelf": self._shelf})
+        try:
+            self.fabric = Place("fabric", self._keeper.wait_up())
+            self._build(hosts, [("eth1", str(v)) for v in vlans] + [("eth2", str(v)) for v in public_vlans])
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, hosts: int, segments: list[tuple[str, str]]) -> None:
+        self.fabric.run(
+            "nft",
+            "-f",
+            "-",
+            input=_SWITCH,
+        )
+        self.fabric.sysctl("net.ipv6.conf.default.disable_ipv6", "1")
+        lines = []
+        for name in ("mgmt", "eth1", "eth2"):
+            lines += [f"link add {name} type bridge mcast_snooping 0", f"link set {name} up"]
+        self.fabric.links(*lines)
+        self._add_bridges(segments)
+        files: dict[str, Any] = {
+            "append": {
+                "/etc/passwd": f"cloud:x:{CLOUD_UID}:{CLOUD_UID}::/var/cloudstack/management:/bin/sh\n",
+                "/etc/group": f"cloud:x:{CLOUD_UID}:\n",
+            },
+            "files": {
+                "/etc/hostname": {"text": "management\n"},
+                "/etc/hosts": {"text": "127.0.0.1 localhost\n127.0.1.1 management\n"},
+                "/etc/resolv.conf": {"text": ""},
+            },
+            "directories": {"/var/cloudstack/management": {"uid": CLOUD_UID, "gid": CLOUD_UID}},
+        }
+        machine = Hands("management", self._machine_spec("mgmt", files, sshd=False))
+        self._machines.append(machine)
+        self.hosts = [Host(self, number + 1) for number in range(hosts)]
+        for host in self.hosts:
+            host._begin_boot()
+        for host in self.hosts:
+            host._end_boot()
+        pid = machine.wait_up().pid
+        entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
+        hands = Hands("management's hands", {"role": "worker", "enter": entered})
+        self.fabric.links(
+            f"link add ms type veth peer name eth0 address 02:4c:00:00:00:fe netns {pid}", "link set ms master mgmt up"
+        )
+        self.management = Management(self, hands.wait_up())
+        self.management.links(
+            f"address add {MANAGEMENT_NET}.1/24 dev eth0",
+            f"address add {MANAGEMENT_NET6}::1/64 dev eth0 nodad",
+            "link set eth0 up",
+        )
+
+    def __enter__(self) -> Bed:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every process of the bed, and with them every namespace, link, mount and file."""
+        for host in self.hosts:
+            for vm in host.vms:
+                vm.hands.end()
+            host.running = False
+            for hands in (getattr(host, "hands", None), host._machine):
+                if hands is not None:
+                    hands.end()
+        for node in self._nodes:
+            node.hands.end()
+        if management := getattr(self, "management", None):
+            management.hands.end()
+        for machine in self._machines:
+            machine.end()
+        self._keeper.end()
+
+    def add_segments(self, segments: Iterable[tuple[str, str]]) -> None:
+        """More VLANs, as (nic, vlan): on every host that runs, and on every later boot. Known ones are skipped."""
+        new = [each for each in segments if each not in self._plan.segments]
+        self._add_bridges(new)
+        for host in self.hosts:
+            if host.running:
+                host._plug(new)
+
+    def _add_bridges(self, segments: Iterable[tuple[str, str]]) -> None:
+        lines = []
+        for nic, vlan in segments:
+            if (nic, vlan) not in self._plan.segments:
+                self._plan.segments.append((nic, vlan))
+                if vlan != "untagged":
+                    lines += [f"link add {nic}.{vlan} type bridge mcast_snooping 0", f"link set {nic}.{vlan} up"]
+        self.fabric.links(*lines)
+
+    def _segment_bridge(self, nic: str, vlan: str) -> str:
+        self.add_segments([(nic, vlan)])
+        return nic if vlan == "untagged" else f"{nic}.{vlan}"
+
+    def internet(
+        self,
+        *,
+        vlan: int | str,
+        address: str,
+        nic: str = "eth2",
+        also: Iterable[str] = (),
+        name: str = "internet",
+        mac: str = "",
+    ) -> Internet:
+        """A machine on a public VLAN. ``address`` with prefix length is on its link, ``also`` are further ones on lo.
+
+        It forwards between its legs, as the internet does.
+        """
+        hands = Hands(name, {"role": "node", "name": name, "unshare": ["net", "mnt", "uts"]}).wait_up()
+        internet = Internet(name, hands, self)
+        self._nodes.append(internet)
+        internet.attach(vlan, address, nic=nic, mac=mac)
+        internet.links(*(f"address add {each} dev lo" for each in also))
+        internet.sysctl("net.ipv4.ip_forward", "1")
+        return internet
+
+    def _machine_spec(self, name: str, files: dict[str, Any], *, sshd: bool) -> dict[str, Any]:
+        return {
+            "role": "machine",
+            "name": name,
+            "sshd": sshd,
+            "enter": {"pid": self._keeper.pid, "kinds": ["mnt"]},
+            "unshare_before_fork": ["mnt", "pid", "net", "uts", "ipc"],
+            "disk": f"{self._shelf}/{name}",
+            "shown": self._shown,
+            **files,
+        }
+
+
+def agent_command() -> str:
+    """The agent from source, as the setting NETLOOM_AGENT names it."""
+    return shlex.join([sys.executable, "-B", str(REPOSITORY / "cmd/netloom/main.py"), "agent"])
+
+
+def program_from_source() -> list[str]:
+    """The executable from source."""
+    return [sys.executable, "-B", str(REPOSITORY / "cmd/netloom/main.py")]
+
+
+def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """What came (``+``) and what went (``-``) between two inventories, by category; empty when nothing did."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for category in sorted({*before, *after}):
+        then, now = list(before.get(category, [])), list(after.get(category, []))
+        for name in list(then):
+            if name in now:
+                then.remove(name)
+                now.remove(name)
+        if then or now:
+            found[category] = {sign: names for sign, names in (("+", now), ("-", then)) if names}
+    return found
+
+
+def _make_key() -> tuple[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "key")
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "bed", "-f", str(path)], check=True)
+        return path.read_text(), path.with_suffix(".pub").read_text().strip()
+
+
+def _shown_paths() -> list[str]:
+    """The repository and the interpreter, unless they are part of the system: what hosts see of the world outside."""
+    wanted = sorted({str(REPOSITORY), sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)}, key=len)
+    shown: list[str] = []
+    for path in wanted:
+        if not path.startswith("/usr") and path != "/" and not any(path.startswith(f"{up}/") for up in shown):
+            shown.append(path)
+    return shown
+
+
+def _shelf(shown: Sequence[str]) -> str:
+    """A directory of every system that nothing shown lives in, to mount the disks on (in a private namespace)."""
+    for path in ("/mnt", "/srv", "/media", "/opt"):
+        if os.path.isdir(path) and not any(each.startswith(f"{path}/") for each in shown):
+            return path
+    raise BedError("no directory to mount the hosts' disks on")
