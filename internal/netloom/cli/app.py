@@ -1,0 +1,117 @@
+"""``netloom <word>``: tables for people, ``--json`` for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from netloom import __version__
+from netloom.cli import table
+from netloom.commands.table import TABLE
+from netloom.errors import NetloomError
+from netloom.extension.directory import persistent
+from netloom.extension.hostkeys import Known, KnownHosts
+from netloom.wire import PROTOCOL_VERSION
+
+app = typer.Typer(
+    name="netloom",
+    help="Guest networks for Apache CloudStack on plain Linux hosts.",
+    epilog="CloudStack itself calls: <command> <payload-file> <timeout-seconds>.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+hosts = typer.Typer(
+    help="The SSH host keys that were remembered on first use.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(hosts, name="hosts")
+
+Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """The version of this program, and of what it speaks to the hosts."""
+    if as_json:
+        _print_json({"version": __version__, "wire": PROTOCOL_VERSION})
+    else:
+        typer.echo(f"netloom {__version__} (speaks protocol {PROTOCOL_VERSION} to its hosts)")
+
+
+@app.command("commands")
+def list_commands(as_json: Json = False) -> None:
+    """The commands of CloudStack's protocol, and which of them this version carries out."""
+    rows = [(row.name, row.kind, row.kind == "extension" or row.transition is not None) for row in TABLE.values()]
+    if as_json:
+        _print_json([{"command": name, "kind": kind, "carried_out": built} for name, kind, built in rows])
+        return
+    lines = [[name, kind, "yes" if built else "not yet"] for name, kind, built in rows]
+    typer.echo(table.render(["COMMAND", "KIND", "CARRIED OUT"], lines))
+    typer.echo(f"\n{sum(built for *_, built in rows)} of {len(rows)} commands are carried out.")
+
+
+@hosts.command("list")
+def list_hosts(as_json: Json = False) -> None:
+    """Every remembered key, with the line where it stands."""
+    known_hosts = _known_hosts()
+    known = known_hosts.all()
+    if as_json:
+        _print_json([_as_json(entry) for entry in known])
+    elif known:
+        typer.echo(table.render(["HOST", "KEY", "FINGERPRINT", "LINE"], [_as_row(entry) for entry in known]))
+        typer.echo(f"\n{known_hosts.path}")
+    else:
+        typer.echo(f"No host key is remembered yet ({known_hosts.path}).")
+
+
+@hosts.command("forget")
+def forget_host(
+    host: Annotated[str, typer.Argument(help="As it stands in the list: a name, an address, or '[name]:port'.")],
+    as_json: Json = False,
+) -> None:
+    """Forget a host's key: the next one it shows is remembered. For a host that was installed anew."""
+    known_hosts = _known_hosts()
+    gone = known_hosts.forget(host)
+    if as_json:
+        _print_json([_as_json(entry) for entry in gone])
+    if not gone:
+        typer.echo(f"netloom: no key of {host} is remembered in {known_hosts.path}", err=True)
+        raise typer.Exit(1)
+    if not as_json:
+        for entry in gone:
+            typer.echo(f"Forgotten: {entry.name} {entry.key.kind} {entry.key.fingerprint}")
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry out what a person asked; the exit status."""
+    try:
+        outcome = app(args=list(words), prog_name="netloom", standalone_mode=True)
+    except NetloomError as error:
+        sys.stderr.write(f"netloom: {error}\n")
+        return error.exit_code
+    except OSError as error:
+        sys.stderr.write(f"netloom: {error}\n")
+        return 1
+    return int(outcome or 0)
+
+
+def _known_hosts() -> KnownHosts:
+    return KnownHosts(persistent())
+
+
+def _as_row(known: Known) -> list[str]:
+    return [known.name, known.key.kind, known.key.fingerprint, str(known.line)]
+
+
+def _as_json(known: Known) -> dict[str, object]:
+    return {"host": known.name, "type": known.key.kind, "fingerprint": known.key.fingerprint, "line": known.line}
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,14 @@
+"""Plain tables: columns aligned by two blanks, as ps and ip print them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def render(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The table as text, without a final newline; no line ends in blanks."""
+    widths = [max(len(line[column]) for line in (heads, *rows)) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (heads, *rows)
+    )

@@ -1,0 +1,56 @@
+"""argv to one of five doors, importing only what is behind that one.
+
+The program does not depend on its own name: CloudStack runs whatever file the operator registered.
+"""
+
+from __future__ import annotations
+
+import sys
+
+# What a person may say. CloudStack's commands have a hyphen in them and these have none, so neither hides the other.
+PEOPLE = ("commands", "hosts", "version")
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the cost of importing typing
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Door = Literal["call", "helper", "agent", "guest", "people"]
+
+
+def door(words: list[str]) -> Door:
+    """Which of the five doors the words of the command line lead to.
+
+    Three words are CloudStack's call unless the first is one of ours; so an unknown command is refused in one
+    line, as CloudStack's log wants it.
+    """
+    first = words[0] if words else ""
+    if first == "agent":
+        return "agent"
+    if first == "guest":
+        return "guest"
+    if first == "helper":
+        return "helper"
+    if not first.startswith("-") and ("-" in first or (len(words) == 3 and first not in PEOPLE)):
+        return "call"
+    return "people"
+
+
+def main(argv: list[str]) -> int:
+    """Open the door that ``argv`` names; the exit status, where the door does not end the process itself."""
+    words = argv[1:]
+    match door(words):
+        case "call":
+            from netloom.extension.call import call  # nothing heavy: sys, os, time and what the interpreter has
+
+            return call(words, executable=argv[0])
+        case "agent":
+            from netloom.agent.main import main as agent  # msgspec, asyncio: three bare start-ups
+
+            return agent(words[1:])
+        case "people":
+            from netloom.cli.app import run  # Typer: ten bare start-ups
+
+            return run(words)
+        case "helper" | "guest" as later:
+            sys.stderr.write(f"netloom {later}: not built yet in this version\n")
+            return 1

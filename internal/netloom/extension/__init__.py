@@ -1,0 +1,1 @@
+"""CloudStack is calling: envelope, placement, SSH and the outcome."""

@@ -1,0 +1,472 @@
+"""SSH to one host: reach it, believe its key, log in once, run the agent's command.
+
+Everything a host does wrong here becomes one HostUnreachable (or LoginRefused) that names the host and a remedy;
+secrets are in none of them. Nothing here sets a time limit: the caller holds the one deadline and cancels.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes.util
+import logging
+import os
+import shlex
+import socket
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from netloom.errors import BadRequest, HostUnreachable, LoginRefused, one_line
+from netloom.extension.directory import home_of
+from netloom.extension.hostkeys import HostKey, Trust
+from netloom.secret import Secret
+
+
+def _import_asyncssh() -> None:
+    """Import asyncssh without the processes that it starts to look for libraries that we do without.
+
+    It looks for liboqs and nettle by ctypes.util.find_library, which runs ldconfig, gcc and ld: children, and 200 ms.
+    """
+    found = ctypes.util.find_library
+    ctypes.util.find_library = lambda name: None
+    try:
+        with warnings.catch_warnings():  # cryptography announces what it will drop, on stderr
+            warnings.simplefilter("ignore")
+            import asyncssh  # noqa: F401
+    finally:
+        ctypes.util.find_library = found
+
+
+_import_asyncssh()
+import asyncssh  # noqa: E402  # imported by now, quietly; this is its name
+
+for _name in ("asyncssh", "asyncio"):  # without a handler, logging would write warnings to stderr
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+    logging.getLogger(_name).propagate = False
+
+# What agent command a host has when no setting names another: where the executable installs itself.
+AGENT = "/usr/local/libexec/netloom/netloom agent"
+
+# Plain keys only: a certificate would be believed without being remembered. Best first.
+_KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
+_ALGORITHMS = {"ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256"]}
+
+# The next of a name's addresses is tried this much later, while the one before may still answer (RFC 8305 section 5).
+_NEXT_ADDRESS_S = 0.25
+_KEEPALIVE_S = 5.0
+_STDERR_BYTES_MAX = 4096
+_DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
+
+_SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
+_SUDO_REFUSES = ("is not in the sudoers", "is not allowed to", "may not run sudo", "not allowed to execute")
+
+Stage = Literal["resolve", "connect", "handshake", "login", "agent"]
+
+
+@dataclass(frozen=True)
+class Login:
+    """How to log in to the hosts of one registration. One way only: ``sshkey``, else ``password``, else the user's own
+    agent and keys; and each is tried once, because repeated failures lock accounts."""
+
+    trust: Trust
+    username: str = "root"
+    port: int = 22
+    sshkey: Secret = field(default_factory=Secret)
+    password: Secret = field(default_factory=Secret)
+    agent: str = AGENT
+
+    @property
+    def method(self) -> Literal["sshkey", "password", "own keys"]:
+        if self.sshkey:
+            return "sshkey"
+        return "password" if self.password else "own keys"
+
+    @property
+    def command(self) -> str:
+        """What the login shell is told to run; nothing of it comes from a payload."""
+        connect = " ".join(map(shlex.quote, [*shlex.split(self.agent), "connect"]))
+        return connect if self.username == "root" else f"sudo -n {connect}"
+
+
+class Channel(asyncssh.SSHClientSession[bytes]):
+    """The agent's stdin and stdout at the other end of one SSH connection."""
+
+    def __init__(self, received: Callable[[bytes], None]) -> None:
+        self._received = received
+        self._channel: asyncssh.SSHClientChannel[bytes] | None = None
+        self._stderr = bytearray()
+        self.exit_status: int | None = None
+        self.exit_signal = ""
+        self.lost: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, chan: asyncssh.SSHClientChannel[bytes]) -> None:
+        self._channel = chan
+
+    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:
+        if datatype == asyncssh.EXTENDED_DATA_STDERR:
+            self._stderr += data[: _STDERR_BYTES_MAX - len(self._stderr)]
+        else:
+            self._received(data)
+
+    def exit_status_received(self, status: int) -> None:
+        self.exit_status = status
+
+    def exit_signal_received(self, signal: str, core_dumped: bool, msg: str, lang: str) -> None:
+        self.exit_signal = signal
+
+    def eof_received(self) -> bool:
+        return True  # the exit status is still to come
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(exc)
+
+    def write(self, data: bytes) -> None:
+        """Queue ``data``. Raises BrokenPipeError when the other end is gone."""
+        assert self._channel is not None
+        self._channel.write(data)
+
+    @property
+    def stderr(self) -> str:
+        """What the host's shell, sudo or agent said besides: one line."""
+        return one_line(bytes(self._stderr).decode("utf-8", "replace"), 300)
+
+
+class _Client(asyncssh.SSHClient):
+    """Answers asyncssh's questions about one login."""
+
+    def __init__(self, host: str, login: Login, at: Callable[[Stage], None]) -> None:
+        self._host = host
+        self._login = login
+        self._at = at
+        self.refused: LoginRefused | None = None
+        self.asked_for_password = False
+        self.password_expired = False
+
+    def validate_host_public_key(self, host: str, addr: str, port: int, key: asyncssh.SSHKey) -> bool:
+        kind, blob = key.export_public_key("openssh").decode().split()[:2]
+        try:
+            self._login.trust.check(self._host, self._login.port, HostKey(kind, blob))
+        except LoginRefused as error:
+            self.refused = error
+            return False
+        self._at("login")
+        return True
+
+    def password_auth_requested(self) -> str | None:
+        return self._password_once()
+
+    def kbdint_auth_requested(self) -> str | None:
+        return "" if self._login.method == "password" and not self.asked_for_password else None
+
+    def kbdint_challenge_received(
+        self, name: str, instructions: str, lang: str, prompts: Sequence[tuple[str, bool]]
+    ) -> list[str] | None:
+        if not prompts:  # a message only
+            return []
+        if len(prompts) > 1 or prompts[0][1]:  # a second factor, or something that is shown while it is typed
+            return None
+        password = self._password_once()
+        return None if password is None else [password]
+
+    def password_change_requested(self, prompt: str, lang: str) -> tuple[str, str]:
+        self.password_expired = True
+        return NotImplemented  # type: ignore[no-any-return]  # asyncssh's own word for "cannot"
+
+    def _password_once(self) -> str | None:
+        if self._login.method != "password" or self.asked_for_password:
+            return None
+        self.asked_for_password = True
+        return self._login.password.reveal()
+
+
+class Connection:
+    """One SSH connection to one host, and how far it has come."""
+
+    def __init__(self, host: str, login: Login) -> None:
+        self.host = host
+        self.login = login
+        self.stage: Stage = "resolve"
+        self._connection: asyncssh.SSHClientConnection | None = None
+
+    def _at(self, stage: Stage) -> None:
+        self.stage = stage
+
+    async def open(self) -> None:
+        """Reach the host and log in. Raises HostUnreachable or LoginRefused; BadRequest for a key that is none."""
+        keys: list[asyncssh.SSHKey | asyncssh.SSHKeyPair] = []
+        if self.login.method == "sshkey":
+            keys = [parse_key(self.login.sshkey)]
+        if self.login.method == "own keys":
+            keys = [*await agent_keys(), *own_keys()]
+            if not keys:
+                raise LoginRefused(
+                    f"{self.host}: nothing to log in with: neither sshkey nor password is registered",
+                    hint="register one of them, or give the calling user a key of its own",
+                )
+        sock = await self._dial()
+        self._at("handshake")
+        client = _Client(self.host, self.login, self._at)
+        _settle_local_user()
+        try:
+            self._connection = await asyncssh.connect(
+                self.host,
+                self.login.port,
+                sock=sock,
+                config=None,  # no operator's ~/.ssh/config: what is registered in CloudStack decides
+                client_factory=lambda: client,
+                username=self.login.username,
+                client_keys=keys or None,
+                agent_path=None,
+                preferred_auth=_METHODS[self.login.method],
+                gss_host=None,
+                known_hosts=([], [], []),  # none of asyncssh's own: every key is put to our Trust
+                x509_trusted_certs=None,
+                server_host_key_algs=self._host_key_algorithms(),
+                compression_algs=["none"],
+                keepalive_interval=_KEEPALIVE_S,
+                keepalive_count_max=3,
+                login_timeout=0,
+                connect_timeout=None,
+            )
+        except (asyncssh.Error, OSError, ValueError) as error:
+            sock.close()
+            raise client.refused or self._failure(error, client) from error
+
+    async def run(self, received: Callable[[bytes], None]) -> Channel:
+        """Start the agent's command; what it says goes to ``received``, which must not raise."""
+        assert self._connection is not None
+        self._at("agent")
+        try:
+            channel = Channel(received)
+            await self._connection.create_session(
+                lambda: channel,
+                self.login.command,
+                encoding=None,
+                request_pty=False,
+            )
+        except (asyncssh.Error, OSError) as error:
+            raise HostUnreachable(
+                f"{self.host}: logged in, but no command may be run: {_reason(error)}",
+                hint="does sshd force another command, or limit sessions?",
+            ) from error
+        return channel
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    async def _dial(self) -> socket.socket:
+        """A connected socket to the first of the host's addresses that answers."""
+        loop = asyncio.get_running_loop()
+        host, port = self.host, self.login.port
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "not a host name"
+            raise HostUnreachable(
+                f"{host}: the name cannot be resolved: {why}",
+                hint="check the registration detail hosts, and this server's resolver",
+            ) from error
+        self._at("connect")
+        failures: list[OSError] = []
+        pending = {asyncio.ensure_future(_connect_after(n * _NEXT_ADDRESS_S, info)) for n, info in enumerate(found)}
+        try:
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for attempt in done:
+                    outcome = attempt.result()
+                    if isinstance(outcome, socket.socket):
+                        return outcome
+                    failures.append(outcome)
+        finally:
+            for attempt in pending:
+                attempt.cancel()
+        reasons = dict.fromkeys(failure.strerror or str(failure) for failure in failures)
+        raise HostUnreachable(
+            f"{host}: no connection to port {port}: {', '.join(reasons)}",
+            hint="is the host up, is sshd running there, and is the port right?",
+        ) from failures[-1]
+
+    def _host_key_algorithms(self) -> list[str]:
+        try:
+            expected = self.login.trust.expected_kinds(self.host, self.login.port)
+        except OSError:
+            expected = []  # said properly when the key is judged
+        kinds = [*(kind for kind in expected if kind in _KEY_TYPES), *_KEY_TYPES]
+        return list(dict.fromkeys(name for kind in kinds for name in _ALGORITHMS.get(kind, [kind])))
+
+    def _failure(self, error: Exception, client: _Client) -> HostUnreachable:
+        host, login = self.host, self.login
+        if isinstance(error, asyncssh.PermissionDenied):
+            if client.password_expired:
+                return LoginRefused(
+                    f"{host}: the password of {login.username} has expired", hint="set a new one on the host"
+                )
+            if login.method == "password" and not client.asked_for_password:
+                return LoginRefused(
+                    f"{host}: login as {login.username} refused: the host takes no password",
+                    hint="allow PasswordAuthentication in its sshd, or register an sshkey",
+                )
+            return LoginRefused(
+                f"{host}: login as {login.username} by {login.method} refused", hint=_LOGIN_HINTS[login.method]
+            )
+        if isinstance(error, asyncssh.KeyExchangeFailed):
+            return HostUnreachable(
+                f"{host}: no common SSH algorithm: {_reason(error)}", hint="is its sshd very old, or very strict?"
+            )
+        if self.stage == "handshake":
+            return HostUnreachable(
+                f"{host}: port {login.port} was reached, but no SSH came about: {_reason(error)}",
+                hint="is that an SSH server, and does it admit this machine (MaxStartups, DenyUsers, hosts.deny)?",
+            )
+        return LoginRefused(
+            f"{host}: the connection ended during the login as {login.username}: {_reason(error)}",
+            hint=_LOGIN_HINTS[login.method],
+        )
+
+    def silence(self, waited_s: float) -> HostUnreachable:
+        """The error for a host that is at its present stage when the deadline comes."""
+        host, port = self.host, self.login.port
+        what, hint = {
+            "resolve": ("its name is not resolved", "check this server's resolver, or register an address"),
+            "connect": (f"port {port} does not answer", "is the host up, and does a firewall drop the packets?"),
+            "handshake": (f"port {port} is open, but no SSH answers", "is its sshd hung? look on the host's console"),
+            "login": ("the login does not come to an end", "is its sshd hung, or waiting for a directory service?"),
+            "agent": ("SSH is fine, but the agent does not answer", f"look on the host: {self.login.agent} status"),
+        }[self.stage]
+        return HostUnreachable(f"{host}: {what} within {waited_s:.0f} s", hint=hint)
+
+
+_METHODS = {
+    "sshkey": ["publickey"],
+    "password": ["password", "keyboard-interactive"],
+    "own keys": ["publickey"],
+}
+_LOGIN_HINTS = {
+    "sshkey": "is the public half of sshkey in the user's authorized_keys there, and is the user the right one?",
+    "password": "is the registered password right, and does its sshd let that user log in?",
+    "own keys": "neither sshkey nor password is registered, and no key of the calling user is accepted there",
+}
+
+
+async def _connect_after(wait_s: float, info: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket | OSError:
+    """A connected socket, or why not."""
+    await asyncio.sleep(wait_s)
+    family, kind, protocol, _, address = info
+    try:
+        sock = socket.socket(family, kind, protocol)
+    except OSError as error:  # no IPv6 on this machine
+        return error
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except OSError as error:
+        sock.close()
+        return error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def parse_key(sshkey: Secret) -> asyncssh.SSHKey:
+    """The private key of the registration detail ``sshkey``, PEM or OpenSSH, however a form or a shell mangled its line
+    ends. Raises BadRequest, which quotes nothing of it."""
+    text = sshkey.reveal()
+    if "\n" not in text.strip() and "\\n" in text:  # JSON in JSON: some tools escape the line ends twice
+        text = text.replace("\\r", "").replace("\\n", "\n")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    clean = "\n".join(line for line in lines if line) + "\n"
+    if "ENCRYPTED" in clean:  # a header has to be followed by an empty line, which was just taken out
+        raise _encrypted()
+    try:
+        return asyncssh.import_private_key(clean)
+    except asyncssh.KeyEncryptionError as error:
+        raise _encrypted() from error
+    except (asyncssh.KeyImportError, ValueError) as error:
+        if "passphrase" in str(error).lower():
+            raise _encrypted() from None
+        if clean.startswith(tuple(_KEY_TYPES)):
+            raise BadRequest(
+                "registration detail sshkey: that is a public key", hint="register the private half of the pair"
+            ) from None
+        raise BadRequest(
+            f"registration detail sshkey: not a private key ({len(text)} characters)",
+            hint="register the whole PEM or OpenSSH text, BEGIN and END lines included, at most 4096 characters",
+        ) from None
+
+
+def _encrypted() -> BadRequest:
+    return BadRequest(
+        "registration detail sshkey: the key is encrypted, and nobody is there to type its passphrase",
+        hint="register a key without one (ssh-keygen -p removes it)",
+    )
+
+
+async def agent_keys() -> list[asyncssh.SSHKeyPair]:
+    """The keys of the calling user's SSH agent, if one runs."""
+    path = os.environ.get("SSH_AUTH_SOCK", "")
+    if not path:
+        return []
+    try:
+        return list(await (await asyncssh.connect_agent(path)).get_keys())
+    except (OSError, ValueError, asyncssh.Error):
+        return []
+
+
+def own_keys() -> list[asyncssh.SSHKey]:
+    """The calling user's default identities, as far as they can be read and are not encrypted."""
+    home = home_of(os.environ, os.geteuid())
+    keys = []
+    for name in _DEFAULT_IDENTITIES if home else ():
+        try:
+            keys.append(asyncssh.read_private_key(os.path.join(home, ".ssh", name)))
+        except (OSError, ValueError, asyncssh.KeyImportError, asyncssh.KeyEncryptionError):
+            continue
+    return keys
+
+
+def _settle_local_user() -> None:
+    """Give asyncssh a user name and a home to look up, where the machine has neither; it uses them for nothing here."""
+    uid = os.geteuid()
+    os.environ.setdefault("HOME", home_of(os.environ, uid) or "/nonexistent")
+    os.environ.setdefault("LOGNAME", f"uid-{uid}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, asyncssh.Error):
+        return one_line(error.reason, 200)
+    return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
+
+
+def why_no_agent(host: str, login: Login, channel: Channel) -> HostUnreachable:
+    """The error for a command that ended before it said hello: from its exit status and what it wrote to stderr."""
+    said = channel.stderr
+    sudo = login.username != "root"
+    if sudo and any(phrase in said for phrase in _SUDO_WANTS_PASSWORD):
+        return LoginRefused(
+            f"{host}: sudo wants a password from {login.username}",
+            hint=f"allow it without: '{login.username} ALL=(root) NOPASSWD: ALL' in /etc/sudoers.d, and no requiretty",
+        )
+    if sudo and any(phrase in said for phrase in _SUDO_REFUSES):
+        return LoginRefused(
+            f"{host}: sudo does not let {login.username} run the agent: {said}",
+            hint=f"put '{login.username} ALL=(root) NOPASSWD: ALL' into /etc/sudoers.d",
+        )
+    if sudo and channel.exit_status == 127 and "sudo" in said:
+        return LoginRefused(f"{host}: there is no sudo for {login.username}", hint="install sudo, or log in as root")
+    if channel.exit_status in (126, 127) or "command not found" in said:
+        return HostUnreachable(
+            f"{host}: no agent at {login.agent.split()[0] if login.agent.split() else login.agent!r}"
+            + (f": {said}" if said else ""),
+            hint="install netloom there, or let NETLOOM_AGENT name its command",
+        )
+    how = f"signal {channel.exit_signal}" if channel.exit_signal else f"status {channel.exit_status}"
+    if channel.exit_status is None and not channel.exit_signal:
+        how = "no status: the connection was lost"
+    return HostUnreachable(
+        f"{host}: the agent did not start: it ended with {how}" + (f": {said}" if said else ""),
+        hint="try it on the host: " + login.command,
+    )
