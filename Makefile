@@ -1,0 +1,39 @@
+# `make` alone lists the targets. Recipes longer than a line live in build/ci/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+export PYTHONPATH := internal:tests
+export PYTHONDONTWRITEBYTECODE := 1
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+demo: packages venv ## the life of an isolated network on two simulated hosts, shown step by step (root)
+	@.venv/bin/python -m bed.demo
+
+test: packages venv ## all tests, with the time of each group (root)
+	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e
+
+check: venv ## format, lint, types, import contracts, tests that need no root: seconds
+	@.venv/bin/python build/ci/groups.py static unit model golden repo
+
+fix: venv ## format the code and apply the linter's safe corrections
+	@.venv/bin/ruff check --quiet --fix-only .
+	@.venv/bin/ruff format .
+
+packages: ## install the Debian packages of build/ci/apt.txt that are missing (root)
+	@build/ci/apt
+
+venv: ## make .venv from the hashed requirement files
+	@build/ci/venv
+
+lock: ## pin the requirement files anew; LOCK=--upgrade takes the newest releases
+	@build/ci/lock $(LOCK)
+
+clean: ## remove .venv, caches and products
+	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help demo test check fix packages venv lock clean

@@ -1,0 +1,132 @@
+"""Run the named groups of checks one after the other and end with a table of their results and times.
+
+A group is a process of its own, so that one that dies, hangs or changes its namespace takes no other with it.
+Failed: a test failed, was skipped (a skip would hide what it claims), ran into the group's limit, or there was none.
+The last line is ``N passed, N failed``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": "internal:tests", "PYTHONDONTWRITEBYTECODE": "1"}
+
+STATIC = {
+    "format": ["ruff", "format", "--quiet", "--diff", "."],
+    "lint": ["ruff", "check", "--quiet", "."],
+    "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", "build/ci"],
+    "imports": ["lint-imports", "--no-logo"],
+}
+PRIVILEGED = {"kernel", "ssh", "e2e"}
+GROUP_LIMIT_S = 1800
+INTERRUPT_GRACE_S = 60
+
+
+@dataclass
+class Result:
+    """What a group came to."""
+
+    group: str
+    passed: int = 0
+    failed: int = 0
+    time_s: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+
+
+def main(groups: list[str]) -> int:
+    """The exit status: 0 when nothing failed."""
+    privileged = [group for group in groups if group in PRIVILEGED]
+    if privileged and os.geteuid() != 0:
+        print(f"{', '.join(privileged)}: these tests make network namespaces and need root", file=sys.stderr)
+        return 1
+    results = []
+    for group in groups:
+        print(f"== {group}", flush=True)
+        started = time.monotonic()
+        result = _static() if group == "static" else _pytest(group)
+        result.time_s = time.monotonic() - started
+        results.append(result)
+    _table(results)
+    return 1 if any(result.failed for result in results) else 0
+
+
+def _static() -> Result:
+    result = Result("static")
+    for name, command in STATIC.items():
+        argv = [str(BIN / command[0]), *command[1:]]
+        done = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            result.passed += 1
+        else:
+            print(f"{name} failed:\n{done.stdout}{done.stderr}", flush=True)
+            result.failed += 1
+            result.remarks.append(name)
+    return result
+
+
+def _pytest(group: str) -> Result:
+    result = Result(group)
+    with tempfile.TemporaryDirectory(prefix="netloom-report-") as directory:
+        report = Path(directory, "report.xml")
+        command = [str(BIN / "python"), "-m", "pytest", f"tests/{group}", f"--junit-xml={report}"]
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            status = process.wait(GROUP_LIMIT_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+            _end(process)
+            if isinstance(stopped, KeyboardInterrupt):
+                raise
+            result.failed += 1
+            result.remarks.append(f"stopped after {GROUP_LIMIT_S} s")
+            return result
+        _count(report, result)
+    if status not in (0, 1):
+        result.failed += 1
+        result.remarks.append("no test" if status == 5 else f"pytest ended with {status}")
+    return result
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGINT)  # fixtures take their namespaces down
+    try:
+        process.wait(INTERRUPT_GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _count(report: Path, result: Result) -> None:
+    if not report.exists():
+        return
+    for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is not None:
+            result.failed += 1
+            result.remarks.append(f"skipped: {case.get('name')}")
+        elif case.find("failure") is not None or case.find("error") is not None:
+            result.failed += 1
+        else:
+            result.passed += 1
+
+
+def _table(results: list[Result]) -> None:
+    print(f"\n{'group':<10}{'passed':>8}{'failed':>8}{'time':>10}")
+    for result in results:
+        remarks = f"  {'; '.join(result.remarks[:5])}" if result.remarks else ""
+        print(f"{result.group:<10}{result.passed:>8}{result.failed:>8}{result.time_s:>8.1f} s{remarks}")
+    passed, failed = sum(result.passed for result in results), sum(result.failed for result in results)
+    print(f"{'':<26}{sum(result.time_s for result in results):>8.1f} s\n\n{passed} passed, {failed} failed", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
