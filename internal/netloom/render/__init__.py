@@ -1,0 +1,1 @@
+"""State to artefacts: rulesets, links, routes, configuration files. Text and values; nothing runs."""
