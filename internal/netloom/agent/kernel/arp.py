@@ -1,0 +1,63 @@
+"""Gratuitous ARP: tell the neighbours on a link that an address is at this MAC address now."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+
+from netloom.agent.kernel.namespaces import inside
+from netloom.errors import HostRefused
+
+_ETHERTYPE_ARP = 0x0806
+_BROADCAST = b"\xff" * 6
+# Ethernet: destination, source, type; ARP for IPv4 over Ethernet: formats, lengths, operation; sender and target.
+_FRAME = struct.Struct(">6s6sHHHBBH6s4s6s4s")
+_REQUEST, _REPLY = 1, 2
+
+
+class ArpError(HostRefused):
+    """The frames could not be sent. ``errno`` is the kernel's."""
+
+    def __init__(self, message: str, errno: int) -> None:
+        super().__init__(f"{message}: {os.strerror(errno)}")
+        self.errno = errno
+
+
+def gratuitous(namespace: str | None, link: str, address: str, mac: str) -> None:
+    """Announce once, as a request and as a reply; who wants it repeated calls again.
+
+    Both forms, because each is the one that some neighbours ignore. Nothing is received.
+
+    Raises ArpError (no such link, link down), NamespaceError; ValueError for what is no IPv4 or MAC address.
+    """
+    request, reply = frames(address, mac)
+    try:
+        with inside(namespace):
+            # Protocol 0: the socket takes no packets in, so none pile up in it.
+            packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        with packet:
+            packet.bind((link, 0))
+            packet.send(request)
+            packet.send(reply)
+    except OSError as error:
+        raise ArpError(f"announce {address} on {link}", error.errno or 0) from error
+
+
+def frames(address: str, mac: str) -> tuple[bytes, bytes]:
+    """The announcement as a request (RFC 5227 section 3) and as a reply (RFC 5944 section 4.6), whole Ethernet frames.
+
+    ValueError for what is no IPv4 or MAC address.
+    """
+    ip = ipaddress.IPv4Address(address).packed
+    try:
+        sender = bytes.fromhex(mac.replace(":", ""))
+    except ValueError:
+        sender = b""
+    if len(sender) != 6:
+        raise ValueError(f"{mac!r} is no MAC address")
+    head = (_BROADCAST, sender, _ETHERTYPE_ARP, 1, 0x0800, 6, 4)
+    request = _FRAME.pack(*head, _REQUEST, sender, ip, bytes(6), ip)
+    reply = _FRAME.pack(*head, _REPLY, sender, ip, sender, ip)
+    return request, reply

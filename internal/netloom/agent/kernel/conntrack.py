@@ -1,0 +1,274 @@
+"""Connection tracking of a namespace (ctnetlink): list, delete, mark, count.
+
+Layout: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h. Numbers inside attributes are big endian.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import msgspec
+
+from netloom.agent.kernel import netlink
+from netloom.agent.kernel.netlink import Message, NetlinkError, Socket, attribute, attribute_map, be16, be32
+
+_SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
+_NEW, _GET, _DELETE, _GET_STATS = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2, _SUBSYSTEM | 5
+
+_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_TIMEOUT, _CTA_MARK = 1, 2, 3, 7, 8
+_CTA_ID, _CTA_ZONE, _CTA_MARK_MASK = 12, 18, 21
+_CTA_TUPLE_IP, _CTA_TUPLE_PROTO, _CTA_TUPLE_ZONE = 1, 2, 3
+_CTA_IP_V4_SRC, _CTA_IP_V4_DST, _CTA_IP_V6_SRC, _CTA_IP_V6_DST = 1, 2, 3, 4
+_CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
+_CTA_PROTO_ICMP_TYPE, _CTA_PROTO_ICMP_CODE = 5, 6
+_CTA_PROTO_ICMPV6_TYPE, _CTA_PROTO_ICMPV6_CODE = 8, 9
+_CTA_STATS_GLOBAL_ENTRIES = 1
+
+# Bits of ``status`` (enum ip_conntrack_status).
+SEEN_REPLY, ASSURED, CONFIRMED = 0x2, 0x4, 0x8
+SRC_NAT, DST_NAT = 0x10, 0x20
+
+_HEAD = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
+_ATTRIBUTE = struct.Struct("=HH")
+_TUPLE_AT, _TUPLE_END = 8, 56  # where the value of the first attribute lies in the payload of such an entry
+
+# An IPv4 tuple of a protocol with ports, as every kernel writes it: attribute headers (constant), then values. So
+# the common entry is one unpacking instead of a walk over eighteen nested attributes.
+_PORTS_V4 = "8s4s4s4s8sB3x4sH2x4sH2x"
+_BOTH_V4 = struct.Struct(f">4s{_PORTS_V4}4s{_PORTS_V4}")
+_NESTED = netlink.NLA_F_NESTED
+_H_IP = _ATTRIBUTE.pack(20, _CTA_TUPLE_IP | _NESTED) + _ATTRIBUTE.pack(8, _CTA_IP_V4_SRC)
+_H_DST = _ATTRIBUTE.pack(8, _CTA_IP_V4_DST)
+_H_PROTO = _ATTRIBUTE.pack(28, _CTA_TUPLE_PROTO | _NESTED) + _ATTRIBUTE.pack(5, _CTA_PROTO_NUM)
+_H_SPORT = _ATTRIBUTE.pack(6, _CTA_PROTO_SRC_PORT)
+_H_DPORT = _ATTRIBUTE.pack(6, _CTA_PROTO_DST_PORT)
+_H_ORIGINAL = _ATTRIBUTE.pack(52, _CTA_TUPLE_ORIG | _NESTED)
+_H_REPLY = _ATTRIBUTE.pack(52, _CTA_TUPLE_REPLY | _NESTED)
+_HEADERS = (_H_IP, _H_DST, _H_PROTO, _H_SPORT, _H_DPORT)
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One connection. Ports are 0 where the protocol has none, ICMP type and code where it is not ICMP.
+
+    ``timeout``: seconds that are left. ``status``: bits as SEEN_REPLY above. ``family`` and ``original`` (the tuple
+    as the kernel wrote it) are what finds it again, with ``zone`` and ``id``.
+    """
+
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    reply_src: str
+    reply_dst: str
+    reply_sport: int
+    reply_dport: int
+    icmp_type: int
+    icmp_code: int
+    mark: int
+    status: int
+    timeout: int
+    id: int
+    zone: int
+    family: int
+    original: bytes
+
+
+def dump(namespace: str | None, *, mark: int = 0, mask: int = 0) -> list[Entry]:
+    """All connections of a namespace, IPv4 and IPv6; with a ``mask`` only those whose mark, under it, is ``mark``.
+
+    Raises NamespaceError, NetlinkError.
+    """
+    payload = _HEAD.pack(socket.AF_UNSPEC, 0, 0)
+    if mask:
+        payload += be32(_CTA_MARK, mark) + be32(_CTA_MARK_MASK, mask)
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+        found = ctnetlink.dump(Message(_GET, payload=payload, what="list connections"))
+    return [decode_entry(payload) for kind, payload in found if kind == _NEW]
+
+
+def delete(namespace: str | None, entries: Iterable[Entry]) -> int:
+    """End these connections, and return how many of them there still were.
+
+    Found by tuple and id, so that a connection that has since been made anew with the same tuple stays, as far as the
+    kernel's ids tell: they are a hash that contains the entry's place in memory.
+
+    Raises NamespaceError, NetlinkError.
+    """
+    requests = [
+        Message(_DELETE, payload=_finding(entry) + be32(_CTA_ID, entry.id), what=f"delete connection {_words(entry)}")
+        for entry in entries
+    ]
+    return _carry_out(namespace, requests)
+
+
+def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: int = 0xFFFFFFFF) -> int:
+    """Write the bits of ``mask`` in the marks of these connections; return how many of them there still were.
+
+    Found by tuple alone: the kernel looks at no id here.
+
+    Raises NamespaceError, NetlinkError.
+    """
+    new = be32(_CTA_MARK, mark & mask) + be32(_CTA_MARK_MASK, mask)
+    requests = [
+        Message(_NEW, payload=_finding(entry) + new, what=f"mark connection {_words(entry)}") for entry in entries
+    ]
+    return _carry_out(namespace, requests)
+
+
+def flush(namespace: str | None) -> None:
+    """End all connections of a namespace. Raises NamespaceError, NetlinkError."""
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+        everything = _HEAD.pack(socket.AF_UNSPEC, 0, 0)
+        ctnetlink.request([Message(_DELETE, payload=everything, what="delete all connections")])
+
+
+def count(namespace: str | None) -> int:
+    """How many connections the kernel counts in a namespace. Raises NamespaceError, NetlinkError."""
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+        ask = Message(_GET_STATS, payload=_HEAD.pack(socket.AF_UNSPEC, 0, 0), what="count connections")
+        answers = ctnetlink.request([ask])
+    for answer in answers:
+        told = attribute_map(answer.payload, _HEAD.size)
+        if _CTA_STATS_GLOBAL_ENTRIES in told:
+            return int.from_bytes(told[_CTA_STATS_GLOBAL_ENTRIES], "big")
+    raise NetlinkError(errno.EBADMSG, "count connections")
+
+
+def decode_entry(payload: bytes) -> Entry:
+    """Raises NetlinkError (EBADMSG) when ``payload`` is no nfgenmsg with a connection's attributes."""
+    if len(payload) >= 4 + _BOTH_V4.size:
+        (
+            h_original, h1, src, h2, dst, h3, protocol, h4, sport, h5, dport,
+            h_reply, r1, reply_src, r2, reply_dst, r3, _, r4, reply_sport, r5, reply_dport,
+        ) = _BOTH_V4.unpack_from(payload, 4)  # fmt: skip
+        if (
+            h_original == _H_ORIGINAL
+            and h_reply == _H_REPLY
+            and (h1, h2, h3, h4, h5) == _HEADERS
+            and (r1, r2, r3, r4, r5) == _HEADERS
+        ):
+            told = _numbers(payload, 4 + _BOTH_V4.size)
+            return Entry(
+                protocol=protocol,
+                src=_v4(src),
+                dst=_v4(dst),
+                sport=sport,
+                dport=dport,
+                reply_src=_v4(reply_src),
+                reply_dst=_v4(reply_dst),
+                reply_sport=reply_sport,
+                reply_dport=reply_dport,
+                icmp_type=0,
+                icmp_code=0,
+                mark=told.get(_CTA_MARK, 0),
+                status=told.get(_CTA_STATUS, 0),
+                timeout=told.get(_CTA_TIMEOUT, 0),
+                id=told.get(_CTA_ID, 0),
+                zone=told.get(_CTA_ZONE, 0),
+                family=socket.AF_INET,
+                original=payload[_TUPLE_AT:_TUPLE_END],
+            )
+    return _decode_any(payload)
+
+
+def _decode_any(payload: bytes) -> Entry:
+    if len(payload) < _HEAD.size:
+        raise NetlinkError(errno.EBADMSG, "connection", "cut short")
+    told = attribute_map(payload, _HEAD.size)
+    if _CTA_TUPLE_ORIG not in told or _CTA_TUPLE_REPLY not in told:
+        raise NetlinkError(errno.EBADMSG, "connection", "a direction is missing")
+    original = told[_CTA_TUPLE_ORIG]
+    src, dst, protocol, sport, dport, icmp_type, icmp_code, zone = _direction(original)
+    reply_src, reply_dst, _, reply_sport, reply_dport, _, _, _ = _direction(told[_CTA_TUPLE_REPLY])
+    return Entry(
+        protocol=protocol,
+        src=src,
+        dst=dst,
+        sport=sport,
+        dport=dport,
+        reply_src=reply_src,
+        reply_dst=reply_dst,
+        reply_sport=reply_sport,
+        reply_dport=reply_dport,
+        icmp_type=icmp_type,
+        icmp_code=icmp_code,
+        mark=_big(told.get(_CTA_MARK)),
+        status=_big(told.get(_CTA_STATUS)),
+        timeout=_big(told.get(_CTA_TIMEOUT)),
+        id=_big(told.get(_CTA_ID)),
+        zone=_big(told.get(_CTA_ZONE)) or zone,
+        family=payload[0],
+        original=original,
+    )
+
+
+def _direction(value: bytes) -> tuple[str, str, int, int, int, int, int, int]:
+    told = attribute_map(value)
+    ip = attribute_map(told.get(_CTA_TUPLE_IP, b""))
+    proto = attribute_map(told.get(_CTA_TUPLE_PROTO, b""))
+    return (
+        _text(ip.get(_CTA_IP_V4_SRC) or ip.get(_CTA_IP_V6_SRC, b"")),
+        _text(ip.get(_CTA_IP_V4_DST) or ip.get(_CTA_IP_V6_DST, b"")),
+        _big(proto.get(_CTA_PROTO_NUM)),
+        _big(proto.get(_CTA_PROTO_SRC_PORT)),
+        _big(proto.get(_CTA_PROTO_DST_PORT)),
+        _big(proto.get(_CTA_PROTO_ICMP_TYPE, proto.get(_CTA_PROTO_ICMPV6_TYPE))),
+        _big(proto.get(_CTA_PROTO_ICMP_CODE, proto.get(_CTA_PROTO_ICMPV6_CODE))),
+        _big(told.get(_CTA_TUPLE_ZONE)),
+    )
+
+
+def _numbers(payload: bytes, offset: int) -> dict[int, int]:
+    """The attributes of 4 bytes and less from ``offset`` on, as numbers."""
+    found = {}
+    unpack, from_bytes, end = _ATTRIBUTE.unpack_from, int.from_bytes, len(payload)
+    while offset + 4 <= end:
+        length, kind = unpack(payload, offset)
+        if length < 4 or offset + length > end:
+            raise NetlinkError(errno.EBADMSG, "connection", f"attribute {kind} of length {length}")
+        if length <= 8:
+            found[kind] = from_bytes(payload[offset + 4 : offset + length], "big")
+        offset += (length + 3) & ~3
+    return found
+
+
+def _finding(entry: Entry) -> bytes:
+    if not entry.original:
+        raise ValueError("a connection without a tuple would mean all of them")
+    payload = _HEAD.pack(entry.family, 0, 0) + attribute(_CTA_TUPLE_ORIG | _NESTED, entry.original)
+    return payload + be16(_CTA_ZONE, entry.zone) if entry.zone else payload
+
+
+def _carry_out(namespace: str | None, requests: Sequence[Message]) -> int:
+    if not requests:
+        return 0
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+        answers = ctnetlink.exchange(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        if answer.errno not in (0, errno.ENOENT):
+            raise NetlinkError(answer.errno, request.what, answer.ext_ack)
+    return sum(answer.errno == 0 for answer in answers)
+
+
+def _words(entry: Entry) -> str:
+    return f"{entry.protocol} {entry.src}:{entry.sport} to {entry.dst}:{entry.dport}"
+
+
+@lru_cache(maxsize=1 << 16)
+def _v4(packed: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET, packed)
+
+
+def _text(packed: bytes) -> str:
+    if len(packed) == 16:
+        return socket.inet_ntop(socket.AF_INET6, packed)
+    return _v4(packed) if len(packed) == 4 else ""
+
+
+def _big(value: bytes | None) -> int:
+    return 0 if value is None else int.from_bytes(value, "big")

@@ -1,0 +1,422 @@
+"""Netlink: the codec, and a socket that asks many things in one datagram.
+
+``linux/netlink.h`` and RFC 3549. A message is a header of 16 bytes, a fixed part that its type defines, and attributes
+(length, type, value, padded to 4 bytes; a value may again be attributes). Numbers are in the host's byte order
+except where a family says otherwise. Encoding and decoding are pure functions.
+"""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+from netloom.agent.kernel.namespaces import inside
+from netloom.errors import HostRefused
+
+NETLINK_ROUTE = 0
+NETLINK_NETFILTER = 12
+
+NLM_F_REQUEST, NLM_F_MULTI, NLM_F_ACK = 0x1, 0x2, 0x4
+NLM_F_DUMP_INTR = 0x10
+NLM_F_DUMP = 0x300
+NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
+
+NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 1, 2, 3, 4
+
+NLA_F_NESTED = 0x8000
+NLA_TYPE_MASK = 0x3FFF
+
+_NLM_F_CAPPED, _NLM_F_ACK_TLVS = 0x100, 0x200  # on NLMSG_ERROR and NLMSG_DONE
+_NLMSGERR_ATTR_MSG, _NLMSGERR_ATTR_OFFS, _NLMSGERR_ATTR_MISS_TYPE = 1, 2, 5
+
+_SOL_NETLINK = 270
+_NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
+
+# Python 3.11 has no names for these two.
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_ERROR = struct.Struct("=i")
+
+_BUFFER_BYTES = 4 << 20
+# The kernel drops an acknowledgement for which the receive buffer has no room; each is booked as less than 2 KiB.
+_MESSAGES_PER_DATAGRAM = _BUFFER_BYTES // 2048
+_DATAGRAM_BYTES_MAX = 256 << 10
+_RECEIVE_BYTES = 256 << 10
+# The kernel answers within the call that sends; waiting longer only means that an answer was lost.
+_ANSWER_S_MAX = 10
+_DUMP_TRIES = 10
+
+ALREADY_THERE = frozenset({errnos.EEXIST})
+# No such link; no such rule, table, entry; no such route; no such address.
+ALREADY_GONE = frozenset({errnos.ENODEV, errnos.ENOENT, errnos.ESRCH, errnos.EADDRNOTAVAIL})
+
+
+class NetlinkError(HostRefused):
+    """The kernel refused a request, or what it said cannot be read.
+
+    ``errno`` is the kernel's, ``what`` says in words what was asked for, ``ext_ack`` is what the kernel had to say.
+    """
+
+    def __init__(self, errno: int, what: str, ext_ack: str = "") -> None:
+        text = f"{what}: {os.strerror(errno)}"
+        super().__init__(f"{text}: {ext_ack}" if ext_ack else text)
+        self.errno = errno
+        self.what = what
+        self.ext_ack = ext_ack
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One netlink message, and for a request what is to be said and thought of it.
+
+    ``payload`` is the fixed part and the attributes. ``what`` names the request in errors. ``harmless`` errors count
+    as success. ``links``: at each offset of the payload stands the index (32 bits) of the link of that name, which
+    whoever sends must fill in. ``then`` follows directly behind in the same datagram.
+    """
+
+    type: int
+    flags: int = 0
+    payload: bytes = b""
+    sequence: int = 0
+    what: str = ""
+    harmless: frozenset[int] = frozenset()
+    links: tuple[tuple[int, str], ...] = ()
+    then: tuple[Message, ...] = ()
+
+    def even_if(self, *errors: int) -> Message:
+        """The same request, satisfied also when the kernel answers with one of these error numbers."""
+        return replace(self, harmless=self.harmless | frozenset(errors))
+
+    def even_if_there(self) -> Message:
+        """The same request, satisfied also when the thing exists already."""
+        return self.even_if(*ALREADY_THERE)
+
+    def even_if_gone(self) -> Message:
+        """The same request, satisfied also when the thing does not exist (any more)."""
+        return self.even_if(*ALREADY_GONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back for one request: ``errno`` 0 is success; ``data`` the messages before the acknowledgement."""
+
+    errno: int
+    ext_ack: str = ""
+    data: list[Message] = field(default_factory=list)
+
+
+# Encoding
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute with its padding. ValueError when the value is longer than 65,531 bytes."""
+    length = len(value) + 4
+    if length > 0xFFFF:
+        raise ValueError(f"netlink attribute {kind}: {len(value)} bytes do not fit")
+    return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length & 3)
+
+
+def nested(kind: int, *attributes: bytes) -> bytes:
+    """One attribute that consists of encoded attributes."""
+    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
+
+
+def u8(kind: int, value: int) -> bytes:
+    """One byte."""
+    return attribute(kind, value.to_bytes(1, sys.byteorder))
+
+
+def u16(kind: int, value: int) -> bytes:
+    """A number of 16 bits in the host's byte order."""
+    return attribute(kind, value.to_bytes(2, sys.byteorder))
+
+
+def u32(kind: int, value: int) -> bytes:
+    """A number of 32 bits in the host's byte order."""
+    return attribute(kind, value.to_bytes(4, sys.byteorder))
+
+
+def be16(kind: int, value: int) -> bytes:
+    """A number of 16 bits, big endian."""
+    return attribute(kind, value.to_bytes(2, "big"))
+
+
+def be32(kind: int, value: int) -> bytes:
+    """A number of 32 bits, big endian."""
+    return attribute(kind, value.to_bytes(4, "big"))
+
+
+def text(kind: int, value: str) -> bytes:
+    """A string attribute, with the zero byte that the kernel wants at the end."""
+    return attribute(kind, value.encode() + b"\0")
+
+
+def encode(message: Message) -> bytes:
+    """One message with its header and padding; ``then`` is not part of it."""
+    length = _HEADER.size + len(message.payload)
+    header = _HEADER.pack(length, message.type, message.flags, message.sequence, 0)
+    return header + message.payload + b"\0" * (-length & 3)
+
+
+# Decoding
+
+
+def decode(data: bytes | memoryview) -> list[Message]:
+    """The messages of one datagram.
+
+    Raises NetlinkError (EBADMSG) when a length does not fit what there is.
+    """
+    return [
+        Message(kind, flags, bytes(data[start:end]), sequence) for kind, flags, sequence, start, end in _messages(data)
+    ]
+
+
+def attributes(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
+    """The attributes from ``offset`` on, in order, their types without the flag bits.
+
+    Raises NetlinkError (EBADMSG) when a length does not fit what there is.
+    """
+    found = []
+    end = len(data)
+    while offset < end:
+        if end - offset < 4:
+            raise NetlinkError(errnos.EBADMSG, "netlink attribute", "cut short")
+        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        if length < 4 or offset + length > end:
+            raise NetlinkError(errnos.EBADMSG, f"netlink attribute {kind & NLA_TYPE_MASK}", f"length {length}")
+        found.append((kind & NLA_TYPE_MASK, data[offset + 4 : offset + length]))
+        offset += (length + 3) & ~3
+    return found
+
+
+def attribute_map(data: bytes, offset: int = 0) -> dict[int, bytes]:
+    """The attributes from ``offset`` on by type; of repeated ones the last, as the kernel's own parser does.
+
+    Raises NetlinkError (EBADMSG) like :func:`attributes`.
+    """
+    return dict(attributes(data, offset))
+
+
+def number(value: bytes | None, default: int = 0) -> int:
+    """An attribute's value as an unsigned number in the host's byte order."""
+    return default if value is None else int.from_bytes(value, sys.byteorder)
+
+
+def string(value: bytes | None) -> str:
+    """An attribute's value as text, without the zero byte at its end; what is not UTF-8 is escaped."""
+    return "" if value is None else value.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
+
+
+def decode_error(payload: bytes, flags: int) -> tuple[int, str]:
+    """Error number (0: success) and the kernel's words, from an NLMSG_ERROR or NLMSG_DONE.
+
+    Raises NetlinkError (EBADMSG) when it cannot be read.
+    """
+    if len(payload) < 4:
+        raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
+    code = -_ERROR.unpack_from(payload)[0]
+    return code, _ext_ack(payload[4:]) if flags & _NLM_F_ACK_TLVS else ""
+
+
+def _decode_acknowledgement(payload: bytes, flags: int) -> tuple[int, str]:
+    """As decode_error, for an NLMSG_ERROR, which quotes the request's header and, unless capped, all of it."""
+    if len(payload) < 4 + _HEADER.size:
+        raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
+    code = -_ERROR.unpack_from(payload)[0]
+    if not flags & _NLM_F_ACK_TLVS:
+        return code, ""
+    quoted = _HEADER.size
+    if code and not flags & _NLM_F_CAPPED:
+        quoted = max(quoted, (_HEADER.unpack_from(payload, 4)[0] + 3) & ~3)
+    return code, _ext_ack(payload[4 + quoted :])
+
+
+def _ext_ack(data: bytes) -> str:
+    told = attribute_map(data)
+    words = [string(told[_NLMSGERR_ATTR_MSG])] if _NLMSGERR_ATTR_MSG in told else []
+    if _NLMSGERR_ATTR_MISS_TYPE in told:
+        words.append(f"attribute {number(told[_NLMSGERR_ATTR_MISS_TYPE])} is missing")
+    if not words and _NLMSGERR_ATTR_OFFS in told:
+        words.append(f"byte {number(told[_NLMSGERR_ATTR_OFFS])} of the request")
+    return ", ".join(words)
+
+
+def _messages(data: bytes | memoryview) -> Iterable[tuple[int, int, int, int, int]]:
+    offset, end = 0, len(data)
+    while offset < end:
+        if end - offset < _HEADER.size:
+            raise NetlinkError(errnos.EBADMSG, "netlink message", "cut short")
+        length, kind, flags, sequence, _port = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size or offset + length > end:
+            raise NetlinkError(errnos.EBADMSG, f"netlink message of type {kind}", f"length {length}")
+        yield kind, flags, sequence, offset + _HEADER.size, offset + length
+        offset += (length + 3) & ~3
+
+
+class Socket:
+    """A netlink socket of one namespace, which it stays in whatever thread uses it; one user at a time.
+
+    Keeping it open keeps a deleted namespace alive.
+    """
+
+    def __init__(self, protocol: int, namespace: str | None = None) -> None:
+        """Raises NamespaceError when there is no such namespace, OSError when there is no such protocol."""
+        with inside(namespace):
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        try:
+            for option, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+                try:
+                    self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+                except PermissionError:  # in a container: as much as it may have
+                    self._socket.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_BYTES)
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _ANSWER_S_MAX, 0))
+            self._socket.bind((0, 0))
+            booked = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._messages_max = max(1, min(_MESSAGES_PER_DATAGRAM, booked // 4096))
+        self._sequence = 0
+        self._buffer = bytearray(_RECEIVE_BYTES)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def request(self, messages: Sequence[Message]) -> list[Message]:
+        """Ask for everything in one datagram; all data that came back, in the order of the requests.
+
+        Kernel families other than nf_tables carry out each message on its own: one that fails keeps neither the ones
+        before nor the ones behind it from happening. ``NLM_F_DUMP`` must be alone.
+
+        Raises NetlinkError for the first message that failed and did not declare that error harmless.
+        """
+        answers = self.exchange(messages)
+        for message, answer in zip(messages, answers, strict=True):
+            if answer.errno and answer.errno not in message.harmless:
+                raise NetlinkError(answer.errno, message.what or f"netlink request {message.type}", answer.ext_ack)
+        return [data for answer in answers for data in answer.data]
+
+    def exchange(self, messages: Sequence[Message]) -> list[Answer]:
+        """As :meth:`request`, but with an answer per message instead of an error for the first that failed."""
+        if any(message.flags & NLM_F_DUMP == NLM_F_DUMP for message in messages):
+            if len(messages) != 1:
+                raise ValueError("a socket carries out one dump at a time")
+            dumped = self.dump(messages[0])
+            return [Answer(0, "", [Message(kind, 0, payload) for kind, payload in dumped])]
+        answers: list[Answer] = []
+        batch: list[bytes] = []
+        size = 0
+        for message in messages:
+            flags = message.flags | NLM_F_REQUEST | NLM_F_ACK
+            encoded = encode(replace(message, flags=flags, sequence=self._sequence + 1 + len(batch)))
+            if len(batch) == self._messages_max or (batch and size + len(encoded) > _DATAGRAM_BYTES_MAX):
+                answers += self._exchange(batch)
+                batch, size = [], 0
+                encoded = encode(replace(message, flags=flags, sequence=self._sequence + 1))
+            batch.append(encoded)
+            size += len(encoded)
+        return answers + self._exchange(batch) if batch else answers
+
+    def _exchange(self, batch: list[bytes]) -> list[Answer]:
+        """Send messages numbered from the next sequence number on, and wait for each one's acknowledgement."""
+        first = self._sequence + 1
+        self._sequence = (self._sequence + len(batch)) % 0x40000000
+        self._send(b"".join(batch))
+        data: list[list[Message]] = [[] for _ in batch]
+        answers: list[Answer | None] = [None] * len(batch)
+        missing = len(batch)
+        while missing:
+            for message in decode(self._receive()):
+                at = message.sequence - first
+                if not 0 <= at < len(batch) or answers[at] is not None:
+                    continue  # left over from a request that was given up
+                if message.type == NLMSG_ERROR:
+                    code, words = _decode_acknowledgement(message.payload, message.flags)
+                    answers[at] = Answer(code, words, data[at])
+                    missing -= 1
+                elif message.type not in (NLMSG_NOOP, NLMSG_DONE):
+                    data[at].append(message)
+        return [answer for answer in answers if answer is not None]
+
+    def dump(self, message: Message) -> list[tuple[int, bytes]]:
+        """Types and payloads of all that the kernel lists for ``message``, seen as one consistent whole.
+
+        A listing during which something changed is asked for again (NLM_F_DUMP_INTR).
+
+        Raises NetlinkError: refused, or never undisturbed in ten tries (EINTR).
+        """
+        what = message.what or f"netlink dump {message.type}"
+        for _ in range(_DUMP_TRIES):
+            found = self._dump_once(message, what)
+            if found is not None:
+                return found
+        raise NetlinkError(errnos.EINTR, what, "it kept changing while it was read")
+
+    def _dump_once(self, message: Message, what: str) -> list[tuple[int, bytes]] | None:
+        self._sequence = sequence = (self._sequence + 1) % 0x40000000
+        self._send(encode(replace(message, flags=message.flags | NLM_F_REQUEST | NLM_F_DUMP, sequence=sequence)))
+        found: list[tuple[int, bytes]] = []
+        disturbed = False
+        while True:
+            try:
+                data = bytes(self._receive())
+            except NetlinkError as error:
+                if error.errno != errnos.ENOBUFS:
+                    raise
+                disturbed = True  # something was dropped: read on to the end, then ask again
+                continue
+            for kind, flags, number_of, start, end in _messages(data):
+                if number_of != sequence:
+                    continue
+                disturbed = disturbed or bool(flags & NLM_F_DUMP_INTR)
+                if kind in (NLMSG_DONE, NLMSG_ERROR):
+                    decoder = decode_error if kind == NLMSG_DONE else _decode_acknowledgement
+                    # A DONE without a number is how old kernels and some families end a good list.
+                    code, words = decoder(data[start:end], flags) if end - start >= 4 else (0, "")
+                    if code and code not in message.harmless:
+                        raise NetlinkError(code, what, words)
+                    return None if disturbed else found
+                if kind != NLMSG_NOOP:
+                    found.append((kind, data[start:end]))
+
+    def _send(self, datagram: bytes) -> None:
+        try:
+            self._socket.sendto(datagram, (0, 0))
+        except OSError as error:
+            raise NetlinkError(error.errno or errnos.EIO, "send to netlink") from error
+
+    def _receive(self) -> memoryview:
+        while True:
+            try:
+                length, _, flags, sender = self._socket.recvmsg_into([self._buffer])
+            except BlockingIOError as error:
+                raise NetlinkError(errnos.ETIMEDOUT, "wait for netlink") from error
+            except OSError as error:
+                raise NetlinkError(error.errno or errnos.EIO, "receive from netlink") from error
+            if sender[0] != 0:
+                continue  # from a program, not from the kernel
+            if flags & socket.MSG_TRUNC:
+                raise NetlinkError(errnos.EMSGSIZE, "receive from netlink")
+            return memoryview(self._buffer)[:length]

@@ -1,0 +1,225 @@
+"""nftables of a namespace: libnftables in this process, the ``nft`` program where the library does not load.
+
+A script is one transaction: all of it or nothing. The library (``nftables/libnftables.h``, libnftables(3)) ends the
+process when it gets no descriptor, so a call is refused while fewer than 16 are free.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import subprocess
+import threading
+from functools import cache
+from types import TracebackType
+from typing import Any, Self
+
+from netloom.agent.kernel.namespaces import inside
+from netloom.errors import HostRefused
+
+_LIBRARY = "libnftables.so.1"
+_OUTPUT_JSON = 1 << 4  # NFT_CTX_OUTPUT_JSON
+_DESCRIPTORS_MIN = 16
+_PROGRAM_S_MAX = 120
+# What the program is started with: a service's environment may have no sbin, and messages are to be English.
+_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
+
+_MESSAGE = re.compile(r"^[^\s:]*:(?P<line>\d+):\d+-\d+: Error: (?P<text>.*)$", re.MULTILINE)
+_LINE_MAX = 200
+
+
+class NftError(HostRefused):
+    """nftables refused a script, or cannot be used.
+
+    ``reason`` is the first line of its message, ``line`` the line of the script that it speaks of, empty where it names
+    none.
+    """
+
+    def __init__(self, reason: str, *, line: str = "", hint: str = "") -> None:
+        super().__init__(f"nftables: {reason}: {line}" if line else f"nftables: {reason}", hint=hint)
+        self.reason = reason
+        self.line = line
+
+
+class Nft:
+    """nftables of one namespace. Any thread may call; calls wait for one another.
+
+    Keep one per namespace, and close it before the namespace is deleted: its socket keeps the namespace alive.
+    """
+
+    def __init__(self, namespace: str | None, *, use: str = "") -> None:
+        """``use``: ``library`` or ``program`` instead of the library where there is one.
+
+        Raises NamespaceError; NftError when descriptors are short, or neither library nor program is there.
+        """
+        self.namespace = namespace
+        self._lock = threading.Lock()
+        library = None if use == "program" else load_library()
+        if use == "library" and library is None:
+            raise NftError(f"{_LIBRARY} cannot be loaded", hint="apt install libnftables1")
+        with inside(namespace):
+            self._inode = _here()
+            self._engine: _Library | _Program = _Library(library) if library else _Program()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, script: str) -> None:
+        """Carry out a script as one transaction. Raises NftError; nothing has changed then."""
+        self._call(script)
+
+    def check(self, script: str) -> None:
+        """Whether :meth:`run` would take the script, as far as can be told without changing anything.
+
+        Raises NftError when it would not.
+        """
+        self._call(script, dry=True)
+
+    def list_json(self, command: str) -> dict[str, Any]:
+        """What a listing command prints with ``nft -j`` (libnftables-json(5)): ``{"nftables": [...]}``.
+
+        Raises NftError, also when what is to be listed is not there.
+        """
+        printed = self._call(command, as_json=True)
+        if not printed.strip():
+            return {"nftables": []}
+        try:
+            found = json.loads(printed)
+        except ValueError as error:
+            raise NftError(f"what {command!r} printed is no JSON") from error
+        if not isinstance(found, dict):
+            raise NftError(f"what {command!r} printed is no JSON object")
+        return found
+
+    def close(self) -> None:
+        """Give the socket back; calling again is fine, using it again is not."""
+        with self._lock:
+            self._engine.close()
+
+    def _call(self, script: str, *, dry: bool = False, as_json: bool = False) -> str:
+        if "\0" in script:
+            raise NftError("the script contains a zero byte")
+        # Inside, though the context has its socket already: after an interrupted listing the library opens a new one.
+        with self._lock, inside(self.namespace):
+            if _here() != self._inode:
+                raise NftError(
+                    f"the namespace {self.namespace} is another one than when this was opened", hint="open it again"
+                )
+            status, printed, complaint = self._engine.call(script, dry, as_json)
+        if status != 0:
+            raise error_of(script, complaint)
+        return printed
+
+
+def error_of(script: str, complaint: str) -> NftError:
+    """The error for what nftables complained of, with the line of the script that it names."""
+    found = _MESSAGE.search(complaint)
+    if not found:
+        first = next((line.strip() for line in complaint.splitlines() if line.strip()), "failed without a message")
+        return NftError(first)
+    lines = script.splitlines()
+    at = int(found["line"])
+    line = lines[at - 1].strip() if 0 < at <= len(lines) else ""
+    return NftError(found["text"], line=line if len(line) <= _LINE_MAX else line[: _LINE_MAX - 3] + "...")
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """libnftables, or None where it does not load."""
+    try:
+        library = ctypes.CDLL(_LIBRARY)
+        library.nft_ctx_new.restype = ctypes.c_void_p
+        library.nft_ctx_new.argtypes = [ctypes.c_uint32]
+        library.nft_ctx_free.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_buffer_output.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_buffer_error.argtypes = [ctypes.c_void_p]
+        library.nft_ctx_set_dry_run.argtypes = [ctypes.c_void_p, ctypes.c_bool]
+        library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
+        library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
+            getattr(library, name).restype = ctypes.c_char_p
+            getattr(library, name).argtypes = [ctypes.c_void_p]
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+class _Library:
+    def __init__(self, library: ctypes.CDLL) -> None:
+        _spare_descriptors()
+        self._library = library
+        self._context: int | None = library.nft_ctx_new(0)
+        if not self._context:
+            raise NftError("libnftables gave no context")
+        if library.nft_ctx_buffer_output(self._context) or library.nft_ctx_buffer_error(self._context):
+            self.close()
+            raise NftError("libnftables cannot buffer its output")
+
+    def call(self, script: str, dry: bool, as_json: bool) -> tuple[int, str, str]:
+        if self._context is None:
+            raise NftError("used after it was closed")
+        _spare_descriptors()
+        library, context = self._library, self._context
+        library.nft_ctx_set_dry_run(context, dry)
+        library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if as_json else 0)
+        status: int = library.nft_run_cmd_from_buffer(context, script.encode())
+        printed = library.nft_ctx_get_output_buffer(context) or b""
+        complaint = library.nft_ctx_get_error_buffer(context) or b""
+        return status, printed.decode("utf-8", "replace"), complaint.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._library.nft_ctx_free(self._context)
+            self._context = None
+
+
+class _Program:
+    def call(self, script: str, dry: bool, as_json: bool) -> tuple[int, str, str]:
+        arguments = ["nft", *(["--check"] if dry else []), *(["--json"] if as_json else []), "--file", "-"]
+        try:
+            done = subprocess.run(
+                arguments,
+                input=script.encode(),
+                capture_output=True,
+                env=_ENVIRONMENT,
+                cwd="/",
+                timeout=_PROGRAM_S_MAX,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            hint = "apt install nftables"
+            raise NftError(f"neither {_LIBRARY} nor the program nft is there", hint=hint) from error
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise NftError(f"the program nft: {error}") from error
+        return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        pass
+
+
+def _here() -> int:
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def _spare_descriptors() -> None:
+    """Raises NftError unless so many descriptors can be had right now, under whatever limit."""
+    taken: list[int] = []
+    try:
+        for _ in range(_DESCRIPTORS_MIN):
+            # One by one: those that were had must be closed when the next is refused.
+            taken.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        raise NftError(
+            f"fewer than {_DESCRIPTORS_MIN} file descriptors are free: {os.strerror(error.errno or 0)}",
+            hint="raise LimitNOFILE",
+        ) from error
+    finally:
+        for fd in taken:
+            os.close(fd)
