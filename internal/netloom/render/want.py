@@ -63,8 +63,8 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     ports: tuple[Port, ...] = ()
     addresses: tuple[Address, ...] = ()
-    routes: tuple[Route, ...] = ()
+    routes: tuple[Route, ...] = ()  # in an order in which they can be added
     rules: tuple[Rule, ...] = ()
-    sysctls: dict[str, str] = {}  # "net.ipv4.ip_forward" -> "1", set inside the namespace
+    sysctls: dict[str, str] = {}  # "net.ipv4.ip_forward" -> "1", set inside the namespace in this order
     ruleset: Ruleset | None = None
     announce: tuple[Address, ...] = ()  # addresses whose neighbours are told by gratuitous ARP when they are new

@@ -1,0 +1,256 @@
+"""The nftables table of a scope's namespace: firewall before DNAT, translations in maps, and drop as the default.
+
+Rules of thumb that this page keeps, because a packet may be under way while the table is swapped:
+
+* no verdict that accepts, and no translation, depends on a look-up *missing*;
+* what is looked up in named maps is filled again in the same transaction, what stands in a rule is a plain set;
+* base chains drop by policy, and chains of addresses end with an explicit drop.
+
+Links are told apart by their names (``names.guest_link``, ``names.public_link``). Chain names are no keywords of nft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from netloom import names
+from netloom.render.firewall import verdicts
+from netloom.render.live import Live, device_address, live, target_port
+from netloom.render.marks import EXIT_MASK, REVOKED
+from netloom.render.ruleset import Chain, NftSet, Ruleset
+from netloom.state import Network, PublicIp, Scope
+
+FAMILY, TABLE = "inet", "netloom"
+
+_PUBLIC = '"' + names.public_link("*") + '"'
+_GUEST = '"' + names.guest_link("*") + '"'
+_REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
+_DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
+
+
+def ruleset(scope: Scope) -> Ruleset:
+    """The table for ``scope``; without a standing network it lets nothing through."""
+    now = live(scope)
+    addresses = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
+    egress = [_egress(it) for it in now.networks]
+    return Ruleset(
+        family=FAMILY,
+        table=TABLE,
+        sets=(
+            _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
+            *_translations(now),
+            *(it for _, maps in addresses + egress for it in maps),
+        ),
+        chains=(
+            _arriving(now),
+            _translate_to(),
+            _choose_exit(now),
+            _to_device(now),
+            _through(now),
+            _translate_from(now),
+            _leaving(now),
+            _from_device(now),
+            *(it for chains, _ in addresses + egress for it in chains),
+        ),
+    )
+
+
+def _arriving(now: Live) -> Chain:
+    """Every packet from outside: who it claims to be, whether its connection is known, what it is allowed to begin."""
+    rules = [_REVOKED, 'iifname "lo" accept', "meta nfproto ipv6 drop"]
+    for it in now.networks:
+        link = _link(it)
+        rules += [
+            f"iifname {link} ip saddr 0.0.0.0 {_DHCP_REQUEST}",
+            f"iifname {link} ip saddr != {it.cidr} drop",
+            f"iifname {_PUBLIC} ip saddr {it.cidr} drop",
+        ]
+    rules += ["ct state established,related accept", "ct state invalid drop", "ip daddr vmap @held"]
+    # The addresses once more, as a plain set: a guest's packet to one of them must have met that address's chain.
+    elsewhere = f" ip daddr != {_one_of(it.address for it in now.held)}" if now.held else ""
+    rules += [f"iifname {_link(it)}{elsewhere} accept" for it in now.networks]
+    return Chain(
+        name="arriving",
+        hook="type filter hook prerouting priority mangle; policy drop;",
+        rules=(*rules, "drop"),
+    )
+
+
+def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> tuple[list[Chain], list[NftSet]]:
+    """The firewall of one public address, judged before translation, for strangers and for guests alike."""
+    name = _chain_of(address)
+    # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
+    bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"
+    if open_to_all:
+        return [Chain(name=name, rules=(bind, "accept"))], []
+    lines, chains, maps = verdicts(now.ingress[address.address], "accept", name)
+    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains], maps
+
+
+def _translations(now: Live) -> tuple[NftSet, ...]:
+    exact: dict[str, str] = {}
+    ranges: dict[str, str] = {}
+    to_one: dict[str, str] = {}
+    for it in now.forwarded:
+        forward, first, last = it.forward, it.ports.first, it.ports.last
+        where = f"{forward.public_ip} . {forward.protocol}"
+        if first == last:
+            exact[f"{where} . {first}"] = f"{forward.private_ip} . {target_port(forward, first)}"
+        elif target_port(forward, first) == target_port(forward, last):
+            to_one[f"{where} . {first}-{last}"] = f"{forward.private_ip} . {target_port(forward, first)}"
+        elif target_port(forward, first) == first:
+            ranges[f"{where} . {first}-{last}"] = forward.private_ip
+        else:
+            # A translation to a range of ports does not keep the offset (tried, nft and iptables): one by one.
+            for port in range(first, last + 1):
+                exact[f"{where} . {port}"] = f"{forward.private_ip} . {target_port(forward, port)}"
+    service = "ipv4_addr . inet_proto . inet_service"
+    return (
+        _map("forwards", f"{service} : ipv4_addr . inet_service", exact),
+        _map("forwards_same_port", f"{service} : ipv4_addr", ranges, "interval"),
+        _map("forwards_to_one_port", f"{service} : ipv4_addr . inet_service", to_one, "interval"),
+        _map("static_guests", "ipv4_addr : ipv4_addr", {it.public_ip: it.private_ip for it in now.static_nats}),
+        _map("static_sources", "ipv4_addr : ipv4_addr", {ip: it.address for ip, it in now.static_sources.items()}),
+        _map("static_exits", "ipv4_addr : mark", {ip: f"{it.exit:#010x}" for ip, it in now.static_sources.items()}),
+    )
+
+
+def _translate_to() -> Chain:
+    service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
+    return Chain(
+        name="translate_to",
+        hook="type nat hook prerouting priority dstnat; policy accept;",
+        rules=(
+            f"{service} @forwards",
+            f"{service} @forwards_same_port",
+            f"{service} @forwards_to_one_port",
+            "dnat ip to ip daddr map @static_guests",
+        ),
+    )
+
+
+def _choose_exit(now: Live) -> Chain:
+    """After translation, before routing: what guests send out leaves by the exit of its connection."""
+    outward = f"iifname {_GUEST} ip daddr != {_one_of(now.guest_cidrs)}"
+    return Chain(
+        name="choose_exit",
+        hook="type filter hook prerouting priority dstnat + 10; policy accept;",
+        rules=(
+            f"{outward} ct state new ct mark set ip saddr map @static_exits",
+            f"{outward} meta mark set ct mark & {EXIT_MASK:#010x}",
+        )
+        if now.networks
+        else (),
+    )
+
+
+def _to_device(now: Live) -> Chain:
+    """The device's own services, for its guests. From outside only what an address's chain let in: pings.
+
+    The ports of load balancers come here, by public address.
+    """
+    rules = [
+        'iifname "lo" accept',
+        "ct state established,related accept",
+        # Of a guest: the device's address, or a public one whose chain allowed it.
+        "icmp type echo-request fib daddr type local accept",
+    ]
+    for it in now.networks:
+        device = f"iifname {_link(it)} ip daddr {device_address(it)}"
+        rules += [
+            f"iifname {_link(it)} {_DHCP_REQUEST}",
+            f"{device} udp dport {{ 53, 67 }} accept",
+            f"{device} tcp dport {{ 53, 80, 8080 }} accept",
+        ]
+    return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
+
+
+def _through(now: Live) -> Chain:
+    rules = [
+        # Both ways, and also for what is answered: the smaller of the two routes' MTUs.
+        "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
+        "ct state established,related accept",
+    ]
+    for it in now.networks:
+        link = _link(it)
+        rules += [
+            f"iifname {_PUBLIC} oifname {link} ct status dnat accept",
+            f"iifname {link} oifname {link} ct status dnat accept",
+            f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}",
+        ]
+    return Chain(name="through", hook="type filter hook forward priority filter; policy drop;", rules=tuple(rules))
+
+
+def _egress(network: Network) -> tuple[list[Chain], list[NftSet]]:
+    """What guests may begin outward. Open before the first firewall list; then the list, then the default."""
+    name, firewall = _egress_chain(network), network.firewall
+    if firewall is None:
+        return [Chain(name=name, rules=("accept",))], []
+    otherwise, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
+    lines, chains, maps = verdicts((it for it in firewall.rules if it.direction == "egress"), listed, name)
+    return [Chain(name=name, rules=(*lines, otherwise)), *chains], maps
+
+
+def _translate_from(now: Live) -> Chain:
+    rules = [
+        # Hairpin: the guest must answer to us, or it would answer its neighbour directly, from the wrong address.
+        f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {device_address(it)}"
+        for it in now.networks
+    ]
+    rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")
+    if now.source_nat is not None:
+        static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
+        rules += [
+            f"oifname {_PUBLIC} ip saddr {it.cidr}{static} snat ip to {now.source_nat.address}" for it in now.networks
+        ]
+    return Chain(
+        name="translate_from",
+        hook="type nat hook postrouting priority srcnat; policy accept;",
+        rules=tuple(rules),
+    )
+
+
+def _leaving(now: Live) -> Chain:
+    """After translation: nothing leaves a public link but from an address that is held on it."""
+    on_link: dict[str, list[str]] = {}
+    for it in now.held:
+        on_link.setdefault(it.vlan, []).append(it.address)
+    rules = [
+        f'oifname "{names.public_link(vlan)}" ip saddr != {_one_of(addresses)} drop'
+        for vlan, addresses in sorted(on_link.items())
+    ]
+    return Chain(
+        name="leaving",
+        hook="type filter hook postrouting priority srcnat + 10; policy accept;",
+        rules=tuple(rules),
+    )
+
+
+def _from_device(now: Live) -> Chain:
+    """The device's own packets; a changed mark routes them anew, so that answers leave where the question came in."""
+    rules = [_REVOKED]
+    if now.networks:
+        outward = f"ip daddr != {_one_of(now.guest_cidrs)}"
+        rules.append(f"{outward} ct mark & {EXIT_MASK:#010x} != 0 meta mark set ct mark & {EXIT_MASK:#010x}")
+    return Chain(name="from_device", hook="type route hook output priority mangle; policy accept;", rules=tuple(rules))
+
+
+def _link(network: Network) -> str:
+    return f'"{names.guest_link(network.network_id)}"'
+
+
+def _chain_of(address: PublicIp) -> str:
+    return f"at_{address.address}"
+
+
+def _egress_chain(network: Network) -> str:
+    return f"egress_{network.network_id}"
+
+
+def _map(name: str, type_: str, elements: dict[str, str], flags: str = "") -> NftSet:
+    return NftSet(name=name, kind="map", type=type_, flags=flags, elements=elements)
+
+
+def _one_of(values: Iterable[str]) -> str:
+    listed = list(values)
+    return listed[0] if len(listed) == 1 else f"{{ {', '.join(listed)} }}"

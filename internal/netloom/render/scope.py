@@ -1,0 +1,155 @@
+"""What a whole scope wants to find on its host."""
+
+from __future__ import annotations
+
+from netloom import names
+from netloom.render import nft
+from netloom.render.live import Exit, Live, device_address, live, subnet
+from netloom.render.marks import EXIT_MASK, MAIN_TABLE, table
+from netloom.render.want import Address, Port, Route, Rule, Segment, Want
+from netloom.state import Scope
+
+ANYWHERE = "0.0.0.0/0"
+
+
+def render(scope: Scope | None) -> Want:
+    """Everything that should stand for ``scope``: nothing at all while no network of it is implemented.
+
+    Pure: the same scope is the same value, in whatever order it was told. Routes stand in an order in which they can be
+    added, and sysctls in one in which they can be written.
+    """
+    now = live(scope)
+    if scope is None or not now.networks:
+        return Want(namespace="")
+    ports = _ports(scope, now)
+    guests = tuple(
+        Address(link=names.guest_link(it.network_id), cidr=f"{device_address(it)}/{subnet(it.cidr).prefixlen}")
+        for it in now.networks
+    )
+    publics = tuple(Address(link=names.public_link(it.vlan), cidr=f"{it.address}/32") for it in now.held)
+    return Want(
+        namespace=names.namespace(scope.scope_id),
+        ports=ports,
+        addresses=(*guests, *publics),
+        routes=_routes(now),
+        rules=tuple(
+            Rule(priority=table(it.number), mark=it.number, mask=EXIT_MASK, table=table(it.number)) for it in now.exits
+        ),
+        sysctls=_sysctls(
+            [names.guest_link(it.network_id) for it in now.networks],
+            sorted({names.public_link(it.vlan) for it in now.held}),
+        ),
+        ruleset=nft.ruleset(scope),
+        announce=(*guests, *publics),
+    )
+
+
+def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
+    ports = []
+    for network in now.networks:
+        link = names.guest_link(network.network_id)
+        ports.append(
+            Port(
+                link=link,
+                host_link=names.guest_port(network.network_id),
+                mac=names.mac(scope.owner, scope.scope_id, link),
+                segment=_segment(scope.uplinks.guest, network.vlan),
+            )
+        )
+    for vlan in sorted({it.vlan for it in now.held}):
+        link = names.public_link(vlan)
+        ports.append(
+            Port(
+                link=link,
+                host_link=names.public_port(scope.scope_id, vlan),
+                mac=names.mac(scope.owner, scope.scope_id, link),
+                segment=_segment(scope.uplinks.public, vlan),
+            )
+        )
+    return tuple(ports)
+
+
+def _segment(nic: str, vlan: str) -> Segment:
+    return Segment(
+        bridge=names.bridge(nic, vlan),
+        nic=nic,
+        vlan=vlan,
+        vlan_link="" if vlan == names.UNTAGGED else names.vlan_link(nic, vlan),
+    )
+
+
+def _routes(now: Live) -> tuple[Route, ...]:
+    """The main table knows the guests (by their addresses) and the default exit; each exit has a table of its own.
+
+    Subnets of other exits are not in the main table: a guest's way there goes through the default exit's
+    gateway, with the address that belongs to it, and not with a foreign address onto that subnet's wire.
+    """
+    routes: list[Route] = []
+    default = now.default_exit
+    if default is not None:
+        routes += _ways_out(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
+    else:
+        # A device that is only a neighbour of its guests (it gives them DHCP, say) asks their gateway.
+        routes += [
+            Route(table=MAIN_TABLE, destination=ANYWHERE, link=names.guest_link(it.network_id), via=it.gateway)
+            for it in now.networks[:1]
+            if it.gateway and it.gateway != device_address(it)
+        ]
+    for it in now.exits:
+        routes += _ways_out(it, table(it.number), it.addresses[0])
+    return tuple(routes)
+
+
+def _ways_out(way: Exit, into: int, source: str) -> list[Route]:
+    link = names.public_link(way.vlan)
+    on_link = list(way.subnets)
+    if way.gateway and not any(_in(way.gateway, it) for it in on_link):
+        # Some providers route a subnet through a gateway outside of it.
+        on_link.append(f"{way.gateway}/32")
+    routes = [Route(table=into, destination=it, link=link, source=source) for it in on_link]
+    if way.gateway:
+        routes.append(Route(table=into, destination=ANYWHERE, link=link, via=way.gateway, source=source))
+    return routes
+
+
+def _in(address: str, cidr: str) -> bool:
+    return subnet(f"{address}/32").subnet_of(subnet(cidr))
+
+
+def _sysctls(guest_links: list[str], public_links: list[str]) -> dict[str, str]:
+    """Every setting that the rest relies on: a new namespace inherits what the host happened to have.
+
+    ``ip_forward`` comes first, because writing it sets others back. Link names of ours have no dots.
+    """
+    links = [*guest_links, *public_links]
+    wanted = {
+        "net.ipv4.ip_forward": "1",
+        "net.ipv4.icmp_echo_ignore_all": "0",
+        "net.ipv4.icmp_echo_ignore_broadcasts": "1",
+        "net.ipv4.ip_default_ttl": "64",
+        # No mid-stream pick-up: the guest's next segment does not bring a revoked connection back.
+        "net.netfilter.nf_conntrack_tcp_loose": "0",
+        # Invalid packets are dropped here, so a window that conntrack has lost sight of would end a live connection.
+        "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
+    }
+    for where in ("all", "default", *links):
+        conf = f"net.ipv4.conf.{where}"
+        wanted |= {
+            f"{conf}.forwarding": "1",
+            # Ways are chosen by mark, which the reverse path check does not know; spoofing is dropped by rule.
+            f"{conf}.rp_filter": "0",
+            f"{conf}.arp_ignore": "1",
+            f"{conf}.arp_filter": "0",
+            f"{conf}.proxy_arp": "0",
+            f"{conf}.accept_redirects": "0",
+            f"{conf}.send_redirects": "0",
+            f"{conf}.accept_source_route": "0",
+            f"{conf}.accept_local": "0",
+            f"{conf}.route_localnet": "0",
+            f"{conf}.log_martians": "0",
+        }
+        # A public link asks in the name of the packet's own address: with several subnets on one VLAN the kernel's
+        # choice (2) would be an address that a strict gateway does not know. Guests are asked by their gateway.
+        wanted[f"{conf}.arp_announce"] = "2" if where in guest_links else "0"
+        wanted[f"net.ipv6.conf.{where}.disable_ipv6"] = "1"
+    return wanted
