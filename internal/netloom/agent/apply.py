@@ -1,0 +1,206 @@
+"""Carries out steps: the only place that changes the host. Decides nothing.
+
+Steps that follow one another and speak to the same kernel interface of the same namespace go together, in one
+datagram where the kernel allows it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from typing import Literal
+
+from netloom.agent.kernel import links, namespaces, sysctl
+from netloom.agent.kernel.netlink import Message, NetlinkError
+from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.observe import GUARD_FAMILY, GUARD_SET, GUARD_TABLE
+from netloom.errors import HostRefused
+from netloom.plan import (
+    ALIAS,
+    AddAddress,
+    AddRule,
+    AttachCarrier,
+    AttachPort,
+    CreateBridge,
+    CreateNamespace,
+    CreatePort,
+    CreateVlanLink,
+    GuardHost,
+    LoadRuleset,
+    PutRoute,
+    RemoveAddress,
+    RemoveBridge,
+    RemoveHostPort,
+    RemoveNamespace,
+    RemovePort,
+    RemoveRoute,
+    RemoveRule,
+    RemoveVlanLink,
+    SetHostLinkUp,
+    SetLinkUp,
+    SetMac,
+    SetPortUp,
+    SetSysctl,
+    SilenceIpv6,
+    Step,
+)
+from netloom.render.ruleset import fresh, swap, take_over
+
+_Means = Literal["namespace", "sysctl", "nft", "guard", "netlink"]
+
+
+def apply(steps: Iterable[Step]) -> None:
+    """Carries the steps out in order.
+
+    Raises HostRefused naming the step that failed and its object; the steps after it were not tried, except that those
+    which went into the same datagram may have been.
+    """
+    for (means, namespace), group in groupby(steps, key=_way):
+        those = list(group)
+        match means:
+            case "netlink":
+                _links(namespace, those)
+            case "sysctl":
+                _sysctls(namespace, those)
+            case _:
+                for step in those:
+                    _one(step)
+
+
+def _way(step: Step) -> tuple[_Means, str]:
+    match step:
+        case CreateNamespace() | RemoveNamespace():
+            return "namespace", step.namespace
+        case LoadRuleset():
+            return "nft", step.namespace
+        case GuardHost():
+            return "guard", ""
+        case SetSysctl():
+            return "sysctl", step.namespace
+        case SilenceIpv6():
+            return "sysctl", ""
+        case (
+            RemoveRoute()
+            | PutRoute()
+            | RemoveRule()
+            | AddRule()
+            | RemoveAddress()
+            | AddAddress()
+            | RemovePort()
+            | SetMac()
+            | SetLinkUp()
+        ):
+            return "netlink", step.namespace
+        case _:
+            return "netlink", ""
+
+
+def _one(step: Step) -> None:
+    match step:
+        case CreateNamespace(namespace):
+            namespaces.create(namespace)
+        case RemoveNamespace(namespace):
+            namespaces.delete(namespace)
+        case LoadRuleset():
+            _load(step)
+        case GuardHost(bridges):
+            with Nft(None) as nft:
+                nft.run(guard(bridges))
+
+
+def _load(step: LoadRuleset) -> None:
+    with Nft(step.namespace) as nft:
+        if step.table is None:
+            nft.run(fresh(step.want))
+            return
+        try:
+            nft.run(swap(step.have, step.want) if step.have is not None else take_over(step.table, step.want))
+        except NftError:
+            # Somebody changed the table by hand. Nothing of the text was done; the table is made anew.
+            nft.run(fresh(step.want))
+
+
+def guard(bridges: Sequence[str]) -> str:
+    """The host's own table: frames from these bridges never reach the host itself; without bridges no table.
+
+    Bridged frames are not touched. The hook is where a bridge hands frames up to the host.
+    """
+    table = f"{GUARD_FAMILY} {GUARD_TABLE}"
+    lines = [f"add table {table}", f"delete table {table}"]
+    if bridges:
+        names = ", ".join(f'"{name}"' for name in bridges)
+        lines += [
+            f"table {table} {{",
+            f"\tset {GUARD_SET} {{ type ifname; elements = {{ {names} }}; }}",
+            "\tchain input {",
+            "\t\ttype filter hook input priority filter; policy accept;",
+            f"\t\tmeta ibrname @{GUARD_SET} drop",
+            "\t}",
+            "}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _sysctls(namespace: str, steps: Sequence[Step]) -> None:
+    values = {}
+    for step in steps:
+        match step:
+            case SetSysctl(_, key, value):
+                values[key] = value
+            case SilenceIpv6(link):
+                values[f"net/ipv6/conf/{link}/disable_ipv6"] = "1"
+    if any("ipv6" in key for key in values) and sysctl.read(namespace, ["net/ipv6/conf/all/disable_ipv6"]) == {
+        "net/ipv6/conf/all/disable_ipv6": None
+    }:
+        values = {key: value for key, value in values.items() if "ipv6" not in key}  # a kernel that speaks none
+    sysctl.write(namespace, values)
+
+
+def _links(namespace: str, steps: Sequence[Step]) -> None:
+    with ExitStack() as descriptors:
+        messages = [message for step in steps for message in _messages(step, descriptors)]
+        try:
+            links.change(namespace, messages)
+        except NetlinkError as error:
+            vlan = next((step for step in steps if isinstance(step, CreateVlanLink)), None)
+            if error.errno == errno.EOPNOTSUPP and vlan is not None:
+                raise HostRefused(
+                    f"{error.what}: this kernel has no 802.1Q",
+                    hint=f"load the module 8021q, or make a link named {vlan.link} yourself: it will be used",
+                ) from error
+            raise
+
+
+def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
+    match step:
+        case RemoveRoute(_, it):
+            yield links.delete_route(it.destination, it.link, it.via, it.source, it.table).even_if_gone()
+        case PutRoute(_, it):
+            yield links.replace_route(it.destination, it.link, it.via, it.source, it.table)
+        case RemoveRule(_, it):
+            yield links.delete_rule(it.priority, it.mark, it.mask, it.table).even_if_gone()
+        case AddRule(_, it):
+            yield links.add_rule(it.priority, it.mark, it.mask, it.table).even_if_there()
+        case RemoveAddress(_, it):
+            yield links.delete_address(it.link, it.cidr).even_if_gone()
+        case AddAddress(_, it):
+            yield links.add_address(it.link, it.cidr).even_if_there()
+        case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
+            yield links.delete_link(link).even_if_gone()
+        case SetMac(_, link, mac):
+            yield links.set_mac(link, mac)
+        case SetLinkUp(_, link) | SetPortUp(link) | SetHostLinkUp(link):
+            yield links.set_up(link)
+        case CreateBridge(bridge, carrier):
+            yield links.make_bridge(bridge, alias=f"{ALIAS} carries {carrier}")
+        case CreateVlanLink(link, nic, vlan):
+            yield links.make_vlan(link, nic, vlan, alias=ALIAS)
+        case AttachCarrier(link, bridge) | AttachPort(link, bridge):
+            yield links.set_master(link, bridge)
+        case CreatePort(namespace, port, bridge, alias):
+            fd = descriptors.enter_context(namespaces.descriptor(namespace))
+            yield links.make_veth(port.host_link, bridge, port.link, port.mac, 0, fd, alias=alias)
+        case _:
+            raise TypeError(f"no message for {step}")

@@ -1,0 +1,121 @@
+"""One host made to hold what scopes want: look, plan, apply; shared objects by one scope at a time.
+
+Blocking: for worker threads only. Several threads may call at once, but only one per scope.
+"""
+
+from __future__ import annotations
+
+import threading
+from itertools import takewhile
+
+import msgspec
+
+from netloom.agent.apply import apply
+from netloom.agent.observe import guarded_bridges, observe, our_bridges, stray_ports
+from netloom.errors import HostRefused
+from netloom.plan import AddAddress, AttachPort, CreatePort, RemoveHostPort, Step, plan, sweep
+from netloom.render.ruleset import Ruleset
+from netloom.render.want import Want
+
+_ROUNDS_MAX = 3
+
+
+class News(msgspec.Struct, frozen=True):
+    """What the neighbours on a link have to learn: this address is at this MAC address now."""
+
+    namespace: str
+    link: str
+    address: str
+    mac: str
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What was done, and what the neighbours have to learn of it."""
+
+    steps: tuple[Step, ...] = ()
+    news: tuple[News, ...] = ()
+
+
+class Host:
+    """The kernel of this machine, and which bridges which scope wants."""
+
+    def __init__(self) -> None:
+        self._shared = threading.Lock()
+        self._claims: dict[str, frozenset[str]] = {}
+        self._guarded: frozenset[str] | None = None
+
+    def claim(self, scope_id: str, want: Want) -> None:
+        """Notes what the scope wants of the shared objects: from now on nobody takes it away."""
+        bridges = frozenset(port.segment.bridge for port in want.ports)
+        if bridges:
+            self._claims[scope_id] = bridges
+        else:
+            self._claims.pop(scope_id, None)
+
+    def converge(self, scope_id: str, want: Want, known: Ruleset | None) -> Done:
+        """Makes it so; nothing is done where it is so already. ``known``: the ruleset that was loaded last.
+
+        Raises HostRefused (or ForeignScope) naming the step and the object; what stood before goes on standing.
+        """
+        self.claim(scope_id, want)
+        done: list[Step] = []
+        for _ in range(_ROUNDS_MAX):
+            steps = self._round(scope_id, want, known)
+            done += steps
+            if not steps:
+                return Done(tuple(done), _news(want, done))
+        raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
+
+    def tidy(self) -> tuple[Step, ...]:
+        """Removes the shared objects that nobody wants any more, and renews the guard of those that stay."""
+        with self._shared:
+            self._guarded = guarded_bridges()
+            bridges = our_bridges()
+            claimed = self._claimed_by_others("")
+            strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
+            steps = (*strays, *sweep(bridges, claimed, self._guarded))
+            self._apply(steps)
+            return steps
+
+    def _round(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
+        steps = self._plan(scope_id, want, known)
+        alone = tuple(takewhile(lambda step: not step.shared, steps))
+        apply(alone)
+        if len(alone) == len(steps):
+            return steps
+        with self._shared:
+            # Looked at again: while we waited, somebody else may have made the bridge, or taken it away.
+            self._guarded = guarded_bridges()
+            rest = self._plan(scope_id, want, known)
+            self._apply(rest)
+        return alone + rest
+
+    def _plan(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
+        if self._guarded is None:
+            self._guarded = guarded_bridges()
+        have = observe(scope_id, want, known, claimed=self._claimed_by_others(scope_id), guarded=self._guarded)
+        return plan(have, want)
+
+    def _apply(self, steps: tuple[Step, ...]) -> None:
+        try:
+            apply(steps)
+        finally:
+            self._guarded = None
+
+    def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
+        claims = list(self._claims.items())
+        return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
+
+
+def _news(want: Want, steps: list[Step]) -> tuple[News, ...]:
+    """Of the announced addresses those that are new, or whose link has got a new way to the neighbours."""
+    added = {step.address for step in steps if isinstance(step, AddAddress)}
+    links = {step.port.link for step in steps if isinstance(step, CreatePort)}
+    host_links = {step.link for step in steps if isinstance(step, AttachPort)}
+    macs = {port.link: port.mac for port in want.ports}
+    links |= {port.link for port in want.ports if port.host_link in host_links}
+    return tuple(
+        News(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link])
+        for it in want.announce
+        if it in added or it.link in links
+    )

@@ -1,0 +1,309 @@
+"""Asks the kernel what is there of one scope, and of nothing else; changes nothing.
+
+The cost does not grow with the number of networks on the host, nor with the number of rules in the scope: links of
+the host are asked for by name, and which ruleset stands is told by the name of a set.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Iterable
+
+from netloom import names
+from netloom.agent.kernel import links, namespaces, netlink, sysctl
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+from netloom.names import UNTAGGED
+from netloom.plan import Have, HostLink, InsideLink, alias_of
+from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset, marker
+from netloom.render.want import Address, Route, Rule, Want
+
+FAMILY, TABLE = "inet", "netloom"
+GUARD_FAMILY, GUARD_TABLE, GUARD_SET = "bridge", "netloom", "bridges"
+
+_GETLINK = 18  # linux/rtnetlink.h
+_LINK_HEAD = struct.Struct("=BxHiII")
+_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_EXT_MASK = 3, 10, 18, 1, 29
+_SKIP_STATS = netlink.u32(_IFLA_EXT_MASK, 8)
+
+# linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
+_NFTABLES = 10 << 8
+_GETTABLE, _GETCHAIN, _GETSET, _GETSETELEM, _GETOBJ = (_NFTABLES | it for it in (1, 4, 10, 13, 19))
+_FAMILIES = {"inet": 1, "bridge": 7}
+_SET_ANONYMOUS, _SET_MAP, _OBJECT_COUNTER = 0x1, 0x8, 1
+
+_RULES_OF_THE_KERNEL = frozenset({0, 32766, 32767})  # local, main, default
+_ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
+
+
+def observe(
+    scope_id: str, want: Want, known: Ruleset | None, *, claimed: frozenset[str], guarded: frozenset[str]
+) -> Have:
+    """What there is of the scope, in the words of ``want``.
+
+    ``known``: the ruleset that was loaded last, as far as the caller knows; believed when the table says the same.
+
+    Raises HostRefused when the kernel does not answer.
+    """
+    namespace = names.namespace(scope_id)
+    exists = namespaces.exists(namespace)
+    inside: dict[int, Link] = {}
+    if exists:
+        inside = {link.index: link for link in links.list_links(namespace)}
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        found = _host_links(host, want, inside.values())
+    peers = _peers(inside.values(), found, alias_of(scope_id))
+    mine = {
+        link.name: InsideLink(
+            name=link.name, kind=link.kind, mac=link.mac, up=link.up, host_link=peers.get(link.name, "")
+        )
+        for link in inside.values()
+        if link.name != "lo"
+    }
+    have = Have(
+        scope_id=scope_id,
+        namespace=namespace,
+        exists=exists,
+        links=mine,
+        host_links=_described(found, want),
+        claimed=claimed,
+        guarded=guarded,
+    )
+    return (
+        _looked_into(have, want, known, any(link.up for link in inside.values() if link.name == "lo"))
+        if exists
+        else have
+    )
+
+
+def our_bridges() -> dict[str, HostLink]:
+    """The bridges on the host that are ours, with their ports and carriers."""
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        bridges = _dump(host, netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, "bridge")))
+        found = {link.index: link for link in bridges if link.kind == "bridge" and _ours(link)}
+        for bridge in list(found.values()):
+            found |= {port.index: port for port in _ports(host, bridge)}
+    return _described(found, Want(namespace=""))
+
+
+def stray_ports(living: frozenset[str]) -> list[str]:
+    """Host ends of ours whose scope is none of ``living`` and has no namespace any more."""
+    aliases = {alias_of(scope_id) for scope_id in living}
+    return [
+        link.name
+        for link in links.list_links(None)
+        if link.kind == "veth"
+        and _ours(link)
+        and " " in link.alias
+        and link.alias not in aliases
+        and not namespaces.exists(names.namespace(link.alias.partition(" ")[2]))
+    ]
+
+
+def guarded_bridges() -> frozenset[str]:
+    """The bridges whose frames the guard keeps from the host's sockets; none when there is no guard."""
+    table = netlink.text(1, GUARD_TABLE) + netlink.text(2, GUARD_SET)
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        found = _nft_dump(nfnetlink, _GETSETELEM, GUARD_FAMILY, table)
+    elements = (element for it in found or () for _, element in netlink.attributes(it.get(3, b"")))
+    keys = (netlink.attribute_map(netlink.attribute_map(element).get(1, b"")).get(1) for element in elements)
+    return frozenset(netlink.string(key) for key in keys)
+
+
+# ----------------------------------------------------------------------------------------------- in the namespace
+
+
+def _looked_into(have: Have, want: Want, known: Ruleset | None, loopback_up: bool) -> Have:
+    ns = have.namespace
+    table, stands = _table(ns)
+    values = sysctl.read(ns, want.sysctls)
+    return Have(
+        scope_id=have.scope_id,
+        namespace=ns,
+        exists=True,
+        foreign=_foreign(have, want) if table is None else "",
+        loopback_up=loopback_up,
+        links=have.links,
+        addresses=tuple(
+            Address(link=it.link, cidr=it.cidr)
+            for it in links.list_addresses(ns)
+            if it.link != "lo" and not it.link_local
+        ),
+        routes=tuple(
+            Route(table=it.table, destination=it.destination, link=it.link, via=it.via, source=it.source)
+            for it in links.list_routes(ns)
+            if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
+        ),
+        rules=tuple(
+            Rule(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)
+            for it in links.list_rules(ns)
+            if it.priority not in _RULES_OF_THE_KERNEL
+        ),
+        sysctls={key: value for key, value in values.items() if value is not None},
+        marker=stands,
+        ruleset=known if known is not None and marker(known) == stands else None,
+        table=table,
+        host_links=have.host_links,
+        claimed=have.claimed,
+        guarded=have.guarded,
+    )
+
+
+def _foreign(have: Have, want: Want) -> str:
+    """Why a namespace without a ruleset of ours is somebody else's; empty when it is empty, or ours after all."""
+    ours = {port.mac for port in want.ports}
+    if any(link.host_link or link.mac in ours for link in have.links.values()):
+        return ""
+    # What the kernel puts into every new namespace by itself (tunl0, sit0 and the like) is no sign of life.
+    strange = [link.name for link in have.links.values() if link.kind not in ("ipip", "sit", "gre", "ip6tnl", "vti")]
+    if strange:
+        return f"link {strange[0]} is in it"
+    process = _process_in(have.namespace)
+    return f"process {process} runs in it" if process else ""
+
+
+def _process_in(namespace: str) -> str:
+    there = os.stat(f"{namespaces.NETNS_DIR}/{namespace}")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            its = os.stat(f"/proc/{pid}/ns/net")
+        except OSError:
+            continue  # it ended while we looked
+        if (its.st_dev, its.st_ino) == (there.st_dev, there.st_ino):
+            return pid
+    return ""
+
+
+def _table(namespace: str) -> tuple[frozenset[Name] | None, str]:
+    """The names of what is in our table, None when there is no table; and the marker that stands, empty when none."""
+    present: set[Name] = set()
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+        sets = _nft_dump(nfnetlink, _GETSET, FAMILY, netlink.text(1, TABLE))
+        if sets is None:
+            return None, ""
+        for it in sets:
+            flags = int.from_bytes(it.get(3, b""), "big")
+            if not flags & _SET_ANONYMOUS:
+                present.add(("map" if flags & _SET_MAP else "set", netlink.string(it.get(2))))
+        stands = sorted(name for kind, name in present if kind == "set" and name.startswith(MARKER_PREFIX))
+        for it in _nft_dump(nfnetlink, _GETCHAIN, FAMILY, netlink.text(1, TABLE)) or ():
+            if netlink.string(it.get(1)) == TABLE:
+                present.add(("chain", netlink.string(it.get(3))))
+        for it in _nft_dump(nfnetlink, _GETOBJ, FAMILY, netlink.text(1, TABLE)) or ():
+            if netlink.string(it.get(1)) == TABLE and int.from_bytes(it.get(3, b""), "big") == _OBJECT_COUNTER:
+                present.add(("counter", netlink.string(it.get(2))))
+    # Two markers: somebody added one by hand. Then nobody knows what stands.
+    return frozenset(present), stands[0] if len(stands) == 1 else ""
+
+
+def _nft_dump(nfnetlink: Socket, kind: int, family: str, attributes: bytes) -> list[dict[int, bytes]] | None:
+    """The attributes of each object; None when the table or the set that was named is not there."""
+    head = bytes((_FAMILIES[family], 0, 0, 0))
+    try:
+        found = nfnetlink.dump(Message(kind, payload=head + attributes, what=f"list {family} {TABLE}"))
+    except NetlinkError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return [netlink.attribute_map(payload, len(head)) for _, payload in found]
+
+
+# ---------------------------------------------------------------------------------------------------- on the host
+
+
+def _host_links(host: Socket, want: Want, inside: Iterable[Link]) -> dict[int, Link]:
+    """The links that the scope stands on, or stood on: by name, by being the other end, by being their bridge."""
+    asked: set[str] = set()
+    for port in want.ports:
+        segment = port.segment
+        asked |= {port.host_link, segment.bridge, segment.nic, *([segment.vlan_link] if segment.vlan_link else [])}
+    found = {link.index: link for link in _ask(host, asked)}
+    peers = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
+    found |= {link.index: link for link in _ask(host, peers - found.keys())}
+    by_name = {link.name: link for link in found.values()}
+    for segment in {port.segment for port in want.ports}:
+        nic = by_name.get(segment.nic)
+        if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
+            # Another program may have given the same VLAN link another name.
+            vlans = _dump(host, netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, "vlan")))
+            found |= {it.index: it for it in vlans if it.parent_index == nic.index and str(it.vlan_id) == segment.vlan}
+    masters = {link.master_index for link in found.values() if link.master_index}
+    found |= {link.index: link for link in _ask(host, masters - found.keys())}
+    for bridge in [link for link in found.values() if link.kind == "bridge" and _ours(link)]:
+        found |= {port.index: port for port in _ports(host, bridge)}
+    return found
+
+
+def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
+    untagged = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
+    ours = [link.name for link in found.values() if _ours(link)]
+    silent = sysctl.read(None, (f"net/ipv6/conf/{name}/disable_ipv6" for name in ours))
+    described = {}
+    for link in found.values():
+        master = found.get(link.master_index or 0)
+        parent = found.get(link.parent_index or 0)
+        described[link.name] = HostLink(
+            name=link.name,
+            kind=link.kind,
+            up=link.up,
+            master=master.name if master else "",
+            alias=link.alias,
+            parent=parent.name if parent and link.kind == "vlan" else "",
+            vlan_id=link.vlan_id or 0,
+            ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
+            addresses=_addresses(link.name) if link.name in untagged and not link.master_index else (),
+            ipv6=silent.get(f"net/ipv6/conf/{link.name}/disable_ipv6") == "0",
+        )
+    return described
+
+
+def _addresses(name: str) -> tuple[str, ...]:
+    return tuple(it.cidr for it in links.list_addresses(None) if it.link == name and not it.link_local)
+
+
+def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str) -> dict[str, str]:
+    """Inside link to host end, for pairs that name each other: numbers alone are those of any namespace."""
+    pairs = {}
+    for link in inside:
+        other = host.get(link.parent_index or 0)
+        if link.kind == "veth" and other is not None and other.parent_index == link.index and other.alias == alias:
+            pairs[link.name] = other.name
+    return pairs
+
+
+def _ours(link: Link) -> bool:
+    return HostLink(name=link.name, alias=link.alias).ours
+
+
+def _ports(host: Socket, bridge: Link) -> list[Link]:
+    return [link for link in _dump(host, netlink.u32(_IFLA_MASTER, bridge.index)) if link.master_index == bridge.index]
+
+
+def _ask(host: Socket, wanted: Iterable[str | int | None]) -> list[Link]:
+    """Those of the links, by name or number, that exist."""
+    messages = [
+        Message(_GETLINK, payload=_LINK_HEAD.pack(0, 0, it, 0, 0) + _SKIP_STATS, what=f"find link number {it}")
+        if isinstance(it, int)
+        else Message(
+            _GETLINK,
+            payload=_LINK_HEAD.pack(0, 0, 0, 0, 0) + netlink.text(_IFLA_IFNAME, it or "") + _SKIP_STATS,
+            what=f"find link {it}",
+        )
+        for it in wanted
+    ]
+    if not messages:
+        return []
+    found = []
+    for message, answer in zip(messages, host.exchange(messages), strict=True):
+        if answer.errno not in (0, errno.ENODEV):
+            raise NetlinkError(answer.errno, message.what, answer.ext_ack)
+        found += [links.decode_link(data.payload) for data in answer.data]
+    return found
+
+
+def _dump(host: Socket, only: bytes) -> list[Link]:
+    """All links that the kernel's filter lets through; one that knows no filter gives more."""
+    payload = _LINK_HEAD.pack(0, 0, 0, 0, 0) + _SKIP_STATS + only
+    return [links.decode_link(data) for _, data in host.dump(Message(_GETLINK, payload=payload, what="list links"))]

@@ -1,0 +1,355 @@
+"""The scopes of this host: one queue each, one worker thread at a time each, all of them side by side.
+
+The life of a call: decode, transition, write the state, converge the host, judge the flows, answer. A call that
+changes nothing on a host where all is right costs one look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from netloom.agent import flows
+from netloom.agent.host import Done, Host, News
+from netloom.agent.kernel import arp
+from netloom.agent.log import Log
+from netloom.agent.store import Store, Unreadable
+from netloom.commands import table
+from netloom.commands.transition import Context
+from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
+from netloom.render.ruleset import Ruleset
+from netloom.render.scope import render
+from netloom.render.want import Want
+from netloom.state import Scope
+from netloom.wire import Call, Reply
+
+_T = TypeVar("_T")
+
+WORKERS = 16
+RESTORING_AT_ONCE = WORKERS - 4  # the others are for calls that come meanwhile
+RETRY_S_MAX = 60.0
+ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)  # a neighbour may be deaf for a moment: its port comes up with ours
+TIDY_EVERY_S = 30.0
+ENDINGS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
+
+_SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
+_NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
+
+
+class _Slot:
+    """A scope as the agent has it in memory. Touched by whoever holds ``lock``."""
+
+    def __init__(self, scope_id: str) -> None:
+        self.scope_id = scope_id
+        self.lock = asyncio.Lock()
+        self.users = 0
+        self.scope: Scope | None = None
+        self.loaded = False
+        self.unreadable = False  # there is a file, and it cannot be used
+        self.ended = False  # its end was asked for and is not carried out yet
+        self.behind = False  # the host may not be what the state says
+        self.rendered: tuple[Scope | None, Want] | None = None
+        self.judged: Scope | None = None  # the state that the flows were last held against; None: nobody knows
+        self.known: Ruleset | None = None  # what was loaded last, as far as we know
+        self.failures = 0
+        self.retry: asyncio.TimerHandle | None = None
+        self.announcing: list[asyncio.TimerHandle] = []
+        self.doing = ""
+
+    @property
+    def idle(self) -> bool:
+        nothing = self.scope is None and not self.ended and not self.unreadable
+        return nothing and not self.users and self.retry is None
+
+
+class Scopes:
+    """Carries out calls. Made and used on the event loop; ``load`` first, then ``restore`` in the background."""
+
+    def __init__(self, store: Store, host: Host, log: Log) -> None:
+        self._store = store
+        self._host = host
+        self._log = log
+        self._slots: dict[str, _Slot] = {}
+        self._pool = _started_pool()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    # ------------------------------------------------------------------------------------------------ at start
+
+    def load(self) -> None:
+        """Reads every scope's file and notes what they want, before anything is done to the host."""
+        for scope_id in self._store.ended():
+            self._slot(scope_id).ended = True
+        for scope_id in self._store.living():
+            slot = self._slot(scope_id)
+            try:
+                self._read(slot)
+                slot.known = self._want(slot).ruleset
+                self._host.claim(scope_id, self._want(slot))
+            except NetloomError as error:
+                self._log.line(f"scope={scope_id} load failed: {error}")
+
+    async def restore(self) -> None:
+        """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
+        gate = asyncio.Semaphore(RESTORING_AT_ONCE)
+
+        async def one(slot: _Slot) -> None:
+            async with gate:
+                await self._reconcile(slot, "restore")
+
+        await asyncio.gather(*(one(slot) for slot in list(self._slots.values()) if slot.scope or slot.ended))
+        await self._tidy()
+
+    async def keep_tidy(self) -> None:
+        """Takes away what others left of our bridges, again and again: a VM's tap goes after its network."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            await self._tidy()
+
+    async def _tidy(self) -> None:
+        try:
+            for step in await self._work(self._host.tidy):
+                self._log.line(f"tidy: {step}")
+        except NetloomError as error:
+            self._log.line(f"tidy failed: {error}")
+
+    # -------------------------------------------------------------------------------------------------- a call
+
+    async def carry_out(self, call: Call) -> Reply:
+        """The reply to the call, when it is done. Never raises: what went wrong is in the reply."""
+        started = time.monotonic()
+        steps: list[int] = []
+        try:
+            reply = await self._carry_out(call, steps)
+        except NetloomError as error:
+            reply = Reply(
+                call_id=call.call_id,
+                status=error.exit_code,
+                error=one_line(error.message),
+                hint=one_line(error.hint),
+                holds=self._holds(call.scope_id),
+            )
+        except Exception as error:  # noqa: BLE001, a bug: it keeps its traceback in the log, the caller gets a line
+            self._log.traceback(f"call={call.call_id}", error)
+            reply = Reply(
+                call_id=call.call_id,
+                status=3,
+                error=one_line(f"the agent failed: {type(error).__name__} in {call.command}"),
+                hint="its log has the traceback under the call's id",
+                holds=self._holds(call.scope_id),
+            )
+        ms = (time.monotonic() - started) * 1000
+        outcome = f" error={reply.error}" if reply.status else ""
+        self._log.line(
+            f"call={call.call_id} command={call.command} scope={call.scope_id} "
+            f"steps={sum(steps)} ms={ms:.1f} status={reply.status}{outcome}"
+        )
+        return reply
+
+    async def _carry_out(self, call: Call, steps: list[int]) -> Reply:
+        if not _SCOPE_ID.match(call.scope_id):
+            raise BadRequest(f"scope {call.scope_id!r} is no scope", hint="net-<id> or vpc-<id>, ten digits at most")
+        if call.command == "locate":
+            slot = self._slots.get(call.scope_id)
+            revision = slot.scope.revision if slot and slot.scope else 0
+            return Reply(call_id=call.call_id, holds=self._holds(call.scope_id), revision=revision)
+        for detail, nic in (
+            ("guest.network.device", call.registration.guest_nic),
+            ("public.network.device", call.registration.public_nic),
+        ):
+            if not _NIC.match(nic):
+                raise BadRequest(f"registration detail {detail}: {nic!r} is no name of a link")
+        slot = self._slot(call.scope_id)
+        slot.users += 1
+        try:
+            try:
+                async with asyncio.timeout(call.remaining_ms / 1000):
+                    await slot.lock.acquire()
+            except TimeoutError:
+                raise HostRefused(
+                    f"{call.scope_id} is busy with {slot.doing or 'other calls'}, for longer than this call had time",
+                    hint="CloudStack may repeat it",
+                ) from None
+            try:
+                slot.doing = call.command
+                return await self._hold(slot, lambda: self._transition(slot, call, steps))
+            finally:
+                slot.doing = ""
+                slot.lock.release()
+        finally:
+            slot.users -= 1
+            self._drop_if_idle(slot)
+
+    def _transition(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[Reply, Done]:
+        """In a worker thread. Until the state is written, nothing has happened."""
+        self._read(slot)
+        payload = table.decode(call.command, call.payload)
+        context = Context(scope_id=call.scope_id, registration=call.registration)
+        outcome = table.apply(call.command, slot.scope, payload, context)
+        if outcome.scope is None:
+            if slot.scope is not None:
+                self._store.retire(slot.scope_id)
+            # A lost state may have left its network behind; only the word for its end takes that away.
+            if slot.scope is not None or call.command in ENDINGS:
+                slot.ended = True
+            slot.scope = None
+        elif outcome.scope != slot.scope:
+            self._store.save(outcome.scope)
+            slot.scope, slot.ended = outcome.scope, False
+        done = self._converge(slot) if slot.scope is not None or slot.ended else Done()
+        steps.append(len(done.steps))
+        revision = slot.scope.revision if slot.scope else 0
+        reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
+        return reply, done
+
+    def _converge(self, slot: _Slot) -> Done:
+        """In a worker thread: makes the host what the state says."""
+        slot.behind = True
+        want = self._want(slot)
+        done = self._host.converge(slot.scope_id, want, slot.known)
+        slot.known = want.ruleset
+        if slot.scope is not None:
+            if want.namespace and slot.judged is not slot.scope:
+                flows.judge(want.namespace, slot.judged, slot.scope)
+            slot.judged = slot.scope
+        else:
+            slot.judged = None
+            self._store.forget(slot.scope_id)
+            slot.ended = False
+        slot.behind = False
+        return done
+
+    async def _hold(self, slot: _Slot, work: Callable[[], tuple[_T, Done]]) -> _T:
+        """Does the work in a worker thread; the slot's lock is held. A failure is tried again later."""
+        try:
+            result, done = await self._work(work)
+        except BaseException:
+            if slot.behind and slot.retry is None:
+                self._retry_later(slot)
+            raise
+        slot.failures = 0
+        if slot.retry is not None and not slot.behind:
+            slot.retry.cancel()
+            slot.retry = None
+        self._announce(slot, done.news)
+        return result
+
+    # ---------------------------------------------------------------------------------------- what comes after
+
+    def _retry_later(self, slot: _Slot) -> None:
+        slot.failures += 1
+        wait_s = min(RETRY_S_MAX, 2.0 ** (slot.failures - 1))
+        loop = asyncio.get_running_loop()
+
+        def again() -> None:
+            slot.retry = None
+            self._background(self._reconcile(slot, f"retry {slot.failures}"))
+
+        slot.retry = loop.call_later(wait_s, again)
+
+    async def _reconcile(self, slot: _Slot, why: str) -> None:
+        slot.users += 1
+        started = time.monotonic()
+        try:
+            async with slot.lock:
+                slot.doing = why
+                try:
+                    count = await self._hold(slot, lambda: _counted(self._converge(slot)))
+                finally:
+                    slot.doing = ""
+            ms = (time.monotonic() - started) * 1000
+            self._log.line(f"scope={slot.scope_id} {why}: steps={count} ms={ms:.1f}")
+        except Exception as error:  # noqa: BLE001, the agent lives on
+            if isinstance(error, NetloomError):
+                self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
+            else:
+                self._log.traceback(f"scope={slot.scope_id} {why}", error)
+        finally:
+            slot.users -= 1
+            self._drop_if_idle(slot)
+
+    def _announce(self, slot: _Slot, news: tuple[News, ...]) -> None:
+        if not news:
+            return
+        loop = asyncio.get_running_loop()
+
+        def tell() -> None:
+            self._background(self._work(lambda: _tell(news)))
+
+        now = loop.time()
+        slot.announcing = [handle for handle in slot.announcing if handle.when() > now]
+        slot.announcing += [loop.call_later(after_s, tell) for after_s in ANNOUNCE_AFTER_S]
+
+    async def stop(self, wait_s: float) -> None:
+        """Waits for what is being done, that long at most. The host stays as it is."""
+        for slot in self._slots.values():
+            for handle in (*slot.announcing, *([slot.retry] if slot.retry else [])):
+                handle.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=wait_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # -------------------------------------------------------------------------------------------------- slots
+
+    def _slot(self, scope_id: str) -> _Slot:
+        return self._slots.setdefault(scope_id, _Slot(scope_id))
+
+    def _drop_if_idle(self, slot: _Slot) -> None:
+        if slot.idle and self._slots.get(slot.scope_id) is slot:
+            del self._slots[slot.scope_id]
+
+    def _holds(self, scope_id: str) -> bool:
+        slot = self._slots.get(scope_id)
+        return slot is not None and (slot.scope is not None or slot.unreadable)
+
+    def _read(self, slot: _Slot) -> None:
+        """The state from disk, once; a file that could not be read is tried again with every call."""
+        if slot.loaded:
+            return
+        try:
+            slot.scope = self._store.load(slot.scope_id)
+        except Unreadable:
+            slot.unreadable = True
+            raise
+        slot.unreadable = False
+        slot.loaded = True
+
+    def _want(self, slot: _Slot) -> Want:
+        """The rendered state; rendered once, for most calls change nothing."""
+        if slot.rendered is None or slot.rendered[0] is not slot.scope:
+            slot.rendered = (slot.scope, render(slot.scope))
+        return slot.rendered[1]
+
+    async def _work(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def _background(self, work: Coroutine[object, object, object]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _counted(done: Done) -> tuple[int, Done]:
+    return len(done.steps), done
+
+
+def _tell(news: tuple[News, ...]) -> None:
+    for it in news:
+        try:
+            arp.gratuitous(it.namespace, it.link, it.address, it.mac)
+        except (OSError, NetloomError):
+            return  # the link is gone again: nobody has to know it any more
+
+
+def _started_pool() -> ThreadPoolExecutor:
+    """All threads now: one that is started inside another namespace would stay there for good."""
+    pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="worker")
+    barrier = threading.Barrier(WORKERS + 1)
+    for _ in range(WORKERS):
+        pool.submit(barrier.wait)
+    barrier.wait()
+    return pool

@@ -1,0 +1,220 @@
+"""``netloom agent serve``: the one long-running process of a host, behind a socket that only root may use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+from collections import OrderedDict
+
+from netloom import __version__
+from netloom.agent.connect import SOCKET
+from netloom.agent.host import Host
+from netloom.agent.log import Log, complain
+from netloom.agent.scopes import Scopes
+from netloom.agent.store import Store
+from netloom.errors import HostRefused, NetloomError
+from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
+
+STATE_DIR = "/var/lib/netloom/scopes"
+BUILD = "source"
+
+REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the answer came
+STOP_S_MAX = 5.0
+
+
+def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "") -> int:
+    """Serves until SIGTERM or SIGINT. Exit status 0, or 3 when another agent serves or the host forbids it."""
+    os.umask(0o077)
+    if os.geteuid() != 0:
+        complain("serve needs root")
+        return 1
+    try:
+        journal = Log(log)
+        lock = _only_one(socket)
+        store = Store(state_dir)
+    except (OSError, NetloomError) as error:
+        complain(str(error))
+        return 3
+    _more_descriptors()
+    try:
+        asyncio.run(_serve(socket, store, journal))
+    except (OSError, NetloomError) as error:
+        journal.line(f"serve failed: {error}")
+        complain(str(error))
+        return 3
+    finally:
+        os.close(lock)
+    # A worker that hangs in the kernel must not keep the process: nothing is left to say.
+    os._exit(0)
+
+
+async def _serve(path: str, store: Store, log: Log) -> None:
+    loop = asyncio.get_running_loop()
+    scopes = Scopes(store, Host(), log)
+    scopes.load()
+    calls = _Calls(scopes)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    server = await loop.create_unix_server(lambda: _Peer(calls, log), path=path, backlog=128)
+    os.chmod(path, 0o600)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
+    restoring = asyncio.ensure_future(scopes.restore())
+    tidying = asyncio.ensure_future(scopes.keep_tidy())
+    restoring.add_done_callback(lambda task: _restored(task, log))
+    await stop.wait()
+    server.close()
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    for task in (restoring, tidying):
+        task.cancel()
+    await calls.finish(STOP_S_MAX)
+    await scopes.stop(STOP_S_MAX)
+    log.line("stopped; what runs keeps running")
+
+
+def _restored(task: asyncio.Future[None], log: Log) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.traceback("restore", error)
+        return
+    log.line("restored")
+    _notify("READY=1")
+
+
+class _Calls:
+    """The calls that run, and the last replies: a repeat of a call gets the answer, the work is done once."""
+
+    def __init__(self, scopes: Scopes) -> None:
+        self._scopes = scopes
+        self._running: dict[str, asyncio.Task[Reply]] = {}
+        self._replies: OrderedDict[str, Reply] = OrderedDict()
+
+    async def answer(self, call: Call) -> Reply:
+        if call.call_id in self._replies:
+            return self._replies[call.call_id]
+        task = self._running.get(call.call_id)
+        if task is None:
+            task = asyncio.ensure_future(self._scopes.carry_out(call))
+            self._running[call.call_id] = task
+            task.add_done_callback(lambda done: self._remember(call.call_id, done))
+        # Shielded: the one who asked may go away, what was begun is finished.
+        return await asyncio.shield(task)
+
+    async def finish(self, wait_s: float) -> None:
+        if self._running:
+            await asyncio.wait(self._running.values(), timeout=wait_s)
+
+    def _remember(self, call_id: str, done: asyncio.Task[Reply]) -> None:
+        self._running.pop(call_id, None)
+        if not done.cancelled() and done.exception() is None:
+            self._replies[call_id] = done.result()
+            while len(self._replies) > REMEMBERED_MAX:
+                self._replies.popitem(last=False)
+
+
+class _Peer(asyncio.Protocol):
+    """One connection: a relay, or whoever else is root. Many calls at once, answered as they get done."""
+
+    def __init__(self, calls: _Calls, log: Log) -> None:
+        self._calls = calls
+        self._log = log
+        self._reader = FrameReader()
+        self._protocol = PROTOCOL_VERSION
+        self._transport: asyncio.Transport | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        uid = _uid_of(transport.get_extra_info("socket"))
+        if uid != 0:
+            self._log.line(f"refused a connection of uid {uid}")
+            transport.abort()
+            return
+        self._transport = transport
+        transport.write(encode(Hello(version=__version__, build=BUILD)))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is None:
+            return
+        try:
+            messages = self._reader.feed(data)
+        except HostRefused as error:
+            self._log.line(f"connection dropped: {error}")
+            self._transport.abort()
+            return
+        for message in messages:
+            self._receive(message)
+
+    def _receive(self, message: Message) -> None:
+        match message:
+            case Hello():
+                self._protocol = message.protocol
+            case Call():
+                task = asyncio.ensure_future(self._answer(message))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case Reply():
+                self._log.line("a reply came where calls are expected; ignored")
+
+    async def _answer(self, call: Call) -> None:
+        if self._protocol != PROTOCOL_VERSION:
+            reply = Reply(
+                call_id=call.call_id,
+                status=3,
+                error=f"the agent speaks protocol {PROTOCOL_VERSION}, the caller {self._protocol}",
+                hint="update the older of the two",
+            )
+        else:
+            reply = await self._calls.answer(call)
+        if self._transport is not None:
+            self._transport.write(encode(reply))
+
+
+def _uid_of(peer: socket.socket) -> int:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    uid: int = struct.unpack("3i", credentials)[1]
+    return uid
+
+
+def _only_one(path: str) -> int:
+    """The lock that says who serves, held for life. The file is never removed: its name would mean nothing then."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    os.chmod(directory, 0o700)
+    fd = os.open(os.path.join(directory, "agent.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno == errno.EWOULDBLOCK:
+            raise HostRefused(f"another agent serves {path}") from None
+        raise
+    return fd
+
+
+def _more_descriptors() -> None:
+    """As many as we may have: libnftables ends the process when there are none left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _notify(text: str) -> None:
+    """Tells systemd, where it is the one who started us."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender, contextlib.suppress(OSError):
+        sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)

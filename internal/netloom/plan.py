@@ -1,0 +1,616 @@
+"""(have, want) to steps: what has to be done to a host, in an order that is safe to stop in at any point.
+
+Pure: ``agent.observe`` looks, this decides, ``agent.apply`` does. Where the wish is fulfilled there is no step.
+
+The order, and why:
+
+1. The namespace, and the sysctls that links inherit, before anything else is in it.
+2. What is no longer wanted goes: routes, rules, addresses, links. An address that is gone needs no filter.
+3. The ruleset. Nothing new is reachable yet, what was taken away is gone: at no point is something open that neither
+   the old nor the new wish allows.
+4. The host's shared objects (bridges, VLAN links), then the ports into the namespace, all down.
+5. Addresses, links up (the public ones last), routes, rules.
+6. Bridges that nobody needs any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, TypeVar
+
+import msgspec
+
+from netloom.errors import ForeignScope, HostRefused
+from netloom.names import UNTAGGED
+from netloom.render.ruleset import Name, Ruleset, marker
+from netloom.render.want import Address, Port, Route, Rule, Segment, Want
+
+_T = TypeVar("_T")
+
+ALIAS = "netloom"  # first word of the alias of every link that we made; only such are ever deleted
+
+
+# --------------------------------------------------------------------------------------------------------- have
+
+
+class HostLink(msgspec.Struct, frozen=True, kw_only=True):
+    """A link of the host itself. ``kind`` is the kernel's ("bridge", "vlan", "veth"; empty for a NIC)."""
+
+    name: str
+    kind: str = ""
+    up: bool = False
+    master: str = ""
+    alias: str = ""
+    parent: str = ""  # of a VLAN link
+    vlan_id: int = 0
+    ports: tuple[str, ...] = ()  # of a bridge
+    addresses: tuple[str, ...] = ()  # of the host, on this link; looked up for NICs that may have to join a bridge
+    ipv6: bool = False  # whether the host speaks IPv6 on it; looked up for links that are ours
+
+    @property
+    def ours(self) -> bool:
+        return self.alias.split(" ", 1)[0] == ALIAS
+
+    @property
+    def carrier(self) -> str:
+        """The port that a bridge of ours was made for, which is no reason to keep it."""
+        return self.alias.partition(" carries ")[2] if self.ours else ""
+
+
+class InsideLink(msgspec.Struct, frozen=True, kw_only=True):
+    """A link of the namespace other than the loopback. ``host_link``: its other end, empty when not on the host."""
+
+    name: str
+    kind: str = ""
+    mac: str = ""
+    up: bool = False
+    host_link: str = ""
+
+
+class Have(msgspec.Struct, frozen=True, kw_only=True):
+    """What is there of one scope on one host, and of the host's links that it concerns."""
+
+    scope_id: str
+    namespace: str  # the name that the scope's namespace has, or would have
+    exists: bool = False
+    foreign: str = ""  # why the namespace is somebody else's; empty: it is ours, or nobody's
+    loopback_up: bool = False
+    links: dict[str, InsideLink] = {}
+    addresses: tuple[Address, ...] = ()
+    routes: tuple[Route, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    sysctls: dict[str, str] = {}
+    marker: str = ""  # which ruleset is loaded; empty: no table, or one that does not say
+    ruleset: Ruleset | None = None  # the ruleset behind ``marker``, where it is known
+    table: frozenset[Name] | None = None  # what is in the table; None: no table
+    host_links: dict[str, HostLink] = {}
+    claimed: frozenset[str] = frozenset()  # bridges that other scopes want
+    guarded: frozenset[str] = frozenset()  # bridges whose frames never reach the host's own sockets
+
+
+# -------------------------------------------------------------------------------------------------------- steps
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One thing to do to the host. ``shared``: it touches what other scopes use too, so one scope at a time."""
+
+    shared: ClassVar[bool] = False
+
+
+class CreateNamespace(Step, frozen=True):
+    """Makes the scope's namespace: empty, its loopback down."""
+
+    namespace: str
+
+    def __str__(self) -> str:
+        return f"create namespace {self.namespace}"
+
+
+class RemoveNamespace(Step, frozen=True):
+    """Takes the name away, and with it what is left inside."""
+
+    namespace: str
+
+    def __str__(self) -> str:
+        return f"remove namespace {self.namespace}"
+
+
+class SetSysctl(Step, frozen=True):
+    """Writes a setting of the namespace."""
+
+    namespace: str
+    key: str
+    value: str
+
+    def __str__(self) -> str:
+        return f"set {self.key} = {self.value} in {self.namespace}"
+
+
+class RemoveRoute(Step, frozen=True):
+    """Takes away a route that nobody wants any more."""
+
+    namespace: str
+    route: Route
+
+    def __str__(self) -> str:
+        return f"remove route {_route(self.route)}"
+
+
+class PutRoute(Step, frozen=True):
+    """Adds the route, or replaces the one to the same destination without an instant in between."""
+
+    namespace: str
+    route: Route
+
+    def __str__(self) -> str:
+        return f"put route {_route(self.route)}"
+
+
+class RemoveRule(Step, frozen=True):
+    """Takes away a policy rule that nobody wants any more."""
+
+    namespace: str
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"remove rule {_rule(self.rule)}"
+
+
+class AddRule(Step, frozen=True):
+    """Lets packets with a mark look up a table of their own."""
+
+    namespace: str
+    rule: Rule
+
+    def __str__(self) -> str:
+        return f"add rule {_rule(self.rule)}"
+
+
+class RemoveAddress(Step, frozen=True):
+    """Takes an address from a link that stays."""
+
+    namespace: str
+    address: Address
+
+    def __str__(self) -> str:
+        return f"remove address {self.address.cidr} from {self.address.link}"
+
+
+class AddAddress(Step, frozen=True):
+    """Puts an address on a link."""
+
+    namespace: str
+    address: Address
+
+    def __str__(self) -> str:
+        return f"add address {self.address.cidr} to {self.address.link}"
+
+
+class RemovePort(Step, frozen=True):
+    """Takes a link of the namespace away, and with it its other end on the host."""
+
+    namespace: str
+    link: str
+
+    def __str__(self) -> str:
+        return f"remove link {self.link} of {self.namespace}"
+
+
+class RemoveHostPort(Step, frozen=True):
+    """Takes away a host end that leads nowhere we know."""
+
+    link: str
+
+    def __str__(self) -> str:
+        return f"remove stray link {self.link}"
+
+
+class LoadRuleset(Step, frozen=True):
+    """Loads the ruleset in one transaction: from ``have``, else over whatever is in the table, else anew."""
+
+    namespace: str
+    want: Ruleset
+    have: Ruleset | None = None
+    table: frozenset[Name] | None = None
+
+    def __str__(self) -> str:
+        verb = "swap" if self.have else "load" if self.table is None else "take over"
+        return f"{verb} ruleset {self.want.family} {self.want.table} of {self.namespace}"
+
+
+class GuardHost(Step, frozen=True):
+    """Drops what bridges of ours would deliver to the host itself: exactly these bridges; none: no table."""
+
+    shared: ClassVar[bool] = True
+    bridges: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"guard the host's sockets from {', '.join(self.bridges) or 'no bridge'}"
+
+
+class CreateBridge(Step, frozen=True):
+    """Makes a bridge of ours, down, without an address, for one carrier."""
+
+    shared: ClassVar[bool] = True
+    bridge: str
+    carrier: str
+
+    def __str__(self) -> str:
+        return f"create bridge {self.bridge} for {self.carrier}"
+
+
+class CreateVlanLink(Step, frozen=True):
+    """Makes the VLAN sub-interface of a NIC, down."""
+
+    shared: ClassVar[bool] = True
+    link: str
+    nic: str
+    vlan: int
+
+    def __str__(self) -> str:
+        return f"create VLAN link {self.link} on {self.nic}"
+
+
+class AttachCarrier(Step, frozen=True):
+    """Makes the link that carries a segment a port of the segment's bridge."""
+
+    shared: ClassVar[bool] = True
+    link: str
+    bridge: str
+
+    def __str__(self) -> str:
+        return f"attach {self.link} to {self.bridge}"
+
+
+class SetHostLinkUp(Step, frozen=True):
+    """Sets a NIC, a VLAN link or a bridge up."""
+
+    shared: ClassVar[bool] = True
+    link: str
+
+    def __str__(self) -> str:
+        return f"set {self.link} up"
+
+
+class RemoveBridge(Step, frozen=True):
+    """Takes away a bridge of ours; its carrier is let go."""
+
+    shared: ClassVar[bool] = True
+    bridge: str
+
+    def __str__(self) -> str:
+        return f"remove bridge {self.bridge}"
+
+
+class RemoveVlanLink(Step, frozen=True):
+    """Takes away a VLAN link that we made."""
+
+    shared: ClassVar[bool] = True
+    link: str
+
+    def __str__(self) -> str:
+        return f"remove VLAN link {self.link}"
+
+
+class SilenceIpv6(Step, frozen=True):
+    """Keeps the host from having an address on a link that tenants share."""
+
+    link: str
+
+    def __str__(self) -> str:
+        return f"set net.ipv6.conf.{self.link}.disable_ipv6 = 1"
+
+
+class CreatePort(Step, frozen=True):
+    """Makes the pair, both ends down: the host end is a port of the bridge, the other stands in the namespace."""
+
+    namespace: str
+    port: Port
+    bridge: str
+    alias: str
+
+    def __str__(self) -> str:
+        return f"create {self.port.host_link} on {self.bridge} with {self.port.link} in {self.namespace}"
+
+
+class AttachPort(Step, frozen=True):
+    """Makes the host end of a port one of the segment's bridge again."""
+
+    link: str
+    bridge: str
+
+    def __str__(self) -> str:
+        return f"attach {self.link} to {self.bridge}"
+
+
+class SetMac(Step, frozen=True):
+    """Gives a link of the namespace its derived MAC address back."""
+
+    namespace: str
+    link: str
+    mac: str
+
+    def __str__(self) -> str:
+        return f"set MAC address of {self.link} to {self.mac}"
+
+
+class SetPortUp(Step, frozen=True):
+    """Sets the host end of a port up."""
+
+    link: str
+
+    def __str__(self) -> str:
+        return f"set {self.link} up"
+
+
+class SetLinkUp(Step, frozen=True):
+    """Sets a link of the namespace up."""
+
+    namespace: str
+    link: str
+
+    def __str__(self) -> str:
+        return f"set {self.link} up in {self.namespace}"
+
+
+# --------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(have: Have, want: Want) -> tuple[Step, ...]:
+    """The steps from ``have`` to ``want``, in order; none when nothing has to change.
+
+    Raises ForeignScope when the namespace is somebody else's, HostRefused when the host lacks what the wish
+    stands on (a NIC), or would lose something of its own (the addresses of a NIC).
+    """
+    if not want.namespace:
+        return (*_tear_down(have), *_unneeded(have, wanted=frozenset(), leaving=frozenset(_our_ports(have))))
+    if have.foreign:
+        raise ForeignScope(
+            f"namespace {have.namespace} is there already and is not ours: {have.foreign}",
+            hint="remove it, or let the network live on another host",
+        )
+    grounds = {port.segment: _ground(have, port) for port in want.ports}
+    return tuple(_build(have, want, grounds))
+
+
+def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozenset[str]) -> tuple[Step, ...]:
+    """The steps that remove the bridges of ours, among ``links``, that no scope wants and no VM is plugged into."""
+    have = Have(scope_id="", namespace="", host_links=links, claimed=claimed, guarded=guarded)
+    return tuple(_unneeded(have, wanted=claimed, leaving=frozenset()))
+
+
+def alias_of(scope_id: str) -> str:
+    """The alias of a scope's host ends: says whose they are to whoever looks at the host."""
+    return f"{ALIAS} {scope_id}"
+
+
+class _Ground(msgspec.Struct, frozen=True):
+    """Where a segment really is on this host: what is there already is used."""
+
+    bridge: str
+    steps: tuple[Step, ...] = ()
+    ours: bool = False
+
+
+def _ground(have: Have, port: Port) -> _Ground:
+    return _untagged(have, port) if port.segment.vlan == UNTAGGED else _tagged(have, port)
+
+
+def _tagged(have: Have, port: Port) -> _Ground:
+    segment = port.segment
+    steps: list[Step] = []
+    carrier = _vlan_link(have, segment)
+    if carrier is None:
+        nic = have.host_links.get(segment.nic)
+        if nic is None:
+            raise _no_nic(port)
+        if not nic.up:
+            steps.append(SetHostLinkUp(nic.name))
+        steps.append(CreateVlanLink(segment.vlan_link, segment.nic, int(segment.vlan)))
+        carrier = HostLink(name=segment.vlan_link, kind="vlan", alias=ALIAS, ipv6=True)
+    return _bridged(have, segment, carrier, steps)
+
+
+def _untagged(have: Have, port: Port) -> _Ground:
+    segment = port.segment
+    nic = have.host_links.get(segment.nic)
+    if nic is None:
+        raise _no_nic(port)
+    if nic.kind == "bridge":
+        return _Ground(nic.name)
+    if not nic.master and nic.addresses:
+        raise HostRefused(
+            f"NIC {nic.name} carries the host's address {nic.addresses[0]} and is in no bridge: "
+            f"an untagged network would cut the host off",
+            hint=f"put {nic.name} into a bridge that has the address, or name another NIC in {_detail(port)}",
+        )
+    return _bridged(have, segment, nic, [])
+
+
+def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step]) -> _Ground:
+    """The bridge that the carrier is in, else the segment's own with the carrier as a port."""
+    name = carrier.master or segment.bridge
+    bridge = have.host_links.get(name)
+    if bridge is None:
+        steps.append(CreateBridge(name, carrier.name))
+        bridge = HostLink(name=name, kind="bridge", alias=f"{ALIAS} carries {carrier.name}", ipv6=True)
+    elif bridge.kind != "bridge":
+        raise HostRefused(
+            f"{carrier.name} is in {name}, which is no bridge" if carrier.master else f"link {name} is no bridge",
+            hint="rename it, or name another NIC in the registration",
+        )
+    steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
+    if not carrier.master:
+        steps.append(AttachCarrier(carrier.name, name))
+    if not carrier.up:
+        steps.append(SetHostLinkUp(carrier.name))
+    if not bridge.up:
+        steps.append(SetHostLinkUp(name))
+    return _Ground(name, tuple(steps), bridge.ours)
+
+
+def _vlan_link(have: Have, segment: Segment) -> HostLink | None:
+    for link in have.host_links.values():
+        if link.kind == "vlan" and link.parent == segment.nic and str(link.vlan_id) == segment.vlan:
+            return link
+    return have.host_links.get(segment.vlan_link)
+
+
+def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[Step]:
+    ns = want.namespace
+    ports = {port.link: port for port in want.ports}
+    standing = {port.link for port in want.ports if _stands(have, port)}
+    if not have.exists:
+        yield CreateNamespace(ns)
+    early = {key: value for key, value in want.sysctls.items() if _link_of(key, ports) is None}
+    for key, value in early.items():
+        if have.sysctls.get(key) != value:
+            yield SetSysctl(ns, key, value)
+
+    put = {(route.table, route.destination) for route in want.routes}
+    for route in have.routes:
+        if (route.table, route.destination) not in put and (route.link in standing or not route.link):
+            yield RemoveRoute(ns, route)
+    for rule in _without(have.rules, want.rules):
+        yield RemoveRule(ns, rule)
+    for address in _without(have.addresses, want.addresses):
+        if address.link in standing:  # the others go with their link
+            yield RemoveAddress(ns, address)
+    for link in have.links.values():
+        if link.name not in standing and (link.kind == "veth" or link.name in ports):
+            yield RemovePort(ns, link.name)
+
+    if want.ruleset is not None and have.marker != marker(want.ruleset):
+        yield LoadRuleset(ns, want.ruleset, have.ruleset, have.table)
+
+    guarded = have.guarded | {ground.bridge for ground in grounds.values() if ground.ours}
+    if guarded != have.guarded:
+        # Before the bridge is there: a set of names does not ask whether the link exists.
+        yield GuardHost(tuple(sorted(guarded)))
+    yield from dict.fromkeys(step for ground in grounds.values() for step in ground.steps)
+    for port in want.ports:
+        yield from _port(have, ns, port, grounds[port.segment].bridge, alias_of(have.scope_id))
+    for key, value in want.sysctls.items():
+        link_name = _link_of(key, ports)
+        if link_name is not None and (link_name not in standing or have.sysctls.get(key) != value):
+            yield SetSysctl(ns, key, value)
+
+    kept = {address for address in have.addresses if address.link in standing}
+    for address in want.addresses:
+        if address not in kept:
+            yield AddAddress(ns, address)
+    if not have.loopback_up:
+        yield SetLinkUp(ns, "lo")
+    for port in want.ports:
+        host_link = have.host_links.get(port.host_link)
+        if port.link not in standing or host_link is None or not host_link.up:
+            yield SetPortUp(port.host_link)
+    for port in sorted(want.ports, key=lambda port: (not _is_guest(port), port)):
+        if port.link not in standing or not have.links[port.link].up:
+            yield SetLinkUp(ns, port.link)
+    there = {route for route in have.routes if route.link in standing or not route.link}
+    for route in want.routes:
+        if route not in there:
+            yield PutRoute(ns, route)
+    for rule in _without(want.rules, have.rules):
+        yield AddRule(ns, rule)
+
+    wanted = frozenset(ground.bridge for ground in grounds.values())
+    yield from _unneeded(
+        msgspec.structs.replace(have, guarded=guarded), wanted=wanted, leaving=frozenset(_our_ports(have))
+    )
+
+
+def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[Step]:
+    host_link = have.host_links.get(port.host_link)
+    if not _stands(have, port):
+        inside = have.links.get(port.link)
+        if host_link is not None and (inside is None or inside.host_link != port.host_link):
+            if not host_link.ours:
+                raise HostRefused(
+                    f"link {port.host_link} is there already and is not ours",
+                    hint="remove or rename it",
+                )
+            yield RemoveHostPort(port.host_link)
+        yield CreatePort(ns, port, bridge, alias)
+        yield SilenceIpv6(port.host_link)
+        return
+    assert host_link is not None
+    if host_link.ipv6:
+        yield SilenceIpv6(port.host_link)
+    if have.links[port.link].mac != port.mac:
+        yield SetMac(ns, port.link, port.mac)
+    if host_link.master != bridge:
+        yield AttachPort(port.host_link, bridge)
+
+
+def _stands(have: Have, port: Port) -> bool:
+    inside = have.links.get(port.link)
+    return inside is not None and inside.host_link == port.host_link and port.host_link in have.host_links
+
+
+def _tear_down(have: Have) -> Iterator[Step]:
+    if not have.exists or have.foreign:
+        return
+    for link in have.links.values():
+        # A namespace can outlive its name (a process holds it): its links go by themselves.
+        if link.kind == "veth":
+            yield RemovePort(have.namespace, link.name)
+    yield RemoveNamespace(have.namespace)
+
+
+def _our_ports(have: Have) -> Iterable[str]:
+    return (link.host_link for link in have.links.values() if link.host_link and not have.foreign)
+
+
+def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) -> Iterator[Step]:
+    """Removes bridges of ours that nobody wants once the ports ``leaving`` have left."""
+    gone: set[str] = set()
+    for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
+        if bridge.kind != "bridge" or not bridge.ours or bridge.name in wanted or bridge.name in have.claimed:
+            continue
+        if set(bridge.ports) - leaving - {bridge.carrier}:
+            continue
+        yield RemoveBridge(bridge.name)
+        gone.add(bridge.name)
+        carrier = have.host_links.get(bridge.carrier)
+        if carrier is not None and carrier.ours and carrier.kind == "vlan":
+            yield RemoveVlanLink(carrier.name)
+    if gone & have.guarded:
+        yield GuardHost(tuple(sorted(have.guarded - gone)))
+
+
+def _link_of(key: str, ports: Iterable[str]) -> str | None:
+    """The link that a sysctl belongs to: ``net.ipv4.conf.gst-204.rp_filter`` is ``gst-204``'s."""
+    words = key.replace("/", ".").split(".")
+    return next((name for name in ports if name in words), None)
+
+
+def _without(items: Iterable[_T], others: Iterable[_T]) -> list[_T]:
+    taken = set(others)
+    return [item for item in items if item not in taken]
+
+
+def _is_guest(port: Port) -> bool:
+    return port.link.startswith("gst-")
+
+
+def _detail(port: Port) -> str:
+    return "guest.network.device" if _is_guest(port) else "public.network.device"
+
+
+def _no_nic(port: Port) -> HostRefused:
+    return HostRefused(
+        f"NIC {port.segment.nic} does not exist on this host",
+        hint=f"check the registration detail {_detail(port)}",
+    )
+
+
+def _route(route: Route) -> str:
+    via = f" via {route.via}" if route.via else ""
+    source = f" src {route.source}" if route.source else ""
+    return f"{route.destination}{via} dev {route.link}{source} table {route.table}"
+
+
+def _rule(rule: Rule) -> str:
+    return f"{rule.priority}: fwmark {rule.mark:#x}/{rule.mask:#x} table {rule.table}"
