@@ -1,0 +1,32 @@
+"""The core does no input and no output, and imports nothing late. The import contracts see modules; this sees names."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from repo.places import ROOT
+
+NETLOOM = ROOT / "internal" / "netloom"
+CORE = sorted(
+    [path for stage in ("protocol", "commands", "state", "render") for path in (NETLOOM / stage).rglob("*.py")]
+    + [NETLOOM / name for name in ("plan.py", "wire.py", "names.py", "errors.py", "secret.py")]
+)
+FORBIDDEN = {"open", "print", "input", "exec", "eval", "compile", "breakpoint", "__import__", "globals"}
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(NETLOOM)))
+def test_the_core_only_computes(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names & FORBIDDEN == set()
+    late = [
+        node.lineno
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert late == []

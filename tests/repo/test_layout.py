@@ -1,0 +1,46 @@
+"""The repository is laid out as ARCHITECTURE.md says."""
+
+from __future__ import annotations
+
+import json
+
+from repo.places import LEFT_BEHIND, ROOT
+
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "build",
+    "cmd",
+    "docs",
+    "internal",
+    "pyproject.toml",
+    "tests",
+}
+
+
+def test_nothing_stands_at_the_top_but_what_belongs_there() -> None:
+    found = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith((".venv", ".import_linter"))}
+    assert found - LEFT_BEHIND == TOP_LEVEL
+
+
+def test_cmd_is_no_package() -> None:
+    """With an __init__.py it would hide the standard library's cmd from whoever has the checkout on the path."""
+    assert not list((ROOT / "cmd").rglob("__init__.py"))
+
+
+def test_every_directory_of_the_program_is_a_package() -> None:
+    """One without __init__.py is invisible to the import contracts, so it could import anything."""
+    folders = {path.parent for path in (ROOT / "internal" / "netloom").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_payload_files_are_those_of_the_index() -> None:
+    payloads = ROOT / "tests" / "payloads"
+    listed = [entry["file"] for entry in json.loads((payloads / "index.json").read_text())]
+    assert sorted(listed) == sorted(path.name for path in payloads.glob("[0-9]*.json"))
+    assert len(listed) == len(set(listed))
