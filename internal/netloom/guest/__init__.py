@@ -1,0 +1,1 @@
+"""What tenants may talk to: DHCP, metadata, passwords; one process without any privilege."""

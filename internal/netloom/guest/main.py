@@ -1,0 +1,189 @@
+"""``netloom guest``: the process. It is started by root, gives everything up, and answers until it is told to stop.
+
+    netloom guest --control <descriptor> --root <empty directory> [--build <id>] [--trial]
+
+``control`` is a unix stream socket that listens and that only root may connect to. Everything else comes through it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import linecache  # noqa: F401 - a traceback would import it, when nothing can be imported any more
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from netloom import __version__
+from netloom.errors import NetloomError, one_line
+from netloom.guest import sandbox
+from netloom.guest.serve import Networks
+from netloom.guestwire import Channel, ChannelError, Done, Drop, Hello, Lend, Message, Serve, Tried, Try, Update
+
+# What may wait for an agent that does not read before it counts as gone.
+_UNREAD_BYTES_MAX = 1 << 20
+# For answers that are under way when the process is told to stop.
+_STOP_S = 3.0
+
+Attempts = Callable[[int], dict[str, str]]
+
+
+class Guest:
+    """The agent's end of the process: whoever root connected last. Without one, serving goes on."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str, attempts: Attempts | None):
+        self._loop = loop
+        self._control = control
+        self._build = build
+        self._attempts = attempts
+        self._agent: Channel | None = None
+        self.layers: tuple[str, ...] = ()
+        self.networks = Networks(loop, self._tell)
+        control.setblocking(False)
+        loop.add_reader(control, self._connected)
+
+    def _connected(self) -> None:
+        try:
+            sock, _ = self._control.accept()
+        except OSError:
+            return
+        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+        if uid != 0:
+            sock.close()
+            return
+        self._forget_agent()
+        self._agent = Channel(sock, pending_bytes_max=_UNREAD_BYTES_MAX)
+        self._loop.add_reader(sock, self._readable)
+        self._tell(
+            Hello(
+                version=__version__,
+                build=self._build,
+                pid=os.getpid(),
+                layers=self.layers,
+                served=self.networks.served,
+            )
+        )
+        for taken in self.networks.untold:
+            self._tell(taken)
+
+    def _readable(self) -> None:
+        agent = self._agent
+        if agent is None:
+            return
+        try:
+            arrived = agent.receive()
+        except ChannelError:
+            self._forget_agent()
+            return
+        for message, descriptors in arrived:
+            self._obey(message, descriptors)
+
+    def _obey(self, message: Message, descriptors: list[int]) -> None:
+        if isinstance(message, Serve):
+            self._tell(self.networks.serve(message, descriptors))
+        elif isinstance(message, Update):
+            self._tell(self.networks.update(message.seq, message.network))
+        elif isinstance(message, Drop):
+            self._tell(self.networks.drop(message.seq, (message.scope_id, message.network_id)))
+        elif isinstance(message, Lend):
+            lent, copies = self.networks.lend(message.seq, (message.scope_id, message.network_id))
+            self._tell(lent, copies)
+        elif isinstance(message, Try) and self._attempts is not None:
+            self._tell(Tried(seq=message.seq, outcomes=self._attempts(os.getppid())))
+        elif isinstance(message, Try):
+            self._tell(Done(seq=message.seq, error="this process was not started for trials"))
+
+    def _tell(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        if self._agent is None:
+            return
+        try:
+            self._agent.queue(message, descriptors)
+        except ChannelError:
+            self._forget_agent()
+            return
+        self._flush()
+
+    def _flush(self) -> None:
+        agent = self._agent
+        if agent is None:
+            return
+        try:
+            agent.flush()
+        except ChannelError:
+            self._forget_agent()
+            return
+        if agent.pending:
+            self._loop.add_writer(agent.fileno(), self._flush)
+        else:
+            self._loop.remove_writer(agent.fileno())
+
+    def _forget_agent(self) -> None:
+        if self._agent is not None:
+            self._loop.remove_reader(self._agent.fileno())
+            self._loop.remove_writer(self._agent.fileno())
+            self._agent.close()
+            self._agent = None
+
+    def stop(self) -> None:
+        """End the loop once the answers under way are out, or after a few seconds."""
+        self.networks.stop()
+        deadline = self._loop.time() + _STOP_S
+
+        def look() -> None:
+            if self.networks.idle or self._loop.time() > deadline:
+                self._loop.stop()
+            else:
+                self._loop.call_later(0.05, look)
+
+        look()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Serve until SIGTERM; the exit status. ``argv`` is what follows ``guest``."""
+    parser = argparse.ArgumentParser(prog="netloom guest", add_help=False)
+    parser.add_argument("--control", type=int, required=True)
+    parser.add_argument("--root", required=True)
+    parser.add_argument("--build", default="")
+    parser.add_argument("--trial", action="store_true")
+    asked = parser.parse_args(argv)
+    attempts: Attempts | None = None
+    if asked.trial:
+        from netloom.guest import trial  # only where it is asked for: nobody else should have it in memory
+
+        attempts = trial.attempts
+
+    control = socket.socket(fileno=asked.control)
+    _close_inherited(asked.control)
+    loop = asyncio.new_event_loop()
+    guest = Guest(loop, control, asked.build, attempts)
+    loop.add_signal_handler(signal.SIGTERM, guest.stop)
+    for ignored in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(ignored, signal.SIG_IGN)
+    with contextlib.suppress(ValueError):
+        "".encode("idna")  # codecs are looked up by import, the first time
+    try:
+        guest.layers = sandbox.enter(asked.root)
+    except NetloomError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    loop.set_exception_handler(_complain)
+    loop.run_forever()
+    return 0
+
+
+def _complain(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    # One callback failed, on one packet or request; the others go on. Values stay out: they are tenants'.
+    error = context.get("exception")
+    where = traceback.extract_tb(error.__traceback__) if isinstance(error, BaseException) else []
+    at = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
+    sys.stderr.write(one_line(f"netloom guest: {type(error).__name__}{at}") + "\n")
+
+
+def _close_inherited(control: int) -> None:
+    os.closerange(3, control)
+    os.closerange(control + 1, max(control + 1, os.sysconf("SC_OPEN_MAX")))

@@ -1,0 +1,190 @@
+"""The walls around the guest process: whoever takes it over has a table to read and sockets that answer, nothing else.
+
+Entered once, after everything is imported and opened. Each wall stands alone: an empty network namespace (nothing to
+connect to, whatever the filter lets through), an empty root directory, a user id that owns nothing, no capability and
+no way to gain one, no further process, no descriptor beyond a bound, and a list of the system calls that serving takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import struct
+from typing import NamedTuple
+
+from netloom.errors import HostRefused
+
+# In no passwd, and in none of the ranges that anybody hands out (systemd's UIDS-GIDS.md: 0x70000000 to 0x7fffffff are
+# free): no subordinate id, no dynamic user, no container.
+USER_ID = GROUP_ID = 0x7E7E0043
+
+# A thousand networks with three sockets each, and their connections.
+DESCRIPTORS_MAX = 1 << 16
+
+# linux/sched.h, linux/prctl.h, linux/seccomp.h
+_CLONE_NEWNET, _CLONE_NEWIPC = 0x40000000, 0x08000000
+_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 22, 24, 38, 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+_SECCOMP_MODE_FILTER = 2
+_CAPABILITIES_V3 = 0x20080522
+
+_RET_ALLOW, _RET_ERRNO, _RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+
+# linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
+_LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
+_X32_BIT = 0x40000000
+
+_PROT_EXEC = 0x4
+_FIONBIO = 0x5421
+_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
+# level << 16 | option: SO_NO_CHECK, TCP_SAVE_SYN
+_SOCKET_OPTIONS = ((1, 11), (6, 27))
+
+
+class _Arch(NamedTuple):
+    audit: int
+    numbers: dict[str, int]
+
+
+def _numbers(table: str) -> dict[str, int]:
+    words = table.split()
+    return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
+
+
+# asm/unistd_64.h and asm-generic/unistd.h. Sockets come from the agent and connections from accept4; there is no call
+# here that opens, makes, connects, starts, signals or looks at anything.
+_X86_64 = _numbers("""
+    read 0  write 1  close 3  poll 7  lseek 8  mmap 9  mprotect 10  munmap 11  brk 12  rt_sigaction 13
+    rt_sigprocmask 14  rt_sigreturn 15  ioctl 16  sched_yield 24  mremap 25  madvise 28  nanosleep 35  getpid 39
+    sendto 44  recvfrom 45  sendmsg 46  recvmsg 47  shutdown 48  getsockname 51  getpeername 52  setsockopt 54
+    getsockopt 55  exit 60  fcntl 72  gettimeofday 96  getppid 110  sigaltstack 131  gettid 186  time 201  futex 202
+    restart_syscall 219  clock_gettime 228  clock_nanosleep 230  exit_group 231  epoll_wait 232  epoll_ctl 233
+    ppoll 271  epoll_pwait 281  accept4 288  getrandom 318  membarrier 324  rseq 334  epoll_pwait2 441
+""")
+_AARCH64 = _numbers("""
+    epoll_ctl 21  epoll_pwait 22  fcntl 25  ioctl 29  close 57  lseek 62  read 63  write 64  ppoll 73  exit 93
+    exit_group 94  futex 98  nanosleep 101  clock_gettime 113  clock_nanosleep 115  sched_yield 124
+    restart_syscall 128  sigaltstack 132  rt_sigaction 134  rt_sigprocmask 135  rt_sigreturn 139  gettimeofday 169
+    getpid 172  getppid 173  gettid 178  getsockname 204  getpeername 205  sendto 206  recvfrom 207  setsockopt 208
+    getsockopt 209  shutdown 210  sendmsg 211  recvmsg 212  brk 214  munmap 215  mremap 216  mmap 222  mprotect 226
+    madvise 233  accept4 242  getrandom 278  membarrier 283  rseq 293  epoll_pwait2 441
+""")
+ARCHES = {"x86_64": _Arch(0xC000003E, _X86_64), "aarch64": _Arch(0xC00000B7, _AARCH64)}
+
+_Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
+
+
+def enter(root: str) -> tuple[str, ...]:
+    """Raise the walls, for good; the names of those that this kernel has.
+
+    ``root`` is an empty directory of root's, which becomes all there is of the file system. Raises HostRefused when
+    one of the walls that every kernel has cannot be raised; only ``seccomp`` may be missing.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+    if os.geteuid() != 0:
+        raise HostRefused("the guest process is started by root, and gives that up by itself")
+    status = os.stat(root)
+    if os.listdir(root) or status.st_uid != 0 or status.st_mode & 0o022:
+        raise HostRefused(f"{root} is not an empty directory that only root can write to")
+
+    _call(libc.unshare, _CLONE_NEWNET | _CLONE_NEWIPC)
+    os.chroot(root)
+    os.chdir("/")
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    descriptors = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    for capability in range(64):
+        if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+            break  # EINVAL: past the last one that this kernel knows
+    os.setgroups([])
+    os.setresgid(GROUP_ID, GROUP_ID, GROUP_ID)
+    os.setresuid(USER_ID, USER_ID, USER_ID)
+    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    _call(libc.capset, struct.pack("=Ii", _CAPABILITIES_V3, 0), bytes(24))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    _call(libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    walls = ("namespace", "root", "user", "capabilities", "limits")
+    return (*walls, "seccomp") if _filter_calls(libc) else walls
+
+
+def call_filter(arch: _Arch) -> bytes:
+    """The filter as an array of struct sock_filter: allowed calls pass, all others fail with EPERM.
+
+    A call by another architecture's numbers ends the process.
+    """
+    refuse = _RET_ERRNO | errno.EPERM
+    program: list[_Instruction] = [
+        (_LD_W_ABS, 0, 0, _ARCH_AT),
+        (_JEQ, 1, 0, arch.audit),
+        (_RET, 0, 0, _RET_KILL_PROCESS),
+        (_LD_W_ABS, 0, 0, _NUMBER_AT),
+        (_JGE, 0, 1, _X32_BIT),
+        (_RET, 0, 0, refuse),
+    ]
+    conditions = {
+        "mmap": _unless_bits(2, _PROT_EXEC, refuse),
+        "mprotect": _unless_bits(2, _PROT_EXEC, refuse),
+        "ioctl": _if_one_of(1, (_FIONBIO,), refuse),
+        "fcntl": _if_one_of(1, (_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL), refuse),
+        "setsockopt": _if_pair(1, 2, _SOCKET_OPTIONS, refuse),
+    }
+    for name, number in arch.numbers.items():
+        body = conditions.get(name, [(_RET, 0, 0, _RET_ALLOW)])
+        program += [(_JEQ, 0, len(body), number), *body]
+    program.append((_RET, 0, 0, refuse))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _argument(index: int) -> _Instruction:
+    # The lower half of a 64-bit argument, on the little-endian machines that there are here.
+    return (_LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
+
+
+def _unless_bits(index: int, bits: int, refuse: int) -> list[_Instruction]:
+    return [_argument(index), (_JSET, 0, 1, bits), (_RET, 0, 0, refuse), (_RET, 0, 0, _RET_ALLOW)]
+
+
+def _if_one_of(index: int, values: tuple[int, ...], refuse: int) -> list[_Instruction]:
+    body = [_argument(index)]
+    for value in values:
+        body += [(_JEQ, 0, 1, value), (_RET, 0, 0, _RET_ALLOW)]
+    return [*body, (_RET, 0, 0, refuse)]
+
+
+def _if_pair(first: int, second: int, pairs: tuple[tuple[int, int], ...], refuse: int) -> list[_Instruction]:
+    body: list[_Instruction] = []
+    for one, other in pairs:
+        body += [_argument(first), (_JEQ, 0, 3, one), _argument(second), (_JEQ, 0, 1, other), (_RET, 0, 0, _RET_ALLOW)]
+    return [*body, (_RET, 0, 0, refuse)]
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def _filter_calls(libc: ctypes.CDLL) -> bool:
+    arch = ARCHES.get(platform.machine())
+    if arch is None:
+        return False
+    code = call_filter(arch)
+    program = _Program(len(code) // 8, code)
+    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0) == 0:
+        return True
+    if ctypes.get_errno() == errno.EINVAL:
+        return False  # a kernel without it
+    raise HostRefused(f"the guest process cannot filter its system calls: {os.strerror(ctypes.get_errno())}")
+
+
+def _call(function: ctypes._NamedFuncPointer, *arguments: int | bytes) -> None:
+    if function(*arguments) != 0:
+        name, reason = function.__name__, os.strerror(ctypes.get_errno())
+        raise HostRefused(f"the guest process cannot be locked in: {name}: {reason}")
