@@ -1,0 +1,351 @@
+"""Two hosts with real SSH servers, and the machine that CloudStack runs on: namespaces, and nothing outside of them.
+
+A host has its own network, /etc, /run, /root and /home; its sshd answers on several ports, each set up another
+way. The management side is a namespace of its own with no way out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
+MANAGEMENT = "stest-m"
+
+# Ports of a host's SSH servers.
+PLAIN = 22  # keys and passwords
+ASKING = 2022  # keyboard-interactive by PAM, and nothing else
+KEYS = 2122  # keys only
+HOLE = 2322  # packets are dropped without a word
+MUTE = 2422  # something listens and says nothing
+
+# Every character that a shell, JSON or a config file could trip over, and two that need UTF-8.
+HOSTILE = """ p"w'\\$(id) `x` #;&|<>%!*~ üµ \\n {}"""
+
+# The interpreter may live below /root, which is hidden here: its directory is put back in the same place.
+_PRIVATE = r"""
+set -e
+mount --make-rprivate /
+mkdir -p "$D/fs"
+mount -t tmpfs -o mode=755 none "$D/fs"
+mkdir "$D/fs/keep" "$D/fs/upper" "$D/fs/work"
+case "$PREFIX" in /root/*) mount --bind "$PREFIX" "$D/fs/keep" ;; esac
+mount -t tmpfs -o mode=755 none /root
+case "$PREFIX" in /root/*) mkdir -p "$PREFIX"; mount --bind "$D/fs/keep" "$PREFIX" ;; esac
+"""
+
+_HOST = (
+    _PRIVATE
+    + r"""
+mount -t overlay -o "lowerdir=/etc,upperdir=$D/fs/upper,workdir=$D/fs/work" overlay /etc
+mount --bind "$D/run" /run
+mount -t tmpfs -o mode=755 none /home
+mkdir -p /run/sshd /run/sudo
+hostname=$(cat /proc/sys/kernel/hostname)
+printf '127.0.0.1 localhost %s\n' "$hostname" > /etc/hosts
+: > /etc/resolv.conf
+for user in ops plain asked; do useradd -m -s /bin/bash $user; done
+chpasswd -c SHA256 < "$D/passwords"
+printf 'ops ALL=(root) NOPASSWD: ALL\nasked ALL=(root) ALL\n' > /etc/sudoers.d/stest
+chmod 440 /etc/sudoers.d/stest
+exec "$@"
+"""
+)
+
+_CLIENT = (
+    _PRIVATE
+    + r"""
+mount --bind "$D/vartmp" /var/tmp
+exec "$@"
+"""
+)
+
+
+def run(*argv: str, stdin: str = "") -> str:
+    """The output of ``argv``, which has to succeed."""
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{shlex.join(argv)}: {done.stderr}"
+    return done.stdout
+
+
+@dataclass
+class Ended:
+    """How one call ended."""
+
+    status: int
+    stdout: str
+    stderr: str
+    took_s: float
+
+    @property
+    def line(self) -> str:
+        """The one line of a failure: nothing on stdout, one ASCII line on stderr."""
+        assert self.status != 0, f"it succeeded: {self.stdout!r}"
+        assert self.stdout == ""
+        assert self.stderr.isascii()
+        assert self.stderr.endswith("\n")
+        assert self.stderr.count("\n") == 1, self.stderr
+        return self.stderr[:-1]
+
+    @property
+    def output(self) -> str:
+        """What a success printed; nothing on stderr."""
+        assert (self.status, self.stderr) == (0, ""), self.stderr
+        return self.stdout
+
+
+class SshHost:
+    """One simulated host."""
+
+    def __init__(self, name: str, number: int, directory: Path) -> None:
+        self.netns = f"stest-{name}"
+        self.address = f"10.99.0.{number}"
+        self.address6 = f"fd99::{number}"
+        self.directory = directory
+        self.run_directory = directory / "run"
+        self._sshd: list[subprocess.Popen[bytes]] = []
+        self.ports = (PLAIN, ASKING, KEYS)
+
+    def boot(self, authorized: str) -> None:
+        self.run_directory.mkdir(parents=True)
+        users = ("root", "ops", "plain", "asked")
+        passwords = self.directory / "passwords"
+        passwords.touch(0o600)
+        passwords.write_text("".join(f"{user}:{HOSTILE}\n" for user in users))
+        (self.run_directory / "authorized").write_text(authorized)
+        self.new_host_keys()
+        self.play()
+        common = (
+            "HostKey /run/hostkey_ed25519\nHostKey /run/hostkey_rsa\nPermitRootLogin yes\nStrictModes no\nUseDNS no\n"
+            "MaxStartups 100\nPidFile none\nAuthorizedKeysFile /run/authorized\nPrintMotd no\n"
+        )
+        for port, settings in {
+            PLAIN: "UsePAM no\nPasswordAuthentication yes\nKbdInteractiveAuthentication no\n",
+            ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\nPubkeyAuthentication no\n",
+            KEYS: "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n",
+        }.items():
+            (self.run_directory / f"sshd_{port}").write_text(f"Port {port}\n{common}{settings}")
+        self.start()
+
+    def start(self) -> None:
+        """All its SSH servers, in one set of namespaces."""
+        servers = " ".join(f"/usr/sbin/sshd -D -e -f /run/sshd_{port} 2>>/run/sshd.log &" for port in self.ports)
+        hung = f"exec nc -l -k -p {MUTE} </dev/null >/dev/null"
+        environment = {**os.environ, "D": str(self.directory), "PREFIX": sys.base_prefix}
+        inner = ["sh", "-c", f"{servers} {hung}"]
+        self._sshd = [
+            subprocess.Popen(
+                ["ip", "netns", "exec", self.netns, "unshare", "-m", "sh", "-c", _HOST, "host", *inner],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        ]
+        for port in (*self.ports, MUTE):
+            self._wait_for(port)
+
+    def _wait_for(self, port: int) -> None:
+        for _ in range(200):
+            if f":{port} " in run("ip", "netns", "exec", self.netns, "ss", "-ltnH"):
+                return
+            time.sleep(0.1)
+        raise AssertionError(f"no listener on {port}")
+
+    def new_host_keys(self) -> None:
+        for kind in ("ed25519", "rsa"):
+            path = self.run_directory / f"hostkey_{kind}"
+            for old in (path, path.with_suffix(".pub")):
+                old.unlink(missing_ok=True)
+            run("ssh-keygen", "-q", "-t", kind, "-N", "", "-f", str(path))
+
+    def public_key(self, kind: str = "ed25519") -> str:
+        return " ".join((self.run_directory / f"hostkey_{kind}.pub").read_text().split()[:2])
+
+    def fingerprint(self, kind: str = "ed25519") -> str:
+        return run("ssh-keygen", "-lf", str(self.run_directory / f"hostkey_{kind}.pub")).split()[1]
+
+    def halt(self) -> None:
+        """End every process of the host; they are all ours."""
+        for pid in run("ip", "netns", "pids", self.netns).split():
+            try:
+                os.kill(int(pid), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        for process in self._sshd:
+            process.wait()
+        self._sshd = []
+
+    def play(self, how: str = "answer", **script: Any) -> None:
+        """Tell the stand-in what to do from the next connection on, and forget what was asked before."""
+        (self.run_directory / "standin.json").write_text(json.dumps({"how": how, **script}))
+        for name in ("standin.log", "standin.log.died"):
+            (self.run_directory / name).unlink(missing_ok=True)
+
+    def asked(self, *, but: str = "locate") -> list[dict[str, Any]]:
+        """The calls that arrived, without the questions for where a scope is."""
+        journal = self.run_directory / "standin.log"
+        calls = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        return [call for call in calls if call["command"] != but]
+
+    def logins(self) -> str:
+        return (self.run_directory / "sshd.log").read_text()
+
+
+class SshLab:
+    """Two hosts and the management side."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.h1 = SshHost("h1", 11, directory / "h1")
+        self.h2 = SshHost("h2", 12, directory / "h2")
+        self.absent = "10.99.0.99"
+        (directory / "keys").mkdir()
+        (directory / "m" / "vartmp").mkdir(parents=True)
+        (directory / "m" / "vartmp").chmod(0o1777)
+        self.payloads = directory / "payloads"
+        self.payloads.mkdir()
+
+    def key(self, name: str, *arguments: str) -> str:
+        """A private key's text, made once."""
+        path = self.directory / "keys" / name
+        if not path.exists():
+            run("ssh-keygen", "-q", "-N", "", "-C", name, *arguments, "-f", str(path))
+        return path.read_text()
+
+    def up(self) -> None:
+        self.down()
+        run("ip", "netns", "add", MANAGEMENT)
+        self._in(MANAGEMENT, "ip link set lo up; ip link add sw type bridge; ip link set sw up")
+        self._in(MANAGEMENT, "ip address add 10.99.0.1/24 dev sw; ip -6 address add fd99::1/64 dev sw nodad")
+        for host in (self.h1, self.h2):
+            port = host.netns.replace("stest", "p")
+            run("ip", "netns", "add", host.netns)
+            run("ip", "-n", MANAGEMENT, "link", "add", port, "type", "veth", "peer", "eth0", "netns", host.netns)
+            self._in(MANAGEMENT, f"ip link set {port} master sw up")
+            self._in(host.netns, "ip link set lo up; ip link set eth0 up")
+            self._in(host.netns, f"ip address add {host.address}/24 dev eth0")
+            self._in(host.netns, f"ip -6 address add {host.address6}/64 dev eth0 nodad")
+            rule = f"add table inet hole; add chain inet hole in {{ type filter hook input priority 0; }}; \
+                add rule inet hole in tcp dport {HOLE} drop"
+            self._in(host.netns, f"nft '{rule}'")
+        self.key("good", "-t", "ed25519")
+        self.key("pem", "-t", "rsa", "-b", "2048", "-m", "PEM")
+        self.key("stranger", "-t", "ed25519")
+        public = "".join((self.directory / "keys" / f"{name}.pub").read_text() for name in ("good", "pem"))
+        self.h1.boot(public)
+        self.h2.boot(public)
+
+    def down(self) -> None:
+        existing = {line.split()[0] for line in run("ip", "netns", "list").splitlines() if line}
+        for netns in {MANAGEMENT, self.h1.netns, self.h2.netns} & existing:
+            for pid in run("ip", "netns", "pids", netns).split():
+                os.kill(int(pid), signal.SIGKILL)
+            run("ip", "netns", "delete", netns)
+
+    def _in(self, netns: str, script: str) -> None:
+        run("ip", "netns", "exec", netns, "sh", "-ec", script)
+
+
+class Caller:
+    """CloudStack, as far as a call sees it: a payload file, a stdin that never ends, and two pipes."""
+
+    def __init__(self, lab: SshLab, directory: Path) -> None:
+        self.lab = lab
+        self.home = directory / "netloom"
+        self.home.mkdir(mode=0o700)
+        self._count = 0
+
+    def details(self, **details: Any) -> dict[str, Any]:
+        return {"hosts": self.lab.h1.address, "physicalnetworkname": "phys-1", **details}
+
+    def payload(
+        self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, payload: Mapping[str, Any] | None = None
+    ) -> Path:
+        self._count += 1
+        path = self.home.parent / f"call-{self._count}.payload"
+        envelope = {
+            "physical-network-extension-details": dict(details),
+            "network-extension-details": dict(stored or {}),
+            "payload": {"network_id": "42", "zone_id": "1", **(payload or {})},
+        }
+        path.write_text(json.dumps(envelope, ensure_ascii=False))
+        return path
+
+    def start(
+        self,
+        *words: str,
+        environ: Mapping[str, str] | None = None,
+        uid: int = 0,
+        agent: str | None = None,
+        stdout: int = subprocess.PIPE,
+        executable: Sequence[str] = (PYTHON, str(REPO / "cmd" / "netloom" / "main.py")),
+    ) -> subprocess.Popen[str]:
+        standin = shlex.join([PYTHON, str(REPO / "tests" / "ssh" / "standin.py"), "agent"])
+        given = {"NETLOOM_DIR": str(self.home), "NETLOOM_AGENT": agent or standin} if environ is None else dict(environ)
+        given.setdefault("NETLOOM_AGENT", agent or standin)
+        as_user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"] if uid else []
+        bare = ["env", "-i", *(f"{name}={value}" for name, value in given.items())]
+        outside = {**os.environ, "D": str(self.lab.directory / "m"), "PREFIX": sys.base_prefix}
+        return subprocess.Popen(
+            ["ip", "netns", "exec", MANAGEMENT, "unshare", "-m", "sh", "-c", _CLIENT, "client", *as_user, *bare]
+            + [*executable, *words],
+            env=outside,
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen[str], began: float) -> Ended:
+        """Read to end of file, then wait, as the client does; stdin stays open all the while."""
+        texts = {process.stdout: "", process.stderr: ""}
+        waiting = [stream for stream in texts if stream is not None]
+        while waiting:
+            for stream in select.select(waiting, [], [])[0]:
+                data = os.read(stream.fileno(), 65536).decode()
+                texts[stream] += data
+                if not data:
+                    waiting.remove(stream)
+        status = process.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+        ended = Ended(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        return ended
+
+    def call(
+        self,
+        command: str,
+        details: Mapping[str, Any],
+        stored: Mapping[str, Any] | None = None,
+        payload: Mapping[str, Any] | None = None,
+        *,
+        timeout: int = 30,
+        **how: Any,
+    ) -> Ended:
+        path = self.payload(details, stored, payload)
+        if how.get("uid"):
+            os.chown(path, how["uid"], -1)
+        began = time.monotonic()
+        return self.finish(self.start(command, str(path), str(timeout), **how), began)
+
+    def ensure(self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, **how: Any) -> Ended:
+        current = json.dumps(stored or {})
+        return self.call("ensure-network-device", details, stored, {"current_details": current}, **how)
+
+    @property
+    def log(self) -> str:
+        path = self.home / "netloom.log"
+        return path.read_text() if path.exists() else ""

@@ -1,0 +1,82 @@
+"""A stand-in for the agent: speaks the wire, does what /run/standin.json says, and writes down what it was asked.
+
+Called as ``standin.py agent connect``, as the real one is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "internal"))
+
+from netloom.wire import Call, FrameReader, Hello, Reply, encode  # noqa: E402
+
+
+SCRIPT = "/run/standin.json"
+JOURNAL = "/run/standin.log"
+
+
+def main() -> int:
+    with open(SCRIPT) as file:
+        script = json.load(file)
+    how = script.get("how", "answer")
+    if how == "refuse":
+        sys.stderr.write("netloom agent: the socket is on fire\n")
+        return 3
+    if how == "noise":
+        os.write(1, script["noise"].encode())
+    if how == "silent":
+        time.sleep(600)
+    os.write(1, encode(Hello(version="9.9", build="standin", protocol=script.get("protocol", 1))))
+    reader = FrameReader()
+    while data := os.read(0, 1 << 20):
+        for message in reader.feed(data):
+            if isinstance(message, Call):
+                journal(message)
+                if message.command in script.get("on", [message.command]):
+                    if how == "hang":
+                        time.sleep(600)
+                    if how == "die" or (how == "die-once" and deaths() == 0):
+                        journal_death()
+                        os.kill(os.getppid(), 9) if script.get("with_shell") else os._exit(9)
+                answer(message, script)
+    return 0
+
+
+def answer(call: Call, script: dict[str, object]) -> None:
+    replies = script.get("replies", {})
+    assert isinstance(replies, dict)
+    holds = script.get("holds", [])
+    assert isinstance(holds, list)
+    fields = {"holds": call.scope_id in holds, **replies.get(call.command, {})}
+    os.write(1, encode(Reply(call_id=call.call_id, **fields)))
+
+
+def journal(call: Call) -> None:
+    asked = {
+        "call_id": call.call_id,
+        "command": call.command,
+        "scope_id": call.scope_id,
+        "payload": call.payload.decode(),
+        "owner": call.registration.owner,
+        "remaining_ms": call.remaining_ms,
+        "uid": os.getuid(),
+    }
+    with open(JOURNAL, "a") as file:
+        file.write(json.dumps(asked) + "\n")
+
+
+def deaths() -> int:
+    return os.path.exists(JOURNAL + ".died")
+
+
+def journal_death() -> None:
+    with open(JOURNAL + ".died", "w"):
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())
