@@ -97,11 +97,17 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
     """``scope`` without one network and all that is only its own; None when the scope was that network."""
     if scope.scope_id.startswith("net-"):
         return None
+    static_nats = {key: it for key, it in scope.static_nats.items() if it.network_id != network_id}
+    port_forwards = {key: it for key, it in scope.port_forwards.items() if it.network_id != network_id}
+    lb_rules = {key: it for key, it in scope.lb_rules.items() if it.network_id != network_id}
+    used = static_nats.keys() | {it.public_ip for it in port_forwards.values()}
+    used |= {it.public_ip for it in lb_rules.values()}
     return replace(
         scope,
         networks={key: it for key, it in scope.networks.items() if key != network_id},
-        public_ips={key: it for key, it in scope.public_ips.items() if it.network_id != network_id},
-        static_nats={key: it for key, it in scope.static_nats.items() if it.network_id != network_id},
-        port_forwards={key: it for key, it in scope.port_forwards.items() if it.network_id != network_id},
-        lb_rules={key: it for key, it in scope.lb_rules.items() if it.network_id != network_id},
+        # An address that another tier's rules use stays, whichever tier asked for it first.
+        public_ips={key: it for key, it in scope.public_ips.items() if it.network_id != network_id or key in used},
+        static_nats=static_nats,
+        port_forwards=port_forwards,
+        lb_rules=lb_rules,
     )

@@ -117,6 +117,8 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
             f"{context.scope_id} belongs to {scope.owner!r}, not to {context.registration.owner!r}",
             hint="use another host, or give both registrations the same detail owner",
         )
+    if row.kind == "extension":
+        raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if row.transition is None:
         raise NotBuiltYet(f"{command}: this version of netloom does not carry it out yet")
     if scope is None:

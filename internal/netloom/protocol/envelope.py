@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Self
 
 import msgspec
 
 from netloom.errors import BadRequest
-from netloom.names import scope_of
+from netloom.names import namespace, scope_of
 from netloom.protocol.reader import convert, dump, load_object, read
 from netloom.protocol.scalars import (
     SECRET_CHARACTERS_MAX,
@@ -27,6 +28,8 @@ from netloom.protocol.scalars import (
 from netloom.secret import Secret
 
 CUSTOM_ACTION = "custom-action"
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 # The documentation spells both with underscores, the client with dashes.
 _PHYSICAL = "physical-network-extension-details"
@@ -62,7 +65,7 @@ class PrivateKey(Secret):
             raise ValueError("the value contains a NUL character")
         if "\n" not in text and "\r" not in text:
             text = text.replace("\\n", "\n")
-        return cls("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+        return cls("\n".join(line.rstrip() for line in _LINE_END.split(text)) + "\n")
 
 
 class FirewallDetail(Choice):
@@ -124,7 +127,10 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """``payload`` is the JSON text of the command's own fields; for custom-action of the flat object without the two details."""
+    """A payload file, taken apart.
+
+    ``payload`` is the JSON text of the command's own fields; for custom-action, of the flat object without the details.
+    """
 
     details: PhysicalDetails
     network_details: StoredDetails
@@ -159,12 +165,18 @@ def read_envelope(data: bytes, command: str) -> Envelope:
     return Envelope(details=details, network_details=_stored(stored), payload=dump(payload))
 
 
-def parse_current_details(text: str) -> StoredDetails:
-    """The ``current_details`` of ensure-network-device, a JSON string. What cannot be read, or is not ours, is unknown."""
+def parse_current_details(text: str, scope_id: str = "") -> StoredDetails:
+    """The ``current_details`` of ensure-network-device, a JSON string.
+
+    What cannot be read is unknown, and so is what names the namespace of another scope than ``scope_id``.
+    """
     try:
-        return _stored(load_object(text.encode("utf-8", "replace"), root="current_details"))
+        found = _stored(load_object(text.encode("utf-8", "replace"), root="current_details"))
     except BadRequest:
         return StoredDetails()
+    if scope_id and found.namespace and found.namespace != namespace(scope_id):
+        return StoredDetails()
+    return found
 
 
 def scope_id_of(command: str, payload: bytes) -> str:

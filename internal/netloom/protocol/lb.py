@@ -43,7 +43,7 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     @property
     def spoken(self) -> str:
-        """The protocol to speak: today's client sends ``tcp`` for all, so a name may end in ``[udp]`` or ``[tcp-proxy]``."""
+        """The protocol to speak: what a name that ends in ``[udp]`` or ``[tcp-proxy]`` says, else what was sent."""
         for protocol in ("udp", "tcp-proxy"):
             if self.name.rstrip().lower().endswith(f"[{protocol}]"):
                 return protocol

@@ -75,7 +75,7 @@ class VmNic(msgspec.Struct, frozen=True, kw_only=True):
 
     ip: IPv4 = IPv4("")
     ip6_address: IPv6 = IPv6("")
-    mac: Mac
+    mac: Mac = Mac("")
     nic_uuid: Word = Word("")
     hostname: HostName = HostName("")
     device_id: Number = Number(0)

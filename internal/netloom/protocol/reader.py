@@ -66,7 +66,7 @@ def dump(value: dict[str, Any]) -> bytes:
 
 
 def convert(value: dict[str, Any], shape: type[T], *, root: str) -> T:
-    """An object of :func:`load_object` as a value of ``shape``; older spellings of its fields give way to newer ones."""
+    """An object of :func:`load_object` as a value of ``shape``; a newer spelling of a field wins over an older one."""
     aliases: dict[str, str] = getattr(shape, "ALIASES", {})
     if not aliases.keys().isdisjoint(value):
         value = {aliases.get(key, key): it for key, it in value.items() if aliases.get(key, key) not in value} | {

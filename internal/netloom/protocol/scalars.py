@@ -7,6 +7,7 @@ and MACs come out in one spelling, so that the same thing told twice is the same
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import re
 from typing import ClassVar, Self
@@ -27,9 +28,10 @@ _IPV6 = re.compile(r"[0-9a-fA-F:.]{2,45}\Z")
 _PREFIX_LENGTH = re.compile(r"(?:0|[1-9][0-9]{0,2})\Z")
 _MAC = re.compile(r"[0-9a-fA-F]{2}(?:[:-][0-9a-fA-F]{2}){5}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
+_HOST_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\Z")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\Z")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-_RANGE = re.compile(r"([0-9]{1,10})(?:[-:]([0-9]{1,10}))?\Z")
+_RANGE = re.compile(r"([1-9][0-9]{0,9})(?:[-:]([1-9][0-9]{0,9}))?\Z")
 _PRIVATE_VLAN = re.compile(r"([0-9]{1,8})-([ipc])?([0-9]{1,8})\Z", re.IGNORECASE)
 _SCHEME = re.compile(r"(?:vlan|pvlan|vxlan)://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -55,7 +57,7 @@ def quoted(value: object) -> str:
 def string(value: object, *, limit: int, secret: bool = False) -> str:
     """``value`` as it is when it is text of at most ``limit`` characters; a secret one is not quoted."""
     if not isinstance(value, str):
-        raise ValueError(f"{'the value' if secret else quoted(value)} is not text")  # noqa: TRY004  # the value's fault
+        raise ValueError(f"{'the value' if secret else quoted(value)} is not text")
     if len(value) > limit:
         shown = f"the value ({len(value)} characters)" if secret else quoted(value)
         raise ValueError(f"{shown} is too long (at most {limit} characters)")
@@ -67,7 +69,9 @@ def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if abs(value) < 10**20 else ""
+        if abs(value) < 10**20:
+            return str(value)
+        raise ValueError("a huge number is not text")
     raise ValueError(f"{quoted(value)} is not text")
 
 
@@ -220,10 +224,8 @@ class IPv6(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         if isinstance(value, str) and _IPV6.match(value):
-            try:
+            with contextlib.suppress(ValueError):
                 return cls(ipaddress.IPv6Address(value).compressed)
-            except ValueError:
-                pass
         raise ValueError(f"{quoted(value)} is not an IPv6 address")
 
 
@@ -250,10 +252,8 @@ class IPv6Prefix(str):
         if isinstance(value, str) and len(value) <= 64:
             address, slash, length = value.partition("/")
             if slash and _IPV6.match(address) and _PREFIX_LENGTH.match(length) and int(length) <= 128:
-                try:
+                with contextlib.suppress(ValueError):
                     return cls(ipaddress.IPv6Network(value, strict=False).compressed)
-                except ValueError:
-                    pass
         raise ValueError(f"{quoted(value)} is not an IPv6 network with prefix length")
 
 
@@ -263,10 +263,8 @@ class Prefix(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         for kind in (IPv4Prefix, IPv6Prefix):
-            try:
+            with contextlib.suppress(ValueError):
                 return cls(str(kind.parse(value)))
-            except ValueError:
-                continue
         raise ValueError(f"{quoted(value)} is not a network with prefix length")
 
 
@@ -512,10 +510,10 @@ class ParamName(str):
 
 
 class Host(str):
-    """How a host is reached: an IPv4 address, an IPv6 address (brackets are dropped), or a DNS name.
+    """How a host is reached: an IPv4 address, an IPv6 address (brackets are dropped), or a name.
 
-    A name's last label is not all digits (RFC 1123 section 2.1), so a mistyped address is no name, and nothing
-    here starts with a dash.
+    Names may have underscores, which /etc/hosts allows. A name's last label is not all digits (RFC 1123 section 2.1),
+    so a mistyped address is no name, and nothing here starts with a dash.
     """
 
     @classmethod
@@ -525,10 +523,11 @@ class Host(str):
         if _IPV4.match(bare):
             return cls(bare)
         if ":" in bare:
-            return cls(str(IPv6.parse(bare)))
+            with contextlib.suppress(ValueError):
+                return cls(str(IPv6.parse(bare)))
         name = bare.removesuffix(".")
         labels = name.split(".")
-        if len(name) <= 253 and all(map(_LABEL.match, labels)) and not labels[-1].isdigit():
+        if len(name) <= 253 and all(map(_HOST_LABEL.match, labels)) and not labels[-1].isdigit():
             return cls(name)
         raise ValueError(f"{quoted(value)} is neither an address nor the name of a host")
 

@@ -7,7 +7,7 @@ from typing import Self
 import msgspec
 
 from netloom.protocol.nic import KnownNic
-from netloom.protocol.scalars import Content, Domain, ItemName, Password, Text, is_item_name, quoted
+from netloom.protocol.scalars import Content, ItemName, Password, Text, is_item_name, quoted
 
 # CloudStack's names on the left as its client sends them; the documentation's names for the same directories.
 _DIRECTORIES = {
@@ -82,4 +82,4 @@ class SaveSshkey(KnownNic, frozen=True, kw_only=True):
 class SaveHypervisorHostname(KnownNic, frozen=True, kw_only=True):
     """save-hypervisor-hostname."""
 
-    hypervisor_hostname: Domain = Domain("")
+    hypervisor_hostname: Text = Text("")
