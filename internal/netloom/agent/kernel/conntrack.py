@@ -34,6 +34,7 @@ SRC_NAT, DST_NAT = 0x10, 0x20
 
 _HEAD = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
 _ATTRIBUTE = struct.Struct("=HH")
+_AF_INET = int(socket.AF_INET)
 _TUPLE_AT, _TUPLE_END = 8, 56  # where the value of the first attribute lies in the payload of such an entry
 
 # An IPv4 tuple of a protocol with ports, as every kernel writes it: attribute headers (constant), then values. So
@@ -170,7 +171,7 @@ def decode_entry(payload: bytes) -> Entry:
                 timeout=told.get(_CTA_TIMEOUT, 0),
                 id=told.get(_CTA_ID, 0),
                 zone=told.get(_CTA_ZONE, 0),
-                family=socket.AF_INET,
+                family=_AF_INET,
                 original=payload[_TUPLE_AT:_TUPLE_END],
             )
     return _decode_any(payload)

@@ -49,7 +49,7 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = 1
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 _VETH_INFO_PEER = 1
-_RTEXT_FILTER_SKIP_STATS = 8
+_SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: two thirds of each answer
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
 
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
@@ -150,7 +150,36 @@ class RuleRow(msgspec.Struct, frozen=True, kw_only=True):
 def list_links(namespace: str | None) -> list[Link]:
     """All links of a namespace, by index. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
-        return _list_links(rtnetlink)
+        return list_links_over(rtnetlink)
+
+
+def find_links(namespace: str | None, wanted: Iterable[str | int]) -> list[Link]:
+    """Those of the links, by name or index, that exist, in that order. Raises NamespaceError, NetlinkError.
+
+    Its cost does not grow with the number of links that there are.
+    """
+    with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
+        return find_links_over(rtnetlink, wanted)
+
+
+def find_links_over(rtnetlink: Socket, wanted: Iterable[str | int]) -> list[Link]:
+    """As :func:`find_links`, over a socket that is open already."""
+    return list(_find(rtnetlink, wanted).values())
+
+
+def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> list[Link]:
+    """All links, only those of a kind, or only the ports of the bridge with that index. Raises NetlinkError.
+
+    The kernel leaves the others out; one that is too old to do so is helped.
+    """
+    payload = _LINK_HEAD.pack(0, 0, 0, 0, 0) + _SKIP_STATS
+    if kind:
+        payload += nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, kind))
+    if master:
+        payload += u32(_IFLA_MASTER, master)
+    found = rtnetlink.dump(Message(_GETLINK, payload=payload, what="list links"))
+    links = (decode_link(payload) for message, payload in found if message == _NEWLINK)
+    return [link for link in links if (not kind or link.kind == kind) and (not master or link.master_index == master)]
 
 
 def list_addresses(namespace: str | None) -> list[AddressRow]:
@@ -499,31 +528,33 @@ def _rule_message(
     return Message(kind, flags, payload, what=what)
 
 
-def _list_links(rtnetlink: Socket) -> list[Link]:
-    payload = _LINK_HEAD.pack(0, 0, 0, 0, 0) + u32(_IFLA_EXT_MASK, _RTEXT_FILTER_SKIP_STATS)
-    found = rtnetlink.dump(Message(_GETLINK, payload=payload, what="list links"))
-    return [decode_link(payload) for kind, payload in found if kind == _NEWLINK]
-
-
 def _link_names(rtnetlink: Socket) -> dict[int, str]:
-    return {link.index: link.name for link in _list_links(rtnetlink)}
+    return {link.index: link.name for link in list_links_over(rtnetlink)}
 
 
 def _indexes(rtnetlink: Socket, names: set[str]) -> dict[str, int]:
     """The indexes of those of the links that exist."""
-    if not names:
-        return {}
-    ask = [
-        Message(_GETLINK, payload=_LINK_HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name), what=f"find link {name}")
-        for name in sorted(names)
-    ]
-    found = {}
-    for name, message, answer in zip(sorted(names), ask, rtnetlink.exchange(ask), strict=True):
+    return {str(name): link.index for name, link in _find(rtnetlink, sorted(names)).items()}
+
+
+def _find(rtnetlink: Socket, wanted: Iterable[str | int]) -> dict[str | int, Link]:
+    """By what was asked for, which may be another name than the link's own (an alternative name)."""
+    messages = {it: _ask(it) for it in wanted}
+    found: dict[str | int, Link] = {}
+    for (it, message), answer in zip(messages.items(), rtnetlink.exchange([*messages.values()]), strict=True):
         if answer.errno not in (0, errno.ENODEV):
             raise NetlinkError(answer.errno, message.what, answer.ext_ack)
         for data in answer.data:
-            found[name] = _head(_LINK_HEAD, data.payload, "link")[2]
+            found[it] = decode_link(data.payload)
     return found
+
+
+def _ask(link: str | int) -> Message:
+    if isinstance(link, int):
+        payload = _LINK_HEAD.pack(0, 0, link, 0, 0) + _SKIP_STATS
+        return Message(_GETLINK, payload=payload, what=f"find link number {link}")
+    payload = _LINK_HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, link) + _SKIP_STATS
+    return Message(_GETLINK, payload=payload, what=f"find link {link}")
 
 
 def _filled(message: Message, known: dict[str, int]) -> Message:

@@ -53,7 +53,7 @@ _DATAGRAM_BYTES_MAX = 256 << 10
 _RECEIVE_BYTES = 256 << 10
 # The kernel answers within the call that sends; waiting longer only means that an answer was lost.
 _ANSWER_S_MAX = 10
-_DUMP_TRIES = 10
+_DUMP_TRIES = 50
 
 ALREADY_THERE = frozenset({errnos.EEXIST})
 # No such link; no such rule, table, entry; no such route; no such address.
@@ -262,6 +262,22 @@ def _messages(data: bytes | memoryview) -> Iterable[tuple[int, int, int, int, in
         offset += (length + 3) & ~3
 
 
+def open_socket(protocol: int, namespace: str | None) -> socket.socket:
+    """A bare netlink socket of a namespace, with large buffers. Raises NamespaceError, OSError."""
+    with inside(namespace):
+        made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    try:
+        for option, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
+            try:
+                made.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+            except PermissionError:  # in a container: as much as it may have
+                made.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_BYTES)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
 class Socket:
     """A netlink socket of one namespace, which it stays in whatever thread uses it; one user at a time.
 
@@ -270,14 +286,8 @@ class Socket:
 
     def __init__(self, protocol: int, namespace: str | None = None) -> None:
         """Raises NamespaceError when there is no such namespace, OSError when there is no such protocol."""
-        with inside(namespace):
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        self._socket = open_socket(protocol, namespace)
         try:
-            for option, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-                try:
-                    self._socket.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-                except PermissionError:  # in a container: as much as it may have
-                    self._socket.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_BYTES)
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _ANSWER_S_MAX, 0))
@@ -365,7 +375,7 @@ class Socket:
 
         A listing during which something changed is asked for again (NLM_F_DUMP_INTR).
 
-        Raises NetlinkError: refused, or never undisturbed in ten tries (EINTR).
+        Raises NetlinkError: refused, or never undisturbed in fifty tries (EINTR).
         """
         what = message.what or f"netlink dump {message.type}"
         for _ in range(_DUMP_TRIES):

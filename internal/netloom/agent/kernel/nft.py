@@ -142,7 +142,7 @@ def load_library() -> ctypes.CDLL | None:
         library.nft_ctx_buffer_error.argtypes = [ctypes.c_void_p]
         library.nft_ctx_set_dry_run.argtypes = [ctypes.c_void_p, ctypes.c_bool]
         library.nft_ctx_output_set_flags.argtypes = [ctypes.c_void_p, ctypes.c_uint]
-        library.nft_run_cmd_from_buffer.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        library.nft_run_cmd_from_filename.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
         for name in ("nft_ctx_get_output_buffer", "nft_ctx_get_error_buffer"):
             getattr(library, name).restype = ctypes.c_char_p
             getattr(library, name).argtypes = [ctypes.c_void_p]
@@ -169,7 +169,13 @@ class _Library:
         library, context = self._library, self._context
         library.nft_ctx_set_dry_run(context, dry)
         library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if as_json else 0)
-        status: int = library.nft_run_cmd_from_buffer(context, script.encode())
+        # A file in memory, because only of a file does the library say in which line the error is.
+        file = os.memfd_create("netloom.nft", os.MFD_CLOEXEC)
+        try:
+            _write(file, script.encode() + b"\n")
+            status: int = library.nft_run_cmd_from_filename(context, f"/proc/self/fd/{file}".encode())
+        finally:
+            os.close(file)
         printed = library.nft_ctx_get_output_buffer(context) or b""
         complaint = library.nft_ctx_get_error_buffer(context) or b""
         return status, printed.decode("utf-8", "replace"), complaint.decode("utf-8", "replace")
@@ -202,6 +208,12 @@ class _Program:
 
     def close(self) -> None:
         pass
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
 
 
 def _here() -> int:
