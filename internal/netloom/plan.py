@@ -218,14 +218,25 @@ class LoadRuleset(Step, frozen=True):
         return f"{verb} ruleset {self.want.family} {self.want.table} of {self.namespace}"
 
 
-class GuardHost(Step, frozen=True):
-    """Drops what bridges of ours would deliver to the host itself: exactly these bridges; none: no table."""
+class GuardBridge(Step, frozen=True):
+    """Drops whatever the bridge would hand up to the host itself; what it forwards is not touched."""
 
     shared: ClassVar[bool] = True
-    bridges: tuple[str, ...]
+    bridge: str
 
     def __str__(self) -> str:
-        return f"guard the host's sockets from {', '.join(self.bridges) or 'no bridge'}"
+        return f"guard the host's sockets from {self.bridge}"
+
+
+class UnguardBridge(Step, frozen=True):
+    """Takes away the guard of a bridge that is gone; after the ``last`` one, the table."""
+
+    shared: ClassVar[bool] = True
+    bridge: str
+    last: bool
+
+    def __str__(self) -> str:
+        return f"remove the guard of {self.bridge}"
 
 
 class CreateBridge(Step, frozen=True):
@@ -376,7 +387,16 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
 def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozenset[str]) -> tuple[Step, ...]:
     """The steps that remove the bridges of ours, among ``links``, that no scope wants and no VM is plugged into."""
     have = Have(scope_id="", namespace="", host_links=links, claimed=claimed, guarded=guarded)
-    return tuple(_unneeded(have, wanted=claimed, leaving=frozenset()))
+    steps = list(_unneeded(have, wanted=claimed, leaving=frozenset()))
+    left = set(guarded) - {step.bridge for step in steps if isinstance(step, UnguardBridge)}
+    for name in sorted(left):
+        if name not in links or not links[name].ours:  # somebody else took the bridge away
+            left.remove(name)
+            steps.append(UnguardBridge(name, last=not left))
+    steps += [
+        GuardBridge(name) for name in sorted(set(links) - left) if links[name].kind == "bridge" and links[name].ours
+    ]
+    return tuple(steps)
 
 
 def alias_of(scope_id: str) -> str:
@@ -440,6 +460,8 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
             hint="rename it, or name another NIC in the registration",
         )
     steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
+    if bridge.ours and name not in have.guarded:
+        steps.append(GuardBridge(name))
     if not carrier.master:
         steps.append(AttachCarrier(carrier.name, name))
     if not carrier.up:
@@ -483,10 +505,6 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
     if want.ruleset is not None and have.marker != marker(want.ruleset):
         yield LoadRuleset(ns, want.ruleset, have.ruleset, have.table)
 
-    guarded = have.guarded | {ground.bridge for ground in grounds.values() if ground.ours}
-    if guarded != have.guarded:
-        # Before the bridge is there: a set of names does not ask whether the link exists.
-        yield GuardHost(tuple(sorted(guarded)))
     yield from dict.fromkeys(step for ground in grounds.values() for step in ground.steps)
     for port in want.ports:
         yield from _port(have, ns, port, grounds[port.segment].bridge, alias_of(have.scope_id))
@@ -516,9 +534,9 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
         yield AddRule(ns, rule)
 
     wanted = frozenset(ground.bridge for ground in grounds.values())
-    yield from _unneeded(
-        msgspec.structs.replace(have, guarded=guarded), wanted=wanted, leaving=frozenset(_our_ports(have))
-    )
+    guarded = have.guarded | {ground.bridge for ground in grounds.values() if ground.ours}
+    have = msgspec.structs.replace(have, guarded=guarded)
+    yield from _unneeded(have, wanted=wanted, leaving=frozenset(_our_ports(have)))
 
 
 def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[Step]:
@@ -565,19 +583,19 @@ def _our_ports(have: Have) -> Iterable[str]:
 
 def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) -> Iterator[Step]:
     """Removes bridges of ours that nobody wants once the ports ``leaving`` have left."""
-    gone: set[str] = set()
+    guarded = set(have.guarded)
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
         if bridge.kind != "bridge" or not bridge.ours or bridge.name in wanted or bridge.name in have.claimed:
             continue
         if set(bridge.ports) - leaving - {bridge.carrier}:
             continue
         yield RemoveBridge(bridge.name)
-        gone.add(bridge.name)
         carrier = have.host_links.get(bridge.carrier)
         if carrier is not None and carrier.ours and carrier.kind == "vlan":
             yield RemoveVlanLink(carrier.name)
-    if gone & have.guarded:
-        yield GuardHost(tuple(sorted(have.guarded - gone)))
+        if bridge.name in guarded:
+            guarded.remove(bridge.name)
+            yield UnguardBridge(bridge.name, last=not guarded)
 
 
 def _link_of(key: str, ports: Iterable[str]) -> str | None:

@@ -15,7 +15,7 @@ from typing import Literal
 from netloom.agent.kernel import links, namespaces, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftError
-from netloom.agent.observe import GUARD_FAMILY, GUARD_SET, GUARD_TABLE
+from netloom.agent.observe import GUARD_FAMILY, GUARD_TABLE
 from netloom.errors import HostRefused
 from netloom.plan import (
     ALIAS,
@@ -27,7 +27,7 @@ from netloom.plan import (
     CreateNamespace,
     CreatePort,
     CreateVlanLink,
-    GuardHost,
+    GuardBridge,
     LoadRuleset,
     PutRoute,
     RemoveAddress,
@@ -45,6 +45,7 @@ from netloom.plan import (
     SetSysctl,
     SilenceIpv6,
     Step,
+    UnguardBridge,
 )
 from netloom.render.ruleset import fresh, swap, take_over
 
@@ -75,7 +76,7 @@ def _way(step: Step) -> tuple[_Means, str]:
             return "namespace", step.namespace
         case LoadRuleset():
             return "nft", step.namespace
-        case GuardHost():
+        case GuardBridge() | UnguardBridge():
             return "guard", ""
         case SetSysctl():
             return "sysctl", step.namespace
@@ -105,9 +106,9 @@ def _one(step: Step) -> None:
             namespaces.delete(namespace)
         case LoadRuleset():
             _load(step)
-        case GuardHost(bridges):
+        case GuardBridge() | UnguardBridge():
             with Nft(None) as nft:
-                nft.run(guard(bridges))
+                nft.run(guard(step))
 
 
 def _load(step: LoadRuleset) -> None:
@@ -122,24 +123,23 @@ def _load(step: LoadRuleset) -> None:
             nft.run(fresh(step.want))
 
 
-def guard(bridges: Sequence[str]) -> str:
-    """The host's own table: frames from these bridges never reach the host itself; without bridges no table.
+def guard(step: GuardBridge | UnguardBridge) -> str:
+    """The text that puts, or takes away, a bridge's chain in the host's own table.
 
-    Bridged frames are not touched. The hook is where a bridge hands frames up to the host.
+    The hook is the ingress of the bridge as a device: what comes up through it is for the host, ARP too, and nothing
+    else passes there. (``meta ibrname`` in a bridge's input would say the same, where the kernel has that module.)
     """
-    table = f"{GUARD_FAMILY} {GUARD_TABLE}"
-    lines = [f"add table {table}", f"delete table {table}"]
-    if bridges:
-        names = ", ".join(f'"{name}"' for name in bridges)
-        lines += [
-            f"table {table} {{",
-            f"\tset {GUARD_SET} {{ type ifname; elements = {{ {names} }}; }}",
-            "\tchain input {",
-            "\t\ttype filter hook input priority filter; policy accept;",
-            f"\t\tmeta ibrname @{GUARD_SET} drop",
-            "\t}",
-            "}",
-        ]
+    chain = f"{GUARD_FAMILY} {GUARD_TABLE} {step.bridge}"
+    lines = [f"add table {GUARD_FAMILY} {GUARD_TABLE}"]
+    match step:
+        case GuardBridge(bridge):
+            hook = f'type filter hook ingress device "{bridge}" priority filter; policy drop;'
+            lines.append(f"add chain {chain} {{ {hook} }}")
+        case UnguardBridge(_, last):
+            # Kernels differ in whether a chain outlives its device: added first, it is there to be deleted.
+            lines += [f"add chain {chain}", f"delete chain {chain}"]
+            if last:
+                lines.append(f"delete table {GUARD_FAMILY} {GUARD_TABLE}")
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ import msgspec
 from netloom.agent.apply import apply
 from netloom.agent.observe import guarded_bridges, observe, our_bridges, stray_ports
 from netloom.errors import HostRefused
-from netloom.plan import AddAddress, AttachPort, CreatePort, RemoveHostPort, Step, plan, sweep
+from netloom.plan import AddAddress, AttachPort, CreatePort, Have, RemoveHostPort, Step, plan, sweep
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 
@@ -78,23 +78,26 @@ class Host:
             return steps
 
     def _round(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
-        steps = self._plan(scope_id, want, known)
+        have = self._observe(scope_id, want, known, frozenset())
+        steps = plan(have, want)
         alone = tuple(takewhile(lambda step: not step.shared, steps))
         apply(alone)
         if len(alone) == len(steps):
             return steps
         with self._shared:
-            # Looked at again: while we waited, somebody else may have made the bridge, or taken it away.
+            # Looked at again: while we waited, somebody else may have made the bridge, or taken it away. The bridges
+            # that our ports were in are asked for by name, for the ports may have left them just now.
             self._guarded = guarded_bridges()
-            rest = self._plan(scope_id, want, known)
+            bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
+            rest = plan(self._observe(scope_id, want, known, bridges), want)
             self._apply(rest)
         return alone + rest
 
-    def _plan(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
+    def _observe(self, scope_id: str, want: Want, known: Ruleset | None, also: frozenset[str]) -> Have:
         if self._guarded is None:
             self._guarded = guarded_bridges()
-        have = observe(scope_id, want, known, claimed=self._claimed_by_others(scope_id), guarded=self._guarded)
-        return plan(have, want)
+        claimed = self._claimed_by_others(scope_id)
+        return observe(scope_id, want, known, claimed=claimed, guarded=self._guarded, also=also)
 
     def _apply(self, steps: tuple[Step, ...]) -> None:
         try:

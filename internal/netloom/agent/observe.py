@@ -21,7 +21,7 @@ from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset, marker
 from netloom.render.want import Address, Route, Rule, Want
 
 FAMILY, TABLE = "inet", "netloom"
-GUARD_FAMILY, GUARD_TABLE, GUARD_SET = "bridge", "netloom", "bridges"
+GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
 
 _GETLINK = 18  # linux/rtnetlink.h
 _LINK_HEAD = struct.Struct("=BxHiII")
@@ -30,8 +30,8 @@ _SKIP_STATS = netlink.u32(_IFLA_EXT_MASK, 8)
 
 # linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
 _NFTABLES = 10 << 8
-_GETTABLE, _GETCHAIN, _GETSET, _GETSETELEM, _GETOBJ = (_NFTABLES | it for it in (1, 4, 10, 13, 19))
-_FAMILIES = {"inet": 1, "bridge": 7}
+_GETCHAIN, _GETSET, _GETOBJ = (_NFTABLES | it for it in (4, 10, 19))
+_FAMILIES = {"inet": 1, "netdev": 5}
 _SET_ANONYMOUS, _SET_MAP, _OBJECT_COUNTER = 0x1, 0x8, 1
 
 _RULES_OF_THE_KERNEL = frozenset({0, 32766, 32767})  # local, main, default
@@ -39,11 +39,18 @@ _ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
 
 
 def observe(
-    scope_id: str, want: Want, known: Ruleset | None, *, claimed: frozenset[str], guarded: frozenset[str]
+    scope_id: str,
+    want: Want,
+    known: Ruleset | None,
+    *,
+    claimed: frozenset[str],
+    guarded: frozenset[str],
+    also: frozenset[str] = frozenset(),
 ) -> Have:
     """What there is of the scope, in the words of ``want``.
 
     ``known``: the ruleset that was loaded last, as far as the caller knows; believed when the table says the same.
+    ``also``: links of the host to look at besides those that the scope stands on.
 
     Raises HostRefused when the kernel does not answer.
     """
@@ -53,7 +60,7 @@ def observe(
     if exists:
         inside = {link.index: link for link in links.list_links(namespace)}
     with Socket(netlink.NETLINK_ROUTE) as host:
-        found = _host_links(host, want, inside.values())
+        found = _host_links(host, want, inside.values(), also)
     peers = _peers(inside.values(), found, alias_of(scope_id))
     mine = {
         link.name: InsideLink(
@@ -104,12 +111,9 @@ def stray_ports(living: frozenset[str]) -> list[str]:
 
 def guarded_bridges() -> frozenset[str]:
     """The bridges whose frames the guard keeps from the host's sockets; none when there is no guard."""
-    table = netlink.text(1, GUARD_TABLE) + netlink.text(2, GUARD_SET)
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
-        found = _nft_dump(nfnetlink, _GETSETELEM, GUARD_FAMILY, table)
-    elements = (element for it in found or () for _, element in netlink.attributes(it.get(3, b"")))
-    keys = (netlink.attribute_map(netlink.attribute_map(element).get(1, b"")).get(1) for element in elements)
-    return frozenset(netlink.string(key) for key in keys)
+        chains = _nft_dump(nfnetlink, _GETCHAIN, GUARD_FAMILY, netlink.text(1, GUARD_TABLE)) or ()
+    return frozenset(netlink.string(it.get(3)) for it in chains if netlink.string(it.get(1)) == GUARD_TABLE)
 
 
 # ----------------------------------------------------------------------------------------------- in the namespace
@@ -213,9 +217,9 @@ def _nft_dump(nfnetlink: Socket, kind: int, family: str, attributes: bytes) -> l
 # ---------------------------------------------------------------------------------------------------- on the host
 
 
-def _host_links(host: Socket, want: Want, inside: Iterable[Link]) -> dict[int, Link]:
+def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str]) -> dict[int, Link]:
     """The links that the scope stands on, or stood on: by name, by being the other end, by being their bridge."""
-    asked: set[str] = set()
+    asked = set(also)
     for port in want.ports:
         segment = port.segment
         asked |= {port.host_link, segment.bridge, segment.nic, *([segment.vlan_link] if segment.vlan_link else [])}
