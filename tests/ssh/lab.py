@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ _CLIENT = (
     _PRIVATE
     + r"""
 mount --bind "$D/vartmp" /var/tmp
+mount --bind "$D/resolv.conf" /etc/resolv.conf
 exec "$@"
 """
 )
@@ -212,8 +214,8 @@ class SshLab:
         (directory / "keys").mkdir()
         (directory / "m" / "vartmp").mkdir(parents=True)
         (directory / "m" / "vartmp").chmod(0o1777)
-        self.payloads = directory / "payloads"
-        self.payloads.mkdir()
+        # Its packets are dropped: the resolver that never answers.
+        (directory / "m" / "resolv.conf").write_text(f"nameserver {self.h1.address}\noptions timeout:5 attempts:3\n")
 
     def key(self, name: str, *arguments: str) -> str:
         """A private key's text, made once."""
@@ -236,7 +238,7 @@ class SshLab:
             self._in(host.netns, f"ip address add {host.address}/24 dev eth0")
             self._in(host.netns, f"ip -6 address add {host.address6}/64 dev eth0 nodad")
             rule = f"add table inet hole; add chain inet hole in {{ type filter hook input priority 0; }}; \
-                add rule inet hole in tcp dport {HOLE} drop"
+                add rule inet hole in tcp dport {HOLE} drop; add rule inet hole in udp dport 53 drop"
             self._in(host.netns, f"nft '{rule}'")
         self.key("good", "-t", "ed25519")
         self.key("pem", "-t", "rsa", "-b", "2048", "-m", "PEM")
@@ -251,6 +253,16 @@ class SshLab:
             for pid in run("ip", "netns", "pids", netns).split():
                 os.kill(int(pid), signal.SIGKILL)
             run("ip", "netns", "delete", netns)
+
+    @contextmanager
+    def cut(self, host: SshHost) -> Iterator[None]:
+        """No packet reaches the host, and nobody is told."""
+        port = host.netns.replace("stest", "p")
+        run("ip", "-n", MANAGEMENT, "link", "set", port, "nomaster")
+        try:
+            yield
+        finally:
+            run("ip", "-n", MANAGEMENT, "link", "set", port, "master", "sw")
 
     def _in(self, netns: str, script: str) -> None:
         run("ip", "netns", "exec", netns, "sh", "-ec", script)
@@ -269,7 +281,10 @@ class Caller:
         return {"hosts": self.lab.h1.address, "physicalnetworkname": "phys-1", **details}
 
     def payload(
-        self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, payload: Mapping[str, Any] | None = None
+        self,
+        details: Mapping[str, Any],
+        stored: Mapping[str, Any] | None = None,
+        payload: Mapping[str, Any] | None = None,
     ) -> Path:
         self._count += 1
         path = self.home.parent / f"call-{self._count}.payload"

@@ -12,8 +12,7 @@ import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "internal"))
 
-from netloom.wire import Call, FrameReader, Hello, Reply, encode  # noqa: E402
-
+from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
 SCRIPT = "/run/standin.json"
 JOURNAL = "/run/standin.log"

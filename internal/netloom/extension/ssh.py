@@ -458,9 +458,9 @@ def why_no_agent(host: str, login: Login, channel: Channel) -> HostUnreachable:
     if sudo and channel.exit_status == 127 and "sudo" in said:
         return LoginRefused(f"{host}: there is no sudo for {login.username}", hint="install sudo, or log in as root")
     if channel.exit_status in (126, 127) or "command not found" in said:
+        path = next(iter(shlex.split(login.agent)), "")
         return HostUnreachable(
-            f"{host}: no agent at {login.agent.split()[0] if login.agent.split() else login.agent!r}"
-            + (f": {said}" if said else ""),
+            f"{host}: no agent at {path}" + (f": {said}" if said else ""),
             hint="install netloom there, or let NETLOOM_AGENT name its command",
         )
     how = f"signal {channel.exit_signal}" if channel.exit_signal else f"status {channel.exit_status}"

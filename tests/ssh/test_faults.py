@@ -1,0 +1,167 @@
+"""Hosts and agents that are silent, dead, old or confused: one line, status 2, and before the caller's deadline."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from ssh.lab import HOLE, KEYS, MUTE, Caller, SshLab
+
+STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
+
+SILENT: dict[str, tuple[dict[str, Any], str]] = {
+    "packets are dropped": ({"port": HOLE}, f"10.99.0.11: port {HOLE} does not answer within"),
+    "a listener is mute": ({"port": MUTE}, f"10.99.0.11: port {MUTE} is open, but no SSH answers within"),
+    "the resolver is silent": ({"hosts": "kvm1.example"}, "kvm1.example: its name is not resolved within"),
+}
+
+
+@pytest.mark.parametrize("case", SILENT)
+def test_defect_53_the_deadline_is_kept(case: str, lab: SshLab, caller: Caller) -> None:
+    details, said = SILENT[case]
+    timeout = 4
+    ended = caller.ensure(caller.details(sshkey=lab.key("good"), **details), timeout=timeout)
+    assert ended.status == 2
+    assert said in ended.line
+    assert ended.took_s < timeout
+
+
+def test_a_network_of_the_silent_host_is_not_moved(lab: SshLab, caller: Caller) -> None:
+    details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=KEYS)
+    lab.h1.play("silent")
+    ended = caller.ensure(details, STORED, timeout=8)
+    assert ended.status == 2
+    assert ended.line.startswith("10.99.0.11: SSH is fine, but the agent does not answer within")
+    assert "net-42 lives on 10.99.0.11 and was not moved: bring that host back" in ended.line
+    assert ended.took_s < 8
+
+
+@pytest.mark.parametrize("host", ["10.99.0.99", "10.99.0.11"])
+def test_nobody_there_is_said_at_once(host: str, lab: SshLab, caller: Caller) -> None:
+    ended = caller.ensure(caller.details(sshkey=lab.key("good"), hosts=host, port="2999"), timeout=30)
+    assert ended.status == 2
+    assert ended.line.startswith(f"{host}: no connection to port 2999: ")
+
+
+def test_a_hung_agent_is_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
+    lab.h1.play("hang", on=["implement-network"])
+    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=5)
+    assert ended.status == 2
+    assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
+    assert "agent status" in ended.line
+    assert ended.took_s < 5
+    (call,) = lab.h1.asked()
+    assert 0 < call["remaining_ms"] < 4000  # the agent is told to be done before we are
+
+
+def test_a_stopped_ssh_server_is_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
+    """A machine that hangs answers no packet of an established connection: what is cut off in the midst of a call."""
+    lab.h1.play("hang", on=["implement-network"])
+    path = caller.payload(caller.details(sshkey=lab.key("good")), STORED)
+    began = time.monotonic()
+    process = caller.start("implement-network", str(path), "6")
+    while not lab.h1.asked():
+        time.sleep(0.05)
+    with lab.cut(lab.h1):
+        ended = caller.finish(process, began)
+    assert ended.status == 2
+    assert "10.99.0.11: " in ended.line
+    assert ended.took_s < 6
+
+
+def test_a_call_whose_connection_breaks_is_repeated_once_with_its_id(lab: SshLab, caller: Caller) -> None:
+    """Field note fault 3: the agent answers a repeat from memory, so nothing is done twice."""
+    lab.h1.play("die-once", on=["implement-network"])
+    assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
+    first, second = lab.h1.asked()
+    assert first["call_id"] == second["call_id"]
+    assert second["remaining_ms"] < first["remaining_ms"]
+
+
+def test_a_connection_that_breaks_again_is_status_2(lab: SshLab, caller: Caller) -> None:
+    lab.h1.play("die", on=["implement-network"])
+    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED)
+    assert ended.status == 2
+    assert ended.line.startswith("10.99.0.11: the connection to the agent broke")
+    assert "during implement-network, and again" in ended.line
+    assert len(lab.h1.asked()) == 2
+
+
+@pytest.mark.parametrize("noise", ["Welcome to kvm1!\n", "\n", "*** 1234 ***\n", "\x00\x00\x00\x04abcd"])
+def test_a_login_shell_that_prints_is_named(noise: str, lab: SshLab, caller: Caller) -> None:
+    lab.h1.play("noise", noise=noise)
+    ended = caller.ensure(caller.details(sshkey=lab.key("good")))
+    assert ended.status == 2
+    assert ended.line.startswith("10.99.0.11: ")
+    if noise.isprintable() or noise.endswith("\n"):
+        assert "the login shell prints text before the agent speaks" in ended.line
+        assert ".bashrc" in ended.line
+
+
+def test_an_agent_of_another_protocol_names_both(lab: SshLab, caller: Caller) -> None:
+    lab.h1.play(protocol=2)
+    ended = caller.ensure(caller.details(sshkey=lab.key("good")))
+    assert ended.status == 2
+    assert "10.99.0.11: its agent (netloom 9.9) speaks protocol 2, this server" in ended.line
+    assert "bring netloom up to date on this server" in ended.line
+
+
+def test_an_agent_that_cannot_start_is_quoted(lab: SshLab, caller: Caller) -> None:
+    lab.h1.play("refuse")
+    ended = caller.ensure(caller.details(sshkey=lab.key("good")))
+    assert ended.status == 2
+    assert "it ended with status 3: netloom agent: the socket is on fire" in ended.line
+
+
+REPLIES: list[tuple[dict[str, Any], int, str]] = [
+    ({"status": 3, "error": "nft: no such table", "hint": "load nf_tables"}, 3, "nft: no such table (load nf_tables)"),
+    ({"status": 1, "error": "payload.vlan is empty"}, 1, "payload.vlan is empty"),
+    ({"status": 255, "error": "ip: exit 255"}, 3, "ip: exit 255"),  # defect 56: not an SSH error
+    ({"status": 3}, 3, "the agent failed and did not say why"),  # defect 55
+    ({"status": 3, "error": "zwei\nZeilen \x1b[31m \u00fc"}, 3, r"zwei Zeilen \x1b[31m \xfc"),
+]
+
+
+@pytest.mark.parametrize(("reply", "status", "said"), REPLIES)
+def test_what_the_agent_refuses_is_one_line(
+    reply: dict[str, Any], status: int, said: str, lab: SshLab, caller: Caller
+) -> None:
+    lab.h1.play(replies={"implement-network": reply})
+    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED)
+    assert (ended.status, ended.line) == (status, f"10.99.0.11: {said}")
+
+
+def test_output_is_printed_where_the_protocol_defines_one(lab: SshLab, caller: Caller) -> None:
+    output = json.dumps({"network.broadcast_uri": "vlan://1204", "name": "Köln"}, ensure_ascii=False)
+    lab.h1.play(replies={name: {"output": output} for name in ("implement-network", "assign-ip")})
+    details = caller.details(sshkey=lab.key("good"))
+    ended = caller.call("implement-network", details, STORED)
+    assert ended.output.isascii()
+    assert json.loads(ended.output)["name"] == "Köln"
+    assert caller.call("assign-ip", details, STORED, {"public_ip": "203.0.113.5"}).output == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_defect_54_a_signal_ends_the_call_at_once(
+    number: signal.Signals, status: int, lab: SshLab, caller: Caller
+) -> None:
+    lab.h1.play("hang", on=["implement-network"])
+    path = caller.payload(caller.details(sshkey=lab.key("good")), STORED)
+    began = time.monotonic()
+    process = caller.start("implement-network", str(path), "600")
+    while not lab.h1.asked():
+        time.sleep(0.05)
+    process.send_signal(number)
+    ended = caller.finish(process, began)
+    assert ended.status == status
+    assert ended.line == f"ended by {number.name} while waiting for 10.99.0.11"
+    assert f"status={status}" in caller.log
+
+
+def test_a_call_without_a_log_still_works(lab: SshLab, caller: Caller) -> None:
+    (caller.home / "netloom.log").mkdir()
+    assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
