@@ -1,0 +1,187 @@
+"""Namespaces: made, found, entered and removed, in threads, after crashes, beside ``ip netns``."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kernel.scratch import descriptors, scratch, tool
+from netloom.agent.kernel import namespaces
+from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError, inside
+
+
+def here() -> int:
+    return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    """A name that is nobody's before and after the test."""
+    name = f"ktest-{os.getpid()}-new"
+    namespaces.delete(name)
+    yield name
+    namespaces.delete(name)
+
+
+def test_what_is_made_is_a_new_namespace_that_ip_netns_sees(name: str) -> None:
+    home = here()
+    namespaces.create(name)
+    assert here() == home
+    assert namespaces.exists(name)
+    assert name in namespaces.names()
+    assert name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
+    assert "lo" in tool(name, "ip", "-o", "link")
+    with inside(name):
+        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino != home
+    assert here() == home
+
+
+def test_making_and_deleting_twice_changes_nothing(name: str) -> None:
+    namespaces.create(name)
+    first = os.stat(f"{NETNS_DIR}/{name}").st_ino
+    namespaces.create(name)
+    assert os.stat(f"{NETNS_DIR}/{name}").st_ino == first
+    namespaces.delete(name)
+    assert not os.path.lexists(f"{NETNS_DIR}/{name}")
+    namespaces.delete(name)
+    assert not namespaces.exists(name)
+
+
+def test_a_plain_file_left_by_a_crash_is_no_namespace_and_is_made_one(name: str) -> None:
+    Path(NETNS_DIR, name).touch()
+    assert not namespaces.exists(name)
+    assert name not in namespaces.names()
+    with pytest.raises(NamespaceError, match="is no namespace"), inside(name):
+        pass
+    namespaces.create(name)
+    assert namespaces.exists(name)
+    assert "lo" in tool(name, "ip", "-o", "link")
+
+
+def test_a_plain_file_left_by_a_crash_is_deleted(name: str) -> None:
+    Path(NETNS_DIR, name).touch()
+    namespaces.delete(name)
+    assert not os.path.lexists(f"{NETNS_DIR}/{name}")
+
+
+def test_one_made_by_ip_netns_is_ours_to_use_and_to_delete(name: str) -> None:
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    namespaces.create(name)
+    with inside(name):
+        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino
+    namespaces.delete(name)
+    assert name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+
+
+def test_one_name_made_by_many_threads_at_once_is_one_namespace(name: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(namespaces.create, [name] * 32))
+    mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    assert mounts.count(f"{NETNS_DIR}/{name}") == 1
+
+
+def test_the_name_means_the_same_in_a_mount_namespace_made_before(name: str) -> None:
+    with scratch():  # so that the directory is a mount by now
+        script = f"echo ready; read go; nsenter --net={NETNS_DIR}/{name} ip -o link show lo"
+        with subprocess.Popen(
+            ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other:
+            assert other.stdin
+            assert other.stdout
+            assert other.stdout.readline() == "ready\n"
+            namespaces.create(name)
+            printed, _ = other.communicate("go\n", timeout=30)
+    assert "lo:" in printed
+
+
+def test_a_thread_inside_does_not_take_the_others_along() -> None:
+    entered, looked = threading.Event(), threading.Event()
+    home = here()
+    with scratch() as name, ThreadPoolExecutor(1) as pool:
+
+        def stay() -> int:
+            with inside(name):
+                entered.set()
+                assert looked.wait(30)
+                return here()
+
+        there = pool.submit(stay)
+        assert entered.wait(30)
+        assert here() == home
+        looked.set()
+        assert there.result(30) == os.stat(f"{NETNS_DIR}/{name}").st_ino
+        assert pool.submit(here).result(30) == home
+
+
+def test_blocks_may_be_nested_and_left_by_an_error() -> None:
+    home = here()
+    with scratch() as outer, scratch() as inner:
+        with inside(outer):
+            at_outer = here()
+            with pytest.raises(ZeroDivisionError), inside(inner):
+                _ = 1 / (here() in (home, at_outer))
+            assert here() == at_outer
+            with inside(None), inside(""):
+                assert here() == at_outer
+        assert here() == home
+
+
+def test_a_namespace_that_is_not_there_is_named_in_the_error() -> None:
+    with pytest.raises(NamespaceError, match="ktest-missing: No such file") as caught, inside("ktest-missing"):
+        pass
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_a_thread_that_cannot_come_back_says_so_and_is_never_used_again() -> None:
+    """The way back needs CAP_SYS_ADMIN; the thread gives its own up inside. Capabilities belong to threads."""
+    home = here()
+
+    def lose(there: str) -> list[str]:
+        said = []
+        with pytest.raises(NamespaceError) as caught, inside(there):
+            _drop_capabilities()
+        said.append(str(caught.value))
+        for again in (there, None):
+            with pytest.raises(NamespaceError) as caught, inside(again):
+                pass
+            said.append(str(caught.value))
+        return said
+
+    with scratch() as there, ThreadPoolExecutor(1) as pool:
+        leaving, *later = pool.submit(lose, there).result(30)
+    assert leaving == f"leave {there}: Operation not permitted (the agent must be restarted)"
+    assert later == [f"this thread could not leave {there} and must not be used any more"] * 2
+    assert here() == home
+
+
+def _drop_capabilities() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    assert libc.capset(header, (ctypes.c_uint32 * 6)()) == 0
+
+
+def test_no_descriptor_and_no_mount_is_left_behind(name: str) -> None:
+    namespaces.create(name)
+    namespaces.delete(name)
+    before = descriptors(), len(Path("/proc/self/mountinfo").read_text().splitlines())
+    for _ in range(50):
+        namespaces.create(name)
+        with inside(name):
+            pass
+        with pytest.raises(ZeroDivisionError), inside(name):
+            _ = 1 / 0
+        namespaces.delete(name)
+        with pytest.raises(NamespaceError), inside(name):
+            pass
+    assert (descriptors(), len(Path("/proc/self/mountinfo").read_text().splitlines())) == before
