@@ -28,6 +28,7 @@ def service(scope_id: str, network: Network) -> Service:
         config={"dnsmasq.conf": _configuration(directory, network)},
         live_directory=HOSTS,
         live=_hosts(network),
+        listens=(("udp", 53), ("tcp", 53)),
     )
 
 

@@ -34,6 +34,7 @@ def service(scope: Scope) -> Service | None:
         config={"haproxy.cfg": _configuration(directory, rules)},
         on_change="reload",
         check=("haproxy", "-c", "-q", "-f", configuration),
+        listens=tuple(("tcp", rule.public_port) for rule in rules),
     )
 
 

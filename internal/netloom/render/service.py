@@ -25,6 +25,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     live_directory: str = ""
     live: dict[str, str] = {}
     check: tuple[str, ...] = ()
+    listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these
 
 
 def directory_of(scope_id: str, name: str) -> str:

@@ -1,0 +1,383 @@
+"""The processes inside the scopes' namespaces: started, adopted, reloaded, revived, ended.
+
+They outlive the agent: each leads a session of its own, and what runs stands in its directory (``running.json``:
+pid and start time, so that a recycled pid is never taken for ours). A new agent adopts what it finds there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from netloom.agent.kernel.namespaces import inside
+from netloom.errors import HostRefused, one_line
+from netloom.render.service import SERVICES_DIR, Service
+
+BACK_OFF_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+SETTLED_S = 60.0  # a process that lived this long has no earlier failures
+READY_S = 3.0
+END_S = 2.0
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_RECORD = "running.json"
+_LOG = "log"
+
+
+class _Record(msgspec.Struct, frozen=True):
+    """What runs: ``started`` is field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5))."""
+
+    pid: int
+    started: int
+    digest: str
+
+
+class _Running:
+    """A process that was seen alive, watched through its pidfd (readable when it has ended, pidfd_open(2))."""
+
+    def __init__(self, scope_id: str, service: Service, record: _Record, pidfd: int) -> None:
+        self.scope_id = scope_id
+        self.service = service
+        self.record = record
+        self.pidfd = pidfd
+        self.since = time.monotonic()
+
+
+class Supervisor:
+    """Keeps what the scopes want running. ``converge`` and ``end`` belong to worker threads, one a scope at a time.
+
+    ``revive`` is called on the event loop with the id of a scope in which a process died, when it is time to start
+    it again; it is expected to converge that scope.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, revive: Callable[[str, str], None]) -> None:
+        self._loop = loop
+        self._revive = revive
+        self._lock = threading.Lock()
+        self._running: dict[tuple[str, str], _Running] = {}
+        self._failures: dict[tuple[str, str], int] = {}
+
+    def converge(self, scope_id: str, namespace: str, wanted: tuple[Service, ...]) -> list[str]:
+        """Makes exactly ``wanted`` run in ``namespace``; what it did, in words.
+
+        Raises HostRefused, naming the service, when one does not start or refuses its configuration; what ran goes
+        on running then, and the other services are seen to first.
+        """
+        did: list[str] = []
+        names = {service.name for service in wanted}
+        for name in self._known(scope_id) - names:
+            did += self._end(scope_id, name)
+        failed: list[HostRefused] = []
+        for service in wanted:
+            try:
+                did += self._one(scope_id, namespace, service)
+            except HostRefused as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+        return did
+
+    def end(self, scope_id: str) -> list[str]:
+        """Ends every process of the scope and removes their directories."""
+        did = [step for name in self._known(scope_id) for step in self._end(scope_id, name)]
+        shutil.rmtree(f"{SERVICES_DIR}/{scope_id}", ignore_errors=True)
+        return did
+
+    def states(self) -> dict[str, dict[str, int]]:
+        """Scope to service to pid, of what was last seen alive."""
+        with self._lock:
+            table: dict[str, dict[str, int]] = {}
+            for (scope_id, name), running in sorted(self._running.items()):
+                table.setdefault(scope_id, {})[name] = running.record.pid
+            return table
+
+    # ------------------------------------------------------------------------------------------------ one service
+
+    def _one(self, scope_id: str, namespace: str, service: Service) -> list[str]:
+        directory = Path(service.directory)
+        _make_directory(directory, 0o711)
+        did = _write_live(directory, service)
+        running = self._find(scope_id, service)
+        digest = _digest(service)
+        if running is not None and running.record.digest == digest:
+            return did
+        _put_configuration(namespace, directory, service)
+        if running is not None and service.on_change == "reload":
+            os.kill(running.record.pid, signal.SIGUSR2)
+            self._remember(scope_id, service, _Record(running.record.pid, running.record.started, digest))
+            return [*did, f"reload {service.name}"]
+        if running is not None:
+            did += self._end(scope_id, service.name, keep_directory=True)
+        pid = _start(namespace, directory, service)
+        self._remember(scope_id, service, _Record(pid, _start_time(pid) or 0, digest))
+        _wait_ready(pid, directory, service)
+        return [*did, f"start {service.name}"]
+
+    def _find(self, scope_id: str, service: Service) -> _Running | None:
+        """The service's process, when it is alive: as remembered, else as its directory tells."""
+        key = (scope_id, service.name)
+        with self._lock:
+            running = self._running.get(key)
+        if running is not None:
+            return running if _alive(running.record) else None
+        record = _read_record(Path(service.directory))
+        if record is None or not _alive(record):
+            return None
+        return self._remember(scope_id, service, record)
+
+    def _remember(self, scope_id: str, service: Service, record: _Record) -> _Running:
+        (Path(service.directory) / _RECORD).write_bytes(msgspec.json.encode(record))
+        key = (scope_id, service.name)
+        with self._lock:
+            had = self._running.get(key)
+            if had is not None and had.record.pid == record.pid and had.record.started == record.started:
+                had.record, had.service = record, service
+                return had
+        try:
+            pidfd = os.pidfd_open(record.pid)
+        except ProcessLookupError:
+            raise HostRefused(f"{service.name} of {scope_id} ended at once: {_last_words(service)}") from None
+        running = _Running(scope_id, service, record, pidfd)
+        with self._lock:
+            self._running[key] = running
+        self._loop.call_soon_threadsafe(self._watch, key, running)
+        return running
+
+    def _watch(self, key: tuple[str, str], running: _Running) -> None:
+        if self._running.get(key) is running:
+            self._loop.add_reader(running.pidfd, self._ended, key, running)
+
+    def _ended(self, key: tuple[str, str], running: _Running) -> None:
+        """On the event loop: a process has ended, and nobody had asked for it."""
+        self._loop.remove_reader(running.pidfd)
+        os.close(running.pidfd)
+        _reap(running.record.pid)
+        with self._lock:
+            if self._running.get(key) is not running:
+                return
+            del self._running[key]
+            lived_s = time.monotonic() - running.since
+            failures = 0 if lived_s > SETTLED_S else self._failures.get(key, 0)
+            self._failures[key] = failures + 1
+        wait_s = BACK_OFF_S[min(failures, len(BACK_OFF_S) - 1)]
+        self._loop.call_later(wait_s, self._revive, running.scope_id, f"{running.service.name} died")
+
+    def _end(self, scope_id: str, name: str, *, keep_directory: bool = False) -> list[str]:
+        key = (scope_id, name)
+        directory = Path(SERVICES_DIR, scope_id, name)
+        with self._lock:
+            running = self._running.pop(key, None)
+            self._failures.pop(key, None)
+        record = running.record if running is not None else _read_record(directory)
+        did = []
+        if record is not None and _alive(record):
+            _terminate(record.pid)
+            did = [f"end {name}"]
+        if running is not None:
+            self._loop.call_soon_threadsafe(self._forget, running)
+        if not keep_directory:
+            shutil.rmtree(directory, ignore_errors=True)
+        return did
+
+    def _forget(self, running: _Running) -> None:
+        self._loop.remove_reader(running.pidfd)
+        os.close(running.pidfd)
+        _reap(running.record.pid)
+
+    def _known(self, scope_id: str) -> set[str]:
+        with self._lock:
+            known = {name for scope, name in self._running if scope == scope_id}
+        with contextlib.suppress(FileNotFoundError):
+            known |= set(os.listdir(f"{SERVICES_DIR}/{scope_id}"))
+        return known
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def _digest(service: Service) -> str:
+    """Of all that a running process was started with."""
+    return hashlib.sha256(msgspec.json.encode((service.argv, sorted(service.config.items())))).hexdigest()
+
+
+def _make_directory(directory: Path, mode: int) -> None:
+    for part in (*reversed([p for p in directory.parents if p.is_relative_to(SERVICES_DIR)]), directory):
+        if not part.exists():
+            part.mkdir(parents=True)
+            part.chmod(mode)
+
+
+def _write(path: Path, text: str, mode: int, group: int = 0) -> None:
+    """Whole or not at all. The temporary name has a dot: dnsmasq leaves such files of its hostsdir alone."""
+    temporary = path.with_name(f".{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "w") as file:
+        os.fchmod(descriptor, mode)
+        os.fchown(descriptor, 0, group)
+        file.write(text)
+    temporary.rename(path)
+
+
+def _put_configuration(namespace: str, directory: Path, service: Service) -> None:
+    """The configuration in force, after its own program has accepted it. Raises HostRefused and leaves the old one."""
+    for name, text in service.config.items():
+        candidate = directory / f"{name}.candidate"
+        _write(candidate, text, 0o600)
+    if service.check:
+        candidates = {f"{directory}/{name}": f"{directory}/{name}.candidate" for name in service.config}
+        argv = [candidates.get(word, word) for word in service.check]
+        checked = _run(namespace, argv)
+        if checked.returncode != 0:
+            raise HostRefused(f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}")
+    for name in service.config:
+        (directory / f"{name}.candidate").rename(directory / name)
+
+
+def _write_live(directory: Path, service: Service) -> list[str]:
+    if not service.live_directory:
+        return []
+    # dnsmasq reads these as the user it has become: group nogroup, and nobody else on the host.
+    group = grp.getgrnam("nogroup").gr_gid
+    live = directory / service.live_directory
+    if not live.exists():
+        live.mkdir(mode=0o750)
+        live.chmod(0o750)
+        os.chown(live, 0, group)
+    had = {path.name: path for path in live.iterdir() if not path.name.startswith(".")}
+    did = []
+    for name, text in service.live.items():
+        if name not in had or had[name].read_text() != text:
+            _write(live / name, text, 0o640, group)
+            did.append(f"write {service.name}/{name}")
+    for name in had.keys() - service.live.keys():
+        had[name].unlink()
+        did.append(f"remove {service.name}/{name}")
+    return did
+
+
+def _read_record(directory: Path) -> _Record | None:
+    try:
+        return msgspec.json.decode((directory / _RECORD).read_bytes(), type=_Record)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------- processes
+
+
+def _start(namespace: str, directory: Path, service: Service) -> int:
+    program = shutil.which(service.argv[0], path=PATH)
+    if program is None:
+        raise HostRefused(
+            f"{service.name}: {service.argv[0]} is not installed on this host", hint=f"install {service.argv[0]}"
+        )
+    log = os.open(directory / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        with inside(namespace):
+            process = subprocess.Popen(  # noqa: S603, argv from our renderer
+                [program, *service.argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env={"PATH": PATH, "LANG": "C"},
+                start_new_session=True,
+            )
+    finally:
+        os.close(log)
+    # Watched through its pidfd and reaped there: Popen's own book-keeping would warn about a child it lost.
+    process.returncode = 0
+    return process.pid
+
+
+def _run(namespace: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    program = shutil.which(argv[0], path=PATH)
+    if program is None:
+        raise HostRefused(f"{argv[0]} is not installed on this host", hint=f"install {argv[0]}")
+    with inside(namespace):
+        return subprocess.run(  # noqa: S603, argv from our renderer
+            [program, *argv[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=20,
+            check=False,
+        )
+
+
+def _wait_ready(pid: int, directory: Path, service: Service) -> None:
+    """Until it listens on all that it should, or has ended. Raises HostRefused with its last words."""
+    until = time.monotonic() + READY_S
+    while True:
+        if _start_time(pid) is None:
+            raise HostRefused(f"{service.name} ended at once: {_last_words(service)}")
+        if _listening(pid) >= set(service.listens):
+            return
+        if time.monotonic() > until:
+            raise HostRefused(f"{service.name} does not listen after {READY_S:.0f} s: {_last_words(service)}")
+        time.sleep(0.005)
+
+
+def _listening(pid: int) -> set[tuple[str, int]]:
+    """Protocol and port of the sockets in the namespace of ``pid`` that wait for peers (proc(5), /proc/<pid>/net/tcp)."""
+    found = set()
+    for protocol, state in (("tcp", "0A"), ("udp", "07")):
+        with contextlib.suppress(OSError):
+            for fields in map(str.split, Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]):
+                if fields[3] == state:
+                    found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+    return found
+
+
+def _start_time(pid: int) -> int | None:
+    """Field 22 of its stat; None when there is no such process, or only its remains."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _alive(record: _Record) -> bool:
+    return _start_time(record.pid) == record.started
+
+
+def _terminate(pid: int) -> None:
+    """SIGTERM, then SIGKILL to its whole session; returns when it has ended."""
+    for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until:
+            if _start_time(pid) is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGKILL)  # an old haproxy worker may still have a connection
+                return
+            time.sleep(0.005)
+
+
+def _reap(pid: int) -> None:
+    """Our own child's remains; an adopted process has another parent."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _last_words(service: Service) -> str:
+    try:
+        text = (Path(service.directory) / _LOG).read_text(errors="replace")
+    except OSError:
+        return "it said nothing"
+    return one_line(text, 400) or "it said nothing"
