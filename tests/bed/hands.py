@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -122,11 +123,8 @@ class Hands:
     def end(self) -> None:
         """Close its stdin, which ends it, and wait for it."""
         if self._process.stdin is not None and not self._process.stdin.closed:
-            with self._lock:
-                try:
-                    self._process.stdin.close()
-                except OSError:
-                    pass
+            with self._lock, contextlib.suppress(OSError):
+                self._process.stdin.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

@@ -139,8 +139,8 @@ def _nftables(text: str) -> list[str]:
             names.append(f"{table} chain {thing['chain']} rule {expression}{comment}")
         else:
             names.append(f"{table} {kind} {thing['name']}")
-        for element in thing.get("elem", []) if kind in ("set", "map") else []:
-            names.append(f"{table} {kind} {thing['name']} element {_element(element)}")
+        elements = thing.get("elem", []) if kind in ("set", "map") else []
+        names += [f"{table} {kind} {thing['name']} element {_element(element)}" for element in elements]
     return names
 
 

@@ -15,13 +15,13 @@ from types import TracebackType
 from typing import Any, Literal
 
 from bed import syscalls
+from bed.cloudstack import CLOUD_UID
 from bed.hands import BedError, Hands
 from bed.places import Execution, Place, until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANAGEMENT_NET = "198.18.0"
 MANAGEMENT_NET6 = "fd4c"
-CLOUD_UID = 1600
 EXTENSIONS = "/usr/share/cloudstack-management/extensions"
 
 # Every character that a shell, a JSON text, an XML text or a careless split would trip over.
@@ -139,7 +139,8 @@ class Host(Place):
         ]
         for digit in (1, 2):
             lines += [
-                f"link add h{n}e{digit} type veth peer name eth{digit} address 02:4c:00:00:0{digit}:{n:02x} netns {pid}",
+                f"link add h{n}e{digit} type veth peer name eth{digit} netns {pid}"
+                f" address 02:4c:00:00:0{digit}:{n:02x}",
                 f"link set h{n}e{digit} master eth{digit} up",
             ]
         self.bed.fabric.links(*lines)
@@ -457,6 +458,13 @@ class Bed:
         for machine in self._machines:
             machine.end()
         self._keeper.end()
+
+    def login(self, user: str = "root", *, by: Literal["key", "password", "nothing"] = "key") -> dict[str, str]:
+        """Registration details to log in to every host. Users: ``root``, ``netadmin`` (sudo without a password),
+        ``plainuser`` (no sudo). All have the same key and the same, hostile, password.
+        """
+        secret = {"key": {"sshkey": self.private_key}, "password": {"password": self.password}, "nothing": {}}[by]
+        return {"username": user, **secret}
 
     def add_segments(self, segments: Iterable[tuple[str, str]]) -> None:
         """More VLANs, as (nic, vlan): on every host that runs, and on every later boot. Known ones are skipped."""

@@ -5,6 +5,7 @@ Every function takes JSON values and returns a JSON value. Long ones look at ``s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -143,7 +144,7 @@ def _checksum(data: bytes) -> int:
     total = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total & 0xFFFF) + (total >> 16)
     total += total >> 16
-    return ~total & 0xFFFF
+    return int(~total & 0xFFFF)
 
 
 def icmp(
@@ -262,10 +263,8 @@ class Servers:
         return told
 
     def _drop(self, each: socket.socket) -> None:
-        try:
+        with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(each)
-        except (KeyError, ValueError):
-            pass
         with self._lock:
             for clients in self._clients.values():
                 if each in clients:
@@ -325,7 +324,7 @@ class Servers:
     def _answer(self, listener: socket.socket, handle: str, name: str, port: int) -> None:
         for _ in range(512):
             try:
-                data, peer = listener.recvfrom(65536)
+                _, peer = listener.recvfrom(65536)
             except BlockingIOError:
                 return
             self._note(handle, peer)

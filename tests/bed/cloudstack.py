@@ -1,0 +1,679 @@
+"""A make-believe CloudStack that drives the executable exactly as the real client does.
+
+It keeps networks, addresses, rules and VMs as CloudStack's database would, and sends what CloudStack sends in the order
+in which it does (payloads/SEQUENCES.md): the payload file in a temporary directory, ``<path> <command> <file> 60``,
+merged output read to end of file, the ``status`` rule, and the details that ensure-network-device printed, stored,
+handed back and forgotten when the client forgets them.
+
+    cloud = FakeCloudStack.on(bed.management)
+    cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
+    network = cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20")
+    web = network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    address = network.associate("203.0.113.21")
+    network.add_port_forward(address, "2222", web, "22")
+    network.restart(cleanup=True)
+    network.garbage_collect()
+    network.delete()
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bed import payloads
+from bed.payloads import (
+    ALL_SERVICES as ALL_SERVICES,
+)
+from bed.payloads import (
+    GUEST_SERVICES,
+    Backend,
+    Fields,
+    FirewallRule,
+    LoadBalancerRule,
+    NetworkFacts,
+    Nic,
+    PortForwardRule,
+    PublicAddress,
+    State,
+    VirtualMachine,
+)
+from bed.payloads import (
+    NAT_SERVICES as NAT_SERVICES,
+)
+from bed.payloads import (
+    Offering as Offering,
+)
+from bed.places import Execution
+
+if TYPE_CHECKING:
+    from bed.lab import Host, Management
+
+TIMEOUT_S = "60"
+CLOUD_UID = 1600
+DETAILS_LENGTH_MAX = 1024
+
+# What a version of the program that gives no guest services yet refuses. The client ignores a failing prepare-nic and
+# release-nic, so leaving them out changes nothing but the time that a test takes; every other command that such a
+# version lacks is left out by the offering, which does not give the service.
+UNBUILT_NIC_COMMANDS = frozenset({"prepare-nic", "release-nic"})
+
+Run = Callable[[str, str], Execution]
+"""(command, text of the payload file) → what the executable did."""
+
+
+class Failed(Exception):
+    """CloudStack would report an error to its caller. ``execution`` is what the executable answered."""
+
+    def __init__(self, what: str, execution: Execution) -> None:
+        super().__init__(f"{what}: exit status {execution.status}: {execution.output.strip()}")
+        self.execution = execution
+
+
+class Poisoned(Exception):
+    """What ensure-network-device printed once cannot be read: every command of the network fails, for good."""
+
+
+class Hung(Exception):
+    """The executable did not end, or somebody kept its output open: a thread of the real client would be lost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """One execution. ``ok`` by the client's rules: exit status 0, and no foreign ``status`` in the output."""
+
+    command: str
+    text: str
+    execution: Execution
+    ok: bool
+
+    @property
+    def payload(self) -> Fields:
+        document: Fields = json.loads(self.text)
+        return dict(document.get("payload", document))
+
+    @property
+    def output(self) -> str:
+        return self.execution.output.strip()
+
+
+class FakeCloudStack:
+    """One CloudStack with one registration of the extension. ``history`` has every execution, in order.
+
+    ``left_out``: commands that are not sent; say why where you set it.
+    """
+
+    def __init__(self, run: Run, *, left_out: Collection[str] = ()) -> None:
+        self._run = run
+        self.left_out = frozenset(left_out)
+        self.registration: dict[str, str] = {}
+        self.history: list[Sent] = []
+        self._ids = itertools.count(9000)
+
+    @classmethod
+    def on(
+        cls,
+        management: Management,
+        *,
+        program: Sequence[str] | Path | None = None,
+        extension: str = "netloom",
+        agent: str | None = None,
+        home: Literal["set", "unset"] = "unset",
+        left_out: Collection[str] = (),
+        patience_s: float = 100.0,
+    ) -> FakeCloudStack:
+        """A CloudStack that runs ``program`` (from source when it is not given) on the bed's management server.
+
+        ``agent``: the agent's command on the hosts; from source when it is not given, the program's own choice when
+        it is empty. Raises Hung in every call whose program does not end within ``patience_s``.
+        """
+        from bed.lab import agent_command, program_from_source
+
+        path = management.install(extension, program_from_source() if program is None else program)
+        agent = agent_command() if agent is None else agent
+        more = {"NETLOOM_AGENT": agent} if agent else {}
+        environment = management.environment(home=home, **more)
+        names = itertools.count(1)
+
+        def run(command: str, text: str) -> Execution:
+            # As File.createTempFile makes it: the plain umask, so readable by every local user.
+            file = f"/tmp/cs-extnet-{command}-{id(names):x}{next(names):06d}.payload"
+            management.write(file, text, mode=0o644, uid=CLOUD_UID)
+            try:
+                return management.execute(
+                    [path, command, file, TIMEOUT_S], environment=environment, patience_s=patience_s
+                )
+            finally:
+                management.remove(file)
+
+        return cls(run, left_out=left_out)
+
+    # --- the extension's registration
+
+    def register(
+        self,
+        *,
+        hosts: Iterable[Host | str],
+        physical_network: str = "Physical Network 1",
+        guest_nic: str = "eth1",
+        public_nic: str = "eth2",
+        **details: str,
+    ) -> FakeCloudStack:
+        """registerExtension, or updateRegisteredExtension: the details replace those before.
+
+        Details with a dot in their name (``guest.isolation``) go through ``**{"guest.isolation": "vxlan"}``.
+        """
+        names = ",".join(host if isinstance(host, str) else host.address for host in hosts)
+        nics = {"guest.network.device": guest_nic, "public.network.device": public_nic}
+        chosen = {"hosts": names, **{name: nic for name, nic in nics.items() if nic}, **details}
+        self.registration = {**chosen, "physicalnetworkname": physical_network}
+        return self
+
+    def new_id(self) -> int:
+        return next(self._ids)
+
+    # --- executions
+
+    def execute(self, command: str, details: Mapping[str, Any], payload: Fields) -> Sent:
+        """Write the payload, run the executable, judge it as the client does. Raises Hung."""
+        return self.execute_text(command, payloads.envelope(self.registration, details, payload))
+
+    def execute_text(self, command: str, text: str) -> Sent:
+        """The same with the text of the payload file as it is, for texts that no client writes."""
+        execution = self._run(command, text)
+        sent = Sent(command, text, execution, succeeded(execution))
+        self.history.append(sent)
+        if execution.hung:
+            raise Hung(f"{command}: still {execution.hung} after {execution.seconds:.0f} s: {execution.output!r}")
+        return sent
+
+    def commands(self, since: int = 0) -> list[str]:
+        """The commands sent, from the ``since``-th on."""
+        return [sent.command for sent in self.history[since:]]
+
+    # --- networks
+
+    def isolated_network(
+        self,
+        network_id: int | str,
+        *,
+        vlan: int | str,
+        cidr: str,
+        source_nat: PublicAddress | str = "",
+        offering: Offering = ALL_SERVICES,
+        gateway: str = "",
+        public_vlan: int | str = 101,
+        reserved_ip: str = "",
+    ) -> IsolatedNetwork:
+        """createNetwork: nothing is sent. ``vlan`` is what the zone gives it at the next implement.
+
+        ``source_nat`` as text is an address of ``public_vlan`` with a /24 around it and the first address as gateway.
+        """
+        facts = NetworkFacts(
+            str(network_id),
+            cidr,
+            gateway or payloads.first_address(cidr),
+            offering=offering,
+            reserved_ip=reserved_ip,
+        )
+        network = IsolatedNetwork(self, facts, str(vlan), public_vlan)
+        if source_nat:
+            network.source_nat = network.associate(source_nat)
+            network.source_nat.source_nat = True
+        return network
+
+
+def succeeded(execution: Execution) -> bool:
+    """The client's rule for every command: exit status 0, and no JSON object with a ``status`` other than success."""
+    if execution.status != 0:
+        return False
+    try:
+        document = json.loads(execution.output)
+    except ValueError:
+        return True
+    if not isinstance(document, dict):
+        return True
+    status = document.get("status")
+    return status is None or str(status).strip() == "" or str(status).strip().lower() == "success"
+
+
+class IsolatedNetwork:
+    """An isolated network in CloudStack's database, and the events that happen to it."""
+
+    def __init__(self, cloud: FakeCloudStack, facts: NetworkFacts, vlan: str, public_vlan: int | str) -> None:
+        self.cloud = cloud
+        self.facts = facts
+        self.next_vlan = vlan
+        self.public_vlan = public_vlan
+        self.stored = ""  # extension.details, as text; empty: no row
+        self.source_nat: PublicAddress | None = None
+        self.addresses: list[PublicAddress] = []
+        self.nics: list[Nic] = []
+        self.static_nats: list[tuple[PublicAddress, str]] = []
+        self.port_forwards: list[PortForwardRule] = []
+        self.firewall: list[FirewallRule] = []
+        self.lb_rules: list[LoadBalancerRule] = []
+        self.failures: list[Sent] = []
+
+    # --- what is known about it
+
+    @property
+    def offering(self) -> Offering:
+        return self.facts.offering
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The stored details as the client parses them. Raises Poisoned."""
+        if not self.stored:
+            return {}
+        try:
+            parsed = json.loads(self.stored)
+        except ValueError as error:
+            raise Poisoned(f"network {self.facts.network_id}: {self.stored!r}") from error
+        return parsed if isinstance(parsed, dict) else {}
+
+    @property
+    def host(self) -> str:
+        """The host that ensure-network-device named last."""
+        return str(self.details.get("host", ""))
+
+    @property
+    def namespace(self) -> str:
+        return f"cs-net-{self.facts.network_id}"
+
+    def _gives(self, *services: str) -> bool:
+        return bool(self.offering.services & set(services))
+
+    def _in_state(self, state: State) -> None:
+        self.facts.state = state
+
+    # --- single executions
+
+    def ensure(self) -> Sent:
+        """ensure-network-device. A failure is a warning: the client goes on with what it had."""
+        details = self.details
+        payload = payloads.ensure_network_device(self.facts, self.stored or "{}")
+        sent = self.cloud.execute("ensure-network-device", details, payload)
+        if not sent.ok:
+            self.failures.append(sent)
+            self.stored = self.stored or "{}"
+        elif sent.output and sent.output != self.stored and len(sent.output) <= DETAILS_LENGTH_MAX:
+            self.stored = sent.output
+        return sent
+
+    def send(self, command: str, payload: Fields) -> Sent | None:
+        """ensure-network-device, then the command; nothing when the command is left out."""
+        if command in self.cloud.left_out:
+            return None
+        self.ensure()
+        sent = self.cloud.execute(command, self.details, payload)
+        if not sent.ok:
+            self.failures.append(sent)
+        return sent
+
+    def demand(self, command: str, payload: Fields) -> Sent | None:
+        """``send`` where a failure is an error to CloudStack's caller. Raises Failed."""
+        sent = self.send(command, payload)
+        if sent is not None and not sent.ok:
+            raise Failed(command, sent.execution)
+        return sent
+
+    # --- implement, restart, shutdown, delete
+
+    def implement(self) -> None:
+        """The network comes to life: allocated → implementing → implemented. Raises Failed, after shutting it down."""
+        self.facts.vlan = self.next_vlan
+        self._in_state("implementing")
+        try:
+            self._implement_elements()
+        except Failed:
+            # Some resources may stand: everything is taken down again, and the network is shut.
+            self._in_state("shutdown")
+            self._tear_down_rules()
+            self._shut()
+            raise
+        self._in_state("implemented")
+
+    def _implement_elements(self) -> None:
+        self.ensure()
+        self.demand("implement-network", payloads.implement_network(self.facts))
+        if self.source_nat and self._gives("SourceNat"):
+            self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
+        self._reprogram_rules()
+        if self.nics and self._gives(*GUEST_SERVICES):
+            by_guest = {ip: address.ip for address, ip in self.static_nats}
+            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+
+    def _reprogram_rules(self) -> None:
+        implementing = self.facts.state == "implementing"
+        ingress = [rule for rule in self.firewall if rule.address]
+        if self._gives("Firewall"):
+            self._send_firewall()
+            if len(ingress) < len(self.firewall):
+                self._send_firewall()
+        if self.static_nats:
+            self._assign_round()
+            for address, private_ip in self.static_nats:
+                self.demand("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
+            self._assign_round()
+        if ingress and self._gives("Firewall"):
+            self._assign_round(when=implementing)
+            self._send_firewall()
+            self._assign_round(when=implementing)
+        if self.port_forwards:
+            self._assign_round(when=implementing)
+            for rule in self.port_forwards:
+                self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
+            self._assign_round(when=implementing)
+        if self.lb_rules:
+            self._assign_round(when=implementing)
+            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
+            self._assign_round(when=implementing)
+
+    def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
+        """restartNetwork. ``rolling`` (the default of CloudStack) shuts nothing down, not even with cleanup."""
+        if cleanup and rolling:
+            self.ensure()
+            self.demand("implement-network", payloads.implement_network(self.facts))
+            if self.source_nat and self._gives("SourceNat"):
+                self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
+        elif cleanup:
+            self._tear_down_rules()
+            sent = self.send("shutdown-network", payloads.bare(self.facts))
+            if sent is not None and not sent.ok:
+                raise Failed("shutdown-network", sent.execution)
+            self.stored = ""
+        self._implement_elements()
+
+    def garbage_collect(self) -> bool:
+        """No VM has run for a while. False when shutdown-network failed: the network stays implemented."""
+        self._in_state("shutdown")
+        self._tear_down_rules()
+        return self._shut()
+
+    def _shut(self) -> bool:
+        sent = self.send("shutdown-network", payloads.bare(self.facts))
+        if sent is not None and not sent.ok:
+            self._in_state("implemented")
+            return False
+        self.stored = ""
+        self.facts.vlan = ""
+        self._in_state("allocated")
+        return True
+
+    def _tear_down_rules(self) -> None:
+        """Every rule is revoked in memory only; the database, and so the firewall's list, stays full."""
+        for rule in self.port_forwards:
+            self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
+        if self.lb_rules:
+            revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
+            self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
+        if self._gives("Firewall"):
+            ingress = any(rule.address for rule in self.firewall)
+            egress = any(not rule.address for rule in self.firewall)
+            for _ in range(1 + ingress + egress):
+                self.send("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
+        for address, private_ip in self.static_nats:
+            self.send("delete-static-nat", payloads.static_nat(self.facts, address, private_ip))
+        for address in self.addresses:
+            self.send("release-ip", payloads.public_ip(self.facts, address))
+
+    def delete(self) -> None:
+        """deleteNetwork. Raises Failed when the device refused; it can be repeated then."""
+        if self.facts.state == "implemented":
+            self.garbage_collect()
+        self.static_nats, self.port_forwards, self.firewall, self.lb_rules = [], [], [], []
+        self.demand("destroy-network", payloads.bare(self.facts))
+        self.stored = ""
+
+    # --- VMs
+
+    def deploy_vm(
+        self,
+        name: str,
+        *,
+        ip: str,
+        mac: str,
+        password: str = "",
+        vm: VirtualMachine | None = None,
+        nic_id: int | None = None,
+        device_id: int = 0,
+    ) -> Nic:
+        """A VM gets a NIC in this network, which is implemented when it is not. Raises Failed."""
+        nic = Nic(
+            str(nic_id or self.cloud.new_id()),
+            str(uuid.uuid4()),
+            mac,
+            ip,
+            vm or VirtualMachine(name, str(uuid.uuid4())),
+            netmask=payloads.netmask(self.facts.cidr),
+            device_id=device_id,
+            default=device_id == 0,
+        )
+        return self.add_nic(nic, password=password)
+
+    def add_nic(self, nic: Nic, *, password: str = "") -> Nic:
+        """The same with a NIC that is already described."""
+        self.nics.append(nic)
+        return self.start_vm(nic, password=password)
+
+    def start_vm(self, nic: Nic, *, password: str = "") -> Nic:
+        """A VM starts, for the first time or again. Raises Failed."""
+        if self.facts.state == "allocated":
+            self.implement()
+        self.send("prepare-nic", payloads.prepare_nic(self.facts, nic))
+        if self._gives("Dhcp"):
+            if self.offering.subnets:
+                self.demand("config-dhcp-subnet", payloads.config_subnet(self.facts, nic))
+            self.demand("add-dhcp-entry", payloads.add_dhcp_entry(self.facts, nic))
+        if self._gives("Dns"):
+            if not nic.ip6_address:
+                self.demand("config-dns-subnet", payloads.config_subnet(self.facts, nic))
+            self.demand("add-dns-entry", payloads.add_dns_entry(self.facts, nic))
+        if self._gives("UserData"):
+            public = next((address.ip for address, ip in self.static_nats if ip == nic.ip), "")
+            self.demand("save-vm-data", payloads.save_vm_data(self.facts, nic, static_nat_ip=public, password=password))
+        return nic
+
+    def stop_vm(self, nic: Nic) -> None:
+        self.send("release-nic", payloads.release_nic(self.facts, nic))
+
+    def expunge_vm(self, nic: Nic) -> None:
+        """The VM is gone for good. No remove-dns-entry: the client has no caller for it."""
+        self.nics.remove(nic)
+        if self._gives("Dhcp"):
+            self.send("remove-dhcp-entry", payloads.remove_dhcp_entry(self.facts, nic))
+
+    def reset_password(self, nic: Nic, password: str) -> None:
+        self.demand("save-password", payloads.save_item(self.facts, nic, "password", password))
+
+    def reset_ssh_key(self, nic: Nic, key: str) -> None:
+        self.demand("save-sshkey", payloads.save_item(self.facts, nic, "sshkey", key))
+
+    def reset_user_data(self, nic: Nic, user_data: str) -> None:
+        self.demand("save-userdata", payloads.save_item(self.facts, nic, "userdata", user_data))
+
+    # --- addresses and rules
+
+    def associate(self, address: PublicAddress | str, *, vlan: int | str | None = None) -> PublicAddress:
+        """associateIpAddress: nothing is sent."""
+        if isinstance(address, str):
+            net = address.rpartition(".")[0]
+            tag = self.public_vlan if vlan is None else vlan
+            address = PublicAddress(address, f"vlan://{tag}", f"{net}.1", f"{net}.0/24")
+        self.addresses.append(address)
+        return address
+
+    def _live(self) -> bool:
+        return self.facts.state == "implemented"
+
+    def _rules_of(self, address: PublicAddress) -> int:
+        rules: list[PublicAddress | None] = [each for each, _ in self.static_nats]
+        rules += [rule.address for rule in self.port_forwards]
+        rules += [rule.address for rule in self.firewall]
+        rules += [rule.address for rule in self.lb_rules]
+        return sum(each is address for each in rules)
+
+    def _assign_round(self, *, when: bool = True) -> None:
+        """For every address in use: assign-ip, again."""
+        if not when:
+            return
+        for address in self.addresses:
+            if address.source_nat or self._rules_of(address):
+                self.demand("assign-ip", payloads.public_ip(self.facts, address))
+
+    def _first_rule(self, address: PublicAddress) -> None:
+        if self._rules_of(address) == 1:
+            self._assign_round()
+
+    def _last_rule(self, address: PublicAddress | None) -> None:
+        if address is not None and not address.source_nat and self._rules_of(address) == 0:
+            self.demand("release-ip", payloads.public_ip(self.facts, address))
+
+    def _send_firewall(self) -> None:
+        self.demand("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
+
+    def add_port_forward(
+        self,
+        address: PublicAddress,
+        public_ports: str | int,
+        guest: Nic | str,
+        private_ports: str | int = "",
+        *,
+        protocol: str = "tcp",
+        open_firewall: bool = False,
+    ) -> PortForwardRule:
+        """createPortForwardingRule. Ports are ``22`` or ``8080-8090``; private ones default to the public ones."""
+        ip = guest if isinstance(guest, str) else guest.ip
+        private = str(private_ports or public_ports)
+        rule = PortForwardRule(self.cloud.new_id(), address, str(public_ports), ip, private, protocol)
+        self.port_forwards.append(rule)
+        if self._live():
+            self._first_rule(address)
+            self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
+        if open_firewall:
+            first, _, last = str(public_ports).partition("-")
+            self.add_firewall_rule(address, protocol, int(first), int(last or first))
+        return rule
+
+    def delete_port_forward(self, rule: PortForwardRule) -> None:
+        self.port_forwards.remove(rule)
+        if self._live():
+            self.demand("delete-port-forward", payloads.port_forward(self.facts, rule))
+            self._last_rule(rule.address)
+
+    def enable_static_nat(self, address: PublicAddress, guest: Nic | str) -> None:
+        ip = guest if isinstance(guest, str) else guest.ip
+        self.static_nats.append((address, ip))
+        if self._live():
+            self._assign_round()
+            self.demand("add-static-nat", payloads.static_nat(self.facts, address, ip))
+            self._assign_round()
+
+    def disable_static_nat(self, address: PublicAddress) -> None:
+        (ip,) = [guest for each, guest in self.static_nats if each is address]
+        self.static_nats.remove((address, ip))
+        if self._live():
+            self.demand("delete-static-nat", payloads.static_nat(self.facts, address, ip))
+            self._last_rule(address)
+
+    def add_firewall_rule(
+        self,
+        address: PublicAddress,
+        protocol: str,
+        first_port: int | None = None,
+        last_port: int | None = None,
+        *,
+        sources: Sequence[str] = ("0.0.0.0/0",),
+        icmp_type: int | None = None,
+        icmp_code: int | None = None,
+    ) -> FirewallRule:
+        """createFirewallRule (ingress)."""
+        rule = FirewallRule(
+            self.cloud.new_id(),
+            protocol,
+            address,
+            first_port,
+            last_port if last_port is not None else first_port,
+            icmp_type,
+            icmp_code,
+            tuple(sources),
+        )
+        self.firewall.append(rule)
+        if self._live():
+            self._first_rule(address)
+            self._send_firewall()
+        return rule
+
+    def add_egress_rule(
+        self,
+        protocol: str,
+        first_port: int | None = None,
+        last_port: int | None = None,
+        *,
+        sources: Sequence[str] = (),
+        destinations: Sequence[str] = ("0.0.0.0/0",),
+        icmp_type: int | None = None,
+        icmp_code: int | None = None,
+    ) -> FirewallRule:
+        """createEgressFirewallRule: it denies where the offering allows by default, and allows where it denies."""
+        rule = FirewallRule(
+            self.cloud.new_id(),
+            protocol,
+            None,
+            first_port,
+            last_port if last_port is not None else first_port,
+            icmp_type,
+            icmp_code,
+            tuple(sources) or (self.facts.cidr,),
+            tuple(destinations),
+        )
+        self.firewall.append(rule)
+        if self._live():
+            self._send_firewall()
+        return rule
+
+    def delete_firewall_rule(self, rule: FirewallRule) -> None:
+        self.firewall.remove(rule)
+        if self._live():
+            self._send_firewall()
+            self._last_rule(rule.address)
+
+    def add_lb_rule(
+        self, address: PublicAddress, name: str, public_port: int, private_port: int, guests: Sequence[Nic]
+    ) -> LoadBalancerRule:
+        """createLoadBalancerRule and assignToLoadBalancerRule in one."""
+        backends = [Backend(nic.ip, private_port) for nic in guests]
+        rule = LoadBalancerRule(self.cloud.new_id(), name, address, public_port, private_port, backends=backends)
+        self.lb_rules.append(rule)
+        if self._live():
+            self._first_rule(address)
+            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
+        return rule
+
+    def delete_lb_rule(self, rule: LoadBalancerRule) -> None:
+        self.lb_rules.remove(rule)
+        if self._live():
+            backends = [dataclasses.replace(each, revoked=True) for each in rule.backends]
+            revoked = dataclasses.replace(rule, revoke=True, backends=backends)
+            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
+            self._last_rule(rule.address)
+
+    def disassociate(self, address: PublicAddress) -> None:
+        """disassociateIpAddress: its rules are revoked one by one, then the address is released."""
+        for forward in [rule for rule in self.port_forwards if rule.address is address]:
+            self.delete_port_forward(forward)
+        for balanced in [rule for rule in self.lb_rules if rule.address is address]:
+            self.delete_lb_rule(balanced)
+        for rule in [rule for rule in self.firewall if rule.address is address]:
+            self.delete_firewall_rule(rule)
+        if any(each is address for each, _ in self.static_nats):
+            self.disable_static_nat(address)
+        self.addresses.remove(address)
+        if self._live():
+            self.demand("release-ip", payloads.public_ip(self.facts, address))

@@ -1,0 +1,276 @@
+"""The fake CloudStack sends what the real one sends, in its order, and treats the details as the real one does.
+
+A recorder stands where the executable would be; what is sent is compared with the payload files by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bed import payloads as cs
+from bed.cloudstack import ALL_SERVICES, NAT_SERVICES, Failed, FakeCloudStack, IsolatedNetwork, Poisoned, succeeded
+from bed.payloads import Offering
+from bed.places import Execution
+from unit.test_fakecloudstack_payloads import KEY, WEB
+
+FIXTURES = Path(__file__).resolve().parents[1] / "payloads"
+
+
+class Recorder:
+    """Answers like a program that always chooses the same host; ``fails`` names commands that exit with 3."""
+
+    def __init__(self) -> None:
+        self.prints = '{"host":"192.0.2.11","namespace":"cs-net-204"}'
+        self.fails: set[str] = set()
+
+    def __call__(self, command: str, text: str) -> Execution:
+        if command in self.fails:
+            return Execution(3, f"{command}: refused\n", 0.1, "")
+        return Execution(0, self.prints + "\n" if command == "ensure-network-device" else "", 0.1, "")
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def cloud(recorder: Recorder) -> FakeCloudStack:
+    cloud = FakeCloudStack(recorder)
+    return cloud.register(
+        hosts=["192.0.2.11", " 192.0.2.12"],
+        username="root",
+        port="22",
+        sshkey=KEY,
+    )
+
+
+@pytest.fixture
+def network(cloud: FakeCloudStack) -> IsolatedNetwork:
+    return cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20")
+
+
+def fixture(number: str) -> dict[str, object]:
+    (path,) = FIXTURES.glob(f"{number}-*.json")
+    document: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def sent(cloud: FakeCloudStack, since: int = 0) -> list[dict[str, object]]:
+    """What was sent, without the registration, which the order of its members would make noisy."""
+    return [{**json.loads(each.text), "physical-network-extension-details": {}} for each in cloud.history[since:]]
+
+
+def as_fixtures(*numbers: str) -> list[dict[str, object]]:
+    return [{**fixture(number), "physical-network-extension-details": {}} for number in numbers]
+
+
+def without_ensures(cloud: FakeCloudStack, since: int = 0) -> list[str]:
+    return [command for command in cloud.commands(since) if command != "ensure-network-device"]
+
+
+def test_first_vm_is_deployed_in_21_executions(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.add_nic(WEB, password="FAKE-pass-4711")
+    implementing = ["010", "011", "020", "011", "021", "011", "022", "011", "024"]
+    nic = ["012", "030", "012", "031", "012", "032", "012", "033", "012", "034", "012", "035"]
+    assert len(cloud.history) == 21
+    assert sent(cloud) == as_fixtures(*implementing, *nic)
+
+
+def test_second_vm_makes_12_executions(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    before = len(cloud.history)
+    network.deploy_vm("web-2", ip="10.10.1.46", mac="02:01:00:cc:00:06")
+    assert len(cloud.history) - before == 12
+
+
+def test_without_guest_services_nothing_of_dhcp_dns_or_restore_is_sent(recorder: Recorder) -> None:
+    cloud = FakeCloudStack(recorder).register(hosts=["192.0.2.11"])
+    network = cloud.isolated_network(
+        204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=NAT_SERVICES
+    )
+    network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    assert without_ensures(cloud) == ["implement-network", "assign-ip", "apply-fw-rules", "prepare-nic"]
+
+
+def test_rules_on_an_address_bring_it_and_take_it_away(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    before = len(cloud.history)
+    address = network.associate("203.0.113.21")
+    assert len(cloud.history) == before, "acquiring an address sends nothing"
+    ssh = network.add_port_forward(address, "2222", "10.10.1.45", "22")
+    ports = network.add_port_forward(address, "8080-8090", "10.10.1.45")
+    assert sent(cloud, before) == as_fixtures("012", "051", "012", "050", "012", "053", "012", "054")
+    before = len(cloud.history)
+    network.delete_port_forward(ssh)
+    network.delete_port_forward(ports)
+    assert without_ensures(cloud, before) == ["delete-port-forward", "delete-port-forward", "release-ip"]
+    assert sent(cloud, before)[1] == as_fixtures("056")[0]
+    assert sent(cloud, before)[-1] == as_fixtures("060")[0]
+
+
+def test_static_nat_is_between_two_rounds_of_assign_ip(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    before = len(cloud.history)
+    address = network.associate("203.0.113.22")
+    network.enable_static_nat(address, "10.10.1.162")
+    network.disable_static_nat(address)
+    rounds = ["012", "051", "012", "057"]
+    assert sent(cloud, before) == as_fixtures(*rounds, "012", "058", *rounds, "012", "059", "012", "057")
+
+
+def test_disassociating_revokes_one_by_one_and_releases(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    address = network.associate("203.0.113.21")
+    network.add_port_forward(address, "2222", "10.10.1.45", "22", open_firewall=True)
+    before = len(cloud.history)
+    network.disassociate(address)
+    assert without_ensures(cloud, before) == ["delete-port-forward", "apply-fw-rules", "release-ip", "release-ip"]
+
+
+def test_restart_without_cleanup_shuts_nothing_down(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.add_nic(WEB)
+    before = len(cloud.history)
+    network.restart()
+    assert without_ensures(cloud, before) == ["implement-network", "assign-ip", "apply-fw-rules", "restore-network"]
+    assert sent(cloud, before)[:5] == as_fixtures("012", "012", "137", "012", "051")
+
+
+def test_rolling_restart_with_cleanup_implements_twice(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.add_nic(WEB)
+    before = len(cloud.history)
+    network.restart(cleanup=True)
+    assert without_ensures(cloud, before).count("implement-network") == 2
+    assert "shutdown-network" not in cloud.commands(before)
+
+
+def test_restart_with_cleanup_forgets_the_details_and_keeps_the_vlan(
+    cloud: FakeCloudStack, network: IsolatedNetwork
+) -> None:
+    network.add_nic(WEB)
+    before = len(cloud.history)
+    network.restart(cleanup=True, rolling=False)
+    commands = cloud.commands(before)
+    shutdown = before + commands.index("shutdown-network")
+    assert sent(cloud, shutdown)[0] == as_fixtures("127")[0]
+    after = cloud.history[shutdown + 1]
+    assert after.command == "ensure-network-device"
+    assert after.payload["current_details"] == "{}"
+    assert (after.payload["vlan"], after.payload["network_state"]) == ("1204", "implemented")
+
+
+def test_garbage_collection_and_second_life(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.add_nic(WEB)
+    address = network.associate("203.0.113.21")
+    network.add_port_forward(address, "8080-8090", "10.10.1.45")
+    before = len(cloud.history)
+    assert network.garbage_collect()
+    down = ["120", "121", "120", None, "120", "125", "120", "060", "120", "126"]
+    for got, number in zip(sent(cloud, before), down, strict=True):
+        if number == "060":
+            assert json.dumps(got["payload"]).replace("shutdown", "implemented") == json.dumps(
+                fixture("060")["payload"]
+            )
+        elif number:
+            assert got == as_fixtures(number)[0]
+    assert network.stored == ""
+    network.next_vlan = "1377"
+    before = len(cloud.history)
+    network.start_vm(WEB)
+    assert sent(cloud, before)[0] == as_fixtures("135")[0]
+    assert sent(cloud, before)[2] == as_fixtures("136")[0]
+
+
+def test_deletion_of_a_network_that_was_shut_down(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.add_nic(WEB)
+    network.garbage_collect()
+    before = len(cloud.history)
+    network.delete()
+    assert sent(cloud, before) == as_fixtures("130", "131")
+
+
+def test_deletion_of_a_network_that_never_lived(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    network.delete()
+    assert sent(cloud) == as_fixtures("130", "132")
+
+
+def test_a_failed_implement_is_shut_down(recorder: Recorder, cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    recorder.fails = {"implement-network", "ensure-network-device"}
+    with pytest.raises(Failed):
+        network.add_nic(WEB)
+    assert without_ensures(cloud)[-1] == "shutdown-network"
+    assert sent(cloud)[-1] == as_fixtures("128")[0]
+    assert network.facts.state == "allocated"
+
+
+def test_a_failed_shutdown_keeps_details_and_state(
+    recorder: Recorder, cloud: FakeCloudStack, network: IsolatedNetwork
+) -> None:
+    network.add_nic(WEB)
+    recorder.fails = {"shutdown-network"}
+    assert not network.garbage_collect()
+    assert (network.facts.state, network.host) == ("implemented", "192.0.2.11")
+
+
+def test_a_failing_prepare_nic_is_ignored(recorder: Recorder, cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+    recorder.fails = {"prepare-nic"}
+    network.add_nic(WEB)
+    assert cloud.commands()[-1] == "save-vm-data"
+
+
+class TestDetails:
+    def test_empty_output_means_unchanged(self, recorder: Recorder, network: IsolatedNetwork) -> None:
+        network.ensure()
+        recorder.prints = ""
+        network.ensure()
+        assert network.host == "192.0.2.11"
+
+    def test_a_failed_first_ensure_stores_braces_and_the_command_goes_on(
+        self, recorder: Recorder, cloud: FakeCloudStack, network: IsolatedNetwork
+    ) -> None:
+        recorder.fails = {"ensure-network-device"}
+        network.send("implement-network", cs.implement_network(network.facts))
+        assert network.stored == "{}"
+        assert cloud.commands() == ["ensure-network-device", "implement-network"]
+
+    def test_more_than_1024_characters_are_not_stored(self, recorder: Recorder, network: IsolatedNetwork) -> None:
+        recorder.prints = json.dumps({"host": "192.0.2.11", "padding": "x" * 1024})
+        network.ensure()
+        assert network.stored == ""
+
+    def test_a_warning_line_poisons_the_network(self, recorder: Recorder, network: IsolatedNetwork) -> None:
+        recorder.prints = 'warning: x\n{"host":"192.0.2.11"}'
+        network.ensure()
+        with pytest.raises(Poisoned):
+            network.ensure()
+
+
+@pytest.mark.parametrize(
+    ("status", "output", "expected"),
+    [
+        (0, "", True),
+        (0, "not JSON", True),
+        (0, '{"host":"h"}', True),
+        (0, '{"status":"success"}', True),
+        (0, '{"status":"SUCCESS"}', True),
+        (0, '{"status":""}', True),
+        (0, '{"status":"error"}', False),
+        (0, '{"status":1}', False),
+        (0, '["status"]', True),
+        (1, '{"status":"success"}', False),
+    ],
+)
+def test_the_status_rule(status: int, output: str, *, expected: bool) -> None:
+    assert succeeded(Execution(status, output, 0.1, "")) is expected
+
+
+def test_offerings_without_firewall_never_send_its_command(recorder: Recorder) -> None:
+    cloud = FakeCloudStack(recorder).register(hosts=["192.0.2.11"])
+    offering = Offering.of(*(ALL_SERVICES.services - {"Firewall"}))
+    network = cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=offering)
+    network.add_nic(WEB)
+    network.garbage_collect()
+    assert "apply-fw-rules" not in cloud.commands()
