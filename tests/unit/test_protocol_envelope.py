@@ -19,13 +19,13 @@ from netloom.protocol.envelope import (
 PHYSICAL = {"hosts": "192.0.2.11, 192.0.2.12", "physicalnetworkname": "Physical Network 1"}
 
 
-def envelope(*, stored: object = None, command: str = "shutdown-network", **details: Any) -> Envelope:
+def envelope(*, stored: object = None, **details: Any) -> Envelope:
     file = {
         "physical-network-extension-details": {**PHYSICAL, **details},
         "network-extension-details": {} if stored is None else stored,
         "payload": {"network_id": "204"},
     }
-    return read_envelope(json.dumps(file).encode(), command)
+    return read_envelope(json.dumps(file).encode(), "shutdown-network")
 
 
 def test_defaults() -> None:

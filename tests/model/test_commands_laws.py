@@ -1,0 +1,348 @@
+"""Laws of the commands, held against random walks: whatever came before, in whatever order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from netloom.commands import TABLE, Context, apply, decode
+from netloom.errors import NetloomError
+from netloom.protocol.envelope import parse_current_details, read_envelope, scope_id_of
+from netloom.secret import dec_hook, enc_hook
+from netloom.state import PortForward, Scope
+from netloom.wire import Registration
+
+PAYLOADS = Path(__file__).parents[1] / "payloads"
+OURS = Context(scope_id="net-204", registration=Registration(owner="zone-a"))
+
+Call = tuple[str, dict[str, Any]]
+
+# Few values, so that walks meet themselves. .2 and .20 share a prefix; one guest is outside of the network.
+ADDRESSES = st.sampled_from(["203.0.113.2", "203.0.113.20", "203.0.113.21", "198.51.100.20"])
+GUESTS = st.sampled_from(["10.10.1.45", "10.10.1.4", "10.10.1.162", "10.10.2.45"])
+PORTS = st.sampled_from(["22", "80", "8080-8090", "8085", "8090-8100", "8000:8090"])
+NETWORK = {
+    "network_id": "204",
+    "vlan": "1204",
+    "gateway": "10.10.1.1",
+    "cidr": "10.10.1.0/24",
+    "network_state": "implemented",
+}
+
+
+def public() -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {
+            "public_ip": ADDRESSES,
+            "public_vlan": st.sampled_from(["vlan://101", "102", "vlan://untagged"]),
+            "public_gateway": st.sampled_from(["203.0.113.1", "198.51.100.1", ""]),
+            "public_cidr": st.just("203.0.113.0/24"),
+            "source_nat": st.sampled_from(["true", "false"]),
+        }
+    )
+
+
+def fields(**more: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.builds(lambda one, two: {**NETWORK, **one, **two}, public(), st.fixed_dictionaries(more))
+
+
+def firewalls() -> st.SearchStrategy[dict[str, Any]]:
+    rule = st.fixed_dictionaries(
+        {
+            "id": st.integers(1, 4),
+            "type": st.sampled_from(["ingress", "egress"]),
+            "protocol": st.sampled_from(["tcp", "udp"]),
+            "portStart": st.sampled_from([22, 80, 99999]),
+            "publicIp": ADDRESSES,
+            "sourceCidrs": st.lists(st.sampled_from(["0.0.0.0/0", "192.0.2.0/24"]), max_size=2),
+        }
+    )
+    return st.fixed_dictionaries({"default_egress_allow": st.booleans(), "rules": st.lists(rule, max_size=3)})
+
+
+implement_calls = st.tuples(
+    st.just("implement-network"),
+    st.builds(
+        lambda vlan, device: {**NETWORK, "vlan": vlan, "extension_ip": device},
+        st.sampled_from(["1204", "1377", "", "untagged", "5001"]),
+        st.sampled_from(["10.10.1.1", "", "10.10.1.2"]),
+    ),
+)
+forward = fields(
+    public_port=PORTS,
+    private_port=st.one_of(PORTS, st.just("22")),
+    private_ip=GUESTS,
+    protocol=st.sampled_from(["tcp", "udp"]),
+)
+calls: st.SearchStrategy[Call] = st.one_of(
+    implement_calls,
+    st.tuples(st.sampled_from(["assign-ip", "release-ip"]), fields()),
+    st.tuples(st.sampled_from(["add-static-nat", "delete-static-nat"]), fields(private_ip=GUESTS)),
+    st.tuples(st.sampled_from(["add-port-forward", "add-port-forward", "delete-port-forward"]), forward),
+    st.tuples(st.just("apply-fw-rules"), fields(fw_rules=firewalls())),
+    st.tuples(st.sampled_from(["shutdown-network", "destroy-network"]), st.just(NETWORK)),
+)
+# Ends of the network are rare: else no walk gets far.
+walks = st.lists(
+    st.one_of(calls, calls.filter(lambda it: it[0] not in ("shutdown-network", "destroy-network"))), max_size=30
+)
+
+
+def carry_out(scope: Scope | None, call: Call, context: Context = OURS) -> Scope | None:
+    """The scope after the call; a refused call leaves it as it is. Anything but a NetloomError is a bug."""
+    command, payload = call
+    try:
+        return apply(command, scope, decode(command, json.dumps(payload).encode()), context).scope
+    except NetloomError:
+        return scope
+
+
+def walked(walk: list[Call]) -> Scope | None:
+    scope: Scope | None = None
+    for call in walk:
+        scope = carry_out(scope, call)
+    return scope
+
+
+def text(scope: Scope | None) -> bytes:
+    return msgspec.json.encode(scope, enc_hook=enc_hook, order="sorted")
+
+
+def content(scope: Scope | None) -> Scope | None:
+    return scope and msgspec.structs.replace(scope, revision=0)
+
+
+def check_invariants(scope: Scope) -> None:
+    held = scope.public_ips
+    assert sum(it.source_nat for it in held.values()) <= 1
+    assert {it.public_ip for it in scope.static_nats.values()} <= held.keys()
+    assert {it.public_ip for it in scope.port_forwards.values()} <= held.keys()
+    exits = {(it.vlan, it.gateway): it.exit for it in held.values()}
+    assert all(exits[it.vlan, it.gateway] == it.exit for it in held.values())
+    assert len(set(exits.values())) == len(exits)
+    assert all(1 <= number <= 0xFFFF for number in exits.values())
+    assert all(key == it.address for key, it in held.items())
+    assert all(key == it.public_ip for key, it in scope.static_nats.items())
+    assert all(key == it.key for key, it in scope.port_forwards.items())
+    assert all(key == it.network_id for key, it in scope.networks.items())
+    guests = [it.private_ip for it in scope.static_nats.values()]
+    assert len(set(guests)) == len(guests)
+    taken = [
+        (it.public_ip, it.protocol, port)
+        for it in scope.port_forwards.values()
+        for port in range(it.public_ports.first, it.public_ports.last + 1)
+    ]
+    assert len(set(taken)) == len(taken)
+    for it in scope.networks.values():
+        assert not it.implemented or (it.vlan and it.cidr and it.gateway)
+
+
+@given(walks)
+def test_a_walk_keeps_the_invariants_and_the_revision_counts_its_changes(walk: list[Call]) -> None:
+    scope: Scope | None = None
+    for call in walk:
+        before, before_text = scope, text(scope)
+        scope = carry_out(before, call)
+        assert text(before) == before_text, "the value before was changed in place"
+        if scope is None:
+            continue
+        check_invariants(scope)
+        if before is None:
+            assert scope.revision == 1
+        elif content(scope) == content(before):
+            assert scope == before
+        else:
+            assert scope.revision == before.revision + 1
+    event(f"ends with {len(scope.public_ips) if scope else 'no'} addresses")
+
+
+@given(walks, calls)
+def test_twice_is_once_revision_included(walk: list[Call], call: Call) -> None:
+    once = carry_out(walked(walk), call)
+    assert carry_out(once, call) == once
+
+
+@given(walks)
+def test_what_the_agent_keeps_reads_back_as_it_was(walk: list[Call]) -> None:
+    scope = walked(walk)
+    assert msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook) == scope
+
+
+@given(walks, calls)
+def test_a_way_out_keeps_its_number_while_an_address_uses_it(walk: list[Call], call: Call) -> None:
+    before = walked(walk)
+    after = carry_out(before, call)
+    if before is None or after is None:
+        return
+    for address, held in before.public_ips.items():
+        now = after.public_ips.get(address)
+        if now is not None and (now.vlan, now.gateway) == (held.vlan, held.gateway):
+            assert now.exit == held.exit
+
+
+@given(walks, fields())
+def test_an_address_added_and_released_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = carry_out(walked(walk), ("apply-fw-rules", {**NETWORK, "fw_rules": EMPTY}))
+    assert before is not None
+    asked = {**asked, "source_nat": "false"}  # the source-NAT role passes from one address to the other and not back
+    if asked["public_ip"] not in before.public_ips:
+        after = carry_out(carry_out(before, ("assign-ip", asked)), ("release-ip", asked))
+        assert content(after) == content(before)
+
+
+@given(walks, fields(private_ip=GUESTS))
+def test_a_static_nat_added_and_deleted_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = carry_out(walked(walk), ("assign-ip", asked))
+    assert before is not None
+    taken = {it.private_ip for it in before.static_nats.values()}
+    if asked["public_ip"] not in before.static_nats and asked["private_ip"] not in taken:
+        after = carry_out(carry_out(before, ("add-static-nat", asked)), ("delete-static-nat", asked))
+        assert content(after) == content(before)
+
+
+@given(walks, forward)
+def test_a_forward_added_and_deleted_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = carry_out(walked(walk), ("assign-ip", asked))
+    assert before is not None
+    ports = asked["public_port"].replace(":", "-")
+    if f"{asked['public_ip']}/{asked['protocol']}/{ports}" not in before.port_forwards:
+        after = carry_out(carry_out(before, ("add-port-forward", asked)), ("delete-port-forward", asked))
+        assert content(after) == content(before)
+
+
+@given(walks, calls.filter(lambda it: TABLE[it[0]].kind == "removes"))
+def test_a_delete_of_what_is_gone_changes_nothing(walk: list[Call], call: Call) -> None:
+    assert carry_out(None, call) is None
+    once = carry_out(walked(walk), call)
+    again = carry_out(once, call)
+    assert again == once
+
+
+@given(walks)
+def test_after_destroy_nothing_is_left(walk: list[Call]) -> None:
+    assert carry_out(walked(walk), ("destroy-network", {**NETWORK, "vlan": "", "network_state": "allocated"})) is None
+
+
+@given(walks, calls)
+def test_rules_of_different_addresses_do_not_meddle(walk: list[Call], one: Call) -> None:
+    """What a call says about one address leaves what hangs on the others alone, but for the source-NAT role."""
+    before = walked(walk)
+    after = carry_out(before, one)
+    if before is None or after is None or "public_ip" not in one[1]:
+        return
+    address = one[1]["public_ip"]
+
+    def of_others(scope: Scope) -> list[PortForward]:
+        return sorted((it for it in scope.port_forwards.values() if it.public_ip != address), key=lambda it: it.key)
+
+    assert of_others(after) == of_others(before)
+    for key, held in before.public_ips.items():
+        if key != address:
+            now = msgspec.structs.replace(after.public_ips[key], source_nat=False)
+            assert now == msgspec.structs.replace(held, source_nat=False)
+
+
+EMPTY = {"default_egress_allow": True, "rules": []}
+
+# Any bytes, and any honest payload with a value of its own put somewhere into it.
+
+commands = st.sampled_from(sorted(TABLE))
+values: st.SearchStrategy[Any] = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(allow_nan=False),
+        st.text(max_size=20),
+        st.sampled_from(["", "../x", "-o", "\x00", "a\nb", "١", "9" * 5000, "x" * 100_000, "0.0.0.0/0", "1-70000"]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=5,
+)
+FILES: list[tuple[str, dict[str, Any]]] = [
+    (row["command"], json.loads((PAYLOADS / row["file"]).read_text()))
+    for row in json.loads((PAYLOADS / "index.json").read_text())
+]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths to every value inside ``value``."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, it in inner for place in places(it, (*path, key)))]
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    if isinstance(value, dict):
+        return {**value, path[0]: put(value[path[0]], path[1:], new)}
+    return [put(it, path[1:], new) if index == path[0] else it for index, it in enumerate(value)]
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> tuple[str, bytes]:
+    command, file = draw(st.sampled_from(FILES))
+    for _ in range(draw(st.integers(1, 2))):
+        file = put(file, draw(st.sampled_from(places(file))), draw(values))
+    data = json.dumps(file, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if draw(st.integers(0, 4)) == 0:
+        at = draw(st.integers(0, len(data)))
+        data = data[:at] + draw(st.binary(max_size=3)) + data[at + draw(st.integers(0, 3)) :]
+    return command, data
+
+
+def refusal(deed: Callable[[], object]) -> str:
+    """The one line by which ``deed`` was refused; empty when it was done. Anything but a NetloomError is a bug."""
+    try:
+        deed()
+    except NetloomError as refused:
+        event(type(refused).__name__)
+        return str(refused)
+    event("done")
+    return ""
+
+
+def check_line(line: str) -> None:
+    assert "\n" not in line
+    assert line.isascii()
+    assert len(line) < 400
+
+
+def swallow(command: str, data: bytes) -> None:
+    """Read a file and carry it out on nothing, as far as it lets itself."""
+    envelope = read_envelope(data, command)
+    scope_id = scope_id_of(command, envelope.payload)
+    asked = decode(command, envelope.payload)
+    scope = apply(command, None, asked, Context(scope_id=scope_id, registration=Registration(owner="zone-a"))).scope
+    assert msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook) == scope
+
+
+@settings(max_examples=400)
+@given(spoilt())
+def test_any_file_is_carried_out_or_refused_in_one_line(file: tuple[str, bytes]) -> None:
+    check_line(refusal(lambda: swallow(*file)))
+
+
+@given(commands, st.binary(max_size=200))
+def test_any_bytes_are_refused_or_read(command: str, data: bytes) -> None:
+    check_line(refusal(lambda: swallow(command, data)))
+    check_line(refusal(lambda: decode(command, data)))
+    parse_current_details(data.decode("utf-8", "surrogateescape"))
+
+
+@settings(max_examples=300)
+@given(commands, st.dictionaries(st.sampled_from(["network_id", "vpc_id", "vlan", "cidr", "options", "x"]), values))
+def test_any_json_is_refused_or_read(command: str, payload: dict[str, Any]) -> None:
+    check_line(refusal(lambda: decode(command, json.dumps(payload).encode())))
+
+
+@given(st.text())
+def test_current_details_are_never_a_failure(told: str) -> None:
+    parse_current_details(told)
+    parse_current_details(json.dumps({"host": told, "namespace": told, "epoch": told, "previous": told}))

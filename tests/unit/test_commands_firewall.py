@@ -1,0 +1,85 @@
+"""The firewall of a network: replaced whole, or not touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from netloom.errors import BadRequest
+from netloom.state import Firewall, FirewallRule, Ports
+from unit.played import call, implement, network, play
+
+
+def test_the_full_list_as_the_client_sends_it() -> None:
+    firewall = network(play(implement().scope, "070")).firewall
+    assert firewall is not None
+    assert firewall.default_egress_allow
+    assert [it.rule_id for it in firewall.rules] == [901, 902, 903, 904, 905, 906, 907, 908]
+    assert firewall.rules[1] == FirewallRule(
+        rule_id=902,
+        direction="ingress",
+        protocol="tcp",
+        ports=Ports(8080, 8090),
+        public_ip="203.0.113.21",
+        source_cidrs=("192.0.2.0/24", "198.51.100.0/24"),
+    )
+    assert (firewall.rules[2].icmp_type, firewall.rules[2].icmp_code) == (8, 0)
+    assert (firewall.rules[3].icmp_type, firewall.rules[3].icmp_code) == (None, None)
+
+
+def test_a_list_replaces_the_one_before() -> None:
+    scope = play(play(implement().scope, "070").scope, "023").scope
+    assert scope is not None
+    assert scope.networks["204"].firewall == Firewall(default_egress_allow=False, rules=())
+
+
+def test_the_order_of_the_list_is_not_the_firewall() -> None:
+    rules: list[dict[str, Any]] = [
+        {"id": number, "type": "egress", "protocol": "tcp", "portStart": number, "sourceCidrs": cidrs}
+        for number, cidrs in ((1, ["10.10.1.0/25", "10.10.1.128/25"]), (2, []), (2, ["10.10.1.9/32"]))
+    ]
+    once = apply_rules(implement().scope, rules)
+    turned = [{**rule, "sourceCidrs": list(reversed(rule["sourceCidrs"]))} for rule in reversed(rules)]
+    assert apply_rules(once.scope, turned) == once
+
+
+def test_words_in_any_case_and_a_single_port() -> None:
+    (rule,) = rules_of({"type": "EGRESS", "protocol": "Tcp", "portStart": "25"})
+    assert (rule.direction, rule.protocol, rule.ports) == ("egress", "tcp", Ports(25, 25))
+
+
+def test_host_bits_of_a_rule_are_cleared() -> None:
+    (rule,) = rules_of({"type": "egress", "protocol": "all", "destCidrs": ["198.51.100.9/24", "198.51.100.0/24"]})
+    assert rule.dest_cidrs == ("198.51.100.0/24",)
+
+
+def test_a_firewall_before_implement_is_remembered() -> None:
+    remembered = network(play(None, "023"))
+    assert (remembered.implemented, remembered.vlan) == (False, "1204")
+    assert network(play(play(None, "023").scope, "020")).firewall == Firewall(default_egress_allow=False)
+
+
+def test_defect_07_one_wrong_rule_leaves_the_firewall_as_it_was() -> None:
+    scope = play(implement().scope, "070").scope
+    assert scope is not None
+    before = scope.networks["204"].firewall
+    with pytest.raises(BadRequest, match=r"rules\[1\]\.portStart: 99999"):
+        apply_rules(
+            scope,
+            [
+                {"type": "egress", "protocol": "tcp", "portStart": 25},
+                {"type": "egress", "protocol": "tcp", "portStart": 99999},
+            ],
+        )
+    assert scope.networks["204"].firewall is before
+
+
+def apply_rules(scope: Any, rules: list[dict[str, Any]]) -> Any:
+    return call(scope, "apply-fw-rules", fw_rules={"default_egress_allow": True, "rules": rules})
+
+
+def rules_of(*rules: dict[str, Any]) -> tuple[FirewallRule, ...]:
+    firewall = network(apply_rules(implement().scope, list(rules))).firewall
+    assert firewall is not None
+    return firewall.rules

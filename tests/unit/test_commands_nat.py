@@ -1,0 +1,225 @@
+"""Public addresses, static NAT and port forwards: values in, values out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from netloom.errors import BadRequest
+from netloom.state import PortForward, Ports, PublicIp, Scope, StaticNat
+from unit.played import call, implement, play
+
+
+def public(address: str, vlan: str = "vlan://101", gateway: str = "203.0.113.1", **more: Any) -> dict[str, Any]:
+    return {
+        "public_ip": address,
+        "public_vlan": vlan,
+        "public_gateway": gateway,
+        "public_cidr": "203.0.113.0/24",
+        "source_nat": "false",
+        **more,
+    }
+
+
+def after(scope: Scope | None, command: str, **fields: Any) -> Scope:
+    done = call(scope, command, **fields).scope
+    assert done is not None
+    return done
+
+
+def standing() -> Scope:
+    scope = implement().scope
+    assert scope is not None
+    return after(scope, "assign-ip", **public("203.0.113.20", source_nat="true"))
+
+
+def forward(address: str, ports: str, private_ports: str = "22", **more: Any) -> dict[str, Any]:
+    return {
+        **public(address),
+        "public_port": ports,
+        "private_port": private_ports,
+        "private_ip": "10.10.1.45",
+        "protocol": "tcp",
+        **more,
+    }
+
+
+def test_assign_ip_as_the_client_sends_it() -> None:
+    scope = play(play(None, "020").scope, "021").scope
+    assert scope is not None
+    assert scope.public_ips == {
+        "203.0.113.20": PublicIp(
+            address="203.0.113.20",
+            vlan="101",
+            gateway="203.0.113.1",
+            cidr="203.0.113.0/24",
+            exit=1,
+            source_nat=True,
+            network_id="204",
+        )
+    }
+
+
+def test_assign_ip_before_implement_is_remembered() -> None:
+    scope = play(None, "021").scope
+    assert scope is not None
+    assert not scope.networks["204"].implemented
+    implemented = play(scope, "020").scope
+    assert implemented is not None
+    assert implemented.networks["204"].implemented
+    assert implemented.public_ips == scope.public_ips
+
+
+def test_there_is_one_source_nat_address() -> None:
+    scope = after(standing(), "assign-ip", **public("203.0.113.21", source_nat=True))
+    assert {it.address for it in scope.public_ips.values() if it.source_nat} == {"203.0.113.21"}
+
+
+@pytest.mark.parametrize("missing", ["public_ip", "public_vlan", "public_cidr"])
+@pytest.mark.parametrize("command", ["assign-ip", "add-static-nat"])
+def test_defect_55_a_missing_public_field_is_named(missing: str, command: str) -> None:
+    with pytest.raises(BadRequest, match=f"payload.{missing} is missing"):
+        call(standing(), command, **{**public("203.0.113.21"), missing: ""}, private_ip="10.10.1.45")
+
+
+def test_all_public_fields_missing() -> None:
+    with pytest.raises(BadRequest, match=r"payload: public_ip, public_vlan, public_cidr are missing"):
+        call(standing(), "assign-ip")
+    with pytest.raises(BadRequest, match=r"payload\.public_ip is missing"):
+        call(standing(), "release-ip")
+
+
+def test_an_address_without_a_gateway() -> None:
+    scope = after(standing(), "assign-ip", **public("203.0.113.21", gateway=""))
+    assert (scope.public_ips["203.0.113.21"].gateway, scope.public_ips["203.0.113.21"].exit) == ("", 2)
+
+
+@pytest.mark.parametrize("vlan", ["5001", "101-i201"])
+def test_a_public_vlan_is_a_tag(vlan: str) -> None:
+    with pytest.raises(BadRequest, match=r"payload\.public_vlan: .* is not a VLAN tag"):
+        call(standing(), "assign-ip", **public("203.0.113.21", vlan))
+
+
+def test_defect_32_each_way_out_keeps_its_number() -> None:
+    scope = standing()
+    for address, vlan, gateway in (
+        ("203.0.113.21", "101", "203.0.113.1"),
+        ("203.0.113.22", "102", "203.0.113.1"),
+        ("203.0.113.23", "untagged", "203.0.113.1"),
+        ("203.0.113.24", "102", "203.0.113.2"),
+    ):
+        scope = after(scope, "assign-ip", **public(address, vlan, gateway))
+    assert [it.exit for it in scope.public_ips.values()] == [1, 1, 2, 3, 4]
+    scope = after(scope, "release-ip", **public("203.0.113.22"))
+    assert [it.exit for it in scope.public_ips.values()] == [1, 1, 3, 4]
+    scope = after(scope, "assign-ip", **public("203.0.113.25", "untagged", "203.0.113.9"))
+    assert scope.public_ips["203.0.113.25"].exit == 2
+    scope = after(scope, "release-ip", **public("203.0.113.20"))
+    assert scope.public_ips["203.0.113.21"].exit == 1
+
+
+def test_defect_33_release_ip_is_not_a_prefix_match() -> None:
+    scope = standing()
+    for address in ("203.0.113.2", "203.0.113.21"):
+        scope = after(scope, "add-port-forward", **forward(address, "22"))
+    scope = after(scope, "release-ip", **public("203.0.113.2"))
+    assert set(scope.public_ips) == {"203.0.113.20", "203.0.113.21"}
+    assert set(scope.port_forwards) == {"203.0.113.21/tcp/22"}
+
+
+def test_defect_34_release_ip_takes_what_the_address_was_translated_to_and_nothing_else() -> None:
+    before = standing()
+    scope = after(before, "add-static-nat", **public("203.0.113.21"), private_ip="10.10.1.45")
+    scope = after(scope, "add-port-forward", **forward("203.0.113.21", "80"))
+    scope = after(scope, "release-ip", **public("203.0.113.21"))
+    assert (scope.static_nats, scope.port_forwards) == ({}, {})
+    assert scope.public_ips == before.public_ips
+    assert scope.public_ips["203.0.113.20"].source_nat
+
+
+def test_rules_of_an_address_that_never_came_bring_it() -> None:
+    scope = after(standing(), "add-static-nat", **public("203.0.113.22", source_nat=True), private_ip="10.10.1.45")
+    assert scope.static_nats == {
+        "203.0.113.22": StaticNat(public_ip="203.0.113.22", private_ip="10.10.1.45", network_id="204")
+    }
+    assert not scope.public_ips["203.0.113.22"].source_nat
+    assert scope.public_ips["203.0.113.20"].source_nat
+
+
+def test_a_rule_does_not_take_the_source_nat_from_its_address() -> None:
+    scope = play(play(play(None, "020").scope, "021").scope, "055").scope
+    assert scope is not None
+    assert scope.public_ips["203.0.113.20"].source_nat
+    assert {it.public_ip for it in scope.port_forwards.values()} == {"203.0.113.20"}
+
+
+def test_a_guest_has_one_static_nat_address() -> None:
+    scope = after(standing(), "add-static-nat", **public("203.0.113.21"), private_ip="10.10.1.45")
+    scope = after(scope, "add-static-nat", **public("203.0.113.22"), private_ip="10.10.1.45")
+    assert set(scope.static_nats) == {"203.0.113.22"}
+
+
+@pytest.mark.parametrize("sent", ["8080-8090", "8080:8090"])
+def test_defect_29_a_range_is_forwarded(sent: str) -> None:
+    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", sent, sent))
+    assert scope.port_forwards == {
+        "203.0.113.20/tcp/8080-8090": PortForward(
+            public_ip="203.0.113.20",
+            protocol="tcp",
+            public_ports=Ports(8080, 8090),
+            private_ip="10.10.1.45",
+            private_ports=Ports(8080, 8090),
+            network_id="204",
+        )
+    }
+    assert after(scope, "delete-port-forward", **forward("203.0.113.20", "8080-8090")).port_forwards == {}
+
+
+def test_a_range_may_lead_to_one_port_and_not_to_two() -> None:
+    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "80"))
+    assert scope.port_forwards["203.0.113.20/tcp/8080-8090"].private_ports == Ports(80, 80)
+    with pytest.raises(BadRequest, match=r"payload\.private_port: 80-81 is neither one port nor as many as 9000-9002"):
+        call(scope, "add-port-forward", **forward("203.0.113.20", "9000-9002", "80-81"))
+
+
+def test_the_same_ports_with_another_target_lead_there() -> None:
+    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "22"))
+    scope = after(scope, "add-port-forward", **forward("203.0.113.20", "22", private_ip="10.10.1.46"))
+    assert [it.private_ip for it in scope.port_forwards.values()] == ["10.10.1.46"]
+
+
+@pytest.mark.parametrize("ports", ["8090-8100", "8080", "8000-9000", "8085-8086"])
+def test_ports_that_overlap_are_refused_and_both_named(ports: str) -> None:
+    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "8080-8090"))
+    with pytest.raises(BadRequest, match=rf"203\.0\.113\.20/tcp/{ports} overlaps 203\.0\.113\.20/tcp/8080-8090"):
+        call(scope, "add-port-forward", **forward("203.0.113.20", ports, "80"))
+    for other in ({"protocol": "udp"}, {"public_ip": "203.0.113.21"}):
+        assert len(after(scope, "add-port-forward", **forward("203.0.113.20", ports, "80", **other)).port_forwards) == 2
+
+
+@pytest.mark.parametrize("command", ["add-static-nat", "add-port-forward"])
+@pytest.mark.parametrize("scope", [None, "standing"])
+def test_a_guest_is_in_its_network(command: str, scope: str | None) -> None:
+    fields = {**forward("203.0.113.20", "22", private_ip="10.10.2.45"), "cidr": "10.10.1.0/24"}
+    with pytest.raises(BadRequest, match=r"payload\.private_ip: 10\.10\.2\.45 is not in the network's 10\.10\.1\.0/24"):
+        call(standing() if scope else None, command, **fields)
+
+
+@pytest.mark.parametrize("name", ["056", "059", "060", "121", "124", "125"])
+def test_a_delete_of_what_never_was_changes_and_builds_nothing(name: str) -> None:
+    assert play(None, name).scope is None
+    scope = implement().scope
+    assert scope is not None
+    registration_as_sent = play(scope, name).scope
+    assert registration_as_sent == scope
+
+
+@pytest.mark.parametrize("command", ["add-port-forward", "delete-port-forward"])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("public_port", "0"), ("public_port", "80-"), ("public_port", ""), ("protocol", "icmp"), ("protocol", "")],
+)
+def test_a_wrong_forward_is_named(command: str, field: str, value: str) -> None:
+    with pytest.raises(BadRequest, match=rf"payload\.{field}"):
+        call(standing(), command, **{**forward("203.0.113.20", "22"), field: value})
