@@ -54,7 +54,13 @@ class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def carrier(self) -> str:
         """The port that a bridge of ours was made for, which is no reason to keep it."""
-        return self.alias.partition(" carries ")[2] if self.ours else ""
+        words = self.alias.split(" ")
+        return words[2] if self.ours and len(words) == 3 else ""
+
+    @property
+    def raised(self) -> bool:
+        """Whether the carrier was down before we came."""
+        return self.ours and self.alias.startswith(f"{ALIAS} raises ")
 
 
 class InsideLink(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,14 +246,14 @@ class UnguardBridge(Step, frozen=True):
 
 
 class CreateBridge(Step, frozen=True):
-    """Makes a bridge of ours, down, without an address, for one carrier."""
+    """Makes a bridge of ours, down, without an address. Its alias tells what it is for."""
 
     shared: ClassVar[bool] = True
     bridge: str
-    carrier: str
+    alias: str
 
     def __str__(self) -> str:
-        return f"create bridge {self.bridge} for {self.carrier}"
+        return f"create bridge {self.bridge}, alias {self.alias}"
 
 
 class CreateVlanLink(Step, frozen=True):
@@ -281,6 +287,16 @@ class SetHostLinkUp(Step, frozen=True):
 
     def __str__(self) -> str:
         return f"set {self.link} up"
+
+
+class SetHostLinkDown(Step, frozen=True):
+    """Sets a carrier down that was down before us: else the host would speak on the tenants' segment by itself."""
+
+    shared: ClassVar[bool] = True
+    link: str
+
+    def __str__(self) -> str:
+        return f"set {self.link} down"
 
 
 class RemoveBridge(Step, frozen=True):
@@ -385,17 +401,25 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
 
 
 def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozenset[str]) -> tuple[Step, ...]:
-    """The steps that remove the bridges of ours, among ``links``, that no scope wants and no VM is plugged into."""
+    """The steps that set the shared objects right: ``links`` are all bridges and VLAN links that are ours.
+
+    What no scope wants and no VM is plugged into goes; a guard stands before each bridge that stays, and no other.
+    """
     have = Have(scope_id="", namespace="", host_links=links, claimed=claimed, guarded=guarded)
     steps = list(_unneeded(have, wanted=claimed, leaving=frozenset()))
-    left = set(guarded) - {step.bridge for step in steps if isinstance(step, UnguardBridge)}
-    for name in sorted(left):
-        if name not in links or not links[name].ours:  # somebody else took the bridge away
-            left.remove(name)
-            steps.append(UnguardBridge(name, last=not left))
+    gone = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
+    carriers = {step.link for step in steps if isinstance(step, RemoveVlanLink)}
     steps += [
-        GuardBridge(name) for name in sorted(set(links) - left) if links[name].kind == "bridge" and links[name].ours
+        RemoveVlanLink(link.name)
+        for link in links.values()
+        if link.kind == "vlan" and link.ours and not link.master and link.name not in carriers
     ]
+    bridges = {link.name for link in links.values() if link.kind == "bridge" and link.ours} - gone
+    steps += [GuardBridge(name) for name in sorted(bridges - guarded)]
+    left = (guarded - gone) | bridges
+    for name in sorted(left - bridges):  # somebody else took the bridge away
+        left -= {name}
+        steps.append(UnguardBridge(name, last=not left))
     return tuple(steps)
 
 
@@ -452,8 +476,9 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
     name = carrier.master or segment.bridge
     bridge = have.host_links.get(name)
     if bridge is None:
-        steps.append(CreateBridge(name, carrier.name))
-        bridge = HostLink(name=name, kind="bridge", alias=f"{ALIAS} carries {carrier.name}", ipv6=True)
+        alias = f"{ALIAS} {'carries' if carrier.up else 'raises'} {carrier.name}"
+        steps.append(CreateBridge(name, alias))
+        bridge = HostLink(name=name, kind="bridge", alias=alias, ipv6=True)
     elif bridge.kind != "bridge":
         raise HostRefused(
             f"{carrier.name} is in {name}, which is no bridge" if carrier.master else f"link {name} is no bridge",
@@ -593,6 +618,8 @@ def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) ->
         carrier = have.host_links.get(bridge.carrier)
         if carrier is not None and carrier.ours and carrier.kind == "vlan":
             yield RemoveVlanLink(carrier.name)
+        elif carrier is not None and bridge.raised:
+            yield SetHostLinkDown(carrier.name)
         if bridge.name in guarded:
             guarded.remove(bridge.name)
             yield UnguardBridge(bridge.name, last=not guarded)

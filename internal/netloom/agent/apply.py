@@ -38,6 +38,7 @@ from netloom.plan import (
     RemoveRoute,
     RemoveRule,
     RemoveVlanLink,
+    SetHostLinkDown,
     SetHostLinkUp,
     SetLinkUp,
     SetMac,
@@ -193,8 +194,10 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.set_mac(link, mac)
         case SetLinkUp(_, link) | SetPortUp(link) | SetHostLinkUp(link):
             yield links.set_up(link)
-        case CreateBridge(bridge, carrier):
-            yield links.make_bridge(bridge, alias=f"{ALIAS} carries {carrier}")
+        case SetHostLinkDown(link):
+            yield links.set_down(link)
+        case CreateBridge(bridge, alias):
+            yield links.make_bridge(bridge, alias=alias)
         case CreateVlanLink(link, nic, vlan):
             yield links.make_vlan(link, nic, vlan, alias=ALIAS)
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):

@@ -11,7 +11,7 @@ from itertools import takewhile
 import msgspec
 
 from netloom.agent.apply import apply
-from netloom.agent.observe import guarded_bridges, observe, our_bridges, stray_ports
+from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports
 from netloom.errors import HostRefused
 from netloom.plan import AddAddress, AttachPort, CreatePort, Have, RemoveHostPort, Step, plan, sweep
 from netloom.render.ruleset import Ruleset
@@ -70,12 +70,11 @@ class Host:
         """Removes the shared objects that nobody wants any more, and renews the guard of those that stay."""
         with self._shared:
             self._guarded = guarded_bridges()
-            bridges = our_bridges()
-            claimed = self._claimed_by_others("")
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
-            steps = (*strays, *sweep(bridges, claimed, self._guarded))
+            apply(strays)
+            steps = sweep(our_shared_links(), self._claimed_by_others(""), self._guarded)
             self._apply(steps)
-            return steps
+            return strays + steps
 
     def _round(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
         have = self._observe(scope_id, want, known, frozenset())

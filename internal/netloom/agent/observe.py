@@ -85,12 +85,11 @@ def observe(
     )
 
 
-def our_bridges() -> dict[str, HostLink]:
-    """The bridges on the host that are ours, with their ports and carriers."""
+def our_shared_links() -> dict[str, HostLink]:
+    """The bridges and VLAN links on the host that are ours, with the bridges' ports."""
     with Socket(netlink.NETLINK_ROUTE) as host:
-        bridges = _dump(host, netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, "bridge")))
-        found = {link.index: link for link in bridges if link.kind == "bridge" and _ours(link)}
-        for bridge in list(found.values()):
+        found = {link.index: link for kind in ("bridge", "vlan") for link in _of_kind(host, kind) if _ours(link)}
+        for bridge in [link for link in found.values() if link.kind == "bridge"]:
             found |= {port.index: port for port in _ports(host, bridge)}
     return _described(found, Want(namespace=""))
 
@@ -231,7 +230,7 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
         nic = by_name.get(segment.nic)
         if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
             # Another program may have given the same VLAN link another name.
-            vlans = _dump(host, netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, "vlan")))
+            vlans = _of_kind(host, "vlan")
             found |= {it.index: it for it in vlans if it.parent_index == nic.index and str(it.vlan_id) == segment.vlan}
     masters = {link.master_index for link in found.values() if link.master_index}
     found |= {link.index: link for link in _ask(host, masters - found.keys())}
@@ -283,6 +282,11 @@ def _ours(link: Link) -> bool:
 
 def _ports(host: Socket, bridge: Link) -> list[Link]:
     return [link for link in _dump(host, netlink.u32(_IFLA_MASTER, bridge.index)) if link.master_index == bridge.index]
+
+
+def _of_kind(host: Socket, kind: str) -> list[Link]:
+    only = netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, kind))
+    return [link for link in _dump(host, only) if link.kind == kind]
 
 
 def _ask(host: Socket, wanted: Iterable[str | int | None]) -> list[Link]:
