@@ -63,13 +63,24 @@ def main(groups: list[str]) -> int:
 
 def _static() -> Result:
     result = Result("static")
-    for name, command in STATIC.items():
-        argv = [str(BIN / command[0]), *command[1:]]
-        done = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+    running = {
+        name: subprocess.Popen(
+            [str(BIN / command[0]), *command[1:]],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for name, command in STATIC.items()
+    }
+    for name, process in running.items():
+        said = process.communicate()[0]
+        if process.returncode == 0:
             result.passed += 1
         else:
-            print(f"{name} failed:\n{done.stdout}{done.stderr}", flush=True)
+            print(f"{name} failed:\n{said}", flush=True)
             result.failed += 1
             result.remarks.append(name)
     return result
