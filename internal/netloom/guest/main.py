@@ -1,6 +1,6 @@
 """``netloom guest``: the process. It is started by root, gives everything up, and answers until it is told to stop.
 
-    netloom guest --control <descriptor> --root <empty directory> [--build <id>] [--trial]
+    netloom guest --control <descriptor> --root <empty directory> [--build <id>] [--trial with-filter|without-filter]
 
 ``control`` is a unix stream socket that listens and that only root may connect to. Everything else comes through it.
 """
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--build", default="")
-    parser.add_argument("--trial", action="store_true")
+    parser.add_argument("--trial", choices=("with-filter", "without-filter"))
     asked = parser.parse_args(argv)
     attempts: Attempts | None = None
     if asked.trial:
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.suppress(ValueError):
         "".encode("idna")  # codecs are looked up by import, the first time
     try:
-        guest.layers = sandbox.enter(asked.root)
+        guest.layers = sandbox.enter(asked.root, filter_calls=asked.trial != "without-filter")
     except NetloomError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

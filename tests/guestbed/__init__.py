@@ -1,0 +1,306 @@
+"""The agent's side of the guest process, played by a test, and a segment of VMs for the process to answer.
+
+All in network namespaces named ``gtest-<n>-...`` that are made here and removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from netloom.guestwire import (
+    Channel,
+    ChannelError,
+    Done,
+    Drop,
+    GuestNetwork,
+    GuestNic,
+    Hello,
+    Lend,
+    Lent,
+    Listener,
+    ListenerKind,
+    Message,
+    PasswordTaken,
+    Serve,
+    Tried,
+    Try,
+    Update,
+)
+
+T = TypeVar("T")
+
+INTERNAL = Path(__file__).parents[2] / "internal"
+LINK = "gst-204"
+SERVER = "10.1.1.1"
+PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
+ANSWER_TIMEOUT_S = 20.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_numbers = itertools.count(os.getpid() * 100)
+
+
+def network(*nics: GuestNic, revision: int = 1, **fields: object) -> GuestNetwork:
+    """Network 204 with these NICs, served from 10.1.1.1."""
+    plain = {"dns": (SERVER, "192.0.2.53"), "domain": "cs1.example", "search": ("cs1.example", "example")} | fields
+    return GuestNetwork(
+        scope_id="net-204",
+        network_id="204",
+        revision=revision,
+        server_ip=SERVER,
+        nics=nics,
+        **plain,  # type: ignore[arg-type]
+    )
+
+
+def nic(number: int, **fields: object) -> GuestNic:
+    """The NIC of VM ``number``: 02:00:00:00:00:<number>, 10.1.1.<number>."""
+    plain = {"nic": f"nic-{number}", "mac": f"02:00:00:00:00:{number:02x}", "ip": f"10.1.1.{number}"}
+    more = {"prefix_len": 24, "gateway": SERVER, "hostname": f"vm-{number}"}
+    return GuestNic(**plain | more | fields)  # type: ignore[arg-type]
+
+
+def within(namespace: str, work: Callable[[], T]) -> T:
+    """Do ``work`` in a namespace, in a thread of its own."""
+
+    def enter() -> T:
+        with open(f"/run/netns/{namespace}") as file:
+            if _libc.setns(file.fileno(), 0) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {namespace}")
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(enter).result()
+
+
+def run(*argv: str, check: bool = True, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
+    """A command, to its end."""
+    return subprocess.run(argv, capture_output=True, text=True, check=check, timeout=timeout_s)
+
+
+class Segment:
+    """A bridge, the network's own namespace on it, and VMs."""
+
+    def __init__(self) -> None:
+        self._prefix = f"gtest-{next(_numbers)}"
+        self._namespaces: list[str] = []
+        self.switch = self._make("sw")
+        self._ip(self.switch, "link", "add", "br0", "type", "bridge", "forward_delay", "0", "mcast_snooping", "0")
+        self._ip(self.switch, "link", "set", "br0", "up")
+        self.scope = self._plug("net", LINK, "0a:00:00:00:00:01")
+        self._ip(self.scope, "addr", "add", f"{SERVER}/24", "dev", LINK)
+
+    def vm(self, of: GuestNic, *, mac: str = "", ip: str = "", neighbour: bool = True) -> str:
+        """A VM with this NIC, its link up and without an address unless one is given; its namespace."""
+        namespace = self._plug(f"vm{len(self._namespaces)}", "eth0", mac or of.mac)
+        if ip:
+            self._ip(namespace, "addr", "add", f"{ip}/24", "dev", "eth0")
+        if neighbour:
+            self.know(of)
+        return namespace
+
+    def know(self, of: GuestNic) -> None:
+        """The permanent neighbour entry that the agent keeps for every NIC of the table."""
+        self._ip(self.scope, "neigh", "replace", of.ip, "lladdr", of.mac, "nud", "permanent", "dev", LINK)
+
+    def sockets(self, kinds: Sequence[ListenerKind] = ("dhcp", "metadata", "password")) -> list[socket.socket]:
+        """The sockets that the agent opens for the network."""
+        return within(self.scope, lambda: [_listener(kind) for kind in kinds])
+
+    def close(self) -> None:
+        for namespace in reversed(self._namespaces):
+            run("ip", "netns", "del", namespace, check=False)
+
+    def _make(self, name: str) -> str:
+        namespace = f"{self._prefix}-{name}"
+        run("ip", "netns", "add", namespace)
+        self._namespaces.append(namespace)
+        self._ip(namespace, "link", "set", "lo", "up")
+        return namespace
+
+    def _plug(self, name: str, link: str, mac: str) -> str:
+        namespace = self._make(name)
+        port = f"p{len(self._namespaces)}"
+        self._ip(self.switch, "link", "add", port, "type", "veth", "peer", "name", link, "netns", namespace)
+        self._ip(self.switch, "link", "set", port, "master", "br0", "up")
+        self._ip(namespace, "link", "set", link, "address", mac)
+        self._ip(namespace, "link", "set", link, "up")
+        return namespace
+
+    def _ip(self, namespace: str, *argv: str) -> None:
+        run("ip", "-n", namespace, *argv)
+
+
+def _listener(kind: ListenerKind) -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if kind == "dhcp" else socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, LINK.encode())
+    if kind == "dhcp":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        sock.bind(("0.0.0.0", PORTS[kind]))
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, 15, 1)  # IP_FREEBIND
+        sock.bind((SERVER, PORTS[kind]))
+        sock.listen(128)
+    return sock
+
+
+class Agent:
+    """One connection to the guest process. What comes unasked is kept in ``news``."""
+
+    def __init__(self, path: Path) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(str(path))
+        self._channel = Channel(sock)
+        self._arrived: list[tuple[Message, list[int]]] = []
+        self._seq = itertools.count(1)
+        self.news: list[Message] = []
+        self.hello = self._next(Hello)[0]
+
+    def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Done:
+        """Hand over; without ``listeners``, DHCP, metadata and passwords in that order."""
+        kinds: tuple[ListenerKind, ...] = ("dhcp", "metadata", "password")
+        asked = listeners or tuple(Listener(kind) for kind in kinds[: len(sockets)])
+        descriptors = [sock.fileno() for sock in sockets]
+        return self._ask(Serve(seq=next(self._seq), network=table, listeners=asked), Done, descriptors)[0]
+
+    def update(self, table: GuestNetwork) -> Done:
+        return self._ask(Update(seq=next(self._seq), network=table), Done)[0]
+
+    def drop(self) -> Done:
+        return self._ask(Drop(seq=next(self._seq), scope_id="net-204", network_id="204"), Done)[0]
+
+    def lend(self) -> tuple[Lent, list[socket.socket]]:
+        lent, descriptors = self._ask(Lend(seq=next(self._seq), scope_id="net-204", network_id="204"), Lent)
+        return lent, [socket.socket(fileno=it) for it in descriptors]
+
+    def attempt(self, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, str]:
+        """What a taken-over process could do."""
+        return self._ask(Try(seq=next(self._seq)), Tried, timeout_s=timeout_s)[0].outcomes
+
+    def taken(self) -> PasswordTaken:
+        """The next password that is said to be taken."""
+        for at, message in enumerate(self.news):
+            if isinstance(message, PasswordTaken):
+                del self.news[at]
+                return message
+        return self._next(PasswordTaken)[0]
+
+    def listen(self, seconds: float) -> list[Message]:
+        """What came unasked, after listening for a while."""
+        with contextlib.suppress(TimeoutError):
+            self._next(Hello, seconds)
+        return self.news
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _ask(
+        self, message: Message, kind: type[T], descriptors: Sequence[int] = (), timeout_s: float = ANSWER_TIMEOUT_S
+    ) -> tuple[T, list[int]]:
+        self._channel.queue(message, descriptors)
+        while self._channel.pending:
+            select.select([], [self._channel], [], ANSWER_TIMEOUT_S)
+            self._channel.flush()
+        return self._next(kind, timeout_s)
+
+    def _next(self, kind: type[T], seconds: float = ANSWER_TIMEOUT_S) -> tuple[T, list[int]]:
+        deadline = time.monotonic() + seconds
+        while True:
+            while self._arrived:
+                message, descriptors = self._arrived.pop(0)
+                if isinstance(message, kind):
+                    return message, descriptors
+                self.news.append(message)
+            if not select.select([self._channel], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(f"no {kind} came; {self.news}")
+            self._arrived += self._channel.receive()
+
+
+class GuestProcess:
+    """``netloom guest``, started as the agent starts it."""
+
+    def __init__(self, *options: str, litter: bool = False) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="gtest-")
+        directory = Path(self._directory.name)
+        self.path = directory / "guest.sock"
+        self.root = directory / "empty"
+        self.root.mkdir(mode=0o555)
+        if litter:
+            (self.root / "something").touch()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.path))
+        os.chmod(self.path, 0o600)
+        listener.listen(4)
+        program = "import sys; from netloom.guest.main import main; sys.exit(main(sys.argv[1:]))"
+        self._log = directory / "log"
+        with self._log.open("wb") as log, listener:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", program, "--control", str(listener.fileno())),
+                    *("--root", str(self.root), "--build", "b1", *options),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                env={"PYTHONPATH": str(INTERNAL)},
+                start_new_session=True,
+            )
+
+    def connect(self) -> Agent:
+        """A new agent. Raises ChannelError with what the process said when it has died."""
+        try:
+            return Agent(self.path)
+        except (OSError, ChannelError, TimeoutError) as error:
+            raise ChannelError(f"{error}; the process says: {self.said}") from error
+
+    @property
+    def said(self) -> str:
+        """What it wrote to its stderr: nothing, while all is well."""
+        return self._log.read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End it; its exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(ANSWER_TIMEOUT_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._directory.cleanup()
+
+
+@contextlib.contextmanager
+def guest_process(*options: str) -> Iterator[GuestProcess]:
+    """The process, ended at the end. That it said nothing on stderr is part of every test."""
+    process = GuestProcess(*options)
+    try:
+        yield process
+        assert process.said == ""
+    finally:
+        process.close()
+
+
+@contextlib.contextmanager
+def segment() -> Iterator[Segment]:
+    """A segment, removed at the end."""
+    made = Segment()
+    try:
+        yield made
+    finally:
+        made.close()

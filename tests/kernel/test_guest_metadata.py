@@ -1,0 +1,361 @@
+"""Metadata and passwords as VMs fetch them, and as neighbours fail to."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from guestbed import LINK, SERVER, Agent, GuestProcess, Segment, guest_process, network, nic, run, segment, within
+from netloom.guest import http, limits
+from netloom.guestwire import GuestNic
+from netloom.secret import Secret
+
+USER_DATA = '#cloud-config\nwrite_files:\n - {path: /x, content: "it\'s café & 100%"}\n\n\n'
+WEB = nic(
+    45,
+    user_data=Secret(USER_DATA),
+    metadata={
+        "service-offering": "Medium Instance",
+        "local-hostname": "web-1",
+        "public-hostname": "",
+        "instance-id": "9f000000-0000-4000-8000-000000000031",
+        "public-keys": "ssh-ed25519 AAAA one\nssh-rsa BBBB two\n",
+        "../etc/passwd": "named by a tenant",
+        "user-data": "named by a tenant",
+    },
+    password=Secret("FAKE-pass-4711"),
+    password_id="7",
+)
+BARE = nic(46)
+EMPTY = nic(48, user_data=Secret(""))
+SECRET = b"FAKE-pass-4711"
+
+
+@pytest.fixture
+def process() -> Iterator[GuestProcess]:
+    with guest_process() as it:
+        yield it
+
+
+@pytest.fixture
+def on() -> Iterator[Segment]:
+    with segment() as it:
+        yield it
+
+
+@pytest.fixture
+def agent(process: GuestProcess, on: Segment) -> Agent:
+    made = process.connect()
+    sockets = on.sockets()
+    assert made.serve(network(WEB, BARE, EMPTY), sockets).error == ""
+    for sock in sockets:
+        sock.close()
+    return made
+
+
+def web(on: Segment) -> str:
+    return on.vm(WEB, ip=WEB.ip)
+
+
+def curl(vm: str, path: str, *more: str, port: int = 80) -> subprocess.CompletedProcess[bytes]:
+    command = ["curl", "-s", "--path-as-is", "--max-time", "5", *more, f"http://{SERVER}:{port}{path}"]
+    return subprocess.run(["ip", "netns", "exec", vm, *command], capture_output=True, check=False, timeout=20)
+
+
+def got(vm: str, path: str, *more: str, port: int = 80) -> bytes:
+    done = curl(vm, path, "--fail", *more, port=port)
+    assert done.returncode == 0, (path, done)
+    return done.stdout
+
+
+def status(vm: str, path: str, *more: str, port: int = 80) -> str:
+    return curl(vm, path, "-o", "/dev/null", "-w", "%{http_code}", *more, port=port).stdout.decode()
+
+
+def hung_up(done: subprocess.CompletedProcess[bytes]) -> bool:
+    """curl(1): 52 empty reply, 56 reset while reading: connected, and closed without a byte."""
+    return done.returncode in (52, 56) and done.stdout == b""
+
+
+@pytest.mark.usefixtures("agent")
+def test_everything_is_where_the_virtual_router_has_it(on: Segment) -> None:
+    vm = web(on)
+    listing = b"service-offering\nlocal-hostname\ninstance-id\npublic-keys\n../etc/passwd\nuser-data\n"
+    assert got(vm, "/latest/user-data") == USER_DATA.encode()
+    assert got(vm, "/latest/meta-data/") == got(vm, "/latest/meta-data") == listing
+    assert got(vm, "/latest/meta-data/instance-id") == b"9f000000-0000-4000-8000-000000000031"
+    assert got(vm, "/latest/instance-id") == got(vm, "/latest/instance-id?x=1") == got(vm, "/latest/%69nstance-id")
+    assert got(vm, "/latest/meta-data/public-keys") == b"ssh-ed25519 AAAA one\nssh-rsa BBBB two\n"
+    assert got(vm, "/latest/") == b"user-data\nmeta-data/\n"
+    assert got(vm, "/") == b"latest/\n"
+    head = curl(vm, "/latest/user-data", "--head").stdout.decode()
+    assert f"Content-Length: {len(USER_DATA.encode())}" in head
+    assert "it's" not in head
+    for program in (["wget"], ["busybox", "wget"]):
+        command = [*program, "-q", "-O", "-", f"http://{SERVER}/latest/meta-data/local-hostname"]
+        assert run("ip", "netns", "exec", vm, *command).stdout == "web-1"
+
+
+@pytest.mark.usefixtures("agent")
+def test_what_is_not_there(on: Segment) -> None:
+    vm = web(on)
+    absent = ["/latest/meta-data/public-hostname", "/latest/nothing", "/password/vm_password", "/latest/vm_password"]
+    odd = ["/latest/meta-data/vm_password", "/latest/../latest/user-data", "/%ff", "/2009-04-04/meta-data/"]
+    for path in absent + odd:
+        done = curl(vm, path, "-w", "%{http_code}")
+        assert done.stdout == b"404", path  # and no page of words that a script would take for a key
+    assert status(vm, "/latest/user-data", "-X", "POST", "-d", "x") == "413"
+    assert status(vm, "/latest/user-data", "-X", "DELETE") == "405"
+    assert status(vm, "/" + "x" * 40000) == "431"
+    bare, empty = on.vm(BARE, ip=BARE.ip), on.vm(EMPTY, ip=EMPTY.ip)
+    assert status(bare, "/latest/user-data") == status(bare, "/latest/meta-data/") == "404"
+    assert (status(empty, "/latest/user-data"), got(empty, "/latest/user-data")) == ("200", b"")
+
+
+def test_what_changes_is_there_with_the_next_request(agent: Agent, on: Segment) -> None:
+    vm = web(on)
+    assert got(vm, "/latest/local-hostname") == b"web-1"
+    heir = nic(47, ip=WEB.ip, metadata={"local-hostname": "heir"})
+    assert agent.update(network(heir, revision=2)).error == ""
+    assert hung_up(curl(vm, "/latest/local-hostname"))  # from a MAC that has lost its address
+    assert got(on.vm(heir, ip=heir.ip), "/latest/local-hostname") == b"heir"
+
+
+# ---- neighbours
+
+
+@pytest.mark.usefixtures("agent")
+def test_an_address_that_no_nic_has_gets_nothing(on: Segment) -> None:
+    stranger = nic(99)
+    assert hung_up(curl(on.vm(stranger, ip=stranger.ip), "/latest/"))
+
+
+@pytest.mark.usefixtures("agent")
+def test_a_neighbour_with_the_address_and_another_mac_gets_nothing(on: Segment) -> None:
+    # He has answered ARP for it, as if the agent had kept no permanent entry: the connection's first packet tells.
+    thief = on.vm(WEB, mac="02:00:00:00:00:66", ip=WEB.ip, neighbour=False)
+    for port in (80, 8080):
+        done = curl(thief, "/latest/user-data", "-H", "DomU_Request: send_my_password", port=port)
+        assert hung_up(done)
+    # With the entry he does not even connect: the answer to his first packet goes to the owner.
+    on.know(WEB)
+    assert curl(thief, "/latest/user-data", "--connect-timeout", "2").returncode == 28
+
+
+@pytest.mark.parametrize(("mac", "served"), [("02:00:00:00:00:66", False), (WEB.mac, True)])
+@pytest.mark.usefixtures("agent")
+def test_a_neighbour_who_reads_flooded_frames_gets_nothing(on: Segment, mac: str, served: bool) -> None:
+    """The VM is off, so the bridge floods what we send it. The second row shows that the forger knows his trade."""
+    on.know(WEB)
+    thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
+    read = within(thief, lambda: forge(WEB, mac, b"GET /latest/user-data HTTP/1.0\r\n\r\n"))
+    assert read.connected
+    assert (USER_DATA.encode() in read.data) is served
+    assert served or read.data == b""
+
+
+@pytest.mark.usefixtures("agent")
+def test_an_answer_goes_to_the_owner_whatever_a_neighbour_says_in_arp(on: Segment) -> None:
+    vm = web(on)
+    thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
+    lie = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + octets("02:00:00:00:00:66") + socket.inet_aton(WEB.ip)
+    lie += octets("0a:00:00:00:00:01") + socket.inet_aton(SERVER)
+    with within(thief, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))) as raw:
+        raw.bind(("eth0", 0))
+        raw.setblocking(False)
+        for _ in range(5):
+            raw.send(octets("0a:00:00:00:00:01") + octets("02:00:00:00:00:66") + b"\x08\x06" + lie)
+        neighbours = run("ip", "-n", on.scope, "neigh", "show", "dev", LINK).stdout
+        assert f"{WEB.ip} lladdr {WEB.mac} PERMANENT" in neighbours
+        assert got(vm, "/latest/user-data") == USER_DATA.encode()
+        seen = bytearray()
+        while True:
+            try:
+                seen += raw.recv(4096)
+            except BlockingIOError:
+                break
+    assert b"cloud-config" not in seen
+
+
+class Read:
+    connected = False
+    data = b""
+
+
+def octets(mac: str) -> bytes:
+    return bytes.fromhex(mac.replace(":", ""))
+
+
+def forge(owner: GuestNic, mac: str, request: bytes) -> Read:
+    """A TCP connection made of raw frames from ``mac`` with the owner's address; what came back."""
+    read, port, sequence = Read(), 40000, 1000
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as raw:
+        raw.bind(("eth0", 0))
+        membership = struct.pack("iHH8s", socket.if_nametoindex("eth0"), 1, 0, b"")  # promiscuous
+        raw.setsockopt(263, 1, membership)
+
+        def send(flags: int, ack: int, data: bytes = b"") -> None:
+            addresses = socket.inet_aton(owner.ip) + socket.inet_aton(SERVER)
+            tcp = struct.pack("!HHIIBBHHH", port, 80, sequence, ack, 5 << 4, flags, 8192, 0, 0)
+            checksum = internet_sum(addresses + struct.pack("!BBH", 0, 6, len(tcp) + len(data)) + tcp + data)
+            tcp = tcp[:16] + struct.pack("!H", checksum) + tcp[18:]
+            ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp) + len(data), 1, 0, 64, 6, 0) + addresses
+            ip = ip[:10] + struct.pack("!H", internet_sum(ip)) + ip[12:]
+            raw.send(octets("0a:00:00:00:00:01") + octets(mac) + b"\x08\x00" + ip + tcp + data)
+
+        send(0x02, 0)
+        sequence += 1
+        deadline = time.monotonic() + 4
+        asked = False
+        while (left := deadline - time.monotonic()) > 0:
+            raw.settimeout(left)
+            try:
+                frame = raw.recv(4096)
+            except TimeoutError:
+                break
+            if frame[23] != 6 or frame[26:30] != socket.inet_aton(SERVER):
+                continue
+            theirs, flags = struct.unpack("!I", frame[38:42])[0], frame[47]
+            payload = frame[34 + (frame[46] >> 4) * 4 : 14 + struct.unpack("!H", frame[16:18])[0]]
+            if flags & 0x12 == 0x12 and not asked:
+                asked = True
+                send(0x10, theirs + 1)
+                time.sleep(0.2)  # so that the server has accepted, and closed, before the request
+                send(0x18, theirs + 1, request)
+                sequence += len(request)
+            elif flags & 0x04:
+                break
+            else:
+                read.connected = True
+                read.data += payload
+                if flags & 0x01:
+                    break
+                send(0x10, theirs + len(payload))
+    return read
+
+
+def internet_sum(data: bytes) -> int:
+    total: int = sum(struct.unpack(f"!{(len(data) + 1) // 2}H", data + b"\0" * (len(data) % 2)))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return 0xFFFF - total
+
+
+# ---- passwords
+
+
+def ask(vm: str, word: str) -> bytes:
+    return got(vm, "/", "-H", f"DomU_Request: {word}", port=8080)
+
+
+def test_a_password_is_given_until_it_is_acknowledged(agent: Agent, on: Segment) -> None:
+    vm = web(on)
+    wget = ["wget", "-q", "-t", "3", "-T", "20", "-O", "-", "--header", "DomU_Request: send_my_password"]
+    assert run("ip", "netns", "exec", vm, *wget, f"{SERVER}:8080").stdout == "FAKE-pass-4711"
+    assert ask(vm, "send_my_password") == SECRET
+    assert ask(vm, "saved_password") == b"saved_password"
+    assert ask(vm, "send_my_password") == b"saved_password"
+    taken = agent.taken()
+    assert (taken.scope_id, taken.network_id, taken.nic, taken.password_id) == ("net-204", "204", "nic-45", "7")
+    # A table of an agent that has not heard of it does not bring the password back, and tells the agent again.
+    agent.update(network(WEB, BARE, revision=2))
+    assert ask(vm, "send_my_password") == b"saved_password"
+    assert agent.taken().password_id == "7"
+    # Another one is another one.
+    agent.update(network(msgspec.structs.replace(WEB, password=Secret("new"), password_id="8"), BARE, revision=3))
+    assert ask(vm, "send_my_password") == b"new"
+
+
+def test_an_acknowledgement_is_of_the_password_that_was_given(agent: Agent, on: Segment) -> None:
+    vm = web(on)
+    assert ask(vm, "send_my_password") == SECRET
+    agent.update(network(msgspec.structs.replace(WEB, password=Secret("new"), password_id="8"), BARE, revision=2))
+    assert ask(vm, "saved_password") == b"saved_password"
+    assert ask(vm, "send_my_password") == b"new"
+    assert agent.listen(0.2) == []
+
+
+@pytest.mark.usefixtures("agent")
+def test_nobody_else_gets_a_password(on: Segment) -> None:
+    vm, other = web(on), on.vm(BARE, ip=BARE.ip)
+    assert ask(other, "send_my_password") == b"saved_password"
+    assert ask(other, "saved_password") == b"saved_password"
+    for more in ([], ["-H", "DomU_Request: give"], ["-H", "DomU_Request: send_my_password", "-H", "DomU_Request: x"]):
+        done = curl(vm, "/", "-w", "%{http_code}", *more, port=8080)
+        assert done.stdout == b"bad_request400"
+    for path in ("/latest/", "/latest/meta-data/", "/latest/user-data", "/latest/vm_password", "/password"):
+        assert SECRET not in curl(vm, path, "-i").stdout
+    assert ask(vm, "send_my_password") == SECRET
+
+
+# ---- floods
+
+
+@pytest.mark.usefixtures("agent")
+def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segment) -> None:
+    vm, other = web(on), on.vm(BARE, ip=BARE.ip)
+
+    def hold() -> list[socket.socket]:
+        held = [socket.create_connection((SERVER, 80), timeout=10) for _ in range(limits.VM_CONNECTIONS_MAX + 10)]
+        for sock in held:
+            sock.send(b"GET /latest/user-data HTTP/1.1\r\n")
+        return held
+
+    held = within(vm, hold)
+    time.sleep(0.3)
+    open_still = [sock for sock in held if not closed(sock)]
+    assert len(open_still) == limits.VM_CONNECTIONS_MAX
+    assert status(vm, "/latest/") == "000"
+    assert status(other, "/latest/") == "200"
+    # None of them may take for ever to say what it wants.
+    deadline = time.monotonic() + http.REQUEST_S + 5
+    while not all(map(closed, open_still)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert status(vm, "/latest/") == "200"
+    for sock in held:
+        sock.close()
+
+
+def closed(sock: socket.socket) -> bool:
+    sock.setblocking(False)
+    try:
+        return sock.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.usefixtures("agent")
+def test_one_vm_that_asks_without_end_is_told_to_wait(on: Segment) -> None:
+    vm, other = web(on), on.vm(BARE, ip=BARE.ip)
+
+    def flood() -> bytes:
+        answers = b""
+        for _ in range(4):
+            with socket.create_connection((SERVER, 80), timeout=10) as sock:
+                sock.sendall(b"GET /latest/ HTTP/1.1\r\nHost: x\r\n\r\n" * (http.REQUESTS_MAX + 5))
+                try:
+                    while data := sock.recv(65536):
+                        answers += data
+                except ConnectionResetError:
+                    pass
+        return answers
+
+    answers = within(vm, flood)
+    assert b"HTTP/1.1 429" in answers
+    assert limits.VM_REQUESTS_BURST <= answers.count(b"HTTP/1.1 200") < limits.VM_REQUESTS_BURST * 1.5
+    assert status(other, "/latest/") == "200"
+
+
+def test_a_megabyte_of_user_data_arrives_whole(agent: Agent, on: Segment) -> None:
+    big = "0123456789abcdef" * 65536 + "\n\n"
+    agent.update(network(nic(45, user_data=Secret(big)), revision=2))
+    assert got(web(on), "/latest/user-data", "--limit-rate", "2M") == big.encode()

@@ -1,0 +1,96 @@
+"""The walls around the guest process, tried from inside and looked at from outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from guestbed import GuestProcess, guest_process
+from netloom.guest.sandbox import GROUP_ID, USER_ID
+from netloom.guestwire import ChannelError
+
+
+def test_whoever_takes_the_process_over_can_do_nothing() -> None:
+    with guest_process("--trial", "with-filter") as process:
+        agent = process.connect()
+        outcomes = agent.attempt()
+        assert set(outcomes.values()) == {"EPERM"}, outcomes
+        assert len(outcomes) >= 14
+        agent.close()
+        assert process.connect().hello.pid == process.process.pid  # and it still serves
+
+
+def test_without_the_filter_the_other_walls_hold() -> None:
+    with guest_process("--trial", "without-filter") as process:
+        agent = process.connect()
+        assert "seccomp" not in agent.hello.layers
+        assert agent.attempt() == {
+            "open a file": "ENOENT",
+            "make a file": "EACCES",
+            "list a directory": "possible",  # the empty one
+            "connect out": "ENETUNREACH",
+            "open a raw socket": "EPERM",
+            "execute": "ENOENT",
+            "fork": "EAGAIN",
+            "ptrace": "EPERM",
+            "signal another process": "EPERM",
+            "become root": "EPERM",
+            "leave the root directory": "EPERM",
+            "mount": "EPERM",
+            "make a user namespace": "EPERM",
+            "get executable memory": "possible",
+        }
+
+
+def test_nothing_is_tried_in_a_process_that_was_not_started_for_it() -> None:
+    with guest_process() as process, pytest.raises(TimeoutError, match="not started for trials"):
+        process.connect().attempt(timeout_s=2)
+
+
+def test_what_the_kernel_says_of_the_process() -> None:
+    with guest_process() as process:
+        hello = process.connect().hello
+        assert hello.layers == ("namespace", "root", "user", "capabilities", "limits", "seccomp")
+        proc = Path(f"/proc/{hello.pid}")
+        status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines() if ":\t" in line)
+        assert status["Uid"].split() == [str(USER_ID)] * 4
+        assert status["Gid"].split() == [str(GROUP_ID)] * 4
+        assert status["Groups"].split() == []
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(status[kind], 16) == 0, kind
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        assert status["Threads"] == "1"
+        assert os.readlink(proc / "root") == str(process.root)
+        assert os.readlink(proc / "ns/net") != os.readlink("/proc/self/ns/net")
+        limits = {line[:25].strip(): line[25:].split()[:2] for line in (proc / "limits").read_text().splitlines()}
+        assert limits["Max processes"] == ["0", "0"]
+        assert limits["Max core file size"] == ["0", "0"]
+        # stdio, the control socket, epoll, and what the loop wakes itself with; nothing of the starter's.
+        assert len(os.listdir(proc / "fd")) <= 9
+
+
+def test_a_root_directory_that_is_not_empty_is_refused() -> None:
+    process = GuestProcess(litter=True)
+    assert process.process.wait(10) == 3
+    with pytest.raises(ChannelError, match="not an empty directory"):
+        process.connect()
+    process.close()
+
+
+def test_only_root_is_an_agent() -> None:
+    with guest_process() as process:
+        os.chmod(process.path, 0o666)
+        os.chmod(process.path.parent, 0o755)
+        process.connect()
+        child = os.fork()
+        if child == 0:
+            os.setresuid(65534, 65534, 65534)
+            try:
+                process.connect()
+            except ChannelError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
