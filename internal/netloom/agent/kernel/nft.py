@@ -188,11 +188,12 @@ class _Library:
 
 class _Program:
     def call(self, script: str, dry: bool, as_json: bool) -> tuple[int, str, str]:
-        arguments = ["nft", *(["--check"] if dry else []), *(["--json"] if as_json else []), "--file", "-"]
+        # With --json the program takes its standard input for JSON, and then has nothing left to read.
+        arguments = ["--json", script] if as_json else [*(["--check"] if dry else []), "--file", "-"]
         try:
             done = subprocess.run(
-                arguments,
-                input=script.encode(),
+                ["nft", *arguments],
+                input=b"" if as_json else script.encode(),
                 capture_output=True,
                 env=_ENVIRONMENT,
                 cwd="/",

@@ -36,6 +36,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 class Watch:
     """The events of one namespace since it was made. ``fileno`` becomes readable when there are some.
 
+    The kernel reports no change of the alias of a link that is down.
     Keeping it open keeps a deleted namespace alive. One user at a time.
     """
 
@@ -45,6 +46,8 @@ class Watch:
         self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
         try:
             self._socket.setblocking(False)
+            # The kernel speaks to the sockets whose port is not its own, 0: without this, to none that asked nothing.
+            self._socket.bind((0, 0))
             # Links in any case: the other rows name theirs.
             for kind in self._wanted | {"link"}:
                 for group in _GROUPS[kind]:

@@ -1,0 +1,61 @@
+"""Gratuitous ARP: the frames arrive, and neighbours that knew the address learn where it is now."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from kernel.scratch import descriptors, joined, tool
+from netloom.agent.kernel import arp, links
+from netloom.agent.kernel.arp import ArpError
+from netloom.agent.kernel.namespaces import inside
+
+MAC = "0a:11:22:33:44:55"
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[str, str]]:
+    with joined() as names:
+        yield names
+
+
+def test_both_forms_arrive_at_a_neighbour(pair: tuple[str, str]) -> None:
+    left, right = pair
+    with inside(right):
+        listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
+    with listener:
+        listener.bind(("right", 0x0806))
+        listener.settimeout(10)
+        arp.gratuitous(left, "left", "10.9.0.77", MAC)
+        received = [listener.recv(1000)[:42] for _ in range(2)]
+    assert received == list(arp.frames("10.9.0.77", MAC))
+
+
+def test_a_neighbour_that_knew_the_address_learns_its_new_place(pair: tuple[str, str]) -> None:
+    left, right = pair
+    tool(right, "ip", "neigh", "add", "10.9.0.77", "lladdr", "0a:00:00:00:00:99", "dev", "right", "nud", "stale")
+    arp.gratuitous(left, "left", "10.9.0.77", MAC)
+    assert f"lladdr {MAC}" in tool(right, "ip", "neigh", "show", "10.9.0.77")
+
+
+def test_a_link_that_is_missing_or_down_is_named(pair: tuple[str, str]) -> None:
+    left, _ = pair
+    with pytest.raises(ArpError, match=r"announce 10\.9\.0\.77 on nowhere: No such device"):
+        arp.gratuitous(left, "nowhere", "10.9.0.77", MAC)
+    links.change(left, [links.set_down("left")])
+    with pytest.raises(ArpError, match="Network is down") as caught:
+        arp.gratuitous(left, "left", "10.9.0.77", MAC)
+    assert caught.value.errno == errno.ENETDOWN
+
+
+def test_no_descriptor_is_left_behind(pair: tuple[str, str]) -> None:
+    before = descriptors()
+    for link in ("left", "left", "nowhere"):
+        try:
+            arp.gratuitous(pair[0], link, "10.9.0.77", MAC)
+        except ArpError:
+            assert link == "nowhere"
+    assert descriptors() == before

@@ -1,0 +1,315 @@
+"""Links, addresses, routes and rules: what we make, ``ip`` sees; what ``ip`` makes, we see."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pyroute2 import IPRoute
+
+from kernel.scratch import ip_json, joined, scratch, tool
+from netloom.agent.kernel import links, namespaces
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+
+
+@pytest.fixture
+def ns() -> Iterator[str]:
+    with scratch() as name:
+        yield name
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[str, str]]:
+    with scratch() as host, scratch() as inner:
+        yield host, inner
+
+
+def link(namespace: str, name: str) -> Link:
+    (found,) = links.find_links(namespace, [name])
+    return found
+
+
+def build(host: str, inner: str) -> None:
+    with namespaces.descriptor(inner) as fd:
+        links.change(
+            host,
+            [
+                links.make_bridge("breth1-7", alias="netloom"),
+                links.set_up("breth1-7"),
+                links.make_veth("vnetg7", "breth1-7", "gst-7", "0a:00:00:00:00:07", 1450, fd, alias="netloom"),
+                links.set_up("vnetg7"),
+            ],
+        )
+    links.change(
+        inner,
+        [
+            links.set_up("gst-7"),
+            links.add_address("gst-7", "10.7.0.1/24"),
+            links.add_address("gst-7", "fd07::1/64"),
+            links.add_route("0.0.0.0/0", "gst-7", via="10.7.0.254"),
+            links.add_route("0.0.0.0/0", "gst-7", via="10.7.0.254", source="10.7.0.1", table=20007),
+            links.add_route("198.51.100.0/24", "gst-7", table=20007),
+            links.add_route("2001:db8::/32", "gst-7", via="fd07::ffff"),
+            links.add_rule(20007, 7, 0xFFFF, 20007),
+        ],
+    )
+
+
+def test_a_network_is_made_in_two_datagrams_and_ip_sees_it(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+
+    (bridge,) = ip_json(host, "link", "show", "breth1-7")
+    data = bridge["linkinfo"]["info_data"]
+    assert (bridge["ifalias"], data["forward_delay"], data["stp_state"], data["mcast_snooping"]) == ("netloom", 0, 0, 0)
+    (port,) = ip_json(host, "link", "show", "vnetg7")
+    assert (port["master"], port["ifalias"], port["mtu"], port["operstate"]) == ("breth1-7", "netloom", 1450, "UP")
+    (gst,) = ip_json(inner, "link", "show", "gst-7")
+    assert (gst["address"], gst["mtu"], gst["operstate"]) == ("0a:00:00:00:00:07", 1450, "UP")
+    assert gst["link_index"] == port["ifindex"]
+
+    seen = {(it["local"], it["prefixlen"]) for it in ip_json(inner, "addr", "show", "gst-7")[0]["addr_info"]}
+    assert seen >= {("10.7.0.1", 24), ("fd07::1", 64)}
+    assert "tentative" not in tool(inner, "ip", "-6", "addr", "show", "to", "fd07::1")
+    (default,) = ip_json(inner, "route", "show", "default")
+    assert (default["gateway"], default["dev"], default["protocol"]) == ("10.7.0.254", "gst-7", "static")
+    table = {it["dst"]: it for it in ip_json(inner, "route", "show", "table", "20007")}
+    assert table["default"]["prefsrc"] == "10.7.0.1"
+    assert table["198.51.100.0/24"]["scope"] == "link"
+    (v6,) = ip_json(inner, "-6", "route", "show", "2001:db8::/32")
+    assert v6["gateway"] == "fd07::ffff"
+    (rule,) = [it for it in ip_json(inner, "rule") if it["priority"] == 20007]
+    assert (rule["fwmark"], rule["fwmask"], rule["table"]) == ("0x7", "0xffff", "20007")
+
+
+def test_rows_say_what_ip_says(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    for namespace in pair:
+        ours = links.list_links(namespace)
+        theirs = {it["ifname"]: it for it in ip_json(namespace, "link")}
+        assert {it.name for it in ours} == theirs.keys()
+        names = {it.index: it.name for it in ours}
+        for it in ours:
+            that = theirs[it.name]
+            assert (it.index, it.mtu, it.mac) == (that["ifindex"], that["mtu"], that["address"])
+            assert it.kind == that.get("linkinfo", {}).get("info_kind", "")
+            assert it.alias == that.get("ifalias", "")
+            assert it.up == ("UP" in that["flags"])
+            assert names.get(it.master_index or 0) == that.get("master")
+    assert {(it.cidr, it.link) for it in links.list_addresses(inner)} == {
+        (f"{info['local']}/{info['prefixlen']}", it["ifname"])
+        for it in ip_json(inner, "addr")
+        for info in it["addr_info"]
+    }
+    routes = [it for it in links.list_routes(inner) if it.protocol == "static"]
+    assert {(it.table, it.destination, it.via, it.source, it.scope) for it in routes} == {
+        (254, "0.0.0.0/0", "10.7.0.254", "", "global"),
+        (20007, "0.0.0.0/0", "10.7.0.254", "10.7.0.1", "global"),
+        (20007, "198.51.100.0/24", "", "", "link"),
+        (254, "2001:db8::/32", "fd07::ffff", "", "global"),
+    }
+    assert len(links.list_routes(inner)) == sum(
+        len(ip_json(inner, family, "route", "show", "table", "all")) for family in ("-4", "-6")
+    )
+    assert links.RuleRow(priority=20007, mark=7, mask=0xFFFF, table=20007) in links.list_rules(inner)
+    assert [it.priority for it in links.list_rules(inner)] == [it["priority"] for it in ip_json(inner, "rule")]
+
+
+def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    with namespaces.inside(inner):
+        ip = IPRoute()
+    with ip:
+        theirs: set[Any] = {(it["index"], it.get("ifname"), it.get("address"), it.get("mtu")) for it in ip.get_links()}
+        addresses = {f"{it.get('address')}/{it['prefixlen']}" for it in ip.get_addr()}
+    assert {(it.index, it.name, it.mac, it.mtu) for it in links.list_links(inner)} == theirs
+    assert {it.cidr for it in links.list_addresses(inner)} == addresses
+
+
+def test_link_local_addresses_are_marked() -> None:
+    with joined() as (left, _):
+        rows = {it.cidr: it for it in links.list_addresses(left)}
+        local = [it for it in rows.values() if it.link_local]
+        assert [it.cidr.startswith("fe80::") for it in local] == [True]
+        assert (local[0].scope, rows["10.9.0.1/24"].scope, rows["127.0.0.1/8"].scope) == ("link", "global", "host")
+
+
+def test_what_is_said_to_be_harmless_may_be_repeated(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    before = links.list_links(host), links.list_addresses(inner), links.list_routes(inner), links.list_rules(inner)
+    with namespaces.descriptor(inner) as fd:
+        messages = [
+            links.make_bridge("breth1-7", alias="netloom"),
+            links.make_veth("vnetg7", "breth1-7", "gst-7", "0a:00:00:00:00:07", 1450, fd, alias="netloom"),
+        ]
+        links.change(host, [message.even_if_there() for message in messages])
+    messages = [
+        links.add_address("gst-7", "10.7.0.1/24"),
+        links.add_address("gst-7", "fd07::1/64"),
+        links.add_route("198.51.100.0/24", "gst-7", table=20007),
+        links.add_rule(20007, 7, 0xFFFF, 20007),
+    ]
+    links.change(inner, [message.even_if_there() for message in messages])
+    links.change(inner, [links.replace_route("0.0.0.0/0", "gst-7", via="10.7.0.254")])
+    assert before == (
+        links.list_links(host),
+        links.list_addresses(inner),
+        links.list_routes(inner),
+        links.list_rules(inner),
+    )
+    gone = [
+        links.delete_rule(20007, 7, 0xFFFF, 20007),
+        links.delete_route("198.51.100.0/24", table=20007),
+        links.delete_route("0.0.0.0/0", "gst-7", "10.7.0.254", "10.7.0.1", 20007),
+        links.delete_route("2001:db8::/32"),
+        links.delete_address("gst-7", "10.7.0.1/24"),
+        links.delete_address("gst-7", "fd07::1/64"),
+        links.delete_link("gst-7"),
+        links.delete_address("gst-7", "10.7.0.1/24"),
+    ]
+    links.change(inner, [message.even_if_gone() for message in gone])
+    assert {it.name for it in links.list_links(inner)} == {"lo"}
+    assert {it.priority for it in links.list_rules(inner)} == {0, 32766, 32767}
+    links.change(inner, [message.even_if_gone() for message in gone])
+
+
+@pytest.mark.parametrize(
+    ("message", "number", "words"),
+    [
+        (links.make_bridge("br0"), errno.EEXIST, "make bridge br0: File exists"),
+        (links.set_up("nowhere"), errno.ENODEV, "set nowhere up: No such device"),
+        (links.set_master("nowhere", "br0"), errno.ENODEV, "make nowhere a port of br0: No such device"),
+        (
+            links.set_master("br0", "nowhere"),
+            errno.ENODEV,
+            "make br0 a port of nowhere: No such device: there is no link nowhere",
+        ),
+        (links.delete_link("nowhere"), errno.ENODEV, "delete link nowhere: No such device"),
+        (
+            links.add_address("nowhere", "192.0.2.1/24"),
+            errno.ENODEV,
+            "add address 192.0.2.1/24 to nowhere: No such device: there is no link nowhere",
+        ),
+        (
+            links.delete_address("br0", "192.0.2.1/24"),
+            errno.EADDRNOTAVAIL,
+            "delete address 192.0.2.1/24 from br0: Cannot assign requested address",
+        ),
+        (links.delete_route("192.0.2.0/24"), errno.ESRCH, "delete route to 192.0.2.0/24: No such process"),
+        (
+            links.delete_rule(9, 1, 255, 9),
+            errno.ENOENT,
+            "delete rule 9 for mark 0x1/0xff to table 9: No such file or directory",
+        ),
+        (links.make_bridge("a-name-too-long-for-it"), errno.ERANGE, "make bridge a-name-too-long-for-it: Numerical"),
+    ],
+    ids=lambda it: it.what if isinstance(it, Message) else "",
+)
+def test_a_failure_names_the_object_and_the_cause(ns: str, message: Message, number: int, words: str) -> None:
+    links.change(ns, [links.make_bridge("br0")])
+    with pytest.raises(NetlinkError) as caught:
+        links.change(ns, [message])
+    assert caught.value.errno == number
+    assert str(caught.value).startswith(words)
+
+
+def test_a_strangers_link_of_the_same_name_keeps_its_own_alias(ns: str) -> None:
+    tool(ns, "ip", "link", "add", "breth1-7", "type", "bridge")
+    links.change(ns, [links.make_bridge("breth1-7", alias="netloom").even_if_there()])
+    assert link(ns, "breth1-7").alias == ""
+    links.change(ns, [links.set_alias("breth1-7", "of somebody")])
+    assert link(ns, "breth1-7").alias == "of somebody"
+    links.change(ns, [links.set_alias("breth1-7", "")])
+    assert link(ns, "breth1-7").alias == ""
+
+
+def test_links_are_changed_by_name(ns: str) -> None:
+    with namespaces.descriptor(ns) as fd:
+        veth = links.make_veth("a", "br0", "b", "", 0, fd)
+        links.change(ns, [links.make_bridge("br0"), links.make_bridge("br1"), veth])
+    br0, br1, a = links.find_links(ns, ["br0", "br1", "a"])
+    assert a.master_index == br0.index
+    links.change(
+        ns,
+        [
+            links.set_master("a", "br1"),
+            links.set_mac("a", "0a:00:00:00:00:0a"),
+            links.set_mtu("a", 1400),
+            links.set_up("a"),
+            links.set_up("b"),
+        ],
+    )
+    a = link(ns, "a")
+    assert (a.master_index, a.mac, a.mtu, a.up, a.running) == (br1.index, "0a:00:00:00:00:0a", 1400, True, True)
+    links.change(ns, [links.set_master("a", None), links.set_down("a")])
+    a = link(ns, "a")
+    assert (a.master_index, a.up, a.running) == (None, False, False)
+    assert not link(ns, "b").running
+    links.change(ns, [links.delete_link("a")])
+    assert links.find_links(ns, ["a", "b"]) == []
+
+
+def test_a_veth_pair_fails_whole_when_the_inner_name_is_taken(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    with namespaces.descriptor(inner) as fd, pytest.raises(NetlinkError, match="File exists"):
+        links.change(host, [links.make_veth("vnetg8", "breth1-7", "gst-7", "", 0, fd)])
+    assert links.find_links(host, ["vnetg8"]) == []
+
+
+def test_deleting_one_end_takes_the_other_along(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    links.change(inner, [links.delete_link("gst-7")])
+    assert links.find_links(host, ["vnetg7"]) == []
+
+
+def test_a_link_is_found_by_name_number_and_alternative_name(ns: str) -> None:
+    links.change(ns, [links.make_bridge("br0")])
+    tool(ns, "ip", "link", "property", "add", "dev", "br0", "altname", "manynames")
+    index = link(ns, "br0").index
+    assert [it.name for it in links.find_links(ns, [index, "nowhere", 4711, "lo"])] == ["br0", "lo"]
+    assert link(ns, "manynames").index == index
+
+
+def test_a_listing_may_be_narrowed_by_kind_and_by_bridge(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    with Socket(0, host) as rtnetlink:
+        assert [it.name for it in links.list_links_over(rtnetlink, kind="bridge")] == ["breth1-7"]
+        bridge = link(host, "breth1-7").index
+        assert [it.name for it in links.list_links_over(rtnetlink, master=bridge)] == ["vnetg7"]
+        assert links.list_links_over(rtnetlink, kind="vlan") == []
+
+
+def test_replacing_a_route_leaves_one(pair: tuple[str, str]) -> None:
+    host, inner = pair
+    build(host, inner)
+    links.change(inner, [links.replace_route("0.0.0.0/0", "gst-7", via="10.7.0.253", table=20007)])
+    table = [it for it in links.list_routes(inner) if it.table == 20007 and it.destination == "0.0.0.0/0"]
+    assert [(it.via, it.source) for it in table] == [("10.7.0.253", "")]
+
+
+def test_a_vlan_link_is_made_or_its_absence_is_said_in_words(ns: str) -> None:
+    """Kernels without 802.1Q are the rule on build machines: then the words are what counts."""
+    links.change(ns, [links.make_bridge("eth1")])
+    tried = subprocess.run(
+        ["ip", "-n", ns, "link", "add", "link", "eth1", "name", "eth1.9", "type", "vlan", "id", "9"],
+        capture_output=True,
+    )
+    message = links.make_vlan("eth1.1204", "eth1", 1204, alias="netloom")
+    if tried.returncode == 0:
+        links.change(ns, [message])
+        made = link(ns, "eth1.1204")
+        assert (made.kind, made.vlan_id, made.alias) == ("vlan", 1204, "netloom")
+        assert made.parent_index == link(ns, "eth1").index
+    else:
+        with pytest.raises(NetlinkError, match=r"make VLAN link eth1\.1204 with tag 1204 on eth1: Operation not supp"):
+            links.change(ns, [message])

@@ -1,0 +1,116 @@
+"""The netlink socket against the kernel: many requests at once, errors, disturbances, strangers."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kernel.scratch import descriptors, ip_json, scratch
+from netloom.agent.kernel import links, netlink
+from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+
+
+@pytest.fixture
+def ns() -> Iterator[str]:
+    with scratch() as name:
+        yield name
+
+
+def addresses(number: int) -> list[Message]:
+    return [links.add_address("lo", f"10.{7 + (i >> 16)}.{i >> 8 & 255}.{i & 255}/32") for i in range(number)]
+
+
+def test_thousands_of_requests_are_all_carried_out_and_answered(ns: str) -> None:
+    links.change(ns, addresses(5000))
+    listed = links.list_addresses(ns)
+    assert len([row for row in listed if row.cidr.endswith("/32")]) == 5000
+    assert len(ip_json(ns, "-4", "addr")[0]["addr_info"]) == 5001
+    with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
+        links.change_over(rtnetlink, [message.even_if_there() for message in addresses(5000)])
+        assert rtnetlink.request([]) == []
+
+
+def test_a_refused_request_is_named_and_the_others_of_its_datagram_happen(ns: str) -> None:
+    first, second, third = addresses(3)
+    with pytest.raises(NetlinkError) as caught:
+        links.change(ns, [first, second, second, links.set_up("nowhere"), third])
+    assert caught.value.errno == errno.EEXIST
+    assert caught.value.what == "add address 10.7.0.1/32 to lo"
+    assert {row.cidr for row in links.list_addresses(ns)} >= {"10.7.0.0/32", "10.7.0.1/32", "10.7.0.2/32"}
+
+
+def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
+    wanted = ["lo", "nowhere", "lo"]
+    with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
+        answers = rtnetlink.exchange([links._ask(name) for name in wanted])
+    assert [answer.errno for answer in answers] == [0, errno.ENODEV, 0]
+    assert [len(answer.data) for answer in answers] == [1, 0, 1]
+
+
+def test_the_kernel_says_in_words_what_it_did_not_like(ns: str) -> None:
+    with pytest.raises(NetlinkError) as caught:
+        links.change(ns, [links.add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
+    assert caught.value.ext_ack == "Nexthop has invalid gateway"
+    assert str(caught.value).startswith("add route to 0.0.0.0/0 via 192.0.2.1 on lo: Network is unreachable: Nexthop")
+
+
+def test_a_listing_is_whole_while_others_change_things(ns: str) -> None:
+    """Without asking again after NLM_F_DUMP_INTR, links that stood all the time are missing from some lists."""
+    stable = {f"s{i}" for i in range(150)}
+    links.change(ns, [links.make_bridge(name) for name in sorted(stable)])
+    over = threading.Event()
+
+    def disturb() -> None:
+        while not over.wait(0.005):
+            links.change(ns, [links.make_bridge("restless"), links.delete_link("restless")])
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(40):
+            assert stable <= {link.name for link in links.list_links(ns)}
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_what_another_program_sends_is_not_taken_for_the_kernel(ns: str) -> None:
+    with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink, netlink.open_socket(netlink.NETLINK_ROUTE, ns) as stranger:
+        with socket.socket(fileno=os.dup(rtnetlink.fileno())) as same:
+            port = same.getsockname()[0]
+        lie = netlink.encode(Message(netlink.NLMSG_ERROR, payload=bytes(20), sequence=1))
+        stranger.sendto(lie, (port, 0))
+        with pytest.raises(NetlinkError, match="set nowhere up: No such device"):
+            rtnetlink.request([links.set_up("nowhere")])
+
+
+def test_a_socket_stays_in_its_namespace_whoever_uses_it(ns: str) -> None:
+    links.change(ns, [links.make_bridge("only-here")])
+    found: list[str] = []
+    with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
+        thread = threading.Thread(target=lambda: found.extend(it.name for it in links.list_links_over(rtnetlink)))
+        thread.start()
+        thread.join()
+    assert found == ["lo", "only-here"]
+
+
+def test_one_dump_at_a_time(ns: str) -> None:
+    dump = Message(18, netlink.NLM_F_DUMP, bytes(16))
+    with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
+        assert len(rtnetlink.request([dump])) == 1
+        with pytest.raises(ValueError):
+            rtnetlink.request([dump, dump])
+
+
+def test_no_descriptor_is_left_behind(ns: str) -> None:
+    before = descriptors()
+    for _ in range(30):
+        links.list_links(ns)
+        with pytest.raises(NetlinkError):
+            links.change(ns, [links.set_up("nowhere")])
+    assert descriptors() == before

@@ -1,0 +1,227 @@
+"""nftables of a namespace, through the library and through the program: same results, same words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import netloom
+from kernel.scratch import descriptors, scratch, tool
+from netloom.agent.kernel import links, namespaces
+from netloom.agent.kernel.nft import Nft, NftError, load_library
+
+TABLE = """
+table inet t {
+\tmap forwards {
+\t\ttype ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service
+\t\telements = { 203.0.113.10 . tcp . 80 : 10.1.1.10 . 8080 }
+\t}
+\tchain input {
+\t\ttype filter hook input priority filter; policy accept;
+\t\tct state established,related counter accept
+\t}
+}
+"""
+
+
+@pytest.fixture
+def ns() -> Iterator[str]:
+    with scratch() as name:
+        yield name
+
+
+@pytest.fixture(params=["library", "program"])
+def nft(request: pytest.FixtureRequest, ns: str) -> Iterator[Nft]:
+    with Nft(ns, use=request.param) as it:
+        yield it
+
+
+def tables(nft: Nft) -> set[str]:
+    return {it["table"]["name"] for it in nft.list_json("list tables")["nftables"] if "table" in it}
+
+
+def test_a_script_is_loaded_and_nft_sees_it(nft: Nft, ns: str) -> None:
+    nft.run(TABLE)
+    listed = tool(ns, "nft", "list", "ruleset")
+    assert "203.0.113.10 . tcp . 80 : 10.1.1.10 . 8080" in listed
+    assert nft.list_json("list ruleset") == json.loads(tool(ns, "nft", "-j", "list", "ruleset"))
+    assert tables(nft) == {"t"}
+
+
+def test_a_script_is_all_or_nothing(nft: Nft) -> None:
+    with pytest.raises(NftError):
+        nft.run("add table inet good\nadd rule inet good nowhere accept\n")
+    assert tables(nft) == set()
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (
+            "add table inet t\nadd rule inet nowhere c accept\n",
+            "nftables: Could not process rule: No such file or directory: add rule inet nowhere c accept",
+        ),
+        ("table inet t {\n\n\tchain c { junk }\n}", "nftables: syntax error, unexpected"),
+        ("add table inet t\nadd chain inet t c { type filter hook inpt priority 0; }", "nftables: unknown chain hook"),
+        ("delete table inet t\n", "nftables: Could not process rule: No such file or directory: delete table inet t"),
+    ],
+)
+def test_an_error_is_one_line_and_quotes_the_line_that_is_wrong(nft: Nft, script: str, words: str) -> None:
+    for call in (nft.run, nft.check):
+        with pytest.raises(NftError) as caught:
+            call(script)
+        assert str(caught.value).startswith(words)
+        assert caught.value.line
+        assert caught.value.line in script
+        assert "\n" not in str(caught.value)
+
+
+def test_a_check_changes_nothing(nft: Nft) -> None:
+    nft.check(TABLE)
+    assert tables(nft) == set()
+    nft.run(TABLE)
+    nft.check("delete table inet t\n")
+    assert tables(nft) == {"t"}
+
+
+def test_a_large_script_is_loaded_whole(nft: Nft) -> None:
+    elements = ", ".join(f"10.{i >> 8}.{i & 255}.1" for i in range(5000))
+    nft.run(f"table inet t {{\n set s {{ type ipv4_addr; elements = {{ {elements} }}; }}\n}}\n")
+    (listed,) = [it["set"] for it in nft.list_json("list set inet t s")["nftables"] if "set" in it]
+    assert len(listed["elem"]) == 5000
+
+
+def test_what_is_not_there_cannot_be_listed(nft: Nft) -> None:
+    with pytest.raises(NftError, match="No such file or directory"):
+        nft.list_json("list table inet nowhere")
+    assert nft.list_json("list tables")["nftables"][1:] == []
+
+
+def test_a_zero_byte_does_not_cut_a_script_short(nft: Nft) -> None:
+    with pytest.raises(NftError, match="zero byte"):
+        nft.run("add table inet t\n\0add table inet u\n")
+    assert tables(nft) == set()
+
+
+def test_every_thread_reaches_its_own_namespace_and_threads_may_share_one() -> None:
+    with scratch() as one, scratch() as two, Nft(one) as nft_one, Nft(two) as nft_two, ThreadPoolExecutor(8) as pool:
+
+        def work(number: int) -> None:
+            nft = (nft_one, nft_two)[number % 2]
+            nft.run(f"add table inet t{number}\n")
+            assert f"t{number}" in tables(nft)
+            assert {int(name[1:]) % 2 for name in tables(nft)} == {number % 2}
+
+        list(pool.map(work, range(60)))
+        assert tables(nft_one) == {f"t{i}" for i in range(0, 60, 2)}
+        assert tables(nft_two) == {f"t{i}" for i in range(1, 60, 2)}
+
+
+def test_a_listing_that_others_disturb_is_still_of_the_right_namespace(ns: str) -> None:
+    """A disturbed listing makes libnftables open a new socket, in the namespace in which the thread is then."""
+    elements = ", ".join(str(i) for i in range(1, 3000))
+    over = threading.Event()
+    with Nft(ns, use="library") as writer, Nft(ns, use="library") as reader:
+        writer.run(f"table inet t {{\n set s {{ type inet_service; elements = {{ {elements} }}; }}\n}}\n")
+
+        def disturb() -> None:
+            while not over.wait(0.003):
+                writer.run("add table inet restless\ndelete table inet restless\n")
+
+        thread = threading.Thread(target=disturb)
+        thread.start()
+        try:
+            for _ in range(20):
+                assert "t" in tables(reader)
+                reader.run("add table inet mine\ndelete table inet mine\n")
+        finally:
+            over.set()
+            thread.join()
+        assert tables(reader) == {"t"}
+    assert b"restless" not in subprocess.run(["nft", "list", "tables"], capture_output=True).stdout
+
+
+def test_a_namespace_made_anew_under_the_same_name_is_not_taken_for_the_old_one() -> None:
+    with scratch() as name, Nft(name) as nft:
+        nft.run(TABLE)
+        namespaces.delete(name)
+        namespaces.create(name)
+        with pytest.raises(NftError, match="is another one than when this was opened"):
+            nft.run(TABLE)
+        with Nft(name) as fresh:
+            assert tables(fresh) == set()
+
+
+def test_closing_lets_a_deleted_namespace_and_its_links_go(ns: str) -> None:
+    with scratch() as inner:
+        with namespaces.descriptor(inner) as fd:
+            links.change(ns, [links.make_veth("here", "", "there", "", 0, fd)])
+        with Nft(inner) as nft:
+            nft.run(TABLE)
+        namespaces.delete(inner)
+    gone = threading.Event()
+    for _ in range(100):
+        if not links.find_links(ns, ["here"]):
+            break
+        gone.wait(0.1)
+    assert links.find_links(ns, ["here"]) == []
+
+
+def test_no_descriptor_is_left_behind(ns: str) -> None:
+    for use in ("library", "program"):
+        before = descriptors()
+        for _ in range(20):
+            with Nft(ns, use=use) as nft:
+                nft.check(TABLE)
+                with pytest.raises(NftError):
+                    nft.run("junk")
+        assert descriptors() == before
+        nft.close()
+        if use == "library":
+            with pytest.raises(NftError, match="after it was closed"):
+                nft.run(TABLE)
+
+
+STARVED = """
+import os, resource, sys
+from netloom.agent.kernel.nft import Nft, NftError
+early = Nft(sys.argv[1], use="library")
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+held = []
+try:
+    while True:
+        held.append(os.open("/", os.O_RDONLY))
+except OSError:
+    pass
+for _ in range(8):
+    os.close(held.pop())
+for attempt in (lambda: Nft(sys.argv[1], use="library"), lambda: early.run("add table inet t")):
+    try:
+        attempt()
+    except NftError as error:
+        print(error)
+for fd in held:
+    os.close(fd)
+early.run("add table inet t")
+print("alive")
+"""
+
+
+def test_short_descriptors_are_an_error_and_not_the_end_of_the_process(ns: str) -> None:
+    """libnftables ends the process when it gets none (tried: exit status 3)."""
+    assert load_library() is not None
+    source = Path(netloom.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    done = subprocess.run(
+        [sys.executable, "-c", STARVED, ns], capture_output=True, text=True, env=environment, timeout=60
+    )
+    words = "nftables: fewer than 16 file descriptors are free: Too many open files (raise LimitNOFILE)"
+    assert (done.stdout.splitlines(), done.stderr) == ([words, words, "alive"], "")

@@ -1,0 +1,98 @@
+"""Events of a namespace: what comes, changes and goes, in order, of that namespace alone."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kernel.scratch import descriptors, scratch
+from netloom.agent.kernel import links
+from netloom.agent.kernel.links import AddressRow, Link, RouteRow
+from netloom.agent.kernel.watch import Event, Watch
+
+
+@pytest.fixture
+def ns() -> Iterator[str]:
+    with scratch() as name:
+        yield name
+
+
+def until(watch: Watch, enough: Callable[[list[Event]], bool]) -> list[Event]:
+    events: list[Event] = []
+    while not enough(events):
+        ready, _, _ = select.select([watch], [], [], 10)
+        assert ready, events
+        events += watch.read()
+    return events
+
+
+def test_a_link_is_seen_to_come_change_and_go_here_and_not_elsewhere(ns: str) -> None:
+    with scratch() as other, Watch(ns, "link") as watch:
+        links.change(other, [links.make_bridge("elsewhere")])
+        links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), links.set_alias("br0", "netloom")])
+        links.change(ns, [links.delete_link("br0")])
+        events = until(watch, lambda seen: any(it.gone for it in seen))
+        rows = [(it.gone, it.row.name, it.row.alias) for it in events if isinstance(it.row, Link)]
+    assert rows[0] == (False, "br0", "")
+    assert (False, "br0", "netloom") in rows
+    assert rows[-1] == (True, "br0", "netloom")
+    assert {name for _, name, _ in rows} == {"br0"}
+
+
+def test_addresses_and_routes_are_seen_with_the_names_of_their_links(ns: str) -> None:
+    with Watch(ns, "address", "route") as watch:
+        links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), links.add_address("br0", "10.7.0.1/24")])
+        links.change(ns, [links.add_route("198.51.100.0/24", "br0", via="10.7.0.9")])
+        links.change(ns, [links.delete_address("br0", "10.7.0.1/24")])
+        events = until(watch, lambda seen: any(it.kind == "address" and it.gone for it in seen))
+    addresses = [(it.gone, it.row.link, it.row.cidr) for it in events if isinstance(it.row, AddressRow)]
+    assert [it for it in addresses if it[2] == "10.7.0.1/24"] == [
+        (False, "br0", "10.7.0.1/24"),
+        (True, "br0", "10.7.0.1/24"),
+    ]
+    routes = [(it.gone, it.row.link, it.row.via) for it in events if isinstance(it.row, RouteRow)]
+    assert (False, "br0", "10.7.0.9") in routes
+    assert not any(isinstance(it.row, Link) for it in events)
+
+
+def test_nothing_to_read_is_an_empty_list_at_once(ns: str) -> None:
+    with Watch(ns) as watch:
+        assert watch.read() == []
+
+
+def test_what_was_dropped_is_owned_up_to(ns: str) -> None:
+    """More events than the buffer holds: the reader is told to look again instead of believing that it saw all."""
+    with Watch(ns, "address") as watch:
+        for _ in range(2):
+            add = [links.add_address("lo", f"10.8.{i >> 8}.{i & 255}/32") for i in range(4000)]
+            remove = [links.delete_address("lo", f"10.8.{i >> 8}.{i & 255}/32") for i in range(4000)]
+            links.change(ns, add)
+            links.change(ns, remove)
+        events = watch.read()
+        assert "overrun" in {it.kind for it in events}
+        links.change(ns, [links.add_address("lo", "10.99.0.1/32")])
+        (last,) = until(watch, lambda seen: len(seen) == 1)
+        assert isinstance(last.row, AddressRow)
+        assert last.row.cidr == "10.99.0.1/32"
+
+
+async def test_an_event_loop_waits_for_it_by_descriptor(ns: str) -> None:
+    came = asyncio.Event()
+    with Watch(ns, "link") as watch:
+        asyncio.get_running_loop().add_reader(watch, came.set)
+        await asyncio.to_thread(links.change, ns, [links.make_bridge("br0")])
+        async with asyncio.timeout(10):
+            await came.wait()
+        asyncio.get_running_loop().remove_reader(watch)
+        assert [it.row.name for it in watch.read() if isinstance(it.row, Link)] == ["br0"]
+
+
+def test_no_descriptor_is_left_behind(ns: str) -> None:
+    before = descriptors()
+    for _ in range(20):
+        with Watch(ns):
+            pass
+    assert descriptors() == before
