@@ -1,0 +1,149 @@
+"""One bed for all end-to-end tests: two hosts, a management server, an internet. Each test has its own network."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, FakeCloudStack, IsolatedNetwork
+from bed.lab import Host, Internet, Vm, difference
+from bed.payloads import Nic, Offering
+
+PUBLIC_VLAN = 101
+OUTSIDE = "198.51.100.1"  # an address of the internet that is not on the public VLAN
+
+
+@pytest.fixture(scope="session")
+def bed() -> Iterator[Bed]:
+    with Bed(hosts=2, public_vlans=[PUBLIC_VLAN]) as bed:
+        yield bed
+
+
+@pytest.fixture(scope="session")
+def internet(bed: Bed) -> Internet:
+    """The gateway of the public VLAN, with an address behind it, and a neighbour's address beside it."""
+    return bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.1/24", also=[f"{OUTSIDE}/32", "198.51.100.2/32"])
+
+
+@pytest.fixture(scope="session")
+def cloud(bed: Bed) -> FakeCloudStack:
+    """A CloudStack that logs in as root by key. It sends no NIC commands: this version refuses them."""
+    cloud = FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS)
+    return cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
+
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Life:
+    """A network of a test, its VMs, and the addresses that are its own."""
+
+    bed: Bed
+    cloud: FakeCloudStack
+    number: int
+    network: IsolatedNetwork
+    vms: list[Vm] = field(default_factory=list)
+
+    @property
+    def subnet(self) -> str:
+        return self.network.facts.cidr.rpartition(".")[0]
+
+    @property
+    def host(self) -> Host:
+        """The host that the network lives on."""
+        (host,) = [host for host in self.bed.hosts if host.address == self.network.host]
+        return host
+
+    @property
+    def elsewhere(self) -> Host:
+        """The other host."""
+        (host,) = [host for host in self.bed.hosts if host.address != self.network.host]
+        return host
+
+    def public(self, digit: int) -> str:
+        """The network's ``digit``-th public address, 0 being its source NAT address."""
+        return f"203.0.113.{10 + 4 * self.number + digit}"
+
+    def vm(self, name: str, last: int = 45, *, host: Host | None = None) -> tuple[Vm, Nic]:
+        """Deploy a VM: in CloudStack, and then, as KVM starts it once the network stands, on a host."""
+        mac = f"02:01:00:{self.number:02x}:00:{last:02x}"
+        ip = f"{self.subnet}.{last}"
+        nic = self.network.deploy_vm(name, ip=ip, mac=mac)
+        return self.plug(nic, host=host), nic
+
+    def plug(self, nic: Nic, *, host: Host | None = None) -> Vm:
+        """The VM of a NIC on a host's guest bridge."""
+        host = host or self.host
+        vm = host.vm(
+            nic.vm.name,
+            vlan=self.network.facts.vlan,
+            mac=nic.mac,
+            ip=f"{nic.ip}/24",
+            gateway=self.network.facts.gateway,
+        )
+        self.vms.append(vm)
+        return vm
+
+    def end(self) -> None:
+        for vm in self.vms:
+            vm.destroy()
+        self.vms = []
+        if self.network.facts.state == "implemented" or self.network.stored:
+            self.network.delete()
+
+
+MakeLife = Callable[..., Life]
+
+
+@pytest.fixture
+def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeLife]:
+    """Makes networks that end with the test: own id, VLAN and public addresses, 10.10.<n>.0/24 unless told."""
+    lives: list[Life] = []
+
+    def make(*, cidr: str = "", offering: Offering = NAT_SERVICES, with_cloud: FakeCloudStack | None = None) -> Life:
+        number = next(_numbers)
+        vlan = 1200 + number
+        bed.add_segments([("eth1", str(vlan))])
+        network = (with_cloud or cloud).isolated_network(
+            200 + number, vlan=vlan, cidr=cidr or f"10.10.{number}.0/24", offering=offering, public_vlan=PUBLIC_VLAN
+        )
+        life = Life(bed, with_cloud or cloud, number, network)
+        network.source_nat = network.associate(life.public(0))
+        network.source_nat.source_nat = True
+        lives.append(life)
+        return life
+
+    yield make
+    for life in lives:
+        life.end()
+
+
+@pytest.fixture
+def life(make_life: MakeLife) -> Life:
+    return make_life()
+
+
+class Traces:
+    """What every host has, taken when the test says so; ``left`` is what came since and is still there.
+
+    Agents stay, so they are started before by a call that needs them.
+    """
+
+    def __init__(self, bed: Bed) -> None:
+        self.bed = bed
+        self._before = {host.name: host.objects() for host in bed.hosts}
+
+    def left(self) -> dict[str, dict[str, dict[str, list[str]]]]:
+        found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}
+        return {name: changes for name, changes in found.items() if changes}
+
+
+@pytest.fixture
+def traces(bed: Bed, cloud: FakeCloudStack) -> Traces:
+    """The inventory of both hosts before the test."""
+    return Traces(bed)

@@ -1,0 +1,236 @@
+"""The bed keeps its promises: else nothing that is proved on it is proved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import CLOUD_UID, FakeCloudStack, Hung
+from bed.lab import difference
+from bed.places import until
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[Bed]:
+    """A bed of this module, because its hosts are cut off and switched off."""
+    with Bed(hosts=2, vlans=[1001], public_vlans=[101]) as bed:
+        yield bed
+
+
+def ssh(bed: Bed, host: str, user: str, *argv: str) -> str:
+    """Log in from the management server by key, as its user."""
+    bed.management.write("/var/cloudstack/management/key", bed.private_key, mode=0o600, uid=CLOUD_UID)
+    options = [
+        f"-o{it}"
+        for it in ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR")
+    ]
+    key = ["-i", "/var/cloudstack/management/key", "-oConnectTimeout=3"]
+    return bed.management.run("ssh", *key, *options, f"{user}@{host}", *argv, uid=CLOUD_UID).out.strip()
+
+
+def test_each_user_logs_in_with_the_rights_it_should_have(own: Bed) -> None:
+    host = own.hosts[0]
+    assert ssh(own, host.address, "root", "id -u; hostname") == "0\nh1"
+    assert ssh(own, host.address, "netadmin", "id -u; sudo -n id -u") == "1500\n0"
+    assert ssh(own, host.address, "plainuser", "id -u; sudo -n id -u 2>/dev/null || echo refused") == "1501\nrefused"
+    assert ssh(own, host.address6, "root", "hostname") == "h1"
+
+
+def test_vms_of_two_hosts_share_a_vlan_and_nothing_else(own: Bed) -> None:
+    one, two = own.hosts
+    a = one.vm("a", vlan=1001, ip="10.0.0.1/24")
+    b = two.vm("b", vlan=1001, ip="10.0.0.2/24")
+    stranger = two.vm("c", vlan=1002, ip="10.0.0.1/24")
+    assert a.ping("10.0.0.2", count=2).ok
+    with b.serve_tcp(80), b.serve_udp(53):
+        answer = a.tcp("10.0.0.2", 80)
+        assert (answer.server, answer.saw, answer.at) == ("b", "10.0.0.1", "10.0.0.2")
+        assert a.udp("10.0.0.2", 53, source_port=4444).saw_port == 4444
+        assert a.tcp("10.0.0.2", 81).outcome == "refused"
+        assert stranger.ping("10.0.0.2", timeout_s=0.3).answered == 0
+        transferred = a.transfer("10.0.0.2", 80).stop()
+        assert transferred.intact
+        assert transferred.sent > 0
+        assert a.flood_udp("10.0.0.2", [53, 54], count=200, rate=2000).result().answered == {53: 100, 54: 0}
+    for vm in (a, b, stranger):
+        vm.destroy()
+    assert "breth1-1001" not in one.sh("ip -o link"), "the last VM's bridge goes, as CloudStack's agent has it"
+
+
+def test_a_kept_connection_notices_whether_either_side_still_hears(own: Bed) -> None:
+    host = own.hosts[0]
+    a = host.vm("a", vlan=1001, ip="10.0.0.1/24")
+    b = host.vm("b", vlan=1001, ip="10.0.0.2/24")
+    with b.serve_tcp(80) as service, a.open("10.0.0.2", 80) as connection:
+        assert connection.ask() == "answered"
+        assert service.say("news") == 1
+        assert connection.hear() == "news"
+        b.run("nft", "add table ip t; add chain ip t c { type filter hook input priority 0; policy drop; }")
+        assert connection.ask(timeout_s=0.3) == "timeout"
+    a.destroy()
+    b.destroy()
+
+
+def test_arp_is_seen_and_asked(own: Bed) -> None:
+    host = own.hosts[0]
+    with host.vm("a", vlan=1001, ip="10.0.0.1/24") as a, host.vm("b", vlan=1001, ip="10.0.0.2/24") as b:
+        assert isinstance(b, type(host.vms[0]))
+        assert a.who_has("10.0.0.2") == [host.vms[1].mac]
+        assert a.who_has("10.0.0.9", timeout_s=0.2) == []
+        watch = a.watch_arp()
+        b.run("arping", "-U", "-c", "1", "-w", "1", "-I", "eth0", "10.0.0.2", check=False)
+        assert any(frame.gratuitous and frame.sender == "10.0.0.2" for frame in watch.stop())
+
+
+def test_a_power_cut_keeps_the_disk_and_nothing_else(own: Bed) -> None:
+    host = own.hosts[0]
+    host.vm("doomed", vlan=1001, ip="10.0.0.1/24")
+    key = host.host_key
+    host.write("/var/lib/kept", "x")
+    host.write("/run/lost", "x")
+    host.run("ip", "netns", "add", "lost")
+    host.power_cut()
+    assert host.vms == []
+    assert own.management.ping(host.address, timeout_s=0.3).answered == 0
+    host.boot()
+    assert host.read("/var/lib/kept") == "x"
+    assert host.listing("/run/netns") == []
+    assert "lost" not in host.listing("/run")
+    assert host.host_key == key
+    assert ssh(own, host.address, "root", "hostname") == "h1"
+
+
+@pytest.mark.parametrize(("what", "managed", "heard"), [("mgmt", 0, 1), ("guest", 1, 0), ("all", 0, 0)])
+def test_a_partition_is_silent_and_heals(own: Bed, what: str, managed: int, heard: int) -> None:
+    one, two = own.hosts
+    with one.vm("a", vlan=1001, ip="10.0.0.1/24") as a, two.vm("b", vlan=1001, ip="10.0.0.2/24"):
+        assert a.ping("10.0.0.2").ok
+        one.partition(what)  # type: ignore[arg-type]
+        assert own.management.ping(one.address, timeout_s=0.3).answered == managed
+        assert a.ping("10.0.0.2", timeout_s=0.3).answered == heard
+        assert one.read("/sys/class/net/eth1/carrier").strip() == "1"
+        one.heal()
+        assert own.management.ping(one.address).ok
+        assert a.ping("10.0.0.2").ok
+
+
+def test_the_internet_has_several_legs(own: Bed) -> None:
+    internet = own.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
+    internet.attach("untagged", "192.0.2.1/24")
+    host = own.hosts[0]
+    host.links("address add 203.0.113.9/24 dev eth2.101", "address add 192.0.2.9/24 dev eth2")
+    assert host.ping("203.0.113.1").ok
+    assert host.ping("192.0.2.1").ok
+    host.links("address delete 203.0.113.9/24 dev eth2.101", "address delete 192.0.2.9/24 dev eth2")
+
+
+def test_the_inventory_sees_what_a_network_would_leave(own: Bed) -> None:
+    host = own.hosts[0]
+    before = host.objects()
+    host.sh(
+        "ip netns add left; ip -n left link set lo up; ip -n left route add 10.9.9.0/24 dev lo;"
+        "ip -n left rule add fwmark 7 table 7 priority 7; ip link add left0 type bridge;"
+        "ip netns exec left nft 'add table inet t; add set inet t s { type inet_service; elements = { 22 }; }';"
+        "mkdir -p /var/lib/netloom/scopes; touch /var/lib/netloom/scopes/net-1.json;"
+        "setsid sleep 60 </dev/null >/dev/null 2>&1 &"
+    )
+    assert until(lambda: "sleep 60" in host.objects()["processes"])
+    changes = difference(before, host.objects())
+    assert set(changes) == {
+        "processes",
+        "namespaces",
+        "mounts",
+        "files",
+        "links",
+        "addresses",
+        "routes",
+        "rules",
+        "nftables",
+    }
+    assert "left/inet t set s element 22" in changes["nftables"]["+"]
+    host.sh("pkill -x sleep; ip netns delete left; ip link delete left0; rm -r /var/lib/netloom")
+    assert until(lambda: set(difference(before, host.objects())) <= {"mounts"})
+
+
+class TestExecution:
+    """The executable runs as CloudStack's service runs it."""
+
+    def cloud(self, bed: Bed, script: str, *, patience_s: float = 20.0) -> FakeCloudStack:
+        cloud = FakeCloudStack.on(bed.management, program=["sh", "-c", script], agent="", patience_s=patience_s)
+        return cloud.register(hosts=["192.0.2.1"])
+
+    def test_bare_environment_other_user_merged_output(self, own: Bed) -> None:
+        cloud = self.cloud(own, "env | cut -d= -f1 | sort | tr '\\n' ' '; id -un; tty >&2; umask; ls -l /tmp/cs-*")
+        sent = cloud.execute("x", {}, {})
+        names, tty, umask, file = sent.output.splitlines()
+        assert set(names.split()) <= {"LANG", "PATH", "PWD", "OLDPWD", "SHLVL", "_", "cloud"}
+        assert names.split()[-1] == "cloud"
+        assert tty == "not a tty"
+        assert umask == "0022"
+        assert file.startswith("-rw-r--r-- 1 cloud cloud")
+
+    def test_stdin_never_ends(self, own: Bed) -> None:
+        cloud = self.cloud(own, "timeout 0.3 cat; echo $?")
+        assert cloud.execute("x", {}, {}).output == "124"
+
+    def test_a_child_that_keeps_the_output_is_noticed(self, own: Bed) -> None:
+        cloud = self.cloud(own, "sleep 5 & exit 0", patience_s=0.5)
+        with pytest.raises(Hung):
+            cloud.execute("x", {}, {})
+
+    def test_there_is_no_way_out(self, own: Bed) -> None:
+        routes = own.management.run("ip", "-o", "route").out.splitlines()
+        assert [line.split()[0] for line in routes] == ["198.18.0.0/24"]
+
+    def test_the_payload_file_is_gone_afterwards(self, own: Bed) -> None:
+        self.cloud(own, "true").execute("x", {}, {})
+        assert own.management.listing("/tmp") == [n for n in own.management.listing("/tmp") if "payload" not in n]
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from bed import Bed
+bed = Bed(hosts=1, vlans=[1001])
+bed.hosts[0].vm("a", vlan=1001)
+print(bed.hosts[0]._machine.pid, bed.fabric.hands.pid, bed.hosts[0].vms[0].hands.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def of_a_bed() -> list[str]:
+    """What of a bed shows in the root namespaces: its disks among the mounts, its links by their names."""
+    mounts = [
+        line for line in Path("/proc/self/mounts").read_text().splitlines() if line.split()[0] in ("disk", "disks")
+    ]
+    links = [link for link in os.listdir("/sys/class/net") if link in ("h1m", "h1e1", "ms", "mgmt", "vnet1")]
+    return mounts + links
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_a_test_that_is_killed(how: signal.Signals) -> None:
+    test = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(TESTS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert test.stdout is not None
+    pids = test.stdout.readline().split()
+    assert len(pids) == 3
+    assert of_a_bed() == [], "nothing is made in the root namespaces"
+    test.send_signal(how)
+    test.wait(20)
+    deadline = time.monotonic() + 20
+    while any(Path("/proc", pid).exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert of_a_bed() == []
+    test.stdout.close()
