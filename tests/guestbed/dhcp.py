@@ -1,0 +1,106 @@
+"""DHCP messages as a client writes them, and as a person reads them."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Mapping
+
+from netloom.guest.dhcp import Type
+
+MAGIC = b"\x63\x82\x53\x63"
+COMMON = bytes([1, 3, 6, 12, 15, 26, 28, 119])
+
+NAMES = {
+    1: "subnet mask", 3: "router", 6: "DNS", 12: "host name", 15: "domain", 26: "MTU", 28: "broadcast", 42: "NTP",
+    50: "requested address", 51: "lease time", 53: "type", 54: "server", 55: "wanted", 56: "text", 57: "maximum size",
+    58: "renewal", 59: "rebinding", 61: "client id", 66: "TFTP server", 119: "search", 121: "routes",
+}  # fmt: skip
+ADDRESSES = {1, 3, 6, 28, 42, 50, 54}
+NUMBERS = {26, 51, 57, 58, 59}
+TEXTS = {12, 15, 56, 66}
+
+
+def option(code: int, value: bytes) -> bytes:
+    return bytes([code, len(value)]) + value
+
+
+def message(
+    kind: Type,
+    mac: str,
+    options: Mapping[int, bytes] | None = None,
+    *,
+    ciaddr: str = "0.0.0.0",
+    giaddr: str = "0.0.0.0",
+    flags: int = 0,
+    tail: bytes = b"\xff",
+    sname: bytes = b"",
+    file: bytes = b"",
+) -> bytes:
+    """A client's message, asking for the common options unless it says what it wants."""
+    nowhere = bytes(4)
+    head = struct.pack(
+        "!BBBBIHH4s4s4s4s16s64s128s4s", 1, 1, 6, 0, 0x12345678, 3, flags, socket.inet_aton(ciaddr), nowhere, nowhere,
+        socket.inet_aton(giaddr), bytes.fromhex(mac.replace(":", "")), sname, file, MAGIC,
+    )  # fmt: skip
+    asked = {55: COMMON} | dict(options or {})
+    return head + option(53, bytes([kind])) + b"".join(option(*it) for it in asked.items()) + tail
+
+
+def options_of(packet: bytes) -> list[tuple[int, bytes]]:
+    """The options in their order; raises when they are not well formed up to their end mark."""
+    found, at = [], 240
+    while packet[at] != 255:
+        if packet[at] == 0:
+            at += 1
+            continue
+        code, length = packet[at], packet[at + 1]
+        assert at + 2 + length < len(packet), "an option runs over the end"
+        found.append((code, packet[at + 2 : at + 2 + length]))
+        at += 2 + length
+    assert not packet[at + 1 :].strip(b"\0"), "something stands behind the end mark"
+    return found
+
+
+def describe(packet: bytes, to: str = "") -> str:
+    """The message in lines; what is zero is left out."""
+    op, htype, hlen, hops, xid, _, flags = struct.unpack_from("!BBBBIHH", packet)
+    assert (htype, hlen, hops, xid, packet[236:240]) == (1, 6, 0, 0x12345678, MAGIC)
+    options = options_of(packet)
+    kind = Type(dict(options)[53][0]).name
+    mac = packet[28:34].hex(":")
+    lines = [f"{kind} from {mac}" if op == 1 else f"{kind} to {to}, for {mac}"]
+    for name, at in (("ciaddr", 12), ("yiaddr", 16), ("siaddr", 20), ("giaddr", 24)):
+        if any(packet[at : at + 4]):
+            lines.append(f"{name} {socket.inet_ntoa(packet[at : at + 4])}")
+    lines += [f"flags {flags:#06x}"] if flags else []
+    lines += [f"{code:3} {NAMES.get(code, '?')}: {_value(code, value)}" for code, value in options if code != 53]
+    return "\n    ".join(lines)
+
+
+def _value(code: int, value: bytes) -> str:
+    if code in ADDRESSES and len(value) % 4 == 0:
+        return " ".join(socket.inet_ntoa(value[at : at + 4]) for at in range(0, len(value), 4))
+    if code in NUMBERS:
+        return str(int.from_bytes(value, "big"))
+    if code in TEXTS:
+        return value.decode()
+    if code == 119:
+        return _names(value)
+    if code == 55:
+        return " ".join(map(str, value))
+    return value.hex(":")
+
+
+def _names(value: bytes) -> str:
+    """Domain names as RFC 3397 writes them, uncompressed."""
+    names, labels, at = [], [], 0
+    while at < len(value):
+        length = value[at]
+        if length:
+            labels.append(value[at + 1 : at + 1 + length].decode())
+        else:
+            names.append(".".join(labels))
+            labels = []
+        at += 1 + length
+    return " ".join(names)

@@ -1,0 +1,197 @@
+"""Laws of what parses tenants' bytes: nothing raises, and what goes out is well formed and its owner's."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from urllib.parse import quote
+
+import h11
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from guestbed import SERVER, network, nic
+from guestbed.dhcp import message, options_of
+from netloom.guest import http, metadata, password
+from netloom.guest.dhcp import EVERYBODY, Type, answer
+from netloom.guest.table import Table, mac_bytes
+from netloom.guestwire import GuestNic
+from netloom.secret import Secret
+
+WEB = nic(45, options={43: bytes(300), 66: b"boot"}, password=Secret("FAKE-pass"), metadata={"a": "1", "b": ""})
+OTHER = nic(46, default_nic=False)
+TABLE = Table(network(WEB, OTHER, mtu=1450))
+NICS = {mac_bytes(it.mac): it for it in (WEB, OTHER)}
+
+options = st.dictionaries(st.integers(1, 254), st.binary(max_size=80), max_size=8)
+real_options = st.fixed_dictionaries(
+    {},
+    optional={
+        50: st.sampled_from([socket.inet_aton(it.ip) for it in (WEB, OTHER)]) | st.binary(min_size=3, max_size=5),
+        54: st.just(socket.inet_aton(SERVER)) | st.binary(min_size=4, max_size=4),
+        55: st.binary(max_size=40),
+        57: st.binary(min_size=2, max_size=2),
+        61: st.binary(min_size=2, max_size=255),
+        52: st.binary(min_size=1, max_size=1),
+    },
+)
+messages = st.builds(
+    message,
+    st.sampled_from(Type),
+    st.sampled_from([WEB.mac, OTHER.mac, "02:00:00:00:00:99"]),
+    options | real_options,
+    ciaddr=st.sampled_from(["0.0.0.0", WEB.ip, OTHER.ip, "10.1.1.99"]),
+    giaddr=st.sampled_from(["0.0.0.0", "0.0.0.0", "10.1.1.7"]),
+    flags=st.sampled_from([0, 0x8000, 0xFFFF]),
+    tail=st.binary(max_size=20),
+    sname=st.binary(max_size=64),
+    file=st.binary(max_size=128),
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    packet = bytearray(draw(messages))
+    for _ in range(draw(st.integers(0, 4))):
+        packet[draw(st.integers(0, len(packet) - 1))] = draw(st.integers(0, 255))
+    return bytes(packet[: draw(st.integers(0, len(packet)))])
+
+
+@settings(max_examples=600)
+@given(st.binary(max_size=700) | messages | damaged())
+@example(b"")
+def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
+    reply = answer(packet, TABLE)
+    if reply is None:
+        return
+    asked_by = NICS[packet[28:34]]
+    found: dict[int, bytes] = {}
+    for code, value in options_of(reply.packet):
+        found[code] = found.get(code, b"") + value
+    assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
+    assert found[53][0] in (Type.OFFER, Type.ACK, Type.NAK)
+    assert found[54] == socket.inet_aton(SERVER)
+    assert 300 <= len(reply.packet) <= 1472
+    # An address is given, and sent to, only if it is that NIC's own.
+    assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
+    assert reply.to in (EVERYBODY, asked_by.ip)
+    if found[53][0] == Type.NAK:
+        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (EVERYBODY, bytes(4), {53, 54, 56})
+    elif asked_by is OTHER:
+        assert not {3, 6, 15, 119} & set(found)
+    if 51 in found:
+        assert 0 < int.from_bytes(found[58], "big") < int.from_bytes(found[59], "big")
+        assert int.from_bytes(found[59], "big") < int.from_bytes(found[51], "big") < 0xFFFFFFFF
+
+
+@given(messages)
+def test_the_same_question_has_the_same_answer(packet: bytes) -> None:
+    assert answer(packet, TABLE) == answer(packet, TABLE)
+
+
+# ---- HTTP
+
+
+def conversation(chunks: list[bytes], site: http.Site) -> bytes:
+    """What one connection answers to these bytes, cut like this."""
+
+    async def talk() -> bytes:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        ended = asyncio.Event()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        http.Connection(loop, ours, site, lambda _: ended.set())
+        said = b""
+        try:
+            for chunk in chunks:
+                await loop.sock_sendall(theirs, chunk)
+                await asyncio.sleep(0)
+            theirs.shutdown(socket.SHUT_WR)
+            while data := await loop.sock_recv(theirs, 65536):
+                said += data
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        theirs.close()
+        await asyncio.wait_for(ended.wait(), 5)
+        return said
+
+    failures: list[dict[str, object]] = []
+    runner = asyncio.Runner()
+    with runner:
+        runner.get_loop().set_exception_handler(lambda _, context: failures.append(context))
+        said = runner.run(talk())
+    assert failures == []
+    return said
+
+
+def metadata_site(of: GuestNic) -> http.Site:
+    return lambda request: metadata.respond(request, of)
+
+
+def password_site(request: h11.Request) -> http.Answer:
+    return password.respond(request, WEB.password).answer
+
+
+heads = st.lists(
+    st.sampled_from(
+        [
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET /latest/meta-data/a HTTP/1.0\r\n\r\n",
+            b"HEAD /latest/meta-data/a HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc",
+            b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+            b"GET http://x/latest/ HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n",
+            b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost:",
+            b"\r\n\r\n",
+            b"\0\xff\x16\x03\x01",
+        ]
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=150)
+@given(heads | st.lists(st.binary(max_size=200), max_size=4))
+def test_whatever_a_vm_sends_is_answered_in_http_or_not_at_all(chunks: list[bytes]) -> None:
+    said = conversation(chunks, metadata_site(WEB))
+    assert not said or said.startswith(b"HTTP/1.1 ")
+    assert b"FAKE-pass" not in said
+
+
+@settings(max_examples=150)
+@given(heads | st.lists(st.binary(max_size=200), max_size=4))
+def test_a_password_goes_to_nobody_who_does_not_say_the_word(chunks: list[bytes]) -> None:
+    said = conversation(chunks, password_site)
+    assert not said or said.startswith(b"HTTP/1.1 ")
+    assert b"FAKE-pass" not in said
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 40))
+def test_a_request_may_come_in_any_pieces(size: int) -> None:
+    request = b"GET /latest/meta-data/a HTTP/1.1\r\nHost: x\r\n\r\n" * 3
+    pieces = [request[at : at + size] for at in range(0, len(request), size)]
+    assert conversation(pieces, metadata_site(WEB)).count(b"\r\n\r\n1") == 3
+
+
+names = st.text(min_size=1, max_size=30).filter(lambda name: name not in ("user-data", "meta-data", "meta-data/"))
+
+
+@given(st.dictionaries(names, st.text(max_size=50), max_size=6), st.text(max_size=200))
+def test_every_item_is_served_as_it_is_under_both_its_names(items: dict[str, str], user_data: str) -> None:
+    of = nic(45, metadata=items, user_data=Secret(user_data))
+
+    def get(path: str) -> http.Answer:
+        return metadata.respond(h11.Request(method="GET", target=path, headers=[("Host", "x")]), of)
+
+    assert get("/latest/user-data") == http.Answer(200, user_data.encode())
+    listed = get("/latest/meta-data/")
+    assert listed.body.decode() == "".join(f"{name}\n" for name, text in items.items() if text)
+    for name, text in items.items():
+        there = http.Answer(200, text.encode()) if text else http.Answer(404)
+        assert get(f"/latest/meta-data/{quote(name, safe='')}") == there
+        if not name.startswith("meta-data/"):
+            assert get(f"/latest/{quote(name, safe='')}") == there

@@ -1,0 +1,208 @@
+"""The wire between agent and guest, the values of DHCP options, and the filter of system calls, read as a machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from guestbed import network, nic
+from netloom.guest import sandbox
+from netloom.guestwire import Channel, ChannelError, Done, Lent, Listener, Message, Serve, option_bytes
+from netloom.secret import Secret
+
+NETWORK = network(
+    nic(45, options={3: b"\n\1\1\1"}, user_data=Secret("#!\n\n"), password=Secret("FAKE"), password_id="7")
+)
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    one, other = map(Channel, socket.socketpair())
+    yield one, other
+    one.close()
+    other.close()
+
+
+def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    read, write = os.pipe()
+    one.queue(Done(seq=1))
+    one.queue(Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))), [read, write])
+    one.queue(Done(seq=3, error="no"))
+    one.flush()
+    os.close(read)
+    os.close(write)
+    arrived: list[tuple[Message, list[int]]] = []
+    while len(arrived) < 3:
+        arrived += other.receive()
+    assert [message for message, _ in arrived] == [
+        Done(seq=1),
+        Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))),
+        Done(seq=3, error="no"),
+    ]
+    theirs = arrived[1][1]
+    assert [len(descriptors) for _, descriptors in arrived] == [0, 2, 0]
+    os.write(theirs[1], b"through")
+    assert os.read(theirs[0], 10) == b"through"
+    for descriptor in theirs:
+        assert not os.get_inheritable(descriptor)
+        os.close(descriptor)
+
+
+def test_a_message_larger_than_the_socket_takes_arrives_piece_by_piece(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    big = network(nic(45, user_data=Secret("x" * 3_000_000)))
+    read, write = os.pipe()
+    one.queue(Serve(seq=1, network=big, listeners=(Listener("dhcp"),)), [read])
+    arrived: list[object] = []
+    while not arrived:
+        one.flush()
+        for message, descriptors in other.receive():
+            arrived.append(message)
+            os.close(*descriptors)
+    assert arrived == [Serve(seq=1, network=big, listeners=(Listener("dhcp"),))]
+    assert not one.pending
+    os.close(read)
+    os.close(write)
+
+
+def test_secrets_do_not_print() -> None:
+    assert "FAKE" not in repr(NETWORK)
+    assert "#!" not in repr(NETWORK)
+
+
+def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.close()
+    with pytest.raises(ChannelError, match="gone"):
+        other.receive()
+    for foreign in (b"\xff\xff\xff\xff", b"\0\0\0\1\xc1", b"SSH-2.0-x\r\n" * 10):
+        here, there = socket.socketpair()
+        there.send(foreign)
+        with here, there, pytest.raises(ChannelError):
+            Channel(here).receive()
+
+
+def test_announced_descriptors_must_come(ends: tuple[Channel, Channel]) -> None:
+    one, other = ends
+    one.queue(Lent(seq=1, listeners=(Listener("dhcp"),)))
+    one.flush()
+    with pytest.raises(ChannelError, match="1 descriptors were announced and 0 came"):
+        other.receive()
+
+
+def test_who_does_not_read_is_not_waited_for() -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        channel = Channel(here, pending_bytes_max=100_000)
+        with pytest.raises(ChannelError, match="does not read"):
+            for _ in range(10_000):
+                channel.queue(Done(seq=1, error="x" * 1000))
+                channel.flush()
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "value"),
+    [
+        (3, "10.1.1.254", bytes([10, 1, 1, 254])),
+        (6, "10.1.1.1, 192.0.2.53", bytes([10, 1, 1, 1, 192, 0, 2, 53])),
+        (2, "-3600", b"\xff\xff\xf1\xf0"),
+        (19, "true", b"\1"),
+        (23, "64", b"\x40"),
+        (26, "9000", b"\x23\x28"),
+        (25, "68,296", b"\0\x44\1\x28"),
+        (66, "boot.example", b"boot.example"),
+        (67, "10.1.1.1", b"10.1.1.1"),
+        (119, "a.example, b", b"\1a\7example\0\1b\0"),
+        (121, "10.0.0.0/8 via 10.1.1.1, 0.0.0.0/0 via 10.1.1.2", b"\x08\n\n\1\1\1\0\n\1\1\2"),
+        (43, "0x01:04:0a000001", b"\1\4\n\0\0\1"),
+        (150, "192.0.2.1", b"\xc0\0\2\1"),
+        (224, "192.0.2.1", b"\xc0\0\2\1"),
+        (224, "words, and more", b"words, and more"),
+        (252, "http://wpad/x.dat", b"http://wpad/x.dat"),
+    ],
+)
+def test_an_option_has_the_type_that_the_rfc_gives_it(code: int, text: str, value: bytes) -> None:
+    assert option_bytes(code, text) == value
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (3, "router"), (26, "70000"), (26, "-1"), (23, "a"), (119, "a..b"), (121, "10.0.0.1/8 via 10.1.1.1"), (66, ""),
+        (43, "0xzz"), (51, "4294967295"), (53, "5"), (54, "10.1.1.9"), (0, "x"), (255, "x"), (61, "x"), (82, "x"),
+        (256, "x"), (-1, "x"),
+    ],
+)  # fmt: skip
+def test_what_is_no_value_of_an_option_is_refused(code: int, text: str) -> None:
+    with pytest.raises(ValueError):
+        option_bytes(code, text)
+
+
+# ---- the filter
+
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
+
+
+def judge(program: bytes, audit: int, number: int, *arguments: int) -> int:
+    """What the kernel's interpreter would return (classic BPF, the five instructions that the filter uses)."""
+    values = [*arguments, *[0] * (6 - len(arguments))]
+    seccomp_data = struct.pack("<iIQ6Q", number, audit, 0, *values)
+    instructions = list(struct.iter_unpack("<HBBI", program))
+    at = accumulator = 0
+    while True:
+        code, if_true, if_false, value = instructions[at]
+        at += 1
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("<I", seccomp_data, value)
+        elif code == 0x06:
+            return int(value)
+        else:
+            true = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            at += if_true if true else if_false
+
+
+# open, connect, socket, execve, fork or clone, ptrace, bind, kill, prctl, clone3, io_uring_setup, openat2, bpf
+FORBIDDEN = {
+    "x86_64": [2, 42, 41, 59, 57, 56, 101, 49, 62, 157, 435, 425, 437, 321, 257, 0x40000000, 0x40000029],
+    "aarch64": [56, 203, 198, 221, 220, 117, 200, 129, 167, 435, 425, 437, 280, 48],
+}
+
+
+@pytest.mark.parametrize("machine", sandbox.ARCHES)
+def test_the_filter_lets_through_what_serving_takes_and_nothing_else(machine: str) -> None:
+    arch = sandbox.ARCHES[machine]
+    program = sandbox.call_filter(arch)
+    assert len(program) // 8 <= 4096  # BPF_MAXINSNS
+    conditional = {"mmap", "mprotect", "ioctl", "fcntl", "setsockopt"}
+    allowed = set(arch.numbers.values())
+    for number in range(600):
+        name = next((name for name, its in arch.numbers.items() if its == number), "")
+        if name in conditional:
+            continue
+        assert judge(program, arch.audit, number) == (ALLOW if number in allowed else REFUSE), number
+    for number in FORBIDDEN[machine]:
+        assert judge(program, arch.audit, number) == REFUSE
+    assert judge(program, 0x40000003, 11) == KILL  # 32-bit x86: execve under another number
+
+    def of(name: str, *arguments: int) -> int:
+        return judge(program, arch.audit, arch.numbers[name], *arguments)
+
+    assert [of("mmap", 0, 1, prot) for prot in (1, 3, 4, 7)] == [ALLOW, ALLOW, REFUSE, REFUSE]
+    assert [of("mprotect", 0, 1, prot) for prot in (1, 5)] == [ALLOW, REFUSE]
+    assert [of("ioctl", 3, request) for request in (0x5421, 0x5412, 0x8914)] == [ALLOW, REFUSE, REFUSE]
+    assert [of("fcntl", 3, command) for command in (1, 3, 4)] == [ALLOW] * 3
+    assert [of("fcntl", 3, command) for command in (0, 8, 1030)] == [REFUSE] * 3
+        ALLOW,
+        ALLOW,
+        ALLOW,
+        REFUSE,
+        REFUSE,
+        REFUSE,
+    ]
+    options = [(1, 11), (6, 27), (1, 25), (6, 11), (1, 27), (0, 3)]
+    assert [of("setsockopt", 3, *it) for it in options] == [ALLOW, ALLOW, REFUSE, REFUSE, REFUSE, REFUSE]
