@@ -104,6 +104,7 @@ class Judge:
         self._held = {it.address: it for it in self._now.held}
         self._devices = {device_address(it) for it in self._now.networks}
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
+        self._egress = {it.network_id: _egress(it) for it in self._now.networks}
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
         for it in self._now.port_forwards:
             self._forwards.setdefault((it.public_ip, _NUMBERS[it.protocol]), []).append(it)
@@ -167,7 +168,9 @@ class Judge:
             return
         if self._now.network_of(flow.dst) is not None:
             return
-        if not self._lets_out(home, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code):
+        if not self._lets_out(
+            home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
+        ):
             return
         own = self._now.static_sources.get(flow.src)
         if own is not None:
@@ -183,13 +186,10 @@ class Judge:
         return any(_matches(it, protocol, src, public_ip, dport, type_, code) for it in rules)
 
     def _lets_out_anew(
-        self, home: Network, protocol: int, src: str, dst: str, dport: int, type_: int, code: int
+        self, network_id: str, protocol: int, src: str, dst: str, dport: int, type_: int, code: int
     ) -> bool:
-        if home.firewall is None:
-            return True
-        rules = [it for it in home.firewall.rules if it.direction == "egress"]
-        listed = any(_matches(it, protocol, src, dst, dport, type_, code) for it in rules)
-        return listed != home.firewall.default_egress_allow
+        allowed_by_default, rules = self._egress[network_id]
+        return allowed_by_default != any(_matches(it, protocol, src, dst, dport, type_, code) for it in rules)
 
 
 def _fits(way: _Way, flow: Flow) -> bool:

@@ -12,13 +12,14 @@ Links are told apart by their names (``names.guest_link``, ``names.public_link``
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from netloom import names
 from netloom.render.firewall import verdicts
-from netloom.render.live import Live, device_address, live, target_port
+from netloom.render.live import ForwardedPorts, Live, device_address, live, target_port
 from netloom.render.marks import EXIT_MASK, REVOKED
 from netloom.render.ruleset import Chain, NftSet, Ruleset
-from netloom.state import Network, PublicIp, Scope
+from netloom.state import Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
 
@@ -39,6 +40,7 @@ def ruleset(scope: Scope) -> Ruleset:
         sets=(
             _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
             *_translations(now),
+            *_source_ports(now),
             *(it for _, maps in addresses + egress for it in maps),
         ),
         chains=(
@@ -115,6 +117,42 @@ def _translations(now: Live) -> tuple[NftSet, ...]:
     )
 
 
+def _source_ports(now: Live) -> tuple[NftSet, ...]:
+    """UDP ports of the source-NAT address that lead inward, and the guests' own ports that they lead to unchanged.
+
+    No other guest may leave with such a port: after a forward moved, the old guest's next datagram would take the new
+    one's client over.
+    """
+    forwarded: dict[str, str] = {}
+    own: dict[str, str] = {}
+    for it in _forwarded_udp(now):
+        forwarded[str(it.ports)] = ""
+        if target_port(it.forward, it.ports.first) == it.ports.first:
+            last = max(at for at in (it.ports.first, it.ports.last) if target_port(it.forward, at) == at)
+            own[f"{it.forward.private_ip} . {Ports(it.ports.first, last)}"] = ""
+    return (
+        NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
+        NftSet(name="forwarded_udp_own", kind="set", type="ipv4_addr . inet_service", flags="interval", elements=own),
+    )
+
+
+def _forwarded_udp(now: Live) -> list[ForwardedPorts]:
+    if now.source_nat is None:
+        return []
+    address = now.source_nat.address
+    return [it for it in now.forwarded if it.forward.public_ip == address and it.forward.protocol == "udp"]
+
+
+def _free_ports(taken: list[Ports]) -> Ports | None:
+    """Source ports that lead nowhere: a fixed block where one is free, so that forwards seldom change the rule."""
+    for block in (Ports(49152, 65535), Ports(32768, 49151), Ports(16384, 32767), Ports(1024, 16383)):
+        if all(it.last < block.first or it.first > block.last for it in taken):
+            return block
+    gaps = [Ports(a.last + 1, b.first - 1) for a, b in pairwise([Ports(0, 1023), *sorted(taken), Ports(65536, 65536)])]
+    widest = max(gaps, key=lambda it: it.count)
+    return widest if widest.count > 0 else None
+
+
 def _translate_to() -> Chain:
     service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
     return Chain(
@@ -136,7 +174,8 @@ def _choose_exit(now: Live) -> Chain:
         name="choose_exit",
         hook="type filter hook prerouting priority dstnat + 10; policy accept;",
         rules=(
-            f"{outward} ct state new ct mark set ip saddr map @static_exits",
+            # With its first packet only: a flow that nobody answered is still new when its guest gets an address.
+            f"{outward} ct status & confirmed == 0 ct mark set ip saddr map @static_exits",
             f"{outward} meta mark set ct mark & {EXIT_MASK:#010x}",
         )
         if now.networks
@@ -199,10 +238,14 @@ def _translate_from(now: Live) -> Chain:
     ]
     rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")
     if now.source_nat is not None:
+        free = _free_ports([it.ports for it in _forwarded_udp(now)])
         static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
-        rules += [
-            f"oifname {_PUBLIC} ip saddr {it.cidr}{static} snat ip to {now.source_nat.address}" for it in now.networks
-        ]
+        for it in now.networks:
+            guests = f"oifname {_PUBLIC} ip saddr {it.cidr}{static}"
+            if free is not None:
+                taken = "udp sport @forwarded_udp ip saddr . udp sport != @forwarded_udp_own"
+                rules.append(f"{guests} {taken} snat ip to {now.source_nat.address}:{free}")
+            rules.append(f"{guests} snat ip to {now.source_nat.address}")
     return Chain(
         name="translate_from",
         hook="type nat hook postrouting priority srcnat; policy accept;",

@@ -1,0 +1,487 @@
+"""A network of scratch namespaces around one device, to prove with packets what ``render`` says.
+
+    vm1 vm2 vm3 ── guest segment ── dev ── public VLAN 101 ── gw1 ──┐
+                                     │          └ neighbour         ├── internet (clients on its loopback)
+                                     └──── public VLAN 102 ── gw2 ──┘
+
+The device is made from a ``Want`` by the plain tools ``ip``, ``nft -f`` and ``conntrack``: a second opinion to the
+agent. The two gateways drop what does not come from an address of their own VLAN, as providers do, so a reply that
+takes the wrong exit is lost. Sockets are opened inside the namespaces and stay there; nothing leaves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import secrets
+import select
+import selectors
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from netloom.render import flows, ruleset
+from netloom.render.marks import REVOKED
+from netloom.render.scope import render
+from netloom.render.want import Want
+from netloom.state import Scope
+
+CLONE_NEWNET = 0x40000000
+_libc = ctypes.CDLL(None, use_errno=True)
+
+GUEST_CIDR, GATEWAY = "10.1.1.0/24", "10.1.1.1"
+VMS = {"vm1": "10.1.1.11", "vm2": "10.1.1.12", "vm3": "10.1.1.13"}
+CLIENT, CLIENT2, STRANGER = "192.0.2.10", "192.0.2.11", "192.0.2.200"
+NEIGHBOUR = "203.0.113.99"
+SUBNETS = {"gw1": ("203.0.113.0/24", "198.151.100.0/24"), "gw2": ("198.51.100.0/24",)}
+
+# How long silence has to last to be believed, and how long an expected answer may take on a busy machine.
+QUIET_S, PATIENCE_S = 0.35, 8.0
+
+
+def run(*argv: str, stdin: str = "") -> str:
+    done = subprocess.run(argv, input=stdin, text=True, capture_output=True)
+    assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr.strip()}\n{stdin}"
+    return done.stdout
+
+
+@contextlib.contextmanager
+def inside(namespace: str) -> Iterator[None]:
+    """This thread, in another network namespace."""
+    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    try:
+        if _libc.setns(there, CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
+        yield
+    finally:
+        if _libc.setns(home, CLONE_NEWNET):
+            os._exit(70)  # a test process in a foreign namespace must not go on
+        os.close(home)
+        os.close(there)
+
+
+@dataclass(frozen=True)
+class Try:
+    """One attempt from ``space``; ``source`` empty lets the kernel choose. ICMP: ``port`` is type * 256 + code."""
+
+    space: str
+    protocol: str
+    target: str
+    port: int = 8 << 8
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A conntrack entry, as ``flows.Flow`` has it."""
+
+    protocol: int
+    src: str
+    dst: str
+    reply_src: str
+    reply_dst: str
+    sport: int = 0
+    dport: int = 0
+    reply_sport: int = 0
+    reply_dport: int = 0
+    icmp_type: int = -1
+    icmp_code: int = -1
+    icmp_id: int = 0
+    mark: int = 0
+    status: int = 0
+
+    def selector(self) -> list[str]:
+        words = ["-p", str(self.protocol), "-s", self.src, "-d", self.dst]
+        if self.protocol == flows.ICMP:
+            kind = ["--icmp-type", str(self.icmp_type), "--icmp-code", str(self.icmp_code)]
+            return [*words, *kind, "--icmp-id", str(self.icmp_id)]
+        if self.protocol in (flows.TCP, flows.UDP):
+            words += ["--sport", str(self.sport), "--dport", str(self.dport)]
+        return words
+
+
+@dataclass
+class Lab:
+    tag: str = field(default_factory=lambda: f"rtest-{os.getpid()}-{secrets.token_hex(2)}")
+    scope: Scope | None = None
+    want: Want = field(default_factory=lambda: Want(namespace=""))
+
+    def __post_init__(self) -> None:
+        self._spaces: list[str] = []
+        self._served: dict[tuple[str, str, str, int], socket.socket] = {}
+        self._answering = selectors.DefaultSelector()
+        self._stop_r, self._stop_w = os.pipe()
+        self._answering.register(self._stop_r, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._answer, daemon=True)
+        self._icmp: dict[str, socket.socket] = {}
+        self._numbers = iter(range(1, 65000))
+
+    def ns(self, space: str) -> str:
+        return f"{self.tag}-{space}"
+
+    def __enter__(self) -> Lab:
+        self._thread.start()
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
+        spaces = ["sw", "dev", *VMS, "gw1", "gw2", "inet", "nb"]
+        for it in spaces:
+            run("ip", "netns", "add", self.ns(it))
+            self._spaces.append(it)
+            with inside(self.ns(it)):
+                _write("net.ipv6.conf.all.disable_ipv6", "1")
+                _write("net.ipv4.conf.all.rp_filter", "0")
+                _write("net.ipv4.conf.default.rp_filter", "0")
+                _write("net.ipv4.ping_group_range", "0 2147483647")
+                if it in ("gw1", "gw2", "inet"):
+                    _write("net.ipv4.ip_forward", "1")
+            self.ip(it, "link set lo up")
+        self.ip("sw", *(f"link add breth1-{vlan} type bridge" for vlan in ("1204", "101", "102", "0")))
+        self.ip("sw", *(f"link set breth1-{vlan} up" for vlan in ("1204", "101", "102", "0")))
+        for name, address in VMS.items():
+            self.plug(name, "1204", f"{address}/24")
+            self.ip(name, f"route add default via {GATEWAY}")
+        self.plug("gw1", "101", "203.0.113.1/24")
+        self.ip("gw1", "addr add 198.151.100.1/24 dev eth0")
+        self.plug("gw2", "102", "198.51.100.1/24")
+        self.plug("nb", "101", f"{NEIGHBOUR}/24")
+        self.ip("nb", "route add default via 203.0.113.1", f"route add {GUEST_CIDR} via 203.0.113.20")
+        for number, gw in ((1, "gw1"), (2, "gw2")):
+            self.ip(
+                "inet",
+                f"link add up{number} type veth peer name wan netns {self.ns(gw)}",
+                f"addr add 172.16.{number}.1/30 dev up{number}",
+                f"link set up{number} up",
+            )
+            self.ip(
+                gw,
+                f"addr add 172.16.{number}.2/30 dev wan",
+                "link set wan up",
+                f"route add default via 172.16.{number}.1",
+            )
+            self.ip("inet", *(f"route add {subnet} via 172.16.{number}.2" for subnet in SUBNETS[gw]))
+            self.nft(gw, f"table ip strays {{ chain stray {{ type filter hook prerouting priority -300; "
+                         f"iifname eth0 ip saddr != {{ {', '.join(SUBNETS[gw])} }} counter drop; }}; }}\n")  # fmt: skip
+        self.ip("inet", *(f"addr add {it}/32 dev lo" for it in (CLIENT, CLIENT2, STRANGER)))
+
+    def __exit__(self, *_: object) -> None:
+        os.write(self._stop_w, b"x")
+        self._thread.join(10)
+        for key in list(self._answering.get_map().values()):
+            if isinstance(key.fileobj, socket.socket):
+                key.fileobj.close()
+        self._answering.close()
+        for it in self._icmp.values():
+            it.close()
+        os.close(self._stop_r)
+        os.close(self._stop_w)
+        for space in self._spaces:
+            run("ip", "netns", "del", self.ns(space))
+
+    # Plain tools
+
+    def ip(self, space: str, *lines: str) -> None:
+        run("ip", "-n", self.ns(space), "-batch", "-", stdin="\n".join(lines) + "\n")
+
+    def nft(self, space: str, text: str) -> None:
+        run("ip", "netns", "exec", self.ns(space), "nft", "-f", "-", stdin=text)
+
+    def listing(self) -> str:
+        return run("ip", "netns", "exec", self.ns("dev"), "nft", "-j", "list", "table", "inet", "netloom")
+
+    def plug(self, space: str, vlan: str, address: str) -> None:
+        """A link of ``space`` into a segment."""
+        port = f"x{space}-{vlan}"[:15]
+        self.ip("sw", f"link add {port} type veth peer name eth0 netns {self.ns(space)}",
+                f"link set {port} master breth1-{vlan}", f"link set {port} up")  # fmt: skip
+        self.ip(space, f"addr add {address} dev eth0", "link set eth0 up")
+
+    def strays(self) -> int:
+        """Packets that reached a gateway of the provider with an address that is not of its VLAN."""
+        found = 0
+        for gw in ("gw1", "gw2"):
+            text = run("ip", "netns", "exec", self.ns(gw), "nft", "list", "table", "ip", "strays")
+            found += int(re.findall(r"packets (\d+)", text)[0])
+        return found
+
+    # The device
+
+    def apply(self, scope: Scope | None, *, settle: bool = True) -> None:
+        """Make the device what ``scope`` wants, then deal with open flows as the judge says."""
+        before, self.scope = self.scope, scope
+        self.realise(render(scope))
+        if settle:
+            self.settle(before)
+
+    def renew(self, scope: Scope) -> None:
+        """The device as ``scope`` wants it, with no memory of connections and no neighbour known."""
+        self.apply(scope, settle=False)
+        run("ip", "netns", "exec", self.ns("dev"), "conntrack", "-F")
+        for space in ("gw1", "gw2", "nb"):  # nobody here tells them by gratuitous ARP
+            self.ip(space, "neigh flush all")
+
+    def realise(self, want: Want) -> None:
+        have, self.want = self.want, want
+        if want.ruleset is not None:
+            text = ruleset.swap(have.ruleset, want.ruleset) if have.ruleset else ruleset.fresh(want.ruleset)
+            if text:
+                self.nft("dev", text)
+        elif have.ruleset is not None:
+            self.nft("dev", "delete table inet netloom\n")
+        for rule in set(have.rules) - set(want.rules):
+            self.ip("dev", f"rule del priority {rule.priority}")
+        for port in set(have.ports) - set(want.ports):
+            self.ip("dev", f"link del {port.link}")
+        for port in want.ports:
+            if port not in have.ports:
+                self.ip("sw", f"link add {port.host_link} type veth peer name {port.link} address {port.mac} "
+                              f"netns {self.ns('dev')}", f"link set {port.host_link} master {port.segment.bridge}",
+                        f"link set {port.host_link} up")  # fmt: skip
+        if want.sysctls != have.sysctls:
+            with inside(self.ns("dev")):
+                for key, value in want.sysctls.items():
+                    _write(key, value)
+        links = {it.link for it in have.ports} & {it.link for it in want.ports}
+        lines = [f"addr del {it.cidr} dev {it.link}" for it in have.addresses
+                 if it not in want.addresses and it.link in links]  # fmt: skip
+        lines += [f"link set {it.link} up" for it in want.ports if it not in have.ports]
+        lines += [f"addr add {it.cidr} dev {it.link}" for it in want.addresses if it not in have.addresses]
+        # The kernel takes routes away with the address that they prefer, so they are all put in place again.
+        lines += [f"route replace {_route(it)}" for it in want.routes]
+        lines += [f"rule add priority {it.priority} fwmark {it.mark}/{it.mask:#x} table {it.table}"
+                  for it in want.rules if it not in have.rules]  # fmt: skip
+        self.ip("dev", *lines)
+        places = {(it.table, it.destination) for it in want.routes}
+        for route in have.routes:
+            if (route.table, route.destination) not in places:
+                with contextlib.suppress(AssertionError):  # gone with its link or its address
+                    self.ip("dev", f"route del {route.destination} table {route.table}")
+
+    def entries(self) -> list[Entry]:
+        text = run("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended")
+        return [_entry(line) for line in text.splitlines()]
+
+    def settle(self, before: Scope | None) -> None:
+        look = flows.attention(before, self.scope)
+        if look == "none":
+            return
+        judge = flows.Judge(self.scope)
+        for entry in self.entries():
+            if look == "tombstones" and not entry.mark & REVOKED:
+                continue
+            match judge.verdict(entry):
+                case "delete":
+                    self.conntrack("-D", *entry.selector())
+                case "tombstone":
+                    self.conntrack("-U", *entry.selector(), "--mark", f"{REVOKED:#x}/{REVOKED:#x}")
+
+    def conntrack(self, *argv: str) -> None:
+        # An entry that timed out between look and act is no failure.
+        subprocess.run(["ip", "netns", "exec", self.ns("dev"), "conntrack", *argv], capture_output=True, check=False)
+
+    # Packets
+
+    def open_socket(self, space: str, kind: int, protocol: int = 0) -> socket.socket:
+        with inside(self.ns(space)):
+            return socket.socket(socket.AF_INET, kind, protocol)
+
+    def serve(self, space: str, protocol: str, port: int, address: str = "") -> None:
+        """Answer every connection and datagram with ``space address:port`` of whoever asks, as seen here."""
+        key = (space, protocol, address, port)
+        if key in self._served:
+            return
+        listener = self.open_socket(space, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind((address, port))
+        if protocol == "tcp":
+            listener.listen(64)
+        self._served[key] = listener
+        self._answering.register(listener, selectors.EVENT_READ, (space, protocol))
+
+    def _answer(self) -> None:
+        while True:
+            for key, _ in self._answering.select():
+                if key.fileobj == self._stop_r:
+                    return
+                assert isinstance(key.fileobj, socket.socket)
+                space, protocol = key.data
+                with contextlib.suppress(OSError):
+                    if protocol == "udp":
+                        _, peer = key.fileobj.recvfrom(2048)
+                        key.fileobj.sendto(f"{space} {peer[0]}:{peer[1]}".encode(), peer)
+                    elif protocol == "tcp":
+                        connection, peer = key.fileobj.accept()
+                        connection.setblocking(False)
+                        connection.send(f"{space} {peer[0]}:{peer[1]}\n".encode())
+                        self._answering.register(connection, selectors.EVENT_READ, (space, "echo"))
+                    else:
+                        self._echo(key.fileobj)
+
+    def _echo(self, connection: socket.socket) -> None:
+        try:
+            data = connection.recv(65536)
+        except OSError:
+            data = b""
+        if data:
+            connection.sendall(data)
+            return
+        self._answering.unregister(connection)
+        connection.close()
+
+    def ask(self, tries: Iterable[Try], patience_s: float = PATIENCE_S) -> list[str]:
+        """What came back on each attempt, all made at once: the answer, ``refused``, or empty for silence.
+
+        Waits ``QUIET_S`` for all; longer, up to ``patience_s``, only when called by :meth:`answered`.
+        """
+        asked = list(tries)
+        answers = [""] * len(asked)
+        waiting: dict[int, tuple[int, socket.socket, bytes]] = {}
+        poll = select.poll()
+        for at, it in enumerate(asked):
+            client, expected = self._begin(it)
+            waiting[client.fileno()] = (at, client, expected)
+            poll.register(client, select.POLLIN | select.POLLERR | select.POLLHUP)
+        until = time.monotonic() + patience_s
+        while waiting and (left := until - time.monotonic()) > 0:
+            for fd, _ in poll.poll(left * 1000):
+                at, client, expected = waiting[fd]
+                try:
+                    data = client.recv(4096)
+                    if expected:
+                        if not _is_reply(data, expected):
+                            continue
+                        data = b"pong"
+                    answers[at] = data.decode().strip() or "closed"
+                except ConnectionError:
+                    answers[at] = "refused"
+                except OSError as error:
+                    answers[at] = f"error {error.errno}"
+                poll.unregister(fd)
+                waiting.pop(fd)
+                client.close()
+        for _, client, _ in waiting.values():
+            client.close()
+        return answers
+
+    def _begin(self, it: Try) -> tuple[socket.socket, bytes]:
+        if it.protocol == "icmp":
+            client = self.open_socket(it.space, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+            client.setblocking(False)
+            if it.source:
+                client.bind((it.source, 0))
+            number = next(self._numbers)
+            client.connect((it.target, 0))
+            client.send(_icmp(it.port >> 8, it.port & 255, number))
+            return client, struct.pack("!BH", {8: 0, 13: 14}.get(it.port >> 8, 0), number)
+        client = self.open_socket(it.space, socket.SOCK_STREAM if it.protocol == "tcp" else socket.SOCK_DGRAM)
+        client.setblocking(False)
+        if it.source:
+            client.bind((it.source, 0))
+        if it.protocol == "tcp":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with contextlib.suppress(BlockingIOError):
+            client.connect((it.target, it.port))
+        if it.protocol == "udp":
+            client.send(b"?")
+        return client, b""
+
+    def answered(self, *tries: Try) -> list[str]:
+        """The answers; every attempt must get one, which may take a while on a busy machine."""
+        answers = self.ask(tries)
+        for it, answer in zip(tries, answers, strict=True):
+            assert answer and answer != "refused" and not answer.startswith("error"), f"{it}: {answer or 'silence'}"
+        return answers
+
+    def silent(self, *tries: Try) -> None:
+        """No attempt gets anything back."""
+        for it, answer in zip(tries, self.ask(tries, QUIET_S), strict=True):
+            assert not answer, f"{it}: {answer}"
+
+    def connect(self, space: str, target: str, port: int, source: str = "") -> socket.socket:
+        """An open TCP connection to a server of :meth:`serve`, its greeting read; blocking, with a timeout."""
+        client = self.open_socket(space, socket.SOCK_STREAM)
+        client.settimeout(PATIENCE_S)
+        if source:
+            client.bind((source, 0))
+        client.connect((target, port))
+        assert client.recv(200)
+        return client
+
+
+def echoes(connection: socket.socket, patience_s: float = PATIENCE_S) -> bool:
+    """Whether a connection of :meth:`Lab.connect` still carries data there and back."""
+    connection.settimeout(patience_s)
+    word = secrets.token_hex(8).encode()
+    try:
+        connection.sendall(word)
+        data = b""
+        while not data.endswith(word):
+            more = connection.recv(4096)
+            if not more:
+                return False
+            data += more
+    except OSError:
+        return False
+    return True
+
+
+def _icmp(type_: int, code: int, number: int) -> bytes:
+    body = struct.pack("!HH", number, 1) + bytes(12)
+    head = struct.pack("!BBH", type_, code, 0)
+    total = sum(struct.unpack(f"!{len(head + body) // 2}H", head + body))
+    total = (total >> 16) + (total & 0xFFFF)
+    total += total >> 16
+    return struct.pack("!BBH", type_, code, ~total & 0xFFFF) + body
+
+
+def _is_reply(packet: bytes, expected: bytes) -> bool:
+    body = packet[(packet[0] & 15) * 4 :]
+    return body[:1] == expected[:1] and body[4:6] == expected[1:3]
+
+
+def _route(route: object) -> str:
+    words = [route.destination, "dev", route.link, "table", str(route.table)]  # type: ignore[attr-defined]
+    if route.via:  # type: ignore[attr-defined]
+        words[1:1] = ["via", route.via]  # type: ignore[attr-defined]
+    else:
+        words += ["scope", "link"]
+    if route.source:  # type: ignore[attr-defined]
+        words += ["src", route.source]  # type: ignore[attr-defined]
+    return " ".join(words)
+
+
+def _entry(line: str) -> Entry:
+    protocol = int(line.split()[3])
+    found: dict[str, list[str]] = {}
+    for key, value in re.findall(r"(\w+)=(\S+)", line):
+        found.setdefault(key, []).append(value)
+    ports = {}
+    if "sport" in found:
+        ports = {
+            "sport": int(found["sport"][0]), "dport": int(found["dport"][0]),
+            "reply_sport": int(found["sport"][1]), "reply_dport": int(found["dport"][1]),
+        }  # fmt: skip
+    if "type" in found:
+        ports = {"icmp_type": int(found["type"][0]), "icmp_code": int(found["code"][0]), "icmp_id": int(found["id"][0])}
+    return Entry(
+        protocol=protocol, src=found["src"][0], dst=found["dst"][0], reply_src=found["src"][1],
+        reply_dst=found["dst"][1], mark=int(found["mark"][0]), **ports,
+    )  # fmt: skip
+
+
+def _write(key: str, value: str) -> None:
+    with open("/proc/sys/" + key.replace(".", "/"), "w") as file:
+        file.write(value)

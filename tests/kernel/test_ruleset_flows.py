@@ -1,0 +1,360 @@
+"""Revoking something ends exactly the open flows that it allowed, whichever end sends next; others do not notice."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from msgspec.structs import replace
+
+from kernel.ruleset_lab import CLIENT, CLIENT2, STRANGER, VMS, Lab, Try, echoes
+from netloom.render.marks import REVOKED
+from netloom.state import Scope
+from unit.wishes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, network, static, wish
+
+QUIET_S = 0.4
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        for port in (22, 80, 5000):
+            for vm in VMS:
+                lab.serve(vm, "tcp", port)
+            lab.serve("inet", "tcp", port, STRANGER)
+            lab.serve("inet", "udp", port, STRANGER)
+        yield lab
+
+
+@dataclass
+class Talk:
+    """A UDP conversation whose ends both have a voice: ``server`` is bound, ``client`` is connected to it."""
+
+    client: socket.socket
+    server: socket.socket
+    peer: tuple[str, int]
+
+    def heard(self, sender: str) -> bool:
+        """Whether a datagram that ``client`` or ``server`` sends now reaches the other end."""
+        word = f"{sender}{id(self)}".encode()
+        listener = self.server if sender == "client" else self.client
+        listener.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            while True:
+                listener.recv(100)
+        if sender == "client":
+            self.client.send(word)
+        else:
+            self.server.sendto(word, self.peer)
+        listener.settimeout(QUIET_S)
+        try:
+            return listener.recv(100) == word
+        except TimeoutError:
+            return False
+
+    def lives(self) -> bool:
+        return self.heard("client") and self.heard("server")
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
+@pytest.fixture
+def talk(lab: Lab) -> Iterator[Callable[..., Talk]]:
+    talks: list[Talk] = []
+
+    def begin(space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = "") -> Talk:
+        """A conversation with ``target:port``, answered by ``server``; ``at``: the server's own port."""
+        ear = lab.open_socket(server, socket.SOCK_DGRAM)
+        ear.bind((STRANGER if server == "inet" else "", at or port))
+        mouth = lab.open_socket(space, socket.SOCK_DGRAM)
+        mouth.bind((source or (CLIENT if space == "inet" else ""), local))
+        mouth.connect((target, port))
+        mouth.send(b"hello")
+        ear.settimeout(8)
+        _, peer = ear.recvfrom(100)
+        talks.append(Talk(mouth, ear, peer))
+        return talks[-1]
+
+    yield begin
+    for it in talks:
+        it.close()
+
+
+CASES: dict[str, tuple[Scope, Scope]] = {
+    "the rule": (
+        wish(admit(A1, "tcp", "22"), admit(A1, "udp", "53"), admit(A1, "tcp", "80"), admit(A1, "udp", "80"),
+             held=(A1, A2), forwards=[forward(A1, "22", VM1), forward(A1, "80", VM2),
+                                      forward(A1, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+        wish(admit(A1, "tcp", "80"), admit(A1, "udp", "80"),
+             held=(A1, A2), forwards=[forward(A1, "22", VM1), forward(A1, "80", VM2),
+                                      forward(A1, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+    ),
+    "the forward": (
+        wish(admit(A1, "all"), held=(A1, A2),
+             forwards=[forward(A1, "22", VM1), forward(A1, "80", VM2),
+                       forward(A1, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+        wish(admit(A1, "all"), held=(A1, A2),
+             forwards=[forward(A1, "80", VM2), forward(A1, "80", VM2, protocol="udp")]),
+    ),
+    "the address": (
+        wish(admit(A1, "all"), admit(A2, "all"), held=(A1, A2),
+             forwards=[forward(A2, "22", VM1), forward(A1, "80", VM2),
+                       forward(A2, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+        wish(admit(A1, "all"), admit(A2, "all"), held=(A1,),
+             forwards=[forward(A2, "22", VM1), forward(A1, "80", VM2),
+                       forward(A2, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+    ),
+    "the static translation": (
+        wish(admit(A1, "all"), admit(A2, "all"), held=(A1, A2), static=[static(A2, VM1)],
+             forwards=[forward(A1, "80", VM2), forward(A1, "80", VM2, protocol="udp")]),
+        wish(admit(A1, "all"), admit(A2, "all"), held=(A1, A2),
+             forwards=[forward(A1, "80", VM2), forward(A1, "80", VM2, protocol="udp")]),
+    ),
+    "a prefix of the rule": (
+        wish(admit(A1, "all", "", f"{CLIENT}/32", f"{CLIENT2}/32"), held=(A1,),
+             forwards=[forward(A1, "22", VM1), forward(A1, "80", VM2),
+                       forward(A1, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+        wish(admit(A1, "all", "", f"{CLIENT2}/32"), held=(A1,),
+             forwards=[forward(A1, "22", VM1), forward(A1, "80", VM2),
+                       forward(A1, "53", VM1, protocol="udp"), forward(A1, "80", VM2, protocol="udp")]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("revoked", CASES)
+def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
+    lab: Lab, talk: Callable[..., Talk], revoked: str
+) -> None:
+    before, after = CASES[revoked]
+    lab.renew(before)
+    entry = A2 if revoked in ("the address", "the static translation") else A1
+    other = CLIENT2 if revoked == "a prefix of the rule" else CLIENT
+    tcp_ends = [lab.connect("inet", entry.address, 22, CLIENT), lab.connect("inet", entry.address, 22, CLIENT)]
+    tcp_stays = [lab.connect("inet", A1.address, 80, other), lab.connect("vm1", STRANGER, 22)]
+    udp_ends = [talk("inet", entry.address, 53, "vm1")]
+    udp_stays = [talk("inet", A1.address, 80, "vm2", source=other)]
+    try:
+        assert all(echoes(it) for it in tcp_ends + tcp_stays)
+        assert all(it.lives() for it in udp_ends + udp_stays)
+        lab.apply(after)
+        # The guest sends first on one, the client on the other; then both once more.
+        assert not udp_ends[0].heard("server")
+        assert not udp_ends[0].heard("client")
+        assert not udp_ends[0].heard("server")
+        assert not any(echoes(it, QUIET_S) for it in tcp_ends)
+        stays = tcp_stays if revoked != "the static translation" else tcp_stays[:1]
+        assert all(echoes(it) for it in stays)
+        assert all(it.lives() for it in udp_stays)
+        # Allowed once more, the revoked conversation begins anew.
+        lab.apply(before)
+        assert udp_ends[0].heard("client")
+    finally:
+        for it in tcp_ends + tcp_stays:
+            it.close()
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+def test_a_revoked_udp_flow_stays_ended_while_both_ends_send(lab: Lab, talk: Callable[..., Talk], first: str) -> None:
+    """Without the mark the guest's next datagram would be a new connection outward, with the very same ports."""
+    before, after = CASES["the forward"]
+    lab.renew(before)
+    conversation = talk("inet", A1.address, 53, "vm1", local=4000)
+    lab.apply(after)
+    order = [first, "server" if first == "client" else "client"] * 3
+    assert [conversation.heard(it) for it in order] == [False] * 6
+    marked = [it for it in lab.entries() if it.mark & REVOKED]
+    assert [(it.src, it.dst, it.dport) for it in marked] == [(CLIENT, A1.address, 53)]
+    # A second look changes nothing.
+    lab.settle(before)
+    assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
+
+
+def test_tcp_is_not_picked_up_in_the_middle_whichever_end_sends(lab: Lab) -> None:
+    before = wish(admit(A1, "tcp", "2200"), forwards=[forward(A1, "2200", VM1)])
+    lab.renew(before)
+    server = lab.open_socket("vm1", socket.SOCK_STREAM)
+    server.bind(("", 2200))
+    server.listen(1)
+    server.settimeout(8)
+    client = lab.open_socket("inet", socket.SOCK_STREAM)
+    client.settimeout(8)
+    client.bind((CLIENT, 0))
+    client.connect((A1.address, 2200))
+    guest, _ = server.accept()
+    with client, guest, server:
+        guest.sendall(b"hello")
+        assert client.recv(10) == b"hello"
+        lab.apply(wish(forwards=[forward(A1, "2200", VM1)]))
+        for sender, listener in ((guest, client), (client, guest), (guest, client)):
+            sender.sendall(b"more")
+            listener.settimeout(QUIET_S)
+            with pytest.raises(TimeoutError):
+                listener.recv(10)
+        assert not [it for it in lab.entries() if 2200 in (it.sport, it.dport)]
+
+
+def test_a_denied_egress_ends_what_guests_began_and_answers_too(lab: Lab, talk: Callable[..., Talk]) -> None:
+    lab.renew(wish(held=(A1,)))
+    ends, stays = lab.connect("vm1", STRANGER, 22), lab.connect("vm2", STRANGER, 22)
+    spoken = talk("vm1", STRANGER, 5001, "inet")
+    with ends, stays:
+        lab.apply(wish(egress("all", sources=(f"{VM1}/32",)), held=(A1,)))
+        assert not echoes(ends, QUIET_S)
+        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+        assert echoes(stays)
+
+
+def test_a_ping_that_goes_on_meets_a_revoked_rule(lab: Lab) -> None:
+    lab.renew(wish(admit(A1, "icmp"), held=(A1,)))
+    lab.answered(Try("inet", "icmp", A1.address, source=CLIENT))
+    lab.apply(wish(held=(A1,)))
+    lab.silent(Try("inet", "icmp", A1.address, source=CLIENT))
+    assert not [it for it in lab.entries() if it.protocol == 1 and it.dst == A1.address and it.src == CLIENT]
+
+
+def test_a_hairpin_flow_ends_with_its_forward(lab: Lab, talk: Callable[..., Talk]) -> None:
+    before = wish(admit(A1, "all"), forwards=[forward(A1, "22", VM1), forward(A1, "53", VM1, protocol="udp")])
+    lab.renew(before)
+    spoken = talk("vm2", A1.address, 53, "vm1")
+    with lab.connect("vm2", A1.address, 22) as ends:
+        assert echoes(ends)
+        assert spoken.lives()
+        lab.apply(wish(admit(A1, "all")))
+        assert not echoes(ends, QUIET_S)
+        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+
+
+def test_a_forward_that_moves_takes_its_clients_along(lab: Lab, talk: Callable[..., Talk]) -> None:
+    """The old guest goes on sending, and neither reaches the client nor keeps it from the new guest."""
+    lab.renew(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
+    spoken = talk("inet", A1.address, 53, "vm1", local=4100)
+    lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM2, protocol="udp")]))
+    assert not spoken.heard("server")
+    heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
+    with heir:
+        heir.bind(("", 53))
+        heir.settimeout(8)
+        spoken.client.send(b"still there?")
+        data, peer = heir.recvfrom(100)
+        assert data == b"still there?"
+        assert not spoken.heard("server")
+        heir.sendto(b"here", peer)
+        spoken.client.settimeout(8)
+        assert spoken.client.recv(100) == b"here"
+
+
+def test_a_new_static_translation_leaves_what_its_guest_had_begun_alone(lab: Lab, talk: Callable[..., Talk]) -> None:
+    before = wish(admit(B1, "icmp"), held=(A1, B1))
+    lab.renew(before)
+    spoken = talk("vm2", STRANGER, 5002, "inet")
+    with lab.connect("vm2", STRANGER, 22) as stays:
+        lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}))
+        assert echoes(stays)
+        assert spoken.lives()
+        # Even when something else is taken away later.
+        lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}, networks=wish().networks))
+        assert echoes(stays)
+        assert spoken.lives()
+
+
+def test_another_source_nat_address_ends_the_old_ones_flows(lab: Lab, talk: Callable[..., Talk]) -> None:
+    lab.renew(wish(held=(A1, A2)))
+    spoken = talk("vm1", STRANGER, 5003, "inet")
+    with lab.connect("vm1", STRANGER, 22) as ends:
+        lab.apply(wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))))
+        assert not echoes(ends, QUIET_S)
+        assert not spoken.heard("server")
+        spoken.client.send(b"again")  # and begins anew, with the new address
+        spoken.server.settimeout(8)
+        data, peer = spoken.server.recvfrom(100)
+        assert (data, peer[0]) == (b"again", A2.address)
+
+
+def test_flows_with_the_device_itself_live_through_changes(lab: Lab) -> None:
+    lab.serve("dev", "tcp", 80)
+    before, after = CASES["the rule"]
+    lab.renew(before)
+    with lab.connect("vm1", GATEWAY, 80) as stays:
+        lab.apply(after)
+        lab.apply(wish(allow_egress=False, held=(A1,)))
+        assert echoes(stays)
+
+
+def test_a_long_transfer_runs_through_a_hundred_rule_changes(lab: Lab) -> None:
+    size = 16 << 20
+    block = bytes(range(256)) * 256
+    base = wish(admit(A1, "tcp", "7000"), held=(A1, A2), forwards=[forward(A1, "7000", VM1)])
+    lab.renew(base)
+    listener = lab.open_socket("vm1", socket.SOCK_STREAM)
+    listener.bind(("", 7000))
+    listener.listen(2)
+    listener.settimeout(30)
+    failures: list[str] = []
+    changing = threading.Event()
+    changing.set()
+
+    def send(connection: socket.socket) -> None:
+        connection.settimeout(30)
+        try:
+            sent = 0
+            while sent < size or changing.is_set():
+                connection.sendall(block)
+                sent += len(block)
+                time.sleep(0.003)  # the changes need a processor too
+            connection.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            failures.append(f"send: {error!r}")
+
+    def receive(connection: socket.socket) -> None:
+        connection.settimeout(30)
+        at = 0
+        try:
+            while data := connection.recv(1 << 20):
+                start = at % len(block)
+                if data != (block * (len(data) // len(block) + 2))[start : start + len(data)]:
+                    failures.append(f"wrong bytes at {at}")
+                    return
+                at += len(data)
+            if at < size:
+                failures.append(f"ended at {at}")
+        except OSError as error:
+            failures.append(f"receive: {error!r}")
+
+    inward = lab.open_socket("inet", socket.SOCK_STREAM)
+    inward.bind((CLIENT, 0))
+    inward.connect((A1.address, 7000))
+    inside, _ = listener.accept()
+    outside = lab.open_socket("inet", socket.SOCK_STREAM)
+    outside.bind((STRANGER, 7001))
+    outside.listen(1)
+    outward = lab.open_socket("vm2", socket.SOCK_STREAM)
+    outward.connect((STRANGER, 7001))
+    far, _ = outside.accept()
+    jobs = [
+        threading.Thread(target=work, args=(it,))
+        for work, it in ((send, inward), (receive, inside), (send, outward), (receive, far))
+    ]
+    with listener, inward, inside, outside, outward, far:
+        for job in jobs:
+            job.start()
+        for change in range(100):
+            scope = [
+                base,
+                replace(base, port_forwards={**base.port_forwards, "x": forward(A2, str(100 + change), VM3)}),
+                replace(base, static_nats={A2.address: static(A2, VM3)}),
+                replace(base, networks={"204": network()}, ingress_open=True),
+                replace(base, public_ips={A1.address: A1}),
+                wish(admit(A1, "tcp", "6000-8000"), admit(A1, "udp", str(change + 1)), egress("udp"), held=(A1, A2, B1),
+                     forwards=[forward(A1, "7000", VM1)], allow_egress=True),
+            ][change % 6]  # fmt: skip
+            lab.apply(scope)
+        changing.clear()
+        for job in jobs:
+            job.join(120)
+    assert failures == []
