@@ -134,7 +134,8 @@ class SshHost:
         )
         for port, settings in {
             PLAIN: "UsePAM no\nPasswordAuthentication yes\nKbdInteractiveAuthentication no\n",
-            ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\nPubkeyAuthentication no\n",
+            ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
+            "PubkeyAuthentication no\n",
             KEYS: "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n",
         }.items():
             (self.run_directory / f"sshd_{port}").write_text(f"Port {port}\n{common}{settings}")
@@ -302,7 +303,6 @@ class Caller:
         environ: Mapping[str, str] | None = None,
         uid: int = 0,
         agent: str | None = None,
-        stdout: int = subprocess.PIPE,
         executable: Sequence[str] = (PYTHON, str(REPO / "cmd" / "netloom" / "main.py")),
     ) -> subprocess.Popen[str]:
         standin = shlex.join([PYTHON, str(REPO / "tests" / "ssh" / "standin.py"), "agent"])
@@ -310,21 +310,24 @@ class Caller:
         given.setdefault("NETLOOM_AGENT", agent or standin)
         as_user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"] if uid else []
         bare = ["env", "-i", *(f"{name}={value}" for name, value in given.items())]
+        inside = ["ip", "netns", "exec", MANAGEMENT, "unshare", "-m", "sh", "-c", _CLIENT, "client"]
         outside = {**os.environ, "D": str(self.lab.directory / "m"), "PREFIX": sys.base_prefix}
         return subprocess.Popen(
-            ["ip", "netns", "exec", MANAGEMENT, "unshare", "-m", "sh", "-c", _CLIENT, "client", *as_user, *bare]
-            + [*executable, *words],
+            [*inside, *as_user, *bare, *executable, *words],
             env=outside,
             stdin=subprocess.PIPE,
-            stdout=stdout,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
     def finish(self, process: subprocess.Popen[str], began: float) -> Ended:
         """Read to end of file, then wait, as the client does; stdin stays open all the while."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         texts = {process.stdout: "", process.stderr: ""}
-        waiting = [stream for stream in texts if stream is not None]
+        waiting = list(texts)
         while waiting:
             for stream in select.select(waiting, [], [])[0]:
                 data = os.read(stream.fileno(), 65536).decode()
@@ -332,12 +335,9 @@ class Caller:
                 if not data:
                     waiting.remove(stream)
         status = process.wait()
-        assert process.stdin is not None
-        process.stdin.close()
         ended = Ended(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            stream.close()
         return ended
 
     def call(

@@ -1,0 +1,246 @@
+"""A call as a process, as far as it comes without a host: its words, its payload file, its descriptors, its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PROGRAM = [sys.executable, str(REPO / "cmd" / "netloom" / "main.py")]
+
+GOOD = {
+    "physical-network-extension-details": {"hosts": "192.0.2.10", "sshkey": "no key", "physicalnetworkname": "p"},
+    "network-extension-details": {},
+    "payload": {"network_id": "42", "vlan": "1204", "current_details": "{}"},
+}
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    kept = tmp_path / "netloom"
+    kept.mkdir(mode=0o700)
+
+    def run(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
+        # stdin is a pipe that never ends, as the client's is.
+        reader, writer = os.pipe()
+        try:
+            environ = {"NETLOOM_DIR": str(kept), **how.pop("env", {})}
+            how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "check": False, **how}
+            return subprocess.run([*PROGRAM, *words], stdin=reader, env=environ, timeout=60, **how)
+        finally:
+            os.close(reader)
+            os.close(writer)
+
+    return run
+
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def refused(done: subprocess.CompletedProcess[str], status: int = 1) -> str:
+    """The one line of a refusal."""
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    assert done.stderr.isascii()
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.endswith("\n")
+    return done.stderr[:-1]
+
+
+def envelope(**payload: object) -> str:
+    return json.dumps({**GOOD, "payload": {**GOOD["payload"], **payload}})
+
+
+def written(tmp_path: Path, text: str | bytes) -> str:
+    path = tmp_path / "call.payload"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("words", [["implement-network"], ["implement-network", "/x"], ["a-b", "/x", "60", "more"]])
+def test_words_that_are_no_call_are_refused_in_one_line(words: list[str], call: Call) -> None:
+    line = refused(call(*words))
+    assert line == f"{len(words)} arguments instead of 3 (usage: <command> <payload-file> <timeout-seconds>)"
+
+
+@pytest.mark.parametrize("timeout", ["", "0", "-5", "6e1", "1_0", "60s", "٦٠", "9" * 30, "nan", "60\n", "100000"])
+def test_a_timeout_that_is_none_is_refused(timeout: str, call: Call, tmp_path: Path) -> None:
+    assert "is not a number of seconds" in refused(call("implement-network", written(tmp_path, "{}"), timeout))
+
+
+FILES: dict[str, str] = {
+    "missing": "No such file or directory",
+    "empty": "empty",
+    "blank": "empty",
+    "a directory": "not a file",
+    "a pipe": "not a file",
+    "a device": "not a file",
+    "truncated": "not JSON",
+    "not UTF-8": "not UTF-8",
+    "no object": "where an object is expected",
+    "nested deeply": "nested too deeply",
+    "no details": "physical-network-extension-details",
+    "no hosts": "hosts is missing",
+    "no network": "network_id is missing",
+    "an option as host": "hosts",
+    "an option as user": "username",
+    "a megabyte as port": "port",
+    "a network id with a path": "network_id",
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_path: Path) -> None:
+    """Field note fault 20, and 19 as far as it concerns the envelope."""
+    good = envelope()
+
+    def with_details(**details: object) -> str:
+        known = GOOD["physical-network-extension-details"]
+        return json.dumps({**GOOD, "physical-network-extension-details": {**known, **details}})
+
+    path = str(tmp_path / "call.payload")
+    texts: dict[str, str | bytes] = {
+        "empty": b"",
+        "blank": b" \n\n",
+        "truncated": good[: len(good) // 2],
+        "not UTF-8": b"\xff\xfe" + good.encode(),
+        "no object": "[1, 2]",
+        "nested deeply": "[" * 100_000,
+        "no details": json.dumps({"payload": {"network_id": "42"}}),
+        "no hosts": with_details(hosts=""),
+        "no network": envelope(network_id=""),
+        "an option as host": with_details(hosts="-oProxyCommand=touch"),
+        "an option as user": with_details(username="-l root"),
+        "a megabyte as port": with_details(port="2" * 1_000_000),
+        "a network id with a path": envelope(network_id="../../etc"),
+    }
+    if what in texts:
+        written(tmp_path, texts[what])
+    elif what == "a directory":
+        path = str(tmp_path)
+    elif what == "a pipe":
+        os.mkfifo(path)
+    elif what == "a device":
+        path = "/dev/null"
+    line = refused(call("implement-network", path, "60"))
+    assert FILES[what] in line
+    assert len(line) < 500
+    assert "no key" not in line
+
+
+def test_an_unknown_command_is_one_line(call: Call, tmp_path: Path) -> None:
+    line = refused(call("frob-network", written(tmp_path, envelope()), "60"))
+    assert line.startswith("'frob-network' is not a command")
+    hostile = call("frob\x1b[31m\nnetwork-ü", written(tmp_path, envelope()), "60")
+    assert "\x1b" not in refused(hostile)
+
+
+def test_a_command_that_is_not_built_yet_says_so(call: Call, tmp_path: Path) -> None:
+    path = written(tmp_path, envelope(network_id="", vpc_id="7", vpc_cidr="10.0.0.0/8"))
+    line = refused(call("implement-vpc", path, "60"))
+    assert line == "implement-vpc: this version of netloom does not carry it out yet"
+
+
+def test_an_unreadable_payload_file_is_one_line(call: Call, tmp_path: Path) -> None:
+    path = written(tmp_path, envelope())
+    os.chmod(path, 0)
+    if os.geteuid() == 0:  # root reads all; without its capabilities it is an owner without permission
+        program = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *PROGRAM]
+        done = subprocess.run(
+            [*program, "implement-network", path, "60"],
+            env={"NETLOOM_DIR": str(tmp_path / "netloom")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    else:
+        done = call("implement-network", path, "60")
+    assert refused(done).endswith("Permission denied")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_descriptors_do_no_harm(closed: str, tmp_path: Path) -> None:
+    """What we open must not land where stdout was: nothing is written into a file of ours."""
+    path = written(tmp_path, envelope())
+    kept = tmp_path / "netloom"
+    kept.mkdir(mode=0o700)
+    shell = f'exec "$@" {closed}'
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", *PROGRAM, "implement-network", path, "60"],
+        env={"NETLOOM_DIR": str(kept)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert ("sshkey" in done.stderr) == ("2>" not in closed)
+    assert Path(path).read_text() == envelope()
+    assert (kept / "netloom.log").read_text().count("\n") == 1
+
+
+def test_a_reader_that_has_gone_does_no_harm(tmp_path: Path) -> None:
+    """Field note fault 30: stderr is closed before there is anything to say."""
+    reader, writer = os.pipe()
+    with subprocess.Popen(
+        [*PROGRAM, "frob-network", written(tmp_path, envelope()), "60"],
+        env={"NETLOOM_DIR": str(tmp_path / "none")},
+        stdin=subprocess.DEVNULL,
+        stdout=writer,
+        stderr=writer,
+    ) as process:
+        os.close(reader)
+        os.close(writer)
+        assert process.wait(60) == 1
+
+
+def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> None:
+    """The last resort: the process is stopped for longer than it was given, and ends at the next instruction."""
+    with subprocess.Popen(
+        [*PROGRAM, "implement-network", written(tmp_path, envelope()), "1"],
+        env={"NETLOOM_DIR": str(tmp_path / "none"), "PYTHONVERBOSE": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        fds = Path(f"/proc/{process.pid}/fd")
+        while not (fds / "5").exists():  # it has taken its descriptors apart: the timer is next
+            time.sleep(0.001)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.2)
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "not done within 1 s: still" in said
+    assert said.count("\n") == 1
+
+
+def test_internal_errors_are_one_line_and_their_traceback_is_in_the_log(call: Call, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "msgspec.py").write_text("raise RuntimeError('the secret is hunter2')\n")
+    program = f"import sys; sys.path[:0] = [{str(broken)!r}, {str(REPO / 'internal')!r}]; sys.argv[0] = '/x/y'\n"
+    program += "from netloom.entry import main; main(sys.argv)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "implement-network", written(tmp_path, envelope()), "60"],
+        env={"NETLOOM_DIR": str(tmp_path / "netloom")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    line = refused(done, status=3)
+    assert line == "internal error: RuntimeError at msgspec.py:1 while loading the program; the log has more"
+    assert "Traceback (most recent call last)" in (tmp_path / "netloom" / "netloom.log").read_text()

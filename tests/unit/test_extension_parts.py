@@ -1,0 +1,320 @@
+"""The management side's small decisions: time, names, keys, directories and what is printed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused
+from netloom.extension.call import Story, ascii_only
+from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
+from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
+from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
+from netloom.extension.log import FILE, line, record
+from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, failure, printed
+from netloom.extension.registration import owner, registration
+from netloom.extension.ssh import Login
+from netloom.protocol.envelope import PhysicalDetails, StoredDetails, parse_current_details
+from netloom.protocol.reader import convert
+from netloom.secret import Secret
+from netloom.wire import Reply
+
+# --- the deadline
+
+
+def test_the_margin_leaves_room_to_end() -> None:
+    assert {timeout: margin_s(timeout) for timeout in (1, 2, 10, 60, 600)} == {1: 0.5, 2: 1, 10: 1, 60: 3, 600: 30}
+
+
+@given(st.integers(1, 86_400))
+def test_the_deadline_is_before_the_callers_and_after_the_start(timeout: int) -> None:
+    started = time.monotonic()
+    deadline = Deadline(parse_timeout(str(timeout)), started)
+    assert started < deadline.ends < started + timeout
+    # The last resort, half a margin later, is in time too.
+    assert deadline.ends + deadline.margin_s / 2 < started + timeout
+    assert 0 <= deadline.grace_s() <= 5
+
+
+def test_a_deadline_that_has_passed_leaves_nothing() -> None:
+    deadline = Deadline(10, time.monotonic() - 60)
+    assert (deadline.remaining_s(), deadline.grace_s()) == (0, 0)
+
+
+def test_the_start_of_the_process_was_before_now() -> None:
+    assert time.monotonic() - 6 < process_started() <= time.monotonic()
+
+
+# --- whose it is
+
+
+def details(**given: object) -> PhysicalDetails:
+    return convert({"hosts": "h1", **given}, PhysicalDetails, root="details")
+
+
+def test_the_owner_is_named_by_the_operator_or_derived() -> None:
+    path = "/usr/share/cloudstack-management/extensions/ext-net/ext-net.sh"
+    assert owner(details(physicalnetworkname="Physical 1"), path) == "ext-net/Physical 1"
+    assert owner(details(physicalnetworkname="K\u00f6ln 2"), path) == "ext-net/K\\xf6ln 2"
+    assert owner(details(physicalnetworkname="p", owner="east"), path) == "east"
+    assert owner(details(), path) == "ext-net/"
+
+
+def test_the_owner_does_not_depend_on_the_programs_own_name() -> None:
+    paths = [f"/ext/net/{name}" for name in ("net.sh", "netloom", "anything.bin")]
+    assert {owner(details(physicalnetworkname="p"), path) for path in paths} == {"net/p"}
+
+
+def test_the_registration_has_what_the_agent_may_know() -> None:
+    given = details(
+        sshkey="k3y", password="p4ss", username="ops", firewall="absent", owner="east",
+        **{"guest.network.device": "bond0", "network.broadcast": "vlan", "guest.isolation": "vxlan"},
+    )  # fmt: skip
+    made = registration(given, "/a/b")
+    assert (made.owner, made.guest_nic, made.public_nic) == ("east", "bond0", "eth1")
+    assert (made.ingress_open, made.broadcast, made.isolation) == (True, "vlan", "vxlan")
+    assert not any(secret in repr(made) for secret in ("k3y", "p4ss", "ops"))
+
+
+# --- what is printed
+
+
+def test_what_ensure_prints() -> None:
+    assert ensured(StoredDetails(), "h1", "net-42") == '{"host":"h1","namespace":"cs-net-42"}'
+    assert ensured(StoredDetails(), "h1", "vpc-7") == '{"host":"h1","namespace":"cs-vpc-7","vpc_id":"7"}'
+
+
+HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
+
+
+@given(
+    host=HOST,
+    epoch=st.integers(0, 2**31),
+    previous=st.lists(HOST, max_size=20).map(tuple),
+    scope_id=st.sampled_from(["net-1", "net-4294967295", "vpc-4294967295"]),
+)
+def test_what_ensure_prints_can_always_be_stored(
+    host: str, epoch: int, previous: tuple[str, ...], scope_id: str
+) -> None:
+    """One line of ASCII below CloudStack's column width, a JSON object without a key ``status``."""
+    text = ensured(StoredDetails(host="x", epoch=epoch, previous=previous), host, scope_id)
+    assert len(text) <= DETAILS_CHARACTERS_MAX
+    assert text.isascii()
+    assert "\n" not in text
+    printed_details = json.loads(text)
+    assert printed_details["host"] == host
+    assert "status" not in printed_details
+    again = parse_current_details(text)
+    assert again.epoch == epoch
+    assert host not in again.previous
+
+
+@given(st.text())
+def test_output_is_ascii_and_the_same_json(text: str) -> None:
+    as_json = json.dumps({"a": text}, ensure_ascii=False)
+    assert ascii_only(as_json).isascii()
+    assert json.loads(ascii_only(as_json)) == {"a": text}
+
+
+def test_only_commands_with_a_defined_result_print_one() -> None:
+    reply = Reply(call_id="x", output="text")
+    assert [name for name in ("implement-network", "custom-action") if printed(name, reply)] == [
+        "implement-network",
+        "custom-action",
+    ]
+    assert printed("assign-ip", reply) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(1, BadRequest), (2, HostUnreachable), (3, HostRefused), (77, HostRefused)]
+)
+def test_a_reply_that_failed_is_an_error_of_its_host(status: int, kind: type[Exception]) -> None:
+    error = failure("h1", Reply(call_id="x", status=status, error="link is busy", hint="try again"))
+    assert type(error) is kind
+    assert str(error) == "h1: link is busy (try again)"
+    assert failure("h1", Reply(call_id="x")) is None
+
+
+# --- directories
+
+
+def test_the_directories_in_order() -> None:
+    assert candidates({"NETLOOM_DIR": "/d"}, 7, "/home/cloud") == [
+        "/d",
+        "/home/cloud/.cache/netloom",
+        "/var/cache/netloom/7",
+        "/var/tmp/netloom-7",
+    ]
+    assert candidates({}, 7, "") == ["/var/cache/netloom/7", "/var/tmp/netloom-7"]
+
+
+def test_home_is_that_of_passwd_when_unset() -> None:
+    assert home_of({"HOME": "/h"}, 0) == "/h"
+    assert home_of({}, 0) == "/root"
+    assert home_of({"HOME": "relative"}, 0) == "/root"
+    assert home_of({}, 4_000_000) == ""
+
+
+def test_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
+    uid = os.geteuid()
+    new = tmp_path / "a" / "b"
+    assert unusable(str(new), uid) == ""
+    assert new.stat().st_mode & 0o777 == 0o700
+    assert unusable(str(new), uid) == ""
+    (tmp_path / "link").symlink_to(new)
+    (tmp_path / "file").touch()
+    (tmp_path / "open").mkdir(mode=0o755)
+    assert unusable(str(tmp_path / "link"), uid) == "a link"
+    assert unusable(str(tmp_path / "file"), uid) == "not a directory"
+    assert unusable(str(tmp_path / "open"), uid) == "mode 0755, not 0700"
+    assert unusable(str(new), uid + 1) == f"owned by uid {uid}"
+    assert unusable("relative", uid) == "not an absolute path"
+    assert unusable(str(tmp_path / "file" / "below"), uid) == "Not a directory"
+
+
+def test_the_first_usable_directory_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    environ = {"NETLOOM_DIR": str(tmp_path / "open"), "HOME": str(tmp_path / "home")}
+    assert persistent(environ) == str(tmp_path / "home" / ".cache" / "netloom")
+
+
+def test_no_directory_is_an_error_with_every_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(tmp_path / "file"), "relative"]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("netloom.extension.directory.candidates", lambda environ, uid, home: paths)
+    with pytest.raises(NoDirectory) as raised:
+        persistent({})
+    assert f"{tmp_path}/file: not a directory; relative: not an absolute path" in str(raised.value)
+    assert raised.value.exit_code == 1
+
+
+# --- host keys
+
+
+def host_key(number: int, kind: str = "ssh-ed25519") -> HostKey:
+    raw = len(kind).to_bytes(4, "big") + kind.encode() + bytes([0, 0, 0, 32]) + bytes([number]) * 32
+    return HostKey(kind, base64.b64encode(raw).decode())
+
+
+KEY, OTHER, RSA = host_key(1), host_key(2), host_key(3, "ssh-rsa")
+
+
+@pytest.mark.parametrize(
+    ("text", "admits_h1", "admits_h2"),
+    [
+        (str(KEY), True, True),
+        (KEY.fingerprint, True, True),
+        (KEY.fingerprint + "=", True, True),
+        (f"h1 {KEY}", True, False),
+        (f"[h1] {KEY.fingerprint}", True, False),
+        (f"h1 {KEY},h2 {OTHER}", True, False),
+        (f"h1 {OTHER}\nh2 {KEY}\n", False, True),
+        (f" , {KEY} a comment,\r\n", True, True),
+        (str(RSA), False, False),
+    ],
+)
+def test_pins(text: str, admits_h1: bool, admits_h2: bool, tmp_path: Path) -> None:
+    trust = Trust(parse_pins(text), KnownHosts(str(tmp_path)))
+    for host, admits in (("h1", admits_h1), ("h2", admits_h2)):
+        if admits:
+            trust.check(host, 22, KEY)
+        else:
+            with pytest.raises(LoginRefused, match="pinned"):
+                trust.check(host, 22, KEY)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ssh-ed25519", "ssh-ed25519 AAAA", f"h1 h2 {KEY}", "SHA256:short", "h1", f"ssh-rsa {KEY.blob}", "MD5:00:11"],
+)
+def test_a_pin_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest, match="hostkeys"):
+        parse_pins(f"{KEY}, {text}")
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_pins_or_refused(text: str) -> None:
+    try:
+        pins = parse_pins(text)
+    except BadRequest:
+        return
+    assert all(pin.key or pin.fingerprint for pin in pins)
+
+
+def test_remembered_keys_are_openssh_lines(tmp_path: Path) -> None:
+    known = KnownHosts(str(tmp_path))
+    Path(known.path).write_text(f"# by hand\nother,10.0.0.9 {RSA} comment\nbroken line")
+    trust = Trust((), known)
+    trust.check("h1", 22, KEY)
+    trust.check("h1", 2222, OTHER)
+    trust.check("other", 22, RSA)
+    assert Path(known.path).read_text().splitlines()[3:] == [f"h1 {KEY}", f"[h1]:2222 {OTHER}"]
+    assert trust.expected_kinds("other", 22) == ["ssh-rsa"]
+    with pytest.raises(LoginRefused) as raised:
+        trust.check("h1", 22, OTHER)
+    assert f"{known.path} line 4" in str(raised.value)
+    assert KEY.fingerprint in str(raised.value)
+    assert OTHER.fingerprint in str(raised.value)
+    assert [entry.key for entry in known.forget("h1")] == [KEY]
+    assert known.forget("h1") == []
+    trust.check("h1", 22, OTHER)
+    assert Path(known.path).read_text().startswith("# by hand\nother,10.0.0.9")
+    assert name_of("fd00::1", 2222) == "[fd00::1]:2222"
+
+
+# --- how to log in
+
+
+@pytest.mark.parametrize(
+    ("username", "agent", "command"),
+    [
+        ("root", "/usr/local/libexec/netloom/netloom agent", "/usr/local/libexec/netloom/netloom agent connect"),
+        ("ops", "/x/netloom agent", "sudo -n /x/netloom agent connect"),
+        ("root", "'/a b/netloom' agent", "'/a b/netloom' agent connect"),
+        ("root", "/x/$(id) agent", "'/x/$(id)' agent connect"),
+    ],
+)
+def test_the_command_on_the_host(username: str, agent: str, command: str, tmp_path: Path) -> None:
+    login = Login(trust=Trust((), KnownHosts(str(tmp_path))), username=username, agent=agent)
+    assert login.command == command
+
+
+def test_a_login_does_not_print_its_secrets(tmp_path: Path) -> None:
+    trust = Trust((), KnownHosts(str(tmp_path)))
+    login = Login(trust=trust, sshkey=Secret("k3y"), password=Secret("p4ss"))
+    assert login.method == "sshkey"
+    assert Login(trust=trust, password=Secret("p4ss")).method == "password"
+    assert "k3y" not in repr(login)
+    assert "p4ss" not in repr(login)
+
+
+# --- the log
+
+
+def test_a_log_line_is_one_line() -> None:
+    story = Story(0.0)
+    story.call_id, story.command, story.scope_id, story.host = "abc", "assign-ip\x1b", "net-42", "h1"
+    assert line(story, 3, "no\nroom", now_s=0, took_ms=12.4) == (
+        "1970-01-01T00:00:00Z abc assign-ip\\x1b net-42 h1 status=3 12ms no room\n"
+    )
+
+
+def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETLOOM_DIR", str(tmp_path / "d"))
+    monkeypatch.setattr("netloom.extension.log._BYTES_MAX", 2000)
+    for number in range(100):
+        record(Story(time.monotonic()), 0, f"number {number}")
+    files = {path.name: path for path in (tmp_path / "d").iterdir()}
+    assert set(files) | {FILE} == {FILE, FILE + ".1", FILE + ".lock"}
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in files.values())
+    assert sum(path.stat().st_size for path in files.values()) < 6000
+    kept = "".join(path.read_text() for _, path in sorted(files.items(), reverse=True))
+    assert "number 99\n" in kept

@@ -1,0 +1,206 @@
+"""Where a scope lives, as a table of what the hosts said."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netloom.errors import HostUnreachable
+from netloom.extension.placement import (
+    Ask,
+    Done,
+    Fail,
+    Heard,
+    Situation,
+    Unplaced,
+    Use,
+    Wait,
+    cksum,
+    decide,
+    decide_everywhere,
+    preferred_order,
+)
+
+HOLDS, HAS_NOT = Heard(holds=True), Heard()
+
+
+def down(host: str) -> Heard:
+    return Heard(failure=f"{host}: connection refused")
+
+
+def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **heard: Heard) -> Situation:
+    """Three candidates h1 h2 h3; ``h4`` is a host that is no candidate any more."""
+    return Situation(
+        scope_id="net-42",
+        order=("h1", "h2", "h3"),
+        stored=stored,
+        asked=frozenset((*asked.split(), *heard)),
+        heard=heard,
+        over=frozenset(over.split()),  # type: ignore[arg-type]
+        reached=frozenset(reached.split()),
+    )
+
+
+CASES: dict[str, tuple[Situation, object]] = {
+    # The stored host.
+    "a stored host is asked alone": (situation("h2"), Ask(("h2",))),
+    "it is waited for": (situation("h2", asked="h2"), Wait("stored")),
+    "it answers and holds": (situation("h2", h2=HOLDS), Use("h2")),
+    "it answers and has nothing yet": (situation("h2", h2=HAS_NOT), Use("h2")),
+    "it is no candidate and holds": (situation("h4", h4=HOLDS), Use("h4")),
+    "it is no candidate and has nothing: as if unknown": (situation("h4", h4=HAS_NOT), Ask(("h1", "h2", "h3"))),
+    "then nobody has it": (situation("h4", h4=HAS_NOT, h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
+    "then somebody has it": (situation("h4", "h1 h2", h4=HAS_NOT, h3=HOLDS), Use("h3")),
+    # The stored host is silent.
+    "it is silent for a grace": (situation("h2", asked="h2", over="stored"), Ask(("h1", "h3"))),
+    "it is still waited for": (situation("h2", "h1 h2 h3", "stored", h1=HAS_NOT), Wait()),
+    "whoever holds answers for it": (situation("h2", "h1 h2 h3", "stored", h3=HOLDS), Use("h3")),
+    "it answers late": (situation("h2", "h1 h3", "stored", h2=HAS_NOT), Use("h2")),
+    "it fails at once": (situation("h2", h2=down("h2")), Ask(("h1", "h3"))),
+    "it failed, others may hold": (situation("h2", "h1 h3", h2=down("h2"), h1=HAS_NOT), Wait("stragglers")),
+    "it failed, another holds": (situation("h2", "h1", h2=down("h2"), h3=HOLDS), Use("h3")),
+    "it is no candidate and failed, another holds": (situation("h4", "h1 h2", h4=down("h4"), h3=HOLDS), Use("h3")),
+    # No stored host.
+    "unknown: all are asked": (situation(), Ask(("h1", "h2", "h3"))),
+    "nobody has answered": (situation(asked="h1 h2 h3"), Wait()),
+    "only failures so far": (situation(asked="h1 h2 h3", h1=down("h1")), Wait()),
+    "one holds, the others may be silent": (situation(asked="h1 h2", h3=HOLDS), Use("h3")),
+    "two hold: the preferred": (situation(asked="h1", h2=HOLDS, h3=HOLDS), Use("h2")),
+    "one has not: the others get a grace": (situation(asked="h1 h2", h3=HAS_NOT), Wait("stragglers")),
+    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HAS_NOT), Unplaced("h3")),
+    "the grace is over and none answered": (situation(asked="h1 h2", over="stragglers", h3=down("h3")), Wait()),
+    "nobody has it: the preferred": (situation(h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
+    "the preferred is down": (situation(h1=down("h1"), h2=HAS_NOT, h3=HAS_NOT), Unplaced("h2")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decide(name: str) -> None:
+    now, expected = CASES[name]
+    assert decide(now) == expected
+
+
+def failed(decision: object) -> str:
+    assert isinstance(decision, Fail)
+    assert isinstance(decision.error, HostUnreachable)
+    return str(decision.error)
+
+
+def test_a_scope_whose_host_is_down_is_not_moved() -> None:
+    for now in (
+        situation("h2", h2=down("h2"), h1=HAS_NOT, h3=HAS_NOT),
+        situation("h2", h2=down("h2"), h1=down("h1"), h3=down("h3")),
+        situation("h2", "h1 h3", "stragglers", h2=down("h2")),
+    ):
+        assert failed(decide(now)) == (
+            "h2: connection refused (net-42 lives on h2 and was not moved: bring that host back)"
+        )
+
+
+def test_nobody_answers_names_everybody() -> None:
+    text = failed(decide(situation(h1=down("h1"), h2=down("h2"), h3=down("h3"))))
+    assert text == ("none of the hosts answers: h1: connection refused; h2: connection refused; h3: connection refused")
+
+
+EVERYWHERE: dict[str, tuple[Situation, object]] = {
+    "all are told": (situation(), Ask(("h1", "h2", "h3"))),
+    "the stored one besides": (situation("h4"), Ask(("h4", "h1", "h2", "h3"))),
+    "nobody answered": (situation(asked="h1 h2 h3"), Wait()),
+    "one is done, the others get a grace": (situation(asked="h1 h2", h3=HOLDS), Wait("stragglers")),
+    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HOLDS), Done(("h3",))),
+    "who is at work is waited for": (situation(asked="h1 h2", over="stragglers", reached="h1", h3=HOLDS), Wait()),
+    "the stored one is waited for": (situation("h2", asked="h1 h2", over="stragglers", h3=HOLDS), Wait()),
+    "all are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), Done(("h1", "h2", "h3"))),
+    "a candidate is down": (situation("h1", h1=HOLDS, h2=down("h2"), h3=HAS_NOT), Done(("h1", "h3"))),
+}
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_decide_everywhere(name: str) -> None:
+    now, expected = EVERYWHERE[name]
+    assert decide_everywhere(now) == expected
+
+
+def test_everywhere_needs_the_stored_host_and_one_at_least() -> None:
+    assert failed(decide_everywhere(situation("h2", h1=HAS_NOT, h2=down("h2"), h3=HAS_NOT))).startswith("h2: ")
+    assert failed(decide_everywhere(situation(h1=down("h1"), h2=down("h2"), h3=down("h3")))).startswith("none of")
+
+
+ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
+
+
+@given(
+    stored=st.sampled_from(["", "h1", "h2", "h4"]),
+    answers=st.fixed_dictionaries(dict.fromkeys(("h1", "h2", "h3", "h4"), ANSWER)),
+    order=st.permutations(["h1", "h2", "h3", "h4"]),
+    grace=st.integers(0, 4),
+    everywhere=st.booleans(),
+)
+def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
+    stored: str, answers: dict[str, Heard], order: list[str], grace: int, everywhere: bool
+) -> None:
+    """However the answers and the graces fall: a decision, by a host that answered; a silent stored host is left
+    only for one that holds the scope."""
+    now = situation(stored)
+    decision: object = None
+    for step in range(40):
+        decision = (decide_everywhere if everywhere else decide)(now)
+        if isinstance(decision, Ask):
+            assert not set(decision.hosts) & now.asked
+            now = situation(stored, " ".join((*now.asked, *decision.hosts)), " ".join(now.over), "", **now.heard)
+        elif isinstance(decision, Wait):
+            if decision.patience and step >= grace:
+                now = situation(stored, " ".join(now.asked), " ".join((*now.over, decision.patience)), "", **now.heard)
+            else:
+                host = next(host for host in order if host in now.asked and host not in now.heard)
+                heard = {**now.heard, host: answers[host]}
+                now = situation(stored, " ".join(now.asked), " ".join(now.over), "", **heard)
+        else:
+            break
+    match decision:
+        case Use(host):
+            assert now.heard[host].answered
+            assert host == stored or now.heard[host].holds
+        case Unplaced(host):
+            assert now.heard[host].answered
+            assert not stored or (stored not in now.order and now.heard[stored].answered)
+        case Done(hosts):
+            assert hosts
+            assert all(now.heard[host].answered for host in hosts)
+        case _:
+            assert isinstance(decision, Fail)
+
+
+@given(st.binary(max_size=300))
+def test_cksum_is_that_of_its_definition(data: bytes) -> None:
+    """POSIX, cksum: the CRC of ISO 8802-3 over the octets and then the length, least significant octet first."""
+    crc = 0
+    length = len(data)
+    tail = b""
+    while length:
+        tail += bytes([length & 0xFF])
+        length >>= 8
+    for octet in data + tail:
+        crc ^= octet << 24
+        for _ in range(8):
+            crc = (crc << 1) ^ 0x04C11DB7 if crc & 0x80000000 else crc << 1
+        crc &= 0xFFFFFFFF
+    assert cksum(data) == crc ^ 0xFFFFFFFF
+
+
+def test_cksum_is_what_the_tool_prints() -> None:
+    for text in ("", "1", "42", "204", "7", "1234567890", "x" * 300):
+        printed = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout
+        assert cksum(text.encode()) == int(printed.split()[0])
+
+
+def test_the_order_starts_at_the_crc_and_goes_round() -> None:
+    assert cksum(b"42") % 3 == 0
+    assert preferred_order("42", ["a", "b", "c"]) == ("a", "b", "c")
+    assert cksum(b"42") % 2 == 1
+    assert preferred_order("42", ["a", "b"]) == ("b", "a")
+    assert preferred_order("42", ["a", "b", "a"]) == ("b", "a")  # a host that is listed twice counts once
+    assert preferred_order("42", []) == ()
