@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from netloom.guestwire import (
-    Channel,
-    ChannelError,
     Done,
     Drop,
     GuestNetwork,
@@ -40,6 +38,7 @@ from netloom.guestwire import (
     Try,
     Update,
 )
+from netloom.guestwire.channel import Channel, ChannelError
 
 T = TypeVar("T")
 

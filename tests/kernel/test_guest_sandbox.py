@@ -9,7 +9,7 @@ import pytest
 
 from guestbed import GuestProcess, guest_process
 from netloom.guest.sandbox import GROUP_ID, USER_ID
-from netloom.guestwire import ChannelError
+from netloom.guestwire.channel import ChannelError
 
 
 def test_whoever_takes_the_process_over_can_do_nothing() -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from guestbed import network, nic
 from netloom.guest import sandbox
-from netloom.guestwire import Channel, ChannelError, Done, Lent, Listener, Message, Serve, option_bytes
+from netloom.guestwire import Done, Lent, Listener, Message, Serve, option_bytes
+from netloom.guestwire.channel import Channel, ChannelError
 from netloom.secret import Secret
 
 NETWORK = network(

@@ -23,7 +23,8 @@ from netloom import __version__
 from netloom.errors import NetloomError, one_line
 from netloom.guest import sandbox
 from netloom.guest.serve import Networks
-from netloom.guestwire import Channel, ChannelError, Done, Drop, Hello, Lend, Message, Serve, Tried, Try, Update
+from netloom.guestwire import Done, Drop, Hello, Lend, Message, Serve, Tried, Try, Update
+from netloom.guestwire.channel import Channel, ChannelError
 
 # What may wait for an agent that does not read before it counts as gone.
 _UNREAD_BYTES_MAX = 1 << 20
