@@ -285,7 +285,7 @@ def _start(namespace: str, directory: Path, service: Service) -> int:
     log = os.open(directory / _LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
         with inside(namespace):
-            process = subprocess.Popen(  # noqa: S603, argv from our renderer
+            process = subprocess.Popen(
                 [program, *service.argv[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -306,7 +306,7 @@ def _run(namespace: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
     if program is None:
         raise HostRefused(f"{argv[0]} is not installed on this host", hint=f"install {argv[0]}")
     with inside(namespace):
-        return subprocess.run(  # noqa: S603, argv from our renderer
+        return subprocess.run(
             [program, *argv[1:]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -332,7 +332,7 @@ def _wait_ready(pid: int, directory: Path, service: Service) -> None:
 
 
 def _listening(pid: int) -> set[tuple[str, int]]:
-    """Protocol and port of the sockets in the namespace of ``pid`` that wait for peers (proc(5), /proc/<pid>/net/tcp)."""
+    """Protocol and port of what waits for peers in the namespace of ``pid`` (proc(5), /proc/<pid>/net/tcp)."""
     found = set()
     for protocol, state in (("tcp", "0A"), ("udp", "07")):
         with contextlib.suppress(OSError):

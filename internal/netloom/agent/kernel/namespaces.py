@@ -98,6 +98,11 @@ def exists(name: str) -> bool:
         return False
 
 
+def identity(name: str) -> int:
+    """The namespace's inode number: another one under the same name has another. Raises FileNotFoundError."""
+    return os.stat(_path(name)).st_ino
+
+
 def names() -> frozenset[str]:
     """The names of all usable namespaces."""
     try:

@@ -1,0 +1,225 @@
+"""A host for tests of the agent: a network namespace and mounts of its own, and real processes of the agent in it.
+
+Plain veth links named ``eth1.1204`` and so on stand in for VLAN links; their other ends are in a second namespace, the
+fabric. Everything hangs on two holder processes and ends with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = [sys.executable, str(ROOT / "cmd" / "netloom" / "main.py"), "agent"]
+PAYLOADS = ROOT / "tests" / "payloads"
+REGISTRATION = Registration(owner="test", guest_nic="eth1", public_nic="eth2")
+
+LOG = "/var/log/netloom/agent.log"
+_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+_SETUP = """
+mount --make-rprivate /
+for d in /run /var/lib /var/log; do mount -t tmpfs -o mode=755 none $d; done
+mkdir -p /run/netns
+ip link set lo up
+echo ready
+exec sleep 1000
+"""
+
+
+class AgentHost:
+    """One host. ``vlans``: names of links that carry a VLAN, each connected to a switch of the fabric."""
+
+    def __init__(self, vlans: Sequence[str] = ("eth1.1204", "eth1.1377", "eth2.101")) -> None:
+        self._holders = [self._hold("--net", "--mount"), self._hold("--net", "--mount")]
+        self.pid, self.fabric = (holder.pid for holder in self._holders)
+        self.agent: subprocess.Popen[bytes] | None = None
+        for nic in sorted({name.partition(".")[0] for name in vlans}):
+            self.ip("link", "add", nic, "type", "veth", "peer", "name", f"{nic}-x")
+        for name in vlans:
+            self.add_vlan(name)
+
+    def add_vlan(self, name: str) -> None:
+        """A link of this name, up, whose other end ``sw-<name>`` stands in the fabric."""
+        peer = f"sw-{name}"[:15]
+        self.ip("link", "add", name, "type", "veth", "peer", "name", peer, "netns", str(self.fabric))
+        self.run("ip", "link", "set", peer, "up", pid=self.fabric)
+
+    @staticmethod
+    def _hold(*kinds: str) -> subprocess.Popen[bytes]:
+        holder = subprocess.Popen(
+            ["unshare", *kinds, "sh", "-ec", _SETUP],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={"PATH": _PATH},
+        )
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        return holder
+
+    def close(self) -> None:
+        self.kill()
+        for holder in self._holders:
+            holder.kill()
+            holder.wait()
+            assert holder.stdout is not None
+            holder.stdout.close()
+
+    # ------------------------------------------------------------------------------------------- looking and doing
+
+    def run(self, *words: str, pid: int = 0, namespace: str = "", check: bool = True) -> str:
+        """Runs a program on the host, or in one of its namespaces, and returns what it prints."""
+        where = ["nsenter", "-t", str(pid or self.pid), "-n", "-m"]
+        inner = ["ip", "netns", "exec", namespace] if namespace else []
+        done = subprocess.run(
+            [*where, *inner, *words], capture_output=True, text=True, env={"PATH": _PATH}, timeout=60, check=False
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(words)}: {done.stderr}")
+        return done.stdout
+
+    def ip(self, *words: str, namespace: str = "") -> str:
+        return self.run("ip", *words, namespace=namespace)
+
+    def links(self, namespace: str = "") -> dict[str, dict[str, Any]]:
+        found = json.loads(self.run("ip", "-j", "-d", "link", namespace=namespace))
+        return {link["ifname"]: link for link in found}
+
+    def inventory(self) -> dict[str, int]:
+        """How many there are of each kind of thing that a network may leave behind."""
+        return {
+            "links": len(self.links()),
+            "addresses": self.run("ip", "-o", "addr").count("\n"),
+            "routes": self.run("ip", "route", "show", "table", "all").count("\n"),
+            "rules": self.run("ip", "rule").count("\n"),
+            "tables": self.run("nft", "list", "tables").count("\n"),
+            "namespaces": self.run("ip", "netns", "list").count("\n"),
+            "connections": int(self.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count")),
+            "files": len(os.listdir(self.path("/var/lib/netloom/scopes"))) if self.agent else 0,
+        }
+
+    def path(self, path: str) -> Path:
+        """A path of the host as this process sees it."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+    # --------------------------------------------------------------------------------------------------- the agent
+
+    def start(self, *options: str) -> None:
+        """Starts an agent and waits until it has restored its scopes."""
+        before = self.log().count(" restored")
+        self.agent = subprocess.Popen(
+            ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *PROGRAM, "serve", "--log", LOG, *options],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            env={"PATH": _PATH},
+        )
+        wait_until(lambda: self.log().count(" restored") > before)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.agent is not None:
+            self.agent.send_signal(number)
+            self.agent.wait(10)
+            self.agent = None
+
+    def log(self) -> str:
+        with contextlib.suppress(FileNotFoundError):
+            return self.path("/var/log/netloom/agent.log").read_text()
+        return ""
+
+    def client(self) -> Client:
+        return Client(str(self.path("/run/netloom/agent.sock")))
+
+    def call(self, fixture: str, command: str, **changes: Any) -> Reply:
+        """One call over a connection of its own."""
+        with self.client() as client:
+            return client.call(fixture, command, **changes)
+
+
+class Client:
+    """The other end of the wire."""
+
+    _ids = itertools.count()
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(60)
+        self._socket.connect(path)
+        self._reader = FrameReader()
+        self._messages: list[Message] = []
+        self.send(Hello(version="test", build="test"))
+        hello = self.receive()
+        assert isinstance(hello, Hello)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, message: Message) -> None:
+        self._socket.sendall(encode(message))
+
+    def receive(self) -> Message:
+        while not self._messages:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise ConnectionResetError("the agent hung up")
+            self._messages += self._reader.feed(data)
+        return self._messages.pop(0)
+
+    def call(self, fixture: str, command: str, **changes: Any) -> Reply:
+        self.send(make_call(fixture, command, **changes))
+        reply = self.receive()
+        assert isinstance(reply, Reply)
+        return reply
+
+
+def make_call(
+    fixture: str,
+    command: str,
+    *,
+    call_id: str = "",
+    registration: Registration = REGISTRATION,
+    remaining_ms: int = 60_000,
+    **changes: object,
+) -> Call:
+    """The call for a payload file, by the first digits of its name; ``changes`` replace fields of the payload."""
+    (file,) = PAYLOADS.glob(f"{fixture}-*.json")
+    payload = json.loads(file.read_bytes())["payload"] | changes
+    scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
+    return Call(
+        call_id=call_id or f"t{next(Client._ids)}",
+        command=command,
+        scope_id=scope,
+        registration=registration,
+        payload=json.dumps(payload).encode(),
+        remaining_ms=remaining_ms,
+    )
+
+
+def wait_until(happens: Any, seconds: float = 20.0) -> None:
+    """Waits for what has to happen soon; the limit is for a machine that is busy."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def agent_host(*vlans: str) -> Iterator[AgentHost]:
+    host = AgentHost(vlans) if vlans else AgentHost()
+    try:
+        yield host
+    finally:
+        host.close()

@@ -1,0 +1,359 @@
+"""The agent on a real kernel: calls in, objects on the host; and what it does when they change under it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kernel.agent_host import AgentHost, agent_host, make_call, wait_until
+from netloom import names
+from netloom.wire import Reply
+
+FIRST_LIFE = [
+    ("020", "implement-network"),
+    ("021", "assign-ip"),
+    ("022", "apply-fw-rules"),
+    ("050", "assign-ip"),
+    ("053", "add-port-forward"),
+    ("057", "assign-ip"),
+    ("058", "add-static-nat"),
+    ("070", "apply-fw-rules"),
+]
+LAST_WORDS = [
+    ("121", "delete-port-forward"),
+    ("123", "apply-fw-rules"),
+    ("124", "delete-static-nat"),
+    ("125", "release-ip"),
+    ("126", "shutdown-network"),
+    ("131", "destroy-network"),
+]
+NS = "cs-net-204"
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    with agent_host() as it:
+        it.start()
+        yield it
+
+
+@pytest.fixture(scope="module")
+def standing() -> Iterator[AgentHost]:
+    """A host with the network, for tests that leave it as they found it."""
+    with agent_host() as it:
+        it.start()
+        live(it)
+        yield it
+
+
+def live(host: AgentHost) -> None:
+    with host.client() as client:
+        for fixture, command in FIRST_LIFE:
+            done(client.call(fixture, command))
+
+
+def done(reply: Reply) -> Reply:
+    assert (reply.status, reply.error) == (0, "")
+    return reply
+
+
+def steps(host: AgentHost) -> int:
+    """Of the last line in the log that counts them."""
+    line = next(line for line in reversed(host.log().splitlines()) if "steps=" in line)
+    return int(line.partition("steps=")[2].split()[0])
+
+
+def addresses(host: AgentHost) -> set[str]:
+    found = json.loads(host.run("ip", "-j", "addr", namespace=NS))
+    return {f"{it['local']}/{it['prefixlen']}" for link in found for it in link["addr_info"] if link["ifname"] != "lo"}
+
+
+def test_a_network_stands_as_it_was_told_and_leaves_nothing(host: AgentHost) -> None:
+    before = host.inventory()
+    live(host)
+    links = host.links()
+    assert links["vnetg204"]["master"] == "breth1-1204"
+    assert links["eth1.1204"]["master"] == "breth1-1204"
+    assert links["vnetpn204.101"]["master"] == "breth2-101"
+    assert links["vnetg204"]["ifalias"] == "netloom net-204"
+    inside = host.links(NS)
+    assert inside["gst-204"]["address"] == names.mac("test", "net-204", "gst-204")
+    assert "UP" in inside["pub-101"]["flags"]
+    assert addresses(host) == {"10.10.1.1/24", "203.0.113.20/32", "203.0.113.21/32", "203.0.113.22/32"}
+    assert "203.0.113.1 dev pub-101" in host.run("ip", "route", "show", "table", "20001", namespace=NS)
+    assert "fwmark 0x1/0xffff lookup 20001" in host.run("ip", "rule", namespace=NS)
+    assert "10.10.1.45" in host.run("nft", "list", "table", "inet", "netloom", namespace=NS)
+    own = ("breth1-1204", "breth2-101", "vnetg204", "vnetpn204.101")
+    assert host.run("cat", *(f"/proc/sys/net/ipv6/conf/{it}/disable_ipv6" for it in own)).split() == ["1"] * 4
+
+    with host.client() as client:
+        for fixture, command in FIRST_LIFE * 2:
+            done(client.call(fixture, command))
+        for fixture, command in reversed(FIRST_LIFE):
+            # Going back to an earlier firewall is a change; going through all of it again is not.
+            done(client.call(fixture, command))
+        for fixture, command in LAST_WORDS * 2:
+            assert not done(client.call(fixture, command)).holds or command not in (
+                "shutdown-network",
+                "destroy-network",
+            )
+    assert host.inventory() == before
+
+
+def test_what_is_asked_twice_is_done_once(host: AgentHost) -> None:
+    live(host)
+    # The firewall comes in two versions in this life; the last one stands.
+    for fixture, command in [it for it in FIRST_LIFE if it[0] != "022"]:
+        done(host.call(fixture, command))
+        assert steps(host) == 0, fixture
+
+
+def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
+    live(host)
+    host.kill()
+    state = host.path("/var/lib/netloom/scopes/net-204.json").read_bytes()
+    watches = [
+        subprocess.Popen(
+            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *inner, *what],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+        for inner in ([], ["ip", "netns", "exec", NS])
+        for what in (["ip", "monitor", "link", "address", "route", "rule"], ["stdbuf", "-oL", "nft", "monitor"])
+    ]
+    wait_until(lambda: all(_listens(watch.pid) for watch in watches))
+    host.start()
+    assert steps(host) == 0
+    host.kill()
+    for watch in watches:
+        watch.terminate()
+        seen, _ = watch.communicate(timeout=10)
+        assert seen == ""
+    assert host.path("/var/lib/netloom/scopes/net-204.json").read_bytes() == state
+    host.start()
+    assert steps(host) == 0
+
+
+def _listens(pid: int) -> bool:
+    """Whether the process has a netlink socket: from then on it hears everything."""
+    found = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    return any(it.startswith("socket:") for it in found)
+
+
+@pytest.mark.parametrize("after_ms", [0, 5, 12, 25, 50])
+def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after_ms: int) -> None:
+    before = host.inventory()
+    for fixture, command in [*FIRST_LIFE[:2], LAST_WORDS[-1]]:
+        with host.client() as client:
+            client.send(make_call(fixture, command))
+            threading.Event().wait(after_ms / 1000)
+            host.kill()
+        host.start()
+        # What was written is carried out by the start; what was not is as if it had never been asked.
+        done(host.call(fixture, command))
+        done(host.call(fixture, command))
+        assert steps(host) == 0
+    assert host.inventory() == before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        ["ip", "link", "del", "vnetg204"],
+        ["ip", "link", "del", "vnetpn204.101"],
+        ["ip", "link", "del", "breth1-1204"],
+        ["ip", "link", "set", "vnetg204", "nomaster"],
+        ["ip", "link", "set", "vnetg204", "down"],
+        ["ip", "link", "set", "eth2.101", "nomaster"],
+        ["ip", "netns", "del", NS],
+        ["ip", "-n", NS, "addr", "del", "203.0.113.21/32", "dev", "pub-101"],
+        ["ip", "-n", NS, "addr", "add", "203.0.113.99/32", "dev", "pub-101"],
+        ["ip", "-n", NS, "link", "set", "pub-101", "down"],
+        ["ip", "-n", NS, "link", "set", "gst-204", "address", "02:00:00:00:00:99"],
+        ["ip", "-n", NS, "route", "flush", "table", "20001"],
+        ["ip", "-n", NS, "rule", "del", "priority", "20001"],
+        ["ip", "netns", "exec", NS, "nft", "flush", "ruleset"],
+        ["ip", "netns", "exec", NS, "sysctl", "-qw", "net.ipv4.conf.pub-101.rp_filter=1"],
+        ["nft", "flush", "ruleset"],
+    ],
+    ids=" ".join,
+)
+def test_what_was_broken_by_hand_the_next_command_repairs(standing: AgentHost, harm: list[str]) -> None:
+    host = standing
+    good = snapshot(host)
+    host.run(*harm)
+    assert snapshot(host) != good
+    if harm[0] == "nft":
+        # Nobody looks at the host's own table with every command; the tidying does, and every start.
+        host.kill()
+        host.start()
+    done(host.call("021", "assign-ip"))
+    assert snapshot(host) == good
+    done(host.call("021", "assign-ip"))
+    assert steps(host) == 0
+
+
+def snapshot(host: AgentHost) -> list[object]:
+    """What stands, without the numbers that are new with every link."""
+    return [
+        {name: (it.get("master"), "ifalias" in it, "UP" in it["flags"]) for name, it in host.links().items()},
+        host.run("nft", "list", "ruleset"),
+        NS in host.run("ip", "netns", "list")
+        and [
+            {name: (it["address"], "UP" in it["flags"]) for name, it in host.links(NS).items()},
+            addresses(host),
+            sorted(host.run("ip", "route", "show", "table", "all", namespace=NS).splitlines()),
+            host.run("ip", "rule", namespace=NS),
+            sorted(host.run("nft", "-s", "list", "ruleset", namespace=NS).splitlines()),
+            host.run("sysctl", "net.ipv4.conf.pub-101", namespace=NS, check=False),
+        ],
+    ]
+
+
+def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHost) -> None:
+    before = host.inventory()
+    live(host)
+    done(host.call("136", "implement-network"))
+    links = host.links()
+    assert links["vnetg204"]["master"] == "breth1-1377"
+    assert "breth1-1204" not in links
+    assert "UP" not in links["eth1.1204"]["flags"]
+    done(host.call("131", "destroy-network"))
+    assert host.inventory() == before
+
+
+def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None:
+    before = host.inventory()
+    live(host)
+    host.ip("tuntap", "add", "vnet7", "mode", "tap")
+    host.ip("link", "set", "vnet7", "master", "breth1-1204")
+    done(host.call("131", "destroy-network"))
+    assert host.links()["vnet7"]["master"] == "breth1-1204"
+    host.ip("link", "del", "vnet7")
+    host.kill()
+    host.start()
+    wait_until(lambda: host.inventory() == before)
+
+
+def test_no_tenant_reaches_the_host_over_a_bridge_of_ours(host: AgentHost) -> None:
+    live(host)
+    host.ip("addr", "add", "198.51.100.9/32", "dev", "lo")
+    mac = host.links()["breth1-1204"]["address"]
+    host.run("ip", "addr", "add", "10.10.1.77/24", "dev", "sw-eth1.1204", pid=host.fabric)
+    host.run("ip", "route", "add", "198.51.100.9/32", "dev", "sw-eth1.1204", pid=host.fabric)
+    host.run("ip", "neigh", "add", "198.51.100.9", "lladdr", mac, "dev", "sw-eth1.1204", pid=host.fabric)
+    host.ip("route", "add", "10.10.1.0/24", "dev", "breth1-1204")
+    host.ip("neigh", "add", "10.10.1.77", "lladdr", fabric_mac(host), "dev", "breth1-1204")
+
+    def answers(address: str) -> bool:
+        words = ["ping", "-c1", "-W1", "-q", address]
+        return "1 received" in host.run(*words, pid=host.fabric, check=False)
+
+    assert answers("10.10.1.1")  # the network itself is reached over the same bridge
+    assert not answers("198.51.100.9")
+    host.run("nft", "delete", "table", "netdev", "netloom")
+    assert answers("198.51.100.9")  # it is the guard that kept it away
+
+
+def fabric_mac(host: AgentHost) -> str:
+    found = json.loads(host.run("ip", "-j", "link", "show", "sw-eth1.1204", pid=host.fabric))
+    address: str = found[0]["address"]
+    return address
+
+
+def test_new_addresses_are_announced_three_times_and_old_ones_never(host: AgentHost) -> None:
+    host.run("nft", "add table netdev w", pid=host.fabric)
+    hook = "type filter hook ingress device sw-eth2.101 priority 0;"
+    host.run("nft", f"add chain netdev w c {{ {hook} }}", pid=host.fabric)
+    for address in ("203.0.113.20", "203.0.113.21"):
+        rule = f'arp operation reply arp saddr ip {address} counter comment "{address}"'
+        host.run("nft", f"add rule netdev w c {rule}", pid=host.fabric)
+
+    def heard() -> dict[str, int]:
+        found = json.loads(host.run("nft", "-j", "list", "ruleset", pid=host.fabric))["nftables"]
+        told = [it["rule"] for it in found if "rule" in it]
+        return {it["comment"]: it["expr"][-1]["counter"]["packets"] for it in told}
+
+    for fixture, command in FIRST_LIFE[:2]:
+        done(host.call(fixture, command))
+    wait_until(lambda: heard() == {"203.0.113.20": 3, "203.0.113.21": 0})
+    done(host.call("050", "assign-ip"))
+    done(host.call("021", "assign-ip"))
+    wait_until(lambda: heard() == {"203.0.113.20": 3, "203.0.113.21": 3})
+
+
+def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
+    before = host.inventory()
+    for number in range(40):
+        host.add_vlan(f"eth1.{2000 + number}")
+    count = len(host.links())
+
+    def life(number: int, words: str) -> None:
+        with host.client() as client:
+            told = {"network_id": str(3000 + number), "vlan": str(2000 + number)}
+            if words == "build":
+                done(client.call("020", "implement-network", **told))
+                ip = {"public_ip": f"203.0.113.{100 + number}"}
+                done(client.call("021", "assign-ip", **told, **ip))
+            else:
+                done(client.call("131", "destroy-network", **told))
+
+    for words in ("build", "destroy"):
+        threads = [threading.Thread(target=life, args=(number, words)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if words == "build":
+            # Each its guest bridge and two ports, and the one public bridge of all.
+            assert len(host.links()) == count + 40 * 3 + 1
+            host.kill()
+            host.start()
+            restored = [line for line in host.log().splitlines() if " restore: " in line][-40:]
+            assert all("steps=0" in line for line in restored)
+    assert len(host.links()) == count
+    assert host.inventory() | {"links": 0, "addresses": 0, "routes": 0} == before | {
+        "links": 0,
+        "addresses": 0,
+        "routes": 0,
+    }
+
+
+def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
+    host.ip("netns", "add", NS)
+    host.run("ip", "link", "add", "theirs", "type", "veth", "peer", "name", "wan", namespace=NS)
+    reply = host.call("020", "implement-network")
+    assert reply.status == 3
+    assert reply.error.startswith(f"namespace {NS} is there already and is not ours: link ")
+    done(host.call("131", "destroy-network"))
+    assert "theirs" in host.links(NS)
+
+
+def test_a_missing_nic_is_named_with_its_detail_and_tried_again(host: AgentHost) -> None:
+    reply = host.call("020", "implement-network", vlan="1999")
+    assert reply.status == 3
+    assert "make VLAN link eth1.1999 with tag 1999 on eth1: this kernel has no 802.1Q" in reply.error
+    host.add_vlan("eth1.1999")
+    wait_until(lambda: "retry" in host.log() and steps(host) > 0)
+    done(host.call("020", "implement-network", vlan="1999"))
+    host.ip("link", "del", "eth2.101")
+    host.ip("link", "del", "eth2")
+    reply = host.call("021", "assign-ip", vlan="1999")
+    assert (reply.status, reply.error) == (3, "NIC eth2 does not exist on this host")
+    assert reply.hint == "check the registration detail public.network.device"
+
+
+def test_bad_input_touches_nothing(host: AgentHost) -> None:
+    before = host.inventory()
+    reply = host.call("020", "implement-network", cidr="10.10.1.0/240")
+    assert reply.status == 1
+    assert "cidr" in reply.error
+    assert host.call("020", "implement-network", vlan="").status == 1
+    assert host.call("301", "prepare-nic").status == 1  # decoded, and not built yet
+    assert host.inventory() == before

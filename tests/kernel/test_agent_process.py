@@ -1,0 +1,367 @@
+"""The agent as a process: its socket, its memory, its files, its end; and the relay that starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kernel.agent_host import PROGRAM, REGISTRATION, AgentHost, agent_host, make_call, wait_until
+from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
+
+STATE = "/var/lib/netloom/scopes"
+SOCKET = "/run/netloom/agent.sock"
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    with agent_host() as it:
+        it.start()
+        yield it
+
+
+@pytest.fixture
+def bare() -> Iterator[AgentHost]:
+    """A host on which no agent runs."""
+    with agent_host() as it:
+        yield it
+        # What a relay has started is nobody's child.
+        for pid in agents(it):
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def agents(host: AgentHost) -> list[int]:
+    """The agents of this host: processes of its network namespace that serve."""
+    there = os.stat(f"/proc/{host.pid}/ns/net").st_ino
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"serve" in words and os.stat(f"/proc/{pid}/ns/net").st_ino == there:
+                found.append(int(pid))
+    return found
+
+
+def locate(scope_id: str) -> Call:
+    return Call(call_id=f"locate-{time.monotonic()}", command="locate", scope_id=scope_id, registration=REGISTRATION)
+
+
+def ask(host: AgentHost, call: Call) -> Reply:
+    with host.client() as client:
+        client.send(call)
+        reply = client.receive()
+        assert isinstance(reply, Reply)
+        return reply
+
+
+# --------------------------------------------------------------------------------------------------------- the socket
+
+
+def test_only_root_finds_a_door(host: AgentHost) -> None:
+    assert oct(host.path("/run/netloom").stat().st_mode)[-3:] == "700"
+    assert oct(host.path(SOCKET).stat().st_mode)[-3:] == "600"
+    # Even with the path opened to everybody, the agent asks who it is.
+    host.path("/run/netloom").chmod(0o755)
+    host.path(SOCKET).chmod(0o666)
+    said = host.run("setpriv", "--reuid=65534", "--clear-groups", "busybox", "nc", f"local:{SOCKET}", check=False)
+    assert said == ""
+    ask(host, locate("net-204"))
+
+
+def test_a_repeated_call_is_answered_from_memory(host: AgentHost) -> None:
+    call = make_call("020", "implement-network", call_id="once")
+    first = ask(host, call)
+    assert (first.status, first.revision) == (0, 1)
+    host.call("131", "destroy-network")
+    assert ask(host, call) == first
+    assert not ask(host, locate("net-204")).holds
+
+
+def test_a_repeat_of_a_running_call_waits_for_the_one_that_runs(host: AgentHost) -> None:
+    call = make_call("020", "implement-network", call_id="twice")
+    with host.client() as one, host.client() as other:
+        one.send(call)
+        other.send(call)
+        assert one.receive() == other.receive()
+    assert host.log().count("call=twice") == 1
+
+
+def test_what_a_caller_began_is_finished_when_it_hangs_up(host: AgentHost) -> None:
+    with host.client() as client:
+        client.send(make_call("020", "implement-network", call_id="gone"))
+    wait_until(lambda: "call=gone" in host.log())
+    assert ask(host, locate("net-204")).holds
+
+
+def test_locate_tells_who_lives_here(host: AgentHost) -> None:
+    assert not ask(host, locate("net-204")).holds
+    host.call("020", "implement-network")
+    reply = ask(host, locate("net-204"))
+    assert (reply.holds, reply.revision) == (True, 1)
+    assert not ask(host, locate("net-20")).holds
+    assert ask(host, locate("net-../x")).status == 1
+
+
+def test_another_owner_is_refused(host: AgentHost) -> None:
+    host.call("020", "implement-network")
+    reply = host.call("020", "implement-network", registration=Registration(owner="other"))
+    assert reply.status == 3
+    assert "belongs to 'test'" in reply.error
+
+
+def test_a_name_of_a_nic_that_is_none_is_refused(host: AgentHost) -> None:
+    reply = host.call("020", "implement-network", registration=Registration(owner="test", guest_nic="../../eth1"))
+    assert (reply.status, reply.holds) == (1, False)
+    assert "guest.network.device" in reply.error
+
+
+def test_garbage_ends_the_connection_and_nothing_else(host: AgentHost) -> None:
+    with host.client() as client:
+        client._socket.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            client.receive()
+    assert not ask(host, locate("net-204")).holds
+
+
+def test_a_scope_that_hangs_blocks_no_other_and_its_callers_hear_of_it(host: AgentHost) -> None:
+    """The namespace's first mount hangs: the directory's lock, which everybody must take, is held."""
+    host.call("020", "implement-network")
+    with holding(host, "/run/netns"), host.client() as client:
+        client.send(make_call("020", "implement-network", network_id="205", vlan="1377", call_id="hangs"))
+        client.send(
+            make_call("020", "implement-network", network_id="205", vlan="1377", remaining_ms=300, call_id="waits")
+        )
+        client.send(make_call("020", "implement-network", call_id="other"))
+        replies: dict[str, Reply] = {}
+        while len(replies) < 2:
+            reply = client.receive()
+            assert isinstance(reply, Reply)
+            replies[reply.call_id] = reply
+        assert replies["other"].status == 0
+        assert replies["waits"].status == 3
+        assert "net-205 is busy with implement-network" in replies["waits"].error
+    wait_until(lambda: "call=hangs" in host.log())
+
+
+@contextlib.contextmanager
+def holding(host: AgentHost, directory: str) -> Iterator[None]:
+    holder = subprocess.Popen(
+        ["nsenter", "-t", str(host.pid), "-m", "flock", directory, "-c", "echo held; read _"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout
+    assert holder.stdout.readline() == b"held\n"
+    try:
+        yield
+    finally:
+        holder.communicate(timeout=10)
+
+
+# ---------------------------------------------------------------------------------------------------------- its files
+
+
+def test_the_state_can_be_read_by_root_and_by_people(host: AgentHost) -> None:
+    host.call("020", "implement-network")
+    file = host.path(f"{STATE}/net-204.json")
+    assert oct(file.stat().st_mode)[-3:] == "600"
+    assert oct(file.parent.stat().st_mode)[-3:] == "700"
+    assert '\n      "vlan": "1204",\n' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"scope_id": "net-204", "own', "cannot be read"),
+        ('{"schema": 99, "scope_id": "net-204", "owner": "x"}', "is of schema 99"),
+    ],
+)
+def test_a_state_that_cannot_be_read_is_left_alone_and_the_others_live(host: AgentHost, text: str, says: str) -> None:
+    host.call("020", "implement-network")
+    host.call("020", "implement-network", network_id="205", vlan="1377")
+    host.kill(signal.SIGTERM)
+    file = host.path(f"{STATE}/net-204.json")
+    good = file.read_text()
+    file.write_text(text)
+    host.start()
+    for fixture, command in (("021", "assign-ip"), ("131", "destroy-network")):
+        reply = host.call(fixture, command)
+        assert (reply.status, reply.holds) == (3, True)
+        assert says in reply.error
+    assert ask(host, locate("net-204")).holds
+    assert file.read_text() == text
+    assert {"vnetg204", "vnetg205"} <= host.links().keys()
+    assert host.call("131", "destroy-network", network_id="205").status == 0
+    file.write_text(good)  # mended: no restart is needed
+    assert host.call("131", "destroy-network").status == 0
+    assert "vnetg204" not in host.links()
+
+
+def test_a_full_disk_changes_nothing_and_says_so(host: AgentHost) -> None:
+    host.kill(signal.SIGTERM)
+    host.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", "/var/lib")
+    host.start()
+    host.call("020", "implement-network")
+    file = host.path(f"{STATE}/net-204.json")
+    before = file.read_bytes()
+    links = host.links().keys()
+    with host.path("/var/lib/ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    reply = host.call("021", "assign-ip")
+    assert reply.status == 3
+    assert "No space left on device" in reply.error
+    assert file.read_bytes() == before
+    assert host.links().keys() == links
+    assert os.listdir(file.parent) == ["net-204.json"]
+    assert host.call("131", "destroy-network").status == 0  # to end takes no space
+    assert os.listdir(file.parent) == []
+
+
+def test_nothing_of_a_payload_is_in_the_log(host: AgentHost) -> None:
+    host.call("020", "implement-network")
+    host.call("090", "save-password")
+    assert "save-password" in host.log()
+    secret = json.loads(make_call("090", "save-password").payload)["password"]
+    assert secret not in host.log()
+
+
+# ------------------------------------------------------------------------------------------------- start and end
+
+
+def test_the_end_is_orderly_and_leaves_the_network_alone(host: AgentHost) -> None:
+    host.call("020", "implement-network")
+    stands = {name: (it["ifindex"], it["flags"]) for name, it in host.links().items()}
+    assert host.agent is not None
+    host.agent.terminate()
+    assert host.agent.wait(10) == 0
+    assert {name: (it["ifindex"], it["flags"]) for name, it in host.links().items()} == stands
+    assert not host.path(SOCKET).exists()
+    assert host.log().splitlines()[-1].endswith("stopped; what runs keeps running")
+
+
+def test_there_is_one_agent(host: AgentHost) -> None:
+    second = subprocess.run(
+        ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "serve"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (second.returncode, second.stderr) == (3, f"netloom agent: another agent serves {SOCKET}\n")
+    assert not ask(host, locate("net-204")).holds
+
+
+class Relay:
+    """``netloom agent connect`` as sshd starts it: three pipes."""
+
+    def __init__(self, host: AgentHost) -> None:
+        self.process = subprocess.Popen(
+            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "connect"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd="/tmp",
+        )
+        self._reader = FrameReader()
+
+    def ask(self, call: Call) -> Message:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(encode(Hello(version="test", build="test")) + encode(call))
+        self.process.stdin.flush()
+        messages: list[Message] = []
+        while len(messages) < 2:
+            messages += self._reader.feed(os.read(self.process.stdout.fileno(), 65536))
+        assert isinstance(messages[0], Hello)
+        return messages[1]
+
+    def end(self) -> tuple[int, bytes]:
+        """Closes its stdin; what it said on stderr, read to the end of file."""
+        out, complaint = self.process.communicate(timeout=20)
+        assert out == b""
+        return self.process.returncode, complaint
+
+
+def test_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:
+    relays = [Relay(bare) for _ in range(3)]
+    replies: list[Message] = []
+    threads = [threading.Thread(target=lambda it=it: replies.append(it.ask(locate("net-1")))) for it in relays]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [type(reply) for reply in replies] == [Reply] * 3
+    (pid,) = agents(bare)
+    # End of file comes at once: the agent holds none of the relay's descriptors.
+    assert [relay.end() for relay in relays] == [(0, b"")] * 3
+    assert os.readlink(f"/proc/{pid}/cwd") == "/"
+    assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+    assert os.getsid(pid) != os.getsid(0)
+    assert agents(bare) == [pid]
+
+
+def test_a_dead_agents_socket_is_no_obstacle(bare: AgentHost) -> None:
+    first = Relay(bare)
+    first.ask(locate("net-1"))
+    (pid,) = agents(bare)
+    os.kill(pid, signal.SIGKILL)
+    assert first.process.wait(20) == 0
+    first.end()
+    second = Relay(bare)
+    assert isinstance(second.ask(locate("net-1")), Reply)
+    assert second.end() == (0, b"")
+
+
+def test_the_relay_carries_megabytes_both_ways(bare: AgentHost) -> None:
+    relay = Relay(bare)
+    call = make_call("020", "implement-network", zone_id="1", filler="x" * (5 << 20))
+    reply = relay.ask(call)
+    assert isinstance(reply, Reply)
+    assert reply.status == 0
+    relay.end()
+    bare.call("131", "destroy-network")
+
+
+def test_the_relay_imports_little(bare: AgentHost) -> None:
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import netloom.agent.connect; print(*sys.modules)"
+    said = subprocess.run(
+        [PROGRAM[0], "-I", "-S", "-c", program, str(Path(PROGRAM[1]).parents[2] / "internal")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {"msgspec", "asyncio", "logging", "subprocess", "json", "re"} & set(said.stdout.split())
+
+
+def test_an_unknown_word_is_one_line(bare: AgentHost) -> None:
+    for words in (["dance"], ["serve", "--sockt", "x"], []):
+        said = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        assert said.returncode == 1
+        assert said.stderr.count("\n") == 1
+        assert said.stdout == ""
+
+
+def test_systemd_is_told_when_the_scopes_are_restored(bare: AgentHost) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(bare.path("/run/notify")))
+        listener.settimeout(30)
+        agent = subprocess.Popen(
+            ["nsenter", "-t", str(bare.pid), "-n", "-m", "--", *PROGRAM, "serve"],
+            env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": "/run/notify"},
+            stderr=subprocess.PIPE,
+        )
+        assert listener.recv(100) == b"READY=1"
+        agent.terminate()
+        _, said = agent.communicate(timeout=20)
+        assert said.splitlines()[-1] == b"stopped; what runs keeps running"
