@@ -16,7 +16,8 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
 
     ``leased``: add-dhcp-entry or a restore came, so DHCP answers it. ``named``: the same for DNS. Both outlive the
     VM's stop and end with remove-dhcp-entry. ``metadata`` holds the items as CloudStack names them (``instance-id``).
-    ``user_data`` None: none was ever given; empty: it was given and is empty.
+    ``user_data`` None: none was ever given; empty: it was given and is empty. ``password`` None: none was set, or the VM
+    has fetched it.
     """
 
     mac: str
@@ -34,6 +35,7 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     user_data: Secret | None = None
     password: Secret | None = None
+    password_serial: int = 0  # grows with every password that was set; names a setting without telling it
 
     @property
     def key(self) -> str:

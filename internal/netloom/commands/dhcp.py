@@ -1,0 +1,62 @@
+"""Leases, subnets and options."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from netloom.commands.nic import put, with_nic, without_nic
+from netloom.errors import BadRequest
+from netloom.guestwire import option_bytes
+from netloom.protocol.dhcp import (
+    AddDhcpEntry,
+    ConfigDhcpSubnet,
+    RemoveDhcpEntry,
+    RemoveDhcpSubnet,
+    Resolvers,
+    SetDhcpOptions,
+)
+from netloom.state import Network
+
+
+def add_dhcp_entry(network: Network, asked: AddDhcpEntry) -> Network:
+    """The NIC has a lease, and DHCP answers: without its own capability no config-dhcp-subnet ever comes."""
+    known, nic = with_nic(network, asked)
+    if not nic.mac:
+        return network
+    return replace(told_resolvers(put(known, replace(nic, leased=True), nic), asked), dhcp=True)
+
+
+def remove_dhcp_entry(network: Network, asked: RemoveDhcpEntry) -> Network:
+    """The VM is gone: lease, names, metadata and password go with it, for no other command ends them."""
+    return without_nic(network, asked)
+
+
+def config_dhcp_subnet(network: Network, asked: ConfigDhcpSubnet) -> Network:
+    """DHCP answers on the network."""
+    return replace(told_resolvers(network, asked), dhcp=True)
+
+
+def remove_dhcp_subnet(network: Network, asked: RemoveDhcpSubnet) -> Network:
+    """DHCP no longer answers on the network."""
+    return replace(network, dhcp=False)
+
+
+def set_dhcp_options(network: Network, asked: SetDhcpOptions) -> Network:
+    """The extra options of one NIC are these; they may come before the NIC is known."""
+    for code, value in asked.options.items():
+        try:
+            option_bytes(code, value)
+        except ValueError as error:
+            raise BadRequest(f"payload.options.{code}: {error}") from None
+    options = {str(code): value for code, value in sorted(asked.options.items())}
+    others = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != asked.nic_id}
+    return replace(network, dhcp_options={**others, str(asked.nic_id): options} if options else others)
+
+
+def told_resolvers(network: Network, asked: Resolvers) -> Network:
+    """``network`` with the resolvers and the domain that the call brought; an absent field says nothing."""
+    return replace(
+        network,
+        resolvers=tuple(map(str, asked.dns)) or network.resolvers,
+        domain=str(asked.domain) or network.domain,
+    )

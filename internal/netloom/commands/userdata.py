@@ -1,0 +1,93 @@
+"""What a VM may read about itself: metadata, user data, keys, its password once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from netloom.commands.nic import put, with_nic
+from netloom.protocol.userdata import (
+    SaveHypervisorHostname,
+    SavePassword,
+    SaveSshkey,
+    SaveUserdata,
+    SaveVmData,
+    VmDataItem,
+)
+from netloom.secret import Secret
+from netloom.state import Network, Nic
+
+# CloudStack's client writes the names on the right; its documentation those on the left.
+_FILES = {"user-data": "user_data", "public-keys/0/openssh-key": "public-keys"}
+
+_USER_DATA = ("userdata", "user_data")
+_PASSWORD = ("password", "vm_password")
+
+
+def save_vm_data(network: Network, asked: SaveVmData) -> Network:
+    """The whole set of the VM is this. A password stays when none is listed: later starts bring none."""
+    known, nic = with_nic(network, asked)
+    return put(known, with_items(nic, asked.vm_data), nic) if nic.mac else network
+
+
+def save_password(network: Network, asked: SavePassword) -> Network:
+    """The VM may fetch this password, once."""
+    known, nic = with_nic(network, asked)
+    return put(known, _with_password(nic, asked.password.reveal()), nic) if nic.mac else network
+
+
+def save_userdata(network: Network, asked: SaveUserdata) -> Network:
+    """The user data is this, byte for byte; empty is a value too."""
+    known, nic = with_nic(network, asked)
+    return put(known, replace(nic, user_data=Secret(asked.userdata.reveal())), nic) if nic.mac else network
+
+
+def save_sshkey(network: Network, asked: SaveSshkey) -> Network:
+    """``public-keys`` is this text."""
+    return _with_item(network, asked, "public-keys", asked.sshkey.reveal())
+
+
+def save_hypervisor_hostname(network: Network, asked: SaveHypervisorHostname) -> Network:
+    """``hypervisor-host-name`` is this."""
+    return _with_item(network, asked, "hypervisor-host-name", str(asked.hypervisor_hostname))
+
+
+def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:
+    """``nic`` with exactly these items, and with the password when one is among them.
+
+    The checksum of a password is as secret as the password and served by no protocol: it is not kept.
+    """
+    metadata: dict[str, str] = {}
+    user_data: Secret | None = None
+    for item in items:
+        name = _FILES.get(str(item.file), str(item.file))
+        if item.dir == "metadata":
+            metadata[name] = item.content.reveal()
+        elif (item.dir, name) == _USER_DATA:
+            user_data = Secret(item.content.reveal())
+        elif (item.dir, name) == _PASSWORD and item.content:
+            nic = _with_password(nic, item.content.reveal())
+    return replace(nic, metadata=dict(sorted(metadata.items())), user_data=user_data)
+
+
+def password_taken(network: Network, key: str, serial: int) -> Network:
+    """The VM has fetched that password and acknowledged it: it is nowhere any more. A newer one stays."""
+    nic = network.nics.get(key)
+    if nic is None or nic.password_serial != serial or nic.password is None:
+        return network
+    return put(network, replace(nic, password=None), nic)
+
+
+def _with_password(nic: Nic, password: str) -> Nic:
+    """Told twice, the same password is the same setting, until the VM has taken it."""
+    if nic.password == Secret(password):
+        return nic
+    return replace(nic, password=Secret(password), password_serial=nic.password_serial + 1)
+
+
+def _with_item(network: Network, asked: SaveSshkey | SaveHypervisorHostname, name: str, content: str) -> Network:
+    known, nic = with_nic(network, asked)
+    if not nic.mac:
+        return network
+    return put(known, replace(nic, metadata=dict(sorted({**nic.metadata, name: content}.items()))), nic)

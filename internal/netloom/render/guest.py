@@ -1,0 +1,74 @@
+"""The tables that the guest process answers from: leases, metadata, passwords of a scope's networks."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+
+import msgspec
+from msgspec.structs import replace
+
+from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
+from netloom.secret import enc_hook
+from netloom.state import Network, Nic, Scope
+
+_canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook, order="deterministic")
+
+
+def tables(scope: Scope) -> tuple[GuestNetwork, ...]:
+    """One table for each network that stands, in the order of their ids.
+
+    A table's ``revision`` is a digest of it: the same wish has the same number, whichever agent made it.
+    """
+    return tuple(
+        _numbered(_table(scope.scope_id, network))
+        for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))
+        if network.implemented and device_address(network)
+    )
+
+
+def device_address(network: Network) -> str:
+    """The device's own address on the guest side: ``extension_ip``, else the gateway."""
+    return network.extension_ip or network.gateway
+
+
+def _table(scope_id: str, network: Network) -> GuestNetwork:
+    device = device_address(network)
+    # The resolver of the network first, where there is one; then those it asks itself, for the day it is down.
+    dns = ((device,) if network.dns else ()) + network.resolvers
+    return GuestNetwork(
+        scope_id=scope_id,
+        network_id=network.network_id,
+        revision=0,
+        server_ip=device,
+        dns=dns,
+        domain=network.domain,
+        search=(network.domain,) if network.domain else (),
+        nics=tuple(_nic(network, nic) for _, nic in sorted(network.nics.items()) if nic.ip),
+    )
+
+
+def _nic(network: Network, nic: Nic) -> GuestNic:
+    subnet = ipaddress.IPv4Network(network.cidr)
+    prefix_len = ipaddress.IPv4Network((0, nic.netmask)).prefixlen if nic.netmask else subnet.prefixlen
+    options = network.dhcp_options.get(nic.nic_id, {})
+    return GuestNic(
+        nic=nic.key,
+        mac=nic.mac,
+        ip=nic.ip,
+        prefix_len=prefix_len,
+        gateway=nic.gateway or network.gateway,
+        hostname=nic.hostname,
+        default_nic=nic.default,
+        dhcp=network.dhcp and nic.leased,
+        options={int(code): option_bytes(int(code), text) for code, text in options.items()},
+        user_data=nic.user_data,
+        metadata=nic.metadata,
+        password=nic.password,
+        password_id=str(nic.password_serial) if nic.password is not None else "",
+    )
+
+
+def _numbered(table: GuestNetwork) -> GuestNetwork:
+    digest = hashlib.sha256(_canonical.encode(table)).digest()
+    return replace(table, revision=int.from_bytes(digest[:7], "big"))
