@@ -4,14 +4,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-export PYTHONPATH := internal:tests
 export PYTHONDONTWRITEBYTECODE := 1
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 demo: packages venv ## the life of an isolated network on two simulated hosts, shown step by step (root)
-	@.venv/bin/python -m bed.demo
+	@PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python -m bed.demo
 
 test: packages venv ## all tests, with the time of each group (root)
 	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e
