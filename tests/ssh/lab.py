@@ -28,6 +28,7 @@ MANAGEMENT = "stest-m"
 PLAIN = 22  # keys and passwords
 ASKING = 2022  # keyboard-interactive by PAM, and nothing else
 KEYS = 2122  # keys only
+BUSY = 2222  # keys only, and few logins at a time
 HOLE = 2322  # packets are dropped without a word
 MUTE = 2422  # something listens and says nothing
 
@@ -102,9 +103,10 @@ class Ended:
 
     @property
     def output(self) -> str:
-        """What a success printed; nothing on stderr."""
+        """What a success printed: nothing, or whole lines; nothing on stderr."""
         assert (self.status, self.stderr) == (0, ""), self.stderr
-        return self.stdout
+        assert not self.stdout or self.stdout.endswith("\n")
+        return self.stdout.removesuffix("\n")
 
 
 class SshHost:
@@ -117,7 +119,7 @@ class SshHost:
         self.directory = directory
         self.run_directory = directory / "run"
         self._sshd: list[subprocess.Popen[bytes]] = []
-        self.ports = (PLAIN, ASKING, KEYS)
+        self.ports = (PLAIN, ASKING, KEYS, BUSY)
 
     def boot(self, authorized: str) -> None:
         self.run_directory.mkdir(parents=True)
@@ -130,13 +132,15 @@ class SshHost:
         self.play()
         common = (
             "HostKey /run/hostkey_ed25519\nHostKey /run/hostkey_rsa\nPermitRootLogin yes\nStrictModes no\nUseDNS no\n"
-            "MaxStartups 100\nPidFile none\nAuthorizedKeysFile /run/authorized\nPrintMotd no\n"
+            "PidFile none\nAuthorizedKeysFile /run/authorized\nPrintMotd no\n"
         )
+        keys_only = "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         for port, settings in {
             PLAIN: "UsePAM no\nPasswordAuthentication yes\nKbdInteractiveAuthentication no\n",
             ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
             "PubkeyAuthentication no\n",
-            KEYS: "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n",
+            KEYS: keys_only + "MaxStartups 100\n",
+            BUSY: keys_only + "MaxStartups 1:50:3\n",
         }.items():
             (self.run_directory / f"sshd_{port}").write_text(f"Port {port}\n{common}{settings}")
         self.start()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ssh.lab import HOLE, KEYS, MUTE, Caller, SshLab
+from ssh.lab import BUSY, HOLE, KEYS, MUTE, Caller, SshLab
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
 
@@ -52,7 +52,7 @@ def test_a_hung_agent_is_status_2_before_the_deadline(lab: SshLab, caller: Calle
     ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=5)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
-    assert "agent status" in ended.line
+    assert "/var/log/netloom/agent.log" in ended.line
     assert ended.took_s < 5
     (call,) = lab.h1.asked()
     assert 0 < call["remaining_ms"] < 4000  # the agent is told to be done before we are
@@ -165,3 +165,33 @@ def test_defect_54_a_signal_ends_the_call_at_once(
 def test_a_call_without_a_log_still_works(lab: SshLab, caller: Caller) -> None:
     (caller.home / "netloom.log").mkdir()
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
+
+
+def test_a_server_that_drops_connections_when_many_come_is_tried_again(lab: SshLab, caller: Caller) -> None:
+    """OpenSSH's MaxStartups: while logins are under way it hangs up on some, before any login was tried."""
+    path = caller.payload(caller.details(sshkey=lab.key("good"), port=BUSY), payload={"current_details": "{}"})
+    before = len(lab.h1.logins())
+    began = time.monotonic()
+    calls = [caller.start("ensure-network-device", str(path), "60") for _ in range(8)]
+    for call in calls:
+        assert json.loads(caller.finish(call, began).output)["host"] == "10.99.0.11"
+    log = lab.h1.logins()[before:]
+    assert "drop connection" in log or "past MaxStartups" in log
+
+
+def test_defect_66_a_command_is_one_connection_and_one_channel(lab: SshLab, caller: Caller) -> None:
+    before = len(lab.h1.logins())
+    assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
+    log = lab.h1.logins()[before:]
+    assert log.count("Accepted publickey") == 1
+    assert [call["command"] for call in lab.h1.asked(but="")] == ["locate", "implement-network"]
+
+
+def test_a_large_payload_arrives_whole(lab: SshLab, caller: Caller) -> None:
+    rule = {"type": "egress", "protocol": "tcp", "portStart": 22, "portEnd": 22, "sourceCidrs": [], "destCidrs": []}
+    rules = {"rules": [{"id": n, **rule} for n in range(20_000)], "default_egress_allow": True, "cidr": "10.0.0.0/24"}
+    assert (
+        caller.call("apply-fw-rules", caller.details(sshkey=lab.key("good")), STORED, {"fw_rules": rules}).output == ""
+    )
+    (call,) = lab.h1.asked()
+    assert json.loads(call["payload"])["fw_rules"]["rules"][-1]["id"] == 19_999

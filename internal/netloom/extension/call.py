@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the C module: signal.py adds enums to it, a third of a bare start-up
 import os
-import sys
 import time
 
 from netloom.errors import BadRequest, NetloomError, one_line
@@ -66,7 +65,7 @@ class Ending:
             self._said = True
             if error:
                 _write(self._stderr, one_line(error) + "\n")
-            elif output and not _write(self._stdout, ascii_only(output)):
+            elif output and not _write(self._stdout, ascii_only(output).rstrip("\n") + "\n"):
                 status, error = 3, "the output could not be written: the caller had closed it"
             os.close(self._stdout)
             os.close(self._stderr)
@@ -200,7 +199,3 @@ def _end_on_time(deadline: Deadline, ending: Ending) -> None:
     _signal.signal(_signal.SIGALRM, stop)
     # A timer of 0 would be none.
     _signal.setitimer(_signal.ITIMER_REAL, max(0.001, deadline.ends + deadline.margin_s / 2 - time.monotonic()))
-
-
-if sys.platform != "linux":
-    raise ImportError("netloom runs on Linux")

@@ -10,7 +10,7 @@ from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension.ssh import Channel, Connection, Login, why_no_agent
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
-HELLO = Hello(version=__version__, build=f"source-{__version__}")
+HELLO = Hello(version=__version__, build="source")
 
 # A hello is two short words. A longer first frame is a login shell's greeting, read as a length.
 _HELLO_BYTES_MAX = 1 << 16

@@ -16,7 +16,6 @@ class NoDirectory(BadRequest):
     """None of the directories can be used; what has to be remembered cannot be."""
 
 
-
 def candidates(environ: Mapping[str, str], uid: int, home: str) -> list[str]:
     """The persistent directories, best first. ``home``: the user's home, empty when there is none."""
     return [

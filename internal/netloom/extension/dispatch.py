@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from netloom.commands.table import row_of
-from netloom.errors import HostUnreachable
+from netloom.errors import BadRequest, HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
@@ -31,14 +32,22 @@ TO_EVERYBODY = frozenset({"destroy-network", "destroy-vpc"})
 
 
 def login(details: PhysicalDetails, environ: Mapping[str, str]) -> Login:
-    """How the registration says to log in. Raises NoDirectory when host keys can be kept nowhere."""
+    """How the registration says to log in. Raises NoDirectory when host keys can be kept nowhere, and BadRequest for a
+    NETLOOM_AGENT that is no command."""
+    agent = environ.get("NETLOOM_AGENT") or AGENT
+    try:
+        words = shlex.split(agent)
+    except ValueError:
+        words = []
+    if not words:
+        raise BadRequest(f"NETLOOM_AGENT is no command: {agent[:100]!r}", hint="quote it as a shell would want it")
     return Login(
         trust=Trust(parse_pins(details.hostkeys), KnownHosts(persistent(environ))),
         username=str(details.username),
         port=int(details.port),
         sshkey=details.sshkey or Secret(),
         password=details.password or Secret(),
-        agent=environ.get("NETLOOM_AGENT") or AGENT,
+        agent=agent,
     )
 
 

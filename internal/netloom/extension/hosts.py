@@ -29,7 +29,7 @@ from netloom.extension.placement import (
     decide,
     decide_everywhere,
 )
-from netloom.extension.ssh import Login
+from netloom.extension.ssh import LOOK_THERE, Login
 from netloom.wire import Call, Reply
 
 # What the agent is told to finish within is this much less than what is left: its answer has to come back.
@@ -94,7 +94,7 @@ class Hosts:
             return self._agents[host].connection.silence(waited_s)
         return HostUnreachable(
             f"{host}: its agent did not answer {call.command} within {waited_s:.0f} s",
-            hint=f"look on the host: {self.login.agent} status",
+            hint=LOOK_THERE,
         )
 
     def close(self) -> None:

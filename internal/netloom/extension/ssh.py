@@ -10,6 +10,7 @@ import asyncio
 import ctypes.util
 import logging
 import os
+import random
 import shlex
 import socket
 import warnings
@@ -48,12 +49,18 @@ for _name in ("asyncssh", "asyncio"):  # without a handler, logging would write 
 # What agent command a host has when no setting names another: where the executable installs itself.
 AGENT = "/usr/local/libexec/netloom/netloom agent"
 
+# Where the agent writes what it does: the thing to look at when it is silent.
+LOOK_THERE = "look at /var/log/netloom/agent.log on the host"
+
 # Plain keys only: a certificate would be believed without being remembered. Best first.
 _KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
 _ALGORITHMS = {"ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256"]}
 
 # The next of a name's addresses is tried this much later, while the one before may still answer (RFC 8305 section 5).
 _NEXT_ADDRESS_S = 0.25
+# OpenSSH drops connections at random while ten others have not logged in yet (MaxStartups); no login was tried then,
+# and CloudStack calls us many times at once. How long to wait before each further try, about.
+_DROPPED_AGAIN_S = (0.25, 0.5, 1.0)
 _KEEPALIVE_S = 5.0
 _STDERR_BYTES_MAX = 4096
 _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -61,7 +68,7 @@ _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
 _SUDO_REFUSES = ("is not in the sudoers", "is not allowed to", "may not run sudo", "not allowed to execute")
 
-Stage = Literal["resolve", "connect", "handshake", "login", "agent"]
+Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent"]
 
 
 @dataclass(frozen=True)
@@ -181,13 +188,21 @@ class _Client(asyncssh.SSHClient):
         return self._login.password.reveal()
 
 
+class _Dropped(Exception):  # not a failure yet
+    """The server hung up before any login."""
+
+    def __init__(self, error: HostUnreachable) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Connection:
     """One SSH connection to one host, and how far it has come."""
 
     def __init__(self, host: str, login: Login) -> None:
         self.host = host
         self.login = login
-        self.stage: Stage = "resolve"
+        self.stage: Stage = "own keys"
         self._connection: asyncssh.SSHClientConnection | None = None
 
     def _at(self, stage: Stage) -> None:
@@ -205,10 +220,20 @@ class Connection:
                     f"{self.host}: nothing to log in with: neither sshkey nor password is registered",
                     hint="register one of them, or give the calling user a key of its own",
                 )
+        _settle_local_user()
+        for pause_s in (*_DROPPED_AGAIN_S, None):
+            try:
+                await self._log_in(keys)
+                return
+            except _Dropped as dropped:
+                if pause_s is None:
+                    raise dropped.error from dropped
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
+
+    async def _log_in(self, keys: Sequence[asyncssh.SSHKey | asyncssh.SSHKeyPair]) -> None:
         sock = await self._dial()
         self._at("handshake")
         client = _Client(self.host, self.login, self._at)
-        _settle_local_user()
         try:
             self._connection = await asyncssh.connect(
                 self.host,
@@ -232,7 +257,10 @@ class Connection:
             )
         except (asyncssh.Error, OSError, ValueError) as error:
             sock.close()
-            raise client.refused or self._failure(error, client) from error
+            failure = client.refused or self._failure(error, client)
+            if self.stage == "handshake" and isinstance(error, asyncssh.ConnectionLost | ConnectionError):
+                raise _Dropped(failure) from error
+            raise failure from error
 
     async def run(self, received: Callable[[bytes], None]) -> Channel:
         """Start the agent's command; what it says goes to ``received``, which must not raise."""
@@ -261,6 +289,7 @@ class Connection:
         """A connected socket to the first of the host's addresses that answers."""
         loop = asyncio.get_running_loop()
         host, port = self.host, self.login.port
+        self._at("resolve")
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
@@ -330,11 +359,12 @@ class Connection:
         """The error for a host that is at its present stage when the deadline comes."""
         host, port = self.host, self.login.port
         what, hint = {
+            "own keys": ("the SSH agent of the calling user does not answer", "check SSH_AUTH_SOCK"),
             "resolve": ("its name is not resolved", "check this server's resolver, or register an address"),
             "connect": (f"port {port} does not answer", "is the host up, and does a firewall drop the packets?"),
             "handshake": (f"port {port} is open, but no SSH answers", "is its sshd hung? look on the host's console"),
             "login": ("the login does not come to an end", "is its sshd hung, or waiting for a directory service?"),
-            "agent": ("SSH is fine, but the agent does not answer", f"look on the host: {self.login.agent} status"),
+            "agent": ("SSH is fine, but the agent does not answer", LOOK_THERE),
         }[self.stage]
         return HostUnreachable(f"{host}: {what} within {waited_s:.0f} s", hint=hint)
 

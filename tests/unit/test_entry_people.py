@@ -1,0 +1,108 @@
+"""What people may say: read as a person would, and as a program would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from netloom import __version__
+from netloom.cli import table
+from netloom.commands.table import TABLE
+from netloom.wire import PROTOCOL_VERSION
+
+REPO = Path(__file__).resolve().parents[2]
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEB"
+
+
+def say(*words: str, home: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPO / "cmd" / "netloom" / "main.py"), *words],
+        env={"NETLOOM_DIR": str(home)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    made = tmp_path / "home"
+    made.mkdir(mode=0o700)
+    return made
+
+
+def test_help_names_every_word(home: Path) -> None:
+    done = say("--help", home=home)
+    assert done.returncode == 0
+    assert all(f"  {word} " in done.stdout for word in ("version", "commands", "hosts"))
+    assert done.stdout.isascii()
+
+
+def test_version(home: Path) -> None:
+    assert say("version", home=home).stdout.startswith(f"netloom {__version__} ")
+    assert json.loads(say("version", "--json", home=home).stdout) == {"version": __version__, "wire": PROTOCOL_VERSION}
+
+
+def test_commands_are_those_of_the_protocol(home: Path) -> None:
+    rows = json.loads(say("commands", "--json", home=home).stdout)
+    assert [row["command"] for row in rows] == list(TABLE)
+    lines = say("commands", home=home).stdout.splitlines()
+    assert lines[0].split() == ["COMMAND", "KIND", "CARRIED", "OUT"]
+    assert lines[1].split() == ["ensure-network-device", "extension", "yes"]
+    assert len(lines) == len(TABLE) + 3
+
+
+def test_hosts_are_listed_and_forgotten(home: Path) -> None:
+    assert "No host key is remembered yet" in say("hosts", "list", home=home).stdout
+    (home / "known_hosts").write_text(f"kvm1 {KEY}\n[kvm2]:2222 {KEY}\n")
+    (listed, _) = json.loads(say("hosts", "list", "--json", home=home).stdout)
+    assert listed["host"] == "kvm1"
+    assert listed["line"] == 1
+    assert say("hosts", "list", home=home).stdout.splitlines()[1].split() == [
+        "kvm1",
+        "ssh-ed25519",
+        listed["fingerprint"],
+        "1",
+    ]
+    gone = say("hosts", "forget", "[kvm2]:2222", home=home)
+    assert gone.stdout == f"Forgotten: [kvm2]:2222 ssh-ed25519 {listed['fingerprint']}\n"
+    again = say("hosts", "forget", "[kvm2]:2222", home=home)
+    assert again.returncode == 1
+    assert "no key of [kvm2]:2222 is remembered" in again.stderr
+    assert (home / "known_hosts").read_text() == f"kvm1 {KEY}\n"
+
+
+def test_a_door_that_is_not_built_yet_says_so(home: Path) -> None:
+    for word in ("helper", "guest"):
+        done = say(word, home=home)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"netloom {word}: not built yet in this version\n"
+
+
+def test_tables_are_aligned_and_end_without_blanks() -> None:
+    assert (
+        table.render(["A", "LONG"], [["wide cell", "x"], ["y", "z"]]) == "A          LONG\nwide cell  x\ny          z"
+    )
+
+
+def test_loading_ssh_starts_no_process() -> None:
+    """asyncssh looks for optional libraries with ldconfig and gcc, each time; it is not let."""
+    program = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(REPO / 'internal')!r})\n"
+        "started = []\n"
+        "watched = ('subprocess.Popen', 'os.fork', 'os.posix_spawn', 'os.system', 'os.exec')\n"
+        "sys.addaudithook(lambda event, arguments: started.append(event) if event in watched else None)\n"
+        "import netloom.extension.ssh\n"
+        "import ctypes.util\n"
+        "assert started == [], started\n"
+        "assert ctypes.util.find_library('c') and started\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
