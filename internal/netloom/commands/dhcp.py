@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from netloom.commands.nic import put, with_nic, without_nic
+from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
 from netloom.guestwire import option_bytes
 from netloom.protocol.dhcp import (
@@ -15,14 +16,12 @@ from netloom.protocol.dhcp import (
     Resolvers,
     SetDhcpOptions,
 )
-from netloom.state import Network
+from netloom.state import Network, Scope
 
 
 def add_dhcp_entry(network: Network, asked: AddDhcpEntry) -> Network:
     """The NIC has a lease, and DHCP answers: without its own capability no config-dhcp-subnet ever comes."""
     known, nic = with_nic(network, asked)
-    if not nic.mac:
-        return network
     return replace(told_resolvers(put(known, replace(nic, leased=True), nic), asked), dhcp=True)
 
 
@@ -41,7 +40,7 @@ def remove_dhcp_subnet(network: Network, asked: RemoveDhcpSubnet) -> Network:
     return replace(network, dhcp=False)
 
 
-def set_dhcp_options(network: Network, asked: SetDhcpOptions) -> Network:
+def set_dhcp_options(scope: Scope, asked: SetDhcpOptions, context: Context) -> Scope:
     """The extra options of one NIC are these; they may come before the NIC is known."""
     for code, value in asked.options.items():
         try:
@@ -49,8 +48,11 @@ def set_dhcp_options(network: Network, asked: SetDhcpOptions) -> Network:
         except ValueError as error:
             raise BadRequest(f"payload.options.{code}: {error}") from None
     options = {str(code): value for code, value in sorted(asked.options.items())}
+    network = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
     others = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != asked.nic_id}
-    return replace(network, dhcp_options={**others, str(asked.nic_id): options} if options else others)
+    return with_network(
+        scope, replace(network, dhcp_options={**others, str(asked.nic_id): options} if options else others)
+    )
 
 
 def told_resolvers(network: Network, asked: Resolvers) -> Network:

@@ -13,8 +13,6 @@ from netloom.state import Network
 def add_dns_entry(network: Network, asked: AddDnsEntry) -> Network:
     """The NIC has a name, and the resolver answers: config-dns-subnet is not sent for a NIC with IPv6."""
     known, nic = with_nic(network, asked)
-    if not nic.mac:
-        return network
     return replace(told_resolvers(put(known, replace(nic, named=True), nic), asked), dns=True)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from netloom.errors import BadRequest
 from netloom.protocol.nic import NicPayload, PrepareNic, ReleaseNic, VmNic
 from netloom.state import Network, Nic
 
@@ -36,12 +37,12 @@ def find(network: Network, asked: NicPayload | VmNic) -> Nic | None:
 def with_nic(network: Network, asked: NicPayload | VmNic) -> tuple[Network, Nic]:
     """``network`` with the NIC as ``asked`` describes it, and that NIC.
 
-    What the call does not say stays as it was. A NIC whose MAC nobody told yet is not put into the network.
+    What the call does not say stays as it was. Raises BadRequest for a NIC that nobody told the MAC address of.
     """
     had = find(network, asked)
     nic = replace(had or Nic(mac=str(asked.mac)), **_told(asked))
     if not nic.mac:
-        return network, nic
+        raise BadRequest("payload.mac is missing, and the NIC is not known")
     return put(network, nic, had), nic
 
 

@@ -9,8 +9,22 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
+from netloom.commands import dhcp as leases
+from netloom.commands import dns as names_of
 from netloom.commands import firewall, nat, network
-from netloom.commands.transition import Context, Outcome, blank, registered
+from netloom.commands import lb as balancer
+from netloom.commands import nic as nics
+from netloom.commands import restore as restoring
+from netloom.commands import userdata as vm
+from netloom.commands.transition import (
+    Context,
+    Outcome,
+    PartlyDone,
+    blank,
+    registered,
+    taken_from_network,
+    told_to_network,
+)
 from netloom.errors import BadRequest, ForeignScope, NotBuiltYet
 from netloom.names import scope_of
 from netloom.protocol import acl, custom, dhcp, dns, lb, nic, restore, userdata, vpc
@@ -66,24 +80,29 @@ _ROWS = (
     Row("delete-port-forward", "removes", address.DeletePortForward, nat.delete_port_forward),
     Row("apply-fw-rules", "builds", fw.ApplyFwRules, firewall.apply_fw_rules),
     Row("apply-network-acl", "builds", acl.ApplyNetworkAcl),
-    Row("prepare-nic", "builds", nic.PrepareNic),
-    Row("release-nic", "removes", nic.ReleaseNic),
-    Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry),
-    Row("remove-dhcp-entry", "removes", dhcp.RemoveDhcpEntry),
-    Row("config-dhcp-subnet", "builds", dhcp.ConfigDhcpSubnet),
-    Row("remove-dhcp-subnet", "removes", dhcp.RemoveDhcpSubnet),
-    Row("set-dhcp-options", "builds", dhcp.SetDhcpOptions),
-    Row("add-dns-entry", "builds", dns.AddDnsEntry),
-    Row("remove-dns-entry", "removes", dns.RemoveDnsEntry),
-    Row("config-dns-subnet", "builds", dns.ConfigDnsSubnet),
-    Row("remove-dns-subnet", "removes", dns.RemoveDnsSubnet),
-    Row("save-vm-data", "builds", userdata.SaveVmData),
-    Row("save-password", "builds", userdata.SavePassword),
-    Row("save-userdata", "builds", userdata.SaveUserdata),
-    Row("save-sshkey", "builds", userdata.SaveSshkey),
-    Row("save-hypervisor-hostname", "builds", userdata.SaveHypervisorHostname),
-    Row("apply-lb-rules", "builds", lb.ApplyLbRules),
-    Row("restore-network", "builds", restore.RestoreNetwork),
+    Row("prepare-nic", "builds", nic.PrepareNic, told_to_network(nics.prepare_nic)),
+    Row("release-nic", "removes", nic.ReleaseNic, taken_from_network(nics.release_nic)),
+    Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry, told_to_network(leases.add_dhcp_entry)),
+    Row("remove-dhcp-entry", "removes", dhcp.RemoveDhcpEntry, taken_from_network(leases.remove_dhcp_entry)),
+    Row("config-dhcp-subnet", "builds", dhcp.ConfigDhcpSubnet, told_to_network(leases.config_dhcp_subnet)),
+    Row("remove-dhcp-subnet", "removes", dhcp.RemoveDhcpSubnet, taken_from_network(leases.remove_dhcp_subnet)),
+    Row("set-dhcp-options", "builds", dhcp.SetDhcpOptions, leases.set_dhcp_options),
+    Row("add-dns-entry", "builds", dns.AddDnsEntry, told_to_network(names_of.add_dns_entry)),
+    Row("remove-dns-entry", "removes", dns.RemoveDnsEntry, taken_from_network(names_of.remove_dns_entry)),
+    Row("config-dns-subnet", "builds", dns.ConfigDnsSubnet, told_to_network(names_of.config_dns_subnet)),
+    Row("remove-dns-subnet", "removes", dns.RemoveDnsSubnet, taken_from_network(names_of.remove_dns_subnet)),
+    Row("save-vm-data", "builds", userdata.SaveVmData, told_to_network(vm.save_vm_data)),
+    Row("save-password", "builds", userdata.SavePassword, told_to_network(vm.save_password)),
+    Row("save-userdata", "builds", userdata.SaveUserdata, told_to_network(vm.save_userdata)),
+    Row("save-sshkey", "builds", userdata.SaveSshkey, told_to_network(vm.save_sshkey)),
+    Row(
+        "save-hypervisor-hostname",
+        "builds",
+        userdata.SaveHypervisorHostname,
+        told_to_network(vm.save_hypervisor_hostname),
+    ),
+    Row("apply-lb-rules", "builds", lb.ApplyLbRules, balancer.apply_lb_rules),
+    Row("restore-network", "builds", restore.RestoreNetwork, told_to_network(restoring.restore_network)),
     Row("custom-action", "asks", custom.CustomAction),
 )
 
@@ -127,12 +146,17 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
         scope = blank(context)
     if row.kind == "builds" and context.scope_id.startswith("vpc-"):
         raise NotBuiltYet(f"{command}: this version of netloom does not carry out tiers of a VPC yet")
-    wanted = row.transition(registered(scope, context.registration), payload, context)
+    refused = None
+    try:
+        wanted = row.transition(registered(scope, context.registration), payload, context)
+    except PartlyDone as partly:
+        wanted, refused = partly.scope, partly
     if wanted is None:
         return Outcome(scope=None)
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
-    return Outcome(scope=wanted, output=row.output(wanted, payload, context) if row.output else "")
+    output = row.output(wanted, payload, context) if row.output else ""
+    return Outcome(scope=wanted, output=output, refused=refused)
 
 
 def _check_scope(command: str, payload: msgspec.Struct, context: Context) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from netloom.errors import BadRequest
+from netloom.errors import BadRequest, HostRefused
 from netloom.protocol.network import NetworkPayload
 from netloom.state import Network, Scope, Uplinks
 from netloom.wire import Registration
+
+N = TypeVar("N", bound=NetworkPayload)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,10 +24,22 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """The scope as it should be from now on, and what CloudStack reads. No scope: nothing of it is left."""
+    """The scope as it should be from now on, and what CloudStack reads. No scope: nothing of it is left.
+
+    ``refused``: what of the command was not taken over; the rest is in ``scope``.
+    """
 
     scope: Scope | None
     output: str = ""
+    refused: HostRefused | None = None
+
+
+class PartlyDone(HostRefused):
+    """Some of what a call lists was refused; ``scope`` has the rest."""
+
+    def __init__(self, scope: Scope, message: str, *, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.scope = scope
 
 
 GUEST_TYPES: dict[str, Literal["isolated", "shared", "l2"]] = {
@@ -68,6 +83,25 @@ def network_of(scope: Scope, asked: NetworkPayload) -> Network:
 def with_network(scope: Scope, network: Network) -> Scope:
     """``scope`` with ``network`` put in its place."""
     return replace(scope, networks={**scope.networks, network.network_id: network})
+
+
+def told_to_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
+    """A command that is about one network only, as one about its scope."""
+
+    def transition(scope: Scope, asked: N, context: Context) -> Scope:
+        return with_network(scope, change(network_of(scope, asked), asked))
+
+    return transition
+
+
+def taken_from_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
+    """The same for a command that takes something away: from a network that nobody told of there is nothing to take."""
+
+    def transition(scope: Scope, asked: N, context: Context) -> Scope:
+        network = scope.networks.get(asked.network_id)
+        return scope if network is None else with_network(scope, change(network, asked))
+
+    return transition
 
 
 def only(values: tuple[str, ...], field: str) -> str:

@@ -28,19 +28,19 @@ _PASSWORD = ("password", "vm_password")
 def save_vm_data(network: Network, asked: SaveVmData) -> Network:
     """The whole set of the VM is this. A password stays when none is listed: later starts bring none."""
     known, nic = with_nic(network, asked)
-    return put(known, with_items(nic, asked.vm_data), nic) if nic.mac else network
+    return put(known, with_items(nic, asked.vm_data), nic)
 
 
 def save_password(network: Network, asked: SavePassword) -> Network:
     """The VM may fetch this password, once."""
     known, nic = with_nic(network, asked)
-    return put(known, _with_password(nic, asked.password.reveal()), nic) if nic.mac else network
+    return put(known, _with_password(nic, asked.password.reveal()), nic)
 
 
 def save_userdata(network: Network, asked: SaveUserdata) -> Network:
     """The user data is this, byte for byte; empty is a value too."""
     known, nic = with_nic(network, asked)
-    return put(known, replace(nic, user_data=Secret(asked.userdata.reveal())), nic) if nic.mac else network
+    return put(known, replace(nic, user_data=Secret(asked.userdata.reveal())), nic)
 
 
 def save_sshkey(network: Network, asked: SaveSshkey) -> Network:
@@ -88,6 +88,4 @@ def _with_password(nic: Nic, password: str) -> Nic:
 
 def _with_item(network: Network, asked: SaveSshkey | SaveHypervisorHostname, name: str, content: str) -> Network:
     known, nic = with_nic(network, asked)
-    if not nic.mac:
-        return network
     return put(known, replace(nic, metadata=dict(sorted({**nic.metadata, name: content}.items()))), nic)

@@ -1,0 +1,80 @@
+"""Balanced ports of public addresses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from msgspec.structs import replace
+
+from netloom.commands.transition import Context, PartlyDone, network_of, with_network
+from netloom.protocol import lb as said
+from netloom.state import Backend, LbRule, Scope
+
+_PROTOCOLS: dict[str, Literal["tcp", "udp", "tcp-proxy"]] = {"tcp": "tcp", "udp": "udp", "tcp-proxy": "tcp-proxy"}
+_ALGORITHMS: dict[str, Literal["roundrobin", "leastconn", "source"]] = {
+    "roundrobin": "roundrobin",
+    "leastconn": "leastconn",
+    "source": "source",
+}
+
+
+def apply_lb_rules(scope: Scope, asked: said.ApplyLbRules, context: Context) -> Scope:
+    """The listed rules are so, or gone; rules that are not listed stay as they are (protocol section 3, lb_rules).
+
+    Raises PartlyDone with the scope that has all the others when a rule's port is taken: it harms no other.
+    """
+    rules = dict(scope.lb_rules)
+    # What goes, goes first: a rule may take over the port of one that the same call revokes.
+    for rule in asked.lb_rules:
+        if rule.revoke:
+            rules.pop(str(int(rule.id)), None)
+    complaints = []
+    for rule in asked.lb_rules:
+        if rule.revoke:
+            continue
+        wanted = _rule(rule, str(asked.network_id))
+        taken = _taken(scope, rules, wanted)
+        if taken:
+            complaints.append(f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port}): {taken}")
+        else:
+            rules[str(wanted.rule_id)] = wanted
+    after = with_network(replace(scope, lb_rules=rules), network_of(scope, asked)) if asked.lb_rules else scope
+    if complaints:
+        raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
+    return after
+
+
+def _rule(rule: said.LbRule, network_id: str) -> LbRule:
+    return LbRule(
+        rule_id=int(rule.id),
+        name=str(rule.name),
+        public_ip=str(rule.public_ip),
+        public_port=int(rule.public_port),
+        protocol=_PROTOCOLS[rule.spoken],
+        algorithm=_ALGORITHMS[rule.algorithm],
+        backends=tuple(sorted({Backend(ip=str(it.ip), port=int(it.port)) for it in rule.backends if not it.revoked})),
+        network_id=network_id,
+    )
+
+
+def _taken(scope: Scope, rules: dict[str, LbRule], wanted: LbRule) -> str:
+    """Who else has the port; empty: nobody."""
+    transport = _transport(wanted)
+    for other in rules.values():
+        if (other.public_ip, other.public_port, _transport(other)) == (
+            wanted.public_ip,
+            wanted.public_port,
+            transport,
+        ) and other.rule_id != wanted.rule_id:
+            return f"the port is balanced by rule {other.rule_id}"
+    for forward in scope.port_forwards.values():
+        ports = forward.public_ports
+        if (forward.public_ip, forward.protocol) == (wanted.public_ip, transport) and (
+            ports.first <= wanted.public_port <= ports.last
+        ):
+            return f"the port is forwarded ({forward.key})"
+    return ""
+
+
+def _transport(rule: LbRule) -> str:
+    return "udp" if rule.protocol == "udp" else "tcp"
