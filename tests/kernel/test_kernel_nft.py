@@ -125,28 +125,25 @@ def test_every_thread_reaches_its_own_namespace_and_threads_may_share_one() -> N
         assert tables(nft_two) == {f"t{i}" for i in range(1, 60, 2)}
 
 
-def test_a_listing_that_others_disturb_is_still_of_the_right_namespace(ns: str) -> None:
-    """A disturbed listing makes libnftables open a new socket, in the namespace in which the thread is then."""
-    elements = ", ".join(str(i) for i in range(1, 3000))
-    over = threading.Event()
-    with Nft(ns, use="library") as writer, Nft(ns, use="library") as reader:
-        writer.run(f"table inet t {{\n set s {{ type inet_service; elements = {{ {elements} }}; }}\n}}\n")
+def test_a_rule_that_names_a_link_means_the_link_of_its_own_namespace() -> None:
+    """libnftables keeps link numbers in one list for all contexts and threads; the number is what the rule holds."""
 
-        def disturb() -> None:
-            while not over.wait(0.003):
-                writer.run("add table inet restless\ndelete table inet restless\n")
+    def work(nft: Nft, index: int) -> None:
+        for _ in range(100):
+            nft.run(f"{anew}table inet t {{\n chain c {{ iif same accept; }}\n}}\n")
+            nft.run(f"{anew}table inet t {{\n chain c {{ meta iif . oif {{ same . same }} accept; }}\n}}\n")
+            nft.run(f"{anew}table inet t {{\n chain c {{ iif {index} accept; }}\n chain d {{ iif same accept; }}\n}}\n")
+            rules = [it["rule"]["expr"] for it in nft.list_json("list ruleset")["nftables"] if "rule" in it]
+            assert rules[0] == rules[1]
 
-        thread = threading.Thread(target=disturb)
-        thread.start()
-        try:
-            for _ in range(20):
-                assert "t" in tables(reader)
-                reader.run("add table inet mine\ndelete table inet mine\n")
-        finally:
-            over.set()
-            thread.join()
-        assert tables(reader) == {"t"}
-    assert b"restless" not in subprocess.run(["nft", "list", "tables"], capture_output=True).stdout
+    anew = "table inet t\ndelete table inet t\n"
+    with scratch() as one, scratch() as two, Nft(one) as nft_one, Nft(two) as nft_two, ThreadPoolExecutor(2) as pool:
+        links.change(one, [links.make_bridge("same")])
+        links.change(two, [links.make_bridge("other"), links.make_bridge("same")])
+        (first,), (second,) = (links.find_links(name, ["same"]) for name in (one, two))
+        assert first.index != second.index
+        for done in [pool.submit(work, nft_one, first.index), pool.submit(work, nft_two, second.index)]:
+            done.result(120)
 
 
 def test_a_namespace_made_anew_under_the_same_name_is_not_taken_for_the_old_one() -> None:

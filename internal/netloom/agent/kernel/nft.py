@@ -1,7 +1,8 @@
 """nftables of a namespace: libnftables in this process, the ``nft`` program where the library does not load.
 
 A script is one transaction: all of it or nothing. The library (``nftables/libnftables.h``, libnftables(3)) ends the
-process when it gets no descriptor, so a call is refused while fewer than 16 are free.
+process when it gets no descriptor, so a call is refused while fewer than 16 are free. It is used by one thread of the
+process at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ _PROGRAM_S_MAX = 120
 # What the program is started with: a service's environment may have no sbin, and messages are to be English.
 _ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
 
+# One for all contexts: the library keeps link numbers in one list for the whole process, and asks for protocol numbers
+# by functions with one static answer. Tried with 1.0.6 (2026-11): with two threads in two namespaces, one rule in
+# fourteen that named a link (iif) was loaded with the number of the other namespace's link.
+_library_lock = threading.Lock()
+
 _MESSAGE = re.compile(r"^[^\s:]*:(?P<line>\d+):\d+-\d+: Error: (?P<text>.*)$", re.MULTILINE)
 _LINE_MAX = 200
 
@@ -44,7 +50,7 @@ class NftError(HostRefused):
 
 
 class Nft:
-    """nftables of one namespace. Any thread may call; calls wait for one another.
+    """nftables of one namespace. Any thread may call; calls wait for one another, those of other objects too.
 
     Keep one per namespace, and close it before the namespace is deleted: its socket keeps the namespace alive.
     """
@@ -55,11 +61,11 @@ class Nft:
         Raises NamespaceError; NftError when descriptors are short, or neither library nor program is there.
         """
         self.namespace = namespace
-        self._lock = threading.Lock()
         library = None if use == "program" else load_library()
         if use == "library" and library is None:
             raise NftError(f"{_LIBRARY} cannot be loaded", hint="apt install libnftables1")
-        with inside(namespace):
+        self._lock = _library_lock if library else threading.Lock()
+        with self._lock, inside(namespace):
             self._inode = _here()
             self._engine: _Library | _Program = _Library(library) if library else _Program()
 
@@ -106,7 +112,8 @@ class Nft:
     def _call(self, script: str, *, dry: bool = False, as_json: bool = False) -> str:
         if "\0" in script:
             raise NftError("the script contains a zero byte")
-        # Inside, though the context has its socket already: after an interrupted listing the library opens a new one.
+        # Inside, though the context has its socket already: the library asks for link numbers by sockets of the moment,
+        # and before 0.9.9 it opens its own anew when a listing was disturbed.
         with self._lock, inside(self.namespace):
             if _here() != self._inode:
                 raise NftError(
