@@ -355,5 +355,5 @@ def test_bad_input_touches_nothing(host: AgentHost) -> None:
     assert reply.status == 1
     assert "cidr" in reply.error
     assert host.call("020", "implement-network", vlan="").status == 1
-    assert host.call("301", "prepare-nic").status == 1  # decoded, and not built yet
+    assert host.call("020", "dance").status == 1
     assert host.inventory() == before

@@ -31,6 +31,9 @@ def connect(arguments: list[str]) -> int:
         path = arguments[arguments.index("--socket") + 1]
     try:
         agent = _reach(path, arguments)
+    except PermissionError:
+        sys.stderr.write(f"netloom agent: {path}: not allowed (log in as root, or let the user run it with sudo -n)\n")
+        return 3
     except OSError as error:
         sys.stderr.write(f"netloom agent: {path}: {error.strerror or error}\n")
         return 3
@@ -68,6 +71,7 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
 
 def _try(path: str) -> socket.socket | None:
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    agent.settimeout(START_S_MAX)  # a stopped agent whose backlog is full would keep us for ever
     try:
         agent.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):

@@ -5,6 +5,8 @@ Blocking: for worker threads only. Several threads may call at once, but only on
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import threading
 from itertools import takewhile
 
@@ -18,6 +20,7 @@ from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 
 _ROUNDS_MAX = 3
+_MODULES = ("nf_conntrack", "bridge", "veth", "8021q")
 
 
 class News(msgspec.Struct, frozen=True):
@@ -107,6 +110,23 @@ class Host:
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
         return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
+
+
+def load_modules() -> None:
+    """Loads what does not load itself when it is first used: the sysctls of conntrack are not there before it is.
+
+    A kernel that has it built in, or has no modules, is as good; what is really missing is told by who needs it.
+    """
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            ["modprobe", "--all", "--quiet", *_MODULES],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"},
+            timeout=20,
+            check=False,
+        )
 
 
 def _news(want: Want, steps: list[Step]) -> tuple[News, ...]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
+import socket
 from collections.abc import Iterable
+
+import msgspec
+from msgspec.structs import replace
 
 from netloom import names
 from netloom.agent.kernel import links, namespaces, netlink, sysctl
@@ -23,10 +26,7 @@ from netloom.render.want import Address, Route, Rule, Want
 FAMILY, TABLE = "inet", "netloom"
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
 
-_GETLINK = 18  # linux/rtnetlink.h
-_LINK_HEAD = struct.Struct("=BxHiII")
-_IFLA_IFNAME, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_EXT_MASK = 3, 10, 18, 1, 29
-_SKIP_STATS = netlink.u32(_IFLA_EXT_MASK, 8)
+_GETADDR, _GETROUTE, _GETRULE = 22, 26, 34  # linux/rtnetlink.h
 
 # linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
 _NFTABLES = 10 << 8
@@ -56,41 +56,49 @@ def observe(
     """
     namespace = names.namespace(scope_id)
     exists = namespaces.exists(namespace)
-    inside: dict[int, Link] = {}
-    if exists:
-        inside = {link.index: link for link in links.list_links(namespace)}
+    inside = _Inside.of(namespace) if exists else _Inside()
     with Socket(netlink.NETLINK_ROUTE) as host:
-        found = _host_links(host, want, inside.values(), also)
-    peers = _peers(inside.values(), found, alias_of(scope_id))
-    mine = {
-        link.name: InsideLink(
-            name=link.name, kind=link.kind, mac=link.mac, up=link.up, host_link=peers.get(link.name, "")
-        )
-        for link in inside.values()
-        if link.name != "lo"
-    }
+        found = _host_links(host, want, inside.links, also)
+    peers = _peers(inside.links, found, alias_of(scope_id))
     have = Have(
         scope_id=scope_id,
         namespace=namespace,
         exists=exists,
-        links=mine,
+        loopback_up=any(link.up for link in inside.links if link.name == "lo"),
+        links={
+            link.name: InsideLink(
+                name=link.name, kind=link.kind, mac=link.mac, up=link.up, host_link=peers.get(link.name, "")
+            )
+            for link in inside.links
+            if link.name != "lo"
+        },
+        addresses=inside.addresses,
+        routes=inside.routes,
+        rules=inside.rules,
         host_links=_described(found, want),
         claimed=claimed,
         guarded=guarded,
     )
-    return (
-        _looked_into(have, want, known, any(link.up for link in inside.values() if link.name == "lo"))
-        if exists
-        else have
+    if not exists:
+        return have
+    table, stands = _table(namespace)
+    return replace(
+        have,
+        foreign=_foreign(have, want) if table is None else "",
+        sysctls={key: it for key, it in sysctl.read(namespace, want.sysctls).items() if it is not None},
+        marker=stands,
+        ruleset=known if known is not None and marker(known) == stands else None,
+        table=table,
     )
 
 
 def our_shared_links() -> dict[str, HostLink]:
     """The bridges and VLAN links on the host that are ours, with the bridges' ports."""
     with Socket(netlink.NETLINK_ROUTE) as host:
-        found = {link.index: link for kind in ("bridge", "vlan") for link in _of_kind(host, kind) if _ours(link)}
+        listed = [*links.list_links_over(host, kind="bridge"), *links.list_links_over(host, kind="vlan")]
+        found = {link.index: link for link in listed if _ours(link)}
         for bridge in [link for link in found.values() if link.kind == "bridge"]:
-            found |= {port.index: port for port in _ports(host, bridge)}
+            found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
     return _described(found, Want(namespace=""))
 
 
@@ -118,40 +126,41 @@ def guarded_bridges() -> frozenset[str]:
 # ----------------------------------------------------------------------------------------------- in the namespace
 
 
-def _looked_into(have: Have, want: Want, known: Ruleset | None, loopback_up: bool) -> Have:
-    ns = have.namespace
-    table, stands = _table(ns)
-    values = sysctl.read(ns, want.sysctls)
-    return Have(
-        scope_id=have.scope_id,
-        namespace=ns,
-        exists=True,
-        foreign=_foreign(have, want) if table is None else "",
-        loopback_up=loopback_up,
-        links=have.links,
-        addresses=tuple(
-            Address(link=it.link, cidr=it.cidr)
-            for it in links.list_addresses(ns)
-            if it.link != "lo" and not it.link_local
-        ),
-        routes=tuple(
-            Route(table=it.table, destination=it.destination, link=it.link, via=it.via, source=it.source)
-            for it in links.list_routes(ns)
-            if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
-        ),
-        rules=tuple(
-            Rule(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)
-            for it in links.list_rules(ns)
-            if it.priority not in _RULES_OF_THE_KERNEL
-        ),
-        sysctls={key: value for key, value in values.items() if value is not None},
-        marker=stands,
-        ruleset=known if known is not None and marker(known) == stands else None,
-        table=table,
-        host_links=have.host_links,
-        claimed=have.claimed,
-        guarded=have.guarded,
-    )
+class _Inside(msgspec.Struct, frozen=True):
+    """What rtnetlink tells of a namespace, IPv4 alone: IPv6 is off in there."""
+
+    links: tuple[Link, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    routes: tuple[Route, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def of(cls, namespace: str) -> _Inside:
+        with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
+            found = links.list_links_over(inside)
+            names_of = {link.index: link.name for link in found}
+            addresses = [links.decode_address(it, names_of) for it in _all(inside, _GETADDR, 8)]
+            routes = [links.decode_route(it, names_of) for it in _all(inside, _GETROUTE, 12)]
+            rules = [links.decode_rule(it) for it in _all(inside, _GETRULE, 12)]
+        return cls(
+            tuple(found),
+            tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo"),
+            tuple(
+                Route(table=it.table, destination=it.destination, link=it.link, via=it.via, source=it.source)
+                for it in routes
+                if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
+            ),
+            tuple(
+                Rule(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)
+                for it in rules
+                if it.priority not in _RULES_OF_THE_KERNEL
+            ),
+        )
+
+
+def _all(inside: Socket, kind: int, head_bytes: int) -> list[bytes]:
+    head = bytes((socket.AF_INET,)) + bytes(head_bytes - 1)
+    return [payload for _, payload in inside.dump(Message(kind, payload=head, what="look into the namespace"))]
 
 
 def _foreign(have: Have, want: Want) -> str:
@@ -222,20 +231,20 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
     for port in want.ports:
         segment = port.segment
         asked |= {port.host_link, segment.bridge, segment.nic, *([segment.vlan_link] if segment.vlan_link else [])}
-    found = {link.index: link for link in _ask(host, asked)}
+    found = {link.index: link for link in links.find_links_over(host, asked)}
     peers = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
-    found |= {link.index: link for link in _ask(host, peers - found.keys())}
+    found |= {link.index: link for link in links.find_links_over(host, peers - found.keys())}
     by_name = {link.name: link for link in found.values()}
     for segment in {port.segment for port in want.ports}:
         nic = by_name.get(segment.nic)
         if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
             # Another program may have given the same VLAN link another name.
-            vlans = _of_kind(host, "vlan")
+            vlans = links.list_links_over(host, kind="vlan")
             found |= {it.index: it for it in vlans if it.parent_index == nic.index and str(it.vlan_id) == segment.vlan}
     masters = {link.master_index for link in found.values() if link.master_index}
-    found |= {link.index: link for link in _ask(host, masters - found.keys())}
+    found |= {link.index: link for link in links.find_links_over(host, masters - found.keys())}
     for bridge in [link for link in found.values() if link.kind == "bridge" and _ours(link)]:
-        found |= {port.index: port for port in _ports(host, bridge)}
+        found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
     return found
 
 
@@ -278,40 +287,3 @@ def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str) -> dict[st
 
 def _ours(link: Link) -> bool:
     return HostLink(name=link.name, alias=link.alias).ours
-
-
-def _ports(host: Socket, bridge: Link) -> list[Link]:
-    return [link for link in _dump(host, netlink.u32(_IFLA_MASTER, bridge.index)) if link.master_index == bridge.index]
-
-
-def _of_kind(host: Socket, kind: str) -> list[Link]:
-    only = netlink.nested(_IFLA_LINKINFO, netlink.text(_IFLA_INFO_KIND, kind))
-    return [link for link in _dump(host, only) if link.kind == kind]
-
-
-def _ask(host: Socket, wanted: Iterable[str | int | None]) -> list[Link]:
-    """Those of the links, by name or number, that exist."""
-    messages = [
-        Message(_GETLINK, payload=_LINK_HEAD.pack(0, 0, it, 0, 0) + _SKIP_STATS, what=f"find link number {it}")
-        if isinstance(it, int)
-        else Message(
-            _GETLINK,
-            payload=_LINK_HEAD.pack(0, 0, 0, 0, 0) + netlink.text(_IFLA_IFNAME, it or "") + _SKIP_STATS,
-            what=f"find link {it}",
-        )
-        for it in wanted
-    ]
-    if not messages:
-        return []
-    found = []
-    for message, answer in zip(messages, host.exchange(messages), strict=True):
-        if answer.errno not in (0, errno.ENODEV):
-            raise NetlinkError(answer.errno, message.what, answer.ext_ack)
-        found += [links.decode_link(data.payload) for data in answer.data]
-    return found
-
-
-def _dump(host: Socket, only: bytes) -> list[Link]:
-    """All links that the kernel's filter lets through; one that knows no filter gives more."""
-    payload = _LINK_HEAD.pack(0, 0, 0, 0, 0) + _SKIP_STATS + only
-    return [links.decode_link(data) for _, data in host.dump(Message(_GETLINK, payload=payload, what="list links"))]

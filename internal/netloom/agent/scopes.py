@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from netloom.agent import flows
-from netloom.agent.host import Done, Host, News
+from netloom.agent.host import Done, Host, News, load_modules
 from netloom.agent.kernel import arp
 from netloom.agent.log import Log
 from netloom.agent.store import Store, Unreadable
@@ -92,9 +92,12 @@ class Scopes:
                 self._host.claim(scope_id, self._want(slot))
             except NetloomError as error:
                 self._log.line(f"scope={scope_id} load failed: {error}")
+            except Exception as error:  # noqa: BLE001, one scope that trips us must not keep the others down
+                self._log.traceback(f"scope={scope_id} load", error)
 
     async def restore(self) -> None:
         """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
+        await self._work(load_modules)
         gate = asyncio.Semaphore(RESTORING_AT_ONCE)
 
         async def one(slot: _Slot) -> None:

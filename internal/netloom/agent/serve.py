@@ -23,7 +23,7 @@ from netloom.errors import HostRefused, NetloomError
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
 STATE_DIR = "/var/lib/netloom/scopes"
-BUILD = "source"
+BUILD = f"source-{__version__}"
 
 REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the answer came
 STOP_S_MAX = 5.0

@@ -1,0 +1,83 @@
+"""The state directory and the log, without an agent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from netloom.agent import log as log_module
+from netloom.agent.log import Log
+from netloom.agent.store import Store, Unreadable
+from netloom.errors import HostRefused
+from netloom.state import Network, PublicIp, Scope
+
+SCOPE = Scope(
+    scope_id="net-204",
+    owner="test",
+    revision=7,
+    networks={
+        "204": Network(network_id="204", implemented=True, vlan="1204", cidr="10.10.1.0/24", gateway="10.10.1.1")
+    },
+    public_ips={
+        "203.0.113.20": PublicIp(address="203.0.113.20", vlan="101", gateway="", cidr="203.0.113.0/24", exit=1)
+    },
+)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "scopes"))
+    store.save(SCOPE)
+    assert Store(str(tmp_path / "scopes")).load("net-204") == SCOPE
+    assert (store.living(), store.ended()) == (["net-204"], [])
+    assert store.load("net-205") is None
+
+
+def test_a_scope_ends_in_two_steps_and_may_begin_again_between_them(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.save(SCOPE)
+    store.retire("net-204")
+    assert (store.living(), store.ended(), store.load("net-204")) == ([], ["net-204"], None)
+    store.save(SCOPE)
+    assert (store.living(), store.ended()) == (["net-204"], [])
+    store.retire("net-204")
+    store.forget("net-204")
+    store.forget("net-204")
+    store.retire("net-204")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_crash_left_half_written_is_nobodys_state(tmp_path: Path) -> None:
+    Store(str(tmp_path)).save(SCOPE)
+    (tmp_path / ".net-204.json.new").write_text('{"scope')
+    (tmp_path / "notes.txt").write_text("an operator's")
+    store = Store(str(tmp_path))
+    assert store.living() == ["net-204"]
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["net-204.json", "notes.txt"]
+
+
+def test_a_state_under_another_name_is_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.save(SCOPE)
+    (tmp_path / "net-204.json").rename(tmp_path / "net-205.json")
+    with pytest.raises(Unreadable, match="is about net-204"):
+        store.load("net-205")
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HostRefused, match="Not a directory|File exists"):
+        Store(str(tmp_path / "file" / "scopes"))
+
+
+def test_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "BYTES_MAX", 1000)
+    log = Log(str(tmp_path / "netloom" / "agent.log"))
+    for number in range(100):
+        log.line(f"call={number}\nforged line \x1b[31m")
+    files = sorted((tmp_path / "netloom").iterdir())
+    assert [file.name for file in files] == ["agent.log", "agent.log.1"]
+    assert all(file.stat().st_size < 1100 for file in files)
+    lines = files[0].read_text().splitlines()
+    assert lines[-1].endswith("call=99 forged line \\x1b[31m")
+    assert oct(files[0].stat().st_mode)[-3:] == "600"
