@@ -19,7 +19,7 @@ from netloom.agent import supervise
 from netloom.agent.kernel.namespaces import inside
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
-from netloom.state import Backend, LbRule, Network, Nic, Scope
+from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
 
 NAMESPACE = "atest-supervise"
 SCOPE = "net-9204"
@@ -37,6 +37,12 @@ RULE = LbRule(
     protocol="tcp",
     algorithm="roundrobin",
     backends=(Backend(ip="10.10.1.1", port=9000),),
+)
+BALANCED = Scope(
+    scope_id=SCOPE,
+    owner="test",
+    public_ips={"10.10.1.1": PublicIp(address="10.10.1.1", vlan="1", gateway="", cidr="10.10.1.0/24", exit=1)},
+    lb_rules={"1": RULE},
 )
 
 
@@ -157,15 +163,14 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         backend = socket.create_server(("10.10.1.1", 9000))
     backend.settimeout(5)
     with backend, _supervisor() as (it, died, until):
-        scope = Scope(scope_id=SCOPE, owner="test", lb_rules={"1": RULE})
-        wanted = haproxy.service(scope)
+        wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
         with inside(NAMESPACE):
             client = socket.create_connection(("10.10.1.1", 8000), timeout=5)
         served = _accept_talking(backend, client)
         more = replace(RULE, rule_id=2, public_port=8001)
-        changed = haproxy.service(replace(scope, lb_rules={"1": RULE, "2": more}))
+        changed = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": more}))
         assert changed is not None
         assert it.converge(SCOPE, NAMESPACE, (changed,)) == ["reload lb"]
         until(lambda: _connects(8001))
@@ -180,7 +185,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
 
 def test_a_refused_configuration_leaves_the_old_process_serving() -> None:
     with _supervisor() as (it, _, _until):
-        wanted = haproxy.service(Scope(scope_id=SCOPE, owner="test", lb_rules={"1": RULE}))
+        wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
         bad = replace(wanted, config={"haproxy.cfg": wanted.config["haproxy.cfg"] + "\n    bind nonsense\n"})

@@ -10,7 +10,8 @@ import pytest
 from msgspec.structs import replace
 
 from netloom.render import dnsmasq, haproxy
-from netloom.state import Backend, LbRule, Network, Nic, Scope
+from netloom.render.services import services
+from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
 
 NETWORK = Network(
     network_id="204",
@@ -39,8 +40,17 @@ RULE = LbRule(
 )
 
 
+ADDRESS = PublicIp(address="203.0.113.21", vlan="101", gateway="203.0.113.1", cidr="203.0.113.0/24", exit=1)
+
+
 def _scope(*rules: LbRule) -> Scope:
-    return Scope(scope_id="net-204", owner="test", lb_rules={str(rule.rule_id): rule for rule in rules})
+    return Scope(
+        scope_id="net-204",
+        owner="test",
+        networks={"204": NETWORK},
+        public_ips={ADDRESS.address: ADDRESS},
+        lb_rules={str(rule.rule_id): rule for rule in rules},
+    )
 
 
 def test_only_named_nics_have_a_hosts_file() -> None:
@@ -68,6 +78,16 @@ def test_defect_20_the_resolver_knows_nothing_of_the_host() -> None:
 def test_a_scope_without_rules_wants_no_haproxy() -> None:
     assert haproxy.service(_scope()) is None
     assert haproxy.service(_scope(replace(RULE, protocol="udp"))) is None
+
+
+def test_a_rule_waits_for_its_address() -> None:
+    assert haproxy.service(replace(_scope(RULE), public_ips={})) is None
+
+
+def test_a_network_that_does_not_stand_wants_nothing() -> None:
+    assert [it.name for it in services(_scope(RULE))] == ["dns-204", "lb"]
+    remembered = replace(NETWORK, implemented=False)
+    assert services(replace(_scope(RULE), networks={"204": remembered})) == ()
 
 
 def test_proxy_protocol_is_for_the_rules_that_ask() -> None:

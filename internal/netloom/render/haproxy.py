@@ -14,9 +14,11 @@ _ALGORITHMS = {"roundrobin": "roundrobin", "leastconn": "leastconn", "source": "
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
-    """The rules that haproxy carries, in the order of their ids."""
+    """The rules that haproxy carries, in the order of their ids; a rule waits for its address to be assigned."""
     return tuple(
-        rule for _, rule in sorted(scope.lb_rules.items(), key=lambda item: int(item[0])) if rule.protocol != "udp"
+        rule
+        for _, rule in sorted(scope.lb_rules.items(), key=lambda item: int(item[0]))
+        if rule.protocol != "udp" and rule.public_ip in scope.public_ips
     )
 
 

@@ -1,0 +1,26 @@
+"""What runs for a scope beside the kernel: the guest process's tables, the resolvers, the load balancer."""
+
+from __future__ import annotations
+
+from netloom.agent.guests import Guests
+from netloom.agent.supervise import Supervisor
+from netloom.render.guest import tables
+from netloom.render.services import services
+from netloom.state import Scope
+
+
+class Services:
+    """For worker threads, one scope at a time each."""
+
+    def __init__(self, guests: Guests, supervisor: Supervisor) -> None:
+        self._guests = guests
+        self._supervisor = supervisor
+
+    def converge(self, scope: Scope, namespace: str) -> list[str]:
+        """Exactly what the scope wants runs in its namespace; what was done, in words. Raises HostRefused."""
+        did = self._guests.converge(scope.scope_id, namespace, tables(scope))
+        return did + self._supervisor.converge(scope.scope_id, namespace, services(scope))
+
+    def end(self, scope_id: str) -> list[str]:
+        """Nothing runs for the scope any more: no process and no socket keeps its namespace alive."""
+        return self._supervisor.end(scope_id) + self._guests.end(scope_id)
