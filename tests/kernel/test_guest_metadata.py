@@ -13,7 +13,7 @@ import pytest
 
 from guestbed import LINK, SERVER, Agent, GuestProcess, Segment, guest_process, network, nic, run, segment, within
 from netloom.guest import http, limits
-from netloom.guestwire import GuestNic
+from netloom.guestwire import GuestNic, Listener
 from netloom.secret import Secret
 
 USER_DATA = '#cloud-config\nwrite_files:\n - {path: /x, content: "it\'s café & 100%"}\n\n\n'
@@ -181,6 +181,25 @@ def test_an_answer_goes_to_the_owner_whatever_a_neighbour_says_in_arp(on: Segmen
             except BlockingIOError:
                 break
     assert b"cloud-config" not in seen
+
+
+def test_where_the_kernel_keeps_no_first_packet_the_namespaces_rules_do_it(process: GuestProcess, on: Segment) -> None:
+    rules = f"""
+        table inet guests {{
+            set owners {{ type ether_addr . ipv4_addr; elements = {{ {WEB.mac} . {WEB.ip} }}; }}
+            chain input {{
+                type filter hook input priority filter;
+                iifname {LINK} tcp dport {{ 80, 8080 }} ether saddr . ip saddr != @owners drop
+            }}
+        }}"""
+    listeners = (Listener("metadata", macs_checked=True), Listener("password", macs_checked=True))
+    assert process.connect().serve(network(WEB), on.sockets(["metadata", "password"]), *listeners).error == ""
+    thief = on.vm(WEB, mac="02:00:00:00:00:66", ip=WEB.ip, neighbour=False)
+    assert got(thief, "/latest/user-data") == USER_DATA.encode()  # nobody looks, as was said
+    subprocess.run(["ip", "netns", "exec", on.scope, "nft", "-f", "-"], input=rules.encode(), check=True)
+    assert curl(thief, "/latest/user-data", "--connect-timeout", "2").returncode == 28
+    run("ip", "-n", thief, "link", "set", "eth0", "down")
+    assert got(web(on), "/latest/user-data") == USER_DATA.encode()
 
 
 class Read:

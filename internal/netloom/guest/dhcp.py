@@ -215,5 +215,7 @@ def _collect(area: bytes, options: dict[int, bytes]) -> None:
 
 
 def _encode(code: int, value: bytes) -> bytes:
-    pieces = [value[at : at + 255] for at in range(0, len(value), 255)] or [b""]
+    if len(value) < 256:
+        return bytes([code, len(value)]) + value
+    pieces = [value[at : at + 255] for at in range(0, len(value), 255)]
     return b"".join(bytes([code, len(piece)]) + piece for piece in pieces)
