@@ -15,6 +15,9 @@ demo: packages venv ## the life of an isolated network on two simulated hosts, s
 test: packages venv ## all tests, with the time of each group (root)
 	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e
 
+bench: packages venv ## measurements beside their yardsticks; nothing is asserted (root)
+	@for script in tests/bench/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python $$script; done
+
 check: venv ## format, lint, types, import contracts, tests that need no root: seconds
 	@.venv/bin/python build/ci/groups.py static unit model golden repo
 
@@ -35,4 +38,4 @@ clean: ## remove .venv, caches and products
 	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test check fix packages venv lock clean
+.PHONY: help demo test bench check fix packages venv lock clean
