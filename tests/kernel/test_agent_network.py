@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def snapshot(host: AgentHost) -> list[object]:
     """What stands, without the numbers that are new with every link."""
     return [
         {name: (it.get("master"), "ifalias" in it, "UP" in it["flags"]) for name, it in host.links().items()},
-        host.run("nft", "list", "ruleset"),
+        sorted(host.run("nft", "list", "ruleset").splitlines()),
         NS in host.run("ip", "netns", "list")
         and [
             {name: (it["address"], "UP" in it["flags"]) for name, it in host.links(NS).items()},
@@ -214,6 +215,44 @@ def snapshot(host: AgentHost) -> list[object]:
             host.run("sysctl", "net.ipv4.conf.pub-101", namespace=NS, check=False),
         ],
     ]
+
+
+WALK = [
+    *FIRST_LIFE,
+    ("052", "assign-ip"),
+    ("054", "add-port-forward"),
+    ("055", "add-port-forward"),
+    ("056", "delete-port-forward"),
+    ("059", "delete-static-nat"),
+    ("060", "release-ip"),
+    ("071", "apply-fw-rules"),
+    ("072", "apply-fw-rules"),
+    ("136", "implement-network"),
+    *LAST_WORDS,
+]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_a_random_walk_the_host_is_what_the_last_state_says(seed: int) -> None:
+    """However it came about: what stands is what a rebuild from the state alone would make."""
+    with agent_host("eth1.1204", "eth1.1377", "eth2.101") as host:
+        before = host.inventory()
+        host.start()
+        host.ip("link", "set", "eth2", "up")
+        walk = random.Random(seed)
+        with host.client() as client:
+            for _ in range(100):
+                done(client.call(*walk.choice(WALK)))
+            live(host)
+        good = snapshot(host)
+        host.kill()
+        host.ip("netns", "del", NS)
+        host.run("nft", "flush", "ruleset")
+        host.start()
+        assert snapshot(host) == good
+        done(host.call("131", "destroy-network"))
+        host.ip("link", "set", "eth2", "down")
+        assert host.inventory() == before
 
 
 def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHost) -> None:
