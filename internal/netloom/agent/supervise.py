@@ -21,7 +21,7 @@ from pathlib import Path
 
 import msgspec
 
-from netloom.agent.kernel.namespaces import inside
+from netloom.agent.kernel.namespaces import identity, inside
 from netloom.errors import HostRefused, one_line
 from netloom.render.service import SERVICES_DIR, Service
 
@@ -110,10 +110,12 @@ class Supervisor:
         did = _write_live(directory, service)
         running = self._find(scope_id, service)
         digest = _digest(service)
-        if running is not None and running.record.digest == digest:
+        # In a namespace that was made anew under the old name, a process of the old one is deaf.
+        placed = running is not None and _namespace_of(running.record.pid) == identity(namespace)
+        if running is not None and placed and running.record.digest == digest:
             return did
         _put_configuration(namespace, directory, service)
-        if running is not None and service.on_change == "reload":
+        if running is not None and placed and service.on_change == "reload":
             os.kill(running.record.pid, signal.SIGUSR2)
             self._remember(scope_id, service, _Record(running.record.pid, running.record.started, digest))
             return [*did, f"reload {service.name}"]
@@ -349,6 +351,14 @@ def _start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _namespace_of(pid: int) -> int:
+    """The inode of the network namespace that the process is in; 0 when it has ended."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return 0
 
 
 def _alive(record: _Record) -> bool:

@@ -1,0 +1,222 @@
+"""The agent's end of the guest process, with the real process and sockets in a namespace."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from msgspec.structs import replace
+
+from netloom.agent.guests import Guests
+from netloom.agent.kernel.namespaces import inside
+from netloom.agent.log import Log
+from netloom.guestwire import PasswordTaken
+from netloom.render.guest import tables
+from netloom.secret import Secret
+from netloom.state import Network, Nic, Scope
+
+T = TypeVar("T")
+
+NAMESPACE = "atest-guests"
+VM = "atest-guests-vm"
+MAC = "02:01:00:cc:00:03"
+PROGRAM = Path(__file__).parents[2] / "cmd/netloom/main.py"
+COMMAND = (sys.executable, "-B", str(PROGRAM), "guest")
+NIC = Nic(
+    mac=MAC,
+    nic_uuid="u1",
+    ip="10.10.1.45",
+    hostname="web-1",
+    leased=True,
+    metadata={"instance-id": "i-1"},
+    user_data=Secret("#!/bin/sh\n"),
+    password=Secret("first"),
+    password_serial=1,
+)
+NETWORK = Network(
+    network_id="9205", implemented=True, cidr="10.10.1.0/24", gateway="10.10.1.1", dhcp=True, nics={"u1": NIC}
+)
+SCOPE = Scope(scope_id="net-9205", owner="test", networks={"9205": NETWORK})
+
+
+def _with(nic: Nic) -> Scope:
+    return replace(SCOPE, networks={"9205": replace(NETWORK, nics={"u1": nic})})
+
+
+@pytest.fixture(autouse=True)
+def namespace() -> Iterator[None]:
+    """The scope's namespace and a VM on its guest link."""
+    _make_namespaces()
+    yield
+    for name in (NAMESPACE, VM):
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def _make_namespaces() -> None:
+    for name in (NAMESPACE, VM):
+        subprocess.run(["ip", "netns", "add", name], check=True)
+    for words in (
+        f"-n {NAMESPACE} link add gst-9205 type veth peer name eth0 address {MAC} netns {VM}",
+        f"-n {NAMESPACE} addr add 10.10.1.1/24 dev gst-9205",
+        f"-n {NAMESPACE} link set gst-9205 up",
+        f"-n {VM} addr add 10.10.1.45/24 dev eth0",
+        f"-n {VM} link set eth0 up",
+        f"-n {NAMESPACE} neigh add 10.10.1.45 lladdr {MAC} nud permanent dev gst-9205",
+    ):
+        subprocess.run(["ip", *words.split()], check=True)
+
+
+class Agent:
+    """An agent's loop with a Guests on it; ``thread`` runs what belongs to worker threads."""
+
+    def __init__(self, directory: Path, build: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.taken: list[PasswordTaken] = []
+        self.guests = Guests(self.loop, Log(str(directory / "agent.log")), COMMAND, build, self.taken.append, directory)
+        self.loop.run_until_complete(self.guests.adopt())
+
+    def thread(self, work: Callable[[], T]) -> T:
+        return self.loop.run_until_complete(self.loop.run_in_executor(None, work))
+
+    def converge(self, scope: Scope) -> list[str]:
+        return self.thread(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
+
+    def until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
+        async def wait() -> None:
+            end = time.monotonic() + patience_s
+            while not await self.loop.run_in_executor(None, so):
+                assert time.monotonic() < end, "it did not come to pass in time"
+                await asyncio.sleep(0.02)
+
+        self.loop.run_until_complete(wait())
+
+    def close(self) -> None:
+        self.guests.stop()
+        self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+
+
+@contextmanager
+def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
+    """Agents one after the other over the same guest processes, all of which end with the test."""
+    made: list[Agent] = []
+    pids: set[int] = set()
+
+    def make(build: str = "b1") -> Agent:
+        if made:
+            pids.add(made[-1].guests.pid)
+            made[-1].close()
+        made.append(Agent(directory, build))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        pids.add(made[-1].guests.pid)
+        made[-1].close()
+        for pid in pids - {0}:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                continue
+
+
+def _get(path: str, port: int = 80, header: str = "") -> str:
+    with inside(VM):
+        sock = socket.create_connection(("10.10.1.1", port), timeout=5)
+    with sock:
+        sock.sendall(f"GET {path} HTTP/1.0\r\n{header}\r\n".encode())
+        answer = b""
+        while data := sock.recv(4096):
+            answer += data
+    return answer.partition(b"\r\n\r\n")[2].decode()
+
+
+def test_what_is_told_is_answered(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        assert it.converge(SCOPE) == ["guest: serve 9205"]
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.converge(SCOPE) == []
+        assert it.converge(_with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["guest: update 9205"]
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
+        assert it.thread(lambda: it.guests.end("net-9205")) == ["guest: drop 9205"]
+        with pytest.raises(OSError):
+            it.thread(lambda: _get("/latest/user-data"))
+
+
+def test_an_acknowledged_password_is_reported(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+        assert it.taken == []
+        it.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        it.until(lambda: bool(it.taken))
+        assert (it.taken[0].nic, it.taken[0].password_id) == ("u1", "1")
+
+
+def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        before = it.guests.pid
+        os.kill(before, signal.SIGKILL)
+        # Asked at once: the connection waits in the agent's copy of the socket until somebody serves it again.
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        it.until(lambda: it.guests.pid != before)
+        assert it.converge(SCOPE) == []
+
+
+def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        first = agent("b1")
+        first.converge(SCOPE)
+        pid = first.guests.pid
+        second = agent("b1")
+        assert second.converge(SCOPE) == []
+        assert second.guests.pid == pid
+        os.kill(pid, signal.SIGKILL)
+        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        first = agent("b1")
+        first.converge(SCOPE)
+        old = first.guests.pid
+        second = agent("b2")
+        assert second.guests.pid != old
+        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.converge(SCOPE) == ["guest: update 9205"]
+        second.until(lambda: not _runs(old))
+        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def test_a_namespace_made_anew_gets_new_sockets(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        for name in (NAMESPACE, VM):
+            subprocess.run(["ip", "netns", "del", name], check=True)
+        _make_namespaces()
+        assert it.converge(SCOPE) == ["guest: serve 9205"]
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
