@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from netloom.errors import BadRequest
@@ -117,6 +118,18 @@ def test_defect_32_each_way_out_keeps_its_number() -> None:
     assert scope.public_ips["203.0.113.25"].exit == 2
     scope = after(scope, "release-ip", **public("203.0.113.20"))
     assert scope.public_ips["203.0.113.21"].exit == 1
+
+
+def test_an_address_that_moves_to_another_vlan_frees_its_number_first() -> None:
+    scope = after(standing(), "assign-ip", **public("203.0.113.20", "102", source_nat="true"))
+    assert (scope.public_ips["203.0.113.20"].vlan, scope.public_ips["203.0.113.20"].exit) == ("102", 1)
+
+
+def test_what_is_kept_can_be_written_down() -> None:
+    scope: Scope | None = None
+    for name in ("020", "021", "070", "050", "054", "057", "058"):
+        scope = play(scope, name).scope
+    assert msgspec.json.decode(msgspec.json.encode(scope), type=Scope) == scope
 
 
 def test_defect_33_release_ip_is_not_a_prefix_match() -> None:
