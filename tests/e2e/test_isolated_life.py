@@ -1,0 +1,277 @@
+"""The life of an isolated network, event by event, as payloads/SEQUENCES.md tells it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import Failed, FakeCloudStack
+from bed.lab import Internet
+from bed.places import until
+from e2e.conftest import OUTSIDE, Life, MakeLife, Traces
+
+CLOSED = {"timeout_s": 0.4}
+
+
+def posix_cksum(text: str) -> int:
+    done = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def test_first_vm(life: Life, internet: Internet) -> None:
+    vm, _ = life.vm("web-1")
+    network = life.network
+    assert network.failures == []
+    assert life.cloud.commands(-7) == [
+        "ensure-network-device",
+        "ensure-network-device",
+        "implement-network",
+        "ensure-network-device",
+        "assign-ip",
+        "ensure-network-device",
+        "apply-fw-rules",
+    ]
+    assert "\n" not in network.stored
+    assert network.details["namespace"] == f"cs-net-{network.facts.network_id}"
+    preferred = life.bed.hosts[posix_cksum(network.facts.network_id) % 2]
+    assert network.host == preferred.address, "CRC32 of the id chooses among hosts that answer"
+    assert vm.ping(network.facts.gateway).ok
+    with internet.serve_tcp(80):
+        assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
+
+
+def test_second_vm_on_another_host(life: Life, internet: Internet) -> None:
+    one, nic = life.vm("web-1")
+    before = len(life.cloud.history)
+    other = life.network.deploy_vm("web-2", ip=f"{life.subnet}.46", mac="02:01:00:ff:00:46")
+    two = life.plug(other, host=life.elsewhere)
+    assert len(life.cloud.history) == before, "with NAT alone a further VM needs no command"
+    assert two.ping(nic.ip).ok
+    with internet.serve_tcp(80):
+        assert two.tcp(OUTSIDE, 80).saw == life.public(0)
+        assert one.tcp(OUTSIDE, 80).saw == life.public(0)
+
+
+def test_rules_created_and_deleted(life: Life, internet: Internet) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address = network.associate(life.public(1))
+    assert internet.who_has(address.ip) == [], "an address without a rule is not held"
+    with vm.serve_tcp(22, 8080, 8085):
+        ssh = network.add_port_forward(address, 2222, nic, 22)
+        assert internet.who_has(address.ip) != []
+        assert internet.tcp(address.ip, 2222, **CLOSED).outcome == "timeout", "no firewall rule, no way in"
+        opened = network.add_firewall_rule(address, "tcp", 2222)
+        answer = internet.tcp(address.ip, 2222)
+        assert (answer.server, answer.port, answer.saw) == ("web-1", 22, "203.0.113.1")
+        web = network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
+        assert [internet.tcp(address.ip, port).port for port in (8080, 8085)] == [8080, 8085]
+
+        network.delete_firewall_rule(opened)
+        assert internet.tcp(address.ip, 2222, **CLOSED).outcome == "timeout"
+        network.delete_port_forward(ssh)
+        assert internet.tcp(address.ip, 8085).ok, "the other forward is still there"
+        network.delete_port_forward(web)
+        network.disassociate(address)
+    assert internet.who_has(address.ip) == [], "released with its last rule"
+
+
+def test_address_disassociated(life: Life, internet: Internet) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address, kept = network.associate(life.public(1)), network.associate(life.public(2))
+    with vm.serve_tcp(22):
+        for each in (address, kept):
+            network.add_port_forward(each, 22, nic, open_firewall=True)
+            assert internet.tcp(each.ip, 22).ok
+        network.disassociate(address)
+        assert internet.tcp(address.ip, 22, **CLOSED).outcome in ("timeout", "unreachable")
+        assert internet.tcp(kept.ip, 22).ok
+    assert internet.who_has(address.ip) == []
+
+
+@pytest.mark.parametrize("how", ["without cleanup", "with cleanup, rolling", "with cleanup, not rolling"])
+def test_restart(life: Life, internet: Internet, how: str) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address, static = network.associate(life.public(1)), network.associate(life.public(2))
+    with vm.serve_tcp(22), internet.serve_tcp(80):
+        network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
+        network.enable_static_nat(static, nic)
+        network.add_firewall_rule(static, "tcp", 22)
+        network.add_egress_rule("tcp", 25)
+        host, stored = network.host, network.stored
+        transfer = internet.transfer(address.ip, 2222, seconds=60)
+        network.restart(cleanup="with" in how.split(" ")[0] and "cleanup," in how, rolling="not" not in how)
+        moved = transfer.stop()
+        if "not" not in how:
+            assert (moved.failure, moved.intact) == ("", True), "nothing breaks on a living network"
+            assert network.stored == stored
+        assert network.host == host
+        assert network.failures == []
+        assert internet.tcp(address.ip, 2222).server == "web-1"
+        assert internet.tcp(static.ip, 22).server == "web-1"
+        assert vm.tcp(OUTSIDE, 80).saw == static.ip
+        assert internet.tcp(life.public(0), 22, **CLOSED).outcome == "timeout"
+
+
+def test_garbage_collection_and_second_life_on_another_vlan(life: Life, internet: Internet) -> None:
+    before = Traces(life.bed)
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address = network.associate(life.public(1))
+    network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
+    vm.destroy()
+    assert network.garbage_collect()
+    assert before.left() == {}, "nothing of a network that was shut down is left"
+    assert internet.who_has(life.public(0)) == []
+    assert network.stored == ""
+
+    old_vlan, network.next_vlan = network.next_vlan, str(1500 + life.number)
+    life.bed.add_segments([("eth1", network.next_vlan)])
+    network.start_vm(nic)
+    again = life.plug(nic)
+    with again.serve_tcp(8081), internet.serve_tcp(80):
+        assert internet.tcp(address.ip, 8081).server == "web-1"
+        assert again.tcp(OUTSIDE, 80).saw == life.public(0)
+    links = life.host.objects()["links"]
+    assert not any(f"breth1-{old_vlan}" in link for link in links), "nothing of the old VLAN came back"
+
+
+def test_network_deleted(life: Life) -> None:
+    before = Traces(life.bed)
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address = network.associate(life.public(1))
+    network.add_port_forward(address, 22, nic, open_firewall=True)
+    assert before.left() != {}
+    vm.destroy()
+    network.delete()
+    assert network.failures == []
+    assert before.left() == {}
+
+
+def test_network_deleted_that_never_lived(life: Life) -> None:
+    before = Traces(life.bed)
+    life.network.delete()
+    assert life.network.failures == []
+    assert before.left() == {}
+
+
+def test_bridge_of_a_vm_outlives_the_network(life: Life) -> None:
+    """CloudStack's KVM agent may have made the bridge, and plugs VMs into it: it is not ours to take."""
+    vm, _ = life.vm("web-1")
+    host, vlan = life.host, life.network.facts.vlan
+    life.network.delete()
+    links = host.objects()["links"]
+    assert f"{vm.tap} in {vm.bridge}" in links
+    assert f"eth1.{vlan} in {vm.bridge}" in links
+
+
+def test_everything_sent_twice_changes_nothing(life: Life, internet: Internet) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    first = len(life.cloud.history)
+    address, static = network.associate(life.public(1)), network.associate(life.public(2))
+    network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
+    network.enable_static_nat(static, nic)
+    network.add_firewall_rule(static, "icmp", icmp_type=8, icmp_code=0)
+    before = Traces(life.bed)
+    with vm.serve_tcp(8080):
+        transfer = internet.transfer(address.ip, 8080, seconds=60)
+        for sent in life.cloud.history[first:]:
+            again = life.cloud.execute_text(sent.command, sent.text)
+            assert (again.ok, again.output) == (True, sent.output)
+        assert transfer.stop().failure == ""
+    # The transfer's own entry is the one thing that may come and go.
+    assert {category for changes in before.left().values() for category in changes} <= {"conntrack"}
+
+
+def test_deletes_of_what_never_was_succeed_and_build_nothing(life: Life) -> None:
+    before = Traces(life.bed)
+    network = life.network
+    network.facts.vlan, network.facts.state = network.next_vlan, "shutdown"
+    address = network.associate(life.public(1))
+    network.port_forwards.append(network.add_port_forward(address, 22, f"{life.subnet}.45"))
+    network.port_forwards.pop()
+    network.enable_static_nat(address, f"{life.subnet}.45")
+    assert network.garbage_collect()
+    assert network.failures == []
+    assert {"delete-port-forward", "delete-static-nat", "release-ip"} < set(life.cloud.commands())
+    assert before.left() == {}
+
+
+def test_two_networks_with_the_same_cidr_on_one_host(
+    make_life: MakeLife, bed: Bed, cloud: FakeCloudStack, internet: Internet
+) -> None:
+    registration = dict(cloud.registration)
+    cloud.registration["hosts"] = bed.hosts[0].address
+    try:
+        lives = [make_life(cidr="10.77.0.0/24") for _ in range(2)]
+        vms = [life.vm(f"web-{life.number}") for life in lives]
+        assert {life.network.host for life in lives} == {bed.hosts[0].address}
+        addresses = []
+        with internet.serve_tcp(80):
+            for life, (vm, nic) in zip(lives, vms, strict=True):
+                service = vm.serve_tcp(22)
+                address = life.network.associate(life.public(1))
+                life.network.add_port_forward(address, 22, nic, open_firewall=True)
+                addresses.append((life, vm, address, service))
+            for life, vm, address, _ in addresses:
+                assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
+                assert internet.tcp(address.ip, 22).server == vm.name
+        lives[0].network.delete()
+        _, vm, address, _ = addresses[1]
+        assert internet.tcp(address.ip, 22).server == vm.name, "the other network does not notice"
+    finally:
+        cloud.registration = registration
+
+
+def test_agent_killed_and_started_again_changes_nothing(life: Life, internet: Internet) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address = network.associate(life.public(1))
+    network.add_port_forward(address, 22, nic, open_firewall=True)
+    host = life.host
+    before = Traces(life.bed)
+    with vm.serve_tcp(22):
+        transfer = internet.transfer(address.ip, 22, seconds=60)
+        host.sh("pkill -9 -f 'netloom/main.py agent serve'")
+        assert until(lambda: host.objects()["processes"] == [])
+        assert network.ensure().ok
+        assert transfer.stop().failure == ""
+        assert internet.tcp(address.ip, 22).ok
+    assert {category for changes in before.left().values() for category in changes} <= {"conntrack"}
+
+
+def test_host_power_cut_and_boot(life: Life, internet: Internet) -> None:
+    vm, nic = life.vm("web-1")
+    network = life.network
+    address = network.associate(life.public(1))
+    network.add_port_forward(address, 22, nic, open_firewall=True)
+    host = life.host
+    vm.destroy()
+    host.power_cut()
+    sent = network.ensure()
+    assert sent.execution.status == 2, "the network lives on a host that does not answer"
+    assert host.address in sent.output
+    assert json.loads(network.stored)["host"] == host.address, "it does not move silently"
+    host.boot()
+    assert network.ensure().ok
+    # The first call starts the agent, and the agent restores every scope.
+    assert until(lambda: f"cs-net-{network.facts.network_id}" in host.objects()["namespaces"])
+    again = life.plug(nic)
+    with again.serve_tcp(22):
+        assert until(lambda: internet.tcp(address.ip, 22, **CLOSED).ok)
+
+
+def test_empty_vlan_is_refused_by_name(life: Life) -> None:
+    before = Traces(life.bed)
+    life.network.next_vlan = ""
+    with pytest.raises(Failed) as refused:
+        life.network.implement()
+    assert "vlan" in refused.value.execution.output.lower()
+    assert before.left() == {}

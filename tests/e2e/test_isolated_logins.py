@@ -1,0 +1,120 @@
+"""How the management side gets in, what it says when it does not, and what it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, Failed, FakeCloudStack
+from e2e.conftest import MakeLife
+
+
+def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
+    """Another CloudStack on the same management server, with a home of its own kind."""
+    return FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("home", ["set", "unset"])
+@pytest.mark.parametrize("by", ["key", "password"])
+@pytest.mark.parametrize("user", ["root", "netadmin"])
+def test_login(bed: Bed, make_life: MakeLife, user: str, by: str, home: str) -> None:
+    cloud = cloud_of(bed, home=home)
+    cloud.register(hosts=bed.hosts, **bed.login(user, by=by))  # type: ignore[arg-type]
+    life = make_life(with_cloud=cloud)
+    sent = life.network.ensure()
+    assert (sent.execution.status, life.network.details["namespace"]) == (0, life.network.namespace), sent.output
+    life.network.implement()
+    assert life.network.failures == []
+    assert life.network.namespace in life.host.objects()["namespaces"]
+
+
+@pytest.mark.parametrize("form", ["without its last newline", "with CR LF"])
+def test_a_key_as_operators_paste_it(bed: Bed, make_life: MakeLife, form: str) -> None:
+    cloud = cloud_of(bed)
+    key = bed.private_key.rstrip("\n") if "without" in form else bed.private_key.replace("\n", "\r\n")
+    cloud.register(hosts=bed.hosts, username="root", sshkey=key)
+    assert make_life(with_cloud=cloud).network.ensure().execution.status == 0
+
+
+@pytest.mark.parametrize(
+    ("user", "secret"),
+    [("root", {"password": "FAKE-wrong-4711"}), ("nobody-here", {"password": "FAKE-wrong-4711"}), ("plainuser", {})],
+)
+def test_a_refused_login_says_so_and_keeps_the_secret(
+    bed: Bed, make_life: MakeLife, user: str, secret: dict[str, str]
+) -> None:
+    cloud = cloud_of(bed)
+    details = bed.login(user, by="password") if not secret else {"username": user, **secret}
+    cloud.register(hosts=[bed.hosts[0]], **details)
+    sent = make_life(with_cloud=cloud).network.ensure()
+    assert sent.execution.status == 2
+    assert bed.hosts[0].address in sent.output
+    assert len(sent.output.splitlines()) == 1
+    assert sent.output.isascii()
+    assert details["password"] not in sent.output
+
+
+def test_a_host_that_does_not_answer(bed: Bed, make_life: MakeLife) -> None:
+    """A black hole: the call ends before the deadline, by itself, and names the host."""
+    cloud = cloud_of(bed)
+    cloud.register(hosts=["198.18.0.99"], **bed.login("root"))
+    network = make_life(with_cloud=cloud).network
+    sent = network.ensure()
+    assert sent.execution.status == 2
+    assert "198.18.0.99" in sent.output
+    assert sent.execution.seconds < 60
+    assert network.stored == "{}"
+
+
+def test_a_candidate_that_does_not_answer_is_passed_over_for_a_new_network(bed: Bed, make_life: MakeLife) -> None:
+    cloud = cloud_of(bed)
+    cloud.register(hosts=[bed.hosts[0], "198.18.0.99"], **bed.login("root"))
+    life = make_life(with_cloud=cloud)
+    life.network.implement()
+    assert life.network.host == bed.hosts[0].address
+
+
+def test_a_network_does_not_move_from_a_host_that_is_cut_off(bed: Bed, make_life: MakeLife) -> None:
+    life = make_life()
+    life.network.implement()
+    host = life.host
+    host.partition("mgmt")
+    try:
+        sent = life.network.ensure()
+        assert sent.execution.status == 2
+        assert host.address in sent.output
+        assert life.network.host == host.address
+        assert life.network.namespace not in life.elsewhere.objects()["namespaces"]
+    finally:
+        host.heal()
+    assert life.network.ensure().ok
+
+
+def test_a_changed_host_key_is_refused(bed: Bed, make_life: MakeLife) -> None:
+    cloud = cloud_of(bed)
+    key = bed.hosts[1].host_key
+    cloud.register(hosts=[bed.hosts[0]], **bed.login("root"), hostkeys=f"{bed.hosts[0].address} {key}")
+    sent = make_life(with_cloud=cloud).network.ensure()
+    assert sent.execution.status == 2
+    assert "key" in sent.output
+
+
+def test_nothing_is_written_beside_the_executable(bed: Bed, make_life: MakeLife) -> None:
+    cloud = cloud_of(bed)
+    cloud.register(hosts=bed.hosts, **bed.login("root"))
+    make_life(with_cloud=cloud, offering=NAT_SERVICES).network.implement()
+    assert bed.management.listing("/usr/share/cloudstack-management/extensions/netloom") == ["netloom.sh"]
+
+
+def test_a_payload_that_is_cut_short_is_refused(bed: Bed, make_life: MakeLife) -> None:
+    life = make_life()
+    life.network.implement()
+    before = life.host.objects()
+    whole = life.cloud.history[-1]
+    cut = life.cloud.execute_text(whole.command, whole.text[: len(whole.text) // 2])
+    assert cut.execution.status == 1
+    assert len(cut.output.splitlines()) == 1
+    assert life.host.objects() == before
+    with pytest.raises(Failed):
+        life.network.demand("no-such-command", {"network_id": life.network.facts.network_id})
+    assert life.cloud.history[-1].execution.status == 1
