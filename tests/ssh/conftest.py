@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,15 @@ from ssh.lab import Caller, SshLab
 
 @pytest.fixture(scope="session")
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    lab = SshLab(tmp_path_factory.mktemp("stest"))
-    try:
-        lab.up()
-        yield lab
-    finally:
-        lab.down()
+    # The names of the namespaces are fixed, so that a run which was killed is cleared away by the next one.
+    with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lab = SshLab(tmp_path_factory.mktemp("stest"))
+        try:
+            lab.up()
+            yield lab
+        finally:
+            lab.down()
 
 
 @pytest.fixture

@@ -325,6 +325,17 @@ class Caller:
             text=True,
         )
 
+    def start_and_wait_until_asked(
+        self, details: Mapping[str, Any], timeout: int, host: SshHost, stored: Mapping[str, Any] | None = None
+    ) -> tuple[subprocess.Popen[str], float]:
+        """An implement-network that has reached the agent of ``host``; the process, and when it began."""
+        began = time.monotonic()
+        process = self.start("implement-network", str(self.payload(details, stored)), str(timeout))
+        while not host.asked():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        return process, began
+
     def finish(self, process: subprocess.Popen[str], began: float) -> Ended:
         """Read to end of file, then wait, as the client does; stdin stays open all the while."""
         assert process.stdin is not None

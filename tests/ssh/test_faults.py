@@ -61,11 +61,7 @@ def test_a_hung_agent_is_status_2_before_the_deadline(lab: SshLab, caller: Calle
 def test_a_stopped_ssh_server_is_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
     """A machine that hangs answers no packet of an established connection: what is cut off in the midst of a call."""
     lab.h1.play("hang", on=["implement-network"])
-    path = caller.payload(caller.details(sshkey=lab.key("good")), STORED)
-    began = time.monotonic()
-    process = caller.start("implement-network", str(path), "6")
-    while not lab.h1.asked():
-        time.sleep(0.05)
+    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 6, lab.h1, STORED)
     with lab.cut(lab.h1):
         ended = caller.finish(process, began)
     assert ended.status == 2
@@ -150,11 +146,7 @@ def test_defect_54_a_signal_ends_the_call_at_once(
     number: signal.Signals, status: int, lab: SshLab, caller: Caller
 ) -> None:
     lab.h1.play("hang", on=["implement-network"])
-    path = caller.payload(caller.details(sshkey=lab.key("good")), STORED)
-    began = time.monotonic()
-    process = caller.start("implement-network", str(path), "600")
-    while not lab.h1.asked():
-        time.sleep(0.05)
+    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 600, lab.h1, STORED)
     process.send_signal(number)
     ended = caller.finish(process, began)
     assert ended.status == status

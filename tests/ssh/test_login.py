@@ -165,13 +165,7 @@ def test_a_missing_agent_names_the_path(user: str, agent: str, lab: SshLab, call
 
 def test_secrets_are_in_no_process_table_while_a_call_runs(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("hang", on=["implement-network"])
-    details = caller.details(password=HOSTILE)
-    path = caller.payload(details)
-    began = time.monotonic()
-    process = caller.start("implement-network", str(path), "20")
-    while not lab.h1.asked():
-        assert time.monotonic() - began < 20
-        time.sleep(0.05)
+    process, began = caller.start_and_wait_until_asked(caller.details(password=HOSTILE), 60, lab.h1)
     secret = HOSTILE.encode()
     # Threads' children included: a call starts no process.
     for task in Path(f"/proc/{process.pid}/task").iterdir():
