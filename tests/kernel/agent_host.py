@@ -55,6 +55,8 @@ class AgentHost:
         peer = f"sw-{name}"[:15]
         self.ip("link", "add", name, "type", "veth", "peer", "name", peer, "netns", str(self.fabric))
         self.run("ip", "link", "set", peer, "up", pid=self.fabric)
+        # Not ours to silence, and its own address would appear seconds later, in the middle of a comparison.
+        self.run("sysctl", "-qw", f"net/ipv6/conf/{name}/disable_ipv6=1")
 
     @staticmethod
     def _hold(*kinds: str) -> subprocess.Popen[bytes]:
