@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,6 +53,22 @@ def ip_json(namespace: str, *argv: str) -> list[dict[str, Any]]:
     """What ``ip -d -j`` lists."""
     found: list[dict[str, Any]] = json.loads(tool(namespace, "ip", "-d", "-j", *argv) or "[]")
     return found
+
+
+def settled(namespace: str, *names: str) -> None:
+    """Wait until links that are up have come up in every respect, which the kernel sees to a moment later.
+
+    The operational state follows the carrier, and the IPv6 address and route of a link follow that.
+    """
+    deadline = time.monotonic() + 30
+    while True:
+        seen = {it["ifname"]: it for it in ip_json(namespace, "addr") if it["ifname"] in names}
+        local = {name for name, it in seen.items() for info in it["addr_info"] if info["local"].startswith("fe80:")}
+        up = {name for name, it in seen.items() if it["operstate"] == "UP"}
+        if up >= set(names) and local >= set(names) and "tentative" not in tool(namespace, "ip", "-6", "addr"):
+            return
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.05)
 
 
 def descriptors() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
-from kernel.scratch import ip_json, joined, scratch, tool
+from kernel.scratch import ip_json, joined, scratch, settled, tool
 from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
@@ -57,6 +57,10 @@ def build(host: str, inner: str) -> None:
             links.add_rule(20007, 7, 0xFFFF, 20007),
         ],
     )
+    # Usable at once: no duplicate address detection.
+    assert "tentative" not in tool(inner, "ip", "-6", "addr", "show", "to", "fd07::1")
+    settled(host, "breth1-7", "vnetg7")
+    settled(inner, "gst-7")
 
 
 def test_a_network_is_made_in_two_datagrams_and_ip_sees_it(pair: tuple[str, str]) -> None:
@@ -74,7 +78,6 @@ def test_a_network_is_made_in_two_datagrams_and_ip_sees_it(pair: tuple[str, str]
 
     seen = {(it["local"], it["prefixlen"]) for it in ip_json(inner, "addr", "show", "gst-7")[0]["addr_info"]}
     assert seen >= {("10.7.0.1", 24), ("fd07::1", 64)}
-    assert "tentative" not in tool(inner, "ip", "-6", "addr", "show", "to", "fd07::1")
     (default,) = ip_json(inner, "route", "show", "default")
     assert (default["gateway"], default["dev"], default["protocol"]) == ("10.7.0.254", "gst-7", "static")
     table = {it["dst"]: it for it in ip_json(inner, "route", "show", "table", "20007")}
@@ -134,6 +137,7 @@ def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> N
 
 def test_link_local_addresses_are_marked() -> None:
     with joined() as (left, _):
+        settled(left, "left")
         rows = {it.cidr: it for it in links.list_addresses(left)}
         local = [it for it in rows.values() if it.link_local]
         assert [it.cidr.startswith("fe80::") for it in local] == [True]

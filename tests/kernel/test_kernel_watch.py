@@ -65,18 +65,15 @@ def test_nothing_to_read_is_an_empty_list_at_once(ns: str) -> None:
 
 def test_what_was_dropped_is_owned_up_to(ns: str) -> None:
     """More events than the buffer holds: the reader is told to look again instead of believing that it saw all."""
-    with Watch(ns, "address") as watch:
-        for _ in range(2):
-            add = [links.add_address("lo", f"10.8.{i >> 8}.{i & 255}/32") for i in range(4000)]
-            remove = [links.delete_address("lo", f"10.8.{i >> 8}.{i & 255}/32") for i in range(4000)]
-            links.change(ns, add)
-            links.change(ns, remove)
+    links.change(ns, [links.make_bridge("br0"), links.set_up("br0")])
+    with Watch(ns, "link") as watch:
+        links.change(ns, [links.set_alias("br0", f"number {i}") for i in range(15000)])
         events = watch.read()
         assert "overrun" in {it.kind for it in events}
-        links.change(ns, [links.add_address("lo", "10.99.0.1/32")])
+        links.change(ns, [links.set_alias("br0", "the last")])
         (last,) = until(watch, lambda seen: len(seen) == 1)
-        assert isinstance(last.row, AddressRow)
-        assert last.row.cidr == "10.99.0.1/32"
+        assert isinstance(last.row, Link)
+        assert last.row.alias == "the last"
 
 
 async def test_an_event_loop_waits_for_it_by_descriptor(ns: str) -> None:
