@@ -166,6 +166,8 @@ def test_a_missing_agent_names_the_path(user: str, agent: str, lab: SshLab, call
 def test_secrets_are_in_no_process_table_while_a_call_runs(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("hang", on=["implement-network"])
     process, began = caller.start_and_wait_until_asked(caller.details(password=HOSTILE), 60, lab.h1)
+    # Whatever prints, and whatever might be started, does not reach CloudStack; nobody reads its endless stdin.
+    assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     secret = HOSTILE.encode()
     # Threads' children included: a call starts no process.
     for task in Path(f"/proc/{process.pid}/task").iterdir():

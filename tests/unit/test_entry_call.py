@@ -226,10 +226,11 @@ def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> No
     assert said.count("\n") == 1
 
 
-def test_internal_errors_are_one_line_and_their_traceback_is_in_the_log(call: Call, tmp_path: Path) -> None:
+def test_internal_errors_and_prints_are_one_line_and_the_traceback_is_in_the_log(call: Call, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
-    (broken / "msgspec.py").write_text("raise RuntimeError('the secret is hunter2')\n")
+    noise = "import os, sys; print('noise'); print('noise', file=sys.stderr); os.system('echo noise; echo noise >&2')\n"
+    (broken / "msgspec.py").write_text(noise + "raise RuntimeError('the secret is hunter2')\n")
     program = f"import sys; sys.path[:0] = [{str(broken)!r}, {str(REPO / 'internal')!r}]; sys.argv[0] = '/x/y'\n"
     program += "from netloom.entry import main; main(sys.argv)"
     done = subprocess.run(
@@ -242,5 +243,5 @@ def test_internal_errors_are_one_line_and_their_traceback_is_in_the_log(call: Ca
         timeout=60,
     )
     line = refused(done, status=3)
-    assert line == "internal error: RuntimeError at msgspec.py:1 while loading the program; the log has more"
+    assert line == "internal error: RuntimeError at msgspec.py:2 while loading the program; the log has more"
     assert "Traceback (most recent call last)" in (tmp_path / "netloom" / "netloom.log").read_text()
