@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -42,8 +41,7 @@ P = TypeVar("P", bound=msgspec.Struct)
 Kind = Literal["builds", "removes", "asks", "extension"]
 
 
-@dataclass(frozen=True)
-class Row(Generic[P]):
+class Row(msgspec.Struct, Generic[P], frozen=True):
     """One command: its payload's shape, what it means (None: not built yet), and what it prints (None: nothing).
 
     The type parameter ties them together, so a row whose function takes another payload is a type error.
