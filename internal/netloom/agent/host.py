@@ -13,6 +13,7 @@ from itertools import takewhile
 import msgspec
 
 from netloom.agent.apply import apply
+from netloom.agent.kernel import namespaces
 from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports
 from netloom.errors import HostRefused
 from netloom.plan import AddAddress, AttachPort, CreatePort, Have, RemoveHostPort, Step, plan, sweep
@@ -110,6 +111,12 @@ class Host:
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
         return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
+
+
+def prepare() -> None:
+    """What a host needs once, and what no network leaves behind: modules, the directory of named namespaces."""
+    load_modules()
+    namespaces.prepare()
 
 
 def load_modules() -> None:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from netloom.agent import flows
-from netloom.agent.host import Done, Host, News, load_modules
+from netloom.agent.host import Done, Host, News, prepare
 from netloom.agent.kernel import arp
 from netloom.agent.log import Log
 from netloom.agent.store import Store, Unreadable
@@ -97,7 +97,7 @@ class Scopes:
 
     async def restore(self) -> None:
         """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
-        await self._work(load_modules)
+        await self._work(prepare)
         gate = asyncio.Semaphore(RESTORING_AT_ONCE)
 
         async def one(slot: _Slot) -> None:

@@ -169,6 +169,12 @@ def _bind_new(path: str, name: str) -> None:
         os.close(home)
 
 
+def prepare() -> None:
+    """The directory of named namespaces is a shared mount, as ``ip netns`` makes it. Idempotent."""
+    with _locked():
+        _share_directory()
+
+
 def _share_directory() -> None:
     os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
     directory = NETNS_DIR.encode()

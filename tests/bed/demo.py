@@ -1,0 +1,255 @@
+"""``make demo``: the life of an isolated network with two VMs, each step told and proved with packets.
+
+Two simulated hosts, a management server and an internet are started out of namespaces; a make-believe CloudStack
+drives netloom over real SSH. Everything is gone when it ends. Exit status 1 when something was not as it should be.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from bed import Bed
+from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, FakeCloudStack, IsolatedNetwork
+from bed.lab import Host, Internet, Vm, difference
+from bed.payloads import Nic
+
+OUTSIDE = "198.51.100.1"
+SOON = {"timeout_s": 0.5}
+
+EVENT, SENT, PROOF = 34, 24, 52
+
+
+class Show:
+    """Prints the table as things happen, and counts what failed."""
+
+    def __init__(self, cloud: FakeCloudStack) -> None:
+        self._cloud = cloud
+        self._colour = sys.stdout.isatty()
+        self._seen = 0
+        self.proofs = 0
+        self.failed: list[str] = []
+
+    def chapter(self, title: str) -> None:
+        print(f"\n{self._bold(title)}")
+        print(f"  {'in CloudStack':<{EVENT}}  {'netloom ran':<{SENT}}  {'proved with packets':<{PROOF}}")
+        print(f"  {'-' * EVENT}  {'-' * SENT}  {'-' * PROOF}")
+
+    def step(self, event: str, *proofs: tuple[str, bool]) -> None:
+        """One row: what happened, what was executed since the last row, and what was then seen to be so."""
+        sent = self._cloud.history[self._seen :]
+        self._seen = len(self._cloud.history)
+        commands = Counter(each.command for each in sent)
+        names = [f"{name} x{count}" if count > 1 else name for name, count in commands.items()]
+        seconds = sum(each.execution.seconds for each in sent)
+        total = [f"({len(sent)} in {seconds:.1f} s)"] if sent else []
+        for each in sent:
+            if not each.ok:
+                self.failed.append(f"{event}: {each.command}: {each.output}")
+        told = []
+        for text, true in proofs:
+            self.proofs += 1
+            if not true:
+                self.failed.append(f"{event}: {text}")
+            lines = textwrap.wrap(text, PROOF - 5)
+            told.append((self._mark(true), lines[0]))
+            told += [("    ", line) for line in lines[1:]]
+        self._rows(textwrap.wrap(event, EVENT), [*names, *total], told)
+
+    def _rows(self, event: list[str], sent: list[str], told: list[tuple[str, str]]) -> None:
+        for index in range(max(len(event), len(sent), len(told))):
+            left = event[index] if index < len(event) else ""
+            middle = sent[index] if index < len(sent) else ""
+            mark, right = told[index] if index < len(told) else ("", "")
+            print(f"  {left:<{EVENT}}  {middle:<{SENT}}  {mark} {right}".rstrip())
+        sys.stdout.flush()
+
+    def _mark(self, true: bool) -> str:
+        if not self._colour:
+            return "yes " if true else "NO  "
+        return "\033[32myes \033[0m" if true else "\033[31mNO  \033[0m"
+
+    def _bold(self, text: str) -> str:
+        return f"\033[1m{text}\033[0m" if self._colour else text
+
+
+def main() -> int:
+    """Play it; the exit status."""
+    started = time.monotonic()
+    print("netloom: an isolated network of Apache CloudStack on two simulated KVM hosts")
+    with Bed(hosts=2, vlans=[1204], public_vlans=[101]) as bed:
+        internet = bed.internet(vlan=101, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
+        cloud = FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS)
+        cloud.register(hosts=bed.hosts, **bed.login("root", by="password"))
+        hosts = " and ".join(f"{host.name} ({host.address})" for host in bed.hosts)
+        print(f"{hosts} listen on SSH after {time.monotonic() - started:.1f} s; nothing of netloom runs there yet.")
+        failed, proofs = _life(Show(cloud), bed, cloud, internet)
+    print()
+    for each in failed:
+        print(f"NOT AS IT SHOULD BE: {each}")
+    verdict = f"{len(failed)} of them failed" if failed else "all of them true"
+    print(f"{proofs} statements proved with packets, {verdict}, in {time.monotonic() - started:.0f} s.")
+    return 1 if failed else 0
+
+
+def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tuple[list[str], int]:
+    network = cloud.isolated_network(
+        204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=NAT_SERVICES
+    )
+    # Every candidate is asked where the network lives, so an agent runs on both from the first call on.
+    network.ensure()
+    before = [host.objects() for host in bed.hosts]
+
+    show.chapter("The network comes to life")
+    one = network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
+    host = next(each for each in bed.hosts if each.address == network.host)
+    web = _plug(host, network, one)
+    with internet.serve_tcp(80):
+        show.step(
+            "first VM, web-1 (10.10.1.45)",
+            ("web-1 pings its gateway 10.10.1.1", web.ping("10.10.1.1").ok),
+            (f"web-1 reaches {OUTSIDE}:80, which sees 203.0.113.20", web.tcp(OUTSIDE, 80).saw == "203.0.113.20"),
+            ("nothing new comes in on 203.0.113.20", not internet.tcp("203.0.113.20", 22, **SOON).ok),
+        )
+        two = network.deploy_vm("db-1", ip="10.10.1.162", mac="02:01:00:cc:00:04")
+        other = next(each for each in bed.hosts if each is not host)
+        database = _plug(other, network, two)
+        show.step(
+            f"second VM, db-1, on {other.name}",
+            ("web-1 and db-1 reach each other across the hosts", web.ping("10.10.1.162").ok),
+            (f"db-1 reaches {OUTSIDE}:80 from the other host", database.tcp(OUTSIDE, 80).saw == "203.0.113.20"),
+        )
+
+    with web.serve_tcp(22, 8080, 8085, 8090), database.serve_tcp(22, 5432):
+        _forwards(show, network, internet, web, one)
+        _static_nat(show, network, internet, database, web, two)
+        _restart(show, network, internet)
+        print(_picture(network, host, other))
+
+    show.chapter("The end")
+    for vm in (web, database):
+        vm.destroy()
+    network.delete()
+    left = [difference(was, each.objects()) for was, each in zip(before, bed.hosts, strict=True)]
+    show.step(
+        "the network is deleted",
+        ("no process, namespace, link, route, rule, file or flow is left", left == [{}, {}]),
+        ("nobody answers ARP for 203.0.113.20", internet.who_has("203.0.113.20") == []),
+    )
+    return show.failed, show.proofs
+
+
+def _plug(host: Host, network: IsolatedNetwork, nic: Nic) -> Vm:
+    """As CloudStack's KVM agent does it: the VM's tap goes into the bridge of the network's VLAN."""
+    return host.vm(nic.vm.name, vlan=network.facts.vlan, mac=nic.mac, ip=f"{nic.ip}/24", gateway="10.10.1.1")
+
+
+def _forwards(show: Show, network: IsolatedNetwork, internet: Internet, web: Vm, nic: Nic) -> None:
+    show.chapter("Port forwards and the firewall")
+    address = network.associate("203.0.113.21")
+    ssh = network.add_port_forward(address, 2222, nic, 22)
+    show.step(
+        "forward 203.0.113.21:2222 to web-1:22",
+        ("without a firewall rule nothing comes in", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
+    )
+    rule = network.add_firewall_rule(address, "tcp", 2222)
+    answer = internet.tcp("203.0.113.21", 2222)
+    show.step(
+        "firewall rule: tcp 2222",
+        ("203.0.113.21:2222 answers, and it is web-1", answer.server == "web-1"),
+        ("web-1 sees the client's own address", answer.saw == "203.0.113.1"),
+    )
+    network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
+    ports = [internet.tcp("203.0.113.21", port).port for port in (8080, 8085, 8090)]
+    show.step(
+        "forward the range 8080-8090 one to one",
+        ("8080, 8085 and 8090 reach 8080, 8085 and 8090", ports == [8080, 8085, 8090]),
+        ("hairpin: web-1 reaches itself through 203.0.113.21", web.tcp("203.0.113.21", 8080).server == "web-1"),
+    )
+    with internet.open("203.0.113.21", 8080) as kept, internet.open("203.0.113.21", 2222) as cut:
+        network.delete_firewall_rule(rule)
+        still, ended = kept.ask(), cut.ask()
+        show.step(
+            "the rule for 2222 is deleted",
+            ("an open connection to 2222 ends", ended != "answered"),
+            ("an open connection to 8080 does not notice", still == "answered"),
+            ("no new connection to 2222", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
+        )
+    network.delete_port_forward(ssh)
+
+
+def _static_nat(show: Show, network: IsolatedNetwork, internet: Internet, database: Vm, web: Vm, nic: Nic) -> None:
+    show.chapter("Static NAT and egress rules")
+    address = network.associate("203.0.113.22")
+    network.enable_static_nat(address, nic)
+    with internet.serve_tcp(80, 25):
+        show.step(
+            "static NAT 203.0.113.22 for db-1",
+            ("db-1 leaves as 203.0.113.22, not as the source NAT", database.tcp(OUTSIDE, 80).saw == "203.0.113.22"),
+            ("nothing comes in without a rule", not internet.tcp("203.0.113.22", 5432, **SOON).ok),
+        )
+        network.add_firewall_rule(address, "tcp", 5432, sources=["203.0.113.0/24"])
+        outside = internet.tcp("203.0.113.22", 5432, source=OUTSIDE, **SOON)
+        show.step(
+            "firewall rule: tcp 5432 for 203.0.113.0/24",
+            ("203.0.113.1 reaches db-1:5432", internet.tcp("203.0.113.22", 5432).server == "db-1"),
+            (f"{OUTSIDE} does not: its address is not in the rule", not outside.ok),
+        )
+        network.add_egress_rule("tcp", 25)
+        show.step(
+            "egress rule: no mail (tcp 25)",
+            ("web-1 cannot send mail", not web.tcp(OUTSIDE, 25, **SOON).ok),
+            ("web-1 still reaches port 80", web.tcp(OUTSIDE, 80).ok),
+        )
+
+
+def _restart(show: Show, network: IsolatedNetwork, internet: Internet) -> None:
+    show.chapter("A restart with cleanup, under load")
+    transfer = internet.transfer("203.0.113.21", 8080, seconds=60)
+    network.restart(cleanup=True)
+    moved = transfer.stop()
+    show.step(
+        "the network is restarted with cleanup",
+        (f"a transfer went on all the while: {moved.echoed >> 20} MiB, intact", moved.failure == "" and moved.intact),
+        ("203.0.113.21:8085 answers", internet.tcp("203.0.113.21", 8085).ok),
+    )
+
+
+def _picture(network: IsolatedNetwork, host: Host, other: Host) -> str:
+    """The network as text, with the names that the kernel of the host shows."""
+    links = _names(host.objects()["links"])
+    guest = next(name for name in links if name.startswith("vnetg"))
+    public = next(name for name in links if name.startswith("vnetpn"))
+    return f"""
+The network now, on {host.name}
+
+      internet  {OUTSIDE}
+          |
+      203.0.113.1                                     203.0.113.20  source NAT
+          |  public VLAN 101                          203.0.113.21  8080-8090 -> web-1
+   [ eth2.101 ]-- breth2-101 --[ {public} ]       203.0.113.22  static NAT <-> db-1
+                                     |
+                                  pub-101
+                      +-----------------------------+
+                      |  namespace {network.namespace:<16} |
+                      |  nftables  inet netloom     |
+                      |  10.10.1.1                  |
+                      +-----------------------------+
+                                  gst-204
+                                     |
+   [ eth1.1204 ]-- breth1-1204 --[ {guest} ]
+          |            |
+          |          web-1  10.10.1.45
+          |  guest VLAN 1204
+          +-- {other.name}: breth1-1204 -- db-1  10.10.1.162"""
+
+
+def _names(rows: Iterable[str]) -> list[str]:
+    return [row.split()[0] for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
