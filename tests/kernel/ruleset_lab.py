@@ -67,6 +67,32 @@ def inside(namespace: str) -> Iterator[None]:
         os.close(there)
 
 
+class Nft:
+    """libnftables in this process, for one namespace: hundreds of `nft` processes would take most of a test's time."""
+
+    def __init__(self, namespace: str) -> None:
+        self._library = ctypes.CDLL("libnftables.so.1")
+        self._library.nft_ctx_new.restype = ctypes.c_void_p
+        self._library.nft_ctx_get_error_buffer.restype = ctypes.c_char_p
+        with inside(namespace):
+            self._context = ctypes.c_void_p(self._library.nft_ctx_new(0))
+        self._library.nft_ctx_buffer_error(self._context)
+        self._library.nft_ctx_buffer_output(self._context)
+
+    def refusal(self, text: str) -> str:
+        """What is wrong with a transaction; empty when the kernel took it."""
+        if not self._library.nft_run_cmd_from_buffer(self._context, text.encode()):
+            return ""
+        return str(self._library.nft_ctx_get_error_buffer(self._context).decode()) or "refused"
+
+    def load(self, text: str) -> None:
+        refusal = self.refusal(text) if text else ""
+        assert not refusal, f"{refusal}\n{text}"
+
+    def close(self) -> None:
+        self._library.nft_ctx_free(self._context)
+
+
 @dataclass(frozen=True)
 class Try:
     """One attempt from ``space``; ``source`` empty lets the kernel choose. ICMP: ``port`` is type * 256 + code."""

@@ -94,18 +94,19 @@ def test_source_prefixes_ports_protocols_and_all_are_honoured(lab: Lab) -> None:
         wish(
             admit(A2, "tcp", "22", f"{CLIENT}/32", "172.16.0.0/16"),
             admit(A2, "udp", "50-60"),
+            admit(A2, "tcp", "443", "192.0.2.0/28", "172.20.0.0/28", "172.20.0.32/28", "10.9.9.9/32"),
             admit(B1, "all", "", f"{CLIENT2}/32"),
             held=(A1, A2, B1),
             static=[static(A2, VM2), static(B1, VM3)],
         )
     )
     lab.answered(
-        tcp(A2.address, 22), udp(A2.address, 53), udp(A2.address, 53, source=CLIENT2),
+        tcp(A2.address, 22), udp(A2.address, 53), udp(A2.address, 53, source=CLIENT2), tcp(A2.address, 443),
         tcp(B1.address, 22, source=CLIENT2), udp(B1.address, 9000, source=CLIENT2), ping(B1.address, source=CLIENT2),
         ping(B1.address, source=CLIENT2, kind=TIMESTAMP),
     )  # fmt: skip
     lab.silent(
-        tcp(A2.address, 22, source=CLIENT2), udp(A2.address, 22), tcp(A2.address, 53), udp(A2.address, 443),
+        tcp(A2.address, 22, source=CLIENT2), tcp(A2.address, 443, source=STRANGER), udp(A2.address, 22), tcp(A2.address, 53), udp(A2.address, 443),
         tcp(B1.address, 22), udp(B1.address, 53), ping(B1.address), ping(A2.address),
     )  # fmt: skip
 

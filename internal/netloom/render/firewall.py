@@ -1,34 +1,44 @@
 """Firewall rules as text: which packets a list of equal verdicts is about, in few lines.
 
 All ingress rules of an address allow, and all egress rules of a network have one verdict: their order means nothing.
-So rules that differ in one thing only are merged, and ports and prefixes become sets without overlaps, which the
-kernel would refuse. What is left above some dozens of lines is looked up by port instead of tried line by line.
+So rules that differ in one thing only are merged. Lines hold comparisons and sets of exact values, never intervals:
+what is looked up in an interval set misses for an instant while the set is exchanged (tried, kernel 6.18: some 2 in
+1,000 new flows at 15 swaps a second, none with exact sets), and a line that denies must not miss at all. Where many
+lines are left they stand in chains by port, so that a packet tries some dozens of them and not all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from ipaddress import collapse_addresses
-from itertools import pairwise
 from typing import Literal
 
 import msgspec
 
 from netloom.render.live import subnet
-from netloom.render.ruleset import Chain, NftSet
+from netloom.render.ruleset import Chain
 from netloom.state import FirewallRule
 
-PORTS = (0, 65535)
+ANY_PORT = (0, 65535)
 
-# A linear chain of some dozens of lines costs a new flow under 10 us; a thousand cost 32 (measured 2026).
-LINES_MAX = 32
+# A chain of some dozens of lines costs a new flow under 10 us, one of a thousand 32 (measured 2026).
+LINES_MAX = 64
+_LINES_PER_CHAIN = 32
 
 Cidrs = tuple[str, ...]  # sorted, collapsed; empty: any
 Ranges = tuple[tuple[int, int], ...]  # sorted, disjoint; empty: any
 
 
+class Line(msgspec.Struct, frozen=True, order=True):
+    """One line without its verdict, and the ports that it is about."""
+
+    first: int
+    last: int
+    text: str  # empty: every packet
+
+
 class Match(msgspec.Struct, frozen=True, kw_only=True):
-    """What a line is about. Empty and ``None`` mean any."""
+    """What a rule, or several, are about. Empty and ``None`` mean any."""
 
     protocol: str
     ports: Ranges = ()
@@ -37,19 +47,26 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     sources: Cidrs = ()
     dests: Cidrs = ()
 
-    def text(self) -> str:
-        """The nftables expressions, without a verdict; empty: every packet."""
-        words = [*_addresses("saddr", self.sources), *_addresses("daddr", self.dests)]
+    def lines(self) -> list[Line]:
+        """The nftables expressions, in as many lines as there are ranges of ports and lengths of prefixes."""
+        return [
+            Line(first, last, " ".join(it for it in (source, dest, what) if it))
+            for source in _addresses("saddr", self.sources)
+            for dest in _addresses("daddr", self.dests)
+            for first, last, what in self._what()
+        ]
+
+    def _what(self) -> list[tuple[int, int, str]]:
         match self.protocol:
             case "tcp" | "udp":
-                words.append(f"{self.protocol} dport {_ports(self.ports)}")
+                return _ports(self.protocol, self.ports)
             case "icmp" if self.icmp_type is None:
-                words.append("meta l4proto icmp")
+                return [(*ANY_PORT, "meta l4proto icmp")]
             case "icmp":
-                words.append(f"icmp type {self.icmp_type}")
-                if self.icmp_code is not None:
-                    words.append(f"icmp code {self.icmp_code}")
-        return " ".join(words)
+                code = "" if self.icmp_code is None else f" icmp code {self.icmp_code}"
+                return [(*ANY_PORT, f"icmp type {self.icmp_type}{code}")]
+            case _:
+                return [(*ANY_PORT, "")]
 
 
 def cidrs(given: Iterable[str]) -> Cidrs | None:
@@ -70,7 +87,7 @@ def matches(rules: Iterable[FirewallRule]) -> list[Match]:
         if sources is None or dests is None:
             continue
         if rule.protocol in ("tcp", "udp"):
-            ports = (rule.ports.first, rule.ports.last) if rule.ports else PORTS
+            ports = (rule.ports.first, rule.ports.last) if rule.ports else ANY_PORT
             found.append(Match(protocol=rule.protocol, ports=(ports,), sources=sources, dests=dests))
         elif rule.protocol == "icmp":
             # CloudStack's -1 is any; a code without a type says nothing.
@@ -81,67 +98,28 @@ def matches(rules: Iterable[FirewallRule]) -> list[Match]:
             found.append(Match(protocol="all", sources=sources, dests=dests))
     found = _merge(found, "sources")
     found = _merge(found, "dests")
-    found = _merge(found, "ports")
-    return sorted(found, key=_order)
+    return _merge(found, "ports")
 
 
-def verdicts(
-    rules: Iterable[FirewallRule], verdict: str, prefix: str
-) -> tuple[tuple[str, ...], list[Chain], list[NftSet]]:
-    """The lines that give ``verdict`` to what ``rules`` are about, with the chains and maps that they look up.
+def verdicts(rules: Iterable[FirewallRule], verdict: str, prefix: str) -> tuple[tuple[str, ...], list[Chain]]:
+    """The lines that give ``verdict`` to what ``rules`` are about, and the chains that they jump to.
 
     ``prefix`` begins the names of those. Other packets come out at the end of the lines.
     """
     wanted = matches(rules)
-    lines: list[str] = []
+    written: list[str] = []
     chains: list[Chain] = []
-    maps: list[NftSet] = []
     for protocol in ("all", "icmp", "tcp", "udp"):
-        mine = [it for it in wanted if it.protocol == protocol]
-        dispatch = _by_port(mine, verdict, f"{prefix}_{protocol}") if len(mine) > LINES_MAX else None
-        if dispatch is None or protocol not in ("tcp", "udp"):
-            lines += [f"{it.text()} {verdict}".strip() for it in mine]
+        lines = sorted(line for it in wanted if it.protocol == protocol for line in it.lines())
+        if len(lines) <= LINES_MAX or protocol not in ("tcp", "udp"):
+            written += [f"{it.text} {verdict}".strip() for it in lines]
             continue
-        lookup, behind = dispatch
-        # A named map: its elements live through a swap, those of a map inside a rule would be missing for an instant.
-        lines.append(f"{protocol} dport vmap @{lookup.name}")
-        maps.append(lookup)
-        chains += behind
-    return tuple(lines), chains, maps
-
-
-def _by_port(found: list[Match], verdict: str, name: str) -> tuple[NftSet, list[Chain]] | None:
-    """One map from ports to chains that look at the addresses; ``None`` where it would be larger than the lines."""
-    ranges = [(first, last, it) for it in found for first, last in it.ports]
-    edges = sorted({it[0] for it in ranges} | {it[1] + 1 for it in ranges})
-    size_max = 64 * len(found) + 1024
-    elements: dict[str, str] = {}
-    chains: dict[tuple[str, ...], Chain] = {}
-    opening = sorted(ranges, key=lambda it: it[0])
-    at = size = 0
-    active: list[tuple[int, int, Match]] = []
-    for first, after in pairwise(edges):
-        active = [it for it in active if it[1] >= first]
-        while at < len(opening) and opening[at][0] <= first:
-            active.append(opening[at])
-            at += 1
-        if not active:
-            continue
-        size += len(active)
-        if size > size_max:
-            return None
-        addressed = [Match(protocol="all", sources=it.sources, dests=it.dests) for _, _, it in active]
-        addressed = sorted(_merge(_merge(addressed, "sources"), "dests"), key=_order)
-        body = tuple(f"{it.text()} {verdict}".strip() for it in addressed)
-        key = str(first) if after - 1 == first else f"{first}-{after - 1}"
-        if body == (verdict,):
-            elements[key] = verdict
-            continue
-        chain = chains.setdefault(body, Chain(name=f"{name}_{first}", rules=body))
-        elements[key] = f"jump {chain.name}"
-    return NftSet(name=name, kind="map", type="inet_service : verdict", flags="interval", elements=elements), [
-        *chains.values()
-    ]
+        for at in range(0, len(lines), _LINES_PER_CHAIN):
+            near = lines[at : at + _LINES_PER_CHAIN]
+            chain = f"{prefix}_{protocol}_{at // _LINES_PER_CHAIN}"
+            written.append(f"{protocol} dport {_span(near[0].first, max(it.last for it in near))} jump {chain}")
+            chains.append(Chain(name=chain, rules=tuple(f"{it.text} {verdict}" for it in near)))
+    return tuple(written), chains
 
 
 def _merge(found: list[Match], field: Literal["sources", "dests", "ports"]) -> list[Match]:
@@ -163,36 +141,42 @@ def _prefixes_of(values: list[Cidrs]) -> Cidrs:
 
 
 def _ports_of(values: list[Ranges]) -> Ranges:
+    """The union; single ports stay single, for they are cheaper than ranges."""
     if () in values:
         return ()
+    every = {it for value in values for it in value}
     merged: list[tuple[int, int]] = []
-    for first, last in sorted({it for value in values for it in value}):
+    for first, last in sorted(it for it in every if it[0] != it[1]):
         if merged and first <= merged[-1][1] + 1:
             merged[-1] = (merged[-1][0], max(merged[-1][1], last))
         else:
             merged.append((first, last))
-    return tuple(merged)
-
-
-def _order(match: Match) -> tuple[object, ...]:
-    type_, code = match.icmp_type, match.icmp_code
-    return (
-        match.protocol,
-        match.ports,
-        -1 if type_ is None else type_,
-        -1 if code is None else code,
-        match.sources,
-        match.dests,
-    )
+    single = [it for it in every if it[0] == it[1] and not any(a <= it[0] <= b for a, b in merged)]
+    return tuple(sorted(merged + single))
 
 
 def _addresses(field: str, prefixes: Cidrs) -> list[str]:
-    if not prefixes:
-        return []
-    shown = [it.removesuffix("/32") for it in prefixes]
-    return [f"ip {field} {shown[0]}" if len(shown) == 1 else f"ip {field} {{ {', '.join(shown)} }}"]
+    by_length: dict[int, list[str]] = {}
+    for it in prefixes:
+        by_length.setdefault(subnet(it).prefixlen, []).append(it)
+    found = []
+    for length, those in sorted(by_length.items()):
+        if len(those) == 1:
+            found.append(f"ip {field} {those[0].removesuffix('/32')}")
+            continue
+        mask = "" if length == 32 else f" & {subnet(those[0]).netmask}"
+        found.append(f"ip {field}{mask} {{ {', '.join(it.partition('/')[0] for it in those)} }}")
+    return found or [""]
 
 
-def _ports(ranges: Ranges) -> str:
-    each = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
-    return each[0] if len(each) == 1 else f"{{ {', '.join(each)} }}"
+def _ports(protocol: str, ranges: Ranges) -> list[tuple[int, int, str]]:
+    single = [first for first, last in ranges if first == last]
+    found = [(first, last, f"{protocol} dport {first}-{last}") for first, last in ranges if first != last]
+    if single:
+        text = str(single[0]) if len(single) == 1 else f"{{ {', '.join(map(str, single))} }}"
+        found.append((single[0], single[-1], f"{protocol} dport {text}"))
+    return found
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

@@ -3,7 +3,8 @@
 Rules of thumb that this page keeps, because a packet may be under way while the table is swapped:
 
 * no verdict that accepts, and no translation, depends on a look-up *missing*;
-* what is looked up in named maps is filled again in the same transaction, what stands in a rule is a plain set;
+* maps are named, and their elements live through a swap; what stands in a rule is a set of exact values, for
+  interval sets and the maps of exchanged rules miss what is in them for an instant (``firewall``);
 * base chains drop by policy, and chains of addresses end with an explicit drop.
 
 Links are told apart by their names (``names.guest_link``, ``names.public_link``). Chain names are no keywords of nft.
@@ -41,7 +42,6 @@ def ruleset(scope: Scope) -> Ruleset:
             _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
             *_translations(now),
             *_source_ports(now),
-            *(it for _, maps in addresses + egress for it in maps),
         ),
         chains=(
             _arriving(now),
@@ -52,7 +52,7 @@ def ruleset(scope: Scope) -> Ruleset:
             _translate_from(now),
             _leaving(now),
             _from_device(now),
-            *(it for chains, _ in addresses + egress for it in chains),
+            *(it for chains in addresses + egress for it in chains),
         ),
     )
 
@@ -68,9 +68,9 @@ def _arriving(now: Live) -> Chain:
             f"iifname {_PUBLIC} ip saddr {it.cidr} drop",
         ]
     rules += ["ct state established,related accept", "ct state invalid drop", "ip daddr vmap @held"]
-    # The addresses once more, as a plain set: a guest's packet to one of them must have met that address's chain.
-    elsewhere = f" ip daddr != {_one_of(it.address for it in now.held)}" if now.held else ""
-    rules += [f"iifname {_link(it)}{elsewhere} accept" for it in now.networks]
+    # The addresses once more, one by one: a guest's packet to one of them must have met that address's chain.
+    rules += [f"ip daddr {it.address} drop" for it in now.held]
+    rules += [f"iifname {_link(it)} accept" for it in now.networks]
     return Chain(
         name="arriving",
         hook="type filter hook prerouting priority mangle; policy drop;",
@@ -78,15 +78,15 @@ def _arriving(now: Live) -> Chain:
     )
 
 
-def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> tuple[list[Chain], list[NftSet]]:
+def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[Chain]:
     """The firewall of one public address, judged before translation, for strangers and for guests alike."""
     name = _chain_of(address)
     # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
     bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"
     if open_to_all:
-        return [Chain(name=name, rules=(bind, "accept"))], []
-    lines, chains, maps = verdicts(now.ingress[address.address], "accept", name)
-    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains], maps
+        return [Chain(name=name, rules=(bind, "accept"))]
+    lines, chains = verdicts(now.ingress[address.address], "accept", name)
+    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains]
 
 
 def _translations(now: Live) -> tuple[NftSet, ...]:
@@ -220,14 +220,14 @@ def _through(now: Live) -> Chain:
     return Chain(name="through", hook="type filter hook forward priority filter; policy drop;", rules=tuple(rules))
 
 
-def _egress(network: Network) -> tuple[list[Chain], list[NftSet]]:
+def _egress(network: Network) -> list[Chain]:
     """What guests may begin outward. Open before the first firewall list; then the list, then the default."""
     name, firewall = _egress_chain(network), network.firewall
     if firewall is None:
-        return [Chain(name=name, rules=("accept",))], []
+        return [Chain(name=name, rules=("accept",))]
     otherwise, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
-    lines, chains, maps = verdicts((it for it in firewall.rules if it.direction == "egress"), listed, name)
-    return [Chain(name=name, rules=(*lines, otherwise)), *chains], maps
+    lines, chains = verdicts((it for it in firewall.rules if it.direction == "egress"), listed, name)
+    return [Chain(name=name, rules=(*lines, otherwise)), *chains]
 
 
 def _translate_from(now: Live) -> Chain:

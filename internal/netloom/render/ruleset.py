@@ -85,50 +85,61 @@ def fresh(ruleset: Ruleset) -> str:
 def swap(have: Ruleset, want: Ruleset) -> str:
     """One transaction that turns ``have``, which stands, into ``want``; empty when they are equal.
 
-    Where only elements differ it is those elements. Anything else is flush-and-refill: base chains stay hooked,
-    named counters keep their values, and what ``want`` does not have is deleted. A base chain whose type, hook
-    or priority changed is made anew in the same transaction: until it is filled, packets meet its policy.
+    Where only elements differ it is those elements. Otherwise all rules are flushed and written again; base chains stay
+    hooked, sets and maps keep the elements that both have (a flushed and refilled interval map loses packets on the
+    way: tried, kernel 6.18), named counters keep their values, and what ``want`` does not have is deleted. A base chain
+    whose type, hook or priority changed is made anew in the same transaction: until it is filled, packets meet
+    its policy.
 
     Raises nothing; the kernel refuses the whole text, or takes it whole.
     """
     if have == want:
         return ""
+    removed, added = _element_delta(have, want)
     if _shape(have) == _shape(want):
-        return _text([*_element_delta(have, want), *_marker_delta(have, want)])
+        return _text([*removed, *added, *_marker_delta(have, want)])
     heads = {it.name: _head(it) for it in have.chains}
-    types = {it.name: (it.kind, it.type, it.flags) for it in have.sets}
+    types = {it.name: it for it in have.sets}
     remade: set[Name] = {("chain", it.name) for it in want.chains if heads.get(it.name, _head(it)) != _head(it)}
-    for it in want.sets:
-        stands = types.get(it.name, (it.kind, it.type, it.flags))
-        if stands != (it.kind, it.type, it.flags):
-            remade.add((stands[0], it.name))
-    return _text(_refill(names(have), remade, want))
+    shared = [(types[it.name], it) for it in want.sets if it.name in types]
+    remade |= {(old.kind, old.name) for old, new in shared if not _alike(old, new)}
+    kept = {old.name for old, new in shared if _alike(old, new)}
+    return _text(_refill(names(have), remade, want, kept, removed, added))
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:
     """As :func:`swap`, from a table of which only the names of its objects are known (after an upgrade, say).
 
-    All sets and maps are made anew, base chains are taken to be hooked as ``want`` has them: where they are not, the
-    kernel refuses the text, nothing has changed, and :func:`fresh` is the remedy.
+    All sets and maps are made anew, so packets under way may be dropped; named counters keep their values. Base chains
+    are taken to be hooked as ``want`` has them: where they are not, the kernel refuses the text, nothing has
+    changed, and :func:`fresh` is the remedy.
     """
     wanted = names(want)
     remade = {it for it in present if it[0] in ("set", "map") and it in wanted and it[1] != marker(want)}
-    return _text(_refill(present, remade, want))
+    return _text(_refill(present, remade, want, frozenset(), [], []))
 
 
-def _refill(present: Collection[Name], remade: set[Name], want: Ruleset) -> list[str]:
+def _refill(
+    present: Collection[Name],
+    remade: set[Name],
+    want: Ruleset,
+    kept: Collection[str],
+    removed: list[str],
+    added: list[str],
+) -> list[str]:
     table, wanted = _table(want), names(want)
     gone = {it for it in present if it not in wanted}
-    kept_sets = sorted(it for it in present if it[0] in ("set", "map") and it in wanted and it not in remade)
+    anew = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
     return [
         # First of all, for a text that begins with a flush fails where there is no table.
         f"add table {table}",
         f"flush table {table}",
-        *(f"flush {kind} {table} {name}" for kind, name in kept_sets),
+        *removed,
         # Maps first: their elements hold chains in use.
         *(f"delete {kind} {table} {name}" for kind, name in sorted(it for it in gone | remade if it[0] != "chain")),
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in remade if it[0] == "chain")),
-        *_block(want, [*_marker(want), *_body(want)]),
+        *_block(want, [*_marker(want), *_body(anew)]),
+        *added,
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in gone if it[0] == "chain")),
     ]
 
@@ -144,18 +155,28 @@ def _shape(ruleset: Ruleset) -> tuple[object, ...]:
     )
 
 
-def _element_delta(have: Ruleset, want: Ruleset) -> list[str]:
+def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
+    """The commands that take away and that add elements of the sets and maps that both have."""
     table = _table(want)
     removed: list[str] = []
     added: list[str] = []
-    for old, new in zip(have.sets, want.sets, strict=True):
+    stands = {it.name: it for it in have.sets}
+    for new in want.sets:
+        old = stands.get(new.name)
+        if old is None or not _alike(old, new):
+            continue
         gone = {key for key, value in old.elements.items() if new.elements.get(key) != value}
         come = {key: value for key, value in new.elements.items() if old.elements.get(key) != value}
         if gone:
             removed += _elements(f"delete element {table} {old.name} {{", dict.fromkeys(gone, ""), "}")
         if come:
             added += _elements(f"add element {table} {new.name} {{", come, "}")
-    return removed + added
+    return removed, added
+
+
+def _alike(one: NftSet, other: NftSet) -> bool:
+    """Whether two sets differ in their elements at most."""
+    return (one.name, one.kind, one.type, one.flags) == (other.name, other.kind, other.type, other.flags)
 
 
 def _marker_delta(have: Ruleset, want: Ruleset) -> list[str]:

@@ -1,0 +1,322 @@
+"""Exchanging one ruleset for another: the kernel ends up with exactly what was wanted, and no packet notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from msgspec.structs import replace
+
+from kernel.ruleset_lab import CLIENT, CLIENT2, STRANGER, Lab, Nft, echoes, run
+from model.wished import scopes
+from netloom.render import nft, ruleset
+from netloom.render.ruleset import Chain, NftSet, Ruleset
+from netloom.state import Scope
+from unit.wishes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
+
+
+class Bench(Nft):
+    """A namespace with nothing in it but the table."""
+
+    def __init__(self) -> None:
+        self.name = f"rtest-{os.getpid()}-bench"
+        run("ip", "netns", "add", self.name)
+        super().__init__(self.name)
+
+    def close(self) -> None:
+        super().close()
+        run("ip", "netns", "del", self.name)
+
+    def listed(self) -> dict[tuple[str, str], Any]:
+        """The table as the kernel has it: every object by kind and name, rules in order, without handles."""
+        text = run("ip", "netns", "exec", self.name, "nft", "-j", "list", "table", "inet", "netloom")
+        found: dict[tuple[str, str], Any] = {}
+        for item in json.loads(text)["nftables"]:
+            for kind, it in item.items():
+                it.pop("handle", None)
+                if kind == "rule":
+                    found.setdefault(("rules", it["chain"]), []).append(it["expr"])
+                elif kind in ("chain", "set", "map", "counter"):
+                    if "elem" in it:
+                        it["elem"] = sorted(it["elem"], key=json.dumps)
+                    found[kind, it["name"]] = it
+        return found
+
+    def names(self) -> set[tuple[str, str]]:
+        return {key for key in self.listed() if key[0] != "rules"}
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.close()
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scopes(), scopes())
+def test_swapped_is_the_same_as_fresh(bench: Bench, before: Scope, after: Scope) -> None:
+    have, want = nft.ruleset(before), nft.ruleset(after)
+    bench.load(ruleset.fresh(want))
+    expected = bench.listed()
+    bench.load(ruleset.fresh(have))
+    bench.load(ruleset.swap(have, want))
+    assert bench.listed() == expected
+    assert set(ruleset.names(want)) == bench.names()
+    bench.load(ruleset.fresh(have))
+    bench.load(ruleset.take_over(bench.names(), want))
+    assert bench.listed() == expected
+
+
+def _steps(rng: random.Random, scope: Scope) -> Scope:
+    """One random change, as a command would make it."""
+    addresses = (A1, A2, B1)
+    at = rng.choice(addresses)
+    guest = rng.choice((VM1, VM2, VM3))
+    match rng.randrange(7):
+        case 0:
+            held = {**scope.public_ips}
+            held.pop(at.address, None) or held.update({at.address: at})
+            return replace(scope, public_ips=held)
+        case 1:
+            nat = static(rng.choice((A2, B1)), guest)
+            nats = {**scope.static_nats}
+            nats.pop(nat.public_ip, None) or nats.update({nat.public_ip: nat})
+            return replace(scope, static_nats=nats)
+        case 2 | 3 | 4:
+            first = rng.randrange(1, 300)
+            it = forward(at, f"{first}-{first + rng.choice((0, 0, 5))}", guest, protocol=rng.choice(("tcp", "udp")))
+            forwards = {**scope.port_forwards}
+            forwards.pop(it.key, None) or forwards.update({it.key: it})
+            return replace(scope, port_forwards=forwards)
+        case _:
+            rules = [
+                admit(rng.choice(addresses), rng.choice(("tcp", "udp")), str(rng.randrange(1, 400)),
+                      f"10.{rng.randrange(99)}.0.0/16")
+                for _ in range(rng.choice((0, 3, 3, 90)))
+            ]  # fmt: skip
+            return replace(scope, networks=wish(*rules, allow_egress=rng.random() < 0.5).networks)
+
+
+def test_a_thousand_random_changes_leave_as_many_objects_as_a_fresh_one(bench: Bench) -> None:
+    rng = random.Random(204)
+    scope = wish(held=(A1,))
+    have = nft.ruleset(scope)
+    bench.load(ruleset.fresh(have))
+    deltas = 0
+    for change in range(1, 1001):
+        scope = _steps(rng, scope)
+        want = nft.ruleset(scope)
+        text = ruleset.swap(have, want)
+        deltas += bool(text) and "flush" not in text
+        bench.load(text)
+        have = want
+        if change % 100 == 0:
+            assert bench.names() == set(ruleset.names(want))
+    assert deltas > 100
+    walked = bench.listed()
+    bench.load(ruleset.fresh(have))
+    assert bench.listed() == walked
+
+
+def test_the_marker_tells_which_ruleset_stands(bench: Bench) -> None:
+    one, two = nft.ruleset(wish()), nft.ruleset(wish(forwards=[forward(A1, "22", VM1)]))
+    bench.load(ruleset.fresh(one))
+    for have, want in ((one, two), (two, one)):
+        bench.load(ruleset.swap(have, want))
+        markers = {name for kind, name in bench.names() if kind == "set" and name.startswith(ruleset.MARKER_PREFIX)}
+        assert markers == {ruleset.marker(want)}
+
+
+def test_what_the_kernel_refuses_changes_nothing(bench: Bench) -> None:
+    have = nft.ruleset(wish(forwards=[forward(A1, "22", VM1)]))
+    bench.load(ruleset.fresh(have))
+    before = bench.listed()
+    broken = replace(have, chains=(*have.chains, Chain(name="broken", rules=("jump nowhere",))))
+    assert bench.refusal(ruleset.swap(have, broken))
+    assert bench.refusal(ruleset.fresh(broken))
+    assert bench.listed() == before
+
+
+def _table(*chains: Chain, sets: tuple[NftSet, ...] = (), counters: tuple[str, ...] = ()) -> Ruleset:
+    return Ruleset(family="inet", table="netloom", chains=chains, sets=sets, counters=counters)
+
+
+HOOK = "type filter hook output priority {}; policy {};"
+
+
+def test_hooks_policies_and_types_may_change(bench: Bench) -> None:
+    a_set = NftSet(name="some", kind="set", type="ipv4_addr", elements={"10.0.0.1": ""})
+    a_map = NftSet(name="some", kind="map", type="ipv4_addr : verdict", elements={"10.0.0.1": "goto side"})
+    side = Chain(name="side", rules=("accept",))
+    tables = [
+        _table(Chain(name="out", hook=HOOK.format(0, "accept"), rules=("ip daddr @some accept",)), sets=(a_set,)),
+        _table(Chain(name="out", hook=HOOK.format(0, "drop"), rules=("ip daddr vmap @some",)), side, sets=(a_map,)),
+        _table(Chain(name="out", hook=HOOK.format(5, "drop"), rules=("ip daddr vmap @some",)), side, sets=(a_map,)),
+        _table(Chain(name="out", rules=("accept",)), counters=("seen",)),
+        _table(side, sets=(replace(a_set, flags="interval", elements={"10.0.0.0/8": "", "192.0.2.1-192.0.2.9": ""}),)),
+    ]
+    for have in tables:
+        for want in tables:
+            bench.load(ruleset.fresh(want))
+            expected = bench.listed()
+            bench.load(ruleset.fresh(have))
+            bench.load(ruleset.swap(have, want))
+            assert bench.listed() == expected
+
+
+def test_named_counters_keep_their_values_through_refills_and_deltas(bench: Bench) -> None:
+    def table(extra: str, element: str) -> Ruleset:
+        return _table(
+            Chain(name="out", hook=HOOK.format(0, "accept"), rules=('ip daddr 127.0.0.1 counter name "seen"', extra)),
+            sets=(NftSet(name="some", kind="set", type="ipv4_addr", elements={element: ""}),),
+            counters=("seen",),
+        )
+
+    run("ip", "-n", bench.name, "link", "set", "lo", "up")
+    have = table("accept", "10.0.0.1")
+    bench.load(ruleset.fresh(have))
+    run("ip", "netns", "exec", bench.name, "ping", "-c", "1", "-W", "5", "127.0.0.1")
+    packets = bench.listed()["counter", "seen"]["packets"]
+    assert packets >= 2
+    for want in (table("meta l4proto tcp accept", "10.0.0.1"), table("meta l4proto tcp accept", "10.0.0.2")):
+        bench.load(ruleset.swap(have, want))
+        have = want
+        assert bench.listed()["counter", "seen"]["packets"] == packets
+
+
+# Sends one datagram of a new flow to each of two ports, again and again, until its input ends; prints how many.
+FLOOD = """
+import select, socket, sys, time
+sources, target, allowed, forbidden = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sent, port, began = 0, 10000, time.monotonic()
+while not select.select([sys.stdin], [], [], 0)[0]:
+    for _ in range(20):
+        flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        flow.bind((sources[sent // 50000 % len(sources)], port + sent % 50000))
+        number = sent.to_bytes(4, "big")
+        flow.sendto(number, (target, allowed))
+        flow.sendto(number, (target, forbidden))
+        flow.close()
+        sent += 1
+    time.sleep(max(0, began + sent / 2000 - time.monotonic()))
+print(sent)
+"""
+
+
+class Flood:
+    """New flows from one namespace to an allowed and to a forbidden port, counted where they arrive."""
+
+    def __init__(self, lab: Lab, space: str, source: str, target: str, at: tuple[str, str], seen_as: str) -> None:
+        self._seen_as = seen_as
+        self._ears = [self._ear(lab, *at, port) for port in (6000, 6001)]
+        self._sender = subprocess.Popen(
+            ["ip", "netns", "exec", lab.ns(space), sys.executable, "-c", FLOOD, source, target, "6000", "6001"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    @staticmethod
+    def _ear(lab: Lab, space: str, address: str, port: int) -> socket.socket:
+        ear = lab.open_socket(space, socket.SOCK_DGRAM)
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ear.setsockopt(socket.SOL_SOCKET, 33, 256 << 20)  # SO_RCVBUFFORCE: read only once the flood is over
+        ear.bind((address, port))
+        return ear
+
+    def finish(self) -> Result:
+        sent = int(self._sender.communicate("stop\n", timeout=60)[0])
+        time.sleep(0.3)
+        allowed, forbidden = (self._heard(it) for it in self._ears)
+        return Result(
+            sent,
+            lost=sent - len({number for number, _ in allowed}),
+            let_in=len(forbidden),
+            strange=sum(peer != self._seen_as for _, peer in allowed),
+        )
+
+    def stop(self) -> None:
+        if self._sender.poll() is None:
+            self._sender.kill()
+            self._sender.communicate()
+        for it in self._ears:
+            it.close()
+
+    @staticmethod
+    def _heard(ear: socket.socket) -> list[tuple[bytes, str]]:
+        ear.setblocking(False)
+        heard = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                number, peer = ear.recvfrom(10)
+                heard.append((number, peer[0]))
+        return heard
+
+
+class Result(NamedTuple):
+    sent: int
+    lost: int  # allowed, and did not arrive
+    let_in: int  # forbidden, and arrived
+    strange: int  # arrived from another address than the wish says
+
+
+def test_defect_04_a_flood_of_new_flows_meets_neither_a_loss_nor_a_hole_during_200_swaps() -> None:
+    """Only the firewall stands between the forbidden ports and their guests: both are forwarded."""
+    both = [forward(A1, "6000-6001", VM1, protocol="udp")]
+    fixed = [static(B1, VM3)]
+    keep = [
+        admit(A1, "udp", "6000"), admit(B1, "udp", "6000"), admit(B1, "udp", "30-40"), admit(A1, "udp", "5000-5010"),
+        egress("udp", "6001"), egress("udp", "100-200"), egress("udp", "300", dests=("192.0.2.0/24", "10.0.0.0/8")),
+    ]  # fmt: skip
+    many = [admit(A1, "tcp", str(9000 + at), f"10.9.{at // 200}.{at % 200}/32") for at in range(60)]
+    many += [admit(A1, "udp", str(20000 + at), f"10.9.0.{at}/32") for at in range(60)]
+    denied = [egress("udp", str(30000 + 2 * at), dests=(f"10.{at}.0.0/16",)) for at in range(150)]
+    wishes = [
+        wish(*keep, held=(A1, A2, B1), forwards=both, static=fixed),
+        wish(*keep, admit(A2, "tcp", "22"), held=(A1, A2, B1), forwards=both, static=fixed),
+        wish(*keep, held=(A1, A2, B1), forwards=[*both, forward(A2, "80", VM2)], static=fixed),
+        wish(*keep, held=(A1, B1), forwards=[*both, forward(A1, "80-90", VM2)], static=fixed),
+        wish(*keep, *many, held=(A1, B1), forwards=both, static=fixed),
+        wish(*keep, egress("tcp", "25"), held=(A1, A2, B1), forwards=both, static=[*fixed, static(A2, VM1)]),
+        wish(*keep, *denied, held=(A1, A2, B1), forwards=both, static=fixed),
+    ]
+    tables = [nft.ruleset(it) for it in wishes]
+    floods: list[Flood] = []
+    with Lab() as lab, contextlib.closing(Nft(lab.ns("dev"))) as device:
+        lab.serve("dev", "tcp", 80)
+        lab.renew(wishes[0])
+        try:
+            stays = lab.connect("vm3", GATEWAY, 80)
+            for space, target in (("inet", A1.address), ("inet", B1.address), ("vm2", STRANGER), ("vm3", STRANGER)):
+                with lab.open_socket(space, socket.SOCK_DGRAM) as warm:
+                    warm.sendto(b"", (target, 7))  # now everybody's neighbours are known
+            time.sleep(0.2)
+            floods = [
+                Flood(lab, "inet", CLIENT, A1.address, ("vm1", VM1), CLIENT),
+                Flood(lab, "inet", CLIENT2, B1.address, ("vm3", VM3), CLIENT2),
+                Flood(lab, "vm2", VM2, STRANGER, ("inet", STRANGER), A1.address),
+                Flood(lab, "vm3", VM3, CLIENT, ("inet", CLIENT), B1.address),
+            ]
+            have = tables[0]
+            for at in range(1, 201):
+                want = tables[at % len(tables)]
+                device.load(ruleset.swap(have, want))
+                have = want
+                if at % 20 == 0:
+                    assert echoes(stays)
+            results = [it.finish() for it in floods]
+        finally:
+            for it in floods:
+                it.stop()
+        stays.close()
+    assert all(it.sent > 1000 for it in results), results
+    assert [it[1:] for it in results] == [(0, 0, 0)] * len(floods), results
