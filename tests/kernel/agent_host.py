@@ -70,8 +70,25 @@ class AgentHost:
         assert holder.stdout.readline() == b"ready\n"
         return holder
 
+    def processes(self, *words: str) -> dict[int, list[str]]:
+        """The processes of this host but its holder, by pid, whose command line has all these words."""
+        found = {}
+        there = os.stat(f"/proc/{self.pid}/ns/mnt").st_ino
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            with contextlib.suppress(OSError):
+                if pid != self.pid and os.stat(f"/proc/{pid}/ns/mnt").st_ino == there:
+                    line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                    alive = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+                    if alive and all(any(word in it for it in line) for word in words):
+                        found[pid] = line
+        return found
+
     def close(self) -> None:
         self.kill()
+        # What the agent starts outlives it: it ends with the host. All of them were started here.
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         for holder in self._holders:
             holder.kill()
             holder.wait()
@@ -83,7 +100,7 @@ class AgentHost:
     def run(self, *words: str, pid: int = 0, namespace: str = "", check: bool = True) -> str:
         """Runs a program on the host, or in one of its namespaces, and returns what it prints."""
         where = ["nsenter", "-t", str(pid or self.pid), "-n", "-m"]
-        inner = ["ip", "netns", "exec", namespace] if namespace else []
+        inner = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
         done = subprocess.run(
             [*where, *inner, *words], capture_output=True, text=True, env={"PATH": _PATH}, timeout=60, check=False
         )
@@ -109,7 +126,21 @@ class AgentHost:
             "namespaces": self.run("ip", "netns", "list").count("\n"),
             "connections": int(self.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count")),
             "files": len(os.listdir(self.path("/var/lib/netloom/scopes"))) if self.agent else 0,
+            "services": len(list(self.path("/run/netloom/services").glob("*"))),
+            "processes": len(self.processes("dnsmasq")) + len(self.processes("haproxy")),
         }
+
+    def plug(self, vm: str, bridge: str, mac: str, address: str = "") -> None:
+        """A VM: a namespace with ``eth0``, whose other end ``tap-<vm>`` is a port of the bridge."""
+        self.ip("netns", "add", vm)
+        self.ip("link", "add", f"tap-{vm}", "type", "veth", "peer", "name", "eth0", "address", mac, "netns", vm)
+        self.run("sysctl", "-qw", f"net/ipv6/conf/tap-{vm}/disable_ipv6=1")
+        self.run("sysctl", "-qw", "net/ipv6/conf/all/disable_ipv6=1", namespace=vm)
+        self.ip("link", "set", f"tap-{vm}", "master", bridge, "up")
+        self.ip("-n", vm, "link", "set", "lo", "up")
+        self.ip("-n", vm, "link", "set", "eth0", "up")
+        if address:
+            self.ip("-n", vm, "addr", "add", address, "dev", "eth0")
 
     def path(self, path: str) -> Path:
         """A path of the host as this process sees it."""

@@ -99,7 +99,7 @@ def _wait(deadline: float, what: str) -> None:
 
 def _start(arguments: list[str]) -> None:
     """Starts the agent as a grandchild: own session, no descriptor of ours, ``/`` as working directory."""
-    argv = [*_program(), "serve", "--log", LOG, *arguments]
+    argv = [*program("connect"), "agent", "serve", "--log", LOG, *arguments]
     kept = ("PATH", "LANG", "LC_ALL")
     environment = {
         key: value for key, value in os.environ.items() if key in kept or key.startswith(("PYTHON", "NETLOOM_"))
@@ -124,11 +124,11 @@ def _start(arguments: list[str]) -> None:
         os._exit(127)
 
 
-def _program() -> list[str]:
-    """What was executed up to the word ``agent``: the interpreter and its script, or the one compiled file."""
+def program(word: str) -> list[str]:
+    """How this process was executed as ``agent <word>``, up to there: interpreter and script, or the compiled file."""
     words = list(sys.orig_argv)
-    end = max(index for index, word in enumerate(words) if word == "connect")
-    words = words[:end]
+    at = next(index for index in range(len(words) - 1) if words[index : index + 2] == ["agent", word])
+    words = words[:at]
     if "__compiled__" not in globals():  # a compiled program's own path stands in front already
         words[0] = sys.executable
     script = sys.argv[0]

@@ -34,10 +34,15 @@ class News(msgspec.Struct, frozen=True):
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What was done, and what the neighbours have to learn of it."""
+    """What was done to the kernel and to processes, and what the neighbours have to learn of it."""
 
     steps: tuple[Step, ...] = ()
     news: tuple[News, ...] = ()
+    services: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.steps) + len(self.services)
 
 
 class Host:

@@ -1,7 +1,7 @@
 """The scopes of this host: one queue each, one worker thread at a time each, all of them side by side.
 
-The life of a call: decode, transition, write the state, converge the host, judge the flows, answer. A call that
-changes nothing on a host where all is right costs one look.
+The life of a call: decode, transition, write the state, converge the host, judge the flows, see to what runs beside the
+kernel, answer. A call that changes nothing on a host where all is right costs one look.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from netloom.agent import flows
 from netloom.agent.host import Done, Host, News, prepare
 from netloom.agent.kernel import arp
 from netloom.agent.log import Log
+from netloom.agent.services import Services
 from netloom.agent.store import Store, Unreadable
-from netloom.commands import table
-from netloom.commands.transition import Context
+from netloom.commands import table, userdata
+from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
+from netloom.guestwire import PasswordTaken
 from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -70,6 +74,8 @@ class _Slot:
 class Scopes:
     """Carries out calls. Made and used on the event loop; ``load`` first, then ``restore`` in the background."""
 
+    _services: Services
+
     def __init__(self, store: Store, host: Host, log: Log) -> None:
         self._store = store
         self._host = host
@@ -80,8 +86,9 @@ class Scopes:
 
     # ------------------------------------------------------------------------------------------------ at start
 
-    def load(self) -> None:
+    def load(self, services: Services) -> None:
         """Reads every scope's file and notes what they want, before anything is done to the host."""
+        self._services = services
         for scope_id in self._store.ended():
             self._slot(scope_id).ended = True
         for scope_id in self._store.living():
@@ -204,27 +211,34 @@ class Scopes:
             self._store.save(outcome.scope)
             slot.scope, slot.ended = outcome.scope, False
         done = self._converge(slot) if slot.scope is not None or slot.ended else Done()
-        steps.append(len(done.steps))
+        steps.append(done.count)
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
+        if outcome.refused is not None:
+            error = outcome.refused
+            reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, done
 
     def _converge(self, slot: _Slot) -> Done:
-        """In a worker thread: makes the host what the state says."""
+        """In a worker thread: makes the host what the state says: the network first, whatever becomes of the rest."""
         slot.behind = True
         want = self._want(slot)
+        # Processes and sockets would keep a namespace alive that loses its name.
+        did = [] if want.namespace else self._services.end(slot.scope_id)
         done = self._host.converge(slot.scope_id, want, slot.known)
         slot.known = want.ruleset
         if slot.scope is not None:
             if want.namespace and slot.judged is not slot.scope:
                 flows.judge(want.namespace, slot.judged, slot.scope)
             slot.judged = slot.scope
+            if want.namespace:
+                did += self._services.converge(slot.scope, want.namespace)
         else:
             slot.judged = None
             self._store.forget(slot.scope_id)
             slot.ended = False
         slot.behind = False
-        return done
+        return replace(done, services=tuple(did))
 
     async def _hold(self, slot: _Slot, work: Callable[[], tuple[_T, Done]]) -> _T:
         """Does the work in a worker thread; the slot's lock is held. A failure is tried again later."""
@@ -241,6 +255,41 @@ class Scopes:
         self._announce(slot, done.news)
         return result
 
+    # ------------------------------------------------------------------------------------- what services report
+
+    def revive(self, scope_id: str, why: str) -> None:
+        """A process of the scope has ended, and it is time to start it again."""
+        slot = self._slots.get(scope_id)
+        if slot is not None:
+            self._background(self._reconcile(slot, why))
+
+    def password_taken(self, taken: PasswordTaken) -> None:
+        """A VM has acknowledged its password: it is to be in no file any more, and in no memory."""
+        slot = self._slots.get(taken.scope_id)
+        if slot is not None:
+            self._background(self._erase_later(slot, taken))
+
+    async def _erase_later(self, slot: _Slot, taken: PasswordTaken) -> None:
+        wait_s = 1.0
+        while not await self._alone(slot, "password taken", lambda: self._erase(slot, taken)):
+            await asyncio.sleep(wait_s)
+            wait_s = min(RETRY_S_MAX, 2 * wait_s)
+
+    def _erase(self, slot: _Slot, taken: PasswordTaken) -> Done:
+        """In a worker thread. A full disk keeps the password in the file, so the caller tries again."""
+        self._read(slot)
+        scope = slot.scope
+        network = scope.networks.get(taken.network_id) if scope is not None else None
+        if scope is None or network is None or not taken.password_id.isdigit():
+            return Done()
+        without = userdata.password_taken(network, taken.nic, int(taken.password_id))
+        if without is network:
+            return Done()
+        scope = replace(with_network(scope, without), revision=scope.revision + 1)
+        self._store.save(scope)
+        slot.scope = scope
+        return self._converge(slot)
+
     # ---------------------------------------------------------------------------------------- what comes after
 
     def _retry_later(self, slot: _Slot) -> None:
@@ -255,22 +304,28 @@ class Scopes:
         slot.retry = loop.call_later(wait_s, again)
 
     async def _reconcile(self, slot: _Slot, why: str) -> None:
+        await self._alone(slot, why, lambda: self._converge(slot))
+
+    async def _alone(self, slot: _Slot, why: str, work: Callable[[], Done]) -> bool:
+        """Does the work of our own accord, when the scope's calls leave a gap; whether it succeeded. Never raises."""
         slot.users += 1
         started = time.monotonic()
         try:
             async with slot.lock:
                 slot.doing = why
                 try:
-                    count = await self._hold(slot, lambda: _counted(self._converge(slot)))
+                    count = await self._hold(slot, lambda: _counted(work()))
                 finally:
                     slot.doing = ""
             ms = (time.monotonic() - started) * 1000
             self._log.line(f"scope={slot.scope_id} {why}: steps={count} ms={ms:.1f}")
+            return True
         except Exception as error:  # noqa: BLE001, the agent lives on
             if isinstance(error, NetloomError):
                 self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
             else:
                 self._log.traceback(f"scope={slot.scope_id} {why}", error)
+            return False
         finally:
             slot.users -= 1
             self._drop_if_idle(slot)
@@ -337,7 +392,7 @@ class Scopes:
 
 
 def _counted(done: Done) -> tuple[int, Done]:
-    return len(done.steps), done
+    return done.count, done
 
 
 def _tell(news: tuple[News, ...]) -> None:

@@ -14,11 +14,14 @@ import struct
 from collections import OrderedDict
 
 from netloom import __version__
-from netloom.agent.connect import SOCKET
+from netloom.agent.connect import SOCKET, program
+from netloom.agent.guests import Guests
 from netloom.agent.host import Host
 from netloom.agent.log import Log, complain
 from netloom.agent.scopes import Scopes
+from netloom.agent.services import Services
 from netloom.agent.store import Store
+from netloom.agent.supervise import Supervisor
 from netloom.errors import HostRefused, NetloomError
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
@@ -58,7 +61,12 @@ def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "") -> in
 async def _serve(path: str, store: Store, log: Log) -> None:
     loop = asyncio.get_running_loop()
     scopes = Scopes(store, Host(), log)
-    scopes.load()
+    guests = Guests(loop, log, [*program("serve"), "guest"], BUILD, scopes.password_taken)
+    scopes.load(Services(guests, Supervisor(loop, scopes.revive)))
+    try:
+        await guests.adopt()
+    except NetloomError as error:
+        log.line(f"guest process: {error}")
     calls = _Calls(scopes)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
@@ -79,6 +87,7 @@ async def _serve(path: str, store: Store, log: Log) -> None:
         task.cancel()
     await calls.finish(STOP_S_MAX)
     await scopes.stop(STOP_S_MAX)
+    guests.stop()
     log.line("stopped; what runs keeps running")
 
 
@@ -191,8 +200,8 @@ def _uid_of(peer: socket.socket) -> int:
 def _only_one(path: str) -> int:
     """The lock that says who serves, held for life. The file is never removed: its name would mean nothing then."""
     directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    os.chmod(directory, 0o700)
+    os.makedirs(directory, mode=0o711, exist_ok=True)
+    os.chmod(directory, 0o711)  # a resolver finds its files below it, as another user; the sockets are root's alone
     fd = os.open(os.path.join(directory, "agent.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from netloom.agent.guests import Guests
 from netloom.agent.supervise import Supervisor
+from netloom.errors import HostRefused
 from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.state import Scope
@@ -17,9 +18,20 @@ class Services:
         self._supervisor = supervisor
 
     def converge(self, scope: Scope, namespace: str) -> list[str]:
-        """Exactly what the scope wants runs in its namespace; what was done, in words. Raises HostRefused."""
-        did = self._guests.converge(scope.scope_id, namespace, tables(scope))
-        return did + self._supervisor.converge(scope.scope_id, namespace, services(scope))
+        """Exactly what the scope wants runs in its namespace; what was done, in words.
+
+        Raises HostRefused naming the service that does not; the others are seen to all the same.
+        """
+        did: list[str] = []
+        failed: HostRefused | None = None
+        try:
+            did += self._guests.converge(scope.scope_id, namespace, tables(scope))
+        except HostRefused as error:
+            failed = error
+        did += self._supervisor.converge(scope.scope_id, namespace, services(scope))
+        if failed is not None:
+            raise failed
+        return did
 
     def end(self, scope_id: str) -> list[str]:
         """Nothing runs for the scope any more: no process and no socket keeps its namespace alive."""

@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 
 from netloom.errors import HostRefused
+from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
 
 _NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended)\Z")
 
-_decoder = msgspec.json.Decoder(Scope)
+_decoder = msgspec.json.Decoder(Scope, dec_hook=dec_hook)
 
 
 class _Head(msgspec.Struct):
@@ -77,7 +78,7 @@ class Store:
         """Replaces the scope's file. Raises HostRefused, with the old file intact, when that is not possible."""
         path = self._path(scope.scope_id)
         new = path.with_name(f".{path.name}.new")
-        text = msgspec.json.format(msgspec.json.encode(scope), indent=2) + b"\n"
+        text = msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
         try:
             try:
                 fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)

@@ -157,14 +157,12 @@ class Supervisor:
         return running
 
     def _watch(self, key: tuple[str, str], running: _Running) -> None:
-        if self._running.get(key) is running:
+        if self._running.get(key) is running and running.pidfd >= 0:
             self._loop.add_reader(running.pidfd, self._ended, key, running)
 
     def _ended(self, key: tuple[str, str], running: _Running) -> None:
         """On the event loop: a process has ended, and nobody had asked for it."""
-        self._loop.remove_reader(running.pidfd)
-        os.close(running.pidfd)
-        _reap(running.record.pid)
+        self._forget(running)
         with self._lock:
             if self._running.get(key) is not running:
                 return
@@ -193,9 +191,12 @@ class Supervisor:
         return did
 
     def _forget(self, running: _Running) -> None:
-        self._loop.remove_reader(running.pidfd)
-        os.close(running.pidfd)
-        _reap(running.record.pid)
+        """On the event loop. It may have died at the moment when its end was asked for: then this comes twice."""
+        if running.pidfd >= 0:
+            self._loop.remove_reader(running.pidfd)
+            os.close(running.pidfd)
+            running.pidfd = -1
+            _reap(running.record.pid)
 
     def _known(self, scope_id: str) -> set[str]:
         with self._lock:
