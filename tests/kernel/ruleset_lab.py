@@ -424,6 +424,12 @@ class Lab:
             client.send(b"?")
         return client, b""
 
+    def ping(self, space: str, source: str, target: str, type_: int, code: int, number: int) -> None:
+        """Send one ICMP query, and wait for nothing."""
+        with self.open_socket(space, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sender:
+            sender.bind((source, 0))
+            sender.sendto(_icmp(type_, code, number), (target, 0))
+
     def answered(self, *tries: Try) -> list[str]:
         """The answers; every attempt must get one, which may take a while on a busy machine."""
         answers = self.ask(tries)

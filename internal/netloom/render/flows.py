@@ -157,7 +157,8 @@ class Judge:
             elif self._now.network_of(address) == home:
                 yield _Way(address, port, device_address(home), way_out)
         if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST:
-            yield _Way(flow.dst, 0, flow.src, way_out)
+            # The device's answer to a guest goes to the guest, whatever exit the guest's own address has.
+            yield _Way(flow.dst, 0, flow.src, way_out if home is None else None)
 
     def _ways_out(self, flow: Flow, home: Network) -> Iterator[_Way]:
         """From a guest, to the device or to the outside."""

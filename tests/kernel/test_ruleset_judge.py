@@ -1,0 +1,98 @@
+"""The judge of open flows and the kernel agree about every first packet, for any wish."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+
+from kernel.ruleset_lab import CLIENT, NEIGHBOUR, STRANGER, VMS, Entry, Lab
+from model.wished import ADDRESSES, scopes
+from netloom.render.flows import ICMP, TCP, UDP, Judge
+from netloom.render.marks import REVOKED
+from netloom.state import Scope
+from unit.wishes import A1, A2, B1, C1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
+
+PORTS = (22, 53, 80, 85, 99, 443, 5003, 8080, 65535)
+SENDERS = {"inet": (CLIENT, STRANGER), "nb": (NEIGHBOUR,), "vm1": (VM1,), "vm2": (VM2,)}
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        # A reset makes conntrack forget; whoever has no listener keeps silent.
+        for space in (*VMS, "inet", "nb", "gw1", "gw2"):
+            lab.nft(space, "table ip mute { chain out { type filter hook output priority 0; tcp flags rst drop; }; }\n")
+        for port in (53, 80, 8080):
+            lab.serve("dev", "tcp", port)
+        yield lab
+
+
+def _first_packets(lab: Lab) -> list[Entry]:
+    """One packet of a new flow from everybody to everywhere; what conntrack would call each."""
+    sent: list[Entry] = []
+    sockets: list[socket.socket] = []
+    number = 20000
+    for space, sources in SENDERS.items():
+        for source in sources:
+            targets = [it.address for it in ADDRESSES]
+            if space == "nb":  # the neighbour has a route to the guests
+                targets += [GATEWAY, VM3]
+            elif space != "inet":
+                targets += [GATEWAY, STRANGER, "192.0.2.11", "203.0.113.1"]
+            for target in targets:
+                for kind, protocol in ((socket.SOCK_DGRAM, UDP), (socket.SOCK_STREAM, TCP)):
+                    for port in PORTS:
+                        number += 1
+                        flow = lab.open_socket(space, kind)
+                        sockets.append(flow)
+                        flow.setblocking(False)
+                        flow.bind((source, number))
+                        with contextlib.suppress(BlockingIOError):
+                            flow.connect((target, port))
+                        if kind == socket.SOCK_DGRAM:
+                            flow.send(b"?")
+                        sent.append(Entry(protocol, source, target, "", "", sport=number, dport=port))
+                for type_, code in ((8, 0), (8, 1), (13, 0)):
+                    number += 1
+                    lab.ping(space, source, target, type_, code, number)
+                    sent.append(Entry(ICMP, source, target, "", "", icmp_type=type_, icmp_code=code, icmp_id=number))
+    time.sleep(0.15)
+    for flow in sockets:
+        flow.close()
+    return sent
+
+
+def _original(it: Entry) -> tuple[object, ...]:
+    return (it.protocol, it.src, it.dst, it.sport, it.dport, it.icmp_type, it.icmp_code, it.icmp_id)
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@example(
+    wish(
+        admit(A1, "tcp", "22", f"{CLIENT}/32"), admit(A1, "udp", "80-100"), admit(A2, "all"), admit(B1, "icmp", type=8),
+        admit(C1, "udp", "53"), admit(B1, "udp", "1-443", "10.1.1.0/24", f"{STRANGER}/32"),
+        egress("udp", "80-90", dests=("192.0.2.0/28",)), egress("icmp", type=13), egress("tcp", "22"),
+        held=(A1, A2, B1, C1), static=[static(B1, VM2), static(C1, VM1)],
+        forwards=[forward(A1, "22", VM1), forward(A1, "80-90", VM2, "180-190", protocol="udp"),
+                  forward(A1, "85", VM3, protocol="udp"), forward(A2, "5000-5009", VM1, "443")],
+    )
+)  # fmt: skip
+@given(scopes())
+def test_the_judge_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
+    lab.renew(scope)
+    sent = _first_packets(lab)
+    entries = {_original(it): it for it in lab.entries()}
+    judge = Judge(scope)
+    for it in sent:
+        stands = entries.get(_original(it))
+        # Of a revoked flow the judge says "delete" exactly when its first packet would be let through now.
+        let_through = judge.verdict(replace(it, mark=REVOKED)) == "delete"
+        assert (stands is not None) == let_through, it
+        if stands is not None:
+            assert judge.verdict(stands) == "keep", stands
