@@ -8,6 +8,7 @@ The last line is ``N passed, N failed``.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,8 @@ def main(groups: list[str]) -> int:
     if privileged and os.geteuid() != 0:
         print(f"{', '.join(privileged)}: these tests make network namespaces and need root", file=sys.stderr)
         return 1
+    if privileged and not _open_to_all():
+        return _elsewhere(groups)
     results = []
     # Whoever has no time for the groups that need root gets fewer examples of each law, too.
     profile = "full" if privileged else "quick"
@@ -61,6 +64,24 @@ def main(groups: list[str]) -> int:
         results.append(result)
     _table(results)
     return 1 if any(result.failed for result in results) else 0
+
+
+def _open_to_all() -> bool:
+    """Whether any user can read the checkout: tests run parts of it as unprivileged users."""
+    passable = all(directory.stat().st_mode & 0o001 for directory in [ROOT, *ROOT.parents])
+    return passable and (ROOT / "internal/netloom/__init__.py").stat().st_mode & 0o004 != 0
+
+
+def _elsewhere(groups: list[str]) -> int:
+    """The same in a copy that is open to all: the checkout is below somebody's private directory."""
+    with tempfile.TemporaryDirectory(prefix="netloom-", dir="/var/tmp") as directory:
+        copy = Path(directory, "netloom")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".mypy_cache", "__pycache__"))
+        subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
+        print(f"{ROOT} is not open to all users: testing a copy of it, {copy}", flush=True)
+        return subprocess.run(
+            [copy / ".venv/bin/python", "build/ci/groups.py", *groups], cwd=copy, check=False
+        ).returncode
 
 
 def _static() -> Result:
