@@ -31,6 +31,8 @@ _FAILURES = {
     errno.EPERM: "prohibited",
 }
 _ICMP_ERRORS = {3: "unreachable", 11: "expired"}
+# linux/in.h; Python 3.11 does not name it.
+IP_PKTINFO = 8
 ETH_P_ALL, ETH_P_ARP = 0x0003, 0x0806
 
 
@@ -224,6 +226,10 @@ class Servers:
             else:
                 listener = socket.socket(_family(address), socket.SOCK_DGRAM)
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+                if listener.family == socket.AF_INET:
+                    listener.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+                else:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
                 listener.bind((address, port))
             listener.setblocking(False)
             handle = f"{kind}/{address or '*'}/{port}"
@@ -324,11 +330,18 @@ class Servers:
     def _answer(self, listener: socket.socket, handle: str, name: str, port: int) -> None:
         for _ in range(512):
             try:
-                _, peer = listener.recvfrom(65536)
+                _, told, _, peer = listener.recvmsg(65536, 256)
             except BlockingIOError:
                 return
             self._note(handle, peer)
-            listener.sendto(self._banner(name, port, peer, listener.getsockname()), peer)
+            # Answer from the address that was asked, which on a machine with several is not what the kernel picks.
+            level, kind, where = told[0]
+            if level == socket.IPPROTO_IP:
+                asked = socket.inet_ntop(socket.AF_INET, where[8:12])
+                where = bytes(4) + where[8:12] + bytes(4)
+            else:
+                asked = socket.inet_ntop(socket.AF_INET6, where[:16])
+            listener.sendmsg([self._banner(name, port, peer, (asked,))], [(level, kind, where)], 0, peer)
 
 
 SERVERS = Servers()

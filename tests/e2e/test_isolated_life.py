@@ -11,7 +11,7 @@ from bed import Bed
 from bed.cloudstack import Failed, FakeCloudStack
 from bed.lab import Internet
 from bed.places import until
-from e2e.conftest import OUTSIDE, Life, MakeLife, Traces
+from e2e.conftest import OUTSIDE, Life, MakeLife, Traces, impatient
 
 CLOSED = {"timeout_s": 0.4}
 
@@ -239,7 +239,7 @@ def test_agent_killed_and_started_again_changes_nothing(life: Life, internet: In
     before = Traces(life.bed)
     with vm.serve_tcp(22):
         transfer = internet.transfer(address.ip, 22, seconds=60)
-        host.sh("pkill -9 -f 'netloom/main.py agent serve'")
+        host.sh("pkill -9 -f 'netloom/main.py [a]gent serve'")
         assert until(lambda: host.objects()["processes"] == [])
         assert network.ensure().ok
         assert transfer.stop().failure == ""
@@ -255,7 +255,8 @@ def test_host_power_cut_and_boot(life: Life, internet: Internet) -> None:
     host = life.host
     vm.destroy()
     host.power_cut()
-    sent = network.ensure()
+    with impatient(life.cloud):
+        sent = network.ensure()
     assert sent.execution.status == 2, "the network lives on a host that does not answer"
     assert host.address in sent.output
     assert json.loads(network.stored)["host"] == host.address, "it does not move silently"

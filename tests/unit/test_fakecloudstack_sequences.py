@@ -26,7 +26,7 @@ class Recorder:
         self.prints = '{"host":"192.0.2.11","namespace":"cs-net-204"}'
         self.fails: set[str] = set()
 
-    def __call__(self, command: str, text: str) -> Execution:
+    def __call__(self, command: str, text: str, timeout_s: int) -> Execution:
         if command in self.fails:
             return Execution(3, f"{command}: refused\n", 0.1, "")
         return Execution(0, self.prints + "\n" if command == "ensure-network-device" else "", 0.1, "")
