@@ -5,11 +5,11 @@ Pure: ``agent.observe`` looks, this decides, ``agent.apply`` does. Where the wis
 The order, and why:
 
 1. The namespace, and the sysctls that links inherit, before anything else is in it.
-2. What is no longer wanted goes: routes, rules, addresses, links. An address that is gone needs no filter.
+2. What is no longer wanted goes: routes, rules, addresses, neighbours, links. An address that is gone needs no filter.
 3. The ruleset. Nothing new is reachable yet, what was taken away is gone: at no point is something open that neither
    the old nor the new wish allows.
 4. The host's shared objects (bridges, VLAN links), then the ports into the namespace, all down.
-5. Addresses, links up (the public ones last), routes, rules.
+5. Addresses, links up (the public ones last), neighbours, routes, rules.
 6. Bridges that nobody needs any more.
 """
 
@@ -23,7 +23,7 @@ import msgspec
 from netloom.errors import ForeignScope, HostRefused
 from netloom.names import UNTAGGED
 from netloom.render.ruleset import Name, Ruleset, marker
-from netloom.render.want import Address, Port, Route, Rule, Segment, Want
+from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
 
 _T = TypeVar("_T")
 
@@ -85,6 +85,7 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     rules: tuple[Rule, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()  # the permanent ones
     sysctls: dict[str, str] = {}
     marker: str = ""  # which ruleset is loaded; empty: no table, or one that does not say
     ruleset: Ruleset | None = None  # the ruleset behind ``marker``, where it is known
@@ -190,6 +191,26 @@ class AddAddress(Step, frozen=True):
 
     def __str__(self) -> str:
         return f"add address {self.address.cidr} to {self.address.link}"
+
+
+class RemoveNeighbour(Step, frozen=True):
+    """Leaves an address to ARP again."""
+
+    namespace: str
+    neighbour: Neighbour
+
+    def __str__(self) -> str:
+        return f"remove neighbour {self.neighbour.address} from {self.neighbour.link}"
+
+
+class PutNeighbour(Step, frozen=True):
+    """Says for good which MAC address an address on a link is at."""
+
+    namespace: str
+    neighbour: Neighbour
+
+    def __str__(self) -> str:
+        return f"put neighbour {self.neighbour.address} at {self.neighbour.mac} on {self.neighbour.link}"
 
 
 class RemovePort(Step, frozen=True):
@@ -525,6 +546,10 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
     for address in _without(have.addresses, want.addresses):
         if address.link in standing:  # the others go with their link
             yield RemoveAddress(ns, address)
+    named = {(it.link, it.address) for it in want.neighbours}
+    for neighbour in have.neighbours:
+        if neighbour.link in standing and (neighbour.link, neighbour.address) not in named:
+            yield RemoveNeighbour(ns, neighbour)
     for link in have.links.values():
         if link.name not in standing and (link.kind == "veth" or link.name in ports):
             yield RemovePort(ns, link.name)
@@ -554,6 +579,11 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
     for port in sorted(want.ports, key=lambda port: (not _is_guest(port), port)):
         if port.link not in standing or not have.links[port.link].up:
             yield SetLinkUp(ns, port.link)
+    # A link that gets another MAC address, or has been down, has forgotten its neighbours.
+    known = {it for it in have.neighbours if it.link in standing and have.links[it.link].mac == ports[it.link].mac}
+    for neighbour in want.neighbours:
+        if neighbour not in known:
+            yield PutNeighbour(ns, neighbour)
     there = {route for route in have.routes if route.link in standing or not route.link}
     for route in want.routes:
         if route not in there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -143,7 +144,10 @@ def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
 
 def _listens(pid: int) -> bool:
     """Whether the process has a netlink socket: from then on it hears everything."""
-    found = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
     return any(it.startswith("socket:") for it in found)
 
 

@@ -94,6 +94,12 @@ def lookup(host: AgentHost, vm: str, name: str) -> str:
     return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line or "name =" in line)
 
 
+def neighbours(host: AgentHost) -> dict[str, str]:
+    """The permanent ones, MAC address by address."""
+    found = json.loads(host.run("ip", "-j", "neigh", "show", "nud", "permanent", namespace=NS))
+    return {it["dst"]: it["lladdr"] for it in found}
+
+
 def running(host: AgentHost) -> dict[str, set[int]]:
     return {word: set(host.processes(word)) for word in ("dnsmasq", "haproxy", "--control")}
 
@@ -139,6 +145,7 @@ def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: 
     assert get(host, WEB, "/latest/meta-data/instance-id").startswith("9f")
     # Stopped, it keeps what it has; removed, it has nothing.
     done(host.call("100", "release-nic", **DB_NIC))
+    assert neighbours(host) == {WEB_IP: WEB_MAC, DB_IP: DB_MAC}
     assert lookup(host, WEB, "win-db-1.cs2cloud.internal") == DB_IP
     for fixture, command in (("101", "remove-dhcp-entry"), ("102", "remove-dns-entry")):
         done(host.call(fixture, command, **DB_NIC))
@@ -146,7 +153,21 @@ def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: 
     assert lease(host, DB, check=False) == {}
     assert get(host, DB, "/latest/meta-data/instance-id") == ""
     assert lease(host, WEB)["ip"] == WEB_IP
+    assert neighbours(host) == {WEB_IP: WEB_MAC}
     assert running(host) == before
+
+
+def test_an_address_that_is_given_to_another_vm_is_that_vms_at_once(host: AgentHost) -> None:
+    assert lease(host, WEB)["ip"] == WEB_IP
+    host.plug(DB, BRIDGE, DB_MAC)
+    taken = DB_NIC | {"ip": WEB_IP}
+    done(host.call("041", "prepare-nic", **taken))
+    done(host.call("032", "add-dhcp-entry", **taken))
+    assert neighbours(host) == {WEB_IP: DB_MAC}
+    assert lease(host, DB)["ip"] == WEB_IP
+    # The former owner still has the address, and is not believed.
+    assert get(host, WEB, "/latest/user-data") == get(host, WEB, "/latest/meta-data/instance-id") == ""
+    assert password(host, WEB, "send_my_password") == ""
 
 
 def test_what_dies_is_back(host: AgentHost) -> None:

@@ -317,3 +317,24 @@ def test_a_vlan_link_is_made_or_its_absence_is_said_in_words(ns: str) -> None:
     else:
         with pytest.raises(NetlinkError, match=r"make VLAN link eth1\.1204 with tag 1204 on eth1: Operation not supp"):
             links.change(ns, [message])
+
+
+def test_a_permanent_neighbour_stands_whatever_was_learned_and_whatever_the_limits_say() -> None:
+    with joined() as (left, _):
+        settled(left, "left")
+        tool(left, "ping", "-c1", "-W5", "10.9.0.2")
+        learned = links.list_neighbours(left)
+        assert [(it.address, it.mac, it.permanent) for it in learned] == [("10.9.0.2", "0a:00:00:00:09:02", False)]
+        wanted = {f"10.9.0.{number}": f"0a:00:00:00:01:{number:02x}" for number in range(2, 202)}
+        links.change(left, [links.put_neighbour("left", address, mac) for address, mac in wanted.items()])
+        links.change(left, [links.put_neighbour("left", "10.9.0.3", "0a:00:00:00:02:03")])
+        wanted["10.9.0.3"] = "0a:00:00:00:02:03"
+        assert {it.address: it.mac for it in links.list_neighbours(left) if it.permanent} == wanted
+        shown = {it["dst"]: it["lladdr"] for it in ip_json(left, "neigh", "show", "dev", "left", "nud", "permanent")}
+        assert {address: mac for address, mac in shown.items() if "." in address} == wanted
+        links.change(left, [links.delete_neighbour("left", "10.9.0.3")])
+        links.change(left, [links.delete_neighbour("left", "10.9.0.3").even_if_gone()])
+        assert "10.9.0.3" not in {it.address for it in links.list_neighbours(left) if it.permanent}
+        # Why they are put again after either.
+        links.change(left, [links.set_down("left"), links.set_up("left")])
+        assert not [it for it in links.list_neighbours(left) if it.permanent]

@@ -23,11 +23,13 @@ from netloom.plan import (
     HostLink,
     InsideLink,
     LoadRuleset,
+    PutNeighbour,
     PutRoute,
     RemoveAddress,
     RemoveBridge,
     RemoveHostPort,
     RemoveNamespace,
+    RemoveNeighbour,
     RemovePort,
     RemoveRoute,
     RemoveRule,
@@ -46,7 +48,7 @@ from netloom.plan import (
 )
 from netloom.render.ruleset import Chain, Ruleset, marker
 from netloom.render.ruleset import names as names_in
-from netloom.render.want import Address, Port, Route, Rule, Segment, Want
+from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
 
 SCOPE = "net-204"
 NOTHING = Want(namespace="")
@@ -77,8 +79,13 @@ def public(vlan: str) -> Port:
     )
 
 
-def wish(guest_vlan: str = "1204", publics: dict[str, list[int]] | None = None, rules: str = "accept") -> Want:
-    """A network with public addresses 203.0.113.x by VLAN; an exit for each VLAN."""
+def wish(
+    guest_vlan: str = "1204",
+    publics: dict[str, list[int]] | None = None,
+    rules: str = "accept",
+    guests: dict[int, int] | None = None,
+) -> Want:
+    """A network with public addresses 203.0.113.x by VLAN; an exit for each VLAN. ``guests``: MAC by address."""
     publics = {"101": [20]} if publics is None else publics
     ports = (guest(guest_vlan), *(public(vlan) for vlan in publics))
     held = tuple(
@@ -96,6 +103,10 @@ def wish(guest_vlan: str = "1204", publics: dict[str, list[int]] | None = None, 
             for vlan, table in exits.items()
         ),
         rules=tuple(Rule(priority=it, mark=it - 20000, mask=0xFFFF, table=it) for it in exits.values()),
+        neighbours=tuple(
+            Neighbour(link="gst-204", address=f"10.10.1.{at}", mac=f"02:01:00:cc:00:{mac:02x}")
+            for at, mac in (guests or {}).items()
+        ),
         sysctls={"net.ipv4.ip_forward": "1"}
         | {f"net.ipv4.conf.{name}.rp_filter": "0" for name in ("all", *(port.link for port in ports))},
         ruleset=Ruleset(family="inet", table="netloom", chains=(Chain(name="a", rules=(rules,)),)),
@@ -141,6 +152,13 @@ def _after(have: Have, step: Step) -> Have:
             assert address.link in inside
             assert address not in have.addresses
             return replace(have, addresses=(*have.addresses, address))
+        case RemoveNeighbour(_, neighbour):
+            assert neighbour in have.neighbours
+            return replace(have, neighbours=tuple(it for it in have.neighbours if it != neighbour))
+        case PutNeighbour(_, neighbour):
+            assert inside[neighbour.link].up, "it would be forgotten when the link comes up"
+            rest = [it for it in have.neighbours if (it.link, it.address) != (neighbour.link, neighbour.address)]
+            return replace(have, neighbours=(*rest, neighbour))
         case LoadRuleset(_, want):
             assert have.exists
             return replace(have, marker=marker(want), ruleset=want, table=names_in(want))
@@ -151,6 +169,7 @@ def _after(have: Have, step: Step) -> Have:
                 links={name: it for name, it in inside.items() if name != link},
                 addresses=tuple(it for it in have.addresses if it.link != link),
                 routes=tuple(it for it in have.routes if it.link != link),
+                neighbours=tuple(it for it in have.neighbours if it.link != link),
                 sysctls={key: value for key, value in have.sysctls.items() if link not in key.split(".")},
             )
         case RemoveHostPort(link) | RemoveVlanLink(link):
@@ -202,7 +221,8 @@ def _after(have: Have, step: Step) -> Have:
             end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True)
             return _ported(_with_host_link(have, end))
         case SetMac(_, link, mac):
-            return replace(have, links={**inside, link: replace(inside[link], mac=mac)})
+            rest = [it for it in have.neighbours if it.link != link]
+            return replace(have, links={**inside, link: replace(inside[link], mac=mac)}, neighbours=tuple(rest))
         case SetLinkUp(_, "lo"):
             return replace(have, loopback_up=True)
         case SetLinkUp(_, link):
@@ -236,12 +256,15 @@ def built(want: Want, have: Have = EMPTY) -> Have:
 PUBLICS = st.dictionaries(
     st.sampled_from(["101", "102", "untagged"]), st.lists(st.integers(20, 29), max_size=4, unique=True), max_size=3
 )
+GUESTS = st.dictionaries(st.integers(11, 14), st.integers(1, 3), max_size=3)
 WISHES = st.one_of(
     st.just(NOTHING),
-    st.builds(wish, st.sampled_from(["1204", "1311"]), PUBLICS, st.sampled_from(["accept", "drop"])),
+    st.builds(wish, st.sampled_from(["1204", "1311"]), PUBLICS, st.sampled_from(["accept", "drop"]), GUESTS),
 )
 DAMAGES = st.lists(
-    st.sampled_from(["address", "route", "rule", "port", "bridge", "master", "down", "namespace", "table"])
+    st.sampled_from(
+        ["address", "route", "rule", "neighbour", "port", "bridge", "master", "down", "mac", "namespace", "table"]
+    )
 )
 
 
@@ -257,6 +280,10 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = replace(have, routes=have.routes[1:])
             case "rule":
                 have = replace(have, rules=have.rules[1:])
+            case "neighbour":
+                have = replace(have, neighbours=have.neighbours[1:])
+            case "mac" if ports:
+                have = _after(have, SetMac(have.namespace, ports[0].name, "02:00:00:00:00:99"))
             case "port" if ports:
                 have = _after(have, RemovePort(have.namespace, ports[0].name))
             case "bridge" if ours:
@@ -265,7 +292,9 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = _with_host_link(have, replace(have.host_links[ports[-1].host_link], master=""))
                 have = _ported(have)
             case "down" if ports:
-                have = replace(have, links={**have.links, ports[0].name: replace(ports[0], up=False)})
+                left = tuple(it for it in have.neighbours if it.link != ports[0].name)
+                down = {**have.links, ports[0].name: replace(ports[0], up=False)}
+                have = replace(have, links=down, neighbours=left)
             case "namespace" if have.exists:
                 for link in ports:
                     have = _after(have, RemovePort(have.namespace, link.name))
@@ -287,6 +316,7 @@ def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
     assert set(after.addresses) == set(then.addresses)
     assert set(after.routes) == set(then.routes)
     assert set(after.rules) == set(then.rules)
+    assert set(after.neighbours) == set(then.neighbours)
     assert set(after.links) == {port.link for port in then.ports}
 
 
@@ -318,6 +348,15 @@ def test_a_bridge_that_another_scope_wants_is_never_removed(first: Want, then: W
     bridges = frozenset(it.name for it in have.host_links.values() if it.kind == "bridge")
     steps = plan(replace(have, claimed=bridges), then)
     assert not any(isinstance(step, RemoveBridge) for step in steps)
+
+
+@given(WISHES, WISHES)
+@settings(max_examples=100, deadline=None)
+def test_a_neighbour_that_stays_is_not_touched(first: Want, then: Want) -> None:
+    have = built(first)
+    stays = {it for it in first.neighbours if it in then.neighbours}
+    touched = {it.neighbour for it in plan(have, then) if isinstance(it, PutNeighbour | RemoveNeighbour)}
+    assert not touched & stays
 
 
 # ------------------------------------------------------------------------------------------------------ cases by name

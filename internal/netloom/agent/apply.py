@@ -29,11 +29,13 @@ from netloom.plan import (
     CreateVlanLink,
     GuardBridge,
     LoadRuleset,
+    PutNeighbour,
     PutRoute,
     RemoveAddress,
     RemoveBridge,
     RemoveHostPort,
     RemoveNamespace,
+    RemoveNeighbour,
     RemovePort,
     RemoveRoute,
     RemoveRule,
@@ -90,6 +92,8 @@ def _way(step: Step) -> tuple[_Means, str]:
             | AddRule()
             | RemoveAddress()
             | AddAddress()
+            | RemoveNeighbour()
+            | PutNeighbour()
             | RemovePort()
             | SetMac()
             | SetLinkUp()
@@ -188,6 +192,10 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.delete_address(it.link, it.cidr).even_if_gone()
         case AddAddress(_, it):
             yield links.add_address(it.link, it.cidr).even_if_there()
+        case RemoveNeighbour(_, it):
+            yield links.delete_neighbour(it.link, it.address).even_if_gone()
+        case PutNeighbour(_, it):
+            yield links.put_neighbour(it.link, it.address, it.mac)
         case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
             yield links.delete_link(link).even_if_gone()
         case SetMac(_, link, mac):

@@ -21,7 +21,7 @@ from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.names import UNTAGGED
 from netloom.plan import Have, HostLink, InsideLink, alias_of
 from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset, marker
-from netloom.render.want import Address, Route, Rule, Want
+from netloom.render.want import Address, Neighbour, Route, Rule, Want
 
 FAMILY, TABLE = "inet", "netloom"
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
@@ -75,6 +75,7 @@ def observe(
         addresses=inside.addresses,
         routes=inside.routes,
         rules=inside.rules,
+        neighbours=inside.neighbours,
         host_links=_described(found, want),
         claimed=claimed,
         guarded=guarded,
@@ -133,6 +134,7 @@ class _Inside(msgspec.Struct, frozen=True):
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     rules: tuple[Rule, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
 
     @classmethod
     def of(cls, namespace: str) -> _Inside:
@@ -142,6 +144,7 @@ class _Inside(msgspec.Struct, frozen=True):
             addresses = [links.decode_address(it, names_of) for it in _all(inside, _GETADDR, 8)]
             routes = [links.decode_route(it, names_of) for it in _all(inside, _GETROUTE, 12)]
             rules = [links.decode_rule(it) for it in _all(inside, _GETRULE, 12)]
+            neighbours = links.list_neighbours_over(inside, names_of)
         return cls(
             tuple(found),
             tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo"),
@@ -155,6 +158,7 @@ class _Inside(msgspec.Struct, frozen=True):
                 for it in rules
                 if it.priority not in _RULES_OF_THE_KERNEL
             ),
+            tuple(Neighbour(link=it.link, address=it.address, mac=it.mac) for it in neighbours if it.permanent),
         )
 
 

@@ -6,7 +6,7 @@ from netloom import names
 from netloom.render import nft
 from netloom.render.live import Exit, Live, device_address, live, subnet
 from netloom.render.marks import EXIT_MASK, MAIN_TABLE, table
-from netloom.render.want import Address, Port, Route, Rule, Segment, Want
+from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
 from netloom.state import Scope
 
 ANYWHERE = "0.0.0.0/0"
@@ -35,6 +35,7 @@ def render(scope: Scope | None) -> Want:
         rules=tuple(
             Rule(priority=table(it.number), mark=it.number, mask=EXIT_MASK, table=table(it.number)) for it in now.exits
         ),
+        neighbours=_neighbours(now),
         sysctls=_sysctls(
             [names.guest_link(it.network_id) for it in now.networks],
             sorted({names.public_link(it.vlan) for it in now.held}),
@@ -67,6 +68,21 @@ def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
             )
         )
     return tuple(ports)
+
+
+def _neighbours(now: Live) -> tuple[Neighbour, ...]:
+    """Every NIC with an address, running or not: what is sent to the address goes to its owner or to nobody.
+
+    So a neighbour who answers ARP for another VM's address is not given that VM's metadata (``guest.peer``).
+    """
+    return tuple(
+        sorted(
+            Neighbour(link=names.guest_link(network.network_id), address=nic.ip, mac=nic.mac)
+            for network in now.networks
+            for nic in network.nics.values()
+            if nic.ip
+        )
+    )
 
 
 def _segment(nic: str, vlan: str) -> Segment:

@@ -57,6 +57,14 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, order=True):
     table: int
 
 
+class Neighbour(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """Who has an address on a link, for good: no ARP message changes it."""
+
+    link: str
+    address: str
+    mac: str
+
+
 class Want(msgspec.Struct, frozen=True, kw_only=True):
     """Everything of one scope on one host. ``namespace`` empty: nothing at all."""
 
@@ -65,6 +73,7 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()  # in an order in which they can be added
     rules: tuple[Rule, ...] = ()
+    neighbours: tuple[Neighbour, ...] = ()
     sysctls: dict[str, str] = {}  # "net.ipv4.ip_forward" -> "1", set inside the namespace in this order
     ruleset: Ruleset | None = None
     announce: tuple[Address, ...] = ()  # addresses whose neighbours are told by gratuitous ARP when they are new

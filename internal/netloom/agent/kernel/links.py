@@ -1,7 +1,7 @@
-"""Links, addresses, routes and policy rules of a namespace (rtnetlink): rows that are there, changes as values.
+"""Links, addresses, routes, rules and neighbours of a namespace (rtnetlink): rows that are there, changes as values.
 
 A change is built as a :class:`Message` and carried out by :func:`change`. Links are named, not numbered. The layout
-of the messages is that of linux/rtnetlink.h, if_link.h, if_addr.h and fib_rules.h.
+of the messages is that of linux/rtnetlink.h, if_link.h, if_addr.h, fib_rules.h and neighbour.h.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _NEWLINK, _DELLINK, _GETLINK, _SETLINK = 16, 17, 18, 19
 _NEWADDR, _DELADDR, _GETADDR = 20, 21, 22
 _NEWROUTE, _DELROUTE, _GETROUTE = 24, 25, 26
 _NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
+_NEWNEIGH, _DELNEIGH, _GETNEIGH = 28, 29, 30
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 18, 20, 28, 29, 37
@@ -58,6 +59,8 @@ _IFA_F_NODAD, _IFA_F_PERMANENT = 0x02, 0x80
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_VIA = 1, 4, 5, 6, 7, 15, 18
 _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 6, 10, 15, 16
 _FR_ACT_TO_TBL = 1
+_NDA_DST, _NDA_LLADDR = 1, 2
+_NUD_PERMANENT = 0x80
 
 _RTPROT_STATIC = 4
 _SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
@@ -82,6 +85,8 @@ _LINK_HEAD = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, 
 _ADDRESS_HEAD = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefixlen, flags, scope, index
 _ROUTE_HEAD = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _RULE_HEAD = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst_len, src_len, tos, table, -, -, action, flags
+
+_NEIGHBOUR_HEAD = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,6 +147,15 @@ class RuleRow(msgspec.Struct, frozen=True, kw_only=True):
     mark: int
     mask: int
     table: int
+
+
+class NeighbourRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A neighbour on a link. ``permanent``: no ARP message changes it, and it is not counted as the others are."""
+
+    link: str
+    address: str
+    mac: str
+    permanent: bool
 
 
 # What is there
@@ -208,6 +222,19 @@ def list_rules(namespace: str | None, family: int = socket.AF_INET) -> list[Rule
         head = _RULE_HEAD.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
         found = rtnetlink.dump(Message(_GETRULE, payload=head, what="list rules"))
     return [decode_rule(payload) for kind, payload in found if kind == _NEWRULE]
+
+
+def list_neighbours(namespace: str | None) -> list[NeighbourRow]:
+    """All IPv4 neighbours, those that the kernel learned too. Raises NamespaceError, NetlinkError."""
+    with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
+        return list_neighbours_over(rtnetlink, _link_names(rtnetlink))
+
+
+def list_neighbours_over(rtnetlink: Socket, names: dict[int, str]) -> list[NeighbourRow]:
+    """As :func:`list_neighbours`, over a socket that is open already; ``names`` are those of the links, by index."""
+    head = _NEIGHBOUR_HEAD.pack(socket.AF_INET, 0, 0, 0, 0)
+    found = rtnetlink.dump(Message(_GETNEIGH, payload=head, what="list neighbours"))
+    return [decode_neighbour(payload, names) for kind, payload in found if kind == _NEWNEIGH]
 
 
 def decode_link(payload: bytes) -> Link:
@@ -278,6 +305,18 @@ def decode_rule(payload: bytes) -> RuleRow:
         mark=number(told.get(_FRA_FWMARK)),
         mask=number(told.get(_FRA_FWMASK)),
         table=number(told.get(_FRA_TABLE), head[4]),
+    )
+
+
+def decode_neighbour(payload: bytes, names: dict[int, str]) -> NeighbourRow:
+    """Raises NetlinkError (EBADMSG) when ``payload`` is no ndmsg with attributes."""
+    family, index, state, _flags, _type = _head(_NEIGHBOUR_HEAD, payload, "neighbour")
+    told = attribute_map(payload, _NEIGHBOUR_HEAD.size)
+    return NeighbourRow(
+        link=names.get(index, f"#{index}"),
+        address=_address(family, told.get(_NDA_DST, b"")),
+        mac=":".join(f"{octet:02x}" for octet in told.get(_NDA_LLADDR, b"")),
+        permanent=bool(state & _NUD_PERMANENT),
     )
 
 
@@ -435,6 +474,25 @@ def add_rule(priority: int, mark: int, mask: int, table: int, family: int = sock
 def delete_rule(priority: int, mark: int, mask: int, table: int, family: int = socket.AF_INET) -> Message:
     """ENOENT when that rule is not there."""
     return _rule_message(_DELRULE, 0, priority, mark, mask, table, family, "delete")
+
+
+def put_neighbour(link: str, address: str, mac: str) -> Message:
+    """The address is at that MAC address, permanently, instead of whatever was known or learned of it.
+
+    Permanent entries are exempt from the kernel's limits (net.ipv4.neigh.default.gc_thresh3, since Linux 5.0). The link
+    going down, or getting another MAC address, takes them all away.
+    """
+    payload = _NEIGHBOUR_HEAD.pack(socket.AF_INET, 0, _NUD_PERMANENT, 0, 0)
+    payload += attribute(_NDA_DST, ipaddress.IPv4Address(address).packed) + attribute(_NDA_LLADDR, _mac(mac))
+    what = f"put neighbour {address} at {mac} on {link}"
+    return Message(_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, payload, what=what, links=((4, link),))
+
+
+def delete_neighbour(link: str, address: str) -> Message:
+    """ENOENT when nothing is known of the address."""
+    payload = _NEIGHBOUR_HEAD.pack(socket.AF_INET, 0, 0, 0, 0)
+    payload += attribute(_NDA_DST, ipaddress.IPv4Address(address).packed)
+    return Message(_DELNEIGH, 0, payload, what=f"delete neighbour {address} on {link}", links=((4, link),))
 
 
 # Below the surface
