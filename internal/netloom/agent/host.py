@@ -75,6 +75,10 @@ class Host:
                 return Done(tuple(done), _news(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
 
+    def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
+        """What there is of the scope now; changes nothing."""
+        return self._observe(scope_id, want, known, frozenset())
+
     def tidy(self) -> tuple[Step, ...]:
         """Removes the shared objects that nobody wants any more, and renews the guard of those that stay."""
         with self._shared:

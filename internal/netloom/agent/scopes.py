@@ -17,6 +17,8 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from netloom.agent import flows
+from netloom.agent.actions import Actions, Ground
+from netloom.agent.hooks import Hook
 from netloom.agent.host import Done, Host, News, prepare
 from netloom.agent.kernel import arp
 from netloom.agent.log import Log
@@ -26,6 +28,7 @@ from netloom.commands import table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
+from netloom.protocol.custom import CustomAction
 from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -35,6 +38,7 @@ from netloom.wire import Call, Reply
 _T = TypeVar("_T")
 
 WORKERS = 16
+HOOKS_AT_ONCE = 16
 RESTORING_AT_ONCE = WORKERS - 4  # the others are for calls that come meanwhile
 RETRY_S_MAX = 60.0
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)  # a neighbour may be deaf for a moment: its port comes up with ours
@@ -82,6 +86,8 @@ class Scopes:
         self._log = log
         self._slots: dict[str, _Slot] = {}
         self._pool = _started_pool()
+        self._actions = Actions(host, store.directory.parent / "hooks")
+        self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._tasks: set[asyncio.Task[object]] = set()
 
     # ------------------------------------------------------------------------------------------------ at start
@@ -173,6 +179,12 @@ class Scopes:
         ):
             if not _NIC.match(nic):
                 raise BadRequest(f"registration detail {detail}: {nic!r} is no name of a link")
+        if call.command == "custom-action":
+            return await self._act(call, steps)
+        return await self._locked(call, lambda slot: self._transition(slot, call, steps))
+
+    async def _locked(self, call: Call, work: Callable[[_Slot], tuple[_T, Done]]) -> _T:
+        """Does the work when the scope's earlier calls are done. Raises HostRefused when that takes too long."""
         slot = self._slot(call.scope_id)
         slot.users += 1
         try:
@@ -186,13 +198,39 @@ class Scopes:
                 ) from None
             try:
                 slot.doing = call.command
-                return await self._hold(slot, lambda: self._transition(slot, call, steps))
+                return await self._hold(slot, lambda: work(slot))
             finally:
                 slot.doing = ""
                 slot.lock.release()
         finally:
             slot.users -= 1
             self._drop_if_idle(slot)
+
+    async def _act(self, call: Call, steps: list[int]) -> Reply:
+        """A custom action. A hook runs without the lock: it may take all its time, and no VM's start waits for it."""
+        ends = time.monotonic() + call.remaining_ms / 1000
+        begun, revision = await self._locked(call, lambda slot: self._begin(slot, call, steps))
+        if isinstance(begun, Hook):
+            begun = await asyncio.get_running_loop().run_in_executor(self._hooks, begun.run, ends)
+        return Reply(call_id=call.call_id, output=begun, holds=self._holds(call.scope_id), revision=revision)
+
+    def _begin(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[tuple[str | Hook, int], Done]:
+        """In a worker thread."""
+        self._read(slot)
+        asked = table.decode(call.command, call.payload)
+        assert isinstance(asked, CustomAction)
+        context = Context(scope_id=call.scope_id, registration=call.registration)
+        table.check_ground(call.command, slot.scope, asked, context)
+        ground = Ground(
+            scope=slot.scope,
+            want=self._want(slot),
+            known=slot.known,
+            services=self._services,
+            converge=lambda: self._converge(slot),
+        )
+        begun, done = self._actions.begin(call, asked, ground)
+        steps.append(done.count)
+        return (begun, slot.scope.revision if slot.scope else 0), done
 
     def _transition(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[Reply, Done]:
         """In a worker thread. Until the state is written, nothing has happened."""

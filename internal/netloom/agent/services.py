@@ -33,6 +33,14 @@ class Services:
             raise failed
         return did
 
+    def running(self, scope_id: str) -> dict[str, int]:
+        """The processes of the scope that were last seen alive: name to pid."""
+        return self._supervisor.states().get(scope_id, {})
+
+    def renew(self, scope_id: str) -> None:
+        """The next converge reloads the scope's processes, or starts them anew, whether they changed or not."""
+        self._supervisor.renew(scope_id)
+
     def end(self, scope_id: str) -> list[str]:
         """Nothing runs for the scope any more: no process and no socket keeps its namespace alive."""
         return self._supervisor.end(scope_id) + self._guests.end(scope_id)

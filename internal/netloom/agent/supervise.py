@@ -94,6 +94,13 @@ class Supervisor:
         shutil.rmtree(f"{SERVICES_DIR}/{scope_id}", ignore_errors=True)
         return did
 
+    def renew(self, scope_id: str) -> None:
+        """What runs for the scope counts as started with something else: converge reloads it, or starts it anew."""
+        with self._lock:
+            for (scope, _), running in self._running.items():
+                if scope == scope_id:
+                    running.record = msgspec.structs.replace(running.record, digest="")
+
     def states(self) -> dict[str, dict[str, int]]:
         """Scope to service to pid, of what was last seen alive."""
         with self._lock:

@@ -47,7 +47,7 @@ def version(as_json: Json = False) -> None:
 @app.command("commands")
 def list_commands(as_json: Json = False) -> None:
     """The commands of CloudStack's protocol, and which of them this version carries out."""
-    rows = [(row.name, row.kind, row.kind == "extension" or row.transition is not None) for row in TABLE.values()]
+    rows = [(row.name, row.kind, row.carried_out) for row in TABLE.values()]
     if as_json:
         _print_json([{"command": name, "kind": kind, "carried_out": built} for name, kind, built in rows])
         return

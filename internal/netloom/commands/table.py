@@ -53,6 +53,11 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
     transition: Callable[[Scope, P, Context], Scope | None] | None = None
     output: Callable[[Scope, P, Context], str] | None = None
 
+    @property
+    def carried_out(self) -> bool:
+        """Whether this version does it: by a transition, or, for what changes no state, elsewhere."""
+        return self.transition is not None or self.kind in ("asks", "extension")
+
 
 # Without an annotation: each row is checked as what it is, and only the table below forgets the difference.
 _ROWS = (
@@ -128,14 +133,11 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     or ForeignScope, and then nothing has changed.
     """
     row = row_of(command)
-    _check_scope(command, payload, context)
-    if scope is not None and scope.owner != context.registration.owner:
-        raise ForeignScope(
-            f"{context.scope_id} belongs to {scope.owner!r}, not to {context.registration.owner!r}",
-            hint="use another host, or give both registrations the same detail owner",
-        )
+    check_ground(command, scope, payload, context)
     if row.kind == "extension":
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
+    if row.kind == "asks":
+        raise BadRequest(f"{command}: answered by looking at a host, not by a change of the state")
     if row.transition is None:
         raise NotBuiltYet(f"{command}: this version of netloom does not carry it out yet")
     if scope is None:
@@ -157,10 +159,16 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     return Outcome(scope=wanted, output=output, refused=refused)
 
 
-def _check_scope(command: str, payload: msgspec.Struct, context: Context) -> None:
+def check_ground(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
+    """Raises BadRequest when the payload is about another scope, ForeignScope when the scope is somebody else's."""
     named = scope_of(getattr(payload, "network_id", ""), getattr(payload, "vpc_id", ""))
     if named != context.scope_id:
         raise BadRequest(f"{command}: the payload is about {named}, the call about {context.scope_id}")
+    if scope is not None and scope.owner != context.registration.owner:
+        raise ForeignScope(
+            f"{context.scope_id} belongs to {scope.owner!r}, not to {context.registration.owner!r}",
+            hint="use another host, or give both registrations the same detail owner",
+        )
 
 
 def _going(payload: msgspec.Struct) -> bool:

@@ -42,8 +42,7 @@ def prepare(command: str, payload: bytes, executable: str, call_id: str) -> Erra
     row_of(command)  # an unknown word is told as such, whatever the file holds
     envelope = read_envelope(payload, command)
     asked = decode(command, envelope.payload)
-    row = row_of(command)
-    if row.transition is None and row.kind != "extension":
+    if not row_of(command).carried_out:
         raise NotBuiltYet(f"{command}: this version of netloom does not carry it out yet")
     parse_pins(envelope.details.hostkeys)  # a misspelt pin is told now, whichever host is asked
     stored = envelope.network_details

@@ -104,6 +104,10 @@ class Nft:
             raise NftError(f"what {command!r} printed is no JSON object")
         return found
 
+    def list_text(self, command: str) -> str:
+        """What a listing command prints. Raises NftError, also when what is to be listed is not there."""
+        return self._call(command)
+
     def close(self) -> None:
         """Give the socket back; calling again is fine, using it again is not."""
         with self._lock:

@@ -1,0 +1,203 @@
+"""Custom actions on this host: looking at a scope, repairing it, and finding an operator's hook for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from netloom import names
+from netloom.agent.apply import apply
+from netloom.agent.hooks import Hook, Hooks
+from netloom.agent.host import Done, Host, News
+from netloom.agent.kernel import links
+from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.observe import FAMILY, TABLE
+from netloom.agent.services import Services
+from netloom.commands.actions import check_known, cut, document, listed, plain, success
+from netloom.errors import HostRefused, NotBuiltYet
+from netloom.plan import Have, LoadRuleset, plan
+from netloom.protocol.custom import CustomAction
+from netloom.render import words
+from netloom.render.ruleset import Ruleset
+from netloom.render.services import services
+from netloom.render.want import Want
+from netloom.state import Scope
+from netloom.wire import Call
+
+
+class Ground(msgspec.Struct, frozen=True, kw_only=True):
+    """A scope as the agent has it, and how to make the host so. The scope's lock is held."""
+
+    scope: Scope | None
+    want: Want
+    known: Ruleset | None
+    services: Services
+    converge: Callable[[], Done]
+
+
+class Actions:
+    """Carries out custom actions. Blocking: for worker threads."""
+
+    def __init__(self, host: Host, hooks: Path) -> None:
+        self._host = host
+        self._hooks = Hooks(hooks)
+
+    def begin(self, call: Call, asked: CustomAction, ground: Ground) -> tuple[str | Hook, Done]:
+        """The output, or the hook that makes it, to be run without the lock; and what was done to the host.
+
+        Raises BadRequest for an unknown action (NotBuiltYet for a later one), HostRefused when the scope is not here.
+        """
+        action = str(asked.action)
+        check_known(action, self._hooks.names())
+        scope = ground.scope
+        if scope is None and call.scope_id.startswith("vpc-"):
+            raise NotBuiltYet(f"custom-action {action}: this version of netloom does not carry out VPCs yet")
+        if scope is None:
+            raise HostRefused(
+                f"custom-action {action}: nothing is known of {call.scope_id} on this host",
+                hint="is the network implemented?",
+            )
+        match action:
+            case "check":
+                drift = self._drift(scope, ground)
+                return success(cut(drift) if drift else "nothing to do: all is as it should be"), Done()
+            case "dump-config":
+                return self._dump(scope, ground), Done()
+            case "leases":
+                return success(listed(words.leases(scope), asked.params, none="no NIC is known")), Done()
+            case "list-firewall-rules":
+                return success(
+                    listed(
+                        [*words.firewall(scope), *_counters(ground.want.namespace)], asked.params, none="no such line"
+                    )
+                ), Done()
+            case "reboot-device":
+                done = self._reboot(scope, ground)
+                did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
+                return success(did), done
+            case "show":
+                return success(plain("\n".join([*words.summary(scope), *self._standing(scope, ground)]))), Done()
+        hook = Hook(
+            path=self._hooks.path(action),
+            action=action,
+            scope_id=call.scope_id,
+            namespace=names.namespace(call.scope_id),
+            payload=call.payload,
+        )
+        return hook, Done()
+
+    # ------------------------------------------------------------------------------------------------------- looking
+
+    def _look(self, scope: Scope, ground: Ground) -> Have:
+        return self._host.look(scope.scope_id, ground.want, ground.known)
+
+    def _drift(self, scope: Scope, ground: Ground) -> list[str]:
+        """What a repair would do now, in words."""
+        found = [str(step) for step in plan(self._look(scope, ground), ground.want)]
+        wanted = {it.name for it in services(scope)} if ground.want.namespace else set()
+        running = ground.services.running(scope.scope_id).keys()
+        found += [f"start {name}" for name in sorted(wanted - running)]
+        found += [f"end {name}" for name in sorted(running - wanted)]
+        return [plain(it) for it in found]
+
+    def _standing(self, scope: Scope, ground: Ground) -> list[str]:
+        running = ground.services.running(scope.scope_id)
+        drift = self._drift(scope, ground)
+        return [
+            f"namespace {ground.want.namespace}" if ground.want.namespace else "nothing of it is to stand on this host",
+            f"services: {', '.join(f'{name} (pid {pid})' for name, pid in sorted(running.items())) or 'none'}",
+            f"{len(drift)} things are not as they should be: see check" if drift else "all is as it should be",
+        ]
+
+    def _dump(self, scope: Scope, ground: Ground) -> str:
+        have, want = self._look(scope, ground), ground.want
+        sections = [
+            ("== summary", [*words.summary(scope), *self._standing(scope, ground)]),
+            ("== check: what a repair would do", self._drift(scope, ground)),
+            ("== wanted: addresses", [f"{it.cidr} on {it.link}" for it in want.addresses]),
+            ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
+            ("== found: links", _links(have)),
+            ("== found: addresses", [f"{it.cidr} on {it.link}" for it in have.addresses]),
+            ("== found: routes", [f"{it.destination} {_via(it.via)}{it.link} table {it.table}" for it in have.routes]),
+            (
+                "== found: rules",
+                [f"{it.priority}: mark {it.mark:#x}/{it.mask:#x} table {it.table}" for it in have.rules],
+            ),
+            ("== found: links of the host", _host_links(have)),
+            ("== leases", words.leases(scope)),
+            ("== firewall and translations", words.firewall(scope)),
+            ("== state, without secrets", words.state(scope)),
+            ("== found: nftables", _table(have.namespace) if have.exists else []),
+        ]
+        return document([(title, [plain(it) for it in lines]) for title, lines in sections])
+
+    # ----------------------------------------------------------------------------------------------------- repairing
+
+    def _reboot(self, scope: Scope, ground: Ground) -> Done:
+        """Everything of the scope once more, from the state; connections that are allowed go on.
+
+        Conntrack keeps their translations while links are down; a link that goes down loses its routes, which the
+        repair puts back together with whatever else is amiss.
+        """
+        want = ground.want
+        if not want.namespace:
+            raise HostRefused(
+                f"{scope.scope_id} is shut down: nothing of it stands on this host", hint="start a VM in the network"
+            )
+        first = ground.converge()
+        ours = sorted(it.link for it in want.ports)
+        try:
+            links.change(want.namespace, map(links.set_down, ours))
+            links.change(want.namespace, map(links.set_up, ours))
+            if want.ruleset is not None:
+                apply([LoadRuleset(want.namespace, want.ruleset)])
+            ground.services.renew(scope.scope_id)
+        except HostRefused:
+            ground.converge()  # whatever went wrong: what the links lost is put back
+            raise
+        done = ground.converge()
+        macs = {port.link: port.mac for port in want.ports}
+        news = tuple(News(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link]) for it in want.announce)
+        return Done(first.steps + done.steps, news, first.services + done.services)
+
+
+def _links(have: Have) -> list[str]:
+    return [
+        f"{it.name} {it.mac} {'up' if it.up else 'down'}{f', other end {it.host_link}' if it.host_link else ''}"
+        for _, it in sorted(have.links.items())
+    ]
+
+
+def _host_links(have: Have) -> list[str]:
+    return [
+        f"{it.name} ({it.kind or 'device'}) {'up' if it.up else 'down'}"
+        f"{f', in {it.master}' if it.master else ''}{f', ports {chr(32).join(it.ports)}' if it.ports else ''}"
+        f"{f', alias {it.alias}' if it.alias else ''}"
+        for _, it in sorted(have.host_links.items())
+    ]
+
+
+def _via(gateway: str) -> str:
+    return f"via {gateway} " if gateway else ""
+
+
+def _table(namespace: str) -> list[str]:
+    try:
+        with Nft(namespace) as nft:
+            return nft.list_text(f"list table {FAMILY} {TABLE}").expandtabs(2).splitlines()
+    except NftError as error:
+        return [str(error)]
+
+
+def _counters(namespace: str) -> list[str]:
+    """The named counters of the scope's table, where there are any."""
+    found: list[str] = []
+    if namespace:
+        with contextlib.suppress(NftError, HostRefused), Nft(namespace) as nft:
+            for it in nft.list_json(f"list counters table {FAMILY} {TABLE}")["nftables"]:
+                if counter := it.get("counter"):
+                    found.append(f"counter {counter['name']}: {counter['packets']} packets, {counter['bytes']} bytes")
+    return sorted(found)

@@ -1,0 +1,183 @@
+"""A scope in words for people: its firewall and translations, its NICs, and its state without secrets.
+
+Each line stands for itself, so that lines can be picked by a text that they contain. Same state, same lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from netloom.render.live import Live, as_number, live
+from netloom.state import FirewallRule, LbRule, Network, Nic, Ports, Scope
+
+# Metadata that CloudStack writes itself; other items bear names and values of tenants.
+_SHOWN = frozenset(
+    {
+        "availability-zone",
+        "cloud-domain",
+        "cloud-domain-id",
+        "cloud-identifier",
+        "cloud-name",
+        "hypervisor-host-name",
+        "instance-id",
+        "local-hostname",
+        "local-ipv4",
+        "public-hostname",
+        "public-ipv4",
+        "service-offering",
+        "vm-id",
+    }
+)
+
+
+def firewall(scope: Scope) -> list[str]:
+    """Ingress, egress, source NAT, static NAT, port forwards and load balancing, a line each.
+
+    Rules that differ in their ports only share a line. What is told and does not apply says so.
+    """
+    now = live(scope)
+    lines: list[str] = []
+    for network in _in_order(scope):
+        lines += _ingress(scope, network, now)
+    for network in _in_order(scope):
+        lines += _egress(network)
+    if now.source_nat is not None:
+        lines += [f"source-nat {it.cidr} leaves as {now.source_nat.address}" for it in now.networks]
+    in_force = {it.public_ip for it in now.static_nats}
+    for nat in sorted(scope.static_nats.values(), key=lambda it: as_number(it.public_ip)):
+        lines.append(f"static-nat {nat.public_ip} <-> {nat.private_ip}{_unless(nat.public_ip in in_force)}")
+    forwards = {it.key for it in now.port_forwards}
+    for it in sorted(scope.port_forwards.values(), key=lambda it: (as_number(it.public_ip), it.public_ports, it.key)):
+        where = f"{it.public_ip} {it.protocol} {it.public_ports} -> {it.private_ip} {it.private_ports}"
+        lines.append(f"port-forward {where}{_unless(it.key in forwards)}")
+    held = {it.address for it in now.held}
+    lines += [_balanced(it, held) for _, it in sorted(scope.lb_rules.items(), key=lambda item: (len(item[0]), item[0]))]
+    return lines
+
+
+def leases(scope: Scope) -> list[str]:
+    """The NICs of every network, by address."""
+    return [
+        _nic(network, it)
+        for network in _in_order(scope)
+        for it in sorted(network.nics.values(), key=lambda it: (_number(it.ip), it.key))
+    ]
+
+
+def summary(scope: Scope) -> list[str]:
+    """What the scope consists of, counted."""
+    lines = [f"scope {scope.scope_id}, owner {scope.owner}, revision {scope.revision}"]
+    for it in _in_order(scope):
+        given = [word for word, has in (("DHCP", it.dhcp), ("DNS", it.dns)) if has]
+        lines.append(
+            f"network {it.network_id}: {it.guest_type}, {'implemented' if it.implemented else 'not implemented'}, "
+            f"VLAN {it.vlan or 'not told'} of {scope.uplinks.guest}, {it.cidr or 'no subnet'}, "
+            f"gateway {it.gateway or 'none'}, {len(it.nics)} NICs{''.join(f', {word}' for word in given)}"
+        )
+    for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
+        kind = " (source NAT)" if ip.source_nat else ""
+        lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
+    rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)
+    lines.append(
+        f"{rules} firewall rules, {len(scope.port_forwards)} port forwards, {len(scope.static_nats)} static NATs, "
+        f"{len(scope.lb_rules)} load balancing rules"
+    )
+    return lines
+
+
+def state(scope: Scope) -> list[str]:
+    """The state document, indented; passwords as ``***``, user data and tenants' own items by size."""
+    document: dict[str, Any] = msgspec.to_builtins(scope, enc_hook=lambda _: "***")
+    for network_id, network in scope.networks.items():
+        for key, nic in network.nics.items():
+            shown = document["networks"][network_id]["nics"][key]
+            if nic.user_data is not None:
+                shown["user_data"] = _size(nic.user_data.reveal())
+            shown["metadata"] = {
+                item: value if item in _SHOWN else _size(value) for item, value in sorted(nic.metadata.items())
+            }
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode().splitlines()
+
+
+def _ingress(scope: Scope, network: Network, now: Live) -> list[str]:
+    if scope.ingress_open:
+        return ["ingress any: allow (the registration says firewall=absent)"]
+    if network.firewall is None:
+        return [f"ingress of network {network.network_id}: deny (no list of rules came yet)"]
+    lines = []
+    for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "ingress"):
+        where = rule.public_ip or "any address"
+        source = f"from {_list(rule.source_cidrs)}"
+        lines.append(f"ingress {where} {_what(rule, ports)} {source}: allow{_unless(rule.public_ip in now.ingress)}")
+    return [*lines, "ingress anything else: deny"]
+
+
+def _egress(network: Network) -> list[str]:
+    if network.firewall is None:
+        return [f"egress of network {network.network_id}: allow (no list of rules came yet)"]
+    listed, otherwise = ("deny", "allow") if network.firewall.default_egress_allow else ("allow", "deny")
+    lines = []
+    for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "egress"):
+        way = f"from {_list(rule.source_cidrs)} to {_list(rule.dest_cidrs)}"
+        lines.append(f"egress {_what(rule, ports)} {way}: {listed}")
+    return [*lines, f"egress of network {network.network_id}, anything else: {otherwise}"]
+
+
+def _grouped(rules: Iterable[FirewallRule]) -> list[tuple[FirewallRule, list[Ports]]]:
+    groups: dict[FirewallRule, list[Ports]] = {}
+    for rule in rules:
+        ports = groups.setdefault(msgspec.structs.replace(rule, rule_id=0, ports=None), [])
+        # Without ports it is about all of them, which then is said once.
+        ports.append(rule.ports or Ports(0, 65535))
+    ordered = [(rule, sorted(set(ports))) for rule, ports in groups.items()]
+    ordered.sort(key=lambda it: (_number(it[0].public_ip), it[0].protocol, it[1], str(it[0])))
+    return ordered
+
+
+def _what(rule: FirewallRule, ports: list[Ports]) -> str:
+    if rule.protocol in ("tcp", "udp"):
+        return f"{rule.protocol} {'any' if Ports(0, 65535) in ports else ','.join(map(str, ports))}"
+    if rule.protocol == "icmp" and rule.icmp_type is not None and rule.icmp_type >= 0:
+        code = "" if rule.icmp_code is None or rule.icmp_code < 0 else f" code {rule.icmp_code}"
+        return f"icmp type {rule.icmp_type}{code}"
+    return rule.protocol
+
+
+def _balanced(rule: LbRule, held: set[str]) -> str:
+    backends = ", ".join(f"{it.ip}:{it.port}" for it in sorted(rule.backends)) or "nobody"
+    where = f"{rule.public_ip} {rule.protocol} {rule.public_port} {rule.algorithm}"
+    return f"load-balancing {where} -> {backends}{_unless(rule.public_ip in held)}"
+
+
+def _nic(network: Network, nic: Nic) -> str:
+    words = [
+        "default" if nic.default else "secondary",
+        *(["lease"] if nic.leased and network.dhcp else []),
+        *(["names"] if nic.named and network.dns else []),
+        *(["user data"] if nic.user_data is not None else []),
+        *(["password waiting"] if nic.password is not None else []),
+    ]
+    return f"network {network.network_id}: {nic.ip or '-'} {nic.mac} {nic.hostname or '-'}: {', '.join(words)}"
+
+
+def _in_order(scope: Scope) -> list[Network]:
+    return [network for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))]
+
+
+def _number(address: str) -> int:
+    return as_number(address) if address else -1
+
+
+def _list(cidrs: tuple[str, ...]) -> str:
+    return ",".join(cidrs) or "any"
+
+
+def _unless(in_force: bool) -> str:
+    return "" if in_force else " (not in force: the address or the network does not stand)"
+
+
+def _size(text: str) -> str:
+    return f"({len(text.encode('utf-8', 'surrogatepass'))} bytes)"

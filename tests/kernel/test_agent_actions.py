@@ -1,0 +1,339 @@
+"""Custom actions on a real host: what they show, what they repair, and how an operator's hook is run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kernel.agent_host import PAYLOADS, REGISTRATION, AgentHost, agent_host, wait_until
+from kernel.test_agent_network import FIRST_LIFE, NS, done, live
+from netloom.commands.actions import OUTPUT_CHARACTERS_MAX
+from netloom.wire import Call, Registration, Reply
+
+WEB = "10.10.1.45"
+PASSWORD = "not-for-anybody-4711"
+ECHO = """
+import socket
+server = socket.create_server(("203.0.113.1", 7000))
+client, _ = server.accept()
+while said := client.recv(100):
+    client.sendall(said)
+"""
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[AgentHost]:
+    """A host with the network, for tests that leave it as they found it."""
+    with agent_host() as it:
+        it.start()
+        live(it)
+        it.plug("web", "breth1-1204", "02:01:00:cc:00:03", f"{WEB}/24")
+        it.run("ip", "route", "add", "default", "via", "10.10.1.1", namespace="web")
+        (it.path("/var/lib/netloom/hooks")).mkdir(mode=0o755)
+        yield it
+
+
+def act(
+    host: AgentHost, action: str, fixture: str = "501", *, remaining_ms: int = 60_000, owner: str = "", **params: Any
+) -> Reply:
+    """What the extension sends for a payload file: the flat payload without the two objects of details."""
+    (file,) = PAYLOADS.glob(f"{fixture}-*.json")
+    payload = json.loads(file.read_bytes()) | {"action": action, "action-params": params}
+    for details in ("physical-network-extension-details", "network-extension-details"):
+        del payload[details]
+    scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
+    call = Call(
+        call_id=f"a{time.monotonic_ns()}",
+        command="custom-action",
+        scope_id=scope,
+        registration=Registration(owner=owner) if owner else REGISTRATION,
+        payload=json.dumps(payload).encode(),
+        remaining_ms=remaining_ms,
+    )
+    with host.client() as client:
+        client.send(call)
+        reply = client.receive()
+    assert isinstance(reply, Reply)
+    assert reply.output.isascii()
+    return reply
+
+
+def message(reply: Reply) -> str:
+    said = json.loads(done(reply).output)
+    assert (said["status"], said["printmessage"]) == ("success", "true")
+    assert isinstance(said["message"], str)
+    return said["message"]
+
+
+def write_hook(host: AgentHost, action: str, text: str, mode: int = 0o755) -> None:
+    path = host.path(f"/var/lib/netloom/hooks/custom-action-{action}.sh")
+    path.write_text(text)
+    path.chmod(mode)
+
+
+def kernel(host: AgentHost) -> tuple[str, ...]:
+    """What the kernel has of the network, without counters and handles."""
+    return tuple(
+        host.run(*words, namespace=NS)
+        for words in (
+            ["ip", "-br", "link"],
+            ["ip", "-br", "addr"],
+            ["ip", "route", "show", "table", "all"],
+            ["ip", "rule"],
+            ["nft", "-s", "list", "ruleset"],
+        )
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_a_dump_tells_all_but_secrets(host: AgentHost) -> None:
+    done(host.call("030", "prepare-nic"))
+    done(host.call("090", "save-password", password=PASSWORD))
+    done(
+        host.call(
+            "035", "save-vm-data", vm_data=[{"dir": "userdata", "file": "user_data", "content": "#!\n" + PASSWORD}]
+        )
+    )
+    told = done(act(host, "dump-config")).output
+    assert PASSWORD not in told
+    for it in ("10.10.1.1/24 on gst-204", "203.0.113.21/32 on pub-101", "table 20001", "chain arriving", "vnetg204"):
+        assert it in told
+    assert '"password": "***"' in told
+    assert '"user_data": "(23 bytes)"' in told
+    assert (
+        f'"revision": {json.loads(host.path("/var/lib/netloom/scopes/net-204.json").read_bytes())["revision"]}' in told
+    )
+    assert len(told) < OUTPUT_CHARACTERS_MAX + 2000
+    assert WEB in message(act(host, "leases"))
+    assert "owner test" in message(act(host, "show"))
+
+
+def test_a_thousand_rules_are_listed(host: AgentHost) -> None:
+    rules: list[dict[str, Any]] = [
+        {
+            "id": at,
+            "type": "ingress",
+            "protocol": "tcp",
+            "portStart": 1000 + at,
+            "portEnd": 1000 + at,
+            "publicIp": "203.0.113.21",
+            "sourceCidrs": [f"198.51.{at // 250}.{at % 250}/32"],
+        }
+        for at in range(1000)
+    ]
+    done(host.call("070", "apply-fw-rules", fw_rules={"default_egress_allow": True, "rules": rules}))
+    told = message(act(host, "list-firewall-rules"))
+    assert len(told) <= OUTPUT_CHARACTERS_MAX + 100
+    shown = told.splitlines()
+    skip = shown[-1].partition("skip=")[2].partition(",")[0]
+    rest = message(act(host, "list-firewall-rules", skip=skip)).splitlines()
+    for it in rules:
+        assert f"ingress 203.0.113.21 tcp {it['portStart']} from {it['sourceCidrs'][0]}: allow" in shown[:-1] + rest
+    assert act(host, "list-firewall-rules", skip="x").status == 1
+    assert message(act(host, "list-firewall-rules", filter="tcp 1999 ")) == (
+        "ingress 203.0.113.21 tcp 1999 from 198.51.3.249/32: allow"
+    )
+    # Where only the port differs, all of them are one line.
+    for it in rules:
+        it["sourceCidrs"] = []
+    done(host.call("070", "apply-fw-rules", fw_rules={"default_egress_allow": False, "rules": rules}))
+    lines = message(act(host, "list-firewall-rules")).splitlines()
+    assert lines[0].startswith("ingress 203.0.113.21 tcp 1000,1001,")
+    assert lines[0].endswith(",1999 from any: allow")
+    assert lines[1:] == [
+        "ingress anything else: deny",
+        "egress of network 204, anything else: deny",
+        "source-nat 10.10.1.0/24 leaves as 203.0.113.20",
+        "static-nat 203.0.113.22 <-> 10.10.1.162",
+        "port-forward 203.0.113.21 tcp 2222 -> 10.10.1.45 22",
+    ]
+    done(host.call(*FIRST_LIFE[-1]))
+
+
+def test_check_tells_what_a_repair_would_do_and_does_nothing(host: AgentHost) -> None:
+    assert message(act(host, "check")) == "nothing to do: all is as it should be"
+    host.ip("rule", "del", "priority", "20001", namespace=NS)
+    before = kernel(host)
+    assert message(act(host, "check")) == "add rule 20001: fwmark 0x1/0xffff table 20001"
+    assert "1 things are not as they should be" in message(act(host, "show"))
+    assert kernel(host) == before
+    message(act(host, "reboot-device"))
+    assert message(act(host, "check")) == "nothing to do: all is as it should be"
+
+
+# --------------------------------------------------------------------------------------------------------- the repair
+
+
+def test_a_reboot_loses_nothing_and_open_connections_go_on(host: AgentHost) -> None:
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
+    server = subprocess.Popen(["nsenter", "-t", str(host.fabric), "-n", "--", sys.executable, "-c", ECHO])
+    client = None
+    try:
+        wait_until(lambda: ":7000" in host.run("ss", "-Hltn", pid=host.fabric))
+        client = subprocess.Popen(
+            [
+                "nsenter",
+                "-t",
+                str(host.pid),
+                "-n",
+                "-m",
+                "--",
+                "ip",
+                "netns",
+                "exec",
+                "web",
+                "nc",
+                "203.0.113.1",
+                "7000",
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        into, out = client.stdin, client.stdout
+        assert into is not None
+        assert out is not None
+
+        def echo(text: bytes) -> bytes:
+            into.write(text)
+            into.flush()
+            return out.readline()
+
+        assert echo(b"before\n") == b"before\n"
+        message(act(host, "reboot-device"))  # from now on the chains stand in the order of a table made anew
+        before = kernel(host)
+        host.run("nft", "add", "rule", "inet", "netloom", "through", "drop", namespace=NS)  # by somebody's hand
+        assert kernel(host) != before
+        assert "links down and up" in message(act(host, "reboot-device"))
+        assert kernel(host) == before
+        assert echo(b"after\n") == b"after\n"
+    finally:
+        for it in (client, server):
+            if it is not None:
+                it.kill()
+                it.communicate()
+
+
+# ---------------------------------------------------------------------------------------------------------- the hooks
+
+
+def test_a_hook_is_given_the_payload_and_its_output_is_the_answer(host: AgentHost) -> None:
+    write_hook(
+        host,
+        "tell",
+        '#!/bin/sh\ncat "$1" "$1" >/run/told\necho "$NETLOOM_ACTION $NETLOOM_SCOPE $NETLOOM_NAMESPACE"\n'
+        "ip netns exec $NETLOOM_NAMESPACE ip -br addr show gst-204\nprintf 'na\\303\\257ve\\n'; echo aside >&2\n",
+    )
+    told = done(act(host, "tell", table="101", note="a 'b' $(c)")).output.splitlines()
+    assert told[0] == "tell net-204 cs-net-204"
+    assert "10.10.1.1/24" in told[1]
+    assert told[2:] == ["na\\u00efve"]
+    handed = host.path("/run/told").read_text()
+    assert handed[: len(handed) // 2] == handed[len(handed) // 2 :]
+    payload = json.loads(handed[: len(handed) // 2])
+    assert payload["action-params"] == {"table": "101", "note": "a 'b' $(c)"}
+    assert payload["network_id"] == "204"
+    assert not [key for key in payload if "details" in key]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("echo out; echo first >&2; echo 'the last' >&2; exit 7", "hook bad failed with status 7: the last"),
+        ("echo only; exit 1", "hook bad failed with status 1: only"),
+        ("exit 1", "hook bad failed with status 1, and did not say why"),
+        ("kill -9 $$", "hook bad was ended by signal 9, and did not say why"),
+        ('echo \'{"status": "failed", "message": "no"}\'', "hook bad says status 'failed': no"),
+    ],
+)
+def test_a_hook_that_fails_is_a_failure_with_its_last_line(host: AgentHost, text: str, error: str) -> None:
+    write_hook(host, "bad", f"#!/bin/sh\n{text}\n")
+    reply = act(host, "bad")
+    assert (reply.status, reply.error, reply.output) == (3, error, "")
+
+
+def test_a_hook_is_ended_with_all_its_children_when_the_time_is_over(host: AgentHost) -> None:
+    write_hook(host, "slow", "#!/bin/sh\nsleep 4711 & sleep 4711\n")
+    begun = threading.Event()
+    replies: list[Reply] = []
+
+    def run() -> None:
+        begun.set()
+        replies.append(act(host, "slow", remaining_ms=2_000))
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    wait_until(lambda: len(host.processes("sleep", "4711")) == 2)
+    # Meanwhile the network's own commands are carried out.
+    done(host.call(*FIRST_LIFE[0]))
+    assert not replies
+    caller.join(30)
+    assert (replies[0].status, replies[0].error) == (3, "hook slow was ended: not done in the time that the call had")
+    wait_until(lambda: not host.processes("sleep", "4711"))
+
+
+def test_what_a_hook_leaves_behind_holds_up_nobody(host: AgentHost) -> None:
+    write_hook(host, "leaves", "#!/bin/sh\nsleep 4712 &\necho done\n")
+    assert done(act(host, "leaves")).output == "done"
+    wait_until(lambda: not host.processes("sleep", "4712"))
+
+
+def test_a_hook_that_says_too_much_is_heard_to_its_end(host: AgentHost) -> None:
+    write_hook(host, "loud", "#!/bin/sh\nhead -c 3000000 /dev/zero | tr '\\0' x\ntouch /run/loud-ended\n")
+    told = done(act(host, "loud")).output
+    assert told.endswith(f"... cut here, after {OUTPUT_CHARACTERS_MAX} characters")
+    assert host.path("/run/loud-ended").exists()
+
+
+def test_a_hook_that_others_could_have_written_is_not_run(host: AgentHost) -> None:
+    write_hook(host, "loose", "#!/bin/sh\necho ran\n", 0o775)
+    assert "others than root may write it" in act(host, "loose").error
+    write_hook(host, "mine", "#!/bin/sh\necho ran\n", 0o644)
+    assert "not executable" in act(host, "mine").error
+    path = host.path("/var/lib/netloom/hooks/custom-action-link.sh")
+    path.symlink_to("/bin/true")
+    assert "not a plain file" in act(host, "link").error
+    write_hook(host, "text", "echo ran\n")
+    assert "cannot be run" in act(host, "text").error
+    for it in ("loose", "mine", "link", "text"):
+        host.path(f"/var/lib/netloom/hooks/custom-action-{it}.sh").unlink()
+
+
+def test_what_is_not_there_is_told(host: AgentHost) -> None:
+    write_hook(host, "known", "#!/bin/sh\n")
+    assert done(act(host, "known")).output == ""
+    unknown = act(host, "reboot")
+    assert (unknown.status, unknown.error) == (1, "custom-action reboot: there is no such action on this host")
+    assert {"known", "dump-config"} <= set(unknown.hint.removeprefix("known: ").split(", "))
+    assert act(host, "../known").status == 1
+    later = act(host, "pbr-add-route", "500")
+    assert (later.status, later.error) == (
+        1,
+        "custom-action pbr-add-route: this version of netloom does not carry it out yet",
+    )
+    assert act(host, "dump-config", "502").error.endswith("does not carry out VPCs yet")
+    assert act(host, "list-firewall-rules", "503").error.endswith("does not carry out VPCs yet")
+    assert "belongs to" in act(host, "dump-config", owner="somebody").error
+
+
+def test_nothing_stored_is_an_error_and_builds_nothing() -> None:
+    with agent_host() as it:
+        it.start()
+        before = it.inventory()
+        for action in ("dump-config", "reboot-device", "check"):
+            reply = act(it, action, "504")
+            assert (reply.status, reply.holds) == (3, False)
+            assert reply.error == f"custom-action {action}: nothing is known of net-204 on this host"
+        assert it.inventory() == before
+        done(it.call("030", "prepare-nic"))  # told, and not implemented
+        assert "is shut down" in act(it, "reboot-device").error
+        assert "not implemented" in message(act(it, "show"))
+        assert "== found: nftables\n  (none)" in done(act(it, "dump-config")).output
