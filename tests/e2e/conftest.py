@@ -99,7 +99,7 @@ class Life:
             vm.destroy()
         self.vms = []
         network = self.network
-        if network.facts.state == "implemented" or network.stored:
+        if network.facts.state == "implemented" or network.host:
             # The sequence is another test's subject: without rules and repeated questions this is the shortest one.
             network.ensures_always = False
             network.port_forwards, network.static_nats, network.firewall, network.addresses = [], [], [], []

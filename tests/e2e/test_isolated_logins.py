@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bed import Bed
-from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, Failed, FakeCloudStack
+from bed.cloudstack import CLOUD_UID, NAT_SERVICES, UNBUILT_NIC_COMMANDS, Failed, FakeCloudStack
 from e2e.conftest import MakeLife, impatient
 
 
@@ -26,6 +26,17 @@ def test_login(bed: Bed, make_life: MakeLife, user: str, by: str, home: str) -> 
     life.network.implement()
     assert life.network.failures == []
     assert life.network.namespace in life.host.objects()["namespaces"]
+
+
+def test_login_by_the_keys_of_the_calling_user(bed: Bed, make_life: MakeLife) -> None:
+    key = f"{bed.management.home}/.ssh/id_ed25519"
+    bed.management.write(key, bed.private_key, mode=0o600, uid=CLOUD_UID)
+    try:
+        cloud = cloud_of(bed, home="set")
+        cloud.register(hosts=bed.hosts, **bed.login("root", by="nothing"))
+        assert make_life(with_cloud=cloud).network.ensure().execution.status == 0
+    finally:
+        bed.management.remove(key)
 
 
 @pytest.mark.parametrize("form", ["without its last newline", "with CR LF"])
