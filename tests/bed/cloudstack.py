@@ -1,9 +1,9 @@
 """A make-believe CloudStack that drives the executable exactly as the real client does.
 
-It keeps networks, addresses, rules and VMs as CloudStack's database would, and sends what CloudStack sends in the order
-in which it does (payloads/SEQUENCES.md): the payload file in a temporary directory, ``<path> <command> <file> 60``,
-merged output read to end of file, the ``status`` rule, and the details that ensure-network-device printed, stored,
-handed back and forgotten when the client forgets them.
+It keeps networks, addresses, rules and VMs as CloudStack's database would, and sends what CloudStack sends, in its
+order, as read from the source of the client and of the orchestrator: the payload file in a temporary directory,
+``<path> <command> <file> 60``, merged output read to end of file, the ``status`` rule, and the details that
+ensure-network-device printed, stored, handed back and forgotten when the client forgets them.
 
     cloud = FakeCloudStack.on(bed.management)
     cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))

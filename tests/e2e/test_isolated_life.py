@@ -1,4 +1,4 @@
-"""The life of an isolated network, event by event, as payloads/SEQUENCES.md tells it."""
+"""The life of an isolated network, event by event, with the executions that CloudStack makes of each."""
 
 from __future__ import annotations
 
