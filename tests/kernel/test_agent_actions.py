@@ -222,6 +222,17 @@ def test_a_reboot_loses_nothing_and_open_connections_go_on(host: AgentHost) -> N
                 it.communicate()
 
 
+def test_a_reboot_starts_the_services_anew(host: AgentHost) -> None:
+    for fixture, command in (("030", "prepare-nic"), ("033", "config-dns-subnet")):
+        done(host.call(fixture, command))
+    (pid,) = host.processes("dnsmasq")
+    assert f"dns-204 (pid {pid})" in message(act(host, "show"))
+    message(act(host, "reboot-device"))
+    (other,) = host.processes("dnsmasq")
+    assert other != pid
+    assert message(act(host, "check")) == "nothing to do: all is as it should be"
+
+
 # ---------------------------------------------------------------------------------------------------------- the hooks
 
 
