@@ -156,7 +156,14 @@ def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[M
 
 @pytest.fixture
 def life(make_life: MakeLife) -> Life:
+    """A network whose events make every execution that CloudStack makes of them."""
     return make_life()
+
+
+@pytest.fixture
+def brisk_life(make_life: MakeLife) -> Life:
+    """A network of a test whose subject is not the sequence."""
+    return make_life(brisk=True)
 
 
 class Traces:

@@ -96,6 +96,7 @@ def test_address_disassociated(life: Life, internet: Internet) -> None:
 
 @pytest.mark.parametrize("how", ["without cleanup", "with cleanup, rolling", "with cleanup, not rolling"])
 def test_restart(life: Life, internet: Internet, how: str) -> None:
+    life.network.ensures_always = False
     vm, nic = life.vm("web-1")
     network = life.network
     address, static = network.associate(life.public(1)), network.associate(life.public(2))
@@ -105,7 +106,8 @@ def test_restart(life: Life, internet: Internet, how: str) -> None:
         network.add_firewall_rule(static, "tcp", 22)
         network.add_egress_rule("tcp", 25)
         host, stored = network.host, network.stored
-        transfer = internet.transfer(address.ip, 2222, seconds=60)
+        transfer = internet.transfer(address.ip, 2222, seconds=110)
+        network.ensures_always = True
         network.restart(cleanup=how.startswith("with cleanup"), rolling="not" not in how)
         moved = transfer.stop()
         if "not" not in how:
@@ -162,8 +164,9 @@ def test_network_deleted_that_never_lived(life: Life) -> None:
     assert before.left() == {}
 
 
-def test_bridge_of_a_vm_outlives_the_network(life: Life) -> None:
+def test_bridge_of_a_vm_outlives_the_network(brisk_life: Life) -> None:
     """CloudStack's KVM agent may have made the bridge, and plugs VMs into it: it is not ours to take."""
+    life = brisk_life
     vm, _ = life.vm("web-1")
     host, vlan = life.host, life.network.facts.vlan
     life.network.delete()
@@ -172,7 +175,8 @@ def test_bridge_of_a_vm_outlives_the_network(life: Life) -> None:
     assert f"eth1.{vlan} in {vm.bridge}" in links
 
 
-def test_everything_sent_twice_changes_nothing(life: Life, internet: Internet) -> None:
+def test_everything_sent_twice_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+    life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
     first = len(life.cloud.history)
@@ -182,7 +186,7 @@ def test_everything_sent_twice_changes_nothing(life: Life, internet: Internet) -
     network.add_firewall_rule(static, "icmp", icmp_type=8, icmp_code=0)
     before = Traces(life.bed)
     with vm.serve_tcp(8080):
-        transfer = internet.transfer(address.ip, 8080, seconds=60)
+        transfer = internet.transfer(address.ip, 8080, seconds=110)
         for sent in life.cloud.history[first:]:
             again = life.cloud.execute_text(sent.command, sent.text)
             assert (again.ok, again.output) == (True, sent.output)
@@ -240,7 +244,8 @@ def test_many_networks_at_once(make_life: MakeLife, internet: Internet) -> None:
     assert [answer.saw for answer in answers] == [life.public(0) for life in lives]
 
 
-def test_agent_killed_and_started_again_changes_nothing(life: Life, internet: Internet) -> None:
+def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+    life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -248,7 +253,7 @@ def test_agent_killed_and_started_again_changes_nothing(life: Life, internet: In
     host = life.host
     before = Traces(life.bed)
     with vm.serve_tcp(22):
-        transfer = internet.transfer(address.ip, 22, seconds=60)
+        transfer = internet.transfer(address.ip, 22, seconds=110)
         host.sh("pkill -9 -f 'netloom/main.py [a]gent serve'")
         assert until(lambda: host.objects()["processes"] == [])
         assert network.ensure().ok
@@ -257,7 +262,8 @@ def test_agent_killed_and_started_again_changes_nothing(life: Life, internet: In
     assert {category for changes in before.left().values() for category in changes} <= {"conntrack"}
 
 
-def test_host_power_cut_and_boot(life: Life, internet: Internet) -> None:
+def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
+    life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -279,7 +285,8 @@ def test_host_power_cut_and_boot(life: Life, internet: Internet) -> None:
         assert until(lambda: internet.tcp(address.ip, 22, **CLOSED).ok)
 
 
-def test_empty_vlan_is_refused_by_name(life: Life) -> None:
+def test_empty_vlan_is_refused_by_name(brisk_life: Life) -> None:
+    life = brisk_life
     before = Traces(life.bed)
     life.network.next_vlan = ""
     with pytest.raises(Failed) as refused:

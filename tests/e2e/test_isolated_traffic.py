@@ -15,8 +15,8 @@ BESIDE = "198.51.100.2"
 
 
 @pytest.fixture
-def life(make_life: MakeLife) -> Life:
-    return make_life(brisk=True)
+def life(brisk_life: Life) -> Life:
+    return brisk_life
 
 
 def test_source_nat_for_every_protocol(life: Life, internet: Internet) -> None:
