@@ -62,7 +62,7 @@ def _held(chosen: list[PublicIp], source: PublicIp | None) -> dict[str, PublicIp
 
 
 @st.composite
-def scopes(draw: st.DrawFn, implemented: st.SearchStrategy[bool] | None = None) -> Scope:
+def scopes(draw: st.DrawFn, implemented: bool = True) -> Scope:
     firewall = draw(
         st.none()
         | st.builds(
@@ -77,7 +77,7 @@ def scopes(draw: st.DrawFn, implemented: st.SearchStrategy[bool] | None = None) 
     return Scope(
         scope_id="net-204",
         owner="tests",
-        networks={"204": replace(network(firewall), implemented=draw(implemented or st.just(True)))},
+        networks={"204": replace(network(firewall), implemented=implemented)},
         public_ips=_held(chosen, draw(st.sampled_from([None, *chosen]))),
         port_forwards={it.key: it for it in forwards},
         static_nats={it.public_ip: it for it in nats},

@@ -49,9 +49,6 @@ Name = tuple[str, str]
 MARKER_PREFIX = "applied_"
 _MARKER_DIGITS = 12
 
-# Elements on one line of text would be unreadable, and one command each would be slow.
-_ELEMENTS_PER_LINE = 8
-
 _POLICY = re.compile(r"policy (?:accept|drop);")
 
 
@@ -228,8 +225,7 @@ def _elements(opening: str, elements: dict[str, str], closing: str) -> list[str]
     each = [f"{key} : {value}" if value else key for key, value in sorted(elements.items())]
     if len(each) == 1:
         return [f"{opening} {each[0]} {closing}"]
-    rows = [", ".join(each[at : at + _ELEMENTS_PER_LINE]) for at in range(0, len(each), _ELEMENTS_PER_LINE)]
-    return [opening, *(f"\t{row}," for row in rows[:-1]), f"\t{rows[-1]}", closing]
+    return [opening, *(f"\t{it}," for it in each[:-1]), f"\t{each[-1]}", closing]
 
 
 def _text(lines: list[str]) -> str:

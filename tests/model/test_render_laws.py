@@ -1,0 +1,206 @@
+"""Laws of the renderer that hold for every scope."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from model.wished import scopes
+from netloom.names import LINK_NAME_MAX
+from netloom.render import flows, ruleset
+from netloom.render.live import live
+from netloom.render.marks import REVOKED
+from netloom.render.scope import render
+from netloom.render.want import Want
+from netloom.state import Firewall, Scope
+
+
+def _shuffled(scope: Scope, order: Any) -> Scope:
+    """The same wish, told in another order and with other rule ids."""
+    network = scope.networks["204"]
+    firewall = network.firewall
+    if firewall is not None:
+        rules = list(firewall.rules)
+        order.shuffle(rules)
+        rules = [replace(it, rule_id=at + 5000) for at, it in enumerate(rules)]
+        firewall = Firewall(default_egress_allow=firewall.default_egress_allow, rules=tuple(rules))
+
+    def mixed(table: dict[str, Any]) -> dict[str, Any]:
+        items = list(table.items())
+        order.shuffle(items)
+        return dict(items)
+
+    return replace(
+        scope,
+        revision=scope.revision + 1,
+        networks={"204": replace(network, firewall=firewall)},
+        public_ips=mixed(scope.public_ips),
+        static_nats=mixed(scope.static_nats),
+        port_forwards=mixed(scope.port_forwards),
+    )
+
+
+@given(scopes(), st.randoms(use_true_random=False))
+def test_the_same_wish_in_any_order_is_the_same_value_and_text(scope: Scope, order: Any) -> None:
+    other = _shuffled(scope, order)
+    one, two = render(scope), render(other)
+    assert one == two
+    assert one.ruleset is not None
+    assert two.ruleset is not None
+    assert ruleset.fresh(one.ruleset) == ruleset.fresh(two.ruleset)
+    assert ruleset.swap(one.ruleset, two.ruleset) == ""
+    assert flows.attention(scope, other) == "none"
+
+
+@given(scopes(), scopes())
+def test_a_swap_there_and_back_is_about_the_same_objects(before: Scope, after: Scope) -> None:
+    have, want = render(before).ruleset, render(after).ruleset
+    assert have is not None
+    assert want is not None
+    assert (ruleset.swap(have, want) == "") == (have == want)
+    assert (ruleset.marker(have) == ruleset.marker(want)) == (have == want)
+    for one, other in ((have, want), (want, have)):
+        text = ruleset.swap(one, other)
+        deleted = set(re.findall(r"^delete (chain|set|map|counter) inet netloom (\S+)$", text, re.MULTILINE))
+        assert deleted >= ruleset.names(one) - ruleset.names(other)
+
+
+@given(scopes())
+def test_names_are_unique_and_fit(scope: Scope) -> None:
+    want = render(scope)
+    assert want.ruleset is not None
+    names = [it.name for it in want.ruleset.chains] + [it.name for it in want.ruleset.sets]
+    assert len(names) == len(set(names))
+    assert all(re.fullmatch(r"[a-z][a-z0-9_.]{0,62}", it) for it in names)
+    for port in want.ports:
+        assert len(port.link) <= LINK_NAME_MAX
+        assert len(port.host_link) <= LINK_NAME_MAX
+        # Keys of sysctls are written with dots.
+        assert "." not in port.link
+
+
+@given(scopes())
+def test_rules_hold_no_interval_set_and_no_map(scope: Scope) -> None:
+    """What is looked up in those misses for an instant while rules are exchanged."""
+    want = render(scope)
+    assert want.ruleset is not None
+    for chain in want.ruleset.chains:
+        for rule in chain.rules:
+            for inner in re.findall(r"\{([^}]*)\}", rule):
+                assert "/" not in inner, rule
+                assert "-" not in inner, rule
+                assert ":" not in inner, rule
+
+
+@given(scopes())
+def test_routes_can_be_added_in_their_order_and_each_exit_has_its_table(scope: Scope) -> None:
+    want = render(scope)
+    own = {it.cidr.partition("/")[0] for it in want.addresses}
+    seen: list[tuple[int, str, str]] = []
+    for it in want.routes:
+        if it.via:
+            gateway = ip_address(it.via)
+            assert any(
+                table == it.table and link == it.link and gateway in ip_network(destination)
+                for table, link, destination in seen
+            )
+        assert not it.source or it.source in own
+        seen.append((it.table, it.link, it.destination))
+    assert len(set(seen)) == len(seen)
+    assert {(it.priority, it.table, it.mark, it.mask) for it in want.rules} == {
+        (20000 + it.exit, 20000 + it.exit, it.exit, 0xFFFF) for it in scope.public_ips.values()
+    }
+
+
+@given(scopes(implemented=False))
+def test_nothing_stands_for_a_network_that_is_not_implemented(scope: Scope) -> None:
+    assert render(scope) == Want(namespace="") == render(None)
+
+
+@given(scopes())
+def test_every_forwarded_port_leads_to_one_place(scope: Scope) -> None:
+    now = live(scope)
+    seen: dict[tuple[str, str, int], None] = {}
+    for it in now.forwarded:
+        assert it.forward.public_ports.first <= it.ports.first <= it.ports.last <= it.forward.public_ports.last
+        for port in (it.ports.first, it.ports.last):
+            overlapping = [
+                other
+                for other in now.forwarded
+                if other is not it
+                and (other.forward.public_ip, other.forward.protocol) == (it.forward.public_ip, it.forward.protocol)
+                and other.ports.first <= port <= other.ports.last
+            ]
+            assert not overlapping
+            seen[it.forward.public_ip, it.forward.protocol, port] = None
+    for forward in now.port_forwards:
+        covered = sum(
+            min(it.ports.last, forward.public_ports.last) - max(it.ports.first, forward.public_ports.first) + 1
+            for it in now.forwarded
+            if (it.forward.public_ip, it.forward.protocol) == (forward.public_ip, forward.protocol)
+            and it.ports.first <= forward.public_ports.last
+            and forward.public_ports.first <= it.ports.last
+        )
+        assert covered == forward.public_ports.count
+
+
+@dataclass(frozen=True)
+class Entry:
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    reply_src: str
+    reply_dst: str
+    reply_sport: int
+    reply_dport: int
+    icmp_type: int
+    icmp_code: int
+    mark: int
+    status: int = 0
+
+
+hosts = st.sampled_from(
+    ("192.0.2.10", "198.51.100.7", "10.1.1.1", "10.1.1.11", "10.1.1.12", "203.0.113.20", "203.0.113.21", "0.0.0.0",
+     "198.51.100.20", "255.255.255.255", "10.1.1.255")
+)  # fmt: skip
+numbers = st.sampled_from((22, 53, 67, 68, 80, 85, 443, 5003, 65535))
+entries = st.builds(
+    Entry, st.sampled_from((1, 6, 17, 47)), hosts, hosts, numbers, numbers, hosts, hosts, numbers, numbers,
+    st.sampled_from((-1, 0, 8, 13)), st.sampled_from((-1, 0, 1)), st.sampled_from((0, 1, 2, REVOKED, REVOKED | 1)),
+)  # fmt: skip
+
+
+@given(scopes(), entries)
+def test_a_verdict_once_carried_out_is_not_given_again(scope: Scope, entry: Entry) -> None:
+    verdict = flows.verdict(scope, entry)
+    if verdict == "tombstone":
+        assert entry.protocol not in (flows.TCP, flows.ICMP)
+        marked = Entry(**{**entry.__dict__, "mark": entry.mark | REVOKED})
+        assert flows.verdict(scope, marked) == "keep"
+
+
+@given(scopes(), scopes(), entries)
+def test_what_was_kept_and_need_not_be_looked_at_is_kept(before: Scope, after: Scope, entry: Entry) -> None:
+    """The short way (look at nothing, or at tombstones alone) never misses a flow that the long way would end."""
+    look = flows.attention(before, after)
+    assert flows.shrinks(before, after) == (look == "all")
+    if look == "all" or flows.verdict(before, entry) != "keep":
+        return
+    if look == "none" or not entry.mark & REVOKED:
+        assert flows.verdict(after, entry) == "keep"
+
+
+@given(scopes(), entries)
+def test_nothing_is_kept_when_nothing_stands(scope: Scope, entry: Entry) -> None:
+    plain = Entry(**{**entry.__dict__, "mark": 0})
+    assert flows.verdict(None, plain) == ("delete" if plain.protocol in (flows.TCP, flows.ICMP) else "tombstone")
+    assert flows.attention(scope, None) == "all"
+    assert flows.attention(None, scope) == "none"

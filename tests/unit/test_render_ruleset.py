@@ -1,0 +1,100 @@
+"""A ruleset as a value becomes text: whole, by elements, or by writing the rules anew."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from netloom.render import nft, ruleset
+from netloom.render.ruleset import Chain, NftSet, Ruleset
+from unit.wishes import A1, A2, B1, VM1, VM2, admit, forward, static, wish
+
+ONE = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
+
+
+def test_equal_rulesets_need_nothing() -> None:
+    assert ruleset.swap(nft.ruleset(ONE), nft.ruleset(ONE)) == ""
+
+
+def test_a_forward_that_comes_is_one_element_and_the_marker() -> None:
+    have = nft.ruleset(ONE)
+    want = nft.ruleset(replace(ONE, port_forwards={**ONE.port_forwards, "x": forward(A2, "80", VM2)}))
+    assert ruleset.swap(have, want) == (
+        "add element inet netloom forwards { 203.0.113.21 . tcp . 80 : 10.1.1.12 . 80 }\n"
+        f"add set inet netloom {ruleset.marker(want)} {{ type mark; }}\n"
+        f"delete set inet netloom {ruleset.marker(have)}\n"
+    )
+
+
+def test_a_forward_that_moves_is_taken_away_and_added_in_one_transaction() -> None:
+    have = nft.ruleset(ONE)
+    want = nft.ruleset(wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM2)]))
+    assert ruleset.swap(have, want).splitlines()[:2] == [
+        "delete element inet netloom forwards { 203.0.113.20 . tcp . 22 }",
+        "add element inet netloom forwards { 203.0.113.20 . tcp . 22 : 10.1.1.12 . 22 }",
+    ]
+
+
+def test_a_rule_that_changes_writes_the_rules_anew_and_leaves_sets_and_base_chains_standing() -> None:
+    have = nft.ruleset(ONE)
+    want = nft.ruleset(wish(admit(A1, "tcp", "80"), held=(A1, A2), forwards=[forward(A1, "22", VM1)]))
+    lines = ruleset.swap(have, want).splitlines()
+    assert lines[:2] == ["add table inet netloom", "flush table inet netloom"]
+    assert [it for it in lines if it.startswith(("delete", "flush set", "flush map", "add element"))] == [
+        f"delete set inet netloom {ruleset.marker(have)}"
+    ]
+
+
+def test_an_address_that_goes_takes_its_chain_and_elements_along() -> None:
+    have = nft.ruleset(wish(held=(A1, A2, B1), static=[static(B1, VM2)]))
+    want = nft.ruleset(wish(held=(A1, A2)))
+    lines = ruleset.swap(have, want).splitlines()
+    assert "delete element inet netloom held { 198.51.100.20 }" in lines
+    assert "delete element inet netloom static_exits { 10.1.1.12 }" in lines
+    assert lines[-1] == "delete chain inet netloom at_198.51.100.20"
+
+
+def test_the_marker_is_of_the_whole_text_and_a_name_is_of_every_object() -> None:
+    table = Ruleset(
+        family="inet",
+        table="t",
+        chains=(Chain(name="c", rules=("accept",)),),
+        sets=(NftSet(name="s", kind="set", type="mark"), NftSet(name="m", kind="map", type="mark : verdict")),
+        counters=("n",),
+    )
+    marker = ruleset.marker(table)
+    assert len(marker) == len("applied_") + 12
+    assert ruleset.names(table) == {("chain", "c"), ("set", "s"), ("map", "m"), ("counter", "n"), ("set", marker)}
+    other = replace(table, sets=(replace(table.sets[0], elements={"0x1": ""}), table.sets[1]))
+    assert ruleset.marker(other) != marker
+    assert marker in ruleset.fresh(table)
+
+
+def test_fresh_says_the_whole_table() -> None:
+    table = Ruleset(
+        family="inet",
+        table="t",
+        chains=(Chain(name="c", hook="type filter hook input priority 0; policy drop;", rules=("jump d",)),
+                Chain(name="d", rules=("accept",))),
+        sets=(NftSet(name="s", kind="set", type="ipv4_addr", flags="interval",
+                     elements={"10.0.0.0/8": "", "1.2.3.4": ""}),),
+        counters=("n",),
+    )  # fmt: skip
+    assert ruleset.fresh(table) == (
+        "add table inet t\ndelete table inet t\ntable inet t {\n"
+        f"\tset {ruleset.marker(table)} {{\n\t\ttype mark;\n\t}}\n"
+        "\tcounter n {\n\t}\n"
+        "\n\tset s {\n\t\ttype ipv4_addr;\n\t\tflags interval;\n"
+        "\t\telements = {\n\t\t\t1.2.3.4,\n\t\t\t10.0.0.0/8\n\t\t};\n\t}\n"
+        "\n\tchain c {\n\t\ttype filter hook input priority 0; policy drop;\n\t\tjump d\n\t}\n"
+        "\n\tchain d {\n\t\taccept\n\t}\n"
+        "}\n"
+    )
+
+
+def test_taking_over_deletes_what_is_not_wanted_and_makes_sets_anew() -> None:
+    want = nft.ruleset(ONE)
+    present = {*ruleset.names(want), ("chain", "old"), ("map", "gone"), ("set", "applied_000000000000")}
+    lines = ruleset.take_over(present - {("set", ruleset.marker(want))}, want).splitlines()
+    assert {"delete chain inet netloom old", "delete map inet netloom gone", "delete map inet netloom held",
+            "delete set inet netloom applied_000000000000"} <= set(lines)  # fmt: skip
+    assert lines.index("delete map inet netloom held") < lines.index("\tmap held {")
