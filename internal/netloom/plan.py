@@ -90,7 +90,11 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     marker: str = ""  # which ruleset is loaded; empty: no table, or one that does not say
     ruleset: Ruleset | None = None  # the ruleset behind ``marker``, where it is known
     table: frozenset[Name] | None = None  # what is in the table; None: no table
+    generation: int = 0  # the kernel's count of what was done to the namespace's rules
+    tampered: bool = False  # the table bears the marker, and is not what was loaded
     host_links: dict[str, HostLink] = {}
+    raised: frozenset[str] = frozenset()  # carriers that were down before we came, as far as is remembered
+    orphans: dict[str, frozenset[str]] = {}  # bridges that somebody deleted, and the links that were in them
     claimed: frozenset[str] = frozenset()  # bridges that other scopes want
     guarded: frozenset[str] = frozenset()  # bridges whose frames never reach the host's own sockets
 
@@ -362,13 +366,23 @@ class CreatePort(Step, frozen=True):
 
 
 class AttachPort(Step, frozen=True):
-    """Makes the host end of a port one of the segment's bridge again."""
+    """Makes a link one of the segment's bridge again: the host end of a port, or what a deleted bridge let go."""
 
     link: str
     bridge: str
 
     def __str__(self) -> str:
         return f"attach {self.link} to {self.bridge}"
+
+
+class MarkPort(Step, frozen=True):
+    """Says whose the host end of a port is again: by that we know what we may delete."""
+
+    link: str
+    alias: str
+
+    def __str__(self) -> str:
+        return f"set the alias of {self.link} to {self.alias}"
 
 
 class SetMac(Step, frozen=True):
@@ -499,8 +513,12 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
     name = carrier.master or segment.bridge
     bridge = have.host_links.get(name)
     if bridge is None:
-        alias = f"{ALIAS} {'carries' if carrier.up else 'raises'} {carrier.name}"
+        was_up = carrier.up and carrier.name not in have.raised
+        alias = f"{ALIAS} {'carries' if was_up else 'raises'} {carrier.name}"
         steps.append(CreateBridge(name, alias))
+        for orphan in sorted(have.orphans.get(name, frozenset()) - {carrier.name}):
+            if orphan in have.host_links and not have.host_links[orphan].master:
+                steps.append(AttachPort(orphan, name))
         bridge = HostLink(name=name, kind="bridge", alias=alias, ipv6=True)
     elif bridge.kind != "bridge":
         raise HostRefused(
@@ -555,7 +573,9 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
             yield RemovePort(ns, link.name)
 
     # The very same value needs no digest: 25 ms where there are ten thousand forwards.
-    if want.ruleset is not None and have.ruleset is not want.ruleset and have.marker != marker(want.ruleset):
+    if want.ruleset is not None and have.tampered:
+        yield LoadRuleset(ns, want.ruleset, None, have.table)
+    elif want.ruleset is not None and have.ruleset is not want.ruleset and have.marker != marker(want.ruleset):
         yield LoadRuleset(ns, want.ruleset, have.ruleset, have.table)
 
     yield from dict.fromkeys(step for ground in grounds.values() for step in ground.steps)
@@ -612,6 +632,8 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
         yield SilenceIpv6(port.host_link)
         return
     assert host_link is not None
+    if host_link.alias != alias:
+        yield MarkPort(port.host_link, alias)
     if host_link.ipv6:
         yield SilenceIpv6(port.host_link)
     if have.links[port.link].mac != port.mac:

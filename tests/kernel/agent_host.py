@@ -131,12 +131,12 @@ class AgentHost:
         }
 
     def plug(self, vm: str, bridge: str, mac: str, address: str = "") -> None:
-        """A VM: a namespace with ``eth0``, whose other end ``tap-<vm>`` is a port of the bridge."""
+        """A VM: a namespace with ``eth0``, whose other end ``tap-<vm>`` is a port of the bridge, when one is named."""
         self.ip("netns", "add", vm)
         self.ip("link", "add", f"tap-{vm}", "type", "veth", "peer", "name", "eth0", "address", mac, "netns", vm)
         self.run("sysctl", "-qw", f"net/ipv6/conf/tap-{vm}/disable_ipv6=1")
         self.run("sysctl", "-qw", "net/ipv6/conf/all/disable_ipv6=1", namespace=vm)
-        self.ip("link", "set", f"tap-{vm}", "master", bridge, "up")
+        self.ip("link", "set", f"tap-{vm}", *(["master", bridge] if bridge else []), "up")
         self.ip("-n", vm, "link", "set", "lo", "up")
         self.ip("-n", vm, "link", "set", "eth0", "up")
         if address:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -192,8 +193,11 @@ def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after
 def test_what_was_broken_by_hand_the_next_command_repairs(standing: AgentHost, harm: list[str]) -> None:
     host = standing
     good = snapshot(host)
+    assert host.agent is not None
+    host.agent.send_signal(signal.SIGSTOP)  # it would not wait for a command
     host.run(*harm)
     assert snapshot(host) != good
+    host.agent.send_signal(signal.SIGCONT)
     if harm[0] == "nft":
         # Nobody looks at the host's own table with every command; the tidying does, and every start.
         host.kill()

@@ -23,6 +23,7 @@ from netloom.plan import (
     HostLink,
     InsideLink,
     LoadRuleset,
+    MarkPort,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -220,6 +221,8 @@ def _after(have: Have, step: Step) -> Have:
             have = replace(have, links={**inside, port.link: inner})
             end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True)
             return _ported(_with_host_link(have, end))
+        case MarkPort(link, alias):
+            return _with_host_link(have, replace(host[link], alias=alias))
         case SetMac(_, link, mac):
             rest = [it for it in have.neighbours if it.link != link]
             return replace(have, links={**inside, link: replace(inside[link], mac=mac)}, neighbours=tuple(rest))
@@ -263,7 +266,20 @@ WISHES = st.one_of(
 )
 DAMAGES = st.lists(
     st.sampled_from(
-        ["address", "route", "rule", "neighbour", "port", "bridge", "master", "down", "mac", "namespace", "table"]
+        [
+            "address",
+            "route",
+            "rule",
+            "neighbour",
+            "port",
+            "bridge",
+            "master",
+            "down",
+            "mac",
+            "alias",
+            "namespace",
+            "table",
+        ]
     )
 )
 
@@ -282,6 +298,8 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = replace(have, rules=have.rules[1:])
             case "neighbour":
                 have = replace(have, neighbours=have.neighbours[1:])
+            case "alias" if ports:
+                have = _with_host_link(have, replace(have.host_links[ports[0].host_link], alias=""))
             case "mac" if ports:
                 have = _after(have, SetMac(have.namespace, ports[0].name, "02:00:00:00:00:99"))
             case "port" if ports:

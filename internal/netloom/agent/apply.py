@@ -29,6 +29,7 @@ from netloom.plan import (
     CreateVlanLink,
     GuardBridge,
     LoadRuleset,
+    MarkPort,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -198,6 +199,8 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.put_neighbour(it.link, it.address, it.mac)
         case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
             yield links.delete_link(link).even_if_gone()
+        case MarkPort(link, alias):
+            yield links.set_alias(link, alias)
         case SetMac(_, link, mac):
             yield links.set_mac(link, mac)
         case SetLinkUp(_, link) | SetPortUp(link) | SetHostLinkUp(link):

@@ -8,19 +8,34 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import threading
+import time
 from itertools import takewhile
 
 import msgspec
 
 from netloom.agent.apply import apply
 from netloom.agent.kernel import namespaces
-from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports
+from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
 from netloom.errors import HostRefused
-from netloom.plan import AddAddress, AttachPort, CreatePort, Have, RemoveHostPort, Step, plan, sweep
+from netloom.plan import (
+    AddAddress,
+    AttachPort,
+    CreateBridge,
+    CreatePort,
+    Have,
+    LoadRuleset,
+    RemoveHostPort,
+    RemoveVlanLink,
+    SetHostLinkDown,
+    Step,
+    plan,
+    sweep,
+)
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 
 _ROUNDS_MAX = 3
+ORPHANS_S = 30.0  # after that, whoever plugs VMs in has dealt with it
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q")
 
 
@@ -45,6 +60,14 @@ class Done(msgspec.Struct, frozen=True):
         return len(self.steps) + len(self.services)
 
 
+class _Table(msgspec.Struct, frozen=True):
+    """The ruleset as it was right after we loaded it. ``digest`` empty: not taken yet."""
+
+    marker: str
+    generation: int
+    digest: str = ""
+
+
 class Host:
     """The kernel of this machine, and which bridges which scope wants."""
 
@@ -52,6 +75,9 @@ class Host:
         self._shared = threading.Lock()
         self._claims: dict[str, frozenset[str]] = {}
         self._guarded: frozenset[str] | None = None
+        self._tables: dict[str, _Table] = {}
+        self._raised: frozenset[str] = frozenset()
+        self._orphans: dict[str, tuple[float, frozenset[str]]] = {}  # bridge -> when it was lost, what was in it
 
     def claim(self, scope_id: str, want: Want) -> None:
         """Notes what the scope wants of the shared objects: from now on nobody takes it away."""
@@ -61,15 +87,17 @@ class Host:
         else:
             self._claims.pop(scope_id, None)
 
-    def converge(self, scope_id: str, want: Want, known: Ruleset | None) -> Done:
+    def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> Done:
         """Makes it so; nothing is done where it is so already. ``known``: the ruleset that was loaded last.
+
+        ``thorough``: takes the digest of a table that has none yet, which costs more the more rules there are.
 
         Raises HostRefused (or ForeignScope) naming the step and the object; what stood before goes on standing.
         """
         self.claim(scope_id, want)
         done: list[Step] = []
         for _ in range(_ROUNDS_MAX):
-            steps = self._round(scope_id, want, known)
+            steps = self._round(scope_id, want, known, thorough)
             done += steps
             if not steps:
                 return Done(tuple(done), _news(want, done))
@@ -77,7 +105,11 @@ class Host:
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """What there is of the scope now; changes nothing."""
-        return self._observe(scope_id, want, known, frozenset())
+        return self._held_against(self._observe(scope_id, want, known, frozenset()), thorough=False)
+
+    def orphaned(self, bridge: str, links: frozenset[str]) -> None:
+        """Notes that somebody deleted a bridge: these links were in it, VMs' taps, say. Does not block."""
+        self._orphans[bridge] = time.monotonic(), links
 
     def tidy(self) -> tuple[Step, ...]:
         """Removes the shared objects that nobody wants any more, and renews the guard of those that stay."""
@@ -89,10 +121,12 @@ class Host:
             self._apply(steps)
             return strays + steps
 
-    def _round(self, scope_id: str, want: Want, known: Ruleset | None) -> tuple[Step, ...]:
-        have = self._observe(scope_id, want, known, frozenset())
+    def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[Step, ...]:
+        have = self._held_against(self._observe(scope_id, want, known, frozenset()), thorough=thorough)
         steps = plan(have, want)
         alone = tuple(takewhile(lambda step: not step.shared, steps))
+        if not have.exists or any(isinstance(step, LoadRuleset) for step in alone):
+            self._tables.pop(scope_id, None)
         apply(alone)
         if len(alone) == len(steps):
             return steps
@@ -103,19 +137,50 @@ class Host:
             bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
             rest = plan(self._observe(scope_id, want, known, bridges), want)
             self._apply(rest)
+            for step in rest:
+                if isinstance(step, CreateBridge):
+                    self._orphans.pop(step.bridge, None)
         return alone + rest
 
     def _observe(self, scope_id: str, want: Want, known: Ruleset | None, also: frozenset[str]) -> Have:
         if self._guarded is None:
             self._guarded = guarded_bridges()
         claimed = self._claimed_by_others(scope_id)
-        return observe(scope_id, want, known, claimed=claimed, guarded=self._guarded, also=also)
+        since = time.monotonic() - ORPHANS_S
+        orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
+        asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
+        have = observe(scope_id, want, known, claimed=claimed, guarded=self._guarded, also=asked)
+        # A bridge that is deleted under us takes along the word that its carrier is ours to set down again.
+        self._raised |= {it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.raised}
+        return msgspec.structs.replace(have, raised=self._raised, orphans=orphans)
+
+    def _held_against(self, have: Have, *, thorough: bool) -> Have:
+        """``have``, and whether its table is still what we loaded, though it bears the same marker.
+
+        The kernel counts the transactions of a namespace. Where the count has not moved, nothing has changed; where it
+        has, the table's own listing tells whether that was our table.
+        """
+        seen = self._tables.get(have.scope_id)
+        if not have.marker:
+            return have
+        if seen is None or seen.marker != have.marker:
+            seen = _Table(have.marker, have.generation)
+        elif seen.generation != have.generation:
+            if not seen.digest or table_digest(have.namespace) != seen.digest:
+                return msgspec.structs.replace(have, tampered=True)
+            seen = _Table(seen.marker, have.generation, seen.digest)
+        if thorough and not seen.digest:
+            seen = _Table(seen.marker, seen.generation, table_digest(have.namespace))
+        self._tables[have.scope_id] = seen
+        return have
 
     def _apply(self, steps: tuple[Step, ...]) -> None:
         try:
             apply(steps)
         finally:
             self._guarded = None
+        lowered = {step.link for step in steps if isinstance(step, SetHostLinkDown | RemoveVlanLink)}
+        self._raised -= lowered
 
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
-_USAGE = "usage: netloom agent connect|serve [--socket PATH] [--state-dir DIRECTORY] [--log FILE]"
+_USAGE = (
+    "usage: netloom agent connect|serve [--socket PATH] [--state-dir DIRECTORY] [--log FILE] [--check-every SECONDS]"
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -13,7 +15,7 @@ def main(arguments: list[str]) -> int:
     if word not in ("connect", "serve"):
         sys.stderr.write(f"netloom agent: unknown word {word!r}; {_USAGE}\n" if word else f"{_USAGE}\n")
         return 1
-    known = {"--socket", "--state-dir", "--log"}
+    known = {"--socket", "--state-dir", "--log", "--check-every"}
     if len(options) % 2 or not known.issuperset(options[::2]):
         sys.stderr.write(f"{_USAGE}\n")
         return 1

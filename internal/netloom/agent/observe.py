@@ -7,6 +7,7 @@ the host are asked for by name, and which ruleset stands is told by the name of 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import socket
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ _GETADDR, _GETROUTE, _GETRULE = 22, 26, 34  # linux/rtnetlink.h
 
 # linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
 _NFTABLES = 10 << 8
-_GETCHAIN, _GETSET, _GETOBJ = (_NFTABLES | it for it in (4, 10, 19))
+_GETCHAIN, _GETRULE_NFT, _GETSET, _GETSETELEM, _GETGEN, _GETOBJ = (_NFTABLES | it for it in (4, 7, 10, 13, 16, 19))
 _FAMILIES = {"inet": 1, "netdev": 5}
 _SET_ANONYMOUS, _SET_MAP, _OBJECT_COUNTER = 0x1, 0x8, 1
 
@@ -59,7 +60,7 @@ def observe(
     inside = _Inside.of(namespace) if exists else _Inside()
     with Socket(netlink.NETLINK_ROUTE) as host:
         found = _host_links(host, want, inside.links, also)
-    peers = _peers(inside.links, found, alias_of(scope_id))
+    peers = _peers(inside.links, found, alias_of(scope_id), want)
     have = Have(
         scope_id=scope_id,
         namespace=namespace,
@@ -82,7 +83,7 @@ def observe(
     )
     if not exists:
         return have
-    table, stands = _table(namespace)
+    table, stands, generation = _table(namespace)
     return replace(
         have,
         foreign=_foreign(have, want) if table is None else "",
@@ -90,6 +91,7 @@ def observe(
         marker=stands,
         ruleset=known if known is not None and marker(known) == stands else None,
         table=table,
+        generation=generation,
     )
 
 
@@ -192,13 +194,43 @@ def _process_in(namespace: str) -> str:
     return ""
 
 
-def _table(namespace: str) -> tuple[frozenset[Name] | None, str]:
-    """The names of what is in our table, None when there is no table; and the marker that stands, empty when none."""
+def table_digest(namespace: str) -> str:
+    """Of all chains, rules and elements of our table as the kernel lists them, in whatever order it does.
+
+    Not of what counts or is numbered anew with every load. Raises HostRefused.
+    """
+    listed: list[bytes] = []
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+        for it in _nft_dump(nfnetlink, _GETCHAIN, FAMILY, netlink.text(1, TABLE)) or ():
+            if netlink.string(it.get(1)) == TABLE:
+                # linux/netfilter/nf_tables.h: NFTA_CHAIN_NAME, _HOOK, _POLICY
+                listed.append(b"chain" + b"\0".join(it.get(part, b"") for part in (3, 4, 5)))
+        rules = _nft_dump(nfnetlink, _GETRULE_NFT, FAMILY, netlink.text(1, TABLE)) or ()
+        for at, it in enumerate(rules):
+            # Rules are in order; NFTA_RULE_CHAIN, _EXPRESSIONS
+            listed.append(b"rule%d" % at + it.get(2, b"") + it.get(4, b""))
+        for it in _nft_dump(nfnetlink, _GETSET, FAMILY, netlink.text(1, TABLE)) or ():
+            name = netlink.string(it.get(2))
+            listed.append(b"set" + it.get(2, b"") + it.get(3, b"") if not name.startswith("__") else b"set")
+            both = netlink.text(1, TABLE) + netlink.text(2, name)
+            for part in _nft_dump(nfnetlink, _GETSETELEM, FAMILY, both) or ():
+                # NFTA_SET_ELEM_LIST_ELEMENTS; an anonymous set's name is as good as its number.
+                listed += [name.encode() + element for _, element in netlink.attributes(part.get(3, b""))]
+    return hashlib.sha256(b"\n".join(sorted(listed))).hexdigest()
+
+
+def _table(namespace: str) -> tuple[frozenset[Name] | None, str, int]:
+    """The names of what is in our table, None when there is no table; the marker that stands, empty when none.
+
+    And how often anything was done to the namespace's rules, as far as the kernel counts.
+    """
     present: set[Name] = set()
     with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+        (counted,) = nfnetlink.request([Message(_GETGEN, payload=bytes(4), what="count transactions")])
+        generation = int.from_bytes(netlink.attribute_map(counted.payload, 4).get(1, b""), "big")
         sets = _nft_dump(nfnetlink, _GETSET, FAMILY, netlink.text(1, TABLE))
         if sets is None:
-            return None, ""
+            return None, "", generation
         for it in sets:
             flags = int.from_bytes(it.get(3, b""), "big")
             if not flags & _SET_ANONYMOUS:
@@ -211,7 +243,7 @@ def _table(namespace: str) -> tuple[frozenset[Name] | None, str]:
             if netlink.string(it.get(1)) == TABLE and int.from_bytes(it.get(3, b""), "big") == _OBJECT_COUNTER:
                 present.add(("counter", netlink.string(it.get(2))))
     # Two markers: somebody added one by hand. Then nobody knows what stands.
-    return frozenset(present), stands[0] if len(stands) == 1 else ""
+    return frozenset(present), stands[0] if len(stands) == 1 else "", generation
 
 
 def _nft_dump(nfnetlink: Socket, kind: int, family: str, attributes: bytes) -> list[dict[int, bytes]] | None:
@@ -279,12 +311,18 @@ def _addresses(name: str) -> tuple[str, ...]:
     return tuple(it.cidr for it in links.list_addresses(None) if it.link == name and not it.link_local)
 
 
-def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str) -> dict[str, str]:
-    """Inside link to host end, for pairs that name each other: numbers alone are those of any namespace."""
+def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str, want: Want) -> dict[str, str]:
+    """Inside link to host end, for pairs that name each other: numbers alone are those of any namespace.
+
+    Somebody may have wiped the alias: names and address of a port of ours are as good.
+    """
+    ours = {(port.link, port.mac, port.host_link) for port in want.ports}
     pairs = {}
     for link in inside:
         other = host.get(link.parent_index or 0)
-        if link.kind == "veth" and other is not None and other.parent_index == link.index and other.alias == alias:
+        if link.kind != "veth" or other is None or other.parent_index != link.index:
+            continue
+        if other.alias == alias or (not other.alias and (link.name, link.mac, other.name) in ours):
             pairs[link.name] = other.name
     return pairs
 

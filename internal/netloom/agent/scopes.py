@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from msgspec.structs import replace
 
 from netloom.agent import flows
 from netloom.agent.actions import Actions, Ground
+from netloom.agent.heal import Healer
 from netloom.agent.hooks import Hook
 from netloom.agent.host import Done, Host, News, prepare
 from netloom.agent.kernel import arp
@@ -43,6 +45,7 @@ RESTORING_AT_ONCE = WORKERS - 4  # the others are for calls that come meanwhile
 RETRY_S_MAX = 60.0
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)  # a neighbour may be deaf for a moment: its port comes up with ours
 TIDY_EVERY_S = 30.0
+CHECK_EVERY_S = 45.0  # each scope, one after the other
 ENDINGS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
 
 _SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
@@ -79,6 +82,7 @@ class Scopes:
     """Carries out calls. Made and used on the event loop; ``load`` first, then ``restore`` in the background."""
 
     _services: Services
+    _healer: Healer
 
     def __init__(self, store: Store, host: Host, log: Log) -> None:
         self._store = store
@@ -92,9 +96,9 @@ class Scopes:
 
     # ------------------------------------------------------------------------------------------------ at start
 
-    def load(self, services: Services) -> None:
+    def load(self, services: Services, healer: Healer) -> None:
         """Reads every scope's file and notes what they want, before anything is done to the host."""
-        self._services = services
+        self._services, self._healer = services, healer
         for scope_id in self._store.ended():
             self._slot(scope_id).ended = True
         for scope_id in self._store.living():
@@ -111,6 +115,10 @@ class Scopes:
     async def restore(self) -> None:
         """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
         await self._work(prepare)
+        try:
+            await self._work(self._healer.open)
+        except NetloomError as error:
+            self._log.line(f"the host cannot be watched: {error}")
         gate = asyncio.Semaphore(RESTORING_AT_ONCE)
 
         async def one(slot: _Slot) -> None:
@@ -125,6 +133,27 @@ class Scopes:
         while True:
             await asyncio.sleep(TIDY_EVERY_S)
             await self._tidy()
+
+    async def keep_checked(self, every_s: float = CHECK_EVERY_S) -> None:
+        """Looks at every scope in turn, for what no watch tells: rules, settings, processes."""
+        while True:
+            standing = [slot for slot in self._slots.values() if slot.scope is not None]
+            if not standing:
+                await asyncio.sleep(every_s)
+            for slot in standing:
+                await asyncio.sleep(every_s / len(standing))
+                if slot.scope is not None and slot.retry is None:
+                    await self._alone(slot, "check", partial(self._converge, slot, thorough=True), quiet=True)
+
+    def busy(self, scope_id: str) -> bool:
+        """Whether somebody works on the scope right now."""
+        slot = self._slots.get(scope_id)
+        return slot is not None and slot.lock.locked()
+
+    async def heal(self, scope_id: str, why: str) -> int | None:
+        """Puts back what the scope has lost: how many steps that took, None when it failed."""
+        slot = self._slots.get(scope_id)
+        return 0 if slot is None else await self._alone(slot, why, lambda: self._converge(slot), quiet=True)
 
     async def _tidy(self) -> None:
         try:
@@ -257,13 +286,22 @@ class Scopes:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, done
 
-    def _converge(self, slot: _Slot) -> Done:
+    def _converge(self, slot: _Slot, *, thorough: bool = False) -> Done:
         """In a worker thread: makes the host what the state says: the network first, whatever becomes of the rest."""
         slot.behind = True
         want = self._want(slot)
-        # Processes and sockets would keep a namespace alive that loses its name.
-        did = [] if want.namespace else self._services.end(slot.scope_id)
-        done = self._host.converge(slot.scope_id, want, slot.known)
+        did: list[str] = []
+        if want.namespace:
+            self._healer.attend(slot.scope_id, want)
+        else:
+            # Processes and sockets would keep a namespace alive that loses its name.
+            self._healer.leave(slot.scope_id)
+            did += self._services.end(slot.scope_id)
+        try:
+            done = self._host.converge(slot.scope_id, want, slot.known, thorough=thorough)
+        finally:
+            if want.namespace:
+                self._healer.attend(slot.scope_id, want)
         slot.known = want.ruleset
         if slot.scope is not None:
             if want.namespace and slot.judged is not slot.scope:
@@ -286,6 +324,8 @@ class Scopes:
             if slot.behind and slot.retry is None:
                 self._retry_later(slot)
             raise
+        finally:
+            self._healer.settled(slot.scope_id)
         slot.failures = 0
         if slot.retry is not None and not slot.behind:
             slot.retry.cancel()
@@ -309,7 +349,7 @@ class Scopes:
 
     async def _erase_later(self, slot: _Slot, taken: PasswordTaken) -> None:
         wait_s = 1.0
-        while not await self._alone(slot, "password taken", lambda: self._erase(slot, taken)):
+        while await self._alone(slot, "password taken", lambda: self._erase(slot, taken)) is None:
             await asyncio.sleep(wait_s)
             wait_s = min(RETRY_S_MAX, 2 * wait_s)
 
@@ -344,8 +384,11 @@ class Scopes:
     async def _reconcile(self, slot: _Slot, why: str) -> None:
         await self._alone(slot, why, lambda: self._converge(slot))
 
-    async def _alone(self, slot: _Slot, why: str, work: Callable[[], Done]) -> bool:
-        """Does the work of our own accord, when the scope's calls leave a gap; whether it succeeded. Never raises."""
+    async def _alone(self, slot: _Slot, why: str, work: Callable[[], Done], *, quiet: bool = False) -> int | None:
+        """Does the work of our own accord, when the scope's calls leave a gap. Never raises.
+
+        The number of steps, None when it failed. ``quiet``: nothing done is nothing said.
+        """
         slot.users += 1
         started = time.monotonic()
         try:
@@ -356,14 +399,15 @@ class Scopes:
                 finally:
                     slot.doing = ""
             ms = (time.monotonic() - started) * 1000
-            self._log.line(f"scope={slot.scope_id} {why}: steps={count} ms={ms:.1f}")
-            return True
+            if count or not quiet:
+                self._log.line(f"scope={slot.scope_id} {why}: steps={count} ms={ms:.1f}")
+            return count
         except Exception as error:  # noqa: BLE001, the agent lives on
             if isinstance(error, NetloomError):
                 self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
             else:
                 self._log.traceback(f"scope={slot.scope_id} {why}", error)
-            return False
+            return None
         finally:
             slot.users -= 1
             self._drop_if_idle(slot)

@@ -16,9 +16,10 @@ from collections import OrderedDict
 from netloom import __version__
 from netloom.agent.connect import SOCKET, program
 from netloom.agent.guests import Guests
+from netloom.agent.heal import Healer
 from netloom.agent.host import Host
 from netloom.agent.log import Log, complain
-from netloom.agent.scopes import Scopes
+from netloom.agent.scopes import CHECK_EVERY_S, Scopes
 from netloom.agent.services import Services
 from netloom.agent.store import Store
 from netloom.agent.supervise import Supervisor
@@ -32,8 +33,16 @@ REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the a
 STOP_S_MAX = 5.0
 
 
-def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "") -> int:
-    """Serves until SIGTERM or SIGINT. Exit status 0, or 3 when another agent serves or the host forbids it."""
+def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "", check_every: str = "") -> int:
+    """Serves until SIGTERM or SIGINT. Exit status 0, or 3 when another agent serves or the host forbids it.
+
+    ``check_every``: seconds from one look at each scope to the next, for what no watch tells.
+    """
+    try:
+        check_every_s = float(check_every or CHECK_EVERY_S)
+    except ValueError:
+        complain(f"--check-every {check_every}: not a number of seconds")
+        return 1
     os.umask(0o077)
     if os.geteuid() != 0:
         complain("serve needs root")
@@ -47,7 +56,7 @@ def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "") -> in
         return 3
     _more_descriptors()
     try:
-        asyncio.run(_serve(socket, store, journal))
+        asyncio.run(_serve(socket, store, journal, check_every_s))
     except (OSError, NetloomError) as error:
         journal.line(f"serve failed: {error}")
         complain(str(error))
@@ -58,11 +67,13 @@ def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "") -> in
     os._exit(0)
 
 
-async def _serve(path: str, store: Store, log: Log) -> None:
+async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> None:
     loop = asyncio.get_running_loop()
-    scopes = Scopes(store, Host(), log)
+    host = Host()
+    scopes = Scopes(store, host, log)
     guests = Guests(loop, log, [*program("serve"), "guest"], BUILD, scopes.password_taken)
-    scopes.load(Services(guests, Supervisor(loop, scopes.revive)))
+    healer = Healer(loop, log, scopes.heal, scopes.busy, host.orphaned)
+    scopes.load(Services(guests, Supervisor(loop, scopes.revive)), healer)
     try:
         await guests.adopt()
     except NetloomError as error:
@@ -77,13 +88,14 @@ async def _serve(path: str, store: Store, log: Log) -> None:
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     restoring = asyncio.ensure_future(scopes.restore())
-    tidying = asyncio.ensure_future(scopes.keep_tidy())
+    going_on = [asyncio.ensure_future(scopes.keep_tidy()), asyncio.ensure_future(scopes.keep_checked(check_every_s))]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
     server.close()
     with contextlib.suppress(OSError):
         os.unlink(path)
-    for task in (restoring, tidying):
+    healer.stop()
+    for task in (restoring, *going_on):
         task.cancel()
     await calls.finish(STOP_S_MAX)
     await scopes.stop(STOP_S_MAX)

@@ -1,25 +1,46 @@
-"""What changes in a namespace, as it happens: links, addresses and routes (rtnetlink multicast groups)."""
+"""What changes in a namespace, as it happens: links, addresses, routes, rules, neighbours; and which namespaces go.
+
+The first five are rtnetlink's multicast groups. That a namespace loses its name is told by the directory of names.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import os
 import socket
+import struct
 from types import TracebackType
 from typing import Literal, Self
 
 import msgspec
 
 from netloom.agent.kernel import links, netlink
-from netloom.agent.kernel.links import AddressRow, Link, RouteRow
+from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError
 from netloom.agent.kernel.netlink import NetlinkError
 
+Kind = Literal["link", "address", "route", "rule", "neighbour"]
+
 _NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
+_NEWNEIGH, _DELNEIGH, _NEWRULE, _DELRULE = 28, 29, 32, 33
 
 # RTNLGRP_*, linux/rtnetlink.h: IPv4 and IPv6 have groups of their own.
-_GROUPS = {"link": (1,), "address": (5, 9), "route": (7, 11)}
+_GROUPS: dict[Kind, tuple[int, ...]] = {
+    "link": (1,),
+    "address": (5, 9),
+    "route": (7, 11),
+    "rule": (8, 19),
+    "neighbour": (3,),
+}
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _RECEIVE_BYTES = 256 << 10
+
+_IN_MOVED_FROM, _IN_DELETE, _IN_Q_OVERFLOW = 0x40, 0x200, 0x4000  # sys/inotify.h
+_INOTIFY_HEAD = struct.Struct("=iIII")  # watch, mask, cookie, length of the name that follows
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,9 +49,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     ``overrun``: the kernel dropped events, nobody knows which; look again. Its ``row`` is None.
     """
 
-    kind: Literal["link", "address", "route", "overrun"]
+    kind: Literal[Kind, "overrun"]
     gone: bool = False
-    row: Link | AddressRow | RouteRow | None = None
+    row: Link | AddressRow | RouteRow | RuleRow | NeighbourRow | None = None
 
 
 class Watch:
@@ -40,19 +61,19 @@ class Watch:
     Keeping it open keeps a deleted namespace alive. One user at a time.
     """
 
-    def __init__(self, namespace: str | None, *kinds: Literal["link", "address", "route"]) -> None:
-        """``kinds``: all three when none is named. Raises NamespaceError, NetlinkError."""
-        self._wanted = frozenset(kinds or _GROUPS)
+    def __init__(self, namespace: str | None, *kinds: Kind) -> None:
+        """``kinds``: all when none is named. Raises NamespaceError, NetlinkError."""
+        self._wanted: frozenset[str] = frozenset(kinds or _GROUPS)
         self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
         try:
             self._socket.setblocking(False)
             # The kernel speaks to the sockets whose port is not its own, 0: without this, to none that asked nothing.
             self._socket.bind((0, 0))
             # Links in any case: the other rows name theirs.
-            for kind in self._wanted | {"link"}:
-                for group in _GROUPS[kind]:
+            for kind, groups in _GROUPS.items():
+                for group in groups if kind in self._wanted or kind == "link" else ():
                     self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-            self._names = {link.index: link.name for link in links.list_links(namespace)}
+            self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by number
         except BaseException:
             self._socket.close()
             raise
@@ -101,12 +122,59 @@ class Watch:
                 return []
             link = links.decode_link(payload)
             if kind == _NEWLINK:
-                self._names[link.index] = link.name
+                self.names[link.index] = link.name
             event = Event(kind="link", gone=kind == _DELLINK, row=link)
         elif kind in (_NEWADDR, _DELADDR):
-            row = links.decode_address(payload, self._names)
+            row = links.decode_address(payload, self.names)
             event = Event(kind="address", gone=kind == _DELADDR, row=row)
         elif kind in (_NEWROUTE, _DELROUTE):
-            route = links.decode_route(payload, self._names)
+            route = links.decode_route(payload, self.names)
             event = Event(kind="route", gone=kind == _DELROUTE, row=route)
+        elif kind in (_NEWRULE, _DELRULE):
+            event = Event(kind="rule", gone=kind == _DELRULE, row=links.decode_rule(payload))
+        elif kind in (_NEWNEIGH, _DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
+            neighbour = links.decode_neighbour(payload, self.names)
+            event = Event(kind="neighbour", gone=kind == _DELNEIGH, row=neighbour)
         return [event] if event and event.kind in self._wanted else []
+
+
+class NamesWatch:
+    """The namespaces that lose their names since it was made (inotify(7)). ``fileno`` becomes readable when one does.
+
+    The directory must be there. A name that is unmounted and not removed is not told.
+    """
+
+    def __init__(self, directory: str = NETNS_DIR) -> None:
+        """Raises NamespaceError."""
+        self._fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise NamespaceError("watch the names of namespaces", errno=ctypes.get_errno())
+        if _libc.inotify_add_watch(self._fd, directory.encode(), _IN_DELETE | _IN_MOVED_FROM) < 0:
+            code = ctypes.get_errno()
+            os.close(self._fd)
+            raise NamespaceError(f"watch {directory}", errno=code)
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.close(self._fd)
+
+    def fileno(self) -> int:
+        """The descriptor to wait on, for ``loop.add_reader``."""
+        return self._fd
+
+    def read(self) -> frozenset[str] | None:
+        """The names that have gone; None when there were so many that nobody knows. Never waits."""
+        gone: set[str] = set()
+        known = True
+        while True:
+            try:
+                data = os.read(self._fd, _RECEIVE_BYTES)
+            except BlockingIOError:
+                return frozenset(gone) if known else None
+            at = 0
+            while at < len(data):
+                _, mask, _, length = _INOTIFY_HEAD.unpack_from(data, at)
+                name = data[at + _INOTIFY_HEAD.size : at + _INOTIFY_HEAD.size + length].rstrip(b"\0")
+                at += _INOTIFY_HEAD.size + length
+                known = known and not mask & _IN_Q_OVERFLOW
+                gone.add(os.fsdecode(name))
