@@ -69,6 +69,9 @@ class Vm(Place):
         self.host, self.bridge, self.tap, self.mac = host, bridge, tap, mac
         self.ip = ip.partition("/")[0]
 
+    def __enter__(self) -> Vm:
+        return self
+
     def __exit__(self, *_: object) -> None:
         self.destroy()
 

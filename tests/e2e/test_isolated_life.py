@@ -255,7 +255,7 @@ def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, intern
     with vm.serve_tcp(22):
         transfer = internet.transfer(address.ip, 22, seconds=110)
         host.sh("pkill -9 -f 'netloom/main.py [a]gent serve'")
-        assert until(lambda: host.objects()["processes"] == [])
+        assert until(lambda: not any("agent serve" in line for line in host.objects()["processes"]))
         assert network.ensure().ok
         assert transfer.stop().failure == ""
         assert internet.tcp(address.ip, 22).ok

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from bed import Bed
@@ -28,15 +30,19 @@ def test_login(bed: Bed, make_life: MakeLife, user: str, by: str, home: str) -> 
     assert life.network.namespace in life.host.objects()["namespaces"]
 
 
-def test_login_by_the_keys_of_the_calling_user(bed: Bed, make_life: MakeLife) -> None:
+@pytest.fixture
+def users_own_key(bed: Bed) -> Iterator[None]:
     key = f"{bed.management.home}/.ssh/id_ed25519"
     bed.management.write(key, bed.private_key, mode=0o600, uid=CLOUD_UID)
-    try:
-        cloud = cloud_of(bed, home="set")
-        cloud.register(hosts=bed.hosts, **bed.login("root", by="nothing"))
-        assert make_life(with_cloud=cloud).network.ensure().execution.status == 0
-    finally:
-        bed.management.remove(key)
+    yield
+    bed.management.remove(key)
+
+
+@pytest.mark.usefixtures("users_own_key")
+def test_login_by_the_keys_of_the_calling_user(make_life: MakeLife, bed: Bed) -> None:
+    cloud = cloud_of(bed, home="set")
+    cloud.register(hosts=bed.hosts, **bed.login("root", by="nothing"))
+    assert make_life(with_cloud=cloud).network.ensure().execution.status == 0
 
 
 @pytest.mark.parametrize("form", ["without its last newline", "with CR LF"])
