@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from kernel.scratch import descriptors, scratch
+from kernel.scratch import descriptors, joined, scratch, settled, tool
 from netloom.agent.kernel import links
-from netloom.agent.kernel.links import AddressRow, Link, RouteRow
-from netloom.agent.kernel.watch import Event, Watch
+from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 
 
 @pytest.fixture
@@ -93,3 +93,32 @@ def test_no_descriptor_is_left_behind(ns: str) -> None:
         with Watch(ns):
             pass
     assert descriptors() == before
+
+
+def test_rules_and_permanent_neighbours_are_seen_and_learned_ones_are_not() -> None:
+    with joined() as (left, _):
+        settled(left, "left")
+        with Watch(left, "rule", "neighbour") as watch:
+            tool(left, "ping", "-c1", "-W5", "10.9.0.2")
+            links.change(left, [links.put_neighbour("left", "10.9.0.3", "0a:00:00:00:09:03")])
+            links.change(left, [links.delete_neighbour("left", "10.9.0.3")])
+            links.change(left, [links.add_rule(20001, 1, 0xFFFF, 20001), links.delete_rule(20001, 1, 0xFFFF, 20001)])
+            events = until(watch, lambda seen: any(it.kind == "rule" and it.gone for it in seen))
+        neighbours = [(it.row.address, it.row.permanent) for it in events if isinstance(it.row, NeighbourRow)]
+        assert neighbours == [("10.9.0.3", True), ("10.9.0.3", False)]
+        rules = [(it.gone, it.row.priority, it.row.mark) for it in events if isinstance(it.row, RuleRow)]
+        assert rules == [(False, 20001, 1), (True, 20001, 1)]
+
+
+def test_a_namespace_that_loses_its_name_is_named() -> None:
+    watch = NamesWatch()
+    try:
+        with scratch() as name:
+            assert name not in (watch.read() or ())
+        gone: set[str] = set()
+        while name not in gone:
+            ready, _, _ = select.select([watch], [], [], 10)
+            assert ready
+            gone |= watch.read() or set()
+    finally:
+        watch.close()

@@ -154,6 +154,7 @@ class Actions:
             links.change(want.namespace, map(links.set_up, ours))
             if want.ruleset is not None:
                 apply([LoadRuleset(want.namespace, want.ruleset)])
+                self._host.renewed(scope.scope_id)
             ground.services.renew(scope.scope_id)
         except HostRefused:
             ground.converge()  # whatever went wrong: what the links lost is put back

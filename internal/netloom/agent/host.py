@@ -14,7 +14,7 @@ from itertools import takewhile
 import msgspec
 
 from netloom.agent.apply import apply
-from netloom.agent.kernel import namespaces
+from netloom.agent.kernel import namespaces, sysctl
 from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
 from netloom.errors import HostRefused
 from netloom.plan import (
@@ -31,11 +31,13 @@ from netloom.plan import (
     plan,
     sweep,
 )
-from netloom.render.ruleset import Ruleset
+from netloom.render.ruleset import Ruleset, marker
 from netloom.render.want import Want
 
 _ROUNDS_MAX = 3
 ORPHANS_S = 30.0  # after that, whoever plugs VMs in has dealt with it
+_INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
+_INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q")
 
 
@@ -76,6 +78,7 @@ class Host:
         self._claims: dict[str, frozenset[str]] = {}
         self._guarded: frozenset[str] | None = None
         self._tables: dict[str, _Table] = {}
+        self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
         self._raised: frozenset[str] = frozenset()
         self._orphans: dict[str, tuple[float, frozenset[str]]] = {}  # bridge -> when it was lost, what was in it
 
@@ -99,6 +102,8 @@ class Host:
         for _ in range(_ROUNDS_MAX):
             steps = self._round(scope_id, want, known, thorough)
             done += steps
+            if any(isinstance(step, LoadRuleset) for step in steps):
+                known = want.ruleset
             if not steps:
                 return Done(tuple(done), _news(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
@@ -106,6 +111,10 @@ class Host:
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """What there is of the scope now; changes nothing."""
         return self._held_against(self._observe(scope_id, want, known, frozenset()), thorough=False)
+
+    def renewed(self, scope_id: str) -> None:
+        """Notes that the scope's ruleset was loaded by somebody of us: what stands now is as it should be."""
+        self._tables.pop(scope_id, None)
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
         """Notes that somebody deleted a bridge: these links were in it, VMs' taps, say. Does not block."""
@@ -149,10 +158,21 @@ class Host:
         since = time.monotonic() - ORPHANS_S
         orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
-        have = observe(scope_id, want, known, claimed=claimed, guarded=self._guarded, also=asked)
+        bears = self._marker_of(scope_id, known)
+        have = observe(scope_id, want, known, known_marker=bears, claimed=claimed, guarded=self._guarded, also=asked)
         # A bridge that is deleted under us takes along the word that its carrier is ours to set down again.
         self._raised |= {it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.raised}
         return msgspec.structs.replace(have, raised=self._raised, orphans=orphans)
+
+    def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
+        """Computed once per ruleset: that takes milliseconds where there are thousands of forwards."""
+        if ruleset is None:
+            self._markers.pop(scope_id, None)
+            return ""
+        had = self._markers.get(scope_id)
+        if had is None or had[0] is not ruleset:
+            had = self._markers[scope_id] = ruleset, marker(ruleset)
+        return had[1]
 
     def _held_against(self, have: Have, *, thorough: bool) -> Have:
         """``have``, and whether its table is still what we loaded, though it bears the same marker.
@@ -191,6 +211,10 @@ def prepare() -> None:
     """What a host needs once, and what no network leaves behind: modules, the directory of named namespaces."""
     load_modules()
     namespaces.prepare()
+    # Each resolver has one, and they all run as one user.
+    with contextlib.suppress(HostRefused):  # a container may not; then the resolver that gets none says so
+        if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
+            sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})
 
 
 def load_modules() -> None:

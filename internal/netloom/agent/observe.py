@@ -21,7 +21,7 @@ from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.names import UNTAGGED
 from netloom.plan import Have, HostLink, InsideLink, alias_of
-from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset, marker
+from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset
 from netloom.render.want import Address, Neighbour, Route, Rule, Want
 
 FAMILY, TABLE = "inet", "netloom"
@@ -44,13 +44,14 @@ def observe(
     want: Want,
     known: Ruleset | None,
     *,
+    known_marker: str,
     claimed: frozenset[str],
     guarded: frozenset[str],
     also: frozenset[str] = frozenset(),
 ) -> Have:
     """What there is of the scope, in the words of ``want``.
 
-    ``known``: the ruleset that was loaded last, as far as the caller knows; believed when the table says the same.
+    ``known``: the ruleset that was loaded last, as far as the caller knows; believed when the table bears its marker.
     ``also``: links of the host to look at besides those that the scope stands on.
 
     Raises HostRefused when the kernel does not answer.
@@ -89,7 +90,7 @@ def observe(
         foreign=_foreign(have, want) if table is None else "",
         sysctls={key: it for key, it in sysctl.read(namespace, want.sysctls).items() if it is not None},
         marker=stands,
-        ruleset=known if known is not None and marker(known) == stands else None,
+        ruleset=known if known_marker and known_marker == stands else None,
         table=table,
         generation=generation,
     )

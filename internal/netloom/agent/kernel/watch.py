@@ -35,6 +35,8 @@ _GROUPS: dict[Kind, tuple[int, ...]] = {
 }
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+_NUD_FAILED, _NUD_PERMANENT = 0x20, 0x80  # linux/neighbour.h
 _RECEIVE_BYTES = 256 << 10
 
 _IN_MOVED_FROM, _IN_DELETE, _IN_Q_OVERFLOW = 0x40, 0x200, 0x4000  # sys/inotify.h
@@ -57,6 +59,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 class Watch:
     """The events of one namespace since it was made. ``fileno`` becomes readable when there are some.
 
+    Of neighbours only those that are, or become, permanent or unreachable: the others come and go as whoever is on the
+    link likes, a hundred thousand a second.
     The kernel reports no change of the alias of a link that is down.
     Keeping it open keeps a deleted namespace alive. One user at a time.
     """
@@ -67,6 +71,7 @@ class Watch:
         self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
         try:
             self._socket.setblocking(False)
+            _attach(self._socket, _NEIGHBOURS)
             # The kernel speaks to the sockets whose port is not its own, 0: without this, to none that asked nothing.
             self._socket.bind((0, 0))
             # Links in any case: the other rows name theirs.
@@ -136,6 +141,25 @@ class Watch:
             neighbour = links.decode_neighbour(payload, self.names)
             event = Event(kind="neighbour", gone=kind == _DELNEIGH, row=neighbour)
         return [event] if event and event.kind in self._wanted else []
+
+
+# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian, netlink's numbers the host's.
+_LOAD_16, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x28, 0x15, 0x45, 0x06
+_NEIGHBOURS = (
+    (_LOAD_16, 0, 0, 4),  # nlmsghdr: type
+    (_IF_EQUAL, 3, 0, socket.htons(_DELNEIGH)),
+    (_IF_EQUAL, 0, 3, socket.htons(_NEWNEIGH)),
+    (_LOAD_16, 0, 0, 24),  # ndmsg: state
+    (_IF_ANY_BIT, 1, 0, socket.htons(_NUD_FAILED | _NUD_PERMANENT)),
+    (_RETURN, 0, 0, 0),
+    (_RETURN, 0, 0, 0xFFFFFFFF),
+)
+
+
+def _attach(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
+    """The kernel runs the program on every message, and keeps those for which it returns something."""
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in program))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
 class NamesWatch:
