@@ -121,7 +121,8 @@ class Guests:
         """
         keys = {(table.scope_id, table.network_id) for table in wanted}
         did: list[str] = []
-        for key in [key for key in self._networks if key[0] == scope_id and key not in keys]:
+        # Copied in one go: the loop adds and removes meanwhile.
+        for key in [key for key in list(self._networks) if key[0] == scope_id and key not in keys]:
             self._on_loop(self._drop(key))
             did.append(f"guest: drop {key[1]}")
         identity = namespaces.identity(namespace) if wanted else 0
@@ -171,8 +172,14 @@ class Guests:
         network = self._networks.pop(key, None)
         if network is not None:
             network.close()
-        if self._channel is not None:
+        if self._channel is None:
+            return
+        try:
             await self._say(Drop(seq=next(self._seq), scope_id=key[0], network_id=key[1]), Done)
+        except HostRefused:
+            if self._channel is not None:
+                raise
+            # It died, and with it what it served; the next process is not told of this network.
 
     async def _hand_over(self, network: _Network) -> None:
         if network.table is not None:

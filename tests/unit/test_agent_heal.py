@@ -1,0 +1,117 @@
+"""Which events concern a scope: those that speak of something else than what it wants."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from netloom.agent.heal import disturbs
+from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel.watch import Event, Kind
+from netloom.names import guest_link
+from netloom.render.scope import render
+from netloom.render.want import Want
+from netloom.state import Nic, Scope
+from unit.wishes import A1, B1, wish
+
+MAC = "02:01:00:cc:00:03"
+
+
+def scope() -> Scope:
+    plain = wish(held=(A1, B1))
+    network = replace(plain.networks["204"], nics={"u1": Nic(mac=MAC, nic_uuid="u1", ip="10.1.1.11")})
+    return replace(plain, networks={"204": network})
+
+
+WANT = render(scope())
+
+
+def link(name: str, mac: str, kind: str = "veth") -> Link:
+    return Link(
+        index=7,
+        name=name,
+        kind=kind,
+        mac=mac,
+        up=True,
+        master_index=None,
+        mtu=1500,
+        alias="",
+        vlan_id=None,
+        parent_index=9,
+        peer_netns=0,
+        running=True,
+    )
+
+
+def address(at: str, cidr: str) -> AddressRow:
+    return AddressRow(link=at, cidr=cidr, link_local=False, scope="global")
+
+
+def wished() -> list[Event]:
+    """What the kernel says while the network is being made."""
+    rows: list[tuple[Kind, Link | AddressRow | RouteRow | RuleRow | NeighbourRow]] = []
+    rows += [("link", link(it.link, it.mac)) for it in WANT.ports]
+    rows += [("address", address(it.link, it.cidr)) for it in WANT.addresses]
+    rows += [
+        (
+            "route",
+            RouteRow(
+                table=it.table,
+                destination=it.destination,
+                via=it.via,
+                link=it.link,
+                source=it.source,
+                protocol="static",
+                scope="link",
+                kind="unicast",
+                metric=0,
+            ),
+        )
+        for it in WANT.routes
+    ]
+    rows += [("rule", RuleRow(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)) for it in WANT.rules]
+    rows += [
+        ("neighbour", NeighbourRow(link=it.link, address=it.address, mac=it.mac, permanent=True))
+        for it in WANT.neighbours
+    ]
+    return [Event(kind=kind, row=row) for kind, row in rows]
+
+
+@pytest.mark.parametrize("event", wished(), ids=lambda it: f"{it.kind}-{getattr(it.row, 'name', '')}")
+def test_what_is_wished_disturbs_nobody_and_its_loss_does(event: Event) -> None:
+    assert disturbs(WANT, event) == ""
+    assert disturbs(WANT, replace(event, gone=True)) != ""
+    assert disturbs(Want(namespace=""), replace(event, gone=True)) == ""
+
+
+GUEST = guest_link("204")
+STRANGE = [
+    Event(kind="overrun"),
+    Event(kind="link", row=replace(link(GUEST, WANT.ports[0].mac), up=False)),
+    Event(kind="link", row=link(GUEST, "02:00:00:00:00:99")),
+    Event(kind="link", row=link("veth7", MAC)),
+    Event(kind="address", row=address(GUEST, "203.0.113.99/32")),
+    Event(kind="rule", row=RuleRow(priority=99, mark=1, mask=1, table=99)),
+    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.11", mac="02:00:00:00:00:99", permanent=True)),
+    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.11", mac=MAC, permanent=False)),
+    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.99", mac=MAC, permanent=True)),
+]
+COMMON = [
+    Event(kind="link", row=link("tunl0", "", kind="ipip")),
+    Event(kind="link", gone=True, row=link("veth7", MAC)),
+    Event(kind="address", row=address(GUEST, "fe80::1/64")),
+    Event(kind="address", row=address("lo", "127.0.0.1/8")),
+    Event(kind="rule", row=RuleRow(priority=32766, mark=0, mask=0, table=254)),
+    Event(kind="neighbour", row=NeighbourRow(link="pub-101", address="203.0.113.1", mac=MAC, permanent=False)),
+    Event(kind="neighbour", gone=True, row=NeighbourRow(link=GUEST, address="10.1.1.99", mac=MAC, permanent=True)),
+]
+
+
+@pytest.mark.parametrize("event", STRANGE, ids=range(len(STRANGE)))
+def test_what_is_otherwise_disturbs(event: Event) -> None:
+    assert disturbs(WANT, event) != ""
+
+
+@pytest.mark.parametrize("event", COMMON, ids=range(len(COMMON)))
+def test_what_is_nobodys_concern_does_not(event: Event) -> None:
+    assert disturbs(WANT, event) == ""
