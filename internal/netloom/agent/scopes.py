@@ -153,7 +153,9 @@ class Scopes:
     async def heal(self, scope_id: str, why: str) -> int | None:
         """Puts back what the scope has lost: how many steps that took, None when it failed."""
         slot = self._slots.get(scope_id)
-        return 0 if slot is None else await self._alone(slot, why, lambda: self._converge(slot), quiet=True)
+        if slot is None or slot.scope is None:
+            return 0  # it has ended meanwhile
+        return await self._alone(slot, why, partial(self._converge, slot), quiet=True)
 
     async def _tidy(self) -> None:
         try:
@@ -338,7 +340,7 @@ class Scopes:
     def revive(self, scope_id: str, why: str) -> None:
         """A process of the scope has ended, and it is time to start it again."""
         slot = self._slots.get(scope_id)
-        if slot is not None:
+        if slot is not None and slot.scope is not None:
             self._background(self._reconcile(slot, why))
 
     def password_taken(self, taken: PasswordTaken) -> None:
