@@ -106,7 +106,7 @@ def test_source_prefixes_ports_protocols_and_all_are_honoured(lab: Lab) -> None:
         ping(B1.address, source=CLIENT2, kind=TIMESTAMP),
     )  # fmt: skip
     lab.silent(
-        tcp(A2.address, 22, source=CLIENT2), tcp(A2.address, 443, source=STRANGER), udp(A2.address, 22), tcp(A2.address, 53), udp(A2.address, 443),
+        tcp(A2.address, 22, source=CLIENT2), tcp(A2.address, 443, source=STRANGER), udp(A2.address, 22), tcp(A2.address, 53), udp(A2.address, 443),  # noqa: E501
         tcp(B1.address, 22), udp(B1.address, 53), ping(B1.address), ping(A2.address),
     )  # fmt: skip
 

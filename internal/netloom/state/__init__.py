@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from netloom.state.firewall import Firewall, FirewallRule, Protocol
 from netloom.state.lb import Backend, LbRule
-from netloom.state.nat import Ports, PortForward, PublicIp, StaticNat
+from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.scope import SCHEMA, Network, Scope, Uplinks
 

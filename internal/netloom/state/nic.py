@@ -16,8 +16,8 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
 
     ``leased``: add-dhcp-entry or a restore came, so DHCP answers it. ``named``: the same for DNS. Both outlive the
     VM's stop and end with remove-dhcp-entry. ``metadata`` holds the items as CloudStack names them (``instance-id``).
-    ``user_data`` None: none was ever given; empty: it was given and is empty. ``password`` None: none was set, or the VM
-    has fetched it.
+    ``user_data`` None: none was ever given; empty: it was given and is empty. ``password`` None: none was set, or
+    the VM has fetched it.
     """
 
     mac: str
