@@ -53,6 +53,8 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
     monkeypatch.setattr(supervise, "SERVICES_DIR", str(top))
+    # A run that was killed may have left it.
+    subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
     for words in (
         "link add gst-9204 type veth peer name other",

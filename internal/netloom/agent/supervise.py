@@ -374,7 +374,10 @@ def _alive(record: _Record) -> bool:
 
 
 def _terminate(pid: int) -> None:
-    """SIGTERM, then SIGKILL to its whole session; returns when it has ended."""
+    """SIGTERM, then SIGKILL to its whole group; returns when all of it has ended.
+
+    The group, and not its leader alone: an old haproxy worker keeps its sockets until its connections have ended.
+    """
     for number, wait_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, number)
@@ -382,9 +385,21 @@ def _terminate(pid: int) -> None:
         while time.monotonic() < until:
             if _start_time(pid) is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(pid, signal.SIGKILL)  # an old haproxy worker may still have a connection
-                return
+                    os.killpg(pid, signal.SIGKILL)
+                if not _group_lives(pid):
+                    return
             time.sleep(0.005)
+
+
+def _group_lives(group: int) -> bool:
+    """Whether a process of the group runs (proc(5), /proc/<pid>/stat: field 3 is its state, 5 its group)."""
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                if fields[0] not in "ZX" and int(fields[2]) == group:
+                    return True
+    return False
 
 
 def _reap(pid: int) -> None:

@@ -105,9 +105,13 @@ class Judge:
         self._devices = {device_address(it) for it in self._now.networks}
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
+        self._spread: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
         for it in self._now.port_forwards:
             self._forwards.setdefault((it.public_ip, _NUMBERS[it.protocol]), []).append(it)
+        self._answered = self._now.answered
+        for rule in self._now.spread:
+            self._spread[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
         # Thousands of flows differ in the other end's port only.
         self._admits = lru_cache(maxsize=16384)(self._admits_anew)
         self._lets_out = lru_cache(maxsize=16384)(self._lets_out_anew)
@@ -149,6 +153,8 @@ class Judge:
             for it in self._forwards.get((flow.dst, flow.protocol), ())
             if it.public_ports.first <= flow.dport <= it.public_ports.last
         ]
+        if flow.protocol == UDP:
+            targets += self._spread.get((flow.dst, flow.dport), ())
         if flow.dst in self._guests:
             targets.append((self._guests[flow.dst], flow.dport))
         for address, port in targets:
@@ -156,6 +162,8 @@ class Judge:
                 yield _Way(address, port, flow.src, way_out)
             elif self._now.network_of(address) == home:
                 yield _Way(address, port, device_address(home), way_out)
+        if not targets and flow.protocol == TCP and (flow.dst, flow.dport) in self._answered:
+            yield _Way(flow.dst, flow.dport, flow.src, way_out if home is None else None)
         if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST:
             # The device's answer to a guest goes to the guest, whatever exit the guest's own address has.
             yield _Way(flow.dst, 0, flow.src, way_out if home is None else None)
@@ -233,6 +241,7 @@ def _policy(now: Live, open_to_all: bool) -> tuple[object, ...]:
         now.source_nat and now.source_nat.address,
         now.static_nats,
         now.port_forwards,
+        _balancing(now),
         open_to_all or {address: _bare(rules) for address, rules in now.ingress.items()},
         {it.network_id: _egress(it) for it in now.networks},
     )
@@ -251,6 +260,8 @@ def _shrinks(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
     # A new static translation changes what the address itself answered, so any difference counts.
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
         return True
+    if not _balancing(before) <= _balancing(after):
+        return True
     if was_open and not is_open:
         return True
     if not is_open and any(not _bare(rules) <= _bare(after.ingress[at]) for at, rules in before.ingress.items()):
@@ -261,6 +272,12 @@ def _shrinks(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
 
 def _subnets(now: Live) -> set[tuple[str, str, str]]:
     return {(it.network_id, it.cidr, device_address(it)) for it in now.networks}
+
+
+def _balancing(now: Live) -> frozenset[tuple[str, int, str, int]]:
+    """What balanced flows lead to: the device itself (no address), or each backend."""
+    spread = {(it.public_ip, it.public_port, end.ip, end.port) for it in now.spread for end in it.backends}
+    return frozenset(spread | {(address, port, "", 0) for address, port in now.answered})
 
 
 def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:

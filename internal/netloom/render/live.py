@@ -12,8 +12,9 @@ from ipaddress import IPv4Address, IPv4Network
 from itertools import pairwise
 
 import msgspec
+from msgspec.structs import replace
 
-from netloom.state import FirewallRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
+from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
 
 class ForwardedPorts(msgspec.Struct, frozen=True):
@@ -45,6 +46,17 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     port_forwards: tuple[PortForward, ...] = ()
     forwarded: tuple[ForwardedPorts, ...] = ()
     ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address
+    balanced: tuple[LbRule, ...] = ()  # in the order of their ids; backends that no standing network has are left out
+
+    @property
+    def answered(self) -> frozenset[tuple[str, int]]:
+        """Address and TCP port of what the load balancer answers itself, on the device."""
+        return frozenset((it.public_ip, it.public_port) for it in self.balanced if it.protocol != "udp")
+
+    @property
+    def spread(self) -> tuple[LbRule, ...]:
+        """The UDP rules: translated to one backend or another, flow by flow."""
+        return tuple(it for it in self.balanced if it.protocol == "udp")
 
     @property
     def guest_cidrs(self) -> tuple[str, ...]:
@@ -82,6 +94,11 @@ def live(scope: Scope | None) -> Live:
         it for it in scope.port_forwards.values() if it.public_ip in held_at and _network_of(networks, it.private_ip)
     ]
     forwards.sort(key=lambda it: (as_number(it.public_ip), it.protocol, it.public_ports, it.key))
+    balanced = [
+        replace(it, backends=tuple(end for end in it.backends if _network_of(networks, end.ip)))
+        for it in scope.lb_rules.values()
+        if it.public_ip in held_at
+    ]
     ingress: dict[str, list[FirewallRule]] = {it: [] for it in held_at}
     for network in networks:
         for rule in network.firewall.rules if network.firewall else ():
@@ -97,6 +114,7 @@ def live(scope: Scope | None) -> Live:
         port_forwards=tuple(forwards),
         forwarded=tuple(_forwarded(forwards)),
         ingress={address: tuple(rules) for address, rules in ingress.items()},
+        balanced=tuple(sorted(balanced, key=lambda it: it.rule_id)),
     )
 
 

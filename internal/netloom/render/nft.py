@@ -20,7 +20,7 @@ from netloom.render.firewall import verdicts
 from netloom.render.live import ForwardedPorts, Live, device_address, live, target_port
 from netloom.render.marks import EXIT_MASK, REVOKED
 from netloom.render.ruleset import Chain, NftSet, Ruleset
-from netloom.state import Network, Ports, PublicIp, Scope
+from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
 
@@ -42,10 +42,16 @@ def ruleset(scope: Scope) -> Ruleset:
             _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
             *_translations(now),
             *_source_ports(now),
+            NftSet(
+                name="balanced",
+                kind="set",
+                type="ipv4_addr . inet_service",
+                elements={f"{address} . {port}": "" for address, port in sorted(now.answered)},
+            ),
         ),
         chains=(
             _arriving(now),
-            _translate_to(),
+            _translate_to(now),
             _choose_exit(now),
             _to_device(now),
             _through(now),
@@ -153,7 +159,7 @@ def _free_ports(taken: list[Ports]) -> Ports | None:
     return widest if widest.count > 0 else None
 
 
-def _translate_to() -> Chain:
+def _translate_to(now: Live) -> Chain:
     service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
     return Chain(
         name="translate_to",
@@ -162,9 +168,30 @@ def _translate_to() -> Chain:
             f"{service} @forwards",
             f"{service} @forwards_same_port",
             f"{service} @forwards_to_one_port",
+            *(line for rule in now.spread for line in _spread(rule)),
             "dnat ip to ip daddr map @static_guests",
         ),
     )
+
+
+def _spread(rule: LbRule) -> list[str]:
+    """A UDP rule's flows over its backends: the first takes one in n, the second one in n - 1 of the others, and so on.
+
+    That is round robin without a map, which an exchanged rule would miss for an instant. By source address each has
+    its own part of the hash, with a seed of ours: without one the kernel draws another at every load.
+    """
+    lines = []
+    count = len(rule.backends)
+    for index, it in enumerate(rule.backends):
+        left = count - index
+        if left == 1:
+            chosen = ""
+        elif rule.algorithm == "source":
+            chosen = f"jhash ip saddr mod {count} seed 0x1 {index} "
+        else:
+            chosen = f"numgen inc mod {left} 0 "
+        lines.append(f"ip daddr {rule.public_ip} udp dport {rule.public_port} {chosen}dnat ip to {it.ip}:{it.port}")
+    return lines
 
 
 def _choose_exit(now: Live) -> Chain:
@@ -184,15 +211,13 @@ def _choose_exit(now: Live) -> Chain:
 
 
 def _to_device(now: Live) -> Chain:
-    """The device's own services, for its guests. From outside only what an address's chain let in: pings.
-
-    The ports of load balancers come here, by public address.
-    """
+    """The device's own services, for its guests. Of what an address's chain let in: pings and balanced ports."""
     rules = [
         'iifname "lo" accept',
         "ct state established,related accept",
         # Of a guest: the device's address, or a public one whose chain allowed it.
         "icmp type echo-request fib daddr type local accept",
+        "ip daddr . tcp dport @balanced accept",
     ]
     for it in now.networks:
         device = f"iifname {_link(it)} ip daddr {device_address(it)}"
