@@ -67,6 +67,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._running: dict[tuple[str, str], _Running] = {}
         self._failures: dict[tuple[str, str], int] = {}
+        _make_directory(Path(SERVICES_DIR), 0o711)  # the host's, so that a network leaves no trace of it
 
     def converge(self, scope_id: str, namespace: str, wanted: tuple[Service, ...]) -> list[str]:
         """Makes exactly ``wanted`` run in ``namespace``; what it did, in words.
