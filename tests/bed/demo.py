@@ -6,6 +6,7 @@ drives netloom over real SSH. Everything is gone when it ends. Exit status 1 whe
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 import time
@@ -13,9 +14,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from bed import Bed
-from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, FakeCloudStack, IsolatedNetwork
-from bed.lab import Host, Internet, Vm, difference
+from bed.cloudstack import FakeCloudStack, IsolatedNetwork
+from bed.lab import Host, Internet, Vm, agent_command, difference
 from bed.payloads import Nic
+from bed.places import until
 
 OUTSIDE = "198.51.100.1"
 SOON = {"timeout_s": 0.5}
@@ -32,6 +34,10 @@ class Show:
         self._seen = 0
         self.proofs = 0
         self.failed: list[str] = []
+
+    def forget(self) -> None:
+        """What was executed so far belongs to no row."""
+        self._seen = len(self._cloud.history)
 
     def chapter(self, title: str) -> None:
         print(f"\n{self._bold(title)}")
@@ -80,9 +86,9 @@ def main() -> int:
     """Play it; the exit status."""
     started = time.monotonic()
     print("netloom: an isolated network of Apache CloudStack on two simulated KVM hosts")
-    with Bed(hosts=2, vlans=[1204], public_vlans=[101]) as bed:
+    with Bed(hosts=2, vlans=[1204, 1300], public_vlans=[101]) as bed:
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
-        cloud = FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS)
+        cloud = FakeCloudStack.on(bed.management)
         cloud.register(hosts=bed.hosts, **bed.login("root", by="password"))
         hosts = " and ".join(f"{host.name} ({host.address})" for host in bed.hosts)
         print(f"{hosts} listen on SSH after {time.monotonic() - started:.1f} s; nothing of netloom runs there yet.")
@@ -96,12 +102,11 @@ def main() -> int:
 
 
 def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tuple[list[str], int]:
-    network = cloud.isolated_network(
-        204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=NAT_SERVICES
-    )
-    # Every candidate is asked where the network lives, so an agent runs on both from the first call on.
-    network.ensure()
-    before = [host.objects() for host in bed.hosts]
+    # An agent and a guest process belong to a host from its first network on: both hosts have had one.
+    _warm_up(bed, cloud)
+    before = [_objects(host) for host in bed.hosts]
+    network = cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20")
+    show.forget()
 
     show.chapter("The network comes to life")
     one = network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
@@ -127,13 +132,32 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
         _forwards(show, network, internet, web, one)
         _static_nat(show, network, internet, database, web, two)
         _restart(show, network, internet)
+        _services(show, network, web, one, database)
+        _balance(show, network, internet, one, two)
         print(_picture(network, host, other))
 
+    show.chapter("A power cut")
+    host.power_cut()
+    host.boot()
+    host.sh(f"{agent_command()} serve --log /var/log/netloom/agent.log </dev/null >/dev/null 2>&1 &")
+    # The agent comes up before libvirt starts VMs, as its unit will say on a real host.
+    until(lambda: host.run("ip", "link", "show", "vnetg204", check=False).status == 0, seconds=30)
+    web = _plug(host, network, one)
+    leased = until(lambda: "obtained" in _lease(web), seconds=30)
+    with internet.serve_tcp(80):
+        show.step(
+            f"{host.name} loses power and boots",
+            ("web-1 gets its lease again, and nobody asked CloudStack", leased),
+            ("metadata is back", _get(web, "/latest/meta-data/local-hostname") == "web-1"),
+            (f"web-1 reaches {OUTSIDE}:80", web.tcp(OUTSIDE, 80).saw == "203.0.113.20"),
+        )
+
     show.chapter("The end")
-    for vm in (web, database):
-        vm.destroy()
+    if other is not host:
+        database.destroy()
+    web.destroy()
     network.delete()
-    left = [difference(was, each.objects()) for was, each in zip(before, bed.hosts, strict=True)]
+    left = [difference(was, _objects(each)) for was, each in zip(before, bed.hosts, strict=True)]
     show.step(
         "the network is deleted",
         ("no process, namespace, link, route, rule, file or flow is left", left == [{}, {}]),
@@ -216,6 +240,84 @@ def _restart(show: Show, network: IsolatedNetwork, internet: Internet) -> None:
         (f"a transfer went on all the while: {moved.echoed >> 20} MiB, intact", moved.failure == "" and moved.intact),
         ("203.0.113.21:8085 answers", internet.tcp("203.0.113.21", 8085).ok),
     )
+
+
+def _services(show: Show, network: IsolatedNetwork, web: Vm, nic: Nic, database: Vm) -> None:
+    show.chapter("Guest services, asked by real clients in the VMs")
+    domain = network.facts.domain
+    show.step(
+        "(given with the first start)",
+        ("udhcpc: web-1 gets 10.10.1.45 from 10.10.1.1", "lease of 10.10.1.45 obtained from 10.10.1.1" in _lease(web)),
+        (f"nslookup: db-1.{domain} is 10.10.1.162", "10.10.1.162" in _lookup(web, f"db-1.{domain}")),
+        ("nslookup: data-server is 10.10.1.1", "10.10.1.1" in _lookup(web, f"data-server.{domain}", last=True)),
+        ("curl: /latest/meta-data/local-hostname is web-1", _get(web, "/latest/meta-data/local-hostname") == "web-1"),
+        ("the same question from db-1 is answered db-1", _get(database, "/latest/meta-data/local-hostname") == "db-1"),
+    )
+    network.reset_password(nic, "correct horse")
+    mine, theirs = _password(web), _password(database)
+    _password(web, "saved_password")
+    show.step(
+        "web-1's password is reset",
+        ("curl, port 8080: web-1 fetches it", mine == "correct horse"),
+        ("db-1 does not", theirs == "saved_password"),
+        ("acknowledged, it is gone", _password(web) == "saved_password"),
+    )
+
+
+def _balance(show: Show, network: IsolatedNetwork, internet: Internet, one: Nic, two: Nic) -> None:
+    show.chapter("Load balancing")
+    address = network.associate("203.0.113.23")
+    rule = network.add_lb_rule(address, "ssh", 2200, 22, [one, two])
+    closed = not internet.tcp("203.0.113.23", 2200, **SOON).ok
+    network.add_firewall_rule(address, "tcp", 2200)
+    told = Counter(internet.tcp("203.0.113.23", 2200).server for _ in range(6))
+    show.step(
+        "203.0.113.23:2200 over both VMs",
+        ("without a firewall rule nothing comes in", closed),
+        ("six connections: three to web-1, three to db-1", told == {"web-1": 3, "db-1": 3}),
+    )
+    network.delete_lb_rule(rule)
+    show.step("the rule is deleted", ("nothing answers any more", not internet.tcp("203.0.113.23", 2200, **SOON).ok))
+
+
+def _warm_up(bed: Bed, cloud: FakeCloudStack) -> None:
+    warm: set[str] = set()
+    for number in range(301, 309):
+        if len(warm) < len(bed.hosts):
+            other = cloud.isolated_network(number, vlan=1300, cidr="10.30.0.0/24", source_nat="203.0.113.30")
+            other.ensures_always = False
+            other.implement()
+            warm.add(other.host)
+            other.delete()
+
+
+def _objects(host: Host) -> dict[str, list[str]]:
+    """What is on the host; without the lock and the number by which this boot's agent was started."""
+    found = host.objects()
+    found["files"] = [each for each in found["files"] if not each.endswith("/start.lock")]
+    found["processes"] = [re.sub(r"--control [0-9]+", "--control", each) for each in found["processes"]]
+    return found
+
+
+def _lease(vm: Vm) -> str:
+    words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true"]
+    done = vm.run("busybox", *words, check=False)
+    return done.out + done.err
+
+
+def _lookup(vm: Vm, name: str, *, last: bool = False) -> str:
+    """The answer of nslookup; ``last``: only what follows the name, for an address that the server has too."""
+    text = vm.run("busybox", "nslookup", name, "10.10.1.1", check=False).out
+    return text.rpartition(name)[2] if last else text
+
+
+def _get(vm: Vm, path: str) -> str:
+    return vm.run("curl", "-s", "-m", "5", f"http://10.10.1.1{path}", check=False).out
+
+
+def _password(vm: Vm, word: str = "send_my_password") -> str:
+    done = vm.run("curl", "-s", "-m", "5", "-H", f"DomU_Request: {word}", "http://10.10.1.1:8080/", check=False)
+    return done.out.strip()
 
 
 def _picture(network: IsolatedNetwork, host: Host, other: Host) -> str:

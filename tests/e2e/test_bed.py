@@ -208,7 +208,8 @@ class TestExecution:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
 sys.path.insert(0, sys.argv[1])
 from bed import Bed
 bed = Bed(hosts=1, vlans=[1001])
