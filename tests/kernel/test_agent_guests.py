@@ -199,6 +199,10 @@ def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None
         second = agent("b2")
         assert second.guests.pid != old
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        # Served by the old process still: what it hands out is told all the same.
+        second.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
+        second.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        second.until(lambda: [it.password_id for it in second.taken] == ["1"])
         assert second.converge(SCOPE) == ["guest: update 9205"]
         second.until(lambda: not _runs(old))
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"

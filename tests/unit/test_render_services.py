@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from pathlib import Path
-
-import pytest
 from msgspec.structs import replace
 
 from netloom.render import dnsmasq, haproxy
@@ -103,27 +98,3 @@ def test_the_order_of_rules_and_backends_does_not_matter() -> None:
     other = replace(RULE, rule_id=7, public_port=90)
     turned = replace(RULE, backends=RULE.backends[::-1])
     assert haproxy.service(_scope(RULE, other)) == haproxy.service(_scope(other, turned))
-
-
-@pytest.mark.parametrize("algorithm", ["roundrobin", "leastconn", "source"])
-def test_haproxy_accepts_what_is_written(tmp_path: Path, algorithm: str) -> None:
-    program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
-    assert program, "haproxy is not installed: `make setup`"
-    wanted = haproxy.service(
-        _scope(replace(RULE, algorithm=algorithm), replace(RULE, rule_id=1, public_port=1, backends=()))
-    )
-    assert wanted is not None
-    file = tmp_path / "haproxy.cfg"
-    file.write_text(wanted.config["haproxy.cfg"])
-    checked = subprocess.run([program, "-c", "-f", str(file)], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr + checked.stdout
-    assert "WARNING" not in checked.stdout + checked.stderr
-
-
-def test_dnsmasq_accepts_what_is_written(tmp_path: Path) -> None:
-    program = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
-    assert program, "dnsmasq is not installed: `make setup`"
-    file = tmp_path / "dnsmasq.conf"
-    file.write_text(dnsmasq.service("net-204", NETWORK).config["dnsmasq.conf"])
-    checked = subprocess.run([program, "--test", f"--conf-file={file}"], capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stderr

@@ -267,11 +267,27 @@ class Guests:
         Borrowed networks are handed over when their scopes converge; until then the old process answers in them.
         """
         self._log.line(f"guest process {old.pid} is of build {old.build or 'unknown'}: starting {self._build}")
+        old_channel, self._channel = self._channel, None
+        if old_channel is not None:
+            # It answers until it ends, and a password that it hands out meanwhile has to be erased all the same.
+            self._loop.remove_writer(old_channel.fileno())
+            self._loop.add_reader(old_channel.fileno(), self._hear_out, old_channel)
         self._forget()
         await self._start()
         task = self._loop.create_task(self._retire(old.pid))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _hear_out(self, channel: Channel) -> None:
+        try:
+            arrived = channel.receive()
+        except ChannelError:
+            self._loop.remove_reader(channel.fileno())
+            channel.close()
+            return
+        for message, _ in arrived:
+            if isinstance(message, PasswordTaken):
+                self._taken(message)
 
     async def _retire(self, pid: int) -> None:
         until = time.monotonic() + SETTLED_S

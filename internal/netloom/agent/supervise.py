@@ -343,13 +343,29 @@ def _wait_ready(pid: int, directory: Path, service: Service) -> None:
 
 
 def _listening(pid: int) -> set[tuple[str, int]]:
-    """Protocol and port of what waits for peers in the namespace of ``pid`` (proc(5), /proc/<pid>/net/tcp)."""
+    """Protocol and port on which the process, or one of its group, waits for peers (proc(5), /proc/<pid>/net/tcp).
+
+    The table lists every socket of the namespace: those of others, an older process's for one, do not count.
+    """
+    own = {inode for member in _group(pid) for inode in _sockets(member)}
     found = set()
     for protocol, state in (("tcp", "0A"), ("udp", "07")):
         with contextlib.suppress(OSError):
             for fields in map(str.split, Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]):
-                if fields[3] == state:
+                if fields[3] == state and fields[9] in own:
                     found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+    return found
+
+
+def _sockets(pid: int) -> set[str]:
+    """The inode numbers of the process's sockets."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/{pid}/fd/{name}")
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
     return found
 
 
@@ -387,20 +403,21 @@ def _terminate(pid: int) -> None:
             if _start_time(pid) is None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGKILL)
-                if not _group_lives(pid):
+                if not _group(pid):
                     return
             time.sleep(0.005)
 
 
-def _group_lives(group: int) -> bool:
-    """Whether a process of the group runs (proc(5), /proc/<pid>/stat: field 3 is its state, 5 its group)."""
+def _group(leader: int) -> list[int]:
+    """The processes of the group that run (proc(5), /proc/<pid>/stat: field 3 is the state, 5 the group)."""
+    members = []
     for name in os.listdir("/proc"):
         if name.isdigit():
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-                if fields[0] not in "ZX" and int(fields[2]) == group:
-                    return True
-    return False
+                if fields[0] not in "ZX" and int(fields[2]) == leader:
+                    members.append(int(name))
+    return members
 
 
 def _reap(pid: int) -> None:

@@ -225,7 +225,10 @@ class IPv6(str):
     def parse(cls, value: object) -> Self:
         if isinstance(value, str) and _IPV6.match(value):
             with contextlib.suppress(ValueError):
-                return cls(ipaddress.IPv6Address(value).compressed)
+                address = ipaddress.IPv6Address(value)
+                # RFC 5952 section 5 writes a mapped address with a dotted quad; Python does so from 3.13 on.
+                mapped = address.ipv4_mapped
+                return cls(f"::ffff:{mapped}" if mapped is not None else address.compressed)
         raise ValueError(f"{quoted(value)} is not an IPv6 address")
 
 
