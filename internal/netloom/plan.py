@@ -33,6 +33,9 @@ ALIAS = "netloom"  # first word of the alias of every link that we made; only su
 # --------------------------------------------------------------------------------------------------------- have
 
 
+MTU_MAX = 1500  # Ethernet's (RFC 894); what a guest assumes that nobody tells another
+
+
 class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     """A link of the host itself. ``kind`` is the kernel's ("bridge", "vlan", "veth"; empty for a NIC)."""
 
@@ -46,6 +49,7 @@ class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     ports: tuple[str, ...] = ()  # of a bridge
     addresses: tuple[str, ...] = ()  # of the host, on this link; looked up for NICs that may have to join a bridge
     ipv6: bool = False  # whether the host speaks IPv6 on it; looked up for links that are ours
+    mtu: int = 0  # 0: nobody looked
 
     @property
     def ours(self) -> bool:
@@ -71,6 +75,7 @@ class InsideLink(msgspec.Struct, frozen=True, kw_only=True):
     mac: str = ""
     up: bool = False
     host_link: str = ""
+    mtu: int = 0  # 0: nobody looked
 
 
 class Have(msgspec.Struct, frozen=True, kw_only=True):
@@ -396,6 +401,17 @@ class SetMac(Step, frozen=True):
         return f"set MAC address of {self.link} to {self.mac}"
 
 
+class SetMtu(Step, frozen=True):
+    """Gives one end of a port the MTU of its segment. ``namespace`` empty: the host's end."""
+
+    namespace: str
+    link: str
+    mtu: int
+
+    def __str__(self) -> str:
+        return f"set MTU of {self.link} to {self.mtu}"
+
+
 class SetPortUp(Step, frozen=True):
     """Sets the host end of a port up."""
 
@@ -630,6 +646,9 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
             yield RemoveHostPort(port.host_link)
         yield CreatePort(ns, port, bridge, alias)
         yield SilenceIpv6(port.host_link)
+        if (mtu := _mtu(have, port)) < MTU_MAX:
+            yield SetMtu("", port.host_link, mtu)
+            yield SetMtu(ns, port.link, mtu)
         return
     assert host_link is not None
     if host_link.alias != alias:
@@ -638,8 +657,19 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
         yield SilenceIpv6(port.host_link)
     if have.links[port.link].mac != port.mac:
         yield SetMac(ns, port.link, port.mac)
+    mtu = _mtu(have, port)
+    if host_link.mtu not in (0, mtu):
+        yield SetMtu("", port.host_link, mtu)
+    if have.links[port.link].mtu not in (0, mtu):
+        yield SetMtu(ns, port.link, mtu)
     if host_link.master != bridge:
         yield AttachPort(port.host_link, bridge)
+
+
+def _mtu(have: Have, port: Port) -> int:
+    """The MTU of what carries the segment, and never more than Ethernet's: guests assume that one."""
+    carrier = have.host_links.get(port.segment.vlan_link or port.segment.nic)
+    return min(MTU_MAX, carrier.mtu) if carrier is not None and carrier.mtu else MTU_MAX
 
 
 def _stands(have: Have, port: Port) -> bool:

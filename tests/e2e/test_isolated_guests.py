@@ -122,6 +122,32 @@ def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloud
     assert until(lambda: before.left() == {}), before.left()
 
 
+def test_a_smaller_uplink_is_told_to_the_vms_and_clamped(served: Life, internet: Internet) -> None:
+    for host in served.bed.hosts:
+        host.links(f"link set eth1.{served.network.next_vlan} mtu 1400")
+    vm, nic = served.vm("web-1")
+    vm.write("/tmp/told", '#!/bin/sh\n[ "$1" != bound ] || echo "mtu is $mtu" >&2\n', mode=0o755)
+    words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "mtu", "-s", "/tmp/told"]
+    assert "mtu is 1400" in vm.run("busybox", *words).err
+    address = served.network.associate(served.public(1))
+    with vm.serve_tcp(22):
+        served.network.add_port_forward(address, 22, nic, open_firewall=True)
+        # The VM itself still believes in 1500: what it is sent must be small enough all the same.
+        capture = vm.capture("eth0", seconds=3)
+        assert internet.tcp(address.ip, 22).ok
+        opening = [bytes.fromhex(frame) for frame in capture.result()]
+    sizes = [size for frame in opening if (size := _mss(frame))]
+    assert sizes and max(sizes) <= 1360, sizes
+
+
+def _mss(frame: bytes) -> int:
+    """The MSS that a TCP segment with SYN announces as its first option (RFC 9293 section 3.7.1); 0: it is none."""
+    if frame[12:14] != b"\x08\x00" or frame[23] != 6:
+        return 0
+    tcp = frame[14 + (frame[14] & 15) * 4 :]
+    return int.from_bytes(tcp[22:24], "big") if tcp[13] & 2 and tcp[20:22] == b"\x02\x04" and not tcp[13] & 16 else 0
+
+
 def test_a_power_cut_is_survived_without_cloudstack(served: Life) -> None:
     _, nic = served.vm("web-1")
     host = served.host

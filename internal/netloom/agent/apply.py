@@ -45,6 +45,7 @@ from netloom.plan import (
     SetHostLinkUp,
     SetLinkUp,
     SetMac,
+    SetMtu,
     SetPortUp,
     SetSysctl,
     SilenceIpv6,
@@ -97,6 +98,7 @@ def _way(step: Step) -> tuple[_Means, str]:
             | PutNeighbour()
             | RemovePort()
             | SetMac()
+            | SetMtu()
             | SetLinkUp()
         ):
             return "netlink", step.namespace
@@ -203,6 +205,8 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.set_alias(link, alias)
         case SetMac(_, link, mac):
             yield links.set_mac(link, mac)
+        case SetMtu(_, link, mtu):
+            yield links.set_mtu(link, mtu)
         case SetLinkUp(_, link) | SetPortUp(link) | SetHostLinkUp(link):
             yield links.set_up(link)
         case SetHostLinkDown(link):

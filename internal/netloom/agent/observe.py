@@ -69,7 +69,12 @@ def observe(
         loopback_up=any(link.up for link in inside.links if link.name == "lo"),
         links={
             link.name: InsideLink(
-                name=link.name, kind=link.kind, mac=link.mac, up=link.up, host_link=peers.get(link.name, "")
+                name=link.name,
+                kind=link.kind,
+                mac=link.mac,
+                up=link.up,
+                host_link=peers.get(link.name, ""),
+                mtu=link.mtu,
             )
             for link in inside.links
             if link.name != "lo"
@@ -304,6 +309,7 @@ def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
             ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
             addresses=_addresses(link.name) if link.name in untagged and not link.master_index else (),
             ipv6=silent.get(f"net/ipv6/conf/{link.name}/disable_ipv6") == "0",
+            mtu=link.mtu,
         )
     return described
 

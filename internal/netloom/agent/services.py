@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from netloom.agent.guests import Guests
+from netloom.agent.kernel.links import find_links
 from netloom.agent.supervise import Supervisor
 from netloom.errors import HostRefused
+from netloom.names import guest_link
 from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.state import Scope
@@ -25,7 +27,7 @@ class Services:
         did: list[str] = []
         failed: HostRefused | None = None
         try:
-            did += self._guests.converge(scope.scope_id, namespace, tables(scope))
+            did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
         except HostRefused as error:
             failed = error
         did += self._supervisor.converge(scope.scope_id, namespace, services(scope))
@@ -44,3 +46,9 @@ class Services:
     def end(self, scope_id: str) -> list[str]:
         """Nothing runs for the scope any more: no process and no socket keeps its namespace alive."""
         return self._supervisor.end(scope_id) + self._guests.end(scope_id)
+
+
+def _mtus(scope: Scope, namespace: str) -> dict[str, int]:
+    """Network to the MTU of its guest link, which the plan has made that of what carries the segment."""
+    networks = {guest_link(network_id): network_id for network_id, it in scope.networks.items() if it.implemented}
+    return {networks[link.name]: link.mtu for link in find_links(namespace, list(networks))}

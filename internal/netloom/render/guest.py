@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 from msgspec.structs import replace
@@ -12,16 +14,21 @@ from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
 
+ETHERNET_MTU = 1500
+
 _canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook, order="deterministic")
 
 
-def tables(scope: Scope) -> tuple[GuestNetwork, ...]:
+def tables(scope: Scope, mtus: Mapping[str, int] = MappingProxyType({})) -> tuple[GuestNetwork, ...]:
     """One table for each network that stands, in the order of their ids.
+
+    ``mtus``: network to the MTU of its segment. Guests are told of one that is smaller than the Ethernet's 1500 that
+    they assume (RFC 2132 section 5.1, option 26).
 
     A table's ``revision`` is a digest of it: the same wish has the same number, whichever agent made it.
     """
     return tuple(
-        _numbered(_table(scope.scope_id, network))
+        _numbered(_table(scope.scope_id, network, mtus.get(network.network_id, 0)))
         for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))
         if network.implemented and device_address(network)
     )
@@ -32,7 +39,7 @@ def device_address(network: Network) -> str:
     return network.extension_ip or network.gateway
 
 
-def _table(scope_id: str, network: Network) -> GuestNetwork:
+def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
     device = device_address(network)
     # The resolver of the network first, where there is one; then those it asks itself, for the day it is down.
     dns = ((device,) if network.dns else ()) + network.resolvers
@@ -44,6 +51,7 @@ def _table(scope_id: str, network: Network) -> GuestNetwork:
         dns=dns,
         domain=network.domain,
         search=(network.domain,) if network.domain else (),
+        mtu=mtu if mtu < ETHERNET_MTU else 0,
         nics=tuple(_nic(network, nic) for _, nic in sorted(network.nics.items()) if nic.ip),
     )
 
