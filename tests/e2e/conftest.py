@@ -71,8 +71,8 @@ class Life:
         return host
 
     def public(self, digit: int) -> str:
-        """The network's ``digit``-th public address, 0 being its source NAT address."""
-        return f"203.0.113.{10 + 4 * self.number + digit}"
+        """The network's ``digit``-th public address, 0 being its source NAT address. Its own while it lives."""
+        return f"203.0.113.{10 + 4 * (self.number % 60) + digit}"
 
     def vm(self, name: str, last: int = 45, *, host: Host | None = None) -> tuple[Vm, Nic]:
         """Deploy a VM: in CloudStack, and then, as KVM starts it once the network stands, on a host."""
