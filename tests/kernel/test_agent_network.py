@@ -283,8 +283,6 @@ def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None
     done(host.call("131", "destroy-network"))
     assert host.links()["vnet7"]["master"] == "breth1-1204"
     host.ip("link", "del", "vnet7")
-    host.kill()
-    host.start()
     wait_until(lambda: host.inventory() == before)
 
 

@@ -56,7 +56,7 @@ class Healer:
 
     ``heal`` converges a scope and tells how many steps that took, or None when it failed (and is tried again by whoever
     failed). ``busy`` tells whether somebody works on the scope. ``orphaned`` is told of a bridge that was deleted, and
-    which links were in it.
+    which links were in it; ``untidy`` when any link of the host has gone.
     """
 
     def __init__(
@@ -66,12 +66,14 @@ class Healer:
         heal: Callable[[str, str], Awaitable[int | None]],
         busy: Callable[[str], bool],
         orphaned: Callable[[str, frozenset[str]], None],
+        untidy: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._log = log
         self._heal = heal
         self._busy = busy
         self._orphaned = orphaned
+        self._untidy = untidy
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
         self._ports: dict[str, tuple[str, Port]] = {}  # host end -> scope, port
@@ -241,6 +243,7 @@ class Healer:
                     self._hear(self._watched[scope_id], "host", event)
         if event.gone:
             self._seen.pop(link.name, None)
+            self._untidy()
         elif link.name in self._ports or scopes:
             self._seen[link.name] = (link.index, link.master_index or 0)
 

@@ -152,14 +152,16 @@ class Host:
         return alone + rest
 
     def _observe(self, scope_id: str, want: Want, known: Ruleset | None, also: frozenset[str]) -> Have:
-        if self._guarded is None:
-            self._guarded = guarded_bridges()
+        # Once: another scope's thread may forget it between two looks.
+        guarded = self._guarded
+        if guarded is None:
+            guarded = self._guarded = guarded_bridges()
         claimed = self._claimed_by_others(scope_id)
         since = time.monotonic() - ORPHANS_S
         orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
         bears = self._marker_of(scope_id, known)
-        have = observe(scope_id, want, known, known_marker=bears, claimed=claimed, guarded=self._guarded, also=asked)
+        have = observe(scope_id, want, known, known_marker=bears, claimed=claimed, guarded=guarded, also=asked)
         # A bridge that is deleted under us takes along the word that its carrier is ours to set down again.
         self._raised |= {it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.raised}
         return msgspec.structs.replace(have, raised=self._raised, orphans=orphans)

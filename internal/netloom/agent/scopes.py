@@ -7,6 +7,7 @@ kernel, answer. A call that changes nothing on a host where all is right costs o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import threading
 import time
@@ -45,6 +46,7 @@ RESTORING_AT_ONCE = WORKERS - 4  # the others are for calls that come meanwhile
 RETRY_S_MAX = 60.0
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)  # a neighbour may be deaf for a moment: its port comes up with ours
 TIDY_EVERY_S = 30.0
+TIDY_AFTER_S = 0.3
 CHECK_EVERY_S = 45.0  # each scope, one after the other
 ENDINGS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
 
@@ -93,6 +95,7 @@ class Scopes:
         self._actions = Actions(host, store.directory.parent / "hooks")
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._tasks: set[asyncio.Task[object]] = set()
+        self._untidy = asyncio.Event()
 
     # ------------------------------------------------------------------------------------------------ at start
 
@@ -131,8 +134,16 @@ class Scopes:
     async def keep_tidy(self) -> None:
         """Takes away what others left of our bridges, again and again: a VM's tap goes after its network."""
         while True:
-            await asyncio.sleep(TIDY_EVERY_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._untidy.wait(), TIDY_EVERY_S)
+                # Links seldom go alone.
+                await asyncio.sleep(TIDY_AFTER_S)
+            self._untidy.clear()
             await self._tidy()
+
+    def tidy_soon(self) -> None:
+        """A link of the host has gone: perhaps it was the last reason for a bridge of ours, or for its guard."""
+        self._untidy.set()
 
     async def keep_checked(self, every_s: float = CHECK_EVERY_S) -> None:
         """Looks at every scope in turn, for what no watch tells: rules, settings, processes."""

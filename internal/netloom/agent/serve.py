@@ -72,7 +72,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     host = Host()
     scopes = Scopes(store, host, log)
     guests = Guests(loop, log, [*program("serve"), "guest"], BUILD, scopes.password_taken)
-    healer = Healer(loop, log, scopes.heal, scopes.busy, host.orphaned)
+    healer = Healer(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
     scopes.load(Services(guests, Supervisor(loop, scopes.revive)), healer)
     try:
         await guests.adopt()
