@@ -13,6 +13,7 @@ from bed import Bed
 from bed.cloudstack import NAT_SERVICES, UNBUILT_NIC_COMMANDS, FakeCloudStack, IsolatedNetwork
 from bed.lab import Host, Internet, Vm, difference
 from bed.payloads import Nic, Offering
+from bed.places import until
 
 PUBLIC_VLAN = 101
 OUTSIDE = "198.51.100.1"  # an address of the internet that is not on the public VLAN
@@ -174,5 +175,7 @@ class Traces:
         self._before = {host.name: host.objects() for host in bed.hosts}
 
     def left(self) -> dict[str, dict[str, dict[str, list[str]]]]:
+        """What came and went, once the relays of the last call have ended: the client does not wait for those."""
+        until(lambda: not any("agent connect" in it for host in self.bed.hosts for it in host.objects()["processes"]))
         found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}
         return {name: changes for name, changes in found.items() if changes}

@@ -105,12 +105,6 @@ def test_balanced_load(served: Life, internet: Internet) -> None:
 
 
 def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloudStack, bed: Bed) -> None:
-    # The guest process belongs to the host, and is there since the host's first network: one on each host, first.
-    warm: set[str] = set()
-    while len(warm) < len(bed.hosts):
-        other = make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
-        other.network.implement()
-        warm.add(other.host.address)
     life = make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
     before = Traces(bed)
     vm, nic = life.vm("web-1")

@@ -370,6 +370,15 @@ def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
     }
 
 
+def test_what_a_crash_left_of_a_name_goes_with_the_network(host: AgentHost) -> None:
+    """Between the two halves of making a namespace, or of removing it, its name is a plain file."""
+    before = host.inventory()
+    host.run("touch", "/run/netns/cs-net-204")
+    assert host.inventory() != before
+    done(host.call("131", "destroy-network"))
+    assert host.inventory() == before
+
+
 def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
     host.ip("netns", "add", NS)
     host.run("ip", "link", "add", "theirs", "type", "veth", "peer", "name", "wan", namespace=NS)

@@ -213,11 +213,19 @@ class Guests:
     # -------------------------------------------------------------------------------------------------- the process
 
     async def adopt(self) -> None:
-        """Takes over the guest process that runs, if one does, before any scope converges."""
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            async with self._starting:
-                if self._channel is None:
-                    await self._welcome(await self._connect())
+        """Takes over the guest process that runs, or starts one: it belongs to the host, and to no network.
+
+        Before any scope converges. Raises HostRefused; a network that needs it tries again.
+        """
+        async with self._starting:
+            if self._channel is not None:
+                return
+            try:
+                hello = await self._connect()
+            except (FileNotFoundError, ConnectionRefusedError):
+                await self._start()
+            else:
+                await self._welcome(hello)
 
     async def _ensure(self) -> bool:
         """A process answers. True when it was started for this, and so has been told of everything."""

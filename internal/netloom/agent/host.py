@@ -13,6 +13,7 @@ from itertools import takewhile
 
 import msgspec
 
+from netloom import names
 from netloom.agent.apply import apply
 from netloom.agent.kernel import namespaces, sysctl
 from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
@@ -105,6 +106,8 @@ class Host:
             if any(isinstance(step, LoadRuleset) for step in steps):
                 known = want.ruleset
             if not steps:
+                if not want.namespace:
+                    namespaces.clear(names.namespace(scope_id))
                 return Done(tuple(done), _news(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
 

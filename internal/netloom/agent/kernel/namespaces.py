@@ -156,6 +156,22 @@ def delete(name: str) -> None:
             raise NamespaceError(f"delete namespace {name}", errno=error.errno or 0) from error
 
 
+def clear(name: str) -> None:
+    """Nothing is left of a name that no namespace has: a crash may leave the plain file that it was bound to.
+
+    Raises NamespaceError.
+    """
+    path = _path(name)
+    with _locked():
+        if exists(name):
+            return
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+        except OSError as error:
+            raise NamespaceError(f"clear namespace {name}", errno=error.errno or 0) from error
+
+
 def _bind_new(path: str, name: str) -> None:
     home = os.open(_OWN, os.O_RDONLY | os.O_CLOEXEC)
     try:
