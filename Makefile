@@ -7,16 +7,29 @@ MAKEFLAGS += --no-print-directory
 export PYTHONDONTWRITEBYTECODE := 1
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: packages venv ## the life of an isolated network on two simulated hosts, shown step by step (root)
 	@PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python -m bed.demo
 
-test: packages venv ## all tests, with the time of each group (root)
-	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e
+test: packages venv build ## all tests, with the time of each group (root)
+	@build/package/venvs
+	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e binary release mutants
+
+test-binary: packages venv build ## all end-to-end tests with the one file in the place of the sources (root)
+	@.venv/bin/python build/ci/groups.py binary-all
+
+build: ## dist/netloom: the one self-contained executable (root; ten minutes the first time)
+	@build/nuitka/build
 
 bench: packages venv ## measurements beside their yardsticks; nothing is asserted (root)
 	@for script in tests/bench/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python $$script; done
+
+release: venv build ## dist/: executable, sums, bill of materials, licences, deb, rpm, extension archive; tried in fresh roots (root)
+	@build/package/release
+
+audit: venv ## licences, pins, the bill of materials; known vulnerabilities, by a service that is asked
+	@build/package/audit
 
 check: venv ## format, lint, types, import contracts, tests that need no root: seconds
 	@.venv/bin/python build/ci/groups.py static unit model golden repo
@@ -35,7 +48,7 @@ lock: ## pin the requirement files anew; LOCK=--upgrade takes the newest release
 	@build/ci/lock $(LOCK)
 
 clean: ## remove .venv, caches and products
-	@rm -rf .venv dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test bench check fix packages venv lock clean
+.PHONY: help demo test test-binary build bench release audit check fix packages venv lock clean

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-PRIVILEGED = {"kernel", "ssh", "e2e"}
+PRIVILEGED = {"kernel", "ssh", "e2e", "mutants"}
 
 # Two cores are shared with everything else that runs, so a slow example is no finding; speed is never asserted here.
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])

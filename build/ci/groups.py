@@ -26,10 +26,13 @@ ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
 STATIC = {
     "format": ["ruff", "format", "--quiet", "--diff", "."],
     "lint": ["ruff", "check", "--quiet", "."],
-    "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", "build/ci"],
+    "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", "build/ci", "build/package"],
     "imports": ["lint-imports", "--no-logo"],
 }
-PRIVILEGED = {"kernel", "ssh", "e2e"}
+PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants"}
+# The one file: how it starts, and the marked part of the end-to-end tests with it in the place of the sources.
+ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
+WHERE = {"binary": ["tests/binary", "tests/e2e", "-m", "binary"], "binary-all": ["tests/binary", "tests/e2e"]}
 HOSTS_OWN = ("/home", "/root", "/run", "/tmp", "/var/tmp")
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
@@ -116,9 +119,16 @@ def _pytest(group: str, profile: str) -> Result:
     result = Result(group)
     with tempfile.TemporaryDirectory(prefix="netloom-report-") as directory:
         report = Path(directory, "report.xml")
-        command = [str(BIN / "python"), "-m", "pytest", f"tests/{group}", f"--hypothesis-profile={profile}"]
+        command = [
+            str(BIN / "python"),
+            "-m",
+            "pytest",
+            *WHERE.get(group, [f"tests/{group}"]),
+            f"--hypothesis-profile={profile}",
+        ]
         command.append(f"--junit-xml={report}")
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=subprocess.DEVNULL, start_new_session=True)
+        environment = ENVIRONMENT | (ONE_FILE if group in WHERE else {})
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             status = process.wait(GROUP_LIMIT_S)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:

@@ -5,10 +5,14 @@ The program does not depend on its own name: CloudStack runs whatever file the o
 
 from __future__ import annotations
 
-import sys
+from netloom.lean import os
+from netloom.program import begin
 
 # What a person may say. CloudStack's commands have a hyphen in them and these have none, so neither hides the other.
-PEOPLE = ("commands", "hosts", "version")
+PEOPLE = ("agent", "commands", "hosts", "version")
+
+# What of ``agent`` is for people; the rest is what SSH and systemd start.
+AGENT_PEOPLE = ("install", "uninstall", "rollback", "selftest", "status", "-h", "--help")
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the cost of importing typing
 if TYPE_CHECKING:
@@ -25,7 +29,7 @@ def door(words: list[str]) -> Door:
     """
     first = words[0] if words else ""
     if first == "agent":
-        return "agent"
+        return "people" if words[1:2] and words[1] in AGENT_PEOPLE else "agent"
     if first == "guest":
         return "guest"
     if first == "helper":
@@ -37,6 +41,7 @@ def door(words: list[str]) -> Door:
 
 def main(argv: list[str]) -> int:
     """Open the door that ``argv`` names; the exit status, where the door does not end the process itself."""
+    begin(os.environ)
     words = argv[1:]
     match door(words):
         case "call":
@@ -56,5 +61,6 @@ def main(argv: list[str]) -> int:
 
             return guest(words[1:])
         case "helper":
-            sys.stderr.write("netloom helper: not built yet in this version\n")
-            return 1
+            from netloom.extension.helper import main as helper  # asyncio; the rest when it serves
+
+            return helper()

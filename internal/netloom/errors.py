@@ -32,10 +32,6 @@ class BadRequest(NetloomError):
     exit_code = 1
 
 
-class NotBuiltYet(BadRequest):
-    """A command of the protocol that this version decodes and checks, but does not carry out."""
-
-
 class HostUnreachable(NetloomError):
     """No answer from a host, or from its agent, in the time that was left."""
 

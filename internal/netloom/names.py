@@ -19,6 +19,7 @@ _ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 UNTAGGED = "untagged"
+VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
 
 
 def is_id(text: str) -> bool:
@@ -48,6 +49,21 @@ def bridge(nic: str, vlan: str) -> str:
 def vlan_link(nic: str, vlan: str) -> str:
     """The VLAN sub-interface of ``nic``: ``eth1.1204``."""
     return _fit(f"{nic}.{vlan}", "vl")
+
+
+def vxlan_bridge(vni: str) -> str:
+    """The bridge that carries a VXLAN segment, named as CloudStack's KVM agent names it: ``brvx-5001``."""
+    return f"brvx-{vni}"
+
+
+def vxlan_link(vni: str) -> str:
+    """The tunnel of a VXLAN segment, named as CloudStack's KVM agent names it: ``vxlan5001``."""
+    return f"vxlan{vni}"
+
+
+def vxlan_group(vni: int) -> str:
+    """The multicast group by which the ends of a VXLAN segment find each other, CloudStack's: 239 and the 24 bits."""
+    return ".".join(str(octet) for octet in (239, *vni.to_bytes(3, "big")))
 
 
 def guest_port(network_id: str) -> str:

@@ -20,6 +20,7 @@ from typing import ClassVar, TypeVar
 
 import msgspec
 
+from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.names import UNTAGGED
 from netloom.render.ruleset import Name, Ruleset, marker
@@ -33,6 +34,11 @@ ALIAS = "netloom"  # first word of the alias of every link that we made; only su
 # --------------------------------------------------------------------------------------------------------- have
 
 
+CARRIERS = ("vlan", "vxlan")  # the kinds of links that we make to carry a segment
+
+# What the kernel begins a namespace with, and ``ip rule flush`` takes away.
+ASK_MAIN = Rule(priority=32766, mark=0, mask=0, table=254)
+
 MTU_MAX = 1500  # Ethernet's (RFC 894); what a guest assumes that nobody tells another
 
 
@@ -45,9 +51,10 @@ class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     master: str = ""
     alias: str = ""
     parent: str = ""  # of a VLAN link
-    vlan_id: int = 0
+    vlan_id: int = 0  # of a VLAN link its tag, of a VXLAN its number
     ports: tuple[str, ...] = ()  # of a bridge
-    addresses: tuple[str, ...] = ()  # of the host, on this link; looked up for NICs that may have to join a bridge
+    addresses: tuple[str, ...] = ()  # of the host, on this link; looked up for NICs that may have to join a bridge,
+    # for what VXLAN sends from, and for what somebody else made and we may be the last to leave
     ipv6: bool = False  # whether the host speaks IPv6 on it; looked up for links that are ours
     mtu: int = 0  # 0: nobody looked
 
@@ -88,8 +95,10 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     loopback_up: bool = False
     links: dict[str, InsideLink] = {}
     addresses: tuple[Address, ...] = ()
+    cut_off: frozenset[Address] = frozenset()  # those of them whose own network's route somebody took away
     routes: tuple[Route, ...] = ()
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[Rule, ...] = ()  # without the kernel's own
+    asks_main: bool = True  # whether its own rule is there that has the main table looked up
     neighbours: tuple[Neighbour, ...] = ()  # the permanent ones
     sysctls: dict[str, str] = {}
     marker: str = ""  # which ruleset is loaded; empty: no table, or one that does not say
@@ -149,7 +158,7 @@ class RemoveRoute(Step, frozen=True):
     route: Route
 
     def __str__(self) -> str:
-        return f"remove route {_route(self.route)}"
+        return f"remove route {route_words(self.route)}"
 
 
 class PutRoute(Step, frozen=True):
@@ -159,7 +168,7 @@ class PutRoute(Step, frozen=True):
     route: Route
 
     def __str__(self) -> str:
-        return f"put route {_route(self.route)}"
+        return f"put route {route_words(self.route)}"
 
 
 class RemoveRule(Step, frozen=True):
@@ -169,7 +178,7 @@ class RemoveRule(Step, frozen=True):
     rule: Rule
 
     def __str__(self) -> str:
-        return f"remove rule {_rule(self.rule)}"
+        return f"remove rule {rule_words(self.rule)}"
 
 
 class AddRule(Step, frozen=True):
@@ -179,7 +188,7 @@ class AddRule(Step, frozen=True):
     rule: Rule
 
     def __str__(self) -> str:
-        return f"add rule {_rule(self.rule)}"
+        return f"add rule {rule_words(self.rule)}"
 
 
 class RemoveAddress(Step, frozen=True):
@@ -286,6 +295,17 @@ class CreateBridge(Step, frozen=True):
         return f"create bridge {self.bridge}, alias {self.alias}"
 
 
+class Inherit(Step, frozen=True):
+    """Notes on a link that somebody else made that it is ours to remove: whoever dies now, the next one knows."""
+
+    shared: ClassVar[bool] = True
+    link: str
+    alias: str
+
+    def __str__(self) -> str:
+        return f"inherit {self.link}, alias {self.alias}"
+
+
 class CreateVlanLink(Step, frozen=True):
     """Makes the VLAN sub-interface of a NIC, down."""
 
@@ -296,6 +316,18 @@ class CreateVlanLink(Step, frozen=True):
 
     def __str__(self) -> str:
         return f"create VLAN link {self.link} on {self.nic}"
+
+
+class CreateVxlanLink(Step, frozen=True):
+    """Makes the VXLAN tunnel over a NIC, or over the bridge that the NIC is in, down."""
+
+    shared: ClassVar[bool] = True
+    link: str
+    under: str
+    vni: int
+
+    def __str__(self) -> str:
+        return f"create VXLAN link {self.link} over {self.under}"
 
 
 class AttachCarrier(Step, frozen=True):
@@ -330,7 +362,7 @@ class SetHostLinkDown(Step, frozen=True):
 
 
 class RemoveBridge(Step, frozen=True):
-    """Takes away a bridge of ours; its carrier is let go."""
+    """Takes away a bridge; its carrier is let go."""
 
     shared: ClassVar[bool] = True
     bridge: str
@@ -340,7 +372,7 @@ class RemoveBridge(Step, frozen=True):
 
 
 class RemoveVlanLink(Step, frozen=True):
-    """Takes away a VLAN link that we made."""
+    """Takes away a VLAN link or a VXLAN tunnel."""
 
     shared: ClassVar[bool] = True
     link: str
@@ -441,7 +473,8 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
     stands on (a NIC), or would lose something of its own (the addresses of a NIC).
     """
     if not want.namespace:
-        return (*_tear_down(have), *_unneeded(have, wanted=frozenset(), leaving=frozenset(_our_ports(have))))
+        inherited, after = _inherited(have, wanted=frozenset())
+        return (*inherited, *_tear_down(have), *_unneeded(after, wanted=frozenset(), leaving=_our_ports(have)))
     if have.foreign:
         raise ForeignScope(
             f"namespace {have.namespace} is there already and is not ours: {have.foreign}",
@@ -463,7 +496,7 @@ def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozense
     steps += [
         RemoveVlanLink(link.name)
         for link in links.values()
-        if link.kind == "vlan" and link.ours and not link.master and link.name not in carriers
+        if link.kind in CARRIERS and link.ours and not link.master and link.name not in carriers
     ]
     bridges = {link.name for link in links.values() if link.kind == "bridge" and link.ours} - gone
     steps += [GuardBridge(name) for name in sorted(bridges - guarded)]
@@ -488,7 +521,9 @@ class _Ground(msgspec.Struct, frozen=True):
 
 
 def _ground(have: Have, port: Port) -> _Ground:
-    return _untagged(have, port) if port.segment.vlan == UNTAGGED else _tagged(have, port)
+    if port.segment.vlan == UNTAGGED:
+        return _untagged(have, port)
+    return _tunnelled(have, port) if port.segment.kind == "vxlan" else _tagged(have, port)
 
 
 def _tagged(have: Have, port: Port) -> _Ground:
@@ -505,6 +540,31 @@ def _tagged(have: Have, port: Port) -> _Ground:
         carrier = HostLink(name=segment.vlan_link, kind="vlan", alias=ALIAS, ipv6=True)
     elif carrier.parent and not carrier.up and not have.host_links[carrier.parent].up:
         steps.append(SetHostLinkUp(carrier.parent))  # the kernel sets no VLAN link up on a NIC that is down
+    return _bridged(have, segment, carrier, steps)
+
+
+def _tunnelled(have: Have, port: Port) -> _Ground:
+    """A tunnel that is there is used, whoever made it and however it finds the others (multicast, EVPN).
+
+    Ours stands on what has the address that frames are sent from: the bridge that the NIC is in, else the NIC.
+    """
+    segment = port.segment
+    steps: list[Step] = []
+    tunnels = [it for it in have.host_links.values() if it.kind == "vxlan" and str(it.vlan_id) == segment.vlan]
+    carrier = tunnels[0] if tunnels else have.host_links.get(segment.vlan_link)
+    if carrier is None:
+        nic = have.host_links.get(segment.nic)
+        if nic is None:
+            raise _no_nic(port)
+        under = have.host_links.get(nic.master, nic)
+        if not any(":" not in address for address in under.addresses):
+            raise HostRefused(
+                f"{under.name} has no IPv4 address for VXLAN to send from",
+                hint=f"give it one, or name another NIC in {_detail(port)}",
+            )
+        steps += [SetHostLinkUp(link.name) for link in dict.fromkeys((nic, under)) if not link.up]
+        steps.append(CreateVxlanLink(segment.vlan_link, under.name, int(segment.vlan)))
+        carrier = HostLink(name=segment.vlan_link, kind="vxlan", alias=ALIAS, ipv6=True)
     return _bridged(have, segment, carrier, steps)
 
 
@@ -561,48 +621,68 @@ def _vlan_link(have: Have, segment: Segment) -> HostLink | None:
 
 
 def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[Step]:
+    """What goes, the ruleset, what comes: no packet arrives over a link that the rules do not know yet."""
     ns = want.namespace
     ports = {port.link: port for port in want.ports}
     standing = {port.link for port in want.ports if _stands(have, port)}
+    wanted = frozenset(ground.bridge for ground in grounds.values())
+    inherited, after = _inherited(have, wanted=wanted)
+    yield from inherited
     if not have.exists:
         yield CreateNamespace(ns)
-    early = {key: value for key, value in want.sysctls.items() if _link_of(key, ports) is None}
-    for key, value in early.items():
-        if have.sysctls.get(key) != value:
+    for key, value in want.sysctls.items():
+        if _link_of(key, ports) is None and have.sysctls.get(key) != value:
             yield SetSysctl(ns, key, value)
+    yield from _what_goes(have, want, standing)
+    yield from _ruleset(have, want)
+    yield from dict.fromkeys(step for ground in grounds.values() for step in ground.steps)
+    for port in want.ports:
+        yield from _port(have, ns, port, grounds[port.segment].bridge, alias_of(have.scope_id))
+    for key, value in want.sysctls.items():
+        link = _link_of(key, ports)
+        if link is not None and (link not in standing or have.sysctls.get(key) != value):
+            yield SetSysctl(ns, key, value)
+    yield from _what_comes(have, want, standing)
+    guarded = have.guarded | {ground.bridge for ground in grounds.values() if ground.ours}
+    after = msgspec.structs.replace(after, guarded=guarded)
+    yield from _unneeded(after, wanted=wanted, leaving=_our_ports(have))
 
+
+def _what_goes(have: Have, want: Want, standing: set[str]) -> Iterator[Step]:
+    """What is in the namespace and is not wanted there. What hangs on a link that goes, goes with it."""
+    ns = want.namespace
     put = {(route.table, route.destination) for route in want.routes}
     for route in have.routes:
         if (route.table, route.destination) not in put and (route.link in standing or not route.link):
             yield RemoveRoute(ns, route)
     for rule in _without(have.rules, want.rules):
         yield RemoveRule(ns, rule)
-    for address in _without(have.addresses, want.addresses):
-        if address.link in standing:  # the others go with their link
+    for address in have.addresses:
+        # One that is cut off comes again: the kernel makes the route with it. The others go with their link.
+        if address.link in standing and (address not in want.addresses or address in have.cut_off):
             yield RemoveAddress(ns, address)
     named = {(it.link, it.address) for it in want.neighbours}
     for neighbour in have.neighbours:
         if neighbour.link in standing and (neighbour.link, neighbour.address) not in named:
             yield RemoveNeighbour(ns, neighbour)
+    ports = {port.link for port in want.ports}
     for link in have.links.values():
         if link.name not in standing and (link.kind == "veth" or link.name in ports):
             yield RemovePort(ns, link.name)
 
-    # The very same value needs no digest: 25 ms where there are ten thousand forwards.
+
+def _ruleset(have: Have, want: Want) -> Iterator[Step]:
     if want.ruleset is not None and have.tampered:
-        yield LoadRuleset(ns, want.ruleset, None, have.table)
+        yield LoadRuleset(want.namespace, want.ruleset, None, have.table)
+    # The very same value needs no digest: 25 ms where there are ten thousand forwards.
     elif want.ruleset is not None and have.ruleset is not want.ruleset and have.marker != marker(want.ruleset):
-        yield LoadRuleset(ns, want.ruleset, have.ruleset, have.table)
+        yield LoadRuleset(want.namespace, want.ruleset, have.ruleset, have.table)
 
-    yield from dict.fromkeys(step for ground in grounds.values() for step in ground.steps)
-    for port in want.ports:
-        yield from _port(have, ns, port, grounds[port.segment].bridge, alias_of(have.scope_id))
-    for key, value in want.sysctls.items():
-        link_name = _link_of(key, ports)
-        if link_name is not None and (link_name not in standing or have.sysctls.get(key) != value):
-            yield SetSysctl(ns, key, value)
 
-    kept = {address for address in have.addresses if address.link in standing}
+def _what_comes(have: Have, want: Want, standing: set[str]) -> Iterator[Step]:
+    """What is wanted in the namespace and is not there: first what a link may have while it is down."""
+    ns = want.namespace
+    kept = {it for it in have.addresses if it.link in standing and it not in have.cut_off}
     for address in want.addresses:
         if address not in kept:
             yield AddAddress(ns, address)
@@ -616,7 +696,8 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
         if port.link not in standing or not have.links[port.link].up:
             yield SetLinkUp(ns, port.link)
     # A link that gets another MAC address, or has been down, has forgotten its neighbours.
-    known = {it for it in have.neighbours if it.link in standing and have.links[it.link].mac == ports[it.link].mac}
+    macs = {port.link: port.mac for port in want.ports}
+    known = {it for it in have.neighbours if it.link in standing and have.links[it.link].mac == macs[it.link]}
     for neighbour in want.neighbours:
         if neighbour not in known:
             yield PutNeighbour(ns, neighbour)
@@ -624,13 +705,10 @@ def _build(have: Have, want: Want, grounds: dict[Segment, _Ground]) -> Iterator[
     for route in want.routes:
         if route not in there:
             yield PutRoute(ns, route)
+    if not have.asks_main:
+        yield AddRule(ns, ASK_MAIN)
     for rule in _without(want.rules, have.rules):
         yield AddRule(ns, rule)
-
-    wanted = frozenset(ground.bridge for ground in grounds.values())
-    guarded = have.guarded | {ground.bridge for ground in grounds.values() if ground.ours}
-    have = msgspec.structs.replace(have, guarded=guarded)
-    yield from _unneeded(have, wanted=wanted, leaving=frozenset(_our_ports(have)))
 
 
 def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[Step]:
@@ -687,12 +765,12 @@ def _tear_down(have: Have) -> Iterator[Step]:
     yield RemoveNamespace(have.namespace)
 
 
-def _our_ports(have: Have) -> Iterable[str]:
-    return (link.host_link for link in have.links.values() if link.host_link and not have.foreign)
+def _our_ports(have: Have) -> frozenset[str]:
+    return frozenset(link.host_link for link in have.links.values() if link.host_link and not have.foreign)
 
 
 def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) -> Iterator[Step]:
-    """Removes bridges of ours that nobody wants once the ports ``leaving`` have left."""
+    """Removes the bridges of ours that nobody wants once the ports ``leaving`` have left."""
     guarded = set(have.guarded)
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
         if bridge.kind != "bridge" or not bridge.ours or bridge.name in wanted or bridge.name in have.claimed:
@@ -701,13 +779,51 @@ def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) ->
             continue
         yield RemoveBridge(bridge.name)
         carrier = have.host_links.get(bridge.carrier)
-        if carrier is not None and carrier.ours and carrier.kind == "vlan":
+        if carrier is not None and carrier.ours and carrier.kind in CARRIERS:
             yield RemoveVlanLink(carrier.name)
         elif carrier is not None and bridge.raised:
             yield SetHostLinkDown(carrier.name)
         if bridge.name in guarded:
             guarded.remove(bridge.name)
             yield UnguardBridge(bridge.name, last=not guarded)
+
+
+def _inherited(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
+    """Takes over, before our ports leave, the bridges that they alone keep; and what there is then.
+
+    CloudStack's KVM agent, which made them, removes its bridge of a VLAN with the last VM, unless a port's name has
+    ``vnet`` in it as ours does, and never looks again. What has another port, an address, an alias, or another name
+    than the agent's, is left to whoever made it. So is VXLAN: we could not make a tunnel again that an operator has
+    connected in a way of their own.
+    """
+    leaving = _our_ports(have)
+    aliases: dict[str, str] = {}
+    for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
+        nic, _, vlan = bridge.name.removeprefix("br").rpartition("-")
+        link = names.vlan_link(nic, vlan)
+        others = set(bridge.ports) - leaving
+        if (
+            bridge.kind != "bridge"
+            or bridge.name in wanted
+            or bridge.name in have.claimed
+            or not vlan.isdigit()
+            or bridge.name != names.bridge(nic, vlan)
+            or not leaving & set(bridge.ports)
+            or not others <= {link}
+            or bridge.alias
+            or bridge.addresses
+        ):
+            continue
+        # The VLAN link first: without its bridge nobody would find it again.
+        carrier = have.host_links.get(link) if link in others else None
+        if carrier is not None and carrier.kind == "vlan" and not carrier.alias and not carrier.addresses:
+            aliases[link] = ALIAS
+        aliases[bridge.name] = f"{ALIAS} carries {link}"
+    host_links = have.host_links | {
+        name: msgspec.structs.replace(have.host_links[name], alias=alias) for name, alias in aliases.items()
+    }
+    steps: list[Step] = [Inherit(name, alias) for name, alias in aliases.items()]
+    return steps, msgspec.structs.replace(have, host_links=host_links)
 
 
 def _link_of(key: str, ports: Iterable[str]) -> str | None:
@@ -736,11 +852,15 @@ def _no_nic(port: Port) -> HostRefused:
     )
 
 
-def _route(route: Route) -> str:
-    via = f" via {route.via}" if route.via else ""
-    source = f" src {route.source}" if route.source else ""
-    return f"{route.destination}{via} dev {route.link}{source} table {route.table}"
+def route_words(route: Route) -> str:
+    """A route as ip-route(8) writes it."""
+    kind = "" if route.kind == "unicast" else f"{route.kind} "
+    words = (("via", route.via), ("dev", route.link), ("src", route.source))
+    return f"{kind}{route.destination}{''.join(f' {word} {it}' for word, it in words if it)} table {route.table}"
 
 
-def _rule(rule: Rule) -> str:
-    return f"{rule.priority}: fwmark {rule.mark:#x}/{rule.mask:#x} table {rule.table}"
+def rule_words(rule: Rule) -> str:
+    """A rule as ip-rule(8) writes it."""
+    words = (("from", rule.source), ("to", rule.destination), ("iif", rule.iif))
+    which = "".join(f"{word} {it} " for word, it in words if it)
+    return f"{rule.priority}: {which}fwmark {rule.mark:#x}/{rule.mask:#x} table {rule.table}"

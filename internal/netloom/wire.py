@@ -12,6 +12,7 @@ import msgspec
 from netloom.errors import HostRefused
 
 PROTOCOL_VERSION = 1
+OLDEST_PROTOCOL = 1  # that is still understood: of a newer agent by an older management server, and the other way
 
 # A restore of hundreds of VMs with a megabyte of user data each is the largest honest message.
 FRAME_BYTES_MAX = 1 << 30
@@ -20,11 +21,21 @@ _LENGTH_BYTES = 4
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who speaks. ``build`` names the exact program; ``protocol`` decides whether the two understand each other."""
+    """Who speaks. ``build`` names the exact program; ``protocol`` and ``oldest``, the newest and the oldest that it
+    speaks, decide whether the two understand each other. Fields that one end does not know it ignores.
+
+    ``held``: the build that an operator of the host went back from; it is not installed there again by itself.
+    """
 
     version: str
     build: str
     protocol: int = PROTOCOL_VERSION
+    oldest: int = OLDEST_PROTOCOL
+    held: str = ""
+
+    def understands(self, other: Hello) -> bool:
+        """Whether there is a protocol that both speak."""
+        return max(self.oldest, other.oldest) <= min(self.protocol, other.protocol)
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +47,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     ingress_open: bool = False  # firewall=absent
     broadcast: str = ""  # network.broadcast: "", "vlan", "vxlan"
     isolation: str = "vlan"  # guest.isolation
+    ip6_gateway: str = ""  # public.ip6.gateway
+    ip6_address: str = ""  # public.ip6.address, with prefix length
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):

@@ -21,10 +21,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bed import payloads
 from bed.payloads import (
@@ -57,11 +58,6 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60
 CLOUD_UID = 1600
 DETAILS_LENGTH_MAX = 1024
-
-# What a version of the program that gives no guest services yet refuses. The client ignores a failing prepare-nic and
-# release-nic, so leaving them out changes nothing but the time that a test takes; every other command that such a
-# version lacks is left out by the offering, which does not give the service.
-UNBUILT_NIC_COMMANDS = frozenset({"prepare-nic", "release-nic"})
 
 Run = Callable[[str, str, int], Execution]
 """(command, text of the payload file, seconds) → what the executable did."""
@@ -107,15 +103,16 @@ class Sent:
 
 
 class FakeCloudStack:
-    """One CloudStack with one registration of the extension. ``history`` has every execution, in order.
+    """One CloudStack with one registration of the extension. ``history`` has every execution, in order; ``carried_out``
+    the commands that succeeded in any of them.
 
-    ``left_out``: commands that are not sent; say why where you set it. ``timeout_s`` is what the executable is given:
-    60 today; a test of hosts that do not answer may give less.
+    ``timeout_s`` is what the executable is given: 60 today; a test of hosts that do not answer may give less.
     """
 
-    def __init__(self, run: Run, *, left_out: Collection[str] = ()) -> None:
+    carried_out: ClassVar[set[str]] = set()
+
+    def __init__(self, run: Run) -> None:
         self._run = run
-        self.left_out = frozenset(left_out)
         self.timeout_s = TIMEOUT_S
         self.registration: dict[str, str] = {}
         self.history: list[Sent] = []
@@ -130,16 +127,18 @@ class FakeCloudStack:
         extension: str = "netloom",
         agent: str | None = None,
         home: Literal["set", "unset"] = "unset",
-        left_out: Collection[str] = (),
         patience_s: float = 100.0,
     ) -> FakeCloudStack:
-        """A CloudStack that runs ``program`` (from source when it is not given) on the bed's management server.
+        """A CloudStack that runs ``program`` on the bed's management server: when it is not given the one file that
+        NETLOOM_ONE_FILE names, else the sources.
 
         ``agent``: the agent's command on the hosts; from source when it is not given, the program's own choice when
         it is empty. Raises Hung in every call whose program does not end within ``patience_s``.
         """
         from bed.lab import agent_command, program_from_source
 
+        if program is None and agent is None and os.environ.get("NETLOOM_ONE_FILE"):
+            program, agent = Path(os.environ["NETLOOM_ONE_FILE"]), ""  # which brings itself to the hosts
         path = management.install(extension, program_from_source() if program is None else program)
         agent = agent_command() if agent is None else agent
         more = {"NETLOOM_AGENT": agent} if agent else {}
@@ -157,7 +156,7 @@ class FakeCloudStack:
             finally:
                 management.remove(file)
 
-        return cls(run, left_out=left_out)
+        return cls(run)
 
     # --- the extension's registration
 
@@ -194,6 +193,8 @@ class FakeCloudStack:
         execution = self._run(command, text, self.timeout_s)
         sent = Sent(command, text, execution, succeeded(execution))
         self.history.append(sent)
+        if sent.ok:
+            self.carried_out.add(command)
         if execution.hung:
             raise Hung(f"{command}: still {execution.hung} after {execution.seconds:.0f} s: {execution.output!r}")
         return sent
@@ -303,6 +304,19 @@ class IsolatedNetwork:
 
     # --- single executions
 
+    def custom_action(self, action: str, **params: str) -> str:
+        """runCustomAction: ``details`` of the API's answer. No ensure before it. Raises Failed.
+
+        ``table_id="100"`` is the parameter ``table-id``.
+        """
+        told = {name.replace("_", "-"): value for name, value in params.items()}
+        about = payloads.network(self.facts)
+        text = payloads.custom_action(self.cloud.registration, self.details, about, action, told)
+        sent = self.cloud.execute_text("custom-action", text)
+        if not sent.ok:
+            raise Failed("custom-action", sent.execution)
+        return sent.output or "OK"
+
     def ensure(self) -> Sent:
         """ensure-network-device. A failure is a warning: the client goes on with what it had."""
         details = self.details
@@ -315,10 +329,8 @@ class IsolatedNetwork:
             self.stored = sent.output
         return sent
 
-    def send(self, command: str, payload: Fields) -> Sent | None:
-        """ensure-network-device, then the command; nothing when the command is left out."""
-        if command in self.cloud.left_out:
-            return None
+    def send(self, command: str, payload: Fields) -> Sent:
+        """ensure-network-device, then the command."""
         if self.ensures_always or not self.details:
             self.ensure()
         sent = self.cloud.execute(command, self.details, payload)
@@ -326,10 +338,10 @@ class IsolatedNetwork:
             self.failures.append(sent)
         return sent
 
-    def demand(self, command: str, payload: Fields) -> Sent | None:
+    def demand(self, command: str, payload: Fields) -> Sent:
         """``send`` where a failure is an error to CloudStack's caller. Raises Failed."""
         sent = self.send(command, payload)
-        if sent is not None and not sent.ok:
+        if not sent.ok:
             raise Failed(command, sent.execution)
         return sent
 
@@ -395,7 +407,7 @@ class IsolatedNetwork:
         elif cleanup:
             self._tear_down_rules()
             sent = self.send("shutdown-network", payloads.bare(self.facts))
-            if sent is not None and not sent.ok:
+            if not sent.ok:
                 raise Failed("shutdown-network", sent.execution)
             self.stored = ""
         self._implement_elements()
@@ -408,7 +420,7 @@ class IsolatedNetwork:
 
     def _shut(self) -> bool:
         sent = self.send("shutdown-network", payloads.bare(self.facts))
-        if sent is not None and not sent.ok:
+        if not sent.ok:
             self._in_state("implemented")
             return False
         self.stored = ""

@@ -62,6 +62,21 @@ def envelope(registration: Mapping[str, str], details: Mapping[str, Any], payloa
     )
 
 
+def custom_action(
+    registration: Mapping[str, str], details: Mapping[str, Any], about: Fields, action: str, params: Mapping[str, str]
+) -> str:
+    """The whole file of custom-action, which is flat; ``about`` is what a payload of the network or VPC begins with."""
+    return gson(
+        {
+            **about,
+            "action": action,
+            "action-params": params,
+            "physical-network-extension-details": hash_map_order(registration),
+            "network-extension-details": details,
+        }
+    )
+
+
 # --- CloudStack's objects ---------------------------------------------------------------------------
 
 State = Literal["allocated", "implementing", "implemented", "shutdown", "setup"]
@@ -181,6 +196,31 @@ class LoadBalancerRule:
     protocol: str = "tcp"
     backends: list[Backend] = field(default_factory=list)
     revoke: bool = False
+
+
+@dataclass
+class AclItem:
+    """An item of a network ACL list, as CloudStack numbers it. ``cidrs`` filters the far end in both directions."""
+
+    number: int
+    action: str
+    direction: str
+    protocol: str
+    first_port: int | None = None
+    last_port: int | None = None
+    icmp_type: int | None = None
+    icmp_code: int | None = None
+    cidrs: tuple[str, ...] = ("0.0.0.0/0",)
+
+
+@dataclass
+class VpcFacts:
+    """A VPC as the client's payloads describe it."""
+
+    vpc_id: str
+    cidr: str
+    zone_id: str = "1"
+    state: Literal["enabled", "inactive"] = "enabled"
 
 
 @dataclass
@@ -355,6 +395,35 @@ def lb_rules(it: NetworkFacts, rules: Iterable[LoadBalancerRule]) -> Fields:
     return {**network(it), "lb_rules": listed}
 
 
+def vpc(it: VpcFacts, address: PublicAddress | None = None) -> Fields:
+    """The members that every payload of a VPC consists of; ``address``: its source-NAT address."""
+    about: Fields = {"vpc_id": it.vpc_id, "zone_id": it.zone_id, "vpc_state": it.state, "vpc_cidr": it.cidr}
+    return about | (_public(address, source_nat=True) if address else {})
+
+
+def ensure_vpc_device(it: VpcFacts, stored: str) -> Fields:
+    return {**vpc(it), "current_details": stored}
+
+
+def acl_rules(it: NetworkFacts, items: Iterable[AclItem]) -> Fields:
+    """The complete list of a tier, in the order of its numbers."""
+    return {**network(it), "acl_rules": [_acl_item(item) for item in sorted(items, key=lambda item: item.number)]}
+
+
+def _acl_item(item: AclItem) -> Fields:
+    return {
+        "number": item.number,
+        "action": item.action,
+        "trafficType": item.direction,
+        "protocol": item.protocol,
+        "portStart": item.first_port,
+        "portEnd": item.last_port if item.last_port is not None else item.first_port,
+        "icmpType": item.icmp_type,
+        "icmpCode": item.icmp_code,
+        "sourceCidrs": list(item.cidrs),
+    }
+
+
 def prepare_nic(it: NetworkFacts, nic: Nic) -> Fields:
     return {**network(it, gateway=nic.gateway), **_nic(nic), "hostname": nic.vm.name, **_device(it)}
 
@@ -366,6 +435,11 @@ def release_nic(it: NetworkFacts, nic: Nic) -> Fields:
 def config_subnet(it: NetworkFacts, nic: Nic) -> Fields:
     """config-dhcp-subnet and config-dns-subnet."""
     return {**network(it, gateway=nic.gateway), **_resolvers(it), **_device(it), **_nic(nic)}
+
+
+def subnet(it: NetworkFacts) -> Fields:
+    """remove-dns-subnet of a shared network: of no NIC."""
+    return {**network(it), **_resolvers(it), **_device(it)}
 
 
 def add_dhcp_entry(it: NetworkFacts, nic: Nic) -> Fields:

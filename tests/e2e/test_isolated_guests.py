@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import pytest
 
@@ -40,6 +41,7 @@ def _lookup(vm: Vm, server: str, name: str) -> str:
     return vm.run("busybox", "nslookup", name, server, check=False).out
 
 
+@pytest.mark.binary
 def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full: FakeCloudStack) -> None:
     life = make_life(offering=ALL_SERVICES, with_cloud=full)
     before = len(full.history)
@@ -57,21 +59,220 @@ def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full: Fake
     assert _get(vm, f"http://{gateway}/latest/meta-data/local-hostname") == "web-1"
 
 
-def test_stop_start_and_expunge(served: Life) -> None:
-    vm, nic = served.vm("web-1")
-    other, _ = served.vm("web-2", 46)
-    network, gateway = served.network, served.network.facts.gateway
-    network.stop_vm(nic)
-    assert nic.ip in _lookup(other, gateway, f"web-1.{network.facts.domain}"), "a stopped VM keeps its name"
-    network.start_vm(nic)
+NIC_STARTS = [
+    "prepare-nic",
+    "config-dhcp-subnet",
+    "add-dhcp-entry",
+    "config-dns-subnet",
+    "add-dns-entry",
+    "save-vm-data",
+]
+LISTING = ["implement-network", "assign-ip", "apply-fw-rules", "restore-network"]
+
+
+class Sent:
+    """What CloudStack has executed since this was made: each command with its own question before it."""
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self._from = len(life.cloud.history)
+
+    def commands(self) -> list[str]:
+        """Without the questions, of which there is one before each."""
+        told = self._life.cloud.commands(self._from)
+        commands = [it for it in told if it != "ensure-network-device"]
+        assert len(told) - len(commands) in (len(commands), len(commands) + 1, len(commands) + 2), told
+        return commands
+
+
+@pytest.fixture
+def asked(make_life: MakeLife, full: FakeCloudStack) -> Life:
+    """A network with all services, whose events make every execution that CloudStack makes of them."""
+    return make_life(offering=ALL_SERVICES, with_cloud=full)
+
+
+def _meta(vm: Vm, life: Life, item: str) -> str:
+    return _get(vm, f"http://{life.network.facts.gateway}/latest/{item}")
+
+
+def _fetch(vm: Vm, life: Life) -> str:
+    """The password that the VM gets, without an acknowledgement."""
+    url = f"http://{life.network.facts.gateway}:8080/"
+    return _get(vm, url, "-H", "DomU_Request: send_my_password").strip()
+
+
+def _knows(vm: Vm, server: str, name: str, address: str) -> bool:
+    return address in _lookup(vm, server, name)
+
+
+@pytest.mark.binary
+def test_second_vm(asked: Life) -> None:
+    one, first = asked.vm("web-1")
+    assert f"lease of {first.ip} obtained" in _lease(one)
+    sent = Sent(asked)
+    two, second = asked.vm("web-2", 46)
+    assert sent.commands() == NIC_STARTS
+    gateway, domain = asked.network.facts.gateway, asked.network.facts.domain
+    for vm, nic, name, other in ((one, first, "web-1", second), (two, second, "web-2", first)):
+        assert f"lease of {nic.ip} obtained" in _lease(vm)
+        assert _meta(vm, asked, "meta-data/local-hostname") == name
+        assert until(partial(_knows, vm, gateway, f"{other.vm.name}.{domain}", other.ip))
+        assert vm.ping(other.ip).ok
+
+
+@pytest.mark.binary
+def test_vm_stopped_and_started_again(asked: Life) -> None:
+    other, _ = asked.vm("web-2", 46)
+    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
+    vm = asked.plug(nic)
+    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
+    sent = Sent(asked)
+    asked.network.stop_vm(nic)
+    assert sent.commands() == ["release-nic"]
+    # The namespace stands for the VM: what CloudStack has stopped would be answered, were it still there.
+    assert nic.ip in _lookup(other, gateway, name)
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    network.stop_vm(nic)
-    network.expunge_vm(nic)
+    sent = Sent(asked)
+    asked.network.start_vm(nic)
+    assert sent.commands() == NIC_STARTS
+    assert f"lease of {nic.ip} obtained" in _lease(vm)
+    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+    assert _fetch(vm, asked) == "first", "a later start sends no password, and takes none away"
+    assert _fetch(other, asked) == "saved_password"
+
+
+def test_a_start_without_a_stop_before(asked: Life) -> None:
+    """The VM's host has died, and HA starts it on another."""
+    vm, nic = asked.vm("web-1")
+    vm.destroy()
+    sent = Sent(asked)
+    asked.network.start_vm(nic)
+    assert sent.commands() == NIC_STARTS
+    vm = asked.plug(nic, host=asked.elsewhere)
+    assert until(lambda: f"lease of {nic.ip} obtained" in _lease(vm))
+    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+
+
+TOLD = """#!/bin/sh
+[ "$1" = bound ] && echo "told router=$router dns=$dns domain=$domain search=$search ip=$ip" >&2
+exit 0
+"""
+
+
+@pytest.mark.binary
+def test_second_nic(asked: Life) -> None:
+    one, first = asked.vm("dual-1")
+    sent = Sent(asked)
+    second = asked.network.deploy_vm(
+        "dual-1", ip=f"{asked.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
+    )
+    assert sent.commands() == NIC_STARTS
+    # The same machine's other NIC; a place of its own is enough to see what it is told.
+    other = asked.host.vm(
+        "dual-1b",
+        vlan=asked.network.facts.vlan,
+        mac=second.mac,
+        ip=f"{second.ip}/24",
+        gateway=asked.network.facts.gateway,
+    )
+    asked.vms.append(other)
+    told = []
+    for vm in (one, other):
+        vm.write("/tmp/told", TOLD, mode=0o755)
+        words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "search", "-s", "/tmp/told"]
+        told.append(next(it for it in vm.run("busybox", *words).err.splitlines() if it.startswith("told ")))
+    gateway = asked.network.facts.gateway
+    assert told[0].startswith(f"told router={gateway} dns={gateway} "), told
+    assert told[1] == f"told router= dns= domain= search= ip={second.ip}"
+    assert _meta(other, asked, "meta-data/local-ipv4") == second.ip
+    assert _meta(one, asked, "meta-data/local-ipv4") == first.ip
+    asked.network.expunge_vm(second)
+    assert "obtained" not in _lease(other)
+    assert f"lease of {first.ip} obtained" in _lease(one)
+
+
+@pytest.mark.binary
+def test_vm_expunged(asked: Life) -> None:
+    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
+    vm = asked.plug(nic)
+    other, _ = asked.vm("web-2", 46)
+    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
+    assert until(lambda: nic.ip in _lookup(other, gateway, name))
+    asked.network.stop_vm(nic)
+    sent = Sent(asked)
+    asked.network.expunge_vm(nic)
+    assert sent.commands() == ["remove-dhcp-entry"]
     assert "obtained" not in _lease(vm), "who is gone is ignored"
-    assert until(lambda: nic.ip not in _lookup(other, gateway, f"web-1.{network.facts.domain}"))
-    assert _get(vm, f"http://{gateway}/latest/meta-data/local-hostname") == ""
+    assert until(lambda: nic.ip not in _lookup(other, gateway, name))
+    assert _meta(vm, asked, "meta-data/local-hostname") == ""
+    assert _fetch(vm, asked) == ""
+    state = asked.host.read(f"/var/lib/netloom/scopes/net-{asked.network.facts.network_id}.json")
+    assert nic.mac not in state
+    assert "first" not in state
+    # Its address and its name are another VM's from now on.
+    again = asked.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
+    assert f"lease of {nic.ip} obtained" in _lease(asked.plug(again))
 
 
+def test_vm_expunged_in_a_network_that_is_shut(asked: Life) -> None:
+    vm, nic = asked.vm("web-1")
+    host = asked.host
+    asked.network.stop_vm(nic)
+    asked.network.garbage_collect()
+    vm.destroy()
+    asked.vms.clear()
+    # The bridge goes with the VM that was the last one in it, and then its guard: a moment later.
+    assert until(lambda: not any(vm.bridge in row for rows in host.objects().values() for row in rows), seconds=30)
+    before = Traces(asked.bed)
+    sent = Sent(asked)
+    asked.network.expunge_vm(nic)
+    assert sent.commands() == ["remove-dhcp-entry"]
+    assert asked.network.failures == []
+    assert {kind for changes in before.left().values() for kind in changes} <= {"files"}, "nothing is built for it"
+    other, second = asked.vm("web-2", 46)
+    assert f"lease of {second.ip} obtained" in _lease(other)
+    assert nic.ip not in _lookup(other, asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}")
+
+
+@pytest.mark.binary
+def test_key_and_user_data_reset(asked: Life) -> None:
+    vm, nic = asked.vm("web-1")
+    other, _ = asked.vm("web-2", 46)
+    before = _meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")
+    sent = Sent(asked)
+    asked.network.reset_ssh_key(nic, "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two")
+    asked.network.reset_user_data(nic, "#!/bin/sh\necho caf\u00e9\n\n")
+    assert sent.commands() == ["save-sshkey", "save-userdata"]
+    assert _meta(vm, asked, "meta-data/public-keys") == "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two"
+    assert _meta(vm, asked, "user-data") == "#!/bin/sh\necho caf\u00e9\n\n"
+    assert (_meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")) == before
+
+
+@pytest.mark.binary
+@pytest.mark.parametrize("how", ["without-cleanup", "rolling", "shut-down-first"])
+def test_restart(asked: Life, how: str) -> None:
+    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
+    vm = asked.plug(nic)
+    _, second = asked.vm("web-2", 46)
+    sent = Sent(asked)
+    asked.network.restart(cleanup=how != "without-cleanup", rolling=how == "rolling")
+    assert (
+        sent.commands()
+        == {
+            "without-cleanup": LISTING,
+            "rolling": ["implement-network", "assign-ip", *LISTING],
+            "shut-down-first": ["apply-fw-rules", "release-ip", "shutdown-network", *LISTING],
+        }[how]
+    )
+    assert asked.network.failures == []
+    assert f"lease of {nic.ip} obtained" in _lease(vm)
+    assert until(lambda: second.ip in _lookup(vm, asked.network.facts.gateway, f"web-2.{asked.network.facts.domain}"))
+    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+    # restore-network tells no passwords, and takes none away; shutdown-network ends all that the VMs had.
+    assert _fetch(vm, asked) == ("saved_password" if how == "shut-down-first" else "first")
+
+
+@pytest.mark.binary
 def test_password_reset(served: Life) -> None:
     vm, nic = served.vm("web-1")
     other, _ = served.vm("web-2", 46)
@@ -86,6 +287,7 @@ def test_password_reset(served: Life) -> None:
     assert _get(vm, url, "-H", "DomU_Request: send_my_password") == "saved_password"
 
 
+@pytest.mark.binary
 def test_balanced_load(served: Life, internet: Internet) -> None:
     one, first = served.vm("web-1")
     two, second = served.vm("web-2", 46)
@@ -153,9 +355,12 @@ def test_a_power_cut_is_survived_without_cloudstack() -> None:
         (host,) = bed.hosts
         host.power_cut()
         host.boot()
-        host.sh(f"{agent_command()} serve </dev/null >/dev/null 2>&1 &")
+        # The VM is faster: its client asks before there is anybody, and is answered before it gives up.
         vm = host.vm("web-1", vlan=1204, mac=nic.mac, ip=f"{nic.ip}/24", gateway="10.10.1.1")
-        assert until(lambda: f"lease of {nic.ip} obtained" in _lease(vm), seconds=30)
+        vm.sh("busybox udhcpc -f -q -n -t 30 -T 1 -i eth0 -s /bin/true </dev/null >/tmp/asked 2>&1 &")
+        assert until(lambda: "discover" in vm.read("/tmp/asked"))
+        host.sh(f"{agent_command()} serve </dev/null >/dev/null 2>&1 &")
+        assert until(lambda: f"lease of {nic.ip} obtained" in vm.read("/tmp/asked"), seconds=30), vm.read("/tmp/asked")
         assert _get(vm, "http://10.10.1.1/latest/meta-data/local-hostname") == "web-1"
         with internet.serve_tcp(80):
             assert until(lambda: vm.tcp(OUTSIDE, 80).saw == "203.0.113.20")

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 from bed import Bed
-from bed.cloudstack import CLOUD_UID, NAT_SERVICES, UNBUILT_NIC_COMMANDS, Failed, FakeCloudStack
+from bed.cloudstack import CLOUD_UID, NAT_SERVICES, Failed, FakeCloudStack
 from e2e.conftest import MakeLife, impatient
 
 
 def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
     """Another CloudStack on the same management server, with a home of its own kind."""
-    return FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS, **options)  # type: ignore[arg-type]
+    return FakeCloudStack.on(bed.management, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.binary
 @pytest.mark.parametrize("home", ["set", "unset"])
 @pytest.mark.parametrize("by", ["key", "password"])
 @pytest.mark.parametrize("user", ["root", "netadmin"])
@@ -38,6 +39,7 @@ def users_own_key(bed: Bed) -> Iterator[None]:
     bed.management.remove(key)
 
 
+@pytest.mark.binary
 @pytest.mark.usefixtures("users_own_key")
 def test_login_by_the_keys_of_the_calling_user(make_life: MakeLife, bed: Bed) -> None:
     cloud = cloud_of(bed, home="set")
@@ -110,6 +112,7 @@ def test_a_network_does_not_move_from_a_host_that_is_cut_off(bed: Bed, make_life
     assert life.network.ensure().ok
 
 
+@pytest.mark.binary
 def test_a_changed_host_key_is_refused(bed: Bed, make_life: MakeLife) -> None:
     cloud = cloud_of(bed)
     key = bed.hosts[1].host_key
@@ -119,6 +122,7 @@ def test_a_changed_host_key_is_refused(bed: Bed, make_life: MakeLife) -> None:
     assert "key" in sent.output
 
 
+@pytest.mark.binary
 def test_nothing_is_written_beside_the_executable(bed: Bed, make_life: MakeLife) -> None:
     cloud = cloud_of(bed)
     cloud.register(hosts=bed.hosts, **bed.login("root"))

@@ -54,9 +54,9 @@ def test_nothing_new_comes_in_without_a_rule(life: Life, internet: Internet) -> 
 
 
 def test_an_offering_without_firewall_is_open_from_the_start(make_life: MakeLife, internet: Internet, bed: Bed) -> None:
-    from bed.cloudstack import UNBUILT_NIC_COMMANDS, FakeCloudStack
+    from bed.cloudstack import FakeCloudStack
 
-    open_cloud = FakeCloudStack.on(bed.management, left_out=UNBUILT_NIC_COMMANDS, extension="open")
+    open_cloud = FakeCloudStack.on(bed.management, extension="open")
     open_cloud.register(hosts=bed.hosts, **bed.login("root"), firewall="absent", owner="open")
     life = make_life(offering=Offering.of("SourceNat", "PortForwarding"), with_cloud=open_cloud, brisk=True)
     vm, nic = life.vm("web-1")
@@ -66,6 +66,7 @@ def test_an_offering_without_firewall_is_open_from_the_start(make_life: MakeLife
         assert internet.tcp(address.ip, 22).server == "web-1"
 
 
+@pytest.mark.binary
 def test_static_nat_goes_both_ways_and_beats_source_nat(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
@@ -79,6 +80,7 @@ def test_static_nat_goes_both_ways_and_beats_source_nat(life: Life, internet: In
         assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
 
 
+@pytest.mark.binary
 def test_port_forwards_map_one_to_one_or_shifted(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network

@@ -1,5 +1,8 @@
 """The golden scenarios of the renderer: ``<name>/state.json`` in, ``ruleset.nft`` and ``want.txt`` out.
 
+Where VMs are given something, ``services.txt`` has the processes with their files, and ``guests.txt`` what each VM is
+told: its lease, and the tree that it finds at port 80.
+
 To write what the renderer says now, and read the difference before committing it:
 ``UPDATE_GOLDEN=1 pytest tests/golden``.
 """
@@ -9,11 +12,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import h11
 import msgspec
 
+from netloom.guest import metadata
+from netloom.guestwire import GuestNic
 from netloom.render import ruleset
+from netloom.render.guest import tables
 from netloom.render.scope import render
+from netloom.render.services import services
 from netloom.render.want import Want
+from netloom.secret import dec_hook
 from netloom.state import Scope
 
 GOLDEN = Path(__file__).parent
@@ -25,16 +34,66 @@ def scenarios() -> list[Path]:
 
 
 def load(scenario: Path) -> Scope:
-    return msgspec.json.decode((scenario / "state.json").read_bytes(), type=Scope)
+    return msgspec.json.decode((scenario / "state.json").read_bytes(), type=Scope, dec_hook=dec_hook)
 
 
 def texts(scenario: Path) -> dict[str, str]:
     """What the renderer says of a scenario, by file name."""
-    want = render(load(scenario))
+    scope = load(scenario)
+    want = render(scope)
+    given = {"services.txt": processes(scope), "guests.txt": guests(scope)}
     return {
         "ruleset.nft": ruleset.fresh(want.ruleset) if want.ruleset else "",
         "want.txt": described(want),
+        **{name: text for name, text in given.items() if text},
     }
+
+
+def processes(scope: Scope) -> str:
+    """What runs beside the kernel, each with the files that it reads."""
+    lines = []
+    for service in services(scope):
+        lines += [f"== {service.name}: {' '.join(service.argv)}"]
+        files = {**service.config, **{f"{service.live_directory}/{it}": text for it, text in service.live.items()}}
+        for name, text in files.items():
+            lines += ["", f"-- {name}", text.rstrip("\n")]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def guests(scope: Scope) -> str:
+    """What each VM is told."""
+    lines = []
+    for table in tables(scope):
+        if table.nics:
+            told = f"dns {' '.join(table.dns)}, domain {table.domain}, lease {table.lease_s} s"
+            lines += [f"== network {table.network_id}, from {table.server_ip}: {told}", ""]
+        for nic in table.nics:
+            lease = f"{nic.ip}/{nic.prefix_len} via {nic.gateway}" if nic.dhcp else "no lease"
+            which = "" if nic.default_nic else ", not the default NIC"
+            lines.append(f"-- {nic.mac} {nic.hostname}: {lease}{which}")
+            lines += [f"   option {code}: {value.hex(' ')}" for code, value in nic.options.items()]
+            lines += [f"   password {nic.password_id}: {nic.password.reveal()}"] if nic.password else []
+            lines += [*_tree(nic), ""]
+    return "\n".join(lines)
+
+
+def _tree(nic: GuestNic) -> list[str]:
+    names = _get(nic, "/latest/meta-data/")
+    paths = ["/latest/", "/latest/user-data", "/latest/meta-data/"]
+    paths += [f"/latest/meta-data/{name}" for name in (names or "").splitlines()]
+    lines = []
+    for path in paths:
+        text = _get(nic, path)
+        lines += (
+            [f"   {path}: 404"] if text is None else [f"   {path}", *(f"     {it!r}" for it in text.splitlines(True))]
+        )
+    return lines
+
+
+def _get(nic: GuestNic, path: str) -> str | None:
+    answer = metadata.respond(h11.Request(method="GET", target=path, headers=[("host", "x")]), nic)
+    return answer.body.decode() if answer.status == 200 else None
 
 
 def described(want: Want) -> str:
@@ -50,8 +109,12 @@ def described(want: Want) -> str:
         table = "main" if route.table == 254 else str(route.table)
         via = f" via {route.via}" if route.via else ""
         source = f" from {route.source}" if route.source else ""
-        lines.append(f"route   {table:<6} {route.destination:<18} on {route.link}{via}{source}")
-    lines += [f"rule    {it.priority}: mark {it.mark:#x}/{it.mask:#x} looks up {it.table}" for it in want.rules]
+        where = f"on {route.link}" if route.link else route.kind
+        lines.append(f"route   {table:<6} {route.destination:<18} {where}{via}{source}")
+    for rule in want.rules:
+        words = (("from", rule.source), ("to", rule.destination), ("on", rule.iif))
+        which = "".join(f" {word} {it}" for word, it in words if it)
+        lines.append(f"rule    {rule.priority}: mark {rule.mark:#x}/{rule.mask:#x}{which} looks up {rule.table}")
     lines += [f"neighbour {it.address} is {it.mac} on {it.link}" for it in want.neighbours]
     lines += [""] + [f"sysctl  {key} = {value}" for key, value in want.sysctls.items()]
     lines += [""] + [f"tell    {it.cidr} on {it.link}" for it in want.announce]

@@ -15,7 +15,9 @@ def test_there_are_scenarios() -> None:
 
 @pytest.mark.parametrize("scenario", scenarios(), ids=lambda it: it.name)
 def test_rendered_as_read(scenario: Path) -> None:
-    for name, text in texts(scenario).items():
+    rendered = texts(scenario)
+    assert {it.name for it in scenario.iterdir()} <= {*rendered, "state.json"} or UPDATE, "a file that nothing writes"
+    for name, text in rendered.items():
         file = scenario / name
         if UPDATE:
             file.write_text(text)

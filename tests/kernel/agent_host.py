@@ -7,6 +7,7 @@ fabric. Everything hangs on two holder processes and ends with them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "cmd" / "netloom" / "main.py"), "agent"]
 PAYLOADS = ROOT / "tests" / "payloads"
 REGISTRATION = Registration(owner="test", guest_nic="eth1", public_nic="eth2")
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 LOG = "/var/log/netloom/agent.log"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -97,12 +100,17 @@ class AgentHost:
 
     # ------------------------------------------------------------------------------------------- looking and doing
 
-    def run(self, *words: str, pid: int = 0, namespace: str = "", check: bool = True) -> str:
+    def run(self, *words: str, pid: int = 0, namespace: str = "", check: bool = True, timeout_s: float = 60) -> str:
         """Runs a program on the host, or in one of its namespaces, and returns what it prints."""
         where = ["nsenter", "-t", str(pid or self.pid), "-n", "-m"]
         inner = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
         done = subprocess.run(
-            [*where, *inner, *words], capture_output=True, text=True, env={"PATH": _PATH}, timeout=60, check=False
+            [*where, *inner, *words],
+            capture_output=True,
+            text=True,
+            env={"PATH": _PATH},
+            timeout=timeout_s,
+            check=False,
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(words)}: {done.stderr}")
@@ -141,6 +149,17 @@ class AgentHost:
         self.ip("-n", vm, "link", "set", "eth0", "up")
         if address:
             self.ip("-n", vm, "addr", "add", address, "dev", "eth0")
+
+    @contextlib.contextmanager
+    def within(self, namespace: str = "") -> Iterator[None]:
+        """This thread is in a namespace of the host, or in its fabric: for sockets, which stay where they were made."""
+        there = self.path(f"/run/netns/{namespace}") if namespace else Path(f"/proc/{self.fabric}/ns/net")
+        with open("/proc/thread-self/ns/net", "rb") as home, there.open("rb") as away:
+            assert _libc.setns(away.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert _libc.setns(home.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
     def path(self, path: str) -> Path:
         """A path of the host as this process sees it."""

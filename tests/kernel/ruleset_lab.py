@@ -23,13 +23,13 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from netloom.render import flows, ruleset
 from netloom.render.marks import REVOKED
 from netloom.render.scope import render
-from netloom.render.want import Want
+from netloom.render.want import Route, Rule, Want
 from netloom.state import Scope
 
 CLONE_NEWNET = 0x40000000
@@ -95,7 +95,10 @@ class Nft:
 
 @dataclass(frozen=True)
 class Try:
-    """One attempt from ``space``; ``source`` empty lets the kernel choose. ICMP: ``port`` is type * 256 + code."""
+    """One attempt from ``space``; ``source`` empty lets the kernel choose. ICMP: ``port`` is type * 256 + code.
+
+    A target of IPv6 is spoken to in IPv6; ``icmp`` is ICMPv6 then.
+    """
 
     space: str
     protocol: str
@@ -124,7 +127,8 @@ class Entry:
     status: int = 0
 
     def selector(self) -> list[str]:
-        words = ["-p", str(self.protocol), "-s", self.src, "-d", self.dst]
+        family = ["-f", "ipv6"] if ":" in self.src else []
+        words = [*family, "-p", str(self.protocol), "-s", self.src, "-d", self.dst]
         if self.protocol == flows.ICMP:
             kind = ["--icmp-type", str(self.icmp_type), "--icmp-code", str(self.icmp_code)]
             return [*words, *kind, "--icmp-id", str(self.icmp_id)]
@@ -137,6 +141,7 @@ class Entry:
 class Lab:
     tag: str = field(default_factory=lambda: f"rtest-{os.getpid()}-{secrets.token_hex(2)}")
     scope: Scope | None = None
+    families: tuple[str, ...] = ("ipv4",)  # whose open flows are looked at
     want: Want = field(default_factory=lambda: Want(namespace=""))
 
     def __post_init__(self) -> None:
@@ -174,6 +179,9 @@ class Lab:
                 if it in ("gw1", "gw2", "inet"):
                     _write("net.ipv4.ip_forward", "1")
             self.ip(it, "link set lo up")
+        with inside(self.ns("dev")):
+            # Closed connections are remembered until a test has looked, on a busy machine too.
+            _write("net.netfilter.nf_conntrack_tcp_timeout_close", "120")
         self.ip("sw", *(f"link add breth1-{vlan} type bridge" for vlan in ("1204", "101", "102", "0")))
         self.ip("sw", *(f"link set breth1-{vlan} up" for vlan in ("1204", "101", "102", "0")))
         for name, address in VMS.items():
@@ -275,19 +283,20 @@ class Lab:
                 self.ip("sw", f"link add {port.host_link} type veth peer name {port.link} address {port.mac} "
                               f"netns {self.ns('dev')}", f"link set {port.host_link} master {port.segment.bridge}",
                         f"link set {port.host_link} up")  # fmt: skip
+        links = {it.link for it in have.ports if it in want.ports}
+        # Before the sysctls: a link whose IPv6 is switched off has lost its addresses.
+        self.ip("dev", *(f"addr del {it.cidr} dev {it.link}" for it in have.addresses
+                         if it not in want.addresses and it.link in links))  # fmt: skip
         if want.sysctls != have.sysctls:
             with inside(self.ns("dev")):
                 for key, value in want.sysctls.items():
                     _write(key, value)
-        links = {it.link for it in have.ports} & {it.link for it in want.ports}
-        lines = [f"addr del {it.cidr} dev {it.link}" for it in have.addresses
-                 if it not in want.addresses and it.link in links]  # fmt: skip
-        lines += [f"link set {it.link} up" for it in want.ports if it not in have.ports]
-        lines += [f"addr add {it.cidr} dev {it.link}" for it in want.addresses if it not in have.addresses]
+        lines = [f"link set {it.link} up" for it in want.ports if it not in have.ports]
+        lines += [f"addr add {it.cidr} dev {it.link}" for it in want.addresses
+                  if it not in have.addresses or it.link not in links]  # fmt: skip
         # The kernel takes routes away with the address that they prefer, so they are all put in place again.
         lines += [f"route replace {_route(it)}" for it in want.routes]
-        lines += [f"rule add priority {it.priority} fwmark {it.mark}/{it.mask:#x} table {it.table}"
-                  for it in want.rules if it not in have.rules]  # fmt: skip
+        lines += [f"rule add {_rule(it)}" for it in want.rules if it not in have.rules]
         self.ip("dev", *lines)
         places = {(it.table, it.destination) for it in want.routes}
         for route in have.routes:
@@ -296,8 +305,8 @@ class Lab:
                     self.ip("dev", f"route del {route.destination} table {route.table}")
 
     def entries(self) -> list[Entry]:
-        text = run("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended")
-        return [_entry(line) for line in text.splitlines()]
+        look = ("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended", "-f")
+        return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
     def settle(self, before: Scope | None) -> None:
         look = flows.attention(before, self.scope)
@@ -319,16 +328,19 @@ class Lab:
 
     # Packets
 
-    def open_socket(self, space: str, kind: int, protocol: int = 0) -> socket.socket:
+    def open_socket(self, space: str, kind: int, protocol: int = 0, address: str = "") -> socket.socket:
+        """A socket in ``space``, of the family of ``address``."""
         with inside(self.ns(space)):
-            return socket.socket(socket.AF_INET, kind, protocol)
+            return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind, protocol)
 
     def serve(self, space: str, protocol: str, port: int, address: str = "") -> None:
         """Answer every connection and datagram with ``space address:port`` of whoever asks, as seen here."""
         key = (space, protocol, address, port)
         if key in self._served:
             return
-        listener = self.open_socket(space, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM)
+        listener = self.open_socket(space, socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM, 0, address)
+        if ":" in address:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setblocking(False)
         listener.bind((address, port))
@@ -404,15 +416,18 @@ class Lab:
 
     def _begin(self, it: Try) -> tuple[socket.socket, bytes]:
         if it.protocol == "icmp":
-            client = self.open_socket(it.space, socket.SOCK_RAW, socket.IPPROTO_ICMP)
+            family = socket.IPPROTO_ICMPV6 if ":" in it.target else socket.IPPROTO_ICMP
+            client = self.open_socket(it.space, socket.SOCK_RAW, family, it.target)
             client.setblocking(False)
             if it.source:
                 client.bind((it.source, 0))
             number = next(self._numbers)
             client.connect((it.target, 0))
             client.send(_icmp(it.port >> 8, it.port & 255, number))
-            return client, struct.pack("!BH", {8: 0, 13: 14}.get(it.port >> 8, 0), number)
-        client = self.open_socket(it.space, socket.SOCK_STREAM if it.protocol == "tcp" else socket.SOCK_DGRAM)
+            return client, struct.pack("!BH", {8: 0, 13: 14, 128: 129}.get(it.port >> 8, 0), number)
+        client = self.open_socket(
+            it.space, socket.SOCK_STREAM if it.protocol == "tcp" else socket.SOCK_DGRAM, 0, it.target
+        )
         client.setblocking(False)
         if it.source:
             client.bind((it.source, 0))
@@ -442,9 +457,14 @@ class Lab:
         for it, answer in zip(tries, self.ask(tries, QUIET_S), strict=True):
             assert not answer, f"{it}: {answer}"
 
+    def meets(self, told: Mapping[Try, bool]) -> None:
+        """Who is to be answered is, and nobody else. Silence first: connections are remembered by who looks next."""
+        self.silent(*(it for it, allowed in told.items() if not allowed))
+        self.answered(*(it for it, allowed in told.items() if allowed))
+
     def connect(self, space: str, target: str, port: int, source: str = "") -> socket.socket:
         """An open TCP connection to a server of :meth:`serve`, its greeting read; blocking, with a timeout."""
-        client = self.open_socket(space, socket.SOCK_STREAM)
+        client = self.open_socket(space, socket.SOCK_STREAM, 0, target)
         client.settimeout(PATIENCE_S)
         if source:
             client.bind((source, 0))
@@ -480,18 +500,24 @@ def _icmp(type_: int, code: int, number: int) -> bytes:
 
 
 def _is_reply(packet: bytes, expected: bytes) -> bool:
-    body = packet[(packet[0] & 15) * 4 :]
+    # A raw socket of IPv4 hands out the IP header, one of IPv6 does not.
+    body = packet if expected[0] == 129 else packet[(packet[0] & 15) * 4 :]
     return body[:1] == expected[:1] and body[4:6] == expected[1:3]
 
 
-def _route(route: object) -> str:
-    words = [route.destination, "dev", route.link, "table", str(route.table)]  # type: ignore[attr-defined]
-    if route.via:  # type: ignore[attr-defined]
-        words[1:1] = ["via", route.via]  # type: ignore[attr-defined]
-    else:
-        words += ["scope", "link"]
-    if route.source:  # type: ignore[attr-defined]
-        words += ["src", route.source]  # type: ignore[attr-defined]
+def _route(route: Route) -> str:
+    if route.kind != "unicast":
+        return f"{route.kind} {route.destination} table {route.table}"
+    words = [route.destination, "dev", route.link, "table", str(route.table)]
+    words += ["via", route.via, "onlink"] if route.via else ["scope", "link"]
+    words += ["src", route.source] if route.source else []
+    return " ".join(words)
+
+
+def _rule(rule: Rule) -> str:
+    words = [f"priority {rule.priority} fwmark {rule.mark}/{rule.mask:#x} table {rule.table}"]
+    for word, value in (("from", rule.source), ("to", rule.destination), ("iif", rule.iif)):
+        words += [f"{word} {value}"] if value else []
     return " ".join(words)
 
 

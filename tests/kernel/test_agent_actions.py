@@ -41,13 +41,21 @@ def host() -> Iterator[AgentHost]:
 
 
 def act(
-    host: AgentHost, action: str, fixture: str = "501", *, remaining_ms: int = 60_000, owner: str = "", **params: Any
+    host: AgentHost,
+    action: str,
+    fixture: str = "501",
+    *,
+    remaining_ms: int = 60_000,
+    owner: str = "",
+    network_id: str = "",
+    **params: Any,
 ) -> Reply:
     """What the extension sends for a payload file: the flat payload without the two objects of details."""
     (file,) = PAYLOADS.glob(f"{fixture}-*.json")
     payload = json.loads(file.read_bytes()) | {"action": action, "action-params": params}
     for details in ("physical-network-extension-details", "network-extension-details"):
         del payload[details]
+    payload |= {"network_id": network_id} if network_id else {}
     scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
     call = Call(
         call_id=f"a{time.monotonic_ns()}",
@@ -117,7 +125,10 @@ def test_a_dump_tells_all_but_secrets(host: AgentHost) -> None:
     assert "owner test" in message(act(host, "show"))
 
 
-def test_a_thousand_rules_are_listed(host: AgentHost) -> None:
+@pytest.mark.taken_out(
+    "internal/netloom/commands/actions.py", "OUTPUT_CHARACTERS_MAX = 48_000\n", "OUTPUT_CHARACTERS_MAX = 480\n"
+)
+def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
     rules: list[dict[str, Any]] = [
         {
             "id": at,
@@ -326,13 +337,10 @@ def test_what_is_not_there_is_told(host: AgentHost) -> None:
     assert (unknown.status, unknown.error) == (1, "custom-action reboot: there is no such action on this host")
     assert {"known", "dump-config"} <= set(unknown.hint.removeprefix("known: ").split(", "))
     assert act(host, "../known").status == 1
-    later = act(host, "pbr-add-route", "500")
-    assert (later.status, later.error) == (
-        1,
-        "custom-action pbr-add-route: this version of netloom does not carry it out yet",
-    )
-    assert act(host, "dump-config", "502").error.endswith("does not carry out VPCs yet")
-    assert act(host, "list-firewall-rules", "503").error.endswith("does not carry out VPCs yet")
+    for vpcs in ("502", "503"):
+        assert act(host, "dump-config", vpcs).error == (
+            "custom-action dump-config: nothing is known of vpc-7 on this host"
+        )
     assert "belongs to" in act(host, "dump-config", owner="somebody").error
 
 
@@ -345,7 +353,47 @@ def test_nothing_stored_is_an_error_and_builds_nothing() -> None:
             assert (reply.status, reply.holds) == (3, False)
             assert reply.error == f"custom-action {action}: nothing is known of net-204 on this host"
         assert it.inventory() == before
-        done(it.call("030", "prepare-nic"))  # told, and not implemented
+        done(it.call("053", "add-port-forward"))  # told, and not implemented: a rule alone builds nothing
         assert "is shut down" in act(it, "reboot-device").error
         assert "not implemented" in message(act(it, "show"))
+        assert message(act(it, "counters")) == "no public address stands"
         assert "== found: nftables\n  (none)" in done(act(it, "dump-config")).output
+
+
+def test_what_is_counted_goes_on_through_changes_of_rules() -> None:
+    with agent_host() as it:
+        it.start()
+        for fixture, command in (("020", "implement-network"), ("021", "assign-ip"), ("050", "assign-ip")):
+            done(it.call(fixture, command))
+        it.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=it.fabric)
+        it.run("ping", "-c3", "-i0.2", "-W1", "203.0.113.20", pid=it.fabric, check=False)
+        told = message(act(it, "counters", "501", network_id="204"))
+        assert "203.0.113.20: in 3 packets, 252 bytes; out 0 packets, 0 bytes" in told
+        assert "203.0.113.21: in 0 packets" in told
+        done(it.call("070", "apply-fw-rules"))
+        done(it.call("060", "release-ip"))
+        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.20", pid=it.fabric)
+        told = message(act(it, "counters", "501", network_id="204"))
+        assert told == "203.0.113.20: in 5 packets, 420 bytes; out 2 packets, 168 bytes"
+
+        def refused() -> bool:
+            # Once more each time: the slow check may have put it back just now.
+            it.run("nft", "delete", "table", "inet", "netloom", namespace=NS, check=False)
+            reply = act(it, "counters", "501", network_id="204")
+            return reply.status == 3 and reply.error.startswith("nftables: ")
+
+        wait_until(refused)
+
+
+def test_what_a_vpcs_addresses_carry_is_counted() -> None:
+    with agent_host("eth1.1310", "eth1.1311", "eth2.101") as it:
+        it.start()
+        for fixture, command in (("202", "implement-vpc"), ("210", "implement-network"), ("211", "assign-ip")):
+            done(it.call(fixture, command))
+        it.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=it.fabric)
+        it.plug("vm", "breth1-1310", "02:01:00:cc:07:03", "10.20.1.45/24")
+        it.run("ip", "route", "add", "default", "via", "10.20.1.1", namespace="vm")
+        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.30", pid=it.fabric, check=False)  # the device answers none
+        it.run("ping", "-c3", "-i0.2", "-W5", "203.0.113.1", namespace="vm")
+        told = message(act(it, "counters", "502"))
+        assert told == "203.0.113.30: in 5 packets, 420 bytes; out 3 packets, 252 bytes"

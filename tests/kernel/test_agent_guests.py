@@ -11,15 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from msgspec.structs import replace
 
+from netloom.agent import guests, pulse, supervise
 from netloom.agent.guests import Guests
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
+from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.render.guest import tables
 from netloom.secret import Secret
@@ -44,7 +47,13 @@ NIC = Nic(
     password_serial=1,
 )
 NETWORK = Network(
-    network_id="9205", implemented=True, cidr="10.10.1.0/24", gateway="10.10.1.1", dhcp=True, nics={"u1": NIC}
+    network_id="9205",
+    implemented=True,
+    vlan="9205",
+    cidr="10.10.1.0/24",
+    gateway="10.10.1.1",
+    dhcp=True,
+    nics={"u1": NIC},
 )
 SCOPE = Scope(scope_id="net-9205", owner="test", networks={"9205": NETWORK})
 
@@ -179,6 +188,80 @@ def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) ->
         assert it.converge(SCOPE) == []
 
 
+def test_a_table_that_is_refused_keeps_no_other_network_from_being_served(tmp_path: Path) -> None:
+    refused = replace(tables(SCOPE)[0], scope_id="net-1", server_ip="10.10.1.2", lease_s=1)
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        with pytest.raises(HostRefused, match="lease_s"):
+            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+        it.converge(SCOPE)
+        os.kill(it.guests.pid, signal.SIGKILL)
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        with pytest.raises(HostRefused, match="lease_s"):
+            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+
+
+def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        for wait in ("0.0", "0.2", "0.5"):
+            before = it.guests.pid
+            os.kill(before, signal.SIGKILL)
+            it.until(partial(_other, it, before))
+            assert f"guest process {before} has ended" in (tmp_path / "agent.log").read_text()
+            assert f"another one in {wait} s" in (tmp_path / "agent.log").read_text()
+        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "ANSWER_S", 0.5)
+    monkeypatch.setattr(pulse, "PAUSE_S", 0.1)
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        hung = it.guests.pid
+        log = Log(str(tmp_path / "agent.log"))
+        look = pulse.Pulse(it.loop, log, supervise.Supervisor(it.loop, print), it.guests, lambda it: False)
+        asking = it.loop.create_task(look.keep(0.2))
+        it.until(lambda: it.guests.pid == hung)
+        os.kill(hung, signal.SIGSTOP)
+        it.until(lambda: it.guests.pid != hung)
+        asking.cancel()
+        assert not _runs(hung)
+        assert f"guest process (pid {hung}) does not answer: ended" in (tmp_path / "agent.log").read_text()
+        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+
+
+def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        innocent = subprocess.Popen(["sleep", "60"])
+        assert not it.guests.end_silent(innocent.pid)
+        assert innocent.poll() is None
+        innocent.kill()
+        innocent.wait()
+        assert _runs(it.guests.pid)
+
+
+def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _agents(tmp_path) as agent:
+        first = agent("b1")
+        first.converge(SCOPE)
+        hung = first.guests.pid
+        os.kill(hung, signal.SIGSTOP)
+        monkeypatch.setattr(guests, "CONNECT_S", 2.0)
+        for network in first.guests._networks.values():
+            network.close()  # as an agent's end closes its copies
+        second = agent("b1")
+        assert second.guests.pid != hung
+        assert not _runs(hung)
+        assert second.converge(SCOPE) == ["guest: serve 9205"]
+        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
 def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
@@ -215,8 +298,29 @@ def test_a_namespace_made_anew_gets_new_sockets(tmp_path: Path) -> None:
         for name in (NAMESPACE, VM):
             subprocess.run(["ip", "netns", "del", name], check=True)
         _make_namespaces()
+        assert unserved(it) == ["9205"]
         assert it.converge(SCOPE) == ["guest: serve 9205"]
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert unserved(it) == []
+
+
+def unserved(agent: Agent, scope: Scope = SCOPE) -> list[str]:
+    return agent.thread(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
+
+
+def test_what_is_not_answered_or_no_longer_right_is_told(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        assert unserved(it) == ["9205"]
+        it.converge(SCOPE)
+        assert unserved(it) == []
+        assert unserved(it, _with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["9205"]
+        it.guests.stop()  # no process is connected any more
+        assert unserved(it) == ["9205"]
+
+
+def _other(agent: Agent, pid: int) -> bool:
+    return agent.guests.pid != pid
 
 
 def _runs(pid: int) -> bool:

@@ -11,11 +11,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from kernel.agent_host import PROGRAM, REGISTRATION, AgentHost, agent_host, make_call, wait_until
+from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost, agent_host, make_call, wait_until
 from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
 
 STATE = "/var/lib/netloom/scopes"
@@ -77,6 +78,18 @@ def test_only_root_finds_a_door(host: AgentHost) -> None:
     said = host.run("setpriv", "--reuid=65534", "--clear-groups", "busybox", "nc", f"local:{SOCKET}", check=False)
     assert said == ""
     ask(host, locate("net-204"))
+
+
+@pytest.mark.parametrize(("oldest", "status"), [(1, 0), (9, 3)])
+def test_a_caller_of_a_newer_protocol_is_answered_where_it_speaks_ours(
+    host: AgentHost, oldest: int, status: int
+) -> None:
+    with host.client() as client:
+        client.send(Hello(version="9", build="9", protocol=9, oldest=oldest))
+        client.send(locate("net-204"))
+        reply = client.receive()
+    assert isinstance(reply, Reply)
+    assert reply.status == status
 
 
 def test_a_repeated_call_is_answered_from_memory(host: AgentHost) -> None:
@@ -172,7 +185,9 @@ def holding(host: AgentHost, directory: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- its files
 
 
-def test_the_state_can_be_read_by_root_and_by_people(host: AgentHost) -> None:
+@pytest.mark.taken_out("internal/netloom/agent/store.py", "os.O_NOFOLLOW, 0o600)", "os.O_NOFOLLOW, 0o644)")
+@pytest.mark.taken_out("internal/netloom/agent/serve.py", "    os.umask(0o077)\n", "    os.umask(0o022)\n")
+def test_defect_18_the_state_can_be_read_by_root_and_by_people(host: AgentHost) -> None:
     host.call("020", "implement-network")
     file = host.path(f"{STATE}/net-204.json")
     assert oct(file.stat().st_mode)[-3:] == "600"
@@ -294,7 +309,12 @@ class Relay:
         return self.process.returncode, complaint
 
 
-def test_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:
+@pytest.mark.taken_out(
+    "internal/netloom/agent/connect.py",
+    "        for fd, instead in enumerate((null, null, _last_words())):\n            os.dup2(instead, fd)\n",
+    "",
+)
+def test_defect_52_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:
     relays = [Relay(bare) for _ in range(3)]
     replies: list[Message] = []
     threads = [threading.Thread(target=lambda it=it: replies.append(it.ask(locate("net-1")))) for it in relays]
@@ -307,7 +327,7 @@ def test_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHos
     # End of file comes at once: the agent holds none of the relay's descriptors.
     assert [relay.end() for relay in relays] == [(0, b"")] * 3
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)} == {"/dev/null"}
+    assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)] == ["/dev/null", "/dev/null", LOG]
     assert os.getsid(pid) != os.getsid(0)
     assert agents(bare) == [pid]
 
@@ -366,3 +386,27 @@ def test_systemd_is_told_when_the_scopes_are_restored(bare: AgentHost) -> None:
         agent.terminate()
         _, said = agent.communicate(timeout=20)
         assert said.splitlines()[-1] == b"stopped; what runs keeps running"
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/scopes.py", "self.lock = asyncio.Lock()", "self.lock = asyncio.Semaphore(99)"
+)
+@pytest.mark.taken_out(
+    "internal/netloom/agent/scopes.py",
+    "            self._store.save(outcome.scope)\n",
+    "            time.sleep(0.05)\n            self._store.save(outcome.scope)\n",
+)
+def test_defect_51_commands_of_one_network_at_the_same_time_lose_nothing(host: AgentHost) -> None:
+    """Two management servers, and calls of different kinds, overlap for one network."""
+    host.call("020", "implement-network")
+    host.call("021", "assign-ip")
+
+    def forward(port: int) -> None:
+        reply = host.call("053", "add-port-forward", public_ip="203.0.113.20", public_port=str(port))
+        assert reply.status == 0, reply.error
+
+    with ThreadPoolExecutor(24) as workers:
+        list(workers.map(forward, range(2000, 2024)))
+    kept = json.loads(host.path("/var/lib/netloom/scopes/net-204.json").read_text())
+    assert len(kept["port_forwards"]) == 24
+    assert kept["revision"] == 2 + 24

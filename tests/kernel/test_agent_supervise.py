@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent import supervise
+from netloom.agent import pulse, supervise
+from netloom.agent.guests import Guests
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.log import Log
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
 from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
@@ -65,6 +71,10 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     ):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
     yield
+    # What a test that fails, or a mutant of the program, leaves running.
+    left = subprocess.run(["ip", "netns", "pids", NAMESPACE], check=True, capture_output=True, text=True)
+    for pid in map(int, left.stdout.split()):
+        os.kill(pid, signal.SIGKILL)
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=True)
     subprocess.run(["rm", "-rf", str(top)], check=True)
 
@@ -120,8 +130,23 @@ def test_names_come_and_go_without_a_restart() -> None:
         assert did == ["write dns-9204/nic-u2", "remove dns-9204/nic-u1"]
         until(lambda: _lookup("web-2.cloud.internal") == "10.10.1.46")
         until(lambda: _lookup("web-1.cloud.internal") == "rcode 3")
+        renamed = replace(NETWORK, nics={"u2": replace(more.nics["u2"], hostname="web-3")})
+        assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == ["write dns-9204/nic-u2"]
+        until(lambda: _lookup("web-3.cloud.internal") == "10.10.1.46")
+        assert _lookup("web-2.cloud.internal") == "rcode 3"
         assert it.states()[SCOPE]["dns-9204"] == pid
-        assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, more),)) == []
+        assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == []
+
+
+def test_a_directory_that_somebody_took_away_is_watched_again() -> None:
+    with _supervisor() as (it, _, _until):
+        wanted = dnsmasq.service(SCOPE, NETWORK)
+        it.converge(SCOPE, NAMESPACE, (wanted,))
+        assert _lookup("web-1.cloud.internal") == "10.10.1.45"
+        shutil.rmtree(Path(wanted.directory).parent)
+        assert f"start {wanted.name}" in it.converge(SCOPE, NAMESPACE, (wanted,))
+        assert _lookup("web-1.cloud.internal") == "10.10.1.45"
+        assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
 def test_a_killed_process_is_reported_and_started_again() -> None:
@@ -133,6 +158,29 @@ def test_a_killed_process_is_reported_and_started_again() -> None:
         until(lambda: died == ["dns-9204 died"])
         assert it.converge(SCOPE, NAMESPACE, wanted) == ["start dns-9204"]
         assert _lookup("data-server.cloud.internal") == "10.10.1.1"
+
+
+def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "BACK_OFF_S", (0.0, 0.3, 0.6))
+    with _supervisor() as (it, died, until):
+        wanted = (dnsmasq.service(SCOPE, NETWORK),)
+        waited = []
+        for turn in range(1, 5):
+            it.converge(SCOPE, NAMESPACE, wanted)
+            until(lambda: True)
+            os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
+            since = time.monotonic()
+            until(lambda count=turn: len(died) == count)  # type: ignore[misc]
+            waited.append(time.monotonic() - since)
+        assert waited[1] >= 0.3
+        assert min(waited[2:]) >= 0.6
+        assert it.ends(SCOPE) == {"dns-9204": 4}
+        monkeypatch.setattr(supervise, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
+        it.converge(SCOPE, NAMESPACE, wanted)
+        until(lambda: True)
+        os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
+        monkeypatch.setattr(supervise, "BACK_OFF_S", (0.0, 60.0))
+        until(lambda: len(died) == 5)
 
 
 def test_another_supervisor_adopts_what_runs() -> None:
@@ -147,6 +195,11 @@ def test_another_supervisor_adopts_what_runs() -> None:
             until(lambda: died == ["dns-9204 died"])
 
 
+@pytest.mark.taken_out(
+    "internal/netloom/agent/supervise.py",
+    "    return _start_time(record.pid) == record.started\n",
+    "    return _start_time(record.pid) > 0\n",
+)
 def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
@@ -158,6 +211,22 @@ def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
         assert innocent.poll() is None
         innocent.kill()
         innocent.wait()
+
+
+@pytest.mark.parametrize("name", ["dns-9204", "lb"])
+def test_what_an_agent_started_and_could_not_note_is_in_nobodys_way(name: str) -> None:
+    """It was killed between the two. A second resolver would find its port taken, a second balancer would share it."""
+    balancer = haproxy.service(BALANCED)
+    assert balancer is not None
+    wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
+    with _supervisor() as (first, _, _until):
+        first.converge(SCOPE, NAMESPACE, (wanted,))
+        stray = first.states()[SCOPE][name]
+        (Path(wanted.directory) / "running.json").unlink()
+        with _supervisor() as (second, _, _until):
+            assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
+            assert second.states()[SCOPE][name] != stray
+            assert supervise._start_time(stray) is None
 
 
 def test_a_reload_of_haproxy_keeps_established_connections() -> None:
@@ -185,7 +254,186 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         assert not Path(wanted.directory).exists()
 
 
-def test_a_refused_configuration_leaves_the_old_process_serving() -> None:
+# A master that looks at the signals it got when an event comes, as haproxy does when one comes just before its wait.
+DROWSY = """
+import os, signal, socket, sys
+asked = []
+signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
+
+def work():
+    ready, told = os.pipe()
+    pid = os.fork()
+    if not pid:
+        listener = socket.create_server(("10.10.1.1", 8000), reuse_port=True)
+        os.write(told, b"x")
+        while True:
+            signal.pause()
+    os.read(ready, 1)
+    return pid
+
+events = socket.socket(socket.AF_UNIX)
+events.bind(sys.argv[1])
+events.listen()
+worker = work()
+while True:
+    events.accept()[0].close()
+    if asked:
+        asked.clear()
+        old, worker = worker, work()
+        os.kill(old, signal.SIGKILL)
+        os.waitpid(old, 0)
+"""
+
+
+@pytest.mark.taken_out("internal/netloom/agent/supervise.py", "    _wake(service)\n", "")
+def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "TAKEN_OVER_S", 5.0)
+    directory = f"/run/netloom/services/{SCOPE}/lb"
+    drowsy = service.Service(
+        name="lb",
+        directory=directory,
+        argv=("python3", "-c", DROWSY, f"{directory}/master.sock"),
+        config={"lb.cfg": "1"},
+        on_change="reload",
+        listens=(("tcp", 8000),),
+        question=service.Question("haproxy", f"{directory}/master.sock"),
+    )
+    with _supervisor() as (it, _, _until):
+        it.converge(SCOPE, NAMESPACE, (drowsy,))
+        assert it.converge(SCOPE, NAMESPACE, (replace(drowsy, config={"lb.cfg": "2"}),)) == ["reload lb"]
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/supervise.py",
+    "            _reload(running.record.pid, service)\n",
+    "            os.kill(running.record.pid, signal.SIGUSR2)\n",
+)
+def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
+    """From the moment on when ``converge`` is done: while the worker of before still listens, it takes every other."""
+    with inside(NAMESPACE):
+        backends = [socket.create_server(("10.10.1.1", port)) for port in (9000, 9001)]
+    names = {backend.getsockname()[1]: name for backend, name in zip(backends, (b"old", b"new"), strict=True)}
+    for backend in backends:
+        threading.Thread(target=_greet, args=(backend, names[backend.getsockname()[1]]), daemon=True).start()
+    with _supervisor() as (it, _, _until):
+        for turn in range(4):
+            port = (9000, 9001)[turn % 2]
+            rule = replace(RULE, backends=(Backend(ip="10.10.1.1", port=port),))
+            wanted = haproxy.service(replace(BALANCED, lb_rules={"1": rule}))
+            assert wanted is not None
+            it.converge(SCOPE, NAMESPACE, (wanted,))
+            assert {_first_word(8000) for _ in range(30)} == {names[port]}
+    for backend in backends:
+        backend.shutdown(socket.SHUT_RDWR)
+        backend.close()
+
+
+def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "TAKEN_OVER_S", 1.0)
+    with _supervisor() as (it, _, _until):
+        wanted = haproxy.service(BALANCED)
+        more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
+        assert wanted is not None and more is not None
+        it.converge(SCOPE, NAMESPACE, (wanted,))
+        with inside(NAMESPACE):
+            thief = socket.create_server(("10.10.1.1", 8001))
+        with thief, pytest.raises(HostRefused, match="lb goes on with its old configuration"):
+            it.converge(SCOPE, NAMESPACE, (more,))
+        assert it.converge(SCOPE, NAMESPACE, (more,)) == ["reload lb"]
+        assert _connects(8000) and _connects(8001)
+
+
+@pytest.mark.parametrize("name", ["dns-9204", "lb"])
+def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(pulse, "ANSWER_S", 0.4)
+    monkeypatch.setattr(pulse, "PAUSE_S", 0.1)
+    balancer = haproxy.service(BALANCED)
+    assert balancer is not None
+    wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
+    log = tmp_path / "log"
+    loop = asyncio.new_event_loop()
+    died: list[str] = []
+    it = supervise.Supervisor(loop, lambda scope_id, why: died.append(why))
+    guests = Guests(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
+
+    busy = False
+
+    async def story() -> None:
+        nonlocal busy
+        asking = asyncio.ensure_future(pulse.Pulse(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1))
+        await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
+        pid = it.states()[SCOPE][name]
+        await asyncio.sleep(1)  # it is asked ten times
+        os.killpg(pid, signal.SIGSTOP)
+        await asyncio.sleep(0.6)  # one question without an answer, or two
+        os.killpg(pid, signal.SIGCONT)
+        await asyncio.sleep(1)
+        assert died == [] and supervise.alive(supervise.record_of(pid))
+        busy = True  # somebody works on the scope, and it is silent for long
+        os.killpg(pid, signal.SIGSTOP)
+        await asyncio.sleep(4)
+        assert died == [] and supervise.alive(supervise.record_of(pid))
+        busy = False
+        async with asyncio.timeout(30):
+            while not died:  # noqa: ASYNC110, another thread's word
+                await asyncio.sleep(0.02)
+        asking.cancel()
+        assert died == [f"{name} hung"]
+        assert it.ends(SCOPE) == {name: 1}
+        assert await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
+        await loop.run_in_executor(None, it.end, SCOPE)
+        await asyncio.sleep(0.05)
+
+    loop.run_until_complete(story())
+    loop.close()
+    assert f"scope={SCOPE} {name} (pid " in log.read_text()
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/pulse.py", ', (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY)', ","
+)
+def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "ANSWER_S", 0.5)
+    monkeypatch.setattr(pulse, "PAUSE_S", 0.0)
+    loop = asyncio.new_event_loop()
+    it = supervise.Supervisor(loop, print)
+    it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
+    (asked,) = it.answering()
+    # What arrives at port 53 by UDP is lost, as it is when the socket is full.
+    drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
+    subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
+    look = pulse.Pulse(loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False)
+    loop.run_until_complete(look._look_at_service(asked))
+    loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
+    assert supervise.alive(asked.record)
+    assert it.ends(SCOPE) == {}
+    it.end(SCOPE)
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/pulse.py", " or time.monotonic() - began > waits * ANSWER_S + LATE_S", ""
+)
+def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "PAUSE_S", 0.0)
+    clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    async def nothing() -> bool:
+        return False
+
+    assert not asyncio.run(pulse.silent(nothing))
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/supervise.py",
+    '            raise HostRefused(f"{service.name}: the configuration was refused',
+    '            print(f"{service.name}: the configuration was refused',
+)
+def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> None:
     with _supervisor() as (it, _, _until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
@@ -197,7 +445,29 @@ def test_a_refused_configuration_leaves_the_old_process_serving() -> None:
         assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
-def test_nothing_is_left_of_an_ended_scope() -> None:
+@pytest.mark.taken_out(
+    "internal/netloom/agent/supervise.py",
+    "for name in self._known(scope_id) for step in self._end(scope_id, name)]",
+    "for scope, name in list(self._running) if scope[4:].startswith(scope_id[4:]) for step in self._end(scope, name)]",
+)
+def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
+    for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
+        subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
+    with _supervisor() as (it, _, _until):
+        short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
+        it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
+        it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
+        assert it.end("net-920") == ["end dns-920"]
+        assert _lookup("web-1.cloud.internal") == "10.10.1.45"
+        assert list(it.states()) == [SCOPE]
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/agent/supervise.py",
+    "        did = [step for name in self._known(scope_id) for step in self._end(scope_id, name)]\n",
+    '        did = [f"end {name}" for name in self._known(scope_id)]\n',
+)
+def test_defect_41_nothing_is_left_of_an_ended_scope() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -218,6 +488,25 @@ def _connects(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def _greet(backend: socket.socket, word: bytes) -> None:
+    """Whoever connects is told the word; until the socket is shut down."""
+    while True:
+        try:
+            served, _ = backend.accept()
+        except OSError:
+            return
+        with served, contextlib.suppress(OSError):  # a health check does not wait for it
+            served.sendall(word)
+
+
+def _first_word(port: int) -> bytes:
+    with inside(NAMESPACE):
+        client = socket.create_connection(("10.10.1.1", port), timeout=5)
+    with client:
+        client.settimeout(5)
+        return client.recv(16)
 
 
 def _accept_talking(backend: socket.socket, client: socket.socket) -> socket.socket:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from guestbed import SERVER, guest_process, network, nic, run, segment
-from netloom.guestwire import Listener, Served
+from netloom.guestwire import GUEST_PROTOCOL, Listener, Served
 from netloom.secret import Secret
 
 WEB = nic(45, metadata={"local-hostname": "web-1"}, password=Secret("FAKE"), password_id="7")
@@ -30,7 +30,7 @@ def say(vm: str, word: str) -> str:
 def test_serving_goes_on_without_an_agent_and_under_the_next_one() -> None:
     with guest_process() as process, segment() as on:
         first = process.connect()
-        assert (first.hello.served, first.hello.build, first.hello.protocol) == ((), "b1", 1)
+        assert (first.hello.served, first.hello.build, first.hello.protocol) == ((), "b1", GUEST_PROTOCOL)
         sockets = on.sockets()
         assert first.serve(network(WEB, revision=12), sockets).error == ""
         for sock in sockets:

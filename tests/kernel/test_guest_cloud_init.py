@@ -1,11 +1,16 @@
-"""cloud-init's CloudStack data source (Debian's package), after dhclient, in a VM: it finds and reads all there is."""
+"""cloud-init (Debian's package) in a VM: its CloudStack data source reads all there is, and it does what it reads."""
 
 from __future__ import annotations
 
+import ctypes
 import json
 from pathlib import Path
 
 from guestbed import guest_process, network, nic, run, segment
+from kernel.agent_host import agent_host, wait_until
+from kernel.test_agent_network import done
+from kernel.test_agent_services import FILE, PASSWORD, WEB
+from kernel.test_agent_services import live as live_with_vm
 from netloom.secret import Secret
 
 PAYLOAD = Path(__file__).parents[1] / "payloads" / "035-isolated-save-vm-data-first-start.json"
@@ -59,3 +64,82 @@ def test_cloud_init_reads_what_cloudstack_saved(tmp_path: Path) -> None:
     assert got_user_data == user_data
     assert keys == [metadata["public-keys"]]
     assert config["password"] == password
+
+
+# A machine of its own to whoever runs inside: what is written goes into memory, no device of the real one is there.
+MACHINE = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs -o mode=755 none /mnt
+mkdir /mnt/upper /mnt/work /mnt/root
+mount -t overlay none -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
+cd /mnt/root
+mount -t proc none proc
+mount -t tmpfs -o mode=755 none run
+mount -t tmpfs -o mode=755 none dev
+for it in null zero full random urandom; do : > dev/$it; mount --bind /dev/$it dev/$it; done
+rm -rf var/lib/cloud var/log/cloud-init* etc/ssh/ssh_host_* etc/cloud/cloud.cfg.d
+mkdir -p etc/cloud/cloud.cfg.d root/.ssh
+cat > etc/cloud/cloud.cfg.d/90-test.cfg <<END
+datasource_list: [ CloudStack ]
+network: {config: disabled}
+ssh_genkeytypes: [ed25519]
+cloud_init_modules: [write-files, set_hostname, users-groups, ssh]
+cloud_config_modules: [set-passwords, runcmd]
+cloud_final_modules: [scripts-user]
+END
+rm -f etc/resolv.conf
+cat > run/dhcp <<'END'
+#!/bin/sh
+[ "$1" = bound ] || exit 0
+ip addr replace "$ip/$mask" dev "$interface"
+ip route replace default via "$router"
+{ echo "search $domain"; for it in $dns; do echo "nameserver $it"; done } > /etc/resolv.conf
+END
+chmod 755 run/dhcp
+exec chroot . sh -ec '
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+busybox udhcpc -i eth0 -f -q -n -t 8 -T 1 -s /run/dhcp >&2
+cloud-init init --local >&2
+cloud-init init >&2
+cloud-init modules --mode=config >&2
+cloud-init modules --mode=final >&2
+cloud-init query -f "{{instance_id}}"; echo
+hostname
+cat /root/ran-as-a-script
+cat ~debian/.ssh/authorized_keys
+grep ^debian: /etc/shadow
+grep PasswordAuthentication /etc/ssh/sshd_config /etc/ssh/sshd_config.d/* | tail -1
+'
+"""
+SCRIPT = '#!/bin/sh\n# caf\u00e9\necho "ran on $(hostname)" > /root/ran-as-a-script\n\n'
+
+
+def test_cloud_init_does_what_it_was_told() -> None:
+    """It executes user data, installs the keys, sets the password and acknowledges it: from the agent to the shadow."""
+    with agent_host() as host:
+        host.start()
+        live_with_vm(host)
+        done(host.call("091", "save-userdata", userdata=SCRIPT))
+        done(host.call("092", "save-sshkey"))
+        assert PASSWORD in host.path(FILE).read_text()
+        apart = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child"]
+        said = host.run(*apart, "sh", "-c", MACHINE, namespace=WEB, timeout_s=120)
+        instance, name, ran, *keys, shadow, login = filter(None, said.splitlines())
+        wait_until(lambda: PASSWORD not in host.path(FILE).read_text())
+        assert PASSWORD not in host.log()
+    data = {it["file"]: it["content"] for it in json.loads(PAYLOAD.read_text())["payload"]["vm_data"]}
+    assert (instance, name, ran) == (data["instance-id"], "web-1", "ran on web-1")
+    (reset,) = PAYLOAD.parent.glob("092-*.json")
+    assert set(keys) == set(json.loads(reset.read_text())["payload"]["sshkey"].splitlines())  # cloud-init keeps a set
+    kept = shadow.split(":")[1]
+    assert _crypt(PASSWORD, kept) == kept
+    assert _crypt("another", kept) != kept
+    assert login.endswith("PasswordAuthentication yes")
+
+
+def _crypt(password: str, setting: str) -> str:
+    libcrypt = ctypes.CDLL("libcrypt.so.1", use_errno=True)
+    libcrypt.crypt.restype = ctypes.c_char_p
+    hashed: bytes = libcrypt.crypt(password.encode(), setting.encode())
+    return hashed.decode()

@@ -65,7 +65,24 @@ def test_udhcpc(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     assert (got["lease"], got["serverid"], got["broadcast"]) == ("43200", SERVER, "10.1.1.255")
 
 
-def test_a_nic_that_is_not_the_default_gets_no_way_out(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_udhcpc_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+    _, on = served
+    vm, log, script = on.vm(WEB), tmp_path / "events", tmp_path / "script"
+    script.write_text(f'#!/bin/sh\nip addr replace "$ip/$mask" dev eth0 2>&-\necho "$1 $ip $lease" >> {log}\n')
+    script.chmod(0o755)
+    words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-t", "5", "-T", "1", "-s", str(script)]
+    client = subprocess.Popen(["ip", "netns", "exec", vm, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: log.exists() and f"bound {WEB.ip} 43200" in log.read_text(), "udhcpc was not bound")
+        client.send_signal(signal.SIGUSR1)  # busybox: renew
+        until(lambda: f"renew {WEB.ip} 43200" in log.read_text(), "udhcpc did not renew")
+    finally:
+        client.terminate()
+        client.wait()
+
+
+@pytest.mark.taken_out("internal/netloom/guest/table.py", "    if nic.default_nic:\n", "    if True:\n")
+def test_defect_36_a_nic_that_is_not_the_default_gets_no_way_out(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     got = udhcpc(on.vm(SECOND), tmp_path)
     assert (got["ip"], got["mask"], got["hostname"]) == ("10.1.1.46", "24", "web-1")
@@ -111,6 +128,34 @@ def test_dhclient_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path)
     assert f"RENEW 10.1.1.45 {SERVER} 43200" in events
     assert f"DHCPREQUEST for 10.1.1.45 on eth0 to {SERVER}" in said  # the renewal went to us alone
     assert "bad" not in said, said  # no complaint about checksums
+
+
+def test_dhclient_rebinds_when_its_server_is_silent(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+    _, on = served
+    vm, said = on.vm(WEB), tmp_path / "said"
+    script = tmp_path / "script"
+    script.write_text(
+        '#!/bin/sh\n[ "$reason" = BOUND ] || exit 0\n'
+        f"ip addr replace $new_ip_address/24 dev eth0\nip route add blackhole {SERVER}\n"
+    )
+    script.chmod(0o755)
+    # Renewals to the server alone are in vain, until it asks everybody.
+    config = tmp_path / "dhclient.conf"
+    config.write_text(
+        "supersede dhcp-renewal-time 1;\nsupersede dhcp-rebinding-time 3;\nrequest subnet-mask, routers;\n"
+    )
+    files = ["-lf", str(tmp_path / "leases"), "-pf", str(tmp_path / "pid"), "-cf", str(config)]
+    words = ["dhclient", "-d", "-4", *files, "-sf", str(script), "eth0"]
+    with said.open("w") as log:
+        client = subprocess.Popen(["ip", "netns", "exec", vm, *words], stdout=subprocess.DEVNULL, stderr=log)
+    try:
+        until(lambda: said.read_text().count("\nbound to ") >= 2, "dhclient did not rebind")
+    finally:
+        client.terminate()
+        client.wait()
+    again = said.read_text().split("\nbound to ")[1]
+    assert f"DHCPREQUEST for {WEB.ip} on eth0 to 255.255.255.255" in again
+    assert f"DHCPACK of {WEB.ip} from {SERVER}" in again
 
 
 def test_dhcpcd_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:

@@ -342,6 +342,29 @@ def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segme
         sock.close()
 
 
+def test_a_tenant_with_many_vms_leaves_room_for_the_neighbours(process: GuestProcess, on: Segment) -> None:
+    """On a shared network: as many VMs as it takes, each with all the connections that it may have."""
+    many = limits.NETWORK_CONNECTIONS_MAX // limits.VM_CONNECTIONS_MAX
+    floods = [nic(number) for number in range(100, 100 + many)]
+    listeners = (Listener("metadata", macs_checked=True),)  # one VM plays all of them
+    assert process.connect().serve(network(WEB, *floods, BARE), on.sockets(["metadata"]), *listeners).error == ""
+    flooder, quiet = on.vm(floods[0], ip=floods[0].ip, neighbour=False), web(on)
+    for it in floods[1:]:
+        run("ip", "-n", flooder, "addr", "add", f"{it.ip}/24", "dev", "eth0")
+
+    def hold() -> list[socket.socket]:
+        sources = [(it.ip, 0) for it in floods for _ in range(limits.VM_CONNECTIONS_MAX)]
+        held = [socket.create_connection((SERVER, 80), timeout=10, source_address=it) for it in sources]
+        for sock in held:
+            sock.send(b"GET / HTTP/1.1\r\n")
+        return held
+
+    held = within(flooder, hold)
+    assert status(quiet, "/latest/") == "200"
+    for sock in held:
+        sock.close()
+
+
 def closed(sock: socket.socket) -> bool:
     sock.setblocking(False)
     try:

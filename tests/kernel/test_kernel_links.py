@@ -138,6 +138,7 @@ def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> N
 def test_link_local_addresses_are_marked() -> None:
     with joined() as (left, _):
         settled(left, "left")
+        links.change(left, [links.add_address("left", "169.254.7.1/16")])  # a provider's subnet like another
         rows = {it.cidr: it for it in links.list_addresses(left)}
         local = [it for it in rows.values() if it.link_local]
         assert [it.cidr.startswith("fe80::") for it in local] == [True]

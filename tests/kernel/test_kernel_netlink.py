@@ -56,9 +56,10 @@ def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
 
 def test_the_kernel_says_in_words_what_it_did_not_like(ns: str) -> None:
     with pytest.raises(NetlinkError) as caught:
-        links.change(ns, [links.add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
+        # An address of the namespace's own is nobody's gateway.
+        links.change(ns, [links.add_address("lo", "192.0.2.1/24"), links.add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
     assert caught.value.ext_ack == "Nexthop has invalid gateway"
-    assert str(caught.value).startswith("add route to 0.0.0.0/0 via 192.0.2.1 on lo: Network is unreachable: Nexthop")
+    assert str(caught.value).startswith("add route to 0.0.0.0/0 via 192.0.2.1 on lo: Invalid argument: Nexthop")
 
 
 def test_a_listing_is_of_one_moment_while_others_change_things(ns: str) -> None:

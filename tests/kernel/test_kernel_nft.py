@@ -11,12 +11,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import netloom
 from kernel.scratch import descriptors, scratch, tool
+from netloom.agent.apply import apply
 from netloom.agent.kernel import links, namespaces
+from netloom.agent.kernel.nft import _ENVIRONMENT as NFT_ENVIRONMENT
 from netloom.agent.kernel.nft import Nft, NftError, load_library
+from netloom.agent.kernel.nft import _library_lock as library_lock
+from netloom.plan import LoadRuleset
+from netloom.render.ruleset import Chain, Ruleset, marker, names
 
 TABLE = """
 table inet t {
@@ -97,6 +103,64 @@ def test_a_large_script_is_loaded_whole(nft: Nft) -> None:
     nft.run(f"table inet t {{\n set s {{ type ipv4_addr; elements = {{ {elements} }}; }}\n}}\n")
     (listed,) = [it["set"] for it in nft.list_json("list set inet t s")["nftables"] if "set" in it]
     assert len(listed["elem"]) == 5000
+
+
+def test_a_large_script_keeps_nobody_waiting(ns: str) -> None:
+    """And waits for nobody who uses the library: a network with 10,000 rules is no concern of the others."""
+    elements = ", ".join(f"10.{i >> 8}.{i & 255}.1" for i in range(15_000))
+    with Nft(ns) as nft, ThreadPoolExecutor(1) as pool, library_lock:
+        pool.submit(
+            nft.run, f"table inet t {{\n set s {{ type ipv4_addr; elements = {{ {elements} }}; }}\n}}\n"
+        ).result(120)
+        assert len(pool.submit(nft.list_text, "list table inet t").result(120)) > 100_000
+
+
+DYING_ONCE = """#!/bin/sh
+[ -e "$0.died" ] && exec /usr/sbin/nft "$@"
+touch "$0.died"
+kill -9 $$
+"""
+
+
+def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason(
+    ns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that was ended, for want of memory say, tells nothing of the table: packets and counters are spared."""
+    hook = "type filter hook output priority 0; policy accept;"
+    count = 'ip daddr 127.0.0.1 counter name "seen"'
+    many = tuple(f"ip daddr 10.{at >> 8}.{at & 255}.1 tcp dport {at + 1} accept" for at in range(4000))
+    have, want = (
+        Ruleset(
+            family="inet",
+            table="netloom",
+            chains=(Chain(name="out", hook=hook, rules=(count, *rules)),),
+            counters=("seen",),
+        )
+        for rules in (many, many[1:])
+    )
+
+    def counted() -> int:
+        with Nft(ns, use="library") as nft:
+            (found,) = nft.list_json("list counters table inet netloom")["nftables"][1:]
+            return int(found["counter"]["packets"])
+
+    apply([LoadRuleset(ns, have)])
+    tool(ns, "ping", "-c", "1", "-W", "5", "127.0.0.1")
+    assert (packets := counted()) > 0
+    (tmp_path / "nft").write_text(DYING_ONCE)
+    (tmp_path / "nft").chmod(0o755)
+    monkeypatch.setitem(NFT_ENVIRONMENT, "PATH", f"{tmp_path}:{NFT_ENVIRONMENT['PATH']}")
+    swap = LoadRuleset(ns, want, have, names(have))
+    with pytest.raises(NftError, match="the program nft was ended by signal 9"):
+        apply([swap])
+    apply([swap])
+    assert counted() == packets
+    # Somebody took a counter's rule and the counter away: the next swap does not fit, and the table is made anew.
+    tool(ns, "nft", "flush table inet netloom; delete counter inet netloom seen")
+    other = msgspec.structs.replace(have, chains=(Chain(name="out", hook=hook, rules=many),), counters=())
+    apply([LoadRuleset(ns, other, want, names(want))])
+    with Nft(ns) as nft:
+        assert marker(other) in nft.list_text("list table inet netloom")
 
 
 def test_what_is_not_there_cannot_be_listed(nft: Nft) -> None:

@@ -200,9 +200,10 @@ FLOOD = """
 import select, socket, sys, time
 sources, target, allowed, forbidden = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 sent, port, began = 0, 10000, time.monotonic()
+family = socket.AF_INET6 if ":" in target else socket.AF_INET
 while not select.select([sys.stdin], [], [], 0)[0]:
     for _ in range(20):
-        flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        flow = socket.socket(family, socket.SOCK_DGRAM)
         flow.bind((sources[sent // 50000 % len(sources)], port + sent % 50000))
         number = sent.to_bytes(4, "big")
         flow.sendto(number, (target, allowed))
@@ -227,7 +228,7 @@ class Flood:
 
     @staticmethod
     def _ear(lab: Lab, space: str, address: str, port: int) -> socket.socket:
-        ear = lab.open_socket(space, socket.SOCK_DGRAM)
+        ear = lab.open_socket(space, socket.SOCK_DGRAM, address=address)
         ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         ear.setsockopt(socket.SOL_SOCKET, 33, 256 << 20)  # SO_RCVBUFFORCE: read only once the flood is over
         ear.bind((address, port))
@@ -269,6 +270,11 @@ class Result(NamedTuple):
     strange: int  # arrived from another address than the wish says
 
 
+@pytest.mark.taken_out(
+    "internal/netloom/render/ruleset.py",
+    "    removed, added = _element_delta(have, want)\n",
+    "    removed, added = _element_delta(have, want)\n    return fresh(want)\n",
+)
 def test_defect_04_a_flood_of_new_flows_meets_neither_a_loss_nor_a_hole_during_200_swaps() -> None:
     """Only the firewall stands between the forbidden ports and their guests: both are forwarded."""
     both = [forward(A1, "6000-6001", VM1, protocol="udp")]

@@ -16,7 +16,7 @@ from netloom.commands import TABLE, Context, apply, decode
 from netloom.errors import NetloomError
 from netloom.protocol.envelope import parse_current_details, read_envelope, scope_id_of
 from netloom.secret import dec_hook, enc_hook
-from netloom.state import PortForward, Scope
+from netloom.state import Pbr, PortForward, Scope
 from netloom.wire import Registration
 
 PAYLOADS = Path(__file__).parents[1] / "payloads"
@@ -73,6 +73,35 @@ FIREWALLS = [
     for allow, count in product((True, False), range(len(RULES) + 1))
     for rules in permutations(RULES, count)
 ] + [{**NETWORK, "fw_rules": {**EMPTY, "rules": [{**RULES[0], "portStart": 99999}]}}]
+ROUTES = (
+    "blackhole 192.0.2.0/24",
+    "unreachable default",
+    "default via 203.0.113.1",
+    "default via 203.0.113.9 dev pub-101",
+    "192.0.2.0/24 dev gst-204",
+    "10.0.0.0/8 dev pub-102 src 203.0.113.2",
+    "default via 203.0.113.2 dev eth0",
+)
+MARKED = ("to 192.0.2.0/24", "from all", "from 10.10.1.4 iif gst-204", "to 192.0.2.0/24 priority 10001", "fwmark 1")
+TABLES: tuple[dict[str, str], ...] = (
+    {"table-id": "100"},
+    {"table-name": "a"},
+    {"table-id": "100", "table-name": "a"},
+    {"table": "b"},
+    {"id": "101"},
+)
+POLICIES: dict[str, list[dict[str, Any]]] = {
+    what: [
+        {**NETWORK, "action-params": {**table, param: text}}
+        for table, (param, text) in product(TABLES, [("note", "")] if what == "table" else [(what, it) for it in texts])
+    ]
+    for what, texts in (("table", ()), ("route", ROUTES), ("rule", MARKED))
+}
+
+
+def policy(verb: str, what: str) -> st.SearchStrategy[Call]:
+    named = [{**it, "action": f"pbr-{verb}-{what}"} for it in POLICIES[what]]
+    return some(["custom-action"], named)
 
 
 def some(commands: Sequence[str], payloads: Sequence[dict[str, Any]]) -> st.SearchStrategy[Call]:
@@ -80,7 +109,12 @@ def some(commands: Sequence[str], payloads: Sequence[dict[str, Any]]) -> st.Sear
 
 
 deletes = st.one_of(
-    some(["release-ip"], PUBLIC), some(["delete-static-nat"], STATIC_NATS), some(["delete-port-forward"], FORWARDS)
+    some(["release-ip"], PUBLIC),
+    some(["delete-static-nat"], STATIC_NATS),
+    some(["delete-port-forward"], FORWARDS),
+    policy("delete", "table"),
+    policy("delete", "route"),
+    policy("delete", "rule"),
 )
 changes = st.one_of(
     some(["implement-network"], IMPLEMENTS),
@@ -88,6 +122,8 @@ changes = st.one_of(
     some(["add-static-nat", "add-static-nat", "delete-static-nat"], STATIC_NATS),
     some(["add-port-forward", "add-port-forward", "delete-port-forward"], FORWARDS),
     some(["apply-fw-rules"], FIREWALLS),
+    policy("create", "table") | policy("add", "route") | policy("add", "rule"),
+    policy("delete", "route") | policy("delete", "rule") | policy("delete", "table"),
 )
 ends = some(["shutdown-network", "destroy-network"], [NETWORK])
 calls = st.one_of(changes, changes, ends)
@@ -145,8 +181,21 @@ def check_invariants(scope: Scope) -> None:
         for port in range(it.public_ports.first, it.public_ports.last + 1)
     ]
     assert len(set(taken)) == len(taken)
+    check_policy(scope.pbr)
     for it in scope.networks.values():
         assert not it.implemented or (it.vlan and it.cidr and it.gateway)
+
+
+def check_policy(pbr: Pbr) -> None:
+    numbers = [it.number for it in pbr.tables]
+    assert numbers == sorted(set(numbers))
+    assert all(1 <= it < 20000 and it not in (253, 254, 255) for it in numbers)
+    assert len({it.name for it in pbr.tables}) == len(numbers)
+    assert {it.table for it in pbr.routes} | {it.table for it in pbr.rules} <= set(numbers)
+    assert len({(it.table, it.destination) for it in pbr.routes}) == len(pbr.routes)
+    priorities = [it.priority for it in pbr.rules]
+    assert priorities == sorted(set(priorities))
+    assert all(10000 <= it < 20000 for it in priorities)
 
 
 @given(walks)
@@ -220,6 +269,16 @@ def test_a_forward_added_and_deleted_was_never_there(walk: list[Call], asked: di
     if f"{asked['public_ip']}/{asked['protocol']}/{ports}" not in before.port_forwards:
         after = carry_out(carry_out(before, ("add-port-forward", asked)), ("delete-port-forward", asked))
         assert content(after) == content(before)
+
+
+@given(walks, st.sampled_from(["table", "route", "rule"]).flatmap(lambda it: policy("delete", it)))
+def test_policy_added_and_deleted_was_never_there(walk: list[Call], gone: Call) -> None:
+    before, asked = walked(walk), gone[1]
+    what = asked["action"].rpartition("-")[2]
+    made = {**asked, "action": f"pbr-create-{what}" if what == "table" else f"pbr-add-{what}"}
+    added = carry_out(before, ("custom-action", made))
+    if added != before:
+        assert content(carry_out(added, gone)) == content(before)
 
 
 @given(walks, st.one_of(deletes, ends))

@@ -19,7 +19,7 @@ def pins(name: str) -> dict[str, str]:
     return {line.split("==")[0]: line for line in lines}
 
 
-@pytest.mark.parametrize("name", ["runtime.txt", "dev.txt", "lock.txt"])
+@pytest.mark.parametrize("name", ["runtime.txt", "dev.txt", "build.txt", "release.txt", "lock.txt"])
 def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     entries = pins(name)
     assert entries
@@ -41,7 +41,8 @@ def test_the_program_needs_few_packages() -> None:
     ]
 
 
-def test_development_uses_the_same_versions_as_the_program() -> None:
-    runtime, development = pins("runtime.txt"), pins("dev.txt")
-    both = runtime.keys() & development.keys()
-    assert {name: development[name] for name in both} == {name: runtime[name] for name in both}
+@pytest.mark.parametrize("name", ["dev.txt", "build.txt", "release.txt"])
+def test_all_use_the_same_versions_as_the_program(name: str) -> None:
+    runtime, other = pins("runtime.txt"), pins(name)
+    both = runtime.keys() & other.keys()
+    assert {name: other[name] for name in both} == {name: runtime[name] for name in both}

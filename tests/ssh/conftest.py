@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from bed import Bed
+from bed.lab import Host
+from ssh.deploying import BALLAST_MB, ONE, TWO, deploying, wipe
 from ssh.lab import Caller, SshLab
+from ssh.onefile import OneFiles
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +39,36 @@ def lab(started: SshLab) -> SshLab:
 @pytest.fixture
 def caller(lab: SshLab, tmp_path: Path) -> Caller:
     return Caller(lab, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def place() -> Iterator[tuple[Bed, OneFiles]]:
+    with deploying(hosts=1) as it:
+        yield it
+
+
+@pytest.fixture
+def files(place: tuple[Bed, OneFiles]) -> OneFiles:
+    return place[1]
+
+
+@pytest.fixture
+def bed(place: tuple[Bed, OneFiles]) -> Iterator[Bed]:
+    """Its host has nothing of ours."""
+    yield place[0]
+    wipe(place[0])
+
+
+@pytest.fixture
+def host(bed: Bed) -> Host:
+    return bed.hosts[0]
+
+
+@pytest.fixture
+def one(files: OneFiles) -> Path:
+    return files.make(ONE, ballast_mb=BALLAST_MB)
+
+
+@pytest.fixture
+def two(files: OneFiles) -> Path:
+    return files.make(TWO)

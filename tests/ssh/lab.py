@@ -280,6 +280,7 @@ class Caller:
         self.lab = lab
         self.home = directory / "netloom"
         self.home.mkdir(mode=0o700)
+        self.helper = "0"  # NETLOOM_HELPER; what the helper does is test_helper.py's subject
         self._count = 0
 
     def details(self, **details: Any) -> dict[str, Any]:
@@ -312,6 +313,7 @@ class Caller:
         standin = shlex.join([PYTHON, str(REPO / "tests" / "ssh" / "standin.py"), "agent"])
         given = {"NETLOOM_DIR": str(self.home), "NETLOOM_AGENT": agent or standin} if environ is None else dict(environ)
         given.setdefault("NETLOOM_AGENT", agent or standin)
+        given.setdefault("NETLOOM_HELPER", self.helper)
         as_user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--no-new-privs"] if uid else []
         bare = ["env", "-i", *(f"{name}={value}" for name, value in given.items())]
         inside = ["ip", "netns", "exec", MANAGEMENT, "unshare", "-m", "sh", "-c", _CLIENT, "client"]
@@ -331,7 +333,7 @@ class Caller:
         """An implement-network that has reached the agent of ``host``; the process, and when it began."""
         began = time.monotonic()
         process = self.start("implement-network", str(self.payload(details, stored)), str(timeout))
-        while not host.asked():
+        while "implement-network" not in [call["command"] for call in host.asked()]:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         return process, began

@@ -29,7 +29,9 @@ def main() -> int:
         os.write(1, script["noise"].encode())
     if how == "silent":
         time.sleep(600)
-    os.write(1, encode(Hello(version="9.9", build="standin", protocol=script.get("protocol", 1))))
+    protocol = script.get("protocol", 1)
+    hello = Hello(version="9.9", build="standin", protocol=protocol, oldest=script.get("oldest", protocol))
+    os.write(1, encode(hello))
     reader = FrameReader()
     while data := os.read(0, 1 << 20):
         for message in reader.feed(data):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from ssh.lab import HOSTILE, KEYS, Caller, SshLab
 
 PLACED = '{"host":"10.99.0.12","namespace":"cs-net-42"}'
@@ -29,6 +31,11 @@ def test_the_type_of_key_that_is_known_is_asked_for(lab: SshLab, caller: Caller)
     assert caller.ensure(details(lab, caller)).output == PLACED
 
 
+@pytest.mark.taken_out(
+    "internal/netloom/extension/hostkeys.py",
+    "        if any(entry.key == shown for entry in known):\n",
+    "        if known:\n",
+)
 def test_defect_16_a_changed_key_is_refused_before_any_login(lab: SshLab, caller: Caller) -> None:
     """Field note fault 17: no silent accept, and the message names the remedy."""
     assert caller.ensure(details(lab, caller)).output == PLACED

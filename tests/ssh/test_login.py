@@ -80,7 +80,7 @@ def test_the_callers_ssh_agent_is_used_when_no_key_is_registered(lab: SshLab, ca
 def test_nothing_to_log_in_with_is_said(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(caller.details())
     assert ended.status == 2
-    assert "10.99.0.11: nothing to log in with: neither sshkey nor password is registered" in ended.line
+    assert "10.99.0.11: nothing to log in with: no sshkey, no password, and the calling user has no key" in ended.line
 
 
 REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [

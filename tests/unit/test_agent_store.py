@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,8 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         Store(str(tmp_path / "file" / "scopes"))
 
 
-def test_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.taken_out("internal/netloom/agent/log.py", "st_size > BYTES_MAX", "st_size < 0")
+def test_defect_63_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_module, "BYTES_MAX", 1000)
     log = Log(str(tmp_path / "netloom" / "agent.log"))
     for number in range(100):
@@ -81,3 +84,25 @@ def test_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: p
     lines = files[0].read_text().splitlines()
     assert lines[-1].endswith("call=99 forged line \\x1b[31m")
     assert oct(files[0].stat().st_mode)[-3:] == "600"
+
+
+def test_a_log_that_can_have_no_new_file_goes_on_in_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in no other: the number of a descriptor that was given back is the next socket's."""
+    monkeypatch.setattr(log_module, "BYTES_MAX", 200)
+    log = Log(str(tmp_path / "agent.log"))
+    log.line("x" * 300)
+    before = len(os.listdir("/proc/self/fd"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        log.line("in need")
+        log.line("still in need")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    log.line("better")
+    older = (tmp_path / "agent.log.1").read_text().splitlines()
+    assert [line.partition(" ")[2] for line in older[1:]] == ["in need", "still in need"]
+    assert (tmp_path / "agent.log").read_text().endswith(" better\n")
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from netloom.commands import Outcome
-from netloom.errors import BadRequest, ForeignScope, NotBuiltYet
+from netloom.errors import BadRequest, ForeignScope
 from netloom.state import Network, Scope, Uplinks
 from netloom.wire import Registration
 from unit.played import OURS, call, implement, network, play
@@ -56,6 +56,7 @@ def test_firewall_absent_opens_ingress() -> None:
     assert done.scope.ingress_open
 
 
+@pytest.mark.taken_out("internal/netloom/commands/network.py", "    if not network.vlan:\n", "    if False:\n")
 def test_defect_43_an_empty_vlan_names_its_cause() -> None:
     with pytest.raises(BadRequest, match=r"payload\.vlan is empty.*network\.isolation\.method.*14077"):
         implement(vlan="")
@@ -76,6 +77,9 @@ def test_another_tag_may_come_on_a_living_network() -> None:
     assert again.scope.revision == 2
 
 
+@pytest.mark.taken_out(
+    "internal/netloom/protocol/scalars.py", "        if bare.lower() == UNTAGGED:\n", "        if False:\n"
+)
 def test_defect_44_an_untagged_guest_network() -> None:
     assert network(implement(vlan="vlan://untagged")).vlan == "untagged"
 
@@ -99,20 +103,6 @@ def test_a_network_without_an_address_of_its_own() -> None:
 def test_what_an_isolated_network_needs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(BadRequest, match=message):
         implement(**fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "registration", "message"),
-    [
-        ({"vlan": "1204-i2204"}, OURS, "private VLANs"),
-        ({}, msgspec.structs.replace(OURS, isolation="vxlan"), "guest.isolation=vxlan"),
-        ({"guest_type": "shared"}, OURS, "shared networks"),
-        ({"guest_type": "L2"}, OURS, "l2 networks"),
-    ],
-)
-def test_what_this_version_does_not_carry_out(fields: dict[str, Any], registration: Registration, message: str) -> None:
-    with pytest.raises(NotBuiltYet, match=message):
-        implement(registration=registration, **fields)
 
 
 @pytest.mark.parametrize(
@@ -189,12 +179,6 @@ def test_a_tier_takes_only_what_is_its_own() -> None:
         assert set(left.static_nats) == {"203.0.113.32"}
 
 
-def test_tiers_are_refused_until_they_are_built() -> None:
-    with pytest.raises(NotBuiltYet, match="tiers of a VPC"):
-        play(None, "210")
-    assert play(None, "232").scope is None
-
-
 def test_a_scope_of_somebody_else_is_refused_with_a_remedy() -> None:
     scope = play(None, "020").scope
     for name in ("020", "021", "126", "131", "060"):
@@ -222,3 +206,20 @@ def test_what_comes_while_a_network_goes_begins_nothing(command: str) -> None:
     fields: dict[str, Any] = {**rules, **public}
     assert call(None, command, network_state="shutdown", **fields).scope is None
     assert call(None, command, network_state="allocated", **fields).scope is not None
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/commands/network.py",
+    "    port_forwards = {key: it for key, it in scope.port_forwards.items() if it.network_id != network_id}\n",
+    "    port_forwards = dict(scope.port_forwards)\n",
+)
+def test_defect_38_nothing_of_a_tier_outlives_it_and_nothing_of_a_vpc_its_end() -> None:
+    scope = None
+    for name in ("202", "210", "211", "213", "230", "225", "226", "227", "228"):
+        scope = play(scope, name).scope
+    left = play(scope, "232").scope
+    assert left is not None
+    assert set(left.networks) == {"311"}
+    assert (left.static_nats, left.port_forwards, left.lb_rules) == ({}, {}, {})
+    assert [it.address for it in left.public_ips.values()] == ["203.0.113.30"]
+    assert play(scope, "235").scope is None

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from netloom.commands.actions import (
     BUILT_IN,
-    LATER,
     OUTPUT_CHARACTERS_MAX,
     check_known,
     checked,
@@ -22,7 +21,7 @@ from netloom.commands.actions import (
     plain,
     success,
 )
-from netloom.errors import BadRequest, HostRefused, NotBuiltYet
+from netloom.errors import BadRequest, HostRefused
 from netloom.render import words
 from netloom.secret import Secret
 from netloom.state import (
@@ -47,18 +46,10 @@ def test_known_actions_are_let_through(action: str) -> None:
 
 def test_an_unknown_action_is_told_the_known_ones() -> None:
     with pytest.raises(BadRequest) as refused:
-        check_known("reboot", ["restart-vpn", "pbr-add-route"])
+        check_known("reboot", ["restart-vpn"])
     assert refused.value.message == "custom-action reboot: there is no such action on this host"
-    assert refused.value.hint == (
-        "known: check, dump-config, leases, list-firewall-rules, reboot-device, restart-vpn, show"
-    )
-
-
-def test_the_later_actions_are_no_hooks() -> None:
-    assert len(LATER) == 9
-    for action in LATER:
-        with pytest.raises(NotBuiltYet):
-            check_known(action, [action])
+    assert refused.value.hint == f"known: {', '.join(sorted([*BUILT_IN, 'restart-vpn']))}"
+    assert sum(it.startswith("pbr-") for it in BUILT_IN) == 9
 
 
 @given(st.text())
@@ -223,6 +214,21 @@ def test_rules_in_words() -> None:
     ]
     gone = replace(whole, networks={"204": replace(whole.networks["204"], implemented=False)})
     assert all(it.endswith(unless) for it in words.firewall(gone) if it.startswith(("ingress 2", "static", "port")))
+
+
+def test_what_is_served_to_a_nic_is_said_and_nothing_else() -> None:
+    nic = Nic(mac="02:01:00:cc:00:03", ip="10.10.1.45", hostname="web-1", leased=True, named=True)
+    base = scope()
+
+    def told(nic: Nic, **of_network: bool) -> str:
+        network = replace(base.networks["204"], nics={nic.key: nic}, **{"dhcp": True, "dns": True, **of_network})
+        (line,) = words.leases(replace(base, networks={"204": network}))
+        return line.rpartition(": ")[2]
+
+    assert told(nic) == "default, lease, names"
+    assert told(nic, dhcp=False, dns=False) == told(nic, implemented=False) == "default"
+    assert told(replace(nic, ip="192.0.2.45")) == "default, names"  # nobody knows its mask: it gets no lease
+    assert told(replace(nic, default=False, leased=False, hostname="")) == "secondary"
 
 
 @given(st.text("0123456789abcdef", min_size=12, max_size=60))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from netloom import program
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused
 from netloom.extension.call import Story, ascii_only
 from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
+from netloom.extension.deploy import package
 from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
 from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
-from netloom.extension.log import FILE, line, record
+from netloom.extension.log import FILE, line, write_down
 from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, failure, printed
 from netloom.extension.registration import owner, registration
 from netloom.extension.ssh import Login
@@ -41,6 +44,7 @@ def test_the_deadline_is_before_the_callers_and_after_the_start(timeout: int) ->
     # The last resort, half a margin later, is in time too.
     assert deadline.ends + deadline.margin_s / 2 < started + timeout
     assert 0 <= deadline.grace_s() <= 5
+    assert 5 <= deadline.reach_s() <= max(5, timeout / 3)
 
 
 def test_a_deadline_that_has_passed_leaves_nothing() -> None:
@@ -162,7 +166,10 @@ def test_home_is_that_of_passwd_when_unset() -> None:
     assert home_of({}, 4_000_000) == ""
 
 
-def test_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
+@pytest.mark.taken_out(
+    "internal/netloom/extension/directory.py", "    if stat.S_IMODE(found.st_mode) & 0o077:\n", "    if False:\n"
+)
+def test_defect_21_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
     uid = os.geteuid()
     new = tmp_path / "a" / "b"
     assert unusable(str(new), uid) == ""
@@ -174,9 +181,38 @@ def test_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
     assert unusable(str(tmp_path / "link"), uid) == "a link"
     assert unusable(str(tmp_path / "file"), uid) == "not a directory"
     assert unusable(str(tmp_path / "open"), uid) == "mode 0755, not 0700"
-    assert unusable(str(new), uid + 1) == f"owned by uid {uid}"
+    assert unusable(str(new), uid + 1).endswith(f"owned by uid {uid}")
     assert unusable("relative", uid) == "not an absolute path"
     assert unusable(str(tmp_path / "file" / "below"), uid) == "Not a directory"
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/extension/directory.py",
+    "        if why := _unsafe_above(path, uid):\n",
+    '        if why := "":\n',
+)
+def test_a_directory_that_another_could_exchange_is_not_used(tmp_path: Path) -> None:
+    uid, above = os.geteuid(), tmp_path / "home" / ".cache"
+    above.mkdir(parents=True)
+    for mode in (0o777, 0o707):
+        above.chmod(mode)
+        assert unusable(str(above / "netloom"), uid) == f"others may write to {above}"
+        assert list(above.iterdir()) == []
+    above.chmod(0o1777)
+    assert unusable(str(above / "netloom"), uid) == ""
+    above.chmod(0o775)  # by those of our own group
+    assert unusable(str(above / "netloom"), uid) == ""
+    assert unusable(str(above / "netloom" / "a" / "b"), uid) == ""
+    (tmp_path / "link").symlink_to(above.parent)
+    assert unusable(str(tmp_path / "link" / "x" / "netloom"), uid) == ""
+
+
+def test_a_program_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be started all the same (mode 0711); and somebody may be about to replace it."""
+    monkeypatch.setattr(program, "path", lambda: str(tmp_path / "netloom.sh"))
+    package.cache_clear()
+    with pytest.raises(BadRequest, match=r"netloom\.sh: No such file or directory \(hosts are given this file"):
+        package()
 
 
 def test_the_first_usable_directory_is_taken(tmp_path: Path) -> None:
@@ -270,6 +306,22 @@ def test_remembered_keys_are_openssh_lines(tmp_path: Path) -> None:
     assert name_of("fd00::1", 2222) == "[fd00::1]:2222"
 
 
+def test_a_full_disk_costs_no_remembered_key(tmp_path: Path) -> None:
+    known = KnownHosts(str(tmp_path))
+    for number in range(20):
+        known.remember(f"h{number}", KEY)
+    before = Path(known.path).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # half of it can be written
+        with pytest.raises(OSError, match="File too large"):
+            known.forget("h7")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert Path(known.path).read_bytes() == before
+    assert sorted(it.name for it in tmp_path.iterdir()) == ["known_hosts", "known_hosts.lock"]
+
+
 # --- how to log in
 
 
@@ -308,10 +360,9 @@ def test_a_log_line_is_one_line() -> None:
 
 
 def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NETLOOM_DIR", str(tmp_path / "d"))
     monkeypatch.setattr("netloom.extension.log._BYTES_MAX", 2000)
     for number in range(100):
-        record(Story(time.monotonic()), 0, f"number {number}")
+        write_down(Story(time.monotonic()), 0, f"number {number}", {"NETLOOM_DIR": str(tmp_path / "d")})
     files = {path.name: path for path in (tmp_path / "d").iterdir()}
     assert set(files) | {FILE} == {FILE, FILE + ".1", FILE + ".lock"}
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in files.values())

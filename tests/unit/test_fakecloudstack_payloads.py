@@ -249,5 +249,26 @@ def test_written_as_the_client_writes_it(name: str) -> None:
     assert written == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "network", "stored", "action", "params"),
+    [
+        (
+            "500-custom-action-network",
+            NET,
+            STORED,
+            "pbr-add-route",
+            {"table-id": "101", "route": "default via 192.0.2.1 dev eth0"},
+        ),
+        ("501-custom-action-network-no-params", NET, STORED, "reboot-device", {}),
+        ("504-custom-action-nothing-stored", SHUT, "{}", "dump-config", {}),
+    ],
+)
+def test_custom_actions_are_written_as_the_client_writes_them(
+    name: str, network: cs.NetworkFacts, stored: str, action: str, params: dict[str, str]
+) -> None:
+    written = cs.custom_action(REGISTRATION, json.loads(stored), cs.network(network), action, params)
+    assert written == (FIXTURES / f"{name}.json").read_text(encoding="utf-8")
+
+
 def test_every_fixture_has_a_row_and_every_row_a_fixture() -> None:
     assert fixture_names() == sorted(ROWS)

@@ -46,6 +46,7 @@ SCENARIOS: dict[str, list[bytes]] = {
     "reboot": [message(Type.REQUEST, WEB.mac, {50: address(WEB.ip)})],
     "reboot-from-another-network": [message(Type.REQUEST, WEB.mac, {50: address("192.168.7.7")})],
     "renew": [message(Type.REQUEST, WEB.mac, ciaddr=WEB.ip)],
+    "rebind": [message(Type.REQUEST, WEB.mac, ciaddr=WEB.ip, flags=BROADCAST)],
     "renew-of-an-address-that-is-another-vms-now": [message(Type.REQUEST, WEB.mac, ciaddr=SECOND.ip)],
     "another-address-than-was-offered": [message(Type.REQUEST, WEB.mac, at("10.1.1.99"))],
     "another-server-was-chosen": [message(Type.REQUEST, WEB.mac, at(WEB.ip, "10.1.1.2"))],
@@ -113,8 +114,11 @@ def test_the_lease_time_is_twelve_hours_unless_told_and_never_infinite() -> None
 
 def test_a_reply_fits_in_what_the_client_takes() -> None:
     long = nic(45, options={code: bytes(200) for code in range(200, 206)})
-    table = Table(network(long))
+    table, narrow = Table(network(long)), Table(network(long, mtu=1000))
     for announced, most in ((b"", 548), (b"\0\1", 548), (b"\3\x20", 772), (b"\xff\xff", 1472)):
+        small = answer(message(Type.DISCOVER, long.mac, {57: announced} if announced else {}), narrow)
+        assert small is not None
+        assert len(small.packet) <= min(most, 972)  # on a segment that takes no more it would come in fragments
         reply = answer(message(Type.DISCOVER, long.mac, {57: announced} if announced else {}), table)
         assert reply is not None
         assert most - 202 < len(reply.packet) <= most

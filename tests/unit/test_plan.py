@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.plan import (
+    ASK_MAIN,
     AddAddress,
     AddRule,
     AttachCarrier,
@@ -18,9 +19,11 @@ from netloom.plan import (
     CreateNamespace,
     CreatePort,
     CreateVlanLink,
+    CreateVxlanLink,
     GuardBridge,
     Have,
     HostLink,
+    Inherit,
     InsideLink,
     LoadRuleset,
     MarkPort,
@@ -53,11 +56,18 @@ from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, 
 
 SCOPE = "net-204"
 NOTHING = Want(namespace="")
-NICS = {nic: HostLink(name=nic, up=True) for nic in ("eth1", "eth2")}
+NICS = {
+    "eth1": HostLink(name="eth1", up=True, addresses=("192.0.2.11/24",)),
+    "eth2": HostLink(name="eth2", up=True),
+}
 EMPTY = Have(scope_id=SCOPE, namespace="cs-net-204", host_links=NICS)
 
 
 def segment(nic: str, vlan: str) -> Segment:
+    if vlan.isdigit() and int(vlan) > names.VLAN_TAG_MAX:
+        return Segment(
+            bridge=names.vxlan_bridge(vlan), nic=nic, vlan=vlan, vlan_link=names.vxlan_link(vlan), kind="vxlan"
+        )
     return Segment(
         bridge=names.bridge(nic, vlan),
         nic=nic,
@@ -85,6 +95,7 @@ def wish(
     publics: dict[str, list[int]] | None = None,
     rules: str = "accept",
     guests: dict[int, int] | None = None,
+    policy: tuple[Route | Rule, ...] = (),
 ) -> Want:
     """A network with public addresses 203.0.113.x by VLAN; an exit for each VLAN. ``guests``: MAC by address."""
     publics = {"101": [20]} if publics is None else publics
@@ -102,8 +113,10 @@ def wish(
         routes=tuple(
             Route(table=table, destination="0.0.0.0/0", link=names.public_link(vlan), via="203.0.113.1")
             for vlan, table in exits.items()
-        ),
-        rules=tuple(Rule(priority=it, mark=it - 20000, mask=0xFFFF, table=it) for it in exits.values()),
+        )
+        + tuple(it for it in policy if isinstance(it, Route)),
+        rules=tuple(Rule(priority=it, mark=it - 20000, mask=0xFFFF, table=it) for it in exits.values())
+        + tuple(it for it in policy if isinstance(it, Rule)),
         neighbours=tuple(
             Neighbour(link="gst-204", address=f"10.10.1.{at}", mac=f"02:01:00:cc:00:{mac:02x}")
             for at, mac in (guests or {}).items()
@@ -138,17 +151,21 @@ def _after(have: Have, step: Step) -> Have:
             assert route in have.routes
             return replace(have, routes=tuple(it for it in have.routes if it != route))
         case PutRoute(_, route):
-            assert inside[route.link].up
+            assert inside[route.link].up if route.link else route.kind == "blackhole"
             others = [it for it in have.routes if (it.table, it.destination) != (route.table, route.destination)]
             return replace(have, routes=(*others, route))
         case RemoveRule(_, rule):
             return replace(have, rules=tuple(it for it in have.rules if it != rule))
+        case AddRule(_, rule) if rule == ASK_MAIN:
+            assert not have.asks_main
+            return replace(have, asks_main=True)
         case AddRule(_, rule):
             assert rule not in have.rules
             return replace(have, rules=(*have.rules, rule))
         case RemoveAddress(_, address):
             assert address in have.addresses
-            return replace(have, addresses=tuple(it for it in have.addresses if it != address))
+            kept = tuple(it for it in have.addresses if it != address)
+            return replace(have, addresses=kept, cut_off=have.cut_off - {address})
         case AddAddress(_, address):
             assert address.link in inside
             assert address not in have.addresses
@@ -169,15 +186,16 @@ def _after(have: Have, step: Step) -> Have:
                 have,
                 links={name: it for name, it in inside.items() if name != link},
                 addresses=tuple(it for it in have.addresses if it.link != link),
+                cut_off=frozenset(it for it in have.cut_off if it.link != link),
                 routes=tuple(it for it in have.routes if it.link != link),
                 neighbours=tuple(it for it in have.neighbours if it.link != link),
                 sysctls={key: value for key, value in have.sysctls.items() if link not in key.split(".")},
             )
         case RemoveHostPort(link) | RemoveVlanLink(link):
-            assert host[link].ours
+            assert host[link].ours or (link.startswith("eth1.") and not host[link].master)
             return _without_host_link(have, link)
         case RemoveBridge(link):
-            assert host[link].ours
+            assert host[link].ours or not {it for it in host[link].ports if not it.startswith("eth1.")}
             assert link not in have.claimed
             freed = {name: replace(it, master="") if it.master == link else it for name, it in host.items()}
             return _without_host_link(replace(have, host_links=freed), link)
@@ -187,6 +205,11 @@ def _after(have: Have, step: Step) -> Have:
         case CreateVlanLink(name, nic, vlan):
             assert name not in host
             made = HostLink(name=name, kind="vlan", parent=nic, vlan_id=vlan, alias="netloom", ipv6=True)
+            return _with_host_link(have, made)
+        case CreateVxlanLink(name, under, vni):
+            assert name not in host
+            assert host[under].addresses
+            made = HostLink(name=name, kind="vxlan", vlan_id=vni, alias="netloom", ipv6=True)
             return _with_host_link(have, made)
         case GuardBridge(bridge):
             assert host[bridge].ours
@@ -221,7 +244,7 @@ def _after(have: Have, step: Step) -> Have:
             have = replace(have, links={**inside, port.link: inner})
             end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True)
             return _ported(_with_host_link(have, end))
-        case MarkPort(link, alias):
+        case MarkPort(link, alias) | Inherit(link, alias):
             return _with_host_link(have, replace(host[link], alias=alias))
         case SetMac(_, link, mac):
             rest = [it for it in have.neighbours if it.link != link]
@@ -260,16 +283,42 @@ PUBLICS = st.dictionaries(
     st.sampled_from(["101", "102", "untagged"]), st.lists(st.integers(20, 29), max_size=4, unique=True), max_size=3
 )
 GUESTS = st.dictionaries(st.integers(11, 14), st.integers(1, 3), max_size=3)
+POLICIES = st.lists(
+    st.one_of(
+        st.builds(Route, table=st.just(100), destination=st.just("192.0.2.0/24"), kind=st.just("blackhole")),
+        st.builds(Route, table=st.just(101), destination=st.just("0.0.0.0/0"), link=st.just("gst-204")),
+        st.builds(
+            Rule,
+            priority=st.integers(10000, 10002),
+            mark=st.just(1 << 16),
+            mask=st.just(1 << 16),
+            table=st.sampled_from([100, 101]),
+            source=st.sampled_from(["", "10.10.1.0/24"]),
+            iif=st.sampled_from(["", "gst-204"]),
+        ),
+    ),
+    max_size=3,
+    unique=True,
+).map(tuple)
 WISHES = st.one_of(
     st.just(NOTHING),
-    st.builds(wish, st.sampled_from(["1204", "1311"]), PUBLICS, st.sampled_from(["accept", "drop"]), GUESTS),
+    st.builds(
+        wish,
+        st.sampled_from(["1204", "1311", "16777215"]),
+        PUBLICS,
+        st.sampled_from(["accept", "drop"]),
+        GUESTS,
+        POLICIES,
+    ),
 )
 DAMAGES = st.lists(
     st.sampled_from(
         [
             "address",
             "route",
+            "its own route",
             "rule",
+            "the kernel's rule",
             "neighbour",
             "port",
             "bridge",
@@ -291,9 +340,13 @@ def damaged(have: Have, kinds: list[str]) -> Have:
         ours = [it.name for it in have.host_links.values() if it.kind == "bridge" and it.ours]
         match kind:
             case "address":
-                have = replace(have, addresses=have.addresses[1:])
+                have = replace(have, addresses=have.addresses[1:], cut_off=have.cut_off - {*have.addresses[:1]})
             case "route":
                 have = replace(have, routes=have.routes[1:])
+            case "its own route":
+                have = replace(have, cut_off=frozenset(it for it in have.addresses if it.on_link))
+            case "the kernel's rule":
+                have = replace(have, asks_main=not have.exists)
             case "rule":
                 have = replace(have, rules=have.rules[1:])
             case "neighbour":
@@ -332,6 +385,7 @@ def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
     after = carry_out(have, steps)
     assert plan(after, then) == ()
     assert set(after.addresses) == set(then.addresses)
+    assert not after.cut_off
     assert set(after.routes) == set(then.routes)
     assert set(after.rules) == set(then.rules)
     assert set(after.neighbours) == set(then.neighbours)
@@ -427,13 +481,68 @@ def test_a_bridge_that_was_there_is_used_and_left() -> None:
         **NICS,
         "eth1.1204": HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204"),
     }
-    theirs = _ported(
-        replace(EMPTY, host_links={**nic, "breth1-1204": HostLink(name="breth1-1204", kind="bridge", up=True)})
-    )
+    bridge = HostLink(name="breth1-1204", kind="bridge", up=True, addresses=("192.0.2.77/24",))
+    theirs = _ported(replace(EMPTY, host_links={**nic, "breth1-1204": bridge}))
     have = built(wish(publics={}), theirs)
     assert have.host_links["vnetg204"].master == "breth1-1204"
     assert have.guarded == frozenset()
     assert built(NOTHING, have).host_links["breth1-1204"] == theirs.host_links["breth1-1204"]
+
+
+def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
+    """The network in a bridge that CloudStack's KVM agent made, and whatever else is plugged in."""
+    bridge = HostLink(name="breth1-1204", kind="bridge", up=True)
+    vlan = HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204", up=True)
+    found = {it.name: it for it in (bridge, vlan, *more)}
+    have = built(wish(publics={}), _ported(replace(EMPTY, host_links={**NICS, **found})))
+    return _with_host_link(have, replace(have.host_links["breth1-1204"], **changes))
+
+
+def test_a_bridge_of_the_kvm_agent_that_our_port_alone_kept_goes_with_it() -> None:
+    """The agent leaves a bridge that has a port like ours with the last VM, and never looks again."""
+    assert built(NOTHING, _made_by_kvm()) == EMPTY
+    moved = built(wish("1311", {}), _made_by_kvm())
+    assert not {"breth1-1204", "eth1.1204"} & moved.host_links.keys()
+
+
+def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> None:
+    steps = plan(_made_by_kvm(), NOTHING)
+    assert [str(it) for it in steps][:3] == [
+        "inherit eth1.1204, alias netloom",
+        "inherit breth1-1204, alias netloom carries eth1.1204",
+        "remove link gst-204 of cs-net-204",
+    ]
+    for done in range(len(steps)):
+        after = carry_out(_made_by_kvm(), steps[:done])
+        # Once the port has left the scope sees no bridge any more: it is the sweep of the whole host that does.
+        after = carry_out(after, sweep(after.host_links, frozenset(), after.guarded))
+        assert after.links or "breth1-1204" not in after.host_links
+        assert built(NOTHING, after) == EMPTY
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        _made_by_kvm(HostLink(name="vnet7", kind="tun", master="breth1-1204")),
+        _made_by_kvm(HostLink(name="vnetg205", kind="veth", master="breth1-1204", alias="netloom net-205")),
+        _made_by_kvm(addresses=("192.0.2.77/24",)),
+        _made_by_kvm(alias="the storage people's"),
+        replace(_made_by_kvm(), claimed=frozenset({"breth1-1204"})),
+    ],
+    ids=["a-vm", "another-network", "an-address", "an-alias", "claimed"],
+)
+def test_a_bridge_of_somebody_else_stays_for_whatever_reason_there_is(kept: Have) -> None:
+    after = built(NOTHING, kept)
+    assert {"breth1-1204", "eth1.1204"} <= after.host_links.keys()
+    assert "vnetg204" not in after.host_links
+
+
+def test_what_stands_on_the_vlan_link_keeps_it() -> None:
+    have = _made_by_kvm()
+    have = _with_host_link(have, replace(have.host_links["eth1.1204"], addresses=("192.0.2.77/24",)))
+    after = built(NOTHING, have)
+    assert "eth1.1204" in after.host_links
+    assert "breth1-1204" not in after.host_links
 
 
 def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
@@ -442,6 +551,27 @@ def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
     have = built(wish(publics={}), _ported(replace(EMPTY, host_links={**NICS, "vlan1204": other, "cloudbr7": bridge})))
     assert have.host_links["vnetg204"].master == "cloudbr7"
     assert "breth1-1204" not in have.host_links
+
+
+def test_a_tunnel_that_was_there_is_used_whatever_it_is_called_and_left() -> None:
+    other = HostLink(name="vni-5001", kind="vxlan", vlan_id=5001, master="brvx-5001", up=True)
+    bridge = HostLink(name="brvx-5001", kind="bridge", up=True)
+    bare = {nic: replace(link, addresses=()) for nic, link in NICS.items()}
+    theirs = _ported(replace(EMPTY, host_links={**bare, "vni-5001": other, "brvx-5001": bridge}))
+    have = built(wish("5001", {}), theirs)
+    assert have.host_links["vnetg204"].master == "brvx-5001"
+    assert built(NOTHING, have) == theirs
+
+
+def test_a_tunnel_stands_on_what_has_the_address() -> None:
+    bridge = HostLink(name="cloudbr1", kind="bridge", up=True, addresses=("192.0.2.11/24",))
+    plugged = {**NICS, "eth1": HostLink(name="eth1", up=True, master="cloudbr1"), "cloudbr1": bridge}
+    steps = plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
+    assert "create VXLAN link vxlan5001 over cloudbr1" in map(str, steps)
+    assert "create VXLAN link vxlan5001 over eth1" in map(str, plan(EMPTY, wish("5001", {})))
+    plugged["cloudbr1"] = replace(bridge, addresses=("2001:db8::11/64",))
+    with pytest.raises(HostRefused, match=r"cloudbr1 has no IPv4 address for VXLAN.*guest\.network\.device"):
+        plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
 
 
 def test_untagged_is_the_bridge_of_the_nic() -> None:

@@ -16,6 +16,9 @@ from netloom.secret import Secret, dec_hook, enc_hook
 ACCEPTED: list[tuple[Any, object, object]] = [
     (s.IPv4, "10.10.1.1", "10.10.1.1"),
     (s.IPv4, "255.255.255.255", "255.255.255.255"),
+    (s.UnicastIPv4, "203.0.113.20", "203.0.113.20"),
+    (s.UnicastIPv4, "169.254.7.1", "169.254.7.1"),
+    (s.UnicastIPv4, "240.0.0.1", "240.0.0.1"),
     (s.IPv6, "2001:DB8::0:1", "2001:db8::1"),
     (s.IPv6, "::FFFF:c000:201", "::ffff:192.0.2.1"),
     (s.IPv4Prefix, "203.0.113.20/24", "203.0.113.0/24"),
@@ -75,6 +78,7 @@ def rows(kind: Any, *values: object) -> list[tuple[Any, object]]:
 
 REFUSED: list[tuple[Any, object]] = [
     *rows(s.IPv4, "10.1.1.01", " 10.1.1.1", "10.1.1.1\n", "10.1.1", "256.1.1.1", "१0.1.1.1", 1, True, []),
+    *rows(s.UnicastIPv4, "0.0.0.0", "127.0.0.2", "224.0.0.5", "239.1.2.3", "255.255.255.255", "10.1.1", 1),
     *rows(s.IPv6, "fe80::1%eth0", ":::", "1.2.3.4", "2001:db8::1/64", "g::"),
     *rows(s.IPv4Prefix, "10.1.1.0", "10.1.1.0/33", "10.1.1.0/024", "10.1.1.0/255.255.255.0", "::/0"),
     *rows(s.Netmask, "255.0.255.0", "24"),

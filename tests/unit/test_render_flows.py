@@ -6,12 +6,19 @@ import pytest
 from msgspec.structs import replace
 
 from netloom.render.flows import Attention, attention
-from netloom.state import Scope
+from netloom.state import Outside6, Scope
 from unit.wishes import A1, A2, B1, CIDR, VM1, VM2, VM3, admit, egress, forward, network, static, wish
 
 PLAIN = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
 OPEN = wish(firewall=False)
 DOWN = replace(PLAIN, networks={"204": replace(network(), implemented=False)})
+SIX = replace(
+    PLAIN,
+    networks={
+        "204": replace(PLAIN.networks["204"], ip6_cidr="2001:db8:50:1::/64", ip6_gateway="2001:db8:50:1::1"),
+    },
+)
+OUTSIDE = replace(SIX, outside6=Outside6(gateway="2001:db8:99::1", address="2001:db8:99::7/64"))
 
 ROWS: dict[str, tuple[Scope | None, Scope | None, Attention]] = {
     "nothing happened": (PLAIN, PLAIN, "none"),
@@ -23,10 +30,10 @@ ROWS: dict[str, tuple[Scope | None, Scope | None, Attention]] = {
                                              forwards=[forward(A1, "22", VM1)]), revision=9), "tombstones"),
     "another VLAN": (PLAIN, replace(PLAIN, networks={"204": replace(PLAIN.networks["204"], vlan="9")}), "none"),
     "another subnet": (PLAIN, replace(PLAIN, networks={"204": replace(network(), cidr="10.2.0.0/16")}), "all"),
-    "an address more": (wish(held=(A1,)), wish(held=(A1, A2)), "tombstones"),
+    "an address more": (wish(held=(A1,)), wish(held=(A1, A2)), "all"),
     "an address less": (wish(held=(A1, A2)), wish(held=(A1,)), "all"),
     "an address through another exit": (wish(held=(A1, B1)), wish(held=(A1, replace(B1, exit=3))), "all"),
-    "the first source NAT": (wish(held=(A2,)), wish(held=(A1, A2)), "tombstones"),
+    "the first source NAT": (wish(held=(replace(A1, source_nat=False), A2)), wish(held=(A1, A2)), "tombstones"),
     "another source NAT": (wish(held=(A1, A2)),
                            wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))), "all"),
     "a forward more": (wish(held=(A1,)), wish(forwards=[forward(A1, "1", VM1)]), "tombstones"),
@@ -44,6 +51,10 @@ ROWS: dict[str, tuple[Scope | None, Scope | None, Attention]] = {
     "a denial more": (wish(), wish(egress("tcp", "25", sources=(CIDR,))), "all"),
     "an allowance more": (wish(allow_egress=False), wish(egress("all"), allow_egress=False), "tombstones"),
     "an allowance less": (wish(egress("all"), allow_egress=False), wish(allow_egress=False), "all"),
+    "IPv6 comes": (PLAIN, SIX, "all"),
+    "IPv6 goes": (SIX, PLAIN, "all"),
+    "IPv6 finds a way out": (SIX, OUTSIDE, "tombstones"),
+    "IPv6 loses its way out": (OUTSIDE, SIX, "all"),
     "egress opened": (wish(egress("all"), allow_egress=False), wish(allow_egress=True), "tombstones"),
 }  # fmt: skip
 

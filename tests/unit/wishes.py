@@ -11,7 +11,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from netloom.state import Firewall, FirewallRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
+from netloom.state import Firewall, FirewallRule, Network, Pbr, PortForward, Ports, PublicIp, Scope, StaticNat
 
 CIDR, GATEWAY = "10.1.1.0/24", "10.1.1.1"
 VM1, VM2, VM3 = "10.1.1.11", "10.1.1.12", "10.1.1.13"
@@ -20,6 +20,9 @@ A1 = PublicIp(address="203.0.113.20", vlan="101", gateway="203.0.113.1", cidr="2
 A2 = replace(A1, address="203.0.113.21", source_nat=False)
 B1 = PublicIp(address="198.51.100.20", vlan="102", gateway="198.51.100.1", cidr="198.51.100.0/24", exit=2)
 C1 = PublicIp(address="198.151.100.120", vlan="101", gateway="198.151.100.1", cidr="198.151.100.0/24", exit=3)
+
+
+NO_PBR = Pbr()
 
 
 def network(firewall: Firewall | None = None) -> Network:
@@ -42,6 +45,7 @@ def wish(
     allow_egress: bool = True,
     firewall: bool = True,
     ingress_open: bool = False,
+    pbr: Pbr = NO_PBR,
 ) -> Scope:
     """A scope with one standing network and these rules; ``firewall`` False: apply-fw-rules never came."""
     numbered = tuple(replace(rule, rule_id=at) for at, rule in enumerate(rules, 1))
@@ -53,6 +57,7 @@ def wish(
         port_forwards={it.key: it for it in forwards},
         static_nats={it.public_ip: it for it in static},
         ingress_open=ingress_open,
+        pbr=pbr,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +16,13 @@ from netloom.agent.kernel.nft import Nft, NftError
 from netloom.agent.observe import FAMILY, TABLE
 from netloom.agent.services import Services
 from netloom.commands.actions import check_known, cut, document, listed, plain, success
-from netloom.errors import HostRefused, NotBuiltYet
-from netloom.plan import Have, LoadRuleset, plan
+from netloom.commands.pbr import nothing_known, of_named_table
+from netloom.errors import HostRefused
+from netloom.plan import Have, LoadRuleset, plan, route_words, rule_words
 from netloom.protocol.custom import CustomAction
 from netloom.render import words
+from netloom.render.live import live
+from netloom.render.nft import counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
 from netloom.render.want import Want
@@ -48,32 +50,34 @@ class Actions:
     def begin(self, call: Call, asked: CustomAction, ground: Ground) -> tuple[str | Hook, Done]:
         """The output, or the hook that makes it, to be run without the lock; and what was done to the host.
 
-        Raises BadRequest for an unknown action (NotBuiltYet for a later one), HostRefused when the scope is not here.
+        Raises BadRequest for an unknown action, HostRefused when the scope is not here.
         """
         action = str(asked.action)
         check_known(action, self._hooks.names())
         scope = ground.scope
-        if scope is None and call.scope_id.startswith("vpc-"):
-            raise NotBuiltYet(f"custom-action {action}: this version of netloom does not carry out VPCs yet")
         if scope is None:
-            raise HostRefused(
-                f"custom-action {action}: nothing is known of {call.scope_id} on this host",
-                hint="is the network implemented?",
-            )
+            raise nothing_known(action, call.scope_id)
         match action:
             case "check":
                 drift = self._drift(scope, ground)
                 return success(cut(drift) if drift else "nothing to do: all is as it should be"), Done()
+            case "counters":
+                counted = _counters(scope, ground.want)
+                return success(listed(counted, asked.params, none="no public address stands")), Done()
             case "dump-config":
                 return self._dump(scope, ground), Done()
             case "leases":
                 return success(listed(words.leases(scope), asked.params, none="no NIC is known")), Done()
             case "list-firewall-rules":
-                return success(
-                    listed(
-                        [*words.firewall(scope), *_counters(ground.want.namespace)], asked.params, none="no such line"
-                    )
-                ), Done()
+                return success(listed(words.firewall(scope), asked.params, none="no such line")), Done()
+            case "pbr-list-routes":
+                routes = words.pbr_routes(of_named_table(scope, asked.params))
+                return success(listed(routes, asked.params, none="no route")), Done()
+            case "pbr-list-rules":
+                rules = words.pbr_rules(of_named_table(scope, asked.params))
+                return success(listed(rules, asked.params, none="no rule")), Done()
+            case "pbr-list-tables":
+                return success(listed(words.pbr_tables(scope), asked.params, none="no table")), Done()
             case "reboot-device":
                 done = self._reboot(scope, ground)
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
@@ -96,19 +100,28 @@ class Actions:
 
     def _drift(self, scope: Scope, ground: Ground) -> list[str]:
         """What a repair would do now, in words."""
-        found = [str(step) for step in plan(self._look(scope, ground), ground.want)]
+        have = self._look(scope, ground)
+        found = [str(step) for step in plan(have, ground.want)]
         wanted = {it.name for it in services(scope)} if ground.want.namespace else set()
         running = ground.services.running(scope.scope_id).keys()
         found += [f"start {name}" for name in sorted(wanted - running)]
         found += [f"end {name}" for name in sorted(running - wanted)]
+        if have.exists and ground.want.namespace:
+            unserved = ground.services.unserved(scope, ground.want.namespace)
+            found += [f"serve DHCP, metadata and passwords of network {it}" for it in unserved]
+        found += [f"balance rule {it}, once {at} is free" for it, at in ground.services.waiting(scope.scope_id).items()]
         return [plain(it) for it in found]
 
     def _standing(self, scope: Scope, ground: Ground) -> list[str]:
         running = ground.services.running(scope.scope_id)
+        ends = ground.services.ends(scope.scope_id)
+        guest, guest_ends = ground.services.guest()
         drift = self._drift(scope, ground)
+        described = [f"{name} (pid {pid}{_again(ends.get(name, 0))})" for name, pid in sorted(running.items())]
         return [
             f"namespace {ground.want.namespace}" if ground.want.namespace else "nothing of it is to stand on this host",
-            f"services: {', '.join(f'{name} (pid {pid})' for name, pid in sorted(running.items())) or 'none'}",
+            f"services: {', '.join(described) or 'none'}",
+            f"guest process of this host: pid {guest}{_again(guest_ends)}",
             f"{len(drift)} things are not as they should be: see check" if drift else "all is as it should be",
         ]
 
@@ -121,14 +134,12 @@ class Actions:
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
             ("== found: links", _links(have)),
             ("== found: addresses", [f"{it.cidr} on {it.link}" for it in have.addresses]),
-            ("== found: routes", [f"{it.destination} {_via(it.via)}{it.link} table {it.table}" for it in have.routes]),
-            (
-                "== found: rules",
-                [f"{it.priority}: mark {it.mark:#x}/{it.mask:#x} table {it.table}" for it in have.rules],
-            ),
+            ("== found: routes", [route_words(it) for it in have.routes]),
+            ("== found: rules", [rule_words(it) for it in have.rules]),
             ("== found: links of the host", _host_links(have)),
             ("== leases", words.leases(scope)),
             ("== firewall and translations", words.firewall(scope)),
+            ("== policy routing", [*words.pbr_tables(scope), *words.pbr_routes(scope), *words.pbr_rules(scope)]),
             ("== state, without secrets", words.state(scope)),
             ("== found: nftables", _table(have.namespace) if have.exists else []),
         ]
@@ -165,6 +176,10 @@ class Actions:
         return Done(first.steps + done.steps, news, first.services + done.services)
 
 
+def _again(times: int) -> str:
+    return f", died or hung {times} times since the agent started" if times else ""
+
+
 def _links(have: Have) -> list[str]:
     return [
         f"{it.name} {it.mac} {'up' if it.up else 'down'}{f', other end {it.host_link}' if it.host_link else ''}"
@@ -181,10 +196,6 @@ def _host_links(have: Have) -> list[str]:
     ]
 
 
-def _via(gateway: str) -> str:
-    return f"via {gateway} " if gateway else ""
-
-
 def _table(namespace: str) -> list[str]:
     try:
         with Nft(namespace) as nft:
@@ -193,12 +204,24 @@ def _table(namespace: str) -> list[str]:
         return [str(error)]
 
 
-def _counters(namespace: str) -> list[str]:
-    """The named counters of the scope's table, where there are any."""
-    found: list[str] = []
-    if namespace:
-        with contextlib.suppress(NftError, HostRefused), Nft(namespace) as nft:
-            for it in nft.list_json(f"list counters table {FAMILY} {TABLE}")["nftables"]:
-                if counter := it.get("counter"):
-                    found.append(f"counter {counter['name']}: {counter['packets']} packets, {counter['bytes']} bytes")
-    return sorted(found)
+def _counters(scope: Scope, want: Want) -> list[str]:
+    """What the scope's table counts, a line for each public address and IPv6 prefix, since it stands on this host.
+
+    Raises HostRefused when the table cannot be read, or does not count what it should.
+    """
+    if want.ruleset is None or not want.ruleset.counters:
+        return []
+    with Nft(want.namespace) as nft:
+        found = nft.list_json(f"list counters table {FAMILY} {TABLE}")["nftables"]
+    counted = {it["counter"]["name"]: it["counter"] for it in found if "counter" in it}
+    missing = [it for it in want.ruleset.counters if it not in counted]
+    if missing:
+        raise HostRefused(f"{want.namespace} does not count {', '.join(missing[:5])}", hint="reboot-device repairs it")
+    return [
+        f"{what}: in {_told(counted[arrived])}; out {_told(counted[left])}"
+        for what, (arrived, left) in counters(live(scope)).items()
+    ]
+
+
+def _told(counter: dict[str, object]) -> str:
+    return f"{counter['packets']} packets, {counter['bytes']} bytes"

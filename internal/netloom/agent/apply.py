@@ -14,9 +14,10 @@ from typing import Literal
 
 from netloom.agent.kernel import links, namespaces, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
-from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.kernel.nft import Nft, NftRefused
 from netloom.agent.observe import GUARD_FAMILY, GUARD_TABLE
 from netloom.errors import HostRefused
+from netloom.names import vxlan_group
 from netloom.plan import (
     ALIAS,
     AddAddress,
@@ -27,7 +28,9 @@ from netloom.plan import (
     CreateNamespace,
     CreatePort,
     CreateVlanLink,
+    CreateVxlanLink,
     GuardBridge,
+    Inherit,
     LoadRuleset,
     MarkPort,
     PutNeighbour,
@@ -53,6 +56,8 @@ from netloom.plan import (
     UnguardBridge,
 )
 from netloom.render.ruleset import fresh, swap, take_over
+
+VXLAN_TTL = 10  # routers between the hosts, as CloudStack's KVM agent has it
 
 _Means = Literal["namespace", "sysctl", "nft", "guard", "netlink"]
 
@@ -126,7 +131,7 @@ def _load(step: LoadRuleset) -> None:
             return
         try:
             nft.run(swap(step.have, step.want) if step.have is not None else take_over(step.table, step.want))
-        except NftError:
+        except NftRefused:
             # Somebody changed the table by hand. Nothing of the text was done; the table is made anew.
             nft.run(fresh(step.want))
 
@@ -172,11 +177,12 @@ def _links(namespace: str, steps: Sequence[Step]) -> None:
         try:
             links.change(namespace, messages)
         except NetlinkError as error:
-            vlan = next((step for step in steps if isinstance(step, CreateVlanLink)), None)
-            if error.errno == errno.EOPNOTSUPP and vlan is not None:
+            made = next((step for step in steps if isinstance(step, CreateVlanLink | CreateVxlanLink)), None)
+            if error.errno == errno.EOPNOTSUPP and made is not None:
+                what, module = ("802.1Q", "8021q") if isinstance(made, CreateVlanLink) else ("VXLAN", "vxlan")
                 raise HostRefused(
-                    f"{error.what}: this kernel has no 802.1Q",
-                    hint=f"load the module 8021q, or make a link named {vlan.link} yourself: it will be used",
+                    f"{error.what}: this kernel has no {what}",
+                    hint=f"load the module {module}, or make a link named {made.link} yourself: it will be used",
                 ) from error
             raise
 
@@ -186,11 +192,13 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
         case RemoveRoute(_, it):
             yield links.delete_route(it.destination, it.link, it.via, it.source, it.table).even_if_gone()
         case PutRoute(_, it):
-            yield links.replace_route(it.destination, it.link, it.via, it.source, it.table)
+            yield links.replace_route(it.destination, it.link, it.via, it.source, it.table, kind=it.kind)
         case RemoveRule(_, it):
-            yield links.delete_rule(it.priority, it.mark, it.mask, it.table).even_if_gone()
+            rule = (it.priority, it.mark, it.mask, it.table, it.source, it.destination, it.iif)
+            yield links.delete_rule(*rule).even_if_gone()
         case AddRule(_, it):
-            yield links.add_rule(it.priority, it.mark, it.mask, it.table).even_if_there()
+            rule = (it.priority, it.mark, it.mask, it.table, it.source, it.destination, it.iif)
+            yield links.add_rule(*rule).even_if_there()
         case RemoveAddress(_, it):
             yield links.delete_address(it.link, it.cidr).even_if_gone()
         case AddAddress(_, it):
@@ -201,7 +209,7 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.put_neighbour(it.link, it.address, it.mac)
         case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
             yield links.delete_link(link).even_if_gone()
-        case MarkPort(link, alias):
+        case MarkPort(link, alias) | Inherit(link, alias):
             yield links.set_alias(link, alias)
         case SetMac(_, link, mac):
             yield links.set_mac(link, mac)
@@ -215,6 +223,8 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.make_bridge(bridge, alias=alias)
         case CreateVlanLink(link, nic, vlan):
             yield links.make_vlan(link, nic, vlan, alias=ALIAS)
+        case CreateVxlanLink(link, under, vni):
+            yield links.make_vxlan(link, under, vni, vxlan_group(vni), VXLAN_TTL, alias=ALIAS)
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):
             yield links.set_master(link, bridge)
         case CreatePort(namespace, port, bridge, alias):

@@ -1,7 +1,8 @@
 """``netloom agent connect``: carries bytes between its own stdin and stdout and the agent's socket.
 
-The other end of the SSH channel. When no agent answers, one is started, detached from this process, its terminal and
-its descriptors, by a command line made from this one's own. Imports nothing but the standard library, and little of it.
+The other end of the SSH channel. When no agent answers, one is started: by systemd where it has our
+unit, else detached from this process, its terminal and its descriptors, by a command line made from this one's own.
+Imports little.
 """
 
 from __future__ import annotations
@@ -13,8 +14,15 @@ import socket
 import sys
 import time
 
+from netloom.program import close_all_but, command
+
 SOCKET = "/run/netloom/agent.sock"
 LOG = "/var/log/netloom/agent.log"
+
+# What systemd starts where it runs; written when the program is installed (install.py).
+UNIT = "netloom-agent.service"
+UNIT_FILE = f"/etc/systemd/system/{UNIT}"
+_SYSTEMD_RUNS = "/run/systemd/system"  # sd_booted(3)
 
 START_S_MAX = 20.0  # for the agent to answer after it was started; it listens before it restores the scopes
 
@@ -48,10 +56,9 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     deadline = time.monotonic() + START_S_MAX
-    # Never removed: two who hold different files of one name would both start an agent.
-    lock = os.open(os.path.join(directory, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = open_lock(directory)
     try:
-        while not _locked(lock):
+        while not locked(lock):
             agent = _try(path)
             if agent is not None:
                 return agent
@@ -59,7 +66,10 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
         agent = _try(path)
         if agent is not None:
             return agent
-        _start(arguments)
+        if has_unit() and not arguments:
+            start_unit()
+        else:
+            start(command(), arguments)
         while True:
             agent = _try(path)
             if agent is not None:
@@ -83,7 +93,13 @@ def _try(path: str) -> socket.socket | None:
     return agent
 
 
-def _locked(fd: int) -> bool:
+def open_lock(directory: str) -> int:
+    """The lock of whoever starts an agent. Never removed: two who hold different files of one name would both do it."""
+    return os.open(os.path.join(directory, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def locked(fd: int) -> bool:
+    """Whether we have the lock now."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -97,9 +113,35 @@ def _wait(deadline: float, what: str) -> None:
     time.sleep(0.02)
 
 
-def _start(arguments: list[str]) -> None:
+def systemd_runs() -> bool:
+    """Whether systemd is this host's init."""
+    return os.path.isdir(_SYSTEMD_RUNS)
+
+
+def has_unit() -> bool:
+    """Whether systemd looks after the agent."""
+    return systemd_runs() and os.path.exists(UNIT_FILE)
+
+
+def start_unit() -> None:
+    """Has systemd start the agent. Raises OSError when it refuses; does not wait until the agent answers."""
+    child = os.fork()
+    if not child:
+        try:
+            null = os.open("/dev/null", os.O_RDWR)
+            for fd in (0, 1, 2):
+                os.dup2(null, fd)
+            os.execvp("systemctl", ["systemctl", "start", "--no-block", UNIT])
+        finally:
+            os._exit(127)
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise OSError(f"systemd does not start {UNIT}: see systemctl status {UNIT}")
+
+
+def start(program: list[str], arguments: list[str]) -> None:
     """Starts the agent as a grandchild: own session, no descriptor of ours, ``/`` as working directory."""
-    argv = [*program("connect"), "agent", "serve", "--log", LOG, *arguments]
+    argv = [*program, "agent", "serve", "--log", LOG, *arguments]
     kept = ("PATH", "LANG", "LC_ALL")
     environment = {
         key: value for key, value in os.environ.items() if key in kept or key.startswith(("PYTHON", "NETLOOM_"))
@@ -116,25 +158,23 @@ def _start(arguments: list[str]) -> None:
         os.chdir("/")
         os.umask(0o077)
         null = os.open("/dev/null", os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        for fd, instead in enumerate((null, null, _last_words())):
+            os.dup2(instead, fd)
+        close_all_but(0, 1, 2)
         os.execve(argv[0], argv, environment)
+    except OSError as error:
+        os.write(2, f"{argv[0]} cannot be started: {error.strerror}\n".encode())
     finally:
         os._exit(127)
 
 
-def program(word: str) -> list[str]:
-    """How this process was executed as ``agent <word>``, up to there: interpreter and script, or the compiled file."""
-    words = list(sys.orig_argv)
-    at = next(index for index in range(len(words) - 1) if words[index : index + 2] == ["agent", word])
-    words = words[:at]
-    if "__compiled__" not in globals():  # a compiled program's own path stands in front already
-        words[0] = sys.executable
-    script = sys.argv[0]
-    if script in words:
-        words[words.index(script)] = os.path.abspath(script)
-    return words
+def _last_words() -> int:
+    """Where an agent that cannot even begin says why."""
+    try:
+        os.makedirs(os.path.dirname(LOG), mode=0o755, exist_ok=True)
+        return os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return 2
 
 
 def _relay(agent: socket.socket) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from netloom.agent.kernel import conntrack
+from netloom.agent.kernel import conntrack, packets
 from netloom.agent.kernel.conntrack import Entry
 from netloom.render.flows import Judge, Verdict, attention
 from netloom.render.marks import REVOKED
@@ -16,7 +16,11 @@ def judge(namespace: str, old: Scope | None, new: Scope) -> int:
     ``old`` None: whatever was allowed before, all flows are looked at. Raises HostRefused.
     """
     looks = "all" if old is None else attention(old, new)
-    if looks == "none" or not conntrack.count(namespace):
+    if looks == "none":
+        return 0
+    if looks == "all":
+        packets.settled()  # else a connection that the old rules let through could be confirmed after we looked
+    if not conntrack.count(namespace):
         return 0
     mask = REVOKED if looks == "tombstones" else 0
     judge_of = Judge(new)

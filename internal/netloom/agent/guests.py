@@ -20,9 +20,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from netloom.agent.kernel import namespaces
 from netloom.agent.log import Log
-from netloom.agent.supervise import PATH
+from netloom.agent.supervise import PATH, Record, alive, read_record, record_of
 from netloom.errors import HostRefused
 from netloom.guestwire import (
     GUEST_PROTOCOL,
@@ -37,6 +39,7 @@ from netloom.guestwire import (
     Message,
     Notice,
     PasswordTaken,
+    Ping,
     Serve,
     Update,
 )
@@ -47,9 +50,11 @@ _T = TypeVar("_T")
 _A = TypeVar("_A", Done, Lent)
 
 DIRECTORY = Path("/run/netloom")
+_RECORD = "guest.json"  # which process was started last
 
 LISTENERS: tuple[Listener, ...] = (Listener("dhcp"), Listener("metadata"), Listener("password"))
 _PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
+_SO_BINDTOIFINDEX = 62  # asm-generic/socket.h: by number what SO_BINDTODEVICE says by name
 _IP_FREEBIND = 15  # linux/in.h: bind to an address that the link may get later
 
 CONNECT_S = 10.0
@@ -61,7 +66,7 @@ Key = tuple[str, str]  # scope_id, network_id
 
 
 class _Network:
-    """What is answered in one network. ``namespace`` is the inode of the namespace that the sockets stand in.
+    """What is answered in one network.
 
     ``table`` is None in a network that was borrowed from a running process and whose scope has not spoken yet.
     """
@@ -70,7 +75,6 @@ class _Network:
         self.table = table
         self.revision = revision
         self.sockets = sockets
-        self.namespace = 0
         self.served = False  # by the process that is connected now
 
     def close(self) -> None:
@@ -111,6 +115,7 @@ class Guests:
         self._since = 0.0
         self._stopped = False
         self.pid = 0
+        self.ends = 0  # how often one died, or hung and was ended
 
     # ----------------------------------------------------------------------------------- called by worker threads
 
@@ -125,19 +130,29 @@ class Guests:
         for key in [key for key in list(self._networks) if key[0] == scope_id and key not in keys]:
             self._on_loop(self._drop(key))
             did.append(f"guest: drop {key[1]}")
-        identity = namespaces.identity(namespace) if wanted else 0
         for table in wanted:
             key = (table.scope_id, table.network_id)
             has = self._networks.get(key)
-            if has is not None and _fits(has, table, identity):
-                if self._on_loop(self._update(has, table, identity)):
+            if has is not None and _fits(has, namespace, table):
+                if self._on_loop(self._update(has, table)):
                     did.append(f"guest: update {table.network_id}")
             else:
                 network = _Network(table, table.revision, _open(namespace, table))
-                network.namespace = identity
                 self._on_loop(self._serve(key, network))
                 did.append(f"guest: serve {table.network_id}")
         return did
+
+    def unserved(self, namespace: str, wanted: tuple[GuestNetwork, ...]) -> list[str]:
+        """Those of these networks that are not answered from these tables now; changes nothing."""
+        return [table.network_id for table in wanted if not self._serves(namespace, table)]
+
+    def _serves(self, namespace: str, table: GuestNetwork) -> bool:
+        has = self._networks.get((table.scope_id, table.network_id))
+        return has is not None and has.served and has.revision == table.revision and _fits(has, namespace, table)
+
+    def scopes(self) -> set[str]:
+        """The scopes with networks that are answered."""
+        return {scope_id for scope_id, _ in list(self._networks)}
 
     def end(self, scope_id: str) -> list[str]:
         """Nothing of the scope is answered any more, and no socket keeps its namespace alive."""
@@ -157,9 +172,9 @@ class Guests:
         if not await self._ensure():
             await self._hand_over(network)
 
-    async def _update(self, network: _Network, table: GuestNetwork, identity: int) -> bool:
+    async def _update(self, network: _Network, table: GuestNetwork) -> bool:
         same = network.served and network.revision == table.revision
-        network.table, network.revision, network.namespace = table, table.revision, identity
+        network.table, network.revision = table, table.revision
         if same or await self._ensure():
             return not same
         if network.served:
@@ -188,7 +203,11 @@ class Guests:
             network.served = True
 
     async def _say(
-        self, message: Serve | Update | Drop | Lend, kind: type[_A], descriptors: Sequence[int] = ()
+        self,
+        message: Serve | Update | Drop | Lend | Ping,
+        kind: type[_A],
+        descriptors: Sequence[int] = (),
+        wait_s: float = ANSWER_S,
     ) -> tuple[_A, list[int]]:
         """Says it and waits for the answer. Raises HostRefused."""
         channel = self._channel
@@ -199,7 +218,7 @@ class Guests:
         try:
             channel.queue(message, descriptors)
             self._flush()
-            reply, received = await asyncio.wait_for(answer, ANSWER_S)
+            reply, received = await asyncio.wait_for(answer, wait_s)
         except (ChannelError, TimeoutError) as error:
             raise HostRefused(f"the guest process does not answer: {error!s}") from error
         finally:
@@ -209,6 +228,27 @@ class Guests:
         if not isinstance(reply, kind):
             raise HostRefused(f"the guest process answers {type(reply).__name__} to {type(message).__name__}")
         return reply, received
+
+    async def answers(self, wait_s: float) -> bool:
+        """Whether the process that is connected answers; True when there is none, which is being seen to."""
+        channel = self._channel
+        if channel is None:
+            return True
+        try:
+            await self._say(Ping(seq=next(self._seq)), Done, wait_s=wait_s)
+        except HostRefused:
+            return self._channel is not channel
+        return True
+
+    def end_silent(self, pid: int) -> bool:
+        """Ends the process of that number, when it is the one that we know and that is connected.
+
+        Its own word for its number is not enough: whoever took it over could name any process.
+        """
+        record = read_record(self._directory / _RECORD)
+        if self._channel is None or record is None or record.pid != pid:
+            return False
+        return _end(record)
 
     # -------------------------------------------------------------------------------------------------- the process
 
@@ -223,6 +263,12 @@ class Guests:
             try:
                 hello = await self._connect()
             except (FileNotFoundError, ConnectionRefusedError):
+                await self._start()
+            except HostRefused as error:
+                # It is there and says nothing. Its sockets would keep the next one's from being opened.
+                record = read_record(self._directory / _RECORD)
+                if record is not None and _end(record):
+                    self._log.line(f"{error}; guest process (pid {record.pid}): ended")
                 await self._start()
             else:
                 await self._welcome(hello)
@@ -241,6 +287,10 @@ class Guests:
             hello = await self._connect()
         except (FileNotFoundError, ConnectionRefusedError) as error:
             raise HostRefused(f"the guest process does not start: {self._last_words()}") from error
+        except HostRefused:
+            if self._process is not None:
+                self._process.kill()  # the next one gets another socket, and nobody would find this one again
+            raise
         await self._welcome(hello)
 
     async def _welcome(self, hello: Hello) -> None:
@@ -262,11 +312,17 @@ class Guests:
             await self._replace(hello)
             return
         for key, network in list(self._networks.items()):
-            if key not in served:
-                await self._hand_over(network)
-            elif network.table is not None and served[key] != network.revision:
-                await self._say(Update(seq=next(self._seq), network=network.table), Done)
-                network.served = True
+            try:
+                if key not in served:
+                    await self._hand_over(network)
+                elif network.table is not None and served[key] != network.revision:
+                    await self._say(Update(seq=next(self._seq), network=network.table), Done)
+                    network.served = True
+            except HostRefused as error:
+                if self._channel is None:
+                    raise
+                # One network's table is refused: its scope hears of it when it converges, the others are served.
+                self._log.line(f"scope={key[0]} network={key[1]} {error}")
         self._log.line(f"guest process {hello.pid}: {len(served)} networks, behind {', '.join(hello.layers)}")
 
     async def _replace(self, old: Hello) -> None:
@@ -281,8 +337,12 @@ class Guests:
             self._loop.remove_writer(old_channel.fileno())
             self._loop.add_reader(old_channel.fileno(), self._hear_out, old_channel)
         self._forget()
+        record = read_record(self._directory / _RECORD)
         await self._start()
-        task = self._loop.create_task(self._retire(old.pid))
+        if record is None or record.pid != old.pid:
+            self._log.line(f"guest process {old.pid} is none that was noted here: it is left alone")
+            return
+        task = self._loop.create_task(self._retire(record))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -297,13 +357,14 @@ class Guests:
             if isinstance(message, PasswordTaken):
                 self._taken(message)
 
-    async def _retire(self, pid: int) -> None:
+    async def _retire(self, record: Record) -> None:
         until = time.monotonic() + SETTLED_S
         # Scopes converge in threads, and all of them count: there is no one event to wait for.
         while any(it.table is None for it in self._networks.values()) and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
+        if alive(record):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGTERM)
 
     def _spawn(self) -> None:
         path = self._directory / "guest.sock"
@@ -331,6 +392,7 @@ class Guests:
                 env={"PATH": PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
+            (self._directory / _RECORD).write_bytes(msgspec.json.encode(record_of(self._process.pid)))
         finally:
             os.close(log)
             listener.close()
@@ -406,6 +468,7 @@ class Guests:
             return  # whoever waits for the hello deals with it
         if self._stopped:
             return
+        self.ends += 1
         settled = time.monotonic() - self._since > SETTLED_S
         self._failures = 1 if settled else self._failures + 1
         wait_s = BACK_OFF_S[min(self._failures - 1, len(BACK_OFF_S) - 1)]
@@ -452,31 +515,46 @@ class Guests:
         return text.splitlines()[-1][:400] if text else "it said nothing"
 
 
-def _fits(has: _Network, table: GuestNetwork, identity: int) -> bool:
-    """Whether the sockets that are there are those that the table needs."""
-    if has.table is not None:
-        return has.namespace == identity and has.table.server_ip == table.server_ip
-    # Borrowed: what its sockets are bound to is all that is known of it. In a namespace made anew under the old name
-    # they would be deaf: the kernel tells where a socket stands.
-    return bool(has.sockets) and has.sockets[1].getsockname()[0] == table.server_ip and _same_namespace(has, identity)
-
-
-def _same_namespace(has: _Network, identity: int) -> bool:
-    descriptor = _ioctl_namespace(has.sockets[1])
-    if descriptor < 0:
+def _end(record: Record) -> bool:
+    if not alive(record):
         return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGKILL)
+    return True
+
+
+def _fits(has: _Network, namespace: str, table: GuestNetwork) -> bool:
+    """Whether the sockets that are there are those that the table needs.
+
+    In a namespace, or on a link, that was made anew under the old name they would be deaf.
+    """
+    if not has.sockets:
+        return False
+    sock = has.sockets[1]  # for metadata: the one for DHCP has no address
+    link = _link_number(namespace, table.network_id)
+    place = (namespaces.identity(namespace), link, table.server_ip)
+    return (_namespace_of(sock), sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX), sock.getsockname()[0]) == place
+
+
+def _link_number(namespace: str, network_id: str) -> int:
+    """The number of the network's guest link; 0 when there is none."""
+    with namespaces.inside(namespace):
+        try:
+            return socket.if_nametoindex(guest_link(network_id))
+        except OSError:
+            return 0
+
+
+def _namespace_of(sock: socket.socket) -> int:
+    """The inode of the namespace that a socket stands in (SIOCGSKNS, linux/sockios.h); 0: it cannot be told."""
     try:
-        return os.fstat(descriptor).st_ino == identity
+        descriptor = fcntl.ioctl(sock.fileno(), 0x894C)
+    except OSError:
+        return 0
+    try:
+        return os.fstat(descriptor).st_ino
     finally:
         os.close(descriptor)
-
-
-def _ioctl_namespace(sock: socket.socket) -> int:
-    """A descriptor of the namespace that a socket stands in (SIOCGSKNS, linux/sockios.h); -1: it cannot be told."""
-    try:
-        return fcntl.ioctl(sock.fileno(), 0x894C)
-    except OSError:
-        return -1
 
 
 def _open(namespace: str, table: GuestNetwork) -> list[socket.socket]:

@@ -19,10 +19,11 @@ from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
+from netloom.agent.observe import as_route, as_rule
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
-from netloom.plan import alias_of
-from netloom.render.want import Address, Neighbour, Port, Route, Rule, Want
+from netloom.plan import ASK_MAIN, alias_of
+from netloom.render.want import Address, Neighbour, Port, Want
 
 DEBOUNCE_S = 0.06
 CALM_HEALS = 5  # so often in FIGHT_S the same thing is put right at once
@@ -329,20 +330,34 @@ def disturbs(want: Want, event: Event) -> str:
             return row.name if event.gone or not row.up or row.mac != port.mac else ""
         case AddressRow():
             wanted = Address(link=row.link, cidr=row.cidr) in want.addresses
-            return row.cidr if wanted == event.gone and row.link != "lo" and ":" not in row.cidr else ""
+            return row.cidr if wanted == event.gone and row.link != "lo" and not _beside(want, row.cidr) else ""
+        case RouteRow() if row.protocol == "kernel" and (row.table == links.MAIN_TABLE or row.kind == "local"):
+            made_with = (it for it in want.addresses if row.destination in (it.on_link, it.itself))
+            cut_off = event.gone and any(it.link == row.link for it in made_with)
+            return f"route to {row.destination}" if cut_off else ""
         case RouteRow():
-            if row.protocol in _ROUTES_OF_THE_KERNEL or row.table == links.LOCAL_TABLE or ":" in row.destination:
+            if (
+                row.protocol in _ROUTES_OF_THE_KERNEL
+                or row.table == links.LOCAL_TABLE
+                or _beside(want, row.destination)
+            ):
                 return ""
-            route = Route(table=row.table, destination=row.destination, link=row.link, via=row.via, source=row.source)
-            return f"route to {row.destination}" if (route in want.routes) == event.gone else ""
+            return f"route to {row.destination}" if (as_route(row) in want.routes) == event.gone else ""
         case RuleRow():
+            if event.gone and as_rule(row) == ASK_MAIN:
+                return f"rule {row.priority}"
             if row.priority in _PRIORITIES_OF_THE_KERNEL:
                 return ""
-            rule = Rule(priority=row.priority, mark=row.mark, mask=row.mask, table=row.table)
-            return f"rule {row.priority}" if (rule in want.rules) == event.gone else ""
+            return f"rule {row.priority}" if (as_rule(row) in want.rules) == event.gone else ""
         case NeighbourRow():
             return _about_neighbour(want, event.gone, row)
     return "more happened than could be told" if event.kind == "overrun" else ""
+
+
+def _beside(want: Want, prefix: str) -> bool:
+    """Whether it is IPv6 that nobody wished for: link-local, or in a namespace that speaks none."""
+    spoken = any(":" in it.cidr for it in want.addresses)
+    return ":" in prefix and (not spoken or prefix.startswith(("fe80:", "ff")))
 
 
 def _about_neighbour(want: Want, gone: bool, row: NeighbourRow) -> str:
@@ -381,7 +396,7 @@ def _identity(event: Event) -> object:
         case RouteRow():
             return row.table, row.destination
         case RuleRow():
-            return row.priority, row.mark, row.mask
+            return row
         case NeighbourRow():
             return row.link, row.address
     return None

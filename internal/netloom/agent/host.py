@@ -39,7 +39,7 @@ _ROUNDS_MAX = 3
 ORPHANS_S = 30.0  # after that, whoever plugs VMs in has dealt with it
 _INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
 _INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
-_MODULES = ("nf_conntrack", "bridge", "veth", "8021q")
+_MODULES = ("nf_conntrack", "bridge", "veth", "8021q", "vxlan")
 
 
 class News(msgspec.Struct, frozen=True):
@@ -154,7 +154,13 @@ class Host:
                     self._orphans.pop(step.bridge, None)
         return alone + rest
 
-    def _observe(self, scope_id: str, want: Want, known: Ruleset | None, also: frozenset[str]) -> Have:
+    def _observe(
+        self,
+        scope_id: str,
+        want: Want,
+        known: Ruleset | None,
+        also: frozenset[str],
+    ) -> Have:
         # Once: another scope's thread may forget it between two looks.
         guarded = self._guarded
         if guarded is None:

@@ -39,10 +39,18 @@ class Log:
         # A full disk must not stop the data plane: a line that cannot be written is lost.
         with self._lock, contextlib.suppress(OSError):
             if self._path and os.fstat(self._fd).st_size > BYTES_MAX:
-                os.replace(self._path, f"{self._path}.1")
-                os.close(self._fd)
-                self._open()
+                with contextlib.suppress(OSError):
+                    self._begin_anew()
             os.write(self._fd, text.encode())
+
+    def _begin_anew(self) -> None:
+        """A new file in the place of the full one. Where none can be had the old one is written on, under its new name:
+        its descriptor is given back last, for the number would be somebody else's."""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self._path, f"{self._path}.1")
+        full = self._fd
+        self._open()
+        os.close(full)
 
     def _open(self) -> None:
         self._fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -17,17 +17,15 @@ from msgspec.structs import replace
 
 from netloom import names
 from netloom.agent.kernel import links, namespaces, netlink, sysctl
-from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.links import Link, RouteRow, RuleRow
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.names import UNTAGGED
-from netloom.plan import Have, HostLink, InsideLink, alias_of
+from netloom.plan import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink, alias_of
 from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset
 from netloom.render.want import Address, Neighbour, Route, Rule, Want
 
 FAMILY, TABLE = "inet", "netloom"
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
-
-_GETADDR, _GETROUTE, _GETRULE = 22, 26, 34  # linux/rtnetlink.h
 
 # linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
 _NFTABLES = 10 << 8
@@ -58,7 +56,8 @@ def observe(
     """
     namespace = names.namespace(scope_id)
     exists = namespaces.exists(namespace)
-    inside = _Inside.of(namespace) if exists else _Inside()
+    ip6 = any(":" in it.cidr for it in want.addresses)
+    inside = _Inside.of(namespace, ip6=ip6) if exists else _Inside()
     with Socket(netlink.NETLINK_ROUTE) as host:
         found = _host_links(host, want, inside.links, also)
     peers = _peers(inside.links, found, alias_of(scope_id), want)
@@ -80,8 +79,10 @@ def observe(
             if link.name != "lo"
         },
         addresses=inside.addresses,
+        cut_off=inside.cut_off,
         routes=inside.routes,
         rules=inside.rules,
+        asks_main=inside.asks_main,
         neighbours=inside.neighbours,
         host_links=_described(found, want),
         claimed=claimed,
@@ -102,9 +103,9 @@ def observe(
 
 
 def our_shared_links() -> dict[str, HostLink]:
-    """The bridges and VLAN links on the host that are ours, with the bridges' ports."""
+    """The bridges, VLAN links and tunnels on the host that are ours, with the bridges' ports."""
     with Socket(netlink.NETLINK_ROUTE) as host:
-        listed = [*links.list_links_over(host, kind="bridge"), *links.list_links_over(host, kind="vlan")]
+        listed = [link for kind in ("bridge", *CARRIERS) for link in links.list_links_over(host, kind=kind)]
         found = {link.index: link for link in listed if _ours(link)}
         for bridge in [link for link in found.values() if link.kind == "bridge"]:
             found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
@@ -136,43 +137,72 @@ def guarded_bridges() -> frozenset[str]:
 
 
 class _Inside(msgspec.Struct, frozen=True):
-    """What rtnetlink tells of a namespace, IPv4 alone: IPv6 is off in there."""
+    """What rtnetlink tells of a namespace; of IPv6 only where it is spoken, for elsewhere there is none."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
+    cut_off: frozenset[Address] = frozenset()
     routes: tuple[Route, ...] = ()
     rules: tuple[Rule, ...] = ()
+    asks_main: bool = True
     neighbours: tuple[Neighbour, ...] = ()
 
     @classmethod
-    def of(cls, namespace: str) -> _Inside:
+    def of(cls, namespace: str, *, ip6: bool) -> _Inside:
+        families = (socket.AF_INET, socket.AF_INET6) if ip6 else (socket.AF_INET,)
         with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
             found = links.list_links_over(inside)
             names_of = {link.index: link.name for link in found}
-            addresses = [links.decode_address(it, names_of) for it in _all(inside, _GETADDR, 8)]
-            routes = [links.decode_route(it, names_of) for it in _all(inside, _GETROUTE, 12)]
-            rules = [links.decode_rule(it) for it in _all(inside, _GETRULE, 12)]
+            addresses = [it for family in families for it in links.list_addresses_over(inside, names_of, family)]
+            routes = [it for family in families for it in links.list_routes_over(inside, names_of, family)]
+            rules = links.list_rules_over(inside)
             neighbours = links.list_neighbours_over(inside, names_of)
+        own = tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo" and not it.link_local)
+        up = {link.name for link in found if link.up and link.running}  # one that is down has no routes
+        reached = {(it.link, it.destination) for it in routes if it.table == links.MAIN_TABLE or it.kind == "local"}
         return cls(
             tuple(found),
-            tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo"),
+            own,
+            frozenset(
+                it
+                for it in own
+                if it.link in up
+                and any(prefix and (it.link, prefix) not in reached for prefix in (it.on_link, it.itself))
+            ),
             tuple(
-                Route(table=it.table, destination=it.destination, link=it.link, via=it.via, source=it.source)
+                as_route(it)
                 for it in routes
                 if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
             ),
-            tuple(
-                Rule(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)
-                for it in rules
-                if it.priority not in _RULES_OF_THE_KERNEL
-            ),
+            tuple(as_rule(it) for it in rules if it.priority not in _RULES_OF_THE_KERNEL),
+            ASK_MAIN in map(as_rule, rules),
             tuple(Neighbour(link=it.link, address=it.address, mac=it.mac) for it in neighbours if it.permanent),
         )
 
 
-def _all(inside: Socket, kind: int, head_bytes: int) -> list[bytes]:
-    head = bytes((socket.AF_INET,)) + bytes(head_bytes - 1)
-    return [payload for _, payload in inside.dump(Message(kind, payload=head, what="look into the namespace"))]
+def as_route(row: RouteRow) -> Route:
+    """What the kernel says of a route, in the words of a wish."""
+    return Route(
+        table=row.table,
+        destination=row.destination,
+        link=row.link,
+        via=row.via,
+        source=row.source,
+        kind=row.kind,
+    )
+
+
+def as_rule(row: RuleRow) -> Rule:
+    """What the kernel says of a policy rule, in the words of a wish."""
+    return Rule(
+        priority=row.priority,
+        mark=row.mark,
+        mask=row.mask,
+        table=row.table,
+        source=row.source,
+        destination=row.destination,
+        iif=row.iif,
+    )
 
 
 def _foreign(have: Have, want: Want) -> str:
@@ -280,18 +310,30 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
     for segment in {port.segment for port in want.ports}:
         nic = by_name.get(segment.nic)
         if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
-            # Another program may have given the same VLAN link another name.
-            vlans = links.list_links_over(host, kind="vlan")
-            found |= {it.index: it for it in vlans if it.parent_index == nic.index and str(it.vlan_id) == segment.vlan}
+            # Another program may have given the same VLAN link, or tunnel, another name.
+            alike = [it for it in links.list_links_over(host, kind=segment.kind) if str(it.vlan_id) == segment.vlan]
+            found |= {it.index: it for it in alike if segment.kind == "vxlan" or it.parent_index == nic.index}
     masters = {link.master_index for link in found.values() if link.master_index}
     found |= {link.index: link for link in links.find_links_over(host, masters - found.keys())}
-    for bridge in [link for link in found.values() if link.kind == "bridge" and _ours(link)]:
+    leaving = _leaving(found, want)
+    for bridge in [it for it in found.values() if it.kind == "bridge" and (_ours(it) or it.index in leaving)]:
         found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
     return found
 
 
+def _leaving(found: dict[int, Link], want: Want) -> set[int]:
+    """The bridges that a port of ours is in and has to leave: perhaps we are the last."""
+    wanted = {port.segment.bridge for port in want.ports}
+    masters = {link.master_index for link in found.values() if link.kind == "veth" and _ours(link)}
+    return {it.index for it in found.values() if it.index in masters and it.name not in wanted}
+
+
 def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
     untagged = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
+    tunnelled = {port.segment.nic for port in want.ports if port.segment.kind == "vxlan"}
+    senders = {link.master_index or link.index for link in found.values() if link.name in tunnelled}
+    leaving = _leaving(found, want)
+    strange = leaving | {link.index for link in found.values() if link.kind == "vlan" and link.master_index in leaving}
     ours = [link.name for link in found.values() if _ours(link)]
     silent = sysctl.read(None, (f"net/ipv6/conf/{name}/disable_ipv6" for name in ours))
     described = {}
@@ -307,7 +349,9 @@ def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
             parent=parent.name if parent and link.kind == "vlan" else "",
             vlan_id=link.vlan_id or 0,
             ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
-            addresses=_addresses(link.name) if link.name in untagged and not link.master_index else (),
+            addresses=_addresses(link.name)
+            if link.index in senders | strange or (link.name in untagged and not link.master_index)
+            else (),
             ipv6=silent.get(f"net/ipv6/conf/{link.name}/disable_ipv6") == "0",
             mtu=link.mtu,
         )

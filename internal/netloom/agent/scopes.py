@@ -18,20 +18,22 @@ from typing import TypeVar
 
 from msgspec.structs import replace
 
+from netloom import names
 from netloom.agent import flows
 from netloom.agent.actions import Actions, Ground
 from netloom.agent.heal import Healer
 from netloom.agent.hooks import Hook
 from netloom.agent.host import Done, Host, News, prepare
-from netloom.agent.kernel import arp
+from netloom.agent.kernel import arp, namespaces
 from netloom.agent.log import Log
 from netloom.agent.services import Services
 from netloom.agent.store import Store, Unreadable
-from netloom.commands import table, userdata
+from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 from netloom.protocol.custom import CustomAction
+from netloom.protocol.lb import ApplyLbRules
 from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -174,6 +176,19 @@ class Scopes:
                 self._log.line(f"tidy: {step}")
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
+        for scope_id in sorted(await self._work(self._services.scopes) - self._slots.keys()):
+            if _SCOPE_ID.match(scope_id):
+                slot = self._slot(scope_id)
+                await self._alone(slot, "in no file", partial(self._end_nobodys, slot), quiet=True)
+
+    def _end_nobodys(self, slot: _Slot) -> Done:
+        """In a worker thread: ends what runs for a scope that nobody knows, in a namespace that has lost its name.
+
+        One that has its name was perhaps forgotten with a state that got lost, and goes on.
+        """
+        if slot.scope is not None or namespaces.exists(names.namespace(slot.scope_id)):
+            return Done()
+        return Done(services=tuple(self._services.end(slot.scope_id)))
 
     # -------------------------------------------------------------------------------------------------- a call
 
@@ -261,6 +276,9 @@ class Scopes:
         self._read(slot)
         asked = table.decode(call.command, call.payload)
         assert isinstance(asked, CustomAction)
+        if asked.action in pbr.ACTIONS:
+            reply, done = self._transition(slot, call, steps)
+            return (reply.output, reply.revision), done
         context = Context(scope_id=call.scope_id, registration=call.registration)
         table.check_ground(call.command, slot.scope, asked, context)
         ground = Ground(
@@ -294,10 +312,24 @@ class Scopes:
         steps.append(done.count)
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        if outcome.refused is not None:
-            error = outcome.refused
+        refused = outcome.refused or self._not_balanced(slot, payload)
+        if refused is not None:
+            error = refused
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, done
+
+    def _not_balanced(self, slot: _Slot, payload: object) -> HostRefused | None:
+        """What to say of rules of this call that have to wait for their port: to no other call do they matter."""
+        if not isinstance(payload, ApplyLbRules):
+            return None
+        waiting = self._services.waiting(slot.scope_id)
+        named = [f"rule {int(it.id)} ({waiting[int(it.id)]})" for it in payload.lb_rules.rules if int(it.id) in waiting]
+        if not named:
+            return None
+        return HostRefused(
+            f"somebody else in {names.namespace(slot.scope_id)} has the port of {', '.join(named[:5])}",
+            hint="the other rules are in force; ss -ltnp in the namespace tells who it is",
+        )
 
     def _converge(self, slot: _Slot, *, thorough: bool = False) -> Done:
         """In a worker thread: makes the host what the state says: the network first, whatever becomes of the rest."""
@@ -431,7 +463,9 @@ class Scopes:
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
-            self._background(self._work(lambda: _tell(news)))
+            want = slot.rendered[1].announce if slot.rendered else ()
+            held = {it.cidr.partition("/")[0] for it in want}  # what was given back may be somebody else's by now
+            self._background(self._work(lambda: _tell(tuple(it for it in news if it.address in held))))
 
         now = loop.time()
         slot.announcing = [handle for handle in slot.announcing if handle.when() > now]

@@ -14,20 +14,23 @@ import struct
 from collections import OrderedDict
 
 from netloom import __version__
-from netloom.agent.connect import SOCKET, program
+from netloom.agent.connect import SOCKET
 from netloom.agent.guests import Guests
 from netloom.agent.heal import Healer
 from netloom.agent.host import Host
+from netloom.agent.install import held
 from netloom.agent.log import Log, complain
+from netloom.agent.pulse import Pulse
 from netloom.agent.scopes import CHECK_EVERY_S, Scopes
 from netloom.agent.services import Services
 from netloom.agent.store import Store
 from netloom.agent.supervise import Supervisor
 from netloom.errors import HostRefused, NetloomError
+from netloom.program import build_id, command
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
 STATE_DIR = "/var/lib/netloom/scopes"
-BUILD = f"source-{__version__}"
+BUILD = build_id()
 
 REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the answer came
 STOP_S_MAX = 5.0
@@ -49,9 +52,15 @@ def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "", check
         return 1
     try:
         journal = Log(log)
+    except OSError as error:
+        complain(str(error))
+        return 3
+    try:
         lock = _only_one(socket)
         store = Store(state_dir)
     except (OSError, NetloomError) as error:
+        if log:  # whoever started us detached hears no complaint
+            journal.line(f"not serving: {error}")
         complain(str(error))
         return 3
     _more_descriptors()
@@ -71,9 +80,10 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     loop = asyncio.get_running_loop()
     host = Host()
     scopes = Scopes(store, host, log)
-    guests = Guests(loop, log, [*program("serve"), "guest"], BUILD, scopes.password_taken)
+    guests = Guests(loop, log, [*command(), "guest"], BUILD, scopes.password_taken)
     healer = Healer(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
-    scopes.load(Services(guests, Supervisor(loop, scopes.revive)), healer)
+    supervisor = Supervisor(loop, scopes.revive)
+    scopes.load(Services(guests, supervisor), healer)
     try:
         await guests.adopt()
     except NetloomError as error:
@@ -88,7 +98,11 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     restoring = asyncio.ensure_future(scopes.restore())
-    going_on = [asyncio.ensure_future(scopes.keep_tidy()), asyncio.ensure_future(scopes.keep_checked(check_every_s))]
+    going_on = [
+        asyncio.ensure_future(scopes.keep_tidy()),
+        asyncio.ensure_future(scopes.keep_checked(check_every_s)),
+        asyncio.ensure_future(Pulse(loop, log, supervisor, guests, scopes.busy).keep()),
+    ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
     server.close()
@@ -149,7 +163,7 @@ class _Peer(asyncio.Protocol):
         self._calls = calls
         self._log = log
         self._reader = FrameReader()
-        self._protocol = PROTOCOL_VERSION
+        self._caller: Hello | None = None
         self._transport: asyncio.Transport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -161,7 +175,7 @@ class _Peer(asyncio.Protocol):
             transport.abort()
             return
         self._transport = transport
-        transport.write(encode(Hello(version=__version__, build=BUILD)))
+        transport.write(encode(_hello()))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -181,7 +195,7 @@ class _Peer(asyncio.Protocol):
     def _receive(self, message: Message) -> None:
         match message:
             case Hello():
-                self._protocol = message.protocol
+                self._caller = message
             case Call():
                 task = asyncio.ensure_future(self._answer(message))
                 self._tasks.add(task)
@@ -190,17 +204,21 @@ class _Peer(asyncio.Protocol):
                 self._log.line("a reply came where calls are expected; ignored")
 
     async def _answer(self, call: Call) -> None:
-        if self._protocol != PROTOCOL_VERSION:
+        if self._caller is not None and not self._caller.understands(_hello()):
             reply = Reply(
                 call_id=call.call_id,
                 status=3,
-                error=f"the agent speaks protocol {PROTOCOL_VERSION}, the caller {self._protocol}",
+                error=f"the agent speaks protocol {PROTOCOL_VERSION}, the caller {self._caller.protocol}",
                 hint="update the older of the two",
             )
         else:
             reply = await self._calls.answer(call)
         if self._transport is not None:
             self._transport.write(encode(reply))
+
+
+def _hello() -> Hello:
+    return Hello(version=__version__, build=BUILD, held=held())
 
 
 def _uid_of(peer: socket.socket) -> int:

@@ -8,50 +8,66 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import hashlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from netloom.agent.kernel.namespaces import identity, inside
 from netloom.errors import HostRefused, one_line
-from netloom.render.service import SERVICES_DIR, Service
+from netloom.render.service import SERVICES_DIR, Question, Service
 
 BACK_OFF_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SETTLED_S = 60.0  # a process that lived this long has no earlier failures
 READY_S = 3.0
+TAKEN_OVER_S = 10.0
 END_S = 2.0
+RUN_S_MAX = 20.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
+NOBODYS_GROUP = 65534
 _RECORD = "running.json"
 _LOG = "log"
 
 
-class _Record(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True):
     """What runs: ``started`` is field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5))."""
 
     pid: int
     started: int
-    digest: str
+    digest: str = ""
 
 
 class _Running:
     """A process that was seen alive, watched through its pidfd (readable when it has ended, pidfd_open(2))."""
 
-    def __init__(self, scope_id: str, service: Service, record: _Record, pidfd: int) -> None:
+    def __init__(self, scope_id: str, namespace: str, service: Service, record: Record, pidfd: int) -> None:
         self.scope_id = scope_id
         self.service = service
         self.record = record
         self.pidfd = pidfd
         self.since = time.monotonic()
+        self.namespace = namespace
+        self.silent = False  # it was ended because it did not answer
+
+
+class Asked(NamedTuple):
+    """A process that runs, and how to ask it whether it does more than that."""
+
+    scope_id: str
+    namespace: str
+    name: str
+    record: Record
+    question: Question
 
 
 class Supervisor:
@@ -67,6 +83,7 @@ class Supervisor:
         self._lock = threading.Lock()
         self._running: dict[tuple[str, str], _Running] = {}
         self._failures: dict[tuple[str, str], int] = {}
+        self._ends: dict[tuple[str, str], int] = {}  # how often it ended and nobody had asked for it
         _make_directory(Path(SERVICES_DIR), 0o711)  # the host's, so that a network leaves no trace of it
 
     def converge(self, scope_id: str, namespace: str, wanted: tuple[Service, ...]) -> list[str]:
@@ -102,6 +119,12 @@ class Supervisor:
                 if scope == scope_id:
                     running.record = msgspec.structs.replace(running.record, digest="")
 
+    def scopes(self) -> set[str]:
+        """The scopes that something runs for, or ran for when nobody could tell of it."""
+        with self._lock:
+            known = {scope_id for scope_id, _ in self._running}
+        return known | set(os.listdir(SERVICES_DIR))
+
     def states(self) -> dict[str, dict[str, int]]:
         """Scope to service to pid, of what was last seen alive."""
         with self._lock:
@@ -110,55 +133,89 @@ class Supervisor:
                 table.setdefault(scope_id, {})[name] = running.record.pid
             return table
 
+    def ends(self, scope_id: str) -> dict[str, int]:
+        """Service to how often it died, or was silent and ended, since it was first wanted of this supervisor."""
+        with self._lock:
+            return {name: count for (scope, name), count in self._ends.items() if scope == scope_id}
+
+    def answering(self) -> list[Asked]:
+        """What runs and can be asked whether it answers."""
+        with self._lock:
+            return [
+                Asked(it.scope_id, it.namespace, it.service.name, it.record, it.service.question)
+                for _, it in sorted(self._running.items())
+                if it.service.question is not None
+            ]
+
+    def end_silent(self, asked: Asked) -> bool:
+        """Ends a process that does not answer, with its whole group; it is revived as if it had died by itself."""
+        with self._lock:
+            running = self._running.get((asked.scope_id, asked.name))
+            if running is None or running.record.pid != asked.record.pid or not alive(running.record):
+                return False
+            running.silent = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(asked.record.pid, signal.SIGKILL)
+        return True
+
     # ------------------------------------------------------------------------------------------------ one service
 
     def _one(self, scope_id: str, namespace: str, service: Service) -> list[str]:
         directory = Path(service.directory)
         _make_directory(directory, 0o711)
+        running = self._find(scope_id, namespace, service)
+        if running is not None and _is_deaf(directory, service):
+            # Noted before the files are changed: who dies in between has not changed anything for good.
+            noted = Record(running.record.pid, running.record.started)
+            running = self._remember(scope_id, namespace, service, noted)
         did = _write_live(directory, service)
-        running = self._find(scope_id, service)
         digest = _digest(service)
         # In a namespace that was made anew under the old name, a process of the old one is deaf.
         placed = running is not None and _namespace_of(running.record.pid) == identity(namespace)
         if running is not None and placed and running.record.digest == digest:
             return did
+        begun = any((directory / name).exists() for name in service.config)
         _put_configuration(namespace, directory, service)
         if running is not None and placed and service.on_change == "reload":
-            os.kill(running.record.pid, signal.SIGUSR2)
-            self._remember(scope_id, service, _Record(running.record.pid, running.record.started, digest))
+            _reload(running.record.pid, service)
+            record = Record(running.record.pid, running.record.started, digest)
+            self._remember(scope_id, namespace, service, record)
             return [*did, f"reload {service.name}"]
         if running is not None:
             did += self._end(scope_id, service.name, keep_directory=True)
+        elif begun:
+            for stray in _unnoted(namespace, service):
+                _terminate(stray)
         pid = _start(namespace, directory, service)
-        self._remember(scope_id, service, _Record(pid, _start_time(pid) or 0, digest))
+        self._remember(scope_id, namespace, service, record_of(pid, digest))
         _wait_ready(pid, directory, service)
         return [*did, f"start {service.name}"]
 
-    def _find(self, scope_id: str, service: Service) -> _Running | None:
+    def _find(self, scope_id: str, namespace: str, service: Service) -> _Running | None:
         """The service's process, when it is alive: as remembered, else as its directory tells."""
         key = (scope_id, service.name)
         with self._lock:
             running = self._running.get(key)
         if running is not None:
-            return running if _alive(running.record) else None
-        record = _read_record(Path(service.directory))
-        if record is None or not _alive(record):
+            return running if alive(running.record) else None
+        record = read_record(Path(service.directory, _RECORD))
+        if record is None or not alive(record):
             return None
-        return self._remember(scope_id, service, record)
+        return self._remember(scope_id, namespace, service, record)
 
-    def _remember(self, scope_id: str, service: Service, record: _Record) -> _Running:
+    def _remember(self, scope_id: str, namespace: str, service: Service, record: Record) -> _Running:
         (Path(service.directory) / _RECORD).write_bytes(msgspec.json.encode(record))
         key = (scope_id, service.name)
         with self._lock:
             had = self._running.get(key)
             if had is not None and had.record.pid == record.pid and had.record.started == record.started:
-                had.record, had.service = record, service
+                had.record, had.service, had.namespace = record, service, namespace
                 return had
         try:
             pidfd = os.pidfd_open(record.pid)
         except ProcessLookupError:
             raise HostRefused(f"{service.name} of {scope_id} ended at once: {_last_words(service)}") from None
-        running = _Running(scope_id, service, record, pidfd)
+        running = _Running(scope_id, namespace, service, record, pidfd)
         with self._lock:
             self._running[key] = running
         self._loop.call_soon_threadsafe(self._watch, key, running)
@@ -178,8 +235,10 @@ class Supervisor:
             lived_s = time.monotonic() - running.since
             failures = 0 if lived_s > SETTLED_S else self._failures.get(key, 0)
             self._failures[key] = failures + 1
+            self._ends[key] = self._ends.get(key, 0) + 1
         wait_s = BACK_OFF_S[min(failures, len(BACK_OFF_S) - 1)]
-        self._loop.call_later(wait_s, self._revive, running.scope_id, f"{running.service.name} died")
+        how = "hung" if running.silent else "died"
+        self._loop.call_later(wait_s, self._revive, running.scope_id, f"{running.service.name} {how}")
 
     def _end(self, scope_id: str, name: str, *, keep_directory: bool = False) -> list[str]:
         key = (scope_id, name)
@@ -187,9 +246,11 @@ class Supervisor:
         with self._lock:
             running = self._running.pop(key, None)
             self._failures.pop(key, None)
-        record = running.record if running is not None else _read_record(directory)
+            if not keep_directory:
+                self._ends.pop(key, None)
+        record = running.record if running is not None else read_record(directory / _RECORD)
         did = []
-        if record is not None and _alive(record):
+        if record is not None and alive(record):
             _terminate(record.pid)
             did = [f"end {name}"]
         if running is not None:
@@ -248,28 +309,43 @@ def _put_configuration(namespace: str, directory: Path, service: Service) -> Non
     if service.check:
         candidates = {f"{directory}/{name}": f"{directory}/{name}.candidate" for name in service.config}
         argv = [candidates.get(word, word) for word in service.check]
-        checked = _run(namespace, argv)
+        checked = run(namespace, argv)
         if checked.returncode != 0:
             raise HostRefused(f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}")
     for name in service.config:
         (directory / f"{name}.candidate").rename(directory / name)
 
 
+def _is_deaf(directory: Path, service: Service) -> bool:
+    """Whether what runs will not notice by itself what becomes of its live files.
+
+    Because somebody took the directory away that it watches, or because a text is to be known no more that it does not
+    forget.
+    """
+    if not service.live_directory:
+        return False
+    live = directory / service.live_directory
+    if not live.exists():
+        return True
+    if service.forgets:
+        return False
+    return any(service.live.get(it.name) != it.read_text() for it in live.iterdir() if not it.name.startswith("."))
+
+
 def _write_live(directory: Path, service: Service) -> list[str]:
     if not service.live_directory:
         return []
-    # dnsmasq reads these as the user it has become: group nogroup, and nobody else on the host.
-    group = grp.getgrnam("nogroup").gr_gid
+    # dnsmasq reads these as the user it has become: nobody's group, and nobody else on the host.
     live = directory / service.live_directory
     if not live.exists():
         live.mkdir(mode=0o750)
         live.chmod(0o750)
-        os.chown(live, 0, group)
+        os.chown(live, 0, NOBODYS_GROUP)
     had = {path.name: path for path in live.iterdir() if not path.name.startswith(".")}
     did = []
     for name, text in service.live.items():
         if name not in had or had[name].read_text() != text:
-            _write(live / name, text, 0o640, group)
+            _write(live / name, text, 0o640, NOBODYS_GROUP)
             did.append(f"write {service.name}/{name}")
     for name in had.keys() - service.live.keys():
         had[name].unlink()
@@ -277,9 +353,10 @@ def _write_live(directory: Path, service: Service) -> list[str]:
     return did
 
 
-def _read_record(directory: Path) -> _Record | None:
+def read_record(path: Path) -> Record | None:
+    """What was noted there of a process; None when nothing was, or nothing that can be read."""
     try:
-        return msgspec.json.decode((directory / _RECORD).read_bytes(), type=_Record)
+        return msgspec.json.decode(path.read_bytes(), type=Record)
     except (FileNotFoundError, msgspec.MsgspecError):
         return None
 
@@ -312,21 +389,40 @@ def _start(namespace: str, directory: Path, service: Service) -> int:
     return process.pid
 
 
-def _run(namespace: str, argv: list[str]) -> subprocess.CompletedProcess[str]:
+def _unnoted(namespace: str, service: Service) -> set[int]:
+    """The groups of processes of the service that run in the namespace, though no record tells of them.
+
+    An agent that was killed right after it had started one left it there; it has the port, or a share of it.
+    """
+    here, groups = identity(namespace), set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:-1]
+            if words[1:] == list(service.argv[1:]) and _namespace_of(pid) == here:
+                groups.add(os.getpgid(pid))
+    return groups
+
+
+def run(namespace: str | None, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a program that soon ends says, on both streams. Raises HostRefused when it is missing or does not end."""
     program = shutil.which(argv[0], path=PATH)
     if program is None:
         raise HostRefused(f"{argv[0]} is not installed on this host", hint=f"install {argv[0]}")
     with inside(namespace):
-        return subprocess.run(
-            [program, *argv[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=20,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                [program, *argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"PATH": PATH, "LANG": "C"},
+                text=True,
+                errors="replace",
+                timeout=RUN_S_MAX,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise HostRefused(f"{argv[0]} {argv[1]} was ended: not done in {RUN_S_MAX:.0f} s") from None
 
 
 def _wait_ready(pid: int, directory: Path, service: Service) -> None:
@@ -342,12 +438,44 @@ def _wait_ready(pid: int, directory: Path, service: Service) -> None:
         time.sleep(0.005)
 
 
-def _listening(pid: int) -> set[tuple[str, int]]:
+def _reload(pid: int, service: Service) -> None:
+    """Has the master read its configuration; returns when nobody answers by the old one any more.
+
+    Until then a worker of the old one takes new clients, too. Those that it has are served to their end.
+    Raises HostRefused with its last words when no new worker takes over.
+    """
+    old = set(_group(pid)) - {pid}
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGUSR2)
+    _wake(service)
+    until = time.monotonic() + TAKEN_OVER_S
+    while time.monotonic() < until and _start_time(pid) is not None:
+        workers = set(_group(pid)) - {pid}
+        new = any(_listening(pid, [it]) >= set(service.listens) for it in workers - old)
+        if new and not _listening(pid, workers & old):
+            return
+        time.sleep(0.01)
+    raise HostRefused(f"{service.name} goes on with its old configuration: {_last_words(service)}")
+
+
+def _wake(service: Service) -> None:
+    """Has the master look at the signals that it got.
+
+    One that comes between its last look and its wait for events is found with the next event, which may be long in
+    coming (tried with haproxy 2.6, 2026-11: one reload in some hundred, when an old worker ended at that moment).
+    """
+    if service.question is not None:
+        with socket.socket(socket.AF_UNIX) as master, contextlib.suppress(OSError):  # its socket was taken away
+            master.settimeout(1.0)
+            master.connect(service.question.at)
+
+
+def _listening(pid: int, members: Iterable[int] | None = None) -> set[tuple[str, int]]:
     """Protocol and port on which the process, or one of its group, waits for peers (proc(5), /proc/<pid>/net/tcp).
 
     The table lists every socket of the namespace: those of others, an older process's for one, do not count.
     """
-    own = {inode for member in _group(pid) for inode in _sockets(member)}
+    own = {inode for member in (_group(pid) if members is None else members) for inode in _sockets(member)}
     found = set()
     for protocol, state in (("tcp", "0A"), ("udp", "07")):
         with contextlib.suppress(OSError):
@@ -386,7 +514,13 @@ def _namespace_of(pid: int) -> int:
         return 0
 
 
-def _alive(record: _Record) -> bool:
+def record_of(pid: int, digest: str = "") -> Record:
+    """What is to be noted of a process that runs."""
+    return Record(pid, _start_time(pid) or 0, digest)
+
+
+def alive(record: Record) -> bool:
+    """Whether it is that very process that has the number."""
     return _start_time(record.pid) == record.started
 
 

@@ -11,10 +11,12 @@ import typer
 
 from netloom import __version__
 from netloom.cli import table
+from netloom.cli.agent import agent
 from netloom.commands.table import TABLE
 from netloom.errors import NetloomError
 from netloom.extension.directory import persistent
 from netloom.extension.hostkeys import Known, KnownHosts
+from netloom.program import build_id
 from netloom.wire import PROTOCOL_VERSION
 
 app = typer.Typer(
@@ -31,34 +33,30 @@ hosts = typer.Typer(
     help="The SSH host keys that were remembered on first use.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(hosts, name="hosts")
+app.add_typer(agent, name="agent")
 
+# Help is given here and not by docstrings, which the one file is compiled without.
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
 
 
-@app.command()
-def version(as_json: Json = False) -> None:
-    """The version of this program, and of what it speaks to the hosts."""
+@app.command("version", help="The version of this program, and of what it speaks to the hosts.")
+def _version(as_json: Json = False) -> None:
     if as_json:
-        _print_json({"version": __version__, "wire": PROTOCOL_VERSION})
+        _print_json({"version": __version__, "build": build_id(), "wire": PROTOCOL_VERSION})
     else:
-        typer.echo(f"netloom {__version__} (speaks protocol {PROTOCOL_VERSION} to its hosts)")
+        typer.echo(f"netloom {__version__} (build {build_id()}, speaks protocol {PROTOCOL_VERSION} to its hosts)")
 
 
-@app.command("commands")
-def list_commands(as_json: Json = False) -> None:
-    """The commands of CloudStack's protocol, and which of them this version carries out."""
-    rows = [(row.name, row.kind, row.carried_out) for row in TABLE.values()]
+@app.command("commands", help="CloudStack's commands, and what each may do.")
+def _list_commands(as_json: Json = False) -> None:
     if as_json:
-        _print_json([{"command": name, "kind": kind, "carried_out": built} for name, kind, built in rows])
-        return
-    lines = [[name, kind, "yes" if built else "not yet"] for name, kind, built in rows]
-    typer.echo(table.render(["COMMAND", "KIND", "CARRIED OUT"], lines))
-    typer.echo(f"\n{sum(built for *_, built in rows)} of {len(rows)} commands are carried out.")
+        _print_json([{"command": row.name, "kind": row.kind} for row in TABLE.values()])
+    else:
+        typer.echo(table.render(["COMMAND", "KIND"], [[row.name, row.kind] for row in TABLE.values()]))
 
 
-@hosts.command("list")
-def list_hosts(as_json: Json = False) -> None:
-    """Every remembered key, with the line where it stands."""
+@hosts.command("list", help="Every remembered key, with the line where it stands.")
+def _list_hosts(as_json: Json = False) -> None:
     known_hosts = _known_hosts()
     known = known_hosts.all()
     if as_json:
@@ -70,12 +68,14 @@ def list_hosts(as_json: Json = False) -> None:
         typer.echo(f"No host key is remembered yet ({known_hosts.path}).")
 
 
-@hosts.command("forget")
-def forget_host(
+@hosts.command(
+    "forget",
+    help="Forget a host's key: the next one it shows is remembered. For a host that was installed anew.",
+)
+def _forget_host(
     host: Annotated[str, typer.Argument(help="As it stands in the list: a name, an address, or '[name]:port'.")],
     as_json: Json = False,
 ) -> None:
-    """Forget a host's key: the next one it shows is remembered. For a host that was installed anew."""
     known_hosts = _known_hosts()
     gone = known_hosts.forget(host)
     if as_json:

@@ -5,31 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from netloom.errors import BadRequest, HostRefused, NotBuiltYet, one_line
+from netloom.errors import BadRequest, HostRefused, one_line
 
 BUILT_IN = {
     "check": "what a repair would do; nothing is changed",
+    "counters": "packets and bytes of each public address and IPv6 prefix, in and out",
     "dump-config": "the whole scope, wanted and found, secrets left out",
     "leases": "the NICs that are known, with their addresses and names",
     "list-firewall-rules": "firewall and translations in words; parameters filter (a text) and skip (lines)",
+    "pbr-add-route": "a route in one of those tables",
+    "pbr-add-rule": "which of the packets that guests send look up one of those tables",
+    "pbr-create-table": "a route table of the scope",
+    "pbr-delete-route": "takes it away",
+    "pbr-delete-rule": "takes it away",
+    "pbr-delete-table": "takes it away, with its routes and rules",
+    "pbr-list-routes": "those routes, or those of one table, a line each",
+    "pbr-list-rules": "those rules, or those of one table, a line each",
+    "pbr-list-tables": "those tables, a line each",
     "reboot-device": "links down and up, ruleset and services anew; open connections go on",
     "show": "the scope in a few lines",
 }
-
-LATER = frozenset(
-    f"pbr-{it}"
-    for it in (
-        "create-table",
-        "delete-table",
-        "list-tables",
-        "add-route",
-        "delete-route",
-        "list-routes",
-        "add-rule",
-        "delete-rule",
-        "list-rules",
-    )
-)
 
 # CloudStack keeps the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), and what is in quotes
 # there is escaped once more. A longer result fails the job after everything was done.
@@ -37,11 +32,9 @@ OUTPUT_CHARACTERS_MAX = 48_000
 
 
 def check_known(action: str, hooks: Collection[str]) -> None:
-    """Raises BadRequest for an action that is neither built in nor one of the operator's ``hooks``; NotBuiltYet."""
-    if action in LATER:
-        raise NotBuiltYet(f"custom-action {action}: this version of netloom does not carry it out yet")
+    """Raises BadRequest for an action that is neither built in nor one of the operator's ``hooks``."""
     if action not in BUILT_IN and action not in hooks:
-        known = ", ".join(sorted({*BUILT_IN, *hooks} - LATER))
+        known = ", ".join(sorted({*BUILT_IN, *hooks}))
         raise BadRequest(f"custom-action {action}: there is no such action on this host", hint=f"known: {known}")
 
 

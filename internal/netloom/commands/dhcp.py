@@ -36,8 +36,8 @@ def config_dhcp_subnet(network: Network, asked: ConfigDhcpSubnet) -> Network:
 
 
 def remove_dhcp_subnet(network: Network, asked: RemoveDhcpSubnet) -> Network:
-    """DHCP no longer answers on the network."""
-    return replace(network, dhcp=False)
+    """DHCP no longer answers on the network, unless another of its ranges is served."""
+    return replace(network, dhcp=network.dhcp and others_served(network))
 
 
 def set_dhcp_options(scope: Scope, asked: SetDhcpOptions, context: Context) -> Scope:
@@ -48,11 +48,23 @@ def set_dhcp_options(scope: Scope, asked: SetDhcpOptions, context: Context) -> S
         except ValueError as error:
             raise BadRequest(f"payload.options.{code}: {error}") from None
     options = {str(code): value for code, value in sorted(asked.options.items())}
-    network = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
+    network = scope.networks.get(asked.network_id)
+    if network is None:
+        if not options:
+            return scope
+        network = Network(network_id=str(asked.network_id))
     others = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != asked.nic_id}
     return with_network(
         scope, replace(network, dhcp_options={**others, str(asked.nic_id): options} if options else others)
     )
+
+
+def others_served(network: Network) -> bool:
+    """Whether a removal for one range leaves another one served.
+
+    The call does not tell which range it is about: its fields are those of the network, whichever lost its last NIC.
+    """
+    return len(network.ranges) > 1 and bool(network.nics)
 
 
 def told_resolvers(network: Network, asked: Resolvers) -> Network:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from netloom.commands.dhcp import told_resolvers
+from netloom.commands.dhcp import others_served, told_resolvers
 from netloom.commands.nic import find, put, with_nic
 from netloom.protocol.dns import AddDnsEntry, ConfigDnsSubnet, RemoveDnsEntry, RemoveDnsSubnet
 from netloom.state import Network
@@ -28,5 +28,5 @@ def config_dns_subnet(network: Network, asked: ConfigDnsSubnet) -> Network:
 
 
 def remove_dns_subnet(network: Network, asked: RemoveDnsSubnet) -> Network:
-    """The resolver no longer answers on the network."""
-    return replace(network, dns=False)
+    """The resolver no longer answers on the network, unless another of its ranges is served."""
+    return replace(network, dns=network.dns and others_served(network))

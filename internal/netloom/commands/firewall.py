@@ -23,7 +23,7 @@ def apply_fw_rules(scope: Scope, asked: ApplyFwRules, context: Context) -> Scope
     """
     rules = sorted(map(_rule, asked.fw_rules.rules), key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
     firewall = Firewall(default_egress_allow=bool(asked.fw_rules.default_egress_allow), rules=tuple(rules))
-    return with_network(scope, replace(network_of(scope, asked), firewall=firewall))
+    return with_network(scope, replace(network_of(scope, asked, context), firewall=firewall))
 
 
 def _rule(told: FwRule) -> FirewallRule:

@@ -21,15 +21,15 @@ _ALGORITHMS: dict[str, Literal["roundrobin", "leastconn", "source"]] = {
 def apply_lb_rules(scope: Scope, asked: said.ApplyLbRules, context: Context) -> Scope:
     """The listed rules are so, or gone; rules that are not listed stay as they are (protocol section 3, lb_rules).
 
-    Raises PartlyDone with the scope that has all the others when a rule's port is taken: it harms no other.
+    Raises PartlyDone when a rule cannot be read or its port is taken: with the scope that has all the others.
     """
     rules = dict(scope.lb_rules)
     # What goes, goes first: a rule may take over the port of one that the same call revokes.
-    for rule in asked.lb_rules:
+    for rule in asked.lb_rules.rules:
         if rule.revoke:
             rules.pop(str(int(rule.id)), None)
-    complaints = []
-    for rule in asked.lb_rules:
+    complaints = list(asked.lb_rules.unread)
+    for rule in asked.lb_rules.rules:
         if rule.revoke:
             continue
         wanted = _rule(rule, str(asked.network_id))
@@ -38,7 +38,9 @@ def apply_lb_rules(scope: Scope, asked: said.ApplyLbRules, context: Context) -> 
             complaints.append(f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port}): {taken}")
         else:
             rules[str(wanted.rule_id)] = wanted
-    after = with_network(replace(scope, lb_rules=rules), network_of(scope, asked)) if asked.lb_rules else scope
+    after = scope
+    if asked.lb_rules.rules:
+        after = with_network(replace(scope, lb_rules=rules), network_of(scope, asked, context))
     if complaints:
         raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
     return after

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
 from netloom.errors import BadRequest
-from netloom.names import UNTAGGED
+from netloom.names import UNTAGGED, VLAN_TAG_MAX
 from netloom.protocol.nat import (
     AddPortForward,
     AddStaticNat,
@@ -18,7 +18,8 @@ from netloom.protocol.nat import (
     PublicAddress,
     ReleaseIp,
 )
-from netloom.protocol.scalars import VLAN_TAG_MAX, IPv4Prefix, PortRange, Vlan
+from netloom.protocol.scalars import IPv4Prefix, PortRange, Vlan
+from netloom.protocol.vpc import VpcPublicAddress
 from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
 # An exit's number is the low half of a packet's mark.
@@ -28,29 +29,48 @@ _TRANSPORT: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
 
 
 def assign_ip(scope: Scope, asked: AssignIp, context: Context) -> Scope:
-    """The device holds the address; with ``source_nat`` it is the only one that the guests leave by."""
-    held = _public_ip(scope, asked, source_nat=bool(asked.source_nat))
-    others = {
-        address: replace(it, source_nat=False) if held.source_nat else it for address, it in scope.public_ips.items()
-    }
-    return with_network(replace(scope, public_ips={**others, held.address: held}), network_of(scope, asked))
+    """The device holds the address; with ``source_nat`` it is the only one that the guests leave by.
+
+    A tier that brings the source-NAT address brings its VPC's.
+    """
+    if asked.source_nat:
+        scope = source_nat_held(scope, asked, network_id="" if scope.is_vpc else str(asked.network_id))
+    else:
+        held = _public_ip(scope, asked, source_nat=False, network_id=str(asked.network_id))
+        scope = replace(scope, public_ips={**scope.public_ips, held.address: held})
+    return with_network(scope, network_of(scope, asked, context))
+
+
+def source_nat_held(scope: Scope, asked: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
+    """``scope`` with the address as the one that guests leave by. There is one: the former stays, without the flag."""
+    held = _public_ip(scope, asked, source_nat=True, network_id=network_id)
+    others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
+    return replace(scope, public_ips={**others, held.address: held})
 
 
 def release_ip(scope: Scope, asked: ReleaseIp, context: Context) -> Scope:
-    """The device no longer holds the address, and what it was translated to is gone with it: it cannot work without."""
-    address = _named(asked)
-    return replace(
+    """The device no longer holds the address, and what it was translated to is gone with it: it cannot work without.
+
+    A tier gives up what is its own: an address that its VPC leaves by, or that another tier's rules use, stays held.
+    """
+    address, of = _named(asked), str(asked.network_id)
+    scope = replace(
         scope,
-        public_ips={key: it for key, it in scope.public_ips.items() if key != address},
-        static_nats={key: it for key, it in scope.static_nats.items() if key != address},
-        port_forwards={key: it for key, it in scope.port_forwards.items() if it.public_ip != address},
-        lb_rules={key: it for key, it in scope.lb_rules.items() if it.public_ip != address},
+        static_nats={key: it for key, it in scope.static_nats.items() if key != address or it.network_id != of},
+        port_forwards={
+            key: it for key, it in scope.port_forwards.items() if it.public_ip != address or it.network_id != of
+        },
+        lb_rules={key: it for key, it in scope.lb_rules.items() if it.public_ip != address or it.network_id != of},
     )
+    held = scope.public_ips.get(address)
+    if scope.is_vpc and ((held is not None and held.source_nat) or address in in_use(scope)):
+        return scope
+    return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key != address})
 
 
 def add_static_nat(scope: Scope, asked: AddStaticNat, context: Context) -> Scope:
     """The address stands for the guest, both ways; a guest has one such address, so an older one gives way."""
-    network = network_of(scope, asked)
+    network = network_of(scope, asked, context)
     _check_guest(network, asked.private_ip)
     scope = with_network(_held(scope, asked), network)
     nat = StaticNat(public_ip=str(asked.public_ip), private_ip=str(asked.private_ip), network_id=str(asked.network_id))
@@ -73,7 +93,7 @@ def add_port_forward(scope: Scope, asked: AddPortForward, context: Context) -> S
 
     Raises BadRequest when the two ranges do not fit together, or when some of the ports lead somewhere already.
     """
-    network = network_of(scope, asked)
+    network = network_of(scope, asked, context)
     _check_guest(network, asked.private_ip)
     forward = PortForward(
         public_ip=_named(asked),
@@ -103,6 +123,12 @@ def delete_port_forward(scope: Scope, asked: DeletePortForward, context: Context
     return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
 
 
+def in_use(scope: Scope) -> set[str]:
+    """The addresses that something leads inward from."""
+    forwarded = {it.public_ip for it in scope.port_forwards.values()}
+    return {*scope.static_nats, *forwarded, *(it.public_ip for it in scope.lb_rules.values())}
+
+
 def _named(asked: PublicAddress) -> str:
     if not asked.public_ip:
         raise BadRequest(
@@ -118,11 +144,11 @@ def _held(scope: Scope, asked: PublicAddress) -> Scope:
     """
     if _named(asked) in scope.public_ips:
         return scope
-    held = _public_ip(scope, asked, source_nat=False)
+    held = _public_ip(scope, asked, source_nat=False, network_id=str(asked.network_id))
     return replace(scope, public_ips={**scope.public_ips, held.address: held})
 
 
-def _public_ip(scope: Scope, asked: PublicAddress, *, source_nat: bool) -> PublicIp:
+def _public_ip(scope: Scope, asked: PublicAddress | VpcPublicAddress, *, source_nat: bool, network_id: str) -> PublicIp:
     missing = [field for field in ("public_ip", "public_vlan", "public_cidr") if not getattr(asked, field)]
     if missing:
         raise BadRequest(
@@ -131,6 +157,12 @@ def _public_ip(scope: Scope, asked: PublicAddress, *, source_nat: bool) -> Publi
         )
     vlan = _public_vlan(asked.public_vlan)
     gateway = str(asked.public_gateway)
+    if gateway == asked.public_ip or gateway in scope.public_ips:
+        raise BadRequest(f"payload.public_gateway: {gateway} is a public address of the guests' own")
+    if any(asked.public_ip == held.gateway for held in scope.public_ips.values()):
+        raise BadRequest(f"payload.public_ip: {asked.public_ip} is the gateway of another public address")
+    if asked.public_cidr.endswith("/0"):
+        raise BadRequest(f"payload.public_cidr: {asked.public_cidr} is the subnet of no public VLAN")
     return PublicIp(
         address=str(asked.public_ip),
         vlan=vlan,
@@ -138,7 +170,7 @@ def _public_ip(scope: Scope, asked: PublicAddress, *, source_nat: bool) -> Publi
         cidr=str(asked.public_cidr),
         exit=_exit(scope, str(asked.public_ip), vlan, gateway),
         source_nat=source_nat,
-        network_id=str(asked.network_id),
+        network_id=network_id,
     )
 
 

@@ -2,15 +2,19 @@
 
 State hangs on the NIC, which CloudStack names by uuid, by MAC or by number, not always by all three. An address or a
 MAC belongs to one NIC of a network: the call that names another NIC for it takes it, and what the former owner had
-goes with the former owner (lease, names, metadata, password).
+goes with the former owner (lease, names, options, metadata, password).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from msgspec.structs import replace
 
+from netloom.commands.ground import gateway_in
 from netloom.errors import BadRequest
 from netloom.protocol.nic import NicPayload, PrepareNic, ReleaseNic, VmNic
+from netloom.protocol.scalars import IPv4Prefix
 from netloom.state import Network, Nic
 
 
@@ -56,23 +60,37 @@ def put(network: Network, nic: Nic, had: Nic | None = None) -> Network:
     if had is not None:
         gone.add(had.key)
     kept = {key: other for key, other in network.nics.items() if key not in gone}
-    return replace(network, nics={**kept, nic.key: nic})
+    numbers = {network.nics[key].nic_id for key in gone & network.nics.keys()} - {nic.nic_id}
+    return replace(_without_options(network, numbers), nics={**kept, nic.key: nic})
 
 
 def without_nic(network: Network, asked: NicPayload) -> Network:
-    """``network`` without the NIC, its options and all that hung on it."""
-    nic = find(network, asked)
-    if nic is None:
-        return network
-    options = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != nic.nic_id}
-    return replace(
-        network, nics={key: other for key, other in network.nics.items() if key != nic.key}, dhcp_options=options
-    )
+    """``network`` without the NIC, its options and all that hung on it; under every name that the call has for it."""
+    numbers = {str(asked.nic_id)}
+    while (nic := find(network, asked)) is not None:
+        numbers.add(nic.nic_id)
+        network = replace(network, nics={key: other for key, other in network.nics.items() if key != nic.key})
+    return _without_options(network, numbers)
+
+
+def _without_options(network: Network, numbers: Collection[str]) -> Network:
+    kept = {nic_id: options for nic_id, options in network.dhcp_options.items() if nic_id not in numbers}
+    return network if len(kept) == len(network.dhcp_options) else replace(network, dhcp_options=kept)
 
 
 def _by_mac(network: Network, mac: str, *, without_uuid: bool = False) -> Nic | None:
     found = next((nic for nic in network.nics.values() if mac and nic.mac == mac), None)
     return None if found is not None and without_uuid and found.nic_uuid else found
+
+
+def _gateway(asked: NicPayload) -> str:
+    """In calls about a NIC the network's gateway is the NIC's (protocol section 2): the one in the NIC's own subnet.
+
+    Where the NIC has none, it is that of another range: what the network knows of the NIC's range counts then.
+    """
+    if asked.ip and asked.netmask:
+        return gateway_in(str(IPv4Prefix.parse(f"{asked.ip}/{asked.netmask.length}")), asked.gateway)
+    return str(asked.gateway[0]) if asked.gateway else ""
 
 
 def _told(asked: NicPayload | VmNic) -> dict[str, str | bool]:
@@ -89,6 +107,5 @@ def _told(asked: NicPayload | VmNic) -> dict[str, str | bool]:
     if isinstance(asked, NicPayload):
         told["nic_id"] = str(asked.nic_id)
         told["netmask"] = str(asked.netmask)
-        # In calls about a NIC the network's gateway is the NIC's (protocol section 2).
-        told["gateway"] = str(asked.gateway[0]) if asked.gateway else ""
+        told["gateway"] = _gateway(asked)
     return {name: value for name, value in told.items() if value != ""}

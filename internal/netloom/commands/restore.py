@@ -5,9 +5,9 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from netloom.commands.dhcp import told_resolvers
-from netloom.commands.nic import put, with_nic
+from netloom.commands.nic import find, put, with_nic
 from netloom.commands.userdata import with_items
-from netloom.protocol.restore import RestoreNetwork
+from netloom.protocol.restore import RestoredVm, RestoreNetwork
 from netloom.state import Network
 
 
@@ -23,6 +23,7 @@ def restore_network(network: Network, asked: RestoreNetwork) -> Network:
         told = replace(told, dhcp=True)
     if data.dns_enabled:
         told = replace(told, dns=True)
+    told = _moved(told, data.vms)
     for vm in data.vms:
         told, nic = with_nic(told, vm)
         restored = replace(nic, leased=nic.leased or bool(data.dhcp_enabled), named=nic.named or bool(data.dns_enabled))
@@ -30,3 +31,15 @@ def restore_network(network: Network, asked: RestoreNetwork) -> Network:
             restored = with_items(restored, [item for it in vm.vm_data if (item := it.checked()) is not None])
         told = put(told, restored, nic)
     return told
+
+
+def _moved(network: Network, vms: tuple[RestoredVm, ...]) -> Network:
+    """Listed VMs let go of the addresses that they no longer have: two that have changed places take nothing away."""
+    nics = dict(network.nics)
+    for vm in vms:
+        nic = find(network, vm)
+        if nic is not None:
+            ip = "" if vm.ip and nic.ip != vm.ip else nic.ip
+            ip6 = "" if vm.ip6_address and nic.ip6 != vm.ip6_address else nic.ip6
+            nics[nic.key] = replace(nic, ip=ip, ip6=ip6)
+    return replace(network, nics=nics)

@@ -8,13 +8,16 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
+from netloom.commands import acl as acls
 from netloom.commands import dhcp as leases
 from netloom.commands import dns as names_of
 from netloom.commands import firewall, nat, network
 from netloom.commands import lb as balancer
 from netloom.commands import nic as nics
+from netloom.commands import pbr as policy
 from netloom.commands import restore as restoring
 from netloom.commands import userdata as vm
+from netloom.commands import vpc as vpcs
 from netloom.commands.transition import (
     Context,
     Outcome,
@@ -24,7 +27,7 @@ from netloom.commands.transition import (
     taken_from_network,
     told_to_network,
 )
-from netloom.errors import BadRequest, ForeignScope, NotBuiltYet
+from netloom.errors import BadRequest, ForeignScope
 from netloom.names import scope_of
 from netloom.protocol import acl, custom, dhcp, dns, lb, nic, restore, userdata, vpc
 from netloom.protocol import firewall as fw
@@ -36,13 +39,13 @@ from netloom.state import Scope
 
 P = TypeVar("P", bound=msgspec.Struct)
 
-# builds: on nothing it begins a scope. removes: on nothing it succeeds, and builds nothing. asks: changes nothing.
-# extension: answered where CloudStack runs, never on a host.
-Kind = Literal["builds", "removes", "asks", "extension"]
+# builds: on nothing it begins a scope. removes: on nothing it succeeds, and builds nothing. acts: on nothing it builds
+# nothing either, and has something to say. extension: answered where CloudStack runs, never on a host.
+Kind = Literal["builds", "removes", "acts", "extension"]
 
 
 class Row(msgspec.Struct, Generic[P], frozen=True):
-    """One command: its payload's shape, what it means (None: not built yet), and what it prints (None: nothing).
+    """One command: its payload's shape, what it means (None: no host does it), and what it prints (None: nothing).
 
     The type parameter ties them together, so a row whose function takes another payload is a type error.
     """
@@ -52,11 +55,6 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
     payload: type[P]
     transition: Callable[[Scope, P, Context], Scope | None] | None = None
     output: Callable[[Scope, P, Context], str] | None = None
-
-    @property
-    def carried_out(self) -> bool:
-        """Whether this version does it: by a transition, or, for what changes no state, elsewhere."""
-        return self.transition is not None or self.kind in ("asks", "extension")
 
 
 # Without an annotation: each row is checked as what it is, and only the table below forgets the difference.
@@ -71,10 +69,10 @@ _ROWS = (
     ),
     Row("shutdown-network", "removes", net.ShutdownNetwork, network.shutdown_network),
     Row("destroy-network", "removes", net.DestroyNetwork, network.destroy_network),
-    Row("implement-vpc", "builds", vpc.ImplementVpc),
-    Row("shutdown-vpc", "removes", vpc.ShutdownVpc),
-    Row("destroy-vpc", "removes", vpc.DestroyVpc),
-    Row("update-vpc-source-nat-ip", "builds", vpc.UpdateVpcSourceNatIp),
+    Row("implement-vpc", "builds", vpc.ImplementVpc, vpcs.implement_vpc),
+    Row("shutdown-vpc", "removes", vpc.ShutdownVpc, vpcs.shutdown_vpc),
+    Row("destroy-vpc", "removes", vpc.DestroyVpc, vpcs.destroy_vpc),
+    Row("update-vpc-source-nat-ip", "builds", vpc.UpdateVpcSourceNatIp, vpcs.update_vpc_source_nat_ip),
     Row("assign-ip", "builds", address.AssignIp, nat.assign_ip),
     Row("release-ip", "removes", address.ReleaseIp, nat.release_ip),
     Row("add-static-nat", "builds", address.AddStaticNat, nat.add_static_nat),
@@ -82,7 +80,7 @@ _ROWS = (
     Row("add-port-forward", "builds", address.AddPortForward, nat.add_port_forward),
     Row("delete-port-forward", "removes", address.DeletePortForward, nat.delete_port_forward),
     Row("apply-fw-rules", "builds", fw.ApplyFwRules, firewall.apply_fw_rules),
-    Row("apply-network-acl", "builds", acl.ApplyNetworkAcl),
+    Row("apply-network-acl", "builds", acl.ApplyNetworkAcl, acls.apply_network_acl),
     Row("prepare-nic", "builds", nic.PrepareNic, told_to_network(nics.prepare_nic)),
     Row("release-nic", "removes", nic.ReleaseNic, taken_from_network(nics.release_nic)),
     Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry, told_to_network(leases.add_dhcp_entry)),
@@ -106,7 +104,7 @@ _ROWS = (
     ),
     Row("apply-lb-rules", "builds", lb.ApplyLbRules, balancer.apply_lb_rules),
     Row("restore-network", "builds", restore.RestoreNetwork, told_to_network(restoring.restore_network)),
-    Row("custom-action", "asks", custom.CustomAction),
+    Row("custom-action", "acts", custom.CustomAction, policy.transition, output=policy.output),
 )
 
 TABLE: dict[str, Row[Any]] = {row.name: row for row in _ROWS}
@@ -129,23 +127,17 @@ def decode(command: str, payload: bytes) -> msgspec.Struct:
 def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Outcome:
     """The scope after ``command``; None stands for nothing at all.
 
-    The revision grows by one when something changed, and not otherwise. Raises BadRequest (NotBuiltYet among them)
-    or ForeignScope, and then nothing has changed.
+    The revision grows by one when something changed, and not otherwise. Raises BadRequest or
+    ForeignScope, and then nothing has changed.
     """
     row = row_of(command)
     check_ground(command, scope, payload, context)
-    if row.kind == "extension":
-        raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
-    if row.kind == "asks":
-        raise BadRequest(f"{command}: answered by looking at a host, not by a change of the state")
     if row.transition is None:
-        raise NotBuiltYet(f"{command}: this version of netloom does not carry it out yet")
+        raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
-        if row.kind != "builds" or _going(payload):
+        if row.kind == "removes" or (row.kind == "builds" and _going(payload)):
             return Outcome(scope=None)
         scope = blank(context)
-    if row.kind == "builds" and context.scope_id.startswith("vpc-"):
-        raise NotBuiltYet(f"{command}: this version of netloom does not carry out tiers of a VPC yet")
     refused = None
     try:
         wanted = row.transition(registered(scope, context.registration), payload, context)
@@ -156,7 +148,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
-    return Outcome(scope=wanted, output=output, refused=refused)
+    return Outcome(scope=wanted if wanted.revision else None, output=output, refused=refused)
 
 
 def check_ground(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:

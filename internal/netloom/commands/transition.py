@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
-from netloom.errors import BadRequest, HostRefused
+from netloom.commands.ground import built, check_addresses, check_segment, told
+from netloom.errors import HostRefused
 from netloom.protocol.network import NetworkPayload
-from netloom.state import Network, Scope, Uplinks
+from netloom.state import Network, Outside6, Scope, Uplinks
 from netloom.wire import Registration
 
 N = TypeVar("N", bound=NetworkPayload)
@@ -42,42 +43,40 @@ class PartlyDone(HostRefused):
         self.scope = scope
 
 
-GUEST_TYPES: dict[str, Literal["isolated", "shared", "l2"]] = {
-    "isolated": "isolated",
-    "shared": "shared",
-    "l2": "l2",
-}
-
-
 def blank(context: Context) -> Scope:
     """A scope of which nothing is known but whose it is."""
     return Scope(
         scope_id=context.scope_id,
         owner=context.registration.owner,
         uplinks=_uplinks(context.registration),
+        outside6=_outside6(context.registration),
         ingress_open=context.registration.ingress_open,
     )
 
 
 def registered(scope: Scope, registration: Registration) -> Scope:
     """``scope`` with the operator's present details; an operator may change them while networks live."""
-    return replace(scope, uplinks=_uplinks(registration), ingress_open=registration.ingress_open)
-
-
-def network_of(scope: Scope, asked: NetworkPayload) -> Network:
-    """The network that ``asked`` is about; one that was never implemented is remembered with what this call tells.
-
-    What is known already stays: only implement-network says it anew.
-    """
-    known = scope.networks.get(asked.network_id)
-    if known is None:
-        known = Network(network_id=str(asked.network_id), guest_type=GUEST_TYPES[asked.guest_type])
     return replace(
-        known,
-        vlan=known.vlan or str(asked.vlan),
-        gateway=known.gateway or only(asked.gateway, "gateway"),
-        cidr=known.cidr or only(asked.cidr, "cidr"),
+        scope,
+        uplinks=_uplinks(registration),
+        outside6=_outside6(registration),
+        ingress_open=registration.ingress_open,
     )
+
+
+def network_of(scope: Scope, asked: NetworkPayload, context: Context) -> Network:
+    """The network that ``asked`` is about, as the call tells of it; built, when the call is the first to tell enough.
+
+    Raises BadRequest when guests cannot be on its segment, or the device not in its subnets.
+    """
+    known = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
+    network = told(known, asked)
+    if network.vlan:
+        check_segment(network.vlan, context.registration)
+    if not network.implemented:
+        return built(network, asked, scope)
+    check_addresses(network)
+    return network
 
 
 def with_network(scope: Scope, network: Network) -> Scope:
@@ -89,7 +88,7 @@ def told_to_network(change: Callable[[Network, N], Network]) -> Callable[[Scope,
     """A command that is about one network only, as one about its scope."""
 
     def transition(scope: Scope, asked: N, context: Context) -> Scope:
-        return with_network(scope, change(network_of(scope, asked), asked))
+        return with_network(scope, change(network_of(scope, asked, context), asked))
 
     return transition
 
@@ -104,15 +103,15 @@ def taken_from_network(change: Callable[[Network, N], Network]) -> Callable[[Sco
     return transition
 
 
-def only(values: tuple[str, ...], field: str) -> str:
-    """The one value of a field that may be a list, or nothing.
-
-    Raises BadRequest for several: only shared networks have more than one range.
-    """
-    if len(values) > 1:
-        raise BadRequest(f"payload.{field}: {len(values)} values, where a network has one")
-    return str(values[0]) if values else ""
+def _outside6(registration: Registration) -> Outside6 | None:
+    if not registration.ip6_gateway:
+        return None
+    return Outside6(gateway=registration.ip6_gateway, address=registration.ip6_address)
 
 
 def _uplinks(registration: Registration) -> Uplinks:
-    return Uplinks(guest=registration.guest_nic, public=registration.public_nic)
+    return Uplinks(
+        guest=registration.guest_nic,
+        public=registration.public_nic,
+        isolation="vxlan" if registration.isolation == "vxlan" else "vlan",
+    )

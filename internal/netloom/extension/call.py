@@ -8,11 +8,12 @@ it is, and ``os._exit`` leaves no thread behind that could hold it.
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # the C module: signal.py adds enums to it, a third of a bare start-up
-import os
 import time
 
 from netloom.errors import BadRequest, NetloomError, one_line
 from netloom.extension.deadline import Deadline, parse_timeout, process_started
+from netloom.extension.handover import hand_over
+from netloom.lean import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,26 +60,24 @@ class Ending:
             os.dup2(null, fd)
         self._said = False
 
-    def end(self, status: int, *, output: str = "", error: str = "") -> NoReturn:
-        """Say one thing on one stream, close both, write the log line, and end at once."""
-        if not self._said:  # a signal may come while the last word is being written
-            self._said = True
-            if error:
-                _write(self._stderr, one_line(error) + "\n")
-            elif output and not _write(self._stdout, ascii_only(output).rstrip("\n") + "\n"):
-                status, error = 3, "the output could not be written: the caller had closed it"
-            os.close(self._stdout)
-            os.close(self._stderr)
-            self._log(status, error)
-        os._exit(status)
-
-    def _log(self, status: int, error: str) -> None:
+    def end(self, status: int, *, output: str = "", error: str = "", logged: bool = False) -> NoReturn:
+        """Say one thing on one stream, close both, write the log line unless the helper did, and end at once."""
         try:
-            from netloom.extension.log import record  # small, and not needed before the answer is out
+            if not self._said:  # a signal may come while the last word is being written
+                self._said = True
+                if error:
+                    _write(self._stderr, one_line(error) + "\n")
+                elif output and not _write(self._stdout, ascii_only(output).rstrip("\n") + "\n"):
+                    status, error = 3, "the output could not be written: the caller had closed it"
+                    logged = False
+                os.close(self._stdout)
+                os.close(self._stderr)
+                if not logged:
+                    from netloom.extension.log import write_down  # small, and not needed before the answer is out
 
-            record(self.story, status, error)
-        except (OSError, NetloomError, ValueError):  # a log that cannot be written fails no call
-            pass
+                    write_down(self.story, status, error, os.environ)
+        finally:  # a signal may come while the log's own module is half loaded: its status is the one that counts
+            os._exit(status)
 
 
 def _write(fd: int, text: str) -> bool:
@@ -118,16 +117,22 @@ def call(words: list[str], *, executable: str) -> NoReturn:
     _end_on_signals(ending)
     try:
         output = _carry_out(words, executable, ending)
-    except NetloomError as error:
-        ending.end(error.exit_code, error=str(error))
     except Exception as error:  # noqa: BLE001  # the one place
-        import traceback  # only now: a bug keeps its traceback, in the log
-
-        story.trouble = traceback.format_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{os.path.basename(where.filename)}:{where.lineno}"
-        ending.end(3, error=f"internal error: {type(error).__name__} at {place} while {story.doing}; the log has more")
+        status, said = failure(error, story)
+        ending.end(status, error=said)
     ending.end(0, output=output)
+
+
+def failure(error: Exception, story: Story) -> tuple[int, str]:
+    """Exit status and line of a call that raised ``error``; a bug keeps its traceback, in the story."""
+    if isinstance(error, NetloomError):
+        return error.exit_code, str(error)
+    import traceback  # only now: linecache, tokenize, re
+
+    story.trouble = "".join(traceback.format_exception(error))
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(where.filename)}:{where.lineno}"
+    return 3, f"internal error: {type(error).__name__} at {place} while {story.doing}; the log has more"
 
 
 def _carry_out(words: list[str], executable: str, ending: Ending) -> str:
@@ -141,6 +146,11 @@ def _carry_out(words: list[str], executable: str, ending: Ending) -> str:
     _end_on_time(deadline, ending)
     story.doing = "reading the payload"
     payload = read_payload(path)
+    story.doing = "asking the helper"
+    answer = hand_over((command, executable), payload, deadline, story, os.environ)
+    if answer is not None:
+        status, output, error = answer
+        ending.end(status, output=output, error=error, logged=True)
     story.doing = "loading the program"
     from netloom.extension.work import carry_out  # msgspec, asyncio and asyncssh: thirty bare start-ups
 

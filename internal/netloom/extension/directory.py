@@ -5,11 +5,14 @@ Never beside the executable: CloudStack compares a checksum of that directory be
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Mapping
+import _stat as stat  # the C module
 
 from netloom.errors import BadRequest
+from netloom.lean import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class NoDirectory(BadRequest):
@@ -41,11 +44,14 @@ def home_of(environ: Mapping[str, str], uid: int) -> str:
 def unusable(path: str, uid: int) -> str:
     """Why ``path`` cannot be used; empty when it can. Makes the directory, and those above it, where they are missing.
 
-    Usable is a directory of ours that nobody else can enter, and no link: /var/tmp is everybody's.
+    Usable is a directory of ours that nobody else can enter, nor put another one in the place of, and no link: /var/tmp
+    is everybody's.
     """
     if not path.startswith("/"):
         return "not an absolute path"
     try:
+        if why := _unsafe_above(path, uid):
+            return why
         try:
             found = os.lstat(path)
         except FileNotFoundError:
@@ -63,6 +69,33 @@ def unusable(path: str, uid: int) -> str:
     if stat.S_IMODE(found.st_mode) & 0o077:
         return f"mode {stat.S_IMODE(found.st_mode):04o}, not 0700"
     return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
+
+
+def _unsafe_above(path: str, uid: int) -> str:
+    """Why somebody else could put another directory in the place of ``path``; empty when nobody could.
+
+    Homes that their own group may write to are usual; in a sticky directory what is ours stays in its place.
+    """
+    while (path := os.path.dirname(path)) not in ("/", ""):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:  # we will make it
+            continue
+        if found.st_uid not in (0, uid):
+            return f"{path} is owned by uid {found.st_uid}"
+        others = stat.S_IWOTH | (0 if found.st_gid in (0, os.getegid()) else stat.S_IWGRP)
+        if not stat.S_ISLNK(found.st_mode) and not found.st_mode & stat.S_ISVTX and found.st_mode & others:
+            return f"others may write to {path}"
+    return ""
+
+
+def for_sockets(environ: Mapping[str, str]) -> str | None:
+    """The directory for what lives no longer than this boot; None when there is none to be had."""
+    uid = os.geteuid()
+    paths = candidates(environ, uid, home_of(environ, uid))
+    if environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
+        paths.insert(1 if environ.get("NETLOOM_DIR") else 0, os.path.join(environ["XDG_RUNTIME_DIR"], "netloom"))
+    return next((path for path in paths if not unusable(path, uid)), None)
 
 
 def persistent(environ: Mapping[str, str] | None = None) -> str:

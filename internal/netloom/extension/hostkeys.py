@@ -94,12 +94,15 @@ def name_of(host: str, port: int) -> str:
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 
+@dataclass(frozen=True)
 class KnownHosts:
     """The remembered keys of a directory of ours. Raises OSError where the file cannot be read or written."""
 
-    def __init__(self, directory: str) -> None:
-        self.path = os.path.join(directory, FILE)
-        self._lock_path = os.path.join(directory, FILE + ".lock")
+    directory: str
+
+    @property
+    def path(self) -> str:
+        return os.path.join(self.directory, FILE)
 
     def all(self) -> list[Known]:
         try:
@@ -131,15 +134,22 @@ class KnownHosts:
                 with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
                     lines = file.read().splitlines()
                 kept = "".join(line + "\n" for number, line in enumerate(lines, 1) if number not in numbers)
-                temporary = f"{self.path}.{os.getpid()}.new"
-                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                try:
-                    os.write(fd, kept.encode("utf-8", "surrogateescape"))
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                os.rename(temporary, self.path)
+                self._replace(kept.encode("utf-8", "surrogateescape"))
             return gone
+
+    def _replace(self, text: bytes) -> None:
+        """All of ``text`` or nothing: a key that a full disk lost would be believed anew, whoever shows one."""
+        temporary = f"{self.path}.{os.getpid()}.new"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "wb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(fd)
+            os.rename(temporary, self.path)
+        except OSError:
+            os.unlink(temporary)
+            raise
 
     def _append(self, line: bytes) -> None:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -157,7 +167,7 @@ class KnownHosts:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """The lock file stays for good: who removes one lets two in."""
-        fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield

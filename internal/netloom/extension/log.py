@@ -6,11 +6,13 @@ import fcntl
 import os
 import time
 
-from netloom.errors import one_line
+from netloom.errors import NetloomError, one_line
 from netloom.extension.directory import persistent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from netloom.extension.call import Story
 
 FILE = "netloom.log"
@@ -25,12 +27,32 @@ def line(story: Story, status: int, error: str, *, now_s: float, took_ms: float)
     return one_line(" ".join([*words, *([error] if error else [])])) + "\n"
 
 
-def record(story: Story, status: int, error: str) -> None:
-    """Append the call's line, and its traceback if it has one. Raises OSError or NoDirectory."""
+def write_down(story: Story, status: int, error: str, environ: Mapping[str, str]) -> None:
+    """Append the call's line, and its traceback if it has one; a log that cannot be written fails no call."""
+    try:
+        _record(story, status, error, environ)
+    except (OSError, NetloomError, ValueError):
+        pass
+
+
+def note(what: str, environ: Mapping[str, str]) -> None:
+    """Append a line about what no single call does; a log that cannot be written fails nothing."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    try:
+        _append(f"{when} {one_line(what)}\n", environ)
+    except (OSError, NetloomError):
+        pass
+
+
+def _record(story: Story, status: int, error: str, environ: Mapping[str, str]) -> None:
     text = line(story, status, error, now_s=time.time(), took_ms=(time.monotonic() - story.started) * 1000)
     for trouble in story.trouble.splitlines():
         text += f"  {one_line(trouble)}\n"
-    path = os.path.join(persistent(), FILE)
+    _append(text, environ)
+
+
+def _append(text: str, environ: Mapping[str, str]) -> None:
+    path = os.path.join(persistent(environ), FILE)
     fd = os.open(path, _FLAGS, 0o600)
     try:
         os.write(fd, text.encode("ascii"))  # one write: lines of calls at the same time do not mix

@@ -37,7 +37,7 @@ def ensured(stored: StoredDetails, host: str, scope_id: str) -> str:
 def printed(command: str, reply: Reply) -> str:
     """What goes to stdout after a call that the agent carried out: nothing, where the protocol defines no result."""
     row = row_of(command)
-    return reply.output if row.output is not None or row.kind == "asks" else ""
+    return reply.output if row.output is not None else ""
 
 
 def failure(host: str, reply: Reply) -> NetloomError | None:

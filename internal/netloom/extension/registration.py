@@ -31,4 +31,6 @@ def registration(details: PhysicalDetails, executable: str) -> Registration:
         ingress_open=details.firewall == "absent",
         broadcast=str(details.broadcast or ""),
         isolation=str(details.isolation),
+        ip6_gateway=str(details.public_ip6_gateway),
+        ip6_address=str(details.public_ip6_address),
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from netloom.errors import BadRequest, HostUnreachable, LoginRefused, one_line
+from netloom.extension.deploy import Package
 from netloom.extension.directory import home_of
 from netloom.extension.hostkeys import HostKey, Trust
 from netloom.secret import Secret
@@ -46,8 +47,8 @@ for _name in ("asyncssh", "asyncio"):  # without a handler, logging would write 
     logging.getLogger(_name).addHandler(logging.NullHandler())
     logging.getLogger(_name).propagate = False
 
-# What agent command a host has when no setting names another: where the executable installs itself.
-AGENT = "/usr/local/libexec/netloom/netloom agent"
+# What agent command a host has when no setting names another: where the executable installs itself (deploy.py).
+AGENT = "/usr/local/libexec/netloom/current/netloom agent"
 
 # Where the agent writes what it does: the thing to look at when it is silent.
 LOOK_THERE = "look at /var/log/netloom/agent.log on the host"
@@ -68,7 +69,24 @@ _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
 _SUDO_REFUSES = ("is not in the sudoers", "is not allowed to", "may not run sudo", "not allowed to execute")
 
-Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent"]
+Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent", "install"]
+
+
+class ConnectionLost(HostUnreachable):
+    """The connection broke with something under way: whether it was carried out is not known, and a repeat is safe."""
+
+
+class NoAgent(HostUnreachable):
+    """The host let us in, and its agent did not say hello: there is none, or it does not start."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A command of ours that has ended on a host. ``status`` is None when it was ended by a signal."""
+
+    status: int | None
+    out: str
+    complaint: str  # what it wrote to stderr, one line; never empty
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,9 @@ class Login:
     sshkey: Secret = field(default_factory=Secret)
     password: Secret = field(default_factory=Secret)
     agent: str = AGENT
+    package: Package | None = None  # what is brought to hosts that lack it, or have an older one
+    home: str = ""  # whose own keys, and whose SSH agent
+    ssh_auth_sock: str = ""
 
     @property
     def method(self) -> Literal["sshkey", "password", "own keys"]:
@@ -92,8 +113,11 @@ class Login:
     @property
     def command(self) -> str:
         """What the login shell is told to run; nothing of it comes from a payload."""
-        connect = " ".join(map(shlex.quote, [*shlex.split(self.agent), "connect"]))
-        return connect if self.username == "root" else f"sudo -n {connect}"
+        return self.as_root([*shlex.split(self.agent), "connect"])
+
+    def as_root(self, words: Sequence[str]) -> str:
+        """The command line that runs ``words`` as root there."""
+        return shlex.join(words if self.username == "root" else ["sudo", "-n", *words])
 
 
 class Channel(asyncssh.SSHClientSession[bytes]):
@@ -203,7 +227,13 @@ class Connection:
         self.host = host
         self.login = login
         self.stage: Stage = "own keys"
+        self.installing = ""  # at the stage "install": how far it is
         self._connection: asyncssh.SSHClientConnection | None = None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing has come back from the host yet: where sshd hangs, the kernel still takes a connection up."""
+        return self.stage in ("own keys", "resolve", "connect")
 
     def _at(self, stage: Stage) -> None:
         self.stage = stage
@@ -214,11 +244,11 @@ class Connection:
         if self.login.method == "sshkey":
             keys = [parse_key(self.login.sshkey)]
         if self.login.method == "own keys":
-            keys = [*await agent_keys(), *own_keys()]
+            keys = [*await agent_keys(self.login.ssh_auth_sock), *own_keys(self.login.home)]
             if not keys:
                 raise LoginRefused(
-                    f"{self.host}: nothing to log in with: neither sshkey nor password is registered",
-                    hint="register one of them, or give the calling user a key of its own",
+                    f"{self.host}: nothing to log in with: no sshkey, no password, and the calling user has no key",
+                    hint="register one of them; by hand: --sshkey or --ask-password",
                 )
         _settle_local_user()
         for pause_s in (*_DROPPED_AGAIN_S, None):
@@ -281,6 +311,30 @@ class Connection:
             ) from error
         return channel
 
+    async def execute(self, words: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None) -> Ran:
+        """Run ``words`` as root to their end. ``feed`` is asked for more of its input until it has none, as fast as it
+        is taken. Raises ConnectionLost."""
+        assert self._connection is not None
+        try:
+            process = await self._connection.create_process(self.login.as_root(words), encoding=None, request_pty=False)
+            told = asyncio.ensure_future(process.communicate())  # reads what it says all the while
+            try:
+                if feed is not None:
+                    while chunks := feed():
+                        process.stdin.writelines(chunks)
+                        await process.stdin.drain()
+                process.stdin.write_eof()
+            except OSError:  # it has ended, and says why
+                pass
+            out, err = await told
+        except (asyncssh.Error, OSError) as error:
+            raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
+        if process.exit_status is None and not process.exit_signal:
+            raise ConnectionLost(f"{self.host}: the connection broke")
+        said = one_line(bytes(err or b"").decode("utf-8", "replace"), 400)
+        how = f"signal {process.exit_signal[0]}" if process.exit_signal else f"status {process.exit_status}"
+        return Ran(process.exit_status, bytes(out or b"").decode("utf-8", "replace"), said or f"it ended with {how}")
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
@@ -312,7 +366,8 @@ class Connection:
         finally:
             for attempt in pending:
                 attempt.cancel()
-        reasons = dict.fromkeys(failure.strerror or str(failure) for failure in failures)
+        # By number: the event loop puts a text of its own, without the reason, in the place of the system's.
+        reasons = dict.fromkeys(os.strerror(it.errno) if it.errno else str(it) for it in failures)
         raise HostUnreachable(
             f"{host}: no connection to port {port}: {', '.join(reasons)}",
             hint="is the host up, is sshd running there, and is the port right?",
@@ -358,6 +413,10 @@ class Connection:
     def silence(self, waited_s: float) -> HostUnreachable:
         """The error for a host that is at its present stage when the deadline comes."""
         host, port = self.host, self.login.port
+        if self.stage == "install":
+            return HostUnreachable(
+                f"agent being installed on {host}, {self.installing}", hint="the next call goes on from there"
+            )
         what, hint = {
             "own keys": ("the SSH agent of the calling user does not answer", "check SSH_AUTH_SOCK"),
             "resolve": ("its name is not resolved", "check this server's resolver, or register an address"),
@@ -435,9 +494,8 @@ def _encrypted() -> BadRequest:
     )
 
 
-async def agent_keys() -> list[asyncssh.SSHKeyPair]:
+async def agent_keys(path: str) -> list[asyncssh.SSHKeyPair]:
     """The keys of the calling user's SSH agent, if one runs."""
-    path = os.environ.get("SSH_AUTH_SOCK", "")
     if not path:
         return []
     try:
@@ -446,9 +504,8 @@ async def agent_keys() -> list[asyncssh.SSHKeyPair]:
         return []
 
 
-def own_keys() -> list[asyncssh.SSHKey]:
+def own_keys(home: str) -> list[asyncssh.SSHKey]:
     """The calling user's default identities, as far as they can be read and are not encrypted."""
-    home = home_of(os.environ, os.geteuid())
     keys = []
     for name in _DEFAULT_IDENTITIES if home else ():
         try:
@@ -489,14 +546,14 @@ def why_no_agent(host: str, login: Login, channel: Channel) -> HostUnreachable:
         return LoginRefused(f"{host}: there is no sudo for {login.username}", hint="install sudo, or log in as root")
     if channel.exit_status in (126, 127) or "command not found" in said:
         path = next(iter(shlex.split(login.agent)), "")
-        return HostUnreachable(
+        return NoAgent(
             f"{host}: no agent at {path}" + (f": {said}" if said else ""),
             hint="install netloom there, or let NETLOOM_AGENT name its command",
         )
     how = f"signal {channel.exit_signal}" if channel.exit_signal else f"status {channel.exit_status}"
     if channel.exit_status is None and not channel.exit_signal:
         how = "no status: the connection was lost"
-    return HostUnreachable(
+    return NoAgent(
         f"{host}: the agent did not start: it ended with {how}" + (f": {said}" if said else ""),
         hint="try it on the host: " + login.command,
     )

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from netloom.commands.table import decode, row_of
-from netloom.errors import NotBuiltYet
 from netloom.extension.call import Story
 from netloom.extension.deadline import Deadline
 from netloom.extension.hostkeys import parse_pins
@@ -21,7 +22,9 @@ from netloom.protocol.envelope import Envelope, StoredDetails, parse_current_det
 from netloom.protocol.network import EnsureNetworkDevice
 from netloom.wire import Call
 
-# Names are resolved in threads; a resolver that hangs for one host must not keep the others waiting.
+if TYPE_CHECKING:
+    from netloom.extension.hosts import Pool
+
 _RESOLVING_MAX = 32
 
 
@@ -42,8 +45,6 @@ def prepare(command: str, payload: bytes, executable: str, call_id: str) -> Erra
     row_of(command)  # an unknown word is told as such, whatever the file holds
     envelope = read_envelope(payload, command)
     asked = decode(command, envelope.payload)
-    if not row_of(command).carried_out:
-        raise NotBuiltYet(f"{command}: this version of netloom does not carry it out yet")
     parse_pins(envelope.details.hostkeys)  # a misspelt pin is told now, whichever host is asked
     stored = envelope.network_details
     if isinstance(asked, EnsureNetworkDevice):
@@ -64,14 +65,33 @@ def prepare(command: str, payload: bytes, executable: str, call_id: str) -> Erra
 
 def carry_out(command: str, payload: bytes, deadline: Deadline, executable: str, story: Story) -> str:
     """What the call prints. Raises NetloomError with the exit status."""
+    loop = asyncio.new_event_loop()
+    resolve_in_threads(loop)
+    # Neither loop nor threads are closed: that would wait for a resolver, and the process ends next anyway.
+    return loop.run_until_complete(carried_out(command, payload, deadline, executable, story, os.environ, None))
+
+
+async def carried_out(
+    command: str,
+    payload: bytes,
+    deadline: Deadline,
+    executable: str,
+    story: Story,
+    environ: Mapping[str, str],
+    pool: Pool | None,
+) -> str:
+    """The same inside a loop; ``pool`` has the channels of earlier calls. None: this one is alone."""
     story.doing = "checking the payload"
     errand = prepare(command, payload, executable, story.call_id)
     story.scope_id = errand.scope_id
     story.doing = "loading SSH"
     from netloom.extension.dispatch import dispatch  # asyncssh: twenty bare start-ups, and a bad payload needs none
+    from netloom.extension.hosts import Pool  # the same
 
     story.doing = f"asking {', '.join(errand.envelope.details.candidates)}"
-    loop = asyncio.new_event_loop()
+    return await dispatch(errand, deadline, environ, story, pool or Pool())
+
+
+def resolve_in_threads(loop: asyncio.AbstractEventLoop) -> None:
+    """Let a resolver that hangs for one host keep no other waiting."""
     loop.set_default_executor(ThreadPoolExecutor(_RESOLVING_MAX))
-    # Neither loop nor threads are closed: that would wait for a resolver, and the process ends next anyway.
-    return loop.run_until_complete(dispatch(errand, deadline, os.environ, story))

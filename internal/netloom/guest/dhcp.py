@@ -165,7 +165,7 @@ def _packet(
 ) -> bytes:
     announced = request.options.get(_MAX_SIZE, b"")
     datagram = int.from_bytes(announced, "big") if len(announced) == 2 else 0
-    room = min(max(datagram, _DATAGRAM_LEAST), _DATAGRAM_MOST) - _IP_UDP_BYTES
+    room = min(max(datagram, _DATAGRAM_LEAST), table.network.mtu or _DATAGRAM_MOST) - _IP_UDP_BYTES
 
     packet = bytearray(
         _HEADER.pack(

@@ -31,6 +31,11 @@ class Bucket:
         self._tokens -= 1
         return True
 
+    @property
+    def half_full(self) -> bool:
+        """Whether little was taken lately."""
+        return self._tokens >= self._burst / 2
+
 
 class Load:
     """What one VM, or one network, is using."""
@@ -44,6 +49,11 @@ class Load:
     def full(self) -> bool:
         """Whether no further connection is let in."""
         return self.connections >= self._connections_max
+
+
+def admitted(vm: Load, network: Load) -> bool:
+    """Whether one more request is answered: nobody's flood keeps a VM waiting that asks for little."""
+    return vm.requests.take() and (network.requests.take() or vm.requests.half_full)
 
 
 def vm_load() -> Load:

@@ -23,8 +23,9 @@ from netloom import __version__
 from netloom.errors import NetloomError, one_line
 from netloom.guest import sandbox
 from netloom.guest.serve import Networks
-from netloom.guestwire import Done, Drop, Hello, Lend, Message, Serve, Tried, Try, Update
+from netloom.guestwire import Done, Drop, Hello, Lend, Message, Ping, Serve, Tried, Try, Update
 from netloom.guestwire.channel import Channel, ChannelError
+from netloom.program import close_all_but
 
 # What may wait for an agent that does not read before it counts as gone.
 _UNREAD_BYTES_MAX = 1 << 20
@@ -94,6 +95,8 @@ class Guest:
         elif isinstance(message, Lend):
             lent, copies = self.networks.lend(message.seq, (message.scope_id, message.network_id))
             self._tell(lent, copies)
+        elif isinstance(message, Ping):
+            self._tell(Done(seq=message.seq))
         elif isinstance(message, Try) and self._attempts is not None:
             self._tell(Tried(seq=message.seq, outcomes=self._attempts(os.getppid())))
         elif isinstance(message, Try):
@@ -159,7 +162,7 @@ def main(argv: Sequence[str]) -> int:
         attempts = trial.attempts
 
     control = socket.socket(fileno=asked.control)
-    _close_inherited(asked.control)
+    close_all_but(0, 1, 2, asked.control)
     loop = asyncio.new_event_loop()
     guest = Guest(loop, control, asked.build, attempts)
     loop.add_signal_handler(signal.SIGTERM, guest.stop)
@@ -183,8 +186,3 @@ def _complain(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
     where = traceback.extract_tb(error.__traceback__) if isinstance(error, BaseException) else []
     at = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
     sys.stderr.write(one_line(f"netloom guest: {type(error).__name__}{at}") + "\n")
-
-
-def _close_inherited(control: int) -> None:
-    os.closerange(3, control)
-    os.closerange(control + 1, max(control + 1, os.sysconf("SC_OPEN_MAX")))

@@ -14,8 +14,8 @@ The second alone is not enough: for a VM that is switched off the bridge floods 
 listens there could complete the handshake. The first alone is not enough, see above. Who can also send from the owner's
 MAC is, on a plain bridge, the owner; only the hypervisor's port filter can tell them apart.
 
-On an older kernel the agent lets the namespace's rules compare ``ether saddr . ip saddr`` with the table, and says
-so (``Listener.macs_checked``). With neither, the socket is not served.
+Where the namespace's own rules compare ``ether saddr . ip saddr`` with the table (``Listener.macs_checked``) the first
+need not be asked for. A socket with neither, on an older kernel, is not served.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class _Network:
     def __init__(self, table: Table) -> None:
         self.table = table
         self.sockets: list[tuple[Listener, socket.socket]] = []
-        self.connections: set[Connection] = set()
+        self.connections: dict[Connection, limits.Load] = {}  # with the load of the VM, the oldest first
         self.load = limits.network_load()
         self.vm_loads: dict[bytes, limits.Load] = {}  # by MAC
         self.notices = limits.Bucket(limits.NOTICES_PER_S, limits.NOTICES_BURST)
@@ -215,7 +215,7 @@ class Networks:
                 connection.close()
                 continue
             vm = network.vm_loads.setdefault(mac, limits.vm_load())
-            if vm.full or network.load.full:
+            if vm.full or (network.load.full and not _made_room(network, vm)):
                 connection.close()
                 continue
             vm.connections += 1
@@ -245,17 +245,17 @@ class Networks:
             nic = network.table.nics.get(address)
             if nic is None or mac_bytes(nic.mac) != mac or self._networks.get(key) is not network:
                 return None
-            if not (vm.requests.take() and network.load.requests.take()):
+            if not limits.admitted(vm, network.load):
                 return TOO_MANY
             return metadata.respond(request, nic) if listener.kind == "metadata" else self._password(key, request, nic)
 
         def ended(connection: Connection) -> None:
-            network.connections.discard(connection)
+            network.connections.pop(connection, None)
             network.load.connections -= 1
             vm.connections -= 1
 
         sock.setblocking(False)
-        network.connections.add(Connection(self._loop, sock, site, ended))
+        network.connections[Connection(self._loop, sock, site, ended)] = vm
 
     def _password(self, key: Key, request: h11.Request, nic: GuestNic) -> Answer:
         at = (key, nic.nic)
@@ -273,6 +273,15 @@ class Networks:
     def _notice(self, key: Key, network: _Network, nic: GuestNic, text: str) -> None:
         if network.notices.take():
             self._tell(Notice(scope_id=key[0], network_id=key[1], nic=nic.nic, text=text))
+
+
+def _made_room(network: _Network, vm: limits.Load) -> bool:
+    """Whoever has the most connections has lost the oldest of them to a VM that has fewer; False: nobody has more."""
+    most = max(network.connections.values(), key=lambda it: it.connections)
+    if most.connections <= vm.connections + 1:
+        return False
+    next(it for it, load in network.connections.items() if load is most).close()
+    return True
 
 
 def _taken(key: Key, nic: str, password_id: str) -> PasswordTaken:

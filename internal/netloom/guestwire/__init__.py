@@ -2,8 +2,8 @@
 
 The guest process listens on a unix stream socket that only root may connect to. Whoever connects last is its agent; it
 is greeted with ``Hello``, which lists what is served by revision, so that a new agent sends only what differs. Every
-``Serve``, ``Update``, ``Drop`` and ``Lend`` is answered by one message of the same ``seq``; when the answer is there,
-the change is in force. How they travel is ``channel``'s business.
+``Serve``, ``Update``, ``Drop``, ``Lend`` and ``Ping`` is answered by one message of the same ``seq``; when the answer
+is there, the change is in force. How they travel is ``channel``'s business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import msgspec
 
 from netloom.secret import Secret, dec_hook, enc_hook
 
-GUEST_PROTOCOL = 1
+GUEST_PROTOCOL = 2
 
 LEASE_S = 12 * 3600
 
@@ -112,6 +112,12 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
     network_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
+    """Are you awake? ``Done`` is the answer."""
+
+    seq: int
+
+
 class Try(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
     """Try to do what a taken-over guest process would; refused unless the process was started for it."""
 
@@ -180,7 +186,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, tag="tried"):
     outcomes: dict[str, str]
 
 
-Message = Serve | Update | Drop | Lend | Try | Hello | Done | Lent | PasswordTaken | Notice | Tried
+Message = Serve | Update | Drop | Lend | Ping | Try | Hello | Done | Lent | PasswordTaken | Notice | Tried
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message, dec_hook=dec_hook)

@@ -17,6 +17,7 @@ from netloom.protocol.scalars import (
     HostList,
     Id,
     IPv6,
+    IPv6Interface,
     LinkName,
     Number,
     Port,
@@ -98,8 +99,12 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     isolation: SegmentKind = msgspec.field(name="guest.isolation", default=SegmentKind("vlan"))
     broadcast: SegmentKind | None = msgspec.field(name="network.broadcast", default=None)
     public_ip6_gateway: IPv6 = msgspec.field(name="public.ip6.gateway", default=IPv6(""))
-    public_ip6_address: Text = msgspec.field(name="public.ip6.address", default=Text(""))
+    public_ip6_address: IPv6Interface = msgspec.field(name="public.ip6.address", default=IPv6Interface(""))
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
+
+    def __post_init__(self) -> None:
+        if bool(self.public_ip6_gateway) != bool(self.public_ip6_address):
+            raise ValueError("public.ip6.gateway and public.ip6.address go together, and one of them is missing")
 
     @property
     def candidates(self) -> tuple[str, ...]:

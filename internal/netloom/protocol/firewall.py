@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.scalars import Choice, Direction, Flag, IcmpNumber, IPv4, IPv4Prefix, Number, Port
+from netloom.protocol.scalars import Choice, Direction, Flag, IcmpNumber, IPv4, IPv4Prefix, Number, Port, Prefix
 
 
 class FirewallProtocol(Choice):
@@ -25,13 +25,15 @@ class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     icmp_type: IcmpNumber | None = None
     icmp_code: IcmpNumber | None = None
     public_ip: IPv4 = IPv4("")
-    source_cidrs: tuple[IPv4Prefix, ...] = ()
-    dest_cidrs: tuple[IPv4Prefix, ...] = ()
+    source_cidrs: tuple[Prefix, ...] = ()
+    dest_cidrs: tuple[Prefix, ...] = ()
 
     def __post_init__(self) -> None:
         check_ports(self.protocol in ("tcp", "udp"), self.protocol, self.port_start, self.port_end)
         if self.type == "ingress" and not self.public_ip:
             raise ValueError("an ingress rule needs publicIp")
+        if self.type == "ingress" and any(":" in cidr for cidr in (*self.source_cidrs, *self.dest_cidrs)):
+            raise ValueError("an ingress rule is about a public IPv4 address, and this one has an IPv6 network")
 
 
 class FwRules(msgspec.Struct, frozen=True, kw_only=True):

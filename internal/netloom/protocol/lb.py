@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+from netloom.errors import BadRequest
 from netloom.protocol.network import NetworkPayload
+from netloom.protocol.reader import convert
 from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
 
 
@@ -50,7 +52,36 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         return str(self.protocol)
 
 
+class LbRules:
+    """The rules of a call, and of each that cannot be read the reason: a restart sends all of them in one call."""
+
+    def __init__(self, rules: tuple[LbRule, ...], unread: tuple[str, ...]) -> None:
+        self.rules = rules
+        self.unread = unread
+
+    @classmethod
+    def parse(cls, value: object) -> LbRules:
+        """Raises ValueError when it is no list of objects, BadRequest when there are rules and none can be read."""
+        if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
+            raise ValueError("expected a list of objects")
+        rules, unread = [], []
+        for at, item in enumerate(value):
+            try:
+                rules.append(convert(item, LbRule, root=f"payload.lb_rules[{at}]"))
+            except BadRequest as error:
+                unread.append(error.message)
+        if unread and not rules:
+            raise BadRequest(unread[0])
+        return cls(tuple(rules), tuple(unread))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LbRules) and (self.rules, self.unread) == (other.rules, other.unread)
+
+    def __hash__(self) -> int:
+        return hash((self.rules, self.unread))
+
+
 class ApplyLbRules(NetworkPayload, frozen=True, kw_only=True):
     """apply-lb-rules: rules that are not listed stay as they are."""
 
-    lb_rules: tuple[LbRule, ...]
+    lb_rules: LbRules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, PortRange, Vlan
+from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, PortRange, UnicastIPv4, Vlan
 
 
 class TransportProtocol(Choice):
@@ -15,9 +15,9 @@ class TransportProtocol(Choice):
 class PublicAddress(NetworkPayload, frozen=True, kw_only=True):
     """A network and the five public fields. All five may be missing when CloudStack does not find the address."""
 
-    public_ip: IPv4 = IPv4("")
+    public_ip: UnicastIPv4 = UnicastIPv4("")
     public_vlan: Vlan = Vlan("")
-    public_gateway: IPv4 = IPv4("")
+    public_gateway: UnicastIPv4 = UnicastIPv4("")
     public_cidr: IPv4Prefix = IPv4Prefix("")
     source_nat: Flag = Flag(0)
 

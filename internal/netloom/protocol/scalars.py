@@ -13,10 +13,9 @@ import re
 from typing import ClassVar, Self
 
 from netloom.errors import one_line
-from netloom.names import UNTAGGED, is_id
+from netloom.names import UNTAGGED, VLAN_TAG_MAX, is_id
 from netloom.secret import Secret
 
-VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
 VNI_MAX = (1 << 24) - 1  # RFC 7348: 24 bits
 SECRET_CHARACTERS_MAX = 4096  # the width of CloudStack's detail columns
 CONTENT_CHARACTERS_MAX = 16 << 20  # CloudStack's own limit is 1 MB of user data before its decoding
@@ -218,6 +217,18 @@ class IPv4(str):
         return cls(value)
 
 
+class UnicastIPv4(IPv4):
+    """An IPv4 address that one machine can have: nobody's, a loopback's, a group's and everybody's are refused."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        address = IPv4.parse(value)
+        first = int(address.partition(".")[0])
+        if first in (0, 127) or 224 <= first <= 239 or address == "255.255.255.255":
+            raise ValueError(f"{quoted(value)} is not the address of a machine")
+        return cls(address)
+
+
 class IPv6(str):
     """An IPv6 address without a zone, in the spelling of RFC 5952."""
 
@@ -258,6 +269,15 @@ class IPv6Prefix(str):
                 with contextlib.suppress(ValueError):
                     return cls(ipaddress.IPv6Network(value, strict=False).compressed)
         raise ValueError(f"{quoted(value)} is not an IPv6 network with prefix length")
+
+
+class IPv6Interface(str):
+    """An IPv6 address, or a network, with prefix length; host bits are kept."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        IPv6Prefix.parse(value)
+        return cls(ipaddress.IPv6Interface(str(value)).compressed)
 
 
 class Prefix(str):

@@ -50,15 +50,16 @@ class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
     A tenant chooses names of items, and one tenant's ``../x`` must not keep a whole network down.
     """
 
-    dir: Text = Text("")
-    file: Text = Text("")
+    dir: Content = Content()
+    file: Content = Content()
     content: Content = Content()
 
     def checked(self) -> VmDataItem | None:
         """The item, or None when its name or directory is not one that is served."""
-        if self.dir.lower() not in _DIRECTORIES or not is_item_name(self.file):
+        place, name = self.dir.reveal().lower(), self.file.reveal()
+        if place not in _DIRECTORIES or not is_item_name(name):
             return None
-        return VmDataItem(dir=Directory.parse(self.dir), file=ItemName(self.file), content=self.content)
+        return VmDataItem(dir=Directory.parse(place), file=ItemName(name), content=self.content)
 
 
 class SavePassword(KnownNic, frozen=True, kw_only=True):

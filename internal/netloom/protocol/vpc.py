@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import msgspec
 
-from netloom.protocol.scalars import Flag, Id, IPv4, IPv4Prefix, IPv4PrefixList, Vlan, Word
+from netloom.protocol.scalars import Flag, Id, IPv4Prefix, IPv4PrefixList, UnicastIPv4, Vlan, Word
 
 
 class VpcPayload(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,9 +23,9 @@ class VpcPayload(msgspec.Struct, frozen=True, kw_only=True):
 class VpcPublicAddress(VpcPayload, frozen=True, kw_only=True):
     """A VPC and the public fields of its source-NAT address."""
 
-    public_ip: IPv4 = IPv4("")
+    public_ip: UnicastIPv4 = UnicastIPv4("")
     public_vlan: Vlan = Vlan("")
-    public_gateway: IPv4 = IPv4("")
+    public_gateway: UnicastIPv4 = UnicastIPv4("")
     public_cidr: IPv4Prefix = IPv4Prefix("")
     source_nat: Flag = Flag(0)
 

@@ -10,7 +10,7 @@ lines are left they stand in chains by port, so that a packet tries some dozens 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import collapse_addresses
+from ipaddress import IPv6Network, collapse_addresses, ip_network
 from typing import Literal
 
 import msgspec
@@ -38,9 +38,13 @@ class Line(msgspec.Struct, frozen=True, order=True):
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rule, or several, are about. Empty and ``None`` mean any."""
+    """What a rule, or several, are about. Empty and ``None`` mean any.
+
+    ``family``: 0 where the prefixes say it, or where it does not matter; else the one that alone is meant.
+    """
 
     protocol: str
+    family: Literal[0, 4, 6] = 0
     ports: Ranges = ()
     icmp_type: int | None = None
     icmp_code: int | None = None
@@ -50,16 +54,21 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     def lines(self) -> list[Line]:
         """The nftables expressions, in as many lines as there are ranges of ports and lengths of prefixes."""
         return [
-            Line(first, last, " ".join(it for it in (source, dest, what) if it))
+            Line(first, last, " ".join(it for it in (self._family(source + dest), source, dest, what) if it))
             for source in _addresses("saddr", self.sources)
             for dest in _addresses("daddr", self.dests)
             for first, last, what in self._what()
         ]
 
+    def _family(self, addresses: str) -> str:
+        return f"meta nfproto ipv{self.family}" if self.family and not addresses else ""
+
     def _what(self) -> list[tuple[int, int, str]]:
         match self.protocol:
             case "tcp" | "udp":
                 return _ports(self.protocol, self.ports)
+            case "icmp" if self.family == 6:
+                return [(*ANY_PORT, "meta l4proto icmpv6")]
             case "icmp" if self.icmp_type is None:
                 return [(*ANY_PORT, "meta l4proto icmp")]
             case "icmp":
@@ -69,21 +78,38 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
                 return [(*ANY_PORT, "")]
 
 
-def cidrs(given: Iterable[str]) -> Cidrs | None:
-    """IPv4 prefixes without overlaps; empty for any, ``None`` for a list that no IPv4 packet is in (all IPv6)."""
+def cidrs(given: Iterable[str], family: Literal[4, 6] = 4) -> Cidrs | None:
+    """A family's prefixes without overlaps; empty for any, ``None`` for a list that none of its packets is in."""
     listed = tuple(given)
-    four = [subnet(it) for it in listed if ":" not in it]
-    if listed and not four:
+    if family == 4:
+        four = [subnet(it) for it in listed if ":" not in it]
+        merged = tuple(str(it) for it in collapse_addresses(four))
+    else:
+        merged = tuple(str(it) for it in collapse_addresses([IPv6Network(it) for it in listed if ":" in it]))
+    if listed and not merged:
         return None
-    merged = tuple(str(it) for it in collapse_addresses(four))
-    return () if merged == ("0.0.0.0/0",) else merged
+    return () if merged in (("0.0.0.0/0",), ("::/0",)) else merged
 
 
-def matches(rules: Iterable[FirewallRule]) -> list[Match]:
-    """What ``rules`` are about, merged, in an order that depends on nothing but them."""
+def matches(rules: Iterable[FirewallRule], *, ip6: bool = False) -> list[Match]:
+    """What ``rules`` are about, merged, in an order that depends on nothing but them.
+
+    ``ip6``: the packets may be of either family. A rule without prefixes is about both; one with prefixes, be they
+    "all addresses", about theirs. Types of ICMP are numbered otherwise in ICMPv6, so a rule with one is IPv4's.
+    """
+    listed = list(rules)
+    if not ip6:
+        return _matches(listed, 0)
+    both = [it for it in listed if not it.source_cidrs and not it.dest_cidrs and it.protocol != "icmp"]
+    single = [it for it in listed if it not in both]
+    six = [it for it in single if it.protocol != "icmp" or it.icmp_type is None or it.icmp_type < 0]
+    return [*_matches(both, 0), *_matches(single, 4), *_matches(six, 6)]
+
+
+def _matches(rules: Iterable[FirewallRule], family: Literal[0, 4, 6]) -> list[Match]:
     found: list[Match] = []
     for rule in rules:
-        sources, dests = cidrs(rule.source_cidrs), cidrs(rule.dest_cidrs)
+        sources, dests = cidrs(rule.source_cidrs, family or 4), cidrs(rule.dest_cidrs, family or 4)
         if sources is None or dests is None:
             continue
         if rule.protocol in ("tcp", "udp"):
@@ -96,17 +122,20 @@ def matches(rules: Iterable[FirewallRule]) -> list[Match]:
             found.append(Match(protocol="icmp", icmp_type=type_, icmp_code=code, sources=sources, dests=dests))
         else:
             found.append(Match(protocol="all", sources=sources, dests=dests))
+    found = [msgspec.structs.replace(it, family=family) for it in found]
     found = _merge(found, "sources")
     found = _merge(found, "dests")
     return _merge(found, "ports")
 
 
-def verdicts(rules: Iterable[FirewallRule], verdict: str, prefix: str) -> tuple[tuple[str, ...], list[Chain]]:
+def verdicts(
+    rules: Iterable[FirewallRule], verdict: str, prefix: str, *, ip6: bool = False
+) -> tuple[tuple[str, ...], list[Chain]]:
     """The lines that give ``verdict`` to what ``rules`` are about, and the chains that they jump to.
 
     ``prefix`` begins the names of those. Other packets come out at the end of the lines.
     """
-    wanted = matches(rules)
+    wanted = matches(rules, ip6=ip6)
     written: list[str] = []
     chains: list[Chain] = []
     for protocol in ("all", "icmp", "tcp", "udp"):
@@ -137,7 +166,8 @@ def _merge(found: list[Match], field: Literal["sources", "dests", "ports"]) -> l
 def _prefixes_of(values: list[Cidrs]) -> Cidrs:
     if () in values:
         return ()
-    return values[0] if len(values) == 1 else cidrs({it for value in values for it in value}) or ()
+    family: Literal[4, 6] = 6 if ":" in values[0][0] else 4
+    return values[0] if len(values) == 1 else cidrs({it for value in values for it in value}, family) or ()
 
 
 def _ports_of(values: list[Ranges]) -> Ranges:
@@ -158,14 +188,15 @@ def _ports_of(values: list[Ranges]) -> Ranges:
 def _addresses(field: str, prefixes: Cidrs) -> list[str]:
     by_length: dict[int, list[str]] = {}
     for it in prefixes:
-        by_length.setdefault(subnet(it).prefixlen, []).append(it)
+        by_length.setdefault(int(it.partition("/")[2]), []).append(it)
+    ip, longest = ("ip6", 128) if any(":" in it for it in prefixes) else ("ip", 32)
     found = []
     for length, those in sorted(by_length.items()):
         if len(those) == 1:
-            found.append(f"ip {field} {those[0].removesuffix('/32')}")
+            found.append(f"{ip} {field} {those[0].removesuffix(f'/{longest}')}")
             continue
-        mask = "" if length == 32 else f" & {subnet(those[0]).netmask}"
-        found.append(f"ip {field}{mask} {{ {', '.join(it.partition('/')[0] for it in those)} }}")
+        mask = "" if length == longest else f" & {ip_network(those[0]).netmask}"
+        found.append(f"{ip} {field}{mask} {{ {', '.join(it.partition('/')[0] for it in those)} }}")
     return found or [""]
 
 

@@ -14,16 +14,21 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from netloom.render.live import Live, device_address, live, target_port, within
+from netloom.render import six
+from netloom.render.live import Live, live, target_port, within
 from netloom.render.marks import REVOKED, exit_of
-from netloom.state import FirewallRule, Network, PortForward, Scope
+from netloom.render.pbr import ways
+from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
 
-ICMP, TCP, UDP = 1, 6, 17
+ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
 _NUMBERS = {"icmp": ICMP, "tcp": TCP, "udp": UDP}
 _ECHO_REQUEST = 8
 _DHCP_CLIENT, _DHCP_SERVER = 68, 67
 _BROADCAST = "255.255.255.255"
 _NOBODY = "0.0.0.0"
+_ECHO_REQUEST_V6 = 128
+_LINK_LOCAL = "fe80::/10"
+_NAMES = {(UDP, 53), (TCP, 53)}
 _SERVICES = {(UDP, 53), (UDP, 67), (TCP, 53), (TCP, 80), (TCP, 8080)}
 
 Verdict = Literal["keep", "delete", "tombstone"]
@@ -31,7 +36,7 @@ Attention = Literal["none", "tombstones", "all"]
 
 
 class Flow(Protocol):
-    """A conntrack entry. Ports are 0 and ICMP's type and code -1 where the protocol has none; addresses are text."""
+    """A conntrack entry; addresses are text. What its protocol does not have (ports, a type) is not asked."""
 
     @property
     def protocol(self) -> int: ...
@@ -73,26 +78,19 @@ class _Way(msgspec.Struct, frozen=True):
 def attention(old: Scope | None, new: Scope | None) -> Attention:
     """Which open flows have to be judged after the change from ``old`` to ``new``.
 
-    ``all`` when something that was allowed, translated or held goes away or changes. ``tombstones`` (entries whose
-    mark has ``marks.REVOKED``) when things were only added: a revoked flow that is allowed again is to begin anew.
-    ``none`` when nothing that decides about flows is different.
+    ``all`` when something that was allowed, translated or held goes away or changes, and when an address or a subnet
+    comes. ``tombstones`` (entries whose mark has ``marks.REVOKED``) when other things were only added: a revoked flow
+    that is allowed again is to begin anew. ``none`` when nothing that decides about flows is different.
     """
     before, after = live(old), live(new)
-    if not before.networks:
+    if not before.stands or before.plain:
         return "none"
-    if _shrinks(before, after, _open_to_all(old), _open_to_all(new)):
+    if _disturbs(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
-    return "none" if _policy(before, _open_to_all(old)) == _policy(after, _open_to_all(new)) else "tombstones"
-
-
-def shrinks(old: Scope | None, new: Scope | None) -> bool:
-    """Whether the change takes anything away from open flows, so that all of them must be looked at."""
-    return attention(old, new) == "all"
-
-
-def verdict(scope: Scope | None, flow: Flow) -> Verdict:
-    """What to do with one open flow under ``scope``; for many flows make one :class:`Judge`."""
-    return Judge(scope).verdict(flow)
+    if _by_policy(old, before) - _by_policy(new, after) or _outside6(old, before) - _outside6(new, after):
+        return "all"
+    same = _policy(before, _open_to_all(old)) == _policy(after, _open_to_all(new))
+    return "none" if same and _outside6(old, before) == _outside6(new, after) else "tombstones"
 
 
 class Judge:
@@ -101,15 +99,20 @@ class Judge:
     def __init__(self, scope: Scope | None) -> None:
         self._open_to_all = _open_to_all(scope)
         self._now = live(scope)
+        self._in_vpc = scope is not None and scope.is_vpc
+        self._by_policy = _by_policy(scope, self._now)
         self._held = {it.address: it for it in self._now.held}
-        self._devices = {device_address(it) for it in self._now.networks}
+        self._devices = {it.device_ip for it in self._now.networks}
+        self._six = [it for it in self._now.networks if it.speaks_ip6]
+        self._outside6 = _outside6(scope, self._now)
+        self._gateways6 = {it.ip6_gateway: it.network_id for it in self._six}
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
         self._spread: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
         for it in self._now.port_forwards:
             self._forwards.setdefault((it.public_ip, _NUMBERS[it.protocol]), []).append(it)
-        self._answered = self._now.answered
+        self._answered = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
         for rule in self._now.spread:
             self._spread[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
         # Thousands of flows differ in the other end's port only.
@@ -124,10 +127,14 @@ class Judge:
         if any(_fits(way, flow) for way in ways):
             return "keep"
         # Where the state has another way for it, the flow takes that one with its next packet.
-        return "delete" if ways or flow.protocol in (TCP, ICMP) else "tombstone"
+        return "delete" if ways or flow.protocol in (TCP, ICMP, ICMPV6) else "tombstone"
 
     def _ways(self, flow: Flow) -> Iterator[_Way]:
         """Every way in which the state lets the flow's first packet through."""
+        if ":" in flow.src:
+            if self._lets_six(flow):
+                yield _Way(flow.dst, flow.dport, flow.src, None)
+            return
         if flow.src in self._devices or flow.src in self._held:
             # What the device itself began: the ruleset leaves that alone.
             yield _Way(flow.dst, flow.dport, flow.src, None)
@@ -142,6 +149,30 @@ class Judge:
             yield from self._ways_in(flow, home)
         elif home is not None:
             yield from self._ways_out(flow, home)
+
+    def _lets_six(self, flow: Flow) -> bool:
+        """Whether an IPv6 flow may begin: nothing is translated, so there is one way or none (``render.six``)."""
+        home, there = self._speaking(flow.src), self._speaking(flow.dst)
+        if flow.dst in self._gateways6:
+            echo = flow.protocol == ICMPV6 and flow.icmp_type == _ECHO_REQUEST_V6
+            names = (flow.protocol, flow.dport) in _NAMES
+            return home is not None and self._gateways6[flow.dst] == home.network_id and (echo or names)
+        if home is None and there is None:
+            # The device's own, or between neighbours on a link. Guests of a tier that went are neither.
+            return flow.src in self._outside6 or (bool(self._six) and within(flow.src, _LINK_LOCAL))
+        if flow.src in self._gateways6:
+            return True
+        if not self._between(home, there, flow, flow.dst, flow.dport):
+            return False
+        if there is not None:
+            return self._in_vpc or (home is None and self._open_to_all)
+        assert home is not None
+        return self._lets_out(
+            home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
+        )
+
+    def _speaking(self, address: str) -> Network | None:
+        return next((it for it in self._six if within(address, it.ip6_cidr)), None)
 
     def _ways_in(self, flow: Flow, home: Network | None) -> Iterator[_Way]:
         """Through a public address, by a stranger or by a guest (``home``)."""
@@ -158,13 +189,18 @@ class Judge:
         if flow.dst in self._guests:
             targets.append((self._guests[flow.dst], flow.dport))
         for address, port in targets:
+            there = self._now.network_of(address)
+            if there is None or not self._between(home, there, flow, address, port):
+                continue
             if home is None:
                 yield _Way(address, port, flow.src, way_out)
-            elif self._now.network_of(address) == home:
-                yield _Way(address, port, device_address(home), way_out)
-        if not targets and flow.protocol == TCP and (flow.dst, flow.dport) in self._answered:
+            elif there == home:
+                yield _Way(address, port, home.device_ip, way_out)
+            elif self._in_vpc:
+                yield _Way(address, port, flow.src, way_out)
+        if not targets and flow.protocol == TCP and self._answers(flow, home):
             yield _Way(flow.dst, flow.dport, flow.src, way_out if home is None else None)
-        if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST:
+        if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST and not self._in_vpc:
             # The device's answer to a guest goes to the guest, whatever exit the guest's own address has.
             yield _Way(flow.dst, 0, flow.src, way_out if home is None else None)
 
@@ -172,12 +208,16 @@ class Judge:
         """From a guest, to the device or to the outside."""
         if flow.dst in self._devices:
             echo = flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST
-            if echo or (flow.dst == device_address(home) and (flow.protocol, flow.dport) in _SERVICES):
+            nearest = flow.dst == home.device_ip
+            if (echo and (nearest or not self._in_vpc)) or (nearest and (flow.protocol, flow.dport) in _SERVICES):
                 yield _Way(flow.dst, flow.dport, flow.src, 0)
             return
-        if self._now.network_of(flow.dst) is not None:
+        there = self._now.network_of(flow.dst)
+        if there is not None:
+            if self._in_vpc and self._between(home, there, flow, flow.dst, flow.dport):
+                yield _Way(flow.dst, flow.dport, flow.src, 0)
             return
-        if not self._lets_out(
+        if not self._between(home, None, flow, flow.dst, flow.dport) or not self._lets_out(
             home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
         ):
             return
@@ -187,9 +227,32 @@ class Judge:
         if self._now.source_nat is not None:
             # Also for a guest that got an address of its own since: what it had begun goes on.
             yield _Way(flow.dst, flow.dport, self._now.source_nat.address, 0)
+        for address in self._by_policy:
+            yield _Way(flow.dst, flow.dport, address, None)
+
+    def _answers(self, flow: Flow, home: Network | None) -> bool:
+        """Whether the load balancer answers on this port of the device, and the lists of a VPC allow it."""
+        rule = self._answered.get((flow.dst, flow.dport))
+        if rule is None or not self._in_vpc:
+            return rule is not None
+        behind = self._now.behind(rule)
+        return self._between(home, None, flow, flow.dst, flow.dport) and any(
+            self._between(None, there, flow, flow.dst, port) for there, port in behind
+        )
+
+    def _between(self, home: Network | None, there: Network | None, flow: Flow, dst: str, dport: int) -> bool:
+        """Whether the access control lists of the tiers that a first packet leaves and enters let it through."""
+        if home is not None and home.network_id in self._now.acls:
+            acl = self._now.acls[home.network_id]
+            if not _decides(acl.egress, acl.lets_out, dst, flow, dport):
+                return False
+        if there is not None and there.network_id in self._now.acls:
+            acl = self._now.acls[there.network_id]
+            return _decides(acl.ingress, acl.lets_in, flow.src, flow, dport)
+        return True
 
     def _admits_anew(self, public_ip: str, protocol: int, src: str, dport: int, type_: int, code: int) -> bool:
-        if self._open_to_all:
+        if self._open_to_all or public_ip not in self._now.ingress:
             return True
         rules = self._now.ingress[public_ip]
         return any(_matches(it, protocol, src, public_ip, dport, type_, code) for it in rules)
@@ -213,6 +276,9 @@ def _fits(way: _Way, flow: Flow) -> bool:
 
 def _matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: int, type_: int, code: int) -> bool:
     if rule.protocol != "all":
+        if rule.protocol == "icmp" and protocol == ICMPV6:
+            any_type = rule.icmp_type is None or rule.icmp_type < 0
+            return any_type and _in_one_of(src, rule.source_cidrs) and _in_one_of(dst, rule.dest_cidrs)
         if _NUMBERS[rule.protocol] != protocol:
             return False
         if protocol == ICMP:
@@ -225,8 +291,31 @@ def _matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: int, 
     return _in_one_of(src, rule.source_cidrs) and _in_one_of(dst, rule.dest_cidrs)
 
 
+def _decides(items: tuple[AclItem, ...], otherwise: bool, far: str, flow: Flow, dport: int) -> bool:
+    """What the first item says that the flow matches; ``far``: its address at the other side of the tier."""
+    for item in items:
+        if _is_about(item, flow, dport) and _in_one_of(far, item.cidrs):
+            return item.action == "allow"
+    return otherwise
+
+
+def _is_about(item: AclItem, flow: Flow, dport: int) -> bool:
+    if item.protocol == "all":
+        return True
+    if item.protocol != "icmp":
+        number = _NUMBERS.get(item.protocol) or int(item.protocol)
+        return number == flow.protocol and (item.ports is None or item.ports.first <= dport <= item.ports.last)
+    right_type = item.icmp_type in (None, flow.icmp_type)
+    return flow.protocol in (ICMP, ICMPV6) and right_type and item.icmp_code in (None, flow.icmp_code)
+
+
 def _in_one_of(address: str, prefixes: tuple[str, ...]) -> bool:
-    return not prefixes or any(within(address, it) for it in prefixes if ":" not in it)
+    return not prefixes or any(within(address, it) for it in prefixes if (":" in it) == (":" in address))
+
+
+def _by_policy(scope: Scope | None, now: Live) -> frozenset[str]:
+    """The addresses that guests leave with by an operator's routes."""
+    return frozenset(it.address.address for it in ways(scope.pbr, now)) if scope is not None else frozenset()
 
 
 def _open_to_all(scope: Scope | None) -> bool:
@@ -237,21 +326,21 @@ def _policy(now: Live, open_to_all: bool) -> tuple[object, ...]:
     """All that decides about flows, in a form in which equal policies are equal."""
     return (
         _subnets(now),
-        {it.address: it.exit for it in now.held},
+        _held(now),
         now.source_nat and now.source_nat.address,
         now.static_nats,
         now.port_forwards,
         _balancing(now),
+        now.acls,
         open_to_all or {address: _bare(rules) for address, rules in now.ingress.items()},
         {it.network_id: _egress(it) for it in now.networks},
     )
 
 
-def _shrinks(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
-    if not _subnets(before) <= _subnets(after):
-        return True
-    exits = {it.address: it.exit for it in after.held}
-    if any(exits.get(it.address) != it.exit for it in before.held):
+def _disturbs(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
+    """Whether an open flow may have lost what allowed it, or would lead elsewhere if it began now; in doubt it may."""
+    # What comes counts as what goes: until now guests met somebody outside under these addresses.
+    if _subnets(before) != _subnets(after) or _held(before) != _held(after):
         return True
     if before.source_nat is not None and (
         after.source_nat is None or after.source_nat.address != before.source_nat.address
@@ -264,20 +353,36 @@ def _shrinks(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
         return True
     if was_open and not is_open:
         return True
-    if not is_open and any(not _bare(rules) <= _bare(after.ingress[at]) for at, rules in before.ingress.items()):
+    # Lists are asked in their order, so any difference may take something away.
+    if any(after.acls.get(network_id) != acl for network_id, acl in before.acls.items()):
+        return True
+    if not is_open and any(_closes_address(before, after, it.address) for it in before.held):
         return True
     now = {it.network_id: it for it in after.networks}
     return any(_closes(_egress(it), _egress(now[it.network_id])) for it in before.networks)
 
 
+def _outside6(scope: Scope | None, now: Live) -> frozenset[str]:
+    """The device's own address on the way out, where there is one."""
+    out = six.way_out(scope, now) if scope is not None else None
+    return frozenset((out.address.partition("/")[0],)) if out else frozenset()
+
+
 def _subnets(now: Live) -> set[tuple[str, str, str]]:
-    return {(it.network_id, it.cidr, device_address(it)) for it in now.networks}
+    four = {(it.network_id, it.cidr, it.device_ip) for it in now.networks}
+    return four | {(it.network_id, it.ip6_cidr, it.ip6_gateway) for it in now.networks if it.speaks_ip6}
+
+
+def _held(now: Live) -> dict[str, int]:
+    return {it.address: it.exit for it in now.held}
 
 
 def _balancing(now: Live) -> frozenset[tuple[str, int, str, int]]:
-    """What balanced flows lead to: the device itself (no address), or each backend."""
+    """What balanced flows lead to: each backend, or the device itself (no address) and the tier whose list it asks."""
     spread = {(it.public_ip, it.public_port, end.ip, end.port) for it in now.spread for end in it.backends}
-    return frozenset(spread | {(address, port, "", 0) for address, port in now.answered})
+    answered = [it for it in now.balanced if it.protocol != "udp"]
+    asked = {(it.public_ip, it.public_port, home.network_id, port) for it in answered for home, port in now.behind(it)}
+    return frozenset(spread | asked | {(it.public_ip, it.public_port, "", 0) for it in answered})
 
 
 def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:
@@ -293,6 +398,12 @@ def _closes(was: tuple[bool, frozenset[FirewallRule]], now: tuple[bool, frozense
     if now[0]:
         return not now[1] <= (was[1] if was[0] else frozenset())
     return was[0] or not was[1] <= now[1]
+
+
+def _closes_address(before: Live, after: Live, address: str) -> bool:
+    """Whether an address has more of a firewall than it had; one without lets everything on."""
+    was, now = before.ingress.get(address), after.ingress.get(address)
+    return now is not None and (was is None or not _bare(was) <= _bare(now))
 
 
 def _bare(rules: Iterable[FirewallRule]) -> frozenset[FirewallRule]:

@@ -11,12 +11,14 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
+from netloom.render.shared import range_of, way_to_device
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
 
 ETHERNET_MTU = 1500
 
-_canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook, order="deterministic")
+# Every table below is sorted where it is made: msgspec itself sorts no keys that are numbers.
+_canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook)
 
 
 def tables(scope: Scope, mtus: Mapping[str, int] = MappingProxyType({})) -> tuple[GuestNetwork, ...]:
@@ -30,17 +32,12 @@ def tables(scope: Scope, mtus: Mapping[str, int] = MappingProxyType({})) -> tupl
     return tuple(
         _numbered(_table(scope.scope_id, network, mtus.get(network.network_id, 0)))
         for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))
-        if network.implemented and device_address(network)
+        if network.stands
     )
 
 
-def device_address(network: Network) -> str:
-    """The device's own address on the guest side: ``extension_ip``, else the gateway."""
-    return network.extension_ip or network.gateway
-
-
 def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
-    device = device_address(network)
+    device = network.device_ip
     # The resolver of the network first, where there is one; then those it asks itself, for the day it is down.
     dns = ((device,) if network.dns else ()) + network.resolvers
     return GuestNetwork(
@@ -57,21 +54,25 @@ def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
 
 
 def _nic(network: Network, nic: Nic) -> GuestNic:
-    subnet = ipaddress.IPv4Network(network.cidr)
-    prefix_len = ipaddress.IPv4Network((0, nic.netmask)).prefixlen if nic.netmask else subnet.prefixlen
-    options = network.dhcp_options.get(nic.nic_id, {})
+    home = range_of(network, nic.ip)
+    mask = nic.netmask or (str(ipaddress.IPv4Network(home.cidr).netmask) if home is not None else "")
+    route = way_to_device(network, nic)
+    options = ({"121": route} if route else {}) | network.dhcp_options.get(nic.nic_id, {})
     return GuestNic(
         nic=nic.key,
         mac=nic.mac,
         ip=nic.ip,
-        prefix_len=prefix_len,
-        gateway=nic.gateway or network.gateway,
+        prefix_len=ipaddress.IPv4Network((0, mask)).prefixlen if mask else 32,
+        gateway=nic.gateway or (home.gateway if home is not None else ""),
         hostname=nic.hostname,
         default_nic=nic.default,
-        dhcp=network.dhcp and nic.leased,
-        options={int(code): option_bytes(int(code), text) for code, text in options.items()},
+        # A lease with a guessed mask would cut off a VM that has the right one; the next start of a VM tells it.
+        dhcp=network.dhcp and nic.leased and bool(mask),
+        options={
+            code: option_bytes(code, text) for code, text in sorted((int(it), text) for it, text in options.items())
+        },
         user_data=nic.user_data,
-        metadata=nic.metadata,
+        metadata=dict(sorted(nic.metadata.items())),
         password=nic.password,
         password_id=str(nic.password_serial) if nic.password is not None else "",
     )

@@ -6,10 +6,11 @@ stays until its connections have ended, so that no client notices. UDP is balanc
 
 from __future__ import annotations
 
-from netloom.render.service import Service, directory_of
+from netloom.render.service import Question, Service, directory_of
 from netloom.state import LbRule, Scope
 
 NAME = "lb"
+_MASTER = "master.sock"
 _ALGORITHMS = {"roundrobin": "roundrobin", "leastconn": "leastconn", "source": "source"}
 
 
@@ -22,9 +23,9 @@ def balanced(scope: Scope) -> tuple[LbRule, ...]:
     )
 
 
-def service(scope: Scope) -> Service | None:
-    """The haproxy of ``scope``; None when it balances nothing."""
-    rules = balanced(scope)
+def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | None:
+    """The haproxy of ``scope``, without some rules by their ids; None when it balances nothing."""
+    rules = tuple(rule for rule in balanced(scope) if rule.rule_id not in without)
     if not rules:
         return None
     directory = directory_of(scope.scope_id, NAME)
@@ -32,11 +33,12 @@ def service(scope: Scope) -> Service | None:
     return Service(
         name=NAME,
         directory=directory,
-        argv=("haproxy", "-W", "-db", "-f", configuration),
+        argv=("haproxy", "-W", "-db", "-S", f"{directory}/{_MASTER},mode,600", "-f", configuration),
         config={"haproxy.cfg": _configuration(directory, rules)},
         on_change="reload",
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
+        question=Question("haproxy", f"{directory}/{_MASTER}"),
     )
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from itertools import pairwise
 
 import msgspec
 from msgspec.structs import replace
 
+from netloom.render.acl import Acl, acl_of
 from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
 
@@ -35,9 +36,12 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands. Without a standing network nothing does, whatever addresses and rules are remembered."""
+    """What stands. Without a standing network or VPC nothing does, whatever addresses and rules are remembered."""
 
+    stands: bool = False
     networks: tuple[Network, ...] = ()
+    acls: dict[str, Acl] = {}  # by network_id: of every tier; isolated networks have none
+    plain: bool = False  # the device is a neighbour of its guests and no more (``render.shared``)
     held: tuple[PublicIp, ...] = ()
     exits: tuple[Exit, ...] = ()
     source_nat: PublicIp | None = None  # what guests without an address of their own leave with
@@ -45,7 +49,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     static_sources: dict[str, PublicIp] = {}  # by guest address
     port_forwards: tuple[PortForward, ...] = ()
     forwarded: tuple[ForwardedPorts, ...] = ()
-    ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address
+    ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address; one that is not there lets everything on
     balanced: tuple[LbRule, ...] = ()  # in the order of their ids; backends that no standing network has are left out
 
     @property
@@ -69,6 +73,15 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
             return self.exits[0] if self.exits else None
         return next(it for it in self.exits if it.number == self.source_nat.exit)
 
+    def behind(self, rule: LbRule) -> list[tuple[Network, int]]:
+        """The network and the port that a balanced port leads to, as far as there is a backend.
+
+        CloudStack's rules have one port for all backends, in one tier. Where somebody else's have more, the first
+        backend stands for all.
+        """
+        homes = [(home, end.port) for end in rule.backends if (home := self.network_of(end.ip)) is not None]
+        return homes[:1]
+
     def network_of(self, address: str) -> Network | None:
         """The standing network whose subnet an address lies in."""
         return _network_of(self.networks, address)
@@ -77,7 +90,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
 def live(scope: Scope | None) -> Live:
     """What of ``scope`` stands."""
     networks = _networks(scope)
-    if scope is None or not networks:
+    if scope is None or not (networks or scope.vpc_implemented):
         return Live()
     held = tuple(sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)))
     held_at = {it.address: it for it in held}
@@ -99,13 +112,11 @@ def live(scope: Scope | None) -> Live:
         for it in scope.lb_rules.values()
         if it.public_ip in held_at
     ]
-    ingress: dict[str, list[FirewallRule]] = {it: [] for it in held_at}
-    for network in networks:
-        for rule in network.firewall.rules if network.firewall else ():
-            if rule.direction == "ingress" and rule.public_ip in ingress:
-                ingress[rule.public_ip].append(rule)
     return Live(
+        stands=True,
         networks=networks,
+        acls={it.network_id: acl_of(it, open_without=scope.ingress_open) for it in networks if scope.is_vpc},
+        plain=_plain(scope, networks),
         held=held,
         exits=_exits(held),
         source_nat=next((it for it in held if it.source_nat), None),
@@ -113,14 +124,9 @@ def live(scope: Scope | None) -> Live:
         static_sources=static_sources,
         port_forwards=tuple(forwards),
         forwarded=tuple(_forwarded(forwards)),
-        ingress={address: tuple(rules) for address, rules in ingress.items()},
+        ingress=_ingress(scope, networks, held),
         balanced=tuple(sorted(balanced, key=lambda it: it.rule_id)),
     )
-
-
-def device_address(network: Network) -> str:
-    """The device's own address on the guest side: its own where CloudStack gave one, else the gateway's."""
-    return network.extension_ip or network.gateway
 
 
 def target_port(forward: PortForward, public_port: int) -> int:
@@ -144,27 +150,45 @@ def subnet(cidr: str) -> IPv4Network:
 
 @lru_cache(maxsize=65536)
 def bounds(cidr: str) -> tuple[int, int]:
-    """First and last address of an IPv4 prefix, as numbers."""
-    prefix = subnet(cidr)
+    """First and last address of a prefix, as numbers."""
+    prefix = ip_network(cidr, strict=False)
     return int(prefix.network_address), int(prefix.broadcast_address)
 
 
 def within(address: str, cidr: str) -> bool:
-    """Whether an address lies in a prefix."""
+    """Whether an address lies in a prefix of its family."""
     first, last = bounds(cidr)
-    return first <= as_number(address) <= last
+    return first <= (_as_number6 if ":" in address else as_number)(address) <= last
+
+
+@lru_cache(maxsize=65536)
+def _as_number6(address: str) -> int:
+    return int(IPv6Address(address))
 
 
 def _networks(scope: Scope | None) -> tuple[Network, ...]:
-    # Isolated networks are all that is built yet; tiers of a VPC will be several of them in one scope.
-    if scope is None:
-        return ()
-    standing = [
-        it
-        for it in scope.networks.values()
-        if it.implemented and it.guest_type == "isolated" and it.vlan and it.cidr and device_address(it)
-    ]
+    standing = [it for it in scope.networks.values() if it.stands] if scope is not None else []
     return tuple(sorted(standing, key=lambda it: int(it.network_id)))
+
+
+def _ingress(
+    scope: Scope, networks: tuple[Network, ...], held: Iterable[PublicIp]
+) -> dict[str, tuple[FirewallRule, ...]]:
+    """An address of a VPC has no firewall of its own, unless the tier that asked for it has a list."""
+    judged = {it.network_id for it in networks if it.firewall is not None}
+    found: dict[str, list[FirewallRule]] = {
+        it.address: [] for it in held if not scope.is_vpc or it.network_id in judged
+    }
+    for network in networks:
+        for rule in network.firewall.rules if network.firewall else ():
+            if rule.direction == "ingress" and rule.public_ip in found:
+                found[rule.public_ip].append(rule)
+    return {address: tuple(rules) for address, rules in found.items()}
+
+
+def _plain(scope: Scope, networks: tuple[Network, ...]) -> bool:
+    """Whether the guests have another gateway, and nothing of the outside is held for them."""
+    return not scope.is_vpc and networks[0].device_ip != networks[0].gateway and not scope.public_ips
 
 
 def _network_of(networks: Iterable[Network], address: str) -> Network | None:

@@ -2,12 +2,14 @@
 
 ``0x0000ffff`` is the number of the exit (``PublicIp.exit``) that a connection belongs to; it stands in the connection's
 mark and is copied to packets that have to leave by that exit. ``0x80000000`` stands in the connection's mark alone:
-the connection was revoked, and its packets are dropped whichever end sends them.
+the connection was revoked, and its packets are dropped whichever end sends them. ``0x00010000`` stands in a packet's
+mark alone: a guest began the connection, outward, so an operator's rules may choose its way.
 """
 
 from __future__ import annotations
 
 EXIT_MASK = 0x0000FFFF
+POLICY = 0x00010000
 REVOKED = 0x80000000
 
 MAIN_TABLE = 254

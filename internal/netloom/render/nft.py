@@ -16,9 +16,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from netloom import names
+from netloom.render import shared, six
+from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.firewall import verdicts
-from netloom.render.live import ForwardedPorts, Live, device_address, live, target_port
-from netloom.render.marks import EXIT_MASK, REVOKED
+from netloom.render.live import ForwardedPorts, Live, live, subnet, target_port
+from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
+from netloom.render.pbr import Way, ways
 from netloom.render.ruleset import Chain, NftSet, Ruleset
 from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
@@ -33,39 +36,53 @@ _DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
 def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``; without a standing network it lets nothing through."""
     now = live(scope)
+    if now.plain:
+        return shared.ruleset(now.networks[0], FAMILY, TABLE)
     addresses = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
     egress = [_egress(it) for it in now.networks]
+    lists = [_lists(it, now) for it in now.networks if it.network_id in now.acls]
+    counted = counters(now)
     return Ruleset(
         family=FAMILY,
         table=TABLE,
+        counters=tuple(name for pair in counted.values() for name in pair),
         sets=(
             _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
+            _map("counted_in", "ipv4_addr : counter", {it.address: f'"{counted[it.address][0]}"' for it in now.held}),
+            _map("counted_out", "ipv4_addr : counter", {it.address: f'"{counted[it.address][1]}"' for it in now.held}),
             *_translations(now),
             *_source_ports(now),
-            NftSet(
-                name="balanced",
-                kind="set",
-                type="ipv4_addr . inet_service",
-                elements={f"{address} . {port}": "" for address, port in sorted(now.answered)},
-            ),
+            _balanced(now, in_vpc=scope.is_vpc),
         ),
         chains=(
             _arriving(now),
+            *six.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
             _translate_to(now),
-            _choose_exit(now),
-            _to_device(now),
-            _through(now),
-            _translate_from(now),
+            _choose_exit(now, by_policy=bool(scope.pbr.rules)),
+            _to_tiers_device(now) if scope.is_vpc else _to_device(now),
+            _through(now, open_to_all=scope.ingress_open),
+            _translate_from(now, ways(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
-            *(it for chains in addresses + egress for it in chains),
+            *(it for chains in addresses + egress + lists for it in chains),
         ),
     )
 
 
+def counters(now: Live) -> dict[str, tuple[str, str]]:
+    """Public addresses and IPv6 prefixes, each with its two counters.
+
+    The first counts what arrived for it from outside, whatever the firewall said of it; the second what left under it.
+    """
+    addresses = {it.address: (f"in_{it.address}", f"out_{it.address}") for it in now.held}
+    return addresses | {it.ip6_cidr: six.counters(it) for it in six.speaking(now)}
+
+
 def _arriving(now: Live) -> Chain:
     """Every packet from outside: who it claims to be, whether its connection is known, what it is allowed to begin."""
-    rules = [_REVOKED, 'iifname "lo" accept', "meta nfproto ipv6 drop"]
+    ip6 = f"goto {six.CHAIN}" if six.speaking(now) else "drop"
+    rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {ip6}"]
+    rules.append(f"iifname {_PUBLIC} counter name ip daddr map @counted_in")
     for it in now.networks:
         link = _link(it)
         rules += [
@@ -89,7 +106,7 @@ def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[
     name = _chain_of(address)
     # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
     bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"
-    if open_to_all:
+    if open_to_all or address.address not in now.ingress:
         return [Chain(name=name, rules=(bind, "accept"))]
     lines, chains = verdicts(now.ingress[address.address], "accept", name)
     return [Chain(name=name, rules=(bind, *lines, "drop")), *chains]
@@ -194,9 +211,13 @@ def _spread(rule: LbRule) -> list[str]:
     return lines
 
 
-def _choose_exit(now: Live) -> Chain:
-    """After translation, before routing: what guests send out leaves by the exit of its connection."""
-    outward = f"iifname {_GUEST} ip daddr != {_one_of(now.guest_cidrs)}"
+def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
+    """After translation, before routing: what guests send out leaves by the exit of its connection.
+
+    ``by_policy``: of what they began themselves an operator's rules are asked first.
+    """
+    outward = f"iifname {_GUEST} {_outside(now.guest_cidrs)}"
+    policy = f"{outward} ct direction original meta mark set meta mark | {POLICY:#010x}"
     return Chain(
         name="choose_exit",
         hook="type filter hook prerouting priority dstnat + 10; policy accept;",
@@ -204,6 +225,7 @@ def _choose_exit(now: Live) -> Chain:
             # With its first packet only: a flow that nobody answered is still new when its guest gets an address.
             f"{outward} ct status & confirmed == 0 ct mark set ip saddr map @static_exits",
             f"{outward} meta mark set ct mark & {EXIT_MASK:#010x}",
+            *([policy] if by_policy else []),
         )
         if now.networks
         else (),
@@ -218,9 +240,10 @@ def _to_device(now: Live) -> Chain:
         # Of a guest: the device's address, or a public one whose chain allowed it.
         "icmp type echo-request fib daddr type local accept",
         "ip daddr . tcp dport @balanced accept",
+        *six.to_device(now),
     ]
     for it in now.networks:
-        device = f"iifname {_link(it)} ip daddr {device_address(it)}"
+        device = f"iifname {_link(it)} ip daddr {it.device_ip}"
         rules += [
             f"iifname {_link(it)} {_DHCP_REQUEST}",
             f"{device} udp dport {{ 53, 67 }} accept",
@@ -229,19 +252,81 @@ def _to_device(now: Live) -> Chain:
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
-def _through(now: Live) -> Chain:
+def _to_tiers_device(now: Live) -> Chain:
+    """The same in a VPC: tiers reach their own gateway, whatever their lists say, and no public address is pinged.
+
+    What is balanced is judged by the client's own address here, before haproxy hands it on under the device's.
+    """
+    rules = ['iifname "lo" accept', "ct state established,related accept", *six.to_device(now)]
+    for it in now.networks:
+        device = f"iifname {_link(it)} ip daddr {it.device_ip}"
+        rules += [
+            f"iifname {_link(it)} {_DHCP_REQUEST}",
+            f"{device} icmp type echo-request accept",
+            f"{device} udp dport {{ 53, 67 }} accept",
+            f"{device} tcp dport {{ 53, 80, 8080 }} accept",
+            f"iifname {_link(it)} jump {_out_chain(it)}",
+        ]
+    rules.append("ip daddr . tcp dport vmap @balanced_by_list")
+    return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
+
+
+def _balanced(now: Live, *, in_vpc: bool) -> NftSet:
+    """The TCP ports that the load balancer answers; in a VPC with the chain that judges whoever asks there."""
+    if not in_vpc:
+        elements = {f"{address} . {port}": "" for address, port in sorted(now.answered)}
+        return NftSet(name="balanced", kind="set", type="ipv4_addr . inet_service", elements=elements)
+    judges = {
+        f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(home, port)}"
+        for rule in now.balanced
+        if rule.protocol != "udp"
+        for home, port in now.behind(rule)
+    }
+    return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", judges)
+
+
+def _lists(network: Network, now: Live) -> list[Chain]:
+    """A tier's access control list, both ways, and what it says of each port that is balanced into the tier."""
+    acl = now.acls[network.network_id]
+    ports = {
+        port for rule in now.balanced if rule.protocol != "udp" for home, port in now.behind(rule) if home == network
+    }
+    return [
+        Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
+        Chain(name=_in_chain(network), rules=tuple(ingress_lines(acl))),
+        *(Chain(name=_balanced_chain(network, it), rules=tuple(lines_to_port(acl, it))) for it in sorted(ports)),
+    ]
+
+
+def _through(now: Live, *, open_to_all: bool) -> Chain:
     rules = [
         # Both ways, and also for what is answered: the smaller of the two routes' MTUs.
         "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
         "ct state established,related accept",
     ]
+    tiers = [it for it in now.networks if it.network_id in now.acls]
+    # Between tiers both lists are asked: first what the one lets out, then what the other lets in.
+    rules += [f"iifname {_link(it)} jump {_out_chain(it)}" for it in tiers]
     for it in now.networks:
         link = _link(it)
-        rules += [
-            f"iifname {_PUBLIC} oifname {link} ct status dnat accept",
-            f"iifname {link} oifname {link} ct status dnat accept",
-            f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}",
-        ]
+        if it in tiers:
+            rules += [
+                f"iifname {_PUBLIC} oifname {link} ct status dnat goto {_in_chain(it)}",
+                f"iifname {_GUEST} oifname {link} goto {_in_chain(it)}",
+                *(
+                    [f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 goto {_in_chain(it)}"]
+                    if it.speaks_ip6
+                    else []
+                ),
+            ]
+        else:
+            rules += [
+                f"iifname {_PUBLIC} oifname {link} ct status dnat accept",
+                f"iifname {link} oifname {link} ct status dnat accept",
+            ]
+            if open_to_all and it.speaks_ip6:
+                rules.append(f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 accept")
+        rules.append(f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}")
     return Chain(name="through", hook="type filter hook forward priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -251,16 +336,18 @@ def _egress(network: Network) -> list[Chain]:
     if firewall is None:
         return [Chain(name=name, rules=("accept",))]
     otherwise, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
-    lines, chains = verdicts((it for it in firewall.rules if it.direction == "egress"), listed, name)
+    rules = (it for it in firewall.rules if it.direction == "egress")
+    lines, chains = verdicts(rules, listed, name, ip6=network.speaks_ip6)
     return [Chain(name=name, rules=(*lines, otherwise)), *chains]
 
 
-def _translate_from(now: Live) -> Chain:
+def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
     rules = [
         # Hairpin: the guest must answer to us, or it would answer its neighbour directly, from the wrong address.
-        f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {device_address(it)}"
+        f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
         for it in now.networks
     ]
+    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]
     rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")
     if now.source_nat is not None:
         free = _free_ports([it.ports for it in _forwarded_udp(now)])
@@ -278,6 +365,32 @@ def _translate_from(now: Live) -> Chain:
     )
 
 
+def _as_that_way_demands(way: Way, now: Live) -> list[str]:
+    """What an operator's route sends out leaves with an address of that way's exit, or the provider drops it."""
+    where = f'oifname "{way.link}"'
+    if way.via or way.destination:
+        where += f" rt ip nexthop {way.via}" if way.via else f" ip daddr {way.destination}"
+    strangers = sorted(guest for guest, own in now.static_sources.items() if own.exit != way.address.exit)
+    at_home = sorted(now.static_sources.keys() - set(strangers))
+    if way.address.source_nat:
+        # The others leave as they do anyway.
+        who = [f"ip saddr {_one_of(strangers)}"] if strangers else []
+    else:
+        others = f" ip saddr != {_one_of(at_home)}" if at_home else ""
+        who = [f"ip saddr {it.cidr}{others}" for it in now.networks]
+    address = way.address.address
+    inward = [it.ports for it in now.forwarded if (it.forward.public_ip, it.forward.protocol) == (address, "udp")]
+    free = _free_ports(inward) if inward else None
+    return [
+        line
+        for those in who
+        for line in (
+            *([f"{where} {those} meta l4proto udp snat ip to {address}:{free}"] if free is not None else []),
+            f"{where} {those} snat ip to {address}",
+        )
+    ]
+
+
 def _leaving(now: Live) -> Chain:
     """After translation: nothing leaves a public link but from an address that is held on it."""
     on_link: dict[str, list[str]] = {}
@@ -290,7 +403,7 @@ def _leaving(now: Live) -> Chain:
     return Chain(
         name="leaving",
         hook="type filter hook postrouting priority srcnat + 10; policy accept;",
-        rules=tuple(rules),
+        rules=(*rules, f"oifname {_PUBLIC} counter name ip saddr map @counted_out", *six.leaving(now)),
     )
 
 
@@ -298,7 +411,7 @@ def _from_device(now: Live) -> Chain:
     """The device's own packets; a changed mark routes them anew, so that answers leave where the question came in."""
     rules = [_REVOKED]
     if now.networks:
-        outward = f"ip daddr != {_one_of(now.guest_cidrs)}"
+        outward = _outside(now.guest_cidrs)
         rules.append(f"{outward} ct mark & {EXIT_MASK:#010x} != 0 meta mark set ct mark & {EXIT_MASK:#010x}")
     return Chain(name="from_device", hook="type route hook output priority mangle; policy accept;", rules=tuple(rules))
 
@@ -315,6 +428,18 @@ def _egress_chain(network: Network) -> str:
     return f"egress_{network.network_id}"
 
 
+def _out_chain(network: Network) -> str:
+    return f"acl_out_{network.network_id}"
+
+
+def _in_chain(network: Network) -> str:
+    return f"acl_in_{network.network_id}"
+
+
+def _balanced_chain(network: Network, port: int) -> str:
+    return f"acl_in_{network.network_id}_to_{port}"
+
+
 def _map(name: str, type_: str, elements: dict[str, str], flags: str = "") -> NftSet:
     return NftSet(name=name, kind="map", type=type_, flags=flags, elements=elements)
 
@@ -322,3 +447,18 @@ def _map(name: str, type_: str, elements: dict[str, str], flags: str = "") -> Nf
 def _one_of(values: Iterable[str]) -> str:
     listed = list(values)
     return listed[0] if len(listed) == 1 else f"{{ {', '.join(listed)} }}"
+
+
+def _outside(cidrs: Iterable[str]) -> str:
+    """Packets to none of these subnets, without a set of intervals."""
+    by_length: dict[int, list[str]] = {}
+    for it in cidrs:
+        by_length.setdefault(subnet(it).prefixlen, []).append(it)
+    words = []
+    for those in by_length.values():
+        if len(those) == 1:
+            words.append(f"ip daddr != {those[0]}")
+        else:
+            values = ", ".join(it.partition("/")[0] for it in those)
+            words.append(f"ip daddr & {subnet(those[0]).netmask} != {{ {values} }}")
+    return " ".join(words)

@@ -132,8 +132,12 @@ def _refill(
         f"add table {table}",
         f"flush table {table}",
         *removed,
-        # Maps first: their elements hold chains in use.
-        *(f"delete {kind} {table} {name}" for kind, name in sorted(it for it in gone | remade if it[0] != "chain")),
+        # Maps first: their elements hold chains and counters in use.
+        *(
+            f"delete {kind} {table} {name}"
+            for kind, name in sorted(it for it in gone | remade if it[0] in ("map", "set"))
+        ),
+        *(f"delete counter {table} {name}" for kind, name in sorted(gone) if kind == "counter"),
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in remade if it[0] == "chain")),
         *_block(want, [*_marker(want), *_body(anew)]),
         *added,

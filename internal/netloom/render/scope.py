@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from netloom import names
-from netloom.render import nft
-from netloom.render.live import Exit, Live, device_address, live, subnet
+from netloom.render import nft, pbr, shared, six
+from netloom.render.live import Exit, Live, live, subnet
 from netloom.render.marks import EXIT_MASK, MAIN_TABLE, table
 from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
-from netloom.state import Scope
+from netloom.state import Scope, Uplinks
 
 ANYWHERE = "0.0.0.0/0"
 
@@ -19,27 +19,31 @@ def render(scope: Scope | None) -> Want:
     added, and sysctls in one in which they can be written.
     """
     now = live(scope)
-    if scope is None or not now.networks:
+    if scope is None or not now.stands:
         return Want(namespace="")
     ports = _ports(scope, now)
     guests = tuple(
-        Address(link=names.guest_link(it.network_id), cidr=f"{device_address(it)}/{subnet(it.cidr).prefixlen}")
+        Address(link=names.guest_link(it.network_id), cidr=f"{it.device_ip}/{subnet(it.cidr).prefixlen}")
         for it in now.networks
     )
+    guest_links = [names.guest_link(it.network_id) for it in now.networks]
+    public_links = sorted({names.public_link(it.vlan) for it in now.held})
     publics = tuple(Address(link=names.public_link(it.vlan), cidr=f"{it.address}/32") for it in now.held)
     return Want(
         namespace=names.namespace(scope.scope_id),
         ports=ports,
-        addresses=(*guests, *publics),
-        routes=_routes(now),
-        rules=tuple(
-            Rule(priority=table(it.number), mark=it.number, mask=EXIT_MASK, table=table(it.number)) for it in now.exits
+        addresses=(*guests, *publics, *six.addresses(scope, now)),
+        routes=(*_routes(now), *pbr.routes(scope.pbr, now), *six.routes(scope, now)),
+        rules=(
+            *pbr.rules(scope.pbr),
+            *(
+                Rule(priority=table(it.number), mark=it.number, mask=EXIT_MASK, table=table(it.number))
+                for it in now.exits
+            ),
         ),
         neighbours=_neighbours(now),
-        sysctls=_sysctls(
-            [names.guest_link(it.network_id) for it in now.networks],
-            sorted({names.public_link(it.vlan) for it in now.held}),
-        ),
+        sysctls=_sysctls(guest_links, public_links, forwarding="0" if now.plain else "1")
+        | six.sysctls(scope, now, [*guest_links, *public_links]),
         ruleset=nft.ruleset(scope),
         announce=(*guests, *publics),
     )
@@ -54,7 +58,7 @@ def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
                 link=link,
                 host_link=names.guest_port(network.network_id),
                 mac=names.mac(scope.owner, scope.scope_id, link),
-                segment=_segment(scope.uplinks.guest, network.vlan),
+                segment=_guest_segment(scope.uplinks, network.vlan),
             )
         )
     for vlan in sorted({it.vlan for it in now.held}):
@@ -85,6 +89,15 @@ def _neighbours(now: Live) -> tuple[Neighbour, ...]:
     )
 
 
+def _guest_segment(uplinks: Uplinks, vlan: str) -> Segment:
+    """A number that no VLAN can have is a VXLAN's, whatever the registration says by now."""
+    if vlan == names.UNTAGGED or (uplinks.isolation == "vlan" and int(vlan) <= names.VLAN_TAG_MAX):
+        return _segment(uplinks.guest, vlan)
+    return Segment(
+        bridge=names.vxlan_bridge(vlan), nic=uplinks.guest, vlan=vlan, vlan_link=names.vxlan_link(vlan), kind="vxlan"
+    )
+
+
 def _segment(nic: str, vlan: str) -> Segment:
     return Segment(
         bridge=names.bridge(nic, vlan),
@@ -100,17 +113,12 @@ def _routes(now: Live) -> tuple[Route, ...]:
     Subnets of other exits are not in the main table: a guest's way there goes through the default exit's
     gateway, with the address that belongs to it, and not with a foreign address onto that subnet's wire.
     """
+    if now.plain:
+        return shared.routes(now.networks[0])
     routes: list[Route] = []
     default = now.default_exit
     if default is not None:
         routes += _ways_out(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
-    else:
-        # A device that is only a neighbour of its guests (it gives them DHCP, say) asks their gateway.
-        routes += [
-            Route(table=MAIN_TABLE, destination=ANYWHERE, link=names.guest_link(it.network_id), via=it.gateway)
-            for it in now.networks[:1]
-            if it.gateway and it.gateway != device_address(it)
-        ]
     for it in now.exits:
         routes += _ways_out(it, table(it.number), it.addresses[0])
     return tuple(routes)
@@ -132,14 +140,14 @@ def _in(address: str, cidr: str) -> bool:
     return subnet(f"{address}/32").subnet_of(subnet(cidr))
 
 
-def _sysctls(guest_links: list[str], public_links: list[str]) -> dict[str, str]:
+def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str) -> dict[str, str]:
     """Every setting that the rest relies on: a new namespace inherits what the host happened to have.
 
     ``ip_forward`` comes first, because writing it sets others back. Link names of ours have no dots.
     """
     links = [*guest_links, *public_links]
     wanted = {
-        "net.ipv4.ip_forward": "1",
+        "net.ipv4.ip_forward": forwarding,
         "net.ipv4.icmp_echo_ignore_all": "0",
         "net.ipv4.icmp_echo_ignore_broadcasts": "1",
         "net.ipv4.ip_default_ttl": "64",
@@ -151,7 +159,7 @@ def _sysctls(guest_links: list[str], public_links: list[str]) -> dict[str, str]:
     for where in ("all", "default", *links):
         conf = f"net.ipv4.conf.{where}"
         wanted |= {
-            f"{conf}.forwarding": "1",
+            f"{conf}.forwarding": forwarding,
             # Ways are chosen by mark, which the reverse path check does not know; spoofing is dropped by rule.
             f"{conf}.rp_filter": "0",
             f"{conf}.arp_ignore": "1",
@@ -167,5 +175,4 @@ def _sysctls(guest_links: list[str], public_links: list[str]) -> dict[str, str]:
         # A public link asks in the name of the packet's own address: with several subnets on one VLAN the kernel's
         # choice (2) would be an address that a strict gateway does not know. Guests are asked by their gateway.
         wanted[f"{conf}.arp_announce"] = "2" if where in guest_links else "0"
-        wanted[f"net.ipv6.conf.{where}.disable_ipv6"] = "1"
     return wanted

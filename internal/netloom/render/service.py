@@ -9,11 +9,23 @@ import msgspec
 SERVICES_DIR = "/run/netloom/services"
 
 
+class Question(msgspec.Struct, frozen=True):
+    """How to find out whether a running process still answers: any answer will do.
+
+    ``dns``: a query to this address. ``haproxy``: a word for the worker through the master's socket at this path, so
+    that both have to be awake.
+    """
+
+    kind: Literal["dns", "haproxy"]
+    at: str
+
+
 class Service(msgspec.Struct, frozen=True, kw_only=True):
     """One supervised process. ``directory`` is its own; the paths of both tables are relative to it.
 
     ``config`` holds what the process reads when it starts: a change means ``on_change``. ``live`` holds what it
-    notices by itself (dnsmasq's hostsdir): a change means the file, and nothing else. ``check`` is a command that
+    notices by itself (dnsmasq's hostsdir): a change means the file, and nothing else. Where the process ``forgets``
+    nothing that it has read, it is started anew when a text of ``live`` changes or goes. ``check`` is a command that
     accepts or refuses the new configuration before it is put in force; empty: there is none.
     """
 
@@ -24,8 +36,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     on_change: Literal["restart", "reload"] = "restart"
     live_directory: str = ""
     live: dict[str, str] = {}
+    forgets: bool = True
     check: tuple[str, ...] = ()
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these
+    question: Question | None = None
 
 
 def directory_of(scope_id: str, name: str) -> str:

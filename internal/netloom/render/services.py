@@ -7,12 +7,17 @@ from netloom.render.service import Service
 from netloom.state import Scope
 
 
-def services(scope: Scope) -> tuple[Service, ...]:
-    """A resolver for each standing network that has DNS, and one load balancer when a rule needs it."""
+def services(
+    scope: Scope, without: frozenset[int] = frozenset(), *, resolver: dnsmasq.Build = dnsmasq.DEBIAN_12
+) -> tuple[Service, ...]:
+    """A resolver for each standing network that has DNS or IPv6, and one load balancer when a rule needs it.
+
+    ``without``: ids of balanced rules that have to wait, because somebody else has their port.
+    """
     wanted = [
-        dnsmasq.service(scope.scope_id, network)
+        dnsmasq.service(scope.scope_id, network, resolver)
         for _, network in sorted(scope.networks.items())
-        if network.implemented and network.dns
+        if network.stands and (network.dns or network.speaks_ip6)
     ]
-    balancer = haproxy.service(scope) if any(network.implemented for network in scope.networks.values()) else None
+    balancer = haproxy.service(scope, without) if any(network.stands for network in scope.networks.values()) else None
     return (*wanted, balancer) if balancer is not None else tuple(wanted)

@@ -10,8 +10,12 @@ from typing import Any
 
 import msgspec
 
+from netloom.render import six
+from netloom.render.acl import acl_of
+from netloom.render.guest import tables
 from netloom.render.live import Live, as_number, live
-from netloom.state import FirewallRule, LbRule, Network, Nic, Ports, Scope
+from netloom.render.pbr import in_force
+from netloom.state import AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
 
 # Metadata that CloudStack writes itself; other items bear names and values of tenants.
 _SHOWN = frozenset(
@@ -41,9 +45,9 @@ def firewall(scope: Scope) -> list[str]:
     now = live(scope)
     lines: list[str] = []
     for network in _in_order(scope):
-        lines += _ingress(scope, network, now)
+        lines += _list_of(scope, network) if scope.is_vpc else _ingress(scope, network, now)
     for network in _in_order(scope):
-        lines += _egress(network)
+        lines += _egress(network) if network.firewall or not scope.is_vpc else []
     if now.source_nat is not None:
         lines += [f"source-nat {it.cidr} leaves as {now.source_nat.address}" for it in now.networks]
     in_force = {it.public_ip for it in now.static_nats}
@@ -59,12 +63,29 @@ def firewall(scope: Scope) -> list[str]:
 
 
 def leases(scope: Scope) -> list[str]:
-    """The NICs of every network, by address."""
+    """The NICs of every network, by address, with what is served to them."""
+    leased = {(table.network_id, it.nic) for table in tables(scope) for it in table.nics if it.dhcp}
     return [
-        _nic(network, it)
+        _nic(network, it, leased=(network.network_id, it.key) in leased)
         for network in _in_order(scope)
         for it in sorted(network.nics.values(), key=lambda it: (_number(it.ip), it.key))
     ]
+
+
+def pbr_tables(scope: Scope) -> list[str]:
+    """An operator's route tables."""
+    return [f"table {it}" for it in scope.pbr.tables]
+
+
+def pbr_routes(scope: Scope) -> list[str]:
+    """What is in those tables."""
+    now = live(scope)
+    return [f"{it} table {scope.pbr.name_of(it.table)}{_unless(in_force(it, now))}" for it in scope.pbr.routes]
+
+
+def pbr_rules(scope: Scope) -> list[str]:
+    """Which packets look them up, in the order in which they are tried."""
+    return [f"{it.priority}: {it.selector} lookup {scope.pbr.name_of(it.table)}" for it in scope.pbr.rules]
 
 
 def summary(scope: Scope) -> list[str]:
@@ -76,10 +97,13 @@ def summary(scope: Scope) -> list[str]:
             f"network {it.network_id}: {it.guest_type}, {'implemented' if it.implemented else 'not implemented'}, "
             f"VLAN {it.vlan or 'not told'} of {scope.uplinks.guest}, {it.cidr or 'no subnet'}, "
             f"gateway {it.gateway or 'none'}, {len(it.nics)} NICs{''.join(f', {word}' for word in given)}"
+            f"{f', IPv6 {it.ip6_cidr}' if it.ip6_cidr else ''}"
         )
     for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
         kind = " (source NAT)" if ip.source_nat else ""
         lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
+    if (out := six.way_out(scope, live(scope))) is not None:
+        lines.append(f"IPv6 leaves as {out.address} through {out.gateway}")
     rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)
     lines.append(
         f"{rules} firewall rules, {len(scope.port_forwards)} port forwards, {len(scope.static_nats)} static NATs, "
@@ -113,6 +137,31 @@ def _ingress(scope: Scope, network: Network, now: Live) -> list[str]:
         source = f"from {_list(rule.source_cidrs)}"
         lines.append(f"ingress {where} {_what(rule, ports)} {source}: allow{_unless(rule.public_ip in now.ingress)}")
     return [*lines, "ingress anything else: deny"]
+
+
+def _list_of(scope: Scope, network: Network) -> list[str]:
+    """A tier's access control list, in its order."""
+    acl = acl_of(network, open_without=scope.ingress_open)
+    lines = [
+        f"acl of tier {network.network_id}, {it.direction} {it.number}: {it.action} {_of_item(it)} "
+        f"{'from' if it.direction == 'ingress' else 'to'} {_list(it.cidrs)}"
+        for it in (*acl.ingress, *acl.egress)
+    ]
+    why = " (no list came yet)" if network.acl is None else ""
+    for direction, lets in (("ingress", acl.lets_in), ("egress", acl.lets_out)):
+        lines.append(
+            f"acl of tier {network.network_id}, {direction}, anything else: {'allow' if lets else 'deny'}{why}"
+        )
+    return lines
+
+
+def _of_item(item: AclItem) -> str:
+    if item.ports is not None:
+        return f"{item.protocol} {item.ports}"
+    if item.icmp_type is not None:
+        code = "" if item.icmp_code is None else f" code {item.icmp_code}"
+        return f"icmp type {item.icmp_type}{code}"
+    return f"protocol {item.protocol}" if item.protocol.isdigit() else item.protocol
 
 
 def _egress(network: Network) -> list[str]:
@@ -152,11 +201,11 @@ def _balanced(rule: LbRule, held: set[str]) -> str:
     return f"load-balancing {where} -> {backends}{_unless(rule.public_ip in held)}"
 
 
-def _nic(network: Network, nic: Nic) -> str:
+def _nic(network: Network, nic: Nic, *, leased: bool) -> str:
     words = [
         "default" if nic.default else "secondary",
-        *(["lease"] if nic.leased and network.dhcp else []),
-        *(["names"] if nic.named and network.dns else []),
+        *(["lease"] if leased else []),
+        *(["names"] if nic.named and nic.hostname and network.dns and network.stands else []),
         *(["user data"] if nic.user_data is not None else []),
         *(["password waiting"] if nic.password is not None else []),
     ]

@@ -6,25 +6,34 @@ The values here are what the agent keeps on disk, one JSON document per scope, a
 
 from __future__ import annotations
 
+from netloom.state.acl import AclItem
 from netloom.state.firewall import Firewall, FirewallRule, Protocol
 from netloom.state.lb import Backend, LbRule
 from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
-from netloom.state.scope import SCHEMA, Network, Scope, Uplinks
+from netloom.state.pbr import Pbr, PbrRoute, PbrRule, PbrTable
+from netloom.state.scope import SCHEMA, Network, Outside6, Scope, Subnet, Uplinks
 
 __all__ = [
     "SCHEMA",
+    "AclItem",
     "Backend",
     "Firewall",
     "FirewallRule",
     "LbRule",
     "Network",
     "Nic",
+    "Outside6",
+    "Pbr",
+    "PbrRoute",
+    "PbrRule",
+    "PbrTable",
     "PortForward",
     "Ports",
     "Protocol",
     "PublicIp",
     "Scope",
     "StaticNat",
+    "Subnet",
     "Uplinks",
 ]

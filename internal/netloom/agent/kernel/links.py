@@ -47,7 +47,8 @@ _NEWNEIGH, _DELNEIGH, _GETNEIGH = 28, 29, 30
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 18, 20, 28, 29, 37
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
-_IFLA_VLAN_ID = 1
+_IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
+_IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL = 2, 3, 5
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 _VETH_INFO_PEER = 1
 _SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: two thirds of each answer
@@ -57,14 +58,14 @@ _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _IFA_F_NODAD, _IFA_F_PERMANENT = 0x02, 0x80
 
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC, _RTA_TABLE, _RTA_VIA = 1, 4, 5, 6, 7, 15, 18
-_FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 6, 10, 15, 16
+_FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_PRIORITY, _FRA_FWMARK, _FRA_TABLE, _FRA_FWMASK = 1, 2, 3, 6, 10, 15, 16
 _FR_ACT_TO_TBL = 1
 _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_PERMANENT = 0x80
 
 _RTPROT_STATIC = 4
 _SCOPE_UNIVERSE, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE = 0, 253, 254, 255
-_RTN_UNICAST = 1
+_RTNH_F_ONLINK = 4
 
 _SCOPES = {_SCOPE_UNIVERSE: "global", 200: "site", _SCOPE_LINK: "link", _SCOPE_HOST: "host", _SCOPE_NOWHERE: "nowhere"}
 _PROTOCOLS = {0: "unspec", 1: "redirect", 2: "kernel", 3: "boot", 4: "static", 9: "ra", 16: "dhcp"}
@@ -80,6 +81,7 @@ _ROUTE_KINDS = {
     8: "prohibit",
     9: "throw",
 }
+_ROUTE_KIND_NUMBERS = {name: number for number, name in _ROUTE_KINDS.items()}
 
 _LINK_HEAD = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _ADDRESS_HEAD = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefixlen, flags, scope, index
@@ -92,8 +94,9 @@ _NEIGHBOUR_HEAD = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, fla
 class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A link. ``kind`` is the kernel's word (``bridge``, ``vlan``, ``veth``; empty for real NICs and ``lo``).
 
-    ``parent_index``: what a VLAN stands on, or the other end of a veth; in another namespace when ``peer_netns``, the
-    id that this namespace has for that one, is not None. ``running``: carrier is there.
+    ``vlan_id``: the tag of a VLAN link, the number of a VXLAN. ``parent_index``: what a VLAN stands on, or the other
+    end of a veth; in another namespace when ``peer_netns``, the id that this namespace has for that one, is not None.
+    ``running``: carrier is there.
     """
 
     index: int
@@ -113,7 +116,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
 class AddressRow(msgspec.Struct, frozen=True, kw_only=True):
     """An address on a link, ``10.10.1.1/24``.
 
-    ``link_local``: fe80::/10 or 169.254.0.0/16. ``scope``: ``global``, ``link``, ``host``.
+    ``link_local``: fe80::/10, which comes with the link (IPv4's are given as others are).
+    ``scope``: ``global``, ``link``, ``host``.
     """
 
     link: str
@@ -141,12 +145,15 @@ class RouteRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RuleRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy routing rule. ``mark`` and ``mask`` are 0 when it does not look at the mark."""
+    """A policy routing rule. ``mark`` and ``mask`` are 0 when it does not look at the mark; empty selectors: any."""
 
     priority: int
     mark: int
     mask: int
     table: int
+    source: str = ""  # a prefix, as destination is
+    destination: str = ""
+    iif: str = ""
 
 
 class NeighbourRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,8 +206,12 @@ def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> li
 def list_addresses(namespace: str | None) -> list[AddressRow]:
     """All addresses of a namespace, IPv4 and IPv6, lo's too. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
-        names = _link_names(rtnetlink)
-        found = rtnetlink.dump(Message(_GETADDR, payload=_ADDRESS_HEAD.pack(0, 0, 0, 0, 0), what="list addresses"))
+        return list_addresses_over(rtnetlink, _link_names(rtnetlink))
+
+
+def list_addresses_over(rtnetlink: Socket, names: dict[int, str], family: int = socket.AF_UNSPEC) -> list[AddressRow]:
+    """As :func:`list_addresses`, over a socket that is open already; ``names`` are those of the links, by index."""
+    found = rtnetlink.dump(Message(_GETADDR, payload=_ADDRESS_HEAD.pack(family, 0, 0, 0, 0), what="list addresses"))
     return [decode_address(payload, names) for kind, payload in found if kind == _NEWADDR]
 
 
@@ -211,16 +222,26 @@ def list_routes(namespace: str | None) -> list[RouteRow]:
     ``link`` empty).
     """
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
-        names = _link_names(rtnetlink)
-        found = rtnetlink.dump(Message(_GETROUTE, payload=bytes(_ROUTE_HEAD.size), what="list routes"))
+        return list_routes_over(rtnetlink, _link_names(rtnetlink))
+
+
+def list_routes_over(rtnetlink: Socket, names: dict[int, str], family: int = socket.AF_UNSPEC) -> list[RouteRow]:
+    """As :func:`list_routes`, over a socket that is open already; ``names`` are those of the links, by index."""
+    head = bytes((family,)).ljust(_ROUTE_HEAD.size, b"\0")
+    found = rtnetlink.dump(Message(_GETROUTE, payload=head, what="list routes"))
     return [decode_route(payload, names) for kind, payload in found if kind == _NEWROUTE]
 
 
-def list_rules(namespace: str | None, family: int = socket.AF_INET) -> list[RuleRow]:
-    """All policy rules of one address family, by priority. Raises NamespaceError, NetlinkError."""
+def list_rules(namespace: str | None) -> list[RuleRow]:
+    """All policy rules of IPv4, by priority. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
-        head = _RULE_HEAD.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)
-        found = rtnetlink.dump(Message(_GETRULE, payload=head, what="list rules"))
+        return list_rules_over(rtnetlink)
+
+
+def list_rules_over(rtnetlink: Socket) -> list[RuleRow]:
+    """As :func:`list_rules`, over a socket that is open already."""
+    head = _RULE_HEAD.pack(socket.AF_INET, 0, 0, 0, 0, 0, 0, 0, 0)
+    found = rtnetlink.dump(Message(_GETRULE, payload=head, what="list rules"))
     return [decode_rule(payload) for kind, payload in found if kind == _NEWRULE]
 
 
@@ -244,7 +265,7 @@ def decode_link(payload: bytes) -> Link:
     info = attribute_map(told.get(_IFLA_LINKINFO, b""))
     kind = string(info.get(_IFLA_INFO_KIND))
     vlan_id = None
-    if kind == "vlan":
+    if kind in ("vlan", "vxlan"):
         vlan_id = number(attribute_map(info.get(_IFLA_INFO_DATA, b"")).get(_IFLA_VLAN_ID))
     return Link(
         index=index,
@@ -271,7 +292,7 @@ def decode_address(payload: bytes, names: dict[int, str]) -> AddressRow:
     return AddressRow(
         link=names.get(index, f"#{index}"),
         cidr=f"{address}/{length}",
-        link_local=bool(address) and ipaddress.ip_address(address).is_link_local,
+        link_local=":" in address and ipaddress.ip_address(address).is_link_local,
         scope=_SCOPES.get(scope, str(scope)),
     )
 
@@ -299,12 +320,16 @@ def decode_route(payload: bytes, names: dict[int, str]) -> RouteRow:
 def decode_rule(payload: bytes) -> RuleRow:
     """Raises NetlinkError (EBADMSG) when ``payload`` is no fib_rule_hdr with attributes."""
     head = _head(_RULE_HEAD, payload, "rule")
+    family, to_length, from_length = head[0], head[1], head[2]
     told = attribute_map(payload, _RULE_HEAD.size)
     return RuleRow(
         priority=number(told.get(_FRA_PRIORITY)),
         mark=number(told.get(_FRA_FWMARK)),
         mask=number(told.get(_FRA_FWMASK)),
         table=number(told.get(_FRA_TABLE), head[4]),
+        source=f"{_address(family, told[_FRA_SRC])}/{from_length}" if _FRA_SRC in told else "",
+        destination=f"{_address(family, told[_FRA_DST])}/{to_length}" if _FRA_DST in told else "",
+        iif=string(told.get(_FRA_IIFNAME)),
     )
 
 
@@ -368,6 +393,17 @@ def make_vlan(name: str, parent: str, vlan_id: int, alias: str = "") -> Message:
     data = nested(_IFLA_INFO_DATA, u16(_IFLA_VLAN_ID, vlan_id))
     what = f"make VLAN link {name} with tag {vlan_id} on {parent}"
     return _make(name, "vlan", data, alias, what, links={_IFLA_LINK: parent})
+
+
+def make_vxlan(name: str, parent: str, vni: int, group: str, ttl: int, alias: str = "") -> Message:
+    """A VXLAN tunnel over ``parent`` to whoever joined the multicast group, at the kernel's own port (8472).
+
+    EEXIST when it is there, or another tunnel has that number; EOPNOTSUPP on a kernel without vxlan.
+    """
+    data = (u32(_IFLA_VXLAN_ID, vni), attribute(_IFLA_VXLAN_GROUP, socket.inet_aton(group)), u8(_IFLA_VXLAN_TTL, ttl))
+    what = f"make VXLAN link {name} with number {vni} over {parent}"
+    made = _make(name, "vxlan", nested(_IFLA_INFO_DATA, *data, u32(_IFLA_VXLAN_LINK, 0)), alias, what)
+    return replace(made, links=((len(made.payload) - 4, parent),))  # the last value of the innermost attribute
 
 
 def make_veth(
@@ -451,11 +487,22 @@ def add_route(
 
 
 def replace_route(
-    destination: str, link: str, via: str = "", source: str = "", table: int = MAIN_TABLE, metric: int = 0
+    destination: str,
+    link: str = "",
+    via: str = "",
+    source: str = "",
+    table: int = MAIN_TABLE,
+    metric: int = 0,
+    kind: str = "unicast",
 ) -> Message:
-    """As :func:`add_route`, instead of whatever route to that destination stands in the table with that metric."""
-    what = f"put {_route_words(destination, link, via, table)}"
-    return _route_message(_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, destination, link, via, source, table, metric, what)
+    """As :func:`add_route`, instead of whatever route to that destination stands in the table with that metric.
+
+    ``kind``: ``blackhole``, ``unreachable`` and ``prohibit`` have no link.
+    """
+    what = f"put {_route_words(destination, link, via, table, kind)}"
+    return _route_message(
+        _NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, destination, link, via, source, table, metric, what, kind
+    )
 
 
 def delete_route(
@@ -466,14 +513,37 @@ def delete_route(
     return _route_message(_DELROUTE, 0, destination, link, via, source, table, metric, what)
 
 
-def add_rule(priority: int, mark: int, mask: int, table: int, family: int = socket.AF_INET) -> Message:
-    """Packets whose mark, under ``mask``, is ``mark`` look up ``table``. EEXIST when that rule is there."""
-    return _rule_message(_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, priority, mark, mask, table, family, "add")
+def add_rule(
+    priority: int,
+    mark: int,
+    mask: int,
+    table: int,
+    source: str = "",
+    destination: str = "",
+    iif: str = "",
+    family: int = socket.AF_INET,
+) -> Message:
+    """Packets whose mark, under ``mask``, is ``mark`` look up ``table``: those from, to, and by what is not empty.
+
+    EEXIST when that rule is there.
+    """
+    row = RuleRow(priority=priority, mark=mark, mask=mask, table=table, source=source, destination=destination, iif=iif)
+    return _rule_message(_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, row, family, "add")
 
 
-def delete_rule(priority: int, mark: int, mask: int, table: int, family: int = socket.AF_INET) -> Message:
+def delete_rule(
+    priority: int,
+    mark: int,
+    mask: int,
+    table: int,
+    source: str = "",
+    destination: str = "",
+    iif: str = "",
+    family: int = socket.AF_INET,
+) -> Message:
     """ENOENT when that rule is not there."""
-    return _rule_message(_DELRULE, 0, priority, mark, mask, table, family, "delete")
+    row = RuleRow(priority=priority, mark=mark, mask=mask, table=table, source=source, destination=destination, iif=iif)
+    return _rule_message(_DELRULE, 0, row, family, "delete")
 
 
 def put_neighbour(link: str, address: str, mac: str) -> Message:
@@ -544,16 +614,27 @@ def _address_message(kind: int, flags: int, link: str, cidr: str, what: str) -> 
 
 
 def _route_message(
-    kind: int, flags: int, destination: str, link: str, via: str, source: str, table: int, metric: int, what: str
+    message: int,
+    flags: int,
+    destination: str,
+    link: str,
+    via: str,
+    source: str,
+    table: int,
+    metric: int,
+    what: str,
+    kind: str = "unicast",
 ) -> Message:
     network = ipaddress.ip_network(destination)
     family = socket.AF_INET6 if network.version == 6 else socket.AF_INET
-    scope = _SCOPE_UNIVERSE if via or network.version == 6 else _SCOPE_LINK
-    protocol, route_kind = _RTPROT_STATIC, _RTN_UNICAST
-    if kind == _DELROUTE:
-        scope, protocol, route_kind = _SCOPE_NOWHERE, 0, 0  # whatever it is
+    scope = _SCOPE_LINK if link and not via and network.version == 4 else _SCOPE_UNIVERSE
+    protocol, kind_number = _RTPROT_STATIC, _ROUTE_KIND_NUMBERS[kind]
+    # A neighbour is on the link that is named with it, whether or not another route says so.
+    on_link = _RTNH_F_ONLINK if link and via and network.version == 4 else 0
+    if message == _DELROUTE:
+        scope, protocol, kind_number, on_link = _SCOPE_NOWHERE, 0, 0, 0  # whatever it is
     payload = _ROUTE_HEAD.pack(
-        family, network.prefixlen, 0, 0, table if table < 256 else 0, protocol, scope, route_kind, 0
+        family, network.prefixlen, 0, 0, table if table < 256 else 0, protocol, scope, kind_number, on_link
     )
     payload += attribute(_RTA_DST, network.network_address.packed) + u32(_RTA_TABLE, table)
     if via:
@@ -563,11 +644,11 @@ def _route_message(
     if metric:
         payload += u32(_RTA_PRIORITY, metric)
     payload, fills = _with_links(payload, {_RTA_OIF: link} if link else {})
-    return Message(kind, flags, payload, what=what, links=fills)
+    return Message(message, flags, payload, what=what, links=fills)
 
 
-def _route_words(destination: str, link: str, via: str, table: int) -> str:
-    words = f"route to {destination}"
+def _route_words(destination: str, link: str, via: str, table: int, kind: str = "unicast") -> str:
+    words = f"{'route' if kind == 'unicast' else kind} to {destination}"
     if via:
         words += f" via {via}"
     if link:
@@ -575,15 +656,19 @@ def _route_words(destination: str, link: str, via: str, table: int) -> str:
     return words if table == MAIN_TABLE else f"{words} in table {table}"
 
 
-def _rule_message(
-    kind: int, flags: int, priority: int, mark: int, mask: int, table: int, family: int, verb: str
-) -> Message:
-    payload = _RULE_HEAD.pack(family, 0, 0, 0, table if table < 256 else 0, 0, 0, _FR_ACT_TO_TBL, 0)
-    payload += u32(_FRA_PRIORITY, priority) + u32(_FRA_TABLE, table)
-    if mask:
-        payload += u32(_FRA_FWMARK, mark) + u32(_FRA_FWMASK, mask)
-    what = f"{verb} rule {priority} for mark {mark:#x}/{mask:#x} to table {table}"
-    return Message(kind, flags, payload, what=what)
+def _rule_message(message: int, flags: int, row: RuleRow, family: int, verb: str) -> Message:
+    of, to = (ipaddress.ip_network(it) if it else None for it in (row.source, row.destination))
+    lengths = to.prefixlen if to else 0, of.prefixlen if of else 0
+    payload = _RULE_HEAD.pack(family, *lengths, 0, row.table if row.table < 256 else 0, 0, 0, _FR_ACT_TO_TBL, 0)
+    payload += u32(_FRA_PRIORITY, row.priority) + u32(_FRA_TABLE, row.table)
+    for kind, network in ((_FRA_SRC, of), (_FRA_DST, to)):
+        payload += attribute(kind, network.network_address.packed) if network else b""
+    if row.mask:
+        payload += u32(_FRA_FWMARK, row.mark) + u32(_FRA_FWMASK, row.mask)
+    if row.iif:
+        payload += text(_FRA_IIFNAME, row.iif)
+    what = f"{verb} rule {row.priority} for mark {row.mark:#x}/{row.mask:#x} to table {row.table}"
+    return Message(message, flags, payload, what=what)
 
 
 def _link_names(rtnetlink: Socket) -> dict[int, str]:

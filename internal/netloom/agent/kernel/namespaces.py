@@ -20,8 +20,8 @@ from netloom.errors import HostRefused
 # Where iproute2 keeps them (ip-netns(8)), so that ``ip netns`` and we see the same names.
 NETNS_DIR = "/run/netns"
 
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
-_MS_BIND, _MS_REC, _MS_SHARED = 0x1000, 0x4000, 0x100000  # linux/mount.h
+_CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000  # linux/sched.h
+_MS_BIND, _MS_REC, _MS_PRIVATE, _MS_SHARED = 0x1000, 0x4000, 0x40000, 0x100000  # linux/mount.h
 _MNT_DETACH = 2
 _OWN = "/proc/thread-self/ns/net"
 
@@ -200,6 +200,24 @@ def _share_directory() -> None:
         _check(-1)
     _check(_libc.mount(directory, directory, b"none", _MS_BIND | _MS_REC, None))
     _check(_libc.mount(b"", directory, b"none", _MS_SHARED | _MS_REC, None))
+
+
+def release() -> None:
+    """Undoes ``prepare`` where no namespace has a name: whoever makes one next prepares the directory again."""
+    with _locked():
+        if not os.listdir(NETNS_DIR):
+            _libc.umount2(NETNS_DIR.encode(), _MNT_DETACH)
+
+
+def enter_scratch() -> None:
+    """This process, of one thread, goes on in a network of its own with no link and no named namespace.
+
+    What it makes there nobody else sees, and it ends with the process, however that ends. Raises NamespaceError.
+    """
+    run = os.path.dirname(NETNS_DIR).encode()
+    _check(_libc.unshare(_CLONE_NEWNET | _CLONE_NEWNS))
+    _check(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    _check(_libc.mount(b"netloom", run, b"tmpfs", 0, None))
 
 
 @contextmanager

@@ -1,0 +1,223 @@
+/*
+ * The start of the one file.
+ *
+ * Nuitka's own start looks at every byte of what it once unpacked, stays as a second process, and turns SIGTERM into
+ * SIGINT. This object, linked into the same executable, runs before it: where this build is unpacked it becomes that
+ * program by exec, under the same pid. Where it is not, a child lets Nuitka's start unpack it into a fresh directory,
+ * which gets its name when all of it is on the disk: nothing half-unpacked is ever run, and of two first starts one wins.
+ *
+ * The directories are those of extension/directory.py, for the same reasons, on a mount that allows exec. Code is run
+ * from a directory of our own only, which nobody else can enter, nor put another one in the place of.
+ *
+ * The object is linked into the unpacked program, too, where it has one thing to do: to end at once while unpacking.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <limits.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef BUILD_ID
+#error "BUILD_ID: the name of the directory that this build is unpacked into"
+#endif
+#define PROGRAM "netloom.bin"
+#define UNPACKING "NETLOOM_UNPACKING"
+#define UNPACKED_BYTES (64UL << 20) /* what it takes, and some more */
+#define TOUCH_AFTER_S 600           /* a build is in use while its directory is younger than an hour (program.py) */
+
+extern int Py_IsInitialized(void) __attribute__((weak)); /* the program has it, its start has not */
+
+static char reasons[2048];
+
+/* Why a directory will not do, for the one line in the end. */
+static int no(const char *path, const char *format, ...) {
+    size_t used = strlen(reasons);
+    int wrote = snprintf(reasons + used, sizeof reasons - used, "%s%s: ", used ? "; " : "", path);
+    if (wrote > 0 && used + wrote < sizeof reasons) {
+        va_list values;
+        va_start(values, format);
+        vsnprintf(reasons + used + wrote, sizeof reasons - used - wrote, format, values);
+        va_end(values);
+    }
+    return 0;
+}
+
+/* The directories above are such that nobody else can put another one in our place; made where they are missing. */
+static int is_safe_above(const char *path) {
+    char above[PATH_MAX];
+    struct stat found;
+    snprintf(above, sizeof above, "%s", path);
+    for (char *end = strchr(above + 1, '/'); end; end = strchr(end + 1, '/')) {
+        *end = 0;
+        if (lstat(above, &found) && (errno != ENOENT || (mkdir(above, 0700) && errno != EEXIST) || lstat(above, &found)))
+            return no(path, "%s", strerror(errno));
+        if (found.st_uid && found.st_uid != geteuid())
+            return no(path, "%s is owned by uid %u", above, (unsigned)found.st_uid);
+        /* Homes that their own group may write to are usual; in a sticky directory what is ours stays in its place. */
+        int others = S_IWOTH | (found.st_gid && found.st_gid != getegid() ? S_IWGRP : 0);
+        if (!S_ISLNK(found.st_mode) && !(found.st_mode & S_ISVTX) && (found.st_mode & others))
+            return no(path, "others may write to %s", above);
+        *end = '/';
+    }
+    return 1;
+}
+
+/* A directory of ours that nobody else can enter, and no link; made where it is missing. */
+static int is_private(const char *path) {
+    struct stat found;
+    if (lstat(path, &found) && (errno != ENOENT || (mkdir(path, 0700) && errno != EEXIST) || lstat(path, &found)))
+        return no(path, "%s", strerror(errno));
+    if (!S_ISDIR(found.st_mode)) return no(path, S_ISLNK(found.st_mode) ? "a link" : "not a directory");
+    if (found.st_uid != geteuid()) return no(path, "owned by uid %u", (unsigned)found.st_uid);
+    if (found.st_mode & 077) return no(path, "mode %04o, not 0700", (unsigned)(found.st_mode & 07777));
+    return 1;
+}
+
+static int allows_exec(const char *path) {
+    struct statvfs mount;
+    if (statvfs(path, &mount)) return no(path, "%s", strerror(errno));
+    return mount.f_flag & ST_NOEXEC ? no(path, "mounted noexec") : 1;
+}
+
+/* Ours, unpacked and complete: it got its name last. 2: and nobody has started it for a while. */
+static int is_unpacked(const char *build) {
+    char program[PATH_MAX];
+    struct stat directory, file;
+    if (snprintf(program, sizeof program, "%s/" PROGRAM, build) >= (int)sizeof program) return 0;
+    if (lstat(build, &directory) || lstat(program, &file)) return 0;
+    if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid() || (directory.st_mode & 077)) return 0;
+    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid()) return 0;
+    if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
+    utimensat(AT_FDCWD, build, NULL, 0); /* it is in use */
+    return 2;
+}
+
+static int remove_entry(const char *path, const struct stat *found, int kind, struct FTW *walk) {
+    (void)found, (void)kind, (void)walk;
+    return remove(path);
+}
+
+/* The child's part: from here on it is Nuitka's start, whose cache is the fresh directory, without a word. */
+static void go_on_and_unpack(const char *fresh) {
+    int null = open("/dev/null", O_RDWR);
+    for (int fd = 0; fd < 3; fd++) dup2(null, fd);
+    umask(077); /* the caller's may be one with which nothing can be run */
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    setenv("XDG_CACHE_HOME", fresh, 1);
+    setenv(UNPACKING, "1", 1);
+}
+
+/* 1: unpacked under its name; 0: not, and why is told; -1: this is the child, which goes on. */
+static int unpack(const char *programs, const char *build) {
+    char fresh[PATH_MAX], made[PATH_MAX];
+    struct statvfs disk;
+    if (statvfs(programs, &disk)) return no(programs, "%s", strerror(errno));
+    if ((unsigned long)disk.f_bavail * disk.f_frsize < UNPACKED_BYTES)
+        return no(programs, "%lu MB free, %lu needed", (unsigned long)disk.f_bavail * disk.f_frsize >> 20, UNPACKED_BYTES >> 20);
+    if (snprintf(fresh, sizeof fresh, "%s/.new-XXXXXX", programs) >= (int)sizeof fresh || !mkdtemp(fresh))
+        return no(programs, "%s", strerror(errno));
+    int status = -1, done = 0;
+    pid_t child = fork();
+    if (!child) {
+        go_on_and_unpack(fresh);
+        return -1;
+    }
+    while (child > 0 && waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
+    snprintf(made, sizeof made, "%s/" BUILD_ID, fresh);
+    if (child > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0 && !chmod(made, 0700)) {
+        int fd = open(made, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        done = fd >= 0 && !syncfs(fd); /* a name for data that a power cut could still take away is no good */
+        if (fd >= 0) close(fd);
+        if (done && rename(made, build) && !is_unpacked(build)) done = no(build, "%s", strerror(errno));
+    } else {
+        no(programs, statvfs(programs, &disk) || disk.f_bavail ? "unpacking failed" : "no space left");
+    }
+    nftw(fresh, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+    return done;
+}
+
+/* Returns in the child that unpacks, and when this directory will not do (0). */
+static int start_from(const char *directory, char **argv) {
+    char programs[PATH_MAX], build[PATH_MAX], program[PATH_MAX], self[PATH_MAX];
+    if (directory[0] != '/' || strlen(directory) > PATH_MAX - 256) return no(directory, "not an absolute path");
+    snprintf(programs, sizeof programs, "%s/programs", directory);
+    snprintf(build, sizeof build, "%s/" BUILD_ID, programs);
+    if (!is_safe_above(directory) || !is_private(directory) || !is_private(programs) || !allows_exec(programs)) return 0;
+    int there = is_unpacked(build);
+    if (!there) {
+        int made = unpack(programs, build);
+        if (made != 1) return made;
+        there = 2;
+    }
+    ssize_t length = readlink("/proc/self/exe", self, sizeof self - 1);
+    if (length < 0) return no("/proc/self/exe", "%s", strerror(errno));
+    self[length] = 0;
+    setenv("NETLOOM_EXE", self, 1);
+    if (there == 2) setenv("NETLOOM_TIDY", "1", 1); /* time to look for builds that nobody starts any more */
+    setenv("NETLOOM_PATH", getenv("PATH") ? getenv("PATH") : "", 1); /* which Nuitka hides from the interpreter */
+    setenv("NUITKA_ORIGINAL_ARGV0", argv[0], 1);
+    *strrchr(self, '/') = 0;
+    setenv("NUITKA_ONEFILE_DIRECTORY", self, 1);
+    snprintf(program, sizeof program, "%s/" PROGRAM, build);
+    execv(program, argv);
+    return no(program, "%s", strerror(errno));
+}
+
+static const char *home(void) {
+    const char *told = getenv("HOME");
+    if (told && told[0] == '/') return told;
+    struct passwd *user = getpwuid(geteuid());
+    return user && user->pw_dir && user->pw_dir[0] == '/' ? user->pw_dir : NULL;
+}
+
+/* The interpreter inside takes a caller's settings of Python for its own: some stop it, others print. */
+static void forget_settings_of_python(void) {
+    for (char **entry = environ; *entry;) {
+        char name[128];
+        size_t length = strcspn(*entry, "=");
+        if (strncmp(*entry, "PYTHON", 6) || length >= sizeof name || !(*entry)[length]) {
+            entry++;
+            continue;
+        }
+        memcpy(name, *entry, length);
+        name[length] = 0;
+        unsetenv(name); /* what stood behind it takes its place */
+    }
+}
+
+__attribute__((constructor)) static void start(int argc, char **argv) {
+    char directory[PATH_MAX];
+    const char *told = getenv("NETLOOM_DIR"), *at_home;
+    if (Py_IsInitialized) {
+        if (getenv(UNPACKING)) _exit(0);
+        return;
+    }
+    if (argc < 1) _exit(1);
+    unsetenv(UNPACKING);
+    unsetenv("NETLOOM_TIDY");
+    unsetenv("NUITKA_ONEFILE_PARENT");
+    forget_settings_of_python();
+    signal(SIGCHLD, SIG_DFL); /* a caller who ignores it has its children ignore it, and then none can be waited for */
+    if (told && *told && start_from(told, argv)) return;
+    if ((at_home = home()) && snprintf(directory, sizeof directory, "%s/.cache/netloom", at_home) < (int)sizeof directory &&
+        start_from(directory, argv))
+        return;
+    snprintf(directory, sizeof directory, "/var/cache/netloom/%u", (unsigned)geteuid());
+    if (start_from(directory, argv)) return;
+    snprintf(directory, sizeof directory, "/var/tmp/netloom-%u", (unsigned)geteuid());
+    if (start_from(directory, argv)) return;
+    fprintf(stderr, "netloom: no directory to unpack this program into: %s (set NETLOOM_DIR to a directory of yours with mode 0700, where programs may run)\n", reasons);
+    _exit(1);
+}

@@ -1,0 +1,1 @@
+"""What `make release` writes into dist/, made from dist/netloom and this repository."""

@@ -1,0 +1,507 @@
+"""Whether this host can carry networks: tried, and not read from version numbers.
+
+The trial is the program's own work: in a scratch host, a process with a network and mounts of its own, it builds a
+network as the agent would, swaps its rules under it, and sends a packet through. All of it ends with that process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from netloom import names
+from netloom.agent.host import Host, load_modules
+from netloom.agent.kernel import conntrack, links, namespaces
+from netloom.agent.kernel.nft import Nft, load_library
+from netloom.agent.supervise import PATH
+from netloom.errors import HostRefused, NetloomError, one_line
+from netloom.render.scope import render
+from netloom.state import (
+    AclItem,
+    Backend,
+    Firewall,
+    FirewallRule,
+    LbRule,
+    Network,
+    Outside6,
+    Pbr,
+    PbrRoute,
+    PbrRule,
+    PbrTable,
+    PortForward,
+    Ports,
+    PublicIp,
+    Scope,
+    StaticNat,
+    Uplinks,
+)
+
+TRIAL_S_MAX = 60.0
+_PACKET_S_MAX = 5.0
+_OS_RELEASE = "/etc/os-release"
+
+Family = str  # "debian", "rhel", "suse", or "" for what we do not know
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was tried. ``needed``: no network stands without it; of the others only those that want it."""
+
+    what: str
+    ok: bool
+    needed: bool
+    says: str = ""  # what is wrong, and what it means
+    remedy: str = ""
+
+
+def require() -> None:
+    """Raises HostRefused with the name of everything that is missing and needed."""
+    missing = [it for it in run() if it.needed and not it.ok]
+    if missing:
+        what = "; ".join(f"{it.what}: {it.says}" for it in missing)
+        remedies = dict.fromkeys(it.remedy for it in missing if it.remedy)
+        raise HostRefused(f"this host cannot carry networks: {what}", hint=", ".join(remedies))
+
+
+def run() -> list[Finding]:
+    """Everything, in the order in which one thing needs the other. Needs root; raises HostRefused without."""
+    if os.geteuid() != 0:
+        raise HostRefused("the selftest makes a network of its own and needs root")
+    return [*_programs(_family()), *_in_a_scratch_host()]
+
+
+# ------------------------------------------------------------------------------------------------------------ programs
+
+_PACKAGES: dict[str, dict[Family, str]] = {
+    "nft": {"debian": "libnftables1 or nftables", "rhel": "nftables", "suse": "nftables"},
+    "dnsmasq": {"debian": "dnsmasq-base", "rhel": "dnsmasq", "suse": "dnsmasq"},
+    "haproxy": {"debian": "haproxy", "rhel": "haproxy", "suse": "haproxy"},
+}
+_INSTALL = {"debian": "apt-get install", "rhel": "dnf install", "suse": "zypper install"}
+
+
+def _family(path: str = _OS_RELEASE) -> Family:
+    """Which distribution's package names fit (os-release(5))."""
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = dict(line.split("=", 1) for line in lines if "=" in line)
+    words = " ".join(told.get(key, "").strip("\"'") for key in ("ID", "ID_LIKE")).split()
+    known = {"debian": "debian", "ubuntu": "debian", "rhel": "rhel", "fedora": "rhel", "centos": "rhel", "suse": "suse"}
+    return next((known[word] for word in words if word in known), "")
+
+
+def _programs(family: Family) -> list[Finding]:
+    nft = load_library() is not None or _is_there("nft")
+    return [
+        _program("nft", family, nft, True, "neither libnftables nor the program nft is there"),
+        _program("dnsmasq", family, _is_there("dnsmasq"), False, "no names in networks that want DNS"),
+        _program("haproxy", family, _is_there("haproxy"), False, "no load balancing of TCP"),
+    ]
+
+
+def _program(name: str, family: Family, ok: bool, needed: bool, says: str) -> Finding:
+    package = _PACKAGES[name].get(family, name)
+    remedy = f"{_INSTALL.get(family, 'install')} {package}"
+    return Finding(what=name, ok=ok, needed=needed, says="" if ok else says, remedy="" if ok else remedy)
+
+
+def _is_there(program: str) -> bool:
+    return shutil.which(program, path=PATH) is not None
+
+
+# --------------------------------------------------------------------------------------------------- the scratch host
+
+_NIC = "eth1"
+_VM_MAC, _VM_IP = "02:00:00:00:00:45", "10.1.1.45"
+_GATEWAY_MAC, _GATEWAY_IP, _WORLD_IP = "02:00:00:00:00:01", "203.0.113.1", "198.51.100.9"
+_OTHER_GATEWAY_IP = "203.0.113.9"
+_OWNER = "selftest"
+_TCP_SAVE_SYN, _WITH_ETHERNET_HEADER = 27, 2  # linux/tcp.h
+
+
+def _in_a_scratch_host() -> list[Finding]:
+    """What a child process finds out in a network of its own; it tells as it goes on, so that a crash is told too."""
+    load_modules()
+    told_read, told_write = os.pipe()
+    child = os.fork()
+    if not child:
+        _be_the_scratch_host(told_write)
+    os.close(told_write)
+    try:
+        text = _read_all(told_read, time.monotonic() + TRIAL_S_MAX)
+    finally:
+        os.close(told_read)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    found = [msgspec.json.decode(line, type=Finding) for line in text.splitlines() if line.endswith(b"}")]
+    if len(found) < len(_TRIALS) and (not found or found[-1].ok or not found[-1].needed):
+        what, _, needed, _ = _TRIALS[len(found)]
+        found.append(Finding(what=what, ok=False, needed=needed, says="the trial of it crashed or hung"))
+    return found
+
+
+def _read_all(fd: int, until: float) -> bytes:
+    text = b""
+    while select.select([fd], [], [], max(0.0, until - time.monotonic()))[0]:
+        data = os.read(fd, 1 << 16)
+        if not data:
+            break
+        text += data
+    return text
+
+
+def _be_the_scratch_host(told: int) -> None:
+    try:
+        host = _ScratchHost()
+        for what, trial, needed, remedy in _TRIALS:
+            says = ""
+            try:
+                trial(host)
+            except (NetloomError, OSError) as error:
+                says = one_line(str(error), 400)
+            finding = Finding(what=what, ok=not says, needed=needed, says=says, remedy=remedy if says else "")
+            os.write(told, msgspec.json.encode(finding) + b"\n")
+            if says and needed:  # the next one stands on it
+                break
+    finally:
+        os._exit(0)
+
+
+class _ScratchHost:
+    """What one trial leaves for the next."""
+
+    def __init__(self) -> None:
+        self.host = Host()
+        self.scope = _isolated()
+
+
+def _make_scratch(host: _ScratchHost) -> None:
+    namespaces.enter_scratch()
+    namespaces.prepare()
+
+
+def _make_links(host: _ScratchHost) -> None:
+    here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for link, other in (
+            (_NIC, "nic-x"),
+            (f"{_NIC}.1204", "vm"),
+            (f"{_NIC}.1301", "tier"),
+            (f"{_NIC}.101", "world"),
+        ):
+            links.change(None, [links.make_veth(link, "", other, "", 0, here), links.set_up(link), links.set_up(other)])
+    finally:
+        os.close(here)
+
+
+def _make_bridge(host: _ScratchHost) -> None:
+    links.change(None, [links.make_bridge("trial"), links.delete_link("trial")])
+
+
+def _load_table(family: str) -> Callable[[_ScratchHost], None]:
+    def load(host: _ScratchHost) -> None:
+        hook = "ingress device nic-x" if family == "netdev" else "prerouting"
+        with Nft(None) as nft:
+            chain = f"chain c {{ type filter hook {hook} priority 0; policy accept; }}"
+            nft.run(f"table {family} trial {{\n{chain}\n}}\nadd rule {family} trial c counter")
+            nft.run(f"delete table {family} trial")
+
+    return load
+
+
+def _track(host: _ScratchHost) -> None:
+    conntrack.dump(None)
+
+
+def _build(host: _ScratchHost) -> None:
+    """The simplest rules first, then all kinds of rules swapped in, and out again."""
+    plain = msgspec.structs.replace(
+        host.scope, port_forwards={}, static_nats={}, lb_rules={}, pbr=Pbr(), networks=_plain(host.scope)
+    )
+    known = None
+    for scope in (plain, host.scope, plain, host.scope):
+        want = render(scope)
+        host.host.converge(scope.scope_id, want, known)
+        known = want.ruleset
+    vpc = _vpc()
+    host.host.converge(vpc.scope_id, render(vpc), None)
+
+
+def _send_a_packet(host: _ScratchHost) -> None:
+    """From the VM to the world, and the answer back: translated both ways."""
+    namespace = names.namespace(host.scope.scope_id)
+    to_device = names.mac(_OWNER, host.scope.scope_id, names.guest_link("204"))
+    to_exit = names.mac(_OWNER, host.scope.scope_id, names.public_link("101"))
+    links.change(namespace, [links.put_neighbour("pub-101", _GATEWAY_IP, _GATEWAY_MAC)])
+    links.change(namespace, [links.put_neighbour("gst-204", _VM_IP, _VM_MAC)])
+    with _packets("vm") as vm, _packets("world") as world:
+        asked = _Datagram(_VM_IP, _WORLD_IP, 4000, 5353)
+        out = _passes(vm, asked.frame(_VM_MAC, to_device), world, lambda it: it.to == _WORLD_IP)
+        if out.source != "203.0.113.20":
+            raise HostRefused(f"a packet left with the source address {out.source} instead of 203.0.113.20")
+        answer = _Datagram(out.to, out.source, out.to_port, out.source_port)
+        back = _passes(world, answer.frame(_GATEWAY_MAC, to_exit), vm, lambda it: it.source == _WORLD_IP)
+        if (back.to, back.to_port) != (asked.source, asked.source_port):
+            raise HostRefused(f"the answer to a packet reached {back.to} instead of {asked.source}")
+
+
+def _revoke(host: _ScratchHost) -> None:
+    """What ends flows: entries can be marked and deleted."""
+    namespace = names.namespace(host.scope.scope_id)
+    entries = conntrack.dump(namespace)
+    conntrack.set_mark(namespace, entries, 1 << 31, 1 << 31)
+    if not entries or conntrack.delete(namespace, entries) != len(entries):
+        raise HostRefused(f"{len(entries)} entries, and they cannot be deleted")
+
+
+def _keep_first_packet(host: _ScratchHost) -> None:
+    """What proves to the guest process which VM asks (guest/peer.py)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        try:
+            listener.setsockopt(socket.IPPROTO_TCP, _TCP_SAVE_SYN, _WITH_ETHERNET_HEADER)
+        except OSError as error:
+            raise HostRefused(f"a connection's first packet is not kept with its MAC address: {error}") from error
+
+
+def _build_with_ip6(host: _ScratchHost) -> None:
+    for scope in (_with_ip6(host.scope), _with_ip6(_vpc())):
+        host.host.converge(scope.scope_id, render(scope), None)
+
+
+def _make_vlan(host: _ScratchHost) -> None:
+    links.change(None, [links.make_vlan("trial.9", _NIC, 9)])
+
+
+def _make_vxlan(host: _ScratchHost) -> None:
+    links.change(None, [links.make_vxlan("vxlan9", _NIC, 9, names.vxlan_group(9), 10)])
+
+
+_TRIALS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
+    ("network namespaces", _make_scratch, True, "a kernel with CONFIG_NET_NS"),
+    ("veth links", _make_links, True, "load the module veth"),
+    ("bridges", _make_bridge, True, "load the module bridge"),
+    ("nf_tables", _load_table("inet"), True, "load the module nf_tables"),
+    ("nf_tables, netdev family", _load_table("netdev"), True, "a kernel with CONFIG_NF_TABLES_NETDEV"),
+    ("connection tracking", _track, True, "load the module nf_conntrack_netlink"),
+    ("networks and their rulesets", _build, True, ""),
+    ("a packet through a network", _send_a_packet, True, ""),
+    ("ending of flows", _revoke, True, ""),
+    ("senders of requests", _keep_first_packet, False, "Linux 5.10; before it no DHCP, metadata and passwords"),
+    ("IPv6", _build_with_ip6, False, "boot without ipv6.disable; wanted by networks with IPv6 only"),
+    ("802.1Q", _make_vlan, False, "load the module 8021q; without it links <nic>.<vlan> must exist"),
+    ("VXLAN", _make_vxlan, False, "load the module vxlan; wanted by guest.isolation=vxlan only"),
+)
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+class _Datagram(NamedTuple):
+    """A UDP datagram without its optional checksum (RFC 768) in IPv4 (RFC 791) on Ethernet."""
+
+    source: str
+    to: str
+    source_port: int
+    to_port: int
+
+    def frame(self, source_mac: str, to_mac: str) -> bytes:
+        datagram = struct.pack("!4H", self.source_port, self.to_port, 8 + 4, 0) + b"ping"
+        addresses = socket.inet_aton(self.source) + socket.inet_aton(self.to)
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(datagram), 1, 0, 64, socket.IPPROTO_UDP, 0) + addresses
+        total = sum(struct.unpack("!10H", head))
+        total = (total & 0xFFFF) + (total >> 16)
+        checksum = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+        head = head[:10] + struct.pack("!H", checksum) + head[12:]
+        return bytes.fromhex((to_mac + source_mac).replace(":", "")) + b"\x08\x00" + head + datagram
+
+
+def _read(frame: bytes) -> _Datagram | None:
+    """None for any other frame."""
+    if len(frame) < 42 or frame[12:14] != b"\x08\x00" or frame[14] != 0x45 or frame[23] != socket.IPPROTO_UDP:
+        return None
+    ports = struct.unpack("!2H", frame[34:38])
+    return _Datagram(socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34]), *ports)
+
+
+@contextlib.contextmanager
+def _packets(link: str) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003)) as sock:  # ETH_P_ALL
+        sock.bind((link, 0))
+        yield sock
+
+
+def _passes(
+    sender: socket.socket, frame: bytes, receiver: socket.socket, is_it: Callable[[_Datagram], bool]
+) -> _Datagram:
+    """What comes out for ``frame``, which is sent again while the links may still be coming up."""
+    until = time.monotonic() + _PACKET_S_MAX
+    again = 0.0
+    while time.monotonic() < until:
+        if time.monotonic() >= again:
+            sender.send(frame)
+            again = time.monotonic() + 0.2
+        if select.select([receiver], [], [], 0.05)[0]:
+            received, where = receiver.recvfrom(2048)
+            datagram = _read(received)
+            if datagram is not None and where[2] != socket.PACKET_OUTGOING and is_it(datagram):
+                return datagram
+    raise HostRefused(f"no packet came through within {_PACKET_S_MAX:.0f} s", hint="is forwarding or nftables limited?")
+
+
+# ------------------------------------------------------------------------------------------------- what is rendered
+
+
+def _plain(scope: Scope) -> dict[str, Network]:
+    return {key: msgspec.structs.replace(network, firewall=None) for key, network in scope.networks.items()}
+
+
+def _isolated() -> Scope:
+    """An isolated network with a rule of every kind."""
+    rules = (
+        FirewallRule(rule_id=1, direction="ingress", protocol="tcp", ports=Ports(22, 90), public_ip="203.0.113.21"),
+        FirewallRule(
+            rule_id=2,
+            direction="ingress",
+            protocol="udp",
+            ports=Ports(53, 53),
+            public_ip="203.0.113.21",
+            source_cidrs=("192.0.2.0/25", "198.51.100.0/24"),
+        ),
+        FirewallRule(
+            rule_id=3, direction="ingress", protocol="icmp", icmp_type=8, icmp_code=0, public_ip="203.0.113.22"
+        ),
+        FirewallRule(rule_id=4, direction="ingress", protocol="all", public_ip="203.0.113.22"),
+        FirewallRule(
+            rule_id=5,
+            direction="egress",
+            protocol="tcp",
+            ports=Ports(25, 25),
+            source_cidrs=("10.1.1.0/24",),
+            dest_cidrs=("192.0.2.0/24",),
+        ),
+        FirewallRule(rule_id=6, direction="egress", protocol="icmp", icmp_type=-1, icmp_code=-1),
+    )
+    network = Network(
+        network_id="204",
+        implemented=True,
+        vlan="1204",
+        cidr="10.1.1.0/24",
+        gateway="10.1.1.1",
+        extension_ip="10.1.1.1",
+        dhcp=True,
+        dns=True,
+        firewall=Firewall(default_egress_allow=True, rules=rules),
+    )
+
+    def forward(public: Ports, private: Ports) -> PortForward:
+        return PortForward(
+            public_ip="203.0.113.21",
+            protocol="tcp",
+            public_ports=public,
+            private_ip=_VM_IP,
+            private_ports=private,
+            network_id="204",
+        )
+
+    forwards = (
+        forward(Ports(22, 22), Ports(2222, 2222)),
+        forward(Ports(40, 45), Ports(40, 45)),
+        forward(Ports(50, 52), Ports(60, 62)),
+        forward(Ports(70, 72), Ports(80, 80)),
+    )
+    backends = (Backend(ip=_VM_IP, port=80), Backend(ip="10.1.1.46", port=80))
+    balanced = (
+        LbRule(rule_id=1, public_ip="203.0.113.21", public_port=81, protocol="tcp", algorithm="roundrobin"),
+        LbRule(rule_id=2, public_ip="203.0.113.21", public_port=82, protocol="udp", algorithm="roundrobin"),
+        LbRule(rule_id=3, public_ip="203.0.113.21", public_port=83, protocol="udp", algorithm="source"),
+    )
+    return Scope(
+        scope_id="net-204",
+        owner=_OWNER,
+        uplinks=Uplinks(guest=_NIC, public=_NIC),
+        networks={"204": network},
+        public_ips={it.address: it for it in (_held(20), _held(21), _held(22), _held(23, gateway=_OTHER_GATEWAY_IP))},
+        static_nats={"203.0.113.22": StaticNat(public_ip="203.0.113.22", private_ip="10.1.1.47", network_id="204")},
+        port_forwards={it.key: it for it in forwards},
+        lb_rules={str(it.rule_id): msgspec.structs.replace(it, backends=backends, network_id="204") for it in balanced},
+        pbr=Pbr(
+            tables=(PbrTable(number=100, name="office"),),
+            routes=(PbrRoute(table=100, destination="192.0.2.0/24", link="pub-101", via=_OTHER_GATEWAY_IP),),
+            rules=(PbrRule(priority=10000, table=100, source=f"{_VM_IP}/32"),),
+        ),
+    )
+
+
+def _with_ip6(scope: Scope) -> Scope:
+    """The same with IPv6, and rules for it."""
+    egress = FirewallRule(rule_id=7, direction="egress", protocol="tcp", dest_cidrs=("2001:db8:1::/48", "0.0.0.0/0"))
+    ping = FirewallRule(rule_id=8, direction="egress", protocol="icmp", icmp_type=13)
+    item = AclItem(number=9, action="allow", direction="ingress", protocol="tcp", cidrs=("2001:db8:7::/48",))
+    icmp = AclItem(number=10, action="allow", direction="ingress", protocol="icmp")
+    networks = {}
+    for key, it in scope.networks.items():
+        firewall = it.firewall and msgspec.structs.replace(it.firewall, rules=(*it.firewall.rules, egress, ping))
+        acl = None if it.acl is None else (*it.acl, item, icmp)
+        networks[key] = msgspec.structs.replace(
+            it, ip6_cidr="2001:db8:50:1::/64", ip6_gateway="2001:db8:50:1::1", firewall=firewall, acl=acl
+        )
+    outside = Outside6(gateway="2001:db8:99::1", address="2001:db8:99::/64")
+    return msgspec.structs.replace(scope, networks=networks, outside6=outside)
+
+
+def _held(last: int, *, gateway: str = _GATEWAY_IP) -> PublicIp:
+    """An address of the public subnet; the 20th is the source NAT address. Another gateway is another way out."""
+    return PublicIp(
+        address=f"203.0.113.{last}",
+        vlan="101",
+        gateway=gateway,
+        cidr="203.0.113.0/24",
+        exit=1 if gateway == _GATEWAY_IP else 2,
+        source_nat=last == 20,
+        network_id="204",
+    )
+
+
+def _vpc() -> Scope:
+    """A VPC of one tier with a list."""
+    acl = (
+        AclItem(
+            number=1, action="allow", direction="ingress", protocol="tcp", ports=Ports(22, 80), cidrs=("0.0.0.0/0",)
+        ),
+        AclItem(number=2, action="deny", direction="ingress", cidrs=("192.0.2.0/24",)),
+        AclItem(number=3, action="allow", direction="egress", protocol="icmp", icmp_type=8, icmp_code=0),
+    )
+    tier = Network(
+        network_id="301",
+        implemented=True,
+        vlan="1301",
+        cidr="10.2.1.0/24",
+        gateway="10.2.1.1",
+        extension_ip="10.2.1.1",
+        acl=acl,
+    )
+    address = PublicIp(
+        address="203.0.113.30", vlan="101", gateway=_GATEWAY_IP, cidr="203.0.113.0/24", exit=1, source_nat=True
+    )
+    return Scope(
+        scope_id="vpc-7",
+        owner=_OWNER,
+        uplinks=Uplinks(guest=_NIC, public=_NIC),
+        vpc_implemented=True,
+        vpc_cidr="10.2.0.0/16",
+        networks={"301": tier},
+        public_ips={address.address: address},
+    )

@@ -1,0 +1,358 @@
+"""The actions ``pbr-*`` that change something: an operator's tables, routes and rules in a scope's state.
+
+What is added twice is there once; what is there otherwise is refused, for nobody asked to take it away. What is deleted
+and never was succeeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address, IPv4Network
+from typing import Literal, TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from netloom import names
+from netloom.commands.actions import success
+from netloom.commands.transition import Context
+from netloom.errors import BadRequest, HostRefused
+from netloom.protocol.custom import CustomAction
+from netloom.protocol.pbr import (
+    OF_THE_KERNEL,
+    PRIORITY_MAX,
+    PRIORITY_MIN,
+    TABLE_MAX,
+    RouteTold,
+    RuleTold,
+    TableTold,
+    names_a_table,
+    route_told,
+    rule_told,
+    table_told,
+)
+from netloom.protocol.scalars import quoted
+from netloom.state import Pbr, PbrRoute, PbrRule, PbrTable, Scope
+
+_T = TypeVar("_T")
+
+# Of tables, routes and rules each: a packet that a guest sends out is held against every rule.
+EACH_MAX = 256
+_FIRST_TABLE = 100  # that a name without a number gets
+
+Params = Mapping[str, str]
+
+
+class Action(msgspec.Struct, frozen=True):
+    """One action: what it makes of the scope's ``pbr``, and what it then tells (of the scope as it is afterwards)."""
+
+    kind: Literal["builds", "removes"]
+    change: Callable[[Scope, Params], Pbr]
+    told: Callable[[Scope, Params], str]
+
+
+def transition(scope: Scope, asked: CustomAction, context: Context) -> Scope:
+    """The scope after the action. Raises BadRequest for an action that is answered by looking at a host."""
+    action = ACTIONS.get(asked.action)
+    if action is None:
+        raise BadRequest(f"custom-action {asked.action}: answered by looking at a host, not by a change of the state")
+    if action.kind == "builds" and not scope.revision:
+        raise nothing_known(asked.action, context.scope_id)
+    return replace(scope, pbr=action.change(scope, asked.params))
+
+
+def output(scope: Scope, asked: CustomAction, context: Context) -> str:
+    """What the caller of CloudStack's API reads: the same, however often it was asked."""
+    return success(ACTIONS[asked.action].told(scope, asked.params))
+
+
+def of_named_table(scope: Scope, params: Params) -> Scope:
+    """``scope`` as a list shows it: with the routes and rules of the table that is named alone, of all if none is.
+
+    Raises BadRequest for what cannot be a table's name or number.
+    """
+    if not names_a_table(params):
+        return scope
+    table = _match(scope.pbr, table_told(params))
+    number = table.number if table is not None else 0
+    routes = tuple(it for it in scope.pbr.routes if it.table == number)
+    rules = tuple(it for it in scope.pbr.rules if it.table == number)
+    return replace(scope, pbr=replace(scope.pbr, routes=routes, rules=rules))
+
+
+def nothing_known(action: str, scope_id: str) -> HostRefused:
+    """That this host has never heard of the scope."""
+    kind = "VPC" if scope_id.startswith("vpc-") else "network"
+    return HostRefused(
+        f"custom-action {action}: nothing is known of {scope_id} on this host", hint=f"is the {kind} implemented?"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def _create_table(scope: Scope, params: Params) -> Pbr:
+    told, pbr = table_told(params), scope.pbr
+    if _match(pbr, told) is not None:
+        return pbr
+    taken = {it.number for it in pbr.tables}
+    number = told.number or next(it for it in range(_FIRST_TABLE, TABLE_MAX) if it not in taken | OF_THE_KERNEL)
+    table = PbrTable(number=number, name=told.name or f"table-{number}")
+    if any(it.name == table.name for it in pbr.tables):
+        raise BadRequest(f"payload.action-params: another table has the name {table.name}", hint=_known(pbr))
+    tables = _not_too_many("tables", (*pbr.tables, table))
+    return replace(pbr, tables=tuple(sorted(tables, key=lambda it: it.number)))
+
+
+def _delete_table(scope: Scope, params: Params) -> Pbr:
+    """With its routes, and the rules that look it up."""
+    pbr = scope.pbr
+    table = _match(pbr, table_told(params))
+    if table is None:
+        return pbr
+    return Pbr(
+        tables=tuple(it for it in pbr.tables if it != table),
+        routes=tuple(it for it in pbr.routes if it.table != table.number),
+        rules=tuple(it for it in pbr.rules if it.table != table.number),
+    )
+
+
+def _there_is(scope: Scope, params: Params) -> str:
+    return f"table {_table(scope.pbr, params)}"
+
+
+def _there_is_no(scope: Scope, params: Params) -> str:
+    return f"no table {_named(scope, params)}"
+
+
+def _named(scope: Scope, params: Params) -> str:
+    """The table by its name, where it is there; else as it was told."""
+    told = table_told(params)
+    table = _match(scope.pbr, told)
+    return table.name if table is not None else told.name or str(told.number)
+
+
+def _match(pbr: Pbr, told: TableTold) -> PbrTable | None:
+    """The table that is named. Raises BadRequest when number and name are not of the same one."""
+    for it in pbr.tables:
+        by_number, by_name = told.number == it.number, told.name == it.name
+        if (by_number and not told.name) or (by_name and not told.number) or (by_number and by_name):
+            return it
+        if by_number or by_name:
+            raise BadRequest(
+                f"payload.action-params: table {told.number} {told.name} is known as {it}", hint=_known(pbr)
+            )
+    return None
+
+
+def _table(pbr: Pbr, params: Params) -> PbrTable:
+    told = table_told(params)
+    table = _match(pbr, told)
+    if table is None:
+        raise BadRequest(
+            f"payload.action-params: there is no table {told.name or told.number}",
+            hint=f"pbr-create-table makes one; {_known(pbr)}",
+        )
+    return table
+
+
+def _known(pbr: Pbr) -> str:
+    return f"known: {', '.join(map(str, pbr.tables)) or 'none'}"
+
+
+# --------------------------------------------------------------------------------------------------------------- routes
+
+
+def _add_route(scope: Scope, params: Params) -> Pbr:
+    pbr = scope.pbr
+    route = _route(scope, _table(pbr, params).number, route_told(params))
+    for it in pbr.routes:
+        if it == route:
+            return pbr
+        if (it.table, it.destination) == (route.table, route.destination):
+            raise BadRequest(
+                f"payload.action-params.route: table {pbr.name_of(it.table)} has already: {it}",
+                hint="delete that route first",
+            )
+    routes = _not_too_many("routes", (*pbr.routes, route))
+    return replace(pbr, routes=tuple(sorted(routes, key=lambda it: (it.table, _order(it.destination)))))
+
+
+def _delete_route(scope: Scope, params: Params) -> Pbr:
+    """The route to that destination, when it agrees with all that is said of it."""
+    pbr, told = scope.pbr, route_told(params)
+    table = _match(pbr, table_told(params))
+    return replace(pbr, routes=tuple(it for it in pbr.routes if table is None or not _agrees(it, table, told)))
+
+
+def _route_there_is(scope: Scope, params: Params) -> str:
+    table = _table(scope.pbr, params)
+    return f"{_route(scope, table.number, route_told(params))} in table {table.name}"
+
+
+def _route_there_is_no(scope: Scope, params: Params) -> str:
+    return f"no {_text(params['route'])} in table {_named(scope, params)}"
+
+
+def _agrees(route: PbrRoute, table: PbrTable, told: RouteTold) -> bool:
+    return (
+        (route.table, route.destination) == (table.number, told.destination)
+        and told.kind in (None, route.kind)
+        and told.via in ("", route.via)
+        and told.link in ("", route.link)
+        and told.source in ("", route.source)
+    )
+
+
+def _route(scope: Scope, table: int, told: RouteTold) -> PbrRoute:
+    """The route with its link. Raises BadRequest for what this namespace does not have."""
+    if told.kind in ("blackhole", "unreachable", "prohibit"):
+        return PbrRoute(table=table, destination=told.destination, kind=told.kind)
+    where = "payload.action-params.route"
+    subnets = _subnets(scope)
+    links = f"links here: {', '.join(subnets) or 'none yet'}"
+    if told.link and told.link not in subnets:
+        raise BadRequest(f"{where}: {quoted(told.link)} is no link of {scope.scope_id}", hint=links)
+    if told.via and not _is_host(told.via, subnets):
+        raise BadRequest(f"{where}: via {told.via}: no neighbour has that address")
+    own = _own_addresses(scope)
+    if told.via in own or (told.source and told.source not in own):
+        wrong = f"via {told.via} is the device itself" if told.via in own else f"src {told.source} is not the device's"
+        raise BadRequest(f"{where}: {wrong}", hint=f"its addresses: {', '.join(own) or 'none yet'}")
+    link = told.link
+    if not link:
+        fitting = [it for it, within in subnets.items() if told.via and any(_within(told.via, net) for net in within)]
+        if len(fitting) != 1:
+            which = f"through which link {told.via} is reached" if told.via else "where it leads to"
+            raise BadRequest(f"{where}: it does not tell {which}", hint=f"say via, and dev with one of the {links}")
+        (link,) = fitting
+    return PbrRoute(table=table, destination=told.destination, link=link, via=told.via, source=told.source)
+
+
+def _subnets(scope: Scope) -> dict[str, list[str]]:
+    """The links of the scope, and which subnets are on each."""
+    found: dict[str, list[str]] = {}
+    for network in sorted(scope.networks.values(), key=lambda it: int(it.network_id)):
+        found[names.guest_link(network.network_id)] = [it.cidr for it in network.ranges]
+    for ip in sorted(scope.public_ips.values(), key=lambda it: (it.vlan, it.address)):
+        gateway = [f"{ip.gateway}/32"] if ip.gateway else []
+        found.setdefault(names.public_link(ip.vlan), []).extend([ip.cidr, *gateway])
+    return found
+
+
+def _own_addresses(scope: Scope) -> list[str]:
+    devices = [it.device_ip for it in scope.networks.values()]
+    return sorted({*filter(None, devices), *scope.public_ips}, key=lambda it: int(IPv4Address(it)))
+
+
+def _is_host(address: str, subnets: Mapping[str, list[str]]) -> bool:
+    """Whether the address may be a neighbour's: of one machine, and not a subnet's first or last."""
+    it = IPv4Address(address)
+    if it.is_multicast or it.is_loopback or it.is_reserved or it.is_unspecified or int(it) >> 24 == 0:
+        return False
+    networks = [IPv4Network(cidr, strict=False) for within in subnets.values() for cidr in within]
+    return not any(it in (net.network_address, net.broadcast_address) for net in networks if net.prefixlen < 31)
+
+
+def _within(address: str, cidr: str) -> bool:
+    return IPv4Address(address) in IPv4Network(cidr, strict=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def _add_rule(scope: Scope, params: Params) -> Pbr:
+    pbr = scope.pbr
+    table, told = _table(pbr, params), rule_told(params)
+    _check_guest_link(scope, told)
+    there = _rule_like(pbr, table, told)
+    if there is not None:
+        return pbr
+    rule = PbrRule(
+        priority=told.priority or _next_priority(pbr),
+        table=table.number,
+        source=told.source,
+        destination=told.destination,
+        iif=told.iif,
+    )
+    for it in pbr.rules:
+        if it.priority == rule.priority or replace(it, priority=rule.priority) == rule:
+            raise BadRequest(
+                f"payload.action-params.rule: there is already {it.priority}: {it.selector} "
+                f"lookup {pbr.name_of(it.table)}",
+                hint="delete that rule first, or say another priority",
+            )
+    rules = _not_too_many("rules", (*pbr.rules, rule))
+    return replace(pbr, rules=tuple(sorted(rules, key=lambda it: it.priority)))
+
+
+def _delete_rule(scope: Scope, params: Params) -> Pbr:
+    pbr, told = scope.pbr, rule_told(params)
+    table = _match(pbr, table_told(params))
+    gone = _rule_like(pbr, table, told) if table is not None else None
+    return replace(pbr, rules=tuple(it for it in pbr.rules if it != gone))
+
+
+def _rule_there_is(scope: Scope, params: Params) -> str:
+    table = _table(scope.pbr, params)
+    rule = _rule_like(scope.pbr, table, rule_told(params))
+    assert rule is not None  # the transition has put it there
+    return f"{rule.priority}: {rule.selector} lookup {table.name}"
+
+
+def _rule_there_is_no(scope: Scope, params: Params) -> str:
+    return f"no {_text(params['rule'])} lookup {_named(scope, params)}"
+
+
+def _rule_like(pbr: Pbr, table: PbrTable, told: RuleTold) -> PbrRule | None:
+    """The rule that looks at the same and looks up this table; at that priority, where one is told."""
+    for it in pbr.rules:
+        same = (it.source, it.destination, it.iif, it.table) == (told.source, told.destination, told.iif, table.number)
+        if same and told.priority in (0, it.priority):
+            return it
+    return None
+
+
+def _next_priority(pbr: Pbr) -> int:
+    """After all others, so that rules are tried in the order in which they were told."""
+    highest = max((it.priority for it in pbr.rules), default=PRIORITY_MIN - 1)
+    if highest >= PRIORITY_MAX:
+        raise BadRequest(
+            "payload.action-params.rule: there is a rule with the last priority already",
+            hint=f"say which: priority {PRIORITY_MIN} to {PRIORITY_MAX}",
+        )
+    return highest + 1
+
+
+def _check_guest_link(scope: Scope, told: RuleTold) -> None:
+    links = [names.guest_link(it) for it in sorted(scope.networks, key=int)]
+    if told.iif and told.iif not in links:
+        raise BadRequest(
+            f"payload.action-params.rule: {quoted(told.iif)} is no guest link of {scope.scope_id}",
+            hint=f"rules are about what guests send; guest links here: {', '.join(links) or 'none yet'}",
+        )
+
+
+def _not_too_many(what: str, items: tuple[_T, ...]) -> tuple[_T, ...]:
+    if len(items) > EACH_MAX:
+        raise BadRequest(f"payload.action-params: more than {EACH_MAX} {what} in one scope")
+    return items
+
+
+def _order(destination: str) -> tuple[int, int]:
+    network = IPv4Network(destination)
+    return int(network.network_address), network.prefixlen
+
+
+def _text(told: str) -> str:
+    return " ".join(told.split())
+
+
+ACTIONS = {
+    "pbr-create-table": Action("builds", _create_table, _there_is),
+    "pbr-delete-table": Action("removes", _delete_table, _there_is_no),
+    "pbr-add-route": Action("builds", _add_route, _route_there_is),
+    "pbr-delete-route": Action("removes", _delete_route, _route_there_is_no),
+    "pbr-add-rule": Action("builds", _add_rule, _rule_there_is),
+    "pbr-delete-rule": Action("removes", _delete_rule, _rule_there_is_no),
+}

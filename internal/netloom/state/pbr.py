@@ -1,0 +1,72 @@
+"""Policy routing that an operator asked for: named route tables, what is in them, and which packets look them up.
+
+Printed in the words of ip-route(8) and ip-rule(8), which is also how they are told.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+ANYWHERE = "0.0.0.0/0"
+
+RouteKind = Literal["unicast", "blackhole", "unreachable", "prohibit"]
+
+
+class PbrTable(msgspec.Struct, frozen=True, kw_only=True):
+    """A route table of the scope: the kernel's number, and the name that only people use."""
+
+    number: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.name}"
+
+
+class PbrRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """A route, one per table and destination. Only a ``unicast`` one has ``link``, ``via`` and ``source``."""
+
+    table: int
+    destination: str  # a prefix; the default route is ANYWHERE
+    kind: RouteKind = "unicast"
+    link: str = ""  # of the namespace: "pub-101"
+    via: str = ""  # empty: on-link
+    source: str = ""  # preferred source address of the device's own packets
+
+    def __str__(self) -> str:
+        words: list[str] = [] if self.kind == "unicast" else [self.kind]
+        words.append("default" if self.destination == ANYWHERE else self.destination)
+        for word, value in (("via", self.via), ("dev", self.link), ("src", self.source)):
+            words += [word, value] if value else []
+        return " ".join(words)
+
+
+class PbrRule(msgspec.Struct, frozen=True, kw_only=True):
+    """What guests begin outward looks up a table. Empty ``source``, ``destination``, ``iif``: any."""
+
+    priority: int
+    table: int
+    source: str = ""  # a prefix, as destination is
+    destination: str = ""
+    iif: str = ""  # a guest link: "gst-204"
+
+    @property
+    def selector(self) -> str:
+        """Which packets, in words."""
+        words = [] if self.source or self.destination or self.iif else ["from all"]
+        for word, value in (("from", self.source), ("to", self.destination), ("iif", self.iif)):
+            words += [f"{word} {value}"] if value else []
+        return " ".join(words)
+
+
+class Pbr(msgspec.Struct, frozen=True, kw_only=True):
+    """Tables by number, routes by table and destination, rules by priority: the order they are kept in."""
+
+    tables: tuple[PbrTable, ...] = ()
+    routes: tuple[PbrRoute, ...] = ()
+    rules: tuple[PbrRule, ...] = ()
+
+    def name_of(self, number: int) -> str:
+        """The name of a table, or its number where there is none."""
+        return next((it.name for it in self.tables if it.number == number), str(number))

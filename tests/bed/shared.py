@@ -1,0 +1,53 @@
+"""A plain shared network in CloudStack's database: DHCP, DNS, user data; never implemented (tests/payloads/3*)."""
+
+from __future__ import annotations
+
+from bed import payloads
+from bed.cloudstack import FakeCloudStack, IsolatedNetwork
+from bed.payloads import NetworkFacts, Nic, Offering
+
+SHARED_SERVICES = Offering.of("Dhcp", "Dns", "UserData")
+
+
+class SharedNetwork(IsolatedNetwork):
+    """``device_ip``: the address that CloudStack reserves for the device; the gateway is a router of the operator's."""
+
+    def __init__(
+        self, cloud: FakeCloudStack, network_id: int | str, *, vlan: int | str, cidr: str, device_ip: str
+    ) -> None:
+        facts = NetworkFacts(
+            str(network_id),
+            cidr,
+            payloads.first_address(cidr),
+            vlan=str(vlan),
+            state="setup",
+            guest_type="shared",
+            domain="shared.example.internal",
+            offering=SHARED_SERVICES,
+            reserved_ip=device_ip,
+        )
+        super().__init__(cloud, facts, str(vlan), "untagged")
+
+    def start_vm(self, nic: Nic, *, password: str = "") -> Nic:
+        """As everywhere; the first one of all is the first that anybody hears of the network. Raises Failed."""
+        if not self.details:
+            self.ensure()
+        return super().start_vm(nic, password=password)
+
+    def expunge_vm(self, nic: Nic) -> None:
+        """The VM is gone; with the last one of its range, the range's names."""
+        super().expunge_vm(nic)
+        self.send("release-nic", payloads.release_nic(self.facts, nic))
+        if not self.nics:
+            self.send("remove-dns-subnet", payloads.subnet(self.facts))
+
+    def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
+        """The only time that it is implemented."""
+        self.ensure()
+        self.demand("implement-network", payloads.implement_network(self.facts))
+        self.demand("restore-network", payloads.restore_network(self.facts, self.nics, {}))
+
+    def delete(self) -> None:
+        """deleteNetwork: it was never implemented, so it is not shut down. Raises Failed."""
+        self.demand("destroy-network", payloads.bare(self.facts))
+        self.stored = ""

@@ -1,0 +1,192 @@
+"""A VPC in CloudStack's database, its tiers, and the executions that its events make (tests/payloads/2*)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from bed import payloads
+from bed.cloudstack import DETAILS_LENGTH_MAX, Failed, FakeCloudStack, IsolatedNetwork, Poisoned, Sent
+from bed.payloads import AclItem, Fields, NetworkFacts, Offering, PublicAddress, VpcFacts
+
+TIER_SERVICES = Offering.of(
+    "SourceNat", "StaticNat", "PortForwarding", "NetworkACL", "Lb", "Dhcp", "Dns", "UserData", "CustomAction"
+)
+
+
+class Vpc:
+    """``source_nat`` is chosen at creation, or allocated when the first tier is implemented."""
+
+    def __init__(self, cloud: FakeCloudStack, facts: VpcFacts, public_vlan: int | str = 101) -> None:
+        self.cloud = cloud
+        self.facts = facts
+        self.public_vlan = public_vlan
+        self.stored = ""  # extension.details of vpc_details, as text; empty: no row
+        self.source_nat: PublicAddress | None = None
+        self.tiers: list[Tier] = []
+        self.failures: list[Sent] = []
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The stored details as the client parses them. Raises Poisoned."""
+        if not self.stored:
+            return {}
+        try:
+            parsed = json.loads(self.stored)
+        except ValueError as error:
+            raise Poisoned(f"VPC {self.facts.vpc_id}: {self.stored!r}") from error
+        return parsed if isinstance(parsed, dict) else {}
+
+    @property
+    def host(self) -> str:
+        return str(self.details.get("host", ""))
+
+    @property
+    def namespace(self) -> str:
+        return f"cs-vpc-{self.facts.vpc_id}"
+
+    # --- single executions
+
+    def ensure(self) -> Sent:
+        """ensure-network-device for the VPC: its tiers ask nothing else."""
+        payload = payloads.ensure_vpc_device(self.facts, self.stored or "{}")
+        sent = self.cloud.execute("ensure-network-device", self.details, payload)
+        if not sent.ok:
+            self.failures.append(sent)
+            self.stored = self.stored or "{}"
+        elif sent.output and sent.output != self.stored and len(sent.output) <= DETAILS_LENGTH_MAX:
+            self.stored = sent.output
+        return sent
+
+    def demand(self, command: str, payload: Fields) -> Sent:
+        """The command alone: no ensure before it. Raises Failed."""
+        sent = self.cloud.execute(command, self.details, payload)
+        if not sent.ok:
+            self.failures.append(sent)
+            raise Failed(command, sent.execution)
+        return sent
+
+    def custom_action(self, action: str, **params: str) -> str:
+        """runCustomAction on the VPC. Raises Failed."""
+        told = {name.replace("_", "-"): value for name, value in params.items()}
+        text = payloads.custom_action(self.cloud.registration, self.details, payloads.vpc(self.facts), action, told)
+        sent = self.cloud.execute_text("custom-action", text)
+        if not sent.ok:
+            raise Failed("custom-action", sent.execution)
+        return sent.output or "OK"
+
+    # --- events
+
+    def implement(self) -> None:
+        """createVPC with start, and the last part of every restart. Raises Failed."""
+        self.ensure()
+        self.demand("implement-vpc", payloads.vpc(self.facts, self.source_nat))
+
+    def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
+        """restartVPC. Tiers are not implemented again; a cleanup that does not roll destroys them while they live."""
+        if cleanup and not rolling:
+            for tier in self.tiers:
+                tier.demand("destroy-network", payloads.bare(tier.facts))
+            self.demand("shutdown-vpc", payloads.vpc(self.facts))
+            self.stored = ""
+        self.implement()
+
+    def change_source_nat(self, address: PublicAddress, *, restart: bool = True) -> None:
+        """updateVPC with another source-NAT address: the old one becomes an ordinary one, and the VPC is restarted."""
+        if self.source_nat is not None:
+            self.source_nat.source_nat = False
+        address.source_nat = True
+        self.source_nat = address
+        self.demand("update-vpc-source-nat-ip", payloads.vpc(self.facts, address))
+        if restart:
+            self.implement()
+
+    def delete(self) -> None:
+        """deleteVPC, when its tiers are gone. Raises Failed; it is repeated then. Its addresses get no release-ip."""
+        self.facts.state = "inactive"
+        for tier in self.tiers:
+            tier.send("destroy-network", payloads.bare(tier.facts))
+        self.demand("shutdown-vpc", payloads.vpc(self.facts))
+        self.stored = ""
+
+    def add_tier(
+        self, network_id: int | str, *, vlan: int | str, cidr: str, offering: Offering = TIER_SERVICES
+    ) -> Tier:
+        """createNetwork in the VPC: nothing is sent."""
+        facts = NetworkFacts(
+            str(network_id), cidr, payloads.first_address(cidr), vpc_id=self.facts.vpc_id, offering=offering
+        )
+        tier = Tier(self, facts, str(vlan))
+        self.tiers.append(tier)
+        return tier
+
+    def associate(self, ip: str) -> PublicAddress:
+        """An address of the VPC, that no tier uses yet."""
+        net = ip.rpartition(".")[0]
+        return PublicAddress(ip, f"vlan://{self.public_vlan}", f"{net}.1", f"{net}.0/24")
+
+
+class Tier(IsolatedNetwork):
+    """A tier: an isolated network whose device is its VPC's. ``acl`` None: no list was ever chosen."""
+
+    def __init__(self, vpc: Vpc, facts: NetworkFacts, vlan: str) -> None:
+        super().__init__(vpc.cloud, facts, vlan, vpc.public_vlan)
+        self.vpc = vpc
+        self.acl: list[AclItem] | None = None
+
+    @property
+    def details(self) -> dict[str, Any]:
+        return self.vpc.details
+
+    @property
+    def namespace(self) -> str:
+        return self.vpc.namespace
+
+    def ensure(self) -> Sent:
+        return self.vpc.ensure()
+
+    def _implement_elements(self) -> None:
+        self.ensure()
+        self.demand("implement-network", payloads.implement_network(self.facts))
+        if self.vpc.source_nat is not None:
+            # It belongs to the VPC, and comes with each tier.
+            self.send("assign-ip", payloads.public_ip(self.facts, self.vpc.source_nat))
+        self._reprogram_rules()
+        if self.acl is not None:
+            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+        if self.nics and self._gives(*payloads.GUEST_SERVICES):
+            by_guest = {ip: address.ip for address, ip in self.static_nats}
+            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+
+    def _shut(self) -> bool:
+        shut = super()._shut()
+        self.stored = ""
+        return shut
+
+    def _tear_down_rules(self) -> None:
+        """As of an isolated network; a list goes empty. The VPC's own address is not the tier's to release."""
+        for rule in self.port_forwards:
+            self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
+        if self.lb_rules:
+            revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
+            self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
+        if self.acl is not None:
+            self.send("apply-network-acl", payloads.acl_rules(self.facts, []))
+        for address, private_ip in self.static_nats:
+            self.send("delete-static-nat", payloads.static_nat(self.facts, address, private_ip))
+        for address in self.addresses:
+            if address is not self.vpc.source_nat:
+                self.send("release-ip", payloads.public_ip(self.facts, address))
+
+    def replace_acl(self, items: Sequence[AclItem]) -> None:
+        """replaceNetworkACLList, or a change of an item: the complete new list. Raises Failed."""
+        self.acl = list(items)
+        if self.facts.state == "implemented":
+            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+
+    def delete(self) -> None:
+        """deleteNetwork of a tier; the VPC's details stay."""
+        super().delete()
+        self.vpc.tiers.remove(self)

@@ -1,0 +1,28 @@
+"""The one file that ``make build`` made of these sources."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def build_id() -> str:
+    """The build of dist/netloom, if it is made of these sources; anything else would prove nothing.
+
+    The number in it counts commits, and a copy of the sources may have no history.
+    """
+    made = (ROOT / "dist/build-id").read_text().strip()
+    asked = subprocess.run([ROOT / "build/nuitka/build", "--build-id"], check=True, stdout=subprocess.PIPE, text=True)
+    wanted = asked.stdout.strip()
+    assert made.rpartition("-")[2] == wanted.rpartition("-")[2], f"dist/netloom is {made}, not {wanted}: make build"
+    return made
+
+
+def one_file() -> Path:
+    """dist/netloom."""
+    assert build_id()
+    return ROOT / "dist/netloom"

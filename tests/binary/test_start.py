@@ -1,0 +1,378 @@
+"""The one file starts: where it unpacks itself, what it refuses to run, and what it is then.
+
+Each test has mounts of its own, where the directories that the start may choose are empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from binary.onefile import build_id, one_file
+
+pytestmark = pytest.mark.binary
+
+NOBODY = 65534
+SAYS = "netloom 0.1.0 (build "
+# The candidates of extension/directory.py, empty; and a place for the executable that is not ours to write to.
+_ROOM = """
+mount --make-rprivate /
+for d in /var/cache /var/tmp /root /tmp /opt; do mount -t tmpfs -o mode=$(stat -c %a $d) none $d; done
+mkdir /opt/extension; cp "$ONE_FILE" /opt/extension/any-name.sh; chmod 755 /opt/extension /opt/extension/any-name.sh
+"""
+RUN = "/opt/extension/any-name.sh"
+HOME = "/root/.cache/netloom"
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The one file where the rooms can read it: their mounts hide /tmp and /opt, not this file's descriptor."""
+    return one_file()
+
+
+class Room:
+    """A mount and network namespace that a shell holds open."""
+
+    def __init__(self, file: Path) -> None:
+        with file.open("rb") as source:
+            self.holder = subprocess.Popen(
+                ["unshare", "--mount", "--net", "sh", "-ec", f"{_ROOM}\necho ready; exec sleep 600"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                pass_fds=[source.fileno()],
+                env={"PATH": os.environ["PATH"], "ONE_FILE": f"/proc/self/fd/{source.fileno()}"},
+            )
+            assert self.holder.stdout is not None
+            assert self.holder.stdout.readline() == b"ready\n"
+
+    def popen(self, script: str, *, uid: int = 0, **environ: str) -> subprocess.Popen[str]:
+        drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
+        where = ["nsenter", "-t", str(self.holder.pid), "-m", "-n", f"--wd={self.path('/')}"]
+        bare = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *(f"{name}={it}" for name, it in environ.items())]
+        return subprocess.Popen(
+            [*where, *drop, *bare, "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str, *, uid: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
+        """A shell script in the room; without HOME unless one is named."""
+        process = self.popen(script, uid=uid, **environ)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(script, process.returncode, out, err)
+
+    def path(self, path: str) -> Path:
+        return Path(f"/proc/{self.holder.pid}/root{path}")
+
+    def unpacked(self, directory: str = HOME) -> list[str]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(os.listdir(self.path(f"{directory}/programs")))
+        return []
+
+    def processes(self, word: str = "") -> list[int]:
+        """Those that were started here; ``word``: the first one after the program."""
+        found = []
+        here = os.stat(f"/proc/{self.holder.pid}/ns/mnt").st_ino
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+                if (
+                    os.stat(f"/proc/{pid}/ns/mnt").st_ino == here
+                    and pid != self.holder.pid
+                    and word in ("", *words[1:2])
+                ):
+                    found.append(pid)
+        return found
+
+    def close(self) -> None:
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        self.holder.kill()
+        self.holder.wait()
+        assert self.holder.stdout is not None
+        self.holder.stdout.close()
+
+
+@pytest.fixture
+def room(held: Path) -> Iterator[Room]:
+    it = Room(held)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+def test_it_says_which_build_it_is(room: Room) -> None:
+    done = room.run(f"{RUN} version --json", HOME="/root")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["build"] == build_id()
+
+
+def test_it_unpacks_once_and_then_becomes_what_it_unpacked(room: Room) -> None:
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    assert room.unpacked() == [build_id()]
+    inode = os.stat(room.path(f"{HOME}/programs/{build_id()}/netloom.bin")).st_ino
+    serving = room.popen(f"exec {RUN} agent serve --socket /tmp/agent.sock --state-dir /tmp/state", HOME="/root")
+    try:
+        deadline = time.monotonic() + 30
+        while not room.path("/tmp/agent.sock").exists():
+            assert serving.poll() is None and time.monotonic() < deadline, serving.communicate()
+            time.sleep(0.02)
+        exe = os.readlink(f"/proc/{serving.pid}/exe")
+        assert exe.endswith(f"/{build_id()}/netloom.bin")  # the same pid: no second process waits for it
+        serving.terminate()
+        assert serving.wait(30) == 0  # SIGTERM is SIGTERM, and ends it as it ends it from source
+    finally:
+        serving.kill()
+        serving.communicate()
+    assert os.stat(room.path(f"{HOME}/programs/{build_id()}/netloom.bin")).st_ino == inode
+
+
+@pytest.mark.parametrize("option", ["ro", "noexec"])
+def test_tmp_may_be_read_only_or_noexec(room: Room, option: str) -> None:
+    done = room.run(f"mount -o remount,{option} /tmp && {RUN} version", HOME="/root")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_child_finds_the_callers_environment_and_nothing_of_the_starts(room: Room) -> None:
+    """Nuitka hides PATH from the interpreter; what the start tells the program is for the program."""
+    room.run("echo '{}' >/tmp/payload")
+    room.run(f"{RUN} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60", LANG="C")
+    (helper,) = room.processes("helper")
+    told = dict(it.split("=", 1) for it in Path(f"/proc/{helper}/environ").read_text().split("\0") if it)
+    assert told == {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": "/root",
+        "LANG": "C",
+        "NETLOOM_HELPER": "60",
+        "NETLOOM_EXE": told["NETLOOM_EXE"],
+        **{name: value for name, value in told.items() if name.startswith("NUITKA_") or name == "NETLOOM_PATH"},
+    }
+
+
+def test_many_first_starts_at_once_unpack_one_program(room: Room) -> None:
+    script = f"for i in 1 2 3 4 5; do {RUN} version & done; for i in 1 2 3 4 5; do wait; done; {RUN} version"
+    done = room.run(script, HOME="/root")
+    assert done.stderr == ""
+    assert done.stdout.count(SAYS) == 6
+    assert room.unpacked() == [build_id()]
+
+
+def test_killed_while_it_unpacks_it_leaves_nothing_that_is_run(room: Room) -> None:
+    for delay_s in (0.02, 0.1, 0.2):
+        room.run(f"timeout -s KILL {delay_s} {RUN} version", HOME="/root")
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    assert build_id() in room.unpacked()
+
+
+def test_without_a_home_there_is_still_a_place(room: Room) -> None:
+    assert room.run(f"{RUN} version").stdout.startswith(SAYS)
+    assert room.unpacked() == [build_id()]  # of passwd's root
+    done = room.run(f"{RUN} version", uid=NOBODY)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert room.unpacked(f"/var/tmp/netloom-{NOBODY}") == [build_id()]
+
+
+def test_the_directory_of_the_executable_is_never_written_to(room: Room) -> None:
+    look = "cd /opt/extension; stat -c '%n %i %y %s' . *; sha256sum *"
+    before = room.run(look).stdout
+    room.run(f"{RUN} version; {RUN} ensure-network-device /none 60", HOME="/root", NETLOOM_HELPER="1")
+    assert room.run(look).stdout == before
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [
+        ("mkdir -m 777 /tmp/d", "mode 0777"),
+        ("mkdir -m 700 /tmp/real; ln -s /tmp/real /tmp/d", "a link"),
+        (f"mkdir -m 700 /tmp/d; chown {NOBODY} /tmp/d", f"owned by uid {NOBODY}"),
+        ("mkdir -m 700 /tmp/d; mount -t tmpfs -o noexec,mode=700 none /tmp/d", "noexec"),
+        ("touch /tmp/d", "not a directory"),
+    ],
+)
+def test_a_directory_that_another_could_have_prepared_is_not_used(room: Room, prepare: str, why: str) -> None:
+    """The next one is; where there is none left, one line says what is wrong with each."""
+    done = room.run(f"{prepare}; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert room.unpacked("/tmp/d") == []
+    assert room.unpacked() == [build_id()]
+    for directory in ("/root", "/var/cache", "/var/tmp"):
+        room.run(f"mount -t tmpfs -o ro none {directory}")
+    done = room.run(f"{RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("netloom: no directory to unpack this program into: /tmp/d")
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "NETLOOM_DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("prepare", "why"),
+    [
+        ("mkdir -m 777 /tmp/above", "others may write to /tmp/above"),
+        ("mkdir -m 775 /tmp/above; chgrp 4242 /tmp/above", "others may write to /tmp/above"),
+        (f"mkdir -m 755 /tmp/above; chown {NOBODY} /tmp/above", f"/tmp/above is owned by uid {NOBODY}"),
+        (f"mkdir -m 755 /tmp/real; ln -s real /tmp/above; chown -h {NOBODY} /tmp/above", "/tmp/above is owned by uid"),
+    ],
+)
+def test_a_directory_that_another_could_exchange_is_not_used(room: Room, prepare: str, why: str) -> None:
+    """Nor is one made there. Each of them is private, and ours, at the moment of the look."""
+    mine = "/tmp/above/a/mine"
+    script = f"{prepare}; mkdir /tmp/above/a; chmod 755 /tmp/above/a; mkdir -m 700 {mine}; {RUN} version"
+    done = room.run(script, HOME="/root", NETLOOM_DIR=mine)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert room.unpacked(mine) == []
+    assert room.unpacked() == [build_id()]
+    for directory in ("/root", "/var/cache", "/var/tmp"):
+        room.run(f"mount -t tmpfs -o ro none {directory}")
+    done = room.run(f"{RUN} version", HOME="/root", NETLOOM_DIR="/tmp/above/new")
+    assert done.returncode == 1
+    assert f"/tmp/above/new: {why}" in done.stderr
+    assert not room.path("/tmp/above/new").exists()
+
+
+CALLERS = {
+    "children ignored": f"trap '' CHLD; {RUN} version",
+    "nothing allowed to new files": f"umask 0777; {RUN} version; {RUN} version",
+    "a name with a space, a link, a relative path": (
+        f"cp {RUN} '/tmp/na me'; ln -s '/tmp/na me' /tmp/link; cd /tmp; './na me' version; /tmp/link version"
+    ),
+    "no file open": f"{RUN} version <&- 2>&-; {RUN} version >&-; {RUN} version <&- >&- 2>&-",
+    "settings of Python": "PYTHONHASHSEED=x PYTHONMALLOC=x PYTHONVERBOSE=1 PYTHONDEVMODE=1 PYTHONWARNINGS=error"
+    f" PYTHONINSPECT=1 PYTHONPATH=/tmp PYTHONHOME=/nowhere {RUN} version",
+    "settings of the start": "NETLOOM_UNPACKING=1 NETLOOM_EXE=/bin/false NETLOOM_TIDY=1 NETLOOM_PATH=/nowhere"
+    f" NUITKA_ORIGINAL_ARGV0=x NUITKA_ONEFILE_PARENT=1 NUITKA_ONEFILE_DIRECTORY=/ {RUN} version",
+}
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_whatever_the_caller_leaves_it_starts(room: Room, caller: str) -> None:
+    room.run("echo 'raise SystemExit(\"not ours\")' | tee /tmp/typing.py /tmp/msgspec.py /tmp/sitecustomize.py")
+    done = room.run(CALLERS[caller], HOME="/root")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {line[: len(SAYS)] for line in done.stdout.splitlines()} == {SAYS}
+    assert room.unpacked() == [build_id()]
+
+
+def test_a_program_that_somebody_else_put_there_is_not_run(room: Room) -> None:
+    place = f"/tmp/d/programs/{build_id()}"
+    script = f"mkdir -m 700 /tmp/d /tmp/d/programs; mkdir -m 755 {place}; echo '#!/bin/sh' >{place}/netloom.bin"
+    done = room.run(f"{script}; chmod 755 {place}/netloom.bin; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
+    assert done.stdout.startswith(SAYS)
+    room.run(f"chmod 700 {place}; chown {NOBODY} {place}/netloom.bin")
+    assert room.run(f"{RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d").stdout.startswith(SAYS)
+
+
+@pytest.mark.parametrize(("disk", "why"), [("size=20m", "19 MB free"), ("size=200m,nr_inodes=8", "unpacking failed")])
+def test_a_full_disk_is_said_and_nothing_half_unpacked_is_left(room: Room, disk: str, why: str) -> None:
+    for directory in ("/root", "/var/cache", "/var/tmp"):
+        room.run(f"mount -t tmpfs -o ro none {directory}")
+    room.run(f"mkdir -m 700 /tmp/d; mount -t tmpfs -o mode=700,{disk} none /tmp/d")
+    done = room.run(f"{RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert why in done.stderr.replace("20 MB", "19 MB")
+    assert done.stderr.count("\n") == 1
+    assert room.unpacked("/tmp/d") == []
+
+
+def test_old_builds_are_removed_by_the_first_start_of_a_new_one_and_by_later_ones(room: Room) -> None:
+    """The build before was just in use: it is removed when nobody has started it for an hour."""
+    programs = f"{HOME}/programs"
+    old = f"{programs}/0.0.1-1-aaaa {programs}/.new-killed"
+    used = f"{programs}/0.0.2-1-bbbb"
+    room.run(f"mkdir -p {programs}; chmod 700 {HOME} {programs}; mkdir {old} {used}; touch -d '2 hours ago' {old}")
+    assert room.run(f"{RUN} version", HOME="/root").returncode == 0
+    assert room.unpacked() == ["0.0.2-1-bbbb", build_id()]
+    room.run(f"touch -d '2 hours ago' {used}; {RUN} version", HOME="/root")
+    assert room.unpacked() == ["0.0.2-1-bbbb", build_id()]  # a start costs no look around ...
+    room.run(f"touch -d '11 minutes ago' {programs}/{build_id()}; {RUN} version", HOME="/root")
+    assert room.unpacked() == [build_id()]  # ... but one in ten minutes
+
+
+def test_a_call_starts_a_helper_that_holds_nothing_of_the_callers(room: Room) -> None:
+    """The caller reads end of file at once; the helper is this build, and ends at once when it is told to."""
+    room.run("echo '{}' >/tmp/payload")
+    done = room.run(f"{RUN} ensure-network-device /tmp/payload 60 | cat; exit 0", HOME="/root", NETLOOM_HELPER="60")
+    assert "missing" in done.stdout + done.stderr
+    (helper,) = room.processes("helper")
+    assert os.readlink(f"/proc/{helper}/exe").endswith(f"/{build_id()}/netloom.bin")
+    os.kill(helper, signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    while room.processes("helper"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
+    """What is compiled would ask os.path where its packages are: a quarter of the way to the helper."""
+    room.run(f"echo '{{}}' >/tmp/payload; {RUN} version", HOME="/root")
+    program = f"NETLOOM_EXE={RUN} PYTHONVERBOSE=1 {HOME}/programs/{build_id()}/netloom.bin"
+    said = room.run(f"{program} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60").stderr
+    loaded = {line.split("'")[1] for line in said.splitlines() if line.startswith("import '")}
+    assert "netloom.extension.handover" in loaded
+    assert loaded & {"os", "posixpath", "stat", "_collections_abc", "site", "inspect", "typing", "socket"} == set()
+
+
+def test_statuses_are_those_of_the_source_version(room: Room) -> None:
+    payload = {
+        "physical-network-extension-details": {"hosts": "127.0.0.1", "port": "1", "password": "FAKE"},
+        "payload": {"network_id": "1"},
+    }
+    room.run(f"ip link set lo up; echo {shlex.quote(json.dumps(payload))} >/tmp/payload")
+    for words, status in (
+        ("no-such-command /tmp/payload 60", 1),
+        ("implement-network /none 60", 1),
+        ("ensure-network-device /tmp/payload 20", 2),
+        ("hosts list", 0),
+        ("hosts forget nobody", 1),
+        ("agent selftest --json", 0),
+        ("nosuchword", 2),
+    ):
+        done = room.run(f"{RUN} {words}", HOME="/root", NETLOOM_HELPER="0")
+        assert done.returncode == status, (words, done)
+        assert "FAKE" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("helper", ["0", "60"])
+def test_signals_are_those_of_the_source_version(room: Room, helper: str) -> None:
+    """Nuitka's own start would turn one into another, and let the third through to nobody."""
+    payload = {
+        "physical-network-extension-details": {"hosts": "127.0.0.1", "port": "2222", "password": "FAKE"},
+        "payload": {"network_id": "1"},
+    }
+    room.run(f"ip link set lo up; echo {shlex.quote(json.dumps(payload))} >/tmp/payload; {RUN} version", HOME="/root")
+    mute = room.popen("exec python3 -c 'import socket as s, time; m = s.create_server((\"\", 2222)); time.sleep(90)'")
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            calling = f"exec {RUN} ensure-network-device /tmp/payload 60"
+            call = room.popen(calling, HOME="/root", NETLOOM_HELPER=helper)
+            deadline = time.monotonic() + 30
+            while not _catches(call.pid, signal.SIGHUP):  # the last of them to have a handler
+                assert call.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            call.send_signal(number)
+            out, err = call.communicate(timeout=30)
+            assert (call.returncode, out) == (128 + number, "")
+            assert err.startswith(f"ended by {number.name} while ")
+            assert err.count("\n") == 1
+    finally:
+        mute.kill()
+        mute.communicate()
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler of its own for the signal."""
+    told = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(told["SigCgt"], 16) & 1 << (number - 1)) and told["Name"].startswith("netloom")

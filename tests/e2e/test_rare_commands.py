@@ -1,0 +1,60 @@
+"""The commands of the protocol that today's client has no caller for, or seldom sends: they work all the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from bed import Bed, payloads
+from bed.cloudstack import ALL_SERVICES, FakeCloudStack
+from bed.lab import Vm
+from e2e.conftest import MakeLife, MakeVpc, Traces
+
+
+def _lease(vm: Vm) -> str:
+    """What busybox udhcpc is given, as its script sees it."""
+    vm.write("/tmp/lease", '#!/bin/sh\n[ "$1" = bound ] && env\nexit 0\n', mode=0o755)
+    options = ["-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "ntpsrv", "-s", "/tmp/lease"]
+    done = vm.run("busybox", "udhcpc", *options, check=False)
+    return done.out + done.err
+
+
+def _names(vm: Vm, server: str, name: str) -> str:
+    return vm.run("dig", "+short", "+tries=1", "+time=1", f"@{server}", name, check=False).out.strip()
+
+
+@pytest.mark.binary
+def test_options_names_and_subnets_come_and_go(make_life: MakeLife, bed: Bed, cloud: FakeCloudStack) -> None:
+    everything = FakeCloudStack.on(bed.management, extension="rare").register(hosts=bed.hosts, **bed.login("root"))
+    life = make_life(offering=ALL_SERVICES, with_cloud=everything, brisk=True)
+    vm, nic = life.vm("web-1")
+    network, facts = life.network, life.network.facts
+    gateway, name = facts.gateway, f"web-1.{facts.domain}"
+    network.demand("save-hypervisor-hostname", payloads.save_item(facts, nic, "hypervisor_hostname", "kvm-7"))
+    assert vm.run("curl", "-s", "-m", "5", f"http://{gateway}/latest/meta-data/hypervisor-host-name").out == "kvm-7"
+    about = payloads.network(facts)
+    network.demand("set-dhcp-options", {**about, "nic_id": nic.nic_id, "options": '{"42":"192.0.2.9"}'})
+    assert "ntpsrv=192.0.2.9" in _lease(vm)
+    assert _names(vm, gateway, name) == nic.ip
+    network.demand("remove-dns-entry", payloads.remove_dns_entry(facts, nic))
+    assert _names(vm, gateway, name) == ""
+    network.demand("add-dns-entry", payloads.add_dns_entry(facts, nic))
+    assert _names(vm, gateway, name) == nic.ip
+    network.demand("remove-dns-subnet", {**about, "extension_ip": gateway})
+    assert name not in _names(vm, gateway, name) and nic.ip not in _names(vm, gateway, name)
+    network.demand("remove-dhcp-subnet", {**about, "extension_ip": gateway})
+    assert "lease of" not in _lease(vm)
+    network.demand("config-dhcp-subnet", payloads.config_subnet(facts, nic))
+    assert f"lease of {nic.ip}" in _lease(vm)
+
+
+@pytest.mark.binary
+def test_destroy_vpc_is_the_end_of_it(make_vpc: MakeVpc, bed: Bed) -> None:
+    life = make_vpc()
+    tier = life.tier(1)
+    before = Traces(bed)
+    life.vpc.implement()
+    tier.implement()
+    life.vpc.demand("destroy-vpc", payloads.vpc(life.vpc.facts))
+    life.vpc.tiers.clear()
+    life.vpc.stored = ""
+    assert before.left() == {}

@@ -1,0 +1,106 @@
+"""The life of a plain shared network, and of a dual-stack one, event by event."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import ALL_SERVICES, FakeCloudStack
+from bed.lab import Host, Internet, Vm
+from bed.payloads import Nic, VirtualMachine
+from bed.places import until
+from bed.shared import SharedNetwork
+from e2e.conftest import MakeLife, Traces
+
+VLAN = "1990"
+
+
+@pytest.fixture
+def shared(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[SharedNetwork]:
+    bed.add_segments([("eth1", VLAN)])
+    everything = FakeCloudStack.on(bed.management, extension="shared").register(hosts=bed.hosts, **bed.login("root"))
+    network = SharedNetwork(everything, 990, vlan=VLAN, cidr="10.30.0.0/24", device_ip="10.30.0.5")
+    yield network
+    if network.stored:
+        network.delete()
+
+
+def _host(bed: Bed, network: SharedNetwork) -> Host:
+    (host,) = [it for it in bed.hosts if it.address == network.host]
+    return host
+
+
+def _plugged(bed: Bed, network: SharedNetwork, nic: Nic) -> Vm:
+    host = _host(bed, network)
+    return host.vm(nic.vm.name, vlan=VLAN, mac=nic.mac, ip=f"{nic.ip}/24", gateway=network.facts.gateway)
+
+
+def _leased(vm: Vm) -> str:
+    got = vm.run(
+        "busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true", check=False
+    )
+    return got.out + got.err
+
+
+@pytest.mark.binary
+def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, bed: Bed) -> None:
+    """Nobody implements it: the first command about a VM builds it, the last VM and the deletion leave nothing."""
+    before = Traces(bed)
+    one = shared.deploy_vm("sh-1", ip="10.30.0.61", mac="1e:00:aa:00:00:11")
+    assert shared.failures == []
+    two = shared.deploy_vm("sh-2", ip="10.30.0.62", mac="1e:00:aa:00:00:12")
+    first, second = _plugged(bed, shared, one), _plugged(bed, shared, two)
+    try:
+        assert "lease of 10.30.0.61 obtained from 10.30.0.5" in _leased(first)
+        url = "http://10.30.0.5/latest/meta-data/local-hostname"
+        assert first.run("curl", "-s", "-m", "5", url).out == "sh-1"
+        assert second.run("curl", "-s", "-m", "5", url).out == "sh-2"
+        assert "10.30.0.62" in first.run("busybox", "nslookup", "sh-2.shared.example.internal", "10.30.0.5").out
+        # The device is a neighbour: what tenants send each other, or to their router, is not its business.
+        assert first.ping("10.30.0.62").ok
+        shared.stop_vm(one)
+        shared.start_vm(one)
+        assert "lease of 10.30.0.61" in _leased(first)
+        shared.restart()
+        assert first.run("curl", "-s", "-m", "5", url).out == "sh-1"
+        shared.expunge_vm(one)
+        assert "lease of" not in _leased(first)
+        assert "lease of 10.30.0.62" in _leased(second)
+        shared.expunge_vm(two)
+    finally:
+        first.destroy()
+        second.destroy()
+    shared.delete()
+    assert before.left() == {}
+
+
+def test_dual_stack_first_vm(make_life: MakeLife, bed: Bed, internet: Internet) -> None:
+    """No config-dns-subnet is sent for a NIC with IPv6; the VM makes the address that CloudStack computed."""
+    everything = FakeCloudStack.on(bed.management, extension="six").register(hosts=bed.hosts, **bed.login("root"))
+    life = make_life(offering=ALL_SERVICES, with_cloud=everything)
+    network = life.network
+    network.facts.ip6_gateway, network.facts.ip6_cidr = "2001:db8:50:1::1", "2001:db8:50:1::/64"
+    network.implement()
+    address = "2001:db8:50:1:1:ff:fecc:503"
+    nic = Nic(
+        "8101", "6b7c2a10-0000-4000-8000-000000008101", "02:01:00:cc:05:03", f"{life.subnet}.45",
+        VirtualMachine("six-1", "9f000000-0000-4000-8000-000000000091"),
+        ip6_address=address, ip6_gateway=network.facts.ip6_gateway, ip6_cidr=network.facts.ip6_cidr,
+    )  # fmt: skip
+    before = len(everything.history)
+    network.add_nic(nic)
+    assert "config-dns-subnet" not in everything.commands(before)
+    assert network.failures == []
+    vm = life.plug(nic)
+    vm.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")
+    vm.sh("ip link set eth0 down; ip link set eth0 up; ip addr replace " + f"{nic.ip}/24 dev eth0")
+    assert until(lambda: address in vm.sh("ip -6 -o addr show dev eth0 scope global -tentative"))
+    assert "default via fe80::" in vm.sh("ip -6 route")
+    answer = vm.run("dig", "+short", "-6", "@2001:db8:50:1::1", "six-1.cs2cloud.internal", "AAAA").out.strip()
+    assert answer == address
+    network.restart(cleanup=True)
+    assert (
+        vm.run("dig", "+short", f"@{network.facts.gateway}", "six-1.cs2cloud.internal", "AAAA").out.strip() == address
+    )

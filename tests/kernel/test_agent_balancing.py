@@ -1,0 +1,250 @@
+"""Balanced load through an agent, from a client on the public VLAN to real listeners in VMs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from kernel.agent_host import AgentHost, agent_host, wait_until
+from kernel.test_agent_actions import act, message
+from kernel.test_agent_network import NS, done, live
+from kernel.test_agent_services import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, WEB, WEB_IP, WEB_MAC
+
+ADDRESS = "203.0.113.21"
+CLIENT = "203.0.113.1"
+NAMES = {WEB_IP: WEB, DB_IP: DB}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[AgentHost]:
+    with agent_host() as it:
+        it.start()
+        live(it)
+        with it.client() as client:
+            for nic in ({}, DB_NIC):
+                done(client.call("032", "add-dhcp-entry", **nic))
+        it.plug(WEB, BRIDGE, WEB_MAC, f"{WEB_IP}/24")
+        it.plug(DB, BRIDGE, DB_MAC, f"{DB_IP}/24")
+        for vm in (WEB, DB):
+            it.ip("-n", vm, "route", "add", "default", "via", "10.10.1.1")
+        it.run("ip", "addr", "add", f"{CLIENT}/24", "dev", "sw-eth2.101", pid=it.fabric)
+        admit(it, f"{CLIENT}/32")
+        yield it
+
+
+def admit(host: AgentHost, *sources: str) -> None:
+    """Firewall rules for the balanced address: every port, from these."""
+    rules = [
+        {"id": at, "type": "ingress", "protocol": protocol, "portStart": 1, "portEnd": 65535, "publicIp": ADDRESS}
+        | {"sourceCidrs": list(sources), "destCidrs": []}
+        for at, protocol in enumerate(("tcp", "udp"))
+        if sources
+    ]
+    done(host.call("070", "apply-fw-rules", fw_rules={"default_egress_allow": True, "rules": rules}))
+
+
+def rule(number: int, port: int, *backends: str, name: str = "", **more: object) -> dict[str, object]:
+    told = {"id": number, "name": name or f"rule {number}", "publicIp": ADDRESS, "publicPort": port, "privatePort": 80}
+    behind = [{"ip": ip, "port": 80, "revoked": False} for ip in backends]
+    return {**told, "protocol": "tcp", "algorithm": "roundrobin", "revoke": False, "backends": behind, **more}
+
+
+def balance(host: AgentHost, *rules: dict[str, object]) -> None:
+    done(host.call("080", "apply-lb-rules", lb_rules=list(rules)))
+
+
+def revoke(host: AgentHost, *rules: dict[str, object]) -> None:
+    balance(host, *({**it, "revoke": True} for it in rules))
+
+
+def haproxy(host: AgentHost) -> int:
+    return len(host.processes("haproxy"))
+
+
+@contextlib.contextmanager
+def serving(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
+    """Listeners in the VMs: who connects is told the VM's name, and then what it says. What it said first is kept."""
+    heard: list[bytes] = []
+    listeners = []
+    for vm in vms:
+        with host.within(vm):
+            listeners.append(socket.create_server(("0.0.0.0", port)))
+        threading.Thread(target=_serve, args=(listeners[-1], vm, heard), daemon=True).start()
+    try:
+        yield heard
+    finally:
+        for listener in listeners:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+
+
+def _serve(listener: socket.socket, vm: str, heard: list[bytes]) -> None:
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        threading.Thread(target=_echo, args=(client, vm, heard), daemon=True).start()
+
+
+def _echo(client: socket.socket, vm: str, heard: list[bytes]) -> None:
+    with client, contextlib.suppress(OSError):  # a health check leaves at once
+        client.sendall(vm.encode())
+        said = client.recv(1000)
+        if said:
+            heard.append(said)
+        while said:
+            client.sendall(said)
+            said = client.recv(1000)
+
+
+def connect(host: AgentHost, port: int, timeout_s: float = 5.0) -> socket.socket:
+    with host.within():
+        return socket.create_connection((ADDRESS, port), timeout_s)
+
+
+def told(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
+    """Who answers on a balanced port; why nobody does."""
+    try:
+        with connect(host, port, timeout_s) as client:
+            return client.recv(100).decode() or "closed"
+    except OSError as error:
+        return type(error).__name__
+
+
+def echoes(client: socket.socket) -> bool:
+    try:
+        client.sendall(b"still here")
+        return client.recv(100) == b"still here"
+    except OSError:
+        return False
+
+
+@pytest.mark.taken_out(
+    "internal/netloom/render/haproxy.py", '" send-proxy" if rule.protocol == "tcp-proxy" else ""', '""'
+)
+@pytest.mark.parametrize("said", [{"protocol": "tcp-proxy"}, {"name": "mail [tcp-proxy]"}], ids=["sent", "named"])
+def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[str, str]) -> None:
+    """Version 1, before anything that the client says, with the client's own address (haproxy's proxy-protocol.txt)."""
+    wanted = rule(1, 2525, WEB_IP, **said)
+    with serving(host, WEB) as heard:
+        balance(host, wanted)
+        with connect(host, 2525) as client:
+            ours = client.getsockname()
+            wait_until(lambda: any(it.startswith(b"PROXY TCP4 %b " % CLIENT.encode()) for it in heard))
+        line = f"PROXY TCP4 {CLIENT} {ADDRESS} {ours[1]} 2525\r\n".encode()
+        assert any(it.startswith(line) for it in heard), heard
+    revoke(host, wanted)
+
+
+def test_backends_come_and_go_and_established_connections_do_not_notice(host: AgentHost) -> None:
+    with serving(host, WEB, DB):
+        balance(host, rule(1, 8080, WEB_IP))
+        assert {told(host, 8080) for _ in range(4)} == {WEB}
+        with connect(host, 8080) as kept:
+            assert kept.recv(100) == b"web"
+            balance(host, rule(1, 8080, WEB_IP, DB_IP))
+            assert Counter(told(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
+            assert echoes(kept)
+            # From the moment on when the call is answered nobody new meets the one that was taken out.
+            backends = [{"ip": ip, "port": 80, "revoked": ip == WEB_IP} for ip in (WEB_IP, DB_IP)]
+            balance(host, rule(1, 8080, backends=backends))
+            assert {told(host, 8080) for _ in range(20)} == {DB}
+            assert echoes(kept)
+            revoke(host, rule(1, 8080))
+            assert not echoes(kept)
+        assert told(host, 8080, 0.5) == "TimeoutError"
+    wait_until(lambda: not haproxy(host))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "spread"), [("roundrobin", {WEB: 4, DB: 4}), ("leastconn", {WEB: 4, DB: 4}), ("source", {})]
+)
+def test_how_load_is_spread(host: AgentHost, algorithm: str, spread: dict[str, int]) -> None:
+    with serving(host, WEB, DB):
+        balance(host, rule(1, 8080, WEB_IP, DB_IP, algorithm=algorithm))
+        clients = [connect(host, 8080) for _ in range(8)]
+        seen = Counter(client.recv(100).decode() for client in clients)
+        for client in clients:
+            client.close()
+    assert seen == spread if spread else len(seen) == 1
+    revoke(host, rule(1, 8080))
+
+
+@pytest.mark.parametrize("said", [{"protocol": "udp"}, {"name": "dns [udp]"}], ids=["sent", "named"])
+def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]) -> None:
+    servers = []
+    for vm in (WEB, DB):
+        with host.within(vm):
+            servers.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        servers[-1].bind(("0.0.0.0", 80))
+    balance(host, rule(1, 5353, WEB_IP, DB_IP, **said))
+    assert not haproxy(host)
+
+    def answered() -> str:
+        with host.within():
+            client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with client:
+            client.settimeout(5)
+            client.sendto(b"?", (ADDRESS, 5353))
+            for vm, server in zip((WEB, DB), servers, strict=True):
+                server.settimeout(0.2)
+                with contextlib.suppress(TimeoutError):
+                    _, peer = server.recvfrom(10)
+                    assert peer == client.getsockname() or peer[0] == CLIENT, "the VM sees the client itself"
+                    server.sendto(b"!", peer)
+                    assert client.recvfrom(10) == (b"!", (ADDRESS, 5353))
+                    return vm
+        return "nobody"
+
+    assert Counter(answered() for _ in range(6)) == {WEB: 3, DB: 3}
+    revoke(host, rule(1, 5353, **said))
+    assert answered() == "nobody"
+    for server in servers:
+        server.close()
+
+
+def test_the_firewall_holds_for_balanced_traffic_by_the_clients_own_address(host: AgentHost) -> None:
+    with serving(host, WEB):
+        balance(host, rule(1, 8080, WEB_IP))
+        assert told(host, 8080) == WEB
+        with connect(host, 8080) as kept:
+            assert kept.recv(100) == b"web"
+            admit(host, "203.0.113.9/32")
+            assert told(host, 8080, 0.5) == "TimeoutError"
+            assert not echoes(kept)
+        admit(host, f"{CLIENT}/32")
+        assert told(host, 8080) == WEB
+        revoke(host, rule(1, 8080))
+
+
+def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
+    """As a restart sends them; more than a command line or a limit of descriptors takes at a careless moment."""
+    rules = [rule(number, 10000 + number, WEB_IP, DB_IP) for number in range(1, 701)]
+    with serving(host, WEB, DB):
+        balance(host, *rules)
+        listening = set(re.findall(rf"{re.escape(ADDRESS)}:(\d+)", host.run("ss", "-ltn", namespace=NS)))
+        assert listening == {str(it["publicPort"]) for it in rules}
+        for port in (10001, 10350, 10700):
+            assert {told(host, port) for _ in range(4)} == {WEB, DB}
+        lines: list[str] = []
+        while not lines or "skip=" in lines[-1]:
+            more = lines.pop().partition("skip=")[2].partition(",")[0] if lines else "0"
+            lines += message(act(host, "list-firewall-rules", filter="load-balancing", skip=more)).splitlines()
+        assert len([it for it in lines if it.startswith(f"load-balancing {ADDRESS} tcp ")]) == 700
+        balance(host, *rules)
+        state = json.loads(host.path("/var/lib/netloom/scopes/net-204.json").read_text())
+        assert len(state["lb_rules"]) == 700
+        revoke(host, *rules[:350])
+        assert told(host, 10001, 0.5) == "TimeoutError"
+        assert told(host, 10700) in (WEB, DB)
+        revoke(host, *rules)
+    wait_until(lambda: not haproxy(host))
+    assert told(host, 10700, 0.5) == "TimeoutError"

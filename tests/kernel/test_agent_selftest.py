@@ -1,0 +1,111 @@
+"""The selftest: what it tries is what networks need, it tells what fails, and it leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kernel.agent_host import PROGRAM, agent_host
+from netloom.agent import selftest
+from netloom.errors import HostRefused
+
+
+def seen() -> list[str]:
+    """What a selftest could leave on this machine."""
+    looks = (["ip", "netns"], ["ip", "-o", "link"], ["nft", "list", "tables"], ["cat", "/proc/self/mounts"])
+    return [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in looks]
+
+
+def test_a_host_that_can_carry_networks_is_told_so_and_nothing_is_left() -> None:
+    before = seen()
+    found = {it.what: it for it in selftest.run()}
+    assert [it for it in found.values() if it.needed and not it.ok] == []
+    assert seen() == before
+    assert found["senders of requests"].ok
+    selftest.require()
+    # This kernel may have none: then it says what that means, and no network is refused for it.
+    if not found["802.1Q"].ok:
+        assert "links <nic>.<vlan> must exist" in found["802.1Q"].remedy
+
+
+def _fails(host: object) -> None:
+    raise HostRefused("no such thing", hint="get one")
+
+
+def _crashes(host: object) -> None:
+    os._exit(9)
+
+
+@pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the trial of it crashed or hung")])
+def test_what_fails_is_told_and_what_stands_on_it_is_not_tried(
+    trial: Callable[[object], None], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [what for what, *_ in selftest._TRIALS]
+    at = names.index("bridges")
+    trials = [*selftest._TRIALS[:at], ("bridges", trial, True, ""), *selftest._TRIALS[at + 1 :]]
+    monkeypatch.setattr(selftest, "_TRIALS", tuple(trials))
+    found = selftest.run()
+    assert (found[-1].what, found[-1].ok) == ("bridges", False)
+    assert says in found[-1].says
+    assert [it.what for it in found[-len(names[: at + 1]) :]] == names[: at + 1]
+    with pytest.raises(HostRefused, match=f"cannot carry networks: bridges: {says}"):
+        selftest.require()
+
+
+def test_a_kernel_that_cannot_tell_who_asks_is_told_and_may_carry_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # a way of keeping it that no kernel has yet
+    found = {it.what: it for it in selftest.run()}["senders of requests"]
+    assert (found.ok, found.needed) == (False, False)
+    assert "no DHCP, metadata and passwords" in found.remedy
+    selftest.require()
+
+
+def test_no_packet_through_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = selftest._isolated
+
+    def without_source_nat() -> object:
+        scope = closed()
+        return type(scope)(**{name: getattr(scope, name) for name in scope.__struct_fields__} | {"public_ips": {}})
+
+    monkeypatch.setattr(selftest, "_isolated", without_source_nat)
+    monkeypatch.setattr(selftest, "_PACKET_S_MAX", 0.5)
+    found = selftest.run()
+    assert not found[-1].ok
+    assert found[-1].needed
+
+
+PACKAGES = {
+    "debian": ("ID=debian\n", "apt-get install dnsmasq-base"),
+    "ubuntu": ("ID=ubuntu\nID_LIKE=debian\n", "apt-get install dnsmasq-base"),
+    "rocky": ('ID="rocky"\nID_LIKE="rhel centos fedora"\n', "dnf install dnsmasq"),
+    "suse": ('ID="opensuse-leap"\nID_LIKE="suse opensuse"\n', "zypper install dnsmasq"),
+    "unknown": ("ID=nixos\n", "install dnsmasq"),
+}
+
+
+@pytest.mark.parametrize("distribution", PACKAGES)
+def test_a_missing_program_is_named_with_its_package(
+    distribution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, remedy = PACKAGES[distribution]
+    (tmp_path / "os-release").write_text(release)
+    monkeypatch.setattr(selftest, "PATH", str(tmp_path))
+    found = {it.what: it for it in selftest._programs(selftest._family(str(tmp_path / "os-release")))}
+    assert (found["dnsmasq"].ok, found["dnsmasq"].needed, found["dnsmasq"].remedy) == (False, False, remedy)
+
+
+def test_a_person_sees_a_table_and_a_program_json() -> None:
+    with agent_host() as host:
+        table = host.run(*PROGRAM, "selftest")
+        assert table.splitlines()[0].split() == ["WHAT", "THERE", "SAYS", "REMEDY"]
+        assert table.splitlines()[-1] == "This host can carry networks."
+        found = json.loads(host.run(*PROGRAM, "selftest", "--json"))
+        assert {"what": "bridges", "ok": True, "needed": True, "says": "", "remedy": ""} in found
+        assert host.run("ip", "netns") == ""
+        host.run("mount", "--bind", "/dev/null", "/usr/sbin/dnsmasq")
+        assert "no names in networks that want DNS" in host.run(*PROGRAM, "selftest")

@@ -1,0 +1,42 @@
+"""Whoever changed the rules for packets may wait for those that are under way."""
+
+from __future__ import annotations
+
+import pytest
+
+from kernel.agent_host import agent_host
+from kernel.test_agent_network import done
+from netloom.agent import flows
+from netloom.agent.kernel import conntrack, packets
+from unit.wishes import A1, admit, wish
+
+
+def test_this_kernel_tells_when_they_are_through() -> None:
+    assert packets.settled()
+
+
+@pytest.mark.taken_out("internal/netloom/agent/flows.py", "        packets.settled()  # else", "        pass  # else")
+def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken away waits before it looks; what is only added need not."""
+    order: list[str] = []
+    settled, count = packets.settled, conntrack.count
+
+    def waited() -> bool:
+        order.append("settled")
+        return settled()
+
+    def counted(namespace: str | None) -> int:
+        order.append("count")
+        return count(namespace)
+
+    monkeypatch.setattr(packets, "settled", waited)
+    monkeypatch.setattr(conntrack, "count", counted)
+    open_, closed = wish(admit(A1, "tcp", "22")), wish()
+    with agent_host() as host:
+        host.start()
+        done(host.call("020", "implement-network"))
+        with host.within("cs-net-204"):
+            assert flows.judge(None, open_, closed) == 0  # type: ignore[arg-type]
+            assert order == ["settled", "count"]
+            assert flows.judge(None, closed, open_) == 0  # type: ignore[arg-type]
+    assert order == ["settled", "count", "count"]

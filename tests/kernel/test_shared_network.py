@@ -1,0 +1,377 @@
+"""A plain shared network as its VMs meet it: services of a neighbour, two ranges, a real router, neighbours who lie.
+
+The router stands in the fabric, with a resolver behind it; the device has an address of its own and forwards nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kernel.agent_host import PAYLOADS, AgentHost, agent_host, wait_until
+from kernel.test_agent_network import done, steps
+from netloom.wire import Reply
+
+COMMANDS = {it["file"][:3]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}
+NS, BRIDGE, DEVICE = "cs-net-410", "breth1-1410", "10.30.0.5"
+ROUTERS = ("10.30.0.1/24", "10.31.0.1/25")
+ONE, ONE_MAC, ONE_IP = "sh-1", "1e:00:aa:00:00:11", "10.30.0.61"
+TWO, TWO_MAC, TWO_IP = "sh-2", "1e:00:aa:00:00:12", "10.31.0.9"
+THIEF_MAC = "1e:00:aa:00:00:99"
+RESOLVER = "198.51.100.53"
+BRIEFLY = ("--max-time", "1")  # where nothing is to come
+DOMAIN = "shared.example.internal"
+SECOND = {
+    "nic_id": "7102",
+    "nic_uuid": "6b7c2a10-0000-4000-8000-000000007102",
+    "mac": TWO_MAC,
+    "ip": TWO_IP,
+    "netmask": "255.255.255.128",
+    "gateway": "10.31.0.1",
+    "hostname": TWO,
+}
+
+# Takes classless routes as RFC 3442 wants it: a router of 0.0.0.0 is the link itself.
+UDHCPC = """#!/bin/sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip addr replace "$ip/$mask" dev "$interface"
+[ -n "$staticroutes" ] || ip route replace default via "$router"
+set -- $staticroutes
+while [ -n "$1" ]; do
+    case "$2" in
+        0.0.0.0) ip route replace "$1" dev "$interface" ;;
+        *) ip route replace "$1" via "$2" ;;
+    esac
+    shift 2
+done
+echo "ip=$ip mask=$mask router=$router dns=$(echo $dns | tr ' ' ,) domain=$domain server=$serverid"
+"""
+
+
+def play(host: AgentHost, fixture: str, **changes: Any) -> Reply:
+    return done(host.call(fixture, COMMANDS[fixture], **changes))
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    with _host() as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def standing() -> Iterator[AgentHost]:
+    """Two VMs with all that CloudStack sends, each in its range, for tests that leave them as they are."""
+    with _host() as it:
+        for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
+            play(it, fixture)
+        play(it, "305", **SECOND)
+        play(it, "306", **SECOND, vm_data=[{"dir": "metadata", "file": "instance-id", "content": "i-two"}])
+        play(it, "090", **_network(), **_first(), extension_ip=DEVICE, password="FAKE-one")
+        it.plug(ONE, BRIDGE, ONE_MAC)
+        it.plug(TWO, BRIDGE, TWO_MAC)
+        for vm in (ONE, TWO):
+            lease(it, vm)
+        yield it
+
+
+@contextlib.contextmanager
+def _host() -> Iterator[AgentHost]:
+    with agent_host("eth1.1410") as it, resolving(it):
+        it.start()
+        for address in ROUTERS:
+            it.run("ip", "addr", "add", address, "dev", "sw-eth1.1410", pid=it.fabric)
+        it.run("sysctl", "-qw", "net.ipv4.ip_forward=1", pid=it.fabric)
+        # What goes in and out by the same link is not worth a redirect.
+        for where in ("all", "sw-eth1/1410"):
+            it.run("sysctl", "-qw", f"net.ipv4.conf.{where}.send_redirects=0", pid=it.fabric)
+        script = it.path("/run/udhcpc")
+        script.write_text(UDHCPC)
+        script.chmod(0o755)
+        yield it
+
+
+@contextlib.contextmanager
+def resolving(host: AgentHost) -> Iterator[None]:
+    """The resolvers of the world behind the router; they know one name."""
+    for address in (RESOLVER, "198.51.100.54"):
+        host.run("ip", "addr", "add", f"{address}/32", "dev", "lo", pid=host.fabric)
+    words = ["dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--pid-file=", "--user=root"]
+    words += ["--bind-interfaces", "--listen-address=198.51.100.53,198.51.100.54"]
+    words += ["--address=/far.example/203.0.113.99"]
+    process = subprocess.Popen(["nsenter", "-t", str(host.fabric), "-n", "-m", *words], cwd="/")
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _network() -> dict[str, str]:
+    told = json.loads(next(PAYLOADS.glob("301-*")).read_text())["payload"]
+    return {key: told[key] for key in ("network_id", "vlan", "guest_type", "network_state", "gateway", "cidr")}
+
+
+def _first() -> dict[str, str]:
+    told = json.loads(next(PAYLOADS.glob("301-*")).read_text())["payload"]
+    return {key: told[key] for key in ("nic_id", "nic_uuid", "mac", "ip", "netmask")}
+
+
+def lease(host: AgentHost, vm: str, *options: str, check: bool = True) -> dict[str, str]:
+    words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "8", "-T", "1", "-s", "/run/udhcpc"]
+    said = host.run(*words, "-O", "staticroutes", *options, namespace=vm, check=check)
+    line = next((line for line in said.splitlines() if line.startswith("ip=")), "")
+    return dict(word.partition("=")[::2] for word in line.split())
+
+
+def get(host: AgentHost, vm: str, path: str, *more: str, pid: int = 0, port: int = 80) -> str:
+    words = ["curl", "-s", "--fail", "--max-time", "3", *more, f"http://{DEVICE}:{port}{path}"]
+    return host.run(*words, namespace=vm, pid=pid, check=False)
+
+
+def password(host: AgentHost, vm: str) -> str:
+    return get(host, vm, "/", "-H", "DomU_Request: send_my_password", port=8080).strip()
+
+
+def lookup(host: AgentHost, vm: str, name: str, pid: int = 0, patience_s: int = 5) -> str:
+    said = host.run("timeout", str(patience_s), "busybox", "nslookup", name, DEVICE, namespace=vm, pid=pid, check=False)
+    answers = said.partition("\n\n")[2]
+    return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line)
+
+
+def pings(host: AgentHost, vm: str, address: str, pid: int = 0) -> bool:
+    return " 0% packet loss" in host.run("ping", "-c", "1", "-W", "2", address, namespace=vm, pid=pid, check=False)
+
+
+def test_each_range_is_served_with_its_own_router_and_mask(standing: AgentHost) -> None:
+    dns = f"{DEVICE},198.51.100.53,198.51.100.54"
+    both = {"dns": dns, "domain": DOMAIN, "server": DEVICE}
+    assert lease(standing, ONE) == {"ip": ONE_IP, "mask": "24", "router": "10.30.0.1", **both}
+    assert lease(standing, TWO) == {"ip": TWO_IP, "mask": "25", "router": "10.31.0.1", **both}
+    for vm in (ONE, TWO):
+        assert lookup(standing, vm, f"{ONE}.{DOMAIN}") == ONE_IP
+        assert lookup(standing, vm, f"{TWO}.{DOMAIN}") == TWO_IP
+        assert lookup(standing, vm, "data-server") == DEVICE
+        # Through the real router, which is the device's only way out, too.
+        assert lookup(standing, vm, "www.far.example") == "203.0.113.99"
+    assert get(standing, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+    assert get(standing, ONE, "/latest/user-data").startswith("#!/bin/sh")
+    assert get(standing, TWO, "/latest/meta-data/instance-id") == "i-two"
+    assert password(standing, ONE) == "FAKE-one"
+
+
+def test_what_tenants_send_each_other_and_the_world_is_none_of_our_business(standing: AgentHost) -> None:
+    assert pings(standing, ONE, TWO_IP)
+    assert pings(standing, TWO, RESOLVER)
+
+
+@pytest.mark.taken_out("internal/netloom/render/scope.py", 'forwarding="0" if now.plain else "1"', 'forwarding="1"')
+@pytest.mark.taken_out(
+    "internal/netloom/render/shared.py", "forward priority filter; policy drop", "forward priority 0; policy accept"
+)
+def test_the_device_forwards_nothing(standing: AgentHost) -> None:
+    before = json.loads(standing.run("ip", "-j", "route", "get", RESOLVER, namespace=ONE))[0]["gateway"]
+    assert before == "10.30.0.1"
+    standing.ip("-n", ONE, "route", "replace", RESOLVER, "via", DEVICE)
+    try:
+        assert pings(standing, ONE, DEVICE)
+        assert not pings(standing, ONE, RESOLVER)
+    finally:
+        standing.ip("-n", ONE, "route", "del", RESOLVER)
+
+
+def test_a_neighbour_with_a_vms_address_gets_nothing_of_it(standing: AgentHost) -> None:
+    standing.plug("thief", BRIDGE, THIEF_MAC, f"{ONE_IP}/24")
+    standing.ip("-n", "thief", "link", "set", "eth0", "up")
+    try:
+        for path in ("/latest/user-data", "/latest/meta-data/local-hostname", "/latest/meta-data/"):
+            assert get(standing, "thief", path, *BRIEFLY) == ""
+        assert get(standing, "thief", "/", *BRIEFLY, "-H", "DomU_Request: send_my_password", port=8080) == ""
+        assert lease(standing, "thief", "-t", "2", check=False) == {}
+        # It answers ARP for the address, as the owner does: what is for the owner goes to the owner all the same.
+        assert get(standing, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+        assert lease(standing, ONE)["ip"] == ONE_IP
+    finally:
+        standing.ip("link", "del", "tap-thief")
+        standing.ip("netns", "del", "thief")
+
+
+@pytest.mark.taken_out("internal/netloom/render/shared.py", '*(f"ip saddr {it} drop" for it in routers),', "")
+def test_routers_and_strangers_reach_nothing_of_the_device(standing: AgentHost) -> None:
+    fabric = standing.fabric
+    standing.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)
+    standing.run("ip", "route", "replace", f"{DEVICE}/32", "dev", "sw-eth1.1410", pid=fabric)
+    for source in ("10.30.0.1", "10.31.0.1", RESOLVER):
+        assert get(standing, "", "/", *BRIEFLY, "--interface", source, pid=fabric) == ""
+        with pytest.raises(AssertionError, match="^nc "):
+            standing.run("nc", "-z", "-w", "1", "-s", source, DEVICE, "53", pid=fabric)
+        ping = standing.run("ping", "-c", "1", "-W", "1", "-I", source, DEVICE, pid=fabric, check=False)
+        assert "100% packet loss" in ping
+    assert lookup(standing, "", f"{ONE}.{DOMAIN}", pid=fabric, patience_s=2) == ""
+
+
+def test_a_vm_that_goes_through_its_router_has_names_and_no_metadata(standing: AgentHost) -> None:
+    """A client that takes no classless routes: its requests bear the router's MAC address, which proves nothing."""
+    standing.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
+    try:
+        assert lookup(standing, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
+        assert get(standing, TWO, "/latest/meta-data/instance-id") == ""
+    finally:
+        standing.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "dev", "eth0")
+    assert get(standing, TWO, "/latest/meta-data/instance-id") == "i-two"
+
+
+FIRST_CALLS = ("301", "302", "303", "304", "305", "306", "307", "314", "315", "090")
+
+
+def test_whatever_comes_first_builds_the_network_and_the_end_leaves_nothing(host: AgentHost) -> None:
+    before = host.inventory()
+    for removal in ("310", "311", "312", "313", "316"):
+        play(host, removal)
+    assert host.inventory() == before
+    of_isolated = {**_network(), **_first(), "extension_ip": DEVICE, "password": "FAKE-one"}
+    for first in FIRST_CALLS:
+        play(host, first, **(of_isolated if first == "090" else {}))
+        host.plug(ONE, BRIDGE, ONE_MAC, f"{ONE_IP}/24")
+        assert pings(host, ONE, DEVICE), first
+        if first in ("303", "315"):
+            assert lease(host, ONE)["ip"] == ONE_IP
+        if first == "090":
+            wait_until(lambda: password(host, ONE) == "FAKE-one")
+        play(host, "316")
+        host.ip("link", "del", f"tap-{ONE}")
+        host.ip("netns", "del", ONE)
+        wait_until(lambda: host.inventory() == before)
+
+
+def test_the_device_moves_to_the_address_that_cloudstack_names(host: AgentHost) -> None:
+    """Not named, it stays where it is; another one, and the services are there and nowhere else."""
+    play(host, "301", extension_ip="")
+    assert host.run("ip", "netns", "list") == ""
+    for fixture in ("301", "302", "303", "304", "305", "306"):
+        play(host, fixture)
+    play(host, "303", extension_ip="")
+    host.plug(ONE, BRIDGE, ONE_MAC)
+    assert lease(host, ONE)["server"] == DEVICE
+    moved = "10.30.0.6"
+    play(host, "303", extension_ip=moved)
+    assert lease(host, ONE)["server"] == moved
+    url = f"http://{moved}/latest/meta-data/local-hostname"
+    wait_until(lambda: host.run("curl", "-s", "--fail", *BRIEFLY, url, namespace=ONE, check=False) == "sh-1")
+    query = ("busybox", "nslookup", f"{ONE}.{DOMAIN}", moved)
+    wait_until(lambda: ONE_IP in host.run(*query, namespace=ONE, check=False))
+    assert not pings(host, ONE, DEVICE)
+    host.kill()
+    host.start()
+    assert steps(host) == 0
+
+
+def test_an_l2_network_has_its_vms_remembered_and_nothing_built(host: AgentHost) -> None:
+    before = host.inventory()
+    play(host, "320")
+    assert host.inventory() == {**before, "files": before["files"] + 1}
+    play(host, "316", network_id="420", vlan="1420", guest_type="l2")
+    assert host.inventory() == before
+
+
+def test_a_range_that_ends_a_restart_and_a_new_agent(host: AgentHost) -> None:
+    for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
+        play(host, fixture)
+    host.plug(ONE, BRIDGE, ONE_MAC)
+    host.plug(TWO, BRIDGE, TWO_MAC)
+    lease(host, ONE)
+    assert lookup(host, ONE, f"{ONE}.{DOMAIN}") == ONE_IP
+    # CloudStack's restart: implement-network in state setup, then all VMs at once, without masks.
+    for fixture in ("314", "315"):
+        play(host, fixture)
+    assert lease(host, TWO)["mask"] == "25"
+    wait_until(lambda: lookup(host, TWO, f"{TWO}.{DOMAIN}") == TWO_IP)
+    # The first range ends; its VM has nothing any more, the second range's VM has all.
+    for fixture in ("311", "310", "312", "313"):
+        play(host, fixture)
+    assert lease(host, ONE, "-t", "2", check=False) == {}
+    assert get(host, ONE, "/latest/meta-data/local-hostname") == ""
+    assert lease(host, TWO)["ip"] == TWO_IP
+    wait_until(lambda: lookup(host, TWO, f"{ONE}.{DOMAIN}") == "")
+    assert lookup(host, TWO, f"{TWO}.{DOMAIN}") == TWO_IP
+    host.kill()
+    host.start()
+    assert steps(host) == 0
+    assert get(host, TWO, "/latest/meta-data/local-hostname") == TWO
+
+
+def test_after_a_failover_an_isolated_network_stands_with_the_first_call_about_a_vm() -> None:
+    with agent_host() as host:
+        host.start()
+        play(host, "100")
+        assert host.run("ip", "netns", "list") == ""
+        play(host, "139")
+        host.plug("web", "breth1-1204", "02:01:00:cc:00:03", "10.10.1.45/24")
+        assert pings(host, "web", "10.10.1.1")
+
+
+def test_an_isolated_network_whose_gateway_is_somebody_elses() -> None:
+    """Provider of DHCP, DNS and user data only: the device asks the gateway, and does not take its place."""
+    with agent_host("eth1.1205") as host, resolving(host):
+        host.start()
+        host.run("ip", "addr", "add", "10.11.1.1/24", "dev", "sw-eth1.1205", pid=host.fabric)
+        play(host, "140")
+        told = json.loads(next(PAYLOADS.glob("140-*")).read_text())["payload"] | {"network_state": "implemented"}
+        nic = {**told, "ip": "10.11.1.45", "dns": RESOLVER}
+        for fixture in ("030", "032", "034"):
+            play(host, fixture, **nic)
+        host.plug("web", "breth1-1205", "02:01:00:cc:00:03", "10.11.1.45/24")
+        said = host.run("busybox", "nslookup", "www.far.example", "10.11.1.7", namespace="web", check=False)
+        assert "203.0.113.99" in said
+        assert host.run("arping", "-c", "1", "-I", "eth0", "10.11.1.1", namespace="web").count("Unicast reply") == 1
+
+
+def test_a_shared_network_with_nat_and_firewall_lives_as_an_isolated_one() -> None:
+    """Advanced zones: the device is its gateway, CloudStack implements it, and in the end shuts it down."""
+    with agent_host("eth1.1410", "eth2.101") as host:
+        host.start()
+        host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
+        before = host.inventory()
+        told = _network() | {"network_state": "implementing"}
+        public, web = "203.0.113.20", 8081
+        rule = {"id": 1, "type": "ingress", "protocol": "tcp", "portStart": web, "publicIp": public}
+        play(host, "020", **told, extension_ip="10.30.0.1")
+        play(host, "021", **told)
+        told["network_state"] = "implemented"
+        play(host, "053", **told, public_ip=public, public_port=str(web), private_ip=ONE_IP, private_port="80")
+        play(host, "070", **told, fw_rules={"default_egress_allow": True, "rules": [rule]})
+        play(host, "303", **told, **_first(), extension_ip="10.30.0.1")
+        host.plug(ONE, BRIDGE, ONE_MAC, f"{ONE_IP}/24")
+        host.ip("-n", ONE, "route", "add", "default", "via", "10.30.0.1")
+        assert pings(host, ONE, "203.0.113.1")
+        serve = "busybox nc -ll -p 80 -e echo served >/dev/null 2>&1 </dev/null &"
+        host.run("sh", "-c", serve, namespace=ONE)
+        heard = ("timeout", "3", "busybox", "nc", "-w", "2", public)
+        wait_until(lambda: host.run(*heard, str(web), pid=host.fabric, check=False) == "served\n")
+        assert host.run(*heard, "80", pid=host.fabric, check=False) == ""
+        host.ip("link", "del", f"tap-{ONE}")
+        host.ip("netns", "del", ONE)
+        play(host, "126", **{**told, "network_state": "shutdown"})
+        play(host, "316", network_state="setup")
+        wait_until(lambda: {**host.inventory(), "connections": 0} == {**before, "connections": 0})
+
+
+def test_an_untagged_shared_network_uses_the_nic_itself(host: AgentHost) -> None:
+    play(host, "317")
+    links = host.links()
+    assert links["eth1"]["master"] == links["vnetg411"]["master"] == "breth1-0"
+    assert "10.32.0.4/24" in host.run("ip", "addr", namespace="cs-net-411")
+
+
+def test_a_private_vlan_is_refused_and_leaves_nothing(host: AgentHost) -> None:
+    before = host.inventory()
+    reply = host.call("318", "prepare-nic")
+    assert (reply.status, reply.error) == (
+        1,
+        "payload.vlan: 1412-i2412 is a private VLAN, which a Linux bridge cannot carry",
+    )
+    assert host.inventory() == before

@@ -1,0 +1,181 @@
+"""Laws of what VMs are given, held against random walks of NICs, leases, names, data, passwords and balanced ports."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.test_commands_laws import IMPLEMENTS, NETWORK, PUBLIC, Call, carry_out, content, some, text
+from netloom.render.guest import tables
+from netloom.render.services import services
+from netloom.secret import dec_hook
+from netloom.state import Nic, Scope
+
+# Few values, so that one NIC takes another's address or MAC, and few wrong ones.
+WHO = [
+    {**NETWORK, "nic_uuid": uuid, "mac": f"02:01:00:cc:00:0{mac}", "ip": f"10.10.1.{ip}", "nic_id": nic_id}
+    for uuid, mac, ip, nic_id in product(("a", "b", ""), (3, 4), (45, 46), ("5101", "5102"))
+]
+STARTS = [
+    {**who, "hostname": name, "default_nic": flag} for who, name, flag in product(WHO, ("x", "y"), ("true", "false"))
+]
+BARE = [*WHO, *({**NETWORK, "nic_id": it} for it in ("5101", "5102", "9"))]
+ITEMS: list[list[dict[str, str]]] = [
+    [],
+    [{"dir": "metadata", "file": "instance-id", "content": "i-1"}],
+    [{"dir": "userdata", "file": "user_data", "content": ""}],
+    [{"dir": "password", "file": "vm_password", "content": "FAKE-1"}],
+    [{"dir": "metadata", "file": "../x", "content": "x"}],
+]
+DATA = [{**who, "vm_data": items} for who, items in product(WHO, ITEMS)]
+PASSWORDS = [{**who, "password": it} for who, it in product(WHO, ("FAKE-1", "FAKE-2"))]
+TEXTS = [{**who, "userdata": it, "sshkey": it, "hypervisor_hostname": "h"} for who, it in product(WHO, ("", "text\n"))]
+OPTIONS = [
+    {**NETWORK, "nic_id": nic_id, "options": options}
+    for nic_id, options in product(("5101", "5102"), ({}, {"26": "1400"}, {"15": "of.its.own"}, {"51": "1"}))
+]
+RESTORES = [
+    {
+        **NETWORK,
+        "restore_data": {
+            "dhcp_enabled": dhcp,
+            "dns_enabled": dns,
+            "userdata_enabled": data,
+            "vms": [{**one, "vm_data": items}, other],
+        },
+    }
+    for dhcp, dns, data, one, other, items in product(
+        (True, False), (True, False), (True, False), STARTS[:6], STARTS[-6:], (ITEMS[1], ITEMS[2], ITEMS[4])
+    )
+]
+BALANCED = [
+    {**NETWORK, "lb_rules": [{"id": 1, **first}, {"id": 2, **first, "revoke": revoke, "publicPort": port}]}
+    for first, revoke, port in product(
+        [
+            {"publicIp": ip, "publicPort": 80, "protocol": protocol, "backends": [{"ip": "10.10.1.45", "port": 80}]}
+            for ip, protocol in product(("203.0.113.2", "203.0.113.20"), ("tcp", "udp", "tcp-proxy", "sctp"))
+        ],
+        (True, False),
+        (80, 81, 0),
+    )
+]
+
+gives = st.one_of(
+    some(["prepare-nic", "release-nic", "add-dhcp-entry", "add-dns-entry"], STARTS),
+    some(["config-dhcp-subnet", "config-dns-subnet"], STARTS),
+    some(["save-vm-data"], DATA),
+    some(["save-password"], PASSWORDS),
+    some(["save-userdata", "save-sshkey", "save-hypervisor-hostname"], TEXTS),
+    some(["set-dhcp-options"], OPTIONS),
+    some(["restore-network"], RESTORES),
+    some(["apply-lb-rules"], BALANCED),
+)
+takes = st.one_of(
+    some(["remove-dhcp-entry", "remove-dns-entry"], BARE), some(["remove-dhcp-subnet", "remove-dns-subnet"], [NETWORK])
+)
+others = st.one_of(some(["implement-network"], IMPLEMENTS), some(["assign-ip"], PUBLIC))
+calls = st.one_of(gives, gives, takes)
+walks = st.lists(st.one_of(gives, gives, takes, others), max_size=20)
+
+
+def walked(walk: list[Call]) -> Scope | None:
+    scope: Scope | None = None
+    for call in [("implement-network", IMPLEMENTS[0]), *walk]:
+        scope = carry_out(scope, call)
+    return scope
+
+
+def nics(scope: Scope | None) -> dict[str, Nic]:
+    return dict(scope.networks["204"].nics) if scope is not None else {}
+
+
+@given(walks)
+def test_a_walk_keeps_the_invariants_and_is_rendered(walk: list[Call]) -> None:
+    scope: Scope | None = None
+    for call in walk:
+        before, before_text = scope, text(scope)
+        scope = carry_out(before, call)
+        assert text(before) == before_text, "the value before was changed in place"
+        if scope is None:
+            continue
+        known = nics(scope)
+        assert all(key == it.key for key, it in known.items())
+        assert len({it.mac for it in known.values()}) == len(known)
+        held = [it.ip for it in known.values() if it.ip]
+        assert len(set(held)) == len(held)
+        ports = [
+            (it.public_ip, it.public_port, "udp" if it.protocol == "udp" else "tcp") for it in scope.lb_rules.values()
+        ]
+        assert len(set(ports)) == len(ports)
+        assert all(".." not in name for it in known.values() for name in it.metadata)
+        if before is not None:
+            assert scope.revision == before.revision + (content(scope) != content(before))
+        assert tables(scope) == tables(scope)
+        assert len({it.name for it in services(scope)}) == len(services(scope))
+
+
+@given(walks, calls)
+def test_twice_is_once(walk: list[Call], call: Call) -> None:
+    once = carry_out(walked(walk), call)
+    assert carry_out(once, call) == once
+
+
+@given(walks)
+def test_what_the_agent_keeps_reads_back_as_it_was(walk: list[Call]) -> None:
+    scope = walked(walk)
+    back = msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook)
+    assert back == scope
+    if scope is not None and back is not None:
+        assert tables(back) == tables(scope)
+
+
+@given(walks, some(["prepare-nic", "add-dhcp-entry", "add-dns-entry"], STARTS))
+def test_who_comes_and_goes_was_never_there(walk: list[Call], call: Call) -> None:
+    before = walked(walk)
+    asked = {**call[1], "nic_uuid": "new", "mac": "02:01:00:cc:00:99", "ip": "10.10.1.99", "nic_id": "5199"}
+    after = carry_out(carry_out(before, (call[0], asked)), ("remove-dhcp-entry", asked))
+    assert nics(after) == nics(before)
+
+
+@given(walks, calls)
+def test_what_is_said_of_one_vm_leaves_the_others_alone(walk: list[Call], call: Call) -> None:
+    """But for whom it takes the address or the MAC from: that one has nothing any more, and is not half there."""
+    before, asked = walked(walk), call[1]
+    after = carry_out(before, call)
+    if "mac" not in asked:
+        return
+    for key, it in nics(before).items():
+        if it.mac != asked["mac"] and key != asked["nic_uuid"]:
+            assert nics(after).get(key, it) == it
+            assert key in nics(after) or it.ip == asked["ip"]
+
+
+@given(walks, st.sampled_from(STARTS))
+def test_a_vm_that_stops_loses_nothing(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = walked(walk)
+    assert content(carry_out(before, ("release-nic", asked))) == content(before)
+
+
+@given(walks, takes)
+def test_a_removal_of_what_is_gone_changes_nothing_and_begins_nothing(walk: list[Call], call: Call) -> None:
+    assert carry_out(None, call) is None
+    once = carry_out(walked(walk), call)
+    assert carry_out(once, call) == once
+
+
+@given(walks, st.sampled_from(RESTORES))
+def test_a_restore_takes_no_password_and_no_other_vm_away(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = walked(walk)
+    after = carry_out(before, ("restore-network", asked))
+    listed = asked["restore_data"]["vms"]
+    addresses, macs = {it["ip"] for it in listed}, {it["mac"] for it in listed}
+    for key, it in nics(before).items():
+        if it.ip not in addresses and it.mac not in macs and key not in {vm["nic_uuid"] for vm in listed}:
+            assert nics(after)[key] == it
+        elif key in nics(after) and nics(after)[key].mac == it.mac:
+            now = nics(after)[key]
+            assert (now.password, now.password_serial) == (it.password, it.password_serial)

@@ -1,0 +1,258 @@
+"""Laws of a VPC and its two tiers, held against random walks of every command that is about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import product
+from typing import Any
+
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+
+from model.test_commands_laws import Call, carry_out, content, some, text
+from model.test_render_laws import Entry
+from netloom.commands import Context
+from netloom.render import flows
+from netloom.render.scope import render
+from netloom.state import Scope
+from netloom.wire import Registration
+
+OURS = Context(scope_id="vpc-7", registration=Registration(owner="zone-a"))
+ADDRESSES = ("203.0.113.2", "203.0.113.20", "203.0.113.21")
+VPC = {"vpc_id": "7", "zone_id": "1", "vpc_state": "enabled", "vpc_cidr": "10.20.0.0/16"}
+TIERS = [
+    {
+        "vpc_id": "7",
+        "network_id": number,
+        "vlan": f"1{number}",
+        "gateway": f"10.20.{at}.1",
+        "cidr": f"10.20.{at}.0/24",
+        "guest_type": "isolated",
+        "network_state": "implemented",
+    }
+    for at, number in ((1, "310"), (2, "311"))
+]
+PUBLIC = [
+    {
+        "public_ip": address,
+        "public_vlan": vlan,
+        "public_gateway": "203.0.113.1",
+        "public_cidr": "203.0.113.0/24",
+        "source_nat": source_nat,
+    }
+    for address, vlan, source_nat in product(ADDRESSES, ("vlan://101", "vlan://101", "102"), ("true", "false"))
+]
+WHOLE = [{**VPC, **it, "source_nat": "true"} for it in PUBLIC]
+IN_TIER = [{**tier, **it} for tier, it in product(TIERS, PUBLIC)]
+GUESTS = [{**it, "private_ip": it["gateway"][:-1] + last} for it, last in product(IN_TIER, ("45", "46"))]
+FORWARDS = [
+    {**it, "public_port": port, "private_port": "22", "protocol": "tcp"} for it, port in product(GUESTS, ("22", "80"))
+]
+
+
+def balanced(asked: dict[str, Any], port: int, name: str = "", *, revoke: bool = False) -> dict[str, Any]:
+    rule = {
+        "id": int(asked["network_id"]),
+        "name": name,
+        "publicIp": asked["public_ip"],
+        "publicPort": 81,
+        "privatePort": port,
+        "protocol": "tcp",
+        "algorithm": "roundrobin",
+        "revoke": revoke,
+        "backends": [{"ip": asked["private_ip"], "port": port, "revoked": False}],
+    }
+    return {**asked, "lb_rules": [rule]}
+
+
+BALANCED = [
+    *(balanced(it, port) for it, port in product(GUESTS, (80, 8080))),
+    *(balanced(it, 80, "dns [udp]") for it in GUESTS),
+    *(balanced(it, 80, revoke=True) for it in GUESTS),
+]
+ALLOW: dict[str, Any] = {"action": "allow", "trafficType": "ingress"}
+LISTS: list[list[dict[str, Any]]] = [[], [{"protocol": "all"}], [{"protocol": "tcp", "portStart": 80}]]
+ACLS = [{**tier, "acl_rules": [{"number": 1, **ALLOW, **it} for it in rules]} for tier, rules in product(TIERS, LISTS)]
+
+begins = some(["implement-vpc"], [VPC, *WHOLE]) | some(
+    ["implement-network"], [{**tier, "extension_ip": tier["gateway"]} for tier in TIERS]
+)
+of_a_tier = st.one_of(
+    some(["assign-ip", "assign-ip", "release-ip"], IN_TIER),
+    some(["add-static-nat", "add-static-nat", "delete-static-nat"], GUESTS),
+    some(["add-port-forward", "add-port-forward", "delete-port-forward"], FORWARDS),
+    some(["apply-lb-rules"], BALANCED),
+    some(["apply-network-acl"], ACLS),
+)
+tier_ends = some(["shutdown-network", "destroy-network"], [{**it, "network_state": "shutdown"} for it in TIERS])
+vpc_ends = some(["shutdown-vpc", "destroy-vpc"], [VPC])
+changes = begins | of_a_tier | of_a_tier | some(["update-vpc-source-nat-ip"], WHOLE)
+calls = changes | tier_ends | vpc_ends
+walks = st.builds(
+    lambda one, begun, two, end, three: [*one, *begun, *two, *end, *three],
+    st.lists(changes, max_size=4),
+    some(["implement-vpc"], [VPC, *WHOLE]).flatmap(
+        lambda vpc: st.permutations([vpc, *(("implement-network", tier) for tier in TIERS)])
+    ),
+    st.lists(changes, max_size=15),
+    st.lists(tier_ends, max_size=1),
+    st.lists(changes, max_size=6),
+)
+
+
+def walked(walk: list[Call]) -> Scope | None:
+    scope: Scope | None = None
+    for call in walk:
+        scope = carry_out(scope, call, OURS)
+    return scope
+
+
+def source(scope: Scope | None) -> set[str]:
+    return {key for key, it in scope.public_ips.items() if it.source_nat} if scope else set()
+
+
+def inward(scope: Scope) -> set[str]:
+    """The addresses that something is translated from."""
+    return {*scope.static_nats, *(it.public_ip for it in scope.port_forwards.values())}
+
+
+def of(scope: Scope, network_id: str) -> tuple[object, ...]:
+    """All that is a tier's own."""
+    return (
+        scope.networks.get(network_id),
+        {key: it for key, it in scope.static_nats.items() if it.network_id == network_id},
+        {key: it for key, it in scope.port_forwards.items() if it.network_id == network_id},
+        {key: it for key, it in scope.lb_rules.items() if it.network_id == network_id},
+    )
+
+
+@given(walks, calls)
+def test_twice_is_once(walk: list[Call], call: Call) -> None:
+    once = carry_out(walked(walk), call, OURS)
+    assert carry_out(once, call, OURS) == once
+
+
+@given(walks)
+def test_what_leads_inward_is_held_and_one_address_at_most_leads_out(walk: list[Call]) -> None:
+    scope: Scope | None = None
+    for call in walk:
+        scope = carry_out(scope, call, OURS)
+        if scope is None:
+            continue
+        assert len(source(scope)) <= 1
+        assert inward(scope) <= scope.public_ips.keys()
+        assert all(it.network_id in scope.networks for it in scope.static_nats.values())
+        assert all(it.network_id in scope.networks for it in scope.port_forwards.values())
+        assert all(it.network_id in scope.networks for it in scope.lb_rules.values())
+        render(scope)
+
+
+@given(walks, st.sampled_from(WHOLE))
+def test_a_change_of_the_source_nat_address_changes_that_alone(walk: list[Call], asked: dict[str, Any]) -> None:
+    before = walked(walk)
+    after = carry_out(before, ("update-vpc-source-nat-ip", asked), OURS)
+    assert after is not None
+    assert source(after) == {asked["public_ip"]}
+    assert before is not None
+    assert [of(after, it["network_id"]) for it in TIERS] == [of(before, it["network_id"]) for it in TIERS]
+    assert after.public_ips.keys() == before.public_ips.keys() | {asked["public_ip"]}
+
+
+@given(walks, some(["release-ip"], IN_TIER) | of_a_tier | tier_ends)
+def test_no_call_of_a_tier_takes_the_vpcs_address(walk: list[Call], call: Call) -> None:
+    """assign-ip alone tells whether an address has the role."""
+    before = walked(walk)
+    after = carry_out(before, call, OURS)
+    assert after is not None
+    if call[0] != "assign-ip":
+        assert source(after) == source(before)
+    elif call[1]["source_nat"] == "true":
+        assert source(after) == {call[1]["public_ip"]}
+
+
+@example(
+    [
+        *(("implement-vpc", VPC), ("implement-network", TIERS[0]), ("implement-network", TIERS[1])),
+        ("add-port-forward", FORWARDS[0]),
+        ("add-port-forward", {**FORWARDS[0], **TIERS[1], "private_ip": "10.20.2.45", "public_port": "80"}),
+    ],
+    ("release-ip", IN_TIER[0]),
+)
+@given(walks, tier_ends | some(["release-ip"], IN_TIER))
+def test_what_ends_in_a_tier_takes_nothing_of_the_other(walk: list[Call], call: Call) -> None:
+    before = walked(walk)
+    assert before is not None
+    after = carry_out(before, call, OURS)
+    other = next(it["network_id"] for it in TIERS if it["network_id"] != call[1]["network_id"])
+    if after is None:
+        assert other not in before.networks
+        return
+    assert of(after, other) == of(before, other)
+    assert inward(after) <= after.public_ips.keys()
+    if call[0] != "release-ip":
+        assert of(after, call[1]["network_id"]) == (None, {}, {}, {})
+        event(f"{len(before.public_ips) - len(after.public_ips)} addresses gone")
+
+
+@given(walks)
+def test_a_vpc_implemented_again_is_as_it_was(walk: list[Call]) -> None:
+    """A restart with cleanup sends it alone, and no tier after it."""
+    before = walked(walk)
+    assert content(carry_out(before, ("implement-vpc", VPC), OURS)) == content(before)
+
+
+@given(walks, vpc_ends)
+def test_after_its_end_nothing_is_left(walk: list[Call], end: Call) -> None:
+    assert carry_out(walked(walk), end, OURS) is None
+    assert carry_out(None, end, OURS) is None
+
+
+HOSTS = ("192.0.2.10", "10.20.1.45", "10.20.1.46", "10.20.2.45", "10.20.1.1", *ADDRESSES)
+FLOWS = [
+    Entry(protocol, src, dst, sport, dport, "", "", 0, sport, icmp_type, icmp_code, 0)
+    for (protocol, sport, dport, icmp_type, icmp_code), src, dst in product(
+        [(6, 40000, 22, -1, -1), (6, 40000, 81, -1, -1), (17, 40000, 81, -1, -1), (1, 0, 0, 8, 0)], HOSTS, HOSTS
+    )
+    if src != dst
+]
+
+
+# The tier's list lets the one port of the balanced guest in, and not the other.
+@example(
+    [
+        ("implement-vpc", WHOLE[0]),
+        ("implement-network", TIERS[0]),
+        ("apply-network-acl", ACLS[2]),
+        ("apply-lb-rules", balanced(GUESTS[0], 80)),
+    ],
+    [("apply-lb-rules", balanced(GUESTS[0], 8080))],
+)
+@settings(max_examples=200)
+@given(walks, st.lists(calls | some(["apply-lb-rules"], BALANCED), min_size=1, max_size=4))
+def test_no_change_that_ends_a_flow_goes_unseen(walk: list[Call], more: list[Call]) -> None:
+    """Of every flow that is open before, in each way that it may have taken: where none is looked at, all are right."""
+    before = walked(walk)
+    for call in more:
+        after = carry_out(before, call, OURS)
+        if flows.attention(before, after) != "all":
+            was, now = flows.Judge(before), flows.Judge(after)
+            for flow in FLOWS:
+                for way in was._ways(flow):
+                    taken = dataclasses.replace(
+                        flow,
+                        reply_src=way.reply_src,
+                        reply_sport=way.reply_sport if flow.sport else 0,
+                        reply_dst=way.reply_dst,
+                        mark=way.exit or 0,
+                    )
+                    assert was.verdict(taken) == now.verdict(taken) == "keep", call
+        before = after
+
+
+@given(walks)
+def test_no_value_is_changed_in_place(walk: list[Call]) -> None:
+    scope: Scope | None = None
+    for call in walk:
+        before, was = scope, text(scope)
+        scope = carry_out(scope, call, OURS)
+        assert text(before) == was

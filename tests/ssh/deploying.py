@@ -1,0 +1,174 @@
+"""Hosts that have nothing of netloom, and management servers that have the one file."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bed import Bed
+from bed.cloudstack import CLOUD_UID, FakeCloudStack
+from bed.lab import Host
+from bed.places import Execution, until
+from ssh.onefile import OneFiles
+
+ONE, TWO, THREE = "0.1.0-1-aaaa", "0.1.0-2-bbbb", "0.2.0-1-cccc"  # builds, the later the newer
+LIBEXEC = "/usr/local/libexec/netloom"
+BALLAST_MB = 4
+SETTLE_S = 60.0
+
+# Stands before the real dd: stops where it is told to, until it is told to go on; may spoil a byte.
+_DD = """#!/usr/bin/python3 -I
+import os, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+stop = int(open("/run/dd-stop").read()) if os.path.exists("/run/dd-stop") else 1 << 60
+fd = os.open(words["of"], os.O_WRONLY | os.O_CREAT, 0o644)
+at = int(words["seek"]) * int(words["bs"])
+while True:
+    data = os.read(0, min(1 << 16, max(1, stop - at)))
+    if not data:
+        break
+    if at == 0 and os.path.exists("/run/dd-spoil"):
+        data = b"?" + data[1:]
+    try:
+        os.pwrite(fd, data, at)
+    except OSError as error:
+        sys.exit(f"dd: error writing: {error.strerror}")
+    at += len(data)
+    while at == stop:
+        if not os.path.exists("/run/dd-stop"):
+            stop = 1 << 60
+        time.sleep(0.01)
+"""
+
+
+@contextmanager
+def deploying_files() -> Iterator[OneFiles]:
+    """A maker of one-files in a directory that every simulated machine sees."""
+    directory = Path(tempfile.mkdtemp(prefix="netloom-onefile-", dir="/var/tmp"))
+    directory.chmod(0o755)
+    try:
+        yield OneFiles(directory)
+    finally:
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def deploying(hosts: int = 2) -> Iterator[tuple[Bed, OneFiles]]:
+    """A bed whose machines can all read what the one-file maker makes."""
+    with deploying_files() as files, Bed(hosts=hosts, public_vlans=[101]) as bed:
+        yield bed, files
+
+
+class Server:
+    """A management server: its own directory and helper, and the one file where CloudStack expects it."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, bed: Bed, program: Path, *, user: str = "root", helper: str = "60", timeout_s: int = 60) -> None:
+        self.bed = bed
+        self.name = f"server{next(self._numbers)}"
+        self.directory = f"/var/tmp/{self.name}"
+        self.helper = helper
+        self._path = bed.management.install(self.name, program)
+        self._files = itertools.count(1)
+        self.cloud = FakeCloudStack(self._run)
+        self.cloud.timeout_s = timeout_s
+        self.cloud.register(hosts=bed.hosts[:1], **bed.login(user))
+
+    def _run(self, command: str, text: str, timeout_s: int) -> Execution:
+        file = f"/tmp/{self.name}-{next(self._files)}.payload"
+        self.bed.management.write(file, text, uid=CLOUD_UID)
+        environment = self.bed.management.environment(NETLOOM_DIR=self.directory, NETLOOM_HELPER=self.helper)
+        return self.bed.management.execute([self._path, command, file, str(timeout_s)], environment=environment)
+
+    def replace(self, program: Path) -> None:
+        """The operator drops another file in the place of the one that CloudStack calls."""
+        self.bed.management.run("install", "-m", "755", str(program), f"{self._path}.new")
+        self.bed.management.run("mv", f"{self._path}.new", self._path)
+
+    def ask(self) -> Execution:
+        """One call that asks a host and changes nothing there."""
+        network = self.cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24")
+        return network.ensure().execution
+
+    def log(self) -> str:
+        return self.bed.management.sh(f"cat {self.directory}/netloom.log", check=False)
+
+    def logged(self, pattern: str) -> bool:
+        """Whether the log says so, in time."""
+        return until(lambda: re.search(pattern, self.log()), seconds=SETTLE_S)
+
+
+def in_background(server: Server) -> Callable[[], Execution]:
+    """A call that has begun; asks for its end."""
+    ended: list[Execution] = []
+    thread = threading.Thread(target=lambda: ended.append(server.ask()))
+    thread.start()
+
+    def end() -> Execution:
+        thread.join(SETTLE_S)
+        return ended[0]
+
+    return end
+
+
+def wipe(bed: Bed) -> None:
+    """The helpers have ended; the host has been switched off and on, and has nothing of ours."""
+    for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
+        if line.endswith(" helper"):
+            bed.management.sh(f"kill -9 {line.split()[0]}")
+    host = bed.hosts[0]
+    host.power_cut()
+    host.boot()
+    ours = "/usr/local/libexec /usr/local/bin/* /var/lib/netloom /var/log/netloom"
+    host.sh(f"rm -rf {ours} && truncate -s 0 /var/log/sshd.log")
+
+
+def works(done: Execution) -> bool:
+    """Whether the call succeeded with what ensure-network-device prints."""
+    return done.status == 0 and '"namespace":"cs-net-204"' in done.output
+
+
+def builds(host: Host) -> list[str]:
+    """What lies in the program's place."""
+    return [name for name in host.listing(LIBEXEC) if not name.startswith(".")]
+
+
+def current(host: Host) -> str:
+    return host.sh(f"readlink {LIBEXEC}/current", check=False).strip()
+
+
+def agents(host: Host) -> list[str]:
+    """The builds that serve: as many as there are processes, and all of the build that was the last to say so."""
+    serving = [line for line in host.sh("ps -A -o args=").splitlines() if " agent serve" in line]
+    said = re.findall(r" build=(\S+) ", host.sh("cat /var/log/netloom/agent.log", check=False))
+    return [said[-1] for _ in serving]
+
+
+def kill_agent(host: Host, number: str = "KILL") -> None:
+    """The agent is gone at once, whatever it did; or stopped."""
+    host.sh(f"kill -{number} {re.findall(r' pid=([0-9]+) ', host.read('/var/log/netloom/agent.log'))[-1]}")
+
+
+def slow_disk(host: Host, *, stop: int = 0, spoil: bool = False) -> None:
+    """From now on uploads stop when so many bytes are written, until ``go_on``; or their first byte is spoilt."""
+    host.write("/usr/local/bin/dd", _DD, mode=0o755)
+    if stop:
+        host.write("/run/dd-stop", str(stop))
+    if spoil:
+        host.write("/run/dd-spoil", "")
+
+
+def go_on(host: Host) -> None:
+    host.sh("rm -f /run/dd-stop")
+
+
+def part(host: Host) -> int:
+    """How much of an upload lies there."""
+    return int(host.sh(f"cat {LIBEXEC}/*/.part-* 2>/dev/null | wc -c", check=False))

@@ -1,0 +1,275 @@
+"""From one build to the next and back: who replaces whom, and that no network notices."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bed import Bed
+from bed.cloudstack import ALL_SERVICES, IsolatedNetwork
+from bed.lab import Host, Internet, Vm
+from bed.places import until
+from ssh.deploying import (
+    LIBEXEC,
+    ONE,
+    SETTLE_S,
+    THREE,
+    TWO,
+    Server,
+    agents,
+    builds,
+    current,
+    in_background,
+    kill_agent,
+    works,
+)
+from ssh.onefile import OneFiles
+
+SCOPES = "/var/lib/netloom/scopes"
+PUBLIC = 101
+
+
+@pytest.fixture
+def older(files: OneFiles) -> Path:
+    return files.make(ONE)
+
+
+@pytest.fixture(scope="session")
+def internet(place: tuple[Bed, OneFiles]) -> Internet:
+    return place[0].internet(vlan=PUBLIC, address="203.0.113.1/24")
+
+
+def network(server: Server, number: int = 204) -> IsolatedNetwork:
+    """A network of all services that stands."""
+    server.bed.add_segments([("eth1", str(1000 + number))])
+    made = server.cloud.isolated_network(
+        number, vlan=1000 + number, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=PUBLIC
+    )
+    made.ensures_always = False
+    made.source_nat = source_nat = made.associate(f"203.0.113.{number % 100 + 10}")
+    source_nat.source_nat = True
+    return made
+
+
+def guest(it: IsolatedNetwork, host: Host, name: str = "web-1", last: int = 45) -> Vm:
+    """A VM of the network, on the host."""
+    nic = it.deploy_vm(name, ip=f"10.10.1.{last}", mac=f"02:01:00:00:00:{last:02x}")
+    return host.vm(name, vlan=it.facts.vlan, mac=nic.mac, ip=f"{nic.ip}/24", gateway=it.facts.gateway)
+
+
+def processes(host: Host, word: str) -> list[str]:
+    """The processes whose command line has the word: pid and all."""
+    return sorted(line for line in host.sh("ps -A -o pid=,args=").splitlines() if word in line and "ps -A" not in line)
+
+
+def lease(vm: Vm) -> str:
+    done = vm.run("busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true")
+    return done.out + done.err
+
+
+def agent_word(host: Host, *words: str, check: bool = True) -> str:
+    """What a person on the host is told by the program in use."""
+    done = host.run(f"{LIBEXEC}/current/netloom", "agent", *words, check=check)
+    return done.out + done.err
+
+
+def test_a_newer_build_takes_over_and_no_network_notices(
+    bed: Bed, host: Host, internet: Internet, older: Path, two: Path
+) -> None:
+    server = Server(bed, older)
+    net = network(server)
+    vm, other = guest(net, host), guest(net, host, "web-2", 46)
+    web = net.add_port_forward(net.associate("203.0.113.90"), "80", net.nics[0], "80")
+    net.add_firewall_rule(web.address, "tcp", 80)
+    with vm.serve_tcp(80):
+        balanced = net.add_lb_rule(net.associate("203.0.113.91"), "web", 81, 80, net.nics)
+        net.add_firewall_rule(balanced.address, "tcp", 81)
+        assert internet.tcp("203.0.113.91", 81).ok
+        stays = processes(host, "dnsmasq") + processes(host, "haproxy")
+        assert len(stays) >= 2
+        guests = processes(host, "netloom guest")
+        rules = host.sh("ip netns exec cs-net-204 nft -s -a list ruleset")
+        with internet.open("203.0.113.90", 80) as kept:
+            running = internet.transfer("203.0.113.90", 80)
+            server.replace(two)
+            calls = 0
+            while f"activated: {TWO}" not in server.log():  # and no call is lost meanwhile
+                assert works(server.ask())
+                calls += 1
+                assert calls < 1000
+            assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+            assert until(lambda: TWO in "".join(processes(host, "netloom guest")) and guests[0] not in
+                         processes(host, "netloom guest"), seconds=SETTLE_S)  # fmt: skip
+            assert f"lease of {net.nics[1].ip} obtained" in lease(other)
+            assert kept.ask() == "answered"
+            moved = running.stop()
+            assert (moved.failure, moved.intact) == ("", True)
+            assert moved.stall_s < 2
+        assert processes(host, "dnsmasq") + processes(host, "haproxy") == stays
+        assert host.sh("ip netns exec cs-net-204 nft -s -a list ruleset") == rules
+        assert works(server.ask())
+        assert internet.tcp("203.0.113.91", 81).ok
+    assert builds(host) == [ONE, TWO, "current", "previous"]
+
+
+def test_of_the_older_builds_the_last_one_is_kept(
+    bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
+) -> None:
+    server = Server(bed, older, helper="0")
+    assert works(server.ask())
+    host.write(f"{LIBEXEC}/notes.txt", "the operator's")
+    host.sh(f"mkdir -p {LIBEXEC}/0.0.1-1-own; touch {LIBEXEC}/0.0.1-1-own/mine {LIBEXEC}/{ONE}/.part-old")
+    for program in (two, files.make(THREE)):
+        host.sh(f"touch -d yesterday {LIBEXEC}/0*; mkdir -p {LIBEXEC}/0.0.2-1-young")
+        host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # somebody uploads it now
+        server.replace(program)
+        assert works(server.ask())
+    assert sorted(builds(host)) == ["0.0.1-1-own", "0.0.2-1-young", TWO, THREE, "current", "notes.txt", "previous"]
+    assert host.listing(f"{LIBEXEC}/0.0.1-1-own") == ["mine"]
+    assert agents(host) == [THREE]
+
+
+def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
+    bed: Bed, host: Host, older: Path, two: Path
+) -> None:
+    assert works(Server(bed, two).ask())
+    server = Server(bed, older)
+    net = network(server)
+    net.implement()
+    assert net.failures == []
+    assert host.listing(SCOPES) == ["net-204.json"]
+    assert builds(host) == [TWO, "current"]
+    assert f"this server's {ONE} works with the agent {TWO} there" in server.log()
+    assert "no automatic downgrade" in server.log()
+
+
+def test_two_servers_of_different_builds_at_once_end_with_the_newer(
+    bed: Bed, host: Host, older: Path, two: Path
+) -> None:
+    servers = [Server(bed, older), Server(bed, two), Server(bed, older)]
+    for ended in [in_background(server) for server in servers]:
+        assert works(ended())
+    assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+    for server in servers:
+        assert works(server.ask())
+    assert agents(host) == [TWO]
+
+
+def test_back_to_the_previous_build_and_its_state(
+    bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
+) -> None:
+    server = Server(bed, older)
+    stays, ends, comes = network(server, 204), network(server, 205), network(server, 206)
+    stays.implement()
+    ends.implement()
+    then = host.read(f"{SCOPES}/net-204.json")
+    server.replace(two)
+    assert works(server.ask())
+    assert until(lambda: agents(host) == [TWO], seconds=SETTLE_S)
+    comes.implement()
+    stays.add_firewall_rule(stays.associate("203.0.113.90"), "tcp", 22)
+    ends.delete()
+    now = host.read(f"{SCOPES}/net-204.json")
+    assert now != then
+    assert f"went back from {TWO} to {ONE}" in agent_word(host, "rollback")
+    assert agents(host) == [ONE]
+    assert json.loads(host.read(f"{SCOPES}/net-204.json"))["public_ips"] == json.loads(then)["public_ips"]
+    assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]  # one has ended, and its addresses may be others'
+    assert host.read("/var/lib/netloom/undone/net-204.json") == now
+    # Nobody undoes the operator's word; a build that is newer than what was left does.
+    for _ in range(2):
+        assert works(server.ask())
+    assert agents(host) == [ONE]
+    assert "to which an operator of the host went back" in server.log()
+    assert "no build before" in agent_word(host, "rollback", check=False)
+    host.sh(f"touch -d yesterday {LIBEXEC}/0*")
+    server.replace(files.make(THREE))
+    assert works(server.ask())
+    assert server.logged(f"activated: {THREE}")
+    assert agents(host) == [THREE]
+    assert [name for name in builds(host) if name[0] == "0"] == [ONE, THREE]
+
+
+def test_back_with_the_state_of_now(bed: Bed, host: Host, older: Path, two: Path) -> None:
+    server = Server(bed, older)
+    net = network(server)
+    net.implement()
+    server.helper = "0"
+    server.replace(two)
+    assert works(server.ask())
+    net.add_firewall_rule(net.associate("203.0.113.90"), "tcp", 22)
+    now = host.read(f"{SCOPES}/net-204.json")
+    agent_word(host, "rollback", "--keep-state")
+    assert agents(host) == [ONE]
+    assert host.read(f"{SCOPES}/net-204.json") == now
+
+
+# What becomes of a replacement that ends between two of its steps.
+KILLED = {
+    "the old agent has ended": "        between()\n        _link(_CURRENT, to)\n",
+    "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
+    "the link is set": "        _start()\n        if _comes(to):\n            return\n        why",
+    "the new agent has started": "        if _comes(to):\n            return\n        why",
+    "nothing is removed yet": '        return Outcome("activated", build, did=tuple(_remove_old()))\n',
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
+    when: str, bed: Bed, host: Host, files: OneFiles, older: Path
+) -> None:
+    server = Server(bed, older, helper="0")
+    assert works(server.ask())
+    text = KILLED[when]
+    indent = re.match(" *", text)
+    assert indent is not None
+    die = f"{indent[0]}if not os.path.exists('/run/died'): open('/run/died', 'w'), os.kill(os.getpid(), 9)\n"
+    build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
+    server.replace(files.make(build, changes={"netloom/agent/install.py": (text, die + text)}))
+    for _ in range(2):
+        assert works(server.ask())
+    assert host.listing("/run").count("died") == 1
+    assert agents(host) == [build]
+    assert current(host) == build
+
+
+def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
+    bed: Bed, host: Host, files: OneFiles, older: Path
+) -> None:
+    server = Server(bed, older)
+    net = network(server)
+    net.implement()
+    then = host.read(f"{SCOPES}/net-204.json")
+    broken = files.make(
+        "0.1.0-5-broken",
+        changes={
+            "netloom/agent/install.py": ("START_S_MAX = 30.0", "START_S_MAX = 3.0"),
+            "netloom/agent/serve.py": (
+                "    calls = _Calls(scopes)\n",
+                "    (store.directory / 'net-204.json').write_text('{}')\n    raise HostRefused('broken')\n",
+            ),
+        },
+    )
+    server.replace(broken)
+    assert works(server.ask())
+    assert server.logged("the agent of 0.1.0-5-broken does not answer, 0.1.0-1-aaaa serves again: .*broken")
+    for _ in range(3):
+        assert works(server.ask())
+    assert agents(host) == [ONE]
+    assert host.read(f"{SCOPES}/net-204.json") == then
+    assert host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1  # it is not tried again with every call
+    assert "no build before" in agent_word(host, "rollback", check=False)
+
+
+def test_an_agent_that_hangs_is_replaced_by_the_operators_word(
+    bed: Bed, host: Host, files: OneFiles, older: Path
+) -> None:
+    assert works(Server(bed, older).ask())
+    kill_agent(host, "STOP")
+    install = "netloom/agent/install.py"
+    two = files.make("0.1.0-2-quick", changes={install: ("STOP_S_MAX = 15.0", "STOP_S_MAX = 1.0")})
+    host.run(str(two), "agent", "install")
+    assert agents(host) == ["0.1.0-2-quick"]

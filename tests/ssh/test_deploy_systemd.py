@@ -1,0 +1,119 @@
+"""Where systemd runs it looks after the agent: started at boot, restarted when killed; the networks do not notice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bed.places import until
+from kernel.agent_host import Client
+from ssh.deploying import LIBEXEC, ONE, SETTLE_S, TWO, deploying_files
+from ssh.onefile import OneFiles
+from ssh.systemd_host import SystemdHost
+
+UNIT = "netloom-agent.service"
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[OneFiles]:
+    with deploying_files() as files:
+        files.make(ONE)
+        files.make(TWO)
+        yield files
+
+
+@pytest.fixture
+def machine(programs: OneFiles) -> Iterator[SystemdHost]:
+    host = SystemdHost()
+    try:
+        for link, peer in (("eth1", "eth1-x"), ("eth1.1204", "sw1204"), ("eth2", "eth2-x")):
+            host.run("ip", "link", "add", link, "type", "veth", "peer", "name", peer)
+            host.run("ip", "link", "set", link, "up")
+            host.run("ip", "link", "set", peer, "up")
+        yield host
+    finally:
+        host.close()
+
+
+def shown(host: SystemdHost, name: str) -> str:
+    """A property of the unit."""
+    return host.run("systemctl", "show", "--property", name, "--value", UNIT)
+
+
+def guests(host: SystemdHost) -> list[str]:
+    lines = host.run("ps", "-A", "-o", "pid=,args=").splitlines()
+    return [line.split()[0] for line in lines if "netloom guest --control" in line]
+
+
+def implement(host: SystemdHost) -> None:
+    with Client(str(host.path("/run/netloom/agent.sock"))) as client:
+        reply = client.call("020", "implement-network")
+        assert reply.status == 0, reply.error
+
+
+def stands(host: SystemdHost) -> bool:
+    return "cs-net-204" in host.run("ip", "netns") and "gst-204" in host.run("ip", "-n", "cs-net-204", "link")
+
+
+def status(host: SystemdHost) -> dict[str, object]:
+    (told,) = json.loads(host.run(f"{LIBEXEC}/current/netloom", "agent", "status", "--json"))
+    return dict(told)
+
+
+def test_systemd_looks_after_the_agent(machine: SystemdHost, programs: OneFiles) -> None:
+    host = machine
+    host.run(str(programs.make(ONE)), "agent", "install")
+    assert host.run("systemctl", "is-enabled", UNIT) == "enabled"
+    assert shown(host, "KillMode") == "process"
+    assert int(shown(host, "LimitNOFILE")) >= 65536
+    implement(host)
+    assert stands(host)
+    assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
+    answering, first = guests(host), shown(host, "MainPID")
+    # Killed, it is back, and what answers the VMs never went.
+    host.run("kill", "-9", first)
+    assert until(lambda: shown(host, "MainPID") not in ("0", first) and status(host)["serves"] == ONE, seconds=SETTLE_S)
+    assert guests(host) == answering
+    assert stands(host)
+    # Stopped by somebody, the next call has systemd start it.
+    host.run("systemctl", "stop", UNIT)
+    assert guests(host) == answering
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
+    assert status(host)["serves"] == ONE
+    # A newer build.
+    host.run(str(programs.make(TWO)), "agent", "install")
+    told = status(host)
+    assert (told["serves"], told["previous"], told["unit"]) == (TWO, ONE, UNIT)
+    assert str(told["pid"]) == shown(host, "MainPID")
+    assert stands(host)
+    # After a power cut the networks are back before anybody calls.
+    host.power_cut()
+    host.boot()
+    assert until(lambda: stands(host), seconds=SETTLE_S)
+    assert status(host)["serves"] == TWO
+    # And back, and gone.
+    host.run(f"{LIBEXEC}/current/netloom", "agent", "rollback")
+    assert status(host)["serves"] == ONE
+    host.run(f"{LIBEXEC}/current/netloom", "agent", "uninstall", "--networks", "remove")
+    assert host.run("find", "/etc/systemd", "-name", "netloom*") == ""
+    assert host.run("systemctl", "is-active", UNIT, check=False) == "inactive"
+    assert guests(host) == []
+    assert not Path(host.path(LIBEXEC)).exists()
+    assert host.run("ip", "netns") == ""
+
+
+def test_an_agent_that_ran_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
+    host = machine
+    host.run(str(programs.make(ONE)), "agent", "install")
+    detached = "systemctl disable --now -q netloom-agent && rm /etc/systemd/system/netloom-agent.service"
+    host.run("sh", "-c", f"{detached} && systemctl daemon-reload")
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    told = status(host)
+    assert (told["serves"], told["unit"]) == (ONE, "")
+    host.run(str(programs.make(ONE)), "agent", "install")
+    told = status(host)
+    assert (told["serves"], told["unit"], str(told["pid"])) == (ONE, UNIT, shown(host, "MainPID"))
