@@ -148,6 +148,14 @@ static int unpack(const char *programs, const char *build) {
     return done;
 }
 
+/* What comes while the program is not yet able to say its last words waits until it is (entry.py, call.py). */
+static void hold_signals(int how) {
+    sigset_t ending;
+    sigemptyset(&ending);
+    sigaddset(&ending, SIGTERM), sigaddset(&ending, SIGINT), sigaddset(&ending, SIGHUP);
+    sigprocmask(how, &ending, NULL);
+}
+
 /* Returns in the child that unpacks, and when this directory will not do (0). */
 static int start_from(const char *directory, char **argv) {
     char programs[PATH_MAX], build[PATH_MAX], program[PATH_MAX], self[PATH_MAX];
@@ -171,8 +179,11 @@ static int start_from(const char *directory, char **argv) {
     *strrchr(self, '/') = 0;
     setenv("NUITKA_ONEFILE_DIRECTORY", self, 1);
     snprintf(program, sizeof program, "%s/" PROGRAM, build);
+    hold_signals(SIG_BLOCK);
     execv(program, argv);
-    return no(program, "%s", strerror(errno));
+    no(program, "%s", strerror(errno));
+    hold_signals(SIG_UNBLOCK);
+    return 0;
 }
 
 static const char *home(void) {

@@ -43,7 +43,10 @@ def main(argv: list[str]) -> int:
     """Open the door that ``argv`` names; the exit status, where the door does not end the process itself."""
     begin(os.environ)
     words = argv[1:]
-    match door(words):
+    behind = door(words)
+    if behind != "call":  # which lets them in when it can say its last words
+        _let_signals_in()
+    match behind:
         case "call":
             from netloom.extension.call import call  # nothing heavy: sys, os, time and what the interpreter has
 
@@ -64,3 +67,10 @@ def main(argv: list[str]) -> int:
             from netloom.extension.helper import main as helper  # asyncio; the rest when it serves
 
             return helper()
+
+
+def _let_signals_in() -> None:
+    """What ends a program comes from here on: the start of the one file (build/nuitka/start.c) holds it back."""
+    import _signal  # type: ignore[import-not-found]  # the C module
+
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP))

@@ -364,12 +364,42 @@ def test_signals_are_those_of_the_source_version(room: Room, helper: str) -> Non
                 time.sleep(0.02)
             call.send_signal(number)
             out, err = call.communicate(timeout=30)
-            assert (call.returncode, out) == (128 + number, "")
+            assert (call.returncode, out) == (128 + number, ""), err
             assert err.startswith(f"ended by {number.name} while ")
             assert err.count("\n") == 1
     finally:
         mute.kill()
         mute.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_before_the_program_can_speak_waits_until_it_can(room: Room, number: signal.Signals) -> None:
+    room.run(f"echo '{{}}' >/tmp/payload; {RUN} version", HOME="/root")
+    for _ in range(5):
+        call = room.popen(f"exec {RUN} implement-network /tmp/payload 60", HOME="/root", NETLOOM_HELPER="0")
+        deadline = time.monotonic() + 30
+        while not os.readlink(f"/proc/{call.pid}/exe").endswith("/netloom.bin"):
+            assert call.poll() is None and time.monotonic() < deadline
+        call.send_signal(number)
+        out, err = call.communicate(timeout=30)
+        assert (call.returncode, out, err) == (128 + number, "", f"ended by {number.name} while starting\n")
+
+
+def test_a_signal_amid_any_import_is_told(room: Room) -> None:
+    """A third of those in these milliseconds ended in abort(): the log's module wanted os, which was half loaded."""
+    room.run(f"echo '{{}}' >/tmp/payload; {RUN} version", HOME="/root")
+    said = set()
+    for tenths_ms in range(60):
+        call = room.popen(f"exec {RUN} implement-network /tmp/payload 60", HOME="/root", NETLOOM_HELPER="0")
+        deadline = time.monotonic() + 30
+        while not _catches(call.pid, signal.SIGHUP):
+            assert call.poll() is None and time.monotonic() < deadline
+        time.sleep(tenths_ms / 10_000)
+        call.send_signal(signal.SIGTERM)
+        out, err = call.communicate(timeout=30)
+        assert (call.returncode, out) == (143, ""), err
+        said.add(err)
+    assert "ended by SIGTERM while loading the program\n" in said
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -224,7 +224,7 @@ def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> No
     assert said.count("\n") == 1
 
 
-def call_with_msgspec(source: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def call_with_msgspec(source: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """A call that finds this module in the place of msgspec, the first one that it loads for its work."""
     instead = tmp_path / "instead"
     instead.mkdir()
@@ -232,7 +232,7 @@ def call_with_msgspec(source: str, tmp_path: Path) -> subprocess.CompletedProces
     program = f"import sys; sys.path[:0] = [{str(instead)!r}, {str(REPO / 'internal')!r}]; sys.argv[0] = '/x/y'\n"
     program += "from netloom.entry import main; main(sys.argv)"
     return subprocess.run(
-        [sys.executable, "-c", program, "implement-network", written(tmp_path, envelope()), "60"],
+        [sys.executable, *options, "-c", program, "implement-network", written(tmp_path, envelope()), "60"],
         env={"NETLOOM_DIR": str(tmp_path / "netloom"), "NETLOOM_HELPER": "0"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -256,3 +256,12 @@ def test_a_signal_amid_an_import_is_its_own_status(tmp_path: Path) -> None:
     done = call_with_msgspec(half + "os.kill(os.getpid(), signal.SIGHUP)\n", tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGHUP, "")
     assert done.stderr == "ended by SIGHUP while loading the program\n"
+
+
+def test_a_signal_amid_the_import_of_os_leaves_its_line_in_the_log(tmp_path: Path) -> None:
+    """Without site, as in the one file, a call loads os late; what is compiled aborts when it finds it half loaded."""
+    half = "import sys; sys.modules['os'] = type(sys)('os')\n"
+    half += "import posix; posix.kill(posix.getpid(), 15)\n"
+    done = call_with_msgspec(half, tmp_path, "-I", "-S")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "ended by SIGTERM while loading the program\n")
+    assert "status=143" in (tmp_path / "netloom" / "netloom.log").read_text()

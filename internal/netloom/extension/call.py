@@ -195,6 +195,7 @@ def _end_on_signals(ending: Ending) -> None:
 
     for number in names:
         _signal.signal(number, stop)
+    _signal.pthread_sigmask(_signal.SIG_UNBLOCK, names)  # the start of the one file (start.c) holds them back
 
 
 def _end_on_time(deadline: Deadline, ending: Ending) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 
 from netloom.errors import NetloomError, one_line
 from netloom.extension.directory import persistent
+from netloom.lean import os  # and nothing that a call has not loaded: it may be ended amid any import
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def _append(text: str, environ: Mapping[str, str]) -> None:
 
 
 def _rotate(path: str) -> None:
+    import fcntl  # a C module, wanted once in some ten thousand calls
+
     lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
