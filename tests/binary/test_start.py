@@ -26,7 +26,7 @@ SAYS = "netloom 0.1.0 (build "
 # The candidates of extension/directory.py, empty; and a place for the executable that is not ours to write to.
 _ROOM = """
 mount --make-rprivate /
-for d in /var/cache /var/tmp /root /tmp /opt; do mount -t tmpfs -o mode=$(stat -c %a $d) none $d; done
+for d in /var/cache /var/tmp /root /tmp /opt /run; do mount -t tmpfs -o mode=$(stat -c %a $d) none $d; done
 mkdir /opt/extension; cp "$ONE_FILE" /opt/extension/any-name.sh; chmod 755 /opt/extension /opt/extension/any-name.sh
 """
 RUN = "/opt/extension/any-name.sh"

@@ -288,7 +288,7 @@ while True:
 @pytest.mark.taken_out("internal/netloom/agent/supervise.py", "    _wake(service)\n", "")
 def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "TAKEN_OVER_S", 5.0)
-    directory = f"/run/netloom/services/{SCOPE}/lb"
+    directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
     drowsy = service.Service(
         name="lb",
         directory=directory,
