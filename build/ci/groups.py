@@ -1,12 +1,14 @@
 """Run the named groups of checks one after the other and end with a table of their results and times.
 
 A group is a process of its own, so that one that dies, hangs or changes its namespace takes no other with it.
-Failed: a test failed, was skipped (a skip would hide what it claims), ran into the group's limit, or there was none.
+Failed: a test failed, was skipped (a skip would hide what it claims), ran into the group's limit, or there was none;
+or the group left something on the machine.
 The last line is ``N passed, N failed``.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import signal
@@ -34,6 +36,21 @@ PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutant
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 WHERE = {"binary": ["tests/binary", "tests/e2e", "-m", "binary"], "binary-all": ["tests/binary", "tests/e2e"]}
 HOSTS_OWN = ("/home", "/root", "/run", "/tmp", "/var/tmp")
+# What tests of networks would leave on the machine itself, where the next run would find it.
+TRACES = (
+    "/run/netloom*",
+    "/run/netns/*",
+    "/sys/class/net/*",
+    "/etc/netns/*",
+    "/etc/netloom*",
+    "/var/lib/netloom*",
+    "/var/log/netloom*",
+    "/var/cache/netloom",
+    "/var/tmp/netloom*",
+    "/root/.cache/netloom",
+    "/usr/local/libexec/netloom",
+)
+TRACES_GO_WITHIN_S = 10.0  # the kernel takes namespaces down behind our back
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
 
@@ -117,6 +134,7 @@ def _static() -> Result:
 
 def _pytest(group: str, profile: str) -> Result:
     result = Result(group)
+    before = _traces()
     with tempfile.TemporaryDirectory(prefix="netloom-report-") as directory:
         report = Path(directory, "report.xml")
         command = [
@@ -142,7 +160,17 @@ def _pytest(group: str, profile: str) -> Result:
     if status not in (0, 1):
         result.failed += 1
         result.remarks.append("no test" if status == 5 else f"pytest ended with {status}")
+    until = time.monotonic() + TRACES_GO_WITHIN_S
+    while (left := _traces() - before) and time.monotonic() < until:
+        time.sleep(0.1)
+    if left:
+        result.failed += 1
+        result.remarks.append(f"left behind: {', '.join(sorted(left))}")
     return result
+
+
+def _traces() -> set[str]:
+    return {path for pattern in TRACES for path in glob.glob(pattern)}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -217,6 +217,7 @@ def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Pat
 def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse, "ANSWER_S", 0.5)
     monkeypatch.setattr(pulse, "PAUSE_S", 0.1)
+    monkeypatch.setattr(supervise, "SERVICES_DIR", str(tmp_path / "services"))
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
