@@ -75,6 +75,17 @@ class Poisoned(Exception):
     """What ensure-network-device printed once cannot be read: every command of the network fails, for good."""
 
 
+def stored_details(whose: str, stored: str) -> dict[str, Any]:
+    """``extension.details`` of a network or VPC as the client parses them; empty: no row. Raises Poisoned."""
+    if not stored:
+        return {}
+    try:
+        parsed = json.loads(stored)
+    except ValueError as error:
+        raise Poisoned(f"{whose}: {stored!r}") from error
+    return parsed if isinstance(parsed, dict) else {}
+
+
 class Hung(Exception):
     """The executable did not end, or somebody kept its output open: a thread of the real client would be lost."""
 
@@ -279,13 +290,7 @@ class IsolatedNetwork:
     @property
     def details(self) -> dict[str, Any]:
         """The stored details as the client parses them. Raises Poisoned."""
-        if not self.stored:
-            return {}
-        try:
-            parsed = json.loads(self.stored)
-        except ValueError as error:
-            raise Poisoned(f"network {self.facts.network_id}: {self.stored!r}") from error
-        return parsed if isinstance(parsed, dict) else {}
+        return stored_details(f"network {self.facts.network_id}", self.stored)
 
     @property
     def host(self) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from bed import payloads
-from bed.cloudstack import DETAILS_LENGTH_MAX, Failed, FakeCloudStack, IsolatedNetwork, Poisoned, Sent
+from bed.cloudstack import DETAILS_LENGTH_MAX, Failed, FakeCloudStack, IsolatedNetwork, Sent, stored_details
 from bed.payloads import AclItem, Fields, NetworkFacts, Offering, PublicAddress, VpcFacts
 
 TIER_SERVICES = Offering.of(
@@ -31,13 +30,7 @@ class Vpc:
     @property
     def details(self) -> dict[str, Any]:
         """The stored details as the client parses them. Raises Poisoned."""
-        if not self.stored:
-            return {}
-        try:
-            parsed = json.loads(self.stored)
-        except ValueError as error:
-            raise Poisoned(f"VPC {self.facts.vpc_id}: {self.stored!r}") from error
-        return parsed if isinstance(parsed, dict) else {}
+        return stored_details(f"VPC {self.facts.vpc_id}", self.stored)
 
     @property
     def host(self) -> str:
