@@ -5,7 +5,7 @@ The program does not depend on its own name: CloudStack runs whatever file the o
 
 from __future__ import annotations
 
-from netloom.lean import os
+from netloom.fastos import os
 from netloom.program import begin
 
 # What a person may say. CloudStack's commands have a hyphen in them and these have none, so neither hides the other.

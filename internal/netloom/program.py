@@ -10,7 +10,7 @@ import sys
 import time
 
 from netloom import __version__
-from netloom.lean import os
+from netloom.fastos import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

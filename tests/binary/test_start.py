@@ -321,7 +321,7 @@ def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
     program = f"NETLOOM_EXE={RUN} PYTHONVERBOSE=1 {HOME}/programs/{build_id()}/netloom.bin"
     said = room.run(f"{program} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60").stderr
     loaded = {line.split("'")[1] for line in said.splitlines() if line.startswith("import '")}
-    assert "netloom.extension.handover" in loaded
+    assert "netloom.extension.helper_client" in loaded
     assert loaded & {"os", "posixpath", "stat", "_collections_abc", "site", "inspect", "typing", "socket"} == set()
 
 

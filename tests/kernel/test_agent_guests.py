@@ -18,10 +18,10 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent import guests, pulse, supervise
-from netloom.agent.guests import Guests
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
+from netloom.agent.processes import guest_process, liveness, supervisor
+from netloom.agent.processes.guest_process import Guests
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.render.guest import tables
@@ -215,15 +215,15 @@ def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Pat
 
 
 def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "ANSWER_S", 0.5)
-    monkeypatch.setattr(pulse, "PAUSE_S", 0.1)
-    monkeypatch.setattr(supervise, "SERVICES_DIR", str(tmp_path / "services"))
+    monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
+    monkeypatch.setattr(liveness, "PAUSE_S", 0.1)
+    monkeypatch.setattr(supervisor, "SERVICES_DIR", str(tmp_path / "services"))
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
         hung = it.guests.pid
         log = Log(str(tmp_path / "agent.log"))
-        look = pulse.Pulse(it.loop, log, supervise.Supervisor(it.loop, print), it.guests, lambda it: False)
+        look = liveness.Pulse(it.loop, log, supervisor.Supervisor(it.loop, print), it.guests, lambda it: False)
         asking = it.loop.create_task(look.keep(0.2))
         it.until(lambda: it.guests.pid == hung)
         os.kill(hung, signal.SIGSTOP)
@@ -253,7 +253,7 @@ def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
         first.converge(SCOPE)
         hung = first.guests.pid
         os.kill(hung, signal.SIGSTOP)
-        monkeypatch.setattr(guests, "CONNECT_S", 2.0)
+        monkeypatch.setattr(guest_process, "CONNECT_S", 2.0)
         for network in first.guests._networks.values():
             network.close()  # as an agent's end closes its copies
         second = agent("b1")

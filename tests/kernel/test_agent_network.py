@@ -315,7 +315,7 @@ def fabric_mac(host: AgentHost) -> str:
     return address
 
 
-@pytest.mark.taken_out("internal/netloom/agent/host.py", "        if it in added or it.link in links\n", "")
+@pytest.mark.taken_out("internal/netloom/agent/host/converge.py", "        if it in added or it.link in links\n", "")
 def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(host: AgentHost) -> None:
     host.run("nft", "add table netdev w", pid=host.fabric)
     hook = "type filter hook ingress device sw-eth2.101 priority 0;"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernel.agent_host import PROGRAM, agent_host
-from netloom.agent import selftest
+from netloom.agent.setup import selftest
 from netloom.errors import HostRefused
 
 

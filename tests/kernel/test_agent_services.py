@@ -256,7 +256,7 @@ def dig(host: AgentHost, *words: str) -> str:
     return " ".join(host.run(*asked, namespace=WEB, check=False).split())
 
 
-@pytest.mark.taken_out("internal/netloom/agent/services.py", ", resolver=_resolver())", ")")
+@pytest.mark.taken_out("internal/netloom/agent/processes/services.py", ", resolver=_resolver())", ")")
 def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
     """Enterprise Linux has no ``nogroup``: there the group is ``nobody``."""
     with agent_host() as host:
@@ -271,7 +271,7 @@ def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
 
 
-@pytest.mark.taken_out("internal/netloom/agent/services.py", ", resolver=_resolver())", ")")
+@pytest.mark.taken_out("internal/netloom/agent/processes/services.py", ", resolver=_resolver())", ")")
 def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> None:
     """Before 2.88 dnsmasq reads what comes into its hostsdir, and keeps what goes (its changelog)."""
     with agent_host() as host:
@@ -444,7 +444,9 @@ def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -
     assert "203.0.113.21:8081" in host.run("ss", "-ltn", namespace=NS)
 
 
-@pytest.mark.taken_out("internal/netloom/agent/services.py", "services(scope, frozenset(taken), ", "services(scope, ")
+@pytest.mark.taken_out(
+    "internal/netloom/agent/processes/services.py", "services(scope, frozenset(taken), ", "services(scope, "
+)
 def test_a_rule_that_cannot_bind_or_be_read_harms_no_other_and_is_named(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))

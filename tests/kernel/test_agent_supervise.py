@@ -19,10 +19,10 @@ from types import SimpleNamespace
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent import pulse, supervise
-from netloom.agent.guests import Guests
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
+from netloom.agent.processes import liveness, supervisor
+from netloom.agent.processes.guest_process import Guests
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
 from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
@@ -58,7 +58,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     tmp_path.chmod(0o755)
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
-    monkeypatch.setattr(supervise, "SERVICES_DIR", str(top))
+    monkeypatch.setattr(supervisor, "SERVICES_DIR", str(top))
     # A run that was killed may have left it.
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
@@ -80,7 +80,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 
 @contextmanager
-def _supervisor() -> Iterator[tuple[supervise.Supervisor, list[str], Callable[[Callable[[], bool]], None]]]:
+def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[Callable[[], bool]], None]]]:
     """A supervisor on a loop of its own; ``until`` runs the loop until something is so."""
     loop = asyncio.new_event_loop()
     died: list[str] = []
@@ -95,7 +95,7 @@ def _supervisor() -> Iterator[tuple[supervise.Supervisor, list[str], Callable[[C
 
         loop.run_until_complete(wait())
 
-    it = supervise.Supervisor(loop, lambda scope_id, why: died.append(why))
+    it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
     until(lambda: True)
     try:
         yield it, died, until
@@ -161,7 +161,7 @@ def test_a_killed_process_is_reported_and_started_again() -> None:
 
 
 def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "BACK_OFF_S", (0.0, 0.3, 0.6))
+    monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 0.3, 0.6))
     with _supervisor() as (it, died, until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
@@ -175,11 +175,11 @@ def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pyte
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
         assert it.ends(SCOPE) == {"dns-9204": 4}
-        monkeypatch.setattr(supervise, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
+        monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
         it.converge(SCOPE, NAMESPACE, wanted)
         until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-        monkeypatch.setattr(supervise, "BACK_OFF_S", (0.0, 60.0))
+        monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 60.0))
         until(lambda: len(died) == 5)
 
 
@@ -196,7 +196,7 @@ def test_another_supervisor_adopts_what_runs() -> None:
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/supervise.py",
+    "internal/netloom/agent/processes/supervisor.py",
     "    return _start_time(record.pid) == record.started\n",
     "    return _start_time(record.pid) > 0\n",
 )
@@ -226,7 +226,7 @@ def test_what_an_agent_started_and_could_not_note_is_in_nobodys_way(name: str) -
         with _supervisor() as (second, _, _until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
-            assert supervise._start_time(stray) is None
+            assert supervisor._start_time(stray) is None
 
 
 def test_a_reload_of_haproxy_keeps_established_connections() -> None:
@@ -285,9 +285,9 @@ while True:
 """
 
 
-@pytest.mark.taken_out("internal/netloom/agent/supervise.py", "    _wake(service)\n", "")
+@pytest.mark.taken_out("internal/netloom/agent/processes/supervisor.py", "    _wake(service)\n", "")
 def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "TAKEN_OVER_S", 5.0)
+    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
     drowsy = service.Service(
         name="lb",
@@ -304,7 +304,7 @@ def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.Monke
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/supervise.py",
+    "internal/netloom/agent/processes/supervisor.py",
     "            _reload(running.record.pid, service)\n",
     "            os.kill(running.record.pid, signal.SIGUSR2)\n",
 )
@@ -329,7 +329,7 @@ def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
 
 
 def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "TAKEN_OVER_S", 1.0)
+    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 1.0)
     with _supervisor() as (it, _, _until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
@@ -347,22 +347,22 @@ def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.Mon
 def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    monkeypatch.setattr(pulse, "ANSWER_S", 0.4)
-    monkeypatch.setattr(pulse, "PAUSE_S", 0.1)
+    monkeypatch.setattr(liveness, "ANSWER_S", 0.4)
+    monkeypatch.setattr(liveness, "PAUSE_S", 0.1)
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
     wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
     log = tmp_path / "log"
     loop = asyncio.new_event_loop()
     died: list[str] = []
-    it = supervise.Supervisor(loop, lambda scope_id, why: died.append(why))
+    it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
     guests = Guests(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
 
     busy = False
 
     async def story() -> None:
         nonlocal busy
-        asking = asyncio.ensure_future(pulse.Pulse(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1))
+        asking = asyncio.ensure_future(liveness.Pulse(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1))
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
         await asyncio.sleep(1)  # it is asked ten times
@@ -370,11 +370,11 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
         await asyncio.sleep(0.6)  # one question without an answer, or two
         os.killpg(pid, signal.SIGCONT)
         await asyncio.sleep(1)
-        assert died == [] and supervise.alive(supervise.record_of(pid))
+        assert died == [] and supervisor.alive(supervisor.record_of(pid))
         busy = True  # somebody works on the scope, and it is silent for long
         os.killpg(pid, signal.SIGSTOP)
         await asyncio.sleep(4)
-        assert died == [] and supervise.alive(supervise.record_of(pid))
+        assert died == [] and supervisor.alive(supervisor.record_of(pid))
         busy = False
         async with asyncio.timeout(30):
             while not died:  # noqa: ASYNC110, another thread's word
@@ -392,22 +392,24 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/pulse.py", ', (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY)', ","
+    "internal/netloom/agent/processes/liveness.py",
+    ', (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY)',
+    ",",
 )
 def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "ANSWER_S", 0.5)
-    monkeypatch.setattr(pulse, "PAUSE_S", 0.0)
+    monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
+    monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     loop = asyncio.new_event_loop()
-    it = supervise.Supervisor(loop, print)
+    it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
     (asked,) = it.answering()
     # What arrives at port 53 by UDP is lost, as it is when the socket is full.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
-    look = pulse.Pulse(loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False)
+    look = liveness.Pulse(loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False)
     loop.run_until_complete(look._look_at_service(asked))
     loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
-    assert supervise.alive(asked.record)
+    assert supervisor.alive(asked.record)
     assert it.ends(SCOPE) == {}
     it.end(SCOPE)
     loop.run_until_complete(asyncio.sleep(0.05))
@@ -415,21 +417,21 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/pulse.py", " or time.monotonic() - began > waits * ANSWER_S + LATE_S", ""
+    "internal/netloom/agent/processes/liveness.py", " or time.monotonic() - began > waits * ANSWER_S + LATE_S", ""
 )
 def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "PAUSE_S", 0.0)
+    monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
-    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     async def nothing() -> bool:
         return False
 
-    assert not asyncio.run(pulse.silent(nothing))
+    assert not asyncio.run(liveness.silent(nothing))
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/supervise.py",
+    "internal/netloom/agent/processes/supervisor.py",
     '            raise HostRefused(f"{service.name}: the configuration was refused',
     '            print(f"{service.name}: the configuration was refused',
 )
@@ -446,7 +448,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/supervise.py",
+    "internal/netloom/agent/processes/supervisor.py",
     "for name in self._known(scope_id) for step in self._end(scope_id, name)]",
     "for scope, name in list(self._running) if scope[4:].startswith(scope_id[4:]) for step in self._end(scope, name)]",
 )
@@ -463,7 +465,7 @@ def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/supervise.py",
+    "internal/netloom/agent/processes/supervisor.py",
     "        did = [step for name in self._known(scope_id) for step in self._end(scope_id, name)]\n",
     '        did = [f"end {name}" for name in self._known(scope_id)]\n',
 )

@@ -423,7 +423,7 @@ def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> 
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/actions.py",
+    "internal/netloom/agent/actions/builtin.py",
     "        done = ground.converge()\n        macs",
     "        done = first\n        macs",
 )

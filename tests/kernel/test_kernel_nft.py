@@ -16,7 +16,7 @@ import pytest
 
 import netloom
 from kernel.scratch import descriptors, scratch, tool
-from netloom.agent.apply import apply
+from netloom.agent.host.apply import apply
 from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.nft import _ENVIRONMENT as NFT_ENVIRONMENT
 from netloom.agent.kernel.nft import Nft, NftError, load_library

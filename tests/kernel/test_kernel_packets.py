@@ -6,7 +6,7 @@ import pytest
 
 from kernel.agent_host import agent_host
 from kernel.test_agent_network import done
-from netloom.agent import flows
+from netloom.agent.host import flows
 from netloom.agent.kernel import conntrack, packets
 from unit.wishes import A1, admit, wish
 
@@ -15,7 +15,9 @@ def test_this_kernel_tells_when_they_are_through() -> None:
     assert packets.settled()
 
 
-@pytest.mark.taken_out("internal/netloom/agent/flows.py", "        packets.settled()  # else", "        pass  # else")
+@pytest.mark.taken_out(
+    "internal/netloom/agent/host/flows.py", "        packets.settled()  # else", "        pass  # else"
+)
 def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken away waits before it looks; what is only added need not."""
     order: list[str] = []

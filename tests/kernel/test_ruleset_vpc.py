@@ -272,7 +272,7 @@ def test_balanced_ports_are_judged_by_the_clients_own_address(lab: Lab) -> None:
     lab.silent(Try("inet", "tcp", NAT, BALANCED, STRANGER), Try("b1", "tcp", NAT, BALANCED))
 
 
-@pytest.mark.taken_out("internal/netloom/render/live.py", " or it.network_id in judged", "")
+@pytest.mark.taken_out("internal/netloom/render/active.py", " or it.network_id in judged", "")
 def test_a_tier_with_a_firewall_has_it_besides_its_list(lab: Lab) -> None:
     """On the addresses that it asked for, and on what its guests begin outward; the VPC's own address has none."""
     base = vpc((ALL_IN,), (ALL_IN,))

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from model.wished import scopes
 from netloom.names import LINK_NAME_MAX
 from netloom.render import flows, ruleset
-from netloom.render.live import live, within
+from netloom.render.active import live, within
 from netloom.render.marks import MAIN_TABLE, POLICY, REVOKED
 from netloom.render.scope import render
 from netloom.render.want import Want

@@ -228,7 +228,7 @@ def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
     assert indent is not None
     die = f"{indent[0]}if not os.path.exists('/run/died'): open('/run/died', 'w'), os.kill(os.getpid(), 9)\n"
     build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
-    server.replace(files.make(build, changes={"netloom/agent/install.py": (text, die + text)}))
+    server.replace(files.make(build, changes={"netloom/agent/setup/install.py": (text, die + text)}))
     for _ in range(2):
         assert works(server.ask())
     assert host.listing("/run").count("died") == 1
@@ -246,7 +246,7 @@ def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
     broken = files.make(
         "0.1.0-5-broken",
         changes={
-            "netloom/agent/install.py": ("START_S_MAX = 30.0", "START_S_MAX = 3.0"),
+            "netloom/agent/setup/install.py": ("START_S_MAX = 30.0", "START_S_MAX = 3.0"),
             "netloom/agent/serve.py": (
                 "    calls = _Calls(scopes)\n",
                 "    (store.directory / 'net-204.json').write_text('{}')\n    raise HostRefused('broken')\n",
@@ -269,7 +269,7 @@ def test_an_agent_that_hangs_is_replaced_by_the_operators_word(
 ) -> None:
     assert works(Server(bed, older).ask())
     kill_agent(host, "STOP")
-    install = "netloom/agent/install.py"
+    install = "netloom/agent/setup/install.py"
     two = files.make("0.1.0-2-quick", changes={install: ("STOP_S_MAX = 15.0", "STOP_S_MAX = 1.0")})
     host.run(str(two), "agent", "install")
     assert agents(host) == ["0.1.0-2-quick"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from netloom.extension.handover import BEAT, pack, unpack
+from netloom.extension.helper_client import BEAT, pack, unpack
 from ssh.lab import HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}

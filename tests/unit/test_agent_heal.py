@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent.heal import disturbs
+from netloom.agent.host.watcher import disturbs
 from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
 from netloom.agent.kernel.watch import Event, Kind
 from netloom.names import guest_link

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from netloom.agent import selftest
+from netloom.agent.setup import selftest
 from netloom.render import ruleset
 from netloom.render.scope import render
 

@@ -22,7 +22,7 @@ from netloom.commands.actions import (
     success,
 )
 from netloom.errors import BadRequest, HostRefused
-from netloom.render import words
+from netloom.render import describe
 from netloom.secret import Secret
 from netloom.state import (
     Backend,
@@ -151,12 +151,12 @@ def scope(*rules: FirewallRule) -> Scope:
 
 
 def test_a_network_without_a_list_says_what_holds() -> None:
-    assert words.firewall(scope()) == [
+    assert describe.firewall(scope()) == [
         "ingress of network 204: deny (no list of rules came yet)",
         "egress of network 204: allow (no list of rules came yet)",
         "source-nat 10.10.1.0/24 leaves as 203.0.113.20",
     ]
-    assert words.firewall(replace(scope(), ingress_open=True))[0].startswith("ingress any: allow")
+    assert describe.firewall(replace(scope(), ingress_open=True))[0].startswith("ingress any: allow")
 
 
 def test_rules_in_words() -> None:
@@ -197,7 +197,7 @@ def test_rules_in_words() -> None:
         },
     )
     unless = " (not in force: the address or the network does not stand)"
-    assert words.firewall(whole) == [
+    assert describe.firewall(whole) == [
         "ingress 203.0.113.20 icmp type 8 code 0 from any: allow",
         "ingress 203.0.113.20 tcp any from 192.0.2.0/24: allow",
         "ingress 203.0.113.20 tcp 22,443 from 0.0.0.0/0: allow",
@@ -213,7 +213,7 @@ def test_rules_in_words() -> None:
         "load-balancing 203.0.113.20 tcp 99 source -> 10.10.1.6:1, 10.10.1.7:1",
     ]
     gone = replace(whole, networks={"204": replace(whole.networks["204"], implemented=False)})
-    assert all(it.endswith(unless) for it in words.firewall(gone) if it.startswith(("ingress 2", "static", "port")))
+    assert all(it.endswith(unless) for it in describe.firewall(gone) if it.startswith(("ingress 2", "static", "port")))
 
 
 def test_what_is_served_to_a_nic_is_said_and_nothing_else() -> None:
@@ -222,7 +222,7 @@ def test_what_is_served_to_a_nic_is_said_and_nothing_else() -> None:
 
     def told(nic: Nic, **of_network: bool) -> str:
         network = replace(base.networks["204"], nics={nic.key: nic}, **{"dhcp": True, "dns": True, **of_network})
-        (line,) = words.leases(replace(base, networks={"204": network}))
+        (line,) = describe.leases(replace(base, networks={"204": network}))
         return line.rpartition(": ")[2]
 
     assert told(nic) == "default, lease, names"
@@ -243,7 +243,9 @@ def test_no_secret_is_ever_in_words(secret: str) -> None:
     )
     base = scope()
     whole = replace(base, networks={"204": replace(base.networks["204"], nics={nic.key: nic})})
-    told = "\n".join(words.state(whole) + words.leases(whole) + words.summary(whole) + words.firewall(whole))
+    told = "\n".join(
+        describe.state(whole) + describe.leases(whole) + describe.summary(whole) + describe.firewall(whole)
+    )
     assert secret not in told
     assert f'"tenants-own": "({len(secret)} bytes)"' in told
     assert '"password": "***"' in told

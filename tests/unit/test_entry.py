@@ -60,15 +60,15 @@ CALL_LOADS = [
     "_socket",
     "_stat",
     "netloom",
-    "netloom.bareos",
     "netloom.entry",
     "netloom.errors",
     "netloom.extension",
     "netloom.extension.call",
     "netloom.extension.deadline",
     "netloom.extension.directory",
-    "netloom.extension.handover",
-    "netloom.lean",
+    "netloom.extension.helper_client",
+    "netloom.fastos",
+    "netloom.fastos_posix",
     "netloom.program",
 ]
 
@@ -76,7 +76,7 @@ _WATCH = """
 import sys
 before = set(sys.modules)
 sys.path.insert(0, sys.argv.pop(1))
-from netloom.lean import os
+from netloom.fastos import os
 def tell():
     print("\\n".join(sorted(set(sys.modules) - before)), file=open(os.environ["LISTED"], "w"))
     os._exit = end

@@ -36,8 +36,11 @@ def _activate(*, by_word: bool) -> int:
     """What an upload ends with (extension/deploy.py): one line of JSON, or one line on stderr and status 3."""
     import msgspec  # as in what follows
 
-    from netloom.agent import install, selftest  # the renderers, for the trial
     from netloom.agent.log import complain
+    from netloom.agent.setup import (
+        install,
+        selftest,  # the renderers, for the trial
+    )
     from netloom.errors import NetloomError
 
     try:

@@ -19,14 +19,14 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from netloom import names
-from netloom.agent import flows
-from netloom.agent.actions import Actions, Ground
-from netloom.agent.heal import Healer
-from netloom.agent.hooks import Hook
-from netloom.agent.host import Done, Host, News, prepare
+from netloom.agent.actions.builtin import Actions, Ground
+from netloom.agent.actions.hooks import Hook
+from netloom.agent.host import flows
+from netloom.agent.host.converge import Done, Host, News, prepare
+from netloom.agent.host.watcher import Healer
 from netloom.agent.kernel import arp, namespaces
 from netloom.agent.log import Log
-from netloom.agent.services import Services
+from netloom.agent.processes.services import Services
 from netloom.agent.store import Store, Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network

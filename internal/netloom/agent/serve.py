@@ -15,16 +15,16 @@ from collections import OrderedDict
 
 from netloom import __version__
 from netloom.agent.connect import SOCKET
-from netloom.agent.guests import Guests
-from netloom.agent.heal import Healer
-from netloom.agent.host import Host
-from netloom.agent.install import held
+from netloom.agent.host.converge import Host
+from netloom.agent.host.watcher import Healer
 from netloom.agent.log import Log, complain
-from netloom.agent.pulse import Pulse
+from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes.liveness import Pulse
+from netloom.agent.processes.services import Services
+from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes import CHECK_EVERY_S, Scopes
-from netloom.agent.services import Services
+from netloom.agent.setup.install import held
 from netloom.agent.store import Store
-from netloom.agent.supervise import Supervisor
 from netloom.errors import HostRefused, NetloomError
 from netloom.program import build_id, command
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import typer
 
-from netloom.agent import install as place
-from netloom.agent import selftest as trial
-from netloom.agent import uninstall as removal
+from netloom.agent.setup import install as place
+from netloom.agent.setup import selftest as trial
+from netloom.agent.setup import uninstall as removal
 from netloom.cli import table
 from netloom.errors import BadRequest, HostRefused
 from netloom.program import build_id
@@ -60,7 +60,7 @@ def _install(
         outcome = _run_installed()
         _answer([_row("this host", 0, outcome)], as_json)
         return
-    from netloom.extension.visits import install_on  # asyncssh: twenty bare start-ups
+    from netloom.extension.remote import install_on  # asyncssh: twenty bare start-ups
 
     login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
     named = _names(hosts)
@@ -221,7 +221,7 @@ def _read(file: str) -> str:
 
 
 def _run_on(hosts: str, login: Login, words: Sequence[str]) -> list[dict[str, object]]:
-    from netloom.extension.visits import run_on  # loaded by now
+    from netloom.extension.remote import run_on  # loaded by now
 
     rows = []
     for visit in asyncio.run(run_on(_names(hosts), login, words)):

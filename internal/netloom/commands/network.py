@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.ground import check_addresses, check_segment, told
 from netloom.commands.nat import in_use
+from netloom.commands.network_facts import check_addresses, check_segment, told
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
 from netloom.protocol.network import DestroyNetwork, ImplementNetwork, ShutdownNetwork

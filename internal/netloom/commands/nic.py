@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 from msgspec.structs import replace
 
-from netloom.commands.ground import gateway_in
+from netloom.commands.network_facts import gateway_in
 from netloom.errors import BadRequest
 from netloom.protocol.nic import NicPayload, PrepareNic, ReleaseNic, VmNic
 from netloom.protocol.scalars import IPv4Prefix

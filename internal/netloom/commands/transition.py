@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.ground import built, check_addresses, check_segment, told
+from netloom.commands.network_facts import built, check_addresses, check_segment, told
 from netloom.errors import HostRefused
 from netloom.protocol.network import NetworkPayload
 from netloom.state import Network, Outside6, Scope, Uplinks

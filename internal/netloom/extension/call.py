@@ -12,8 +12,8 @@ import time
 
 from netloom.errors import BadRequest, NetloomError, one_line
 from netloom.extension.deadline import Deadline, parse_timeout, process_started
-from netloom.extension.handover import hand_over
-from netloom.lean import os
+from netloom.extension.helper_client import hand_over
+from netloom.fastos import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

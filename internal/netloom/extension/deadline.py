@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from netloom.errors import BadRequest
-from netloom.lean import os
+from netloom.fastos import os
 
 # More than any caller means; past it a number is a mistake, and a timer could not hold it.
 TIMEOUT_S_MAX = 86_400

@@ -111,7 +111,7 @@ class Package:
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What ``netloom agent activate`` says (agent/install.py)."""
+    """What ``netloom agent activate`` says (agent/setup/install.py)."""
 
     outcome: str
     build: str

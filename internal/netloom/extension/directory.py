@@ -8,7 +8,7 @@ from __future__ import annotations
 import _stat as stat  # the C module
 
 from netloom.errors import BadRequest
-from netloom.lean import os
+from netloom.fastos import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

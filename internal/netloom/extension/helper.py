@@ -17,10 +17,10 @@ import time
 from typing import TYPE_CHECKING
 
 from netloom import program
-from netloom.extension import handover
+from netloom.extension import helper_client
 from netloom.extension.call import Story, ascii_only, failure
 from netloom.extension.deadline import Deadline
-from netloom.extension.handover import ANSWER, BEAT, BEAT_S, DOING, SETTING, pack, unpack
+from netloom.extension.helper_client import ANSWER, BEAT, BEAT_S, DOING, SETTING, pack, unpack
 from netloom.extension.log import write_down
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Without a call for so long it ends; a channel that no call used for so long is closed.
 IDLE_S = 300.0
 
-# What the call that starts a helper leaves it (handover.py): the socket to serve, and the directory of its name.
+# What the call that starts a helper leaves it (helper_client.py): the socket to serve, and the directory of its name.
 _LISTENER, _DIRECTORY = 0, 3
 
 
@@ -63,7 +63,7 @@ class _Helper:
     def __init__(self, listener: socket.socket, idle_s: float) -> None:
         self._listener = listener
         self._idle_s = idle_s
-        self._inode = handover.inode(_DIRECTORY)
+        self._inode = helper_client.inode(_DIRECTORY)
         self._stamp = program.stamp()
         self._last_call = time.monotonic()
         self.calls: set[_Call] = set()
@@ -100,7 +100,7 @@ class _Helper:
 
     def _is_over(self) -> bool:
         """Another has the name; or the program was replaced, or is not needed any more, and the name is given up."""
-        if handover.inode(_DIRECTORY) != self._inode:
+        if helper_client.inode(_DIRECTORY) != self._inode:
             return True
         if self.pool.done() and not self.pool.exception() and self.pool.result().is_installing:
             self._last_call = time.monotonic()
@@ -108,12 +108,12 @@ class _Helper:
         return (idle or program.stamp() != self._stamp) and self._gave_up_the_name()
 
     def _gave_up_the_name(self) -> bool:
-        lock = handover.locked(_DIRECTORY, 0)
+        lock = helper_client.locked(_DIRECTORY, 0)
         if lock is None:  # somebody is about to come
             return False
         try:
-            if handover.inode(_DIRECTORY) == self._inode:
-                os.unlink(handover.socket_name(), dir_fd=_DIRECTORY)
+            if helper_client.inode(_DIRECTORY) == self._inode:
+                os.unlink(helper_client.socket_name(), dir_fd=_DIRECTORY)
         finally:
             os.close(lock)
         return True

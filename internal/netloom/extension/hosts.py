@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from netloom.errors import HostUnreachable
-from netloom.extension.client import Agent
+from netloom.extension.agent_client import Agent
 from netloom.extension.deadline import Deadline
 from netloom.extension.placement import (
     Ask,

@@ -6,7 +6,7 @@ import time
 
 from netloom.errors import NetloomError, one_line
 from netloom.extension.directory import persistent
-from netloom.lean import os  # and nothing that a call has not loaded: it may be ended amid any import
+from netloom.fastos import os  # and nothing that a call has not loaded: it may be ended amid any import
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

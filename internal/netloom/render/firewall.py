@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from netloom.render.live import subnet
+from netloom.render.active import subnet
 from netloom.render.ruleset import Chain
 from netloom.state import FirewallRule
 

@@ -14,8 +14,8 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from netloom.render import six
-from netloom.render.live import Live, live, target_port, within
+from netloom.render import ip6
+from netloom.render.active import Live, live, target_port, within
 from netloom.render.marks import REVOKED, exit_of
 from netloom.render.pbr import ways
 from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
@@ -364,7 +364,7 @@ def _disturbs(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
 
 def _outside6(scope: Scope | None, now: Live) -> frozenset[str]:
     """The device's own address on the way out, where there is one."""
-    out = six.way_out(scope, now) if scope is not None else None
+    out = ip6.way_out(scope, now) if scope is not None else None
     return frozenset((out.address.partition("/")[0],)) if out else frozenset()
 
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
-from netloom.render.shared import range_of, way_to_device
+from netloom.render.plain_network import range_of, way_to_device
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from netloom import names
-from netloom.render import shared, six
+from netloom.render import ip6, plain_network
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
+from netloom.render.active import ForwardedPorts, Live, live, subnet, target_port
 from netloom.render.firewall import verdicts
-from netloom.render.live import ForwardedPorts, Live, live, subnet, target_port
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
 from netloom.render.pbr import Way, ways
 from netloom.render.ruleset import Chain, NftSet, Ruleset
@@ -37,7 +37,7 @@ def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``; without a standing network it lets nothing through."""
     now = live(scope)
     if now.plain:
-        return shared.ruleset(now.networks[0], FAMILY, TABLE)
+        return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
     addresses = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
     egress = [_egress(it) for it in now.networks]
     lists = [_lists(it, now) for it in now.networks if it.network_id in now.acls]
@@ -56,7 +56,7 @@ def ruleset(scope: Scope) -> Ruleset:
         ),
         chains=(
             _arriving(now),
-            *six.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
+            *ip6.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
             _translate_to(now),
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_tiers_device(now) if scope.is_vpc else _to_device(now),
@@ -75,13 +75,13 @@ def counters(now: Live) -> dict[str, tuple[str, str]]:
     The first counts what arrived for it from outside, whatever the firewall said of it; the second what left under it.
     """
     addresses = {it.address: (f"in_{it.address}", f"out_{it.address}") for it in now.held}
-    return addresses | {it.ip6_cidr: six.counters(it) for it in six.speaking(now)}
+    return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.speaking(now)}
 
 
 def _arriving(now: Live) -> Chain:
     """Every packet from outside: who it claims to be, whether its connection is known, what it is allowed to begin."""
-    ip6 = f"goto {six.CHAIN}" if six.speaking(now) else "drop"
-    rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {ip6}"]
+    over_ip6 = f"goto {ip6.CHAIN}" if ip6.speaking(now) else "drop"
+    rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {over_ip6}"]
     rules.append(f"iifname {_PUBLIC} counter name ip daddr map @counted_in")
     for it in now.networks:
         link = _link(it)
@@ -240,7 +240,7 @@ def _to_device(now: Live) -> Chain:
         # Of a guest: the device's address, or a public one whose chain allowed it.
         "icmp type echo-request fib daddr type local accept",
         "ip daddr . tcp dport @balanced accept",
-        *six.to_device(now),
+        *ip6.to_device(now),
     ]
     for it in now.networks:
         device = f"iifname {_link(it)} ip daddr {it.device_ip}"
@@ -257,7 +257,7 @@ def _to_tiers_device(now: Live) -> Chain:
 
     What is balanced is judged by the client's own address here, before haproxy hands it on under the device's.
     """
-    rules = ['iifname "lo" accept', "ct state established,related accept", *six.to_device(now)]
+    rules = ['iifname "lo" accept', "ct state established,related accept", *ip6.to_device(now)]
     for it in now.networks:
         device = f"iifname {_link(it)} ip daddr {it.device_ip}"
         rules += [
@@ -403,7 +403,7 @@ def _leaving(now: Live) -> Chain:
     return Chain(
         name="leaving",
         hook="type filter hook postrouting priority srcnat + 10; policy accept;",
-        rules=(*rules, f"oifname {_PUBLIC} counter name ip saddr map @counted_out", *six.leaving(now)),
+        rules=(*rules, f"oifname {_PUBLIC} counter name ip saddr map @counted_out", *ip6.leaving(now)),
     )
 
 

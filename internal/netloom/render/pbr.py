@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from netloom import names
-from netloom.render.live import Exit, Live, subnet, within
+from netloom.render.active import Exit, Live, subnet, within
 from netloom.render.marks import POLICY
 from netloom.render.want import Route, Rule
 from netloom.state import Pbr, PbrRoute, PublicIp

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from netloom import names
-from netloom.render import nft, pbr, shared, six
-from netloom.render.live import Exit, Live, live, subnet
+from netloom.render import ip6, nft, pbr, plain_network
+from netloom.render.active import Exit, Live, live, subnet
 from netloom.render.marks import EXIT_MASK, MAIN_TABLE, table
 from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
 from netloom.state import Scope, Uplinks
@@ -32,8 +32,8 @@ def render(scope: Scope | None) -> Want:
     return Want(
         namespace=names.namespace(scope.scope_id),
         ports=ports,
-        addresses=(*guests, *publics, *six.addresses(scope, now)),
-        routes=(*_routes(now), *pbr.routes(scope.pbr, now), *six.routes(scope, now)),
+        addresses=(*guests, *publics, *ip6.addresses(scope, now)),
+        routes=(*_routes(now), *pbr.routes(scope.pbr, now), *ip6.routes(scope, now)),
         rules=(
             *pbr.rules(scope.pbr),
             *(
@@ -43,7 +43,7 @@ def render(scope: Scope | None) -> Want:
         ),
         neighbours=_neighbours(now),
         sysctls=_sysctls(guest_links, public_links, forwarding="0" if now.plain else "1")
-        | six.sysctls(scope, now, [*guest_links, *public_links]),
+        | ip6.sysctls(scope, now, [*guest_links, *public_links]),
         ruleset=nft.ruleset(scope),
         announce=(*guests, *publics),
     )
@@ -114,7 +114,7 @@ def _routes(now: Live) -> tuple[Route, ...]:
     gateway, with the address that belongs to it, and not with a foreign address onto that subnet's wire.
     """
     if now.plain:
-        return shared.routes(now.networks[0])
+        return plain_network.routes(now.networks[0])
     routes: list[Route] = []
     default = now.default_exit
     if default is not None:

@@ -1,4 +1,4 @@
-"""As much of ``os`` as a call of CloudStack's needs (``netloom.lean``), with the same names and meanings."""
+"""As much of ``os`` as a call of CloudStack's needs (``netloom.fastos``), with the same names and meanings."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloom import bareos
+from netloom import fastos_posix
 
 INTERNAL = Path(__file__).resolve().parents[2] / "internal"
 PATHS = st.text("ab./", max_size=12)
@@ -19,27 +19,27 @@ PATHS = st.text("ab./", max_size=12)
 
 @given(PATHS, PATHS)
 def test_paths_are_taken_apart_and_put_together_alike(one: str, other: str) -> None:
-    assert bareos.path.join(one, other) == os.path.join(one, other)
-    assert bareos.path.dirname(one) == os.path.dirname(one)
-    assert bareos.path.basename(one) == os.path.basename(one)
-    assert bareos.path.abspath("/" + one.lstrip("/")) == os.path.abspath("/" + one.lstrip("/"))
-    assert bareos.path.abspath(f"x{one}") == os.path.abspath(f"x{one}")
+    assert fastos_posix.path.join(one, other) == os.path.join(one, other)
+    assert fastos_posix.path.dirname(one) == os.path.dirname(one)
+    assert fastos_posix.path.basename(one) == os.path.basename(one)
+    assert fastos_posix.path.abspath("/" + one.lstrip("/")) == os.path.abspath("/" + one.lstrip("/"))
+    assert fastos_posix.path.abspath(f"x{one}") == os.path.abspath(f"x{one}")
 
 
 def test_directories_are_made_alike(tmp_path: Path) -> None:
-    bareos.makedirs(str(tmp_path / "a/b/c"), mode=0o700)
+    fastos_posix.makedirs(str(tmp_path / "a/b/c"), mode=0o700)
     assert (tmp_path / "a/b/c").stat().st_mode & 0o777 == 0o700
-    bareos.makedirs(str(tmp_path / "a/b/c"), exist_ok=True)
+    fastos_posix.makedirs(str(tmp_path / "a/b/c"), exist_ok=True)
     with pytest.raises(FileExistsError):
-        bareos.makedirs(str(tmp_path / "a/b/c"))
+        fastos_posix.makedirs(str(tmp_path / "a/b/c"))
 
 
 def test_what_is_taken_out_of_the_environment_reaches_no_child_and_no_later_os() -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(INTERNAL)!r})
-from netloom.lean import os
-assert "os" not in sys.modules and os.__name__ == "netloom.bareos"
+from netloom.fastos import os
+assert "os" not in sys.modules and os.__name__ == "netloom.fastos_posix"
 os.environ["PUT"] = "z"
 assert os.environ["TOLD"] == "x" and os.environ.pop("TOLD") == "x" and os.environ.pop("TOLD", None) is None
 import os as whole, subprocess
@@ -55,6 +55,6 @@ assert os.walk is whole.walk
 
 
 def test_where_os_is_loaded_it_is_os() -> None:
-    from netloom.lean import os as lean
+    from netloom.fastos import os as fast
 
-    assert lean is os
+    assert fast is os

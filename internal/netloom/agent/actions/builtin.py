@@ -8,20 +8,20 @@ from pathlib import Path
 import msgspec
 
 from netloom import names
-from netloom.agent.apply import apply
-from netloom.agent.hooks import Hook, Hooks
-from netloom.agent.host import Done, Host, News
+from netloom.agent.actions.hooks import Hook, Hooks
+from netloom.agent.host.apply import apply
+from netloom.agent.host.converge import Done, Host, News
+from netloom.agent.host.observe import FAMILY, TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
-from netloom.agent.observe import FAMILY, TABLE
-from netloom.agent.services import Services
+from netloom.agent.processes.services import Services
 from netloom.commands.actions import check_known, cut, document, listed, plain, success
 from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused
 from netloom.plan import Have, LoadRuleset, plan, route_words, rule_words
 from netloom.protocol.custom import CustomAction
-from netloom.render import words
-from netloom.render.live import live
+from netloom.render import describe
+from netloom.render.active import live
 from netloom.render.nft import counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
@@ -67,23 +67,23 @@ class Actions:
             case "dump-config":
                 return self._dump(scope, ground), Done()
             case "leases":
-                return success(listed(words.leases(scope), asked.params, none="no NIC is known")), Done()
+                return success(listed(describe.leases(scope), asked.params, none="no NIC is known")), Done()
             case "list-firewall-rules":
-                return success(listed(words.firewall(scope), asked.params, none="no such line")), Done()
+                return success(listed(describe.firewall(scope), asked.params, none="no such line")), Done()
             case "pbr-list-routes":
-                routes = words.pbr_routes(of_named_table(scope, asked.params))
+                routes = describe.pbr_routes(of_named_table(scope, asked.params))
                 return success(listed(routes, asked.params, none="no route")), Done()
             case "pbr-list-rules":
-                rules = words.pbr_rules(of_named_table(scope, asked.params))
+                rules = describe.pbr_rules(of_named_table(scope, asked.params))
                 return success(listed(rules, asked.params, none="no rule")), Done()
             case "pbr-list-tables":
-                return success(listed(words.pbr_tables(scope), asked.params, none="no table")), Done()
+                return success(listed(describe.pbr_tables(scope), asked.params, none="no table")), Done()
             case "reboot-device":
                 done = self._reboot(scope, ground)
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success(did), done
             case "show":
-                return success(plain("\n".join([*words.summary(scope), *self._standing(scope, ground)]))), Done()
+                return success(plain("\n".join([*describe.summary(scope), *self._standing(scope, ground)]))), Done()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,
@@ -128,7 +128,7 @@ class Actions:
     def _dump(self, scope: Scope, ground: Ground) -> str:
         have, want = self._look(scope, ground), ground.want
         sections = [
-            ("== summary", [*words.summary(scope), *self._standing(scope, ground)]),
+            ("== summary", [*describe.summary(scope), *self._standing(scope, ground)]),
             ("== check: what a repair would do", self._drift(scope, ground)),
             ("== wanted: addresses", [f"{it.cidr} on {it.link}" for it in want.addresses]),
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
@@ -137,10 +137,13 @@ class Actions:
             ("== found: routes", [route_words(it) for it in have.routes]),
             ("== found: rules", [rule_words(it) for it in have.rules]),
             ("== found: links of the host", _host_links(have)),
-            ("== leases", words.leases(scope)),
-            ("== firewall and translations", words.firewall(scope)),
-            ("== policy routing", [*words.pbr_tables(scope), *words.pbr_routes(scope), *words.pbr_rules(scope)]),
-            ("== state, without secrets", words.state(scope)),
+            ("== leases", describe.leases(scope)),
+            ("== firewall and translations", describe.firewall(scope)),
+            (
+                "== policy routing",
+                [*describe.pbr_tables(scope), *describe.pbr_routes(scope), *describe.pbr_rules(scope)],
+            ),
+            ("== state, without secrets", describe.state(scope)),
             ("== found: nftables", _table(have.namespace) if have.exists else []),
         ]
         return document([(title, [plain(it) for it in lines]) for title, lines in sections])

@@ -13,10 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Hashable
 from functools import partial
 
-from netloom.agent.guests import Guests
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.supervise import Asked, Supervisor
+from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes.supervisor import Asked, Supervisor
 from netloom.errors import HostRefused
 
 EVERY_S = 10.0  # each process

@@ -17,11 +17,12 @@ from typing import Literal
 import msgspec
 
 from netloom import program
-from netloom.agent import connect, install
+from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
-from netloom.agent.guests import DIRECTORY
-from netloom.agent.install import LIBEXEC, SCOPES, STATE
 from netloom.agent.kernel import namespaces
+from netloom.agent.processes.guest_process import DIRECTORY
+from netloom.agent.setup import install
+from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
 from netloom.agent.store import Store
 from netloom.errors import HostRefused
 from netloom.guestwire import Hello as GuestHello

@@ -14,9 +14,9 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
-from netloom.agent.apply import apply
+from netloom.agent.host.apply import apply
+from netloom.agent.host.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
 from netloom.agent.kernel import namespaces, sysctl
-from netloom.agent.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
 from netloom.errors import HostRefused
 from netloom.plan import (
     AddAddress,

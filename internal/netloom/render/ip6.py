@@ -13,7 +13,7 @@ from ipaddress import IPv6Interface
 import msgspec
 
 from netloom import names
-from netloom.render.live import Live
+from netloom.render.active import Live
 from netloom.render.marks import MAIN_TABLE
 from netloom.render.ruleset import Chain
 from netloom.render.want import Address, Route

@@ -8,7 +8,7 @@ device speaks to all of them directly, and to the rest of the world through the 
 from __future__ import annotations
 
 from netloom import names
-from netloom.render.live import within
+from netloom.render.active import within
 from netloom.render.marks import MAIN_TABLE
 from netloom.render.ruleset import Chain, Ruleset
 from netloom.render.want import Route

@@ -11,7 +11,7 @@ import _socket  # the C module: socket.py adds enums and selectors to it, half a
 import time
 
 from netloom.extension.directory import for_sockets
-from netloom.lean import os
+from netloom.fastos import os
 from netloom.program import build_id, close_all_but, command
 
 TYPE_CHECKING = False

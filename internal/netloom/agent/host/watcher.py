@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
+from netloom.agent.host.observe import as_route, as_rule
 from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
-from netloom.agent.observe import as_route, as_rule
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.plan import ASK_MAIN, alias_of

@@ -13,6 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING or "os" in sys.modules:
     import os as os
 else:
-    from netloom import bareos as os
+    from netloom import fastos_posix as os
 
 __all__ = ["os"]

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
+from netloom.agent.host.observe import GUARD_FAMILY, GUARD_TABLE
 from netloom.agent.kernel import links, namespaces, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused
-from netloom.agent.observe import GUARD_FAMILY, GUARD_TABLE
 from netloom.errors import HostRefused
 from netloom.names import vxlan_group
 from netloom.plan import (

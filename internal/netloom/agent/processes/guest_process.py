@@ -24,7 +24,7 @@ import msgspec
 
 from netloom.agent.kernel import namespaces
 from netloom.agent.log import Log
-from netloom.agent.supervise import PATH, Record, alive, read_record, record_of
+from netloom.agent.processes.supervisor import PATH, Record, alive, read_record, record_of
 from netloom.errors import HostRefused
 from netloom.guestwire import (
     GUEST_PROTOCOL,

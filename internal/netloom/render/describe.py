@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from netloom.render import six
+from netloom.render import ip6
 from netloom.render.acl import acl_of
+from netloom.render.active import Live, as_number, live
 from netloom.render.guest import tables
-from netloom.render.live import Live, as_number, live
 from netloom.render.pbr import in_force
 from netloom.state import AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
 
@@ -102,7 +102,7 @@ def summary(scope: Scope) -> list[str]:
     for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
         kind = " (source NAT)" if ip.source_nat else ""
         lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
-    if (out := six.way_out(scope, live(scope))) is not None:
+    if (out := ip6.way_out(scope, live(scope))) is not None:
         lines.append(f"IPv6 leaves as {out.address} through {out.gateway}")
     rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)
     lines.append(

@@ -1,0 +1,1 @@
+"""Custom actions: the built-in ones, and the operator's hooks."""
