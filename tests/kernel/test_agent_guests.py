@@ -182,7 +182,7 @@ def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) ->
         it.converge(SCOPE)
         before = it.guests.pid
         os.kill(before, signal.SIGKILL)
-        # Asked at once: the connection waits in the agent's copy of the socket until somebody serves it again.
+        # ProbeTarget at once: the connection waits in the agent's copy of the socket until somebody serves it again.
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         it.until(lambda: it.guests.pid != before)
         assert it.converge(SCOPE) == []
@@ -223,7 +223,7 @@ def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, m
         it.converge(SCOPE)
         hung = it.guests.pid
         log = Log(str(tmp_path / "agent.log"))
-        look = liveness.Pulse(it.loop, log, supervisor.Supervisor(it.loop, print), it.guests, lambda it: False)
+        look = liveness.LivenessProbes(it.loop, log, supervisor.Supervisor(it.loop, print), it.guests, lambda it: False)
         asking = it.loop.create_task(look.keep(0.2))
         it.until(lambda: it.guests.pid == hung)
         os.kill(hung, signal.SIGSTOP)

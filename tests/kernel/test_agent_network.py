@@ -78,7 +78,9 @@ def addresses(host: AgentHost) -> set[str]:
     return {f"{it['local']}/{it['prefixlen']}" for link in found for it in link["addr_info"] if link["ifname"] != "lo"}
 
 
-@pytest.mark.taken_out("internal/netloom/plan.py", "        yield RemoveBridge(bridge.name)\n", "        continue\n")
+@pytest.mark.taken_out(
+    "internal/netloom/plan/plan.py", "        yield RemoveBridge(bridge.name)\n", "        continue\n"
+)
 def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: AgentHost) -> None:
     before = host.inventory()
     live(host)

@@ -424,7 +424,7 @@ def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> 
 
 @pytest.mark.taken_out(
     "internal/netloom/agent/actions/builtin.py",
-    "        done = ground.converge()\n        macs",
+    "        done = context.converge()\n        macs",
     "        done = first\n        macs",
 )
 def test_defect_47_a_reboot_of_the_device_keeps_its_address(host: AgentHost) -> None:

@@ -21,7 +21,7 @@ from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.nft import _ENVIRONMENT as NFT_ENVIRONMENT
 from netloom.agent.kernel.nft import Nft, NftError, load_library
 from netloom.agent.kernel.nft import _library_lock as library_lock
-from netloom.plan import LoadRuleset
+from netloom.plan.steps import LoadRuleset
 from netloom.render.ruleset import Chain, Ruleset, marker, names
 
 TABLE = """

@@ -11,8 +11,8 @@ from repo.places import ROOT
 
 NETLOOM = ROOT / "internal" / "netloom"
 CORE = sorted(
-    [path for stage in ("protocol", "commands", "state", "render") for path in (NETLOOM / stage).rglob("*.py")]
-    + [NETLOOM / name for name in ("plan.py", "wire.py", "names.py", "errors.py", "secret.py")]
+    [path for stage in ("protocol", "commands", "state", "render", "plan") for path in (NETLOOM / stage).rglob("*.py")]
+    + [NETLOOM / name for name in ("wire.py", "names.py", "errors.py", "secret.py")]
 )
 FORBIDDEN = {"open", "print", "input", "exec", "eval", "compile", "breakpoint", "__import__", "globals"}
 

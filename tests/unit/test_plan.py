@@ -9,10 +9,12 @@ from msgspec.structs import replace
 
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
-from netloom.plan import (
-    ASK_MAIN,
+from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink
+from netloom.plan.plan import plan, sweep
+from netloom.plan.steps import (
     AddAddress,
     AddRule,
+    AdoptLink,
     AttachCarrier,
     AttachPort,
     CreateBridge,
@@ -21,10 +23,6 @@ from netloom.plan import (
     CreateVlanLink,
     CreateVxlanLink,
     GuardBridge,
-    Have,
-    HostLink,
-    Inherit,
-    InsideLink,
     LoadRuleset,
     MarkPort,
     PutNeighbour,
@@ -47,8 +45,6 @@ from netloom.plan import (
     SilenceIpv6,
     Step,
     UnguardBridge,
-    plan,
-    sweep,
 )
 from netloom.render.ruleset import Chain, Ruleset, marker
 from netloom.render.ruleset import names as names_in
@@ -244,7 +240,7 @@ def _after(have: Have, step: Step) -> Have:
             have = replace(have, links={**inside, port.link: inner})
             end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True)
             return _ported(_with_host_link(have, end))
-        case MarkPort(link, alias) | Inherit(link, alias):
+        case MarkPort(link, alias) | AdoptLink(link, alias):
             return _with_host_link(have, replace(host[link], alias=alias))
         case SetMac(_, link, mac):
             rest = [it for it in have.neighbours if it.link != link]
@@ -508,8 +504,8 @@ def test_a_bridge_of_the_kvm_agent_that_our_port_alone_kept_goes_with_it() -> No
 def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> None:
     steps = plan(_made_by_kvm(), NOTHING)
     assert [str(it) for it in steps][:3] == [
-        "inherit eth1.1204, alias netloom",
-        "inherit breth1-1204, alias netloom carries eth1.1204",
+        "adopt eth1.1204, alias netloom",
+        "adopt breth1-1204, alias netloom carries eth1.1204",
         "remove link gst-204 of cs-net-204",
     ]
     for done in range(len(steps)):

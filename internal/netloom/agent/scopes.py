@@ -19,11 +19,11 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from netloom import names
-from netloom.agent.actions.builtin import Actions, Ground
+from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
 from netloom.agent.host import flows
-from netloom.agent.host.converge import Done, Host, News, prepare
-from netloom.agent.host.watcher import Healer
+from netloom.agent.host.converge import Announcement, Host, HostChanges, prepare
+from netloom.agent.host.watcher import Watcher
 from netloom.agent.kernel import arp, namespaces
 from netloom.agent.log import Log
 from netloom.agent.processes.services import Services
@@ -86,7 +86,7 @@ class Scopes:
     """Carries out calls. Made and used on the event loop; ``load`` first, then ``restore`` in the background."""
 
     _services: Services
-    _healer: Healer
+    _watcher: Watcher
 
     def __init__(self, store: Store, host: Host, log: Log) -> None:
         self._store = store
@@ -101,9 +101,9 @@ class Scopes:
 
     # ------------------------------------------------------------------------------------------------ at start
 
-    def load(self, services: Services, healer: Healer) -> None:
+    def load(self, services: Services, watcher: Watcher) -> None:
         """Reads every scope's file and notes what they want, before anything is done to the host."""
-        self._services, self._healer = services, healer
+        self._services, self._watcher = services, watcher
         for scope_id in self._store.ended():
             self._slot(scope_id).ended = True
         for scope_id in self._store.living():
@@ -121,7 +121,7 @@ class Scopes:
         """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
         await self._work(prepare)
         try:
-            await self._work(self._healer.open)
+            await self._work(self._watcher.open)
         except NetloomError as error:
             self._log.line(f"the host cannot be watched: {error}")
         gate = asyncio.Semaphore(RESTORING_AT_ONCE)
@@ -181,14 +181,14 @@ class Scopes:
                 slot = self._slot(scope_id)
                 await self._alone(slot, "in no file", partial(self._end_nobodys, slot), quiet=True)
 
-    def _end_nobodys(self, slot: _Slot) -> Done:
+    def _end_nobodys(self, slot: _Slot) -> HostChanges:
         """In a worker thread: ends what runs for a scope that nobody knows, in a namespace that has lost its name.
 
         One that has its name was perhaps forgotten with a state that got lost, and goes on.
         """
         if slot.scope is not None or namespaces.exists(names.namespace(slot.scope_id)):
-            return Done()
-        return Done(services=tuple(self._services.end(slot.scope_id)))
+            return HostChanges()
+        return HostChanges(services=tuple(self._services.end(slot.scope_id)))
 
     # -------------------------------------------------------------------------------------------------- a call
 
@@ -240,7 +240,7 @@ class Scopes:
             return await self._act(call, steps)
         return await self._locked(call, lambda slot: self._transition(slot, call, steps))
 
-    async def _locked(self, call: Call, work: Callable[[_Slot], tuple[_T, Done]]) -> _T:
+    async def _locked(self, call: Call, work: Callable[[_Slot], tuple[_T, HostChanges]]) -> _T:
         """Does the work when the scope's earlier calls are done. Raises HostRefused when that takes too long."""
         slot = self._slot(call.scope_id)
         slot.users += 1
@@ -271,7 +271,7 @@ class Scopes:
             begun = await asyncio.get_running_loop().run_in_executor(self._hooks, begun.run, ends)
         return Reply(call_id=call.call_id, output=begun, holds=self._holds(call.scope_id), revision=revision)
 
-    def _begin(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[tuple[str | Hook, int], Done]:
+    def _begin(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[tuple[str | Hook, int], HostChanges]:
         """In a worker thread."""
         self._read(slot)
         asked = table.decode(call.command, call.payload)
@@ -280,19 +280,19 @@ class Scopes:
             reply, done = self._transition(slot, call, steps)
             return (reply.output, reply.revision), done
         context = Context(scope_id=call.scope_id, registration=call.registration)
-        table.check_ground(call.command, slot.scope, asked, context)
-        ground = Ground(
+        table.check_scope(call.command, slot.scope, asked, context)
+        action_context = ActionContext(
             scope=slot.scope,
             want=self._want(slot),
             known=slot.known,
             services=self._services,
             converge=lambda: self._converge(slot),
         )
-        begun, done = self._actions.begin(call, asked, ground)
+        begun, done = self._actions.begin(call, asked, action_context)
         steps.append(done.count)
         return (begun, slot.scope.revision if slot.scope else 0), done
 
-    def _transition(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[Reply, Done]:
+    def _transition(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[Reply, HostChanges]:
         """In a worker thread. Until the state is written, nothing has happened."""
         self._read(slot)
         payload = table.decode(call.command, call.payload)
@@ -308,7 +308,7 @@ class Scopes:
         elif outcome.scope != slot.scope:
             self._store.save(outcome.scope)
             slot.scope, slot.ended = outcome.scope, False
-        done = self._converge(slot) if slot.scope is not None or slot.ended else Done()
+        done = self._converge(slot) if slot.scope is not None or slot.ended else HostChanges()
         steps.append(done.count)
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
@@ -331,22 +331,22 @@ class Scopes:
             hint="the other rules are in force; ss -ltnp in the namespace tells who it is",
         )
 
-    def _converge(self, slot: _Slot, *, thorough: bool = False) -> Done:
+    def _converge(self, slot: _Slot, *, thorough: bool = False) -> HostChanges:
         """In a worker thread: makes the host what the state says: the network first, whatever becomes of the rest."""
         slot.behind = True
         want = self._want(slot)
         did: list[str] = []
         if want.namespace:
-            self._healer.attend(slot.scope_id, want)
+            self._watcher.watch(slot.scope_id, want)
         else:
             # Processes and sockets would keep a namespace alive that loses its name.
-            self._healer.leave(slot.scope_id)
+            self._watcher.unwatch(slot.scope_id)
             did += self._services.end(slot.scope_id)
         try:
             done = self._host.converge(slot.scope_id, want, slot.known, thorough=thorough)
         finally:
             if want.namespace:
-                self._healer.attend(slot.scope_id, want)
+                self._watcher.watch(slot.scope_id, want)
         slot.known = want.ruleset
         if slot.scope is not None:
             if want.namespace and slot.judged is not slot.scope:
@@ -361,7 +361,7 @@ class Scopes:
         slot.behind = False
         return replace(done, services=tuple(did))
 
-    async def _hold(self, slot: _Slot, work: Callable[[], tuple[_T, Done]]) -> _T:
+    async def _hold(self, slot: _Slot, work: Callable[[], tuple[_T, HostChanges]]) -> _T:
         """Does the work in a worker thread; the slot's lock is held. A failure is tried again later."""
         try:
             result, done = await self._work(work)
@@ -370,12 +370,12 @@ class Scopes:
                 self._retry_later(slot)
             raise
         finally:
-            self._healer.settled(slot.scope_id)
+            self._watcher.work_done(slot.scope_id)
         slot.failures = 0
         if slot.retry is not None and not slot.behind:
             slot.retry.cancel()
             slot.retry = None
-        self._announce(slot, done.news)
+        self._announce(slot, done.announcements)
         return result
 
     # ------------------------------------------------------------------------------------- what services report
@@ -398,16 +398,16 @@ class Scopes:
             await asyncio.sleep(wait_s)
             wait_s = min(RETRY_S_MAX, 2 * wait_s)
 
-    def _erase(self, slot: _Slot, taken: PasswordTaken) -> Done:
+    def _erase(self, slot: _Slot, taken: PasswordTaken) -> HostChanges:
         """In a worker thread. A full disk keeps the password in the file, so the caller tries again."""
         self._read(slot)
         scope = slot.scope
         network = scope.networks.get(taken.network_id) if scope is not None else None
         if scope is None or network is None or not taken.password_id.isdigit():
-            return Done()
+            return HostChanges()
         without = userdata.password_taken(network, taken.nic, int(taken.password_id))
         if without is network:
-            return Done()
+            return HostChanges()
         scope = replace(with_network(scope, without), revision=scope.revision + 1)
         self._store.save(scope)
         slot.scope = scope
@@ -429,7 +429,9 @@ class Scopes:
     async def _reconcile(self, slot: _Slot, why: str) -> None:
         await self._alone(slot, why, lambda: self._converge(slot))
 
-    async def _alone(self, slot: _Slot, why: str, work: Callable[[], Done], *, quiet: bool = False) -> int | None:
+    async def _alone(
+        self, slot: _Slot, why: str, work: Callable[[], HostChanges], *, quiet: bool = False
+    ) -> int | None:
         """Does the work of our own accord, when the scope's calls leave a gap. Never raises.
 
         The number of steps, None when it failed. ``quiet``: nothing done is nothing said.
@@ -457,15 +459,15 @@ class Scopes:
             slot.users -= 1
             self._drop_if_idle(slot)
 
-    def _announce(self, slot: _Slot, news: tuple[News, ...]) -> None:
-        if not news:
+    def _announce(self, slot: _Slot, announcements: tuple[Announcement, ...]) -> None:
+        if not announcements:
             return
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
             want = slot.rendered[1].announce if slot.rendered else ()
             held = {it.cidr.partition("/")[0] for it in want}  # what was given back may be somebody else's by now
-            self._background(self._work(lambda: _tell(tuple(it for it in news if it.address in held))))
+            self._background(self._work(lambda: _tell(tuple(it for it in announcements if it.address in held))))
 
         now = loop.time()
         slot.announcing = [handle for handle in slot.announcing if handle.when() > now]
@@ -520,12 +522,12 @@ class Scopes:
         task.add_done_callback(self._tasks.discard)
 
 
-def _counted(done: Done) -> tuple[int, Done]:
+def _counted(done: HostChanges) -> tuple[int, HostChanges]:
     return done.count, done
 
 
-def _tell(news: tuple[News, ...]) -> None:
-    for it in news:
+def _tell(announcements: tuple[Announcement, ...]) -> None:
+    for it in announcements:
         try:
             arp.gratuitous(it.namespace, it.link, it.address, it.mac)
         except (OSError, NetloomError):

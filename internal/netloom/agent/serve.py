@@ -16,10 +16,10 @@ from collections import OrderedDict
 from netloom import __version__
 from netloom.agent.connect import SOCKET
 from netloom.agent.host.converge import Host
-from netloom.agent.host.watcher import Healer
+from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import Guests
-from netloom.agent.processes.liveness import Pulse
+from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes import CHECK_EVERY_S, Scopes
@@ -81,9 +81,9 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     host = Host()
     scopes = Scopes(store, host, log)
     guests = Guests(loop, log, [*command(), "guest"], BUILD, scopes.password_taken)
-    healer = Healer(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
+    watcher = Watcher(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
     supervisor = Supervisor(loop, scopes.revive)
-    scopes.load(Services(guests, supervisor), healer)
+    scopes.load(Services(guests, supervisor), watcher)
     try:
         await guests.adopt()
     except NetloomError as error:
@@ -101,14 +101,14 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     going_on = [
         asyncio.ensure_future(scopes.keep_tidy()),
         asyncio.ensure_future(scopes.keep_checked(check_every_s)),
-        asyncio.ensure_future(Pulse(loop, log, supervisor, guests, scopes.busy).keep()),
+        asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guests, scopes.busy).keep()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
     server.close()
     with contextlib.suppress(OSError):
         os.unlink(path)
-    healer.stop()
+    watcher.stop()
     for task in (restoring, *going_on):
         task.cancel()
     await calls.finish(STOP_S_MAX)

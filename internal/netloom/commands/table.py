@@ -131,7 +131,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     ForeignScope, and then nothing has changed.
     """
     row = row_of(command)
-    check_ground(command, scope, payload, context)
+    check_scope(command, scope, payload, context)
     if row.transition is None:
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
@@ -151,7 +151,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     return Outcome(scope=wanted if wanted.revision else None, output=output, refused=refused)
 
 
-def check_ground(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
+def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
     """Raises BadRequest when the payload is about another scope, ForeignScope when the scope is somebody else's."""
     named = scope_of(getattr(payload, "network_id", ""), getattr(payload, "vpc_id", ""))
     if named != context.scope_id:

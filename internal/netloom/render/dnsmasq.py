@@ -11,7 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from netloom import names
-from netloom.render.service import Question, Service, directory_of
+from netloom.render.service import Probe, Service, directory_of
 from netloom.state import Network, Nic
 
 HOSTS = "hosts"
@@ -44,7 +44,7 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12) -> Servic
         live=_hosts(network),
         forgets=build.forgets,
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
-        question=Question("dns", network.device_ip) if network.dns else None,
+        probe=Probe("dns", network.device_ip) if network.dns else None,
     )
 
 

@@ -6,7 +6,7 @@ stays until its connections have ended, so that no client notices. UDP is balanc
 
 from __future__ import annotations
 
-from netloom.render.service import Question, Service, directory_of
+from netloom.render.service import Probe, Service, directory_of
 from netloom.state import LbRule, Scope
 
 NAME = "lb"
@@ -38,7 +38,7 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
         on_change="reload",
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
-        question=Question("haproxy", f"{directory}/{_MASTER}"),
+        probe=Probe("haproxy", f"{directory}/{_MASTER}"),
     )
 
 

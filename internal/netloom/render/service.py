@@ -9,7 +9,7 @@ import msgspec
 SERVICES_DIR = "/run/netloom/services"
 
 
-class Question(msgspec.Struct, frozen=True):
+class Probe(msgspec.Struct, frozen=True):
     """How to find out whether a running process still answers: any answer will do.
 
     ``dns``: a query to this address. ``haproxy``: a word for the worker through the master's socket at this path, so
@@ -39,7 +39,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     forgets: bool = True
     check: tuple[str, ...] = ()
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these
-    question: Question | None = None
+    probe: Probe | None = None
 
 
 def directory_of(scope_id: str, name: str) -> str:

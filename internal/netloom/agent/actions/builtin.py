@@ -10,7 +10,7 @@ import msgspec
 from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
-from netloom.agent.host.converge import Done, Host, News
+from netloom.agent.host.converge import Announcement, Host, HostChanges
 from netloom.agent.host.observe import FAMILY, TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
@@ -18,7 +18,9 @@ from netloom.agent.processes.services import Services
 from netloom.commands.actions import check_known, cut, document, listed, plain, success
 from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused
-from netloom.plan import Have, LoadRuleset, plan, route_words, rule_words
+from netloom.plan.have import Have
+from netloom.plan.plan import plan
+from netloom.plan.steps import LoadRuleset, route_words, rule_words
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
 from netloom.render.active import live
@@ -30,14 +32,14 @@ from netloom.state import Scope
 from netloom.wire import Call
 
 
-class Ground(msgspec.Struct, frozen=True, kw_only=True):
+class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     """A scope as the agent has it, and how to make the host so. The scope's lock is held."""
 
     scope: Scope | None
     want: Want
     known: Ruleset | None
     services: Services
-    converge: Callable[[], Done]
+    converge: Callable[[], HostChanges]
 
 
 class Actions:
@@ -47,43 +49,45 @@ class Actions:
         self._host = host
         self._hooks = Hooks(hooks)
 
-    def begin(self, call: Call, asked: CustomAction, ground: Ground) -> tuple[str | Hook, Done]:
+    def begin(self, call: Call, asked: CustomAction, context: ActionContext) -> tuple[str | Hook, HostChanges]:
         """The output, or the hook that makes it, to be run without the lock; and what was done to the host.
 
         Raises BadRequest for an unknown action, HostRefused when the scope is not here.
         """
         action = str(asked.action)
         check_known(action, self._hooks.names())
-        scope = ground.scope
+        scope = context.scope
         if scope is None:
             raise nothing_known(action, call.scope_id)
         match action:
             case "check":
-                drift = self._drift(scope, ground)
-                return success(cut(drift) if drift else "nothing to do: all is as it should be"), Done()
+                drift = self._drift(scope, context)
+                return success(cut(drift) if drift else "nothing to do: all is as it should be"), HostChanges()
             case "counters":
-                counted = _counters(scope, ground.want)
-                return success(listed(counted, asked.params, none="no public address stands")), Done()
+                counted = _counters(scope, context.want)
+                return success(listed(counted, asked.params, none="no public address stands")), HostChanges()
             case "dump-config":
-                return self._dump(scope, ground), Done()
+                return self._dump(scope, context), HostChanges()
             case "leases":
-                return success(listed(describe.leases(scope), asked.params, none="no NIC is known")), Done()
+                return success(listed(describe.leases(scope), asked.params, none="no NIC is known")), HostChanges()
             case "list-firewall-rules":
-                return success(listed(describe.firewall(scope), asked.params, none="no such line")), Done()
+                return success(listed(describe.firewall(scope), asked.params, none="no such line")), HostChanges()
             case "pbr-list-routes":
                 routes = describe.pbr_routes(of_named_table(scope, asked.params))
-                return success(listed(routes, asked.params, none="no route")), Done()
+                return success(listed(routes, asked.params, none="no route")), HostChanges()
             case "pbr-list-rules":
                 rules = describe.pbr_rules(of_named_table(scope, asked.params))
-                return success(listed(rules, asked.params, none="no rule")), Done()
+                return success(listed(rules, asked.params, none="no rule")), HostChanges()
             case "pbr-list-tables":
-                return success(listed(describe.pbr_tables(scope), asked.params, none="no table")), Done()
+                return success(listed(describe.pbr_tables(scope), asked.params, none="no table")), HostChanges()
             case "reboot-device":
-                done = self._reboot(scope, ground)
+                done = self._reboot(scope, context)
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success(did), done
             case "show":
-                return success(plain("\n".join([*describe.summary(scope), *self._standing(scope, ground)]))), Done()
+                return success(
+                    plain("\n".join([*describe.summary(scope), *self._standing(scope, context)]))
+                ), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,
@@ -91,45 +95,49 @@ class Actions:
             namespace=names.namespace(call.scope_id),
             payload=call.payload,
         )
-        return hook, Done()
+        return hook, HostChanges()
 
     # ------------------------------------------------------------------------------------------------------- looking
 
-    def _look(self, scope: Scope, ground: Ground) -> Have:
-        return self._host.look(scope.scope_id, ground.want, ground.known)
+    def _look(self, scope: Scope, context: ActionContext) -> Have:
+        return self._host.look(scope.scope_id, context.want, context.known)
 
-    def _drift(self, scope: Scope, ground: Ground) -> list[str]:
+    def _drift(self, scope: Scope, context: ActionContext) -> list[str]:
         """What a repair would do now, in words."""
-        have = self._look(scope, ground)
-        found = [str(step) for step in plan(have, ground.want)]
-        wanted = {it.name for it in services(scope)} if ground.want.namespace else set()
-        running = ground.services.running(scope.scope_id).keys()
+        have = self._look(scope, context)
+        found = [str(step) for step in plan(have, context.want)]
+        wanted = {it.name for it in services(scope)} if context.want.namespace else set()
+        running = context.services.running(scope.scope_id).keys()
         found += [f"start {name}" for name in sorted(wanted - running)]
         found += [f"end {name}" for name in sorted(running - wanted)]
-        if have.exists and ground.want.namespace:
-            unserved = ground.services.unserved(scope, ground.want.namespace)
+        if have.exists and context.want.namespace:
+            unserved = context.services.unserved(scope, context.want.namespace)
             found += [f"serve DHCP, metadata and passwords of network {it}" for it in unserved]
-        found += [f"balance rule {it}, once {at} is free" for it, at in ground.services.waiting(scope.scope_id).items()]
+        found += [
+            f"balance rule {it}, once {at} is free" for it, at in context.services.waiting(scope.scope_id).items()
+        ]
         return [plain(it) for it in found]
 
-    def _standing(self, scope: Scope, ground: Ground) -> list[str]:
-        running = ground.services.running(scope.scope_id)
-        ends = ground.services.ends(scope.scope_id)
-        guest, guest_ends = ground.services.guest()
-        drift = self._drift(scope, ground)
+    def _standing(self, scope: Scope, context: ActionContext) -> list[str]:
+        running = context.services.running(scope.scope_id)
+        ends = context.services.ends(scope.scope_id)
+        guest, guest_ends = context.services.guest()
+        drift = self._drift(scope, context)
         described = [f"{name} (pid {pid}{_again(ends.get(name, 0))})" for name, pid in sorted(running.items())]
         return [
-            f"namespace {ground.want.namespace}" if ground.want.namespace else "nothing of it is to stand on this host",
+            f"namespace {context.want.namespace}"
+            if context.want.namespace
+            else "nothing of it is to stand on this host",
             f"services: {', '.join(described) or 'none'}",
             f"guest process of this host: pid {guest}{_again(guest_ends)}",
             f"{len(drift)} things are not as they should be: see check" if drift else "all is as it should be",
         ]
 
-    def _dump(self, scope: Scope, ground: Ground) -> str:
-        have, want = self._look(scope, ground), ground.want
+    def _dump(self, scope: Scope, context: ActionContext) -> str:
+        have, want = self._look(scope, context), context.want
         sections = [
-            ("== summary", [*describe.summary(scope), *self._standing(scope, ground)]),
-            ("== check: what a repair would do", self._drift(scope, ground)),
+            ("== summary", [*describe.summary(scope), *self._standing(scope, context)]),
+            ("== check: what a repair would do", self._drift(scope, context)),
             ("== wanted: addresses", [f"{it.cidr} on {it.link}" for it in want.addresses]),
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
             ("== found: links", _links(have)),
@@ -150,18 +158,18 @@ class Actions:
 
     # ----------------------------------------------------------------------------------------------------- repairing
 
-    def _reboot(self, scope: Scope, ground: Ground) -> Done:
+    def _reboot(self, scope: Scope, context: ActionContext) -> HostChanges:
         """Everything of the scope once more, from the state; connections that are allowed go on.
 
         Conntrack keeps their translations while links are down; a link that goes down loses its routes, which the
         repair puts back together with whatever else is amiss.
         """
-        want = ground.want
+        want = context.want
         if not want.namespace:
             raise HostRefused(
                 f"{scope.scope_id} is shut down: nothing of it stands on this host", hint="start a VM in the network"
             )
-        first = ground.converge()
+        first = context.converge()
         ours = sorted(it.link for it in want.ports)
         try:
             links.change(want.namespace, map(links.set_down, ours))
@@ -169,14 +177,16 @@ class Actions:
             if want.ruleset is not None:
                 apply([LoadRuleset(want.namespace, want.ruleset)])
                 self._host.renewed(scope.scope_id)
-            ground.services.renew(scope.scope_id)
+            context.services.renew(scope.scope_id)
         except HostRefused:
-            ground.converge()  # whatever went wrong: what the links lost is put back
+            context.converge()  # whatever went wrong: what the links lost is put back
             raise
-        done = ground.converge()
+        done = context.converge()
         macs = {port.link: port.mac for port in want.ports}
-        news = tuple(News(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link]) for it in want.announce)
-        return Done(first.steps + done.steps, news, first.services + done.services)
+        announcements = tuple(
+            Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link]) for it in want.announce
+        )
+        return HostChanges(first.steps + done.steps, announcements, first.services + done.services)
 
 
 def _again(times: int) -> str:

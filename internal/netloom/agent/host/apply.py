@@ -1,7 +1,7 @@
-"""Carries out steps: the only place that changes the host. Decides nothing.
+"""Carry out the steps of a plan. This is the only module that changes the kernel objects of a scope.
 
-Steps that follow one another and speak to the same kernel interface of the same namespace go together, in one
-datagram where the kernel allows it.
+Consecutive steps for the same kernel interface in the same namespace are carried out together, as one netlink datagram
+where the kernel allows it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused
 from netloom.errors import HostRefused
 from netloom.names import vxlan_group
-from netloom.plan import (
-    ALIAS,
+from netloom.plan.have import ALIAS
+from netloom.plan.steps import (
     AddAddress,
     AddRule,
+    AdoptLink,
     AttachCarrier,
     AttachPort,
     CreateBridge,
@@ -30,9 +31,9 @@ from netloom.plan import (
     CreateVlanLink,
     CreateVxlanLink,
     GuardBridge,
-    Inherit,
     LoadRuleset,
     MarkPort,
+    NamespaceStep,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -57,58 +58,43 @@ from netloom.plan import (
 )
 from netloom.render.ruleset import fresh, swap, take_over
 
-VXLAN_TTL = 10  # routers between the hosts, as CloudStack's KVM agent has it
+VXLAN_TTL = 10  # hops between hosts, as CloudStack's KVM agent sets it
 
-_Means = Literal["namespace", "sysctl", "nft", "guard", "netlink"]
+_Interface = Literal["namespace", "sysctl", "nft", "guard", "netlink"]
+
+# All other steps are netlink messages.
+_INTERFACES: dict[type[Step], _Interface] = {
+    CreateNamespace: "namespace",
+    RemoveNamespace: "namespace",
+    LoadRuleset: "nft",
+    GuardBridge: "guard",
+    UnguardBridge: "guard",
+    SetSysctl: "sysctl",
+    SilenceIpv6: "sysctl",
+}
 
 
 def apply(steps: Iterable[Step]) -> None:
-    """Carries the steps out in order.
+    """Carry the steps out in order.
 
-    Raises HostRefused naming the step that failed and its object; the steps after it were not tried, except that those
-    which went into the same datagram may have been.
+    Raises HostRefused naming the step that failed and its object. Later steps were not tried, except that some of the
+    same datagram may have been.
     """
-    for (means, namespace), group in groupby(steps, key=_way):
-        those = list(group)
-        match means:
+    for (interface, namespace), group in groupby(steps, key=_interface):
+        adjacent = list(group)
+        match interface:
             case "netlink":
-                _links(namespace, those)
+                _netlink(namespace, adjacent)
             case "sysctl":
-                _sysctls(namespace, those)
+                _sysctls(namespace, adjacent)
             case _:
-                for step in those:
+                for step in adjacent:
                     _one(step)
 
 
-def _way(step: Step) -> tuple[_Means, str]:
-    match step:
-        case CreateNamespace() | RemoveNamespace():
-            return "namespace", step.namespace
-        case LoadRuleset():
-            return "nft", step.namespace
-        case GuardBridge() | UnguardBridge():
-            return "guard", ""
-        case SetSysctl():
-            return "sysctl", step.namespace
-        case SilenceIpv6():
-            return "sysctl", ""
-        case (
-            RemoveRoute()
-            | PutRoute()
-            | RemoveRule()
-            | AddRule()
-            | RemoveAddress()
-            | AddAddress()
-            | RemoveNeighbour()
-            | PutNeighbour()
-            | RemovePort()
-            | SetMac()
-            | SetMtu()
-            | SetLinkUp()
-        ):
-            return "netlink", step.namespace
-        case _:
-            return "netlink", ""
+def _interface(step: Step) -> tuple[_Interface, str]:
+    """The kernel interface that carries the step out, and the namespace that it is opened in; empty: the host's."""
+    return _INTERFACES.get(type(step), "netlink"), step.namespace if isinstance(step, NamespaceStep) else ""
 
 
 def _one(step: Step) -> None:
@@ -132,15 +118,16 @@ def _load(step: LoadRuleset) -> None:
         try:
             nft.run(swap(step.have, step.want) if step.have is not None else take_over(step.table, step.want))
         except NftRefused:
-            # Somebody changed the table by hand. Nothing of the text was done; the table is made anew.
+            # Somebody changed the table by hand. The transaction changed nothing; replace the whole table.
             nft.run(fresh(step.want))
 
 
 def guard(step: GuardBridge | UnguardBridge) -> str:
-    """The text that puts, or takes away, a bridge's chain in the host's own table.
+    """The nft text that adds or deletes a bridge's chain in the host's own table.
 
-    The hook is the ingress of the bridge as a device: what comes up through it is for the host, ARP too, and nothing
-    else passes there. (``meta ibrname`` in a bridge's input would say the same, where the kernel has that module.)
+    The hook is the ingress of the bridge device. Only frames for the host itself pass there, ARP included; forwarded
+    frames do not. (``meta ibrname`` in a bridge family input chain would match the same frames, but needs a kernel
+    module that is not always there.)
     """
     chain = f"{GUARD_FAMILY} {GUARD_TABLE} {step.bridge}"
     lines = [f"add table {GUARD_FAMILY} {GUARD_TABLE}"]
@@ -149,7 +136,7 @@ def guard(step: GuardBridge | UnguardBridge) -> str:
             hook = f'type filter hook ingress device "{bridge}" priority filter; policy drop;'
             lines.append(f"add chain {chain} {{ {hook} }}")
         case UnguardBridge(_, last):
-            # Kernels differ in whether a chain outlives its device: added first, it is there to be deleted.
+            # Some kernels delete the chain with its device. Add it first, so that deleting it always works.
             lines += [f"add chain {chain}", f"delete chain {chain}"]
             if last:
                 lines.append(f"delete table {GUARD_FAMILY} {GUARD_TABLE}")
@@ -167,11 +154,11 @@ def _sysctls(namespace: str, steps: Sequence[Step]) -> None:
     if any("ipv6" in key for key in values) and sysctl.read(namespace, ["net/ipv6/conf/all/disable_ipv6"]) == {
         "net/ipv6/conf/all/disable_ipv6": None
     }:
-        values = {key: value for key, value in values.items() if "ipv6" not in key}  # a kernel that speaks none
+        values = {key: value for key, value in values.items() if "ipv6" not in key}  # a kernel without IPv6
     sysctl.write(namespace, values)
 
 
-def _links(namespace: str, steps: Sequence[Step]) -> None:
+def _netlink(namespace: str, steps: Sequence[Step]) -> None:
     with ExitStack() as descriptors:
         messages = [message for step in steps for message in _messages(step, descriptors)]
         try:
@@ -209,7 +196,7 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.put_neighbour(it.link, it.address, it.mac)
         case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
             yield links.delete_link(link).even_if_gone()
-        case MarkPort(link, alias) | Inherit(link, alias):
+        case MarkPort(link, alias) | AdoptLink(link, alias):
             yield links.set_alias(link, alias)
         case SetMac(_, link, mac):
             yield links.set_mac(link, mac)

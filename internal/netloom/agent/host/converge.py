@@ -1,6 +1,7 @@
-"""One host made to hold what scopes want: look, plan, apply; shared objects by one scope at a time.
+"""Converge the kernel objects of this host to what scopes want: observe, plan, apply.
 
-Blocking: for worker threads only. Several threads may call at once, but only one per scope.
+All of it blocks, so it runs in worker threads: several at once, but only one per scope. Links that scopes share are
+changed by one thread at a time.
 """
 
 from __future__ import annotations
@@ -18,32 +19,31 @@ from netloom.agent.host.apply import apply
 from netloom.agent.host.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
 from netloom.agent.kernel import namespaces, sysctl
 from netloom.errors import HostRefused
-from netloom.plan import (
+from netloom.plan.have import Have
+from netloom.plan.plan import plan, sweep
+from netloom.plan.steps import (
     AddAddress,
     AttachPort,
     CreateBridge,
     CreatePort,
-    Have,
     LoadRuleset,
     RemoveHostPort,
     RemoveVlanLink,
     SetHostLinkDown,
     Step,
-    plan,
-    sweep,
 )
 from netloom.render.ruleset import Ruleset, marker
 from netloom.render.want import Want
 
 _ROUNDS_MAX = 3
-ORPHANS_S = 30.0  # after that, whoever plugs VMs in has dealt with it
+ORPHANS_S = 30.0  # later, CloudStack's KVM agent has plugged the VMs in again
 _INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
 _INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q", "vxlan")
 
 
-class News(msgspec.Struct, frozen=True):
-    """What the neighbours on a link have to learn: this address is at this MAC address now."""
+class Announcement(msgspec.Struct, frozen=True):
+    """An ARP announcement: on this link, the address now belongs to this MAC address."""
 
     namespace: str
     link: str
@@ -51,11 +51,11 @@ class News(msgspec.Struct, frozen=True):
     mac: str
 
 
-class Done(msgspec.Struct, frozen=True):
-    """What was done to the kernel and to processes, and what the neighbours have to learn of it."""
+class HostChanges(msgspec.Struct, frozen=True):
+    """What was changed in the kernel and of processes, and which addresses have to be announced."""
 
     steps: tuple[Step, ...] = ()
-    news: tuple[News, ...] = ()
+    announcements: tuple[Announcement, ...] = ()
     services: tuple[str, ...] = ()
 
     @property
@@ -64,7 +64,7 @@ class Done(msgspec.Struct, frozen=True):
 
 
 class _Table(msgspec.Struct, frozen=True):
-    """The ruleset as it was right after we loaded it. ``digest`` empty: not taken yet."""
+    """The table as it was right after we loaded it. ``digest`` empty: not computed yet."""
 
     marker: str
     generation: int
@@ -72,7 +72,7 @@ class _Table(msgspec.Struct, frozen=True):
 
 
 class Host:
-    """The kernel of this machine, and which bridges which scope wants."""
+    """The kernel objects of this machine, and which bridges each scope claims."""
 
     def __init__(self) -> None:
         self._shared = threading.Lock()
@@ -80,23 +80,24 @@ class Host:
         self._guarded: frozenset[str] | None = None
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
-        self._raised: frozenset[str] = frozenset()
+        self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[str, tuple[float, frozenset[str]]] = {}  # bridge -> when it was lost, what was in it
 
     def claim(self, scope_id: str, want: Want) -> None:
-        """Notes what the scope wants of the shared objects: from now on nobody takes it away."""
+        """Record which shared bridges the scope wants; they are not removed from now on."""
         bridges = frozenset(port.segment.bridge for port in want.ports)
         if bridges:
             self._claims[scope_id] = bridges
         else:
             self._claims.pop(scope_id, None)
 
-    def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> Done:
-        """Makes it so; nothing is done where it is so already. ``known``: the ruleset that was loaded last.
+    def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
+        """Make the host what the scope wants; change nothing where it is so already.
 
-        ``thorough``: takes the digest of a table that has none yet, which costs more the more rules there are.
+        ``known``: the ruleset that was loaded last. ``thorough``: compute the digest of a table that has none yet; its
+        cost grows with the number of rules.
 
-        Raises HostRefused (or ForeignScope) naming the step and the object; what stood before goes on standing.
+        Raises HostRefused (or ForeignScope) naming the step and the object. Objects that existed before stay.
         """
         self.claim(scope_id, want)
         done: list[Step] = []
@@ -108,23 +109,23 @@ class Host:
             if not steps:
                 if not want.namespace:
                     namespaces.clear(names.namespace(scope_id))
-                return Done(tuple(done), _news(want, done))
+                return HostChanges(tuple(done), _announcements(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
-        """What there is of the scope now; changes nothing."""
-        return self._held_against(self._observe(scope_id, want, known, frozenset()), thorough=False)
+        """Observe what exists of the scope; change nothing."""
+        return self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=False)
 
     def renewed(self, scope_id: str) -> None:
-        """Notes that the scope's ruleset was loaded by somebody of us: what stands now is as it should be."""
+        """Record that another part of the agent loaded the scope's ruleset, so the table is not tampered with."""
         self._tables.pop(scope_id, None)
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
-        """Notes that somebody deleted a bridge: these links were in it, VMs' taps, say. Does not block."""
+        """Record that somebody deleted a bridge, and which links (VMs' taps) were in it. Does not block."""
         self._orphans[bridge] = time.monotonic(), links
 
     def tidy(self) -> tuple[Step, ...]:
-        """Removes the shared objects that nobody wants any more, and renews the guard of those that stay."""
+        """Remove shared links that no scope wants any more, and restore the guards of those that stay."""
         with self._shared:
             self._guarded = guarded_bridges()
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
@@ -134,17 +135,17 @@ class Host:
             return strays + steps
 
     def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[Step, ...]:
-        have = self._held_against(self._observe(scope_id, want, known, frozenset()), thorough=thorough)
+        have = self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=thorough)
         steps = plan(have, want)
-        alone = tuple(takewhile(lambda step: not step.shared, steps))
-        if not have.exists or any(isinstance(step, LoadRuleset) for step in alone):
+        unshared = tuple(takewhile(lambda step: not step.shared, steps))
+        if not have.exists or any(isinstance(step, LoadRuleset) for step in unshared):
             self._tables.pop(scope_id, None)
-        apply(alone)
-        if len(alone) == len(steps):
+        apply(unshared)
+        if len(unshared) == len(steps):
             return steps
         with self._shared:
-            # Looked at again: while we waited, somebody else may have made the bridge, or taken it away. The bridges
-            # that our ports were in are asked for by name, for the ports may have left them just now.
+            # Observe again: while we waited for the lock, another thread may have created or removed the bridge. Name
+            # the bridges that our ports were in, because the ports may just have left them.
             self._guarded = guarded_bridges()
             bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
             rest = plan(self._observe(scope_id, want, known, bridges), want)
@@ -152,7 +153,7 @@ class Host:
             for step in rest:
                 if isinstance(step, CreateBridge):
                     self._orphans.pop(step.bridge, None)
-        return alone + rest
+        return unshared + rest
 
     def _observe(
         self,
@@ -161,7 +162,7 @@ class Host:
         known: Ruleset | None,
         also: frozenset[str],
     ) -> Have:
-        # Once: another scope's thread may forget it between two looks.
+        # Read once: another thread may reset it between two reads.
         guarded = self._guarded
         if guarded is None:
             guarded = self._guarded = guarded_bridges()
@@ -169,14 +170,16 @@ class Host:
         since = time.monotonic() - ORPHANS_S
         orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
-        bears = self._marker_of(scope_id, known)
-        have = observe(scope_id, want, known, known_marker=bears, claimed=claimed, guarded=guarded, also=asked)
-        # A bridge that is deleted under us takes along the word that its carrier is ours to set down again.
-        self._raised |= {it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.raised}
-        return msgspec.structs.replace(have, raised=self._raised, orphans=orphans)
+        known_marker = self._marker_of(scope_id, known)
+        have = observe(scope_id, want, known, known_marker=known_marker, claimed=claimed, guarded=guarded, also=asked)
+        # The alias of a bridge says that its carrier was down. Remember it, in case somebody deletes the bridge.
+        self._were_down |= {
+            it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.carrier_was_down
+        }
+        return msgspec.structs.replace(have, were_down=self._were_down, orphans=orphans)
 
     def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
-        """Computed once per ruleset: that takes milliseconds where there are thousands of forwards."""
+        """The ruleset's marker, computed once: it takes milliseconds with thousands of forwards."""
         if ruleset is None:
             self._markers.pop(scope_id, None)
             return ""
@@ -185,11 +188,11 @@ class Host:
             had = self._markers[scope_id] = ruleset, marker(ruleset)
         return had[1]
 
-    def _held_against(self, have: Have, *, thorough: bool) -> Have:
-        """``have``, and whether its table is still what we loaded, though it bears the same marker.
+    def _checked_for_tampering(self, have: Have, *, thorough: bool) -> Have:
+        """``have``, with ``tampered`` set if its table has our marker but is not what we loaded.
 
-        The kernel counts the transactions of a namespace. Where the count has not moved, nothing has changed; where it
-        has, the table's own listing tells whether that was our table.
+        The kernel counts the nftables transactions of a namespace. If the count is unchanged, so is the table.
+        Otherwise a digest of the table's listing tells whether our table was changed.
         """
         seen = self._tables.get(have.scope_id)
         if not have.marker:
@@ -211,7 +214,7 @@ class Host:
         finally:
             self._guarded = None
         lowered = {step.link for step in steps if isinstance(step, SetHostLinkDown | RemoveVlanLink)}
-        self._raised -= lowered
+        self._were_down -= lowered
 
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
@@ -219,19 +222,20 @@ class Host:
 
 
 def prepare() -> None:
-    """What a host needs once, and what no network leaves behind: modules, the directory of named namespaces."""
+    """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
     load_modules()
     namespaces.prepare()
-    # Each resolver has one, and they all run as one user.
-    with contextlib.suppress(HostRefused):  # a container may not; then the resolver that gets none says so
+    # Each dnsmasq uses one inotify instance, and they all run as one user.
+    with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
         if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
             sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})
 
 
 def load_modules() -> None:
-    """Loads what does not load itself when it is first used: the sysctls of conntrack are not there before it is.
+    """Load the kernel modules that are not loaded on first use. Conntrack's sysctls need its module.
 
-    A kernel that has it built in, or has no modules, is as good; what is really missing is told by who needs it.
+    Failures are ignored: the kernel may have them built in. If a feature is really missing, the step that needs it
+    reports it.
     """
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(
@@ -245,15 +249,15 @@ def load_modules() -> None:
         )
 
 
-def _news(want: Want, steps: list[Step]) -> tuple[News, ...]:
-    """Of the announced addresses those that are new, or whose link has got a new way to the neighbours."""
+def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
+    """The announcements for addresses that are new, or whose link was attached to its bridge again."""
     added = {step.address for step in steps if isinstance(step, AddAddress)}
     links = {step.port.link for step in steps if isinstance(step, CreatePort)}
     host_links = {step.link for step in steps if isinstance(step, AttachPort)}
     macs = {port.link: port.mac for port in want.ports}
     links |= {port.link for port in want.ports if port.host_link in host_links}
     return tuple(
-        News(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link])
+        Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link])
         for it in want.announce
         if it in added or it.link in links
     )

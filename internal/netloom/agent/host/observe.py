@@ -20,7 +20,8 @@ from netloom.agent.kernel import links, namespaces, netlink, sysctl
 from netloom.agent.kernel.links import Link, RouteRow, RuleRow
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.names import UNTAGGED
-from netloom.plan import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink, alias_of
+from netloom.plan.have import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink
+from netloom.plan.plan import alias_of
 from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset
 from netloom.render.want import Address, Neighbour, Route, Rule, Want
 

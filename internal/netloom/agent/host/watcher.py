@@ -1,9 +1,11 @@
-"""What was taken from a live scope is seen within moments: a watch over each namespace, over the host, over the names.
+"""Watch the kernel for changes that nobody asked for, and have the scope repaired within moments.
 
-An event is held against the wish: what agrees with it is nobody's concern, our own changes among it. What does not
-makes the scope's turn come, once for all that happens within ``DEBOUNCE_S``. While a scope is being worked on, only the
-last word about each object counts, and only when the work is done. Somebody who undoes us again and again is
-answered ever more slowly.
+There is one netlink watch per namespace, one for the host's own links, and one for the names of the namespaces.
+
+Each event is compared with what the scope wants. Events that match it, including those caused by our own changes, are
+ignored. An event that does not match schedules one repair of the scope; further events within ``DEBOUNCE_S`` join it.
+While a command or a repair works on the scope, only the latest event per object is kept; these are compared when the
+work is done. If something keeps undoing our repairs, the delay between repairs grows (exponential back-off).
 """
 
 from __future__ import annotations
@@ -22,16 +24,20 @@ from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
-from netloom.plan import ASK_MAIN, alias_of
+from netloom.plan.have import ASK_MAIN
+from netloom.plan.plan import alias_of
 from netloom.render.want import Address, Neighbour, Port, Want
 
 DEBOUNCE_S = 0.06
-CALM_HEALS = 5  # so often in FIGHT_S the same thing is put right at once
-ALL_CALM_HEALS = 30  # whatever it was
-FIGHT_S = 60.0
+# So many repairs within REPEATED_S start without a delay: of the same object, and of all objects.
+REPAIRS_AT_ONCE = 5
+ALL_REPAIRS_AT_ONCE = 30
+REPEATED_S = 60.0
 BACK_OFF_S_MAX = 30.0
 
-RELEASED_S = 2.0  # between a port's leaving and the end of its bridge
+RELEASED_S = 2.0  # at most between a port's release and the end of its bridge
+
+OVERRUN = "events were lost"
 
 _PRIORITIES_OF_THE_KERNEL = frozenset({0, 32766, 32767})
 _ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
@@ -41,49 +47,49 @@ _Key = tuple[_Place, str, object]
 
 
 class _Watched:
-    """A scope that stands. ``identity``: the inode of the namespace that ``inside`` watches."""
+    """A scope that exists. ``identity``: the inode of the namespace that ``inside`` watches."""
 
     def __init__(self, scope_id: str, want: Want) -> None:
         self.scope_id = scope_id
         self.want = want
         self.inside: Watch | None = None
         self.identity = 0
-        self.said: dict[_Key, Event] = {}  # while the scope is being worked on: the last event about each object
-        self.heals: deque[tuple[float, str]] = deque(maxlen=64)  # when, what
+        self.pending: dict[_Key, Event] = {}  # the latest event per object, while the scope is being worked on
+        self.repairs: deque[tuple[float, str]] = deque(maxlen=64)  # when, which object
 
 
-class Healer:
-    """``attend`` and ``leave`` belong to worker threads, ``open`` too; everything else to the event loop.
+class Watcher:
+    """``open``, ``watch`` and ``unwatch`` are called by worker threads, everything else on the event loop.
 
-    ``heal`` converges a scope and tells how many steps that took, or None when it failed (and is tried again by whoever
-    failed). ``busy`` tells whether somebody works on the scope. ``orphaned`` is told of a bridge that was deleted, and
-    which links were in it; ``untidy`` when any link of the host has gone.
+    Callbacks: ``repair`` converges a scope and returns the number of steps, or None when it failed (and retries by
+    itself). ``busy`` says whether a command or a repair works on the scope. ``orphaned`` is called with a bridge that
+    somebody deleted and the links that were in it; ``untidy`` when any link of the host has gone.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         log: Log,
-        heal: Callable[[str, str], Awaitable[int | None]],
+        repair: Callable[[str, str], Awaitable[int | None]],
         busy: Callable[[str], bool],
         orphaned: Callable[[str, frozenset[str]], None],
         untidy: Callable[[], None],
     ) -> None:
         self._loop = loop
         self._log = log
-        self._heal = heal
+        self._repair = repair
         self._busy = busy
         self._orphaned = orphaned
         self._untidy = untidy
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
         self._ports: dict[str, tuple[str, Port]] = {}  # host end -> scope, port
-        self._shared: dict[str, set[str]] = {}  # link of the host -> scopes that stand on it
+        self._shared: dict[str, set[str]] = {}  # link of the host -> scopes that depend on it
         self._host: Watch | None = None
         self._names: NamesWatch | None = None
-        self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its number and its bridge's
-        self._masters: dict[str, int] = {}  # link of the host -> number of its bridge
-        self._released: dict[int, dict[str, float]] = {}  # number of a bridge -> link that left it, when
+        self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
+        self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
+        self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -91,7 +97,7 @@ class Healer:
     # ---------------------------------------------------------------------------------- called by worker threads
 
     def open(self) -> None:
-        """Begins to watch the host. Raises HostRefused."""
+        """Start watching the host. Raises HostRefused."""
         host, gone = Watch(None, "link"), NamesWatch()
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}
@@ -105,8 +111,8 @@ class Healer:
 
         self._loop.call_soon_threadsafe(begin)
 
-    def attend(self, scope_id: str, want: Want) -> None:
-        """From now on the scope is watched for this wish; its namespace from when it is there."""
+    def watch(self, scope_id: str, want: Want) -> None:
+        """Watch the scope, compared with ``want`` from now on; its namespace as soon as it exists."""
         with self._lock:
             watched = self._watched.setdefault(scope_id, _Watched(scope_id, want))
         fresh: Watch | None = None
@@ -115,38 +121,38 @@ class Healer:
             if identity != watched.identity:
                 fresh = Watch(want.namespace)
         except (NetloomError, OSError) as error:
-            # It went just now; or it cannot be watched, and the slow check is left.
+            # The namespace has just gone, or cannot be watched; the periodic check remains.
             self._log.line(f"scope={scope_id} cannot be watched: {error}")
             identity = watched.identity
         if fresh is None and watched.want is want and identity == watched.identity and watched.inside is not None:
             return
         watched.identity = identity
-        self._loop.call_soon_threadsafe(self._attend, watched, want, fresh)
+        self._loop.call_soon_threadsafe(self._watch, watched, want, fresh)
 
-    def leave(self, scope_id: str) -> None:
-        """The scope is watched no more, and no socket of a watch keeps its namespace alive."""
+    def unwatch(self, scope_id: str) -> None:
+        """Stop watching the scope, and close the watch's socket, which would keep the namespace alive."""
         with self._lock:
             watched = self._watched.pop(scope_id, None)
         if watched is not None:
-            self._loop.call_soon_threadsafe(self._leave, watched)
+            self._loop.call_soon_threadsafe(self._unwatch, watched)
 
     # ------------------------------------------------------------------------------------------- on the event loop
 
-    def settled(self, scope_id: str) -> None:
-        """The work on a scope is done: what was said meanwhile counts by its last word."""
+    def work_done(self, scope_id: str) -> None:
+        """A command or repair of the scope is done: compare the latest event of each object that came meanwhile."""
         self._read_host()
         watched = self._watched.get(scope_id)
         if watched is None:
             return
         self._read_inside(watched)
-        said, watched.said = watched.said, {}
-        for (place, _, _), event in said.items():
-            why = self._disturbs(watched, place, event)
+        pending, watched.pending = watched.pending, {}
+        for (place, _, _), event in pending.items():
+            why = self._deviation(watched, place, event)
             if why:
-                self._mark(watched, why)
+                self._schedule(watched, why)
 
     def stop(self) -> None:
-        """Watches nothing any more."""
+        """Close all watches and cancel all scheduled repairs."""
         self._stopped = True
         for timer in self._timers.values():
             timer.cancel()
@@ -159,7 +165,7 @@ class Healer:
         self._watched.clear()
         self._host = self._names = None
 
-    def _attend(self, watched: _Watched, want: Want, fresh: Watch | None) -> None:
+    def _watch(self, watched: _Watched, want: Want, fresh: Watch | None) -> None:
         if self._stopped or self._watched.get(watched.scope_id) is not watched:
             if fresh is not None:
                 fresh.close()
@@ -167,16 +173,16 @@ class Healer:
         if fresh is not None:
             self._close_inside(watched)
             watched.inside = fresh
-            watched.said = {key: event for key, event in watched.said.items() if key[0] == "host"}
+            watched.pending = {key: event for key, event in watched.pending.items() if key[0] == "host"}
             self._loop.add_reader(fresh, self._read_inside, watched)
         self._forget_links(watched)
         watched.want = want
         for port in want.ports:
             self._ports[port.host_link] = (watched.scope_id, port)
-            for link in _grounds(port):
+            for link in _links_under(port):
                 self._shared.setdefault(link, set()).add(watched.scope_id)
 
-    def _leave(self, watched: _Watched) -> None:
+    def _unwatch(self, watched: _Watched) -> None:
         self._close_inside(watched)
         self._forget_links(watched)
         timer = self._timers.pop(watched.scope_id, None)
@@ -187,7 +193,7 @@ class Healer:
         for port in watched.want.ports:
             if self._ports.get(port.host_link, ("",))[0] == watched.scope_id:
                 del self._ports[port.host_link]
-            for link in _grounds(port):
+            for link in _links_under(port):
                 scopes = self._shared.get(link, set())
                 scopes.discard(watched.scope_id)
                 if not scopes:
@@ -205,7 +211,7 @@ class Healer:
         gone = self._names.read() if self._names is not None else frozenset()
         for watched in list(self._watched.values()):
             if gone is None or watched.want.namespace in gone:
-                self._mark(watched, f"namespace {watched.want.namespace} lost its name")
+                self._schedule(watched, f"namespace {watched.want.namespace} lost its name")
 
     def _read_inside(self, watched: _Watched) -> None:
         if watched.inside is None:
@@ -219,7 +225,7 @@ class Healer:
         for event in self._events(self._host):
             if event.kind == "overrun":
                 for watched in list(self._watched.values()):
-                    self._mark(watched, "more happened than could be told")
+                    self._schedule(watched, OVERRUN)
             elif isinstance(event.row, Link):
                 self._hear_host(event, event.row)
 
@@ -237,7 +243,7 @@ class Healer:
             self._hear(owner, "host", event)
         scopes = self._shared.get(link.name)
         if scopes:
-            # What is shared is put right by whichever scope comes first. A NIC that came back was missing to all.
+            # One scope repairs a shared link, an idle one if possible. A NIC that came back concerns all of them.
             back = not event.gone and self._seen.get(link.name, (link.index, 0))[0] != link.index
             for scope_id in sorted(scopes, key=self._busy)[: len(scopes) if back else 1]:
                 if scope_id in self._watched:
@@ -249,7 +255,7 @@ class Healer:
             self._seen[link.name] = (link.index, link.master_index or 0)
 
     def _follow_master(self, event: Event, link: Link) -> None:
-        """A bridge that is deleted lets its ports go first, one by one; VMs' taps among them."""
+        """Track bridge ports. Before a bridge is deleted, the kernel releases its ports one by one, VMs' taps too."""
         now = time.monotonic()
         had = self._masters.pop(link.name, 0)
         if event.gone:
@@ -264,121 +270,135 @@ class Healer:
 
     def _hear(self, watched: _Watched, place: _Place, event: Event) -> None:
         if self._busy(watched.scope_id):
-            watched.said[(place, event.kind, _identity(event))] = event
+            watched.pending[(place, event.kind, _identity(event))] = event
             return
-        why = self._disturbs(watched, place, event)
+        why = self._deviation(watched, place, event)
         if why:
-            self._mark(watched, why)
+            self._schedule(watched, why)
 
-    def _disturbs(self, watched: _Watched, place: _Place, event: Event) -> str:
+    def _deviation(self, watched: _Watched, place: _Place, event: Event) -> str:
         if place == "inside" or not isinstance(event.row, Link):
-            return disturbs(watched.want, event)
+            return deviation(watched.want, event)
         link = event.row
         if link.name in self._ports:
             port = self._ports[link.name][1]
             bridge = self._host.names.get(link.master_index or 0, "") if self._host is not None else ""
-            # A bridge of another name is one that was there before us, or it is a stranger's.
+            # A bridge with another name is accepted if the link was in it before.
             known = bridge == port.segment.bridge or self._seen.get(link.name, (0, 0))[1] == link.master_index
             wrong = event.gone or not link.up or not link.master_index or not known
             return link.name if wrong or link.alias != alias_of(watched.scope_id) else ""
         for port in watched.want.ports:
-            if link.name in _grounds(port) and _ground_gave_way(port, event, link, self._seen.get(link.name)):
+            if link.name in _links_under(port) and _link_lost(port, event, link, self._seen.get(link.name)):
                 return link.name
         return ""
 
     # ------------------------------------------------------------------------------------------------------ healing
 
-    def _mark(self, watched: _Watched, why: str) -> None:
+    def _schedule(self, watched: _Watched, why: str) -> None:
         if self._stopped or watched.scope_id in self._timers:
             return
-        since = time.monotonic() - FIGHT_S
-        lately = [what for at, what in watched.heals if at > since]
-        too_many = max(lately.count(why) - CALM_HEALS, len(lately) - ALL_CALM_HEALS)
+        since = time.monotonic() - REPEATED_S
+        lately = [what for at, what in watched.repairs if at > since]
+        too_many = max(lately.count(why) - REPAIRS_AT_ONCE, len(lately) - ALL_REPAIRS_AT_ONCE)
         delay_s = DEBOUNCE_S
         if too_many >= 0:
             delay_s = min(BACK_OFF_S_MAX, 2.0**too_many)
-            times = f"{lately.count(why)} times, all in all {len(lately)}"
-            self._log.line(f"scope={watched.scope_id} {why}: put right {times} lately; next look in {delay_s:.0f} s")
-        self._timers[watched.scope_id] = self._loop.call_later(delay_s, self._turn, watched, why)
+            times = f"{lately.count(why)} times, {len(lately)} in all"
+            self._log.line(f"scope={watched.scope_id} {why}: repaired {times} recently; next repair in {delay_s:.0f} s")
+        self._timers[watched.scope_id] = self._loop.call_later(delay_s, self._start_repair, watched, why)
 
-    def _turn(self, watched: _Watched, why: str) -> None:
+    def _start_repair(self, watched: _Watched, why: str) -> None:
         del self._timers[watched.scope_id]
         if self._watched.get(watched.scope_id) is not watched:
             return
         if self._busy(watched.scope_id):
-            self._timers[watched.scope_id] = self._loop.call_later(DEBOUNCE_S, self._turn, watched, why)
+            self._timers[watched.scope_id] = self._loop.call_later(DEBOUNCE_S, self._start_repair, watched, why)
             return
-        task = self._loop.create_task(self._one(watched, why))
+        task = self._loop.create_task(self._run(watched, why))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _one(self, watched: _Watched, why: str) -> None:
-        if await self._heal(watched.scope_id, f"watch: {why}"):
-            watched.heals.append((time.monotonic(), why))
+    async def _run(self, watched: _Watched, why: str) -> None:
+        if await self._repair(watched.scope_id, f"watch: {why}"):
+            watched.repairs.append((time.monotonic(), why))
 
 
-def disturbs(want: Want, event: Event) -> str:
-    """What an event inside the scope's namespace is about, when it is not as wished; empty when it is."""
+def deviation(want: Want, event: Event) -> str:
+    """The object of an event in the scope's namespace that is not as wanted; empty when the event matches ``want``."""
     row = event.row
     match row:
-        case Link() if row.name == "lo":
-            return "" if row.up else "lo"
         case Link():
-            port = next((it for it in want.ports if it.link == row.name), None)
-            if port is None:
-                return "" if event.gone or row.kind != "veth" else row.name
-            return row.name if event.gone or not row.up or row.mac != port.mac else ""
+            return _about_link(want, event.gone, row)
         case AddressRow():
-            wanted = Address(link=row.link, cidr=row.cidr) in want.addresses
-            return row.cidr if wanted == event.gone and row.link != "lo" and not _beside(want, row.cidr) else ""
-        case RouteRow() if row.protocol == "kernel" and (row.table == links.MAIN_TABLE or row.kind == "local"):
-            made_with = (it for it in want.addresses if row.destination in (it.on_link, it.itself))
-            cut_off = event.gone and any(it.link == row.link for it in made_with)
-            return f"route to {row.destination}" if cut_off else ""
+            return _about_address(want, event.gone, row)
         case RouteRow():
-            if (
-                row.protocol in _ROUTES_OF_THE_KERNEL
-                or row.table == links.LOCAL_TABLE
-                or _beside(want, row.destination)
-            ):
-                return ""
-            return f"route to {row.destination}" if (as_route(row) in want.routes) == event.gone else ""
+            return _about_route(want, event.gone, row)
         case RuleRow():
-            if event.gone and as_rule(row) == ASK_MAIN:
-                return f"rule {row.priority}"
-            if row.priority in _PRIORITIES_OF_THE_KERNEL:
-                return ""
-            return f"rule {row.priority}" if (as_rule(row) in want.rules) == event.gone else ""
+            return _about_rule(want, event.gone, row)
         case NeighbourRow():
             return _about_neighbour(want, event.gone, row)
-    return "more happened than could be told" if event.kind == "overrun" else ""
+    return OVERRUN if event.kind == "overrun" else ""
 
 
-def _beside(want: Want, prefix: str) -> bool:
-    """Whether it is IPv6 that nobody wished for: link-local, or in a namespace that speaks none."""
-    spoken = any(":" in it.cidr for it in want.addresses)
-    return ":" in prefix and (not spoken or prefix.startswith(("fe80:", "ff")))
+def _about_link(want: Want, gone: bool, row: Link) -> str:
+    if row.name == "lo":
+        return "" if row.up else "lo"
+    port = next((it for it in want.ports if it.link == row.name), None)
+    if port is None:
+        return "" if gone or row.kind != "veth" else row.name
+    return row.name if gone or not row.up or row.mac != port.mac else ""
+
+
+def _about_address(want: Want, gone: bool, row: AddressRow) -> str:
+    wanted = Address(link=row.link, cidr=row.cidr) in want.addresses
+    return row.cidr if wanted == gone and row.link != "lo" and not _unwanted_ip6(want, row.cidr) else ""
+
+
+def _about_route(want: Want, gone: bool, row: RouteRow) -> str:
+    name = f"route to {row.destination}"
+    if row.protocol == "kernel" and (row.table == links.MAIN_TABLE or row.kind == "local"):
+        # The kernel creates these with an address; without them the address is cut off.
+        created_with = (it for it in want.addresses if row.destination in (it.on_link, it.itself))
+        return name if gone and any(it.link == row.link for it in created_with) else ""
+    if row.protocol in _ROUTES_OF_THE_KERNEL or row.table == links.LOCAL_TABLE or _unwanted_ip6(want, row.destination):
+        return ""
+    return name if (as_route(row) in want.routes) == gone else ""
+
+
+def _about_rule(want: Want, gone: bool, row: RuleRow) -> str:
+    name = f"rule {row.priority}"
+    if gone and as_rule(row) == ASK_MAIN:
+        return name
+    if row.priority in _PRIORITIES_OF_THE_KERNEL:
+        return ""
+    return name if (as_rule(row) in want.rules) == gone else ""
 
 
 def _about_neighbour(want: Want, gone: bool, row: NeighbourRow) -> str:
     wanted = next((it for it in want.neighbours if (it.link, it.address) == (row.link, row.address)), None)
     if wanted is None:
         return row.address if row.permanent and not gone and row.link.startswith("gst-") else ""
-    stands = Neighbour(link=row.link, address=row.address, mac=row.mac) == wanted and row.permanent and not gone
-    return "" if stands else f"neighbour {row.address}"
+    exists = Neighbour(link=row.link, address=row.address, mac=row.mac) == wanted and row.permanent and not gone
+    return "" if exists else f"neighbour {row.address}"
 
 
-def _grounds(port: Port) -> tuple[str, ...]:
+def _unwanted_ip6(want: Want, prefix: str) -> bool:
+    """Whether this is IPv6 of the kernel's own: link-local, or in a namespace that should have none."""
+    has_ip6 = any(":" in it.cidr for it in want.addresses)
+    return ":" in prefix and (not has_ip6 or prefix.startswith(("fe80:", "ff")))
+
+
+def _links_under(port: Port) -> tuple[str, ...]:
     segment = port.segment
     return tuple(filter(None, (segment.bridge, segment.vlan_link, segment.nic)))
 
 
-def _ground_gave_way(port: Port, event: Event, link: Link, seen: tuple[int, int] | None) -> bool:
-    """Whether a link of the host that the port stands on is not as it has to be, or has come back."""
+def _link_lost(port: Port, event: Event, link: Link, seen: tuple[int, int] | None) -> bool:
+    """Whether a link of the host that the port depends on is not as it has to be, or has come back."""
     segment = port.segment
     carrier = segment.nic if segment.vlan == UNTAGGED else segment.vlan_link
     if link.name == segment.nic and event.gone:
-        return False  # nothing helps but its return
+        return False  # a repair needs the NIC to come back first
     if link.name == segment.bridge and link.name != carrier:
         return event.gone or not link.up
     if link.name == carrier and link.kind != "bridge":

@@ -16,7 +16,7 @@ from functools import partial
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes.guest_process import Guests
-from netloom.agent.processes.supervisor import Asked, Supervisor
+from netloom.agent.processes.supervisor import ProbeTarget, Supervisor
 from netloom.errors import HostRefused
 
 EVERY_S = 10.0  # each process
@@ -32,7 +32,7 @@ _WORD = b"@1 show info\n"  # to the current worker, through the master
 _GUEST = "guest process"
 
 
-class Pulse:
+class LivenessProbes:
     """On the event loop. ``keep`` asks until it is cancelled.
 
     ``busy`` tells whether somebody works on a scope: a process that is being reloaded may be silent for as long.
@@ -77,7 +77,7 @@ class Pulse:
         if not task.cancelled() and (error := task.exception()):
             self._log.traceback(f"asking {key}", error)
 
-    async def _look_at_service(self, asked: Asked) -> None:
+    async def _look_at_service(self, asked: ProbeTarget) -> None:
         if not await silent(lambda: self._answers(asked), waits=len(_ways(asked))) or self._busy(asked.scope_id):
             return
         if self._supervisor.end_silent(asked):
@@ -88,7 +88,7 @@ class Pulse:
         if await silent(lambda: self._guests.answers(ANSWER_S)) and self._guests.end_silent(pid):
             self._log.line(f"guest process (pid {pid}) does not answer: ended")
 
-    async def _answers(self, asked: Asked) -> bool:
+    async def _answers(self, asked: ProbeTarget) -> bool:
         """Whether anything came back. What cannot be asked at all is somebody else's care, and counts as an answer."""
         for kind, question in _ways(asked):
             try:
@@ -121,20 +121,20 @@ async def silent(answers: Callable[[], Awaitable[bool]], waits: int = 1) -> bool
     return True
 
 
-def _ways(asked: Asked) -> tuple[tuple[socket.SocketKind, bytes], ...]:
+def _ways(asked: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ...]:
     """How to ask, one way after the other. A resolver that a tenant drowns in datagrams still hears a connection."""
-    if asked.question.kind == "haproxy":
+    if asked.probe.kind == "haproxy":
         return ((socket.SOCK_STREAM, _WORD),)
     return ((socket.SOCK_DGRAM, _QUERY), (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY))
 
 
-def _address(asked: Asked) -> str | tuple[str, int]:
-    return (asked.question.at, 53) if asked.question.kind == "dns" else asked.question.at
+def _address(asked: ProbeTarget) -> str | tuple[str, int]:
+    return (asked.probe.at, 53) if asked.probe.kind == "dns" else asked.probe.at
 
 
-def _socket(asked: Asked, kind: socket.SocketKind) -> socket.socket:
+def _socket(asked: ProbeTarget, kind: socket.SocketKind) -> socket.socket:
     """In a worker thread: a socket that does not block, in the namespace where the question is heard."""
-    if asked.question.kind == "haproxy":
+    if asked.probe.kind == "haproxy":
         sock = socket.socket(socket.AF_UNIX, kind)
     else:
         with inside(asked.namespace):

@@ -24,7 +24,7 @@ import msgspec
 
 from netloom.agent.kernel.namespaces import identity, inside
 from netloom.errors import HostRefused, one_line
-from netloom.render.service import SERVICES_DIR, Question, Service
+from netloom.render.service import SERVICES_DIR, Probe, Service
 
 BACK_OFF_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 SETTLED_S = 60.0  # a process that lived this long has no earlier failures
@@ -60,14 +60,14 @@ class _Running:
         self.silent = False  # it was ended because it did not answer
 
 
-class Asked(NamedTuple):
+class ProbeTarget(NamedTuple):
     """A process that runs, and how to ask it whether it does more than that."""
 
     scope_id: str
     namespace: str
     name: str
     record: Record
-    question: Question
+    probe: Probe
 
 
 class Supervisor:
@@ -138,16 +138,16 @@ class Supervisor:
         with self._lock:
             return {name: count for (scope, name), count in self._ends.items() if scope == scope_id}
 
-    def answering(self) -> list[Asked]:
+    def answering(self) -> list[ProbeTarget]:
         """What runs and can be asked whether it answers."""
         with self._lock:
             return [
-                Asked(it.scope_id, it.namespace, it.service.name, it.record, it.service.question)
+                ProbeTarget(it.scope_id, it.namespace, it.service.name, it.record, it.service.probe)
                 for _, it in sorted(self._running.items())
-                if it.service.question is not None
+                if it.service.probe is not None
             ]
 
-    def end_silent(self, asked: Asked) -> bool:
+    def end_silent(self, asked: ProbeTarget) -> bool:
         """Ends a process that does not answer, with its whole group; it is revived as if it had died by itself."""
         with self._lock:
             running = self._running.get((asked.scope_id, asked.name))
@@ -464,10 +464,10 @@ def _wake(service: Service) -> None:
     One that comes between its last look and its wait for events is found with the next event, which may be long in
     coming (tried with haproxy 2.6, 2026-11: one reload in some hundred, when an old worker ended at that moment).
     """
-    if service.question is not None:
+    if service.probe is not None:
         with socket.socket(socket.AF_UNIX) as master, contextlib.suppress(OSError):  # its socket was taken away
             master.settimeout(1.0)
-            master.connect(service.question.at)
+            master.connect(service.probe.at)
 
 
 def _listening(pid: int, members: Iterable[int] | None = None) -> set[tuple[str, int]]:

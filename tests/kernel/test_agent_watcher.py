@@ -257,7 +257,9 @@ def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
         assert lease(host, WEB)["ip"] == WEB_IP
 
 
-@pytest.mark.taken_out("internal/netloom/plan.py", '        aliases[bridge.name] = f"{ALIAS} carries {link}"\n', "")
+@pytest.mark.taken_out(
+    "internal/netloom/plan/plan.py", '        aliases[bridge.name] = f"{ALIAS} carries {link}"\n', ""
+)
 @pytest.mark.parametrize("reason", ["", "a VM", "an address"])
 def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reason: str) -> None:
     with agent_host() as host:

@@ -296,7 +296,7 @@ def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.Monke
         config={"lb.cfg": "1"},
         on_change="reload",
         listens=(("tcp", 8000),),
-        question=service.Question("haproxy", f"{directory}/master.sock"),
+        probe=service.Probe("haproxy", f"{directory}/master.sock"),
     )
     with _supervisor() as (it, _, _until):
         it.converge(SCOPE, NAMESPACE, (drowsy,))
@@ -362,7 +362,9 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
 
     async def story() -> None:
         nonlocal busy
-        asking = asyncio.ensure_future(liveness.Pulse(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1))
+        asking = asyncio.ensure_future(
+            liveness.LivenessProbes(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1)
+        )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
         await asyncio.sleep(1)  # it is asked ten times
@@ -406,7 +408,9 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
     # What arrives at port 53 by UDP is lost, as it is when the socket is full.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
-    look = liveness.Pulse(loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False)
+    look = liveness.LivenessProbes(
+        loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False
+    )
     loop.run_until_complete(look._look_at_service(asked))
     loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
     assert supervisor.alive(asked.record)

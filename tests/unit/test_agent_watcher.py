@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent.host.watcher import disturbs
+from netloom.agent.host.watcher import deviation
 from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
 from netloom.agent.kernel.watch import Event, Kind
 from netloom.names import guest_link
@@ -78,10 +78,10 @@ def wished() -> list[Event]:
 
 
 @pytest.mark.parametrize("event", wished(), ids=lambda it: f"{it.kind}-{getattr(it.row, 'name', '')}")
-def test_what_is_wished_disturbs_nobody_and_its_loss_does(event: Event) -> None:
-    assert disturbs(WANT, event) == ""
-    assert disturbs(WANT, replace(event, gone=True)) != ""
-    assert disturbs(Want(namespace=""), replace(event, gone=True)) == ""
+def test_an_event_as_wanted_is_no_deviation_and_its_loss_is_one(event: Event) -> None:
+    assert deviation(WANT, event) == ""
+    assert deviation(WANT, replace(event, gone=True)) != ""
+    assert deviation(Want(namespace=""), replace(event, gone=True)) == ""
 
 
 GUEST = guest_link("204")
@@ -108,10 +108,10 @@ COMMON = [
 
 
 @pytest.mark.parametrize("event", STRANGE, ids=range(len(STRANGE)))
-def test_what_is_otherwise_disturbs(event: Event) -> None:
-    assert disturbs(WANT, event) != ""
+def test_an_event_that_is_not_as_wanted_is_a_deviation(event: Event) -> None:
+    assert deviation(WANT, event) != ""
 
 
 @pytest.mark.parametrize("event", COMMON, ids=range(len(COMMON)))
-def test_what_is_nobodys_concern_does_not(event: Event) -> None:
-    assert disturbs(WANT, event) == ""
+def test_events_of_the_kernel_and_of_others_are_ignored(event: Event) -> None:
+    assert deviation(WANT, event) == ""

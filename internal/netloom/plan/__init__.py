@@ -1,0 +1,6 @@
+"""What has to be done to a host: ``plan`` compares what it has with what a scope wants and returns the steps.
+
+``have.py`` describes a host as it was observed, ``steps.py`` has the steps, ``segments.py`` finds the bridge of each
+segment, ``plan.py`` decides. Nothing here reads or changes the host: ``agent.host.observe`` looks, ``agent.host.apply``
+carries out.
+"""

@@ -1,0 +1,154 @@
+"""Where a segment is on this host: which bridge its ports join, and the steps that make that bridge ready.
+
+A bridge, VLAN link or tunnel that exists already is used, whoever created it. From a NIC to a port:
+
+    VLAN      NIC eth1 --- VLAN link eth1.204 --- bridge breth1-204 --- host end vnetg204
+    VXLAN     NIC (or its bridge) --- tunnel vxlan5000 --- bridge brvx-5000 --- host end vnetg204
+    untagged  NIC eth1 --- bridge breth1-0 (or the bridge that the NIC is in) --- host end vnetg204
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.errors import HostRefused
+from netloom.names import UNTAGGED
+from netloom.plan.have import ALIAS, Have, HostLink
+from netloom.plan.steps import (
+    AttachCarrier,
+    AttachPort,
+    CreateBridge,
+    CreateVlanLink,
+    CreateVxlanLink,
+    GuardBridge,
+    SetHostLinkUp,
+    SilenceIpv6,
+    Step,
+)
+from netloom.render.want import Port, Segment
+
+
+class SegmentPlacement(msgspec.Struct, frozen=True):
+    """The bridge of a segment on this host. ``ours``: we created it, or ``steps`` do."""
+
+    bridge: str
+    steps: tuple[Step, ...] = ()
+    ours: bool = False
+
+
+def place(have: Have, port: Port) -> SegmentPlacement:
+    """Find or prepare the bridge of the port's segment.
+
+    Raises HostRefused when the NIC does not exist, when VXLAN has no IPv4 address to send from, when the host would
+    lose the addresses of a NIC, or when a link that should be a bridge is none.
+    """
+    if port.segment.vlan == UNTAGGED:
+        return _untagged(have, port)
+    return _vxlan(have, port) if port.segment.kind == "vxlan" else _vlan(have, port)
+
+
+def is_guest(port: Port) -> bool:
+    """Whether the port leads to guests; the others lead to public networks."""
+    return port.link.startswith("gst-")
+
+
+def _vlan(have: Have, port: Port) -> SegmentPlacement:
+    segment = port.segment
+    steps: list[Step] = []
+    carrier = _vlan_link(have, segment)
+    if carrier is None:
+        nic = _nic(have, port)
+        if not nic.up:
+            steps.append(SetHostLinkUp(nic.name))
+        steps.append(CreateVlanLink(segment.vlan_link, segment.nic, int(segment.vlan)))
+        carrier = HostLink(name=segment.vlan_link, kind="vlan", alias=ALIAS, ipv6=True)
+    elif carrier.parent and not carrier.up and not have.host_links[carrier.parent].up:
+        steps.append(SetHostLinkUp(carrier.parent))  # the kernel sets no VLAN link up on a NIC that is down
+    return _bridged(have, segment, carrier, steps)
+
+
+def _vlan_link(have: Have, segment: Segment) -> HostLink | None:
+    for link in have.host_links.values():
+        if link.kind == "vlan" and link.parent == segment.nic and str(link.vlan_id) == segment.vlan:
+            return link
+    return have.host_links.get(segment.vlan_link)
+
+
+def _vxlan(have: Have, port: Port) -> SegmentPlacement:
+    """Use an existing tunnel with this VNI, whoever created it and however it finds its peers (multicast, EVPN).
+
+    A tunnel of ours is created over the link with the address that frames are sent from: the bridge that the NIC is
+    in, else the NIC.
+    """
+    segment = port.segment
+    steps: list[Step] = []
+    tunnels = [it for it in have.host_links.values() if it.kind == "vxlan" and str(it.vlan_id) == segment.vlan]
+    carrier = tunnels[0] if tunnels else have.host_links.get(segment.vlan_link)
+    if carrier is None:
+        nic = _nic(have, port)
+        under = have.host_links.get(nic.master, nic)
+        if not any(":" not in address for address in under.addresses):
+            raise HostRefused(
+                f"{under.name} has no IPv4 address for VXLAN to send from",
+                hint=f"give it one, or name another NIC in {_detail(port)}",
+            )
+        steps += [SetHostLinkUp(link.name) for link in dict.fromkeys((nic, under)) if not link.up]
+        steps.append(CreateVxlanLink(segment.vlan_link, under.name, int(segment.vlan)))
+        carrier = HostLink(name=segment.vlan_link, kind="vxlan", alias=ALIAS, ipv6=True)
+    return _bridged(have, segment, carrier, steps)
+
+
+def _untagged(have: Have, port: Port) -> SegmentPlacement:
+    nic = _nic(have, port)
+    if nic.kind == "bridge":
+        return SegmentPlacement(nic.name)
+    if not nic.master and nic.addresses:
+        raise HostRefused(
+            f"NIC {nic.name} carries the host's address {nic.addresses[0]} and is in no bridge: "
+            f"an untagged network would cut the host off",
+            hint=f"put {nic.name} into a bridge that has the address, or name another NIC in {_detail(port)}",
+        )
+    return _bridged(have, port.segment, nic, [])
+
+
+def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step]) -> SegmentPlacement:
+    """The bridge that the carrier is in, else the segment's own bridge with the carrier as a port."""
+    name = carrier.master or segment.bridge
+    bridge = have.host_links.get(name)
+    if bridge is None:
+        was_up = carrier.up and carrier.name not in have.were_down
+        alias = f"{ALIAS} {'carries' if was_up else 'raises'} {carrier.name}"
+        steps.append(CreateBridge(name, alias))
+        for orphan in sorted(have.orphans.get(name, frozenset()) - {carrier.name}):
+            if orphan in have.host_links and not have.host_links[orphan].master:
+                steps.append(AttachPort(orphan, name))
+        bridge = HostLink(name=name, kind="bridge", alias=alias, ipv6=True)
+    elif bridge.kind != "bridge":
+        raise HostRefused(
+            f"{carrier.name} is in {name}, which is no bridge" if carrier.master else f"link {name} is no bridge",
+            hint="rename it, or name another NIC in the registration",
+        )
+    steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
+    if bridge.ours and name not in have.guarded:
+        steps.append(GuardBridge(name))
+    if not carrier.master:
+        steps.append(AttachCarrier(carrier.name, name))
+    if not carrier.up:
+        steps.append(SetHostLinkUp(carrier.name))
+    if not bridge.up:
+        steps.append(SetHostLinkUp(name))
+    return SegmentPlacement(name, tuple(steps), bridge.ours)
+
+
+def _nic(have: Have, port: Port) -> HostLink:
+    nic = have.host_links.get(port.segment.nic)
+    if nic is None:
+        raise HostRefused(
+            f"NIC {port.segment.nic} does not exist on this host",
+            hint=f"check the registration detail {_detail(port)}",
+        )
+    return nic
+
+
+def _detail(port: Port) -> str:
+    return "guest.network.device" if is_guest(port) else "public.network.device"
