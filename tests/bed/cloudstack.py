@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bed import payloads
+from bed.machines import Execution
 from bed.payloads import (
     ALL_SERVICES as ALL_SERVICES,
 )
@@ -50,7 +51,6 @@ from bed.payloads import (
 from bed.payloads import (
     Offering as Offering,
 )
-from bed.places import Execution
 
 if TYPE_CHECKING:
     from bed.lab import Host, Management

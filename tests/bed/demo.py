@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from bed import Bed
 from bed.cloudstack import FakeCloudStack, IsolatedNetwork
 from bed.lab import Host, Internet, Vm, agent_command, difference
+from bed.machines import until
 from bed.payloads import LoadBalancerRule, Nic
-from bed.places import until
 
 OUTSIDE = "198.51.100.1"
 SOON = {"timeout_s": 0.5}

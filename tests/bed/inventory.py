@@ -68,7 +68,7 @@ def _processes() -> list[str]:
     def is_bed(pid: int) -> bool:
         while pid > 1:
             line = lines.get(pid, "")
-            if "/bed/inside.py" in line or line.startswith(("sshd:", "/usr/sbin/sshd", "sshd-session:")):
+            if "/bed/child.py" in line or line.startswith(("sshd:", "/usr/sbin/sshd", "sshd-session:")):
                 return True
             pid = parents.get(pid, 0)
         return False

@@ -1,4 +1,4 @@
-"""Hosts, VMs, an internet and a management server: the machines of the bed, and the switch between them."""
+"""The machines of the bed (hosts, VMs, an internet, a management server) and the switch that connects them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from bed import syscalls
+from bed.client import BedError, Client
 from bed.cloudstack import CLOUD_UID
-from bed.hands import BedError, Hands
-from bed.places import Execution, Place
+from bed.machines import Execution, Machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANAGEMENT_NET = "198.18.0"
@@ -56,16 +56,16 @@ _SWITCH = """table bridge bed {
 
 @dataclass
 class _Plan:
-    """What the bed was asked for, by segment: (nic, vlan) with "untagged" for the NIC itself."""
+    """The segments of the bed: (nic, vlan), with "untagged" for the NIC itself."""
 
     segments: list[tuple[str, str]] = field(default_factory=list)
 
 
-class Vm(Place):
-    """A namespace on a guest bridge of a host. It dies with its host."""
+class Vm(Machine):
+    """A VM: a namespace on a guest bridge of a host. It ends with its host."""
 
-    def __init__(self, name: str, hands: Hands, host: Host, bridge: str, tap: str, mac: str, ip: str) -> None:
-        super().__init__(name, hands)
+    def __init__(self, name: str, client: Client, host: Host, bridge: str, tap: str, mac: str, ip: str) -> None:
+        super().__init__(name, client)
         self.host, self.bridge, self.tap, self.mac = host, bridge, tap, mac
         self.ip = ip.partition("/")[0]
 
@@ -76,35 +76,35 @@ class Vm(Place):
         self.destroy()
 
     def destroy(self) -> None:
-        """Stop it, and clean up as CloudStack's KVM agent does: the bridge goes when no port named vnet is left."""
-        self.hands.end()
+        """Stop the VM. Remove its bridge when no port named vnet is left, as CloudStack's KVM agent does."""
+        self.client.end()
         self.host._forget_vm(self)
 
 
-class Internet(Place):
+class Internet(Machine):
     """A machine behind one or more public VLANs."""
 
-    def __init__(self, name: str, hands: Hands, bed: Bed) -> None:
-        super().__init__(name, hands)
+    def __init__(self, name: str, client: Client, bed: Bed) -> None:
+        super().__init__(name, client)
         self._bed = bed
         self._legs = 0
 
     def attach(self, vlan: int | str, address: str, *, nic: str = "eth2", mac: str = "") -> str:
-        """One more leg, on a VLAN of the fabric; the link's name. ``address`` with its prefix length."""
+        """Add a link on a VLAN of the fabric; returns its name. ``address`` includes the prefix length."""
         bridge = self._bed._segment_bridge(nic, str(vlan))
         link = f"eth{self._legs}"
         self._legs += 1
-        port = f"i{self.hands.pid}.{link}"
+        port = f"i{self.client.pid}.{link}"
         hardware = f" address {mac}" if mac else ""
         self._bed.fabric.links(
-            f"link add {port} type veth peer name {link}{hardware} netns {self.hands.pid}",
+            f"link add {port} type veth peer name {link}{hardware} netns {self.client.pid}",
             f"link set {port} master {bridge} up",
         )
         self.links(f"address add {address} dev {link}", f"link set {link} up")
         return link
 
 
-class Host(Place):
+class Host(Machine):
     """A simulated KVM host: its own process tree, root, disk, sshd and links. ``address`` is its management address."""
 
     def __init__(self, bed: Bed, number: int) -> None:
@@ -114,14 +114,20 @@ class Host(Place):
         self.vms: list[Vm] = []
         self.running = False
         self._taps = 0
-        self._machine: Hands | None = None
+        self._init: Client | None = None
         self._segments: list[tuple[str, str]] = []
         self.name = f"h{number}"
+
+    @property
+    def pid(self) -> int:
+        """The process id of the host's PID 1 in the namespace of the test."""
+        assert self._init is not None
+        return self._init.pid
 
     # --- power
 
     def boot(self) -> Host:
-        """Power on; returns when sshd listens. The disk is as it was."""
+        """Power on; returns when sshd listens. The disk keeps its contents."""
         self._begin_boot()
         self._end_boot()
         return self
@@ -129,13 +135,13 @@ class Host(Place):
     def _begin_boot(self) -> None:
         if self.running:
             raise BedError(f"{self.name} runs already")
-        self._machine = Hands(self.name, self.bed._machine_spec(self.name, self._files(), sshd=True))
+        self._init = Client(self.name, self.bed._machine_spec(self.name, self._files(), sshd=True))
 
     def _end_boot(self) -> None:
-        assert self._machine is not None
-        pid = self._machine.wait_up().pid
+        assert self._init is not None
+        pid = self._init.wait_up().pid
         entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
-        hands = Hands(f"{self.name}'s hands", {"role": "worker", "enter": entered})
+        client = Client(self.name, {"role": "worker", "enter": entered})
         n = self.number
         lines = [
             f"link add h{n}m type veth peer name eth0 address 02:4c:00:00:00:{n:02x} netns {pid}",
@@ -148,7 +154,7 @@ class Host(Place):
                 f"link set h{n}e{digit} master eth{digit} up",
             ]
         self.bed.fabric.links(*lines)
-        self.hands = hands.wait_up()
+        self.client = client.wait_up()
         self.running = True
         self.links(
             f"address add {self.address}/24 dev eth0",
@@ -159,25 +165,25 @@ class Host(Place):
         self._plug(self.bed._plan.segments)
 
     def power_cut(self) -> None:
-        """Everything that runs on it is gone at once, its links and VMs too; the disk stays."""
+        """Kill every process of the host at once. Its links and VMs disappear; its disk stays."""
         if not self.running:
             return
-        assert self._machine is not None
+        assert self._init is not None
         self.running = False
-        os.kill(self._machine.pid, signal.SIGKILL)
-        self._machine.end()
-        self.hands.end()
+        os.kill(self._init.pid, signal.SIGKILL)
+        self._init.end()
+        self.client.end()
         for vm in self.vms:
-            vm.hands.end()
+            vm.client.end()
         self.vms = []
-        # The cables go with it. Left to itself a namespace goes later: a connection that still waits for an
-        # acknowledgement keeps it, and with it the other ends of its links, for minutes.
+        # Delete the links now. The kernel may keep a namespace, and so its links, for minutes: as long as a TCP
+        # connection in it waits for an acknowledgement.
         self.bed.fabric.sh("".join(f"ip link delete {port}\n" for port in self._ports("all")), check=False)
 
     # --- links
 
     def _plug(self, segments: Sequence[tuple[str, str]]) -> None:
-        assert self._machine is not None
+        assert self._init is not None
         lines, ups = [], []
         for nic, vlan in segments:
             if (nic, vlan) in self._segments:
@@ -187,7 +193,7 @@ class Host(Place):
                 continue
             port = f"h{self.number}e{nic[-1]}.{vlan}"
             lines += [
-                f"link add {port} type veth peer name {nic}.{vlan} netns {self._machine.pid}",
+                f"link add {port} type veth peer name {nic}.{vlan} netns {self.pid}",
                 f"link set {port} master {nic}.{vlan} up",
             ]
             ups.append(f"link set {nic}.{vlan} up")
@@ -195,12 +201,12 @@ class Host(Place):
         self.links(*ups)
 
     def partition(self, what: Cut = "all") -> None:
-        """Cut it off silently: the switch drops its frames, every link stays up."""
+        """Disconnect the host without a sign of it: the switch drops its frames, and every link stays up."""
         names = ", ".join(f'"{port}"' for port in self._ports(what))
         self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed cut {{ {names} }}\n")
 
     def heal(self) -> None:
-        """Take back every partition of this host."""
+        """End every partition of this host."""
         lines = ""
         for port in self._ports("all"):
             lines += f'add element bridge bed cut {{ "{port}" }}\ndelete element bridge bed cut {{ "{port}" }}\n'
@@ -226,9 +232,9 @@ class Host(Place):
         nic: str = "eth1",
         bridge: str = "",
     ) -> Vm:
-        """A VM on the bridge of a guest VLAN, made as CloudStack's KVM agent makes it when it is missing.
+        """Start a VM on the bridge of a guest VLAN; make the bridge as CloudStack's KVM agent does, if it is missing.
 
-        ``ip`` with its prefix length; empty: the link is up and has no address.
+        ``ip`` includes the prefix length. When it is empty, the link is up without an address.
         """
         if str(vlan) != "untagged":
             self.bed.add_segments([(nic, str(vlan))])
@@ -236,24 +242,24 @@ class Host(Place):
         self._taps += 1
         tap = f"vnet{self._taps}"
         mac = mac or f"02:4c:{self.number:02x}:00:{self._taps >> 8:02x}:{self._taps & 255:02x}"
-        assert self._machine is not None
+        assert self._init is not None
         spec = {
             "role": "node",
             "name": name,
-            "enter": {"pid": self._machine.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]},
+            "enter": {"pid": self.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]},
             "unshare": ["net", "mnt", "uts"],
         }
-        hands = Hands(name, spec)
+        client = Client(name, spec)
         if self.run("ip", "link", "show", bridge, check=False).status:
             self.links(
                 f"link add {bridge} type bridge stp_state 0 mcast_snooping 0",
                 f"link set {nic}.{vlan} master {bridge} up",
                 f"link set {bridge} up",
             )
-        hands.wait_up()
-        vm = Vm(name, hands, self, bridge, tap, mac, ip)
-        self.bed.fabric.links(f"link add {tap}x type veth peer name eth0 address {mac} netns {hands.pid}")
-        self.bed.fabric.links(f"link set {tap}x netns {self._machine.pid}")
+        client.wait_up()
+        vm = Vm(name, client, self, bridge, tap, mac, ip)
+        self.bed.fabric.links(f"link add {tap}x type veth peer name eth0 address {mac} netns {client.pid}")
+        self.bed.fabric.links(f"link set {tap}x netns {self.pid}")
         self.links(f"link set {tap}x name {tap}", f"link set {tap} master {bridge} up")
         lines = ["link set eth0 up"]
         if ip:
@@ -268,7 +274,7 @@ class Host(Place):
         if vm not in self.vms:
             return
         self.vms.remove(vm)
-        # Not left to the end of its namespace: see power_cut.
+        # Delete the link now, for the reason given in power_cut.
         self.run("ip", "link", "delete", vm.tap, check=False)
         ports = self.listing(f"/sys/class/net/{vm.bridge}/brif")
         if not any("vnet" in port for port in ports):
@@ -276,21 +282,21 @@ class Host(Place):
 
     # --- looking
 
-    def within(self, namespace: str) -> Place:
-        """A pair of hands inside one of its named namespaces. Ends with its ``with`` block."""
-        assert self._machine is not None
-        entered = {"pid": self._machine.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
+    def within(self, namespace: str) -> Machine:
+        """One of the named namespaces of this host, as a machine. Its process ends with the ``with`` block."""
+        assert self._init is not None
+        entered = {"pid": self.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
         spec = {"role": "worker", "enter": entered, "netns": f"/run/netns/{namespace}"}
-        return Place(f"{self.name}/{namespace}", Hands(f"{self.name}/{namespace}", spec).wait_up())
+        return Machine(f"{self.name}/{namespace}", Client(f"{self.name}/{namespace}", spec).wait_up())
 
     def objects(self, *, files: Sequence[str] = ()) -> dict[str, list[str]]:
-        """All that a network could leave behind, by category and name (inventory.py)."""
-        found: dict[str, list[str]] = self.hands.call("objects", files=list(files))
+        """Everything that a network could leave behind, by category and name (inventory.py)."""
+        found: dict[str, list[str]] = self.client.call("objects", files=list(files))
         return found
 
     @property
     def host_key(self) -> str:
-        """Its public SSH host key, as one line of a known_hosts file without the name."""
+        """The public SSH host key, as in a line of a known_hosts file without the host name."""
         return " ".join(self.read("/etc/ssh/bed_host_key.pub").split()[:2])
 
     def _files(self) -> dict[str, Any]:
@@ -322,18 +328,18 @@ class Host(Place):
         }
 
 
-class Management(Place):
+class Management(Machine):
     """The management server: one link to the hosts and no other way out; programs run there as user ``cloud``."""
 
-    def __init__(self, bed: Bed, hands: Hands) -> None:
-        super().__init__("management", hands)
+    def __init__(self, bed: Bed, client: Client) -> None:
+        super().__init__("management", client)
         self.bed = bed
         self.home = "/var/cloudstack/management"
 
     def install(self, name: str, program: Sequence[str] | Path) -> str:
-        """Put an extension's executable where CloudStack expects it; its path.
+        """Install an extension's executable where CloudStack expects it; returns its path.
 
-        A sequence is a command that a small script executes (the program from source), a path a file that is copied.
+        A sequence is a command that a small script executes (the program from source). A path is a file to copy.
         """
         path = f"{EXTENSIONS}/{name}/{name}.sh"
         if isinstance(program, Path):
@@ -352,9 +358,9 @@ class Management(Place):
     def execute(
         self, argv: Sequence[str], *, environment: dict[str, str] | None = None, patience_s: float = 100.0
     ) -> Execution:
-        """Run as CloudStack's client does: as ``cloud``, stdin never ends, stderr merged, read to end of file."""
+        """Run as CloudStack's client does: as user ``cloud``, stdin left open, stderr merged, output read to end."""
         return Execution(
-            **self.hands.call(
+            **self.client.call(
                 "execute",
                 argv=list(argv),
                 environment=self.environment() if environment is None else environment,
@@ -380,13 +386,13 @@ class Bed:
         self.password_hash = syscalls.hash_password(self.password)
         self.hosts: list[Host] = []
         self._nodes: list[Internet] = []
-        self._machines: list[Hands] = []
+        self._inits: list[Client] = []
         self._plan = _Plan()
         self._shown = _shown_paths()
         self._shelf = _shelf(self._shown)
-        self._keeper = Hands("fabric", {"role": "keeper", "unshare": ["net", "mnt"], "shelf": self._shelf})
+        self._keeper = Client("fabric", {"role": "keeper", "unshare": ["net", "mnt"], "shelf": self._shelf})
         try:
-            self.fabric = Place("fabric", self._keeper.wait_up())
+            self.fabric = Machine("fabric", self._keeper.wait_up())
             self._build(hosts, [("eth1", str(v)) for v in vlans] + [("eth2", str(v)) for v in public_vlans])
         except BaseException:
             self.close()
@@ -417,8 +423,8 @@ class Bed:
             },
             "directories": {"/var/cloudstack/management": {"uid": CLOUD_UID, "gid": CLOUD_UID}},
         }
-        machine = Hands("management", self._machine_spec("mgmt", files, sshd=False))
-        self._machines.append(machine)
+        machine = Client("management", self._machine_spec("mgmt", files, sshd=False))
+        self._inits.append(machine)
         self.hosts = [Host(self, number + 1) for number in range(hosts)]
         for host in self.hosts:
             host._begin_boot()
@@ -426,11 +432,11 @@ class Bed:
             host._end_boot()
         pid = machine.wait_up().pid
         entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
-        hands = Hands("management's hands", {"role": "worker", "enter": entered})
+        client = Client("management", {"role": "worker", "enter": entered})
         self.fabric.links(
             f"link add ms type veth peer name eth0 address 02:4c:00:00:00:fe netns {pid}", "link set ms master mgmt up"
         )
-        self.management = Management(self, hands.wait_up())
+        self.management = Management(self, client.wait_up())
         self.management.links(
             f"address add {MANAGEMENT_NET}.1/24 dev eth0",
             f"address add {MANAGEMENT_NET6}::1/64 dev eth0 nodad",
@@ -446,19 +452,19 @@ class Bed:
         self.close()
 
     def close(self) -> None:
-        """End every process of the bed, and with them every namespace, link, mount and file."""
+        """End every process of the bed. All namespaces, links, mounts and files end with them."""
         for host in self.hosts:
             for vm in host.vms:
-                vm.hands.end()
+                vm.client.end()
             host.running = False
-            for hands in (getattr(host, "hands", None), host._machine):
-                if hands is not None:
-                    hands.end()
+            for client in (getattr(host, "client", None), host._init):
+                if client is not None:
+                    client.end()
         for node in self._nodes:
-            node.hands.end()
+            node.client.end()
         if management := getattr(self, "management", None):
-            management.hands.end()
-        for machine in self._machines:
+            management.client.end()
+        for machine in self._inits:
             machine.end()
         self._keeper.end()
 
@@ -470,7 +476,7 @@ class Bed:
         return {"username": user, **secret}
 
     def add_segments(self, segments: Iterable[tuple[str, str]]) -> None:
-        """More VLANs, as (nic, vlan): on every host that runs, and on every later boot. Known ones are skipped."""
+        """Add VLANs, as (nic, vlan), to every running host and to every later boot. Existing ones are skipped."""
         new = [each for each in segments if each not in self._plan.segments]
         self._add_bridges(new)
         for host in self.hosts:
@@ -500,12 +506,12 @@ class Bed:
         name: str = "internet",
         mac: str = "",
     ) -> Internet:
-        """A machine on a public VLAN. ``address`` with prefix length is on its link, ``also`` are further ones on lo.
+        """Start a machine on a public VLAN; it forwards between its links, as the internet does.
 
-        It forwards between its legs, as the internet does.
+        ``address`` is for its link and includes the prefix length. ``also`` are further addresses, on lo.
         """
-        hands = Hands(name, {"role": "node", "name": name, "unshare": ["net", "mnt", "uts"]}).wait_up()
-        internet = Internet(name, hands, self)
+        client = Client(name, {"role": "node", "name": name, "unshare": ["net", "mnt", "uts"]}).wait_up()
+        internet = Internet(name, client, self)
         self._nodes.append(internet)
         internet.attach(vlan, address, nic=nic, mac=mac)
         internet.links(*(f"address add {each} dev lo" for each in also))
@@ -528,8 +534,8 @@ class Bed:
 def program_from_source() -> list[str]:
     """The executable from source.
 
-    What Python compiles of it is kept on the machine's own disk: nothing can be written beside the sources, and
-    compiling them anew costs a third of a second per call.
+    Byte code is kept on the machine's own disk: nothing can be written beside the sources, and compiling them on each
+    call costs a third of a second.
     """
     return [sys.executable, "-X", f"pycache_prefix={COMPILED}", str(REPOSITORY / "cmd/netloom/main.py")]
 
@@ -540,7 +546,7 @@ def agent_command() -> str:
 
 
 def difference(before: dict[str, list[str]], after: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
-    """What came (``+``) and what went (``-``) between two inventories, by category; empty when nothing did."""
+    """Additions (``+``) and removals (``-``) between two inventories, by category; empty when they are equal."""
     found: dict[str, dict[str, list[str]]] = {}
     for category in sorted({*before, *after}):
         then, now = list(before.get(category, [])), list(after.get(category, []))
@@ -561,7 +567,7 @@ def _make_key() -> tuple[str, str]:
 
 
 def _shown_paths() -> list[str]:
-    """The repository and the interpreter, unless they are part of the system: what hosts see of the world outside."""
+    """The paths outside /usr that hosts see: the repository and the interpreter."""
     wanted = sorted({str(REPOSITORY), sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)}, key=len)
     shown: list[str] = []
     for path in wanted:
@@ -571,7 +577,7 @@ def _shown_paths() -> list[str]:
 
 
 def _shelf(shown: Sequence[str]) -> str:
-    """A directory of every system that nothing shown lives in, to mount the disks on (in a private namespace)."""
+    """A standard directory that holds nothing of ``shown``: the mount point of the disks, in a private namespace."""
     for path in ("/mnt", "/srv", "/media", "/opt"):
         if os.path.isdir(path) and not any(each.startswith(f"{path}/") for each in shown):
             return path

@@ -24,14 +24,14 @@ _HTML_SAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&='\u2028\u2029"}
 def gson(value: Any) -> str:
     """JSON as Gson's default writer gives it: one line, no spaces, HTML-safe, null members left out."""
     # Outside strings JSON has none of the escaped characters, so replacing in the whole text is right.
-    return json.dumps(_without_nulls(value), ensure_ascii=False, separators=(",", ":")).translate(_HTML_SAFE)
+    return json.dumps(without_nulls(value), ensure_ascii=False, separators=(",", ":")).translate(_HTML_SAFE)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, (list, tuple)):
-        return [_without_nulls(each) for each in value]
+        return [without_nulls(each) for each in value]
     return value
 
 

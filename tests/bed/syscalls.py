@@ -1,17 +1,11 @@
-"""The handful of system calls that Python 3.11 does not offer: namespaces, mounts, the root's change."""
+"""System calls that Python 3.11 does not offer: new namespaces, mounts, a change of the root, the host name."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 
-NAMESPACES = {
-    "mnt": 0x00020000,
-    "uts": 0x04000000,
-    "ipc": 0x08000000,
-    "pid": 0x20000000,
-    "net": 0x40000000,
-}
+import netns
 
 MS_RDONLY = 0x1
 MS_REMOUNT = 0x20
@@ -36,24 +30,8 @@ def unshare(kinds: list[str]) -> None:
     """Move this process into new namespaces; for "pid" only its children. Raises OSError."""
     flags = 0
     for kind in kinds:
-        flags |= NAMESPACES[kind]
+        flags |= netns.KINDS[kind]
     _checked(_libc.unshare(flags), f"unshare {' '.join(kinds)}")
-
-
-def enter(pid: int, kinds: list[str]) -> None:
-    """Move this process into the namespaces of ``pid``; for "pid" only its children. Raises OSError."""
-    # All are opened first: once in the mount namespace of a host, /proc shows the host's processes.
-    descriptors = [(kind, os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)) for kind in kinds]
-    for kind, descriptor in descriptors:
-        _checked(_libc.setns(descriptor, NAMESPACES[kind]), f"setns {kind} of {pid}")
-        os.close(descriptor)
-
-
-def enter_file(path: str, kind: str) -> None:
-    """Move this process into the namespace that a file stands for (``/run/netns/<name>``). Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    _checked(_libc.setns(descriptor, NAMESPACES[kind]), f"setns {path}")
-    os.close(descriptor)
 
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str = "") -> None:
@@ -65,14 +43,14 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, options: str
 
 
 def bind(source: str, target: str, *, read_only: bool) -> None:
-    """A bind mount, with what is mounted below. Raises OSError."""
+    """Bind-mount a directory, with the mounts below it. Raises OSError."""
     mount(source, target, flags=MS_BIND | MS_REC)
     if read_only:
         mount("", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY)
 
 
 def make_mounts_private() -> None:
-    """No mount made from now on leaves this mount namespace."""
+    """Keep later mounts inside this mount namespace. Raises OSError."""
     mount("", "/", flags=MS_REC | MS_PRIVATE)
 
 

@@ -12,7 +12,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
-from bed.places import until
+from bed.machines import until
 from binary.onefile import build_id, one_file
 from ssh.deploying import LIBEXEC, SETTLE_S, Server, agents, current, deploying, works
 from ssh.onefile import OneFiles

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 import pytest
 
 from bed import Bed
-from bed.cloudstack import NAT_SERVICES, FakeCloudStack, IsolatedNetwork
-from bed.lab import Host, Internet, Vm, difference
-from bed.payloads import Nic, Offering, PublicAddress, VpcFacts
-from bed.places import until
-from bed.vpc import TIER_SERVICES, Tier, Vpc
+from bed.cloudstack import NAT_SERVICES, FakeCloudStack
+from bed.lab import Internet
+from bed.payloads import Offering, VpcFacts
+from bed.vpc import Vpc
+from e2e.networks import OUTSIDE, Life, MakeLife, MakeVpc, VpcLife
 from netloom.commands.table import TABLE
 
 PUBLIC_VLAN = 101
-OUTSIDE = "198.51.100.1"  # an address of the internet that is not on the public VLAN
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,83 +51,6 @@ def cloud(bed: Bed) -> FakeCloudStack:
 
 
 _numbers = itertools.count(1)
-
-
-@dataclass
-class Life:
-    """A network of a test, its VMs, and the addresses that are its own."""
-
-    bed: Bed
-    cloud: FakeCloudStack
-    number: int
-    network: IsolatedNetwork
-    vms: list[Vm] = field(default_factory=list)
-
-    @property
-    def subnet(self) -> str:
-        return self.network.facts.cidr.rpartition(".")[0]
-
-    @property
-    def host(self) -> Host:
-        """The host that the network lives on."""
-        (host,) = [host for host in self.bed.hosts if host.address == self.network.host]
-        return host
-
-    @property
-    def elsewhere(self) -> Host:
-        """The other host."""
-        (host,) = [host for host in self.bed.hosts if host.address != self.network.host]
-        return host
-
-    def public(self, digit: int) -> str:
-        """The network's ``digit``-th public address, 0 being its source NAT address. Its own while it lives."""
-        return f"203.0.113.{10 + 4 * (self.number % 60) + digit}"
-
-    def vm(self, name: str, last: int = 45, *, host: Host | None = None) -> tuple[Vm, Nic]:
-        """Deploy a VM: in CloudStack, and then, as KVM starts it once the network stands, on a host."""
-        mac = f"02:01:00:{self.number:02x}:00:{last:02x}"
-        ip = f"{self.subnet}.{last}"
-        nic = self.network.deploy_vm(name, ip=ip, mac=mac)
-        return self.plug(nic, host=host), nic
-
-    def plug(self, nic: Nic, *, host: Host | None = None) -> Vm:
-        """The VM of a NIC on a host's guest bridge."""
-        host = host or self.host
-        vm = host.vm(
-            nic.vm.name,
-            vlan=self.network.facts.vlan,
-            mac=nic.mac,
-            ip=f"{nic.ip}/24",
-            gateway=self.network.facts.gateway,
-        )
-        self.vms.append(vm)
-        return vm
-
-    def end(self) -> None:
-        for vm in self.vms:
-            vm.destroy()
-        self.vms = []
-        network = self.network
-        if network.facts.state == "implemented" or network.host:
-            # The sequence is another test's subject: without rules and repeated questions this is the shortest one.
-            network.ensures_always = False
-            network.port_forwards, network.static_nats, network.firewall, network.addresses = [], [], [], []
-            network.delete()
-        noisy = {each.command for each in self.cloud.history if each.ok and each.output}
-        assert noisy <= {"ensure-network-device", "custom-action"}, "on success no other prints"
-
-
-@contextmanager
-def impatient(cloud: FakeCloudStack, timeout_s: int = 8) -> Iterator[None]:
-    """A shorter deadline than CloudStack's 60 s, for hosts that do not answer."""
-    usual, cloud.timeout_s = cloud.timeout_s, timeout_s
-    try:
-        yield
-    finally:
-        cloud.timeout_s = usual
-
-
-MakeLife = Callable[..., Life]
 
 
 @pytest.fixture
@@ -178,55 +98,6 @@ def brisk_life(make_life: MakeLife) -> Life:
     return make_life(brisk=True)
 
 
-@dataclass
-class VpcLife:
-    """A VPC of a test, its tiers' VMs, and four public addresses that are its own; ``public[0]`` is for source NAT."""
-
-    bed: Bed
-    cloud: FakeCloudStack
-    number: int
-    vpc: Vpc
-    public: list[PublicAddress]
-    vms: list[Vm] = field(default_factory=list)
-
-    @property
-    def host(self) -> Host:
-        (host,) = [host for host in self.bed.hosts if host.address == self.vpc.host]
-        return host
-
-    def tier(self, digit: int, *, offering: Offering = TIER_SERVICES, brisk: bool = True) -> Tier:
-        """The ``digit``-th tier, 10.<n>.<digit>.0/24, not implemented yet."""
-        vlan = 2000 + 10 * self.number + digit
-        self.bed.add_segments([("eth1", str(vlan))])
-        cidr = f"10.{100 + self.number}.{digit}.0/24"
-        tier = self.vpc.add_tier(f"{7000 + 10 * self.number + digit}", vlan=vlan, cidr=cidr, offering=offering)
-        tier.ensures_always = not brisk
-        return tier
-
-    def vm(self, tier: Tier, name: str, last: int = 45) -> tuple[Vm, Nic]:
-        """Deploy a VM in a tier: in CloudStack, and then, as KVM starts it once the network stands, on the host."""
-        mac = f"02:02:{self.number:02x}:{int(tier.facts.network_id) % 10:02x}:00:{last:02x}"
-        nic = tier.deploy_vm(name, ip=f"{tier.facts.cidr.rpartition('.')[0]}.{last}", mac=mac)
-        gateway = tier.facts.gateway
-        vm = self.host.vm(name, vlan=tier.facts.vlan, mac=mac, ip=f"{nic.ip}/24", gateway=gateway)
-        self.vms.append(vm)
-        return vm, nic
-
-    def end(self) -> None:
-        for vm in self.vms:
-            vm.destroy()
-        self.vms = []
-        for tier in list(self.vpc.tiers):
-            tier.ensures_always = False
-            tier.port_forwards, tier.static_nats, tier.lb_rules, tier.addresses, tier.acl = [], [], [], [], None
-            tier.delete()
-        if self.vpc.stored:
-            self.vpc.delete()
-
-
-MakeVpc = Callable[..., VpcLife]
-
-
 @pytest.fixture
 def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeVpc]:
     """Makes VPCs that end with the test, by default with a source-NAT address chosen at their creation."""
@@ -247,22 +118,3 @@ def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[Ma
     yield make
     for life in lives:
         life.end()
-
-
-class Traces:
-    """What every host has when this is made; ``left`` is what came or went since."""
-
-    def __init__(self, bed: Bed) -> None:
-        self.bed = bed
-        self._settle()
-        self._before = {host.name: host.objects() for host in bed.hosts}
-
-    def left(self) -> dict[str, dict[str, dict[str, list[str]]]]:
-        """What came and went."""
-        self._settle()
-        found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}
-        return {name: changes for name, changes in found.items() if changes}
-
-    def _settle(self) -> None:
-        """The relays of the last call have ended: the client does not wait for those."""
-        until(lambda: not any("agent connect" in it for host in self.bed.hosts for it in host.objects()["processes"]))

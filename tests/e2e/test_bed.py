@@ -15,7 +15,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import CLOUD_UID, FakeCloudStack, Hung
 from bed.lab import difference
-from bed.places import until
+from bed.machines import until
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -214,7 +214,7 @@ sys.path.insert(0, sys.argv[1])
 from bed import Bed
 bed = Bed(hosts=1, vlans=[1001])
 bed.hosts[0].vm("a", vlan=1001)
-print(bed.hosts[0]._machine.pid, bed.fabric.hands.pid, bed.hosts[0].vms[0].hands.pid, flush=True)
+print(bed.hosts[0].pid, bed.fabric.client.pid, bed.hosts[0].vms[0].client.pid, flush=True)
 time.sleep(60)
 """
 

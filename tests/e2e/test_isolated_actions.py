@@ -8,7 +8,7 @@ import pytest
 
 from bed.cloudstack import Failed
 from bed.lab import Internet
-from e2e.conftest import OUTSIDE, Life
+from e2e.networks import OUTSIDE, Life
 
 
 def told(life: Life, action: str, **params: str) -> str:

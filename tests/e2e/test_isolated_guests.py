@@ -10,8 +10,8 @@ import pytest
 from bed import Bed
 from bed.cloudstack import ALL_SERVICES, FakeCloudStack
 from bed.lab import Internet, Vm, agent_command
-from bed.places import until
-from e2e.conftest import OUTSIDE, Life, MakeLife, Traces
+from bed.machines import until
+from e2e.networks import OUTSIDE, Life, MakeLife, Traces
 
 
 @pytest.fixture(scope="module")

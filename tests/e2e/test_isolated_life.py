@@ -11,8 +11,8 @@ import pytest
 from bed import Bed
 from bed.cloudstack import Failed, FakeCloudStack
 from bed.lab import Internet
-from bed.places import until
-from e2e.conftest import OUTSIDE, Life, MakeLife, Traces, impatient
+from bed.machines import until
+from e2e.networks import OUTSIDE, Life, MakeLife, Traces, impatient
 
 CLOSED = {"timeout_s": 0.4}
 

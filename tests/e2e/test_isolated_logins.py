@@ -8,7 +8,7 @@ import pytest
 
 from bed import Bed
 from bed.cloudstack import CLOUD_UID, NAT_SERVICES, Failed, FakeCloudStack
-from e2e.conftest import MakeLife, impatient
+from e2e.networks import MakeLife, impatient
 
 
 def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:

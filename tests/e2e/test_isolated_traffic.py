@@ -8,7 +8,7 @@ from bed import Bed
 from bed.cloudstack import NAT_SERVICES
 from bed.lab import Internet
 from bed.payloads import Offering, PublicAddress
-from e2e.conftest import OUTSIDE, Life, MakeLife
+from e2e.networks import OUTSIDE, Life, MakeLife
 
 CLOSED = {"timeout_s": 0.4}
 BESIDE = "198.51.100.2"

@@ -7,7 +7,7 @@ import pytest
 from bed import Bed, payloads
 from bed.cloudstack import ALL_SERVICES, FakeCloudStack
 from bed.lab import Vm
-from e2e.conftest import MakeLife, MakeVpc, Traces
+from e2e.networks import MakeLife, MakeVpc, Traces
 
 
 def _lease(vm: Vm) -> str:

@@ -9,10 +9,10 @@ import pytest
 from bed import Bed
 from bed.cloudstack import ALL_SERVICES, FakeCloudStack
 from bed.lab import Host, Internet, Vm
+from bed.machines import until
 from bed.payloads import Nic, VirtualMachine
-from bed.places import until
 from bed.shared import SharedNetwork
-from e2e.conftest import MakeLife, Traces
+from e2e.networks import MakeLife, Traces
 
 VLAN = "1990"
 

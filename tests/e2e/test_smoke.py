@@ -14,7 +14,7 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES, FakeCloudStack
 from bed.lab import Internet
 from bed.payloads import AclItem
-from e2e.conftest import MakeLife, MakeVpc
+from e2e.networks import MakeLife, MakeVpc
 
 CLOSED = {"timeout_s": 0.4}
 ALLOW = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "all")]

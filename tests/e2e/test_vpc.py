@@ -7,7 +7,7 @@ import pytest
 from bed import Bed
 from bed.lab import Internet
 from bed.payloads import AclItem
-from e2e.conftest import OUTSIDE, MakeVpc, Traces, VpcLife
+from e2e.networks import OUTSIDE, MakeVpc, Traces, VpcLife
 
 CLOSED = {"timeout_s": 0.4}
 ALLOW = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "all")]

@@ -17,7 +17,7 @@ from golden.rendered import GOLDEN, UPDATE
 from netloom.errors import NetloomError
 from netloom.secret import enc_hook
 from netloom.state import Scope
-from unit.played import PAYLOADS, play
+from unit.payload_player import PAYLOADS, play
 
 INDEX = {it["file"][:3]: it for it in json.loads((PAYLOADS / "index.json").read_text())}
 VALUE_CHARACTERS_MAX = 90

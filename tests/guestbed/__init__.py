@@ -6,7 +6,6 @@ All in network namespaces named ``gtest-<n>-...`` that are made here and removed
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import os
 import select
@@ -16,8 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,6 +37,7 @@ from netloom.guestwire import (
     Update,
 )
 from netloom.guestwire.channel import Channel, ChannelError
+from netns import inside
 
 T = TypeVar("T")
 
@@ -48,7 +47,6 @@ SERVER = "10.1.1.1"
 PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
 ANSWER_TIMEOUT_S = 20.0
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _numbers = itertools.count(os.getpid() * 100)
 
 
@@ -70,19 +68,6 @@ def nic(number: int, **fields: object) -> GuestNic:
     plain = {"nic": f"nic-{number}", "mac": f"02:00:00:00:00:{number:02x}", "ip": f"10.1.1.{number}"}
     more = {"prefix_len": 24, "gateway": SERVER, "hostname": f"vm-{number}"}
     return GuestNic(**plain | more | fields)  # type: ignore[arg-type]
-
-
-def within(namespace: str, work: Callable[[], T]) -> T:
-    """Do ``work`` in a namespace, in a thread of its own."""
-
-    def enter() -> T:
-        with open(f"/run/netns/{namespace}") as file:
-            if _libc.setns(file.fileno(), 0) != 0:
-                raise OSError(ctypes.get_errno(), f"setns {namespace}")
-        return work()
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(enter).result()
 
 
 def run(*argv: str, check: bool = True, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
@@ -117,7 +102,8 @@ class Segment:
 
     def sockets(self, kinds: Sequence[ListenerKind] = ("dhcp", "metadata", "password")) -> list[socket.socket]:
         """The sockets that the agent opens for the network."""
-        return within(self.scope, lambda: [_listener(kind) for kind in kinds])
+        with inside(self.scope):
+            return [_listener(kind) for kind in kinds]
 
     def close(self) -> None:
         for namespace in reversed(self._namespaces):

@@ -7,7 +7,6 @@ fabric. Everything hangs on two holder processes and ends with them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -21,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
+from netns import inside
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, str(ROOT / "cmd" / "netloom" / "main.py"), "agent"]
 PAYLOADS = ROOT / "tests" / "payloads"
 REGISTRATION = Registration(owner="test", guest_nic="eth1", public_nic="eth2")
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 LOG = "/var/log/netloom/agent.log"
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -150,16 +148,10 @@ class AgentHost:
         if address:
             self.ip("-n", vm, "addr", "add", address, "dev", "eth0")
 
-    @contextlib.contextmanager
-    def within(self, namespace: str = "") -> Iterator[None]:
-        """This thread is in a namespace of the host, or in its fabric: for sockets, which stay where they were made."""
+    def within(self, namespace: str = "") -> contextlib.AbstractContextManager[None]:
+        """Within the block this thread is in a namespace of the host, or in the fabric. Make sockets there."""
         there = self.path(f"/run/netns/{namespace}") if namespace else Path(f"/proc/{self.fabric}/ns/net")
-        with open("/proc/thread-self/ns/net", "rb") as home, there.open("rb") as away:
-            assert _libc.setns(away.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
-            try:
-                yield
-            finally:
-                assert _libc.setns(home.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+        return inside(there)
 
     def path(self, path: str) -> Path:
         """A path of the host as this process sees it."""
@@ -220,7 +212,11 @@ class Client:
         self._socket.close()
 
     def send(self, message: Message) -> None:
-        self._socket.sendall(encode(message))
+        self.send_bytes(encode(message))
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send bytes that need not be a message."""
+        self._socket.sendall(data)
 
     def receive(self) -> Message:
         while not self._messages:
@@ -275,3 +271,54 @@ def agent_host(*vlans: str) -> Iterator[AgentHost]:
         yield host
     finally:
         host.close()
+
+
+def done(reply: Reply) -> Reply:
+    assert (reply.status, reply.error) == (0, "")
+    return reply
+
+
+def steps(host: AgentHost) -> int:
+    """Of the last line in the log that counts them."""
+    line = next(line for line in reversed(host.log().splitlines()) if "steps=" in line)
+    return int(line.partition("steps=")[2].split()[0])
+
+
+def act(
+    host: AgentHost,
+    action: str,
+    fixture: str = "501",
+    *,
+    remaining_ms: int = 60_000,
+    owner: str = "",
+    network_id: str = "",
+    **params: Any,
+) -> Reply:
+    """What the extension sends for a payload file: the flat payload without the two objects of details."""
+    (file,) = PAYLOADS.glob(f"{fixture}-*.json")
+    payload = json.loads(file.read_bytes()) | {"action": action, "action-params": params}
+    for details in ("physical-network-extension-details", "network-extension-details"):
+        del payload[details]
+    payload |= {"network_id": network_id} if network_id else {}
+    scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
+    call = Call(
+        call_id=f"a{time.monotonic_ns()}",
+        command="custom-action",
+        scope_id=scope,
+        registration=Registration(owner=owner) if owner else REGISTRATION,
+        payload=json.dumps(payload).encode(),
+        remaining_ms=remaining_ms,
+    )
+    with host.client() as client:
+        client.send(call)
+        reply = client.receive()
+    assert isinstance(reply, Reply)
+    assert reply.output.isascii()
+    return reply
+
+
+def message(reply: Reply) -> str:
+    said = json.loads(done(reply).output)
+    assert (said["status"], said["printmessage"]) == ("success", "true")
+    assert isinstance(said["message"], str)
+    return said["message"]

@@ -23,7 +23,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from netloom.render import flows, ruleset
@@ -31,9 +31,7 @@ from netloom.render.marks import REVOKED
 from netloom.render.scope import render
 from netloom.render.want import Route, Rule, Want
 from netloom.state import Scope
-
-CLONE_NEWNET = 0x40000000
-_libc = ctypes.CDLL(None, use_errno=True)
+from netns import inside
 
 GUEST_CIDR, GATEWAY = "10.1.1.0/24", "10.1.1.1"
 VMS = {"vm1": "10.1.1.11", "vm2": "10.1.1.12", "vm3": "10.1.1.13"}
@@ -49,22 +47,6 @@ def run(*argv: str, stdin: str = "") -> str:
     done = subprocess.run(argv, input=stdin, text=True, capture_output=True)
     assert done.returncode == 0, f"{' '.join(argv)}: {done.stderr.strip()}\n{stdin}"
     return done.stdout
-
-
-@contextlib.contextmanager
-def inside(namespace: str) -> Iterator[None]:
-    """This thread, in another network namespace."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    there = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    try:
-        if _libc.setns(there, CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {namespace}")
-        yield
-    finally:
-        if _libc.setns(home, CLONE_NEWNET):
-            os._exit(70)  # a test process in a foreign namespace must not go on
-        os.close(home)
-        os.close(there)
 
 
 class Nft:

@@ -6,16 +6,15 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from kernel.agent_host import PAYLOADS, REGISTRATION, AgentHost, agent_host, wait_until
-from kernel.test_agent_network import FIRST_LIFE, NS, done, live
+from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
+from kernel.isolated_network import FIRST_LIFE, NS, kernel, live
 from netloom.commands.actions import OUTPUT_CHARACTERS_MAX
-from netloom.wire import Call, Registration, Reply
+from netloom.wire import Reply
 
 WEB = "10.10.1.45"
 PASSWORD = "not-for-anybody-4711"
@@ -40,64 +39,10 @@ def host() -> Iterator[AgentHost]:
         yield it
 
 
-def act(
-    host: AgentHost,
-    action: str,
-    fixture: str = "501",
-    *,
-    remaining_ms: int = 60_000,
-    owner: str = "",
-    network_id: str = "",
-    **params: Any,
-) -> Reply:
-    """What the extension sends for a payload file: the flat payload without the two objects of details."""
-    (file,) = PAYLOADS.glob(f"{fixture}-*.json")
-    payload = json.loads(file.read_bytes()) | {"action": action, "action-params": params}
-    for details in ("physical-network-extension-details", "network-extension-details"):
-        del payload[details]
-    payload |= {"network_id": network_id} if network_id else {}
-    scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
-    call = Call(
-        call_id=f"a{time.monotonic_ns()}",
-        command="custom-action",
-        scope_id=scope,
-        registration=Registration(owner=owner) if owner else REGISTRATION,
-        payload=json.dumps(payload).encode(),
-        remaining_ms=remaining_ms,
-    )
-    with host.client() as client:
-        client.send(call)
-        reply = client.receive()
-    assert isinstance(reply, Reply)
-    assert reply.output.isascii()
-    return reply
-
-
-def message(reply: Reply) -> str:
-    said = json.loads(done(reply).output)
-    assert (said["status"], said["printmessage"]) == ("success", "true")
-    assert isinstance(said["message"], str)
-    return said["message"]
-
-
 def write_hook(host: AgentHost, action: str, text: str, mode: int = 0o755) -> None:
     path = host.path(f"/var/lib/netloom/hooks/custom-action-{action}.sh")
     path.write_text(text)
     path.chmod(mode)
-
-
-def kernel(host: AgentHost) -> tuple[str, ...]:
-    """What the kernel has of the network, without counters and handles."""
-    return tuple(
-        host.run(*words, namespace=NS)
-        for words in (
-            ["ip", "-br", "link"],
-            ["ip", "-br", "addr"],
-            ["ip", "route", "show", "table", "all"],
-            ["ip", "rule"],
-            ["nft", "-s", "list", "ruleset"],
-        )
-    )
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, wait_until
-from kernel.test_agent_actions import act, message
-from kernel.test_agent_network import NS, done, live
-from kernel.test_agent_services import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, WEB, WEB_IP, WEB_MAC
+from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
+from kernel.isolated_network import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, NS, WEB, WEB_IP, WEB_MAC, live
 
 ADDRESS = "203.0.113.21"
 CLIENT = "203.0.113.1"

@@ -14,21 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, make_call, wait_until
+from kernel.agent_host import AgentHost, agent_host, done, make_call, steps, wait_until
+from kernel.isolated_network import FIRST_LIFE, NS, addresses, live, snapshot
 from netloom import names
 from netloom.agent.scopes import ANNOUNCE_AFTER_S
-from netloom.wire import Reply
 
-FIRST_LIFE = [
-    ("020", "implement-network"),
-    ("021", "assign-ip"),
-    ("022", "apply-fw-rules"),
-    ("050", "assign-ip"),
-    ("053", "add-port-forward"),
-    ("057", "assign-ip"),
-    ("058", "add-static-nat"),
-    ("070", "apply-fw-rules"),
-]
 LAST_WORDS = [
     ("121", "delete-port-forward"),
     ("123", "apply-fw-rules"),
@@ -37,7 +27,6 @@ LAST_WORDS = [
     ("126", "shutdown-network"),
     ("131", "destroy-network"),
 ]
-NS = "cs-net-204"
 
 
 @pytest.fixture
@@ -54,28 +43,6 @@ def standing() -> Iterator[AgentHost]:
         it.start()
         live(it)
         yield it
-
-
-def live(host: AgentHost) -> None:
-    with host.client() as client:
-        for fixture, command in FIRST_LIFE:
-            done(client.call(fixture, command))
-
-
-def done(reply: Reply) -> Reply:
-    assert (reply.status, reply.error) == (0, "")
-    return reply
-
-
-def steps(host: AgentHost) -> int:
-    """Of the last line in the log that counts them."""
-    line = next(line for line in reversed(host.log().splitlines()) if "steps=" in line)
-    return int(line.partition("steps=")[2].split()[0])
-
-
-def addresses(host: AgentHost) -> set[str]:
-    found = json.loads(host.run("ip", "-j", "addr", namespace=NS))
-    return {f"{it['local']}/{it['prefixlen']}" for link in found for it in link["addr_info"] if link["ifname"] != "lo"}
 
 
 @pytest.mark.taken_out(
@@ -211,23 +178,6 @@ def test_what_was_broken_by_hand_the_next_command_repairs(standing: AgentHost, h
     assert snapshot(host) == good
     done(host.call("021", "assign-ip"))
     assert steps(host) == 0
-
-
-def snapshot(host: AgentHost) -> list[object]:
-    """What stands, without the numbers that are new with every link."""
-    return [
-        {name: (it.get("master"), "ifalias" in it, "UP" in it["flags"]) for name, it in host.links().items()},
-        sorted(host.run("nft", "-s", "list", "ruleset").splitlines()),
-        NS in host.run("ip", "netns", "list")
-        and [
-            {name: (it["address"], "UP" in it["flags"]) for name, it in host.links(NS).items()},
-            addresses(host),
-            sorted(host.run("ip", "route", "show", "table", "all", namespace=NS).splitlines()),
-            host.run("ip", "rule", namespace=NS),
-            sorted(host.run("nft", "-s", "list", "ruleset", namespace=NS).splitlines()),
-            host.run("sysctl", "net.ipv4.conf.pub-101", namespace=NS, check=False),
-        ],
-    ]
 
 
 WALK = [

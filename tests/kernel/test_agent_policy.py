@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, wait_until
-from kernel.test_agent_actions import act, kernel, message
-from kernel.test_agent_network import NS, live
+from kernel.agent_host import AgentHost, act, agent_host, message, wait_until
+from kernel.isolated_network import NS, kernel, live
 
 BLACKHOLE, TO = "blackhole 192.0.2.0/24", "to 192.0.2.0/24"
 

@@ -141,7 +141,7 @@ def test_a_name_of_a_nic_that_is_none_is_refused(host: AgentHost) -> None:
 
 def test_garbage_ends_the_connection_and_nothing_else(host: AgentHost) -> None:
     with host.client() as client:
-        client._socket.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        client.send_bytes(b"GET / HTTP/1.0\r\n\r\n")
         with pytest.raises(ConnectionResetError):
             client.receive()
     assert not ask(host, locate("net-204")).holds

@@ -16,58 +16,35 @@ import pytest
 
 from guestbed.dhcp import message as message_of
 from guestbed.dhcp import options_of
-from kernel.agent_host import AgentHost, agent_host, wait_until
-from kernel.test_agent_actions import act, message
-from kernel.test_agent_network import FIRST_LIFE, NS, done, steps
+from kernel.agent_host import AgentHost, act, agent_host, done, message, steps, wait_until
+from kernel.isolated_network import (
+    BRIDGE,
+    DB,
+    DB_IP,
+    DB_MAC,
+    DB_NIC,
+    FILE,
+    NS,
+    PASSWORD,
+    SERVER,
+    WEB,
+    WEB_IP,
+    WEB_MAC,
+    get,
+    lease,
+    live_with_vm,
+    lookup,
+    running,
+)
 from netloom.guest.dhcp import Type
-
-SERVER = "10.10.1.1"
-BRIDGE = "breth1-1204"
-WEB, WEB_MAC, WEB_IP = "web", "02:01:00:cc:00:03", "10.10.1.45"
-DB, DB_MAC, DB_IP = "db", "02:01:00:cc:00:04", "10.10.1.162"
-DB_NIC = {
-    "nic_id": "5102",
-    "nic_uuid": "6b7c2a10-0000-4000-8000-000000005102",
-    "mac": DB_MAC,
-    "ip": DB_IP,
-    "hostname": "win-db-1",
-}
-DEPLOY = [
-    ("030", "prepare-nic"),
-    ("031", "config-dhcp-subnet"),
-    ("032", "add-dhcp-entry"),
-    ("033", "config-dns-subnet"),
-    ("034", "add-dns-entry"),
-    ("035", "save-vm-data"),
-]
-FILE = "/var/lib/netloom/scopes/net-204.json"
-PASSWORD = "FAKE-pass-4711"
-
-UDHCPC = """#!/bin/sh
-[ "$1" = bound ] || [ "$1" = renew ] || exit 0
-ip addr replace "$ip/$mask" dev "$interface"
-[ -z "$router" ] || ip route replace default via "$router"
-echo "ip=$ip router=$router dns=$(echo $dns | tr ' ' ,) domain=$domain hostname=$hostname lease=$lease server=$serverid"
-"""
 
 
 @pytest.fixture
 def host() -> Iterator[AgentHost]:
     with agent_host() as it:
         it.start()
-        live(it)
+        live_with_vm(it)
         yield it
-
-
-def live(host: AgentHost) -> None:
-    """The isolated network with a VM deployed on it, and plugged in."""
-    with host.client() as client:
-        for fixture, command in FIRST_LIFE[:3] + DEPLOY:
-            done(client.call(fixture, command))
-    host.plug(WEB, BRIDGE, WEB_MAC)
-    script = host.path("/run/udhcpc")
-    script.write_text(UDHCPC)
-    script.chmod(0o755)
 
 
 def deploy_db(host: AgentHost) -> None:
@@ -79,38 +56,14 @@ def deploy_db(host: AgentHost) -> None:
     host.plug(DB, BRIDGE, DB_MAC)
 
 
-def lease(host: AgentHost, vm: str, *, check: bool = True) -> dict[str, str]:
-    """What busybox's DHCP client is given."""
-    words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "8", "-T", "1", "-s", "/run/udhcpc"]
-    said = host.run(*words, "-x", "hostname:x", namespace=vm, check=check)
-    line = next((line for line in said.splitlines() if line.startswith("ip=")), "")
-    return dict(word.partition("=")[::2] for word in line.split(" ") if "=" in word)
-
-
-def get(host: AgentHost, vm: str, path: str, *more: str, port: int = 80) -> str:
-    words = ["curl", "-s", "--fail", "--max-time", "5", *more, f"http://{SERVER}:{port}{path}"]
-    return host.run(*words, namespace=vm, check=False)
-
-
 def password(host: AgentHost, vm: str, word: str) -> str:
     return get(host, vm, "/", "-H", f"DomU_Request: {word}", port=8080).strip()
-
-
-def lookup(host: AgentHost, vm: str, name: str) -> str:
-    """The address, or the name, that the network's resolver has."""
-    said = host.run("busybox", "nslookup", name, SERVER, namespace=vm, check=False)
-    answers = said.partition("\n\n")[2]
-    return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line or "name =" in line)
 
 
 def neighbours(host: AgentHost) -> dict[str, str]:
     """The permanent ones, MAC address by address."""
     found = json.loads(host.run("ip", "-j", "neigh", "show", "nud", "permanent", namespace=NS))
     return {it["dst"]: it["lladdr"] for it in found}
-
-
-def running(host: AgentHost) -> dict[str, set[int]]:
-    return {word: set(host.processes(word)) for word in ("dnsmasq", "haproxy", "--control")}
 
 
 def test_a_vm_boots_with_lease_names_metadata_and_its_password_once(host: AgentHost) -> None:
@@ -266,7 +219,7 @@ def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
             host.path(f"/run/{file}").write_text(text)
             host.run("mount", "--bind", f"/run/{file}", f"/etc/{file}")
         host.start()
-        live(host)
+        live_with_vm(host)
         lease(host, WEB)
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
 
@@ -282,7 +235,7 @@ def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> N
         )
         old.chmod(0o755)
         host.start()
-        live(host)
+        live_with_vm(host)
         before = host.processes("dnsmasq")
         deploy_db(host)
         assert host.processes("dnsmasq") == before  # what comes is read
@@ -489,7 +442,7 @@ def test_nothing_is_left_of_a_destroyed_network() -> None:
     with agent_host() as host:
         before = host.inventory()
         host.start()
-        live(host)
+        live_with_vm(host)
         with host.client() as client:
             done(client.call("050", "assign-ip"))
             done(client.call("080", "apply-lb-rules"))
@@ -511,7 +464,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
     with agent_host() as host:
         before = host.inventory()
         host.start()
-        live(host)
+        live_with_vm(host)
         with host.client() as client:
             done(client.call("050", "assign-ip"))
             done(client.call("080", "apply-lb-rules"))
@@ -529,7 +482,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
         guest = host.processes("guest", "--control")
         assert len(guest) == 1
         # The same network, from the beginning, on what is left.
-        live(host)
+        live_with_vm(host)
         assert lease(host, WEB)["ip"] == WEB_IP
         assert host.processes("guest", "--control") == guest
 

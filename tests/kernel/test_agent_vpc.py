@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host
-from kernel.test_agent_network import done
+from kernel.agent_host import AgentHost, agent_host, done
 
 NS = "cs-vpc-7"
 TIERS = ("gst-310", "gst-311")

@@ -11,10 +11,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, wait_until
-from kernel.test_agent_network import NS, done, live, snapshot
-from kernel.test_agent_services import BRIDGE, DEPLOY, WEB, WEB_IP, WEB_MAC, get, lease, lookup, running
-from kernel.test_agent_services import live as live_with_vm
+from kernel.agent_host import AgentHost, agent_host, done, wait_until
+from kernel.isolated_network import (
+    BRIDGE,
+    DEPLOY,
+    NS,
+    WEB,
+    WEB_IP,
+    WEB_MAC,
+    get,
+    lease,
+    live,
+    live_with_vm,
+    lookup,
+    running,
+    snapshot,
+)
 
 WITHIN_S = 10.0  # a second, on a machine that is not shared
 

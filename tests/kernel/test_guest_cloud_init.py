@@ -7,10 +7,8 @@ import json
 from pathlib import Path
 
 from guestbed import guest_process, network, nic, run, segment
-from kernel.agent_host import agent_host, wait_until
-from kernel.test_agent_network import done
-from kernel.test_agent_services import FILE, PASSWORD, WEB
-from kernel.test_agent_services import live as live_with_vm
+from kernel.agent_host import agent_host, done, wait_until
+from kernel.isolated_network import FILE, PASSWORD, WEB, live_with_vm
 from netloom.secret import Secret
 
 PAYLOAD = Path(__file__).parents[1] / "payloads" / "035-isolated-save-vm-data-first-start.json"

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from guestbed import SERVER, Agent, Segment, guest_process, network, nic, run, segment, within
+from guestbed import SERVER, Agent, Segment, guest_process, network, nic, run, segment
 from netloom.guestwire import option_bytes
+from netns import inside
 
 WEB = nic(45, hostname="web-1", options={42: option_bytes(42, "192.0.2.123")})
 SECOND = nic(46, hostname="web-1", default_nic=False)
@@ -203,7 +204,8 @@ def test_an_address_that_becomes_another_vms_is_its_own_at_once(served: tuple[Ag
 def test_the_checksum_is_right_for_who_checks_it(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     vm = on.vm(WEB)
-    raw = within(vm, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)))
+    with inside(vm):
+        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     with raw:
         raw.settimeout(5)
         udhcpc(vm, tmp_path)

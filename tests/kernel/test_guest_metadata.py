@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from guestbed import LINK, SERVER, Agent, GuestProcess, Segment, guest_process, network, nic, run, segment, within
+from guestbed import LINK, SERVER, Agent, GuestProcess, Segment, guest_process, network, nic, run, segment
 from netloom.guest import http, limits
 from netloom.guestwire import GuestNic, Listener
 from netloom.secret import Secret
+from netns import inside
 
 USER_DATA = '#cloud-config\nwrite_files:\n - {path: /x, content: "it\'s café & 100%"}\n\n\n'
 WEB = nic(
@@ -154,7 +155,8 @@ def test_a_neighbour_who_reads_flooded_frames_gets_nothing(on: Segment, mac: str
     """The VM is off, so the bridge floods what we send it. The second row shows that the forger knows his trade."""
     on.know(WEB)
     thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
-    read = within(thief, lambda: forge(WEB, mac, b"GET /latest/user-data HTTP/1.0\r\n\r\n"))
+    with inside(thief):
+        read = forge(WEB, mac, b"GET /latest/user-data HTTP/1.0\r\n\r\n")
     assert read.connected
     assert (USER_DATA.encode() in read.data) is served
     assert served or read.data == b""
@@ -166,7 +168,9 @@ def test_an_answer_goes_to_the_owner_whatever_a_neighbour_says_in_arp(on: Segmen
     thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
     lie = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + octets("02:00:00:00:00:66") + socket.inet_aton(WEB.ip)
     lie += octets("0a:00:00:00:00:01") + socket.inet_aton(SERVER)
-    with within(thief, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))) as raw:
+    with inside(thief):
+        raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+    with raw:
         raw.bind(("eth0", 0))
         raw.setblocking(False)
         for _ in range(5):
@@ -326,7 +330,8 @@ def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segme
             sock.send(b"GET /latest/user-data HTTP/1.1\r\n")
         return held
 
-    held = within(vm, hold)
+    with inside(vm):
+        held = hold()
     time.sleep(0.3)
     open_still = [sock for sock in held if not closed(sock)]
     assert len(open_still) == limits.VM_CONNECTIONS_MAX
@@ -359,7 +364,8 @@ def test_a_tenant_with_many_vms_leaves_room_for_the_neighbours(process: GuestPro
             sock.send(b"GET / HTTP/1.1\r\n")
         return held
 
-    held = within(flooder, hold)
+    with inside(flooder):
+        held = hold()
     assert status(quiet, "/latest/") == "200"
     for sock in held:
         sock.close()
@@ -391,7 +397,8 @@ def test_one_vm_that_asks_without_end_is_told_to_wait(on: Segment) -> None:
                     pass
         return answers
 
-    answers = within(vm, flood)
+    with inside(vm):
+        answers = flood()
     assert b"HTTP/1.1 429" in answers
     assert limits.VM_REQUESTS_BURST <= answers.count(b"HTTP/1.1 200") < limits.VM_REQUESTS_BURST * 1.5
     assert status(other, "/latest/") == "200"

@@ -14,9 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kernel.agent_host import REGISTRATION, AgentHost, agent_host, wait_until
-from kernel.test_agent_actions import act, message
-from kernel.test_agent_network import done
+from kernel.agent_host import REGISTRATION, AgentHost, act, agent_host, done, message, wait_until
 from netloom.wire import Registration
 
 NS, LINK = "cs-net-520", "gst-520"

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kernel.agent_host import agent_host
-from kernel.test_agent_network import done
+from kernel.agent_host import agent_host, done
 from netloom.agent.host import flows
 from netloom.agent.kernel import conntrack, packets
-from unit.wishes import A1, admit, wish
+from unit.scopes import A1, admit, wish
 
 
 def test_this_kernel_tells_when_they_are_through() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, make_call
-from kernel.test_agent_network import done, steps
+from kernel.agent_host import AgentHost, agent_host, done, make_call, steps
 from netloom import names
 from netloom.commands import Context, apply, decode
 from netloom.state import Scope

@@ -10,8 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from netloom.render import dnsmasq, haproxy
-from unit.test_render_services import NETWORK, RULE
-from unit.test_render_services import _scope as balanced_scope
+from unit.balanced_scope import NETWORK, RULE, balanced_scope
 
 
 @pytest.mark.parametrize("algorithm", ["roundrobin", "leastconn", "source"])

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, VMS, Lab, Try, echoes
 from netloom.state import Backend, LbRule, Scope
-from unit.wishes import A1, A2, VM1, VM2, VM3, admit, wish
+from unit.scopes import A1, A2, VM1, VM2, VM3, admit, wish
 
 
 @pytest.fixture(scope="module")

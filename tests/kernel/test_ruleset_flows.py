@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from kernel.ruleset_lab import CLIENT, CLIENT2, STRANGER, VMS, Lab, Try, echoes
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
-from unit.wishes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, network, static, wish
+from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, network, static, wish
 
 QUIET_S = 0.4
 

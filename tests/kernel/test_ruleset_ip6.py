@@ -16,14 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes, inside
-from kernel.test_ruleset_judge import agree
-from kernel.test_ruleset_swap import Flood
-from kernel.test_ruleset_vpc import TIERS, VpcLab, item, lists, vpc
+from kernel.flood import Flood
+from kernel.judge_check import agree
+from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes
+from kernel.vpc_lab import TIERS, VpcLab, item, lists, vpc
 from netloom import names
 from netloom.render import nft, ruleset
 from netloom.state import AclItem, Firewall, FirewallRule, Outside6, Scope
-from unit.wishes import A1, CIDR, egress, wish
+from netns import inside
+from unit.scopes import A1, CIDR, egress, wish
 
 ECHO = 128 << 8
 A, B, C = "2001:db8:50:1::/64", "2001:db8:50:2::/64", "2001:db8:50:4::/64"

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from kernel.ruleset_lab import CLIENT, NEIGHBOUR, STRANGER, VMS, Entry, Lab, Try
-from model.wished import ADDRESSES, scopes
-from netloom.render.flows import ICMP, ICMPV6, TCP, UDP, Judge
+from kernel.ruleset_lab import CLIENT, NEIGHBOUR, STRANGER, VMS, Entry, Lab
+from model.scope_strategies import ADDRESSES, scopes
+from netloom.render.flows import ICMP, TCP, UDP, Judge
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
-from unit.wishes import A1, A2, B1, C1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
+from unit.scopes import A1, A2, B1, C1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
 
 PORTS = (22, 53, 80, 85, 99, 443, 5003, 8080, 65535)
 SENDERS = {"inet": (CLIENT, STRANGER), "nb": (NEIGHBOUR,), "vm1": (VM1,), "vm2": (VM2,)}
@@ -70,29 +70,6 @@ def _first_packets(lab: Lab) -> list[Entry]:
     for flow in sockets:
         flow.close()
     return sent
-
-
-def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
-    """Of attempts just made, with their sources: the judge lets through what the kernel let, and nothing else.
-
-    Ports of the sources are the kernel's choice, and no rule asks for them.
-    """
-    judge = Judge(lab.scope)
-    stands = {_what(it): it for it in lab.entries()}
-    for it, source in tried.items():
-        kinds = {"tcp": TCP, "udp": UDP, "icmp": ICMPV6 if ":" in it.target else ICMP}
-        flow = Entry(kinds[it.protocol], source, it.target, "", "", mark=REVOKED)
-        if it.protocol == "icmp":
-            flow = replace(flow, icmp_type=it.port >> 8, icmp_code=it.port & 255)
-        else:
-            flow = replace(flow, sport=40000, dport=it.port)
-        assert (judge.verdict(flow) == "delete") == (_what(flow) in stands), it
-    for entry in stands.values():
-        assert judge.verdict(entry) == "keep", entry
-
-
-def _what(it: Entry) -> tuple[object, ...]:
-    return (it.protocol, it.src, it.dst, it.dport, it.icmp_type, it.icmp_code)
 
 
 def _original(it: Entry) -> tuple[object, ...]:

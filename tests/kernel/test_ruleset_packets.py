@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import CLIENT, CLIENT2, NEIGHBOUR, PATIENCE_S, QUIET_S, STRANGER, VMS, Lab, Try, inside, run
+from kernel.ruleset_lab import CLIENT, CLIENT2, NEIGHBOUR, PATIENCE_S, QUIET_S, STRANGER, VMS, Lab, Try, run
 from netloom.render.scope import render
-from unit.wishes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
+from netns import inside
+from unit.scopes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
 
 ECHO, TIMESTAMP = 8 << 8, 13 << 8
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, STRANGER, VMS, Lab, Try, echoes
 from netloom.state import Pbr, PbrRoute, PbrRule, Scope
-from unit.wishes import A1, A2, B1, C1, VM1, VM2, VM3, admit, egress, forward, static, wish
+from unit.scopes import A1, A2, B1, C1, VM1, VM2, VM3, admit, egress, forward, static, wish
 
 ANYWHERE = "0.0.0.0/0"
 BY_B = PbrRoute(table=100, destination=ANYWHERE, via="198.51.100.1", link="pub-102")

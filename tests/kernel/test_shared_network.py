@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from kernel.agent_host import PAYLOADS, AgentHost, agent_host, wait_until
-from kernel.test_agent_network import done, steps
+from kernel.agent_host import PAYLOADS, AgentHost, agent_host, done, steps, wait_until
 from netloom.wire import Reply
 
 COMMANDS = {it["file"][:3]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}

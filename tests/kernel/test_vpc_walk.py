@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from kernel.agent_host import REGISTRATION, AgentHost, agent_host, wait_until
-from kernel.test_agent_actions import message
-from kernel.test_agent_network import done
-from model import test_vpc_laws as vpc
+from kernel.agent_host import REGISTRATION, AgentHost, agent_host, done, message, wait_until
+from model import vpc_calls as vpc
 from netloom.wire import Registration
 
 NS = "cs-vpc-7"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -12,49 +12,30 @@ import msgspec
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
+from model.calls import (
+    GUESTS,
+    IMPLEMENTS,
+    NETWORK,
+    PORTS,
+    PUBLIC,
+    Call,
+    carry_out,
+    content,
+    some,
+    text,
+)
 from netloom.commands import TABLE, Context, apply, decode
 from netloom.errors import NetloomError
 from netloom.protocol.envelope import parse_current_details, read_envelope, scope_id_of
-from netloom.secret import dec_hook, enc_hook
+from netloom.secret import dec_hook
 from netloom.state import Pbr, PortForward, Scope
 from netloom.wire import Registration
 
 PAYLOADS = Path(__file__).parents[1] / "payloads"
-OURS = Context(scope_id="net-204", registration=Registration(owner="zone-a"))
 
-Call = tuple[str, dict[str, Any]]
 
-# Few values, so that walks meet themselves, and few wrong ones, so that they get far. .2 and .20 share a prefix; one
-# guest is outside of the network. Every payload is written out beforehand: one draw per call is what keeps this quick.
-ADDRESSES = ("203.0.113.2", "203.0.113.20", "203.0.113.21")
-GUESTS = ("10.10.1.45", "10.10.1.4", "10.10.1.45", "10.10.1.4", "10.10.2.45")
-PORTS = ("22", "80", "8080-8090", "8085", "8090-8100", "8000:8090")
-NETWORK = {
-    "network_id": "204",
-    "vlan": "1204",
-    "gateway": "10.10.1.1",
-    "cidr": "10.10.1.0/24",
-    "network_state": "implemented",
-}
 EMPTY = {"default_egress_allow": True, "rules": []}
 
-IMPLEMENTS = [
-    {**NETWORK, "vlan": vlan, "extension_ip": device}
-    for vlan, device in product(("1204", "1377", "", "untagged", "1204", "5001"), ("10.10.1.1", "", "10.10.1.2"))
-]
-PUBLIC = [
-    {
-        **NETWORK,
-        "public_ip": address,
-        "public_vlan": vlan,
-        "public_gateway": gateway,
-        "public_cidr": "203.0.113.0/24",
-        "source_nat": source_nat,
-    }
-    for address, vlan, gateway, source_nat in product(
-        ADDRESSES, ("vlan://101", "102", "vlan://untagged"), ("203.0.113.1", "203.0.113.9", ""), ("true", "false")
-    )
-]
 STATIC_NATS = [{**public, "private_ip": guest} for public, guest in product(PUBLIC, GUESTS)]
 FORWARDS = [
     {**static, "public_port": ports, "private_port": private, "protocol": protocol}
@@ -104,10 +85,6 @@ def policy(verb: str, what: str) -> st.SearchStrategy[Call]:
     return some(["custom-action"], named)
 
 
-def some(commands: Sequence[str], payloads: Sequence[dict[str, Any]]) -> st.SearchStrategy[Call]:
-    return st.tuples(st.sampled_from(commands), st.sampled_from(payloads))
-
-
 deletes = st.one_of(
     some(["release-ip"], PUBLIC),
     some(["delete-static-nat"], STATIC_NATS),
@@ -136,28 +113,11 @@ walks = st.builds(
 )
 
 
-def carry_out(scope: Scope | None, call: Call, context: Context = OURS) -> Scope | None:
-    """The scope after the call; a refused call leaves it as it is. Anything but a NetloomError is a bug."""
-    command, payload = call
-    try:
-        return apply(command, scope, decode(command, json.dumps(payload).encode()), context).scope
-    except NetloomError:
-        return scope
-
-
 def walked(walk: list[Call]) -> Scope | None:
     scope: Scope | None = None
     for call in walk:
         scope = carry_out(scope, call)
     return scope
-
-
-def text(scope: Scope | None) -> bytes:
-    return msgspec.json.encode(scope, enc_hook=enc_hook, order="sorted")
-
-
-def content(scope: Scope | None) -> Scope | None:
-    return scope and msgspec.structs.replace(scope, revision=0)
 
 
 def check_invariants(scope: Scope) -> None:

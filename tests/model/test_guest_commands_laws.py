@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.test_commands_laws import IMPLEMENTS, NETWORK, PUBLIC, Call, carry_out, content, some, text
+from model.calls import IMPLEMENTS, NETWORK, PUBLIC, Call, carry_out, content, some, text
 from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.secret import dec_hook

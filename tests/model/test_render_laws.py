@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import Any
 
@@ -11,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from model.wished import scopes
+from model.conntrack_entry import Entry
+from model.scope_strategies import scopes
 from netloom.names import LINK_NAME_MAX
 from netloom.render import flows, ruleset
 from netloom.render.active import live, within
@@ -153,23 +153,6 @@ def test_every_forwarded_port_leads_to_one_place(scope: Scope) -> None:
             and forward.public_ports.first <= it.ports.last
         )
         assert covered == forward.public_ports.count
-
-
-@dataclass(frozen=True)
-class Entry:
-    protocol: int
-    src: str
-    dst: str
-    sport: int
-    dport: int
-    reply_src: str
-    reply_dst: str
-    reply_sport: int
-    reply_dport: int
-    icmp_type: int
-    icmp_code: int
-    mark: int
-    status: int = 0
 
 
 hosts = st.sampled_from(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from package import audit, policy, requirements, sbom
-from repo.places import ROOT
+from repo.files import ROOT
 
 BILL = """
 from pathlib import Path

@@ -19,7 +19,7 @@ import pytest
 from package import archive, deb, rpm
 from package.product import Product, product, release
 from package.tree import EXTENSION, Papers
-from repo.places import ROOT
+from repo.files import ROOT
 
 PAPERS = Papers("licences\n", "{}\n")
 STAND_IN = """\

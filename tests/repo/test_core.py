@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repo.places import ROOT
+from repo.files import ROOT
 
 NETLOOM = ROOT / "internal" / "netloom"
 CORE = sorted(

@@ -6,7 +6,7 @@ import ast
 import re
 
 from mutants.marks import mutants
-from repo.places import ROOT
+from repo.files import ROOT
 
 DOCUMENT = (ROOT / "docs" / "defects.md").read_text()
 ROWS = dict(re.findall(r"^\| (\d+) \| .+? \| (.+) \|$", DOCUMENT, re.MULTILINE))

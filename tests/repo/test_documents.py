@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from netloom.commands.table import TABLE
-from repo.places import ROOT, own_files
+from repo.files import ROOT, own_files
 
 DOCUMENTS = [path for path in own_files() if path.suffix == ".md"]
 README = (ROOT / "README.md").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from repo.places import LEFT_BEHIND, ROOT
+from repo.files import LEFT_BEHIND, ROOT
 
 TOP_LEVEL = {
     ".ci",

@@ -14,7 +14,7 @@ from netloom.commands.table import TABLE
 from netloom.protocol import pbr
 from package import archive
 from package.product import Product
-from repo.places import ROOT
+from repo.files import ROOT
 
 PRODUCT = Product(Path("netloom"), "0.1.0", "0.1.0-1f2e3d4c5b6a", 1_700_000_000, "1")
 

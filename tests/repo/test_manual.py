@@ -12,7 +12,7 @@ import pytest
 from netloom.commands.table import TABLE
 from netloom.entry import PEOPLE
 from package import completion
-from repo.places import ROOT
+from repo.files import ROOT
 
 PAGE = (ROOT / "docs" / "netloom.1").read_text()
 SYNOPSIS = PAGE.split("\n.Sh SYNOPSIS\n")[1].split("\n.Sh ")[0]

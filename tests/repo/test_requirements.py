@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from repo.places import ROOT
+from repo.files import ROOT
 
 REQUIREMENTS = ROOT / "build" / "requirements"
 PINNED = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; [^\\]+)?( --hash=sha256:[0-9a-f]{64})+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from package import sources
-from repo.places import ROOT
+from repo.files import ROOT
 
 LINES = [it for it in (ROOT / "build/nuitka/sources.txt").read_text().splitlines() if it and not it.startswith("#")]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from repo.places import ROOT, own_files
+from repo.files import ROOT, own_files
 
 # Written in pieces, so that this file is not its own finding.
 ELSEWHERE = [

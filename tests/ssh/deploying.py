@@ -14,7 +14,7 @@ from pathlib import Path
 from bed import Bed
 from bed.cloudstack import CLOUD_UID, FakeCloudStack
 from bed.lab import Host
-from bed.places import Execution, until
+from bed.machines import Execution, until
 from ssh.onefile import OneFiles
 
 ONE, TWO, THREE = "0.1.0-1-aaaa", "0.1.0-2-bbbb", "0.2.0-1-cccc"  # builds, the later the newer

@@ -9,7 +9,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from bed.places import until
+from bed.machines import until
 
 _DISK = """
 mount --make-rprivate /

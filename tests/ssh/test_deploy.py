@@ -10,7 +10,7 @@ import pytest
 
 from bed import Bed
 from bed.lab import Host
-from bed.places import until
+from bed.machines import until
 from netloom.extension.deploy import machine_of
 from ssh.deploying import (
     LIBEXEC,

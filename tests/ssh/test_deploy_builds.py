@@ -11,7 +11,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import ALL_SERVICES, IsolatedNetwork
 from bed.lab import Host, Internet, Vm
-from bed.places import until
+from bed.machines import until
 from ssh.deploying import (
     LIBEXEC,
     ONE,

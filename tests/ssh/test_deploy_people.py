@@ -10,7 +10,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
-from bed.places import Done, until
+from bed.machines import Done, until
 from ssh.deploying import LIBEXEC, ONE, SETTLE_S, TWO, Server, agents, current, works
 
 PROGRAM = "/root/netloom"

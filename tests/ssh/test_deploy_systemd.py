@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bed.places import until
+from bed.machines import until
 from kernel.agent_host import Client
 from ssh.deploying import LIBEXEC, ONE, SETTLE_S, TWO, deploying_files
 from ssh.onefile import OneFiles

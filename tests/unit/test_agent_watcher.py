@@ -12,7 +12,7 @@ from netloom.names import guest_link
 from netloom.render.scope import render
 from netloom.render.want import Want
 from netloom.state import Nic, Scope
-from unit.wishes import A1, B1, wish
+from unit.scopes import A1, B1, wish
 
 MAC = "02:01:00:cc:00:03"
 

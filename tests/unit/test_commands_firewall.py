@@ -8,7 +8,7 @@ import pytest
 
 from netloom.errors import BadRequest
 from netloom.state import Firewall, FirewallRule, Ports
-from unit.played import call, implement, network, play
+from unit.payload_player import call, implement, network, play
 
 
 def test_the_full_list_as_the_client_sends_it() -> None:

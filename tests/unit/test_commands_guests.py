@@ -12,7 +12,7 @@ from netloom.guestwire import GuestNic
 from netloom.render.guest import tables
 from netloom.secret import Secret
 from netloom.state import Nic, Scope
-from unit.played import call, implement, network, play
+from unit.payload_player import call, implement, network, play
 
 WEB = "6b7c2a10-0000-4000-8000-000000005101"
 DB = "6b7c2a10-0000-4000-8000-000000005102"

@@ -9,7 +9,7 @@ import pytest
 
 from netloom.errors import BadRequest
 from netloom.state import PortForward, Ports, PublicIp, Scope, StaticNat
-from unit.played import call, implement, play
+from unit.payload_player import call, implement, play
 
 
 def public(address: str, vlan: str = "vlan://101", gateway: str = "203.0.113.1", **more: Any) -> dict[str, Any]:

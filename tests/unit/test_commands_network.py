@@ -12,7 +12,7 @@ from netloom.commands import Outcome
 from netloom.errors import BadRequest, ForeignScope
 from netloom.state import Network, Scope, Uplinks
 from netloom.wire import Registration
-from unit.played import OURS, call, implement, network, play
+from unit.payload_player import OURS, call, implement, network, play
 
 
 def test_implement_network_as_the_client_sends_it() -> None:

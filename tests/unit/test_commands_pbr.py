@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from netloom.commands.pbr import ACTIONS, EACH_MAX, of_named_table
 from netloom.errors import BadRequest, HostRefused, NetloomError
 from netloom.state import Pbr, PbrRoute, PbrRule, PbrTable, Scope
-from unit.played import call, implement
+from unit.payload_player import call, implement
 
 WORDS = ("default", "via", "dev", "src", "203.0.113.1", "pub-101", "to", "from", "iif", ";", "-x")
 

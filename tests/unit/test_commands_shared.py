@@ -11,7 +11,7 @@ from netloom.errors import BadRequest
 from netloom.render.guest import tables
 from netloom.render.scope import render
 from netloom.state import Network, Scope, Subnet
-from unit.played import OURS, call, play
+from unit.payload_player import OURS, call, play
 
 SH_1, SH_2 = "6b7c2a10-0000-4000-8000-000000007101", "6b7c2a10-0000-4000-8000-000000007102"
 PLAIN: dict[str, Any] = {

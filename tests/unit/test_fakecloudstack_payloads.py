@@ -11,13 +11,10 @@ import pytest
 
 from bed import payloads as cs
 from bed.payloads import Backend, FirewallRule, LoadBalancerRule, NetworkFacts, PortForwardRule, PublicAddress
+from unit.recorded_calls import FAKE_KEY, KEY, USER_DATA, WEB, WEB_VM, nic, uuid
 
 FIXTURES = Path(__file__).resolve().parents[1] / "payloads"
 
-KEY = (
-    "-----BEGIN OPENSSH PRIVATE KEY-----\nRkFLRS1LRVktRk9SLVRFU1RTLU5PVC1BLVJFQUwtS0VZ\n"
-    "RkFLRS1LRVktRk9SLVRFU1RTLU5PVC1BLVJFQUwtS0VZRQ==\n-----END OPENSSH PRIVATE KEY-----"
-)
 REGISTRATION = {
     "hosts": "192.0.2.11, 192.0.2.12",
     "username": "root",
@@ -47,18 +44,7 @@ SECOND = PublicAddress("203.0.113.21", "vlan://101", "203.0.113.1", "203.0.113.0
 THIRD = PublicAddress("203.0.113.22", "vlan://101", "203.0.113.1", "203.0.113.0/24")
 UNTAGGED = PublicAddress("198.51.100.20", "vlan://untagged", "198.51.100.1", "198.51.100.0/24")
 
-FAKE_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEZBS0VGQUtFRkFLRUZBS0VGQUtFRkFLRUZBS0VGQUtF"
-USER_DATA = (
-    "#cloud-config\npackages:\n - nginx\nwrite_files:\n - path: /etc/motd\n"
-    '   content: "it\'s <b>café</b> & more = 100%"\n'
-)
 
-
-def uuid(number: int) -> str:
-    return f"9f000000-0000-4000-8000-{number:012d}"
-
-
-WEB_VM = cs.VirtualMachine("web-1", uuid(31), user_data=USER_DATA, public_key=f"{FAKE_KEY} user@example.org")
 PLAIN_VM = dataclasses.replace(WEB_VM, user_data="", public_key="")
 MOVED_VM = dataclasses.replace(WEB_VM, hypervisor="kvm-07.example.org")
 WIN_VM = cs.VirtualMachine(
@@ -78,12 +64,6 @@ WIN_PLAIN_VM = cs.VirtualMachine("win-db-1", uuid(32))
 DUAL_VM = cs.VirtualMachine("dual-1", uuid(33), public_key=f"{FAKE_KEY} user@example.org")
 
 
-def nic(number: int, mac: str, ip: str, vm: cs.VirtualMachine, device_id: int = 0) -> cs.Nic:
-    name = f"6b7c2a10-0000-4000-8000-{number:012d}"
-    return cs.Nic(str(number), name, mac, ip, vm, device_id=device_id, default=device_id == 0)
-
-
-WEB = nic(5101, "02:01:00:cc:00:03", "10.10.1.45", WEB_VM)
 WEB_PLAIN = dataclasses.replace(WEB, vm=PLAIN_VM)
 WEB_MOVED = dataclasses.replace(WEB, vm=MOVED_VM)
 WIN = nic(5102, "02:01:00:cc:00:04", "10.10.1.162", WIN_VM)

@@ -6,30 +6,14 @@ A recorder stands where the executable would be; what is sent is compared with t
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from bed import payloads as cs
 from bed.cloudstack import ALL_SERVICES, NAT_SERVICES, Failed, FakeCloudStack, IsolatedNetwork, Poisoned, succeeded
+from bed.machines import Execution
 from bed.payloads import Offering
-from bed.places import Execution
-from unit.test_fakecloudstack_payloads import KEY, WEB
-
-FIXTURES = Path(__file__).resolve().parents[1] / "payloads"
-
-
-class Recorder:
-    """Answers like a program that always chooses the same host; ``fails`` names commands that exit with 3."""
-
-    def __init__(self) -> None:
-        self.prints = '{"host":"192.0.2.11","namespace":"cs-net-204"}'
-        self.fails: set[str] = set()
-
-    def __call__(self, command: str, text: str, timeout_s: int) -> Execution:
-        if command in self.fails:
-            return Execution(3, f"{command}: refused\n", 0.1, "")
-        return Execution(0, self.prints + "\n" if command == "ensure-network-device" else "", 0.1, "")
+from unit.recorded_calls import KEY, WEB, Recorder, as_fixtures, fixture, sent, without_ensures
 
 
 @pytest.fixture
@@ -51,25 +35,6 @@ def cloud(recorder: Recorder) -> FakeCloudStack:
 @pytest.fixture
 def network(cloud: FakeCloudStack) -> IsolatedNetwork:
     return cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20")
-
-
-def fixture(number: str) -> dict[str, object]:
-    (path,) = FIXTURES.glob(f"{number}-*.json")
-    document: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    return document
-
-
-def sent(cloud: FakeCloudStack, since: int = 0) -> list[dict[str, object]]:
-    """What was sent, without the registration, which the order of its members would make noisy."""
-    return [{**json.loads(each.text), "physical-network-extension-details": {}} for each in cloud.history[since:]]
-
-
-def as_fixtures(*numbers: str) -> list[dict[str, object]]:
-    return [{**fixture(number), "physical-network-extension-details": {}} for number in numbers]
-
-
-def without_ensures(cloud: FakeCloudStack, since: int = 0) -> list[str]:
-    return [command for command in cloud.commands(since) if command != "ensure-network-device"]
 
 
 def test_first_vm_is_deployed_in_21_executions(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:

@@ -7,7 +7,7 @@ import pytest
 from bed import payloads as cs
 from bed.cloudstack import FakeCloudStack
 from bed.shared import SharedNetwork
-from unit.test_fakecloudstack_sequences import Recorder, as_fixtures, sent, without_ensures
+from unit.recorded_calls import Recorder, as_fixtures, sent, without_ensures
 
 VM = cs.Nic(
     "7101",

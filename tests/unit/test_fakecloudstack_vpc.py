@@ -10,7 +10,7 @@ from bed import payloads as cs
 from bed.cloudstack import FakeCloudStack
 from bed.payloads import AclItem, VpcFacts
 from bed.vpc import Tier, Vpc
-from unit.test_fakecloudstack_sequences import Recorder, as_fixtures, fixture, sent, without_ensures
+from unit.recorded_calls import Recorder, as_fixtures, fixture, sent, without_ensures
 
 ALLOW_ALL = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "all")]
 DENY_ALL = [AclItem(1, "deny", "ingress", "all"), AclItem(2, "deny", "egress", "all")]
@@ -89,7 +89,7 @@ def test_the_first_vm_of_a_tier(vpc: Vpc, tier: Tier) -> None:
 )
 def test_a_list_is_sent_whole(tier: Tier, items: list[AclItem], number: str, state: cs.State) -> None:
     facts = dataclasses.replace(tier.facts, state=state, vlan="1310")
-    assert cs._without_nulls(cs.acl_rules(facts, items)) == fixture(number)["payload"]
+    assert cs.without_nulls(cs.acl_rules(facts, items)) == fixture(number)["payload"]
 
 
 def test_addresses_and_rules_of_a_tier(vpc: Vpc, tier: Tier) -> None:

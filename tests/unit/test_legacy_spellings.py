@@ -13,7 +13,7 @@ import pytest
 
 from netloom.commands import Context, apply, decode
 from netloom.protocol.envelope import read_envelope, scope_id_of
-from unit.played import OURS, PAYLOADS
+from unit.payload_player import OURS, PAYLOADS
 
 COMMANDS = {it["file"][:3]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}
 GONE = object()

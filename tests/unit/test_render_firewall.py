@@ -6,7 +6,7 @@ import pytest
 
 from netloom.render.firewall import LINES_MAX, cidrs, verdicts
 from netloom.state import FirewallRule
-from unit.wishes import A1, admit, egress
+from unit.scopes import A1, admit, egress
 
 ROWS: dict[str, tuple[list[FirewallRule], list[str]]] = {
     "nothing": ([], []),

@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from netloom.render.flows import Attention, attention
 from netloom.state import Outside6, Scope
-from unit.wishes import A1, A2, B1, CIDR, VM1, VM2, VM3, admit, egress, forward, network, static, wish
+from unit.scopes import A1, A2, B1, CIDR, VM1, VM2, VM3, admit, egress, forward, network, static, wish
 
 PLAIN = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
 OPEN = wish(firewall=False)

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from netloom.render import nft, ruleset
 from netloom.render.ruleset import Chain, NftSet, Ruleset
-from unit.wishes import A1, A2, B1, VM1, VM2, admit, forward, static, wish
+from unit.scopes import A1, A2, B1, VM1, VM2, admit, forward, static, wish
 
 ONE = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
 

@@ -7,46 +7,8 @@ from msgspec.structs import replace
 
 from netloom.render import dnsmasq, haproxy
 from netloom.render.services import services
-from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
-
-NETWORK = Network(
-    network_id="204",
-    implemented=True,
-    vlan="1204",
-    cidr="10.10.1.0/24",
-    gateway="10.10.1.1",
-    extension_ip="10.10.1.1",
-    dns=True,
-    resolvers=("198.51.100.53", "198.51.100.54"),
-    domain="cs2cloud.internal",
-    nics={
-        "u1": Nic(mac="02:01:00:cc:00:03", nic_uuid="u1", ip="10.10.1.45", hostname="web-1", named=True),
-        "u2": Nic(mac="02:01:00:cc:00:04", nic_uuid="u2", ip="10.10.1.46", hostname="quiet"),
-        "u3": Nic(mac="02:01:00:cc:00:05", nic_uuid="u3", ip="10.10.1.47", ip6="fd00::47", hostname="both", named=True),
-    },
-)
-
-RULE = LbRule(
-    rule_id=951,
-    public_ip="203.0.113.21",
-    public_port=80,
-    protocol="tcp",
-    algorithm="roundrobin",
-    backends=(Backend(ip="10.10.1.162", port=8080), Backend(ip="10.10.1.45", port=8080)),
-)
-
-
-ADDRESS = PublicIp(address="203.0.113.21", vlan="101", gateway="203.0.113.1", cidr="203.0.113.0/24", exit=1)
-
-
-def _scope(*rules: LbRule) -> Scope:
-    return Scope(
-        scope_id="net-204",
-        owner="test",
-        networks={"204": NETWORK},
-        public_ips={ADDRESS.address: ADDRESS},
-        lb_rules={str(rule.rule_id): rule for rule in rules},
-    )
+from netloom.state import Nic
+from unit.balanced_scope import NETWORK, RULE, balanced_scope
 
 
 def test_only_named_nics_have_a_hosts_file() -> None:
@@ -73,23 +35,23 @@ def test_defect_20_the_resolver_knows_nothing_of_the_host() -> None:
 
 
 def test_a_scope_without_rules_wants_no_haproxy() -> None:
-    assert haproxy.service(_scope()) is None
-    assert haproxy.service(_scope(replace(RULE, protocol="udp"))) is None
+    assert haproxy.service(balanced_scope()) is None
+    assert haproxy.service(balanced_scope(replace(RULE, protocol="udp"))) is None
 
 
 def test_a_rule_waits_for_its_address() -> None:
-    assert haproxy.service(replace(_scope(RULE), public_ips={})) is None
+    assert haproxy.service(replace(balanced_scope(RULE), public_ips={})) is None
 
 
 def test_a_network_that_does_not_stand_wants_nothing() -> None:
-    assert [it.name for it in services(_scope(RULE))] == ["dns-204", "lb"]
+    assert [it.name for it in services(balanced_scope(RULE))] == ["dns-204", "lb"]
     remembered = replace(NETWORK, implemented=False)
-    assert services(replace(_scope(RULE), networks={"204": remembered})) == ()
+    assert services(replace(balanced_scope(RULE), networks={"204": remembered})) == ()
 
 
 def test_proxy_protocol_is_for_the_rules_that_ask() -> None:
     proxied = replace(RULE, rule_id=952, public_port=81, protocol="tcp-proxy")
-    wanted = haproxy.service(_scope(RULE, proxied))
+    wanted = haproxy.service(balanced_scope(RULE, proxied))
     assert wanted is not None
     plain, proxy = wanted.config["haproxy.cfg"].split("listen ")[1:]
     assert "send-proxy" not in plain
@@ -99,4 +61,4 @@ def test_proxy_protocol_is_for_the_rules_that_ask() -> None:
 def test_the_order_of_rules_and_backends_does_not_matter() -> None:
     other = replace(RULE, rule_id=7, public_port=90)
     turned = replace(RULE, backends=RULE.backends[::-1])
-    assert haproxy.service(_scope(RULE, other)) == haproxy.service(_scope(other, turned))
+    assert haproxy.service(balanced_scope(RULE, other)) == haproxy.service(balanced_scope(other, turned))

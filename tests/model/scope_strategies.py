@@ -19,7 +19,7 @@ from netloom.state import (
     Scope,
     StaticNat,
 )
-from unit.wishes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, network, ports
+from unit.scopes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, network, ports
 
 ADDRESSES = (A1, A2, B1, C1)
 PREFIXES = (

@@ -1,7 +1,7 @@
-"""The program of every process of the bed: it enters or makes namespaces, then serves the test's requests.
+"""The child process of the bed: enters or makes namespaces, then serves requests of the test.
 
-Run as ``python -I -S -B inside.py <spec as JSON>``. Requests come as JSON lines on stdin, answers go to stdout. When
-stdin closes the process ends, and with it all that it holds: that is how nothing outlives a test.
+Run as ``python -I -S -B child.py <spec as JSON>``. It reads requests as JSON lines from stdin and writes answers to
+stdout. The process ends when stdin closes, and its namespaces, mounts and links go with it. So nothing outlives a test.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import netns
 from bed import syscalls
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -36,11 +37,11 @@ def say(message: dict[str, Any]) -> None:
 
 def main() -> None:
     spec: dict[str, Any] = json.loads(sys.argv[1])
-    # Ctrl-C is the test's to handle: it closes our stdin in the end.
+    # The test handles Ctrl-C and closes our stdin at its end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o022)
     if entered := spec.get("enter"):
-        syscalls.enter(entered["pid"], entered["kinds"])
+        netns.enter(entered["pid"], entered["kinds"])
     before: list[str] = spec.get("unshare_before_fork", [])
     if before:
         syscalls.unshare(before)
@@ -49,14 +50,14 @@ def main() -> None:
     else:
         say({"pid": os.getpid()})
     if path := spec.get("netns"):
-        syscalls.enter_file(path, "net")
+        netns.enter_network(path)
     if after := spec.get("unshare", []):
         syscalls.unshare(after)
     ROLES[spec["role"]](spec)
 
 
 def _continue_in_child() -> None:
-    """Go on in a child, which alone is inside the new process-id namespace; its outer pid is told to the test."""
+    """Continue in a forked child, because only children enter a new PID namespace; report its outer pid to the test."""
     told_read, told_write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -75,7 +76,7 @@ def _continue_in_child() -> None:
 
 
 def keeper(spec: dict[str, Any]) -> None:
-    """The switch of the bed, and the shelf of the hosts' disks: a tmpfs that nobody else sees."""
+    """The switch of the bed. It also holds the disks of the hosts in a tmpfs of its own mount namespace."""
     syscalls.make_mounts_private()
     syscalls.mount("disks", spec["shelf"], "tmpfs", options="mode=755")
     _run(["ip", "link", "set", "lo", "up"])
@@ -83,7 +84,7 @@ def keeper(spec: dict[str, Any]) -> None:
 
 
 def node(spec: dict[str, Any]) -> None:
-    """A network namespace with its own mounts and name: a VM, or a machine of the internet."""
+    """A network namespace with its own mounts and host name: a VM, or a machine of the internet."""
     syscalls.make_mounts_private()
     syscalls.set_hostname(spec["name"])
     syscalls.mount("sysfs", "/sys", "sysfs")
@@ -98,12 +99,12 @@ def node(spec: dict[str, Any]) -> None:
 
 
 def worker(spec: dict[str, Any]) -> None:
-    """One more pair of hands in namespaces that somebody else holds."""
+    """Serve requests in the namespaces of another process."""
     serve()
 
 
 def machine(spec: dict[str, Any]) -> NoReturn:
-    """PID 1 of a host, or of the management server: a root of its own over the real one, then supervision."""
+    """PID 1 of a host or of the management server: overlays the root file system, then supervises services."""
     _build_root(spec)
     syscalls.set_hostname(spec["name"])
     _run(["ip", "link", "set", "lo", "up"])
@@ -226,7 +227,7 @@ def _listens(port: int) -> bool:
 
 
 def _supervise(services: dict[str, list[str]]) -> NoReturn:
-    """Reap orphans, start services again, run what /etc/bed/respawn holds; end when the test lets go."""
+    """Reap orphans; start and restart sshd and the programs of /etc/bed/respawn; end when stdin closes."""
     woken_read, woken_write = os.pipe()
     os.set_blocking(woken_write, False)
     os.set_blocking(woken_read, False)
@@ -303,11 +304,11 @@ def _run(argv: list[str]) -> None:
 
 
 def serve() -> NoReturn:
-    """Answer requests until stdin closes. Each runs in a thread of its own, so that a test can do many at once."""
-    from bed import desk
+    """Answer requests until stdin closes. Each runs in a thread of its own, so a test can run many in parallel."""
+    from bed import server
 
     say({"ready": True})
-    desk.serve(sys.stdin, say)
+    server.serve(sys.stdin, say)
     os._exit(0)
 
 

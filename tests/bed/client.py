@@ -1,4 +1,4 @@
-"""The test's end of a process of the bed: requests out, typed answers back."""
+"""The client side of a bed process: starts ``bed/child.py``, sends requests and returns the answers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-PROGRAM = Path(__file__).with_name("inside.py")
+PROGRAM = Path(__file__).with_name("child.py")
 START_TIMEOUT_S = 30.0
-# Longer than any single request may take inside (inside, 120 s is the most), so that the inside speaks first.
+# Longer than the longest request in the process (120 s), so that the process reports its own timeout first.
 ANSWER_TIMEOUT_S = 150.0
 
 
 class BedError(Exception):
-    """The bed itself failed: a process of it died, or an operation inside it raised."""
+    """The bed itself failed: one of its processes died, or an operation in a process raised an exception."""
 
 
 class Refused(BedError):
-    """An operation inside the bed raised; ``errno`` is the system's number where there was one."""
+    """An operation in a bed process raised an exception; ``errno`` is that of the exception, if it has one."""
 
     def __init__(self, text: str, errno: int | None) -> None:
         super().__init__(text)
@@ -34,15 +34,18 @@ class Refused(BedError):
 
 
 class Running(Generic[T]):
-    """An operation under way."""
+    """A request that has been sent and not yet been answered."""
 
     def __init__(
-        self, hands: Hands, number: int, answer: Future[Any], ready: threading.Event, shape: Callable[[Any], T]
+        self, client: Client, number: int, answer: Future[Any], ready: threading.Event, shape: Callable[[Any], T]
     ):
-        self._hands, self._number, self._answer, self._ready, self._shape = hands, number, answer, ready, shape
+        self._client, self._number, self._answer, self._ready, self._shape = client, number, answer, ready, shape
 
     def wait_ready(self, timeout_s: float = 10.0) -> Running[T]:
-        """Until a watch watches, or a transfer is connected. Raises what the operation raised, or TimeoutError."""
+        """Wait until the operation has started: a watch records, a transfer is connected.
+
+        Raises the exception of the operation, or TimeoutError after ``timeout_s`` seconds.
+        """
         self._answer.add_done_callback(lambda _: self._ready.set())
         if not self._ready.wait(timeout_s):
             raise TimeoutError("the operation did not begin")
@@ -51,12 +54,12 @@ class Running(Generic[T]):
         return self
 
     def result(self, timeout_s: float = ANSWER_TIMEOUT_S) -> T:
-        """The answer, when it is there. Raises Refused, or TimeoutError."""
+        """Wait for the answer. Raises Refused, or TimeoutError after ``timeout_s`` seconds."""
         return self._shape(self._answer.result(timeout_s))
 
     def stop(self) -> T:
-        """End it early; its answer up to now."""
-        self._hands.tell({"id": self._number, "operation": "stop"})
+        """Stop the operation; returns its answer so far."""
+        self._client.tell({"id": self._number, "operation": "stop"})
         return self.result()
 
     @property
@@ -64,8 +67,8 @@ class Running(Generic[T]):
         return self._answer.done()
 
 
-class Hands:
-    """One process inside some namespaces. ``pid`` is its process id as the test sees it."""
+class Client:
+    """One bed process in its namespaces. ``pid`` is its process id in the namespace of the test."""
 
     def __init__(self, name: str, spec: dict[str, Any]) -> None:
         self.name = name
@@ -86,8 +89,8 @@ class Hands:
         self._reader = threading.Thread(target=self._read, name=f"bed {name}", daemon=True)
         self._reader.start()
 
-    def wait_up(self) -> Hands:
-        """Until it serves. Raises BedError with what it printed when it does not."""
+    def wait_up(self) -> Client:
+        """Wait until the process accepts requests. Raises BedError with its stderr when it does not."""
         if not self._up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
             raise BedError(f"{self.name} did not start: {self._last_words()}")
         return self
@@ -117,11 +120,11 @@ class Hands:
         return Running(self, number, answer, ready, shape)
 
     def call(self, operation: str, /, **arguments: Any) -> Any:
-        """Do it and wait. Raises Refused when it raised inside."""
+        """Send a request and wait for its answer. Raises Refused when the operation raised an exception."""
         return self.start(operation, lambda value: value, **arguments).result()
 
     def end(self) -> None:
-        """Close its stdin, which ends it, and wait for it."""
+        """Close the stdin of the process, which ends it, and wait for its exit."""
         if self._process.stdin is not None and not self._process.stdin.closed:
             with self._lock, contextlib.suppress(OSError):
                 self._process.stdin.close()

@@ -1,4 +1,4 @@
-"""The request desk of a bed process: one thread per request, answers in any order."""
+"""The server side of a bed process: runs each request in a thread of its own; answers may come in any order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def run(
     uid: int = 0,
     timeout_s: float = RUN_TIMEOUT_S,
 ) -> dict[str, Any]:
-    """A program and what it said. Raises TimeoutError after killing its process group."""
+    """Run a program; returns exit status and output.
+
+    After ``timeout_s`` seconds its process group is killed, and TimeoutError raised.
+    """
     began = time.monotonic()
     process = subprocess.Popen(
         argv,
@@ -71,11 +74,11 @@ def execute(
     uid: int,
     patience_s: float,
 ) -> dict[str, Any]:
-    """A program as CloudStack's client runs it.
+    """Run a program as CloudStack's client does.
 
-    stdin is a pipe that nobody writes to or closes, stderr is merged into stdout, output is read to end of file, then
-    the exit is waited for. ``patience_s`` bounds what the client does not: after it the process group is killed and
-    ``hung`` says in what (``reading``: somebody kept the output open; ``exiting``).
+    stdin is a pipe that stays open and empty. stderr is merged into stdout. The output is read to end of file, then the
+    exit is awaited. The client has no time limit; here the process group is killed after ``patience_s`` seconds.
+    ``hung`` is then ``reading`` (a process kept the output open), ``exiting``, or ``printing`` (too much output).
     """
     began = time.monotonic()
     stdin_read, stdin_write = os.pipe()
@@ -135,7 +138,7 @@ def read(stop: Control, path: str) -> str:
 
 
 def write(stop: Control, path: str, text: str, mode: int = 0o644, uid: int = 0) -> None:
-    """A whole file, with its directories. Mode and owner are those asked for whatever the umask."""
+    """Write a file and make its directories. Mode and owner do not depend on the umask."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         os.fchmod(file.fileno(), mode)
@@ -144,7 +147,7 @@ def write(stop: Control, path: str, text: str, mode: int = 0o644, uid: int = 0) 
 
 
 def sysctl(stop: Control, name: str, value: str) -> str:
-    """Set a sysctl of this network namespace ("net.ipv4.ip_forward") when there is a value; what it is now."""
+    """Set a sysctl of this network namespace ("net.ipv4.ip_forward"), unless ``value`` is empty; its present value."""
     path = "/proc/sys/" + name.replace(".", "/")
     if value:
         with open(path, "w") as file:
@@ -162,7 +165,7 @@ def listing(stop: Control, path: str) -> list[str]:
 
 
 def many(stop: Control, probe: str, calls: list[dict[str, Any]]) -> list[Any]:
-    """One probe with many sets of arguments, up to 48 at a time; the answers in order."""
+    """Run one probe with many sets of arguments, up to 48 at a time; the answers keep their order."""
     with ThreadPoolExecutor(WIDTH) as pool:
         return list(pool.map(lambda arguments: probes.PROBES[probe](stop, **arguments), calls))
 
@@ -175,7 +178,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def serve(requests: Iterable[str], say: Callable[[dict[str, Any]], None]) -> None:
-    """Answer until ``requests`` ends."""
+    """Answer every request until ``requests`` ends."""
     controls: dict[int, Control] = {}
 
     def answer(number: int, operation: str, arguments: dict[str, Any], control: Control) -> None:
