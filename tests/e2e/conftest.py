@@ -1,4 +1,4 @@
-"""One bed for all end-to-end tests: two hosts, a management server, an internet. Each test has its own network."""
+"""One bed for all end-to-end tests: two hosts, a management server, an internet. Each test makes its own network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PUBLIC_VLAN = 101
 
 @pytest.fixture(scope="session", autouse=True)
 def _every_command(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The scenarios that are marked for the one file bring every command of the protocol to success, together."""
+    """Assert that the scenarios marked ``binary`` together bring every command of the protocol to success."""
     yield
     asked = request.config
     if (asked.option.markexpr, asked.option.keyword) == ("binary", "") and "tests/e2e" in asked.args:
@@ -44,7 +44,7 @@ def cloud(bed: Bed) -> FakeCloudStack:
     """A CloudStack that logs in as root by key."""
     cloud = FakeCloudStack.on(bed.management)
     cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
-    # Every candidate is asked, so both agents run from here on and belong to no test's traces.
+    # This call asks every candidate host, so both agents run before the first test records its traces.
     sent = cloud.isolated_network(200, vlan=1200, cidr="10.10.0.0/24", offering=NAT_SERVICES).ensure()
     assert sent.ok, sent.output
     return cloud
@@ -55,9 +55,9 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeLife]:
-    """Makes networks that end with the test: own id, VLAN and public addresses, 10.10.<n>.0/24 unless told.
+    """Make networks that end with the test. Each has its own id, VLAN, public addresses and subnet (10.10.<n>.0/24).
 
-    ``brisk``: ensure-network-device only while nothing is stored, for tests of packets and not of sequences.
+    ``brisk`` sends ensure-network-device only while nothing is stored: for tests of packets, not of sequences.
     """
     lives: list[Life] = []
 
@@ -88,19 +88,19 @@ def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[M
 
 @pytest.fixture
 def life(make_life: MakeLife) -> Life:
-    """A network whose events make every execution that CloudStack makes of them."""
+    """A network whose events cause every execution that CloudStack makes."""
     return make_life()
 
 
 @pytest.fixture
 def brisk_life(make_life: MakeLife) -> Life:
-    """A network of a test whose subject is not the sequence."""
+    """A network for tests that do not check the sequence of executions."""
     return make_life(brisk=True)
 
 
 @pytest.fixture
 def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeVpc]:
-    """Makes VPCs that end with the test, by default with a source-NAT address chosen at their creation."""
+    """Make VPCs that end with the test; by default with a source-NAT address chosen at their creation."""
     lives: list[VpcLife] = []
     everything = FakeCloudStack.on(bed.management, extension="vpcs")
     everything.register(hosts=bed.hosts, **bed.login("root", by="key"))

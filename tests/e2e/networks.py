@@ -18,7 +18,7 @@ OUTSIDE = "198.51.100.1"  # an address of the internet that is not on the public
 
 @dataclass
 class Life:
-    """A network of a test, its VMs, and the addresses that are its own."""
+    """One network of a test, with its VMs and its own public addresses."""
 
     bed: Bed
     cloud: FakeCloudStack
@@ -32,7 +32,7 @@ class Life:
 
     @property
     def host(self) -> Host:
-        """The host that the network lives on."""
+        """The host of the network."""
         (host,) = [host for host in self.bed.hosts if host.address == self.network.host]
         return host
 
@@ -43,18 +43,18 @@ class Life:
         return host
 
     def public(self, digit: int) -> str:
-        """The network's ``digit``-th public address, 0 being its source NAT address. Its own while it lives."""
+        """The ``digit``-th public address of this network; 0 is its source NAT address. No other network uses it."""
         return f"203.0.113.{10 + 4 * (self.number % 60) + digit}"
 
     def vm(self, name: str, last: int = 45, *, host: Host | None = None) -> tuple[Vm, Nic]:
-        """Deploy a VM: in CloudStack, and then, as KVM starts it once the network stands, on a host."""
+        """Deploy a VM in CloudStack, then start it on a host, in the order in which KVM does."""
         mac = f"02:01:00:{self.number:02x}:00:{last:02x}"
         ip = f"{self.subnet}.{last}"
         nic = self.network.deploy_vm(name, ip=ip, mac=mac)
         return self.plug(nic, host=host), nic
 
     def plug(self, nic: Nic, *, host: Host | None = None) -> Vm:
-        """The VM of a NIC on a host's guest bridge."""
+        """Start the VM of a NIC on a host's guest bridge."""
         host = host or self.host
         vm = host.vm(
             nic.vm.name,
@@ -72,17 +72,17 @@ class Life:
         self.vms = []
         network = self.network
         if network.facts.state == "implemented" or network.host:
-            # The sequence is another test's subject: without rules and repeated questions this is the shortest one.
+            # Other tests check the sequence of a deletion. Without rules and repeated ensures it is shortest.
             network.ensures_always = False
             network.port_forwards, network.static_nats, network.firewall, network.addresses = [], [], [], []
             network.delete()
         noisy = {each.command for each in self.cloud.history if each.ok and each.output}
-        assert noisy <= {"ensure-network-device", "custom-action"}, "on success no other prints"
+        assert noisy <= {"ensure-network-device", "custom-action"}, "no other command prints on success"
 
 
 @contextmanager
 def impatient(cloud: FakeCloudStack, timeout_s: int = 8) -> Iterator[None]:
-    """A shorter deadline than CloudStack's 60 s, for hosts that do not answer."""
+    """Shorten CloudStack's deadline of 60 s, for hosts that do not answer."""
     usual, cloud.timeout_s = cloud.timeout_s, timeout_s
     try:
         yield
@@ -95,7 +95,7 @@ MakeLife = Callable[..., Life]
 
 @dataclass
 class VpcLife:
-    """A VPC of a test, its tiers' VMs, and four public addresses that are its own; ``public[0]`` is for source NAT."""
+    """One VPC of a test, with its VMs and four public addresses of its own; ``public[0]`` is for source NAT."""
 
     bed: Bed
     cloud: FakeCloudStack
@@ -119,7 +119,7 @@ class VpcLife:
         return tier
 
     def vm(self, tier: Tier, name: str, last: int = 45) -> tuple[Vm, Nic]:
-        """Deploy a VM in a tier: in CloudStack, and then, as KVM starts it once the network stands, on the host."""
+        """Deploy a VM in a tier in CloudStack, then start it on the host."""
         mac = f"02:02:{self.number:02x}:{int(tier.facts.network_id) % 10:02x}:00:{last:02x}"
         nic = tier.deploy_vm(name, ip=f"{tier.facts.cidr.rpartition('.')[0]}.{last}", mac=mac)
         gateway = tier.facts.gateway
@@ -143,7 +143,7 @@ MakeVpc = Callable[..., VpcLife]
 
 
 class Traces:
-    """What every host has when this is made; ``left`` is what came or went since."""
+    """The objects of every host at the time of construction, to compare with later."""
 
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
@@ -151,11 +151,11 @@ class Traces:
         self._before = {host.name: host.objects() for host in bed.hosts}
 
     def left(self) -> dict[str, dict[str, dict[str, list[str]]]]:
-        """What came and went."""
+        """Objects that were added or removed since the construction, by host; empty when there are none."""
         self._settle()
         found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}
         return {name: changes for name, changes in found.items() if changes}
 
     def _settle(self) -> None:
-        """The relays of the last call have ended: the client does not wait for those."""
+        """Wait until the relays of the last call have ended, for which the client does not wait."""
         until(lambda: not any("agent connect" in it for host in self.bed.hosts for it in host.objects()["processes"]))

@@ -1,6 +1,6 @@
-"""The agent's side of the guest process, played by a test, and a segment of VMs for the process to answer.
+"""The agent's side of the control channel to the guest process, and a segment with VMs that the process serves.
 
-All in network namespaces named ``gtest-<n>-...`` that are made here and removed at the end.
+Namespaces are named ``gtest-<n>-...``; this module makes them and removes them at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _numbers = itertools.count(os.getpid() * 100)
 
 
 def network(*nics: GuestNic, revision: int = 1, **fields: object) -> GuestNetwork:
-    """Network 204 with these NICs, served from 10.1.1.1."""
+    """The table of network 204 with these NICs, served from 10.1.1.1."""
     plain = {"dns": (SERVER, "192.0.2.53"), "domain": "cs1.example", "search": ("cs1.example", "example")} | fields
     return GuestNetwork(
         scope_id="net-204",
@@ -71,12 +71,12 @@ def nic(number: int, **fields: object) -> GuestNic:
 
 
 def run(*argv: str, check: bool = True, timeout_s: float = 30.0) -> subprocess.CompletedProcess[str]:
-    """A command, to its end."""
+    """Run a command to its end. Raises CalledProcessError when ``check`` is set and it fails."""
     return subprocess.run(argv, capture_output=True, text=True, check=check, timeout=timeout_s)
 
 
 class Segment:
-    """A bridge, the network's own namespace on it, and VMs."""
+    """A bridge with the namespace of the network and VMs as its ports."""
 
     def __init__(self) -> None:
         self._prefix = f"gtest-{next(_numbers)}"
@@ -88,7 +88,7 @@ class Segment:
         self._ip(self.scope, "addr", "add", f"{SERVER}/24", "dev", LINK)
 
     def vm(self, of: GuestNic, *, mac: str = "", ip: str = "", neighbour: bool = True) -> str:
-        """A VM with this NIC, its link up and without an address unless one is given; its namespace."""
+        """Add a VM with this NIC, its link up; returns its namespace. It has no address unless ``ip`` is given."""
         namespace = self._plug(f"vm{len(self._namespaces)}", "eth0", mac or of.mac)
         if ip:
             self._ip(namespace, "addr", "add", f"{ip}/24", "dev", "eth0")
@@ -97,11 +97,11 @@ class Segment:
         return namespace
 
     def know(self, of: GuestNic) -> None:
-        """The permanent neighbour entry that the agent keeps for every NIC of the table."""
+        """Add the permanent neighbour entry that the agent keeps for each NIC of the table."""
         self._ip(self.scope, "neigh", "replace", of.ip, "lladdr", of.mac, "nud", "permanent", "dev", LINK)
 
     def sockets(self, kinds: Sequence[ListenerKind] = ("dhcp", "metadata", "password")) -> list[socket.socket]:
-        """The sockets that the agent opens for the network."""
+        """Open sockets in the namespace of the network, as the agent does."""
         with inside(self.scope):
             return [_listener(kind) for kind in kinds]
 
@@ -144,7 +144,7 @@ def _listener(kind: ListenerKind) -> socket.socket:
 
 
 class Agent:
-    """One connection to the guest process. What comes unasked is kept in ``news``."""
+    """One control connection to the guest process. Messages that answer no request are kept in ``news``."""
 
     def __init__(self, path: Path) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -156,7 +156,7 @@ class Agent:
         self.hello = self._next(Hello)[0]
 
     def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Done:
-        """Hand over; without ``listeners``, DHCP, metadata and passwords in that order."""
+        """Hand over sockets; without ``listeners`` they are for DHCP, metadata and passwords, in that order."""
         kinds: tuple[ListenerKind, ...] = ("dhcp", "metadata", "password")
         asked = listeners or tuple(Listener(kind) for kind in kinds[: len(sockets)])
         descriptors = [sock.fileno() for sock in sockets]
@@ -173,11 +173,11 @@ class Agent:
         return lent, [socket.socket(fileno=it) for it in descriptors]
 
     def attempt(self, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, str]:
-        """What a taken-over process could do."""
+        """Ask the process to try what an intruder would; returns the outcomes by attempt."""
         return self._ask(Try(seq=next(self._seq)), Tried, timeout_s=timeout_s)[0].outcomes
 
     def taken(self) -> PasswordTaken:
-        """The next password that is said to be taken."""
+        """Wait for the next message that a VM has fetched its password."""
         for at, message in enumerate(self.news):
             if isinstance(message, PasswordTaken):
                 del self.news[at]
@@ -185,7 +185,7 @@ class Agent:
         return self._next(PasswordTaken)[0]
 
     def listen(self, seconds: float) -> list[Message]:
-        """What came unasked, after listening for a while."""
+        """Receive for ``seconds``; returns the messages that answer no request."""
         with contextlib.suppress(TimeoutError):
             self._next(Hello, seconds)
         return self.news
@@ -247,7 +247,7 @@ class GuestProcess:
             )
 
     def connect(self) -> Agent:
-        """A new agent. Raises ChannelError with what the process said when it has died."""
+        """Connect as an agent. Raises ChannelError, with the stderr of the process, when it has died."""
         try:
             return Agent(self.path)
         except (OSError, ChannelError, TimeoutError) as error:
@@ -255,11 +255,11 @@ class GuestProcess:
 
     @property
     def said(self) -> str:
-        """What it wrote to its stderr: nothing, while all is well."""
+        """The stderr of the process; it must stay empty."""
         return self._log.read_text()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """End it; its exit status."""
+        """Send a signal and wait; returns the exit status."""
         self.process.send_signal(number)
         return self.process.wait(ANSWER_TIMEOUT_S)
 
@@ -272,7 +272,7 @@ class GuestProcess:
 
 @contextlib.contextmanager
 def guest_process(*options: str) -> Iterator[GuestProcess]:
-    """The process, ended at the end. That it said nothing on stderr is part of every test."""
+    """A guest process that ends with the block. Asserts that its stderr stayed empty."""
     process = GuestProcess(*options)
     try:
         yield process
@@ -283,7 +283,7 @@ def guest_process(*options: str) -> Iterator[GuestProcess]:
 
 @contextlib.contextmanager
 def segment() -> Iterator[Segment]:
-    """A segment, removed at the end."""
+    """A segment that is removed at the end of the block."""
     made = Segment()
     try:
         yield made

@@ -1,7 +1,7 @@
-"""A host for tests of the agent: a network namespace and mounts of its own, and real processes of the agent in it.
+"""A host for tests of the agent: a network and a mount namespace, with real agent processes in them.
 
-Plain veth links named ``eth1.1204`` and so on stand in for VLAN links; their other ends are in a second namespace, the
-fabric. Everything hangs on two holder processes and ends with them.
+Veth links named ``eth1.1204`` and so on take the place of VLAN links. Their other ends are in a second namespace, the
+fabric. Two holder processes keep the namespaces; everything ends with them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ exec sleep 1000
 
 
 class AgentHost:
-    """One host. ``vlans``: names of links that carry a VLAN, each connected to a switch of the fabric."""
+    """One host. ``vlans`` are the names of its VLAN links, each connected to the fabric."""
 
     def __init__(self, vlans: Sequence[str] = ("eth1.1204", "eth1.1377", "eth2.101")) -> None:
         self._holders = [self._hold("--net", "--mount"), self._hold("--net", "--mount")]
@@ -52,11 +52,11 @@ class AgentHost:
             self.add_vlan(name)
 
     def add_vlan(self, name: str) -> None:
-        """A link of this name, up, whose other end ``sw-<name>`` stands in the fabric."""
+        """Add a link of this name and set it up; its other end is ``sw-<name>`` in the fabric."""
         peer = f"sw-{name}"[:15]
         self.ip("link", "add", name, "type", "veth", "peer", "name", peer, "netns", str(self.fabric))
         self.run("ip", "link", "set", peer, "up", pid=self.fabric)
-        # Not ours to silence, and its own address would appear seconds later, in the middle of a comparison.
+        # Otherwise its link-local address would appear seconds later, during a comparison of snapshots.
         self.run("sysctl", "-qw", f"net/ipv6/conf/{name}/disable_ipv6=1")
 
     @staticmethod
@@ -72,7 +72,7 @@ class AgentHost:
         return holder
 
     def processes(self, *words: str) -> dict[int, list[str]]:
-        """The processes of this host but its holder, by pid, whose command line has all these words."""
+        """Processes of this host, without the holder, whose command line contains all ``words``: arguments by pid."""
         found = {}
         there = os.stat(f"/proc/{self.pid}/ns/mnt").st_ino
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
@@ -86,7 +86,7 @@ class AgentHost:
 
     def close(self) -> None:
         self.kill()
-        # What the agent starts outlives it: it ends with the host. All of them were started here.
+        # Programs that the agent started outlive it. End those of this host, found by its mount namespace.
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -99,7 +99,10 @@ class AgentHost:
     # ------------------------------------------------------------------------------------------- looking and doing
 
     def run(self, *words: str, pid: int = 0, namespace: str = "", check: bool = True, timeout_s: float = 60) -> str:
-        """Runs a program on the host, or in one of its namespaces, and returns what it prints."""
+        """Run a program on the host, or in one of its namespaces; returns its standard output.
+
+        Raises AssertionError when ``check`` is set and the exit status is not 0.
+        """
         where = ["nsenter", "-t", str(pid or self.pid), "-n", "-m"]
         inner = ["nsenter", f"--net=/run/netns/{namespace}"] if namespace else []
         done = subprocess.run(
@@ -122,7 +125,7 @@ class AgentHost:
         return {link["ifname"]: link for link in found}
 
     def inventory(self) -> dict[str, int]:
-        """How many there are of each kind of thing that a network may leave behind."""
+        """The number of objects of each kind that a network may leave behind."""
         return {
             "links": len(self.links()),
             "addresses": self.run("ip", "-o", "addr").count("\n"),
@@ -137,7 +140,7 @@ class AgentHost:
         }
 
     def plug(self, vm: str, bridge: str, mac: str, address: str = "") -> None:
-        """A VM: a namespace with ``eth0``, whose other end ``tap-<vm>`` is a port of the bridge, when one is named."""
+        """Add a VM: a namespace with ``eth0``. Its other end ``tap-<vm>`` is a port of ``bridge``, unless empty."""
         self.ip("netns", "add", vm)
         self.ip("link", "add", f"tap-{vm}", "type", "veth", "peer", "name", "eth0", "address", mac, "netns", vm)
         self.run("sysctl", "-qw", f"net/ipv6/conf/tap-{vm}/disable_ipv6=1")
@@ -154,13 +157,13 @@ class AgentHost:
         return inside(there)
 
     def path(self, path: str) -> Path:
-        """A path of the host as this process sees it."""
+        """A path of the host, as this process can open it."""
         return Path(f"/proc/{self.pid}/root{path}")
 
     # --------------------------------------------------------------------------------------------------- the agent
 
     def start(self, *options: str) -> None:
-        """Starts an agent and waits until it has restored its scopes."""
+        """Start an agent and wait until it has restored its scopes."""
         before = self.log().count(" restored")
         self.agent = subprocess.Popen(
             ["nsenter", "-t", str(self.pid), "-n", "-m", "--", *PROGRAM, "serve", "--log", LOG, *options],
@@ -185,13 +188,13 @@ class AgentHost:
         return Client(str(self.path("/run/netloom/agent.sock")))
 
     def call(self, fixture: str, command: str, **changes: Any) -> Reply:
-        """One call over a connection of its own."""
+        """Send one call over a new connection."""
         with self.client() as client:
             return client.call(fixture, command, **changes)
 
 
 class Client:
-    """The other end of the wire."""
+    """A client of the agent's socket: sends calls and receives replies."""
 
     _ids = itertools.count()
 
@@ -242,7 +245,7 @@ def make_call(
     remaining_ms: int = 60_000,
     **changes: object,
 ) -> Call:
-    """The call for a payload file, by the first digits of its name; ``changes`` replace fields of the payload."""
+    """Make the call of a payload file. ``fixture`` is the number in its name; ``changes`` replace payload fields."""
     (file,) = PAYLOADS.glob(f"{fixture}-*.json")
     payload = json.loads(file.read_bytes())["payload"] | changes
     scope = f"vpc-{payload['vpc_id']}" if payload.get("vpc_id") else f"net-{payload['network_id']}"
@@ -257,7 +260,7 @@ def make_call(
 
 
 def wait_until(happens: Any, seconds: float = 20.0) -> None:
-    """Waits for what has to happen soon; the limit is for a machine that is busy."""
+    """Poll a condition until it holds. Fails after ``seconds``, a limit for busy machines."""
     deadline = time.monotonic() + seconds
     while not happens():
         assert time.monotonic() < deadline, "it did not happen"
@@ -274,12 +277,13 @@ def agent_host(*vlans: str) -> Iterator[AgentHost]:
 
 
 def done(reply: Reply) -> Reply:
+    """Assert that a call succeeded; returns its reply."""
     assert (reply.status, reply.error) == (0, "")
     return reply
 
 
 def steps(host: AgentHost) -> int:
-    """Of the last line in the log that counts them."""
+    """The number of steps in the last log line that has one."""
     line = next(line for line in reversed(host.log().splitlines()) if "steps=" in line)
     return int(line.partition("steps=")[2].split()[0])
 
@@ -294,7 +298,7 @@ def act(
     network_id: str = "",
     **params: Any,
 ) -> Reply:
-    """What the extension sends for a payload file: the flat payload without the two objects of details."""
+    """Send a custom action as the extension does: the flat payload of a file, without the two objects of details."""
     (file,) = PAYLOADS.glob(f"{fixture}-*.json")
     payload = json.loads(file.read_bytes()) | {"action": action, "action-params": params}
     for details in ("physical-network-extension-details", "network-extension-details"):
@@ -318,6 +322,7 @@ def act(
 
 
 def message(reply: Reply) -> str:
+    """Assert that a custom action succeeded; returns the message of its JSON output."""
     said = json.loads(done(reply).output)
     assert (said["status"], said["printmessage"]) == ("success", "true")
     assert isinstance(said["message"], str)

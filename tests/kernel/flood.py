@@ -1,4 +1,4 @@
-"""A stream of new flows through the lab's device: which datagrams arrived, and from which address."""
+"""A stream of new UDP flows through the lab's device, with counts of the datagrams that arrived."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kernel.ruleset_lab import Lab
 
-# Sends one datagram of a new flow to each of two ports, again and again, until its input ends; prints how many.
+# Sends datagrams of new flows to two ports, 2,000 per second, until its input ends; prints their number.
 FLOOD = """
 import select, socket, sys, time
 sources, target, allowed, forbidden = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -32,7 +32,10 @@ print(sent)
 
 
 class Flood:
-    """New flows from one namespace to an allowed and to a forbidden port, counted where they arrive."""
+    """New flows from one namespace to an allowed port (6000) and a forbidden one (6001), counted at the receiver.
+
+    ``at`` is the receiver's namespace and address. ``seen_as`` is the source address that it has to see.
+    """
 
     def __init__(self, lab: Lab, space: str, source: str, target: str, at: tuple[str, str], seen_as: str) -> None:
         self._seen_as = seen_as
@@ -81,6 +84,6 @@ class Flood:
 
 class Result(NamedTuple):
     sent: int
-    lost: int  # allowed, and did not arrive
-    let_in: int  # forbidden, and arrived
-    strange: int  # arrived from another address than the wish says
+    lost: int  # allowed, but did not arrive
+    let_in: int  # forbidden, but arrived
+    strange: int  # arrived from another address than expected

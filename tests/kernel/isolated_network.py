@@ -52,18 +52,20 @@ echo "ip=$ip router=$router dns=$(echo $dns | tr ' ' ,) domain=$domain hostname=
 
 
 def live(host: AgentHost) -> None:
+    """Build the network: addresses, a port forward, a static NAT and firewall rules."""
     with host.client() as client:
         for fixture, command in FIRST_LIFE:
             done(client.call(fixture, command))
 
 
 def addresses(host: AgentHost) -> set[str]:
+    """All addresses of the namespace, with prefix length, without those of lo."""
     found = json.loads(host.run("ip", "-j", "addr", namespace=NS))
     return {f"{it['local']}/{it['prefixlen']}" for link in found for it in link["addr_info"] if link["ifname"] != "lo"}
 
 
 def snapshot(host: AgentHost) -> list[object]:
-    """What stands, without the numbers that are new with every link."""
+    """The kernel objects of the network, without link numbers, which change when a link is made again."""
     return [
         {name: (it.get("master"), "ifalias" in it, "UP" in it["flags"]) for name, it in host.links().items()},
         sorted(host.run("nft", "-s", "list", "ruleset").splitlines()),
@@ -80,7 +82,7 @@ def snapshot(host: AgentHost) -> list[object]:
 
 
 def live_with_vm(host: AgentHost) -> None:
-    """The isolated network with a VM deployed on it, and plugged in."""
+    """Build the network, deploy the VM ``web`` and connect it to the guest bridge."""
     with host.client() as client:
         for fixture, command in FIRST_LIFE[:3] + DEPLOY:
             done(client.call(fixture, command))
@@ -91,7 +93,7 @@ def live_with_vm(host: AgentHost) -> None:
 
 
 def lease(host: AgentHost, vm: str, *, check: bool = True) -> dict[str, str]:
-    """What busybox's DHCP client is given."""
+    """Run busybox's DHCP client; returns the values of its lease, or nothing when it got none."""
     words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "8", "-T", "1", "-s", "/run/udhcpc"]
     said = host.run(*words, "-x", "hostname:x", namespace=vm, check=check)
     line = next((line for line in said.splitlines() if line.startswith("ip=")), "")
@@ -99,23 +101,25 @@ def lease(host: AgentHost, vm: str, *, check: bool = True) -> dict[str, str]:
 
 
 def get(host: AgentHost, vm: str, path: str, *more: str, port: int = 80) -> str:
+    """GET a path from the metadata server with curl; empty when it fails. ``more`` are options of curl."""
     words = ["curl", "-s", "--fail", "--max-time", "5", *more, f"http://{SERVER}:{port}{path}"]
     return host.run(*words, namespace=vm, check=False)
 
 
 def lookup(host: AgentHost, vm: str, name: str) -> str:
-    """The address, or the name, that the network's resolver has."""
+    """Ask the network's resolver for a name or an address; returns the answers, separated by spaces."""
     said = host.run("busybox", "nslookup", name, SERVER, namespace=vm, check=False)
     answers = said.partition("\n\n")[2]
     return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line or "name =" in line)
 
 
 def running(host: AgentHost) -> dict[str, set[int]]:
+    """The process ids of dnsmasq, haproxy and the guest process (``--control``)."""
     return {word: set(host.processes(word)) for word in ("dnsmasq", "haproxy", "--control")}
 
 
 def kernel(host: AgentHost) -> tuple[str, ...]:
-    """What the kernel has of the network, without counters and handles."""
+    """Links, addresses, routes, rules and ruleset of the namespace as text, without counters and handles."""
     return tuple(
         host.run(*words, namespace=NS)
         for words in (

@@ -11,9 +11,9 @@ from netloom.render.marks import REVOKED
 
 
 def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
-    """Of attempts just made, with their sources: the judge lets through what the kernel let, and nothing else.
+    """Assert that the flow judge admits exactly the attempts that the kernel admitted, as its conntrack entries show.
 
-    Ports of the sources are the kernel's choice, and no rule asks for them.
+    ``tried`` holds attempts just made, with their source addresses. Source ports do not matter: no rule matches them.
     """
     judge = Judge(lab.scope)
     stands = {_what(it): it for it in lab.entries()}

@@ -1,12 +1,12 @@
-"""A network of scratch namespaces around one device, to prove with packets what ``render`` says.
+"""Network namespaces around one device, to test the rendered rulesets with packets.
 
     vm1 vm2 vm3 ── guest segment ── dev ── public VLAN 101 ── gw1 ──┐
                                      │          └ neighbour         ├── internet (clients on its loopback)
                                      └──── public VLAN 102 ── gw2 ──┘
 
-The device is made from a ``Want`` by the plain tools ``ip``, ``nft -f`` and ``conntrack``: a second opinion to the
-agent. The two gateways drop what does not come from an address of their own VLAN, as providers do, so a reply that
-takes the wrong exit is lost. Sockets are opened inside the namespaces and stay there; nothing leaves them.
+The device is made from a ``Want`` with ``ip``, ``nft -f`` and ``conntrack``, without code of the agent. Each gateway
+drops packets whose source is not an address of its own VLAN, as providers do, so a reply through the wrong exit is
+lost. Sockets are opened in the namespaces and stay there; no packet leaves them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(*argv: str, stdin: str = "") -> str:
 
 
 class Nft:
-    """libnftables in this process, for one namespace: hundreds of `nft` processes would take most of a test's time."""
+    """libnftables in this process, for one namespace. Hundreds of ``nft`` processes would be much slower."""
 
     def __init__(self, namespace: str) -> None:
         self._library = ctypes.CDLL("libnftables.so.1")
@@ -62,7 +62,7 @@ class Nft:
         self._library.nft_ctx_buffer_output(self._context)
 
     def refusal(self, text: str) -> str:
-        """What is wrong with a transaction; empty when the kernel took it."""
+        """Run a transaction; returns the error message, or an empty text when the kernel accepted it."""
         if not self._library.nft_run_cmd_from_buffer(self._context, text.encode()):
             return ""
         return str(self._library.nft_ctx_get_error_buffer(self._context).decode()) or "refused"
@@ -218,14 +218,14 @@ class Lab:
         return run("ip", "netns", "exec", self.ns("dev"), "nft", "-j", "list", "table", "inet", "netloom")
 
     def plug(self, space: str, vlan: str, address: str) -> None:
-        """A link of ``space`` into a segment."""
+        """Connect ``space`` to a segment by a veth pair."""
         port = f"x{space}-{vlan}"[:15]
         self.ip("sw", f"link add {port} type veth peer name eth0 netns {self.ns(space)}",
                 f"link set {port} master breth1-{vlan}", f"link set {port} up")  # fmt: skip
         self.ip(space, f"addr add {address} dev eth0", "link set eth0 up")
 
     def strays(self) -> int:
-        """Packets that reached a gateway of the provider with an address that is not of its VLAN."""
+        """The number of packets that reached a provider's gateway with a source address of another VLAN."""
         found = 0
         for gw in ("gw1", "gw2"):
             text = run("ip", "netns", "exec", self.ns(gw), "nft", "list", "table", "ip", "strays")
@@ -235,17 +235,17 @@ class Lab:
     # The device
 
     def apply(self, scope: Scope | None, *, settle: bool = True) -> None:
-        """Make the device what ``scope`` wants, then deal with open flows as the judge says."""
+        """Configure the device for ``scope``; then delete or mark open flows as the flow judge decides."""
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
             self.settle(before)
 
     def renew(self, scope: Scope) -> None:
-        """The device as ``scope`` wants it, with no memory of connections and no neighbour known."""
+        """Configure the device for ``scope``; flush its connection tracking and the neighbours' ARP caches."""
         self.apply(scope, settle=False)
         run("ip", "netns", "exec", self.ns("dev"), "conntrack", "-F")
-        for space in ("gw1", "gw2", "nb"):  # nobody here tells them by gratuitous ARP
+        for space in ("gw1", "gw2", "nb"):  # the lab sends no gratuitous ARP
             self.ip(space, "neigh flush all")
 
     def realise(self, want: Want) -> None:
@@ -311,12 +311,12 @@ class Lab:
     # Packets
 
     def open_socket(self, space: str, kind: int, protocol: int = 0, address: str = "") -> socket.socket:
-        """A socket in ``space``, of the family of ``address``."""
+        """Make a socket in ``space``, of the address family of ``address``."""
         with inside(self.ns(space)):
             return socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, kind, protocol)
 
     def serve(self, space: str, protocol: str, port: int, address: str = "") -> None:
-        """Answer every connection and datagram with ``space address:port`` of whoever asks, as seen here."""
+        """Answer each connection and datagram with ``space address:port``: the client as the server sees it."""
         key = (space, protocol, address, port)
         if key in self._served:
             return
@@ -362,9 +362,9 @@ class Lab:
         connection.close()
 
     def ask(self, tries: Iterable[Try], patience_s: float = PATIENCE_S) -> list[str]:
-        """What came back on each attempt, all made at once: the answer, ``refused``, or empty for silence.
+        """Make all attempts at once; returns for each the answer, ``refused``, or an empty text when nothing came.
 
-        Waits ``QUIET_S`` for all; longer, up to ``patience_s``, only when called by :meth:`answered`.
+        Waits until all have an answer, at most ``patience_s`` seconds.
         """
         asked = list(tries)
         answers = [""] * len(asked)
@@ -422,30 +422,33 @@ class Lab:
         return client, b""
 
     def ping(self, space: str, source: str, target: str, type_: int, code: int, number: int) -> None:
-        """Send one ICMP query, and wait for nothing."""
+        """Send one ICMP query without waiting for the reply."""
         with self.open_socket(space, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sender:
             sender.bind((source, 0))
             sender.sendto(_icmp(type_, code, number), (target, 0))
 
     def answered(self, *tries: Try) -> list[str]:
-        """The answers; every attempt must get one, which may take a while on a busy machine."""
+        """Assert that every attempt is answered within ``PATIENCE_S``; returns the answers."""
         answers = self.ask(tries)
         for it, answer in zip(tries, answers, strict=True):
             assert answer and answer != "refused" and not answer.startswith("error"), f"{it}: {answer or 'silence'}"
         return answers
 
     def silent(self, *tries: Try) -> None:
-        """No attempt gets anything back."""
+        """Assert that no attempt is answered within ``QUIET_S``."""
         for it, answer in zip(tries, self.ask(tries, QUIET_S), strict=True):
             assert not answer, f"{it}: {answer}"
 
     def meets(self, told: Mapping[Try, bool]) -> None:
-        """Who is to be answered is, and nobody else. Silence first: connections are remembered by who looks next."""
+        """Assert that exactly the attempts marked True are answered.
+
+        The silent ones come first, because an answered one leaves a conntrack entry that could admit others.
+        """
         self.silent(*(it for it, allowed in told.items() if not allowed))
         self.answered(*(it for it, allowed in told.items() if allowed))
 
     def connect(self, space: str, target: str, port: int, source: str = "") -> socket.socket:
-        """An open TCP connection to a server of :meth:`serve`, its greeting read; blocking, with a timeout."""
+        """Open a TCP connection to a server of :meth:`serve` and read its greeting. The socket has a timeout."""
         client = self.open_socket(space, socket.SOCK_STREAM, 0, target)
         client.settimeout(PATIENCE_S)
         if source:
@@ -456,7 +459,7 @@ class Lab:
 
 
 def echoes(connection: socket.socket, patience_s: float = PATIENCE_S) -> bool:
-    """Whether a connection of :meth:`Lab.connect` still carries data there and back."""
+    """Whether a connection of :meth:`Lab.connect` still carries data in both directions."""
     connection.settimeout(patience_s)
     word = secrets.token_hex(8).encode()
     try:

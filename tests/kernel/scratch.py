@@ -1,4 +1,4 @@
-"""Namespaces for one test, and the tools that tell the truth about them."""
+"""Network namespaces for one test, and the programs that show what the kernel has in them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _count = itertools.count()
 
 @contextmanager
 def scratch() -> Iterator[str]:
-    """The name of a fresh namespace with lo up, gone after the block."""
+    """Make a namespace with lo up; returns its name, and removes it after the block."""
     name = f"ktest-{os.getpid()}-{next(_count)}"
     namespaces.create(name)
     try:
@@ -30,7 +30,7 @@ def scratch() -> Iterator[str]:
 
 @contextmanager
 def joined() -> Iterator[tuple[str, str]]:
-    """Two fresh namespaces with a veth pair: ``left`` 10.9.0.1 and fd09::1, ``right`` 10.9.0.2 and fd09::2."""
+    """Make two namespaces with a veth pair: ``left`` 10.9.0.1 and fd09::1, ``right`` 10.9.0.2 and fd09::2."""
     with scratch() as left, scratch() as right:
         with namespaces.descriptor(right) as fd:
             links.change(left, [links.make_veth("left", "", "right", "0a:00:00:00:09:02", 0, fd)])
@@ -41,7 +41,7 @@ def joined() -> Iterator[tuple[str, str]]:
 
 
 def tool(namespace: str, *argv: str) -> str:
-    """What a program prints inside the namespace; it must succeed."""
+    """Run a program in the namespace; returns its standard output, and fails when its exit status is not 0."""
     done = subprocess.run(
         ["ip", "netns", "exec", namespace, *argv], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
     )
@@ -50,16 +50,13 @@ def tool(namespace: str, *argv: str) -> str:
 
 
 def ip_json(namespace: str, *argv: str) -> list[dict[str, Any]]:
-    """What ``ip -d -j`` lists."""
+    """The objects that ``ip -d -j`` lists."""
     found: list[dict[str, Any]] = json.loads(tool(namespace, "ip", "-d", "-j", *argv) or "[]")
     return found
 
 
 def settled(namespace: str, *names: str) -> None:
-    """Wait until links that are up have come up in every respect, which the kernel sees to a moment later.
-
-    The operational state follows the carrier, and the IPv6 address and route of a link follow that.
-    """
+    """Wait until links have operational state UP and their IPv6 link-local address, which the kernel adds later."""
     deadline = time.monotonic() + 30
     while True:
         seen = {it["ifname"]: it for it in ip_json(namespace, "addr") if it["ifname"] in names}
@@ -72,5 +69,5 @@ def settled(namespace: str, *names: str) -> None:
 
 
 def descriptors() -> int:
-    """How many descriptors this process holds."""
+    """The number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))

@@ -77,7 +77,7 @@ def item(number: int, action: str, direction: str, protocol: str = "all", ports:
 
 
 class VpcLab(Lab):
-    """The lab with a segment for each tier."""
+    """The ruleset lab with a segment for each tier."""
 
     def _build(self) -> None:
         super()._build()
@@ -108,6 +108,9 @@ def items(
 def lists(
     cidrs: st.SearchStrategy[list[str]], *, number: str, icmp_type: int, other_type: int
 ) -> st.SearchStrategy[tuple[AclItem, ...] | None]:
-    """Access control lists, and none: with a protocol by its number, and ICMP types that are tried and that are not."""
+    """A strategy for access control lists, and for no list.
+
+    ``number`` is a protocol given by its number. Tests send ICMP of ``icmp_type`` and none of ``other_type``.
+    """
     made = items(cidrs, number, icmp_type, other_type)
     return st.none() | st.lists(made, max_size=6, unique_by=lambda it: it.number).map(tuple)

@@ -21,8 +21,9 @@ from netloom.wire import Registration
 
 OURS = Context(scope_id="net-204", registration=Registration(owner="zone-a"))
 Call = tuple[str, dict[str, Any]]
-# Few values, so that walks meet themselves, and few wrong ones, so that they get far. .2 and .20 share a prefix; one
-# guest is outside of the network. Every payload is written out beforehand: one draw per call is what keeps this quick.
+# Few values, so that calls of a walk concern the same objects, and few wrong ones, so that most calls succeed. .2 and
+# .20 share a textual prefix; one guest is outside the network. Payloads are built in advance, because drawing one value
+# per call is fast.
 ADDRESSES = ("203.0.113.2", "203.0.113.20", "203.0.113.21")
 GUESTS = ("10.10.1.45", "10.10.1.4", "10.10.1.45", "10.10.1.4", "10.10.2.45")
 PORTS = ("22", "80", "8080-8090", "8085", "8090-8100", "8000:8090")
@@ -57,7 +58,7 @@ def some(commands: Sequence[str], payloads: Sequence[dict[str, Any]]) -> st.Sear
 
 
 def carry_out(scope: Scope | None, call: Call, context: Context = OURS) -> Scope | None:
-    """The scope after the call; a refused call leaves it as it is. Anything but a NetloomError is a bug."""
+    """Apply a call; returns the scope after it. A call that raises NetloomError leaves the scope unchanged."""
     command, payload = call
     try:
         return apply(command, scope, decode(command, json.dumps(payload).encode()), context).scope

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for scopes: any mixture of addresses, translations and rules that CloudStack could ask for."""
+"""Hypothesis strategies for scopes with any mixture of addresses, translations and rules that CloudStack may send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things are in the repository, and which files are its own."""
+"""The root of the repository, and the list of its own files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What tools leave behind, none of it committed (.gitignore).
+# Files of tools, none of them committed (.gitignore).
 LEFT_BEHIND = {"__pycache__", "dist", ".git", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
 
 
 def own_files() -> Iterator[Path]:
-    """Every file of the repository, committed or about to be."""
+    """Every file of the repository, committed or new."""
     for entry in sorted(ROOT.iterdir()):
         if entry.name in LEFT_BEHIND or entry.name.startswith((".venv", ".import_linter")):
             continue

@@ -1,4 +1,4 @@
-"""Commands carried out on values: by the client's payload files, or by a few fields."""
+"""Apply commands to scopes without a host: from the client's payload files, or from single fields."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = Registration(owner="zone-a", guest_nic="eth1", public_nic="eth2")
 
 
 def play(scope: Scope | None, name: str, registration: Registration = OURS) -> Outcome:
-    """A payload file of the client, carried out on ``scope``."""
+    """Apply the command of a payload file to ``scope``. ``name`` is the number in the file's name."""
     (file,) = PAYLOADS.glob(f"{name}-*.json")
     command = {it["file"]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}[file.name]
     envelope = read_envelope(file.read_bytes(), command)

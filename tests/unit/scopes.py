@@ -1,7 +1,8 @@
-"""Short words for the scopes that the tests of the renderer speak about.
+"""Short constructors for the scopes of the renderer's tests.
 
-One isolated network with three guests, and public addresses behind three exits: ``A1`` (the source-NAT address) and
-``A2`` on VLAN 101, ``B1`` on VLAN 102, ``C1`` (15 characters) on VLAN 101 again, in a subnet with its own gateway.
+There is one isolated network with three guests, and there are public addresses behind three exits: ``A1`` (the
+source-NAT address) and ``A2`` on VLAN 101, ``B1`` on VLAN 102, and ``C1`` (15 characters) on VLAN 101 in a subnet with
+its own gateway.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def wish(
     ingress_open: bool = False,
     pbr: Pbr = NO_PBR,
 ) -> Scope:
-    """A scope with one standing network and these rules; ``firewall`` False: apply-fw-rules never came."""
+    """A scope with one implemented network and these rules. ``firewall=False``: apply-fw-rules was never called."""
     numbered = tuple(replace(rule, rule_id=at) for at, rule in enumerate(rules, 1))
     return Scope(
         scope_id="net-204",
@@ -96,7 +97,7 @@ def egress(
     type: int | None = None,
     code: int | None = None,
 ) -> FirewallRule:
-    """An egress rule; whether it allows or denies is the firewall's default."""
+    """An egress rule. The firewall's default decides whether it allows or denies."""
     return FirewallRule(
         rule_id=0,
         direction="egress",

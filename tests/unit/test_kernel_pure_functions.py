@@ -1,4 +1,4 @@
-"""What the kernel's door decides without a kernel: ARP frames, sysctl paths, words of nftables errors, names."""
+"""Functions of agent/kernel that need no kernel: ARP frames, sysctl paths, nftables error messages, namespace names."""
 
 from __future__ import annotations
 
