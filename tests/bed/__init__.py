@@ -1,4 +1,4 @@
-"""The test bed: simulated hosts, VMs, an internet and a management server out of namespaces on one machine.
+"""The test bed: simulated hosts, VMs, an internet and a management server, all made of namespaces on one machine.
 
     with Bed(hosts=2, vlans=[1204], public_vlans=[101]) as bed:
         h1, h2 = bed.hosts
@@ -6,8 +6,8 @@
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
         cloud = FakeCloudStack(bed.management)
 
-Everything hangs on processes, and every process of the bed ends when the pipe to the test closes. A test that is
-killed leaves nothing: no process, link, mount or file. Nothing is made in the root namespaces.
+Each machine is held by a process that ends when its pipe to the test closes. So a killed test leaves no process, link,
+mount or file. Nothing is made in the root namespaces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from bed.lab import Internet as Internet
     from bed.lab import Vm as Vm
 
-_DOORS = {
+_MODULES = {
     "Bed": "bed.lab",
     "Host": "bed.lab",
     "Internet": "bed.lab",
@@ -33,9 +33,9 @@ _DOORS = {
 
 
 def __getattr__(name: str) -> object:
-    # Late, because the processes inside the namespaces import this package too, and start in a third of the time so.
+    # Import late: the child processes import this package too, and start in a third of the time without these modules.
     import importlib
 
-    if name not in _DOORS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'bed' has no attribute {name!r}")
-    return getattr(importlib.import_module(_DOORS[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,9 +1,9 @@
-"""A make-believe CloudStack that drives the executable exactly as the real client does.
+"""A fake CloudStack that calls the executable exactly as the real client does.
 
-It keeps networks, addresses, rules and VMs as CloudStack's database would, and sends what CloudStack sends, in its
-order, as read from the source of the client and of the orchestrator: the payload file in a temporary directory,
-``<path> <command> <file> 60``, merged output read to end of file, the ``status`` rule, and the details that
-ensure-network-device printed, stored, handed back and forgotten when the client forgets them.
+It keeps networks, addresses, rules and VMs as CloudStack's database does. It sends the same commands in the same order,
+as read from the source of the client and of the orchestrator: a payload file in a temporary directory, the command line
+``<path> <command> <file> 60``, and merged output read to end of file. It applies the client's ``status`` rule. It keeps
+the details that ensure-network-device printed, passes them back, and deletes them when the client does.
 
     cloud = FakeCloudStack.on(bed.management)
     cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))

@@ -1,7 +1,7 @@
-"""Everything on a host that a network could leave behind, by name.
+"""An inventory of everything on a host that a network could leave behind, by name.
 
-Read with the tools an operator would use, not with netloom's own code. The bed's own processes, sshd's sessions and
-kernel-made noise (IPv6 link-local, neighbour entries) are left out, because they are there without any network.
+It uses the tools of an operator and no code of netloom. The processes of the bed, sessions of sshd, link-local IPv6
+addresses and neighbour entries are left out, because they exist without any network.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FILES = ("/var/lib/netloom", "/run/netloom", "/etc/netloom", "/run/netns", "/etc
 
 
 def objects(stop: Control, *, files: list[str] | None = None) -> dict[str, list[str]]:
-    """By category: names, sorted. Objects inside a named namespace start with its name and a slash."""
+    """Sorted names by category. Names of objects in a named namespace begin with its name and a slash."""
     found: dict[str, list[str]] = {
         "processes": _processes(),
         "namespaces": sorted(os.listdir("/run/netns")) if os.path.isdir("/run/netns") else [],
@@ -51,7 +51,7 @@ def _mounts() -> list[str]:
 
 
 def _processes() -> list[str]:
-    """Command lines of the host, without the bed, and without what runs in or below it or in a session of sshd."""
+    """Command lines of the host's processes, without those of the bed and of sshd's sessions and their descendants."""
     parents: dict[int, int] = {}
     lines: dict[int, str] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -151,7 +151,7 @@ def _element(element: Any) -> str:
 
 
 def _conntrack(text: str) -> list[str]:
-    """Entries without what changes by itself: the time left and the counters."""
+    """Conntrack entries without the fields that change by themselves: remaining time and counters."""
     return [
         " ".join(word for number, word in enumerate(line.split()) if number != 2 and not word.startswith("use="))
         for line in text.splitlines()

@@ -1,4 +1,4 @@
-"""What CloudStack's client writes: the bytes of the payload file, command by command.
+"""The payload files that CloudStack's client writes, byte by byte, one function for each command.
 
 Taken from the client's source, not from its documentation; compared byte by byte with tests/payloads. Nothing here
 runs anything. The objects are CloudStack's (a network, an address, a rule, a VM), as its database would have them.

@@ -1,4 +1,4 @@
-"""What a process inside a namespace can do for a test: connect, serve, ping, flood, watch. Bounded in count and time.
+"""The network operations of a bed process: connect, serve, ping, flood, record frames. All have limits.
 
 Every function takes JSON values and returns a JSON value. Long ones look at ``stop`` and end early when it is set.
 """
@@ -37,7 +37,7 @@ ETH_P_ALL, ETH_P_ARP = 0x0003, 0x0806
 
 
 class Control(threading.Event):
-    """Set when the work should end early. ``ready`` tells the test that a watch has begun."""
+    """An event that is set when the operation should end early. ``ready`` reports that the operation has begun."""
 
     def __init__(self, tell: Callable[[], None] = lambda: None) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def tcp_connect(
     source_port: int = 0,
     say: str = "",
 ) -> dict[str, Any]:
-    """One connection: what became of it, and the first line that the other side said."""
+    """Open one TCP connection; returns its outcome and the first line that the server sent."""
     _bounded(timeout_s)
     with socket.socket(_family(address), socket.SOCK_STREAM) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -117,7 +117,7 @@ def udp_exchange(
     say: str = "hello",
     tries: int = 1,
 ) -> dict[str, Any]:
-    """Datagrams until one is answered: ``answered``, ``timeout``, or the ICMP error that came."""
+    """Send datagrams until one is answered; the outcome is ``answered``, ``timeout`` or an ICMP error."""
     _bounded(timeout_s * tries)
     with socket.socket(_family(address), socket.SOCK_DGRAM) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -160,7 +160,7 @@ def icmp(
     source: str = "",
     size: int = 16,
 ) -> dict[str, Any]:
-    """ICMP queries, one after the other: how many were answered, and by whom. Types 8 (echo) and 13 (timestamp)."""
+    """Send ICMP queries of type 8 (echo) or 13 (timestamp), one by one; returns the replies' number and sender."""
     _bounded(timeout_s * count)
     answer_kind = {8: 0, 13: 14}[kind]
     name = random.randrange(1 << 16)
@@ -203,7 +203,7 @@ def icmp(
 
 
 class Servers:
-    """Sockets that tell every caller who answered and where the caller seemed to come from; then they echo.
+    """Servers that send each client their own name and the client address that they see, then echo.
 
     One thread for all of them. TCP: one JSON line after accept, then echo. UDP: one JSON line per datagram.
     """
@@ -218,7 +218,7 @@ class Servers:
         self._thread: threading.Thread | None = None
 
     def serve(self, kind: str, address: str, ports: list[int], name: str) -> list[str]:
-        """Listen; the handles to end it by."""
+        """Listen on ports; returns handles for ``end_serving``."""
         handles = []
         for port in ports:
             if kind == "tcp":
@@ -251,12 +251,12 @@ class Servers:
             self._drop(each)
 
     def seen(self, handle: str) -> dict[str, Any]:
-        """The callers so far (the last 10,000, as [address, port]) and how many datagrams or bytes came."""
+        """The last 10,000 clients, as [address, port], and the number of datagrams or bytes received."""
         with self._lock:
             return {"callers": list(self._seen[handle]), "received": self._received[handle]}
 
     def say(self, handle: str, text: str) -> int:
-        """Send a line to every open connection; the number of connections that took it."""
+        """Send a line on every open connection; returns the number of connections."""
         with self._lock:
             clients = list(self._clients[handle])
         told = 0
@@ -373,7 +373,7 @@ _kept: dict[int, socket.socket] = {}
 def open_tcp(
     stop: Control, address: str, port: int, *, timeout_s: float = 3.0, source: str = "", source_port: int = 0
 ) -> dict[str, Any]:
-    """A connection that stays open until it is closed; its number and the server's first line."""
+    """Open a connection and keep it; returns its number and the server's first line."""
     _bounded(timeout_s)
     client = socket.socket(_family(address), socket.SOCK_STREAM)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -484,7 +484,7 @@ def flood_udp(
     linger_s: float = 1.0,
     source: str = "",
 ) -> dict[str, Any]:
-    """New flows at a rate, one datagram each from a socket of its own, to the ports in turn; answers per port."""
+    """Send one datagram per new flow, at a rate, to the ports in turn; returns the answers per port."""
     if not 0 < count <= FLOOD_COUNT_MAX:
         raise ValueError(f"{count} datagrams are too many")
     _bounded(count / rate + linger_s)
@@ -548,7 +548,7 @@ def flood_tcp(
     timeout_s: float = 3.0,
     source: str = "",
 ) -> dict[str, Any]:
-    """New connections one after the other from ``width`` threads; the count of each outcome."""
+    """Open connections without pause in ``width`` threads; returns the count of each outcome."""
     _bounded(seconds)
     outcomes: dict[str, int] = {}
     lock = threading.Lock()
@@ -585,7 +585,7 @@ def link_mac(link: str) -> str:
 
 
 def watch_arp(stop: Control, link: str, *, seconds: float = 10.0) -> list[dict[str, Any]]:
-    """The ARP frames that arrive on a link until stopped. ``gratuitous``: sender and target address are the same."""
+    """Record ARP frames on a link until stopped. ``gratuitous``: sender and target address are equal."""
     _bounded(seconds)
     frames: list[dict[str, Any]] = []
     deadline = time.monotonic() + seconds
@@ -614,7 +614,7 @@ def watch_arp(stop: Control, link: str, *, seconds: float = 10.0) -> list[dict[s
 
 
 def who_has(stop: Control, link: str, address: str, *, source: str = "0.0.0.0", timeout_s: float = 0.5) -> list[str]:
-    """The MAC addresses that answer an ARP request for an address within the time."""
+    """Send an ARP request; returns the MAC addresses that answer within the time."""
     _bounded(timeout_s)
     own = bytes.fromhex(link_mac(link).replace(":", ""))
     target = socket.inet_aton(address)
@@ -638,7 +638,7 @@ def who_has(stop: Control, link: str, address: str, *, source: str = "0.0.0.0", 
 
 
 def send_frame(stop: Control, link: str, frame: str, count: int = 1) -> None:
-    """Put a raw frame (hexadecimal) on a link."""
+    """Send a raw frame, given as hexadecimal, on a link."""
     if not 0 < count <= 1000:
         raise ValueError(f"{count} frames are too many")
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
@@ -650,7 +650,7 @@ def send_frame(stop: Control, link: str, frame: str, count: int = 1) -> None:
 def capture(
     stop: Control, link: str, *, seconds: float = 5.0, ethertype: int = ETH_P_ALL, count_max: int = 1000
 ) -> list[str]:
-    """The frames that arrive on a link until stopped, as hexadecimal."""
+    """Record frames on a link until stopped; returns them as hexadecimal."""
     _bounded(seconds)
     frames: list[str] = []
     deadline = time.monotonic() + seconds

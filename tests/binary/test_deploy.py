@@ -14,7 +14,7 @@ from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import until
 from binary.onefile import build_id, one_file
-from ssh.deploying import LIBEXEC, SETTLE_S, Server, agents, current, deploying, works
+from ssh.deploy_lab import LIBEXEC, SETTLE_S, Server, agents, current, deploying, works
 from ssh.onefile import OneFiles
 
 pytestmark = pytest.mark.binary

@@ -1,4 +1,4 @@
-"""The two hosts are started once; every test begins with stand-ins that answer, and with a directory of its own."""
+"""Fixtures of the SSH tests: two hosts for all tests, with stand-in agents; a new directory for each test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from bed import Bed
 from bed.lab import Host
-from ssh.deploying import BALLAST_MB, ONE, TWO, deploying, wipe
+from ssh.deploy_lab import BALLAST_MB, ONE, TWO, deploying, wipe
 from ssh.lab import Caller, SshLab
 from ssh.onefile import OneFiles
 
@@ -54,7 +54,7 @@ def files(place: tuple[Bed, OneFiles]) -> OneFiles:
 
 @pytest.fixture
 def bed(place: tuple[Bed, OneFiles]) -> Iterator[Bed]:
-    """Its host has nothing of ours."""
+    """A bed whose host has no files of netloom."""
     yield place[0]
     wipe(place[0])
 

@@ -1,4 +1,4 @@
-"""A host whose init is the real systemd, with processes, network, mounts, control groups and a disk of its own."""
+"""A simulated host that runs the real systemd in its own namespaces (PID, network, mount, cgroup), with its own disk."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ exec env -i container=lab PATH=/usr/sbin:/usr/bin:/sbin:/bin \
 
 
 class SystemdHost:
-    """Switched off with ``close``; ``power_cut`` and ``boot`` keep the disk."""
+    """A host with systemd as its init. ``power_cut`` and ``boot`` keep the disk; ``close`` removes it."""
 
     def __init__(self) -> None:
         self._holder = subprocess.Popen(
@@ -84,7 +84,7 @@ class SystemdHost:
         return bool(self.pid) and self.run("systemctl", "is-system-running", check=False) in ("running", "degraded")
 
     def power_cut(self) -> None:
-        """Every process is gone at once."""
+        """Kill every process at once."""
         assert self._machine is not None
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
@@ -98,7 +98,7 @@ class SystemdHost:
         self._holder.communicate()
 
     def run(self, *words: str, check: bool = True) -> str:
-        """What a program on it prints."""
+        """Run a program on the host; returns its standard output."""
         done = subprocess.run(
             ["nsenter", "-t", str(self.pid), "-a", "--", *words],
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -113,7 +113,7 @@ class SystemdHost:
         return done.stdout.strip()
 
     def path(self, path: str) -> Path:
-        """A path of the host as this process sees it."""
+        """A path of the host, as this process can open it."""
         return Path(f"/proc/{self.pid}/root{path}")
 
 

@@ -12,7 +12,7 @@ from bed import Bed
 from bed.lab import Host
 from bed.machines import until
 from netloom.extension.deploy import machine_of
-from ssh.deploying import (
+from ssh.deploy_lab import (
     LIBEXEC,
     ONE,
     SETTLE_S,

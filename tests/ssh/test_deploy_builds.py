@@ -14,7 +14,7 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES, IsolatedNetwork
 from bed.lab import Host, Internet, Vm
 from bed.machines import until
-from ssh.deploying import (
+from ssh.deploy_lab import (
     LIBEXEC,
     ONE,
     SETTLE_S,

@@ -11,7 +11,7 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import Done, until
-from ssh.deploying import LIBEXEC, ONE, SETTLE_S, TWO, Server, agents, current, works
+from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, agents, current, works
 
 PROGRAM = "/root/netloom"
 

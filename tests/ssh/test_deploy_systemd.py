@@ -10,7 +10,7 @@ import pytest
 
 from bed.machines import until
 from kernel.agent_host import Client
-from ssh.deploying import LIBEXEC, ONE, SETTLE_S, TWO, deploying_files
+from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, deploying_files
 from ssh.onefile import OneFiles
 from ssh.systemd_host import SystemdHost
 

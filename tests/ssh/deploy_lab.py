@@ -1,4 +1,4 @@
-"""Hosts that have nothing of netloom, and management servers that have the one file."""
+"""A bed for tests of deployment: hosts without netloom, and management servers with stand-ins for the one file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIBEXEC = "/usr/local/libexec/netloom"
 BALLAST_MB = 4
 SETTLE_S = 60.0
 
-# Stands before the real dd: stops where it is told to, until it is told to go on; may spoil a byte.
+# Replaces dd on a host: stops at a given byte until told to continue, and may corrupt the first byte.
 _DD = """#!/usr/bin/python3 -I
 import os, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[1:])
@@ -49,7 +49,7 @@ while True:
 
 @contextmanager
 def deploying_files() -> Iterator[OneFiles]:
-    """A maker of one-files in a directory that every simulated machine sees."""
+    """A maker of one-files (ssh/onefile.py) in a directory that every simulated machine can read."""
     directory = Path(tempfile.mkdtemp(prefix="netloom-onefile-", dir="/var/tmp"))
     directory.chmod(0o755)
     try:
@@ -60,13 +60,13 @@ def deploying_files() -> Iterator[OneFiles]:
 
 @contextmanager
 def deploying(hosts: int = 2) -> Iterator[tuple[Bed, OneFiles]]:
-    """A bed whose machines can all read what the one-file maker makes."""
+    """A bed and a maker of one-files that all its machines can read."""
     with deploying_files() as files, Bed(hosts=hosts, public_vlans=[101]) as bed:
         yield bed, files
 
 
 class Server:
-    """A management server: its own directory and helper, and the one file where CloudStack expects it."""
+    """A management server with its own directory and helper, and the one file where CloudStack expects it."""
 
     _numbers = itertools.count(1)
 
@@ -88,12 +88,12 @@ class Server:
         return self.bed.management.execute([self._path, command, file, str(timeout_s)], environment=environment)
 
     def replace(self, program: Path) -> None:
-        """The operator drops another file in the place of the one that CloudStack calls."""
+        """Replace the file that CloudStack calls, as an operator does."""
         self.bed.management.run("install", "-m", "755", str(program), f"{self._path}.new")
         self.bed.management.run("mv", f"{self._path}.new", self._path)
 
     def ask(self) -> Execution:
-        """One call that asks a host and changes nothing there."""
+        """Make one call that reaches a host and changes nothing there (ensure-network-device)."""
         network = self.cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24")
         return network.ensure().execution
 
@@ -101,12 +101,12 @@ class Server:
         return self.bed.management.sh(f"cat {self.directory}/netloom.log", check=False)
 
     def logged(self, pattern: str) -> bool:
-        """Whether the log says so, in time."""
+        """Whether a line of the log matches ``pattern`` within ``SETTLE_S``."""
         return until(lambda: re.search(pattern, self.log()), seconds=SETTLE_S)
 
 
 def in_background(server: Server) -> Callable[[], Execution]:
-    """A call that has begun; asks for its end."""
+    """Start a call in a thread; returns a function that waits for its result."""
     ended: list[Execution] = []
     thread = threading.Thread(target=lambda: ended.append(server.ask()))
     thread.start()
@@ -119,7 +119,7 @@ def in_background(server: Server) -> Callable[[], Execution]:
 
 
 def wipe(bed: Bed) -> None:
-    """The helpers have ended; the host has been switched off and on, and has nothing of ours."""
+    """End all helpers, restart the host and delete netloom's files from it."""
     for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
         if line.endswith(" helper"):
             bed.management.sh(f"kill -9 {line.split()[0]}")
@@ -131,12 +131,12 @@ def wipe(bed: Bed) -> None:
 
 
 def works(done: Execution) -> bool:
-    """Whether the call succeeded with what ensure-network-device prints."""
+    """Whether a call succeeded and printed the answer of ensure-network-device."""
     return done.status == 0 and '"namespace":"cs-net-204"' in done.output
 
 
 def builds(host: Host) -> list[str]:
-    """What lies in the program's place."""
+    """The entries of the program's directory on a host: builds and symbolic links."""
     return [name for name in host.listing(LIBEXEC) if not name.startswith(".")]
 
 
@@ -145,19 +145,19 @@ def current(host: Host) -> str:
 
 
 def agents(host: Host) -> list[str]:
-    """The builds that serve: as many as there are processes, and all of the build that was the last to say so."""
+    """One entry for each running agent process: the build that the log named last."""
     serving = [line for line in host.sh("ps -A -o args=").splitlines() if " agent serve" in line]
     said = re.findall(r" build=(\S+) ", host.sh("cat /var/log/netloom/agent.log", check=False))
     return [said[-1] for _ in serving]
 
 
 def kill_agent(host: Host, number: str = "KILL") -> None:
-    """The agent is gone at once, whatever it did; or stopped."""
+    """Send a signal to the agent that started last; KILL by default."""
     host.sh(f"kill -{number} {re.findall(r' pid=([0-9]+) ', host.read('/var/log/netloom/agent.log'))[-1]}")
 
 
 def slow_disk(host: Host, *, stop: int = 0, spoil: bool = False) -> None:
-    """From now on uploads stop when so many bytes are written, until ``go_on``; or their first byte is spoilt."""
+    """Make later uploads stop after ``stop`` bytes until ``go_on`` is called, or corrupt their first byte."""
     host.write("/usr/local/bin/dd", _DD, mode=0o755)
     if stop:
         host.write("/run/dd-stop", str(stop))
@@ -170,5 +170,5 @@ def go_on(host: Host) -> None:
 
 
 def part(host: Host) -> int:
-    """How much of an upload lies there."""
+    """The number of bytes of an unfinished upload on a host."""
     return int(host.sh(f"cat {LIBEXEC}/*/.part-* 2>/dev/null | wc -c", check=False))
