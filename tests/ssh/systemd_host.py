@@ -1,4 +1,4 @@
-"""A simulated host that runs the real systemd in its own namespaces (PID, network, mount, cgroup), with its own disk."""
+"""A simulated host that runs the real systemd in its own namespaces (PID, network, mount, cgroup) and its own disk."""
 
 from __future__ import annotations
 
