@@ -507,7 +507,7 @@ def test_nothing_is_left_of_a_destroyed_network() -> None:
 
 
 def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
-    """As docs/operators.md tells operators to; what runs would hold the namespace that has lost its name."""
+    """As docs/operators/repair.md tells operators to; what runs would hold the namespace that has lost its name."""
     with agent_host() as host:
         before = host.inventory()
         host.start()
