@@ -9,7 +9,16 @@ from mutants.marks import mutants
 from repo.places import ROOT
 
 DOCUMENT = (ROOT / "docs" / "defects.md").read_text()
-ROWS = dict(re.findall(r"^\| (\d+) \| .+? \| (.+) \|$", DOCUMENT, re.MULTILINE))
+DEFECTS, READ = DOCUMENT.split("\n## Findings of the first reading\n")
+# The number of each entry, and its lines up to the next one.
+ENTRIES = dict(re.findall(r"^## (\d+)\. .+\n((?:(?!## ).*\n)+)", DEFECTS, re.MULTILINE))
+TEST = re.compile(r"^(?:- |  )`(tests/[\w/]+\.py)`\n  `(\w+)`( \*\*M\*\*)?$", re.MULTILINE)
+
+
+def listed_in(entry: str, *, marked: bool = False) -> set[str]:
+    """The tests that an entry names; ``marked``: those of them that it calls mutation tests."""
+    assert len(TEST.findall(entry)) == entry.count("`tests/"), entry
+    return {f"{file}::{name}" for file, name, mark in TEST.findall(entry) if mark or not marked}
 
 
 def defined() -> dict[int, set[str]]:
@@ -25,24 +34,29 @@ def defined() -> dict[int, set[str]]:
 
 def test_every_defect_has_its_tests_and_the_document_names_them() -> None:
     tests = defined()
-    assert sorted(map(int, ROWS)) == list(range(1, 70))
-    assert {int(number): set(re.findall(r"`([^`]+)`", row)) for number, row in ROWS.items()} == tests
+    assert sorted(map(int, ENTRIES)) == list(range(1, 70))
+    assert {int(number): listed_in(entry) for number, entry in ENTRIES.items()} == tests
 
 
 def test_the_document_says_which_are_shown_to_fail() -> None:
     marked = {it.test for it in mutants()}
-    said = {test for row in ROWS.values() for test in re.findall(r"`([^`]+)` \*\*M\*\*", row)}
+    said = {test for entry in ENTRIES.values() for test in listed_in(entry, marked=True)}
     assert said == {test for tests in defined().values() for test in tests if test in marked}
     # A defect without a marked test would rest on a test that perhaps cannot fail.
     assert {number for number, tests in defined().items() if not tests & marked} == set()
 
 
-def test_what_is_known_by_reading_points_to_rows_and_tests() -> None:
-    rows = re.findall(r"^\| F(\d+) \| .+? \| (.+) \|$", DOCUMENT, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 22))
-    for pointer in ", ".join(where for _, where in rows).split(", "):
-        if pointer.isdigit():
-            assert pointer in ROWS
-        else:
-            file, _, name = pointer.strip("`").partition("::")
+def test_what_is_known_by_reading_points_to_entries_and_tests() -> None:
+    findings = re.findall(r"^- \*\*F(\d+)\.\*\* .+\n((?:  .+\n)+)", READ, re.MULTILINE)
+    assert [int(number) for number, _ in findings] == list(range(1, 22))
+    for number, where in findings:
+        pointers = [
+            it for listed in re.findall(r"^  Defects? ([\d, ]+)\.$", where, re.MULTILINE) for it in listed.split(", ")
+        ]
+        tests = listed_in(where)
+        assert pointers or tests, f"F{number} leads nowhere"
+        assert set(pointers) <= ENTRIES.keys()
+        assert len(where.splitlines()) == bool(pointers) + 2 * len(tests), f"F{number}"
+        for test in tests:
+            file, _, name = test.partition("::")
             assert f"def {name}(" in (ROOT / file).read_text()
