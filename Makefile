@@ -14,6 +14,7 @@ demo: packages venv ## the life of an isolated network on two simulated hosts, s
 
 test: packages venv build ## all tests, with the time of each group (root)
 	@build/package/venvs
+	@build/pages/venv
 	@.venv/bin/python build/ci/groups.py static unit model golden repo docs kernel ssh e2e binary release mutants
 
 test-binary: packages venv build ## all end-to-end tests with the one file in the place of the sources (root)
