@@ -14,7 +14,8 @@ demo: packages venv ## the life of an isolated network on two simulated hosts, s
 
 test: packages venv build ## all tests, with the time of each group (root)
 	@build/package/venvs
-	@.venv/bin/python build/ci/groups.py static unit model golden repo kernel ssh e2e binary release mutants
+	@build/pages/venv
+	@.venv/bin/python build/ci/groups.py static unit model golden repo docs kernel ssh e2e binary release mutants
 
 test-binary: packages venv build ## all end-to-end tests with the one file in the place of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all
@@ -30,6 +31,9 @@ release: venv build ## dist/: executable, sums, bill of materials, licences, deb
 
 audit: venv ## licences, pins, the bill of materials; known vulnerabilities, by a service that is asked
 	@build/package/audit
+
+docs: venv ## dist/docs: the documents as a site, with search and checked links; opens without a server
+	@build/pages/build
 
 check: venv ## format, lint, types, import contracts, tests that need no root: seconds
 	@.venv/bin/python build/ci/groups.py static unit model golden repo
@@ -48,7 +52,7 @@ lock: ## pin the requirement files anew; LOCK=--upgrade takes the newest release
 	@build/ci/lock $(LOCK)
 
 clean: ## remove .venv, caches and products
-	@rm -rf .venv .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-docs .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-binary build bench release audit check fix packages venv lock clean
+.PHONY: help demo test test-binary build bench release audit docs check fix packages venv lock clean

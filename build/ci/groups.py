@@ -25,10 +25,11 @@ BIN = Path(sys.executable).parent
 
 ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
 
+TOOLS = ["build/ci", "build/package", "build/pages"]
 STATIC = {
     "format": ["ruff", "format", "--quiet", "--diff", "."],
     "lint": ["ruff", "check", "--quiet", "."],
-    "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", "build/ci", "build/package"],
+    "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", *TOOLS],
     "imports": ["lint-imports", "--no-logo"],
 }
 PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants"}

@@ -13,6 +13,7 @@ from repo.files import ROOT, own_files
 DOCUMENTS = [path for path in own_files() if path.suffix == ".md"]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+LINE_LENGTH_MAX = 120
 
 
 def test_the_first_commands_of_the_readme_are_targets() -> None:
@@ -27,8 +28,19 @@ def test_continuous_integration_is_make_test() -> None:
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_readme_tells_what_each_command_of_the_protocol_does() -> None:
-    section = README.split("\n## Commands\n")[1].split("\n## ")[0]
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 90
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_is_longer_than_a_page_is_wide(document: Path) -> None:
+    lines = enumerate(document.read_text().splitlines(), 1)
+    assert [number for number, line in lines if len(line) > LINE_LENGTH_MAX] == []
+
+
+def test_the_commands_page_tells_what_each_command_of_the_protocol_does() -> None:
+    text = (ROOT / "docs/commands.md").read_text()
+    section = text.split("\n## The commands of the protocol\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \| .+ \|$", section, re.MULTILINE)) == set(TABLE)
 
 
@@ -40,23 +52,39 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 def test_each_invariant_names_the_test_that_guards_it() -> None:
     section = ARCHITECTURE.split("\n## Invariants\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (\d+) \| .+ \| (.+) \|$", section, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
-    for number, guards in rows:
-        named = re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", guards)
-        assert named, f"invariant {number} names no test"
-        for path, function in named:
+    numbers = [int(number) for number in re.findall(r"^(\d+)\. ", section, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    text = (ROOT / "docs/invariants.md").read_text()
+    guarded = re.findall(r"^## (\d+)\. .+\n\n((?:- .+\n(?: {2}.+\n)*)+)", text + "\n", re.MULTILINE)
+    assert [int(number) for number, _ in guarded] == numbers
+    for number, guards in guarded:
+        named = re.findall(r"^- `([\w/.]+)`:?\n((?: {2}`\w+`,?\n)*)", guards, re.MULTILINE)
+        assert len(named) == guards.count("- `"), f"invariant {number}: {guards}"
+        for path, functions in named:
             assert (ROOT / path).exists(), f"invariant {number}: {path}"
-            assert not function or re.search(rf"\bdef {function}\b", (ROOT / path).read_text()), (
-                f"invariant {number}: {function}"
-            )
+            for function in re.findall(r"`(\w+)`", functions):
+                assert re.search(rf"\bdef {function}\b", (ROOT / path).read_text()), f"invariant {number}: {function}"
 
 
-def test_each_sequence_names_a_test_that_is_there() -> None:
-    section = (ROOT / "docs/development.md").read_text().split("\n## The sequences of CloudStack's events\n")[1]
-    named = re.findall(r"`(tests/[^`:]+)(?:::([^`]+))?`", section.split("\n## ")[0])
-    assert len(named) > 30
-    for file, test in named:
-        path = ROOT / file
-        assert path.exists(), file
-        assert not test or f"def {test}(" in path.read_text(), f"{file}::{test}"
+def test_the_worked_command_is_the_code() -> None:
+    text = (ROOT / "docs/contributing.md").read_text()
+    shown = re.findall(r"^```diff\n\+\+\+ (.+)\n((?:\+.*\n)+)```$", text, re.MULTILINE)
+    assert len(shown) > 10
+    for path, lines in shown:
+        code = {line.partition("  # guard: ")[0] for line in (ROOT / path).read_text().splitlines()}
+        assert [line for line in lines.splitlines() if line[1:] not in code] == [], path
+
+
+def test_the_path_of_a_packet_names_each_base_chain_at_its_priority() -> None:
+    priorities = {"mangle": -150, "dstnat": -100, "dstnat + 10": -90, "filter": 0, "srcnat": 100, "srcnat + 10": 110}
+    text = (ROOT / "internal/netloom/render/README.md").read_text()
+    picture = text.split("```")[1]
+    ruleset = (ROOT / "tests/golden/ip6-tiers/ruleset.nft").read_text()
+    chains = re.findall(r"chain (\w+) \{\n\t\ttype .+ priority ([^;]+); policy (\w+);", ruleset)
+    assert len(chains) == 8
+    for name, priority, policy in chains:
+        dropped = r" \(drop\)" if policy == "drop" else r"(?! \(drop\))"
+        assert re.search(rf"(?<![\d-]){priorities[priority]}  {name}\b{dropped}", picture), name
+    others = {re.sub(r"_(\d|[.])+", "_", it) for it in re.findall(r"chain ([\w.]+) \{\n\t\t(?!type)", ruleset)}
+    assert others == {"arriving_ip6", "at_", "egress_", "acl_out_", "acl_in_"}
+    assert [name for name in others if name not in picture] == []

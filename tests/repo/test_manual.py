@@ -43,14 +43,15 @@ def test_the_words_of_people_are_those_of_the_first_door() -> None:
     assert not set(PEOPLE) & TABLE.keys()
 
 
-def test_each_setting_and_status_of_the_readme_is_in_the_page() -> None:
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("### Settings of the environment")[1].split("\n## ")[0]
+def test_each_setting_and_status_of_the_documents_is_in_the_page() -> None:
+    section = (ROOT / "docs/setup.md").read_text().split("\n## Settings of the environment\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\.It Ev (\w+)$", PAGE, re.MULTILINE)) == set(
-        re.findall(r"^\| `(NETLOOM_\w+)`", section, re.MULTILINE)
+        re.findall(r"^`(NETLOOM_\w+)`$", section, re.MULTILINE)
     )
-    statuses = readme.split("## Exit statuses")[1].split("\n## ")[0]
-    for status in re.findall(r"^\| (\d) \|", statuses, re.MULTILINE):
+    statuses = (ROOT / "docs/commands.md").read_text().split("\n## Exit statuses\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| (\d) \|", statuses, re.MULTILINE)
+    assert listed == ["0", "1", "2", "3"]
+    for status in listed:
         assert f"\n.It {status}\n" in PAGE
 
 

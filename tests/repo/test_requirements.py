@@ -19,7 +19,7 @@ def pins(name: str) -> dict[str, str]:
     return {line.split("==")[0]: line for line in lines}
 
 
-@pytest.mark.parametrize("name", ["runtime.txt", "dev.txt", "build.txt", "release.txt", "lock.txt"])
+@pytest.mark.parametrize("name", ["runtime.txt", "dev.txt", "build.txt", "release.txt", "docs.txt", "lock.txt"])
 def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     entries = pins(name)
     assert entries
@@ -41,7 +41,7 @@ def test_the_program_needs_few_packages() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["dev.txt", "build.txt", "release.txt"])
+@pytest.mark.parametrize("name", ["dev.txt", "build.txt", "release.txt", "docs.txt"])
 def test_all_use_the_same_versions_as_the_program(name: str) -> None:
     runtime, other = pins("runtime.txt"), pins(name)
     both = runtime.keys() & other.keys()

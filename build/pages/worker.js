@@ -1,0 +1,39 @@
+// Browsers start no workers for a page that was opened from a file. Here the search runs in a hidden frame instead.
+"use strict";
+(() => {
+  if (location.protocol !== "file:") return;
+  window.Worker = class extends EventTarget {
+    constructor(url) {
+      super();
+      this.onmessage = null;
+      this.frame = document.createElement("iframe");
+      this.frame.hidden = true;
+      document.body.appendChild(this.frame);
+      const inside = this.frame.contentWindow;
+      this.listener = (event) => {
+        if (event.source !== inside) return;
+        const message = new MessageEvent("message", { data: event.data });
+        this.dispatchEvent(message);
+        if (this.onmessage) this.onmessage(message);
+      };
+      window.addEventListener("message", this.listener);
+      inside.document.open();
+      inside.document.write(
+        `<body><script>postMessage = (data) => parent.postMessage(data, "*");</` +
+          `script><script src="${url}"></` + `script></body>`,
+      );
+      inside.document.close();
+      // Only now: document.open() takes all listeners away.
+      this.loaded = new Promise((resolve) => inside.addEventListener("load", resolve));
+    }
+
+    postMessage(data) {
+      this.loaded.then(() => this.frame.contentWindow.dispatchEvent(new MessageEvent("message", { data })));
+    }
+
+    terminate() {
+      window.removeEventListener("message", this.listener);
+      this.frame.remove();
+    }
+  };
+})();
