@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from repo.places import ROOT
+from repo.files import ROOT
 
 from pages.make_site import SiteError, collect, faults_of, missing_from_navigation, pages
 
