@@ -6,9 +6,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from repo.files import ROOT
 
 from pages.make_site import SiteError, collect, faults_of, missing_from_navigation, pages
+from repo.files import ROOT
 
 
 @pytest.fixture(scope="module")
