@@ -1,17 +1,18 @@
-"""argv to one of five doors, importing only what is behind that one.
+"""Chooses one of five entry points by argv and imports only the modules of that one.
 
-The program does not depend on its own name: CloudStack runs whatever file the operator registered.
+The entry points: a call of CloudStack's, the resident helper, the agent on a host, the guest service process, and the
+commands for people. The name of the executable does not matter: the operator registers it under any name.
 """
 
 from __future__ import annotations
 
 from netloom.fastos import os
-from netloom.program import begin
+from netloom.program import take_environment
 
-# What a person may say. CloudStack's commands have a hyphen in them and these have none, so neither hides the other.
+# The commands for people. CloudStack's commands contain a hyphen and these do not, so the two cannot collide.
 PEOPLE = ("agent", "commands", "hosts", "version")
 
-# What of ``agent`` is for people; the rest is what SSH and systemd start.
+# The subcommands of ``agent`` for people; SSH and systemd start the others.
 AGENT_PEOPLE = ("install", "uninstall", "rollback", "selftest", "status", "-h", "--help")
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the cost of importing typing
@@ -21,56 +22,56 @@ if TYPE_CHECKING:
     Door = Literal["call", "helper", "agent", "guest", "people"]
 
 
-def door(words: list[str]) -> Door:
-    """Which of the five doors the words of the command line lead to.
+def door(args: list[str]) -> Door:
+    """The entry point for the arguments of the command line.
 
-    Three words are CloudStack's call unless the first is one of ours; so an unknown command is refused in one
-    line, as CloudStack's log wants it.
+    Three arguments are a call of CloudStack's unless the first one is a command for people. A command that we do not
+    know is then refused in one line, as CloudStack's log needs it, and not by a page of help.
     """
-    first = words[0] if words else ""
+    first = args[0] if args else ""
     if first == "agent":
-        return "people" if words[1:2] and words[1] in AGENT_PEOPLE else "agent"
+        return "people" if args[1:2] and args[1] in AGENT_PEOPLE else "agent"
     if first == "guest":
         return "guest"
     if first == "helper":
         return "helper"
-    if not first.startswith("-") and ("-" in first or (len(words) == 3 and first not in PEOPLE)):
+    if not first.startswith("-") and ("-" in first or (len(args) == 3 and first not in PEOPLE)):
         return "call"
     return "people"
 
 
 def main(argv: list[str]) -> int:
-    """Open the door that ``argv`` names; the exit status, where the door does not end the process itself."""
-    begin(os.environ)
-    words = argv[1:]
-    behind = door(words)
-    if behind != "call":  # which lets them in when it can say its last words
-        _let_signals_in()
-    match behind:
+    """Run the entry point that ``argv`` selects; the exit status, unless the entry point exits by itself."""
+    take_environment(os.environ)
+    args = argv[1:]
+    chosen = door(args)
+    if chosen != "call":  # a call unblocks the signals once its handlers can report them
+        _unblock_signals()
+    match chosen:
         case "call":
-            from netloom.extension.call import call  # nothing heavy: sys, os, time and what the interpreter has
+            from netloom.extension.call import call  # loads only what the interpreter has loaded anyway
 
-            return call(words, executable=argv[0])
+            return call(args, executable=argv[0])
         case "agent":
             from netloom.agent.main import main as agent  # msgspec, asyncio: three bare start-ups
 
-            return agent(words[1:])
+            return agent(args[1:])
         case "people":
             from netloom.cli.app import run  # Typer: ten bare start-ups
 
-            return run(words)
+            return run(args)
         case "guest":
             from netloom.guest.main import main as guest  # asyncio and h11: four bare start-ups
 
-            return guest(words[1:])
+            return guest(args[1:])
         case "helper":
-            from netloom.extension.helper import main as helper  # asyncio; the rest when it serves
+            from netloom.extension.helper import main as helper  # asyncio; the rest while it serves
 
             return helper()
 
 
-def _let_signals_in() -> None:
-    """What ends a program comes from here on: the start of the one file (build/nuitka/start.c) holds it back."""
+def _unblock_signals() -> None:
+    """Unblock the signals that end a program. The one file's start code (build/nuitka/start.c) blocks them."""
     import _signal  # type: ignore[import-not-found]  # the C module
 
     _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP))

@@ -1,7 +1,8 @@
-"""Which program this is: the one file that somebody put somewhere, or a checkout.
+"""The running program: where its file is, which build it is, and how to start it again.
 
-The one file unpacks itself and becomes what it unpacked (build/nuitka/start.c), so ``sys.executable`` and ``__file__``
-are of no use to find it again; it says by NETLOOM_EXE where it is.
+The program is either the one executable file or a checkout of the sources. The one file unpacks itself and then
+executes the unpacked copy (build/nuitka/start.c), so ``sys.executable`` and ``__file__`` do not lead back to it; the
+environment variable NETLOOM_EXE has its path.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from netloom.fastos import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
-# A program that was started longer ago is found among the processes; one that is just starting is younger.
+# Unpacked builds younger than this are not removed: a process that is just starting one does not show in /proc yet.
 UNUSED_S = 3600.0
 
-# What Nuitka's start tells the program; a child that is such a program itself would take it for its own.
-_OF_THE_COMPILER = ("NUITKA_ORIGINAL_ARGV0", "NUITKA_ONEFILE_DIRECTORY", "NUITKA_ONEFILE_PARENT")
+# Nuitka's start code sets these for the program. A child that is also built by Nuitka would misread them as its own.
+_COMPILER_VARIABLES = ("NUITKA_ORIGINAL_ARGV0", "NUITKA_ONEFILE_DIRECTORY", "NUITKA_ONEFILE_PARENT")
 
 _PACKAGE = os.path.dirname(__file__)
 
@@ -28,55 +29,84 @@ _path: str | None = None
 
 
 def path() -> str | None:
-    """The one file that is running, absolute; None from a checkout."""
+    """The absolute path of the one file that is running; None in a checkout."""
     return _path
 
 
 def build_id() -> str:
-    """Version and hash of what the one file was made of: ``0.1.0-1f2e3d4c5b6a``; from a checkout ``source-0.1.0``."""
+    """Version and content hash of the one file, ``0.1.0-1f2e3d4c5b6a``; in a checkout ``source-0.1.0``."""
     return f"source-{__version__}" if _path is None else os.path.basename(_unpacked())
 
 
 def unpacked() -> str:
-    """Where the one file that runs has unpacked itself; empty from a checkout."""
+    """The directory into which the one file has unpacked itself; empty in a checkout."""
     return "" if _path is None else _unpacked()
 
 
 def is_newer(build: str, than: str) -> bool:
-    """Whether ``build`` may take the place of the build ``than`` by itself. Of two of the same age neither is newer."""
+    """Whether ``build`` may replace the build ``than`` automatically. False for two builds of the same age."""
     return _age(build) > _age(than)
 
 
 def _age(build: str) -> tuple[list[int], int]:
-    """Version, then the number between it and the hash (``0.1.0-57-1f2e3d4c5b6a``), where there is one."""
+    """The version, and the optional number between version and hash (``0.1.0-57-1f2e3d4c5b6a``)."""
     version, *rest = build.split("-")
     numbers = [int(number) for number in version.split(".") if number.isdecimal()]
     return numbers, int(rest[0]) if len(rest) > 1 and rest[0].isdecimal() else 0
 
 
 def command() -> list[str]:
-    """The words that start this program again: the one file, or interpreter, options and script."""
+    """The argv that starts this program again: the one file, or interpreter, options and script."""
     if _path is not None:
         return [_path]
-    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    words[0] = sys.executable
-    if words[-1] == sys.argv[0]:
-        words[-1] = os.path.abspath(words[-1])
-    return words
+    argv = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    argv[0] = sys.executable
+    if argv[-1] == sys.argv[0]:
+        argv[-1] = os.path.abspath(argv[-1])
+    return argv
+
+
+def start_detached(argv: list[str], environ: Mapping[str, str], descriptors: Sequence[int]) -> None:
+    """Start ``argv`` as a daemon: own session, parent process 1, working directory ``/``, umask 077.
+
+    ``descriptors`` become its descriptors 0, 1, 2 and so on; every other one is closed. When ``argv[0]`` cannot be
+    executed, a line about it is written to its descriptor 2. Raises OSError when no process can be created.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    try:
+        os.setsid()
+        if os.fork():  # the grandchild is no session leader, so it cannot acquire a terminal
+            os._exit(0)
+        moved = list(descriptors)
+        while min(moved) < len(moved):  # above the numbers that they are to have
+            moved = [os.dup(fd) for fd in moved]
+        for number, fd in enumerate(moved):
+            os.dup2(fd, number)
+        close_all_but(*range(len(moved)))
+        os.chdir("/")
+        os.umask(0o077)
+        os.execve(argv[0], argv, environ)
+    except OSError as error:
+        os.write(2, f"{argv[0]} cannot be started: {error.strerror}\n".encode())
+    finally:
+        os._exit(127)
 
 
 def close_all_but(*kept: int) -> None:
-    """Close every other descriptor: those that there are, for the limit may be a thousand million."""
+    """Close every other open descriptor. Lists /proc/self/fd, because the limit of descriptors may be a billion."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in kept:
             try:
                 os.close(int(name))
-            except OSError:  # the one that the list was read from
+            except OSError:  # the descriptor of the listing itself
                 continue
 
 
 def stamp() -> tuple[object, ...]:
-    """What becomes another value when somebody puts another program in the place of the one that runs."""
+    """A value that changes when the file of the running program, or a source file of the checkout, is replaced."""
     if _path is not None:
         return _seen(_path)
     found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(_PACKAGE) for name in names)
@@ -91,11 +121,11 @@ def _seen(path: str) -> tuple[int, ...]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def begin(environ: MutableMapping[str, str]) -> None:
-    """Take what the start of the one file left in the environment, where no child shall find it."""
+def take_environment(environ: MutableMapping[str, str]) -> None:
+    """Read and remove the variables that the one file's start code has set, so that no child inherits them."""
     global _path
-    told, in_a_while = environ.pop("NETLOOM_EXE", None), environ.pop("NETLOOM_TIDY", None)
-    for name in _OF_THE_COMPILER:
+    executable, tidy_is_due = environ.pop("NETLOOM_EXE", None), environ.pop("NETLOOM_TIDY", None)
+    for name in _COMPILER_VARIABLES:
         environ.pop(name, None)
     search = environ.pop("NETLOOM_PATH", None)
     if search is not None and environ.get("PATH") == "/":  # as Nuitka leaves it for a call (build/nuitka/build)
@@ -103,15 +133,15 @@ def begin(environ: MutableMapping[str, str]) -> None:
         environ["PATH"] = search
         if not search:
             environ.pop("PATH")
-    _path = told if "__compiled__" in globals() else None
-    if in_a_while and _path is not None:  # the first start of this build, or after some minutes without one
+    _path = executable if "__compiled__" in globals() else None
+    if tidy_is_due and _path is not None:  # at the first start of this build, and after some minutes without a start
         tidy(os.path.dirname(_unpacked()), build_id())
 
 
 def tidy(programs: str, build: str) -> None:
-    """Remove the unpacked builds but ``build`` that nobody started for an hour and no process runs.
+    """Remove from ``programs`` the unpacked builds that no process runs and that were not started for an hour.
 
-    And what was left of an unpacking, or of a removal, that was killed: names with a dot in front.
+    ``build`` itself is kept. Directories whose names begin with a dot, left by a killed unpacking or removal, go too.
     """
     try:
         old = [
@@ -127,9 +157,9 @@ def tidy(programs: str, build: str) -> None:
         for directory in old:
             if directory not in running:
                 leaving = os.path.join(programs, f".old-{os.path.basename(directory).lstrip('.')}")
-                os.rename(directory, leaving)  # at once, so that nobody starts a build of which half is gone
+                os.rename(directory, leaving)  # atomic, so that no process starts a half removed build
                 shutil.rmtree(leaving, ignore_errors=True)
-    except OSError:  # it is not what we were started for, and the next build tries again
+    except OSError:  # tidying must not make a call fail; the next build tries again
         pass
 
 
@@ -138,10 +168,10 @@ def _unpacked() -> str:
 
 
 def _running() -> Iterator[str]:
-    """The directories of the programs of all processes that we may look at: the directory is ours, so they are ours."""
+    """The program directories of the processes whose /proc/<pid>/exe we may read; that includes all of our user."""
     for entry in os.listdir("/proc"):
         if entry.isdecimal():
             try:
                 yield os.path.dirname(os.readlink(f"/proc/{entry}/exe"))
-            except OSError:  # gone, or somebody else's
+            except OSError:  # the process has ended, or belongs to another user
                 continue

@@ -1,8 +1,9 @@
-"""All that ever crosses SSH: hello, Call, Reply.
+"""The messages between the management server and an agent: Hello, Call and Reply, over one SSH channel.
 
 One channel carries many calls. A frame is a length (4 bytes, big endian) and that many bytes of MessagePack.
-Both ends say ``Hello`` first; then the management side sends ``Call`` messages, and the agent answers each with one
-``Reply`` of the same ``call_id``, in any order. A repeated ``call_id`` is answered from memory, not carried out twice.
+Both ends send ``Hello`` first. Then the management server sends ``Call`` messages, and the agent answers each with one
+``Reply`` of the same ``call_id``, in any order. The agent executes a ``call_id`` once; it answers a repeated one from
+memory.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import msgspec
 from netloom.errors import HostRefused
 
 PROTOCOL_VERSION = 1
-OLDEST_PROTOCOL = 1  # that is still understood: of a newer agent by an older management server, and the other way
+OLDEST_PROTOCOL = 1  # the oldest that we still understand; management servers and agents are updated at different times
 
-# A restore of hundreds of VMs with a megabyte of user data each is the largest honest message.
+# The largest legitimate message is a restore of hundreds of VMs with a megabyte of user data each.
 FRAME_BYTES_MAX = 1 << 30
 
 _LENGTH_BYTES = 4
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who speaks. ``build`` names the exact program; ``protocol`` and ``oldest``, the newest and the oldest that it
-    speaks, decide whether the two understand each other. Fields that one end does not know it ignores.
+    """The first message of each end. Unknown fields are ignored.
 
-    ``held``: the build that an operator of the host went back from; it is not installed there again by itself.
+    ``build`` names the exact program. ``protocol`` and ``oldest`` are the newest and the oldest protocol it speaks.
+    ``held``: the build that an operator of the host went back from; it is not installed there again automatically.
     """
 
     version: str
@@ -34,12 +35,12 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     held: str = ""
 
     def understands(self, other: Hello) -> bool:
-        """Whether there is a protocol that both speak."""
+        """Whether both ends have a protocol in common."""
         return max(self.oldest, other.oldest) <= min(self.protocol, other.protocol)
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True):
-    """The operator's registration details as the agent may know them: no host, no user, no secret."""
+    """The registration details that an agent gets: no hosts, no user name, no secret."""
 
     owner: str
     guest_nic: str = "eth1"
@@ -54,9 +55,9 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     """One command for one scope of one host.
 
-    ``command`` is a name of the protocol, or ``locate`` (does this host hold the scope?). ``payload`` is the
-    JSON text of CloudStack's ``payload`` object (for custom-action: the flat payload without the two details).
-    ``remaining_ms`` is the time that is left of the caller's deadline.
+    ``command`` is a command of the Network Extension Script Protocol, or ``locate`` (does this host have the scope?).
+    ``payload`` is the JSON text of CloudStack's ``payload`` object (for custom-action: of the file without the two
+    details). ``remaining_ms`` is the time until the caller's deadline.
     """
 
     call_id: str
@@ -68,9 +69,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
-    """The outcome: ``status`` is the exit status to end with, ``output`` goes to stdout, ``error`` is one line.
+    """The result of a call: ``status`` is the exit status, ``output`` goes to stdout, ``error`` is one line.
 
-    ``holds``: whether the agent has a state of the scope (answers ``locate``, and every other call too).
+    ``holds``: whether the agent has a state of the scope. It is the answer to ``locate``, and is set in every reply.
     """
 
     call_id: str
@@ -80,6 +81,15 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     hint: str = ""
     holds: bool = False
     revision: int = 0
+
+
+class Activation(msgspec.Struct, frozen=True):
+    """The result of ``netloom agent activate``, which prints it as JSON. ``build``: the one in use now."""
+
+    outcome: str  # "activated", "current", "newer", "held"
+    build: str
+    reason: str = ""  # why ``build`` is not the one that was to be activated
+    did: tuple[str, ...] = ()  # what was changed on the host, for people
 
 
 Message = Hello | Call | Reply
@@ -95,15 +105,15 @@ def encode(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Cuts a stream of bytes into messages, however the transport cut it."""
+    """Assembles messages from a stream of bytes, which may arrive in pieces of any size."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that ``data`` completes.
+        """The messages that are complete with ``data``.
 
-        Raises HostRefused when the stream is not ours: the remote shell printed something, or the frame is too long.
+        Raises HostRefused for a frame that is too long (often text that the remote shell printed) or not a message.
         """
         self._buffer += data
         messages: list[Message] = []

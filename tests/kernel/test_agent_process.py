@@ -310,8 +310,8 @@ class Relay:
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/agent/connect.py",
-    "        for fd, instead in enumerate((null, null, _last_words())):\n            os.dup2(instead, fd)\n",
+    "internal/netloom/program.py",
+    "        for number, fd in enumerate(moved):\n            os.dup2(fd, number)\n",
     "",
 )
 def test_defect_52_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:

@@ -24,7 +24,7 @@ from model.calls import (
     some,
     text,
 )
-from netloom.commands import TABLE, Context, apply, decode
+from netloom.commands import TABLE, Context, apply, check_payload, decode
 from netloom.errors import NetloomError
 from netloom.protocol.envelope import parse_current_details, read_envelope, scope_id_of
 from netloom.secret import dec_hook
@@ -341,7 +341,7 @@ def swallow(command: str, data: bytes) -> None:
     """Read a file and carry it out on nothing, as far as it lets itself."""
     envelope = read_envelope(data, command)
     scope_id = scope_id_of(command, envelope.payload)
-    asked = decode(command, envelope.payload)
+    asked = check_payload(command, envelope.payload)
     scope = apply(command, None, asked, Context(scope_id=scope_id, registration=Registration(owner="zone-a"))).scope
     assert msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook) == scope
 

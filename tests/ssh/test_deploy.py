@@ -11,7 +11,7 @@ import pytest
 from bed import Bed
 from bed.lab import Host
 from bed.machines import until
-from netloom.extension.deploy import machine_of
+from netloom.extension.package import machine_of
 from ssh.deploy_lab import (
     LIBEXEC,
     ONE,

@@ -48,8 +48,8 @@ def test_silent_hosts_are_told_long_before_the_deadline(lab: SshLab, caller: Cal
 
 @pytest.mark.taken_out(
     "internal/netloom/extension/placement.py",
-    "        return Fail(_stays(now, stored.failure))\n    if not everybody_heard and",
-    "        return Use(now.order[-1])\n    if not everybody_heard and",
+    "        return Fail(_stays(now, stored.failure))\n    if not all_answered and",
+    "        return Use(now.order[-1])\n    if not all_answered and",
 )
 def test_defect_59_a_network_of_the_silent_host_is_not_moved(lab: SshLab, caller: Caller) -> None:
     details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=KEYS)

@@ -61,8 +61,8 @@ def test_garbled_details_are_unknown_details(garbage: str, lab: SshLab, caller: 
 
 @pytest.mark.taken_out(
     "internal/netloom/extension/placement.py",
-    "        return Fail(_stays(now, stored.failure))\n    if not everybody_heard and",
-    "        return Use(now.order[-1])\n    if not everybody_heard and",
+    "        return Fail(_stays(now, stored.failure))\n    if not all_answered and",
+    "        return Use(now.order[-1])\n    if not all_answered and",
 )
 def test_defect_58_a_network_does_not_leave_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
     for command in ("ensure-network-device", "shutdown-network"):
@@ -139,9 +139,9 @@ def test_the_owner_is_the_directory_of_the_executable_and_the_physical_network(l
 
 
 @pytest.mark.taken_out(
-    "internal/netloom/protocol/envelope.py",
-    "payload=dump(payload))",
-    'payload=dump({**payload, "details": physical}))',
+    "internal/netloom/extension/request.py",
+    "    payload_text = dump(envelope.payload)\n",
+    "    payload_text = payload_file\n",
 )
 def test_defect_17_secrets_of_the_registration_do_not_cross_the_wire(lab: SshLab, caller: Caller) -> None:
     given = details(lab, caller, password="hunter2 hunter2")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from netloom.commands import Context, Outcome, apply, decode
+from netloom.commands import Context, Outcome, apply, check_payload, decode
 from netloom.protocol.envelope import read_envelope, scope_id_of
 from netloom.state import Network, Scope
 from netloom.wire import Registration
@@ -21,7 +21,7 @@ def play(scope: Scope | None, name: str, registration: Registration = OURS) -> O
     command = {it["file"]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}[file.name]
     envelope = read_envelope(file.read_bytes(), command)
     context = Context(scope_id=scope_id_of(command, envelope.payload), registration=registration)
-    return apply(command, scope, decode(command, envelope.payload), context)
+    return apply(command, scope, check_payload(command, envelope.payload), context)
 
 
 def call(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from netloom.agent import log as log_module
+from netloom import logfile
 from netloom.agent.log import Log
 from netloom.agent.store import Store, Unreadable
 from netloom.errors import HostRefused
@@ -72,9 +72,9 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         Store(str(tmp_path / "file" / "scopes"))
 
 
-@pytest.mark.taken_out("internal/netloom/agent/log.py", "st_size > BYTES_MAX", "st_size < 0")
+@pytest.mark.taken_out("internal/netloom/logfile.py", "st_size > BYTES_MAX", "st_size < 0")
 def test_defect_63_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "BYTES_MAX", 1000)
+    monkeypatch.setattr(logfile, "BYTES_MAX", 1000)
     log = Log(str(tmp_path / "netloom" / "agent.log"))
     for number in range(100):
         log.line(f"call={number}\nforged line \x1b[31m")
@@ -90,7 +90,7 @@ def test_a_log_that_can_have_no_new_file_goes_on_in_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And in no other: the number of a descriptor that was given back is the next socket's."""
-    monkeypatch.setattr(log_module, "BYTES_MAX", 200)
+    monkeypatch.setattr(logfile, "BYTES_MAX", 200)
     log = Log(str(tmp_path / "agent.log"))
     log.line("x" * 300)
     before = len(os.listdir("/proc/self/fd"))

@@ -67,6 +67,7 @@ CALL_LOADS = [
     "netloom.extension.deadline",
     "netloom.extension.directory",
     "netloom.extension.helper_client",
+    "netloom.extension.record",
     "netloom.fastos",
     "netloom.fastos_posix",
     "netloom.program",
@@ -82,7 +83,7 @@ def tell():
     os._exit = end
     end(0)
 def stop(event, arguments):
-    if event == "import" and arguments[0] == "netloom.extension.work":
+    if event == "import" and arguments[0] == "netloom.extension.run":
         tell()
 sys.addaudithook(stop)
 end, os._exit = os._exit, lambda status: tell()

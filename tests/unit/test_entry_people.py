@@ -96,7 +96,7 @@ def test_hosts_are_listed_and_forgotten(home: Path) -> None:
 def test_the_helper_is_not_for_people(home: Path) -> None:
     done = say("helper", home=home)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "netloom helper: CloudStack's calls start it, nobody else needs to\n"
+    assert done.stderr == "netloom helper: only CloudStack's calls start it; there is no need to start it by hand\n"
 
 
 def test_tables_are_aligned_and_end_without_blanks() -> None:

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from netloom import program
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused
-from netloom.extension.call import Story, ascii_only
 from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
-from netloom.extension.deploy import package
 from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
 from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
 from netloom.extension.log import FILE, line, write_down
-from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, failure, printed
+from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, error_in, printed
+from netloom.extension.package import package
+from netloom.extension.record import CallRecord, ascii_only
 from netloom.extension.registration import owner, registration
 from netloom.extension.ssh import Login
 from netloom.protocol.envelope import PhysicalDetails, StoredDetails, parse_current_details
@@ -140,10 +140,10 @@ def test_only_commands_with_a_defined_result_print_one() -> None:
     ("status", "kind"), [(1, BadRequest), (2, HostUnreachable), (3, HostRefused), (77, HostRefused)]
 )
 def test_a_reply_that_failed_is_an_error_of_its_host(status: int, kind: type[Exception]) -> None:
-    error = failure("h1", Reply(call_id="x", status=status, error="link is busy", hint="try again"))
+    error = error_in("h1", Reply(call_id="x", status=status, error="link is busy", hint="try again"))
     assert type(error) is kind
     assert str(error) == "h1: link is busy (try again)"
-    assert failure("h1", Reply(call_id="x")) is None
+    assert error_in("h1", Reply(call_id="x")) is None
 
 
 # --- directories
@@ -211,7 +211,7 @@ def test_a_program_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     """It may be started all the same (mode 0711); and somebody may be about to replace it."""
     monkeypatch.setattr(program, "path", lambda: str(tmp_path / "netloom.sh"))
     package.cache_clear()
-    with pytest.raises(BadRequest, match=r"netloom\.sh: No such file or directory \(hosts are given this file"):
+    with pytest.raises(BadRequest, match=r"netloom\.sh: No such file or directory \(make this file readable"):
         package()
 
 
@@ -352,19 +352,19 @@ def test_a_login_does_not_print_its_secrets(tmp_path: Path) -> None:
 
 
 def test_a_log_line_is_one_line() -> None:
-    story = Story(0.0)
-    story.call_id, story.command, story.scope_id, story.host = "abc", "assign-ip\x1b", "net-42", "h1"
-    assert line(story, 3, "no\nroom", now_s=0, took_ms=12.4) == (
+    record = CallRecord(0.0)
+    record.call_id, record.command, record.scope_id, record.host = "abc", "assign-ip\x1b", "net-42", "h1"
+    assert line(record, 3, "no\nroom", now_s=0, took_ms=12.4) == (
         "1970-01-01T00:00:00Z abc assign-ip\\x1b net-42 h1 status=3 12ms no room\n"
     )
 
 
 def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("netloom.extension.log._BYTES_MAX", 2000)
+    monkeypatch.setattr("netloom.logfile.BYTES_MAX", 2000)
     for number in range(100):
-        write_down(Story(time.monotonic()), 0, f"number {number}", {"NETLOOM_DIR": str(tmp_path / "d")})
+        write_down(CallRecord(time.monotonic()), 0, f"number {number}", {"NETLOOM_DIR": str(tmp_path / "d")})
     files = {path.name: path for path in (tmp_path / "d").iterdir()}
-    assert set(files) | {FILE} == {FILE, FILE + ".1", FILE + ".lock"}
+    assert set(files) | {FILE} == {FILE, FILE + ".1"}
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in files.values())
     assert sum(path.stat().st_size for path in files.values()) < 6000
     kept = "".join(path.read_text() for _, path in sorted(files.items(), reverse=True))

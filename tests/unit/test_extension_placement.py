@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from netloom.errors import HostUnreachable
 from netloom.extension.placement import (
+    AllTold,
     Ask,
-    Done,
     Fail,
-    Heard,
+    HostAnswer,
     Situation,
     Unplaced,
     Use,
@@ -24,21 +24,21 @@ from netloom.extension.placement import (
     preferred_order,
 )
 
-HOLDS, HAS_NOT = Heard(holds=True), Heard()
+HOLDS, HAS_NOT = HostAnswer(holds=True), HostAnswer()
 
 
-def down(host: str) -> Heard:
-    return Heard(failure=f"{host}: connection refused")
+def down(host: str) -> HostAnswer:
+    return HostAnswer(failure=f"{host}: connection refused")
 
 
-def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **heard: Heard) -> Situation:
+def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **given: HostAnswer) -> Situation:
     """Three candidates h1 h2 h3; ``h4`` is a host that is no candidate any more."""
     return Situation(
         scope_id="net-42",
         order=("h1", "h2", "h3"),
         stored=stored,
-        asked=frozenset((*asked.split(), *heard)),
-        heard=heard,
+        asked=frozenset((*asked.split(), *given)),
+        answers=given,
         over=frozenset(over.split()),  # type: ignore[arg-type]
         reached=frozenset(reached.split()),
     )
@@ -110,11 +110,11 @@ EVERYWHERE: dict[str, tuple[Situation, object]] = {
     "the stored one besides": (situation("h4"), Ask(("h4", "h1", "h2", "h3"))),
     "nobody answered": (situation(asked="h1 h2 h3"), Wait()),
     "one is done, the others get a grace": (situation(asked="h1 h2", h3=HOLDS), Wait("stragglers")),
-    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HOLDS), Done(("h3",))),
+    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HOLDS), AllTold(("h3",))),
     "who is at work is waited for": (situation(asked="h1 h2", over="stragglers", reached="h1", h3=HOLDS), Wait()),
     "the stored one is waited for": (situation("h2", asked="h1 h2", over="stragglers", h3=HOLDS), Wait()),
-    "all are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), Done(("h1", "h2", "h3"))),
-    "a candidate is down": (situation("h1", h1=HOLDS, h2=down("h2"), h3=HAS_NOT), Done(("h1", "h3"))),
+    "all are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), AllTold(("h1", "h2", "h3"))),
+    "a candidate is down": (situation("h1", h1=HOLDS, h2=down("h2"), h3=HAS_NOT), AllTold(("h1", "h3"))),
 }
 
 
@@ -140,7 +140,7 @@ ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
     everywhere=st.booleans(),
 )
 def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
-    stored: str, answers: dict[str, Heard], order: list[str], grace: int, everywhere: bool
+    stored: str, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool
 ) -> None:
     """However the answers and the graces fall: a decision, by a host that answered; a silent stored host is left
     only for one that holds the scope."""
@@ -150,26 +150,28 @@ def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
         decision = (decide_everywhere if everywhere else decide)(now)
         if isinstance(decision, Ask):
             assert not set(decision.hosts) & now.asked
-            now = situation(stored, " ".join((*now.asked, *decision.hosts)), " ".join(now.over), "", **now.heard)
+            now = situation(stored, " ".join((*now.asked, *decision.hosts)), " ".join(now.over), "", **now.answers)
         elif isinstance(decision, Wait):
             if decision.patience and step >= grace:
-                now = situation(stored, " ".join(now.asked), " ".join((*now.over, decision.patience)), "", **now.heard)
+                now = situation(
+                    stored, " ".join(now.asked), " ".join((*now.over, decision.patience)), "", **now.answers
+                )
             else:
-                host = next(host for host in order if host in now.asked and host not in now.heard)
-                heard = {**now.heard, host: answers[host]}
-                now = situation(stored, " ".join(now.asked), " ".join(now.over), "", **heard)
+                host = next(host for host in order if host in now.asked and host not in now.answers)
+                given = {**now.answers, host: answers[host]}
+                now = situation(stored, " ".join(now.asked), " ".join(now.over), "", **given)
         else:
             break
     match decision:
         case Use(host):
-            assert now.heard[host].answered
-            assert host == stored or now.heard[host].holds
+            assert now.answers[host].answered
+            assert host == stored or now.answers[host].holds
         case Unplaced(host):
-            assert now.heard[host].answered
-            assert not stored or (stored not in now.order and now.heard[stored].answered)
-        case Done(hosts):
+            assert now.answers[host].answered
+            assert not stored or (stored not in now.order and now.answers[stored].answered)
+        case AllTold(hosts):
             assert hosts
-            assert all(now.heard[host].answered for host in hosts)
+            assert all(now.answers[host].answered for host in hosts)
         case _:
             assert isinstance(decision, Fail)
 

@@ -16,22 +16,22 @@ from netloom import __version__, program
 def test_what_the_start_left_in_the_environment_reaches_no_child() -> None:
     environ = {"NETLOOM_EXE": "/opt/netloom", "NETLOOM_TIDY": "1", "NETLOOM_DIR": "/var/lib/x"}
     environ |= {"NUITKA_ORIGINAL_ARGV0": "netloom", "NUITKA_ONEFILE_DIRECTORY": "/opt", "NUITKA_ONEFILE_PARENT": "7"}
-    program.begin(environ)
+    program.take_environment(environ)
     assert environ == {"NETLOOM_DIR": "/var/lib/x"}
 
 
 @pytest.mark.parametrize(("told", "left"), [("/usr/bin:/bin", {"PATH": "/usr/bin:/bin"}), ("", {})])
 def test_what_the_compiler_hid_is_put_back(told: str, left: dict[str, str]) -> None:
     environ = {"PATH": "/", "PYTHONHOME": "/unpacked", "NETLOOM_PATH": told}
-    program.begin(environ)
+    program.take_environment(environ)
     assert environ == left
     untouched = {"PATH": "/sbin", "PYTHONHOME": "/opt/python", "NETLOOM_PATH": told}
-    program.begin(untouched)
+    program.take_environment(untouched)
     assert untouched == {"PATH": "/sbin", "PYTHONHOME": "/opt/python"}
 
 
 def test_a_checkout_is_not_the_one_file() -> None:
-    program.begin({"NETLOOM_EXE": "/opt/netloom"})
+    program.take_environment({"NETLOOM_EXE": "/opt/netloom"})
     assert program.path() is None
     assert program.build_id() == f"source-{__version__}"
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from netloom.commands import TABLE, Context, apply, decode
+from netloom.commands import TABLE, Context, apply, check_payload, decode
 from netloom.errors import BadRequest, HostRefused, NetloomError
 from netloom.protocol.acl import ApplyNetworkAcl
 from netloom.protocol.custom import CustomAction
@@ -45,7 +45,7 @@ def test_every_payload_of_the_client_is_read_and_checked(row: dict[str, str]) ->
     command = row["command"]
     envelope = read_envelope((PAYLOADS / row["file"]).read_bytes(), command)
     assert envelope.details.candidates
-    asked = decode(command, envelope.payload)
+    asked = check_payload(command, envelope.payload)
     assert isinstance(asked, TABLE[command].payload)
     scope_id = scope_id_of(command, envelope.payload)
     context = Context(scope_id=scope_id, registration=Registration(owner="zone-a"))
@@ -79,16 +79,15 @@ def test_numbers_and_booleans_in_either_form(row: dict[str, str]) -> None:
 
     command = row["command"]
     told = read_envelope((PAYLOADS / row["file"]).read_bytes(), command).payload
-    assert decode(command, json.dumps(spelled(json.loads(told))).encode()) == decode(command, told)
+    assert decode(command, json.dumps(spelled(told)).encode()) == check_payload(command, told)
 
 
 @pytest.mark.parametrize("row", INDEX, ids=lambda row: row["file"])
 def test_unknown_null_and_empty_fields_say_nothing(row: dict[str, str]) -> None:
     command = row["command"]
     told = read_envelope((PAYLOADS / row["file"]).read_bytes(), command).payload
-    fields = json.loads(told)
     more = {name: ("", None)[index % 2] for index, name in enumerate(TABLE[command].payload.__struct_encode_fields__)}
-    assert decode(command, json.dumps({**more, "novelty": {"a": [1]}, **fields}).encode()) == decode(command, told)
+    assert decode(command, json.dumps({**more, "novelty": {"a": [1]}, **told}).encode()) == check_payload(command, told)
 
 
 def test_older_spellings_of_ipv6_fields() -> None:

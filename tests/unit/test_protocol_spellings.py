@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from netloom.commands import Context, apply, decode
+from netloom.commands import Context, apply, check_payload
 from netloom.protocol.envelope import read_envelope, scope_id_of
 from unit.payload_player import OURS, PAYLOADS
 
@@ -130,7 +130,7 @@ def respelled(file: dict[str, Any], what: str, value: Any) -> dict[str, Any]:
 def meaning(number: str, file: dict[str, Any]) -> object:
     command = COMMANDS[number]
     envelope = read_envelope(json.dumps(file).encode(), command)
-    asked = decode(command, envelope.payload)
+    asked = check_payload(command, envelope.payload)
     scope_id = scope_id_of(command, envelope.payload)
     if command == "custom-action" or scope_id.startswith("vpc-"):
         return envelope.details, envelope.network_details, asked

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 
-from netloom.program import close_all_but, command
+from netloom.program import command, start_detached
 
 SOCKET = "/run/netloom/agent.sock"
 LOG = "/var/log/netloom/agent.log"
@@ -27,6 +27,7 @@ _SYSTEMD_RUNS = "/run/systemd/system"  # sd_booted(3)
 START_S_MAX = 20.0  # for the agent to answer after it was started; it listens before it restores the scopes
 
 _CHUNK = 1 << 18
+_STDERR = 2
 
 
 def connect(arguments: list[str]) -> int:
@@ -140,41 +141,29 @@ def start_unit() -> None:
 
 
 def start(program: list[str], arguments: list[str]) -> None:
-    """Starts the agent as a grandchild: own session, no descriptor of ours, ``/`` as working directory."""
-    argv = [*program, "agent", "serve", "--log", LOG, *arguments]
+    """Starts the agent detached from this process. Its stdin and stdout are /dev/null, its stderr is the log file."""
     kept = ("PATH", "LANG", "LC_ALL")
     environment = {
         key: value for key, value in os.environ.items() if key in kept or key.startswith(("PYTHON", "NETLOOM_"))
     }
     environment.setdefault("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return
+    null = os.open(os.devnull, os.O_RDWR)
+    log = _open_log()
     try:
-        os.setsid()
-        if os.fork():
-            os._exit(0)
-        os.chdir("/")
-        os.umask(0o077)
-        null = os.open("/dev/null", os.O_RDWR)
-        for fd, instead in enumerate((null, null, _last_words())):
-            os.dup2(instead, fd)
-        close_all_but(0, 1, 2)
-        os.execve(argv[0], argv, environment)
-    except OSError as error:
-        os.write(2, f"{argv[0]} cannot be started: {error.strerror}\n".encode())
+        start_detached([*program, "agent", "serve", "--log", LOG, *arguments], environment, (null, null, log))
     finally:
-        os._exit(127)
+        os.close(null)
+        if log != _STDERR:
+            os.close(log)
 
 
-def _last_words() -> int:
-    """Where an agent that cannot even begin says why."""
+def _open_log() -> int:
+    """The log file, for an agent that fails before it opens the log itself; our stderr when it cannot be opened."""
     try:
-        os.makedirs(os.path.dirname(LOG), mode=0o755, exist_ok=True)
-        return os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        os.makedirs(os.path.dirname(LOG), mode=0o700, exist_ok=True)
+        return os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
-        return 2
+        return _STDERR
 
 
 def _relay(agent: socket.socket) -> None:

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 from collections import OrderedDict
 
 from netloom import __version__
@@ -27,6 +26,7 @@ from netloom.agent.setup.install import held
 from netloom.agent.store import Store
 from netloom.errors import HostRefused, NetloomError
 from netloom.program import build_id, command
+from netloom.sockets import peer_credentials
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
 STATE_DIR = "/var/lib/netloom/scopes"
@@ -169,7 +169,7 @@ class _Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        uid = _uid_of(transport.get_extra_info("socket"))
+        uid = peer_credentials(transport.get_extra_info("socket")).uid
         if uid != 0:
             self._log.line(f"refused a connection of uid {uid}")
             transport.abort()
@@ -219,12 +219,6 @@ class _Peer(asyncio.Protocol):
 
 def _hello() -> Hello:
     return Hello(version=__version__, build=BUILD, held=held())
-
-
-def _uid_of(peer: socket.socket) -> int:
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid: int = struct.unpack("3i", credentials)[1]
-    return uid
 
 
 def _only_one(path: str) -> int:

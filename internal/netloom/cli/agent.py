@@ -1,12 +1,18 @@
-"""``netloom agent <word>`` for people: on the host itself, or with ``--hosts`` on as many as are named."""
+"""``netloom agent <command>`` for people: on this host, or with ``--hosts`` on other hosts over SSH.
+
+The five commands that also work over SSH share their login options: the decorator ``_also_remote`` adds them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import msgspec
 import typer
@@ -16,6 +22,7 @@ from netloom.agent.setup import selftest as trial
 from netloom.agent.setup import uninstall as removal
 from netloom.cli import table
 from netloom.errors import BadRequest, HostRefused
+from netloom.extension.progress import Installing, Progress
 from netloom.program import build_id
 from netloom.secret import Secret
 
@@ -28,62 +35,112 @@ agent = typer.Typer(
     rich_markup_mode=None,
 )
 
-# Help is given here and not by docstrings, which the one file is compiled without.
-Hosts = Annotated[str | None, typer.Option("--hosts", help="Hosts, separated by commas. Without it: this machine.")]
-User = Annotated[str, typer.Option("--username", help="Another user than root goes through sudo -n.")]
-Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
-Key = Annotated[
-    str, typer.Option("--sshkey", help="File with the private key. Else the SSH agent and the caller's own keys.")
-]
-Ask = Annotated[bool, typer.Option("--ask-password", help="Log in by password; it is asked for.")]
-PasswordFile = Annotated[
-    str, typer.Option("--password-file", help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line.")
-]
-Pins = Annotated[str, typer.Option("--hostkeys", help="Pinned host keys, as in the registration.")]
+# Help texts are arguments of Typer, because the one file is compiled without docstrings.
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
 
 
+@dataclass(frozen=True)
+class Remote:
+    """The options of a command that works on other hosts: which hosts, and how to log in."""
+
+    hosts: Annotated[str, typer.Option("--hosts", help="Hosts, separated by commas. Without it: this machine.")]
+    username: Annotated[str, typer.Option("--username", help="Another user than root goes through sudo -n.")] = "root"
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 22
+    sshkey: Annotated[
+        str, typer.Option("--sshkey", help="File with the private key. Else the SSH agent and the caller's own keys.")
+    ] = ""
+    ask_password: Annotated[bool, typer.Option("--ask-password", help="Log in by password; it is asked for.")] = False
+    password_file: Annotated[
+        str,
+        typer.Option("--password-file", help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line."),
+    ] = ""
+    hostkeys: Annotated[str, typer.Option("--hostkeys", help="Pinned host keys, as in the registration.")] = ""
+
+    def names(self) -> list[str]:
+        """The hosts, each once. Raises BadRequest when there is none."""
+        names = [host.strip() for host in self.hosts.split(",") if host.strip()]
+        if not names:
+            raise BadRequest("--hosts names no host", hint="leave it out for this machine")
+        return list(dict.fromkeys(names))
+
+    def login(self) -> Login:
+        """Raises BadRequest when a file of the options cannot be read."""
+        from netloom.extension.directory import home_of, persistent  # asyncssh: twenty bare start-ups
+        from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
+        from netloom.extension.ssh import Login
+
+        return Login(
+            trust=Trust(parse_pins(self.hostkeys), KnownHosts(persistent())),
+            username=self.username,
+            port=self.port,
+            sshkey=Secret(_read(self.sshkey)) if self.sshkey else Secret(),
+            password=self._password(),
+            home=home_of(os.environ, os.geteuid()),
+            ssh_auth_sock=os.environ.get("SSH_AUTH_SOCK", ""),
+        )
+
+    def _password(self) -> Secret:
+        if self.password_file:
+            lines = _read(self.password_file).splitlines() or [""]
+            named = [line.partition("=")[2] for line in lines if line.startswith("NETLOOM_PASSWORD=")]
+            return Secret((named or lines)[0])
+        return Secret(typer.prompt("Password", hide_input=True, err=True)) if self.ask_password else Secret()
+
+
+def _also_remote(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of ``Remote`` to a command. Its first parameter gets them; None without ``--hosts``.
+
+    Typer reads the options from the signature of a function, so the returned function gets a signature of its own.
+    """
+    remote_types = get_type_hints(Remote, include_extras=True)
+    own_types = get_type_hints(command, include_extras=True, localns={"Remote": Remote})
+    options = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if field.name == "hosts" else field.default,
+            annotation=remote_types[field.name],
+        )
+        for field in fields(Remote)
+    ]
+    own = [
+        parameter.replace(annotation=own_types[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in list(inspect.signature(command).parameters.items())[1:]
+    ]
+
+    @wraps(command)
+    def with_options(**given: Any) -> None:
+        values = {field.name: given.pop(field.name) for field in fields(Remote)}
+        command(None if values["hosts"] is None else Remote(**values), **given)
+
+    with_options.__signature__ = inspect.Signature([*options, *own])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*options, *own]}
+    return with_options
+
+
 @agent.command("install", help="Install this program, and start its agent. CloudStack's first call does the same.")
-def _install(
-    hosts: Hosts = None,
-    username: User = "root",
-    port: Port = 22,
-    sshkey: Key = "",
-    ask_password: Ask = False,
-    password_file: PasswordFile = "",
-    hostkeys: Pins = "",
-    as_json: Json = False,
-) -> None:
-    if hosts is None:
+@_also_remote
+def _install(remote: Remote | None, as_json: Json = False) -> None:
+    if remote is None:
         _need_root()
         place.place()
-        outcome = _run_installed()
-        _answer([_row("this host", 0, outcome)], as_json)
+        _answer([_row("this host", 0, _run_installed())], as_json)
         return
+    from netloom.extension.package import package
     from netloom.extension.remote import install_on  # asyncssh: twenty bare start-ups
 
-    login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
-    named = _names(hosts)
-    progress = _Progress(named)
-    visits = asyncio.run(install_on(named, login, progress.tell))
-    progress.end()
-    _answer([_row(it.host, it.status, it.answer, it.error) for it in visits], as_json)
+    login, hosts = remote.login(), remote.names()
+    display = _ProgressDisplay(hosts)
+    results = asyncio.run(install_on(hosts, login, package(), display))
+    display.end()
+    _answer([_row(it.host, it.status, it.answer, it.error) for it in results], as_json)
 
 
 @agent.command("status", help="What is installed, what serves, how many networks live there.")
-def _status(
-    hosts: Hosts = None,
-    username: User = "root",
-    port: Port = 22,
-    sshkey: Key = "",
-    ask_password: Ask = False,
-    password_file: PasswordFile = "",
-    hostkeys: Pins = "",
-    as_json: Json = False,
-) -> None:
-    if hosts is not None:
-        login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
-        _answer(_run_on(hosts, login, ["status"]), as_json)
+@_also_remote
+def _status(remote: Remote | None, as_json: Json = False) -> None:
+    if remote is not None:
+        _answer(_run_on(remote, ["status"]), as_json)
     else:
         _need_root()
         _answer([_row("this host", 0, place.status())], as_json)
@@ -93,19 +150,10 @@ def _status(
     "selftest",
     help="Try what networks need of this host. It is done in a scratch network that goes again.",
 )
-def _selftest(
-    hosts: Hosts = None,
-    username: User = "root",
-    port: Port = 22,
-    sshkey: Key = "",
-    ask_password: Ask = False,
-    password_file: PasswordFile = "",
-    hostkeys: Pins = "",
-    as_json: Json = False,
-) -> None:
-    if hosts is not None:
-        login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
-        rows = _run_on(hosts, login, ["selftest"])
+@_also_remote
+def _selftest(remote: Remote | None, as_json: Json = False) -> None:
+    if remote is not None:
+        rows = _run_on(remote, ["selftest"])
         if not as_json:
             for row in rows:
                 typer.echo(f"{row['host']}:")
@@ -126,90 +174,45 @@ def _selftest(
     "rollback",
     help="Go back to the previous build. Networks get their states of then; it stays until a newer build comes.",
 )
+@_also_remote
 def _rollback(
-    hosts: Hosts = None,
-    username: User = "root",
-    port: Port = 22,
-    sshkey: Key = "",
-    ask_password: Ask = False,
-    password_file: PasswordFile = "",
-    hostkeys: Pins = "",
+    remote: Remote | None,
     keep_state: Annotated[
         bool, typer.Option("--keep-state", help="Networks keep their state of now, where that build reads it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    if hosts is not None:
-        login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
-        _answer(_run_on(hosts, login, ["rollback", *(["--keep-state"] if keep_state else [])]), as_json)
+    if remote is not None:
+        _answer(_run_on(remote, ["rollback", *(["--keep-state"] if keep_state else [])]), as_json)
     else:
         _need_root()
         _answer([_row("this host", 0, place.rollback(keep_state=keep_state))], as_json)
 
 
 @agent.command("uninstall", help="Leave the host as it was found.")
+@_also_remote
 def _uninstall(
-    hosts: Hosts = None,
-    username: User = "root",
-    port: Port = 22,
-    sshkey: Key = "",
-    ask_password: Ask = False,
-    password_file: PasswordFile = "",
-    hostkeys: Pins = "",
+    remote: Remote | None,
     networks: Annotated[
         Literal["refuse", "remove", "leave"],
         typer.Option("--networks", help="That live there: refuse to go on, remove them, or leave them as they stand."),
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
-    if hosts is not None:
-        login = _login(username, port, sshkey, ask_password, password_file, hostkeys)
-        _answer(_run_on(hosts, login, ["uninstall", "--networks", networks]), as_json)
+    if remote is not None:
+        _answer(_run_on(remote, ["uninstall", "--networks", networks]), as_json)
     else:
         _need_root()
         stays = removal.uninstall(networks)
         _answer([_row("this host", 0, {"outcome": "removed", "stays": stays})], as_json)
 
 
-# ------------------------------------------------------------------------------------------------------------- reaching
+# ------------------------------------------------------------------------------------------------- running on the hosts
 
 
 def _need_root() -> None:
     if os.geteuid() != 0:
         raise BadRequest("on this machine only root can do that", hint="sudo, or name hosts by --hosts")
-
-
-def _names(hosts: str) -> list[str]:
-    named = [host.strip() for host in hosts.split(",") if host.strip()]
-    if not named:
-        raise BadRequest("--hosts names no host", hint="leave it out for this machine")
-    return list(dict.fromkeys(named))
-
-
-def _login(username: str, port: int, sshkey: str, ask: bool, password_file: str, hostkeys: str) -> Login:
-    from netloom.extension.deploy import package  # asyncssh: twenty bare start-ups
-    from netloom.extension.directory import home_of, persistent
-    from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
-    from netloom.extension.ssh import Login
-
-    return Login(
-        trust=Trust(parse_pins(hostkeys), KnownHosts(persistent())),
-        username=username,
-        port=port,
-        sshkey=Secret(_read(sshkey)) if sshkey else Secret(),
-        password=_password(ask, password_file),
-        package=package(),
-        home=home_of(os.environ, os.geteuid()),
-        ssh_auth_sock=os.environ.get("SSH_AUTH_SOCK", ""),
-    )
-
-
-def _password(ask: bool, file: str) -> Secret:
-    if file:
-        lines = _read(file).splitlines() or [""]
-        told = [line.partition("=")[2] for line in lines if line.startswith("NETLOOM_PASSWORD=")]
-        return Secret((told or lines)[0])
-    return Secret(typer.prompt("Password", hide_input=True, err=True)) if ask else Secret()
 
 
 def _read(file: str) -> str:
@@ -220,21 +223,22 @@ def _read(file: str) -> str:
         raise BadRequest(f"{file}: {getattr(error, 'strerror', None) or 'not a text file'}") from error
 
 
-def _run_on(hosts: str, login: Login, words: Sequence[str]) -> list[dict[str, object]]:
-    from netloom.extension.remote import run_on  # loaded by now
+def _run_on(remote: Remote, args: Sequence[str]) -> list[dict[str, object]]:
+    from netloom.extension.remote import run_on  # asyncssh: twenty bare start-ups
 
+    login = remote.login()
     rows = []
-    for visit in asyncio.run(run_on(_names(hosts), login, words)):
-        answer = visit.answer
+    for result in asyncio.run(run_on(remote.names(), login, args)):
+        answer = result.answer
         if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) and "host" in answer[0]:
             answer = {key: value for key, value in answer[0].items() if key not in ("host", "status", "error")}
-        rows.append(_row(visit.host, visit.status, answer, visit.error))
+        rows.append(_row(result.host, result.status, answer, result.error))
     return rows
 
 
 def _run_installed() -> object:
-    """The installed copy puts itself in use: what serves is what lies in its place, whoever copied it there."""
-    import subprocess  # for this word only
+    """Let the installed copy activate itself, so that the file that serves is the file that was checked."""
+    import subprocess  # for this command only
 
     program = str(place.LIBEXEC / build_id() / place.PROGRAM)
     done = subprocess.run([program, "agent", "activate", "--by-word"], capture_output=True, text=True, check=False)
@@ -246,7 +250,7 @@ def _run_installed() -> object:
     return outcome
 
 
-# -------------------------------------------------------------------------------------------------------------- telling
+# -------------------------------------------------------------------------------------------------------------- output
 
 
 def _row(host: str, status: int, answer: object, error: str = "") -> dict[str, object]:
@@ -269,7 +273,7 @@ def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
         raise typer.Exit(worst)
 
 
-_ALWAYS = ("current", "serves")  # that there is none is news, too
+_ALWAYS = ("current", "serves")  # columns that are shown when they are empty, too
 
 
 def _columns(rows: list[dict[str, object]]) -> list[str]:
@@ -299,24 +303,28 @@ def _print_findings(findings: list[trial.Finding], error: str = "") -> None:
     typer.echo(f"\nThis host lacks: {', '.join(lacks)}." if lacks else "\nThis host can carry networks.")
 
 
-class _Progress:
-    """How far every host is, on stderr: a line for each, redrawn on a terminal; elsewhere a line for each news."""
+class _ProgressDisplay(Progress):
+    """The progress of each host on stderr: a terminal has one line per host, redrawn; else each change is a line."""
 
     _BAR = 20
 
     def __init__(self, hosts: Sequence[str]) -> None:
+        self._shown: dict[str, str] = {}  # host -> the last text that was written, where stderr is no terminal
         self._state = dict.fromkeys(hosts, "connecting")
         self._width = max(map(len, hosts))
         self._drawn = False
         self._terminal = sys.stderr.isatty()
         self._draw()
 
-    def tell(self, host: str, what: str) -> None:
-        before, self._state[host] = self._state[host], what
+    def installing(self, now: Installing) -> None:
         if self._terminal:
+            self._state[now.host] = now.state if now.percent is None else self._bar(now.percent)
             self._draw()
-        elif _tens(what) != _tens(before):
-            sys.stderr.write(f"{host}: {what}\n")
+            return
+        news = now.state if now.percent is None else f"{now.percent // 10}"
+        if news != self._shown.get(now.host):  # every ten percent is worth a line
+            self._shown[now.host] = news
+            sys.stderr.write(f"{now.host}: {now.state}\n")
 
     def end(self) -> None:
         for host in self._state:
@@ -327,18 +335,11 @@ class _Progress:
         if not self._terminal:
             return
         up = f"\x1b[{len(self._state)}A" if self._drawn else ""
-        lines = [f"\r\x1b[K{host:<{self._width}}  {self._bar(what)}\n" for host, what in self._state.items()]
+        lines = [f"\r\x1b[K{host:<{self._width}}  {state}\n" for host, state in self._state.items()]
         sys.stderr.write(up + "".join(lines))
         sys.stderr.flush()
         self._drawn = True
 
-    def _bar(self, what: str) -> str:
-        if not what.endswith(" %"):
-            return what
-        full = int(what[:-2]) * self._BAR // 100
-        return f"[{'#' * full}{'.' * (self._BAR - full)}] {what:>5}"
-
-
-def _tens(what: str) -> str:
-    """The same text for news that are not worth a line of their own."""
-    return f"{what[:-2].zfill(3)[:2]}" if what.endswith(" %") else what
+    def _bar(self, percent: int) -> str:
+        full = percent * self._BAR // 100
+        return f"[{'#' * full}{'.' * (self._BAR - full)}] {percent:>3} %"

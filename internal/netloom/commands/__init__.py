@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from netloom.commands.table import TABLE, Row, apply, decode
+from netloom.commands.table import TABLE, Row, apply, check_payload, decode
 from netloom.commands.transition import Context, Outcome
 
-__all__ = ["TABLE", "Context", "Outcome", "Row", "apply", "decode"]
+__all__ = ["TABLE", "Context", "Outcome", "Row", "apply", "check_payload", "decode"]

@@ -33,7 +33,7 @@ from netloom.protocol import acl, custom, dhcp, dns, lb, nic, restore, userdata,
 from netloom.protocol import firewall as fw
 from netloom.protocol import nat as address
 from netloom.protocol import network as net
-from netloom.protocol.reader import read
+from netloom.protocol.reader import convert, read
 from netloom.protocol.scalars import quoted
 from netloom.state import Scope
 
@@ -119,9 +119,15 @@ def row_of(command: str) -> Row[Any]:
 
 
 def decode(command: str, payload: bytes) -> msgspec.Struct:
-    """The payload of ``command``, checked. Raises BadRequest with the field's path."""
+    """Parses and checks the JSON text of a payload. Raises BadRequest with the path of the field."""
     shape: type[msgspec.Struct] = row_of(command).payload
     return read(payload, shape)
+
+
+def check_payload(command: str, payload: dict[str, Any]) -> msgspec.Struct:
+    """Checks a payload that is parsed already (``Envelope.payload``). Raises BadRequest with the path of the field."""
+    shape: type[msgspec.Struct] = row_of(command).payload
+    return convert(payload, shape, root="payload")
 
 
 def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Outcome:

@@ -1,62 +1,61 @@
-"""The agent of one host, as the management side talks to it: one channel, many calls at once."""
+"""The client of one host's agent: installs the agent if necessary, and runs many calls over one channel."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 
 from netloom import __version__
 from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension.deploy import CannotInstall, Deployment
-from netloom.extension.ssh import Channel, Connection, ConnectionLost, Login, NoAgent, why_no_agent
+from netloom.extension.package import Package
+from netloom.extension.progress import Progress
+from netloom.extension.ssh import AgentChannel, ConnectionLost, Login, NoAgent, SshConnection, why_no_agent
 from netloom.program import build_id, is_newer
 from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
 
 HELLO = Hello(version=__version__, build=build_id())
 
-# A hello is two short words. A longer first frame is a login shell's greeting, read as a length.
+# A Hello is short. A longer first frame is text that a login shell printed, read as a length.
 _HELLO_BYTES_MAX = 1 << 16
 
 
-class Agent:
-    """A channel to one host's agent over which hellos have been exchanged."""
+class AgentClient:
+    """A channel to the agent of ``host``. ``deployment``: the installation of the agent, while one runs.
 
-    def __init__(
-        self,
-        host: str,
-        login: Login,
-        tell: Callable[[str], None] = lambda what: None,
-        note: Callable[[str], None] = lambda line: None,
-    ) -> None:
-        """``tell`` hears what is being done to install the agent, ``note`` what the log should have of it."""
+    ``package``: installed on a host that has no agent or an older one. None: nothing is installed.
+    """
+
+    def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
         self.host = host
-        self.connection = Connection(host, login)
-        self.outdated = False  # a build that is older than ours and may be replaced
-        self._tell = tell
-        self._note = note
-        self._begin()
+        self.connection = SshConnection(host, login)
+        self.outdated = False  # the host's build is older than the package, and may be replaced
+        self.deployment: Deployment | None = None
+        self._package = package
+        self._progress = progress
+        self._reset()
 
-    def _begin(self) -> None:
-        self._channel: Channel | None = None
+    def _reset(self) -> None:
+        """The state of a channel that is not open yet."""
+        self._channel: AgentChannel | None = None
         self._frames = FrameReader()
-        self._head: bytearray | None = bytearray()  # until the first frame's length is known
+        self._head: bytearray | None = bytearray()  # the first bytes, until the length of the first frame is known
         self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._replies: dict[str, asyncio.Future[Reply]] = {}
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
 
     async def open(self) -> Hello:
-        """Log in, start the agent's end and exchange hellos; the agent's hello. Where there is no agent, or one that
-        does not understand us, it is installed.
+        """Log in, start the agent's command and exchange hellos; returns the agent's hello.
 
-        Raises HostUnreachable, or LoginRefused, with what is to be done.
+        An agent that is missing, or whose protocol is too old, is installed first.
+        Raises HostUnreachable, or LoginRefused, with a remedy.
         """
         await self.connection.open()
         try:
             hello = await self._greet()
-        except NoAgent as none:
-            hello = await self._installed(none)
+        except NoAgent as missing:
+            hello = await self._install(missing)
         if not hello.understands(HELLO) and self._may_replace(hello):
             await self._deploy()
             hello = await self._greet()
@@ -68,60 +67,69 @@ class Agent:
                 hint=f"bring netloom up to date on {older}",
             )
         self.outdated = self._may_replace(hello)
-        self._remark(hello)
+        self._log_difference(hello)
         return hello
 
     async def replace(self) -> None:
-        """Install our build in the place of the older one that answers; its channel breaks in the end, and no call is
-        lost. Failing is no failure of a call: the older one goes on answering."""
+        """Install our build in place of the older one that answers now.
+
+        The channel breaks when the agents change places; no call is lost. A failure is logged and fails no call: the
+        older agent goes on answering.
+        """
         self.outdated = False
         try:
             await self._deploy()
         except HostUnreachable as error:
-            self._note(f"{error}; the older agent is used")
+            self._progress.log(f"{error}; the older agent is used")
+
+    def silence(self, waited_s: float) -> HostUnreachable:
+        """The error when the host is not ready after ``waited_s`` seconds."""
+        if self.deployment is not None:
+            return HostUnreachable(str(self.deployment.now), hint="the next call goes on from there")
+        return self.connection.silence(waited_s)
 
     async def _greet(self) -> Hello:
-        self._begin()
+        self._reset()
         self._channel = await self.connection.run(self._received)
         self._watch = asyncio.create_task(self._watch_channel(self._channel))
         self._send(HELLO)
         return await self._greeted
 
-    async def _installed(self, none: NoAgent) -> Hello:
-        if self.connection.login.package is None:
-            raise none
-        await self._deploy(repair=True)  # does nothing where it is in use by now: somebody else was as quick
+    async def _install(self, missing: NoAgent) -> Hello:
+        if self._package is None:
+            raise missing
+        await self._deploy(only_if_missing=True)  # another call may have installed it meanwhile
         return await self._greet()
 
-    async def _deploy(self, *, repair: bool = False) -> None:
-        package = self.connection.login.package
-        assert package is not None
-        self.connection.stage = "install"
+    async def _deploy(self, *, only_if_missing: bool = False) -> None:
+        assert self._package is not None
+        self.deployment = Deployment(self.connection, self._package, self._progress)
         try:
-            deployment = Deployment(self.connection, package, self._tell, self._note)
-            await deployment.carry_out(repair=repair)
+            await self.deployment.run(only_if_missing=only_if_missing)
         except (CannotInstall, ConnectionLost) as error:
-            self._note(f"installing {package.build} failed: {error}")
+            self._progress.log(f"installing {self._package.build} failed: {error}")
             raise
         finally:
-            self.connection.stage = "agent"
+            self.deployment = None
 
-    def _remark(self, hello: Hello) -> None:
-        """Why an agent of another build is left as it is."""
-        package = self.connection.login.package
+    def _log_difference(self, hello: Hello) -> None:
+        """Log why an agent of another build is not replaced."""
+        package = self._package
         if package is None or self.outdated or hello.build == package.build:
             return
         why = "which is not older: there is no automatic downgrade"
         if hello.held == package.build:
             why = "to which an operator of the host went back"
-        self._note(f"{self.host}: this server's {package.build} works with the agent {hello.build} there, {why}")
+        self._progress.log(
+            f"{self.host}: this server's {package.build} works with the agent {hello.build} there, {why}"
+        )
 
     def _may_replace(self, hello: Hello) -> bool:
-        package = self.connection.login.package
+        package = self._package
         return package is not None and is_newer(package.build, than=hello.build) and hello.held != package.build
 
     async def call(self, call: Call) -> Reply:
-        """The agent's reply to ``call``. Raises ConnectionLost when the channel breaks before it."""
+        """The agent's reply to ``call``. Raises ConnectionLost when the channel breaks first."""
         if self._broken is not None:
             raise self._broken
         reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -134,7 +142,7 @@ class Agent:
 
     @property
     def is_broken(self) -> bool:
-        """Whether no call can be answered over it any more."""
+        """Whether the channel has broken, so that no further call can be answered."""
         return self._broken is not None
 
     def close(self) -> None:
@@ -144,7 +152,7 @@ class Agent:
 
     def _send(self, message: Message) -> None:
         assert self._channel is not None
-        with suppress(OSError):  # of a closed channel: what watches it says why
+        with suppress(OSError):  # a closed channel: _watch_channel reports the reason
             self._channel.write(encode(message))
 
     def _received(self, data: bytes) -> None:
@@ -166,23 +174,24 @@ class Agent:
         if len(self._head) < 4:
             return []
         if int.from_bytes(self._head[:4], "big") > _HELLO_BYTES_MAX:
-            said = bytes(self._head[:80]).decode("utf-8", "replace").strip()
+            text = bytes(self._head[:80]).decode("utf-8", "replace").strip()
             raise HostUnreachable(
-                f"the login shell prints text before the agent speaks: {said!r}",
+                f"the login shell prints text before the agent speaks: {text!r}",
                 hint="no output from .bashrc and the like in sessions without a terminal",
             )
         data, self._head = bytes(self._head), None
         return self._frames.feed(data)
 
-    async def _watch_channel(self, channel: Channel) -> None:
+    async def _watch_channel(self, channel: AgentChannel) -> None:
         error = await channel.lost
         if not self._greeted.done():
-            self._break(self._said_nothing() or why_no_agent(self.host, self.connection.login, channel))
+            self._break(self._not_an_agent() or why_no_agent(self.host, self.connection.login, channel))
             return
         why = channel.stderr or (str(error) if error else "the agent's end was closed")
         self._break(ConnectionLost(f"{self.host}: the connection to the agent broke: {why}"))
 
-    def _said_nothing(self) -> HostUnreachable | None:
+    def _not_an_agent(self) -> HostUnreachable | None:
+        """The error when some bytes arrived, but no Hello."""
         if not self._head:
             return None
         return HostUnreachable(

@@ -1,4 +1,4 @@
-"""One deadline per call: CloudStack gave us so many seconds, and nobody invents their own."""
+"""The deadline of a call: CloudStack's timeout, less a margin. All waiting in a call is derived from it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import time
 from netloom.errors import BadRequest
 from netloom.fastos import os
 
-# More than any caller means; past it a number is a mistake, and a timer could not hold it.
+# One day. A larger timeout is a mistake of the caller, and a timer could not represent every number.
 TIMEOUT_S_MAX = 86_400
 
-# A process that says it is older than this was something else first (a launcher that waited and then exec'ed us).
+# An older process was a launcher first, which waited and then executed us; its age is not the age of this call.
 _AGE_S_MAX = 5.0
 
 
 class Deadline:
-    """When the answer has to be out, on the monotonic clock: a clock that is set does not move it."""
+    """The time by which the answer must be written (``ends``), on the monotonic clock, in seconds."""
 
     __slots__ = ("ends", "margin_s", "timeout_s")
 
@@ -25,38 +25,38 @@ class Deadline:
         self.ends = started + timeout_s - self.margin_s
 
     def remaining_s(self) -> float:
-        """Seconds that are left, never negative."""
+        """The remaining seconds, never negative."""
         return max(0.0, self.ends - time.monotonic())
 
     def reach_s(self) -> float:
-        """How long a host may leave a first packet unanswered: a third of what is left, but 5 s at least.
+        """How long to wait for the first packet from a host: a third of the remaining time, but at least 5 s.
 
-        Of CloudStack's 60 seconds that is 19, in which TCP asks five times; of 5, three times.
+        Of CloudStack's 60 seconds that is 19, in which TCP sends five SYNs; 5 s allow three.
         """
         return max(5.0, self.remaining_s() / 3)
 
     def grace_s(self) -> float:
-        """How long stragglers are waited for when somebody else has answered: 5 s, or a third of what is left."""
+        """How long to wait for slow hosts once another one has answered: 5 s, or a third of the remaining time."""
         return min(5.0, self.remaining_s() / 3)
 
 
 def margin_s(timeout_s: float) -> float:
-    """What is kept for ending in time: 1 s or 5 %, whichever is more, but at most half of ``timeout_s``."""
+    """The time reserved for exiting: 1 s or 5 %, whichever is more, but at most half of ``timeout_s``."""
     return min(max(1.0, timeout_s * 0.05), timeout_s / 2)
 
 
 def parse_timeout(text: str) -> int:
-    """The seconds of CloudStack's third argument. Raises BadRequest for anything but a decimal number from 1 on."""
+    """Parses CloudStack's third argument, in seconds. Raises BadRequest unless it is a decimal number from 1 on."""
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or not 1 <= int(text) <= TIMEOUT_S_MAX:
         raise BadRequest(f"timeout {text[:40]!r} is not a number of seconds from 1 to {TIMEOUT_S_MAX}")
     return int(text)
 
 
 def process_started() -> float:
-    """When this process was started, on the monotonic clock; now, where that cannot be known.
+    """The start of this process on the monotonic clock, in seconds; the present time when it cannot be determined.
 
-    The interpreter's own start, and the unpacking of a compiled file, are part of the caller's time.
-    Field 22 of /proc/self/stat (proc(5)) counts clock ticks since boot; the name in field 2 may hold spaces.
+    Starting the interpreter and unpacking the one file count towards the caller's timeout.
+    Field 22 of /proc/self/stat (proc(5)) counts clock ticks since boot; the name in field 2 may contain spaces.
     """
     now = time.monotonic()
     try:

@@ -1,41 +1,38 @@
-"""The program brings itself to a host: over the connection that is there, with what every Linux has there.
+"""Install the program on a host: upload it over an open SSH connection, and activate it there.
 
-What is uploaded lies in a file whose name has the SHA-256 of the whole. Its bytes are written at their own places, so
-whoever sends them, again or at the same time, writes the same; a later upload goes on where the file ends. The whole is
-copied under a name of its own, checked, and renamed, so that nobody runs half of it or a file that is still written to.
+The host needs only a shell, coreutils and sed. The upload goes into a partial file whose name contains the SHA-256 of
+the package. Each block is written at its own offset, so two uploads at the same time, or a repeated one, write the same
+bytes, and a later upload resumes where the file ends. The complete file is copied, verified and renamed, so that no
+incomplete program, and none that is still being written, can be executed.
 
-The shell scripts are constants. Their arguments are a directory, a build, numbers and a hash of ours.
+The shell scripts are constants. Their arguments are our directory, the build, sizes and the hash.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
 
 import msgspec
 
-from netloom import program
-from netloom.errors import BadRequest, HostUnreachable
-
-if TYPE_CHECKING:
-    from netloom.extension.ssh import Connection, Ran
+from netloom.errors import HostUnreachable
+from netloom.extension.package import Package
+from netloom.extension.progress import Installing, Progress, Step
+from netloom.extension.ssh import CompletedCommand, SshConnection
+from netloom.wire import Activation
 
 DIRECTORY = "/usr/local/libexec/netloom"
 
 _BLOCK = 1 << 16
-_NOTED_S = 5.0  # how often a slow upload is in the log
-_AGAIN_MAX = 2  # uploads whose bytes turn out to be others than were sent
-# Beside the upload and its copy, what a host must have left for its logs and states.
+_LOG_EVERY_S = 5.0  # how often a slow upload writes its percentage to the log
+_UPLOADS_MAX = 2  # when the uploaded bytes do not have the right hash
+# Free space that the host must keep for its logs and states, in addition to the upload and its copy.
 _SPARE_BYTES = 16 << 20
 
 _COMMON = "export LC_ALL=C PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin; umask 022; "
 
-# What of the host matters, one word and value a line. Leaves nothing behind.
+# Prints facts about the host, one name and value per line. Leaves no file on the host.
 _LOOK = (
     _COMMON
     + r"""
@@ -75,7 +72,7 @@ dd of="$part" bs=65536 seek="$blocks" conv=notrunc || { rm -f "$part"; rmdir "$d
 """
 )
 
-# 65: what arrived is not what was sent.
+# Exit status 65: the size or the hash of the uploaded file is wrong.
 _FINISH = (
     _COMMON
     + r"""
@@ -92,124 +89,79 @@ fi
 mv -f "$new" "$directory/$build/netloom" && rm -f "$part" && flush "$directory/$build"
 """
 )
-_NOT_WHAT_WAS_SENT = 65
+_WRONG_HASH = 65
 
 
 class CannotInstall(HostUnreachable):
-    """The host does not take the program, or cannot run it: no agent answers there."""
+    """The program cannot be installed on the host, or does not run there, so no agent answers."""
 
 
-@dataclass(frozen=True)
-class Package:
-    """The one file that is brought to hosts."""
-
-    path: str
-    build: str
-    size: int
-    sha256: str
-    machine: str
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What ``netloom agent activate`` says (agent/setup/install.py)."""
-
-    outcome: str
-    build: str
-    reason: str = ""
-
-
-@cache
-def package() -> Package | None:
-    """The file that is running; None from a checkout. Raises BadRequest when it cannot be read."""
-    path = program.path()
-    if path is None:
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(20)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return Package(path, program.build_id(), os.fstat(file.fileno()).st_size, digest, machine_of(head))
-    except OSError as error:
-        raise BadRequest(f"{path}: {error.strerror}", hint="hosts are given this file: let it be read") from error
-
-
-def _is_the_loaders(ran: Ran) -> bool:
-    """Whether the program did not come to say something itself."""
-    return ran.status in (126, 127) or "GLIBC_" in ran.complaint
-
-
-# elf(5), e_machine, and what uname calls it.
-_MACHINES = {62: "x86_64", 183: "aarch64", 243: "riscv64", 22: "s390x", 21: "ppc64le"}
-
-
-def machine_of(head: bytes) -> str:
-    """What a program with these first bytes is made for; this machine, where they do not tell."""
-    if head[:4] != b"\x7fELF":
-        return os.uname().machine
-    return _MACHINES.get(int.from_bytes(head[18:20], "little" if head[5] == 1 else "big"), "another machine")
+def _could_not_load(done: CompletedCommand) -> bool:
+    """Whether the shell or the dynamic loader failed, before the program itself ran."""
+    return done.status in (126, 127) or "GLIBC_" in done.complaint
 
 
 class Deployment:
-    """One host gets the program. ``tell`` hears what is being done, as often as it changes; ``note`` is for the log."""
+    """The installation of ``package`` on one host. ``now``: how far it is."""
 
     def __init__(
         self,
-        connection: Connection,
+        connection: SshConnection,
         package: Package,
-        tell: Callable[[str], None],
-        note: Callable[[str], None],
+        progress: Progress,
         *,
-        by_word: bool = False,
+        forced_by_operator: bool = False,
     ) -> None:
+        """``forced_by_operator``: install the package even if an operator went back from this build on the host."""
+        self.now = Installing(connection.host, "looking at the host")
         self._connection = connection
         self._package = package
-        self._tell = tell
-        self._note = note
-        self._by_word = by_word
+        self._progress = progress
+        self._forced_by_operator = forced_by_operator
 
     @property
     def _host(self) -> str:
         return self._connection.host
 
-    async def carry_out(self, *, repair: bool = False) -> Outcome | None:
-        """Uploads what is missing and puts it in use. Raises HostUnreachable; a later one goes on from there.
+    async def run(self, *, only_if_missing: bool = False) -> Activation | None:
+        """Upload the package unless the host has it, and activate it. Another deployment can resume a failed upload.
 
-        ``repair``: only if the program in use there is not this one, whole; None if it is.
+        ``only_if_missing``: do nothing, and return None, when the host already uses an intact copy of this build.
+        Raises HostUnreachable, or CannotInstall with a remedy.
         """
         package = self._package
-        self._say("looking at the host")
+        self._report("looking at the host")
         facts = await self._look()
-        whole = facts.get("installed") == package.sha256
-        if repair and whole and facts.get("current") == package.build:
+        intact = facts.get("installed") == package.sha256
+        if only_if_missing and intact and facts.get("current") == package.build:
             return None
-        if not whole:
-            for _ in range(_AGAIN_MAX):
+        if not intact:
+            for _ in range(_UPLOADS_MAX):
                 await self._upload(int(facts.get("part") or 0))
                 if await self._finish():
                     break
                 facts = {}
             else:
                 raise CannotInstall(
-                    f"{self._host}: what arrived there is not what was sent, {_AGAIN_MAX} times (SHA-256)",
+                    f"{self._host}: what arrived there is not what was sent, {_UPLOADS_MAX} times (SHA-256)",
                     hint="is its disk, or its memory, broken?",
                 )
         return await self._activate()
 
     async def _look(self) -> dict[str, str]:
-        ran = await self._shell(_LOOK, self._package.sha256)
+        done = await self._shell(_LOOK, self._package.sha256)
         facts = dict(
-            line.removeprefix("netloom-").split(" ", 1) for line in ran.out.splitlines() if line.startswith("netloom-")
+            line.removeprefix("netloom-").split(" ", 1) for line in done.out.splitlines() if line.startswith("netloom-")
         )
         if "system" not in facts:
             raise CannotInstall(
-                f"{self._host}: the agent is not installed, and the host cannot be looked at: {ran.complaint}",
-                hint="may that user run sh there?",
+                f"{self._host}: the agent is not installed, and the host cannot be examined: {done.complaint}",
+                hint="is that user allowed to run sh there?",
             )
-        self._judge(facts)
+        self._check(facts)
         return facts
 
-    def _judge(self, facts: dict[str, str]) -> None:
+    def _check(self, facts: dict[str, str]) -> None:
         package, host = self._package, self._host
         if facts["system"] != "Linux":
             raise CannotInstall(f"{host}: runs {facts['system']}, not Linux")
@@ -230,78 +182,80 @@ class Deployment:
             raise CannotInstall(
                 f"{host}: {where} cannot be written to", hint=f"mount something writable at {DIRECTORY}"
             )
-        wants = 2 * package.size - int(facts.get("part") or 0) + _SPARE_BYTES
-        free = int(facts.get("free") or wants) << 10  # where df does not tell, dd will
-        if free < wants:
+        needed = 2 * package.size - int(facts.get("part") or 0) + _SPARE_BYTES
+        free = int(facts.get("free") or needed) << 10  # without a figure from df, dd reports a full disk
+        if free < needed:
             raise CannotInstall(
-                f"{host}: {free >> 20} MiB are free at {DIRECTORY}, {wants >> 20} are needed", hint="make room there"
+                f"{host}: {free >> 20} MiB are free at {DIRECTORY}, {needed >> 20} are needed", hint="make room there"
             )
 
-    async def _upload(self, there: int) -> None:
+    async def _upload(self, uploaded: int) -> None:
         package = self._package
-        blocks = min(there, package.size) // _BLOCK
+        blocks = min(uploaded, package.size) // _BLOCK
         sent = blocks * _BLOCK
         percent = -1
-        began = noted = time.monotonic()
-        self._note(f"{self._host}: uploading {package.build}, {package.size} bytes, from byte {sent}")
+        began = logged = time.monotonic()
+        self._progress.log(f"{self._host}: uploading {package.build}, {package.size} bytes, from byte {sent}")
 
         def chunks() -> Sequence[bytes]:
-            nonlocal sent, percent, noted
+            nonlocal sent, percent, logged
             now = sent * 100 // package.size
             if now != percent:
                 percent = now
-                self._say(f"{percent} %")
-                if time.monotonic() - noted > _NOTED_S:
-                    noted = time.monotonic()
-                    self._note(f"{self._host}: uploading {package.build}, {percent} %")
+                self._report("uploading", percent)
+                if time.monotonic() - logged > _LOG_EVERY_S:
+                    logged = time.monotonic()
+                    self._progress.log(f"{self._host}: uploading {package.build}, {percent} %")
             data = os.pread(file, _BLOCK, sent)
             sent += len(data)
             return [data] if data else []
 
         file = os.open(package.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            ran = await self._shell(_UPLOAD, package.sha256, str(blocks), feed=chunks)
+            done = await self._shell(_UPLOAD, package.sha256, str(blocks), feed=chunks)
         finally:
             os.close(file)
-        if ran.status != 0:
-            complaint = ran.complaint.partition("dd: ")[2] or ran.complaint
+        if done.status != 0:
+            complaint = done.complaint.partition("dd: ")[2] or done.complaint
             raise CannotInstall(f"{self._host}: the agent could not be uploaded: {complaint}", hint="make room there")
-        self._note(f"{self._host}: uploaded {package.build} in {time.monotonic() - began:.1f} s")
+        self._progress.log(f"{self._host}: uploaded {package.build} in {time.monotonic() - began:.1f} s")
 
     async def _finish(self) -> bool:
-        """Whether all of it arrived as it was sent; what did not is gone then, and all is to be sent anew."""
-        self._say("checking")
+        """Verify the upload and move it into place. False: its hash was wrong, and the partial file was removed."""
+        self._report("checking")
         package = self._package
-        ran = await self._shell(_FINISH, package.sha256, str(package.size))
-        if ran.status == 0:
+        done = await self._shell(_FINISH, package.sha256, str(package.size))
+        if done.status == 0:
             return True
-        if ran.status == _NOT_WHAT_WAS_SENT:
-            self._note(f"{self._host}: what arrived of {package.build} is not what was sent")
-            # Two may finish at the same time: the other one has put it there.
+        if done.status == _WRONG_HASH:
+            self._progress.log(f"{self._host}: what arrived of {package.build} is not what was sent")
+            # Another call may have finished the same upload at the same time, and moved the file into place.
             return (await self._look()).get("installed") == package.sha256
-        raise CannotInstall(f"{self._host}: the agent could not be put in its place: {ran.complaint}")
+        raise CannotInstall(f"{self._host}: the agent could not be put in its place: {done.complaint}")
 
-    async def _activate(self) -> Outcome:
-        self._say("starting")
+    async def _activate(self) -> Activation:
+        self._report("starting")
         package = self._package
-        words = [f"{DIRECTORY}/{package.build}/netloom", "agent", "activate", *(["--by-word"] if self._by_word else [])]
-        ran = await self._connection.execute(words)
-        line = next((line for line in ran.out.splitlines() if line.startswith("{")), "")
-        if ran.status != 0 or not line:
-            complaint = ran.complaint.removeprefix("netloom agent: ").removeprefix("netloom: ")
-            self._note(f"{self._host}: {package.build} is not in use: {complaint}")
+        forced = ["--by-word"] if self._forced_by_operator else []
+        done = await self._connection.execute([f"{DIRECTORY}/{package.build}/netloom", "agent", "activate", *forced])
+        line = next((line for line in done.out.splitlines() if line.startswith("{")), "")
+        if done.status != 0 or not line:
+            complaint = done.complaint.removeprefix("netloom agent: ").removeprefix("netloom: ")
+            self._progress.log(f"{self._host}: {package.build} is not in use: {complaint}")
             raise CannotInstall(
                 f"{self._host}: the agent does not start: {complaint}",
-                hint="does that host have glibc 2.28 or later?" if _is_the_loaders(ran) else "",
+                hint="does that host have glibc 2.28 or later?" if _could_not_load(done) else "",
             )
-        outcome = msgspec.json.decode(line, type=Outcome)
-        self._note(f"{self._host}: {outcome.outcome}: {outcome.build} {outcome.reason}".rstrip())
-        return outcome
+        activation = msgspec.json.decode(line, type=Activation)
+        self._progress.log(f"{self._host}: {activation.outcome}: {activation.build} {activation.reason}".rstrip())
+        return activation
 
-    async def _shell(self, script: str, *arguments: str, feed: Callable[[], Sequence[bytes]] | None = None) -> Ran:
-        words = ["sh", "-c", script, "netloom", DIRECTORY, self._package.build, *arguments]
-        return await self._connection.execute(words, feed=feed)
+    async def _shell(
+        self, script: str, *arguments: str, feed: Callable[[], Sequence[bytes]] | None = None
+    ) -> CompletedCommand:
+        argv = ["sh", "-c", script, "netloom", DIRECTORY, self._package.build, *arguments]
+        return await self._connection.execute(argv, feed=feed)
 
-    def _say(self, what: str) -> None:
-        self._connection.installing = what
-        self._tell(f"agent being installed on {self._host}, {what}")
+    def _report(self, step: Step, percent: int | None = None) -> None:
+        self.now = Installing(self._host, step, percent)
+        self._progress.installing(self.now)

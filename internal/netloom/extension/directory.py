@@ -1,6 +1,7 @@
-"""Where the management side keeps things: the first usable of a few directories.
+"""The directories of the management server for known host keys, the log and the helper's socket.
 
-Never beside the executable: CloudStack compares a checksum of that directory between its servers.
+The first usable one of a few candidates is taken. The directory of the executable is none of them: CloudStack compares
+a checksum of that directory between its management servers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class NoDirectory(BadRequest):
-    """None of the directories can be used; what has to be remembered cannot be."""
+    """No candidate directory can be used, so host keys cannot be remembered."""
 
 
 def candidates(environ: Mapping[str, str], uid: int, home: str) -> list[str]:
-    """The persistent directories, best first. ``home``: the user's home, empty when there is none."""
+    """The candidates for persistent files, best first. ``home``: the user's home directory, or empty."""
     return [
         *([environ["NETLOOM_DIR"]] if environ.get("NETLOOM_DIR") else []),
         *([os.path.join(home, ".cache", "netloom")] if home else []),
@@ -30,10 +31,10 @@ def candidates(environ: Mapping[str, str], uid: int, home: str) -> list[str]:
 
 
 def home_of(environ: Mapping[str, str], uid: int) -> str:
-    """HOME, or the home that passwd names (CloudStack's service has no HOME); empty when neither is there."""
+    """HOME, else the home directory in passwd (CloudStack's service has no HOME); empty when there is neither."""
     if environ.get("HOME", "").startswith("/"):
         return environ["HOME"]
-    import pwd  # a C module, wanted only here
+    import pwd  # a C module, needed only without HOME
 
     try:
         return pwd.getpwuid(uid).pw_dir
@@ -42,10 +43,10 @@ def home_of(environ: Mapping[str, str], uid: int) -> str:
 
 
 def unusable(path: str, uid: int) -> str:
-    """Why ``path`` cannot be used; empty when it can. Makes the directory, and those above it, where they are missing.
+    """Why ``path`` cannot be used; empty when it can. Creates the directory and its parents if they are missing.
 
-    Usable is a directory of ours that nobody else can enter, nor put another one in the place of, and no link: /var/tmp
-    is everybody's.
+    A usable directory is no symbolic link, belongs to ``uid`` with mode 0700, and no other user can replace it: anybody
+    may create names in /var/tmp.
     """
     if not path.startswith("/"):
         return "not an absolute path"
@@ -58,7 +59,7 @@ def unusable(path: str, uid: int) -> str:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             os.mkdir(path, 0o700)
             found = os.lstat(path)
-    except FileExistsError:  # somebody was as quick
+    except FileExistsError:  # another process has just created it
         found = os.lstat(path)
     except OSError as error:
         return error.strerror or type(error).__name__
@@ -72,14 +73,15 @@ def unusable(path: str, uid: int) -> str:
 
 
 def _unsafe_above(path: str, uid: int) -> str:
-    """Why somebody else could put another directory in the place of ``path``; empty when nobody could.
+    """Why another user could replace ``path`` by another directory; empty when none could.
 
-    Homes that their own group may write to are usual; in a sticky directory what is ours stays in its place.
+    A parent may be writable for our own group, as home directories often are. In a sticky directory other users cannot
+    rename our entries.
     """
     while (path := os.path.dirname(path)) not in ("/", ""):
         try:
             found = os.lstat(path)
-        except FileNotFoundError:  # we will make it
+        except FileNotFoundError:  # we create it
             continue
         if found.st_uid not in (0, uid):
             return f"{path} is owned by uid {found.st_uid}"
@@ -90,7 +92,7 @@ def _unsafe_above(path: str, uid: int) -> str:
 
 
 def for_sockets(environ: Mapping[str, str]) -> str | None:
-    """The directory for what lives no longer than this boot; None when there is none to be had."""
+    """The directory for files that need not outlive a reboot; None when no candidate is usable."""
     uid = os.geteuid()
     paths = candidates(environ, uid, home_of(environ, uid))
     if environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
@@ -99,9 +101,9 @@ def for_sockets(environ: Mapping[str, str]) -> str | None:
 
 
 def persistent(environ: Mapping[str, str] | None = None) -> str:
-    """The directory for what has to outlive a reboot: known host keys and the log.
+    """The directory for files that must outlive a reboot: known host keys and the log.
 
-    Raises NoDirectory, with each candidate's reason, when there is none.
+    Raises NoDirectory, with the reason for each candidate, when none is usable.
     """
     environ = os.environ if environ is None else environ
     uid = os.geteuid()

@@ -1,6 +1,6 @@
-"""Which SSH host keys we believe: those the operator pinned, else the one we saw first.
+"""Trust in SSH host keys: keys pinned by the operator, else the first key seen (trust on first use).
 
-Remembered keys are kept in OpenSSH's known_hosts format, so that a person can read, compare and copy them.
+Remembered keys are stored in OpenSSH's known_hosts format, so that a person can read, compare and copy them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from netloom.errors import BadRequest, LoginRefused
+from netloom.files import replace_bytes
 
 FILE = "known_hosts"
 DEFAULT_PORT = 22
@@ -26,7 +27,7 @@ _FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}=?\Z")
 
 @dataclass(frozen=True)
 class HostKey:
-    """A server's public key: its type and its base64 text, as OpenSSH writes them."""
+    """A server's public key: type and base64 text, as in OpenSSH's files."""
 
     kind: str
     blob: str
@@ -42,7 +43,7 @@ class HostKey:
 
 @dataclass(frozen=True)
 class Pin:
-    """One key that the operator trusts: for ``host`` alone, or for all when that is empty. A key or a fingerprint."""
+    """A key or fingerprint that the operator trusts for ``host``, or for all hosts when that is empty."""
 
     host: str
     key: HostKey | None = None
@@ -53,21 +54,24 @@ class Pin:
 
 
 def parse_pins(text: str) -> tuple[Pin, ...]:
-    """The registration detail ``hostkeys``: ``[host ]ssh-ed25519 AAAA...`` or ``[host ]SHA256:...``, between commas or
-    line ends. Raises BadRequest for an entry that is neither; a misspelt pin must not become trust on first use."""
+    """Parses the registration detail ``hostkeys``: entries separated by commas or line ends.
+
+    An entry is ``[host ]ssh-ed25519 AAAA...`` or ``[host ]SHA256:...``. Raises BadRequest for any other: ignoring a
+    misspelt pin would mean trust on first use.
+    """
     return tuple(_pin(entry.split()) for entry in re.split(r"[,\r\n]", text) if entry.strip())
 
 
-def _pin(words: list[str]) -> Pin:
+def _pin(fields: list[str]) -> Pin:
     host = ""
-    if not (_KEY_TYPE.match(words[0]) or words[0].startswith("SHA256:")):
-        host, words = words[0].strip("[]"), words[1:]
-    if words and _FINGERPRINT.match(words[0]):
-        return Pin(host, fingerprint=words[0].rstrip("="))
-    if len(words) >= 2 and _KEY_TYPE.match(words[0]) and _is_blob(words[0], words[1]):
-        return Pin(host, key=HostKey(words[0], words[1]))
+    if not (_KEY_TYPE.match(fields[0]) or fields[0].startswith("SHA256:")):
+        host, fields = fields[0].strip("[]"), fields[1:]
+    if fields and _FINGERPRINT.match(fields[0]):
+        return Pin(host, fingerprint=fields[0].rstrip("="))
+    if len(fields) >= 2 and _KEY_TYPE.match(fields[0]) and _is_blob(fields[0], fields[1]):
+        return Pin(host, key=HostKey(fields[0], fields[1]))
     raise BadRequest(
-        f"registration detail hostkeys: {' '.join([host, *words]).strip()[:60]!r} is no host key",
+        f"registration detail hostkeys: {' '.join([host, *fields]).strip()[:60]!r} is no host key",
         hint="write '[host ]ssh-ed25519 AAAA...' or '[host ]SHA256:...', with commas between",
     )
 
@@ -82,7 +86,7 @@ def _is_blob(kind: str, blob: str) -> bool:
 
 @dataclass(frozen=True)
 class Known:
-    """One remembered key, and where it stands."""
+    """A remembered key and its line number in the file."""
 
     name: str
     key: HostKey
@@ -90,13 +94,13 @@ class Known:
 
 
 def name_of(host: str, port: int) -> str:
-    """The name under which OpenSSH keeps a server's key: with the port where it is not 22."""
+    """The name of a server in OpenSSH's known_hosts: ``[host]:port`` when the port is not 22."""
     return host if port == DEFAULT_PORT else f"[{host}]:{port}"
 
 
 @dataclass(frozen=True)
 class KnownHosts:
-    """The remembered keys of a directory of ours. Raises OSError where the file cannot be read or written."""
+    """The known_hosts file in ``directory``. Its methods raise OSError when the file cannot be read or written."""
 
     directory: str
 
@@ -116,9 +120,9 @@ class KnownHosts:
         return [known for known in self.all() if known.name == name]
 
     def remember(self, name: str, key: HostKey) -> list[Known]:
-        """Keep ``key`` unless something is known under ``name`` by now; what is known, in either case.
+        """Add ``key`` unless ``name`` already has a key; returns the keys of ``name``.
 
-        One write under a lock: of two first uses at the same time, one is first.
+        A lock makes one of two simultaneous first uses the first.
         """
         with self._locked():
             if not self.of(name):
@@ -126,7 +130,7 @@ class KnownHosts:
             return self.of(name)
 
     def forget(self, name: str) -> list[Known]:
-        """Remove what is known under ``name``; what it was. The file is replaced whole."""
+        """Remove the keys of ``name`` and return them. The file is replaced atomically."""
         with self._locked():
             gone = self.of(name)
             if gone:
@@ -134,28 +138,15 @@ class KnownHosts:
                 with open(self.path, encoding="utf-8", errors="surrogateescape") as file:
                     lines = file.read().splitlines()
                 kept = "".join(line + "\n" for number, line in enumerate(lines, 1) if number not in numbers)
-                self._replace(kept.encode("utf-8", "surrogateescape"))
+                # Atomically: a key that a full disk lost would be trusted on first use again.
+                replace_bytes(self.path, kept.encode("utf-8", "surrogateescape"))
             return gone
-
-    def _replace(self, text: bytes) -> None:
-        """All of ``text`` or nothing: a key that a full disk lost would be believed anew, whoever shows one."""
-        temporary = f"{self.path}.{os.getpid()}.new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with open(fd, "wb") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(fd)
-            os.rename(temporary, self.path)
-        except OSError:
-            os.unlink(temporary)
-            raise
 
     def _append(self, line: bytes) -> None:
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(fd).st_size
-            if size and os.pread(fd, 1, size - 1) != b"\n":  # an editor left the last line open
+            if size and os.pread(fd, 1, size - 1) != b"\n":  # an editor left out the final newline
                 line = b"\n" + line
             if os.write(fd, line) != len(line):
                 os.ftruncate(fd, size)
@@ -166,7 +157,7 @@ class KnownHosts:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The lock file stays for good: who removes one lets two in."""
+        """Holds the lock. The lock file is never removed: two processes could lock two files of the same name."""
         fd = os.open(self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
@@ -176,27 +167,27 @@ class KnownHosts:
 
 
 def _known(line: str, number: int) -> Iterator[Known]:
-    words = line.split()
-    if len(words) >= 3 and _KEY_TYPE.match(words[1]) and _is_blob(words[1], words[2]):
-        for name in words[0].split(","):
-            yield Known(name, HostKey(words[1], words[2]), number)
+    fields = line.split()
+    if len(fields) >= 3 and _KEY_TYPE.match(fields[1]) and _is_blob(fields[1], fields[2]):
+        for name in fields[0].split(","):
+            yield Known(name, HostKey(fields[1], fields[2]), number)
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What decides on the key that a server shows: the operator's pins if there are any, else ``known``."""
+    """Decides whether a server's key is trusted: by the operator's pins if there are any, else by ``known``."""
 
     pins: tuple[Pin, ...]
     known: KnownHosts
 
     def expected_kinds(self, host: str, port: int) -> list[str]:
-        """The types of key that we hold for a server: to be asked for first, for a server has several keys."""
+        """The key types that we know for a server. We ask for these first, because a server has several keys."""
         if self.pins:
             return [pin.key.kind for pin in self._pins_of(host) if pin.key]
         return [known.key.kind for known in self.known.of(name_of(host, port))]
 
     def check(self, host: str, port: int, shown: HostKey) -> None:
-        """Return if ``shown`` may be believed. Raises LoginRefused with the remedy; no login is tried then."""
+        """Return if ``shown`` is trusted. Raises LoginRefused with a remedy; no login is tried then."""
         if self.pins:
             self._check_pins(host, shown)
             return

@@ -1,4 +1,4 @@
-"""The management side's log: one line per call, in a file of our own that never grows past a bound."""
+"""The log of the management server: one line per call, in a file of bounded size."""
 
 from __future__ import annotations
 
@@ -6,70 +6,47 @@ import time
 
 from netloom.errors import NetloomError, one_line
 from netloom.extension.directory import persistent
-from netloom.fastos import os  # and nothing that a call has not loaded: it may be ended amid any import
+from netloom.fastos import os
+from netloom.logfile import LogFile, timestamp  # a signal may end the call during any import, so import little here
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from netloom.extension.call import Story
+    from netloom.extension.record import CallRecord
 
 FILE = "netloom.log"
-_BYTES_MAX = 4 << 20
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def line(story: Story, status: int, error: str, *, now_s: float, took_ms: float) -> str:
-    """One call in one line: when, call id, command, scope, host, status, milliseconds, and the error."""
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now_s))
-    words = [when, story.call_id, story.command, story.scope_id, story.host, f"status={status}", f"{took_ms:.0f}ms"]
-    return one_line(" ".join([*words, *([error] if error else [])])) + "\n"
+def line(record: CallRecord, status: int, error: str, *, now_s: float, took_ms: float) -> str:
+    """One call in one line: time, call id, command, scope, host, status, milliseconds, and the error."""
+    fields = [timestamp(now_s), record.call_id, record.command, record.scope_id, record.host]
+    fields += [f"status={status}", f"{took_ms:.0f}ms", *([error] if error else [])]
+    return one_line(" ".join(fields)) + "\n"
 
 
-def write_down(story: Story, status: int, error: str, environ: Mapping[str, str]) -> None:
-    """Append the call's line, and its traceback if it has one; a log that cannot be written fails no call."""
+def write_down(record: CallRecord, status: int, error: str, environ: Mapping[str, str]) -> None:
+    """Append the line of a call, and its traceback if it has one. A log that cannot be written fails no call."""
     try:
-        _record(story, status, error, environ)
+        text = line(record, status, error, now_s=time.time(), took_ms=(time.monotonic() - record.started) * 1000)
+        for frame in record.traceback.splitlines():
+            text += f"  {one_line(frame)}\n"
+        _append(text, environ)
     except (OSError, NetloomError, ValueError):
         pass
 
 
-def note(what: str, environ: Mapping[str, str]) -> None:
-    """Append a line about what no single call does; a log that cannot be written fails nothing."""
-    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def note(text: str, environ: Mapping[str, str]) -> None:
+    """Append a line that belongs to no single call. A log that cannot be written fails nothing."""
     try:
-        _append(f"{when} {one_line(what)}\n", environ)
+        _append(f"{timestamp()} {one_line(text)}\n", environ)
     except (OSError, NetloomError):
         pass
 
 
-def _record(story: Story, status: int, error: str, environ: Mapping[str, str]) -> None:
-    text = line(story, status, error, now_s=time.time(), took_ms=(time.monotonic() - story.started) * 1000)
-    for trouble in story.trouble.splitlines():
-        text += f"  {one_line(trouble)}\n"
-    _append(text, environ)
-
-
 def _append(text: str, environ: Mapping[str, str]) -> None:
-    path = os.path.join(persistent(environ), FILE)
-    fd = os.open(path, _FLAGS, 0o600)
+    file = LogFile(os.path.join(persistent(environ), FILE), os.O_NOFOLLOW)
     try:
-        os.write(fd, text.encode("ascii"))  # one write: lines of calls at the same time do not mix
-        if os.fstat(fd).st_size > _BYTES_MAX:
-            _rotate(path)
+        file.append(text)
     finally:
-        os.close(fd)
-
-
-def _rotate(path: str) -> None:
-    import fcntl  # a C module, wanted once in some ten thousand calls
-
-    lock = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(path).st_size > _BYTES_MAX:  # nobody did it in between
-            os.rename(path, path + ".1")
-    except BlockingIOError:
-        pass  # somebody does it just now
-    finally:
-        os.close(lock)
+        file.close()

@@ -1,4 +1,4 @@
-"""What a call prints, and what a reply of the agent means for it. Values and text; nothing is written here."""
+"""The output of a call, and the error that an agent's reply stands for. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomErro
 from netloom.protocol.envelope import StoredDetails
 from netloom.wire import Reply
 
-# The width of CloudStack's column for what ensure-network-device prints; a longer text is never stored.
+# The width of CloudStack's database column for the output of ensure-network-device; it does not store a longer text.
 DETAILS_CHARACTERS_MAX = 1023
 
 
 def ensured(stored: StoredDetails, host: str, scope_id: str) -> str:
-    """What ensure-network-device prints, without a newline: one JSON object that replaces what was stored.
+    """The output of ensure-network-device, without a newline: one JSON object that replaces the stored details.
 
-    Always the same text for the same facts, for CloudStack writes to its database when the text differs. What we
-    stored about an earlier move goes on; what does not fit any more is left out, oldest first.
+    The same facts give the same text, because CloudStack writes to its database when the text differs. ``epoch`` and
+    ``previous`` are taken over from ``stored``; hosts in ``previous`` that do not fit are left out, oldest first.
     """
     details: dict[str, object] = {"host": host, "namespace": names.namespace(scope_id)}
     if scope_id.startswith("vpc-"):
@@ -35,13 +35,13 @@ def ensured(stored: StoredDetails, host: str, scope_id: str) -> str:
 
 
 def printed(command: str, reply: Reply) -> str:
-    """What goes to stdout after a call that the agent carried out: nothing, where the protocol defines no result."""
+    """The output of a call that succeeded; empty for commands without a defined result."""
     row = row_of(command)
     return reply.output if row.output is not None else ""
 
 
-def failure(host: str, reply: Reply) -> NetloomError | None:
-    """The error that a reply stands for: with the host's name, the agent's sentence and its exit status."""
+def error_in(host: str, reply: Reply) -> NetloomError | None:
+    """The error of a reply, with the host's name and the agent's exit status; None when the call succeeded."""
     if not reply.status:
         return None
     kind: type[NetloomError] = {1: BadRequest, 2: HostUnreachable}.get(reply.status, HostRefused)

@@ -1,7 +1,7 @@
-"""Which host a scope lives on: a decision about what the hosts said, without asking them.
+"""Decides which host a scope lives on, from the answers of the hosts. Pure functions: they ask no host themselves.
 
-``decide`` and ``decide_everywhere`` are called again with everything heard so far, until they name a host. A scope
-that lives somewhere stays there: while its host is silent the answer is a failure, never another host.
+``decide`` and ``decide_everywhere`` are called again after each answer, until they name a host. A scope that lives on
+a host stays there: while that host does not answer, the decision is a failure and never another host.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Literal
 
 from netloom.errors import HostUnreachable, NetloomError
 
-# Whose lateness is being waited for, at most for a grace: that of the stored host, or that of the slower candidates.
+# Which late answers we still wait for, up to one grace period: the stored host's, or those of slow candidates.
 Patience = Literal["stored", "stragglers"]
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What one host said when it was asked for the scope. ``failure``: why it did not answer, empty if it did."""
+class HostAnswer:
+    """The answer of one host to ``locate``. ``failure``: why it did not answer; empty when it did."""
 
     holds: bool = False
     failure: str = ""
@@ -31,42 +31,44 @@ class Heard:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that the decision depends on.
+    """The input of a decision.
 
     ``order``: the candidates, the preferred one first. ``stored``: the host that CloudStack remembers, empty when
-    unknown. ``asked``: who has been asked; ``heard``: who has answered, or failed to. ``reached``: who is there
-    and still at work. ``over``: the graces that have passed.
+    unknown. ``asked``: hosts that were asked; ``answers``: their answers and failures so far. ``reached``: hosts whose
+    agents said hello and are still working. ``over``: grace periods that have passed.
     """
 
     scope_id: str
     order: tuple[str, ...]
     stored: str = ""
     asked: frozenset[str] = frozenset()
-    heard: Mapping[str, Heard] = field(default_factory=dict)
+    answers: Mapping[str, HostAnswer] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
     over: frozenset[Patience] = frozenset()
 
     def holders(self) -> list[str]:
-        return [host for host in self.order if host in self.heard and self.heard[host].holds]
+        return [host for host in self.order if host in self.answers and self.answers[host].holds]
 
     def answering(self) -> list[str]:
-        return [host for host in self.order if host in self.heard and self.heard[host].answered]
+        return [host for host in self.order if host in self.answers and self.answers[host].answered]
 
     def failures(self) -> list[str]:
         """One reason per candidate that did not answer."""
-        return [self.heard[host].failure for host in self.order if host in self.heard and self.heard[host].failure]
+        return [
+            self.answers[host].failure for host in self.order if host in self.answers and self.answers[host].failure
+        ]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask these hosts, at the same time."""
+    """Ask these hosts in parallel."""
 
     hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait for the next answer; with ``patience``, for a grace at most."""
+    """Wait for the next answer; with ``patience``, for at most one grace period."""
 
     patience: Patience | None = None
 
@@ -80,35 +82,35 @@ class Use:
 
 @dataclass(frozen=True)
 class Unplaced:
-    """Nobody who answers holds the scope; a new one would go to ``host``."""
+    """No host that answers has the scope; a new one would be created on ``host``."""
 
     host: str
 
 
 @dataclass(frozen=True)
-class Done:
-    """Everybody who had to be told has been told."""
+class AllTold:
+    """Every host that had to get the command has answered."""
 
     hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Fail:
-    """No host can be named; why."""
+    """The decision is an error."""
 
     error: NetloomError
 
 
 def cksum(data: bytes) -> int:
-    """The CRC that POSIX ``cksum`` prints for ``data``: that of Ethernet, unreflected, over the text and its length.
+    """The checksum that POSIX cksum(1) prints for ``data``: Ethernet's CRC, not reflected, over data and length.
 
-    The reference extension chooses hosts by it, so a zone that changes over keeps its spread.
+    The reference extension chooses hosts by it, so a zone that changes over to netloom keeps its distribution.
     """
     length = len(data)
     while length:
         data += bytes([length & 0xFF])
         length >>= 8
-    # binascii's CRC is the reflected form of the same polynomial: turn the bits of every byte in, and the result out.
+    # binascii computes the reflected form of the same polynomial: reverse the bits of each byte, and of the result.
     reflected = binascii.crc32(data.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{reflected:032b}"[::-1], 2) ^ 0xFFFFFFFF
 
@@ -117,7 +119,7 @@ _REVERSED = bytes(int(f"{octet:08b}"[::-1], 2) for octet in range(256))
 
 
 def preferred_order(key: str, candidates: Sequence[str]) -> tuple[str, ...]:
-    """The candidates from number ``cksum(key) mod n`` on, round to the one before it (protocol section 3)."""
+    """The candidates, rotated so that number ``cksum(key) mod n`` is the first (protocol section 3)."""
     unique = tuple(dict.fromkeys(candidates))
     if not unique:
         return ()
@@ -126,13 +128,13 @@ def preferred_order(key: str, candidates: Sequence[str]) -> tuple[str, ...]:
 
 
 def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
-    """The next thing to do to find the host of a scope.
+    """The next step to find the host of a scope.
 
-    The stored host, if it answers; else a candidate that says it holds the scope; else, if no host was stored, the
-    first in order that answers. A stored host that is no candidate any more keeps a scope that it holds.
+    The decision is the stored host, if it answers; else a candidate that has the scope; else, if no host is stored, the
+    first candidate in order that answers. A stored host that is no longer a candidate keeps a scope that it has.
     """
     now = situation
-    stored = now.heard.get(now.stored)
+    stored = now.answers.get(now.stored)
     if now.stored and stored is None:
         if now.stored not in now.asked:
             return Ask((now.stored,))
@@ -146,45 +148,45 @@ def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
         return Use(holders[0])
     if now.stored and stored is None:
         return Wait()
-    everybody_heard = all(host in now.heard for host in now.order)
+    all_answered = all(host in now.answers for host in now.order)
     if stored is not None and not stored.answered:
-        if not everybody_heard and "stragglers" not in now.over:
+        if not all_answered and "stragglers" not in now.over:
             return Wait("stragglers")
         return Fail(_stays(now, stored.failure))
-    if not everybody_heard and ("stragglers" not in now.over or not now.answering()):
+    if not all_answered and ("stragglers" not in now.over or not now.answering()):
         return Wait("stragglers" if now.answering() else None)
     if answering := now.answering():
         return Unplaced(answering[0])
     return Fail(nobody_answers(now))
 
 
-def decide_everywhere(situation: Situation) -> Ask | Wait | Done | Fail:
-    """The next thing to do to tell every candidate that answers, and the stored host, who has to be among them.
+def decide_everywhere(situation: Situation) -> Ask | Wait | AllTold | Fail:
+    """The next step to send a command to every candidate that answers. The stored host must answer.
 
-    What is heard is here the outcome of the command itself. A host that was reached is waited for.
+    An answer is here the reply to the command itself. A host that was reached is waited for until it answers.
     """
     now = situation
     told = tuple(dict.fromkeys((*((now.stored,) if now.stored else ()), *now.order)))
     if missing := tuple(host for host in told if host not in now.asked):
         return Ask(missing)
-    silent = [host for host in told if host not in now.heard]
+    silent = [host for host in told if host not in now.answers]
     if any(host == now.stored or host in now.reached for host in silent):
         return Wait()
-    if silent and ("stragglers" not in now.over or not now.heard):
-        return Wait("stragglers" if now.heard else None)
-    stored = now.heard.get(now.stored)
+    if silent and ("stragglers" not in now.over or not now.answers):
+        return Wait("stragglers" if now.answers else None)
+    stored = now.answers.get(now.stored)
     if stored is not None and not stored.answered:
         return Fail(_stays(now, stored.failure))
-    if done := tuple(host for host in told if host in now.heard and now.heard[host].answered):
-        return Done(done)
+    if done := tuple(host for host in told if host in now.answers and now.answers[host].answered):
+        return AllTold(done)
     return Fail(nobody_answers(now))
 
 
 def nobody_answers(situation: Situation) -> HostUnreachable:
-    """Status 2, with every host's own reason."""
+    """The error (exit status 2) with each host's reason."""
     if len(situation.order) == 1:
         return HostUnreachable("; ".join(situation.failures()) or f"{situation.order[0]}: no answer in time")
-    silent = [f"{host}: no answer in time" for host in situation.order if host not in situation.heard]
+    silent = [f"{host}: no answer in time" for host in situation.order if host not in situation.answers]
     return HostUnreachable("none of the hosts answers: " + "; ".join([*situation.failures(), *silent]))
 
 

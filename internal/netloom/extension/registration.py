@@ -1,4 +1,4 @@
-"""What the agent may know of the operator's registration, and whose the scopes are."""
+"""The part of the registration that is sent to agents, and the owner of its scopes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from netloom.wire import Registration
 
 
 def owner(details: PhysicalDetails, executable: str) -> str:
-    """Whose scopes these are: the detail ``owner``, else ``<directory of the executable>/<physical network>``.
+    """The owner of the scopes: the detail ``owner``, else ``<directory of the executable>/<physical network>``.
 
-    The directory is the one that CloudStack made for the extension, so that two extensions, and two CloudStacks that
-    name them differently, do not take each other's namespaces on a host for their own. The path is not resolved: what
-    the operator linked is still named as CloudStack named it.
+    CloudStack creates that directory for the extension, so the default differs between two extensions and usually
+    between two CloudStacks, and neither uses the other's namespaces on a host. Symbolic links in the path are not
+    resolved, because the name that CloudStack uses counts.
     """
     if details.owner:
         return str(details.owner)
@@ -23,7 +23,7 @@ def owner(details: PhysicalDetails, executable: str) -> str:
 
 
 def registration(details: PhysicalDetails, executable: str) -> Registration:
-    """The registration as it crosses the wire: no host, no user, no secret."""
+    """The registration as it is sent to agents: no hosts, no user name, no secret."""
     return Registration(
         owner=owner(details, executable),
         guest_nic=str(details.guest_nic),

@@ -1,6 +1,6 @@
-"""A person's word carried to hosts, all of them at the same time, over SSH: installed there, or run there.
+"""Run an operator's command on many hosts in parallel over SSH: install, or any ``netloom agent`` command.
 
-No deadline is given here: whoever waits may press Ctrl-C.
+There is no deadline: the operator may press Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import msgspec
 
 from netloom.errors import BadRequest, HostRefused, NetloomError
 from netloom.extension.deploy import DIRECTORY, Deployment
-from netloom.extension.ssh import Connection, Login, Ran
+from netloom.extension.package import Package
+from netloom.extension.progress import Progress
+from netloom.extension.ssh import CompletedCommand, Login, SshConnection
 
 PROGRAM = f"{DIRECTORY}/current/netloom"
 
 
-class Visit(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one host: the exit status, what it answered, and one line when it failed."""
+class HostResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one host: exit status, its answer (decoded JSON), and one line when it failed."""
 
     host: str
     status: int = 0
@@ -27,58 +29,56 @@ class Visit(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
-async def install_on(hosts: Sequence[str], login: Login, tell: Callable[[str, str], None]) -> list[Visit]:
-    """Brings this program to every host; ``tell`` hears host and progress. An operator's word: what was taken back
-    there is installed again."""
-    package = login.package
+async def install_on(
+    hosts: Sequence[str], login: Login, package: Package | None, progress: Progress
+) -> list[HostResult]:
+    """Install ``package`` on every host, even where an operator went back from this build."""
     if package is None:
         raise BadRequest("a checkout cannot be installed", hint="use the one file that make build makes")
 
-    async def one(connection: Connection) -> Visit:
+    async def install(connection: SshConnection) -> HostResult:
         host = connection.host
-        line = f"agent being installed on {host}, "
-        deployment = Deployment(
-            connection, package, lambda what: tell(host, what.removeprefix(line)), lambda line: None, by_word=True
-        )
-        outcome = await deployment.carry_out()
-        assert outcome is not None
-        if outcome.build != package.build:
-            raise HostRefused(f"{host}: {outcome.reason}", hint="netloom agent rollback on that host goes back")
-        return Visit(host=host, answer={"outcome": outcome.outcome, "build": outcome.build})
+        activation = await Deployment(connection, package, progress, forced_by_operator=True).run()
+        assert activation is not None
+        if activation.build != package.build:
+            raise HostRefused(f"{host}: {activation.reason}", hint="netloom agent rollback on that host goes back")
+        return HostResult(host=host, answer={"outcome": activation.outcome, "build": activation.build})
 
-    return await _visit(hosts, login, one)
+    return await _on_each(hosts, login, install)
 
 
-async def run_on(hosts: Sequence[str], login: Login, words: Sequence[str]) -> list[Visit]:
-    """``netloom agent <words> --json`` on every host that has netloom; what each printed, decoded."""
+async def run_on(hosts: Sequence[str], login: Login, args: Sequence[str]) -> list[HostResult]:
+    """Run ``netloom agent <args> --json`` on every host; the answers are the decoded outputs."""
 
-    async def one(connection: Connection) -> Visit:
-        ran = await connection.execute([PROGRAM, "agent", *words, "--json"])
+    async def run(connection: SshConnection) -> HostResult:
+        done = await connection.execute([PROGRAM, "agent", *args, "--json"])
         answer = None
         with suppress(msgspec.DecodeError):
-            answer = msgspec.json.decode(ran.out)
-        if ran.status != 0 and answer is None:
-            raise _failure(connection.host, ran)
-        return Visit(host=connection.host, status=ran.status or 0, answer=answer)
+            answer = msgspec.json.decode(done.out)
+        if done.status != 0 and answer is None:
+            raise _failure(connection.host, done)
+        return HostResult(host=connection.host, status=done.status or 0, answer=answer)
 
-    return await _visit(hosts, login, one)
+    return await _on_each(hosts, login, run)
 
 
-def _failure(host: str, ran: Ran) -> NetloomError:
-    if ran.status in (126, 127) or "command not found" in ran.complaint:
+def _failure(host: str, done: CompletedCommand) -> NetloomError:
+    if done.status in (126, 127) or "command not found" in done.complaint:
         return HostRefused(f"{host}: netloom is not installed there", hint=f"netloom agent install --hosts {host}")
-    return HostRefused(f"{host}: {ran.complaint.removeprefix('netloom: ')}")
+    return HostRefused(f"{host}: {done.complaint.removeprefix('netloom: ')}")
 
 
-async def _visit(hosts: Sequence[str], login: Login, one: Callable[[Connection], Awaitable[Visit]]) -> list[Visit]:
-    async def visit(host: str) -> Visit:
-        connection = Connection(host, login)
+async def _on_each(
+    hosts: Sequence[str], login: Login, work: Callable[[SshConnection], Awaitable[HostResult]]
+) -> list[HostResult]:
+    async def one(host: str) -> HostResult:
+        connection = SshConnection(host, login)
         try:
             await connection.open()
-            return await one(connection)
+            return await work(connection)
         except NetloomError as error:
-            return Visit(host=host, status=error.exit_code, error=str(error))
+            return HostResult(host=host, status=error.exit_code, error=str(error))
         finally:
             connection.close()
 
-    return list(await asyncio.gather(*(visit(host) for host in hosts)))
+    return list(await asyncio.gather(*(one(host) for host in hosts)))

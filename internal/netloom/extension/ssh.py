@@ -1,7 +1,7 @@
-"""SSH to one host: reach it, believe its key, log in once, run the agent's command.
+"""SSH to one host: connect, verify the host key, log in once, and run commands.
 
-Everything a host does wrong here becomes one HostUnreachable (or LoginRefused) that names the host and a remedy;
-secrets are in none of them. Nothing here sets a time limit: the caller holds the one deadline and cancels.
+Each failure becomes one HostUnreachable or LoginRefused that names the host and a remedy. No message contains a secret.
+There are no time limits here: the caller has the one deadline of the call and cancels.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from netloom.errors import BadRequest, HostUnreachable, LoginRefused, one_line
-from netloom.extension.deploy import Package
 from netloom.extension.directory import home_of
 from netloom.extension.hostkeys import HostKey, Trust
 from netloom.secret import Secret
 
 
 def _import_asyncssh() -> None:
-    """Import asyncssh without the processes that it starts to look for libraries that we do without.
+    """Import asyncssh without its search for optional libraries.
 
-    It looks for liboqs and nettle by ctypes.util.find_library, which runs ldconfig, gcc and ld: children, and 200 ms.
+    It searches liboqs and nettle by ctypes.util.find_library, which starts ldconfig, gcc and ld and takes 200 ms. We do
+    not need either library.
     """
     found = ctypes.util.find_library
     ctypes.util.find_library = lambda name: None
     try:
-        with warnings.catch_warnings():  # cryptography announces what it will drop, on stderr
+        with warnings.catch_warnings():  # cryptography writes deprecation warnings to stderr
             warnings.simplefilter("ignore")
             import asyncssh  # noqa: F401
     finally:
@@ -41,27 +41,27 @@ def _import_asyncssh() -> None:
 
 
 _import_asyncssh()
-import asyncssh  # noqa: E402  # imported by now, quietly; this is its name
+import asyncssh  # noqa: E402  # binds the name; the module is loaded by now
 
 for _name in ("asyncssh", "asyncio"):  # without a handler, logging would write warnings to stderr
     logging.getLogger(_name).addHandler(logging.NullHandler())
     logging.getLogger(_name).propagate = False
 
-# What agent command a host has when no setting names another: where the executable installs itself (deploy.py).
+# The default command of the agent on a host: where deploy.py installs it. NETLOOM_AGENT names another one.
 AGENT = "/usr/local/libexec/netloom/current/netloom agent"
 
-# Where the agent writes what it does: the thing to look at when it is silent.
+# The remedy when an agent does not answer.
 LOOK_THERE = "look at /var/log/netloom/agent.log on the host"
 
-# Plain keys only: a certificate would be believed without being remembered. Best first.
+# Plain keys only, best first: a host certificate would be accepted without being remembered in known_hosts.
 _KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
 _ALGORITHMS = {"ssh-rsa": ["rsa-sha2-512", "rsa-sha2-256"]}
 
-# The next of a name's addresses is tried this much later, while the one before may still answer (RFC 8305 section 5).
+# The delay between the connection attempts to the addresses of one host name (RFC 8305 section 5).
 _NEXT_ADDRESS_S = 0.25
-# OpenSSH drops connections at random while ten others have not logged in yet (MaxStartups); no login was tried then,
-# and CloudStack calls us many times at once. How long to wait before each further try, about.
-_DROPPED_AGAIN_S = (0.25, 0.5, 1.0)
+# sshd drops connections at random while ten others have not logged in yet (MaxStartups), and CloudStack makes many
+# calls at once. No login was tried then, so we try again after about this many seconds each.
+_RETRY_DROPPED_S = (0.25, 0.5, 1.0)
 _KEEPALIVE_S = 5.0
 _STDERR_BYTES_MAX = 4096
 _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
@@ -69,30 +69,34 @@ _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
 _SUDO_REFUSES = ("is not in the sudoers", "is not allowed to", "may not run sudo", "not allowed to execute")
 
-Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent", "install"]
+# How far a connection is. "agent": logged in, and the agent was started.
+Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent"]
 
 
 class ConnectionLost(HostUnreachable):
-    """The connection broke with something under way: whether it was carried out is not known, and a repeat is safe."""
+    """The connection broke during a call. It is unknown whether the call was executed; repeating it is safe."""
 
 
 class NoAgent(HostUnreachable):
-    """The host let us in, and its agent did not say hello: there is none, or it does not start."""
+    """The login succeeded, but the agent did not answer: it is not installed, or does not start."""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A command of ours that has ended on a host. ``status`` is None when it was ended by a signal."""
+class CompletedCommand:
+    """The result of a command on a host. ``status`` is None when a signal ended it."""
 
     status: int | None
     out: str
-    complaint: str  # what it wrote to stderr, one line; never empty
+    complaint: str  # one line, never empty: its stderr, or else how it ended
 
 
 @dataclass(frozen=True)
 class Login:
-    """How to log in to the hosts of one registration. One way only: ``sshkey``, else ``password``, else the user's own
-    agent and keys; and each is tried once, because repeated failures lock accounts."""
+    """How to log in to the hosts of one registration.
+
+    One method is used: ``sshkey``, else ``password``, else the SSH agent and the keys of the calling user. Each key or
+    password is tried once, because repeated failures lock accounts.
+    """
 
     trust: Trust
     username: str = "root"
@@ -100,8 +104,7 @@ class Login:
     sshkey: Secret = field(default_factory=Secret)
     password: Secret = field(default_factory=Secret)
     agent: str = AGENT
-    package: Package | None = None  # what is brought to hosts that lack it, or have an older one
-    home: str = ""  # whose own keys, and whose SSH agent
+    home: str = ""  # of the calling user, whose own keys are used
     ssh_auth_sock: str = ""
 
     @property
@@ -112,16 +115,16 @@ class Login:
 
     @property
     def command(self) -> str:
-        """What the login shell is told to run; nothing of it comes from a payload."""
+        """The command line for the login shell. No part of it comes from a payload."""
         return self.as_root([*shlex.split(self.agent), "connect"])
 
-    def as_root(self, words: Sequence[str]) -> str:
-        """The command line that runs ``words`` as root there."""
-        return shlex.join(words if self.username == "root" else ["sudo", "-n", *words])
+    def as_root(self, argv: Sequence[str]) -> str:
+        """The command line that runs ``argv`` as root on the host."""
+        return shlex.join(argv if self.username == "root" else ["sudo", "-n", *argv])
 
 
-class Channel(asyncssh.SSHClientSession[bytes]):
-    """The agent's stdin and stdout at the other end of one SSH connection."""
+class AgentChannel(asyncssh.SSHClientSession[bytes]):
+    """The SSH channel to the stdin and stdout of the agent's command."""
 
     def __init__(self, received: Callable[[bytes], None]) -> None:
         self._received = received
@@ -160,12 +163,12 @@ class Channel(asyncssh.SSHClientSession[bytes]):
 
     @property
     def stderr(self) -> str:
-        """What the host's shell, sudo or agent said besides: one line."""
+        """The stderr of the host's shell, sudo or agent, as one line."""
         return one_line(bytes(self._stderr).decode("utf-8", "replace"), 300)
 
 
 class _Client(asyncssh.SSHClient):
-    """Answers asyncssh's questions about one login."""
+    """The callbacks of asyncssh for one login."""
 
     def __init__(self, host: str, login: Login, at: Callable[[Stage], None]) -> None:
         self._host = host
@@ -196,14 +199,14 @@ class _Client(asyncssh.SSHClient):
     ) -> list[str] | None:
         if not prompts:  # a message only
             return []
-        if len(prompts) > 1 or prompts[0][1]:  # a second factor, or something that is shown while it is typed
+        if len(prompts) > 1 or prompts[0][1]:  # a second factor, or a question whose answer is echoed: not a password
             return None
         password = self._password_once()
         return None if password is None else [password]
 
     def password_change_requested(self, prompt: str, lang: str) -> tuple[str, str]:
         self.password_expired = True
-        return NotImplemented  # type: ignore[no-any-return]  # asyncssh's own word for "cannot"
+        return NotImplemented  # type: ignore[no-any-return]  # asyncssh's value for "not possible"
 
     def _password_once(self) -> str | None:
         if self._login.method != "password" or self.asked_for_password:
@@ -212,34 +215,33 @@ class _Client(asyncssh.SSHClient):
         return self._login.password.reveal()
 
 
-class _Dropped(Exception):  # not a failure yet
-    """The server hung up before any login."""
+class _Dropped(Exception):  # internal: leads to another attempt
+    """The server closed the connection before any login."""
 
     def __init__(self, error: HostUnreachable) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-class Connection:
-    """One SSH connection to one host, and how far it has come."""
+class SshConnection:
+    """One SSH connection to one host. ``stage``: how far it is."""
 
     def __init__(self, host: str, login: Login) -> None:
         self.host = host
         self.login = login
         self.stage: Stage = "own keys"
-        self.installing = ""  # at the stage "install": how far it is
         self._connection: asyncssh.SSHClientConnection | None = None
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come back from the host yet: where sshd hangs, the kernel still takes a connection up."""
+        """Whether the host has not answered at all. If only sshd hangs, its kernel still accepts the connection."""
         return self.stage in ("own keys", "resolve", "connect")
 
     def _at(self, stage: Stage) -> None:
         self.stage = stage
 
     async def open(self) -> None:
-        """Reach the host and log in. Raises HostUnreachable or LoginRefused; BadRequest for a key that is none."""
+        """Connect and log in. Raises HostUnreachable or LoginRefused; BadRequest when ``sshkey`` is no private key."""
         keys: list[asyncssh.SSHKey | asyncssh.SSHKeyPair] = []
         if self.login.method == "sshkey":
             keys = [parse_key(self.login.sshkey)]
@@ -250,8 +252,8 @@ class Connection:
                     f"{self.host}: nothing to log in with: no sshkey, no password, and the calling user has no key",
                     hint="register one of them; by hand: --sshkey or --ask-password",
                 )
-        _settle_local_user()
-        for pause_s in (*_DROPPED_AGAIN_S, None):
+        _set_local_user()
+        for pause_s in (*_RETRY_DROPPED_S, None):
             try:
                 await self._log_in(keys)
                 return
@@ -269,14 +271,14 @@ class Connection:
                 self.host,
                 self.login.port,
                 sock=sock,
-                config=None,  # no operator's ~/.ssh/config: what is registered in CloudStack decides
+                config=None,  # the registration decides, not a ~/.ssh/config on this server
                 client_factory=lambda: client,
                 username=self.login.username,
                 client_keys=keys or None,
                 agent_path=None,
                 preferred_auth=_METHODS[self.login.method],
                 gss_host=None,
-                known_hosts=([], [], []),  # none of asyncssh's own: every key is put to our Trust
+                known_hosts=([], [], []),  # no keys known to asyncssh, so that it asks our Trust about each
                 x509_trusted_certs=None,
                 server_host_key_algs=self._host_key_algorithms(),
                 compression_algs=["none"],
@@ -292,12 +294,12 @@ class Connection:
                 raise _Dropped(failure) from error
             raise failure from error
 
-    async def run(self, received: Callable[[bytes], None]) -> Channel:
-        """Start the agent's command; what it says goes to ``received``, which must not raise."""
+    async def run(self, received: Callable[[bytes], None]) -> AgentChannel:
+        """Start the agent's command. Its output goes to ``received``, which must not raise."""
         assert self._connection is not None
         self._at("agent")
         try:
-            channel = Channel(received)
+            channel = AgentChannel(received)
             await self._connection.create_session(
                 lambda: channel,
                 self.login.command,
@@ -311,36 +313,43 @@ class Connection:
             ) from error
         return channel
 
-    async def execute(self, words: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None) -> Ran:
-        """Run ``words`` as root to their end. ``feed`` is asked for more of its input until it has none, as fast as it
-        is taken. Raises ConnectionLost."""
+    async def execute(
+        self, argv: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None
+    ) -> CompletedCommand:
+        """Run ``argv`` as root and wait for its end.
+
+        ``feed`` is called for the next chunks of stdin, as fast as the host takes them, until it returns none.
+        Raises ConnectionLost.
+        """
         assert self._connection is not None
         try:
-            process = await self._connection.create_process(self.login.as_root(words), encoding=None, request_pty=False)
-            told = asyncio.ensure_future(process.communicate())  # reads what it says all the while
+            process = await self._connection.create_process(self.login.as_root(argv), encoding=None, request_pty=False)
+            output = asyncio.ensure_future(process.communicate())  # reads stdout and stderr while stdin is written
             try:
                 if feed is not None:
                     while chunks := feed():
                         process.stdin.writelines(chunks)
                         await process.stdin.drain()
                 process.stdin.write_eof()
-            except OSError:  # it has ended, and says why
+            except OSError:  # the command has ended; its status and stderr say why
                 pass
-            out, err = await told
+            out, err = await output
         except (asyncssh.Error, OSError) as error:
             raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
         if process.exit_status is None and not process.exit_signal:
             raise ConnectionLost(f"{self.host}: the connection broke")
-        said = one_line(bytes(err or b"").decode("utf-8", "replace"), 400)
+        stderr = one_line(bytes(err or b"").decode("utf-8", "replace"), 400)
         how = f"signal {process.exit_signal[0]}" if process.exit_signal else f"status {process.exit_status}"
-        return Ran(process.exit_status, bytes(out or b"").decode("utf-8", "replace"), said or f"it ended with {how}")
+        return CompletedCommand(
+            process.exit_status, bytes(out or b"").decode("utf-8", "replace"), stderr or f"it ended with {how}"
+        )
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
 
     async def _dial(self) -> socket.socket:
-        """A connected socket to the first of the host's addresses that answers."""
+        """A socket that is connected to the first address of the host that accepts."""
         loop = asyncio.get_running_loop()
         host, port = self.host, self.login.port
         self._at("resolve")
@@ -359,14 +368,14 @@ class Connection:
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for attempt in done:
-                    outcome = attempt.result()
-                    if isinstance(outcome, socket.socket):
-                        return outcome
-                    failures.append(outcome)
+                    result = attempt.result()
+                    if isinstance(result, socket.socket):
+                        return result
+                    failures.append(result)
         finally:
             for attempt in pending:
                 attempt.cancel()
-        # By number: the event loop puts a text of its own, without the reason, in the place of the system's.
+        # Use errno: asyncio replaces the error's text and drops the reason.
         reasons = dict.fromkeys(os.strerror(it.errno) if it.errno else str(it) for it in failures)
         raise HostUnreachable(
             f"{host}: no connection to port {port}: {', '.join(reasons)}",
@@ -377,7 +386,7 @@ class Connection:
         try:
             expected = self.login.trust.expected_kinds(self.host, self.login.port)
         except OSError:
-            expected = []  # said properly when the key is judged
+            expected = []  # Trust.check reports the same error when the host shows its key
         kinds = [*(kind for kind in expected if kind in _KEY_TYPES), *_KEY_TYPES]
         return list(dict.fromkeys(name for kind in kinds for name in _ALGORITHMS.get(kind, [kind])))
 
@@ -402,7 +411,7 @@ class Connection:
             )
         if self.stage == "handshake":
             return HostUnreachable(
-                f"{host}: port {login.port} was reached, but no SSH came about: {_reason(error)}",
+                f"{host}: port {login.port} was reached, but the SSH handshake failed: {_reason(error)}",
                 hint="is that an SSH server, and does it admit this machine (MaxStartups, DenyUsers, hosts.deny)?",
             )
         return LoginRefused(
@@ -411,18 +420,14 @@ class Connection:
         )
 
     def silence(self, waited_s: float) -> HostUnreachable:
-        """The error for a host that is at its present stage when the deadline comes."""
+        """The error for a connection that is still at its present stage after ``waited_s`` seconds."""
         host, port = self.host, self.login.port
-        if self.stage == "install":
-            return HostUnreachable(
-                f"agent being installed on {host}, {self.installing}", hint="the next call goes on from there"
-            )
         what, hint = {
             "own keys": ("the SSH agent of the calling user does not answer", "check SSH_AUTH_SOCK"),
             "resolve": ("its name is not resolved", "check this server's resolver, or register an address"),
             "connect": (f"port {port} does not answer", "is the host up, and does a firewall drop the packets?"),
             "handshake": (f"port {port} is open, but no SSH answers", "is its sshd hung? look on the host's console"),
-            "login": ("the login does not come to an end", "is its sshd hung, or waiting for a directory service?"),
+            "login": ("the login does not finish", "is its sshd hung, or waiting for a directory service?"),
             "agent": ("SSH is fine, but the agent does not answer", LOOK_THERE),
         }[self.stage]
         return HostUnreachable(f"{host}: {what} within {waited_s:.0f} s", hint=hint)
@@ -441,12 +446,12 @@ _LOGIN_HINTS = {
 
 
 async def _connect_after(wait_s: float, info: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket | OSError:
-    """A connected socket, or why not."""
+    """A connected socket, or the error."""
     await asyncio.sleep(wait_s)
     family, kind, protocol, _, address = info
     try:
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:  # no IPv6 on this machine
+    except OSError as error:  # for example: no IPv6 on this machine
         return error
     sock.setblocking(False)
     try:
@@ -461,14 +466,14 @@ async def _connect_after(wait_s: float, info: tuple[int, int, int, str, tuple[ob
 
 
 def parse_key(sshkey: Secret) -> asyncssh.SSHKey:
-    """The private key of the registration detail ``sshkey``, PEM or OpenSSH, however a form or a shell mangled its line
-    ends. Raises BadRequest, which quotes nothing of it."""
+    """Parses the registration detail ``sshkey``, in PEM or OpenSSH format; line ends that a form or a shell has changed
+    are repaired. Raises BadRequest, whose message quotes no part of the key."""
     text = sshkey.reveal()
-    if "\n" not in text.strip() and "\\n" in text:  # JSON in JSON: some tools escape the line ends twice
+    if "\n" not in text.strip() and "\\n" in text:  # some tools escape line ends twice
         text = text.replace("\\r", "").replace("\\n", "\n")
     lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
     clean = "\n".join(line for line in lines if line) + "\n"
-    if "ENCRYPTED" in clean:  # a header has to be followed by an empty line, which was just taken out
+    if "ENCRYPTED" in clean:  # asyncssh needs the empty line after this header, which was removed above
         raise _encrypted()
     try:
         return asyncssh.import_private_key(clean)
@@ -489,13 +494,13 @@ def parse_key(sshkey: Secret) -> asyncssh.SSHKey:
 
 def _encrypted() -> BadRequest:
     return BadRequest(
-        "registration detail sshkey: the key is encrypted, and nobody is there to type its passphrase",
+        "registration detail sshkey: the key is encrypted, and its passphrase cannot be entered",
         hint="register a key without one (ssh-keygen -p removes it)",
     )
 
 
 async def agent_keys(path: str) -> list[asyncssh.SSHKeyPair]:
-    """The keys of the calling user's SSH agent, if one runs."""
+    """The keys of the calling user's SSH agent at the socket ``path``; none when it does not answer."""
     if not path:
         return []
     try:
@@ -505,7 +510,7 @@ async def agent_keys(path: str) -> list[asyncssh.SSHKeyPair]:
 
 
 def own_keys(home: str) -> list[asyncssh.SSHKey]:
-    """The calling user's default identities, as far as they can be read and are not encrypted."""
+    """The calling user's default keys in ``home``/.ssh that are readable and not encrypted."""
     keys = []
     for name in _DEFAULT_IDENTITIES if home else ():
         try:
@@ -515,8 +520,8 @@ def own_keys(home: str) -> list[asyncssh.SSHKey]:
     return keys
 
 
-def _settle_local_user() -> None:
-    """Give asyncssh a user name and a home to look up, where the machine has neither; it uses them for nothing here."""
+def _set_local_user() -> None:
+    """Set HOME and LOGNAME if they are missing. asyncssh looks them up and fails without them; it does not use them."""
     uid = os.geteuid()
     os.environ.setdefault("HOME", home_of(os.environ, uid) or "/nonexistent")
     os.environ.setdefault("LOGNAME", f"uid-{uid}")
@@ -528,32 +533,32 @@ def _reason(error: Exception) -> str:
     return one_line(getattr(error, "strerror", None) or str(error) or type(error).__name__, 200)
 
 
-def why_no_agent(host: str, login: Login, channel: Channel) -> HostUnreachable:
-    """The error for a command that ended before it said hello: from its exit status and what it wrote to stderr."""
-    said = channel.stderr
+def why_no_agent(host: str, login: Login, channel: AgentChannel) -> HostUnreachable:
+    """The error for an agent's command that ended before its hello, derived from its exit status and stderr."""
+    stderr = channel.stderr
     sudo = login.username != "root"
-    if sudo and any(phrase in said for phrase in _SUDO_WANTS_PASSWORD):
+    if sudo and any(phrase in stderr for phrase in _SUDO_WANTS_PASSWORD):
         return LoginRefused(
             f"{host}: sudo wants a password from {login.username}",
             hint=f"allow it without: '{login.username} ALL=(root) NOPASSWD: ALL' in /etc/sudoers.d, and no requiretty",
         )
-    if sudo and any(phrase in said for phrase in _SUDO_REFUSES):
+    if sudo and any(phrase in stderr for phrase in _SUDO_REFUSES):
         return LoginRefused(
-            f"{host}: sudo does not let {login.username} run the agent: {said}",
+            f"{host}: sudo does not let {login.username} run the agent: {stderr}",
             hint=f"put '{login.username} ALL=(root) NOPASSWD: ALL' into /etc/sudoers.d",
         )
-    if sudo and channel.exit_status == 127 and "sudo" in said:
+    if sudo and channel.exit_status == 127 and "sudo" in stderr:
         return LoginRefused(f"{host}: there is no sudo for {login.username}", hint="install sudo, or log in as root")
-    if channel.exit_status in (126, 127) or "command not found" in said:
+    if channel.exit_status in (126, 127) or "command not found" in stderr:
         path = next(iter(shlex.split(login.agent)), "")
         return NoAgent(
-            f"{host}: no agent at {path}" + (f": {said}" if said else ""),
+            f"{host}: no agent at {path}" + (f": {stderr}" if stderr else ""),
             hint="install netloom there, or let NETLOOM_AGENT name its command",
         )
     how = f"signal {channel.exit_signal}" if channel.exit_signal else f"status {channel.exit_status}"
     if channel.exit_status is None and not channel.exit_signal:
         how = "no status: the connection was lost"
     return NoAgent(
-        f"{host}: the agent did not start: it ended with {how}" + (f": {said}" if said else ""),
+        f"{host}: the agent did not start: it ended with {how}" + (f": {stderr}" if stderr else ""),
         hint="try it on the host: " + login.command,
     )

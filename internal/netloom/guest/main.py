@@ -14,7 +14,6 @@ import linecache  # noqa: F401 - a traceback would import it, when nothing can b
 import os
 import signal
 import socket
-import struct
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from netloom.guest.serve import Networks
 from netloom.guestwire import Done, Drop, Hello, Lend, Message, Ping, Serve, Tried, Try, Update
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.program import close_all_but
+from netloom.sockets import peer_credentials
 
 # What may wait for an agent that does not read before it counts as gone.
 _UNREAD_BYTES_MAX = 1 << 20
@@ -54,8 +54,7 @@ class Guest:
             sock, _ = self._control.accept()
         except OSError:
             return
-        _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-        if uid != 0:
+        if peer_credentials(sock).uid != 0:
             sock.close()
             return
         self._forget_agent()

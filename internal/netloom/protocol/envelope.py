@@ -1,4 +1,7 @@
-"""The payload file as a whole: the operator's details, what we stored last, and the command's own fields."""
+"""The payload file as a whole: registration details, stored details, and the command's own fields.
+
+CloudStack writes one such JSON file per call (docs/protocol.md, section 2).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import msgspec
 
 from netloom.errors import BadRequest
 from netloom.names import namespace, scope_of
-from netloom.protocol.reader import convert, dump, load_object, read
+from netloom.protocol.reader import convert, load_object
 from netloom.protocol.scalars import (
     SECRET_CHARACTERS_MAX,
     Choice,
@@ -32,7 +35,7 @@ CUSTOM_ACTION = "custom-action"
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
-# The documentation spells both with underscores, the client with dashes.
+# CloudStack's client sends both names with dashes; its documentation has underscores.
 _PHYSICAL = "physical-network-extension-details"
 _STORED = "network-extension-details"
 
@@ -51,10 +54,10 @@ class LoginPassword(Secret):
 
 
 class PrivateKey(Secret):
-    """A private key in PEM or OpenSSH's format, with the line ends and the last newline that its readers want.
+    """A private key in PEM or OpenSSH format, with Unix line ends and a final newline.
 
-    A key registered through a shell's ``$(cat file)`` arrives without its last newline, one from a Windows desk with
-    CR LF, and one that went through a careless script with the two characters ``\\n``.
+    ``$(cat file)`` in a shell drops the final newline, Windows editors write CR LF, and some scripts write a newline
+    as the two characters ``\\n``. All three are repaired, because the parsers of keys refuse them.
     """
 
     __slots__ = ()
@@ -70,19 +73,19 @@ class PrivateKey(Secret):
 
 
 class FirewallDetail(Choice):
-    """``absent``: the offering has no Firewall service, so no rule will ever open ingress."""
+    """Whether the network offering has the Firewall service. ``absent``: it has not, so ingress is open by default."""
 
     WORDS = ("present", "absent")
 
 
 class SegmentKind(Choice):
-    """How guest segments are told apart on the wire."""
+    """How guest networks are separated on the physical network."""
 
     WORDS = ("vlan", "vxlan")
 
 
 class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """The registration details. Every value is a string in CloudStack; numbers are accepted too."""
+    """The registration details. CloudStack sends every value as a string; JSON numbers are accepted too."""
 
     hosts: HostList = HostList()
     host: HostList = HostList()
@@ -113,9 +116,10 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """What ensure-network-device printed last. All empty means unknown, which is not the same as new.
+    """The details that ensure-network-device printed last. All empty: unknown; the scope may exist nevertheless.
 
-    ``epoch`` grows by one whenever the scope moves; ``previous``: hosts that were left and not told yet.
+    ``epoch`` grows by one with each move of the scope. ``previous``: hosts that the scope left and that were not yet
+    told to delete it.
     """
 
     host: str = ""
@@ -132,14 +136,15 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Envelope(msgspec.Struct, frozen=True, kw_only=True):
-    """A payload file, taken apart.
+    """A parsed payload file.
 
-    ``payload`` is the JSON text of the command's own fields; for custom-action, of the flat object without the details.
+    ``payload``: the command's own fields, decoded and without null and empty ones. For custom-action these are the
+    fields of the file itself, without the two details.
     """
 
     details: PhysicalDetails
     network_details: StoredDetails
-    payload: bytes
+    payload: dict[str, Any]
 
 
 class _ScopeIds(msgspec.Struct, frozen=True, kw_only=True):
@@ -148,10 +153,10 @@ class _ScopeIds(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_envelope(data: bytes, command: str) -> Envelope:
-    """The payload file of ``command``, checked.
+    """Parses the payload file of ``command`` and checks its details.
 
-    Raises BadRequest when it is not JSON, names no host, or a detail is wrong; the message tells the detail and
-    never quotes a key or a password. What was stored by ensure-network-device cannot make it fail.
+    Raises BadRequest when the file is not JSON, names no host, or has a wrong detail. The message names the detail and
+    never quotes a key or a password. Wrong stored details raise nothing: they count as unknown.
     """
     file = load_object(data, root="payload file")
     physical = _pop(file, _PHYSICAL)
@@ -167,13 +172,14 @@ def read_envelope(data: bytes, command: str) -> Envelope:
     payload = file if command == CUSTOM_ACTION else file.get("payload")
     if not isinstance(payload, dict):
         raise BadRequest(f"payload: {'missing' if payload is None else quoted(payload)}, where an object is expected")
-    return Envelope(details=details, network_details=_stored(stored), payload=dump(payload))
+    return Envelope(details=details, network_details=_stored(stored), payload=payload)
 
 
 def parse_current_details(text: str, scope_id: str = "") -> StoredDetails:
-    """The ``current_details`` of ensure-network-device, a JSON string.
+    """Parses the field ``current_details`` of ensure-network-device, which is a JSON text.
 
-    What cannot be read is unknown, and so is what names the namespace of another scope than ``scope_id``.
+    Details that cannot be parsed count as unknown; so do those that name the namespace of another scope than
+    ``scope_id``.
     """
     try:
         found = _stored(load_object(text.encode("utf-8", "replace"), root="current_details"))
@@ -184,12 +190,12 @@ def parse_current_details(text: str, scope_id: str = "") -> StoredDetails:
     return found
 
 
-def scope_id_of(command: str, payload: bytes) -> str:
-    """The scope that a command is about: ``net-204``, or ``vpc-7`` for a VPC and for each of its tiers.
+def scope_id_of(command: str, payload: dict[str, Any]) -> str:
+    """The scope of a command: ``net-204``, or ``vpc-7`` for a VPC and for each of its tiers.
 
-    Raises BadRequest when the payload names neither.
+    Raises BadRequest when the payload names neither a network nor a VPC.
     """
-    ids = read(payload, _ScopeIds)
+    ids = convert(payload, _ScopeIds, root="payload")
     if not ids.network_id and not ids.vpc_id:
         raise BadRequest(f"payload.network_id is missing ({command})")
     return scope_of(ids.network_id, ids.vpc_id)

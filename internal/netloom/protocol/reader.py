@@ -1,7 +1,8 @@
-"""From bytes to a checked payload, or to one BadRequest that names the field.
+"""JSON text to a checked payload, in two steps: ``load_object`` parses the text, ``convert`` checks the object.
 
-JSON is read strictly (no NaN, no key twice, no half surrogates), and what CloudStack means by it generously:
-null, the empty string and an absent field are the same, older spellings are accepted, unknown fields are ignored.
+Each step raises BadRequest with the path of the field. The JSON syntax is strict: NaN, duplicate keys and lone
+surrogates are refused. The fields are tolerant: null, the empty string and an absent field mean the same, older names
+of fields are accepted, and unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from netloom.protocol.scalars import quoted
 
 T = TypeVar("T")
 
-# Values below these keys are somebody's own: there an empty string is a value.
+# The values of these keys are the operator's or the VM's own data: an empty string there is kept.
 _OPAQUE = frozenset({"action-params", "action_params", "options"})
 
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -26,17 +27,17 @@ _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
 def read(data: bytes | msgspec.Raw, shape: type[T], *, root: str = "payload") -> T:
-    """``data`` as a value of ``shape``.
+    """Parses ``data`` and converts it to ``shape``: both steps in one.
 
-    Raises BadRequest: ``payload.fw_rules.rules[3].portStart: 99999 is not a port (1 to 65535)``.
+    Raises BadRequest, for example ``payload.fw_rules.rules[3].portStart: 99999 is not a port (1 to 65535)``.
     """
     return convert(load_object(bytes(data), root=root), shape, root=root)
 
 
 def load_object(data: bytes, *, root: str) -> dict[str, Any]:
-    """The JSON object in ``data``, without the fields that are null or empty.
+    """Parses ``data``: the JSON object without the fields that are null or empty.
 
-    Raises BadRequest for everything that is not one JSON object in UTF-8.
+    Raises BadRequest when ``data`` is not exactly one JSON object in UTF-8. ``root`` names ``data`` in the message.
     """
     try:
         text = data.decode("utf-8")
@@ -58,7 +59,10 @@ def load_object(data: bytes, *, root: str) -> dict[str, Any]:
 
 
 def dump(value: dict[str, Any]) -> bytes:
-    """The JSON text of an object that :func:`load_object` gave."""
+    """The compact JSON text, in UTF-8, of an object from :func:`load_object`.
+
+    Raises BadRequest for a number that became infinite when it was parsed.
+    """
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except (ValueError, RecursionError) as error:
@@ -66,7 +70,11 @@ def dump(value: dict[str, Any]) -> bytes:
 
 
 def convert(value: dict[str, Any], shape: type[T], *, root: str) -> T:
-    """An object of :func:`load_object` as a value of ``shape``; a newer spelling of a field wins over an older one."""
+    """Converts an object from :func:`load_object` to ``shape``.
+
+    ``shape.ALIASES`` maps older names of fields to current ones; when both are present, the current name wins.
+    Raises BadRequest with the path of the field, which begins with ``root``.
+    """
     aliases: dict[str, str] = getattr(shape, "ALIASES", {})
     if not aliases.keys().isdisjoint(value):
         value = {aliases.get(key, key): it for key, it in value.items() if aliases.get(key, key) not in value} | {

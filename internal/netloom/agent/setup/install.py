@@ -18,7 +18,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
 from netloom.program import build_id, is_newer, path
+from netloom.sockets import peer_credentials
 from netloom.wire import FrameReader, Hello
 
 LIBEXEC = Path("/usr/local/libexec/netloom")
@@ -147,7 +147,7 @@ def running(socket_path: str = SOCKET) -> Running | None:
             return None
         except TimeoutError:  # stopped, with a full backlog
             return Running(0, None)
-        pid: int = struct.unpack("3i", agent.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        pid = peer_credentials(agent).pid
         reader = FrameReader()
         try:
             while data := agent.recv(4096):

@@ -1,0 +1,149 @@
+"""The pool of open channels to agents, shared by the calls of one process.
+
+A call alone opens its channels and ends with them. The resident helper keeps them for the next calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from netloom.extension.agent_client import AgentClient
+from netloom.extension.package import Package
+from netloom.extension.progress import Installing, Progress
+from netloom.extension.ssh import Login
+
+# After an attempt to replace an older agent, the next attempt on the same host waits this long.
+_REPLACE_AGAIN_S = 300.0
+
+_Key = tuple[str, Login, Package | None]
+
+
+class _Broadcast(Progress):
+    """Passes the progress of an installation to all calls that wait for it, and log lines to the first call's log."""
+
+    def __init__(self, first: Progress) -> None:
+        self.listeners: set[Progress] = set()
+        self._first = first
+
+    def installing(self, now: Installing) -> None:
+        for listener in self.listeners:
+            listener.installing(now)
+
+    def log(self, line: str) -> None:
+        self._first.log(line)
+
+
+class PooledChannel:
+    """A channel to one agent, open or being opened. ``users``: how many calls use it; ``left``: when the last one left.
+
+    An installation of the agent goes on when the calls that waited for it have ended.
+    """
+
+    def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
+        self._broadcast = _Broadcast(progress)
+        self.listeners = self._broadcast.listeners
+        self.agent = AgentClient(host, login, package, self._broadcast)
+        self.opening = asyncio.create_task(self.agent.open())
+        # Retrieves the exception, which asyncio would otherwise report when all callers have ended.
+        self.opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.replacing: asyncio.Task[None] | None = None
+        self.users = 0
+        self.left = time.monotonic()
+
+    @property
+    def is_open(self) -> bool:
+        done = self.opening
+        return done.done() and not done.cancelled() and done.exception() is None and not self.agent.is_broken
+
+    @property
+    def is_lost(self) -> bool:
+        return self.opening.done() and not self.is_open
+
+    @property
+    def is_installing(self) -> bool:
+        replaces = self.replacing is not None and not self.replacing.done()
+        return replaces or (not self.opening.done() and self.agent.deployment is not None)
+
+    def replace(self) -> asyncio.Task[None]:
+        """Start to install our build in place of the host's older one, while calls go on. One attempt per channel."""
+        if self.replacing is None:
+            self.replacing = asyncio.create_task(self.agent.replace())
+        return self.replacing
+
+    def close(self) -> None:
+        self.opening.cancel()
+        if self.replacing is not None:
+            self.replacing.cancel()
+        self.agent.close()
+
+
+class Pool:
+    """Channels by host, login and package: a call with other credentials or other trusted keys gets its own channel.
+
+    ``resident``: the pool outlives the calls.
+    """
+
+    def __init__(self, *, resident: bool = False) -> None:
+        self.resident = resident
+        self._channels: dict[_Key, PooledChannel] = {}
+        self._replaced: dict[str, float] = {}  # host -> when replacing its older agent was last tried
+
+    def is_open(self, host: str, login: Login, package: Package | None) -> bool:
+        """Whether a call to ``host`` would find an open channel."""
+        channel = self._channels.get((host, login, package))
+        return channel is not None and channel.is_open
+
+    @property
+    def is_installing(self) -> bool:
+        """Whether an agent is being installed on some host."""
+        return any(channel.is_installing for channel in self._channels.values())
+
+    def may_replace(self, host: str) -> bool:
+        """Whether to try to replace the older agent of ``host`` now. A failed attempt delays calls, so it is rare."""
+        now = time.monotonic()
+        if now - self._replaced.get(host, -_REPLACE_AGAIN_S) < _REPLACE_AGAIN_S:
+            return False
+        self._replaced[host] = now
+        return True
+
+    @contextmanager
+    def channel(self, host: str, login: Login, package: Package | None, progress: Progress) -> Iterator[PooledChannel]:
+        """The channel for the key, opened if necessary. A channel that is lost, or not open at the end, is dropped."""
+        key = (host, login, package)
+        channel = self._channels.get(key)
+        if channel is None or channel.is_lost:
+            channel = self._channels[key] = PooledChannel(host, login, package, progress)
+        channel.users += 1
+        try:
+            yield channel
+        finally:
+            channel.users -= 1
+            channel.left = time.monotonic()
+            if not channel.users and not channel.is_open and not channel.is_installing:
+                self._drop(key, channel)
+
+    def abandon(self, channel: PooledChannel) -> None:
+        """Remove the channel, so that later calls open one of their own.
+
+        A new SYN is answered as soon as the host is back; a lost one is retransmitted with growing delays.
+        """
+        self._channels = {key: it for key, it in self._channels.items() if it is not channel}
+
+    def drop_idle(self, idle_s: float) -> None:
+        """Close the channels that are lost, or unused for ``idle_s`` seconds, and forget their credentials."""
+        old = time.monotonic() - idle_s
+        for key, channel in list(self._channels.items()):
+            if not channel.users and (channel.left < old or channel.is_lost) and not channel.is_installing:
+                self._drop(key, channel)
+
+    def close(self) -> None:
+        for key, channel in list(self._channels.items()):
+            self._drop(key, channel)
+
+    def _drop(self, key: _Key, channel: PooledChannel) -> None:
+        channel.close()
+        if self._channels.get(key) is channel:
+            del self._channels[key]

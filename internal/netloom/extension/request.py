@@ -1,0 +1,52 @@
+"""A call whose payload has been checked: the message for the agent, and the facts that choose the host."""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.commands.table import check_payload, row_of
+from netloom.extension.hostkeys import parse_pins
+from netloom.extension.registration import registration
+from netloom.protocol.envelope import PhysicalDetails, StoredDetails, parse_current_details, read_envelope, scope_id_of
+from netloom.protocol.network import EnsureNetworkDevice
+from netloom.protocol.reader import dump
+from netloom.wire import Call
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A checked call. ``stored``: the host that CloudStack remembers, and what we stored with it."""
+
+    details: PhysicalDetails
+    stored: StoredDetails
+    call: Call
+
+    @property
+    def scope_id(self) -> str:
+        return self.call.scope_id
+
+
+def check(command: str, payload_file: bytes, executable: str, call_id: str) -> Request:
+    """Checks all that can be checked without a host. ``payload_file`` is parsed once, and written once into the Call.
+
+    Raises BadRequest; nothing was changed then.
+    """
+    row_of(command)  # report an unknown command before looking at the payload
+    envelope = read_envelope(payload_file, command)
+    payload_text = dump(envelope.payload)
+    payload = check_payload(command, envelope.payload)
+    parse_pins(envelope.details.hostkeys)  # report a misspelt pin now, not when its host is first asked
+    stored = envelope.network_details
+    if isinstance(payload, EnsureNetworkDevice):
+        current = parse_current_details(payload.current_details)
+        stored = current if current.host else stored
+    return Request(
+        details=envelope.details,
+        stored=stored,
+        call=Call(
+            call_id=call_id,
+            command=command,
+            scope_id=scope_id_of(command, envelope.payload),
+            registration=registration(envelope.details, executable),
+            payload=payload_text,
+        ),
+    )

@@ -1,0 +1,55 @@
+"""The check of a call before any host is asked."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from netloom import wire
+from netloom.commands import decode
+from netloom.extension.request import check
+from netloom.protocol import reader
+
+PAYLOADS = Path(__file__).parents[1] / "payloads"
+INDEX = json.loads((PAYLOADS / "index.json").read_text())
+
+
+@pytest.mark.parametrize("row", INDEX, ids=lambda row: row["file"])
+def test_a_payload_file_is_parsed_once(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the caller; ``current_details`` is a JSON text inside the file. The agent parses what it gets once more."""
+    parsed: Counter[str] = Counter()
+
+    class Json:
+        JSONDecodeError = json.JSONDecodeError
+        dumps = staticmethod(json.dumps)
+
+        @staticmethod
+        def loads(text: str, **hooks: Any) -> Any:
+            parsed[text] += 1
+            return json.loads(text, **hooks)
+
+    monkeypatch.setattr(reader, "json", Json)
+    file = (PAYLOADS / row["file"]).read_bytes()
+    request = check(row["command"], file, "/ext/net/net.sh", "id-1")
+    inner = {json.loads(file)["payload"]["current_details"]} if row["command"] == "ensure-network-device" else set()
+    assert parsed == dict.fromkeys({file.decode()} | inner, 1)
+
+    parsed.clear()
+    decode(row["command"], request.call.payload)
+    assert parsed == {request.call.payload.decode(): 1}
+
+
+def test_a_call_has_the_fields_of_the_payload_and_no_secret() -> None:
+    file = {
+        "physical-network-extension-details": {"hosts": "h1", "password": "hunter2", "physicalnetworkname": "p"},
+        "network-extension-details": {"host": "h9"},
+        "payload": {"network_id": "204", "vlan": "", "novelty": {"x": None, "y": [1.10, "\u00e9"]}},
+    }
+    request = check("shutdown-network", json.dumps(file).encode(), "/ext/net/net.sh", "id-1")
+    assert request.call.payload == '{"network_id":"204","novelty":{"y":[1.1,"\u00e9"]}}'.encode()
+    assert (request.scope_id, request.stored.host, request.call.registration.owner) == ("net-204", "h9", "net/p")
+    assert b"hunter2" not in wire.encode(request.call)
