@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from kernel.rtnetlink import add_address, add_route
 from netloom.agent.kernel import links, namespaces, sysctl
 
 HOST, INNER = (f"kbench-{os.getpid()}-{end}" for end in ("host", "inner"))
@@ -54,9 +55,9 @@ def by_codec() -> None:
         INNER,
         [
             *(links.set_up(name) for name in ("lo", "gst-7", "pub-9")),
-            links.add_address("gst-7", "10.7.0.1/24"),
-            links.add_address("pub-9", "203.0.113.7/24"),
-            links.add_route("0.0.0.0/0", "pub-9", via="203.0.113.1"),
+            add_address("gst-7", "10.7.0.1/24"),
+            add_address("pub-9", "203.0.113.7/24"),
+            add_route("0.0.0.0/0", "pub-9", via="203.0.113.1"),
         ],
     )
     sysctl.write(INNER, SYSCTLS)

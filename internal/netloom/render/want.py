@@ -5,12 +5,11 @@ The kernel's words: links, addresses, routes, rules, sysctls, one nftables rules
 
 from __future__ import annotations
 
-from functools import lru_cache
-from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Literal
 
 import msgspec
 
+from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.render.ruleset import Ruleset
 
 
@@ -35,62 +34,6 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
     host_link: str
     mac: str
     segment: Segment
-
-
-class Address(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """An address with its prefix length on a link of the namespace, e.g. ``10.10.1.1/24`` or ``203.0.113.20/32``."""
-
-    link: str
-    cidr: str
-
-    @property
-    def on_link(self) -> str:
-        """The network that the kernel makes a route to with this address; empty: none."""
-        network = _interface(self.cidr).network
-        return str(network) if network.prefixlen < network.max_prefixlen - 1 else ""
-
-    @property
-    def itself(self) -> str:
-        """The address as a prefix, which the kernel's local table has, too; IPv4 only: of IPv6 kernels differ."""
-        address = _interface(self.cidr).ip
-        return f"{address}/32" if address.version == 4 else ""
-
-
-@lru_cache(maxsize=65536)
-def _interface(cidr: str) -> IPv4Interface | IPv6Interface:
-    # Every look at a host asks it of every address.
-    return ip_interface(cidr)
-
-
-class Route(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A route of the namespace. ``table`` 254 is the main table. Empty ``via``: on-link."""
-
-    table: int
-    destination: str  # a prefix; the default route is "0.0.0.0/0"
-    link: str = ""  # empty: the kind alone says what happens
-    via: str = ""
-    source: str = ""  # preferred source address
-    kind: str = "unicast"  # the kernel's word: "blackhole" and so on
-
-
-class Rule(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A policy routing rule: packets with this firewall mark look up this table. Empty selectors: any."""
-
-    priority: int
-    mark: int
-    mask: int
-    table: int
-    source: str = ""  # a prefix, as destination is
-    destination: str = ""
-    iif: str = ""
-
-
-class Neighbour(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """Who has an address on a link, for good: no ARP message changes it."""
-
-    link: str
-    address: str
-    mac: str
 
 
 class Want(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
 from netloom.plan.plan import plan
-from netloom.plan.steps import LoadRuleset, route_words, rule_words
+from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
 from netloom.render.active import live
@@ -142,8 +142,8 @@ class Actions:
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
             ("== found: links", _links(have)),
             ("== found: addresses", [f"{it.cidr} on {it.link}" for it in have.addresses]),
-            ("== found: routes", [route_words(it) for it in have.routes]),
-            ("== found: rules", [rule_words(it) for it in have.rules]),
+            ("== found: routes", list(map(str, have.routes))),
+            ("== found: rules", list(map(str, have.rules))),
             ("== found: links of the host", _host_links(have)),
             ("== leases", describe.leases(scope)),
             ("== firewall and translations", describe.firewall(scope)),

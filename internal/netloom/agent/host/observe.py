@@ -16,14 +16,15 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom import names
-from netloom.agent.kernel import links, namespaces, netlink, sysctl
-from netloom.agent.kernel.links import Link, RouteRow, RuleRow
+from netloom.agent.kernel import addresses, links, namespaces, neighbours, netlink, routes, rules, sysctl
+from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.names import UNTAGGED
+from netloom.netobjects import MAIN_TABLE, Address, Neighbour, Route, Rule
 from netloom.plan.have import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink
 from netloom.plan.plan import alias_of
 from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset
-from netloom.render.want import Address, Neighbour, Route, Rule, Want
+from netloom.render.want import Want
 
 FAMILY, TABLE = "inet", "netloom"
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
@@ -33,9 +34,6 @@ _NFTABLES = 10 << 8
 _GETCHAIN, _GETRULE_NFT, _GETSET, _GETSETELEM, _GETGEN, _GETOBJ = (_NFTABLES | it for it in (4, 7, 10, 13, 16, 19))
 _FAMILIES = {"inet": 1, "netdev": 5}
 _SET_ANONYMOUS, _SET_MAP, _OBJECT_COUNTER = 0x1, 0x8, 1
-
-_RULES_OF_THE_KERNEL = frozenset({0, 32766, 32767})  # local, main, default
-_ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
 
 
 def observe(
@@ -154,13 +152,17 @@ class _Inside(msgspec.Struct, frozen=True):
         with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
             found = links.list_links_over(inside)
             names_of = {link.index: link.name for link in found}
-            addresses = [it for family in families for it in links.list_addresses_over(inside, names_of, family)]
-            routes = [it for family in families for it in links.list_routes_over(inside, names_of, family)]
-            rules = links.list_rules_over(inside)
-            neighbours = links.list_neighbours_over(inside, names_of)
-        own = tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo" and not it.link_local)
+            address_rows = [it for af in families for it in addresses.list_addresses_over(inside, names_of, af)]
+            route_rows = [it for af in families for it in routes.list_routes_over(inside, names_of, af)]
+            listed_rules = rules.list_rules_over(inside)
+            neighbour_rows = neighbours.list_neighbours_over(inside, names_of)
+        own = tuple(it.address for it in address_rows if it.address.link != "lo" and not it.link_local)
         up = {link.name for link in found if link.up and link.running}  # one that is down has no routes
-        reached = {(it.link, it.destination) for it in routes if it.table == links.MAIN_TABLE or it.kind == "local"}
+        reached = {
+            (it.route.link, it.route.destination)
+            for it in route_rows
+            if it.route.table == MAIN_TABLE or it.route.kind == "local"
+        }
         return cls(
             tuple(found),
             own,
@@ -170,40 +172,11 @@ class _Inside(msgspec.Struct, frozen=True):
                 if it.link in up
                 and any(prefix and (it.link, prefix) not in reached for prefix in (it.on_link, it.itself))
             ),
-            tuple(
-                as_route(it)
-                for it in routes
-                if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
-            ),
-            tuple(as_rule(it) for it in rules if it.priority not in _RULES_OF_THE_KERNEL),
-            ASK_MAIN in map(as_rule, rules),
-            tuple(Neighbour(link=it.link, address=it.address, mac=it.mac) for it in neighbours if it.permanent),
+            tuple(it.route for it in route_rows if not it.automatic),
+            tuple(it for it in listed_rules if not rules.is_default(it)),
+            ASK_MAIN in listed_rules,
+            tuple(it.neighbour for it in neighbour_rows if it.permanent),
         )
-
-
-def as_route(row: RouteRow) -> Route:
-    """What the kernel says of a route, in the words of a wish."""
-    return Route(
-        table=row.table,
-        destination=row.destination,
-        link=row.link,
-        via=row.via,
-        source=row.source,
-        kind=row.kind,
-    )
-
-
-def as_rule(row: RuleRow) -> Rule:
-    """What the kernel says of a policy rule, in the words of a wish."""
-    return Rule(
-        priority=row.priority,
-        mark=row.mark,
-        mask=row.mask,
-        table=row.table,
-        source=row.source,
-        destination=row.destination,
-        iif=row.iif,
-    )
 
 
 def _foreign(have: Have, want: Want) -> str:
@@ -360,7 +333,10 @@ def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
 
 
 def _addresses(name: str) -> tuple[str, ...]:
-    return tuple(it.cidr for it in links.list_addresses(None) if it.link == name and not it.link_local)
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        names_of = {link.index: link.name for link in links.list_links_over(host)}
+        rows = addresses.list_addresses_over(host, names_of)
+    return tuple(it.address.cidr for it in rows if it.address.link == name and not it.link_local)
 
 
 def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str, want: Want) -> dict[str, str]:

@@ -8,6 +8,7 @@ import socket
 import struct
 
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.errors import HostRefused
 
 _ETHERTYPE_ARP = 0x0806
@@ -51,12 +52,7 @@ def frames(address: str, mac: str) -> tuple[bytes, bytes]:
     ValueError for what is no IPv4 or MAC address.
     """
     ip = ipaddress.IPv4Address(address).packed
-    try:
-        sender = bytes.fromhex(mac.replace(":", ""))
-    except ValueError:
-        sender = b""
-    if len(sender) != 6:
-        raise ValueError(f"{mac!r} is no MAC address")
+    sender = packed_mac(mac)
     head = (_BROADCAST, sender, _ETHERTYPE_ARP, 1, 0x0800, 6, 4)
     request = _FRAME.pack(*head, _REQUEST, sender, ip, bytes(6), ip)
     reply = _FRAME.pack(*head, _REPLY, sender, ip, sender, ip)

@@ -15,15 +15,28 @@ from typing import Literal, Self
 
 import msgspec
 
-from netloom.agent.kernel import links, netlink
-from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError
+from netloom.agent.kernel.neighbours import NUD_FAILED, NUD_PERMANENT, NeighbourRow
 from netloom.agent.kernel.netlink import NetlinkError
+from netloom.agent.kernel.routes import RouteRow
+from netloom.agent.kernel.rtnetlink import (
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELNEIGH,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+)
+from netloom.netobjects import Rule
 
 Kind = Literal["link", "address", "route", "rule", "neighbour"]
-
-_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
-_NEWNEIGH, _DELNEIGH, _NEWRULE, _DELRULE = 28, 29, 32, 33
 
 # RTNLGRP_*, linux/rtnetlink.h: IPv4 and IPv6 have groups of their own.
 _GROUPS: dict[Kind, tuple[int, ...]] = {
@@ -36,7 +49,6 @@ _GROUPS: dict[Kind, tuple[int, ...]] = {
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-_NUD_FAILED, _NUD_PERMANENT = 0x20, 0x80  # linux/neighbour.h
 _RECEIVE_BYTES = 256 << 10
 
 _IN_MOVED_FROM, _IN_DELETE, _IN_Q_OVERFLOW = 0x40, 0x200, 0x4000  # sys/inotify.h
@@ -53,7 +65,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal[Kind, "overrun"]
     gone: bool = False
-    row: Link | AddressRow | RouteRow | RuleRow | NeighbourRow | None = None
+    row: Link | AddressRow | RouteRow | Rule | NeighbourRow | None = None
 
 
 class Watch:
@@ -121,25 +133,25 @@ class Watch:
 
     def _events(self, kind: int, payload: bytes) -> list[Event]:
         event = None
-        if kind in (_NEWLINK, _DELLINK):
+        if kind in (RTM_NEWLINK, RTM_DELLINK):
             # A bridge reports its ports in messages of its own family: changes of its tables, not of the link.
             if not payload or payload[0] == socket.AF_BRIDGE:
                 return []
             link = links.decode_link(payload)
-            if kind == _NEWLINK:
+            if kind == RTM_NEWLINK:
                 self.names[link.index] = link.name
-            event = Event(kind="link", gone=kind == _DELLINK, row=link)
-        elif kind in (_NEWADDR, _DELADDR):
-            row = links.decode_address(payload, self.names)
-            event = Event(kind="address", gone=kind == _DELADDR, row=row)
-        elif kind in (_NEWROUTE, _DELROUTE):
-            route = links.decode_route(payload, self.names)
-            event = Event(kind="route", gone=kind == _DELROUTE, row=route)
-        elif kind in (_NEWRULE, _DELRULE):
-            event = Event(kind="rule", gone=kind == _DELRULE, row=links.decode_rule(payload))
-        elif kind in (_NEWNEIGH, _DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
-            neighbour = links.decode_neighbour(payload, self.names)
-            event = Event(kind="neighbour", gone=kind == _DELNEIGH, row=neighbour)
+            event = Event(kind="link", gone=kind == RTM_DELLINK, row=link)
+        elif kind in (RTM_NEWADDR, RTM_DELADDR):
+            address = addresses.decode_address(payload, self.names)
+            event = Event(kind="address", gone=kind == RTM_DELADDR, row=address)
+        elif kind in (RTM_NEWROUTE, RTM_DELROUTE):
+            route = routes.decode_route(payload, self.names)
+            event = Event(kind="route", gone=kind == RTM_DELROUTE, row=route)
+        elif kind in (RTM_NEWRULE, RTM_DELRULE):
+            event = Event(kind="rule", gone=kind == RTM_DELRULE, row=rules.decode_rule(payload))
+        elif kind in (RTM_NEWNEIGH, RTM_DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
+            neighbour = neighbours.decode_neighbour(payload, self.names)
+            event = Event(kind="neighbour", gone=kind == RTM_DELNEIGH, row=neighbour)
         return [event] if event and event.kind in self._wanted else []
 
 
@@ -147,10 +159,10 @@ class Watch:
 _LOAD_16, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x28, 0x15, 0x45, 0x06
 _NEIGHBOURS = (
     (_LOAD_16, 0, 0, 4),  # nlmsghdr: type
-    (_IF_EQUAL, 3, 0, socket.htons(_DELNEIGH)),
-    (_IF_EQUAL, 0, 3, socket.htons(_NEWNEIGH)),
+    (_IF_EQUAL, 3, 0, socket.htons(RTM_DELNEIGH)),
+    (_IF_EQUAL, 0, 3, socket.htons(RTM_NEWNEIGH)),
     (_LOAD_16, 0, 0, 24),  # ndmsg: state
-    (_IF_ANY_BIT, 1, 0, socket.htons(_NUD_FAILED | _NUD_PERMANENT)),
+    (_IF_ANY_BIT, 1, 0, socket.htons(NUD_FAILED | NUD_PERMANENT)),
     (_RETURN, 0, 0, 0),
     (_RETURN, 0, 0, 0xFFFFFFFF),
 )
