@@ -11,7 +11,6 @@ from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
 from netloom.agent.host.converge import Announcement, Host, HostChanges
-from netloom.agent.host.observe import FAMILY, TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.agent.processes.services import Services
@@ -24,7 +23,7 @@ from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
 from netloom.render.active import live
-from netloom.render.nft import counters
+from netloom.render.nft import FAMILY, TABLE, counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
 from netloom.render.want import Want

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
-from netloom.agent.host.observe import GUARD_FAMILY, GUARD_TABLE
+from netloom.agent.host.observe_nft import GUARD_FAMILY, GUARD_TABLE
 from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused

@@ -16,7 +16,8 @@ import msgspec
 
 from netloom import names
 from netloom.agent.host.apply import apply
-from netloom.agent.host.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
+from netloom.agent.host.observe import observe, our_shared_links, stray_ports
+from netloom.agent.host.observe_nft import guarded_bridges, table_digest
 from netloom.agent.kernel import namespaces, sysctl
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
