@@ -15,6 +15,7 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
+from netloom.agent.environment import PATH
 from netloom.agent.host.apply import apply
 from netloom.agent.host.observe import observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, table_digest
@@ -244,7 +245,7 @@ def load_modules() -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"},
+            env={"PATH": PATH},
             timeout=20,
             check=False,
         )

@@ -50,18 +50,18 @@ _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL = 2, 3, 5
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
 _VETH_INFO_PEER = 1
-_SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: two thirds of each answer
+_SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: statistics are two thirds of each answer
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
 
 _HEAD = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
-    """A link. ``kind`` is the kernel's word (``bridge``, ``vlan``, ``veth``; empty for real NICs and ``lo``).
+    """A link. ``kind``: as ip-link(8) names it (``bridge``, ``vlan``, ``veth``); empty for physical NICs and ``lo``.
 
-    ``vlan_id``: the tag of a VLAN link, the number of a VXLAN. ``parent_index``: what a VLAN stands on, or the other
-    end of a veth; in another namespace when ``peer_netns``, the id that this namespace has for that one, is not None.
-    ``running``: carrier is there.
+    ``vlan_id``: the tag of a VLAN link, the VNI of a VXLAN. ``parent_index``: the link below a VLAN link, or the other
+    end of a veth pair. If ``peer_netns`` is not None, that link is in the namespace with this id. ``running``: the link
+    has a carrier.
     """
 
     index: int
@@ -85,23 +85,23 @@ def list_links(namespace: str | None) -> list[Link]:
 
 
 def find_links(namespace: str | None, wanted: Iterable[str | int]) -> list[Link]:
-    """Those of the links, by name or index, that exist, in that order. Raises NamespaceError, NetlinkError.
+    """The links with these names or indexes, in this order, without those that do not exist.
 
-    Its cost does not grow with the number of links that there are.
+    The cost does not grow with the number of links in the namespace. Raises NamespaceError, NetlinkError.
     """
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
         return find_links_over(rtnetlink, wanted)
 
 
 def find_links_over(rtnetlink: Socket, wanted: Iterable[str | int]) -> list[Link]:
-    """As :func:`find_links`, over a socket that is open already."""
+    """As :func:`find_links`, over an open socket."""
     return list(_find(rtnetlink, wanted).values())
 
 
 def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> list[Link]:
-    """All links, only those of a kind, or only the ports of the bridge with that index. Raises NetlinkError.
+    """All links, or those of a kind, or the ports of the bridge with the index ``master``. Raises NetlinkError.
 
-    The kernel leaves the others out; one that is too old to do so is helped.
+    The kernel selects them. Kernels that are too old for that list all links, so the answer is selected again.
     """
     payload = _HEAD.pack(0, 0, 0, 0, 0) + _SKIP_STATS
     if kind:
@@ -116,24 +116,24 @@ def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> li
 def decode_link(payload: bytes) -> Link:
     """Raises NetlinkError (EBADMSG) when ``payload`` is no ifinfomsg with attributes."""
     _family, _type, index, flags, _change = fixed_part(_HEAD, payload, "link")
-    told = attribute_map(payload, _HEAD.size)
-    info = attribute_map(told.get(_IFLA_LINKINFO, b""))
+    values = attribute_map(payload, _HEAD.size)
+    info = attribute_map(values.get(_IFLA_LINKINFO, b""))
     kind = string(info.get(_IFLA_INFO_KIND))
     vlan_id = None
     if kind in ("vlan", "vxlan"):
         vlan_id = number(attribute_map(info.get(_IFLA_INFO_DATA, b"")).get(_IFLA_VLAN_ID))
     return Link(
         index=index,
-        name=string(told.get(_IFLA_IFNAME)),
+        name=string(values.get(_IFLA_IFNAME)),
         kind=kind,
-        mac=mac_text(told.get(_IFLA_ADDRESS, b"")),
+        mac=mac_text(values.get(_IFLA_ADDRESS, b"")),
         up=bool(flags & _IFF_UP),
-        master_index=number(told[_IFLA_MASTER]) if _IFLA_MASTER in told else None,
-        mtu=number(told.get(_IFLA_MTU)),
-        alias=string(told.get(_IFLA_IFALIAS)),
+        master_index=number(values[_IFLA_MASTER]) if _IFLA_MASTER in values else None,
+        mtu=number(values.get(_IFLA_MTU)),
+        alias=string(values.get(_IFLA_IFALIAS)),
         vlan_id=vlan_id,
-        parent_index=number(told[_IFLA_LINK]) if _IFLA_LINK in told else None,
-        peer_netns=number(told[_IFLA_LINK_NETNSID]) if _IFLA_LINK_NETNSID in told else None,
+        parent_index=number(values[_IFLA_LINK]) if _IFLA_LINK in values else None,
+        peer_netns=number(values[_IFLA_LINK_NETNSID]) if _IFLA_LINK_NETNSID in values else None,
         running=bool(flags & _IFF_LOWER_UP),
     )
 
@@ -142,25 +142,25 @@ def decode_link(payload: bytes) -> Link:
 
 
 def change(namespace: str | None, messages: Iterable[Message]) -> None:
-    """Carry out changes in order, in one datagram as far as links need not be looked up that it makes itself.
+    """Send changes in order. A new datagram begins only where a message names a link that an earlier one creates.
 
-    Each message stands for itself: one that fails does not keep the others of its datagram from happening.
+    The kernel processes each message on its own: a failed one does not affect the others of its datagram.
 
-    Raises NetlinkError that names the first message that failed in words, NamespaceError.
+    Raises NetlinkError that describes the first message that failed; NamespaceError.
     """
     with Socket(netlink.NETLINK_ROUTE, namespace) as rtnetlink:
         change_over(rtnetlink, messages)
 
 
 def change_over(rtnetlink: Socket, messages: Iterable[Message]) -> None:
-    """As :func:`change`, over a socket that is open already."""
+    """As :func:`change`, over an open socket."""
     flat = [part for message in messages for part in (message, *message.then)]
     known = _indexes(rtnetlink, {name for message in flat for _, name in message.links})
     batch: list[Message] = []
     for message in flat:
         missing = {name for _, name in message.links} - known.keys()
         if missing:
-            # Perhaps a message before this one makes it.
+            # An earlier message may create it.
             rtnetlink.request(batch)
             batch = []
             known |= _indexes(rtnetlink, missing)
@@ -173,25 +173,25 @@ def change_over(rtnetlink: Socket, messages: Iterable[Message]) -> None:
 
 
 def make_bridge(name: str, alias: str = "") -> Message:
-    """A bridge that forwards from the first packet on: no spanning tree, no delay, no multicast snooping.
+    """Create a bridge that forwards at once: no spanning tree, no forward delay, no multicast snooping.
 
-    EEXIST when a link has that name; its alias is then left alone, whoever made it.
+    EEXIST when a link has that name; the alias of that link is not changed.
     """
     data = (u32(_IFLA_BR_FORWARD_DELAY, 0), u32(_IFLA_BR_STP_STATE, 0), u8(_IFLA_BR_MCAST_SNOOPING, 0))
     return _make(name, "bridge", nested(_IFLA_INFO_DATA, *data), alias, f"make bridge {name}")
 
 
 def make_vlan(name: str, parent: str, vlan_id: int, alias: str = "") -> Message:
-    """An 802.1Q sub-interface of ``parent``. EEXIST when it is there, EOPNOTSUPP on a kernel without 8021q."""
+    """Create an 802.1Q sub-interface of ``parent``. EEXIST when it exists; EOPNOTSUPP without the 8021q module."""
     data = nested(_IFLA_INFO_DATA, u16(_IFLA_VLAN_ID, vlan_id))
     what = f"make VLAN link {name} with tag {vlan_id} on {parent}"
     return _make(name, "vlan", data, alias, what, links={_IFLA_LINK: parent})
 
 
 def make_vxlan(name: str, parent: str, vni: int, group: str, ttl: int, alias: str = "") -> Message:
-    """A VXLAN tunnel over ``parent`` to whoever joined the multicast group, at the kernel's own port (8472).
+    """Create a VXLAN tunnel over ``parent`` to the members of a multicast group, on the kernel's default port 8472.
 
-    EEXIST when it is there, or another tunnel has that number; EOPNOTSUPP on a kernel without vxlan.
+    EEXIST when it exists, or when another tunnel has that VNI; EOPNOTSUPP without the vxlan module.
     """
     data = (u32(_IFLA_VXLAN_ID, vni), attribute(_IFLA_VXLAN_GROUP, socket.inet_aton(group)), u8(_IFLA_VXLAN_TTL, ttl))
     what = f"make VXLAN link {name} with number {vni} over {parent}"
@@ -202,10 +202,10 @@ def make_vxlan(name: str, parent: str, vni: int, group: str, ttl: int, alias: st
 def make_veth(
     host_link: str, bridge: str, link: str, mac: str, mtu: int, namespace_fd: int, alias: str = ""
 ) -> Message:
-    """A veth pair in one step: ``host_link`` as a port of ``bridge``, ``link`` with ``mac`` in the other namespace.
+    """Create a veth pair: ``host_link`` as a port of ``bridge``, ``link`` with ``mac`` in the other namespace.
 
-    Both ends get ``mtu`` (0: the kernel's 1500) and are down. An empty ``bridge``: no port of anything.
-    ``namespace_fd`` must be open until the message was sent. EEXIST when either name is taken.
+    Both ends have ``mtu`` (0: the kernel's default, 1500) and are down. Empty ``bridge``: a port of no bridge.
+    ``namespace_fd`` must be open until the message is sent. EEXIST when either name is taken.
     """
     peer = [_HEAD.pack(0, 0, 0, 0, 0), text(_IFLA_IFNAME, link), u32(_IFLA_NET_NS_FD, namespace_fd)]
     if mac:
@@ -219,40 +219,40 @@ def make_veth(
 
 
 def set_up(name: str) -> Message:
-    """Switch a link on."""
+    """Set a link up."""
     return _set(name, f"set {name} up", flags=_IFF_UP, mask=_IFF_UP)
 
 
 def set_down(name: str) -> Message:
-    """Switch a link off; its routes go, its IPv4 addresses stay."""
+    """Set a link down. The kernel deletes its routes and keeps its IPv4 addresses."""
     return _set(name, f"set {name} down", mask=_IFF_UP)
 
 
 def set_master(name: str, bridge: str | None) -> Message:
-    """Make ``name`` a port of ``bridge``; of nothing when None."""
+    """Make ``name`` a port of ``bridge``; None: remove it from its bridge."""
     if not bridge:
         return _set(name, f"take {name} out of its bridge", u32(_IFLA_MASTER, 0))
     return _set(name, f"make {name} a port of {bridge}", links={_IFLA_MASTER: bridge})
 
 
 def set_alias(name: str, alias: str) -> Message:
-    """Write the link's alias (IFLA_IFALIAS), at most 255 bytes; empty takes it away."""
-    # Without the zero byte: the kernel keeps what it gets, and takes an empty value as "none".
+    """Set the link's alias (IFLA_IFALIAS), at most 255 bytes; empty deletes it."""
+    # Without the zero byte: the kernel stores the value as it is, and an empty value deletes the alias.
     return _set(name, f"set the alias of {name}", attribute(_IFLA_IFALIAS, alias.encode()))
 
 
 def set_mac(name: str, mac: str) -> Message:
-    """Give a link another MAC address. ValueError for what is none."""
+    """Set the MAC address of a link. ValueError for an invalid one."""
     return _set(name, f"set the MAC address of {name} to {mac}", attribute(_IFLA_ADDRESS, packed_mac(mac)))
 
 
 def set_mtu(name: str, mtu: int) -> Message:
-    """Set the largest packet, in bytes without the Ethernet header."""
+    """Set the MTU, in bytes without the Ethernet header."""
     return _set(name, f"set the MTU of {name} to {mtu}", u32(_IFLA_MTU, mtu))
 
 
 def delete_link(name: str) -> Message:
-    """ENODEV when there is none. A veth takes its other end along, a bridge lets its ports go."""
+    """Delete a link, and the other end of a veth pair; a bridge's ports stay. ENODEV when it does not exist."""
     payload = _HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name)
     return Message(RTM_DELLINK, payload=payload, what=f"delete link {name}")
 
@@ -263,9 +263,9 @@ def _make(
     index = 0
     then: tuple[Message, ...] = ()
     if alias:
-        # The kernel takes no alias with the creation. The second message must only ever meet the link that the
-        # first one made, never a stranger's of the same name, for we delete what bears our alias: so the number of
-        # the new link is chosen here. All numbers above 2**24 are free, as the kernel counts up from 1.
+        # The kernel accepts no alias when it creates a link, so a second message sets it. That message must not change
+        # another program's link of the same name, because we delete links with our alias. So choose the index of the
+        # new link here and name the link by it. Indexes above 2**24 are free, as the kernel counts up from 1.
         index = random.SystemRandom().randrange(1 << 24, 1 << 30)
         mark = _HEAD.pack(0, 0, index, 0, 0) + attribute(_IFLA_IFALIAS, alias.encode())
         then = (
@@ -287,12 +287,12 @@ def _set(
 
 
 def _indexes(rtnetlink: Socket, names: set[str]) -> dict[str, int]:
-    """The indexes of those of the links that exist."""
+    """The indexes of the links that exist, by name."""
     return {str(name): link.index for name, link in _find(rtnetlink, sorted(names)).items()}
 
 
 def _find(rtnetlink: Socket, wanted: Iterable[str | int]) -> dict[str | int, Link]:
-    """By what was asked for, which may be another name than the link's own (an alternative name)."""
+    """The links that exist, by what was asked for, which may be an alternative name."""
     messages = {it: _ask(it) for it in wanted}
     found: dict[str | int, Link] = {}
     for (it, message), answer in zip(messages.items(), rtnetlink.exchange([*messages.values()]), strict=True):

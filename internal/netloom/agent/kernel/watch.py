@@ -1,6 +1,6 @@
-"""What changes in a namespace, as it happens: links, addresses, routes, rules, neighbours; and which namespaces go.
+"""Receive events: changes of links, addresses, routes, rules and neighbours, and namespaces that lose their names.
 
-The first five are rtnetlink's multicast groups. That a namespace loses its name is told by the directory of names.
+The former are rtnetlink's multicast messages; the latter are inotify(7) events of the directory of named namespaces.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something came or changed (``gone`` False), or went. ``row``: as it is, or was.
+    """An object was added or changed, or deleted (``gone``). ``row``: the object as it is, or was.
 
-    ``overrun``: the kernel dropped events, nobody knows which; look again. Its ``row`` is None.
+    ``overrun``: the kernel dropped events, so everything has to be listed again; ``row`` is None.
     """
 
     kind: Literal[Kind, "overrun"]
@@ -69,28 +69,28 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Watch:
-    """The events of one namespace since it was made. ``fileno`` becomes readable when there are some.
+    """The events of one namespace since this was created. ``fileno`` becomes readable when there are some.
 
-    Of neighbours only those that are, or become, permanent or unreachable: the others come and go as whoever is on the
-    link likes, a hundred thousand a second.
-    The kernel reports no change of the alias of a link that is down.
-    Keeping it open keeps a deleted namespace alive. One user at a time.
+    Events of neighbours are received only for entries that are permanent or failed: machines on the link can cause a
+    hundred thousand other events per second. The kernel reports no change of the alias of a link that is down.
+
+    While it is open, the kernel keeps the namespace, even a deleted one. Only one thread at a time may use it.
     """
 
     def __init__(self, namespace: str | None, *kinds: Kind) -> None:
-        """``kinds``: all when none is named. Raises NamespaceError, NetlinkError."""
+        """``kinds``: none means all. Raises NamespaceError, NetlinkError."""
         self._wanted: frozenset[str] = frozenset(kinds or _GROUPS)
         self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
         try:
             self._socket.setblocking(False)
             _attach(self._socket, _NEIGHBOURS)
-            # The kernel speaks to the sockets whose port is not its own, 0: without this, to none that asked nothing.
+            # An unbound netlink socket has port 0, the kernel's own, and receives no multicast messages.
             self._socket.bind((0, 0))
-            # Links in any case: the other rows name theirs.
+            # Always receive link events: the other events refer to links by index.
             for kind, groups in _GROUPS.items():
                 for group in groups if kind in self._wanted or kind == "link" else ():
                     self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-            self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by number
+            self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by index
         except BaseException:
             self._socket.close()
             raise
@@ -112,9 +112,9 @@ class Watch:
         return self._socket.fileno()
 
     def read(self) -> list[Event]:
-        """The events that are there now, oldest first; none when there are none. Never waits.
+        """The events that have arrived, oldest first. Does not wait.
 
-        Raises NetlinkError when the kernel says something that cannot be read.
+        Raises NetlinkError when a message cannot be decoded.
         """
         events: list[Event] = []
         while True:
@@ -134,7 +134,7 @@ class Watch:
     def _events(self, kind: int, payload: bytes) -> list[Event]:
         event = None
         if kind in (RTM_NEWLINK, RTM_DELLINK):
-            # A bridge reports its ports in messages of its own family: changes of its tables, not of the link.
+            # Messages of the bridge family report a port's bridge settings, not changes of the link.
             if not payload or payload[0] == socket.AF_BRIDGE:
                 return []
             link = links.decode_link(payload)
@@ -155,7 +155,8 @@ class Watch:
         return [event] if event and event.kind in self._wanted else []
 
 
-# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian, netlink's numbers the host's.
+# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian; netlink numbers are in the host's
+# byte order. Drops events of neighbours that are neither failed nor permanent.
 _LOAD_16, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x28, 0x15, 0x45, 0x06
 _NEIGHBOURS = (
     (_LOAD_16, 0, 0, 4),  # nlmsghdr: type
@@ -169,15 +170,15 @@ _NEIGHBOURS = (
 
 
 def _attach(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
-    """The kernel runs the program on every message, and keeps those for which it returns something."""
+    """Make the kernel run the filter on each message, and drop those for which it returns 0."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in program))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
 class NamesWatch:
-    """The namespaces that lose their names since it was made (inotify(7)). ``fileno`` becomes readable when one does.
+    """The names of namespaces deleted since this was created. ``fileno`` becomes readable when there are some.
 
-    The directory must be there. A name that is unmounted and not removed is not told.
+    The directory must exist. A name that is unmounted, but whose file stays, is not reported.
     """
 
     def __init__(self, directory: str = NETNS_DIR) -> None:
@@ -199,7 +200,7 @@ class NamesWatch:
         return self._fd
 
     def read(self) -> frozenset[str] | None:
-        """The names that have gone; None when there were so many that nobody knows. Never waits."""
+        """The deleted names; None when the kernel dropped events. Does not wait."""
         gone: set[str] = set()
         known = True
         while True:
