@@ -173,7 +173,7 @@ def test_who_undoes_us_again_and_again_is_answered_ever_more_slowly() -> None:
             time.sleep(0.1)
         heals = [line for line in host.log().splitlines() if " watch: vnetg204: steps=" in line]
         assert 5 <= len(heals) <= 8
-        assert "next look in 1 s" in host.log()
+        assert "next repair in 1 s" in host.log()
         # And it is not given up.
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
 

@@ -1,6 +1,6 @@
-"""What a scope wants to find on a host: plain values, compared with what is there by ``plan``.
+"""The desired state of a scope on a host, in the kernel's terms: links, addresses, routes, rules, sysctls, a ruleset.
 
-The kernel's words: links, addresses, routes, rules, sysctls, one nftables ruleset. Nothing here runs anything.
+``render.scope`` computes it, ``plan`` compares it with what the host has.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from netloom.render.ruleset import Ruleset
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A layer-2 segment on the host: a bridge with one VLAN of a NIC as a port. Shared with other scopes and with VMs.
+    """A layer-2 segment on the host, used by other scopes and VMs too: a bridge, and the carrier of its frames.
 
-    ``vlan`` ``untagged``: the bridge that the NIC is already in, else ``bridge`` with the NIC itself as a port.
-    ``kind`` ``vxlan``: ``vlan`` is the number of a VXLAN, ``vlan_link`` a tunnel over the NIC.
+    The carrier is a VLAN link of the NIC, or, for ``kind`` ``vxlan``, a tunnel over the NIC with ``vlan`` as its VNI.
+    ``vlan`` ``untagged``: the NIC itself is the carrier; a bridge that it is already in is used instead of ``bridge``.
     """
 
     bridge: str
@@ -28,7 +28,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A veth pair: ``host_link`` is a port of the segment's bridge, ``link`` stands in the namespace."""
+    """A veth pair: ``host_link`` is a port of the segment's bridge, ``link`` is in the namespace with ``mac``."""
 
     link: str
     host_link: str
@@ -37,14 +37,19 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Want(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of one scope on one host. ``namespace`` empty: nothing at all."""
+    """Everything of one scope on one host. An empty ``namespace`` means that nothing of the scope may exist.
+
+    ``routes``: in an order in which they can be added, so a gateway comes after the route that leads to it.
+    ``sysctls``: of the namespace, written in this order, e.g. ``"net.ipv4.ip_forward": "1"``.
+    ``announce``: the addresses that are announced by gratuitous ARP when they are new.
+    """
 
     namespace: str
     ports: tuple[Port, ...] = ()
     addresses: tuple[Address, ...] = ()
-    routes: tuple[Route, ...] = ()  # in an order in which they can be added
+    routes: tuple[Route, ...] = ()
     rules: tuple[Rule, ...] = ()
     neighbours: tuple[Neighbour, ...] = ()
-    sysctls: dict[str, str] = {}  # "net.ipv4.ip_forward" -> "1", set inside the namespace in this order
+    sysctls: dict[str, str] = {}
     ruleset: Ruleset | None = None
-    announce: tuple[Address, ...] = ()  # addresses whose neighbours are told by gratuitous ARP when they are new
+    announce: tuple[Address, ...] = ()

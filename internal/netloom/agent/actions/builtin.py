@@ -182,9 +182,7 @@ class Actions:
             raise
         done = context.converge()
         macs = {port.link: port.mac for port in want.ports}
-        announcements = tuple(
-            Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link]) for it in want.announce
-        )
+        announcements = tuple(Announcement(want.namespace, it.link, it.ip, macs[it.link]) for it in want.announce)
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)
 
 

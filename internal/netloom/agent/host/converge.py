@@ -259,7 +259,7 @@ def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
     macs = {port.link: port.mac for port in want.ports}
     links |= {port.link for port in want.ports if port.host_link in host_links}
     return tuple(
-        Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link])
+        Announcement(want.namespace, it.link, it.ip, macs[it.link])
         for it in want.announce
         if it in added or it.link in links
     )
