@@ -1,4 +1,6 @@
-"""One network by our codec against ``ip -batch``, in turns in the same run. Root; run it by hand, nothing is asserted.
+"""One network by our codec, by ``ip -batch`` and by pyroute2, in turns; and the import of our codec and of pyroute2.
+
+Needs root. Run it by hand; nothing is asserted.
 
 PYTHONPATH=internal:tests python tests/bench/bench_netlink.py [rounds]
 """
@@ -12,6 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 
+from pyroute2 import NetNS
+
+from kernel.rtnetlink import add_address, add_route
 from netloom.agent.kernel import links, namespaces, sysctl
 
 HOST, INNER = (f"kbench-{os.getpid()}-{end}" for end in ("host", "inner"))
@@ -54,9 +59,9 @@ def by_codec() -> None:
         INNER,
         [
             *(links.set_up(name) for name in ("lo", "gst-7", "pub-9")),
-            links.add_address("gst-7", "10.7.0.1/24"),
-            links.add_address("pub-9", "203.0.113.7/24"),
-            links.add_route("0.0.0.0/0", "pub-9", via="203.0.113.1"),
+            add_address("gst-7", "10.7.0.1/24"),
+            add_address("pub-9", "203.0.113.7/24"),
+            add_route("0.0.0.0/0", "pub-9", via="203.0.113.1"),
         ],
     )
     sysctl.write(INNER, SYSCTLS)
@@ -68,6 +73,42 @@ def by_ip() -> None:
     for namespace, batch in ((HOST, ON_HOST), (INNER, INSIDE)):
         subprocess.run(["ip", "-n", namespace, "-batch", "-"], input=batch, text=True, check=True)
     sysctl.write(INNER, SYSCTLS)
+
+
+def by_pyroute2() -> None:
+    """The same by pyroute2, one request after the other, and the same files."""
+    namespaces.create(INNER)
+    with NetNS(HOST) as host:
+        host.link("add", ifname="breth1-7", kind="bridge", br_stp_state=0, br_forward_delay=0, br_mcast_snooping=0)
+        (bridge,) = host.link_lookup(ifname="breth1-7")
+        host.link("set", index=bridge, ifalias="netloom", state="up")
+        for outer, inner, mac in (
+            ("vnetg7", "gst-7", "0a:00:00:00:00:07"),
+            ("vnetpn7.9", "pub-9", "0a:00:00:00:00:09"),
+        ):
+            peer = {"ifname": inner, "address": mac, "net_ns_fd": INNER}
+            host.link("add", ifname=outer, kind="veth", peer=peer)
+            (index,) = host.link_lookup(ifname=outer)
+            host.link("set", index=index, ifalias="netloom", master=bridge, state="up")
+    with NetNS(INNER) as inside:
+        of = {name: inside.link_lookup(ifname=name)[0] for name in ("lo", "gst-7", "pub-9")}
+        for index in of.values():
+            inside.link("set", index=index, state="up")
+        inside.addr("add", index=of["gst-7"], address="10.7.0.1", prefixlen=24)
+        inside.addr("add", index=of["pub-9"], address="203.0.113.7", prefixlen=24)
+        inside.route("add", dst="default", gateway="203.0.113.1", oif=of["pub-9"])
+    sysctl.write(INNER, SYSCTLS)
+
+
+def import_ms(module: str) -> tuple[float, int]:
+    """The time that the import takes in a new interpreter, best of five, and how many modules it loads."""
+    code = (
+        "import sys, time; had = len(sys.modules); began = time.perf_counter(); "
+        f"import {module}; print((time.perf_counter() - began) * 1000, len(sys.modules) - had)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    took, count = min((float(run.stdout.split()[0]), int(run.stdout.split()[1])) for run in runs)
+    return took, count
 
 
 def cleared() -> None:
@@ -86,19 +127,23 @@ def timed_ms(way: Callable[[], None]) -> float:
 
 
 def main(rounds: int) -> None:
-    """Prints best and median of both, and how many times the one is as fast as the other."""
+    """Print best and median of the three ways with their ratio to ours, then the imports."""
+    ways = {"codec": by_codec, "ip": by_ip, "pyroute2": by_pyroute2}
     namespaces.create(HOST)
     try:
-        pairs = [(timed_ms(by_codec), timed_ms(by_ip)) for _ in range(rounds)]
+        took = [[timed_ms(way) for way in ways.values()] for _ in range(rounds)]
     finally:
         cleared()
         namespaces.delete(HOST)
-    best = [min(column) for column in zip(*pairs, strict=True)]
-    median = [statistics.median(column) for column in zip(*pairs, strict=True)]
-    rows = [f"{'one network':14}{'codec ms':>10}{'ip ms':>10}{'ratio':>8}"]
-    for name, (ours, theirs) in (("best", best), ("median", median)):
-        rows.append(f"{name:14}{ours:10.1f}{theirs:10.1f}{theirs / ours:8.1f}")
-    sys.stdout.write("\n".join(rows) + "\n")
+    lines = [f"{'one network':14}" + "".join(f"{name + ' ms':>14}" for name in ways)]
+    for name, of in (("best", min), ("median", statistics.median)):
+        columns = [of(column) for column in zip(*took, strict=True)]
+        lines.append(f"{name:14}" + "".join(f"{ms:14.1f}" for ms in columns))
+        lines.append(f"{'  ratio':14}" + "".join(f"{ms / columns[0]:14.1f}" for ms in columns))
+    for module in ("netloom.agent.kernel.watch", "pyroute2"):
+        ms, count = import_ms(module)
+        lines.append(f"import {module}: {ms:.0f} ms, {count} modules")
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

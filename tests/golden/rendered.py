@@ -17,6 +17,7 @@ import msgspec
 
 from netloom.guest import metadata
 from netloom.guestwire import GuestNic
+from netloom.netobjects import MAIN_TABLE
 from netloom.render import ruleset
 from netloom.render.guest import tables
 from netloom.render.scope import render
@@ -106,7 +107,7 @@ def described(want: Want) -> str:
     lines += [""] + [f"address {it.cidr:<18} on {it.link}" for it in want.addresses]
     lines.append("")
     for route in want.routes:
-        table = "main" if route.table == 254 else str(route.table)
+        table = "main" if route.table == MAIN_TABLE else str(route.table)
         via = f" via {route.via}" if route.via else ""
         source = f" from {route.source}" if route.source else ""
         where = f"on {route.link}" if route.link else route.kind

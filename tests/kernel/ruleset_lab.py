@@ -26,10 +26,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from netloom.netobjects import Route, Rule
 from netloom.render import flows, ruleset
 from netloom.render.marks import REVOKED
 from netloom.render.scope import render
-from netloom.render.want import Route, Rule, Want
+from netloom.render.want import Want
 from netloom.state import Scope
 from netns import inside
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kernel.rtnetlink import add_address
 from netloom.agent.kernel import links, namespaces
 
 _count = itertools.count()
@@ -35,7 +36,7 @@ def joined() -> Iterator[tuple[str, str]]:
         with namespaces.descriptor(right) as fd:
             links.change(left, [links.make_veth("left", "", "right", "0a:00:00:00:09:02", 0, fd)])
         for name, link, host in ((left, "left", 1), (right, "right", 2)):
-            addresses = [links.add_address(link, f"10.9.0.{host}/24"), links.add_address(link, f"fd09::{host}/64")]
+            addresses = [add_address(link, f"10.9.0.{host}/24"), add_address(link, f"fd09::{host}/64")]
             links.change(name, [links.set_up(link), *addresses])
         yield left, right
 

@@ -10,10 +10,26 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from kernel.rtnetlink import (
+    add_address,
+    add_route,
+    add_rule,
+    delete_address,
+    delete_neighbour,
+    delete_route,
+    delete_rule,
+    list_addresses,
+    list_neighbours,
+    list_routes,
+    list_rules,
+    replace_neighbour,
+    replace_route,
+)
 from kernel.scratch import ip_json, joined, scratch, settled, tool
 from netloom.agent.kernel import links, namespaces
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+from netloom.netobjects import Rule
 
 
 @pytest.fixture
@@ -33,6 +49,11 @@ def link(namespace: str, name: str) -> Link:
     return found
 
 
+def permanent(namespace: str) -> dict[str, str]:
+    neighbours = (it.neighbour for it in list_neighbours(namespace) if it.permanent)
+    return {it.address: it.mac for it in neighbours}
+
+
 def build(host: str, inner: str) -> None:
     with namespaces.descriptor(inner) as fd:
         links.change(
@@ -48,13 +69,13 @@ def build(host: str, inner: str) -> None:
         inner,
         [
             links.set_up("gst-7"),
-            links.add_address("gst-7", "10.7.0.1/24"),
-            links.add_address("gst-7", "fd07::1/64"),
-            links.add_route("0.0.0.0/0", "gst-7", via="10.7.0.254"),
-            links.add_route("0.0.0.0/0", "gst-7", via="10.7.0.254", source="10.7.0.1", table=20007),
-            links.add_route("198.51.100.0/24", "gst-7", table=20007),
-            links.add_route("2001:db8::/32", "gst-7", via="fd07::ffff"),
-            links.add_rule(20007, 7, 0xFFFF, 20007),
+            add_address("gst-7", "10.7.0.1/24"),
+            add_address("gst-7", "fd07::1/64"),
+            add_route("0.0.0.0/0", "gst-7", via="10.7.0.254"),
+            add_route("0.0.0.0/0", "gst-7", via="10.7.0.254", source="10.7.0.1", table=20007),
+            add_route("198.51.100.0/24", "gst-7", table=20007),
+            add_route("2001:db8::/32", "gst-7", via="fd07::ffff"),
+            add_rule(20007, 7, 0xFFFF, 20007),
         ],
     )
     # Usable at once: no duplicate address detection.
@@ -104,23 +125,23 @@ def test_rows_say_what_ip_says(pair: tuple[str, str]) -> None:
             assert it.alias == that.get("ifalias", "")
             assert it.up == ("UP" in that["flags"])
             assert names.get(it.master_index or 0) == that.get("master")
-    assert {(it.cidr, it.link) for it in links.list_addresses(inner)} == {
+    assert {(it.address.cidr, it.address.link) for it in list_addresses(inner)} == {
         (f"{info['local']}/{info['prefixlen']}", it["ifname"])
         for it in ip_json(inner, "addr")
         for info in it["addr_info"]
     }
-    routes = [it for it in links.list_routes(inner) if it.protocol == "static"]
-    assert {(it.table, it.destination, it.via, it.source, it.scope) for it in routes} == {
+    routes = [it for it in list_routes(inner) if it.protocol == "static"]
+    assert {(it.route.table, it.route.destination, it.route.via, it.route.source, it.scope) for it in routes} == {
         (254, "0.0.0.0/0", "10.7.0.254", "", "global"),
         (20007, "0.0.0.0/0", "10.7.0.254", "10.7.0.1", "global"),
         (20007, "198.51.100.0/24", "", "", "link"),
         (254, "2001:db8::/32", "fd07::ffff", "", "global"),
     }
-    assert len(links.list_routes(inner)) == sum(
+    assert len(list_routes(inner)) == sum(
         len(ip_json(inner, family, "route", "show", "table", "all")) for family in ("-4", "-6")
     )
-    assert links.RuleRow(priority=20007, mark=7, mask=0xFFFF, table=20007) in links.list_rules(inner)
-    assert [it.priority for it in links.list_rules(inner)] == [it["priority"] for it in ip_json(inner, "rule")]
+    assert Rule(priority=20007, mark=7, mask=0xFFFF, table=20007) in list_rules(inner)
+    assert [it.priority for it in list_rules(inner)] == [it["priority"] for it in ip_json(inner, "rule")]
 
 
 def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> None:
@@ -132,23 +153,23 @@ def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> N
         theirs: set[Any] = {(it["index"], it.get("ifname"), it.get("address"), it.get("mtu")) for it in ip.get_links()}
         addresses = {f"{it.get('address')}/{it['prefixlen']}" for it in ip.get_addr()}
     assert {(it.index, it.name, it.mac, it.mtu) for it in links.list_links(inner)} == theirs
-    assert {it.cidr for it in links.list_addresses(inner)} == addresses
+    assert {it.address.cidr for it in list_addresses(inner)} == addresses
 
 
 def test_link_local_addresses_are_marked() -> None:
     with joined() as (left, _):
         settled(left, "left")
-        links.change(left, [links.add_address("left", "169.254.7.1/16")])  # a provider's subnet like another
-        rows = {it.cidr: it for it in links.list_addresses(left)}
+        links.change(left, [add_address("left", "169.254.7.1/16")])  # a provider's subnet like another
+        rows = {it.address.cidr: it for it in list_addresses(left)}
         local = [it for it in rows.values() if it.link_local]
-        assert [it.cidr.startswith("fe80::") for it in local] == [True]
+        assert [it.address.cidr.startswith("fe80::") for it in local] == [True]
         assert (local[0].scope, rows["10.9.0.1/24"].scope, rows["127.0.0.1/8"].scope) == ("link", "global", "host")
 
 
 def test_what_is_said_to_be_harmless_may_be_repeated(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
-    before = links.list_links(host), links.list_addresses(inner), links.list_routes(inner), links.list_rules(inner)
+    before = links.list_links(host), list_addresses(inner), list_routes(inner), list_rules(inner)
     with namespaces.descriptor(inner) as fd:
         messages = [
             links.make_bridge("breth1-7", alias="netloom"),
@@ -156,32 +177,32 @@ def test_what_is_said_to_be_harmless_may_be_repeated(pair: tuple[str, str]) -> N
         ]
         links.change(host, [message.even_if_there() for message in messages])
     messages = [
-        links.add_address("gst-7", "10.7.0.1/24"),
-        links.add_address("gst-7", "fd07::1/64"),
-        links.add_route("198.51.100.0/24", "gst-7", table=20007),
-        links.add_rule(20007, 7, 0xFFFF, 20007),
+        add_address("gst-7", "10.7.0.1/24"),
+        add_address("gst-7", "fd07::1/64"),
+        add_route("198.51.100.0/24", "gst-7", table=20007),
+        add_rule(20007, 7, 0xFFFF, 20007),
     ]
     links.change(inner, [message.even_if_there() for message in messages])
-    links.change(inner, [links.replace_route("0.0.0.0/0", "gst-7", via="10.7.0.254")])
+    links.change(inner, [replace_route("0.0.0.0/0", "gst-7", via="10.7.0.254")])
     assert before == (
         links.list_links(host),
-        links.list_addresses(inner),
-        links.list_routes(inner),
-        links.list_rules(inner),
+        list_addresses(inner),
+        list_routes(inner),
+        list_rules(inner),
     )
     gone = [
-        links.delete_rule(20007, 7, 0xFFFF, 20007),
-        links.delete_route("198.51.100.0/24", table=20007),
-        links.delete_route("0.0.0.0/0", "gst-7", "10.7.0.254", "10.7.0.1", 20007),
-        links.delete_route("2001:db8::/32"),
-        links.delete_address("gst-7", "10.7.0.1/24"),
-        links.delete_address("gst-7", "fd07::1/64"),
+        delete_rule(20007, 7, 0xFFFF, 20007),
+        delete_route("198.51.100.0/24", table=20007),
+        delete_route("0.0.0.0/0", "gst-7", "10.7.0.254", "10.7.0.1", 20007),
+        delete_route("2001:db8::/32"),
+        delete_address("gst-7", "10.7.0.1/24"),
+        delete_address("gst-7", "fd07::1/64"),
         links.delete_link("gst-7"),
-        links.delete_address("gst-7", "10.7.0.1/24"),
+        delete_address("gst-7", "10.7.0.1/24"),
     ]
     links.change(inner, [message.even_if_gone() for message in gone])
     assert {it.name for it in links.list_links(inner)} == {"lo"}
-    assert {it.priority for it in links.list_rules(inner)} == {0, 32766, 32767}
+    assert {it.priority for it in list_rules(inner)} == {0, 32766, 32767}
     links.change(inner, [message.even_if_gone() for message in gone])
 
 
@@ -198,20 +219,20 @@ def test_what_is_said_to_be_harmless_may_be_repeated(pair: tuple[str, str]) -> N
         ),
         (links.delete_link("nowhere"), errno.ENODEV, "delete link nowhere: No such device"),
         (
-            links.add_address("nowhere", "192.0.2.1/24"),
+            add_address("nowhere", "192.0.2.1/24"),
             errno.ENODEV,
             "add address 192.0.2.1/24 to nowhere: No such device: there is no link nowhere",
         ),
         (
-            links.delete_address("br0", "192.0.2.1/24"),
+            delete_address("br0", "192.0.2.1/24"),
             errno.EADDRNOTAVAIL,
             "delete address 192.0.2.1/24 from br0: Cannot assign requested address",
         ),
-        (links.delete_route("192.0.2.0/24"), errno.ESRCH, "delete route to 192.0.2.0/24: No such process"),
+        (delete_route("192.0.2.0/24"), errno.ESRCH, "delete route 192.0.2.0/24 table 254: No such process"),
         (
-            links.delete_rule(9, 1, 255, 9),
+            delete_rule(9, 1, 255, 9),
             errno.ENOENT,
-            "delete rule 9 for mark 0x1/0xff to table 9: No such file or directory",
+            "delete rule 9: fwmark 0x1/0xff table 9: No such file or directory",
         ),
         (links.make_bridge("a-name-too-long-for-it"), errno.ERANGE, "make bridge a-name-too-long-for-it: Numerical"),
     ],
@@ -297,8 +318,8 @@ def test_a_listing_may_be_narrowed_by_kind_and_by_bridge(pair: tuple[str, str]) 
 def test_replacing_a_route_leaves_one(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
-    links.change(inner, [links.replace_route("0.0.0.0/0", "gst-7", via="10.7.0.253", table=20007)])
-    table = [it for it in links.list_routes(inner) if it.table == 20007 and it.destination == "0.0.0.0/0"]
+    links.change(inner, [replace_route("0.0.0.0/0", "gst-7", via="10.7.0.253", table=20007)])
+    table = [it.route for it in list_routes(inner) if (it.route.table, it.route.destination) == (20007, "0.0.0.0/0")]
     assert [(it.via, it.source) for it in table] == [("10.7.0.253", "")]
 
 
@@ -324,18 +345,20 @@ def test_a_permanent_neighbour_stands_whatever_was_learned_and_whatever_the_limi
     with joined() as (left, _):
         settled(left, "left")
         tool(left, "ping", "-c1", "-W5", "10.9.0.2")
-        learned = links.list_neighbours(left)
-        assert [(it.address, it.mac, it.permanent) for it in learned] == [("10.9.0.2", "0a:00:00:00:09:02", False)]
+        learned = list_neighbours(left)
+        assert [(it.neighbour.address, it.neighbour.mac, it.permanent) for it in learned] == [
+            ("10.9.0.2", "0a:00:00:00:09:02", False)
+        ]
         wanted = {f"10.9.0.{number}": f"0a:00:00:00:01:{number:02x}" for number in range(2, 202)}
-        links.change(left, [links.put_neighbour("left", address, mac) for address, mac in wanted.items()])
-        links.change(left, [links.put_neighbour("left", "10.9.0.3", "0a:00:00:00:02:03")])
+        links.change(left, [replace_neighbour("left", address, mac) for address, mac in wanted.items()])
+        links.change(left, [replace_neighbour("left", "10.9.0.3", "0a:00:00:00:02:03")])
         wanted["10.9.0.3"] = "0a:00:00:00:02:03"
-        assert {it.address: it.mac for it in links.list_neighbours(left) if it.permanent} == wanted
+        assert permanent(left) == wanted
         shown = {it["dst"]: it["lladdr"] for it in ip_json(left, "neigh", "show", "dev", "left", "nud", "permanent")}
         assert {address: mac for address, mac in shown.items() if "." in address} == wanted
-        links.change(left, [links.delete_neighbour("left", "10.9.0.3")])
-        links.change(left, [links.delete_neighbour("left", "10.9.0.3").even_if_gone()])
-        assert "10.9.0.3" not in {it.address for it in links.list_neighbours(left) if it.permanent}
+        links.change(left, [delete_neighbour("left", "10.9.0.3")])
+        links.change(left, [delete_neighbour("left", "10.9.0.3").even_if_gone()])
+        assert "10.9.0.3" not in permanent(left)
         # Why they are put again after either.
         links.change(left, [links.set_down("left"), links.set_up("left")])
-        assert not [it for it in links.list_neighbours(left) if it.permanent]
+        assert not permanent(left)

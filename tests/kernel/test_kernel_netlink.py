@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 
+from kernel.rtnetlink import add_address, add_route, list_addresses
 from kernel.scratch import descriptors, ip_json, scratch
 from netloom.agent.kernel import links, netlink
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
@@ -24,13 +25,13 @@ def ns() -> Iterator[str]:
 
 
 def addresses(number: int) -> list[Message]:
-    return [links.add_address("lo", f"10.{7 + (i >> 16)}.{i >> 8 & 255}.{i & 255}/32") for i in range(number)]
+    return [add_address("lo", f"10.{7 + (i >> 16)}.{i >> 8 & 255}.{i & 255}/32") for i in range(number)]
 
 
 def test_thousands_of_requests_are_all_carried_out_and_answered(ns: str) -> None:
     links.change(ns, addresses(5000))
-    listed = links.list_addresses(ns)
-    assert len([row for row in listed if row.cidr.endswith("/32")]) == 5000
+    listed = list_addresses(ns)
+    assert len([row for row in listed if row.address.cidr.endswith("/32")]) == 5000
     assert len(ip_json(ns, "-4", "addr")[0]["addr_info"]) == 5001
     with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
         links.change_over(rtnetlink, [message.even_if_there() for message in addresses(5000)])
@@ -43,7 +44,7 @@ def test_a_refused_request_is_named_and_the_others_of_its_datagram_happen(ns: st
         links.change(ns, [first, second, second, links.set_up("nowhere"), third])
     assert caught.value.errno == errno.EEXIST
     assert caught.value.what == "add address 10.7.0.1/32 to lo"
-    assert {row.cidr for row in links.list_addresses(ns)} >= {"10.7.0.0/32", "10.7.0.1/32", "10.7.0.2/32"}
+    assert {row.address.cidr for row in list_addresses(ns)} >= {"10.7.0.0/32", "10.7.0.1/32", "10.7.0.2/32"}
 
 
 def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
@@ -57,9 +58,9 @@ def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
 def test_the_kernel_says_in_words_what_it_did_not_like(ns: str) -> None:
     with pytest.raises(NetlinkError) as caught:
         # An address of the namespace's own is nobody's gateway.
-        links.change(ns, [links.add_address("lo", "192.0.2.1/24"), links.add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
+        links.change(ns, [add_address("lo", "192.0.2.1/24"), add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
     assert caught.value.ext_ack == "Nexthop has invalid gateway"
-    assert str(caught.value).startswith("add route to 0.0.0.0/0 via 192.0.2.1 on lo: Invalid argument: Nexthop")
+    assert str(caught.value).startswith("add route 0.0.0.0/0 via 192.0.2.1 dev lo table 254: Invalid argument: Nexthop")
 
 
 def test_a_listing_is_of_one_moment_while_others_change_things(ns: str) -> None:

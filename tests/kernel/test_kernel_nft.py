@@ -151,7 +151,7 @@ def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason
     (tmp_path / "nft").chmod(0o755)
     monkeypatch.setitem(NFT_ENVIRONMENT, "PATH", f"{tmp_path}:{NFT_ENVIRONMENT['PATH']}")
     swap = LoadRuleset(ns, want, have, names(have))
-    with pytest.raises(NftError, match="the program nft was ended by signal 9"):
+    with pytest.raises(NftError, match="the program nft was killed by signal 9"):
         apply([swap])
     apply([swap])
     assert counted() == packets
@@ -215,7 +215,7 @@ def test_a_namespace_made_anew_under_the_same_name_is_not_taken_for_the_old_one(
         nft.run(TABLE)
         namespaces.delete(name)
         namespaces.create(name)
-        with pytest.raises(NftError, match="is another one than when this was opened"):
+        with pytest.raises(NftError, match="was replaced by another since it was opened"):
             nft.run(TABLE)
         with Nft(name) as fresh:
             assert tables(fresh) == set()

@@ -8,10 +8,23 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from kernel.rtnetlink import (
+    add_address,
+    add_route,
+    add_rule,
+    delete_address,
+    delete_neighbour,
+    delete_rule,
+    replace_neighbour,
+)
 from kernel.scratch import descriptors, joined, scratch, settled, tool
 from netloom.agent.kernel import links
-from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.neighbours import NeighbourRow
+from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
+from netloom.netobjects import Rule
 
 
 @pytest.fixture
@@ -44,16 +57,16 @@ def test_a_link_is_seen_to_come_change_and_go_here_and_not_elsewhere(ns: str) ->
 
 def test_addresses_and_routes_are_seen_with_the_names_of_their_links(ns: str) -> None:
     with Watch(ns, "address", "route") as watch:
-        links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), links.add_address("br0", "10.7.0.1/24")])
-        links.change(ns, [links.add_route("198.51.100.0/24", "br0", via="10.7.0.9")])
-        links.change(ns, [links.delete_address("br0", "10.7.0.1/24")])
+        links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), add_address("br0", "10.7.0.1/24")])
+        links.change(ns, [add_route("198.51.100.0/24", "br0", via="10.7.0.9")])
+        links.change(ns, [delete_address("br0", "10.7.0.1/24")])
         events = until(watch, lambda seen: any(it.kind == "address" and it.gone for it in seen))
-    addresses = [(it.gone, it.row.link, it.row.cidr) for it in events if isinstance(it.row, AddressRow)]
+    addresses = [(it.gone, it.row.address.link, it.row.address.cidr) for it in events if isinstance(it.row, AddressRow)]
     assert [it for it in addresses if it[2] == "10.7.0.1/24"] == [
         (False, "br0", "10.7.0.1/24"),
         (True, "br0", "10.7.0.1/24"),
     ]
-    routes = [(it.gone, it.row.link, it.row.via) for it in events if isinstance(it.row, RouteRow)]
+    routes = [(it.gone, it.row.route.link, it.row.route.via) for it in events if isinstance(it.row, RouteRow)]
     assert (False, "br0", "10.7.0.9") in routes
     assert not any(isinstance(it.row, Link) for it in events)
 
@@ -100,13 +113,13 @@ def test_rules_and_permanent_neighbours_are_seen_and_learned_ones_are_not() -> N
         settled(left, "left")
         with Watch(left, "rule", "neighbour") as watch:
             tool(left, "ping", "-c1", "-W5", "10.9.0.2")
-            links.change(left, [links.put_neighbour("left", "10.9.0.3", "0a:00:00:00:09:03")])
-            links.change(left, [links.delete_neighbour("left", "10.9.0.3")])
-            links.change(left, [links.add_rule(20001, 1, 0xFFFF, 20001), links.delete_rule(20001, 1, 0xFFFF, 20001)])
+            links.change(left, [replace_neighbour("left", "10.9.0.3", "0a:00:00:00:09:03")])
+            links.change(left, [delete_neighbour("left", "10.9.0.3")])
+            links.change(left, [add_rule(20001, 1, 0xFFFF, 20001), delete_rule(20001, 1, 0xFFFF, 20001)])
             events = until(watch, lambda seen: any(it.kind == "rule" and it.gone for it in seen))
-        neighbours = [(it.row.address, it.row.permanent) for it in events if isinstance(it.row, NeighbourRow)]
+        neighbours = [(it.row.neighbour.address, it.row.permanent) for it in events if isinstance(it.row, NeighbourRow)]
         assert neighbours == [("10.9.0.3", True), ("10.9.0.3", False)]
-        rules = [(it.gone, it.row.priority, it.row.mark) for it in events if isinstance(it.row, RuleRow)]
+        rules = [(it.gone, it.row.priority, it.row.mark) for it in events if isinstance(it.row, Rule)]
         assert rules == [(False, 20001, 1), (True, 20001, 1)]
 
 

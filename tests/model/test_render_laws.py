@@ -13,9 +13,10 @@ from msgspec.structs import replace
 from model.conntrack_entry import Entry
 from model.scope_strategies import scopes
 from netloom.names import LINK_NAME_MAX
+from netloom.netobjects import MAIN_TABLE
 from netloom.render import flows, ruleset
 from netloom.render.active import live, within
-from netloom.render.marks import MAIN_TABLE, POLICY, REVOKED
+from netloom.render.marks import POLICY, REVOKED
 from netloom.render.scope import render
 from netloom.render.want import Want
 from netloom.state import Firewall, Scope

@@ -6,9 +6,13 @@ import pytest
 from msgspec.structs import replace
 
 from netloom.agent.host.watcher import deviation
-from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.neighbours import NeighbourRow
+from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, Kind
 from netloom.names import guest_link
+from netloom.netobjects import Address, Neighbour, Rule
 from netloom.render.scope import render
 from netloom.render.want import Want
 from netloom.state import Nic, Scope
@@ -44,36 +48,21 @@ def link(name: str, mac: str, kind: str = "veth") -> Link:
 
 
 def address(at: str, cidr: str) -> AddressRow:
-    return AddressRow(link=at, cidr=cidr, link_local=False, scope="global")
+    return AddressRow(address=Address(link=at, cidr=cidr), link_local=False, scope="global")
+
+
+def neighbour(at: str, ip: str, mac: str, *, permanent: bool = True) -> NeighbourRow:
+    return NeighbourRow(neighbour=Neighbour(link=at, address=ip, mac=mac), permanent=permanent)
 
 
 def wished() -> list[Event]:
     """What the kernel says while the network is being made."""
-    rows: list[tuple[Kind, Link | AddressRow | RouteRow | RuleRow | NeighbourRow]] = []
+    rows: list[tuple[Kind, Link | AddressRow | RouteRow | Rule | NeighbourRow]] = []
     rows += [("link", link(it.link, it.mac)) for it in WANT.ports]
     rows += [("address", address(it.link, it.cidr)) for it in WANT.addresses]
-    rows += [
-        (
-            "route",
-            RouteRow(
-                table=it.table,
-                destination=it.destination,
-                via=it.via,
-                link=it.link,
-                source=it.source,
-                protocol="static",
-                scope="link",
-                kind="unicast",
-                metric=0,
-            ),
-        )
-        for it in WANT.routes
-    ]
-    rows += [("rule", RuleRow(priority=it.priority, mark=it.mark, mask=it.mask, table=it.table)) for it in WANT.rules]
-    rows += [
-        ("neighbour", NeighbourRow(link=it.link, address=it.address, mac=it.mac, permanent=True))
-        for it in WANT.neighbours
-    ]
+    rows += [("route", RouteRow(route=it, protocol="static", scope="link", metric=0)) for it in WANT.routes]
+    rows += [("rule", it) for it in WANT.rules]
+    rows += [("neighbour", NeighbourRow(neighbour=it, permanent=True)) for it in WANT.neighbours]
     return [Event(kind=kind, row=row) for kind, row in rows]
 
 
@@ -91,19 +80,19 @@ STRANGE = [
     Event(kind="link", row=link(GUEST, "02:00:00:00:00:99")),
     Event(kind="link", row=link("veth7", MAC)),
     Event(kind="address", row=address(GUEST, "203.0.113.99/32")),
-    Event(kind="rule", row=RuleRow(priority=99, mark=1, mask=1, table=99)),
-    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.11", mac="02:00:00:00:00:99", permanent=True)),
-    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.11", mac=MAC, permanent=False)),
-    Event(kind="neighbour", row=NeighbourRow(link=GUEST, address="10.1.1.99", mac=MAC, permanent=True)),
+    Event(kind="rule", row=Rule(priority=99, mark=1, mask=1, table=99)),
+    Event(kind="neighbour", row=neighbour(GUEST, "10.1.1.11", "02:00:00:00:00:99")),
+    Event(kind="neighbour", row=neighbour(GUEST, "10.1.1.11", MAC, permanent=False)),
+    Event(kind="neighbour", row=neighbour(GUEST, "10.1.1.99", MAC)),
 ]
 COMMON = [
     Event(kind="link", row=link("tunl0", "", kind="ipip")),
     Event(kind="link", gone=True, row=link("veth7", MAC)),
     Event(kind="address", row=address(GUEST, "fe80::1/64")),
     Event(kind="address", row=address("lo", "127.0.0.1/8")),
-    Event(kind="rule", row=RuleRow(priority=32766, mark=0, mask=0, table=254)),
-    Event(kind="neighbour", row=NeighbourRow(link="pub-101", address="203.0.113.1", mac=MAC, permanent=False)),
-    Event(kind="neighbour", gone=True, row=NeighbourRow(link=GUEST, address="10.1.1.99", mac=MAC, permanent=True)),
+    Event(kind="rule", row=Rule(priority=32766, mark=0, mask=0, table=254)),
+    Event(kind="neighbour", row=neighbour("pub-101", "203.0.113.1", MAC, permanent=False)),
+    Event(kind="neighbour", gone=True, row=neighbour(GUEST, "10.1.1.99", MAC)),
 ]
 
 

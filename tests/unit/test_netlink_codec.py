@@ -14,8 +14,11 @@ from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
-from netloom.agent.kernel import conntrack, links, netlink
+from kernel.rtnetlink import add_address, add_route, add_rule
+from netloom.agent.kernel import addresses, conntrack, links, netlink, routes, rules
 from netloom.agent.kernel.netlink import Message, NetlinkError
+from netloom.agent.kernel.routes import RouteRow
+from netloom.netobjects import Route, Rule
 
 U16, U32 = st.integers(0, 0xFFFF), st.integers(0, 0xFFFFFFFF)
 MESSAGES = st.builds(Message, type=U16, flags=U16, payload=st.binary(max_size=200), sequence=U32)
@@ -47,9 +50,9 @@ def _decode_everything(data: bytes) -> None:
         netlink.attributes,
         lambda it: netlink.decode_error(it, 0x300),
         links.decode_link,
-        lambda it: links.decode_address(it, {}),
-        lambda it: links.decode_route(it, {}),
-        links.decode_rule,
+        lambda it: addresses.decode_address(it, {}),
+        lambda it: routes.decode_route(it, {}),
+        rules.decode_rule,
         conntrack.decode_entry,
     ]
     for decoder in decoders:
@@ -101,9 +104,9 @@ def _requests() -> list[Message]:
         links.make_bridge("br0"),
         links.make_veth("vnetg7", "br0", "gst-7", "0a:00:00:00:00:01", 1450, 9),
         links.make_vlan("eth1.7", "eth1", 7),
-        links.add_address("gst-7", "10.1.1.1/24"),
-        links.add_route("0.0.0.0/0", "gst-7", "10.1.1.254", "10.1.1.1", table=20007),
-        links.add_rule(20007, 7, 0xFFFF, 20007),
+        add_address("gst-7", "10.1.1.1/24"),
+        add_route("0.0.0.0/0", "gst-7", "10.1.1.254", "10.1.1.1", table=20007),
+        add_rule(20007, 7, 0xFFFF, 20007),
     ]
 
 
@@ -136,35 +139,30 @@ def test_pyroute2_reads_a_bridge_and_a_vlan_as_they_were_meant() -> None:
 
 
 def test_pyroute2_reads_addresses_routes_and_rules_as_they_were_meant() -> None:
-    address = _seen_by_pyroute2(ifaddrmsg, links.add_address("gst-7", "2001:db8::1/64"))
+    address = _seen_by_pyroute2(ifaddrmsg, add_address("gst-7", "2001:db8::1/64"))
     assert (address["prefixlen"], address.get_attr("IFA_ADDRESS")) == (64, "2001:db8::1")
-    route = _seen_by_pyroute2(rtmsg, links.add_route("198.51.100.0/24", "x", "10.1.1.254", "10.1.1.1", table=20007))
+    route = _seen_by_pyroute2(rtmsg, add_route("198.51.100.0/24", "x", "10.1.1.254", "10.1.1.1", table=20007))
     assert (route["dst_len"], route.get_attr("RTA_DST"), route.get_attr("RTA_TABLE")) == (24, "198.51.100.0", 20007)
     assert (route.get_attr("RTA_GATEWAY"), route.get_attr("RTA_PREFSRC")) == ("10.1.1.254", "10.1.1.1")
-    rule = _seen_by_pyroute2(fibmsg, links.add_rule(20007, 7, 0xFFFF, 20007))
+    rule = _seen_by_pyroute2(fibmsg, add_rule(20007, 7, 0xFFFF, 20007))
     wanted = {"FRA_PRIORITY": 20007, "FRA_FWMARK": 7, "FRA_FWMASK": 0xFFFF, "FRA_TABLE": 20007}
     assert {name: rule.get_attr(name) for name in wanted} == wanted
 
 
 def test_what_was_built_is_read_back_as_rows() -> None:
-    route = links.add_route("198.51.100.0/24", "gst-7", "10.1.1.254", "10.1.1.1", table=20007, metric=5)
-    payload = bytearray(route.payload)
+    route = add_route("198.51.100.0/24", "gst-7", "10.1.1.254", "10.1.1.1", table=20007)
+    payload = bytearray(route.payload + netlink.u32(6, 5))  # RTA_PRIORITY
     ((offset, name),) = route.links
     assert name == "gst-7"
     payload[offset : offset + 4] = struct.pack("=I", 4)
-    assert links.decode_route(bytes(payload), {4: "gst-7"}) == links.RouteRow(
-        table=20007,
-        destination="198.51.100.0/24",
-        via="10.1.1.254",
-        link="gst-7",
-        source="10.1.1.1",
+    assert routes.decode_route(bytes(payload), {4: "gst-7"}) == RouteRow(
+        route=Route(table=20007, destination="198.51.100.0/24", via="10.1.1.254", link="gst-7", source="10.1.1.1"),
         protocol="static",
         scope="global",
-        kind="unicast",
         metric=5,
     )
-    rule = links.decode_rule(links.add_rule(20007, 7, 0xFFFF, 20007).payload)
-    assert rule == links.RuleRow(priority=20007, mark=7, mask=0xFFFF, table=20007)
+    rule = rules.decode_rule(add_rule(20007, 7, 0xFFFF, 20007).payload)
+    assert rule == Rule(priority=20007, mark=7, mask=0xFFFF, table=20007)
 
 
 @pytest.mark.parametrize("bad", ["", "0a:00:00:00:00", "0a:00:00:00:00:00:01", "zz:00:00:00:00:01"])

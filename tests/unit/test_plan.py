@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
+from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
@@ -48,7 +49,7 @@ from netloom.plan.steps import (
 )
 from netloom.render.ruleset import Chain, Ruleset, marker
 from netloom.render.ruleset import names as names_in
-from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
+from netloom.render.want import Port, Segment, Want
 
 SCOPE = "net-204"
 NOTHING = Want(namespace="")

@@ -466,7 +466,7 @@ class Scopes:
 
         def tell() -> None:
             want = slot.rendered[1].announce if slot.rendered else ()
-            held = {it.cidr.partition("/")[0] for it in want}  # what was given back may be somebody else's by now
+            held = {it.ip for it in want}  # what was given back may be somebody else's by now
             self._background(self._work(lambda: _tell(tuple(it for it in announcements if it.address in held))))
 
         now = loop.time()

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from netloom.netobjects import MAIN_TABLE, Address, Neighbour, Route, Rule
 from netloom.render.ruleset import Name, Ruleset
-from netloom.render.want import Address, Neighbour, Route, Rule
 
 ALIAS = "netloom"  # the first word of the alias of every link that we create; no other links are deleted
 
 CARRIERS = ("vlan", "vxlan")  # the kinds of links that we create to carry a segment
 
 # The default rule "lookup main", present in every new namespace; ``ip rule flush`` deletes it.
-ASK_MAIN = Rule(priority=32766, mark=0, mask=0, table=254)
+ASK_MAIN = Rule(priority=32766, mark=0, mask=0, table=MAIN_TABLE)
 
 
 class HostLink(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ import msgspec
 
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
+from netloom.netobjects import ETHERNET_MTU
 from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink
 from netloom.plan.segments import SegmentPlacement, is_guest, place
 from netloom.plan.steps import (
@@ -61,8 +62,6 @@ from netloom.render.ruleset import marker
 from netloom.render.want import Port, Segment, Want
 
 _T = TypeVar("_T")
-
-MTU_MAX = 1500  # Ethernet (RFC 894); guests that are told no MTU assume this one
 
 
 def plan(have: Have, want: Want) -> tuple[Step, ...]:
@@ -217,7 +216,7 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
             yield RemoveHostPort(port.host_link)
         yield CreatePort(ns, port, bridge, alias)
         yield SilenceIpv6(port.host_link)
-        if (mtu := _mtu(have, port)) < MTU_MAX:
+        if (mtu := _mtu(have, port)) < ETHERNET_MTU:
             yield SetMtu("", port.host_link, mtu)
             yield SetMtu(ns, port.link, mtu)
         return
@@ -240,7 +239,7 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
 def _mtu(have: Have, port: Port) -> int:
     """The MTU of the segment's carrier, but at most Ethernet's, which guests assume."""
     carrier = have.host_links.get(port.segment.vlan_link or port.segment.nic)
-    return min(MTU_MAX, carrier.mtu) if carrier is not None and carrier.mtu else MTU_MAX
+    return min(ETHERNET_MTU, carrier.mtu) if carrier is not None and carrier.mtu else ETHERNET_MTU
 
 
 def _missing_addresses(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import msgspec
 
+from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.render.ruleset import Name, Ruleset
-from netloom.render.want import Address, Neighbour, Port, Route, Rule
+from netloom.render.want import Port
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -58,7 +59,7 @@ class RemoveRoute(NamespaceStep, frozen=True):
     route: Route
 
     def __str__(self) -> str:
-        return f"remove route {route_words(self.route)}"
+        return f"remove route {self.route}"
 
 
 class PutRoute(NamespaceStep, frozen=True):
@@ -67,7 +68,7 @@ class PutRoute(NamespaceStep, frozen=True):
     route: Route
 
     def __str__(self) -> str:
-        return f"put route {route_words(self.route)}"
+        return f"put route {self.route}"
 
 
 class RemoveRule(NamespaceStep, frozen=True):
@@ -76,7 +77,7 @@ class RemoveRule(NamespaceStep, frozen=True):
     rule: Rule
 
     def __str__(self) -> str:
-        return f"remove rule {rule_words(self.rule)}"
+        return f"remove rule {self.rule}"
 
 
 class AddRule(NamespaceStep, frozen=True):
@@ -85,7 +86,7 @@ class AddRule(NamespaceStep, frozen=True):
     rule: Rule
 
     def __str__(self) -> str:
-        return f"add rule {rule_words(self.rule)}"
+        return f"add rule {self.rule}"
 
 
 class RemoveAddress(NamespaceStep, frozen=True):
@@ -338,17 +339,3 @@ class SetLinkUp(NamespaceStep, frozen=True):
 
     def __str__(self) -> str:
         return f"set {self.link} up in {self.namespace}"
-
-
-def route_words(route: Route) -> str:
-    """A route as ip-route(8) writes it."""
-    kind = "" if route.kind == "unicast" else f"{route.kind} "
-    words = (("via", route.via), ("dev", route.link), ("src", route.source))
-    return f"{kind}{route.destination}{''.join(f' {word} {it}' for word, it in words if it)} table {route.table}"
-
-
-def rule_words(rule: Rule) -> str:
-    """A rule as ip-rule(8) writes it."""
-    words = (("from", rule.source), ("to", rule.destination), ("iif", rule.iif))
-    which = "".join(f"{word} {it} " for word, it in words if it)
-    return f"{rule.priority}: {which}fwmark {rule.mark:#x}/{rule.mask:#x} table {rule.table}"

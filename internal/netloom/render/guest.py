@@ -11,11 +11,10 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
+from netloom.netobjects import ETHERNET_MTU
 from netloom.render.plain_network import range_of, way_to_device
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
-
-ETHERNET_MTU = 1500
 
 # Every table below is sorted where it is made: msgspec itself sorts no keys that are numbers.
 _canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook)

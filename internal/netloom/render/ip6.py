@@ -13,10 +13,9 @@ from ipaddress import IPv6Interface
 import msgspec
 
 from netloom import names
+from netloom.netobjects import MAIN_TABLE, Address, Route
 from netloom.render.active import Live
-from netloom.render.marks import MAIN_TABLE
 from netloom.render.ruleset import Chain
-from netloom.render.want import Address, Route
 from netloom.state import Network, Scope
 
 ANYWHERE = "::/0"

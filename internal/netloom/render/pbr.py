@@ -10,11 +10,10 @@ from __future__ import annotations
 import msgspec
 
 from netloom import names
+from netloom.netobjects import ANYWHERE, Route, Rule
 from netloom.render.active import Exit, Live, subnet, within
 from netloom.render.marks import POLICY
-from netloom.render.want import Route, Rule
 from netloom.state import Pbr, PbrRoute, PublicIp
-from netloom.state.pbr import ANYWHERE
 
 
 class Way(msgspec.Struct, frozen=True, kw_only=True):

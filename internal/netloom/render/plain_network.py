@@ -8,13 +8,11 @@ device speaks to all of them directly, and to the rest of the world through the 
 from __future__ import annotations
 
 from netloom import names
+from netloom.netobjects import ANYWHERE, MAIN_TABLE, Route
 from netloom.render.active import within
-from netloom.render.marks import MAIN_TABLE
 from netloom.render.ruleset import Chain, Ruleset
-from netloom.render.want import Route
 from netloom.state import Network, Nic, Subnet
 
-_ANYWHERE = "0.0.0.0/0"
 _DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
 
 
@@ -34,7 +32,7 @@ def routes(network: Network) -> tuple[Route, ...]:
     link = names.guest_link(network.network_id)
     direct = [Route(table=MAIN_TABLE, destination=it, link=link) for it in on_link(network)]
     if network.gateway:
-        direct.append(Route(table=MAIN_TABLE, destination=_ANYWHERE, link=link, via=network.gateway))
+        direct.append(Route(table=MAIN_TABLE, destination=ANYWHERE, link=link, via=network.gateway))
     return tuple(direct)
 
 
@@ -49,7 +47,7 @@ def way_to_device(network: Network, nic: Nic) -> str:
     if home is None or home.cidr == network.cidr:
         return ""
     router = nic.gateway or home.gateway
-    everywhere = f", {_ANYWHERE} via {router}" if router and nic.default else ""
+    everywhere = f", {ANYWHERE} via {router}" if router and nic.default else ""
     return f"{network.device_ip}/32 via 0.0.0.0{everywhere}"
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from netloom import names
+from netloom.netobjects import ANYWHERE, MAIN_TABLE, Address, Neighbour, Route, Rule
 from netloom.render import ip6, nft, pbr, plain_network
 from netloom.render.active import Exit, Live, live, subnet
-from netloom.render.marks import EXIT_MASK, MAIN_TABLE, table
-from netloom.render.want import Address, Neighbour, Port, Route, Rule, Segment, Want
+from netloom.render.marks import EXIT_MASK, table
+from netloom.render.want import Port, Segment, Want
 from netloom.state import Scope, Uplinks
-
-ANYWHERE = "0.0.0.0/0"
 
 
 def render(scope: Scope | None) -> Want:

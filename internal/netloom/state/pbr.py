@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-ANYWHERE = "0.0.0.0/0"
+from netloom.netobjects import ANYWHERE, route_text, selector_text
 
 RouteKind = Literal["unicast", "blackhole", "unreachable", "prohibit"]
 
@@ -35,11 +35,8 @@ class PbrRoute(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""  # preferred source address of the device's own packets
 
     def __str__(self) -> str:
-        words: list[str] = [] if self.kind == "unicast" else [self.kind]
-        words.append("default" if self.destination == ANYWHERE else self.destination)
-        for word, value in (("via", self.via), ("dev", self.link), ("src", self.source)):
-            words += [word, value] if value else []
-        return " ".join(words)
+        destination = "default" if self.destination == ANYWHERE else self.destination
+        return route_text(destination, self.kind, self.via, self.link, self.source)
 
 
 class PbrRule(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,11 +50,8 @@ class PbrRule(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def selector(self) -> str:
-        """Which packets, in words."""
-        words = [] if self.source or self.destination or self.iif else ["from all"]
-        for word, value in (("from", self.source), ("to", self.destination), ("iif", self.iif)):
-            words += [f"{word} {value}"] if value else []
-        return " ".join(words)
+        """The packets that the rule matches, as ip-rule(8) writes them."""
+        return selector_text(self.source, self.destination, self.iif) or "from all"
 
 
 class Pbr(msgspec.Struct, frozen=True, kw_only=True):

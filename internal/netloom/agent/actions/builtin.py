@@ -11,7 +11,6 @@ from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
 from netloom.agent.host.converge import Announcement, Host, HostChanges
-from netloom.agent.host.observe import FAMILY, TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.agent.processes.services import Services
@@ -20,11 +19,11 @@ from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
 from netloom.plan.plan import plan
-from netloom.plan.steps import LoadRuleset, route_words, rule_words
+from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
 from netloom.render.active import live
-from netloom.render.nft import counters
+from netloom.render.nft import FAMILY, TABLE, counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
 from netloom.render.want import Want
@@ -142,8 +141,8 @@ class Actions:
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
             ("== found: links", _links(have)),
             ("== found: addresses", [f"{it.cidr} on {it.link}" for it in have.addresses]),
-            ("== found: routes", [route_words(it) for it in have.routes]),
-            ("== found: rules", [rule_words(it) for it in have.rules]),
+            ("== found: routes", list(map(str, have.routes))),
+            ("== found: rules", list(map(str, have.rules))),
             ("== found: links of the host", _host_links(have)),
             ("== leases", describe.leases(scope)),
             ("== firewall and translations", describe.firewall(scope)),
@@ -183,9 +182,7 @@ class Actions:
             raise
         done = context.converge()
         macs = {port.link: port.mac for port in want.ports}
-        announcements = tuple(
-            Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link]) for it in want.announce
-        )
+        announcements = tuple(Announcement(want.namespace, it.link, it.ip, macs[it.link]) for it in want.announce)
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)
 
 

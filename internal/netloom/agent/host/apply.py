@@ -12,8 +12,8 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
-from netloom.agent.host.observe import GUARD_FAMILY, GUARD_TABLE
-from netloom.agent.kernel import links, namespaces, sysctl
+from netloom.agent.host.observe_nft import GUARD_FAMILY, GUARD_TABLE
+from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused
 from netloom.errors import HostRefused
@@ -176,24 +176,22 @@ def _netlink(namespace: str, steps: Sequence[Step]) -> None:
 
 def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
     match step:
-        case RemoveRoute(_, it):
-            yield links.delete_route(it.destination, it.link, it.via, it.source, it.table).even_if_gone()
-        case PutRoute(_, it):
-            yield links.replace_route(it.destination, it.link, it.via, it.source, it.table, kind=it.kind)
-        case RemoveRule(_, it):
-            rule = (it.priority, it.mark, it.mask, it.table, it.source, it.destination, it.iif)
-            yield links.delete_rule(*rule).even_if_gone()
-        case AddRule(_, it):
-            rule = (it.priority, it.mark, it.mask, it.table, it.source, it.destination, it.iif)
-            yield links.add_rule(*rule).even_if_there()
-        case RemoveAddress(_, it):
-            yield links.delete_address(it.link, it.cidr).even_if_gone()
-        case AddAddress(_, it):
-            yield links.add_address(it.link, it.cidr).even_if_there()
-        case RemoveNeighbour(_, it):
-            yield links.delete_neighbour(it.link, it.address).even_if_gone()
-        case PutNeighbour(_, it):
-            yield links.put_neighbour(it.link, it.address, it.mac)
+        case RemoveRoute(_, route):
+            yield routes.delete_route(route).even_if_gone()
+        case PutRoute(_, route):
+            yield routes.replace_route(route)
+        case RemoveRule(_, rule):
+            yield rules.delete_rule(rule).even_if_gone()
+        case AddRule(_, rule):
+            yield rules.add_rule(rule).even_if_there()
+        case RemoveAddress(_, address):
+            yield addresses.delete_address(address).even_if_gone()
+        case AddAddress(_, address):
+            yield addresses.add_address(address).even_if_there()
+        case RemoveNeighbour(_, neighbour):
+            yield neighbours.delete_neighbour(neighbour).even_if_gone()
+        case PutNeighbour(_, neighbour):
+            yield neighbours.replace_neighbour(neighbour)
         case RemovePort(_, link) | RemoveHostPort(link) | RemoveBridge(link) | RemoveVlanLink(link):
             yield links.delete_link(link).even_if_gone()
         case MarkPort(link, alias) | AdoptLink(link, alias):

@@ -15,8 +15,10 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
+from netloom.agent.environment import PATH
 from netloom.agent.host.apply import apply
-from netloom.agent.host.observe import guarded_bridges, observe, our_shared_links, stray_ports, table_digest
+from netloom.agent.host.observe import observe, our_shared_links, stray_ports
+from netloom.agent.host.observe_nft import guarded_bridges, table_digest
 from netloom.agent.kernel import namespaces, sysctl
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
@@ -243,7 +245,7 @@ def load_modules() -> None:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"},
+            env={"PATH": PATH},
             timeout=20,
             check=False,
         )
@@ -257,7 +259,7 @@ def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
     macs = {port.link: port.mac for port in want.ports}
     links |= {port.link for port in want.ports if port.host_link in host_links}
     return tuple(
-        Announcement(want.namespace, it.link, it.cidr.partition("/")[0], macs[it.link])
+        Announcement(want.namespace, it.link, it.ip, macs[it.link])
         for it in want.announce
         if it in added or it.link in links
     )

@@ -1,4 +1,4 @@
-"""Open flows held against a new state: what it does not allow ends, whichever end sends next; nothing else notices."""
+"""Delete open flows that the desired state does not allow (any more), so that neither end can continue them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from netloom.state import Scope
 
 
 def judge(namespace: str, old: Scope | None, new: Scope) -> int:
-    """Ends the flows in ``namespace`` that ``new`` does not allow; the number of them.
+    """Delete or revoke the flows in ``namespace`` that ``new`` does not allow, and return their number.
 
-    To be called when the ruleset of ``new`` stands: a flow that is ended earlier would begin anew under the old one.
-    ``old`` None: whatever was allowed before, all flows are looked at. Raises HostRefused.
+    Call it when the ruleset of ``new`` is loaded: under the old ruleset, a deleted flow could open again. ``old`` None:
+    what was allowed before is not known, so all flows are checked. Raises HostRefused.
     """
     looks = "all" if old is None else attention(old, new)
     if looks == "none":
         return 0
     if looks == "all":
-        packets.settled()  # else a connection that the old rules let through could be confirmed after we looked
+        packets.settled()  # else a packet that passed the old rules could confirm its flow after we listed the flows
     if not conntrack.count(namespace):
         return 0
     mask = REVOKED if looks == "tombstones" else 0
     judge_of = Judge(new)
-    ended: dict[Verdict, list[Entry]] = {"keep": [], "delete": [], "tombstone": []}
+    by_verdict: dict[Verdict, list[Entry]] = {"keep": [], "delete": [], "tombstone": []}
     for entry in conntrack.dump(namespace, mark=mask, mask=mask):
-        ended[judge_of.verdict(entry)].append(entry)
-    # Marked first: between the two a flow that is to end must not find a hole.
-    conntrack.set_mark(namespace, ended["tombstone"], REVOKED, REVOKED)
-    conntrack.delete(namespace, ended["delete"])
-    return len(ended["delete"]) + len(ended["tombstone"])
+        by_verdict[judge_of.verdict(entry)].append(entry)
+    # Mark first, then delete, so that no packet of a revoked flow passes in between.
+    conntrack.set_mark(namespace, by_verdict["tombstone"], REVOKED, REVOKED)
+    conntrack.delete(namespace, by_verdict["delete"])
+    return len(by_verdict["delete"]) + len(by_verdict["tombstone"])

@@ -1,13 +1,28 @@
-"""Asks the kernel what is there of one scope, and of nothing else; changes nothing.
+"""Observe what exists of one scope; change nothing.
 
-The cost does not grow with the number of networks on the host, nor with the number of rules in the scope: links of
-the host are asked for by name, and which ruleset stands is told by the name of a set.
+The cost does not grow with the number of networks on the host, nor with the number of rules in the scope: links of the
+host are found by name or index, and the name of one set says which ruleset is loaded (observe_nft.py).
+
+The links of one segment, and which of them the kernel says of each::
+
+    namespace           host
+
+    gst-204  <--------> vnetg204      port: names its other end (parent_index) and its bridge (master_index)
+                           |
+                           v
+                        breth1-204    bridge: names none of its ports
+                           ^
+                           |
+                        eth1.204      carrier, a VLAN link or VXLAN tunnel: names its bridge (master_index);
+                           |            a VLAN link also names its NIC (parent_index)
+                           v
+                        eth1          uplink, the NIC; without a VLAN it is the carrier itself
+
+So ports lead to their bridge by index, and the ports of a bridge are found by a listing that names the bridge.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import socket
 from collections.abc import Iterable
@@ -16,26 +31,22 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom import names
-from netloom.agent.kernel import links, namespaces, netlink, sysctl
-from netloom.agent.kernel.links import Link, RouteRow, RuleRow
-from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+from netloom.agent.host.observe_nft import observe_table
+from netloom.agent.kernel import addresses, links, namespaces, neighbours, netlink, routes, rules, sysctl
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.neighbours import NeighbourRow
+from netloom.agent.kernel.netlink import Socket
+from netloom.agent.kernel.routes import RouteRow
 from netloom.names import UNTAGGED
+from netloom.netobjects import MAIN_TABLE, Address, Rule
 from netloom.plan.have import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink
 from netloom.plan.plan import alias_of
-from netloom.render.ruleset import MARKER_PREFIX, Name, Ruleset
-from netloom.render.want import Address, Neighbour, Route, Rule, Want
+from netloom.render.ruleset import Ruleset
+from netloom.render.want import Want
 
-FAMILY, TABLE = "inet", "netloom"
-GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, a chain for each bridge of ours
-
-# linux/netfilter/nf_tables.h: message types, then the attributes of the objects that bear a name
-_NFTABLES = 10 << 8
-_GETCHAIN, _GETRULE_NFT, _GETSET, _GETSETELEM, _GETGEN, _GETOBJ = (_NFTABLES | it for it in (4, 7, 10, 13, 16, 19))
-_FAMILIES = {"inet": 1, "netdev": 5}
-_SET_ANONYMOUS, _SET_MAP, _OBJECT_COUNTER = 0x1, 0x8, 1
-
-_RULES_OF_THE_KERNEL = frozenset({0, 32766, 32767})  # local, main, default
-_ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
+# The kinds of the links that the kernel itself adds to each new namespace (tunl0, sit0 and the like).
+_KINDS_IN_NEW_NAMESPACES = ("ipip", "sit", "gre", "ip6tnl", "vti")
 
 
 def observe(
@@ -48,20 +59,20 @@ def observe(
     guarded: frozenset[str],
     also: frozenset[str] = frozenset(),
 ) -> Have:
-    """What there is of the scope, in the words of ``want``.
+    """What exists of the scope, and the links of the host that ``want`` concerns.
 
-    ``known``: the ruleset that was loaded last, as far as the caller knows; believed when the table bears its marker.
-    ``also``: links of the host to look at besides those that the scope stands on.
+    ``known``: the ruleset that the caller loaded last; it is taken as loaded if the table has its marker.
+    ``also``: further links of the host to look at.
 
     Raises HostRefused when the kernel does not answer.
     """
     namespace = names.namespace(scope_id)
     exists = namespaces.exists(namespace)
-    ip6 = any(":" in it.cidr for it in want.addresses)
-    inside = _Inside.of(namespace, ip6=ip6) if exists else _Inside()
+    inside = _inside(namespace, ip6=any(":" in it.cidr for it in want.addresses)) if exists else _Inside()
     with Socket(netlink.NETLINK_ROUTE) as host:
         found = _host_links(host, want, inside.links, also)
-    peers = _peers(inside.links, found, alias_of(scope_id), want)
+        host_links = _described(host, found, want)
+    host_ends = _host_ends(inside.links, found, alias_of(scope_id), want)
     have = Have(
         scope_id=scope_id,
         namespace=namespace,
@@ -73,48 +84,48 @@ def observe(
                 kind=link.kind,
                 mac=link.mac,
                 up=link.up,
-                host_link=peers.get(link.name, ""),
+                host_link=host_ends.get(link.name, ""),
                 mtu=link.mtu,
             )
             for link in inside.links
             if link.name != "lo"
         },
-        addresses=inside.addresses,
-        cut_off=inside.cut_off,
-        routes=inside.routes,
-        rules=inside.rules,
-        asks_main=inside.asks_main,
-        neighbours=inside.neighbours,
-        host_links=_described(found, want),
+        addresses=_own_addresses(inside),
+        cut_off=_cut_off(inside),
+        routes=tuple(row.route for row in inside.routes if not row.automatic),
+        rules=tuple(rule for rule in inside.rules if not rules.is_default(rule)),
+        asks_main=not exists or ASK_MAIN in inside.rules,
+        neighbours=tuple(row.neighbour for row in inside.neighbours if row.permanent),
+        host_links=host_links,
         claimed=claimed,
         guarded=guarded,
     )
     if not exists:
         return have
-    table, stands, generation = _table(namespace)
+    table = observe_table(namespace)
     return replace(
         have,
-        foreign=_foreign(have, want) if table is None else "",
+        foreign=_foreign(have, want) if table.names is None else "",
         sysctls={key: it for key, it in sysctl.read(namespace, want.sysctls).items() if it is not None},
-        marker=stands,
-        ruleset=known if known_marker and known_marker == stands else None,
-        table=table,
-        generation=generation,
+        marker=table.marker,
+        ruleset=known if known_marker and known_marker == table.marker else None,
+        table=table.names,
+        generation=table.generation,
     )
 
 
 def our_shared_links() -> dict[str, HostLink]:
-    """The bridges, VLAN links and tunnels on the host that are ours, with the bridges' ports."""
+    """The bridges, VLAN links and tunnels of the host that are ours, and the bridges' ports. Raises HostRefused."""
     with Socket(netlink.NETLINK_ROUTE) as host:
         listed = [link for kind in ("bridge", *CARRIERS) for link in links.list_links_over(host, kind=kind)]
-        found = {link.index: link for link in listed if _ours(link)}
+        found = _by_index(link for link in listed if _ours(link))
         for bridge in [link for link in found.values() if link.kind == "bridge"]:
-            found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
-    return _described(found, Want(namespace=""))
+            found |= _by_index(links.list_links_over(host, master=bridge.index))
+        return _described(host, found, Want(namespace=""))
 
 
 def stray_ports(living: frozenset[str]) -> list[str]:
-    """Host ends of ours whose scope is none of ``living`` and has no namespace any more."""
+    """Host ends of ours whose scope is not in ``living`` and has no namespace any more. Raises HostRefused."""
     aliases = {alias_of(scope_id) for scope_id in living}
     return [
         link.name
@@ -127,246 +138,188 @@ def stray_ports(living: frozenset[str]) -> list[str]:
     ]
 
 
-def guarded_bridges() -> frozenset[str]:
-    """The bridges whose frames the guard keeps from the host's sockets; none when there is no guard."""
-    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
-        chains = _nft_dump(nfnetlink, _GETCHAIN, GUARD_FAMILY, netlink.text(1, GUARD_TABLE)) or ()
-    return frozenset(netlink.string(it.get(3)) for it in chains if netlink.string(it.get(1)) == GUARD_TABLE)
-
-
 # ----------------------------------------------------------------------------------------------- in the namespace
 
 
 class _Inside(msgspec.Struct, frozen=True):
-    """What rtnetlink tells of a namespace; of IPv6 only where it is spoken, for elsewhere there is none."""
+    """The rows that rtnetlink lists in a namespace."""
 
-    links: tuple[Link, ...] = ()
-    addresses: tuple[Address, ...] = ()
-    cut_off: frozenset[Address] = frozenset()
-    routes: tuple[Route, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    asks_main: bool = True
-    neighbours: tuple[Neighbour, ...] = ()
+    links: list[Link] = []
+    addresses: list[AddressRow] = []
+    routes: list[RouteRow] = []
+    rules: list[Rule] = []
+    neighbours: list[NeighbourRow] = []
 
-    @classmethod
-    def of(cls, namespace: str, *, ip6: bool) -> _Inside:
-        families = (socket.AF_INET, socket.AF_INET6) if ip6 else (socket.AF_INET,)
-        with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
-            found = links.list_links_over(inside)
-            names_of = {link.index: link.name for link in found}
-            addresses = [it for family in families for it in links.list_addresses_over(inside, names_of, family)]
-            routes = [it for family in families for it in links.list_routes_over(inside, names_of, family)]
-            rules = links.list_rules_over(inside)
-            neighbours = links.list_neighbours_over(inside, names_of)
-        own = tuple(Address(link=it.link, cidr=it.cidr) for it in addresses if it.link != "lo" and not it.link_local)
-        up = {link.name for link in found if link.up and link.running}  # one that is down has no routes
-        reached = {(it.link, it.destination) for it in routes if it.table == links.MAIN_TABLE or it.kind == "local"}
-        return cls(
-            tuple(found),
-            own,
-            frozenset(
-                it
-                for it in own
-                if it.link in up
-                and any(prefix and (it.link, prefix) not in reached for prefix in (it.on_link, it.itself))
-            ),
-            tuple(
-                as_route(it)
-                for it in routes
-                if it.protocol not in _ROUTES_OF_THE_KERNEL and it.table != links.LOCAL_TABLE
-            ),
-            tuple(as_rule(it) for it in rules if it.priority not in _RULES_OF_THE_KERNEL),
-            ASK_MAIN in map(as_rule, rules),
-            tuple(Neighbour(link=it.link, address=it.address, mac=it.mac) for it in neighbours if it.permanent),
+
+def _inside(namespace: str, *, ip6: bool) -> _Inside:
+    """List the namespace; IPv6 addresses and routes only with ``ip6``: a scope without IPv6 has none of its own."""
+    families = (socket.AF_INET, socket.AF_INET6) if ip6 else (socket.AF_INET,)
+    with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
+        found = links.list_links_over(inside)
+        names_of = {link.index: link.name for link in found}
+        return _Inside(
+            links=found,
+            addresses=[row for family in families for row in addresses.list_addresses_over(inside, names_of, family)],
+            routes=[row for family in families for row in routes.list_routes_over(inside, names_of, family)],
+            rules=rules.list_rules_over(inside),
+            neighbours=neighbours.list_neighbours_over(inside, names_of),
         )
 
 
-def as_route(row: RouteRow) -> Route:
-    """What the kernel says of a route, in the words of a wish."""
-    return Route(
-        table=row.table,
-        destination=row.destination,
-        link=row.link,
-        via=row.via,
-        source=row.source,
-        kind=row.kind,
-    )
+def _own_addresses(inside: _Inside) -> tuple[Address, ...]:
+    """The addresses that somebody added, without those of the loopback and those that came with a link."""
+    return tuple(row.address for row in inside.addresses if row.address.link != "lo" and not row.link_local)
 
 
-def as_rule(row: RuleRow) -> Rule:
-    """What the kernel says of a policy rule, in the words of a wish."""
-    return Rule(
-        priority=row.priority,
-        mark=row.mark,
-        mask=row.mask,
-        table=row.table,
-        source=row.source,
-        destination=row.destination,
-        iif=row.iif,
+def _cut_off(inside: _Inside) -> frozenset[Address]:
+    """The addresses that lack a route which the kernel added with them; a link that is down has no routes."""
+    up = {link.name for link in inside.links if link.up and link.running}
+    routes_of = [row.route for row in inside.routes if row.route.table == MAIN_TABLE or row.route.kind == "local"]
+    existing = {(route.link, route.destination) for route in routes_of}
+    return frozenset(
+        address
+        for address in _own_addresses(inside)
+        if address.link in up
+        and any(prefix and (address.link, prefix) not in existing for prefix in (address.on_link, address.itself))
     )
 
 
 def _foreign(have: Have, want: Want) -> str:
-    """Why a namespace without a ruleset of ours is somebody else's; empty when it is empty, or ours after all."""
+    """Why a namespace without our ruleset belongs to somebody else; empty when it is empty, or has ports of ours."""
     ours = {port.mac for port in want.ports}
     if any(link.host_link or link.mac in ours for link in have.links.values()):
         return ""
-    # What the kernel puts into every new namespace by itself (tunl0, sit0 and the like) is no sign of life.
-    strange = [link.name for link in have.links.values() if link.kind not in ("ipip", "sit", "gre", "ip6tnl", "vti")]
-    if strange:
-        return f"link {strange[0]} is in it"
+    others = [link.name for link in have.links.values() if link.kind not in _KINDS_IN_NEW_NAMESPACES]
+    if others:
+        return f"link {others[0]} is in it"
     process = _process_in(have.namespace)
     return f"process {process} runs in it" if process else ""
 
 
 def _process_in(namespace: str) -> str:
-    there = os.stat(f"{namespaces.NETNS_DIR}/{namespace}")
+    """The process id of a process in the namespace; empty when there is none."""
+    wanted = os.stat(f"{namespaces.NETNS_DIR}/{namespace}")
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             its = os.stat(f"/proc/{pid}/ns/net")
         except OSError:
-            continue  # it ended while we looked
-        if (its.st_dev, its.st_ino) == (there.st_dev, there.st_ino):
+            continue  # it has ended since
+        if (its.st_dev, its.st_ino) == (wanted.st_dev, wanted.st_ino):
             return pid
     return ""
-
-
-def table_digest(namespace: str) -> str:
-    """Of all chains, rules and elements of our table as the kernel lists them, in whatever order it does.
-
-    Not of what counts or is numbered anew with every load. Raises HostRefused.
-    """
-    listed: list[bytes] = []
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
-        for it in _nft_dump(nfnetlink, _GETCHAIN, FAMILY, netlink.text(1, TABLE)) or ():
-            if netlink.string(it.get(1)) == TABLE:
-                # linux/netfilter/nf_tables.h: NFTA_CHAIN_NAME, _HOOK, _POLICY
-                listed.append(b"chain" + b"\0".join(it.get(part, b"") for part in (3, 4, 5)))
-        rules = _nft_dump(nfnetlink, _GETRULE_NFT, FAMILY, netlink.text(1, TABLE)) or ()
-        for at, it in enumerate(rules):
-            # Rules are in order; NFTA_RULE_CHAIN, _EXPRESSIONS
-            listed.append(b"rule%d" % at + it.get(2, b"") + it.get(4, b""))
-        for it in _nft_dump(nfnetlink, _GETSET, FAMILY, netlink.text(1, TABLE)) or ():
-            name = netlink.string(it.get(2))
-            listed.append(b"set" + it.get(2, b"") + it.get(3, b"") if not name.startswith("__") else b"set")
-            both = netlink.text(1, TABLE) + netlink.text(2, name)
-            for part in _nft_dump(nfnetlink, _GETSETELEM, FAMILY, both) or ():
-                # NFTA_SET_ELEM_LIST_ELEMENTS; an anonymous set's name is as good as its number.
-                listed += [name.encode() + element for _, element in netlink.attributes(part.get(3, b""))]
-    return hashlib.sha256(b"\n".join(sorted(listed))).hexdigest()
-
-
-def _table(namespace: str) -> tuple[frozenset[Name] | None, str, int]:
-    """The names of what is in our table, None when there is no table; the marker that stands, empty when none.
-
-    And how often anything was done to the namespace's rules, as far as the kernel counts.
-    """
-    present: set[Name] = set()
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
-        (counted,) = nfnetlink.request([Message(_GETGEN, payload=bytes(4), what="count transactions")])
-        generation = int.from_bytes(netlink.attribute_map(counted.payload, 4).get(1, b""), "big")
-        sets = _nft_dump(nfnetlink, _GETSET, FAMILY, netlink.text(1, TABLE))
-        if sets is None:
-            return None, "", generation
-        for it in sets:
-            flags = int.from_bytes(it.get(3, b""), "big")
-            if not flags & _SET_ANONYMOUS:
-                present.add(("map" if flags & _SET_MAP else "set", netlink.string(it.get(2))))
-        stands = sorted(name for kind, name in present if kind == "set" and name.startswith(MARKER_PREFIX))
-        for it in _nft_dump(nfnetlink, _GETCHAIN, FAMILY, netlink.text(1, TABLE)) or ():
-            if netlink.string(it.get(1)) == TABLE:
-                present.add(("chain", netlink.string(it.get(3))))
-        for it in _nft_dump(nfnetlink, _GETOBJ, FAMILY, netlink.text(1, TABLE)) or ():
-            if netlink.string(it.get(1)) == TABLE and int.from_bytes(it.get(3, b""), "big") == _OBJECT_COUNTER:
-                present.add(("counter", netlink.string(it.get(2))))
-    # Two markers: somebody added one by hand. Then nobody knows what stands.
-    return frozenset(present), stands[0] if len(stands) == 1 else "", generation
-
-
-def _nft_dump(nfnetlink: Socket, kind: int, family: str, attributes: bytes) -> list[dict[int, bytes]] | None:
-    """The attributes of each object; None when the table or the set that was named is not there."""
-    head = bytes((_FAMILIES[family], 0, 0, 0))
-    try:
-        found = nfnetlink.dump(Message(kind, payload=head + attributes, what=f"list {family} {TABLE}"))
-    except NetlinkError as error:
-        if error.errno == errno.ENOENT:
-            return None
-        raise
-    return [netlink.attribute_map(payload, len(head)) for _, payload in found]
 
 
 # ---------------------------------------------------------------------------------------------------- on the host
 
 
 def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str]) -> dict[int, Link]:
-    """The links that the scope stands on, or stood on: by name, by being the other end, by being their bridge."""
-    asked = set(also)
-    for port in want.ports:
-        segment = port.segment
-        asked |= {port.host_link, segment.bridge, segment.nic, *([segment.vlan_link] if segment.vlan_link else [])}
-    found = {link.index: link for link in links.find_links_over(host, asked)}
-    peers = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
-    found |= {link.index: link for link in links.find_links_over(host, peers - found.keys())}
-    by_name = {link.name: link for link in found.values()}
-    for segment in {port.segment for port in want.ports}:
-        nic = by_name.get(segment.nic)
-        if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
-            # Another program may have given the same VLAN link, or tunnel, another name.
-            alike = [it for it in links.list_links_over(host, kind=segment.kind) if str(it.vlan_id) == segment.vlan]
-            found |= {it.index: it for it in alike if segment.kind == "vxlan" or it.parent_index == nic.index}
-    masters = {link.master_index for link in found.values() if link.master_index}
-    found |= {link.index: link for link in links.find_links_over(host, masters - found.keys())}
-    leaving = _leaving(found, want)
-    for bridge in [it for it in found.values() if it.kind == "bridge" and (_ours(it) or it.index in leaving)]:
-        found |= {port.index: port for port in links.list_links_over(host, master=bridge.index)}
+    """The links, by index, that the scope uses or used: its ports, their bridges, and what carries the segments.
+
+    Of a bridge all ports are added if the bridge may have to be removed.
+    """
+    found = _by_index(links.find_links_over(host, also | _names_in(want)))
+    other_ends = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
+    found |= _by_index(links.find_links_over(host, other_ends - found.keys()))
+    found |= _carriers_with_other_names(host, found, want)
+    bridges = {link.master_index for link in found.values() if link.master_index}
+    found |= _by_index(links.find_links_over(host, bridges - found.keys()))
+    left = _bridges_to_leave(found, want)
+    for bridge in [it for it in found.values() if it.kind == "bridge" and (_ours(it) or it.index in left)]:
+        found |= _by_index(links.list_links_over(host, master=bridge.index))
     return found
 
 
-def _leaving(found: dict[int, Link], want: Want) -> set[int]:
-    """The bridges that a port of ours is in and has to leave: perhaps we are the last."""
+def _by_index(found: Iterable[Link]) -> dict[int, Link]:
+    return {link.index: link for link in found}
+
+
+def _names_in(want: Want) -> set[str]:
+    """The names of the host's links that ``want`` names."""
+    found = set()
+    for port in want.ports:
+        segment = port.segment
+        found |= {port.host_link, segment.bridge, segment.nic, segment.vlan_link}
+    return found - {""}
+
+
+def _carriers_with_other_names(host: Socket, found: dict[int, Link], want: Want) -> dict[int, Link]:
+    """The VLAN links and tunnels of wanted segments that another program created under a name of its own."""
+    by_name = {link.name: link for link in found.values()}
+    carriers = {}
+    for segment in {port.segment for port in want.ports}:
+        nic = by_name.get(segment.nic)
+        if segment.vlan_link and segment.vlan_link not in by_name and nic is not None:
+            for link in links.list_links_over(host, kind=segment.kind):
+                if str(link.vlan_id) == segment.vlan and (segment.kind == "vxlan" or link.parent_index == nic.index):
+                    carriers[link.index] = link
+    return carriers
+
+
+def _bridges_to_leave(found: dict[int, Link], want: Want) -> set[int]:
+    """The bridges that a port of ours is in and has to leave. It may be the last port in them."""
     wanted = {port.segment.bridge for port in want.ports}
-    masters = {link.master_index for link in found.values() if link.kind == "veth" and _ours(link)}
-    return {it.index for it in found.values() if it.index in masters and it.name not in wanted}
+    bridges = {link.master_index for link in found.values() if link.kind == "veth" and _ours(link)}
+    return {link.index for link in found.values() if link.index in bridges and link.name not in wanted}
 
 
-def _described(found: dict[int, Link], want: Want) -> dict[str, HostLink]:
-    untagged = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
-    tunnelled = {port.segment.nic for port in want.ports if port.segment.kind == "vxlan"}
-    senders = {link.master_index or link.index for link in found.values() if link.name in tunnelled}
-    leaving = _leaving(found, want)
-    strange = leaving | {link.index for link in found.values() if link.kind == "vlan" and link.master_index in leaving}
-    ours = [link.name for link in found.values() if _ours(link)]
-    silent = sysctl.read(None, (f"net/ipv6/conf/{name}/disable_ipv6" for name in ours))
-    described = {}
-    for link in found.values():
-        master = found.get(link.master_index or 0)
-        parent = found.get(link.parent_index or 0)
-        described[link.name] = HostLink(
+def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, HostLink]:
+    """The links by name, with the names of the links that they refer to by index."""
+    addresses_of = _host_addresses(host, found, _addresses_needed(found, want))
+    speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link))
+    return {
+        link.name: HostLink(
             name=link.name,
             kind=link.kind,
             up=link.up,
-            master=master.name if master else "",
+            master=_name(found, link.master_index),
             alias=link.alias,
-            parent=parent.name if parent and link.kind == "vlan" else "",
+            parent=_name(found, link.parent_index) if link.kind == "vlan" else "",
             vlan_id=link.vlan_id or 0,
             ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
-            addresses=_addresses(link.name)
-            if link.index in senders | strange or (link.name in untagged and not link.master_index)
-            else (),
-            ipv6=silent.get(f"net/ipv6/conf/{link.name}/disable_ipv6") == "0",
+            addresses=addresses_of.get(link.index, ()),
+            ipv6=link.name in speaking_ip6,
             mtu=link.mtu,
         )
-    return described
+        for link in found.values()
+    }
 
 
-def _addresses(name: str) -> tuple[str, ...]:
-    return tuple(it.cidr for it in links.list_addresses(None) if it.link == name and not it.link_local)
+def _name(found: dict[int, Link], index: int | None) -> str:
+    return found[index].name if index in found else ""
 
 
-def _peers(inside: Iterable[Link], host: dict[int, Link], alias: str, want: Want) -> dict[str, str]:
-    """Inside link to host end, for pairs that name each other: numbers alone are those of any namespace.
+def _addresses_needed(found: dict[int, Link], want: Want) -> set[int]:
+    """The links whose addresses a decision depends on (see ``HostLink.addresses``)."""
+    untagged_nics = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
+    vxlan_nics = {port.segment.nic for port in want.ports if port.segment.kind == "vxlan"}
+    joining = {link.index for link in found.values() if link.name in untagged_nics and not link.master_index}
+    senders = {link.master_index or link.index for link in found.values() if link.name in vxlan_nics}
+    left = _bridges_to_leave(found, want)
+    vlan_links_in_left = {link.index for link in found.values() if link.kind == "vlan" and link.master_index in left}
+    return joining | senders | left | vlan_links_in_left
 
-    Somebody may have wiped the alias: names and address of a port of ours are as good.
+
+def _host_addresses(host: Socket, found: dict[int, Link], needed: set[int]) -> dict[int, tuple[str, ...]]:
+    """The host's own addresses on each of the needed links, without link-local IPv6."""
+    if not needed:
+        return {}
+    rows = addresses.list_addresses_over(host, {link.index: link.name for link in found.values()})
+    own = [row.address for row in rows if not row.link_local]
+    return {index: tuple(it.cidr for it in own if it.link == _name(found, index)) for index in needed}
+
+
+def _with_ip6(names_of_links: Iterable[str]) -> set[str]:
+    """Those of the host's links on which IPv6 is not disabled."""
+    keys = {name: f"net/ipv6/conf/{name}/disable_ipv6" for name in names_of_links}
+    values = sysctl.read(None, keys.values())
+    return {name for name, key in keys.items() if values[key] == "0"}
+
+
+def _host_ends(inside: Iterable[Link], host: dict[int, Link], alias: str, want: Want) -> dict[str, str]:
+    """The host end of each link of the namespace, for pairs whose ends name each other by index.
+
+    An index alone could be that of a link in any namespace, so the host end must also have the scope's alias. If
+    somebody removed the alias, the names and the MAC address of a wanted port will do.
     """
     ours = {(port.link, port.mac, port.host_link) for port in want.ports}
     pairs = {}

@@ -17,16 +17,19 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-from netloom.agent.host.observe import as_route, as_rule
-from netloom.agent.kernel import links, namespaces
-from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel import links, namespaces, rules
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.neighbours import NeighbourRow
+from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
+from netloom.netobjects import MAIN_TABLE, Rule
 from netloom.plan.have import ASK_MAIN
 from netloom.plan.plan import alias_of
-from netloom.render.want import Address, Neighbour, Port, Want
+from netloom.render.want import Port, Want
 
 DEBOUNCE_S = 0.06
 # So many repairs within REPEATED_S start without a delay: of the same object, and of all objects.
@@ -38,9 +41,6 @@ BACK_OFF_S_MAX = 30.0
 RELEASED_S = 2.0  # at most between a port's release and the end of its bridge
 
 OVERRUN = "events were lost"
-
-_PRIORITIES_OF_THE_KERNEL = frozenset({0, 32766, 32767})
-_ROUTES_OF_THE_KERNEL = frozenset({"kernel", "redirect", "ra"})
 
 _Place = Literal["host", "inside"]
 _Key = tuple[_Place, str, object]
@@ -333,7 +333,7 @@ def deviation(want: Want, event: Event) -> str:
             return _about_address(want, event.gone, row)
         case RouteRow():
             return _about_route(want, event.gone, row)
-        case RuleRow():
+        case Rule():
             return _about_rule(want, event.gone, row)
         case NeighbourRow():
             return _about_neighbour(want, event.gone, row)
@@ -350,36 +350,38 @@ def _about_link(want: Want, gone: bool, row: Link) -> str:
 
 
 def _about_address(want: Want, gone: bool, row: AddressRow) -> str:
-    wanted = Address(link=row.link, cidr=row.cidr) in want.addresses
-    return row.cidr if wanted == gone and row.link != "lo" and not _unwanted_ip6(want, row.cidr) else ""
+    address = row.address
+    wanted = address in want.addresses
+    return address.cidr if wanted == gone and address.link != "lo" and not _unwanted_ip6(want, address.cidr) else ""
 
 
 def _about_route(want: Want, gone: bool, row: RouteRow) -> str:
-    name = f"route to {row.destination}"
-    if row.protocol == "kernel" and (row.table == links.MAIN_TABLE or row.kind == "local"):
+    route = row.route
+    name = f"route to {route.destination}"
+    if row.protocol == "kernel" and (route.table == MAIN_TABLE or route.kind == "local"):
         # The kernel creates these with an address; without them the address is cut off.
-        created_with = (it for it in want.addresses if row.destination in (it.on_link, it.itself))
-        return name if gone and any(it.link == row.link for it in created_with) else ""
-    if row.protocol in _ROUTES_OF_THE_KERNEL or row.table == links.LOCAL_TABLE or _unwanted_ip6(want, row.destination):
+        created_with = (it for it in want.addresses if route.destination in (it.on_link, it.itself))
+        return name if gone and any(it.link == route.link for it in created_with) else ""
+    if row.automatic or _unwanted_ip6(want, route.destination):
         return ""
-    return name if (as_route(row) in want.routes) == gone else ""
+    return name if (route in want.routes) == gone else ""
 
 
-def _about_rule(want: Want, gone: bool, row: RuleRow) -> str:
-    name = f"rule {row.priority}"
-    if gone and as_rule(row) == ASK_MAIN:
+def _about_rule(want: Want, gone: bool, rule: Rule) -> str:
+    name = f"rule {rule.priority}"
+    if gone and rule == ASK_MAIN:
         return name
-    if row.priority in _PRIORITIES_OF_THE_KERNEL:
+    if rules.is_default(rule):
         return ""
-    return name if (as_rule(row) in want.rules) == gone else ""
+    return name if (rule in want.rules) == gone else ""
 
 
 def _about_neighbour(want: Want, gone: bool, row: NeighbourRow) -> str:
-    wanted = next((it for it in want.neighbours if (it.link, it.address) == (row.link, row.address)), None)
+    link, address = row.neighbour.link, row.neighbour.address
+    wanted = next((it for it in want.neighbours if (it.link, it.address) == (link, address)), None)
     if wanted is None:
-        return row.address if row.permanent and not gone and row.link.startswith("gst-") else ""
-    exists = Neighbour(link=row.link, address=row.address, mac=row.mac) == wanted and row.permanent and not gone
-    return "" if exists else f"neighbour {row.address}"
+        return address if row.permanent and not gone and link.startswith("gst-") else ""
+    return "" if row.neighbour == wanted and row.permanent and not gone else f"neighbour {address}"
 
 
 def _unwanted_ip6(want: Want, prefix: str) -> bool:
@@ -412,11 +414,11 @@ def _identity(event: Event) -> object:
         case Link():
             return row.name
         case AddressRow():
-            return row.link, row.cidr
+            return row.address
         case RouteRow():
-            return row.table, row.destination
-        case RuleRow():
+            return row.route.table, row.route.destination
+        case Rule():
             return row
         case NeighbourRow():
-            return row.link, row.address
+            return row.neighbour.link, row.neighbour.address
     return None

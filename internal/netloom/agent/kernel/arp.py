@@ -1,4 +1,4 @@
-"""Gratuitous ARP: tell the neighbours on a link that an address is at this MAC address now."""
+"""Gratuitous ARP: announce to the neighbours on a link that an address now has this MAC address."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import struct
 
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.errors import HostRefused
 
 _ETHERTYPE_ARP = 0x0806
@@ -26,16 +27,14 @@ class ArpError(HostRefused):
 
 
 def gratuitous(namespace: str | None, link: str, address: str, mac: str) -> None:
-    """Announce once, as a request and as a reply; who wants it repeated calls again.
+    """Send the announcement once as a request and once as a reply, because some neighbours ignore either form.
 
-    Both forms, because each is the one that some neighbours ignore. Nothing is received.
-
-    Raises ArpError (no such link, link down), NamespaceError; ValueError for what is no IPv4 or MAC address.
+    Raises ArpError (no such link, link down), NamespaceError; ValueError for an invalid IPv4 or MAC address.
     """
     request, reply = frames(address, mac)
     try:
         with inside(namespace):
-            # Protocol 0: the socket takes no packets in, so none pile up in it.
+            # Protocol 0: the socket receives no packets, so none fill its buffer.
             packet = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
         with packet:
             packet.bind((link, 0))
@@ -48,15 +47,10 @@ def gratuitous(namespace: str | None, link: str, address: str, mac: str) -> None
 def frames(address: str, mac: str) -> tuple[bytes, bytes]:
     """The announcement as a request (RFC 5227 section 3) and as a reply (RFC 5944 section 4.6), whole Ethernet frames.
 
-    ValueError for what is no IPv4 or MAC address.
+    ValueError for an invalid IPv4 or MAC address.
     """
     ip = ipaddress.IPv4Address(address).packed
-    try:
-        sender = bytes.fromhex(mac.replace(":", ""))
-    except ValueError:
-        sender = b""
-    if len(sender) != 6:
-        raise ValueError(f"{mac!r} is no MAC address")
+    sender = packed_mac(mac)
     head = (_BROADCAST, sender, _ETHERTYPE_ARP, 1, 0x0800, 6, 4)
     request = _FRAME.pack(*head, _REQUEST, sender, ip, bytes(6), ip)
     reply = _FRAME.pack(*head, _REPLY, sender, ip, sender, ip)

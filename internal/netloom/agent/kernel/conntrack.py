@@ -1,6 +1,6 @@
-"""Connection tracking of a namespace (ctnetlink): list, delete, mark, count.
+"""Connection tracking of a namespace (ctnetlink): list, delete, mark and count connections.
 
-Layout: linux/netfilter/nfnetlink_conntrack.h and nfnetlink.h. Numbers inside attributes are big endian.
+Message layout: linux/netfilter/nfnetlink_conntrack.h, nfnetlink.h. Numbers inside attributes are big endian.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SRC_NAT, DST_NAT = 0x10, 0x20
 _HEAD = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
 _ATTRIBUTE = struct.Struct("=HH")
 _AF_INET = int(socket.AF_INET)
-_TUPLE_AT, _TUPLE_END = 8, 56  # where the value of the first attribute lies in the payload of such an entry
+_TUPLE_AT, _TUPLE_END = 8, 56  # the value of the first attribute in such a payload
 
-# An IPv4 tuple of a protocol with ports, as every kernel writes it: attribute headers (constant), then values. So
-# the common entry is one unpacking instead of a walk over eighteen nested attributes.
+# The layout that all kernels use for an IPv4 tuple of a protocol with ports: constant attribute headers and values. So
+# most entries are decoded with one unpack instead of eighteen nested attributes.
 _PORTS_V4 = "8s4s4s4s8sB3x4sH2x4sH2x"
 _BOTH_V4 = struct.Struct(f">4s{_PORTS_V4}4s{_PORTS_V4}")
 _NESTED = netlink.NLA_F_NESTED
@@ -53,10 +53,10 @@ _HEADERS = (_H_IP, _H_DST, _H_PROTO, _H_SPORT, _H_DPORT)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One connection. Ports are 0 where the protocol has none, ICMP type and code where it is not ICMP.
+    """A connection. Ports are 0 for a protocol without ports, ICMP type and code for a protocol other than ICMP.
 
-    ``timeout``: seconds that are left. ``status``: bits as SEEN_REPLY above. ``family`` and ``original`` (the tuple
-    as the kernel wrote it) are what finds it again, with ``zone`` and ``id``.
+    ``timeout``: seconds until the kernel deletes it. ``status``: bits such as SEEN_REPLY. ``family``, ``zone``, ``id``
+    and ``original`` (the tuple as the kernel encodes it) identify the connection in a request.
     """
 
     protocol: int
@@ -80,7 +80,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def dump(namespace: str | None, *, mark: int = 0, mask: int = 0) -> list[Entry]:
-    """All connections of a namespace, IPv4 and IPv6; with a ``mask`` only those whose mark, under it, is ``mark``.
+    """All connections of a namespace, IPv4 and IPv6; with a ``mask`` those whose masked mark equals ``mark``.
 
     Raises NamespaceError, NetlinkError.
     """
@@ -93,55 +93,53 @@ def dump(namespace: str | None, *, mark: int = 0, mask: int = 0) -> list[Entry]:
 
 
 def delete(namespace: str | None, entries: Iterable[Entry]) -> int:
-    """End these connections, and return how many of them there still were.
+    """Delete these connections; return how many of them still existed.
 
-    Found by tuple and id, so that a connection that has since been made anew with the same tuple stays, as far as the
-    kernel's ids tell: they are a hash that contains the entry's place in memory.
+    They are identified by tuple and id, so that a new connection with the same tuple stays. The kernel's id is a hash
+    over the entry's address in memory, among other things, so a new connection may rarely have the same id.
 
     Raises NamespaceError, NetlinkError.
     """
     requests = [
-        Message(_DELETE, payload=_finding(entry) + be32(_CTA_ID, entry.id), what=f"delete connection {_words(entry)}")
+        Message(
+            _DELETE,
+            payload=_request_for(entry) + be32(_CTA_ID, entry.id),
+            what=f"delete connection {_described(entry)}",
+        )
         for entry in entries
     ]
     return _carry_out(namespace, requests)
 
 
 def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: int = 0xFFFFFFFF) -> int:
-    """Write the bits of ``mask`` in the marks of these connections; return how many of them there still were.
+    """Set the bits of ``mask`` in the marks of these connections to ``mark``; return how many still existed.
 
-    Found by tuple alone: the kernel looks at no id here.
+    They are identified by tuple only: the kernel ignores the id in this request.
 
     Raises NamespaceError, NetlinkError.
     """
     new = be32(_CTA_MARK, mark & mask) + be32(_CTA_MARK_MASK, mask)
     requests = [
-        Message(_NEW, payload=_finding(entry) + new, what=f"mark connection {_words(entry)}") for entry in entries
+        Message(_NEW, payload=_request_for(entry) + new, what=f"mark connection {_described(entry)}")
+        for entry in entries
     ]
     return _carry_out(namespace, requests)
 
 
-def flush(namespace: str | None) -> None:
-    """End all connections of a namespace. Raises NamespaceError, NetlinkError."""
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
-        everything = _HEAD.pack(socket.AF_UNSPEC, 0, 0)
-        ctnetlink.request([Message(_DELETE, payload=everything, what="delete all connections")])
-
-
 def count(namespace: str | None) -> int:
-    """How many connections the kernel counts in a namespace. Raises NamespaceError, NetlinkError."""
+    """The number of connections in a namespace. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
         ask = Message(_GET_STATS, payload=_HEAD.pack(socket.AF_UNSPEC, 0, 0), what="count connections")
         answers = ctnetlink.request([ask])
     for answer in answers:
-        told = attribute_map(answer.payload, _HEAD.size)
-        if _CTA_STATS_GLOBAL_ENTRIES in told:
-            return int.from_bytes(told[_CTA_STATS_GLOBAL_ENTRIES], "big")
+        values = attribute_map(answer.payload, _HEAD.size)
+        if _CTA_STATS_GLOBAL_ENTRIES in values:
+            return int.from_bytes(values[_CTA_STATS_GLOBAL_ENTRIES], "big")
     raise NetlinkError(errno.EBADMSG, "count connections")
 
 
 def decode_entry(payload: bytes) -> Entry:
-    """Raises NetlinkError (EBADMSG) when ``payload`` is no nfgenmsg with a connection's attributes."""
+    """Raises NetlinkError (EBADMSG) when ``payload`` is not an nfgenmsg with a connection's attributes."""
     if len(payload) >= 4 + _BOTH_V4.size:
         (
             h_original, h1, src, h2, dst, h3, protocol, h4, sport, h5, dport,
@@ -153,7 +151,7 @@ def decode_entry(payload: bytes) -> Entry:
             and (h1, h2, h3, h4, h5) == _HEADERS
             and (r1, r2, r3, r4, r5) == _HEADERS
         ):
-            told = _numbers(payload, 4 + _BOTH_V4.size)
+            values = _numbers(payload, 4 + _BOTH_V4.size)
             return Entry(
                 protocol=protocol,
                 src=_v4(src),
@@ -166,11 +164,11 @@ def decode_entry(payload: bytes) -> Entry:
                 reply_dport=reply_dport,
                 icmp_type=0,
                 icmp_code=0,
-                mark=told.get(_CTA_MARK, 0),
-                status=told.get(_CTA_STATUS, 0),
-                timeout=told.get(_CTA_TIMEOUT, 0),
-                id=told.get(_CTA_ID, 0),
-                zone=told.get(_CTA_ZONE, 0),
+                mark=values.get(_CTA_MARK, 0),
+                status=values.get(_CTA_STATUS, 0),
+                timeout=values.get(_CTA_TIMEOUT, 0),
+                id=values.get(_CTA_ID, 0),
+                zone=values.get(_CTA_ZONE, 0),
                 family=_AF_INET,
                 original=payload[_TUPLE_AT:_TUPLE_END],
             )
@@ -180,12 +178,12 @@ def decode_entry(payload: bytes) -> Entry:
 def _decode_any(payload: bytes) -> Entry:
     if len(payload) < _HEAD.size:
         raise NetlinkError(errno.EBADMSG, "connection", "cut short")
-    told = attribute_map(payload, _HEAD.size)
-    if _CTA_TUPLE_ORIG not in told or _CTA_TUPLE_REPLY not in told:
+    values = attribute_map(payload, _HEAD.size)
+    if _CTA_TUPLE_ORIG not in values or _CTA_TUPLE_REPLY not in values:
         raise NetlinkError(errno.EBADMSG, "connection", "a direction is missing")
-    original = told[_CTA_TUPLE_ORIG]
+    original = values[_CTA_TUPLE_ORIG]
     src, dst, protocol, sport, dport, icmp_type, icmp_code, zone = _direction(original)
-    reply_src, reply_dst, _, reply_sport, reply_dport, _, _, _ = _direction(told[_CTA_TUPLE_REPLY])
+    reply_src, reply_dst, _, reply_sport, reply_dport, _, _, _ = _direction(values[_CTA_TUPLE_REPLY])
     return Entry(
         protocol=protocol,
         src=src,
@@ -198,20 +196,20 @@ def _decode_any(payload: bytes) -> Entry:
         reply_dport=reply_dport,
         icmp_type=icmp_type,
         icmp_code=icmp_code,
-        mark=_big(told.get(_CTA_MARK)),
-        status=_big(told.get(_CTA_STATUS)),
-        timeout=_big(told.get(_CTA_TIMEOUT)),
-        id=_big(told.get(_CTA_ID)),
-        zone=_big(told.get(_CTA_ZONE)) or zone,
+        mark=_big(values.get(_CTA_MARK)),
+        status=_big(values.get(_CTA_STATUS)),
+        timeout=_big(values.get(_CTA_TIMEOUT)),
+        id=_big(values.get(_CTA_ID)),
+        zone=_big(values.get(_CTA_ZONE)) or zone,
         family=payload[0],
         original=original,
     )
 
 
 def _direction(value: bytes) -> tuple[str, str, int, int, int, int, int, int]:
-    told = attribute_map(value)
-    ip = attribute_map(told.get(_CTA_TUPLE_IP, b""))
-    proto = attribute_map(told.get(_CTA_TUPLE_PROTO, b""))
+    values = attribute_map(value)
+    ip = attribute_map(values.get(_CTA_TUPLE_IP, b""))
+    proto = attribute_map(values.get(_CTA_TUPLE_PROTO, b""))
     return (
         _text(ip.get(_CTA_IP_V4_SRC) or ip.get(_CTA_IP_V6_SRC, b"")),
         _text(ip.get(_CTA_IP_V4_DST) or ip.get(_CTA_IP_V6_DST, b"")),
@@ -220,12 +218,12 @@ def _direction(value: bytes) -> tuple[str, str, int, int, int, int, int, int]:
         _big(proto.get(_CTA_PROTO_DST_PORT)),
         _big(proto.get(_CTA_PROTO_ICMP_TYPE, proto.get(_CTA_PROTO_ICMPV6_TYPE))),
         _big(proto.get(_CTA_PROTO_ICMP_CODE, proto.get(_CTA_PROTO_ICMPV6_CODE))),
-        _big(told.get(_CTA_TUPLE_ZONE)),
+        _big(values.get(_CTA_TUPLE_ZONE)),
     )
 
 
 def _numbers(payload: bytes, offset: int) -> dict[int, int]:
-    """The attributes of 4 bytes and less from ``offset`` on, as numbers."""
+    """The attributes from ``offset`` on that have at most 4 bytes, as numbers."""
     found = {}
     unpack, from_bytes, end = _ATTRIBUTE.unpack_from, int.from_bytes, len(payload)
     while offset + 4 <= end:
@@ -238,9 +236,9 @@ def _numbers(payload: bytes, offset: int) -> dict[int, int]:
     return found
 
 
-def _finding(entry: Entry) -> bytes:
+def _request_for(entry: Entry) -> bytes:
     if not entry.original:
-        raise ValueError("a connection without a tuple would mean all of them")
+        raise ValueError("a request without a tuple would match all connections")
     payload = _HEAD.pack(entry.family, 0, 0) + attribute(_CTA_TUPLE_ORIG | _NESTED, entry.original)
     return payload + be16(_CTA_ZONE, entry.zone) if entry.zone else payload
 
@@ -256,7 +254,7 @@ def _carry_out(namespace: str | None, requests: Sequence[Message]) -> int:
     return sum(answer.errno == 0 for answer in answers)
 
 
-def _words(entry: Entry) -> str:
+def _described(entry: Entry) -> str:
     return f"{entry.protocol} {entry.src}:{entry.sport} to {entry.dst}:{entry.dport}"
 
 

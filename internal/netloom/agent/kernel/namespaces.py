@@ -1,8 +1,8 @@
-"""Network namespaces by name, and being inside one for a moment.
+"""Create, delete and enter named network namespaces.
 
-A network namespace belongs to a thread, not to a process. Inside :func:`inside` make the socket, write the sysctl or
-start the child, and leave: a socket stays in the namespace it was made in, and a child inherits the namespace of the
-thread that started it. So does a thread, for good: start none inside.
+Each thread of a process is in a network namespace of its own. Within :func:`inside`, create a socket, write a sysctl or
+start a child process, and leave: a socket stays in the namespace that it was created in, and a child stays in that of
+the thread that started it. A new thread would stay there too, so start none within it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 
 from netloom.errors import HostRefused
 
-# Where iproute2 keeps them (ip-netns(8)), so that ``ip netns`` and we see the same names.
+# The directory of ip-netns(8), so that ``ip netns`` shows our namespaces and we see those of others.
 NETNS_DIR = "/run/netns"
 
 _CLONE_NEWNET, _CLONE_NEWNS = 0x40000000, 0x00020000  # linux/sched.h
@@ -35,7 +35,7 @@ _thread = threading.local()
 
 
 class NamespaceError(HostRefused):
-    """A namespace could not be made, entered, left or removed. ``errno`` is the kernel's, 0 where it said nothing."""
+    """A namespace could not be created, entered, left or deleted. ``errno`` is the kernel's; 0: it gave none."""
 
     def __init__(self, message: str, *, errno: int = 0, hint: str = "") -> None:
         super().__init__(f"{message}: {os.strerror(errno)}" if errno else message, hint=hint)
@@ -44,15 +44,15 @@ class NamespaceError(HostRefused):
 
 @contextmanager
 def inside(namespace: str | None) -> Iterator[None]:
-    """Within the block the calling thread is in ``namespace``; ``None`` and ``""`` change nothing. May be nested.
+    """Move the calling thread to ``namespace`` for the block; ``None`` and ``""`` change nothing. May be nested.
 
-    Never hold it across an ``await``: the event loop's thread would serve everybody else from there.
+    Never hold it across an ``await``: the event loop would run other tasks in that namespace.
 
-    Raises NamespaceError when there is no such namespace. A thread that cannot come back is poisoned: the way back
-    raises, and so does every later ``inside`` of that thread, whatever it asks for, because nobody knows where it is.
+    Raises NamespaceError when there is no such namespace. If the thread cannot return, leaving the block raises, and so
+    does each later use in that thread, because its namespace is the wrong one.
     """
     if getattr(_thread, "lost", ""):
-        raise NamespaceError(f"this thread could not leave {_thread.lost} and must not be used any more")
+        raise NamespaceError(f"this thread could not leave {_thread.lost}; it can no longer be used")
     if not namespace:
         yield
         return
@@ -71,7 +71,7 @@ def inside(namespace: str | None) -> Iterator[None]:
 
 @contextmanager
 def descriptor(namespace: str) -> Iterator[int]:
-    """A descriptor of a named namespace, closed after the block; what IFLA_NET_NS_FD takes.
+    """Open a file descriptor of a named namespace, as IFLA_NET_NS_FD expects one; it is closed after the block.
 
     Raises NamespaceError when there is no such namespace.
     """
@@ -83,7 +83,7 @@ def descriptor(namespace: str) -> Iterator[int]:
     try:
         if not _is_namespace(os.fstat(fd)):
             raise NamespaceError(
-                f"namespace {namespace}: {path} is no namespace", hint="a half-made one; create it again"
+                f"namespace {namespace}: {path} is no namespace", hint="its creation was interrupted; create it again"
             )
         yield fd
     finally:
@@ -91,7 +91,7 @@ def descriptor(namespace: str) -> Iterator[int]:
 
 
 def exists(name: str) -> bool:
-    """Whether ``name`` is a usable namespace. A plain file that a crash left behind is none."""
+    """Whether ``name`` is a usable namespace, not just a plain file left by an interrupted creation."""
     try:
         return _is_namespace(os.stat(_path(name)))
     except FileNotFoundError:
@@ -99,25 +99,15 @@ def exists(name: str) -> bool:
 
 
 def identity(name: str) -> int:
-    """The namespace's inode number: another one under the same name has another. Raises FileNotFoundError."""
+    """The namespace's inode number; a later namespace of the same name has another. Raises FileNotFoundError."""
     return os.stat(_path(name)).st_ino
 
 
-def names() -> frozenset[str]:
-    """The names of all usable namespaces."""
-    try:
-        found = os.listdir(NETNS_DIR)
-    except FileNotFoundError:
-        return frozenset()
-    return frozenset(name for name in found if exists(name))
-
-
 def create(name: str) -> None:
-    """Make a namespace that lives without a process; one that is there already stays as it is.
+    """Create a named namespace, which exists without a process in it; keep one that exists.
 
-    A new namespace, bound to its name as ``ip netns add`` does it: NETNS_DIR is a shared mount, so that the name
-    means the same in every mount namespace that was made from this one. After a crash at any point, calling
-    again completes it.
+    The namespace is bound to its name as ``ip netns add`` does it. NETNS_DIR is a shared mount, so that the name is
+    visible in all mount namespaces derived from this one. After a crash at any point, calling again completes the work.
 
     Raises NamespaceError.
     """
@@ -134,17 +124,17 @@ def create(name: str) -> None:
 
 
 def delete(name: str) -> None:
-    """Take the name away; one that is not there is fine.
+    """Delete the name, if it exists.
 
-    The namespace and its links end with the last socket, process or descriptor in it, which is now unless somebody
-    holds one: delete links that must be gone, and close listeners, before.
+    The kernel removes the namespace and its links with the last socket, process or descriptor in it. So first delete
+    the links that have to disappear now, and close listening sockets.
 
     Raises NamespaceError.
     """
     path = _path(name)
     with _locked():
         try:
-            # More than one when two programs made the same name at once: the mounts lie on one another.
+            # Two programs that created the same name at the same time leave one mount over the other.
             while _libc.umount2(path.encode(), _MNT_DETACH) == 0:
                 pass
             code = ctypes.get_errno()
@@ -157,7 +147,7 @@ def delete(name: str) -> None:
 
 
 def clear(name: str) -> None:
-    """Nothing is left of a name that no namespace has: a crash may leave the plain file that it was bound to.
+    """Delete the plain file that an interrupted creation or deletion left under the name of no namespace.
 
     Raises NamespaceError.
     """
@@ -177,7 +167,7 @@ def _bind_new(path: str, name: str) -> None:
     try:
         _check(_libc.unshare(_CLONE_NEWNET))
         try:
-            # thread-self: /proc/self is the main thread's, which is still where it was.
+            # thread-self: /proc/self is the main thread's, which did not move.
             _check(_libc.mount(_OWN.encode(), path.encode(), b"none", _MS_BIND, None))
         finally:
             _return(home, f"the new namespace {name}")
@@ -186,7 +176,7 @@ def _bind_new(path: str, name: str) -> None:
 
 
 def prepare() -> None:
-    """The directory of named namespaces is a shared mount, as ``ip netns`` makes it. Idempotent."""
+    """Make the directory of named namespaces a shared mount, as ``ip netns`` does. Idempotent."""
     with _locked():
         _share_directory()
 
@@ -203,16 +193,16 @@ def _share_directory() -> None:
 
 
 def release() -> None:
-    """Undoes ``prepare`` where no namespace has a name: whoever makes one next prepares the directory again."""
+    """Undo :func:`prepare` if no named namespace is left; creating the next one prepares the directory again."""
     with _locked():
         if not os.listdir(NETNS_DIR):
             _libc.umount2(NETNS_DIR.encode(), _MNT_DETACH)
 
 
 def enter_scratch() -> None:
-    """This process, of one thread, goes on in a network of its own with no link and no named namespace.
+    """Move this process, which must have one thread, to a new network namespace and an empty NETNS_DIR of its own.
 
-    What it makes there nobody else sees, and it ends with the process, however that ends. Raises NamespaceError.
+    Other processes do not see what it creates there, and all of it is removed when the process ends. Raises OSError.
     """
     run = os.path.dirname(NETNS_DIR).encode()
     _check(_libc.unshare(_CLONE_NEWNET | _CLONE_NEWNS))
@@ -222,7 +212,7 @@ def enter_scratch() -> None:
 
 @contextmanager
 def _locked() -> Iterator[None]:
-    """One at a time, in all processes: the lock that ``ip netns add`` takes too while it prepares the directory."""
+    """Hold the lock of the directory, which ``ip netns add`` also takes while it prepares the directory."""
     os.makedirs(NETNS_DIR, mode=0o755, exist_ok=True)
     fd = os.open(NETNS_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -1,8 +1,8 @@
-"""Netlink: the codec, and a socket that asks many things in one datagram.
+"""Netlink: encode and decode messages, and a socket that sends many requests in one datagram.
 
-``linux/netlink.h`` and RFC 3549. A message is a header of 16 bytes, a fixed part that its type defines, and attributes
-(length, type, value, padded to 4 bytes; a value may again be attributes). Numbers are in the host's byte order
-except where a family says otherwise. Encoding and decoding are pure functions.
+Formats: linux/netlink.h, RFC 3549. A message is a header of 16 bytes, a fixed part that depends on its type, and
+attributes: length, type and value, padded to 4 bytes; a value may itself consist of attributes. Numbers are in the
+host's byte order unless a family says otherwise. Encoding and decoding are pure functions.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _NLMSGERR_ATTR_MSG, _NLMSGERR_ATTR_OFFS, _NLMSGERR_ATTR_MISS_TYPE = 1, 2, 5
 _SOL_NETLINK = 270
 _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 
-# Python 3.11 has no names for these two.
+# Not in the socket module of Python 3.11.
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 _HEADER = struct.Struct("=IHHII")
@@ -47,23 +47,23 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
 
 _BUFFER_BYTES = 4 << 20
-# The kernel drops an acknowledgement for which the receive buffer has no room; each is booked as less than 2 KiB.
+# The kernel drops acknowledgements that do not fit into the receive buffer; it accounts less than 2 KiB for each.
 _MESSAGES_PER_DATAGRAM = _BUFFER_BYTES // 2048
 _DATAGRAM_BYTES_MAX = 256 << 10
 _RECEIVE_BYTES = 256 << 10
-# The kernel answers within the call that sends; waiting longer only means that an answer was lost.
+# The kernel answers during the send call, so waiting this long means that the answer was lost.
 _ANSWER_S_MAX = 10
 _DUMP_TRIES = 50
 
 ALREADY_THERE = frozenset({errnos.EEXIST})
-# No such link; no such rule, table, entry; no such route; no such address.
+# In this order: no such link; no such rule, table or entry; no such route; no such address.
 ALREADY_GONE = frozenset({errnos.ENODEV, errnos.ENOENT, errnos.ESRCH, errnos.EADDRNOTAVAIL})
 
 
 class NetlinkError(HostRefused):
-    """The kernel refused a request, or what it said cannot be read.
+    """The kernel refused a request, or its answer cannot be decoded.
 
-    ``errno`` is the kernel's, ``what`` says in words what was asked for, ``ext_ack`` is what the kernel had to say.
+    ``errno`` is the kernel's, ``what`` describes the request, ``ext_ack`` is the kernel's message, if any.
     """
 
     def __init__(self, errno: int, what: str, ext_ack: str = "") -> None:
@@ -76,11 +76,11 @@ class NetlinkError(HostRefused):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One netlink message, and for a request what is to be said and thought of it.
+    """One netlink message; for a request also how to report and to judge its result.
 
-    ``payload`` is the fixed part and the attributes. ``what`` names the request in errors. ``harmless`` errors count
-    as success. ``links``: at each offset of the payload stands the index (32 bits) of the link of that name, which
-    whoever sends must fill in. ``then`` follows directly behind in the same datagram.
+    ``payload`` is the fixed part and the attributes. ``what`` describes the request in errors. ``harmless`` error
+    numbers count as success. ``links``: offsets in the payload, each for the index (32 bits) of the link of that name;
+    the sender fills them in. ``then``: messages to send right after this one.
     """
 
     type: int
@@ -93,21 +93,21 @@ class Message:
     then: tuple[Message, ...] = ()
 
     def even_if(self, *errors: int) -> Message:
-        """The same request, satisfied also when the kernel answers with one of these error numbers."""
+        """The same request, but these error numbers count as success."""
         return replace(self, harmless=self.harmless | frozenset(errors))
 
     def even_if_there(self) -> Message:
-        """The same request, satisfied also when the thing exists already."""
+        """The same request, but an object that exists already counts as success."""
         return self.even_if(*ALREADY_THERE)
 
     def even_if_gone(self) -> Message:
-        """The same request, satisfied also when the thing does not exist (any more)."""
+        """The same request, but an object that does not exist counts as success."""
         return self.even_if(*ALREADY_GONE)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back for one request: ``errno`` 0 is success; ``data`` the messages before the acknowledgement."""
+    """The answer to one request. ``errno`` 0 is success. ``data``: the messages before the acknowledgement."""
 
     errno: int
     ext_ack: str = ""
@@ -118,7 +118,7 @@ class Answer:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute with its padding. ValueError when the value is longer than 65,531 bytes."""
+    """An attribute with its padding. ValueError when the value is longer than 65,531 bytes."""
     length = len(value) + 4
     if length > 0xFFFF:
         raise ValueError(f"netlink attribute {kind}: {len(value)} bytes do not fit")
@@ -126,7 +126,7 @@ def attribute(kind: int, value: bytes) -> bytes:
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
-    """One attribute that consists of encoded attributes."""
+    """An attribute whose value is encoded attributes."""
     return attribute(kind | NLA_F_NESTED, b"".join(attributes))
 
 
@@ -156,12 +156,12 @@ def be32(kind: int, value: int) -> bytes:
 
 
 def text(kind: int, value: str) -> bytes:
-    """A string attribute, with the zero byte that the kernel wants at the end."""
+    """A string attribute with the zero byte that the kernel expects at the end."""
     return attribute(kind, value.encode() + b"\0")
 
 
 def encode(message: Message) -> bytes:
-    """One message with its header and padding; ``then`` is not part of it."""
+    """A message with its header and padding, without ``then``."""
     length = _HEADER.size + len(message.payload)
     header = _HEADER.pack(length, message.type, message.flags, message.sequence, 0)
     return header + message.payload + b"\0" * (-length & 3)
@@ -173,7 +173,7 @@ def encode(message: Message) -> bytes:
 def decode(data: bytes | memoryview) -> list[Message]:
     """The messages of one datagram.
 
-    Raises NetlinkError (EBADMSG) when a length does not fit what there is.
+    Raises NetlinkError (EBADMSG) when a length exceeds the data.
     """
     return [
         Message(kind, flags, bytes(data[start:end]), sequence) for kind, flags, sequence, start, end in _messages(data)
@@ -181,9 +181,9 @@ def decode(data: bytes | memoryview) -> list[Message]:
 
 
 def attributes(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
-    """The attributes from ``offset`` on, in order, their types without the flag bits.
+    """The attributes from ``offset`` on, in order; types without their flag bits.
 
-    Raises NetlinkError (EBADMSG) when a length does not fit what there is.
+    Raises NetlinkError (EBADMSG) when a length exceeds the data.
     """
     found = []
     end = len(data)
@@ -199,7 +199,7 @@ def attributes(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
 
 
 def attribute_map(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """The attributes from ``offset`` on by type; of repeated ones the last, as the kernel's own parser does.
+    """The attributes from ``offset`` on by type. Of repeated ones the last counts, as in the kernel's own parser.
 
     Raises NetlinkError (EBADMSG) like :func:`attributes`.
     """
@@ -212,14 +212,14 @@ def number(value: bytes | None, default: int = 0) -> int:
 
 
 def string(value: bytes | None) -> str:
-    """An attribute's value as text, without the zero byte at its end; what is not UTF-8 is escaped."""
+    """An attribute's value as text, without the zero byte at its end. Bytes that are not UTF-8 are escaped."""
     return "" if value is None else value.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
 def decode_error(payload: bytes, flags: int) -> tuple[int, str]:
-    """Error number (0: success) and the kernel's words, from an NLMSG_ERROR or NLMSG_DONE.
+    """The error number (0: success) and the kernel's message in an NLMSG_DONE.
 
-    Raises NetlinkError (EBADMSG) when it cannot be read.
+    Raises NetlinkError (EBADMSG) when it cannot be decoded.
     """
     if len(payload) < 4:
         raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
@@ -228,7 +228,7 @@ def decode_error(payload: bytes, flags: int) -> tuple[int, str]:
 
 
 def _decode_acknowledgement(payload: bytes, flags: int) -> tuple[int, str]:
-    """As decode_error, for an NLMSG_ERROR, which quotes the request's header and, unless capped, all of it."""
+    """As decode_error for an NLMSG_ERROR, which quotes the request's header, or the whole request if not capped."""
     if len(payload) < 4 + _HEADER.size:
         raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
     code = -_ERROR.unpack_from(payload)[0]
@@ -241,12 +241,12 @@ def _decode_acknowledgement(payload: bytes, flags: int) -> tuple[int, str]:
 
 
 def _ext_ack(data: bytes) -> str:
-    told = attribute_map(data)
-    words = [string(told[_NLMSGERR_ATTR_MSG])] if _NLMSGERR_ATTR_MSG in told else []
-    if _NLMSGERR_ATTR_MISS_TYPE in told:
-        words.append(f"attribute {number(told[_NLMSGERR_ATTR_MISS_TYPE])} is missing")
-    if not words and _NLMSGERR_ATTR_OFFS in told:
-        words.append(f"byte {number(told[_NLMSGERR_ATTR_OFFS])} of the request")
+    values = attribute_map(data)
+    words = [string(values[_NLMSGERR_ATTR_MSG])] if _NLMSGERR_ATTR_MSG in values else []
+    if _NLMSGERR_ATTR_MISS_TYPE in values:
+        words.append(f"attribute {number(values[_NLMSGERR_ATTR_MISS_TYPE])} is missing")
+    if not words and _NLMSGERR_ATTR_OFFS in values:
+        words.append(f"byte {number(values[_NLMSGERR_ATTR_OFFS])} of the request")
     return ", ".join(words)
 
 
@@ -263,14 +263,14 @@ def _messages(data: bytes | memoryview) -> Iterable[tuple[int, int, int, int, in
 
 
 def open_socket(protocol: int, namespace: str | None) -> socket.socket:
-    """A bare netlink socket of a namespace, with large buffers. Raises NamespaceError, OSError."""
+    """Open a netlink socket in a namespace, with large buffers. Raises NamespaceError, OSError."""
     with inside(namespace):
         made = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     try:
         for option, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
             try:
                 made.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-            except PermissionError:  # in a container: as much as it may have
+            except PermissionError:  # in a container: as much as is allowed
                 made.setsockopt(socket.SOL_SOCKET, plain, _BUFFER_BYTES)
     except BaseException:
         made.close()
@@ -279,13 +279,13 @@ def open_socket(protocol: int, namespace: str | None) -> socket.socket:
 
 
 class Socket:
-    """A netlink socket of one namespace, which it stays in whatever thread uses it; one user at a time.
+    """A netlink socket of one namespace. Any thread may use it, one at a time.
 
-    Keeping it open keeps a deleted namespace alive.
+    While it is open, the kernel keeps the namespace, even a deleted one.
     """
 
     def __init__(self, protocol: int, namespace: str | None = None) -> None:
-        """Raises NamespaceError when there is no such namespace, OSError when there is no such protocol."""
+        """Raises NamespaceError when the namespace does not exist, OSError when the kernel lacks the protocol."""
         self._socket = open_socket(protocol, namespace)
         try:
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
@@ -315,12 +315,12 @@ class Socket:
         return self._socket.fileno()
 
     def request(self, messages: Sequence[Message]) -> list[Message]:
-        """Ask for everything in one datagram; all data that came back, in the order of the requests.
+        """Send the messages in one datagram; return all data of the answers, in the order of the requests.
 
-        Kernel families other than nf_tables carry out each message on its own: one that fails keeps neither the ones
-        before nor the ones behind it from happening. ``NLM_F_DUMP`` must be alone.
+        Except in nf_tables, the kernel processes each message on its own: a failed one does not affect the others. A
+        message with ``NLM_F_DUMP`` must be the only one.
 
-        Raises NetlinkError for the first message that failed and did not declare that error harmless.
+        Raises NetlinkError for the first message that failed with an error that is not harmless.
         """
         answers = self.exchange(messages)
         for message, answer in zip(messages, answers, strict=True):
@@ -329,7 +329,7 @@ class Socket:
         return [data for answer in answers for data in answer.data]
 
     def exchange(self, messages: Sequence[Message]) -> list[Answer]:
-        """As :meth:`request`, but with an answer per message instead of an error for the first that failed."""
+        """As :meth:`request`, but return an answer per message instead of raising an error."""
         if any(message.flags & NLM_F_DUMP == NLM_F_DUMP for message in messages):
             if len(messages) != 1:
                 raise ValueError("a socket carries out one dump at a time")
@@ -350,7 +350,7 @@ class Socket:
         return answers + self._exchange(batch) if batch else answers
 
     def _exchange(self, batch: list[bytes]) -> list[Answer]:
-        """Send messages numbered from the next sequence number on, and wait for each one's acknowledgement."""
+        """Send messages that are numbered from the next sequence number on; wait for all acknowledgements."""
         first = self._sequence + 1
         self._sequence = (self._sequence + len(batch)) % 0x40000000
         self._send(b"".join(batch))
@@ -361,7 +361,7 @@ class Socket:
             for message in decode(self._receive()):
                 at = message.sequence - first
                 if not 0 <= at < len(batch) or answers[at] is not None:
-                    continue  # left over from a request that was given up
+                    continue  # the late answer to an earlier request
                 if message.type == NLMSG_ERROR:
                     code, words = _decode_acknowledgement(message.payload, message.flags)
                     answers[at] = Answer(code, words, data[at])
@@ -371,18 +371,18 @@ class Socket:
         return [answer for answer in answers if answer is not None]
 
     def dump(self, message: Message) -> list[tuple[int, bytes]]:
-        """Types and payloads of all that the kernel lists for ``message``, seen as one consistent whole.
+        """Types and payloads of the messages that the kernel lists for ``message``, as one consistent listing.
 
-        A listing during which something changed is asked for again (NLM_F_DUMP_INTR).
+        If the objects changed during the listing (NLM_F_DUMP_INTR), it is requested again.
 
-        Raises NetlinkError: refused, or never undisturbed in fifty tries (EINTR).
+        Raises NetlinkError: refused, or interrupted by changes fifty times (EINTR).
         """
         what = message.what or f"netlink dump {message.type}"
         for _ in range(_DUMP_TRIES):
             found = self._dump_once(message, what)
             if found is not None:
                 return found
-        raise NetlinkError(errnos.EINTR, what, "it kept changing while it was read")
+        raise NetlinkError(errnos.EINTR, what, "the objects kept changing while they were listed")
 
     def _dump_once(self, message: Message, what: str) -> list[tuple[int, bytes]] | None:
         self._sequence = sequence = (self._sequence + 1) % 0x40000000
@@ -395,7 +395,7 @@ class Socket:
             except NetlinkError as error:
                 if error.errno != errnos.ENOBUFS:
                     raise
-                disturbed = True  # something was dropped: read on to the end, then ask again
+                disturbed = True  # messages were dropped: read to the end, then request again
                 continue
             for kind, flags, number_of, start, end in _messages(data):
                 if number_of != sequence:
@@ -403,7 +403,7 @@ class Socket:
                 disturbed = disturbed or bool(flags & NLM_F_DUMP_INTR)
                 if kind in (NLMSG_DONE, NLMSG_ERROR):
                     decoder = decode_error if kind == NLMSG_DONE else _decode_acknowledgement
-                    # A DONE without a number is how old kernels and some families end a good list.
+                    # Old kernels and some families end a complete listing with a DONE that has no error number.
                     code, words = decoder(data[start:end], flags) if end - start >= 4 else (0, "")
                     if code and code not in message.harmless:
                         raise NetlinkError(code, what, words)
@@ -426,7 +426,7 @@ class Socket:
             except OSError as error:
                 raise NetlinkError(error.errno or errnos.EIO, "receive from netlink") from error
             if sender[0] != 0:
-                continue  # from a program, not from the kernel
+                continue  # from another process, not from the kernel
             if flags & socket.MSG_TRUNC:
                 raise NetlinkError(errnos.EMSGSIZE, "receive from netlink")
             return memoryview(self._buffer)[:length]

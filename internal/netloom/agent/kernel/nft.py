@@ -1,8 +1,8 @@
-"""nftables of a namespace: libnftables in this process, the ``nft`` program for what takes long or has no library.
+"""Run nftables scripts in a namespace: with libnftables in this process, or with the ``nft`` program.
 
-A script is one transaction: all of it or nothing. The library (``nftables/libnftables.h``, libnftables(3)) ends the
-process when it gets no descriptor, so a call is refused while fewer than 16 are free. It is used by one thread of the
-process at a time; a large script is therefore given to the program, and keeps nobody else waiting.
+A script is one transaction. The library (``nftables/libnftables.h``, libnftables(3)) exits the process when it gets no
+file descriptor, so a call is refused while fewer than 16 are free. Only one thread at a time may use the library, so
+large scripts, and listings of any length, go to the program. The program is also used where the library is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from functools import cache
 from types import TracebackType
 from typing import IO, Any, Self
 
+from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import inside
 from netloom.errors import HostRefused
 
@@ -28,12 +29,11 @@ _DESCRIPTORS_MIN = 16
 # Some 2,000 rules: the library takes 0.1 s for them, the program 10 to 20 ms more.
 _LIBRARY_BYTES_MAX = 128 << 10
 _PROGRAM_S_MAX = 120
-# What the program is started with: a service's environment may have no sbin, and messages are to be English.
-_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin", "LC_ALL": "C"}
+_ENVIRONMENT = {"PATH": PATH, "LC_ALL": "C"}  # LC_ALL: messages in English
 
-# One for all contexts: the library keeps link numbers in one list for the whole process, and asks for protocol numbers
-# by functions with one static answer. Tried with 1.0.6 (2026-11): with two threads in two namespaces, one rule in
-# fourteen that named a link (iif) was loaded with the number of the other namespace's link.
+# One lock for all contexts: the library keeps link indexes in one list per process, and looks up protocol numbers with
+# functions that return static memory. Measured with 1.0.6 (2026-11): with two threads in two namespaces, one rule in
+# fourteen that named a link (iif) was loaded with the index of the other namespace's link.
 _library_lock = threading.Lock()
 
 _MESSAGE = re.compile(r"^[^\s:]*:(?P<line>\d+):\d+-\d+: Error: (?P<text>.*)$", re.MULTILINE)
@@ -43,8 +43,7 @@ _LINE_MAX = 200
 class NftError(HostRefused):
     """nftables refused a script, or cannot be used.
 
-    ``reason`` is the first line of its message, ``line`` the line of the script that it speaks of, empty where it names
-    none.
+    ``reason`` is the first line of its message; ``line`` the line of the script that it names, else empty.
     """
 
     def __init__(self, reason: str, *, line: str = "", hint: str = "") -> None:
@@ -54,19 +53,19 @@ class NftError(HostRefused):
 
 
 class NftRefused(NftError):
-    """The script itself was refused: it does not fit what there is."""
+    """The script was refused, e.g. because it refers to an object that does not exist."""
 
 
 class Nft:
-    """nftables of one namespace. Any thread may call; small calls wait for one another, those of other objects too.
+    """nftables of one namespace. Any thread may use it. Calls into the library wait for each other, in all objects.
 
-    Keep one per namespace, and close it before the namespace is deleted: its socket keeps the namespace alive.
+    Close it before the namespace is deleted: its socket keeps the namespace alive.
     """
 
     def __init__(self, namespace: str | None, *, use: str = "") -> None:
-        """``use``: ``library`` or ``program`` instead of the library where there is one.
+        """``use``: ``library`` or ``program``; empty: the library if it loads.
 
-        Raises NamespaceError; NftError when descriptors are short, or neither library nor program is there.
+        Raises NamespaceError; NftError when too few descriptors are free, or neither library nor program exists.
         """
         self.namespace = namespace
         library = None if use == "program" else load_library()
@@ -87,20 +86,17 @@ class Nft:
         self.close()
 
     def run(self, script: str) -> None:
-        """Carry out a script as one transaction. Raises NftError; nothing has changed then."""
+        """Run a script as one transaction. Raises NftError; then nothing has changed."""
         self._call(script)
 
     def check(self, script: str) -> None:
-        """Whether :meth:`run` would take the script, as far as can be told without changing anything.
-
-        Raises NftError when it would not.
-        """
+        """Check a script without changing anything. Raises NftError when it is refused."""
         self._call(script, dry=True)
 
     def list_json(self, command: str) -> dict[str, Any]:
-        """What a listing command prints with ``nft -j`` (libnftables-json(5)): ``{"nftables": [...]}``.
+        """The output of a listing command with ``nft -j`` (libnftables-json(5)): ``{"nftables": [...]}``.
 
-        Raises NftError, also when what is to be listed is not there.
+        Raises NftError, also when the object to list does not exist.
         """
         printed = self._call(command, as_json=True)
         if not printed.strip():
@@ -108,17 +104,17 @@ class Nft:
         try:
             found = json.loads(printed)
         except ValueError as error:
-            raise NftError(f"what {command!r} printed is no JSON") from error
+            raise NftError(f"the output of {command!r} is not JSON") from error
         if not isinstance(found, dict):
-            raise NftError(f"what {command!r} printed is no JSON object")
+            raise NftError(f"the output of {command!r} is not a JSON object")
         return found
 
     def list_text(self, command: str) -> str:
-        """What a listing command prints. Raises NftError, also when what is to be listed is not there."""
-        return self._call(command, long=True)  # nobody knows how much there is
+        """The output of a listing command. Raises NftError, also when the object to list does not exist."""
+        return self._call(command, long=True)  # the length is not known before
 
     def close(self) -> None:
-        """Give the socket back; calling again is fine, using it again is not."""
+        """Close the socket; closing again does nothing."""
         with self._turn:
             self._engine.close()
 
@@ -128,12 +124,12 @@ class Nft:
         engine, turn = self._engine, self._turn
         if self._aside is not None and (long or len(script) > _LIBRARY_BYTES_MAX) and _Program.is_there():
             engine, turn = self._aside, nullcontext()
-        # Inside, though the context has its socket already: the library asks for link numbers by sockets of the moment,
-        # and before 0.9.9 it opens its own anew when a listing was disturbed.
+        # Enter the namespace although the context has its socket: the library looks up link indexes with new sockets,
+        # and before 0.9.9 it reopens its own socket when a listing was interrupted.
         with turn, inside(self.namespace):
             if _here() != self._inode:
                 raise NftError(
-                    f"the namespace {self.namespace} is another one than when this was opened", hint="open it again"
+                    f"namespace {self.namespace} was replaced by another since it was opened", hint="open it again"
                 )
             status, printed, complaint = engine.call(script, dry, as_json)
         if status != 0:
@@ -142,7 +138,7 @@ class Nft:
 
 
 def error_of(script: str, complaint: str) -> NftRefused:
-    """The error for what nftables complained of, with the line of the script that it names."""
+    """The error for a message of nftables, with the line of the script that it names."""
     found = _MESSAGE.search(complaint)
     if not found:
         first = next((line.strip() for line in complaint.splitlines() if line.strip()), "failed without a message")
@@ -155,7 +151,7 @@ def error_of(script: str, complaint: str) -> NftRefused:
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """libnftables, or None where it does not load."""
+    """libnftables, or None when it cannot be loaded."""
     try:
         library = ctypes.CDLL(_LIBRARY)
         library.nft_ctx_new.restype = ctypes.c_void_p
@@ -192,7 +188,7 @@ class _Library:
         library, context = self._library, self._context
         library.nft_ctx_set_dry_run(context, dry)
         library.nft_ctx_output_set_flags(context, _OUTPUT_JSON if as_json else 0)
-        # From a file, because only of a file does the library say in which line the error is.
+        # From a file, because the library names the line of an error only for files.
         with _in_memory(script) as file:
             status: int = library.nft_run_cmd_from_filename(context, f"/proc/self/fd/{file.fileno()}".encode())
         printed = library.nft_ctx_get_output_buffer(context) or b""
@@ -208,13 +204,13 @@ class _Library:
 class _Program:
     @staticmethod
     def is_there() -> bool:
-        return shutil.which("nft", path=_ENVIRONMENT["PATH"]) is not None
+        return shutil.which("nft", path=PATH) is not None
 
     def call(self, script: str, dry: bool, as_json: bool) -> tuple[int, str, str]:
-        # With --json the program takes its standard input for JSON, and then has nothing left to read.
+        # With --json the program expects JSON on standard input, so the command is an argument.
         arguments = ["--json", script] if as_json else [*(["--check"] if dry else []), "--file", "-"]
         try:
-            # No pipe: were we killed while we write into it, the program would carry out the half that it got.
+            # No pipe: if this process were killed while writing to it, the program would run the part that it received.
             with _in_memory("" if as_json else script) as file:
                 done = subprocess.run(
                     ["nft", *arguments],
@@ -227,11 +223,11 @@ class _Program:
                 )
         except FileNotFoundError as error:
             hint = "apt install nftables"
-            raise NftError(f"neither {_LIBRARY} nor the program nft is there", hint=hint) from error
+            raise NftError(f"neither {_LIBRARY} nor the program nft exists", hint=hint) from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise NftError(f"the program nft: {error}") from error
         if done.returncode < 0:
-            raise NftError(f"the program nft was ended by signal {-done.returncode}")
+            raise NftError(f"the program nft was killed by signal {-done.returncode}")
         return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
     def close(self) -> None:
@@ -239,7 +235,7 @@ class _Program:
 
 
 def _in_memory(script: str) -> IO[bytes]:
-    """A file that holds the script and has no name; it is gone with the last who has it open."""
+    """A file in memory with the script; it is removed with its last open descriptor."""
     file = open(os.memfd_create("netloom.nft", os.MFD_CLOEXEC), "w+b")  # noqa: SIM115, the caller closes it
     file.write(script.encode() + b"\n")
     file.seek(0)
@@ -251,11 +247,11 @@ def _here() -> int:
 
 
 def _spare_descriptors() -> None:
-    """Raises NftError unless so many descriptors can be had right now, under whatever limit."""
+    """Raises NftError unless _DESCRIPTORS_MIN more descriptors can be opened, whichever limit applies."""
     taken: list[int] = []
     try:
         for _ in range(_DESCRIPTORS_MIN):
-            # One by one: those that were had must be closed when the next is refused.
+            # One by one, so that those opened are closed when the next one is refused.
             taken.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
     except OSError as error:
         raise NftError(

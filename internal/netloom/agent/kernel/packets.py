@@ -1,4 +1,4 @@
-"""Packets under way: whoever changed the rules may wait until those that met the old ones are through."""
+"""Wait until the kernel has finished with the packets that it processed under an earlier ruleset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def settled() -> bool:
-    """Waits until no packet is under way that was under way at the call; whether the kernel could say so.
+    """Wait until all packets that are in the netfilter hooks now have left them. False: this kernel cannot tell.
 
-    A packet passes the hooks of netfilter, from the first to the confirmation of its connection, inside one read-side
-    section of RCU, and membarrier(2) with MEMBARRIER_CMD_GLOBAL returns when a grace period is over: some milliseconds,
-    some tens on a busy host.
+    The kernel processes a packet, from the first hook to the confirmation of its connection, inside one RCU read-side
+    section. membarrier(2) with MEMBARRIER_CMD_GLOBAL returns after an RCU grace period, which takes milliseconds, on a
+    busy host tens of milliseconds.
     """
     return _SYS_MEMBARRIER is not None and _libc.syscall(_SYS_MEMBARRIER, _CMD_GLOBAL, 0, 0) == 0

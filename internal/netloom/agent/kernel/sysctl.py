@@ -1,7 +1,7 @@
-"""Sysctls of a namespace: ``/proc/sys/net`` shows those of the namespace that the thread is in.
+"""Read and write the sysctls of a namespace: ``/proc/sys/net`` shows those of the calling thread's namespace.
 
-Names as in sysctl.d(5): when the first separator is a dot, dots separate and a slash stands for a literal dot
-(``net.ipv4.conf.eth1/1204.rp_filter``); when it is a slash, slashes separate and dots are literal
+Names are written as in sysctl.d(5). If the first separator is a dot, dots separate and a slash stands for a literal dot
+(``net.ipv4.conf.eth1/1204.rp_filter``); if it is a slash, slashes separate and dots are literal
 (``net/ipv4/conf/eth1.1204/rp_filter``).
 """
 
@@ -25,9 +25,9 @@ class SysctlError(HostRefused):
 
 
 def read(namespace: str | None, names: Iterable[str]) -> dict[str, str | None]:
-    """The values, without the newline; None for a name that this kernel does not have (now).
+    """The values without the newline; None for a sysctl that does not exist, e.g. one of a link that is gone.
 
-    Raises SysctlError, NamespaceError; ValueError for what cannot be a name.
+    Raises SysctlError, NamespaceError; ValueError for an invalid name.
     """
     paths = {name: path(name) for name in names}
     values: dict[str, str | None] = {}
@@ -47,9 +47,9 @@ def read(namespace: str | None, names: Iterable[str]) -> dict[str, str | None]:
 
 
 def write(namespace: str | None, values: Mapping[str, str]) -> None:
-    """Write the values in order; the first that fails ends it.
+    """Write the values in order. After a failure the rest is not written.
 
-    Raises SysctlError, NamespaceError; ValueError for what cannot be a name.
+    Raises SysctlError, NamespaceError; ValueError for an invalid name.
     """
     paths = {name: path(name) for name in values}
     with inside(namespace):
@@ -61,18 +61,18 @@ def write(namespace: str | None, values: Mapping[str, str]) -> None:
                 finally:
                     os.close(fd)
             except FileNotFoundError as error:
-                hint = "no such link, or the module that brings it is not loaded"
+                hint = "the link does not exist, or the kernel module with this sysctl is not loaded"
                 raise SysctlError(f"set sysctl {name}", error.errno or 0, hint=hint) from error
             except OSError as error:
                 raise SysctlError(f"set sysctl {name} to {values[name]}", error.errno or 0) from error
 
 
 def path(name: str) -> str:
-    """The file of a sysctl. ValueError for an empty name or one that would lead out of ``/proc/sys``."""
+    """The file of a sysctl. ValueError for an empty name, or one that leads out of ``/proc/sys``."""
     separator = next((c for c in name if c in "./"), ".")
     parts = name.split(separator)
     if separator == ".":
         parts = [part.replace("/", ".") for part in parts]
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"{name!r} is no sysctl")
+        raise ValueError(f"{name!r} is no name of a sysctl")
     return _ROOT + "/".join(parts)

@@ -1,6 +1,6 @@
-"""What changes in a namespace, as it happens: links, addresses, routes, rules, neighbours; and which namespaces go.
+"""Receive events: changes of links, addresses, routes, rules and neighbours, and namespaces that lose their names.
 
-The first five are rtnetlink's multicast groups. That a namespace loses its name is told by the directory of names.
+The former are rtnetlink's multicast messages; the latter are inotify(7) events of the directory of named namespaces.
 """
 
 from __future__ import annotations
@@ -15,15 +15,28 @@ from typing import Literal, Self
 
 import msgspec
 
-from netloom.agent.kernel import links, netlink
-from netloom.agent.kernel.links import AddressRow, Link, NeighbourRow, RouteRow, RuleRow
+from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError
+from netloom.agent.kernel.neighbours import NUD_FAILED, NUD_PERMANENT, NeighbourRow
 from netloom.agent.kernel.netlink import NetlinkError
+from netloom.agent.kernel.routes import RouteRow
+from netloom.agent.kernel.rtnetlink import (
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELNEIGH,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEIGH,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+)
+from netloom.netobjects import Rule
 
 Kind = Literal["link", "address", "route", "rule", "neighbour"]
-
-_NEWLINK, _DELLINK, _NEWADDR, _DELADDR, _NEWROUTE, _DELROUTE = 16, 17, 20, 21, 24, 25
-_NEWNEIGH, _DELNEIGH, _NEWRULE, _DELRULE = 28, 29, 32, 33
 
 # RTNLGRP_*, linux/rtnetlink.h: IPv4 and IPv6 have groups of their own.
 _GROUPS: dict[Kind, tuple[int, ...]] = {
@@ -36,7 +49,6 @@ _GROUPS: dict[Kind, tuple[int, ...]] = {
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-_NUD_FAILED, _NUD_PERMANENT = 0x20, 0x80  # linux/neighbour.h
 _RECEIVE_BYTES = 256 << 10
 
 _IN_MOVED_FROM, _IN_DELETE, _IN_Q_OVERFLOW = 0x40, 0x200, 0x4000  # sys/inotify.h
@@ -46,39 +58,39 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something came or changed (``gone`` False), or went. ``row``: as it is, or was.
+    """An object was added or changed, or deleted (``gone``). ``row``: the object as it is, or was.
 
-    ``overrun``: the kernel dropped events, nobody knows which; look again. Its ``row`` is None.
+    ``overrun``: the kernel dropped events, so everything has to be listed again; ``row`` is None.
     """
 
     kind: Literal[Kind, "overrun"]
     gone: bool = False
-    row: Link | AddressRow | RouteRow | RuleRow | NeighbourRow | None = None
+    row: Link | AddressRow | RouteRow | Rule | NeighbourRow | None = None
 
 
 class Watch:
-    """The events of one namespace since it was made. ``fileno`` becomes readable when there are some.
+    """The events of one namespace since this was created. ``fileno`` becomes readable when there are some.
 
-    Of neighbours only those that are, or become, permanent or unreachable: the others come and go as whoever is on the
-    link likes, a hundred thousand a second.
-    The kernel reports no change of the alias of a link that is down.
-    Keeping it open keeps a deleted namespace alive. One user at a time.
+    Events of neighbours are received only for entries that are permanent or failed: machines on the link can cause a
+    hundred thousand other events per second. The kernel reports no change of the alias of a link that is down.
+
+    While it is open, the kernel keeps the namespace, even a deleted one. Only one thread at a time may use it.
     """
 
     def __init__(self, namespace: str | None, *kinds: Kind) -> None:
-        """``kinds``: all when none is named. Raises NamespaceError, NetlinkError."""
+        """``kinds``: none means all. Raises NamespaceError, NetlinkError."""
         self._wanted: frozenset[str] = frozenset(kinds or _GROUPS)
         self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
         try:
             self._socket.setblocking(False)
             _attach(self._socket, _NEIGHBOURS)
-            # The kernel speaks to the sockets whose port is not its own, 0: without this, to none that asked nothing.
+            # An unbound netlink socket has port 0, the kernel's own, and receives no multicast messages.
             self._socket.bind((0, 0))
-            # Links in any case: the other rows name theirs.
+            # Always receive link events: the other events refer to links by index.
             for kind, groups in _GROUPS.items():
                 for group in groups if kind in self._wanted or kind == "link" else ():
                     self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
-            self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by number
+            self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by index
         except BaseException:
             self._socket.close()
             raise
@@ -100,9 +112,9 @@ class Watch:
         return self._socket.fileno()
 
     def read(self) -> list[Event]:
-        """The events that are there now, oldest first; none when there are none. Never waits.
+        """The events that have arrived, oldest first. Does not wait.
 
-        Raises NetlinkError when the kernel says something that cannot be read.
+        Raises NetlinkError when a message cannot be decoded.
         """
         events: list[Event] = []
         while True:
@@ -121,51 +133,52 @@ class Watch:
 
     def _events(self, kind: int, payload: bytes) -> list[Event]:
         event = None
-        if kind in (_NEWLINK, _DELLINK):
-            # A bridge reports its ports in messages of its own family: changes of its tables, not of the link.
+        if kind in (RTM_NEWLINK, RTM_DELLINK):
+            # Messages of the bridge family report a port's bridge settings, not changes of the link.
             if not payload or payload[0] == socket.AF_BRIDGE:
                 return []
             link = links.decode_link(payload)
-            if kind == _NEWLINK:
+            if kind == RTM_NEWLINK:
                 self.names[link.index] = link.name
-            event = Event(kind="link", gone=kind == _DELLINK, row=link)
-        elif kind in (_NEWADDR, _DELADDR):
-            row = links.decode_address(payload, self.names)
-            event = Event(kind="address", gone=kind == _DELADDR, row=row)
-        elif kind in (_NEWROUTE, _DELROUTE):
-            route = links.decode_route(payload, self.names)
-            event = Event(kind="route", gone=kind == _DELROUTE, row=route)
-        elif kind in (_NEWRULE, _DELRULE):
-            event = Event(kind="rule", gone=kind == _DELRULE, row=links.decode_rule(payload))
-        elif kind in (_NEWNEIGH, _DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
-            neighbour = links.decode_neighbour(payload, self.names)
-            event = Event(kind="neighbour", gone=kind == _DELNEIGH, row=neighbour)
+            event = Event(kind="link", gone=kind == RTM_DELLINK, row=link)
+        elif kind in (RTM_NEWADDR, RTM_DELADDR):
+            address = addresses.decode_address(payload, self.names)
+            event = Event(kind="address", gone=kind == RTM_DELADDR, row=address)
+        elif kind in (RTM_NEWROUTE, RTM_DELROUTE):
+            route = routes.decode_route(payload, self.names)
+            event = Event(kind="route", gone=kind == RTM_DELROUTE, row=route)
+        elif kind in (RTM_NEWRULE, RTM_DELRULE):
+            event = Event(kind="rule", gone=kind == RTM_DELRULE, row=rules.decode_rule(payload))
+        elif kind in (RTM_NEWNEIGH, RTM_DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
+            neighbour = neighbours.decode_neighbour(payload, self.names)
+            event = Event(kind="neighbour", gone=kind == RTM_DELNEIGH, row=neighbour)
         return [event] if event and event.kind in self._wanted else []
 
 
-# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian, netlink's numbers the host's.
+# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian; netlink numbers are in the host's
+# byte order. Drops events of neighbours that are neither failed nor permanent.
 _LOAD_16, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x28, 0x15, 0x45, 0x06
 _NEIGHBOURS = (
     (_LOAD_16, 0, 0, 4),  # nlmsghdr: type
-    (_IF_EQUAL, 3, 0, socket.htons(_DELNEIGH)),
-    (_IF_EQUAL, 0, 3, socket.htons(_NEWNEIGH)),
+    (_IF_EQUAL, 3, 0, socket.htons(RTM_DELNEIGH)),
+    (_IF_EQUAL, 0, 3, socket.htons(RTM_NEWNEIGH)),
     (_LOAD_16, 0, 0, 24),  # ndmsg: state
-    (_IF_ANY_BIT, 1, 0, socket.htons(_NUD_FAILED | _NUD_PERMANENT)),
+    (_IF_ANY_BIT, 1, 0, socket.htons(NUD_FAILED | NUD_PERMANENT)),
     (_RETURN, 0, 0, 0),
     (_RETURN, 0, 0, 0xFFFFFFFF),
 )
 
 
 def _attach(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
-    """The kernel runs the program on every message, and keeps those for which it returns something."""
+    """Make the kernel run the filter on each message, and drop those for which it returns 0."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in program))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
 class NamesWatch:
-    """The namespaces that lose their names since it was made (inotify(7)). ``fileno`` becomes readable when one does.
+    """The names of namespaces deleted since this was created. ``fileno`` becomes readable when there are some.
 
-    The directory must be there. A name that is unmounted and not removed is not told.
+    The directory must exist. A name that is unmounted, but whose file stays, is not reported.
     """
 
     def __init__(self, directory: str = NETNS_DIR) -> None:
@@ -187,7 +200,7 @@ class NamesWatch:
         return self._fd
 
     def read(self) -> frozenset[str] | None:
-        """The names that have gone; None when there were so many that nobody knows. Never waits."""
+        """The deleted names; None when the kernel dropped events. Does not wait."""
         gone: set[str] = set()
         known = True
         while True:

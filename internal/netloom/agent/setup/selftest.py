@@ -22,10 +22,11 @@ import msgspec
 
 from netloom import names
 from netloom.agent.host.converge import Host, load_modules
-from netloom.agent.kernel import conntrack, links, namespaces
+from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel.nft import Nft, load_library
 from netloom.agent.processes.supervisor import PATH
 from netloom.errors import HostRefused, NetloomError, one_line
+from netloom.netobjects import Neighbour
 from netloom.render.scope import render
 from netloom.state import (
     AclItem,
@@ -245,8 +246,9 @@ def _send_a_packet(host: _ScratchHost) -> None:
     namespace = names.namespace(host.scope.scope_id)
     to_device = names.mac(_OWNER, host.scope.scope_id, names.guest_link("204"))
     to_exit = names.mac(_OWNER, host.scope.scope_id, names.public_link("101"))
-    links.change(namespace, [links.put_neighbour("pub-101", _GATEWAY_IP, _GATEWAY_MAC)])
-    links.change(namespace, [links.put_neighbour("gst-204", _VM_IP, _VM_MAC)])
+    gateway = Neighbour(link="pub-101", address=_GATEWAY_IP, mac=_GATEWAY_MAC)
+    guest = Neighbour(link="gst-204", address=_VM_IP, mac=_VM_MAC)
+    links.change(namespace, map(neighbours.replace_neighbour, (gateway, guest)))
     with _packets("vm") as vm, _packets("world") as world:
         asked = _Datagram(_VM_IP, _WORLD_IP, 4000, 5353)
         out = _passes(vm, asked.frame(_VM_MAC, to_device), world, lambda it: it.to == _WORLD_IP)

@@ -1,0 +1,66 @@
+"""Observe nftables: which ruleset is loaded in a namespace, and which bridges of the host are guarded."""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from netloom.agent.kernel import netlink, nft_netlink
+from netloom.agent.kernel.netlink import Socket
+from netloom.render.nft import FAMILY, TABLE
+from netloom.render.ruleset import MARKER_PREFIX, Name
+
+GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, with a chain for each bridge of ours
+
+
+class Table(msgspec.Struct, frozen=True):
+    """Our table in a namespace. ``names`` None: there is no table.
+
+    ``marker``: the set whose name says which ruleset is loaded; empty when there is none, or more than one.
+    ``generation``: the kernel's counter of nftables transactions in the namespace.
+    """
+
+    names: frozenset[Name] | None
+    marker: str
+    generation: int
+
+
+def observe_table(namespace: str) -> Table:
+    """The names of the objects in our table. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+        generation = nft_netlink.generation(nfnetlink)
+        sets = nft_netlink.sets(nfnetlink, FAMILY, TABLE)
+        if sets is None:
+            return Table(None, "", generation)
+        present: set[Name] = {("map" if it.map else "set", it.name) for it in sets if not it.anonymous}
+        markers = [name for kind, name in present if kind == "set" and name.startswith(MARKER_PREFIX)]
+        present |= {("chain", it.name) for it in nft_netlink.chains(nfnetlink, FAMILY, TABLE)}
+        present |= {("counter", name) for name in nft_netlink.counters(nfnetlink, FAMILY, TABLE)}
+    # With two markers, somebody added one by hand, and neither can be believed.
+    return Table(frozenset(present), markers[0] if len(markers) == 1 else "", generation)
+
+
+def table_digest(namespace: str) -> str:
+    """A digest of our table's chains, rules and elements that does not depend on the order the kernel lists them in.
+
+    It leaves out the values of named counters, and the handles, which are new with every load. Raises HostRefused.
+    """
+    parts: list[bytes] = []
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+        for chain in nft_netlink.chains(nfnetlink, FAMILY, TABLE):
+            parts.append(b"chain" + b"\0".join((chain.name.encode(), chain.hook, chain.policy)))
+        for at, rule in enumerate(nft_netlink.rules(nfnetlink, FAMILY, TABLE)):
+            parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
+        for it in nft_netlink.sets(nfnetlink, FAMILY, TABLE) or ():
+            parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
+            for element in nft_netlink.elements(nfnetlink, FAMILY, TABLE, it.name):
+                # An anonymous set keeps its name (``__set3``) as long as its rule exists.
+                parts.append(it.name.encode() + element)
+    return hashlib.sha256(b"\n".join(sorted(parts))).hexdigest()
+
+
+def guarded_bridges() -> frozenset[str]:
+    """The bridges that have a guard: a chain that drops the frames for the host's own sockets. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        return frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
