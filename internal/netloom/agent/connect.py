@@ -158,7 +158,7 @@ def start(program: list[str], arguments: list[str]) -> None:
         os.chdir("/")
         os.umask(0o077)
         null = os.open("/dev/null", os.O_RDWR)
-        for fd, instead in enumerate((null, null, _last_words())):
+        for fd, instead in enumerate((null, null, _last_words())):  # guard: agent-holds-none-of-the-relays-streams
             os.dup2(instead, fd)
         close_all_but(0, 1, 2)
         os.execve(argv[0], argv, environment)

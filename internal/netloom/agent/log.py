@@ -38,7 +38,7 @@ class Log:
     def _write(self, text: str) -> None:
         # A full disk must not stop the data plane: a line that cannot be written is lost.
         with self._lock, contextlib.suppress(OSError):
-            if self._path and os.fstat(self._fd).st_size > BYTES_MAX:
+            if self._path and os.fstat(self._fd).st_size > BYTES_MAX:  # guard: the-log-is-bounded
                 with contextlib.suppress(OSError):
                     self._begin_anew()
             os.write(self._fd, text.encode())

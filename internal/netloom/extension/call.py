@@ -114,7 +114,7 @@ def call(words: list[str], *, executable: str) -> NoReturn:
     """
     story = Story(process_started())
     ending = Ending(story)
-    _end_on_signals(ending)
+    _end_on_signals(ending)  # guard: a-signal-ends-the-call
     try:
         output = _carry_out(words, executable, ending)
     except Exception as error:  # noqa: BLE001  # the one place

@@ -93,7 +93,7 @@ async def _one(errand: Errand, situation: Situation, hosts: Hosts, story: Story)
         if call.command == ENSURE:
             return ensured(errand.stored, decision.host, errand.scope_id)
         story.doing = f"waiting for {decision.host}"
-        reply = await hosts.call(decision.host, call)
+        reply = await hosts.call(decision.host, call)  # guard: a-command-is-one-channel
     if error := failure(story.host, reply):
         raise error
     return printed(call.command, reply)

@@ -19,7 +19,8 @@ def judge(namespace: str, old: Scope | None, new: Scope) -> int:
     if looks == "none":
         return 0
     if looks == "all":
-        packets.settled()  # else a connection that the old rules let through could be confirmed after we looked
+        # Else a connection that the old rules let through could be confirmed after we looked.
+        packets.settled()  # guard: packets-under-way-are-awaited
     if not conntrack.count(namespace):
         return 0
     mask = REVOKED if looks == "tombstones" else 0
