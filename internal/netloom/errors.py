@@ -45,7 +45,7 @@ class LoginRefused(HostUnreachable):
 class HostRefused(NetloomError):
     """The host answered and refused, or failed, the operation."""
 
-    exit_code = 3
+    exit_code = 3  # guard: a-refusal-of-the-host-is-status-3
 
 
 class ForeignScope(HostRefused):

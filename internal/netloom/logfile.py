@@ -23,7 +23,7 @@ class LogFile:
 
     def append(self, text: str) -> None:
         """Append ``text`` by one write(2), so that lines of several processes do not mix. Raises OSError."""
-        if os.fstat(self._fd).st_size > BYTES_MAX:
+        if os.fstat(self._fd).st_size > BYTES_MAX:  # guard: the-log-is-bounded
             self._rotate()
         os.write(self._fd, text.encode())
 

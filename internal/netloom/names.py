@@ -91,7 +91,7 @@ def public_port(scope_id: str, vlan: str) -> str:
     while packed:
         packed, digit = divmod(packed, len(_DIGITS))
         digits = _DIGITS[digit] + digits
-    return f"vnetp{digits}"
+    return f"vnetp{digits}"  # guard: a-host-port-has-every-digit
 
 
 def guest_link(network_id: str) -> str:
@@ -115,6 +115,6 @@ def mac(owner: str, scope_id: str, link: str) -> str:
 
 
 def _fit(name: str, prefix: str) -> str:
-    if len(name) <= LINK_NAME_MAX:
+    if len(name) <= LINK_NAME_MAX:  # guard: a-long-link-name-is-hashed
         return name
     return prefix + hashlib.sha256(name.encode()).hexdigest()[: LINK_NAME_MAX - len(prefix)]

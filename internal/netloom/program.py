@@ -83,7 +83,7 @@ def start_detached(argv: list[str], environ: Mapping[str, str], descriptors: Seq
         moved = list(descriptors)
         while min(moved) < len(moved):  # above the numbers that they are to have
             moved = [os.dup(fd) for fd in moved]
-        for number, fd in enumerate(moved):
+        for number, fd in enumerate(moved):  # guard: agent-holds-none-of-the-relays-streams
             os.dup2(fd, number)
         close_all_but(*range(len(moved)))
         os.chdir("/")

@@ -70,9 +70,7 @@ def test_a_dump_tells_all_but_secrets(host: AgentHost) -> None:
     assert "owner test" in message(act(host, "show"))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/actions.py", "OUTPUT_CHARACTERS_MAX = 48_000\n", "OUTPUT_CHARACTERS_MAX = 480\n"
-)
+@pytest.mark.mutation("a-page-holds-a-thousand-rules", instead="480")
 def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
     rules: list[dict[str, Any]] = [
         {

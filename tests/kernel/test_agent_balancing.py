@@ -125,9 +125,7 @@ def echoes(client: socket.socket) -> bool:
         return False
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/haproxy.py", '" send-proxy" if rule.protocol == "tcp-proxy" else ""', '""'
-)
+@pytest.mark.mutation("tcp-proxy-sends-the-proxy-header", instead='""')
 @pytest.mark.parametrize("said", [{"protocol": "tcp-proxy"}, {"name": "mail [tcp-proxy]"}], ids=["sent", "named"])
 def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[str, str]) -> None:
     """Version 1, before anything that the client says, with the client's own address (haproxy's proxy-protocol.txt)."""

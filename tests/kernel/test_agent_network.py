@@ -45,9 +45,7 @@ def standing() -> Iterator[AgentHost]:
         yield it
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/plan/plan.py", "        yield RemoveBridge(bridge.name)\n", "        continue\n"
-)
+@pytest.mark.mutation("an-unused-bridge-is-removed")
 def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
@@ -267,7 +265,7 @@ def fabric_mac(host: AgentHost) -> str:
     return address
 
 
-@pytest.mark.taken_out("internal/netloom/agent/host/converge.py", "        if it in added or it.link in links\n", "")
+@pytest.mark.mutation("only-new-addresses-are-announced")
 def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(host: AgentHost) -> None:
     host.run("nft", "add table netdev w", pid=host.fabric)
     hook = "type filter hook ingress device sw-eth2.101 priority 0;"

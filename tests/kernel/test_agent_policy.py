@@ -127,7 +127,7 @@ def test_what_has_lost_its_link_waits_and_stops_nothing_else(host: AgentHost) ->
     pbr(host, "delete-table", table="smoke")
 
 
-@pytest.mark.taken_out("internal/netloom/protocol/pbr.py", "    if not _NAME.match(value):", "    if not value:")
+@pytest.mark.mutation("a-table-name-is-a-name")
 def test_defect_13_no_parameter_is_run(host: AgentHost) -> None:
     canary = host.path("/run/canary")
     pbr(host, "create-table", table_id="100", table_name="smoke")

@@ -185,8 +185,8 @@ def holding(host: AgentHost, directory: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------- its files
 
 
-@pytest.mark.taken_out("internal/netloom/agent/store.py", "os.O_NOFOLLOW, 0o600)", "os.O_NOFOLLOW, 0o644)")
-@pytest.mark.taken_out("internal/netloom/agent/serve.py", "    os.umask(0o077)\n", "    os.umask(0o022)\n")
+@pytest.mark.mutation("state-is-readable-by-root-alone", instead="0o644")
+@pytest.mark.mutation("agent-creates-private-files", instead="os.umask(0o022)")
 def test_defect_18_the_state_can_be_read_by_root_and_by_people(host: AgentHost) -> None:
     host.call("020", "implement-network")
     file = host.path(f"{STATE}/net-204.json")
@@ -309,11 +309,7 @@ class Relay:
         return self.process.returncode, complaint
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/program.py",
-    "        for number, fd in enumerate(moved):\n            os.dup2(fd, number)\n",
-    "",
-)
+@pytest.mark.mutation("agent-holds-none-of-the-relays-streams")
 def test_defect_52_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:
     relays = [Relay(bare) for _ in range(3)]
     replies: list[Message] = []
@@ -388,14 +384,8 @@ def test_systemd_is_told_when_the_scopes_are_restored(bare: AgentHost) -> None:
         assert said.splitlines()[-1] == b"stopped; what runs keeps running"
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/scopes.py", "self.lock = asyncio.Lock()", "self.lock = asyncio.Semaphore(99)"
-)
-@pytest.mark.taken_out(
-    "internal/netloom/agent/scopes.py",
-    "            self._store.save(outcome.scope)\n",
-    "            time.sleep(0.05)\n            self._store.save(outcome.scope)\n",
-)
+@pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
+@pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(outcome.scope)")
 def test_defect_51_commands_of_one_network_at_the_same_time_lose_nothing(host: AgentHost) -> None:
     """Two management servers, and calls of different kinds, overlap for one network."""
     host.call("020", "implement-network")

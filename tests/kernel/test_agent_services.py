@@ -148,7 +148,7 @@ def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s:
     return {code: int.from_bytes(options[code], "big") for code in (53, 51) if code in options}
 
 
-@pytest.mark.taken_out("internal/netloom/commands/nic.py", " or (nic.ip and other.ip == nic.ip)", "")
+@pytest.mark.mutation("an-address-has-one-vm")
 def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(host: AgentHost) -> None:
     assert lease(host, WEB)["ip"] == WEB_IP
     host.plug(DB, BRIDGE, DB_MAC)
@@ -176,7 +176,7 @@ def test_no_vm_has_the_name_of_the_data_server(host: AgentHost) -> None:
         assert dig(host, name, "A") == SERVER
 
 
-@pytest.mark.taken_out("internal/netloom/render/dnsmasq.py", '        "no-hosts",\n', "")
+@pytest.mark.mutation("resolver-reads-no-hosts-file")
 def test_names_of_every_kind_over_udp_and_tcp_from_the_network_and_from_the_world(host: AgentHost) -> None:
     done(host.call("032", "add-dhcp-entry", ip6_address="fd00:1::45"))
     done(host.call("034", "add-dns-entry", ip6_address="fd00:1::45"))
@@ -209,7 +209,7 @@ def dig(host: AgentHost, *words: str) -> str:
     return " ".join(host.run(*asked, namespace=WEB, check=False).split())
 
 
-@pytest.mark.taken_out("internal/netloom/agent/processes/services.py", ", resolver=_resolver())", ")")
+@pytest.mark.mutation("resolver-of-this-host")
 def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
     """Enterprise Linux has no ``nogroup``: there the group is ``nobody``."""
     with agent_host() as host:
@@ -224,7 +224,7 @@ def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
 
 
-@pytest.mark.taken_out("internal/netloom/agent/processes/services.py", ", resolver=_resolver())", ")")
+@pytest.mark.mutation("resolver-of-this-host")
 def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> None:
     """Before 2.88 dnsmasq reads what comes into its hostsdir, and keeps what goes (its changelog)."""
     with agent_host() as host:
@@ -353,7 +353,7 @@ def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
     wait_until(lambda: lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP)
 
 
-@pytest.mark.taken_out("internal/netloom/guest/serve.py", "            self._taken[at] = nic.password_id\n", "")
+@pytest.mark.mutation("a-taken-password-is-remembered")
 def test_defect_69_a_password_that_is_taken_while_no_agent_runs_is_erased_by_the_next(host: AgentHost) -> None:
     lease(host, WEB)
     host.kill()
@@ -397,9 +397,7 @@ def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -
     assert "203.0.113.21:8081" in host.run("ss", "-ltn", namespace=NS)
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/services.py", "services(scope, frozenset(taken), ", "services(scope, "
-)
+@pytest.mark.mutation("a-taken-port-is-not-balanced")
 def test_a_rule_that_cannot_bind_or_be_read_harms_no_other_and_is_named(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
@@ -487,11 +485,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
         assert host.processes("guest", "--control") == guest
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/dns.py",
-    "    return replace(told_resolvers(network, asked), dns=True)\n",
-    "    return network\n",
-)
+@pytest.mark.mutation("config-dns-starts-the-resolver", instead="network")
 @pytest.mark.parametrize("order", [("031", "033"), ("033", "031"), ("032", "033", "031")], ids="-".join)
 def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...]) -> None:
     words = {"031": "config-dhcp-subnet", "032": "add-dhcp-entry", "033": "config-dns-subnet"}
@@ -506,11 +500,7 @@ def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...
         assert lookup(host, WEB, "data-server.cs2cloud.internal") == SERVER
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/guest/serve.py",
-    "self._networks.setdefault(key, _Network(table))",
-    "self._networks.setdefault(key, next(iter(self._networks.values()), _Network(table)))",
-)
+@pytest.mark.mutation("a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _Network(table))")
 def test_defect_27_networks_with_the_same_addresses_have_leases_of_their_own(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}
     nic = other | DB_NIC | {"ip": WEB_IP, "nic_uuid": "6b7c2a10-0000-4000-8000-000000005103"}

@@ -195,11 +195,7 @@ def test_another_supervisor_adopts_what_runs() -> None:
             until(lambda: died == ["dns-9204 died"])
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/supervisor.py",
-    "    return _start_time(record.pid) == record.started\n",
-    "    return _start_time(record.pid) > 0\n",
-)
+@pytest.mark.mutation("a-recycled-pid-is-another-process", instead="_start_time(record.pid) > 0")
 def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
@@ -285,7 +281,7 @@ while True:
 """
 
 
-@pytest.mark.taken_out("internal/netloom/agent/processes/supervisor.py", "    _wake(service)\n", "")
+@pytest.mark.mutation("a-sleeping-master-is-woken")
 def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
@@ -303,11 +299,7 @@ def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.Monke
         assert it.converge(SCOPE, NAMESPACE, (replace(drowsy, config={"lb.cfg": "2"}),)) == ["reload lb"]
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/supervisor.py",
-    "            _reload(running.record.pid, service)\n",
-    "            os.kill(running.record.pid, signal.SIGUSR2)\n",
-)
+@pytest.mark.mutation("a-reload-waits-for-the-new-worker", instead="os.kill(running.record.pid, signal.SIGUSR2)")
 def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
     """From the moment on when ``converge`` is done: while the worker of before still listens, it takes every other."""
     with inside(NAMESPACE):
@@ -393,11 +385,7 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
     assert f"scope={SCOPE} {name} (pid " in log.read_text()
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/liveness.py",
-    ', (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY)',
-    ",",
-)
+@pytest.mark.mutation("resolver-is-also-asked-over-tcp")
 def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
@@ -420,9 +408,7 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
     loop.close()
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/liveness.py", " or time.monotonic() - began > waits * ANSWER_S + LATE_S", ""
-)
+@pytest.mark.mutation("a-late-prober-proves-nothing")
 def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
@@ -434,11 +420,7 @@ def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.Mon
     assert not asyncio.run(liveness.silent(nothing))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/supervisor.py",
-    '            raise HostRefused(f"{service.name}: the configuration was refused',
-    '            print(f"{service.name}: the configuration was refused',
-)
+@pytest.mark.mutation("a-refused-file-stays-a-candidate")
 def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> None:
     with _supervisor() as (it, _, _until):
         wanted = haproxy.service(BALANCED)
@@ -451,10 +433,8 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
         assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/supervisor.py",
-    "for name in self._known(scope_id) for step in self._end(scope_id, name)]",
-    "for scope, name in list(self._running) if scope[4:].startswith(scope_id[4:]) for step in self._end(scope, name)]",
+@pytest.mark.mutation(
+    "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._end(*key)]"
 )
 def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
@@ -468,11 +448,7 @@ def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
         assert list(it.states()) == [SCOPE]
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/processes/supervisor.py",
-    "        did = [step for name in self._known(scope_id) for step in self._end(scope_id, name)]\n",
-    '        did = [f"end {name}" for name in self._known(scope_id)]\n',
-)
+@pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"end {name}" for name in self._known(scope_id)]')
 def test_defect_41_nothing_is_left_of_an_ended_scope() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)

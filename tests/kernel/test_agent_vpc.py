@@ -59,11 +59,7 @@ def test_a_vpc_stands_before_its_tiers_and_leaves_nothing(host: AgentHost) -> No
     assert host.inventory() == before
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/vpc.py",
-    'its tiers cannot stand without it."""\n    return None\n',
-    'its tiers cannot stand without it."""\n    return replace(scope, vpc_implemented=False)\n',
-)
+@pytest.mark.mutation("a-vpc-ends-with-its-tiers", instead="replace(scope, vpc_implemented=False)")
 def test_defect_39_a_vpc_with_living_tiers_goes_whole(host: AgentHost) -> None:
     before = host.inventory()
     two_tiers(host)
@@ -85,14 +81,8 @@ def test_defect_39_a_vpc_with_living_tiers_goes_whole(host: AgentHost) -> None:
         assert host.inventory() == before
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/scopes.py", "self.lock = asyncio.Lock()", "self.lock = asyncio.Semaphore(99)"
-)
-@pytest.mark.taken_out(
-    "internal/netloom/agent/scopes.py",
-    "            self._store.save(outcome.scope)\n",
-    "            time.sleep(0.05)\n            self._store.save(outcome.scope)\n",
-)
+@pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
+@pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(outcome.scope)")
 def test_defect_68_a_vpcs_commands_and_its_tiers_take_turns(host: AgentHost) -> None:
     two_tiers(host)
 

@@ -199,11 +199,7 @@ def test_a_namespace_that_is_deleted_comes_back_with_all_that_ran_in_it() -> Non
         assert len(after["dnsmasq"]) == 1
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/serve.py",
-    "asyncio.ensure_future(scopes.restore())",
-    "asyncio.ensure_future(asyncio.sleep(0))",
-)
+@pytest.mark.mutation("the-agent-restores-at-its-start", instead="asyncio.ensure_future(asyncio.sleep(0))")
 def test_defect_61_after_a_power_cut_every_network_is_there_from_the_files_alone() -> None:
     vlans = [f"eth1.{2000 + number}" for number in range(8)]
     with agent_host("eth1.1204", "eth2.101", *vlans) as host:
@@ -269,9 +265,7 @@ def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
         assert lease(host, WEB)["ip"] == WEB_IP
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/plan/plan.py", '        aliases[bridge.name] = f"{ALIAS} carries {link}"\n', ""
-)
+@pytest.mark.mutation("an-adopted-bridge-is-ours")
 @pytest.mark.parametrize("reason", ["", "a VM", "an address"])
 def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reason: str) -> None:
     with agent_host() as host:

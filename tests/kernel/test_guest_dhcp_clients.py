@@ -82,7 +82,7 @@ def test_udhcpc_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
         client.wait()
 
 
-@pytest.mark.taken_out("internal/netloom/guest/table.py", "    if nic.default_nic:\n", "    if True:\n")
+@pytest.mark.mutation("only-the-default-nic-gets-a-router", instead="True")
 def test_defect_36_a_nic_that_is_not_the_default_gets_no_way_out(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     got = udhcpc(on.vm(SECOND), tmp_path)

@@ -50,7 +50,7 @@ def test_nothing_is_tried_in_a_process_that_was_not_started_for_it() -> None:
         process.connect().attempt(timeout_s=2)
 
 
-@pytest.mark.taken_out("internal/netloom/guest/sandbox.py", "    os.setresuid(USER_ID, USER_ID, USER_ID)\n", "")
+@pytest.mark.mutation("the-guest-process-is-not-root")
 def test_defect_19_what_the_kernel_says_of_the_process() -> None:
     with guest_process() as process:
         hello = process.connect().hello

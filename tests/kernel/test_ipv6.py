@@ -246,7 +246,7 @@ def test_names_have_both_addresses_over_both(host: AgentHost) -> None:
     assert b"\x05six-1" in asked(host, "vm", GATEWAY, f"{nibbles}.ip6.arpa", kind=12)
 
 
-@pytest.mark.taken_out("internal/netloom/render/dnsmasq.py", "in (nic.ip, nic.ip6) if", "in (nic.ip,) if")
+@pytest.mark.mutation("names-have-both-addresses")
 def test_defect_49_a_restore_keeps_both_addresses(host: AgentHost) -> None:
     call(host, "406", "restore-network")
     assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
@@ -333,7 +333,7 @@ def rules(host: AgentHost) -> Iterator[Any]:
     apply(allow=True)
 
 
-@pytest.mark.taken_out("internal/netloom/render/nft.py", ", ip6=network.speaks_ip6)", ")")
+@pytest.mark.mutation("egress-rules-are-about-ipv6-too")
 def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) -> None:
     web = {"protocol": "tcp", "portStart": 80, "portEnd": 80, "sourceCidrs": [], "destCidrs": []}
     with listening(host, "", 80, FAR), listening(host, "", 81, FAR):
@@ -374,7 +374,7 @@ def test_a_revoked_rule_ends_its_flows_and_no_others(host: AgentHost, rules: Any
                         receiver.recv(20)
 
 
-@pytest.mark.taken_out("internal/netloom/render/flows.py", 'ICMPV6) else "tombstone"', 'ICMPV6) else "keep"')
+@pytest.mark.mutation("an-unconnected-flow-is-marked-as-revoked", instead='"keep"')
 def test_a_revoked_rule_ends_what_has_no_connections_too(host: AgentHost, rules: Any) -> None:
     """UDP: neither end is heard any more, whichever sends; allowed again, it begins anew."""
     rules(allow=True)
@@ -425,11 +425,7 @@ def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> 
     assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/actions/builtin.py",
-    "        done = context.converge()\n        macs",
-    "        done = first\n        macs",
-)
+@pytest.mark.mutation("a-reboot-puts-back-what-links-lost", instead="first")
 def test_defect_47_a_reboot_of_the_device_keeps_its_address(host: AgentHost) -> None:
     done(act(host, "reboot-device", "501", network_id="520"))
     assert addresses(host, NS, LINK) == {GATEWAY}

@@ -14,9 +14,7 @@ def test_this_kernel_tells_when_they_are_through() -> None:
     assert packets.settled()
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/agent/host/flows.py", "        packets.settled()  # else", "        pass  # else"
-)
+@pytest.mark.mutation("packets-under-way-are-awaited")
 def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken away waits before it looks; what is only added need not."""
     order: list[str] = []

@@ -127,11 +127,7 @@ CASES: dict[str, tuple[Scope, Scope]] = {
 }  # fmt: skip
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/flows.py",
-    '        return "delete" if ways or flow.protocol in (TCP, ICMP, ICMPV6) else "tombstone"\n',
-    '        return "keep"\n',
-)
+@pytest.mark.mutation("a-flow-ends-with-what-allowed-it", instead='"keep"')
 @pytest.mark.parametrize("revoked", CASES)
 def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
     lab: Lab, talk: Callable[..., Talk], revoked: str
@@ -302,7 +298,7 @@ def test_another_source_nat_address_ends_the_old_ones_flows(lab: Lab, talk: Call
         assert (data, peer[0]) == (b"again", A2.address)
 
 
-@pytest.mark.taken_out("internal/netloom/render/flows.py", " or _held(before) != _held(after):", ":")
+@pytest.mark.mutation("a-new-address-redirects-open-flows")
 def test_who_spoke_to_an_address_outside_speaks_to_whom_it_leads_to_when_it_comes(lab: Lab) -> None:
     """An address of another network, say, that moved here: a guest that never stops sending finds the way inside."""
     lab.renew(wish(held=(A1,)))

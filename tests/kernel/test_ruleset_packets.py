@@ -70,22 +70,14 @@ def test_nothing_new_comes_in_on_a_public_address_without_a_rule(lab: Lab) -> No
         )  # fmt: skip
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    '    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains]',
-    '    return [Chain(name=name, rules=(bind, *lines, "accept")), *chains]',
-)
+@pytest.mark.mutation("an-address-is-closed-but-for-its-rules", instead='"accept"')
 def test_defect_02_an_address_without_a_rule_is_closed_while_its_neighbour_has_rules(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1), forward(A2, "22", VM2)]))
     assert lab.answered(tcp(A1.address, 22))[0].startswith("vm1 ")
     lab.silent(tcp(A2.address, 22))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    '    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains]',
-    '    return [Chain(name=name, rules=(bind, *lines, "accept")), *chains]',
-)
+@pytest.mark.mutation("an-address-is-closed-but-for-its-rules", instead='"accept"')
 def test_defect_03_static_nat_after_the_firewall_list_opens_nothing(lab: Lab) -> None:
     before = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
     lab.renew(before)
@@ -153,18 +145,10 @@ def test_firewall_absent_opens_ingress_for_what_is_translated(lab: Lab) -> None:
     lab.silent(tcp(A1.address, 80), tcp(A1.address, 8080), udp(A1.address, 53), tcp(A1.address, 53))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py", '        rules=(*rules, "drop"),\n', '        rules=(*rules, "accept"),\n'
-)
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    """f'oifname "{names.public_link(vlan)}" ip saddr != {_one_of(addresses)} drop'""",
-    '"counter"',
-)
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    'hook="type filter hook forward priority filter; policy drop;"',
-    'hook="type filter hook forward priority filter; policy accept;"',
+@pytest.mark.mutation("only-translated-packets-come-in", instead='"accept"')
+@pytest.mark.mutation("only-held-addresses-leave", instead='"counter"')
+@pytest.mark.mutation(
+    "nothing-is-forwarded-without-a-rule", instead='"type filter hook forward priority filter; policy accept;"'
 )
 def test_defect_01_a_neighbour_with_a_route_reaches_neither_guests_nor_the_device(lab: Lab) -> None:
     lab.renew(
@@ -221,11 +205,7 @@ def test_a_guest_uses_its_own_addresses_only(lab: Lab) -> None:
         lab.ip("vm1", "addr del 192.0.2.77/32 dev lo", "addr del 203.0.113.20/32 dev lo")
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    'f"goto {_chain_of(it)}" for it in now.held}',
-    'f"goto {_chain_of(it)}" for it in now.held if len(it.address) < 15}',
-)
+@pytest.mark.mutation("every-held-address-has-its-firewall", instead="[it for it in now.held if len(it.address) < 15]")
 def test_defect_06_an_address_of_15_characters_has_its_firewall(lab: Lab) -> None:
     assert len(C1.address) == 15
     lab.renew(wish(admit(C1, "tcp", "22"), held=(A1, C1), static=[static(C1, VM1)]))
@@ -302,11 +282,7 @@ def test_guests_leave_with_the_source_nat_address(lab: Lab) -> None:
         lab.answered(ping(STRANGER, "vm1"))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    '    rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")\n',
-    "",
-)
+@pytest.mark.mutation("static-nat-sets-the-source")
 def test_defect_30_static_nat_goes_both_ways_and_beats_source_nat(lab: Lab) -> None:
     lab.renew(wish(admit(A2, "tcp", "22"), held=(A1, A2), static=[static(A2, VM2)]))
     assert lab.answered(tcp(A2.address, 22))[0].startswith(f"vm2 {CLIENT}:")
@@ -322,9 +298,7 @@ def test_without_a_source_nat_address_no_private_address_leaves(lab: Lab) -> Non
     assert lab.answered(udp(STRANGER, 53, "vm2"))[0].split()[1].startswith(B1.address)
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py", 'ct status dnat snat ip to {it.device_ip}"', 'ct status dnat accept"'
-)
+@pytest.mark.mutation("hairpin-comes-from-the-device")
 def test_defect_31_hairpin_to_port_forwards_and_static_nat(lab: Lab) -> None:
     lab.renew(
         wish(
@@ -457,11 +431,7 @@ def _hop(lab: Lab, space: str, source: str, target: str, ttl: int) -> tuple[int,
         return heard[0][20], str(heard[1][0])
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    '    bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"\n',
-    '    bind = "counter"\n',
-)
+@pytest.mark.mutation("a-flow-is-bound-to-its-exit", instead='"counter"')
 def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
     lab.renew(
         wish(
@@ -704,11 +674,7 @@ def _broadcast(source: str, sport: int, dport: int, data: bytes) -> bytes:
 # Addresses come and go
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    'f"goto {_chain_of(it)}" for it in now.held}',
-    'f"goto {_chain_of(it)}" for it in now.held[1:]}',
-)
+@pytest.mark.mutation("every-held-address-has-its-firewall", instead="now.held[1:]")
 def test_defects_33_34_35_releasing_one_address_leaves_its_namesakes_alone(lab: Lab) -> None:
     two, twenty = replace(A2, address="203.0.113.2"), A1
     twenty_one = replace(A2, address="203.0.113.21")
@@ -748,7 +714,7 @@ def test_segments_are_clamped_to_the_smaller_mtu_both_ways(lab: Lab) -> None:
         lab.ip("dev", "link set pub-101 mtu 1500")
 
 
-@pytest.mark.taken_out("internal/netloom/render/scope.py", '            f"{conf}.send_redirects": "0",\n', "")
+@pytest.mark.mutation("guests-get-no-redirects")
 def test_a_guest_is_not_told_a_shorter_way_around_the_device(lab: Lab) -> None:
     """A hairpin leaves by the link that it came in by; a guest that believed a redirect would lose its translation."""
     lab.renew(wish(admit(A1, "tcp", "22"), forwards=[forward(A1, "22", VM1)]))

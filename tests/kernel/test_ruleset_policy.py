@@ -41,11 +41,7 @@ def left_as(lab: Lab, vm: str, target: str = STRANGER, protocol: str = "tcp", po
     return answer.split()[1].partition(":")[0]
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    "    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]\n",
-    "",
-)
+@pytest.mark.mutation("a-chosen-exit-has-its-source")
 def test_what_is_to_a_prefix_leaves_by_another_exit_with_that_exits_address(lab: Lab) -> None:
     base = wish(held=(A1, B1))
     lab.renew(base)
@@ -73,11 +69,7 @@ def test_what_is_from_a_guest_leaves_by_another_gateway_of_the_same_vlan(lab: La
     assert [left_as(lab, it) for it in VMS] == [A1.address, A2.address, A1.address]
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    'ct direction original meta mark set meta mark | {POLICY:#010x}"',
-    'meta mark set meta mark | {POLICY:#010x}"',
-)
+@pytest.mark.mutation("replies-ask-no-policy", instead='f"{outward} meta mark set meta mark | {POLICY:#010x}"')
 def test_replies_leave_where_the_request_came_in_whatever_the_policy(lab: Lab) -> None:
     base = wish(
         admit(A1, "tcp", "22"), admit(B1, "all"), held=(A1, B1), forwards=[forward(A1, "22", VM1)],

@@ -194,11 +194,7 @@ def test_named_counters_keep_their_values_through_refills_and_deltas(bench: Benc
         assert bench.listed()["counter", "seen"]["packets"] == packets
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/ruleset.py",
-    "    removed, added = _element_delta(have, want)\n",
-    "    removed, added = _element_delta(have, want)\n    return fresh(want)\n",
-)
+@pytest.mark.mutation("a-swap-keeps-what-both-have", instead="fresh(want)")
 def test_defect_04_a_flood_of_new_flows_meets_neither_a_loss_nor_a_hole_during_200_swaps() -> None:
     """Only the firewall stands between the forbidden ports and their guests: both are forwarded."""
     both = [forward(A1, "6000-6001", VM1, protocol="udp")]

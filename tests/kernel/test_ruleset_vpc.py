@@ -139,9 +139,7 @@ CIDRS = st.lists(
 LISTS = lists(CIDRS, number="47", icmp_type=8, other_type=13) | st.just((ALL_IN,))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py", 'jump {_out_chain(it)}" for it in tiers]', 'counter" for it in tiers]'
-)
+@pytest.mark.mutation("the-source-tiers-list-is-asked")
 @settings(max_examples=15)
 @given(LISTS, LISTS)
 def test_packets_do_what_the_lists_say(
@@ -158,11 +156,7 @@ def test_packets_do_what_the_lists_say(
 # ------------------------------------------------------------------------------------------------- defects by name
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/acl.py",
-    '"accept" if acl.lets_in else "drop"]\n\n\ndef egress_lines',
-    '"accept"]\n\n\ndef egress_lines',
-)
+@pytest.mark.mutation("a-list-has-its-own-end", instead='"accept"')
 def test_defect_10_a_lists_end_is_of_its_own_tier(lab: Lab) -> None:
     lab.renew(vpc((ALL_IN,), None))
     lab.answered(Try("b1", "tcp", HOMES["a1"], 22), Try("inet", "tcp", NAT, FORWARDED, CLIENT))
@@ -172,9 +166,7 @@ def test_defect_10_a_lists_end_is_of_its_own_tier(lab: Lab) -> None:
     lab.answered(Try("a1", "tcp", HOMES["b1"], 22), Try("b1", "tcp", HOMES["a1"], 22), Try("a1", "tcp", STRANGER, 22))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py", 'jump {_out_chain(it)}" for it in tiers]', 'counter" for it in tiers]'
-)
+@pytest.mark.mutation("the-source-tiers-list-is-asked")
 def test_defect_11_the_egress_list_of_the_source_tier_is_asked_between_tiers(lab: Lab) -> None:
     shut = (ALL_IN, item(2, "deny", "egress"))
     lab.renew(vpc(shut, (ALL_IN,)))
@@ -182,9 +174,7 @@ def test_defect_11_the_egress_list_of_the_source_tier_is_asked_between_tiers(lab
     lab.answered(Try("b1", "icmp", HOMES["a1"]), Try("b1", "tcp", HOMES["a1"], 22))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py", '"ip daddr . tcp dport vmap @balanced_by_list"', '"tcp dport 8000 accept"'
-)
+@pytest.mark.mutation("a-balanced-port-is-judged-by-its-list", instead='rules.append("tcp dport 8000 accept")')
 def test_balanced_ports_are_judged_by_the_clients_own_address(lab: Lab) -> None:
     """apache/cloudstack #9054: the virtual router's load balancer went around the lists."""
     lab.renew(vpc((item(1, "allow", "ingress", "tcp", "80", f"{CLIENT}/32"),), None))
@@ -192,7 +182,7 @@ def test_balanced_ports_are_judged_by_the_clients_own_address(lab: Lab) -> None:
     lab.silent(Try("inet", "tcp", NAT, BALANCED, STRANGER), Try("b1", "tcp", NAT, BALANCED))
 
 
-@pytest.mark.taken_out("internal/netloom/render/active.py", " or it.network_id in judged", "")
+@pytest.mark.mutation("a-tiers-firewall-is-asked-too", instead="not scope.is_vpc")
 def test_a_tier_with_a_firewall_has_it_besides_its_list(lab: Lab) -> None:
     """On the addresses that it asked for, and on what its guests begin outward; the VPC's own address has none."""
     base = vpc((ALL_IN,), (ALL_IN,))
@@ -242,11 +232,7 @@ def test_protocols_by_number(lab: Lab) -> None:
 # ------------------------------------------------------------------------------------------------------ open flows
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/flows.py",
-    "            return _decides(acl.ingress",
-    "            return True or _decides(acl.ingress",
-)
+@pytest.mark.mutation("a-flow-ends-with-its-list-item", instead="True")
 def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> None:
     ssh = item(5, "allow", "ingress", "tcp", "22")
     lab.renew(vpc((ssh, item(6, "allow", "ingress", "tcp", "8080")), (ALL_IN,)))
@@ -291,12 +277,7 @@ def test_the_source_nat_address_changes_and_the_former_keeps_what_leads_inward(l
         it.close()
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/network.py", "            if it.network_id != network_id or", "            if"
-)
-@pytest.mark.taken_out(
-    "internal/netloom/commands/network.py", " it.source_nat or key in kept", " key in kept and not kept"
-)
+@pytest.mark.mutation("addresses-of-other-tiers-stay", instead="False")
 def test_defect_37_a_tier_that_goes_takes_nothing_of_the_others(lab: Lab) -> None:
     before = vpc((ALL_IN,), (ALL_IN,))
     lab.renew(before)
@@ -312,10 +293,8 @@ def test_defect_37_a_tier_that_goes_takes_nothing_of_the_others(lab: Lab) -> Non
     lab.answered(Try("b1", "tcp", HOMES["a1"], 22), Try("inet", "tcp", NAT, FORWARDED, CLIENT))
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/render/nft.py",
-    "tuple(ingress_lines(acl))),",
-    'tuple(it for it in ingress_lines(acl) if "6001" not in it)),',
+@pytest.mark.mutation(
+    "a-tier-has-all-lines-of-its-list", instead='tuple(it for it in ingress_lines(acl) if "6001" not in it)'
 )
 def test_defect_05_a_flood_meets_neither_a_loss_nor_a_hole_while_lists_are_exchanged() -> None:
     """Of two ports the first list item that matches allows one and denies the other; the rest changes all the time."""

@@ -168,12 +168,8 @@ def test_what_tenants_send_each_other_and_the_world_is_none_of_our_business(stan
     assert pings(standing, TWO, RESOLVER)
 
 
-@pytest.mark.taken_out("internal/netloom/render/scope.py", 'forwarding="0" if now.plain else "1"', 'forwarding="1"')
-@pytest.mark.taken_out(
-    "internal/netloom/render/plain_network.py",
-    "forward priority filter; policy drop",
-    "forward priority 0; policy accept",
-)
+@pytest.mark.mutation("no-forwarding-in-a-plain-network", instead='"1"')
+@pytest.mark.mutation("plain-networks-forward-nothing", instead='"type filter hook forward priority 0; policy accept;"')
 def test_the_device_forwards_nothing(standing: AgentHost) -> None:
     before = json.loads(standing.run("ip", "-j", "route", "get", RESOLVER, namespace=ONE))[0]["gateway"]
     assert before == "10.30.0.1"
@@ -201,7 +197,7 @@ def test_a_neighbour_with_a_vms_address_gets_nothing_of_it(standing: AgentHost) 
         standing.ip("netns", "del", "thief")
 
 
-@pytest.mark.taken_out("internal/netloom/render/plain_network.py", '*(f"ip saddr {it} drop" for it in routers),', "")
+@pytest.mark.mutation("routers-do-not-reach-the-device")
 def test_routers_and_strangers_reach_nothing_of_the_device(standing: AgentHost) -> None:
     fabric = standing.fabric
     standing.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)

@@ -1,9 +1,9 @@
-"""A test that names what it stands on fails once that is taken out.
+"""A test with mutation marks fails once its guards are removed.
 
-``@pytest.mark.taken_out(file, text, instead)`` stands on a test: in a copy of the repository in which ``text`` of
-``file`` is replaced by ``instead``, the test must fail: by what it claims, not while it is set up or torn down, and not
-because the copy no longer loads. So a test that would pass whatever the program does is found, and so is one that
-outlived what it guards. Several marks on one test go together: where there are two barriers, both are taken out.
+In a copy of the repository the guards that the marks name are changed as :mod:`mutants.marks` defines. The test must
+then fail by its own assertion: not in its set-up or tear-down, and not because the copy no longer loads. This finds a
+test that would pass whatever the program does, and a test that outlived its guard. Several marks on one test go
+together: where two barriers do the same, both are removed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mutants.marks import ROOT, Mutant, mutants
+from mutants.marks import ROOT, Mutant, mutants, mutated
 
 COPIED = ("internal", "cmd", "tests", "build", "pyproject.toml", "README.md", "Makefile")
 IGNORED = shutil.ignore_patterns("__pycache__")
 LIMIT_S = 300
-# How a test fails whose program is spoilt: that says nothing of what was taken out.
+# A program that no longer loads fails with these: they say nothing about the guard.
 BROKEN = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError", "NameError", "UnboundLocalError")
 
 
@@ -46,11 +46,9 @@ def copy() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mutant", list(mutants()), ids=_named)
-def test_the_test_fails_when_what_it_stands_on_is_taken_out(mutant: Mutant, copy: Path) -> None:
-    for file, text, instead in mutant.taken_out:
-        source = (copy / file).read_text()
-        assert source.count(text) == 1, f"{file} has {text!r} {source.count(text)} times"
-        (copy / file).write_text(source.replace(text, instead))
+def test_the_test_fails_without_its_guards(mutant: Mutant, copy: Path) -> None:
+    for path, source in mutated(mutant.mutations).items():
+        (copy / path).write_text(source)
     report = copy / "report.xml"
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", mutant.test, "-x", "--no-header", f"--junit-xml={report}"],

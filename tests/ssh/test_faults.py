@@ -21,11 +21,7 @@ SILENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/deadline.py",
-    "        self.ends = started + timeout_s - self.margin_s\n",
-    "        self.ends = started + 60\n",
-)
+@pytest.mark.mutation("a-call-ends-before-cloudstacks-limit", instead="started + 60")
 @pytest.mark.parametrize("case", SILENT)
 def test_defect_53_the_deadline_is_kept(case: str, lab: SshLab, caller: Caller) -> None:
     details, said = SILENT[case]
@@ -46,11 +42,7 @@ def test_silent_hosts_are_told_long_before_the_deadline(lab: SshLab, caller: Cal
     assert ended.took_s < 12
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/placement.py",
-    "        return Fail(_stays(now, stored.failure))\n    if not all_answered and",
-    "        return Use(now.order[-1])\n    if not all_answered and",
-)
+@pytest.mark.mutation("a-network-of-a-silent-host-stays", instead="Use(now.order[-1])")
 def test_defect_59_a_network_of_the_silent_host_is_not_moved(lab: SshLab, caller: Caller) -> None:
     details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=KEYS)
     lab.h1.play("silent")
@@ -148,11 +140,7 @@ REPLIES: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/errors.py",
-    '    """The host answered and refused, or failed, the operation."""\n\n    exit_code = 3\n',
-    '    """The host answered and refused, or failed, the operation."""\n\n    exit_code = 2\n',
-)
+@pytest.mark.mutation("a-refusal-of-the-host-is-status-3", instead="2")
 @pytest.mark.parametrize(("reply", "status", "said"), REPLIES)
 def test_defect_56_what_the_agent_refuses_is_one_line(
     reply: dict[str, Any], status: int, said: str, lab: SshLab, caller: Caller
@@ -172,7 +160,7 @@ def test_output_is_printed_where_the_protocol_defines_one(lab: SshLab, caller: C
     assert caller.call("assign-ip", details, STORED, {"public_ip": "203.0.113.5"}).output == ""
 
 
-@pytest.mark.taken_out("internal/netloom/extension/call.py", "    _end_on_signals(ending)\n", "")
+@pytest.mark.mutation("a-signal-ends-the-call")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_defect_54_a_signal_ends_the_call_at_once(
     number: signal.Signals, status: int, lab: SshLab, caller: Caller
@@ -211,10 +199,9 @@ def test_a_server_that_drops_connections_when_many_come_is_tried_again(lab: SshL
     assert json.loads(caller.finish(call, began).output)["host"] == "10.99.0.11"
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/dispatch.py",
-    "        reply = await hosts.call(decision.host, call)\n",
-    "        reply = await hosts.call(decision.host, locate) and await hosts.call(decision.host, call)\n",
+@pytest.mark.mutation(
+    "a-command-is-one-channel",
+    instead="await hosts.call(decision.host, locate) and await hosts.call(decision.host, call)",
 )
 def test_defect_66_a_command_is_one_connection_and_one_channel(lab: SshLab, caller: Caller) -> None:
     before = len(lab.h1.logins())

@@ -31,11 +31,7 @@ def test_the_type_of_key_that_is_known_is_asked_for(lab: SshLab, caller: Caller)
     assert caller.ensure(details(lab, caller)).output == PLACED
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/hostkeys.py",
-    "        if any(entry.key == shown for entry in known):\n",
-    "        if known:\n",
-)
+@pytest.mark.mutation("a-changed-host-key-is-refused", instead="known")
 def test_defect_16_a_changed_key_is_refused_before_any_login(lab: SshLab, caller: Caller) -> None:
     """Field note fault 17: no silent accept, and the message names the remedy."""
     assert caller.ensure(details(lab, caller)).output == PLACED

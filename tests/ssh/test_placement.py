@@ -59,11 +59,7 @@ def test_garbled_details_are_unknown_details(garbage: str, lab: SshLab, caller: 
     assert chosen(ended) == H1
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/placement.py",
-    "        return Fail(_stays(now, stored.failure))\n    if not all_answered and",
-    "        return Use(now.order[-1])\n    if not all_answered and",
-)
+@pytest.mark.mutation("a-network-of-a-silent-host-stays", instead="Use(now.order[-1])")
 def test_defect_58_a_network_does_not_leave_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
     for command in ("ensure-network-device", "shutdown-network"):
         ended = caller.call(command, details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))
@@ -78,9 +74,7 @@ def test_a_candidate_that_holds_the_network_answers_for_a_host_that_is_down(lab:
     assert chosen(caller.ensure(details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))) == H2
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/placement.py", "(stored.holds or now.stored in now.order)", "now.stored in now.order"
-)
+@pytest.mark.mutation("a-host-off-the-list-keeps-its-networks")
 def test_defect_60_a_host_that_left_the_list_keeps_what_it_holds(lab: SshLab, caller: Caller) -> None:
     lab.h1.play(holds=["net-42"])
     assert chosen(caller.ensure(details(lab, caller, H2), stored(H1))) == H1
@@ -138,11 +132,7 @@ def test_the_owner_is_the_directory_of_the_executable_and_the_physical_network(l
     assert "netloom/phys-1" not in caller.log
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/request.py",
-    "    payload_text = dump(envelope.payload)\n",
-    "    payload_text = payload_file\n",
-)
+@pytest.mark.mutation("registration-does-not-cross-the-wire", instead="payload_file")
 def test_defect_17_secrets_of_the_registration_do_not_cross_the_wire(lab: SshLab, caller: Caller) -> None:
     given = details(lab, caller, password="hunter2 hunter2")
     assert caller.call("implement-network", given, stored(H1)).output == ""

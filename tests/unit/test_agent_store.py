@@ -72,7 +72,7 @@ def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         Store(str(tmp_path / "file" / "scopes"))
 
 
-@pytest.mark.taken_out("internal/netloom/logfile.py", "st_size > BYTES_MAX", "st_size < 0")
+@pytest.mark.mutation("the-log-is-bounded")
 def test_defect_63_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logfile, "BYTES_MAX", 1000)
     log = Log(str(tmp_path / "netloom" / "agent.log"))

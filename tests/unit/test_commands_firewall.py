@@ -60,11 +60,7 @@ def test_a_firewall_before_implement_is_remembered() -> None:
     assert network(play(play(None, "023").scope, "020")).firewall == Firewall(default_egress_allow=False)
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/firewall.py",
-    "    port_start: Port | None = None\n",
-    "    port_start: Number | None = None\n",
-)
+@pytest.mark.mutation("a-port-is-at-most-65535", instead="99999")
 def test_defect_07_one_wrong_rule_leaves_the_firewall_as_it_was() -> None:
     scope = play(implement().scope, "070").scope
     assert scope is not None

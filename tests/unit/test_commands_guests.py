@@ -164,11 +164,7 @@ def test_one_restore_gives_every_listed_vm_all_it_needs() -> None:
     assert told("110", after=scope) == scope
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/restore.py",
-    "    for vm in data.vms:\n",
-    "    told = replace(told, nics={})\n    for vm in data.vms:\n",
-)
+@pytest.mark.mutation("a-restore-keeps-other-vms", instead="replace(_moved(told, data.vms), nics={})")
 def test_a_restore_leaves_other_vms_and_all_passwords_alone() -> None:
     other: dict[str, Any] = {
         "nic_id": "5109",

@@ -56,7 +56,7 @@ def test_firewall_absent_opens_ingress() -> None:
     assert done.scope.ingress_open
 
 
-@pytest.mark.taken_out("internal/netloom/commands/network.py", "    if not network.vlan:\n", "    if False:\n")
+@pytest.mark.mutation("a-network-has-a-vlan")
 def test_defect_43_an_empty_vlan_names_its_cause() -> None:
     with pytest.raises(BadRequest, match=r"payload\.vlan is empty.*network\.isolation\.method.*14077"):
         implement(vlan="")
@@ -77,9 +77,7 @@ def test_another_tag_may_come_on_a_living_network() -> None:
     assert again.scope.revision == 2
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/scalars.py", "        if bare.lower() == UNTAGGED:\n", "        if False:\n"
-)
+@pytest.mark.mutation("a-vlan-may-be-untagged")
 def test_defect_44_an_untagged_guest_network() -> None:
     assert network(implement(vlan="vlan://untagged")).vlan == "untagged"
 
@@ -208,11 +206,7 @@ def test_what_comes_while_a_network_goes_begins_nothing(command: str) -> None:
     assert call(None, command, network_state="allocated", **fields).scope is not None
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/commands/network.py",
-    "    port_forwards = {key: it for key, it in scope.port_forwards.items() if it.network_id != network_id}\n",
-    "    port_forwards = dict(scope.port_forwards)\n",
-)
+@pytest.mark.mutation("port-forwards-end-with-their-tier", instead="dict(scope.port_forwards)")
 def test_defect_38_nothing_of_a_tier_outlives_it_and_nothing_of_a_vpc_its_end() -> None:
     scope = None
     for name in ("202", "210", "211", "213", "230", "225", "226", "227", "228"):

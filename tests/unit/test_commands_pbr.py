@@ -168,7 +168,7 @@ def test_names_that_are_taken_or_none_are_refused(name: str) -> None:
     refused(standing(), "create-table", table_id="100", table_name=name)
 
 
-@pytest.mark.taken_out("internal/netloom/protocol/pbr.py", '"via": IPv4.parse', '"via": str')
+@pytest.mark.mutation("a-next-hop-is-an-address", instead="str")
 @pytest.mark.parametrize(
     "text",
     [

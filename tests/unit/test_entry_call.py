@@ -100,7 +100,7 @@ FILES: dict[str, str] = {
 }
 
 
-@pytest.mark.taken_out("internal/netloom/protocol/envelope.py", "    if not details.candidates:\n", "    if False:\n")
+@pytest.mark.mutation("a-registration-names-hosts")
 @pytest.mark.parametrize("what", FILES)
 def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_path: Path) -> None:
     """Field note fault 20, and 19 as far as it concerns the envelope."""

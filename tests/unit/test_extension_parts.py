@@ -166,9 +166,7 @@ def test_home_is_that_of_passwd_when_unset() -> None:
     assert home_of({}, 4_000_000) == ""
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/directory.py", "    if stat.S_IMODE(found.st_mode) & 0o077:\n", "    if False:\n"
-)
+@pytest.mark.mutation("the-directory-is-private")
 def test_defect_21_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
     uid = os.geteuid()
     new = tmp_path / "a" / "b"
@@ -186,11 +184,7 @@ def test_defect_21_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None
     assert unusable(str(tmp_path / "file" / "below"), uid) == "Not a directory"
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/extension/directory.py",
-    "        if why := _unsafe_above(path, uid):\n",
-    '        if why := "":\n',
-)
+@pytest.mark.mutation("no-other-can-exchange-the-directory", instead='(why := "")')
 def test_a_directory_that_another_could_exchange_is_not_used(tmp_path: Path) -> None:
     uid, above = os.geteuid(), tmp_path / "home" / ".cache"
     above.mkdir(parents=True)

@@ -18,11 +18,7 @@ def test_what_others_rely_on_is_as_it_was() -> None:
     assert (names.bridge("eth1", "1204"), names.vlan_link("eth1", "1204")) == ("breth1-1204", "eth1.1204")
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/names.py",
-    "    if len(name) <= LINK_NAME_MAX:\n        return name\n",
-    "    if name:\n        return name\n",
-)
+@pytest.mark.mutation("a-long-link-name-is-hashed", instead="True")
 @pytest.mark.parametrize("nic", ["eth1", "enp129s0f0", "enx0123456789ab"])
 @pytest.mark.parametrize("tag", [*TAGS[:5], names.UNTAGGED])
 def test_defect_45_long_names_of_nics_and_long_ids_fit(nic: str, tag: str) -> None:
@@ -32,9 +28,7 @@ def test_defect_45_long_names_of_nics_and_long_ids_fit(nic: str, tag: str) -> No
     assert [it for it in made if len(it) > names.LINK_NAME_MAX] == []
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/names.py", '    return f"vnetp{digits}"\n', '    return f"vnetp{digits}"[:9]\n'
-)
+@pytest.mark.mutation("a-host-port-has-every-digit", instead='f"vnetp{digits}"[:9]')
 def test_defect_46_no_two_networks_share_a_name() -> None:
     """The reference cut the names of 1234567 and 305419896 on VLAN 4094 to the same one."""
     guests = [names.guest_port(it) for it in IDS]

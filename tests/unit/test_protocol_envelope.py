@@ -47,19 +47,13 @@ def test_host_is_used_when_hosts_is_absent() -> None:
     assert envelope(host="kvm-1.example.org").details.candidates == ("192.0.2.11", "192.0.2.12")
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/scalars.py",
-    "        elif isinstance(value, int) and not isinstance(value, bool):\n            number = value\n",
-    "",
-)
+@pytest.mark.mutation("a-number-may-be-a-json-number")
 @pytest.mark.parametrize("port", ["2222", 2222])
 def test_defect_67_a_port_that_is_a_json_number_is_the_port(port: object) -> None:
     assert envelope(port=port).details.port == 2222
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/envelope.py", '            text = text.replace("\\\\n", "\\n")\n', "            pass\n"
-)
+@pytest.mark.mutation("a-key-gets-its-lines-back")
 def test_defect_23_a_key_keeps_its_lines_and_gets_its_last_newline() -> None:
     key = "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
     for sent in (key, key.rstrip(), key.replace("\n", "\r\n"), key.strip().replace("\n", "\\n"), f"\n{key}\n\n"):
@@ -68,11 +62,7 @@ def test_defect_23_a_key_keeps_its_lines_and_gets_its_last_newline() -> None:
         assert told.reveal() == key
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/envelope.py",
-    "        text = string(value, limit=SECRET_CHARACTERS_MAX, secret=True)\n",
-    "        text = string(value, limit=SECRET_CHARACTERS_MAX, secret=True).strip()\n",
-)
+@pytest.mark.mutation("a-password-keeps-every-character", instead="cls(text.strip())")
 def test_defect_24_a_password_may_hold_any_character() -> None:
     password = "a\"b\\c é €  $(id) 'x' <&>=\n"
     told = envelope(password=password).details.password
@@ -233,9 +223,7 @@ def test_the_scope_of_a_payload(payload: object, scope_id: str) -> None:
     assert scope_id_of("assign-ip", load_object(json.dumps(payload).encode(), root="payload")) == scope_id
 
 
-@pytest.mark.taken_out(
-    "internal/netloom/protocol/envelope.py", "    if not ids.network_id and not ids.vpc_id:\n", "    if False:\n"
-)
+@pytest.mark.mutation("a-payload-names-its-scope")
 def test_defect_55_a_missing_network_id_is_told() -> None:
     with pytest.raises(BadRequest, match=r"payload\.network_id is missing"):
         scope_id_of("assign-ip", {})

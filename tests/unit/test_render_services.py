@@ -28,7 +28,7 @@ def test_a_vm_that_comes_changes_no_configuration() -> None:
     assert dnsmasq.service("net-204", more).config == dnsmasq.service("net-204", NETWORK).config
 
 
-@pytest.mark.taken_out("internal/netloom/render/dnsmasq.py", '        "no-hosts",\n', "")
+@pytest.mark.mutation("resolver-reads-no-hosts-file")
 def test_defect_20_the_resolver_knows_nothing_of_the_host() -> None:
     text = dnsmasq.service("net-204", NETWORK).config["dnsmasq.conf"].splitlines()
     assert {"no-hosts", "no-resolv", "server=198.51.100.53", "server=198.51.100.54"} <= set(text)

@@ -61,7 +61,7 @@ class _Slot:
 
     def __init__(self, scope_id: str) -> None:
         self.scope_id = scope_id
-        self.lock = asyncio.Lock()
+        self.lock = asyncio.Lock()  # guard: one-call-of-a-scope-at-a-time
         self.users = 0
         self.scope: Scope | None = None
         self.loaded = False
@@ -306,7 +306,7 @@ class Scopes:
                 slot.ended = True
             slot.scope = None
         elif outcome.scope != slot.scope:
-            self._store.save(outcome.scope)
+            self._store.save(outcome.scope)  # guard: state-is-saved-first
             slot.scope, slot.ended = outcome.scope, False
         done = self._converge(slot) if slot.scope is not None or slot.ended else HostChanges()
         steps.append(done.count)

@@ -46,7 +46,7 @@ def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "", check
     except ValueError:
         complain(f"--check-every {check_every}: not a number of seconds")
         return 1
-    os.umask(0o077)
+    os.umask(0o077)  # guard: agent-creates-private-files
     if os.geteuid() != 0:
         complain("serve needs root")
         return 1
@@ -97,7 +97,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
-    restoring = asyncio.ensure_future(scopes.restore())
+    restoring = asyncio.ensure_future(scopes.restore())  # guard: the-agent-restores-at-its-start
     going_on = [
         asyncio.ensure_future(scopes.keep_tidy()),
         asyncio.ensure_future(scopes.keep_checked(check_every_s)),

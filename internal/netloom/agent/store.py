@@ -81,7 +81,11 @@ class Store:
         text = msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
         try:
             try:
-                fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                fd = os.open(
+                    new,
+                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
+                    0o600,  # guard: state-is-readable-by-root-alone
+                )
                 with open(fd, "wb") as file:
                     file.write(text)
                     file.flush()

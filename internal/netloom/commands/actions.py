@@ -28,7 +28,7 @@ BUILT_IN = {
 
 # CloudStack keeps the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), and what is in quotes
 # there is escaped once more. A longer result fails the job after everything was done.
-OUTPUT_CHARACTERS_MAX = 48_000
+OUTPUT_CHARACTERS_MAX = 48_000  # guard: a-page-holds-a-thousand-rules
 
 
 def check_known(action: str, hooks: Collection[str]) -> None:

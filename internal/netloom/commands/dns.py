@@ -24,7 +24,7 @@ def remove_dns_entry(network: Network, asked: RemoveDnsEntry) -> Network:
 
 def config_dns_subnet(network: Network, asked: ConfigDnsSubnet) -> Network:
     """The resolver answers on the network."""
-    return replace(told_resolvers(network, asked), dns=True)
+    return replace(told_resolvers(network, asked), dns=True)  # guard: config-dns-starts-the-resolver
 
 
 def remove_dns_subnet(network: Network, asked: RemoveDnsSubnet) -> Network:

@@ -56,9 +56,14 @@ def release_ip(scope: Scope, asked: ReleaseIp, context: Context) -> Scope:
     address, of = _named(asked), str(asked.network_id)
     scope = replace(
         scope,
-        static_nats={key: it for key, it in scope.static_nats.items() if key != address or it.network_id != of},
+        static_nats={  # guard: release-ip-ends-static-nat
+            key: it for key, it in scope.static_nats.items() if key != address or it.network_id != of
+        },
         port_forwards={
-            key: it for key, it in scope.port_forwards.items() if it.public_ip != address or it.network_id != of
+            key: it
+            for key, it in scope.port_forwards.items()
+            if it.public_ip != address  # guard: release-ip-is-no-prefix-match
+            or it.network_id != of
         },
         lb_rules={key: it for key, it in scope.lb_rules.items() if it.public_ip != address or it.network_id != of},
     )
@@ -150,7 +155,7 @@ def _held(scope: Scope, asked: PublicAddress) -> Scope:
 
 def _public_ip(scope: Scope, asked: PublicAddress | VpcPublicAddress, *, source_nat: bool, network_id: str) -> PublicIp:
     missing = [field for field in ("public_ip", "public_vlan", "public_cidr") if not getattr(asked, field)]
-    if missing:
+    if missing:  # guard: a-missing-public-field-is-named
         raise BadRequest(
             f"payload.{missing[0]} is missing" if len(missing) == 1 else f"payload: {', '.join(missing)} are missing",
             hint="CloudStack leaves the public fields out when it does not find the address",
@@ -186,7 +191,7 @@ def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
     An address that stays with its VLAN and gateway keeps its number, for flows are marked with it.
     """
     for held in scope.public_ips.values():
-        if (held.vlan, held.gateway) == (vlan, gateway):
+        if (held.vlan, held.gateway) == (vlan, gateway):  # guard: an-exit-has-one-vlan-and-gateway
             return held.exit
     taken = {held.exit for held in scope.public_ips.values() if held.address != address}
     free = next((number for number in range(1, _EXIT_MAX + 1) if number not in taken), None)
@@ -201,7 +206,7 @@ def _check_guest(network: Network, private_ip: str) -> None:
 
 
 def _ports(told: PortRange) -> Ports:
-    return Ports(told.first, told.last)
+    return Ports(told.first, told.last)  # guard: a-range-is-forwarded-whole
 
 
 def _overlap(one: PortForward, other: PortForward) -> bool:

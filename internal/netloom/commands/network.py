@@ -25,7 +25,7 @@ def implement_network(scope: Scope, asked: ImplementNetwork, context: Context) -
     """
     known = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
     network = told(replace(known, implemented=False), asked)
-    if not network.vlan:
+    if not network.vlan:  # guard: a-network-has-a-vlan
         raise BadRequest(
             f"implement-network: payload.vlan is empty, and no tag of network {asked.network_id} is known",
             hint="remove the detail network.isolation.method from the extension and restart the network: with it "
@@ -71,7 +71,9 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
     if not networks and not scope.vpc_implemented:
         return None
     static_nats = {key: it for key, it in scope.static_nats.items() if it.network_id != network_id}
-    port_forwards = {key: it for key, it in scope.port_forwards.items() if it.network_id != network_id}
+    port_forwards = {
+        key: it for key, it in scope.port_forwards.items() if it.network_id != network_id
+    }  # guard: port-forwards-end-with-their-tier
     lb_rules = {key: it for key, it in scope.lb_rules.items() if it.network_id != network_id}
     left = replace(scope, networks=networks, static_nats=static_nats, port_forwards=port_forwards, lb_rules=lb_rules)
     # An address that another tier's rules use stays, whichever tier asked for it first.
@@ -81,6 +83,6 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
         public_ips={
             key: it
             for key, it in scope.public_ips.items()
-            if it.network_id != network_id or it.source_nat or key in kept
+            if it.network_id != network_id or it.source_nat or key in kept  # guard: addresses-of-other-tiers-stay
         },
     )

@@ -55,7 +55,9 @@ def put(network: Network, nic: Nic, had: Nic | None = None) -> Network:
     gone = {
         key
         for key, other in network.nics.items()
-        if other.mac == nic.mac or (nic.ip and other.ip == nic.ip) or (nic.ip6 and other.ip6 == nic.ip6)
+        if other.mac == nic.mac
+        or (nic.ip and other.ip == nic.ip)  # guard: an-address-has-one-vm
+        or (nic.ip6 and other.ip6 == nic.ip6)
     }
     if had is not None:
         gone.add(had.key)

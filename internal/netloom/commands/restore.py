@@ -23,7 +23,7 @@ def restore_network(network: Network, asked: RestoreNetwork) -> Network:
         told = replace(told, dhcp=True)
     if data.dns_enabled:
         told = replace(told, dns=True)
-    told = _moved(told, data.vms)
+    told = _moved(told, data.vms)  # guard: a-restore-keeps-other-vms
     for vm in data.vms:
         told, nic = with_nic(told, vm)
         restored = replace(nic, leased=nic.leased or bool(data.dhcp_enabled), named=nic.named or bool(data.dns_enabled))

@@ -26,7 +26,7 @@ def update_vpc_source_nat_ip(scope: Scope, asked: UpdateVpcSourceNatIp, context:
 
 def shutdown_vpc(scope: Scope, asked: ShutdownVpc, context: Context) -> Scope | None:
     """Nothing of the VPC is left: no release-ip comes for its addresses, and its tiers cannot stand without it."""
-    return None
+    return None  # guard: a-vpc-ends-with-its-tiers
 
 
 def destroy_vpc(scope: Scope, asked: DestroyVpc, context: Context) -> Scope | None:

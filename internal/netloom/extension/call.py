@@ -83,7 +83,7 @@ def call(arguments: list[str], *, executable: str) -> NoReturn:
     """
     record = CallRecord(process_started())
     ending = Ending(record)
-    _end_on_signals(ending)
+    _end_on_signals(ending)  # guard: a-signal-ends-the-call
     try:
         output = _run(arguments, executable, ending)
     except Exception as error:  # noqa: BLE001  # the only place in a call that catches everything

@@ -22,7 +22,7 @@ class Deadline:
     def __init__(self, timeout_s: float, started: float) -> None:
         self.timeout_s = timeout_s
         self.margin_s = margin_s(timeout_s)
-        self.ends = started + timeout_s - self.margin_s
+        self.ends = started + timeout_s - self.margin_s  # guard: a-call-ends-before-cloudstacks-limit
 
     def remaining_s(self) -> float:
         """The remaining seconds, never negative."""

@@ -51,7 +51,7 @@ def unusable(path: str, uid: int) -> str:
     if not path.startswith("/"):
         return "not an absolute path"
     try:
-        if why := _unsafe_above(path, uid):
+        if why := _unsafe_above(path, uid):  # guard: no-other-can-exchange-the-directory
             return why
         try:
             found = os.lstat(path)
@@ -67,7 +67,7 @@ def unusable(path: str, uid: int) -> str:
         return "a link" if stat.S_ISLNK(found.st_mode) else "not a directory"
     if found.st_uid != uid:
         return f"owned by uid {found.st_uid}"
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(found.st_mode) & 0o077:  # guard: the-directory-is-private
         return f"mode {stat.S_IMODE(found.st_mode):04o}, not 0700"
     return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
 

@@ -107,7 +107,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
         if call.command == ENSURE:
             return ensured(request.stored, decision.host, request.scope_id)
         record.doing = f"waiting for {decision.host}"
-        reply = await hosts.call(decision.host, call)
+        reply = await hosts.call(decision.host, call)  # guard: a-command-is-one-channel
     if error := error_in(record.host, reply):
         raise error
     return printed(call.command, reply)

@@ -199,7 +199,7 @@ class Trust:
                 f"{host}: its key cannot be remembered: {self.known.path}: {error.strerror or error}",
                 hint="make the file writable, or pin keys by the registration detail hostkeys",
             ) from error
-        if any(entry.key == shown for entry in known):
+        if any(entry.key == shown for entry in known):  # guard: a-changed-host-key-is-refused
             return
         lines = ", ".join(str(entry.line) for entry in known)
         raise LoginRefused(

@@ -140,7 +140,14 @@ def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
             return Ask((now.stored,))
         if "stored" not in now.over:
             return Wait("stored")
-    if stored is not None and stored.answered and (stored.holds or now.stored in now.order):
+    if (
+        stored is not None
+        and stored.answered
+        and (
+            stored.holds  # guard: a-host-off-the-list-keeps-its-networks
+            or now.stored in now.order
+        )
+    ):
         return Use(now.stored)
     if missing := tuple(host for host in now.order if host not in now.asked):
         return Ask(missing)
@@ -152,7 +159,7 @@ def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
     if stored is not None and not stored.answered:
         if not all_answered and "stragglers" not in now.over:
             return Wait("stragglers")
-        return Fail(_stays(now, stored.failure))
+        return Fail(_stays(now, stored.failure))  # guard: a-network-of-a-silent-host-stays
     if not all_answered and ("stragglers" not in now.over or not now.answering()):
         return Wait("stragglers" if now.answering() else None)
     if answering := now.answering():

@@ -32,7 +32,7 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
     """
     row_of(command)  # report an unknown command before looking at the payload
     envelope = read_envelope(payload_file, command)
-    payload_text = dump(envelope.payload)
+    payload_text = dump(envelope.payload)  # guard: registration-does-not-cross-the-wire
     payload = check_payload(command, envelope.payload)
     parse_pins(envelope.details.hostkeys)  # report a misspelt pin now, not when its host is first asked
     stored = envelope.network_details

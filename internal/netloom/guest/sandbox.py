@@ -107,7 +107,7 @@ def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
             break  # EINVAL: past the last one that this kernel knows
     os.setgroups([])
     os.setresgid(GROUP_ID, GROUP_ID, GROUP_ID)
-    os.setresuid(USER_ID, USER_ID, USER_ID)
+    os.setresuid(USER_ID, USER_ID, USER_ID)  # guard: the-guest-process-is-not-root
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     _call(libc.capset, struct.pack("=Ii", _CAPABILITIES_V3, 0), bytes(24))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))

@@ -99,7 +99,10 @@ class Networks:
                 os.close(descriptor)
             return Done(seq=asked.seq, error=f"network {asked.network.network_id}: {error}")
         key = (asked.network.scope_id, asked.network.network_id)
-        network = self._networks.setdefault(key, _Network(table))
+        network = self._networks.setdefault(
+            key,
+            _Network(table),  # guard: a-network-has-its-own-leases
+        )
         self._close_sockets(network)
         network.sockets = sockets
         self._put(key, network, table)
@@ -266,7 +269,7 @@ class Networks:
         if outcome.given:
             self._given[at] = nic.password_id
         if outcome.taken and secret is not None and self._given.get(at, nic.password_id) == nic.password_id:
-            self._taken[at] = nic.password_id
+            self._taken[at] = nic.password_id  # guard: a-taken-password-is-remembered
             self._tell(_taken(key, nic.nic, nic.password_id))
         return outcome.answer
 

@@ -62,7 +62,7 @@ def _options(network: GuestNetwork, nic: GuestNic) -> dict[int, bytes]:
         options[HOSTNAME] = nic.hostname.encode("ascii")
     if network.mtu:
         options[MTU] = network.mtu.to_bytes(2, "big")
-    if nic.default_nic:
+    if nic.default_nic:  # guard: only-the-default-nic-gets-a-router
         if nic.gateway:
             options[ROUTER] = IPv4Address(nic.gateway).packed
         if network.dns:

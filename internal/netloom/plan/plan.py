@@ -312,7 +312,7 @@ def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) ->
             continue
         if set(bridge.ports) - leaving - {bridge.carrier}:
             continue
-        yield RemoveBridge(bridge.name)
+        yield RemoveBridge(bridge.name)  # guard: an-unused-bridge-is-removed
         carrier = have.host_links.get(bridge.carrier)
         if carrier is not None and carrier.ours and carrier.kind in CARRIERS:
             yield RemoveVlanLink(carrier.name)
@@ -341,7 +341,7 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
         carrier = have.host_links.get(link) if link in set(bridge.ports) - leaving else None
         if carrier is not None and carrier.kind == "vlan" and not carrier.alias and not carrier.addresses:
             aliases[link] = ALIAS
-        aliases[bridge.name] = f"{ALIAS} carries {link}"
+        aliases[bridge.name] = f"{ALIAS} carries {link}"  # guard: an-adopted-bridge-is-ours
     host_links = have.host_links | {
         name: msgspec.structs.replace(have.host_links[name], alias=alias) for name, alias in aliases.items()
     }

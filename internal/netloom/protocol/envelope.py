@@ -50,7 +50,7 @@ class LoginPassword(Secret):
         text = string(value, limit=SECRET_CHARACTERS_MAX, secret=True)
         if "\0" in text:
             raise ValueError("the value contains a NUL character")
-        return cls(text)
+        return cls(text)  # guard: a-password-keeps-every-character
 
 
 class PrivateKey(Secret):
@@ -68,7 +68,7 @@ class PrivateKey(Secret):
         if "\0" in text:
             raise ValueError("the value contains a NUL character")
         if "\n" not in text and "\r" not in text:
-            text = text.replace("\\n", "\n")
+            text = text.replace("\\n", "\n")  # guard: a-key-gets-its-lines-back
         return cls("\n".join(line.rstrip() for line in _LINE_END.split(text)) + "\n")
 
 
@@ -167,7 +167,7 @@ def read_envelope(data: bytes, command: str) -> Envelope:
             hint="is the extension registered with the physical network?",
         )
     details = convert(physical, PhysicalDetails, root=_PHYSICAL)
-    if not details.candidates:
+    if not details.candidates:  # guard: a-registration-names-hosts
         raise BadRequest(f"{_PHYSICAL}.hosts is missing", hint="register the extension with details[0].hosts=...")
     payload = file if command == CUSTOM_ACTION else file.get("payload")
     if not isinstance(payload, dict):
@@ -196,7 +196,7 @@ def scope_id_of(command: str, payload: dict[str, Any]) -> str:
     Raises BadRequest when the payload names neither a network nor a VPC.
     """
     ids = convert(payload, _ScopeIds, root="payload")
-    if not ids.network_id and not ids.vpc_id:
+    if not ids.network_id and not ids.vpc_id:  # guard: a-payload-names-its-scope
         raise BadRequest(f"payload.network_id is missing ({command})")
     return scope_of(ids.network_id, ids.vpc_id)
 

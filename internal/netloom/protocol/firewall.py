@@ -29,7 +29,9 @@ class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     dest_cidrs: tuple[Prefix, ...] = ()
 
     def __post_init__(self) -> None:
-        check_ports(self.protocol in ("tcp", "udp"), self.protocol, self.port_start, self.port_end)
+        check_ports(
+            self.protocol in ("tcp", "udp"), self.protocol, self.port_start, self.port_end
+        )  # guard: ports-of-a-rule-are-checked
         if self.type == "ingress" and not self.public_ip:
             raise ValueError("an ingress rule needs publicIp")
         if self.type == "ingress" and any(":" in cidr for cidr in (*self.source_cidrs, *self.dest_cidrs)):
@@ -47,7 +49,7 @@ class FwRules(msgspec.Struct, frozen=True, kw_only=True):
 class ApplyFwRules(NetworkPayload, frozen=True, kw_only=True):
     """apply-fw-rules."""
 
-    fw_rules: FwRules
+    fw_rules: FwRules  # guard: fw-rules-is-an-object-that-must-be-there
 
 
 def check_ports(has_ports: bool, protocol: str, first: int | None, last: int | None) -> None:

@@ -68,7 +68,7 @@ class LbRules:
         for at, item in enumerate(value):
             try:
                 rules.append(convert(item, LbRule, root=f"payload.lb_rules[{at}]"))
-            except BadRequest as error:
+            except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
                 unread.append(error.message)
         if unread and not rules:
             raise BadRequest(unread[0])

@@ -107,7 +107,11 @@ def route_told(params: Mapping[str, str]) -> RouteTold:
     if not words:
         raise BadRequest("payload.action-params.route: it leads nowhere", hint=_ROUTE_HINT)
     destination = _parsed("route", _prefix, words.pop(0))
-    options = {"via": IPv4.parse, "dev": LinkName.parse, "src": IPv4.parse}
+    options = {
+        "via": IPv4.parse,  # guard: a-next-hop-is-an-address
+        "dev": LinkName.parse,
+        "src": IPv4.parse,
+    }
     told = _options("route", words, options, _ROUTE_HINT)
     via, link, source = (str(told.get(it, "")) for it in options)
     if kind not in (None, "unicast") and told:
@@ -178,7 +182,7 @@ def _number(value: str) -> int:
 
 
 def _table_name(value: str) -> str:
-    if not _NAME.match(value):
+    if not _NAME.match(value):  # guard: a-table-name-is-a-name
         raise ValueError(f"{quoted(value)} is not the name of a table (a letter, then letters, digits, dot, dash; 32)")
     if value in _NOT_NAMES:
         raise ValueError(f"{value} is a name of the kernel's")

@@ -46,7 +46,7 @@ def load_object(data: bytes, *, root: str) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_no_constant)
         if not isinstance(value, dict):
-            raise BadRequest(f"{root}: {quoted(value)}, where an object is expected")
+            raise BadRequest(f"{root}: {quoted(value)}, where an object is expected")  # guard: a-payload-is-an-object
         if _HALF_SURROGATE.search(data):
             _refuse_half_characters(value, root)
         return _without_empty(value)

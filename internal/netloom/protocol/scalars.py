@@ -30,7 +30,7 @@ _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\Z")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\Z")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-_RANGE = re.compile(r"([1-9][0-9]{0,9})(?:[-:]([1-9][0-9]{0,9}))?\Z")
+_RANGE = re.compile(r"([1-9][0-9]{0,9})(?:[-:]([1-9][0-9]{0,9}))?\Z")  # guard: a-range-has-a-dash-or-a-colon
 _PRIVATE_VLAN = re.compile(r"([0-9]{1,8})-([ipc])?([0-9]{1,8})\Z", re.IGNORECASE)
 _SCHEME = re.compile(r"(?:vlan|pvlan|vxlan)://", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -137,7 +137,7 @@ class Flag(int):
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        if isinstance(value, bool):
+        if isinstance(value, bool):  # guard: a-flag-may-be-a-json-bool
             return cls(value)
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return cls(value.lower() == "true")
@@ -158,7 +158,7 @@ class Number(int):
             number = int(value) if _INTEGER.match(value) else None
         elif isinstance(value, float):
             number = int(value) if value.is_integer() and abs(value) < 1 << 53 else None
-        elif isinstance(value, int) and not isinstance(value, bool):
+        elif isinstance(value, int) and not isinstance(value, bool):  # guard: a-number-may-be-a-json-number
             number = value
         if number is None or not cls.LOW <= number <= cls.HIGH:
             raise ValueError(f"{quoted(value)} is not {cls.WHAT} ({cls.LOW} to {cls.HIGH})")
@@ -169,7 +169,7 @@ class Port(Number):
     """A port, 1 to 65535."""
 
     LOW = 1
-    HIGH = 65535
+    HIGH = 65535  # guard: a-port-is-at-most-65535
     WHAT = "a port"
 
 
@@ -325,7 +325,7 @@ class HostName(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         text = _text(value)
-        if not _LABEL.match(text):
+        if not _LABEL.match(text):  # guard: a-host-name-is-a-label
             raise ValueError(f"{quoted(value)} is not a host name")
         return cls(text)
 
@@ -337,7 +337,10 @@ class Domain(str):
     def parse(cls, value: object) -> Self:
         text = _text(value)
         bare = text.removesuffix(".")
-        if len(bare) > 253 or not all(_LABEL.match(label) for label in bare.split(".")):
+        if (
+            len(bare) > 253
+            or not all(_LABEL.match(label) for label in bare.split("."))  # guard: a-domain-is-made-of-labels
+        ):
             raise ValueError(f"{quoted(value)} is not a domain name")
         return cls(bare)
 
@@ -362,7 +365,7 @@ class Vlan(str):
     def parse(cls, value: object) -> Self:
         text = _text(value)
         bare = text[match.end() :] if (match := _SCHEME.match(text)) else text
-        if bare.lower() == UNTAGGED:
+        if bare.lower() == UNTAGGED:  # guard: a-vlan-may-be-untagged
             return cls(UNTAGGED)
         if private := _PRIVATE_VLAN.match(bare):
             outer, inner = _tag(private[1], VLAN_TAG_MAX), _tag(private[3], VLAN_TAG_MAX)
@@ -457,7 +460,7 @@ class Content(Secret):
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        return cls(string(value, limit=CONTENT_CHARACTERS_MAX, secret=True))
+        return cls(string(value, limit=CONTENT_CHARACTERS_MAX, secret=True))  # guard: user-data-keeps-every-byte
 
 
 class ItemName(str):
@@ -480,7 +483,7 @@ def is_item_name(text: str) -> bool:
         0 < len(text) <= 255
         and "\\" not in text
         and not _CONTROL.search(text)
-        and all(segment not in ("", ".", "..") for segment in text.split("/"))
+        and all(segment not in ("", ".", "..") for segment in text.split("/"))  # guard: a-metadata-name-stays-below
     )
 
 

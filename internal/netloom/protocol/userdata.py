@@ -25,7 +25,7 @@ class Directory(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         directory = _DIRECTORIES.get(value.lower()) if isinstance(value, str) else None
-        if directory is None:
+        if directory is None:  # guard: a-metadata-directory-is-known
             raise ValueError(f"{quoted(value)} is none of userdata, metadata, password")
         return cls(directory)
 

@@ -40,7 +40,10 @@ def acl_of(network: Network, *, open_without: bool) -> Acl:
 
 def ingress_lines(acl: Acl) -> list[str]:
     """The rules of what enters a tier."""
-    return [*_lines(acl.ingress, "saddr", "accept"), "accept" if acl.lets_in else "drop"]
+    return [
+        *_lines(acl.ingress, "saddr", "accept"),
+        "accept" if acl.lets_in else "drop",  # guard: a-list-has-its-own-end
+    ]
 
 
 def egress_lines(acl: Acl) -> list[str]:
@@ -101,7 +104,12 @@ def _addresses(cidrs: Iterable[str], field: str) -> list[tuple[int, str]]:
             continue
         masked = "" if length == (32 if version == 4 else 128) else f" & {ip_network(those[0]).netmask}"
         values = ", ".join(it.partition("/")[0] for it in sorted(those))
-        found.append((version, f"{word} {field}{masked} {{ {values} }}"))
+        found.append(
+            (
+                version,
+                f"{word} {field}{masked} {{ {values} }}",  # guard: a-list-item-is-about-its-prefixes
+            )
+        )
     return found
 
 

@@ -177,7 +177,9 @@ def _ingress(
     """An address of a VPC has no firewall of its own, unless the tier that asked for it has a list."""
     judged = {it.network_id for it in networks if it.firewall is not None}
     found: dict[str, list[FirewallRule]] = {
-        it.address: [] for it in held if not scope.is_vpc or it.network_id in judged
+        it.address: []
+        for it in held
+        if not scope.is_vpc or it.network_id in judged  # guard: a-tiers-firewall-is-asked-too
     }
     for network in networks:
         for rule in network.firewall.rules if network.firewall else ():

@@ -59,7 +59,7 @@ def _configuration(directory: str, network: Network, group: str) -> str:
         "except-interface=lo",
         "bind-interfaces",
         # Nothing of the host: neither its names nor its resolvers.
-        "no-hosts",
+        "no-hosts",  # guard: resolver-reads-no-hosts-file
         "no-resolv",
         "no-poll",
         f"hostsdir={directory}/{HOSTS}",
@@ -108,7 +108,14 @@ def _hosts(network: Network) -> dict[str, str]:
 
 
 def _addresses(nic: Nic) -> list[str]:
-    return [address for address in (nic.ip, nic.ip6) if address]
+    return [
+        address
+        for address in (
+            nic.ip,
+            nic.ip6,  # guard: names-have-both-addresses
+        )
+        if address
+    ]
 
 
 def _entry(address: str, hosts: list[str]) -> str:

@@ -127,7 +127,11 @@ class Judge:
         if any(_fits(way, flow) for way in ways):
             return "keep"
         # Where the state has another way for it, the flow takes that one with its next packet.
-        return "delete" if ways or flow.protocol in (TCP, ICMP, ICMPV6) else "tombstone"
+        return (  # guard: a-flow-ends-with-what-allowed-it
+            "delete"
+            if ways or flow.protocol in (TCP, ICMP, ICMPV6)
+            else "tombstone"  # guard: an-unconnected-flow-is-marked-as-revoked
+        )
 
     def _ways(self, flow: Flow) -> Iterator[_Way]:
         """Every way in which the state lets the flow's first packet through."""
@@ -162,7 +166,7 @@ class Judge:
             return flow.src in self._outside6 or (bool(self._six) and within(flow.src, _LINK_LOCAL))
         if flow.src in self._gateways6:
             return True
-        if not self._between(home, there, flow, flow.dst, flow.dport):
+        if not self._between(home, there, flow, flow.dst, flow.dport):  # guard: an-ipv6-flow-is-judged-by-the-lists
             return False
         if there is not None:
             return self._in_vpc or (home is None and self._open_to_all)
@@ -248,7 +252,7 @@ class Judge:
                 return False
         if there is not None and there.network_id in self._now.acls:
             acl = self._now.acls[there.network_id]
-            return _decides(acl.ingress, acl.lets_in, flow.src, flow, dport)
+            return _decides(acl.ingress, acl.lets_in, flow.src, flow, dport)  # guard: a-flow-ends-with-its-list-item
         return True
 
     def _admits_anew(self, public_ip: str, protocol: int, src: str, dport: int, type_: int, code: int) -> bool:
@@ -340,7 +344,10 @@ def _policy(now: Live, open_to_all: bool) -> tuple[object, ...]:
 def _disturbs(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
     """Whether an open flow may have lost what allowed it, or would lead elsewhere if it began now; in doubt it may."""
     # What comes counts as what goes: until now guests met somebody outside under these addresses.
-    if _subnets(before) != _subnets(after) or _held(before) != _held(after):
+    if (
+        _subnets(before) != _subnets(after)
+        or _held(before) != _held(after)  # guard: a-new-address-redirects-open-flows
+    ):
         return True
     if before.source_nat is not None and (
         after.source_nat is None or after.source_nat.address != before.source_nat.address

@@ -63,7 +63,7 @@ defaults
 
 
 def _listen(rule: LbRule) -> str:
-    proxy = " send-proxy" if rule.protocol == "tcp-proxy" else ""
+    proxy = " send-proxy" if rule.protocol == "tcp-proxy" else ""  # guard: tcp-proxy-sends-the-proxy-header
     lines = [
         "",
         f"listen rule-{rule.rule_id}",

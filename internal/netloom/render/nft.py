@@ -47,7 +47,14 @@ def ruleset(scope: Scope) -> Ruleset:
         table=TABLE,
         counters=tuple(name for pair in counted.values() for name in pair),
         sets=(
-            _map("held", "ipv4_addr : verdict", {it.address: f"goto {_chain_of(it)}" for it in now.held}),
+            _map(
+                "held",
+                "ipv4_addr : verdict",
+                {
+                    it.address: f"goto {_chain_of(it)}"
+                    for it in now.held  # guard: every-held-address-has-its-firewall
+                },
+            ),
             _map("counted_in", "ipv4_addr : counter", {it.address: f'"{counted[it.address][0]}"' for it in now.held}),
             _map("counted_out", "ipv4_addr : counter", {it.address: f'"{counted[it.address][1]}"' for it in now.held}),
             *_translations(now),
@@ -97,7 +104,10 @@ def _arriving(now: Live) -> Chain:
     return Chain(
         name="arriving",
         hook="type filter hook prerouting priority mangle; policy drop;",
-        rules=(*rules, "drop"),
+        rules=(
+            *rules,
+            "drop",  # guard: only-translated-packets-come-in
+        ),
     )
 
 
@@ -105,11 +115,16 @@ def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[
     """The firewall of one public address, judged before translation, for strangers and for guests alike."""
     name = _chain_of(address)
     # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
-    bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"
+    bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"  # guard: a-flow-is-bound-to-its-exit
     if open_to_all or address.address not in now.ingress:
         return [Chain(name=name, rules=(bind, "accept"))]
     lines, chains = verdicts(now.ingress[address.address], "accept", name)
-    return [Chain(name=name, rules=(bind, *lines, "drop")), *chains]
+    rules = (
+        bind,
+        *lines,
+        "drop",  # guard: an-address-is-closed-but-for-its-rules
+    )
+    return [Chain(name=name, rules=rules), *chains]
 
 
 def _translations(now: Live) -> tuple[NftSet, ...]:
@@ -217,7 +232,7 @@ def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
     ``by_policy``: of what they began themselves an operator's rules are asked first.
     """
     outward = f"iifname {_GUEST} {_outside(now.guest_cidrs)}"
-    policy = f"{outward} ct direction original meta mark set meta mark | {POLICY:#010x}"
+    policy = f"{outward} ct direction original meta mark set meta mark | {POLICY:#010x}"  # guard: replies-ask-no-policy
     return Chain(
         name="choose_exit",
         hook="type filter hook prerouting priority dstnat + 10; policy accept;",
@@ -267,7 +282,7 @@ def _to_tiers_device(now: Live) -> Chain:
             f"{device} tcp dport {{ 53, 80, 8080 }} accept",
             f"iifname {_link(it)} jump {_out_chain(it)}",
         ]
-    rules.append("ip daddr . tcp dport vmap @balanced_by_list")
+    rules.append("ip daddr . tcp dport vmap @balanced_by_list")  # guard: a-balanced-port-is-judged-by-its-list
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -293,7 +308,10 @@ def _lists(network: Network, now: Live) -> list[Chain]:
     }
     return [
         Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
-        Chain(name=_in_chain(network), rules=tuple(ingress_lines(acl))),
+        Chain(
+            name=_in_chain(network),
+            rules=tuple(ingress_lines(acl)),  # guard: a-tier-has-all-lines-of-its-list
+        ),
         *(Chain(name=_balanced_chain(network, it), rules=tuple(lines_to_port(acl, it))) for it in sorted(ports)),
     ]
 
@@ -306,7 +324,7 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
     ]
     tiers = [it for it in now.networks if it.network_id in now.acls]
     # Between tiers both lists are asked: first what the one lets out, then what the other lets in.
-    rules += [f"iifname {_link(it)} jump {_out_chain(it)}" for it in tiers]
+    rules += [f"iifname {_link(it)} jump {_out_chain(it)}" for it in tiers]  # guard: the-source-tiers-list-is-asked
     for it in now.networks:
         link = _link(it)
         if it in tiers:
@@ -314,7 +332,9 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
                 f"iifname {_PUBLIC} oifname {link} ct status dnat goto {_in_chain(it)}",
                 f"iifname {_GUEST} oifname {link} goto {_in_chain(it)}",
                 *(
-                    [f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 goto {_in_chain(it)}"]
+                    [
+                        f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 goto {_in_chain(it)}"
+                    ]  # guard: a-tiers-list-is-asked-about-ipv6
                     if it.speaks_ip6
                     else []
                 ),
@@ -327,7 +347,11 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
             if open_to_all and it.speaks_ip6:
                 rules.append(f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 accept")
         rules.append(f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}")
-    return Chain(name="through", hook="type filter hook forward priority filter; policy drop;", rules=tuple(rules))
+    return Chain(
+        name="through",
+        hook="type filter hook forward priority filter; policy drop;",  # guard: nothing-is-forwarded-without-a-rule
+        rules=tuple(rules),
+    )
 
 
 def _egress(network: Network) -> list[Chain]:
@@ -337,7 +361,12 @@ def _egress(network: Network) -> list[Chain]:
         return [Chain(name=name, rules=("accept",))]
     otherwise, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
     rules = (it for it in firewall.rules if it.direction == "egress")
-    lines, chains = verdicts(rules, listed, name, ip6=network.speaks_ip6)
+    lines, chains = verdicts(
+        rules,
+        listed,
+        name,
+        ip6=network.speaks_ip6,  # guard: egress-rules-are-about-ipv6-too
+    )
     return [Chain(name=name, rules=(*lines, otherwise)), *chains]
 
 
@@ -345,10 +374,10 @@ def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
     rules = [
         # Hairpin: the guest must answer to us, or it would answer its neighbour directly, from the wrong address.
         f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
-        for it in now.networks
+        for it in now.networks  # guard: hairpin-comes-from-the-device
     ]
-    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]
-    rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")
+    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]  # guard: a-chosen-exit-has-its-source
+    rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
         free = _free_ports([it.ports for it in _forwarded_udp(now)])
         static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
@@ -397,7 +426,7 @@ def _leaving(now: Live) -> Chain:
     for it in now.held:
         on_link.setdefault(it.vlan, []).append(it.address)
     rules = [
-        f'oifname "{names.public_link(vlan)}" ip saddr != {_one_of(addresses)} drop'
+        f'oifname "{names.public_link(vlan)}" ip saddr != {_one_of(addresses)} drop'  # guard: only-held-addresses-leave
         for vlan, addresses in sorted(on_link.items())
     ]
     return Chain(

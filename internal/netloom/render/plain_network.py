@@ -74,7 +74,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                     # Answers to the resolver's own questions come from anywhere.
                     "ct state established,related accept",
                     "ct state invalid drop",
-                    *(f"ip saddr {it} drop" for it in routers),
+                    *(f"ip saddr {it} drop" for it in routers),  # guard: routers-do-not-reach-the-device
                     *(f"iifname {link} ip saddr {it} accept" for it in tenants),
                     "drop",
                 ),
@@ -91,6 +91,9 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                     f"{device} tcp dport {{ 53, 80, 8080 }} accept",
                 ),
             ),
-            Chain(name="through", hook="type filter hook forward priority filter; policy drop;"),
+            Chain(
+                name="through",
+                hook="type filter hook forward priority filter; policy drop;",  # guard: plain-networks-forward-nothing
+            ),
         ),
     )

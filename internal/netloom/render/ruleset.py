@@ -101,7 +101,7 @@ def swap(have: Ruleset, want: Ruleset) -> str:
     shared = [(types[it.name], it) for it in want.sets if it.name in types]
     remade |= {(old.kind, old.name) for old, new in shared if not _alike(old, new)}
     kept = {old.name for old, new in shared if _alike(old, new)}
-    return _text(_refill(names(have), remade, want, kept, removed, added))
+    return _text(_refill(names(have), remade, want, kept, removed, added))  # guard: a-swap-keeps-what-both-have
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:

@@ -41,7 +41,11 @@ def render(scope: Scope | None) -> Want:
             ),
         ),
         neighbours=_neighbours(now),
-        sysctls=_sysctls(guest_links, public_links, forwarding="0" if now.plain else "1")
+        sysctls=_sysctls(
+            guest_links,
+            public_links,
+            forwarding="0" if now.plain else "1",  # guard: no-forwarding-in-a-plain-network
+        )
         | ip6.sysctls(scope, now, [*guest_links, *public_links]),
         ruleset=nft.ruleset(scope),
         announce=(*guests, *publics),
@@ -165,7 +169,7 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
             f"{conf}.arp_filter": "0",
             f"{conf}.proxy_arp": "0",
             f"{conf}.accept_redirects": "0",
-            f"{conf}.send_redirects": "0",
+            f"{conf}.send_redirects": "0",  # guard: guests-get-no-redirects
             f"{conf}.accept_source_route": "0",
             f"{conf}.accept_local": "0",
             f"{conf}.route_localnet": "0",

@@ -180,7 +180,7 @@ class Actions:
         except HostRefused:
             context.converge()  # whatever went wrong: what the links lost is put back
             raise
-        done = context.converge()
+        done = context.converge()  # guard: a-reboot-puts-back-what-links-lost
         macs = {port.link: port.mac for port in want.ports}
         announcements = tuple(Announcement(want.namespace, it.link, it.ip, macs[it.link]) for it in want.announce)
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)

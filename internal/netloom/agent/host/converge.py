@@ -261,5 +261,5 @@ def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
     return tuple(
         Announcement(want.namespace, it.link, it.ip, macs[it.link])
         for it in want.announce
-        if it in added or it.link in links
+        if it in added or it.link in links  # guard: only-new-addresses-are-announced
     )

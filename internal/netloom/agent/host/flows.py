@@ -19,7 +19,8 @@ def judge(namespace: str, old: Scope | None, new: Scope) -> int:
     if looks == "none":
         return 0
     if looks == "all":
-        packets.settled()  # else a packet that passed the old rules could confirm its flow after we listed the flows
+        # A packet that passed the old rules could otherwise confirm its flow after we listed the flows.
+        packets.settled()  # guard: packets-under-way-are-awaited
     if not conntrack.count(namespace):
         return 0
     mask = REVOKED if looks == "tombstones" else 0

@@ -116,7 +116,10 @@ async def silent(answers: Callable[[], Awaitable[bool]], waits: int = 1) -> bool
         if turn:
             await asyncio.sleep(PAUSE_S)
         began = time.monotonic()
-        if await answers() or time.monotonic() - began > waits * ANSWER_S + LATE_S:
+        if (
+            await answers()
+            or time.monotonic() - began > waits * ANSWER_S + LATE_S  # guard: a-late-prober-proves-nothing
+        ):
             return False
     return True
 
@@ -125,7 +128,10 @@ def _ways(asked: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ...]:
     """How to ask, one way after the other. A resolver that a tenant drowns in datagrams still hears a connection."""
     if asked.probe.kind == "haproxy":
         return ((socket.SOCK_STREAM, _WORD),)
-    return ((socket.SOCK_DGRAM, _QUERY), (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY))
+    return (
+        (socket.SOCK_DGRAM, _QUERY),
+        (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY),  # guard: resolver-is-also-asked-over-tcp
+    )
 
 
 def _address(asked: ProbeTarget) -> str | tuple[str, int]:

@@ -44,7 +44,11 @@ class Services:
             did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
         except HostRefused as error:
             failed = error
-        wanted = services(scope, frozenset(taken), resolver=_resolver())
+        wanted = services(
+            scope,
+            frozenset(taken),  # guard: a-taken-port-is-not-balanced
+            resolver=_resolver(),  # guard: resolver-of-this-host
+        )
         did += self._supervisor.converge(scope.scope_id, namespace, wanted)
         if failed is not None:
             raise failed

@@ -108,7 +108,9 @@ class Supervisor:
 
     def end(self, scope_id: str) -> list[str]:
         """Ends every process of the scope and removes their directories."""
-        did = [step for name in self._known(scope_id) for step in self._end(scope_id, name)]
+        did = [  # guard: the-end-is-of-one-scope
+            step for name in self._known(scope_id) for step in self._end(scope_id, name)
+        ]
         shutil.rmtree(f"{SERVICES_DIR}/{scope_id}", ignore_errors=True)
         return did
 
@@ -177,7 +179,7 @@ class Supervisor:
         begun = any((directory / name).exists() for name in service.config)
         _put_configuration(namespace, directory, service)
         if running is not None and placed and service.on_change == "reload":
-            _reload(running.record.pid, service)
+            _reload(running.record.pid, service)  # guard: a-reload-waits-for-the-new-worker
             record = Record(running.record.pid, running.record.started, digest)
             self._remember(scope_id, namespace, service, record)
             return [*did, f"reload {service.name}"]
@@ -311,7 +313,9 @@ def _put_configuration(namespace: str, directory: Path, service: Service) -> Non
         argv = [candidates.get(word, word) for word in service.check]
         checked = run(namespace, argv)
         if checked.returncode != 0:
-            raise HostRefused(f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}")
+            raise HostRefused(
+                f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}"
+            )  # guard: a-refused-file-stays-a-candidate
     for name in service.config:
         (directory / f"{name}.candidate").rename(directory / name)
 
@@ -447,7 +451,7 @@ def _reload(pid: int, service: Service) -> None:
     old = set(_group(pid)) - {pid}
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR2)
-    _wake(service)
+    _wake(service)  # guard: a-sleeping-master-is-woken
     until = time.monotonic() + TAKEN_OVER_S
     while time.monotonic() < until and _start_time(pid) is not None:
         workers = set(_group(pid)) - {pid}
@@ -521,7 +525,7 @@ def record_of(pid: int, digest: str = "") -> Record:
 
 def alive(record: Record) -> bool:
     """Whether it is that very process that has the number."""
-    return _start_time(record.pid) == record.started
+    return _start_time(record.pid) == record.started  # guard: a-recycled-pid-is-another-process
 
 
 def _terminate(pid: int) -> None:
