@@ -10,12 +10,12 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: packages venv ## the life of an isolated network on two simulated hosts, shown step by step (root)
-	@PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python -m bed.demo
+	@.venv/bin/python build/ci/checkout.py -m bed.demo
 
-test: packages venv build ## all tests, with the time of each group (root)
+test: packages venv build ## all tests, with the time of each group (root); TIMES=--times writes the times to the docs
 	@build/package/venvs
 	@build/pages/venv
-	@.venv/bin/python build/ci/groups.py static unit model golden repo docs kernel ssh e2e binary release mutants
+	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs kernel ssh e2e binary release mutants
 
 test-binary: packages venv build ## all end-to-end tests with the one file in the place of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all
@@ -24,7 +24,7 @@ build: ## dist/netloom: the one self-contained executable (root; ten minutes the
 	@build/nuitka/build
 
 bench: packages venv ## measurements beside their yardsticks; nothing is asserted (root)
-	@for script in tests/bench/bench_*.py; do echo "== $$script"; PYTHONPATH=$(CURDIR)/internal:$(CURDIR)/tests .venv/bin/python $$script; done
+	@.venv/bin/python build/ci/checkout.py build/ci/bench.py
 
 release: venv build ## dist/: executable, sums, bill of materials, licences, deb, rpm, extension archive; tried in fresh roots (root)
 	@build/package/release
@@ -35,7 +35,7 @@ audit: venv ## licences, pins, the bill of materials; known vulnerabilities, by 
 docs: venv ## dist/docs: the documents as a site, with search and checked links; opens without a server
 	@build/pages/build
 
-check: venv ## format, lint, types, import contracts, tests that need no root: seconds
+check: venv ## format, lint, types, import contracts, tests that need no root: half a minute
 	@.venv/bin/python build/ci/groups.py static unit model golden repo
 
 fix: venv ## format the code and apply the linter's safe corrections

@@ -12,7 +12,7 @@ PRIVILEGED = {"kernel", "ssh", "e2e", "mutants"}
 
 # Two cores are shared with everything else that runs, so a slow example is no finding; speed is never asserted here.
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# For `make check`, which is to take seconds; `make test` takes the full number.
+# For `make check`, which is to be short; `make test` takes the full number.
 settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
 settings.load_profile("full")
 

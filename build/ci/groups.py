@@ -1,29 +1,41 @@
-"""Run the named groups of checks one after the other and end with a table of their results and times.
+"""Run the named groups of checks and end with a table of their results and times.
 
-A group is a process of its own, so that one that dies, hangs or changes its namespace takes no other with it.
-Failed: a test failed, was skipped (a skip would hide what it claims), ran into the group's limit, or there was none;
-or the group left something on the machine.
-The last line is ``N passed, N failed``.
+A group is a process of its own, so that one that dies, hangs or changes its namespace takes no other with it. Groups
+that need no root run first and side by side, as many as there are cores; the output of each is printed when it ends.
+The other groups measure times and share namespace names, so they run one after the other.
+
+A group has failed when a test failed, was skipped (a skip would hide what the test claims) or exceeded the group's
+limit, when there was no test, and when the group left something on the machine. The last line is
+``N passed, N failed``. ``--times`` writes numbers and times to the table in docs/development.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from xml.etree import ElementTree
+
+import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
-ENVIRONMENT = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    "PYTHONDONTWRITEBYTECODE": "1"
+}
+CORES = len(os.sched_getaffinity(0))
 
 TOOLS = ["build/ci", "build/package", "build/pages"]
 STATIC = {
@@ -32,11 +44,11 @@ STATIC = {
     "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", *TOOLS],
     "imports": ["lint-imports", "--no-logo"],
 }
+SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
 PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants"}
 # The one file: how it starts, and the marked part of the end-to-end tests with it in the place of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 WHERE = {"binary": ["tests/binary", "tests/e2e", "-m", "binary"], "binary-all": ["tests/binary", "tests/e2e"]}
-HOSTS_OWN = ("/home", "/root", "/run", "/tmp", "/var/tmp")
 # What tests of networks would leave on the machine itself, where the next run would find it.
 TRACES = (
     "/run/netloom*",
@@ -54,6 +66,7 @@ TRACES = (
 TRACES_GO_WITHIN_S = 10.0  # the kernel takes namespaces down behind our back
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
+TIMES = ROOT / "docs" / "development.md"
 
 
 @dataclass
@@ -67,93 +80,159 @@ class Result:
     remarks: list[str] = field(default_factory=list)
 
 
-def main(groups: list[str]) -> int:
+class Interrupted(Exception):
+    """The run is over, so no further process starts."""
+
+
+class Processes:
+    """The processes of this run. An interrupt ends all of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._ended = False
+
+    def start(self, command: list[str], output: IO[bytes] | None, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own. Raises Interrupted."""
+        with self._lock:
+            if self._ended:
+                raise Interrupted
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=ENVIRONMENT | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,
+            )
+            self._running.append(process)
+            return process
+
+    def end(self, *processes: subprocess.Popen[bytes]) -> None:
+        """Interrupt these processes, or all; kill the groups of those that go on after INTERRUPT_GRACE_S."""
+        with self._lock:
+            self._ended = self._ended or not processes
+            ending = list(processes or self._running)
+        for process in ending:
+            process.send_signal(signal.SIGINT)  # fixtures delete their namespaces
+        until = time.monotonic() + INTERRUPT_GRACE_S
+        for process in ending:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+PROCESSES = Processes()
+
+
+def main(arguments: list[str]) -> int:
     """The exit status: 0 when nothing failed."""
+    parser = argparse.ArgumentParser(description="Run groups of checks.")
+    parser.add_argument("--times", nargs="?", const=str(TIMES), help="write the times to the table of this document")
+    parser.add_argument("groups", nargs="+", choices=[*sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
+    asked = parser.parse_args(arguments)
+    groups: list[str] = asked.groups
     privileged = [group for group in groups if group in PRIVILEGED]
     if privileged and os.geteuid() != 0:
         print(f"{', '.join(privileged)}: these tests make network namespaces and need root", file=sys.stderr)
         return 1
-    if privileged and not _is_seen_by_all():
-        return _elsewhere(groups)
-    results = []
-    # Whoever has no time for the groups that need root gets fewer examples of each law, too.
+    if privileged and not checkout.is_visible(ROOT):
+        times = [f"--times={Path(asked.times).resolve()}"] if asked.times else []
+        return checkout.run_in_copy(["build/ci/groups.py", *times, *groups])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    started = time.monotonic()
+    # Without root there are fewer examples of each law, too, so that the checks before a commit are short.
     profile = "full" if privileged else "quick"
-    for group in groups:
-        print(f"== {group}", flush=True)
-        started = time.monotonic()
-        result = _static() if group == "static" else _pytest(group, profile)
-        result.time_s = time.monotonic() - started
-        results.append(result)
-    _table(results)
-    return 1 if any(result.failed for result in results) else 0
+    try:
+        results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile)
+        for group in groups:
+            if group not in SIDE_BY_SIDE:
+                print(f"== {group}", flush=True)
+                before = _traces()
+                results.append(_run(group, profile, None))
+                _check_traces(before, results[-1])
+    except KeyboardInterrupt:
+        PROCESSES.end()
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    _table(results, time.monotonic() - started)
+    failed = any(result.failed for result in results)
+    if asked.times and not failed:
+        _write_times(Path(asked.times), results)
+    return 1 if failed else 0
 
 
-def _is_seen_by_all() -> bool:
-    """Whether unprivileged users and simulated hosts, which have directories of their own, can read the checkout."""
-    if any(ROOT.is_relative_to(directory) for directory in HOSTS_OWN):
-        return False
-    passable = all(directory.stat().st_mode & 0o001 for directory in [ROOT, *ROOT.parents])
-    return passable and (ROOT / "internal/netloom/__init__.py").stat().st_mode & 0o004 != 0
+def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
+    """The results in the order of ``groups``, and one of the machine when one of them left something on it."""
+    before = _traces()
+    printing = threading.Lock()
+
+    def run(group: str) -> Result:
+        with tempfile.TemporaryFile() as output:
+            result = _run(group, profile, output)
+            output.seek(0)
+            with printing:
+                print(f"== {group}", flush=True)
+                sys.stdout.buffer.write(output.read())
+                sys.stdout.flush()
+        return result
+
+    with ThreadPoolExecutor(max(2, CORES)) as pool:
+        running = [pool.submit(run, group) for group in groups]
+        try:
+            results = [it.result() for it in running]
+        except KeyboardInterrupt:
+            PROCESSES.end()
+            raise
+    machine = Result("machine")
+    _check_traces(before, machine)
+    return [*results, machine] if machine.failed else results
 
 
-def _elsewhere(groups: list[str]) -> int:
-    """The same in a copy where all can read it."""
-    with tempfile.TemporaryDirectory(prefix="netloom-", dir="/opt") as directory:
-        copy = Path(directory, "netloom")
-        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", ".mypy_cache", "__pycache__"))
-        subprocess.run(["chmod", "-R", "a+rX", directory], check=True)
-        print(f"{ROOT} is not seen by all users and simulated hosts: testing a copy, {copy}", flush=True)
-        return subprocess.run(
-            [copy / ".venv/bin/python", "build/ci/groups.py", *groups], cwd=copy, check=False
-        ).returncode
-
-
-def _static() -> Result:
-    result = Result("static")
-    running = {
-        name: subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]],
-            cwd=ROOT,
-            env=ENVIRONMENT | {"PYTHONPATH": "internal"},  # for lint-imports, which imports what it looks at
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, command in STATIC.items()
-    }
-    for name, process in running.items():
-        said = process.communicate()[0]
-        if process.returncode == 0:
-            result.passed += 1
-        else:
-            print(f"{name} failed:\n{said}", flush=True)
-            result.failed += 1
-            result.remarks.append(name)
+def _run(group: str, profile: str, output: IO[bytes] | None) -> Result:
+    started = time.monotonic()
+    result = _static(output) if group == "static" else _pytest(group, profile, output)
+    result.time_s = time.monotonic() - started
     return result
 
 
-def _pytest(group: str, profile: str) -> Result:
+def _static(output: IO[bytes] | None) -> Result:
+    result = Result("static")
+    with tempfile.TemporaryDirectory(prefix="netloom-static-") as directory:
+        running = {}
+        for name, (program, *arguments) in STATIC.items():
+            said = Path(directory, name)
+            with said.open("wb") as file:
+                # PYTHONPATH is for lint-imports, which imports the program.
+                command = [str(BIN / program), *arguments]
+                running[name] = said, PROCESSES.start(command, file, PYTHONPATH="internal")
+        for name, (said, process) in running.items():
+            if process.wait() == 0:
+                result.passed += 1
+            else:
+                (output or sys.stdout.buffer).write(f"{name} failed:\n".encode() + said.read_bytes())
+                result.failed += 1
+                result.remarks.append(name)
+    return result
+
+
+def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
     result = Result(group)
-    before = _traces()
     with tempfile.TemporaryDirectory(prefix="netloom-report-") as directory:
         report = Path(directory, "report.xml")
-        command = [
-            str(BIN / "python"),
-            "-m",
-            "pytest",
-            *WHERE.get(group, [f"tests/{group}"]),
-            f"--hypothesis-profile={profile}",
-        ]
-        command.append(f"--junit-xml={report}")
-        environment = ENVIRONMENT | (ONE_FILE if group in WHERE else {})
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        command = [str(BIN / "python"), "-m", "pytest", *WHERE.get(group, [f"tests/{group}"])]
+        command += [f"--hypothesis-profile={profile}", f"--junit-xml={report}"]
+        if output and sys.stdout.isatty():
+            command.append("--color=yes")
+        process = PROCESSES.start(command, output, **(ONE_FILE if group in WHERE else {}))
         try:
             status = process.wait(GROUP_LIMIT_S)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
-            _end(process)
-            if isinstance(stopped, KeyboardInterrupt):
-                raise
+        except subprocess.TimeoutExpired:
+            PROCESSES.end(process)
             result.failed += 1
             result.remarks.append(f"stopped after {GROUP_LIMIT_S} s")
             return result
@@ -161,12 +240,6 @@ def _pytest(group: str, profile: str) -> Result:
     if status not in (0, 1):
         result.failed += 1
         result.remarks.append("no test" if status == 5 else f"pytest ended with {status}")
-    until = time.monotonic() + TRACES_GO_WITHIN_S
-    while (left := _traces() - before) and time.monotonic() < until:
-        time.sleep(0.1)
-    if left:
-        result.failed += 1
-        result.remarks.append(f"left behind: {', '.join(sorted(left))}")
     return result
 
 
@@ -174,13 +247,13 @@ def _traces() -> set[str]:
     return {path for pattern in TRACES for path in glob.glob(pattern)}
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGINT)  # fixtures take their namespaces down
-    try:
-        process.wait(INTERRUPT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def _check_traces(before: set[str], result: Result) -> None:
+    until = time.monotonic() + TRACES_GO_WITHIN_S
+    while (left := _traces() - before) and time.monotonic() < until:
+        time.sleep(0.1)
+    if left:
+        result.failed += 1
+        result.remarks.append(f"left behind: {', '.join(sorted(left))}")
 
 
 def _count(report: Path, result: Result) -> None:
@@ -196,13 +269,25 @@ def _count(report: Path, result: Result) -> None:
             result.passed += 1
 
 
-def _table(results: list[Result]) -> None:
+def _table(results: list[Result], elapsed_s: float) -> None:
     print(f"\n{'group':<10}{'passed':>8}{'failed':>8}{'time':>10}")
     for result in results:
         remarks = f"  {'; '.join(result.remarks[:5])}" if result.remarks else ""
         print(f"{result.group:<10}{result.passed:>8}{result.failed:>8}{result.time_s:>8.1f} s{remarks}")
     passed, failed = sum(result.passed for result in results), sum(result.failed for result in results)
-    print(f"{'':<26}{sum(result.time_s for result in results):>8.1f} s\n\n{passed} passed, {failed} failed", flush=True)
+    print(f"{'':<26}{elapsed_s:>8.1f} s\n\n{passed} passed, {failed} failed", flush=True)
+
+
+def _write_times(document: Path, results: list[Result]) -> None:
+    """Write each group's row ``| group | tests | time | measured |``. Raises ValueError when a group has no row."""
+    text = document.read_text()
+    measured = f"{CORES} cores, {time.strftime('%Y-%m-%d', time.gmtime())}"
+    for result in results:
+        row = f"| {result.group} | {result.passed} | {result.time_s:.0f} s | {measured} |"
+        text, count = re.subn(rf"^\| {result.group} (?:\|[^|\n]*){{3}}\|$", row, text, flags=re.MULTILINE)
+        if count != 1:
+            raise ValueError(f"{document}: {count} rows for the time of {result.group}, not one")
+    document.write_text(text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+import processes
 from bed import syscalls
 from bed.client import BedError, Client
 from bed.cloudstack import CLOUD_UID
@@ -170,7 +170,7 @@ class Host(Machine):
             return
         assert self._init is not None
         self.running = False
-        os.kill(self._init.pid, signal.SIGKILL)
+        processes.kill(self._init.pid)
         self._init.end()
         self.client.end()
         for vm in self.vms:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from binary.onefile import build_id, one_file
 
 pytestmark = pytest.mark.binary
@@ -97,8 +98,7 @@ class Room:
 
     def close(self) -> None:
         for pid in self.processes():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+            processes.kill(pid)
         self.holder.kill()
         self.holder.wait()
         assert self.holder.stdout is not None

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import processes
 from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
 from netns import inside
 
@@ -88,8 +89,7 @@ class AgentHost:
         self.kill()
         # Programs that the agent started outlive it. End those of this host, found by its mount namespace.
         for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            processes.kill(pid)
         for holder in self._holders:
             holder.kill()
             holder.wait()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +18,7 @@ from typing import TypeVar
 import pytest
 from msgspec.structs import replace
 
+import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import guest_process, liveness, supervisor
@@ -134,11 +135,9 @@ def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
         pids.add(made[-1].guests.pid)
         made[-1].close()
         for pid in pids - {0}:
-            try:
-                os.kill(pid, signal.SIGKILL)
+            processes.kill(pid)
+            with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-            except (ProcessLookupError, ChildProcessError):
-                continue
 
 
 def _get(path: str, port: int = 80, header: str = "") -> str:

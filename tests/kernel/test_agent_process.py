@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost, agent_host, make_call, wait_until
 from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
 
@@ -37,7 +38,7 @@ def bare() -> Iterator[AgentHost]:
         yield it
         # What a relay has started is nobody's child.
         for pid in agents(it):
-            os.kill(pid, signal.SIGKILL)
+            processes.kill(pid)
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from guestbed.dhcp import message as message_of
 from guestbed.dhcp import options_of
 from kernel.agent_host import AgentHost, act, agent_host, done, message, steps, wait_until
@@ -274,7 +275,7 @@ def test_what_dies_is_back(host: AgentHost) -> None:
     for word in ("dnsmasq", "haproxy", "--control"):
         # All at once, as a careless hand does it.
         for pid in before[word]:
-            os.kill(pid, signal.SIGKILL)
+            processes.kill(pid)
     # What waits in a socket of the guest process waits for the next one.
     assert get(host, WEB, "/latest/meta-data/local-hostname") == "web-1"
     wait_until(lambda: lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP)
@@ -349,7 +350,7 @@ def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
     assert running(host) == before
     # And the adopted ones are watched.
     for pid in before["dnsmasq"]:
-        os.kill(pid, signal.SIGKILL)
+        processes.kill(pid)
     wait_until(lambda: lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP)
 
 

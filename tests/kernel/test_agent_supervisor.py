@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 from msgspec.structs import replace
 
+import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import liveness, supervisor
@@ -74,7 +75,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     # What a test that fails, or a mutant of the program, leaves running.
     left = subprocess.run(["ip", "netns", "pids", NAMESPACE], check=True, capture_output=True, text=True)
     for pid in map(int, left.stdout.split()):
-        os.kill(pid, signal.SIGKILL)
+        processes.kill(pid)
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=True)
     subprocess.run(["rm", "-rf", str(top)], check=True)
 

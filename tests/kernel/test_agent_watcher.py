@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import threading
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import processes
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
 from kernel.isolated_network import (
     BRIDGE,
@@ -232,7 +232,7 @@ def power_cut(host: AgentHost) -> None:
     """Everything that is not on a disk is gone."""
     host.kill()
     for pid in host.processes():
-        os.kill(pid, signal.SIGKILL)
+        processes.kill(pid)
     wait_until(lambda: not host.processes())
     for line in host.run("ip", "netns", "list").splitlines():
         host.ip("netns", "del", line.split()[0])

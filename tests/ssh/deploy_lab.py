@@ -122,7 +122,8 @@ def wipe(bed: Bed) -> None:
     """End all helpers, restart the host and delete netloom's files from it."""
     for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
         if line.endswith(" helper"):
-            bed.management.sh(f"kill -9 {line.split()[0]}")
+            pid = line.split()[0]
+            bed.management.sh(f"kill -9 {pid} 2>/dev/null || test ! -e /proc/{pid}")  # it may have ended meanwhile
     host = bed.hosts[0]
     host.power_cut()
     host.boot()

@@ -10,7 +10,6 @@ import json
 import os
 import select
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import processes
 
 REPO = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
@@ -184,10 +185,7 @@ class SshHost:
     def halt(self) -> None:
         """End every process of the host; they are all ours."""
         for pid in run("ip", "netns", "pids", self.netns).split():
-            try:
-                os.kill(int(pid), signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+            processes.kill(int(pid))
         for process in self._sshd:
             process.wait()
         self._sshd = []
@@ -256,7 +254,7 @@ class SshLab:
         existing = {line.split()[0] for line in run("ip", "netns", "list").splitlines() if line}
         for netns in {MANAGEMENT, self.h1.netns, self.h2.netns} & existing:
             for pid in run("ip", "netns", "pids", netns).split():
-                os.kill(int(pid), signal.SIGKILL)
+                processes.kill(int(pid))
             run("ip", "netns", "delete", netns)
 
     @contextmanager

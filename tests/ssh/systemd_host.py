@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 from functools import partial
 from pathlib import Path
 
+import processes
 from bed.machines import until
 
 _DISK = """
@@ -87,7 +87,7 @@ class SystemdHost:
         """Kill every process at once."""
         assert self._machine is not None
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            processes.kill(self.pid)
         self._machine.wait(10)
 
     def close(self) -> None:

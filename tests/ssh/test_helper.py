@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from netloom.extension.helper_client import BEAT, pack, unpack
 from ssh.lab import HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
 
@@ -52,7 +52,7 @@ def caller(lab: SshLab, tmp_path: Path) -> Iterator[Caller]:
     caller.helper = "60"
     yield caller
     for pid in helpers():
-        os.kill(pid, signal.SIGKILL)
+        processes.kill(pid)
     assert until(lambda: not helpers())
 
 
@@ -131,8 +131,7 @@ def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -
             pause_s = (pause_s + 0.07) % 0.6
             for pid in helpers():
                 killed.append(pid)
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                processes.kill(pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -289,7 +288,7 @@ def test_a_connection_that_broke_between_two_calls_is_made_anew(lab: SshLab, cal
     lab.h1.play("die-once", on=["shutdown-network"])  # read by the next agent's end: the present one ends first
     for pid in run("ip", "netns", "pids", lab.h1.netns).split():
         if any(b"standin.py" in word for word in _words(int(pid))):
-            os.kill(int(pid), signal.SIGKILL)
+            processes.kill(int(pid))
     assert caller.call("shutdown-network", details, STORED).output == ""
     assert len(helpers()) == 1
 
@@ -307,7 +306,7 @@ def test_who_is_refused_after_the_connection_broke_is_refused_once(lab: SshLab, 
     try:
         for pid in run("ip", "netns", "pids", lab.h1.netns).split():
             if any(b"standin.py" in word for word in _words(int(pid))):
-                os.kill(int(pid), signal.SIGKILL)
+                processes.kill(int(pid))
         ended = caller.finish(process, began)
     finally:
         authorized.write_text(text)

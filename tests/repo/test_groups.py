@@ -1,0 +1,136 @@
+"""The groups of `make check` run side by side, each prints one block, and an interrupt ends all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import processes
+from repo.files import ROOT
+
+LIMIT_S = 60.0
+# Each test says that it runs and waits for the other: they end only when they run side by side.
+MEET = """
+import time
+from pathlib import Path
+
+def test_meet():
+    Path({mine!r}).touch()
+    until = time.monotonic() + 20
+    while not Path({other!r}).exists():
+        assert time.monotonic() < until, "the other group does not run"
+        time.sleep(0.02)
+    print("{word}\\n" * 100)
+    assert 0
+"""
+SLEEP = """
+import os, time
+from pathlib import Path
+
+def test_sleep():
+    Path({pid!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+CONFTEST = "def pytest_addoption(parser):\n    parser.addoption('--hypothesis-profile')\n"
+DOCUMENT = """
+| group | proves | needs |
+|---|---|---|
+| unit | functions | nothing |
+
+| group | tests | time | measured |
+|---|---|---|---|
+| unit | | | |
+| repo | 1 | 2 s | 3 |
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout that has the runner and no tests yet."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/conftest.py").write_text(CONFTEST)
+    (tmp_path / "times.md").write_text(DOCUMENT)
+    (tmp_path / "build/ci").mkdir(parents=True)
+    for name in ("groups.py", "checkout.py"):
+        shutil.copy(ROOT / "build/ci" / name, tmp_path / "build/ci")
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "-q -p no:cacheprovider"\n')
+    return tmp_path
+
+
+def write(checkout: Path, group: str, text: str) -> None:
+    (checkout / "tests" / group).mkdir()
+    (checkout / "tests" / group / f"test_{group}.py").write_text(text)
+
+
+def start(checkout: Path, *groups: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(checkout / "build/ci/groups.py"), f"--times={checkout}/times.md", *groups],
+        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_groups_run_side_by_side_and_print_one_block_each(checkout: Path) -> None:
+    files = str(checkout / "a"), str(checkout / "b")
+    write(checkout, "unit", MEET.format(mine=files[0], other=files[1], word="alpha"))
+    write(checkout, "repo", MEET.format(mine=files[1], other=files[0], word="beta"))
+    with start(checkout, "unit", "repo") as process:
+        printed, _ = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, printed.splitlines()[-1]) == (1, "0 passed, 2 failed")
+    for group, word in (("unit", "alpha"), ("repo", "beta")):
+        block = printed.split(f"== {group}\n")[1].split("\n== ")[0]
+        assert block.count(f"{word}\n") == printed.count(f"{word}\n") == 100
+    rows = printed.split("\ngroup ")[1].splitlines()[1:3]
+    assert [row.split()[:3] for row in rows] == [["unit", "0", "1"], ["repo", "0", "1"]]
+    assert (checkout / "times.md").read_text() == DOCUMENT, "times of a run that failed are not written"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_groups(checkout: Path, number: signal.Signals) -> None:
+    pids = [checkout / "a", checkout / "b"]
+    for group, pid in zip(("unit", "repo"), pids, strict=True):
+        write(checkout, group, SLEEP.format(pid=str(pid)))
+    with start(checkout, "unit", "repo") as process:
+        try:
+            until = time.monotonic() + LIMIT_S
+            while not all(pid.exists() and pid.read_text() for pid in pids):
+                assert process.poll() is None and time.monotonic() < until
+                time.sleep(0.02)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=LIMIT_S)
+            assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
+            assert [pid for pid in pids if Path("/proc", pid.read_text()).exists()] == []
+        finally:
+            process.kill()
+            for pid in pids:
+                if pid.exists():
+                    processes.kill(int(pid.read_text()))
+
+
+def test_the_times_are_written_to_the_document(checkout: Path) -> None:
+    write(checkout, "unit", "def test_a():\n    pass\n\ndef test_b():\n    pass\n")
+    with start(checkout, "unit") as process:
+        assert process.communicate(timeout=LIMIT_S)[0].splitlines()[-1] == "2 passed, 0 failed"
+    before, after = (text.splitlines() for text in (DOCUMENT, (checkout / "times.md").read_text()))
+    changed = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert len(changed) == 1
+    _, group, tests, time_s, measured, _ = (cell.strip() for cell in changed[0].split("|"))
+    assert (group, tests) == ("unit", "2")
+    assert time_s.removesuffix(" s").isdigit()
+    assert measured.startswith(f"{len(os.sched_getaffinity(0))} cores, 20")
+
+
+def test_every_group_of_make_test_has_a_row_for_its_time() -> None:
+    recipe = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "$(TIMES)" in line)
+    section = (ROOT / "docs/development.md").read_text().split("\n### Times\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("| ")]
+    assert rows == ["group", *recipe.split("$(TIMES)")[1].split()]

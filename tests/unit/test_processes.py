@@ -1,0 +1,48 @@
+"""Tests end processes that may have ended by themselves."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import processes
+from ssh import lab
+
+
+def ended() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_process_that_runs_is_killed() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    processes.kill(process.pid)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_process_that_has_ended_is_no_error() -> None:
+    processes.kill(ended())
+
+
+def test_a_lab_goes_down_although_a_process_of_it_ends_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ip-netns(8) lists a process that has ended before the signal is sent."""
+    deleted = []
+
+    def run(*argv: str, stdin: str = "") -> str:
+        if argv[:3] == ("ip", "netns", "delete"):
+            deleted.append(argv[3])
+        said = {"list": f"{lab.MANAGEMENT} (id: 1)\nstest-h1\n", "pids": f"{ended()}\n"}
+        return said.get(argv[2], "")
+
+    monkeypatch.setattr(lab, "run", run)
+    it = lab.SshLab(tmp_path)
+    it.down()
+    assert sorted(deleted) == ["stest-h1", lab.MANAGEMENT]
+    it.h1.halt()
