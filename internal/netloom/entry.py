@@ -5,11 +5,13 @@ The program does not depend on its own name: CloudStack runs whatever file the o
 
 from __future__ import annotations
 
+import sys
+
 from netloom.fastos import os
 from netloom.program import begin
 
 # What a person may say. CloudStack's commands have a hyphen in them and these have none, so neither hides the other.
-PEOPLE = ("agent", "commands", "hosts", "version")
+PEOPLE = ("agent", "commands", "help", "hosts", "version")
 
 # What of ``agent`` is for people; the rest is what SSH and systemd start.
 AGENT_PEOPLE = ("install", "uninstall", "rollback", "selftest", "status", "-h", "--help")
@@ -39,8 +41,12 @@ def door(words: list[str]) -> Door:
     return "people"
 
 
-def main(argv: list[str]) -> int:
-    """Open the door that ``argv`` names; the exit status, where the door does not end the process itself."""
+def main(argv: list[str] | None = None) -> int:
+    """Open the door that ``argv`` names; the exit status, where the door does not end the process itself.
+
+    Without ``argv`` the process's own: so calls the script that pip makes of ``project.scripts`` (pyproject.toml).
+    """
+    argv = sys.argv if argv is None else argv
     begin(os.environ)
     words = argv[1:]
     behind = door(words)

@@ -29,17 +29,28 @@ agent = typer.Typer(
 )
 
 # Help is given here and not by docstrings, which the one file is compiled without.
-Hosts = Annotated[str | None, typer.Option("--hosts", help="Hosts, separated by commas. Without it: this machine.")]
-User = Annotated[str, typer.Option("--username", help="Another user than root goes through sudo -n.")]
-Port = Annotated[int, typer.Option("--port", min=1, max=65535)]
+Hosts = Annotated[
+    str | None,
+    typer.Option("--hosts", metavar="HOST,...", help="Hosts, separated by commas. Without it: this machine."),
+]
+User = Annotated[str, typer.Option("--username", metavar="USER", help="Another user than root goes through sudo -n.")]
+Port = Annotated[int, typer.Option("--port", metavar="NUMBER", min=1, max=65535, help="The port of SSH.")]
 Key = Annotated[
-    str, typer.Option("--sshkey", help="File with the private key. Else the SSH agent and the caller's own keys.")
+    str,
+    typer.Option(
+        "--sshkey", metavar="FILE", help="File with the private key. Else the SSH agent and the caller's own keys."
+    ),
 ]
 Ask = Annotated[bool, typer.Option("--ask-password", help="Log in by password; it is asked for.")]
 PasswordFile = Annotated[
-    str, typer.Option("--password-file", help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line.")
+    str,
+    typer.Option(
+        "--password-file",
+        metavar="FILE",
+        help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line.",
+    ),
 ]
-Pins = Annotated[str, typer.Option("--hostkeys", help="Pinned host keys, as in the registration.")]
+Pins = Annotated[str, typer.Option("--hostkeys", metavar="PINS", help="Pinned host keys, as in the registration.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
 
 
@@ -158,7 +169,11 @@ def _uninstall(
     hostkeys: Pins = "",
     networks: Annotated[
         Literal["refuse", "remove", "leave"],
-        typer.Option("--networks", help="That live there: refuse to go on, remove them, or leave them as they stand."),
+        typer.Option(
+            "--networks",
+            metavar="refuse|remove|leave",
+            help="That live there: refuse to go on, remove them, or leave them as they stand.",
+        ),
     ] = "refuse",
     as_json: Json = False,
 ) -> None:
