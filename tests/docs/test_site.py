@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pages.make_site import SiteError, collect, faults_of, missing_from_navigation, pages
-from repo.places import ROOT
+from repo.files import ROOT
 
 
 @pytest.fixture(scope="module")
