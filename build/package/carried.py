@@ -14,8 +14,9 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-# Needed when a package is installed, or imported by what the executable leaves out (build/nuitka).
-LEFT_OUT = {"pycparser"}
+# The metadata of a carried package asks for these, and the executable leaves them out (build/nuitka): pycparser is for
+# compiling cffi's modules, rich and its packages are for the coloured help that netloom does not use.
+LEFT_OUT = {"markdown-it-py", "mdurl", "pycparser", "pygments", "rich"}
 
 
 @dataclass(frozen=True)

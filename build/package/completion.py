@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup, TyperOption
+from typer.main import get_command
 
 from netloom.cli.app import app
 
@@ -21,14 +23,14 @@ class Word:
 
 def words() -> dict[str, Word]:
     """Each sequence of words that leads somewhere (the first is empty), sorted, and what may stand behind it."""
-    return dict(sorted(_walk((), typer.main.get_command(app))))
+    return dict(sorted(_walk((), get_command(app))))
 
 
-def _walk(path: tuple[str, ...], command: click.Command) -> Iterator[tuple[str, Word]]:
-    inner = command.commands if isinstance(command, click.Group) else {}
+def _walk(path: tuple[str, ...], command: Any) -> Iterator[tuple[str, Word]]:
+    inner = command.commands if isinstance(command, TyperGroup) else {}
     shown = {name: it for name, it in sorted(inner.items()) if not it.hidden}
-    with click.Context(command, help_option_names=["-h", "--help"]) as context:
-        found = [it for it in command.get_params(context) if isinstance(it, click.Option) and not it.hidden]
+    with typer.Context(command, help_option_names=["-h", "--help"]) as context:
+        found = [it for it in command.get_params(context) if isinstance(it, TyperOption) and not it.hidden]
     yield (
         " ".join(path),
         Word(

@@ -29,6 +29,7 @@ SPELT = {
     "Apache Software License": "Apache-2.0",
     "BSD 2-Clause License": "BSD-2-Clause",
     "GNU Affero General Public License v3": "AGPL-3.0-only",
+    "ISC License": "ISC",
     "MIT License": "MIT",
     "MIT license": "MIT",
     "Mozilla Public License 2.0 (MPL 2.0)": "MPL-2.0",

@@ -68,6 +68,13 @@ def sources() -> list[Source]:
     nuitka, zig = build["nuitka"], build["ziglang"]
     return [
         Source(
+            # The part of click that typer carries as its own, under click's licence.
+            "click", "8.3.1", "BSD-3-Clause", "pkg:pypi/click@8.3.1",
+            (Place("site", "typer/_click/LICENSE.txt"),),
+            within="typer",
+            proof=(Place("site", "typer/_click/__init__.py"), r"pallets/click/releases/tag/8\.3\.1\n"),
+        ),
+        Source(
             "expat", "2.5.0", "MIT", "pkg:generic/expat@2.5.0",
             (Place(_PYTHON, "*/Modules/expat/COPYING"),),
             within="python3.11",

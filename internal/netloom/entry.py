@@ -6,11 +6,13 @@ commands for people. The name of the executable does not matter: the operator re
 
 from __future__ import annotations
 
+import sys
+
 from netloom.fastos import os
 from netloom.program import take_environment
 
 # The commands for people. CloudStack's commands contain a hyphen and these do not, so the two cannot collide.
-PEOPLE = ("agent", "commands", "hosts", "version")
+PEOPLE = ("agent", "commands", "help", "hosts", "version")
 
 # The subcommands of ``agent`` for people; SSH and systemd start the others.
 AGENT_PEOPLE = ("install", "uninstall", "rollback", "selftest", "status", "-h", "--help")
@@ -40,8 +42,12 @@ def door(args: list[str]) -> Door:
     return "people"
 
 
-def main(argv: list[str]) -> int:
-    """Run the entry point that ``argv`` selects; the exit status, unless the entry point exits by itself."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the entry point that ``argv`` selects; the exit status, unless the entry point exits by itself.
+
+    Without ``argv`` the process's own arguments: the script that pip makes of ``project.scripts`` calls it so.
+    """
+    argv = sys.argv if argv is None else argv
     take_environment(os.environ)
     args = argv[1:]
     chosen = door(args)

@@ -35,7 +35,7 @@ def test_each_word_has_a_form_in_the_synopsis_and_a_paragraph() -> None:
     last = {path: it for path, it in known.items() if path and not it.words}
     wanted = {path: {name for name in it.options if name.startswith("--")} - {"--help"} for path, it in last.items()}
     assert forms() == wanted
-    assert sorted(re.findall(r"^\.It Cm ((?:[a-z-]+ ?)+?)(?: Ar .*)?$", PAGE, re.MULTILINE)) == sorted(last)
+    assert sorted(re.findall(r"^\.It Cm ((?:[a-z-]+ ?)+?)(?: (?:Op )?Ar .*)?$", PAGE, re.MULTILINE)) == sorted(last)
 
 
 def test_the_words_of_people_are_those_of_the_first_door() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
+from package.carried import LEFT_OUT, canonical
 from repo.files import ROOT
 
 REQUIREMENTS = ROOT / "build" / "requirements"
@@ -27,18 +30,33 @@ def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
 
 
 def test_the_program_needs_few_packages() -> None:
-    """rich and pydantic cost more at every start, and in the compiled file, than they give."""
+    """pydantic costs more at every start, and in the compiled file, than it gives; rich stays out of the file."""
     assert sorted(pins("runtime.txt")) == [
+        "annotated-doc",
         "asyncssh",
         "cffi",
-        "click",
         "cryptography",
         "h11",
+        "markdown-it-py",
+        "mdurl",
         "msgspec",
         "pycparser",
-        "typer-slim",
+        "pygments",
+        "rich",
+        "shellingham",
+        "typer",
         "typing-extensions",
     ]
+
+
+def test_the_one_file_leaves_out_what_its_bill_leaves_out() -> None:
+    modules = {"markdown-it-py": "markdown_it"}
+    build = (ROOT / "build" / "nuitka" / "build").read_text()
+    listed = set(re.findall(r'^left_out="([^"]+)"', build, re.MULTILINE)[0].split())
+    assert {modules.get(name, name) for name in LEFT_OUT} <= listed
+    assert "pydantic" in listed
+    kept = {canonical(name) for name in pins("runtime.txt").keys() - LEFT_OUT}
+    assert kept & {canonical(name) for name in listed} <= {"cffi"}  # its C module is used, not its compiler
 
 
 @pytest.mark.parametrize("name", ["dev.txt", "build.txt", "release.txt", "docs.txt"])
@@ -46,3 +64,45 @@ def test_all_use_the_same_versions_as_the_program(name: str) -> None:
     runtime, other = pins("runtime.txt"), pins(name)
     both = runtime.keys() & other.keys()
     assert {name: other[name] for name in both} == {name: runtime[name] for name in both}
+
+
+def asked_for() -> dict[str, list[Requirement]]:
+    """What pyproject.toml asks for, by the list that pins it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = {"runtime": project["project"]["dependencies"], **project["dependency-groups"]}
+    return {name: list(map(Requirement, lines)) for name, lines in groups.items()}
+
+
+ASKED_FOR = asked_for()
+
+
+def test_each_list_is_made_from_pyproject() -> None:
+    assert {path.stem for path in REQUIREMENTS.iterdir()} == ASKED_FOR.keys()
+    assert {path.suffix for path in REQUIREMENTS.iterdir()} == {".txt"}
+
+
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_a_list_pins_what_pyproject_asks_for(name: str) -> None:
+    """Each version is one that pyproject allows, and nothing is there that it does not ask for, directly or not."""
+    pinned = {name: re.match(r"\S+==(\S+)", entry) for name, entry in pins(f"{name}.txt").items()}
+    for wanted in ASKED_FOR[name]:
+        found = pinned[canonical(wanted.name)]
+        assert found is not None
+        assert wanted.specifier.contains(found[1]), wanted
+    text = (REQUIREMENTS / f"{name}.txt").read_text()
+    entries = re.findall(r"^([a-z0-9._-]+)==(?:.*\n)(?: .*\n)*", text + "\n", re.MULTILINE)
+    assert entries == list(pinned)
+    named = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)
+    direct = {part.partition("==")[0] for part in named if f"pyproject.toml ({name})" in part}
+    assert direct == {canonical(it.name) for it in ASKED_FOR[name]}
+
+
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_a_list_names_no_registry(name: str) -> None:
+    assert re.findall(r"https?:|--\w*index|--find-links|--trusted", (REQUIREMENTS / f"{name}.txt").read_text()) == []
+
+
+def test_the_back_end_is_pinned_where_a_test_builds_with_it() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (wanted,) = map(Requirement, project["build-system"]["requires"])
+    assert wanted in ASKED_FOR["dev"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,41 @@ def test_version(home: Path) -> None:
         "build": f"source-{__version__}",
         "wire": PROTOCOL_VERSION,
     }
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_is_an_option_too(option: str, home: Path) -> None:
+    done = say(option, home=home)
+    assert (done.returncode, done.stdout, done.stderr) == (0, say("version", home=home).stdout, "")
+
+
+@pytest.mark.parametrize("words", [[], ["hosts"], ["agent", "install"]])
+def test_help_is_a_word_and_an_option(words: list[str], home: Path) -> None:
+    asked = say(*words, "--help", home=home)
+    assert asked.returncode == 0
+    for same in (say("help", *words, home=home), say(*words, "-h", home=home)):
+        assert (same.returncode, same.stdout, same.stderr) == (0, asked.stdout, "")
+
+
+def test_help_for_an_unknown_word_is_an_error(home: Path) -> None:
+    done = say("help", "frobnicate", home=home)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such command 'frobnicate'" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["version"], ["agent", "install", "--help"], ["hosts", "forget", "kvm1"]])
+def test_people_do_not_wait_for_what_the_one_file_leaves_out(words: list[str], home: Path) -> None:
+    """Typer brings rich for coloured help, and later releases pydantic: neither is loaded."""
+    loaded = say(*words, home=home, options=("-X", "importtime")).stderr
+    assert re.search(r"\| +typer$", loaded, re.MULTILINE)
+    assert re.findall(r"\| +(?:rich|pydantic|pygments|markdown_it)$", loaded, re.MULTILINE) == []
+
+
+def test_help_fits_into_a_terminal_of_80_columns(home: Path) -> None:
+    for words in ((), ("agent",), ("hosts",), ("agent", "install"), ("agent", "uninstall"), ("hosts", "forget")):
+        told = say(*words, "--help", home=home).stdout
+        assert max(map(len, told.splitlines())) <= 80
+        assert "\\[" not in told  # markup that nobody rendered
 
 
 def test_commands_are_those_of_the_protocol(home: Path) -> None:

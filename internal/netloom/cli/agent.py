@@ -43,18 +43,31 @@ Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead o
 class Remote:
     """The options of a command that works on other hosts: which hosts, and how to log in."""
 
-    hosts: Annotated[str, typer.Option("--hosts", help="Hosts, separated by commas. Without it: this machine.")]
-    username: Annotated[str, typer.Option("--username", help="Another user than root goes through sudo -n.")] = "root"
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 22
+    hosts: Annotated[
+        str, typer.Option("--hosts", metavar="HOST,...", help="Hosts, separated by commas. Without it: this machine.")
+    ]
+    username: Annotated[
+        str, typer.Option("--username", metavar="USER", help="Another user than root goes through sudo -n.")
+    ] = "root"
+    port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=1, max=65535, help="The port of SSH.")] = 22
     sshkey: Annotated[
-        str, typer.Option("--sshkey", help="File with the private key. Else the SSH agent and the caller's own keys.")
+        str,
+        typer.Option(
+            "--sshkey", metavar="FILE", help="File with the private key. Else the SSH agent and the caller's own keys."
+        ),
     ] = ""
     ask_password: Annotated[bool, typer.Option("--ask-password", help="Log in by password; it is asked for.")] = False
     password_file: Annotated[
         str,
-        typer.Option("--password-file", help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line."),
+        typer.Option(
+            "--password-file",
+            metavar="FILE",
+            help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line.",
+        ),
     ] = ""
-    hostkeys: Annotated[str, typer.Option("--hostkeys", help="Pinned host keys, as in the registration.")] = ""
+    hostkeys: Annotated[
+        str, typer.Option("--hostkeys", metavar="PINS", help="Pinned host keys, as in the registration.")
+    ] = ""
 
     def names(self) -> list[str]:
         """The hosts, each once. Raises BadRequest when there is none."""
@@ -195,7 +208,11 @@ def _uninstall(
     remote: Remote | None,
     networks: Annotated[
         Literal["refuse", "remove", "leave"],
-        typer.Option("--networks", help="That live there: refuse to go on, remove them, or leave them as they stand."),
+        typer.Option(
+            "--networks",
+            metavar="refuse|remove|leave",
+            help="That live there: refuse to go on, remove them, or leave them as they stand.",
+        ),
     ] = "refuse",
     as_json: Json = False,
 ) -> None:

@@ -39,12 +39,34 @@ app.add_typer(agent, name="agent")
 Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
 
 
+def _print_version(asked: bool = True) -> None:
+    if asked:
+        typer.echo(f"netloom {__version__} (build {build_id()}, speaks protocol {PROTOCOL_VERSION} to its hosts)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="The same as the command version.", callback=_print_version)
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 @app.command("version", help="The version of this program, and of what it speaks to the hosts.")
 def _version(as_json: Json = False) -> None:
     if as_json:
         _print_json({"version": __version__, "build": build_id(), "wire": PROTOCOL_VERSION})
     else:
-        typer.echo(f"netloom {__version__} (build {build_id()}, speaks protocol {PROTOCOL_VERSION} to its hosts)")
+        _print_version()
+
+
+@app.command("help", help="Show how a command is used: netloom help agent install.")
+def _help(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", help="Without it: all commands.")] = None,
+) -> None:
+    app(args=[*(words or []), "--help"], prog_name="netloom", standalone_mode=False)
 
 
 @app.command("commands", help="CloudStack's commands, and what each may do.")
@@ -73,7 +95,9 @@ def _list_hosts(as_json: Json = False) -> None:
     help="Forget a host's key: the next one it shows is remembered. For a host that was installed anew.",
 )
 def _forget_host(
-    host: Annotated[str, typer.Argument(help="As it stands in the list: a name, an address, or '[name]:port'.")],
+    host: Annotated[
+        str, typer.Argument(metavar="HOST", help="As it stands in the list: a name, an address, or '[name]:port'.")
+    ],
     as_json: Json = False,
 ) -> None:
     known_hosts = _known_hosts()
