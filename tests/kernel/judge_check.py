@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kernel.ruleset_lab import Entry, Lab, Try
-from netloom.render.flows import ICMP, ICMPV6, TCP, UDP, Judge
+from netloom.render.flows import ICMP, ICMPV6, TCP, UDP, FlowPolicy
 from netloom.render.marks import REVOKED
 
 
@@ -15,7 +15,7 @@ def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
 
     ``tried`` holds attempts just made, with their source addresses. Source ports do not matter: no rule matches them.
     """
-    judge = Judge(lab.scope)
+    judge = FlowPolicy(lab.scope)
     stands = {_what(it): it for it in lab.entries()}
     for it, source in tried.items():
         kinds = {"tcp": TCP, "udp": UDP, "icmp": ICMPV6 if ":" in it.target else ICMP}
@@ -24,9 +24,9 @@ def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
             flow = replace(flow, icmp_type=it.port >> 8, icmp_code=it.port & 255)
         else:
             flow = replace(flow, sport=40000, dport=it.port)
-        assert (judge.verdict(flow) == "delete") == (_what(flow) in stands), it
+        assert (judge.action(flow) == "delete") == (_what(flow) in stands), it
     for entry in stands.values():
-        assert judge.verdict(entry) == "keep", entry
+        assert judge.action(entry) == "keep", entry
 
 
 def _what(it: Entry) -> tuple[object, ...]:

@@ -292,17 +292,17 @@ class Lab:
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
     def settle(self, before: Scope | None) -> None:
-        look = flows.attention(before, self.scope)
+        look = flows.flow_check(before, self.scope)
         if look == "none":
             return
-        judge = flows.Judge(self.scope)
+        judge = flows.FlowPolicy(self.scope)
         for entry in self.entries():
-            if look == "tombstones" and not entry.mark & REVOKED:
+            if look == "revoked_only" and not entry.mark & REVOKED:
                 continue
-            match judge.verdict(entry):
+            match judge.action(entry):
                 case "delete":
                     self.conntrack("-D", *entry.selector())
-                case "tombstone":
+                case "revoke":
                     self.conntrack("-U", *entry.selector(), "--mark", f"{REVOKED:#x}/{REVOKED:#x}")
 
     def conntrack(self, *argv: str) -> None:

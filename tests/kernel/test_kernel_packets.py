@@ -35,7 +35,7 @@ def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.
         host.start()
         done(host.call("020", "implement-network"))
         with host.within("cs-net-204"):
-            assert flows.judge(None, open_, closed) == 0  # type: ignore[arg-type]
+            assert flows.enforce(None, open_, closed) == 0  # type: ignore[arg-type]
             assert order == ["settled", "count"]
-            assert flows.judge(None, closed, open_) == 0  # type: ignore[arg-type]
+            assert flows.enforce(None, closed, open_) == 0  # type: ignore[arg-type]
     assert order == ["settled", "count", "count"]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from kernel.ruleset_lab import CLIENT, NEIGHBOUR, STRANGER, VMS, Entry, Lab
 from model.scope_strategies import ADDRESSES, scopes
-from netloom.render.flows import ICMP, TCP, UDP, Judge
+from netloom.render.flows import ICMP, TCP, UDP, FlowPolicy
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
 from unit.scopes import A1, A2, B1, C1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
@@ -92,12 +92,12 @@ def test_the_judge_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
     lab.renew(scope)
     sent = _first_packets(lab)
     entries = {_original(it): it for it in lab.entries()}
-    judge = Judge(scope)
+    judge = FlowPolicy(scope)
     for it in sent:
         stands = entries.get(_original(it))
         # Of a revoked flow the judge says "delete" exactly when its first packet would be let through now.
-        let_through = judge.verdict(replace(it, mark=REVOKED)) == "delete"
+        let_through = judge.action(replace(it, mark=REVOKED)) == "delete"
         generous = bool(scope.pbr.routes) and let_through
         assert (stands is not None) == let_through or generous, it
         if stands is not None:
-            assert judge.verdict(stands) == "keep", stands
+            assert judge.action(stands) == "keep", stands

@@ -15,7 +15,7 @@ from model.scope_strategies import scopes
 from netloom.names import LINK_NAME_MAX
 from netloom.netobjects import MAIN_TABLE
 from netloom.render import flows, ruleset
-from netloom.render.active import live, within
+from netloom.render.active import active, within
 from netloom.render.marks import POLICY, REVOKED
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -56,7 +56,7 @@ def test_the_same_wish_in_any_order_is_the_same_value_and_text(scope: Scope, ord
     assert two.ruleset is not None
     assert ruleset.fresh(one.ruleset) == ruleset.fresh(two.ruleset)
     assert ruleset.swap(one.ruleset, two.ruleset) == ""
-    assert flows.attention(scope, other) == "none"
+    assert flows.flow_check(scope, other) == "none"
 
 
 @given(scopes(), scopes())
@@ -131,7 +131,7 @@ def test_nothing_stands_for_a_network_that_is_not_implemented(scope: Scope) -> N
 
 @given(scopes())
 def test_every_forwarded_port_leads_to_one_place(scope: Scope) -> None:
-    now = live(scope)
+    now = active(scope)
     seen: dict[tuple[str, str, int], None] = {}
     for it in now.forwarded:
         assert it.forward.public_ports.first <= it.ports.first <= it.ports.last <= it.forward.public_ports.last
@@ -179,31 +179,31 @@ entries = st.builds(
 
 @given(scopes(), entries)
 def test_a_verdict_once_carried_out_is_not_given_again(scope: Scope, entry: Entry) -> None:
-    verdict = flows.Judge(scope).verdict(entry)
-    if verdict == "tombstone":
+    verdict = flows.FlowPolicy(scope).action(entry)
+    if verdict == "revoke":
         assert entry.protocol not in (flows.TCP, flows.ICMP, flows.ICMPV6)
         marked = Entry(**{**entry.__dict__, "mark": entry.mark | REVOKED})
-        assert flows.Judge(scope).verdict(marked) == "keep"
+        assert flows.FlowPolicy(scope).action(marked) == "keep"
 
 
 @given(scopes(), scopes(), entries)
 def test_what_was_kept_and_need_not_be_looked_at_is_kept(before: Scope, after: Scope, entry: Entry) -> None:
     """The short way (look at nothing, or at tombstones alone) never misses a flow that the long way would end."""
-    look = flows.attention(before, after)
-    if look == "all" or flows.Judge(before).verdict(entry) != "keep":
+    look = flows.flow_check(before, after)
+    if look == "all" or flows.FlowPolicy(before).action(entry) != "keep":
         return
     if look == "none" or not entry.mark & REVOKED:
-        assert flows.Judge(after).verdict(entry) == "keep"
+        assert flows.FlowPolicy(after).action(entry) == "keep"
 
 
 @given(scopes(), entries)
 def test_nothing_is_kept_when_nothing_stands(scope: Scope, entry: Entry) -> None:
     plain = Entry(**{**entry.__dict__, "mark": 0})
-    assert flows.Judge(None).verdict(plain) == (
-        "delete" if plain.protocol in (flows.TCP, flows.ICMP, flows.ICMPV6) else "tombstone"
+    assert flows.FlowPolicy(None).action(plain) == (
+        "delete" if plain.protocol in (flows.TCP, flows.ICMP, flows.ICMPV6) else "revoke"
     )
-    assert flows.attention(scope, None) == "all"
-    assert flows.attention(None, scope) == "none"
+    assert flows.flow_check(scope, None) == "all"
+    assert flows.flow_check(None, scope) == "none"
 
 
 @given(scopes(), entries)
@@ -213,4 +213,4 @@ def test_a_guest_whose_prefix_is_gone_is_not_taken_for_the_device(scope: Scope, 
     plain = Entry(**{**entry.__dict__, "mark": 0})
     if within(plain.src, "2001:db8:50:1::/64") or within(plain.dst, "2001:db8:50:1::/64"):
         own = plain.src in ("2001:db8:99::7", "fe80::7")
-        assert own or flows.Judge(replace(scope, networks={"204": other})).verdict(plain) != "keep"
+        assert own or flows.FlowPolicy(replace(scope, networks={"204": other})).action(plain) != "keep"

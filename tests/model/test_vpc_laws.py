@@ -192,10 +192,10 @@ def test_no_change_that_ends_a_flow_goes_unseen(walk: list[Call], more: list[Cal
     before = walked(walk)
     for call in more:
         after = carry_out(before, call, OURS)
-        if flows.attention(before, after) != "all":
-            was, now = flows.Judge(before), flows.Judge(after)
+        if flows.flow_check(before, after) != "all":
+            was, now = flows.FlowPolicy(before), flows.FlowPolicy(after)
             for flow in FLOWS:
-                for way in was._ways(flow):
+                for way in was._allowed(flow):
                     taken = dataclasses.replace(
                         flow,
                         reply_src=way.reply_src,
@@ -203,7 +203,7 @@ def test_no_change_that_ends_a_flow_goes_unseen(walk: list[Call], more: list[Cal
                         reply_dst=way.reply_dst,
                         mark=way.exit or 0,
                     )
-                    assert was.verdict(taken) == now.verdict(taken) == "keep", call
+                    assert was.action(taken) == now.action(taken) == "keep", call
         before = after
 
 

@@ -12,7 +12,7 @@ from unit.balanced_scope import NETWORK, RULE, balanced_scope
 
 
 def test_only_named_nics_have_a_hosts_file() -> None:
-    live = dnsmasq.service("net-204", NETWORK).live
+    live = dnsmasq.service("net-204", NETWORK).watched_files
     assert live == {
         "device": "10.10.1.1 data-server\n",
         "nic-u1": "10.10.1.45 web-1\n",

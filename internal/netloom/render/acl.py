@@ -25,30 +25,32 @@ class Acl(msgspec.Struct, frozen=True, kw_only=True):
 
     ingress: tuple[AclItem, ...] = ()
     egress: tuple[AclItem, ...] = ()
-    lets_in: bool = False  # what no item of ingress is about
-    lets_out: bool = True
+    ingress_default_allow: bool = False  # what no item of ingress is about
+    egress_default_allow: bool = True
 
 
 def acl_of(network: Network, *, open_without: bool) -> Acl:
     """The list of a tier; ``open_without``: without one ingress is open."""
     if network.acl is None:
-        return Acl(lets_in=open_without)
+        return Acl(ingress_default_allow=open_without)
     items = sorted(network.acl, key=lambda it: it.number)
     egress = tuple(it for it in items if it.direction == "egress")
-    return Acl(ingress=tuple(it for it in items if it.direction == "ingress"), egress=egress, lets_out=not egress)
+    return Acl(
+        ingress=tuple(it for it in items if it.direction == "ingress"), egress=egress, egress_default_allow=not egress
+    )
 
 
 def ingress_lines(acl: Acl) -> list[str]:
     """The rules of what enters a tier."""
     return [
         *_lines(acl.ingress, "saddr", "accept"),
-        "accept" if acl.lets_in else "drop",  # guard: a-list-has-its-own-end
+        "accept" if acl.ingress_default_allow else "drop",  # guard: a-list-has-its-own-end
     ]
 
 
 def egress_lines(acl: Acl) -> list[str]:
     """The rules of what leaves a tier; what is allowed goes on in the chain that asked."""
-    return [*_lines(acl.egress, "daddr", "return"), "return" if acl.lets_out else "drop"]
+    return [*_lines(acl.egress, "daddr", "return"), "return" if acl.egress_default_allow else "drop"]
 
 
 def lines_to_port(acl: Acl, port: int) -> list[str]:
@@ -59,18 +61,18 @@ def lines_to_port(acl: Acl, port: int) -> list[str]:
             continue
         verdict = "accept" if item.action == "allow" else "drop"
         lines += [_joined(where, verdict) for family, where in _addresses(item.cidrs, "saddr") if family != 6]
-    return [*lines, "accept" if acl.lets_in else "drop"]
+    return [*lines, "accept" if acl.ingress_default_allow else "drop"]
 
 
 def _lines(items: Iterable[AclItem], field: str, allow: str) -> Iterator[str]:
     for item in items:
         verdict = allow if item.action == "allow" else "drop"
         for family, where in _addresses(item.cidrs, field):
-            for what in _what(item, family):
+            for what in _match(item, family):
                 yield _joined(where, what, verdict)
 
 
-def _what(item: AclItem, family: int) -> list[str]:
+def _match(item: AclItem, family: int) -> list[str]:
     """What of a packet of that family (0: either) the item is about, addresses apart."""
     if item.protocol == "all":
         return [""]

@@ -35,10 +35,10 @@ class Exit(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]  # lowest first
 
 
-class Live(msgspec.Struct, frozen=True, kw_only=True):
+class Active(msgspec.Struct, frozen=True, kw_only=True):
     """What stands. Without a standing network or VPC nothing does, whatever addresses and rules are remembered."""
 
-    stands: bool = False
+    exists: bool = False
     networks: tuple[Network, ...] = ()
     acls: dict[str, Acl] = {}  # by network_id: of every tier; isolated networks have none
     plain: bool = False  # the device is a neighbour of its guests and no more (``render.shared``)
@@ -53,12 +53,12 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     balanced: tuple[LbRule, ...] = ()  # in the order of their ids; backends that no standing network has are left out
 
     @property
-    def answered(self) -> frozenset[tuple[str, int]]:
+    def haproxy_ports(self) -> frozenset[tuple[str, int]]:
         """Address and TCP port of what the load balancer answers itself, on the device."""
         return frozenset((it.public_ip, it.public_port) for it in self.balanced if it.protocol != "udp")
 
     @property
-    def spread(self) -> tuple[LbRule, ...]:
+    def udp_balanced(self) -> tuple[LbRule, ...]:
         """The UDP rules: translated to one backend or another, flow by flow."""
         return tuple(it for it in self.balanced if it.protocol == "udp")
 
@@ -73,7 +73,7 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
             return self.exits[0] if self.exits else None
         return next(it for it in self.exits if it.number == self.source_nat.exit)
 
-    def behind(self, rule: LbRule) -> list[tuple[Network, int]]:
+    def backend_ports(self, rule: LbRule) -> list[tuple[Network, int]]:
         """The network and the port that a balanced port leads to, as far as there is a backend.
 
         CloudStack's rules have one port for all backends, in one tier. Where somebody else's have more, the first
@@ -87,11 +87,11 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
         return _network_of(self.networks, address)
 
 
-def live(scope: Scope | None) -> Live:
+def active(scope: Scope | None) -> Active:
     """What of ``scope`` stands."""
     networks = _networks(scope)
     if scope is None or not (networks or scope.vpc_implemented):
-        return Live()
+        return Active()
     held = tuple(sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)))
     held_at = {it.address: it for it in held}
     static_nats = tuple(
@@ -112,8 +112,8 @@ def live(scope: Scope | None) -> Live:
         for it in scope.lb_rules.values()
         if it.public_ip in held_at
     ]
-    return Live(
-        stands=True,
+    return Active(
+        exists=True,
         networks=networks,
         acls={it.network_id: acl_of(it, open_without=scope.ingress_open) for it in networks if scope.is_vpc},
         plain=_plain(scope, networks),
@@ -167,7 +167,7 @@ def _as_number6(address: str) -> int:
 
 
 def _networks(scope: Scope | None) -> tuple[Network, ...]:
-    standing = [it for it in scope.networks.values() if it.stands] if scope is not None else []
+    standing = [it for it in scope.networks.values() if it.is_active] if scope is not None else []
     return tuple(sorted(standing, key=lambda it: int(it.network_id)))
 
 

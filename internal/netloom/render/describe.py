@@ -12,7 +12,7 @@ import msgspec
 
 from netloom.render import ip6
 from netloom.render.acl import acl_of
-from netloom.render.active import Live, as_number, live
+from netloom.render.active import Active, active, as_number
 from netloom.render.guest import tables
 from netloom.render.pbr import in_force
 from netloom.state import AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
@@ -42,21 +42,21 @@ def firewall(scope: Scope) -> list[str]:
 
     Rules that differ in their ports only share a line. What is told and does not apply says so.
     """
-    now = live(scope)
+    now = active(scope)
     lines: list[str] = []
     for network in _in_order(scope):
-        lines += _list_of(scope, network) if scope.is_vpc else _ingress(scope, network, now)
+        lines += _acl(scope, network) if scope.is_vpc else _ingress(scope, network, now)
     for network in _in_order(scope):
         lines += _egress(network) if network.firewall or not scope.is_vpc else []
     if now.source_nat is not None:
         lines += [f"source-nat {it.cidr} leaves as {now.source_nat.address}" for it in now.networks]
     in_force = {it.public_ip for it in now.static_nats}
     for nat in sorted(scope.static_nats.values(), key=lambda it: as_number(it.public_ip)):
-        lines.append(f"static-nat {nat.public_ip} <-> {nat.private_ip}{_unless(nat.public_ip in in_force)}")
+        lines.append(f"static-nat {nat.public_ip} <-> {nat.private_ip}{_in_force_note(nat.public_ip in in_force)}")
     forwards = {it.key for it in now.port_forwards}
     for it in sorted(scope.port_forwards.values(), key=lambda it: (as_number(it.public_ip), it.public_ports, it.key)):
         where = f"{it.public_ip} {it.protocol} {it.public_ports} -> {it.private_ip} {it.private_ports}"
-        lines.append(f"port-forward {where}{_unless(it.key in forwards)}")
+        lines.append(f"port-forward {where}{_in_force_note(it.key in forwards)}")
     held = {it.address for it in now.held}
     lines += [_balanced(it, held) for _, it in sorted(scope.lb_rules.items(), key=lambda item: (len(item[0]), item[0]))]
     return lines
@@ -79,8 +79,8 @@ def pbr_tables(scope: Scope) -> list[str]:
 
 def pbr_routes(scope: Scope) -> list[str]:
     """What is in those tables."""
-    now = live(scope)
-    return [f"{it} table {scope.pbr.name_of(it.table)}{_unless(in_force(it, now))}" for it in scope.pbr.routes]
+    now = active(scope)
+    return [f"{it} table {scope.pbr.name_of(it.table)}{_in_force_note(in_force(it, now))}" for it in scope.pbr.routes]
 
 
 def pbr_rules(scope: Scope) -> list[str]:
@@ -102,7 +102,7 @@ def summary(scope: Scope) -> list[str]:
     for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
         kind = " (source NAT)" if ip.source_nat else ""
         lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
-    if (out := ip6.way_out(scope, live(scope))) is not None:
+    if (out := ip6.default_route(scope, active(scope))) is not None:
         lines.append(f"IPv6 leaves as {out.address} through {out.gateway}")
     rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)
     lines.append(
@@ -126,7 +126,7 @@ def state(scope: Scope) -> list[str]:
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode().splitlines()
 
 
-def _ingress(scope: Scope, network: Network, now: Live) -> list[str]:
+def _ingress(scope: Scope, network: Network, now: Active) -> list[str]:
     if scope.ingress_open:
         return ["ingress any: allow (the registration says firewall=absent)"]
     if network.firewall is None:
@@ -134,28 +134,30 @@ def _ingress(scope: Scope, network: Network, now: Live) -> list[str]:
     lines = []
     for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "ingress"):
         where = rule.public_ip or "any address"
-        source = f"from {_list(rule.source_cidrs)}"
-        lines.append(f"ingress {where} {_what(rule, ports)} {source}: allow{_unless(rule.public_ip in now.ingress)}")
+        source = f"from {_any_or(rule.source_cidrs)}"
+        lines.append(
+            f"ingress {where} {_rule_match(rule, ports)} {source}: allow{_in_force_note(rule.public_ip in now.ingress)}"
+        )
     return [*lines, "ingress anything else: deny"]
 
 
-def _list_of(scope: Scope, network: Network) -> list[str]:
+def _acl(scope: Scope, network: Network) -> list[str]:
     """A tier's access control list, in its order."""
     acl = acl_of(network, open_without=scope.ingress_open)
     lines = [
-        f"acl of tier {network.network_id}, {it.direction} {it.number}: {it.action} {_of_item(it)} "
-        f"{'from' if it.direction == 'ingress' else 'to'} {_list(it.cidrs)}"
+        f"acl of tier {network.network_id}, {it.direction} {it.number}: {it.action} {_item_match(it)} "
+        f"{'from' if it.direction == 'ingress' else 'to'} {_any_or(it.cidrs)}"
         for it in (*acl.ingress, *acl.egress)
     ]
     why = " (no list came yet)" if network.acl is None else ""
-    for direction, lets in (("ingress", acl.lets_in), ("egress", acl.lets_out)):
+    for direction, lets in (("ingress", acl.ingress_default_allow), ("egress", acl.egress_default_allow)):
         lines.append(
             f"acl of tier {network.network_id}, {direction}, anything else: {'allow' if lets else 'deny'}{why}"
         )
     return lines
 
 
-def _of_item(item: AclItem) -> str:
+def _item_match(item: AclItem) -> str:
     if item.ports is not None:
         return f"{item.protocol} {item.ports}"
     if item.icmp_type is not None:
@@ -170,8 +172,8 @@ def _egress(network: Network) -> list[str]:
     listed, otherwise = ("deny", "allow") if network.firewall.default_egress_allow else ("allow", "deny")
     lines = []
     for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "egress"):
-        way = f"from {_list(rule.source_cidrs)} to {_list(rule.dest_cidrs)}"
-        lines.append(f"egress {_what(rule, ports)} {way}: {listed}")
+        way = f"from {_any_or(rule.source_cidrs)} to {_any_or(rule.dest_cidrs)}"
+        lines.append(f"egress {_rule_match(rule, ports)} {way}: {listed}")
     return [*lines, f"egress of network {network.network_id}, anything else: {otherwise}"]
 
 
@@ -186,7 +188,7 @@ def _grouped(rules: Iterable[FirewallRule]) -> list[tuple[FirewallRule, list[Por
     return ordered
 
 
-def _what(rule: FirewallRule, ports: list[Ports]) -> str:
+def _rule_match(rule: FirewallRule, ports: list[Ports]) -> str:
     if rule.protocol in ("tcp", "udp"):
         return f"{rule.protocol} {'any' if Ports(0, 65535) in ports else ','.join(map(str, ports))}"
     if rule.protocol == "icmp" and rule.icmp_type is not None and rule.icmp_type >= 0:
@@ -198,14 +200,14 @@ def _what(rule: FirewallRule, ports: list[Ports]) -> str:
 def _balanced(rule: LbRule, held: set[str]) -> str:
     backends = ", ".join(f"{it.ip}:{it.port}" for it in sorted(rule.backends)) or "nobody"
     where = f"{rule.public_ip} {rule.protocol} {rule.public_port} {rule.algorithm}"
-    return f"load-balancing {where} -> {backends}{_unless(rule.public_ip in held)}"
+    return f"load-balancing {where} -> {backends}{_in_force_note(rule.public_ip in held)}"
 
 
 def _nic(network: Network, nic: Nic, *, leased: bool) -> str:
     words = [
         "default" if nic.default else "secondary",
         *(["lease"] if leased else []),
-        *(["names"] if nic.named and nic.hostname and network.dns and network.stands else []),
+        *(["names"] if nic.named and nic.hostname and network.dns and network.is_active else []),
         *(["user data"] if nic.user_data is not None else []),
         *(["password waiting"] if nic.password is not None else []),
     ]
@@ -220,11 +222,11 @@ def _number(address: str) -> int:
     return as_number(address) if address else -1
 
 
-def _list(cidrs: tuple[str, ...]) -> str:
+def _any_or(cidrs: tuple[str, ...]) -> str:
     return ",".join(cidrs) or "any"
 
 
-def _unless(in_force: bool) -> str:
+def _in_force_note(in_force: bool) -> str:
     return "" if in_force else " (not in force: the address or the network does not stand)"
 
 

@@ -40,8 +40,8 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12) -> Servic
         directory=directory,
         argv=("dnsmasq", "--keep-in-foreground", f"--conf-file={directory}/dnsmasq.conf"),
         config={"dnsmasq.conf": _configuration(directory, network, build.group)},
-        live_directory=HOSTS,
-        live=_hosts(network),
+        watched_directory=HOSTS,
+        watched_files=_hosts(network),
         forgets=build.forgets,
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
@@ -74,7 +74,7 @@ def _configuration(directory: str, network: Network, group: str) -> str:
     lines += [f"server={resolver}" for resolver in network.resolvers]
     if not network.dns:
         lines.append("port=0")
-    if network.speaks_ip6:
+    if network.has_ip6:
         lines += _advertised(network)
     return "\n".join(lines) + "\n"
 

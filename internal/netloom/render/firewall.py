@@ -57,13 +57,13 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
             Line(first, last, " ".join(it for it in (self._family(source + dest), source, dest, what) if it))
             for source in _addresses("saddr", self.sources)
             for dest in _addresses("daddr", self.dests)
-            for first, last, what in self._what()
+            for first, last, what in self._match()
         ]
 
     def _family(self, addresses: str) -> str:
         return f"meta nfproto ipv{self.family}" if self.family and not addresses else ""
 
-    def _what(self) -> list[tuple[int, int, str]]:
+    def _match(self) -> list[tuple[int, int, str]]:
         match self.protocol:
             case "tcp" | "udp":
                 return _ports(self.protocol, self.ports)

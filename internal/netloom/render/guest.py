@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
 from netloom.netobjects import ETHERNET_MTU
-from netloom.render.plain_network import range_of, way_to_device
+from netloom.render.plain_network import classless_static_routes, range_of
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
 
@@ -31,7 +31,7 @@ def tables(scope: Scope, mtus: Mapping[str, int] = MappingProxyType({})) -> tupl
     return tuple(
         _numbered(_table(scope.scope_id, network, mtus.get(network.network_id, 0)))
         for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))
-        if network.stands
+        if network.is_active
     )
 
 
@@ -55,7 +55,7 @@ def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
 def _nic(network: Network, nic: Nic) -> GuestNic:
     home = range_of(network, nic.ip)
     mask = nic.netmask or (str(ipaddress.IPv4Network(home.cidr).netmask) if home is not None else "")
-    route = way_to_device(network, nic)
+    route = classless_static_routes(network, nic)
     options = ({"121": route} if route else {}) | network.dhcp_options.get(nic.nic_id, {})
     return GuestNic(
         nic=nic.key,

@@ -14,7 +14,7 @@ import msgspec
 
 from netloom import names
 from netloom.netobjects import MAIN_TABLE, Address, Route
-from netloom.render.active import Live
+from netloom.render.active import Active
 from netloom.render.ruleset import Chain
 from netloom.state import Network, Scope
 
@@ -26,7 +26,7 @@ _TO_ROUTERS = "icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor
 _TO_NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } ip6 hoplimit 255"
 
 
-class WayOut(msgspec.Struct, frozen=True, kw_only=True):
+class DefaultRoute(msgspec.Struct, frozen=True, kw_only=True):
     """Where IPv6 leaves: the public link of the default exit, with an address of the device's own on it."""
 
     link: str
@@ -34,41 +34,41 @@ class WayOut(msgspec.Struct, frozen=True, kw_only=True):
     gateway: str
 
 
-def speaking(now: Live) -> tuple[Network, ...]:
+def ip6_networks(now: Active) -> tuple[Network, ...]:
     """The standing networks whose guests the device routes IPv6 for."""
-    return tuple(it for it in now.networks if it.speaks_ip6)
+    return tuple(it for it in now.networks if it.has_ip6)
 
 
-def way_out(scope: Scope, now: Live) -> WayOut | None:
+def default_route(scope: Scope, now: Active) -> DefaultRoute | None:
     """The way out, where the registration names one and a public link stands.
 
     A registered network without host bits gives every scope an address of its own, made from its link's MAC address:
     the same on whichever host it lives, so that an upstream router's route to the guests' prefix stays right.
     """
     outside, exit_ = scope.outside6, now.default_exit
-    if outside is None or exit_ is None or not speaking(now):
+    if outside is None or exit_ is None or not ip6_networks(now):
         return None
     link = names.public_link(exit_.vlan)
     named = IPv6Interface(outside.address)
     if named.ip == named.network.network_address and named.network.prefixlen <= 64:
         own = named.network.network_address + _interface_id(names.mac(scope.owner, scope.scope_id, link))
-        return WayOut(link=link, address=f"{own}/{named.network.prefixlen}", gateway=outside.gateway)
-    return WayOut(link=link, address=named.compressed, gateway=outside.gateway)
+        return DefaultRoute(link=link, address=f"{own}/{named.network.prefixlen}", gateway=outside.gateway)
+    return DefaultRoute(link=link, address=named.compressed, gateway=outside.gateway)
 
 
-def addresses(scope: Scope, now: Live) -> tuple[Address, ...]:
+def addresses(scope: Scope, now: Active) -> tuple[Address, ...]:
     """The gateway's of each network, and the device's own outside."""
     inside = [
         Address(link=names.guest_link(it.network_id), cidr=f"{it.ip6_gateway}/{it.ip6_cidr.partition('/')[2]}")
-        for it in speaking(now)
+        for it in ip6_networks(now)
     ]
-    out = way_out(scope, now)
+    out = default_route(scope, now)
     return (*inside, *([Address(link=out.link, cidr=out.address)] if out else []))
 
 
-def routes(scope: Scope, now: Live) -> tuple[Route, ...]:
+def routes(scope: Scope, now: Active) -> tuple[Route, ...]:
     """The default route; without a way out there is none, and the kernel answers at once that there is no route."""
-    out = way_out(scope, now)
+    out = default_route(scope, now)
     if out is None:
         return ()
     found = [Route(table=MAIN_TABLE, destination=ANYWHERE, link=out.link, via=out.gateway)]
@@ -79,14 +79,14 @@ def routes(scope: Scope, now: Live) -> tuple[Route, ...]:
     return tuple(found)
 
 
-def sysctls(scope: Scope, now: Live, links: list[str]) -> dict[str, str]:
+def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
     """IPv6 is off on every link but those that speak it: off by default, so that no new link speaks for an instant.
 
     The switch for all links stays as the kernel has it: who writes it sets every link's back. Duplicate address
     detection would keep the gateway silent for a second after each start; its address is nobody else's.
     """
-    out = way_out(scope, now)
-    speak = {names.guest_link(it.network_id) for it in speaking(now)} | ({out.link} if out else set())
+    out = default_route(scope, now)
+    speak = {names.guest_link(it.network_id) for it in ip6_networks(now)} | ({out.link} if out else set())
     wanted = {
         "net.ipv6.conf.all.disable_ipv6": "0",
         "net.ipv6.conf.all.forwarding": "0" if now.plain else "1",
@@ -108,9 +108,9 @@ def sysctls(scope: Scope, now: Live, links: list[str]) -> dict[str, str]:
     return wanted
 
 
-def arriving(now: Live, *, from_outside: bool) -> list[Chain]:
+def arriving(now: Active, *, from_outside: bool) -> list[Chain]:
     """Every IPv6 packet from outside; ``from_outside``: lists of tiers, or nobody, judge what strangers begin."""
-    networks = speaking(now)
+    networks = ip6_networks(now)
     if not networks:
         return []
     rules = [f'iifname {_PUBLIC} ip6 daddr {it.ip6_cidr} counter name "{counters(it)[0]}"' for it in networks]
@@ -136,9 +136,9 @@ def arriving(now: Live, *, from_outside: bool) -> list[Chain]:
     return [Chain(name=CHAIN, rules=(*rules, "drop"))]
 
 
-def leaving(now: Live) -> list[str]:
+def leaving(now: Active) -> list[str]:
     """What is counted when it leaves."""
-    return [f'oifname {_PUBLIC} ip6 saddr {it.ip6_cidr} counter name "{counters(it)[1]}"' for it in speaking(now)]
+    return [f'oifname {_PUBLIC} ip6 saddr {it.ip6_cidr} counter name "{counters(it)[1]}"' for it in ip6_networks(now)]
 
 
 def counters(network: Network) -> tuple[str, str]:
@@ -146,9 +146,9 @@ def counters(network: Network) -> tuple[str, str]:
     return f"in_ip6_{network.network_id}", f"out_ip6_{network.network_id}"
 
 
-def to_device(now: Live) -> list[str]:
+def to_device(now: Active) -> list[str]:
     """What the device itself hears: neighbour discovery, pings, and names from its guests."""
-    networks = speaking(now)
+    networks = ip6_networks(now)
     rules = [f"{_TO_ROUTERS} accept"] if networks else []
     for it in networks:
         to_gateway = f"iifname {_link(it)} ip6 daddr {it.ip6_gateway}"

@@ -18,10 +18,10 @@ from itertools import pairwise
 from netloom import names
 from netloom.render import ip6, plain_network
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
-from netloom.render.active import ForwardedPorts, Live, live, subnet, target_port
+from netloom.render.active import Active, ForwardedPorts, active, subnet, target_port
 from netloom.render.firewall import verdicts
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
-from netloom.render.pbr import Way, ways
+from netloom.render.pbr import PolicyNat, policy_nats
 from netloom.render.ruleset import Chain, NftSet, Ruleset
 from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
@@ -35,7 +35,7 @@ _DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
 
 def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``; without a standing network it lets nothing through."""
-    now = live(scope)
+    now = active(scope)
     if now.plain:
         return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
     addresses = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
@@ -68,7 +68,7 @@ def ruleset(scope: Scope) -> Ruleset:
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_tiers_device(now) if scope.is_vpc else _to_device(now),
             _through(now, open_to_all=scope.ingress_open),
-            _translate_from(now, ways(scope.pbr, now)),
+            _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
             *(it for chains in addresses + egress + lists for it in chains),
@@ -76,18 +76,18 @@ def ruleset(scope: Scope) -> Ruleset:
     )
 
 
-def counters(now: Live) -> dict[str, tuple[str, str]]:
+def counters(now: Active) -> dict[str, tuple[str, str]]:
     """Public addresses and IPv6 prefixes, each with its two counters.
 
     The first counts what arrived for it from outside, whatever the firewall said of it; the second what left under it.
     """
     addresses = {it.address: (f"in_{it.address}", f"out_{it.address}") for it in now.held}
-    return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.speaking(now)}
+    return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.ip6_networks(now)}
 
 
-def _arriving(now: Live) -> Chain:
+def _arriving(now: Active) -> Chain:
     """Every packet from outside: who it claims to be, whether its connection is known, what it is allowed to begin."""
-    over_ip6 = f"goto {ip6.CHAIN}" if ip6.speaking(now) else "drop"
+    over_ip6 = f"goto {ip6.CHAIN}" if ip6.ip6_networks(now) else "drop"
     rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {over_ip6}"]
     rules.append(f"iifname {_PUBLIC} counter name ip daddr map @counted_in")
     for it in now.networks:
@@ -111,7 +111,7 @@ def _arriving(now: Live) -> Chain:
     )
 
 
-def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[Chain]:
+def _public_address(address: PublicIp, now: Active, *, open_to_all: bool) -> list[Chain]:
     """The firewall of one public address, judged before translation, for strangers and for guests alike."""
     name = _chain_of(address)
     # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
@@ -127,7 +127,7 @@ def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[
     return [Chain(name=name, rules=rules), *chains]
 
 
-def _translations(now: Live) -> tuple[NftSet, ...]:
+def _translations(now: Active) -> tuple[NftSet, ...]:
     exact: dict[str, str] = {}
     ranges: dict[str, str] = {}
     to_one: dict[str, str] = {}
@@ -155,7 +155,7 @@ def _translations(now: Live) -> tuple[NftSet, ...]:
     )
 
 
-def _source_ports(now: Live) -> tuple[NftSet, ...]:
+def _source_ports(now: Active) -> tuple[NftSet, ...]:
     """UDP ports of the source-NAT address that lead inward, and the guests' own ports that they lead to unchanged.
 
     No other guest may leave with such a port: after a forward moved, the old guest's next datagram would take the new
@@ -174,7 +174,7 @@ def _source_ports(now: Live) -> tuple[NftSet, ...]:
     )
 
 
-def _forwarded_udp(now: Live) -> list[ForwardedPorts]:
+def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
     if now.source_nat is None:
         return []
     address = now.source_nat.address
@@ -191,7 +191,7 @@ def _free_ports(taken: list[Ports]) -> Ports | None:
     return widest if widest.count > 0 else None
 
 
-def _translate_to(now: Live) -> Chain:
+def _translate_to(now: Active) -> Chain:
     service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
     return Chain(
         name="translate_to",
@@ -200,7 +200,7 @@ def _translate_to(now: Live) -> Chain:
             f"{service} @forwards",
             f"{service} @forwards_same_port",
             f"{service} @forwards_to_one_port",
-            *(line for rule in now.spread for line in _spread(rule)),
+            *(line for rule in now.udp_balanced for line in _spread(rule)),
             "dnat ip to ip daddr map @static_guests",
         ),
     )
@@ -226,7 +226,7 @@ def _spread(rule: LbRule) -> list[str]:
     return lines
 
 
-def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
+def _choose_exit(now: Active, *, by_policy: bool) -> Chain:
     """After translation, before routing: what guests send out leaves by the exit of its connection.
 
     ``by_policy``: of what they began themselves an operator's rules are asked first.
@@ -247,7 +247,7 @@ def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
     )
 
 
-def _to_device(now: Live) -> Chain:
+def _to_device(now: Active) -> Chain:
     """The device's own services, for its guests. Of what an address's chain let in: pings and balanced ports."""
     rules = [
         'iifname "lo" accept',
@@ -267,7 +267,7 @@ def _to_device(now: Live) -> Chain:
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
-def _to_tiers_device(now: Live) -> Chain:
+def _to_tiers_device(now: Active) -> Chain:
     """The same in a VPC: tiers reach their own gateway, whatever their lists say, and no public address is pinged.
 
     What is balanced is judged by the client's own address here, before haproxy hands it on under the device's.
@@ -286,25 +286,29 @@ def _to_tiers_device(now: Live) -> Chain:
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
-def _balanced(now: Live, *, in_vpc: bool) -> NftSet:
+def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
     """The TCP ports that the load balancer answers; in a VPC with the chain that judges whoever asks there."""
     if not in_vpc:
-        elements = {f"{address} . {port}": "" for address, port in sorted(now.answered)}
+        elements = {f"{address} . {port}": "" for address, port in sorted(now.haproxy_ports)}
         return NftSet(name="balanced", kind="set", type="ipv4_addr . inet_service", elements=elements)
     judges = {
         f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(home, port)}"
         for rule in now.balanced
         if rule.protocol != "udp"
-        for home, port in now.behind(rule)
+        for home, port in now.backend_ports(rule)
     }
     return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", judges)
 
 
-def _lists(network: Network, now: Live) -> list[Chain]:
+def _lists(network: Network, now: Active) -> list[Chain]:
     """A tier's access control list, both ways, and what it says of each port that is balanced into the tier."""
     acl = now.acls[network.network_id]
     ports = {
-        port for rule in now.balanced if rule.protocol != "udp" for home, port in now.behind(rule) if home == network
+        port
+        for rule in now.balanced
+        if rule.protocol != "udp"
+        for home, port in now.backend_ports(rule)
+        if home == network
     }
     return [
         Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
@@ -316,7 +320,7 @@ def _lists(network: Network, now: Live) -> list[Chain]:
     ]
 
 
-def _through(now: Live, *, open_to_all: bool) -> Chain:
+def _through(now: Active, *, open_to_all: bool) -> Chain:
     rules = [
         # Both ways, and also for what is answered: the smaller of the two routes' MTUs.
         "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
@@ -335,7 +339,7 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
                     [
                         f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 goto {_in_chain(it)}"
                     ]  # guard: a-tiers-list-is-asked-about-ipv6
-                    if it.speaks_ip6
+                    if it.has_ip6
                     else []
                 ),
             ]
@@ -344,7 +348,7 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
                 f"iifname {_PUBLIC} oifname {link} ct status dnat accept",
                 f"iifname {link} oifname {link} ct status dnat accept",
             ]
-            if open_to_all and it.speaks_ip6:
+            if open_to_all and it.has_ip6:
                 rules.append(f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 accept")
         rules.append(f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}")
     return Chain(
@@ -365,18 +369,18 @@ def _egress(network: Network) -> list[Chain]:
         rules,
         listed,
         name,
-        ip6=network.speaks_ip6,  # guard: egress-rules-are-about-ipv6-too
+        ip6=network.has_ip6,  # guard: egress-rules-are-about-ipv6-too
     )
     return [Chain(name=name, rules=(*lines, otherwise)), *chains]
 
 
-def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
+def _translate_from(now: Active, chosen: tuple[PolicyNat, ...]) -> Chain:
     rules = [
         # Hairpin: the guest must answer to us, or it would answer its neighbour directly, from the wrong address.
         f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
         for it in now.networks  # guard: hairpin-comes-from-the-device
     ]
-    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]  # guard: a-chosen-exit-has-its-source
+    rules += [line for way in chosen for line in _policy_source_nat(way, now)]  # guard: a-chosen-exit-has-its-source
     rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
         free = _free_ports([it.ports for it in _forwarded_udp(now)])
@@ -394,7 +398,7 @@ def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
     )
 
 
-def _as_that_way_demands(way: Way, now: Live) -> list[str]:
+def _policy_source_nat(way: PolicyNat, now: Active) -> list[str]:
     """What an operator's route sends out leaves with an address of that way's exit, or the provider drops it."""
     where = f'oifname "{way.link}"'
     if way.via or way.destination:
@@ -420,7 +424,7 @@ def _as_that_way_demands(way: Way, now: Live) -> list[str]:
     ]
 
 
-def _leaving(now: Live) -> Chain:
+def _leaving(now: Active) -> Chain:
     """After translation: nothing leaves a public link but from an address that is held on it."""
     on_link: dict[str, list[str]] = {}
     for it in now.held:
@@ -436,7 +440,7 @@ def _leaving(now: Live) -> Chain:
     )
 
 
-def _from_device(now: Live) -> Chain:
+def _from_device(now: Active) -> Chain:
     """The device's own packets; a changed mark routes them anew, so that answers leave where the question came in."""
     rules = [_REVOKED]
     if now.networks:

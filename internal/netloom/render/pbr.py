@@ -11,12 +11,12 @@ import msgspec
 
 from netloom import names
 from netloom.netobjects import ANYWHERE, Route, Rule
-from netloom.render.active import Exit, Live, subnet, within
+from netloom.render.active import Active, Exit, subnet, within
 from netloom.render.marks import POLICY
 from netloom.state import Pbr, PbrRoute, PublicIp
 
 
-class Way(msgspec.Struct, frozen=True, kw_only=True):
+class PolicyNat(msgspec.Struct, frozen=True, kw_only=True):
     """A way out that a route leads to: what takes it leaves as ``address``, but for guests whose own is of its exit."""
 
     link: str
@@ -25,7 +25,7 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     address: PublicIp
 
 
-def routes(pbr: Pbr, now: Live) -> tuple[Route, ...]:
+def routes(pbr: Pbr, now: Active) -> tuple[Route, ...]:
     """The routes that the kernel would take: one refused would keep everything else of the scope from being done."""
     return tuple(
         Route(table=it.table, destination=it.destination, kind=it.kind, link=it.link, via=it.via, source=it.source)
@@ -50,7 +50,7 @@ def rules(pbr: Pbr) -> tuple[Rule, ...]:
     )
 
 
-def in_force(route: PbrRoute, now: Live) -> bool:
+def in_force(route: PbrRoute, now: Active) -> bool:
     """Whether the route's link stands, its source is the device's, and its neighbour is somebody else."""
     if route.kind != "unicast":
         return True
@@ -65,15 +65,15 @@ def in_force(route: PbrRoute, now: Live) -> bool:
     return route.link in links and route.via not in own | edges and (not route.source or route.source in own)
 
 
-def ways(pbr: Pbr, now: Live) -> tuple[Way, ...]:
+def policy_nats(pbr: Pbr, now: Active) -> tuple[PolicyNat, ...]:
     """Each way out that a route in force leads to, once."""
-    found: dict[tuple[str, str, str], Way] = {}
+    found: dict[tuple[str, str, str], PolicyNat] = {}
     for it in pbr.routes:
         exits = [out for out in now.exits if names.public_link(out.vlan) == it.link]
         if exits and in_force(it, now):
             destination = "" if it.via or it.destination == ANYWHERE else it.destination
             address = _address(_exit(it.via, exits), now)
-            found[it.link, it.via, destination] = Way(
+            found[it.link, it.via, destination] = PolicyNat(
                 link=it.link, via=it.via, destination=destination, address=address
             )
     return tuple(way for _, way in sorted(found.items()))
@@ -87,7 +87,7 @@ def _exit(via: str, exits: list[Exit]) -> Exit:
     return (here or exits)[0]
 
 
-def _address(way_out: Exit, now: Live) -> PublicIp:
+def _address(way_out: Exit, now: Active) -> PublicIp:
     """What leaves by an exit: the source-NAT address where it is one of the exit's, else the lowest."""
     if now.source_nat is not None and now.source_nat.exit == way_out.number:
         return now.source_nat

@@ -36,7 +36,7 @@ def routes(network: Network) -> tuple[Route, ...]:
     return tuple(direct)
 
 
-def way_to_device(network: Network, nic: Nic) -> str:
+def classless_static_routes(network: Network, nic: Nic) -> str:
     """The routes that a VM of another subnet is told (DHCP option 121), for it to reach the device directly.
 
     Otherwise its router would hand its requests on, under the router's MAC address, and a request of another MAC

@@ -5,7 +5,7 @@ from __future__ import annotations
 from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Address, Neighbour, Route, Rule
 from netloom.render import ip6, nft, pbr, plain_network
-from netloom.render.active import Exit, Live, live, subnet
+from netloom.render.active import Active, Exit, active, subnet
 from netloom.render.marks import EXIT_MASK, table
 from netloom.render.want import Port, Segment, Want
 from netloom.state import Scope, Uplinks
@@ -17,8 +17,8 @@ def render(scope: Scope | None) -> Want:
     Pure: the same scope is the same value, in whatever order it was told. Routes stand in an order in which they can be
     added, and sysctls in one in which they can be written.
     """
-    now = live(scope)
-    if scope is None or not now.stands:
+    now = active(scope)
+    if scope is None or not now.exists:
         return Want(namespace="")
     ports = _ports(scope, now)
     guests = tuple(
@@ -52,7 +52,7 @@ def render(scope: Scope | None) -> Want:
     )
 
 
-def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
+def _ports(scope: Scope, now: Active) -> tuple[Port, ...]:
     ports = []
     for network in now.networks:
         link = names.guest_link(network.network_id)
@@ -77,7 +77,7 @@ def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
     return tuple(ports)
 
 
-def _neighbours(now: Live) -> tuple[Neighbour, ...]:
+def _neighbours(now: Active) -> tuple[Neighbour, ...]:
     """Every NIC with an address, running or not: what is sent to the address goes to its owner or to nobody.
 
     So a neighbour who answers ARP for another VM's address is not given that VM's metadata (``guest.peer``).
@@ -110,7 +110,7 @@ def _segment(nic: str, vlan: str) -> Segment:
     )
 
 
-def _routes(now: Live) -> tuple[Route, ...]:
+def _routes(now: Active) -> tuple[Route, ...]:
     """The main table knows the guests (by their addresses) and the default exit; each exit has a table of its own.
 
     Subnets of other exits are not in the main table: a guest's way there goes through the default exit's
@@ -121,13 +121,13 @@ def _routes(now: Live) -> tuple[Route, ...]:
     routes: list[Route] = []
     default = now.default_exit
     if default is not None:
-        routes += _ways_out(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
+        routes += _exit_routes(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
     for it in now.exits:
-        routes += _ways_out(it, table(it.number), it.addresses[0])
+        routes += _exit_routes(it, table(it.number), it.addresses[0])
     return tuple(routes)
 
 
-def _ways_out(way: Exit, into: int, source: str) -> list[Route]:
+def _exit_routes(way: Exit, into: int, source: str) -> list[Route]:
     link = names.public_link(way.vlan)
     on_link = list(way.subnets)
     if way.gateway and not any(_in(way.gateway, it) for it in on_link):

@@ -34,8 +34,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     config: dict[str, str]
     on_change: Literal["restart", "reload"] = "restart"
-    live_directory: str = ""
-    live: dict[str, str] = {}
+    watched_directory: str = ""
+    watched_files: dict[str, str] = {}
     forgets: bool = True
     check: tuple[str, ...] = ()
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these

@@ -17,7 +17,9 @@ def services(
     wanted = [
         dnsmasq.service(scope.scope_id, network, resolver)
         for _, network in sorted(scope.networks.items())
-        if network.stands and (network.dns or network.speaks_ip6)
+        if network.is_active and (network.dns or network.has_ip6)
     ]
-    balancer = haproxy.service(scope, without) if any(network.stands for network in scope.networks.values()) else None
+    balancer = (
+        haproxy.service(scope, without) if any(network.is_active for network in scope.networks.values()) else None
+    )
     return (*wanted, balancer) if balancer is not None else tuple(wanted)
