@@ -236,7 +236,7 @@ class Lab:
     # The device
 
     def apply(self, scope: Scope | None, *, settle: bool = True) -> None:
-        """Configure the device for ``scope``; then delete or mark open flows as the flow judge decides."""
+        """Configure the device for ``scope``; then delete or mark open flows as the flow policy says."""
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
@@ -292,14 +292,14 @@ class Lab:
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
     def settle(self, before: Scope | None) -> None:
-        look = flows.flow_check(before, self.scope)
-        if look == "none":
+        check = flows.flow_check(before, self.scope)
+        if check == "none":
             return
-        judge = flows.FlowPolicy(self.scope)
+        policy = flows.FlowPolicy(self.scope)
         for entry in self.entries():
-            if look == "revoked_only" and not entry.mark & REVOKED:
+            if check == "revoked_only" and not entry.mark & REVOKED:
                 continue
-            match judge.action(entry):
+            match policy.action(entry):
                 case "delete":
                     self.conntrack("-D", *entry.selector())
                 case "revoke":

@@ -1,4 +1,4 @@
-"""What passes over IPv6, as an independent table says it, and the judge of open flows about every first packet.
+"""Which packets pass over IPv6: an independent table, the ruleset and the flow policy agree on every first packet.
 
 Two tiers of a VPC, of which the second may have no IPv6, and an isolated network, each with a way out. All VMs have
 their addresses and know their gateways by MAC address, so what stays unanswered was sent.
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kernel.flood import Flood
-from kernel.judge_check import agree
+from kernel.flow_policy_check import agree
 from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes
 from kernel.vpc_lab import TIERS, VpcLab, item, lists, vpc
 from netloom import names
@@ -168,8 +168,8 @@ def test_packets_between_tiers_and_the_world_do_what_the_lists_say(
     lab.renew(tiers(acl_a, acl_b, both=both))
     told = table(acl_a, acl_b, both=both)
     lab.meets(told)
-    # The judge never sees the link that a packet comes in on: no neighbour who speaks as a guest, and no VM of a tier
-    # without IPv6, which may be anybody outside by now.
+    # The flow policy does not know the incoming link. So leave out a neighbour that uses a guest's address, and the VMs
+    # of a tier without IPv6: their addresses could be anybody's outside.
     sources = {it: it.source or HOMES[it.space] for it in told if both or it.space != "b1"}
     agree(lab, {it: source for it, source in sources.items() if (it.space, source) != ("nb", HOMES["a2"])})
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kernel.flood import Flood
-from kernel.judge_check import agree
+from kernel.flow_policy_check import agree
 from kernel.ruleset_lab import CLIENT, STRANGER, Lab, Nft, Try, echoes
 from kernel.vpc_lab import (
     BALANCED,
@@ -149,7 +149,7 @@ def test_packets_do_what_the_lists_say(
     lab.renew(vpc(acl_a, acl_b))
     told = table(acl_a, acl_b)
     lab.meets(told)
-    # A neighbour's way around the firewall is told by the link that it comes in on, which the judge never sees.
+    # The ruleset recognises a neighbour that bypasses the firewall by its link, which the flow policy does not know.
     agree(lab, {it: it.source or HOMES[it.space] for it in told if it.space != "nb"})
 
 

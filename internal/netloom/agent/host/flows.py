@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from netloom.agent.kernel import conntrack, packets
 from netloom.agent.kernel.conntrack import Entry
-from netloom.render.flows import FlowAction, FlowPolicy, flow_check
+from netloom.render.flows import FlowAction, FlowCheck, FlowPolicy, flow_check
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
 
@@ -15,20 +15,20 @@ def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
     Call it when the ruleset of ``new`` is loaded: under the old ruleset, a deleted flow could open again. ``old`` None:
     what was allowed before is not known, so all flows are checked. Raises HostRefused.
     """
-    looks = "all" if old is None else flow_check(old, new)
-    if looks == "none":
+    check: FlowCheck = "all" if old is None else flow_check(old, new)
+    if check == "none":
         return 0
-    if looks == "all":
+    if check == "all":
         # A packet that passed the old rules could otherwise confirm its flow after we listed the flows.
         packets.settled()  # guard: packets-under-way-are-awaited
     if not conntrack.count(namespace):
         return 0
-    mask = REVOKED if looks == "revoked_only" else 0
-    judge_of = FlowPolicy(new)
-    by_verdict: dict[FlowAction, list[Entry]] = {"keep": [], "delete": [], "revoke": []}
+    mask = REVOKED if check == "revoked_only" else 0
+    policy = FlowPolicy(new)
+    by_action: dict[FlowAction, list[Entry]] = {"keep": [], "delete": [], "revoke": []}
     for entry in conntrack.dump(namespace, mark=mask, mask=mask):
-        by_verdict[judge_of.action(entry)].append(entry)
+        by_action[policy.action(entry)].append(entry)
     # Mark first, then delete, so that no packet of a revoked flow passes in between.
-    conntrack.set_mark(namespace, by_verdict["revoke"], REVOKED, REVOKED)
-    conntrack.delete(namespace, by_verdict["delete"])
-    return len(by_verdict["delete"]) + len(by_verdict["revoke"])
+    conntrack.set_mark(namespace, by_action["revoke"], REVOKED, REVOKED)
+    conntrack.delete(namespace, by_action["delete"])
+    return len(by_action["delete"]) + len(by_action["revoke"])

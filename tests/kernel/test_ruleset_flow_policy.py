@@ -1,7 +1,7 @@
-"""The judge of open flows and the kernel agree about every first packet, for any wish.
+"""The flow policy and the kernel agree about the first packet of every flow, for any scope.
 
-Where an operator routes by policy the judge may only err to the generous side: a flow that it lets begin anew meets
-the ruleset with its next packet, one that it forbade wrongly would have been cut off.
+With policy routing the flow policy may allow a flow that the kernel drops, but not the reverse. An allowed flow still
+passes the ruleset with its next packet; a flow that is wrongly forbidden is cut off.
 """
 
 from __future__ import annotations
@@ -88,16 +88,16 @@ def _original(it: Entry) -> tuple[object, ...]:
     )
 )  # fmt: skip
 @given(scopes())
-def test_the_judge_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
+def test_the_flow_policy_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
     lab.renew(scope)
     sent = _first_packets(lab)
     entries = {_original(it): it for it in lab.entries()}
-    judge = FlowPolicy(scope)
+    policy = FlowPolicy(scope)
     for it in sent:
-        stands = entries.get(_original(it))
-        # Of a revoked flow the judge says "delete" exactly when its first packet would be let through now.
-        let_through = judge.action(replace(it, mark=REVOKED)) == "delete"
-        generous = bool(scope.pbr.routes) and let_through
-        assert (stands is not None) == let_through or generous, it
-        if stands is not None:
-            assert judge.action(stands) == "keep", stands
+        entry = entries.get(_original(it))
+        # For a revoked flow the policy says "delete" exactly if its first packet would be accepted now.
+        let_through = policy.action(replace(it, mark=REVOKED)) == "delete"
+        too_generous = bool(scope.pbr.routes) and let_through
+        assert (entry is not None) == let_through or too_generous, it
+        if entry is not None:
+            assert policy.action(entry) == "keep", entry
