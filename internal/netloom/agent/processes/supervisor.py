@@ -321,37 +321,39 @@ def _put_configuration(namespace: str, directory: Path, service: Service) -> Non
 
 
 def _is_deaf(directory: Path, service: Service) -> bool:
-    """Whether what runs will not notice by itself what becomes of its live files.
+    """Whether what runs will not notice by itself what becomes of its watched files.
 
     Because somebody took the directory away that it watches, or because a text is to be known no more that it does not
     forget.
     """
-    if not service.live_directory:
+    if not service.watched_directory:
         return False
-    live = directory / service.live_directory
-    if not live.exists():
+    watched = directory / service.watched_directory
+    if not watched.exists():
         return True
     if service.forgets:
         return False
-    return any(service.live.get(it.name) != it.read_text() for it in live.iterdir() if not it.name.startswith("."))
+    return any(
+        service.watched_files.get(it.name) != it.read_text() for it in watched.iterdir() if not it.name.startswith(".")
+    )
 
 
 def _write_live(directory: Path, service: Service) -> list[str]:
-    if not service.live_directory:
+    if not service.watched_directory:
         return []
     # dnsmasq reads these as the user it has become: nobody's group, and nobody else on the host.
-    live = directory / service.live_directory
-    if not live.exists():
-        live.mkdir(mode=0o750)
-        live.chmod(0o750)
-        os.chown(live, 0, NOBODYS_GROUP)
-    had = {path.name: path for path in live.iterdir() if not path.name.startswith(".")}
+    watched = directory / service.watched_directory
+    if not watched.exists():
+        watched.mkdir(mode=0o750)
+        watched.chmod(0o750)
+        os.chown(watched, 0, NOBODYS_GROUP)
+    had = {path.name: path for path in watched.iterdir() if not path.name.startswith(".")}
     did = []
-    for name, text in service.live.items():
+    for name, text in service.watched_files.items():
         if name not in had or had[name].read_text() != text:
-            _write(live / name, text, 0o640, NOBODYS_GROUP)
+            _write(watched / name, text, 0o640, NOBODYS_GROUP)
             did.append(f"write {service.name}/{name}")
-    for name in had.keys() - service.live.keys():
+    for name in had.keys() - service.watched_files.keys():
         had[name].unlink()
         did.append(f"remove {service.name}/{name}")
     return did
