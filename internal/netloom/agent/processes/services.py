@@ -26,12 +26,12 @@ from netloom.state import Scope
 
 
 class Services:
-    """Called by worker threads; for one scope, by one thread at a time."""
+    """The services of all scopes. Called by worker threads; for one scope, by one thread at a time."""
 
     def __init__(self, guests: Guests, supervisor: Supervisor) -> None:
         self._guests = guests
         self._supervisor = supervisor
-        self._waiting: dict[str, dict[int, str]] = {}
+        self._waiting: dict[str, dict[int, str]] = {}  # scope id to what waiting() returns
 
     def converge(self, scope: Scope, namespace: str) -> list[str]:
         """Have the services that the scope wants, and no others, run in its namespace; the steps in words.
@@ -40,8 +40,11 @@ class Services:
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken(scope, namespace)
-        did += [f"rule {it} waits for {taken[it]}" for it in taken.keys() - self.waiting(scope.scope_id).keys()]
+        taken = _taken_ports(scope, namespace)
+        did += [
+            f"rule {rule_id} waits for {taken[rule_id]}"
+            for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
+        ]
         self._waiting[scope.scope_id] = taken
         try:
             did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
@@ -50,7 +53,7 @@ class Services:
         wanted = services(
             scope,
             frozenset(taken),  # guard: a-taken-port-is-not-balanced
-            resolver=_resolver(),  # guard: resolver-of-this-host
+            resolver=_dnsmasq_build(),  # guard: resolver-of-this-host
         )
         did += self._supervisor.converge(scope.scope_id, namespace, wanted)
         if failed is not None:
@@ -91,14 +94,15 @@ class Services:
         return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 
-def _resolver() -> dnsmasq.Build:
+def _dnsmasq_build() -> dnsmasq.Build:
     """The properties of this host's dnsmasq. If none is installed any will do: its start will fail."""
     program = shutil.which("dnsmasq", path=PATH)
-    return dnsmasq.DEBIAN_12 if program is None else _build(program, os.stat(program).st_mtime_ns)
+    return dnsmasq.DEBIAN_12 if program is None else _inspect(program, os.stat(program).st_mtime_ns)
 
 
 @cache
-def _build(program: str, _changed_ns: int) -> dnsmasq.Build:
+def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
+    """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
     try:
@@ -108,7 +112,7 @@ def _build(program: str, _changed_ns: int) -> dnsmasq.Build:
     return dnsmasq.Build(group, forgets)
 
 
-def _taken(scope: Scope, namespace: str) -> dict[int, str]:
+def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:
     """Load-balancer rules whose port another program already uses: id to address:port.
 
     One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
