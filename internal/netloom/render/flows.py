@@ -1,9 +1,10 @@
-"""What becomes of open connections when a scope changes.
+"""Which open connections survive a change of the scope.
 
-Conntrack lets established connections through whatever the rules say. So after a change that takes something away,
-each entry is judged by the new state, as its first packet would be judged, with the translation that it has. Deleting
-the entry ends a TCP connection: nothing picks it up in the middle. A UDP flow would be begun anew by the guest's next
-packet, outward, with the same ports; its entry stays, with ``marks.REVOKED``, and the ruleset drops its packets.
+The ruleset accepts the packets of established connections whatever the other rules say. So after a change that takes
+something away, each conntrack entry is checked: would the new state accept the first packet of this connection, with
+the same translation? If not, the entry is deleted. That ends a TCP connection, because the kernel does not pick up a
+connection in the middle. The guest's next packet of a UDP flow would open the flow again with the same ports. So the
+entry of such a flow stays and gets the mark ``marks.REVOKED``, and the ruleset drops its packets.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from netloom.netobjects import IP6_LINK_LOCAL
 from netloom.render import ip6
 from netloom.render.active import Active, active, target_port, within
+from netloom.render.device import DNS_PORT, SERVICE_PORTS_TCP, SERVICE_PORTS_UDP
 from netloom.render.marks import REVOKED, exit_of
 from netloom.render.pbr import policy_nats
 from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
@@ -27,16 +30,15 @@ _DHCP_CLIENT, _DHCP_SERVER = 68, 67
 _BROADCAST = "255.255.255.255"
 _UNSPECIFIED = "0.0.0.0"
 _ECHO_REQUEST_V6 = 128
-_LINK_LOCAL = "fe80::/10"
-_DNS = {(UDP, 53), (TCP, 53)}
-_SERVICES = {(UDP, 53), (UDP, 67), (TCP, 53), (TCP, 80), (TCP, 8080)}
+_DNS = {(UDP, DNS_PORT), (TCP, DNS_PORT)}
+_SERVICES = {*((UDP, port) for port in SERVICE_PORTS_UDP), *((TCP, port) for port in SERVICE_PORTS_TCP)}
 
 FlowAction = Literal["keep", "delete", "revoke"]
 FlowCheck = Literal["none", "revoked_only", "all"]
 
 
 class Flow(Protocol):
-    """A conntrack entry; addresses are text. What its protocol does not have (ports, a type) is not asked."""
+    """A conntrack entry. Addresses are text. Fields that the protocol does not have (ports, ICMP type) are not read."""
 
     @property
     def protocol(self) -> int: ...
@@ -67,7 +69,7 @@ class Flow(Protocol):
 
 
 class _ReplyTuple(msgspec.Struct, frozen=True):
-    """One way in which the state lets a first packet through: what its replies come from and go to, and its exit."""
+    """One way to accept a flow: where its replies must come from and go to, and its exit."""
 
     reply_src: str
     reply_sport: int
@@ -76,27 +78,26 @@ class _ReplyTuple(msgspec.Struct, frozen=True):
 
 
 def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
-    """Which open flows have to be judged after the change from ``old`` to ``new``.
+    """Which open flows must be checked after the change from ``old`` to ``new``.
 
-    ``all`` when something that was allowed, translated or held goes away or changes, and when an address or a subnet
-    comes. ``tombstones`` (entries whose mark has ``marks.REVOKED``) when other things were only added: a revoked flow
-    that is allowed again is to begin anew. ``none`` when nothing that decides about flows is different.
+    ``all``: something that was allowed, translated or held was removed or changed, or an address or a subnet was added.
+    ``revoked_only`` (entries with the mark ``marks.REVOKED``): other things were added; a revoked flow that is allowed
+    again must be able to open again. ``none``: nothing changed that decides about flows.
     """
     before, after = active(old), active(new)
     if not before.exists or before.plain:
         return "none"
     if _may_break_flows(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
-    if _policy_sources(old, before) - _policy_sources(new, after) or _ip6_outside_address(
-        old, before
-    ) - _ip6_outside_address(new, after):
+    ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
+    if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
     same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
-    return "none" if same and _ip6_outside_address(old, before) == _ip6_outside_address(new, after) else "revoked_only"
+    return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
 class FlowPolicy:
-    """Judges open flows by one state. A flow that was dealt with as told is told to be kept the next time."""
+    """Decides about open flows by one state. After its action was carried out, a flow gets the action ``keep``."""
 
     def __init__(self, scope: Scope | None) -> None:
         self._open_to_all = _open_to_all(scope)
@@ -107,42 +108,42 @@ class FlowPolicy:
         self._devices = {it.device_ip for it in self._now.networks}
         self._ip6_networks = [it for it in self._now.networks if it.has_ip6]
         self._ip6_outside_address = _ip6_outside_address(scope, self._now)
-        self._gateways6 = {it.ip6_gateway: it.network_id for it in self._ip6_networks}
+        self._ip6_gateways = {it.ip6_gateway: it.network_id for it in self._ip6_networks}
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
-        self._spread: dict[tuple[str, int], list[tuple[str, int]]] = {}
+        self._udp_backends: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
-        for it in self._now.port_forwards:
-            self._forwards.setdefault((it.public_ip, _NUMBERS[it.protocol]), []).append(it)
-        self._answered = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
+        for forward in self._now.port_forwards:
+            self._forwards.setdefault((forward.public_ip, _NUMBERS[forward.protocol]), []).append(forward)
+        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
         for rule in self._now.udp_balanced:
-            self._spread[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
-        # Thousands of flows differ in the other end's port only.
+            self._udp_backends[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
+        # Cached: thousands of flows differ only in the port of the remote end.
         self._ingress_allows = lru_cache(maxsize=16384)(self._ingress_allows_uncached)
         self._egress_allows = lru_cache(maxsize=16384)(self._egress_allows_uncached)
 
     def action(self, flow: Flow) -> FlowAction:
-        """``keep`` the flow, ``delete`` its entry, or set ``marks.REVOKED`` in its mark (``tombstone``)."""
-        ways = list(self._allowed(flow))
+        """``keep`` the flow, ``delete`` its entry, or ``revoke``: set ``marks.REVOKED`` in its mark."""
+        allowed = list(self._allowed(flow))
         if flow.mark & REVOKED:
-            return "delete" if ways else "keep"
-        if any(_has_tuple(way, flow) for way in ways):
+            return "delete" if allowed else "keep"
+        if any(_has_tuple(flow, reply) for reply in allowed):
             return "keep"
-        # Where the state has another way for it, the flow takes that one with its next packet.
+        # If the state allows the flow with another translation, its next packet opens it again with that one.
         return (  # guard: a-flow-ends-with-what-allowed-it
             "delete"
-            if ways or flow.protocol in (TCP, ICMP, ICMPV6)
+            if allowed or flow.protocol in (TCP, ICMP, ICMPV6)
             else "revoke"  # guard: an-unconnected-flow-is-marked-as-revoked
         )
 
     def _allowed(self, flow: Flow) -> Iterator[_ReplyTuple]:
-        """Every way in which the state lets the flow's first packet through."""
+        """Each reply tuple with which the state accepts the first packet of the flow."""
         if ":" in flow.src:
             if self._ip6_allowed(flow):
                 yield _ReplyTuple(flow.dst, flow.dport, flow.src, None)
             return
         if flow.src in self._devices or flow.src in self._held:
-            # What the device itself began: the ruleset leaves that alone.
+            # A flow of the device itself: the ruleset does not restrict it.
             yield _ReplyTuple(flow.dst, flow.dport, flow.src, None)
             return
         dhcp = flow.protocol == UDP and (flow.sport, flow.dport) == (_DHCP_CLIENT, _DHCP_SERVER)
@@ -157,16 +158,18 @@ class FlowPolicy:
             yield from self._allowed_out(flow, home)
 
     def _ip6_allowed(self, flow: Flow) -> bool:
-        """Whether an IPv6 flow may begin: nothing is translated, so there is one way or none (``render.six``)."""
+        """Whether the state accepts the first packet of an IPv6 flow. Nothing is translated (``ip6``)."""
         home, there = self._ip6_network_of(flow.src), self._ip6_network_of(flow.dst)
-        if flow.dst in self._gateways6:
+        if flow.dst in self._ip6_gateways:
             echo = flow.protocol == ICMPV6 and flow.icmp_type == _ECHO_REQUEST_V6
-            names = (flow.protocol, flow.dport) in _DNS
-            return home is not None and self._gateways6[flow.dst] == home.network_id and (echo or names)
+            dns = (flow.protocol, flow.dport) in _DNS
+            return home is not None and self._ip6_gateways[flow.dst] == home.network_id and (echo or dns)
         if home is None and there is None:
-            # The device's own, or between neighbours on a link. Guests of a tier that went are neither.
-            return flow.src in self._ip6_outside_address or (bool(self._ip6_networks) and within(flow.src, _LINK_LOCAL))
-        if flow.src in self._gateways6:
+            # The device's own flow, or one on the link. A guest of a removed tier has neither kind of address.
+            return flow.src in self._ip6_outside_address or (
+                bool(self._ip6_networks) and within(flow.src, IP6_LINK_LOCAL)
+            )
+        if flow.src in self._ip6_gateways:
             return True
         if not self._acls_allow(home, there, flow, flow.dst, flow.dport):  # guard: an-ipv6-flow-is-judged-by-the-lists
             return False
@@ -181,17 +184,17 @@ class FlowPolicy:
         return next((it for it in self._ip6_networks if within(address, it.ip6_cidr)), None)
 
     def _allowed_in(self, flow: Flow, home: Network | None) -> Iterator[_ReplyTuple]:
-        """Through a public address, by a stranger or by a guest (``home``)."""
+        """A flow to a public address. ``home``: the network of the guest that opened it; None: an outside host."""
         if not self._ingress_allows(flow.dst, flow.protocol, flow.src, flow.dport, flow.icmp_type, flow.icmp_code):
             return
-        way_out = self._held[flow.dst].exit if home is None else 0
+        exit_ = self._held[flow.dst].exit if home is None else 0
         targets = [
             (it.private_ip, target_port(it, flow.dport))
             for it in self._forwards.get((flow.dst, flow.protocol), ())
             if it.public_ports.first <= flow.dport <= it.public_ports.last
         ]
         if flow.protocol == UDP:
-            targets += self._spread.get((flow.dst, flow.dport), ())
+            targets += self._udp_backends.get((flow.dst, flow.dport), ())
         if flow.dst in self._guests:
             targets.append((self._guests[flow.dst], flow.dport))
         for address, port in targets:
@@ -199,23 +202,24 @@ class FlowPolicy:
             if there is None or not self._acls_allow(home, there, flow, address, port):
                 continue
             if home is None:
-                yield _ReplyTuple(address, port, flow.src, way_out)
+                yield _ReplyTuple(address, port, flow.src, exit_)
             elif there == home:
-                yield _ReplyTuple(address, port, home.device_ip, way_out)
+                yield _ReplyTuple(address, port, home.device_ip, exit_)
             elif self._in_vpc:
-                yield _ReplyTuple(address, port, flow.src, way_out)
+                yield _ReplyTuple(address, port, flow.src, exit_)
         if not targets and flow.protocol == TCP and self._balancer_answers(flow, home):
-            yield _ReplyTuple(flow.dst, flow.dport, flow.src, way_out if home is None else None)
+            yield _ReplyTuple(flow.dst, flow.dport, flow.src, exit_ if home is None else None)
         if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST and not self._in_vpc:
-            # The device's answer to a guest goes to the guest, whatever exit the guest's own address has.
-            yield _ReplyTuple(flow.dst, 0, flow.src, way_out if home is None else None)
+            # The device replies to a guest directly, whatever exit the guest's static NAT address has.
+            yield _ReplyTuple(flow.dst, 0, flow.src, exit_ if home is None else None)
 
     def _allowed_out(self, flow: Flow, home: Network) -> Iterator[_ReplyTuple]:
-        """From a guest, to the device or to the outside."""
+        """A flow of a guest to the device, to another tier, or to the outside."""
         if flow.dst in self._devices:
             echo = flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST
-            nearest = flow.dst == home.device_ip
-            if (echo and (nearest or not self._in_vpc)) or (nearest and (flow.protocol, flow.dport) in _SERVICES):
+            own_gateway = flow.dst == home.device_ip
+            service = (flow.protocol, flow.dport) in _SERVICES
+            if (echo and (own_gateway or not self._in_vpc)) or (own_gateway and service):
                 yield _ReplyTuple(flow.dst, flow.dport, flow.src, 0)
             return
         there = self._now.network_of(flow.dst)
@@ -231,23 +235,22 @@ class FlowPolicy:
         if own is not None:
             yield _ReplyTuple(flow.dst, flow.dport, own.address, own.exit)
         if self._now.source_nat is not None:
-            # Also for a guest that got an address of its own since: what it had begun goes on.
+            # Also for a guest that has got a static NAT address since: its open flows go on.
             yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0)
         for address in self._policy_sources:
             yield _ReplyTuple(flow.dst, flow.dport, address, None)
 
     def _balancer_answers(self, flow: Flow, home: Network | None) -> bool:
-        """Whether the load balancer answers on this port of the device, and the lists of a VPC allow it."""
-        rule = self._answered.get((flow.dst, flow.dport))
+        """Whether haproxy serves this address and port, and, in a VPC, the lists allow it."""
+        rule = self._haproxy_rules.get((flow.dst, flow.dport))
         if rule is None or not self._in_vpc:
             return rule is not None
-        behind = self._now.backend_ports(rule)
         return self._acls_allow(home, None, flow, flow.dst, flow.dport) and any(
-            self._acls_allow(None, there, flow, flow.dst, port) for there, port in behind
+            self._acls_allow(None, there, flow, flow.dst, port) for there, port in self._now.backend_ports(rule)
         )
 
     def _acls_allow(self, home: Network | None, there: Network | None, flow: Flow, dst: str, dport: int) -> bool:
-        """Whether the access control lists of the tiers that a first packet leaves and enters let it through."""
+        """Whether the access control lists of the source tier and of the destination tier allow the first packet."""
         if home is not None and home.network_id in self._now.acls:
             acl = self._now.acls[home.network_id]
             if not _acl_allows(acl.egress, acl.egress_default_allow, dst, flow, dport):
@@ -273,13 +276,13 @@ class FlowPolicy:
         return allowed_by_default != any(_rule_matches(it, protocol, src, dst, dport, type_, code) for it in rules)
 
 
-def _has_tuple(way: _ReplyTuple, flow: Flow) -> bool:
-    """Whether the flow has the translation, and the exit, of this way."""
+def _has_tuple(flow: Flow, reply: _ReplyTuple) -> bool:
+    """Whether the flow has this translation and this exit."""
     return (
-        flow.reply_src == way.reply_src
-        and flow.reply_dst == way.reply_dst
-        and (flow.protocol not in (TCP, UDP) or flow.reply_sport == way.reply_sport)
-        and way.exit in (None, exit_of(flow.mark))
+        flow.reply_src == reply.reply_src
+        and flow.reply_dst == reply.reply_dst
+        and (flow.protocol not in (TCP, UDP) or flow.reply_sport == reply.reply_sport)
+        and reply.exit in (None, exit_of(flow.mark))
     )
 
 
@@ -300,12 +303,12 @@ def _rule_matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: 
     return _in_one_of(src, rule.source_cidrs) and _in_one_of(dst, rule.dest_cidrs)
 
 
-def _acl_allows(items: tuple[AclItem, ...], otherwise: bool, far: str, flow: Flow, dport: int) -> bool:
-    """What the first item says that the flow matches; ``far``: its address at the other side of the tier."""
+def _acl_allows(items: tuple[AclItem, ...], default: bool, remote: str, flow: Flow, dport: int) -> bool:
+    """Whether the first matching item, or otherwise the default, allows. ``remote``: the address outside the tier."""
     for item in items:
-        if _item_matches(item, flow, dport) and _in_one_of(far, item.cidrs):
+        if _item_matches(item, flow, dport) and _in_one_of(remote, item.cidrs):
             return item.action == "allow"
-    return otherwise
+    return default
 
 
 def _item_matches(item: AclItem, flow: Flow, dport: int) -> bool:
@@ -323,7 +326,7 @@ def _in_one_of(address: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def _policy_sources(scope: Scope | None, now: Active) -> frozenset[str]:
-    """The addresses that guests leave with by an operator's routes."""
+    """The source addresses of guests on the operator's routes."""
     return frozenset(it.address.address for it in policy_nats(scope.pbr, now)) if scope is not None else frozenset()
 
 
@@ -332,7 +335,7 @@ def _open_to_all(scope: Scope | None) -> bool:
 
 
 def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
-    """All that decides about flows, in a form in which equal policies are equal."""
+    """Everything that decides about flows, as a value that can be compared."""
     return (
         _subnets(now),
         _exits_by_address(now),
@@ -347,8 +350,8 @@ def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
 
 
 def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
-    """Whether an open flow may have lost what allowed it, or would lead elsewhere if it began now; in doubt it may."""
-    # What comes counts as what goes: until now guests met somebody outside under these addresses.
+    """Whether the change can invalidate an open flow: no longer allowed, or translated differently. If unsure, True."""
+    # A new address or subnet counts, too: until now, guests reached an outside host under this address.
     if (
         _subnets(before) != _subnets(after)
         or _exits_by_address(before) != _exits_by_address(after)  # guard: a-new-address-redirects-open-flows
@@ -358,14 +361,14 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
         after.source_nat is None or after.source_nat.address != before.source_nat.address
     ):
         return True
-    # A new static translation changes what the address itself answered, so any difference counts.
+    # With new static NAT the address no longer replies itself, so any difference counts.
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
         return True
     if not _balancing(before) <= _balancing(after):
         return True
     if was_open and not is_open:
         return True
-    # Lists are asked in their order, so any difference may take something away.
+    # In a list the first match decides, so any difference can forbid something.
     if any(after.acls.get(network_id) != acl for network_id, acl in before.acls.items()):
         return True
     if not is_open and any(_ingress_narrowed(before, after, it.address) for it in before.held):
@@ -375,7 +378,7 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
 
 
 def _ip6_outside_address(scope: Scope | None, now: Active) -> frozenset[str]:
-    """The device's own address on the way out, where there is one."""
+    """The device's IPv6 address on the public link, if it has one."""
     out = ip6.default_route(scope, now) if scope is not None else None
     return frozenset((out.address.partition("/")[0],)) if out else frozenset()
 
@@ -390,17 +393,25 @@ def _exits_by_address(now: Active) -> dict[str, int]:
 
 
 def _balancing(now: Active) -> frozenset[tuple[str, int, str, int]]:
-    """What balanced flows lead to: each backend, or the device itself (no address) and the tier whose list it asks."""
-    spread = {(it.public_ip, it.public_port, end.ip, end.port) for it in now.udp_balanced for end in it.backends}
-    answered = [it for it in now.balanced if it.protocol != "udp"]
-    asked = {
-        (it.public_ip, it.public_port, home.network_id, port) for it in answered for home, port in now.backend_ports(it)
+    """The destinations of load-balanced flows.
+
+    UDP: each backend. TCP: the device itself (an empty address), and the tier whose list applies.
+    """
+    udp = {
+        (it.public_ip, it.public_port, backend.ip, backend.port) for it in now.udp_balanced for backend in it.backends
     }
-    return frozenset(spread | asked | {(it.public_ip, it.public_port, "", 0) for it in answered})
+    tcp_rules = [rule for rule in now.balanced if rule.protocol != "udp"]
+    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in tcp_rules}
+    tiers = {
+        (rule.public_ip, rule.public_port, network.network_id, port)
+        for rule in tcp_rules
+        for network, port in now.backend_ports(rule)
+    }
+    return frozenset(udp | tcp | tiers)
 
 
 def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:
-    """Whether egress is allowed by default, and the rules that say otherwise."""
+    """Whether egress is allowed by default, and the rules that are exceptions from the default."""
     if network.firewall is None:
         return True, frozenset()
     rules = _without_ids(it for it in network.firewall.rules if it.direction == "egress")
@@ -408,18 +419,18 @@ def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:
 
 
 def _egress_narrowed(was: tuple[bool, frozenset[FirewallRule]], now: tuple[bool, frozenset[FirewallRule]]) -> bool:
-    """Whether something that egress allowed is no longer allowed; in doubt it is."""
+    """Whether the change forbids egress that was allowed. If unsure, True."""
     if now[0]:
         return not now[1] <= (was[1] if was[0] else frozenset())
     return was[0] or not was[1] <= now[1]
 
 
 def _ingress_narrowed(before: Active, after: Active, address: str) -> bool:
-    """Whether an address has more of a firewall than it had; one without lets everything on."""
+    """Whether the change forbids ingress to an address. An address without a firewall allows everything."""
     was, now = before.ingress.get(address), after.ingress.get(address)
     return now is not None and (was is None or not _without_ids(was) <= _without_ids(now))
 
 
 def _without_ids(rules: Iterable[FirewallRule]) -> frozenset[FirewallRule]:
-    """Rules without their ids, which CloudStack may give anew."""
+    """Rules without their ids, because CloudStack may send the same rule with another id."""
     return frozenset(msgspec.structs.replace(it, rule_id=0) for it in rules)
