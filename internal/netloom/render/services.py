@@ -1,4 +1,4 @@
-"""Which processes a scope wants inside its namespace."""
+"""The processes that run in the namespace of a scope."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from netloom.state import Scope
 def services(
     scope: Scope, without: frozenset[int] = frozenset(), *, resolver: dnsmasq.Build = dnsmasq.DEBIAN_12
 ) -> tuple[Service, ...]:
-    """A resolver for each standing network that has DNS or IPv6, and one load balancer when a rule needs it.
+    """A dnsmasq for each active network that has DNS or IPv6, and one haproxy if a rule needs it.
 
-    ``without``: ids of balanced rules that have to wait, because somebody else has their port.
+    ``without``: ids of load balancing rules that are left out, because another program uses their port.
     """
     wanted = [
         dnsmasq.service(scope.scope_id, network, resolver)
