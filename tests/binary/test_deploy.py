@@ -38,7 +38,7 @@ def answering(host: Host) -> list[str]:
     return [line.split()[-1] for line in lines if " guest --control " in line]
 
 
-def test_a_host_without_room_for_what_is_unpacked_says_so(place: tuple[Bed, OneFiles, Path]) -> None:
+def test_a_host_without_space_to_unpack_is_reported(place: tuple[Bed, OneFiles, Path]) -> None:
     bed, _, file = place
     host = bed.hosts[0]
     places = "/root/.cache /var/cache /var/tmp"
@@ -51,7 +51,7 @@ def test_a_host_without_room_for_what_is_unpacked_says_so(place: tuple[Bed, OneF
     host.sh(f"umount {places}; rmdir /root/.cache; rm -r /usr/local/libexec")
 
 
-def test_the_one_file_takes_over_from_an_older_build_goes_back_and_leaves_the_host_as_it_was(
+def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
     place: tuple[Bed, OneFiles, Path],
 ) -> None:
     bed, files, file = place

@@ -114,13 +114,13 @@ def room(held: Path) -> Iterator[Room]:
         it.close()
 
 
-def test_it_says_which_build_it_is(room: Room) -> None:
+def test_version_prints_the_build(room: Room) -> None:
     done = room.run(f"{RUN} version --json", HOME="/root")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["build"] == build_id()
 
 
-def test_it_unpacks_once_and_then_becomes_what_it_unpacked(room: Room) -> None:
+def test_it_unpacks_once_and_executes_the_unpacked_program(room: Room) -> None:
     assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
     assert room.unpacked() == [build_id()]
     inode = os.stat(room.path(f"{HOME}/programs/{build_id()}/netloom.bin")).st_ino
@@ -146,7 +146,7 @@ def test_tmp_may_be_read_only_or_noexec(room: Room, option: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_child_finds_the_callers_environment_and_nothing_of_the_starts(room: Room) -> None:
+def test_a_child_process_gets_the_callers_environment(room: Room) -> None:
     """Nuitka hides PATH from the interpreter; what the start tells the program is for the program."""
     room.run("echo '{}' >/tmp/payload")
     room.run(f"{RUN} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60", LANG="C")
@@ -162,7 +162,7 @@ def test_a_child_finds_the_callers_environment_and_nothing_of_the_starts(room: R
     }
 
 
-def test_many_first_starts_at_once_unpack_one_program(room: Room) -> None:
+def test_concurrent_first_starts_unpack_one_program(room: Room) -> None:
     script = f"for i in 1 2 3 4 5; do {RUN} version & done; for i in 1 2 3 4 5; do wait; done; {RUN} version"
     done = room.run(script, HOME="/root")
     assert done.stderr == ""
@@ -170,14 +170,14 @@ def test_many_first_starts_at_once_unpack_one_program(room: Room) -> None:
     assert room.unpacked() == [build_id()]
 
 
-def test_killed_while_it_unpacks_it_leaves_nothing_that_is_run(room: Room) -> None:
+def test_an_interrupted_unpack_is_never_executed(room: Room) -> None:
     for delay_s in (0.02, 0.1, 0.2):
         room.run(f"timeout -s KILL {delay_s} {RUN} version", HOME="/root")
     assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
     assert build_id() in room.unpacked()
 
 
-def test_without_a_home_there_is_still_a_place(room: Room) -> None:
+def test_an_unset_home_falls_back_to_passwd_and_var_tmp(room: Room) -> None:
     assert room.run(f"{RUN} version").stdout.startswith(SAYS)
     assert room.unpacked() == [build_id()]  # of passwd's root
     done = room.run(f"{RUN} version", uid=NOBODY)
@@ -202,7 +202,7 @@ def test_the_directory_of_the_executable_is_never_written_to(room: Room) -> None
         ("touch /tmp/d", "not a directory"),
     ],
 )
-def test_a_directory_that_another_could_have_prepared_is_not_used(room: Room, prepare: str, why: str) -> None:
+def test_an_unsafe_directory_is_not_used(room: Room, prepare: str, why: str) -> None:
     """The next one is; where there is none left, one line says what is wrong with each."""
     done = room.run(f"{prepare}; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
     assert (done.returncode, done.stderr) == (0, "")
@@ -227,7 +227,7 @@ def test_a_directory_that_another_could_have_prepared_is_not_used(room: Room, pr
         (f"mkdir -m 755 /tmp/real; ln -s real /tmp/above; chown -h {NOBODY} /tmp/above", "/tmp/above is owned by uid"),
     ],
 )
-def test_a_directory_that_another_could_exchange_is_not_used(room: Room, prepare: str, why: str) -> None:
+def test_a_directory_that_another_user_could_replace_is_not_used(room: Room, prepare: str, why: str) -> None:
     """Nor is one made there. Each of them is private, and ours, at the moment of the look."""
     mine = "/tmp/above/a/mine"
     script = f"{prepare}; mkdir /tmp/above/a; chmod 755 /tmp/above/a; mkdir -m 700 {mine}; {RUN} version"
@@ -258,7 +258,7 @@ CALLERS = {
 
 
 @pytest.mark.parametrize("caller", CALLERS)
-def test_whatever_the_caller_leaves_it_starts(room: Room, caller: str) -> None:
+def test_it_starts_in_any_caller_environment(room: Room, caller: str) -> None:
     room.run("echo 'raise SystemExit(\"not ours\")' | tee /tmp/typing.py /tmp/msgspec.py /tmp/sitecustomize.py")
     done = room.run(CALLERS[caller], HOME="/root")
     assert (done.returncode, done.stderr) == (0, "")
@@ -266,7 +266,7 @@ def test_whatever_the_caller_leaves_it_starts(room: Room, caller: str) -> None:
     assert room.unpacked() == [build_id()]
 
 
-def test_a_program_that_somebody_else_put_there_is_not_run(room: Room) -> None:
+def test_a_program_planted_by_another_user_is_not_run(room: Room) -> None:
     place = f"/tmp/d/programs/{build_id()}"
     script = f"mkdir -m 700 /tmp/d /tmp/d/programs; mkdir -m 755 {place}; echo '#!/bin/sh' >{place}/netloom.bin"
     done = room.run(f"{script}; chmod 755 {place}/netloom.bin; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
@@ -276,7 +276,7 @@ def test_a_program_that_somebody_else_put_there_is_not_run(room: Room) -> None:
 
 
 @pytest.mark.parametrize(("disk", "why"), [("size=20m", "19 MB free"), ("size=200m,nr_inodes=8", "unpacking failed")])
-def test_a_full_disk_is_said_and_nothing_half_unpacked_is_left(room: Room, disk: str, why: str) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_unpack(room: Room, disk: str, why: str) -> None:
     for directory in ("/root", "/var/cache", "/var/tmp"):
         room.run(f"mount -t tmpfs -o ro none {directory}")
     room.run(f"mkdir -m 700 /tmp/d; mount -t tmpfs -o mode=700,{disk} none /tmp/d")
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said_and_nothing_half_unpacked_is_left(room: Room, disk:
     assert room.unpacked("/tmp/d") == []
 
 
-def test_old_builds_are_removed_by_the_first_start_of_a_new_one_and_by_later_ones(room: Room) -> None:
+def test_old_builds_are_removed_after_an_hour_without_use(room: Room) -> None:
     """The build before was just in use: it is removed when nobody has started it for an hour."""
     programs = f"{HOME}/programs"
     old = f"{programs}/0.0.1-1-aaaa {programs}/.new-killed"
@@ -301,7 +301,7 @@ def test_old_builds_are_removed_by_the_first_start_of_a_new_one_and_by_later_one
     assert room.unpacked() == [build_id()]  # ... but one in ten minutes
 
 
-def test_a_call_starts_a_helper_that_holds_nothing_of_the_callers(room: Room) -> None:
+def test_a_call_starts_a_helper_that_inherits_no_descriptors(room: Room) -> None:
     """The caller reads end of file at once; the helper is this build, and ends at once when it is told to."""
     room.run("echo '{}' >/tmp/payload")
     done = room.run(f"{RUN} ensure-network-device /tmp/payload 60 | cat; exit 0", HOME="/root", NETLOOM_HELPER="60")
@@ -315,7 +315,7 @@ def test_a_call_starts_a_helper_that_holds_nothing_of_the_callers(room: Room) ->
         time.sleep(0.02)
 
 
-def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
+def test_a_call_does_not_load_os_or_site(room: Room) -> None:
     """What is compiled would ask os.path where its packages are: a quarter of the way to the helper."""
     room.run(f"echo '{{}}' >/tmp/payload; {RUN} version", HOME="/root")
     program = f"NETLOOM_EXE={RUN} PYTHONVERBOSE=1 {HOME}/programs/{build_id()}/netloom.bin"
@@ -325,7 +325,7 @@ def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
     assert loaded & {"os", "posixpath", "stat", "_collections_abc", "site", "inspect", "typing", "socket"} == set()
 
 
-def test_statuses_are_those_of_the_source_version(room: Room) -> None:
+def test_exit_statuses_match_the_source_version(room: Room) -> None:
     payload = {
         "physical-network-extension-details": {"hosts": "127.0.0.1", "port": "1", "password": "FAKE"},
         "payload": {"network_id": "1"},
@@ -372,7 +372,7 @@ def _ended_by(number: signal.Signals, call: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("helper", ["0", "60"])
-def test_signals_are_those_of_the_source_version(room: Room, unanswered: str, helper: str) -> None:
+def test_signals_behave_as_in_the_source_version(room: Room, unanswered: str, helper: str) -> None:
     """Nuitka's own start would turn one into another, and let the third through to nobody."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER=helper)
@@ -384,9 +384,7 @@ def test_signals_are_those_of_the_source_version(room: Room, unanswered: str, he
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_before_the_program_can_speak_waits_until_it_can(
-    room: Room, unanswered: str, number: signal.Signals
-) -> None:
+def test_an_early_signal_is_reported_once_the_program_runs(room: Room, unanswered: str, number: signal.Signals) -> None:
     for _ in range(5):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER="0")
         deadline = time.monotonic() + 30
@@ -395,7 +393,7 @@ def test_a_signal_before_the_program_can_speak_waits_until_it_can(
         _ended_by(number, call)
 
 
-def test_a_signal_amid_any_import_is_told(room: Room, unanswered: str) -> None:
+def test_a_signal_during_any_import_is_reported(room: Room, unanswered: str) -> None:
     """A third of those in these milliseconds ended in abort(): the log's module wanted os, which was half loaded."""
     for tenths_ms in range(60):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER="0")

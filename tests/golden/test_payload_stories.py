@@ -107,20 +107,20 @@ def told(story: str) -> str:
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_what_each_payload_changes(story: str) -> None:
+def test_payload_story_matches_the_golden_file(story: str) -> None:
     file = GOLDEN / "payloads" / f"{story}.txt"
     if UPDATE:
         file.write_text(told(story))
     assert file.read_text() == told(story), f"{file}: UPDATE_GOLDEN=1 writes it anew"
 
 
-def test_every_payload_has_its_place_in_a_story() -> None:
+def test_every_payload_is_in_a_story() -> None:
     elsewhere = {number for number, it in INDEX.items() if it["command"] in ("ensure-network-device", "custom-action")}
     assert {it for story in STORIES.values() for it in story.split()} == INDEX.keys() - elsewhere
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_a_story_told_twice_step_by_step_is_the_same_story(story: str) -> None:
+def test_repeating_each_call_of_a_story_changes_nothing(story: str) -> None:
     """CloudStack repeats: each call is sent again at once, and changes nothing."""
     scope: Scope | None = None
     for number in STORIES[story].split():

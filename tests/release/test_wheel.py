@@ -78,7 +78,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fresh
 
 
-def test_the_installed_program_is_the_one_of_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_program_behaves_like_the_checkout(installed: Path, tmp_path: Path) -> None:
     source: list[str | Path] = [sys.executable, ROOT / "cmd/netloom/main.py"]
     program = installed / "bin/netloom"
     for words in (["--help"], ["--version"], ["version", "--json"], ["commands"], ["help", "agent", "install"]):
@@ -98,7 +98,7 @@ def test_the_installed_program_answers_a_call(installed: Path, helper: str, tmp_
     assert len(list(tmp_path.glob("helper-*.sock"))) == int(helper)
 
 
-def test_the_wheel_holds_the_whole_package(checkout: Path, wheel: Path) -> None:
+def test_the_wheel_contains_the_whole_package(checkout: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {
         str(path.relative_to(checkout / "internal")) for path in (checkout / "internal").rglob("*") if path.is_file()
@@ -109,7 +109,7 @@ def test_the_wheel_holds_the_whole_package(checkout: Path, wheel: Path) -> None:
     assert {f"{info}/licenses/LICENSE", f"{data}/data/share/man/man1/netloom.1"} <= names
 
 
-def test_the_sdist_holds_the_repository_and_gives_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+def test_the_sdist_contains_the_repository_and_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name.partition("/")[0] for name in names} <= TOP

@@ -28,11 +28,11 @@ def actions() -> dict[str, dict[str, Any]]:
     return {it["name"]: it for it in manifest()["spec"]["customActions"]}
 
 
-def test_its_custom_actions_are_those_of_the_program() -> None:
+def test_custom_actions_match_the_program() -> None:
     assert list(actions()) == sorted(BUILT_IN)
 
 
-def test_cloudstack_takes_its_names_and_values() -> None:
+def test_cloudstack_accepts_the_names_and_values() -> None:
     """The rules of CloudStack 4.23's addCustomAction. Without a list of parameters its importer fails."""
     for name, it in actions().items():
         assert re.fullmatch("[a-zA-Z0-9 _-]+", name)
@@ -45,7 +45,7 @@ def test_cloudstack_takes_its_names_and_values() -> None:
             assert isinstance(parameter["required"], bool)
 
 
-def test_policy_routing_has_the_parameters_that_it_reads() -> None:
+def test_policy_routing_actions_declare_the_parameters_they_read() -> None:
     """Only declared parameters are passed on; the parsers say what they miss."""
     values = {"table": "office", "table-id": "100", "table-name": "office", "filter": "", "skip": "0"}
     texts = {"route": "default via 192.0.2.1", "rule": "from 10.10.1.0/24"}
@@ -63,7 +63,7 @@ def test_policy_routing_has_the_parameters_that_it_reads() -> None:
     assert {name for name, told in given.items() if told.keys() == {"filter", "skip"}} == lists
 
 
-def test_it_names_the_executable_and_where_the_archive_is() -> None:
+def test_the_manifest_names_the_executable_and_the_url_of_the_archive() -> None:
     read = manifest()
     assert (read["apiVersion"], read["metadata"]["name"]) == ("cloudstack.apache.org/v1", "netloom")
     assert read["metadata"]["version"] == "0.1.0"

@@ -29,7 +29,7 @@ def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     assert [entry for entry in entries.values() if not PINNED.fullmatch(entry)] == []
 
 
-def test_the_program_needs_few_packages() -> None:
+def test_the_runtime_packages_are_exactly_these() -> None:
     """pydantic costs more at every start, and in the compiled file, than it gives; rich stays out of the file."""
     assert sorted(pins("runtime.txt")) == [
         "annotated-doc",
@@ -49,7 +49,7 @@ def test_the_program_needs_few_packages() -> None:
     ]
 
 
-def test_the_one_file_leaves_out_what_its_bill_leaves_out() -> None:
+def test_the_one_file_and_its_bill_omit_the_same_packages() -> None:
     modules = {"markdown-it-py": "markdown_it"}
     build = (ROOT / "build" / "nuitka" / "build").read_text()
     listed = set(re.findall(r'^left_out="([^"]+)"', build, re.MULTILINE)[0].split())
@@ -60,7 +60,7 @@ def test_the_one_file_leaves_out_what_its_bill_leaves_out() -> None:
 
 
 @pytest.mark.parametrize("name", ["dev.txt", "build.txt", "release.txt", "docs.txt"])
-def test_all_use_the_same_versions_as_the_program(name: str) -> None:
+def test_every_list_pins_the_runtime_versions(name: str) -> None:
     runtime, other = pins("runtime.txt"), pins(name)
     both = runtime.keys() & other.keys()
     assert {name: other[name] for name in both} == {name: runtime[name] for name in both}
@@ -82,7 +82,7 @@ def test_each_list_is_made_from_pyproject() -> None:
 
 
 @pytest.mark.parametrize("name", ASKED_FOR)
-def test_a_list_pins_what_pyproject_asks_for(name: str) -> None:
+def test_a_list_satisfies_pyproject(name: str) -> None:
     """Each version is one that pyproject allows, and nothing is there that it does not ask for, directly or not."""
     pinned = {name: re.match(r"\S+==(\S+)", entry) for name, entry in pins(f"{name}.txt").items()}
     for wanted in ASKED_FOR[name]:
@@ -102,7 +102,7 @@ def test_a_list_names_no_registry(name: str) -> None:
     assert re.findall(r"https?:|--\w*index|--find-links|--trusted", (REQUIREMENTS / f"{name}.txt").read_text()) == []
 
 
-def test_the_back_end_is_pinned_where_a_test_builds_with_it() -> None:
+def test_the_build_back_end_is_pinned_for_development() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (wanted,) = map(Requirement, project["build-system"]["requires"])
     assert wanted in ASKED_FOR["dev"]

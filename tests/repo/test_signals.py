@@ -34,6 +34,6 @@ def test_a_bare_kill_in_a_loop_is_found(number: str) -> None:
     assert bare_kills(f"for pid in pids:\n    processes.kill(int(pid), {number})\n") == []
 
 
-def test_processes_are_ended_by_a_function_that_expects_their_end() -> None:
+def test_loops_use_processes_kill() -> None:
     found = {str(path.relative_to(TESTS)): bare_kills(path.read_text()) for path in TESTS.rglob("*.py")}
     assert {path: lines for path, lines in found.items() if lines} == {}

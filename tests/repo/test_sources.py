@@ -22,7 +22,7 @@ def test_every_source_has_a_version_and_every_file_a_hash() -> None:
     assert all(any(it.startswith(f"{package}_") for package in packages) for it in files)
 
 
-def test_the_bill_of_materials_takes_its_pins_from_there() -> None:
+def test_the_bill_of_materials_uses_the_pinned_sources() -> None:
     found = {it.name: it for it in sources.sources()}
     for name in ("python3.11", "zlib"):
         assert any(it.startswith(found[name].sha256 + " ") for it in LINES)

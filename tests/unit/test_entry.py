@@ -44,16 +44,16 @@ DOORS: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("line", "expected"), DOORS)
-def test_door(line: str, expected: str) -> None:
+def test_arguments_select_the_entry_point(line: str, expected: str) -> None:
     assert door(line.split()) == expected
 
 
-def test_every_command_of_the_protocol_is_a_call() -> None:
+def test_every_protocol_command_is_a_call() -> None:
     assert {door([command, "file", "60"]) for command in TABLE} == {"call"}
     assert {door([command]) for command in TABLE} == {"call"}
 
 
-def test_no_word_of_ours_hides_a_command() -> None:
+def test_operator_commands_never_shadow_protocol_commands() -> None:
     words = set(getattr(get_command(app), "commands"))  # noqa: B009  # click's group, without its import
     assert words == set(PEOPLE)
     assert not any("-" in word for word in words)
@@ -98,7 +98,7 @@ main(sys.argv)
 
 
 @pytest.mark.parametrize("helper", ["0", "1"])
-def test_a_call_loads_nothing_heavy(helper: str, tmp_path: Path) -> None:
+def test_a_call_loads_only_the_listed_modules(helper: str, tmp_path: Path) -> None:
     """By itself until the work begins; through the helper, which runs by then, to the end."""
     payload, listed = tmp_path / "payload", tmp_path / "listed"
     payload.write_text("{}")

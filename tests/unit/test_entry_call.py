@@ -69,13 +69,13 @@ def written(tmp_path: Path, text: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("words", [["implement-network"], ["implement-network", "/x"], ["a-b", "/x", "60", "more"]])
-def test_words_that_are_no_call_are_refused_in_one_line(words: list[str], call: Call) -> None:
+def test_a_wrong_number_of_arguments_is_refused_in_one_line(words: list[str], call: Call) -> None:
     line = refused(call(*words))
     assert line == f"{len(words)} arguments instead of 3 (usage: <command> <payload-file> <timeout-seconds>)"
 
 
 @pytest.mark.parametrize("timeout", ["", "0", "-5", "6e1", "1_0", "60s", "٦٠", "9" * 30, "nan", "60\n", "100000"])
-def test_a_timeout_that_is_none_is_refused(timeout: str, call: Call, tmp_path: Path) -> None:
+def test_an_invalid_timeout_is_refused(timeout: str, call: Call, tmp_path: Path) -> None:
     assert "is not a number of seconds" in refused(call("implement-network", written(tmp_path, "{}"), timeout))
 
 
@@ -102,7 +102,7 @@ FILES: dict[str, str] = {
 
 @pytest.mark.mutation("a-registration-names-hosts")
 @pytest.mark.parametrize("what", FILES)
-def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_path: Path) -> None:
+def test_defect_57_a_bad_payload_file_is_refused_in_one_line(what: str, call: Call, tmp_path: Path) -> None:
     """Field note fault 20, and 19 as far as it concerns the envelope."""
     good = envelope()
 
@@ -140,14 +140,14 @@ def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_pat
     assert "no key" not in line
 
 
-def test_an_unknown_command_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_an_unknown_command_is_refused_in_one_line(call: Call, tmp_path: Path) -> None:
     line = refused(call("frob-network", written(tmp_path, envelope()), "60"))
     assert line.startswith("'frob-network' is not a command")
     hostile = call("frob\x1b[31m\nnetwork-ü", written(tmp_path, envelope()), "60")
     assert "\x1b" not in refused(hostile)
 
 
-def test_an_unreadable_payload_file_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_an_unreadable_payload_file_is_refused_in_one_line(call: Call, tmp_path: Path) -> None:
     path = written(tmp_path, envelope())
     os.chmod(path, 0)
     if os.geteuid() == 0:  # root reads all; without its capabilities it is an owner without permission
@@ -166,7 +166,7 @@ def test_an_unreadable_payload_file_is_one_line(call: Call, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_descriptors_do_no_harm(closed: str, tmp_path: Path) -> None:
+def test_closed_standard_descriptors_are_harmless(closed: str, tmp_path: Path) -> None:
     """What we open must not land where stdout was: nothing is written into a file of ours."""
     path = written(tmp_path, envelope())
     kept = tmp_path / "netloom"
@@ -186,7 +186,7 @@ def test_closed_descriptors_do_no_harm(closed: str, tmp_path: Path) -> None:
     assert (kept / "netloom.log").read_text().count("\n") == 1
 
 
-def test_a_reader_that_has_gone_does_no_harm(tmp_path: Path) -> None:
+def test_output_to_a_closed_pipe_is_harmless(tmp_path: Path) -> None:
     """Field note fault 30: stderr is closed before there is anything to say."""
     reader, writer = os.pipe()
     with subprocess.Popen(
@@ -201,7 +201,7 @@ def test_a_reader_that_has_gone_does_no_harm(tmp_path: Path) -> None:
         assert process.wait(60) == 1
 
 
-def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> None:
+def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path) -> None:
     """The last resort: the process is stopped for longer than it was given, and ends at the next instruction."""
     with subprocess.Popen(
         [*PROGRAM, "implement-network", written(tmp_path, envelope()), "1"],
@@ -242,7 +242,7 @@ def call_with_msgspec(source: str, tmp_path: Path, *options: str) -> subprocess.
     )
 
 
-def test_internal_errors_and_prints_are_one_line_and_the_traceback_is_in_the_log(call: Call, tmp_path: Path) -> None:
+def test_an_internal_error_is_one_line_and_its_traceback_is_logged(call: Call, tmp_path: Path) -> None:
     noise = "import os, sys; print('noise'); print('noise', file=sys.stderr); os.system('echo noise; echo noise >&2')\n"
     done = call_with_msgspec(noise + "raise RuntimeError('the secret is hunter2')\n", tmp_path)
     line = refused(done, status=3)
@@ -250,7 +250,7 @@ def test_internal_errors_and_prints_are_one_line_and_the_traceback_is_in_the_log
     assert "Traceback (most recent call last)" in (tmp_path / "netloom" / "netloom.log").read_text()
 
 
-def test_a_signal_amid_an_import_is_its_own_status(tmp_path: Path) -> None:
+def test_a_signal_during_an_import_sets_the_exit_status(tmp_path: Path) -> None:
     """Its handler finds the log's module half loaded: no line in the log, but the caller is told all the same."""
     half = "import os, signal, sys, types; sys.modules['netloom.extension.log'] = types.ModuleType('half')\n"
     done = call_with_msgspec(half + "os.kill(os.getpid(), signal.SIGHUP)\n", tmp_path)
@@ -258,7 +258,7 @@ def test_a_signal_amid_an_import_is_its_own_status(tmp_path: Path) -> None:
     assert done.stderr == "ended by SIGHUP while loading the program\n"
 
 
-def test_a_signal_amid_the_import_of_os_leaves_its_line_in_the_log(tmp_path: Path) -> None:
+def test_a_signal_during_the_import_of_os_is_logged(tmp_path: Path) -> None:
     """Without site, as in the one file, a call loads os late; what is compiled aborts when it finds it half loaded."""
     half = "import sys; sys.modules['os'] = type(sys)('os')\n"
     half += "import posix; posix.kill(posix.getpid(), 15)\n"

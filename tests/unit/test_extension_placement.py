@@ -100,7 +100,7 @@ def test_a_scope_whose_host_is_down_is_not_moved() -> None:
         )
 
 
-def test_nobody_answers_names_everybody() -> None:
+def test_the_error_names_every_host_that_failed() -> None:
     text = failed(decide(situation(h1=down("h1"), h2=down("h2"), h3=down("h3"))))
     assert text == ("none of the hosts answers: h1: connection refused; h2: connection refused; h3: connection refused")
 
@@ -124,7 +124,7 @@ def test_decide_everywhere(name: str) -> None:
     assert decide_everywhere(now) == expected
 
 
-def test_everywhere_needs_the_stored_host_and_one_at_least() -> None:
+def test_everywhere_needs_the_stored_host_and_at_least_one_host() -> None:
     assert failed(decide_everywhere(situation("h2", h1=HAS_NOT, h2=down("h2"), h3=HAS_NOT))).startswith("h2: ")
     assert failed(decide_everywhere(situation(h1=down("h1"), h2=down("h2"), h3=down("h3")))).startswith("none of")
 
@@ -139,7 +139,7 @@ ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
     grace=st.integers(0, 4),
     everywhere=st.booleans(),
 )
-def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
+def test_every_enquiry_terminates_and_never_abandons_the_stored_host(
     stored: str, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool
 ) -> None:
     """However the answers and the graces fall: a decision, by a host that answered; a silent stored host is left
@@ -177,7 +177,7 @@ def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
 
 
 @given(st.binary(max_size=300))
-def test_cksum_is_that_of_its_definition(data: bytes) -> None:
+def test_cksum_matches_the_posix_definition(data: bytes) -> None:
     """POSIX, cksum: the CRC of ISO 8802-3 over the octets and then the length, least significant octet first."""
     crc = 0
     length = len(data)
@@ -193,13 +193,13 @@ def test_cksum_is_that_of_its_definition(data: bytes) -> None:
     assert cksum(data) == crc ^ 0xFFFFFFFF
 
 
-def test_cksum_is_what_the_tool_prints() -> None:
+def test_cksum_matches_the_tool() -> None:
     for text in ("", "1", "42", "204", "7", "1234567890", "x" * 300):
         printed = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout
         assert cksum(text.encode()) == int(printed.split()[0])
 
 
-def test_the_order_starts_at_the_crc_and_goes_round() -> None:
+def test_the_preferred_order_starts_at_the_crc_and_wraps_around() -> None:
     assert cksum(b"42") % 3 == 0
     assert preferred_order("42", ["a", "b", "c"]) == ("a", "b", "c")
     assert cksum(b"42") % 2 == 1

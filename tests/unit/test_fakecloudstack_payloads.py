@@ -219,7 +219,7 @@ def fixture_names() -> list[str]:
 
 
 @pytest.mark.parametrize("name", fixture_names())
-def test_written_as_the_client_writes_it(name: str) -> None:
+def test_payloads_match_the_clients_byte_for_byte(name: str) -> None:
     expected = (FIXTURES / f"{name}.json").read_text(encoding="utf-8")
     details = json.loads(expected)["network-extension-details"]
     registration = BY_PASSWORD if "password-auth" in name else REGISTRATION
@@ -243,7 +243,7 @@ def test_written_as_the_client_writes_it(name: str) -> None:
         ("504-custom-action-nothing-stored", SHUT, "{}", "dump-config", {}),
     ],
 )
-def test_custom_actions_are_written_as_the_client_writes_them(
+def test_custom_actions_match_the_clients_byte_for_byte(
     name: str, network: cs.NetworkFacts, stored: str, action: str, params: dict[str, str]
 ) -> None:
     written = cs.custom_action(REGISTRATION, json.loads(stored), cs.network(network), action, params)

@@ -12,7 +12,7 @@ IDS = ["1", "7", "77", "204", "1234567", "12345678", "305419896", "9999999999"]
 TAGS = ["1", "12", "120", "1204", "4094", "16777215"]
 
 
-def test_what_others_rely_on_is_as_it_was() -> None:
+def test_names_used_by_other_programs_are_fixed() -> None:
     assert names.namespace(names.scope_of("204", "")) == "cs-net-204"
     assert names.namespace(names.scope_of("310", "7")) == "cs-vpc-7"
     assert (names.bridge("eth1", "1204"), names.vlan_link("eth1", "1204")) == ("breth1-1204", "eth1.1204")

@@ -374,9 +374,7 @@ def damaged(have: Have, kinds: list[str]) -> Have:
 
 @given(WISHES, DAMAGES, WISHES)
 @settings(max_examples=300, deadline=None)
-def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
-    first: Want, harm: list[str], then: Want
-) -> None:
+def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, harm: list[str], then: Want) -> None:
     have = damaged(built(first), harm)
     steps = plan(have, then)
     after = carry_out(have, steps)
@@ -391,7 +389,7 @@ def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
 
 @given(WISHES, DAMAGES)
 @settings(max_examples=200, deadline=None)
-def test_what_was_taken_down_is_as_it_was_before(want: Want, harm: list[str]) -> None:
+def test_removal_restores_the_original_host(want: Want, harm: list[str]) -> None:
     after = built(NOTHING, damaged(built(want), harm))
     # A bridge that lost our port by hand is not in sight any more; the sweep has the whole host before it.
     assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded)) == EMPTY
@@ -399,7 +397,7 @@ def test_what_was_taken_down_is_as_it_was_before(want: Want, harm: list[str]) ->
 
 @given(WISHES, WISHES)
 @settings(max_examples=200, deadline=None)
-def test_rules_come_before_what_they_guard_and_links_go_before_their_rules(first: Want, then: Want) -> None:
+def test_the_ruleset_is_loaded_before_additions_and_after_removals(first: Want, then: Want) -> None:
     steps = plan(built(first), then)
     kinds = [type(step) for step in steps]
     if LoadRuleset in kinds:
@@ -421,7 +419,7 @@ def test_a_bridge_that_another_scope_wants_is_never_removed(first: Want, then: W
 
 @given(WISHES, WISHES)
 @settings(max_examples=100, deadline=None)
-def test_a_neighbour_that_stays_is_not_touched(first: Want, then: Want) -> None:
+def test_an_unchanged_neighbour_is_not_touched(first: Want, then: Want) -> None:
     have = built(first)
     stays = {it for it in first.neighbours if it in then.neighbours}
     touched = {it.neighbour for it in plan(have, then) if isinstance(it, PutNeighbour | RemoveNeighbour)}
@@ -431,7 +429,7 @@ def test_a_neighbour_that_stays_is_not_touched(first: Want, then: Want) -> None:
 # ------------------------------------------------------------------------------------------------------ cases by name
 
 
-def test_a_network_from_nothing_in_words() -> None:
+def test_the_steps_of_a_new_network() -> None:
     assert [str(step) for step in plan(EMPTY, wish(publics={}))] == [
         "create namespace cs-net-204",
         "set net.ipv4.ip_forward = 1 in cs-net-204",
@@ -455,7 +453,7 @@ def test_a_network_from_nothing_in_words() -> None:
     ]
 
 
-def test_another_vlan_moves_the_guest_port_and_takes_the_old_bridge_away() -> None:
+def test_a_vlan_change_moves_the_guest_port_and_removes_the_old_bridge() -> None:
     have = built(wish("1204", {}))
     steps = [str(step) for step in plan(have, wish("1311", {}))]
     assert "attach vnetg204 to breth1-1311" in steps
@@ -463,7 +461,7 @@ def test_another_vlan_moves_the_guest_port_and_takes_the_old_bridge_away() -> No
     assert not any(step.startswith(("create vnetg", "remove link")) for step in steps)
 
 
-def test_a_bridge_with_a_vm_stays_when_the_network_goes() -> None:
+def test_a_bridge_with_a_vm_is_kept_when_the_network_is_removed() -> None:
     have = built(wish(publics={}))
     tap = HostLink(name="vnet7", kind="tun", master="breth1-1204")
     after = built(NOTHING, _ported(_with_host_link(have, tap)))
@@ -473,7 +471,7 @@ def test_a_bridge_with_a_vm_stays_when_the_network_goes() -> None:
     assert carry_out(gone, sweep(gone.host_links, frozenset(), gone.guarded)) == EMPTY
 
 
-def test_a_bridge_that_was_there_is_used_and_left() -> None:
+def test_an_existing_bridge_is_used_and_kept() -> None:
     nic = {
         **NICS,
         "eth1.1204": HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204"),
@@ -495,14 +493,14 @@ def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
     return _with_host_link(have, replace(have.host_links["breth1-1204"], **changes))
 
 
-def test_a_bridge_of_the_kvm_agent_that_our_port_alone_kept_goes_with_it() -> None:
+def test_a_bridge_of_the_kvm_agent_is_removed_with_our_port_if_it_was_the_last() -> None:
     """The agent leaves a bridge that has a port like ours with the last VM, and never looks again."""
     assert built(NOTHING, _made_by_kvm()) == EMPTY
     moved = built(wish("1311", {}), _made_by_kvm())
     assert not {"breth1-1204", "eth1.1204"} & moved.host_links.keys()
 
 
-def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> None:
+def test_an_interrupted_bridge_adoption_is_finished_by_the_next_plan() -> None:
     steps = plan(_made_by_kvm(), NOTHING)
     assert [str(it) for it in steps][:3] == [
         "adopt eth1.1204, alias netloom",
@@ -528,13 +526,13 @@ def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> 
     ],
     ids=["a-vm", "another-network", "an-address", "an-alias", "claimed"],
 )
-def test_a_bridge_of_somebody_else_stays_for_whatever_reason_there_is(kept: Have) -> None:
+def test_a_bridge_in_use_by_others_is_kept(kept: Have) -> None:
     after = built(NOTHING, kept)
     assert {"breth1-1204", "eth1.1204"} <= after.host_links.keys()
     assert "vnetg204" not in after.host_links
 
 
-def test_what_stands_on_the_vlan_link_keeps_it() -> None:
+def test_a_vlan_link_with_an_address_is_kept() -> None:
     have = _made_by_kvm()
     have = _with_host_link(have, replace(have.host_links["eth1.1204"], addresses=("192.0.2.77/24",)))
     after = built(NOTHING, have)
@@ -542,7 +540,7 @@ def test_what_stands_on_the_vlan_link_keeps_it() -> None:
     assert "breth1-1204" not in after.host_links
 
 
-def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
+def test_a_vlan_link_is_found_by_its_tag_under_any_name() -> None:
     other = HostLink(name="vlan1204", kind="vlan", parent="eth1", vlan_id=1204, master="cloudbr7", up=True)
     bridge = HostLink(name="cloudbr7", kind="bridge", up=True)
     have = built(wish(publics={}), _ported(replace(EMPTY, host_links={**NICS, "vlan1204": other, "cloudbr7": bridge})))
@@ -550,7 +548,7 @@ def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
     assert "breth1-1204" not in have.host_links
 
 
-def test_a_tunnel_that_was_there_is_used_whatever_it_is_called_and_left() -> None:
+def test_an_existing_tunnel_is_used_under_any_name_and_kept() -> None:
     other = HostLink(name="vni-5001", kind="vxlan", vlan_id=5001, master="brvx-5001", up=True)
     bridge = HostLink(name="brvx-5001", kind="bridge", up=True)
     bare = {nic: replace(link, addresses=()) for nic, link in NICS.items()}
@@ -560,7 +558,7 @@ def test_a_tunnel_that_was_there_is_used_whatever_it_is_called_and_left() -> Non
     assert built(NOTHING, have) == theirs
 
 
-def test_a_tunnel_stands_on_what_has_the_address() -> None:
+def test_a_tunnel_uses_the_link_that_has_the_address() -> None:
     bridge = HostLink(name="cloudbr1", kind="bridge", up=True, addresses=("192.0.2.11/24",))
     plugged = {**NICS, "eth1": HostLink(name="eth1", up=True, master="cloudbr1"), "cloudbr1": bridge}
     steps = plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
@@ -571,7 +569,7 @@ def test_a_tunnel_stands_on_what_has_the_address() -> None:
         plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
 
 
-def test_untagged_is_the_bridge_of_the_nic() -> None:
+def test_untagged_uses_the_bridge_of_the_nic() -> None:
     in_bridge = {
         "eth2": HostLink(name="eth2", up=True, master="cloudbr1"),
         "cloudbr1": HostLink(name="cloudbr1", kind="bridge", up=True),
@@ -580,7 +578,7 @@ def test_untagged_is_the_bridge_of_the_nic() -> None:
     assert have.host_links["vnetpn204.0"].master == "cloudbr1"
 
 
-def test_untagged_never_takes_the_host_off_the_network() -> None:
+def test_untagged_is_refused_on_a_nic_with_the_address_of_the_host() -> None:
     addressed = replace(
         EMPTY, host_links={**NICS, "eth2": HostLink(name="eth2", up=True, addresses=("192.0.2.11/24",))}
     )
@@ -595,14 +593,14 @@ def test_a_missing_nic_names_the_detail_to_check(nic: str, detail: str) -> None:
         plan(have, wish())
 
 
-def test_a_namespace_of_somebody_else_is_refused_and_never_taken_down() -> None:
+def test_a_foreign_namespace_is_refused_and_never_removed() -> None:
     theirs = replace(EMPTY, exists=True, foreign="link wg0 is in it")
     with pytest.raises(ForeignScope, match=r"cs-net-204 is there already and is not ours: link wg0 is in it"):
         plan(theirs, wish())
     assert plan(theirs, NOTHING) == ()
 
 
-def test_a_stranger_under_our_ports_name_is_not_removed() -> None:
+def test_a_foreign_link_with_the_name_of_our_port_is_not_removed() -> None:
     stranger = replace(EMPTY, host_links={**NICS, "vnetg204": HostLink(name="vnetg204", kind="tun")})
     with pytest.raises(HostRefused, match="vnetg204 is there already and is not ours"):
         plan(stranger, wish())

@@ -14,7 +14,7 @@ import grimp
 import pytest
 
 
-def circle(package: str) -> str:
+def cycle(package: str) -> str:
     """A circle of imports as ``a imports b imports a``; empty when there is none."""
     graph = grimp.build_graph(package, cache_dir=None)
     try:
@@ -24,8 +24,8 @@ def circle(package: str) -> str:
     return ""
 
 
-def test_imports_have_no_circle() -> None:
-    assert circle("netloom") == ""
+def test_there_are_no_import_cycles() -> None:
+    assert cycle("netloom") == ""
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_imports_have_no_circle() -> None:
         ("other/b.py", "import made_up.other\n"),
     ],
 )
-def test_a_made_up_circle_is_named(importer: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_cycle_is_named(importer: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "__init__.py": "",
         "deep/__init__.py": "",
@@ -51,9 +51,9 @@ def test_a_made_up_circle_is_named(importer: str, text: str, tmp_path: Path, mon
     for name, before in files.items():
         (tmp_path / "made_up" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "made_up" / name).write_text(before)
-    assert circle("made_up") == ""
+    assert cycle("made_up") == ""
     (tmp_path / "made_up" / importer).write_text(files[importer] + text)
-    named = circle("made_up").split(" imports ")
+    named = cycle("made_up").split(" imports ")
     assert named[0] == named[-1]
     assert "made_up.other.b" in named
     steps = itertools.pairwise(named)
