@@ -1,4 +1,4 @@
-"""`make docs`: every page is reached, every link leads somewhere, and nothing comes from another server."""
+"""`make docs`: every document is a page, every link has a target, and nothing is loaded from another server."""
 
 from __future__ import annotations
 

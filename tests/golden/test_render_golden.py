@@ -1,4 +1,4 @@
-"""What the renderer says of the golden scenarios is what a person has read."""
+"""The output of the renderer for the golden scenarios is the reviewed output."""
 
 from __future__ import annotations
 

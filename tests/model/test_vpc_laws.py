@@ -1,4 +1,4 @@
-"""Laws of a VPC and its two tiers, held against random walks of every command that is about them."""
+"""Laws of a VPC and its two tiers, checked on random sequences of all commands that concern them."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def source(scope: Scope | None) -> set[str]:
 
 
 def inward(scope: Scope) -> set[str]:
-    """The addresses that something is translated from."""
+    """The addresses of static NATs and port forwards."""
     return {*scope.static_nats, *(it.public_ip for it in scope.port_forwards.values())}
 
 
 def of(scope: Scope, network_id: str) -> tuple[object, ...]:
-    """All that is a tier's own."""
+    """Everything that belongs to one tier."""
     return (
         scope.networks.get(network_id),
         {key: it for key, it in scope.static_nats.items() if it.network_id == network_id},
@@ -118,7 +118,7 @@ def test_changing_the_source_nat_address_changes_nothing_else(walk: list[Call], 
 
 @given(walks, some(["release-ip"], IN_TIER) | of_a_tier | tier_ends)
 def test_no_tier_call_removes_the_vpcs_source_nat_address(walk: list[Call], call: Call) -> None:
-    """assign-ip alone tells whether an address has the role."""
+    """Only assign-ip sets whether an address is the source-NAT address."""
     before = walked(walk)
     after = carry_out(before, call, OURS)
     assert after is not None
@@ -154,7 +154,7 @@ def test_removals_in_a_tier_leave_the_other_tier_unchanged(walk: list[Call], cal
 
 @given(walks)
 def test_implementing_a_vpc_again_changes_nothing(walk: list[Call]) -> None:
-    """A restart with cleanup sends it alone, and no tier after it."""
+    """A restart with cleanup sends implement-vpc without implementing the tiers again."""
     before = walked(walk)
     assert content(carry_out(before, ("implement-vpc", VPC), OURS)) == content(before)
 
@@ -175,7 +175,7 @@ FLOWS = [
 ]
 
 
-# The tier's list lets the one port of the balanced guest in, and not the other.
+# The tier's ACL allows one of the two backend ports.
 @example(
     [
         ("implement-vpc", WHOLE[0]),
@@ -188,7 +188,7 @@ FLOWS = [
 @settings(max_examples=200)
 @given(walks, st.lists(calls | some(["apply-lb-rules"], BALANCED), min_size=1, max_size=4))
 def test_every_change_that_can_break_a_flow_is_checked(walk: list[Call], more: list[Call]) -> None:
-    """Of every flow that is open before, in each way that it may have taken: where none is looked at, all are right."""
+    """If a change does not lead to a check of all flows, every flow keeps its verdict, on every path it can take."""
     before = walked(walk)
     for call in more:
         after = carry_out(before, call, OURS)

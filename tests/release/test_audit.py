@@ -1,4 +1,4 @@
-"""`make audit` says what is not as it was chosen, and never that it looked where it could not."""
+"""`make audit` reports every deviation, and never claims a check that it could not make."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_this_checkout_passes_the_audit() -> None:
 
 
 def install(root: Path, name: str, version: str, licence: str = "MIT") -> Path:
-    """A distribution of one module in .venv-runtime; the module."""
+    """Install a distribution of one module in .venv-runtime. Returns the module's path."""
     site = root / ".venv-runtime/lib/python3.11/site-packages"
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_an_entry_without_a_hash_is_reported(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture(scope="module")
 def bill() -> str:
-    """Made by the tool, in the tool's environment."""
+    """The bill of materials, made by the tool in its own environment."""
     return ran("-c", BILL).stdout
 
 
@@ -148,7 +148,7 @@ def test_the_bill_of_materials_is_complete(bill: str) -> None:
     assert set().union(*depends.values()) | {"netloom"} == references, "each is needed by something"
     (cryptography,) = (it["bom-ref"] for it in read["components"] if it["name"] == "cryptography")
     assert any("openssl" in it for it in depends[cryptography])
-    # What comes inside of others without a list of its own, and what a compiler links into all that it makes.
+    # Components bundled in others without a list of their own, and libraries that the compiler links in.
     for inner, outer in (("libffi==3.4", "cffi"), ("zlib-crc32==2022", "nuitka"), ("glibc==2.28", "ziglang")):
         assert any(inner in on for it, on in depends.items() if it.startswith(f"{outer}=="))
     assert not {name for name, _ in sbom.names(bill)} & {"pip", "setuptools", "pycparser", "cyclonedx-bom", "pytest"}
@@ -166,7 +166,7 @@ def test_a_component_missing_from_the_bill_is_reported(bill: str) -> None:
 
 @contextmanager
 def service(*vulnerable: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A vulnerability service on loopback that knows of these packages; its address, and what it is asked."""
+    """A vulnerability service on loopback that reports these packages. Yields its URL and the list of its requests."""
     asked: list[dict[str, Any]] = []
 
     class Answers(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""The packages and the archive, made from a stand-in for the executable."""
+"""The packages and the archive, built from a script in place of the executable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ exit 3
 
 @dataclass(frozen=True)
 class Made:
-    """The paths of what was made once."""
+    """The paths of the files that were built."""
 
     deb: Path
     rpm: Path
@@ -64,7 +64,7 @@ def said(*words: str | Path, **environment: str) -> str:
 
 
 def test_packages_are_reproducible(made: Made, stand_in: Product, tmp_path: Path) -> None:
-    """Another directory, umask, time zone and language, and files of another time."""
+    """Build again with another directory, umask, time zone, language and file time."""
     os.utime(stand_in.executable, (1_000_000_000, 1_000_000_000))
     before = os.umask(0o077)
     with pytest.MonkeyPatch.context() as patched:
@@ -82,7 +82,7 @@ def test_packages_are_reproducible(made: Made, stand_in: Product, tmp_path: Path
 
 
 def of_deb(path: Path) -> dict[str, str]:
-    """Path to mode, of all that is no directory; everything belongs to root."""
+    """The mode of each file by its path, without directories. Everything must belong to root."""
     with tarfile.open(
         fileobj=BytesIO(subprocess.run(["dpkg-deb", "--fsys-tarfile", path], capture_output=True, check=True).stdout)
     ) as tar:
@@ -153,7 +153,7 @@ def test_the_rpm_installs_and_removes_cleanly(made: Made, tmp_path: Path) -> Non
 
 
 def test_the_launcher_passes_everything_through(stand_in: Product, tmp_path: Path) -> None:
-    """Arguments as they are, environment, working directory, exit status; no process stays between."""
+    """Arguments, environment, working directory and exit status are passed through, without a process in between."""
     launcher = tmp_path / "netloom.sh"
     text = (ROOT / "build/package/netloom.sh").read_text()
     assert text.count("/usr/lib/netloom/netloom") == 1
@@ -183,7 +183,7 @@ def test_the_archive_is_one_directory_with_the_executable(made: Made, stand_in: 
 
 
 def _to_two_seconds(it: Product) -> tuple[int, ...]:
-    """zip knows no odd ones."""
+    """The product's time, rounded down: zip stores even seconds only."""
     *rest, second = it.time.timetuple()[:6]
     return (*rest, second // 2 * 2)
 

@@ -11,7 +11,7 @@ from repo.files import ROOT
 
 
 def run(checkout: Path, **scripts: str) -> subprocess.CompletedProcess[str]:
-    """What the runner makes of a checkout that has these scripts."""
+    """Run the bench runner in a checkout that has these scripts."""
     runner = checkout / "build/ci/bench.py"
     runner.parent.mkdir(parents=True)
     shutil.copy(ROOT / "build/ci/bench.py", runner)

@@ -1,4 +1,4 @@
-"""The core does no input and no output, and imports nothing late. The import contracts see modules; this sees names."""
+"""The core has no input or output and no late imports. Import contracts check modules; this checks built-in names."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def listed_in(entry: str, *, marked: bool = False) -> set[str]:
 
 
 def defined() -> dict[int, set[str]]:
-    """Defect to the tests that are named after it."""
+    """The tests that are named after each defect, by its number."""
     found: dict[int, set[str]] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -42,7 +42,7 @@ def test_the_document_marks_the_mutation_tests() -> None:
     marked = {it.test for it in mutants()}
     said = {test for entry in ENTRIES.values() for test in listed_in(entry, marked=True)}
     assert said == {test for tests in defined().values() for test in tests if test in marked}
-    # A defect without a marked test would rest on a test that perhaps cannot fail.
+    # Only a mutation test is known to be able to fail, so every defect needs one.
     assert {number for number, tests in defined().items() if not tests & marked} == set()
 
 

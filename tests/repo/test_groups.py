@@ -1,4 +1,4 @@
-"""The groups of `make check` run side by side, each prints one block, and an interrupt ends all."""
+"""The groups of `make check` run in parallel, each prints one block, and an interrupt stops all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import processes
 from repo.files import ROOT
 
 LIMIT_S = 60.0
-# Each test says that it runs and waits for the other: they end only when they run side by side.
+# Each test signals that it runs and waits for the other one, so both pass that point only if they run in parallel.
 MEET = """
 import time
 from pathlib import Path

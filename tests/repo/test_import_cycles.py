@@ -1,6 +1,6 @@
-"""No module of the program imports itself by way of others: not late, not for type checking, not through a package.
+"""There are no import cycles, neither by late imports, nor by imports for type checking, nor through a package.
 
-import-linter's contract ``acyclic_siblings`` does not find a module that imports the package it is in.
+The contract ``acyclic_siblings`` of import-linter does not find a module that imports the package it is in.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 
 def cycle(package: str) -> str:
-    """A circle of imports as ``a imports b imports a``; empty when there is none."""
+    """An import cycle of the package as text, ``a imports b imports a``. Empty if there is none."""
     graph = grimp.build_graph(package, cache_dir=None)
     try:
         TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()

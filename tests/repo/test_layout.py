@@ -29,12 +29,12 @@ def test_the_top_level_has_only_the_listed_entries() -> None:
 
 
 def test_cmd_is_not_a_package() -> None:
-    """With an __init__.py it would hide the standard library's cmd from whoever has the checkout on the path."""
+    """With an __init__.py it would hide the standard library's module ``cmd`` when the checkout is on sys.path."""
     assert not list((ROOT / "cmd").rglob("__init__.py"))
 
 
 def test_every_directory_of_the_program_is_a_package() -> None:
-    """One without __init__.py is invisible to the import contracts, so it could import anything."""
+    """The import contracts ignore a directory without __init__.py, so its modules could import anything."""
     folders = {path.parent for path in (ROOT / "internal" / "netloom").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 

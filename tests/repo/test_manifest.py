@@ -1,4 +1,4 @@
-"""What CloudStack is handed: an archive that offers what the program does, and a launcher that no release changes."""
+"""The extension archive for CloudStack: its manifest matches the program, and its launcher never changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_custom_actions_match_the_program() -> None:
 
 
 def test_cloudstack_accepts_the_names_and_values() -> None:
-    """The rules of CloudStack 4.23's addCustomAction. Without a list of parameters its importer fails."""
+    """The rules of addCustomAction in CloudStack 4.23. Its importer fails without a list of parameters."""
     for name, it in actions().items():
         assert re.fullmatch("[a-zA-Z0-9 _-]+", name)
         assert (it["resourcetype"], it["enabled"], it["allowedroletypes"]) == ("Network", True, ["Admin"])
@@ -46,7 +46,7 @@ def test_cloudstack_accepts_the_names_and_values() -> None:
 
 
 def test_policy_routing_actions_declare_the_parameters_they_read() -> None:
-    """Only declared parameters are passed on; the parsers say what they miss."""
+    """CloudStack passes only declared parameters. The parsers raise if a required one is missing."""
     values = {"table": "office", "table-id": "100", "table-name": "office", "filter": "", "skip": "0"}
     texts = {"route": "default via 192.0.2.1", "rule": "from 10.10.1.0/24"}
     given = {
@@ -76,6 +76,6 @@ def test_the_manifest_names_the_executable_and_the_url_of_the_archive() -> None:
 
 
 def test_the_launcher_is_the_same_in_every_release() -> None:
-    """CloudStack compares it between its servers: another one stops every network while they are upgraded in turn."""
+    """CloudStack compares it between its servers. A difference would stop every network during a rolling upgrade."""
     launcher = (ROOT / "build/package/netloom.sh").read_bytes()
     assert hashlib.sha256(launcher).hexdigest() == "7464747d5edbea14379f699aa69af0ff0ce8d1cd64401434c76532245ad47af5"

@@ -1,4 +1,4 @@
-"""The manual page and the completions know every word that a person may say."""
+"""The manual page and the bash completion cover every command and option for operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYNOPSIS = PAGE.split("\n.Sh SYNOPSIS\n")[1].split("\n.Sh ")[0]
 
 
 def forms() -> dict[str, set[str]]:
-    """The words of each form of the synopsis, and its long options: ``login`` stands for several."""
+    """The long options of each form in the synopsis, by its command. ``login`` is short for several options."""
     login = PAGE.split("\nThose options are:\n")[1].split("\n.El\n")[0]
     found = {}
     for form in SYNOPSIS.split(".Nm\n"):
@@ -56,7 +56,7 @@ def test_the_page_lists_every_documented_setting_and_status() -> None:
 
 
 def offered(*words: str) -> list[str]:
-    """What bash offers for the last of the words."""
+    """The completions that bash offers for the last word."""
     asked = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _netloom; echo "${COMPREPLY[*]}"'
     script = f"{completion.bash(completion.words())}\n{asked}"
     ended = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True)
@@ -82,7 +82,7 @@ def test_bash_completes_options_after_an_argument() -> None:
 
 
 def test_the_launcher_never_changes() -> None:
-    """CloudStack takes an extension out of service while its file differs between management servers."""
+    """CloudStack disables an extension while its file differs between management servers."""
     launcher = ROOT / "build" / "package" / "netloom.sh"
     assert (
         hashlib.sha256(launcher.read_bytes()).hexdigest()

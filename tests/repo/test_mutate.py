@@ -1,4 +1,4 @@
-"""The node that a guard comment belongs to, and what a mutation makes of it: one row for each kind of node."""
+"""How a mutation finds the node of a guard comment and changes it: one row for each kind of node."""
 
 from __future__ import annotations
 

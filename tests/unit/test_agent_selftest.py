@@ -1,4 +1,4 @@
-"""What the selftest tries is all that a ruleset may be made of."""
+"""The selftest tries every nftables feature that rulesets use."""
 
 from __future__ import annotations
 

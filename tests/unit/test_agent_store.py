@@ -89,7 +89,7 @@ def test_defect_63_the_log_is_bounded_and_has_one_line_per_entry(
 
 
 def test_the_log_continues_in_the_old_file_when_rotation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And in no other: the number of a descriptor that was given back is the next socket's."""
+    """No closed descriptor is written to: its number may already belong to a new socket."""
     monkeypatch.setattr(logfile, "BYTES_MAX", 200)
     log = Log(str(tmp_path / "agent.log"))
     log.line("x" * 300)

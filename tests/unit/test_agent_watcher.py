@@ -1,4 +1,4 @@
-"""Which events concern a scope: those that speak of something else than what it wants."""
+"""Kernel events that deviate from the desired state of a scope."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def neighbour(at: str, ip: str, mac: str, *, permanent: bool = True) -> Neighbou
 
 
 def wished() -> list[Event]:
-    """What the kernel says while the network is being made."""
+    """The kernel's events while the network is created."""
     rows: list[tuple[Kind, Link | AddressRow | RouteRow | Rule | NeighbourRow]] = []
     rows += [("link", link(it.link, it.mac)) for it in WANT.ports]
     rows += [("address", address(it.link, it.cidr)) for it in WANT.addresses]

@@ -1,4 +1,4 @@
-"""Custom actions without a host: names, output that CloudStack can take, a scope in words."""
+"""Custom actions without a host: names, output that CloudStack can store, and descriptions of a scope."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
     assert success(text).isascii()
     within = json.dumps({"a": text}, ensure_ascii=False)
     assert plain(within).isascii()
-    # A control character that JSON lets stand raw comes out escaped, and means the same.
+    # Raw control characters in JSON are escaped; the value stays the same.
     assert json.loads(plain(within), strict=False) == {"a": text}
 
 
@@ -227,7 +227,7 @@ def test_exactly_the_services_of_a_nic_are_described() -> None:
 
     assert told(nic) == "default, lease, names"
     assert told(nic, dhcp=False, dns=False) == told(nic, implemented=False) == "default"
-    assert told(replace(nic, ip="192.0.2.45")) == "default, names"  # nobody knows its mask: it gets no lease
+    assert told(replace(nic, ip="192.0.2.45")) == "default, names"  # outside the subnet: no lease
     assert told(replace(nic, default=False, leased=False, hostname="")) == "secondary"
 
 

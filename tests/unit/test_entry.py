@@ -1,4 +1,4 @@
-"""The five doors, and what the fast one loads."""
+"""The five entry points, and the modules that a call loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 DOORS: list[tuple[str, str]] = [
     ("ensure-network-device /tmp/cs-extnet.payload 60", "call"),
-    ("ensure-network-device", "call"),  # CloudStack's word with too few: one line, no manual
+    ("ensure-network-device", "call"),  # a protocol command with too few arguments: one line, no help text
     ("frobnicate /tmp/cs-extnet.payload 60", "call"),  # a newer CloudStack's command
     ("agent serve", "agent"),
     ("agent connect --socket", "agent"),
@@ -59,7 +59,7 @@ def test_operator_commands_never_shadow_protocol_commands() -> None:
     assert not any("-" in word for word in words)
 
 
-# What a call may load before it knows what it is asked for. A name that appears here costs every call.
+# The modules that a call may load before it reads its payload. Every module here slows every call.
 CALL_LOADS = [
     "__future__",
     "_socket",
@@ -99,7 +99,7 @@ main(sys.argv)
 
 @pytest.mark.parametrize("helper", ["0", "1"])
 def test_a_call_loads_only_the_listed_modules(helper: str, tmp_path: Path) -> None:
-    """By itself until the work begins; through the helper, which runs by then, to the end."""
+    """Without the helper until the work starts; with the helper, which already runs, until the call exits."""
     payload, listed = tmp_path / "payload", tmp_path / "listed"
     payload.write_text("{}")
     words = ["implement-network", str(payload), "60"]
@@ -120,6 +120,6 @@ def test_a_call_loads_only_the_listed_modules(helper: str, tmp_path: Path) -> No
     )
     assert listed.read_text().split() == CALL_LOADS
     ends = time.monotonic() + 20
-    while list(tmp_path.glob("helper-*.sock")):  # it goes when it has been idle for a second
+    while list(tmp_path.glob("helper-*.sock")):  # the helper exits after an idle second
         assert time.monotonic() < ends
         time.sleep(0.05)

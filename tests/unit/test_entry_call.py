@@ -1,6 +1,6 @@
-"""A call as a process, as far as it comes without a host: its words, its payload file, its descriptors, its end.
+"""A call as a process, without a host: its arguments, payload file, descriptors, deadline and exit status.
 
-It works by itself here; through the helper: test_helper.py.
+The helper is off here. For calls through the helper see ``tests/ssh/test_helper.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def call(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     kept.mkdir(mode=0o700)
 
     def run(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
-        # stdin is a pipe that never ends, as the client's is.
+        # stdin is a pipe without end of file, as CloudStack's is.
         reader, writer = os.pipe()
         try:
             environ = {"NETLOOM_DIR": str(kept), "NETLOOM_HELPER": "0", **how.pop("env", {})}
@@ -103,7 +103,7 @@ FILES: dict[str, str] = {
 @pytest.mark.mutation("a-registration-names-hosts")
 @pytest.mark.parametrize("what", FILES)
 def test_defect_57_a_bad_payload_file_is_refused_in_one_line(what: str, call: Call, tmp_path: Path) -> None:
-    """Field note fault 20, and 19 as far as it concerns the envelope."""
+    """Findings 20 and 19 (envelope only) of the field notes."""
     good = envelope()
 
     def with_details(**details: object) -> str:
@@ -150,7 +150,7 @@ def test_an_unknown_command_is_refused_in_one_line(call: Call, tmp_path: Path) -
 def test_an_unreadable_payload_file_is_refused_in_one_line(call: Call, tmp_path: Path) -> None:
     path = written(tmp_path, envelope())
     os.chmod(path, 0)
-    if os.geteuid() == 0:  # root reads all; without its capabilities it is an owner without permission
+    if os.geteuid() == 0:  # root can read every file; without capabilities the file mode applies
         program = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *PROGRAM]
         done = subprocess.run(
             [*program, "implement-network", path, "60"],
@@ -167,7 +167,7 @@ def test_an_unreadable_payload_file_is_refused_in_one_line(call: Call, tmp_path:
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_descriptors_are_harmless(closed: str, tmp_path: Path) -> None:
-    """What we open must not land where stdout was: nothing is written into a file of ours."""
+    """A file that the program opens must not get the descriptor number of stdout, or output would overwrite it."""
     path = written(tmp_path, envelope())
     kept = tmp_path / "netloom"
     kept.mkdir(mode=0o700)
@@ -187,7 +187,7 @@ def test_closed_standard_descriptors_are_harmless(closed: str, tmp_path: Path) -
 
 
 def test_output_to_a_closed_pipe_is_harmless(tmp_path: Path) -> None:
-    """Field note fault 30: stderr is closed before there is anything to say."""
+    """Finding 30 of the field notes: stderr is closed before anything is written."""
     reader, writer = os.pipe()
     with subprocess.Popen(
         [*PROGRAM, "frob-network", written(tmp_path, envelope()), "60"],
@@ -202,7 +202,7 @@ def test_output_to_a_closed_pipe_is_harmless(tmp_path: Path) -> None:
 
 
 def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path) -> None:
-    """The last resort: the process is stopped for longer than it was given, and ends at the next instruction."""
+    """The timer of last resort: the process is stopped for longer than its timeout, and exits when it continues."""
     with subprocess.Popen(
         [*PROGRAM, "implement-network", written(tmp_path, envelope()), "1"],
         env={"NETLOOM_DIR": str(tmp_path / "none"), "NETLOOM_HELPER": "0"},
@@ -212,7 +212,7 @@ def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path
         text=True,
     ) as process:
         fds = Path(f"/proc/{process.pid}/fd")
-        while not (fds / "5").exists():  # it has taken its descriptors apart: the timer is next
+        while not (fds / "5").exists():  # its descriptors are duplicated; it sets the timer next
             time.sleep(0.001)
         time.sleep(0.02)
         process.send_signal(signal.SIGSTOP)
@@ -225,7 +225,7 @@ def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path
 
 
 def call_with_msgspec(source: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A call that finds this module in the place of msgspec, the first one that it loads for its work."""
+    """Run a call with this module in place of msgspec, the first module that it loads for its work."""
     instead = tmp_path / "instead"
     instead.mkdir()
     (instead / "msgspec.py").write_text(source)
@@ -251,7 +251,7 @@ def test_an_internal_error_is_one_line_and_its_traceback_is_logged(call: Call, t
 
 
 def test_a_signal_during_an_import_sets_the_exit_status(tmp_path: Path) -> None:
-    """Its handler finds the log's module half loaded: no line in the log, but the caller is told all the same."""
+    """The signal handler finds the log module half loaded. Nothing is logged, but the caller still gets its line."""
     half = "import os, signal, sys, types; sys.modules['netloom.extension.log'] = types.ModuleType('half')\n"
     done = call_with_msgspec(half + "os.kill(os.getpid(), signal.SIGHUP)\n", tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGHUP, "")
@@ -259,7 +259,7 @@ def test_a_signal_during_an_import_sets_the_exit_status(tmp_path: Path) -> None:
 
 
 def test_a_signal_during_the_import_of_os_is_logged(tmp_path: Path) -> None:
-    """Without site, as in the one file, a call loads os late; what is compiled aborts when it finds it half loaded."""
+    """Without site, as in the one file, a call loads os late. Compiled modules abort when os is only half loaded."""
     half = "import sys; sys.modules['os'] = type(sys)('os')\n"
     half += "import posix; posix.kill(posix.getpid(), 15)\n"
     done = call_with_msgspec(half, tmp_path, "-I", "-S")

@@ -1,4 +1,4 @@
-"""What people may say: read as a person would, and as a program would."""
+"""Commands for operators: their output as text and as JSON."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_help_lists_the_commands(home: Path) -> None:
 
 
 def test_help_does_not_depend_on_docstrings(home: Path) -> None:
-    """The one file is compiled without them, as ``-OO`` runs without them; every word says what it does."""
+    """The one file has no docstrings, like ``python -OO``. Every command still has a description."""
     for words in ((), ("agent",), ("hosts",), ("agent", "install")):
         asked = say(*words, "--help", home=home).stdout
         assert say(*words, "--help", home=home, options=("-OO",)).stdout == asked
@@ -87,7 +87,7 @@ def test_help_for_an_unknown_command_is_an_error(home: Path) -> None:
 
 @pytest.mark.parametrize("words", [["version"], ["agent", "install", "--help"], ["hosts", "forget", "kvm1"]])
 def test_operator_commands_do_not_load_rich_or_pydantic(words: list[str], home: Path) -> None:
-    """Typer brings rich for coloured help, and later releases pydantic: neither is loaded."""
+    """Typer requires rich for coloured help, and later releases require pydantic. Neither is loaded."""
     loaded = say(*words, home=home, options=("-X", "importtime")).stderr
     assert re.search(r"\| +typer$", loaded, re.MULTILINE)
     assert re.findall(r"\| +(?:rich|pydantic|pygments|markdown_it)$", loaded, re.MULTILINE) == []
@@ -97,7 +97,7 @@ def test_help_fits_80_columns(home: Path) -> None:
     for words in ((), ("agent",), ("hosts",), ("agent", "install"), ("agent", "uninstall"), ("hosts", "forget")):
         told = say(*words, "--help", home=home).stdout
         assert max(map(len, told.splitlines())) <= 80
-        assert "\\[" not in told  # markup that nobody rendered
+        assert "\\[" not in told  # unrendered markup
 
 
 def test_commands_lists_the_protocol_commands(home: Path) -> None:
@@ -142,7 +142,7 @@ def test_tables_are_aligned_without_trailing_blanks() -> None:
 
 
 def test_loading_ssh_starts_no_process() -> None:
-    """asyncssh looks for optional libraries with ldconfig and gcc, each time; it is not let."""
+    """asyncssh would run ldconfig and gcc at each import to find optional libraries. The program prevents it."""
     program = (
         "import sys\n"
         f"sys.path.insert(0, {str(REPO / 'internal')!r})\n"

@@ -1,4 +1,4 @@
-"""The management side's small decisions: time, names, keys, directories and what is printed."""
+"""Small parts of the extension: deadline, owner, output, directories, host keys, login and log."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_deadline_ends_before_the_callers_timeout(timeout: int) -> None:
     started = time.monotonic()
     deadline = Deadline(parse_timeout(str(timeout)), started)
     assert started < deadline.ends < started + timeout
-    # The last resort, half a margin later, is in time too.
+    # The timer of last resort, half a margin later, also expires before the caller's timeout.
     assert deadline.ends + deadline.margin_s / 2 < started + timeout
     assert 0 <= deadline.grace_s() <= 5
     assert 5 <= deadline.reach_s() <= max(5, timeout / 3)
@@ -56,7 +56,7 @@ def test_the_start_time_of_the_process_is_in_the_past() -> None:
     assert time.monotonic() - 6 < process_started() <= time.monotonic()
 
 
-# --- whose it is
+# --- the owner
 
 
 def details(**given: object) -> PhysicalDetails:
@@ -87,7 +87,7 @@ def test_the_registration_has_no_secrets() -> None:
     assert not any(secret in repr(made) for secret in ("k3y", "p4ss", "ops"))
 
 
-# --- what is printed
+# --- the output
 
 
 def test_ensure_prints_host_and_namespace() -> None:
@@ -107,7 +107,7 @@ HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
 def test_the_output_of_ensure_can_always_be_stored(
     host: str, epoch: int, previous: tuple[str, ...], scope_id: str
 ) -> None:
-    """One line of ASCII below CloudStack's column width, a JSON object without a key ``status``."""
+    """The output is one line of ASCII that fits CloudStack's column: a JSON object without a key ``status``."""
     text = ensured(StoredDetails(host="x", epoch=epoch, previous=previous), host, scope_id)
     assert len(text) <= DETAILS_CHARACTERS_MAX
     assert text.isascii()
@@ -194,7 +194,7 @@ def test_a_directory_that_another_user_could_replace_is_not_used(tmp_path: Path)
         assert list(above.iterdir()) == []
     above.chmod(0o1777)
     assert unusable(str(above / "netloom"), uid) == ""
-    above.chmod(0o775)  # by those of our own group
+    above.chmod(0o775)  # writable by our own group
     assert unusable(str(above / "netloom"), uid) == ""
     assert unusable(str(above / "netloom" / "a" / "b"), uid) == ""
     (tmp_path / "link").symlink_to(above.parent)
@@ -202,7 +202,7 @@ def test_a_directory_that_another_user_could_replace_is_not_used(tmp_path: Path)
 
 
 def test_an_unreadable_program_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be started all the same (mode 0711); and somebody may be about to replace it."""
+    """The program can be started without read permission (mode 0711), or be replaced while it runs."""
     monkeypatch.setattr(program, "path", lambda: str(tmp_path / "netloom.sh"))
     package.cache_clear()
     with pytest.raises(BadRequest, match=r"netloom\.sh: No such file or directory \(make this file readable"):
@@ -307,7 +307,7 @@ def test_a_full_disk_loses_no_remembered_key(tmp_path: Path) -> None:
     before = Path(known.path).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # half of it can be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # only half can be written
         with pytest.raises(OSError, match="File too large"):
             known.forget("h7")
     finally:
@@ -316,7 +316,7 @@ def test_a_full_disk_loses_no_remembered_key(tmp_path: Path) -> None:
     assert sorted(it.name for it in tmp_path.iterdir()) == ["known_hosts", "known_hosts.lock"]
 
 
-# --- how to log in
+# --- the login
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where a scope lives, as a table of what the hosts said."""
+"""The choice of a host for a scope, as a table of the hosts' answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def down(host: str) -> HostAnswer:
 
 
 def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **given: HostAnswer) -> Situation:
-    """Three candidates h1 h2 h3; ``h4`` is a host that is no candidate any more."""
+    """A situation with the candidates h1, h2 and h3. ``h4`` is a host that is no candidate any more."""
     return Situation(
         scope_id="net-42",
         order=("h1", "h2", "h3"),
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Situation, object]] = {
     "it is no candidate and has nothing: as if unknown": (situation("h4", h4=HAS_NOT), Ask(("h1", "h2", "h3"))),
     "then nobody has it": (situation("h4", h4=HAS_NOT, h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
     "then somebody has it": (situation("h4", "h1 h2", h4=HAS_NOT, h3=HOLDS), Use("h3")),
-    # The stored host is silent.
+    # The stored host does not answer.
     "it is silent for a grace": (situation("h2", asked="h2", over="stored"), Ask(("h1", "h3"))),
     "it is still waited for": (situation("h2", "h1 h2 h3", "stored", h1=HAS_NOT), Wait()),
     "whoever holds answers for it": (situation("h2", "h1 h2 h3", "stored", h3=HOLDS), Use("h3")),
@@ -142,8 +142,8 @@ ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
 def test_every_enquiry_terminates_and_never_abandons_the_stored_host(
     stored: str, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool
 ) -> None:
-    """However the answers and the graces fall: a decision, by a host that answered; a silent stored host is left
-    only for one that holds the scope."""
+    """In any order of answers and grace periods there is a decision, for a host that answered. If the stored host does
+    not answer, only a host that holds the scope replaces it."""
     now = situation(stored)
     decision: object = None
     for step in range(40):

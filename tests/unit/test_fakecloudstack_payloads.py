@@ -1,4 +1,4 @@
-"""What the fake CloudStack writes is, byte for byte, what the client writes (tests/payloads)."""
+"""The payloads of the fake CloudStack equal those of the real client (tests/payloads), byte for byte."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ ROWS: dict[str, Callable[[], cs.Fields]] = {
 
 
 def fixture_names() -> list[str]:
-    """Every payload file of an isolated network: none may be left out."""
+    """Every payload file of an isolated network."""
     return sorted(path.stem for path in FIXTURES.glob("[01]*.json"))
 
 
@@ -224,7 +224,7 @@ def test_payloads_match_the_clients_byte_for_byte(name: str) -> None:
     details = json.loads(expected)["network-extension-details"]
     registration = BY_PASSWORD if "password-auth" in name else REGISTRATION
     written = cs.envelope(registration, details, ROWS[name]())
-    # The parsed texts first: where they differ, pytest shows the key.
+    # Compare the parsed texts first, because pytest then shows the differing key.
     assert json.loads(written) == json.loads(expected)
     assert written == expected
 

@@ -1,6 +1,6 @@
-"""The fake CloudStack sends what the real one sends, in its order, and treats the details as the real one does.
+"""The fake CloudStack sends the same calls as the real one, in the same order, and handles the details in the same way.
 
-A recorder stands where the executable would be; what is sent is compared with the payload files by name.
+A recorder replaces the executable. The calls are compared with the payload files, which are given by their numbers.
 """
 
 from __future__ import annotations

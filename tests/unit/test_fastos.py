@@ -1,4 +1,4 @@
-"""What stands in for ``os`` means what ``os`` means."""
+"""The replacement for ``os`` behaves like ``os``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and the credentials of a socket's other end."""
+"""Atomic replacement of files, and the credentials of a socket's peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The netlink codec without a kernel: round trips, hostile bytes, and pyroute2 as the second opinion."""
+"""The netlink codec without a kernel: round trips, malformed bytes, and a comparison with pyroute2."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_error_names_the_request_and_the_kernels_message() -> None:
     assert error.exit_code == 3
 
 
-# Second opinion
+# Comparison with pyroute2
 
 
 def _requests() -> list[Message]:

@@ -1,4 +1,4 @@
-"""The kernel's objects in iproute2's words, and the routes that come with an address."""
+"""Kernel objects in the notation of iproute2, and the routes that the kernel adds with an address."""
 
 from __future__ import annotations
 

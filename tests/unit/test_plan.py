@@ -1,4 +1,4 @@
-"""plan: a make-believe host carries the steps out, and laws hold for every host and every wish."""
+"""Plans, applied to a simulated host that is a value. Laws are checked for many hosts and desired states."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def wish(
     guests: dict[int, int] | None = None,
     policy: tuple[Route | Rule, ...] = (),
 ) -> Want:
-    """A network with public addresses 203.0.113.x by VLAN; an exit for each VLAN. ``guests``: MAC by address."""
+    """A network with public addresses 203.0.113.x by VLAN, and one exit for each VLAN.
+
+    ``guests`` maps the last octet of a guest's address to that of its MAC.
+    """
     publics = {"101": [20]} if publics is None else publics
     ports = (guest(guest_vlan), *(public(vlan) for vlan in publics))
     held = tuple(
@@ -132,7 +135,7 @@ def carry_out(have: Have, steps: tuple[Step, ...]) -> Have:
 
 
 def _after(have: Have, step: Step) -> Have:
-    """The host after the step; asserts what the kernel would insist on."""
+    """The host after the step. Asserts the conditions that the kernel would check."""
     host, inside = have.host_links, have.links
     match step:
         case CreateNamespace():
@@ -262,7 +265,7 @@ def _without_host_link(have: Have, name: str) -> Have:
 
 
 def _ported(have: Have) -> Have:
-    """The ports of each bridge are the links that say so."""
+    """Set the ports of each bridge to the links that name it as their master."""
     host = {
         name: replace(it, ports=tuple(sorted(p.name for p in have.host_links.values() if p.master == name)))
         for name, it in have.host_links.items()
@@ -331,7 +334,7 @@ DAMAGES = st.lists(
 
 
 def damaged(have: Have, kinds: list[str]) -> Have:
-    """The host after somebody took things away by hand."""
+    """The host after objects were removed or changed by hand."""
     for kind in kinds:
         ports = [it for it in have.links.values() if it.host_link]
         ours = [it.name for it in have.host_links.values() if it.kind == "bridge" and it.ours]
@@ -391,7 +394,7 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
 @settings(max_examples=200, deadline=None)
 def test_removal_restores_the_original_host(want: Want, harm: list[str]) -> None:
     after = built(NOTHING, damaged(built(want), harm))
-    # A bridge that lost our port by hand is not in sight any more; the sweep has the whole host before it.
+    # A scope no longer sees a bridge that lost our port by hand. The sweep sees the whole host.
     assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded)) == EMPTY
 
 
@@ -485,7 +488,7 @@ def test_an_existing_bridge_is_used_and_kept() -> None:
 
 
 def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
-    """The network in a bridge that CloudStack's KVM agent made, and whatever else is plugged in."""
+    """A host with the network in a bridge of CloudStack's KVM agent, and the links ``more``."""
     bridge = HostLink(name="breth1-1204", kind="bridge", up=True)
     vlan = HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204", up=True)
     found = {it.name: it for it in (bridge, vlan, *more)}
@@ -494,7 +497,7 @@ def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
 
 
 def test_a_bridge_of_the_kvm_agent_is_removed_with_our_port_if_it_was_the_last() -> None:
-    """The agent leaves a bridge that has a port like ours with the last VM, and never looks again."""
+    """When the last VM goes, the KVM agent keeps a bridge that has our port, and never checks it again."""
     assert built(NOTHING, _made_by_kvm()) == EMPTY
     moved = built(wish("1311", {}), _made_by_kvm())
     assert not {"breth1-1204", "eth1.1204"} & moved.host_links.keys()
@@ -509,7 +512,7 @@ def test_an_interrupted_bridge_adoption_is_finished_by_the_next_plan() -> None:
     ]
     for done in range(len(steps)):
         after = carry_out(_made_by_kvm(), steps[:done])
-        # Once the port has left the scope sees no bridge any more: it is the sweep of the whole host that does.
+        # Without its port the scope no longer sees the bridge. The sweep sees the whole host.
         after = carry_out(after, sweep(after.host_links, frozenset(), after.guarded))
         assert after.links or "breth1-1204" not in after.host_links
         assert built(NOTHING, after) == EMPTY

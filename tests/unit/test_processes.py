@@ -1,4 +1,4 @@
-"""Tests end processes that may have ended by themselves."""
+"""Tests can kill processes that have already ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ssh import lab
 
 
 def ended() -> int:
-    """The number of a process that has ended."""
+    """The pid of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
@@ -32,7 +32,7 @@ def test_an_ended_process_is_no_error() -> None:
 def test_a_lab_shuts_down_although_one_of_its_processes_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ip-netns(8) lists a process that has ended before the signal is sent."""
+    """A process that ip-netns(8) lists may end before the signal is sent."""
     deleted = []
 
     def run(*argv: str, stdin: str = "") -> str:

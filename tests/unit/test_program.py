@@ -1,4 +1,4 @@
-"""What the start of the one file leaves behind: in the environment, and on disk."""
+"""The traces of the start of the one file in the environment and on disk, and the order of builds."""
 
 from __future__ import annotations
 
