@@ -103,7 +103,7 @@ FILES: dict[str, str] = {
 @pytest.mark.mutation("a-registration-names-hosts")
 @pytest.mark.parametrize("what", FILES)
 def test_defect_57_a_bad_payload_file_is_refused_in_one_line(what: str, call: Call, tmp_path: Path) -> None:
-    """Findings 20 and 19 (envelope only) of the field notes."""
+    """Each fault of the file, the envelope or the details is one short line that names it."""
     good = envelope()
 
     def with_details(**details: object) -> str:
@@ -187,7 +187,7 @@ def test_closed_standard_descriptors_are_harmless(closed: str, tmp_path: Path) -
 
 
 def test_output_to_a_closed_pipe_is_harmless(tmp_path: Path) -> None:
-    """Finding 30 of the field notes: stderr is closed before anything is written."""
+    """The reader closes stderr before anything is written."""
     reader, writer = os.pipe()
     with subprocess.Popen(
         [*PROGRAM, "frob-network", written(tmp_path, envelope()), "60"],
