@@ -244,15 +244,15 @@ def test_a_directory_that_another_user_could_replace_is_not_used(room: Room, pre
 
 
 CALLERS = {
-    "children ignored": f"trap '' CHLD; {RUN} version",
-    "nothing allowed to new files": f"umask 0777; {RUN} version; {RUN} version",
+    "SIGCHLD ignored": f"trap '' CHLD; {RUN} version",
+    "umask 0777": f"umask 0777; {RUN} version; {RUN} version",
     "a name with a space, a link, a relative path": (
         f"cp {RUN} '/tmp/na me'; ln -s '/tmp/na me' /tmp/link; cd /tmp; './na me' version; /tmp/link version"
     ),
-    "no file open": f"{RUN} version <&- 2>&-; {RUN} version >&-; {RUN} version <&- >&- 2>&-",
-    "settings of Python": "PYTHONHASHSEED=x PYTHONMALLOC=x PYTHONVERBOSE=1 PYTHONDEVMODE=1 PYTHONWARNINGS=error"
+    "closed descriptors": f"{RUN} version <&- 2>&-; {RUN} version >&-; {RUN} version <&- >&- 2>&-",
+    "variables of Python": "PYTHONHASHSEED=x PYTHONMALLOC=x PYTHONVERBOSE=1 PYTHONDEVMODE=1 PYTHONWARNINGS=error"
     f" PYTHONINSPECT=1 PYTHONPATH=/tmp PYTHONHOME=/nowhere {RUN} version",
-    "settings of the start": "NETLOOM_UNPACKING=1 NETLOOM_EXE=/bin/false NETLOOM_TIDY=1 NETLOOM_PATH=/nowhere"
+    "variables of the start": "NETLOOM_UNPACKING=1 NETLOOM_EXE=/bin/false NETLOOM_TIDY=1 NETLOOM_PATH=/nowhere"
     f" NUITKA_ORIGINAL_ARGV0=x NUITKA_ONEFILE_PARENT=1 NUITKA_ONEFILE_DIRECTORY=/ {RUN} version",
 }
 

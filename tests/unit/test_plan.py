@@ -316,9 +316,9 @@ DAMAGES = st.lists(
         [
             "address",
             "route",
-            "its own route",
+            "on-link route",
             "rule",
-            "the kernel's rule",
+            "rule of the kernel",
             "neighbour",
             "port",
             "bridge",
@@ -343,9 +343,9 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = replace(have, addresses=have.addresses[1:], cut_off=have.cut_off - {*have.addresses[:1]})
             case "route":
                 have = replace(have, routes=have.routes[1:])
-            case "its own route":
+            case "on-link route":
                 have = replace(have, cut_off=frozenset(it for it in have.addresses if it.on_link))
-            case "the kernel's rule":
+            case "rule of the kernel":
                 have = replace(have, asks_main=not have.exists)
             case "rule":
                 have = replace(have, rules=have.rules[1:])
