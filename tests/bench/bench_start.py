@@ -1,6 +1,6 @@
 """Time one call through the one file and its resident helper, against a bare interpreter, in turns.
 
-PYTHONPATH=internal:tests python tests/bench/bench_start.py [rounds]; dist/netloom is what `make build` made.
+PYTHONPATH=internal:tests python tests/bench/bench_start.py [rounds]; needs dist/netloom (`make build`).
 
 The helper refuses the call because of its payload, so only the way there and back is measured.
 """
