@@ -127,7 +127,7 @@ def _refill(
 ) -> list[str]:
     table, wanted = _table(want), names(want)
     gone = {it for it in present if it not in wanted}
-    anew = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
+    refilled = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
     return [
         # First, because the flush fails if there is no table.
         f"add table {table}",
@@ -140,7 +140,7 @@ def _refill(
         ),
         *(f"delete counter {table} {name}" for kind, name in sorted(gone) if kind == "counter"),
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in created_again if it[0] == "chain")),
-        *_block(want, [*_marker(want), *_body(anew)]),
+        *_block(want, [*_marker(want), *_body(refilled)]),
         *added,
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in gone if it[0] == "chain")),
     ]
