@@ -67,7 +67,7 @@ _REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
 
 
 def ruleset(scope: Scope) -> Ruleset:
-    """The table for ``scope``. Without an active network it accepts no packet."""
+    """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
     if now.plain:
         return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
