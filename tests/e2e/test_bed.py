@@ -49,7 +49,7 @@ def ssh(bed: Bed, host: str, user: str, *argv: str) -> str:
     return bed.management.run("ssh", *key, *options, f"{user}@{host}", *argv, uid=CLOUD_UID).out.strip()
 
 
-def test_each_user_logs_in_with_the_rights_it_should_have(own: Bed) -> None:
+def test_each_user_has_the_intended_rights(own: Bed) -> None:
     host = own.hosts[0]
     assert ssh(own, host.address, "root", "id -u; hostname") == "0\nh1"
     assert ssh(own, host.address, "netadmin", "id -u; sudo -n id -u") == "1500\n0"
@@ -57,7 +57,7 @@ def test_each_user_logs_in_with_the_rights_it_should_have(own: Bed) -> None:
     assert ssh(own, host.address6, "root", "hostname") == "h1"
 
 
-def test_vms_of_two_hosts_share_a_vlan_and_nothing_else(own: Bed) -> None:
+def test_vms_of_two_hosts_share_only_their_vlan(own: Bed) -> None:
     one, two = own.hosts
     a = one.vm("a", vlan=1001, ip="10.0.0.1/24")
     b = two.vm("b", vlan=1001, ip="10.0.0.2/24")
@@ -78,7 +78,7 @@ def test_vms_of_two_hosts_share_a_vlan_and_nothing_else(own: Bed) -> None:
     assert "breth1-1001" not in one.sh("ip -o link"), "the last VM's bridge goes, as CloudStack's agent has it"
 
 
-def test_a_kept_connection_notices_whether_either_side_still_hears(own: Bed) -> None:
+def test_a_kept_connection_detects_a_dead_peer(own: Bed) -> None:
     host = own.hosts[0]
     a = host.vm("a", vlan=1001, ip="10.0.0.1/24")
     b = host.vm("b", vlan=1001, ip="10.0.0.2/24")
@@ -92,7 +92,7 @@ def test_a_kept_connection_notices_whether_either_side_still_hears(own: Bed) -> 
     b.destroy()
 
 
-def test_arp_is_seen_and_asked(own: Bed) -> None:
+def test_arp_can_be_watched_and_requested(own: Bed) -> None:
     host = own.hosts[0]
     with host.vm("a", vlan=1001, ip="10.0.0.1/24") as a, host.vm("b", vlan=1001, ip="10.0.0.2/24") as b:
         assert a.who_has("10.0.0.2") == [b.mac]
@@ -102,7 +102,7 @@ def test_arp_is_seen_and_asked(own: Bed) -> None:
         assert any(frame.gratuitous and frame.sender == "10.0.0.2" for frame in watch.stop())
 
 
-def test_a_power_cut_keeps_the_disk_and_nothing_else(own: Bed) -> None:
+def test_a_power_cut_keeps_only_the_disk(own: Bed) -> None:
     host = own.hosts[0]
     host.vm("doomed", vlan=1001, ip="10.0.0.1/24")
     key = host.host_key
@@ -121,7 +121,7 @@ def test_a_power_cut_keeps_the_disk_and_nothing_else(own: Bed) -> None:
 
 
 @pytest.mark.parametrize(("what", "managed", "heard"), [("mgmt", 0, 1), ("guest", 1, 0), ("all", 0, 0)])
-def test_a_partition_is_silent_and_heals(own: Bed, what: str, managed: int, heard: int) -> None:
+def test_a_partition_drops_silently_and_can_be_healed(own: Bed, what: str, managed: int, heard: int) -> None:
     one, two = own.hosts
     with one.vm("a", vlan=1001, ip="10.0.0.1/24") as a, two.vm("b", vlan=1001, ip="10.0.0.2/24"):
         assert a.ping("10.0.0.2").ok
@@ -134,7 +134,7 @@ def test_a_partition_is_silent_and_heals(own: Bed, what: str, managed: int, hear
         assert a.ping("10.0.0.2").ok
 
 
-def test_the_internet_has_several_legs(own: Bed) -> None:
+def test_the_internet_can_have_several_links(own: Bed) -> None:
     internet = own.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
     internet.attach("untagged", "192.0.2.1/24")
     host = own.hosts[0]
@@ -144,7 +144,7 @@ def test_the_internet_has_several_legs(own: Bed) -> None:
     host.links("address delete 203.0.113.9/24 dev eth2.101", "address delete 192.0.2.9/24 dev eth2")
 
 
-def test_the_inventory_sees_what_a_network_would_leave(own: Bed) -> None:
+def test_the_inventory_lists_every_kind_of_leftover(own: Bed) -> None:
     host = own.hosts[0]
     before = host.objects()
     host.sh(
@@ -179,7 +179,7 @@ class TestExecution:
         cloud = FakeCloudStack.on(bed.management, program=["sh", "-c", script], agent="", patience_s=patience_s)
         return cloud.register(hosts=["192.0.2.1"])
 
-    def test_bare_environment_other_user_merged_output(self, own: Bed) -> None:
+    def test_the_executable_gets_a_bare_environment_and_merged_output(self, own: Bed) -> None:
         cloud = self.cloud(own, "env | cut -d= -f1 | sort | tr '\\n' ' '; id -un; tty >&2; umask; ls -l /tmp/cs-*")
         sent = cloud.execute("x", {}, {})
         names, tty, umask, file = sent.output.splitlines()
@@ -193,16 +193,16 @@ class TestExecution:
         cloud = self.cloud(own, "timeout 0.3 cat; echo $?")
         assert cloud.execute("x", {}, {}).output == "124"
 
-    def test_a_child_that_keeps_the_output_is_noticed(self, own: Bed) -> None:
+    def test_a_child_process_that_keeps_the_output_open_is_detected(self, own: Bed) -> None:
         cloud = self.cloud(own, "sleep 5 & exit 0", patience_s=0.5)
         with pytest.raises(Hung):
             cloud.execute("x", {}, {})
 
-    def test_there_is_no_way_out(self, own: Bed) -> None:
+    def test_the_management_server_has_no_route_to_the_outside(self, own: Bed) -> None:
         routes = own.management.run("ip", "-o", "route").out.splitlines()
         assert [line.split()[0] for line in routes] == ["198.18.0.0/24"]
 
-    def test_the_payload_file_is_gone_afterwards(self, own: Bed) -> None:
+    def test_the_payload_file_is_deleted_afterwards(self, own: Bed) -> None:
         self.cloud(own, "true").execute("x", {}, {})
         assert own.management.listing("/tmp") == [n for n in own.management.listing("/tmp") if "payload" not in n]
 
@@ -229,7 +229,7 @@ def of_a_bed() -> list[str]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_outlives_a_test_that_is_killed(how: signal.Signals) -> None:
+def test_a_killed_test_leaves_nothing(how: signal.Signals) -> None:
     test = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(TESTS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -35,7 +35,7 @@ def checkout(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_the_bed_runs_in_a_checkout_that_its_machines_do_not_see(checkout: Path) -> None:
+def test_the_bed_works_in_a_checkout_hidden_from_its_machines(checkout: Path) -> None:
     copies = set(Path("/opt").glob("netloom-*"))
     command = [sys.executable, str(checkout / "build/ci/checkout.py"), "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

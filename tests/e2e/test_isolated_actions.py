@@ -40,7 +40,7 @@ def test_smoke_08_custom_actions_on_a_network(life: Life, internet: Internet) ->
     assert told(life, "check") == "nothing to do: all is as it should be"
 
 
-def test_what_is_no_action_or_no_route_fails_with_its_remedy(life: Life) -> None:
+def test_invalid_actions_and_routes_fail_with_a_remedy(life: Life) -> None:
     life.network.implement()
     with pytest.raises(Failed, match=r"custom-action pbr-flush: there is no such action on this host \(known: check,"):
         life.network.custom_action("pbr-flush")

@@ -214,7 +214,7 @@ def test_vm_expunged(asked: Life) -> None:
     assert f"lease of {nic.ip} obtained" in _lease(asked.plug(again))
 
 
-def test_vm_expunged_in_a_network_that_is_shut(asked: Life) -> None:
+def test_vm_expunged_in_a_network_that_is_shut_down(asked: Life) -> None:
     vm, nic = asked.vm("web-1")
     host = asked.host
     asked.network.stop_vm(nic)
@@ -318,7 +318,7 @@ def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloud
     assert until(lambda: before.left() == {}), before.left()
 
 
-def test_a_smaller_uplink_is_told_to_the_vms_and_clamped(served: Life, internet: Internet) -> None:
+def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(served: Life, internet: Internet) -> None:
     for host in served.bed.hosts:
         host.links(f"link set eth1.{served.network.next_vlan} mtu 1400")
     vm, nic = served.vm("web-1")
@@ -344,7 +344,7 @@ def _mss(frame: bytes) -> int:
     return int.from_bytes(tcp[22:24], "big") if tcp[13] & 2 and tcp[20:22] == b"\x02\x04" and not tcp[13] & 16 else 0
 
 
-def test_a_power_cut_is_survived_without_cloudstack() -> None:
+def test_guest_services_are_restored_after_a_power_cut_without_cloudstack() -> None:
     """On a bed of its own: the host is another one afterwards, to whoever counts its processes."""
     with Bed(hosts=1, vlans=[1204], public_vlans=[101]) as bed:
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])

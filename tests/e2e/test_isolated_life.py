@@ -128,7 +128,7 @@ def test_restart(life: Life, internet: Internet, how: str) -> None:
 
 
 @pytest.mark.binary
-def test_garbage_collection_and_second_life_on_another_vlan(life: Life, internet: Internet) -> None:
+def test_garbage_collection_and_reimplementation_on_another_vlan(life: Life, internet: Internet) -> None:
     before = Traces(life.bed)
     vm, nic = life.vm("web-1")
     network = life.network
@@ -166,14 +166,14 @@ def test_network_deleted(life: Life) -> None:
 
 
 @pytest.mark.binary
-def test_network_deleted_that_never_lived(life: Life) -> None:
+def test_network_deleted_before_it_was_implemented(life: Life) -> None:
     before = Traces(life.bed)
     life.network.delete()
     assert life.network.failures == []
     assert before.left() == {}
 
 
-def test_bridge_of_a_vm_outlives_the_network(brisk_life: Life) -> None:
+def test_a_bridge_with_a_vm_port_outlives_the_network(brisk_life: Life) -> None:
     """CloudStack's KVM agent may have made the bridge, and plugs VMs into it: it is not ours to take."""
     life = brisk_life
     vm, _ = life.vm("web-1")
@@ -184,7 +184,7 @@ def test_bridge_of_a_vm_outlives_the_network(brisk_life: Life) -> None:
     assert f"eth1.{vlan} in {vm.bridge}" in links
 
 
-def test_everything_sent_twice_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+def test_repeated_commands_change_nothing(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -208,7 +208,7 @@ def test_everything_sent_twice_changes_nothing(brisk_life: Life, internet: Inter
         assert set(changes) <= {"conntrack"}
 
 
-def test_deletes_of_what_never_was_succeed_and_build_nothing(life: Life) -> None:
+def test_deletes_of_unknown_objects_succeed_and_create_nothing(life: Life) -> None:
     before = Traces(life.bed)
     network = life.network
     network.facts.vlan, network.facts.state = network.next_vlan, "shutdown"
@@ -258,7 +258,7 @@ def test_many_networks_at_once(make_life: MakeLife, internet: Internet) -> None:
 
 
 @pytest.mark.binary
-def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+def test_an_agent_restart_changes_nothing(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -281,7 +281,7 @@ def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, intern
 
 
 @pytest.mark.binary
-def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
+def test_networks_are_restored_after_a_power_cut(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -304,7 +304,7 @@ def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
         assert until(lambda: internet.tcp(address.ip, 22, **CLOSED).ok)
 
 
-def test_empty_vlan_is_refused_by_name(brisk_life: Life) -> None:
+def test_an_empty_vlan_is_refused_and_named(brisk_life: Life) -> None:
     life = brisk_life
     before = Traces(life.bed)
     life.network.next_vlan = ""

@@ -19,7 +19,7 @@ def life(brisk_life: Life) -> Life:
     return brisk_life
 
 
-def test_source_nat_for_every_protocol(life: Life, internet: Internet) -> None:
+def test_source_nat_works_for_every_protocol(life: Life, internet: Internet) -> None:
     vm, _ = life.vm("web-1")
     with internet.serve_tcp(80), internet.serve_udp(53):
         assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
@@ -28,7 +28,7 @@ def test_source_nat_for_every_protocol(life: Life, internet: Internet) -> None:
         assert vm.udp(OUTSIDE, 54).outcome == "refused", "related ICMP comes back"
 
 
-def test_nothing_new_comes_in_without_a_rule(life: Life, internet: Internet) -> None:
+def test_new_connections_need_a_firewall_rule(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     forwarded, static = network.associate(life.public(1)), network.associate(life.public(2))
@@ -67,7 +67,7 @@ def test_an_offering_without_firewall_is_open_from_the_start(make_life: MakeLife
 
 
 @pytest.mark.binary
-def test_static_nat_goes_both_ways_and_beats_source_nat(life: Life, internet: Internet) -> None:
+def test_static_nat_works_both_ways_and_overrides_source_nat(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     static = network.associate(life.public(1))
@@ -97,7 +97,7 @@ def test_port_forwards_map_one_to_one_or_shifted(life: Life, internet: Internet)
         assert not any(answer.ok for answer in outside)
 
 
-def test_hairpin(life: Life) -> None:
+def test_vms_reach_public_addresses_of_their_own_network(life: Life) -> None:
     """A VM reaches the public addresses of its own network: another VM's, and its own."""
     one, nic = life.vm("web-1", 45)
     two, other = life.vm("web-2", 46)
@@ -114,7 +114,7 @@ def test_hairpin(life: Life) -> None:
 
 
 @pytest.mark.parametrize("default", ["allow", "deny"])
-def test_egress(make_life: MakeLife, internet: Internet, default: str) -> None:
+def test_egress_rules_invert_the_default(make_life: MakeLife, internet: Internet, default: str) -> None:
     """Explicit rules deny where the default allows, and allow where it denies; destinations are honoured."""
     services = NAT_SERVICES.services
     life = make_life(offering=Offering.of(*services, default_egress_allow=default == "allow"), brisk=True)
@@ -131,7 +131,7 @@ def test_egress(make_life: MakeLife, internet: Internet, default: str) -> None:
 
 
 @pytest.mark.parametrize("speaker", ["client", "server"])
-def test_revoking_ends_exactly_the_flows_it_allowed(life: Life, internet: Internet, speaker: str) -> None:
+def test_a_revocation_ends_only_the_flows_it_allowed(life: Life, internet: Internet, speaker: str) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -153,7 +153,7 @@ def test_revoking_ends_exactly_the_flows_it_allowed(life: Life, internet: Intern
         kept.close()
 
 
-def test_a_long_transfer_runs_through_changes_of_other_rules(life: Life, internet: Internet) -> None:
+def test_a_long_transfer_survives_changes_of_other_rules(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -170,7 +170,7 @@ def test_a_long_transfer_runs_through_changes_of_other_rules(life: Life, interne
             assert moved.sent > 0
 
 
-def test_neighbours_are_told_of_a_new_address(life: Life, internet: Internet) -> None:
+def test_a_new_address_is_announced_by_gratuitous_arp(life: Life, internet: Internet) -> None:
     _, nic = life.vm("web-1")
     address = life.network.associate(life.public(1))
     watch = internet.watch_arp(seconds=60)
@@ -179,7 +179,7 @@ def test_neighbours_are_told_of_a_new_address(life: Life, internet: Internet) ->
     assert any(frame.gratuitous and frame.broadcast and frame.sender == address.ip for frame in frames)
 
 
-def test_a_neighbour_with_a_route_does_not_get_around_the_firewall(life: Life, internet: Internet) -> None:
+def test_a_neighbour_with_a_route_cannot_bypass_the_firewall(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     with vm.serve_tcp(22):
         route = f"{life.subnet}.0/24 via {life.public(0)} dev eth0"
@@ -190,7 +190,7 @@ def test_a_neighbour_with_a_route_does_not_get_around_the_firewall(life: Life, i
         internet.links(f"route delete {route}")
 
 
-def test_replies_leave_where_the_request_came_in(life: Life, bed: Bed) -> None:
+def test_replies_use_the_exit_of_the_request(life: Life, bed: Bed) -> None:
     """Two more public VLANs, one of them untagged, each with its own gateway."""
     vm, nic = life.vm("web-1")
     network = life.network
@@ -209,7 +209,7 @@ def test_replies_leave_where_the_request_came_in(life: Life, bed: Bed) -> None:
             assert answer.saw == "198.18.77.1", "an address that only this gateway knows the way to"
 
 
-def test_no_tenant_reaches_a_socket_of_the_host(life: Life) -> None:
+def test_tenants_cannot_reach_sockets_of_the_host(life: Life) -> None:
     """Not by the host's own addresses over the guest bridge, not by IPv6 link-local."""
     vm, _ = life.vm("web-1")
     host = life.host

@@ -23,7 +23,7 @@ def _names(vm: Vm, server: str, name: str) -> str:
 
 
 @pytest.mark.binary
-def test_options_names_and_subnets_come_and_go(make_life: MakeLife, bed: Bed, cloud: FakeCloudStack) -> None:
+def test_options_names_and_subnets_are_added_and_removed(make_life: MakeLife, bed: Bed, cloud: FakeCloudStack) -> None:
     everything = FakeCloudStack.on(bed.management, extension="rare").register(hosts=bed.hosts, **bed.login("root"))
     life = make_life(offering=ALL_SERVICES, with_cloud=everything, brisk=True)
     vm, nic = life.vm("web-1")
@@ -48,7 +48,7 @@ def test_options_names_and_subnets_come_and_go(make_life: MakeLife, bed: Bed, cl
 
 
 @pytest.mark.binary
-def test_destroy_vpc_is_the_end_of_it(make_vpc: MakeVpc, bed: Bed) -> None:
+def test_destroy_vpc_removes_the_vpc_completely(make_vpc: MakeVpc, bed: Bed) -> None:
     life = make_vpc()
     tier = life.tier(1)
     before = Traces(bed)

@@ -45,7 +45,7 @@ def _leased(vm: Vm) -> str:
 
 
 @pytest.mark.binary
-def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, bed: Bed) -> None:
+def test_shared_network_from_first_vm_to_deletion(shared: SharedNetwork, bed: Bed) -> None:
     """Nobody implements it: the first command about a VM builds it, the last VM and the deletion leave nothing."""
     before = Traces(bed)
     one = shared.deploy_vm("sh-1", ip="10.30.0.61", mac="1e:00:aa:00:00:11")
@@ -76,7 +76,7 @@ def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, b
     assert before.left() == {}
 
 
-def test_dual_stack_first_vm(make_life: MakeLife, bed: Bed, internet: Internet) -> None:
+def test_first_vm_of_a_dual_stack_network(make_life: MakeLife, bed: Bed, internet: Internet) -> None:
     """No config-dns-subnet is sent for a NIC with IPv6; the VM makes the address that CloudStack computed."""
     everything = FakeCloudStack.on(bed.management, extension="six").register(hosts=bed.hosts, **bed.login("root"))
     life = make_life(offering=ALL_SERVICES, with_cloud=everything)

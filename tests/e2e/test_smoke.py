@@ -79,7 +79,7 @@ def test_smoke_06_vpc(make_vpc: MakeVpc, internet: Internet) -> None:
         assert not internet.tcp(forwarded.ip, 22, **CLOSED).ok
 
 
-def test_smoke_07_lists_made_after_the_vms(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_smoke_07_acls_created_after_the_vms(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)

@@ -19,7 +19,7 @@ def rows(life: VpcLife, filter: str = "") -> str:
 
 
 @pytest.mark.binary
-def test_create_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
+def test_creating_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
     life = make_vpc()
     life.vpc.implement()
     assert life.vpc.details["namespace"] == life.vpc.namespace
@@ -28,7 +28,7 @@ def test_create_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
 
 
 @pytest.mark.binary
-def test_create_a_vpc_whose_address_comes_with_its_first_tier(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_creating_a_vpc_whose_address_comes_with_its_first_tier(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc(source_nat=False)
     life.vpc.implement()
     life.vpc.source_nat = life.public[0]
@@ -61,7 +61,7 @@ def test_first_vm_in_a_tier_and_second_tier(make_vpc: MakeVpc, internet: Interne
 
 
 @pytest.mark.binary
-def test_replace_a_list_change_an_item_take_it_away(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_replacing_changing_and_removing_an_acl(make_vpc: MakeVpc, internet: Internet) -> None:
     """Also between tiers: the egress of the one and the ingress of the other are asked."""
     life = make_vpc()
     life.vpc.implement()
@@ -86,7 +86,7 @@ def test_replace_a_list_change_an_item_take_it_away(make_vpc: MakeVpc, internet:
 
 
 @pytest.mark.binary
-def test_addresses_and_rules_of_tiers(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_tiers_share_addresses_and_have_their_own_rules(make_vpc: MakeVpc, internet: Internet) -> None:
     """Several services on one address, and on the VPC's own; the list of the tier judges the private port."""
     life = make_vpc()
     life.vpc.implement()
@@ -123,7 +123,7 @@ def test_addresses_and_rules_of_tiers(make_vpc: MakeVpc, internet: Internet) -> 
 
 
 @pytest.mark.binary
-def test_a_tier_ends_while_the_others_go_on_without_a_lost_packet(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_removing_a_tier_loses_no_packet_of_the_others(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -145,7 +145,7 @@ def test_a_tier_ends_while_the_others_go_on_without_a_lost_packet(make_vpc: Make
 
 
 @pytest.mark.binary
-def test_a_vpc_deleted_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
+def test_a_deleted_vpc_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     life = make_vpc()
     tier = life.tier(1)
     before = Traces(bed)
@@ -161,7 +161,7 @@ def test_a_vpc_deleted_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     assert before.left() == {}
 
 
-def test_a_vpc_that_failed_is_deleted_with_living_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
+def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
     """The tiers are destroyed with the VPC; the second shutdown-vpc, with nothing stored, finds nothing to do."""
     life = make_vpc()
     tier = life.tier(1)
@@ -217,7 +217,7 @@ def test_restart_of_a_tier_ends_in_the_same_state(make_vpc: MakeVpc, internet: I
 
 
 @pytest.mark.binary
-def test_change_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_changing_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) -> None:
     """There is one; the former one keeps serving what is forwarded to it."""
     life = make_vpc()
     life.vpc.implement()

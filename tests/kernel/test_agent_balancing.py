@@ -140,7 +140,7 @@ def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[s
     revoke(host, wanted)
 
 
-def test_backends_come_and_go_and_established_connections_do_not_notice(host: AgentHost) -> None:
+def test_backend_changes_keep_established_connections(host: AgentHost) -> None:
     with serving(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP))
         assert {told(host, 8080) for _ in range(4)} == {WEB}
@@ -163,7 +163,9 @@ def test_backends_come_and_go_and_established_connections_do_not_notice(host: Ag
 @pytest.mark.parametrize(
     ("algorithm", "spread"), [("roundrobin", {WEB: 4, DB: 4}), ("leastconn", {WEB: 4, DB: 4}), ("source", {})]
 )
-def test_how_load_is_spread(host: AgentHost, algorithm: str, spread: dict[str, int]) -> None:
+def test_each_algorithm_spreads_connections_as_documented(
+    host: AgentHost, algorithm: str, spread: dict[str, int]
+) -> None:
     with serving(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP, DB_IP, algorithm=algorithm))
         clients = [connect(host, 8080) for _ in range(8)]
@@ -175,7 +177,7 @@ def test_how_load_is_spread(host: AgentHost, algorithm: str, spread: dict[str, i
 
 
 @pytest.mark.parametrize("said", [{"protocol": "udp"}, {"name": "dns [udp]"}], ids=["sent", "named"])
-def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]) -> None:
+def test_udp_is_balanced_without_haproxy(host: AgentHost, said: dict[str, str]) -> None:
     servers = []
     for vm in (WEB, DB):
         with host.within(vm):
@@ -207,7 +209,7 @@ def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]
         server.close()
 
 
-def test_the_firewall_holds_for_balanced_traffic_by_the_clients_own_address(host: AgentHost) -> None:
+def test_the_firewall_filters_balanced_traffic_by_client_address(host: AgentHost) -> None:
     with serving(host, WEB):
         balance(host, rule(1, 8080, WEB_IP))
         assert told(host, 8080) == WEB

@@ -151,7 +151,7 @@ def _get(path: str, port: int = 80, header: str = "") -> str:
     return answer.partition(b"\r\n\r\n")[2].decode()
 
 
-def test_what_is_told_is_answered(tmp_path: Path) -> None:
+def test_the_guest_process_answers_from_the_tables_it_was_sent(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         assert it.converge(SCOPE) == ["guest: serve 9205"]
@@ -175,7 +175,7 @@ def test_an_acknowledged_password_is_reported(tmp_path: Path) -> None:
         assert (it.taken[0].nic, it.taken[0].password_id) == ("u1", "1")
 
 
-def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) -> None:
+def test_a_killed_guest_process_restarts_with_the_same_sockets(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
@@ -187,7 +187,7 @@ def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) ->
         assert it.converge(SCOPE) == []
 
 
-def test_a_table_that_is_refused_keeps_no_other_network_from_being_served(tmp_path: Path) -> None:
+def test_a_rejected_table_does_not_affect_other_networks(tmp_path: Path) -> None:
     refused = replace(tables(SCOPE)[0], scope_id="net-1", server_ip="10.10.1.2", lease_s=1)
     with _agents(tmp_path) as agent:
         it = agent("b1")
@@ -200,7 +200,7 @@ def test_a_table_that_is_refused_keeps_no_other_network_from_being_served(tmp_pa
             it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
 
 
-def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Path) -> None:
+def test_repeated_guest_process_crashes_back_off_exponentially(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
@@ -213,7 +213,9 @@ def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Pat
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_guest_process_is_killed_without_losing_passwords(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.1)
     monkeypatch.setattr(supervisor, "SERVICES_DIR", str(tmp_path / "services"))
@@ -233,7 +235,7 @@ def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, m
         assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
 
 
-def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path) -> None:
+def test_a_pid_claimed_by_the_guest_process_is_not_killed_unverified(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         innocent = subprocess.Popen(["sleep", "60"])
@@ -244,9 +246,7 @@ def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path)
         assert _runs(it.guests.pid)
 
 
-def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
@@ -262,7 +262,7 @@ def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
+def test_a_restarted_agent_adopts_the_guest_process(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
@@ -274,7 +274,7 @@ def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None:
+def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
@@ -291,7 +291,7 @@ def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_a_namespace_made_anew_gets_new_sockets(tmp_path: Path) -> None:
+def test_a_recreated_namespace_gets_new_sockets(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
@@ -308,7 +308,7 @@ def unserved(agent: Agent, scope: Scope = SCOPE) -> list[str]:
     return agent.thread(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
 
 
-def test_what_is_not_answered_or_no_longer_right_is_told(tmp_path: Path) -> None:
+def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         assert unserved(it) == ["9205"]

@@ -46,7 +46,7 @@ def standing() -> Iterator[AgentHost]:
 
 
 @pytest.mark.mutation("an-unused-bridge-is-removed")
-def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: AgentHost) -> None:
+def test_defect_64_a_network_is_built_as_requested_and_removed_completely(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     links = host.links()
@@ -78,7 +78,7 @@ def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: Agen
     assert host.inventory() == before
 
 
-def test_what_is_asked_twice_is_done_once(host: AgentHost) -> None:
+def test_repeated_commands_take_no_steps(host: AgentHost) -> None:
     live(host)
     # The firewall comes in two versions in this life; the last one stands.
     for fixture, command in [it for it in FIRST_LIFE if it[0] != "022"]:
@@ -86,7 +86,7 @@ def test_what_is_asked_twice_is_done_once(host: AgentHost) -> None:
         assert steps(host) == 0, fixture
 
 
-def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
+def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> None:
     live(host)
     host.kill()
     state = host.path("/var/lib/netloom/scopes/net-204.json").read_bytes()
@@ -123,7 +123,7 @@ def _listens(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("after_ms", [0, 5, 12, 25, 50])
-def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after_ms: int) -> None:
+def test_a_command_interrupted_by_kill_is_completed_at_the_next_start(host: AgentHost, after_ms: int) -> None:
     before = host.inventory()
     for fixture, command in [*FIRST_LIFE[:2], LAST_WORDS[-1]]:
         with host.client() as client:
@@ -160,7 +160,7 @@ def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after
     ],
     ids=" ".join,
 )
-def test_what_was_broken_by_hand_the_next_command_repairs(standing: AgentHost, harm: list[str]) -> None:
+def test_the_next_command_repairs_manual_changes(standing: AgentHost, harm: list[str]) -> None:
     host = standing
     good = snapshot(host)
     assert host.agent is not None
@@ -194,7 +194,7 @@ WALK = [
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_random_walk_the_host_is_what_the_last_state_says(seed: int) -> None:
+def test_after_random_commands_the_host_equals_a_rebuild_from_state(seed: int) -> None:
     """However it came about: what stands is what a rebuild from the state alone would make."""
     with agent_host("eth1.1204", "eth1.1377", "eth2.101") as host:
         before = host.inventory()
@@ -216,7 +216,7 @@ def test_after_a_random_walk_the_host_is_what_the_last_state_says(seed: int) -> 
         assert host.inventory() == before
 
 
-def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHost) -> None:
+def test_reimplementing_on_another_vlan_removes_the_old_segment(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     done(host.call("136", "implement-network"))
@@ -228,7 +228,7 @@ def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHo
     assert host.inventory() == before
 
 
-def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None:
+def test_a_bridge_with_a_vm_port_is_removed_after_the_vm(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     host.ip("tuntap", "add", "vnet7", "mode", "tap")
@@ -239,7 +239,7 @@ def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None
     wait_until(lambda: host.inventory() == before)
 
 
-def test_no_tenant_reaches_the_host_over_a_bridge_of_ours(host: AgentHost) -> None:
+def test_tenants_cannot_reach_the_host_over_our_bridges(host: AgentHost) -> None:
     live(host)
     host.ip("addr", "add", "198.51.100.9/32", "dev", "lo")
     mac = host.links()["breth1-1204"]["address"]
@@ -266,7 +266,7 @@ def fabric_mac(host: AgentHost) -> str:
 
 
 @pytest.mark.mutation("only-new-addresses-are-announced")
-def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(host: AgentHost) -> None:
+def test_defect_65_only_new_addresses_are_announced_three_times_each(host: AgentHost) -> None:
     host.run("nft", "add table netdev w", pid=host.fabric)
     hook = "type filter hook ingress device sw-eth2.101 priority 0;"
     host.run("nft", f"add chain netdev w c {{ {hook} }}", pid=host.fabric)
@@ -294,7 +294,7 @@ def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(ho
     assert heard()["203.0.113.21"] == released < 6
 
 
-def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
+def test_forty_networks_in_parallel_are_built_and_removed(host: AgentHost) -> None:
     before = host.inventory()
     for number in range(40):
         host.add_vlan(f"eth1.{2000 + number}")
@@ -331,7 +331,7 @@ def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
     }
 
 
-def test_what_a_crash_left_of_a_name_goes_with_the_network(host: AgentHost) -> None:
+def test_a_namespace_name_left_by_a_crash_is_removed_with_the_network(host: AgentHost) -> None:
     """Between the two halves of making a namespace, or of removing it, its name is a plain file."""
     before = host.inventory()
     host.run("touch", "/run/netns/cs-net-204")
@@ -340,7 +340,7 @@ def test_what_a_crash_left_of_a_name_goes_with_the_network(host: AgentHost) -> N
     assert host.inventory() == before
 
 
-def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
+def test_a_foreign_namespace_of_the_same_name_is_refused(host: AgentHost) -> None:
     host.ip("netns", "add", NS)
     host.run("ip", "link", "add", "theirs", "type", "veth", "peer", "name", "wan", namespace=NS)
     reply = host.call("020", "implement-network")
@@ -350,7 +350,7 @@ def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
     assert "theirs" in host.links(NS)
 
 
-def test_a_missing_nic_is_named_with_its_detail_and_tried_again(host: AgentHost) -> None:
+def test_a_missing_nic_is_reported_with_its_detail_and_retried(host: AgentHost) -> None:
     reply = host.call("020", "implement-network", vlan="1999")
     assert reply.status == 3
     assert "make VLAN link eth1.1999 with tag 1999 on eth1: this kernel has no 802.1Q" in reply.error
@@ -364,7 +364,7 @@ def test_a_missing_nic_is_named_with_its_detail_and_tried_again(host: AgentHost)
     assert reply.hint == "check the registration detail public.network.device"
 
 
-def test_bad_input_touches_nothing(host: AgentHost) -> None:
+def test_bad_input_changes_nothing(host: AgentHost) -> None:
     before = host.inventory()
     reply = host.call("020", "implement-network", cidr="10.10.1.0/240")
     assert reply.status == 1

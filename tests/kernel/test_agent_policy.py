@@ -48,7 +48,7 @@ def standing(host: AgentHost) -> bool:
     )
 
 
-def test_smoke_08_the_actions_on_a_network_one_after_the_other(host: AgentHost) -> None:
+def test_smoke_08_policy_routing_actions_in_sequence(host: AgentHost) -> None:
     before = kernel(host)[:-1]
     assert "smoke" in pbr(host, "create-table", table_id="100", table_name="smoke")
     assert pbr(host, "list-tables") == "table 100 smoke"
@@ -68,7 +68,7 @@ def test_smoke_08_the_actions_on_a_network_one_after_the_other(host: AgentHost) 
     assert "0x00010000" not in ruleset
 
 
-def test_what_is_asked_stands_once_and_there_is_peace(host: AgentHost) -> None:
+def test_repeated_policy_routing_actions_take_no_steps(host: AgentHost) -> None:
     before = kernel(host)
     asked(host)
     assert standing(host)
@@ -94,7 +94,7 @@ def test_what_is_asked_stands_once_and_there_is_peace(host: AgentHost) -> None:
     ],
     ids=" ".join,
 )
-def test_what_somebody_takes_away_by_hand_is_back(host: AgentHost, taken: list[str]) -> None:
+def test_removed_policy_routing_objects_are_restored(host: AgentHost, taken: list[str]) -> None:
     asked(host)
     host.run(*taken, namespace=NS)
     wait_until(lambda: standing(host))
@@ -102,7 +102,7 @@ def test_what_somebody_takes_away_by_hand_is_back(host: AgentHost, taken: list[s
     pbr(host, "delete-table", table="smoke")
 
 
-def test_it_is_back_after_a_reboot(host: AgentHost) -> None:
+def test_policy_routing_is_restored_when_the_namespace_is_recreated(host: AgentHost) -> None:
     asked(host)
     host.kill()
     host.ip("netns", "del", NS)
@@ -114,7 +114,7 @@ def test_it_is_back_after_a_reboot(host: AgentHost) -> None:
     assert "10000" not in host.ip("rule", namespace=NS)
 
 
-def test_what_has_lost_its_link_waits_and_stops_nothing_else(host: AgentHost) -> None:
+def test_a_route_whose_link_is_gone_is_inactive_and_blocks_nothing_else(host: AgentHost) -> None:
     asked(host)
     for fixture, command in (("125", "release-ip"), ("124", "delete-static-nat")):
         host.call(fixture, command)
@@ -128,7 +128,7 @@ def test_what_has_lost_its_link_waits_and_stops_nothing_else(host: AgentHost) ->
 
 
 @pytest.mark.mutation("a-table-name-is-a-name")
-def test_defect_13_no_parameter_is_run(host: AgentHost) -> None:
+def test_defect_13_parameters_are_never_executed(host: AgentHost) -> None:
     canary = host.path("/run/canary")
     pbr(host, "create-table", table_id="100", table_name="smoke")
     before, revision = kernel(host), act(host, "show").revision
@@ -158,7 +158,7 @@ def test_defect_13_no_parameter_is_run(host: AgentHost) -> None:
     pbr(host, "delete-table", table="smoke")
 
 
-def test_whatever_is_taken_over_the_kernel_takes_too(host: AgentHost) -> None:
+def test_the_kernel_accepts_every_accepted_route_and_rule(host: AgentHost) -> None:
     """What is refused changes nothing; what is not stands at once, and once all is deleted it is as it was."""
     chance = random.Random(20261123)
     destinations = (

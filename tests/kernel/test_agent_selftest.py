@@ -21,7 +21,7 @@ def seen() -> list[str]:
     return [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in looks]
 
 
-def test_a_host_that_can_carry_networks_is_told_so_and_nothing_is_left() -> None:
+def test_a_usable_host_passes_and_no_objects_are_left() -> None:
     before = seen()
     found = {it.what: it for it in selftest.run()}
     assert [it for it in found.values() if it.needed and not it.ok] == []
@@ -42,7 +42,7 @@ def _crashes(host: object) -> None:
 
 
 @pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the trial of it crashed or hung")])
-def test_what_fails_is_told_and_what_stands_on_it_is_not_tried(
+def test_a_failed_check_is_reported_and_stops_the_dependent_checks(
     trial: Callable[[object], None], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [what for what, *_ in selftest._TRIALS]
@@ -57,7 +57,7 @@ def test_what_fails_is_told_and_what_stands_on_it_is_not_tried(
         selftest.require()
 
 
-def test_a_kernel_that_cannot_tell_who_asks_is_told_and_may_carry_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sender_addresses_are_reported_but_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # a way of keeping it that no kernel has yet
     found = {it.what: it for it in selftest.run()}["senders of requests"]
     assert (found.ok, found.needed) == (False, False)
@@ -65,7 +65,7 @@ def test_a_kernel_that_cannot_tell_who_asks_is_told_and_may_carry_networks(monke
     selftest.require()
 
 
-def test_no_packet_through_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_packet_test_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = selftest._isolated
 
     def without_source_nat() -> object:
@@ -89,7 +89,7 @@ PACKAGES = {
 
 
 @pytest.mark.parametrize("distribution", PACKAGES)
-def test_a_missing_program_is_named_with_its_package(
+def test_a_missing_program_is_reported_with_its_package(
     distribution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, remedy = PACKAGES[distribution]
@@ -99,7 +99,7 @@ def test_a_missing_program_is_named_with_its_package(
     assert (found["dnsmasq"].ok, found["dnsmasq"].needed, found["dnsmasq"].remedy) == (False, False, remedy)
 
 
-def test_a_person_sees_a_table_and_a_program_json() -> None:
+def test_the_output_is_a_table_or_json() -> None:
     with agent_host() as host:
         table = host.run(*PROGRAM, "selftest")
         assert table.splitlines()[0].split() == ["WHAT", "THERE", "SAYS", "REMEDY"]

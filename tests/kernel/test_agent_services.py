@@ -67,7 +67,7 @@ def neighbours(host: AgentHost) -> dict[str, str]:
     return {it["dst"]: it["lladdr"] for it in found}
 
 
-def test_a_vm_boots_with_lease_names_metadata_and_its_password_once(host: AgentHost) -> None:
+def test_a_vm_gets_lease_names_metadata_and_its_password_once(host: AgentHost) -> None:
     given = lease(host, WEB)
     assert given == {
         "ip": WEB_IP,
@@ -96,7 +96,7 @@ def test_a_vm_boots_with_lease_names_metadata_and_its_password_once(host: AgentH
     assert PASSWORD not in host.log()
 
 
-def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: AgentHost) -> None:
+def test_vms_come_and_go_without_restarts_and_removed_ones_get_nothing(host: AgentHost) -> None:
     lease(host, WEB)
     before = running(host)
     assert len(before["dnsmasq"]) == len(before["--control"]) == 1
@@ -120,7 +120,7 @@ def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: 
     assert running(host) == before
 
 
-def test_a_client_that_has_its_address_is_heard_through_the_firewall(host: AgentHost) -> None:
+def test_the_firewall_admits_dhcp_from_clients_with_an_address(host: AgentHost) -> None:
     everybody = "255.255.255.255"
     assert told_by_dhcp(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
     assert told_by_dhcp(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
@@ -150,7 +150,7 @@ def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s:
 
 
 @pytest.mark.mutation("an-address-has-one-vm")
-def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(host: AgentHost) -> None:
+def test_defect_26_a_reassigned_address_serves_the_new_vm_at_once(host: AgentHost) -> None:
     assert lease(host, WEB)["ip"] == WEB_IP
     host.plug(DB, BRIDGE, DB_MAC)
     taken = DB_NIC | {"ip": WEB_IP}
@@ -166,7 +166,7 @@ def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(ho
     assert lookup(host, DB, "web-1.cs2cloud.internal") == ""
 
 
-def test_no_vm_has_the_name_of_the_data_server(host: AgentHost) -> None:
+def test_vms_cannot_take_the_name_data_server(host: AgentHost) -> None:
     """cloud-init asks for user data where that name leads: a neighbour's VM would execute what this one likes."""
     lease(host, WEB)
     done(host.call("032", "add-dhcp-entry", **DB_NIC | {"hostname": "Data-Server"}))
@@ -178,7 +178,7 @@ def test_no_vm_has_the_name_of_the_data_server(host: AgentHost) -> None:
 
 
 @pytest.mark.mutation("resolver-reads-no-hosts-file")
-def test_names_of_every_kind_over_udp_and_tcp_from_the_network_and_from_the_world(host: AgentHost) -> None:
+def test_local_and_external_names_resolve_over_udp_and_tcp(host: AgentHost) -> None:
     done(host.call("032", "add-dhcp-entry", ip6_address="fd00:1::45"))
     done(host.call("034", "add-dns-entry", ip6_address="fd00:1::45"))
     host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
@@ -211,7 +211,7 @@ def dig(host: AgentHost, *words: str) -> str:
 
 
 @pytest.mark.mutation("resolver-of-this-host")
-def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
+def test_dnsmasq_starts_when_the_group_is_named_nobody() -> None:
     """Enterprise Linux has no ``nogroup``: there the group is ``nobody``."""
     with agent_host() as host:
         groups = Path("/etc/group").read_text().replace("nogroup:x:65534:", "nobody:x:65534:")
@@ -226,7 +226,7 @@ def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
 
 
 @pytest.mark.mutation("resolver-of-this-host")
-def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> None:
+def test_an_old_dnsmasq_is_restarted_when_a_name_is_removed() -> None:
     """Before 2.88 dnsmasq reads what comes into its hostsdir, and keeps what goes (its changelog)."""
     with agent_host() as host:
         host.run("mount", "-t", "tmpfs", "-o", "mode=755", "none", "/usr/local/sbin")
@@ -254,7 +254,7 @@ def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> N
         assert host.processes("dnsmasq") == after
 
 
-def test_options_may_come_before_the_nic(host: AgentHost) -> None:
+def test_dhcp_options_may_be_set_before_the_nic_exists(host: AgentHost) -> None:
     done(host.call("101", "remove-dhcp-entry"))
     network = {key: value for key, value in DB_NIC.items() if key == "nic_id"}
     done(host.call("031", "set-dhcp-options", **network, options={"26": "1342", "15": "of-its-own.example"}))
@@ -265,7 +265,7 @@ def test_options_may_come_before_the_nic(host: AgentHost) -> None:
     assert "1342 of-its-own.example" in host.run(*words, namespace=DB)
 
 
-def test_what_dies_is_back(host: AgentHost) -> None:
+def test_killed_services_are_restarted(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
@@ -284,7 +284,7 @@ def test_what_dies_is_back(host: AgentHost) -> None:
         assert not pids & before[word], word
 
 
-def test_a_guest_link_that_was_taken_is_served_again_when_it_is_back(host: AgentHost) -> None:
+def test_a_recreated_guest_link_is_served_again(host: AgentHost) -> None:
     """The new link has the same name and another number, which is what a socket is bound to."""
     assert lease(host, WEB)["ip"] == WEB_IP
     before = running(host)
@@ -302,7 +302,7 @@ def test_a_guest_link_that_was_taken_is_served_again_when_it_is_back(host: Agent
     assert running(host) == before
 
 
-def test_what_hangs_is_ended_and_back(host: AgentHost) -> None:
+def test_hung_services_are_killed_and_restarted(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
@@ -331,7 +331,7 @@ def children(pid: int) -> set[int]:
     return set()
 
 
-def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
+def test_services_survive_an_agent_restart(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
@@ -355,7 +355,7 @@ def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
 
 
 @pytest.mark.mutation("a-taken-password-is-remembered")
-def test_defect_69_a_password_that_is_taken_while_no_agent_runs_is_erased_by_the_next(host: AgentHost) -> None:
+def test_defect_69_a_password_fetched_without_an_agent_is_erased_at_the_next_start(host: AgentHost) -> None:
     lease(host, WEB)
     host.kill()
     assert password(host, WEB, "send_my_password") == PASSWORD
@@ -365,7 +365,7 @@ def test_defect_69_a_password_that_is_taken_while_no_agent_runs_is_erased_by_the
     wait_until(lambda: PASSWORD not in host.path(FILE).read_text())
 
 
-def test_a_service_that_does_not_start_leaves_the_network_standing_and_is_named(host: AgentHost) -> None:
+def test_a_service_that_cannot_start_is_reported_and_the_network_works(host: AgentHost) -> None:
     """dnsmasq cannot bind: somebody in the namespace has the port."""
     done(host.call("131", "destroy-network"))
     done(host.call("020", "implement-network"))
@@ -384,7 +384,7 @@ def test_a_service_that_does_not_start_leaves_the_network_standing_and_is_named(
     wait_until(lambda: steps(host) == 0 or host.call("021", "assign-ip").status == 0)
 
 
-def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -> None:
+def test_a_rejected_rule_does_not_affect_other_balanced_rules(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("053", "add-port-forward"))
@@ -399,7 +399,7 @@ def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -
 
 
 @pytest.mark.mutation("a-taken-port-is-not-balanced")
-def test_a_rule_that_cannot_bind_or_be_read_harms_no_other_and_is_named(host: AgentHost) -> None:
+def test_a_rule_that_cannot_bind_or_be_parsed_is_reported_and_others_work(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules", lb_rules=[balanced(1, 8081)]))
@@ -458,7 +458,7 @@ def test_nothing_is_left_of_a_destroyed_network() -> None:
         wait_until(lambda: host.inventory() == before)
 
 
-def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
+def test_services_of_a_manually_removed_network_are_stopped() -> None:
     """As docs/operators/repair.md tells operators to; what runs would hold the namespace that has lost its name."""
     with agent_host() as host:
         before = host.inventory()
@@ -488,7 +488,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
 
 @pytest.mark.mutation("config-dns-starts-the-resolver", instead="network")
 @pytest.mark.parametrize("order", [("031", "033"), ("033", "031"), ("032", "033", "031")], ids="-".join)
-def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...]) -> None:
+def test_defect_25_the_resolver_is_reachable_in_any_order_of_commands(order: tuple[str, ...]) -> None:
     words = {"031": "config-dhcp-subnet", "032": "add-dhcp-entry", "033": "config-dns-subnet"}
     with agent_host() as host:
         host.start()
@@ -502,7 +502,7 @@ def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...
 
 
 @pytest.mark.mutation("a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _Network(table))")
-def test_defect_27_networks_with_the_same_addresses_have_leases_of_their_own(host: AgentHost) -> None:
+def test_defect_27_networks_with_equal_subnets_have_separate_leases(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}
     nic = other | DB_NIC | {"ip": WEB_IP, "nic_uuid": "6b7c2a10-0000-4000-8000-000000005103"}
     with host.client() as client:

@@ -119,7 +119,7 @@ def _lookup(name: str) -> str:
     return ".".join(map(str, answer[-4:])) if answer[7] else f"rcode {answer[3] & 15}"
 
 
-def test_names_come_and_go_without_a_restart() -> None:
+def test_names_are_added_and_removed_without_a_restart() -> None:
     with _supervisor() as (it, _, until):
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         pid = it.states()[SCOPE]["dns-9204"]
@@ -139,7 +139,7 @@ def test_names_come_and_go_without_a_restart() -> None:
         assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == []
 
 
-def test_a_directory_that_somebody_took_away_is_watched_again() -> None:
+def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -150,7 +150,7 @@ def test_a_directory_that_somebody_took_away_is_watched_again() -> None:
         assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
-def test_a_killed_process_is_reported_and_started_again() -> None:
+def test_a_killed_process_is_reported_and_restarted() -> None:
     with _supervisor() as (it, died, until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         it.converge(SCOPE, NAMESPACE, wanted)
@@ -161,7 +161,7 @@ def test_a_killed_process_is_reported_and_started_again() -> None:
         assert _lookup("data-server.cloud.internal") == "10.10.1.1"
 
 
-def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 0.3, 0.6))
     with _supervisor() as (it, died, until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
@@ -184,7 +184,7 @@ def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pyte
         until(lambda: len(died) == 5)
 
 
-def test_another_supervisor_adopts_what_runs() -> None:
+def test_a_new_supervisor_adopts_running_processes() -> None:
     with _supervisor() as (first, _, _until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         first.converge(SCOPE, NAMESPACE, wanted)
@@ -197,7 +197,7 @@ def test_another_supervisor_adopts_what_runs() -> None:
 
 
 @pytest.mark.mutation("a-recycled-pid-is-another-process", instead="_start_time(record.pid) > 0")
-def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
+def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         Path(wanted.directory).mkdir(parents=True)
@@ -211,7 +211,7 @@ def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
-def test_what_an_agent_started_and_could_not_note_is_in_nobodys_way(name: str) -> None:
+def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> None:
     """It was killed between the two. A second resolver would find its port taken, a second balancer would share it."""
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
@@ -283,7 +283,7 @@ while True:
 
 
 @pytest.mark.mutation("a-sleeping-master-is-woken")
-def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
     drowsy = service.Service(
@@ -301,7 +301,7 @@ def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.Monke
 
 
 @pytest.mark.mutation("a-reload-waits-for-the-new-worker", instead="os.kill(running.record.pid, signal.SIGUSR2)")
-def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
+def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
     """From the moment on when ``converge`` is done: while the worker of before still listens, it takes every other."""
     with inside(NAMESPACE):
         backends = [socket.create_server(("10.10.1.1", port)) for port in (9000, 9001)]
@@ -321,7 +321,7 @@ def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
         backend.close()
 
 
-def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 1.0)
     with _supervisor() as (it, _, _until):
         wanted = haproxy.service(BALANCED)
@@ -337,7 +337,7 @@ def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
-def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
+def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.4)
@@ -387,7 +387,7 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
 
 
 @pytest.mark.mutation("resolver-is-also-asked-over-tcp")
-def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     loop = asyncio.new_event_loop()
@@ -410,7 +410,7 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
 
 
 @pytest.mark.mutation("a-late-prober-proves-nothing")
-def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
     monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
@@ -437,7 +437,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 @pytest.mark.mutation(
     "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._end(*key)]"
 )
-def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
+def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
     with _supervisor() as (it, _, _until):
@@ -450,7 +450,7 @@ def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
 
 
 @pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"end {name}" for name in self._known(scope_id)]')
-def test_defect_41_nothing_is_left_of_an_ended_scope() -> None:
+def test_defect_41_ending_a_scope_leaves_no_process_or_file() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))

@@ -70,7 +70,7 @@ def standing() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_what_was_taken_is_back_and_then_there_is_peace(standing: AgentHost, harm: list[str]) -> None:
+def test_manual_changes_are_repaired_once(standing: AgentHost, harm: list[str]) -> None:
     host = standing
     wait_until(lambda: quiet(host))
     good = whole(host)
@@ -118,7 +118,7 @@ def checked() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_what_no_watch_tells_is_found_by_the_check(checked: AgentHost, harm: list[str]) -> None:
+def test_changes_without_events_are_found_by_the_periodic_check(checked: AgentHost, harm: list[str]) -> None:
     host = checked
     time.sleep(1.5)  # the check has seen the rules as they should be
     good = whole(host)
@@ -131,7 +131,7 @@ def test_what_no_watch_tells_is_found_by_the_check(checked: AgentHost, harm: lis
     wait_until(lambda: quiet(host))
 
 
-def test_a_name_that_was_only_unmounted_is_a_namespace_again(checked: AgentHost) -> None:
+def test_an_unmounted_namespace_name_is_restored(checked: AgentHost) -> None:
     good = whole(checked)
     checked.run("umount", f"/run/netns/{NS}")
     wait_until(lambda: checked.run("ip", "link", namespace=NS, check=False) != "")
@@ -139,7 +139,7 @@ def test_a_name_that_was_only_unmounted_is_a_namespace_again(checked: AgentHost)
     assert whole(checked) == good
 
 
-def test_a_bridge_that_was_deleted_by_hand_leaves_its_carrier_as_it_was_found() -> None:
+def test_a_deleted_bridge_is_restored_and_its_carrier_ends_down_as_before() -> None:
     with agent_host() as host:
         host.start()
         before = "UP" in host.links()["eth1.1204"]["flags"]
@@ -153,7 +153,7 @@ def test_a_bridge_that_was_deleted_by_hand_leaves_its_carrier_as_it_was_found() 
         assert BRIDGE not in host.links()
 
 
-def test_rules_of_others_in_the_namespace_are_theirs(checked: AgentHost) -> None:
+def test_foreign_nftables_tables_are_left_alone(checked: AgentHost) -> None:
     time.sleep(1.5)
     before = checked.log()
     checked.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
@@ -163,7 +163,7 @@ def test_rules_of_others_in_the_namespace_are_theirs(checked: AgentHost) -> None
     checked.run("nft", "delete table inet theirs", namespace=NS)
 
 
-def test_who_undoes_us_again_and_again_is_answered_ever_more_slowly() -> None:
+def test_repeated_repairs_back_off_exponentially() -> None:
     with agent_host() as host:
         host.start()
         live(host)
@@ -178,7 +178,7 @@ def test_who_undoes_us_again_and_again_is_answered_ever_more_slowly() -> None:
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
 
 
-def test_a_namespace_that_is_deleted_comes_back_with_all_that_ran_in_it() -> None:
+def test_a_deleted_namespace_is_restored_with_its_services() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -200,7 +200,7 @@ def test_a_namespace_that_is_deleted_comes_back_with_all_that_ran_in_it() -> Non
 
 
 @pytest.mark.mutation("the-agent-restores-at-its-start", instead="asyncio.ensure_future(asyncio.sleep(0))")
-def test_defect_61_after_a_power_cut_every_network_is_there_from_the_files_alone() -> None:
+def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_file() -> None:
     vlans = [f"eth1.{2000 + number}" for number in range(8)]
     with agent_host("eth1.1204", "eth2.101", *vlans) as host:
         host.start()
@@ -256,7 +256,7 @@ echo deleted
 """
 
 
-def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
+def test_the_kvm_agent_does_not_delete_a_bridge_with_our_port() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -267,7 +267,7 @@ def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
 
 @pytest.mark.mutation("an-adopted-bridge-is-ours")
 @pytest.mark.parametrize("reason", ["", "a VM", "an address"])
-def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reason: str) -> None:
+def test_an_adopted_kvm_agent_bridge_is_removed_unless_it_is_in_use(reason: str) -> None:
     with agent_host() as host:
         for words in (f"add {BRIDGE} type bridge", f"set {BRIDGE} up", f"set eth1.1204 master {BRIDGE} up"):
             host.ip("link", *words.split())
@@ -286,7 +286,7 @@ def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reas
         assert "eth1.1204" in host.links()
 
 
-def test_a_bridge_that_is_deleted_by_force_is_back_with_the_vms_that_were_on_it() -> None:
+def test_a_forcibly_deleted_bridge_is_restored_with_its_vm_ports() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)

@@ -133,7 +133,7 @@ def outside(host: AgentHost, prefix: str, via: str) -> None:
     run("-6", "route", "add", prefix, "via", via, "dev", "sw-eth2.101")
 
 
-def test_a_vm_makes_the_address_that_cloudstack_computed(host: AgentHost) -> None:
+def test_a_vm_configures_the_address_that_cloudstack_computed(host: AgentHost) -> None:
     assert addresses(host, "vm") == {ADDRESS}
     assert "default via fe80::" in host.run("ip", "-6", "route", namespace="vm")
     assert is_answered(host, "vm", GATEWAY)
@@ -169,7 +169,7 @@ def test_the_gateway_advertises_prefix_resolver_and_domain(host: AgentHost) -> N
     assert b"\x08cs2cloud\x08internal" in options[31]
 
 
-def test_a_segments_smaller_mtu_is_advertised() -> None:
+def test_the_mtu_of_the_segment_is_advertised() -> None:
     with agent_host("eth1.1520", "eth2.101") as it:
         it.ip("link", "set", "eth1.1520", "mtu", "1400")
         it.start()
@@ -180,7 +180,7 @@ def test_a_segments_smaller_mtu_is_advertised() -> None:
         assert it.run("cat", "/proc/sys/net/ipv6/conf/eth0/mtu", namespace="vm") == "1400\n"
 
 
-def test_the_device_is_the_only_router(host: AgentHost) -> None:
+def test_the_device_ignores_router_advertisements_of_guests(host: AgentHost) -> None:
     """A guest that advertises itself, to all or to the gateway, changes nothing of the device's ways."""
     before = host.run("ip", "-6", "route", namespace=NS)
     prefix = bytes((3, 4, 64, 0xC0)) + b"\xff" * 8 + bytes(4) + socket.inet_pton(socket.AF_INET6, "2001:db8:66::")
@@ -216,7 +216,7 @@ def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: 
         sender.sendto(bytes((137, 0, 0, 0, 0, 0, 0, 0)) + target + far, (receiver, 0, 0, number))
 
 
-def test_a_redirect_moves_none_of_the_devices_ways(host: AgentHost) -> None:
+def test_the_device_ignores_redirects(host: AgentHost) -> None:
     """The provider's router is named by its link-local address, whose name a neighbour can take. A plain host obeys."""
     far = ("ip", "-6", "route", "get", FAR)
     router = json.loads(host.run("ip", "-6", "-j", "route", "show", "default", namespace="vm"))[0]["gateway"]
@@ -237,7 +237,7 @@ def test_a_redirect_moves_none_of_the_devices_ways(host: AgentHost) -> None:
     wait_until(lambda: is_answered(host, "vm", FAR))
 
 
-def test_names_have_both_addresses_over_both(host: AgentHost) -> None:
+def test_names_resolve_to_both_addresses_over_both_families(host: AgentHost) -> None:
     for server in (GATEWAY, "10.50.1.1"):
         if server == "10.50.1.1":
             host.ip("-n", "vm", "addr", "replace", "10.50.1.45/24", "dev", "eth0")
@@ -252,7 +252,7 @@ def test_defect_49_a_restore_keeps_both_addresses(host: AgentHost) -> None:
     assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
 
 
-def test_a_guest_gets_out_under_its_own_address(host: AgentHost) -> None:
+def test_a_guest_reaches_the_outside_with_its_own_address(host: AgentHost) -> None:
     with listening(host, "", 8080, FAR) as listener, connect(host, "vm", FAR, 8080) as client:
         served, peer = listener.accept()
         with served:
@@ -261,7 +261,7 @@ def test_a_guest_gets_out_under_its_own_address(host: AgentHost) -> None:
             assert client.recv(10) == b"hello"
 
 
-def test_nobody_begins_anything_from_outside(host: AgentHost) -> None:
+def test_outside_hosts_cannot_open_connections(host: AgentHost) -> None:
     with listening(host, "vm", 22), pytest.raises(TimeoutError):
         connect(host, "", ADDRESS, 22, patience_s=1.5)
     for address in (ADDRESS, GATEWAY, OURS):
@@ -284,7 +284,7 @@ def test_nobody_begins_anything_from_outside(host: AgentHost) -> None:
         host.run("ip", "-6", "addr", "del", f"{OTHER}/128", "dev", "lo", pid=host.fabric)
 
 
-def test_what_a_prefix_carries_is_counted(host: AgentHost) -> None:
+def test_traffic_of_a_prefix_is_counted(host: AgentHost) -> None:
     def counted() -> tuple[int, int]:
         told = message(act(host, "counters", "501", network_id="520", filter=PREFIX)).split()
         return int(told[2]), int(told[7])
@@ -299,7 +299,7 @@ def test_what_a_prefix_carries_is_counted(host: AgentHost) -> None:
     assert counted()[1] == left + 3
 
 
-def test_a_guest_speaks_for_itself_and_for_nobody_else(host: AgentHost) -> None:
+def test_a_guest_cannot_send_from_a_foreign_address(host: AgentHost) -> None:
     host.run("ip", "-6", "addr", "add", "2001:db8:50:2::7/128", "dev", "eth0", "nodad", namespace="vm")
     try:
         with host.within("vm"):
@@ -334,7 +334,7 @@ def rules(host: AgentHost) -> Iterator[Any]:
 
 
 @pytest.mark.mutation("egress-rules-are-about-ipv6-too")
-def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) -> None:
+def test_defect_12_egress_rules_apply_to_ipv6(host: AgentHost, rules: Any) -> None:
     web = {"protocol": "tcp", "portStart": 80, "portEnd": 80, "sourceCidrs": [], "destCidrs": []}
     with listening(host, "", 80, FAR), listening(host, "", 81, FAR):
         rules(allow=False)
@@ -356,7 +356,7 @@ def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) 
         assert is_answered(host, "vm", GATEWAY)  # the device's own, whatever the policy says
 
 
-def test_a_revoked_rule_ends_its_flows_and_no_others(host: AgentHost, rules: Any) -> None:
+def test_a_revoked_rule_ends_only_its_own_flows(host: AgentHost, rules: Any) -> None:
     rules(allow=True)
     with listening(host, "", 80, FAR) as one, listening(host, "", 81, FAR) as two:
         first, second = connect(host, "vm", FAR, 80), connect(host, "vm", FAR, 81)
@@ -375,7 +375,7 @@ def test_a_revoked_rule_ends_its_flows_and_no_others(host: AgentHost, rules: Any
 
 
 @pytest.mark.mutation("an-unconnected-flow-is-marked-as-revoked", instead='"keep"')
-def test_a_revoked_rule_ends_what_has_no_connections_too(host: AgentHost, rules: Any) -> None:
+def test_a_revoked_rule_ends_udp_flows(host: AgentHost, rules: Any) -> None:
     """UDP: neither end is heard any more, whichever sends; allowed again, it begins anew."""
     rules(allow=True)
     with host.within("vm"):
@@ -405,7 +405,7 @@ def test_a_revoked_rule_ends_what_has_no_connections_too(host: AgentHost, rules:
         assert heard(far, near, 5)
 
 
-def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> None:
+def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     assert message(act(host, "check", "501", network_id="520")) == "nothing to do: all is as it should be"
     host.run("ip", "-6", "addr", "del", f"{GATEWAY}/64", "dev", LINK, namespace=NS)
     host.run("ip", "-6", "route", "del", "default", namespace=NS)
@@ -426,13 +426,13 @@ def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> 
 
 
 @pytest.mark.mutation("a-reboot-puts-back-what-links-lost", instead="first")
-def test_defect_47_a_reboot_of_the_device_keeps_its_address(host: AgentHost) -> None:
+def test_defect_47_reboot_device_keeps_the_ipv6_gateway_address(host: AgentHost) -> None:
     done(act(host, "reboot-device", "501", network_id="520"))
     assert addresses(host, NS, LINK) == {GATEWAY}
     wait_until(lambda: is_answered(host, "vm", FAR))
 
 
-def test_an_agent_that_comes_back_changes_nothing(host: AgentHost) -> None:
+def test_a_restarted_agent_finds_ipv6_as_it_should_be(host: AgentHost) -> None:
     host.kill()
     host.start()
     assert message(act(host, "check", "501", network_id="520")) == "nothing to do: all is as it should be"
@@ -440,7 +440,7 @@ def test_an_agent_that_comes_back_changes_nothing(host: AgentHost) -> None:
     assert is_answered(host, "vm", FAR)
 
 
-def test_without_a_way_out_the_gateway_says_so_at_once() -> None:
+def test_without_an_ipv6_uplink_the_gateway_rejects_at_once() -> None:
     with agent_host("eth1.1520", "eth2.101") as it:
         it.start()
         before = it.inventory()
@@ -459,7 +459,7 @@ def test_without_a_way_out_the_gateway_says_so_at_once() -> None:
         wait_until(lambda: it.inventory() == before)
 
 
-def test_tiers_with_and_without_stand_side_by_side_and_lists_judge_both() -> None:
+def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
     """A list with prefixes of IPv6 lets in from outside and between tiers what it says; a tier without stays silent."""
     with agent_host("eth1.1310", "eth1.1311", "eth2.101") as it:
         it.start()

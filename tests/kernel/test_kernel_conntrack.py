@@ -76,7 +76,7 @@ def _listed(namespace: str) -> str:
     return "".join(tool(namespace, "conntrack", "-L", "-f", family, "-o", "id") for family in ("ipv4", "ipv6"))
 
 
-def test_what_is_open_is_listed_as_conntrack_lists_it(link: Link) -> None:
+def test_open_connections_are_listed_as_conntrack_lists_them(link: Link) -> None:
     link.udp(1001)
     link.udp(1002, "fd09::2")
     link.tcp(1003)
@@ -107,7 +107,7 @@ def test_what_is_open_is_listed_as_conntrack_lists_it(link: Link) -> None:
     assert conntrack.count(link.left) == len(entries) == 5
 
 
-def test_translated_addresses_are_seen_in_the_reply_direction(link: Link) -> None:
+def test_translated_addresses_appear_in_the_reply_direction(link: Link) -> None:
     with Nft(link.left) as nft:
         nft.run(
             "table ip nat {\n"
@@ -125,7 +125,7 @@ def test_translated_addresses_are_seen_in_the_reply_direction(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_exactly_the_named_connections_are_ended(link: Link) -> None:
+def test_only_the_given_connections_are_deleted(link: Link) -> None:
     for port in (1001, 1002):
         link.udp(port)
         link.udp(port + 1000, "fd09::2")
@@ -137,7 +137,7 @@ def test_exactly_the_named_connections_are_ended(link: Link) -> None:
     assert conntrack.delete(link.left, []) == 0
 
 
-def test_a_connection_made_anew_is_not_the_one_that_was_meant(link: Link) -> None:
+def test_a_connection_with_another_id_is_not_deleted(link: Link) -> None:
     link.udp(1001)
     entry = by_port(link.left)[1001]
     another = msgspec.structs.replace(entry, id=entry.id ^ 1)
@@ -145,7 +145,7 @@ def test_a_connection_made_anew_is_not_the_one_that_was_meant(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_an_echo_is_ended_like_any_other(link: Link) -> None:
+def test_icmp_echo_entries_are_deleted(link: Link) -> None:
     for address in ("10.9.0.2", "fd09::2"):
         tool(link.left, "ping", "-c", "1", "-W", "5", address)
     entries = conntrack.dump(link.left)
@@ -167,7 +167,7 @@ def test_marks_are_written_under_their_mask(link: Link) -> None:
     assert conntrack.set_mark(link.left, known.values(), 1) == 1
 
 
-def test_a_list_may_be_narrowed_by_mark(link: Link) -> None:
+def test_a_dump_may_be_filtered_by_mark(link: Link) -> None:
     for port in (1001, 1002, 1003):
         link.udp(port)
     known = by_port(link.left)
@@ -189,7 +189,7 @@ def test_the_same_tuple_in_another_zone_is_another_connection(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_deleting_all_of_one_namespace_deletes_none_of_another(link: Link) -> None:
+def test_deleting_entries_of_one_namespace_keeps_those_of_another(link: Link) -> None:
     with scratch() as other:
         made = "-I -p udp -s 192.0.2.1 -d 192.0.2.2 --sport 1 --dport 2 -t 99"
         tool(other, "conntrack", *made.split())
@@ -200,7 +200,7 @@ def test_deleting_all_of_one_namespace_deletes_none_of_another(link: Link) -> No
         assert conntrack.dump(link.left) == []
 
 
-def test_thousands_of_connections_are_listed_and_ended(link: Link) -> None:
+def test_thousands_of_connections_are_listed_and_deleted(link: Link) -> None:
     with inside(link.left):
         sender = link.stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     for port in range(1, 5001):
@@ -211,7 +211,7 @@ def test_thousands_of_connections_are_listed_and_ended(link: Link) -> None:
     assert conntrack.count(link.left) == 0
 
 
-def test_no_descriptor_is_left_behind(link: Link) -> None:
+def test_no_file_descriptor_leaks(link: Link) -> None:
     link.udp(1001)
     before = descriptors()
     for _ in range(20):

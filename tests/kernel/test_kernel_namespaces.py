@@ -31,7 +31,7 @@ def name() -> Iterator[str]:
     namespaces.delete(name)
 
 
-def test_what_is_made_is_a_new_namespace_that_ip_netns_sees(name: str) -> None:
+def test_ip_netns_lists_a_created_namespace(name: str) -> None:
     home = here()
     namespaces.create(name)
     assert here() == home
@@ -43,7 +43,7 @@ def test_what_is_made_is_a_new_namespace_that_ip_netns_sees(name: str) -> None:
     assert here() == home
 
 
-def test_making_and_deleting_twice_changes_nothing(name: str) -> None:
+def test_creating_and_deleting_are_idempotent(name: str) -> None:
     namespaces.create(name)
     first = os.stat(f"{NETNS_DIR}/{name}").st_ino
     namespaces.create(name)
@@ -54,7 +54,7 @@ def test_making_and_deleting_twice_changes_nothing(name: str) -> None:
     assert not namespaces.exists(name)
 
 
-def test_a_plain_file_left_by_a_crash_is_no_namespace_and_is_made_one(name: str) -> None:
+def test_a_plain_file_left_by_a_crash_becomes_a_namespace(name: str) -> None:
     Path(NETNS_DIR, name).touch()
     assert not namespaces.exists(name)
     with pytest.raises(NamespaceError, match="is no namespace"), inside(name):
@@ -70,7 +70,7 @@ def test_a_plain_file_left_by_a_crash_is_deleted(name: str) -> None:
     assert not os.path.lexists(f"{NETNS_DIR}/{name}")
 
 
-def test_one_made_by_ip_netns_is_ours_to_use_and_to_delete(name: str) -> None:
+def test_a_namespace_made_by_ip_netns_can_be_used_and_deleted(name: str) -> None:
     subprocess.run(["ip", "netns", "add", name], check=True)
     namespaces.create(name)
     with inside(name):
@@ -79,14 +79,14 @@ def test_one_made_by_ip_netns_is_ours_to_use_and_to_delete(name: str) -> None:
     assert name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
 
-def test_one_name_made_by_many_threads_at_once_is_one_namespace(name: str) -> None:
+def test_concurrent_creation_of_one_name_makes_one_namespace(name: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(namespaces.create, [name] * 32))
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     assert mounts.count(f"{NETNS_DIR}/{name}") == 1
 
 
-def test_the_name_means_the_same_in_a_mount_namespace_made_before(name: str) -> None:
+def test_the_name_is_visible_in_an_earlier_mount_namespace(name: str) -> None:
     with scratch():  # so that the directory is a mount by now
         script = f"echo ready; read go; nsenter --net={NETNS_DIR}/{name} ip -o link show lo"
         with subprocess.Popen(
@@ -103,7 +103,7 @@ def test_the_name_means_the_same_in_a_mount_namespace_made_before(name: str) -> 
     assert "lo:" in printed
 
 
-def test_a_thread_inside_does_not_take_the_others_along() -> None:
+def test_entering_a_namespace_affects_only_the_calling_thread() -> None:
     entered, looked = threading.Event(), threading.Event()
     home = here()
     with scratch() as name, ThreadPoolExecutor(1) as pool:
@@ -122,7 +122,7 @@ def test_a_thread_inside_does_not_take_the_others_along() -> None:
         assert pool.submit(here).result(30) == home
 
 
-def test_blocks_may_be_nested_and_left_by_an_error() -> None:
+def test_inside_blocks_may_be_nested_and_left_by_exceptions() -> None:
     home = here()
     with scratch() as outer, scratch() as inner:
         with inside(outer):
@@ -135,13 +135,13 @@ def test_blocks_may_be_nested_and_left_by_an_error() -> None:
         assert here() == home
 
 
-def test_a_namespace_that_is_not_there_is_named_in_the_error() -> None:
+def test_a_missing_namespace_is_named_in_the_error() -> None:
     with pytest.raises(NamespaceError, match="ktest-missing: No such file") as caught, inside("ktest-missing"):
         pass
     assert caught.value.errno == errno.ENOENT
 
 
-def test_a_thread_that_cannot_come_back_says_so_and_is_never_used_again() -> None:
+def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
     """The way back needs CAP_SYS_ADMIN; the thread gives its own up inside. Capabilities belong to threads."""
     home = here()
 
@@ -169,7 +169,7 @@ def _drop_capabilities() -> None:
     assert libc.capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
-def test_no_descriptor_and_no_mount_is_left_behind(name: str) -> None:
+def test_no_file_descriptor_or_mount_leaks(name: str) -> None:
     namespaces.create(name)
     namespaces.delete(name)
     before = descriptors(), len(Path("/proc/self/mountinfo").read_text().splitlines())

@@ -10,12 +10,12 @@ from netloom.agent.kernel import conntrack, packets
 from unit.scopes import A1, admit, wish
 
 
-def test_this_kernel_tells_when_they_are_through() -> None:
+def test_this_kernel_can_wait_for_packets_in_flight() -> None:
     assert packets.settled()
 
 
 @pytest.mark.mutation("packets-under-way-are-awaited")
-def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revocations_wait_for_packets_in_flight_before_reading_conntrack(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is taken away waits before it looks; what is only added need not."""
     order: list[str] = []
     settled, count = packets.settled, conntrack.count

@@ -52,7 +52,7 @@ def said(host: AgentHost, address: str, port: int) -> str:
     ).strip()
 
 
-def test_names_and_numbers_of_the_greatest_length_side_by_side(host: AgentHost) -> None:
+def test_networks_with_the_longest_names_and_ids_coexist(host: AgentHost) -> None:
     host.ip("link", "add", NIC, "type", "veth", "peer", "name", "nic-x")
     for vlan in TWINS.values():
         host.add_vlan(names.vlan_link(NIC, vlan))
@@ -81,7 +81,7 @@ def test_names_and_numbers_of_the_greatest_length_side_by_side(host: AgentHost) 
     assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
 
 
-def test_a_vpc_and_its_tiers_with_numbers_of_the_greatest_length(host: AgentHost) -> None:
+def test_a_vpc_with_the_longest_ids_and_highest_vlans(host: AgentHost) -> None:
     """The last of all VLAN tags and of all ids, on both sides."""
     for link in ("eth1.4094", "eth1.4093", "eth2.4094"):
         host.add_vlan(link)

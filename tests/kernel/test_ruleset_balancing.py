@@ -52,7 +52,7 @@ def _ask(protocol: str, port: int, space: str = "inet") -> Try:
     return Try(space, protocol, A2.address, port, CLIENT if space == "inet" else "")
 
 
-def test_a_balanced_port_reaches_the_device_and_nothing_else_of_it_does(lab: Lab) -> None:
+def test_only_balanced_ports_of_the_device_are_reachable(lab: Lab) -> None:
     lab.renew(_wish(_rule(1, "tcp", 80, VM1)))
     lab.answered(_ask("tcp", 80), _ask("tcp", 80, "vm1"))
     lab.silent(_ask("tcp", 8080))
@@ -60,7 +60,7 @@ def test_a_balanced_port_reaches_the_device_and_nothing_else_of_it_does(lab: Lab
     lab.silent(_ask("tcp", 80))
 
 
-def test_the_firewall_judges_balanced_traffic_by_the_clients_own_address(lab: Lab) -> None:
+def test_the_firewall_sees_the_client_address_of_balanced_traffic(lab: Lab) -> None:
     rules = _wish(_rule(1, "tcp", 80, VM1), _rule(2, "udp", 500, VM1), admits=False)
     lab.renew(rules)
     lab.silent(_ask("tcp", 80), _ask("udp", 500))
@@ -78,7 +78,7 @@ def test_udp_flows_are_spread_evenly(lab: Lab, algorithm: Literal["roundrobin", 
     assert told == {"vm1": 4, "vm2": 4, "vm3": 4}
 
 
-def test_udp_by_source_stays_with_one_backend(lab: Lab) -> None:
+def test_udp_by_source_uses_one_backend_per_client(lab: Lab) -> None:
     lab.renew(_wish(_rule(2, "udp", 500, VM1, VM2, VM3, algorithm="source")))
     first = {answer.split()[0] for answer in lab.answered(*[_ask("udp", 500)] * 6)}
     lab.renew(_wish(_rule(2, "udp", 500, VM1, VM2, VM3, algorithm="source"), _rule(3, "tcp", 80, VM1)))
@@ -86,7 +86,7 @@ def test_udp_by_source_stays_with_one_backend(lab: Lab) -> None:
     assert len(first) == 1
 
 
-def test_a_rule_without_backends_answers_nobody(lab: Lab) -> None:
+def test_a_rule_without_backends_does_not_answer(lab: Lab) -> None:
     lab.renew(_wish(_rule(2, "udp", 500)))
     lab.silent(_ask("udp", 500))
 

@@ -129,7 +129,7 @@ CASES: dict[str, tuple[Scope, Scope]] = {
 
 @pytest.mark.mutation("a-flow-ends-with-what-allowed-it", instead='"keep"')
 @pytest.mark.parametrize("revoked", CASES)
-def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
+def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
     lab: Lab, talk: Callable[..., Talk], revoked: str
 ) -> None:
     before, after = CASES[revoked]
@@ -161,7 +161,7 @@ def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_a_revoked_udp_flow_stays_ended_while_both_ends_send(lab: Lab, talk: Callable[..., Talk], first: str) -> None:
+def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(lab: Lab, talk: Callable[..., Talk], first: str) -> None:
     """Without the mark the guest's next datagram would be a new connection outward, with the very same ports."""
     before, after = CASES["the forward"]
     lab.renew(before)
@@ -176,7 +176,7 @@ def test_a_revoked_udp_flow_stays_ended_while_both_ends_send(lab: Lab, talk: Cal
     assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
 
 
-def test_tcp_is_not_picked_up_in_the_middle_whichever_end_sends(lab: Lab) -> None:
+def test_tcp_without_a_handshake_is_not_accepted_from_either_end(lab: Lab) -> None:
     before = wish(admit(A1, "tcp", "2200"), forwards=[forward(A1, "2200", VM1)])
     lab.renew(before)
     server = lab.open_socket("vm1", socket.SOCK_STREAM)
@@ -200,7 +200,7 @@ def test_tcp_is_not_picked_up_in_the_middle_whichever_end_sends(lab: Lab) -> Non
         assert not [it for it in lab.entries() if 2200 in (it.sport, it.dport)]
 
 
-def test_a_denied_egress_ends_what_guests_began_and_answers_too(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_denied_egress_ends_flows_of_guests_in_both_directions(lab: Lab, talk: Callable[..., Talk]) -> None:
     lab.renew(wish(held=(A1,)))
     ends, stays = lab.connect("vm1", STRANGER, 22), lab.connect("vm2", STRANGER, 22)
     spoken = talk("vm1", STRANGER, 5001, "inet")
@@ -211,7 +211,7 @@ def test_a_denied_egress_ends_what_guests_began_and_answers_too(lab: Lab, talk: 
         assert echoes(stays)
 
 
-def test_a_ping_that_goes_on_meets_a_revoked_rule(lab: Lab) -> None:
+def test_a_continuous_ping_stops_when_its_rule_is_revoked(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "icmp"), held=(A1,)))
     lab.answered(Try("inet", "icmp", A1.address, source=CLIENT))
     lab.apply(wish(held=(A1,)))
@@ -219,7 +219,7 @@ def test_a_ping_that_goes_on_meets_a_revoked_rule(lab: Lab) -> None:
     assert not [it for it in lab.entries() if it.protocol == 1 and it.dst == A1.address and it.src == CLIENT]
 
 
-def test_a_hairpin_flow_ends_with_its_forward(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_hairpin_flow_ends_when_its_forward_is_removed(lab: Lab, talk: Callable[..., Talk]) -> None:
     before = wish(admit(A1, "all"), forwards=[forward(A1, "22", VM1), forward(A1, "53", VM1, protocol="udp")])
     lab.renew(before)
     spoken = talk("vm2", A1.address, 53, "vm1")
@@ -231,7 +231,7 @@ def test_a_hairpin_flow_ends_with_its_forward(lab: Lab, talk: Callable[..., Talk
         assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
 
 
-def test_a_forward_that_moves_takes_its_clients_along(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Talk]) -> None:
     """The old guest goes on sending, and neither reaches the client nor keeps it from the new guest."""
     lab.renew(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     spoken = talk("inet", A1.address, 53, "vm1", local=4100)
@@ -250,7 +250,7 @@ def test_a_forward_that_moves_takes_its_clients_along(lab: Lab, talk: Callable[.
         assert spoken.client.recv(100) == b"here"
 
 
-def test_a_new_static_translation_leaves_what_its_guest_had_begun_alone(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable[..., Talk]) -> None:
     before = wish(admit(B1, "icmp"), held=(A1, B1))
     lab.renew(before)
     spoken = talk("vm2", STRANGER, 5002, "inet")
@@ -264,7 +264,7 @@ def test_a_new_static_translation_leaves_what_its_guest_had_begun_alone(lab: Lab
         assert spoken.lives()
 
 
-def test_a_vlan_goes_and_the_flows_over_another_do_not_notice(lab: Lab) -> None:
+def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:
     """With its link, its routes and its rule; and comes back."""
     both = [forward(A1, "22", VM1), forward(B1, "22", VM2)]
     before = wish(admit(A1, "tcp"), admit(B1, "tcp"), held=(A1, B1), forwards=both)
@@ -285,7 +285,7 @@ def test_a_vlan_goes_and_the_flows_over_another_do_not_notice(lab: Lab) -> None:
             it.close()
 
 
-def test_another_source_nat_address_ends_the_old_ones_flows(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, talk: Callable[..., Talk]) -> None:
     lab.renew(wish(held=(A1, A2)))
     spoken = talk("vm1", STRANGER, 5003, "inet")
     with lab.connect("vm1", STRANGER, 22) as ends:
@@ -299,7 +299,7 @@ def test_another_source_nat_address_ends_the_old_ones_flows(lab: Lab, talk: Call
 
 
 @pytest.mark.mutation("a-new-address-redirects-open-flows")
-def test_who_spoke_to_an_address_outside_speaks_to_whom_it_leads_to_when_it_comes(lab: Lab) -> None:
+def test_a_flow_to_an_outside_address_follows_it_when_it_moves_inside(lab: Lab) -> None:
     """An address of another network, say, that moved here: a guest that never stops sending finds the way inside."""
     lab.renew(wish(held=(A1,)))
     with lab.open_socket("vm1", socket.SOCK_DGRAM) as mouth, lab.open_socket("vm2", socket.SOCK_DGRAM) as ear:
@@ -313,7 +313,7 @@ def test_who_spoke_to_an_address_outside_speaks_to_whom_it_leads_to_when_it_come
         assert ear.recv(100) == b"inward"
 
 
-def test_flows_with_the_device_itself_live_through_changes(lab: Lab) -> None:
+def test_flows_with_the_device_itself_survive_changes(lab: Lab) -> None:
     lab.serve("dev", "tcp", 80)
     before, after = CASES["the rule"]
     lab.renew(before)
@@ -323,7 +323,7 @@ def test_flows_with_the_device_itself_live_through_changes(lab: Lab) -> None:
         assert echoes(stays)
 
 
-def test_a_long_transfer_runs_through_a_hundred_rule_changes(lab: Lab) -> None:
+def test_a_long_transfer_survives_a_hundred_rule_changes(lab: Lab) -> None:
     size = 16 << 20
     block = bytes(range(256)) * 256
     base = wish(admit(A1, "tcp", "7000"), held=(A1, A2), forwards=[forward(A1, "7000", VM1)])

@@ -24,7 +24,7 @@ def namespace() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("scenario", scenarios(), ids=lambda it: it.name)
-def test_nft_takes_it(namespace: str, scenario: Path) -> None:
+def test_nft_accepts_each_golden_ruleset(namespace: str, scenario: Path) -> None:
     text = (scenario / "ruleset.nft").read_text()
     nft = ["ip", "netns", "exec", namespace, "nft"]
     checked = subprocess.run([*nft, "--check", "-f", "-"], input=text, text=True, capture_output=True)

@@ -162,7 +162,7 @@ OPEN = (item(1, "allow", "ingress"),)
 @settings(max_examples=12)
 @example((item(1, "allow", "ingress", "tcp", "22", f"{FAR}/128"), item(2, "deny", "egress", "udp")), OPEN, True)
 @given(LISTS, st.just(OPEN) | LISTS, st.booleans())
-def test_packets_between_tiers_and_the_world_do_what_the_lists_say(
+def test_ipv6_packets_of_tiers_follow_the_acls(
     lab: Lab, acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, both: bool
 ) -> None:
     lab.renew(tiers(acl_a, acl_b, both=both))
@@ -175,7 +175,7 @@ def test_packets_between_tiers_and_the_world_do_what_the_lists_say(
 
 
 @pytest.mark.mutation("an-ipv6-flow-is-judged-by-the-lists")
-def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> None:
+def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
     ssh, web = item(5, "allow", "ingress", "tcp", "22"), item(6, "allow", "ingress", "tcp", "8080")
     lab.renew(tiers((ssh, web), OPEN, both=True))
     gone = [lab.connect("inet", HOMES["a1"], 22, FAR), lab.connect("b1", HOMES["a1"], 22)]
@@ -200,7 +200,7 @@ def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> N
 @pytest.mark.mutation(
     "a-list-item-is-about-its-prefixes", instead='f"{word} {field}{masked} {{ {values} }}" if version == 4 else ""'
 )
-def test_a_flood_meets_neither_a_loss_nor_a_hole_while_lists_are_exchanged(lab: Lab) -> None:
+def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
     """Of two ports the list allows one and denies the other, both ways; all else changes, the other tier's IPv6 too."""
     keep = (
         item(10, "allow", "ingress", "udp", "6000", f"{FAR}/128", f"{FARTHER}/128"),
@@ -283,7 +283,7 @@ CLOSED = Firewall(default_egress_allow=False, rules=(FirewallRule(rule_id=1, dir
 @settings(max_examples=12)
 @example(CLOSED, False)
 @given(FIREWALLS, st.booleans())
-def test_packets_of_an_isolated_network_do_what_the_firewall_says(
+def test_ipv6_packets_of_an_isolated_network_follow_the_firewall(
     lab: Lab, firewall: Firewall | None, open_to_all: bool
 ) -> None:
     lab.renew(isolated(firewall, open_to_all=open_to_all))

@@ -88,7 +88,7 @@ def _original(it: Entry) -> tuple[object, ...]:
     )
 )  # fmt: skip
 @given(scopes())
-def test_the_judge_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
+def test_the_flow_judge_agrees_with_the_kernel(lab: Lab, scope: Scope) -> None:
     lab.renew(scope)
     sent = _first_packets(lab)
     entries = {_original(it): it for it in lab.entries()}

@@ -163,7 +163,7 @@ def test_each_range_is_served_with_its_own_router_and_mask(standing: AgentHost) 
     assert password(standing, ONE) == "FAKE-one"
 
 
-def test_what_tenants_send_each_other_and_the_world_is_none_of_our_business(standing: AgentHost) -> None:
+def test_traffic_between_tenants_and_the_router_is_not_filtered(standing: AgentHost) -> None:
     assert pings(standing, ONE, TWO_IP)
     assert pings(standing, TWO, RESOLVER)
 
@@ -181,7 +181,7 @@ def test_the_device_forwards_nothing(standing: AgentHost) -> None:
         standing.ip("-n", ONE, "route", "del", RESOLVER)
 
 
-def test_a_neighbour_with_a_vms_address_gets_nothing_of_it(standing: AgentHost) -> None:
+def test_a_neighbour_with_the_address_of_a_vm_gets_no_data_of_it(standing: AgentHost) -> None:
     standing.plug("thief", BRIDGE, THIEF_MAC, f"{ONE_IP}/24")
     standing.ip("-n", "thief", "link", "set", "eth0", "up")
     try:
@@ -198,7 +198,7 @@ def test_a_neighbour_with_a_vms_address_gets_nothing_of_it(standing: AgentHost) 
 
 
 @pytest.mark.mutation("routers-do-not-reach-the-device")
-def test_routers_and_strangers_reach_nothing_of_the_device(standing: AgentHost) -> None:
+def test_routers_and_outside_hosts_cannot_reach_the_device(standing: AgentHost) -> None:
     fabric = standing.fabric
     standing.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)
     standing.run("ip", "route", "replace", f"{DEVICE}/32", "dev", "sw-eth1.1410", pid=fabric)
@@ -211,7 +211,7 @@ def test_routers_and_strangers_reach_nothing_of_the_device(standing: AgentHost) 
     assert lookup(standing, "", f"{ONE}.{DOMAIN}", pid=fabric, patience_s=2) == ""
 
 
-def test_a_vm_that_goes_through_its_router_has_names_and_no_metadata(standing: AgentHost) -> None:
+def test_a_vm_behind_its_router_gets_names_but_no_metadata(standing: AgentHost) -> None:
     """A client that takes no classless routes: its requests bear the router's MAC address, which proves nothing."""
     standing.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
     try:
@@ -225,7 +225,7 @@ def test_a_vm_that_goes_through_its_router_has_names_and_no_metadata(standing: A
 FIRST_CALLS = ("301", "302", "303", "304", "305", "306", "307", "314", "315", "090")
 
 
-def test_whatever_comes_first_builds_the_network_and_the_end_leaves_nothing(host: AgentHost) -> None:
+def test_any_first_command_builds_the_network_and_it_is_removed_completely(host: AgentHost) -> None:
     before = host.inventory()
     for removal in ("310", "311", "312", "313", "316"):
         play(host, removal)
@@ -245,7 +245,7 @@ def test_whatever_comes_first_builds_the_network_and_the_end_leaves_nothing(host
         wait_until(lambda: host.inventory() == before)
 
 
-def test_the_device_moves_to_the_address_that_cloudstack_names(host: AgentHost) -> None:
+def test_the_device_takes_the_address_that_cloudstack_sends(host: AgentHost) -> None:
     """Not named, it stays where it is; another one, and the services are there and nowhere else."""
     play(host, "301", extension_ip="")
     assert host.run("ip", "netns", "list") == ""
@@ -267,7 +267,7 @@ def test_the_device_moves_to_the_address_that_cloudstack_names(host: AgentHost) 
     assert steps(host) == 0
 
 
-def test_an_l2_network_has_its_vms_remembered_and_nothing_built(host: AgentHost) -> None:
+def test_an_l2_network_stores_its_vms_and_builds_nothing(host: AgentHost) -> None:
     before = host.inventory()
     play(host, "320")
     assert host.inventory() == {**before, "files": before["files"] + 1}
@@ -275,7 +275,7 @@ def test_an_l2_network_has_its_vms_remembered_and_nothing_built(host: AgentHost)
     assert host.inventory() == before
 
 
-def test_a_range_that_ends_a_restart_and_a_new_agent(host: AgentHost) -> None:
+def test_a_removed_range_a_restart_and_an_agent_restart_keep_the_other_range(host: AgentHost) -> None:
     for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
         play(host, fixture)
     host.plug(ONE, BRIDGE, ONE_MAC)
@@ -301,7 +301,7 @@ def test_a_range_that_ends_a_restart_and_a_new_agent(host: AgentHost) -> None:
     assert get(host, TWO, "/latest/meta-data/local-hostname") == TWO
 
 
-def test_after_a_failover_an_isolated_network_stands_with_the_first_call_about_a_vm() -> None:
+def test_after_failover_the_first_vm_command_builds_an_isolated_network() -> None:
     with agent_host() as host:
         host.start()
         play(host, "100")
@@ -311,7 +311,7 @@ def test_after_a_failover_an_isolated_network_stands_with_the_first_call_about_a
         assert pings(host, "web", "10.10.1.1")
 
 
-def test_an_isolated_network_whose_gateway_is_somebody_elses() -> None:
+def test_an_isolated_network_with_an_external_gateway() -> None:
     """Provider of DHCP, DNS and user data only: the device asks the gateway, and does not take its place."""
     with agent_host("eth1.1205") as host, resolving(host):
         host.start()
@@ -327,7 +327,7 @@ def test_an_isolated_network_whose_gateway_is_somebody_elses() -> None:
         assert host.run("arping", "-c", "1", "-I", "eth0", "10.11.1.1", namespace="web").count("Unicast reply") == 1
 
 
-def test_a_shared_network_with_nat_and_firewall_lives_as_an_isolated_one() -> None:
+def test_a_shared_network_with_nat_and_firewall_works_like_an_isolated_one() -> None:
     """Advanced zones: the device is its gateway, CloudStack implements it, and in the end shuts it down."""
     with agent_host("eth1.1410", "eth2.101") as host:
         host.start()
@@ -364,7 +364,7 @@ def test_an_untagged_shared_network_uses_the_nic_itself(host: AgentHost) -> None
     assert "10.32.0.4/24" in host.run("ip", "addr", namespace="cs-net-411")
 
 
-def test_a_private_vlan_is_refused_and_leaves_nothing(host: AgentHost) -> None:
+def test_a_private_vlan_is_refused_and_creates_nothing(host: AgentHost) -> None:
     before = host.inventory()
     reply = host.call("318", "prepare-nic")
     assert (reply.status, reply.error) == (

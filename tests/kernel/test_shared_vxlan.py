@@ -40,7 +40,7 @@ def implement(host: AgentHost, **changes: str) -> Reply:
     return host.call("020", "implement-network", registration=VXLAN, vlan=VNI, **changes)
 
 
-def test_frames_cross_between_two_hosts(host: AgentHost) -> None:
+def test_vxlan_carries_frames_between_two_hosts(host: AgentHost) -> None:
     reply = implement(host)
     assert reply.status == 0, reply.error
     assert reply.output == (f'{{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://{VNI}"}}')
@@ -67,14 +67,14 @@ def test_frames_cross_between_two_hosts(host: AgentHost) -> None:
     assert host.run("nft", "list", "tables") == ""
 
 
-def test_a_tunnel_that_is_taken_away_comes_back(host: AgentHost) -> None:
+def test_a_deleted_tunnel_is_restored(host: AgentHost) -> None:
     assert implement(host).status == 0
     host.ip("link", "del", TUNNEL)
     wait_until(lambda: host.links().get(TUNNEL, {}).get("master") == BRIDGE)
     host.run("ping", "-c", "1", "-W", "5", "10.10.1.1", pid=host.fabric)
 
 
-def test_what_the_kvm_agent_made_is_used_and_left(host: AgentHost) -> None:
+def test_a_tunnel_of_the_kvm_agent_is_used_and_kept(host: AgentHost) -> None:
     host.ip("link", "add", TUNNEL, "mtu", "1400", "type", "vxlan", "id", VNI, "group", "239.255.255.255", "dev", "eth1")
     host.ip("link", "add", BRIDGE, "type", "bridge")
     host.ip("link", "set", TUNNEL, "master", BRIDGE, "up")
@@ -88,7 +88,7 @@ def test_what_the_kvm_agent_made_is_used_and_left(host: AgentHost) -> None:
     assert host.links().keys() == before.keys()
 
 
-def test_without_an_address_the_remedy_is_told(host: AgentHost) -> None:
+def test_a_missing_vxlan_address_is_reported_with_its_remedy(host: AgentHost) -> None:
     host.ip("addr", "flush", "dev", "eth1")
     reply = implement(host)
     assert (reply.status, reply.error) == (3, "eth1 has no IPv4 address for VXLAN to send from")

@@ -103,7 +103,7 @@ def stands(host: AgentHost) -> dict[str, Counter[str]]:
 
 
 @pytest.mark.parametrize("seed", [7, 20261127])
-def test_a_vpc_stands_as_one_built_anew_whatever_it_lived_through(seed: int) -> None:
+def test_after_random_commands_a_vpc_equals_one_built_from_state(seed: int) -> None:
     chance = random.Random(seed)
     with agent_host("eth1.1310", "eth1.1311", "eth1.1499", "eth2.101", "eth2.102") as host:
         host.start()

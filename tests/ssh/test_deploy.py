@@ -30,7 +30,7 @@ from ssh.deploy_lab import (
 
 
 @pytest.mark.parametrize("user", ["root", "netadmin"])
-def test_first_contact_brings_the_program_and_then_a_call_is_one_round_trip(
+def test_the_first_call_uploads_the_program_and_the_next_is_one_round_trip(
     user: str, bed: Bed, host: Host, one: Path
 ) -> None:
     server = Server(bed, one, user=user)
@@ -49,7 +49,7 @@ def test_first_contact_brings_the_program_and_then_a_call_is_one_round_trip(
     assert server.log().count(" from byte ") == 1
 
 
-def test_the_deadline_comes_first_and_the_upload_goes_on_in_the_helper(bed: Bed, host: Host, one: Path) -> None:
+def test_an_upload_continues_in_the_helper_after_the_deadline(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, timeout_s=4)
     slow_disk(host, stop=1 << 20)
     ended = server.ask()
@@ -64,7 +64,7 @@ def test_the_deadline_comes_first_and_the_upload_goes_on_in_the_helper(bed: Bed,
     assert server.log().count(" from byte ") == 1
 
 
-def test_without_a_helper_the_next_call_goes_on_from_there(bed: Bed, host: Host, one: Path) -> None:
+def test_without_a_helper_the_next_call_resumes_the_upload(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=1 << 20)
     ended = server.ask()
@@ -79,7 +79,7 @@ def test_without_a_helper_the_next_call_goes_on_from_there(bed: Bed, host: Host,
     assert f"from byte {there // 65536 * 65536}\n" in server.log()
 
 
-def test_a_connection_that_is_cut_is_resumed(bed: Bed, host: Host, one: Path) -> None:
+def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, one: Path) -> None:
     """What the host still has of the cut one writes on, later, and does no harm."""
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=2 << 20)
@@ -99,7 +99,7 @@ def test_a_connection_that_is_cut_is_resumed(bed: Bed, host: Host, one: Path) ->
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
 
-def test_two_servers_at_once_do_not_collide(bed: Bed, host: Host, one: Path) -> None:
+def test_two_servers_can_upload_at_the_same_time(bed: Bed, host: Host, one: Path) -> None:
     servers = [Server(bed, one) for _ in range(2)]
     slow_disk(host, stop=1 << 20)
     asked = [in_background(server) for server in servers]
@@ -111,7 +111,7 @@ def test_two_servers_at_once_do_not_collide(bed: Bed, host: Host, one: Path) -> 
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
 
-def test_what_arrives_spoilt_is_never_run(bed: Bed, host: Host, one: Path) -> None:
+def test_a_corrupted_upload_is_never_executed(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one)
     slow_disk(host, spoil=True)
     ended = server.ask()
@@ -122,7 +122,7 @@ def test_what_arrives_spoilt_is_never_run(bed: Bed, host: Host, one: Path) -> No
     assert works(server.ask())
 
 
-def test_a_disk_that_gets_full_under_the_upload_is_said_and_left_empty(bed: Bed, host: Host, one: Path) -> None:
+def test_a_disk_full_during_upload_is_reported_and_cleaned_up(bed: Bed, host: Host, one: Path) -> None:
     host.sh("mount -t tmpfs -o size=64m none /usr/local && mkdir /usr/local/bin")
     slow_disk(host, stop=1 << 20)
     server = Server(bed, one)
@@ -152,7 +152,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_in_the_way_is_named_and_nothing_is_left(case: str, bed: Bed, host: Host, one: Path) -> None:
+def test_deployment_obstacles_are_reported_and_nothing_is_left(case: str, bed: Bed, host: Host, one: Path) -> None:
     script, said = REFUSED[case]
     host.sh(script)
     before = host.sh("find /usr/local -mindepth 1 | sort")
@@ -163,7 +163,7 @@ def test_what_is_in_the_way_is_named_and_nothing_is_left(case: str, bed: Bed, ho
     assert host.sh("find /usr/local -mindepth 1 | sort") == before
 
 
-def test_a_host_that_cannot_carry_networks_is_told_what_it_lacks(bed: Bed, host: Host, one: Path) -> None:
+def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: Host, one: Path) -> None:
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do mount --bind /dev/null $f; done")
     server = Server(bed, one)
     ended = server.ask()
@@ -177,7 +177,7 @@ def test_a_host_that_cannot_carry_networks_is_told_what_it_lacks(bed: Bed, host:
     assert server.log().count(" from byte ") == 1
 
 
-def test_a_program_that_was_spoilt_on_the_host_is_brought_again(bed: Bed, host: Host, one: Path) -> None:
+def test_a_program_corrupted_on_the_host_is_uploaded_again(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
     assert works(server.ask())
     kill_agent(host)
@@ -186,7 +186,7 @@ def test_a_program_that_was_spoilt_on_the_host_is_brought_again(bed: Bed, host: 
     assert server.log().count(" from byte ") == 2
 
 
-def test_a_place_that_became_noexec_is_named(bed: Bed, host: Host, one: Path) -> None:
+def test_a_directory_mounted_noexec_is_reported(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
     assert works(server.ask())
     kill_agent(host)
@@ -196,7 +196,7 @@ def test_a_place_that_became_noexec_is_named(bed: Bed, host: Host, one: Path) ->
     assert f"{LIBEXEC} is mounted noexec" in ended.output
 
 
-def test_a_machine_is_known_by_its_programs() -> None:
+def test_the_architecture_is_read_from_elf_files() -> None:
     assert machine_of(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00") == "x86_64"
     assert machine_of(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\xb7\x00") == "aarch64"
     assert machine_of(b"\x7fELF\x02\x02\x01" + bytes(11) + b"\x00\x16") == "s390x"

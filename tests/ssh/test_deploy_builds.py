@@ -95,7 +95,7 @@ def nothing_changes(host: Host) -> Iterator[None]:
         host.sh("pkill -x ip")
 
 
-def test_a_newer_build_takes_over_and_no_network_notices(
+def test_a_newer_build_takes_over_without_affecting_networks(
     bed: Bed, host: Host, internet: Internet, older: Path, two: Path
 ) -> None:
     server = Server(bed, older)
@@ -134,9 +134,7 @@ def test_a_newer_build_takes_over_and_no_network_notices(
     assert builds(host) == [ONE, TWO, "current", "previous"]
 
 
-def test_of_the_older_builds_the_last_one_is_kept(
-    bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
-) -> None:
+def test_only_the_previous_build_is_kept(bed: Bed, host: Host, files: OneFiles, older: Path, two: Path) -> None:
     server = Server(bed, older, helper="0")
     assert works(server.ask())
     host.write(f"{LIBEXEC}/notes.txt", "the operator's")
@@ -165,9 +163,7 @@ def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
     assert "no automatic downgrade" in server.log()
 
 
-def test_two_servers_of_different_builds_at_once_end_with_the_newer(
-    bed: Bed, host: Host, older: Path, two: Path
-) -> None:
+def test_two_servers_of_different_builds_result_in_the_newer(bed: Bed, host: Host, older: Path, two: Path) -> None:
     servers = [Server(bed, older), Server(bed, two), Server(bed, older)]
     for ended in [in_background(server) for server in servers]:
         assert works(ended())
@@ -177,7 +173,7 @@ def test_two_servers_of_different_builds_at_once_end_with_the_newer(
     assert agents(host) == [TWO]
 
 
-def test_back_to_the_previous_build_and_its_state(
+def test_rollback_restores_the_previous_build_and_its_state(
     bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
 ) -> None:
     server = Server(bed, older)
@@ -212,7 +208,7 @@ def test_back_to_the_previous_build_and_its_state(
     assert [name for name in builds(host) if name[0] == "0"] == [ONE, THREE]
 
 
-def test_back_with_the_state_of_now(bed: Bed, host: Host, older: Path, two: Path) -> None:
+def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, two: Path) -> None:
     server = Server(bed, older)
     net = network(server)
     net.implement()
@@ -237,7 +233,7 @@ KILLED = {
 
 
 @pytest.mark.parametrize("when", KILLED)
-def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
+def test_after_an_interrupted_replacement_the_next_call_works(
     when: str, bed: Bed, host: Host, files: OneFiles, older: Path
 ) -> None:
     server = Server(bed, older, helper="0")
@@ -255,9 +251,7 @@ def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
     assert current(host) == build
 
 
-def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
-    bed: Bed, host: Host, files: OneFiles, older: Path
-) -> None:
+def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
     server = Server(bed, older)
     net = network(server)
     net.implement()
@@ -283,9 +277,7 @@ def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
     assert "no build before" in agent_word(host, "rollback", check=False)
 
 
-def test_an_agent_that_hangs_is_replaced_by_the_operators_word(
-    bed: Bed, host: Host, files: OneFiles, older: Path
-) -> None:
+def test_an_operator_can_replace_a_hung_agent(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
     assert works(Server(bed, older).ask())
     kill_agent(host, "STOP")
     install = "netloom/agent/setup/install.py"

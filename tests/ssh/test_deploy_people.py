@@ -39,7 +39,7 @@ class Person:
         return told
 
 
-def test_installed_beforehand_on_many_hosts_with_their_progress(at: Person, bed: Bed, host: Host) -> None:
+def test_install_on_many_hosts_shows_their_progress(at: Person, bed: Bed, host: Host) -> None:
     nobody = "198.18.0.99"
     done = at.say("install", "--hosts", f"{host.address},{nobody}", check=False)
     assert done.status == 2
@@ -59,7 +59,7 @@ def test_installed_beforehand_on_many_hosts_with_their_progress(at: Person, bed:
     assert "uploading" not in server.log()
 
 
-def test_by_password_and_through_sudo(at: Person, bed: Bed, host: Host) -> None:
+def test_install_works_by_password_and_sudo(at: Person, bed: Bed, host: Host) -> None:
     bed.management.write("/root/password", f"# of the hosts\nNETLOOM_PASSWORD={bed.password}\n", mode=0o600)
     words = ["--hosts", host.address, "--username", "netadmin", "--password-file", "/root/password"]
     assert at.say("install", *words, key=False).status == 0
@@ -71,7 +71,7 @@ def test_by_password_and_through_sudo(at: Person, bed: Bed, host: Host) -> None:
     assert bed.password not in refused.out + refused.err
 
 
-def test_a_terminal_sees_bars(at: Person, host: Host) -> None:
+def test_a_terminal_shows_progress_bars(at: Person, host: Host) -> None:
     typed = f"{PROGRAM} agent install --hosts {host.address} --sshkey /root/key"
     seen = at.bed.management.run("script", "-qec", typed, "/dev/null", HOME="/root", TERM="linux").out
     assert f"{host.address}  [" in seen
@@ -79,7 +79,7 @@ def test_a_terminal_sees_bars(at: Person, host: Host) -> None:
     assert "\x1b[1A" in seen
 
 
-def test_what_an_older_program_does_on_a_newer_host_is_refused_with_the_way_back(
+def test_commands_of_an_older_program_are_refused_on_a_newer_host_with_a_hint(
     at: Person, host: Host, two: Path
 ) -> None:
     at.bed.management.run("install", "-m", "755", str(two), "/root/newer")
@@ -91,7 +91,7 @@ def test_what_an_older_program_does_on_a_newer_host_is_refused_with_the_way_back
     assert agents(host) == [TWO]
 
 
-def test_status_selftest_and_rollback_of_hosts(at: Person, host: Host, two: Path) -> None:
+def test_status_selftest_and_rollback_work_on_hosts(at: Person, host: Host, two: Path) -> None:
     missing = at.say("status", "--hosts", host.address, check=False)
     assert missing.status == 3
     assert f"netloom is not installed there (netloom agent install --hosts {host.address})" in missing.out
@@ -129,7 +129,7 @@ def left(host: Host) -> dict[str, list[str]]:
     return host.objects(files=FILES)
 
 
-def test_uninstalled_a_host_is_as_it_was_found(at: Person, host: Host, two: Path) -> None:
+def test_uninstall_restores_the_host(at: Person, host: Host, two: Path) -> None:
     host.sh("rm -rf /root/.cache")
     before = left(host)
     at.say("install", "--hosts", host.address)
@@ -140,7 +140,7 @@ def test_uninstalled_a_host_is_as_it_was_found(at: Person, host: Host, two: Path
     assert until(lambda: difference(before, left(host)) == {}, seconds=SETTLE_S), difference(before, left(host))
 
 
-def test_installed_and_uninstalled_on_the_host_itself(host: Host, one: Path) -> None:
+def test_install_and_uninstall_work_on_the_host_itself(host: Host, one: Path) -> None:
     host.sh("rm -rf /root/.cache")
     before = left(host)
     host.run(str(one), "agent", "install")
@@ -150,7 +150,7 @@ def test_installed_and_uninstalled_on_the_host_itself(host: Host, one: Path) -> 
 
 
 @pytest.mark.parametrize("word", ["install", "status", "selftest", "rollback", "uninstall"])
-def test_an_empty_list_of_hosts_is_not_this_machine(word: str, host: Host, one: Path) -> None:
+def test_an_empty_host_list_does_not_mean_this_machine(word: str, host: Host, one: Path) -> None:
     """Somebody's variable was empty; what is done here cannot be undone everywhere."""
     done = host.run(str(one), "agent", word, "--hosts", "", check=False)
     assert (done.status, done.out) == (1, "")
@@ -159,14 +159,14 @@ def test_an_empty_list_of_hosts_is_not_this_machine(word: str, host: Host, one: 
 
 
 @pytest.mark.parametrize("word", ["install", "status", "rollback", "uninstall"])
-def test_whoever_is_not_root_is_told_so(word: str, host: Host, one: Path) -> None:
+def test_commands_require_root(word: str, host: Host, one: Path) -> None:
     somebody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     done = host.run(*somebody, str(one), "agent", word, check=False, HOME="/tmp")
     assert (done.status, done.out) == (1, "")
     assert done.err == "netloom: on this machine only root can do that (sudo, or name hosts by --hosts)\n"
 
 
-def test_networks_are_not_removed_without_a_word(at: Person, bed: Bed, host: Host) -> None:
+def test_uninstall_removes_networks_only_when_told_to(at: Person, bed: Bed, host: Host) -> None:
     bed.add_segments([("eth1", "1204")])
     host.sh("rm -rf /root/.cache")
     before = left(host)
@@ -187,7 +187,7 @@ def test_networks_are_not_removed_without_a_word(at: Person, bed: Bed, host: Hos
     assert until(lambda: difference(before, left(host)) == {}, seconds=SETTLE_S), difference(before, left(host))
 
 
-def test_networks_that_are_left_stand_and_are_found_again(at: Person, bed: Bed, host: Host) -> None:
+def test_networks_kept_by_uninstall_work_and_are_adopted_again(at: Person, bed: Bed, host: Host) -> None:
     server = Server(bed, Path(PROGRAM))
     bed.add_segments([("eth1", "1204")])
     net = server.cloud.isolated_network(
@@ -204,7 +204,7 @@ def test_networks_that_are_left_stand_and_are_found_again(at: Person, bed: Bed, 
     assert host.sh("ip netns") == ""
 
 
-def test_a_checkout_says_that_it_cannot_be_installed(bed: Bed) -> None:
+def test_installing_a_checkout_is_refused(bed: Bed) -> None:
     from bed.lab import program_from_source
 
     for words in (["install"], ["install", "--hosts", bed.hosts[0].address]):

@@ -63,7 +63,7 @@ def status(host: SystemdHost) -> dict[str, object]:
     return dict(told)
 
 
-def test_systemd_looks_after_the_agent(machine: SystemdHost, programs: OneFiles) -> None:
+def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: OneFiles) -> None:
     host = machine
     host.run(str(programs.make(ONE)), "agent", "install")
     assert host.run("systemctl", "is-enabled", UNIT) == "enabled"
@@ -106,7 +106,7 @@ def test_systemd_looks_after_the_agent(machine: SystemdHost, programs: OneFiles)
     assert host.run("ip", "netns") == ""
 
 
-def test_an_agent_that_ran_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
+def test_an_agent_started_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
     host = machine
     host.run(str(programs.make(ONE)), "agent", "install")
     detached = "systemctl disable --now -q netloom-agent && rm /etc/systemd/system/netloom-agent.service"

@@ -78,7 +78,7 @@ def test_twenty_first_calls_start_one_helper_and_share_its_connection(lab: SshLa
     assert caller.log.count(" status=0 ") == 20
 
 
-def test_a_call_to_a_host_that_is_connected_is_one_round_trip(lab: SshLab, caller: Caller) -> None:
+def test_a_call_to_a_connected_host_is_one_round_trip(lab: SshLab, caller: Caller) -> None:
     details = caller.details(sshkey=lab.key("good"))
     logins = len(lab.h1.logins())
     for command in ("implement-network", "shutdown-network"):
@@ -87,7 +87,7 @@ def test_a_call_to_a_host_that_is_connected_is_one_round_trip(lab: SshLab, calle
     assert lab.h1.logins()[logins:].count("Accepted publickey") == 1
 
 
-def test_the_helper_has_nothing_of_its_first_caller(lab: SshLab, caller: Caller) -> None:
+def test_the_helper_inherits_nothing_from_its_first_caller(lab: SshLab, caller: Caller) -> None:
     """Field note fault 10: whoever reads a call's output to its end does not wait for the helper."""
     secret = "hunter2-never-shown"
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), password=secret), timeout=60)
@@ -104,7 +104,7 @@ def test_the_helper_has_nothing_of_its_first_caller(lab: SshLab, caller: Caller)
     assert "Max core file size        0" in (proc / "limits").read_text()
 
 
-def test_a_killed_helper_costs_the_call_in_flight_nothing(lab: SshLab, caller: Caller) -> None:
+def test_a_call_in_flight_survives_a_killed_helper(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("hang", on=["implement-network"])
     details = caller.details(sshkey=lab.key("good"))
     process, began = caller.start_and_wait_until_asked(details, 60, lab.h1, STORED)
@@ -119,7 +119,7 @@ def test_a_killed_helper_costs_the_call_in_flight_nothing(lab: SshLab, caller: C
     assert caller.call("implement-network", details, STORED).output == ""
 
 
-def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -> None:
+def test_calls_succeed_whenever_the_helper_is_killed(lab: SshLab, caller: Caller) -> None:
     """One after the other, while somebody kills every helper that there is, sooner and sooner, later and later."""
     details = caller.details(sshkey=lab.key("good"))
     over = threading.Event()
@@ -147,7 +147,7 @@ def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -
     assert sorted(carried_out.values()) == [str(100 + number) for number in range(12)]
 
 
-def test_a_helper_that_hangs_is_left_behind(lab: SshLab, caller: Caller) -> None:
+def test_a_hung_helper_is_abandoned(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("hang", on=["implement-network"])
     details = caller.details(sshkey=lab.key("good"))
     process, began = caller.start_and_wait_until_asked(details, 12, lab.h1, STORED)
@@ -165,7 +165,7 @@ def test_a_helper_that_hangs_is_left_behind(lab: SshLab, caller: Caller) -> None
     assert len(helpers()) == 1
 
 
-def test_sigterm_ends_the_helper_at_once_and_no_call(lab: SshLab, caller: Caller) -> None:
+def test_sigterm_ends_the_helper_but_no_call(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("hang", on=["implement-network"])
     process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
     lab.h1.play()
@@ -175,7 +175,7 @@ def test_sigterm_ends_the_helper_at_once_and_no_call(lab: SshLab, caller: Caller
     assert told not in helpers()
 
 
-def test_an_idle_helper_ends_and_takes_its_name_along(lab: SshLab, caller: Caller) -> None:
+def test_an_idle_helper_ends_and_removes_its_socket(lab: SshLab, caller: Caller) -> None:
     caller.helper = "1"
     caller.ensure(caller.details(sshkey=lab.key("good")))
     assert len(sockets(caller)) == 1
@@ -184,7 +184,7 @@ def test_an_idle_helper_ends_and_takes_its_name_along(lab: SshLab, caller: Calle
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
 
 
-def test_what_idles_is_dropped_while_the_helper_is_in_use(lab: SshLab, caller: Caller) -> None:
+def test_idle_connections_are_closed_while_the_helper_is_in_use(lab: SshLab, caller: Caller) -> None:
     caller.helper = "2"
 
     def connections() -> int:
@@ -201,7 +201,7 @@ def test_what_idles_is_dropped_while_the_helper_is_in_use(lab: SshLab, caller: C
     assert len(helpers()) == 1
 
 
-def test_nobody_is_answered_with_the_credentials_of_another(lab: SshLab, caller: Caller) -> None:
+def test_callers_never_share_credentials(lab: SshLab, caller: Caller) -> None:
     good = caller.details(sshkey=lab.key("good"), port=KEYS)
     assert caller.ensure(good).output
     stranger = caller.ensure({**good, "sshkey": lab.key("stranger")})
@@ -217,7 +217,7 @@ def test_nobody_is_answered_with_the_credentials_of_another(lab: SshLab, caller:
     assert len(helpers()) == 1
 
 
-def test_another_user_is_refused(lab: SshLab, caller: Caller) -> None:
+def test_other_users_cannot_use_the_helper(lab: SshLab, caller: Caller) -> None:
     """A directory that others may enter would not be used; who gets at the socket all the same gets no word."""
     caller.ensure(caller.details(sshkey=lab.key("good")))
     (name,) = sockets(caller)
@@ -236,7 +236,7 @@ def test_another_user_is_refused(lab: SshLab, caller: Caller) -> None:
     assert unpack(pack(b"", b"a\0b")[4:]) == [b"", b"a\0b"]
 
 
-def test_a_helper_of_an_unprivileged_user_is_that_users(lab: SshLab, caller: Caller, tmp_path: Path) -> None:
+def test_an_unprivileged_user_has_a_helper_of_its_own(lab: SshLab, caller: Caller, tmp_path: Path) -> None:
     os.chown(caller.home, 4242, 4242)
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(folder.stat().st_mode | 0o055)
@@ -246,7 +246,7 @@ def test_a_helper_of_an_unprivileged_user_is_that_users(lab: SshLab, caller: Cal
     assert len(helpers()) == 1
 
 
-def test_a_replaced_program_has_a_helper_of_its_own_and_the_old_one_finishes(
+def test_a_replaced_program_starts_a_new_helper_and_the_old_one_finishes(
     lab: SshLab, caller: Caller, tmp_path: Path
 ) -> None:
     for name in ("cmd", "internal"):
@@ -270,7 +270,7 @@ def test_a_replaced_program_has_a_helper_of_its_own_and_the_old_one_finishes(
     assert len(helpers()) == 1
 
 
-def test_where_no_helper_can_run_the_call_works_by_itself(lab: SshLab, caller: Caller) -> None:
+def test_a_call_works_without_a_helper(lab: SshLab, caller: Caller) -> None:
     (caller.home / "helper.lock").mkdir()
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
     assert helpers() == []
@@ -280,7 +280,7 @@ def test_where_no_helper_can_run_the_call_works_by_itself(lab: SshLab, caller: C
     assert helpers() == []
 
 
-def test_a_connection_that_broke_between_two_calls_is_made_anew(lab: SshLab, caller: Caller) -> None:
+def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: Caller) -> None:
     details = caller.details(sshkey=lab.key("good"))
     assert caller.call("implement-network", details, STORED).output == ""
     subprocess.run(["ip", "netns", "exec", lab.h1.netns, "ss", "-K", "sport", "= :22"], capture_output=True, check=True)
@@ -293,7 +293,7 @@ def test_a_connection_that_broke_between_two_calls_is_made_anew(lab: SshLab, cal
     assert len(helpers()) == 1
 
 
-def test_who_is_refused_after_the_connection_broke_is_refused_once(lab: SshLab, caller: Caller) -> None:
+def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, caller: Caller) -> None:
     """Repeated failures lock accounts: the credentials changed while the channel was open, say."""
     details = caller.details(sshkey=lab.key("good"))
     lab.h1.play("hang", on=["implement-network"])
@@ -315,7 +315,7 @@ def test_who_is_refused_after_the_connection_broke_is_refused_once(lab: SshLab, 
     assert until(lambda: lab.h1.logins()[before:].count("closed by authenticating user root") == 1)
 
 
-def test_after_a_host_was_told_silent_the_next_call_knocks_anew(lab: SshLab, caller: Caller) -> None:
+def test_after_a_silent_host_the_next_call_opens_a_new_connection(lab: SshLab, caller: Caller) -> None:
     """TCP repeats a lost first packet later and later: who joins another call's would not see the host come back."""
     path = str(caller.payload(caller.details(sshkey=lab.key("good"), port=HOLE), payload={"current_details": "{}"}))
 
@@ -351,7 +351,7 @@ def test_a_signal_ends_the_call_and_not_the_helper(
     assert len(helpers()) == 1
 
 
-def test_failures_are_those_of_a_call_that_works_by_itself(lab: SshLab, caller: Caller) -> None:
+def test_failures_are_the_same_with_and_without_a_helper(lab: SshLab, caller: Caller) -> None:
     def told() -> list[tuple[int, str]]:
         lab.h1.play(replies={"implement-network": {"status": 3, "error": "zwei\nZeilen \u00fc"}})
         good = caller.details(sshkey=lab.key("good"))
@@ -371,7 +371,7 @@ def test_failures_are_those_of_a_call_that_works_by_itself(lab: SshLab, caller: 
     assert caller.log.count("frob-network") == 4  # command and line, of two calls
 
 
-def test_a_large_payload_arrives_whole(lab: SshLab, caller: Caller) -> None:
+def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None:
     rule = {"type": "egress", "protocol": "tcp", "portStart": 22, "portEnd": 22, "sourceCidrs": [], "destCidrs": []}
     rules = {"rules": [{"id": n, **rule} for n in range(20_000)], "default_egress_allow": True, "cidr": "10.0.0.0/24"}
     sent = caller.call("apply-fw-rules", caller.details(sshkey=lab.key("good")), STORED, {"fw_rules": rules})

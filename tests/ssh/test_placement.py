@@ -26,13 +26,13 @@ def chosen(ended: Any) -> str:
     return host
 
 
-def test_a_new_network_goes_where_cksum_sends_it(lab: SshLab, caller: Caller) -> None:
+def test_a_new_network_is_placed_by_cksum(lab: SshLab, caller: Caller) -> None:
     # printf 42 | cksum: 1199578407, odd: the second of two, as the reference extension chooses.
     assert chosen(caller.ensure(details(lab, caller))) == H2
     assert chosen(caller.ensure(details(lab, caller, f"{H2},{H1}"))) == H1
 
 
-def test_a_network_that_lives_somewhere_is_found_there(lab: SshLab, caller: Caller) -> None:
+def test_an_existing_network_is_found_on_its_host(lab: SshLab, caller: Caller) -> None:
     lab.h1.play(holds=["net-42"])
     assert chosen(caller.ensure(details(lab, caller))) == H1
     assert caller.call("implement-network", details(lab, caller)).output == ""
@@ -46,13 +46,13 @@ def test_the_stored_host_is_kept(lab: SshLab, caller: Caller) -> None:
     assert lab.h2.asked(but="") == []
 
 
-def test_an_earlier_move_is_not_forgotten(lab: SshLab, caller: Caller) -> None:
+def test_an_earlier_move_is_remembered(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(details(lab, caller), stored(H1, epoch=3, previous=H2))
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-net-42","epoch":3,"previous":"10.99.0.12"}'
 
 
 @pytest.mark.parametrize("garbage", ["", "nonsense", "[1]", '{"host":"-oProxyCommand=x"}', '{"host":5}', "{\x01}"])
-def test_garbled_details_are_unknown_details(garbage: str, lab: SshLab, caller: Caller) -> None:
+def test_invalid_stored_details_count_as_unknown(garbage: str, lab: SshLab, caller: Caller) -> None:
     """Field note fault 21: own recovery, valid JSON always."""
     lab.h1.play(holds=["net-42"])
     ended = caller.call("ensure-network-device", details(lab, caller), None, {"current_details": garbage})
@@ -60,7 +60,7 @@ def test_garbled_details_are_unknown_details(garbage: str, lab: SshLab, caller: 
 
 
 @pytest.mark.mutation("a-network-of-a-silent-host-stays", instead="Use(now.order[-1])")
-def test_defect_58_a_network_does_not_leave_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
+def test_defect_58_a_network_stays_on_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
     for command in ("ensure-network-device", "shutdown-network"):
         ended = caller.call(command, details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))
         assert ended.status == 2
@@ -69,27 +69,27 @@ def test_defect_58_a_network_does_not_leave_a_host_that_is_down(lab: SshLab, cal
     assert lab.h2.asked() == []
 
 
-def test_a_candidate_that_holds_the_network_answers_for_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
+def test_a_candidate_that_holds_the_network_replaces_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
     lab.h2.play(holds=["net-42"])
     assert chosen(caller.ensure(details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))) == H2
 
 
 @pytest.mark.mutation("a-host-off-the-list-keeps-its-networks")
-def test_defect_60_a_host_that_left_the_list_keeps_what_it_holds(lab: SshLab, caller: Caller) -> None:
+def test_defect_60_a_host_removed_from_the_list_keeps_its_networks(lab: SshLab, caller: Caller) -> None:
     lab.h1.play(holds=["net-42"])
     assert chosen(caller.ensure(details(lab, caller, H2), stored(H1))) == H1
     lab.h1.play()
     assert chosen(caller.ensure(details(lab, caller, H2), stored(H1))) == H2
 
 
-def test_a_removal_of_what_nobody_holds_succeeds_and_sends_nothing(lab: SshLab, caller: Caller) -> None:
+def test_removing_an_unknown_network_succeeds_without_a_call(lab: SshLab, caller: Caller) -> None:
     port = {"public_ip": "203.0.113.5", "public_port": "22", "private_ip": "10.1.1.5", "private_port": "22"}
     for command in ("shutdown-network", "release-ip", "delete-port-forward"):
         assert caller.call(command, details(lab, caller), None, {**port, "protocol": "tcp"}).output == ""
     assert lab.h1.asked() == lab.h2.asked() == []
 
 
-def test_destroy_is_told_to_everybody(lab: SshLab, caller: Caller) -> None:
+def test_destroy_is_sent_to_all_hosts(lab: SshLab, caller: Caller) -> None:
     assert caller.call("destroy-network", details(lab, caller, f"{H1},{H2},10.99.0.99"), stored(H1)).output == ""
     (first,), (second,) = lab.h1.asked(), lab.h2.asked()
     assert first["command"] == second["command"] == "destroy-network"
@@ -109,7 +109,7 @@ def test_destroy_fails_when_one_host_fails(lab: SshLab, caller: Caller) -> None:
     assert len(lab.h1.asked()) == 1
 
 
-def test_nobody_answers_names_every_host(lab: SshLab, caller: Caller) -> None:
+def test_when_no_host_answers_all_hosts_are_named(lab: SshLab, caller: Caller) -> None:
     lab.h1.play("refuse")
     ended = caller.ensure(details(lab, caller, f"{H1},10.99.0.99", port=KEYS))
     assert ended.status == 2
@@ -125,7 +125,7 @@ def test_a_vpc_and_its_tier_share_a_host_and_a_namespace(lab: SshLab, caller: Ca
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-vpc-7","vpc_id":"7"}'
 
 
-def test_the_owner_is_the_directory_of_the_executable_and_the_physical_network(lab: SshLab, caller: Caller) -> None:
+def test_the_owner_is_built_from_directory_and_physical_network(lab: SshLab, caller: Caller) -> None:
     assert caller.call("implement-network", details(lab, caller), stored(H1)).output == ""
     assert caller.call("implement-network", details(lab, caller, owner="east"), stored(H1)).output == ""
     assert [call["owner"] for call in lab.h1.asked()] == ["netloom/phys-1", "east"]
@@ -133,7 +133,7 @@ def test_the_owner_is_the_directory_of_the_executable_and_the_physical_network(l
 
 
 @pytest.mark.mutation("registration-does-not-cross-the-wire", instead="payload_file")
-def test_defect_17_secrets_of_the_registration_do_not_cross_the_wire(lab: SshLab, caller: Caller) -> None:
+def test_defect_17_registration_secrets_are_not_sent_to_hosts(lab: SshLab, caller: Caller) -> None:
     given = details(lab, caller, password="hunter2 hunter2")
     assert caller.call("implement-network", given, stored(H1)).output == ""
     sent = json.dumps(lab.h1.asked(but=""))
