@@ -71,7 +71,7 @@ class Failed(Exception):
         self.execution = execution
 
 
-class Poisoned(Exception):
+class UnreadableDetails(Exception):
     """What ensure-network-device printed once cannot be read: every command of the network fails, for good."""
 
 
@@ -82,7 +82,7 @@ def stored_details(whose: str, stored: str) -> dict[str, Any]:
     try:
         parsed = json.loads(stored)
     except ValueError as error:
-        raise Poisoned(f"{whose}: {stored!r}") from error
+        raise UnreadableDetails(f"{whose}: {stored!r}") from error
     return parsed if isinstance(parsed, dict) else {}
 
 
@@ -301,7 +301,7 @@ class IsolatedNetwork:
     def namespace(self) -> str:
         return f"cs-net-{self.facts.network_id}"
 
-    def _gives(self, *services: str) -> bool:
+    def _provides(self, *services: str) -> bool:
         return bool(self.offering.services & set(services))
 
     def _in_state(self, state: State) -> None:
@@ -343,7 +343,7 @@ class IsolatedNetwork:
             self.failures.append(sent)
         return sent
 
-    def demand(self, command: str, payload: Fields) -> Sent:
+    def send_or_fail(self, command: str, payload: Fields) -> Sent:
         """``send`` where a failure is an error to CloudStack's caller. Raises Failed."""
         sent = self.send(command, payload)
         if not sent.ok:
@@ -362,52 +362,52 @@ class IsolatedNetwork:
             # Some resources may stand: everything is taken down again, and the network is shut.
             self._in_state("shutdown")
             self._tear_down_rules()
-            self._shut()
+            self._shut_down()
             raise
         self._in_state("implemented")
 
     def _implement_elements(self) -> None:
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
-        if self.source_nat and self._gives("SourceNat"):
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+        if self.source_nat and self._provides("SourceNat"):
             self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
         self._reprogram_rules()
-        if self.nics and self._gives(*GUEST_SERVICES):
+        if self.nics and self._provides(*GUEST_SERVICES):
             by_guest = {ip: address.ip for address, ip in self.static_nats}
-            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+            self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
 
     def _reprogram_rules(self) -> None:
         implementing = self.facts.state == "implementing"
         ingress = [rule for rule in self.firewall if rule.address]
-        if self._gives("Firewall"):
+        if self._provides("Firewall"):
             self._send_firewall()
             if len(ingress) < len(self.firewall):
                 self._send_firewall()
         if self.static_nats:
-            self._assign_round()
+            self._assign_all()
             for address, private_ip in self.static_nats:
-                self.demand("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
-            self._assign_round()
-        if ingress and self._gives("Firewall"):
-            self._assign_round(when=implementing)
+                self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
+            self._assign_all()
+        if ingress and self._provides("Firewall"):
+            self._assign_all(when=implementing)
             self._send_firewall()
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
         if self.port_forwards:
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
             for rule in self.port_forwards:
-                self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
-            self._assign_round(when=implementing)
+                self.send_or_fail("add-port-forward", payloads.port_forward(self.facts, rule))
+            self._assign_all(when=implementing)
         if self.lb_rules:
-            self._assign_round(when=implementing)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
+            self._assign_all(when=implementing)
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
         """restartNetwork. ``rolling`` (the default of CloudStack) shuts nothing down, not even with cleanup."""
         if cleanup and rolling:
             self.ensure()
-            self.demand("implement-network", payloads.implement_network(self.facts))
-            if self.source_nat and self._gives("SourceNat"):
+            self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+            if self.source_nat and self._provides("SourceNat"):
                 self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
         elif cleanup:
             self._tear_down_rules()
@@ -421,9 +421,9 @@ class IsolatedNetwork:
         """No VM has run for a while. False when shutdown-network failed: the network stays implemented."""
         self._in_state("shutdown")
         self._tear_down_rules()
-        return self._shut()
+        return self._shut_down()
 
-    def _shut(self) -> bool:
+    def _shut_down(self) -> bool:
         sent = self.send("shutdown-network", payloads.bare(self.facts))
         if not sent.ok:
             self._in_state("implemented")
@@ -440,7 +440,7 @@ class IsolatedNetwork:
         if self.lb_rules:
             revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
             self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
-        if self._gives("Firewall"):
+        if self._provides("Firewall"):
             ingress = any(rule.address for rule in self.firewall)
             egress = any(not rule.address for rule in self.firewall)
             for _ in range(1 + ingress + egress):
@@ -455,7 +455,7 @@ class IsolatedNetwork:
         if self.facts.state == "implemented":
             self.garbage_collect()
         self.static_nats, self.port_forwards, self.firewall, self.lb_rules = [], [], [], []
-        self.demand("destroy-network", payloads.bare(self.facts))
+        self.send_or_fail("destroy-network", payloads.bare(self.facts))
         self.stored = ""
 
     # --- VMs
@@ -494,17 +494,19 @@ class IsolatedNetwork:
         if self.facts.state == "allocated":
             self.implement()
         self.send("prepare-nic", payloads.prepare_nic(self.facts, nic))
-        if self._gives("Dhcp"):
+        if self._provides("Dhcp"):
             if self.offering.subnets:
-                self.demand("config-dhcp-subnet", payloads.config_subnet(self.facts, nic))
-            self.demand("add-dhcp-entry", payloads.add_dhcp_entry(self.facts, nic))
-        if self._gives("Dns"):
+                self.send_or_fail("config-dhcp-subnet", payloads.config_subnet(self.facts, nic))
+            self.send_or_fail("add-dhcp-entry", payloads.add_dhcp_entry(self.facts, nic))
+        if self._provides("Dns"):
             if not nic.ip6_address:
-                self.demand("config-dns-subnet", payloads.config_subnet(self.facts, nic))
-            self.demand("add-dns-entry", payloads.add_dns_entry(self.facts, nic))
-        if self._gives("UserData"):
+                self.send_or_fail("config-dns-subnet", payloads.config_subnet(self.facts, nic))
+            self.send_or_fail("add-dns-entry", payloads.add_dns_entry(self.facts, nic))
+        if self._provides("UserData"):
             public = next((address.ip for address, ip in self.static_nats if ip == nic.ip), "")
-            self.demand("save-vm-data", payloads.save_vm_data(self.facts, nic, static_nat_ip=public, password=password))
+            self.send_or_fail(
+                "save-vm-data", payloads.save_vm_data(self.facts, nic, static_nat_ip=public, password=password)
+            )
         return nic
 
     def stop_vm(self, nic: Nic) -> None:
@@ -513,17 +515,17 @@ class IsolatedNetwork:
     def expunge_vm(self, nic: Nic) -> None:
         """The VM is gone for good. No remove-dns-entry: the client has no caller for it."""
         self.nics.remove(nic)
-        if self._gives("Dhcp"):
+        if self._provides("Dhcp"):
             self.send("remove-dhcp-entry", payloads.remove_dhcp_entry(self.facts, nic))
 
     def reset_password(self, nic: Nic, password: str) -> None:
-        self.demand("save-password", payloads.save_item(self.facts, nic, "password", password))
+        self.send_or_fail("save-password", payloads.save_item(self.facts, nic, "password", password))
 
     def reset_ssh_key(self, nic: Nic, key: str) -> None:
-        self.demand("save-sshkey", payloads.save_item(self.facts, nic, "sshkey", key))
+        self.send_or_fail("save-sshkey", payloads.save_item(self.facts, nic, "sshkey", key))
 
     def reset_user_data(self, nic: Nic, user_data: str) -> None:
-        self.demand("save-userdata", payloads.save_item(self.facts, nic, "userdata", user_data))
+        self.send_or_fail("save-userdata", payloads.save_item(self.facts, nic, "userdata", user_data))
 
     # --- addresses and rules
 
@@ -536,7 +538,7 @@ class IsolatedNetwork:
         self.addresses.append(address)
         return address
 
-    def _live(self) -> bool:
+    def _is_implemented(self) -> bool:
         return self.facts.state == "implemented"
 
     def _rules_of(self, address: PublicAddress) -> int:
@@ -546,24 +548,24 @@ class IsolatedNetwork:
         rules += [rule.address for rule in self.lb_rules]
         return sum(each is address for each in rules)
 
-    def _assign_round(self, *, when: bool = True) -> None:
+    def _assign_all(self, *, when: bool = True) -> None:
         """For every address in use: assign-ip, again."""
         if not when:
             return
         for address in self.addresses:
             if address.source_nat or self._rules_of(address):
-                self.demand("assign-ip", payloads.public_ip(self.facts, address))
+                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, address))
 
     def _first_rule(self, address: PublicAddress) -> None:
         if self._rules_of(address) == 1:
-            self._assign_round()
+            self._assign_all()
 
     def _last_rule(self, address: PublicAddress | None) -> None:
         if address is not None and not address.source_nat and self._rules_of(address) == 0:
-            self.demand("release-ip", payloads.public_ip(self.facts, address))
+            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))
 
     def _send_firewall(self) -> None:
-        self.demand("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
+        self.send_or_fail("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
 
     def add_port_forward(
         self,
@@ -580,9 +582,9 @@ class IsolatedNetwork:
         private = str(private_ports or public_ports)
         rule = PortForwardRule(self.cloud.new_id(), address, str(public_ports), ip, private, protocol)
         self.port_forwards.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
-            self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
+            self.send_or_fail("add-port-forward", payloads.port_forward(self.facts, rule))
         if open_firewall:
             first, _, last = str(public_ports).partition("-")
             self.add_firewall_rule(address, protocol, int(first), int(last or first))
@@ -590,23 +592,23 @@ class IsolatedNetwork:
 
     def delete_port_forward(self, rule: PortForwardRule) -> None:
         self.port_forwards.remove(rule)
-        if self._live():
-            self.demand("delete-port-forward", payloads.port_forward(self.facts, rule))
+        if self._is_implemented():
+            self.send_or_fail("delete-port-forward", payloads.port_forward(self.facts, rule))
             self._last_rule(rule.address)
 
     def enable_static_nat(self, address: PublicAddress, guest: Nic | str) -> None:
         ip = guest if isinstance(guest, str) else guest.ip
         self.static_nats.append((address, ip))
-        if self._live():
-            self._assign_round()
-            self.demand("add-static-nat", payloads.static_nat(self.facts, address, ip))
-            self._assign_round()
+        if self._is_implemented():
+            self._assign_all()
+            self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, ip))
+            self._assign_all()
 
     def disable_static_nat(self, address: PublicAddress) -> None:
         (ip,) = [guest for each, guest in self.static_nats if each is address]
         self.static_nats.remove((address, ip))
-        if self._live():
-            self.demand("delete-static-nat", payloads.static_nat(self.facts, address, ip))
+        if self._is_implemented():
+            self.send_or_fail("delete-static-nat", payloads.static_nat(self.facts, address, ip))
             self._last_rule(address)
 
     def add_firewall_rule(
@@ -632,7 +634,7 @@ class IsolatedNetwork:
             tuple(sources),
         )
         self.firewall.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
             self._send_firewall()
         return rule
@@ -661,13 +663,13 @@ class IsolatedNetwork:
             tuple(destinations),
         )
         self.firewall.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._send_firewall()
         return rule
 
     def delete_firewall_rule(self, rule: FirewallRule) -> None:
         self.firewall.remove(rule)
-        if self._live():
+        if self._is_implemented():
             self._send_firewall()
             self._last_rule(rule.address)
 
@@ -678,17 +680,17 @@ class IsolatedNetwork:
         backends = [Backend(nic.ip, private_port) for nic in guests]
         rule = LoadBalancerRule(self.cloud.new_id(), name, address, public_port, private_port, backends=backends)
         self.lb_rules.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
         return rule
 
     def delete_lb_rule(self, rule: LoadBalancerRule) -> None:
         self.lb_rules.remove(rule)
-        if self._live():
+        if self._is_implemented():
             backends = [dataclasses.replace(each, revoked=True) for each in rule.backends]
             revoked = dataclasses.replace(rule, revoke=True, backends=backends)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
             self._last_rule(rule.address)
 
     def disassociate(self, address: PublicAddress) -> None:
@@ -702,5 +704,5 @@ class IsolatedNetwork:
         if any(each is address for each, _ in self.static_nats):
             self.disable_static_nat(address)
         self.addresses.remove(address)
-        if self._live():
-            self.demand("release-ip", payloads.public_ip(self.facts, address))
+        if self._is_implemented():
+            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))

@@ -145,7 +145,7 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
     web = _plug(host, network, one)
     leased = until(lambda: "obtained" in _lease(web), seconds=30)
     with internet.serve_tcp(80), web.serve_tcp(22, 8080), database.serve_tcp(22):
-        spread = until(lambda: _told(internet) == {"web-1": 3, "db-1": 3}, seconds=30)
+        spread = until(lambda: _balanced_answers(internet) == {"web-1": 3, "db-1": 3}, seconds=30)
         show.step(
             f"{host.name} loses power and boots",
             ("udhcpc: web-1 gets its lease again, nobody asked CloudStack", leased),
@@ -280,7 +280,7 @@ def _balance(show: Show, network: IsolatedNetwork, internet: Internet, one: Nic,
     rule = network.add_lb_rule(address, "ssh", 2200, 22, [one, two])
     closed = not internet.tcp("203.0.113.23", 2200, **SOON).ok
     network.add_firewall_rule(address, "tcp", 2200)
-    told = _told(internet)
+    told = _balanced_answers(internet)
     show.step(
         "203.0.113.23:2200 over both VMs",
         ("without a firewall rule nothing comes in", closed),
@@ -289,7 +289,7 @@ def _balance(show: Show, network: IsolatedNetwork, internet: Internet, one: Nic,
     return rule
 
 
-def _told(internet: Internet) -> Counter[str]:
+def _balanced_answers(internet: Internet) -> Counter[str]:
     """Who answers six connections to the balanced port."""
     return Counter(internet.tcp("203.0.113.23", 2200).server for _ in range(6))
 

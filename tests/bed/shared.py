@@ -44,10 +44,10 @@ class SharedNetwork(IsolatedNetwork):
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
         """The only time that it is implemented."""
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
-        self.demand("restore-network", payloads.restore_network(self.facts, self.nics, {}))
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+        self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, {}))
 
     def delete(self) -> None:
         """deleteNetwork: it was never implemented, so it is not shut down. Raises Failed."""
-        self.demand("destroy-network", payloads.bare(self.facts))
+        self.send_or_fail("destroy-network", payloads.bare(self.facts))
         self.stored = ""

@@ -53,7 +53,7 @@ class Vpc:
             self.stored = sent.output
         return sent
 
-    def demand(self, command: str, payload: Fields) -> Sent:
+    def send_or_fail(self, command: str, payload: Fields) -> Sent:
         """The command alone: no ensure before it. Raises Failed."""
         sent = self.cloud.execute(command, self.details, payload)
         if not sent.ok:
@@ -75,14 +75,14 @@ class Vpc:
     def implement(self) -> None:
         """createVPC with start, and the last part of every restart. Raises Failed."""
         self.ensure()
-        self.demand("implement-vpc", payloads.vpc(self.facts, self.source_nat))
+        self.send_or_fail("implement-vpc", payloads.vpc(self.facts, self.source_nat))
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
         """restartVPC. Tiers are not implemented again; a cleanup that does not roll destroys them while they live."""
         if cleanup and not rolling:
             for tier in self.tiers:
-                tier.demand("destroy-network", payloads.bare(tier.facts))
-            self.demand("shutdown-vpc", payloads.vpc(self.facts))
+                tier.send_or_fail("destroy-network", payloads.bare(tier.facts))
+            self.send_or_fail("shutdown-vpc", payloads.vpc(self.facts))
             self.stored = ""
         self.implement()
 
@@ -92,7 +92,7 @@ class Vpc:
             self.source_nat.source_nat = False
         address.source_nat = True
         self.source_nat = address
-        self.demand("update-vpc-source-nat-ip", payloads.vpc(self.facts, address))
+        self.send_or_fail("update-vpc-source-nat-ip", payloads.vpc(self.facts, address))
         if restart:
             self.implement()
 
@@ -101,7 +101,7 @@ class Vpc:
         self.facts.state = "inactive"
         for tier in self.tiers:
             tier.send("destroy-network", payloads.bare(tier.facts))
-        self.demand("shutdown-vpc", payloads.vpc(self.facts))
+        self.send_or_fail("shutdown-vpc", payloads.vpc(self.facts))
         self.stored = ""
 
     def add_tier(
@@ -142,19 +142,19 @@ class Tier(IsolatedNetwork):
 
     def _implement_elements(self) -> None:
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
         if self.vpc.source_nat is not None:
             # It belongs to the VPC, and comes with each tier.
             self.send("assign-ip", payloads.public_ip(self.facts, self.vpc.source_nat))
         self._reprogram_rules()
         if self.acl is not None:
-            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
-        if self.nics and self._gives(*payloads.GUEST_SERVICES):
+            self.send_or_fail("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+        if self.nics and self._provides(*payloads.GUEST_SERVICES):
             by_guest = {ip: address.ip for address, ip in self.static_nats}
-            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+            self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
 
-    def _shut(self) -> bool:
-        shut = super()._shut()
+    def _shut_down(self) -> bool:
+        shut = super()._shut_down()
         self.stored = ""
         return shut
 
@@ -177,7 +177,7 @@ class Tier(IsolatedNetwork):
         """replaceNetworkACLList, or a change of an item: the complete new list. Raises Failed."""
         self.acl = list(items)
         if self.facts.state == "implemented":
-            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+            self.send_or_fail("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
 
     def delete(self) -> None:
         """deleteNetwork of a tier; the VPC's details stay."""

@@ -15,14 +15,14 @@ from e2e.networks import OUTSIDE, Life, MakeLife, Traces
 
 
 @pytest.fixture(scope="module")
-def full(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
+def full_cloud(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
     """A CloudStack that leaves nothing out; after ``cloud``, whose first call has started the agents."""
     return FakeCloudStack.on(bed.management, extension="full").register(hosts=bed.hosts, **bed.login("root", by="key"))
 
 
 @pytest.fixture
-def served(make_life: MakeLife, full: FakeCloudStack) -> Life:
-    return make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
+def full_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
+    return make_life(offering=ALL_SERVICES, with_cloud=full_cloud, brisk=True)
 
 
 def _lease(vm: Vm) -> str:
@@ -42,12 +42,12 @@ def _lookup(vm: Vm, server: str, name: str) -> str:
 
 
 @pytest.mark.binary
-def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full: FakeCloudStack) -> None:
-    life = make_life(offering=ALL_SERVICES, with_cloud=full)
-    before = len(full.history)
+def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full_cloud: FakeCloudStack) -> None:
+    life = make_life(offering=ALL_SERVICES, with_cloud=full_cloud)
+    before = len(full_cloud.history)
     vm, nic = life.vm("web-1")
-    sent = [each for each in full.commands(before) if each != "ensure-network-device"]
-    assert len(full.history) - before == 21
+    sent = [each for each in full_cloud.commands(before) if each != "ensure-network-device"]
+    assert len(full_cloud.history) - before == 21
     assert sent == [
         "implement-network", "assign-ip", "apply-fw-rules", "restore-network", "prepare-nic", "config-dhcp-subnet",
         "add-dhcp-entry", "config-dns-subnet", "add-dns-entry", "save-vm-data",
@@ -70,7 +70,7 @@ NIC_STARTS = [
 LISTING = ["implement-network", "assign-ip", "apply-fw-rules", "restore-network"]
 
 
-class Sent:
+class SentCommands:
     """What CloudStack has executed since this was made: each command with its own question before it."""
 
     def __init__(self, life: Life) -> None:
@@ -86,9 +86,9 @@ class Sent:
 
 
 @pytest.fixture
-def asked(make_life: MakeLife, full: FakeCloudStack) -> Life:
+def strict_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
     """A network with all services, whose events make every execution that CloudStack makes of them."""
-    return make_life(offering=ALL_SERVICES, with_cloud=full)
+    return make_life(offering=ALL_SERVICES, with_cloud=full_cloud)
 
 
 def _meta(vm: Vm, life: Life, item: str) -> str:
@@ -101,56 +101,58 @@ def _fetch(vm: Vm, life: Life) -> str:
     return _get(vm, url, "-H", "DomU_Request: send_my_password").strip()
 
 
-def _knows(vm: Vm, server: str, name: str, address: str) -> bool:
+def _resolves(vm: Vm, server: str, name: str, address: str) -> bool:
     return address in _lookup(vm, server, name)
 
 
 @pytest.mark.binary
-def test_second_vm(asked: Life) -> None:
-    one, first = asked.vm("web-1")
+def test_second_vm(strict_life: Life) -> None:
+    one, first = strict_life.vm("web-1")
     assert f"lease of {first.ip} obtained" in _lease(one)
-    sent = Sent(asked)
-    two, second = asked.vm("web-2", 46)
+    sent = SentCommands(strict_life)
+    two, second = strict_life.vm("web-2", 46)
     assert sent.commands() == NIC_STARTS
-    gateway, domain = asked.network.facts.gateway, asked.network.facts.domain
+    gateway, domain = strict_life.network.facts.gateway, strict_life.network.facts.domain
     for vm, nic, name, other in ((one, first, "web-1", second), (two, second, "web-2", first)):
         assert f"lease of {nic.ip} obtained" in _lease(vm)
-        assert _meta(vm, asked, "meta-data/local-hostname") == name
-        assert until(partial(_knows, vm, gateway, f"{other.vm.name}.{domain}", other.ip))
+        assert _meta(vm, strict_life, "meta-data/local-hostname") == name
+        assert until(partial(_resolves, vm, gateway, f"{other.vm.name}.{domain}", other.ip))
         assert vm.ping(other.ip).ok
 
 
 @pytest.mark.binary
-def test_vm_stopped_and_started_again(asked: Life) -> None:
-    other, _ = asked.vm("web-2", 46)
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
-    sent = Sent(asked)
-    asked.network.stop_vm(nic)
+def test_vm_stopped_and_started_again(strict_life: Life) -> None:
+    other, _ = strict_life.vm("web-2", 46)
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    gateway, name = strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}"
+    sent = SentCommands(strict_life)
+    strict_life.network.stop_vm(nic)
     assert sent.commands() == ["release-nic"]
     # The namespace stands for the VM: what CloudStack has stopped would be answered, were it still there.
     assert nic.ip in _lookup(other, gateway, name)
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    sent = Sent(asked)
-    asked.network.start_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.start_vm(nic)
     assert sent.commands() == NIC_STARTS
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
-    assert _fetch(vm, asked) == "first", "a later start sends no password, and takes none away"
-    assert _fetch(other, asked) == "saved_password"
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
+    assert _fetch(vm, strict_life) == "first", "a later start sends no password, and takes none away"
+    assert _fetch(other, strict_life) == "saved_password"
 
 
-def test_a_start_without_a_stop_before(asked: Life) -> None:
+def test_a_start_without_a_stop_before(strict_life: Life) -> None:
     """The VM's host has died, and HA starts it on another."""
-    vm, nic = asked.vm("web-1")
+    vm, nic = strict_life.vm("web-1")
     vm.destroy()
-    sent = Sent(asked)
-    asked.network.start_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.start_vm(nic)
     assert sent.commands() == NIC_STARTS
-    vm = asked.plug(nic, host=asked.elsewhere)
+    vm = strict_life.plug(nic, host=strict_life.elsewhere)
     assert until(lambda: f"lease of {nic.ip} obtained" in _lease(vm))
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
 
 
 TOLD = """#!/bin/sh
@@ -160,102 +162,108 @@ exit 0
 
 
 @pytest.mark.binary
-def test_second_nic(asked: Life) -> None:
-    one, first = asked.vm("dual-1")
-    sent = Sent(asked)
-    second = asked.network.deploy_vm(
-        "dual-1", ip=f"{asked.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
+def test_second_nic(strict_life: Life) -> None:
+    one, first = strict_life.vm("dual-1")
+    sent = SentCommands(strict_life)
+    second = strict_life.network.deploy_vm(
+        "dual-1", ip=f"{strict_life.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
     )
     assert sent.commands() == NIC_STARTS
     # The same machine's other NIC; a place of its own is enough to see what it is told.
-    other = asked.host.vm(
+    other = strict_life.host.vm(
         "dual-1b",
-        vlan=asked.network.facts.vlan,
+        vlan=strict_life.network.facts.vlan,
         mac=second.mac,
         ip=f"{second.ip}/24",
-        gateway=asked.network.facts.gateway,
+        gateway=strict_life.network.facts.gateway,
     )
-    asked.vms.append(other)
+    strict_life.vms.append(other)
     told = []
     for vm in (one, other):
         vm.write("/tmp/told", TOLD, mode=0o755)
         words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "search", "-s", "/tmp/told"]
         told.append(next(it for it in vm.run("busybox", *words).err.splitlines() if it.startswith("told ")))
-    gateway = asked.network.facts.gateway
+    gateway = strict_life.network.facts.gateway
     assert told[0].startswith(f"told router={gateway} dns={gateway} "), told
     assert told[1] == f"told router= dns= domain= search= ip={second.ip}"
-    assert _meta(other, asked, "meta-data/local-ipv4") == second.ip
-    assert _meta(one, asked, "meta-data/local-ipv4") == first.ip
-    asked.network.expunge_vm(second)
+    assert _meta(other, strict_life, "meta-data/local-ipv4") == second.ip
+    assert _meta(one, strict_life, "meta-data/local-ipv4") == first.ip
+    strict_life.network.expunge_vm(second)
     assert "obtained" not in _lease(other)
     assert f"lease of {first.ip} obtained" in _lease(one)
 
 
 @pytest.mark.binary
-def test_vm_expunged(asked: Life) -> None:
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    other, _ = asked.vm("web-2", 46)
-    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
+def test_vm_expunged(strict_life: Life) -> None:
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    other, _ = strict_life.vm("web-2", 46)
+    gateway, name = strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}"
     assert until(lambda: nic.ip in _lookup(other, gateway, name))
-    asked.network.stop_vm(nic)
-    sent = Sent(asked)
-    asked.network.expunge_vm(nic)
+    strict_life.network.stop_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.expunge_vm(nic)
     assert sent.commands() == ["remove-dhcp-entry"]
     assert "obtained" not in _lease(vm), "who is gone is ignored"
     assert until(lambda: nic.ip not in _lookup(other, gateway, name))
-    assert _meta(vm, asked, "meta-data/local-hostname") == ""
-    assert _fetch(vm, asked) == ""
-    state = asked.host.read(f"/var/lib/netloom/scopes/net-{asked.network.facts.network_id}.json")
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == ""
+    assert _fetch(vm, strict_life) == ""
+    state = strict_life.host.read(f"/var/lib/netloom/scopes/net-{strict_life.network.facts.network_id}.json")
     assert nic.mac not in state
     assert "first" not in state
     # Its address and its name are another VM's from now on.
-    again = asked.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
-    assert f"lease of {nic.ip} obtained" in _lease(asked.plug(again))
+    again = strict_life.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
+    assert f"lease of {nic.ip} obtained" in _lease(strict_life.plug(again))
 
 
-def test_vm_expunged_in_a_network_that_is_shut_down(asked: Life) -> None:
-    vm, nic = asked.vm("web-1")
-    host = asked.host
-    asked.network.stop_vm(nic)
-    asked.network.garbage_collect()
+def test_vm_expunged_in_a_network_that_is_shut_down(strict_life: Life) -> None:
+    vm, nic = strict_life.vm("web-1")
+    host = strict_life.host
+    strict_life.network.stop_vm(nic)
+    strict_life.network.garbage_collect()
     vm.destroy()
-    asked.vms.clear()
+    strict_life.vms.clear()
     # The bridge goes with the VM that was the last one in it, and then its guard: a moment later.
     assert until(lambda: not any(vm.bridge in row for rows in host.objects().values() for row in rows), seconds=30)
-    before = Traces(asked.bed)
-    sent = Sent(asked)
-    asked.network.expunge_vm(nic)
+    before = Traces(strict_life.bed)
+    sent = SentCommands(strict_life)
+    strict_life.network.expunge_vm(nic)
     assert sent.commands() == ["remove-dhcp-entry"]
-    assert asked.network.failures == []
-    assert {kind for changes in before.left().values() for kind in changes} <= {"files"}, "nothing is built for it"
-    other, second = asked.vm("web-2", 46)
+    assert strict_life.network.failures == []
+    assert {kind for changes in before.differences().values() for kind in changes} <= {"files"}, (
+        "nothing is built for it"
+    )
+    other, second = strict_life.vm("web-2", 46)
     assert f"lease of {second.ip} obtained" in _lease(other)
-    assert nic.ip not in _lookup(other, asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}")
+    assert nic.ip not in _lookup(other, strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}")
 
 
 @pytest.mark.binary
-def test_key_and_user_data_reset(asked: Life) -> None:
-    vm, nic = asked.vm("web-1")
-    other, _ = asked.vm("web-2", 46)
-    before = _meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")
-    sent = Sent(asked)
-    asked.network.reset_ssh_key(nic, "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two")
-    asked.network.reset_user_data(nic, "#!/bin/sh\necho caf\u00e9\n\n")
+def test_key_and_user_data_reset(strict_life: Life) -> None:
+    vm, nic = strict_life.vm("web-1")
+    other, _ = strict_life.vm("web-2", 46)
+    before = _meta(other, strict_life, "meta-data/public-keys"), _meta(other, strict_life, "user-data")
+    sent = SentCommands(strict_life)
+    strict_life.network.reset_ssh_key(nic, "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two")
+    strict_life.network.reset_user_data(nic, "#!/bin/sh\necho caf\u00e9\n\n")
     assert sent.commands() == ["save-sshkey", "save-userdata"]
-    assert _meta(vm, asked, "meta-data/public-keys") == "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two"
-    assert _meta(vm, asked, "user-data") == "#!/bin/sh\necho caf\u00e9\n\n"
-    assert (_meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")) == before
+    assert _meta(vm, strict_life, "meta-data/public-keys") == "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two"
+    assert _meta(vm, strict_life, "user-data") == "#!/bin/sh\necho caf\u00e9\n\n"
+    assert (_meta(other, strict_life, "meta-data/public-keys"), _meta(other, strict_life, "user-data")) == before
 
 
 @pytest.mark.binary
 @pytest.mark.parametrize("how", ["without-cleanup", "rolling", "shut-down-first"])
-def test_restart(asked: Life, how: str) -> None:
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    _, second = asked.vm("web-2", 46)
-    sent = Sent(asked)
-    asked.network.restart(cleanup=how != "without-cleanup", rolling=how == "rolling")
+def test_restart(strict_life: Life, how: str) -> None:
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    _, second = strict_life.vm("web-2", 46)
+    sent = SentCommands(strict_life)
+    strict_life.network.restart(cleanup=how != "without-cleanup", rolling=how == "rolling")
     assert (
         sent.commands()
         == {
@@ -264,34 +272,36 @@ def test_restart(asked: Life, how: str) -> None:
             "shut-down-first": ["apply-fw-rules", "release-ip", "shutdown-network", *LISTING],
         }[how]
     )
-    assert asked.network.failures == []
+    assert strict_life.network.failures == []
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    assert until(lambda: second.ip in _lookup(vm, asked.network.facts.gateway, f"web-2.{asked.network.facts.domain}"))
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+    assert until(
+        lambda: second.ip in _lookup(vm, strict_life.network.facts.gateway, f"web-2.{strict_life.network.facts.domain}")
+    )
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
     # restore-network tells no passwords, and takes none away; shutdown-network ends all that the VMs had.
-    assert _fetch(vm, asked) == ("saved_password" if how == "shut-down-first" else "first")
+    assert _fetch(vm, strict_life) == ("saved_password" if how == "shut-down-first" else "first")
 
 
 @pytest.mark.binary
-def test_password_reset(served: Life) -> None:
-    vm, nic = served.vm("web-1")
-    other, _ = served.vm("web-2", 46)
-    url = f"http://{served.network.facts.gateway}:8080/"
-    served.network.reset_password(nic, "n3w $ecret")
+def test_password_reset(full_life: Life) -> None:
+    vm, nic = full_life.vm("web-1")
+    other, _ = full_life.vm("web-2", 46)
+    url = f"http://{full_life.network.facts.gateway}:8080/"
+    full_life.network.reset_password(nic, "n3w $ecret")
     assert _get(other, url, "-H", "DomU_Request: send_my_password") == "saved_password", "a VM reads its own only"
     assert _get(vm, url, "-H", "DomU_Request: send_my_password").strip() == "n3w $ecret"
-    state = f"/var/lib/netloom/scopes/net-{served.network.facts.network_id}.json"
-    assert "n3w $ecret" in served.host.read(state)
+    state = f"/var/lib/netloom/scopes/net-{full_life.network.facts.network_id}.json"
+    assert "n3w $ecret" in full_life.host.read(state)
     _get(vm, url, "-H", "DomU_Request: saved_password")
-    assert until(lambda: "n3w $ecret" not in served.host.read(state)), "erased once it was acknowledged"
+    assert until(lambda: "n3w $ecret" not in full_life.host.read(state)), "erased once it was acknowledged"
     assert _get(vm, url, "-H", "DomU_Request: send_my_password") == "saved_password"
 
 
 @pytest.mark.binary
-def test_balanced_load(served: Life, internet: Internet) -> None:
-    one, first = served.vm("web-1")
-    two, second = served.vm("web-2", 46)
-    network, address = served.network, served.network.associate(served.public(1))
+def test_balanced_load(full_life: Life, internet: Internet) -> None:
+    one, first = full_life.vm("web-1")
+    two, second = full_life.vm("web-2", 46)
+    network, address = full_life.network, full_life.network.associate(full_life.public(1))
     with one.serve_tcp(8080), two.serve_tcp(8080):
         rule = network.add_lb_rule(address, "web", 80, 8080, [first, second])
         assert internet.tcp(address.ip, 80, timeout_s=0.5).outcome == "timeout", "no firewall rule, no way in"
@@ -302,12 +312,12 @@ def test_balanced_load(served: Life, internet: Internet) -> None:
             network.delete_lb_rule(rule)
             assert kept.ask() != "answered", "a revoked rule ends what it allowed"
         assert not internet.tcp(address.ip, 80, timeout_s=0.5).ok
-    running = " ".join(served.host.objects()["processes"])
+    running = " ".join(full_life.host.objects()["processes"])
     assert "haproxy" not in running, "the last rule's end is haproxy's end"
 
 
-def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloudStack, bed: Bed) -> None:
-    life = make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
+def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full_cloud: FakeCloudStack, bed: Bed) -> None:
+    life = make_life(offering=ALL_SERVICES, with_cloud=full_cloud, brisk=True)
     before = Traces(bed)
     vm, nic = life.vm("web-1")
     life.network.restart(cleanup=True, rolling=False)
@@ -315,19 +325,19 @@ def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloud
     assert _get(vm, f"http://{life.network.facts.gateway}/latest/meta-data/local-hostname") == "web-1"
     vm.destroy()
     life.network.delete()
-    assert until(lambda: before.left() == {}), before.left()
+    assert until(lambda: before.differences() == {}), before.differences()
 
 
-def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(served: Life, internet: Internet) -> None:
-    for host in served.bed.hosts:
-        host.links(f"link set eth1.{served.network.next_vlan} mtu 1400")
-    vm, nic = served.vm("web-1")
+def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(full_life: Life, internet: Internet) -> None:
+    for host in full_life.bed.hosts:
+        host.links(f"link set eth1.{full_life.network.next_vlan} mtu 1400")
+    vm, nic = full_life.vm("web-1")
     vm.write("/tmp/told", '#!/bin/sh\n[ "$1" != bound ] || echo "mtu is $mtu" >&2\n', mode=0o755)
     words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "mtu", "-s", "/tmp/told"]
     assert "mtu is 1400" in vm.run("busybox", *words).err
-    address = served.network.associate(served.public(1))
+    address = full_life.network.associate(full_life.public(1))
     with vm.serve_tcp(22):
-        served.network.add_port_forward(address, 22, nic, open_firewall=True)
+        full_life.network.add_port_forward(address, 22, nic, open_firewall=True)
         # The VM itself still believes in 1500: what it is sent must be small enough all the same.
         capture = vm.capture("eth0", seconds=3)
         assert internet.tcp(address.ip, 22).ok

@@ -136,7 +136,7 @@ def test_garbage_collection_and_reimplementation_on_another_vlan(life: Life, int
     network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
     vm.destroy()
     assert network.garbage_collect()
-    assert before.left() == {}, "nothing of a network that was shut down is left"
+    assert before.differences() == {}, "nothing of a network that was shut down is left"
     assert internet.who_has(life.public(0)) == []
     assert network.stored == ""
 
@@ -158,11 +158,11 @@ def test_network_deleted(life: Life) -> None:
     network = life.network
     address = network.associate(life.public(1))
     network.add_port_forward(address, 22, nic, open_firewall=True)
-    assert before.left() != {}
+    assert before.differences() != {}
     vm.destroy()
     network.delete()
     assert network.failures == []
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 @pytest.mark.binary
@@ -170,7 +170,7 @@ def test_network_deleted_before_it_was_implemented(life: Life) -> None:
     before = Traces(life.bed)
     life.network.delete()
     assert life.network.failures == []
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 def test_a_bridge_with_a_vm_port_outlives_the_network(brisk_life: Life) -> None:
@@ -201,7 +201,7 @@ def test_repeated_commands_change_nothing(brisk_life: Life, internet: Internet) 
             assert (again.ok, again.output) == (True, sent.output)
         assert transfer.stop().failure == ""
     # The transfer's own entry is the one thing that may come and go.
-    for changes in before.left().values():
+    for changes in before.differences().values():
         # The one file may be started by its own path or by that of the build in use.
         agents = changes.pop("processes", {"+": [], "-": []})
         assert [it.partition(" ")[2] for it in agents["+"]] == [it.partition(" ")[2] for it in agents["-"]]
@@ -218,7 +218,7 @@ def test_deletes_of_unknown_objects_succeed_and_create_nothing(life: Life) -> No
     assert network.garbage_collect()
     assert network.failures == []
     assert {"delete-port-forward", "delete-static-nat", "release-ip"} < set(life.cloud.commands())
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 def test_two_networks_with_the_same_cidr_on_one_host(
@@ -273,7 +273,7 @@ def test_an_agent_restart_changes_nothing(brisk_life: Life, internet: Internet) 
         assert network.ensure().ok
         assert transfer.stop().failure == ""
         assert internet.tcp(address.ip, 22).ok
-    for changes in before.left().values():
+    for changes in before.differences().values():
         # The one file may be started by its own path or by that of the build in use.
         agents = changes.pop("processes", {"+": [], "-": []})
         assert [it.partition(" ")[2] for it in agents["+"]] == [it.partition(" ")[2] for it in agents["-"]]
@@ -311,4 +311,4 @@ def test_an_empty_vlan_is_refused_and_named(brisk_life: Life) -> None:
     with pytest.raises(Failed) as refused:
         life.network.implement()
     assert "vlan" in refused.value.execution.output.lower()
-    assert before.left() == {}
+    assert before.differences() == {}

@@ -140,5 +140,5 @@ def test_a_truncated_payload_is_refused(bed: Bed, make_life: MakeLife) -> None:
     assert len(cut.output.splitlines()) == 1
     assert life.host.objects() == before
     with pytest.raises(Failed):
-        life.network.demand("no-such-command", {"network_id": life.network.facts.network_id})
+        life.network.send_or_fail("no-such-command", {"network_id": life.network.facts.network_id})
     assert life.cloud.history[-1].execution.status == 1

@@ -29,21 +29,21 @@ def test_options_names_and_subnets_are_added_and_removed(make_life: MakeLife, be
     vm, nic = life.vm("web-1")
     network, facts = life.network, life.network.facts
     gateway, name = facts.gateway, f"web-1.{facts.domain}"
-    network.demand("save-hypervisor-hostname", payloads.save_item(facts, nic, "hypervisor_hostname", "kvm-7"))
+    network.send_or_fail("save-hypervisor-hostname", payloads.save_item(facts, nic, "hypervisor_hostname", "kvm-7"))
     assert vm.run("curl", "-s", "-m", "5", f"http://{gateway}/latest/meta-data/hypervisor-host-name").out == "kvm-7"
     about = payloads.network(facts)
-    network.demand("set-dhcp-options", {**about, "nic_id": nic.nic_id, "options": '{"42":"192.0.2.9"}'})
+    network.send_or_fail("set-dhcp-options", {**about, "nic_id": nic.nic_id, "options": '{"42":"192.0.2.9"}'})
     assert "ntpsrv=192.0.2.9" in _lease(vm)
     assert _names(vm, gateway, name) == nic.ip
-    network.demand("remove-dns-entry", payloads.remove_dns_entry(facts, nic))
+    network.send_or_fail("remove-dns-entry", payloads.remove_dns_entry(facts, nic))
     assert _names(vm, gateway, name) == ""
-    network.demand("add-dns-entry", payloads.add_dns_entry(facts, nic))
+    network.send_or_fail("add-dns-entry", payloads.add_dns_entry(facts, nic))
     assert _names(vm, gateway, name) == nic.ip
-    network.demand("remove-dns-subnet", {**about, "extension_ip": gateway})
+    network.send_or_fail("remove-dns-subnet", {**about, "extension_ip": gateway})
     assert name not in _names(vm, gateway, name) and nic.ip not in _names(vm, gateway, name)
-    network.demand("remove-dhcp-subnet", {**about, "extension_ip": gateway})
+    network.send_or_fail("remove-dhcp-subnet", {**about, "extension_ip": gateway})
     assert "lease of" not in _lease(vm)
-    network.demand("config-dhcp-subnet", payloads.config_subnet(facts, nic))
+    network.send_or_fail("config-dhcp-subnet", payloads.config_subnet(facts, nic))
     assert f"lease of {nic.ip}" in _lease(vm)
 
 
@@ -54,7 +54,7 @@ def test_destroy_vpc_removes_the_vpc_completely(make_vpc: MakeVpc, bed: Bed) -> 
     before = Traces(bed)
     life.vpc.implement()
     tier.implement()
-    life.vpc.demand("destroy-vpc", payloads.vpc(life.vpc.facts))
+    life.vpc.send_or_fail("destroy-vpc", payloads.vpc(life.vpc.facts))
     life.vpc.tiers.clear()
     life.vpc.stored = ""
-    assert before.left() == {}
+    assert before.differences() == {}

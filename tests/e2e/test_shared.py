@@ -73,7 +73,7 @@ def test_shared_network_from_first_vm_to_deletion(shared: SharedNetwork, bed: Be
         first.destroy()
         second.destroy()
     shared.delete()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 def test_first_vm_of_a_dual_stack_network(make_life: MakeLife, bed: Bed, internet: Internet) -> None:

@@ -158,7 +158,7 @@ def test_a_deleted_vpc_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     life.vms.remove(vm)
     tier.delete()
     life.vpc.delete()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
@@ -171,7 +171,7 @@ def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> 
     life.vpc.delete()
     life.vpc.delete()
     life.vpc.tiers.clear()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 @pytest.mark.binary

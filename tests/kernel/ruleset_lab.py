@@ -225,7 +225,7 @@ class Lab:
                 f"link set {port} master breth1-{vlan}", f"link set {port} up")  # fmt: skip
         self.ip(space, f"addr add {address} dev eth0", "link set eth0 up")
 
-    def strays(self) -> int:
+    def foreign_source_packets(self) -> int:
         """The number of packets that reached a provider's gateway with a source address of another VLAN."""
         found = 0
         for gw in ("gw1", "gw2"):
@@ -240,7 +240,7 @@ class Lab:
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
-            self.settle(before)
+            self.judge_flows(before)
 
     def renew(self, scope: Scope) -> None:
         """Configure the device for ``scope``; flush its connection tracking and the neighbours' ARP caches."""
@@ -291,7 +291,7 @@ class Lab:
         look = ("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended", "-f")
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
-    def settle(self, before: Scope | None) -> None:
+    def judge_flows(self, before: Scope | None) -> None:
         look = flows.attention(before, self.scope)
         if look == "none":
             return
@@ -440,7 +440,7 @@ class Lab:
         for it, answer in zip(tries, self.ask(tries, QUIET_S), strict=True):
             assert not answer, f"{it}: {answer}"
 
-    def meets(self, told: Mapping[Try, bool]) -> None:
+    def assert_answers(self, told: Mapping[Try, bool]) -> None:
         """Assert that exactly the attempts marked True are answered.
 
         The silent ones come first, because an answered one leaves a conntrack entry that could admit others.

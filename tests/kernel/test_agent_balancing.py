@@ -62,12 +62,12 @@ def revoke(host: AgentHost, *rules: dict[str, object]) -> None:
     balance(host, *({**it, "revoke": True} for it in rules))
 
 
-def haproxy(host: AgentHost) -> int:
+def haproxy_count(host: AgentHost) -> int:
     return len(host.processes("haproxy"))
 
 
 @contextlib.contextmanager
-def serving(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
+def name_servers(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
     """Listeners in the VMs: who connects is told the VM's name, and then what it says. What it said first is kept."""
     heard: list[bytes] = []
     listeners = []
@@ -108,7 +108,7 @@ def connect(host: AgentHost, port: int, timeout_s: float = 5.0) -> socket.socket
         return socket.create_connection((ADDRESS, port), timeout_s)
 
 
-def told(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
+def answering_vm(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
     """Who answers on a balanced port; why nobody does."""
     try:
         with connect(host, port, timeout_s) as client:
@@ -117,7 +117,7 @@ def told(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
         return type(error).__name__
 
 
-def echoes(client: socket.socket) -> bool:
+def is_echoed(client: socket.socket) -> bool:
     try:
         client.sendall(b"still here")
         return client.recv(100) == b"still here"
@@ -130,7 +130,7 @@ def echoes(client: socket.socket) -> bool:
 def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[str, str]) -> None:
     """Version 1, before anything that the client says, with the client's own address (haproxy's proxy-protocol.txt)."""
     wanted = rule(1, 2525, WEB_IP, **said)
-    with serving(host, WEB) as heard:
+    with name_servers(host, WEB) as heard:
         balance(host, wanted)
         with connect(host, 2525) as client:
             ours = client.getsockname()
@@ -141,23 +141,23 @@ def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[s
 
 
 def test_backend_changes_keep_established_connections(host: AgentHost) -> None:
-    with serving(host, WEB, DB):
+    with name_servers(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP))
-        assert {told(host, 8080) for _ in range(4)} == {WEB}
+        assert {answering_vm(host, 8080) for _ in range(4)} == {WEB}
         with connect(host, 8080) as kept:
             assert kept.recv(100) == b"web"
             balance(host, rule(1, 8080, WEB_IP, DB_IP))
-            assert Counter(told(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
-            assert echoes(kept)
+            assert Counter(answering_vm(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
+            assert is_echoed(kept)
             # From the moment on when the call is answered nobody new meets the one that was taken out.
             backends = [{"ip": ip, "port": 80, "revoked": ip == WEB_IP} for ip in (WEB_IP, DB_IP)]
             balance(host, rule(1, 8080, backends=backends))
-            assert {told(host, 8080) for _ in range(20)} == {DB}
-            assert echoes(kept)
+            assert {answering_vm(host, 8080) for _ in range(20)} == {DB}
+            assert is_echoed(kept)
             revoke(host, rule(1, 8080))
-            assert not echoes(kept)
-        assert told(host, 8080, 0.5) == "TimeoutError"
-    wait_until(lambda: not haproxy(host))
+            assert not is_echoed(kept)
+        assert answering_vm(host, 8080, 0.5) == "TimeoutError"
+    wait_until(lambda: not haproxy_count(host))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_backend_changes_keep_established_connections(host: AgentHost) -> None:
 def test_each_algorithm_spreads_connections_as_documented(
     host: AgentHost, algorithm: str, spread: dict[str, int]
 ) -> None:
-    with serving(host, WEB, DB):
+    with name_servers(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP, DB_IP, algorithm=algorithm))
         clients = [connect(host, 8080) for _ in range(8)]
         seen = Counter(client.recv(100).decode() for client in clients)
@@ -184,7 +184,7 @@ def test_udp_is_balanced_without_haproxy(host: AgentHost, said: dict[str, str]) 
             servers.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         servers[-1].bind(("0.0.0.0", 80))
     balance(host, rule(1, 5353, WEB_IP, DB_IP, **said))
-    assert not haproxy(host)
+    assert not haproxy_count(host)
 
     def answered() -> str:
         with host.within():
@@ -210,28 +210,28 @@ def test_udp_is_balanced_without_haproxy(host: AgentHost, said: dict[str, str]) 
 
 
 def test_the_firewall_filters_balanced_traffic_by_client_address(host: AgentHost) -> None:
-    with serving(host, WEB):
+    with name_servers(host, WEB):
         balance(host, rule(1, 8080, WEB_IP))
-        assert told(host, 8080) == WEB
+        assert answering_vm(host, 8080) == WEB
         with connect(host, 8080) as kept:
             assert kept.recv(100) == b"web"
             admit(host, "203.0.113.9/32")
-            assert told(host, 8080, 0.5) == "TimeoutError"
-            assert not echoes(kept)
+            assert answering_vm(host, 8080, 0.5) == "TimeoutError"
+            assert not is_echoed(kept)
         admit(host, f"{CLIENT}/32")
-        assert told(host, 8080) == WEB
+        assert answering_vm(host, 8080) == WEB
         revoke(host, rule(1, 8080))
 
 
 def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
     """As a restart sends them; more than a command line or a limit of descriptors takes at a careless moment."""
     rules = [rule(number, 10000 + number, WEB_IP, DB_IP) for number in range(1, 701)]
-    with serving(host, WEB, DB):
+    with name_servers(host, WEB, DB):
         balance(host, *rules)
         listening = set(re.findall(rf"{re.escape(ADDRESS)}:(\d+)", host.run("ss", "-ltn", namespace=NS)))
         assert listening == {str(it["publicPort"]) for it in rules}
         for port in (10001, 10350, 10700):
-            assert {told(host, port) for _ in range(4)} == {WEB, DB}
+            assert {answering_vm(host, port) for _ in range(4)} == {WEB, DB}
         lines: list[str] = []
         while not lines or "skip=" in lines[-1]:
             more = lines.pop().partition("skip=")[2].partition(",")[0] if lines else "0"
@@ -241,8 +241,8 @@ def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
         state = json.loads(host.path("/var/lib/netloom/scopes/net-204.json").read_text())
         assert len(state["lb_rules"]) == 700
         revoke(host, *rules[:350])
-        assert told(host, 10001, 0.5) == "TimeoutError"
-        assert told(host, 10700) in (WEB, DB)
+        assert answering_vm(host, 10001, 0.5) == "TimeoutError"
+        assert answering_vm(host, 10700) in (WEB, DB)
         revoke(host, *rules)
-    wait_until(lambda: not haproxy(host))
-    assert told(host, 10700, 0.5) == "TimeoutError"
+    wait_until(lambda: not haproxy_count(host))
+    assert answering_vm(host, 10700, 0.5) == "TimeoutError"

@@ -95,13 +95,13 @@ class Agent:
         self.guests = Guests(self.loop, Log(str(directory / "agent.log")), COMMAND, build, self.taken.append, directory)
         self.loop.run_until_complete(self.guests.adopt())
 
-    def thread(self, work: Callable[[], T]) -> T:
+    def in_worker(self, work: Callable[[], T]) -> T:
         return self.loop.run_until_complete(self.loop.run_in_executor(None, work))
 
     def converge(self, scope: Scope) -> list[str]:
-        return self.thread(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
+        return self.in_worker(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
 
-    def until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
+    def wait_until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
         async def wait() -> None:
             end = time.monotonic() + patience_s
             while not await self.loop.run_in_executor(None, so):
@@ -155,23 +155,23 @@ def test_the_guest_process_answers_from_the_tables_it_was_sent(tmp_path: Path) -
     with _agents(tmp_path) as agent:
         it = agent("b1")
         assert it.converge(SCOPE) == ["guest: serve 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         assert it.converge(SCOPE) == []
         assert it.converge(_with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["guest: update 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
-        assert it.thread(lambda: it.guests.end("net-9205")) == ["guest: drop 9205"]
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
+        assert it.in_worker(lambda: it.guests.end("net-9205")) == ["guest: drop 9205"]
         with pytest.raises(OSError):
-            it.thread(lambda: _get("/latest/user-data"))
+            it.in_worker(lambda: _get("/latest/user-data"))
 
 
 def test_an_acknowledged_password_is_reported(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
-        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+        assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
         assert it.taken == []
-        it.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
-        it.until(lambda: bool(it.taken))
+        it.in_worker(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        it.wait_until(lambda: bool(it.taken))
         assert (it.taken[0].nic, it.taken[0].password_id) == ("u1", "1")
 
 
@@ -182,8 +182,8 @@ def test_a_killed_guest_process_restarts_with_the_same_sockets(tmp_path: Path) -
         before = it.guests.pid
         os.kill(before, signal.SIGKILL)
         # ProbeTarget at once: the connection waits in the agent's copy of the socket until somebody serves it again.
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
-        it.until(lambda: it.guests.pid != before)
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        it.wait_until(lambda: it.guests.pid != before)
         assert it.converge(SCOPE) == []
 
 
@@ -192,12 +192,12 @@ def test_a_rejected_table_does_not_affect_other_networks(tmp_path: Path) -> None
     with _agents(tmp_path) as agent:
         it = agent("b1")
         with pytest.raises(HostRefused, match="lease_s"):
-            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+            it.in_worker(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
         it.converge(SCOPE)
         os.kill(it.guests.pid, signal.SIGKILL)
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         with pytest.raises(HostRefused, match="lease_s"):
-            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+            it.in_worker(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
 
 
 def test_repeated_guest_process_crashes_back_off_exponentially(tmp_path: Path) -> None:
@@ -207,10 +207,10 @@ def test_repeated_guest_process_crashes_back_off_exponentially(tmp_path: Path) -
         for wait in ("0.0", "0.2", "0.5"):
             before = it.guests.pid
             os.kill(before, signal.SIGKILL)
-            it.until(partial(_other, it, before))
+            it.wait_until(partial(_has_new_pid, it, before))
             assert f"guest process {before} has ended" in (tmp_path / "agent.log").read_text()
             assert f"another one in {wait} s" in (tmp_path / "agent.log").read_text()
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
 def test_a_hung_guest_process_is_killed_without_losing_passwords(
@@ -226,13 +226,13 @@ def test_a_hung_guest_process_is_killed_without_losing_passwords(
         log = Log(str(tmp_path / "agent.log"))
         look = liveness.LivenessProbes(it.loop, log, supervisor.Supervisor(it.loop, print), it.guests, lambda it: False)
         asking = it.loop.create_task(look.keep(0.2))
-        it.until(lambda: it.guests.pid == hung)
+        it.wait_until(lambda: it.guests.pid == hung)
         os.kill(hung, signal.SIGSTOP)
-        it.until(lambda: it.guests.pid != hung)
+        it.wait_until(lambda: it.guests.pid != hung)
         asking.cancel()
-        assert not _runs(hung)
+        assert not _is_running(hung)
         assert f"guest process (pid {hung}) does not answer: ended" in (tmp_path / "agent.log").read_text()
-        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+        assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
 
 
 def test_a_pid_claimed_by_the_guest_process_is_not_killed_unverified(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_pid_claimed_by_the_guest_process_is_not_killed_unverified(tmp_path: P
         assert innocent.poll() is None
         innocent.kill()
         innocent.wait()
-        assert _runs(it.guests.pid)
+        assert _is_running(it.guests.pid)
 
 
 def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +257,9 @@ def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, m
             network.close()  # as an agent's end closes its copies
         second = agent("b1")
         assert second.guests.pid != hung
-        assert not _runs(hung)
+        assert not _is_running(hung)
         assert second.converge(SCOPE) == ["guest: serve 9205"]
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
 def test_a_restarted_agent_adopts_the_guest_process(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_restarted_agent_adopts_the_guest_process(tmp_path: Path) -> None:
         assert second.converge(SCOPE) == []
         assert second.guests.pid == pid
         os.kill(pid, signal.SIGKILL)
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
 def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
@@ -281,14 +281,14 @@ def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
         old = first.guests.pid
         second = agent("b2")
         assert second.guests.pid != old
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         # Served by the old process still: what it hands out is told all the same.
-        second.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
-        second.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
-        second.until(lambda: [it.password_id for it in second.taken] == ["1"])
+        second.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
+        second.in_worker(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        second.wait_until(lambda: [it.password_id for it in second.taken] == ["1"])
         assert second.converge(SCOPE) == ["guest: update 9205"]
-        second.until(lambda: not _runs(old))
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        second.wait_until(lambda: not _is_running(old))
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
 def test_a_recreated_namespace_gets_new_sockets(tmp_path: Path) -> None:
@@ -300,12 +300,12 @@ def test_a_recreated_namespace_gets_new_sockets(tmp_path: Path) -> None:
         _make_namespaces()
         assert unserved(it) == ["9205"]
         assert it.converge(SCOPE) == ["guest: serve 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         assert unserved(it) == []
 
 
 def unserved(agent: Agent, scope: Scope = SCOPE) -> list[str]:
-    return agent.thread(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
+    return agent.in_worker(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
 
 
 def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
@@ -319,11 +319,11 @@ def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
         assert unserved(it) == ["9205"]
 
 
-def _other(agent: Agent, pid: int) -> bool:
+def _has_new_pid(agent: Agent, pid: int) -> bool:
     return agent.guests.pid != pid
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -37,7 +37,7 @@ def host() -> Iterator[AgentHost]:
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[AgentHost]:
+def module_host() -> Iterator[AgentHost]:
     """A host with the network, for tests that leave it as they found it."""
     with agent_host() as it:
         it.start()
@@ -100,7 +100,7 @@ def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> Non
         for inner in ([], ["ip", "netns", "exec", NS])
         for what in (["ip", "monitor", "link", "address", "route", "rule"], ["stdbuf", "-oL", "nft", "monitor"])
     ]
-    wait_until(lambda: all(_listens(watch.pid) for watch in watches))
+    wait_until(lambda: all(_has_netlink_socket(watch.pid) for watch in watches))
     host.start()
     assert steps(host) == 0
     host.kill()
@@ -113,7 +113,7 @@ def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> Non
     assert steps(host) == 0
 
 
-def _listens(pid: int) -> bool:
+def _has_netlink_socket(pid: int) -> bool:
     """Whether the process has a netlink socket: from then on it hears everything."""
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
@@ -160,8 +160,8 @@ def test_a_command_interrupted_by_kill_is_completed_at_the_next_start(host: Agen
     ],
     ids=" ".join,
 )
-def test_the_next_command_repairs_manual_changes(standing: AgentHost, harm: list[str]) -> None:
-    host = standing
+def test_the_next_command_repairs_manual_changes(module_host: AgentHost, harm: list[str]) -> None:
+    host = module_host
     good = snapshot(host)
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)  # it would not wait for a command

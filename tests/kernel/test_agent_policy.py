@@ -29,7 +29,7 @@ def pbr(host: AgentHost, action: str, **params: Any) -> str:
     return message(act(host, f"pbr-{action}", **{name.replace("_", "-"): it for name, it in params.items()}))
 
 
-def asked(host: AgentHost) -> None:
+def add_table_routes_and_rules(host: AgentHost) -> None:
     pbr(host, "create-table", table_id="100", table_name="smoke")
     pbr(host, "add-route", table="smoke", route=BLACKHOLE)
     pbr(host, "add-route", table="smoke", route="default via 203.0.113.254 dev pub-101")
@@ -37,7 +37,7 @@ def asked(host: AgentHost) -> None:
     pbr(host, "add-rule", table="smoke", rule="from 10.10.1.4 iif gst-204 priority 12345")
 
 
-def standing(host: AgentHost) -> bool:
+def is_in_kernel(host: AgentHost) -> bool:
     rules = host.ip("rule", namespace=NS)
     routes = host.ip("route", "show", "table", "100", namespace=NS).split("\n")
     return (
@@ -70,11 +70,11 @@ def test_smoke_08_policy_routing_actions_in_sequence(host: AgentHost) -> None:
 
 def test_repeated_policy_routing_actions_take_no_steps(host: AgentHost) -> None:
     before = kernel(host)
-    asked(host)
-    assert standing(host)
+    add_table_routes_and_rules(host)
+    assert is_in_kernel(host)
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     after, log = kernel(host), host.log()
-    asked(host)
+    add_table_routes_and_rules(host)
     assert kernel(host) == after
     calls = [line for line in host.log()[len(log) :].splitlines() if "command=custom-action" in line]
     assert len(calls) == 5
@@ -95,19 +95,19 @@ def test_repeated_policy_routing_actions_take_no_steps(host: AgentHost) -> None:
     ids=" ".join,
 )
 def test_removed_policy_routing_objects_are_restored(host: AgentHost, taken: list[str]) -> None:
-    asked(host)
+    add_table_routes_and_rules(host)
     host.run(*taken, namespace=NS)
-    wait_until(lambda: standing(host))
+    wait_until(lambda: is_in_kernel(host))
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     pbr(host, "delete-table", table="smoke")
 
 
 def test_policy_routing_is_restored_when_the_namespace_is_recreated(host: AgentHost) -> None:
-    asked(host)
+    add_table_routes_and_rules(host)
     host.kill()
     host.ip("netns", "del", NS)
     host.start()
-    assert standing(host)
+    assert is_in_kernel(host)
     assert pbr(host, "list-tables") == "table 100 smoke"
     pbr(host, "delete-table", table="smoke")
     assert not host.ip("route", "show", "table", "100", namespace=NS)
@@ -115,7 +115,7 @@ def test_policy_routing_is_restored_when_the_namespace_is_recreated(host: AgentH
 
 
 def test_a_route_whose_link_is_gone_is_inactive_and_blocks_nothing_else(host: AgentHost) -> None:
-    asked(host)
+    add_table_routes_and_rules(host)
     for fixture, command in (("125", "release-ip"), ("124", "delete-static-nat")):
         host.call(fixture, command)
     for address in ("203.0.113.20", "203.0.113.21", "203.0.113.22"):
@@ -123,7 +123,7 @@ def test_a_route_whose_link_is_gone_is_inactive_and_blocks_nothing_else(host: Ag
     assert "(not in force" in pbr(host, "list-routes", filter="pub-101")
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     live(host)
-    assert standing(host)
+    assert is_in_kernel(host)
     pbr(host, "delete-table", table="smoke")
 
 

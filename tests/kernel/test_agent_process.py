@@ -37,12 +37,12 @@ def bare() -> Iterator[AgentHost]:
     with agent_host() as it:
         yield it
         # What a relay has started is nobody's child.
-        for pid in agents(it):
+        for pid in agent_pids(it):
             processes.kill(pid)
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
 
 
-def agents(host: AgentHost) -> list[int]:
+def agent_pids(host: AgentHost) -> list[int]:
     """The agents of this host: processes of its network namespace that serve."""
     there = os.stat(f"/proc/{host.pid}/ns/net").st_ino
     found = []
@@ -149,7 +149,7 @@ def test_garbage_closes_only_its_own_connection(host: AgentHost) -> None:
 def test_a_hung_scope_blocks_only_its_own_callers_who_get_an_error(host: AgentHost) -> None:
     """The namespace's first mount hangs: the directory's lock, which everybody must take, is held."""
     host.call("020", "implement-network")
-    with holding(host, "/run/netns"), host.client() as client:
+    with locked_directory(host, "/run/netns"), host.client() as client:
         client.send(make_call("020", "implement-network", network_id="205", vlan="1377", call_id="hangs"))
         client.send(
             make_call("020", "implement-network", network_id="205", vlan="1377", remaining_ms=300, call_id="waits")
@@ -167,7 +167,7 @@ def test_a_hung_scope_blocks_only_its_own_callers_who_get_an_error(host: AgentHo
 
 
 @contextlib.contextmanager
-def holding(host: AgentHost, directory: str) -> Iterator[None]:
+def locked_directory(host: AgentHost, directory: str) -> Iterator[None]:
     holder = subprocess.Popen(
         ["nsenter", "-t", str(host.pid), "-m", "flock", directory, "-c", "echo held; read _"],
         stdin=subprocess.PIPE,
@@ -318,19 +318,19 @@ def test_defect_52_concurrent_relays_start_one_agent_that_outlives_them(bare: Ag
     for thread in threads:
         thread.join(60)
     assert [type(reply) for reply in replies] == [Reply] * 3
-    (pid,) = agents(bare)
+    (pid,) = agent_pids(bare)
     # End of file comes at once: the agent holds none of the relay's descriptors.
     assert [relay.end() for relay in relays] == [(0, b"")] * 3
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)] == ["/dev/null", "/dev/null", LOG]
     assert os.getsid(pid) != os.getsid(0)
-    assert agents(bare) == [pid]
+    assert agent_pids(bare) == [pid]
 
 
 def test_the_socket_of_a_dead_agent_is_replaced(bare: AgentHost) -> None:
     first = Relay(bare)
     first.ask(locate("net-1"))
-    (pid,) = agents(bare)
+    (pid,) = agent_pids(bare)
     os.kill(pid, signal.SIGKILL)
     assert first.process.wait(20) == 0
     first.end()

@@ -15,17 +15,17 @@ from netloom.agent.setup import selftest
 from netloom.errors import HostRefused
 
 
-def seen() -> list[str]:
+def host_objects() -> list[str]:
     """What a selftest could leave on this machine."""
     looks = (["ip", "netns"], ["ip", "-o", "link"], ["nft", "list", "tables"], ["cat", "/proc/self/mounts"])
     return [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in looks]
 
 
 def test_a_usable_host_passes_and_no_objects_are_left() -> None:
-    before = seen()
+    before = host_objects()
     found = {it.what: it for it in selftest.run()}
     assert [it for it in found.values() if it.needed and not it.ok] == []
-    assert seen() == before
+    assert host_objects() == before
     assert found["senders of requests"].ok
     selftest.require()
     # This kernel may have none: then it says what that means, and no network is refused for it.

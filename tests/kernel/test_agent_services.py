@@ -122,15 +122,15 @@ def test_vms_come_and_go_without_restarts_and_removed_ones_get_nothing(host: Age
 
 def test_the_firewall_admits_dhcp_from_clients_with_an_address(host: AgentHost) -> None:
     everybody = "255.255.255.255"
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
-    assert told_by_dhcp(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address that is its own no more
-    assert told_by_dhcp(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
-    assert told_by_dhcp(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
+    assert dhcp_answer(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
+    assert dhcp_answer(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
+    assert dhcp_answer(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address that is its own no more
+    assert dhcp_answer(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
+    assert dhcp_answer(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
     wait_until(lambda: f"the VM declines its address {WEB_IP}" in host.log())
 
 
-def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
+def dhcp_answer(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
     """What a client is answered that sends from this address: message type and lease time."""
     host.ip("-n", WEB, "addr", "add", f"{address}/24", "dev", "eth0")
     with host.within(WEB):

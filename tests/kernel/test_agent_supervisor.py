@@ -86,7 +86,7 @@ def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[
     loop = asyncio.new_event_loop()
     died: list[str] = []
 
-    def until(so: Callable[[], bool]) -> None:
+    def wait_until(so: Callable[[], bool]) -> None:
         async def wait() -> None:
             for _ in range(500):
                 if so():
@@ -97,12 +97,12 @@ def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[
         loop.run_until_complete(wait())
 
     it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
-    until(lambda: True)
+    wait_until(lambda: True)
     try:
-        yield it, died, until
+        yield it, died, wait_until
     finally:
         it.end(SCOPE)
-        until(lambda: True)
+        wait_until(lambda: True)
         loop.close()
 
 
@@ -120,7 +120,7 @@ def _lookup(name: str) -> str:
 
 
 def test_names_are_added_and_removed_without_a_restart() -> None:
-    with _supervisor() as (it, _, until):
+    with _supervisor() as (it, _, wait_until):
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         pid = it.states()[SCOPE]["dns-9204"]
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -129,18 +129,18 @@ def test_names_are_added_and_removed_without_a_restart() -> None:
         )
         did = it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, more),))
         assert did == ["write dns-9204/nic-u2", "remove dns-9204/nic-u1"]
-        until(lambda: _lookup("web-2.cloud.internal") == "10.10.1.46")
-        until(lambda: _lookup("web-1.cloud.internal") == "rcode 3")
+        wait_until(lambda: _lookup("web-2.cloud.internal") == "10.10.1.46")
+        wait_until(lambda: _lookup("web-1.cloud.internal") == "rcode 3")
         renamed = replace(NETWORK, nics={"u2": replace(more.nics["u2"], hostname="web-3")})
         assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == ["write dns-9204/nic-u2"]
-        until(lambda: _lookup("web-3.cloud.internal") == "10.10.1.46")
+        wait_until(lambda: _lookup("web-3.cloud.internal") == "10.10.1.46")
         assert _lookup("web-2.cloud.internal") == "rcode 3"
         assert it.states()[SCOPE]["dns-9204"] == pid
         assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == []
 
 
 def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -151,54 +151,54 @@ def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
 
 
 def test_a_killed_process_is_reported_and_restarted() -> None:
-    with _supervisor() as (it, died, until):
+    with _supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         it.converge(SCOPE, NAMESPACE, wanted)
-        until(lambda: True)
+        wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-        until(lambda: died == ["dns-9204 died"])
+        wait_until(lambda: died == ["dns-9204 died"])
         assert it.converge(SCOPE, NAMESPACE, wanted) == ["start dns-9204"]
         assert _lookup("data-server.cloud.internal") == "10.10.1.1"
 
 
 def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 0.3, 0.6))
-    with _supervisor() as (it, died, until):
+    with _supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
         for turn in range(1, 5):
             it.converge(SCOPE, NAMESPACE, wanted)
-            until(lambda: True)
+            wait_until(lambda: True)
             os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
             since = time.monotonic()
-            until(lambda count=turn: len(died) == count)  # type: ignore[misc]
+            wait_until(lambda count=turn: len(died) == count)  # type: ignore[misc]
             waited.append(time.monotonic() - since)
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
         assert it.ends(SCOPE) == {"dns-9204": 4}
         monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
         it.converge(SCOPE, NAMESPACE, wanted)
-        until(lambda: True)
+        wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
         monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 60.0))
-        until(lambda: len(died) == 5)
+        wait_until(lambda: len(died) == 5)
 
 
 def test_a_new_supervisor_adopts_running_processes() -> None:
-    with _supervisor() as (first, _, _until):
+    with _supervisor() as (first, _, _wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         first.converge(SCOPE, NAMESPACE, wanted)
-        with _supervisor() as (second, died, until):
+        with _supervisor() as (second, died, wait_until):
             assert second.converge(SCOPE, NAMESPACE, wanted) == []
             assert second.states() == first.states()
-            until(lambda: True)
+            wait_until(lambda: True)
             os.kill(second.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-            until(lambda: died == ["dns-9204 died"])
+            wait_until(lambda: died == ["dns-9204 died"])
 
 
 @pytest.mark.mutation("a-recycled-pid-is-another-process", instead="_start_time(record.pid) > 0")
 def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         Path(wanted.directory).mkdir(parents=True)
         innocent = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -216,11 +216,11 @@ def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> No
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
     wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
-    with _supervisor() as (first, _, _until):
+    with _supervisor() as (first, _, _wait_until):
         first.converge(SCOPE, NAMESPACE, (wanted,))
         stray = first.states()[SCOPE][name]
         (Path(wanted.directory) / "running.json").unlink()
-        with _supervisor() as (second, _, _until):
+        with _supervisor() as (second, _, _wait_until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
             assert supervisor._start_time(stray) is None
@@ -230,7 +230,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
     with inside(NAMESPACE):
         backend = socket.create_server(("10.10.1.1", 9000))
     backend.settimeout(5)
-    with backend, _supervisor() as (it, died, until):
+    with backend, _supervisor() as (it, died, wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -241,7 +241,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         changed = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": more}))
         assert changed is not None
         assert it.converge(SCOPE, NAMESPACE, (changed,)) == ["reload lb"]
-        until(lambda: _connects(8001))
+        wait_until(lambda: _connects(8001))
         client.sendall(b"still here")
         assert served.recv(100) == b"still here"
         client.close()
@@ -252,7 +252,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
 
 
 # A master that looks at the signals it got when an event comes, as haproxy does when one comes just before its wait.
-DROWSY = """
+SLEEPY_MASTER = """
 import os, signal, socket, sys
 asked = []
 signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
@@ -286,18 +286,18 @@ while True:
 def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
-    drowsy = service.Service(
+    sleepy = service.Service(
         name="lb",
         directory=directory,
-        argv=("python3", "-c", DROWSY, f"{directory}/master.sock"),
+        argv=("python3", "-c", SLEEPY_MASTER, f"{directory}/master.sock"),
         config={"lb.cfg": "1"},
         on_change="reload",
         listens=(("tcp", 8000),),
         probe=service.Probe("haproxy", f"{directory}/master.sock"),
     )
-    with _supervisor() as (it, _, _until):
-        it.converge(SCOPE, NAMESPACE, (drowsy,))
-        assert it.converge(SCOPE, NAMESPACE, (replace(drowsy, config={"lb.cfg": "2"}),)) == ["reload lb"]
+    with _supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (sleepy,))
+        assert it.converge(SCOPE, NAMESPACE, (replace(sleepy, config={"lb.cfg": "2"}),)) == ["reload lb"]
 
 
 @pytest.mark.mutation("a-reload-waits-for-the-new-worker", instead="os.kill(running.record.pid, signal.SIGUSR2)")
@@ -308,7 +308,7 @@ def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
     names = {backend.getsockname()[1]: name for backend, name in zip(backends, (b"old", b"new"), strict=True)}
     for backend in backends:
         threading.Thread(target=_greet, args=(backend, names[backend.getsockname()[1]]), daemon=True).start()
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         for turn in range(4):
             port = (9000, 9001)[turn % 2]
             rule = replace(RULE, backends=(Backend(ip="10.10.1.1", port=port),))
@@ -323,7 +323,7 @@ def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
 
 def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 1.0)
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
         assert wanted is not None and more is not None
@@ -353,7 +353,7 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
 
     busy = False
 
-    async def story() -> None:
+    async def scenario() -> None:
         nonlocal busy
         asking = asyncio.ensure_future(
             liveness.LivenessProbes(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1)
@@ -381,7 +381,7 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
         await loop.run_in_executor(None, it.end, SCOPE)
         await asyncio.sleep(0.05)
 
-    loop.run_until_complete(story())
+    loop.run_until_complete(scenario())
     loop.close()
     assert f"scope={SCOPE} {name} (pid " in log.read_text()
 
@@ -423,7 +423,7 @@ def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: py
 
 @pytest.mark.mutation("a-refused-file-stays-a-candidate")
 def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> None:
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -440,7 +440,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
@@ -451,14 +451,14 @@ def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> 
 
 @pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"end {name}" for name in self._known(scope_id)]')
 def test_defect_41_ending_a_scope_leaves_no_process_or_file() -> None:
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["dns-9204"]
         assert it.end(SCOPE) == ["end dns-9204"]
         assert not Path(wanted.directory).parent.exists()
-        until = time.monotonic() + 2
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        deadline = time.monotonic() + 2
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             os.waitpid(pid, os.WNOHANG)
             time.sleep(0.01)
         assert not Path(f"/proc/{pid}").exists()

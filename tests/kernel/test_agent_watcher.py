@@ -32,7 +32,7 @@ WITHIN_S = 10.0  # a second, on a machine that is not shared
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[AgentHost]:
+def module_host() -> Iterator[AgentHost]:
     with agent_host() as it:
         it.start()
         live(it)
@@ -70,26 +70,26 @@ def standing() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_manual_changes_are_repaired_once(standing: AgentHost, harm: list[str]) -> None:
-    host = standing
-    wait_until(lambda: quiet(host))
-    good = whole(host)
+def test_manual_changes_are_repaired_once(module_host: AgentHost, harm: list[str]) -> None:
+    host = module_host
+    wait_until(lambda: is_idle(host))
+    good = full_snapshot(host)
     heals = host.log().count(" watch: ")
     host.run(*harm)
-    wait_until(lambda: whole(host) == good, WITHIN_S)
-    wait_until(lambda: quiet(host))
-    assert whole(host) == good
+    wait_until(lambda: full_snapshot(host) == good, WITHIN_S)
+    wait_until(lambda: is_idle(host))
+    assert full_snapshot(host) == good
     # Done once; our own doing moved nobody to do it again.
     assert host.log().count(" watch: ") == heals + 1
 
 
-def whole(host: AgentHost) -> list[object]:
+def full_snapshot(host: AgentHost) -> list[object]:
     permanent = host.run("ip", "neigh", "show", "nud", "permanent", namespace=NS, check=False)
     alias = host.links().get("vnetg204", {}).get("ifalias", "")
     return [*snapshot(host), permanent, alias]
 
 
-def quiet(host: AgentHost) -> bool:
+def is_idle(host: AgentHost) -> bool:
     """Nothing was done for a while, longer than events are collected and long waits for a fight to end."""
     before = host.log()
     time.sleep(0.5)
@@ -97,7 +97,7 @@ def quiet(host: AgentHost) -> bool:
 
 
 @pytest.fixture(scope="module")
-def checked() -> Iterator[AgentHost]:
+def checked_host() -> Iterator[AgentHost]:
     """A host that is looked at twice a second."""
     with agent_host() as it:
         it.start("--check-every", "0.5")
@@ -118,25 +118,25 @@ def checked() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_changes_without_events_are_found_by_the_periodic_check(checked: AgentHost, harm: list[str]) -> None:
-    host = checked
+def test_changes_without_events_are_found_by_the_periodic_check(checked_host: AgentHost, harm: list[str]) -> None:
+    host = checked_host
     time.sleep(1.5)  # the check has seen the rules as they should be
-    good = whole(host)
+    good = full_snapshot(host)
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)
     host.run(*harm)
-    assert whole(host) != good
+    assert full_snapshot(host) != good
     host.agent.send_signal(signal.SIGCONT)
-    wait_until(lambda: whole(host) == good)
-    wait_until(lambda: quiet(host))
+    wait_until(lambda: full_snapshot(host) == good)
+    wait_until(lambda: is_idle(host))
 
 
-def test_an_unmounted_namespace_name_is_restored(checked: AgentHost) -> None:
-    good = whole(checked)
-    checked.run("umount", f"/run/netns/{NS}")
-    wait_until(lambda: checked.run("ip", "link", namespace=NS, check=False) != "")
-    wait_until(lambda: quiet(checked))
-    assert whole(checked) == good
+def test_an_unmounted_namespace_name_is_restored(checked_host: AgentHost) -> None:
+    good = full_snapshot(checked_host)
+    checked_host.run("umount", f"/run/netns/{NS}")
+    wait_until(lambda: checked_host.run("ip", "link", namespace=NS, check=False) != "")
+    wait_until(lambda: is_idle(checked_host))
+    assert full_snapshot(checked_host) == good
 
 
 def test_a_deleted_bridge_is_restored_and_its_carrier_ends_down_as_before() -> None:
@@ -147,20 +147,20 @@ def test_a_deleted_bridge_is_restored_and_its_carrier_ends_down_as_before() -> N
         live(host)
         host.ip("link", "del", BRIDGE)
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
-        wait_until(lambda: quiet(host))
+        wait_until(lambda: is_idle(host))
         done(host.call("131", "destroy-network"))
         assert "UP" not in host.links()["eth1.1204"]["flags"]
         assert BRIDGE not in host.links()
 
 
-def test_foreign_nftables_tables_are_left_alone(checked: AgentHost) -> None:
+def test_foreign_nftables_tables_are_left_alone(checked_host: AgentHost) -> None:
     time.sleep(1.5)
-    before = checked.log()
-    checked.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
+    before = checked_host.log()
+    checked_host.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
     time.sleep(1.5)
-    assert checked.log() == before
-    assert "theirs" in checked.run("nft", "list", "tables", namespace=NS)
-    checked.run("nft", "delete table inet theirs", namespace=NS)
+    assert checked_host.log() == before
+    assert "theirs" in checked_host.run("nft", "list", "tables", namespace=NS)
+    checked_host.run("nft", "delete table inet theirs", namespace=NS)
 
 
 def test_repeated_repairs_back_off_exponentially() -> None:
@@ -224,7 +224,7 @@ def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_fi
         assert given["ip"] == WEB_IP
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
         assert len(running(host)["dnsmasq"]) == 9
-        wait_until(lambda: quiet(host))
+        wait_until(lambda: is_idle(host))
         assert sum(" restore: " in line for line in host.log().splitlines()) == 9
 
 

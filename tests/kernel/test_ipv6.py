@@ -96,7 +96,7 @@ def is_answered(host: AgentHost, namespace: str, address: str) -> bool:
     return " 0% packet loss" in host.run("ping", "-6", "-c1", "-W5", address, namespace=namespace, check=False)
 
 
-def asked(host: AgentHost, namespace: str, server: str, name: str, kind: int = 28) -> bytes:
+def dns_answer(host: AgentHost, namespace: str, server: str, name: str, kind: int = 28) -> bytes:
     """The last 16 bytes of a name server's answer: an address of AAAA, or the end of a name."""
     labels = b"".join(bytes((len(it),)) + it.encode() for it in name.split("."))
     query = struct.pack(">6H", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">2H", kind, 1)
@@ -139,7 +139,7 @@ def test_a_vm_configures_the_address_that_cloudstack_computed(host: AgentHost) -
     assert is_answered(host, "vm", GATEWAY)
 
 
-def advertised(host: AgentHost) -> tuple[int, dict[int, bytes]]:
+def router_advertisement(host: AgentHost) -> tuple[int, dict[int, bytes]]:
     """What the gateway answers when ``vm`` solicits it: the router's lifetime, and the options by their types."""
     with host.within("vm"):
         client = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
@@ -160,7 +160,7 @@ def advertised(host: AgentHost) -> tuple[int, dict[int, bytes]]:
 
 
 def test_the_gateway_advertises_prefix_resolver_and_domain(host: AgentHost) -> None:
-    lifetime_s, options = advertised(host)
+    lifetime_s, options = router_advertisement(host)
     assert lifetime_s >= 600
     assert socket.inet_ntop(socket.AF_INET6, options[3][16:32]) == "2001:db8:50:1::"
     assert options[3][2] == 64
@@ -176,7 +176,7 @@ def test_the_mtu_of_the_segment_is_advertised() -> None:
         build(it)
         plug(it, "vm", MAC)
         wait_until(lambda: ADDRESS in addresses(it, "vm"))
-        assert int.from_bytes(advertised(it)[1][5][4:8], "big") == 1400
+        assert int.from_bytes(router_advertisement(it)[1][5][4:8], "big") == 1400
         assert it.run("cat", "/proc/sys/net/ipv6/conf/eth0/mtu", namespace="vm") == "1400\n"
 
 
@@ -241,15 +241,19 @@ def test_names_resolve_to_both_addresses_over_both_families(host: AgentHost) -> 
     for server in (GATEWAY, "10.50.1.1"):
         if server == "10.50.1.1":
             host.ip("-n", "vm", "addr", "replace", "10.50.1.45/24", "dev", "eth0")
-        assert asked(host, "vm", server, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
+        assert dns_answer(host, "vm", server, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(
+            socket.AF_INET6, ADDRESS
+        )
     nibbles = ".".join(reversed(socket.inet_pton(socket.AF_INET6, ADDRESS).hex()))
-    assert b"\x05six-1" in asked(host, "vm", GATEWAY, f"{nibbles}.ip6.arpa", kind=12)
+    assert b"\x05six-1" in dns_answer(host, "vm", GATEWAY, f"{nibbles}.ip6.arpa", kind=12)
 
 
 @pytest.mark.mutation("names-have-both-addresses")
 def test_defect_49_a_restore_keeps_both_addresses(host: AgentHost) -> None:
     call(host, "406", "restore-network")
-    assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
+    assert dns_answer(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(
+        socket.AF_INET6, ADDRESS
+    )
 
 
 def test_a_guest_reaches_the_outside_with_its_own_address(host: AgentHost) -> None:
@@ -419,10 +423,10 @@ def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     host.ip("link", "del", "vnetg520")
     wait_until(lambda: "vnetg520" in host.links())
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
-    lifetime_s, options = advertised(host)
+    lifetime_s, options = router_advertisement(host)
     assert lifetime_s >= 600
     assert socket.inet_ntop(socket.AF_INET6, options[3][16:32]) == "2001:db8:50:1::"
-    assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
+    assert dns_answer(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
 
 
 @pytest.mark.mutation("a-reboot-puts-back-what-links-lost", instead="first")
@@ -465,13 +469,13 @@ def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
         it.start()
         six = {"network_ip6_gateway": GATEWAY, "network_ip6_cidr": PREFIX}
 
-        def tell(fixture: str, command: str, **changes: Any) -> None:
+        def send(fixture: str, command: str, **changes: Any) -> None:
             done(it.call(fixture, command, registration=WAY_OUT, **changes))
 
-        tell("202", "implement-vpc")
-        tell("210", "implement-network", **six)
-        tell("211", "assign-ip", **six)
-        tell("230", "implement-network")
+        send("202", "implement-vpc")
+        send("210", "implement-network", **six)
+        send("211", "assign-ip", **six)
+        send("230", "implement-network")
         plug(it, "vm", MAC, "breth1-1310")
         outside(it, PREFIX, OURS)
         wait_until(lambda: ADDRESS in addresses(it, "vm"))
@@ -483,11 +487,11 @@ def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
             assert not reaches(it, "", ADDRESS, 22, 1)  # no list yet: ingress closed, egress open
             assert reaches(it, "vm", FAR, 80)
             ssh = item | {"portStart": 22, "portEnd": 22, "sourceCidrs": ["2001:db8:99::/64"]}
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh])
             assert reaches(it, "", ADDRESS, 22)
             assert not reaches(it, "", ADDRESS, 23, 1)
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh | {"sourceCidrs": ["0.0.0.0/0"]}])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh | {"sourceCidrs": ["0.0.0.0/0"]}])
             assert not reaches(it, "", ADDRESS, 22, 1)
             denied = item | {"action": "deny", "trafficType": "egress", "sourceCidrs": ["2001:db8:ffff::/48"]}
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh, denied])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh, denied])
             assert not reaches(it, "vm", FAR, 80, 1)

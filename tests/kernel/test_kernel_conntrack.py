@@ -65,7 +65,7 @@ def by_port(namespace: str) -> dict[int, Entry]:
     return {entry.sport: entry for entry in conntrack.dump(namespace) if entry.sport}
 
 
-def seen(namespace: str) -> dict[str, int]:
+def conntrack_marks(namespace: str) -> dict[str, int]:
     """``conntrack``'s own list: "udp sport" to mark."""
     found = (re.match(r"(\w+) .*? sport=(\d+) .*mark=(\d+)", line) for line in _listed(namespace).splitlines())
     return {f"{it[1]} {it[2]}": int(it[3]) for it in found if it}
@@ -101,7 +101,7 @@ def test_open_connections_are_listed_as_conntrack_lists_them(link: Link) -> None
     icmp6 = [it for it in entries if it.protocol == 58]
     assert [(it.dst, it.icmp_type) for it in icmp6] == [("fd09::2", 128)]
 
-    assert seen(link.left).keys() == {"udp 1001", "udp 1002", "tcp 1003"}
+    assert conntrack_marks(link.left).keys() == {"udp 1001", "udp 1002", "tcp 1003"}
     ids = set(re.findall(r"use=\d+ id=(\d+)", _listed(link.left)))
     assert {str(it.id) for it in entries} == ids
     assert conntrack.count(link.left) == len(entries) == 5
@@ -132,7 +132,7 @@ def test_only_the_given_connections_are_deleted(link: Link) -> None:
     link.tcp(1003)
     known = by_port(link.left)
     assert conntrack.delete(link.left, [known[1001], known[2002], known[1003]]) == 3
-    assert seen(link.left).keys() == {"udp 1002", "udp 2001"}
+    assert conntrack_marks(link.left).keys() == {"udp 1002", "udp 2001"}
     assert conntrack.delete(link.left, [known[1001], known[1002], known[1003]]) == 1
     assert conntrack.delete(link.left, []) == 0
 
@@ -160,7 +160,7 @@ def test_marks_are_written_under_their_mask(link: Link) -> None:
     assert conntrack.set_mark(link.left, known.values(), 0x00010007, 0xFFFFFFFF) == 2
     assert conntrack.set_mark(link.left, [known[1001]], 0x80000000, 0x80000000) == 1
     assert {port: entry.mark for port, entry in by_port(link.left).items()} == {1001: 0x80010007, 1002: 0x00010007}
-    assert seen(link.left) == {"udp 1001": 0x80010007, "udp 1002": 0x00010007}
+    assert conntrack_marks(link.left) == {"udp 1001": 0x80010007, "udp 1002": 0x00010007}
     assert conntrack.set_mark(link.left, [known[1001]], 0, 0x80000000) == 1
     assert by_port(link.left)[1001].mark == 0x00010007
     conntrack.delete(link.left, [known[1002]])

@@ -18,7 +18,7 @@ from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError, inside
 
 
-def here() -> int:
+def current_namespace() -> int:
     return os.stat("/proc/thread-self/ns/net").st_ino
 
 
@@ -32,15 +32,15 @@ def name() -> Iterator[str]:
 
 
 def test_ip_netns_lists_a_created_namespace(name: str) -> None:
-    home = here()
+    home = current_namespace()
     namespaces.create(name)
-    assert here() == home
+    assert current_namespace() == home
     assert namespaces.exists(name)
     assert name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
     assert "lo" in tool(name, "ip", "-o", "link")
     with inside(name):
-        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino != home
-    assert here() == home
+        assert current_namespace() == os.stat(f"{NETNS_DIR}/{name}").st_ino != home
+    assert current_namespace() == home
 
 
 def test_creating_and_deleting_are_idempotent(name: str) -> None:
@@ -74,7 +74,7 @@ def test_a_namespace_made_by_ip_netns_can_be_used_and_deleted(name: str) -> None
     subprocess.run(["ip", "netns", "add", name], check=True)
     namespaces.create(name)
     with inside(name):
-        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino
+        assert current_namespace() == os.stat(f"{NETNS_DIR}/{name}").st_ino
     namespaces.delete(name)
     assert name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
@@ -105,34 +105,34 @@ def test_the_name_is_visible_in_an_earlier_mount_namespace(name: str) -> None:
 
 def test_entering_a_namespace_affects_only_the_calling_thread() -> None:
     entered, looked = threading.Event(), threading.Event()
-    home = here()
+    home = current_namespace()
     with scratch() as name, ThreadPoolExecutor(1) as pool:
 
         def stay() -> int:
             with inside(name):
                 entered.set()
                 assert looked.wait(30)
-                return here()
+                return current_namespace()
 
         there = pool.submit(stay)
         assert entered.wait(30)
-        assert here() == home
+        assert current_namespace() == home
         looked.set()
         assert there.result(30) == os.stat(f"{NETNS_DIR}/{name}").st_ino
-        assert pool.submit(here).result(30) == home
+        assert pool.submit(current_namespace).result(30) == home
 
 
 def test_inside_blocks_may_be_nested_and_left_by_exceptions() -> None:
-    home = here()
+    home = current_namespace()
     with scratch() as outer, scratch() as inner:
         with inside(outer):
-            at_outer = here()
+            at_outer = current_namespace()
             with pytest.raises(ZeroDivisionError), inside(inner):
-                _ = 1 / (here() in (home, at_outer))
-            assert here() == at_outer
+                _ = 1 / (current_namespace() in (home, at_outer))
+            assert current_namespace() == at_outer
             with inside(None), inside(""):
-                assert here() == at_outer
-        assert here() == home
+                assert current_namespace() == at_outer
+        assert current_namespace() == home
 
 
 def test_a_missing_namespace_is_named_in_the_error() -> None:
@@ -143,9 +143,9 @@ def test_a_missing_namespace_is_named_in_the_error() -> None:
 
 def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
     """The way back needs CAP_SYS_ADMIN; the thread gives its own up inside. Capabilities belong to threads."""
-    home = here()
+    home = current_namespace()
 
-    def lose(there: str) -> list[str]:
+    def fail_to_leave(there: str) -> list[str]:
         said = []
         with pytest.raises(NamespaceError) as caught, inside(there):
             _drop_capabilities()
@@ -157,10 +157,10 @@ def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
         return said
 
     with scratch() as there, ThreadPoolExecutor(1) as pool:
-        leaving, *later = pool.submit(lose, there).result(30)
+        leaving, *later = pool.submit(fail_to_leave, there).result(30)
     assert leaving == f"leave {there}: Operation not permitted (the agent must be restarted)"
     assert later == [f"this thread could not leave {there}; it can no longer be used"] * 2
-    assert here() == home
+    assert current_namespace() == home
 
 
 def _drop_capabilities() -> None:

@@ -115,7 +115,7 @@ def test_a_large_script_does_not_use_the_library_lock(ns: str) -> None:
         assert len(pool.submit(nft.list_text, "list table inet t").result(120)) > 100_000
 
 
-DYING_ONCE = """#!/bin/sh
+KILLED_ONCE = """#!/bin/sh
 [ -e "$0.died" ] && exec /usr/sbin/nft "$@"
 touch "$0.died"
 kill -9 $$
@@ -147,7 +147,7 @@ def test_a_table_is_recreated_only_when_the_script_is_rejected(
     apply([LoadRuleset(ns, have)])
     tool(ns, "ping", "-c", "1", "-W", "5", "127.0.0.1")
     assert (packets := counted()) > 0
-    (tmp_path / "nft").write_text(DYING_ONCE)
+    (tmp_path / "nft").write_text(KILLED_ONCE)
     (tmp_path / "nft").chmod(0o755)
     monkeypatch.setitem(NFT_ENVIRONMENT, "PATH", f"{tmp_path}:{NFT_ENVIRONMENT['PATH']}")
     swap = LoadRuleset(ns, want, have, names(have))
@@ -251,7 +251,7 @@ def test_no_file_descriptor_leaks(ns: str) -> None:
                 nft.run(TABLE)
 
 
-STARVED = """
+WITHOUT_DESCRIPTORS = """
 import os, resource, sys
 from netloom.agent.kernel.nft import Nft, NftError
 early = Nft(sys.argv[1], use="library")
@@ -282,7 +282,7 @@ def test_a_lack_of_file_descriptors_is_an_error_and_no_exit(ns: str) -> None:
     source = Path(netloom.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(source)}
     done = subprocess.run(
-        [sys.executable, "-c", STARVED, ns], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS, ns], capture_output=True, text=True, env=environment, timeout=60
     )
     words = "nftables: fewer than 16 file descriptors are free: Too many open files (raise LimitNOFILE)"
     assert (done.stdout.splitlines(), done.stderr) == ([words, words, "alive"], "")

@@ -45,7 +45,7 @@ def unplug(host: AgentHost, vm: str) -> None:
     host.ip("netns", "del", vm)
 
 
-def said(host: AgentHost, address: str, port: int) -> str:
+def answer_from(host: AgentHost, address: str, port: int) -> str:
     """What somebody outside hears at an address; empty: nothing."""
     return host.run(
         "timeout", "3", "busybox", "nc", "-w", "2", address, str(port), pid=host.fabric, check=False
@@ -69,10 +69,10 @@ def test_networks_with_the_longest_names_and_ids_coexist(host: AgentHost) -> Non
         host.ip("-n", vm, "route", "add", "default", "via", "10.10.1.1")
         listen(host, vm, 22)
     # The same guest address in both: each public address leads to its own network's VM.
-    assert [said(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", "vm-120"]
+    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", "vm-120"]
     assert max(map(len, host.links())) == names.LINK_NAME_MAX
     done(host.call("126", "shutdown-network", registration=LARGE, network_id="999999999", vlan="120"))
-    assert [said(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", ""]
+    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", ""]
     done(host.call("131", "destroy-network", registration=LARGE, network_id="9999999999", vlan=""))
     for vlan in TWINS.values():
         unplug(host, f"vm-{vlan}")
@@ -104,10 +104,10 @@ def test_a_vpc_with_the_longest_ids_and_highest_vlans(host: AgentHost) -> None:
         host.plug(vm, names.bridge("eth1", told["vlan"]), MAC, f"{guest}/24")
         host.ip("-n", vm, "route", "add", "default", "via", told["gateway"])
         listen(host, vm, 22)
-    assert [said(host, ADDRESSES[0], port) for port in (4094, 4093)] == ["vm-4094", "vm-4093"]
+    assert [answer_from(host, ADDRESSES[0], port) for port in (4094, 4093)] == ["vm-4094", "vm-4093"]
     unplug(host, "vm-4094")
     done(host.call("233", "destroy-network", vpc_id="9999999999", network_id="9999999998"))
-    assert said(host, ADDRESSES[0], 4093) == "vm-4093"
+    assert answer_from(host, ADDRESSES[0], 4093) == "vm-4093"
     unplug(host, "vm-4093")
     done(host.call("235", "shutdown-vpc", vpc_id="9999999999"))
     assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
@@ -149,9 +149,9 @@ def test_a_thousand_rules_and_a_thousand_forwards_on_sixty_four_addresses(host: 
     host.ip("-n", "web", "route", "add", "default", "via", "10.10.1.1")
     picked = [forwards[at] for at in (0, 63, 64, 999)]
     listen(host, "web", *(port for _, port in [*picked, closed]))
-    assert [said(host, address, port) for address, port in picked] == ["web"] * 4
-    assert said(host, *closed) == ""
-    assert said(host, ADDRESSES[1], forwards[0][1]) == ""  # the port is another address's
+    assert [answer_from(host, address, port) for address, port in picked] == ["web"] * 4
+    assert answer_from(host, *closed) == ""
+    assert answer_from(host, ADDRESSES[1], forwards[0][1]) == ""  # the port is another address's
     # The next agent finds nothing to do.
     host.kill()
     host.start()

@@ -31,14 +31,14 @@ def lab() -> Iterator[Lab]:
 
 
 @dataclass
-class Talk:
+class Conversation:
     """A UDP conversation whose ends both have a voice: ``server`` is bound, ``client`` is connected to it."""
 
     client: socket.socket
     server: socket.socket
     peer: tuple[str, int]
 
-    def heard(self, sender: str) -> bool:
+    def delivers(self, sender: str) -> bool:
         """Whether a datagram that ``client`` or ``server`` sends now reaches the other end."""
         word = f"{sender}{id(self)}".encode()
         listener = self.server if sender == "client" else self.client
@@ -56,8 +56,8 @@ class Talk:
         except TimeoutError:
             return False
 
-    def lives(self) -> bool:
-        return self.heard("client") and self.heard("server")
+    def works_both_ways(self) -> bool:
+        return self.delivers("client") and self.delivers("server")
 
     def close(self) -> None:
         self.client.close()
@@ -65,10 +65,12 @@ class Talk:
 
 
 @pytest.fixture
-def talk(lab: Lab) -> Iterator[Callable[..., Talk]]:
-    talks: list[Talk] = []
+def talk(lab: Lab) -> Iterator[Callable[..., Conversation]]:
+    talks: list[Conversation] = []
 
-    def begin(space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = "") -> Talk:
+    def begin(
+        space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = ""
+    ) -> Conversation:
         """A conversation with ``target:port``, answered by ``server``; ``at``: the server's own port."""
         ear = lab.open_socket(server, socket.SOCK_DGRAM)
         ear.bind((STRANGER if server == "inet" else "", at or port))
@@ -78,7 +80,7 @@ def talk(lab: Lab) -> Iterator[Callable[..., Talk]]:
         mouth.send(b"hello")
         ear.settimeout(8)
         _, peer = ear.recvfrom(100)
-        talks.append(Talk(mouth, ear, peer))
+        talks.append(Conversation(mouth, ear, peer))
         return talks[-1]
 
     yield begin
@@ -130,7 +132,7 @@ CASES: dict[str, tuple[Scope, Scope]] = {
 @pytest.mark.mutation("a-flow-ends-with-what-allowed-it", instead='"keep"')
 @pytest.mark.parametrize("revoked", CASES)
 def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
-    lab: Lab, talk: Callable[..., Talk], revoked: str
+    lab: Lab, talk: Callable[..., Conversation], revoked: str
 ) -> None:
     before, after = CASES[revoked]
     lab.renew(before)
@@ -142,37 +144,39 @@ def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
     udp_stays = [talk("inet", A1.address, 80, "vm2", source=other)]
     try:
         assert all(echoes(it) for it in tcp_ends + tcp_stays)
-        assert all(it.lives() for it in udp_ends + udp_stays)
+        assert all(it.works_both_ways() for it in udp_ends + udp_stays)
         lab.apply(after)
         # The guest sends first on one, the client on the other; then both once more.
-        assert not udp_ends[0].heard("server")
-        assert not udp_ends[0].heard("client")
-        assert not udp_ends[0].heard("server")
+        assert not udp_ends[0].delivers("server")
+        assert not udp_ends[0].delivers("client")
+        assert not udp_ends[0].delivers("server")
         assert not any(echoes(it, QUIET_S) for it in tcp_ends)
         stays = tcp_stays if revoked != "the static translation" else tcp_stays[:1]
         assert all(echoes(it) for it in stays)
-        assert all(it.lives() for it in udp_stays)
+        assert all(it.works_both_ways() for it in udp_stays)
         # Allowed once more, the revoked conversation begins anew.
         lab.apply(before)
-        assert udp_ends[0].heard("client")
+        assert udp_ends[0].delivers("client")
     finally:
         for it in tcp_ends + tcp_stays:
             it.close()
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(lab: Lab, talk: Callable[..., Talk], first: str) -> None:
+def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(
+    lab: Lab, talk: Callable[..., Conversation], first: str
+) -> None:
     """Without the mark the guest's next datagram would be a new connection outward, with the very same ports."""
     before, after = CASES["the forward"]
     lab.renew(before)
     conversation = talk("inet", A1.address, 53, "vm1", local=4000)
     lab.apply(after)
     order = [first, "server" if first == "client" else "client"] * 3
-    assert [conversation.heard(it) for it in order] == [False] * 6
+    assert [conversation.delivers(it) for it in order] == [False] * 6
     marked = [it for it in lab.entries() if it.mark & REVOKED]
     assert [(it.src, it.dst, it.dport) for it in marked] == [(CLIENT, A1.address, 53)]
     # A second look changes nothing.
-    lab.settle(before)
+    lab.judge_flows(before)
     assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
 
 
@@ -200,14 +204,14 @@ def test_tcp_without_a_handshake_is_not_accepted_from_either_end(lab: Lab) -> No
         assert not [it for it in lab.entries() if 2200 in (it.sport, it.dport)]
 
 
-def test_denied_egress_ends_flows_of_guests_in_both_directions(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_denied_egress_ends_flows_of_guests_in_both_directions(lab: Lab, talk: Callable[..., Conversation]) -> None:
     lab.renew(wish(held=(A1,)))
     ends, stays = lab.connect("vm1", STRANGER, 22), lab.connect("vm2", STRANGER, 22)
     spoken = talk("vm1", STRANGER, 5001, "inet")
     with ends, stays:
         lab.apply(wish(egress("all", sources=(f"{VM1}/32",)), held=(A1,)))
         assert not echoes(ends, QUIET_S)
-        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+        assert [spoken.delivers(it) for it in ("server", "client", "server")] == [False] * 3
         assert echoes(stays)
 
 
@@ -219,24 +223,24 @@ def test_a_continuous_ping_stops_when_its_rule_is_revoked(lab: Lab) -> None:
     assert not [it for it in lab.entries() if it.protocol == 1 and it.dst == A1.address and it.src == CLIENT]
 
 
-def test_a_hairpin_flow_ends_when_its_forward_is_removed(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_hairpin_flow_ends_when_its_forward_is_removed(lab: Lab, talk: Callable[..., Conversation]) -> None:
     before = wish(admit(A1, "all"), forwards=[forward(A1, "22", VM1), forward(A1, "53", VM1, protocol="udp")])
     lab.renew(before)
     spoken = talk("vm2", A1.address, 53, "vm1")
     with lab.connect("vm2", A1.address, 22) as ends:
         assert echoes(ends)
-        assert spoken.lives()
+        assert spoken.works_both_ways()
         lab.apply(wish(admit(A1, "all")))
         assert not echoes(ends, QUIET_S)
-        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+        assert [spoken.delivers(it) for it in ("server", "client", "server")] == [False] * 3
 
 
-def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Conversation]) -> None:
     """The old guest goes on sending, and neither reaches the client nor keeps it from the new guest."""
     lab.renew(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     spoken = talk("inet", A1.address, 53, "vm1", local=4100)
     lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM2, protocol="udp")]))
-    assert not spoken.heard("server")
+    assert not spoken.delivers("server")
     heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
     with heir:
         heir.bind(("", 53))
@@ -244,24 +248,24 @@ def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Tal
         spoken.client.send(b"still there?")
         data, peer = heir.recvfrom(100)
         assert data == b"still there?"
-        assert not spoken.heard("server")
+        assert not spoken.delivers("server")
         heir.sendto(b"here", peer)
         spoken.client.settimeout(8)
         assert spoken.client.recv(100) == b"here"
 
 
-def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable[..., Conversation]) -> None:
     before = wish(admit(B1, "icmp"), held=(A1, B1))
     lab.renew(before)
     spoken = talk("vm2", STRANGER, 5002, "inet")
     with lab.connect("vm2", STRANGER, 22) as stays:
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}))
         assert echoes(stays)
-        assert spoken.lives()
+        assert spoken.works_both_ways()
         # Even when something else is taken away later.
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}, networks=wish().networks))
         assert echoes(stays)
-        assert spoken.lives()
+        assert spoken.works_both_ways()
 
 
 def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:
@@ -285,13 +289,13 @@ def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:
             it.close()
 
 
-def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, talk: Callable[..., Conversation]) -> None:
     lab.renew(wish(held=(A1, A2)))
     spoken = talk("vm1", STRANGER, 5003, "inet")
     with lab.connect("vm1", STRANGER, 22) as ends:
         lab.apply(wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))))
         assert not echoes(ends, QUIET_S)
-        assert not spoken.heard("server")
+        assert not spoken.delivers("server")
         spoken.client.send(b"again")  # and begins anew, with the new address
         spoken.server.settimeout(8)
         data, peer = spoken.server.recvfrom(100)

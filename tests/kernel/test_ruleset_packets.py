@@ -292,9 +292,9 @@ def test_defect_30_static_nat_works_both_ways_and_overrides_source_nat(lab: Lab)
 
 def test_without_a_source_nat_address_no_private_address_leaves(lab: Lab) -> None:
     lab.renew(wish(held=(replace(A1, source_nat=False), B1), static=[static(B1, VM2)]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     lab.silent(udp(STRANGER, 53, "vm1"), tcp(STRANGER, 22, "vm1"), ping(STRANGER, "vm1"))
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
     assert lab.answered(udp(STRANGER, 53, "vm2"))[0].split()[1].startswith(B1.address)
 
 
@@ -407,13 +407,13 @@ def test_traceroute_shows_only_the_public_address(lab: Lab) -> None:
     """The device's own "time exceeded" leaves as the address that was asked, by that address's exit."""
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "udp"), admit(B1, "udp"), held=(A1, A2, B1), static=nats))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     for address in (A2.address, B1.address):
         assert [_hop(lab, "inet", CLIENT, address, ttl) for ttl in (2, 3)] == [(11, address), (3, address)]
     assert [_hop(lab, "vm3", VM3, STRANGER, ttl) for ttl in (1, 2, 3)] == [
         (11, GATEWAY), (11, B1.gateway), (3, STRANGER),
     ]  # fmt: skip
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
 def _hop(lab: Lab, space: str, source: str, target: str, ttl: int) -> tuple[int, str]:
@@ -442,7 +442,7 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
             static=[static(C1, VM3)],
         )
     )  # fmt: skip
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     seen = lab.answered(
         tcp(A1.address, 22), tcp(B1.address, 22), tcp(C1.address, 22), udp(B1.address, 53), ping(A1.address),
         ping(B1.address), ping(C1.address), ping(A2.address), udp(STRANGER, 53, "vm1"), udp(STRANGER, 53, "vm3"),
@@ -450,7 +450,7 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
     assert [it.split()[1].split(":")[0] for it in seen if it != "pong"] == [
         *[CLIENT] * 4, A1.address, C1.address,
     ]  # fmt: skip
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
     # And they go by the exit's own gateway: what the provider's two gateways saw of each flow.
     marks = {(it.dst, it.dport): it.mark for it in lab.entries() if it.src == CLIENT and it.dport}
     assert marks[A1.address, 22] == 1
@@ -460,11 +460,11 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
 
 def test_a_static_nat_guest_leaves_by_the_exit_of_its_address(lab: Lab) -> None:
     lab.renew(wish(held=(A1, B1), static=[static(B1, VM2)]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     seen = lab.answered(tcp(STRANGER, 22, "vm2"), udp(STRANGER, 53, "vm2"), udp(STRANGER, 53, "vm1"))
     assert [it.split()[1].split(":")[0] for it in seen] == [B1.address, B1.address, A1.address]
     lab.answered(ping(STRANGER, "vm2"), ping("198.51.100.1", "vm1"), ping("203.0.113.1", "vm2"))
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
 def test_arp_requests_use_a_source_in_the_subnet_of_the_gateway(lab: Lab) -> None:
@@ -733,7 +733,7 @@ def _redirects(lab: Lab) -> int:
 def test_packet_too_big_errors_leave_by_the_exit_of_the_connection(lab: Lab) -> None:
     """The device's own ICMP error leaves by the exit of the connection that it is about, from the public address."""
     lab.renew(wish(admit(B1, "udp", "53"), held=(A1, B1), forwards=[forward(B1, "53", VM1, protocol="udp")]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     lab.answered(udp(B1.address, 53))
     lab.ip("dev", "link set gst-204 mtu 1300")
     try:
@@ -751,7 +751,7 @@ def test_packet_too_big_errors_leave_by_the_exit_of_the_connection(lab: Lab) -> 
             assert client.getsockopt(socket.IPPROTO_IP, 14) == 1300  # IP_MTU
     finally:
         lab.ip("dev", "link set gst-204 mtu 1500")
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
 def test_a_guest_gets_packet_too_big_errors_for_the_public_link(lab: Lab) -> None:

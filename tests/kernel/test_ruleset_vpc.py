@@ -148,7 +148,7 @@ def test_packets_follow_the_acls(
     """Every pair of VM, gateway, internet and public address, each protocol and port."""
     lab.renew(vpc(acl_a, acl_b))
     told = table(acl_a, acl_b)
-    lab.meets(told)
+    lab.assert_answers(told)
     # A neighbour's way around the firewall is told by the link that it comes in on, which the judge never sees.
     agree(lab, {it: it.source or HOMES[it.space] for it in told if it.space != "nb"})
 
@@ -208,7 +208,7 @@ def test_a_tier_may_have_a_firewall_in_addition_to_its_acl(lab: Lab) -> None:
         Try("b1", "udp", STRANGER, 53): True,
         Try("a1", "udp", HOMES["b1"], 53): True,
     }
-    lab.meets(tried)
+    lab.assert_answers(tried)
     agree(lab, {it: it.source or HOMES[it.space] for it in tried})
 
 

@@ -27,10 +27,10 @@ MANAGEMENT = "stest-m"
 
 # Ports of a host's SSH servers.
 PLAIN = 22  # keys and passwords
-ASKING = 2022  # keyboard-interactive by PAM, and nothing else
+INTERACTIVE = 2022  # keyboard-interactive by PAM, and nothing else
 KEYS = 2122  # keys only
 BUSY = 2222  # keys only, and one login at a time
-HOLE = 2322  # packets are dropped without a word
+BLACK_HOLE = 2322  # packets are dropped without a word
 MUTE = 2422  # something listens and says nothing
 
 # Every character that a shell, JSON or a config file could trip over, and two that need UTF-8.
@@ -84,7 +84,7 @@ def run(*argv: str, stdin: str = "") -> str:
 
 
 @dataclass
-class Ended:
+class CallResult:
     """How one call ended."""
 
     status: int
@@ -120,7 +120,7 @@ class SshHost:
         self.directory = directory
         self.run_directory = directory / "run"
         self._sshd: list[subprocess.Popen[bytes]] = []
-        self.ports = (PLAIN, ASKING, KEYS, BUSY)
+        self.ports = (PLAIN, INTERACTIVE, KEYS, BUSY)
 
     def boot(self, authorized: str) -> None:
         self.run_directory.mkdir(parents=True)
@@ -130,7 +130,7 @@ class SshHost:
         passwords.write_text("".join(f"{user}:{HOSTILE}\n" for user in users))
         (self.run_directory / "authorized").write_text(authorized)
         self.new_host_keys()
-        self.play()
+        self.set_behaviour()
         common = (
             "HostKey /run/hostkey_ed25519\nHostKey /run/hostkey_rsa\nPermitRootLogin yes\nStrictModes no\nUseDNS no\n"
             "PidFile none\nAuthorizedKeysFile /run/authorized\nPrintMotd no\n"
@@ -138,7 +138,7 @@ class SshHost:
         keys_only = "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         for port, settings in {
             PLAIN: "UsePAM no\nPasswordAuthentication yes\nKbdInteractiveAuthentication no\n",
-            ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
+            INTERACTIVE: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
             "PubkeyAuthentication no\n",
             KEYS: keys_only + "MaxStartups 100\n",
             BUSY: keys_only + "MaxStartups 1\n",
@@ -190,13 +190,13 @@ class SshHost:
             process.wait()
         self._sshd = []
 
-    def play(self, how: str = "answer", **script: Any) -> None:
+    def set_behaviour(self, how: str = "answer", **script: Any) -> None:
         """Tell the stand-in what to do from the next connection on, and forget what was asked before."""
         (self.run_directory / "standin.json").write_text(json.dumps({"how": how, **script}))
         for name in ("standin.log", "standin.log.died"):
             (self.run_directory / name).unlink(missing_ok=True)
 
-    def asked(self, *, but: str = "locate") -> list[dict[str, Any]]:
+    def calls_received(self, *, but: str = "locate") -> list[dict[str, Any]]:
         """The calls that arrived, without the questions for where a scope is."""
         journal = self.run_directory / "standin.log"
         calls = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
@@ -241,7 +241,7 @@ class SshLab:
             self._in(host.netns, f"ip address add {host.address}/24 dev eth0")
             self._in(host.netns, f"ip -6 address add {host.address6}/64 dev eth0 nodad")
             rule = f"add table inet hole; add chain inet hole in {{ type filter hook input priority 0; }}; \
-                add rule inet hole in tcp dport {HOLE} drop; add rule inet hole in udp dport 53 drop"
+                add rule inet hole in tcp dport {BLACK_HOLE} drop; add rule inet hole in udp dport 53 drop"
             self._in(host.netns, f"nft '{rule}'")
         self.key("good", "-t", "ed25519")
         self.key("pem", "-t", "rsa", "-b", "2048", "-m", "PEM")
@@ -258,7 +258,7 @@ class SshLab:
             run("ip", "netns", "delete", netns)
 
     @contextmanager
-    def cut(self, host: SshHost) -> Iterator[None]:
+    def disconnected(self, host: SshHost) -> Iterator[None]:
         """No packet reaches the host, and nobody is told."""
         port = host.netns.replace("stest", "p")
         run("ip", "-n", MANAGEMENT, "link", "set", port, "nomaster")
@@ -325,18 +325,18 @@ class Caller:
             text=True,
         )
 
-    def start_and_wait_until_asked(
+    def start_and_wait_for_call(
         self, details: Mapping[str, Any], timeout: int, host: SshHost, stored: Mapping[str, Any] | None = None
     ) -> tuple[subprocess.Popen[str], float]:
         """An implement-network that has reached the agent of ``host``; the process, and when it began."""
         began = time.monotonic()
         process = self.start("implement-network", str(self.payload(details, stored)), str(timeout))
-        while "implement-network" not in [call["command"] for call in host.asked()]:
+        while "implement-network" not in [call["command"] for call in host.calls_received()]:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         return process, began
 
-    def finish(self, process: subprocess.Popen[str], began: float) -> Ended:
+    def finish(self, process: subprocess.Popen[str], began: float) -> CallResult:
         """Read to end of file, then wait, as the client does; stdin stays open all the while."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -350,7 +350,7 @@ class Caller:
                 if not data:
                     waiting.remove(stream)
         status = process.wait()
-        ended = Ended(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
+        ended = CallResult(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
         for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
         return ended
@@ -364,14 +364,14 @@ class Caller:
         *,
         timeout: int = 30,
         **how: Any,
-    ) -> Ended:
+    ) -> CallResult:
         path = self.payload(details, stored, payload)
         if how.get("uid"):
             os.chown(path, how["uid"], -1)
         began = time.monotonic()
         return self.finish(self.start(command, str(path), str(timeout), **how), began)
 
-    def ensure(self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, **how: Any) -> Ended:
+    def ensure(self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, **how: Any) -> CallResult:
         current = json.dumps(stored or {})
         return self.call("ensure-network-device", details, stored, {"current_details": current}, **how)
 

@@ -17,15 +17,15 @@ from ssh.deploy_lab import (
     ONE,
     SETTLE_S,
     Server,
-    agents,
     builds,
+    continue_upload,
     current,
-    go_on,
     in_background,
     kill_agent,
-    part,
+    running_agents,
     slow_disk,
-    works,
+    succeeded,
+    uploaded_bytes,
 )
 
 
@@ -34,17 +34,17 @@ def test_the_first_call_uploads_the_program_and_the_next_is_one_round_trip(
     user: str, bed: Bed, host: Host, one: Path
 ) -> None:
     server = Server(bed, one, user=user)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert builds(host) == [ONE, "current"]
     assert current(host) == ONE
-    assert agents(host) == [ONE]
+    assert running_agents(host) == [ONE]
     sent = hashlib.sha256(one.read_bytes()).hexdigest()
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == sent
     assert host.sh(f"stat -c '%a %U' {LIBEXEC} {LIBEXEC}/{ONE} {LIBEXEC}/{ONE}/netloom").split() == ["755", "root"] * 3
     assert host.listing(f"{LIBEXEC}/{ONE}") == ["netloom"]
     logins = host.read("/var/log/sshd.log").count("Accepted publickey")
     assert logins == 1  # the upload came over the same connection
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert host.read("/var/log/sshd.log").count("Accepted publickey") == logins
     assert server.log().count(" from byte ") == 1
 
@@ -56,11 +56,11 @@ def test_an_upload_continues_in_the_helper_after_the_deadline(bed: Bed, host: Ho
     assert ended.status == 2
     assert re.search(rf"agent being installed on {host.address}, \d+ %", ended.output)
     assert ended.seconds < 4
-    assert part(host) == 1 << 20
-    go_on(host)
+    assert uploaded_bytes(host) == 1 << 20
+    continue_upload(host)
     assert server.logged(f"activated: {ONE}")
     server.cloud.timeout_s = 60
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.log().count(" from byte ") == 1
 
 
@@ -70,12 +70,12 @@ def test_without_a_helper_the_next_call_resumes_the_upload(bed: Bed, host: Host,
     ended = server.ask()
     assert ended.status == 2
     assert f"agent being installed on {host.address}" in ended.output
-    go_on(host)
+    continue_upload(host)
     assert until(lambda: "dd" not in host.sh("ps -A -o comm=").split(), seconds=SETTLE_S)
-    there = part(host)
+    there = uploaded_bytes(host)
     assert there >= 1 << 20
     server.cloud.timeout_s = 60
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert f"from byte {there // 65536 * 65536}\n" in server.log()
 
 
@@ -84,7 +84,7 @@ def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, on
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=2 << 20)
     asked = in_background(server)
-    assert until(lambda: part(host) == 2 << 20, seconds=SETTLE_S)
+    assert until(lambda: uploaded_bytes(host) == 2 << 20, seconds=SETTLE_S)
     host.partition("mgmt")
     ended = asked()
     assert ended.status == 2
@@ -93,8 +93,8 @@ def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, on
     server.cloud.timeout_s = 60
     asked = in_background(server)
     assert server.logged(f"from byte {2 << 20}\n")
-    go_on(host)
-    assert works(asked())
+    continue_upload(host)
+    assert succeeded(asked())
     assert current(host) == ONE
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
@@ -104,9 +104,9 @@ def test_two_servers_can_upload_at_the_same_time(bed: Bed, host: Host, one: Path
     slow_disk(host, stop=1 << 20)
     asked = [in_background(server) for server in servers]
     assert until(lambda: host.sh("ps -A -o comm=").split().count("dd") == 2, seconds=SETTLE_S)
-    go_on(host)
-    assert all(works(ended()) for ended in asked)
-    assert agents(host) == [ONE]
+    continue_upload(host)
+    assert all(succeeded(ended()) for ended in asked)
+    assert running_agents(host) == [ONE]
     assert host.listing(f"{LIBEXEC}/{ONE}") == ["netloom"]
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
@@ -119,7 +119,7 @@ def test_a_corrupted_upload_is_never_executed(bed: Bed, host: Host, one: Path) -
     assert "what arrived there is not what was sent" in ended.output
     assert host.listing(f"{LIBEXEC}/{ONE}") == []
     host.sh("rm /run/dd-spoil")
-    assert works(server.ask())
+    assert succeeded(server.ask())
 
 
 def test_a_disk_full_during_upload_is_reported_and_cleaned_up(bed: Bed, host: Host, one: Path) -> None:
@@ -127,13 +127,13 @@ def test_a_disk_full_during_upload_is_reported_and_cleaned_up(bed: Bed, host: Ho
     slow_disk(host, stop=1 << 20)
     server = Server(bed, one)
     asked = in_background(server)
-    assert until(lambda: part(host) == 1 << 20, seconds=SETTLE_S)
+    assert until(lambda: uploaded_bytes(host) == 1 << 20, seconds=SETTLE_S)
     host.sh("cat /dev/zero >/usr/local/ballast", check=False)
-    go_on(host)
+    continue_upload(host)
     ended = asked()
     assert ended.status == 2
     assert "the agent could not be uploaded: error writing: No space left on device" in ended.output
-    assert part(host) == 0
+    assert uploaded_bytes(host) == 0
     assert host.listing(LIBEXEC) == [".made-parent"]
 
 
@@ -171,24 +171,24 @@ def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: 
     assert "this host cannot carry networks: nft: neither libnftables nor the program nft is there" in ended.output
     assert "apt-get install libnftables1 or nftables" in ended.output
     assert current(host) == ""
-    assert agents(host) == []
+    assert running_agents(host) == []
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do umount $f; done")
-    assert works(server.ask())  # and it lies there already
+    assert succeeded(server.ask())  # and it lies there already
     assert server.log().count(" from byte ") == 1
 
 
 def test_a_program_corrupted_on_the_host_is_uploaded_again(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     kill_agent(host)
     host.sh(f"printf broken >{LIBEXEC}/{ONE}/netloom")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.log().count(" from byte ") == 2
 
 
 def test_a_directory_mounted_noexec_is_reported(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     kill_agent(host)
     host.sh("mount --bind /usr/local /usr/local && mount -o remount,bind,noexec /usr/local")
     ended = server.ask()

@@ -21,12 +21,12 @@ from ssh.deploy_lab import (
     THREE,
     TWO,
     Server,
-    agents,
     builds,
     current,
     in_background,
     kill_agent,
-    works,
+    running_agents,
+    succeeded,
 )
 from ssh.onefile import OneFiles
 
@@ -40,8 +40,8 @@ def older(files: OneFiles) -> Path:
 
 
 @pytest.fixture(scope="session")
-def internet(place: tuple[Bed, OneFiles]) -> Internet:
-    return place[0].internet(vlan=PUBLIC, address="203.0.113.1/24")
+def internet(deploy_bed: tuple[Bed, OneFiles]) -> Internet:
+    return deploy_bed[0].internet(vlan=PUBLIC, address="203.0.113.1/24")
 
 
 def network(server: Server, number: int = 204) -> IsolatedNetwork:
@@ -72,14 +72,14 @@ def lease(vm: Vm) -> str:
     return done.out + done.err
 
 
-def agent_word(host: Host, *words: str, check: bool = True) -> str:
+def run_agent_command(host: Host, *words: str, check: bool = True) -> str:
     """What a person on the host is told by the program in use."""
     done = host.run(f"{LIBEXEC}/current/netloom", "agent", *words, check=check)
     return done.out + done.err
 
 
 @contextmanager
-def nothing_changes(host: Host) -> Iterator[None]:
+def no_kernel_changes(host: Host) -> Iterator[None]:
     """Assert that no link, address, route or rule of the host or of network 204 changes, not even for a moment.
 
     Of IPv4: the host's own links get their link-local IPv6 addresses seconds after they were made.
@@ -113,14 +113,14 @@ def test_a_newer_build_takes_over_without_affecting_networks(
         rules = host.sh("ip netns exec cs-net-204 nft -s -a list ruleset")
         with internet.open("203.0.113.90", 80) as kept:
             running = internet.transfer("203.0.113.90", 80)
-            with nothing_changes(host):
+            with no_kernel_changes(host):
                 server.replace(two)
                 calls = 0
                 while f"activated: {TWO}" not in server.log():  # and no call is lost meanwhile
-                    assert works(server.ask())
+                    assert succeeded(server.ask())
                     calls += 1
                     assert calls < 1000
-                assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+                assert until(lambda: current(host) == TWO and running_agents(host) == [TWO], seconds=SETTLE_S)
                 assert until(lambda: TWO in "".join(processes(host, "netloom guest")) and guests[0] not in
                              processes(host, "netloom guest"), seconds=SETTLE_S)  # fmt: skip
             assert f"lease of {net.nics[1].ip} obtained" in lease(other)
@@ -129,30 +129,30 @@ def test_a_newer_build_takes_over_without_affecting_networks(
             assert (moved.failure, moved.intact) == ("", True)
         assert processes(host, "dnsmasq") + processes(host, "haproxy") == stays
         assert host.sh("ip netns exec cs-net-204 nft -s -a list ruleset") == rules
-        assert works(server.ask())
+        assert succeeded(server.ask())
         assert internet.tcp("203.0.113.91", 81).ok
     assert builds(host) == [ONE, TWO, "current", "previous"]
 
 
 def test_only_the_previous_build_is_kept(bed: Bed, host: Host, files: OneFiles, older: Path, two: Path) -> None:
     server = Server(bed, older, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     host.write(f"{LIBEXEC}/notes.txt", "the operator's")
     host.sh(f"mkdir -p {LIBEXEC}/0.0.1-1-own; touch {LIBEXEC}/0.0.1-1-own/mine {LIBEXEC}/{ONE}/.part-old")
     for program in (two, files.make(THREE)):
         host.sh(f"touch -d yesterday {LIBEXEC}/0*; mkdir -p {LIBEXEC}/0.0.2-1-young")
         host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # somebody uploads it now
         server.replace(program)
-        assert works(server.ask())
+        assert succeeded(server.ask())
     assert sorted(builds(host)) == ["0.0.1-1-own", "0.0.2-1-young", TWO, THREE, "current", "notes.txt", "previous"]
     assert host.listing(f"{LIBEXEC}/0.0.1-1-own") == ["mine"]
-    assert agents(host) == [THREE]
+    assert running_agents(host) == [THREE]
 
 
 def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
     bed: Bed, host: Host, older: Path, two: Path
 ) -> None:
-    assert works(Server(bed, two).ask())
+    assert succeeded(Server(bed, two).ask())
     server = Server(bed, older)
     net = network(server)
     net.implement()
@@ -166,11 +166,11 @@ def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
 def test_two_servers_of_different_builds_result_in_the_newer(bed: Bed, host: Host, older: Path, two: Path) -> None:
     servers = [Server(bed, older), Server(bed, two), Server(bed, older)]
     for ended in [in_background(server) for server in servers]:
-        assert works(ended())
-    assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+        assert succeeded(ended())
+    assert until(lambda: current(host) == TWO and running_agents(host) == [TWO], seconds=SETTLE_S)
     for server in servers:
-        assert works(server.ask())
-    assert agents(host) == [TWO]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [TWO]
 
 
 def test_rollback_restores_the_previous_build_and_its_state(
@@ -182,29 +182,29 @@ def test_rollback_restores_the_previous_build_and_its_state(
     ends.implement()
     then = host.read(f"{SCOPES}/net-204.json")
     server.replace(two)
-    assert works(server.ask())
-    assert until(lambda: agents(host) == [TWO], seconds=SETTLE_S)
+    assert succeeded(server.ask())
+    assert until(lambda: running_agents(host) == [TWO], seconds=SETTLE_S)
     comes.implement()
     stays.add_firewall_rule(stays.associate("203.0.113.90"), "tcp", 22)
     ends.delete()
     now = host.read(f"{SCOPES}/net-204.json")
     assert now != then
-    assert f"went back from {TWO} to {ONE}" in agent_word(host, "rollback")
-    assert agents(host) == [ONE]
+    assert f"went back from {TWO} to {ONE}" in run_agent_command(host, "rollback")
+    assert running_agents(host) == [ONE]
     assert json.loads(host.read(f"{SCOPES}/net-204.json"))["public_ips"] == json.loads(then)["public_ips"]
     assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]  # one has ended, and its addresses may be others'
     assert host.read("/var/lib/netloom/undone/net-204.json") == now
     # Nobody undoes the operator's word; a build that is newer than what was left does.
     for _ in range(2):
-        assert works(server.ask())
-    assert agents(host) == [ONE]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [ONE]
     assert "to which an operator of the host went back" in server.log()
-    assert "no build before" in agent_word(host, "rollback", check=False)
+    assert "no build before" in run_agent_command(host, "rollback", check=False)
     host.sh(f"touch -d yesterday {LIBEXEC}/0*")
     server.replace(files.make(THREE))
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.logged(f"activated: {THREE}")
-    assert agents(host) == [THREE]
+    assert running_agents(host) == [THREE]
     assert [name for name in builds(host) if name[0] == "0"] == [ONE, THREE]
 
 
@@ -214,11 +214,11 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
     net.implement()
     server.helper = "0"
     server.replace(two)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     net.add_firewall_rule(net.associate("203.0.113.90"), "tcp", 22)
     now = host.read(f"{SCOPES}/net-204.json")
-    agent_word(host, "rollback", "--keep-state")
-    assert agents(host) == [ONE]
+    run_agent_command(host, "rollback", "--keep-state")
+    assert running_agents(host) == [ONE]
     assert host.read(f"{SCOPES}/net-204.json") == now
 
 
@@ -237,7 +237,7 @@ def test_after_an_interrupted_replacement_the_next_call_works(
     when: str, bed: Bed, host: Host, files: OneFiles, older: Path
 ) -> None:
     server = Server(bed, older, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     text = KILLED[when]
     indent = re.match(" *", text)
     assert indent is not None
@@ -245,9 +245,9 @@ def test_after_an_interrupted_replacement_the_next_call_works(
     build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
     server.replace(files.make(build, changes={"netloom/agent/setup/install.py": (text, die + text)}))
     for _ in range(2):
-        assert works(server.ask())
+        assert succeeded(server.ask())
     assert host.listing("/run").count("died") == 1
-    assert agents(host) == [build]
+    assert running_agents(host) == [build]
     assert current(host) == build
 
 
@@ -267,20 +267,20 @@ def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, fi
         },
     )
     server.replace(broken)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.logged("the agent of 0.1.0-5-broken does not answer, 0.1.0-1-aaaa serves again: .*broken")
     for _ in range(3):
-        assert works(server.ask())
-    assert agents(host) == [ONE]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [ONE]
     assert host.read(f"{SCOPES}/net-204.json") == then
     assert host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1  # it is not tried again with every call
-    assert "no build before" in agent_word(host, "rollback", check=False)
+    assert "no build before" in run_agent_command(host, "rollback", check=False)
 
 
 def test_an_operator_can_replace_a_hung_agent(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
-    assert works(Server(bed, older).ask())
+    assert succeeded(Server(bed, older).ask())
     kill_agent(host, "STOP")
     install = "netloom/agent/setup/install.py"
     two = files.make("0.1.0-2-quick", changes={install: ("STOP_S_MAX = 15.0", "STOP_S_MAX = 1.0")})
     host.run(str(two), "agent", "install")
-    assert agents(host) == ["0.1.0-2-quick"]
+    assert running_agents(host) == ["0.1.0-2-quick"]

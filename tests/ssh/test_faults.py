@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from ssh.lab import BUSY, HOLE, KEYS, MANAGEMENT, MUTE, Caller, SshLab
+from ssh.lab import BLACK_HOLE, BUSY, KEYS, MANAGEMENT, MUTE, Caller, SshLab
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
 
 SILENT: dict[str, tuple[dict[str, Any], str]] = {
-    "packets are dropped": ({"port": HOLE}, f"10.99.0.11: port {HOLE} does not answer within"),
+    "packets are dropped": ({"port": BLACK_HOLE}, f"10.99.0.11: port {BLACK_HOLE} does not answer within"),
     "a listener is mute": ({"port": MUTE}, f"10.99.0.11: port {MUTE} is open, but no SSH answers within"),
     "the resolver is silent": ({"hosts": "kvm1.example"}, "kvm1.example: its name is not resolved within"),
 }
@@ -34,18 +34,18 @@ def test_defect_53_a_call_ends_before_its_deadline(case: str, lab: SshLab, calle
 
 def test_silent_hosts_are_reported_long_before_the_deadline(lab: SshLab, caller: Caller) -> None:
     """All are asked at the same time, and no caller's thread waits a minute for nothing."""
-    details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=HOLE)
+    details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=BLACK_HOLE)
     ended = caller.ensure(details, timeout=18)
     assert ended.status == 2
     assert ended.line.startswith("none of the hosts answers: ")
-    assert ended.line.count(f": port {HOLE} does not answer within") == 2
+    assert ended.line.count(f": port {BLACK_HOLE} does not answer within") == 2
     assert ended.took_s < 12
 
 
 @pytest.mark.mutation("a-network-of-a-silent-host-stays", instead="Use(now.order[-1])")
 def test_defect_59_a_network_of_a_silent_host_is_not_moved(lab: SshLab, caller: Caller) -> None:
     details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=KEYS)
-    lab.h1.play("silent")
+    lab.h1.set_behaviour("silent")
     ended = caller.ensure(details, STORED, timeout=8)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: SSH is fine, but the agent does not answer within")
@@ -61,21 +61,21 @@ def test_an_unreachable_host_is_reported_at_once(host: str, why: str, lab: SshLa
 
 
 def test_a_hung_agent_gives_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
+    lab.h1.set_behaviour("hang", on=["implement-network"])
     ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=5)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
     assert "/var/log/netloom/agent.log" in ended.line
     assert ended.took_s < 5
-    (call,) = lab.h1.asked()
+    (call,) = lab.h1.calls_received()
     assert 0 < call["remaining_ms"] < 4000  # the agent is told to be done before we are
 
 
 def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
     """A machine that hangs answers no packet of an established connection: what is cut off in the midst of a call."""
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 6, lab.h1, STORED)
-    with lab.cut(lab.h1):
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 6, lab.h1, STORED)
+    with lab.disconnected(lab.h1):
         ended = caller.finish(process, began)
     assert ended.status == 2
     assert "10.99.0.11: " in ended.line
@@ -84,25 +84,25 @@ def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, ca
 
 def test_a_call_whose_connection_breaks_is_repeated_once_with_its_id(lab: SshLab, caller: Caller) -> None:
     """Field note fault 3: the agent answers a repeat from memory, so nothing is done twice."""
-    lab.h1.play("die-once", on=["implement-network"])
+    lab.h1.set_behaviour("die-once", on=["implement-network"])
     assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
-    first, second = lab.h1.asked()
+    first, second = lab.h1.calls_received()
     assert first["call_id"] == second["call_id"]
     assert second["remaining_ms"] < first["remaining_ms"]
 
 
 def test_a_second_broken_connection_gives_status_2(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("die", on=["implement-network"])
+    lab.h1.set_behaviour("die", on=["implement-network"])
     ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: the connection to the agent broke")
     assert "during implement-network, and again" in ended.line
-    assert len(lab.h1.asked()) == 2
+    assert len(lab.h1.calls_received()) == 2
 
 
 @pytest.mark.parametrize("noise", ["Welcome to kvm1!\n", "\n", "*** 1234 ***\n", "\x00\x00\x00\x04abcd"])
 def test_output_of_a_login_shell_is_reported(noise: str, lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("noise", noise=noise)
+    lab.h1.set_behaviour("noise", noise=noise)
     ended = caller.ensure(caller.details(sshkey=lab.key("good")))
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: ")
@@ -112,7 +112,7 @@ def test_output_of_a_login_shell_is_reported(noise: str, lab: SshLab, caller: Ca
 
 
 def test_an_incompatible_protocol_error_names_both_versions(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play(protocol=2)
+    lab.h1.set_behaviour(protocol=2)
     ended = caller.ensure(caller.details(sshkey=lab.key("good")))
     assert ended.status == 2
     assert "10.99.0.11: its agent (netloom 9.9) speaks protocol 2, this server" in ended.line
@@ -120,12 +120,12 @@ def test_an_incompatible_protocol_error_names_both_versions(lab: SshLab, caller:
 
 
 def test_a_newer_agent_that_supports_our_protocol_is_used(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play(protocol=7, oldest=1)
+    lab.h1.set_behaviour(protocol=7, oldest=1)
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
 
 
 def test_the_error_of_an_agent_that_cannot_start_is_quoted(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("refuse")
+    lab.h1.set_behaviour("refuse")
     ended = caller.ensure(caller.details(sshkey=lab.key("good")))
     assert ended.status == 2
     assert "it ended with status 3: netloom agent: the socket is on fire" in ended.line
@@ -145,14 +145,14 @@ REPLIES: list[tuple[dict[str, Any], int, str]] = [
 def test_defect_56_an_error_of_the_agent_is_printed_as_one_line(
     reply: dict[str, Any], status: int, said: str, lab: SshLab, caller: Caller
 ) -> None:
-    lab.h1.play(replies={"implement-network": reply})
+    lab.h1.set_behaviour(replies={"implement-network": reply})
     ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED)
     assert (ended.status, ended.line) == (status, f"10.99.0.11: {said}")
 
 
 def test_output_is_printed_where_the_protocol_defines_one(lab: SshLab, caller: Caller) -> None:
     output = json.dumps({"network.broadcast_uri": "vlan://1204", "name": "Köln"}, ensure_ascii=False)
-    lab.h1.play(replies={name: {"output": output} for name in ("implement-network", "assign-ip")})
+    lab.h1.set_behaviour(replies={name: {"output": output} for name in ("implement-network", "assign-ip")})
     details = caller.details(sshkey=lab.key("good"))
     ended = caller.call("implement-network", details, STORED)
     assert ended.output.isascii()
@@ -165,8 +165,8 @@ def test_output_is_printed_where_the_protocol_defines_one(lab: SshLab, caller: C
 def test_defect_54_a_signal_ends_the_call_at_once(
     number: signal.Signals, status: int, lab: SshLab, caller: Caller
 ) -> None:
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 600, lab.h1, STORED)
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 600, lab.h1, STORED)
     process.send_signal(number)
     ended = caller.finish(process, began)
     assert ended.status == status
@@ -208,7 +208,7 @@ def test_defect_66_a_command_uses_one_connection_and_one_channel(lab: SshLab, ca
     assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
     log = lab.h1.logins()[before:]
     assert log.count("Accepted publickey") == 1
-    assert [call["command"] for call in lab.h1.asked(but="")] == ["locate", "implement-network"]
+    assert [call["command"] for call in lab.h1.calls_received(but="")] == ["locate", "implement-network"]
 
 
 def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None:
@@ -217,5 +217,5 @@ def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None
     assert (
         caller.call("apply-fw-rules", caller.details(sshkey=lab.key("good")), STORED, {"fw_rules": rules}).output == ""
     )
-    (call,) = lab.h1.asked()
+    (call,) = lab.h1.calls_received()
     assert json.loads(call["payload"])["fw_rules"]["rules"][-1]["id"] == 19_999

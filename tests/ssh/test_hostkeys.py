@@ -76,7 +76,7 @@ def test_an_invalid_pin_does_not_enable_trust_on_first_use(lab: SshLab, caller: 
     ended = caller.ensure(details(lab, caller, hostkeys="ssh-ed25519 AAAA"))
     assert ended.status == 1
     assert "registration detail hostkeys: 'ssh-ed25519 AAAA' is no host key" in ended.line
-    assert lab.h2.asked(but="") == []
+    assert lab.h2.calls_received(but="") == []
 
 
 def test_a_key_that_cannot_be_stored_is_not_trusted(lab: SshLab, caller: Caller) -> None:
@@ -84,7 +84,7 @@ def test_a_key_that_cannot_be_stored_is_not_trusted(lab: SshLab, caller: Caller)
     ended = caller.ensure(details(lab, caller))
     assert ended.status == 2
     assert f"10.99.0.12: its key cannot be remembered: {caller.home}/known_hosts: Is a directory" in ended.line
-    assert lab.h2.asked(but="") == []
+    assert lab.h2.calls_received(but="") == []
 
 
 def test_concurrent_first_uses_store_the_key_once(lab: SshLab, caller: Caller) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ssh.lab import ASKING, HOSTILE, KEYS, PLAIN, PYTHON, REPO, Caller, SshLab, run
+from ssh.lab import HOSTILE, INTERACTIVE, KEYS, PLAIN, PYTHON, REPO, Caller, SshLab, run
 
 PLACED = '{"host":"10.99.0.11","namespace":"cs-net-42"}'
 
@@ -21,7 +21,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "key beats a wrong password": {"sshkey": "good", "password": "wrong"},
     "password, root": {"password": HOSTILE},
     "password, sudo": {"password": HOSTILE, "username": "ops"},
-    "keyboard-interactive": {"password": HOSTILE, "port": str(ASKING)},
+    "keyboard-interactive": {"password": HOSTILE, "port": str(INTERACTIVE)},
     "port as a number": {"sshkey": "good", "port": KEYS},  # defect 67
     "IPv6": {"sshkey": "good", "hosts": "fd99::11"},
 }
@@ -35,7 +35,7 @@ def test_every_login_method_works(way: str, lab: SshLab, caller: Caller) -> None
         details["sshkey"] = lab.key(details["sshkey"])
     ended = caller.ensure(details)
     assert ended.output == PLACED.replace("10.99.0.11", details["hosts"])
-    assert [call["uid"] for call in lab.h1.asked(but="")] == [0]
+    assert [call["uid"] for call in lab.h1.calls_received(but="")] == [0]
 
 
 @pytest.mark.parametrize("name", ["good", "pem"])
@@ -86,7 +86,7 @@ def test_missing_credentials_are_reported(lab: SshLab, caller: Caller) -> None:
 REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [
     ({"password": "wrong"}, "login as root by password refused", "Failed password for root", PLAIN),
     ({"sshkey": "stranger"}, "login as root by sshkey refused", "", PLAIN),
-    ({"password": "wrong", "port": ASKING}, "login as root by password refused", "", ASKING),
+    ({"password": "wrong", "port": INTERACTIVE}, "login as root by password refused", "", INTERACTIVE),
     ({"password": HOSTILE, "port": KEYS}, "the host takes no password", "", KEYS),
     ({"sshkey": "stranger", "password": HOSTILE}, "login as root by sshkey refused", "", PLAIN),
     ({"password": HOSTILE, "username": "nobody-here"}, "login as nobody-here by password refused", "", PLAIN),
@@ -109,7 +109,7 @@ def test_a_refused_login_makes_one_attempt_and_prints_one_line(
     attempts = lab.h1.logins()[before:]
     assert attempts.count("Failed password") + attempts.count("authentication failure") <= 1
     assert logged in attempts
-    assert lab.h1.asked(but="") == []
+    assert lab.h1.calls_received(but="") == []
     for secret in (details.get("password", ""), details.get("sshkey", "").strip()[40:100]):
         assert not secret or secret not in ended.stderr + caller.log
 
@@ -164,8 +164,8 @@ def test_the_path_of_a_missing_agent_is_reported(user: str, agent: str, lab: Ssh
 
 
 def test_secrets_do_not_appear_in_the_process_table(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(password=HOSTILE), 60, lab.h1)
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(password=HOSTILE), 60, lab.h1)
     # Whatever prints, and whatever might be started, does not reach CloudStack; nobody reads its endless stdin.
     assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     secret = HOSTILE.encode()
