@@ -259,10 +259,10 @@ def make_call(
     )
 
 
-def wait_until(happens: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
     """Poll a condition until it holds. Fails after ``seconds``, a limit for busy machines."""
     deadline = time.monotonic() + seconds
-    while not happens():
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 

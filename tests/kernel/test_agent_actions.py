@@ -1,4 +1,4 @@
-"""Custom actions on a real host: what they show, what they repair, and how an operator's hook is run."""
+"""Custom actions through a real agent: output of the built-in actions, repairs, and hooks of the operator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ while said := client.recv(100):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A host with the network, for tests that leave it as they found it."""
+    """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
         it.start()
         live(it)
@@ -96,7 +96,7 @@ def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
     assert message(act(host, "list-firewall-rules", filter="tcp 1999 ")) == (
         "ingress 203.0.113.21 tcp 1999 from 198.51.3.249/32: allow"
     )
-    # Where only the port differs, all of them are one line.
+    # Rules that differ only in the port are listed as one line.
     for it in rules:
         it["sourceCidrs"] = []
     done(host.call("070", "apply-fw-rules", fw_rules={"default_egress_allow": False, "rules": rules}))
@@ -115,7 +115,7 @@ def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
 
 def test_check_lists_the_repair_steps_without_applying_them(host: AgentHost) -> None:
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
-    # Of what no watch tells: anything else would be back before one has asked.
+    # A sysctl causes no event. Any other change would be repaired before the check.
     host.run("sysctl", "-qw", "net.ipv4.conf.pub-101.rp_filter=1", namespace=NS)
     before = kernel(host)
     assert message(act(host, "check")) == f"set net.ipv4.conf.pub-101.rp_filter = 0 in {NS}"
@@ -163,9 +163,9 @@ def test_reboot_device_keeps_state_and_open_connections(host: AgentHost) -> None
             return out.readline()
 
         assert echo(b"before\n") == b"before\n"
-        message(act(host, "reboot-device"))  # from now on the chains stand in the order of a table made anew
+        message(act(host, "reboot-device"))  # from here the chains have the order of a recreated table
         before = kernel(host)
-        host.run("nft", "add", "rule", "inet", "netloom", "through", "drop", namespace=NS)  # by somebody's hand
+        host.run("nft", "add", "rule", "inet", "netloom", "through", "drop", namespace=NS)  # a manual change
         assert kernel(host) != before
         assert "links down and up" in message(act(host, "reboot-device"))
         assert kernel(host) == before
@@ -238,7 +238,7 @@ def test_a_hook_and_its_children_are_killed_at_the_deadline(host: AgentHost) -> 
     caller = threading.Thread(target=run)
     caller.start()
     wait_until(lambda: len(host.processes("sleep", "4711")) == 2)
-    # Meanwhile the network's own commands are carried out.
+    # Commands of the network are executed meanwhile.
     done(host.call(*FIRST_LIFE[0]))
     assert not replies
     caller.join(30)
@@ -296,7 +296,7 @@ def test_actions_without_stored_state_fail_and_create_nothing() -> None:
             assert (reply.status, reply.holds) == (3, False)
             assert reply.error == f"custom-action {action}: nothing is known of net-204 on this host"
         assert it.inventory() == before
-        done(it.call("053", "add-port-forward"))  # told, and not implemented: a rule alone builds nothing
+        done(it.call("053", "add-port-forward"))  # stored but not implemented: a rule alone builds nothing
         assert "is shut down" in act(it, "reboot-device").error
         assert "not implemented" in message(act(it, "show"))
         assert message(act(it, "counters")) == "no public address stands"
@@ -320,7 +320,7 @@ def test_counters_keep_their_values_when_rules_change() -> None:
         assert told == "203.0.113.20: in 5 packets, 420 bytes; out 2 packets, 168 bytes"
 
         def refused() -> bool:
-            # Once more each time: the slow check may have put it back just now.
+            # Delete the table on every attempt, because the periodic check may have just restored it.
             it.run("nft", "delete", "table", "inet", "netloom", namespace=NS, check=False)
             reply = act(it, "counters", "501", network_id="204")
             return reply.status == 3 and reply.error.startswith("nftables: ")
@@ -336,7 +336,8 @@ def test_traffic_of_vpc_addresses_is_counted() -> None:
         it.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=it.fabric)
         it.plug("vm", "breth1-1310", "02:01:00:cc:07:03", "10.20.1.45/24")
         it.run("ip", "route", "add", "default", "via", "10.20.1.1", namespace="vm")
-        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.30", pid=it.fabric, check=False)  # the device answers none
+        # The device does not answer these.
+        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.30", pid=it.fabric, check=False)
         it.run("ping", "-c3", "-i0.2", "-W5", "203.0.113.1", namespace="vm")
         told = message(act(it, "counters", "502"))
         assert told == "203.0.113.30: in 5 packets, 420 bytes; out 3 packets, 252 bytes"

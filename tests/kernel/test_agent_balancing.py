@@ -1,4 +1,4 @@
-"""Balanced load through an agent, from a client on the public VLAN to real listeners in VMs."""
+"""Load balancing through a real agent, from a client on the public VLAN to listeners in VMs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def host() -> Iterator[AgentHost]:
 
 
 def admit(host: AgentHost, *sources: str) -> None:
-    """Firewall rules for the balanced address: every port, from these."""
+    """Allow every port of the balanced address from these sources."""
     rules = [
         {"id": at, "type": "ingress", "protocol": protocol, "portStart": 1, "portEnd": 65535, "publicIp": ADDRESS}
         | {"sourceCidrs": list(sources), "destCidrs": []}
@@ -68,7 +68,7 @@ def haproxy_count(host: AgentHost) -> int:
 
 @contextlib.contextmanager
 def name_servers(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
-    """Listeners in the VMs: who connects is told the VM's name, and then what it says. What it said first is kept."""
+    """Listeners in the VMs that send the VM's name, then echo. Yields the first data of each client."""
     heard: list[bytes] = []
     listeners = []
     for vm in vms:
@@ -93,7 +93,7 @@ def _serve(listener: socket.socket, vm: str, heard: list[bytes]) -> None:
 
 
 def _echo(client: socket.socket, vm: str, heard: list[bytes]) -> None:
-    with client, contextlib.suppress(OSError):  # a health check leaves at once
+    with client, contextlib.suppress(OSError):  # a health check disconnects at once
         client.sendall(vm.encode())
         said = client.recv(1000)
         if said:
@@ -109,7 +109,7 @@ def connect(host: AgentHost, port: int, timeout_s: float = 5.0) -> socket.socket
 
 
 def answering_vm(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
-    """Who answers on a balanced port; why nobody does."""
+    """The name of the VM that answers on a balanced port, ``closed``, or the name of the exception."""
     try:
         with connect(host, port, timeout_s) as client:
             return client.recv(100).decode() or "closed"
@@ -128,7 +128,7 @@ def is_echoed(client: socket.socket) -> bool:
 @pytest.mark.mutation("tcp-proxy-sends-the-proxy-header", instead='""')
 @pytest.mark.parametrize("said", [{"protocol": "tcp-proxy"}, {"name": "mail [tcp-proxy]"}], ids=["sent", "named"])
 def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[str, str]) -> None:
-    """Version 1, before anything that the client says, with the client's own address (haproxy's proxy-protocol.txt)."""
+    """Version 1 of the header comes before the client's data and has its address (haproxy's proxy-protocol.txt)."""
     wanted = rule(1, 2525, WEB_IP, **said)
     with name_servers(host, WEB) as heard:
         balance(host, wanted)
@@ -149,7 +149,7 @@ def test_backend_changes_keep_established_connections(host: AgentHost) -> None:
             balance(host, rule(1, 8080, WEB_IP, DB_IP))
             assert Counter(answering_vm(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
             assert is_echoed(kept)
-            # From the moment on when the call is answered nobody new meets the one that was taken out.
+            # After the reply no new connection reaches the removed backend.
             backends = [{"ip": ip, "port": 80, "revoked": ip == WEB_IP} for ip in (WEB_IP, DB_IP)]
             balance(host, rule(1, 8080, backends=backends))
             assert {answering_vm(host, 8080) for _ in range(20)} == {DB}
@@ -196,7 +196,7 @@ def test_udp_is_balanced_without_haproxy(host: AgentHost, said: dict[str, str]) 
                 server.settimeout(0.2)
                 with contextlib.suppress(TimeoutError):
                     _, peer = server.recvfrom(10)
-                    assert peer == client.getsockname() or peer[0] == CLIENT, "the VM sees the client itself"
+                    assert peer == client.getsockname() or peer[0] == CLIENT, "the VM sees the client's address"
                     server.sendto(b"!", peer)
                     assert client.recvfrom(10) == (b"!", (ADDRESS, 5353))
                     return vm
@@ -224,7 +224,7 @@ def test_the_firewall_filters_balanced_traffic_by_client_address(host: AgentHost
 
 
 def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
-    """As a restart sends them; more than a command line or a limit of descriptors takes at a careless moment."""
+    """A restart of the network sends them in one call. A command line or the descriptor limit could be exceeded."""
     rules = [rule(number, 10000 + number, WEB_IP, DB_IP) for number in range(1, 701)]
     with name_servers(host, WEB, DB):
         balance(host, *rules)

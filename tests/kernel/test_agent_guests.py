@@ -1,4 +1,4 @@
-"""The agent's end of the guest process, with the real process and sockets in a namespace."""
+"""The agent's client of the guest process, with the real process and sockets in a namespace."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _make_namespaces() -> None:
 
 
 class Agent:
-    """An agent's loop with a Guests on it; ``thread`` runs what belongs to worker threads."""
+    """An event loop with a ``Guests``; ``in_worker`` runs a function in a worker thread, as the agent does."""
 
     def __init__(self, directory: Path, build: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -105,7 +105,7 @@ class Agent:
         async def wait() -> None:
             end = time.monotonic() + patience_s
             while not await self.loop.run_in_executor(None, so):
-                assert time.monotonic() < end, "it did not come to pass in time"
+                assert time.monotonic() < end, "the condition did not become true in time"
                 await asyncio.sleep(0.02)
 
         self.loop.run_until_complete(wait())
@@ -118,7 +118,7 @@ class Agent:
 
 @contextmanager
 def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
-    """Agents one after the other over the same guest processes, all of which end with the test."""
+    """Make agents one after the other for the same guest processes. The processes end with the test."""
     made: list[Agent] = []
     pids: set[int] = set()
 
@@ -181,7 +181,7 @@ def test_a_killed_guest_process_restarts_with_the_same_sockets(tmp_path: Path) -
         it.converge(SCOPE)
         before = it.guests.pid
         os.kill(before, signal.SIGKILL)
-        # ProbeTarget at once: the connection waits in the agent's copy of the socket until somebody serves it again.
+        # Connect at once: the connection waits in the agent's copy of the socket until the next process serves it.
         assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         it.wait_until(lambda: it.guests.pid != before)
         assert it.converge(SCOPE) == []
@@ -254,7 +254,7 @@ def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, m
         os.kill(hung, signal.SIGSTOP)
         monkeypatch.setattr(guest_process, "CONNECT_S", 2.0)
         for network in first.guests._networks.values():
-            network.close()  # as an agent's end closes its copies
+            network.close()  # as the exit of an agent closes its copies
         second = agent("b1")
         assert second.guests.pid != hung
         assert not _is_running(hung)
@@ -282,7 +282,7 @@ def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
         second = agent("b2")
         assert second.guests.pid != old
         assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
-        # Served by the old process still: what it hands out is told all the same.
+        # The old process still serves this request. The password that it delivers is reported as well.
         second.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
         second.in_worker(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
         second.wait_until(lambda: [it.password_id for it in second.taken] == ["1"])
@@ -315,7 +315,7 @@ def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
         it.converge(SCOPE)
         assert unserved(it) == []
         assert unserved(it, _with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["9205"]
-        it.guests.stop()  # no process is connected any more
+        it.guests.stop()  # now no process is connected
         assert unserved(it) == ["9205"]
 
 

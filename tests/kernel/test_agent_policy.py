@@ -1,4 +1,4 @@
-"""Policy routing on a real host: what is asked for stands in the kernel, comes back, and goes; nothing else runs."""
+"""Policy routing actions through a real agent: kernel objects are created, repaired and deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLACKHOLE, TO = "blackhole 192.0.2.0/24", "to 192.0.2.0/24"
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A host with the network, for tests that leave it as they found it."""
+    """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
         it.start()
         live(it)
@@ -25,7 +25,7 @@ def host() -> Iterator[AgentHost]:
 
 
 def pbr(host: AgentHost, action: str, **params: Any) -> str:
-    """The message of an action; ``table_id`` stands for ``table-id``."""
+    """Run a ``pbr-`` action and return its message. ``table_id`` is the parameter ``table-id``."""
     return message(act(host, f"pbr-{action}", **{name.replace("_", "-"): it for name, it in params.items()}))
 
 
@@ -159,7 +159,7 @@ def test_defect_13_parameters_are_never_executed(host: AgentHost) -> None:
 
 
 def test_the_kernel_accepts_every_accepted_route_and_rule(host: AgentHost) -> None:
-    """What is refused changes nothing; what is not stands at once, and once all is deleted it is as it was."""
+    """Random routes and rules. Rejected ones change nothing, and deleting the tables removes the accepted ones."""
     chance = random.Random(20261123)
     destinations = (
         "default", "0.0.0.0/8", "0.0.0.0", "10.10.1.0/24", "10.10.1.1", "10.10.1.255", "127.0.0.0/8", "169.254.0.0/16",

@@ -1,4 +1,4 @@
-"""The agent as a process: its socket, its memory, its files, its end; and the relay that starts it."""
+"""The agent process: its socket, repeated calls, state files, start and end, and the relay that starts it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def bare() -> Iterator[AgentHost]:
     """A host on which no agent runs."""
     with agent_host() as it:
         yield it
-        # What a relay has started is nobody's child.
+        # Agents started by a relay are not children of this process.
         for pid in agent_pids(it):
             processes.kill(pid)
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
 
 
 def agent_pids(host: AgentHost) -> list[int]:
-    """The agents of this host: processes of its network namespace that serve."""
+    """The pids of this host's agents: ``serve`` processes in its network namespace."""
     there = os.stat(f"/proc/{host.pid}/ns/net").st_ino
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -70,10 +70,10 @@ def ask(host: AgentHost, call: Call) -> Reply:
 
 
 def test_only_root_can_use_the_agent_socket(host: AgentHost) -> None:
-    # Traversable, for a resolver that is another user; nothing in it is for anybody to open.
+    # Other users can traverse the directory, because dnsmasq runs as one. They cannot open the socket.
     assert oct(host.path("/run/netloom").stat().st_mode)[-3:] == "711"
     assert oct(host.path(SOCKET).stat().st_mode)[-3:] == "600"
-    # Even with the path opened to everybody, the agent asks who it is.
+    # The agent checks the peer's uid, even when the path is accessible to all users.
     host.path("/run/netloom").chmod(0o755)
     host.path(SOCKET).chmod(0o666)
     said = host.run("setpriv", "--reuid=65534", "--clear-groups", "busybox", "nc", f"local:{SOCKET}", check=False)
@@ -147,7 +147,7 @@ def test_garbage_closes_only_its_own_connection(host: AgentHost) -> None:
 
 
 def test_a_hung_scope_blocks_only_its_own_callers_who_get_an_error(host: AgentHost) -> None:
-    """The namespace's first mount hangs: the directory's lock, which everybody must take, is held."""
+    """Creating the namespace hangs, because the test holds the lock of /run/netns."""
     host.call("020", "implement-network")
     with locked_directory(host, "/run/netns"), host.client() as client:
         client.send(make_call("020", "implement-network", network_id="205", vlan="1377", call_id="hangs"))
@@ -217,7 +217,7 @@ def test_an_unreadable_state_file_is_kept_and_other_scopes_work(host: AgentHost,
     assert file.read_text() == text
     assert {"vnetg204", "vnetg205"} <= host.links().keys()
     assert host.call("131", "destroy-network", network_id="205").status == 0
-    file.write_text(good)  # mended: no restart is needed
+    file.write_text(good)  # after the repair no restart is needed
     assert host.call("131", "destroy-network").status == 0
     assert "vnetg204" not in host.links()
 
@@ -239,7 +239,7 @@ def test_a_full_disk_is_reported_and_changes_nothing(host: AgentHost) -> None:
     assert file.read_bytes() == before
     assert host.links().keys() == links
     assert os.listdir(file.parent) == ["net-204.json"]
-    assert host.call("131", "destroy-network").status == 0  # to end takes no space
+    assert host.call("131", "destroy-network").status == 0  # deleting needs no disk space
     assert os.listdir(file.parent) == []
 
 
@@ -278,7 +278,7 @@ def test_a_second_agent_refuses_to_start(host: AgentHost) -> None:
 
 
 class Relay:
-    """``netloom agent connect`` as sshd starts it: three pipes."""
+    """``netloom agent connect``, started with three pipes, as sshd does."""
 
     def __init__(self, host: AgentHost) -> None:
         self.process = subprocess.Popen(
@@ -302,7 +302,7 @@ class Relay:
         return messages[1]
 
     def end(self) -> tuple[int, bytes]:
-        """Closes its stdin; what it said on stderr, read to the end of file."""
+        """Close stdin; returns the exit status and stderr, read to end of file."""
         out, complaint = self.process.communicate(timeout=20)
         assert out == b""
         return self.process.returncode, complaint
@@ -319,7 +319,7 @@ def test_defect_52_concurrent_relays_start_one_agent_that_outlives_them(bare: Ag
         thread.join(60)
     assert [type(reply) for reply in replies] == [Reply] * 3
     (pid,) = agent_pids(bare)
-    # End of file comes at once: the agent holds none of the relay's descriptors.
+    # End of file comes at once, because the agent has none of the relay's descriptors.
     assert [relay.end() for relay in relays] == [(0, b"")] * 3
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)] == ["/dev/null", "/dev/null", LOG]
@@ -386,7 +386,7 @@ def test_systemd_is_notified_after_the_scopes_are_restored(bare: AgentHost) -> N
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
 @pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(outcome.scope)")
 def test_defect_51_concurrent_commands_of_one_network_lose_nothing(host: AgentHost) -> None:
-    """Two management servers, and calls of different kinds, overlap for one network."""
+    """Calls of several management servers for one network overlap."""
     host.call("020", "implement-network")
     host.call("021", "assign-ip")
 

@@ -1,4 +1,4 @@
-"""The selftest: what it tries is what networks need, it tells what fails, and it leaves nothing behind."""
+"""The selftest checks what networks need, reports failures and removes its objects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from netloom.errors import HostRefused
 
 
 def host_objects() -> list[str]:
-    """What a selftest could leave on this machine."""
+    """Namespaces, links, nftables tables and mounts of this machine, which a selftest could leave."""
     looks = (["ip", "netns"], ["ip", "-o", "link"], ["nft", "list", "tables"], ["cat", "/proc/self/mounts"])
     return [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in looks]
 
@@ -28,7 +28,7 @@ def test_a_usable_host_passes_and_no_objects_are_left() -> None:
     assert host_objects() == before
     assert found["senders of requests"].ok
     selftest.require()
-    # This kernel may have none: then it says what that means, and no network is refused for it.
+    # This kernel may lack 802.1Q. Then the remedy says so, and networks are not refused.
     if not found["802.1Q"].ok:
         assert "links <nic>.<vlan> must exist" in found["802.1Q"].remedy
 
@@ -58,7 +58,7 @@ def test_a_failed_check_is_reported_and_stops_the_dependent_checks(
 
 
 def test_missing_sender_addresses_are_reported_but_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # a way of keeping it that no kernel has yet
+    monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # no kernel supports this value
     found = {it.what: it for it in selftest.run()}["senders of requests"]
     assert (found.ok, found.needed) == (False, False)
     assert "no DHCP, metadata and passwords" in found.remedy

@@ -1,4 +1,4 @@
-"""Real dnsmasq and haproxy processes in a namespace, kept running by the agent's supervisor."""
+"""The agent's supervisor with real dnsmasq and haproxy processes in a namespace."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ BALANCED = Scope(
 
 @pytest.fixture(autouse=True)
 def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A namespace with the guest link's stand-in, and directories of the test's own."""
+    """A namespace with a veth pair as guest link, and service directories for this test."""
     tmp_path.chmod(0o755)
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
     monkeypatch.setattr(supervisor, "SERVICES_DIR", str(top))
-    # A run that was killed may have left it.
+    # A killed run may have left it.
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
     for words in (
@@ -72,7 +72,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     ):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
     yield
-    # What a test that fails, or a mutant of the program, leaves running.
+    # A failed test or a mutant may leave processes running.
     left = subprocess.run(["ip", "netns", "pids", NAMESPACE], check=True, capture_output=True, text=True)
     for pid in map(int, left.stdout.split()):
         processes.kill(pid)
@@ -82,7 +82,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 @contextmanager
 def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[Callable[[], bool]], None]]]:
-    """A supervisor on a loop of its own; ``until`` runs the loop until something is so."""
+    """A supervisor on its own event loop; ``wait_until`` runs the loop until a condition is true."""
     loop = asyncio.new_event_loop()
     died: list[str] = []
 
@@ -92,7 +92,7 @@ def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[
                 if so():
                     return
                 await asyncio.sleep(0.01)
-            raise AssertionError("it did not come to pass within 5 s")
+            raise AssertionError("the condition did not become true within 5 s")
 
         loop.run_until_complete(wait())
 
@@ -176,7 +176,7 @@ def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
         assert it.ends(SCOPE) == {"dns-9204": 4}
-        monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
+        monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has run long enough to reset the back-off
         it.converge(SCOPE, NAMESPACE, wanted)
         wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
@@ -212,7 +212,7 @@ def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
 def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> None:
-    """It was killed between the two. A second resolver would find its port taken, a second balancer would share it."""
+    """The agent was killed after the start. A second dnsmasq could not bind; a second haproxy would share the port."""
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
     wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
@@ -251,7 +251,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         assert not Path(wanted.directory).exists()
 
 
-# A master that looks at the signals it got when an event comes, as haproxy does when one comes just before its wait.
+# A master that handles a signal only with the next event, like haproxy when it arrives just before its wait.
 SLEEPY_MASTER = """
 import os, signal, socket, sys
 asked = []
@@ -302,7 +302,7 @@ def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.Mo
 
 @pytest.mark.mutation("a-reload-waits-for-the-new-worker", instead="os.kill(running.record.pid, signal.SIGUSR2)")
 def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
-    """From the moment on when ``converge`` is done: while the worker of before still listens, it takes every other."""
+    """``converge`` returns when the old worker has stopped listening; until then it gets every second connection."""
     with inside(NAMESPACE):
         backends = [socket.create_server(("10.10.1.1", port)) for port in (9000, 9001)]
     names = {backend.getsockname()[1]: name for backend, name in zip(backends, (b"old", b"new"), strict=True)}
@@ -360,19 +360,19 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
-        await asyncio.sleep(1)  # it is asked ten times
+        await asyncio.sleep(1)  # about ten probes
         os.killpg(pid, signal.SIGSTOP)
-        await asyncio.sleep(0.6)  # one question without an answer, or two
+        await asyncio.sleep(0.6)  # one or two unanswered probes
         os.killpg(pid, signal.SIGCONT)
         await asyncio.sleep(1)
         assert died == [] and supervisor.alive(supervisor.record_of(pid))
-        busy = True  # somebody works on the scope, and it is silent for long
+        busy = True  # while the scope is busy, unanswered probes do not count
         os.killpg(pid, signal.SIGSTOP)
         await asyncio.sleep(4)
         assert died == [] and supervisor.alive(supervisor.record_of(pid))
         busy = False
         async with asyncio.timeout(30):
-            while not died:  # noqa: ASYNC110, another thread's word
+            while not died:  # noqa: ASYNC110, set by another thread
                 await asyncio.sleep(0.02)
         asking.cancel()
         assert died == [f"{name} hung"]
@@ -394,14 +394,14 @@ def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.
     it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
     (asked,) = it.answering()
-    # What arrives at port 53 by UDP is lost, as it is when the socket is full.
+    # Drop UDP datagrams to port 53, as a full socket buffer does.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
     look = liveness.LivenessProbes(
         loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False
     )
     loop.run_until_complete(look._look_at_service(asked))
-    loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
+    loop.run_until_complete(asyncio.sleep(0.3))  # time for a killed process to die
     assert supervisor.alive(asked.record)
     assert it.ends(SCOPE) == {}
     it.end(SCOPE)
@@ -412,7 +412,7 @@ def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.
 @pytest.mark.mutation("a-late-prober-proves-nothing")
 def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
-    clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
+    clock = iter(range(0, 1000, 10))  # every reading is ten seconds later
     monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     async def nothing() -> bool:
@@ -474,13 +474,13 @@ def _connects(port: int) -> bool:
 
 
 def _greet(backend: socket.socket, word: bytes) -> None:
-    """Whoever connects is told the word; until the socket is shut down."""
+    """Send the word to each client, until the socket is shut down."""
     while True:
         try:
             served, _ = backend.accept()
         except OSError:
             return
-        with served, contextlib.suppress(OSError):  # a health check does not wait for it
+        with served, contextlib.suppress(OSError):  # a health check disconnects first
             served.sendall(word)
 
 
@@ -493,7 +493,7 @@ def _first_word(port: int) -> bytes:
 
 
 def _accept_talking(backend: socket.socket, client: socket.socket) -> socket.socket:
-    """The backend's end of the client's connection: health checks connect too, and say nothing."""
+    """Accept the client's connection. Connections of health checks, which send nothing, are skipped."""
     client.sendall(b"hello")
     while True:
         served, _ = backend.accept()

@@ -1,4 +1,4 @@
-"""A VPC on a real kernel, with real payloads: tiers come and go in one namespace, and it leaves nothing."""
+"""VPCs through a real agent: tiers are added and removed in one namespace, and nothing is left at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is taken from a live network is back within moments, with nobody asking; and nothing is done without a cause."""
+"""The agent's watcher: manual changes to a network are repaired at once, without a command, and only once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kernel.isolated_network import (
     snapshot,
 )
 
-WITHIN_S = 10.0  # a second, on a machine that is not shared
+WITHIN_S = 10.0  # a second on an idle machine
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_manual_changes_are_repaired_once(module_host: AgentHost, harm: list[str
     wait_until(lambda: full_snapshot(host) == good, WITHIN_S)
     wait_until(lambda: is_idle(host))
     assert full_snapshot(host) == good
-    # Done once; our own doing moved nobody to do it again.
+    # There was one repair. Events caused by the repair did not start another.
     assert host.log().count(" watch: ") == heals + 1
 
 
@@ -90,7 +90,7 @@ def full_snapshot(host: AgentHost) -> list[object]:
 
 
 def is_idle(host: AgentHost) -> bool:
-    """Nothing was done for a while, longer than events are collected and long waits for a fight to end."""
+    """Whether the log did not grow for longer than the debounce time, and no delayed repair is pending."""
     before = host.log()
     time.sleep(0.5)
     return host.log() == before and "next look" not in before.splitlines()[-1]
@@ -98,7 +98,7 @@ def is_idle(host: AgentHost) -> bool:
 
 @pytest.fixture(scope="module")
 def checked_host() -> Iterator[AgentHost]:
-    """A host that is looked at twice a second."""
+    """A host with the periodic check at every half second."""
     with agent_host() as it:
         it.start("--check-every", "0.5")
         live(it)
@@ -120,7 +120,7 @@ def checked_host() -> Iterator[AgentHost]:
 )
 def test_changes_without_events_are_found_by_the_periodic_check(checked_host: AgentHost, harm: list[str]) -> None:
     host = checked_host
-    time.sleep(1.5)  # the check has seen the rules as they should be
+    time.sleep(1.5)  # the check has recorded the correct rules
     good = full_snapshot(host)
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)
@@ -174,7 +174,7 @@ def test_repeated_repairs_back_off_exponentially() -> None:
         heals = [line for line in host.log().splitlines() if " watch: vnetg204: steps=" in line]
         assert 5 <= len(heals) <= 8
         assert "next repair in 1 s" in host.log()
-        # And it is not given up.
+        # The agent keeps repairing.
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
 
 
@@ -229,7 +229,7 @@ def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_fi
 
 
 def power_cut(host: AgentHost) -> None:
-    """Everything that is not on a disk is gone."""
+    """Remove everything that is not on disk."""
     host.kill()
     for pid in host.processes():
         processes.kill(pid)
@@ -243,9 +243,9 @@ def power_cut(host: AgentHost) -> None:
     host.run("sh", "-c", "rm -rf /run/netloom")
 
 
-# What CloudStack's KVM agent runs when a VM's NIC goes: the listing of the bridge's ports, and no further when one of
-# them has "vnet" in its name; else the VLAN link, then the bridge. (The link here is a stand-in, which nobody could
-# make again: it is left.)
+# The commands of CloudStack's KVM agent when a VM's NIC is removed. It lists the ports of the bridge and stops when a
+# name contains "vnet". Otherwise it deletes the VLAN link and the bridge. Here the VLAN link is a veth, which could
+# not be created again, so it is kept.
 KVM_AGENT = """
 for port in $(ip -o link show master "$1" | cut -d: -f2 | cut -d@ -f1); do
     case $port in *vnet*) [ "$2" = forced ] || { echo kept; exit 0; } ;; esac
@@ -304,6 +304,6 @@ def test_a_forcibly_deleted_bridge_is_restored_with_its_vm_ports() -> None:
         for ping in pings:
             said, _ = ping.communicate(timeout=60)
             received = int(said.partition(" packets transmitted, ")[2].split()[0])
-            # Two cuts of a second each at most, where a packet is sent every tenth of it.
+            # Two interruptions of at most a second each, with ten packets per second.
             assert received >= 40, said
         assert host.links()[f"tap-{WEB}"]["master"] == BRIDGE

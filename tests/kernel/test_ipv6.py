@@ -1,4 +1,4 @@
-"""IPv6 on a real kernel: VMs make their addresses from what is advertised, get out, and nobody comes in."""
+"""IPv6 through a real agent: router advertisements, names, outbound traffic, filtering and repair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloom.wire import Registration
 
 NS, LINK = "cs-net-520", "gst-520"
 GATEWAY, PREFIX = "2001:db8:50:1::1", "2001:db8:50:1::/64"
-MAC, ADDRESS = "02:01:00:cc:05:03", "2001:db8:50:1:1:ff:fecc:503"  # of payload 402
+MAC, ADDRESS = "02:01:00:cc:05:03", "2001:db8:50:1:1:ff:fecc:503"  # from payload 402
 OTHER_MAC, OTHER = "02:01:00:cc:05:04", "2001:db8:50:1:1:ff:fecc:504"
 OUTSIDE = "2001:db8:99::1"  # the provider's router, and a host behind it
 FAR = "2001:db8:ffff::1"
@@ -44,7 +44,7 @@ def build(host: AgentHost, registration: Registration = WAY_OUT) -> None:
 
 
 def plug(host: AgentHost, vm: str, mac: str, bridge: str = "breth1-1520") -> None:
-    """A VM whose kernel configures itself as any Linux guest does."""
+    """Add a VM whose kernel configures IPv6 by itself (SLAAC)."""
     host.plug(vm, "", mac)
     host.run("sysctl", "-qw", "net/ipv6/conf/all/disable_ipv6=0", namespace=vm)
     host.run("sysctl", "-qw", "net/ipv6/conf/eth0/dad_transmits=0", namespace=vm)
@@ -97,7 +97,7 @@ def is_answered(host: AgentHost, namespace: str, address: str) -> bool:
 
 
 def dns_answer(host: AgentHost, namespace: str, server: str, name: str, kind: int = 28) -> bytes:
-    """The last 16 bytes of a name server's answer: an address of AAAA, or the end of a name."""
+    """Query a name server; returns the DNS message. In an AAAA answer its last 16 bytes are the address."""
     labels = b"".join(bytes((len(it),)) + it.encode() for it in name.split("."))
     query = struct.pack(">6H", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">2H", kind, 1)
     with host.within(namespace):
@@ -112,7 +112,7 @@ def dns_answer(host: AgentHost, namespace: str, server: str, name: str, kind: in
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A dual-stack network with a way out, its VM, and the provider's router."""
+    """A dual-stack network with an IPv6 uplink, its VMs, and the provider's router."""
     with agent_host("eth1.1520", "eth2.101") as it:
         it.start()
         build(it)
@@ -140,7 +140,7 @@ def test_a_vm_configures_the_address_that_cloudstack_computed(host: AgentHost) -
 
 
 def router_advertisement(host: AgentHost) -> tuple[int, dict[int, bytes]]:
-    """What the gateway answers when ``vm`` solicits it: the router's lifetime, and the options by their types."""
+    """Send a router solicitation from ``vm``; returns the router lifetime in seconds and the options by type."""
     with host.within("vm"):
         client = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         number = socket.if_nametoindex("eth0")
@@ -181,14 +181,14 @@ def test_the_mtu_of_the_segment_is_advertised() -> None:
 
 
 def test_the_device_ignores_router_advertisements_of_guests(host: AgentHost) -> None:
-    """A guest that advertises itself, to all or to the gateway, changes nothing of the device's ways."""
+    """Advertisements of a guest, sent to all nodes or to the gateway, do not change the device's routes."""
     before = host.run("ip", "-6", "route", namespace=NS)
     prefix = bytes((3, 4, 64, 0xC0)) + b"\xff" * 8 + bytes(4) + socket.inet_pton(socket.AF_INET6, "2001:db8:66::")
     forged = bytes((134, 0, 0, 0, 64, 0, 0x07, 0x08)) + bytes(8) + prefix
     with host.within("other"):
         sender = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         number = socket.if_nametoindex("eth0")
-    # The VM beside it would believe it, as any Linux does, and the tests that follow need its way out.
+    # Protect the other VM, which would accept the advertisement and lose its default route for later tests.
     host.run("sysctl", "-qw", "net/ipv6/conf/eth0/accept_ra=0", namespace="vm")
     try:
         with sender:
@@ -197,7 +197,7 @@ def test_the_device_ignores_router_advertisements_of_guests(host: AgentHost) -> 
             sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, number)
             for receiver in ("ff02::1", GATEWAY):
                 sender.sendto(forged, (receiver, 0, 0, number))
-        assert is_answered(host, "other", GATEWAY)  # sent later, answered: what came before it has been dealt with
+        assert is_answered(host, "other", GATEWAY)  # sent later and answered, so the advertisements were processed
     finally:
         host.run("sysctl", "-qw", "net/ipv6/conf/eth0/accept_ra=1", namespace="vm")
     assert host.run("ip", "-6", "route", namespace=NS) == before
@@ -205,7 +205,7 @@ def test_the_device_ignores_router_advertisements_of_guests(host: AgentHost) -> 
 
 
 def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: str) -> None:
-    """Tells ``receiver``, in a router's name, that the way to the far host is through somebody on the link."""
+    """Send ``receiver`` an ICMPv6 redirect for the far host in the name of a router."""
     target, far = (socket.inet_pton(socket.AF_INET6, it) for it in ("fe80::bad", FAR))
     with host.within(namespace):
         sender = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
@@ -217,7 +217,7 @@ def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: 
 
 
 def test_the_device_ignores_redirects(host: AgentHost) -> None:
-    """The provider's router is named by its link-local address, whose name a neighbour can take. A plain host obeys."""
+    """The router has a link-local address, which a neighbour can forge. A VM follows the redirect, for comparison."""
     far = ("ip", "-6", "route", "get", FAR)
     router = json.loads(host.run("ip", "-6", "-j", "route", "show", "default", namespace="vm"))[0]["gateway"]
     host.run("ip", "-6", "addr", "add", "fe80::1/64", "dev", "sw-eth2.101", "nodad", pid=host.fabric)
@@ -270,7 +270,7 @@ def test_outside_hosts_cannot_open_connections(host: AgentHost) -> None:
         connect(host, "", ADDRESS, 22, patience_s=1.5)
     for address in (ADDRESS, GATEWAY, OURS):
         assert not reaches(host, "", address, 53, patience_s=1)
-    # A neighbour on the public VLAN cannot pass for a guest either.
+    # A neighbour on the public VLAN cannot use the address of a guest.
     host.run("ip", "-6", "addr", "add", f"{OTHER}/128", "dev", "lo", "nodad", pid=host.fabric)
     try:
         with host.within():
@@ -296,7 +296,7 @@ def test_traffic_of_a_prefix_is_counted(host: AgentHost) -> None:
     arrived, left = counted()
     host.run("ping", "-6", "-c3", "-i0.2", "-W5", FAR, namespace="vm")
     assert counted() == (arrived + 3, left + 3)
-    # From outside, whatever the firewall says of it; to neighbours not at all.
+    # Traffic from outside is counted even if the firewall drops it. Traffic to the gateway is not counted.
     assert not reaches(host, "", ADDRESS, 22, patience_s=0.5)
     assert is_answered(host, "vm", GATEWAY)
     assert counted()[0] > arrived + 3
@@ -349,7 +349,7 @@ def test_defect_12_egress_rules_apply_to_ipv6(host: AgentHost, rules: Any) -> No
         rules(web | {"destCidrs": ["2001:db8:ffff::/48"]}, allow=True)
         assert not reaches(host, "vm", FAR, 80, 1)
         assert reaches(host, "vm", FAR, 81)
-        # All of IPv4 is not all of IPv6.
+        # 0.0.0.0/0 does not match IPv6.
         rules(web | {"destCidrs": ["0.0.0.0/0"]}, allow=True)
         assert reaches(host, "vm", FAR, 80)
         rules({"protocol": "icmp", "icmpType": -1, "icmpCode": -1}, allow=False)
@@ -357,7 +357,7 @@ def test_defect_12_egress_rules_apply_to_ipv6(host: AgentHost, rules: Any) -> No
         assert not reaches(host, "vm", FAR, 80, 1)
         rules(allow=False)
         assert not is_answered(host, "vm", FAR)
-        assert is_answered(host, "vm", GATEWAY)  # the device's own, whatever the policy says
+        assert is_answered(host, "vm", GATEWAY)  # the device itself, under any policy
 
 
 def test_a_revoked_rule_ends_only_its_own_flows(host: AgentHost, rules: Any) -> None:
@@ -380,7 +380,7 @@ def test_a_revoked_rule_ends_only_its_own_flows(host: AgentHost, rules: Any) -> 
 
 @pytest.mark.mutation("an-unconnected-flow-is-marked-as-revoked", instead='"keep"')
 def test_a_revoked_rule_ends_udp_flows(host: AgentHost, rules: Any) -> None:
-    """UDP: neither end is heard any more, whichever sends; allowed again, it begins anew."""
+    """Neither end gets datagrams of the other. When the flow is allowed again, it works again."""
     rules(allow=True)
     with host.within("vm"):
         near = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -419,7 +419,7 @@ def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
     wait_until(lambda: "default via" in host.run("ip", "-6", "route", namespace=NS))
     assert is_answered(host, "vm", FAR)
-    # The whole link: what advertises on it is bound to its number, and the new one has another.
+    # Delete the link: dnsmasq is bound to its index, and the new link has another one.
     host.ip("link", "del", "vnetg520")
     wait_until(lambda: "vnetg520" in host.links())
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
@@ -455,7 +455,7 @@ def test_without_an_ipv6_uplink_the_gateway_rejects_at_once() -> None:
         with pytest.raises(OSError) as refused:
             connect(it, "vm", FAR, 80, patience_s=30)
         assert refused.value.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH), refused.value
-        # The gateway's ICMPv6 message ended the attempt, and no timeout of the kernel or of the test.
+        # The gateway's ICMPv6 message ended the attempt, not a timeout.
         assert unreachables(it, "vm") > before_refusal
         it.ip("netns", "del", "vm")
         for fixture, command in (("126", "shutdown-network"), ("131", "destroy-network")):
@@ -464,7 +464,7 @@ def test_without_an_ipv6_uplink_the_gateway_rejects_at_once() -> None:
 
 
 def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
-    """A list with prefixes of IPv6 lets in from outside and between tiers what it says; a tier without stays silent."""
+    """An ACL with IPv6 prefixes filters traffic of a tier with IPv6. The other tier has no IPv6 address."""
     with agent_host("eth1.1310", "eth1.1311", "eth2.101") as it:
         it.start()
         six = {"network_ip6_gateway": GATEWAY, "network_ip6_cidr": PREFIX}
@@ -484,7 +484,7 @@ def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
         assert "fe80" not in it.run("ip", "-6", "addr", "show", "dev", "gst-311", namespace="cs-vpc-7")
         item = {"number": 1, "action": "allow", "trafficType": "ingress", "protocol": "tcp"}
         with listening(it, "vm", 22), listening(it, "vm", 23), listening(it, "", 80, FAR):
-            assert not reaches(it, "", ADDRESS, 22, 1)  # no list yet: ingress closed, egress open
+            assert not reaches(it, "", ADDRESS, 22, 1)  # without an ACL ingress is closed and egress open
             assert reaches(it, "vm", FAR, 80)
             ssh = item | {"portStart": 22, "portEnd": 22, "sourceCidrs": ["2001:db8:99::/64"]}
             send("212", "apply-network-acl", **six, acl_rules=[ssh])

@@ -1,4 +1,4 @@
-"""Gratuitous ARP: the frames arrive, and neighbours that knew the address learn where it is now."""
+"""Gratuitous ARP: both frames arrive, and neighbours update their cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections are listed, marked and ended one by one; ``conntrack`` is the second opinion."""
+"""conntrack entries are listed, marked and deleted; the results are compared with the ``conntrack`` program."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRACK = "table inet t {\n chain c { type filter hook output priority 0; ct state
 
 @dataclass
 class Link:
-    """``left`` tracks; what it sends goes to ``right``, which answers on UDP 7 and accepts on TCP 7."""
+    """Two namespaces. ``left`` tracks its connections to ``right``, which listens on UDP 7 and TCP 7."""
 
     left: str
     right: str
     stack: ExitStack
 
     def udp(self, port: int, to: str = "10.9.0.2", dport: int = 7) -> socket.socket:
-        """A datagram out of ``port``, not answered."""
+        """Send a datagram from ``port``; it is not answered."""
         family = socket.AF_INET6 if ":" in to else socket.AF_INET
         with inside(self.left):
             made = self.stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
@@ -66,13 +66,13 @@ def by_port(namespace: str) -> dict[int, Entry]:
 
 
 def conntrack_marks(namespace: str) -> dict[str, int]:
-    """``conntrack``'s own list: "udp sport" to mark."""
+    """Marks as the ``conntrack`` program lists them, by protocol and source port, for example "udp 1001"."""
     found = (re.match(r"(\w+) .*? sport=(\d+) .*mark=(\d+)", line) for line in _listed(namespace).splitlines())
     return {f"{it[1]} {it[2]}": int(it[3]) for it in found if it}
 
 
 def _listed(namespace: str) -> str:
-    # Some versions list both families without being asked; an entry that is listed twice is one all the same.
+    # Some versions of conntrack list both families for each option -f, so entries may be listed twice.
     return "".join(tool(namespace, "conntrack", "-L", "-f", family, "-o", "id") for family in ("ipv4", "ipv6"))
 
 
@@ -97,7 +97,7 @@ def test_open_connections_are_listed_as_conntrack_lists_them(link: Link) -> None
     assert [(it.src, it.dst, it.icmp_type, it.icmp_code, it.sport) for it in icmp] == [
         ("10.9.0.1", "10.9.0.2", 8, 0, 0)
     ]
-    # Neighbour discovery is not tracked; the echo is.
+    # conntrack ignores neighbour discovery and tracks the echo.
     icmp6 = [it for it in entries if it.protocol == 58]
     assert [(it.dst, it.icmp_type) for it in icmp6] == [("fd09::2", 128)]
 

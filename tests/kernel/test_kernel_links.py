@@ -1,4 +1,4 @@
-"""Links, addresses, routes and rules: what we make, ``ip`` sees; what ``ip`` makes, we see."""
+"""Links, addresses, routes, rules and neighbours by rtnetlink, compared with the output of ``ip``."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def build(host: str, inner: str) -> None:
             add_rule(20007, 7, 0xFFFF, 20007),
         ],
     )
-    # Usable at once: no duplicate address detection.
+    # The address is usable at once, without duplicate address detection.
     assert "tentative" not in tool(inner, "ip", "-6", "addr", "show", "to", "fd07::1")
     settled(host, "breth1-7", "vnetg7")
     settled(inner, "gst-7")
@@ -159,7 +159,8 @@ def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> N
 def test_link_local_addresses_are_marked() -> None:
     with joined() as (left, _):
         settled(left, "left")
-        links.change(left, [add_address("left", "169.254.7.1/16")])  # a provider's subnet like another
+        # A provider may use this subnet, so it does not count as link-local.
+        links.change(left, [add_address("left", "169.254.7.1/16")])
         rows = {it.address.cidr: it for it in list_addresses(left)}
         local = [it for it in rows.values() if it.link_local]
         assert [it.address.cidr.startswith("fe80::") for it in local] == [True]
@@ -324,7 +325,7 @@ def test_replacing_a_route_leaves_one(pair: tuple[str, str]) -> None:
 
 
 def test_a_vlan_link_is_created_or_the_missing_support_is_reported(ns: str) -> None:
-    """Kernels without 802.1Q are the rule on build machines: then the words are what counts."""
+    """Build machines often have kernels without 802.1Q. Then the error message is checked."""
     links.change(ns, [links.make_bridge("eth1")])
     tried = subprocess.run(
         ["ip", "-n", ns, "link", "add", "link", "eth1", "name", "eth1.9", "type", "vlan", "id", "9"],
@@ -359,6 +360,6 @@ def test_permanent_neighbours_override_learned_ones_and_table_limits() -> None:
         links.change(left, [delete_neighbour("left", "10.9.0.3")])
         links.change(left, [delete_neighbour("left", "10.9.0.3").even_if_gone()])
         assert "10.9.0.3" not in permanent(left)
-        # Why they are put again after either.
+        # The kernel drops permanent neighbours when a link goes down, so the agent sets them again.
         links.change(left, [links.set_down("left"), links.set_up("left")])
         assert not permanent(left)

@@ -1,4 +1,4 @@
-"""Namespaces: made, found, entered and removed, in threads, after crashes, beside ``ip netns``."""
+"""Network namespaces are created, entered and deleted, from threads, after crashes, and together with ``ip netns``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def current_namespace() -> int:
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A name that is nobody's before and after the test."""
+    """The name of a namespace that does not exist before and after the test."""
     name = f"ktest-{os.getpid()}-new"
     namespaces.delete(name)
     yield name
@@ -87,7 +87,7 @@ def test_concurrent_creation_of_one_name_makes_one_namespace(name: str) -> None:
 
 
 def test_the_name_is_visible_in_an_earlier_mount_namespace(name: str) -> None:
-    with scratch():  # so that the directory is a mount by now
+    with scratch():  # so that /run/netns is already a mount
         script = f"echo ready; read go; nsenter --net={NETNS_DIR}/{name} ip -o link show lo"
         with subprocess.Popen(
             ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script],
@@ -142,7 +142,7 @@ def test_a_missing_namespace_is_named_in_the_error() -> None:
 
 
 def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
-    """The way back needs CAP_SYS_ADMIN; the thread gives its own up inside. Capabilities belong to threads."""
+    """Leaving needs CAP_SYS_ADMIN, which the thread drops inside. Capabilities are per thread."""
     home = current_namespace()
 
     def fail_to_leave(there: str) -> list[str]:
@@ -165,7 +165,7 @@ def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
 
 def _drop_capabilities() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, the calling thread
     assert libc.capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 

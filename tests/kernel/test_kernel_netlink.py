@@ -1,4 +1,4 @@
-"""The netlink socket against the kernel: many requests at once, errors, disturbances, strangers."""
+"""The netlink socket with a real kernel: many requests, errors, concurrent changes, messages of other programs."""
 
 from __future__ import annotations
 
@@ -57,16 +57,16 @@ def test_answers_keep_the_order_of_the_requests(ns: str) -> None:
 
 def test_errors_contain_the_extended_ack_of_the_kernel(ns: str) -> None:
     with pytest.raises(NetlinkError) as caught:
-        # An address of the namespace's own is nobody's gateway.
+        # The kernel refuses a local address as gateway.
         links.change(ns, [add_address("lo", "192.0.2.1/24"), add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
     assert caught.value.ext_ack == "Nexthop has invalid gateway"
     assert str(caught.value).startswith("add route 0.0.0.0/0 via 192.0.2.1 dev lo table 254: Invalid argument: Nexthop")
 
 
 def test_a_dump_is_consistent_during_concurrent_changes(ns: str) -> None:
-    """A token moves between the front and the back of the list, and is at every moment in at least one of the two.
+    """A link moves between the front and the back of the list and always exists in at least one place.
 
-    Without asking again after NLM_F_DUMP_INTR it is missing from some lists: seen neither in front nor behind.
+    A dump that is not repeated after NLM_F_DUMP_INTR can miss both.
     """
     front, back = (_with_index(links.make_bridge(name), index) for name, index in (("front", 10), ("back", 9000)))
     links.change(ns, [front, *(_with_index(links.make_bridge(f"s{i}"), 1000 + i) for i in range(120))])
@@ -87,7 +87,7 @@ def test_a_dump_is_consistent_during_concurrent_changes(ns: str) -> None:
 
 
 def _with_index(message: Message, index: int) -> Message:
-    """The creation of a link that gets this number."""
+    """The message, with this index for the new link."""
     return replace(message, payload=message.payload[:4] + struct.pack("=i", index) + message.payload[8:])
 
 

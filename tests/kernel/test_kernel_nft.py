@@ -1,4 +1,4 @@
-"""nftables of a namespace, through the library and through the program: same results, same words."""
+"""nftables of a namespace through libnftables and through ``nft``: same results, same errors."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_large_script_is_loaded_completely(nft: Nft) -> None:
 
 
 def test_a_large_script_does_not_use_the_library_lock(ns: str) -> None:
-    """And waits for nobody who uses the library: a network with 10,000 rules is no concern of the others."""
+    """Large scripts run in the ``nft`` program, so a network with 10,000 rules does not block other networks."""
     elements = ", ".join(f"10.{i >> 8}.{i & 255}.1" for i in range(15_000))
     with Nft(ns) as nft, ThreadPoolExecutor(1) as pool, library_lock:
         pool.submit(
@@ -125,7 +125,7 @@ kill -9 $$
 def test_a_table_is_recreated_only_when_the_script_is_rejected(
     ns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that was ended, for want of memory say, tells nothing of the table: packets and counters are spared."""
+    """A killed ``nft`` (by the OOM killer, say) proves nothing about the table, so it keeps its counters."""
     hook = "type filter hook output priority 0; policy accept;"
     count = 'ip daddr 127.0.0.1 counter name "seen"'
     many = tuple(f"ip daddr 10.{at >> 8}.{at & 255}.1 tcp dport {at + 1} accept" for at in range(4000))
@@ -155,7 +155,7 @@ def test_a_table_is_recreated_only_when_the_script_is_rejected(
         apply([swap])
     apply([swap])
     assert counted() == packets
-    # Somebody took a counter's rule and the counter away: the next swap does not fit, and the table is made anew.
+    # After a manual removal of the counter and its rule the swap fails, and the table is recreated.
     tool(ns, "nft", "flush table inet netloom; delete counter inet netloom seen")
     other = msgspec.structs.replace(have, chains=(Chain(name="out", hook=hook, rules=many),), counters=())
     apply([LoadRuleset(ns, other, want, names(want))])
@@ -190,7 +190,7 @@ def test_threads_use_separate_or_shared_namespaces_safely() -> None:
 
 
 def test_a_link_name_resolves_in_the_namespace_of_the_rule() -> None:
-    """libnftables keeps link numbers in one list for all contexts and threads; the number is what the rule holds."""
+    """libnftables caches link indexes for all contexts and threads together, and a rule contains the index."""
 
     def work(nft: Nft, index: int) -> None:
         for _ in range(100):
@@ -277,7 +277,7 @@ print("alive")
 
 
 def test_a_lack_of_file_descriptors_is_an_error_and_no_exit(ns: str) -> None:
-    """libnftables ends the process when it gets none (tried: exit status 3)."""
+    """libnftables exits the process when it cannot open a socket (tried: exit status 3)."""
     assert load_library() is not None
     source = Path(netloom.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(source)}

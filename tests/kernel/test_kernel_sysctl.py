@@ -1,4 +1,4 @@
-"""Sysctls are read and written in the namespace that was named, link names with dots included."""
+"""Sysctls are read and written in the given namespace, also for link names with dots."""
 
 from __future__ import annotations
 

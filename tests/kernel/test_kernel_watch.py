@@ -1,4 +1,4 @@
-"""Events of a namespace: what comes, changes and goes, in order, of that namespace alone."""
+"""rtnetlink events of one namespace: additions, changes and removals, in order."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_reading_without_events_returns_an_empty_list(ns: str) -> None:
 
 
 def test_an_overrun_is_reported(ns: str) -> None:
-    """More events than the buffer holds: the reader is told to look again instead of believing that it saw all."""
+    """When events are lost in a full buffer, the reader gets an overrun event and can read the state again."""
     links.change(ns, [links.make_bridge("br0"), links.set_up("br0")])
     with Watch(ns, "link") as watch:
         links.change(ns, [links.set_alias("br0", f"number {i}") for i in range(15000)])

@@ -1,4 +1,4 @@
-"""dnsmasq and haproxy accept the configuration files that are written for them."""
+"""dnsmasq and haproxy accept the rendered configuration files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balanced ports in the ruleset: what reaches the device's load balancer, and how UDP flows are spread."""
+"""Balanced ports in the ruleset: which packets reach haproxy on the device, and how UDP flows are distributed."""
 
 from __future__ import annotations
 
@@ -96,6 +96,6 @@ def test_a_revoked_rule_ends_the_connections_it_allowed(lab: Lab) -> None:
     with lab.connect("inet", A2.address, 80, CLIENT) as client:
         assert echoes(client)
         lab.apply(_scope(_rule(1, "tcp", 80, VM1), _rule(2, "udp", 500, VM1)))
-        assert echoes(client), "another rule is nothing to it"
+        assert echoes(client), "a change of another rule does not affect the connection"
         lab.apply(_scope(_rule(2, "udp", 500, VM1)))
         assert not echoes(client, 1.0)

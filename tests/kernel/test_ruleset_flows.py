@@ -1,4 +1,4 @@
-"""Revoking something ends exactly the open flows that it allowed, whichever end sends next; others do not notice."""
+"""A revocation ends exactly the open flows that depended on it, whichever end sends next."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def lab() -> Iterator[Lab]:
 
 @dataclass
 class Conversation:
-    """A UDP conversation whose ends both have a voice: ``server`` is bound, ``client`` is connected to it."""
+    """A UDP flow in which both ends can send: ``server`` is bound, ``client`` is connected to it."""
 
     client: socket.socket
     server: socket.socket
     peer: tuple[str, int]
 
     def delivers(self, sender: str) -> bool:
-        """Whether a datagram that ``client`` or ``server`` sends now reaches the other end."""
+        """Whether a datagram sent now by ``client`` or ``server`` reaches the other end."""
         word = f"{sender}{id(self)}".encode()
         listener = self.server if sender == "client" else self.client
         listener.settimeout(0)
@@ -71,7 +71,7 @@ def talk(lab: Lab) -> Iterator[Callable[..., Conversation]]:
     def begin(
         space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = ""
     ) -> Conversation:
-        """A conversation with ``target:port``, answered by ``server``; ``at``: the server's own port."""
+        """Open a flow to ``target:port`` that reaches ``server``. ``at`` is the server's own port if it differs."""
         ear = lab.open_socket(server, socket.SOCK_DGRAM)
         ear.bind((STRANGER if server == "inet" else "", at or port))
         mouth = lab.open_socket(space, socket.SOCK_DGRAM)
@@ -146,7 +146,7 @@ def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
         assert all(echoes(it) for it in tcp_ends + tcp_stays)
         assert all(it.works_both_ways() for it in udp_ends + udp_stays)
         lab.apply(after)
-        # The guest sends first on one, the client on the other; then both once more.
+        # On one flow the guest sends first, on the other the client. Then both send again.
         assert not udp_ends[0].delivers("server")
         assert not udp_ends[0].delivers("client")
         assert not udp_ends[0].delivers("server")
@@ -154,7 +154,7 @@ def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
         stays = tcp_stays if revoked != "the static translation" else tcp_stays[:1]
         assert all(echoes(it) for it in stays)
         assert all(it.works_both_ways() for it in udp_stays)
-        # Allowed once more, the revoked conversation begins anew.
+        # When it is allowed again, the revoked flow works again.
         lab.apply(before)
         assert udp_ends[0].delivers("client")
     finally:
@@ -166,7 +166,7 @@ def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
 def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(
     lab: Lab, talk: Callable[..., Conversation], first: str
 ) -> None:
-    """Without the mark the guest's next datagram would be a new connection outward, with the very same ports."""
+    """Without the mark the guest's next datagram would open a new outbound flow with the same ports."""
     before, after = CASES["the forward"]
     lab.renew(before)
     conversation = talk("inet", A1.address, 53, "vm1", local=4000)
@@ -175,7 +175,7 @@ def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(
     assert [conversation.delivers(it) for it in order] == [False] * 6
     marked = [it for it in lab.entries() if it.mark & REVOKED]
     assert [(it.src, it.dst, it.dport) for it in marked] == [(CLIENT, A1.address, 53)]
-    # A second look changes nothing.
+    # Judging the flows again changes nothing.
     lab.judge_flows(before)
     assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
 
@@ -236,7 +236,7 @@ def test_a_hairpin_flow_ends_when_its_forward_is_removed(lab: Lab, talk: Callabl
 
 
 def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Conversation]) -> None:
-    """The old guest goes on sending, and neither reaches the client nor keeps it from the new guest."""
+    """The old guest keeps sending. Its datagrams do not reach the client and do not block the new guest."""
     lab.renew(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     spoken = talk("inet", A1.address, 53, "vm1", local=4100)
     lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM2, protocol="udp")]))
@@ -262,14 +262,14 @@ def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}))
         assert echoes(stays)
         assert spoken.works_both_ways()
-        # Even when something else is taken away later.
+        # Also when something else is revoked later.
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}, networks=wish().networks))
         assert echoes(stays)
         assert spoken.works_both_ways()
 
 
 def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:
-    """With its link, its routes and its rule; and comes back."""
+    """The VLAN's link, routes and rule are removed and later added again."""
     both = [forward(A1, "22", VM1), forward(B1, "22", VM2)]
     before = wish(admit(A1, "tcp"), admit(B1, "tcp"), held=(A1, B1), forwards=both)
     lab.renew(before)
@@ -296,7 +296,7 @@ def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, tal
         lab.apply(wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))))
         assert not echoes(ends, QUIET_S)
         assert not spoken.delivers("server")
-        spoken.client.send(b"again")  # and begins anew, with the new address
+        spoken.client.send(b"again")  # a new flow with the new address
         spoken.server.settimeout(8)
         data, peer = spoken.server.recvfrom(100)
         assert (data, peer[0]) == (b"again", A2.address)
@@ -304,7 +304,7 @@ def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, tal
 
 @pytest.mark.mutation("a-new-address-redirects-open-flows")
 def test_a_flow_to_an_outside_address_follows_it_when_it_moves_inside(lab: Lab) -> None:
-    """An address of another network, say, that moved here: a guest that never stops sending finds the way inside."""
+    """An address moves here from another network. A guest that kept sending to it now reaches the local target."""
     lab.renew(wish(held=(A1,)))
     with lab.open_socket("vm1", socket.SOCK_DGRAM) as mouth, lab.open_socket("vm2", socket.SOCK_DGRAM) as ear:
         ear.bind(("", 5004))
@@ -347,7 +347,7 @@ def test_a_long_transfer_survives_a_hundred_rule_changes(lab: Lab) -> None:
             while sent < size or changing.is_set():
                 connection.sendall(block)
                 sent += len(block)
-                time.sleep(0.003)  # the changes need a processor too
+                time.sleep(0.003)  # leave processor time for the rule changes
             connection.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures.append(f"send: {error!r}")

@@ -1,6 +1,6 @@
-"""What the ruleset of an isolated network lets through, and where to, shown with packets.
+"""Filtering and translation by the ruleset of an isolated network, tested with packets.
 
-Each test says a wish, makes the device so with plain tools (``ruleset_lab``) and sends real packets from guests, from
+Each test describes a scope, configures the device with plain tools (``ruleset_lab``) and sends packets from guests, from
 the internet behind two public VLANs and from a neighbour. Numbered tests are defects of the reference extension.
 """
 
@@ -214,7 +214,7 @@ def test_defect_06_the_firewall_works_for_an_address_of_15_characters(lab: Lab) 
 
 
 def test_overlapping_rules_all_apply(lab: Lab) -> None:
-    """Defect 07: what the kernel would refuse beside other rules is merged with them, and nothing is left out."""
+    """Defect 07: elements that the kernel would reject as overlapping are merged, and no rule is left out."""
     lab.renew(
         wish(
             admit(A1, "tcp", "20-100"), admit(A1, "tcp", "80-5000"), admit(A1, "tcp", "80"), admit(A1, "tcp", "443"),
@@ -243,7 +243,7 @@ def test_a_thousand_rules_admit_exactly_their_sources(lab: Lab) -> None:
 def test_replies_and_related_icmp_errors_pass_regardless_of_rules(lab: Lab) -> None:
     lab.renew(wish(egress("icmp"), allow_egress=True))
     lab.answered(tcp(STRANGER, 22, "vm1"), udp(STRANGER, 53, "vm1"))
-    # Nobody listens there: the internet's "port unreachable" reaches the guest that asked.
+    # No server listens there, so the guest gets "port unreachable" from the internet.
     assert lab.ask([udp(STRANGER, 4444, "vm1")]) == ["refused"]
 
 
@@ -268,7 +268,7 @@ def test_port_ranges_map_one_to_one_shifted_or_to_one_port(lab: Lab) -> None:
     ]  # fmt: skip
     answers = [it.split()[0] for it in lab.answered(*asked)]
     assert answers == ["vm1", "vm3", "vm1", "vm2", "vm2", "vm3", "vm3", "vm3", "vm1"]
-    # Guests serve 5000 and 5004 only, so 4001 leads to a port that refuses; a flat translation would have answered.
+    # Guests listen on 5000 and 5004 only, so 4001 reaches a closed port. A mapping to one port would be answered.
     assert lab.ask([tcp(A1.address, 4001)]) == ["refused"]
     lab.silent(udp(A1.address, 8080), tcp(A1.address, 2002))
 
@@ -313,7 +313,7 @@ def test_defect_31_hairpin_reaches_port_forwards_and_static_nat(lab: Lab) -> Non
     )  # fmt: skip
     assert [it.split(":")[0] for it in seen] == [f"{vm} {GATEWAY}" for vm in ("vm1", "vm1", "vm2", "vm2", "vm2", "vm3")]
     lab.answered(ping(A2.address, "vm1"), ping(A2.address, "vm2"))
-    # The firewall of the address is the same for guests.
+    # The firewall of the address applies to guests too.
     lab.silent(
         tcp(A1.address, 80, "vm2"), tcp(A2.address, 80, "vm1"), tcp(B1.address, 80, "vm2"), ping(B1.address, "vm1"),
         ping(A1.address, "vm1"),
@@ -339,7 +339,7 @@ def test_hairpin_works_for_udp_and_ranges_and_from_the_target_itself(lab: Lab) -
 
 
 def test_static_nat_guests_reach_each_other_by_public_address(lab: Lab) -> None:
-    """On two VLANs, and whatever the egress policy says: that is about what leaves."""
+    """On two VLANs and under any egress policy, which concerns only traffic that leaves the network."""
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "all"), admit(B1, "all"), held=(A1, A2, B1), static=nats, allow_egress=False))
     seen = lab.answered(
@@ -360,16 +360,16 @@ def test_portless_protocols_pass_static_nat_when_all_is_allowed(lab: Lab, packet
     assert _heard_from(lab, "vm2", packet, "inet", CLIENT, A2.address) == CLIENT
     assert _heard_from(lab, "inet", packet, "vm2", VM2, CLIENT) == A2.address
     assert _heard_from(lab, "vm3", packet, "inet", CLIENT, B1.address) == ""
-    # What guests begin leaves by source NAT like anything else.
+    # Outbound traffic of guests uses source NAT.
     assert _heard_from(lab, "inet", packet, "vm1", VM1, STRANGER) == A1.address
-    # Revoked, it ends, though the guest goes on sending.
+    # After a revocation the flow ends, although the guest keeps sending.
     lab.apply(wish(admit(B1, "tcp"), held=(A1, A2, B1), static=nats))
     assert _heard_from(lab, "inet", packet, "vm2", VM2, CLIENT) == ""
     assert _heard_from(lab, "vm2", packet, "inet", CLIENT, A2.address) == ""
 
 
 def _heard_from(lab: Lab, at: str, packet: tuple[int, bytes], space: str, source: str, target: str) -> str:
-    """As whose a packet of some protocol arrives; empty when it does not."""
+    """Send a packet of any IP protocol; returns the source address with which it arrives, empty when it does not."""
     protocol, data = packet
     with (
         lab.open_socket(at, socket.SOCK_RAW, protocol) as ear,
@@ -377,7 +377,7 @@ def _heard_from(lab: Lab, at: str, packet: tuple[int, bytes], space: str, source
     ):
         ear.settimeout(QUIET_S)
         mouth.bind((source, 0))
-        for _ in range(3):  # a neighbour may have to be asked for first
+        for _ in range(3):  # the first packet may be lost during ARP resolution
             mouth.sendto(data, (target, 0))
             try:
                 while (heard := ear.recvfrom(2048))[0][20:] != data:
@@ -399,12 +399,12 @@ def test_fragmented_datagrams_are_translated(lab: Lab) -> None:
             client.bind((source, 0))
             client.connect((target, 53))
             client.settimeout(PATIENCE_S)
-            client.send(bytes(2040))  # as much as the server takes: two fragments
+            client.send(bytes(2040))  # the maximum of the server: two fragments
             assert client.recv(100).decode().startswith(seen)
 
 
 def test_traceroute_shows_only_the_public_address(lab: Lab) -> None:
-    """The device's own "time exceeded" leaves as the address that was asked, by that address's exit."""
+    """The device's "time exceeded" comes from the requested address and leaves by the exit of that address."""
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "udp"), admit(B1, "udp"), held=(A1, A2, B1), static=nats))
     strays = lab.foreign_source_packets()
@@ -417,7 +417,7 @@ def test_traceroute_shows_only_the_public_address(lab: Lab) -> None:
 
 
 def _hop(lab: Lab, space: str, source: str, target: str, ttl: int) -> tuple[int, str]:
-    """The type and the sender of the ICMP error that a datagram with so short a life meets."""
+    """Send a datagram with this TTL; returns type and sender of the ICMP error."""
     with (
         lab.open_socket(space, socket.SOCK_RAW, socket.IPPROTO_ICMP) as ear,
         lab.open_socket(space, socket.SOCK_DGRAM) as mouth,
@@ -451,7 +451,7 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
         *[CLIENT] * 4, A1.address, C1.address,
     ]  # fmt: skip
     assert lab.foreign_source_packets() == strays
-    # And they go by the exit's own gateway: what the provider's two gateways saw of each flow.
+    # Replies also go by the gateway of the exit, as the counters of the provider's two gateways show.
     marks = {(it.dst, it.dport): it.mark for it in lab.entries() if it.src == CLIENT and it.dport}
     assert marks[A1.address, 22] == 1
     assert marks[B1.address, 22] == 2
@@ -468,7 +468,7 @@ def test_a_static_nat_guest_leaves_by_the_exit_of_its_address(lab: Lab) -> None:
 
 
 def test_arp_requests_use_a_source_in_the_subnet_of_the_gateway(lab: Lab) -> None:
-    """A strict gateway does not answer ARP from an address that is not of its subnet."""
+    """A strict gateway does not answer ARP requests with a source address outside its subnet."""
     lab.renew(wish(admit(C1, "tcp", "22"), admit(A1, "tcp", "22"), held=(A1, C1), static=[static(C1, VM2)],
                    forwards=[forward(A1, "22", VM1)]))  # fmt: skip
     with inside(lab.ns("gw1")):
@@ -476,7 +476,7 @@ def test_arp_requests_use_a_source_in_the_subnet_of_the_gateway(lab: Lab) -> Non
     try:
         wire.bind(("eth0", 0x0806))
         uses = (tcp(C1.address, 22), tcp(STRANGER, 22, "vm2"), tcp(A1.address, 22), tcp(STRANGER, 22, "vm1"))
-        lab.answered(*uses)  # now the gateway knows the device, and will not be the one who asks
+        lab.answered(*uses)  # now the gateway has an entry of the device and sends no ARP requests
         lab.ip("dev", "neigh flush dev pub-101")
         lab.answered(*uses)
         wire.settimeout(0.2)
@@ -523,7 +523,7 @@ def test_the_untagged_public_vlan_works_like_a_tagged_one(lab: Lab) -> None:
 
 
 def test_defect_12_ipv6_is_closed(lab: Lab) -> None:
-    """Even where somebody turns IPv6 on again inside, guests and strangers meet a drop."""
+    """Packets of guests and neighbours are dropped even if IPv6 is enabled in the namespace by hand."""
     lab.renew(wish(admit(A1, "all"), ingress_open=True))
     spaces = {"vm1": "eth0", "nb": "eth0"}
     with inside(lab.ns("dev")):
@@ -545,7 +545,7 @@ def test_defect_12_ipv6_is_closed(lab: Lab) -> None:
         lab.ip("nb", "addr add fd00:2::99/64 dev eth0 nodad", "route add fd00:1::/64 via fd00:2::1")
         macs = {link: run("ip", "netns", "exec", lab.ns("dev"), "cat", f"/sys/class/net/{link}/address").strip()
                 for link in ("gst-204", "pub-101")}  # fmt: skip
-        # Neighbour discovery itself is dropped, so the neighbours are told by hand.
+        # Neighbour discovery is dropped too, so set the neighbour entries by hand.
         lab.ip("vm1", f"neigh replace fd00:1::1 lladdr {macs['gst-204']} dev eth0")
         lab.ip("nb", f"neigh replace fd00:2::1 lladdr {macs['pub-101']} dev eth0")
         with inside(lab.ns("dev")):
@@ -631,7 +631,7 @@ def test_device_services_are_reachable_only_by_guests_on_the_gateway_address(lab
             *(Try("vm1", protocol, target, port) for protocol, port in services),
         )
     lab.silent(*(Try("nb", protocol, GATEWAY, port) for protocol, port in services))
-    # What the address's rules let in, the device answers itself: pings, of guests too.
+    # The device answers pings that the rules of the address allow, also from guests.
     lab.answered(ping(A1.address), ping(A2.address, "nb"), ping(A1.address, "vm1"))
 
 
@@ -649,7 +649,7 @@ def test_a_broadcast_dhcp_request_reaches_the_device(lab: Lab) -> None:
         server.settimeout(8)
         wire.send(_broadcast("0.0.0.0", 68, 67, b"hello"))
         assert server.recvfrom(100) == (b"hello", ("0.0.0.0", 68))
-        # The answer goes out by broadcast, and other ports of nobody do not come in.
+        # The answer leaves by broadcast. Other ports and other source addresses are dropped.
         server.sendto(b"offer", ("255.255.255.255", 68))
         server.settimeout(0.3)
         wire.send(_broadcast("0.0.0.0", 69, 67, b"other"))
@@ -671,7 +671,7 @@ def _broadcast(source: str, sport: int, dport: int, data: bytes) -> bytes:
     return b"\xff" * 6 + b"\x02\x00\x00\x00\x00\x03" + b"\x08\x00" + head + udp_part
 
 
-# Addresses come and go
+# Addresses are added and released
 
 
 @pytest.mark.mutation("every-held-address-has-its-firewall", instead="now.held[1:]")
@@ -684,15 +684,15 @@ def test_defects_33_34_35_releasing_an_address_keeps_those_with_the_same_prefix(
         forwards=[forward(two, "22", VM1), forward(twenty, "22", VM2), forward(twenty_one, "22", VM3)],
     )
     lab.renew(full)
-    # 35: .2 is reachable although .20 is held as well.
+    # 35: .2 is reachable while .20 is assigned too.
     seen = lab.answered(tcp(two.address, 22), tcp(twenty.address, 22), tcp(twenty_one.address, 22))
     assert [it.split()[0] for it in seen] == ["vm1", "vm2", "vm3"]
-    # 33, 34: only what is the address's own goes, without delete commands before it; source NAT stays.
+    # 33, 34: release removes only the objects of that address, without delete commands before it. Source NAT stays.
     lab.apply(replace(full, public_ips={it.address: it for it in (twenty, twenty_one)}))
     seen = lab.answered(tcp(twenty.address, 22), tcp(twenty_one.address, 22), tcp(STRANGER, 22, "vm1"))
     assert [it.split()[0] for it in seen] == ["vm2", "vm3", "inet"]
     lab.silent(tcp(two.address, 22))
-    # 34: static NAT of an address that is released goes with it.
+    # 34: releasing an address removes its static NAT.
     both = wish(admit(A2, "tcp", "22"), held=(A1, A2), static=[static(A2, VM2)])
     lab.apply(both)
     lab.answered(tcp(A2.address, 22), tcp(STRANGER, 22, "vm2"))
@@ -716,7 +716,7 @@ def test_tcp_mss_is_clamped_to_the_smaller_mtu_both_ways(lab: Lab) -> None:
 
 @pytest.mark.mutation("guests-get-no-redirects")
 def test_the_device_sends_no_icmp_redirects(lab: Lab) -> None:
-    """A hairpin leaves by the link that it came in by; a guest that believed a redirect would lose its translation."""
+    """Hairpin traffic leaves by its inbound link. A guest that followed a redirect would bypass the translation."""
     lab.renew(wish(admit(A1, "tcp", "22"), forwards=[forward(A1, "22", VM1)]))
     before = _redirects(lab)
     lab.answered(tcp(A1.address, 22, "vm2"))
@@ -724,14 +724,14 @@ def test_the_device_sends_no_icmp_redirects(lab: Lab) -> None:
 
 
 def _redirects(lab: Lab) -> int:
-    """How many the device's kernel has sent."""
+    """The number of redirects that the device's kernel has sent."""
     lines = run("ip", "netns", "exec", lab.ns("dev"), "cat", "/proc/net/snmp").splitlines()
     names, counts = (line.split() for line in lines if line.startswith("Icmp:"))
     return int(counts[names.index("OutRedirects")])
 
 
 def test_packet_too_big_errors_leave_by_the_exit_of_the_connection(lab: Lab) -> None:
-    """The device's own ICMP error leaves by the exit of the connection that it is about, from the public address."""
+    """The device's ICMP error comes from the public address and leaves by the exit of the connection it concerns."""
     lab.renew(wish(admit(B1, "udp", "53"), held=(A1, B1), forwards=[forward(B1, "53", VM1, protocol="udp")]))
     strays = lab.foreign_source_packets()
     lab.answered(udp(B1.address, 53))

@@ -1,4 +1,4 @@
-"""Whose packets an operator's routes lead elsewhere, and with which address they leave, shown with packets."""
+"""Policy routing in the ruleset: exits and source addresses of policy-routed traffic, tested with packets."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_policy(scope: Scope, *routes: PbrRoute, **rules: tuple[int, dict[str, s
 
 
 def left_as(lab: Lab, vm: str, target: str = STRANGER, protocol: str = "tcp", port: int = 80) -> str:
-    """The address that the world sees of a guest's connection."""
+    """The source address of a guest's connection as the server sees it."""
     (answer,) = lab.answered(Try(vm, protocol, target, port))
     return answer.split()[1].partition(":")[0]
 
@@ -59,10 +59,10 @@ def test_a_source_rule_uses_another_gateway_of_the_same_vlan(lab: Lab) -> None:
     rules = {"one": (101, {"source": f"{VM1}/32"}), "two": (101, {"source": f"{VM3}/32", "iif": "gst-204"})}
     lab.renew(with_policy(scope, BY_C, **rules))
     assert left_as(lab, "vm1") == C1.address
-    # A guest with an address of its own, of another exit: the gateway would drop that one.
+    # vm3 has static NAT on another exit, whose address this gateway would drop.
     assert left_as(lab, "vm3") == C1.address
     assert left_as(lab, "vm2") == A2.address
-    # Its own address where the way is that of its exit.
+    # A static NAT address is used when the route uses its exit.
     lab.renew(with_policy(scope, BY_B, all=(100, {})))
     assert [left_as(lab, it) for it in VMS] == [B1.address, B1.address, B1.address]
     lab.renew(with_policy(scope, replace(BY_B, via="203.0.113.1", link="pub-101"), all=(100, {})))

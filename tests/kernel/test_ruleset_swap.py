@@ -1,4 +1,4 @@
-"""Exchanging one ruleset for another: the kernel ends up with exactly what was wanted, and no packet notices."""
+"""Replacing one ruleset by another: the kernel has exactly the new one, and no packet is affected in between."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forwa
 
 
 class Bench(Nft):
-    """A namespace with nothing in it but the table."""
+    """A namespace that contains only the table."""
 
     def __init__(self) -> None:
         self.name = f"rtest-{os.getpid()}-bench"
@@ -37,7 +37,7 @@ class Bench(Nft):
         run("ip", "netns", "del", self.name)
 
     def listed(self) -> dict[tuple[str, str], Any]:
-        """The table as the kernel has it: every object by kind and name, rules in order, without handles."""
+        """The objects of the table by kind and name, with rules in order and without handles."""
         text = run("ip", "netns", "exec", self.name, "nft", "-j", "list", "table", "inet", "netloom")
         found: dict[tuple[str, str], Any] = {}
         for item in json.loads(text)["nftables"]:
@@ -78,7 +78,7 @@ def test_a_swapped_ruleset_equals_a_fresh_one(bench: Bench, before: Scope, after
 
 
 def _steps(rng: random.Random, scope: Scope) -> Scope:
-    """One random change, as a command would make it."""
+    """Apply one random change, as a command would."""
     addresses = (A1, A2, B1)
     at = rng.choice(addresses)
     guest = rng.choice((VM1, VM2, VM3))
@@ -196,7 +196,7 @@ def test_named_counters_keep_their_values_across_swaps(bench: Bench) -> None:
 
 @pytest.mark.mutation("a-swap-keeps-what-both-have", instead="fresh(want)")
 def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
-    """Only the firewall stands between the forbidden ports and their guests: both are forwarded."""
+    """Allowed and forbidden ports are all forwarded, so only the firewall blocks the forbidden ones."""
     both = [forward(A1, "6000-6001", VM1, protocol="udp")]
     fixed = [static(B1, VM3)]
     keep = [
@@ -224,7 +224,7 @@ def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
             stays = lab.connect("vm3", GATEWAY, 80)
             for space, target in (("inet", A1.address), ("inet", B1.address), ("vm2", STRANGER), ("vm3", STRANGER)):
                 with lab.open_socket(space, socket.SOCK_DGRAM) as warm:
-                    warm.sendto(b"", (target, 7))  # now everybody's neighbours are known
+                    warm.sendto(b"", (target, 7))  # resolves all neighbours
             time.sleep(0.2)
             floods = [
                 Flood(lab, "inet", CLIENT, A1.address, ("vm1", VM1), CLIENT),

@@ -1,7 +1,7 @@
-"""What a VPC lets through between its tiers and the world, shown with packets, and as an independent table says.
+"""Filtering and translation by the ruleset of a VPC, tested with packets and compared with a truth table.
 
-Two tiers, two VMs in the first and one in the second, public addresses with a static NAT, a port forward and a balanced
-port into the first. The device's own sockets stand in for its services and for haproxy.
+The lab has two tiers, two VMs in the first and one in the second, and public addresses with a static NAT, a port
+forward and a balanced port into the first. Sockets of the device take the place of its services and of haproxy.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lab() -> Iterator[Lab]:
 
 
 def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: int, far: str) -> bool:
-    """The few lines that say what an access control list means."""
+    """An independent implementation of ACLs."""
     if acl is None:
         return direction == "egress"
     mine = [it for it in sorted(acl, key=lambda it: it.number) if it.direction == direction]
@@ -82,7 +82,7 @@ def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: i
 
 
 def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None) -> dict[Try, bool]:
-    """Every attempt that is made, and whether it is answered."""
+    """The truth table: each attempt, and whether it must be answered."""
     acls = {"310": acl_a, "311": acl_b}
     tried: dict[Try, bool] = {}
 
@@ -109,7 +109,7 @@ def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None) 
             through = out(vm, protocol, number, HOMES["a2"]) and into("a2", protocol, number, HOMES[vm])
             tried[Try(vm, protocol, STATIC, port)] = through
             tried[Try(vm, protocol, OTHER, port)] = False
-        # Nothing stands behind these.
+        # No rule leads from these to a server.
         tried[Try("inet", protocol, NAT, port, CLIENT)] = False
         tried[Try("inet", protocol, OTHER, port, CLIENT)] = False
         tried[Try("nb", protocol, HOMES["a1"], port)] = False
@@ -145,11 +145,11 @@ LISTS = lists(CIDRS, number="47", icmp_type=8, other_type=13) | st.just((ALL_IN,
 def test_packets_follow_the_acls(
     lab: Lab, acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None
 ) -> None:
-    """Every pair of VM, gateway, internet and public address, each protocol and port."""
+    """All pairs of VM, gateway, internet and public address, for each protocol and port."""
     lab.renew(vpc(acl_a, acl_b))
     told = table(acl_a, acl_b)
     lab.assert_answers(told)
-    # A neighbour's way around the firewall is told by the link that it comes in on, which the judge never sees.
+    # Packets of the neighbour are dropped because of their inbound link, which the flow judge does not know.
     agree(lab, {it: it.source or HOMES[it.space] for it in told if it.space != "nb"})
 
 
@@ -176,7 +176,7 @@ def test_defect_11_traffic_between_tiers_passes_the_egress_acl_of_the_source(lab
 
 @pytest.mark.mutation("a-balanced-port-is-judged-by-its-list", instead='rules.append("tcp dport 8000 accept")')
 def test_acls_see_the_client_address_of_balanced_traffic(lab: Lab) -> None:
-    """apache/cloudstack #9054: the virtual router's load balancer went around the lists."""
+    """apache/cloudstack #9054: the load balancer of the virtual router bypassed the ACLs."""
     lab.renew(vpc((item(1, "allow", "ingress", "tcp", "80", f"{CLIENT}/32"),), None))
     lab.answered(Try("inet", "tcp", NAT, BALANCED, CLIENT))
     lab.silent(Try("inet", "tcp", NAT, BALANCED, STRANGER), Try("b1", "tcp", NAT, BALANCED))
@@ -184,7 +184,7 @@ def test_acls_see_the_client_address_of_balanced_traffic(lab: Lab) -> None:
 
 @pytest.mark.mutation("a-tiers-firewall-is-asked-too", instead="not scope.is_vpc")
 def test_a_tier_may_have_a_firewall_in_addition_to_its_acl(lab: Lab) -> None:
-    """On the addresses that it asked for, and on what its guests begin outward; the VPC's own address has none."""
+    """The firewall covers the tier's addresses and egress of its guests, but not the VPC's own address."""
     base = vpc((ALL_IN,), (ALL_IN,))
     forwards = [forward(OTHER, FORWARDED, "a1", 22, "tcp"), forward(OTHER, FORWARDED + 1, "a1", 80, "tcp")]
     admitted = replace(admit(public(OTHER), "tcp", str(FORWARDED), f"{CLIENT}/32"), rule_id=1)
@@ -213,7 +213,7 @@ def test_a_tier_may_have_a_firewall_in_addition_to_its_acl(lab: Lab) -> None:
 
 
 def test_acls_match_protocols_by_number(lab: Lab) -> None:
-    """GRE, which has no ports: what arrives is read on the raw socket."""
+    """GRE has no ports, so arriving packets are read from a raw socket."""
     for acl, arrives in (
         ((item(1, "allow", "ingress", "47", "", A),), True),
         ((item(1, "deny", "ingress", "47"),), False),
@@ -257,7 +257,7 @@ def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
 
 
 def test_changing_the_source_nat_address_keeps_inbound_services_of_the_old_one(lab: Lab) -> None:
-    """There and back: forwards and balanced ports of either, open connections too; guests' own leave anew."""
+    """Changed and changed back. Forwards, balanced ports and their open connections survive; outbound flows end."""
     before = vpc((ALL_IN,), (ALL_IN,))
     lab.renew(before)
     served = [lab.connect("inet", NAT, port, CLIENT) for port in (FORWARDED, FORWARDED + 1, BALANCED)]
@@ -297,7 +297,7 @@ def test_defect_37_removing_a_tier_does_not_affect_the_others(lab: Lab) -> None:
     "a-tier-has-all-lines-of-its-list", instead='tuple(it for it in ingress_lines(acl) if "6001" not in it)'
 )
 def test_defect_05_a_flood_sees_no_loss_and_no_gap_during_acl_changes() -> None:
-    """Of two ports the first list item that matches allows one and denies the other; the rest changes all the time."""
+    """The first matching ACL item allows one port and denies another. Everything else changes during the flood."""
     keep = (item(10, "deny", "ingress", "udp", "6001"), item(11, "allow", "ingress", "udp", "", B, f"{CLIENT}/32"))
     some = [item(at, "allow", "ingress", "tcp", str(9000 + at), f"10.{at}.0.0/16") for at in range(20, 80)]
     early = [item(at, "deny", "ingress", "udp", str(100 + at), A, B) for at in range(1, 9)]

@@ -1,6 +1,6 @@
-"""A plain shared network as its VMs meet it: services of a neighbour, two ranges, a real router, neighbours who lie.
+"""Shared networks through a real agent: two address ranges, an external router, spoofing neighbours.
 
-The router stands in the fabric, with a resolver behind it; the device has an address of its own and forwards nothing.
+The router and the resolvers behind it are in the fabric. The device has its own address and forwards nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ONE, ONE_MAC, ONE_IP = "sh-1", "1e:00:aa:00:00:11", "10.30.0.61"
 TWO, TWO_MAC, TWO_IP = "sh-2", "1e:00:aa:00:00:12", "10.31.0.9"
 THIEF_MAC = "1e:00:aa:00:00:99"
 RESOLVER = "198.51.100.53"
-BRIEFLY = ("--max-time", "1")  # where nothing is to come
+BRIEFLY = ("--max-time", "1")  # where no answer is expected
 DOMAIN = "shared.example.internal"
 SECOND = {
     "nic_id": "7102",
@@ -35,7 +35,7 @@ SECOND = {
     "hostname": TWO,
 }
 
-# Takes classless routes as RFC 3442 wants it: a router of 0.0.0.0 is the link itself.
+# Sets classless routes as RFC 3442 requires: router 0.0.0.0 means the link itself.
 UDHCPC = """#!/bin/sh
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0
 ip addr replace "$ip/$mask" dev "$interface"
@@ -64,7 +64,7 @@ def host() -> Iterator[AgentHost]:
 
 @pytest.fixture(scope="module")
 def host_with_vms() -> Iterator[AgentHost]:
-    """Two VMs with all that CloudStack sends, each in its range, for tests that leave them as they are."""
+    """A host with a VM in each range, deployed by all calls of CloudStack. Tests that use it restore its state."""
     with _host() as it:
         for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
             call_command(it, fixture)
@@ -85,7 +85,7 @@ def _host() -> Iterator[AgentHost]:
         for address in ROUTERS:
             it.run("ip", "addr", "add", address, "dev", "sw-eth1.1410", pid=it.fabric)
         it.run("sysctl", "-qw", "net.ipv4.ip_forward=1", pid=it.fabric)
-        # What goes in and out by the same link is not worth a redirect.
+        # The router forwards within one link and must not send redirects.
         for where in ("all", "sw-eth1/1410"):
             it.run("sysctl", "-qw", f"net.ipv4.conf.{where}.send_redirects=0", pid=it.fabric)
         script = it.path("/run/udhcpc")
@@ -96,7 +96,7 @@ def _host() -> Iterator[AgentHost]:
 
 @contextlib.contextmanager
 def upstream_resolvers(host: AgentHost) -> Iterator[None]:
-    """The resolvers of the world behind the router; they know one name."""
+    """Run the resolvers behind the router. They know one name."""
     for address in (RESOLVER, "198.51.100.54"):
         host.run("ip", "addr", "add", f"{address}/32", "dev", "lo", pid=host.fabric)
     words = ["dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--pid-file=", "--user=root"]
@@ -155,7 +155,7 @@ def test_each_range_is_served_with_its_own_router_and_mask(host_with_vms: AgentH
         assert lookup(host_with_vms, vm, f"{ONE}.{DOMAIN}") == ONE_IP
         assert lookup(host_with_vms, vm, f"{TWO}.{DOMAIN}") == TWO_IP
         assert lookup(host_with_vms, vm, "data-server") == DEVICE
-        # Through the real router, which is the device's only way out, too.
+        # Forwarded through the router, which is also the device's only route to the outside.
         assert lookup(host_with_vms, vm, "www.far.example") == "203.0.113.99"
     assert get(host_with_vms, ONE, "/latest/meta-data/local-hostname") == "sh-1"
     assert get(host_with_vms, ONE, "/latest/user-data").startswith("#!/bin/sh")
@@ -189,7 +189,7 @@ def test_a_neighbour_with_the_address_of_a_vm_gets_no_data_of_it(host_with_vms: 
             assert get(host_with_vms, "thief", path, *BRIEFLY) == ""
         assert get(host_with_vms, "thief", "/", *BRIEFLY, "-H", "DomU_Request: send_my_password", port=8080) == ""
         assert lease(host_with_vms, "thief", "-t", "2", check=False) == {}
-        # It answers ARP for the address, as the owner does: what is for the owner goes to the owner all the same.
+        # The thief answers ARP for the address. The device still sends to the owner's MAC address.
         assert get(host_with_vms, ONE, "/latest/meta-data/local-hostname") == "sh-1"
         assert lease(host_with_vms, ONE)["ip"] == ONE_IP
     finally:
@@ -212,7 +212,7 @@ def test_routers_and_outside_hosts_cannot_reach_the_device(host_with_vms: AgentH
 
 
 def test_a_vm_behind_its_router_gets_names_but_no_metadata(host_with_vms: AgentHost) -> None:
-    """A client that takes no classless routes: its requests bear the router's MAC address, which proves nothing."""
+    """The client ignores classless routes, so its requests have the MAC address of the router and prove no identity."""
     host_with_vms.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
     try:
         assert lookup(host_with_vms, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
@@ -246,7 +246,7 @@ def test_any_first_command_builds_the_network_and_it_is_removed_completely(host:
 
 
 def test_the_device_takes_the_address_that_cloudstack_sends(host: AgentHost) -> None:
-    """Not named, it stays where it is; another one, and the services are there and nowhere else."""
+    """Without an address in the call it stays. With another address the services move to it."""
     call_command(host, "301", extension_ip="")
     assert host.run("ip", "netns", "list") == ""
     for fixture in ("301", "302", "303", "304", "305", "306"):
@@ -282,12 +282,12 @@ def test_a_removed_range_a_restart_and_an_agent_restart_keep_the_other_range(hos
     host.plug(TWO, BRIDGE, TWO_MAC)
     lease(host, ONE)
     assert lookup(host, ONE, f"{ONE}.{DOMAIN}") == ONE_IP
-    # CloudStack's restart: implement-network in state setup, then all VMs at once, without masks.
+    # A restart by CloudStack: implement-network in state setup, then restore-network with all VMs, without netmasks.
     for fixture in ("314", "315"):
         call_command(host, fixture)
     assert lease(host, TWO)["mask"] == "25"
     wait_until(lambda: lookup(host, TWO, f"{TWO}.{DOMAIN}") == TWO_IP)
-    # The first range ends; its VM has nothing any more, the second range's VM has all.
+    # The first range is removed. Its VM gets nothing any more, the VM of the second range still gets everything.
     for fixture in ("311", "310", "312", "313"):
         call_command(host, fixture)
     assert lease(host, ONE, "-t", "2", check=False) == {}
@@ -312,7 +312,7 @@ def test_after_failover_the_first_vm_command_builds_an_isolated_network() -> Non
 
 
 def test_an_isolated_network_with_an_external_gateway() -> None:
-    """Provider of DHCP, DNS and user data only: the device asks the gateway, and does not take its place."""
+    """We provide only DHCP, DNS and user data. The device uses the gateway and does not take its address."""
     with agent_host("eth1.1205") as host, upstream_resolvers(host):
         host.start()
         host.run("ip", "addr", "add", "10.11.1.1/24", "dev", "sw-eth1.1205", pid=host.fabric)
@@ -328,7 +328,7 @@ def test_an_isolated_network_with_an_external_gateway() -> None:
 
 
 def test_a_shared_network_with_nat_and_firewall_works_like_an_isolated_one() -> None:
-    """Advanced zones: the device is its gateway, CloudStack implements it, and in the end shuts it down."""
+    """In advanced zones the device is its gateway, and CloudStack implements the network and shuts it down."""
     with agent_host("eth1.1410", "eth2.101") as host:
         host.start()
         host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)

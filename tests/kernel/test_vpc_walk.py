@@ -1,7 +1,7 @@
-"""Whatever a VPC has lived through, it stands as one that is built anew from its state, and in the end nothing is left.
+"""After random commands a VPC equals one that is built from its stored state, and deletion leaves nothing.
 
-Random walks of all commands about it and its tiers, through a real agent: IPv6 and the way out come and go, segments
-change, addresses move between tiers.
+The commands go through a real agent. IPv6 and its uplink are switched on and off, segments change, and addresses move
+between tiers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Step = tuple[str, dict[str, Any]]
 
 
 def tier(chance: random.Random) -> dict[str, Any]:
-    """A tier as a call tells of it: every other time with IPv6."""
+    """The fields of a random tier in a payload, half of the time with IPv6."""
     told = chance.choice(vpc.TIERS)
     prefix = f"2001:db8:50:{told['network_id'][-1]}::"
     six = {"network_ip6_gateway": f"{prefix}1", "network_ip6_cidr": f"{prefix}/64"}
@@ -55,7 +55,7 @@ def pick(commands: str, payloads: list[dict[str, Any]]) -> Callable[[random.Rand
 
 
 ENDING = [{**it, "network_state": "shutdown"} for it in vpc.TIERS]
-# How often each comes, beside the others.
+# Relative frequency of each step.
 STEPS: dict[Callable[[random.Random], Step], int] = {
     pick("implement-vpc", [vpc.VPC, *vpc.WHOLE]): 3,
     implement_network: 6,
@@ -73,12 +73,12 @@ STEPS: dict[Callable[[random.Random], Step], int] = {
 def send(host: AgentHost, step: Step, registration: Registration = REGISTRATION) -> None:
     command, payload = step
     reply = host.call("210" if "network_id" in payload else "203", command, registration=registration, **payload)
-    # What CloudStack would not ask for: ports that are taken. Everything else is done.
+    # Only requests for used ports may fail. CloudStack would not send them.
     assert reply.status == 0 or re.search("overlaps|the port is", reply.error), (step, reply.error)
 
 
 def kernel_objects(host: AgentHost) -> dict[str, Counter[str]]:
-    """All that the kernel has of the VPC, in an order of its own; without what counts or numbers things."""
+    """The kernel objects of the VPC, regardless of order, without counters, handles and link indexes."""
     looks = {
         "links": ("ip", "-br", "link"),
         "addresses": ("ip", "-br", "addr"),
@@ -92,10 +92,10 @@ def kernel_objects(host: AgentHost) -> dict[str, Counter[str]]:
     found = {}
     for what, words in looks.items():
         text = re.sub(r"@if\d+", "", host.run(*words, namespace=NS))
-        # Elements of sets have no order, and a link's addresses are in that in which they came.
+        # Set elements have no order, and addresses of a link are listed in the order of their creation.
         by_words = what in ("ruleset", "addresses")
         found[what] = Counter(re.findall(r"[^\s,{}]+", text) if by_words else text.splitlines())
-    # Where IPv6 is off, what it would be like means nothing.
+    # Other IPv6 settings do not matter on a link with IPv6 disabled.
     for link in re.findall(r"net\.ipv6\.conf\.(\S+)\.disable_ipv6 = 1", "\n".join(found["settings"])):
         switch = f"net.ipv6.conf.{link}."
         found["settings"] = Counter(it for it in found["settings"].elements() if not it.startswith(switch))
