@@ -1,7 +1,7 @@
 """Filtering and translation by the ruleset of an isolated network, tested with packets.
 
-Each test describes a scope, configures the device with plain tools (``ruleset_lab``) and sends packets from guests, from
-the internet behind two public VLANs and from a neighbour. Numbered tests are defects of the reference extension.
+Each test describes a scope, configures the device with plain tools (``ruleset_lab``) and sends packets from guests,
+from the internet behind two public VLANs and from a neighbour. Numbered tests are defects of the reference extension.
 """
 
 from __future__ import annotations

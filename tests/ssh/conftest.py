@@ -18,7 +18,7 @@ from ssh.onefile import OneFiles
 
 @pytest.fixture(scope="session")
 def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    # The names of the namespaces are fixed, so that a run which was killed is cleared away by the next one.
+    # The namespaces have fixed names, so a run removes those of a killed earlier run.
     with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lab = SshLab(tmp_path_factory.mktemp("stest"))

@@ -123,7 +123,7 @@ def wipe(bed: Bed) -> None:
     for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
         if line.endswith(" helper"):
             pid = line.split()[0]
-            bed.management.sh(f"kill -9 {pid} 2>/dev/null || test ! -e /proc/{pid}")  # it may have ended meanwhile
+            bed.management.sh(f"kill -9 {pid} 2>/dev/null || test ! -e /proc/{pid}")  # it may have ended already
     host = bed.hosts[0]
     host.power_cut()
     host.boot()

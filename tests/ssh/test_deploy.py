@@ -1,4 +1,4 @@
-"""First contact: a host that has nothing gets the program over the connection that is there, and then it works."""
+"""Deployment: the first call to a host without netloom uploads the program over the SSH connection and starts it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_the_first_call_uploads_the_program_and_the_next_is_one_round_trip(
     assert host.sh(f"stat -c '%a %U' {LIBEXEC} {LIBEXEC}/{ONE} {LIBEXEC}/{ONE}/netloom").split() == ["755", "root"] * 3
     assert host.listing(f"{LIBEXEC}/{ONE}") == ["netloom"]
     logins = host.read("/var/log/sshd.log").count("Accepted publickey")
-    assert logins == 1  # the upload came over the same connection
+    assert logins == 1  # the upload used the same connection
     assert succeeded(server.ask())
     assert host.read("/var/log/sshd.log").count("Accepted publickey") == logins
     assert server.log().count(" from byte ") == 1
@@ -80,7 +80,7 @@ def test_without_a_helper_the_next_call_resumes_the_upload(bed: Bed, host: Host,
 
 
 def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, one: Path) -> None:
-    """What the host still has of the cut one writes on, later, and does no harm."""
+    """The upload process of the broken connection may write later on the host. That does not corrupt the program."""
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=2 << 20)
     asked = in_background(server)
@@ -173,7 +173,7 @@ def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: 
     assert current(host) == ""
     assert running_agents(host) == []
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do umount $f; done")
-    assert succeeded(server.ask())  # and it lies there already
+    assert succeeded(server.ask())  # the program was already uploaded
     assert server.log().count(" from byte ") == 1
 
 

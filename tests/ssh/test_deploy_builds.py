@@ -1,4 +1,4 @@
-"""From one build to the next and back: who replaces whom, and that no network notices."""
+"""Upgrade and rollback: which build replaces which, without effect on networks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def internet(deploy_bed: tuple[Bed, OneFiles]) -> Internet:
 
 
 def network(server: Server, number: int = 204) -> IsolatedNetwork:
-    """A network of all services that stands."""
+    """An isolated network with all services."""
     server.bed.add_segments([("eth1", str(1000 + number))])
     made = server.cloud.isolated_network(
         number, vlan=1000 + number, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=PUBLIC
@@ -57,13 +57,13 @@ def network(server: Server, number: int = 204) -> IsolatedNetwork:
 
 
 def guest(it: IsolatedNetwork, host: Host, name: str = "web-1", last: int = 45) -> Vm:
-    """A VM of the network, on the host."""
+    """Deploy a VM of the network and start it on the host."""
     nic = it.deploy_vm(name, ip=f"10.10.1.{last}", mac=f"02:01:00:00:00:{last:02x}")
     return host.vm(name, vlan=it.facts.vlan, mac=nic.mac, ip=f"{nic.ip}/24", gateway=it.facts.gateway)
 
 
 def processes(host: Host, word: str) -> list[str]:
-    """The processes whose command line has the word: pid and all."""
+    """The processes whose command line contains ``word``, with their pids."""
     return sorted(line for line in host.sh("ps -A -o pid=,args=").splitlines() if word in line and "ps -A" not in line)
 
 
@@ -73,16 +73,16 @@ def lease(vm: Vm) -> str:
 
 
 def run_agent_command(host: Host, *words: str, check: bool = True) -> str:
-    """What a person on the host is told by the program in use."""
+    """Run ``agent`` commands of the active program on the host; returns the output."""
     done = host.run(f"{LIBEXEC}/current/netloom", "agent", *words, check=check)
     return done.out + done.err
 
 
 @contextmanager
 def no_kernel_changes(host: Host) -> Iterator[None]:
-    """Assert that no link, address, route or rule of the host or of network 204 changes, not even for a moment.
+    """Assert that no link, IPv4 address, route or rule of the host or of network 204 changes, not even briefly.
 
-    Of IPv4: the host's own links get their link-local IPv6 addresses seconds after they were made.
+    IPv6 is left out, because links of the host get their link-local addresses seconds after their creation.
     """
     monitor = "ip -4 monitor link address route rule </dev/null >>/run/changes 2>&1 &"
     host.sh(f"rm -f /run/changes; {monitor} ip netns exec cs-net-204 {monitor}")
@@ -116,7 +116,7 @@ def test_a_newer_build_takes_over_without_affecting_networks(
             with no_kernel_changes(host):
                 server.replace(two)
                 calls = 0
-                while f"activated: {TWO}" not in server.log():  # and no call is lost meanwhile
+                while f"activated: {TWO}" not in server.log():  # calls succeed during the upgrade
                     assert succeeded(server.ask())
                     calls += 1
                     assert calls < 1000
@@ -141,7 +141,7 @@ def test_only_the_previous_build_is_kept(bed: Bed, host: Host, files: OneFiles, 
     host.sh(f"mkdir -p {LIBEXEC}/0.0.1-1-own; touch {LIBEXEC}/0.0.1-1-own/mine {LIBEXEC}/{ONE}/.part-old")
     for program in (two, files.make(THREE)):
         host.sh(f"touch -d yesterday {LIBEXEC}/0*; mkdir -p {LIBEXEC}/0.0.2-1-young")
-        host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # somebody uploads it now
+        host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # an upload in progress
         server.replace(program)
         assert succeeded(server.ask())
     assert sorted(builds(host)) == ["0.0.1-1-own", "0.0.2-1-young", TWO, THREE, "current", "notes.txt", "previous"]
@@ -192,9 +192,10 @@ def test_rollback_restores_the_previous_build_and_its_state(
     assert f"went back from {TWO} to {ONE}" in run_agent_command(host, "rollback")
     assert running_agents(host) == [ONE]
     assert json.loads(host.read(f"{SCOPES}/net-204.json"))["public_ips"] == json.loads(then)["public_ips"]
-    assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]  # one has ended, and its addresses may be others'
+    # The deleted network is not restored, because its addresses may be in use again.
+    assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]
     assert host.read("/var/lib/netloom/undone/net-204.json") == now
-    # Nobody undoes the operator's word; a build that is newer than what was left does.
+    # Calls do not undo a rollback by the operator. A build newer than the one that was left does replace it.
     for _ in range(2):
         assert succeeded(server.ask())
     assert running_agents(host) == [ONE]
@@ -222,7 +223,7 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
     assert host.read(f"{SCOPES}/net-204.json") == now
 
 
-# What becomes of a replacement that ends between two of its steps.
+# The steps of a replacement at which it is killed, each as the source text that would come next.
 KILLED = {
     "the old agent has ended": "        between()\n        _link(_CURRENT, to)\n",
     "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
@@ -273,7 +274,9 @@ def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, fi
         assert succeeded(server.ask())
     assert running_agents(host) == [ONE]
     assert host.read(f"{SCOPES}/net-204.json") == then
-    assert host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1  # it is not tried again with every call
+    assert (
+        host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1
+    )  # the failed build is not started again by each call
     assert "no build before" in run_agent_command(host, "rollback", check=False)
 
 

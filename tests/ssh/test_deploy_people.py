@@ -1,4 +1,4 @@
-"""What a person says about agents: installed beforehand on many hosts, looked at, removed without a trace."""
+"""Commands of an operator for agents: install on many hosts, status, selftest, rollback and uninstall."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def operator(bed: Bed, one: Path) -> Operator:
 
 
 class Operator:
-    """Somebody who is root on the management server and has the one file and a key."""
+    """Runs commands of the one-file program as root on the management server, with an SSH key."""
 
     def __init__(self, bed: Bed, program: Path) -> None:
         self.bed = bed
@@ -53,7 +53,7 @@ def test_install_on_many_hosts_shows_their_progress(operator: Operator, bed: Bed
     assert running_agents(host) == [ONE]
     again = operator.json("install", "--hosts", host.address)
     assert again == [{"host": host.address, "status": 0, "error": "", "outcome": "current", "build": ONE}]
-    # And the calls of CloudStack find it there.
+    # Calls of CloudStack use the installed agent.
     server = Server(bed, Path(PROGRAM))
     assert succeeded(server.ask())
     assert "uploading" not in server.log()
@@ -108,12 +108,12 @@ def test_status_selftest_and_rollback_work_on_hosts(operator: Operator, host: Ho
     assert back["build"] == ONE
     (told,) = operator.json("status", "--hosts", host.address)
     assert (told["serves"], told["held"], told["previous"]) == (ONE, TWO, "")
-    # The operator's word is stronger than the earlier one.
+    # An install by the operator overrides the earlier rollback.
     host.run(str(two), "agent", "install")
     assert running_agents(host) == [TWO]
 
 
-# Where there is something of ours.
+# Directories that netloom writes to.
 FILES = [
     "/usr/local",
     "/etc/systemd/system",
@@ -155,7 +155,7 @@ def test_install_and_uninstall_work_on_the_host_itself(host: Host, one: Path) ->
 
 @pytest.mark.parametrize("word", ["install", "status", "selftest", "rollback", "uninstall"])
 def test_an_empty_host_list_does_not_mean_this_machine(word: str, host: Host, one: Path) -> None:
-    """Somebody's variable was empty; what is done here cannot be undone everywhere."""
+    """An empty shell variable must not run the command on this machine, where it may be irreversible."""
     done = host.run(str(one), "agent", word, "--hosts", "", check=False)
     assert (done.status, done.out) == (1, "")
     assert done.err == "netloom: --hosts names no host (leave it out for this machine)\n"

@@ -1,4 +1,4 @@
-"""Where systemd runs it looks after the agent: started at boot, restarted when killed; the networks do not notice."""
+"""The agent as a systemd unit: started at boot, restarted when killed, without effect on networks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def machine(programs: OneFiles) -> Iterator[SystemdHost]:
 
 
 def unit_property(host: SystemdHost, name: str) -> str:
-    """A property of the unit."""
+    """The value of a property of the unit."""
     return host.run("systemctl", "show", "--property", name, "--value", UNIT)
 
 
@@ -73,31 +73,31 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     assert network_exists(host)
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
     answering, first = guests(host), unit_property(host, "MainPID")
-    # Killed, it is back, and what answers the VMs never went.
+    # A killed agent is restarted. The guest process keeps running.
     host.run("kill", "-9", first)
     assert until(
         lambda: unit_property(host, "MainPID") not in ("0", first) and status(host)["serves"] == ONE, seconds=SETTLE_S
     )
     assert guests(host) == answering
     assert network_exists(host)
-    # Stopped by somebody, the next call has systemd start it.
+    # After a manual stop the next call starts the unit.
     host.run("systemctl", "stop", UNIT)
     assert guests(host) == answering
     host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
     assert status(host)["serves"] == ONE
-    # A newer build.
+    # Upgrade to a newer build.
     host.run(str(programs.make(TWO)), "agent", "install")
     told = status(host)
     assert (told["serves"], told["previous"], told["unit"]) == (TWO, ONE, UNIT)
     assert str(told["pid"]) == unit_property(host, "MainPID")
     assert network_exists(host)
-    # After a power cut the networks are back before anybody calls.
+    # After a power cut the networks are restored without a call.
     host.power_cut()
     host.boot()
     assert until(lambda: network_exists(host), seconds=SETTLE_S)
     assert status(host)["serves"] == TWO
-    # And back, and gone.
+    # Rollback, then uninstall.
     host.run(f"{LIBEXEC}/current/netloom", "agent", "rollback")
     assert status(host)["serves"] == ONE
     host.run(f"{LIBEXEC}/current/netloom", "agent", "uninstall", "--networks", "remove")

@@ -1,4 +1,4 @@
-"""Hosts and agents that are silent, dead, old or confused: one line, status 2, and before the caller's deadline."""
+"""Silent, dead, outdated or misbehaving hosts and agents: one error line, status 2, before the caller's deadline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_defect_53_a_call_ends_before_its_deadline(case: str, lab: SshLab, calle
 
 
 def test_silent_hosts_are_reported_long_before_the_deadline(lab: SshLab, caller: Caller) -> None:
-    """All are asked at the same time, and no caller's thread waits a minute for nothing."""
+    """All hosts are queried in parallel, so a call does not wait for its whole deadline."""
     details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=BLACK_HOLE)
     ended = caller.ensure(details, timeout=18)
     assert ended.status == 2
@@ -68,11 +68,11 @@ def test_a_hung_agent_gives_status_2_before_the_deadline(lab: SshLab, caller: Ca
     assert "/var/log/netloom/agent.log" in ended.line
     assert ended.took_s < 5
     (call,) = lab.h1.calls_received()
-    assert 0 < call["remaining_ms"] < 4000  # the agent is told to be done before we are
+    assert 0 < call["remaining_ms"] < 4000  # the agent's deadline is before ours
 
 
 def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
-    """A machine that hangs answers no packet of an established connection: what is cut off in the midst of a call."""
+    """The host is disconnected during a call, like a hung machine that answers no packet of an open connection."""
     lab.h1.set_behaviour("hang", on=["implement-network"])
     process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 6, lab.h1, STORED)
     with lab.disconnected(lab.h1):
@@ -83,7 +83,7 @@ def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, ca
 
 
 def test_a_call_whose_connection_breaks_is_repeated_once_with_its_id(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 3: the agent answers a repeat from memory, so nothing is done twice."""
+    """Field note fault 3: the agent answers a repeated call from memory, so the work is done once."""
     lab.h1.set_behaviour("die-once", on=["implement-network"])
     assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
     first, second = lab.h1.calls_received()
@@ -180,7 +180,7 @@ def test_a_call_without_a_log_still_works(lab: SshLab, caller: Caller) -> None:
 
 
 def test_a_connection_dropped_by_maxstartups_is_retried(lab: SshLab, caller: Caller) -> None:
-    """OpenSSH's MaxStartups: while others have not logged in yet it hangs up on us, before any login was tried."""
+    """OpenSSH's MaxStartups closes new connections before login while too many others have not logged in yet."""
     path = caller.payload(caller.details(sshkey=lab.key("good"), port=BUSY), payload={"current_details": "{}"})
     before = len(lab.h1.logins())
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The resident helper: one for all calls, right whenever it is killed, hung or replaced, and never in the way."""
+"""The resident helper: shared by all calls. Calls succeed also when it is killed, hung or replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTLE_S = 20.0
 
 
 def helper_pids() -> list[int]:
-    """The helpers on the management side."""
+    """The pids of the helpers on the management server."""
     pids = map(int, run("ip", "netns", "pids", MANAGEMENT).split())
     return [pid for pid in pids if _words(pid)[-1:] == [b"helper"]]
 
@@ -46,7 +46,7 @@ def until(what: Callable[[], object]) -> bool:
 
 @pytest.fixture
 def caller(lab: SshLab, tmp_path: Path) -> Iterator[Caller]:
-    """Calls through a helper of the test's own."""
+    """A caller with its own helper."""
     assert helper_pids() == []
     caller = Caller(lab, tmp_path)
     caller.helper = "60"
@@ -92,10 +92,10 @@ def test_a_call_to_a_connected_host_is_one_round_trip(lab: SshLab, caller: Calle
 
 
 def test_the_helper_inherits_nothing_from_its_first_caller(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 10: whoever reads a call's output to its end does not wait for the helper."""
+    """Field note fault 10: reading a call's output to end of file does not wait for the helper."""
     secret = "hunter2-never-shown"
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), password=secret), timeout=60)
-    assert ended.took_s < 50  # it was read to its end, and the helper lives for 60 s
+    assert ended.took_s < 50  # end of file came, while the helper runs for 60 s
     pid = helper_pid()
     proc = Path("/proc", str(pid))
     assert not [fd for fd in (proc / "fd").iterdir() if os.readlink(fd).startswith("pipe:")]
@@ -124,7 +124,7 @@ def test_a_call_in_flight_survives_a_killed_helper(lab: SshLab, caller: Caller) 
 
 
 def test_calls_succeed_whenever_the_helper_is_killed(lab: SshLab, caller: Caller) -> None:
-    """One after the other, while somebody kills every helper that there is, sooner and sooner, later and later."""
+    """Calls in sequence, while all helpers are killed at varying intervals."""
     details = caller.details(sshkey=lab.key("good"))
     over = threading.Event()
     killed: list[int] = []
@@ -161,7 +161,7 @@ def test_a_hung_helper_is_abandoned(lab: SshLab, caller: Caller) -> None:
     ended = caller.finish(process, began)
     assert ended.output == ""
     assert ended.took_s < 12
-    assert helper_pids() == [hung]  # the call did its work by itself
+    assert helper_pids() == [hung]  # the call worked without the helper
     assert caller.call("implement-network", details, STORED).output == ""
     assert set(helper_pids()) > {hung}
     os.kill(hung, signal.SIGCONT)
@@ -222,7 +222,7 @@ def test_callers_never_share_credentials(lab: SshLab, caller: Caller) -> None:
 
 
 def test_other_users_cannot_use_the_helper(lab: SshLab, caller: Caller) -> None:
-    """A directory that others may enter would not be used; who gets at the socket all the same gets no word."""
+    """The helper does not use a directory open to others, and refuses other users who reach its socket anyway."""
     caller.ensure(caller.details(sshkey=lab.key("good")))
     (name,) = sockets(caller)
     path = Path("/var/tmp", f"stest-{os.getpid()}.sock")
@@ -265,7 +265,7 @@ def test_a_replaced_program_starts_a_new_helper_and_the_old_one_finishes(
     lab.h1.set_behaviour()
     with (tmp_path / "tree" / "internal" / "netloom" / "errors.py").open("a") as file:
         file.write("\n# a newer program\n")
-    assert until(lambda: not sockets(caller))  # it has noticed
+    assert until(lambda: not sockets(caller))  # the old helper has noticed
     assert caller.call("implement-network", details, STORED, executable=executable).output == ""
     assert set(helper_pids()) > {old}
     assert old_call.poll() is None
@@ -291,7 +291,7 @@ def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: 
     assert caller.call("implement-network", details, STORED).output == ""
     lab.h1.set_behaviour(
         "die-once", on=["shutdown-network"]
-    )  # read by the next agent's end: the present one ends first
+    )  # applies to the next agent, because the present one ends first
     for pid in run("ip", "netns", "pids", lab.h1.netns).split():
         if any(b"standin.py" in word for word in _words(int(pid))):
             processes.kill(int(pid))
@@ -300,7 +300,7 @@ def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: 
 
 
 def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, caller: Caller) -> None:
-    """Repeated failures lock accounts: the credentials changed while the channel was open, say."""
+    """Repeated failures can lock accounts, for example when credentials changed while the channel was open."""
     details = caller.details(sshkey=lab.key("good"))
     lab.h1.set_behaviour("hang", on=["implement-network"])
     assert caller.call("shutdown-network", details, STORED).output == ""
@@ -322,7 +322,7 @@ def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, 
 
 
 def test_after_a_silent_host_the_next_call_opens_a_new_connection(lab: SshLab, caller: Caller) -> None:
-    """TCP repeats a lost first packet later and later: who joins another call's would not see the host come back."""
+    """TCP retransmits a lost SYN with growing delays, so a call that joined an old connection would answer late."""
     path = str(
         caller.payload(caller.details(sshkey=lab.key("good"), port=BLACK_HOLE), payload={"current_details": "{}"})
     )
@@ -334,7 +334,7 @@ def test_after_a_silent_host_the_next_call_opens_a_new_connection(lab: SshLab, c
     began = time.monotonic()
     impatient = caller.start("ensure-network-device", path, "16")
     assert until(lambda: unanswered_connections() == 1)
-    patient = caller.start("ensure-network-device", path, "120")  # waits for the same answer, and longer
+    patient = caller.start("ensure-network-device", path, "120")  # shares the connection, with a later deadline
     assert "does not answer within 5 s" in caller.finish(impatient, began).line
     assert unanswered_connections() == 1
     third = caller.start("ensure-network-device", path, "120")
@@ -376,7 +376,7 @@ def test_failures_are_the_same_with_and_without_a_helper(lab: SshLab, caller: Ca
     caller.helper = "0"
     assert through_the_helper == results()
     assert [line.split(" status=")[1][:1] for line in caller.log.splitlines()] == ["1", "1", "1", "3"] * 2
-    assert caller.log.count("frob-network") == 4  # command and line, of two calls
+    assert caller.log.count("frob-network") == 4  # command and error line of two calls
 
 
 def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None:

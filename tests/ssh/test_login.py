@@ -1,4 +1,4 @@
-"""How the management side logs in: real SSH servers, a stand-in for the agent behind them."""
+"""SSH logins of the management server, with real SSH servers and a stand-in for the agent."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [
 def test_a_refused_login_makes_one_attempt_and_prints_one_line(
     details: dict[str, Any], said: str, logged: str, port: int, lab: SshLab, caller: Caller
 ) -> None:
-    """Field note fault 18: wrong credentials lock no account, and stand in no output."""
+    """Field note fault 18: wrong credentials do not lock an account and do not appear in the output."""
     before = len(lab.h1.logins())
     details = caller.details(**details)
     if "sshkey" in details:
@@ -166,10 +166,10 @@ def test_the_path_of_a_missing_agent_is_reported(user: str, agent: str, lab: Ssh
 def test_secrets_do_not_appear_in_the_process_table(lab: SshLab, caller: Caller) -> None:
     lab.h1.set_behaviour("hang", on=["implement-network"])
     process, began = caller.start_and_wait_for_call(caller.details(password=HOSTILE), 60, lab.h1)
-    # Whatever prints, and whatever might be started, does not reach CloudStack; nobody reads its endless stdin.
+    # No subprocess may write to CloudStack's output or read its stdin, which stays open.
     assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     secret = HOSTILE.encode()
-    # Threads' children included: a call starts no process.
+    # A call starts no process, including children of its threads.
     for task in Path(f"/proc/{process.pid}/task").iterdir():
         assert (task / "children").read_text() == ""
     for entry in Path("/proc").iterdir():
@@ -189,13 +189,13 @@ def test_secrets_do_not_appear_in_the_process_table(lab: SshLab, caller: Caller)
 
 
 def test_a_caller_needs_no_user_name_home_or_environment(lab: SshLab, caller: Caller) -> None:
-    """CloudStack's service has no HOME and no runtime directory; this uid is not even in passwd."""
+    """CloudStack's service has no HOME and no runtime directory. This uid also has no passwd entry."""
     path = lab.directory / "m" / "call.payload"
     path.write_bytes(
         caller.payload(caller.details(sshkey=lab.key("good")), payload={"current_details": "{}"}).read_bytes()
     )
     uid = 64_999
-    # Where tests run, the interpreter and the payload are reachable for everybody or for root alone; here for this uid.
+    # The interpreter and the payload may be readable by root only, so make them accessible to this uid.
     for directory in (lab.directory, lab.directory.parent, lab.directory.parent.parent, lab.directory / "m"):
         directory.chmod(directory.stat().st_mode | 0o011)
     path.chmod(0o644)

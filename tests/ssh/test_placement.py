@@ -1,4 +1,4 @@
-"""Which host a command goes to, asked of two real SSH servers."""
+"""Choice of the host for a command, with two real SSH servers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chosen_host(ended: Any) -> str:
 
 
 def test_a_new_network_is_placed_by_cksum(lab: SshLab, caller: Caller) -> None:
-    # printf 42 | cksum: 1199578407, odd: the second of two, as the reference extension chooses.
+    # `printf 42 | cksum` gives 1199578407, an odd number: the second of two hosts, as in the reference extension.
     assert chosen_host(caller.ensure(details(lab, caller))) == H2
     assert chosen_host(caller.ensure(details(lab, caller, f"{H2},{H1}"))) == H1
 
@@ -53,7 +53,7 @@ def test_an_earlier_move_is_remembered(lab: SshLab, caller: Caller) -> None:
 
 @pytest.mark.parametrize("garbage", ["", "nonsense", "[1]", '{"host":"-oProxyCommand=x"}', '{"host":5}', "{\x01}"])
 def test_invalid_stored_details_count_as_unknown(garbage: str, lab: SshLab, caller: Caller) -> None:
-    """Field note fault 21: own recovery, valid JSON always."""
+    """Field note fault 21: netloom recovers by itself and always prints valid JSON."""
     lab.h1.set_behaviour(holds=["net-42"])
     ended = caller.call("ensure-network-device", details(lab, caller), None, {"current_details": garbage})
     assert chosen_host(ended) == H1
