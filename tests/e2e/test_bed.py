@@ -1,4 +1,4 @@
-"""The bed keeps its promises: else nothing that is proved on it is proved."""
+"""The test bed itself: users, VLANs, power cuts, partitions, inventories and executions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TESTS = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def own_bed() -> Iterator[Bed]:
-    """A bed of this module, because its hosts are cut off and switched off."""
+    """A bed for this module, because its tests disconnect and power off hosts."""
     with Bed(hosts=2, vlans=[1001], public_vlans=[101]) as bed:
         yield bed
 
 
 @pytest.fixture(autouse=True)
 def no_vms_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails leaves its VMs to nobody."""
+    """Destroy the VMs that a failed test leaves."""
     yield
     if "own" in request.fixturenames:
         bed: Bed = request.getfixturevalue("own")
@@ -39,7 +39,7 @@ def no_vms_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def ssh(bed: Bed, host: str, user: str, *argv: str) -> str:
-    """Log in from the management server by key, as its user."""
+    """Log in to a host by key from the management server; returns the output of the command."""
     bed.management.write("/var/cloudstack/management/key", bed.private_key, mode=0o600, uid=CLOUD_UID)
     options = [
         f"-o{it}"
@@ -77,7 +77,9 @@ def test_vms_of_two_hosts_share_only_their_vlan(own_bed: Bed) -> None:
         assert a.flood_udp("10.0.0.2", [53, 54], count=200, rate=2000).result().answered == {53: 100, 54: 0}
     for vm in (a, b, stranger):
         vm.destroy()
-    assert "breth1-1001" not in one.sh("ip -o link"), "the last VM's bridge goes, as CloudStack's agent has it"
+    assert "breth1-1001" not in one.sh("ip -o link"), (
+        "the bridge is deleted with its last VM, as by CloudStack's KVM agent"
+    )
 
 
 def test_a_kept_connection_detects_a_dead_peer(own_bed: Bed) -> None:
@@ -175,7 +177,7 @@ def test_the_inventory_lists_every_kind_of_leftover(own_bed: Bed) -> None:
 
 
 class TestExecution:
-    """The executable runs as CloudStack's service runs it."""
+    """The executable is run as by CloudStack's service."""
 
     def cloud(self, bed: Bed, script: str, *, patience_s: float = 20.0) -> FakeCloudStack:
         cloud = FakeCloudStack.on(bed.management, program=["sh", "-c", script], agent="", patience_s=patience_s)
@@ -224,7 +226,7 @@ time.sleep(60)
 
 
 def bed_objects() -> list[str]:
-    """What of a bed shows in the root namespaces: its disks among the mounts, its links by their names."""
+    """Objects of a bed in the root namespaces: mounts of disks and links."""
     mounts = [
         line for line in Path("/proc/self/mounts").read_text().splitlines() if line.split()[0] in ("disk", "disks")
     ]
@@ -240,7 +242,7 @@ def test_a_killed_test_leaves_nothing(how: signal.Signals) -> None:
     assert test.stdout is not None
     pids = test.stdout.readline().split()
     assert len(pids) == 3
-    assert bed_objects() == [], "nothing is made in the root namespaces"
+    assert bed_objects() == [], "a bed creates nothing in the root namespaces"
     test.send_signal(how)
     test.wait(20)
     deadline = time.monotonic() + 20

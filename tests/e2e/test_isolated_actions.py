@@ -1,4 +1,4 @@
-"""Custom actions as CloudStack's own smoke test runs them on a network, and what its guests notice."""
+"""Custom actions of CloudStack's own smoke test on a network, and their effect on guests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from e2e.networks import OUTSIDE, Life
 
 
 def action_message(life: Life, action: str, **params: str) -> str:
-    """The message of an action, which the API's caller and the UI see."""
+    """Run an action; returns its message, as the API and the UI show it."""
     details = json.loads(life.network.custom_action(action, **params))
     assert (details["status"], details["printmessage"]) == ("success", "true")
     return str(details["message"])
@@ -28,7 +28,7 @@ def test_smoke_08_custom_actions_on_a_network(life: Life, internet: Internet) ->
     assert "office" in action_message(life, "pbr-list-tables")
     assert cidr in action_message(life, "pbr-add-route", table="office", route=f"blackhole {cidr}")
     assert cidr in action_message(life, "pbr-list-routes", table="office")
-    assert vm.ping(OUTSIDE).ok  # until a rule leads there
+    assert vm.ping(OUTSIDE).ok  # no rule uses the route yet
     assert cidr in action_message(life, "pbr-add-rule", table="office", rule=f"to {cidr}")
     assert cidr in action_message(life, "pbr-list-rules", table="office")
     assert not vm.ping(OUTSIDE, timeout_s=0.3).answered

@@ -1,4 +1,4 @@
-"""What a VM meets when it boots: lease, names, metadata, password, balanced load; with real clients."""
+"""Guest services for VMs: DHCP, DNS, metadata, passwords and load balancing, tested with real clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from e2e.networks import OUTSIDE, Life, MakeLife, Traces
 
 @pytest.fixture(scope="module")
 def full_cloud(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
-    """A CloudStack that leaves nothing out; after ``cloud``, whose first call has started the agents."""
+    """A CloudStack that omits no execution. The ``cloud`` fixture has started the agents before."""
     return FakeCloudStack.on(bed.management, extension="full").register(hosts=bed.hosts, **bed.login("root", by="key"))
 
 
@@ -26,7 +26,7 @@ def full_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
 
 
 def _lease(vm: Vm) -> str:
-    """What busybox udhcpc says of the lease that it gets."""
+    """Run busybox udhcpc; returns its output."""
     done = vm.run(
         "busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true", check=False
     )
@@ -71,14 +71,14 @@ LISTING = ["implement-network", "assign-ip", "apply-fw-rules", "restore-network"
 
 
 class SentCommands:
-    """What CloudStack has executed since this was made: each command with its own question before it."""
+    """The commands sent since the construction. Asserts an ensure-network-device before each."""
 
     def __init__(self, life: Life) -> None:
         self._life = life
         self._from = len(life.cloud.history)
 
     def commands(self) -> list[str]:
-        """Without the questions, of which there is one before each."""
+        """The commands without ensure-network-device."""
         told = self._life.cloud.commands(self._from)
         commands = [it for it in told if it != "ensure-network-device"]
         assert len(told) - len(commands) in (len(commands), len(commands) + 1, len(commands) + 2), told
@@ -87,7 +87,7 @@ class SentCommands:
 
 @pytest.fixture
 def strict_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
-    """A network with all services, whose events make every execution that CloudStack makes of them."""
+    """A network with all services and the complete sequence of executions of CloudStack."""
     return make_life(offering=ALL_SERVICES, with_cloud=full_cloud)
 
 
@@ -96,7 +96,7 @@ def _meta(vm: Vm, life: Life, item: str) -> str:
 
 
 def _fetch(vm: Vm, life: Life) -> str:
-    """The password that the VM gets, without an acknowledgement."""
+    """Fetch the VM's password without acknowledging it."""
     url = f"http://{life.network.facts.gateway}:8080/"
     return _get(vm, url, "-H", "DomU_Request: send_my_password").strip()
 
@@ -131,7 +131,7 @@ def test_vm_stopped_and_started_again(strict_life: Life) -> None:
     sent = SentCommands(strict_life)
     strict_life.network.stop_vm(nic)
     assert sent.commands() == ["release-nic"]
-    # The namespace stands for the VM: what CloudStack has stopped would be answered, were it still there.
+    # The namespace of the stopped VM still exists, so the test can check that its requests would be answered.
     assert nic.ip in _lookup(other, gateway, name)
     assert f"lease of {nic.ip} obtained" in _lease(vm)
     sent = SentCommands(strict_life)
@@ -139,12 +139,12 @@ def test_vm_stopped_and_started_again(strict_life: Life) -> None:
     assert sent.commands() == NIC_STARTS
     assert f"lease of {nic.ip} obtained" in _lease(vm)
     assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
-    assert _fetch(vm, strict_life) == "first", "a later start sends no password, and takes none away"
+    assert _fetch(vm, strict_life) == "first", "a later start sends no password and removes none"
     assert _fetch(other, strict_life) == "saved_password"
 
 
 def test_a_start_without_a_stop_before(strict_life: Life) -> None:
-    """The VM's host has died, and HA starts it on another."""
+    """HA starts the VM on another host after its host has died."""
     vm, nic = strict_life.vm("web-1")
     vm.destroy()
     sent = SentCommands(strict_life)
@@ -169,7 +169,7 @@ def test_second_nic(strict_life: Life) -> None:
         "dual-1", ip=f"{strict_life.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
     )
     assert sent.commands() == NIC_STARTS
-    # The same machine's other NIC; a place of its own is enough to see what it is told.
+    # The second NIC of the same VM. A separate namespace is enough to test its DHCP answer.
     other = strict_life.host.vm(
         "dual-1b",
         vlan=strict_life.network.facts.vlan,
@@ -206,14 +206,14 @@ def test_vm_expunged(strict_life: Life) -> None:
     sent = SentCommands(strict_life)
     strict_life.network.expunge_vm(nic)
     assert sent.commands() == ["remove-dhcp-entry"]
-    assert "obtained" not in _lease(vm), "who is gone is ignored"
+    assert "obtained" not in _lease(vm), "requests of an expunged VM are ignored"
     assert until(lambda: nic.ip not in _lookup(other, gateway, name))
     assert _meta(vm, strict_life, "meta-data/local-hostname") == ""
     assert _fetch(vm, strict_life) == ""
     state = strict_life.host.read(f"/var/lib/netloom/scopes/net-{strict_life.network.facts.network_id}.json")
     assert nic.mac not in state
     assert "first" not in state
-    # Its address and its name are another VM's from now on.
+    # Another VM gets its address and its name.
     again = strict_life.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
     assert f"lease of {nic.ip} obtained" in _lease(strict_life.plug(again))
 
@@ -225,7 +225,7 @@ def test_vm_expunged_in_a_network_that_is_shut_down(strict_life: Life) -> None:
     strict_life.network.garbage_collect()
     vm.destroy()
     strict_life.vms.clear()
-    # The bridge goes with the VM that was the last one in it, and then its guard: a moment later.
+    # The bridge is deleted with its last VM, and a moment later its guard in the netdev table.
     assert until(lambda: not any(vm.bridge in row for rows in host.objects().values() for row in rows), seconds=30)
     before = Traces(strict_life.bed)
     sent = SentCommands(strict_life)
@@ -233,7 +233,7 @@ def test_vm_expunged_in_a_network_that_is_shut_down(strict_life: Life) -> None:
     assert sent.commands() == ["remove-dhcp-entry"]
     assert strict_life.network.failures == []
     assert {kind for changes in before.differences().values() for kind in changes} <= {"files"}, (
-        "nothing is built for it"
+        "the command creates nothing"
     )
     other, second = strict_life.vm("web-2", 46)
     assert f"lease of {second.ip} obtained" in _lease(other)
@@ -278,7 +278,7 @@ def test_restart(strict_life: Life, how: str) -> None:
         lambda: second.ip in _lookup(vm, strict_life.network.facts.gateway, f"web-2.{strict_life.network.facts.domain}")
     )
     assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
-    # restore-network tells no passwords, and takes none away; shutdown-network ends all that the VMs had.
+    # restore-network contains no passwords and removes none. shutdown-network deletes the data of all VMs.
     assert _fetch(vm, strict_life) == ("saved_password" if how == "shut-down-first" else "first")
 
 
@@ -288,12 +288,16 @@ def test_password_reset(full_life: Life) -> None:
     other, _ = full_life.vm("web-2", 46)
     url = f"http://{full_life.network.facts.gateway}:8080/"
     full_life.network.reset_password(nic, "n3w $ecret")
-    assert _get(other, url, "-H", "DomU_Request: send_my_password") == "saved_password", "a VM reads its own only"
+    assert _get(other, url, "-H", "DomU_Request: send_my_password") == "saved_password", (
+        "a VM can read only its own password"
+    )
     assert _get(vm, url, "-H", "DomU_Request: send_my_password").strip() == "n3w $ecret"
     state = f"/var/lib/netloom/scopes/net-{full_life.network.facts.network_id}.json"
     assert "n3w $ecret" in full_life.host.read(state)
     _get(vm, url, "-H", "DomU_Request: saved_password")
-    assert until(lambda: "n3w $ecret" not in full_life.host.read(state)), "erased once it was acknowledged"
+    assert until(lambda: "n3w $ecret" not in full_life.host.read(state)), (
+        "the password is erased after its acknowledgement"
+    )
     assert _get(vm, url, "-H", "DomU_Request: send_my_password") == "saved_password"
 
 
@@ -304,16 +308,16 @@ def test_balanced_load(full_life: Life, internet: Internet) -> None:
     network, address = full_life.network, full_life.network.associate(full_life.public(1))
     with one.serve_tcp(8080), two.serve_tcp(8080):
         rule = network.add_lb_rule(address, "web", 80, 8080, [first, second])
-        assert internet.tcp(address.ip, 80, timeout_s=0.5).outcome == "timeout", "no firewall rule, no way in"
+        assert internet.tcp(address.ip, 80, timeout_s=0.5).outcome == "timeout", "closed without a firewall rule"
         network.add_firewall_rule(address, "tcp", 80)
         told = Counter(internet.tcp(address.ip, 80).server for _ in range(6))
         assert told == {"web-1": 3, "web-2": 3}
         with internet.open(address.ip, 80) as kept:
             network.delete_lb_rule(rule)
-            assert kept.ask() != "answered", "a revoked rule ends what it allowed"
+            assert kept.ask() != "answered", "revoking the rule ends the connections it allowed"
         assert not internet.tcp(address.ip, 80, timeout_s=0.5).ok
     running = " ".join(full_life.host.objects()["processes"])
-    assert "haproxy" not in running, "the last rule's end is haproxy's end"
+    assert "haproxy" not in running, "haproxy is stopped with the last rule"
 
 
 def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full_cloud: FakeCloudStack, bed: Bed) -> None:
@@ -321,7 +325,7 @@ def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full_cloud: Fak
     before = Traces(bed)
     vm, nic = life.vm("web-1")
     life.network.restart(cleanup=True, rolling=False)
-    assert f"lease of {nic.ip} obtained" in _lease(vm), "restore-network brings everything back"
+    assert f"lease of {nic.ip} obtained" in _lease(vm), "restore-network restores everything"
     assert _get(vm, f"http://{life.network.facts.gateway}/latest/meta-data/local-hostname") == "web-1"
     vm.destroy()
     life.network.delete()
@@ -338,7 +342,7 @@ def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(full_life: Life,
     address = full_life.network.associate(full_life.public(1))
     with vm.serve_tcp(22):
         full_life.network.add_port_forward(address, 22, nic, open_firewall=True)
-        # The VM itself still believes in 1500: what it is sent must be small enough all the same.
+        # The VM still uses MTU 1500, so the device must clamp the MSS of segments sent to it.
         capture = vm.capture("eth0", seconds=3)
         assert internet.tcp(address.ip, 22).ok
         opening = [bytes.fromhex(frame) for frame in capture.result()]
@@ -347,7 +351,7 @@ def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(full_life: Life,
 
 
 def _mss(frame: bytes) -> int:
-    """The MSS that a TCP segment with SYN announces as its first option (RFC 9293 section 3.7.1); 0: it is none."""
+    """The MSS option of a TCP SYN frame, if it is the first option (RFC 9293 section 3.7.1); else 0."""
     if frame[12:14] != b"\x08\x00" or frame[23] != 6:
         return 0
     tcp = frame[14 + (frame[14] & 15) * 4 :]
@@ -355,7 +359,7 @@ def _mss(frame: bytes) -> int:
 
 
 def test_guest_services_are_restored_after_a_power_cut_without_cloudstack() -> None:
-    """On a bed of its own: the host is another one afterwards, to whoever counts its processes."""
+    """Uses its own bed, because other tests compare the processes of a host before and after."""
     with Bed(hosts=1, vlans=[1204], public_vlans=[101]) as bed:
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
         cloud = FakeCloudStack.on(bed.management).register(hosts=bed.hosts, **bed.login("netadmin", by="password"))
@@ -365,7 +369,7 @@ def test_guest_services_are_restored_after_a_power_cut_without_cloudstack() -> N
         (host,) = bed.hosts
         host.power_cut()
         host.boot()
-        # The VM is faster: its client asks before there is anybody, and is answered before it gives up.
+        # The VM boots faster than the host. Its client starts before the service exists and gets an answer in time.
         vm = host.vm("web-1", vlan=1204, mac=nic.mac, ip=f"{nic.ip}/24", gateway="10.10.1.1")
         vm.sh("busybox udhcpc -f -q -n -t 30 -T 1 -i eth0 -s /bin/true </dev/null >/tmp/asked 2>&1 &")
         assert until(lambda: "discover" in vm.read("/tmp/asked"))
@@ -374,4 +378,4 @@ def test_guest_services_are_restored_after_a_power_cut_without_cloudstack() -> N
         assert _get(vm, "http://10.10.1.1/latest/meta-data/local-hostname") == "web-1"
         with internet.serve_tcp(80):
             assert until(lambda: vm.tcp(OUTSIDE, 80).saw == "203.0.113.20")
-        assert len(cloud.history) == calls, "nobody asked CloudStack"
+        assert len(cloud.history) == calls, "CloudStack sent no command"

@@ -1,4 +1,4 @@
-"""How the management side gets in, what it says when it does not, and what it leaves behind."""
+"""Logins of the management server to hosts: methods, errors, and files left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from e2e.networks import MakeLife, impatient
 
 
 def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
-    """Another CloudStack on the same management server, with a home of its own kind."""
+    """Another CloudStack on the same management server, with other options, for example ``home``."""
     return FakeCloudStack.on(bed.management, **options)  # type: ignore[arg-type]
 
 
@@ -74,7 +74,7 @@ def test_a_refused_login_is_reported_without_the_secret(
 
 
 def test_a_silent_host_is_reported_before_the_deadline(bed: Bed, make_life: MakeLife) -> None:
-    """A black hole: the call ends before the deadline, by itself, and names the host."""
+    """The host drops all packets. The call ends by itself before the deadline and names the host."""
     cloud = cloud_of(bed)
     cloud.register(hosts=["198.18.0.99"], **bed.login("root"))
     network = make_life(with_cloud=cloud).network

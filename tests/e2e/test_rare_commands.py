@@ -1,4 +1,4 @@
-"""The commands of the protocol that today's client has no caller for, or seldom sends: they work all the same."""
+"""Commands of the protocol that the current client never or rarely sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from e2e.networks import MakeLife, MakeVpc, Traces
 
 
 def _lease(vm: Vm) -> str:
-    """What busybox udhcpc is given, as its script sees it."""
+    """The lease of busybox udhcpc, as variables of its script."""
     vm.write("/tmp/lease", '#!/bin/sh\n[ "$1" = bound ] && env\nexit 0\n', mode=0o755)
     options = ["-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "ntpsrv", "-s", "/tmp/lease"]
     done = vm.run("busybox", "udhcpc", *options, check=False)
