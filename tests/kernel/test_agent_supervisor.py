@@ -20,10 +20,11 @@ import pytest
 from msgspec.structs import replace
 
 import processes
+from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import liveness, supervisor
-from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes import files, liveness, process, supervisor
+from netloom.agent.processes.guest_process import GuestProcess
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
 from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
@@ -59,7 +60,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     tmp_path.chmod(0o755)
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
-    monkeypatch.setattr(supervisor, "SERVICES_DIR", str(top))
+    monkeypatch.setattr(files, "SERVICES_DIR", str(top))
     # A killed run may have left it.
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
@@ -101,7 +102,7 @@ def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[
     try:
         yield it, died, wait_until
     finally:
-        it.end(SCOPE)
+        it.stop(SCOPE)
         wait_until(lambda: True)
         loop.close()
 
@@ -162,7 +163,7 @@ def test_a_killed_process_is_reported_and_restarted() -> None:
 
 
 def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 0.3, 0.6))
+    monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 0.3, 0.6), settled_s=60.0))
     with _supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
@@ -175,12 +176,12 @@ def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch
             waited.append(time.monotonic() - since)
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
-        assert it.ends(SCOPE) == {"dns-9204": 4}
-        monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has run long enough to reset the back-off
+        assert it.crashes(SCOPE) == {"dns-9204": 4}
         it.converge(SCOPE, NAMESPACE, wanted)
         wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-        monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 60.0))
+        # It has run long enough: the earlier failures are forgotten.
+        monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 60.0), settled_s=0.0))
         wait_until(lambda: len(died) == 5)
 
 
@@ -196,7 +197,7 @@ def test_a_new_supervisor_adopts_running_processes() -> None:
             wait_until(lambda: died == ["dns-9204 died"])
 
 
-@pytest.mark.mutation("a-recycled-pid-is-another-process", instead="_start_time(record.pid) > 0")
+@pytest.mark.mutation("a-recycled-pid-is-another-process", instead="start_time(record.pid) > 0")
 def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
     with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
@@ -223,7 +224,7 @@ def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> No
         with _supervisor() as (second, _, _wait_until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
-            assert supervisor._start_time(stray) is None
+            assert process.start_time(stray) is None
 
 
 def test_a_reload_of_haproxy_keeps_established_connections() -> None:
@@ -246,7 +247,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         assert served.recv(100) == b"still here"
         client.close()
         assert died == []
-        assert it.converge(SCOPE, NAMESPACE, ()) == ["end lb"]
+        assert it.converge(SCOPE, NAMESPACE, ()) == ["stop lb"]
         assert not _connects(8000)
         assert not Path(wanted.directory).exists()
 
@@ -284,7 +285,7 @@ while True:
 
 @pytest.mark.mutation("a-sleeping-master-is-woken")
 def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
+    monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
     sleepy = service.Service(
         name="lb",
@@ -322,7 +323,7 @@ def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
 
 
 def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 1.0)
+    monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 1.0)
     with _supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
@@ -330,7 +331,7 @@ def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch
         it.converge(SCOPE, NAMESPACE, (wanted,))
         with inside(NAMESPACE):
             thief = socket.create_server(("10.10.1.1", 8001))
-        with thief, pytest.raises(HostRefused, match="lb goes on with its old configuration"):
+        with thief, pytest.raises(HostRefused, match="lb keeps its old configuration"):
             it.converge(SCOPE, NAMESPACE, (more,))
         assert it.converge(SCOPE, NAMESPACE, (more,)) == ["reload lb"]
         assert _connects(8000) and _connects(8001)
@@ -349,14 +350,14 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     loop = asyncio.new_event_loop()
     died: list[str] = []
     it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
-    guests = Guests(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
+    guest_process = GuestProcess(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
 
     busy = False
 
     async def scenario() -> None:
         nonlocal busy
-        asking = asyncio.ensure_future(
-            liveness.LivenessProbes(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1)
+        probing = asyncio.ensure_future(
+            liveness.LivenessProbes(loop, Log(str(log)), it, guest_process, lambda scope_id: busy).run(0.1)
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
@@ -365,20 +366,20 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
         await asyncio.sleep(0.6)  # one or two unanswered probes
         os.killpg(pid, signal.SIGCONT)
         await asyncio.sleep(1)
-        assert died == [] and supervisor.alive(supervisor.record_of(pid))
+        assert died == [] and process.alive(process.record_of(pid))
         busy = True  # while the scope is busy, unanswered probes do not count
         os.killpg(pid, signal.SIGSTOP)
         await asyncio.sleep(4)
-        assert died == [] and supervisor.alive(supervisor.record_of(pid))
+        assert died == [] and process.alive(process.record_of(pid))
         busy = False
         async with asyncio.timeout(30):
             while not died:  # noqa: ASYNC110, set by another thread
                 await asyncio.sleep(0.02)
-        asking.cancel()
+        probing.cancel()
         assert died == [f"{name} hung"]
-        assert it.ends(SCOPE) == {name: 1}
+        assert it.crashes(SCOPE) == {name: 1}
         assert await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
-        await loop.run_in_executor(None, it.end, SCOPE)
+        await loop.run_in_executor(None, it.stop, SCOPE)
         await asyncio.sleep(0.05)
 
     loop.run_until_complete(scenario())
@@ -393,18 +394,18 @@ def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.
     loop = asyncio.new_event_loop()
     it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
-    (asked,) = it.answering()
+    (target,) = it.probe_targets()
     # Drop UDP datagrams to port 53, as a full socket buffer does.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
-    look = liveness.LivenessProbes(
-        loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False
+    probes = liveness.LivenessProbes(
+        loop, Log("/dev/null"), it, GuestProcess(loop, Log("/dev/null"), [], "b", print), lambda it: False
     )
-    loop.run_until_complete(look._look_at_service(asked))
+    loop.run_until_complete(probes._probe_service(target))
     loop.run_until_complete(asyncio.sleep(0.3))  # time for a killed process to die
-    assert supervisor.alive(asked.record)
-    assert it.ends(SCOPE) == {}
-    it.end(SCOPE)
+    assert process.alive(target.record)
+    assert it.crashes(SCOPE) == {}
+    it.stop(SCOPE)
     loop.run_until_complete(asyncio.sleep(0.05))
     loop.close()
 
@@ -418,7 +419,7 @@ def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: py
     async def nothing() -> bool:
         return False
 
-    assert not asyncio.run(liveness.silent(nothing))
+    assert not asyncio.run(liveness.hung(nothing))
 
 
 @pytest.mark.mutation("a-refused-file-stays-a-candidate")
@@ -435,7 +436,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 
 
 @pytest.mark.mutation(
-    "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._end(*key)]"
+    "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._stop(*key)]"
 )
 def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
@@ -444,18 +445,18 @@ def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> 
         short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
-        assert it.end("net-920") == ["end dns-920"]
+        assert it.stop("net-920") == ["stop dns-920"]
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
         assert list(it.states()) == [SCOPE]
 
 
-@pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"end {name}" for name in self._known(scope_id)]')
+@pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"stop {name}" for name in self._known(scope_id)]')
 def test_defect_41_ending_a_scope_leaves_no_process_or_file() -> None:
     with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["dns-9204"]
-        assert it.end(SCOPE) == ["end dns-9204"]
+        assert it.stop(SCOPE) == ["stop dns-9204"]
         assert not Path(wanted.directory).parent.exists()
         deadline = time.monotonic() + 2
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:

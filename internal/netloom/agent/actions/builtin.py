@@ -108,7 +108,7 @@ class Actions:
         wanted = {it.name for it in services(scope)} if context.want.namespace else set()
         running = context.services.running(scope.scope_id).keys()
         found += [f"start {name}" for name in sorted(wanted - running)]
-        found += [f"end {name}" for name in sorted(running - wanted)]
+        found += [f"stop {name}" for name in sorted(running - wanted)]
         if have.exists and context.want.namespace:
             unserved = context.services.unserved(scope, context.want.namespace)
             found += [f"serve DHCP, metadata and passwords of network {it}" for it in unserved]
@@ -119,16 +119,16 @@ class Actions:
 
     def _standing(self, scope: Scope, context: ActionContext) -> list[str]:
         running = context.services.running(scope.scope_id)
-        ends = context.services.ends(scope.scope_id)
-        guest, guest_ends = context.services.guest()
+        crashes = context.services.crashes(scope.scope_id)
+        guest, guest_crashes = context.services.guest_process()
         drift = self._drift(scope, context)
-        described = [f"{name} (pid {pid}{_again(ends.get(name, 0))})" for name, pid in sorted(running.items())]
+        described = [f"{name} (pid {pid}{_again(crashes.get(name, 0))})" for name, pid in sorted(running.items())]
         return [
             f"namespace {context.want.namespace}"
             if context.want.namespace
             else "nothing of it is to stand on this host",
             f"services: {', '.join(described) or 'none'}",
-            f"guest process of this host: pid {guest}{_again(guest_ends)}",
+            f"guest process of this host: pid {guest}{_again(guest_crashes)}",
             f"{len(drift)} things are not as they should be: see check" if drift else "all is as it should be",
         ]
 
