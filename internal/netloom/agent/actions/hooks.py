@@ -19,13 +19,13 @@ from pathlib import Path
 
 import msgspec
 
+from netloom.agent.environment import PATH
 from netloom.commands.actions import OUTPUT_CHARACTERS_MAX, checked, plain
 from netloom.errors import HostRefused, one_line
 
 _FILE = re.compile(r"custom-action-([A-Za-z0-9][A-Za-z0-9._-]{0,63})\.sh\Z")
 _OUTPUT_BYTES_MAX = 4 * OUTPUT_CHARACTERS_MAX
 _TAIL_BYTES = 4096
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +62,7 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
                 stderr=subprocess.PIPE,
                 cwd="/",
                 env={
-                    "PATH": _PATH,
+                    "PATH": PATH,
                     "LANG": "C.UTF-8",
                     "NETLOOM_ACTION": self.action,
                     "NETLOOM_SCOPE": self.scope_id,

@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from netloom.agent.environment import PATH
 from netloom.agent.kernel import namespaces
 from netloom.agent.log import Log
-from netloom.agent.processes.supervisor import PATH, Record, alive, read_record, record_of
+from netloom.agent.processes.supervisor import Record, alive, read_record, record_of
 from netloom.errors import HostRefused
 from netloom.guestwire import (
     GUEST_PROTOCOL,

@@ -10,10 +10,11 @@ import shutil
 import socket
 from functools import cache
 
+from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.processes.guest_process import Guests
-from netloom.agent.processes.supervisor import NOBODYS_GROUP, PATH, Supervisor, run
+from netloom.agent.processes.supervisor import NOBODYS_GROUP, Supervisor, run
 from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.render import dnsmasq, haproxy

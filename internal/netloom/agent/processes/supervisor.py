@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import identity, inside
 from netloom.errors import HostRefused, one_line
 from netloom.render.service import SERVICES_DIR, Probe, Service
@@ -32,7 +33,6 @@ READY_S = 3.0
 TAKEN_OVER_S = 10.0
 END_S = 2.0
 RUN_S_MAX = 20.0
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 NOBODYS_GROUP = 65534
 _RECORD = "running.json"

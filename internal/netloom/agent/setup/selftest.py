@@ -21,10 +21,10 @@ from typing import NamedTuple
 import msgspec
 
 from netloom import names
+from netloom.agent.environment import PATH
 from netloom.agent.host.converge import Host, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel.nft import Nft, load_library
-from netloom.agent.processes.supervisor import PATH
 from netloom.errors import HostRefused, NetloomError, one_line
 from netloom.netobjects import Neighbour
 from netloom.render.scope import render
