@@ -232,7 +232,7 @@ KILLED = {
     "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
     "the link is set": "        _start()\n        if _comes(to):\n            return\n        why",
     "the new agent has started": "        if _comes(to):\n            return\n        why",
-    "nothing is removed yet": '        return Outcome("activated", build, did=tuple(_remove_old()))\n',
+    "nothing is removed yet": '        return Activation("activated", build, did=tuple(_remove_old()))\n',
 }
 
 

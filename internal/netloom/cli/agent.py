@@ -25,6 +25,7 @@ from netloom.errors import BadRequest, HostRefused
 from netloom.extension.progress import Installing, Progress
 from netloom.program import build_id
 from netloom.secret import Secret
+from netloom.wire import Activation
 
 if TYPE_CHECKING:
     from netloom.extension.ssh import Login
@@ -261,10 +262,10 @@ def _run_installed() -> object:
     done = subprocess.run([program, "agent", "activate", "--by-word"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HostRefused(done.stderr.strip().removeprefix("netloom agent: ") or f"status {done.returncode}")
-    outcome = msgspec.json.decode(done.stdout, type=place.Outcome)
-    if outcome.build != build_id():
-        raise HostRefused(outcome.reason, hint="netloom agent rollback goes back")
-    return outcome
+    activation = msgspec.json.decode(done.stdout, type=Activation)
+    if activation.build != build_id():
+        raise HostRefused(activation.reason, hint="netloom agent rollback goes back")
+    return activation
 
 
 # -------------------------------------------------------------------------------------------------------------- output

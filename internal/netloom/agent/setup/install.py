@@ -30,13 +30,13 @@ from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
 from netloom.program import build_id, is_newer, path
 from netloom.sockets import peer_credentials
-from netloom.wire import FrameReader, Hello
+from netloom.wire import Activation, FrameReader, Hello
 
 LIBEXEC = Path("/usr/local/libexec/netloom")
 STATE = Path("/var/lib/netloom")
 SCOPES = STATE / "scopes"
-BEFORE = STATE / "previous"  # the state files as they were when the previous build ended
-UNDONE = STATE / "undone"  # the state files that a rollback replaced
+PREVIOUS_STATES = STATE / "previous"  # the state files as they were when the previous build ended
+REPLACED_STATES = STATE / "undone"  # the state files that a rollback replaced
 
 PROGRAM = "netloom"
 _CURRENT, _PREVIOUS, _HELD = "current", "previous", "held"
@@ -82,15 +82,6 @@ class Running(msgspec.Struct, frozen=True):
     @property
     def build(self) -> str:
         return self.hello.build if self.hello else ""
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """What became of an installation. ``build``: the one in use now; ``reason``: why it is not the one asked for."""
-
-    outcome: str  # "activated", "current", "newer", "held"
-    build: str
-    reason: str = ""
-    did: tuple[str, ...] = ()
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,8 +160,8 @@ def _target(link: str) -> str:
 # ------------------------------------------------------------------------------------------------ from one to the next
 
 
-def activate(*, by_word: bool, require: Callable[[], None]) -> Outcome:
-    """Puts this build in use, unless a newer one is. ``by_word``: an operator asks, so that ``held`` does not count.
+def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activation:
+    """Puts this build in use, unless a newer one is. ``forced_by_operator``: an operator asks, so that ``held`` does not count.
 
     ``require`` raises when the host lacks what networks need; nothing has changed then. Raises HostRefused, too, when
     the new agent does not come up: then the one before serves again.
@@ -184,26 +175,26 @@ def activate(*, by_word: bool, require: Callable[[], None]) -> Outcome:
         now, serves = current(), running()
         if now and is_newer(now, than=build):
             reason = f"{now} is installed, which is newer than {build}: an automatic downgrade is refused"
-            return Outcome("newer", now, reason)
-        if held() == build and not by_word:
-            return Outcome("held", now, f"an operator of the host went back from {build} to {now}")
+            return Activation("newer", now, reason)
+        if held() == build and not forced_by_operator:
+            return Activation("held", now, f"an operator of the host went back from {build} to {now}")
         if now == build and serves is not None and serves.build == build and connect.has_unit() == _systemd():
-            return Outcome("current", build)
+            return Activation("current", build)
         require()
         _write_unit()
         if now in ("", build):
             _switch(now, build, lambda: None, lambda: None)
         else:
             _switch(now, build, lambda: _keep_state(now), _drop_kept_state)
-        if is_newer(build, than=held()) or by_word:
+        if is_newer(build, than=held()) or forced_by_operator:
             (LIBEXEC / _HELD).unlink(missing_ok=True)
-        return Outcome("activated", build, did=tuple(_remove_old()))
+        return Activation("activated", build, did=tuple(_remove_old()))
 
 
-def rollback(*, keep_state: bool) -> Outcome:
+def rollback(*, keep_state: bool) -> Activation:
     """Goes back to the previous build and, for each network that still lives here, to its state of then.
 
-    ``keep_state``: the networks keep the state that they have. What is replaced is kept in ``UNDONE``. The build that
+    ``keep_state``: the networks keep the state that they have. What is replaced is kept in ``REPLACED_STATES``. The build that
     is left is not installed again by itself. Raises HostRefused.
     """
     with locked():
@@ -211,16 +202,19 @@ def rollback(*, keep_state: bool) -> Outcome:
         if not before:
             raise HostRefused(f"there is no build before {now or 'this one'} on this host to go back to")
         undone: list[str] = []
-        shutil.rmtree(UNDONE, ignore_errors=True)
+        shutil.rmtree(REPLACED_STATES, ignore_errors=True)
         if keep_state:
             _switch(now, before, lambda: None, lambda: None)
         else:
             _switch(
-                now, before, lambda: undone.extend(_put_state(BEFORE / "scopes", UNDONE)), lambda: _put_state(UNDONE)
+                now,
+                before,
+                lambda: undone.extend(_put_state(PREVIOUS_STATES / "scopes", REPLACED_STATES)),
+                lambda: _put_state(REPLACED_STATES),
             )
         _write(LIBEXEC / _HELD, f"{now}\n", 0o644)
         (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
-        return Outcome("activated", before, f"went back from {now} to {before}", tuple(undone))
+        return Activation("activated", before, f"went back from {now} to {before}", tuple(undone))
 
 
 def status() -> Status:
@@ -433,15 +427,15 @@ def _keep_state(build: str) -> None:
     else:
         (new / "scopes").mkdir(parents=True)
     new.chmod(0o700)
-    shutil.rmtree(BEFORE, ignore_errors=True)
-    new.rename(BEFORE)
+    shutil.rmtree(PREVIOUS_STATES, ignore_errors=True)
+    new.rename(PREVIOUS_STATES)
     _sync(STATE)
     _link(_PREVIOUS, build)
 
 
 def _drop_kept_state() -> None:
     """After an agent that did not come up: what it may have written goes, and there is no build to go back to."""
-    _put_state(BEFORE / "scopes")
+    _put_state(PREVIOUS_STATES / "scopes")
     (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
 
 

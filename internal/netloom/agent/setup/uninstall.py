@@ -136,8 +136,8 @@ def _remove_files(*, stand: bool) -> list[str]:
     for build in install.builds():
         install.remove_build(build)
     _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("current", "previous", "held", install.MADE_PARENT)])
-    shutil.rmtree(install.BEFORE, ignore_errors=True)
-    shutil.rmtree(install.UNDONE, ignore_errors=True)
+    shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
+    shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
     _remove(
         [DIRECTORY / name for name in ("agent.sock", "guest.sock", "guest.json", "guest.log")], DIRECTORY.glob("*.lock")
