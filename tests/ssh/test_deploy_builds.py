@@ -228,10 +228,10 @@ def test_back_with_the_state_of_now(bed: Bed, host: Host, older: Path, two: Path
 
 # What becomes of a replacement that ends between two of its steps.
 KILLED = {
-    "the old agent has ended": "        between()\n        _link(_CURRENT, to)\n",
+    "the old agent has ended": "        while_stopped()\n        _link(_CURRENT, to)\n",
     "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
-    "the link is set": "        _start()\n        if _comes(to):\n            return\n        why",
-    "the new agent has started": "        if _comes(to):\n            return\n        why",
+    "the link is set": "        _start()\n        if _wait_for(to):\n            return\n        why",
+    "the new agent has started": "        if _wait_for(to):\n            return\n        why",
     "nothing is removed yet": '        return Activation("activated", build, did=tuple(_remove_old()))\n',
 }
 

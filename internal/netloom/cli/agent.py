@@ -137,7 +137,7 @@ def _also_remote(command: Callable[..., None]) -> Callable[..., None]:
 def _install(remote: Remote | None, as_json: Json = False) -> None:
     if remote is None:
         _need_root()
-        place.place()
+        place.copy_program()
         _answer([_row("this host", 0, _run_installed())], as_json)
         return
     from netloom.extension.package import package
