@@ -154,7 +154,7 @@ def test_an_empty_list_of_hosts_is_not_this_machine(word: str, host: Host, one: 
     """Somebody's variable was empty; what is done here cannot be undone everywhere."""
     done = host.run(str(one), "agent", word, "--hosts", "", check=False)
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: --hosts names no host (leave it out for this machine)\n"
+    assert done.err == "netloom: --hosts names no host (for this machine, leave the option out)\n"
     assert (agents(host), current(host)) == ([], "")
 
 
@@ -163,7 +163,7 @@ def test_whoever_is_not_root_is_told_so(word: str, host: Host, one: Path) -> Non
     somebody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     done = host.run(*somebody, str(one), "agent", word, check=False, HOME="/tmp")
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: on this machine only root can do that (sudo, or name hosts by --hosts)\n"
+    assert done.err == "netloom: on this machine only root can do that (use sudo, or --hosts for other hosts)\n"
 
 
 def test_networks_are_not_removed_without_a_word(at: Person, bed: Bed, host: Host) -> None:
