@@ -55,7 +55,10 @@ def processes(scope: Scope) -> str:
     lines = []
     for service in services(scope):
         lines += [f"== {service.name}: {' '.join(service.argv)}"]
-        files = {**service.config, **{f"{service.live_directory}/{it}": text for it, text in service.live.items()}}
+        files = {
+            **service.config,
+            **{f"{service.watched_directory}/{it}": text for it, text in service.watched_files.items()},
+        }
         for name, text in files.items():
             lines += ["", f"-- {name}", text.rstrip("\n")]
         lines.append("")

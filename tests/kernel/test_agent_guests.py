@@ -1,4 +1,4 @@
-"""The agent's end of the guest process, with the real process and sockets in a namespace."""
+"""The agent's side of the guest process, with the real process and sockets in a namespace."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from msgspec.structs import replace
 import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import guest_process, liveness, supervisor
-from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes import files, guest_process, liveness, supervisor
+from netloom.agent.processes.guest_process import GuestProcess
+from netloom.agent.processes.guests import Guests
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.render.guest import tables
@@ -87,13 +88,15 @@ def _make_namespaces() -> None:
 
 
 class Agent:
-    """An agent's loop with a Guests on it; ``thread`` runs what belongs to worker threads."""
+    """An agent's event loop with a GuestProcess on it; ``thread`` runs work in a worker thread."""
 
     def __init__(self, directory: Path, build: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.taken: list[PasswordTaken] = []
-        self.guests = Guests(self.loop, Log(str(directory / "agent.log")), COMMAND, build, self.taken.append, directory)
-        self.loop.run_until_complete(self.guests.adopt())
+        log = Log(str(directory / "agent.log"))
+        self.process = GuestProcess(self.loop, log, COMMAND, build, self.taken.append, directory)
+        self.guests = Guests(self.loop, self.process)
+        self.loop.run_until_complete(self.process.adopt())
 
     def thread(self, work: Callable[[], T]) -> T:
         return self.loop.run_until_complete(self.loop.run_in_executor(None, work))
@@ -111,7 +114,7 @@ class Agent:
         self.loop.run_until_complete(wait())
 
     def close(self) -> None:
-        self.guests.stop()
+        self.process.stop()
         self.loop.run_until_complete(asyncio.sleep(0))
         self.loop.close()
 
@@ -124,7 +127,7 @@ def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
 
     def make(build: str = "b1") -> Agent:
         if made:
-            pids.add(made[-1].guests.pid)
+            pids.add(made[-1].process.pid)
             made[-1].close()
         made.append(Agent(directory, build))
         return made[-1]
@@ -132,7 +135,7 @@ def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
     try:
         yield make
     finally:
-        pids.add(made[-1].guests.pid)
+        pids.add(made[-1].process.pid)
         made[-1].close()
         for pid in pids - {0}:
             processes.kill(pid)
@@ -159,7 +162,7 @@ def test_what_is_told_is_answered(tmp_path: Path) -> None:
         assert it.converge(SCOPE) == []
         assert it.converge(_with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["guest: update 9205"]
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
-        assert it.thread(lambda: it.guests.end("net-9205")) == ["guest: drop 9205"]
+        assert it.thread(lambda: it.guests.drop("net-9205")) == ["guest: drop 9205"]
         with pytest.raises(OSError):
             it.thread(lambda: _get("/latest/user-data"))
 
@@ -179,11 +182,11 @@ def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) ->
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
-        before = it.guests.pid
+        before = it.process.pid
         os.kill(before, signal.SIGKILL)
-        # ProbeTarget at once: the connection waits in the agent's copy of the socket until somebody serves it again.
+        # A request that comes immediately waits in the agent's copy of the socket until the next process serves it.
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
-        it.until(lambda: it.guests.pid != before)
+        it.until(lambda: it.process.pid != before)
         assert it.converge(SCOPE) == []
 
 
@@ -194,7 +197,7 @@ def test_a_table_that_is_refused_keeps_no_other_network_from_being_served(tmp_pa
         with pytest.raises(HostRefused, match="lease_s"):
             it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
         it.converge(SCOPE)
-        os.kill(it.guests.pid, signal.SIGKILL)
+        os.kill(it.process.pid, signal.SIGKILL)
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         with pytest.raises(HostRefused, match="lease_s"):
             it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
@@ -205,31 +208,32 @@ def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Pat
         it = agent("b1")
         it.converge(SCOPE)
         for wait in ("0.0", "0.2", "0.5"):
-            before = it.guests.pid
+            before = it.process.pid
             os.kill(before, signal.SIGKILL)
             it.until(partial(_other, it, before))
             assert f"guest process {before} has ended" in (tmp_path / "agent.log").read_text()
-            assert f"another one in {wait} s" in (tmp_path / "agent.log").read_text()
+            assert f"another one starts in {wait} s" in (tmp_path / "agent.log").read_text()
         assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
 def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.1)
-    monkeypatch.setattr(supervisor, "SERVICES_DIR", str(tmp_path / "services"))
+    monkeypatch.setattr(files, "SERVICES_DIR", str(tmp_path / "services"))
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
-        hung = it.guests.pid
+        hung = it.process.pid
         log = Log(str(tmp_path / "agent.log"))
-        look = liveness.LivenessProbes(it.loop, log, supervisor.Supervisor(it.loop, print), it.guests, lambda it: False)
-        asking = it.loop.create_task(look.keep(0.2))
-        it.until(lambda: it.guests.pid == hung)
+        no_services = supervisor.Supervisor(it.loop, print)
+        probes = liveness.LivenessProbes(it.loop, log, no_services, it.process, lambda it: False)
+        probing = it.loop.create_task(probes.run(0.2))
+        it.until(lambda: it.process.pid == hung)
         os.kill(hung, signal.SIGSTOP)
-        it.until(lambda: it.guests.pid != hung)
-        asking.cancel()
+        it.until(lambda: it.process.pid != hung)
+        probing.cancel()
         assert not _runs(hung)
-        assert f"guest process (pid {hung}) does not answer: ended" in (tmp_path / "agent.log").read_text()
+        assert f"guest process (pid {hung}) does not answer: killed" in (tmp_path / "agent.log").read_text()
         assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
 
 
@@ -237,11 +241,11 @@ def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path)
     with _agents(tmp_path) as agent:
         it = agent("b1")
         innocent = subprocess.Popen(["sleep", "60"])
-        assert not it.guests.end_silent(innocent.pid)
+        assert not it.process.kill_hung(innocent.pid)
         assert innocent.poll() is None
         innocent.kill()
         innocent.wait()
-        assert _runs(it.guests.pid)
+        assert _runs(it.process.pid)
 
 
 def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
@@ -250,13 +254,13 @@ def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
-        hung = first.guests.pid
+        hung = first.process.pid
         os.kill(hung, signal.SIGSTOP)
-        monkeypatch.setattr(guest_process, "CONNECT_S", 2.0)
-        for network in first.guests._networks.values():
+        monkeypatch.setattr(guest_process, "HELLO_S_MAX", 2.0)
+        for network in first.process.networks.values():
             network.close()  # as an agent's end closes its copies
         second = agent("b1")
-        assert second.guests.pid != hung
+        assert second.process.pid != hung
         assert not _runs(hung)
         assert second.converge(SCOPE) == ["guest: serve 9205"]
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
@@ -266,10 +270,10 @@ def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
-        pid = first.guests.pid
+        pid = first.process.pid
         second = agent("b1")
         assert second.converge(SCOPE) == []
-        assert second.guests.pid == pid
+        assert second.process.pid == pid
         os.kill(pid, signal.SIGKILL)
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
@@ -278,9 +282,9 @@ def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
-        old = first.guests.pid
+        old = first.process.pid
         second = agent("b2")
-        assert second.guests.pid != old
+        assert second.process.pid != old
         assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         # Served by the old process still: what it hands out is told all the same.
         second.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
@@ -315,12 +319,12 @@ def test_what_is_not_answered_or_no_longer_right_is_told(tmp_path: Path) -> None
         it.converge(SCOPE)
         assert unserved(it) == []
         assert unserved(it, _with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["9205"]
-        it.guests.stop()  # no process is connected any more
+        it.process.stop()  # no process is connected any more
         assert unserved(it) == ["9205"]
 
 
 def _other(agent: Agent, pid: int) -> bool:
-    return agent.guests.pid != pid
+    return agent.process.pid != pid
 
 
 def _runs(pid: int) -> bool:

@@ -318,7 +318,7 @@ def test_what_hangs_is_ended_and_back(host: AgentHost) -> None:
     assert get(host, WEB, "/latest/meta-data/local-hostname") == "web-1"
     wait_until(lambda: "203.0.113.21:80" in host.run("ss", "-ltn", namespace=NS))
     for words in ("dns-204 (pid ", "lb (pid ", "guest process (pid "):
-        assert re.search(rf"{re.escape(words)}\d+\) does not answer: ended", host.log()), words
+        assert re.search(rf"{re.escape(words)}\d+\) does not answer: killed", host.log()), words
     assert "scope=net-204 dns-204 hung: steps=" in host.log()
     shown = message(act(host, "show"))
     assert re.search(r"dns-204 \(pid \d+, died or hung 1 times since the agent started\)", shown), shown

@@ -20,10 +20,11 @@ import pytest
 from msgspec.structs import replace
 
 import processes
+from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import liveness, supervisor
-from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes import files, liveness, process, supervisor
+from netloom.agent.processes.guest_process import GuestProcess
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
 from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
@@ -59,7 +60,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     tmp_path.chmod(0o755)
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
-    monkeypatch.setattr(supervisor, "SERVICES_DIR", str(top))
+    monkeypatch.setattr(files, "SERVICES_DIR", str(top))
     # A run that was killed may have left it.
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
@@ -101,7 +102,7 @@ def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[
     try:
         yield it, died, until
     finally:
-        it.end(SCOPE)
+        it.stop(SCOPE)
         until(lambda: True)
         loop.close()
 
@@ -162,7 +163,7 @@ def test_a_killed_process_is_reported_and_started_again() -> None:
 
 
 def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 0.3, 0.6))
+    monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 0.3, 0.6), settled_s=60.0))
     with _supervisor() as (it, died, until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
@@ -175,12 +176,12 @@ def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pyte
             waited.append(time.monotonic() - since)
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
-        assert it.ends(SCOPE) == {"dns-9204": 4}
-        monkeypatch.setattr(supervisor, "SETTLED_S", 0.0)  # it has lived long enough: forgotten
+        assert it.crashes(SCOPE) == {"dns-9204": 4}
         it.converge(SCOPE, NAMESPACE, wanted)
         until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-        monkeypatch.setattr(supervisor, "BACK_OFF_S", (0.0, 60.0))
+        # It has run long enough: the earlier failures are forgotten.
+        monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 60.0), settled_s=0.0))
         until(lambda: len(died) == 5)
 
 
@@ -196,7 +197,7 @@ def test_another_supervisor_adopts_what_runs() -> None:
             until(lambda: died == ["dns-9204 died"])
 
 
-@pytest.mark.mutation("a-recycled-pid-is-another-process", instead="_start_time(record.pid) > 0")
+@pytest.mark.mutation("a-recycled-pid-is-another-process", instead="start_time(record.pid) > 0")
 def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
@@ -223,7 +224,7 @@ def test_what_an_agent_started_and_could_not_note_is_in_nobodys_way(name: str) -
         with _supervisor() as (second, _, _until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
-            assert supervisor._start_time(stray) is None
+            assert process.start_time(stray) is None
 
 
 def test_a_reload_of_haproxy_keeps_established_connections() -> None:
@@ -246,7 +247,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         assert served.recv(100) == b"still here"
         client.close()
         assert died == []
-        assert it.converge(SCOPE, NAMESPACE, ()) == ["end lb"]
+        assert it.converge(SCOPE, NAMESPACE, ()) == ["stop lb"]
         assert not _connects(8000)
         assert not Path(wanted.directory).exists()
 
@@ -284,7 +285,7 @@ while True:
 
 @pytest.mark.mutation("a-sleeping-master-is-woken")
 def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 5.0)
+    monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
     drowsy = service.Service(
         name="lb",
@@ -322,7 +323,7 @@ def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
 
 
 def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "TAKEN_OVER_S", 1.0)
+    monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 1.0)
     with _supervisor() as (it, _, _until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
@@ -330,7 +331,7 @@ def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.Mon
         it.converge(SCOPE, NAMESPACE, (wanted,))
         with inside(NAMESPACE):
             thief = socket.create_server(("10.10.1.1", 8001))
-        with thief, pytest.raises(HostRefused, match="lb goes on with its old configuration"):
+        with thief, pytest.raises(HostRefused, match="lb keeps its old configuration"):
             it.converge(SCOPE, NAMESPACE, (more,))
         assert it.converge(SCOPE, NAMESPACE, (more,)) == ["reload lb"]
         assert _connects(8000) and _connects(8001)
@@ -349,14 +350,14 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
     loop = asyncio.new_event_loop()
     died: list[str] = []
     it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
-    guests = Guests(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
+    guest_process = GuestProcess(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
 
     busy = False
 
     async def story() -> None:
         nonlocal busy
-        asking = asyncio.ensure_future(
-            liveness.LivenessProbes(loop, Log(str(log)), it, guests, lambda scope_id: busy).keep(0.1)
+        probing = asyncio.ensure_future(
+            liveness.LivenessProbes(loop, Log(str(log)), it, guest_process, lambda scope_id: busy).run(0.1)
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
@@ -365,20 +366,20 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
         await asyncio.sleep(0.6)  # one question without an answer, or two
         os.killpg(pid, signal.SIGCONT)
         await asyncio.sleep(1)
-        assert died == [] and supervisor.alive(supervisor.record_of(pid))
+        assert died == [] and process.alive(process.record_of(pid))
         busy = True  # somebody works on the scope, and it is silent for long
         os.killpg(pid, signal.SIGSTOP)
         await asyncio.sleep(4)
-        assert died == [] and supervisor.alive(supervisor.record_of(pid))
+        assert died == [] and process.alive(process.record_of(pid))
         busy = False
         async with asyncio.timeout(30):
             while not died:  # noqa: ASYNC110, another thread's word
                 await asyncio.sleep(0.02)
-        asking.cancel()
+        probing.cancel()
         assert died == [f"{name} hung"]
-        assert it.ends(SCOPE) == {name: 1}
+        assert it.crashes(SCOPE) == {name: 1}
         assert await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
-        await loop.run_in_executor(None, it.end, SCOPE)
+        await loop.run_in_executor(None, it.stop, SCOPE)
         await asyncio.sleep(0.05)
 
     loop.run_until_complete(story())
@@ -393,18 +394,18 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
     loop = asyncio.new_event_loop()
     it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
-    (asked,) = it.answering()
+    (target,) = it.probe_targets()
     # What arrives at port 53 by UDP is lost, as it is when the socket is full.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
-    look = liveness.LivenessProbes(
-        loop, Log("/dev/null"), it, Guests(loop, Log("/dev/null"), [], "b", print), lambda it: False
+    probes = liveness.LivenessProbes(
+        loop, Log("/dev/null"), it, GuestProcess(loop, Log("/dev/null"), [], "b", print), lambda it: False
     )
-    loop.run_until_complete(look._look_at_service(asked))
+    loop.run_until_complete(probes._probe_service(target))
     loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
-    assert supervisor.alive(asked.record)
-    assert it.ends(SCOPE) == {}
-    it.end(SCOPE)
+    assert process.alive(target.record)
+    assert it.crashes(SCOPE) == {}
+    it.stop(SCOPE)
     loop.run_until_complete(asyncio.sleep(0.05))
     loop.close()
 
@@ -418,7 +419,7 @@ def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.Mon
     async def nothing() -> bool:
         return False
 
-    assert not asyncio.run(liveness.silent(nothing))
+    assert not asyncio.run(liveness.hung(nothing))
 
 
 @pytest.mark.mutation("a-refused-file-stays-a-candidate")
@@ -435,7 +436,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 
 
 @pytest.mark.mutation(
-    "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._end(*key)]"
+    "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._stop(*key)]"
 )
 def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
@@ -444,18 +445,18 @@ def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
         short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
-        assert it.end("net-920") == ["end dns-920"]
+        assert it.stop("net-920") == ["stop dns-920"]
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
         assert list(it.states()) == [SCOPE]
 
 
-@pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"end {name}" for name in self._known(scope_id)]')
+@pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"stop {name}" for name in self._known(scope_id)]')
 def test_defect_41_nothing_is_left_of_an_ended_scope() -> None:
     with _supervisor() as (it, _, _until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["dns-9204"]
-        assert it.end(SCOPE) == ["end dns-9204"]
+        assert it.stop(SCOPE) == ["stop dns-9204"]
         assert not Path(wanted.directory).parent.exists()
         until = time.monotonic() + 2
         while Path(f"/proc/{pid}").exists() and time.monotonic() < until:

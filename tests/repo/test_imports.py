@@ -23,7 +23,6 @@ PRIVATE = {
     "_isolated",
     "_library_lock",
     "_programs",
-    "_start_time",
     "_vpc",
     "_with_ip6",
 }

@@ -12,8 +12,8 @@ from unit.balanced_scope import NETWORK, RULE, balanced_scope
 
 
 def test_only_named_nics_have_a_hosts_file() -> None:
-    live = dnsmasq.service("net-204", NETWORK).live
-    assert live == {
+    watched_files = dnsmasq.service("net-204", NETWORK).watched_files
+    assert watched_files == {
         "device": "10.10.1.1 data-server\n",
         "nic-u1": "10.10.1.45 web-1\n",
         "nic-u3": "10.10.1.47 both\nfd00::47 both\n",

@@ -188,7 +188,7 @@ class Scopes:
         """
         if slot.scope is not None or namespaces.exists(names.namespace(slot.scope_id)):
             return HostChanges()
-        return HostChanges(services=tuple(self._services.end(slot.scope_id)))
+        return HostChanges(services=tuple(self._services.stop(slot.scope_id)))
 
     # -------------------------------------------------------------------------------------------------- a call
 
@@ -341,7 +341,7 @@ class Scopes:
         else:
             # Processes and sockets would keep a namespace alive that loses its name.
             self._watcher.unwatch(slot.scope_id)
-            did += self._services.end(slot.scope_id)
+            did += self._services.stop(slot.scope_id)
         try:
             done = self._host.converge(slot.scope_id, want, slot.known, thorough=thorough)
         finally:

@@ -17,7 +17,8 @@ from netloom.agent.connect import SOCKET
 from netloom.agent.host.converge import Host
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
-from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes.guest_process import GuestProcess
+from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
@@ -80,12 +81,12 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     loop = asyncio.get_running_loop()
     host = Host()
     scopes = Scopes(store, host, log)
-    guests = Guests(loop, log, [*command(), "guest"], BUILD, scopes.password_taken)
+    guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, scopes.password_taken)
     watcher = Watcher(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
     supervisor = Supervisor(loop, scopes.revive)
-    scopes.load(Services(guests, supervisor), watcher)
+    scopes.load(Services(Guests(loop, guest_process), supervisor), watcher)
     try:
-        await guests.adopt()
+        await guest_process.adopt()
     except NetloomError as error:
         log.line(f"guest process: {error}")
     calls = _Calls(scopes)
@@ -101,7 +102,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     going_on = [
         asyncio.ensure_future(scopes.keep_tidy()),
         asyncio.ensure_future(scopes.keep_checked(check_every_s)),
-        asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guests, scopes.busy).keep()),
+        asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
@@ -113,7 +114,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         task.cancel()
     await calls.finish(STOP_S_MAX)
     await scopes.stop(STOP_S_MAX)
-    guests.stop()
+    guest_process.stop()
     log.line("stopped; what runs keeps running")
 
 

@@ -21,12 +21,13 @@ class Probe(msgspec.Struct, frozen=True):
 
 
 class Service(msgspec.Struct, frozen=True, kw_only=True):
-    """One supervised process. ``directory`` is its own; the paths of both tables are relative to it.
+    """One supervised process. ``directory`` is its own; file names in both tables are relative to it.
 
-    ``config`` holds what the process reads when it starts: a change means ``on_change``. ``live`` holds what it
-    notices by itself (dnsmasq's hostsdir): a change means the file, and nothing else. Where the process ``forgets``
-    nothing that it has read, it is started anew when a text of ``live`` changes or goes. ``check`` is a command that
-    accepts or refuses the new configuration before it is put in force; empty: there is none.
+    ``config``: the files that the process reads when it starts; a change restarts or reloads it (``on_change``).
+    ``watched_files``: the files in ``watched_directory``, where the process notices changes by itself (dnsmasq's
+    hostsdir); a change needs no restart. If the process does not forget (``forgets``) what it has read, it is
+    restarted when a text changes or disappears.
+    ``check``: a command that accepts or refuses a new configuration before it replaces the old one; empty: none.
     """
 
     name: str  # "dns-204", "lb": unique within the scope
@@ -34,8 +35,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     config: dict[str, str]
     on_change: Literal["restart", "reload"] = "restart"
-    live_directory: str = ""
-    live: dict[str, str] = {}
+    watched_directory: str = ""
+    watched_files: dict[str, str] = {}
     forgets: bool = True
     check: tuple[str, ...] = ()
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these

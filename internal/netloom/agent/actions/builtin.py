@@ -118,7 +118,7 @@ class Actions:
         wanted = {it.name for it in services(scope)} if context.want.namespace else set()
         running = context.services.running(scope.scope_id).keys()
         found += [f"start {name}" for name in sorted(wanted - running)]
-        found += [f"end {name}" for name in sorted(running - wanted)]
+        found += [f"stop {name}" for name in sorted(running - wanted)]
         if have.exists and context.want.namespace:
             unserved = context.services.unserved(scope, context.want.namespace)
             found += [f"serve DHCP, metadata and passwords of network {it}" for it in unserved]
@@ -129,16 +129,16 @@ class Actions:
 
     def _status(self, scope: Scope, context: ActionContext) -> list[str]:
         running = context.services.running(scope.scope_id)
-        ends = context.services.ends(scope.scope_id)
-        guest, guest_ends = context.services.guest()
+        crashes = context.services.crashes(scope.scope_id)
+        guest, guest_crashes = context.services.guest_process()
         deviations = self._deviations(scope, context)
-        described = [f"{name} (pid {pid}{_restarts(ends.get(name, 0))})" for name, pid in sorted(running.items())]
+        described = [f"{name} (pid {pid}{_restarts(crashes.get(name, 0))})" for name, pid in sorted(running.items())]
         return [
             f"namespace {context.want.namespace}"
             if context.want.namespace
             else "shut down: nothing of it runs on this host",
             f"services: {', '.join(described) or 'none'}",
-            f"guest process of this host: pid {guest}{_restarts(guest_ends)}",
+            f"guest process of this host: pid {guest}{_restarts(guest_crashes)}",
             f"{len(deviations)} things are not as they should be: see check"
             if deviations
             else "all is as it should be",

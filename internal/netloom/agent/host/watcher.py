@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
+from netloom.agent.backoff import Backoff
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -36,7 +37,7 @@ DEBOUNCE_S = 0.06
 REPAIRS_AT_ONCE = 5
 ALL_REPAIRS_AT_ONCE = 30
 REPEATED_S = 60.0
-BACK_OFF_S_MAX = 30.0
+BACKOFF = Backoff.doubling(1.0, 30.0)
 
 RELEASED_S = 2.0  # at most between a port's release and the end of its bridge
 
@@ -302,7 +303,7 @@ class Watcher:
         too_many = max(lately.count(why) - REPAIRS_AT_ONCE, len(lately) - ALL_REPAIRS_AT_ONCE)
         delay_s = DEBOUNCE_S
         if too_many >= 0:
-            delay_s = min(BACK_OFF_S_MAX, 2.0**too_many)
+            delay_s = BACKOFF.delay_s(too_many)
             times = f"{lately.count(why)} times, {len(lately)} in all"
             self._log.line(f"scope={watched.scope_id} {why}: repaired {times} recently; next repair in {delay_s:.0f} s")
         self._timers[watched.scope_id] = self._loop.call_later(delay_s, self._start_repair, watched, why)

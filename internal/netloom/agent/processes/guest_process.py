@@ -1,16 +1,14 @@
-"""The agent's end of the guest process: started, adopted, replaced, revived, and told what to answer.
+"""The guest process of the host: start it, adopt it, replace it by one of another build, revive it.
 
-The sockets are opened here, inside the namespaces, and handed over with the tables. The agent keeps a copy of each, so
-that a guest process that dies loses no request that waits in a socket: the next one is given the same sockets. A new
-agent borrows them from the running process.
+The guest process answers DHCP, metadata and password requests of all networks. The agent opens the sockets and passes
+them to it with the tables, and keeps a copy of each socket. So a guest process that dies loses no request that waits
+in a socket: the next one gets the same sockets. A new agent borrows them from the running process.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import itertools
 import os
 import signal
 import socket
@@ -18,58 +16,30 @@ import subprocess
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
-
+from netloom.agent.backoff import Backoff
 from netloom.agent.environment import PATH
-from netloom.agent.kernel import namespaces
 from netloom.agent.log import Log
-from netloom.agent.processes.supervisor import Record, alive, read_record, record_of
+from netloom.agent.processes.guest_client import GuestClient
+from netloom.agent.processes.process import Record, alive, kill, read_record, record_of, write_record
 from netloom.errors import HostRefused
-from netloom.guestwire import (
-    GUEST_PROTOCOL,
-    Done,
-    Drop,
-    GuestNetwork,
-    Hello,
-    Lend,
-    Lent,
-    Listener,
-    ListenerKind,
-    Message,
-    Notice,
-    PasswordTaken,
-    Ping,
-    Serve,
-    Update,
-)
-from netloom.guestwire.channel import Channel, ChannelError
-from netloom.names import guest_link
-
-_T = TypeVar("_T")
-_A = TypeVar("_A", Done, Lent)
+from netloom.guestwire import GUEST_PROTOCOL, GuestNetwork, Hello, Notice, PasswordTaken
+from netloom.guestwire.channel import ChannelError
 
 DIRECTORY = Path("/run/netloom")
-_RECORD = "guest.json"  # which process was started last
+_RECORD = "guest.json"  # of the process that was started last
 
-LISTENERS: tuple[Listener, ...] = (Listener("dhcp"), Listener("metadata"), Listener("password"))
-_PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
-_SO_BINDTOIFINDEX = 62  # asm-generic/socket.h: by number what SO_BINDTODEVICE says by name
-_IP_FREEBIND = 15  # linux/in.h: bind to an address that the link may get later
+HELLO_S_MAX = 10.0
+RETIRE_S_MAX = 30.0  # a replaced process ends after this time at the latest
+BACKOFF = Backoff((0.0, 0.2, 0.5, 1.0, 3.0, 10.0), settled_s=30.0)
 
-CONNECT_S = 10.0
-ANSWER_S = 10.0
-BACK_OFF_S = (0.0, 0.2, 0.5, 1.0, 3.0, 10.0)
-SETTLED_S = 30.0
-
-Key = tuple[str, str]  # scope_id, network_id
+Key = tuple[str, str]  # scope id, network id
 
 
-class _Network:
-    """What is answered in one network.
+class ServedNetwork:
+    """A network whose requests the guest process answers, from ``table``, at ``sockets``.
 
-    ``table`` is None in a network that was borrowed from a running process and whose scope has not spoken yet.
+    ``table`` is None if the sockets were borrowed from a running process, until the scope converges.
     """
 
     def __init__(self, table: GuestNetwork | None, revision: int, sockets: list[socket.socket]) -> None:
@@ -79,14 +49,15 @@ class _Network:
         self.served = False  # by the process that is connected now
 
     def close(self) -> None:
+        """Close the agent's copies of the sockets."""
         for sock in self.sockets:
             sock.close()
 
 
-class Guests:
-    """``converge`` and ``end`` belong to worker threads, one a scope at a time; everything else to the event loop.
+class GuestProcess:
+    """The one guest process and the networks that it serves. All methods run on the event loop.
 
-    ``taken`` is called on the loop when a VM has acknowledged its password.
+    ``taken`` is called when a VM has acknowledged its password.
     """
 
     def __init__(
@@ -104,180 +75,119 @@ class Guests:
         self._build = build
         self._taken = taken
         self._directory = directory
-        self._networks: dict[Key, _Network] = {}
-        self._channel: Channel | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answers: dict[int, asyncio.Future[tuple[Message, list[int]]]] = {}
-        self._hello: asyncio.Future[Hello] | None = None
-        self._seq = itertools.count(1)
+        self._client: GuestClient | None = None
+        self._child: subprocess.Popen[bytes] | None = None
         self._starting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failures = 0
+        self._failures = 0  # in a row
         self._since = 0.0
         self._stopped = False
+        self.networks: dict[Key, ServedNetwork] = {}  # changed on the event loop alone; other threads read it
         self.pid = 0
-        self.ends = 0  # how often one died, or hung and was ended
+        self.crashes = 0  # how often it died, or hung and was killed
 
-    # ----------------------------------------------------------------------------------- called by worker threads
+    # --------------------------------------------------------------------------------------------------- its networks
 
-    def converge(self, scope_id: str, namespace: str, wanted: tuple[GuestNetwork, ...]) -> list[str]:
-        """Exactly these networks of the scope are answered, from these tables; what it did, in words.
+    async def serve(self, key: Key, network: ServedNetwork) -> None:
+        """Serve a network, or serve it on other sockets than before.
 
-        Raises HostRefused when the guest process refuses a table or cannot be started.
+        Raises HostRefused when the process refuses the table, or cannot be started.
         """
-        keys = {(table.scope_id, table.network_id) for table in wanted}
-        did: list[str] = []
-        # Copied in one go: the loop adds and removes meanwhile.
-        for key in [key for key in list(self._networks) if key[0] == scope_id and key not in keys]:
-            self._on_loop(self._drop(key))
-            did.append(f"guest: drop {key[1]}")
-        for table in wanted:
-            key = (table.scope_id, table.network_id)
-            has = self._networks.get(key)
-            if has is not None and _fits(has, namespace, table):
-                if self._on_loop(self._update(has, table)):
-                    did.append(f"guest: update {table.network_id}")
-            else:
-                network = _Network(table, table.revision, _open(namespace, table))
-                self._on_loop(self._serve(key, network))
-                did.append(f"guest: serve {table.network_id}")
-        return did
-
-    def unserved(self, namespace: str, wanted: tuple[GuestNetwork, ...]) -> list[str]:
-        """Those of these networks that are not answered from these tables now; changes nothing."""
-        return [table.network_id for table in wanted if not self._serves(namespace, table)]
-
-    def _serves(self, namespace: str, table: GuestNetwork) -> bool:
-        has = self._networks.get((table.scope_id, table.network_id))
-        return has is not None and has.served and has.revision == table.revision and _fits(has, namespace, table)
-
-    def scopes(self) -> set[str]:
-        """The scopes with networks that are answered."""
-        return {scope_id for scope_id, _ in list(self._networks)}
-
-    def end(self, scope_id: str) -> list[str]:
-        """Nothing of the scope is answered any more, and no socket keeps its namespace alive."""
-        return self.converge(scope_id, "", ())
-
-    def _on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-    # ------------------------------------------------------------------------------------------------- what is said
-
-    async def _serve(self, key: Key, network: _Network) -> None:
-        had = self._networks.pop(key, None)
-        self._networks[key] = network
+        had = self.networks.pop(key, None)
+        self.networks[key] = network
         if had is not None:
             had.close()
-        # A process that starts is told of every network, this one included.
+        # A process that is started now gets all networks, and this one too.
         if not await self._ensure():
             await self._hand_over(network)
 
-    async def _update(self, network: _Network, table: GuestNetwork) -> bool:
+    async def update(self, network: ServedNetwork, table: GuestNetwork) -> bool:
+        """Serve a network from another table; False: nothing has changed. Raises HostRefused as ``serve`` does."""
         same = network.served and network.revision == table.revision
         network.table, network.revision = table, table.revision
         if same or await self._ensure():
             return not same
         if network.served:
-            await self._say(Update(seq=next(self._seq), network=table), Done)
+            await self._connected().update(table)
         else:
             await self._hand_over(network)
         return True
 
-    async def _drop(self, key: Key) -> None:
-        network = self._networks.pop(key, None)
+    async def drop(self, key: Key) -> None:
+        """Stop serving a network and close its sockets, which keep its namespace alive. Raises HostRefused."""
+        network = self.networks.pop(key, None)
         if network is not None:
             network.close()
-        if self._channel is None:
+        if self._client is None:
             return
         try:
-            await self._say(Drop(seq=next(self._seq), scope_id=key[0], network_id=key[1]), Done)
+            await self._client.drop(*key)
         except HostRefused:
-            if self._channel is not None:
+            # If the process died it no longer serves the network, and the next process does not get it.
+            if self._client is not None:
                 raise
-            # It died, and with it what it served; the next process is not told of this network.
 
-    async def _hand_over(self, network: _Network) -> None:
+    async def _hand_over(self, network: ServedNetwork) -> None:
         if network.table is not None:
-            message = Serve(seq=next(self._seq), network=network.table, listeners=LISTENERS)
-            await self._say(message, Done, [sock.fileno() for sock in network.sockets])
+            await self._connected().serve(network.table, network.sockets)
             network.served = True
 
-    async def _say(
-        self,
-        message: Serve | Update | Drop | Lend | Ping,
-        kind: type[_A],
-        descriptors: Sequence[int] = (),
-        wait_s: float = ANSWER_S,
-    ) -> tuple[_A, list[int]]:
-        """Says it and waits for the answer. Raises HostRefused."""
-        channel = self._channel
-        if channel is None:
-            raise HostRefused("the guest process is not there", hint="it is being started again; repeat the command")
-        answer: asyncio.Future[tuple[Message, list[int]]] = self._loop.create_future()
-        self._answers[message.seq] = answer
-        try:
-            channel.queue(message, descriptors)
-            self._flush()
-            reply, received = await asyncio.wait_for(answer, wait_s)
-        except (ChannelError, TimeoutError) as error:
-            raise HostRefused(f"the guest process does not answer: {error!s}") from error
-        finally:
-            self._answers.pop(message.seq, None)
-        if isinstance(reply, Done) and reply.error:
-            raise HostRefused(f"the guest process refuses: {reply.error}")
-        if not isinstance(reply, kind):
-            raise HostRefused(f"the guest process answers {type(reply).__name__} to {type(message).__name__}")
-        return reply, received
+    def _connected(self) -> GuestClient:
+        if self._client is None:
+            raise HostRefused("the guest process does not run", hint="it is being restarted; repeat the command")
+        return self._client
+
+    # ------------------------------------------------------------------------------------------------------- liveness
 
     async def answers(self, wait_s: float) -> bool:
-        """Whether the process that is connected answers; True when there is none, which is being seen to."""
-        channel = self._channel
-        if channel is None:
+        """Whether the connected process answers within ``wait_s``. True when none is connected: it is restarted."""
+        client = self._client
+        if client is None:
             return True
         try:
-            await self._say(Ping(seq=next(self._seq)), Done, wait_s=wait_s)
+            await client.ping(wait_s)
         except HostRefused:
-            return self._channel is not channel
+            return self._client is not client
         return True
 
-    def end_silent(self, pid: int) -> bool:
-        """Ends the process of that number, when it is the one that we know and that is connected.
+    def kill_hung(self, pid: int) -> bool:
+        """Kill the connected process, if ``pid`` is the process that we recorded. It is revived as after a crash.
 
-        Its own word for its number is not enough: whoever took it over could name any process.
+        The pid comes from the process itself. Without the check, an attacker who controls it could have any process
+        killed.
         """
         record = read_record(self._directory / _RECORD)
-        if self._channel is None or record is None or record.pid != pid:
+        if self._client is None or record is None or record.pid != pid:
             return False
-        return _end(record)
+        return kill(record)
 
-    # -------------------------------------------------------------------------------------------------- the process
+    # ---------------------------------------------------------------------------------------------- start and adopt
 
     async def adopt(self) -> None:
-        """Takes over the guest process that runs, or starts one: it belongs to the host, and to no network.
+        """Connect to the running guest process, or start one. To be called before any scope converges.
 
-        Before any scope converges. Raises HostRefused; a network that needs it tries again.
+        Raises HostRefused; ``serve`` tries again then.
         """
         async with self._starting:
-            if self._channel is not None:
+            if self._client is not None:
                 return
             try:
                 hello = await self._connect()
             except (FileNotFoundError, ConnectionRefusedError):
                 await self._start()
             except HostRefused as error:
-                # It is there and says nothing. Its sockets would keep the next one's from being opened.
+                # It hangs. As long as it runs its sockets block the ports for the next process.
                 record = read_record(self._directory / _RECORD)
-                if record is not None and _end(record):
-                    self._log.line(f"{error}; guest process (pid {record.pid}): ended")
+                if record is not None and kill(record):
+                    self._log.line(f"{error}; guest process (pid {record.pid}) killed")
                 await self._start()
             else:
                 await self._welcome(hello)
 
     async def _ensure(self) -> bool:
-        """A process answers. True when it was started for this, and so has been told of everything."""
+        """Have a process connected. True: it was started now, so it has got all networks. Raises HostRefused."""
         async with self._starting:
-            if self._channel is not None:
+            if self._client is not None:
                 return False
             await self._start()
             return True
@@ -287,85 +197,12 @@ class Guests:
         try:
             hello = await self._connect()
         except (FileNotFoundError, ConnectionRefusedError) as error:
-            raise HostRefused(f"the guest process does not start: {self._last_words()}") from error
+            raise HostRefused(f"the guest process does not start: {self._last_output()}") from error
         except HostRefused:
-            if self._process is not None:
-                self._process.kill()  # the next one gets another socket, and nobody would find this one again
+            if self._child is not None:
+                self._child.kill()  # the next process gets another socket, so nothing would find this one again
             raise
         await self._welcome(hello)
-
-    async def _welcome(self, hello: Hello) -> None:
-        """What it serves and nobody claimed yet is borrowed; what it should serve and does not is given to it."""
-        self.pid, self._since = hello.pid, time.monotonic()
-        served = {(it.scope_id, it.network_id): it.revision for it in hello.served}
-        for key, revision in served.items():
-            if key not in self._networks:
-                lend = Lend(seq=next(self._seq), scope_id=key[0], network_id=key[1])
-                lent, descriptors = await self._say(lend, Lent)
-                sockets = [socket.socket(fileno=it) for it in descriptors]
-                if lent.listeners == LISTENERS:
-                    self._networks[key] = _Network(None, revision, sockets)
-                    self._networks[key].served = True
-                else:
-                    for sock in sockets:
-                        sock.close()
-        if (hello.build, hello.protocol) != (self._build, GUEST_PROTOCOL):
-            await self._replace(hello)
-            return
-        for key, network in list(self._networks.items()):
-            try:
-                if key not in served:
-                    await self._hand_over(network)
-                elif network.table is not None and served[key] != network.revision:
-                    await self._say(Update(seq=next(self._seq), network=network.table), Done)
-                    network.served = True
-            except HostRefused as error:
-                if self._channel is None:
-                    raise
-                # One network's table is refused: its scope hears of it when it converges, the others are served.
-                self._log.line(f"scope={key[0]} network={key[1]} {error}")
-        self._log.line(f"guest process {hello.pid}: {len(served)} networks, behind {', '.join(hello.layers)}")
-
-    async def _replace(self, old: Hello) -> None:
-        """Another build runs: this build's process is given the same sockets, and only then the other is told to end.
-
-        Borrowed networks are handed over when their scopes converge; until then the old process answers in them.
-        """
-        self._log.line(f"guest process {old.pid} is of build {old.build or 'unknown'}: starting {self._build}")
-        old_channel, self._channel = self._channel, None
-        if old_channel is not None:
-            # It answers until it ends, and a password that it hands out meanwhile has to be erased all the same.
-            self._loop.remove_writer(old_channel.fileno())
-            self._loop.add_reader(old_channel.fileno(), self._hear_out, old_channel)
-        self._forget()
-        record = read_record(self._directory / _RECORD)
-        await self._start()
-        if record is None or record.pid != old.pid:
-            self._log.line(f"guest process {old.pid} is none that was noted here: it is left alone")
-            return
-        task = self._loop.create_task(self._retire(record))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def _hear_out(self, channel: Channel) -> None:
-        try:
-            arrived = channel.receive()
-        except ChannelError:
-            self._loop.remove_reader(channel.fileno())
-            channel.close()
-            return
-        for message, _ in arrived:
-            if isinstance(message, PasswordTaken):
-                self._taken(message)
-
-    async def _retire(self, record: Record) -> None:
-        until = time.monotonic() + SETTLED_S
-        # Scopes converge in threads, and all of them count: there is no one event to wait for.
-        while any(it.table is None for it in self._networks.values()) and time.monotonic() < until:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
-        if alive(record):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(record.pid, signal.SIGTERM)
 
     def _spawn(self) -> None:
         path = self._directory / "guest.sock"
@@ -376,14 +213,14 @@ class Guests:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         log = os.open(self._directory / "guest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
-            mask = os.umask(0o177)  # the socket is root's alone from its first moment
+            mask = os.umask(0o177)  # only root may connect, from the moment when the socket exists
             try:
                 listener.bind(str(path))
             finally:
                 os.umask(mask)
             listener.listen(4)
             argv = [*self._command, "--control", str(listener.fileno()), "--root", str(root), "--build", self._build]
-            self._process = subprocess.Popen(
+            self._child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -393,90 +230,97 @@ class Guests:
                 env={"PATH": PATH, "LANG": "C.UTF-8"},
                 start_new_session=True,
             )
-            (self._directory / _RECORD).write_bytes(msgspec.json.encode(record_of(self._process.pid)))
+            write_record(self._directory / _RECORD, record_of(self._child.pid))
         finally:
             os.close(log)
             listener.close()
 
     async def _connect(self) -> Hello:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Connect, and wait for the first message.
+
+        Raises FileNotFoundError or ConnectionRefusedError when no process listens, HostRefused when it is silent.
+        """
+        self._client = GuestClient(self._loop, self._directory / "guest.sock", self._event, self._lost)
         try:
-            # It listens since before the process began, so this does not wait; the hello does.
-            sock.connect(str(self._directory / "guest.sock"))
-        except OSError:
-            sock.close()
-            raise
-        self._channel = Channel(sock)
-        self._loop.add_reader(sock, self._readable)
-        self._hello = self._loop.create_future()
-        try:
-            return await asyncio.wait_for(self._hello, CONNECT_S)
+            return await self._client.hello(HELLO_S_MAX)
         except (TimeoutError, ChannelError) as error:
-            self._forget()
-            raise HostRefused(f"the guest process does not answer: {self._last_words()}") from error
-        finally:
-            self._hello = None
+            self._disconnect()
+            raise HostRefused(f"the guest process does not answer: {self._last_output()}") from error
 
-    def _readable(self) -> None:
-        channel = self._channel
-        if channel is None:
+    async def _welcome(self, hello: Hello) -> None:
+        """Borrow the networks that only the process knows, and give it those that it does not serve yet."""
+        self.pid, self._since = hello.pid, time.monotonic()
+        served = {(it.scope_id, it.network_id): it.revision for it in hello.served}
+        for key, revision in served.items():
+            if key not in self.networks and (sockets := await self._connected().borrow(*key)):
+                self.networks[key] = ServedNetwork(None, revision, sockets)
+                self.networks[key].served = True
+        if (hello.build, hello.protocol) != (self._build, GUEST_PROTOCOL):
+            await self._replace(hello)
             return
-        try:
-            arrived = channel.receive()
-        except ChannelError as error:
-            self._lost(error)
-            return
-        for message, descriptors in arrived:
-            if isinstance(message, Hello):
-                if self._hello is not None and not self._hello.done():
-                    self._hello.set_result(message)
-            elif isinstance(message, PasswordTaken):
-                self._taken(message)
-            elif isinstance(message, Notice):
-                self._log.line(
-                    f"scope={message.scope_id} network={message.network_id} nic={message.nic} {message.text}"
-                )
-            elif isinstance(message, Done | Lent):
-                answer = self._answers.get(message.seq)
-                if answer is not None and not answer.done():
-                    answer.set_result((message, descriptors))
-                else:
-                    for descriptor in descriptors:
-                        os.close(descriptor)
+        for key, network in list(self.networks.items()):
+            try:
+                if key not in served:
+                    await self._hand_over(network)
+                elif network.table is not None and served[key] != network.revision:
+                    await self._connected().update(network.table)
+                    network.served = True
+            except HostRefused as error:
+                if self._client is None:
+                    raise
+                # The process refuses this table. Its scope gets the error when it converges.
+                self._log.line(f"scope={key[0]} network={key[1]} {error}")
+        self._log.line(f"guest process {hello.pid}: {len(served)} networks, sandboxed by {', '.join(hello.layers)}")
 
-    def _flush(self) -> None:
-        channel = self._channel
-        if channel is None:
-            return
-        try:
-            channel.flush()
-        except ChannelError as error:
-            self._lost(error)
-            return
-        if channel.pending:
-            self._loop.add_writer(channel.fileno(), self._flush)
-        else:
-            self._loop.remove_writer(channel.fileno())
+    # -------------------------------------------------------------------------------------------------------- replace
 
-    def _lost(self, error: ChannelError) -> None:
-        """The process has ended, or stopped making sense: another one takes its place."""
-        self._forget()
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
-        if self._hello is not None and not self._hello.done():
-            self._hello.set_exception(error)
-            return  # whoever waits for the hello deals with it
-        if self._stopped:
+    async def _replace(self, old: Hello) -> None:
+        """Start a process of this build beside the old one.
+
+        A borrowed network is handed over when its scope converges; until then the old process serves it.
+        """
+        self._log.line(f"guest process {old.pid} is of build {old.build or 'unknown'}: starting {self._build}")
+        # The old client stays open until its process ends: a password that the old process hands out has to be erased.
+        self._client = None
+        self._disconnect()
+        record = read_record(self._directory / _RECORD)
+        await self._start()
+        if record is None or record.pid != old.pid:
+            self._log.line(f"guest process {old.pid} is not the one that was recorded: not ended")
             return
-        self.ends += 1
-        settled = time.monotonic() - self._since > SETTLED_S
-        self._failures = 1 if settled else self._failures + 1
-        wait_s = BACK_OFF_S[min(self._failures - 1, len(BACK_OFF_S) - 1)]
-        self._log.line(f"guest process {self.pid} has ended ({error}): another one in {wait_s:.1f} s")
-        task = self._loop.create_task(self._revive(wait_s))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._in_background(self._retire(record))
+
+    async def _retire(self, record: Record) -> None:
+        """End a replaced process when all networks are handed over."""
+        until = time.monotonic() + RETIRE_S_MAX
+        # All scopes have to converge, each in a thread; no single event says when.
+        while any(it.table is None for it in self.networks.values()) and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        if alive(record):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(record.pid, signal.SIGTERM)
+
+    # --------------------------------------------------------------------------------------------------------- revive
+
+    def _event(self, client: GuestClient, message: PasswordTaken | Notice) -> None:
+        if isinstance(message, PasswordTaken):
+            self._taken(message)
+        elif client is self._client:
+            self._log.line(f"scope={message.scope_id} network={message.network_id} nic={message.nic} {message.text}")
+
+    def _lost(self, client: GuestClient, error: ChannelError) -> None:
+        """Start another process when the connected one has ended, or has sent something that is no message."""
+        if client is not self._client:
+            return  # of a replaced process
+        self._disconnect()
+        if not client.greeted or self._stopped:
+            return  # _connect() raises the error
+        self.crashes += 1
+        failures = BACKOFF.earlier(self._failures, ran_s=time.monotonic() - self._since)
+        self._failures = failures + 1
+        wait_s = BACKOFF.delay_s(failures)
+        self._log.line(f"guest process {self.pid} has ended ({error}): another one starts in {wait_s:.1f} s")
+        self._in_background(self._revive(wait_s))
 
     async def _revive(self, wait_s: float) -> None:
         while not self._stopped:
@@ -484,101 +328,36 @@ class Guests:
             try:
                 await self._ensure()
             except HostRefused as error:
+                wait_s = BACKOFF.delay_s(self._failures)
                 self._failures += 1
-                wait_s = BACK_OFF_S[min(self._failures, len(BACK_OFF_S) - 1)]
-                self._log.line(f"{error}; again in {wait_s:.1f} s")
+                self._log.line(f"{error}; trying again in {wait_s:.1f} s")
             else:
                 return
 
-    def _forget(self) -> None:
-        if self._channel is not None:
-            self._loop.remove_reader(self._channel.fileno())
-            self._loop.remove_writer(self._channel.fileno())
-            self._channel.close()
-            self._channel = None
-        for network in self._networks.values():
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        for network in self.networks.values():
             network.served = False
-        if self._process is not None:
-            self._process.poll()
+        if self._child is not None:
+            self._child.poll()  # reaps it if it has ended
 
     def stop(self) -> None:
-        """The agent goes; the guest process goes on answering."""
+        """Disconnect, because the agent ends. The guest process keeps running."""
         self._stopped = True
         for task in self._tasks:
             task.cancel()
-        self._forget()
+        self._disconnect()
 
-    def _last_words(self) -> str:
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _last_output(self) -> str:
         try:
             text = (self._directory / "guest.log").read_text(errors="replace").strip()
         except OSError:
             text = ""
-        return text.splitlines()[-1][:400] if text else "it said nothing"
-
-
-def _end(record: Record) -> bool:
-    if not alive(record):
-        return False
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(record.pid, signal.SIGKILL)
-    return True
-
-
-def _fits(has: _Network, namespace: str, table: GuestNetwork) -> bool:
-    """Whether the sockets that are there are those that the table needs.
-
-    In a namespace, or on a link, that was made anew under the old name they would be deaf.
-    """
-    if not has.sockets:
-        return False
-    sock = has.sockets[1]  # for metadata: the one for DHCP has no address
-    link = _link_number(namespace, table.network_id)
-    place = (namespaces.identity(namespace), link, table.server_ip)
-    return (_namespace_of(sock), sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX), sock.getsockname()[0]) == place
-
-
-def _link_number(namespace: str, network_id: str) -> int:
-    """The number of the network's guest link; 0 when there is none."""
-    with namespaces.inside(namespace):
-        try:
-            return socket.if_nametoindex(guest_link(network_id))
-        except OSError:
-            return 0
-
-
-def _namespace_of(sock: socket.socket) -> int:
-    """The inode of the namespace that a socket stands in (SIOCGSKNS, linux/sockios.h); 0: it cannot be told."""
-    try:
-        descriptor = fcntl.ioctl(sock.fileno(), 0x894C)
-    except OSError:
-        return 0
-    try:
-        return os.fstat(descriptor).st_ino
-    finally:
-        os.close(descriptor)
-
-
-def _open(namespace: str, table: GuestNetwork) -> list[socket.socket]:
-    """The sockets of ``LISTENERS``, in order, opened inside the namespace. In a worker thread."""
-    opened: list[socket.socket] = []
-    link = guest_link(table.network_id).encode()
-    try:
-        with namespaces.inside(namespace):
-            for listener in LISTENERS:
-                datagrams = listener.kind == "dhcp"
-                sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM)
-                opened.append(sock)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, link)
-                if datagrams:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-                    sock.bind(("0.0.0.0", _PORTS[listener.kind]))
-                else:
-                    sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-                    sock.bind((table.server_ip, _PORTS[listener.kind]))
-                    sock.listen(128)
-    except OSError as error:
-        for sock in opened:
-            sock.close()
-        raise HostRefused(f"the guest services of network {table.network_id}: {error.strerror}") from error
-    return opened
+        return text.splitlines()[-1][:400] if text else "it printed nothing"

@@ -1,7 +1,7 @@
-"""A process that runs and does not answer is as good as dead: each is asked now and then, and ended when it is silent.
+"""Liveness probes: kill processes that run but do not answer any more.
 
-Silence has to last, and on a machine that had time: a process that is only slow is left alone. Whoever is ended here
-is started again by those who start it again when it dies.
+A process is killed only after several probes in a row went unanswered, and not while the machine itself is overloaded.
+It is then restarted as after any crash: by the supervisor, or, the guest process, by ``GuestProcess``.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from functools import partial
 
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes.guest_process import Guests
+from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.supervisor import ProbeTarget, Supervisor
 from netloom.errors import HostRefused
 
-EVERY_S = 10.0  # each process
+EVERY_S = 10.0  # between two probes of the same process
 ANSWER_S = 2.0
-PAUSE_S = 2.0  # after a question without an answer, before the next
-SILENCES = 3  # in a row
-LATE_S = 1.0  # our own timer was that late: the machine is busy, and silence means nothing
+PAUSE_S = 2.0  # after a failed probe, before the next
+FAILURES = 3  # so many failed probes in a row mean that the process hangs
+LATE_S = 1.0  # if our own timer is so late, the machine is overloaded, and a failed probe proves nothing
 
-# "data-server A", recursion not desired: from the resolver's own files, whatever becomes of its forwarders.
-_QUERY = b"\x6e\x6c\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x0bdata-server\x00\x00\x01\x00\x01"
-_WORD = b"@1 show info\n"  # to the current worker, through the master
+# "data-server A", recursion not desired: dnsmasq answers it from its own files, even if no other resolver answers.
+_DNS_QUERY = b"\x6e\x6c\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x0bdata-server\x00\x00\x01\x00\x01"
+_HAPROXY_COMMAND = b"@1 show info\n"  # the master passes it on to the current worker
 
-_GUEST = "guest process"
+_GUEST_PROCESS = "guest process"
 
 
 class LivenessProbes:
-    """On the event loop. ``keep`` asks until it is cancelled.
+    """Runs on the event loop. Probes every process until ``run`` is cancelled.
 
-    ``busy`` tells whether somebody works on a scope: a process that is being reloaded may be silent for as long.
+    ``busy`` says whether a command works on a scope: a process may not answer while it is reloaded.
     """
 
     def __init__(
@@ -43,62 +43,66 @@ class LivenessProbes:
         loop: asyncio.AbstractEventLoop,
         log: Log,
         supervisor: Supervisor,
-        guests: Guests,
+        guest_process: GuestProcess,
         busy: Callable[[str], bool],
     ) -> None:
         self._loop = loop
         self._busy = busy
         self._log = log
         self._supervisor = supervisor
-        self._guests = guests
-        self._asking: dict[Hashable, asyncio.Task[None]] = {}
+        self._guest_process = guest_process
+        self._probing: dict[Hashable, asyncio.Task[None]] = {}
 
-    async def keep(self, every_s: float = EVERY_S) -> None:
-        """Asks every process in turn, again and again."""
+    async def run(self, every_s: float = EVERY_S) -> None:
+        """Probe each process once in ``every_s`` seconds, evenly spread over this time."""
         try:
             while True:
-                running = self._supervisor.answering()
-                for asked in running:
-                    await asyncio.sleep(every_s / (len(running) + 1))
-                    self._begin((asked.scope_id, asked.name), partial(self._look_at_service, asked))
-                await asyncio.sleep(every_s / (len(running) + 1))
-                self._begin(_GUEST, self._look_at_guests)
+                targets = self._supervisor.probe_targets()
+                for target in targets:
+                    await asyncio.sleep(every_s / (len(targets) + 1))
+                    self._start((target.scope_id, target.name), partial(self._probe_service, target))
+                await asyncio.sleep(every_s / (len(targets) + 1))
+                self._start(_GUEST_PROCESS, self._probe_guest_process)
         finally:
-            for task in list(self._asking.values()):
+            for task in list(self._probing.values()):
                 task.cancel()
 
-    def _begin(self, key: Hashable, look: Callable[[], Coroutine[object, object, None]]) -> None:
-        if key not in self._asking:  # else it is being silent already
-            self._asking[key] = self._loop.create_task(look())
-            self._asking[key].add_done_callback(lambda done: self._done(key, done))
+    def _start(self, key: Hashable, probe: Callable[[], Coroutine[object, object, None]]) -> None:
+        if key not in self._probing:  # else an earlier probe still waits for an answer
+            self._probing[key] = self._loop.create_task(probe())
+            self._probing[key].add_done_callback(lambda done: self._done(key, done))
 
     def _done(self, key: Hashable, task: asyncio.Future[None]) -> None:
-        del self._asking[key]
+        del self._probing[key]
         if not task.cancelled() and (error := task.exception()):
-            self._log.traceback(f"asking {key}", error)
+            self._log.traceback(f"probe of {key}", error)
 
-    async def _look_at_service(self, asked: ProbeTarget) -> None:
-        if not await silent(lambda: self._answers(asked), waits=len(_ways(asked))) or self._busy(asked.scope_id):
+    async def _probe_service(self, target: ProbeTarget) -> None:
+        if not await hung(lambda: self._answers(target), questions=len(_questions(target))):
             return
-        if self._supervisor.end_silent(asked):
-            self._log.line(f"scope={asked.scope_id} {asked.name} (pid {asked.record.pid}) does not answer: ended")
+        if not self._busy(target.scope_id) and self._supervisor.kill_hung(target):
+            self._log.line(f"scope={target.scope_id} {target.name} (pid {target.record.pid}) does not answer: killed")
 
-    async def _look_at_guests(self) -> None:
-        pid = self._guests.pid
-        if await silent(lambda: self._guests.answers(ANSWER_S)) and self._guests.end_silent(pid):
-            self._log.line(f"guest process (pid {pid}) does not answer: ended")
+    async def _probe_guest_process(self) -> None:
+        pid = self._guest_process.pid
+        if await hung(lambda: self._guest_process.answers(ANSWER_S)) and self._guest_process.kill_hung(pid):
+            self._log.line(f"guest process (pid {pid}) does not answer: killed")
 
-    async def _answers(self, asked: ProbeTarget) -> bool:
-        """Whether anything came back. What cannot be asked at all is somebody else's care, and counts as an answer."""
-        for kind, question in _ways(asked):
+    async def _answers(self, target: ProbeTarget) -> bool:
+        """Whether the process sent any reply.
+
+        True as well when it cannot be asked, because its namespace or its socket is gone: it does not hang then, and
+        the next repair of the scope restarts it.
+        """
+        for kind, question in _questions(target):
             try:
-                sock = await self._loop.run_in_executor(None, _socket, asked, kind)
+                sock = await self._loop.run_in_executor(None, _socket, target, kind)
             except (OSError, HostRefused):
                 return True
             with sock, contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(ANSWER_S):
                     try:
-                        await self._loop.sock_connect(sock, _address(asked))
+                        await self._loop.sock_connect(sock, _address(target))
                     except FileNotFoundError:
                         return True
                     await self._loop.sock_sendall(sock, question)
@@ -107,43 +111,46 @@ class LivenessProbes:
         return False
 
 
-async def silent(answers: Callable[[], Awaitable[bool]], waits: int = 1) -> bool:
-    """Whether question after question had no answer, while the machine had time for us at least.
+async def hung(answers: Callable[[], Awaitable[bool]], questions: int = 1) -> bool:
+    """Whether ``FAILURES`` probes in a row failed on a machine that was not overloaded.
 
-    ``waits``: how often one question may be waited for.
+    ``questions``: one probe consists of this many, each of which may wait ``ANSWER_S`` for its answer.
     """
-    for turn in range(SILENCES):
+    for turn in range(FAILURES):
         if turn:
             await asyncio.sleep(PAUSE_S)
-        began = time.monotonic()
+        started = time.monotonic()
         if (
             await answers()
-            or time.monotonic() - began > waits * ANSWER_S + LATE_S  # guard: a-late-prober-proves-nothing
+            or time.monotonic() - started > questions * ANSWER_S + LATE_S  # guard: a-late-prober-proves-nothing
         ):
             return False
     return True
 
 
-def _ways(asked: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ...]:
-    """How to ask, one way after the other. A resolver that a tenant drowns in datagrams still hears a connection."""
-    if asked.probe.kind == "haproxy":
-        return ((socket.SOCK_STREAM, _WORD),)
+def _questions(target: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ...]:
+    """The questions of one probe, sent one after the other until one is answered.
+
+    A resolver that a tenant floods with datagrams may lose the probe's datagram, but still answers over TCP.
+    """
+    if target.probe.kind == "haproxy":
+        return ((socket.SOCK_STREAM, _HAPROXY_COMMAND),)
     return (
-        (socket.SOCK_DGRAM, _QUERY),
-        (socket.SOCK_STREAM, len(_QUERY).to_bytes(2, "big") + _QUERY),  # guard: resolver-is-also-asked-over-tcp
+        (socket.SOCK_DGRAM, _DNS_QUERY),
+        (socket.SOCK_STREAM, len(_DNS_QUERY).to_bytes(2, "big") + _DNS_QUERY),  # guard: resolver-is-also-asked-over-tcp
     )
 
 
-def _address(asked: ProbeTarget) -> str | tuple[str, int]:
-    return (asked.probe.at, 53) if asked.probe.kind == "dns" else asked.probe.at
+def _address(target: ProbeTarget) -> str | tuple[str, int]:
+    return (target.probe.at, 53) if target.probe.kind == "dns" else target.probe.at
 
 
-def _socket(asked: ProbeTarget, kind: socket.SocketKind) -> socket.socket:
-    """In a worker thread: a socket that does not block, in the namespace where the question is heard."""
-    if asked.probe.kind == "haproxy":
+def _socket(target: ProbeTarget, kind: socket.SocketKind) -> socket.socket:
+    """A non-blocking socket from which the target can be reached. Changes the namespace of its thread meanwhile."""
+    if target.probe.kind == "haproxy":
         sock = socket.socket(socket.AF_UNIX, kind)
     else:
-        with inside(asked.namespace):
+        with inside(target.namespace):
             sock = socket.socket(socket.AF_INET, kind)
     sock.setblocking(False)
     return sock

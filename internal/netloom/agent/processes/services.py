@@ -1,4 +1,4 @@
-"""What runs for a scope beside the kernel: the guest process's tables, the resolvers, the load balancer."""
+"""The services of a scope that run as processes: DHCP, metadata and passwords, DNS, load balancing."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from functools import cache
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
-from netloom.agent.processes.guest_process import Guests
-from netloom.agent.processes.supervisor import NOBODYS_GROUP, Supervisor, run
+from netloom.agent.processes.files import NOGROUP
+from netloom.agent.processes.guests import Guests
+from netloom.agent.processes.process import run
+from netloom.agent.processes.supervisor import Supervisor
 from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.render import dnsmasq, haproxy
@@ -24,22 +26,25 @@ from netloom.state import Scope
 
 
 class Services:
-    """For worker threads, one scope at a time each."""
+    """The services of all scopes. Called by worker threads; for one scope, by one thread at a time."""
 
     def __init__(self, guests: Guests, supervisor: Supervisor) -> None:
         self._guests = guests
         self._supervisor = supervisor
-        self._waiting: dict[str, dict[int, str]] = {}
+        self._waiting: dict[str, dict[int, str]] = {}  # scope id to what waiting() returns
 
     def converge(self, scope: Scope, namespace: str) -> list[str]:
-        """Exactly what the scope wants runs in its namespace; what was done, in words.
+        """Have the services that the scope wants, and no others, run in its namespace; the steps in words.
 
-        Raises HostRefused naming the service that does not; the others are seen to all the same.
+        Raises HostRefused, with the name of the service, when one fails. The other services are converged first.
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken(scope, namespace)
-        did += [f"rule {it} waits for {taken[it]}" for it in taken.keys() - self.waiting(scope.scope_id).keys()]
+        taken = _taken_ports(scope, namespace)
+        did += [
+            f"rule {rule_id} waits for {taken[rule_id]}"
+            for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
+        ]
         self._waiting[scope.scope_id] = taken
         try:
             did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
@@ -48,7 +53,7 @@ class Services:
         wanted = services(
             scope,
             frozenset(taken),  # guard: a-taken-port-is-not-balanced
-            resolver=_resolver(),  # guard: resolver-of-this-host
+            resolver=_dnsmasq_build(),  # guard: resolver-of-this-host
         )
         did += self._supervisor.converge(scope.scope_id, namespace, wanted)
         if failed is not None:
@@ -56,60 +61,62 @@ class Services:
         return did
 
     def waiting(self, scope_id: str) -> dict[int, str]:
-        """The balanced rules of the scope whose port somebody else in its namespace has: id to address and port."""
+        """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
         return self._waiting.get(scope_id, {})
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
-        """The networks of the scope whose guests get no lease, metadata and passwords, or old ones."""
+        """The networks of the scope whose guests get no leases, metadata and passwords now, or outdated ones."""
         return self._guests.unserved(namespace, tables(scope, _mtus(scope, namespace)))
 
     def running(self, scope_id: str) -> dict[str, int]:
-        """The processes of the scope that were last seen alive: name to pid."""
+        """The processes of the scope that were alive when we last looked: name to pid."""
         return self._supervisor.states().get(scope_id, {})
 
-    def ends(self, scope_id: str) -> dict[str, int]:
-        """How often each of them died, or hung and was ended, and was started again."""
-        return self._supervisor.ends(scope_id)
+    def crashes(self, scope_id: str) -> dict[str, int]:
+        """How often each of them died, or hung and was killed: name to number."""
+        return self._supervisor.crashes(scope_id)
 
     def scopes(self) -> set[str]:
-        """The scopes that something runs for."""
+        """The scopes that have processes, or networks that the guest process serves."""
         return self._supervisor.scopes() | self._guests.scopes()
 
-    def guest(self) -> tuple[int, int]:
-        """The pid of the guest process, which is the host's, and how often one died or hung."""
-        return self._guests.pid, self._guests.ends
+    def guest_process(self) -> tuple[int, int]:
+        """The pid of the host's guest process, and how often it died, or hung and was killed."""
+        return self._guests.process.pid, self._guests.process.crashes
 
     def renew(self, scope_id: str) -> None:
-        """The next converge reloads the scope's processes, or starts them anew, whether they changed or not."""
+        """Have the next ``converge`` reload or restart every process of the scope, also if nothing has changed."""
         self._supervisor.renew(scope_id)
 
-    def end(self, scope_id: str) -> list[str]:
-        """Nothing runs for the scope any more: no process and no socket keeps its namespace alive."""
+    def stop(self, scope_id: str) -> list[str]:
+        """Stop all processes of the scope and close its sockets, which keep its namespace alive; the steps in words."""
         self._waiting.pop(scope_id, None)
-        return self._supervisor.end(scope_id) + self._guests.end(scope_id)
+        return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 
-def _resolver() -> dnsmasq.Build:
-    """What the dnsmasq of this host is like; where there is none, whoever starts it will say so."""
+def _dnsmasq_build() -> dnsmasq.Build:
+    """The properties of this host's dnsmasq. If none is installed any will do: its start will fail."""
     program = shutil.which("dnsmasq", path=PATH)
-    return dnsmasq.DEBIAN_12 if program is None else _build(program, os.stat(program).st_mtime_ns)
+    return dnsmasq.DEBIAN_12 if program is None else _inspect(program, os.stat(program).st_mtime_ns)
 
 
 @cache
-def _build(program: str, _changed_ns: int) -> dnsmasq.Build:
+def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
+    """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
     try:
-        group = grp.getgrgid(NOBODYS_GROUP).gr_name  # nogroup on Debian, nobody on Enterprise Linux
+        group = grp.getgrgid(NOGROUP).gr_name
     except KeyError:
-        group = dnsmasq.DEBIAN_12.group  # it will say itself that there is none
+        group = dnsmasq.DEBIAN_12.group  # dnsmasq will refuse it and name it
     return dnsmasq.Build(group, forgets)
 
 
-def _taken(scope: Scope, namespace: str) -> dict[int, str]:
-    """The balanced rules whose port haproxy would not get, by id. One of them would keep it from all the others.
+def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:
+    """Load-balancer rules whose port another program already uses: id to address:port.
 
-    Its own sockets are in nobody's way: like the one that is tried here, they are root's and share their port.
+    One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
+    use SO_REUSEPORT as root.
     """
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
@@ -128,6 +135,6 @@ def _taken(scope: Scope, namespace: str) -> dict[int, str]:
 
 
 def _mtus(scope: Scope, namespace: str) -> dict[str, int]:
-    """Network to the MTU of its guest link, which the plan has made that of what carries the segment."""
+    """Network to the MTU of its guest link. The plan has set it to that of the link that carries the segment."""
     networks = {guest_link(network_id): network_id for network_id, it in scope.networks.items() if it.implemented}
     return {networks[link.name]: link.mtu for link in find_links(namespace, list(networks))}

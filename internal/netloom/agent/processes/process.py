@@ -1,0 +1,221 @@
+"""Start, inspect and stop processes that outlive the agent.
+
+A process is identified by its pid and its start time: a pid alone may belong to another process later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from netloom.agent.environment import PATH
+from netloom.agent.kernel.namespaces import inside
+from netloom.errors import HostRefused
+from netloom.files import replace_bytes
+
+TERMINATE_S = 2.0  # for SIGTERM, and again for SIGKILL
+RUN_S_MAX = 20.0
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A process, as it is recorded in a file for the next agent.
+
+    ``started``: field 22 of /proc/<pid>/stat, in clock ticks since boot (proc(5)). ``digest``: of the configuration
+    that the process uses; empty: of an unknown one.
+    """
+
+    pid: int
+    started: int
+    digest: str = ""
+
+
+def record_of(pid: int, digest: str = "") -> Record:
+    """The record of a running process."""
+    return Record(pid, start_time(pid) or 0, digest)
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in the file; None when there is no file, or it is no record."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Record)
+    except (FileNotFoundError, msgspec.MsgspecError):
+        return None
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Replace the file atomically. Raises OSError."""
+    replace_bytes(path, msgspec.json.encode(record), durable=False)  # no process survives a power failure either
+
+
+def alive(record: Record) -> bool:
+    """Whether this very process runs: a later process may have the same pid, but not the same start time."""
+    return start_time(record.pid) == record.started  # guard: a-recycled-pid-is-another-process
+
+
+# ------------------------------------------------------------------------------------------------ start and stop
+
+
+def start(service: str, namespace: str, argv: tuple[str, ...], log: Path) -> int:
+    """Start the process of a service in the namespace, as leader of a session of its own, and return its pid.
+
+    stdout and stderr go to ``log``, which is emptied first. Raises HostRefused when the program is not installed.
+    """
+    program = _find_program(argv[0], f"{service}: ")
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    try:
+        with inside(namespace):
+            process = subprocess.Popen(
+                [program, *argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                env={"PATH": PATH, "LANG": "C"},
+                start_new_session=True,
+            )
+    finally:
+        os.close(output)
+    # The caller watches the pidfd and calls reap(). Popen would warn about a child that it did not reap itself.
+    process.returncode = 0
+    return process.pid
+
+
+def run(namespace: str | None, argv: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with stdout and stderr together in ``stdout``. None: in the host's namespace.
+
+    Raises HostRefused when the program is not installed, or runs for longer than ``RUN_S_MAX``.
+    """
+    program = _find_program(argv[0])
+    with inside(namespace):
+        try:
+            return subprocess.run(
+                [program, *argv[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={"PATH": PATH, "LANG": "C"},
+                text=True,
+                errors="replace",
+                timeout=RUN_S_MAX,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise HostRefused(f"{argv[0]} {argv[1]} did not end within {RUN_S_MAX:.0f} s, and was killed") from None
+
+
+def _find_program(name: str, who: str = "") -> str:
+    program = shutil.which(name, path=PATH)
+    if program is None:
+        raise HostRefused(f"{who}{name} is not installed on this host", hint=f"install {name}")
+    return program
+
+
+def terminate(leader: int) -> None:
+    """Send SIGTERM, later SIGKILL, to a process group, and return when none of its processes runs any more.
+
+    The whole group, because an old haproxy worker keeps its sockets until its connections have ended.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(leader, number)
+        until = time.monotonic() + TERMINATE_S
+        while time.monotonic() < until:
+            if start_time(leader) is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(leader, signal.SIGKILL)
+                if not group(leader):
+                    return
+            time.sleep(0.005)
+
+
+def kill(record: Record) -> bool:
+    """Send SIGKILL to the process. Return False if it has ended already."""
+    if not alive(record):
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(record.pid, signal.SIGKILL)
+    return True
+
+
+def reap(pid: int) -> None:
+    """Collect the exit status of a child that has ended. An adopted process is not our child: nothing to do."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+# --------------------------------------------------------------------------------------------------------- /proc
+
+
+def start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of the process; None when it has ended, also if it was not reaped yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def namespace_of(pid: int) -> int:
+    """The inode of the network namespace that the process is in; 0 when it has ended."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return 0
+
+
+def group(leader: int) -> list[int]:
+    """The running processes of the group (proc(5), /proc/<pid>/stat: field 3 is the state, field 5 the group)."""
+    members = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
+                if fields[0] not in "ZX" and int(fields[2]) == leader:
+                    members.append(int(name))
+    return members
+
+
+def groups_with_arguments(arguments: tuple[str, ...], namespace: int) -> set[int]:
+    """The groups of processes in the namespace (its inode) that were started with these arguments after argv[0]."""
+    groups = set()
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:-1]
+            if tuple(argv[1:]) == arguments and namespace_of(pid) == namespace:
+                groups.add(os.getpgid(pid))
+    return groups
+
+
+def listening(pid: int, members: Iterable[int] | None = None) -> set[tuple[str, int]]:
+    """The protocols and ports on which a process of ``members`` listens; None: any process of the group of ``pid``.
+
+    Read from /proc/<pid>/net (proc(5)), which lists all sockets of the namespace. Sockets of other processes, for
+    example of an older one of the same service, are left out.
+    """
+    own = {inode for member in (group(pid) if members is None else members) for inode in _socket_inodes(member)}
+    found = set()
+    for protocol, state in (("tcp", "0A"), ("udp", "07")):
+        with contextlib.suppress(OSError):
+            for fields in map(str.split, Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]):
+                if fields[3] == state and fields[9] in own:
+                    found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+    return found
+
+
+def _socket_inodes(pid: int) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                target = os.readlink(f"/proc/{pid}/fd/{name}")
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
+    return found
