@@ -41,14 +41,14 @@ def _crashes(host: object) -> None:
     os._exit(9)
 
 
-@pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the trial of it crashed or hung")])
+@pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the test crashed or hung")])
 def test_a_failed_check_is_reported_and_stops_the_dependent_checks(
     trial: Callable[[object], None], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [what for what, *_ in selftest._TRIALS]
+    names = [what for what, *_ in selftest._TESTS]
     at = names.index("bridges")
-    trials = [*selftest._TRIALS[:at], ("bridges", trial, True, ""), *selftest._TRIALS[at + 1 :]]
-    monkeypatch.setattr(selftest, "_TRIALS", tuple(trials))
+    trials = [*selftest._TESTS[:at], ("bridges", trial, True, ""), *selftest._TESTS[at + 1 :]]
+    monkeypatch.setattr(selftest, "_TESTS", tuple(trials))
     found = selftest.run()
     assert (found[-1].what, found[-1].ok) == ("bridges", False)
     assert says in found[-1].says
@@ -108,4 +108,4 @@ def test_the_output_is_a_table_or_json() -> None:
         assert {"what": "bridges", "ok": True, "needed": True, "says": "", "remedy": ""} in found
         assert host.run("ip", "netns") == ""
         host.run("mount", "--bind", "/dev/null", "/usr/sbin/dnsmasq")
-        assert "no names in networks that want DNS" in host.run(*PROGRAM, "selftest")
+        assert "networks with DNS have no resolver" in host.run(*PROGRAM, "selftest")

@@ -168,7 +168,7 @@ def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: 
     server = Server(bed, one)
     ended = server.ask()
     assert ended.status == 2
-    assert "this host cannot carry networks: nft: neither libnftables nor the program nft is there" in ended.output
+    assert "this host cannot carry networks: nft: neither libnftables nor the program nft is installed" in ended.output
     assert "apt-get install libnftables1 or nftables" in ended.output
     assert current(host) == ""
     assert running_agents(host) == []

@@ -225,11 +225,11 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
 
 # The steps of a replacement at which it is killed, each as the source text that would come next.
 KILLED = {
-    "the old agent has ended": "        between()\n        _link(_CURRENT, to)\n",
+    "the old agent has ended": "        while_stopped()\n        _link(_CURRENT, to)\n",
     "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
-    "the link is set": "        _start()\n        if _comes(to):\n            return\n        why",
-    "the new agent has started": "        if _comes(to):\n            return\n        why",
-    "nothing is removed yet": '        return Outcome("activated", build, did=tuple(_remove_old()))\n',
+    "the link is set": "        _start()\n        if _wait_for(to):\n            return\n        why",
+    "the new agent has started": "        if _wait_for(to):\n            return\n        why",
+    "nothing is removed yet": '        return Activation("activated", build, did=tuple(_remove_old()))\n',
 }
 
 

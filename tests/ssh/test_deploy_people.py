@@ -158,7 +158,7 @@ def test_an_empty_host_list_does_not_mean_this_machine(word: str, host: Host, on
     """An empty shell variable must not run the command on this machine, where it may be irreversible."""
     done = host.run(str(one), "agent", word, "--hosts", "", check=False)
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: --hosts names no host (leave it out for this machine)\n"
+    assert done.err == "netloom: --hosts names no host (for this machine, leave the option out)\n"
     assert (running_agents(host), current(host)) == ([], "")
 
 
@@ -167,7 +167,7 @@ def test_commands_require_root(word: str, host: Host, one: Path) -> None:
     somebody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     done = host.run(*somebody, str(one), "agent", word, check=False, HOME="/tmp")
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: on this machine only root can do that (sudo, or name hosts by --hosts)\n"
+    assert done.err == "netloom: on this machine only root can do that (use sudo, or --hosts for other hosts)\n"
 
 
 def test_uninstall_removes_networks_only_when_told_to(operator: Operator, bed: Bed, host: Host) -> None:
