@@ -1,4 +1,4 @@
-"""What holds for every test: groups that need root say so in one line instead of being skipped."""
+"""Settings for all tests. Groups that need root refuse to start with one line; tests are never skipped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, settings
 
 PRIVILEGED = {"kernel", "ssh", "e2e", "mutants"}
 
-# Two cores are shared with everything else that runs, so a slow example is no finding; speed is never asserted here.
+# Tests share two cores with everything else that runs, so a slow example is no failure.
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# For `make check`, which is to be short; `make test` takes the full number.
+# For `make check`, which must be fast; `make test` uses the full number of examples.
 settings.register_profile("quick", settings.get_profile("full"), max_examples=20)
 settings.load_profile("full")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse to start what cannot work, and order nothing: a group runs as its files stand."""
+    """Refuse to start groups that need root without root. The order of tests is not changed."""
     tests = Path(__file__).parent
     privileged = {item.path.relative_to(tests).parts[0] for item in items} & PRIVILEGED
     if privileged and os.geteuid() != 0:

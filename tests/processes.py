@@ -1,4 +1,4 @@
-"""Signals to processes that may have ended by themselves."""
+"""Signals to processes that may already have ended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import signal
 
 
 def kill(pid: int, number: int = signal.SIGKILL) -> None:
-    """Send a signal. That the process has already ended is no error: between a list and a signal any of them can."""
+    """Send a signal. It is no error if the process has ended since its pid was looked up."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

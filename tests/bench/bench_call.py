@@ -1,4 +1,4 @@
-"""One event through the resident helper, and worked by the call itself, against one fresh ``ssh``, in turns. Root.
+"""Time one event with the resident helper and without it, against a new ``ssh`` connection, in turns. Needs root.
 
 PYTHONPATH=internal:tests python tests/bench/bench_call.py [rounds]
 """
@@ -25,7 +25,7 @@ def timed_ms(argv: list[str], environ: dict[str, str] | None = None) -> float:
 
 
 def main(rounds: int) -> None:
-    """Prints best and median of each way, and how many times a fresh ssh each takes."""
+    """Print the best and median time of each way, and its ratio to a new ssh connection."""
     with tempfile.TemporaryDirectory() as folder:
         lab = SshLab(Path(folder))
         try:

@@ -1,4 +1,4 @@
-"""What one host does, beside the tools that would do the same, in turns in the same run. Root; nothing is asserted.
+"""Time work on one host against other tools that do the same, in turns. Needs root; nothing is asserted.
 
 PYTHONPATH=internal:tests python tests/bench/bench_host.py [rounds]
 """
@@ -41,7 +41,7 @@ def done(reply: Reply) -> None:
 
 
 def rules(number: int) -> dict[str, Any]:
-    """That many ports that are open to a prefix each."""
+    """``number`` ports, each open to one prefix."""
     listed = [
         {
             "id": at,
@@ -57,7 +57,7 @@ def rules(number: int) -> dict[str, Any]:
 
 
 def bench_firewall(host: AgentHost, client: Client, rounds: int) -> Iterator[tuple[float, float]]:
-    """One rule more, one rule less, beside a thousand; against ``nft -f`` with the ruleset that then stands."""
+    """Add or remove one rule among a thousand, against ``nft -f`` with the resulting ruleset."""
     host.run("ip", "netns", "add", "yardstick")
     counts = itertools.cycle((1001, 1000))
     file = host.path("/run/yardstick.nft")
@@ -75,7 +75,7 @@ def bench_firewall(host: AgentHost, client: Client, rounds: int) -> Iterator[tup
 
 @contextmanager
 def dnsmasq(host: AgentHost) -> Iterator[None]:
-    """A dnsmasq that knows as many VMs, at the other end of a link to the same VM."""
+    """A dnsmasq with the same number of VMs, on a second link of the same VM."""
     host.run("ip", "netns", "add", "dnsmasq")
     host.ip("link", "add", "d0", "netns", "dnsmasq", "type", "veth", "peer", "name", "eth1", "netns", "vm")
     host.ip("-n", "dnsmasq", "addr", "add", "10.10.1.1/24", "dev", "d0")
@@ -105,7 +105,7 @@ def asker(host: AgentHost, link: str) -> socket.socket:
 
 
 def bench_dhcp(host: AgentHost, client: Client, rounds: int) -> Iterator[tuple[float, float]]:
-    """From a DISCOVER to its OFFER, where five hundred VMs are known; against a dnsmasq that knows as many."""
+    """The time from a DISCOVER to its OFFER with 500 configured VMs, against a dnsmasq with the same number."""
     nic = {"dns": "192.0.2.53", "default_nic": "true", "extension_ip": "10.10.1.1"}
     vms = [
         {
@@ -161,7 +161,7 @@ SYSCTLS = ("net.ipv4.ip_forward=1", "net.ipv4.conf.all.rp_filter=2", "net.ipv4.c
 
 
 def by_programs(host: AgentHost) -> None:
-    """Five programs for each network; the agent does more: it looks first, and its links have all their settings."""
+    """Run five programs for each network. The agent does more: it reads the host first and sets more link options."""
     for at in range(NETWORKS):
         netns = f"yardstick-{at}"
         host.run("ip", "netns", "add", netns)
@@ -174,7 +174,7 @@ def by_programs(host: AgentHost) -> None:
 
 
 def bench_power_cut(host: AgentHost, client: Client, rounds: int) -> Iterator[tuple[float, float]]:
-    """An agent that starts on an empty host builds twenty networks, its own start included."""
+    """Start an agent that builds 20 networks on an empty host; its own start is included."""
     for at in range(NETWORKS):
         fields = {"network_id": str(3000 + at), "vlan": "1377", "cidr": f"10.20.{at}.0/24", "gateway": f"10.20.{at}.1"}
         done(client.call("020", "implement-network", **fields, extension_ip=f"10.20.{at}.1"))
@@ -200,7 +200,7 @@ BENCHES = {
 
 
 def main(rounds: int) -> None:
-    """Prints best and median of both sides of each, and how many times the yardstick ours takes."""
+    """Print the best and median time of both sides of each measurement, and their ratio."""
     head = f"{'':36}{'best ms':>10}{'of it':>10}{'median ms':>11}{'of it':>10}{'ratio':>8}\n"
     sys.stdout.write(head)
     for name, bench in BENCHES.items():

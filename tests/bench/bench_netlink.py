@@ -1,4 +1,4 @@
-"""One network by our codec, by ``ip -batch`` and by pyroute2, in turns; and the import of our codec and of pyroute2.
+"""Time one network made by our codec, by ``ip -batch`` and by pyroute2, in turns, and the import of both libraries.
 
 Needs root. Run it by hand; nothing is asserted.
 
@@ -41,7 +41,7 @@ route add default via 203.0.113.1
 
 
 def by_codec() -> None:
-    """As the agent does it: three datagrams and the sysctls by file."""
+    """Make the network as the agent does: three datagrams, and the sysctls as files."""
     namespaces.create(INNER)
     with namespaces.descriptor(INNER) as fd:
         links.change(
@@ -68,7 +68,7 @@ def by_codec() -> None:
 
 
 def by_ip() -> None:
-    """The same by ``ip netns add``, two ``ip -batch`` and the same files."""
+    """Make the same network by ``ip netns add``, two ``ip -batch`` and the same files."""
     subprocess.run(["ip", "netns", "add", INNER], check=True)
     for namespace, batch in ((HOST, ON_HOST), (INNER, INSIDE)):
         subprocess.run(["ip", "-n", namespace, "-batch", "-"], input=batch, text=True, check=True)
@@ -76,7 +76,7 @@ def by_ip() -> None:
 
 
 def by_pyroute2() -> None:
-    """The same by pyroute2, one request after the other, and the same files."""
+    """Make the same network by pyroute2, one request after the other, and the same files."""
     namespaces.create(INNER)
     with NetNS(HOST) as host:
         host.link("add", ifname="breth1-7", kind="bridge", br_stp_state=0, br_forward_delay=0, br_mcast_snooping=0)
@@ -101,7 +101,7 @@ def by_pyroute2() -> None:
 
 
 def import_ms(module: str) -> tuple[float, int]:
-    """The time that the import takes in a new interpreter, best of five, and how many modules it loads."""
+    """The time in ms that the import takes in a new interpreter (best of five), and the number of modules it loads."""
     code = (
         "import sys, time; had = len(sys.modules); began = time.perf_counter(); "
         f"import {module}; print((time.perf_counter() - began) * 1000, len(sys.modules) - had)"
@@ -112,13 +112,13 @@ def import_ms(module: str) -> tuple[float, int]:
 
 
 def cleared() -> None:
-    """Nothing of the network is left, as far as the kernel shows it."""
+    """Remove the network."""
     links.change(HOST, [links.delete_link(name).even_if_gone() for name in ("vnetg7", "vnetpn7.9", "breth1-7")])
     namespaces.delete(INNER)
 
 
 def timed_ms(way: Callable[[], None]) -> float:
-    """How long it takes, clearing not counted."""
+    """The time that ``way`` takes, without the removal of its network."""
     started = time.perf_counter()
     way()
     took = time.perf_counter() - started
@@ -127,7 +127,7 @@ def timed_ms(way: Callable[[], None]) -> float:
 
 
 def main(rounds: int) -> None:
-    """Print best and median of the three ways with their ratio to ours, then the imports."""
+    """Print the best and median time of the three ways with their ratio to our codec, then the imports."""
     ways = {"codec": by_codec, "ip": by_ip, "pyroute2": by_pyroute2}
     namespaces.create(HOST)
     try:

@@ -1,8 +1,8 @@
-"""One call of CloudStack's through the one file and its resident helper, against a bare interpreter, in turns.
+"""Time one call through the one file and its resident helper, against a bare interpreter, in turns.
 
-PYTHONPATH=internal:tests python tests/bench/bench_start.py [rounds]; dist/netloom is what `make build` made.
+PYTHONPATH=internal:tests python tests/bench/bench_start.py [rounds]; needs dist/netloom (`make build`).
 
-The call is refused by the helper for its payload, so nothing is measured but the way there and back.
+The helper refuses the call because of its payload, so only the way there and back is measured.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def timed_ms(argv: list[str], environ: dict[str, str], status: int) -> float:
 
 
 def main(rounds: int) -> None:
-    """Prints best and median of each, and how many bare starts each takes."""
+    """Print the best and median time of each, and its ratio to a bare interpreter."""
     if not ONE_FILE.exists():
         sys.stdout.write("no dist/netloom: make build\n")
         return
@@ -44,7 +44,7 @@ def main(rounds: int) -> None:
             "netloom version": ([str(ONE_FILE), "version"], 0),
         }
         for argv, status in ways.values():
-            timed_ms(argv, environ, status)  # it is unpacked, and its helper runs
+            timed_ms(argv, environ, status)  # first unpack the program and start its helper
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, (argv, status) in ways.items():

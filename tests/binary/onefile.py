@@ -1,4 +1,4 @@
-"""The one file that ``make build`` made of these sources."""
+"""The one file that ``make build`` made from these sources."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @cache
 def build_id() -> str:
-    """The build of dist/netloom, if it is made of these sources; anything else would prove nothing.
+    """The build id of dist/netloom. It must be made from these sources.
 
-    The number in it counts commits, and a copy of the sources may have no history.
+    Only the hash in it is compared: its number counts commits, and a copy of the sources may have no history.
     """
     made = (ROOT / "dist/build-id").read_text().strip()
     asked = subprocess.run([ROOT / "build/nuitka/build", "--build-id"], check=True, stdout=subprocess.PIPE, text=True)
@@ -23,6 +23,6 @@ def build_id() -> str:
 
 
 def one_file() -> Path:
-    """dist/netloom."""
+    """The path of dist/netloom."""
     assert build_id()
     return ROOT / "dist/netloom"

@@ -1,4 +1,4 @@
-"""The one file on a host: it takes over from an older build, goes back, comes again, and leaves no trace."""
+"""The one file on a host: upgrade from an older build, rollback, upgrade again, and uninstall without residue."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def place() -> Iterator[tuple[Bed, OneFiles, Path]]:
 
 
 def answering(host: Host) -> list[str]:
-    """The builds of the guest processes."""
+    """The builds of the running guest processes."""
     lines = host.sh("ps -A -o args=").splitlines()
     return [line.split()[-1] for line in lines if " guest --control " in line]
 
 
-def test_a_host_without_room_for_what_is_unpacked_says_so(place: tuple[Bed, OneFiles, Path]) -> None:
+def test_a_host_without_space_to_unpack_is_reported(place: tuple[Bed, OneFiles, Path]) -> None:
     bed, _, file = place
     host = bed.hosts[0]
     places = "/root/.cache /var/cache /var/tmp"
@@ -51,7 +51,7 @@ def test_a_host_without_room_for_what_is_unpacked_says_so(place: tuple[Bed, OneF
     host.sh(f"umount {places}; rmdir /root/.cache; rm -r /usr/local/libexec")
 
 
-def test_the_one_file_takes_over_from_an_older_build_goes_back_and_leaves_the_host_as_it_was(
+def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
     place: tuple[Bed, OneFiles, Path],
 ) -> None:
     bed, files, file = place
@@ -65,7 +65,7 @@ def test_the_one_file_takes_over_from_an_older_build_goes_back_and_leaves_the_ho
     net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
     assert running_agents(host) == [OLDER]
     resolvers = host.sh("ps -A -o pid=,args= | grep '[d]nsmasq'")
-    # The operator drops the new file in the place of the old one.
+    # The operator replaces the old file with the new one.
     server.replace(file)
     assert succeeded(server.ask())
     assert until(lambda: current(host) == build and running_agents(host) == [build], seconds=SETTLE_S)
@@ -74,7 +74,7 @@ def test_the_one_file_takes_over_from_an_older_build_goes_back_and_leaves_the_ho
     assert host.sh("ps -A -o pid=,args= | grep '[d]nsmasq'") == resolvers
     net.restart()
     assert net.failures == []
-    # Back by a person's word, and forward again.
+    # An operator rolls back, and installs the new build again.
     agent = f"{LIBEXEC}/{build}/netloom"
     host.run(agent, "agent", "rollback")
     assert running_agents(host) == [OLDER]
@@ -82,7 +82,7 @@ def test_the_one_file_takes_over_from_an_older_build_goes_back_and_leaves_the_ho
     assert running_agents(host) == [OLDER]
     host.run(agent, "agent", "install")
     assert running_agents(host) == [build]
-    # A person asks all hosts, and removes it.
+    # An operator queries all hosts, and uninstalls.
     bed.management.write("/root/key", bed.private_key, mode=0o600)
     login = ["--hosts", host.address, "--sshkey", "/root/key"]
     assert build in bed.management.run(str(file), "agent", "status", *login, HOME="/root").out

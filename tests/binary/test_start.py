@@ -1,6 +1,6 @@
-"""The one file starts: where it unpacks itself, what it refuses to run, and what it is then.
+"""The start of the one file: where it unpacks itself, which directories it refuses, and the process it becomes.
 
-Each test has mounts of its own, where the directories that the start may choose are empty.
+Each test has its own mounts. In them the directories that the start may choose are empty.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.binary
 
 NOBODY = 65534
 SAYS = "netloom 0.1.0 (build "
-# The candidates of extension/directory.py, empty; and a place for the executable that is not ours to write to.
+# Empty mounts over the candidate directories of extension/directory.py, and a directory for the executable.
 _ROOM = """
 mount --make-rprivate /
 for d in /var/cache /var/tmp /root /tmp /opt /run; do mount -t tmpfs -o mode=$(stat -c %a $d) none $d; done
@@ -36,12 +36,12 @@ HOME = "/root/.cache/netloom"
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one file where the rooms can read it: their mounts hide /tmp and /opt, not this file's descriptor."""
+    """The path of the one file. A room reads it from an open descriptor, because its mounts hide /tmp and /opt."""
     return one_file()
 
 
 class Room:
-    """A mount and network namespace that a shell holds open."""
+    """A mount and network namespace, kept alive by a shell."""
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as source:
@@ -68,7 +68,7 @@ class Room:
         )
 
     def run(self, script: str, *, uid: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
-        """A shell script in the room; without HOME unless one is named."""
+        """Run a shell script in the room. HOME is unset unless given."""
         process = self.popen(script, uid=uid, **environ)
         out, err = process.communicate(timeout=120)
         return subprocess.CompletedProcess(script, process.returncode, out, err)
@@ -82,7 +82,7 @@ class Room:
         return []
 
     def processes(self, word: str = "") -> list[int]:
-        """Those that were started here; ``word``: the first one after the program."""
+        """The processes started in the room. ``word`` selects those with this first argument."""
         found = []
         here = os.stat(f"/proc/{self.holder.pid}/ns/mnt").st_ino
         for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
@@ -114,13 +114,13 @@ def room(held: Path) -> Iterator[Room]:
         it.close()
 
 
-def test_it_says_which_build_it_is(room: Room) -> None:
+def test_version_prints_the_build(room: Room) -> None:
     done = room.run(f"{RUN} version --json", HOME="/root")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["build"] == build_id()
 
 
-def test_it_unpacks_once_and_then_becomes_what_it_unpacked(room: Room) -> None:
+def test_it_unpacks_once_and_executes_the_unpacked_program(room: Room) -> None:
     assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
     assert room.unpacked() == [build_id()]
     inode = os.stat(room.path(f"{HOME}/programs/{build_id()}/netloom.bin")).st_ino
@@ -131,9 +131,9 @@ def test_it_unpacks_once_and_then_becomes_what_it_unpacked(room: Room) -> None:
             assert serving.poll() is None and time.monotonic() < deadline, serving.communicate()
             time.sleep(0.02)
         exe = os.readlink(f"/proc/{serving.pid}/exe")
-        assert exe.endswith(f"/{build_id()}/netloom.bin")  # the same pid: no second process waits for it
+        assert exe.endswith(f"/{build_id()}/netloom.bin")  # the same pid: there is no parent process that waits
         serving.terminate()
-        assert serving.wait(30) == 0  # SIGTERM is SIGTERM, and ends it as it ends it from source
+        assert serving.wait(30) == 0  # the agent handles SIGTERM, as it does when run from source
     finally:
         serving.kill()
         serving.communicate()
@@ -146,8 +146,8 @@ def test_tmp_may_be_read_only_or_noexec(room: Room, option: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_child_finds_the_callers_environment_and_nothing_of_the_starts(room: Room) -> None:
-    """Nuitka hides PATH from the interpreter; what the start tells the program is for the program."""
+def test_a_child_process_gets_the_callers_environment(room: Room) -> None:
+    """Nuitka changes PATH for the interpreter. Only the program's own variables are added."""
     room.run("echo '{}' >/tmp/payload")
     room.run(f"{RUN} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60", LANG="C")
     (helper,) = room.processes("helper")
@@ -162,7 +162,7 @@ def test_a_child_finds_the_callers_environment_and_nothing_of_the_starts(room: R
     }
 
 
-def test_many_first_starts_at_once_unpack_one_program(room: Room) -> None:
+def test_concurrent_first_starts_unpack_one_program(room: Room) -> None:
     script = f"for i in 1 2 3 4 5; do {RUN} version & done; for i in 1 2 3 4 5; do wait; done; {RUN} version"
     done = room.run(script, HOME="/root")
     assert done.stderr == ""
@@ -170,16 +170,16 @@ def test_many_first_starts_at_once_unpack_one_program(room: Room) -> None:
     assert room.unpacked() == [build_id()]
 
 
-def test_killed_while_it_unpacks_it_leaves_nothing_that_is_run(room: Room) -> None:
+def test_an_interrupted_unpack_is_never_executed(room: Room) -> None:
     for delay_s in (0.02, 0.1, 0.2):
         room.run(f"timeout -s KILL {delay_s} {RUN} version", HOME="/root")
     assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
     assert build_id() in room.unpacked()
 
 
-def test_without_a_home_there_is_still_a_place(room: Room) -> None:
+def test_an_unset_home_falls_back_to_passwd_and_var_tmp(room: Room) -> None:
     assert room.run(f"{RUN} version").stdout.startswith(SAYS)
-    assert room.unpacked() == [build_id()]  # of passwd's root
+    assert room.unpacked() == [build_id()]  # in the home of root, from passwd
     done = room.run(f"{RUN} version", uid=NOBODY)
     assert (done.returncode, done.stderr) == (0, "")
     assert room.unpacked(f"/var/tmp/netloom-{NOBODY}") == [build_id()]
@@ -202,8 +202,8 @@ def test_the_directory_of_the_executable_is_never_written_to(room: Room) -> None
         ("touch /tmp/d", "not a directory"),
     ],
 )
-def test_a_directory_that_another_could_have_prepared_is_not_used(room: Room, prepare: str, why: str) -> None:
-    """The next one is; where there is none left, one line says what is wrong with each."""
+def test_an_unsafe_directory_is_not_used(room: Room, prepare: str, why: str) -> None:
+    """The next candidate is used. Without another candidate, one line names the fault of each directory."""
     done = room.run(f"{prepare}; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
     assert (done.returncode, done.stderr) == (0, "")
     assert room.unpacked("/tmp/d") == []
@@ -227,8 +227,8 @@ def test_a_directory_that_another_could_have_prepared_is_not_used(room: Room, pr
         (f"mkdir -m 755 /tmp/real; ln -s real /tmp/above; chown -h {NOBODY} /tmp/above", "/tmp/above is owned by uid"),
     ],
 )
-def test_a_directory_that_another_could_exchange_is_not_used(room: Room, prepare: str, why: str) -> None:
-    """Nor is one made there. Each of them is private, and ours, at the moment of the look."""
+def test_a_directory_that_another_user_could_replace_is_not_used(room: Room, prepare: str, why: str) -> None:
+    """No directory is created there either. Each directory is private and ours when it is checked."""
     mine = "/tmp/above/a/mine"
     script = f"{prepare}; mkdir /tmp/above/a; chmod 755 /tmp/above/a; mkdir -m 700 {mine}; {RUN} version"
     done = room.run(script, HOME="/root", NETLOOM_DIR=mine)
@@ -244,21 +244,21 @@ def test_a_directory_that_another_could_exchange_is_not_used(room: Room, prepare
 
 
 CALLERS = {
-    "children ignored": f"trap '' CHLD; {RUN} version",
-    "nothing allowed to new files": f"umask 0777; {RUN} version; {RUN} version",
+    "SIGCHLD ignored": f"trap '' CHLD; {RUN} version",
+    "umask 0777": f"umask 0777; {RUN} version; {RUN} version",
     "a name with a space, a link, a relative path": (
         f"cp {RUN} '/tmp/na me'; ln -s '/tmp/na me' /tmp/link; cd /tmp; './na me' version; /tmp/link version"
     ),
-    "no file open": f"{RUN} version <&- 2>&-; {RUN} version >&-; {RUN} version <&- >&- 2>&-",
-    "settings of Python": "PYTHONHASHSEED=x PYTHONMALLOC=x PYTHONVERBOSE=1 PYTHONDEVMODE=1 PYTHONWARNINGS=error"
+    "closed descriptors": f"{RUN} version <&- 2>&-; {RUN} version >&-; {RUN} version <&- >&- 2>&-",
+    "variables of Python": "PYTHONHASHSEED=x PYTHONMALLOC=x PYTHONVERBOSE=1 PYTHONDEVMODE=1 PYTHONWARNINGS=error"
     f" PYTHONINSPECT=1 PYTHONPATH=/tmp PYTHONHOME=/nowhere {RUN} version",
-    "settings of the start": "NETLOOM_UNPACKING=1 NETLOOM_EXE=/bin/false NETLOOM_TIDY=1 NETLOOM_PATH=/nowhere"
+    "variables of the start": "NETLOOM_UNPACKING=1 NETLOOM_EXE=/bin/false NETLOOM_TIDY=1 NETLOOM_PATH=/nowhere"
     f" NUITKA_ORIGINAL_ARGV0=x NUITKA_ONEFILE_PARENT=1 NUITKA_ONEFILE_DIRECTORY=/ {RUN} version",
 }
 
 
 @pytest.mark.parametrize("caller", CALLERS)
-def test_whatever_the_caller_leaves_it_starts(room: Room, caller: str) -> None:
+def test_it_starts_in_any_caller_environment(room: Room, caller: str) -> None:
     room.run("echo 'raise SystemExit(\"not ours\")' | tee /tmp/typing.py /tmp/msgspec.py /tmp/sitecustomize.py")
     done = room.run(CALLERS[caller], HOME="/root")
     assert (done.returncode, done.stderr) == (0, "")
@@ -266,7 +266,7 @@ def test_whatever_the_caller_leaves_it_starts(room: Room, caller: str) -> None:
     assert room.unpacked() == [build_id()]
 
 
-def test_a_program_that_somebody_else_put_there_is_not_run(room: Room) -> None:
+def test_a_program_planted_by_another_user_is_not_run(room: Room) -> None:
     place = f"/tmp/d/programs/{build_id()}"
     script = f"mkdir -m 700 /tmp/d /tmp/d/programs; mkdir -m 755 {place}; echo '#!/bin/sh' >{place}/netloom.bin"
     done = room.run(f"{script}; chmod 755 {place}/netloom.bin; {RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d")
@@ -276,7 +276,7 @@ def test_a_program_that_somebody_else_put_there_is_not_run(room: Room) -> None:
 
 
 @pytest.mark.parametrize(("disk", "why"), [("size=20m", "19 MB free"), ("size=200m,nr_inodes=8", "unpacking failed")])
-def test_a_full_disk_is_said_and_nothing_half_unpacked_is_left(room: Room, disk: str, why: str) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_unpack(room: Room, disk: str, why: str) -> None:
     for directory in ("/root", "/var/cache", "/var/tmp"):
         room.run(f"mount -t tmpfs -o ro none {directory}")
     room.run(f"mkdir -m 700 /tmp/d; mount -t tmpfs -o mode=700,{disk} none /tmp/d")
@@ -287,8 +287,8 @@ def test_a_full_disk_is_said_and_nothing_half_unpacked_is_left(room: Room, disk:
     assert room.unpacked("/tmp/d") == []
 
 
-def test_old_builds_are_removed_by_the_first_start_of_a_new_one_and_by_later_ones(room: Room) -> None:
-    """The build before was just in use: it is removed when nobody has started it for an hour."""
+def test_old_builds_are_removed_after_an_hour_without_use(room: Room) -> None:
+    """A build is removed when it was not started for an hour. The first start of a new build and later starts do it."""
     programs = f"{HOME}/programs"
     old = f"{programs}/0.0.1-1-aaaa {programs}/.new-killed"
     used = f"{programs}/0.0.2-1-bbbb"
@@ -296,13 +296,13 @@ def test_old_builds_are_removed_by_the_first_start_of_a_new_one_and_by_later_one
     assert room.run(f"{RUN} version", HOME="/root").returncode == 0
     assert room.unpacked() == ["0.0.2-1-bbbb", build_id()]
     room.run(f"touch -d '2 hours ago' {used}; {RUN} version", HOME="/root")
-    assert room.unpacked() == ["0.0.2-1-bbbb", build_id()]  # a start costs no look around ...
+    assert room.unpacked() == ["0.0.2-1-bbbb", build_id()]  # not every start looks for old builds:
     room.run(f"touch -d '11 minutes ago' {programs}/{build_id()}; {RUN} version", HOME="/root")
-    assert room.unpacked() == [build_id()]  # ... but one in ten minutes
+    assert room.unpacked() == [build_id()]  # one start in ten minutes does
 
 
-def test_a_call_starts_a_helper_that_holds_nothing_of_the_callers(room: Room) -> None:
-    """The caller reads end of file at once; the helper is this build, and ends at once when it is told to."""
+def test_a_call_starts_a_helper_that_inherits_no_descriptors(room: Room) -> None:
+    """The caller reads end of file at once. The helper is of this build and exits on SIGTERM."""
     room.run("echo '{}' >/tmp/payload")
     done = room.run(f"{RUN} ensure-network-device /tmp/payload 60 | cat; exit 0", HOME="/root", NETLOOM_HELPER="60")
     assert "missing" in done.stdout + done.stderr
@@ -315,8 +315,8 @@ def test_a_call_starts_a_helper_that_holds_nothing_of_the_callers(room: Room) ->
         time.sleep(0.02)
 
 
-def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
-    """What is compiled would ask os.path where its packages are: a quarter of the way to the helper."""
+def test_a_call_does_not_load_os_or_site(room: Room) -> None:
+    """Compiled packages would use os.path to find themselves: a quarter of the time of a call through the helper."""
     room.run(f"echo '{{}}' >/tmp/payload; {RUN} version", HOME="/root")
     program = f"NETLOOM_EXE={RUN} PYTHONVERBOSE=1 {HOME}/programs/{build_id()}/netloom.bin"
     said = room.run(f"{program} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60").stderr
@@ -325,7 +325,7 @@ def test_a_call_loads_nothing_that_the_compiler_asks_for(room: Room) -> None:
     assert loaded & {"os", "posixpath", "stat", "_collections_abc", "site", "inspect", "typing", "socket"} == set()
 
 
-def test_statuses_are_those_of_the_source_version(room: Room) -> None:
+def test_exit_statuses_match_the_source_version(room: Room) -> None:
     payload = {
         "physical-network-extension-details": {"hosts": "127.0.0.1", "port": "1", "password": "FAKE"},
         "payload": {"network_id": "1"},
@@ -347,7 +347,7 @@ def test_statuses_are_those_of_the_source_version(room: Room) -> None:
 
 @pytest.fixture
 def unanswered(room: Room) -> Iterator[str]:
-    """The words of a call that hangs, for its host says nothing; the program is unpacked."""
+    """The command line of a call that hangs because its host does not respond. The program is already unpacked."""
     payload = {
         "physical-network-extension-details": {"hosts": "127.0.0.1", "port": "2222", "password": "FAKE"},
         "payload": {"network_id": "1"},
@@ -363,7 +363,7 @@ def unanswered(room: Room) -> Iterator[str]:
 
 
 def _ended_by(number: signal.Signals, call: subprocess.Popen[str]) -> None:
-    """It ends in one line, with the signal's status."""
+    """Send the signal; the call ends with one line and the signal's status."""
     call.send_signal(number)
     out, err = call.communicate(timeout=30)
     assert (call.returncode, out) == (128 + number, ""), err
@@ -372,21 +372,19 @@ def _ended_by(number: signal.Signals, call: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("helper", ["0", "60"])
-def test_signals_are_those_of_the_source_version(room: Room, unanswered: str, helper: str) -> None:
-    """Nuitka's own start would turn one into another, and let the third through to nobody."""
+def test_signals_behave_as_in_the_source_version(room: Room, unanswered: str, helper: str) -> None:
+    """Nuitka's own start code would translate one signal into another and lose a third."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER=helper)
         deadline = time.monotonic() + 30
-        while not _catches(call.pid, signal.SIGHUP):  # the last of them to have a handler
+        while not _catches(call.pid, signal.SIGHUP):  # its handler is installed last
             assert call.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         _ended_by(number, call)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_before_the_program_can_speak_waits_until_it_can(
-    room: Room, unanswered: str, number: signal.Signals
-) -> None:
+def test_an_early_signal_is_reported_once_the_program_runs(room: Room, unanswered: str, number: signal.Signals) -> None:
     for _ in range(5):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER="0")
         deadline = time.monotonic() + 30
@@ -395,8 +393,8 @@ def test_a_signal_before_the_program_can_speak_waits_until_it_can(
         _ended_by(number, call)
 
 
-def test_a_signal_amid_any_import_is_told(room: Room, unanswered: str) -> None:
-    """A third of those in these milliseconds ended in abort(): the log's module wanted os, which was half loaded."""
+def test_a_signal_during_any_import_is_reported(room: Room, unanswered: str) -> None:
+    """A third of the signals in these milliseconds ended in abort(): the log module used os, which was half loaded."""
     for tenths_ms in range(60):
         call = room.popen(unanswered, HOME="/root", NETLOOM_HELPER="0")
         deadline = time.monotonic() + 30
@@ -407,6 +405,6 @@ def test_a_signal_amid_any_import_is_told(room: Room, unanswered: str) -> None:
 
 
 def _catches(pid: int, number: int) -> bool:
-    """Whether the process has a handler of its own for the signal."""
+    """Whether the process has installed a handler for the signal."""
     told = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(told["SigCgt"], 16) & 1 << (number - 1)) and told["Name"].startswith("netloom")

@@ -1,4 +1,4 @@
-"""`make docs`: every page is reached, every link leads somewhere, and nothing comes from another server."""
+"""`make docs`: every document is a page, every link has a target, and nothing is loaded from another server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_search_works_without_a_server(site: Path) -> None:
     assert (site / "assets/javascripts/worker.js").is_file()
 
 
-def test_a_link_that_is_no_page_is_refused(tmp_path: Path) -> None:
+def test_a_link_to_a_file_outside_the_site_is_refused(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     for name in ("ARCHITECTURE.md", "CHANGELOG.md", "internal/netloom/render/README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def test_a_link_that_is_no_page_is_refused(tmp_path: Path) -> None:
         collect(tmp_path, tmp_path / "out")
 
 
-def test_a_page_without_an_entry_in_the_navigation_is_named(tmp_path: Path) -> None:
+def test_a_page_missing_from_the_navigation_is_named(tmp_path: Path) -> None:
     config = tmp_path / "zensical.toml"
     config.write_text('[project]\nnav = [{ "A" = ["a.md", { "B" = "b.md" }] }]\n')
     assert missing_from_navigation(config, {"a.md", "b.md", "c.md"}) == ["c.md"]
@@ -60,7 +60,7 @@ def test_a_page_without_an_entry_in_the_navigation_is_named(tmp_path: Path) -> N
         ('<img src="x.png">', "a.html: x.png leads nowhere"),
     ],
 )
-def test_what_is_wrong_with_the_product_is_named(tmp_path: Path, written: str, fault: str) -> None:
+def test_faults_of_the_built_site_are_named(tmp_path: Path, written: str, fault: str) -> None:
     page = tmp_path / "a.html"
     page.write_text('<h1 id="top">A</h1><a href="#top">up</a><a href="https://example.org/">out</a>')
     assert faults_of(tmp_path) == []

@@ -1,10 +1,10 @@
 """The golden scenarios of the renderer: ``<name>/state.json`` in, ``ruleset.nft`` and ``want.txt`` out.
 
-Where VMs are given something, ``services.txt`` has the processes with their files, and ``guests.txt`` what each VM is
-told: its lease, and the tree that it finds at port 80.
+If VMs are served, ``services.txt`` has the processes with their files, and ``guests.txt`` has the lease and the
+metadata tree (port 80) of each VM.
 
-To write what the renderer says now, and read the difference before committing it:
-``UPDATE_GOLDEN=1 pytest tests/golden``.
+``UPDATE_GOLDEN=1 pytest tests/golden`` writes the current output of the renderer. Read the difference before you
+commit it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load(scenario: Path) -> Scope:
 
 
 def texts(scenario: Path) -> dict[str, str]:
-    """What the renderer says of a scenario, by file name."""
+    """The output of the renderer for a scenario, by file name."""
     scope = load(scenario)
     want = render(scope)
     given = {"services.txt": processes(scope), "guests.txt": guests(scope)}
@@ -51,7 +51,7 @@ def texts(scenario: Path) -> dict[str, str]:
 
 
 def processes(scope: Scope) -> str:
-    """What runs beside the kernel, each with the files that it reads."""
+    """The service processes of a scope, each with the files that it reads."""
     lines = []
     for service in services(scope):
         lines += [f"== {service.name}: {' '.join(service.argv)}"]
@@ -66,7 +66,7 @@ def processes(scope: Scope) -> str:
 
 
 def guests(scope: Scope) -> str:
-    """What each VM is told."""
+    """The lease, options, password and metadata of each VM."""
     lines = []
     for table in tables(scope):
         if table.nics:
@@ -101,7 +101,7 @@ def _get(nic: GuestNic, path: str) -> str | None:
 
 
 def described(want: Want) -> str:
-    """A want without its ruleset, as a person reads it: one line per thing."""
+    """A want without its ruleset as text, one line per object."""
     lines = [f"namespace {want.namespace or '(nothing)'}", ""]
     for port in want.ports:
         segment = port.segment

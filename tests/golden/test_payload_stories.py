@@ -1,7 +1,7 @@
-"""Every payload file of the client, in its natural place, and what it changes: told line by line, read by a person.
+"""Stories: sequences of the client's payload files, with the changes of the state that each of them causes.
 
-``payloads/<story>.txt`` is what the state says. To write it anew, and read the difference before committing it:
-``UPDATE_GOLDEN=1 pytest tests/golden``.
+``payloads/<story>.txt`` has the changes. ``UPDATE_GOLDEN=1 pytest tests/golden`` writes these files anew. Read the
+difference before you commit it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEX = {it["file"][:3]: it for it in json.loads((PAYLOADS / "index.json").read_
 VALUE_CHARACTERS_MAX = 90
 BESIDE = ("scope_id", "owner", "schema", "revision", "uplinks")
 
-# Each begins on a host that knows nothing.
+# Each story starts without a state.
 STORIES = {
     "isolated-first-vm": "020 021 022 024 030 031 032 033 034 035 020",
     "isolated-vms": "020 030 032 034 035 100 036 039 040 041 037 090 091 092 093 600 102 101 037 038",
@@ -61,17 +61,17 @@ def flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ..
 
 
 def document(scope: Scope | None) -> dict[tuple[str, ...], str]:
-    """The state as paths and values, without what is as it is in every new network."""
+    """The state as paths and values, without the values that every new network has."""
     plain = json.loads(msgspec.json.encode(scope, enc_hook=enc_hook)) if scope is not None else {}
     values = dict(flat({key: it for key, it in plain.items() if key not in BESIDE}))
     bare = {"null", "false", '""', "[]", "{}"}
-    # Here the bare value says something, for there is another for "nobody told".
+    # In these fields an empty value is information, because "not set" has another value.
     told = {"default_egress_allow": {"false"}, "acl": {"[]"}}
     return {path: value for path, value in values.items() if value not in bare - told.get(path[-1], set())}
 
 
 def difference(before: Scope | None, after: Scope | None) -> list[str]:
-    """What is new, gone (the whole of it, where all of it is) or another value."""
+    """Added, changed and removed values. If everything below a path was removed, only the path is listed."""
     had, has = document(before), document(after)
     lines = [f"    + {'.'.join(path)} = {has[path]}" for path in has.keys() - had.keys()]
     lines += [
@@ -107,21 +107,21 @@ def told(story: str) -> str:
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_what_each_payload_changes(story: str) -> None:
+def test_payload_story_matches_the_golden_file(story: str) -> None:
     file = GOLDEN / "payloads" / f"{story}.txt"
     if UPDATE:
         file.write_text(told(story))
     assert file.read_text() == told(story), f"{file}: UPDATE_GOLDEN=1 writes it anew"
 
 
-def test_every_payload_has_its_place_in_a_story() -> None:
+def test_every_payload_is_in_a_story() -> None:
     elsewhere = {number for number, it in INDEX.items() if it["command"] in ("ensure-network-device", "custom-action")}
     assert {it for story in STORIES.values() for it in story.split()} == INDEX.keys() - elsewhere
 
 
 @pytest.mark.parametrize("story", STORIES)
-def test_a_story_told_twice_step_by_step_is_the_same_story(story: str) -> None:
-    """CloudStack repeats: each call is sent again at once, and changes nothing."""
+def test_repeating_each_call_of_a_story_changes_nothing(story: str) -> None:
+    """CloudStack repeats calls. Each call is sent twice; the second changes nothing."""
     scope: Scope | None = None
     for number in STORIES[story].split():
         try:

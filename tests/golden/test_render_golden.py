@@ -1,4 +1,4 @@
-"""What the renderer says of the golden scenarios is what a person has read."""
+"""The output of the renderer for the golden scenarios is the reviewed output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_there_are_scenarios() -> None:
 
 
 @pytest.mark.parametrize("scenario", scenarios(), ids=lambda it: it.name)
-def test_rendered_as_read(scenario: Path) -> None:
+def test_rendered_output_matches_the_golden_files(scenario: Path) -> None:
     rendered = texts(scenario)
     assert {it.name for it in scenario.iterdir()} <= {*rendered, "state.json"} or UPDATE, "a file that nothing writes"
     for name, text in rendered.items():

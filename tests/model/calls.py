@@ -1,4 +1,4 @@
-"""Calls as values for the laws of the commands: (command, payload), carried out on a scope without a host.
+"""Calls as values for the laws of the commands: (command, payload), applied to a scope without a host.
 
 Payloads come from small pools, so that random walks return to the same objects.
 """

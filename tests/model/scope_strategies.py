@@ -79,7 +79,7 @@ static_nats = st.builds(
 )
 
 
-# Of ports that no forward has: a command that would take one twice is refused.
+# Public ports that no port forward uses, because a command that uses a port twice is refused.
 lb_rules = st.builds(
     lambda rule_id, at, port, protocol, algorithm, backends: LbRule(
         rule_id=rule_id,

@@ -1,4 +1,4 @@
-"""Laws of a VPC and its two tiers, held against random walks of every command that is about them."""
+"""Laws of a VPC and its two tiers, checked on random sequences of all commands that concern them."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def source(scope: Scope | None) -> set[str]:
 
 
 def inward(scope: Scope) -> set[str]:
-    """The addresses that something is translated from."""
+    """The addresses of static NATs and port forwards."""
     return {*scope.static_nats, *(it.public_ip for it in scope.port_forwards.values())}
 
 
 def of(scope: Scope, network_id: str) -> tuple[object, ...]:
-    """All that is a tier's own."""
+    """Everything that belongs to one tier."""
     return (
         scope.networks.get(network_id),
         {key: it for key, it in scope.static_nats.items() if it.network_id == network_id},
@@ -85,13 +85,13 @@ def of(scope: Scope, network_id: str) -> tuple[object, ...]:
 
 
 @given(walks, calls)
-def test_twice_is_once(walk: list[Call], call: Call) -> None:
+def test_every_call_is_idempotent(walk: list[Call], call: Call) -> None:
     once = carry_out(walked(walk), call, OURS)
     assert carry_out(once, call, OURS) == once
 
 
 @given(walks)
-def test_what_leads_inward_is_held_and_one_address_at_most_leads_out(walk: list[Call]) -> None:
+def test_translated_addresses_are_assigned_and_at_most_one_is_source_nat(walk: list[Call]) -> None:
     scope: Scope | None = None
     for call in walk:
         scope = carry_out(scope, call, OURS)
@@ -106,7 +106,7 @@ def test_what_leads_inward_is_held_and_one_address_at_most_leads_out(walk: list[
 
 
 @given(walks, st.sampled_from(WHOLE))
-def test_a_change_of_the_source_nat_address_changes_that_alone(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_changing_the_source_nat_address_changes_nothing_else(walk: list[Call], asked: dict[str, Any]) -> None:
     before = walked(walk)
     after = carry_out(before, ("update-vpc-source-nat-ip", asked), OURS)
     assert after is not None
@@ -117,8 +117,8 @@ def test_a_change_of_the_source_nat_address_changes_that_alone(walk: list[Call],
 
 
 @given(walks, some(["release-ip"], IN_TIER) | of_a_tier | tier_ends)
-def test_no_call_of_a_tier_takes_the_vpcs_address(walk: list[Call], call: Call) -> None:
-    """assign-ip alone tells whether an address has the role."""
+def test_no_tier_call_removes_the_vpcs_source_nat_address(walk: list[Call], call: Call) -> None:
+    """Only assign-ip sets whether an address is the source-NAT address."""
     before = walked(walk)
     after = carry_out(before, call, OURS)
     assert after is not None
@@ -137,7 +137,7 @@ def test_no_call_of_a_tier_takes_the_vpcs_address(walk: list[Call], call: Call) 
     ("release-ip", IN_TIER[0]),
 )
 @given(walks, tier_ends | some(["release-ip"], IN_TIER))
-def test_what_ends_in_a_tier_takes_nothing_of_the_other(walk: list[Call], call: Call) -> None:
+def test_removals_in_a_tier_leave_the_other_tier_unchanged(walk: list[Call], call: Call) -> None:
     before = walked(walk)
     assert before is not None
     after = carry_out(before, call, OURS)
@@ -153,14 +153,14 @@ def test_what_ends_in_a_tier_takes_nothing_of_the_other(walk: list[Call], call: 
 
 
 @given(walks)
-def test_a_vpc_implemented_again_is_as_it_was(walk: list[Call]) -> None:
-    """A restart with cleanup sends it alone, and no tier after it."""
+def test_implementing_a_vpc_again_changes_nothing(walk: list[Call]) -> None:
+    """A restart with cleanup sends implement-vpc without implementing the tiers again."""
     before = walked(walk)
     assert content(carry_out(before, ("implement-vpc", VPC), OURS)) == content(before)
 
 
 @given(walks, vpc_ends)
-def test_after_its_end_nothing_is_left(walk: list[Call], end: Call) -> None:
+def test_shutdown_and_destroy_of_a_vpc_leave_no_state(walk: list[Call], end: Call) -> None:
     assert carry_out(walked(walk), end, OURS) is None
     assert carry_out(None, end, OURS) is None
 
@@ -175,7 +175,7 @@ FLOWS = [
 ]
 
 
-# The tier's list lets the one port of the balanced guest in, and not the other.
+# The tier's ACL allows one of the two backend ports.
 @example(
     [
         ("implement-vpc", WHOLE[0]),
@@ -187,8 +187,8 @@ FLOWS = [
 )
 @settings(max_examples=200)
 @given(walks, st.lists(calls | some(["apply-lb-rules"], BALANCED), min_size=1, max_size=4))
-def test_no_change_that_ends_a_flow_goes_unseen(walk: list[Call], more: list[Call]) -> None:
-    """Of every flow that is open before, in each way that it may have taken: where none is looked at, all are right."""
+def test_every_change_that_can_break_a_flow_is_checked(walk: list[Call], more: list[Call]) -> None:
+    """If a change does not lead to a check of all flows, every flow keeps its verdict, on every path it can take."""
     before = walked(walk)
     for call in more:
         after = carry_out(before, call, OURS)
@@ -208,7 +208,7 @@ def test_no_change_that_ends_a_flow_goes_unseen(walk: list[Call], more: list[Cal
 
 
 @given(walks)
-def test_no_value_is_changed_in_place(walk: list[Call]) -> None:
+def test_commands_never_mutate_their_input(walk: list[Call]) -> None:
     scope: Scope | None = None
     for call in walk:
         before, was = scope, text(scope)

@@ -62,19 +62,19 @@ _REMOVABLE = {
     ("AsyncFunctionDef", "decorator_list"),
     ("ClassDef", "decorator_list"),
 }
-# Stands in a list where a node was removed, until all nodes are changed: the others keep their places.
+# Placeholder for a removed node in a list until all nodes are changed, so that the positions of the others stay valid.
 _GONE = ast.Constant(value=None)
 
 
 class Mutation(NamedTuple):
-    """One guard, and the expression that stands in its place; None: the guard is removed."""
+    """One guard, and the expression that replaces it; None: the guard is removed."""
 
     guard: str
     instead: str | None = None
 
 
 class Mutant(NamedTuple):
-    """All that is changed at once, and the test that must fail then."""
+    """The mutations that are applied together, and the test that must then fail."""
 
     test: str  # "tests/unit/test_a.py::test_b"
     mutations: list[Mutation]
@@ -94,7 +94,7 @@ class _Slot(NamedTuple):
 
 
 def mutants() -> Iterator[Mutant]:
-    """Every test with a mutation mark. Several marks on one test go together."""
+    """Every test with a mutation mark. Several marks on one test are applied together."""
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         source = path.read_text()
         if "mark.mutation(" not in source:
@@ -205,7 +205,7 @@ def _start(node: ast.AST) -> tuple[int, int] | None:
 
 
 def _continued(node: ast.AST) -> bool:
-    """Whether it is an operator, and its first operand ends on an earlier line than the next one begins."""
+    """Whether the node is an operator whose second operand starts on a later line than the first one ends."""
     match node:
         case ast.BoolOp(values=[first, second, *_]):
             return _apart(first, second)
@@ -221,7 +221,7 @@ def _apart(first: ast.expr, second: ast.expr) -> bool:
 
 
 def _headed(slots: list[_Slot], row: int) -> _Slot | None:
-    """The compound statement whose head has this line, and began on an earlier one."""
+    """The compound statement whose head contains this line and starts on an earlier one."""
     for slot in slots:
         body = getattr(slot.node, "body", None)
         if isinstance(slot.node, ast.stmt) and body and slot.node.lineno < row < body[0].lineno:
@@ -230,7 +230,7 @@ def _headed(slots: list[_Slot], row: int) -> _Slot | None:
 
 
 def _ended(slots: list[_Slot], at: tuple[int, int]) -> _Slot | None:
-    """The largest node that ends there. A compound statement ends with its last inner statement, which is meant."""
+    """The largest node that ends there, but no compound statement: that ends with its last inner statement."""
     for slot in slots:
         node = slot.node
         compound = isinstance(getattr(node, "body", None), list)
@@ -254,7 +254,7 @@ def _remove(slot: _Slot, guard: str) -> None:
         case ast.stmt() if slot.position is not None and not hasattr(node, "body"):
             siblings[slot.position] = ast.Pass()
         case _ if isinstance(parent, ast.Dict) and slot.position is not None:
-            # Both lists have the same length, and keep it.
+            # Both lists must keep the same length.
             parent.keys[slot.position] = _GONE
             parent.values[slot.position] = _GONE
         case _ if slot.position is not None and (type(parent).__name__, slot.field) in _REMOVABLE:

@@ -1,9 +1,9 @@
 """A test with mutation marks fails once its guards are removed.
 
-In a copy of the repository the guards that the marks name are changed as :mod:`mutants.marks` defines. The test must
-then fail by its own assertion: not in its set-up or tear-down, and not because the copy no longer loads. This finds a
-test that would pass whatever the program does, and a test that outlived its guard. Several marks on one test go
-together: where two barriers do the same, both are removed.
+The guards that the marks name are changed in a copy of the repository, as :mod:`mutants.marks` defines. The test must
+then fail by its own assertion: not in its set-up or tear-down, and not because the copy no longer loads. This finds
+tests that pass regardless of the program, and tests whose guard no longer exists. Several marks on one test are applied
+together: if two guards prevent the same fault, both are removed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mutants.marks import ROOT, Mutant, mutants, mutated
 COPIED = ("internal", "cmd", "tests", "build", "pyproject.toml", "README.md", "Makefile")
 IGNORED = shutil.ignore_patterns("__pycache__")
 LIMIT_S = 300
-# A program that no longer loads fails with these: they say nothing about the guard.
+# Errors of a program that no longer loads. They prove nothing about the guard.
 BROKEN = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError", "NameError", "UnboundLocalError")
 
 
@@ -34,7 +34,7 @@ def _named(mutant: Mutant) -> str:
 
 @pytest.fixture
 def copy() -> Iterator[Path]:
-    """The repository, where simulated hosts and users without privileges see it too."""
+    """A copy of the repository in a place that simulated hosts and users without privileges can read."""
     with tempfile.TemporaryDirectory(prefix="netloom-mutant-", dir=ROOT.parent) as directory:
         for name in COPIED:
             if (ROOT / name).is_dir():

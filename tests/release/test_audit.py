@@ -1,4 +1,4 @@
-"""`make audit` says what is not as it was chosen, and never that it looked where it could not."""
+"""`make audit` reports every deviation, and never claims a check that it could not make."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ print(sbom.bill(product, Path(".venv-runtime"), sources()), end="")
 """
 
 
-def test_all_is_as_it_was_chosen() -> None:
+def test_this_checkout_passes_the_audit() -> None:
     assert [*audit.unpinned(), *audit.installed(audit.environments())] == []
 
 
 def install(root: Path, name: str, version: str, licence: str = "MIT") -> Path:
-    """A distribution of one module in .venv-runtime; the module."""
+    """Install a distribution of one module in .venv-runtime. Returns the module's path."""
     site = root / ".venv-runtime/lib/python3.11/site-packages"
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
@@ -50,11 +50,11 @@ def found_in(root: Path) -> list[str]:
     return list(audit.installed([audit.Environment(root / ".venv-runtime", ("runtime.txt",), policy.CARRIED)]))
 
 
-def test_an_environment_that_is_not_there_is_found(tmp_path: Path) -> None:
+def test_a_missing_environment_is_reported(tmp_path: Path) -> None:
     assert found_in(tmp_path) == [".venv-runtime: nothing is installed there"]
 
 
-def test_a_package_that_no_list_names_is_found(tmp_path: Path) -> None:
+def test_an_unlisted_package_is_reported(tmp_path: Path) -> None:
     version = dict(requirements.pins("runtime.txt"))["h11"]
     install(tmp_path, "h11", version)
     assert found_in(tmp_path) == []
@@ -62,19 +62,19 @@ def test_a_package_that_no_list_names_is_found(tmp_path: Path) -> None:
     assert found_in(tmp_path) == [".venv-runtime: stowaway 1.0 is in none of runtime.txt"]
 
 
-def test_another_version_than_the_pinned_one_is_found(tmp_path: Path) -> None:
+def test_a_version_other_than_the_pinned_one_is_reported(tmp_path: Path) -> None:
     install(tmp_path, "h11", "0.0.1")
     assert found_in(tmp_path) == [".venv-runtime: h11 0.0.1 is in none of runtime.txt"]
 
 
 @pytest.mark.parametrize("deed", [lambda it: it.write_text("x = 2\n"), Path.unlink], ids=["changed", "removed"])
-def test_a_file_that_the_wheel_did_not_bring_is_found(tmp_path: Path, deed: Any) -> None:
+def test_a_changed_or_removed_file_is_reported(tmp_path: Path, deed: Any) -> None:
     deed(install(tmp_path, "h11", dict(requirements.pins("runtime.txt"))["h11"]))
     assert found_in(tmp_path) == [".venv-runtime: h11: h11.py is not what the wheel brought"]
 
 
 @pytest.mark.parametrize("licence", ["AGPL-3.0-only", ""])
-def test_a_licence_that_is_not_on_the_list_is_found(tmp_path: Path, licence: str) -> None:
+def test_a_licence_not_on_the_list_is_reported(tmp_path: Path, licence: str) -> None:
     version = dict(requirements.pins("runtime.txt"))["h11"]
     install(tmp_path, "h11", version, licence)
     told = licence or "not said"
@@ -101,11 +101,11 @@ def test_a_licence_that_is_not_on_the_list_is_found(tmp_path: Path, licence: str
         ("", False),
     ],
 )
-def test_an_expression_is_allowed_when_one_choice_is(expression: str, verdict: bool) -> None:
+def test_licence_expressions_are_evaluated(expression: str, verdict: bool) -> None:
     assert policy.allows(expression, policy.CARRIED) is verdict
 
 
-def test_an_entry_without_a_hash_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_without_a_hash_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "DIRECTORY", tmp_path)
     (tmp_path / "a.txt").write_text(f"one==1.0 \\\n    --hash=sha256:{'0' * 64}\n    # via two\n")
     (tmp_path / "b.txt").write_text("two==1.0\n")
@@ -118,7 +118,7 @@ def test_an_entry_without_a_hash_is_found(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def bill() -> str:
-    """Made by the tool, in the tool's environment."""
+    """The bill of materials, made by the tool in its own environment."""
     return ran("-c", BILL).stdout
 
 
@@ -136,7 +136,7 @@ def ran(*words: str, status: int = 0, **environment: str) -> subprocess.Complete
     return ended
 
 
-def test_the_bill_names_all_that_the_executable_carries(bill: str) -> None:
+def test_the_bill_of_materials_is_complete(bill: str) -> None:
     assert list(audit.incomplete(bill)) == []
     assert list(audit.licences(bill)) == []
     read = json.loads(bill)
@@ -148,13 +148,13 @@ def test_the_bill_names_all_that_the_executable_carries(bill: str) -> None:
     assert set().union(*depends.values()) | {"netloom"} == references, "each is needed by something"
     (cryptography,) = (it["bom-ref"] for it in read["components"] if it["name"] == "cryptography")
     assert any("openssl" in it for it in depends[cryptography])
-    # What comes inside of others without a list of its own, and what a compiler links into all that it makes.
+    # Components bundled in others without a list of their own, and libraries that the compiler links in.
     for inner, outer in (("libffi==3.4", "cffi"), ("zlib-crc32==2022", "nuitka"), ("glibc==2.28", "ziglang")):
         assert any(inner in on for it, on in depends.items() if it.startswith(f"{outer}=="))
     assert not {name for name, _ in sbom.names(bill)} & {"pip", "setuptools", "pycparser", "cyclonedx-bom", "pytest"}
 
 
-def test_what_a_bill_lacks_is_found(bill: str) -> None:
+def test_a_component_missing_from_the_bill_is_reported(bill: str) -> None:
     read = json.loads(bill)
     read["components"] = [it for it in read["components"] if it["name"] not in ("asyncssh", "openssl")]
     version = dict(requirements.pins("runtime.txt"))["asyncssh"]
@@ -166,7 +166,7 @@ def test_what_a_bill_lacks_is_found(bill: str) -> None:
 
 @contextmanager
 def service(*vulnerable: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A vulnerability service on loopback that knows of these packages; its address, and what it is asked."""
+    """A vulnerability service on loopback that reports these packages. Yields its URL and the list of its requests."""
     asked: list[dict[str, Any]] = []
 
     class Answers(BaseHTTPRequestHandler):
@@ -200,7 +200,7 @@ def audited(url: str, status: int) -> subprocess.CompletedProcess[str]:
     return ran("-m", "package.audit", status=status, AUDIT_OSV_URL=url, NO_PROXY="127.0.0.1")
 
 
-def test_everything_is_asked_about(bill: str) -> None:
+def test_every_component_is_looked_up(bill: str) -> None:
     with service() as (url, asked):
         ended = audited(url, 0)
     assert f"{url} knows no vulnerability of them" in ended.stdout
@@ -214,7 +214,7 @@ def test_everything_is_asked_about(bill: str) -> None:
     )
 
 
-def test_a_known_vulnerability_is_named_and_fails() -> None:
+def test_a_known_vulnerability_is_named_and_fails_the_audit() -> None:
     with service("asyncssh", "pkg:cargo/pyo3") as (url, _):
         ended = audited(url, 1)
     found = [line.rpartition(" ")[0] for line in ended.stderr.splitlines() if line.endswith("TEST-2026-1")]
@@ -223,7 +223,7 @@ def test_a_known_vulnerability_is_named_and_fails() -> None:
     assert "knows no vulnerability" not in ended.stdout
 
 
-def test_a_silent_service_is_said_in_one_line_and_fails() -> None:
+def test_an_unreachable_service_fails_the_audit_in_one_line() -> None:
     with service() as (url, _):
         pass
     ended = audited(url, 2)

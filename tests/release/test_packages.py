@@ -1,4 +1,4 @@
-"""The packages and the archive, made from a stand-in for the executable."""
+"""The packages and the archive, built from a script in place of the executable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ exit 3
 
 @dataclass(frozen=True)
 class Made:
-    """The paths of what was made once."""
+    """The paths of the files that were built."""
 
     deb: Path
     rpm: Path
@@ -63,8 +63,8 @@ def said(*words: str | Path, **environment: str) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | environment).stdout
 
 
-def test_the_same_product_gives_the_same_bytes(made: Made, stand_in: Product, tmp_path: Path) -> None:
-    """Another directory, umask, time zone and language, and files of another time."""
+def test_packages_are_reproducible(made: Made, stand_in: Product, tmp_path: Path) -> None:
+    """Build again with another directory, umask, time zone, language and file time."""
     os.utime(stand_in.executable, (1_000_000_000, 1_000_000_000))
     before = os.umask(0o077)
     with pytest.MonkeyPatch.context() as patched:
@@ -82,7 +82,7 @@ def test_the_same_product_gives_the_same_bytes(made: Made, stand_in: Product, tm
 
 
 def of_deb(path: Path) -> dict[str, str]:
-    """Path to mode, of all that is no directory; everything belongs to root."""
+    """The mode of each file by its path, without directories. Everything must belong to root."""
     with tarfile.open(
         fileobj=BytesIO(subprocess.run(["dpkg-deb", "--fsys-tarfile", path], capture_output=True, check=True).stdout)
     ) as tar:
@@ -103,7 +103,7 @@ def of_rpm(path: Path) -> dict[str, str]:
     return {name: mode for mode, _, _, name in rows if not mode.startswith("d")}
 
 
-def test_both_packages_install_the_same(made: Made) -> None:
+def test_deb_and_rpm_install_the_same_files(made: Made) -> None:
     alike = {name: mode for name, mode in of_deb(made.deb).items() if "/zsh/" not in name}
     other = {name: mode for name, mode in of_rpm(made.rpm).items() if "/zsh/" not in name}
     assert alike.pop("/usr/share/doc/netloom/changelog.Debian.gz") == "-rw-r--r--"
@@ -117,7 +117,7 @@ def test_both_packages_install_the_same(made: Made) -> None:
     assert {name for name, mode in alike.items() if mode.startswith("l")} == {"/usr/bin/netloom"}
 
 
-def test_neither_package_runs_anything_or_needs_more_than_a_c_library(made: Made) -> None:
+def test_packages_have_no_scripts_and_depend_only_on_the_c_library(made: Made) -> None:
     control = said("dpkg-deb", "-I", made.deb, LC_ALL="C")
     assert re.findall(r"lines +(?:\* )?(\w+)", control) == ["control", "md5sums"]
     assert said("dpkg-deb", "-f", made.deb, "Depends").strip() == "libc6 (>= 2.28), libgcc-s1"
@@ -130,7 +130,7 @@ def dpkg(root: Path, *words: str | Path) -> str:
     return said("dpkg", f"--root={root}", "--force-depends", "--log=/dev/null", *words)
 
 
-def test_the_deb_is_installed_and_removed_without_a_trace(made: Made, tmp_path: Path) -> None:
+def test_the_deb_installs_and_removes_cleanly(made: Made, tmp_path: Path) -> None:
     for folder in ("info", "updates"):
         (tmp_path / "var/lib/dpkg" / folder).mkdir(parents=True)
     for name in ("status", "available"):
@@ -142,7 +142,7 @@ def test_the_deb_is_installed_and_removed_without_a_trace(made: Made, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["var"]
 
 
-def test_the_rpm_is_installed_and_removed_without_a_trace(made: Made, tmp_path: Path) -> None:
+def test_the_rpm_installs_and_removes_cleanly(made: Made, tmp_path: Path) -> None:
     tool = ("rpm", f"--root={tmp_path}", "--dbpath=/db")
     said(*tool, "--nodeps", "--nosignature", "-i", made.rpm)
     assert said(*tool, "--nodeps", "-V", "netloom") == ""
@@ -152,8 +152,8 @@ def test_the_rpm_is_installed_and_removed_without_a_trace(made: Made, tmp_path: 
     assert not (tmp_path / EXTENSION).exists()
 
 
-def test_the_launcher_hands_everything_on(stand_in: Product, tmp_path: Path) -> None:
-    """Arguments as they are, environment, working directory, exit status; no process stays between."""
+def test_the_launcher_passes_everything_through(stand_in: Product, tmp_path: Path) -> None:
+    """Arguments, environment, working directory and exit status are passed through, without a process in between."""
     launcher = tmp_path / "netloom.sh"
     text = (ROOT / "build/package/netloom.sh").read_text()
     assert text.count("/usr/lib/netloom/netloom") == 1
@@ -183,7 +183,7 @@ def test_the_archive_is_one_directory_with_the_executable(made: Made, stand_in: 
 
 
 def _to_two_seconds(it: Product) -> tuple[int, ...]:
-    """zip knows no odd ones."""
+    """The product's time, rounded down: zip stores even seconds only."""
     *rest, second = it.time.timetuple()[:6]
     return (*rest, second // 2 * 2)
 
@@ -192,7 +192,7 @@ def newer(one: str, other: str) -> bool:
     return subprocess.run(["dpkg", "--compare-versions", one, "gt", other], check=False).returncode == 0
 
 
-def test_a_release_is_newer_than_its_snapshots_and_they_are_in_the_order_of_their_commits() -> None:
+def test_snapshots_sort_by_commit_time_and_before_their_release() -> None:
     early, late = (
         release("0.1.0", f"0.1.0-{it}", epoch, []) for it, epoch in (("ff00", 1_700_000_000), ("00ff", 1_700_000_001))
     )
@@ -204,6 +204,6 @@ def test_a_release_is_newer_than_its_snapshots_and_they_are_in_the_order_of_thei
         assert said("rpm", "--eval", "%{lua:" + script.format(one, other) + "}").strip() == "1"
 
 
-def test_versions_come_from_the_executable_itself(stand_in: Product) -> None:
+def test_the_version_comes_from_the_executable(stand_in: Product) -> None:
     told = json.loads(said(stand_in.executable, "version", "--json"))
     assert (stand_in.version, stand_in.build) == (told["version"], told["build"])

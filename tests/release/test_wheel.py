@@ -1,4 +1,4 @@
-"""What pip installs is the program: built from the checkout and from the sdist, run in a fresh virtual environment."""
+"""The wheel and the sdist: built with pip from a copy of the checkout, installed in a new environment, and run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from netloom import __version__
 from repo.files import ROOT
 
-# A build looks at files of the whole checkout; these are neither committed nor wanted.
+# A build reads the whole checkout. These entries are not committed and must not be copied.
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", "dist", "__pycache__", ".*_cache", ".hypothesis", ".import_linter*"
 )
@@ -37,7 +37,7 @@ def ran(*words: str | Path, cwd: Path = ROOT, status: int = 0, **environment: st
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy, for a build writes beside the sources; with a file that is no Python inside the package."""
+    """A copy of the checkout, because a build writes beside the sources. Its package has one file that is no module."""
     copy = tmp_path_factory.mktemp("checkout") / "netloom"
     shutil.copytree(ROOT, copy, ignore=NOT_COPIED)
     (copy / "internal/netloom/data.json").write_text("{}\n")
@@ -57,7 +57,7 @@ def wheel(checkout: Path) -> Path:
 
 
 def built(source: Path, into: Path) -> Path:
-    """The wheel that pip makes of a source, without asking a registry for anything."""
+    """Build a wheel with pip, without access to a registry. Returns its path."""
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     ran(*pip, "--wheel-dir", into, source, SOURCE_DATE_EPOCH="1700000000")
     (found,) = into.glob("*.whl")
@@ -66,19 +66,19 @@ def built(source: Path, into: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with the wheel, and with the packages of runtime.txt from .venv-runtime."""
+    """A new virtual environment with the wheel and the packages of .venv-runtime (runtime.txt)."""
     fresh = tmp_path_factory.mktemp("fresh") / "venv"
     ran(sys.executable, "-m", "venv", fresh)
     (site,) = fresh.glob("lib/python3.*/site-packages")
     (packages,) = ROOT.glob(".venv-runtime/lib/python3.*/site-packages")
     (site / "runtime.pth").write_text(f"{packages}\n")
-    # With its dependencies: --no-index fails when runtime.txt does not satisfy the metadata.
+    # Dependencies are checked too: --no-index fails if runtime.txt does not satisfy the metadata.
     ran(fresh / "bin/python", "-m", "pip", "install", "--quiet", "--no-index", wheel)
     ran(fresh / "bin/python", "-m", "pip", "check")
     return fresh
 
 
-def test_the_installed_program_is_the_one_of_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_program_behaves_like_the_checkout(installed: Path, tmp_path: Path) -> None:
     source: list[str | Path] = [sys.executable, ROOT / "cmd/netloom/main.py"]
     program = installed / "bin/netloom"
     for words in (["--help"], ["--version"], ["version", "--json"], ["commands"], ["help", "agent", "install"]):
@@ -89,7 +89,7 @@ def test_the_installed_program_is_the_one_of_the_checkout(installed: Path, tmp_p
 
 @pytest.mark.parametrize("helper", ["0", "1"])
 def test_the_installed_program_answers_a_call(installed: Path, helper: str, tmp_path: Path) -> None:
-    """With the helper, which the installed program starts by its own script, and without."""
+    """With and without the helper. The installed program starts the helper by its own script."""
     payload = tmp_path / "payload"
     payload.write_text("{}")
     words: list[str | Path] = [installed / "bin/netloom", "implement-network", payload, "60"]
@@ -98,7 +98,7 @@ def test_the_installed_program_answers_a_call(installed: Path, helper: str, tmp_
     assert len(list(tmp_path.glob("helper-*.sock"))) == int(helper)
 
 
-def test_the_wheel_holds_the_whole_package(checkout: Path, wheel: Path) -> None:
+def test_the_wheel_contains_the_whole_package(checkout: Path, wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {
         str(path.relative_to(checkout / "internal")) for path in (checkout / "internal").rglob("*") if path.is_file()
@@ -109,7 +109,7 @@ def test_the_wheel_holds_the_whole_package(checkout: Path, wheel: Path) -> None:
     assert {f"{info}/licenses/LICENSE", f"{data}/data/share/man/man1/netloom.1"} <= names
 
 
-def test_the_sdist_holds_the_repository_and_gives_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
+def test_the_sdist_contains_the_repository_and_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {name.partition("/")[0] for name in names} <= TOP

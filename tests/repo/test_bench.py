@@ -11,7 +11,7 @@ from repo.files import ROOT
 
 
 def run(checkout: Path, **scripts: str) -> subprocess.CompletedProcess[str]:
-    """What the runner makes of a checkout that has these scripts."""
+    """Run the bench runner in a checkout that has these scripts."""
     runner = checkout / "build/ci/bench.py"
     runner.parent.mkdir(parents=True)
     shutil.copy(ROOT / "build/ci/bench.py", runner)
@@ -21,7 +21,7 @@ def run(checkout: Path, **scripts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, runner], capture_output=True, text=True)
 
 
-def test_a_script_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
+def test_a_failing_script_does_not_stop_the_others(tmp_path: Path) -> None:
     done = run(tmp_path, bench_a="raise OSError(3, 'gone')", bench_b="print('measured')", bench_c="raise SystemExit(2)")
     assert [line for line in done.stdout.splitlines() if line == "measured"]
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The core does no input and no output, and imports nothing late. The import contracts see modules; this sees names."""
+"""The core has no input or output and no late imports. Import contracts check modules; this checks built-in names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORBIDDEN = {"open", "print", "input", "exec", "eval", "compile", "breakpoint", 
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: str(path.relative_to(NETLOOM)))
-def test_the_core_only_computes(path: Path) -> None:
+def test_the_core_has_no_io_and_no_late_imports(path: Path) -> None:
     tree = ast.parse(path.read_text())
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert names & FORBIDDEN == set()

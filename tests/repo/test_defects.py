@@ -22,7 +22,7 @@ def listed_in(entry: str, *, marked: bool = False) -> set[str]:
 
 
 def defined() -> dict[int, set[str]]:
-    """Defect to the tests that are named after it."""
+    """The tests that are named after each defect, by its number."""
     found: dict[int, set[str]] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -32,21 +32,21 @@ def defined() -> dict[int, set[str]]:
     return found
 
 
-def test_every_defect_has_its_tests_and_the_document_names_them() -> None:
+def test_the_document_lists_the_tests_of_every_defect() -> None:
     tests = defined()
     assert sorted(map(int, ENTRIES)) == list(range(1, 70))
     assert {int(number): listed_in(entry) for number, entry in ENTRIES.items()} == tests
 
 
-def test_the_document_says_which_are_shown_to_fail() -> None:
+def test_the_document_marks_the_mutation_tests() -> None:
     marked = {it.test for it in mutants()}
     said = {test for entry in ENTRIES.values() for test in listed_in(entry, marked=True)}
     assert said == {test for tests in defined().values() for test in tests if test in marked}
-    # A defect without a marked test would rest on a test that perhaps cannot fail.
+    # Only a mutation test is known to be able to fail, so every defect needs one.
     assert {number for number, tests in defined().items() if not tests & marked} == set()
 
 
-def test_what_is_known_by_reading_points_to_entries_and_tests() -> None:
+def test_findings_of_the_first_reading_point_to_entries_and_tests() -> None:
     findings = re.findall(r"^- \*\*F(\d+)\.\*\* .+\n((?:  .+\n)+)", READ, re.MULTILINE)
     assert [int(number) for number, _ in findings] == list(range(1, 22))
     for number, where in findings:

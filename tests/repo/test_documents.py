@@ -1,4 +1,4 @@
-"""What the documents say of the code is so."""
+"""The documents agree with the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 LINE_LENGTH_MAX = 120
 
 
-def test_the_first_commands_of_the_readme_are_targets() -> None:
+def test_the_first_commands_of_the_readme_are_make_targets() -> None:
     block = re.search(r"^ {4}make .*(?:\n {4}make .*)*", README, re.MULTILINE)
     assert block is not None
     assert re.findall(r"make (\w+)", block.group()) == ["demo", "test"]
@@ -24,7 +24,7 @@ def test_the_first_commands_of_the_readme_are_targets() -> None:
     assert {"demo", "test"} <= set(targets)
 
 
-def test_continuous_integration_is_make_test() -> None:
+def test_continuous_integration_runs_make_test() -> None:
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
 
 
@@ -33,24 +33,24 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_line_is_longer_than_a_page_is_wide(document: Path) -> None:
+def test_lines_have_at_most_120_characters(document: Path) -> None:
     lines = enumerate(document.read_text().splitlines(), 1)
     assert [number for number, line in lines if len(line) > LINE_LENGTH_MAX] == []
 
 
-def test_the_commands_page_tells_what_each_command_of_the_protocol_does() -> None:
+def test_the_commands_page_describes_every_protocol_command() -> None:
     text = (ROOT / "docs/commands.md").read_text()
     section = text.split("\n## The commands of the protocol\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `([a-z-]+)` \| .+ \|$", section, re.MULTILINE)) == set(TABLE)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_link_targets_exist(document: Path) -> None:
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     assert [target for target in targets if not (document.parent / target).exists()] == []
 
 
-def test_each_invariant_names_the_test_that_guards_it() -> None:
+def test_every_invariant_names_existing_tests() -> None:
     section = ARCHITECTURE.split("\n## Invariants\n")[1].split("\n## ")[0]
     numbers = [int(number) for number in re.findall(r"^(\d+)\. ", section, re.MULTILINE)]
     assert numbers == list(range(1, len(numbers) + 1))
@@ -66,7 +66,7 @@ def test_each_invariant_names_the_test_that_guards_it() -> None:
                 assert re.search(rf"\bdef {function}\b", (ROOT / path).read_text()), f"invariant {number}: {function}"
 
 
-def test_the_worked_command_is_the_code() -> None:
+def test_the_worked_command_matches_the_code() -> None:
     text = (ROOT / "docs/contributing.md").read_text()
     shown = re.findall(r"^```diff\n\+\+\+ (.+)\n((?:\+.*\n)+)```$", text, re.MULTILINE)
     assert len(shown) > 10

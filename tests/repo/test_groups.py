@@ -1,4 +1,4 @@
-"""The groups of `make check` run side by side, each prints one block, and an interrupt ends all."""
+"""The groups of `make check` run in parallel, each prints one block, and an interrupt stops all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import processes
 from repo.files import ROOT
 
 LIMIT_S = 60.0
-# Each test says that it runs and waits for the other: they end only when they run side by side.
+# Each test signals that it runs and waits for the other one, so both pass that point only if they run in parallel.
 MEET = """
 import time
 from pathlib import Path
@@ -79,7 +79,7 @@ def start(checkout: Path, *groups: str) -> subprocess.Popen[str]:
     )
 
 
-def test_groups_run_side_by_side_and_print_one_block_each(checkout: Path) -> None:
+def test_groups_run_in_parallel_and_print_one_block_each(checkout: Path) -> None:
     files = str(checkout / "a"), str(checkout / "b")
     write(checkout, "unit", MEET.format(mine=files[0], other=files[1], word="alpha"))
     write(checkout, "repo", MEET.format(mine=files[1], other=files[0], word="beta"))
@@ -95,7 +95,7 @@ def test_groups_run_side_by_side_and_print_one_block_each(checkout: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_groups(checkout: Path, number: signal.Signals) -> None:
+def test_a_signal_stops_all_groups(checkout: Path, number: signal.Signals) -> None:
     pids = [checkout / "a", checkout / "b"]
     for group, pid in zip(("unit", "repo"), pids, strict=True):
         write(checkout, group, SLEEP.format(pid=str(pid)))

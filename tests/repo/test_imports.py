@@ -1,4 +1,4 @@
-"""Test modules share helpers through lab modules with plain names, and use no private names of other modules."""
+"""Tests share helpers through modules that are no test modules, and use no private names of other modules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ TESTS = ROOT / "tests"
 MODULES = sorted(TESTS.rglob("*.py"))
 OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.iterdir())}
 
-# Names of the program that tests read although they are private. Another private name is an error, and so is one of
-# these that no test reads any more.
+# Private names of the program that tests may use. Any other private name is an error, and so is a name in this list
+# that no test uses any more.
 PRIVATE = {
     "_ENVIRONMENT",
     "_TRIALS",

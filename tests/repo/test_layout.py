@@ -23,23 +23,23 @@ TOP_LEVEL = {
 }
 
 
-def test_nothing_stands_at_the_top_but_what_belongs_there() -> None:
+def test_the_top_level_has_only_the_listed_entries() -> None:
     found = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith((".venv", ".import_linter"))}
     assert found - LEFT_BEHIND == TOP_LEVEL
 
 
-def test_cmd_is_no_package() -> None:
-    """With an __init__.py it would hide the standard library's cmd from whoever has the checkout on the path."""
+def test_cmd_is_not_a_package() -> None:
+    """With an __init__.py it would hide the standard library's module ``cmd`` when the checkout is on sys.path."""
     assert not list((ROOT / "cmd").rglob("__init__.py"))
 
 
 def test_every_directory_of_the_program_is_a_package() -> None:
-    """One without __init__.py is invisible to the import contracts, so it could import anything."""
+    """The import contracts ignore a directory without __init__.py, so its modules could import anything."""
     folders = {path.parent for path in (ROOT / "internal" / "netloom").rglob("*.py")}
     assert [folder for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_payload_files_are_those_of_the_index() -> None:
+def test_payload_files_match_the_index() -> None:
     payloads = ROOT / "tests" / "payloads"
     listed = [entry["file"] for entry in json.loads((payloads / "index.json").read_text())]
     assert sorted(listed) == sorted(path.name for path in payloads.glob("[0-9]*.json"))

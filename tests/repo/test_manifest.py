@@ -1,4 +1,4 @@
-"""What CloudStack is handed: an archive that offers what the program does, and a launcher that no release changes."""
+"""The extension archive for CloudStack: its manifest matches the program, and its launcher never changes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def actions() -> dict[str, dict[str, Any]]:
     return {it["name"]: it for it in manifest()["spec"]["customActions"]}
 
 
-def test_its_custom_actions_are_those_of_the_program() -> None:
+def test_custom_actions_match_the_program() -> None:
     assert list(actions()) == sorted(BUILT_IN)
 
 
-def test_cloudstack_takes_its_names_and_values() -> None:
-    """The rules of CloudStack 4.23's addCustomAction. Without a list of parameters its importer fails."""
+def test_cloudstack_accepts_the_names_and_values() -> None:
+    """The rules of addCustomAction in CloudStack 4.23. Its importer fails without a list of parameters."""
     for name, it in actions().items():
         assert re.fullmatch("[a-zA-Z0-9 _-]+", name)
         assert (it["resourcetype"], it["enabled"], it["allowedroletypes"]) == ("Network", True, ["Admin"])
@@ -45,8 +45,8 @@ def test_cloudstack_takes_its_names_and_values() -> None:
             assert isinstance(parameter["required"], bool)
 
 
-def test_policy_routing_has_the_parameters_that_it_reads() -> None:
-    """Only declared parameters are passed on; the parsers say what they miss."""
+def test_policy_routing_actions_declare_the_parameters_they_read() -> None:
+    """CloudStack passes only declared parameters. The parsers raise if a required one is missing."""
     values = {"table": "office", "table-id": "100", "table-name": "office", "filter": "", "skip": "0"}
     texts = {"route": "default via 192.0.2.1", "rule": "from 10.10.1.0/24"}
     given = {
@@ -63,7 +63,7 @@ def test_policy_routing_has_the_parameters_that_it_reads() -> None:
     assert {name for name, told in given.items() if told.keys() == {"filter", "skip"}} == lists
 
 
-def test_it_names_the_executable_and_where_the_archive_is() -> None:
+def test_the_manifest_names_the_executable_and_the_url_of_the_archive() -> None:
     read = manifest()
     assert (read["apiVersion"], read["metadata"]["name"]) == ("cloudstack.apache.org/v1", "netloom")
     assert read["metadata"]["version"] == "0.1.0"
@@ -76,6 +76,6 @@ def test_it_names_the_executable_and_where_the_archive_is() -> None:
 
 
 def test_the_launcher_is_the_same_in_every_release() -> None:
-    """CloudStack compares it between its servers: another one stops every network while they are upgraded in turn."""
+    """CloudStack compares it between its servers. A difference would stop every network during a rolling upgrade."""
     launcher = (ROOT / "build/package/netloom.sh").read_bytes()
     assert hashlib.sha256(launcher).hexdigest() == "7464747d5edbea14379f699aa69af0ff0ce8d1cd64401434c76532245ad47af5"

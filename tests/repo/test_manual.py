@@ -1,4 +1,4 @@
-"""The manual page and the completions know every word that a person may say."""
+"""The manual page and the bash completion cover every command and option for operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SYNOPSIS = PAGE.split("\n.Sh SYNOPSIS\n")[1].split("\n.Sh ")[0]
 
 
 def forms() -> dict[str, set[str]]:
-    """The words of each form of the synopsis, and its long options: ``login`` stands for several."""
+    """The long options of each form in the synopsis, by its command. ``login`` is short for several options."""
     login = PAGE.split("\nThose options are:\n")[1].split("\n.El\n")[0]
     found = {}
     for form in SYNOPSIS.split(".Nm\n"):
@@ -30,7 +30,7 @@ def forms() -> dict[str, set[str]]:
     return found
 
 
-def test_each_word_has_a_form_in_the_synopsis_and_a_paragraph() -> None:
+def test_every_subcommand_has_a_synopsis_and_a_paragraph() -> None:
     known = completion.words()
     last = {path: it for path, it in known.items() if path and not it.words}
     wanted = {path: {name for name in it.options if name.startswith("--")} - {"--help"} for path, it in last.items()}
@@ -38,12 +38,12 @@ def test_each_word_has_a_form_in_the_synopsis_and_a_paragraph() -> None:
     assert sorted(re.findall(r"^\.It Cm ((?:[a-z-]+ ?)+?)(?: (?:Op )?Ar .*)?$", PAGE, re.MULTILINE)) == sorted(last)
 
 
-def test_the_words_of_people_are_those_of_the_first_door() -> None:
+def test_the_entry_point_knows_every_operator_command() -> None:
     assert set(PEOPLE) == set(completion.words()[""].words)
     assert not set(PEOPLE) & TABLE.keys()
 
 
-def test_each_setting_and_status_of_the_documents_is_in_the_page() -> None:
+def test_the_page_lists_every_documented_setting_and_status() -> None:
     section = (ROOT / "docs/setup.md").read_text().split("\n## Settings of the environment\n")[1].split("\n## ")[0]
     assert set(re.findall(r"^\.It Ev (\w+)$", PAGE, re.MULTILINE)) == set(
         re.findall(r"^`(NETLOOM_\w+)`$", section, re.MULTILINE)
@@ -56,7 +56,7 @@ def test_each_setting_and_status_of_the_documents_is_in_the_page() -> None:
 
 
 def offered(*words: str) -> list[str]:
-    """What bash offers for the last of the words."""
+    """The completions that bash offers for the last word."""
     asked = 'COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _netloom; echo "${COMPREPLY[*]}"'
     script = f"{completion.bash(completion.words())}\n{asked}"
     ended = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True, text=True, check=True)
@@ -71,18 +71,18 @@ def cases() -> Iterator[tuple[list[str], list[str]]]:
 
 
 @pytest.mark.parametrize(("said", "wanted"), list(cases()), ids=lambda it: "-".join(it)[:40])
-def test_bash_offers_each_word_where_it_may_stand(said: list[str], wanted: list[str]) -> None:
+def test_bash_completes_every_word_in_its_position(said: list[str], wanted: list[str]) -> None:
     assert set(wanted) <= set(offered("netloom", *said))
 
 
-def test_bash_offers_options_behind_an_argument() -> None:
+def test_bash_completes_options_after_an_argument() -> None:
     assert offered("netloom", "hosts", "forget", "h1.example", "--j") == ["--json"]
     assert offered("netloom", "--json", "ho") == ["hosts"]
     assert offered("netloom", "hosts", "li") == ["list"]
 
 
 def test_the_launcher_never_changes() -> None:
-    """CloudStack takes an extension out of service while its file differs between management servers."""
+    """CloudStack disables an extension while its file differs between management servers."""
     launcher = ROOT / "build" / "package" / "netloom.sh"
     assert (
         hashlib.sha256(launcher.read_bytes()).hexdigest()

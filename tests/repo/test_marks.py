@@ -1,4 +1,4 @@
-"""Mutation marks and guards belong together. This takes a moment; ``tests/mutants`` then runs each mutation."""
+"""Mutation marks and guards match. This check is fast; ``tests/mutants`` runs the tests with each mutation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node that a guard comment belongs to, and what a mutation makes of it: one row for each kind of node."""
+"""How a mutation finds the node of a guard comment and changes it: one row for each kind of node."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ def test_the_value_of_a_guard_is_replaced(source: str, left: str) -> None:
 
 
 @pytest.mark.parametrize("source", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_removed_is_refused(source: str) -> None:
+def test_an_impossible_mutation_is_refused(source: str) -> None:
     with pytest.raises(NoNode):
         mutate(source, [Mutation("g")])
 
 
-def test_several_mutations_of_a_file_go_together() -> None:
+def test_several_mutations_of_a_file_are_applied_together() -> None:
     source = """
         x = f(
             a,  # guard: first

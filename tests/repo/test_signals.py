@@ -1,4 +1,4 @@
-"""Tests that end several processes one after the other expect that ending one can end another."""
+"""Tests that kill several processes in a loop allow that killing one process makes another one exit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TESTS = ROOT / "tests"
 
 
 def bare_kills(source: str) -> list[int]:
-    """The lines in ``for`` loops that end a process with os.kill; ``processes.kill`` is meant for them."""
+    """The lines in ``for`` loops that kill a process with os.kill instead of ``processes.kill``."""
     return [
         call.lineno
         for loop in ast.walk(ast.parse(source))
@@ -21,7 +21,7 @@ def bare_kills(source: str) -> list[int]:
         if isinstance(call, ast.Call)
         and ast.unparse(call.func) in ("os.kill", "os.killpg")
         and ast.unparse(call.args[1]) in ("signal.SIGKILL", "signal.SIGTERM", "9", "15")
-        # One process that the test has just looked up, in a loop over rounds.
+        # A loop over rounds may kill one process that the test has just looked up.
         and isinstance(loop.target, ast.Name)
         and ast.unparse(call.args[0]) in (loop.target.id, f"int({loop.target.id})")
     ]
@@ -34,6 +34,6 @@ def test_a_bare_kill_in_a_loop_is_found(number: str) -> None:
     assert bare_kills(f"for pid in pids:\n    processes.kill(int(pid), {number})\n") == []
 
 
-def test_processes_are_ended_by_a_function_that_expects_their_end() -> None:
+def test_loops_use_processes_kill() -> None:
     found = {str(path.relative_to(TESTS)): bare_kills(path.read_text()) for path in TESTS.rglob("*.py")}
     assert {path: lines for path, lines in found.items() if lines} == {}

@@ -1,4 +1,4 @@
-"""What is compiled into the executable is what was read: every file by its hash."""
+"""The sources that are compiled into the executable are pinned: every file by its hash."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_every_source_has_a_version_and_every_file_a_hash() -> None:
     for package, version in packages.items():
         own = [it for it in files if it.startswith(f"{package}_")]
         whole = version.partition(":")[2] or version
-        # Of libffi Debian's archive of position-independent code is taken.
+        # libffi is linked from Debian's archive of position-independent code.
         assert (f"{package}_{whole}_amd64.deb" if package == "libffi-dev" else f"{package}_{whole}.dsc") in own
     assert all(any(it.startswith(f"{package}_") for package in packages) for it in files)
 
 
-def test_the_bill_of_materials_takes_its_pins_from_there() -> None:
+def test_the_bill_of_materials_uses_the_pinned_sources() -> None:
     found = {it.name: it for it in sources.sources()}
     for name in ("python3.11", "zlib"):
         assert any(it.startswith(found[name].sha256 + " ") for it in LINES)

@@ -1,4 +1,4 @@
-"""Words that do not belong into the repository."""
+"""Words that must not occur in the repository."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from repo.files import ROOT, own_files
 
-# Written in pieces, so that this file is not its own finding.
+# Written in pieces, so that the test does not find this file.
 ELSEWHERE = [
     "/wo" + "rk/",
     "/tmp/" + "v311",
@@ -31,7 +31,7 @@ REGISTRIES = [
     "--find" + "-links ",
 ]
 
-# Payloads are data of others, to the byte.
+# Payloads are CloudStack's data and stay unchanged to the byte.
 TEXTS = [path for path in own_files() if path.relative_to(ROOT).parts[:2] != ("tests", "payloads")]
 
 
@@ -61,5 +61,5 @@ def test_no_package_registry_is_named(pattern: str) -> None:
 
 
 def test_no_test_is_skipped() -> None:
-    """A skip hides what it claims; what a test needs is installed, or its group refuses to start."""
+    """A skipped test proves nothing. Requirements of a test are installed, or its group refuses to start."""
     assert findings(r"pytest\.(?:mark\.)?(?:sk" + "ip|xf" + "ail|import" + "orskip)") == []

@@ -1,4 +1,4 @@
-"""A scope with one network, one public address and balanced ports, for the tests of dnsmasq's and haproxy's files."""
+"""A scope with one network, one public address and load-balancer rules, for tests of dnsmasq's and haproxy's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recorder in the place of the executable, and the payloads that the fake CloudStack sent to it."""
+"""A recorder that replaces the executable, and helpers to read the payloads that the fake CloudStack sent to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).resolve().parents[1] / "payloads"
 
 
 class Recorder:
-    """Answers like a program that always chooses the same host. Commands in ``fails`` exit with status 3."""
+    """Replies like a program that always chooses the same host. Commands in ``fails`` exit with status 3."""
 
     def __init__(self) -> None:
         self.prints = '{"host":"192.0.2.11","namespace":"cs-net-204"}'
@@ -32,7 +32,7 @@ def fixture(number: str) -> dict[str, object]:
 
 
 def sent(cloud: FakeCloudStack, since: int = 0) -> list[dict[str, object]]:
-    """The payloads sent, without the registration: its members have no fixed order."""
+    """The payloads sent, without the registration, because its members have no fixed order."""
     return [{**json.loads(each.text), "physical-network-extension-details": {}} for each in cloud.history[since:]]
 
 

@@ -1,4 +1,4 @@
-"""What the selftest tries is all that a ruleset may be made of."""
+"""The selftest tries every nftables feature that rulesets use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netloom.render.scope import render
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def test_its_rulesets_have_every_word_of_the_golden_ones() -> None:
+def test_the_selftest_uses_every_keyword_of_the_golden_rulesets() -> None:
     def words(text: str) -> set[str]:
         text = re.sub(r'"[^"]*"|#.*|\S*(?:[0-9]|::)\S*|@\S+', " ", text)
         return {word for line in text.splitlines() for word in re.findall(r"[a-z_]+", line) if not _names(line)}

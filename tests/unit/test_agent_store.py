@@ -27,7 +27,7 @@ SCOPE = Scope(
 )
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_scope_is_loaded_unchanged(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "scopes"))
     store.save(SCOPE)
     assert Store(str(tmp_path / "scopes")).load("net-204") == SCOPE
@@ -35,7 +35,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert store.load("net-205") is None
 
 
-def test_a_scope_ends_in_two_steps_and_may_begin_again_between_them(tmp_path: Path) -> None:
+def test_a_retired_scope_may_be_created_again_before_it_is_forgotten(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.save(SCOPE)
     store.retire("net-204")
@@ -49,7 +49,7 @@ def test_a_scope_ends_in_two_steps_and_may_begin_again_between_them(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_crash_left_half_written_is_nobodys_state(tmp_path: Path) -> None:
+def test_a_partial_file_left_by_a_crash_is_removed(tmp_path: Path) -> None:
     Store(str(tmp_path)).save(SCOPE)
     (tmp_path / ".net-204.json.new").write_text('{"scope')
     (tmp_path / "notes.txt").write_text("an operator's")
@@ -58,7 +58,7 @@ def test_what_a_crash_left_half_written_is_nobodys_state(tmp_path: Path) -> None
     assert sorted(it.name for it in tmp_path.iterdir()) == ["net-204.json", "notes.txt"]
 
 
-def test_a_state_under_another_name_is_refused(tmp_path: Path) -> None:
+def test_a_state_file_under_another_name_is_refused(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.save(SCOPE)
     (tmp_path / "net-204.json").rename(tmp_path / "net-205.json")
@@ -66,14 +66,16 @@ def test_a_state_under_another_name_is_refused(tmp_path: Path) -> None:
         store.load("net-205")
 
 
-def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostRefused, match="Not a directory|File exists"):
         Store(str(tmp_path / "file" / "scopes"))
 
 
 @pytest.mark.mutation("the-log-is-bounded")
-def test_defect_63_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_defect_63_the_log_is_bounded_and_has_one_line_per_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logfile, "BYTES_MAX", 1000)
     log = Log(str(tmp_path / "netloom" / "agent.log"))
     for number in range(100):
@@ -86,10 +88,8 @@ def test_defect_63_the_log_is_bounded_and_every_line_is_one(tmp_path: Path, monk
     assert oct(files[0].stat().st_mode)[-3:] == "600"
 
 
-def test_a_log_that_can_have_no_new_file_goes_on_in_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And in no other: the number of a descriptor that was given back is the next socket's."""
+def test_the_log_continues_in_the_old_file_when_rotation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No closed descriptor is written to: its number may already belong to a new socket."""
     monkeypatch.setattr(logfile, "BYTES_MAX", 200)
     log = Log(str(tmp_path / "agent.log"))
     log.line("x" * 300)

@@ -1,4 +1,4 @@
-"""Which events concern a scope: those that speak of something else than what it wants."""
+"""Kernel events that deviate from the desired state of a scope."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def neighbour(at: str, ip: str, mac: str, *, permanent: bool = True) -> Neighbou
 
 
 def wished() -> list[Event]:
-    """What the kernel says while the network is being made."""
+    """The kernel's events while the network is created."""
     rows: list[tuple[Kind, Link | AddressRow | RouteRow | Rule | NeighbourRow]] = []
     rows += [("link", link(it.link, it.mac)) for it in WANT.ports]
     rows += [("address", address(it.link, it.cidr)) for it in WANT.addresses]
@@ -67,7 +67,7 @@ def wished() -> list[Event]:
 
 
 @pytest.mark.parametrize("event", wished(), ids=lambda it: f"{it.kind}-{getattr(it.row, 'name', '')}")
-def test_an_event_as_wanted_is_no_deviation_and_its_loss_is_one(event: Event) -> None:
+def test_a_wanted_object_is_no_deviation_but_its_removal_is(event: Event) -> None:
     assert deviation(WANT, event) == ""
     assert deviation(WANT, replace(event, gone=True)) != ""
     assert deviation(Want(namespace=""), replace(event, gone=True)) == ""
@@ -97,10 +97,10 @@ COMMON = [
 
 
 @pytest.mark.parametrize("event", STRANGE, ids=range(len(STRANGE)))
-def test_an_event_that_is_not_as_wanted_is_a_deviation(event: Event) -> None:
+def test_an_unwanted_object_or_change_is_a_deviation(event: Event) -> None:
     assert deviation(WANT, event) != ""
 
 
 @pytest.mark.parametrize("event", COMMON, ids=range(len(COMMON)))
-def test_events_of_the_kernel_and_of_others_are_ignored(event: Event) -> None:
+def test_unrelated_events_are_ignored(event: Event) -> None:
     assert deviation(WANT, event) == ""

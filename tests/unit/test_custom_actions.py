@@ -1,4 +1,4 @@
-"""Custom actions without a host: names, output that CloudStack can take, a scope in words."""
+"""Custom actions without a host: names, output that CloudStack can store, and descriptions of a scope."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from netloom.state import (
 
 
 @pytest.mark.parametrize("action", [*BUILT_IN, "restart-vpn"])
-def test_known_actions_are_let_through(action: str) -> None:
+def test_known_actions_are_accepted(action: str) -> None:
     check_known(action, ["restart-vpn"])
 
 
-def test_an_unknown_action_is_told_the_known_ones() -> None:
+def test_an_unknown_action_is_refused_with_the_known_names() -> None:
     with pytest.raises(BadRequest) as refused:
         check_known("reboot", ["restart-vpn"])
     assert refused.value.message == "custom-action reboot: there is no such action on this host"
@@ -58,7 +58,7 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
     assert success(text).isascii()
     within = json.dumps({"a": text}, ensure_ascii=False)
     assert plain(within).isascii()
-    # A control character that JSON lets stand raw comes out escaped, and means the same.
+    # Raw control characters in JSON are escaped; the value stays the same.
     assert json.loads(plain(within), strict=False) == {"a": text}
 
 
@@ -76,18 +76,18 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
         ("\U0001f600", "\\ud83d\\ude00"),
     ],
 )
-def test_what_a_hook_printed_is_the_answer(printed: str, answered: str) -> None:
+def test_the_output_of_a_hook_is_returned(printed: str, answered: str) -> None:
     assert checked("x", printed) == answered
 
 
 @pytest.mark.parametrize("status", ['"failed"', '"SUCCES"', "0", "true", "{}", "[1]"])
-def test_another_status_than_success_is_a_failure(status: str) -> None:
+def test_any_status_but_success_is_a_failure(status: str) -> None:
     with pytest.raises(HostRefused, match="^hook x says status .*: because of y$"):
         checked("x", f'{{"status": {status}, "message": "because\\nof y"}}')
 
 
 @given(st.lists(st.text("ab", max_size=30), max_size=30), st.integers(0, 300))
-def test_what_is_cut_says_how_much(lines: list[str], limit: int) -> None:
+def test_truncated_output_states_the_number_of_omitted_lines(lines: list[str], limit: int) -> None:
     shown = cut(lines, limit).split("\n") if lines else []
     if shown != lines:
         left_out = int(shown[-1].split()[1])
@@ -97,7 +97,7 @@ def test_what_is_cut_says_how_much(lines: list[str], limit: int) -> None:
 
 
 @given(st.lists(st.lists(st.text("ab", max_size=30), max_size=20), max_size=6), st.integers(0, 2000))
-def test_a_short_section_is_whole_beside_a_long_one(sections: list[list[str]], limit: int) -> None:
+def test_a_long_section_does_not_truncate_a_short_one(sections: list[list[str]], limit: int) -> None:
     told = document([(f"== {at}", lines) for at, lines in enumerate(sections)], limit)
     assert len(told) <= limit + len(sections) * 60
     share = limit // len(sections) if sections else 0
@@ -107,7 +107,7 @@ def test_a_short_section_is_whole_beside_a_long_one(sections: list[list[str]], l
             assert body in told
 
 
-def test_lines_are_chosen_and_the_rest_can_be_had() -> None:
+def test_lists_can_be_filtered_and_paged() -> None:
     lines = [f"line {at:04} {'x' * 90}" for at in range(1000)]
     assert listed(lines, {"filter": "line 0999"}, none="-") == lines[999]
     assert listed(lines, {"filter": "nobody", "verbose": "true"}, none="-") == "-"
@@ -150,7 +150,7 @@ def scope(*rules: FirewallRule) -> Scope:
     )
 
 
-def test_a_network_without_a_list_says_what_holds() -> None:
+def test_a_network_without_rules_shows_the_defaults() -> None:
     assert describe.firewall(scope()) == [
         "ingress of network 204: deny (no list of rules came yet)",
         "egress of network 204: allow (no list of rules came yet)",
@@ -159,7 +159,7 @@ def test_a_network_without_a_list_says_what_holds() -> None:
     assert describe.firewall(replace(scope(), ingress_open=True))[0].startswith("ingress any: allow")
 
 
-def test_rules_in_words() -> None:
+def test_rules_are_described() -> None:
     whole = scope(
         rule(1, "ingress", ports=Ports(443, 443), public_ip="203.0.113.20", source_cidrs=("0.0.0.0/0",)),
         rule(2, "ingress", ports=Ports(22, 22), public_ip="203.0.113.20", source_cidrs=("0.0.0.0/0",)),
@@ -216,7 +216,7 @@ def test_rules_in_words() -> None:
     assert all(it.endswith(unless) for it in describe.firewall(gone) if it.startswith(("ingress 2", "static", "port")))
 
 
-def test_what_is_served_to_a_nic_is_said_and_nothing_else() -> None:
+def test_exactly_the_services_of_a_nic_are_described() -> None:
     nic = Nic(mac="02:01:00:cc:00:03", ip="10.10.1.45", hostname="web-1", leased=True, named=True)
     base = scope()
 
@@ -227,12 +227,12 @@ def test_what_is_served_to_a_nic_is_said_and_nothing_else() -> None:
 
     assert told(nic) == "default, lease, names"
     assert told(nic, dhcp=False, dns=False) == told(nic, implemented=False) == "default"
-    assert told(replace(nic, ip="192.0.2.45")) == "default, names"  # nobody knows its mask: it gets no lease
+    assert told(replace(nic, ip="192.0.2.45")) == "default, names"  # outside the subnet: no lease
     assert told(replace(nic, default=False, leased=False, hostname="")) == "secondary"
 
 
 @given(st.text("0123456789abcdef", min_size=12, max_size=60))
-def test_no_secret_is_ever_in_words(secret: str) -> None:
+def test_descriptions_contain_no_secrets(secret: str) -> None:
     nic = Nic(
         mac="02:01:00:cc:00:03",
         ip="10.10.1.45",

@@ -1,4 +1,4 @@
-"""The five doors, and what the fast one loads."""
+"""The five entry points, and the modules that a call loads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 DOORS: list[tuple[str, str]] = [
     ("ensure-network-device /tmp/cs-extnet.payload 60", "call"),
-    ("ensure-network-device", "call"),  # CloudStack's word with too few: one line, no manual
+    ("ensure-network-device", "call"),  # a protocol command with too few arguments: one line, no help text
     ("frobnicate /tmp/cs-extnet.payload 60", "call"),  # a newer CloudStack's command
     ("agent serve", "agent"),
     ("agent connect --socket", "agent"),
@@ -44,22 +44,22 @@ DOORS: list[tuple[str, str]] = [
 
 
 @pytest.mark.parametrize(("line", "expected"), DOORS)
-def test_door(line: str, expected: str) -> None:
+def test_arguments_select_the_entry_point(line: str, expected: str) -> None:
     assert door(line.split()) == expected
 
 
-def test_every_command_of_the_protocol_is_a_call() -> None:
+def test_every_protocol_command_is_a_call() -> None:
     assert {door([command, "file", "60"]) for command in TABLE} == {"call"}
     assert {door([command]) for command in TABLE} == {"call"}
 
 
-def test_no_word_of_ours_hides_a_command() -> None:
+def test_operator_commands_never_shadow_protocol_commands() -> None:
     words = set(getattr(get_command(app), "commands"))  # noqa: B009  # click's group, without its import
     assert words == set(PEOPLE)
     assert not any("-" in word for word in words)
 
 
-# What a call may load before it knows what it is asked for. A name that appears here costs every call.
+# The modules that a call may load before it reads its payload. Every module here slows every call.
 CALL_LOADS = [
     "__future__",
     "_socket",
@@ -98,8 +98,8 @@ main(sys.argv)
 
 
 @pytest.mark.parametrize("helper", ["0", "1"])
-def test_a_call_loads_nothing_heavy(helper: str, tmp_path: Path) -> None:
-    """By itself until the work begins; through the helper, which runs by then, to the end."""
+def test_a_call_loads_only_the_listed_modules(helper: str, tmp_path: Path) -> None:
+    """Without the helper until the work starts; with the helper, which already runs, until the call exits."""
     payload, listed = tmp_path / "payload", tmp_path / "listed"
     payload.write_text("{}")
     words = ["implement-network", str(payload), "60"]
@@ -120,6 +120,6 @@ def test_a_call_loads_nothing_heavy(helper: str, tmp_path: Path) -> None:
     )
     assert listed.read_text().split() == CALL_LOADS
     ends = time.monotonic() + 20
-    while list(tmp_path.glob("helper-*.sock")):  # it goes when it has been idle for a second
+    while list(tmp_path.glob("helper-*.sock")):  # the helper exits after an idle second
         assert time.monotonic() < ends
         time.sleep(0.05)

@@ -1,6 +1,6 @@
-"""A call as a process, as far as it comes without a host: its words, its payload file, its descriptors, its end.
+"""A call as a process, without a host: its arguments, payload file, descriptors, deadline and exit status.
 
-It works by itself here; through the helper: test_helper.py.
+The helper is off here. For calls through the helper see ``tests/ssh/test_helper.py``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def call(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     kept.mkdir(mode=0o700)
 
     def run(*words: str, **how: Any) -> subprocess.CompletedProcess[str]:
-        # stdin is a pipe that never ends, as the client's is.
+        # stdin is a pipe without end of file, as CloudStack's is.
         reader, writer = os.pipe()
         try:
             environ = {"NETLOOM_DIR": str(kept), "NETLOOM_HELPER": "0", **how.pop("env", {})}
@@ -69,13 +69,13 @@ def written(tmp_path: Path, text: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("words", [["implement-network"], ["implement-network", "/x"], ["a-b", "/x", "60", "more"]])
-def test_words_that_are_no_call_are_refused_in_one_line(words: list[str], call: Call) -> None:
+def test_a_wrong_number_of_arguments_is_refused_in_one_line(words: list[str], call: Call) -> None:
     line = refused(call(*words))
     assert line == f"{len(words)} arguments instead of 3 (usage: <command> <payload-file> <timeout-seconds>)"
 
 
 @pytest.mark.parametrize("timeout", ["", "0", "-5", "6e1", "1_0", "60s", "٦٠", "9" * 30, "nan", "60\n", "100000"])
-def test_a_timeout_that_is_none_is_refused(timeout: str, call: Call, tmp_path: Path) -> None:
+def test_an_invalid_timeout_is_refused(timeout: str, call: Call, tmp_path: Path) -> None:
     assert "is not a number of seconds" in refused(call("implement-network", written(tmp_path, "{}"), timeout))
 
 
@@ -102,8 +102,8 @@ FILES: dict[str, str] = {
 
 @pytest.mark.mutation("a-registration-names-hosts")
 @pytest.mark.parametrize("what", FILES)
-def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_path: Path) -> None:
-    """Field note fault 20, and 19 as far as it concerns the envelope."""
+def test_defect_57_a_bad_payload_file_is_refused_in_one_line(what: str, call: Call, tmp_path: Path) -> None:
+    """Each fault of the file, the envelope or the details is one short line that names it."""
     good = envelope()
 
     def with_details(**details: object) -> str:
@@ -140,17 +140,17 @@ def test_defect_57_a_bad_payload_file_is_one_line(what: str, call: Call, tmp_pat
     assert "no key" not in line
 
 
-def test_an_unknown_command_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_an_unknown_command_is_refused_in_one_line(call: Call, tmp_path: Path) -> None:
     line = refused(call("frob-network", written(tmp_path, envelope()), "60"))
     assert line.startswith("'frob-network' is not a command")
     hostile = call("frob\x1b[31m\nnetwork-ü", written(tmp_path, envelope()), "60")
     assert "\x1b" not in refused(hostile)
 
 
-def test_an_unreadable_payload_file_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_an_unreadable_payload_file_is_refused_in_one_line(call: Call, tmp_path: Path) -> None:
     path = written(tmp_path, envelope())
     os.chmod(path, 0)
-    if os.geteuid() == 0:  # root reads all; without its capabilities it is an owner without permission
+    if os.geteuid() == 0:  # root can read every file; without capabilities the file mode applies
         program = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", *PROGRAM]
         done = subprocess.run(
             [*program, "implement-network", path, "60"],
@@ -166,8 +166,8 @@ def test_an_unreadable_payload_file_is_one_line(call: Call, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_descriptors_do_no_harm(closed: str, tmp_path: Path) -> None:
-    """What we open must not land where stdout was: nothing is written into a file of ours."""
+def test_closed_standard_descriptors_are_harmless(closed: str, tmp_path: Path) -> None:
+    """A file that the program opens must not get the descriptor number of stdout, or output would overwrite it."""
     path = written(tmp_path, envelope())
     kept = tmp_path / "netloom"
     kept.mkdir(mode=0o700)
@@ -186,8 +186,8 @@ def test_closed_descriptors_do_no_harm(closed: str, tmp_path: Path) -> None:
     assert (kept / "netloom.log").read_text().count("\n") == 1
 
 
-def test_a_reader_that_has_gone_does_no_harm(tmp_path: Path) -> None:
-    """Field note fault 30: stderr is closed before there is anything to say."""
+def test_output_to_a_closed_pipe_is_harmless(tmp_path: Path) -> None:
+    """The reader closes stderr before anything is written."""
     reader, writer = os.pipe()
     with subprocess.Popen(
         [*PROGRAM, "frob-network", written(tmp_path, envelope()), "60"],
@@ -201,8 +201,8 @@ def test_a_reader_that_has_gone_does_no_harm(tmp_path: Path) -> None:
         assert process.wait(60) == 1
 
 
-def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> None:
-    """The last resort: the process is stopped for longer than it was given, and ends at the next instruction."""
+def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path) -> None:
+    """The timer of last resort: the process is stopped for longer than its timeout, and exits when it continues."""
     with subprocess.Popen(
         [*PROGRAM, "implement-network", written(tmp_path, envelope()), "1"],
         env={"NETLOOM_DIR": str(tmp_path / "none"), "NETLOOM_HELPER": "0"},
@@ -212,7 +212,7 @@ def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> No
         text=True,
     ) as process:
         fds = Path(f"/proc/{process.pid}/fd")
-        while not (fds / "5").exists():  # it has taken its descriptors apart: the timer is next
+        while not (fds / "5").exists():  # its descriptors are duplicated; it sets the timer next
             time.sleep(0.001)
         time.sleep(0.02)
         process.send_signal(signal.SIGSTOP)
@@ -225,7 +225,7 @@ def test_a_payload_that_cannot_be_read_in_time_is_status_2(tmp_path: Path) -> No
 
 
 def call_with_msgspec(source: str, tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A call that finds this module in the place of msgspec, the first one that it loads for its work."""
+    """Run a call with this module in place of msgspec, the first module that it loads for its work."""
     instead = tmp_path / "instead"
     instead.mkdir()
     (instead / "msgspec.py").write_text(source)
@@ -242,7 +242,7 @@ def call_with_msgspec(source: str, tmp_path: Path, *options: str) -> subprocess.
     )
 
 
-def test_internal_errors_and_prints_are_one_line_and_the_traceback_is_in_the_log(call: Call, tmp_path: Path) -> None:
+def test_an_internal_error_is_one_line_and_its_traceback_is_logged(call: Call, tmp_path: Path) -> None:
     noise = "import os, sys; print('noise'); print('noise', file=sys.stderr); os.system('echo noise; echo noise >&2')\n"
     done = call_with_msgspec(noise + "raise RuntimeError('the secret is hunter2')\n", tmp_path)
     line = refused(done, status=3)
@@ -250,16 +250,16 @@ def test_internal_errors_and_prints_are_one_line_and_the_traceback_is_in_the_log
     assert "Traceback (most recent call last)" in (tmp_path / "netloom" / "netloom.log").read_text()
 
 
-def test_a_signal_amid_an_import_is_its_own_status(tmp_path: Path) -> None:
-    """Its handler finds the log's module half loaded: no line in the log, but the caller is told all the same."""
+def test_a_signal_during_an_import_sets_the_exit_status(tmp_path: Path) -> None:
+    """The signal handler finds the log module half loaded. Nothing is logged, but the caller still gets its line."""
     half = "import os, signal, sys, types; sys.modules['netloom.extension.log'] = types.ModuleType('half')\n"
     done = call_with_msgspec(half + "os.kill(os.getpid(), signal.SIGHUP)\n", tmp_path)
     assert (done.returncode, done.stdout) == (128 + signal.SIGHUP, "")
     assert done.stderr == "ended by SIGHUP while loading the program\n"
 
 
-def test_a_signal_amid_the_import_of_os_leaves_its_line_in_the_log(tmp_path: Path) -> None:
-    """Without site, as in the one file, a call loads os late; what is compiled aborts when it finds it half loaded."""
+def test_a_signal_during_the_import_of_os_is_logged(tmp_path: Path) -> None:
+    """Without site, as in the one file, a call loads os late. Compiled modules abort when os is only half loaded."""
     half = "import sys; sys.modules['os'] = type(sys)('os')\n"
     half += "import posix; posix.kill(posix.getpid(), 15)\n"
     done = call_with_msgspec(half, tmp_path, "-I", "-S")

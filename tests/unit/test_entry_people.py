@@ -1,4 +1,4 @@
-"""What people may say: read as a person would, and as a program would."""
+"""Commands for operators: their output as text and as JSON."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def home(tmp_path: Path) -> Path:
     return made
 
 
-def test_help_names_every_word(home: Path) -> None:
+def test_help_lists_the_commands(home: Path) -> None:
     done = say("--help", home=home)
     assert done.returncode == 0
     assert all(f"  {word} " in done.stdout for word in ("version", "commands", "hosts"))
     assert done.stdout.isascii()
 
 
-def test_help_does_not_hang_on_docstrings(home: Path) -> None:
-    """The one file is compiled without them, as ``-OO`` runs without them; every word says what it does."""
+def test_help_does_not_depend_on_docstrings(home: Path) -> None:
+    """The one file has no docstrings, like ``python -OO``. Every command still has a description."""
     for words in ((), ("agent",), ("hosts",), ("agent", "install")):
         asked = say(*words, "--help", home=home).stdout
         assert say(*words, "--help", home=home, options=("-OO",)).stdout == asked
@@ -66,41 +66,41 @@ def test_version(home: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])
-def test_the_version_is_an_option_too(option: str, home: Path) -> None:
+def test_version_is_also_an_option(option: str, home: Path) -> None:
     done = say(option, home=home)
     assert (done.returncode, done.stdout, done.stderr) == (0, say("version", home=home).stdout, "")
 
 
 @pytest.mark.parametrize("words", [[], ["hosts"], ["agent", "install"]])
-def test_help_is_a_word_and_an_option(words: list[str], home: Path) -> None:
+def test_help_is_a_command_and_an_option(words: list[str], home: Path) -> None:
     asked = say(*words, "--help", home=home)
     assert asked.returncode == 0
     for same in (say("help", *words, home=home), say(*words, "-h", home=home)):
         assert (same.returncode, same.stdout, same.stderr) == (0, asked.stdout, "")
 
 
-def test_help_for_an_unknown_word_is_an_error(home: Path) -> None:
+def test_help_for_an_unknown_command_is_an_error(home: Path) -> None:
     done = say("help", "frobnicate", home=home)
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such command 'frobnicate'" in done.stderr
 
 
 @pytest.mark.parametrize("words", [["version"], ["agent", "install", "--help"], ["hosts", "forget", "kvm1"]])
-def test_people_do_not_wait_for_what_the_one_file_leaves_out(words: list[str], home: Path) -> None:
-    """Typer brings rich for coloured help, and later releases pydantic: neither is loaded."""
+def test_operator_commands_do_not_load_rich_or_pydantic(words: list[str], home: Path) -> None:
+    """Typer requires rich for coloured help, and later releases require pydantic. Neither is loaded."""
     loaded = say(*words, home=home, options=("-X", "importtime")).stderr
     assert re.search(r"\| +typer$", loaded, re.MULTILINE)
     assert re.findall(r"\| +(?:rich|pydantic|pygments|markdown_it)$", loaded, re.MULTILINE) == []
 
 
-def test_help_fits_into_a_terminal_of_80_columns(home: Path) -> None:
+def test_help_fits_80_columns(home: Path) -> None:
     for words in ((), ("agent",), ("hosts",), ("agent", "install"), ("agent", "uninstall"), ("hosts", "forget")):
         told = say(*words, "--help", home=home).stdout
         assert max(map(len, told.splitlines())) <= 80
-        assert "\\[" not in told  # markup that nobody rendered
+        assert "\\[" not in told  # unrendered markup
 
 
-def test_commands_are_those_of_the_protocol(home: Path) -> None:
+def test_commands_lists_the_protocol_commands(home: Path) -> None:
     rows = json.loads(say("commands", "--json", home=home).stdout)
     assert [row["command"] for row in rows] == list(TABLE)
     lines = say("commands", home=home).stdout.splitlines()
@@ -129,20 +129,20 @@ def test_hosts_are_listed_and_forgotten(home: Path) -> None:
     assert (home / "known_hosts").read_text() == f"kvm1 {KEY}\n"
 
 
-def test_the_helper_is_not_for_people(home: Path) -> None:
+def test_the_helper_refuses_to_be_started_by_hand(home: Path) -> None:
     done = say("helper", home=home)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "netloom helper: only CloudStack's calls start it; there is no need to start it by hand\n"
 
 
-def test_tables_are_aligned_and_end_without_blanks() -> None:
+def test_tables_are_aligned_without_trailing_blanks() -> None:
     assert (
         table.render(["A", "LONG"], [["wide cell", "x"], ["y", "z"]]) == "A          LONG\nwide cell  x\ny          z"
     )
 
 
 def test_loading_ssh_starts_no_process() -> None:
-    """asyncssh looks for optional libraries with ldconfig and gcc, each time; it is not let."""
+    """asyncssh would run ldconfig and gcc at each import to find optional libraries. The program prevents it."""
     program = (
         "import sys\n"
         f"sys.path.insert(0, {str(REPO / 'internal')!r})\n"

@@ -1,4 +1,4 @@
-"""The management side's small decisions: time, names, keys, directories and what is printed."""
+"""Small parts of the extension: deadline, owner, output, directories, host keys, login and log."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ from netloom.wire import Reply
 # --- the deadline
 
 
-def test_the_margin_leaves_room_to_end() -> None:
+def test_the_margin_grows_with_the_timeout() -> None:
     assert {timeout: margin_s(timeout) for timeout in (1, 2, 10, 60, 600)} == {1: 0.5, 2: 1, 10: 1, 60: 3, 600: 30}
 
 
 @given(st.integers(1, 86_400))
-def test_the_deadline_is_before_the_callers_and_after_the_start(timeout: int) -> None:
+def test_the_deadline_ends_before_the_callers_timeout(timeout: int) -> None:
     started = time.monotonic()
     deadline = Deadline(parse_timeout(str(timeout)), started)
     assert started < deadline.ends < started + timeout
-    # The last resort, half a margin later, is in time too.
+    # The timer of last resort, half a margin later, also expires before the caller's timeout.
     assert deadline.ends + deadline.margin_s / 2 < started + timeout
     assert 0 <= deadline.grace_s() <= 5
     assert 5 <= deadline.reach_s() <= max(5, timeout / 3)
 
 
-def test_a_deadline_that_has_passed_leaves_nothing() -> None:
+def test_a_passed_deadline_leaves_no_time() -> None:
     deadline = Deadline(10, time.monotonic() - 60)
     assert (deadline.remaining_s(), deadline.grace_s()) == (0, 0)
 
 
-def test_the_start_of_the_process_was_before_now() -> None:
+def test_the_start_time_of_the_process_is_in_the_past() -> None:
     assert time.monotonic() - 6 < process_started() <= time.monotonic()
 
 
-# --- whose it is
+# --- the owner
 
 
 def details(**given: object) -> PhysicalDetails:
     return convert({"hosts": "h1", **given}, PhysicalDetails, root="details")
 
 
-def test_the_owner_is_named_by_the_operator_or_derived() -> None:
+def test_the_owner_is_configured_or_derived() -> None:
     path = "/usr/share/cloudstack-management/extensions/ext-net/ext-net.sh"
     assert owner(details(physicalnetworkname="Physical 1"), path) == "ext-net/Physical 1"
     assert owner(details(physicalnetworkname="K\u00f6ln 2"), path) == "ext-net/K\\xf6ln 2"
@@ -71,12 +71,12 @@ def test_the_owner_is_named_by_the_operator_or_derived() -> None:
     assert owner(details(), path) == "ext-net/"
 
 
-def test_the_owner_does_not_depend_on_the_programs_own_name() -> None:
+def test_the_owner_does_not_depend_on_the_programs_file_name() -> None:
     paths = [f"/ext/net/{name}" for name in ("net.sh", "netloom", "anything.bin")]
     assert {owner(details(physicalnetworkname="p"), path) for path in paths} == {"net/p"}
 
 
-def test_the_registration_has_what_the_agent_may_know() -> None:
+def test_the_registration_has_no_secrets() -> None:
     given = details(
         sshkey="k3y", password="p4ss", username="ops", firewall="absent", owner="east",
         **{"guest.network.device": "bond0", "network.broadcast": "vlan", "guest.isolation": "vxlan"},
@@ -87,10 +87,10 @@ def test_the_registration_has_what_the_agent_may_know() -> None:
     assert not any(secret in repr(made) for secret in ("k3y", "p4ss", "ops"))
 
 
-# --- what is printed
+# --- the output
 
 
-def test_what_ensure_prints() -> None:
+def test_ensure_prints_host_and_namespace() -> None:
     assert ensured(StoredDetails(), "h1", "net-42") == '{"host":"h1","namespace":"cs-net-42"}'
     assert ensured(StoredDetails(), "h1", "vpc-7") == '{"host":"h1","namespace":"cs-vpc-7","vpc_id":"7"}'
 
@@ -104,10 +104,10 @@ HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
     previous=st.lists(HOST, max_size=20).map(tuple),
     scope_id=st.sampled_from(["net-1", "net-4294967295", "vpc-4294967295"]),
 )
-def test_what_ensure_prints_can_always_be_stored(
+def test_the_output_of_ensure_can_always_be_stored(
     host: str, epoch: int, previous: tuple[str, ...], scope_id: str
 ) -> None:
-    """One line of ASCII below CloudStack's column width, a JSON object without a key ``status``."""
+    """The output is one line of ASCII that fits CloudStack's column: a JSON object without a key ``status``."""
     text = ensured(StoredDetails(host="x", epoch=epoch, previous=previous), host, scope_id)
     assert len(text) <= DETAILS_CHARACTERS_MAX
     assert text.isascii()
@@ -127,7 +127,7 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
     assert json.loads(ascii_only(as_json)) == {"a": text}
 
 
-def test_only_commands_with_a_defined_result_print_one() -> None:
+def test_only_commands_with_a_defined_result_print_output() -> None:
     reply = Reply(call_id="x", output="text")
     assert [name for name in ("implement-network", "custom-action") if printed(name, reply)] == [
         "implement-network",
@@ -139,7 +139,7 @@ def test_only_commands_with_a_defined_result_print_one() -> None:
 @pytest.mark.parametrize(
     ("status", "kind"), [(1, BadRequest), (2, HostUnreachable), (3, HostRefused), (77, HostRefused)]
 )
-def test_a_reply_that_failed_is_an_error_of_its_host(status: int, kind: type[Exception]) -> None:
+def test_a_failed_reply_is_an_error_that_names_its_host(status: int, kind: type[Exception]) -> None:
     error = error_in("h1", Reply(call_id="x", status=status, error="link is busy", hint="try again"))
     assert type(error) is kind
     assert str(error) == "h1: link is busy (try again)"
@@ -149,7 +149,7 @@ def test_a_reply_that_failed_is_an_error_of_its_host(status: int, kind: type[Exc
 # --- directories
 
 
-def test_the_directories_in_order() -> None:
+def test_candidate_directories_are_in_order() -> None:
     assert candidates({"NETLOOM_DIR": "/d"}, 7, "/home/cloud") == [
         "/d",
         "/home/cloud/.cache/netloom",
@@ -159,7 +159,7 @@ def test_the_directories_in_order() -> None:
     assert candidates({}, 7, "") == ["/var/cache/netloom/7", "/var/tmp/netloom-7"]
 
 
-def test_home_is_that_of_passwd_when_unset() -> None:
+def test_an_unset_home_is_read_from_passwd() -> None:
     assert home_of({"HOME": "/h"}, 0) == "/h"
     assert home_of({}, 0) == "/root"
     assert home_of({"HOME": "relative"}, 0) == "/root"
@@ -167,7 +167,7 @@ def test_home_is_that_of_passwd_when_unset() -> None:
 
 
 @pytest.mark.mutation("the-directory-is-private")
-def test_defect_21_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None:
+def test_defect_21_only_a_private_directory_of_ours_is_usable(tmp_path: Path) -> None:
     uid = os.geteuid()
     new = tmp_path / "a" / "b"
     assert unusable(str(new), uid) == ""
@@ -185,7 +185,7 @@ def test_defect_21_usable_is_a_private_directory_of_ours(tmp_path: Path) -> None
 
 
 @pytest.mark.mutation("no-other-can-exchange-the-directory", instead='(why := "")')
-def test_a_directory_that_another_could_exchange_is_not_used(tmp_path: Path) -> None:
+def test_a_directory_that_another_user_could_replace_is_not_used(tmp_path: Path) -> None:
     uid, above = os.geteuid(), tmp_path / "home" / ".cache"
     above.mkdir(parents=True)
     for mode in (0o777, 0o707):
@@ -194,28 +194,28 @@ def test_a_directory_that_another_could_exchange_is_not_used(tmp_path: Path) -> 
         assert list(above.iterdir()) == []
     above.chmod(0o1777)
     assert unusable(str(above / "netloom"), uid) == ""
-    above.chmod(0o775)  # by those of our own group
+    above.chmod(0o775)  # writable by our own group
     assert unusable(str(above / "netloom"), uid) == ""
     assert unusable(str(above / "netloom" / "a" / "b"), uid) == ""
     (tmp_path / "link").symlink_to(above.parent)
     assert unusable(str(tmp_path / "link" / "x" / "netloom"), uid) == ""
 
 
-def test_a_program_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be started all the same (mode 0711); and somebody may be about to replace it."""
+def test_an_unreadable_program_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program can be started without read permission (mode 0711), or be replaced while it runs."""
     monkeypatch.setattr(program, "path", lambda: str(tmp_path / "netloom.sh"))
     package.cache_clear()
     with pytest.raises(BadRequest, match=r"netloom\.sh: No such file or directory \(make this file readable"):
         package()
 
 
-def test_the_first_usable_directory_is_taken(tmp_path: Path) -> None:
+def test_the_first_usable_directory_is_used(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     environ = {"NETLOOM_DIR": str(tmp_path / "open"), "HOME": str(tmp_path / "home")}
     assert persistent(environ) == str(tmp_path / "home" / ".cache" / "netloom")
 
 
-def test_no_directory_is_an_error_with_every_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_usable_directory_is_an_error_with_every_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(tmp_path / "file"), "relative"]
     (tmp_path / "file").touch()
     monkeypatch.setattr("netloom.extension.directory.candidates", lambda environ, uid, home: paths)
@@ -250,7 +250,7 @@ KEY, OTHER, RSA = host_key(1), host_key(2), host_key(3, "ssh-rsa")
         (str(RSA), False, False),
     ],
 )
-def test_pins(text: str, admits_h1: bool, admits_h2: bool, tmp_path: Path) -> None:
+def test_pins_admit_only_matching_keys(text: str, admits_h1: bool, admits_h2: bool, tmp_path: Path) -> None:
     trust = Trust(parse_pins(text), KnownHosts(str(tmp_path)))
     for host, admits in (("h1", admits_h1), ("h2", admits_h2)):
         if admits:
@@ -265,13 +265,13 @@ def test_pins(text: str, admits_h1: bool, admits_h2: bool, tmp_path: Path) -> No
     "text",
     ["ssh-ed25519", "ssh-ed25519 AAAA", f"h1 h2 {KEY}", "SHA256:short", "h1", f"ssh-rsa {KEY.blob}", "MD5:00:11"],
 )
-def test_a_pin_that_cannot_be_read_is_refused(text: str) -> None:
+def test_an_invalid_pin_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="hostkeys"):
         parse_pins(f"{KEY}, {text}")
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_pins_or_refused(text: str) -> None:
+def test_any_text_is_parsed_as_pins_or_refused(text: str) -> None:
     try:
         pins = parse_pins(text)
     except BadRequest:
@@ -300,14 +300,14 @@ def test_remembered_keys_are_openssh_lines(tmp_path: Path) -> None:
     assert name_of("fd00::1", 2222) == "[fd00::1]:2222"
 
 
-def test_a_full_disk_costs_no_remembered_key(tmp_path: Path) -> None:
+def test_a_full_disk_loses_no_remembered_key(tmp_path: Path) -> None:
     known = KnownHosts(str(tmp_path))
     for number in range(20):
         known.remember(f"h{number}", KEY)
     before = Path(known.path).read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # half of it can be written
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # only half can be written
         with pytest.raises(OSError, match="File too large"):
             known.forget("h7")
     finally:
@@ -316,7 +316,7 @@ def test_a_full_disk_costs_no_remembered_key(tmp_path: Path) -> None:
     assert sorted(it.name for it in tmp_path.iterdir()) == ["known_hosts", "known_hosts.lock"]
 
 
-# --- how to log in
+# --- the login
 
 
 @pytest.mark.parametrize(

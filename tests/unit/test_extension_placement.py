@@ -1,4 +1,4 @@
-"""Where a scope lives, as a table of what the hosts said."""
+"""The choice of a host for a scope, as a table of the hosts' answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def down(host: str) -> HostAnswer:
 
 
 def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **given: HostAnswer) -> Situation:
-    """Three candidates h1 h2 h3; ``h4`` is a host that is no candidate any more."""
+    """A situation with the candidates h1, h2 and h3. ``h4`` is a host that is no candidate any more."""
     return Situation(
         scope_id="net-42",
         order=("h1", "h2", "h3"),
@@ -46,34 +46,49 @@ def situation(stored: str = "", asked: str = "", over: str = "", reached: str = 
 
 CASES: dict[str, tuple[Situation, object]] = {
     # The stored host.
-    "a stored host is asked alone": (situation("h2"), Ask(("h2",))),
-    "it is waited for": (situation("h2", asked="h2"), Wait("stored")),
-    "it answers and holds": (situation("h2", h2=HOLDS), Use("h2")),
-    "it answers and has nothing yet": (situation("h2", h2=HAS_NOT), Use("h2")),
-    "it is no candidate and holds": (situation("h4", h4=HOLDS), Use("h4")),
-    "it is no candidate and has nothing: as if unknown": (situation("h4", h4=HAS_NOT), Ask(("h1", "h2", "h3"))),
-    "then nobody has it": (situation("h4", h4=HAS_NOT, h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
-    "then somebody has it": (situation("h4", "h1 h2", h4=HAS_NOT, h3=HOLDS), Use("h3")),
-    # The stored host is silent.
-    "it is silent for a grace": (situation("h2", asked="h2", over="stored"), Ask(("h1", "h3"))),
-    "it is still waited for": (situation("h2", "h1 h2 h3", "stored", h1=HAS_NOT), Wait()),
-    "whoever holds answers for it": (situation("h2", "h1 h2 h3", "stored", h3=HOLDS), Use("h3")),
-    "it answers late": (situation("h2", "h1 h3", "stored", h2=HAS_NOT), Use("h2")),
-    "it fails at once": (situation("h2", h2=down("h2")), Ask(("h1", "h3"))),
-    "it failed, others may hold": (situation("h2", "h1 h3", h2=down("h2"), h1=HAS_NOT), Wait("stragglers")),
-    "it failed, another holds": (situation("h2", "h1", h2=down("h2"), h3=HOLDS), Use("h3")),
-    "it is no candidate and failed, another holds": (situation("h4", "h1 h2", h4=down("h4"), h3=HOLDS), Use("h3")),
+    "only the stored host is asked": (situation("h2"), Ask(("h2",))),
+    "the stored host has time to answer": (situation("h2", asked="h2"), Wait("stored")),
+    "the stored host answers and holds the scope": (situation("h2", h2=HOLDS), Use("h2")),
+    "the stored host answers and has nothing yet": (situation("h2", h2=HAS_NOT), Use("h2")),
+    "a stored host outside the candidates holds the scope": (situation("h4", h4=HOLDS), Use("h4")),
+    "a stored host outside the candidates has nothing: all are asked": (
+        situation("h4", h4=HAS_NOT),
+        Ask(("h1", "h2", "h3")),
+    ),
+    "no candidate holds the scope either": (
+        situation("h4", h4=HAS_NOT, h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT),
+        Unplaced("h1"),
+    ),
+    "a candidate holds the scope": (situation("h4", "h1 h2", h4=HAS_NOT, h3=HOLDS), Use("h3")),
+    # The stored host does not answer.
+    "the stored host is silent for a grace period": (situation("h2", asked="h2", over="stored"), Ask(("h1", "h3"))),
+    "the stored host still has time to answer": (situation("h2", "h1 h2 h3", "stored", h1=HAS_NOT), Wait()),
+    "another host holds the scope": (situation("h2", "h1 h2 h3", "stored", h3=HOLDS), Use("h3")),
+    "the stored host answers late": (situation("h2", "h1 h3", "stored", h2=HAS_NOT), Use("h2")),
+    "the stored host fails at once": (situation("h2", h2=down("h2")), Ask(("h1", "h3"))),
+    "the stored host failed, others may hold the scope": (
+        situation("h2", "h1 h3", h2=down("h2"), h1=HAS_NOT),
+        Wait("stragglers"),
+    ),
+    "the stored host failed, another holds the scope": (situation("h2", "h1", h2=down("h2"), h3=HOLDS), Use("h3")),
+    "a stored host outside the candidates failed, another holds the scope": (
+        situation("h4", "h1 h2", h4=down("h4"), h3=HOLDS),
+        Use("h3"),
+    ),
     # No stored host.
-    "unknown: all are asked": (situation(), Ask(("h1", "h2", "h3"))),
-    "nobody has answered": (situation(asked="h1 h2 h3"), Wait()),
+    "no stored host: all are asked": (situation(), Ask(("h1", "h2", "h3"))),
+    "no host has answered": (situation(asked="h1 h2 h3"), Wait()),
     "only failures so far": (situation(asked="h1 h2 h3", h1=down("h1")), Wait()),
-    "one holds, the others may be silent": (situation(asked="h1 h2", h3=HOLDS), Use("h3")),
-    "two hold: the preferred": (situation(asked="h1", h2=HOLDS, h3=HOLDS), Use("h2")),
-    "one has not: the others get a grace": (situation(asked="h1 h2", h3=HAS_NOT), Wait("stragglers")),
-    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HAS_NOT), Unplaced("h3")),
-    "the grace is over and none answered": (situation(asked="h1 h2", over="stragglers", h3=down("h3")), Wait()),
-    "nobody has it: the preferred": (situation(h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
-    "the preferred is down": (situation(h1=down("h1"), h2=HAS_NOT, h3=HAS_NOT), Unplaced("h2")),
+    "one holds the scope, the others may be silent": (situation(asked="h1 h2", h3=HOLDS), Use("h3")),
+    "two hold the scope: the preferred one": (situation(asked="h1", h2=HOLDS, h3=HOLDS), Use("h2")),
+    "one has nothing: the others get a grace period": (situation(asked="h1 h2", h3=HAS_NOT), Wait("stragglers")),
+    "the grace period is over": (situation(asked="h1 h2", over="stragglers", h3=HAS_NOT), Unplaced("h3")),
+    "the grace period is over, and no host has answered": (
+        situation(asked="h1 h2", over="stragglers", h3=down("h3")),
+        Wait(),
+    ),
+    "no host holds the scope: the preferred one": (situation(h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1")),
+    "the preferred host is down": (situation(h1=down("h1"), h2=HAS_NOT, h3=HAS_NOT), Unplaced("h2")),
 }
 
 
@@ -100,20 +115,23 @@ def test_a_scope_whose_host_is_down_is_not_moved() -> None:
         )
 
 
-def test_nobody_answers_names_everybody() -> None:
+def test_the_error_names_every_host_that_failed() -> None:
     text = failed(decide(situation(h1=down("h1"), h2=down("h2"), h3=down("h3"))))
     assert text == ("none of the hosts answers: h1: connection refused; h2: connection refused; h3: connection refused")
 
 
 EVERYWHERE: dict[str, tuple[Situation, object]] = {
-    "all are told": (situation(), Ask(("h1", "h2", "h3"))),
-    "the stored one besides": (situation("h4"), Ask(("h4", "h1", "h2", "h3"))),
-    "nobody answered": (situation(asked="h1 h2 h3"), Wait()),
-    "one is done, the others get a grace": (situation(asked="h1 h2", h3=HOLDS), Wait("stragglers")),
-    "the grace is over": (situation(asked="h1 h2", over="stragglers", h3=HOLDS), AllTold(("h3",))),
-    "who is at work is waited for": (situation(asked="h1 h2", over="stragglers", reached="h1", h3=HOLDS), Wait()),
-    "the stored one is waited for": (situation("h2", asked="h1 h2", over="stragglers", h3=HOLDS), Wait()),
-    "all are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), AllTold(("h1", "h2", "h3"))),
+    "all hosts are asked": (situation(), Ask(("h1", "h2", "h3"))),
+    "a stored host outside the candidates is asked too": (situation("h4"), Ask(("h4", "h1", "h2", "h3"))),
+    "no host has answered": (situation(asked="h1 h2 h3"), Wait()),
+    "one is done, the others get a grace period": (situation(asked="h1 h2", h3=HOLDS), Wait("stragglers")),
+    "the grace period is over": (situation(asked="h1 h2", over="stragglers", h3=HOLDS), AllTold(("h3",))),
+    "a host that was reached has time to finish": (
+        situation(asked="h1 h2", over="stragglers", reached="h1", h3=HOLDS),
+        Wait(),
+    ),
+    "the stored host has time to finish": (situation("h2", asked="h1 h2", over="stragglers", h3=HOLDS), Wait()),
+    "all hosts are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), AllTold(("h1", "h2", "h3"))),
     "a candidate is down": (situation("h1", h1=HOLDS, h2=down("h2"), h3=HAS_NOT), AllTold(("h1", "h3"))),
 }
 
@@ -124,7 +142,7 @@ def test_decide_everywhere(name: str) -> None:
     assert decide_everywhere(now) == expected
 
 
-def test_everywhere_needs_the_stored_host_and_one_at_least() -> None:
+def test_everywhere_needs_the_stored_host_and_at_least_one_host() -> None:
     assert failed(decide_everywhere(situation("h2", h1=HAS_NOT, h2=down("h2"), h3=HAS_NOT))).startswith("h2: ")
     assert failed(decide_everywhere(situation(h1=down("h1"), h2=down("h2"), h3=down("h3")))).startswith("none of")
 
@@ -139,11 +157,11 @@ ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
     grace=st.integers(0, 4),
     everywhere=st.booleans(),
 )
-def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
+def test_every_enquiry_terminates_and_never_abandons_the_stored_host(
     stored: str, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool
 ) -> None:
-    """However the answers and the graces fall: a decision, by a host that answered; a silent stored host is left
-    only for one that holds the scope."""
+    """In any order of answers and grace periods there is a decision, for a host that answered. If the stored host does
+    not answer, only a host that holds the scope replaces it."""
     now = situation(stored)
     decision: object = None
     for step in range(40):
@@ -177,7 +195,7 @@ def test_every_enquiry_ends_and_never_leaves_a_stored_host_that_may_hold(
 
 
 @given(st.binary(max_size=300))
-def test_cksum_is_that_of_its_definition(data: bytes) -> None:
+def test_cksum_matches_the_posix_definition(data: bytes) -> None:
     """POSIX, cksum: the CRC of ISO 8802-3 over the octets and then the length, least significant octet first."""
     crc = 0
     length = len(data)
@@ -193,13 +211,13 @@ def test_cksum_is_that_of_its_definition(data: bytes) -> None:
     assert cksum(data) == crc ^ 0xFFFFFFFF
 
 
-def test_cksum_is_what_the_tool_prints() -> None:
+def test_cksum_matches_the_tool() -> None:
     for text in ("", "1", "42", "204", "7", "1234567890", "x" * 300):
         printed = subprocess.run(["cksum"], input=text, capture_output=True, text=True, check=True).stdout
         assert cksum(text.encode()) == int(printed.split()[0])
 
 
-def test_the_order_starts_at_the_crc_and_goes_round() -> None:
+def test_the_preferred_order_starts_at_the_crc_and_wraps_around() -> None:
     assert cksum(b"42") % 3 == 0
     assert preferred_order("42", ["a", "b", "c"]) == ("a", "b", "c")
     assert cksum(b"42") % 2 == 1

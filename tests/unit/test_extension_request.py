@@ -20,7 +20,7 @@ INDEX = json.loads((PAYLOADS / "index.json").read_text())
 
 @pytest.mark.parametrize("row", INDEX, ids=lambda row: row["file"])
 def test_a_payload_file_is_parsed_once(row: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the caller; ``current_details`` is a JSON text inside the file. The agent parses what it gets once more."""
+    """The caller parses the file and the JSON text in its ``current_details`` once, and the agent its payload once."""
     parsed: Counter[str] = Counter()
 
     class Json:

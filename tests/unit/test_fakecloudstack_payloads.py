@@ -1,4 +1,4 @@
-"""What the fake CloudStack writes is, byte for byte, what the client writes (tests/payloads)."""
+"""The payloads of the fake CloudStack equal those of the real client (tests/payloads), byte for byte."""
 
 from __future__ import annotations
 
@@ -214,17 +214,17 @@ ROWS: dict[str, Callable[[], cs.Fields]] = {
 
 
 def fixture_names() -> list[str]:
-    """Every payload file of an isolated network: none may be left out."""
+    """Every payload file of an isolated network."""
     return sorted(path.stem for path in FIXTURES.glob("[01]*.json"))
 
 
 @pytest.mark.parametrize("name", fixture_names())
-def test_written_as_the_client_writes_it(name: str) -> None:
+def test_payloads_match_the_clients_byte_for_byte(name: str) -> None:
     expected = (FIXTURES / f"{name}.json").read_text(encoding="utf-8")
     details = json.loads(expected)["network-extension-details"]
     registration = BY_PASSWORD if "password-auth" in name else REGISTRATION
     written = cs.envelope(registration, details, ROWS[name]())
-    # The parsed texts first: where they differ, pytest shows the key.
+    # Compare the parsed texts first, because pytest then shows the differing key.
     assert json.loads(written) == json.loads(expected)
     assert written == expected
 
@@ -243,7 +243,7 @@ def test_written_as_the_client_writes_it(name: str) -> None:
         ("504-custom-action-nothing-stored", SHUT, "{}", "dump-config", {}),
     ],
 )
-def test_custom_actions_are_written_as_the_client_writes_them(
+def test_custom_actions_match_the_clients_byte_for_byte(
     name: str, network: cs.NetworkFacts, stored: str, action: str, params: dict[str, str]
 ) -> None:
     written = cs.custom_action(REGISTRATION, json.loads(stored), cs.network(network), action, params)

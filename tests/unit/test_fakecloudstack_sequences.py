@@ -1,6 +1,6 @@
-"""The fake CloudStack sends what the real one sends, in its order, and treats the details as the real one does.
+"""The fake CloudStack sends the same calls as the real one, in the same order, and handles the details in the same way.
 
-A recorder stands where the executable would be; what is sent is compared with the payload files by name.
+A recorder replaces the executable. The calls are compared with the payload files, which are given by their numbers.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_second_vm_makes_12_executions(cloud: FakeCloudStack, network: IsolatedN
     assert len(cloud.history) - before == 12
 
 
-def test_without_guest_services_nothing_of_dhcp_dns_or_restore_is_sent(recorder: Recorder) -> None:
+def test_without_guest_services_no_dhcp_dns_or_restore_is_sent(recorder: Recorder) -> None:
     cloud = FakeCloudStack(recorder).register(hosts=["192.0.2.11"])
     network = cloud.isolated_network(
         204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=NAT_SERVICES
@@ -72,7 +72,9 @@ def test_without_guest_services_nothing_of_dhcp_dns_or_restore_is_sent(recorder:
     assert without_ensures(cloud) == ["implement-network", "assign-ip", "apply-fw-rules", "prepare-nic"]
 
 
-def test_rules_on_an_address_bring_it_and_take_it_away(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+def test_the_first_rule_assigns_an_address_and_the_last_releases_it(
+    cloud: FakeCloudStack, network: IsolatedNetwork
+) -> None:
     network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
     before = len(cloud.history)
     address = network.associate("203.0.113.21")
@@ -98,7 +100,9 @@ def test_static_nat_is_between_two_rounds_of_assign_ip(cloud: FakeCloudStack, ne
     assert sent(cloud, before) == as_fixtures(*rounds, "012", "058", *rounds, "012", "059", "012", "057")
 
 
-def test_disassociating_revokes_one_by_one_and_releases(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+def test_disassociating_revokes_each_rule_and_releases_the_address(
+    cloud: FakeCloudStack, network: IsolatedNetwork
+) -> None:
     network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
     address = network.associate("203.0.113.21")
     network.add_port_forward(address, "2222", "10.10.1.45", "22", open_firewall=True)
@@ -107,7 +111,7 @@ def test_disassociating_revokes_one_by_one_and_releases(cloud: FakeCloudStack, n
     assert without_ensures(cloud, before) == ["delete-port-forward", "apply-fw-rules", "release-ip", "release-ip"]
 
 
-def test_restart_without_cleanup_shuts_nothing_down(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+def test_restart_without_cleanup_sends_no_shutdown(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
     network.add_nic(WEB)
     before = len(cloud.history)
     network.restart()
@@ -138,7 +142,7 @@ def test_restart_with_cleanup_forgets_the_details_and_keeps_the_vlan(
     assert (after.payload["vlan"], after.payload["network_state"]) == ("1204", "implemented")
 
 
-def test_garbage_collection_and_second_life(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+def test_garbage_collection_and_reimplementation(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
     network.add_nic(WEB)
     address = network.associate("203.0.113.21")
     network.add_port_forward(address, "8080-8090", "10.10.1.45")
@@ -168,7 +172,7 @@ def test_deletion_of_a_network_that_was_shut_down(cloud: FakeCloudStack, network
     assert sent(cloud, before) == as_fixtures("130", "131")
 
 
-def test_deletion_of_a_network_that_never_lived(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
+def test_deletion_of_a_network_that_was_never_implemented(cloud: FakeCloudStack, network: IsolatedNetwork) -> None:
     network.delete()
     assert sent(cloud) == as_fixtures("130", "132")
 
@@ -239,11 +243,11 @@ class TestDetails:
         (1, '{"status":"success"}', False),
     ],
 )
-def test_the_status_rule(status: int, output: str, *, expected: bool) -> None:
+def test_success_needs_exit_status_0_and_no_failure_in_the_output(status: int, output: str, *, expected: bool) -> None:
     assert succeeded(Execution(status, output, 0.1, "")) is expected
 
 
-def test_offerings_without_firewall_never_send_its_command(recorder: Recorder) -> None:
+def test_offerings_without_firewall_never_send_apply_fw_rules(recorder: Recorder) -> None:
     cloud = FakeCloudStack(recorder).register(hosts=["192.0.2.11"])
     offering = Offering.of(*(ALL_SERVICES.services - {"Firewall"}))
     network = cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20", offering=offering)
@@ -290,7 +294,7 @@ def tier(vpc: Vpc) -> Tier:
     return tier
 
 
-def test_a_vpc_without_an_address_gets_it_with_its_first_tier(vpc: Vpc, tier: Tier) -> None:
+def test_a_vpc_without_an_address_gets_one_with_its_first_tier(vpc: Vpc, tier: Tier) -> None:
     vpc.implement()
     assert sent(vpc.cloud) == as_fixtures("200", "203")
     vpc.source_nat = vpc.associate("203.0.113.30")
@@ -329,7 +333,7 @@ def test_the_first_vm_of_a_tier(vpc: Vpc, tier: Tier) -> None:
     ("items", "number", "state"),
     [(CUSTOM, "212", "implemented"), (DENY_ALL, "214", "implementing"), ([], "215", "implemented")],
 )
-def test_a_list_is_sent_whole(tier: Tier, items: list[AclItem], number: str, state: cs.State) -> None:
+def test_an_acl_is_sent_as_a_whole(tier: Tier, items: list[AclItem], number: str, state: cs.State) -> None:
     facts = dataclasses.replace(tier.facts, state=state, vlan="1310")
     assert cs.without_nulls(cs.acl_rules(facts, items)) == fixture(number)["payload"]
 
@@ -349,7 +353,7 @@ def test_addresses_and_rules_of_a_tier(vpc: Vpc, tier: Tier) -> None:
     assert sent(vpc.cloud)[-3] == as_fixtures("227")[0]
 
 
-def test_a_tier_ends_and_its_vpc_keeps_the_details(vpc: Vpc, tier: Tier) -> None:
+def test_deleting_a_tier_keeps_the_details_of_its_vpc(vpc: Vpc, tier: Tier) -> None:
     vpc.implement()
     tier.acl = ALLOW_ALL
     tier.implement()
@@ -361,7 +365,7 @@ def test_a_tier_ends_and_its_vpc_keeps_the_details(vpc: Vpc, tier: Tier) -> None
     assert not vpc.stored
 
 
-def test_another_source_nat_address_and_a_restart(vpc: Vpc, tier: Tier) -> None:
+def test_source_nat_change_and_restart_of_a_vpc(vpc: Vpc, tier: Tier) -> None:
     vpc.source_nat = vpc.associate("203.0.113.30")
     vpc.implement()
     before = len(vpc.cloud.history)
@@ -393,7 +397,7 @@ def shared() -> SharedNetwork:
     return SharedNetwork(cloud, 410, vlan=1410, cidr="10.30.0.0/24", device_ip="10.30.0.5")
 
 
-def test_the_life_of_a_shared_network(shared: SharedNetwork) -> None:
+def test_lifecycle_of_a_shared_network(shared: SharedNetwork) -> None:
     shared.add_nic(SHARED_VM)
     said = sent(shared.cloud)
     commands = [it for it in said if "current_details" not in it["payload"]]  # type: ignore[operator]

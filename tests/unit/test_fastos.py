@@ -1,4 +1,4 @@
-"""What stands in for ``os`` means what ``os`` means."""
+"""The replacement for ``os`` behaves like ``os``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATHS = st.text("ab./", max_size=12)
 
 
 @given(PATHS, PATHS)
-def test_paths_are_taken_apart_and_put_together_alike(one: str, other: str) -> None:
+def test_path_functions_match_os_path(one: str, other: str) -> None:
     assert fastos_posix.path.join(one, other) == os.path.join(one, other)
     assert fastos_posix.path.dirname(one) == os.path.dirname(one)
     assert fastos_posix.path.basename(one) == os.path.basename(one)
@@ -26,7 +26,7 @@ def test_paths_are_taken_apart_and_put_together_alike(one: str, other: str) -> N
     assert fastos_posix.path.abspath(f"x{one}") == os.path.abspath(f"x{one}")
 
 
-def test_directories_are_made_alike(tmp_path: Path) -> None:
+def test_makedirs_matches_os(tmp_path: Path) -> None:
     fastos_posix.makedirs(str(tmp_path / "a/b/c"), mode=0o700)
     assert (tmp_path / "a/b/c").stat().st_mode & 0o777 == 0o700
     fastos_posix.makedirs(str(tmp_path / "a/b/c"), exist_ok=True)
@@ -34,7 +34,7 @@ def test_directories_are_made_alike(tmp_path: Path) -> None:
         fastos_posix.makedirs(str(tmp_path / "a/b/c"))
 
 
-def test_what_is_taken_out_of_the_environment_reaches_no_child_and_no_later_os() -> None:
+def test_a_removed_variable_is_absent_in_children_and_in_os() -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(INTERNAL)!r})
@@ -54,7 +54,7 @@ assert os.walk is whole.walk
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_where_os_is_loaded_it_is_os() -> None:
+def test_fastos_is_os_where_os_is_loaded() -> None:
     from netloom.fastos import os as fast
 
     assert fast is os

@@ -1,4 +1,4 @@
-"""Atomic replacement of files, and the credentials of a socket's other end."""
+"""Atomic replacement of files, and the credentials of a socket's peer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from netloom.sockets import peer_credentials
 
 
 @pytest.mark.parametrize("durable", [True, False])
-def test_a_file_is_replaced_with_exactly_the_mode_and_group(durable: bool, tmp_path: Path) -> None:
+def test_a_file_is_replaced_with_the_given_mode_and_group(durable: bool, tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     before = os.umask(0o077)
     try:
@@ -27,7 +27,7 @@ def test_a_file_is_replaced_with_exactly_the_mode_and_group(durable: bool, tmp_p
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_replacement_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.json"
     replace_bytes(file, b"old")
 
@@ -50,7 +50,7 @@ def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -
     assert other.read_text() == "kept"
 
 
-def test_the_other_end_of_a_socket_is_this_process() -> None:
+def test_peer_credentials_name_this_process() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert peer_credentials(ours) == (os.getpid(), os.getuid(), os.getgid())

@@ -7,7 +7,7 @@ import pytest
 from netloom.agent.kernel import arp, namespaces, nft, sysctl
 
 
-def test_the_announcement_is_a_request_and_a_reply_that_everybody_hears() -> None:
+def test_an_arp_announcement_is_a_broadcast_request_and_reply() -> None:
     request, reply = arp.frames("203.0.113.10", "0a:11:22:33:44:55")
     mac, ip = bytes.fromhex("0a1122334455"), bytes((203, 0, 113, 10))
     head = b"\xff" * 6 + mac + bytes.fromhex("0806 0001 0800 06 04")
@@ -16,7 +16,7 @@ def test_the_announcement_is_a_request_and_a_reply_that_everybody_hears() -> Non
 
 
 @pytest.mark.parametrize(("address", "mac"), [("fd00::1", "0a:11:22:33:44:55"), ("203.0.113.10", "0a:11"), ("x", "")])
-def test_what_is_no_address_is_not_announced(address: str, mac: str) -> None:
+def test_an_invalid_address_is_not_announced(address: str, mac: str) -> None:
     with pytest.raises(ValueError):
         arp.frames(address, mac)
 
@@ -31,14 +31,14 @@ def test_what_is_no_address_is_not_announced(address: str, mac: str) -> None:
         ("net.ipv4.conf.eth1/1204.rp_filter", "net/ipv4/conf/eth1.1204/rp_filter"),
     ],
 )
-def test_a_sysctl_is_found_where_sysctl_d_says(name: str, file: str) -> None:
+def test_sysctl_paths_follow_sysctl_d(name: str, file: str) -> None:
     assert sysctl.path(name) == f"/proc/sys/{file}"
 
 
 @pytest.mark.parametrize(
     "name", ["", "net..ipv4", "/net/ipv4", "net/../../etc/passwd", "net///ipv4", "net/./x", "net/\0"]
 )
-def test_a_name_that_leads_elsewhere_is_no_sysctl(name: str) -> None:
+def test_a_sysctl_name_outside_proc_sys_is_refused(name: str) -> None:
     with pytest.raises(ValueError):
         sysctl.path(name)
 
@@ -59,11 +59,11 @@ def test_an_nft_error_names_the_line_of_the_script() -> None:
         ("x:99:1-2: Error: beyond the script\n", "nftables: beyond the script"),
     ],
 )
-def test_an_nft_error_without_a_line_is_still_said(complaint: str, words: str) -> None:
+def test_an_nft_error_without_a_line_is_still_reported(complaint: str, words: str) -> None:
     assert str(nft.error_of("add table inet t", complaint)).startswith(words)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/run/netns/x", "a\0b", "x" * 256])
-def test_what_cannot_be_a_file_name_is_no_namespace(name: str) -> None:
+def test_an_invalid_namespace_name_is_refused(name: str) -> None:
     with pytest.raises(namespaces.NamespaceError):
         namespaces.exists(name)

@@ -1,4 +1,4 @@
-"""Names on a host fit, differ, and keep what others rely on."""
+"""Names on a host fit the kernel's limit, are unique, and stay as other programs expect them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IDS = ["1", "7", "77", "204", "1234567", "12345678", "305419896", "9999999999"]
 TAGS = ["1", "12", "120", "1204", "4094", "16777215"]
 
 
-def test_what_others_rely_on_is_as_it_was() -> None:
+def test_names_used_by_other_programs_are_fixed() -> None:
     assert names.namespace(names.scope_of("204", "")) == "cs-net-204"
     assert names.namespace(names.scope_of("310", "7")) == "cs-vpc-7"
     assert (names.bridge("eth1", "1204"), names.vlan_link("eth1", "1204")) == ("breth1-1204", "eth1.1204")
@@ -30,7 +30,7 @@ def test_defect_45_long_names_of_nics_and_long_ids_fit(nic: str, tag: str) -> No
 
 @pytest.mark.mutation("a-host-port-has-every-digit", instead='f"vnetp{digits}"[:9]')
 def test_defect_46_no_two_networks_share_a_name() -> None:
-    """The reference cut the names of 1234567 and 305419896 on VLAN 4094 to the same one."""
+    """The reference extension truncated the names of networks 1234567 and 305419896 on VLAN 4094 to the same name."""
     guests = [names.guest_port(it) for it in IDS]
     publics = [names.public_port(f"{kind}-{it}", tag) for kind in ("net", "vpc") for it in IDS for tag in TAGS]
     inside = [names.guest_link(it) for it in IDS] + [names.public_link(tag) for tag in TAGS]
@@ -39,7 +39,7 @@ def test_defect_46_no_two_networks_share_a_name() -> None:
 
 
 def test_the_kvm_agent_keeps_a_bridge_with_our_port() -> None:
-    """Its deletion stops at a port whose name contains ``vnet``, and takes another way for one with ``vxlan``."""
+    """The KVM agent keeps a bridge that has a port with ``vnet`` in its name. It treats ``vxlan`` ports differently."""
     ports = [names.guest_port(it) for it in IDS] + [names.public_port(f"net-{it}", tag) for it in IDS for tag in TAGS]
     assert all("vnet" in it and "vxlan" not in it for it in ports)
     assert not any(it.removeprefix("vnet").isdigit() for it in ports), "libvirt's own numbering"

@@ -1,4 +1,4 @@
-"""The netlink codec without a kernel: round trips, hostile bytes, and pyroute2 as the second opinion."""
+"""The netlink codec without a kernel: round trips, malformed bytes, and a comparison with pyroute2."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ ATTRIBUTES = st.lists(st.tuples(st.integers(0, netlink.NLA_TYPE_MASK), st.binary
 
 
 @given(st.lists(MESSAGES, max_size=5))
-def test_messages_come_back_as_they_went(messages: list[Message]) -> None:
+def test_messages_round_trip(messages: list[Message]) -> None:
     assert netlink.decode(b"".join(map(netlink.encode, messages))) == messages
 
 
 @given(ATTRIBUTES)
-def test_attributes_come_back_as_they_went(attributes: list[tuple[int, bytes]]) -> None:
+def test_attributes_round_trip(attributes: list[tuple[int, bytes]]) -> None:
     encoded = b"".join(netlink.attribute(kind, value) for kind, value in attributes)
     assert netlink.attributes(encoded) == attributes
     ((kind, inner),) = netlink.attributes(netlink.nested(7, encoded))
@@ -79,7 +79,7 @@ def test_damaged_messages_are_decoded_or_refused(data: st.DataObject) -> None:
     _decode_everything(bytes(whole[: data.draw(st.integers(0, len(whole)))]))
 
 
-def test_what_the_kernel_says_is_found_behind_a_quoted_request_and_a_capped_one() -> None:
+def test_the_kernels_message_is_found_after_quoted_and_capped_requests() -> None:
     words = netlink.text(1, "Nexthop has invalid gateway")
     header = struct.pack("=IHHII", 36, 24, 0, 1, 0)
     capped = struct.pack("=i", -errno.ENETUNREACH) + header + words
@@ -90,13 +90,13 @@ def test_what_the_kernel_says_is_found_behind_a_quoted_request_and_a_capped_one(
     assert decode(capped[:20], 0) == (errno.ENETUNREACH, "")
 
 
-def test_an_error_says_what_was_asked_and_what_the_kernel_said() -> None:
+def test_an_error_names_the_request_and_the_kernels_message() -> None:
     error = NetlinkError(errno.EEXIST, "make bridge br0", "Device is busy")
     assert str(error) == "make bridge br0: File exists: Device is busy"
     assert error.exit_code == 3
 
 
-# Second opinion
+# Comparison with pyroute2
 
 
 def _requests() -> list[Message]:
@@ -116,7 +116,7 @@ def _seen_by_pyroute2(kind: Any, message: Message) -> Any:
     return seen
 
 
-def test_pyroute2_reads_a_veth_pair_as_it_was_meant() -> None:
+def test_pyroute2_decodes_a_veth_pair() -> None:
     seen = _seen_by_pyroute2(ifinfmsg, links.make_veth("vnetg7", "br0", "gst-7", "0a:00:00:00:00:01", 1450, 9))
     info = seen.get_attr("IFLA_LINKINFO")
     peer = info.get_attr("IFLA_INFO_DATA").get_attr("VETH_INFO_PEER")
@@ -128,7 +128,7 @@ def test_pyroute2_reads_a_veth_pair_as_it_was_meant() -> None:
     assert peer.get_attr("IFLA_NET_NS_FD") == 9
 
 
-def test_pyroute2_reads_a_bridge_and_a_vlan_as_they_were_meant() -> None:
+def test_pyroute2_decodes_a_bridge_and_a_vlan() -> None:
     bridge = _seen_by_pyroute2(ifinfmsg, links.make_bridge("br0")).get_attr("IFLA_LINKINFO")
     data = bridge.get_attr("IFLA_INFO_DATA")
     assert bridge.get_attr("IFLA_INFO_KIND") == "bridge"
@@ -138,7 +138,7 @@ def test_pyroute2_reads_a_bridge_and_a_vlan_as_they_were_meant() -> None:
     assert vlan.get_attr("IFLA_INFO_DATA").get_attr("IFLA_VLAN_ID") == 7
 
 
-def test_pyroute2_reads_addresses_routes_and_rules_as_they_were_meant() -> None:
+def test_pyroute2_decodes_addresses_routes_and_rules() -> None:
     address = _seen_by_pyroute2(ifaddrmsg, add_address("gst-7", "2001:db8::1/64"))
     assert (address["prefixlen"], address.get_attr("IFA_ADDRESS")) == (64, "2001:db8::1")
     route = _seen_by_pyroute2(rtmsg, add_route("198.51.100.0/24", "x", "10.1.1.254", "10.1.1.1", table=20007))
@@ -149,7 +149,7 @@ def test_pyroute2_reads_addresses_routes_and_rules_as_they_were_meant() -> None:
     assert {name: rule.get_attr(name) for name in wanted} == wanted
 
 
-def test_what_was_built_is_read_back_as_rows() -> None:
+def test_encoded_routes_and_rules_are_decoded_as_rows() -> None:
     route = add_route("198.51.100.0/24", "gst-7", "10.1.1.254", "10.1.1.1", table=20007)
     payload = bytearray(route.payload + netlink.u32(6, 5))  # RTA_PRIORITY
     ((offset, name),) = route.links
@@ -166,7 +166,7 @@ def test_what_was_built_is_read_back_as_rows() -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "0a:00:00:00:00", "0a:00:00:00:00:00:01", "zz:00:00:00:00:01"])
-def test_what_is_no_mac_address_never_becomes_a_message(bad: str) -> None:
+def test_an_invalid_mac_address_is_refused(bad: str) -> None:
     with pytest.raises(ValueError):
         links.set_mac("gst-7", bad)
 
@@ -196,7 +196,7 @@ def _tcp_entry(mark: int = 5, zone: int = 0) -> bytes:
 
 
 @pytest.mark.parametrize("zone", [0, 9])
-def test_the_short_way_and_the_long_way_read_the_same_entry(zone: int) -> None:
+def test_the_fast_and_the_general_decoder_agree(zone: int) -> None:
     payload = _tcp_entry(0x80000007, zone)
     entry = conntrack.decode_entry(payload)
     assert entry == conntrack._decode_any(payload)
@@ -211,7 +211,7 @@ def test_the_short_way_and_the_long_way_read_the_same_entry(zone: int) -> None:
     assert (entry.status, entry.id, entry.family) == (0x1E, 0xDEADBEEF, 2)
 
 
-def test_an_entry_without_a_tuple_is_never_sent_for_deletion() -> None:
+def test_deleting_an_entry_without_a_tuple_is_refused() -> None:
     entry = conntrack.decode_entry(_tcp_entry())
     nameless = conntrack.Entry(**{name: getattr(entry, name) for name in entry.__struct_fields__} | {"original": b""})
     with pytest.raises(ValueError):

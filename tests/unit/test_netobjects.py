@@ -1,4 +1,4 @@
-"""The kernel's objects in iproute2's words, and the routes that come with an address."""
+"""Kernel objects in the notation of iproute2, and the routes that the kernel adds with an address."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPELLED = [
 
 
 @pytest.mark.parametrize(("it", "text"), SPELLED, ids=[text for _, text in SPELLED])
-def test_an_object_is_spelled_as_iproute2_spells_it(it: object, text: str) -> None:
+def test_objects_are_formatted_like_iproute2(it: object, text: str) -> None:
     assert str(it) == text
 
 
@@ -40,6 +40,6 @@ def test_an_object_is_spelled_as_iproute2_spells_it(it: object, text: str) -> No
         ("2001:db8::1/64", "2001:db8::1", "2001:db8::/64", ""),
     ],
 )
-def test_the_kernel_adds_routes_along_with_an_address(cidr: str, ip: str, on_link: str, itself: str) -> None:
+def test_routes_that_the_kernel_adds_with_an_address(cidr: str, ip: str, on_link: str, itself: str) -> None:
     address = Address(link="gst-204", cidr=cidr)
     assert (address.ip, address.on_link, address.itself) == (ip, on_link, itself)

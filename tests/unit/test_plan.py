@@ -1,4 +1,4 @@
-"""plan: a make-believe host carries the steps out, and laws hold for every host and every wish."""
+"""Plans, applied to a simulated host that is a value. Laws are checked for many hosts and desired states."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ def wish(
     guests: dict[int, int] | None = None,
     policy: tuple[Route | Rule, ...] = (),
 ) -> Want:
-    """A network with public addresses 203.0.113.x by VLAN; an exit for each VLAN. ``guests``: MAC by address."""
+    """A network with public addresses 203.0.113.x by VLAN, and one exit for each VLAN.
+
+    ``guests`` maps the last octet of a guest's address to that of its MAC.
+    """
     publics = {"101": [20]} if publics is None else publics
     ports = (guest(guest_vlan), *(public(vlan) for vlan in publics))
     held = tuple(
@@ -132,7 +135,7 @@ def carry_out(have: Have, steps: tuple[Step, ...]) -> Have:
 
 
 def _after(have: Have, step: Step) -> Have:
-    """The host after the step; asserts what the kernel would insist on."""
+    """The host after the step. Asserts the conditions that the kernel would check."""
     host, inside = have.host_links, have.links
     match step:
         case CreateNamespace():
@@ -262,7 +265,7 @@ def _without_host_link(have: Have, name: str) -> Have:
 
 
 def _ported(have: Have) -> Have:
-    """The ports of each bridge are the links that say so."""
+    """Set the ports of each bridge to the links that name it as their master."""
     host = {
         name: replace(it, ports=tuple(sorted(p.name for p in have.host_links.values() if p.master == name)))
         for name, it in have.host_links.items()
@@ -313,9 +316,9 @@ DAMAGES = st.lists(
         [
             "address",
             "route",
-            "its own route",
+            "on-link route",
             "rule",
-            "the kernel's rule",
+            "rule of the kernel",
             "neighbour",
             "port",
             "bridge",
@@ -331,7 +334,7 @@ DAMAGES = st.lists(
 
 
 def damaged(have: Have, kinds: list[str]) -> Have:
-    """The host after somebody took things away by hand."""
+    """The host after objects were removed or changed by hand."""
     for kind in kinds:
         ports = [it for it in have.links.values() if it.host_link]
         ours = [it.name for it in have.host_links.values() if it.kind == "bridge" and it.ours]
@@ -340,9 +343,9 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = replace(have, addresses=have.addresses[1:], cut_off=have.cut_off - {*have.addresses[:1]})
             case "route":
                 have = replace(have, routes=have.routes[1:])
-            case "its own route":
+            case "on-link route":
                 have = replace(have, cut_off=frozenset(it for it in have.addresses if it.on_link))
-            case "the kernel's rule":
+            case "rule of the kernel":
                 have = replace(have, asks_main=not have.exists)
             case "rule":
                 have = replace(have, rules=have.rules[1:])
@@ -374,9 +377,7 @@ def damaged(have: Have, kinds: list[str]) -> Have:
 
 @given(WISHES, DAMAGES, WISHES)
 @settings(max_examples=300, deadline=None)
-def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
-    first: Want, harm: list[str], then: Want
-) -> None:
+def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, harm: list[str], then: Want) -> None:
     have = damaged(built(first), harm)
     steps = plan(have, then)
     after = carry_out(have, steps)
@@ -391,15 +392,15 @@ def test_from_any_host_one_plan_fulfils_the_wish_and_the_next_is_empty(
 
 @given(WISHES, DAMAGES)
 @settings(max_examples=200, deadline=None)
-def test_what_was_taken_down_is_as_it_was_before(want: Want, harm: list[str]) -> None:
+def test_removal_restores_the_original_host(want: Want, harm: list[str]) -> None:
     after = built(NOTHING, damaged(built(want), harm))
-    # A bridge that lost our port by hand is not in sight any more; the sweep has the whole host before it.
+    # A scope no longer sees a bridge that lost our port by hand. The sweep sees the whole host.
     assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded)) == EMPTY
 
 
 @given(WISHES, WISHES)
 @settings(max_examples=200, deadline=None)
-def test_rules_come_before_what_they_guard_and_links_go_before_their_rules(first: Want, then: Want) -> None:
+def test_the_ruleset_is_loaded_before_additions_and_after_removals(first: Want, then: Want) -> None:
     steps = plan(built(first), then)
     kinds = [type(step) for step in steps]
     if LoadRuleset in kinds:
@@ -421,7 +422,7 @@ def test_a_bridge_that_another_scope_wants_is_never_removed(first: Want, then: W
 
 @given(WISHES, WISHES)
 @settings(max_examples=100, deadline=None)
-def test_a_neighbour_that_stays_is_not_touched(first: Want, then: Want) -> None:
+def test_an_unchanged_neighbour_is_not_touched(first: Want, then: Want) -> None:
     have = built(first)
     stays = {it for it in first.neighbours if it in then.neighbours}
     touched = {it.neighbour for it in plan(have, then) if isinstance(it, PutNeighbour | RemoveNeighbour)}
@@ -431,7 +432,7 @@ def test_a_neighbour_that_stays_is_not_touched(first: Want, then: Want) -> None:
 # ------------------------------------------------------------------------------------------------------ cases by name
 
 
-def test_a_network_from_nothing_in_words() -> None:
+def test_the_steps_of_a_new_network() -> None:
     assert [str(step) for step in plan(EMPTY, wish(publics={}))] == [
         "create namespace cs-net-204",
         "set net.ipv4.ip_forward = 1 in cs-net-204",
@@ -455,7 +456,7 @@ def test_a_network_from_nothing_in_words() -> None:
     ]
 
 
-def test_another_vlan_moves_the_guest_port_and_takes_the_old_bridge_away() -> None:
+def test_a_vlan_change_moves_the_guest_port_and_removes_the_old_bridge() -> None:
     have = built(wish("1204", {}))
     steps = [str(step) for step in plan(have, wish("1311", {}))]
     assert "attach vnetg204 to breth1-1311" in steps
@@ -463,7 +464,7 @@ def test_another_vlan_moves_the_guest_port_and_takes_the_old_bridge_away() -> No
     assert not any(step.startswith(("create vnetg", "remove link")) for step in steps)
 
 
-def test_a_bridge_with_a_vm_stays_when_the_network_goes() -> None:
+def test_a_bridge_with_a_vm_is_kept_when_the_network_is_removed() -> None:
     have = built(wish(publics={}))
     tap = HostLink(name="vnet7", kind="tun", master="breth1-1204")
     after = built(NOTHING, _ported(_with_host_link(have, tap)))
@@ -473,7 +474,7 @@ def test_a_bridge_with_a_vm_stays_when_the_network_goes() -> None:
     assert carry_out(gone, sweep(gone.host_links, frozenset(), gone.guarded)) == EMPTY
 
 
-def test_a_bridge_that_was_there_is_used_and_left() -> None:
+def test_an_existing_bridge_is_used_and_kept() -> None:
     nic = {
         **NICS,
         "eth1.1204": HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204"),
@@ -487,7 +488,7 @@ def test_a_bridge_that_was_there_is_used_and_left() -> None:
 
 
 def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
-    """The network in a bridge that CloudStack's KVM agent made, and whatever else is plugged in."""
+    """A host with the network in a bridge of CloudStack's KVM agent, and the links ``more``."""
     bridge = HostLink(name="breth1-1204", kind="bridge", up=True)
     vlan = HostLink(name="eth1.1204", kind="vlan", parent="eth1", vlan_id=1204, master="breth1-1204", up=True)
     found = {it.name: it for it in (bridge, vlan, *more)}
@@ -495,14 +496,14 @@ def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
     return _with_host_link(have, replace(have.host_links["breth1-1204"], **changes))
 
 
-def test_a_bridge_of_the_kvm_agent_that_our_port_alone_kept_goes_with_it() -> None:
-    """The agent leaves a bridge that has a port like ours with the last VM, and never looks again."""
+def test_a_bridge_of_the_kvm_agent_is_removed_with_our_port_if_it_was_the_last() -> None:
+    """When the last VM goes, the KVM agent keeps a bridge that has our port, and never checks it again."""
     assert built(NOTHING, _made_by_kvm()) == EMPTY
     moved = built(wish("1311", {}), _made_by_kvm())
     assert not {"breth1-1204", "eth1.1204"} & moved.host_links.keys()
 
 
-def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> None:
+def test_an_interrupted_bridge_adoption_is_finished_by_the_next_plan() -> None:
     steps = plan(_made_by_kvm(), NOTHING)
     assert [str(it) for it in steps][:3] == [
         "adopt eth1.1204, alias netloom",
@@ -511,7 +512,7 @@ def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> 
     ]
     for done in range(len(steps)):
         after = carry_out(_made_by_kvm(), steps[:done])
-        # Once the port has left the scope sees no bridge any more: it is the sweep of the whole host that does.
+        # Without its port the scope no longer sees the bridge. The sweep sees the whole host.
         after = carry_out(after, sweep(after.host_links, frozenset(), after.guarded))
         assert after.links or "breth1-1204" not in after.host_links
         assert built(NOTHING, after) == EMPTY
@@ -528,13 +529,13 @@ def test_whoever_dies_while_a_bridge_is_inherited_the_next_one_finishes_it() -> 
     ],
     ids=["a-vm", "another-network", "an-address", "an-alias", "claimed"],
 )
-def test_a_bridge_of_somebody_else_stays_for_whatever_reason_there_is(kept: Have) -> None:
+def test_a_bridge_in_use_by_others_is_kept(kept: Have) -> None:
     after = built(NOTHING, kept)
     assert {"breth1-1204", "eth1.1204"} <= after.host_links.keys()
     assert "vnetg204" not in after.host_links
 
 
-def test_what_stands_on_the_vlan_link_keeps_it() -> None:
+def test_a_vlan_link_with_an_address_is_kept() -> None:
     have = _made_by_kvm()
     have = _with_host_link(have, replace(have.host_links["eth1.1204"], addresses=("192.0.2.77/24",)))
     after = built(NOTHING, have)
@@ -542,7 +543,7 @@ def test_what_stands_on_the_vlan_link_keeps_it() -> None:
     assert "breth1-1204" not in after.host_links
 
 
-def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
+def test_a_vlan_link_is_found_by_its_tag_under_any_name() -> None:
     other = HostLink(name="vlan1204", kind="vlan", parent="eth1", vlan_id=1204, master="cloudbr7", up=True)
     bridge = HostLink(name="cloudbr7", kind="bridge", up=True)
     have = built(wish(publics={}), _ported(replace(EMPTY, host_links={**NICS, "vlan1204": other, "cloudbr7": bridge})))
@@ -550,7 +551,7 @@ def test_the_vlan_link_is_known_by_its_tag_whatever_it_is_called() -> None:
     assert "breth1-1204" not in have.host_links
 
 
-def test_a_tunnel_that_was_there_is_used_whatever_it_is_called_and_left() -> None:
+def test_an_existing_tunnel_is_used_under_any_name_and_kept() -> None:
     other = HostLink(name="vni-5001", kind="vxlan", vlan_id=5001, master="brvx-5001", up=True)
     bridge = HostLink(name="brvx-5001", kind="bridge", up=True)
     bare = {nic: replace(link, addresses=()) for nic, link in NICS.items()}
@@ -560,7 +561,7 @@ def test_a_tunnel_that_was_there_is_used_whatever_it_is_called_and_left() -> Non
     assert built(NOTHING, have) == theirs
 
 
-def test_a_tunnel_stands_on_what_has_the_address() -> None:
+def test_a_tunnel_uses_the_link_that_has_the_address() -> None:
     bridge = HostLink(name="cloudbr1", kind="bridge", up=True, addresses=("192.0.2.11/24",))
     plugged = {**NICS, "eth1": HostLink(name="eth1", up=True, master="cloudbr1"), "cloudbr1": bridge}
     steps = plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
@@ -571,7 +572,7 @@ def test_a_tunnel_stands_on_what_has_the_address() -> None:
         plan(_ported(replace(EMPTY, host_links=plugged)), wish("5001", {}))
 
 
-def test_untagged_is_the_bridge_of_the_nic() -> None:
+def test_untagged_uses_the_bridge_of_the_nic() -> None:
     in_bridge = {
         "eth2": HostLink(name="eth2", up=True, master="cloudbr1"),
         "cloudbr1": HostLink(name="cloudbr1", kind="bridge", up=True),
@@ -580,7 +581,7 @@ def test_untagged_is_the_bridge_of_the_nic() -> None:
     assert have.host_links["vnetpn204.0"].master == "cloudbr1"
 
 
-def test_untagged_never_takes_the_host_off_the_network() -> None:
+def test_untagged_is_refused_on_a_nic_with_the_address_of_the_host() -> None:
     addressed = replace(
         EMPTY, host_links={**NICS, "eth2": HostLink(name="eth2", up=True, addresses=("192.0.2.11/24",))}
     )
@@ -595,14 +596,14 @@ def test_a_missing_nic_names_the_detail_to_check(nic: str, detail: str) -> None:
         plan(have, wish())
 
 
-def test_a_namespace_of_somebody_else_is_refused_and_never_taken_down() -> None:
+def test_a_foreign_namespace_is_refused_and_never_removed() -> None:
     theirs = replace(EMPTY, exists=True, foreign="link wg0 is in it")
     with pytest.raises(ForeignScope, match=r"cs-net-204 is there already and is not ours: link wg0 is in it"):
         plan(theirs, wish())
     assert plan(theirs, NOTHING) == ()
 
 
-def test_a_stranger_under_our_ports_name_is_not_removed() -> None:
+def test_a_foreign_link_with_the_name_of_our_port_is_not_removed() -> None:
     stranger = replace(EMPTY, host_links={**NICS, "vnetg204": HostLink(name="vnetg204", kind="tun")})
     with pytest.raises(HostRefused, match="vnetg204 is there already and is not ours"):
         plan(stranger, wish())

@@ -1,4 +1,4 @@
-"""Tests end processes that may have ended by themselves."""
+"""Tests can kill processes that have already ended."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ssh import lab
 
 
 def ended() -> int:
-    """The number of a process that has ended."""
+    """The pid of a process that has ended."""
     process = subprocess.Popen(["true"])
     process.wait()
     return process.pid
 
 
-def test_a_process_that_runs_is_killed() -> None:
+def test_a_running_process_is_killed() -> None:
     process = subprocess.Popen(["sleep", "60"])
     processes.kill(process.pid)
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_process_that_has_ended_is_no_error() -> None:
+def test_an_ended_process_is_no_error() -> None:
     processes.kill(ended())
 
 
-def test_a_lab_goes_down_although_a_process_of_it_ends_meanwhile(
+def test_a_lab_shuts_down_although_one_of_its_processes_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ip-netns(8) lists a process that has ended before the signal is sent."""
+    """A process that ip-netns(8) lists may end before the signal is sent."""
     deleted = []
 
     def run(*argv: str, stdin: str = "") -> str:

@@ -1,4 +1,4 @@
-"""What the start of the one file leaves behind: in the environment, and on disk."""
+"""The traces of the start of the one file in the environment and on disk, and the order of builds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from netloom import __version__, program
 
 
-def test_what_the_start_left_in_the_environment_reaches_no_child() -> None:
+def test_variables_of_the_start_are_removed_from_the_environment() -> None:
     environ = {"NETLOOM_EXE": "/opt/netloom", "NETLOOM_TIDY": "1", "NETLOOM_DIR": "/var/lib/x"}
     environ |= {"NUITKA_ORIGINAL_ARGV0": "netloom", "NUITKA_ONEFILE_DIRECTORY": "/opt", "NUITKA_ONEFILE_PARENT": "7"}
     program.take_environment(environ)
@@ -21,7 +21,7 @@ def test_what_the_start_left_in_the_environment_reaches_no_child() -> None:
 
 
 @pytest.mark.parametrize(("told", "left"), [("/usr/bin:/bin", {"PATH": "/usr/bin:/bin"}), ("", {})])
-def test_what_the_compiler_hid_is_put_back(told: str, left: dict[str, str]) -> None:
+def test_variables_hidden_by_the_compiler_are_restored(told: str, left: dict[str, str]) -> None:
     environ = {"PATH": "/", "PYTHONHOME": "/unpacked", "NETLOOM_PATH": told}
     program.take_environment(environ)
     assert environ == left
@@ -36,7 +36,7 @@ def test_a_checkout_is_not_the_one_file() -> None:
     assert program.build_id() == f"source-{__version__}"
 
 
-def test_old_builds_are_removed_but_those_in_use_are_not(tmp_path: Path) -> None:
+def test_old_builds_are_removed_unless_in_use(tmp_path: Path) -> None:
     long_ago = time.time() - 2 * program.UNUSED_S
     for name in ("now", "unused", "running", "young", ".new-Ab12Cd", ".old-0.1.0"):
         (tmp_path / name).mkdir()
@@ -57,7 +57,7 @@ def test_old_builds_are_removed_but_those_in_use_are_not(tmp_path: Path) -> None
     assert Path("/usr/bin").exists()
 
 
-def test_newer_is_the_version_and_then_the_number_before_the_hash() -> None:
+def test_builds_are_ordered_by_version_then_commit_count() -> None:
     ages = [["source-0.1.0"], ["0.1.0-1f2e3d4c5b6a", "0.1.0-123456789012", "0.1.0-0-aaaa"], ["0.1.0-9-ffff"]]
     ages += [["0.1.0-10-0000", "0.1.0-10-ffff"], ["0.1.1-1-aaaa"], ["0.2.0-bbbb"], ["0.10.0-3-cccc"], ["1.0.0-1-dddd"]]
     for at, one in enumerate(ages):
@@ -65,7 +65,7 @@ def test_newer_is_the_version_and_then_the_number_before_the_hash() -> None:
             assert {program.is_newer(a, than=b) for a in one for b in other} == {at > other_at}
 
 
-def test_what_was_inherited_is_closed_and_no_more() -> None:
+def test_close_all_but_closes_exactly_the_other_descriptors() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     child = os.fork()
     if not child:

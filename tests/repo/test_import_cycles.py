@@ -1,6 +1,6 @@
-"""No module of the program imports itself by way of others: not late, not for type checking, not through a package.
+"""There are no import cycles, neither by late imports, nor by imports for type checking, nor through a package.
 
-import-linter's contract ``acyclic_siblings`` does not find a module that imports the package it is in.
+The contract ``acyclic_siblings`` of import-linter does not find a module that imports the package it is in.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import grimp
 import pytest
 
 
-def circle(package: str) -> str:
-    """A circle of imports as ``a imports b imports a``; empty when there is none."""
+def cycle(package: str) -> str:
+    """An import cycle of the package as text, ``a imports b imports a``. Empty if there is none."""
     graph = grimp.build_graph(package, cache_dir=None)
     try:
         TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
@@ -24,8 +24,8 @@ def circle(package: str) -> str:
     return ""
 
 
-def test_imports_have_no_circle() -> None:
-    assert circle("netloom") == ""
+def test_there_are_no_import_cycles() -> None:
+    assert cycle("netloom") == ""
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_imports_have_no_circle() -> None:
         ("other/b.py", "import made_up.other\n"),
     ],
 )
-def test_a_made_up_circle_is_named(importer: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_cycle_is_named(importer: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "__init__.py": "",
         "deep/__init__.py": "",
@@ -51,9 +51,9 @@ def test_a_made_up_circle_is_named(importer: str, text: str, tmp_path: Path, mon
     for name, before in files.items():
         (tmp_path / "made_up" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "made_up" / name).write_text(before)
-    assert circle("made_up") == ""
+    assert cycle("made_up") == ""
     (tmp_path / "made_up" / importer).write_text(files[importer] + text)
-    named = circle("made_up").split(" imports ")
+    named = cycle("made_up").split(" imports ")
     assert named[0] == named[-1]
     assert "made_up.other.b" in named
     steps = itertools.pairwise(named)
