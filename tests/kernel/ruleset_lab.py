@@ -240,7 +240,7 @@ class Lab:
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
-            self.judge_flows(before)
+            self.enforce_flows(before)
 
     def renew(self, scope: Scope) -> None:
         """Configure the device for ``scope``; flush its connection tracking and the neighbours' ARP caches."""
@@ -291,7 +291,7 @@ class Lab:
         look = ("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended", "-f")
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
-    def judge_flows(self, before: Scope | None) -> None:
+    def enforce_flows(self, before: Scope | None) -> None:
         check = flows.flow_check(before, self.scope)
         if check == "none":
             return
