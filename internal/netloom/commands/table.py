@@ -20,12 +20,12 @@ from netloom.commands import userdata as vm
 from netloom.commands import vpc as vpcs
 from netloom.commands.transition import (
     Context,
-    Outcome,
     PartlyDone,
-    blank,
-    registered,
-    taken_from_network,
-    told_to_network,
+    Transitioned,
+    for_known_network,
+    for_network,
+    new_scope,
+    with_registration,
 )
 from netloom.errors import BadRequest, ForeignScope
 from netloom.names import scope_of
@@ -81,29 +81,29 @@ _ROWS = (
     Row("delete-port-forward", "removes", address.DeletePortForward, nat.delete_port_forward),
     Row("apply-fw-rules", "builds", fw.ApplyFwRules, firewall.apply_fw_rules),
     Row("apply-network-acl", "builds", acl.ApplyNetworkAcl, acls.apply_network_acl),
-    Row("prepare-nic", "builds", nic.PrepareNic, told_to_network(nics.prepare_nic)),
-    Row("release-nic", "removes", nic.ReleaseNic, taken_from_network(nics.release_nic)),
-    Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry, told_to_network(leases.add_dhcp_entry)),
-    Row("remove-dhcp-entry", "removes", dhcp.RemoveDhcpEntry, taken_from_network(leases.remove_dhcp_entry)),
-    Row("config-dhcp-subnet", "builds", dhcp.ConfigDhcpSubnet, told_to_network(leases.config_dhcp_subnet)),
-    Row("remove-dhcp-subnet", "removes", dhcp.RemoveDhcpSubnet, taken_from_network(leases.remove_dhcp_subnet)),
+    Row("prepare-nic", "builds", nic.PrepareNic, for_network(nics.prepare_nic)),
+    Row("release-nic", "removes", nic.ReleaseNic, for_known_network(nics.release_nic)),
+    Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry, for_network(leases.add_dhcp_entry)),
+    Row("remove-dhcp-entry", "removes", dhcp.RemoveDhcpEntry, for_known_network(leases.remove_dhcp_entry)),
+    Row("config-dhcp-subnet", "builds", dhcp.ConfigDhcpSubnet, for_network(leases.config_dhcp_subnet)),
+    Row("remove-dhcp-subnet", "removes", dhcp.RemoveDhcpSubnet, for_known_network(leases.remove_dhcp_subnet)),
     Row("set-dhcp-options", "builds", dhcp.SetDhcpOptions, leases.set_dhcp_options),
-    Row("add-dns-entry", "builds", dns.AddDnsEntry, told_to_network(names_of.add_dns_entry)),
-    Row("remove-dns-entry", "removes", dns.RemoveDnsEntry, taken_from_network(names_of.remove_dns_entry)),
-    Row("config-dns-subnet", "builds", dns.ConfigDnsSubnet, told_to_network(names_of.config_dns_subnet)),
-    Row("remove-dns-subnet", "removes", dns.RemoveDnsSubnet, taken_from_network(names_of.remove_dns_subnet)),
-    Row("save-vm-data", "builds", userdata.SaveVmData, told_to_network(vm.save_vm_data)),
-    Row("save-password", "builds", userdata.SavePassword, told_to_network(vm.save_password)),
-    Row("save-userdata", "builds", userdata.SaveUserdata, told_to_network(vm.save_userdata)),
-    Row("save-sshkey", "builds", userdata.SaveSshkey, told_to_network(vm.save_sshkey)),
+    Row("add-dns-entry", "builds", dns.AddDnsEntry, for_network(names_of.add_dns_entry)),
+    Row("remove-dns-entry", "removes", dns.RemoveDnsEntry, for_known_network(names_of.remove_dns_entry)),
+    Row("config-dns-subnet", "builds", dns.ConfigDnsSubnet, for_network(names_of.config_dns_subnet)),
+    Row("remove-dns-subnet", "removes", dns.RemoveDnsSubnet, for_known_network(names_of.remove_dns_subnet)),
+    Row("save-vm-data", "builds", userdata.SaveVmData, for_network(vm.save_vm_data)),
+    Row("save-password", "builds", userdata.SavePassword, for_network(vm.save_password)),
+    Row("save-userdata", "builds", userdata.SaveUserdata, for_network(vm.save_userdata)),
+    Row("save-sshkey", "builds", userdata.SaveSshkey, for_network(vm.save_sshkey)),
     Row(
         "save-hypervisor-hostname",
         "builds",
         userdata.SaveHypervisorHostname,
-        told_to_network(vm.save_hypervisor_hostname),
+        for_network(vm.save_hypervisor_hostname),
     ),
     Row("apply-lb-rules", "builds", lb.ApplyLbRules, balancer.apply_lb_rules),
-    Row("restore-network", "builds", restore.RestoreNetwork, told_to_network(restoring.restore_network)),
+    Row("restore-network", "builds", restore.RestoreNetwork, for_network(restoring.restore_network)),
     Row("custom-action", "acts", custom.CustomAction, policy.transition, output=policy.output),
 )
 
@@ -130,7 +130,7 @@ def check_payload(command: str, payload: dict[str, Any]) -> msgspec.Struct:
     return convert(payload, shape, root="payload")
 
 
-def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Outcome:
+def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Transitioned:
     """The scope after ``command``; None stands for nothing at all.
 
     The revision grows by one when something changed, and not otherwise. Raises BadRequest or
@@ -141,20 +141,20 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     if row.transition is None:
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
-        if row.kind == "removes" or (row.kind == "builds" and _going(payload)):
-            return Outcome(scope=None)
-        scope = blank(context)
+        if row.kind == "removes" or (row.kind == "builds" and _is_shutting_down(payload)):
+            return Transitioned(scope=None)
+        scope = new_scope(context)
     refused = None
     try:
-        wanted = row.transition(registered(scope, context.registration), payload, context)
+        wanted = row.transition(with_registration(scope, context.registration), payload, context)
     except PartlyDone as partly:
         wanted, refused = partly.scope, partly
     if wanted is None:
-        return Outcome(scope=None)
+        return Transitioned(scope=None)
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
-    return Outcome(scope=wanted if wanted.revision else None, output=output, refused=refused)
+    return Transitioned(scope=wanted if wanted.revision else None, output=output, refused=refused)
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
@@ -169,6 +169,6 @@ def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, cont
         )
 
 
-def _going(payload: msgspec.Struct) -> bool:
+def _is_shutting_down(payload: msgspec.Struct) -> bool:
     """Whether CloudStack is taking the network down: the rules that it still lists then are not to begin anything."""
     return getattr(payload, "network_state", "") in ("shutdown", "destroy")
