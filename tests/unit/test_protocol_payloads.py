@@ -205,7 +205,7 @@ def test_one_hostile_name_does_not_keep_a_restore_down() -> None:
     assert [(item.dir, item.file) for item in checked[1:]] == [("metadata", "vm-id"), ("userdata", "user_data")]
 
 
-@pytest.mark.mutation("a-host-name-is-a-label")
+@pytest.mark.mutation("a-host-name-is-a-label", instead='re.compile("(?s).*")')
 @pytest.mark.parametrize("hostname", ["web\n6.6.6.6 www.bank.example", "web 1", "-web", "web,1"])
 def test_defect_15_a_host_name_is_a_host_name(hostname: str) -> None:
     assert refusal(AddDhcpEntry, nic_id="1", hostname=hostname).startswith("payload.hostname: ")

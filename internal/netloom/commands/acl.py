@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
+from netloom.commands.firewall import icmp_number, ports
 from netloom.commands.transition import Context, network_of, with_network
 from netloom.errors import BadRequest
 from netloom.protocol.acl import AclRule, ApplyNetworkAcl
-from netloom.state import AclItem, Ports, Scope
-
-_ACTIONS: dict[str, Literal["allow", "deny"]] = {"allow": "allow", "deny": "deny"}
-_DIRECTIONS: dict[str, Literal["ingress", "egress"]] = {"ingress": "ingress", "egress": "egress"}
+from netloom.state import AclItem, Scope
 
 
 def apply_network_acl(scope: Scope, payload: ApplyNetworkAcl, context: Context) -> Scope:
@@ -27,15 +23,11 @@ def _item(rule: AclRule) -> AclItem:
     icmp = rule.protocol == "icmp"
     return AclItem(
         number=int(rule.number),
-        action=_ACTIONS[rule.action],
-        direction=_DIRECTIONS[rule.traffic_type],
+        action=rule.action.word,
+        direction=rule.traffic_type.word,
         protocol=str(rule.protocol),
-        ports=None if rule.port_start is None else Ports(int(rule.port_start), int(rule.port_end or rule.port_start)),
-        icmp_type=_icmp(rule.icmp_type) if icmp else None,
-        icmp_code=_icmp(rule.icmp_code) if icmp and _icmp(rule.icmp_type) is not None else None,
+        ports=ports(rule.port_start, rule.port_end),
+        icmp_type=icmp_number(rule.icmp_type) if icmp else None,
+        icmp_code=icmp_number(rule.icmp_code) if icmp and icmp_number(rule.icmp_type) is not None else None,
         cidrs=tuple(sorted({str(cidr) for cidr in rule.source_cidrs})),
     )
-
-
-def _icmp(number: int | None) -> int | None:
-    return None if number is None or number < 0 else int(number)  # CloudStack's -1 is any

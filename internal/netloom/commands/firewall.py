@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
-from netloom.state import Firewall, FirewallRule, Ports, Protocol, Scope
+from netloom.state import Firewall, FirewallRule, Ports, Scope
 
-_DIRECTIONS: dict[str, Literal["ingress", "egress"]] = {"ingress": "ingress", "egress": "egress"}
-_PROTOCOLS: dict[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp", "all": "all"}
 _ANY = -1  # ICMP type or code
 
 
@@ -30,18 +26,24 @@ def _rule(rule: FwRule) -> FirewallRule:
     icmp = rule.protocol == "icmp"
     return FirewallRule(
         rule_id=int(rule.id),
-        direction=_DIRECTIONS[rule.type],
-        protocol=_PROTOCOLS[rule.protocol],
-        ports=None if rule.port_start is None else Ports(int(rule.port_start), int(rule.port_end or rule.port_start)),
-        icmp_type=_icmp(rule.icmp_type) if icmp else None,
-        icmp_code=_icmp(rule.icmp_code) if icmp else None,
+        direction=rule.type.word,
+        protocol=rule.protocol.word,
+        ports=ports(rule.port_start, rule.port_end),
+        icmp_type=icmp_number(rule.icmp_type) if icmp else None,
+        icmp_code=icmp_number(rule.icmp_code) if icmp else None,
         public_ip=str(rule.public_ip) if rule.type == "ingress" else "",
         source_cidrs=_cidrs(rule.source_cidrs),
         dest_cidrs=_cidrs(rule.dest_cidrs),
     )
 
 
-def _icmp(number: int | None) -> int | None:
+def ports(first: int | None, last: int | None) -> Ports | None:
+    """The ports of a rule: one port when ``last`` is None, any when ``first`` is None too."""
+    return None if first is None else Ports(int(first), int(last or first))
+
+
+def icmp_number(number: int | None) -> int | None:
+    """An ICMP type or code as the state has it: None means any."""
     return None if number is None or number == _ANY else int(number)
 
 

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, PartlyDone, network_of, with_network
 from netloom.protocol import lb as protocol
 from netloom.state import Backend, LbRule, Scope
-
-_PROTOCOLS: dict[str, Literal["tcp", "udp", "tcp-proxy"]] = {"tcp": "tcp", "udp": "udp", "tcp-proxy": "tcp-proxy"}
-_ALGORITHMS: dict[str, Literal["roundrobin", "leastconn", "source"]] = {
-    "roundrobin": "roundrobin",
-    "leastconn": "leastconn",
-    "source": "source",
-}
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
@@ -52,8 +43,8 @@ def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:
         name=str(rule.name),
         public_ip=str(rule.public_ip),
         public_port=int(rule.public_port),
-        protocol=_PROTOCOLS[rule.effective_protocol],
-        algorithm=_ALGORITHMS[rule.algorithm],
+        protocol=rule.effective_protocol,
+        algorithm=rule.algorithm.word,
         backends=tuple(sorted({Backend(ip=str(it.ip), port=int(it.port)) for it in rule.backends if not it.revoked})),
         network_id=network_id,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
@@ -24,8 +22,6 @@ from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNa
 
 # An exit's number is the low half of a packet's mark.
 _EXIT_MAX = 0xFFFF
-
-_TRANSPORT: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
 
 
 def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
@@ -106,7 +102,7 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
     _check_guest(network, payload.private_ip)
     forward = PortForward(
         public_ip=_required_public_ip(payload),
-        protocol=_TRANSPORT[payload.protocol],
+        protocol=payload.protocol.word,
         public_ports=_ports(payload.public_port),
         private_ip=str(payload.private_ip),
         private_ports=_ports(payload.private_port),
@@ -128,7 +124,7 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
 
 def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
     """The ports lead nowhere."""
-    key = f"{_required_public_ip(payload)}/{payload.protocol}/{payload.public_port}"
+    key = f"{_required_public_ip(payload)}/{payload.protocol}/{_ports(payload.public_port)}"
     return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
 
 
@@ -211,8 +207,8 @@ def _check_guest(network: Network, private_ip: str) -> None:
         raise BadRequest(f"payload.private_ip: {private_ip} is not in the network's {network.cidr}")
 
 
-def _ports(told: PortRange) -> Ports:
-    return Ports(told.first, told.last)  # guard: a-range-is-forwarded-whole
+def _ports(ports: PortRange) -> Ports:
+    return Ports(ports.first, ports.last)  # guard: a-range-is-forwarded-whole
 
 
 def _overlap(one: PortForward, other: PortForward) -> bool:

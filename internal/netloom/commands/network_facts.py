@@ -8,7 +8,6 @@ command comes next. So any call that tells as much builds the network.
 from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
-from typing import Literal
 
 from msgspec.structs import replace
 
@@ -19,12 +18,6 @@ from netloom.protocol.nic import NicPayload
 from netloom.protocol.scalars import IPv4List, IPv4Prefix, Vlan
 from netloom.state import Network, Scope, Subnet
 from netloom.wire import Registration
-
-GUEST_TYPES: dict[str, Literal["isolated", "shared", "l2"]] = {
-    "isolated": "isolated",
-    "shared": "shared",
-    "l2": "l2",
-}
 
 # The states in which VMs use the network; "setup" is that of a plain shared one. While CloudStack is implementing, the
 # call that says everything comes or has come.
@@ -38,7 +31,7 @@ def with_facts(known: Network, payload: NetworkPayload) -> Network:
     A shared network may never see an implement-network, so there every call counts.
     """
     if not known.implemented:
-        known = replace(known, guest_type=GUEST_TYPES[payload.guest_type])
+        known = replace(known, guest_type=payload.guest_type.word)
     elif known.guest_type == "isolated":
         return known
     known = replace(
@@ -123,10 +116,12 @@ def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
     ranges = {it.cidr: it.gateway for it in network.ranges}
     for cidr in payload.cidr:
         ranges = _with_range(ranges, str(cidr), payload.gateway)
-    if isinstance(payload, NicPayload) and payload.ip and payload.netmask:
-        own = str(IPv4Prefix.parse(f"{payload.ip}/{payload.netmask.length}"))
-        if not any(payload.ip in IPv4Prefix(it) and it != own for it in ranges):
-            ranges = _with_range(ranges, own, payload.gateway)
+    if (
+        isinstance(payload, NicPayload)
+        and payload.subnet
+        and not any(payload.ip in IPv4Prefix(it) and it != payload.subnet for it in ranges)
+    ):
+        ranges = _with_range(ranges, payload.subnet, payload.gateway)
     if not ranges:
         return network
     of_device = (it for it in ranges if network.extension_ip and network.extension_ip in IPv4Prefix(it))

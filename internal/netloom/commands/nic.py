@@ -14,7 +14,6 @@ from msgspec.structs import replace
 from netloom.commands.network_facts import gateway_in
 from netloom.errors import BadRequest
 from netloom.protocol.nic import NicPayload, PrepareNic, ReleaseNic, VmNic
-from netloom.protocol.scalars import IPv4Prefix
 from netloom.state import Network, Nic
 
 
@@ -90,8 +89,8 @@ def _gateway(payload: NicPayload) -> str:
 
     Where the NIC has none, it is that of another range: what the network knows of the NIC's range counts then.
     """
-    if payload.ip and payload.netmask:
-        return gateway_in(str(IPv4Prefix.parse(f"{payload.ip}/{payload.netmask.length}")), payload.gateway)
+    if payload.subnet:
+        return gateway_in(payload.subnet, payload.gateway)
     return str(payload.gateway[0]) if payload.gateway else ""
 
 

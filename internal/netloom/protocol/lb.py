@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from netloom.errors import BadRequest
@@ -10,16 +12,12 @@ from netloom.protocol.reader import convert
 from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
 
 
-class LbProtocol(Choice):
+class LbProtocol(Choice[Literal["tcp", "udp", "tcp-proxy"]]):
     """``tcp-proxy`` is tcp with the PROXY protocol towards the backends."""
 
-    WORDS = ("tcp", "udp", "tcp-proxy")
 
-
-class LbAlgorithm(Choice):
+class LbAlgorithm(Choice[Literal["roundrobin", "leastconn", "source"]]):
     """How a backend is chosen."""
-
-    WORDS = ("roundrobin", "leastconn", "source")
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,12 +42,12 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     backends: tuple[Backend, ...] = ()
 
     @property
-    def effective_protocol(self) -> str:
+    def effective_protocol(self) -> Literal["tcp", "udp", "tcp-proxy"]:
         """The protocol to speak: what a name that ends in ``[udp]`` or ``[tcp-proxy]`` says, else what was sent."""
-        for protocol in ("udp", "tcp-proxy"):
-            if self.name.rstrip().lower().endswith(f"[{protocol}]"):
-                return protocol
-        return str(self.protocol)
+        name = self.name.rstrip().lower()
+        if name.endswith("[udp]"):
+            return "udp"
+        return "tcp-proxy" if name.endswith("[tcp-proxy]") else self.protocol.word
 
 
 class LbRules:

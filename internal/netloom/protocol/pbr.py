@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import msgspec
 
@@ -29,12 +29,7 @@ _NOT_NAMES = {"default", "main", "local", "all", "unspec"}
 # Between the kernel's table of local addresses and the ways out by mark.
 PRIORITY_MIN, PRIORITY_MAX = 10000, 19999
 
-_KINDS: dict[str, RouteKind] = {
-    "unicast": "unicast",
-    "blackhole": "blackhole",
-    "unreachable": "unreachable",
-    "prohibit": "prohibit",
-}
+_KINDS: tuple[RouteKind, ...] = get_args(RouteKind)
 _ROUTE_HINT = (
     "[blackhole|unreachable|prohibit] <prefix>|default [via <address>] [dev <link>] [src <address>], "
     "as in: default via 203.0.113.1 dev pub-101"
@@ -101,7 +96,7 @@ def parse_table(params: Mapping[str, str]) -> TableParams:
 def parse_route(params: Mapping[str, str]) -> RouteParams:
     """From ``route``."""
     words = _words(params, "route", _ROUTE_HINT)
-    kind = _KINDS.get(words[0])
+    kind = next((it for it in _KINDS if it == words[0]), None)
     if kind is not None:
         words.pop(0)
     if not words:
