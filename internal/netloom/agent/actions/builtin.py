@@ -68,10 +68,8 @@ class Actions:
             raise nothing_known(action, call.scope_id)
         match action:
             case "check":
-                deviations = self._deviations(scope, context)
-                return success(
-                    cut(deviations) if deviations else "nothing to do: all is as it should be"
-                ), HostChanges()
+                found = self._deviations(scope, context)
+                return success(cut(found) if found else "nothing to do: all is as it should be"), HostChanges()
             case "counters":
                 counted = _counters(scope, context.want)
                 return success(listed(counted, request.params, none="no public address stands")), HostChanges()
@@ -94,9 +92,8 @@ class Actions:
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success(did), done
             case "show":
-                return success(
-                    plain("\n".join([*describe.summary(scope), *self._status(scope, context)]))
-                ), HostChanges()
+                described = [*describe.summary(scope), *self._status(scope, context)]
+                return success(plain("\n".join(described))), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,
