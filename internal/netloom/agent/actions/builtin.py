@@ -25,7 +25,7 @@ from netloom.plan.plan import plan
 from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
-from netloom.render.active import live
+from netloom.render.active import active
 from netloom.render.nft import FAMILY, TABLE, counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
@@ -239,7 +239,7 @@ def _counters(scope: Scope, want: Want) -> list[str]:
         raise HostRefused(f"{want.namespace} has no counter {', '.join(missing[:5])}", hint="reboot-device repairs it")
     return [
         f"{what}: in {_in_words(counted[arrived])}; out {_in_words(counted[left])}"
-        for what, (arrived, left) in counters(live(scope)).items()
+        for what, (arrived, left) in counters(active(scope)).items()
     ]
 
 
