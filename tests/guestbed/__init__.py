@@ -20,21 +20,21 @@ from pathlib import Path
 from typing import TypeVar
 
 from netloom.guestwire import (
-    Done,
-    Drop,
+    Ack,
+    DropNetwork,
+    GuestHello,
+    GuestMessage,
     GuestNetwork,
     GuestNic,
-    Hello,
-    Lend,
-    Lent,
+    LendSockets,
+    LentSockets,
     Listener,
     ListenerKind,
-    Message,
     PasswordTaken,
-    Serve,
+    ServeNetwork,
     Tried,
     Try,
-    Update,
+    UpdateNetwork,
 )
 from netloom.guestwire.channel import Channel, ChannelError
 from netns import inside
@@ -150,26 +150,28 @@ class Agent:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(str(path))
         self._channel = Channel(sock)
-        self._arrived: list[tuple[Message, list[int]]] = []
+        self._arrived: list[tuple[GuestMessage, list[int]]] = []
         self._seq = itertools.count(1)
-        self.news: list[Message] = []
-        self.hello = self._next(Hello)[0]
+        self.news: list[GuestMessage] = []
+        self.hello = self._next(GuestHello)[0]
 
-    def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Done:
+    def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Ack:
         """Hand over sockets; without ``listeners`` they are for DHCP, metadata and passwords, in that order."""
         kinds: tuple[ListenerKind, ...] = ("dhcp", "metadata", "password")
         asked = listeners or tuple(Listener(kind) for kind in kinds[: len(sockets)])
         descriptors = [sock.fileno() for sock in sockets]
-        return self._ask(Serve(seq=next(self._seq), network=table, listeners=asked), Done, descriptors)[0]
+        return self._ask(ServeNetwork(seq=next(self._seq), network=table, listeners=asked), Ack, descriptors)[0]
 
-    def update(self, table: GuestNetwork) -> Done:
-        return self._ask(Update(seq=next(self._seq), network=table), Done)[0]
+    def update(self, table: GuestNetwork) -> Ack:
+        return self._ask(UpdateNetwork(seq=next(self._seq), network=table), Ack)[0]
 
-    def drop(self) -> Done:
-        return self._ask(Drop(seq=next(self._seq), scope_id="net-204", network_id="204"), Done)[0]
+    def drop(self) -> Ack:
+        return self._ask(DropNetwork(seq=next(self._seq), scope_id="net-204", network_id="204"), Ack)[0]
 
-    def lend(self) -> tuple[Lent, list[socket.socket]]:
-        lent, descriptors = self._ask(Lend(seq=next(self._seq), scope_id="net-204", network_id="204"), Lent)
+    def lend(self) -> tuple[LentSockets, list[socket.socket]]:
+        lent, descriptors = self._ask(
+            LendSockets(seq=next(self._seq), scope_id="net-204", network_id="204"), LentSockets
+        )
         return lent, [socket.socket(fileno=it) for it in descriptors]
 
     def attempt(self, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, str]:
@@ -184,17 +186,17 @@ class Agent:
                 return message
         return self._next(PasswordTaken)[0]
 
-    def listen(self, seconds: float) -> list[Message]:
+    def listen(self, seconds: float) -> list[GuestMessage]:
         """Receive for ``seconds``; returns the messages that answer no request."""
         with contextlib.suppress(TimeoutError):
-            self._next(Hello, seconds)
+            self._next(GuestHello, seconds)
         return self.news
 
     def close(self) -> None:
         self._channel.close()
 
     def _ask(
-        self, message: Message, kind: type[T], descriptors: Sequence[int] = (), timeout_s: float = ANSWER_TIMEOUT_S
+        self, message: GuestMessage, kind: type[T], descriptors: Sequence[int] = (), timeout_s: float = ANSWER_TIMEOUT_S
     ) -> tuple[T, list[int]]:
         self._channel.queue(message, descriptors)
         while self._channel.pending:

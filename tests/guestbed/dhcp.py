@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Mapping
 
-from netloom.guest.dhcp import Type
+from netloom.guest.dhcp import MessageType
 
 MAGIC = b"\x63\x82\x53\x63"
 COMMON = bytes([1, 3, 6, 12, 15, 26, 28, 119])
@@ -26,7 +26,7 @@ def option(code: int, value: bytes) -> bytes:
 
 
 def message(
-    kind: Type,
+    kind: MessageType,
     mac: str,
     options: Mapping[int, bytes] | None = None,
     *,
@@ -67,7 +67,7 @@ def describe(packet: bytes, to: str = "") -> str:
     op, htype, hlen, hops, xid, _, flags = struct.unpack_from("!BBBBIHH", packet)
     assert (htype, hlen, hops, xid, packet[236:240]) == (1, 6, 0, 0x12345678, MAGIC)
     options = options_of(packet)
-    kind = Type(dict(options)[53][0]).name
+    kind = MessageType(dict(options)[53][0]).name
     mac = packet[28:34].hex(":")
     lines = [f"{kind} from {mac}" if op == 1 else f"{kind} to {to}, for {mac}"]
     for name, at in (("ciaddr", 12), ("yiaddr", 16), ("siaddr", 20), ("giaddr", 24)):

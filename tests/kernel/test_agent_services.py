@@ -37,7 +37,7 @@ from kernel.isolated_network import (
     lookup,
     running,
 )
-from netloom.guest.dhcp import Type
+from netloom.guest.dhcp import MessageType
 
 
 @pytest.fixture
@@ -122,15 +122,20 @@ def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: 
 
 def test_a_client_that_has_its_address_is_heard_through_the_firewall(host: AgentHost) -> None:
     everybody = "255.255.255.255"
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
-    assert told_by_dhcp(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address that is its own no more
-    assert told_by_dhcp(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
-    assert told_by_dhcp(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
+    assert told_by_dhcp(host, MessageType.REQUEST, WEB_IP, SERVER) == {53: MessageType.ACK, 51: 12 * 3600}  # RENEWING
+    assert told_by_dhcp(host, MessageType.REQUEST, WEB_IP, everybody) == {
+        53: MessageType.ACK,
+        51: 12 * 3600,
+    }  # REBINDING
+    assert told_by_dhcp(host, MessageType.REQUEST, DB_IP, everybody) == {
+        53: MessageType.NAK
+    }  # an address that is its own no more
+    assert told_by_dhcp(host, MessageType.INFORM, WEB_IP, SERVER) == {53: MessageType.ACK}
+    assert told_by_dhcp(host, MessageType.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
     wait_until(lambda: f"the VM declines its address {WEB_IP}" in host.log())
 
 
-def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
+def told_by_dhcp(host: AgentHost, kind: MessageType, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
     """What a client is answered that sends from this address: message type and lease time."""
     host.ip("-n", WEB, "addr", "add", f"{address}/24", "dev", "eth0")
     with host.within(WEB):
@@ -501,7 +506,9 @@ def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...
         assert lookup(host, WEB, "data-server.cs2cloud.internal") == SERVER
 
 
-@pytest.mark.mutation("a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _Network(table))")
+@pytest.mark.mutation(
+    "a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _NetworkRuntime(table))"
+)
 def test_defect_27_networks_with_the_same_addresses_have_leases_of_their_own(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}
     nic = other | DB_NIC | {"ip": WEB_IP, "nic_uuid": "6b7c2a10-0000-4000-8000-000000005103"}

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from guestbed import SERVER, network, nic
 from guestbed.dhcp import message, options_of
 from netloom.guest import http, metadata, password
-from netloom.guest.dhcp import EVERYBODY, Type, answer
-from netloom.guest.table import Table, mac_bytes
+from netloom.guest.dhcp import EVERYBODY, MessageType, answer
+from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestNic
 from netloom.secret import Secret
 
 WEB = nic(45, options={43: bytes(300), 66: b"boot"}, password=Secret("FAKE-pass"), metadata={"a": "1", "b": ""})
 OTHER = nic(46, default_nic=False)
-TABLE = Table(network(WEB, OTHER, mtu=1450))
+TABLE = GuestTable(network(WEB, OTHER, mtu=1450))
 NICS = {mac_bytes(it.mac): it for it in (WEB, OTHER)}
 
 options = st.dictionaries(st.integers(1, 254), st.binary(max_size=80), max_size=8)
@@ -37,7 +37,7 @@ real_options = st.fixed_dictionaries(
 )
 messages = st.builds(
     message,
-    st.sampled_from(Type),
+    st.sampled_from(MessageType),
     st.sampled_from([WEB.mac, OTHER.mac, "02:00:00:00:00:99"]),
     options | real_options,
     ciaddr=st.sampled_from(["0.0.0.0", WEB.ip, OTHER.ip, "10.1.1.99"]),
@@ -69,13 +69,13 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
     for code, value in options_of(reply.packet):
         found[code] = found.get(code, b"") + value
     assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
-    assert found[53][0] in (Type.OFFER, Type.ACK, Type.NAK)
+    assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
     assert found[54] == socket.inet_aton(SERVER)
     assert 300 <= len(reply.packet) <= 1472
     # An address is given, and sent to, only if it is that NIC's own.
     assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
     assert reply.to in (EVERYBODY, asked_by.ip)
-    if found[53][0] == Type.NAK:
+    if found[53][0] == MessageType.NAK:
         assert (reply.to, reply.packet[16:20], set(found) - {61}) == (EVERYBODY, bytes(4), {53, 54, 56})
     elif asked_by is OTHER:
         assert not {3, 6, 15, 119} & set(found)
@@ -101,7 +101,7 @@ def conversation(chunks: list[bytes], site: http.Site) -> bytes:
         ended = asyncio.Event()
         ours.setblocking(False)
         theirs.setblocking(False)
-        http.Connection(loop, ours, site, lambda _: ended.set())
+        http.HttpConnection(loop, ours, site, lambda _: ended.set())
         said = b""
         try:
             for chunk in chunks:
@@ -129,7 +129,7 @@ def metadata_site(of: GuestNic) -> http.Site:
     return lambda request: metadata.respond(request, of)
 
 
-def password_site(request: h11.Request) -> http.Answer:
+def password_site(request: h11.Request) -> http.HttpAnswer:
     return password.respond(request, WEB.password).answer
 
 
@@ -184,14 +184,14 @@ names = st.text(min_size=1, max_size=30).filter(lambda name: name not in ("user-
 def test_every_item_is_served_as_it_is_under_both_its_names(items: dict[str, str], user_data: str) -> None:
     of = nic(45, metadata=items, user_data=Secret(user_data))
 
-    def get(path: str) -> http.Answer:
+    def get(path: str) -> http.HttpAnswer:
         return metadata.respond(h11.Request(method="GET", target=path, headers=[("Host", "x")]), of)
 
-    assert get("/latest/user-data") == http.Answer(200, user_data.encode())
+    assert get("/latest/user-data") == http.HttpAnswer(200, user_data.encode())
     listed = get("/latest/meta-data/")
     assert listed.body.decode() == "".join(f"{name}\n" for name, text in items.items() if text)
     for name, text in items.items():
-        there = http.Answer(200, text.encode()) if text else http.Answer(404)
+        there = http.HttpAnswer(200, text.encode()) if text else http.HttpAnswer(404)
         assert get(f"/latest/meta-data/{quote(name, safe='')}") == there
         if not name.startswith("meta-data/"):
             assert get(f"/latest/{quote(name, safe='')}") == there

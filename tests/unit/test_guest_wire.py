@@ -11,7 +11,7 @@ import pytest
 
 from guestbed import network, nic
 from netloom.guest import sandbox
-from netloom.guestwire import Done, Lent, Listener, Message, Serve, option_bytes
+from netloom.guestwire import Ack, GuestMessage, LentSockets, Listener, ServeNetwork, option_bytes
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.secret import Secret
 
@@ -31,19 +31,21 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
 def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     read, write = os.pipe()
-    one.queue(Done(seq=1))
-    one.queue(Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))), [read, write])
-    one.queue(Done(seq=3, error="no"))
+    one.queue(Ack(seq=1))
+    one.queue(
+        ServeNetwork(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))), [read, write]
+    )
+    one.queue(Ack(seq=3, error="no"))
     one.flush()
     os.close(read)
     os.close(write)
-    arrived: list[tuple[Message, list[int]]] = []
+    arrived: list[tuple[GuestMessage, list[int]]] = []
     while len(arrived) < 3:
         arrived += other.receive()
     assert [message for message, _ in arrived] == [
-        Done(seq=1),
-        Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))),
-        Done(seq=3, error="no"),
+        Ack(seq=1),
+        ServeNetwork(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))),
+        Ack(seq=3, error="no"),
     ]
     theirs = arrived[1][1]
     assert [len(descriptors) for _, descriptors in arrived] == [0, 2, 0]
@@ -58,14 +60,14 @@ def test_a_message_larger_than_the_socket_takes_arrives_piece_by_piece(ends: tup
     one, other = ends
     big = network(nic(45, user_data=Secret("x" * 3_000_000)))
     read, write = os.pipe()
-    one.queue(Serve(seq=1, network=big, listeners=(Listener("dhcp"),)), [read])
+    one.queue(ServeNetwork(seq=1, network=big, listeners=(Listener("dhcp"),)), [read])
     arrived: list[object] = []
     while not arrived:
         one.flush()
         for message, descriptors in other.receive():
             arrived.append(message)
             os.close(*descriptors)
-    assert arrived == [Serve(seq=1, network=big, listeners=(Listener("dhcp"),))]
+    assert arrived == [ServeNetwork(seq=1, network=big, listeners=(Listener("dhcp"),))]
     assert not one.pending
     os.close(read)
     os.close(write)
@@ -90,7 +92,7 @@ def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, 
 
 def test_announced_descriptors_must_come(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
-    one.queue(Lent(seq=1, listeners=(Listener("dhcp"),)))
+    one.queue(LentSockets(seq=1, listeners=(Listener("dhcp"),)))
     one.flush()
     with pytest.raises(ChannelError, match="1 descriptors were announced and 0 came"):
         other.receive()
@@ -102,7 +104,7 @@ def test_who_does_not_read_is_not_waited_for() -> None:
         channel = Channel(here, pending_bytes_max=100_000)
         with pytest.raises(ChannelError, match="does not read"):
             for _ in range(10_000):
-                channel.queue(Done(seq=1, error="x" * 1000))
+                channel.queue(Ack(seq=1, error="x" * 1000))
                 channel.flush()
 
 

@@ -11,7 +11,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from netloom.guest.table import MTU, SUBNET_MASK, Lease, Table
+from netloom.guest.table import MTU, SUBNET_MASK, GuestTable, Lease
 
 SERVER_PORT, CLIENT_PORT = 67, 68
 EVERYBODY = "255.255.255.255"
@@ -33,7 +33,7 @@ _IP_UDP_BYTES = 28
 _PACKET_LEAST = 300
 
 
-class Type(IntEnum):
+class MessageType(IntEnum):
     """DHCP message types (RFC 2132 section 9.6)."""
 
     DISCOVER = 1
@@ -46,7 +46,7 @@ class Type(IntEnum):
     INFORM = 8
 
 
-class Request(NamedTuple):
+class DhcpRequest(NamedTuple):
     """A client's message, as far as it matters."""
 
     type: int
@@ -61,20 +61,20 @@ class Request(NamedTuple):
         return self.chaddr[:6]
 
 
-class Reply(NamedTuple):
+class DhcpReply(NamedTuple):
     """A server's message and the address that it goes to, port 68."""
 
     packet: bytes
     to: str
 
 
-def answer(packet: bytes, table: Table) -> Reply | None:
+def answer(packet: bytes, table: GuestTable) -> DhcpReply | None:
     """The reply to ``packet``, or None: whatever the bytes, never an exception."""
     request = parse(packet)
     return None if request is None else respond(request, table)
 
 
-def parse(packet: bytes) -> Request | None:
+def parse(packet: bytes) -> DhcpRequest | None:
     """The request in ``packet``; None when it is none, or came through a relay, of which there are none here."""
     if len(packet) < _HEADER.size:
         return None
@@ -91,30 +91,30 @@ def parse(packet: bytes) -> Request | None:
     kind = options.get(_TYPE, b"")
     if len(kind) != 1:
         return None
-    return Request(kind[0], xid, flags, ciaddr, chaddr, options)
+    return DhcpRequest(kind[0], xid, flags, ciaddr, chaddr, options)
 
 
-def respond(request: Request, table: Table) -> Reply | None:
+def respond(request: DhcpRequest, table: GuestTable) -> DhcpReply | None:
     """The reply that RFC 2131 section 4.3 asks for, from a server whose leases are static."""
     lease = table.leases.get(request.mac)
     if lease is None or not lease.nic.dhcp:
         return None
-    if request.type == Type.DISCOVER:
-        return _grant(Type.OFFER, request, lease, table)
-    if request.type == Type.INFORM:
+    if request.type == MessageType.DISCOVER:
+        return _grant(MessageType.OFFER, request, lease, table)
+    if request.type == MessageType.INFORM:
         return _inform(request, lease, table)
-    if request.type == Type.REQUEST:
+    if request.type == MessageType.REQUEST:
         wanted = _wanted(request, table)
         if wanted is None:
             return None
         if wanted == lease.ip:
-            return _grant(Type.ACK, request, lease, table)
+            return _grant(MessageType.ACK, request, lease, table)
         return _refuse(request, table)
     # DECLINE and RELEASE are not answered, and change nothing: the address stays the NIC's.
     return None
 
 
-def _wanted(request: Request, table: Table) -> bytes | None:
+def _wanted(request: DhcpRequest, table: GuestTable) -> bytes | None:
     """The address that a DHCPREQUEST is about, None when it is not ours to judge (RFC 2131 section 4.3.2)."""
     server_id = request.options.get(_SERVER_ID)
     requested = request.options.get(_REQUESTED_IP)
@@ -127,36 +127,38 @@ def _wanted(request: Request, table: Table) -> bytes | None:
     return None
 
 
-def _grant(kind: Type, request: Request, lease: Lease, table: Table) -> Reply:
+def _grant(kind: MessageType, request: DhcpRequest, lease: Lease, table: GuestTable) -> DhcpReply:
     seconds = table.lease_s
     times = {_LEASE_TIME: seconds, _T1: seconds // 2, _T2: seconds * 7 // 8}
     fixed = {code: struct.pack("!I", value) for code, value in times.items()}
     # To the client's address only when it has that address; without one, broadcast is what every client understands,
     # and unicast would need a packet socket (RFC 2131 section 4.1).
-    renews = kind is Type.ACK and request.ciaddr == lease.ip
+    renews = kind is MessageType.ACK and request.ciaddr == lease.ip
     ciaddr = lease.ip if renews else _NOWHERE
     packet = _packet(kind, request, table, ciaddr=ciaddr, yiaddr=lease.ip, fixed=fixed, lease=lease)
-    return Reply(packet, lease.nic.ip if renews else EVERYBODY)
+    return DhcpReply(packet, lease.nic.ip if renews else EVERYBODY)
 
 
-def _inform(request: Request, lease: Lease, table: Table) -> Reply | None:
+def _inform(request: DhcpRequest, lease: Lease, table: GuestTable) -> DhcpReply | None:
     # Its own address or none of our business: an answer to any other address would be a parcel for a stranger.
     if request.ciaddr != lease.ip:
         return None
-    return Reply(
-        _packet(Type.ACK, request, table, ciaddr=lease.ip, yiaddr=_NOWHERE, fixed={}, lease=lease), lease.nic.ip
+    return DhcpReply(
+        _packet(MessageType.ACK, request, table, ciaddr=lease.ip, yiaddr=_NOWHERE, fixed={}, lease=lease), lease.nic.ip
     )
 
 
-def _refuse(request: Request, table: Table) -> Reply:
+def _refuse(request: DhcpRequest, table: GuestTable) -> DhcpReply:
     text = {_TEXT: b"this is not your address"}
-    return Reply(_packet(Type.NAK, request, table, ciaddr=_NOWHERE, yiaddr=_NOWHERE, fixed=text, lease=None), EVERYBODY)
+    return DhcpReply(
+        _packet(MessageType.NAK, request, table, ciaddr=_NOWHERE, yiaddr=_NOWHERE, fixed=text, lease=None), EVERYBODY
+    )
 
 
 def _packet(
-    kind: Type,
-    request: Request,
-    table: Table,
+    kind: MessageType,
+    request: DhcpRequest,
+    table: GuestTable,
     *,
     ciaddr: bytes,
     yiaddr: bytes,
@@ -185,7 +187,7 @@ def _packet(
     return bytes(packet.ljust(_PACKET_LEAST, b"\0"))
 
 
-def _chosen(request: Request, lease: Lease | None) -> list[tuple[int, bytes]]:
+def _chosen(request: DhcpRequest, lease: Lease | None) -> list[tuple[int, bytes]]:
     """The options a client gets, in the order it asked for them; the mask before the router (RFC 2132 section 3.3).
 
     Given unasked: the mask, an MTU that somebody told us, and what is set for the NIC in particular.

@@ -25,7 +25,7 @@ REQUESTS_MAX = 100
 _READ_BYTES = 16384
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """``body`` goes out as it is. No page of words on an error: scripts take what they get for a key or a password."""
 
     status: int
@@ -33,17 +33,17 @@ class Answer(NamedTuple):
     headers: tuple[tuple[str, str], ...] = ()
 
 
-ONLY_READING = Answer(405, headers=(("Allow", "GET, HEAD"),))
-TOO_MANY = Answer(429, headers=(("Retry-After", "1"), ("Connection", "close")))
+ONLY_READING = HttpAnswer(405, headers=(("Allow", "GET, HEAD"),))
+TOO_MANY = HttpAnswer(429, headers=(("Retry-After", "1"), ("Connection", "close")))
 
-Site = Callable[[h11.Request], Answer | None]
+Site = Callable[[h11.Request], HttpAnswer | None]
 
 
-class Connection:
+class HttpConnection:
     """Answers requests on ``sock`` until the client, a limit, or a site that returns None ends it."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, site: Site, ended: Callable[[Connection], None]
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, site: Site, ended: Callable[[HttpConnection], None]
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -99,7 +99,7 @@ class Connection:
                     self._answer()
                     return
                 elif isinstance(event, h11.Data):
-                    self._say(Answer(413, headers=(("Connection", "close"),)))
+                    self._say(HttpAnswer(413, headers=(("Connection", "close"),)))
                     return
                 elif event is h11.NEED_DATA:
                     return
@@ -107,7 +107,7 @@ class Connection:
                     self.close()
                     return
         except h11.RemoteProtocolError as error:
-            self._say(Answer(error.error_status_hint, headers=(("Connection", "close"),)))
+            self._say(HttpAnswer(error.error_status_hint, headers=(("Connection", "close"),)))
 
     def _answer(self) -> None:
         assert self._request is not None
@@ -120,7 +120,7 @@ class Connection:
             answer = answer._replace(headers=(*answer.headers, ("Connection", "close")))
         self._say(answer)
 
-    def _say(self, answer: Answer) -> None:
+    def _say(self, answer: HttpAnswer) -> None:
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.close()
             return

@@ -22,7 +22,18 @@ from netloom import __version__
 from netloom.errors import NetloomError, one_line
 from netloom.guest import sandbox
 from netloom.guest.serve import Networks
-from netloom.guestwire import Done, Drop, Hello, Lend, Message, Ping, Serve, Tried, Try, Update
+from netloom.guestwire import (
+    Ack,
+    DropNetwork,
+    GuestHello,
+    GuestMessage,
+    LendSockets,
+    Ping,
+    ServeNetwork,
+    Tried,
+    Try,
+    UpdateNetwork,
+)
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.program import close_all_but
 from netloom.sockets import peer_credentials
@@ -35,7 +46,7 @@ _STOP_S = 3.0
 Attempts = Callable[[int], dict[str, str]]
 
 
-class Guest:
+class GuestServer:
     """The agent's end of the process: whoever root connected last. Without one, serving goes on."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str, attempts: Attempts | None):
@@ -61,7 +72,7 @@ class Guest:
         self._agent = Channel(sock, pending_bytes_max=_UNREAD_BYTES_MAX)
         self._loop.add_reader(sock, self._readable)
         self._tell(
-            Hello(
+            GuestHello(
                 version=__version__,
                 build=self._build,
                 pid=os.getpid(),
@@ -84,24 +95,24 @@ class Guest:
         for message, descriptors in arrived:
             self._obey(message, descriptors)
 
-    def _obey(self, message: Message, descriptors: list[int]) -> None:
-        if isinstance(message, Serve):
+    def _obey(self, message: GuestMessage, descriptors: list[int]) -> None:
+        if isinstance(message, ServeNetwork):
             self._tell(self.networks.serve(message, descriptors))
-        elif isinstance(message, Update):
+        elif isinstance(message, UpdateNetwork):
             self._tell(self.networks.update(message.seq, message.network))
-        elif isinstance(message, Drop):
+        elif isinstance(message, DropNetwork):
             self._tell(self.networks.drop(message.seq, (message.scope_id, message.network_id)))
-        elif isinstance(message, Lend):
+        elif isinstance(message, LendSockets):
             lent, copies = self.networks.lend(message.seq, (message.scope_id, message.network_id))
             self._tell(lent, copies)
         elif isinstance(message, Ping):
-            self._tell(Done(seq=message.seq))
+            self._tell(Ack(seq=message.seq))
         elif isinstance(message, Try) and self._attempts is not None:
             self._tell(Tried(seq=message.seq, outcomes=self._attempts(os.getppid())))
         elif isinstance(message, Try):
-            self._tell(Done(seq=message.seq, error="this process was not started for trials"))
+            self._tell(Ack(seq=message.seq, error="this process was not started for trials"))
 
-    def _tell(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+    def _tell(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
         if self._agent is None:
             return
         try:
@@ -163,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     control = socket.socket(fileno=asked.control)
     close_all_but(0, 1, 2, asked.control)
     loop = asyncio.new_event_loop()
-    guest = Guest(loop, control, asked.build, attempts)
+    guest = GuestServer(loop, control, asked.build, attempts)
     loop.add_signal_handler(signal.SIGTERM, guest.stop)
     for ignored in (signal.SIGHUP, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)

@@ -12,16 +12,16 @@ from urllib.parse import unquote_to_bytes
 
 import h11
 
-from netloom.guest.http import ONLY_READING, Answer
+from netloom.guest.http import ONLY_READING, HttpAnswer
 from netloom.guestwire import GuestNic
 
-_NOT_THERE = Answer(404)
+_NOT_THERE = HttpAnswer(404)
 _AUTHORITY = re.compile(rb"https?://[^/]*", re.IGNORECASE)
 
 USER_DATA, META_DATA = "user-data", "meta-data"
 
 
-def respond(request: h11.Request, nic: GuestNic) -> Answer:
+def respond(request: h11.Request, nic: GuestNic) -> HttpAnswer:
     """The answer to ``request`` from the VM that owns ``nic``."""
     if request.method not in (b"GET", b"HEAD"):
         return ONLY_READING
@@ -32,20 +32,20 @@ def respond(request: h11.Request, nic: GuestNic) -> Answer:
     except UnicodeDecodeError:
         return _NOT_THERE
     if path in ("", "/"):
-        return Answer(200, b"latest/\n")
+        return HttpAnswer(200, b"latest/\n")
     if path in ("/latest", "/latest/"):
         listed = [USER_DATA] if nic.user_data is not None else []
-        return Answer(200, _lines([*listed, f"{META_DATA}/"]))
+        return HttpAnswer(200, _lines([*listed, f"{META_DATA}/"]))
     if not path.startswith("/latest/"):
         return _NOT_THERE
     name = path.removeprefix("/latest/")
     if name == USER_DATA:
-        return _NOT_THERE if nic.user_data is None else Answer(200, nic.user_data.reveal().encode())
+        return _NOT_THERE if nic.user_data is None else HttpAnswer(200, nic.user_data.reveal().encode())
     if name in (META_DATA, f"{META_DATA}/"):
         names = [name for name, text in nic.metadata.items() if text]
-        return Answer(200, _lines(names)) if names else _NOT_THERE
+        return HttpAnswer(200, _lines(names)) if names else _NOT_THERE
     text = nic.metadata.get(name.removeprefix(f"{META_DATA}/"), "")
-    return Answer(200, text.encode()) if text else _NOT_THERE
+    return HttpAnswer(200, text.encode()) if text else _NOT_THERE
 
 
 def _lines(names: list[str]) -> bytes:

@@ -10,30 +10,30 @@ from typing import NamedTuple
 
 import h11
 
-from netloom.guest.http import ONLY_READING, Answer
+from netloom.guest.http import ONLY_READING, HttpAnswer
 from netloom.secret import Secret
 
-_SAVED = Answer(200, b"saved_password")
-_BAD = Answer(400, b"bad_request")
+_SAVED = HttpAnswer(200, b"saved_password")
+_BAD = HttpAnswer(400, b"bad_request")
 
 
-class Outcome(NamedTuple):
+class PasswordAnswer(NamedTuple):
     """``given``: the password is on its way to the VM. ``taken``: it has arrived; forget it."""
 
-    answer: Answer
+    answer: HttpAnswer
     given: bool = False
     taken: bool = False
 
 
-def respond(request: h11.Request, password: Secret | None) -> Outcome:
+def respond(request: h11.Request, password: Secret | None) -> PasswordAnswer:
     """What becomes of ``request`` from the VM whose password, as far as it is not taken yet, is ``password``."""
     if request.method not in (b"GET", b"HEAD"):
-        return Outcome(ONLY_READING)
+        return PasswordAnswer(ONLY_READING)
     words = [value.strip() for name, value in request.headers if name == b"domu_request"]
     if words == [b"send_my_password"]:
         if not password:
-            return Outcome(_SAVED)
-        return Outcome(Answer(200, password.reveal().encode()), given=request.method == b"GET")
+            return PasswordAnswer(_SAVED)
+        return PasswordAnswer(HttpAnswer(200, password.reveal().encode()), given=request.method == b"GET")
     if words == [b"saved_password"] and request.method == b"GET":
-        return Outcome(_SAVED, taken=True)
-    return Outcome(_BAD)
+        return PasswordAnswer(_SAVED, taken=True)
+    return PasswordAnswer(_BAD)

@@ -16,19 +16,19 @@ from collections.abc import Callable
 import h11
 
 from netloom.guest import dhcp, limits, metadata, password, peer
-from netloom.guest.http import TOO_MANY, Answer, Connection
-from netloom.guest.table import Table, mac_bytes
+from netloom.guest.http import TOO_MANY, HttpAnswer, HttpConnection
+from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import (
-    Done,
+    Ack,
+    GuestMessage,
     GuestNetwork,
     GuestNic,
-    Lent,
+    LentSockets,
     Listener,
-    Message,
     Notice,
     PasswordTaken,
-    Serve,
     Served,
+    ServeNetwork,
 )
 from netloom.secret import Secret
 
@@ -46,11 +46,11 @@ _SO_NO_CHECK = 11
 Key = tuple[str, str]  # scope_id, network_id
 
 
-class _Network:
-    def __init__(self, table: Table) -> None:
+class _NetworkRuntime:
+    def __init__(self, table: GuestTable) -> None:
         self.table = table
         self.sockets: list[tuple[Listener, socket.socket]] = []
-        self.connections: dict[Connection, limits.Load] = {}  # with the load of the VM, the oldest first
+        self.connections: dict[HttpConnection, limits.Load] = {}  # with the load of the VM, the oldest first
         self.load = limits.network_load()
         self.vm_loads: dict[bytes, limits.Load] = {}  # by MAC
         self.notices = limits.Bucket(limits.NOTICES_PER_S, limits.NOTICES_BURST)
@@ -59,10 +59,10 @@ class _Network:
 class Networks:
     """``tell`` takes what the agent should know; when nobody listens it is lost, except passwords: see ``untold``."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, tell: Callable[[Message], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, tell: Callable[[GuestMessage], None]) -> None:
         self._loop = loop
         self._tell = tell
-        self._networks: dict[Key, _Network] = {}
+        self._networks: dict[Key, _NetworkRuntime] = {}
         # Acknowledged by the VM and still in the agent's table: (network, NIC) -> password_id.
         self._taken: dict[tuple[Key, str], str] = {}
         # Last given out: an acknowledgement is of that one, not of one that was set meanwhile.
@@ -83,11 +83,11 @@ class Networks:
         """The passwords that were taken and are still in the agent's table."""
         return [_taken(*at, id_) for at, id_ in self._taken.items()]
 
-    def serve(self, asked: Serve, descriptors: list[int]) -> Done:
+    def serve(self, asked: ServeNetwork, descriptors: list[int]) -> Ack:
         """Put table and sockets in force. On an error nothing changes, and the descriptors that came are closed."""
         sockets: list[tuple[Listener, socket.socket]] = []
         try:
-            table = Table(asked.network)
+            table = GuestTable(asked.network)
             for listener, descriptor in zip(asked.listeners, descriptors, strict=True):
                 sock = socket.socket(fileno=descriptor)
                 sockets.append((listener, sock))
@@ -97,32 +97,32 @@ class Networks:
                 sock.detach()
             for descriptor in descriptors:
                 os.close(descriptor)
-            return Done(seq=asked.seq, error=f"network {asked.network.network_id}: {error}")
+            return Ack(seq=asked.seq, error=f"network {asked.network.network_id}: {error}")
         key = (asked.network.scope_id, asked.network.network_id)
         network = self._networks.setdefault(
             key,
-            _Network(table),  # guard: a-network-has-its-own-leases
+            _NetworkRuntime(table),  # guard: a-network-has-its-own-leases
         )
         self._close_sockets(network)
         network.sockets = sockets
         self._put(key, network, table)
         for listener, sock in sockets:
             self._watch(key, network, listener, sock)
-        return Done(seq=asked.seq)
+        return Ack(seq=asked.seq)
 
-    def update(self, seq: int, asked: GuestNetwork) -> Done:
+    def update(self, seq: int, asked: GuestNetwork) -> Ack:
         """Put the table in force. On an error the old one stays."""
         key = (asked.scope_id, asked.network_id)
         network = self._networks.get(key)
         if network is None:
-            return Done(seq=seq, error=f"network {asked.network_id} is not served")
+            return Ack(seq=seq, error=f"network {asked.network_id} is not served")
         try:
-            self._put(key, network, Table(asked))
+            self._put(key, network, GuestTable(asked))
         except ValueError as error:
-            return Done(seq=seq, error=f"network {asked.network_id}: {error}")
-        return Done(seq=seq)
+            return Ack(seq=seq, error=f"network {asked.network_id}: {error}")
+        return Ack(seq=seq)
 
-    def drop(self, seq: int, key: Key) -> Done:
+    def drop(self, seq: int, key: Key) -> Ack:
         """Forget the network: sockets, connections, passwords."""
         network = self._networks.pop(key, None)
         if network is not None:
@@ -132,13 +132,13 @@ class Networks:
         for kept in (self._taken, self._given):
             for at in [at for at in kept if at[0] == key]:
                 del kept[at]
-        return Done(seq=seq)
+        return Ack(seq=seq)
 
-    def lend(self, seq: int, key: Key) -> tuple[Lent, list[int]]:
+    def lend(self, seq: int, key: Key) -> tuple[LentSockets, list[int]]:
         """The network's listeners and their descriptors, which stay ours."""
         network = self._networks.get(key)
         sockets = network.sockets if network is not None else []
-        return Lent(seq=seq, listeners=tuple(it for it, _ in sockets)), [sock.fileno() for _, sock in sockets]
+        return LentSockets(seq=seq, listeners=tuple(it for it, _ in sockets)), [sock.fileno() for _, sock in sockets]
 
     def stop(self) -> None:
         """Take nothing new; what is being answered is answered."""
@@ -150,7 +150,7 @@ class Networks:
         """Whether nobody is connected."""
         return not any(network.connections for network in self._networks.values())
 
-    def _put(self, key: Key, network: _Network, table: Table) -> None:
+    def _put(self, key: Key, network: _NetworkRuntime, table: GuestTable) -> None:
         network.table = table
         network.vm_loads = {mac: load for mac, load in network.vm_loads.items() if mac in table.leases}
         ids = {nic.nic: nic.password_id for nic in table.network.nics if nic.password is not None}
@@ -163,13 +163,13 @@ class Networks:
             else:
                 del self._taken[at]
 
-    def _close_sockets(self, network: _Network) -> None:
+    def _close_sockets(self, network: _NetworkRuntime) -> None:
         for _, sock in network.sockets:
             self._loop.remove_reader(sock)
             sock.close()
         network.sockets = []
 
-    def _watch(self, key: Key, network: _Network, listener: Listener, sock: socket.socket) -> None:
+    def _watch(self, key: Key, network: _NetworkRuntime, listener: Listener, sock: socket.socket) -> None:
         if sock.fileno() < 0:
             return
         if listener.kind == "dhcp":
@@ -179,7 +179,7 @@ class Networks:
 
     # ---- what the VMs ask
 
-    def _packets(self, key: Key, network: _Network, sock: socket.socket) -> None:
+    def _packets(self, key: Key, network: _NetworkRuntime, sock: socket.socket) -> None:
         for _ in range(_PACKETS_AT_ONCE):
             try:
                 packet = sock.recv(_PACKET_BYTES_MAX)
@@ -188,7 +188,7 @@ class Networks:
             request = dhcp.parse(packet)
             if request is None:
                 continue
-            if request.type == dhcp.Type.DECLINE and (lease := network.table.leases.get(request.mac)):
+            if request.type == dhcp.MessageType.DECLINE and (lease := network.table.leases.get(request.mac)):
                 text = f"the VM declines its address {lease.nic.ip}: another machine on the segment uses it"
                 self._notice(key, network, lease.nic, text)
             reply = dhcp.respond(request, network.table)
@@ -203,7 +203,7 @@ class Networks:
                 lease = network.table.leases[request.mac]
                 self._notice(key, network, lease.nic, f"the DHCP reply to {reply.to} cannot be sent: {error.strerror}")
 
-    def _accept(self, key: Key, network: _Network, listener: Listener, sock: socket.socket) -> None:
+    def _accept(self, key: Key, network: _NetworkRuntime, listener: Listener, sock: socket.socket) -> None:
         for _ in range(_ACCEPTS_AT_ONCE):
             try:
                 connection, (address, _port) = sock.accept()
@@ -225,7 +225,9 @@ class Networks:
             network.load.connections += 1
             self._converse(key, network, listener, connection, address, mac, vm)
 
-    def _owner(self, network: _Network, listener: Listener, connection: socket.socket, address: str) -> bytes | None:
+    def _owner(
+        self, network: _NetworkRuntime, listener: Listener, connection: socket.socket, address: str
+    ) -> bytes | None:
         """The MAC of the NIC that ``address`` belongs to, when it is that NIC that has connected."""
         nic = network.table.nics.get(address)
         if nic is None:
@@ -236,14 +238,14 @@ class Networks:
     def _converse(
         self,
         key: Key,
-        network: _Network,
+        network: _NetworkRuntime,
         listener: Listener,
         sock: socket.socket,
         address: str,
         mac: bytes,
         vm: limits.Load,
     ) -> None:
-        def site(request: h11.Request) -> Answer | None:
+        def site(request: h11.Request) -> HttpAnswer | None:
             # Asked anew for every request: the address may have become another VM's since the connection began.
             nic = network.table.nics.get(address)
             if nic is None or mac_bytes(nic.mac) != mac or self._networks.get(key) is not network:
@@ -252,15 +254,15 @@ class Networks:
                 return TOO_MANY
             return metadata.respond(request, nic) if listener.kind == "metadata" else self._password(key, request, nic)
 
-        def ended(connection: Connection) -> None:
+        def ended(connection: HttpConnection) -> None:
             network.connections.pop(connection, None)
             network.load.connections -= 1
             vm.connections -= 1
 
         sock.setblocking(False)
-        network.connections[Connection(self._loop, sock, site, ended)] = vm
+        network.connections[HttpConnection(self._loop, sock, site, ended)] = vm
 
-    def _password(self, key: Key, request: h11.Request, nic: GuestNic) -> Answer:
+    def _password(self, key: Key, request: h11.Request, nic: GuestNic) -> HttpAnswer:
         at = (key, nic.nic)
         secret: Secret | None = nic.password
         if self._taken.get(at) == nic.password_id:
@@ -273,12 +275,12 @@ class Networks:
             self._tell(_taken(key, nic.nic, nic.password_id))
         return outcome.answer
 
-    def _notice(self, key: Key, network: _Network, nic: GuestNic, text: str) -> None:
+    def _notice(self, key: Key, network: _NetworkRuntime, nic: GuestNic, text: str) -> None:
         if network.notices.take():
             self._tell(Notice(scope_id=key[0], network_id=key[1], nic=nic.nic, text=text))
 
 
-def _made_room(network: _Network, vm: limits.Load) -> bool:
+def _made_room(network: _NetworkRuntime, vm: limits.Load) -> bool:
     """Whoever has the most connections has lost the oldest of them to a VM that has fewer; False: nobody has more."""
     most = max(network.connections.values(), key=lambda it: it.connections)
     if most.connections <= vm.connections + 1:

@@ -24,7 +24,7 @@ class Lease(NamedTuple):
     options: dict[int, bytes]
 
 
-class Table:
+class GuestTable:
     """Raises ValueError, naming the field, for a table that cannot be served."""
 
     def __init__(self, network: GuestNetwork) -> None:

@@ -1,9 +1,15 @@
-"""All that ever crosses between the agent and the guest process: tables and sockets down, passwords taken up.
+"""The messages between the agent and the guest process, and the values of DHCP options.
 
-The guest process listens on a unix stream socket that only root may connect to. Whoever connects last is its agent; it
-is greeted with ``Hello``, which lists what is served by revision, so that a new agent sends only what differs. Every
-``Serve``, ``Update``, ``Drop``, ``Lend`` and ``Ping`` is answered by one message of the same ``seq``; when the answer
-is there, the change is in force. How they travel is ``channel``'s business.
+The guest process listens on a unix stream socket that only root may connect to. The latest connection is the agent's;
+an earlier one is closed. The guest process first sends ``GuestHello`` with the networks that it serves and their
+revisions, so a new agent sends only the differences.
+
+The agent sends requests: ``ServeNetwork``, ``UpdateNetwork``, ``DropNetwork``, ``LendSockets`` and ``Ping``. Each is
+answered by ``Ack`` or ``LentSockets`` with the same ``seq``, after the change is in force. ``PasswordTaken`` and
+``Notice`` come at any time. ``channel`` carries the messages.
+
+An agent and a guest process of different builds talk to each other during an upgrade. So the tags and the names of the
+fields stay as they are.
 """
 
 from __future__ import annotations
@@ -75,7 +81,7 @@ class Listener(msgspec.Struct, frozen=True):
 # ---- agent to guest
 
 
-class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
+class ServeNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     """Answer in this network through these sockets, one descriptor per listener, in order.
 
     Sockets that the network had before are closed; connections that are open go on.
@@ -86,14 +92,14 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     listeners: tuple[Listener, ...]
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
+class UpdateNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
     """Answer from this table from now on, through the sockets that are there."""
 
     seq: int
     network: GuestNetwork
 
 
-class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
+class DropNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
     """The network is gone: close everything of it. What is not there is dropped successfully."""
 
     seq: int
@@ -101,7 +107,7 @@ class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
     network_id: str
 
 
-class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
+class LendSockets(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
     """Hand me copies of the network's sockets and go on serving.
 
     With them a new agent can give the same sockets, and what waits in them, to the next guest process.
@@ -113,7 +119,7 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
 
 
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
-    """Are you awake? ``Done`` is the answer."""
+    """Are you awake? ``Ack`` is the answer."""
 
     seq: int
 
@@ -136,7 +142,7 @@ class Served(msgspec.Struct, frozen=True):
     listeners: tuple[Listener, ...]
 
 
-class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+class GuestHello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """Who serves what. ``layers`` names the walls around the process that this kernel has (guest/sandbox.py)."""
 
     version: str
@@ -147,15 +153,15 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     served: tuple[Served, ...] = ()
 
 
-class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """The message of that number is in force, or ``error`` says why not."""
 
     seq: int
     error: str = ""
 
 
-class Lent(msgspec.Struct, frozen=True, kw_only=True, tag="lent"):
-    """The answer to ``Lend``: one descriptor per listener, in order; none when the network is not served."""
+class LentSockets(msgspec.Struct, frozen=True, kw_only=True, tag="lent"):
+    """The answer to ``LendSockets``: one descriptor per listener, in order; none when the network is not served."""
 
     seq: int
     listeners: tuple[Listener, ...] = ()
@@ -186,18 +192,31 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, tag="tried"):
     outcomes: dict[str, str]
 
 
-Message = Serve | Update | Drop | Lend | Ping | Try | Hello | Done | Lent | PasswordTaken | Notice | Tried
+GuestMessage = (
+    ServeNetwork
+    | UpdateNetwork
+    | DropNetwork
+    | LendSockets
+    | Ping
+    | Try
+    | GuestHello
+    | Ack
+    | LentSockets
+    | PasswordTaken
+    | Notice
+    | Tried
+)
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message, dec_hook=dec_hook)
+_decoder: msgspec.msgpack.Decoder[GuestMessage] = msgspec.msgpack.Decoder(GuestMessage, dec_hook=dec_hook)
 
 
-def encode(message: Message) -> bytes:
+def encode(message: GuestMessage) -> bytes:
     """The message without its length."""
     return _encoder.encode(message)
 
 
-def decode(body: bytes | memoryview) -> Message:
+def decode(body: bytes | memoryview) -> GuestMessage:
     """The message that ``encode`` wrote. Raises msgspec.MsgspecError when it is none of ours."""
     return _decoder.decode(body)
 

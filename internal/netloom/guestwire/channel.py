@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from netloom.guestwire import Lent, Message, Serve, decode, encode
+from netloom.guestwire import GuestMessage, LentSockets, ServeNetwork, decode, encode
 
 # A network of some hundred VMs with a megabyte of user data each is the largest honest message.
 FRAME_BYTES_MAX = 1 << 30
@@ -55,7 +55,7 @@ class Channel:
         """Whether something waits to be written."""
         return bool(self._out)
 
-    def receive(self) -> list[tuple[Message, list[int]]]:
+    def receive(self) -> list[tuple[GuestMessage, list[int]]]:
         """The messages that have come, each with its descriptors, which are the caller's from now on.
 
         Raises ChannelError at the end of the stream, and when something else than our frames comes.
@@ -78,7 +78,7 @@ class Channel:
         if not data:
             raise ChannelError("the other end is gone")
         self._buffer += data
-        messages: list[tuple[Message, list[int]]] = []
+        messages: list[tuple[GuestMessage, list[int]]] = []
         start = 0
         while len(self._buffer) - start >= _LENGTH_BYTES:
             (length,) = struct.unpack_from(">I", self._buffer, start)
@@ -92,14 +92,14 @@ class Channel:
                 except msgspec.MsgspecError as error:
                     raise ChannelError(f"a message cannot be read: {error}") from None
             start += _LENGTH_BYTES + length
-            count = len(message.listeners) if isinstance(message, Serve | Lent) else 0
+            count = len(message.listeners) if isinstance(message, ServeNetwork | LentSockets) else 0
             if len(self._arrived) < count:
                 raise ChannelError(f"{count} descriptors were announced and {len(self._arrived)} came")
             messages.append((message, [self._arrived.popleft() for _ in range(count)]))
         del self._buffer[:start]
         return messages
 
-    def queue(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+    def queue(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
         """Say ``message`` as soon as the other end takes it. The descriptors must stay open until then.
 
         Raises ChannelError when the other end has not read for so long that too much waits.
