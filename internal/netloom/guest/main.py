@@ -1,8 +1,9 @@
-"""``netloom guest``: the process. It is started by root, gives everything up, and answers until it is told to stop.
+"""``netloom guest``: the guest process. It is started as root, enters its sandbox, and serves until SIGTERM.
 
-    netloom guest --control <descriptor> --root <empty directory> [--build <id>] [--trial with-filter|without-filter]
+    netloom guest --control <descriptor> --root <empty directory> [--build <id>]
 
-``control`` is a unix stream socket that listens and that only root may connect to. Everything else comes through it.
+``control`` is a listening unix stream socket that only root may connect to. The agent connects there and sends the
+tables and sockets of the networks (guestwire).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from netloom import __version__
 from netloom.errors import NetloomError, one_line
@@ -30,8 +31,6 @@ from netloom.guestwire import (
     LendSockets,
     Ping,
     ServeNetwork,
-    Tried,
-    Try,
     UpdateNetwork,
 )
 from netloom.guestwire.channel import Channel, ChannelError
@@ -43,17 +42,14 @@ _UNREAD_BYTES_MAX = 1 << 20
 # For answers that are under way when the process is told to stop.
 _STOP_S = 3.0
 
-Attempts = Callable[[int], dict[str, str]]
-
 
 class GuestServer:
     """The agent's end of the process: whoever root connected last. Without one, serving goes on."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str, attempts: Attempts | None):
+    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str) -> None:
         self._loop = loop
         self._control = control
         self._build = build
-        self._attempts = attempts
         self._agent: Channel | None = None
         self.layers: tuple[str, ...] = ()
         self.networks = Networks(loop, self._tell)
@@ -107,10 +103,6 @@ class GuestServer:
             self._tell(lent, copies)
         elif isinstance(message, Ping):
             self._tell(Ack(seq=message.seq))
-        elif isinstance(message, Try) and self._attempts is not None:
-            self._tell(Tried(seq=message.seq, outcomes=self._attempts(os.getppid())))
-        elif isinstance(message, Try):
-            self._tell(Ack(seq=message.seq, error="this process was not started for trials"))
 
     def _tell(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
         if self._agent is None:
@@ -163,25 +155,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--build", default="")
-    parser.add_argument("--trial", choices=("with-filter", "without-filter"))
     asked = parser.parse_args(argv)
-    attempts: Attempts | None = None
-    if asked.trial:
-        from netloom.guest import trial  # only where it is asked for: nobody else should have it in memory
-
-        attempts = trial.attempts
 
     control = socket.socket(fileno=asked.control)
     close_all_but(0, 1, 2, asked.control)
     loop = asyncio.new_event_loop()
-    guest = GuestServer(loop, control, asked.build, attempts)
+    guest = GuestServer(loop, control, asked.build)
     loop.add_signal_handler(signal.SIGTERM, guest.stop)
     for ignored in (signal.SIGHUP, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(ValueError):
         "".encode("idna")  # codecs are looked up by import, the first time
     try:
-        guest.layers = sandbox.enter(asked.root, filter_calls=asked.trial != "without-filter")
+        guest.layers = sandbox.enter(asked.root)
     except NetloomError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -78,12 +78,11 @@ ARCHES = {"x86_64": _Arch(0xC000003E, _X86_64), "aarch64": _Arch(0xC00000B7, _AA
 _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 
-def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
-    """Raise the walls, for good; the names of those that this kernel has.
+def enter(root: str) -> tuple[str, ...]:
+    """Enter the sandbox, irrevocably; return the names of its layers.
 
-    ``root`` is an empty directory of root's, which becomes all there is of the file system. Raises HostRefused when
-    one of the walls that every kernel has cannot be raised; only ``seccomp`` may be missing (and is left out, to see
-    what the others are worth, without ``filter_calls``).
+    ``root`` is an empty directory that only root can write to; it becomes the root directory. Raises HostRefused when
+    a layer cannot be set up. Only ``seccomp`` may be missing, on a kernel or a processor without it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
@@ -114,7 +113,7 @@ def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
     _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
     _call(libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     walls = ("namespace", "root", "user", "capabilities", "limits")
-    return (*walls, "seccomp") if filter_calls and _filter_calls(libc) else walls
+    return (*walls, "seccomp") if _filter_calls(libc) else walls
 
 
 def call_filter(arch: _Arch) -> bytes:

@@ -124,12 +124,6 @@ class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
     seq: int
 
 
-class Try(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
-    """Try to do what a taken-over guest process would; refused unless the process was started for it."""
-
-    seq: int
-
-
 # ---- guest to agent
 
 
@@ -185,26 +179,17 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
     text: str
 
 
-class Tried(msgspec.Struct, frozen=True, kw_only=True, tag="tried"):
-    """What each attempt of ``Try`` came to: the errno's name, or ``possible``."""
-
-    seq: int
-    outcomes: dict[str, str]
-
-
 GuestMessage = (
     ServeNetwork
     | UpdateNetwork
     | DropNetwork
     | LendSockets
     | Ping
-    | Try
     | GuestHello
     | Ack
     | LentSockets
     | PasswordTaken
     | Notice
-    | Tried
 )
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)
