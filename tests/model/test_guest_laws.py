@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guestbed import SERVER, network, nic
-from guestbed.dhcp import message, options_of
+from guestbed.dhcp import message, options_of, reply_to
 from netloom.guest import http, metadata, password
-from netloom.guest.dhcp import EVERYBODY, MessageType, answer
+from netloom.guest.dhcp import BROADCAST_IP, MessageType
 from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestNic
 from netloom.secret import Secret
@@ -61,7 +61,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @given(st.binary(max_size=700) | messages | damaged())
 @example(b"")
 def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
-    reply = answer(packet, TABLE)
+    reply = reply_to(packet, TABLE)
     if reply is None:
         return
     asked_by = NICS[packet[28:34]]
@@ -74,9 +74,9 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
     assert 300 <= len(reply.packet) <= 1472
     # An address is given, and sent to, only if it is that NIC's own.
     assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
-    assert reply.to in (EVERYBODY, asked_by.ip)
+    assert reply.to in (BROADCAST_IP, asked_by.ip)
     if found[53][0] == MessageType.NAK:
-        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (EVERYBODY, bytes(4), {53, 54, 56})
+        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (BROADCAST_IP, bytes(4), {53, 54, 56})
     elif asked_by is OTHER:
         assert not {3, 6, 15, 119} & set(found)
     if 51 in found:
@@ -86,7 +86,7 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
 
 @given(messages)
 def test_the_same_question_has_the_same_answer(packet: bytes) -> None:
-    assert answer(packet, TABLE) == answer(packet, TABLE)
+    assert reply_to(packet, TABLE) == reply_to(packet, TABLE)
 
 
 # ---- HTTP

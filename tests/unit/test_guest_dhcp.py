@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from guestbed import SERVER, network, nic
-from guestbed.dhcp import COMMON, describe, message, option, options_of
-from netloom.guest.dhcp import EVERYBODY, MessageType, answer
+from guestbed.dhcp import COMMON, describe, message, option, options_of, reply_to
+from netloom.guest.dhcp import BROADCAST_IP, MessageType
 from netloom.guest.table import GuestTable
 from netloom.guestwire import option_bytes
 
@@ -78,7 +78,7 @@ SCENARIOS: dict[str, list[bytes]] = {
 def test_golden(name: str) -> None:
     said = []
     for packet in SCENARIOS[name]:
-        reply = answer(packet, TABLE)
+        reply = reply_to(packet, TABLE)
         said.append("> " + describe(packet))
         said.append("< " + describe(*reply) if reply else "< nothing")
     text = "\n".join(said) + "\n"
@@ -93,13 +93,13 @@ def test_every_golden_file_has_its_scenario() -> None:
 
 
 def offered(packet: bytes, table: GuestTable = TABLE) -> dict[int, bytes]:
-    reply = answer(packet, table)
+    reply = reply_to(packet, table)
     assert reply is not None
     return dict(options_of(reply.packet))
 
 
 def test_options_come_in_the_order_they_were_asked_for_but_the_mask_before_the_router() -> None:
-    reply = answer(message(MessageType.DISCOVER, WEB.mac, {55: bytes([15, 6, 3, 1, 12, 12, 200])}), TABLE)
+    reply = reply_to(message(MessageType.DISCOVER, WEB.mac, {55: bytes([15, 6, 3, 1, 12, 12, 200])}), TABLE)
     assert reply is not None
     codes = [code for code, _ in options_of(reply.packet)]
     assert codes == [53, 54, 51, 58, 59, 1, 15, 6, 3, 12, 26]
@@ -124,10 +124,10 @@ def test_a_reply_fits_in_what_the_client_takes() -> None:
     long = nic(45, options={code: bytes(200) for code in range(200, 206)})
     table, narrow = GuestTable(network(long)), GuestTable(network(long, mtu=1000))
     for announced, most in ((b"", 548), (b"\0\1", 548), (b"\3\x20", 772), (b"\xff\xff", 1472)):
-        small = answer(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), narrow)
+        small = reply_to(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), narrow)
         assert small is not None
         assert len(small.packet) <= min(most, 972)  # on a segment that takes no more it would come in fragments
-        reply = answer(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), table)
+        reply = reply_to(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), table)
         assert reply is not None
         assert most - 202 < len(reply.packet) <= most
         assert {51, 53, 54} <= set(dict(options_of(reply.packet)))
@@ -135,7 +135,7 @@ def test_a_reply_fits_in_what_the_client_takes() -> None:
 
 def test_an_option_longer_than_255_bytes_goes_out_in_pieces() -> None:
     long = nic(45, options={43: bytes(range(256)) * 2})
-    reply = answer(message(MessageType.DISCOVER, long.mac, {57: b"\5\xdc"}), GuestTable(network(long)))
+    reply = reply_to(message(MessageType.DISCOVER, long.mac, {57: b"\5\xdc"}), GuestTable(network(long)))
     assert reply is not None
     pieces = [value for code, value in options_of(reply.packet) if code == 43]
     assert [len(piece) for piece in pieces] == [255, 255, 2]
@@ -145,11 +145,11 @@ def test_an_option_longer_than_255_bytes_goes_out_in_pieces() -> None:
 def test_a_clients_options_may_stand_in_the_file_and_name_fields_too() -> None:
     requested, server = option(50, address(WEB.ip)), option(54, address(SERVER)) + b"\xff"
     spread = message(MessageType.REQUEST, WEB.mac, {52: b"\3"}, file=requested, sname=server)
-    reply = answer(spread, TABLE)
+    reply = reply_to(spread, TABLE)
     assert reply is not None
     assert dict(options_of(reply.packet))[53] == bytes([MessageType.ACK])
     # Without the overload option they are a file and a name, not options.
-    assert answer(message(MessageType.REQUEST, WEB.mac, {}, file=requested, sname=server), TABLE) is None
+    assert reply_to(message(MessageType.REQUEST, WEB.mac, {}, file=requested, sname=server), TABLE) is None
 
 
 @pytest.mark.parametrize(
@@ -158,25 +158,25 @@ def test_a_clients_options_may_stand_in_the_file_and_name_fields_too() -> None:
 def test_what_is_no_request_is_not_answered(offset: int, value: int) -> None:
     packet = bytearray(message(MessageType.DISCOVER, WEB.mac))
     packet[offset] = value
-    assert answer(bytes(packet), TABLE) is None
+    assert reply_to(bytes(packet), TABLE) is None
 
 
 @pytest.mark.parametrize(
     "kind", [MessageType.OFFER, MessageType.ACK, MessageType.NAK, MessageType.DECLINE, MessageType.RELEASE]
 )
 def test_what_servers_say_and_what_needs_no_answer_is_not_answered(kind: MessageType) -> None:
-    assert answer(message(kind, WEB.mac, at(WEB.ip), ciaddr=WEB.ip), TABLE) is None
+    assert reply_to(message(kind, WEB.mac, at(WEB.ip), ciaddr=WEB.ip), TABLE) is None
 
 
 def test_an_acknowledgement_goes_to_the_address_only_of_a_client_that_has_it() -> None:
     def to(packet: bytes) -> str:
-        reply = answer(packet, TABLE)
+        reply = reply_to(packet, TABLE)
         assert reply is not None
         return reply.to
 
     assert to(message(MessageType.REQUEST, WEB.mac, ciaddr=WEB.ip)) == WEB.ip
-    assert to(message(MessageType.REQUEST, WEB.mac, {50: address(WEB.ip)}, ciaddr="10.1.1.99")) == EVERYBODY
-    assert to(message(MessageType.DISCOVER, WEB.mac, ciaddr=WEB.ip)) == EVERYBODY
+    assert to(message(MessageType.REQUEST, WEB.mac, {50: address(WEB.ip)}, ciaddr="10.1.1.99")) == BROADCAST_IP
+    assert to(message(MessageType.DISCOVER, WEB.mac, ciaddr=WEB.ip)) == BROADCAST_IP
 
 
 def test_options_of_the_nic_win_over_those_of_the_network() -> None:

@@ -18,20 +18,21 @@ import msgspec
 from netloom.frames import FRAME_BYTES_MAX, FrameBuffer, FrameTooLong, frame
 from netloom.guestwire import GuestMessage, LentSockets, ServeNetwork, decode, encode
 
-# What the kernel passes in one message (SCM_MAX_FD, net/scm.h).
+# The maximum number of descriptors in one message (SCM_MAX_FD, net/scm.h).
 DESCRIPTORS_MAX = 253
 
 _RECEIVE_BYTES = 1 << 18
 
 
 class ChannelError(Exception):
-    """The other end is gone, or what came is not ours."""
+    """The connection is closed, or the received data is no valid message."""
 
 
 class Channel:
-    """Messages and descriptors over one connected unix stream socket, without ever blocking.
+    """Messages and descriptors over one connected unix stream socket. No method blocks.
 
-    The owner watches ``fileno()``: ``receive`` when it is readable, ``flush`` when it is writable and ``pending``.
+    The owner polls ``fileno()``. It calls ``receive`` when the socket is readable, and ``flush`` when the socket is
+    writable and ``pending`` is true. ``queue`` fails when more than ``pending_bytes_max`` waits.
     """
 
     def __init__(self, sock: socket.socket, *, pending_bytes_max: int = FRAME_BYTES_MAX) -> None:
@@ -48,13 +49,13 @@ class Channel:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits to be written."""
+        """Whether messages wait to be written."""
         return bool(self._out)
 
     def receive(self) -> list[tuple[GuestMessage, list[int]]]:
-        """The messages that have come, each with its descriptors, which are the caller's from now on.
+        """The messages that have arrived, each with its descriptors. The caller has to close the descriptors.
 
-        Raises ChannelError at the end of the stream, and when something else than our frames comes.
+        Raises ChannelError when the other end has closed the connection, and for data that is no valid message.
         """
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
@@ -70,7 +71,7 @@ class Channel:
                 numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                 self._arrived.extend(numbers)
         if flags & socket.MSG_CTRUNC:
-            raise ChannelError("descriptors were lost on the way: is the limit of open files reached?")
+            raise ChannelError("descriptors were lost: is the limit of open files reached?")
         if not data:
             raise ChannelError("the other end is gone")
         try:
@@ -88,9 +89,9 @@ class Channel:
         return [self._arrived.popleft() for _ in range(count)]
 
     def queue(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
-        """Say ``message`` as soon as the other end takes it. The descriptors must stay open until then.
+        """Queue ``message`` for ``flush``. The descriptors must stay open until it is written.
 
-        Raises ChannelError when the other end has not read for so long that too much waits.
+        Raises ChannelError when too much waits already, because the other end does not read.
         """
         data = memoryview(frame(encode(message)))
         if self._out and self._out_bytes + len(data) > self._out_bytes_max:
@@ -99,7 +100,7 @@ class Channel:
         self._out_bytes += len(data)
 
     def flush(self) -> None:
-        """Write what the other end takes now. Raises ChannelError when it is gone."""
+        """Write as much as the socket accepts now. Raises ChannelError when the connection is closed."""
         while self._out:
             data, descriptors = self._out[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
@@ -116,7 +117,7 @@ class Channel:
                 self._out[0] = (data[sent:], ())
 
     def close(self) -> None:
-        """Close the socket, and the descriptors that came and were not handed out."""
+        """Close the socket, and the received descriptors that ``receive`` has not returned."""
         self._sock.close()
         while self._arrived:
             with contextlib.suppress(OSError):
