@@ -23,7 +23,7 @@ def test_every_attempt_from_inside_is_refused() -> None:
         assert set(outcomes.values()) == {"EPERM"}, outcomes
         assert len(outcomes) >= 14
         agent.close()
-        assert process.connect().hello.pid == process.process.pid  # and it still serves
+        assert process.connect().hello.pid == process.process.pid  # the process is still alive
 
 
 def test_without_the_system_call_filter_the_other_layers_refuse_the_attempts() -> None:
@@ -83,7 +83,7 @@ def test_defect_19_the_guest_process_has_no_privileges() -> None:
         limits = {line[:25].strip(): line[25:].split()[:2] for line in (proc / "limits").read_text().splitlines()}
         assert limits["Max processes"] == ["0", "0"]
         assert limits["Max core file size"] == ["0", "0"]
-        # stdio, the control socket, epoll, and what the loop wakes itself with; nothing of the starter's.
+        # stdio, the control socket, epoll, and the wake-up sockets of the loop; none from the parent process.
         assert len(os.listdir(proc / "fd")) <= 9
 
 
@@ -95,7 +95,7 @@ def test_a_root_directory_that_is_not_empty_is_refused() -> None:
     process.close()
 
 
-def test_only_root_is_an_agent() -> None:
+def test_only_root_can_connect_as_the_agent() -> None:
     with guest_process() as process:
         os.chmod(process.path, 0o666)
         os.chmod(process.path.parent, 0o755)

@@ -1,4 +1,4 @@
-"""Laws of what parses tenants' bytes: nothing raises, and what goes out is well formed and its owner's."""
+"""Properties of the code that parses bytes of tenants: no exceptions, and valid answers with the owner's data only."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=600)
 @given(st.binary(max_size=700) | messages | damaged())
 @example(b"")
-def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
+def test_any_packet_gets_a_valid_reply_or_none(packet: bytes) -> None:
     reply = reply_to(packet, TABLE)
     if reply is None:
         return
@@ -72,7 +72,7 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
     assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
     assert found[54] == socket.inet_aton(SERVER)
     assert 300 <= len(reply.packet) <= 1472
-    # An address is given, and sent to, only if it is that NIC's own.
+    # The reply offers only the NIC's own address, and goes only to it or to the broadcast address.
     assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
     assert reply.to in (BROADCAST_IP, asked_by.ip)
     if found[53][0] == MessageType.NAK:
@@ -85,7 +85,7 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
 
 
 @given(messages)
-def test_the_same_question_has_the_same_answer(packet: bytes) -> None:
+def test_the_same_request_gets_the_same_reply(packet: bytes) -> None:
     assert reply_to(packet, TABLE) == reply_to(packet, TABLE)
 
 
@@ -93,7 +93,7 @@ def test_the_same_question_has_the_same_answer(packet: bytes) -> None:
 
 
 def conversation(chunks: list[bytes], site: http.Site) -> bytes:
-    """What one connection answers to these bytes, cut like this."""
+    """The bytes that one connection answers to ``chunks``."""
 
     async def talk() -> bytes:
         loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ heads = st.lists(
 
 @settings(max_examples=150)
 @given(heads | st.lists(st.binary(max_size=200), max_size=4))
-def test_whatever_a_vm_sends_is_answered_in_http_or_not_at_all(chunks: list[bytes]) -> None:
+def test_any_bytes_get_an_http_answer_or_none(chunks: list[bytes]) -> None:
     said = conversation(chunks, metadata_site(WEB))
     assert not said or said.startswith(b"HTTP/1.1 ")
     assert b"FAKE-pass" not in said
@@ -163,7 +163,7 @@ def test_whatever_a_vm_sends_is_answered_in_http_or_not_at_all(chunks: list[byte
 
 @settings(max_examples=150)
 @given(heads | st.lists(st.binary(max_size=200), max_size=4))
-def test_a_password_goes_to_nobody_who_does_not_say_the_word(chunks: list[bytes]) -> None:
+def test_a_password_is_sent_only_for_send_my_password(chunks: list[bytes]) -> None:
     said = conversation(chunks, password_site)
     assert not said or said.startswith(b"HTTP/1.1 ")
     assert b"FAKE-pass" not in said
@@ -171,7 +171,7 @@ def test_a_password_goes_to_nobody_who_does_not_say_the_word(chunks: list[bytes]
 
 @settings(max_examples=100)
 @given(st.integers(1, 40))
-def test_a_request_may_come_in_any_pieces(size: int) -> None:
+def test_requests_may_arrive_in_pieces_of_any_size(size: int) -> None:
     request = b"GET /latest/meta-data/a HTTP/1.1\r\nHost: x\r\n\r\n" * 3
     pieces = [request[at : at + size] for at in range(0, len(request), size)]
     assert conversation(pieces, metadata_site(WEB)).count(b"\r\n\r\n1") == 3
@@ -181,7 +181,7 @@ names = st.text(min_size=1, max_size=30).filter(lambda name: name not in ("user-
 
 
 @given(st.dictionaries(names, st.text(max_size=50), max_size=6), st.text(max_size=200))
-def test_every_item_is_served_as_it_is_under_both_its_names(items: dict[str, str], user_data: str) -> None:
+def test_every_metadata_item_is_served_unchanged_at_both_paths(items: dict[str, str], user_data: str) -> None:
     of = nic(45, metadata=items, user_data=Secret(user_data))
 
     def get(path: str) -> http.HttpAnswer:

@@ -1,4 +1,4 @@
-"""DHCP answers, exchange by exchange: golden/dhcp/<name>.txt is what a person has read against RFC 2131."""
+"""DHCP replies. golden/dhcp/<name>.txt has the messages of an exchange as text, compared with RFC 2131 by a person."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def at(ip: str, server: str = SERVER) -> dict[int, bytes]:
     return {50: address(ip), 54: address(server)}
 
 
-# Who asks, and what it says one message after the other. None of them remembers anything of the one before.
+# The messages of a client, in order. The server stores nothing between them.
 SCENARIOS: dict[str, list[bytes]] = {
     "boot": [message(MessageType.DISCOVER, WEB.mac), message(MessageType.REQUEST, WEB.mac, at(WEB.ip))],
     "boot-of-a-client-that-wants-broadcasts": [
@@ -98,19 +98,19 @@ def offered(packet: bytes, table: GuestTable = TABLE) -> dict[int, bytes]:
     return dict(options_of(reply.packet))
 
 
-def test_options_come_in_the_order_they_were_asked_for_but_the_mask_before_the_router() -> None:
+def test_options_have_the_requested_order_with_the_mask_before_the_router() -> None:
     reply = reply_to(message(MessageType.DISCOVER, WEB.mac, {55: bytes([15, 6, 3, 1, 12, 12, 200])}), TABLE)
     assert reply is not None
     codes = [code for code, _ in options_of(reply.packet)]
     assert codes == [53, 54, 51, 58, 59, 1, 15, 6, 3, 12, 26]
 
 
-def test_a_client_that_does_not_say_what_it_wants_gets_everything() -> None:
+def test_a_client_without_a_parameter_request_list_gets_all_options() -> None:
     bare = message(MessageType.DISCOVER, WEB.mac, {55: b""})
     assert set(offered(bare)) == {53, 54, 51, 58, 59, *COMMON}
 
 
-def test_the_lease_time_is_twelve_hours_unless_told_and_never_infinite() -> None:
+def test_the_lease_time_is_twelve_hours_by_default_and_never_infinite() -> None:
     assert offered(message(MessageType.DISCOVER, WEB.mac))[51] == (12 * 3600).to_bytes(4, "big")
     hour = GuestTable(network(WEB, lease_s=3600))
     options = offered(message(MessageType.DISCOVER, WEB.mac), hour)
@@ -120,20 +120,20 @@ def test_the_lease_time_is_twelve_hours_unless_told_and_never_infinite() -> None
             GuestTable(network(WEB, lease_s=seconds))
 
 
-def test_a_reply_fits_in_what_the_client_takes() -> None:
+def test_a_reply_has_at_most_the_maximum_size_of_the_client_and_the_mtu() -> None:
     long = nic(45, options={code: bytes(200) for code in range(200, 206)})
     table, narrow = GuestTable(network(long)), GuestTable(network(long, mtu=1000))
     for announced, most in ((b"", 548), (b"\0\1", 548), (b"\3\x20", 772), (b"\xff\xff", 1472)):
         small = reply_to(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), narrow)
         assert small is not None
-        assert len(small.packet) <= min(most, 972)  # on a segment that takes no more it would come in fragments
+        assert len(small.packet) <= min(most, 972)  # a larger reply would be fragmented on this segment
         reply = reply_to(message(MessageType.DISCOVER, long.mac, {57: announced} if announced else {}), table)
         assert reply is not None
         assert most - 202 < len(reply.packet) <= most
         assert {51, 53, 54} <= set(dict(options_of(reply.packet)))
 
 
-def test_an_option_longer_than_255_bytes_goes_out_in_pieces() -> None:
+def test_an_option_longer_than_255_bytes_is_split() -> None:
     long = nic(45, options={43: bytes(range(256)) * 2})
     reply = reply_to(message(MessageType.DISCOVER, long.mac, {57: b"\5\xdc"}), GuestTable(network(long)))
     assert reply is not None
@@ -142,20 +142,20 @@ def test_an_option_longer_than_255_bytes_goes_out_in_pieces() -> None:
     assert b"".join(pieces) == long.options[43]
 
 
-def test_a_clients_options_may_stand_in_the_file_and_name_fields_too() -> None:
+def test_options_in_the_file_and_sname_fields_are_read() -> None:
     requested, server = option(50, address(WEB.ip)), option(54, address(SERVER)) + b"\xff"
     spread = message(MessageType.REQUEST, WEB.mac, {52: b"\3"}, file=requested, sname=server)
     reply = reply_to(spread, TABLE)
     assert reply is not None
     assert dict(options_of(reply.packet))[53] == bytes([MessageType.ACK])
-    # Without the overload option they are a file and a name, not options.
+    # Without the overload option (52) the fields have no options.
     assert reply_to(message(MessageType.REQUEST, WEB.mac, {}, file=requested, sname=server), TABLE) is None
 
 
 @pytest.mark.parametrize(
     ("offset", "value"), [(0, 2), (1, 6), (2, 8), (236, 0)], ids=["a reply", "not Ethernet", "a long MAC", "BOOTP"]
 )
-def test_what_is_no_request_is_not_answered(offset: int, value: int) -> None:
+def test_a_packet_that_is_no_dhcp_request_gets_no_reply(offset: int, value: int) -> None:
     packet = bytearray(message(MessageType.DISCOVER, WEB.mac))
     packet[offset] = value
     assert reply_to(bytes(packet), TABLE) is None
@@ -164,11 +164,11 @@ def test_what_is_no_request_is_not_answered(offset: int, value: int) -> None:
 @pytest.mark.parametrize(
     "kind", [MessageType.OFFER, MessageType.ACK, MessageType.NAK, MessageType.DECLINE, MessageType.RELEASE]
 )
-def test_what_servers_say_and_what_needs_no_answer_is_not_answered(kind: MessageType) -> None:
+def test_messages_of_servers_declines_and_releases_get_no_reply(kind: MessageType) -> None:
     assert reply_to(message(kind, WEB.mac, at(WEB.ip), ciaddr=WEB.ip), TABLE) is None
 
 
-def test_an_acknowledgement_goes_to_the_address_only_of_a_client_that_has_it() -> None:
+def test_an_ack_is_unicast_only_to_a_client_that_already_has_the_address() -> None:
     def to(packet: bytes) -> str:
         reply = reply_to(packet, TABLE)
         assert reply is not None
@@ -179,7 +179,7 @@ def test_an_acknowledgement_goes_to_the_address_only_of_a_client_that_has_it() -
     assert to(message(MessageType.DISCOVER, WEB.mac, ciaddr=WEB.ip)) == BROADCAST_IP
 
 
-def test_options_of_the_nic_win_over_those_of_the_network() -> None:
+def test_options_of_the_nic_replace_those_of_the_network() -> None:
     own = nic(45, default_nic=False, options={3: address("10.1.1.254"), 26: b"\x23\x28"})
     options = offered(message(MessageType.DISCOVER, own.mac), GuestTable(network(own, mtu=1450)))
     assert (options[3], options[26]) == (address("10.1.1.254"), b"\x23\x28")
@@ -187,6 +187,6 @@ def test_options_of_the_nic_win_over_those_of_the_network() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"mac": "02:00:00:00:00"}, {"ip": "10.1.1.300"}, {"prefix_len": 33}, {"gateway": "x"}])
-def test_a_table_that_cannot_be_served_is_refused_when_it_comes(bad: dict[str, object]) -> None:
+def test_a_table_that_cannot_be_served_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         GuestTable(network(nic(45, **bad)))

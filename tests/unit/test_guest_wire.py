@@ -1,4 +1,4 @@
-"""The wire between agent and guest, the values of DHCP options, and the filter of system calls, read as a machine."""
+"""The channel between agent and guest process, the values of DHCP options, and the seccomp filter in an interpreter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
     other.close()
 
 
-def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
+def test_a_message_arrives_unchanged_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     read, write = os.pipe()
     one.queue(Ack(seq=1))
@@ -56,7 +56,7 @@ def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, C
         os.close(descriptor)
 
 
-def test_a_message_larger_than_the_socket_takes_arrives_piece_by_piece(ends: tuple[Channel, Channel]) -> None:
+def test_a_message_larger_than_the_socket_buffer_arrives(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     big = network(nic(45, user_data=Secret("x" * 3_000_000)))
     read, write = os.pipe()
@@ -73,12 +73,12 @@ def test_a_message_larger_than_the_socket_takes_arrives_piece_by_piece(ends: tup
     os.close(write)
 
 
-def test_secrets_do_not_print() -> None:
+def test_secrets_are_not_printed() -> None:
     assert "FAKE" not in repr(NETWORK)
     assert "#!" not in repr(NETWORK)
 
 
-def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, Channel]) -> None:
+def test_the_end_of_the_stream_and_invalid_bytes_are_errors(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.close()
     with pytest.raises(ChannelError, match="gone"):
@@ -90,7 +90,7 @@ def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, 
             Channel(here).receive()
 
 
-def test_announced_descriptors_must_come(ends: tuple[Channel, Channel]) -> None:
+def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.queue(LentSockets(seq=1, listeners=(Listener("dhcp"),)))
     one.flush()
@@ -98,7 +98,7 @@ def test_announced_descriptors_must_come(ends: tuple[Channel, Channel]) -> None:
         other.receive()
 
 
-def test_who_does_not_read_is_not_waited_for() -> None:
+def test_a_receiver_that_does_not_read_is_an_error() -> None:
     here, there = socket.socketpair()
     with here, there:
         channel = Channel(here, pending_bytes_max=100_000)
@@ -129,7 +129,7 @@ def test_who_does_not_read_is_not_waited_for() -> None:
         (252, "http://wpad/x.dat", b"http://wpad/x.dat"),
     ],
 )
-def test_an_option_has_the_type_that_the_rfc_gives_it(code: int, text: str, value: bytes) -> None:
+def test_an_option_is_encoded_with_the_type_of_its_rfc(code: int, text: str, value: bytes) -> None:
     assert option_bytes(code, text) == value
 
 
@@ -141,18 +141,18 @@ def test_an_option_has_the_type_that_the_rfc_gives_it(code: int, text: str, valu
         (256, "x"), (-1, "x"),
     ],
 )  # fmt: skip
-def test_what_is_no_value_of_an_option_is_refused(code: int, text: str) -> None:
+def test_an_invalid_value_or_code_of_an_option_is_refused(code: int, text: str) -> None:
     with pytest.raises(ValueError):
         option_bytes(code, text)
 
 
-# ---- the filter
+# ---- the seccomp filter
 
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
 def judge(program: bytes, audit: int, number: int, *arguments: int) -> int:
-    """What the kernel's interpreter would return (classic BPF, the five instructions that the filter uses)."""
+    """The filter's result for a system call. It interprets the five classic BPF instructions that the filter uses."""
     values = [*arguments, *[0] * (6 - len(arguments))]
     seccomp_data = struct.pack("<iIQ6Q", number, audit, 0, *values)
     instructions = list(struct.iter_unpack("<HBBI", program))
@@ -177,7 +177,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("machine", sandbox.ARCHES)
-def test_the_filter_lets_through_what_serving_takes_and_nothing_else(machine: str) -> None:
+def test_the_filter_allows_only_the_system_calls_of_its_list(machine: str) -> None:
     arch = sandbox.ARCHES[machine]
     program = sandbox.call_filter(arch)
     assert len(program) // 8 <= 4096  # BPF_MAXINSNS
@@ -190,7 +190,7 @@ def test_the_filter_lets_through_what_serving_takes_and_nothing_else(machine: st
         assert judge(program, arch.audit, number) == (ALLOW if number in allowed else REFUSE), number
     for number in FORBIDDEN[machine]:
         assert judge(program, arch.audit, number) == REFUSE
-    assert judge(program, 0x40000003, 11) == KILL  # 32-bit x86: execve under another number
+    assert judge(program, 0x40000003, 11) == KILL  # execve of 32-bit x86, which has another number
 
     def of(name: str, *arguments: int) -> int:
         return judge(program, arch.audit, arch.numbers[name], *arguments)
