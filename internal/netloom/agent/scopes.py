@@ -288,7 +288,7 @@ class Scopes:
             services=self._services,
             converge=lambda: self._converge(slot),
         )
-        begun, done = self._actions.begin(call, asked, action_context)
+        begun, done = self._actions.run(call, asked, action_context)
         steps.append(done.count)
         return (begun, slot.scope.revision if slot.scope else 0), done
 
