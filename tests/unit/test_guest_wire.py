@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_a_message_arrives_unchanged_with_its_descriptors(ends: tuple[Channel, C
     for descriptor in theirs:
         assert not os.get_inheritable(descriptor)
         os.close(descriptor)
+
+
+def test_the_tags_of_the_messages_stay_as_they_are() -> None:
+    """An agent and a guest process of different builds talk to each other during an upgrade."""
+    tags = [it.__struct_config__.tag for it in get_args(GuestMessage)]
+    assert tags == ["serve", "update", "drop", "lend", "ping", "hello", "done", "lent", "taken", "notice"]
 
 
 def test_a_message_larger_than_the_socket_buffer_arrives(ends: tuple[Channel, Channel]) -> None:

@@ -26,7 +26,7 @@ _READ_BYTES = 16384
 
 
 class HttpAnswer(NamedTuple):
-    """An HTTP response. An error has an empty body, because scripts would take a text for a key or a password."""
+    """An HTTP response. Errors have no explanatory text, because scripts would take it for a key or a password."""
 
     status: int
     body: bytes = b""
