@@ -350,7 +350,7 @@ class Scopes:
         slot.known = want.ruleset
         if slot.scope is not None:
             if want.namespace and slot.judged is not slot.scope:
-                flows.judge(want.namespace, slot.judged, slot.scope)
+                flows.enforce(want.namespace, slot.judged, slot.scope)
             slot.judged = slot.scope
             if want.namespace:
                 did += self._services.converge(slot.scope, want.namespace)
