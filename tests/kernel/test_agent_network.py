@@ -17,7 +17,7 @@ import pytest
 from kernel.agent_host import AgentHost, agent_host, done, make_call, steps, wait_until
 from kernel.isolated_network import FIRST_LIFE, NS, addresses, live, snapshot
 from netloom import names
-from netloom.agent.scopes import ANNOUNCE_AFTER_S
+from netloom.agent.upkeep import ANNOUNCE_AFTER_S
 
 LAST_WORDS = [
     ("121", "delete-port-forward"),
