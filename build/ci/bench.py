@@ -1,4 +1,4 @@
-"""Run every script of tests/bench, also after one has failed. Exit status 1 when one failed; the last line names it."""
+"""Run every script of tests/bench, also after one has failed. The last line names the failed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
-    """The exit status."""
+    """The exit status: 1 when a script failed."""
     failed = []
     for script in sorted((ROOT / "tests" / "bench").glob("bench_*.py")):
         print(f"== {script.relative_to(ROOT)}", flush=True)

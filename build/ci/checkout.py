@@ -1,4 +1,4 @@
-"""Run a Python program of this checkout where all users and simulated hosts can read it: here, or in a copy.
+"""Run a Python program of this checkout, or of a copy that all users and simulated hosts can read.
 
     .venv/bin/python build/ci/checkout.py -m bed.demo
 
@@ -30,7 +30,7 @@ NOT_COPIED = (".git", ".mypy_cache", ".ruff_cache", "__pycache__")
 def main(arguments: list[str]) -> int:
     """Run the program; its exit status, or 1 without root."""
     if os.geteuid() != 0:
-        print("this makes network namespaces and needs root", file=sys.stderr)
+        print("this creates network namespaces and needs root", file=sys.stderr)
         return 1
     return run_in_copy(arguments) if not is_visible(ROOT) else _run(ROOT, arguments)
 
@@ -57,7 +57,7 @@ def run_in_copy(arguments: Sequence[str]) -> int:
 
 
 def _run(root: Path, arguments: Sequence[str]) -> int:
-    """The program's exit status. A signal that asks us to end goes to the program, once, and we wait for its end."""
+    """Run the program; its exit status. SIGINT, SIGTERM and SIGHUP are passed on to it as SIGINT."""
     running: list[subprocess.Popen[bytes]] = []
 
     def pass_on(*_: object) -> None:

@@ -1,12 +1,12 @@
 """Run the named groups of checks and end with a table of their results and times.
 
-A group is a process of its own, so that one that dies, hangs or changes its namespace takes no other with it. Groups
-that need no root run first and side by side, as many as there are cores; the output of each is printed when it ends.
-The other groups measure times and share namespace names, so they run one after the other.
+Each group is a separate process, so that a crash, a hang or a change of namespace does not affect the others. Groups
+that need no root run first and in parallel, as many as there are cores; the output of each is printed when it ends. The
+other groups measure times and share namespace names, so they run one after the other.
 
-A group has failed when a test failed, was skipped (a skip would hide what the test claims) or exceeded the group's
-limit, when there was no test, and when the group left something on the machine. The last line is
-``N passed, N failed``. ``--times`` writes numbers and times to the table in docs/development.md.
+A group fails when a test fails, is skipped or exceeds the time limit of the group, when it has no tests, and when it
+leaves something on the machine. The last line is ``N passed, N failed``. ``--times`` writes the numbers and times to
+the table in docs/development.md.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ STATIC = {
 }
 SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
 PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants"}
-# The one file: how it starts, and the marked part of the end-to-end tests with it in the place of the sources.
+# Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 WHERE = {"binary": ["tests/binary", "tests/e2e", "-m", "binary"], "binary-all": ["tests/binary", "tests/e2e"]}
-# What tests of networks would leave on the machine itself, where the next run would find it.
+# Files and links that tests of networks might leave on the machine, where they would affect the next run.
 TRACES = (
     "/run/netloom*",
     "/run/netns/*",
@@ -63,7 +63,7 @@ TRACES = (
     "/root/.cache/netloom",
     "/usr/local/libexec/netloom",
 )
-TRACES_GO_WITHIN_S = 10.0  # the kernel takes namespaces down behind our back
+TRACES_GO_WITHIN_S = 10.0  # the kernel deletes namespaces asynchronously
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
 TIMES = ROOT / "docs" / "development.md"
@@ -71,7 +71,7 @@ TIMES = ROOT / "docs" / "development.md"
 
 @dataclass
 class Result:
-    """What a group came to."""
+    """The result of a group."""
 
     group: str
     passed: int = 0
@@ -81,21 +81,21 @@ class Result:
 
 
 class Interrupted(Exception):
-    """The run is over, so no further process starts."""
+    """The run was interrupted, so no further process is started."""
 
 
 class Processes:
-    """The processes of this run. An interrupt ends all of them."""
+    """The processes of this run. An interrupt terminates all of them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._running: list[subprocess.Popen[bytes]] = []
-        self._ended = False
+        self._terminated = False
 
     def start(self, command: list[str], output: IO[bytes] | None, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own. Raises Interrupted."""
+        """Start a command in a new session. Raises Interrupted."""
         with self._lock:
-            if self._ended:
+            if self._terminated:
                 raise Interrupted
             process = subprocess.Popen(
                 command,
@@ -109,15 +109,15 @@ class Processes:
             self._running.append(process)
             return process
 
-    def end(self, *processes: subprocess.Popen[bytes]) -> None:
-        """Interrupt these processes, or all; kill the groups of those that go on after INTERRUPT_GRACE_S."""
+    def terminate(self, *processes: subprocess.Popen[bytes]) -> None:
+        """Interrupt these processes, or all. Kill the process groups of those that run on after INTERRUPT_GRACE_S."""
         with self._lock:
-            self._ended = self._ended or not processes
-            ending = list(processes or self._running)
-        for process in ending:
+            self._terminated = self._terminated or not processes
+            stopping = list(processes or self._running)
+        for process in stopping:
             process.send_signal(signal.SIGINT)  # fixtures delete their namespaces
         until = time.monotonic() + INTERRUPT_GRACE_S
-        for process in ending:
+        for process in stopping:
             try:
                 process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -129,23 +129,23 @@ PROCESSES = Processes()
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0 when nothing failed."""
+    """The exit status: 0 when nothing failed, 1 after a failure or without root, 130 after an interrupt."""
     parser = argparse.ArgumentParser(description="Run groups of checks.")
     parser.add_argument("--times", nargs="?", const=str(TIMES), help="write the times to the table of this document")
     parser.add_argument("groups", nargs="+", choices=[*sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
-    asked = parser.parse_args(arguments)
-    groups: list[str] = asked.groups
+    options = parser.parse_args(arguments)
+    groups: list[str] = options.groups
     privileged = [group for group in groups if group in PRIVILEGED]
     if privileged and os.geteuid() != 0:
-        print(f"{', '.join(privileged)}: these tests make network namespaces and need root", file=sys.stderr)
+        print(f"{', '.join(privileged)}: these tests create network namespaces and need root", file=sys.stderr)
         return 1
     if privileged and not checkout.is_visible(ROOT):
-        times = [f"--times={Path(asked.times).resolve()}"] if asked.times else []
+        times = [f"--times={Path(options.times).resolve()}"] if options.times else []
         return checkout.run_in_copy(["build/ci/groups.py", *times, *groups])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
-    # Without root there are fewer examples of each law, too, so that the checks before a commit are short.
+    # `make check` tries fewer examples of each property, so that it is short enough to run before every commit.
     profile = "full" if privileged else "quick"
     try:
         results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile)
@@ -156,18 +156,18 @@ def main(arguments: list[str]) -> int:
                 results.append(_run(group, profile, None))
                 _check_traces(before, results[-1])
     except KeyboardInterrupt:
-        PROCESSES.end()
+        PROCESSES.terminate()
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     _table(results, time.monotonic() - started)
     failed = any(result.failed for result in results)
-    if asked.times and not failed:
-        _write_times(Path(asked.times), results)
+    if options.times and not failed:
+        _write_times(Path(options.times), results)
     return 1 if failed else 0
 
 
 def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
-    """The results in the order of ``groups``, and one of the machine when one of them left something on it."""
+    """The results in the order of ``groups``, and a result "machine" when something was left on the machine."""
     before = _traces()
     printing = threading.Lock()
 
@@ -186,7 +186,7 @@ def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
         try:
             results = [it.result() for it in running]
         except KeyboardInterrupt:
-            PROCESSES.end()
+            PROCESSES.terminate()
             raise
     machine = Result("machine")
     _check_traces(before, machine)
@@ -205,16 +205,16 @@ def _static(output: IO[bytes] | None) -> Result:
     with tempfile.TemporaryDirectory(prefix="netloom-static-") as directory:
         running = {}
         for name, (program, *arguments) in STATIC.items():
-            said = Path(directory, name)
-            with said.open("wb") as file:
-                # PYTHONPATH is for lint-imports, which imports the program.
+            output_path = Path(directory, name)
+            with output_path.open("wb") as file:
+                # lint-imports imports the program, so it needs PYTHONPATH.
                 command = [str(BIN / program), *arguments]
-                running[name] = said, PROCESSES.start(command, file, PYTHONPATH="internal")
-        for name, (said, process) in running.items():
+                running[name] = output_path, PROCESSES.start(command, file, PYTHONPATH="internal")
+        for name, (output_path, process) in running.items():
             if process.wait() == 0:
                 result.passed += 1
             else:
-                (output or sys.stdout.buffer).write(f"{name} failed:\n".encode() + said.read_bytes())
+                (output or sys.stdout.buffer).write(f"{name} failed:\n".encode() + output_path.read_bytes())
                 result.failed += 1
                 result.remarks.append(name)
     return result
@@ -232,14 +232,14 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
         try:
             status = process.wait(GROUP_LIMIT_S)
         except subprocess.TimeoutExpired:
-            PROCESSES.end(process)
+            PROCESSES.terminate(process)
             result.failed += 1
             result.remarks.append(f"stopped after {GROUP_LIMIT_S} s")
             return result
         _count(report, result)
     if status not in (0, 1):
         result.failed += 1
-        result.remarks.append("no test" if status == 5 else f"pytest ended with {status}")
+        result.remarks.append("no tests" if status == 5 else f"pytest ended with {status}")
     return result
 
 
@@ -279,14 +279,14 @@ def _table(results: list[Result], elapsed_s: float) -> None:
 
 
 def _write_times(document: Path, results: list[Result]) -> None:
-    """Write each group's row ``| group | tests | time | measured |``. Raises ValueError when a group has no row."""
+    """Replace the row ``| group | tests | time | measured |`` of each group. Raises ValueError for a missing row."""
     text = document.read_text()
     measured = f"{CORES} cores, {time.strftime('%Y-%m-%d', time.gmtime())}"
     for result in results:
         row = f"| {result.group} | {result.passed} | {result.time_s:.0f} s | {measured} |"
         text, count = re.subn(rf"^\| {result.group} (?:\|[^|\n]*){{3}}\|$", row, text, flags=re.MULTILINE)
         if count != 1:
-            raise ValueError(f"{document}: {count} rows for the time of {result.group}, not one")
+            raise ValueError(f"{document}: {count} rows for the time of {result.group} instead of one")
     document.write_text(text)
 
 

@@ -1,15 +1,16 @@
 /*
  * The start of the one file.
  *
- * Nuitka's own start looks at every byte of what it once unpacked, stays as a second process, and turns SIGTERM into
- * SIGINT. This object, linked into the same executable, runs before it: where this build is unpacked it becomes that
- * program by exec, under the same pid. Where it is not, a child lets Nuitka's start unpack it into a fresh directory,
- * which gets its name when all of it is on the disk: nothing half-unpacked is ever run, and of two first starts one wins.
+ * Nuitka's own start code compares every byte of the unpacked files, stays as a second process, and turns SIGTERM into
+ * SIGINT. This object is linked into the same executable and runs before it. If this build is unpacked already, it
+ * executes the unpacked program with the same pid. Otherwise a child lets Nuitka's start code unpack the program into a
+ * new directory, which is renamed when all of it is on the disk. So an incomplete program is never executed, and two
+ * first starts at the same time do no harm.
  *
- * The directories are those of extension/directory.py, for the same reasons, on a mount that allows exec. Code is run
- * from a directory of our own only, which nobody else can enter, nor put another one in the place of.
+ * The directories are those of extension/directory.py, on a mount that allows exec. Code is executed only from a
+ * directory of our own, which nobody else can enter or replace.
  *
- * The object is linked into the unpacked program, too, where it has one thing to do: to end at once while unpacking.
+ * The object is linked into the unpacked program, too. There it only has to exit at once while unpacking.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -34,14 +35,14 @@
 #endif
 #define PROGRAM "netloom.bin"
 #define UNPACKING "NETLOOM_UNPACKING"
-#define UNPACKED_BYTES (64UL << 20) /* what it takes, and some more */
-#define TOUCH_AFTER_S 600           /* a build is in use while its directory is younger than an hour (program.py) */
+#define UNPACKED_BYTES (64UL << 20) /* the required free space; build/nuitka/build checks it */
+#define TOUCH_AFTER_S 600           /* program.py keeps builds whose directory is younger than an hour */
 
-extern int Py_IsInitialized(void) __attribute__((weak)); /* the program has it, its start has not */
+extern int Py_IsInitialized(void) __attribute__((weak)); /* defined in the unpacked program only */
 
 static char reasons[2048];
 
-/* Why a directory will not do, for the one line in the end. */
+/* Note why a directory cannot be used, for the error message. Returns 0. */
 static int no(const char *path, const char *format, ...) {
     size_t used = strlen(reasons);
     int wrote = snprintf(reasons + used, sizeof reasons - used, "%s%s: ", used ? "; " : "", path);
@@ -54,7 +55,7 @@ static int no(const char *path, const char *format, ...) {
     return 0;
 }
 
-/* The directories above are such that nobody else can put another one in our place; made where they are missing. */
+/* Whether nobody else can replace ``path``: checks the directories above it. Creates those that are missing. */
 static int is_safe_above(const char *path) {
     char above[PATH_MAX];
     struct stat found;
@@ -65,7 +66,7 @@ static int is_safe_above(const char *path) {
             return no(path, "%s", strerror(errno));
         if (found.st_uid && found.st_uid != geteuid())
             return no(path, "%s is owned by uid %u", above, (unsigned)found.st_uid);
-        /* Homes that their own group may write to are usual; in a sticky directory what is ours stays in its place. */
+        /* Homes that their own group may write to are common. A sticky directory protects our entries in it. */
         int others = S_IWOTH | (found.st_gid && found.st_gid != getegid() ? S_IWGRP : 0);
         if (!S_ISLNK(found.st_mode) && !(found.st_mode & S_ISVTX) && (found.st_mode & others))
             return no(path, "others may write to %s", above);
@@ -74,7 +75,7 @@ static int is_safe_above(const char *path) {
     return 1;
 }
 
-/* A directory of ours that nobody else can enter, and no link; made where it is missing. */
+/* Whether ``path`` is a directory of our own with mode 0700, and no link. Creates it if it is missing. */
 static int is_private(const char *path) {
     struct stat found;
     if (lstat(path, &found) && (errno != ENOENT || (mkdir(path, 0700) && errno != EEXIST) || lstat(path, &found)))
@@ -91,7 +92,7 @@ static int allows_exec(const char *path) {
     return mount.f_flag & ST_NOEXEC ? no(path, "mounted noexec") : 1;
 }
 
-/* Ours, unpacked and complete: it got its name last. 2: and nobody has started it for a while. */
+/* Whether this build is unpacked; it is complete, because it is renamed last. 2: it was not used for a while. */
 static int is_unpacked(const char *build) {
     char program[PATH_MAX];
     struct stat directory, file;
@@ -100,7 +101,7 @@ static int is_unpacked(const char *build) {
     if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid() || (directory.st_mode & 077)) return 0;
     if (!S_ISREG(file.st_mode) || file.st_uid != geteuid()) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
-    utimensat(AT_FDCWD, build, NULL, 0); /* it is in use */
+    utimensat(AT_FDCWD, build, NULL, 0); /* mark it as used */
     return 2;
 }
 
@@ -109,17 +110,17 @@ static int remove_entry(const char *path, const struct stat *found, int kind, st
     return remove(path);
 }
 
-/* The child's part: from here on it is Nuitka's start, whose cache is the fresh directory, without a word. */
+/* In the child: let Nuitka's start code unpack into the new directory, without output. */
 static void go_on_and_unpack(const char *fresh) {
     int null = open("/dev/null", O_RDWR);
     for (int fd = 0; fd < 3; fd++) dup2(null, fd);
-    umask(077); /* the caller's may be one with which nothing can be run */
+    umask(077); /* the caller's umask may remove the permission to execute */
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     setenv("XDG_CACHE_HOME", fresh, 1);
     setenv(UNPACKING, "1", 1);
 }
 
-/* 1: unpacked under its name; 0: not, and why is told; -1: this is the child, which goes on. */
+/* 1: unpacked and renamed; 0: failed, with the reason noted; -1: this is the child, which has to unpack. */
 static int unpack(const char *programs, const char *build) {
     char fresh[PATH_MAX], made[PATH_MAX];
     struct statvfs disk;
@@ -138,7 +139,7 @@ static int unpack(const char *programs, const char *build) {
     snprintf(made, sizeof made, "%s/" BUILD_ID, fresh);
     if (child > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0 && !chmod(made, 0700)) {
         int fd = open(made, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-        done = fd >= 0 && !syncfs(fd); /* a name for data that a power cut could still take away is no good */
+        done = fd >= 0 && !syncfs(fd); /* before the rename: a power failure must not leave half a build */
         if (fd >= 0) close(fd);
         if (done && rename(made, build) && !is_unpacked(build)) done = no(build, "%s", strerror(errno));
     } else {
@@ -148,7 +149,7 @@ static int unpack(const char *programs, const char *build) {
     return done;
 }
 
-/* What comes while the program is not yet able to say its last words waits until it is (entry.py, call.py). */
+/* Block the signals that end a program until it can report them (entry.py, call.py). */
 static void hold_signals(int how) {
     sigset_t ending;
     sigemptyset(&ending);
@@ -156,7 +157,7 @@ static void hold_signals(int how) {
     sigprocmask(how, &ending, NULL);
 }
 
-/* Returns in the child that unpacks, and when this directory will not do (0). */
+/* Execute the program from ``directory``. Returns 0 if it cannot be used, and -1 in the child that unpacks. */
 static int start_from(const char *directory, char **argv) {
     char programs[PATH_MAX], build[PATH_MAX], program[PATH_MAX], self[PATH_MAX];
     if (directory[0] != '/' || strlen(directory) > PATH_MAX - 256) return no(directory, "not an absolute path");
@@ -173,8 +174,8 @@ static int start_from(const char *directory, char **argv) {
     if (length < 0) return no("/proc/self/exe", "%s", strerror(errno));
     self[length] = 0;
     setenv("NETLOOM_EXE", self, 1);
-    if (there == 2) setenv("NETLOOM_TIDY", "1", 1); /* time to look for builds that nobody starts any more */
-    setenv("NETLOOM_PATH", getenv("PATH") ? getenv("PATH") : "", 1); /* which Nuitka hides from the interpreter */
+    if (there == 2) setenv("NETLOOM_TIDY", "1", 1); /* program.py then removes unused builds */
+    setenv("NETLOOM_PATH", getenv("PATH") ? getenv("PATH") : "", 1); /* Nuitka hides it from the interpreter */
     setenv("NUITKA_ORIGINAL_ARGV0", argv[0], 1);
     *strrchr(self, '/') = 0;
     setenv("NUITKA_ONEFILE_DIRECTORY", self, 1);
@@ -193,7 +194,7 @@ static const char *home(void) {
     return user && user->pw_dir && user->pw_dir[0] == '/' ? user->pw_dir : NULL;
 }
 
-/* The interpreter inside takes a caller's settings of Python for its own: some stop it, others print. */
+/* Remove the caller's PYTHON* variables: the interpreter would obey them, and some stop it or make it print. */
 static void forget_settings_of_python(void) {
     for (char **entry = environ; *entry;) {
         char name[128];
@@ -204,7 +205,7 @@ static void forget_settings_of_python(void) {
         }
         memcpy(name, *entry, length);
         name[length] = 0;
-        unsetenv(name); /* what stood behind it takes its place */
+        unsetenv(name); /* the following entries move up */
     }
 }
 
@@ -220,7 +221,7 @@ __attribute__((constructor)) static void start(int argc, char **argv) {
     unsetenv("NETLOOM_TIDY");
     unsetenv("NUITKA_ONEFILE_PARENT");
     forget_settings_of_python();
-    signal(SIGCHLD, SIG_DFL); /* a caller who ignores it has its children ignore it, and then none can be waited for */
+    signal(SIGCHLD, SIG_DFL); /* if the caller ignores it, we inherit that, and waitpid fails */
     if (told && *told && start_from(told, argv)) return;
     if ((at_home = home()) && snprintf(directory, sizeof directory, "%s/.cache/netloom", at_home) < (int)sizeof directory &&
         start_from(directory, argv))

@@ -1,1 +1,1 @@
-"""What `make release` writes into dist/, made from dist/netloom and this repository."""
+"""The files of a release: `make release` makes them in dist/, from dist/netloom and this repository."""

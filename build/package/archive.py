@@ -12,7 +12,7 @@ MANIFEST = Path(__file__).with_name("manifest.yaml")
 
 
 def manifest(product: Product, url: str) -> str:
-    """manifest.yaml for this product, whose archive is published below ``url``."""
+    """The text of manifest.yaml for this product, whose archive is published below ``url``. Raises SystemExit."""
     head, _, text = MANIFEST.read_text().partition("\n")
     filled = {"@VERSION@": product.version, "@URL@": f"{url.rstrip('/')}/", "@REFS@": name_of(product)}
     for name, value in filled.items():
@@ -23,17 +23,17 @@ def manifest(product: Product, url: str) -> str:
 
 
 def name_of(product: Product) -> str:
-    """The archive's, without its ``.zip``."""
+    """The name of the archive, without ``.zip``."""
     return f"netloom-{product.build}-extension"
 
 
 def write(product: Product, papers: Papers, url: str, dist: Path) -> list[Path]:
-    """The archive, and beside it the manifest that an import is given. The same product gives the same bytes."""
+    """Write the archive, and the manifest for an import; their paths. The same product gives the same bytes."""
     text = manifest(product, url)
     alone = dist / f"netloom-{product.build}-manifest.yaml"
     alone.write_text(text)
     target = dist / f"{name_of(product)}.zip"
-    top = f"netloom-{product.version}"  # CloudStack leaves out the first directory of each name
+    top = f"netloom-{product.version}"  # CloudStack removes the first directory of each name
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         _add(archive, f"{top}/LICENSE", (ROOT / "LICENSE").read_bytes(), 0o644, product)
         _add(archive, f"{top}/THIRD-PARTY-LICENSES", papers.licences.encode(), 0o644, product)

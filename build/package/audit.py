@@ -1,4 +1,4 @@
-"""`make audit`: what is installed and carried is what was chosen, and no vulnerability of it is known."""
+"""`make audit`: check that packages and carried components are pinned, allowed and not known to be vulnerable."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from package.product import ROOT, Product
 from package.requirements import NotPinned, files, pins
 from package.sources import sites, sources, tools
 
-# venv itself brings these.
+# Packages that venv installs.
 OF_VENV = {"pip", "setuptools"}
-# What build/nuitka/build changes in what it installed.
+# Files of installed packages that build/nuitka/build changes.
 CHANGED_BY_THE_BUILD = {"nuitka/build/static_src/MainProgram.c"}
 
 SERVICE = "https://api.osv.dev/v1/query"
 TIMEOUT_S = 15
 
-CLEAN, WRONG, NOT_LOOKED_FOR = 0, 1, 2
+CLEAN, WRONG, NOT_CHECKED = 0, 1, 2
 
 
-class Silent(Exception):
+class NoAnswer(Exception):
     """The vulnerability service did not answer."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A directory with installed packages, the lists that may fill it, and the licences that these may have."""
+    """A directory with installed packages, the requirement files they come from, and the licences they may have."""
 
     path: Path
     lists: tuple[str, ...]
@@ -45,7 +45,7 @@ class Environment:
 
 
 def environments() -> Iterator[Environment]:
-    """Those of the checkout, and those of the build where there was one."""
+    """The environments of the checkout, and those of the build if there are any."""
     yield Environment(ROOT / ".venv", ("runtime.txt", "dev.txt"), policy.TOOLS)
     yield Environment(ROOT / ".venv-release", ("runtime.txt", "release.txt"), policy.TOOLS)
     yield Environment(ROOT / ".venv-runtime", ("runtime.txt",), policy.CARRIED)
@@ -54,7 +54,7 @@ def environments() -> Iterator[Environment]:
 
 
 def main() -> int:
-    """The exit status."""
+    """The exit status: CLEAN, WRONG or NOT_CHECKED."""
     service = os.environ.get("AUDIT_OSV_URL") or SERVICE
     bill = sbom.bill(Product(Path("/dev/null"), "0", "0", 0, "0"), ROOT / ".venv-runtime", sources())
     wrong = [*unpinned(), *installed(environments()), *licences(bill), *incomplete(bill)]
@@ -72,16 +72,16 @@ def main() -> int:
             wrong.append(line)
         if not vulnerable:
             print(f"audit: {service} knows no vulnerability of them")
-    except Silent as silent:
-        print(f"audit: known vulnerabilities were NOT looked for, or not of all: {silent}", file=sys.stderr)
-        status = NOT_LOOKED_FOR
+    except NoAnswer as error:
+        print(f"audit: known vulnerabilities were not checked, or not for all components: {error}", file=sys.stderr)
+        status = NOT_CHECKED
     for line in wrong:
         print(f"audit: {line}", file=sys.stderr)
     return WRONG if wrong else status
 
 
 def unpinned() -> Iterator[str]:
-    """Entries of requirement files without an exact version and hashes."""
+    """Report entries of requirement files without an exact version and hashes."""
     for path in files():
         try:
             pins(path.name)
@@ -90,7 +90,7 @@ def unpinned() -> Iterator[str]:
 
 
 def installed(environments: Iterable[Environment]) -> Iterator[str]:
-    """What is installed and in no list, or is not what its wheel brought, or has no allowed licence."""
+    """Report packages that are in no requirement file, differ from their wheel, or have no allowed licence."""
     for there in environments:
         name, listed = there.path.name, pins(*there.lists)
         found = distributions(there.path)
@@ -100,21 +100,21 @@ def installed(environments: Iterable[Environment]) -> Iterator[str]:
             if it.name not in OF_VENV and (it.name, it.version) not in listed:
                 yield f"{name}: {it.name} {it.version} is in none of {', '.join(there.lists)}"
             changed = [path for path in it.changed() if path not in CHANGED_BY_THE_BUILD]
-            yield from (f"{name}: {it.name}: {path} is not what the wheel brought" for path in changed)
+            yield from (f"{name}: {it.name}: {path} differs from the wheel" for path in changed)
             licence = policy.UNSAID.get(it.name, it.licence)
             if not policy.allows(licence, there.licences):
-                yield f"{name}: {it.name} {it.version}: licence {licence or 'not said'} is not on the list"
+                yield f"{name}: {it.name} {it.version}: licence {licence or 'unknown'} is not allowed"
 
 
 def licences(bill: str) -> Iterator[str]:
-    """Components of the executable whose licence it may not carry."""
+    """Report components of the executable with a licence that is not allowed."""
     for it in json.loads(bill)["components"]:
         if not policy.allows(sbom.licence(it), policy.CARRIED):
-            yield f"the executable carries {it['name']} {it['version']}: licence {sbom.licence(it)} is not on the list"
+            yield f"the executable carries {it['name']} {it['version']}: licence {sbom.licence(it)} is not allowed"
 
 
 def incomplete(bill: str) -> Iterator[str]:
-    """What the executable carries, by the lists that it is built from, and its bill does not name."""
+    """Report components that the executable is built from and that are missing in its bill of materials."""
     wanted = {it for it in pins("runtime.txt") if it[0] not in LEFT_OUT} | {
         (canonical(it.name), it.version) for it in sources()
     }
@@ -125,7 +125,7 @@ def incomplete(bill: str) -> Iterator[str]:
 
 
 def _of_packages(service: str) -> Iterator[str]:
-    """What pip-audit finds about the requirement files, one after the other: their versions of a tool may differ."""
+    """Report what pip-audit finds in each requirement file. The files may pin different versions of a package."""
     for path in files():
         command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "--format=json"]
         command += ["--vulnerability-service=osv", f"--osv-url={service}", f"--timeout={TIMEOUT_S}"]
@@ -135,34 +135,34 @@ def _of_packages(service: str) -> Iterator[str]:
             found = json.loads(ended.stdout)["dependencies"]
         except ValueError:
             said = ended.stderr.strip().splitlines() or [f"pip-audit ended with {ended.returncode}"]
-            raise Silent(f"{service}: {said[-1][:300]}") from None
+            raise NoAnswer(f"{service}: {said[-1][:300]}") from None
         for it in found:
             if "vulns" not in it:
-                raise Silent(f"pip-audit left out {it}")
+                raise NoAnswer(f"pip-audit left out {it}")
             yield from (f"{path.name}: {it['name']} {it['version']}: {known['id']}" for known in it["vulns"])
 
 
 def _of_components(bill: str, service: str) -> Iterator[str]:
-    """What is known about the components that are no Python packages: crates, and sources as Debian patched them."""
+    """Report vulnerabilities of components that are not Python packages: crates, and Debian's patched sources."""
     for it in json.loads(bill)["components"]:
         if it["purl"].startswith("pkg:cargo/"):
-            question: dict[str, Any] = {"package": {"purl": it["purl"]}}
+            query: dict[str, Any] = {"package": {"purl": it["purl"]}}
         elif it["purl"].startswith("pkg:deb/"):
-            question = {"package": {"name": it["name"], "ecosystem": "Debian:12"}, "version": it["version"]}
+            query = {"package": {"name": it["name"], "ecosystem": "Debian:12"}, "version": it["version"]}
         else:
             continue
-        for known in _asked(question, service).get("vulns", []):
+        for known in _query(query, service).get("vulns", []):
             yield f"bill: {it['name']} {it['version']}: {known['id']}"
 
 
-def _asked(question: dict[str, Any], service: str) -> dict[str, Any]:
-    request = urllib.request.Request(service, json.dumps(question).encode(), {"Content-Type": "application/json"})
+def _query(query: dict[str, Any], service: str) -> dict[str, Any]:
+    request = urllib.request.Request(service, json.dumps(query).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             said: dict[str, Any] = json.load(answer)
             return said
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise Silent(f"{service}: {error}") from error
+        raise NoAnswer(f"{service}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the executable carries besides netloom: distributions of Python, and what they and the build brought along."""
+"""The Python distributions that the executable carries, with their licences and their own bills of materials."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any
 
-# The metadata of a carried package asks for these, and the executable leaves them out (build/nuitka): pycparser is for
-# compiling cffi's modules, rich and its packages are for the coloured help that netloom does not use.
+# Dependencies of carried packages that the executable does not contain (build/nuitka): pycparser compiles modules of
+# cffi; rich and its dependencies print coloured help, which netloom does not use.
 LEFT_OUT = {"markdown-it-py", "mdurl", "pycparser", "pygments", "rich"}
 
 
@@ -27,13 +27,13 @@ class Distribution:
     name: str
     version: str
     licence: str
-    bills: list[dict[str, Any]] = field(default_factory=list)  # what it says itself of its own insides (PEP 770)
+    bills: list[dict[str, Any]] = field(default_factory=list)  # its own bills of materials (PEP 770)
 
     def changed(self) -> list[str]:
-        """Its files that are no longer what its wheel brought; without the starters that pip makes beside them."""
+        """Files that differ from the wheel. Scripts that pip has generated outside the package are left out."""
         rows = csv.reader((self.info / "RECORD").read_text().splitlines())
-        own = [(path, told) for path, told, _ in rows if told and not path.startswith("../")]
-        return [path for path, told in own if self._sum(path) != told.removeprefix("sha256=")]
+        own = [(path, digest) for path, digest, _ in rows if digest and not path.startswith("../")]
+        return [path for path, digest in own if self._sum(path) != digest.removeprefix("sha256=")]
 
     def _sum(self, path: str) -> str:
         try:
@@ -44,7 +44,7 @@ class Distribution:
 
     @property
     def texts(self) -> dict[str, str]:
-        """Its licence files by name."""
+        """The texts of the licence files, by name."""
         found = [*self.info.glob("LICEN[CS]E*"), *self.info.glob("COPYING*"), *self.info.glob("NOTICE*")]
         found += [path for path in (self.info / "licenses").rglob("*") if path.is_file()]
         return {
@@ -54,13 +54,13 @@ class Distribution:
 
 
 def distributions(environment: Path) -> list[Distribution]:
-    """What is installed in a virtual environment or another directory, sorted by name."""
+    """The distributions in a virtual environment or another directory, sorted by name."""
     infos = [*environment.glob("lib/python3.*/site-packages/*.dist-info"), *environment.glob("*.dist-info")]
     return sorted(map(_distribution, infos), key=lambda it: it.name)
 
 
 def carried(environment: Path) -> list[Distribution]:
-    """Those of them that are in the executable."""
+    """The distributions of ``environment`` that the executable contains."""
     return [it for it in distributions(environment) if it.name not in LEFT_OUT]
 
 
@@ -70,21 +70,21 @@ def canonical(name: str) -> str:
 
 
 def _distribution(info: Path) -> Distribution:
-    told = HeaderParser().parsestr((info / "METADATA").read_text(encoding="utf-8"))
+    metadata = HeaderParser().parsestr((info / "METADATA").read_text(encoding="utf-8"))
     bills = [json.loads(path.read_text()) for path in sorted((info / "sboms").glob("*.json"))]
-    return Distribution(info, canonical(told["Name"]), told["Version"], _licence(told), bills)
+    return Distribution(info, canonical(metadata["Name"]), metadata["Version"], _licence(metadata), bills)
 
 
-def _licence(told: Message) -> str:
-    """The SPDX expression, or what stands in its place. Empty when nothing is said."""
-    if told["License-Expression"]:
-        return str(told["License-Expression"])
-    if told["License"] and "\n" not in told["License"]:
-        return str(told["License"])
-    return " AND ".join(sorted(_classified(told)))
+def _licence(metadata: Message) -> str:
+    """The SPDX expression, else the older licence fields; empty when there is none."""
+    if metadata["License-Expression"]:
+        return str(metadata["License-Expression"])
+    if metadata["License"] and "\n" not in metadata["License"]:
+        return str(metadata["License"])
+    return " AND ".join(sorted(_classified(metadata)))
 
 
-def _classified(told: Message) -> Iterator[str]:
-    for line in told.get_all("Classifier", []):
+def _classified(metadata: Message) -> Iterator[str]:
+    for line in metadata.get_all("Classifier", []):
         if line.startswith("License :: OSI Approved :: "):
             yield line.rpartition(" :: ")[2]

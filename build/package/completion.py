@@ -1,4 +1,4 @@
-"""Completion scripts for shells, from the words that the program itself parses."""
+"""Completion scripts for shells, generated from the commands and options of the program."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from netloom.cli.app import app
 
 @dataclass(frozen=True)
 class Word:
-    """What may stand behind the words so far: other words with their meaning, and options with theirs."""
+    """The subcommands and options that may follow a command, each with its help text."""
 
     words: dict[str, str]
     options: dict[str, str]
 
 
 def words() -> dict[str, Word]:
-    """Each sequence of words that leads somewhere (the first is empty), sorted, and what may stand behind it."""
+    """Each command with what may follow it, sorted. A command is a path of words; the first path is empty."""
     return dict(sorted(_walk((), get_command(app))))
 
 
@@ -47,7 +47,7 @@ def _line(text: str) -> str:
 
 
 def bash(known: dict[str, Word]) -> str:
-    """For bash-completion's directory; needs nothing of it."""
+    """The script for bash. It does not need the package bash-completion."""
     paths = "|".join(f"'{path}'" for path in known if path)
     cases = "\n".join(
         f"        '{path}') reply='{' '.join([*word.words, *word.options])}' ;;" for path, word in known.items()
@@ -71,7 +71,7 @@ complete -o default -F _netloom netloom
 
 
 def zsh(known: dict[str, Word]) -> str:
-    """For a directory of zsh's fpath."""
+    """The script for zsh, for a directory of its fpath."""
     paths = "|".join(f"'{path}'" for path in known if path)
     cases = "\n".join(
         f"    ('{path}') reply=({' '.join(_zsh_quoted(name, told) for name, told in _both(word))}) ;;"
@@ -94,7 +94,7 @@ _describe netloom reply
 
 
 def fish(known: dict[str, Word]) -> str:
-    """For fish's directory of vendors."""
+    """The script for fish, for its directory of vendor completions."""
     paths = " ".join(f"'{path}'" for path in known if path)
     lines = [
         f"complete -c netloom -f -n \"__netloom_at '{path}'\" {_fish_kind(name)} -d {_fish_quoted(told)}"

@@ -1,4 +1,4 @@
-"""The Debian package, by dpkg-deb."""
+"""Make the Debian package with dpkg-deb."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SUMMARY = "guest networks for Apache CloudStack on plain Linux hosts"
 DESCRIPTION = """\
 CloudStack calls one executable for every event of a network; netloom carries
 it over SSH to a host, where a network namespace with nftables, DHCP, DNS and
-load balancing takes the place of a virtual router. This package is for the
-management server. Hosts need nothing of it: netloom brings itself to them."""
+load balancing replaces the virtual router. This package is for the management
+server. Hosts do not need it: netloom installs itself there."""
 
-# What lintian says, and why it is so.
+# Tags of lintian that are overridden, each with the reason.
 OVERRIDES = """\
-# The bytes are those that hosts are given, linked by the build for an older C library.
+# The same executable is installed on hosts. It is linked for an older C library.
 netloom: hardening-no-pie [usr/lib/netloom/netloom]
-# This is no upload to Debian.
+# The package is not uploaded to Debian.
 netloom: initial-upload-closes-no-bugs [usr/share/doc/netloom/changelog.Debian.gz:1]
 """
 
 
 def write(product: Product, papers: Papers, dist: Path) -> Path:
-    """The package's path. The same product gives the same bytes."""
+    """Write the package; its path. The same product gives the same bytes."""
     target = dist / f"netloom_{product.version}-{product.release}_amd64.deb"
     entries = tree(product, papers, "deb")
     entries[f"{DOCUMENTS}/changelog.Debian.gz"] = File(packed(_changelog(product).encode()))
@@ -75,7 +75,7 @@ def _md5sums(entries: dict[str, File | Link]) -> str:
 def _changelog(product: Product) -> str:
     return (
         f"netloom ({product.version}-{product.release}) unstable; urgency=medium\n\n"
-        f"  * Build {product.build}. What is new stands in changelog.gz.\n\n"
+        f"  * Build {product.build}. The changes are in changelog.gz.\n\n"
         f" -- {MAINTAINER}  {format_datetime(product.time)}\n"
     )
 

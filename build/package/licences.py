@@ -1,4 +1,4 @@
-"""THIRD-PARTY-LICENSES: the licences of all that the executable carries, from the files of those who wrote them."""
+"""THIRD-PARTY-LICENSES: the licence texts of everything that the executable carries, from the authors' own files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ RULE = "=" * 100
 
 
 def third_party(environment: Path, sources: list[Source], bill: str) -> str:
-    """The document. Raises SystemExit when one comes without a text."""
+    """The text of the document. Raises SystemExit when a component has no licence text."""
     distributions = carried(environment)
-    mute = [it.name for it in distributions if not it.texts] + [it.name for it in sources if not it.texts]
-    if mute:
-        raise SystemExit(f"release: no licence text of {', '.join(mute)} was found")
+    without_text = [it.name for it in distributions if not it.texts] + [it.name for it in sources if not it.texts]
+    if without_text:
+        raise SystemExit(f"release: no licence text of {', '.join(without_text)} was found")
     covered = {it.name for it in distributions} | {canonical(it.name) for it in sources}
     inside = [it for it in json.loads(bill)["components"] if canonical(it["name"]) not in covered]
     lines = [
-        "The executable netloom is licensed under the Apache License, version 2.0 (LICENSE). It carries what is",
-        "listed here, each under its own licence; the texts that come with each stand below.",
+        "The executable netloom is licensed under the Apache License, version 2.0 (LICENSE). It contains the",
+        "components listed here, each under its own licence. Their licence texts follow below.",
         "",
         *(f"  {it.name} {it.version}: {it.licence}" for it in distributions),
         *(f"  {it.name} {it.version}: {it.licence}" for it in sources),
         "",
-        "Inside the compiled parts of those, as their own bills of materials say; their licence texts do not come with",
-        "the wheels:",
+        "The compiled parts of these contain the following, according to their own bills of materials. The wheels do",
+        "not include their licence texts:",
         "",
         *(f"  {it['name']} {it['version']}: {sbom.licence(it)}" for it in inside),
     ]

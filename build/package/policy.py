@@ -1,11 +1,11 @@
-"""Which licences netloom may carry, and which the tools may have that build and test it."""
+"""The licences that components of netloom may have, and those that its build and test tools may have."""
 
 from __future__ import annotations
 
 import re
 
 CARRIED = {
-    # The exception: what Nuitka's compilation links into its output may be conveyed under any terms.
+    # The exception permits to convey what Nuitka's compilation links into its output under any terms.
     "AGPL-3.0-or-later WITH AdditionRef-Nuitka-Runtime-Library-Exception-1.0",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
@@ -13,7 +13,7 @@ CARRIED = {
     "BSD-3-Clause",
     "EPL-2.0",
     "ISC",
-    # The exception of the files that a C compiler links into every program: no restriction comes from their use.
+    # The exception for the files that a C compiler links into every program: their use implies no restriction.
     "LGPL-2.1-or-later WITH AdditionRef-glibc-start-files-exception",
     "MIT",
     "MIT-0",
@@ -23,7 +23,7 @@ CARRIED = {
 }
 TOOLS = CARRIED | {"0BSD", "AGPL-3.0-only", "MPL-2.0"}
 
-# What stands in older metadata in the place of an SPDX expression.
+# Licence names in older metadata, with their SPDX expressions.
 SPELT = {
     "Apache 2.0": "Apache-2.0",
     "Apache Software License": "Apache-2.0",
@@ -36,36 +36,36 @@ SPELT = {
     "PSFL": "PSF-2.0",
 }
 
-# Wheels whose metadata do not tell: what their licence file says.
+# Wheels without a licence in their metadata: the licence according to their licence file.
 UNSAID = {"isoduration": "ISC"}
 
 
 def allows(expression: str, allowed: set[str]) -> bool:
-    """Whether somebody who may have only the ``allowed`` licences may have this: AND binds before OR."""
-    words = re.findall(r"[()]|[^\s()]+(?: WITH [^\s()]+)?", SPELT.get(expression, expression))
-    verdict = _either(words, allowed)
-    return verdict and not words
+    """Whether the ``allowed`` licences satisfy the SPDX ``expression``. AND binds more tightly than OR."""
+    tokens = re.findall(r"[()]|[^\s()]+(?: WITH [^\s()]+)?", SPELT.get(expression, expression))
+    verdict = _either(tokens, allowed)
+    return verdict and not tokens
 
 
-def _either(words: list[str], allowed: set[str]) -> bool:
-    verdict = _all(words, allowed)
-    while words[:1] == ["OR"]:
-        words.pop(0)
-        verdict = _all(words, allowed) or verdict
+def _either(tokens: list[str], allowed: set[str]) -> bool:
+    verdict = _all(tokens, allowed)
+    while tokens[:1] == ["OR"]:
+        tokens.pop(0)
+        verdict = _all(tokens, allowed) or verdict
     return verdict
 
 
-def _all(words: list[str], allowed: set[str]) -> bool:
-    verdict = _one(words, allowed)
-    while words[:1] == ["AND"]:
-        words.pop(0)
-        verdict = _one(words, allowed) and verdict
+def _all(tokens: list[str], allowed: set[str]) -> bool:
+    verdict = _one(tokens, allowed)
+    while tokens[:1] == ["AND"]:
+        tokens.pop(0)
+        verdict = _one(tokens, allowed) and verdict
     return verdict
 
 
-def _one(words: list[str], allowed: set[str]) -> bool:
-    if words[:1] != ["("]:
-        return bool(words) and words.pop(0) in allowed
-    words.pop(0)
-    verdict = _either(words, allowed)
-    return words[:1] == [")"] and words.pop(0) == ")" and verdict
+def _one(tokens: list[str], allowed: set[str]) -> bool:
+    if tokens[:1] != ["("]:
+        return bool(tokens) and tokens.pop(0) in allowed
+    tokens.pop(0)
+    verdict = _either(tokens, allowed)
+    return tokens[:1] == [")"] and tokens.pop(0) == ")" and verdict

@@ -1,4 +1,4 @@
-"""`make release`: everything that is handed out, in dist/, from dist/netloom."""
+"""`make release`: make all files of a release in dist/, from dist/netloom."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from package.product import ROOT, Product, committed
 from package.sources import sources
 from package.tree import Papers
 
-# Where the archive of the extension will be published, for its manifest. The name leads nowhere.
+# The URL in the manifest below which the archive is published. This default does not resolve.
 URL = "https://netloom.invalid/"
 
 
 def main() -> int:
-    """The exit status."""
+    """The exit status. Raises SystemExit."""
     dist = ROOT / "dist"
     made = committed(dist / "netloom")
     for old in _products(dist):
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def write(made: Product, dist: Path, url: str) -> list[Path]:
-    """Write all that is handed out, and the sums of it; the paths."""
+    """Write all files of the release and their SHA256SUMS; their paths."""
     environment = ROOT / ".venv-runtime"
     carried = sources()
     bill = sbom.bill(made, environment, carried)
@@ -49,7 +49,7 @@ def write(made: Product, dist: Path, url: str) -> list[Path]:
 
 
 def _products(dist: Path) -> list[Path]:
-    """What an earlier release left: everything with a version in its name."""
+    """The files of an earlier release."""
     return [*dist.glob("netloom-[0-9]*"), *dist.glob("netloom_[0-9]*.deb"), *dist.glob("SHA256SUMS")]
 
 

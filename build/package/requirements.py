@@ -1,4 +1,4 @@
-"""The requirement files: what may be installed, and nothing else."""
+"""Read the requirement files: the only packages that may be installed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _PINNED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9][0-9a-z.]*)( ; [^\\]+
 
 
 class NotPinned(Exception):
-    """An entry names no exact version, or no hash of a file."""
+    """An entry has no exact version, or no hash."""
 
 
 def files() -> list[Path]:
-    """All of them."""
+    """The requirement files, sorted."""
     return sorted(DIRECTORY.glob("*.txt"))
 
 
 def pins(*names: str) -> set[tuple[str, str]]:
-    """Name and version of each entry. Raises NotPinned."""
+    """Name and version of each entry of these files. Raises NotPinned."""
     found = set()
     for name in names:
         text = (DIRECTORY / name).read_text().replace("\\\n", "")

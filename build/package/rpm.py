@@ -1,4 +1,4 @@
-"""The RPM package, by rpmbuild."""
+"""Make the RPM package with rpmbuild."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from package.tree import EXTENSION, File, Papers, lay, tree
 
 LICENCE = "usr/share/licenses/netloom/LICENSE"
 
-# Nothing of the machine and the moment gets into the package, and the executable stays as it is.
+# The package must not depend on the machine or the time, and rpmbuild must not change the executable.
 MACROS = {
     "_buildhost": "localhost",
     "use_source_date_epoch_as_buildtime": "1",
@@ -28,12 +28,12 @@ MACROS = {
     "optflags": "%{nil}",
 }
 
-# The directories above the extension's are CloudStack's: were they listed, rpm would give them to root.
+# Without the directories above EXTENSION: they are CloudStack's, and rpm would change their owner to root.
 OWN_DIRECTORIES = ("usr/lib/netloom", EXTENSION, "usr/share/doc/netloom", "usr/share/licenses/netloom")
 
 
 def write(product: Product, papers: Papers, dist: Path) -> Path:
-    """The package's path. The same product gives the same bytes."""
+    """Write the package; its path. The same product gives the same bytes. Raises SystemExit."""
     entries = tree(product, papers, "rpm") | {LICENCE: File(ROOT / "LICENSE")}
     listed = [f"%dir /{path}" for path in OWN_DIRECTORIES] + [_listed(path) for path in sorted(entries)]
     with tempfile.TemporaryDirectory(prefix="netloom-rpm-") as directory:
@@ -83,7 +83,7 @@ cp -a {stage}/. %{{buildroot}}
 
 %changelog
 * {product.time:%a %b %d %Y} {MAINTAINER} - {product.version}-{product.release}
-- Build {product.build}. What is new stands in changelog.gz.
+- Build {product.build}. The changes are in changelog.gz.
 """
 
 

@@ -1,4 +1,4 @@
-"""The bill of materials (CycloneDX): what cyclonedx-py sees installed, and what the file carries besides."""
+"""The bill of materials (CycloneDX): the packages that cyclonedx-py finds, and everything else in the executable."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from package.sources import Source
 
 Component = dict[str, Any]
 
-# Licences that a wheel's own bill does not name. OpenSSL: since 3.0.
+# Licences that are missing in the bills of wheels. OpenSSL has this one since 3.0.
 UNSAID = {"openssl": "Apache-2.0"}
 
 
 def bill(product: Product, environment: Path, sources: list[Source]) -> str:
-    """The bill as JSON, valid by the standard's own schema. The same product gives the same text."""
+    """The bill as JSON, validated by the schema of the standard. The same product gives the same text."""
     document = _installed(environment, product.epoch)
     components: list[Component] = [it for it in document["components"] if canonical(it["name"]) not in LEFT_OUT]
     own = _own(product)
@@ -51,14 +51,14 @@ def bill(product: Product, environment: Path, sources: list[Source]) -> str:
 
 
 def names(text: str) -> set[tuple[str, str]]:
-    """Name and version of all that a bill lists."""
+    """Name and version of all components of a bill."""
     return {(canonical(it["name"]), it["version"]) for it in json.loads(text)["components"]}
 
 
 def licence(component: Component) -> str:
-    """A component's licence: the expression, the identifier or the name that its bill gives."""
-    (told,) = component["licenses"]
-    return str(told.get("expression") or told["license"].get("id") or told["license"]["name"])
+    """The licence of a component: the expression, identifier or name in its bill."""
+    (entry,) = component["licenses"]
+    return str(entry.get("expression") or entry["license"].get("id") or entry["license"]["name"])
 
 
 def _installed(environment: Path, epoch: int) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _own(product: Product) -> Component:
 
 
 def _inside(parent: str, distribution: Distribution) -> list[Component]:
-    """What a wheel says of its own insides, without what only built it."""
+    """The components of a wheel according to its own bills, without its build tools."""
     found = []
     for document in distribution.bills:
         for it in document.get("components", []):
@@ -131,7 +131,7 @@ def _source(source: Source) -> Component:
 
 
 def _check(text: str) -> None:
-    from cyclonedx.schema import SchemaVersion  # only where the bill is made: the tests read bills without it
+    from cyclonedx.schema import SchemaVersion  # here, because the tests read bills without it
     from cyclonedx.validation.json import JsonStrictValidator
 
     wrong = JsonStrictValidator(SchemaVersion.V1_6).validate_str(text)

@@ -1,4 +1,4 @@
-"""What the build compiles into the executable, pinned by build/nuitka/sources.txt and build/requirements/build.txt."""
+"""The sources that are compiled into the executable, pinned by build/nuitka/sources.txt and requirements/build.txt."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PINS = ROOT / "build" / "nuitka" / "sources.txt"
 
 @dataclass(frozen=True)
 class Place:
-    """A file of a pinned archive, of what the build installed from a pinned wheel, or of what it links.
+    """A file of a pinned archive, of a pinned wheel, or of the interpreter that the build has made.
 
-    ``archive`` is the archive's name, ``wheel`` (of a tool), ``site`` (of what is carried) or ``interpreter``.
+    ``archive``: the name of the archive, or ``wheel`` (a build tool), ``site`` (a carried package) or ``interpreter``.
     """
 
-    archive: str  # a pattern, as are the paths
-    path: str
+    archive: str  # a file name pattern
+    path: str  # a file name pattern
 
 
 @dataclass(frozen=True)
 class Source:
-    """One of them. ``within``: the one that brings it along."""
+    """A source that is compiled into the executable. ``within``: the name of the source that includes it."""
 
     name: str
     version: str
@@ -39,17 +39,17 @@ class Source:
     places: tuple[Place, ...]
     sha256: str = ""
     within: str = ""
-    proof: tuple[Place, str] | None = None  # where its version stands, and as what
-    library: Place | None = None  # that has the hash
+    proof: tuple[Place, str] | None = None  # a file that contains its version, and the pattern to find there
+    library: Place | None = None  # the linked library, which has the hash ``sha256``
 
     @property
     def ref(self) -> str:
-        """How the bill of materials refers to it."""
+        """Its reference in the bill of materials."""
         return f"{self.name}=={self.version}"
 
     @property
     def texts(self) -> dict[str, str]:
-        """Its licence texts by name. Raises SystemExit when the build is not there, or brought another version."""
+        """Its licence texts, by name. Raises SystemExit when the build is missing or used another version."""
         if self.proof and not re.search(self.proof[1], _read(self.proof[0])):
             raise SystemExit(f"release: {self.name} in {self.within} is not {self.version}: see {__file__}")
         if self.library and self.sha256 != hashlib.sha256(_path(self.library).read_bytes()).hexdigest():
@@ -63,12 +63,12 @@ _HEADER = Place(_PYTHON, "*/Modules/expat/expat.h")
 
 
 def sources() -> list[Source]:
-    """All of them, sorted by name."""
+    """All sources, sorted by name."""
     build, debian = dict(pins("build.txt")), pinned()
     nuitka, zig = build["nuitka"], build["ziglang"]
     return [
         Source(
-            # The part of click that typer carries as its own, under click's licence.
+            # The part of click that typer includes, under click's licence.
             "click", "8.3.1", "BSD-3-Clause", "pkg:pypi/click@8.3.1",
             (Place("site", "typer/_click/LICENSE.txt"),),
             within="typer",
@@ -81,8 +81,8 @@ def sources() -> list[Source]:
             proof=(_HEADER, r"XML_MAJOR_VERSION 2\n#define XML_MINOR_VERSION 5\n#define XML_MICRO_VERSION 0\n"),
         ),
         Source(
-            # What zig links into every program: how it starts, and a few functions that its library has not. Who
-            # wrote them allows to hand out such a program without any restriction.
+            # The files of glibc that zig links into every program: start code, and a few functions. Their authors
+            # permit to distribute such a program without restrictions.
             "glibc", "2.28", "LGPL-2.1-or-later WITH AdditionRef-glibc-start-files-exception", "pkg:generic/glibc@2.28",
             (
                 Place("wheel", "ziglang/lib/libc/glibc/csu/elf-init-2.33.c"),
@@ -93,7 +93,7 @@ def sources() -> list[Source]:
             proof=(Place("wheel", "ziglang/lib/libc/glibc/csu/elf-init-2.33.c"), "unlimited\n   permission to link"),
         ),
         Source(
-            # In the compiled part of cffi; its wheel does not tell which. By its symbols 3.4: 3.5 has ffi_get_version.
+            # In the compiled part of cffi. The wheel does not name the version; 3.5 would have ffi_get_version.
             "libffi", "3.4", "MIT", "pkg:generic/libffi@3.4",
             (Place("interpreter", "deps/include/ffi.h"),),
             within="cffi",
@@ -124,7 +124,7 @@ def sources() -> list[Source]:
         Source("ziglang", zig, "MIT", f"pkg:pypi/ziglang@{zig}", (Place("wheel", "ziglang/LICENSE"),)),
         _debian("zlib", debian, "Zlib", Place("zlib_*.orig.tar.*", "*/LICENSE")),
         Source(
-            # One file of zlib, of which nothing says more than the year.
+            # One file of zlib, without a version: only its year is known.
             "zlib-crc32", "2022", "Zlib", "pkg:generic/zlib-crc32@2022",
             (Place("wheel", "nuitka/build/inline_copy/zlib/LICENSE"),),
             within="nuitka",
@@ -143,7 +143,7 @@ def sources() -> list[Source]:
 
 
 def pinned() -> dict[str, tuple[str, str]]:
-    """Debian source package to its version, and the hash of the file that stands for it."""
+    """Each Debian source package with its version and the hash of its .dsc file."""
     found: dict[str, tuple[str, str]] = {}
     for line in PINS.read_text().splitlines():
         first, _, second = line.partition(" ")
@@ -157,13 +157,13 @@ def pinned() -> dict[str, tuple[str, str]]:
 
 
 def tools() -> list[Path]:
-    """Where the build installed the pinned compiler."""
+    """The directories where the build installed the pinned Nuitka."""
     there = f"lib/python3.*/site-packages/nuitka-{dict(pins('build.txt'))['nuitka']}.dist-info"
     return [path for path in sorted(_cache().glob("tools-*")) if list(path.glob(there))]
 
 
 def sites() -> list[Path]:
-    """Where it installed the packages that the executable carries."""
+    """The directories where the build installed the packages that the executable carries."""
     digest = hashlib.sha256((DIRECTORY / "runtime.txt").read_bytes()).hexdigest()[:12]
     return list(_cache().glob(f"site-{digest}"))
 
@@ -179,7 +179,7 @@ def _debian(name: str, pinned: dict[str, tuple[str, str]], licence: str, *places
 
 
 def _licence(place: Place) -> str:
-    """The file, or the comment at its beginning."""
+    """The text of a licence file, or the comment at the beginning of a C file."""
     text = _read(place)
     return text.partition("*/")[0] if place.path.endswith((".h", ".c")) else text
 

@@ -1,4 +1,4 @@
-"""The files that both packages install."""
+"""The files that the Debian and the RPM package install."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ZSH = {"deb": "usr/share/zsh/vendor-completions", "rpm": "usr/share/zsh/site-fun
 
 @dataclass(frozen=True)
 class File:
-    """A regular file: its content, or the file whose content it has."""
+    """A regular file. A Path as ``content``: a copy of that file."""
 
     content: bytes | Path
     mode: int = 0o644
@@ -36,14 +36,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Papers:
-    """What is written about a product for those who must account for it."""
+    """The legal documents of a product: third-party licences, and the bill of materials."""
 
     licences: str
     bill: str  # CycloneDX, JSON
 
 
 def tree(product: Product, papers: Papers, packaging: Packaging) -> dict[str, File | Link]:
-    """Path to file, sorted. Nothing is a configuration file, and nothing is run at installation."""
+    """The installed files by path, sorted. There are no configuration files, and no scripts at installation."""
     words = completion.words()
     entries: dict[str, File | Link] = {
         "usr/lib/netloom/netloom": File(product.executable, 0o755),
@@ -62,7 +62,7 @@ def tree(product: Product, papers: Papers, packaging: Packaging) -> dict[str, Fi
 
 
 def lay(entries: dict[str, File | Link], directory: Path) -> None:
-    """Write the tree below ``directory``, whatever the umask; the times are the packagers' part."""
+    """Write the files below ``directory``, regardless of the umask. dpkg-deb and rpmbuild set the times."""
     for path, entry in entries.items():
         target = directory / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def lay(entries: dict[str, File | Link], directory: Path) -> None:
 
 
 def packed(content: bytes) -> bytes:
-    """gzip, without a name and a time."""
+    """``content`` compressed by gzip, without file name and time."""
     return gzip.compress(content, 9, mtime=0)
 
 
@@ -88,11 +88,11 @@ def _copyright(product: Product) -> str:
 netloom. Copyright {product.time.year} its authors.
 
 Licensed under the Apache License, Version 2.0 (the "License"); you may not use
-this file except in compliance with the License. On Debian its text stands in
+this file except in compliance with the License. On Debian its text is in
 /usr/share/common-licenses/Apache-2.0, elsewhere in
 /usr/share/licenses/netloom/LICENSE.
 
-The executable carries the Python interpreter and libraries of others: their
-names, copyrights and licences stand in THIRD-PARTY-LICENSES beside this file,
-the bill of materials in netloom.cdx.json.
+The executable contains the Python interpreter and libraries of other authors.
+Their names, copyrights and licences are in THIRD-PARTY-LICENSES beside this
+file, the bill of materials is in netloom.cdx.json.
 """

@@ -1,4 +1,4 @@
-"""The packages are installed in a fresh root file system, tried there, and taken away again without a trace."""
+"""Test the packages: install each in a new root file system, use it there, remove it, and look for leftovers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from package.product import ROOT
 
 LAUNCHER = "/usr/share/cloudstack-management/extensions/netloom/netloom.sh"
 PROGRAM = "usr/lib/netloom/netloom"
-# Directories of CloudStack, the shells and rpm's own: rpm makes them where they are missing, and leaves them.
+# Directories of CloudStack, of shells and of rpm: rpm creates missing ones and does not remove them.
 OF_OTHERS = {
     "usr/share/cloudstack-management",
     "usr/share/cloudstack-management/extensions",
@@ -26,7 +26,7 @@ OF_OTHERS = {
     "usr/share/zsh",
     "usr/share/zsh/site-functions",
 }
-# Where package managers write down what they did, and where the trial itself writes.
+# Directories where package managers keep their records, and where this test writes.
 NOT_THE_PACKAGE = ("var/lib/dpkg", "var/lib/rpm", "var/log", "var/cache", "tmp", "proc", "dev")
 BASH = """
 source /usr/share/bash-completion/completions/netloom
@@ -45,7 +45,7 @@ class Wrong(Exception):
 
 
 def main() -> int:
-    """The exit status."""
+    """The exit status: 1 when a package is wrong."""
     dist = ROOT / "dist"
     try:
         _sums(dist)
@@ -71,29 +71,29 @@ def _deb(root: Path, package: Path) -> None:
     (root / "tmp/netloom.deb").write_bytes(package.read_bytes())
     _output(["lintian", "--allow-root", "--fail-on=error,warning", str(package)])
     _inside(root, "dpkg", "--install", "/tmp/netloom.deb")
-    _tried(root)
+    _test_installed(root)
     zsh, fish = root / "usr/share/zsh/vendor-completions/_netloom", root / "usr/share/fish/vendor_completions.d"
     _expect("zsh's completion", _output(["zsh", "-f", "-c", ZSH, "zsh", str(zsh)]).split()[:2], ["forget", "list"])
     offered = _output(["fish", "--no-config", "-c", FISH, str(fish / "netloom.fish")])
     _expect("fish's completion", [line.partition("\t")[0] for line in offered.splitlines()], ["forget", "list"])
     _expect("dpkg --verify", _inside(root, "dpkg", "--verify", "netloom"), "")
     _inside(root, "dpkg", "--purge", "netloom")
-    _gone(before, root, set())
+    _check_removed(before, root, set())
 
 
 def _rpm(root: Path, package: Path) -> None:
     before = _entries(root)
-    # The root is Debian's, so glibc and libgcc are there without being rpm's packages.
+    # --nodeps: in this Debian, rpm does not know that glibc and libgcc are installed.
     rpm = ["rpm", f"--root={root}", "--dbpath=/var/lib/rpm"]
     _output([*rpm, "--nodeps", "--nosignature", "--install", str(package)])
-    _tried(root)
+    _test_installed(root)
     _expect("rpm --verify", _output([*rpm, "--nodeps", "--verify", "netloom"]), "")
     _output([*rpm, "--erase", "netloom"])
-    _gone(before, root, OF_OTHERS)
+    _check_removed(before, root, OF_OTHERS)
 
 
-def _tried(root: Path) -> None:
-    """What an operator and CloudStack would do."""
+def _test_installed(root: Path) -> None:
+    """Use the installed package as an operator and CloudStack do."""
     version = _inside(root, "netloom", "version")
     if not version.startswith("netloom "):
         raise Wrong(f"netloom version printed {version!r}")
@@ -105,7 +105,7 @@ def _tried(root: Path) -> None:
 
 
 def _archive(archive: Path, executable: Path) -> None:
-    """Taken apart as CloudStack does it: the first directory of each name left out."""
+    """Check the files of the archive. CloudStack removes the first directory of each name."""
     with zipfile.ZipFile(archive) as opened:
         names = {name.partition("/")[2] for name in opened.namelist()}
         _expect("the archive", names, {"LICENSE", "THIRD-PARTY-LICENSES", "manifest.yaml", "netloom"})
@@ -119,7 +119,7 @@ def _sums(dist: Path) -> None:
         _expect(f"the sum of {name}", _sha256(dist / name), wanted)
 
 
-def _gone(before: set[str], root: Path, left: set[str]) -> None:
+def _check_removed(before: set[str], root: Path, left: set[str]) -> None:
     _expect("what is left after removal", _entries(root) - before, left)
     _expect("what is missing after removal", before - _entries(root), set())
 
@@ -133,15 +133,15 @@ def _entries(root: Path) -> set[str]:
     return found
 
 
-def _inside(root: Path, *words: str) -> str:
-    """The output of a command in the root, with a /proc of its own and nothing of this machine's environment."""
+def _inside(root: Path, *argv: str) -> str:
+    """The output of a command in the root, with its own /proc and without the environment of this machine."""
     environment = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8"}
-    return _output(["unshare", "--mount", "--pid", "--fork", f"--root={root}", "--mount-proc", *words], environment)
+    return _output(["unshare", "--mount", "--pid", "--fork", f"--root={root}", "--mount-proc", *argv], environment)
 
 
-def _output(words: Sequence[str], environment: dict[str, str] | None = None) -> str:
+def _output(argv: Sequence[str], environment: dict[str, str] | None = None) -> str:
     ended = subprocess.run(
-        words,
+        argv,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -150,7 +150,7 @@ def _output(words: Sequence[str], environment: dict[str, str] | None = None) -> 
         cwd="/",
     )
     if ended.returncode != 0:
-        raise Wrong(f"{' '.join(words)} ended with {ended.returncode}: {(ended.stdout + ended.stderr).strip()[-800:]}")
+        raise Wrong(f"{' '.join(argv)} ended with {ended.returncode}: {(ended.stdout + ended.stderr).strip()[-800:]}")
     return ended.stdout
 
 

@@ -1,4 +1,4 @@
-"""Make the documentation site: collect the pages, build them with zensical, and check every link of the product.
+"""Make the documentation site: collect the pages, build them with zensical, and check every link of the result.
 
 Pages of the site are the files of ``docs/`` and the few documents that have their place elsewhere (``ELSEWHERE``).
 The site needs no network: it loads no script, style sheet or font from another server, and opens from a directory.
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
-# Documents that stay where they are read in the repository, and their page on the site.
+# Documents outside docs/, with the path of their page.
 ELSEWHERE = {
     "ARCHITECTURE.md": "architecture.md",
     "CHANGELOG.md": "changelog.md",
@@ -28,7 +28,7 @@ ELSEWHERE = {
 }
 # The site has a front page of its own.
 INSTEAD = {"README.md": "index.md"}
-# The theme takes this script from another server; ours does the same (worker.js).
+# The theme loads this script from another server. It is replaced by worker.js.
 SHIM = re.compile(r'<script src="https://[^"]*/iframe-worker/shim"[^>]*></script>')
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 FENCE = re.compile(r"^\s*(```|~~~)")
@@ -36,17 +36,17 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
 class SiteError(Exception):
-    """The pages make no site; each line of the message is one fault."""
+    """The site cannot be made. Each line of the message is one fault."""
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Every document that is a page of the site, with the page's path."""
+    """Every document that becomes a page, with the path of the page."""
     found = {path: str(path.relative_to(root / "docs")) for path in sorted((root / "docs").rglob("*.md"))}
     return found | {root / name: page for name, page in ELSEWHERE.items()}
 
 
 def collect(root: Path, target: Path) -> None:
-    """Copy the pages to ``target``; links between documents become links between pages. Raises SiteError."""
+    """Copy the documents to ``target``, with their links changed to links between pages. Raises SiteError."""
     faults: list[str] = []
     known = pages(root)
     targets = known | {root / name: page for name, page in INSTEAD.items()}
@@ -59,7 +59,7 @@ def collect(root: Path, target: Path) -> None:
 
 
 def _rewritten(root: Path, source: Path, targets: dict[Path, str], faults: list[str]) -> str:
-    """The text of ``source`` with the links of a page. Links that lead to no page are added to ``faults``."""
+    """The text of ``source`` with links between pages. Links to anything else are reported in ``faults``."""
     here = Path(targets[source]).parent
     lines = []
     fenced = False
@@ -68,7 +68,7 @@ def _rewritten(root: Path, source: Path, targets: dict[Path, str], faults: list[
         def as_page(found: re.Match[str], number: int = number) -> str:
             leads_to = Path(os.path.normpath(source.parent / found[1]))
             if leads_to not in targets:
-                faults.append(f"{source.relative_to(root)}:{number}: {found[1]} is no page of the site")
+                faults.append(f"{source.relative_to(root)}:{number}: {found[1]} is not a page of the site")
                 return found[0]
             return f"]({os.path.relpath(targets[leads_to], here)}{found[2] or ''})"
 
@@ -78,7 +78,7 @@ def _rewritten(root: Path, source: Path, targets: dict[Path, str], faults: list[
 
 
 def missing_from_navigation(config: Path, known: set[str]) -> list[str]:
-    """The pages that no entry of the navigation leads to."""
+    """The pages that are missing in the navigation."""
 
     def listed(entry: object) -> set[str]:
         match entry:
@@ -94,7 +94,7 @@ def missing_from_navigation(config: Path, known: set[str]) -> list[str]:
 
 
 class _Page(HTMLParser):
-    """The anchors of a page, where its links lead, and what it loads."""
+    """A page of the site: its anchors, the targets of its links, and the files that it loads."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class _Page(HTMLParser):
 
 
 def faults_of(site: Path) -> list[str]:
-    """Links of the site that lead nowhere, and whatever it loads from another server."""
+    """Broken links of the site, and files that it loads from another server."""
     read = {path: _Page(path.read_text()) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
     faults = []
     for path, page in read.items():
@@ -124,27 +124,29 @@ def faults_of(site: Path) -> list[str]:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
                 if link in page.loads and parts.scheme != "data":
-                    faults.append(f"{where} loads {link} from elsewhere")
+                    faults.append(f"{where} loads {link} from another server")
                 continue
             leads_to = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
             if leads_to.is_dir():
                 leads_to /= "index.html"
             if not leads_to.exists():
-                faults.append(f"{where}: {link} leads nowhere")
+                faults.append(f"{where}: {link} does not exist")
             elif parts.fragment and leads_to in read and unquote(parts.fragment) not in read[leads_to].anchors:
-                faults.append(f"{where}: {link} names no anchor of that page")
+                faults.append(f"{where}: {link}: that page has no such anchor")
     return faults
 
 
 def make_site(root: Path, target: Path) -> None:
-    """Build the site of ``root`` and put it in the place of ``target``. Raises SiteError."""
+    """Build the site of ``root`` in ``target``, which is replaced. Raises SiteError."""
     with tempfile.TemporaryDirectory(prefix="netloom-docs-") as directory:
         work = Path(directory)
         collect(root, work / "pages")
         shutil.copy(HERE / "style.css", work / "pages")
         shutil.copy(HERE / "zensical.toml", work)
         if absent := missing_from_navigation(work / "zensical.toml", set(pages(root).values())):
-            raise SiteError("\n".join(f"{page} is in no navigation: build/pages/zensical.toml" for page in absent))
+            raise SiteError(
+                "\n".join(f"{page} is missing in the navigation of build/pages/zensical.toml" for page in absent)
+            )
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         built = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
         if built.returncode:
@@ -154,7 +156,7 @@ def make_site(root: Path, target: Path) -> None:
         for path in site.rglob("*.html"):
             script = f"{os.path.relpath(site, path.parent)}/assets/javascripts/worker.js"
             path.write_text(SHIM.sub(f'<script src="{script}"></script>', path.read_text()))
-        (site / "404.html").unlink()  # it is made for a server's root
+        (site / "404.html").unlink()  # its links only work in the root of a server
         if faults := faults_of(site):
             raise SiteError("\n".join(faults))
         shutil.rmtree(target, ignore_errors=True)

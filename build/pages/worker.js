@@ -1,4 +1,4 @@
-// Browsers start no workers for a page that was opened from a file. Here the search runs in a hidden frame instead.
+// Browsers do not start workers for a page that was opened from a file. The search then runs in a hidden frame.
 "use strict";
 (() => {
   if (location.protocol !== "file:") return;
@@ -23,7 +23,7 @@
           `script><script src="${url}"></` + `script></body>`,
       );
       inside.document.close();
-      // Only now: document.open() takes all listeners away.
+      // Added here, because document.open() removes all listeners.
       this.loaded = new Promise((resolve) => inside.addEventListener("load", resolve));
     }
 

@@ -1,8 +1,8 @@
-"""The executable: a door. What is behind it is in netloom.entry."""
+"""The executable. netloom.entry chooses what it does."""
 
 import sys
 
-if "__compiled__" not in globals():  # from source: internal/ is a path entry, as src/ is elsewhere
+if "__compiled__" not in globals():  # in a checkout: add internal/ to the module path
     import os
 
     sys.path[0] = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), "internal")

@@ -1,8 +1,8 @@
-"""``os`` for what runs in every call of CloudStack's: the module where it is loaded, else as much as a call needs.
+"""``os`` for modules that every call of CloudStack's loads: the real module if it is loaded already, else a subset.
 
-An interpreter that was started without site has no ``os`` yet, and loading it, with its abstract base classes, takes a
-seventh of a bare start. What is behind it is there: the C module ``posix``. Whatever else is asked for comes from the
-whole module, loaded then.
+An interpreter that was started without ``site`` has not loaded ``os``. Loading it, with its abstract base classes,
+takes a seventh of a bare start. Its C module ``posix`` is built in, so fastos_posix.py makes the needed subset from
+that. Any other attribute is taken from the real module, which is loaded then.
 """
 
 from __future__ import annotations

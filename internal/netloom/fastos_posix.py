@@ -1,4 +1,4 @@
-"""As much of ``os`` as a call of CloudStack's needs (``netloom.fastos``), with the same names and meanings."""
+"""The subset of ``os`` that a call of CloudStack's needs, with the same names and meanings (see fastos.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ devnull = "/dev/null"
 
 
 class _Environ(dict[str, str]):
-    """The environment. What is taken out reaches no child, nor the whole module when it is loaded later."""
+    """The environment. Neither children nor ``os``, if it is loaded later, get a variable that was removed."""
 
     def __setitem__(self, key: str, value: str) -> None:
         posix.putenv(key, value)
@@ -34,12 +34,12 @@ environ = _Environ(  # type: ignore[assignment]
 )
 
 
-class path:  # noqa: N801  # the name that it stands for
-    """``os.path``, of paths as they are: nothing here follows a link."""
+class path:  # noqa: N801  # named as in os
+    """The subset of ``os.path``. It works on the text of paths and follows no symbolic links."""
 
     @staticmethod
     def join(first: str, *others: str) -> str:
-        """The paths one after the other; an absolute one begins anew."""
+        """The paths joined by slashes. An absolute path discards those before it."""
         joined = first
         for other in others:
             joined = (
@@ -51,18 +51,18 @@ class path:  # noqa: N801  # the name that it stands for
 
     @staticmethod
     def dirname(name: str) -> str:
-        """What stands before the last slash."""
+        """The part before the last slash."""
         head = name[: name.rfind("/") + 1]
         return head.rstrip("/") or head
 
     @staticmethod
     def basename(name: str) -> str:
-        """What stands after the last slash."""
+        """The part after the last slash."""
         return name[name.rfind("/") + 1 :]
 
     @staticmethod
     def abspath(name: str) -> str:
-        """The path from the root, without ``.``, ``..`` and doubled slashes."""
+        """The absolute path, without ``.``, ``..`` and double slashes."""
         parts: list[str] = []
         for part in (name if name.startswith("/") else f"{posix.getcwd()}/{name}").split("/"):
             if part == "..":
@@ -73,7 +73,7 @@ class path:  # noqa: N801  # the name that it stands for
 
 
 def makedirs(name: str, mode: int = 0o777, exist_ok: bool = False) -> None:
-    """The directory and those above it. Raises OSError."""
+    """Create a directory, and those above it where they are missing. Raises OSError."""
     above = path.dirname(name)
     if above and above != name:
         try:
@@ -88,6 +88,6 @@ def makedirs(name: str, mode: int = 0o777, exist_ok: bool = False) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    import os  # the whole module: for what is no part of every call
+    import os  # loads the real module: for attributes that not every call needs
 
     return getattr(os, name)

@@ -1,7 +1,7 @@
 """A log file of bounded size: a full file is renamed to ``<path>.1``, which replaces the previous one.
 
-Several processes may write to the same file. A call of CloudStack's loads this module at its end, so it imports nothing
-that a call has not loaded already.
+Several processes may write to the same file. Every call of CloudStack's loads this module at its end, so it imports
+only modules that a call has loaded already.
 """
 
 from __future__ import annotations

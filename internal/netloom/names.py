@@ -1,8 +1,8 @@
-"""Names that netloom gives to things on a host, and the ids they are made from.
+"""Names that netloom gives to objects on a host, and the ids they are made from. Pure functions.
 
-Pure functions. What others rely on stays as it is (protocol section 4): the namespaces ``cs-net-<id>`` and
-``cs-vpc-<id>``, the bridges ``br<nic>-<vlan>`` with their port ``<nic>.<vlan>``. A kernel link name holds at
-most 15 bytes (IFNAMSIZ, linux/if.h).
+Names that other programs rely on do not change (protocol section 4): the namespaces ``cs-net-<id>`` and
+``cs-vpc-<id>``, the bridges ``br<nic>-<vlan>`` and their ports ``<nic>.<vlan>``. The name of a kernel link has at most
+15 bytes (IFNAMSIZ, linux/if.h).
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 
 LINK_NAME_MAX = 15
 
-# CloudStack's own ids are database keys: decimal, and a Java long at most. Ten digits is what the names hold in full.
+# CloudStack's ids are database keys: decimal numbers up to a Java long. Link names have room for ten digits.
 _ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 
-# No x: a port whose name happened to contain "vxlan" would send CloudStack's KVM agent to another deletion script.
+# Without x: for a port whose name contains "vxlan", CloudStack's KVM agent runs another deletion script.
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 UNTAGGED = "untagged"
@@ -23,12 +23,12 @@ VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
 
 
 def is_id(text: str) -> bool:
-    """Whether ``text`` is a CloudStack id that names can be made from: decimal, no leading zero, ten digits at most."""
+    """Whether ``text`` is a CloudStack id that fits in names: decimal, without leading zeros, at most ten digits."""
     return _ID.match(text) is not None
 
 
 def scope_of(network_id: str, vpc_id: str) -> str:
-    """The scope that a network, or a VPC, lives in: whatever shares a namespace. ``net-204`` or ``vpc-7``."""
+    """The scope of a network: all that shares one namespace. ``vpc-7`` if the network is a tier, else ``net-204``."""
     return f"vpc-{vpc_id}" if vpc_id else f"net-{network_id}"
 
 
@@ -40,8 +40,8 @@ def namespace(scope_id: str) -> str:
 def bridge(nic: str, vlan: str) -> str:
     """The bridge that carries ``vlan`` of ``nic``, named as CloudStack's KVM agent names it: ``breth1-1204``.
 
-    ``untagged`` becomes tag 0, which no VLAN has. A name that would not fit is shortened to a digest; the
-    KVM agent cannot make such a bridge either, so nobody else looks for it.
+    ``untagged`` becomes tag 0, which no VLAN has. A name that is too long is replaced by a digest. The KVM agent cannot
+    create a bridge with such a name either, so no other program looks for it.
     """
     return _fit(f"br{nic}-{0 if vlan == UNTAGGED else vlan}", "br")
 
@@ -62,24 +62,24 @@ def vxlan_link(vni: str) -> str:
 
 
 def vxlan_group(vni: int) -> str:
-    """The multicast group by which the ends of a VXLAN segment find each other, CloudStack's: 239 and the 24 bits."""
+    """The multicast group of a VXLAN segment, as in CloudStack: 239, and the 24 bits of the VNI."""
     return ".".join(str(octet) for octet in (239, *vni.to_bytes(3, "big")))
 
 
 def guest_port(network_id: str) -> str:
-    """Host side of a network's guest link: ``vnetg204``.
+    """The host end of a network's guest link: ``vnetg204``.
 
-    ``vnet`` in the name keeps CloudStack's KVM agent from deleting the bridge under us; the letter after it
-    keeps the name out of libvirt's own ``vnet<N>``. Ten digits fit in full, so no two networks share a name.
+    CloudStack's KVM agent does not delete a bridge that has a port with ``vnet`` in its name. The letter after it
+    avoids a clash with libvirt's ``vnet<N>``. An id of ten digits fits, so no two networks share a name.
     """
     return f"vnetg{network_id}"
 
 
 def public_port(scope_id: str, vlan: str) -> str:
-    """Host side of a scope's link to a public VLAN: ``vnetpn204.101``, one per scope and VLAN.
+    """The host end of a scope's link to a public VLAN: ``vnetpn204.101``, one per scope and VLAN.
 
-    Where that does not fit, the same three facts as one number in base 61: different for all ids of ten
-    digits and all tags up to 2**24, and never equal to a readable name, which has a dot.
+    If that is too long, the kind, id and tag are packed into one number in base 61. It is unique for all ids of ten
+    digits and all tags up to 2**24, and differs from every readable name, because those contain a dot.
     """
     kind, _, number = scope_id.partition("-")
     tag = 0 if vlan == UNTAGGED else int(vlan)
@@ -95,20 +95,20 @@ def public_port(scope_id: str, vlan: str) -> str:
 
 
 def guest_link(network_id: str) -> str:
-    """Inside end of a network's guest link: ``gst-204``."""
+    """The namespace end of a network's guest link: ``gst-204``."""
     return f"gst-{network_id}"
 
 
 def public_link(vlan: str) -> str:
-    """Inside end of a scope's link to a public VLAN: ``pub-101``, ``pub-untagged``."""
+    """The namespace end of a scope's link to a public VLAN: ``pub-101``, ``pub-untagged``."""
     return f"pub-{vlan}"
 
 
 def mac(owner: str, scope_id: str, link: str) -> str:
     """The MAC address of one of our links inside a scope's namespace.
 
-    Derived, so that it is the same on whichever host the scope lives and a move needs no neighbour to
-    relearn. First octet 0x0a: locally administered, unicast, and none of CloudStack's own (02, 06, 1e).
+    It is derived, so that it is the same on every host and neighbours keep their ARP entries when the scope moves. The
+    first octet is 0x0a: locally administered, unicast, and not one of CloudStack's (02, 06, 1e).
     """
     digest = hashlib.sha256(f"{owner}\n{scope_id}\n{link}".encode()).digest()
     return ":".join(f"{octet:02x}" for octet in (0x0A, *digest[:5]))

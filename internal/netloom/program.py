@@ -151,7 +151,7 @@ def tidy(programs: str, build: str) -> None:
         ]
         if not old:
             return
-        import shutil  # a third of a bare start-up, once for each build
+        import shutil  # takes a third of a bare start, but only once per build
 
         running = set(_running())
         for directory in old:

@@ -1,4 +1,4 @@
-"""A value that is counted, not quoted."""
+"""A text value that logs, messages and tracebacks do not show."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import hmac
 class Secret:
     """Text that prints as ``***``: a password, a key, a VM's user data.
 
-    Neither ``str``, ``repr``, a format string nor a traceback's locals show it; :meth:`reveal` does, and is
-    the word to look for when one asks where secrets go. Two secrets are equal when their texts are.
+    ``str``, ``repr``, format strings and the locals of a traceback do not show it. Only :meth:`reveal` returns it;
+    search for that name to see where secrets are used. Two secrets are equal if their texts are equal.
     """
 
     __slots__ = ("_text",)
@@ -46,14 +46,14 @@ class Secret:
 
 
 def enc_hook(value: object) -> object:
-    """For msgspec encoders of the state file, the one place where secrets are written: the text itself."""
+    """Encode a Secret as its text. For the msgspec encoder of state files only, where secrets are stored."""
     if isinstance(value, Secret):
         return value.reveal()
     raise NotImplementedError(f"{type(value).__name__} is not encoded")
 
 
 def dec_hook(shape: type, value: object) -> object:
-    """For msgspec decoders of what :func:`enc_hook` wrote. Raises ValueError without quoting."""
+    """Decode what :func:`enc_hook` has encoded. The ValueError that it raises does not contain the value."""
     if shape is Secret and isinstance(value, str):
         return Secret(value)
     raise ValueError("not a secret's text")

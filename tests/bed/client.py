@@ -59,7 +59,7 @@ class Running(Generic[T]):
 
     def stop(self) -> T:
         """Stop the operation; returns its answer so far."""
-        self._client.tell({"id": self._number, "operation": "stop"})
+        self._client.send({"id": self._number, "operation": "stop"})
         return self.result()
 
     @property
@@ -92,14 +92,14 @@ class Client:
     def wait_up(self) -> Client:
         """Wait until the process accepts requests. Raises BedError with its stderr when it does not."""
         if not self._up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
-            raise BedError(f"{self.name} did not start: {self._last_words()}")
+            raise BedError(f"{self.name} did not start: {self._stderr_text()}")
         return self
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def tell(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         line = (json.dumps(message) + "\n").encode()
         with self._lock:
             assert self._process.stdin is not None
@@ -107,7 +107,7 @@ class Client:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
             except (OSError, ValueError) as error:
-                raise BedError(f"{self.name} is gone: {self._last_words()}") from error
+                raise BedError(f"{self.name} is gone: {self._stderr_text()}") from error
 
     def start(self, operation: str, shape: Callable[[Any], T], /, **arguments: Any) -> Running[T]:
         with self._lock:
@@ -116,7 +116,7 @@ class Client:
             answer: Future[Any] = Future()
             ready = threading.Event()
             self._waiting[number] = (answer, ready)
-        self.tell({"id": number, "operation": operation, "arguments": arguments})
+        self.send({"id": number, "operation": operation, "arguments": arguments})
         return Running(self, number, answer, ready, shape)
 
     def call(self, operation: str, /, **arguments: Any) -> Any:
@@ -161,7 +161,7 @@ class Client:
             if not answer.done():
                 answer.set_exception(BedError(f"{self.name} ended"))
 
-    def _last_words(self) -> str:
+    def _stderr_text(self) -> str:
         try:
             self._errors.seek(0)
             return self._errors.read().decode("utf-8", "replace")[-2000:]

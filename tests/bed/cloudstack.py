@@ -60,39 +60,39 @@ CLOUD_UID = 1600
 DETAILS_LENGTH_MAX = 1024
 
 Run = Callable[[str, str, int], Execution]
-"""(command, text of the payload file, seconds) → what the executable did."""
+"""Takes command, text of the payload file and timeout in seconds; returns the execution."""
 
 
 class Failed(Exception):
-    """CloudStack would report an error to its caller. ``execution`` is what the executable answered."""
+    """CloudStack would report an error to its caller. ``execution`` is the failed execution."""
 
     def __init__(self, what: str, execution: Execution) -> None:
         super().__init__(f"{what}: exit status {execution.status}: {execution.output.strip()}")
         self.execution = execution
 
 
-class Poisoned(Exception):
-    """What ensure-network-device printed once cannot be read: every command of the network fails, for good."""
+class UnreadableDetails(Exception):
+    """The stored output of ensure-network-device is invalid JSON. Every later command of the network fails."""
 
 
 def stored_details(whose: str, stored: str) -> dict[str, Any]:
-    """``extension.details`` of a network or VPC as the client parses them; empty: no row. Raises Poisoned."""
+    """``extension.details`` of a network or VPC as the client parses them; empty if unset. Raises UnreadableDetails."""
     if not stored:
         return {}
     try:
         parsed = json.loads(stored)
     except ValueError as error:
-        raise Poisoned(f"{whose}: {stored!r}") from error
+        raise UnreadableDetails(f"{whose}: {stored!r}") from error
     return parsed if isinstance(parsed, dict) else {}
 
 
 class Hung(Exception):
-    """The executable did not end, or somebody kept its output open: a thread of the real client would be lost."""
+    """The executable did not end, or a process kept its output open. The real client would lose a thread."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """One execution. ``ok`` by the client's rules: exit status 0, and no foreign ``status`` in the output."""
+    """One execution. ``ok`` follows the client's rule: exit status 0, and no ``status`` but success in the output."""
 
     command: str
     text: str
@@ -114,10 +114,10 @@ class Sent:
 
 
 class FakeCloudStack:
-    """One CloudStack with one registration of the extension. ``history`` has every execution, in order; ``carried_out``
-    the commands that succeeded in any of them.
+    """One CloudStack with one registration of the extension. ``history`` lists all executions in order.
 
-    ``timeout_s`` is what the executable is given: 60 today; a test of hosts that do not answer may give less.
+    ``carried_out`` is the set of commands that have succeeded in any instance. ``timeout_s`` is the timeout argument of
+    the executable, by default that of CloudStack. Tests with silent hosts set less.
     """
 
     carried_out: ClassVar[set[str]] = set()
@@ -140,16 +140,16 @@ class FakeCloudStack:
         home: Literal["set", "unset"] = "unset",
         patience_s: float = 100.0,
     ) -> FakeCloudStack:
-        """A CloudStack that runs ``program`` on the bed's management server: when it is not given the one file that
-        NETLOOM_ONE_FILE names, else the sources.
+        """A CloudStack that runs ``program`` on the bed's management server.
 
-        ``agent``: the agent's command on the hosts; from source when it is not given, the program's own choice when
-        it is empty. Raises Hung in every call whose program does not end within ``patience_s``.
+        The default program is the file named by NETLOOM_ONE_FILE, or else the sources. ``agent`` is the command of
+        the agent on hosts: by default from source, and the program's own default when empty. Every call raises Hung
+        when its program does not end within ``patience_s`` seconds.
         """
         from bed.lab import agent_command, program_from_source
 
         if program is None and agent is None and os.environ.get("NETLOOM_ONE_FILE"):
-            program, agent = Path(os.environ["NETLOOM_ONE_FILE"]), ""  # which brings itself to the hosts
+            program, agent = Path(os.environ["NETLOOM_ONE_FILE"]), ""  # it uploads itself to the hosts
         path = management.install(extension, program_from_source() if program is None else program)
         agent = agent_command() if agent is None else agent
         more = {"NETLOOM_AGENT": agent} if agent else {}
@@ -157,7 +157,7 @@ class FakeCloudStack:
         names = itertools.count(1)
 
         def run(command: str, text: str, timeout_s: int) -> Execution:
-            # As File.createTempFile makes it: the plain umask, so readable by every local user.
+            # As by File.createTempFile with the default umask: every local user can read it.
             file = f"/tmp/cs-extnet-{command}-{id(names):x}{next(names):06d}.payload"
             management.write(file, text, mode=0o644, uid=CLOUD_UID)
             try:
@@ -180,7 +180,7 @@ class FakeCloudStack:
         public_nic: str = "eth2",
         **details: str,
     ) -> FakeCloudStack:
-        """registerExtension, or updateRegisteredExtension: the details replace those before.
+        """registerExtension or updateRegisteredExtension: the details replace the previous ones.
 
         Details with a dot in their name (``guest.isolation``) go through ``**{"guest.isolation": "vxlan"}``.
         """
@@ -196,11 +196,11 @@ class FakeCloudStack:
     # --- executions
 
     def execute(self, command: str, details: Mapping[str, Any], payload: Fields) -> Sent:
-        """Write the payload, run the executable, judge it as the client does. Raises Hung."""
+        """Write the payload, run the executable and evaluate the result as the client does. Raises Hung."""
         return self.execute_text(command, payloads.envelope(self.registration, details, payload))
 
     def execute_text(self, command: str, text: str) -> Sent:
-        """The same with the text of the payload file as it is, for texts that no client writes."""
+        """The same with a given text as payload file, also one that the client would not write."""
         execution = self._run(command, text, self.timeout_s)
         sent = Sent(command, text, execution, succeeded(execution))
         self.history.append(sent)
@@ -211,7 +211,7 @@ class FakeCloudStack:
         return sent
 
     def commands(self, since: int = 0) -> list[str]:
-        """The commands sent, from the ``since``-th on."""
+        """The commands sent, without the first ``since``."""
         return [sent.command for sent in self.history[since:]]
 
     # --- networks
@@ -228,9 +228,9 @@ class FakeCloudStack:
         public_vlan: int | str = 101,
         reserved_ip: str = "",
     ) -> IsolatedNetwork:
-        """createNetwork: nothing is sent. ``vlan`` is what the zone gives it at the next implement.
+        """createNetwork, which sends nothing. ``vlan`` is assigned by the zone at the next implement.
 
-        ``source_nat`` as text is an address of ``public_vlan`` with a /24 around it and the first address as gateway.
+        A ``source_nat`` given as text is an address of ``public_vlan`` in a /24 whose first address is the gateway.
         """
         facts = NetworkFacts(
             str(network_id),
@@ -261,14 +261,14 @@ def succeeded(execution: Execution) -> bool:
 
 
 class IsolatedNetwork:
-    """An isolated network in CloudStack's database, and the events that happen to it."""
+    """An isolated network in CloudStack's database, and the events of its life cycle."""
 
     def __init__(self, cloud: FakeCloudStack, facts: NetworkFacts, vlan: str, public_vlan: int | str) -> None:
         self.cloud = cloud
         self.facts = facts
         self.next_vlan = vlan
         self.public_vlan = public_vlan
-        self.stored = ""  # extension.details, as text; empty: no row
+        self.stored = ""  # extension.details as text; empty without a row
         self.source_nat: PublicAddress | None = None
         self.addresses: list[PublicAddress] = []
         self.nics: list[Nic] = []
@@ -277,11 +277,11 @@ class IsolatedNetwork:
         self.firewall: list[FirewallRule] = []
         self.lb_rules: list[LoadBalancerRule] = []
         self.failures: list[Sent] = []
-        # The client asks ensure-network-device before every command. A test whose subject is not the sequence may ask
-        # only while nothing is stored: half the executions, the same effect on the host.
+        # The client sends ensure-network-device before every command. Tests that do not check the sequence may send it
+        # only while no details are stored. That halves the executions and has the same effect on the host.
         self.ensures_always = True
 
-    # --- what is known about it
+    # --- properties
 
     @property
     def offering(self) -> Offering:
@@ -289,7 +289,7 @@ class IsolatedNetwork:
 
     @property
     def details(self) -> dict[str, Any]:
-        """The stored details as the client parses them. Raises Poisoned."""
+        """The stored details as the client parses them. Raises UnreadableDetails."""
         return stored_details(f"network {self.facts.network_id}", self.stored)
 
     @property
@@ -301,7 +301,7 @@ class IsolatedNetwork:
     def namespace(self) -> str:
         return f"cs-net-{self.facts.network_id}"
 
-    def _gives(self, *services: str) -> bool:
+    def _provides(self, *services: str) -> bool:
         return bool(self.offering.services & set(services))
 
     def _in_state(self, state: State) -> None:
@@ -310,7 +310,7 @@ class IsolatedNetwork:
     # --- single executions
 
     def custom_action(self, action: str, **params: str) -> str:
-        """runCustomAction: ``details`` of the API's answer. No ensure before it. Raises Failed.
+        """runCustomAction, without an ensure before it; returns ``details`` of the API's answer. Raises Failed.
 
         ``table_id="100"`` is the parameter ``table-id``.
         """
@@ -323,7 +323,7 @@ class IsolatedNetwork:
         return sent.output or "OK"
 
     def ensure(self) -> Sent:
-        """ensure-network-device. A failure is a warning: the client goes on with what it had."""
+        """ensure-network-device. On failure the client logs a warning and keeps the stored details."""
         details = self.details
         payload = payloads.ensure_network_device(self.facts, self.stored or "{}")
         sent = self.cloud.execute("ensure-network-device", details, payload)
@@ -335,7 +335,7 @@ class IsolatedNetwork:
         return sent
 
     def send(self, command: str, payload: Fields) -> Sent:
-        """ensure-network-device, then the command."""
+        """Send ensure-network-device, then the command."""
         if self.ensures_always or not self.details:
             self.ensure()
         sent = self.cloud.execute(command, self.details, payload)
@@ -343,8 +343,8 @@ class IsolatedNetwork:
             self.failures.append(sent)
         return sent
 
-    def demand(self, command: str, payload: Fields) -> Sent:
-        """``send`` where a failure is an error to CloudStack's caller. Raises Failed."""
+    def send_or_fail(self, command: str, payload: Fields) -> Sent:
+        """Like ``send``, where a failure is an error for the caller of CloudStack. Raises Failed."""
         sent = self.send(command, payload)
         if not sent.ok:
             raise Failed(command, sent.execution)
@@ -353,61 +353,61 @@ class IsolatedNetwork:
     # --- implement, restart, shutdown, delete
 
     def implement(self) -> None:
-        """The network comes to life: allocated → implementing → implemented. Raises Failed, after shutting it down."""
+        """Implement the network: allocated → implementing → implemented. On failure shut it down and raise Failed."""
         self.facts.vlan = self.next_vlan
         self._in_state("implementing")
         try:
             self._implement_elements()
         except Failed:
-            # Some resources may stand: everything is taken down again, and the network is shut.
+            # Some resources may exist, so CloudStack removes all of them and shuts the network down.
             self._in_state("shutdown")
             self._tear_down_rules()
-            self._shut()
+            self._shut_down()
             raise
         self._in_state("implemented")
 
     def _implement_elements(self) -> None:
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
-        if self.source_nat and self._gives("SourceNat"):
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+        if self.source_nat and self._provides("SourceNat"):
             self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
         self._reprogram_rules()
-        if self.nics and self._gives(*GUEST_SERVICES):
+        if self.nics and self._provides(*GUEST_SERVICES):
             by_guest = {ip: address.ip for address, ip in self.static_nats}
-            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+            self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
 
     def _reprogram_rules(self) -> None:
         implementing = self.facts.state == "implementing"
         ingress = [rule for rule in self.firewall if rule.address]
-        if self._gives("Firewall"):
+        if self._provides("Firewall"):
             self._send_firewall()
             if len(ingress) < len(self.firewall):
                 self._send_firewall()
         if self.static_nats:
-            self._assign_round()
+            self._assign_all()
             for address, private_ip in self.static_nats:
-                self.demand("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
-            self._assign_round()
-        if ingress and self._gives("Firewall"):
-            self._assign_round(when=implementing)
+                self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
+            self._assign_all()
+        if ingress and self._provides("Firewall"):
+            self._assign_all(when=implementing)
             self._send_firewall()
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
         if self.port_forwards:
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
             for rule in self.port_forwards:
-                self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
-            self._assign_round(when=implementing)
+                self.send_or_fail("add-port-forward", payloads.port_forward(self.facts, rule))
+            self._assign_all(when=implementing)
         if self.lb_rules:
-            self._assign_round(when=implementing)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
-            self._assign_round(when=implementing)
+            self._assign_all(when=implementing)
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
+            self._assign_all(when=implementing)
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
-        """restartNetwork. ``rolling`` (the default of CloudStack) shuts nothing down, not even with cleanup."""
+        """restartNetwork. With ``rolling`` (CloudStack's default) nothing is shut down, even with cleanup."""
         if cleanup and rolling:
             self.ensure()
-            self.demand("implement-network", payloads.implement_network(self.facts))
-            if self.source_nat and self._gives("SourceNat"):
+            self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+            if self.source_nat and self._provides("SourceNat"):
                 self.send("assign-ip", payloads.public_ip(self.facts, self.source_nat))
         elif cleanup:
             self._tear_down_rules()
@@ -418,12 +418,12 @@ class IsolatedNetwork:
         self._implement_elements()
 
     def garbage_collect(self) -> bool:
-        """No VM has run for a while. False when shutdown-network failed: the network stays implemented."""
+        """Shut the network down, as after some time without VMs. False when that failed and it stays implemented."""
         self._in_state("shutdown")
         self._tear_down_rules()
-        return self._shut()
+        return self._shut_down()
 
-    def _shut(self) -> bool:
+    def _shut_down(self) -> bool:
         sent = self.send("shutdown-network", payloads.bare(self.facts))
         if not sent.ok:
             self._in_state("implemented")
@@ -434,13 +434,13 @@ class IsolatedNetwork:
         return True
 
     def _tear_down_rules(self) -> None:
-        """Every rule is revoked in memory only; the database, and so the firewall's list, stays full."""
+        """All rules are revoked, but only in memory. The database, and so the firewall list, keeps them."""
         for rule in self.port_forwards:
             self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
         if self.lb_rules:
             revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
             self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
-        if self._gives("Firewall"):
+        if self._provides("Firewall"):
             ingress = any(rule.address for rule in self.firewall)
             egress = any(not rule.address for rule in self.firewall)
             for _ in range(1 + ingress + egress):
@@ -451,11 +451,11 @@ class IsolatedNetwork:
             self.send("release-ip", payloads.public_ip(self.facts, address))
 
     def delete(self) -> None:
-        """deleteNetwork. Raises Failed when the device refused; it can be repeated then."""
+        """deleteNetwork. Raises Failed when the device refused. It can be repeated."""
         if self.facts.state == "implemented":
             self.garbage_collect()
         self.static_nats, self.port_forwards, self.firewall, self.lb_rules = [], [], [], []
-        self.demand("destroy-network", payloads.bare(self.facts))
+        self.send_or_fail("destroy-network", payloads.bare(self.facts))
         self.stored = ""
 
     # --- VMs
@@ -471,7 +471,7 @@ class IsolatedNetwork:
         nic_id: int | None = None,
         device_id: int = 0,
     ) -> Nic:
-        """A VM gets a NIC in this network, which is implemented when it is not. Raises Failed."""
+        """Deploy a VM with a NIC in this network, and implement the network first if needed. Raises Failed."""
         nic = Nic(
             str(nic_id or self.cloud.new_id()),
             str(uuid.uuid4()),
@@ -485,50 +485,52 @@ class IsolatedNetwork:
         return self.add_nic(nic, password=password)
 
     def add_nic(self, nic: Nic, *, password: str = "") -> Nic:
-        """The same with a NIC that is already described."""
+        """The same with a given NIC."""
         self.nics.append(nic)
         return self.start_vm(nic, password=password)
 
     def start_vm(self, nic: Nic, *, password: str = "") -> Nic:
-        """A VM starts, for the first time or again. Raises Failed."""
+        """Start a VM, for the first time or again. Raises Failed."""
         if self.facts.state == "allocated":
             self.implement()
         self.send("prepare-nic", payloads.prepare_nic(self.facts, nic))
-        if self._gives("Dhcp"):
+        if self._provides("Dhcp"):
             if self.offering.subnets:
-                self.demand("config-dhcp-subnet", payloads.config_subnet(self.facts, nic))
-            self.demand("add-dhcp-entry", payloads.add_dhcp_entry(self.facts, nic))
-        if self._gives("Dns"):
+                self.send_or_fail("config-dhcp-subnet", payloads.config_subnet(self.facts, nic))
+            self.send_or_fail("add-dhcp-entry", payloads.add_dhcp_entry(self.facts, nic))
+        if self._provides("Dns"):
             if not nic.ip6_address:
-                self.demand("config-dns-subnet", payloads.config_subnet(self.facts, nic))
-            self.demand("add-dns-entry", payloads.add_dns_entry(self.facts, nic))
-        if self._gives("UserData"):
+                self.send_or_fail("config-dns-subnet", payloads.config_subnet(self.facts, nic))
+            self.send_or_fail("add-dns-entry", payloads.add_dns_entry(self.facts, nic))
+        if self._provides("UserData"):
             public = next((address.ip for address, ip in self.static_nats if ip == nic.ip), "")
-            self.demand("save-vm-data", payloads.save_vm_data(self.facts, nic, static_nat_ip=public, password=password))
+            self.send_or_fail(
+                "save-vm-data", payloads.save_vm_data(self.facts, nic, static_nat_ip=public, password=password)
+            )
         return nic
 
     def stop_vm(self, nic: Nic) -> None:
         self.send("release-nic", payloads.release_nic(self.facts, nic))
 
     def expunge_vm(self, nic: Nic) -> None:
-        """The VM is gone for good. No remove-dns-entry: the client has no caller for it."""
+        """Expunge the VM. The client never sends remove-dns-entry for it."""
         self.nics.remove(nic)
-        if self._gives("Dhcp"):
+        if self._provides("Dhcp"):
             self.send("remove-dhcp-entry", payloads.remove_dhcp_entry(self.facts, nic))
 
     def reset_password(self, nic: Nic, password: str) -> None:
-        self.demand("save-password", payloads.save_item(self.facts, nic, "password", password))
+        self.send_or_fail("save-password", payloads.save_item(self.facts, nic, "password", password))
 
     def reset_ssh_key(self, nic: Nic, key: str) -> None:
-        self.demand("save-sshkey", payloads.save_item(self.facts, nic, "sshkey", key))
+        self.send_or_fail("save-sshkey", payloads.save_item(self.facts, nic, "sshkey", key))
 
     def reset_user_data(self, nic: Nic, user_data: str) -> None:
-        self.demand("save-userdata", payloads.save_item(self.facts, nic, "userdata", user_data))
+        self.send_or_fail("save-userdata", payloads.save_item(self.facts, nic, "userdata", user_data))
 
     # --- addresses and rules
 
     def associate(self, address: PublicAddress | str, *, vlan: int | str | None = None) -> PublicAddress:
-        """associateIpAddress: nothing is sent."""
+        """associateIpAddress, which sends nothing."""
         if isinstance(address, str):
             net = address.rpartition(".")[0]
             tag = self.public_vlan if vlan is None else vlan
@@ -536,7 +538,7 @@ class IsolatedNetwork:
         self.addresses.append(address)
         return address
 
-    def _live(self) -> bool:
+    def _is_implemented(self) -> bool:
         return self.facts.state == "implemented"
 
     def _rules_of(self, address: PublicAddress) -> int:
@@ -546,24 +548,24 @@ class IsolatedNetwork:
         rules += [rule.address for rule in self.lb_rules]
         return sum(each is address for each in rules)
 
-    def _assign_round(self, *, when: bool = True) -> None:
-        """For every address in use: assign-ip, again."""
+    def _assign_all(self, *, when: bool = True) -> None:
+        """Send assign-ip again for every address in use."""
         if not when:
             return
         for address in self.addresses:
             if address.source_nat or self._rules_of(address):
-                self.demand("assign-ip", payloads.public_ip(self.facts, address))
+                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, address))
 
     def _first_rule(self, address: PublicAddress) -> None:
         if self._rules_of(address) == 1:
-            self._assign_round()
+            self._assign_all()
 
     def _last_rule(self, address: PublicAddress | None) -> None:
         if address is not None and not address.source_nat and self._rules_of(address) == 0:
-            self.demand("release-ip", payloads.public_ip(self.facts, address))
+            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))
 
     def _send_firewall(self) -> None:
-        self.demand("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
+        self.send_or_fail("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
 
     def add_port_forward(
         self,
@@ -575,14 +577,14 @@ class IsolatedNetwork:
         protocol: str = "tcp",
         open_firewall: bool = False,
     ) -> PortForwardRule:
-        """createPortForwardingRule. Ports are ``22`` or ``8080-8090``; private ones default to the public ones."""
+        """createPortForwardingRule. Ports are ``22`` or ``8080-8090``; private ports default to the public ones."""
         ip = guest if isinstance(guest, str) else guest.ip
         private = str(private_ports or public_ports)
         rule = PortForwardRule(self.cloud.new_id(), address, str(public_ports), ip, private, protocol)
         self.port_forwards.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
-            self.demand("add-port-forward", payloads.port_forward(self.facts, rule))
+            self.send_or_fail("add-port-forward", payloads.port_forward(self.facts, rule))
         if open_firewall:
             first, _, last = str(public_ports).partition("-")
             self.add_firewall_rule(address, protocol, int(first), int(last or first))
@@ -590,23 +592,23 @@ class IsolatedNetwork:
 
     def delete_port_forward(self, rule: PortForwardRule) -> None:
         self.port_forwards.remove(rule)
-        if self._live():
-            self.demand("delete-port-forward", payloads.port_forward(self.facts, rule))
+        if self._is_implemented():
+            self.send_or_fail("delete-port-forward", payloads.port_forward(self.facts, rule))
             self._last_rule(rule.address)
 
     def enable_static_nat(self, address: PublicAddress, guest: Nic | str) -> None:
         ip = guest if isinstance(guest, str) else guest.ip
         self.static_nats.append((address, ip))
-        if self._live():
-            self._assign_round()
-            self.demand("add-static-nat", payloads.static_nat(self.facts, address, ip))
-            self._assign_round()
+        if self._is_implemented():
+            self._assign_all()
+            self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, ip))
+            self._assign_all()
 
     def disable_static_nat(self, address: PublicAddress) -> None:
         (ip,) = [guest for each, guest in self.static_nats if each is address]
         self.static_nats.remove((address, ip))
-        if self._live():
-            self.demand("delete-static-nat", payloads.static_nat(self.facts, address, ip))
+        if self._is_implemented():
+            self.send_or_fail("delete-static-nat", payloads.static_nat(self.facts, address, ip))
             self._last_rule(address)
 
     def add_firewall_rule(
@@ -632,7 +634,7 @@ class IsolatedNetwork:
             tuple(sources),
         )
         self.firewall.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
             self._send_firewall()
         return rule
@@ -648,7 +650,7 @@ class IsolatedNetwork:
         icmp_type: int | None = None,
         icmp_code: int | None = None,
     ) -> FirewallRule:
-        """createEgressFirewallRule: it denies where the offering allows by default, and allows where it denies."""
+        """createEgressFirewallRule. It denies when the offering allows egress by default, and allows otherwise."""
         rule = FirewallRule(
             self.cloud.new_id(),
             protocol,
@@ -661,38 +663,38 @@ class IsolatedNetwork:
             tuple(destinations),
         )
         self.firewall.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._send_firewall()
         return rule
 
     def delete_firewall_rule(self, rule: FirewallRule) -> None:
         self.firewall.remove(rule)
-        if self._live():
+        if self._is_implemented():
             self._send_firewall()
             self._last_rule(rule.address)
 
     def add_lb_rule(
         self, address: PublicAddress, name: str, public_port: int, private_port: int, guests: Sequence[Nic]
     ) -> LoadBalancerRule:
-        """createLoadBalancerRule and assignToLoadBalancerRule in one."""
+        """createLoadBalancerRule and assignToLoadBalancerRule."""
         backends = [Backend(nic.ip, private_port) for nic in guests]
         rule = LoadBalancerRule(self.cloud.new_id(), name, address, public_port, private_port, backends=backends)
         self.lb_rules.append(rule)
-        if self._live():
+        if self._is_implemented():
             self._first_rule(address)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
         return rule
 
     def delete_lb_rule(self, rule: LoadBalancerRule) -> None:
         self.lb_rules.remove(rule)
-        if self._live():
+        if self._is_implemented():
             backends = [dataclasses.replace(each, revoked=True) for each in rule.backends]
             revoked = dataclasses.replace(rule, revoke=True, backends=backends)
-            self.demand("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
+            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
             self._last_rule(rule.address)
 
     def disassociate(self, address: PublicAddress) -> None:
-        """disassociateIpAddress: its rules are revoked one by one, then the address is released."""
+        """disassociateIpAddress: revoke the rules of the address one by one, then release it."""
         for forward in [rule for rule in self.port_forwards if rule.address is address]:
             self.delete_port_forward(forward)
         for balanced in [rule for rule in self.lb_rules if rule.address is address]:
@@ -702,5 +704,5 @@ class IsolatedNetwork:
         if any(each is address for each, _ in self.static_nats):
             self.disable_static_nat(address)
         self.addresses.remove(address)
-        if self._live():
-            self.demand("release-ip", payloads.public_ip(self.facts, address))
+        if self._is_implemented():
+            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))

@@ -1,7 +1,7 @@
-"""``make demo``: the life of an isolated network with two VMs, each step told and proved with packets.
+"""``make demo``: the life cycle of an isolated network with two VMs. Each step is printed and proved with packets.
 
-Two simulated hosts, a management server and an internet are started out of namespaces; a make-believe CloudStack
-drives netloom over real SSH. Everything is gone when it ends. Exit status 1 when something was not as it should be.
+Two simulated hosts, a management server and an internet are made of namespaces. A fake CloudStack controls netloom over
+real SSH. Nothing remains at the end. The exit status is 1 when a statement was false.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EVENT, SENT, PROOF = 34, 25, 52
 
 
 class Show:
-    """Prints the table as things happen, and counts what failed."""
+    """Prints the rows of the table and collects failures."""
 
     def __init__(self, cloud: FakeCloudStack) -> None:
         self._cloud = cloud
@@ -36,7 +36,7 @@ class Show:
         self.failed: list[str] = []
 
     def forget(self) -> None:
-        """What was executed so far belongs to no row."""
+        """Leave the executions so far out of the table."""
         self._seen = len(self._cloud.history)
 
     def chapter(self, title: str) -> None:
@@ -45,7 +45,7 @@ class Show:
         print(f"  {'-' * EVENT}  {'-' * SENT}  {'-' * PROOF}")
 
     def step(self, event: str, *proofs: tuple[str, bool]) -> None:
-        """One row: what happened, what was executed since the last row, and what was then seen to be so."""
+        """Print a row: the event, the executions since the last row, and the statements with their results."""
         sent = self._cloud.history[self._seen :]
         self._seen = len(self._cloud.history)
         commands = Counter(each.command for each in sent)
@@ -83,7 +83,7 @@ class Show:
 
 
 def main() -> int:
-    """Play it; the exit status."""
+    """Run the demo; returns the exit status."""
     started = time.monotonic()
     print("netloom: an isolated network of Apache CloudStack on two simulated KVM hosts")
     with Bed(hosts=2, vlans=[1204], public_vlans=[101]) as bed:
@@ -91,24 +91,24 @@ def main() -> int:
         cloud = FakeCloudStack.on(bed.management)
         cloud.register(hosts=bed.hosts, **bed.login("root", by="password"))
         hosts = " and ".join(f"{host.name} ({host.address})" for host in bed.hosts)
-        print(f"{hosts} listen on SSH after {time.monotonic() - started:.1f} s; nothing of netloom runs there yet.")
+        print(f"{hosts} accept SSH after {time.monotonic() - started:.1f} s. netloom is not running there yet.")
         failed, proofs = _life(Show(cloud), bed, cloud, internet)
     print()
     for each in failed:
-        print(f"NOT AS IT SHOULD BE: {each}")
-    verdict = f"{len(failed)} of them failed" if failed else "all of them true"
+        print(f"FAILED: {each}")
+    verdict = f"{len(failed)} of them failed" if failed else "all of them hold"
     print(f"{proofs} statements proved with packets, {verdict}, in {time.monotonic() - started:.0f} s.")
     return 1 if failed else 0
 
 
 def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tuple[list[str], int]:
     network = cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", source_nat="203.0.113.20")
-    # Every candidate is asked where the network lives: from here on an agent runs on both hosts, and stays.
+    # This call queries every candidate host, so from here on an agent runs on both hosts.
     network.ensure()
     before = [_objects(host) for host in bed.hosts]
     show.forget()
 
-    show.chapter("The network comes to life")
+    show.chapter("First VMs")
     one = network.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:cc:00:03")
     host = next(each for each in bed.hosts if each.address == network.host)
     web = _plug(host, network, one)
@@ -117,7 +117,7 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
             "first VM, web-1 (10.10.1.45)",
             ("web-1 pings its gateway 10.10.1.1", web.ping("10.10.1.1").ok),
             (f"web-1 reaches {OUTSIDE}:80, which sees 203.0.113.20", web.tcp(OUTSIDE, 80).saw == "203.0.113.20"),
-            ("nothing new comes in on 203.0.113.20", not internet.tcp("203.0.113.20", 22, **SOON).ok),
+            ("203.0.113.20 accepts no new connections", not internet.tcp("203.0.113.20", 22, **SOON).ok),
         )
         two = network.deploy_vm("db-1", ip="10.10.1.162", mac="02:01:00:cc:00:04")
         other = next(each for each in bed.hosts if each is not host)
@@ -140,17 +140,17 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
     host.power_cut()
     host.boot()
     host.sh(f"{agent_command()} serve --log /var/log/netloom/agent.log </dev/null >/dev/null 2>&1 &")
-    # The agent comes up before libvirt starts VMs, as its unit will say on a real host.
+    # The agent starts before libvirt starts VMs, as its systemd unit ensures on a real host.
     until(lambda: host.run("ip", "link", "show", "vnetg204", check=False).status == 0, seconds=30)
     web = _plug(host, network, one)
     leased = until(lambda: "obtained" in _lease(web), seconds=30)
     with internet.serve_tcp(80), web.serve_tcp(22, 8080), database.serve_tcp(22):
-        spread = until(lambda: _told(internet) == {"web-1": 3, "db-1": 3}, seconds=30)
+        spread = until(lambda: _balanced_answers(internet) == {"web-1": 3, "db-1": 3}, seconds=30)
         show.step(
             f"{host.name} loses power and boots",
-            ("udhcpc: web-1 gets its lease again, nobody asked CloudStack", leased),
+            ("udhcpc: web-1 gets its lease again without CloudStack", leased),
             (f"dig: db-1.{network.facts.domain} is 10.10.1.162", _dig(web, f"db-1.{network.facts.domain}") == two.ip),
-            ("curl: metadata is back", _get(web, "/latest/meta-data/local-hostname") == "web-1"),
+            ("curl: metadata is available", _get(web, "/latest/meta-data/local-hostname") == "web-1"),
             (f"web-1 reaches {OUTSIDE}:80", web.tcp(OUTSIDE, 80).saw == "203.0.113.20"),
             ("203.0.113.21:8080 reaches web-1", internet.tcp("203.0.113.21", 8080).server == "web-1"),
             ("203.0.113.23:2200 is balanced: three and three", spread),
@@ -158,10 +158,10 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
         network.delete_lb_rule(rule)
         show.step(
             "the balancing rule is deleted",
-            ("nothing answers any more", not internet.tcp("203.0.113.23", 2200, **SOON).ok),
+            ("the port is closed", not internet.tcp("203.0.113.23", 2200, **SOON).ok),
         )
 
-    show.chapter("The end")
+    show.chapter("Deletion")
     if other is not host:
         database.destroy()
     web.destroy()
@@ -170,13 +170,13 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
     show.step(
         "the network is deleted",
         ("no process, namespace, link, route, rule, file or flow is left", left == [{}, {}]),
-        ("nobody answers ARP for 203.0.113.20", internet.who_has("203.0.113.20") == []),
+        ("ARP requests for 203.0.113.20 are not answered", internet.who_has("203.0.113.20") == []),
     )
     return show.failed, show.proofs
 
 
 def _plug(host: Host, network: IsolatedNetwork, nic: Nic) -> Vm:
-    """As CloudStack's KVM agent does it: the VM's tap goes into the bridge of the network's VLAN."""
+    """Start the VM on the bridge of the network's VLAN, as CloudStack's KVM agent does."""
     return host.vm(nic.vm.name, vlan=network.facts.vlan, mac=nic.mac, ip=f"{nic.ip}/24", gateway="10.10.1.1")
 
 
@@ -186,13 +186,13 @@ def _forwards(show: Show, network: IsolatedNetwork, internet: Internet, web: Vm,
     ssh = network.add_port_forward(address, 2222, nic, 22)
     show.step(
         "forward 203.0.113.21:2222 to web-1:22",
-        ("without a firewall rule nothing comes in", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
+        ("closed without a firewall rule", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
     )
     rule = network.add_firewall_rule(address, "tcp", 2222)
     answer = internet.tcp("203.0.113.21", 2222)
     show.step(
         "firewall rule: tcp 2222",
-        ("203.0.113.21:2222 answers, and it is web-1", answer.server == "web-1"),
+        ("203.0.113.21:2222 is answered by web-1", answer.server == "web-1"),
         ("web-1 sees the client's own address", answer.saw == "203.0.113.1"),
     )
     network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
@@ -208,8 +208,8 @@ def _forwards(show: Show, network: IsolatedNetwork, internet: Internet, web: Vm,
         show.step(
             "the rule for 2222 is deleted",
             ("an open connection to 2222 ends", ended != "answered"),
-            ("an open connection to 8080 does not notice", still == "answered"),
-            ("no new connection to 2222", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
+            ("an open connection to 8080 stays open", still == "answered"),
+            ("2222 accepts no new connections", not internet.tcp("203.0.113.21", 2222, **SOON).ok),
         )
     network.delete_port_forward(ssh)
 
@@ -221,8 +221,8 @@ def _static_nat(show: Show, network: IsolatedNetwork, internet: Internet, databa
     with internet.serve_tcp(80, 25):
         show.step(
             "static NAT 203.0.113.22 for db-1",
-            ("db-1 leaves as 203.0.113.22, not as the source NAT", database.tcp(OUTSIDE, 80).saw == "203.0.113.22"),
-            ("nothing comes in without a rule", not internet.tcp("203.0.113.22", 5432, **SOON).ok),
+            ("db-1 uses 203.0.113.22 instead of source NAT", database.tcp(OUTSIDE, 80).saw == "203.0.113.22"),
+            ("closed without a firewall rule", not internet.tcp("203.0.113.22", 5432, **SOON).ok),
         )
         network.add_firewall_rule(address, "tcp", 5432, sources=["203.0.113.0/24"])
         outside = internet.tcp("203.0.113.22", 5432, source=OUTSIDE, **SOON)
@@ -246,22 +246,22 @@ def _restart(show: Show, network: IsolatedNetwork, internet: Internet) -> None:
     moved = transfer.stop()
     show.step(
         "the network is restarted with cleanup",
-        (f"a transfer went on all the while: {moved.echoed >> 10} KiB, intact", moved.failure == "" and moved.intact),
+        (f"a transfer continued without loss: {moved.echoed >> 10} KiB", moved.failure == "" and moved.intact),
         ("203.0.113.21:8085 answers", internet.tcp("203.0.113.21", 8085).ok),
     )
 
 
 def _services(show: Show, network: IsolatedNetwork, web: Vm, nic: Nic, database: Vm) -> None:
-    show.chapter("Guest services, asked by real clients in the VMs")
+    show.chapter("Guest services, tested with real clients in the VMs")
     domain = network.facts.domain
     show.step(
-        "(given with the first start)",
+        "(set up at the first start)",
         ("udhcpc: web-1 gets 10.10.1.45 from 10.10.1.1", "lease of 10.10.1.45 obtained from 10.10.1.1" in _lease(web)),
         (f"dig: db-1.{domain} is 10.10.1.162", _dig(web, f"db-1.{domain}") == "10.10.1.162"),
         (f"dig, over TCP: 10.10.1.162 is db-1.{domain}", _dig(web, "+tcp", "-x", "10.10.1.162") == f"db-1.{domain}."),
         ("dig: data-server is 10.10.1.1", _dig(web, f"data-server.{domain}") == "10.10.1.1"),
         ("curl: /latest/meta-data/local-hostname is web-1", _get(web, "/latest/meta-data/local-hostname") == "web-1"),
-        ("the same question from db-1 is answered db-1", _get(database, "/latest/meta-data/local-hostname") == "db-1"),
+        ("curl from db-1: the same path gives db-1", _get(database, "/latest/meta-data/local-hostname") == "db-1"),
     )
     network.reset_password(nic, "correct horse")
     mine, theirs = _password(web), _password(database)
@@ -269,8 +269,8 @@ def _services(show: Show, network: IsolatedNetwork, web: Vm, nic: Nic, database:
     show.step(
         "web-1's password is reset",
         ("curl, port 8080: web-1 fetches it", mine == "correct horse"),
-        ("db-1 does not", theirs == "saved_password"),
-        ("acknowledged, it is gone", _password(web) == "saved_password"),
+        ("db-1 cannot fetch it", theirs == "saved_password"),
+        ("it is erased after the acknowledgement", _password(web) == "saved_password"),
     )
 
 
@@ -280,24 +280,24 @@ def _balance(show: Show, network: IsolatedNetwork, internet: Internet, one: Nic,
     rule = network.add_lb_rule(address, "ssh", 2200, 22, [one, two])
     closed = not internet.tcp("203.0.113.23", 2200, **SOON).ok
     network.add_firewall_rule(address, "tcp", 2200)
-    told = _told(internet)
+    told = _balanced_answers(internet)
     show.step(
         "203.0.113.23:2200 over both VMs",
-        ("without a firewall rule nothing comes in", closed),
+        ("closed without a firewall rule", closed),
         ("six connections: three to web-1, three to db-1", told == {"web-1": 3, "db-1": 3}),
     )
     return rule
 
 
-def _told(internet: Internet) -> Counter[str]:
-    """Who answers six connections to the balanced port."""
+def _balanced_answers(internet: Internet) -> Counter[str]:
+    """The VMs that answer six connections to the balanced port."""
     return Counter(internet.tcp("203.0.113.23", 2200).server for _ in range(6))
 
 
 def _objects(host: Host) -> dict[str, list[str]]:
-    """What is on the host, once the relays of the last call have ended: the client does not wait for those.
+    """The objects on the host after the relays of the last call have ended, which the client does not wait for.
 
-    Without the lock and the number by which this boot's agent was started.
+    The agent's start lock and the descriptor number in its command line are left out.
     """
     until(lambda: not any("agent connect" in each for each in host.objects()["processes"]))
     found = host.objects()

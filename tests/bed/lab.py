@@ -389,8 +389,8 @@ class Bed:
         self._inits: list[Client] = []
         self._plan = _Plan()
         self._shown = _shown_paths()
-        self._shelf = _shelf(self._shown)
-        self._keeper = Client("fabric", {"role": "keeper", "unshare": ["net", "mnt"], "shelf": self._shelf})
+        self._disk_mount_point = _disk_mount_point(self._shown)
+        self._keeper = Client("fabric", {"role": "keeper", "unshare": ["net", "mnt"], "shelf": self._disk_mount_point})
         try:
             self.fabric = Machine("fabric", self._keeper.wait_up())
             self._build(hosts, [("eth1", str(v)) for v in vlans] + [("eth2", str(v)) for v in public_vlans])
@@ -525,7 +525,7 @@ class Bed:
             "sshd": sshd,
             "enter": {"pid": self._keeper.pid, "kinds": ["mnt"]},
             "unshare_before_fork": ["mnt", "pid", "net", "uts", "ipc"],
-            "disk": f"{self._shelf}/{name}",
+            "disk": f"{self._disk_mount_point}/{name}",
             "shown": self._shown,
             **files,
         }
@@ -576,7 +576,7 @@ def _shown_paths() -> list[str]:
     return shown
 
 
-def _shelf(shown: Sequence[str]) -> str:
+def _disk_mount_point(shown: Sequence[str]) -> str:
     """A standard directory that holds nothing of ``shown``: the mount point of the disks, in a private namespace."""
     for path in ("/mnt", "/srv", "/media", "/opt"):
         if os.path.isdir(path) and not any(each.startswith(f"{path}/") for each in shown):

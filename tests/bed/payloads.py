@@ -1,7 +1,7 @@
 """The payload files that CloudStack's client writes, byte by byte, one function for each command.
 
-Taken from the client's source, not from its documentation; compared byte by byte with tests/payloads. Nothing here
-runs anything. The objects are CloudStack's (a network, an address, a rule, a VM), as its database would have them.
+They are taken from the client's source, not its documentation, and compared byte by byte with tests/payloads. The
+module executes nothing. Its objects (networks, addresses, rules, VMs) are those of CloudStack's database.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Fields = dict[str, Any]
 
 # --- Gson -------------------------------------------------------------------------------------------
 
-# HTML-safe: these are written as escapes inside strings. Other letters stand as UTF-8.
+# Gson's HTML-safe mode writes these characters as escapes in strings, and other letters as UTF-8.
 _HTML_SAFE = {ord(c): f"\\u{ord(c):04x}" for c in "<>&='\u2028\u2029"}
 
 
 def gson(value: Any) -> str:
-    """JSON as Gson's default writer gives it: one line, no spaces, HTML-safe, null members left out."""
-    # Outside strings JSON has none of the escaped characters, so replacing in the whole text is right.
+    """JSON as by Gson's default writer: one line, no spaces, HTML-safe, without null members."""
+    # The escaped characters occur only in strings, so they can be replaced in the whole text.
     return json.dumps(without_nulls(value), ensure_ascii=False, separators=(",", ":")).translate(_HTML_SAFE)
 
 
@@ -36,7 +36,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def hash_map_order(members: Mapping[str, str]) -> dict[str, str]:
-    """The members as a Java HashMap walks them: details arrive in no order of the operator's."""
+    """The members in the iteration order of a Java HashMap, in which details arrive."""
     size = 16
     while len(members) > size * 3 // 4:
         size *= 2
@@ -52,7 +52,7 @@ def hash_map_order(members: Mapping[str, str]) -> dict[str, str]:
 
 
 def envelope(registration: Mapping[str, str], details: Mapping[str, Any], payload: Fields) -> str:
-    """The whole file of every command but custom-action."""
+    """The complete file of every command except custom-action."""
     return gson(
         {
             "physical-network-extension-details": hash_map_order(registration),
@@ -65,7 +65,7 @@ def envelope(registration: Mapping[str, str], details: Mapping[str, Any], payloa
 def custom_action(
     registration: Mapping[str, str], details: Mapping[str, Any], about: Fields, action: str, params: Mapping[str, str]
 ) -> str:
-    """The whole file of custom-action, which is flat; ``about`` is what a payload of the network or VPC begins with."""
+    """The complete, flat file of custom-action. ``about`` has the common members of the network or VPC."""
     return gson(
         {
             **about,
@@ -86,9 +86,9 @@ GUEST_SERVICES = frozenset({"Dhcp", "Dns", "UserData"})
 
 @dataclass(frozen=True)
 class Offering:
-    """A network offering: which services the extension gives, and what egress does by default.
+    """A network offering: the services of the extension and the egress default.
 
-    ``subnets``: the extension declares DhcpAccrossMultipleSubnets (sic), so config-dhcp-subnet is sent.
+    With ``subnets`` the extension declares DhcpAccrossMultipleSubnets (sic), so config-dhcp-subnet is sent.
     """
 
     services: frozenset[str]
@@ -119,7 +119,7 @@ class PublicAddress:
 
 @dataclass
 class VirtualMachine:
-    """What of a VM ends up in its metadata."""
+    """The properties of a VM that appear in its metadata."""
 
     name: str
     uuid: str
@@ -128,7 +128,7 @@ class VirtualMachine:
     user_data: str = ""
     public_key: str = ""
     parameters: dict[str, str] = field(default_factory=dict)
-    hypervisor: str = ""  # shown only when two settings expose it
+    hypervisor: str = ""  # included only when two settings expose it
     domain: str = ""
     domain_uuid: str = ""
     cloud_name: str = ""
@@ -146,7 +146,7 @@ class Nic:
     netmask: str = "255.255.255.0"
     device_id: int = 0
     default: bool = True
-    gateway: str = ""  # replaces the network's when it is not blank
+    gateway: str = ""  # overrides the gateway of the network unless blank
     ip6_address: str = ""
     ip6_gateway: str = ""
     ip6_cidr: str = ""
@@ -164,7 +164,7 @@ class PortForwardRule:
 
 @dataclass
 class FirewallRule:
-    """``address`` None: an egress rule."""
+    """An ingress rule, or an egress rule if ``address`` is None."""
 
     rule_id: int
     protocol: str
@@ -192,7 +192,7 @@ class LoadBalancerRule:
     public_port: int
     private_port: int
     algorithm: str = "roundrobin"
-    # The client sends the constant tcp whatever the user chose.
+    # The client always sends tcp, whatever the user chose.
     protocol: str = "tcp"
     backends: list[Backend] = field(default_factory=list)
     revoke: bool = False
@@ -240,11 +240,11 @@ class NetworkFacts:
     dns: str = "198.51.100.53,198.51.100.54"
     domain: str = "cs2cloud.internal"
     offering: Offering = ALL_SERVICES
-    reserved_ip: str = ""  # the device's own guest address, where it is not the gateway
+    reserved_ip: str = ""  # the device's guest address if it is not the gateway
 
     @property
     def extension_ip(self) -> str:
-        """The gateway when the provider gives SourceNat or Gateway, else an own address if it gives guest services."""
+        """The gateway if the extension provides SourceNat or Gateway, else the reserved address for guest services."""
         if self.offering.services & {"SourceNat", "Gateway"}:
             return self.gateway
         return self.reserved_ip if self.offering.services & GUEST_SERVICES else ""
@@ -254,7 +254,7 @@ class NetworkFacts:
 
 
 def _present(**members: str) -> Fields:
-    """Members that are left out when blank."""
+    """The members that are not blank."""
     return {key: value for key, value in members.items() if value}
 
 
@@ -263,7 +263,7 @@ def _flag(value: bool) -> str:
 
 
 def network(it: NetworkFacts, *, gateway: str = "") -> Fields:
-    """The members that every payload of a network begins with."""
+    """The first members of every payload of a network."""
     return {
         "network_id": it.network_id,
         "vlan": it.vlan,
@@ -333,12 +333,12 @@ def implement_network(it: NetworkFacts) -> Fields:
 
 
 def bare(it: NetworkFacts) -> Fields:
-    """shutdown-network and destroy-network."""
+    """The payload of shutdown-network and destroy-network."""
     return network(it)
 
 
 def public_ip(it: NetworkFacts, address: PublicAddress) -> Fields:
-    """assign-ip and release-ip: the only payloads in which ``source_nat`` says what the address is."""
+    """The payload of assign-ip and release-ip. Only here ``source_nat`` describes the address."""
     return {**network(it), **_public(address, source_nat=address.source_nat)}
 
 
@@ -396,7 +396,7 @@ def lb_rules(it: NetworkFacts, rules: Iterable[LoadBalancerRule]) -> Fields:
 
 
 def vpc(it: VpcFacts, address: PublicAddress | None = None) -> Fields:
-    """The members that every payload of a VPC consists of; ``address``: its source-NAT address."""
+    """The members of every payload of a VPC. ``address`` is its source-NAT address."""
     about: Fields = {"vpc_id": it.vpc_id, "zone_id": it.zone_id, "vpc_state": it.state, "vpc_cidr": it.cidr}
     return about | (_public(address, source_nat=True) if address else {})
 
@@ -406,7 +406,7 @@ def ensure_vpc_device(it: VpcFacts, stored: str) -> Fields:
 
 
 def acl_rules(it: NetworkFacts, items: Iterable[AclItem]) -> Fields:
-    """The complete list of a tier, in the order of its numbers."""
+    """The complete ACL of a tier, ordered by item number."""
     return {**network(it), "acl_rules": [_acl_item(item) for item in sorted(items, key=lambda item: item.number)]}
 
 
@@ -433,12 +433,12 @@ def release_nic(it: NetworkFacts, nic: Nic) -> Fields:
 
 
 def config_subnet(it: NetworkFacts, nic: Nic) -> Fields:
-    """config-dhcp-subnet and config-dns-subnet."""
+    """The payload of config-dhcp-subnet and config-dns-subnet."""
     return {**network(it, gateway=nic.gateway), **_resolvers(it), **_device(it), **_nic(nic)}
 
 
 def subnet(it: NetworkFacts) -> Fields:
-    """remove-dns-subnet of a shared network: of no NIC."""
+    """The payload of remove-dns-subnet of a shared network, which names no NIC."""
     return {**network(it), **_resolvers(it), **_device(it)}
 
 
@@ -482,7 +482,7 @@ def save_vm_data(it: NetworkFacts, nic: Nic, *, static_nat_ip: str = "", passwor
 
 
 def restore_network(it: NetworkFacts, nics: Iterable[Nic], static_nat_ips: Mapping[str, str]) -> Fields:
-    """``static_nat_ips``: public address by guest address."""
+    """The payload of restore-network. ``static_nat_ips`` maps guest addresses to public addresses."""
     services = it.offering.services
     vms = [
         {
@@ -512,7 +512,7 @@ def restore_network(it: NetworkFacts, nics: Iterable[Nic], static_nat_ips: Mappi
 
 
 def vm_data(nic: Nic, *, static_nat_ip: str = "", password: str = "") -> list[Fields]:
-    """The metadata set of a VM, in the client's order. ``password``: only in the call that issues it."""
+    """The metadata of a VM, in the client's order. ``password`` is given only in the call that sets it."""
     vm = nic.vm
     entries = [("userdata", "user_data", vm.user_data)] if vm.user_data else []
     entries += [
@@ -542,7 +542,7 @@ def vm_data(nic: Nic, *, static_nat_ip: str = "", password: str = "") -> list[Fi
 
 
 def _as_ascii(text: str) -> str:
-    """CloudStack escapes these values' non-ASCII letters as six characters of text."""
+    """Replace each non-ASCII letter by an escape of six characters, as CloudStack does for these values."""
     return "".join(letter if ord(letter) < 128 else f"\\u{ord(letter):04X}" for letter in text)
 
 

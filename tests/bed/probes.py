@@ -334,7 +334,7 @@ class Servers:
             except BlockingIOError:
                 return
             self._note(handle, peer)
-            # Answer from the address that was asked, which on a machine with several is not what the kernel picks.
+            # Answer from the requested address. With several addresses the kernel would choose another one.
             level, kind, where = told[0]
             if level == socket.IPPROTO_IP:
                 asked = socket.inet_ntop(socket.AF_INET, where[8:12])
@@ -429,8 +429,8 @@ def transfer(
     pause_s: float = 0.002,
     source: str = "",
 ) -> dict[str, Any]:
-    """A long transfer through an echo server until stopped: bytes there and back, whether they are the same, the
-    longest time without progress, the error that ended it early.
+    """Transfer data through an echo server until stopped; returns bytes sent and echoed, whether they are equal, the
+    longest time without progress, and the error that ended the transfer early.
     """
     _bounded(seconds)
     sent, echoed = hashlib.sha256(), hashlib.sha256()
@@ -522,7 +522,7 @@ def flood_udp(
         selector.register(client, selectors.EVENT_READ, str(port))
         waiting.append((client, str(port)))
         if len(waiting) > 2000:
-            # Descriptors are few: who has not answered within so many flows is given up.
+            # Close flows without an answer after a number of later flows, because descriptors are limited.
             old, _ = waiting.pop(0)
             if old.fileno() >= 0:
                 selector.unregister(old)

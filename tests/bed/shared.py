@@ -1,4 +1,4 @@
-"""A plain shared network in CloudStack's database: DHCP, DNS, user data; never implemented (tests/payloads/3*)."""
+"""A shared network in CloudStack's database with DHCP, DNS and user data (tests/payloads/3*)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SHARED_SERVICES = Offering.of("Dhcp", "Dns", "UserData")
 
 
 class SharedNetwork(IsolatedNetwork):
-    """``device_ip``: the address that CloudStack reserves for the device; the gateway is a router of the operator's."""
+    """``device_ip`` is the address that CloudStack reserves for the device. The gateway is an external router."""
 
     def __init__(
         self, cloud: FakeCloudStack, network_id: int | str, *, vlan: int | str, cidr: str, device_ip: str
@@ -29,25 +29,25 @@ class SharedNetwork(IsolatedNetwork):
         super().__init__(cloud, facts, str(vlan), "untagged")
 
     def start_vm(self, nic: Nic, *, password: str = "") -> Nic:
-        """As everywhere; the first one of all is the first that anybody hears of the network. Raises Failed."""
+        """Start a VM. The first VM causes the first command of the network. Raises Failed."""
         if not self.details:
             self.ensure()
         return super().start_vm(nic, password=password)
 
     def expunge_vm(self, nic: Nic) -> None:
-        """The VM is gone; with the last one of its range, the range's names."""
+        """Expunge the VM. The last one of its range also removes the names of the range."""
         super().expunge_vm(nic)
         self.send("release-nic", payloads.release_nic(self.facts, nic))
         if not self.nics:
             self.send("remove-dns-subnet", payloads.subnet(self.facts))
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
-        """The only time that it is implemented."""
+        """restartNetwork, the only event that sends implement-network for a shared network."""
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
-        self.demand("restore-network", payloads.restore_network(self.facts, self.nics, {}))
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
+        self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, {}))
 
     def delete(self) -> None:
-        """deleteNetwork: it was never implemented, so it is not shut down. Raises Failed."""
-        self.demand("destroy-network", payloads.bare(self.facts))
+        """deleteNetwork. A shared network was not implemented, so it is not shut down. Raises Failed."""
+        self.send_or_fail("destroy-network", payloads.bare(self.facts))
         self.stored = ""

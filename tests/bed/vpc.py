@@ -1,4 +1,4 @@
-"""A VPC in CloudStack's database, its tiers, and the executions that its events make (tests/payloads/2*)."""
+"""A VPC in CloudStack's database, its tiers, and the executions of their events (tests/payloads/2*)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ TIER_SERVICES = Offering.of(
 
 
 class Vpc:
-    """``source_nat`` is chosen at creation, or allocated when the first tier is implemented."""
+    """``source_nat`` is chosen at the creation of the VPC, or allocated when the first tier is implemented."""
 
     def __init__(self, cloud: FakeCloudStack, facts: VpcFacts, public_vlan: int | str = 101) -> None:
         self.cloud = cloud
         self.facts = facts
         self.public_vlan = public_vlan
-        self.stored = ""  # extension.details of vpc_details, as text; empty: no row
+        self.stored = ""  # extension.details of vpc_details as text; empty without a row
         self.source_nat: PublicAddress | None = None
         self.tiers: list[Tier] = []
         self.failures: list[Sent] = []
 
     @property
     def details(self) -> dict[str, Any]:
-        """The stored details as the client parses them. Raises Poisoned."""
+        """The stored details as the client parses them. Raises UnreadableDetails."""
         return stored_details(f"VPC {self.facts.vpc_id}", self.stored)
 
     @property
@@ -43,7 +43,7 @@ class Vpc:
     # --- single executions
 
     def ensure(self) -> Sent:
-        """ensure-network-device for the VPC: its tiers ask nothing else."""
+        """ensure-network-device for the VPC. Its tiers send none of their own."""
         payload = payloads.ensure_vpc_device(self.facts, self.stored or "{}")
         sent = self.cloud.execute("ensure-network-device", self.details, payload)
         if not sent.ok:
@@ -53,8 +53,8 @@ class Vpc:
             self.stored = sent.output
         return sent
 
-    def demand(self, command: str, payload: Fields) -> Sent:
-        """The command alone: no ensure before it. Raises Failed."""
+    def send_or_fail(self, command: str, payload: Fields) -> Sent:
+        """Send the command without an ensure before it. Raises Failed."""
         sent = self.cloud.execute(command, self.details, payload)
         if not sent.ok:
             self.failures.append(sent)
@@ -73,41 +73,41 @@ class Vpc:
     # --- events
 
     def implement(self) -> None:
-        """createVPC with start, and the last part of every restart. Raises Failed."""
+        """createVPC with start; also the last step of every restart. Raises Failed."""
         self.ensure()
-        self.demand("implement-vpc", payloads.vpc(self.facts, self.source_nat))
+        self.send_or_fail("implement-vpc", payloads.vpc(self.facts, self.source_nat))
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
-        """restartVPC. Tiers are not implemented again; a cleanup that does not roll destroys them while they live."""
+        """restartVPC. Tiers are not implemented again. A non-rolling cleanup destroys implemented tiers."""
         if cleanup and not rolling:
             for tier in self.tiers:
-                tier.demand("destroy-network", payloads.bare(tier.facts))
-            self.demand("shutdown-vpc", payloads.vpc(self.facts))
+                tier.send_or_fail("destroy-network", payloads.bare(tier.facts))
+            self.send_or_fail("shutdown-vpc", payloads.vpc(self.facts))
             self.stored = ""
         self.implement()
 
     def change_source_nat(self, address: PublicAddress, *, restart: bool = True) -> None:
-        """updateVPC with another source-NAT address: the old one becomes an ordinary one, and the VPC is restarted."""
+        """updateVPC with another source-NAT address. The old one becomes an ordinary address, and the VPC restarts."""
         if self.source_nat is not None:
             self.source_nat.source_nat = False
         address.source_nat = True
         self.source_nat = address
-        self.demand("update-vpc-source-nat-ip", payloads.vpc(self.facts, address))
+        self.send_or_fail("update-vpc-source-nat-ip", payloads.vpc(self.facts, address))
         if restart:
             self.implement()
 
     def delete(self) -> None:
-        """deleteVPC, when its tiers are gone. Raises Failed; it is repeated then. Its addresses get no release-ip."""
+        """deleteVPC, after its tiers. Its addresses get no release-ip. Raises Failed; then it can be repeated."""
         self.facts.state = "inactive"
         for tier in self.tiers:
             tier.send("destroy-network", payloads.bare(tier.facts))
-        self.demand("shutdown-vpc", payloads.vpc(self.facts))
+        self.send_or_fail("shutdown-vpc", payloads.vpc(self.facts))
         self.stored = ""
 
     def add_tier(
         self, network_id: int | str, *, vlan: int | str, cidr: str, offering: Offering = TIER_SERVICES
     ) -> Tier:
-        """createNetwork in the VPC: nothing is sent."""
+        """createNetwork in the VPC, which sends nothing."""
         facts = NetworkFacts(
             str(network_id), cidr, payloads.first_address(cidr), vpc_id=self.facts.vpc_id, offering=offering
         )
@@ -116,13 +116,13 @@ class Vpc:
         return tier
 
     def associate(self, ip: str) -> PublicAddress:
-        """An address of the VPC, that no tier uses yet."""
+        """Associate an address with the VPC. No tier uses it yet."""
         net = ip.rpartition(".")[0]
         return PublicAddress(ip, f"vlan://{self.public_vlan}", f"{net}.1", f"{net}.0/24")
 
 
 class Tier(IsolatedNetwork):
-    """A tier: an isolated network whose device is its VPC's. ``acl`` None: no list was ever chosen."""
+    """A tier: an isolated network on the device of its VPC. ``acl`` is None until an ACL is chosen."""
 
     def __init__(self, vpc: Vpc, facts: NetworkFacts, vlan: str) -> None:
         super().__init__(vpc.cloud, facts, vlan, vpc.public_vlan)
@@ -142,24 +142,24 @@ class Tier(IsolatedNetwork):
 
     def _implement_elements(self) -> None:
         self.ensure()
-        self.demand("implement-network", payloads.implement_network(self.facts))
+        self.send_or_fail("implement-network", payloads.implement_network(self.facts))
         if self.vpc.source_nat is not None:
-            # It belongs to the VPC, and comes with each tier.
+            # The address belongs to the VPC and is sent with each tier.
             self.send("assign-ip", payloads.public_ip(self.facts, self.vpc.source_nat))
         self._reprogram_rules()
         if self.acl is not None:
-            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
-        if self.nics and self._gives(*payloads.GUEST_SERVICES):
+            self.send_or_fail("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+        if self.nics and self._provides(*payloads.GUEST_SERVICES):
             by_guest = {ip: address.ip for address, ip in self.static_nats}
-            self.demand("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
+            self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
 
-    def _shut(self) -> bool:
-        shut = super()._shut()
+    def _shut_down(self) -> bool:
+        shut = super()._shut_down()
         self.stored = ""
         return shut
 
     def _tear_down_rules(self) -> None:
-        """As of an isolated network; a list goes empty. The VPC's own address is not the tier's to release."""
+        """As for an isolated network, and with an empty ACL. The VPC's own address is not released with a tier."""
         for rule in self.port_forwards:
             self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
         if self.lb_rules:
@@ -174,12 +174,12 @@ class Tier(IsolatedNetwork):
                 self.send("release-ip", payloads.public_ip(self.facts, address))
 
     def replace_acl(self, items: Sequence[AclItem]) -> None:
-        """replaceNetworkACLList, or a change of an item: the complete new list. Raises Failed."""
+        """replaceNetworkACLList, or a change of an item: send the complete new ACL. Raises Failed."""
         self.acl = list(items)
         if self.facts.state == "implemented":
-            self.demand("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
+            self.send_or_fail("apply-network-acl", payloads.acl_rules(self.facts, self.acl))
 
     def delete(self) -> None:
-        """deleteNetwork of a tier; the VPC's details stay."""
+        """deleteNetwork of a tier. The VPC's details are kept."""
         super().delete()
         self.vpc.tiers.remove(self)

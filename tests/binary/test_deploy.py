@@ -14,7 +14,7 @@ from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import until
 from binary.onefile import build_id, one_file
-from ssh.deploy_lab import LIBEXEC, SETTLE_S, Server, agents, current, deploying, works
+from ssh.deploy_lab import LIBEXEC, SETTLE_S, Server, current, deploying, running_agents, succeeded
 from ssh.onefile import OneFiles
 
 pytestmark = pytest.mark.binary
@@ -63,12 +63,12 @@ def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
         204, vlan=1204, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=101, source_nat="203.0.113.20"
     )
     net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
-    assert agents(host) == [OLDER]
+    assert running_agents(host) == [OLDER]
     resolvers = host.sh("ps -A -o pid=,args= | grep '[d]nsmasq'")
     # The operator replaces the old file with the new one.
     server.replace(file)
-    assert works(server.ask())
-    assert until(lambda: current(host) == build and agents(host) == [build], seconds=SETTLE_S)
+    assert succeeded(server.ask())
+    assert until(lambda: current(host) == build and running_agents(host) == [build], seconds=SETTLE_S)
     assert host.sh(f"sha256sum <{LIBEXEC}/{build}/netloom").split()[0] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert until(lambda: answering(host) == [build], seconds=SETTLE_S)
     assert host.sh("ps -A -o pid=,args= | grep '[d]nsmasq'") == resolvers
@@ -77,11 +77,11 @@ def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
     # An operator rolls back, and installs the new build again.
     agent = f"{LIBEXEC}/{build}/netloom"
     host.run(agent, "agent", "rollback")
-    assert agents(host) == [OLDER]
-    assert works(server.ask())
-    assert agents(host) == [OLDER]
+    assert running_agents(host) == [OLDER]
+    assert succeeded(server.ask())
+    assert running_agents(host) == [OLDER]
     host.run(agent, "agent", "install")
-    assert agents(host) == [build]
+    assert running_agents(host) == [build]
     # An operator queries all hosts, and uninstalls.
     bed.management.write("/root/key", bed.private_key, mode=0o600)
     login = ["--hosts", host.address, "--sshkey", "/root/key"]

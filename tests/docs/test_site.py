@@ -40,7 +40,7 @@ def test_a_link_to_a_file_outside_the_site_is_refused(tmp_path: Path) -> None:
     collect(tmp_path, tmp_path / "out")
     assert "[map](architecture.md#title)" in (tmp_path / "out" / "index.md").read_text()
     page.write_text("# Start\n\n[code](../Makefile)\n")
-    with pytest.raises(SiteError, match=r"docs/index.md:3: ../Makefile is no page of the site"):
+    with pytest.raises(SiteError, match=r"docs/index.md:3: ../Makefile is not a page of the site"):
         collect(tmp_path, tmp_path / "out")
 
 
@@ -53,11 +53,14 @@ def test_a_page_missing_from_the_navigation_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "fault"),
     [
-        ('<a href="b.html">b</a>', "a.html: b.html leads nowhere"),
-        ('<a href="#x">x</a>', "a.html: #x names no anchor of that page"),
-        ('<script src="https://cdn.example/x.js"></script>', "a.html loads https://cdn.example/x.js from elsewhere"),
-        ('<link rel="stylesheet" href="//cdn.example/x.css">', "a.html loads //cdn.example/x.css from elsewhere"),
-        ('<img src="x.png">', "a.html: x.png leads nowhere"),
+        ('<a href="b.html">b</a>', "a.html: b.html does not exist"),
+        ('<a href="#x">x</a>', "a.html: #x: that page has no such anchor"),
+        (
+            '<script src="https://cdn.example/x.js"></script>',
+            "a.html loads https://cdn.example/x.js from another server",
+        ),
+        ('<link rel="stylesheet" href="//cdn.example/x.css">', "a.html loads //cdn.example/x.css from another server"),
+        ('<img src="x.png">', "a.html: x.png does not exist"),
     ],
 )
 def test_faults_of_the_built_site_are_named(tmp_path: Path, written: str, fault: str) -> None:

@@ -1,4 +1,4 @@
-"""One bed for all end-to-end tests: two hosts, a management server, an internet. Each test makes its own network."""
+"""Fixtures: one bed for all end-to-end tests, with two hosts. Each test creates its own networks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bed() -> Iterator[Bed]:
 
 @pytest.fixture(scope="session")
 def internet(bed: Bed) -> Internet:
-    """The gateway of the public VLAN, with an address behind it, and a neighbour's address beside it."""
+    """The gateway of the public VLAN. Its other addresses are on lo and represent hosts behind it."""
     return bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.1/24", also=[f"{OUTSIDE}/32", "198.51.100.2/32"])
 
 
@@ -55,9 +55,9 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeLife]:
-    """Make networks that end with the test. Each has its own id, VLAN, public addresses and subnet (10.10.<n>.0/24).
+    """Make networks that are deleted after the test. Each has its own id, VLAN, public addresses and 10.10.<n>.0/24.
 
-    ``brisk`` sends ensure-network-device only while nothing is stored: for tests of packets, not of sequences.
+    ``brisk`` sends ensure-network-device only while no details are stored. Tests of packets use it to save time.
     """
     lives: list[Life] = []
 
@@ -88,7 +88,7 @@ def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[M
 
 @pytest.fixture
 def life(make_life: MakeLife) -> Life:
-    """A network whose events cause every execution that CloudStack makes."""
+    """A network with the complete sequence of executions of CloudStack."""
     return make_life()
 
 
@@ -100,7 +100,7 @@ def brisk_life(make_life: MakeLife) -> Life:
 
 @pytest.fixture
 def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeVpc]:
-    """Make VPCs that end with the test; by default with a source-NAT address chosen at their creation."""
+    """Make VPCs that are deleted after the test, by default with a source-NAT address from their creation."""
     lives: list[VpcLife] = []
     everything = FakeCloudStack.on(bed.management, extension="vpcs")
     everything.register(hosts=bed.hosts, **bed.login("root", by="key"))

@@ -150,7 +150,7 @@ class Traces:
         self._settle()
         self._before = {host.name: host.objects() for host in bed.hosts}
 
-    def left(self) -> dict[str, dict[str, dict[str, list[str]]]]:
+    def differences(self) -> dict[str, dict[str, dict[str, list[str]]]]:
         """Objects that were added or removed since the construction, by host; empty when there are none."""
         self._settle()
         found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}

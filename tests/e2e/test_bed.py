@@ -1,4 +1,4 @@
-"""The bed keeps its promises: else nothing that is proved on it is proved."""
+"""The test bed itself: users, VLANs, power cuts, partitions, inventories and executions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Bed]:
-    """A bed of this module, because its hosts are cut off and switched off."""
+def own_bed() -> Iterator[Bed]:
+    """A bed for this module, because its tests disconnect and power off hosts."""
     with Bed(hosts=2, vlans=[1001], public_vlans=[101]) as bed:
         yield bed
 
 
 @pytest.fixture(autouse=True)
 def no_vms_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that fails leaves its VMs to nobody."""
+    """Destroy the VMs that a failed test leaves."""
     yield
     if "own" in request.fixturenames:
         bed: Bed = request.getfixturevalue("own")
@@ -39,7 +39,7 @@ def no_vms_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def ssh(bed: Bed, host: str, user: str, *argv: str) -> str:
-    """Log in from the management server by key, as its user."""
+    """Log in to a host by key from the management server; returns the output of the command."""
     bed.management.write("/var/cloudstack/management/key", bed.private_key, mode=0o600, uid=CLOUD_UID)
     options = [
         f"-o{it}"
@@ -49,16 +49,18 @@ def ssh(bed: Bed, host: str, user: str, *argv: str) -> str:
     return bed.management.run("ssh", *key, *options, f"{user}@{host}", *argv, uid=CLOUD_UID).out.strip()
 
 
-def test_each_user_logs_in_with_the_rights_it_should_have(own: Bed) -> None:
-    host = own.hosts[0]
-    assert ssh(own, host.address, "root", "id -u; hostname") == "0\nh1"
-    assert ssh(own, host.address, "netadmin", "id -u; sudo -n id -u") == "1500\n0"
-    assert ssh(own, host.address, "plainuser", "id -u; sudo -n id -u 2>/dev/null || echo refused") == "1501\nrefused"
-    assert ssh(own, host.address6, "root", "hostname") == "h1"
+def test_each_user_has_the_intended_rights(own_bed: Bed) -> None:
+    host = own_bed.hosts[0]
+    assert ssh(own_bed, host.address, "root", "id -u; hostname") == "0\nh1"
+    assert ssh(own_bed, host.address, "netadmin", "id -u; sudo -n id -u") == "1500\n0"
+    assert (
+        ssh(own_bed, host.address, "plainuser", "id -u; sudo -n id -u 2>/dev/null || echo refused") == "1501\nrefused"
+    )
+    assert ssh(own_bed, host.address6, "root", "hostname") == "h1"
 
 
-def test_vms_of_two_hosts_share_a_vlan_and_nothing_else(own: Bed) -> None:
-    one, two = own.hosts
+def test_vms_of_two_hosts_share_only_their_vlan(own_bed: Bed) -> None:
+    one, two = own_bed.hosts
     a = one.vm("a", vlan=1001, ip="10.0.0.1/24")
     b = two.vm("b", vlan=1001, ip="10.0.0.2/24")
     stranger = two.vm("c", vlan=1002, ip="10.0.0.1/24")
@@ -75,11 +77,13 @@ def test_vms_of_two_hosts_share_a_vlan_and_nothing_else(own: Bed) -> None:
         assert a.flood_udp("10.0.0.2", [53, 54], count=200, rate=2000).result().answered == {53: 100, 54: 0}
     for vm in (a, b, stranger):
         vm.destroy()
-    assert "breth1-1001" not in one.sh("ip -o link"), "the last VM's bridge goes, as CloudStack's agent has it"
+    assert "breth1-1001" not in one.sh("ip -o link"), (
+        "the bridge is deleted with its last VM, as by CloudStack's KVM agent"
+    )
 
 
-def test_a_kept_connection_notices_whether_either_side_still_hears(own: Bed) -> None:
-    host = own.hosts[0]
+def test_a_kept_connection_detects_a_dead_peer(own_bed: Bed) -> None:
+    host = own_bed.hosts[0]
     a = host.vm("a", vlan=1001, ip="10.0.0.1/24")
     b = host.vm("b", vlan=1001, ip="10.0.0.2/24")
     with b.serve_tcp(80) as service, a.open("10.0.0.2", 80) as connection:
@@ -92,8 +96,8 @@ def test_a_kept_connection_notices_whether_either_side_still_hears(own: Bed) -> 
     b.destroy()
 
 
-def test_arp_is_seen_and_asked(own: Bed) -> None:
-    host = own.hosts[0]
+def test_arp_can_be_watched_and_requested(own_bed: Bed) -> None:
+    host = own_bed.hosts[0]
     with host.vm("a", vlan=1001, ip="10.0.0.1/24") as a, host.vm("b", vlan=1001, ip="10.0.0.2/24") as b:
         assert a.who_has("10.0.0.2") == [b.mac]
         assert a.who_has("10.0.0.9", timeout_s=0.2) == []
@@ -102,8 +106,8 @@ def test_arp_is_seen_and_asked(own: Bed) -> None:
         assert any(frame.gratuitous and frame.sender == "10.0.0.2" for frame in watch.stop())
 
 
-def test_a_power_cut_keeps_the_disk_and_nothing_else(own: Bed) -> None:
-    host = own.hosts[0]
+def test_a_power_cut_keeps_only_the_disk(own_bed: Bed) -> None:
+    host = own_bed.hosts[0]
     host.vm("doomed", vlan=1001, ip="10.0.0.1/24")
     key = host.host_key
     host.write("/var/lib/kept", "x")
@@ -111,41 +115,41 @@ def test_a_power_cut_keeps_the_disk_and_nothing_else(own: Bed) -> None:
     host.run("ip", "netns", "add", "lost")
     host.power_cut()
     assert host.vms == []
-    assert own.management.ping(host.address, timeout_s=0.3).answered == 0
+    assert own_bed.management.ping(host.address, timeout_s=0.3).answered == 0
     host.boot()
     assert host.read("/var/lib/kept") == "x"
     assert host.listing("/run/netns") == []
     assert "lost" not in host.listing("/run")
     assert host.host_key == key
-    assert ssh(own, host.address, "root", "hostname") == "h1"
+    assert ssh(own_bed, host.address, "root", "hostname") == "h1"
 
 
 @pytest.mark.parametrize(("what", "managed", "heard"), [("mgmt", 0, 1), ("guest", 1, 0), ("all", 0, 0)])
-def test_a_partition_is_silent_and_heals(own: Bed, what: str, managed: int, heard: int) -> None:
-    one, two = own.hosts
+def test_a_partition_drops_silently_and_can_be_healed(own_bed: Bed, what: str, managed: int, heard: int) -> None:
+    one, two = own_bed.hosts
     with one.vm("a", vlan=1001, ip="10.0.0.1/24") as a, two.vm("b", vlan=1001, ip="10.0.0.2/24"):
         assert a.ping("10.0.0.2").ok
         one.partition(what)  # type: ignore[arg-type]
-        assert own.management.ping(one.address, timeout_s=0.3).answered == managed
+        assert own_bed.management.ping(one.address, timeout_s=0.3).answered == managed
         assert a.ping("10.0.0.2", timeout_s=0.3).answered == heard
         assert one.read("/sys/class/net/eth1/carrier").strip() == "1"
         one.heal()
-        assert own.management.ping(one.address).ok
+        assert own_bed.management.ping(one.address).ok
         assert a.ping("10.0.0.2").ok
 
 
-def test_the_internet_has_several_legs(own: Bed) -> None:
-    internet = own.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
+def test_the_internet_can_have_several_links(own_bed: Bed) -> None:
+    internet = own_bed.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
     internet.attach("untagged", "192.0.2.1/24")
-    host = own.hosts[0]
+    host = own_bed.hosts[0]
     host.links("address add 203.0.113.9/24 dev eth2.101", "address add 192.0.2.9/24 dev eth2")
     assert host.ping("203.0.113.1").ok
     assert host.ping("192.0.2.1").ok
     host.links("address delete 203.0.113.9/24 dev eth2.101", "address delete 192.0.2.9/24 dev eth2")
 
 
-def test_the_inventory_sees_what_a_network_would_leave(own: Bed) -> None:
-    host = own.hosts[0]
+def test_the_inventory_lists_every_kind_of_leftover(own_bed: Bed) -> None:
+    host = own_bed.hosts[0]
     before = host.objects()
     host.sh(
         "ip netns add left; ip -n left link set lo up; ip -n left route add 10.9.9.0/24 dev lo;"
@@ -173,14 +177,14 @@ def test_the_inventory_sees_what_a_network_would_leave(own: Bed) -> None:
 
 
 class TestExecution:
-    """The executable runs as CloudStack's service runs it."""
+    """The executable is run as by CloudStack's service."""
 
     def cloud(self, bed: Bed, script: str, *, patience_s: float = 20.0) -> FakeCloudStack:
         cloud = FakeCloudStack.on(bed.management, program=["sh", "-c", script], agent="", patience_s=patience_s)
         return cloud.register(hosts=["192.0.2.1"])
 
-    def test_bare_environment_other_user_merged_output(self, own: Bed) -> None:
-        cloud = self.cloud(own, "env | cut -d= -f1 | sort | tr '\\n' ' '; id -un; tty >&2; umask; ls -l /tmp/cs-*")
+    def test_the_executable_gets_a_bare_environment_and_merged_output(self, own_bed: Bed) -> None:
+        cloud = self.cloud(own_bed, "env | cut -d= -f1 | sort | tr '\\n' ' '; id -un; tty >&2; umask; ls -l /tmp/cs-*")
         sent = cloud.execute("x", {}, {})
         names, tty, umask, file = sent.output.splitlines()
         assert set(names.split()) <= {"LANG", "PATH", "PWD", "OLDPWD", "SHLVL", "_", "cloud"}
@@ -189,22 +193,24 @@ class TestExecution:
         assert umask == "0022"
         assert file.startswith("-rw-r--r-- 1 cloud cloud")
 
-    def test_stdin_never_ends(self, own: Bed) -> None:
-        cloud = self.cloud(own, "timeout 0.3 cat; echo $?")
+    def test_stdin_never_ends(self, own_bed: Bed) -> None:
+        cloud = self.cloud(own_bed, "timeout 0.3 cat; echo $?")
         assert cloud.execute("x", {}, {}).output == "124"
 
-    def test_a_child_that_keeps_the_output_is_noticed(self, own: Bed) -> None:
-        cloud = self.cloud(own, "sleep 5 & exit 0", patience_s=0.5)
+    def test_a_child_process_that_keeps_the_output_open_is_detected(self, own_bed: Bed) -> None:
+        cloud = self.cloud(own_bed, "sleep 5 & exit 0", patience_s=0.5)
         with pytest.raises(Hung):
             cloud.execute("x", {}, {})
 
-    def test_there_is_no_way_out(self, own: Bed) -> None:
-        routes = own.management.run("ip", "-o", "route").out.splitlines()
+    def test_the_management_server_has_no_route_to_the_outside(self, own_bed: Bed) -> None:
+        routes = own_bed.management.run("ip", "-o", "route").out.splitlines()
         assert [line.split()[0] for line in routes] == ["198.18.0.0/24"]
 
-    def test_the_payload_file_is_gone_afterwards(self, own: Bed) -> None:
-        self.cloud(own, "true").execute("x", {}, {})
-        assert own.management.listing("/tmp") == [n for n in own.management.listing("/tmp") if "payload" not in n]
+    def test_the_payload_file_is_deleted_afterwards(self, own_bed: Bed) -> None:
+        self.cloud(own_bed, "true").execute("x", {}, {})
+        assert own_bed.management.listing("/tmp") == [
+            n for n in own_bed.management.listing("/tmp") if "payload" not in n
+        ]
 
 
 KILLED = """
@@ -219,8 +225,8 @@ time.sleep(60)
 """
 
 
-def of_a_bed() -> list[str]:
-    """What of a bed shows in the root namespaces: its disks among the mounts, its links by their names."""
+def bed_objects() -> list[str]:
+    """Objects of a bed in the root namespaces: mounts of disks and links."""
     mounts = [
         line for line in Path("/proc/self/mounts").read_text().splitlines() if line.split()[0] in ("disk", "disks")
     ]
@@ -229,19 +235,19 @@ def of_a_bed() -> list[str]:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_nothing_outlives_a_test_that_is_killed(how: signal.Signals) -> None:
+def test_a_killed_test_leaves_nothing(how: signal.Signals) -> None:
     test = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(TESTS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert test.stdout is not None
     pids = test.stdout.readline().split()
     assert len(pids) == 3
-    assert of_a_bed() == [], "nothing is made in the root namespaces"
+    assert bed_objects() == [], "a bed creates nothing in the root namespaces"
     test.send_signal(how)
     test.wait(20)
     deadline = time.monotonic() + 20
     while any(Path("/proc", pid).exists() for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    assert of_a_bed() == []
+    assert bed_objects() == []
     test.stdout.close()

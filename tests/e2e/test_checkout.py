@@ -13,7 +13,7 @@ import pytest
 
 from repo.files import ROOT
 
-# A host and a VM are asked something: both have a /tmp and a /root of their own.
+# Runs a command on a host and in a VM, which have their own /tmp and /root.
 PROGRAM = """
 from bed import Bed
 with Bed(hosts=1, vlans=[1204]) as bed:
@@ -25,7 +25,7 @@ COPIED = ("build/ci", "cmd", "internal", "tests")
 
 @pytest.fixture(params=["/tmp", "/root"])
 def checkout(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A checkout below a directory that simulated machines do not share with the machine."""
+    """A checkout below a directory that is not visible in simulated machines."""
     with tempfile.TemporaryDirectory(prefix="netloom-checkout-", dir=request.param) as directory:
         for name in COPIED:
             shutil.copytree(
@@ -35,7 +35,7 @@ def checkout(request: pytest.FixtureRequest) -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_the_bed_runs_in_a_checkout_that_its_machines_do_not_see(checkout: Path) -> None:
+def test_the_bed_works_in_a_checkout_hidden_from_its_machines(checkout: Path) -> None:
     copies = set(Path("/opt").glob("netloom-*"))
     command = [sys.executable, str(checkout / "build/ci/checkout.py"), "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""What a VM meets when it boots: lease, names, metadata, password, balanced load; with real clients."""
+"""Guest services for VMs: DHCP, DNS, metadata, passwords and load balancing, tested with real clients."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from e2e.networks import OUTSIDE, Life, MakeLife, Traces
 
 
 @pytest.fixture(scope="module")
-def full(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
-    """A CloudStack that leaves nothing out; after ``cloud``, whose first call has started the agents."""
+def full_cloud(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
+    """A CloudStack that omits no execution. The ``cloud`` fixture has started the agents before."""
     return FakeCloudStack.on(bed.management, extension="full").register(hosts=bed.hosts, **bed.login("root", by="key"))
 
 
 @pytest.fixture
-def served(make_life: MakeLife, full: FakeCloudStack) -> Life:
-    return make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
+def full_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
+    return make_life(offering=ALL_SERVICES, with_cloud=full_cloud, brisk=True)
 
 
 def _lease(vm: Vm) -> str:
-    """What busybox udhcpc says of the lease that it gets."""
+    """Run busybox udhcpc; returns its output."""
     done = vm.run(
         "busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true", check=False
     )
@@ -42,12 +42,12 @@ def _lookup(vm: Vm, server: str, name: str) -> str:
 
 
 @pytest.mark.binary
-def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full: FakeCloudStack) -> None:
-    life = make_life(offering=ALL_SERVICES, with_cloud=full)
-    before = len(full.history)
+def test_first_vm_of_a_network_with_all_services(make_life: MakeLife, full_cloud: FakeCloudStack) -> None:
+    life = make_life(offering=ALL_SERVICES, with_cloud=full_cloud)
+    before = len(full_cloud.history)
     vm, nic = life.vm("web-1")
-    sent = [each for each in full.commands(before) if each != "ensure-network-device"]
-    assert len(full.history) - before == 21
+    sent = [each for each in full_cloud.commands(before) if each != "ensure-network-device"]
+    assert len(full_cloud.history) - before == 21
     assert sent == [
         "implement-network", "assign-ip", "apply-fw-rules", "restore-network", "prepare-nic", "config-dhcp-subnet",
         "add-dhcp-entry", "config-dns-subnet", "add-dns-entry", "save-vm-data",
@@ -70,15 +70,15 @@ NIC_STARTS = [
 LISTING = ["implement-network", "assign-ip", "apply-fw-rules", "restore-network"]
 
 
-class Sent:
-    """What CloudStack has executed since this was made: each command with its own question before it."""
+class SentCommands:
+    """The commands sent since the construction. Asserts an ensure-network-device before each."""
 
     def __init__(self, life: Life) -> None:
         self._life = life
         self._from = len(life.cloud.history)
 
     def commands(self) -> list[str]:
-        """Without the questions, of which there is one before each."""
+        """The commands without ensure-network-device."""
         told = self._life.cloud.commands(self._from)
         commands = [it for it in told if it != "ensure-network-device"]
         assert len(told) - len(commands) in (len(commands), len(commands) + 1, len(commands) + 2), told
@@ -86,9 +86,9 @@ class Sent:
 
 
 @pytest.fixture
-def asked(make_life: MakeLife, full: FakeCloudStack) -> Life:
-    """A network with all services, whose events make every execution that CloudStack makes of them."""
-    return make_life(offering=ALL_SERVICES, with_cloud=full)
+def strict_life(make_life: MakeLife, full_cloud: FakeCloudStack) -> Life:
+    """A network with all services and the complete sequence of executions of CloudStack."""
+    return make_life(offering=ALL_SERVICES, with_cloud=full_cloud)
 
 
 def _meta(vm: Vm, life: Life, item: str) -> str:
@@ -96,61 +96,63 @@ def _meta(vm: Vm, life: Life, item: str) -> str:
 
 
 def _fetch(vm: Vm, life: Life) -> str:
-    """The password that the VM gets, without an acknowledgement."""
+    """Fetch the VM's password without acknowledging it."""
     url = f"http://{life.network.facts.gateway}:8080/"
     return _get(vm, url, "-H", "DomU_Request: send_my_password").strip()
 
 
-def _knows(vm: Vm, server: str, name: str, address: str) -> bool:
+def _resolves(vm: Vm, server: str, name: str, address: str) -> bool:
     return address in _lookup(vm, server, name)
 
 
 @pytest.mark.binary
-def test_second_vm(asked: Life) -> None:
-    one, first = asked.vm("web-1")
+def test_second_vm(strict_life: Life) -> None:
+    one, first = strict_life.vm("web-1")
     assert f"lease of {first.ip} obtained" in _lease(one)
-    sent = Sent(asked)
-    two, second = asked.vm("web-2", 46)
+    sent = SentCommands(strict_life)
+    two, second = strict_life.vm("web-2", 46)
     assert sent.commands() == NIC_STARTS
-    gateway, domain = asked.network.facts.gateway, asked.network.facts.domain
+    gateway, domain = strict_life.network.facts.gateway, strict_life.network.facts.domain
     for vm, nic, name, other in ((one, first, "web-1", second), (two, second, "web-2", first)):
         assert f"lease of {nic.ip} obtained" in _lease(vm)
-        assert _meta(vm, asked, "meta-data/local-hostname") == name
-        assert until(partial(_knows, vm, gateway, f"{other.vm.name}.{domain}", other.ip))
+        assert _meta(vm, strict_life, "meta-data/local-hostname") == name
+        assert until(partial(_resolves, vm, gateway, f"{other.vm.name}.{domain}", other.ip))
         assert vm.ping(other.ip).ok
 
 
 @pytest.mark.binary
-def test_vm_stopped_and_started_again(asked: Life) -> None:
-    other, _ = asked.vm("web-2", 46)
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
-    sent = Sent(asked)
-    asked.network.stop_vm(nic)
+def test_vm_stopped_and_started_again(strict_life: Life) -> None:
+    other, _ = strict_life.vm("web-2", 46)
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    gateway, name = strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}"
+    sent = SentCommands(strict_life)
+    strict_life.network.stop_vm(nic)
     assert sent.commands() == ["release-nic"]
-    # The namespace stands for the VM: what CloudStack has stopped would be answered, were it still there.
+    # The namespace of the stopped VM still exists, so the test can check that its requests would be answered.
     assert nic.ip in _lookup(other, gateway, name)
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    sent = Sent(asked)
-    asked.network.start_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.start_vm(nic)
     assert sent.commands() == NIC_STARTS
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
-    assert _fetch(vm, asked) == "first", "a later start sends no password, and takes none away"
-    assert _fetch(other, asked) == "saved_password"
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
+    assert _fetch(vm, strict_life) == "first", "a later start sends no password and removes none"
+    assert _fetch(other, strict_life) == "saved_password"
 
 
-def test_a_start_without_a_stop_before(asked: Life) -> None:
-    """The VM's host has died, and HA starts it on another."""
-    vm, nic = asked.vm("web-1")
+def test_a_start_without_a_stop_before(strict_life: Life) -> None:
+    """HA starts the VM on another host after its host has died."""
+    vm, nic = strict_life.vm("web-1")
     vm.destroy()
-    sent = Sent(asked)
-    asked.network.start_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.start_vm(nic)
     assert sent.commands() == NIC_STARTS
-    vm = asked.plug(nic, host=asked.elsewhere)
+    vm = strict_life.plug(nic, host=strict_life.elsewhere)
     assert until(lambda: f"lease of {nic.ip} obtained" in _lease(vm))
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
 
 
 TOLD = """#!/bin/sh
@@ -160,102 +162,108 @@ exit 0
 
 
 @pytest.mark.binary
-def test_second_nic(asked: Life) -> None:
-    one, first = asked.vm("dual-1")
-    sent = Sent(asked)
-    second = asked.network.deploy_vm(
-        "dual-1", ip=f"{asked.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
+def test_second_nic(strict_life: Life) -> None:
+    one, first = strict_life.vm("dual-1")
+    sent = SentCommands(strict_life)
+    second = strict_life.network.deploy_vm(
+        "dual-1", ip=f"{strict_life.subnet}.77", mac="02:01:00:fe:00:77", vm=first.vm, device_id=1
     )
     assert sent.commands() == NIC_STARTS
-    # The same machine's other NIC; a place of its own is enough to see what it is told.
-    other = asked.host.vm(
+    # The second NIC of the same VM. A separate namespace is enough to test its DHCP answer.
+    other = strict_life.host.vm(
         "dual-1b",
-        vlan=asked.network.facts.vlan,
+        vlan=strict_life.network.facts.vlan,
         mac=second.mac,
         ip=f"{second.ip}/24",
-        gateway=asked.network.facts.gateway,
+        gateway=strict_life.network.facts.gateway,
     )
-    asked.vms.append(other)
+    strict_life.vms.append(other)
     told = []
     for vm in (one, other):
         vm.write("/tmp/told", TOLD, mode=0o755)
         words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "search", "-s", "/tmp/told"]
         told.append(next(it for it in vm.run("busybox", *words).err.splitlines() if it.startswith("told ")))
-    gateway = asked.network.facts.gateway
+    gateway = strict_life.network.facts.gateway
     assert told[0].startswith(f"told router={gateway} dns={gateway} "), told
     assert told[1] == f"told router= dns= domain= search= ip={second.ip}"
-    assert _meta(other, asked, "meta-data/local-ipv4") == second.ip
-    assert _meta(one, asked, "meta-data/local-ipv4") == first.ip
-    asked.network.expunge_vm(second)
+    assert _meta(other, strict_life, "meta-data/local-ipv4") == second.ip
+    assert _meta(one, strict_life, "meta-data/local-ipv4") == first.ip
+    strict_life.network.expunge_vm(second)
     assert "obtained" not in _lease(other)
     assert f"lease of {first.ip} obtained" in _lease(one)
 
 
 @pytest.mark.binary
-def test_vm_expunged(asked: Life) -> None:
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    other, _ = asked.vm("web-2", 46)
-    gateway, name = asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}"
+def test_vm_expunged(strict_life: Life) -> None:
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    other, _ = strict_life.vm("web-2", 46)
+    gateway, name = strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}"
     assert until(lambda: nic.ip in _lookup(other, gateway, name))
-    asked.network.stop_vm(nic)
-    sent = Sent(asked)
-    asked.network.expunge_vm(nic)
+    strict_life.network.stop_vm(nic)
+    sent = SentCommands(strict_life)
+    strict_life.network.expunge_vm(nic)
     assert sent.commands() == ["remove-dhcp-entry"]
-    assert "obtained" not in _lease(vm), "who is gone is ignored"
+    assert "obtained" not in _lease(vm), "requests of an expunged VM are ignored"
     assert until(lambda: nic.ip not in _lookup(other, gateway, name))
-    assert _meta(vm, asked, "meta-data/local-hostname") == ""
-    assert _fetch(vm, asked) == ""
-    state = asked.host.read(f"/var/lib/netloom/scopes/net-{asked.network.facts.network_id}.json")
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == ""
+    assert _fetch(vm, strict_life) == ""
+    state = strict_life.host.read(f"/var/lib/netloom/scopes/net-{strict_life.network.facts.network_id}.json")
     assert nic.mac not in state
     assert "first" not in state
-    # Its address and its name are another VM's from now on.
-    again = asked.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
-    assert f"lease of {nic.ip} obtained" in _lease(asked.plug(again))
+    # Another VM gets its address and its name.
+    again = strict_life.network.deploy_vm("web-1", ip=nic.ip, mac="02:01:00:fe:00:99")
+    assert f"lease of {nic.ip} obtained" in _lease(strict_life.plug(again))
 
 
-def test_vm_expunged_in_a_network_that_is_shut(asked: Life) -> None:
-    vm, nic = asked.vm("web-1")
-    host = asked.host
-    asked.network.stop_vm(nic)
-    asked.network.garbage_collect()
+def test_vm_expunged_in_a_network_that_is_shut_down(strict_life: Life) -> None:
+    vm, nic = strict_life.vm("web-1")
+    host = strict_life.host
+    strict_life.network.stop_vm(nic)
+    strict_life.network.garbage_collect()
     vm.destroy()
-    asked.vms.clear()
-    # The bridge goes with the VM that was the last one in it, and then its guard: a moment later.
+    strict_life.vms.clear()
+    # The bridge is deleted with its last VM, and a moment later its guard in the netdev table.
     assert until(lambda: not any(vm.bridge in row for rows in host.objects().values() for row in rows), seconds=30)
-    before = Traces(asked.bed)
-    sent = Sent(asked)
-    asked.network.expunge_vm(nic)
+    before = Traces(strict_life.bed)
+    sent = SentCommands(strict_life)
+    strict_life.network.expunge_vm(nic)
     assert sent.commands() == ["remove-dhcp-entry"]
-    assert asked.network.failures == []
-    assert {kind for changes in before.left().values() for kind in changes} <= {"files"}, "nothing is built for it"
-    other, second = asked.vm("web-2", 46)
+    assert strict_life.network.failures == []
+    assert {kind for changes in before.differences().values() for kind in changes} <= {"files"}, (
+        "the command creates nothing"
+    )
+    other, second = strict_life.vm("web-2", 46)
     assert f"lease of {second.ip} obtained" in _lease(other)
-    assert nic.ip not in _lookup(other, asked.network.facts.gateway, f"web-1.{asked.network.facts.domain}")
+    assert nic.ip not in _lookup(other, strict_life.network.facts.gateway, f"web-1.{strict_life.network.facts.domain}")
 
 
 @pytest.mark.binary
-def test_key_and_user_data_reset(asked: Life) -> None:
-    vm, nic = asked.vm("web-1")
-    other, _ = asked.vm("web-2", 46)
-    before = _meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")
-    sent = Sent(asked)
-    asked.network.reset_ssh_key(nic, "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two")
-    asked.network.reset_user_data(nic, "#!/bin/sh\necho caf\u00e9\n\n")
+def test_key_and_user_data_reset(strict_life: Life) -> None:
+    vm, nic = strict_life.vm("web-1")
+    other, _ = strict_life.vm("web-2", 46)
+    before = _meta(other, strict_life, "meta-data/public-keys"), _meta(other, strict_life, "user-data")
+    sent = SentCommands(strict_life)
+    strict_life.network.reset_ssh_key(nic, "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two")
+    strict_life.network.reset_user_data(nic, "#!/bin/sh\necho caf\u00e9\n\n")
     assert sent.commands() == ["save-sshkey", "save-userdata"]
-    assert _meta(vm, asked, "meta-data/public-keys") == "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two"
-    assert _meta(vm, asked, "user-data") == "#!/bin/sh\necho caf\u00e9\n\n"
-    assert (_meta(other, asked, "meta-data/public-keys"), _meta(other, asked, "user-data")) == before
+    assert _meta(vm, strict_life, "meta-data/public-keys") == "ssh-ed25519 AAAAnew one\nssh-ed25519 AAAAnew two"
+    assert _meta(vm, strict_life, "user-data") == "#!/bin/sh\necho caf\u00e9\n\n"
+    assert (_meta(other, strict_life, "meta-data/public-keys"), _meta(other, strict_life, "user-data")) == before
 
 
 @pytest.mark.binary
 @pytest.mark.parametrize("how", ["without-cleanup", "rolling", "shut-down-first"])
-def test_restart(asked: Life, how: str) -> None:
-    nic = asked.network.deploy_vm("web-1", ip=f"{asked.subnet}.45", mac="02:01:00:fe:00:45", password="first")
-    vm = asked.plug(nic)
-    _, second = asked.vm("web-2", 46)
-    sent = Sent(asked)
-    asked.network.restart(cleanup=how != "without-cleanup", rolling=how == "rolling")
+def test_restart(strict_life: Life, how: str) -> None:
+    nic = strict_life.network.deploy_vm(
+        "web-1", ip=f"{strict_life.subnet}.45", mac="02:01:00:fe:00:45", password="first"
+    )
+    vm = strict_life.plug(nic)
+    _, second = strict_life.vm("web-2", 46)
+    sent = SentCommands(strict_life)
+    strict_life.network.restart(cleanup=how != "without-cleanup", rolling=how == "rolling")
     assert (
         sent.commands()
         == {
@@ -264,71 +272,77 @@ def test_restart(asked: Life, how: str) -> None:
             "shut-down-first": ["apply-fw-rules", "release-ip", "shutdown-network", *LISTING],
         }[how]
     )
-    assert asked.network.failures == []
+    assert strict_life.network.failures == []
     assert f"lease of {nic.ip} obtained" in _lease(vm)
-    assert until(lambda: second.ip in _lookup(vm, asked.network.facts.gateway, f"web-2.{asked.network.facts.domain}"))
-    assert _meta(vm, asked, "meta-data/local-hostname") == "web-1"
-    # restore-network tells no passwords, and takes none away; shutdown-network ends all that the VMs had.
-    assert _fetch(vm, asked) == ("saved_password" if how == "shut-down-first" else "first")
+    assert until(
+        lambda: second.ip in _lookup(vm, strict_life.network.facts.gateway, f"web-2.{strict_life.network.facts.domain}")
+    )
+    assert _meta(vm, strict_life, "meta-data/local-hostname") == "web-1"
+    # restore-network contains no passwords and removes none. shutdown-network deletes the data of all VMs.
+    assert _fetch(vm, strict_life) == ("saved_password" if how == "shut-down-first" else "first")
 
 
 @pytest.mark.binary
-def test_password_reset(served: Life) -> None:
-    vm, nic = served.vm("web-1")
-    other, _ = served.vm("web-2", 46)
-    url = f"http://{served.network.facts.gateway}:8080/"
-    served.network.reset_password(nic, "n3w $ecret")
-    assert _get(other, url, "-H", "DomU_Request: send_my_password") == "saved_password", "a VM reads its own only"
+def test_password_reset(full_life: Life) -> None:
+    vm, nic = full_life.vm("web-1")
+    other, _ = full_life.vm("web-2", 46)
+    url = f"http://{full_life.network.facts.gateway}:8080/"
+    full_life.network.reset_password(nic, "n3w $ecret")
+    assert _get(other, url, "-H", "DomU_Request: send_my_password") == "saved_password", (
+        "a VM can read only its own password"
+    )
     assert _get(vm, url, "-H", "DomU_Request: send_my_password").strip() == "n3w $ecret"
-    state = f"/var/lib/netloom/scopes/net-{served.network.facts.network_id}.json"
-    assert "n3w $ecret" in served.host.read(state)
+    state = f"/var/lib/netloom/scopes/net-{full_life.network.facts.network_id}.json"
+    assert "n3w $ecret" in full_life.host.read(state)
     _get(vm, url, "-H", "DomU_Request: saved_password")
-    assert until(lambda: "n3w $ecret" not in served.host.read(state)), "erased once it was acknowledged"
+    assert until(lambda: "n3w $ecret" not in full_life.host.read(state)), (
+        "the password is erased after its acknowledgement"
+    )
     assert _get(vm, url, "-H", "DomU_Request: send_my_password") == "saved_password"
 
 
 @pytest.mark.binary
-def test_balanced_load(served: Life, internet: Internet) -> None:
-    one, first = served.vm("web-1")
-    two, second = served.vm("web-2", 46)
-    network, address = served.network, served.network.associate(served.public(1))
+def test_balanced_load(full_life: Life, internet: Internet) -> None:
+    one, first = full_life.vm("web-1")
+    two, second = full_life.vm("web-2", 46)
+    network, address = full_life.network, full_life.network.associate(full_life.public(1))
     with one.serve_tcp(8080), two.serve_tcp(8080):
         rule = network.add_lb_rule(address, "web", 80, 8080, [first, second])
-        assert internet.tcp(address.ip, 80, timeout_s=0.5).outcome == "timeout", "no firewall rule, no way in"
+        assert internet.tcp(address.ip, 80, timeout_s=0.5).outcome == "timeout", "closed without a firewall rule"
         network.add_firewall_rule(address, "tcp", 80)
         told = Counter(internet.tcp(address.ip, 80).server for _ in range(6))
         assert told == {"web-1": 3, "web-2": 3}
         with internet.open(address.ip, 80) as kept:
             network.delete_lb_rule(rule)
-            assert kept.ask() != "answered", "a revoked rule ends what it allowed"
+            assert kept.ask() != "answered", "revoking the rule ends the connections it allowed"
         assert not internet.tcp(address.ip, 80, timeout_s=0.5).ok
-    running = " ".join(served.host.objects()["processes"])
-    assert "haproxy" not in running, "the last rule's end is haproxy's end"
+    running = " ".join(full_life.host.objects()["processes"])
+    assert "haproxy" not in running, "haproxy is stopped with the last rule"
 
 
-def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full: FakeCloudStack, bed: Bed) -> None:
-    life = make_life(offering=ALL_SERVICES, with_cloud=full, brisk=True)
+def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full_cloud: FakeCloudStack, bed: Bed) -> None:
+    life = make_life(offering=ALL_SERVICES, with_cloud=full_cloud, brisk=True)
     before = Traces(bed)
     vm, nic = life.vm("web-1")
     life.network.restart(cleanup=True, rolling=False)
-    assert f"lease of {nic.ip} obtained" in _lease(vm), "restore-network brings everything back"
+    assert f"lease of {nic.ip} obtained" in _lease(vm), "restore-network restores everything"
     assert _get(vm, f"http://{life.network.facts.gateway}/latest/meta-data/local-hostname") == "web-1"
     vm.destroy()
     life.network.delete()
-    assert until(lambda: before.left() == {}), before.left()
+    assert until(lambda: before.differences() == {}), before.differences()
 
 
-def test_a_smaller_uplink_is_told_to_the_vms_and_clamped(served: Life, internet: Internet) -> None:
-    for host in served.bed.hosts:
-        host.links(f"link set eth1.{served.network.next_vlan} mtu 1400")
-    vm, nic = served.vm("web-1")
+def test_a_smaller_uplink_mtu_is_sent_to_vms_and_mss_is_clamped(full_life: Life, internet: Internet) -> None:
+    for host in full_life.bed.hosts:
+        host.links(f"link set eth1.{full_life.network.next_vlan} mtu 1400")
+    vm, nic = full_life.vm("web-1")
     vm.write("/tmp/told", '#!/bin/sh\n[ "$1" != bound ] || echo "mtu is $mtu" >&2\n', mode=0o755)
     words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "mtu", "-s", "/tmp/told"]
     assert "mtu is 1400" in vm.run("busybox", *words).err
-    address = served.network.associate(served.public(1))
+    address = full_life.network.associate(full_life.public(1))
     with vm.serve_tcp(22):
-        served.network.add_port_forward(address, 22, nic, open_firewall=True)
-        # The VM itself still believes in 1500: what it is sent must be small enough all the same.
+        full_life.network.add_port_forward(address, 22, nic, open_firewall=True)
+        # The VM still uses MTU 1500, so the device must clamp the MSS of segments sent to it.
         capture = vm.capture("eth0", seconds=3)
         assert internet.tcp(address.ip, 22).ok
         opening = [bytes.fromhex(frame) for frame in capture.result()]
@@ -337,15 +351,15 @@ def test_a_smaller_uplink_is_told_to_the_vms_and_clamped(served: Life, internet:
 
 
 def _mss(frame: bytes) -> int:
-    """The MSS that a TCP segment with SYN announces as its first option (RFC 9293 section 3.7.1); 0: it is none."""
+    """The MSS option of a TCP SYN frame, if it is the first option (RFC 9293 section 3.7.1); else 0."""
     if frame[12:14] != b"\x08\x00" or frame[23] != 6:
         return 0
     tcp = frame[14 + (frame[14] & 15) * 4 :]
     return int.from_bytes(tcp[22:24], "big") if tcp[13] & 2 and tcp[20:22] == b"\x02\x04" and not tcp[13] & 16 else 0
 
 
-def test_a_power_cut_is_survived_without_cloudstack() -> None:
-    """On a bed of its own: the host is another one afterwards, to whoever counts its processes."""
+def test_guest_services_are_restored_after_a_power_cut_without_cloudstack() -> None:
+    """Uses its own bed, because other tests compare the processes of a host before and after."""
     with Bed(hosts=1, vlans=[1204], public_vlans=[101]) as bed:
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
         cloud = FakeCloudStack.on(bed.management).register(hosts=bed.hosts, **bed.login("netadmin", by="password"))
@@ -355,7 +369,7 @@ def test_a_power_cut_is_survived_without_cloudstack() -> None:
         (host,) = bed.hosts
         host.power_cut()
         host.boot()
-        # The VM is faster: its client asks before there is anybody, and is answered before it gives up.
+        # The VM boots faster than the host. Its client starts before the service exists and gets an answer in time.
         vm = host.vm("web-1", vlan=1204, mac=nic.mac, ip=f"{nic.ip}/24", gateway="10.10.1.1")
         vm.sh("busybox udhcpc -f -q -n -t 30 -T 1 -i eth0 -s /bin/true </dev/null >/tmp/asked 2>&1 &")
         assert until(lambda: "discover" in vm.read("/tmp/asked"))
@@ -364,4 +378,4 @@ def test_a_power_cut_is_survived_without_cloudstack() -> None:
         assert _get(vm, "http://10.10.1.1/latest/meta-data/local-hostname") == "web-1"
         with internet.serve_tcp(80):
             assert until(lambda: vm.tcp(OUTSIDE, 80).saw == "203.0.113.20")
-        assert len(cloud.history) == calls, "nobody asked CloudStack"
+        assert len(cloud.history) == calls, "CloudStack sent no command"

@@ -1,4 +1,4 @@
-"""The life of an isolated network, event by event, with the executions that CloudStack makes of each."""
+"""Life cycle of an isolated network: the events in CloudStack and the executions of each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_first_vm(life: Life, internet: Internet) -> None:
     assert "\n" not in network.stored
     assert network.details["namespace"] == f"cs-net-{network.facts.network_id}"
     preferred = life.bed.hosts[posix_cksum(network.facts.network_id) % 2]
-    assert network.host == preferred.address, "CRC32 of the id chooses among hosts that answer"
+    assert network.host == preferred.address, "the CRC32 of the id selects among the hosts that answer"
     assert vm.ping(network.facts.gateway).ok
     with internet.serve_tcp(80):
         assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
@@ -52,8 +52,10 @@ def test_second_vm_on_another_host(life: Life, internet: Internet) -> None:
     before = len(life.cloud.history)
     other = life.network.deploy_vm("web-2", ip=f"{life.subnet}.46", mac="02:01:00:ff:00:46")
     two = life.plug(other, host=life.elsewhere)
-    assert life.cloud.commands(before) == ["ensure-network-device", "prepare-nic"], "with NAT alone that is all"
-    assert until(lambda: two.ping(nic.ip).ok)  # a bridge lets a new port take part within a second
+    assert life.cloud.commands(before) == ["ensure-network-device", "prepare-nic"], (
+        "with NAT services only, no other command is sent"
+    )
+    assert until(lambda: two.ping(nic.ip).ok)  # a new bridge port forwards within a second
     with internet.serve_tcp(80):
         assert two.tcp(OUTSIDE, 80).saw == life.public(0)
         assert one.tcp(OUTSIDE, 80).saw == life.public(0)
@@ -64,11 +66,11 @@ def test_rules_created_and_deleted(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
-    assert internet.who_has(address.ip) == [], "an address without a rule is not held"
+    assert internet.who_has(address.ip) == [], "an address without a rule is not assigned"
     with vm.serve_tcp(22, 8080, 8085):
         ssh = network.add_port_forward(address, 2222, nic, 22)
         assert internet.who_has(address.ip) != []
-        assert internet.tcp(address.ip, 2222, **CLOSED).outcome == "timeout", "no firewall rule, no way in"
+        assert internet.tcp(address.ip, 2222, **CLOSED).outcome == "timeout", "closed without a firewall rule"
         opened = network.add_firewall_rule(address, "tcp", 2222)
         answer = internet.tcp(address.ip, 2222)
         assert (answer.server, answer.port, answer.saw) == ("web-1", 22, "203.0.113.1")
@@ -78,10 +80,10 @@ def test_rules_created_and_deleted(life: Life, internet: Internet) -> None:
         network.delete_firewall_rule(opened)
         assert internet.tcp(address.ip, 2222, **CLOSED).outcome == "timeout"
         network.delete_port_forward(ssh)
-        assert internet.tcp(address.ip, 8085).ok, "the other forward is still there"
+        assert internet.tcp(address.ip, 8085).ok, "the other forward still works"
         network.delete_port_forward(web)
         network.disassociate(address)
-    assert internet.who_has(address.ip) == [], "released with its last rule"
+    assert internet.who_has(address.ip) == [], "the address is released with its last rule"
 
 
 @pytest.mark.binary
@@ -117,7 +119,7 @@ def test_restart(life: Life, internet: Internet, how: str) -> None:
         network.restart(cleanup=how.startswith("with cleanup"), rolling="not" not in how)
         moved = transfer.stop()
         if "not" not in how:
-            assert (moved.failure, moved.intact) == ("", True), "nothing breaks on a living network"
+            assert (moved.failure, moved.intact) == ("", True), "the restart does not affect open connections"
             assert network.stored == stored
         assert network.host == host
         assert network.failures == []
@@ -128,7 +130,7 @@ def test_restart(life: Life, internet: Internet, how: str) -> None:
 
 
 @pytest.mark.binary
-def test_garbage_collection_and_second_life_on_another_vlan(life: Life, internet: Internet) -> None:
+def test_garbage_collection_and_reimplementation_on_another_vlan(life: Life, internet: Internet) -> None:
     before = Traces(life.bed)
     vm, nic = life.vm("web-1")
     network = life.network
@@ -136,7 +138,7 @@ def test_garbage_collection_and_second_life_on_another_vlan(life: Life, internet
     network.add_port_forward(address, "8080-8090", nic, open_firewall=True)
     vm.destroy()
     assert network.garbage_collect()
-    assert before.left() == {}, "nothing of a network that was shut down is left"
+    assert before.differences() == {}, "a network that was shut down leaves nothing"
     assert internet.who_has(life.public(0)) == []
     assert network.stored == ""
 
@@ -148,7 +150,7 @@ def test_garbage_collection_and_second_life_on_another_vlan(life: Life, internet
         assert internet.tcp(address.ip, 8081).server == "web-1"
         assert again.tcp(OUTSIDE, 80).saw == life.public(0)
     links = life.host.objects()["links"]
-    assert not any(f"breth1-{old_vlan}" in link for link in links), "nothing of the old VLAN came back"
+    assert not any(f"breth1-{old_vlan}" in link for link in links), "nothing of the old VLAN was restored"
 
 
 @pytest.mark.binary
@@ -158,23 +160,23 @@ def test_network_deleted(life: Life) -> None:
     network = life.network
     address = network.associate(life.public(1))
     network.add_port_forward(address, 22, nic, open_firewall=True)
-    assert before.left() != {}
+    assert before.differences() != {}
     vm.destroy()
     network.delete()
     assert network.failures == []
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 @pytest.mark.binary
-def test_network_deleted_that_never_lived(life: Life) -> None:
+def test_network_deleted_before_it_was_implemented(life: Life) -> None:
     before = Traces(life.bed)
     life.network.delete()
     assert life.network.failures == []
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
-def test_bridge_of_a_vm_outlives_the_network(brisk_life: Life) -> None:
-    """CloudStack's KVM agent may have made the bridge, and plugs VMs into it: it is not ours to take."""
+def test_a_bridge_with_a_vm_port_outlives_the_network(brisk_life: Life) -> None:
+    """CloudStack's KVM agent also uses the bridge for VMs, so netloom must not delete it."""
     life = brisk_life
     vm, _ = life.vm("web-1")
     host, vlan = life.host, life.network.facts.vlan
@@ -184,7 +186,7 @@ def test_bridge_of_a_vm_outlives_the_network(brisk_life: Life) -> None:
     assert f"eth1.{vlan} in {vm.bridge}" in links
 
 
-def test_everything_sent_twice_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+def test_repeated_commands_change_nothing(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -200,15 +202,15 @@ def test_everything_sent_twice_changes_nothing(brisk_life: Life, internet: Inter
             again = life.cloud.execute_text(sent.command, sent.text)
             assert (again.ok, again.output) == (True, sent.output)
         assert transfer.stop().failure == ""
-    # The transfer's own entry is the one thing that may come and go.
-    for changes in before.left().values():
-        # The one file may be started by its own path or by that of the build in use.
+    # Only the conntrack entry of the transfer may change.
+    for changes in before.differences().values():
+        # The one-file program may be started by its own path or by the path of the active build.
         agents = changes.pop("processes", {"+": [], "-": []})
         assert [it.partition(" ")[2] for it in agents["+"]] == [it.partition(" ")[2] for it in agents["-"]]
         assert set(changes) <= {"conntrack"}
 
 
-def test_deletes_of_what_never_was_succeed_and_build_nothing(life: Life) -> None:
+def test_deletes_of_unknown_objects_succeed_and_create_nothing(life: Life) -> None:
     before = Traces(life.bed)
     network = life.network
     network.facts.vlan, network.facts.state = network.next_vlan, "shutdown"
@@ -218,7 +220,7 @@ def test_deletes_of_what_never_was_succeed_and_build_nothing(life: Life) -> None
     assert network.garbage_collect()
     assert network.failures == []
     assert {"delete-port-forward", "delete-static-nat", "release-ip"} < set(life.cloud.commands())
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 def test_two_networks_with_the_same_cidr_on_one_host(
@@ -242,13 +244,13 @@ def test_two_networks_with_the_same_cidr_on_one_host(
                 assert internet.tcp(address.ip, 22).server == vm.name
         lives[0].network.delete()
         _, vm, address, _ = addresses[1]
-        assert internet.tcp(address.ip, 22).server == vm.name, "the other network does not notice"
+        assert internet.tcp(address.ip, 22).server == vm.name, "the other network is not affected"
     finally:
         cloud.registration = registration
 
 
 def test_many_networks_at_once(make_life: MakeLife, internet: Internet) -> None:
-    """CloudStack calls from many threads; nobody waits for a stranger's network, and nothing is lost."""
+    """CloudStack calls from many threads. Networks do not wait for each other, and no call is lost."""
     lives = [make_life(brisk=True) for _ in range(4)]
     with ThreadPoolExecutor(len(lives)) as pool:
         vms = [vm for vm, _ in pool.map(lambda life: life.vm(f"web-{life.number}"), lives)]
@@ -258,7 +260,7 @@ def test_many_networks_at_once(make_life: MakeLife, internet: Internet) -> None:
 
 
 @pytest.mark.binary
-def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, internet: Internet) -> None:
+def test_an_agent_restart_changes_nothing(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -273,15 +275,15 @@ def test_agent_killed_and_started_again_changes_nothing(brisk_life: Life, intern
         assert network.ensure().ok
         assert transfer.stop().failure == ""
         assert internet.tcp(address.ip, 22).ok
-    for changes in before.left().values():
-        # The one file may be started by its own path or by that of the build in use.
+    for changes in before.differences().values():
+        # The one-file program may be started by its own path or by the path of the active build.
         agents = changes.pop("processes", {"+": [], "-": []})
         assert [it.partition(" ")[2] for it in agents["+"]] == [it.partition(" ")[2] for it in agents["-"]]
         assert set(changes) <= {"conntrack"}
 
 
 @pytest.mark.binary
-def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
+def test_networks_are_restored_after_a_power_cut(brisk_life: Life, internet: Internet) -> None:
     life = brisk_life
     vm, nic = life.vm("web-1")
     network = life.network
@@ -292,9 +294,9 @@ def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
     host.power_cut()
     with impatient(life.cloud):
         sent = network.ensure()
-    assert sent.execution.status == 2, "the network lives on a host that does not answer"
+    assert sent.execution.status == 2, "the host of the network does not answer"
     assert host.address in sent.output
-    assert json.loads(network.stored)["host"] == host.address, "it does not move silently"
+    assert json.loads(network.stored)["host"] == host.address, "the network is not moved silently"
     host.boot()
     assert network.ensure().ok
     # The first call starts the agent, and the agent restores every scope.
@@ -304,11 +306,11 @@ def test_host_power_cut_and_boot(brisk_life: Life, internet: Internet) -> None:
         assert until(lambda: internet.tcp(address.ip, 22, **CLOSED).ok)
 
 
-def test_empty_vlan_is_refused_by_name(brisk_life: Life) -> None:
+def test_an_empty_vlan_is_refused_and_named(brisk_life: Life) -> None:
     life = brisk_life
     before = Traces(life.bed)
     life.network.next_vlan = ""
     with pytest.raises(Failed) as refused:
         life.network.implement()
     assert "vlan" in refused.value.execution.output.lower()
-    assert before.left() == {}
+    assert before.differences() == {}

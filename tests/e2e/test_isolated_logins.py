@@ -1,4 +1,4 @@
-"""How the management side gets in, what it says when it does not, and what it leaves behind."""
+"""Logins of the management server to hosts: methods, errors, and files left behind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from e2e.networks import MakeLife, impatient
 
 
 def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
-    """Another CloudStack on the same management server, with a home of its own kind."""
+    """Another CloudStack on the same management server, with other options, for example ``home``."""
     return FakeCloudStack.on(bed.management, **options)  # type: ignore[arg-type]
 
 
@@ -20,7 +20,7 @@ def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
 @pytest.mark.parametrize("home", ["set", "unset"])
 @pytest.mark.parametrize("by", ["key", "password"])
 @pytest.mark.parametrize("user", ["root", "netadmin"])
-def test_login(bed: Bed, make_life: MakeLife, user: str, by: str, home: str) -> None:
+def test_login_by_user_method_and_home(bed: Bed, make_life: MakeLife, user: str, by: str, home: str) -> None:
     cloud = cloud_of(bed, home=home)
     cloud.register(hosts=bed.hosts, **bed.login(user, by=by))  # type: ignore[arg-type]
     life = make_life(with_cloud=cloud)
@@ -41,14 +41,14 @@ def users_own_key(bed: Bed) -> Iterator[None]:
 
 @pytest.mark.binary
 @pytest.mark.usefixtures("users_own_key")
-def test_login_by_the_keys_of_the_calling_user(make_life: MakeLife, bed: Bed) -> None:
+def test_login_with_the_keys_of_the_calling_user(make_life: MakeLife, bed: Bed) -> None:
     cloud = cloud_of(bed, home="set")
     cloud.register(hosts=bed.hosts, **bed.login("root", by="nothing"))
     assert make_life(with_cloud=cloud).network.ensure().execution.status == 0
 
 
 @pytest.mark.parametrize("form", ["without its last newline", "with CR LF"])
-def test_a_key_as_operators_paste_it(bed: Bed, make_life: MakeLife, form: str) -> None:
+def test_a_key_as_pasted_by_operators_works(bed: Bed, make_life: MakeLife, form: str) -> None:
     cloud = cloud_of(bed)
     key = bed.private_key.rstrip("\n") if "without" in form else bed.private_key.replace("\n", "\r\n")
     cloud.register(hosts=bed.hosts, username="root", sshkey=key)
@@ -59,7 +59,7 @@ def test_a_key_as_operators_paste_it(bed: Bed, make_life: MakeLife, form: str) -
     ("user", "secret"),
     [("root", {"password": "FAKE-wrong-4711"}), ("nobody-here", {"password": "FAKE-wrong-4711"}), ("plainuser", {})],
 )
-def test_a_refused_login_says_so_and_keeps_the_secret(
+def test_a_refused_login_is_reported_without_the_secret(
     bed: Bed, make_life: MakeLife, user: str, secret: dict[str, str]
 ) -> None:
     cloud = cloud_of(bed)
@@ -73,8 +73,8 @@ def test_a_refused_login_says_so_and_keeps_the_secret(
     assert details["password"] not in sent.output
 
 
-def test_a_host_that_does_not_answer(bed: Bed, make_life: MakeLife) -> None:
-    """A black hole: the call ends before the deadline, by itself, and names the host."""
+def test_a_silent_host_is_reported_before_the_deadline(bed: Bed, make_life: MakeLife) -> None:
+    """The host drops all packets. The call ends by itself before the deadline and names the host."""
     cloud = cloud_of(bed)
     cloud.register(hosts=["198.18.0.99"], **bed.login("root"))
     network = make_life(with_cloud=cloud).network
@@ -86,7 +86,7 @@ def test_a_host_that_does_not_answer(bed: Bed, make_life: MakeLife) -> None:
     assert network.stored == "{}"
 
 
-def test_a_candidate_that_does_not_answer_is_passed_over_for_a_new_network(bed: Bed, make_life: MakeLife) -> None:
+def test_a_silent_candidate_is_skipped_for_a_new_network(bed: Bed, make_life: MakeLife) -> None:
     cloud = cloud_of(bed)
     cloud.register(hosts=[bed.hosts[0], "198.18.0.99"], **bed.login("root"))
     life = make_life(with_cloud=cloud)
@@ -95,7 +95,7 @@ def test_a_candidate_that_does_not_answer_is_passed_over_for_a_new_network(bed: 
     assert life.network.host == bed.hosts[0].address
 
 
-def test_a_network_does_not_move_from_a_host_that_is_cut_off(bed: Bed, make_life: MakeLife) -> None:
+def test_a_network_stays_on_a_disconnected_host(bed: Bed, make_life: MakeLife) -> None:
     life = make_life()
     life.network.implement()
     host = life.host
@@ -130,7 +130,7 @@ def test_nothing_is_written_beside_the_executable(bed: Bed, make_life: MakeLife)
     assert bed.management.listing("/usr/share/cloudstack-management/extensions/netloom") == ["netloom.sh"]
 
 
-def test_a_payload_that_is_cut_short_is_refused(bed: Bed, make_life: MakeLife) -> None:
+def test_a_truncated_payload_is_refused(bed: Bed, make_life: MakeLife) -> None:
     life = make_life()
     life.network.implement()
     before = life.host.objects()
@@ -140,5 +140,5 @@ def test_a_payload_that_is_cut_short_is_refused(bed: Bed, make_life: MakeLife) -
     assert len(cut.output.splitlines()) == 1
     assert life.host.objects() == before
     with pytest.raises(Failed):
-        life.network.demand("no-such-command", {"network_id": life.network.facts.network_id})
+        life.network.send_or_fail("no-such-command", {"network_id": life.network.facts.network_id})
     assert life.cloud.history[-1].execution.status == 1

@@ -1,4 +1,4 @@
-"""What an isolated network does to packets: NAT, firewall, egress, revocation. Driven by the events of CloudStack."""
+"""Traffic of an isolated network after events in CloudStack: NAT, firewall, egress rules, revocation."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def life(brisk_life: Life) -> Life:
     return brisk_life
 
 
-def test_source_nat_for_every_protocol(life: Life, internet: Internet) -> None:
+def test_source_nat_works_for_every_protocol(life: Life, internet: Internet) -> None:
     vm, _ = life.vm("web-1")
     with internet.serve_tcp(80), internet.serve_udp(53):
         assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
         assert vm.udp(OUTSIDE, 53).saw == life.public(0)
         assert vm.ping(OUTSIDE, count=3).ok
-        assert vm.udp(OUTSIDE, 54).outcome == "refused", "related ICMP comes back"
+        assert vm.udp(OUTSIDE, 54).outcome == "refused", "related ICMP errors are forwarded"
 
 
-def test_nothing_new_comes_in_without_a_rule(life: Life, internet: Internet) -> None:
+def test_new_connections_need_a_firewall_rule(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     forwarded, static = network.associate(life.public(1)), network.associate(life.public(2))
@@ -43,11 +43,13 @@ def test_nothing_new_comes_in_without_a_rule(life: Life, internet: Internet) -> 
         assert internet.udp(static.ip, 53, **CLOSED).outcome == "timeout"
 
         network.add_firewall_rule(static, "tcp", 22, sources=[f"{BESIDE}/32"])
-        assert internet.tcp(static.ip, 22, source=BESIDE).ok, "the source that the rule names"
-        assert internet.tcp(static.ip, 22, source=OUTSIDE, **CLOSED).outcome == "timeout", "and no other"
+        assert internet.tcp(static.ip, 22, source=BESIDE).ok, "the source of the rule is admitted"
+        assert internet.tcp(static.ip, 22, source=OUTSIDE, **CLOSED).outcome == "timeout", (
+            "other sources are not admitted"
+        )
         network.add_firewall_rule(static, "icmp", icmp_type=8, icmp_code=0)
         assert internet.ping(static.ip).ok
-        assert internet.ping(static.ip, kind=13, timeout_s=0.3).answered == 0, "another type of ICMP"
+        assert internet.ping(static.ip, kind=13, timeout_s=0.3).answered == 0, "another ICMP type is dropped"
         network.add_firewall_rule(static, "all")
         assert internet.udp(static.ip, 53).server == "web-1"
         assert internet.ping(static.ip, kind=13).ok
@@ -67,14 +69,14 @@ def test_an_offering_without_firewall_is_open_from_the_start(make_life: MakeLife
 
 
 @pytest.mark.binary
-def test_static_nat_goes_both_ways_and_beats_source_nat(life: Life, internet: Internet) -> None:
+def test_static_nat_works_both_ways_and_overrides_source_nat(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     static = network.associate(life.public(1))
     network.enable_static_nat(static, nic)
     network.add_firewall_rule(static, "tcp", 22)
     with vm.serve_tcp(22), internet.serve_tcp(80):
-        assert internet.tcp(static.ip, 22).saw == "203.0.113.1", "the VM sees who calls"
+        assert internet.tcp(static.ip, 22).saw == "203.0.113.1", "the VM sees the address of the client"
         assert vm.tcp(OUTSIDE, 80).saw == static.ip
         network.disable_static_nat(static)
         assert vm.tcp(OUTSIDE, 80).saw == life.public(0)
@@ -97,8 +99,8 @@ def test_port_forwards_map_one_to_one_or_shifted(life: Life, internet: Internet)
         assert not any(answer.ok for answer in outside)
 
 
-def test_hairpin(life: Life) -> None:
-    """A VM reaches the public addresses of its own network: another VM's, and its own."""
+def test_vms_reach_public_addresses_of_their_own_network(life: Life) -> None:
+    """Hairpin: VMs reach the public addresses of other VMs and their own."""
     one, nic = life.vm("web-1", 45)
     two, other = life.vm("web-2", 46)
     network = life.network
@@ -108,14 +110,14 @@ def test_hairpin(life: Life) -> None:
     network.add_firewall_rule(static, "tcp", 22)
     with one.serve_tcp(22), two.serve_tcp(22):
         assert two.tcp(forwarded.ip, 2222).server == "web-1"
-        assert one.tcp(forwarded.ip, 2222).server == "web-1", "itself"
+        assert one.tcp(forwarded.ip, 2222).server == "web-1", "the VM reaches itself"
         assert one.tcp(static.ip, 22).server == "web-2"
-        assert two.tcp(static.ip, 22).server == "web-2", "itself"
+        assert two.tcp(static.ip, 22).server == "web-2", "the VM reaches itself"
 
 
 @pytest.mark.parametrize("default", ["allow", "deny"])
-def test_egress(make_life: MakeLife, internet: Internet, default: str) -> None:
-    """Explicit rules deny where the default allows, and allow where it denies; destinations are honoured."""
+def test_egress_rules_invert_the_default(make_life: MakeLife, internet: Internet, default: str) -> None:
+    """Rules deny when the default is allow, and allow when it is deny. They match destinations."""
     services = NAT_SERVICES.services
     life = make_life(offering=Offering.of(*services, default_egress_allow=default == "allow"), brisk=True)
     vm, _ = life.vm("web-1")
@@ -127,11 +129,11 @@ def test_egress(make_life: MakeLife, internet: Internet, default: str) -> None:
         assert vm.tcp(OUTSIDE, 25, **CLOSED).ok is (default == "deny")
         assert vm.tcp(BESIDE, 25, **CLOSED).ok is (default == "allow")
         assert vm.tcp(OUTSIDE, 443, **CLOSED).ok is (default == "allow")
-        assert vm.ping(network.facts.gateway).ok, "the device itself stays reachable"
+        assert vm.ping(network.facts.gateway).ok, "the device itself is always reachable"
 
 
 @pytest.mark.parametrize("speaker", ["client", "server"])
-def test_revoking_ends_exactly_the_flows_it_allowed(life: Life, internet: Internet, speaker: str) -> None:
+def test_a_revocation_ends_only_the_flows_it_allowed(life: Life, internet: Internet, speaker: str) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -153,7 +155,7 @@ def test_revoking_ends_exactly_the_flows_it_allowed(life: Life, internet: Intern
         kept.close()
 
 
-def test_a_long_transfer_runs_through_changes_of_other_rules(life: Life, internet: Internet) -> None:
+def test_a_long_transfer_survives_changes_of_other_rules(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     network = life.network
     address = network.associate(life.public(1))
@@ -170,7 +172,7 @@ def test_a_long_transfer_runs_through_changes_of_other_rules(life: Life, interne
             assert moved.sent > 0
 
 
-def test_neighbours_are_told_of_a_new_address(life: Life, internet: Internet) -> None:
+def test_a_new_address_is_announced_by_gratuitous_arp(life: Life, internet: Internet) -> None:
     _, nic = life.vm("web-1")
     address = life.network.associate(life.public(1))
     watch = internet.watch_arp(seconds=60)
@@ -179,7 +181,7 @@ def test_neighbours_are_told_of_a_new_address(life: Life, internet: Internet) ->
     assert any(frame.gratuitous and frame.broadcast and frame.sender == address.ip for frame in frames)
 
 
-def test_a_neighbour_with_a_route_does_not_get_around_the_firewall(life: Life, internet: Internet) -> None:
+def test_a_neighbour_with_a_route_cannot_bypass_the_firewall(life: Life, internet: Internet) -> None:
     vm, nic = life.vm("web-1")
     with vm.serve_tcp(22):
         route = f"{life.subnet}.0/24 via {life.public(0)} dev eth0"
@@ -190,8 +192,8 @@ def test_a_neighbour_with_a_route_does_not_get_around_the_firewall(life: Life, i
         internet.links(f"route delete {route}")
 
 
-def test_replies_leave_where_the_request_came_in(life: Life, bed: Bed) -> None:
-    """Two more public VLANs, one of them untagged, each with its own gateway."""
+def test_replies_use_the_exit_of_the_request(life: Life, bed: Bed) -> None:
+    """Two more public VLANs, one of them untagged, with different gateways."""
     vm, nic = life.vm("web-1")
     network = life.network
     second = bed.internet(vlan=102, address="192.0.2.1/24", name="second")
@@ -206,11 +208,11 @@ def test_replies_leave_where_the_request_came_in(life: Life, bed: Bed) -> None:
             place.links("address add 198.18.77.1/32 dev lo")
             assert place.tcp(address.ip, 22).server == "web-1"
             answer = place.tcp(address.ip, 22, source="198.18.77.1")
-            assert answer.saw == "198.18.77.1", "an address that only this gateway knows the way to"
+            assert answer.saw == "198.18.77.1", "only this gateway has a route to the address"
 
 
-def test_no_tenant_reaches_a_socket_of_the_host(life: Life) -> None:
-    """Not by the host's own addresses over the guest bridge, not by IPv6 link-local."""
+def test_tenants_cannot_reach_sockets_of_the_host(life: Life) -> None:
+    """Neither by the addresses of the host over the guest bridge nor by IPv6 link-local addresses."""
     vm, _ = life.vm("web-1")
     host = life.host
     bridge_mac = host.read(f"/sys/class/net/{vm.bridge}/address").strip()
@@ -218,7 +220,7 @@ def test_no_tenant_reaches_a_socket_of_the_host(life: Life) -> None:
         f"route add {host.address}/32 dev eth0",
         f"neigh replace {host.address} lladdr {bridge_mac} dev eth0 nud permanent",
     )
-    assert life.bed.management.tcp(host.address, 22).ok, "sshd does listen"
+    assert life.bed.management.tcp(host.address, 22).ok, "sshd is listening"
     assert vm.tcp(host.address, 22, **CLOSED).outcome == "timeout"
     assert vm.ping(host.address, timeout_s=0.3).answered == 0
     assert "fe80" not in host.sh(f"ip -6 address show dev {vm.bridge}")

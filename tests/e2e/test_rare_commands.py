@@ -1,4 +1,4 @@
-"""The commands of the protocol that today's client has no caller for, or seldom sends: they work all the same."""
+"""Commands of the protocol that the current client never or rarely sends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from e2e.networks import MakeLife, MakeVpc, Traces
 
 
 def _lease(vm: Vm) -> str:
-    """What busybox udhcpc is given, as its script sees it."""
+    """The lease of busybox udhcpc, as variables of its script."""
     vm.write("/tmp/lease", '#!/bin/sh\n[ "$1" = bound ] && env\nexit 0\n', mode=0o755)
     options = ["-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-O", "ntpsrv", "-s", "/tmp/lease"]
     done = vm.run("busybox", "udhcpc", *options, check=False)
@@ -23,38 +23,38 @@ def _names(vm: Vm, server: str, name: str) -> str:
 
 
 @pytest.mark.binary
-def test_options_names_and_subnets_come_and_go(make_life: MakeLife, bed: Bed, cloud: FakeCloudStack) -> None:
+def test_options_names_and_subnets_are_added_and_removed(make_life: MakeLife, bed: Bed, cloud: FakeCloudStack) -> None:
     everything = FakeCloudStack.on(bed.management, extension="rare").register(hosts=bed.hosts, **bed.login("root"))
     life = make_life(offering=ALL_SERVICES, with_cloud=everything, brisk=True)
     vm, nic = life.vm("web-1")
     network, facts = life.network, life.network.facts
     gateway, name = facts.gateway, f"web-1.{facts.domain}"
-    network.demand("save-hypervisor-hostname", payloads.save_item(facts, nic, "hypervisor_hostname", "kvm-7"))
+    network.send_or_fail("save-hypervisor-hostname", payloads.save_item(facts, nic, "hypervisor_hostname", "kvm-7"))
     assert vm.run("curl", "-s", "-m", "5", f"http://{gateway}/latest/meta-data/hypervisor-host-name").out == "kvm-7"
     about = payloads.network(facts)
-    network.demand("set-dhcp-options", {**about, "nic_id": nic.nic_id, "options": '{"42":"192.0.2.9"}'})
+    network.send_or_fail("set-dhcp-options", {**about, "nic_id": nic.nic_id, "options": '{"42":"192.0.2.9"}'})
     assert "ntpsrv=192.0.2.9" in _lease(vm)
     assert _names(vm, gateway, name) == nic.ip
-    network.demand("remove-dns-entry", payloads.remove_dns_entry(facts, nic))
+    network.send_or_fail("remove-dns-entry", payloads.remove_dns_entry(facts, nic))
     assert _names(vm, gateway, name) == ""
-    network.demand("add-dns-entry", payloads.add_dns_entry(facts, nic))
+    network.send_or_fail("add-dns-entry", payloads.add_dns_entry(facts, nic))
     assert _names(vm, gateway, name) == nic.ip
-    network.demand("remove-dns-subnet", {**about, "extension_ip": gateway})
+    network.send_or_fail("remove-dns-subnet", {**about, "extension_ip": gateway})
     assert name not in _names(vm, gateway, name) and nic.ip not in _names(vm, gateway, name)
-    network.demand("remove-dhcp-subnet", {**about, "extension_ip": gateway})
+    network.send_or_fail("remove-dhcp-subnet", {**about, "extension_ip": gateway})
     assert "lease of" not in _lease(vm)
-    network.demand("config-dhcp-subnet", payloads.config_subnet(facts, nic))
+    network.send_or_fail("config-dhcp-subnet", payloads.config_subnet(facts, nic))
     assert f"lease of {nic.ip}" in _lease(vm)
 
 
 @pytest.mark.binary
-def test_destroy_vpc_is_the_end_of_it(make_vpc: MakeVpc, bed: Bed) -> None:
+def test_destroy_vpc_removes_the_vpc_completely(make_vpc: MakeVpc, bed: Bed) -> None:
     life = make_vpc()
     tier = life.tier(1)
     before = Traces(bed)
     life.vpc.implement()
     tier.implement()
-    life.vpc.demand("destroy-vpc", payloads.vpc(life.vpc.facts))
+    life.vpc.send_or_fail("destroy-vpc", payloads.vpc(life.vpc.facts))
     life.vpc.tiers.clear()
     life.vpc.stored = ""
-    assert before.left() == {}
+    assert before.differences() == {}

@@ -1,4 +1,4 @@
-"""The life of a plain shared network, and of a dual-stack one, event by event."""
+"""Life cycle of a shared network and the first VM of a dual-stack network."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _leased(vm: Vm) -> str:
 
 
 @pytest.mark.binary
-def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, bed: Bed) -> None:
-    """Nobody implements it: the first command about a VM builds it, the last VM and the deletion leave nothing."""
+def test_shared_network_from_first_vm_to_deletion(shared: SharedNetwork, bed: Bed) -> None:
+    """CloudStack does not implement it. The first VM command builds it, and its deletion leaves nothing."""
     before = Traces(bed)
     one = shared.deploy_vm("sh-1", ip="10.30.0.61", mac="1e:00:aa:00:00:11")
     assert shared.failures == []
@@ -58,7 +58,7 @@ def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, b
         assert first.run("curl", "-s", "-m", "5", url).out == "sh-1"
         assert second.run("curl", "-s", "-m", "5", url).out == "sh-2"
         assert "10.30.0.62" in first.run("busybox", "nslookup", "sh-2.shared.example.internal", "10.30.0.5").out
-        # The device is a neighbour: what tenants send each other, or to their router, is not its business.
+        # The device is not a router here: traffic between tenants or to their router does not pass it.
         assert first.ping("10.30.0.62").ok
         shared.stop_vm(one)
         shared.start_vm(one)
@@ -73,11 +73,11 @@ def test_first_and_every_vm_stop_expunge_restart_delete(shared: SharedNetwork, b
         first.destroy()
         second.destroy()
     shared.delete()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
-def test_dual_stack_first_vm(make_life: MakeLife, bed: Bed, internet: Internet) -> None:
-    """No config-dns-subnet is sent for a NIC with IPv6; the VM makes the address that CloudStack computed."""
+def test_first_vm_of_a_dual_stack_network(make_life: MakeLife, bed: Bed, internet: Internet) -> None:
+    """CloudStack sends no config-dns-subnet for a NIC with IPv6. The VM configures the address that it computed."""
     everything = FakeCloudStack.on(bed.management, extension="six").register(hosts=bed.hosts, **bed.login("root"))
     life = make_life(offering=ALL_SERVICES, with_cloud=everything)
     network = life.network

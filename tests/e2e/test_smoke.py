@@ -1,7 +1,7 @@
-"""The scenarios of CloudStack's own smoke test of the reference extension, against ours: logins by password.
+"""The scenarios of CloudStack's smoke test of the reference extension, with logins by password.
 
-Its VMs are reached by SSH; here a listener that says its name is as good. test_04 is in test_shared.py, test_08 in
-test_isolated_actions.py.
+The smoke test connects to VMs by SSH. Here a listener in the VM sends its name. test_04 is in test_shared.py, test_08
+in test_isolated_actions.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALLOW = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "a
 
 @pytest.fixture
 def registered(bed: Bed, cloud: FakeCloudStack) -> FakeCloudStack:
-    """hosts, username and password alone, as it registers; the public VLANs are the bed's second NIC's."""
+    """Registered like the smoke test, with hosts, username and password only. Public VLANs are on the bed's eth2."""
     smoke = FakeCloudStack.on(bed.management, extension="extnet-isolated-x7k2qp")
     smoke.register(hosts=bed.hosts, **bed.login("root", by="password"))
     return smoke
@@ -56,7 +56,7 @@ def test_smoke_05_isolated_network(registered: FakeCloudStack, make_life: MakeLi
 
 @pytest.mark.binary
 def test_smoke_06_vpc(make_vpc: MakeVpc, internet: Internet) -> None:
-    """The first tier deleted, the second one's balanced port still works."""
+    """After the deletion of the first tier the balanced port of the second still works."""
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -79,7 +79,7 @@ def test_smoke_06_vpc(make_vpc: MakeVpc, internet: Internet) -> None:
         assert not internet.tcp(forwarded.ip, 22, **CLOSED).ok
 
 
-def test_smoke_07_lists_made_after_the_vms(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_smoke_07_acls_created_after_the_vms(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -96,7 +96,7 @@ def test_smoke_07_lists_made_after_the_vms(make_vpc: MakeVpc, internet: Internet
 
 @pytest.mark.binary
 def test_smoke_09_source_nat_address_of_a_vpc_changed(make_vpc: MakeVpc, internet: Internet) -> None:
-    """Static NAT, port forward and balanced port work before and after each change; one address has the flag."""
+    """Static NAT, port forward and balanced port work before and after each change. One address has the flag."""
     life = make_vpc()
     life.vpc.implement()
     tier = life.tier(1)

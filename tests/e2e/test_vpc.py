@@ -1,4 +1,4 @@
-"""The life of VPCs and their tiers, event by event (tests/payloads and the sequences that they come in)."""
+"""Life cycle of VPCs and their tiers: the events in CloudStack and the executions of each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ALLOW = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "a
 
 
 def rows(life: VpcLife, filter: str = "") -> str:
-    """What the host says of the VPC: every list, translation and balanced port."""
+    """The ACLs, translations and balanced ports of the VPC as the host lists them."""
     return life.vpc.custom_action("list-firewall-rules", filter=filter)
 
 
 @pytest.mark.binary
-def test_create_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
+def test_creating_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
     life = make_vpc()
     life.vpc.implement()
     assert life.vpc.details["namespace"] == life.vpc.namespace
@@ -28,7 +28,7 @@ def test_create_a_vpc_with_an_address(make_vpc: MakeVpc) -> None:
 
 
 @pytest.mark.binary
-def test_create_a_vpc_whose_address_comes_with_its_first_tier(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_creating_a_vpc_whose_address_comes_with_its_first_tier(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc(source_nat=False)
     life.vpc.implement()
     life.vpc.source_nat = life.public[0]
@@ -56,13 +56,13 @@ def test_first_vm_in_a_tier_and_second_tier(make_vpc: MakeVpc, internet: Interne
     assert app.facts.gateway in one.run("ip", "route", "get", app.facts.gateway).out
     with internet.serve_tcp(80), two.serve_tcp(22):
         assert one.tcp(OUTSIDE, 80).saw == two.tcp(OUTSIDE, 80).saw == life.public[0].ip
-        assert not one.tcp(two.ip, 22, **CLOSED).ok, "a tier without a list lets nobody in"
+        assert not one.tcp(two.ip, 22, **CLOSED).ok, "a tier without an ACL is closed"
         assert one.ping(web.facts.gateway).ok
 
 
 @pytest.mark.binary
-def test_replace_a_list_change_an_item_take_it_away(make_vpc: MakeVpc, internet: Internet) -> None:
-    """Also between tiers: the egress of the one and the ingress of the other are asked."""
+def test_replacing_changing_and_removing_an_acl(make_vpc: MakeVpc, internet: Internet) -> None:
+    """Between tiers both the egress ACL of the source and the ingress ACL of the target apply."""
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -74,10 +74,10 @@ def test_replace_a_list_change_an_item_take_it_away(make_vpc: MakeVpc, internet:
         assert not one.tcp(two.ip, 22, **CLOSED).ok
         kept = one.open(two.ip, 8080)
         web.replace_acl([AclItem(1, "deny", "egress", "tcp", 8080), AclItem(2, "allow", "egress", "all")])
-        assert not one.tcp(two.ip, 8080, **CLOSED).ok, "the tier that it leaves says no"
-        assert kept.ask(timeout_s=0.5) != "answered", "and what it had let through has ended"
+        assert not one.tcp(two.ip, 8080, **CLOSED).ok, "the egress ACL of the source tier denies"
+        assert kept.ask(timeout_s=0.5) != "answered", "the connection it had allowed has ended"
         web.replace_acl([])
-        assert one.tcp(two.ip, 8080).ok, "a list without egress items lets out"
+        assert one.tcp(two.ip, 8080).ok, "an ACL without egress items allows egress"
         app.replace_acl([AclItem(1, "deny", "ingress", "tcp", 8080), AclItem(2, "allow", "ingress", "all")])
         assert not one.tcp(two.ip, 8080, **CLOSED).ok, "the first match decides"
         assert one.tcp(two.ip, 22).ok
@@ -86,8 +86,8 @@ def test_replace_a_list_change_an_item_take_it_away(make_vpc: MakeVpc, internet:
 
 
 @pytest.mark.binary
-def test_addresses_and_rules_of_tiers(make_vpc: MakeVpc, internet: Internet) -> None:
-    """Several services on one address, and on the VPC's own; the list of the tier judges the private port."""
+def test_tiers_share_addresses_and_have_their_own_rules(make_vpc: MakeVpc, internet: Internet) -> None:
+    """Several services on one address, also on the VPC's own. The tier's ACL matches the private port."""
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -117,13 +117,13 @@ def test_addresses_and_rules_of_tiers(make_vpc: MakeVpc, internet: Internet) -> 
         assert two.tcp(OUTSIDE, 80).saw == own.ip
         app.replace_acl([AclItem(1, "deny", "ingress", "tcp", 8080, cidrs=("203.0.113.0/24",))])
         assert not internet.tcp(own.ip, 2201, **CLOSED).ok
-        assert not internet.tcp(own.ip, 81, **CLOSED).ok, "balanced: judged by the client's own address"
+        assert not internet.tcp(own.ip, 81, **CLOSED).ok, "the ACL sees the client address of balanced traffic"
         web.disassociate(shared)
         assert internet.tcp(own.ip, 2200).ok
 
 
 @pytest.mark.binary
-def test_a_tier_ends_while_the_others_go_on_without_a_lost_packet(make_vpc: MakeVpc, internet: Internet) -> None:
+def test_removing_a_tier_loses_no_packet_of_the_others(make_vpc: MakeVpc, internet: Internet) -> None:
     life = make_vpc()
     life.vpc.implement()
     web, app = life.tier(1), life.tier(2)
@@ -145,7 +145,7 @@ def test_a_tier_ends_while_the_others_go_on_without_a_lost_packet(make_vpc: Make
 
 
 @pytest.mark.binary
-def test_a_vpc_deleted_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
+def test_a_deleted_vpc_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     life = make_vpc()
     tier = life.tier(1)
     before = Traces(bed)
@@ -158,11 +158,11 @@ def test_a_vpc_deleted_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     life.vms.remove(vm)
     tier.delete()
     life.vpc.delete()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
-def test_a_vpc_that_failed_is_deleted_with_living_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
-    """The tiers are destroyed with the VPC; the second shutdown-vpc, with nothing stored, finds nothing to do."""
+def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
+    """The tiers are destroyed with the VPC. The second shutdown-vpc, without stored details, does nothing."""
     life = make_vpc()
     tier = life.tier(1)
     before = Traces(bed)
@@ -171,7 +171,7 @@ def test_a_vpc_that_failed_is_deleted_with_living_tiers(make_vpc: MakeVpc, bed: 
     life.vpc.delete()
     life.vpc.delete()
     life.vpc.tiers.clear()
-    assert before.left() == {}
+    assert before.differences() == {}
 
 
 @pytest.mark.binary
@@ -190,7 +190,7 @@ def test_restart_of_a_vpc_ends_in_the_same_state(make_vpc: MakeVpc, internet: In
         kept = internet.open(life.public[1].ip, 2222)
         life.vpc.restart(cleanup="with cleanup" in how, rolling="not" not in how)
         if "not rolling" in how:
-            # The VPC came back without its tiers: each comes with a restart of its own.
+            # The restart of the VPC does not restore its tiers, so each needs its own restart.
             tier.restart()
         else:
             assert kept.ask() == "answered"
@@ -217,8 +217,8 @@ def test_restart_of_a_tier_ends_in_the_same_state(make_vpc: MakeVpc, internet: I
 
 
 @pytest.mark.binary
-def test_change_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) -> None:
-    """There is one; the former one keeps serving what is forwarded to it."""
+def test_changing_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) -> None:
+    """There is one source-NAT address. The previous one keeps its forwards."""
     life = make_vpc()
     life.vpc.implement()
     tier = life.tier(1)

@@ -44,7 +44,7 @@ class AgentHost:
     """One host. ``vlans`` are the names of its VLAN links, each connected to the fabric."""
 
     def __init__(self, vlans: Sequence[str] = ("eth1.1204", "eth1.1377", "eth2.101")) -> None:
-        self._holders = [self._hold("--net", "--mount"), self._hold("--net", "--mount")]
+        self._holders = [self._start_holder("--net", "--mount"), self._start_holder("--net", "--mount")]
         self.pid, self.fabric = (holder.pid for holder in self._holders)
         self.agent: subprocess.Popen[bytes] | None = None
         for nic in sorted({name.partition(".")[0] for name in vlans}):
@@ -61,7 +61,7 @@ class AgentHost:
         self.run("sysctl", "-qw", f"net/ipv6/conf/{name}/disable_ipv6=1")
 
     @staticmethod
-    def _hold(*kinds: str) -> subprocess.Popen[bytes]:
+    def _start_holder(*kinds: str) -> subprocess.Popen[bytes]:
         holder = subprocess.Popen(
             ["unshare", *kinds, "sh", "-ec", _SETUP],
             stdin=subprocess.DEVNULL,
@@ -259,10 +259,10 @@ def make_call(
     )
 
 
-def wait_until(happens: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 20.0) -> None:
     """Poll a condition until it holds. Fails after ``seconds``, a limit for busy machines."""
     deadline = time.monotonic() + seconds
-    while not happens():
+    while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
 

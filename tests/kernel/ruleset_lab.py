@@ -40,7 +40,7 @@ CLIENT, CLIENT2, STRANGER = "192.0.2.10", "192.0.2.11", "192.0.2.200"
 NEIGHBOUR = "203.0.113.99"
 SUBNETS = {"gw1": ("203.0.113.0/24", "198.151.100.0/24"), "gw2": ("198.51.100.0/24",)}
 
-# How long silence has to last to be believed, and how long an expected answer may take on a busy machine.
+# Time without an answer that counts as no answer, and time that an expected answer may take on a busy machine.
 QUIET_S, PATIENCE_S = 0.35, 8.0
 
 
@@ -80,7 +80,7 @@ class Nft:
 class Try:
     """One attempt from ``space``; ``source`` empty lets the kernel choose. ICMP: ``port`` is type * 256 + code.
 
-    A target of IPv6 is spoken to in IPv6; ``icmp`` is ICMPv6 then.
+    With an IPv6 target the packet is IPv6, and ``icmp`` is ICMPv6.
     """
 
     space: str
@@ -124,7 +124,7 @@ class Entry:
 class Lab:
     tag: str = field(default_factory=lambda: f"rtest-{os.getpid()}-{secrets.token_hex(2)}")
     scope: Scope | None = None
-    families: tuple[str, ...] = ("ipv4",)  # whose open flows are looked at
+    families: tuple[str, ...] = ("ipv4",)  # families of the open flows that are checked
     want: Want = field(default_factory=lambda: Want(namespace=""))
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class Lab:
                     _write("net.ipv4.ip_forward", "1")
             self.ip(it, "link set lo up")
         with inside(self.ns("dev")):
-            # Closed connections are remembered until a test has looked, on a busy machine too.
+            # Keep entries of closed connections until the test has read them, on a busy machine too.
             _write("net.netfilter.nf_conntrack_tcp_timeout_close", "120")
         self.ip("sw", *(f"link add breth1-{vlan} type bridge" for vlan in ("1204", "101", "102", "0")))
         self.ip("sw", *(f"link set breth1-{vlan} up" for vlan in ("1204", "101", "102", "0")))
@@ -225,7 +225,7 @@ class Lab:
                 f"link set {port} master breth1-{vlan}", f"link set {port} up")  # fmt: skip
         self.ip(space, f"addr add {address} dev eth0", "link set eth0 up")
 
-    def strays(self) -> int:
+    def foreign_source_packets(self) -> int:
         """The number of packets that reached a provider's gateway with a source address of another VLAN."""
         found = 0
         for gw in ("gw1", "gw2"):
@@ -240,7 +240,7 @@ class Lab:
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
-            self.settle(before)
+            self.judge_flows(before)
 
     def renew(self, scope: Scope) -> None:
         """Configure the device for ``scope``; flush its connection tracking and the neighbours' ARP caches."""
@@ -267,7 +267,7 @@ class Lab:
                               f"netns {self.ns('dev')}", f"link set {port.host_link} master {port.segment.bridge}",
                         f"link set {port.host_link} up")  # fmt: skip
         links = {it.link for it in have.ports if it in want.ports}
-        # Before the sysctls: a link whose IPv6 is switched off has lost its addresses.
+        # Before the sysctls: disabling IPv6 on a link removes its addresses.
         self.ip("dev", *(f"addr del {it.cidr} dev {it.link}" for it in have.addresses
                          if it not in want.addresses and it.link in links))  # fmt: skip
         if want.sysctls != have.sysctls:
@@ -277,21 +277,21 @@ class Lab:
         lines = [f"link set {it.link} up" for it in want.ports if it not in have.ports]
         lines += [f"addr add {it.cidr} dev {it.link}" for it in want.addresses
                   if it not in have.addresses or it.link not in links]  # fmt: skip
-        # The kernel takes routes away with the address that they prefer, so they are all put in place again.
+        # The kernel deletes routes together with their preferred source address, so set all routes again.
         lines += [f"route replace {_route(it)}" for it in want.routes]
         lines += [f"rule add {_rule(it)}" for it in want.rules if it not in have.rules]
         self.ip("dev", *lines)
         places = {(it.table, it.destination) for it in want.routes}
         for route in have.routes:
             if (route.table, route.destination) not in places:
-                with contextlib.suppress(AssertionError):  # gone with its link or its address
+                with contextlib.suppress(AssertionError):  # already deleted with its link or address
                     self.ip("dev", f"route del {route.destination} table {route.table}")
 
     def entries(self) -> list[Entry]:
         look = ("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended", "-f")
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
-    def settle(self, before: Scope | None) -> None:
+    def judge_flows(self, before: Scope | None) -> None:
         look = flows.attention(before, self.scope)
         if look == "none":
             return
@@ -306,7 +306,7 @@ class Lab:
                     self.conntrack("-U", *entry.selector(), "--mark", f"{REVOKED:#x}/{REVOKED:#x}")
 
     def conntrack(self, *argv: str) -> None:
-        # An entry that timed out between look and act is no failure.
+        # The entry may have timed out since it was listed.
         subprocess.run(["ip", "netns", "exec", self.ns("dev"), "conntrack", *argv], capture_output=True, check=False)
 
     # Packets
@@ -440,7 +440,7 @@ class Lab:
         for it, answer in zip(tries, self.ask(tries, QUIET_S), strict=True):
             assert not answer, f"{it}: {answer}"
 
-    def meets(self, told: Mapping[Try, bool]) -> None:
+    def assert_answers(self, told: Mapping[Try, bool]) -> None:
         """Assert that exactly the attempts marked True are answered.
 
         The silent ones come first, because an answered one leaves a conntrack entry that could admit others.
@@ -486,7 +486,7 @@ def _icmp(type_: int, code: int, number: int) -> bytes:
 
 
 def _is_reply(packet: bytes, expected: bytes) -> bool:
-    # A raw socket of IPv4 hands out the IP header, one of IPv6 does not.
+    # A raw IPv4 socket returns the IP header, a raw IPv6 socket does not.
     body = packet if expected[0] == 129 else packet[(packet[0] & 15) * 4 :]
     return body[:1] == expected[:1] and body[4:6] == expected[1:3]
 

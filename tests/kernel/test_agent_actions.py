@@ -1,4 +1,4 @@
-"""Custom actions on a real host: what they show, what they repair, and how an operator's hook is run."""
+"""Custom actions through a real agent: output of the built-in actions, repairs, and hooks of the operator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ while said := client.recv(100):
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A host with the network, for tests that leave it as they found it."""
+    """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
         it.start()
         live(it)
@@ -48,7 +48,7 @@ def write_hook(host: AgentHost, action: str, text: str, mode: int = 0o755) -> No
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def test_a_dump_tells_all_but_secrets(host: AgentHost) -> None:
+def test_dump_config_shows_everything_except_secrets(host: AgentHost) -> None:
     done(host.call("030", "prepare-nic"))
     done(host.call("090", "save-password", password=PASSWORD))
     done(
@@ -96,7 +96,7 @@ def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
     assert message(act(host, "list-firewall-rules", filter="tcp 1999 ")) == (
         "ingress 203.0.113.21 tcp 1999 from 198.51.3.249/32: allow"
     )
-    # Where only the port differs, all of them are one line.
+    # Rules that differ only in the port are listed as one line.
     for it in rules:
         it["sourceCidrs"] = []
     done(host.call("070", "apply-fw-rules", fw_rules={"default_egress_allow": False, "rules": rules}))
@@ -113,9 +113,9 @@ def test_defect_42_a_thousand_rules_are_listed(host: AgentHost) -> None:
     done(host.call(*FIRST_LIFE[-1]))
 
 
-def test_check_tells_what_a_repair_would_do_and_does_nothing(host: AgentHost) -> None:
+def test_check_lists_the_repair_steps_without_applying_them(host: AgentHost) -> None:
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
-    # Of what no watch tells: anything else would be back before one has asked.
+    # A sysctl causes no event. Any other change would be repaired before the check.
     host.run("sysctl", "-qw", "net.ipv4.conf.pub-101.rp_filter=1", namespace=NS)
     before = kernel(host)
     assert message(act(host, "check")) == f"set net.ipv4.conf.pub-101.rp_filter = 0 in {NS}"
@@ -128,7 +128,7 @@ def test_check_tells_what_a_repair_would_do_and_does_nothing(host: AgentHost) ->
 # --------------------------------------------------------------------------------------------------------- the repair
 
 
-def test_a_reboot_loses_nothing_and_open_connections_go_on(host: AgentHost) -> None:
+def test_reboot_device_keeps_state_and_open_connections(host: AgentHost) -> None:
     host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
     server = subprocess.Popen(["nsenter", "-t", str(host.fabric), "-n", "--", sys.executable, "-c", ECHO])
     client = None
@@ -163,9 +163,9 @@ def test_a_reboot_loses_nothing_and_open_connections_go_on(host: AgentHost) -> N
             return out.readline()
 
         assert echo(b"before\n") == b"before\n"
-        message(act(host, "reboot-device"))  # from now on the chains stand in the order of a table made anew
+        message(act(host, "reboot-device"))  # from here the chains have the order of a recreated table
         before = kernel(host)
-        host.run("nft", "add", "rule", "inet", "netloom", "through", "drop", namespace=NS)  # by somebody's hand
+        host.run("nft", "add", "rule", "inet", "netloom", "through", "drop", namespace=NS)  # a manual change
         assert kernel(host) != before
         assert "links down and up" in message(act(host, "reboot-device"))
         assert kernel(host) == before
@@ -177,7 +177,7 @@ def test_a_reboot_loses_nothing_and_open_connections_go_on(host: AgentHost) -> N
                 it.communicate()
 
 
-def test_a_reboot_starts_the_services_anew(host: AgentHost) -> None:
+def test_reboot_device_restarts_the_services(host: AgentHost) -> None:
     for fixture, command in (("030", "prepare-nic"), ("033", "config-dns-subnet")):
         done(host.call(fixture, command))
     (pid,) = host.processes("dnsmasq")
@@ -191,7 +191,7 @@ def test_a_reboot_starts_the_services_anew(host: AgentHost) -> None:
 # ---------------------------------------------------------------------------------------------------------- the hooks
 
 
-def test_a_hook_is_given_the_payload_and_its_output_is_the_answer(host: AgentHost) -> None:
+def test_a_hook_gets_the_payload_and_its_output_is_the_reply(host: AgentHost) -> None:
     write_hook(
         host,
         "tell",
@@ -215,18 +215,18 @@ def test_a_hook_is_given_the_payload_and_its_output_is_the_answer(host: AgentHos
     [
         ("echo out; echo first >&2; echo 'the last' >&2; exit 7", "hook bad failed with status 7: the last"),
         ("echo only; exit 1", "hook bad failed with status 1: only"),
-        ("exit 1", "hook bad failed with status 1, and did not say why"),
-        ("kill -9 $$", "hook bad was ended by signal 9, and did not say why"),
+        ("exit 1", "hook bad failed with status 1, without a message"),
+        ("kill -9 $$", "hook bad was killed by signal 9, without a message"),
         ('echo \'{"status": "failed", "message": "no"}\'', "hook bad says status 'failed': no"),
     ],
 )
-def test_a_hook_that_fails_is_a_failure_with_its_last_line(host: AgentHost, text: str, error: str) -> None:
+def test_a_failing_hook_is_reported_with_its_last_line(host: AgentHost, text: str, error: str) -> None:
     write_hook(host, "bad", f"#!/bin/sh\n{text}\n")
     reply = act(host, "bad")
     assert (reply.status, reply.error, reply.output) == (3, error, "")
 
 
-def test_a_hook_is_ended_with_all_its_children_when_the_time_is_over(host: AgentHost) -> None:
+def test_a_hook_and_its_children_are_killed_at_the_deadline(host: AgentHost) -> None:
     write_hook(host, "slow", "#!/bin/sh\nsleep 4711 & sleep 4711\n")
     begun = threading.Event()
     replies: list[Reply] = []
@@ -238,30 +238,30 @@ def test_a_hook_is_ended_with_all_its_children_when_the_time_is_over(host: Agent
     caller = threading.Thread(target=run)
     caller.start()
     wait_until(lambda: len(host.processes("sleep", "4711")) == 2)
-    # Meanwhile the network's own commands are carried out.
+    # Commands of the network are executed meanwhile.
     done(host.call(*FIRST_LIFE[0]))
     assert not replies
     caller.join(30)
-    assert (replies[0].status, replies[0].error) == (3, "hook slow was ended: not done in the time that the call had")
+    assert (replies[0].status, replies[0].error) == (3, "hook slow was killed: it did not end in the time of the call")
     wait_until(lambda: not host.processes("sleep", "4711"))
 
 
-def test_what_a_hook_leaves_behind_holds_up_nobody(host: AgentHost) -> None:
+def test_background_processes_of_a_hook_do_not_delay_the_reply(host: AgentHost) -> None:
     write_hook(host, "leaves", "#!/bin/sh\nsleep 4712 &\necho done\n")
     assert done(act(host, "leaves")).output == "done"
     wait_until(lambda: not host.processes("sleep", "4712"))
 
 
-def test_a_hook_that_says_too_much_is_heard_to_its_end(host: AgentHost) -> None:
+def test_long_hook_output_is_truncated_and_the_hook_runs_to_its_end(host: AgentHost) -> None:
     write_hook(host, "loud", "#!/bin/sh\nhead -c 3000000 /dev/zero | tr '\\0' x\ntouch /run/loud-ended\n")
     told = done(act(host, "loud")).output
     assert told.endswith(f"... cut here, after {OUTPUT_CHARACTERS_MAX} characters")
     assert host.path("/run/loud-ended").exists()
 
 
-def test_a_hook_that_others_could_have_written_is_not_run(host: AgentHost) -> None:
+def test_unsafe_hook_files_are_not_executed(host: AgentHost) -> None:
     write_hook(host, "loose", "#!/bin/sh\necho ran\n", 0o775)
-    assert "others than root may write it" in act(host, "loose").error
+    assert "users other than root may write to it" in act(host, "loose").error
     write_hook(host, "mine", "#!/bin/sh\necho ran\n", 0o644)
     assert "not executable" in act(host, "mine").error
     path = host.path("/var/lib/netloom/hooks/custom-action-link.sh")
@@ -273,7 +273,7 @@ def test_a_hook_that_others_could_have_written_is_not_run(host: AgentHost) -> No
         host.path(f"/var/lib/netloom/hooks/custom-action-{it}.sh").unlink()
 
 
-def test_what_is_not_there_is_told(host: AgentHost) -> None:
+def test_unknown_actions_and_unknown_scopes_are_errors(host: AgentHost) -> None:
     write_hook(host, "known", "#!/bin/sh\n")
     assert done(act(host, "known")).output == ""
     unknown = act(host, "reboot")
@@ -287,7 +287,7 @@ def test_what_is_not_there_is_told(host: AgentHost) -> None:
     assert "belongs to" in act(host, "dump-config", owner="somebody").error
 
 
-def test_nothing_stored_is_an_error_and_builds_nothing() -> None:
+def test_actions_without_stored_state_fail_and_create_nothing() -> None:
     with agent_host() as it:
         it.start()
         before = it.inventory()
@@ -296,14 +296,14 @@ def test_nothing_stored_is_an_error_and_builds_nothing() -> None:
             assert (reply.status, reply.holds) == (3, False)
             assert reply.error == f"custom-action {action}: nothing is known of net-204 on this host"
         assert it.inventory() == before
-        done(it.call("053", "add-port-forward"))  # told, and not implemented: a rule alone builds nothing
+        done(it.call("053", "add-port-forward"))  # stored but not implemented: a rule alone builds nothing
         assert "is shut down" in act(it, "reboot-device").error
         assert "not implemented" in message(act(it, "show"))
         assert message(act(it, "counters")) == "no public address stands"
         assert "== found: nftables\n  (none)" in done(act(it, "dump-config")).output
 
 
-def test_what_is_counted_goes_on_through_changes_of_rules() -> None:
+def test_counters_keep_their_values_when_rules_change() -> None:
     with agent_host() as it:
         it.start()
         for fixture, command in (("020", "implement-network"), ("021", "assign-ip"), ("050", "assign-ip")):
@@ -320,7 +320,7 @@ def test_what_is_counted_goes_on_through_changes_of_rules() -> None:
         assert told == "203.0.113.20: in 5 packets, 420 bytes; out 2 packets, 168 bytes"
 
         def refused() -> bool:
-            # Once more each time: the slow check may have put it back just now.
+            # Delete the table on every attempt, because the periodic check may have just restored it.
             it.run("nft", "delete", "table", "inet", "netloom", namespace=NS, check=False)
             reply = act(it, "counters", "501", network_id="204")
             return reply.status == 3 and reply.error.startswith("nftables: ")
@@ -328,7 +328,7 @@ def test_what_is_counted_goes_on_through_changes_of_rules() -> None:
         wait_until(refused)
 
 
-def test_what_a_vpcs_addresses_carry_is_counted() -> None:
+def test_traffic_of_vpc_addresses_is_counted() -> None:
     with agent_host("eth1.1310", "eth1.1311", "eth2.101") as it:
         it.start()
         for fixture, command in (("202", "implement-vpc"), ("210", "implement-network"), ("211", "assign-ip")):
@@ -336,7 +336,8 @@ def test_what_a_vpcs_addresses_carry_is_counted() -> None:
         it.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=it.fabric)
         it.plug("vm", "breth1-1310", "02:01:00:cc:07:03", "10.20.1.45/24")
         it.run("ip", "route", "add", "default", "via", "10.20.1.1", namespace="vm")
-        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.30", pid=it.fabric, check=False)  # the device answers none
+        # The device does not answer these.
+        it.run("ping", "-c2", "-i0.2", "-W1", "203.0.113.30", pid=it.fabric, check=False)
         it.run("ping", "-c3", "-i0.2", "-W5", "203.0.113.1", namespace="vm")
         told = message(act(it, "counters", "502"))
         assert told == "203.0.113.30: in 5 packets, 420 bytes; out 3 packets, 252 bytes"

@@ -1,4 +1,4 @@
-"""Balanced load through an agent, from a client on the public VLAN to real listeners in VMs."""
+"""Load balancing through a real agent, from a client on the public VLAN to listeners in VMs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def host() -> Iterator[AgentHost]:
 
 
 def admit(host: AgentHost, *sources: str) -> None:
-    """Firewall rules for the balanced address: every port, from these."""
+    """Allow every port of the balanced address from these sources."""
     rules = [
         {"id": at, "type": "ingress", "protocol": protocol, "portStart": 1, "portEnd": 65535, "publicIp": ADDRESS}
         | {"sourceCidrs": list(sources), "destCidrs": []}
@@ -62,13 +62,13 @@ def revoke(host: AgentHost, *rules: dict[str, object]) -> None:
     balance(host, *({**it, "revoke": True} for it in rules))
 
 
-def haproxy(host: AgentHost) -> int:
+def haproxy_count(host: AgentHost) -> int:
     return len(host.processes("haproxy"))
 
 
 @contextlib.contextmanager
-def serving(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
-    """Listeners in the VMs: who connects is told the VM's name, and then what it says. What it said first is kept."""
+def name_servers(host: AgentHost, *vms: str, port: int = 80) -> Iterator[list[bytes]]:
+    """Listeners in the VMs that send the VM's name, then echo. Yields the first data of each client."""
     heard: list[bytes] = []
     listeners = []
     for vm in vms:
@@ -93,7 +93,7 @@ def _serve(listener: socket.socket, vm: str, heard: list[bytes]) -> None:
 
 
 def _echo(client: socket.socket, vm: str, heard: list[bytes]) -> None:
-    with client, contextlib.suppress(OSError):  # a health check leaves at once
+    with client, contextlib.suppress(OSError):  # a health check disconnects at once
         client.sendall(vm.encode())
         said = client.recv(1000)
         if said:
@@ -108,8 +108,8 @@ def connect(host: AgentHost, port: int, timeout_s: float = 5.0) -> socket.socket
         return socket.create_connection((ADDRESS, port), timeout_s)
 
 
-def told(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
-    """Who answers on a balanced port; why nobody does."""
+def answering_vm(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
+    """The name of the VM that answers on a balanced port, ``closed``, or the name of the exception."""
     try:
         with connect(host, port, timeout_s) as client:
             return client.recv(100).decode() or "closed"
@@ -117,7 +117,7 @@ def told(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
         return type(error).__name__
 
 
-def echoes(client: socket.socket) -> bool:
+def is_echoed(client: socket.socket) -> bool:
     try:
         client.sendall(b"still here")
         return client.recv(100) == b"still here"
@@ -128,9 +128,9 @@ def echoes(client: socket.socket) -> bool:
 @pytest.mark.mutation("tcp-proxy-sends-the-proxy-header", instead='""')
 @pytest.mark.parametrize("said", [{"protocol": "tcp-proxy"}, {"name": "mail [tcp-proxy]"}], ids=["sent", "named"])
 def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[str, str]) -> None:
-    """Version 1, before anything that the client says, with the client's own address (haproxy's proxy-protocol.txt)."""
+    """Version 1 of the header comes before the client's data and has its address (haproxy's proxy-protocol.txt)."""
     wanted = rule(1, 2525, WEB_IP, **said)
-    with serving(host, WEB) as heard:
+    with name_servers(host, WEB) as heard:
         balance(host, wanted)
         with connect(host, 2525) as client:
             ours = client.getsockname()
@@ -140,31 +140,33 @@ def test_the_proxy_protocol_arrives_at_the_backend(host: AgentHost, said: dict[s
     revoke(host, wanted)
 
 
-def test_backends_come_and_go_and_established_connections_do_not_notice(host: AgentHost) -> None:
-    with serving(host, WEB, DB):
+def test_backend_changes_keep_established_connections(host: AgentHost) -> None:
+    with name_servers(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP))
-        assert {told(host, 8080) for _ in range(4)} == {WEB}
+        assert {answering_vm(host, 8080) for _ in range(4)} == {WEB}
         with connect(host, 8080) as kept:
             assert kept.recv(100) == b"web"
             balance(host, rule(1, 8080, WEB_IP, DB_IP))
-            assert Counter(told(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
-            assert echoes(kept)
-            # From the moment on when the call is answered nobody new meets the one that was taken out.
+            assert Counter(answering_vm(host, 8080) for _ in range(6)) == {WEB: 3, DB: 3}
+            assert is_echoed(kept)
+            # After the reply no new connection reaches the removed backend.
             backends = [{"ip": ip, "port": 80, "revoked": ip == WEB_IP} for ip in (WEB_IP, DB_IP)]
             balance(host, rule(1, 8080, backends=backends))
-            assert {told(host, 8080) for _ in range(20)} == {DB}
-            assert echoes(kept)
+            assert {answering_vm(host, 8080) for _ in range(20)} == {DB}
+            assert is_echoed(kept)
             revoke(host, rule(1, 8080))
-            assert not echoes(kept)
-        assert told(host, 8080, 0.5) == "TimeoutError"
-    wait_until(lambda: not haproxy(host))
+            assert not is_echoed(kept)
+        assert answering_vm(host, 8080, 0.5) == "TimeoutError"
+    wait_until(lambda: not haproxy_count(host))
 
 
 @pytest.mark.parametrize(
     ("algorithm", "spread"), [("roundrobin", {WEB: 4, DB: 4}), ("leastconn", {WEB: 4, DB: 4}), ("source", {})]
 )
-def test_how_load_is_spread(host: AgentHost, algorithm: str, spread: dict[str, int]) -> None:
-    with serving(host, WEB, DB):
+def test_each_algorithm_spreads_connections_as_documented(
+    host: AgentHost, algorithm: str, spread: dict[str, int]
+) -> None:
+    with name_servers(host, WEB, DB):
         balance(host, rule(1, 8080, WEB_IP, DB_IP, algorithm=algorithm))
         clients = [connect(host, 8080) for _ in range(8)]
         seen = Counter(client.recv(100).decode() for client in clients)
@@ -175,14 +177,14 @@ def test_how_load_is_spread(host: AgentHost, algorithm: str, spread: dict[str, i
 
 
 @pytest.mark.parametrize("said", [{"protocol": "udp"}, {"name": "dns [udp]"}], ids=["sent", "named"])
-def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]) -> None:
+def test_udp_is_balanced_without_haproxy(host: AgentHost, said: dict[str, str]) -> None:
     servers = []
     for vm in (WEB, DB):
         with host.within(vm):
             servers.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         servers[-1].bind(("0.0.0.0", 80))
     balance(host, rule(1, 5353, WEB_IP, DB_IP, **said))
-    assert not haproxy(host)
+    assert not haproxy_count(host)
 
     def answered() -> str:
         with host.within():
@@ -194,7 +196,7 @@ def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]
                 server.settimeout(0.2)
                 with contextlib.suppress(TimeoutError):
                     _, peer = server.recvfrom(10)
-                    assert peer == client.getsockname() or peer[0] == CLIENT, "the VM sees the client itself"
+                    assert peer == client.getsockname() or peer[0] == CLIENT, "the VM sees the client's address"
                     server.sendto(b"!", peer)
                     assert client.recvfrom(10) == (b"!", (ADDRESS, 5353))
                     return vm
@@ -207,29 +209,29 @@ def test_udp_is_balanced_without_a_haproxy(host: AgentHost, said: dict[str, str]
         server.close()
 
 
-def test_the_firewall_holds_for_balanced_traffic_by_the_clients_own_address(host: AgentHost) -> None:
-    with serving(host, WEB):
+def test_the_firewall_filters_balanced_traffic_by_client_address(host: AgentHost) -> None:
+    with name_servers(host, WEB):
         balance(host, rule(1, 8080, WEB_IP))
-        assert told(host, 8080) == WEB
+        assert answering_vm(host, 8080) == WEB
         with connect(host, 8080) as kept:
             assert kept.recv(100) == b"web"
             admit(host, "203.0.113.9/32")
-            assert told(host, 8080, 0.5) == "TimeoutError"
-            assert not echoes(kept)
+            assert answering_vm(host, 8080, 0.5) == "TimeoutError"
+            assert not is_echoed(kept)
         admit(host, f"{CLIENT}/32")
-        assert told(host, 8080) == WEB
+        assert answering_vm(host, 8080) == WEB
         revoke(host, rule(1, 8080))
 
 
 def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
-    """As a restart sends them; more than a command line or a limit of descriptors takes at a careless moment."""
+    """A restart of the network sends them in one call. A command line or the descriptor limit could be exceeded."""
     rules = [rule(number, 10000 + number, WEB_IP, DB_IP) for number in range(1, 701)]
-    with serving(host, WEB, DB):
+    with name_servers(host, WEB, DB):
         balance(host, *rules)
         listening = set(re.findall(rf"{re.escape(ADDRESS)}:(\d+)", host.run("ss", "-ltn", namespace=NS)))
         assert listening == {str(it["publicPort"]) for it in rules}
         for port in (10001, 10350, 10700):
-            assert {told(host, port) for _ in range(4)} == {WEB, DB}
+            assert {answering_vm(host, port) for _ in range(4)} == {WEB, DB}
         lines: list[str] = []
         while not lines or "skip=" in lines[-1]:
             more = lines.pop().partition("skip=")[2].partition(",")[0] if lines else "0"
@@ -239,8 +241,8 @@ def test_defect_42_seven_hundred_rules_in_one_call(host: AgentHost) -> None:
         state = json.loads(host.path("/var/lib/netloom/scopes/net-204.json").read_text())
         assert len(state["lb_rules"]) == 700
         revoke(host, *rules[:350])
-        assert told(host, 10001, 0.5) == "TimeoutError"
-        assert told(host, 10700) in (WEB, DB)
+        assert answering_vm(host, 10001, 0.5) == "TimeoutError"
+        assert answering_vm(host, 10700) in (WEB, DB)
         revoke(host, *rules)
-    wait_until(lambda: not haproxy(host))
-    assert told(host, 10700, 0.5) == "TimeoutError"
+    wait_until(lambda: not haproxy_count(host))
+    assert answering_vm(host, 10700, 0.5) == "TimeoutError"

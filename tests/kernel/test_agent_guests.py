@@ -88,7 +88,7 @@ def _make_namespaces() -> None:
 
 
 class Agent:
-    """An agent's event loop with a GuestProcess on it; ``thread`` runs work in a worker thread."""
+    """An agent's event loop with a GuestProcess on it; ``in_worker`` runs work in a worker thread."""
 
     def __init__(self, directory: Path, build: str) -> None:
         self.loop = asyncio.new_event_loop()
@@ -98,17 +98,17 @@ class Agent:
         self.guests = Guests(self.loop, self.process)
         self.loop.run_until_complete(self.process.adopt())
 
-    def thread(self, work: Callable[[], T]) -> T:
+    def in_worker(self, work: Callable[[], T]) -> T:
         return self.loop.run_until_complete(self.loop.run_in_executor(None, work))
 
     def converge(self, scope: Scope) -> list[str]:
-        return self.thread(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
+        return self.in_worker(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
 
-    def until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
+    def wait_until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
         async def wait() -> None:
             end = time.monotonic() + patience_s
             while not await self.loop.run_in_executor(None, so):
-                assert time.monotonic() < end, "it did not come to pass in time"
+                assert time.monotonic() < end, "the condition did not become true in time"
                 await asyncio.sleep(0.02)
 
         self.loop.run_until_complete(wait())
@@ -121,7 +121,7 @@ class Agent:
 
 @contextmanager
 def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
-    """Agents one after the other over the same guest processes, all of which end with the test."""
+    """Make agents one after the other for the same guest processes. The processes end with the test."""
     made: list[Agent] = []
     pids: set[int] = set()
 
@@ -154,69 +154,71 @@ def _get(path: str, port: int = 80, header: str = "") -> str:
     return answer.partition(b"\r\n\r\n")[2].decode()
 
 
-def test_what_is_told_is_answered(tmp_path: Path) -> None:
+def test_the_guest_process_answers_from_the_tables_it_was_sent(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         assert it.converge(SCOPE) == ["guest: serve 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         assert it.converge(SCOPE) == []
         assert it.converge(_with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["guest: update 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
-        assert it.thread(lambda: it.guests.drop("net-9205")) == ["guest: drop 9205"]
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-2"
+        assert it.in_worker(lambda: it.guests.drop("net-9205")) == ["guest: drop 9205"]
         with pytest.raises(OSError):
-            it.thread(lambda: _get("/latest/user-data"))
+            it.in_worker(lambda: _get("/latest/user-data"))
 
 
 def test_an_acknowledged_password_is_reported(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
-        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+        assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
         assert it.taken == []
-        it.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
-        it.until(lambda: bool(it.taken))
+        it.in_worker(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        it.wait_until(lambda: bool(it.taken))
         assert (it.taken[0].nic, it.taken[0].password_id) == ("u1", "1")
 
 
-def test_a_killed_guest_process_is_back_with_the_same_sockets(tmp_path: Path) -> None:
+def test_a_killed_guest_process_restarts_with_the_same_sockets(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
         before = it.process.pid
         os.kill(before, signal.SIGKILL)
         # A request that comes immediately waits in the agent's copy of the socket until the next process serves it.
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
-        it.until(lambda: it.process.pid != before)
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        it.wait_until(lambda: it.process.pid != before)
         assert it.converge(SCOPE) == []
 
 
-def test_a_table_that_is_refused_keeps_no_other_network_from_being_served(tmp_path: Path) -> None:
+def test_a_rejected_table_does_not_affect_other_networks(tmp_path: Path) -> None:
     refused = replace(tables(SCOPE)[0], scope_id="net-1", server_ip="10.10.1.2", lease_s=1)
     with _agents(tmp_path) as agent:
         it = agent("b1")
         with pytest.raises(HostRefused, match="lease_s"):
-            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+            it.in_worker(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
         it.converge(SCOPE)
         os.kill(it.process.pid, signal.SIGKILL)
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         with pytest.raises(HostRefused, match="lease_s"):
-            it.thread(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
+            it.in_worker(lambda: it.guests.converge("net-1", NAMESPACE, (refused,)))
 
 
-def test_one_that_dies_again_and_again_comes_back_ever_more_slowly(tmp_path: Path) -> None:
+def test_repeated_guest_process_crashes_back_off_exponentially(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
         for wait in ("0.0", "0.2", "0.5"):
             before = it.process.pid
             os.kill(before, signal.SIGKILL)
-            it.until(partial(_other, it, before))
+            it.wait_until(partial(_has_new_pid, it, before))
             assert f"guest process {before} has ended" in (tmp_path / "agent.log").read_text()
             assert f"another one starts in {wait} s" in (tmp_path / "agent.log").read_text()
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_guest_process_is_killed_without_losing_passwords(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.1)
     monkeypatch.setattr(files, "SERVICES_DIR", str(tmp_path / "services"))
@@ -228,16 +230,16 @@ def test_a_hung_guest_process_is_ended_and_no_password_is_lost(tmp_path: Path, m
         no_services = supervisor.Supervisor(it.loop, print)
         probes = liveness.LivenessProbes(it.loop, log, no_services, it.process, lambda it: False)
         probing = it.loop.create_task(probes.run(0.2))
-        it.until(lambda: it.process.pid == hung)
+        it.wait_until(lambda: it.process.pid == hung)
         os.kill(hung, signal.SIGSTOP)
-        it.until(lambda: it.process.pid != hung)
+        it.wait_until(lambda: it.process.pid != hung)
         probing.cancel()
-        assert not _runs(hung)
+        assert not _is_running(hung)
         assert f"guest process (pid {hung}) does not answer: killed" in (tmp_path / "agent.log").read_text()
-        assert it.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+        assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
 
 
-def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path) -> None:
+def test_a_pid_claimed_by_the_guest_process_is_not_killed_unverified(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         innocent = subprocess.Popen(["sleep", "60"])
@@ -245,12 +247,10 @@ def test_nobody_is_ended_on_a_number_that_only_the_process_tells(tmp_path: Path)
         assert innocent.poll() is None
         innocent.kill()
         innocent.wait()
-        assert _runs(it.process.pid)
+        assert _is_running(it.process.pid)
 
 
-def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
@@ -258,15 +258,15 @@ def test_a_process_that_hangs_when_an_agent_starts_does_not_keep_the_sockets(
         os.kill(hung, signal.SIGSTOP)
         monkeypatch.setattr(guest_process, "HELLO_S_MAX", 2.0)
         for network in first.process.networks.values():
-            network.close()  # as an agent's end closes its copies
+            network.close()  # as the exit of an agent closes its copies
         second = agent("b1")
         assert second.process.pid != hung
-        assert not _runs(hung)
+        assert not _is_running(hung)
         assert second.converge(SCOPE) == ["guest: serve 9205"]
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
+def test_a_restarted_agent_adopts_the_guest_process(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
@@ -275,27 +275,27 @@ def test_the_next_agent_changes_nothing(tmp_path: Path) -> None:
         assert second.converge(SCOPE) == []
         assert second.process.pid == pid
         os.kill(pid, signal.SIGKILL)
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_another_build_takes_over_without_a_lost_request(tmp_path: Path) -> None:
+def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")
         first.converge(SCOPE)
         old = first.process.pid
         second = agent("b2")
         assert second.process.pid != old
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
-        # Served by the old process still: what it hands out is told all the same.
-        second.thread(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
-        second.thread(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
-        second.until(lambda: [it.password_id for it in second.taken] == ["1"])
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        # The old process still serves this request. The password that it delivers is reported as well.
+        second.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n"))
+        second.in_worker(lambda: _get("/", 8080, "DomU_Request: saved_password\r\n"))
+        second.wait_until(lambda: [it.password_id for it in second.taken] == ["1"])
         assert second.converge(SCOPE) == ["guest: update 9205"]
-        second.until(lambda: not _runs(old))
-        assert second.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        second.wait_until(lambda: not _is_running(old))
+        assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-def test_a_namespace_made_anew_gets_new_sockets(tmp_path: Path) -> None:
+def test_a_recreated_namespace_gets_new_sockets(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         it.converge(SCOPE)
@@ -304,30 +304,30 @@ def test_a_namespace_made_anew_gets_new_sockets(tmp_path: Path) -> None:
         _make_namespaces()
         assert unserved(it) == ["9205"]
         assert it.converge(SCOPE) == ["guest: serve 9205"]
-        assert it.thread(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
         assert unserved(it) == []
 
 
 def unserved(agent: Agent, scope: Scope = SCOPE) -> list[str]:
-    return agent.thread(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
+    return agent.in_worker(lambda: agent.guests.unserved(NAMESPACE, tables(scope)))
 
 
-def test_what_is_not_answered_or_no_longer_right_is_told(tmp_path: Path) -> None:
+def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         it = agent("b1")
         assert unserved(it) == ["9205"]
         it.converge(SCOPE)
         assert unserved(it) == []
         assert unserved(it, _with(replace(NIC, metadata={"instance-id": "i-2"}))) == ["9205"]
-        it.process.stop()  # no process is connected any more
+        it.process.stop()  # now no process is connected
         assert unserved(it) == ["9205"]
 
 
-def _other(agent: Agent, pid: int) -> bool:
+def _has_new_pid(agent: Agent, pid: int) -> bool:
     return agent.process.pid != pid
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

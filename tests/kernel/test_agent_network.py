@@ -1,4 +1,4 @@
-"""The agent on a real kernel: calls in, objects on the host; and what it does when they change under it."""
+"""Isolated networks through a real agent: the kernel objects after calls, restarts, crashes and manual changes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def host() -> Iterator[AgentHost]:
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[AgentHost]:
-    """A host with the network, for tests that leave it as they found it."""
+def module_host() -> Iterator[AgentHost]:
+    """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
         it.start()
         live(it)
@@ -46,7 +46,7 @@ def standing() -> Iterator[AgentHost]:
 
 
 @pytest.mark.mutation("an-unused-bridge-is-removed")
-def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: AgentHost) -> None:
+def test_defect_64_a_network_is_built_as_requested_and_removed_completely(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     links = host.links()
@@ -68,7 +68,7 @@ def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: Agen
         for fixture, command in FIRST_LIFE * 2:
             done(client.call(fixture, command))
         for fixture, command in reversed(FIRST_LIFE):
-            # Going back to an earlier firewall is a change; going through all of it again is not.
+            # In reverse order earlier firewall lists are applied again, which changes the network.
             done(client.call(fixture, command))
         for fixture, command in LAST_WORDS * 2:
             assert not done(client.call(fixture, command)).holds or command not in (
@@ -78,15 +78,15 @@ def test_defect_64_a_network_stands_as_it_was_told_and_leaves_nothing(host: Agen
     assert host.inventory() == before
 
 
-def test_what_is_asked_twice_is_done_once(host: AgentHost) -> None:
+def test_repeated_commands_take_no_steps(host: AgentHost) -> None:
     live(host)
-    # The firewall comes in two versions in this life; the last one stands.
+    # FIRST_LIFE has two firewall lists, and the last one is in force. Repeating the first (022) would be a change.
     for fixture, command in [it for it in FIRST_LIFE if it[0] != "022"]:
         done(host.call(fixture, command))
         assert steps(host) == 0, fixture
 
 
-def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
+def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> None:
     live(host)
     host.kill()
     state = host.path("/var/lib/netloom/scopes/net-204.json").read_bytes()
@@ -100,7 +100,7 @@ def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
         for inner in ([], ["ip", "netns", "exec", NS])
         for what in (["ip", "monitor", "link", "address", "route", "rule"], ["stdbuf", "-oL", "nft", "monitor"])
     ]
-    wait_until(lambda: all(_listens(watch.pid) for watch in watches))
+    wait_until(lambda: all(_has_netlink_socket(watch.pid) for watch in watches))
     host.start()
     assert steps(host) == 0
     host.kill()
@@ -113,8 +113,8 @@ def test_a_killed_agent_comes_back_and_changes_nothing(host: AgentHost) -> None:
     assert steps(host) == 0
 
 
-def _listens(pid: int) -> bool:
-    """Whether the process has a netlink socket: from then on it hears everything."""
+def _has_netlink_socket(pid: int) -> bool:
+    """Whether the process has opened its netlink socket. From then on it receives all events."""
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -123,7 +123,7 @@ def _listens(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("after_ms", [0, 5, 12, 25, 50])
-def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after_ms: int) -> None:
+def test_a_command_interrupted_by_kill_is_completed_at_the_next_start(host: AgentHost, after_ms: int) -> None:
     before = host.inventory()
     for fixture, command in [*FIRST_LIFE[:2], LAST_WORDS[-1]]:
         with host.client() as client:
@@ -131,7 +131,7 @@ def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after
             threading.Event().wait(after_ms / 1000)
             host.kill()
         host.start()
-        # What was written is carried out by the start; what was not is as if it had never been asked.
+        # If the state was saved, the start has built it. If not, the command had no effect. Both accept a repeat.
         done(host.call(fixture, command))
         done(host.call(fixture, command))
         assert steps(host) == 0
@@ -160,16 +160,16 @@ def test_killed_in_the_middle_the_next_start_completes_it(host: AgentHost, after
     ],
     ids=" ".join,
 )
-def test_what_was_broken_by_hand_the_next_command_repairs(standing: AgentHost, harm: list[str]) -> None:
-    host = standing
+def test_the_next_command_repairs_manual_changes(module_host: AgentHost, harm: list[str]) -> None:
+    host = module_host
     good = snapshot(host)
     assert host.agent is not None
-    host.agent.send_signal(signal.SIGSTOP)  # it would not wait for a command
+    host.agent.send_signal(signal.SIGSTOP)  # otherwise the watcher repairs before the command
     host.run(*harm)
     assert snapshot(host) != good
     host.agent.send_signal(signal.SIGCONT)
     if harm[0] == "nft":
-        # Nobody looks at the host's own table with every command; the tidying does, and every start.
+        # A command does not check the table of the host itself. A start and the periodic tidying do.
         host.kill()
         host.start()
     done(host.call("021", "assign-ip"))
@@ -194,8 +194,8 @@ WALK = [
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_random_walk_the_host_is_what_the_last_state_says(seed: int) -> None:
-    """However it came about: what stands is what a rebuild from the state alone would make."""
+def test_after_random_commands_the_host_equals_a_rebuild_from_state(seed: int) -> None:
+    """The kernel objects depend only on the stored state, not on the commands that led to it."""
     with agent_host("eth1.1204", "eth1.1377", "eth2.101") as host:
         before = host.inventory()
         host.start()
@@ -216,7 +216,7 @@ def test_after_a_random_walk_the_host_is_what_the_last_state_says(seed: int) -> 
         assert host.inventory() == before
 
 
-def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHost) -> None:
+def test_reimplementing_on_another_vlan_removes_the_old_segment(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     done(host.call("136", "implement-network"))
@@ -228,7 +228,7 @@ def test_a_second_life_on_another_vlan_leaves_nothing_of_the_first(host: AgentHo
     assert host.inventory() == before
 
 
-def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None:
+def test_a_bridge_with_a_vm_port_is_removed_after_the_vm(host: AgentHost) -> None:
     before = host.inventory()
     live(host)
     host.ip("tuntap", "add", "vnet7", "mode", "tap")
@@ -239,7 +239,7 @@ def test_the_bridge_of_a_vm_stays_until_the_vm_has_gone(host: AgentHost) -> None
     wait_until(lambda: host.inventory() == before)
 
 
-def test_no_tenant_reaches_the_host_over_a_bridge_of_ours(host: AgentHost) -> None:
+def test_tenants_cannot_reach_the_host_over_our_bridges(host: AgentHost) -> None:
     live(host)
     host.ip("addr", "add", "198.51.100.9/32", "dev", "lo")
     mac = host.links()["breth1-1204"]["address"]
@@ -253,10 +253,10 @@ def test_no_tenant_reaches_the_host_over_a_bridge_of_ours(host: AgentHost) -> No
         words = ["ping", "-c1", "-W1", "-q", address]
         return "1 received" in host.run(*words, pid=host.fabric, check=False)
 
-    assert answers("10.10.1.1")  # the network itself is reached over the same bridge
+    assert answers("10.10.1.1")  # the device of the network is reachable over the same bridge
     assert not answers("198.51.100.9")
     host.run("nft", "delete", "table", "netdev", "netloom")
-    assert answers("198.51.100.9")  # it is the guard that kept it away
+    assert answers("198.51.100.9")  # so the table had blocked it
 
 
 def fabric_mac(host: AgentHost) -> str:
@@ -266,7 +266,7 @@ def fabric_mac(host: AgentHost) -> str:
 
 
 @pytest.mark.mutation("only-new-addresses-are-announced")
-def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(host: AgentHost) -> None:
+def test_defect_65_only_new_addresses_are_announced_three_times_each(host: AgentHost) -> None:
     host.run("nft", "add table netdev w", pid=host.fabric)
     hook = "type filter hook ingress device sw-eth2.101 priority 0;"
     host.run("nft", f"add chain netdev w c {{ {hook} }}", pid=host.fabric)
@@ -285,7 +285,7 @@ def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(ho
     done(host.call("050", "assign-ip"))
     done(host.call("021", "assign-ip"))
     wait_until(lambda: heard() == {"203.0.113.20": 3, "203.0.113.21": 3})
-    # Given back within the time of its announcements, it is announced no more: it may be somebody else's by now.
+    # An address that is released is not announced any more, because another machine may have it already.
     done(host.call("060", "release-ip"))
     done(host.call("050", "assign-ip"))
     done(host.call("060", "release-ip"))
@@ -294,7 +294,7 @@ def test_defect_65_new_addresses_are_announced_three_times_and_old_ones_never(ho
     assert heard()["203.0.113.21"] == released < 6
 
 
-def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
+def test_forty_networks_in_parallel_are_built_and_removed(host: AgentHost) -> None:
     before = host.inventory()
     for number in range(40):
         host.add_vlan(f"eth1.{2000 + number}")
@@ -317,7 +317,7 @@ def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
         for thread in threads:
             thread.join()
         if words == "build":
-            # Each its guest bridge and two ports, and the one public bridge of all.
+            # A guest bridge and two ports for each network, and one public bridge for all.
             assert len(host.links()) == count + 40 * 3 + 1
             host.kill()
             host.start()
@@ -331,8 +331,8 @@ def test_forty_networks_at_once_and_none_left_over(host: AgentHost) -> None:
     }
 
 
-def test_what_a_crash_left_of_a_name_goes_with_the_network(host: AgentHost) -> None:
-    """Between the two halves of making a namespace, or of removing it, its name is a plain file."""
+def test_a_namespace_name_left_by_a_crash_is_removed_with_the_network(host: AgentHost) -> None:
+    """The name is a plain file for a moment while a namespace is created or deleted."""
     before = host.inventory()
     host.run("touch", "/run/netns/cs-net-204")
     assert host.inventory() != before
@@ -340,7 +340,7 @@ def test_what_a_crash_left_of_a_name_goes_with_the_network(host: AgentHost) -> N
     assert host.inventory() == before
 
 
-def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
+def test_a_foreign_namespace_of_the_same_name_is_refused(host: AgentHost) -> None:
     host.ip("netns", "add", NS)
     host.run("ip", "link", "add", "theirs", "type", "veth", "peer", "name", "wan", namespace=NS)
     reply = host.call("020", "implement-network")
@@ -350,12 +350,12 @@ def test_a_namespace_of_somebody_else_is_refused(host: AgentHost) -> None:
     assert "theirs" in host.links(NS)
 
 
-def test_a_missing_nic_is_named_with_its_detail_and_tried_again(host: AgentHost) -> None:
+def test_a_missing_nic_is_reported_with_its_detail_and_retried(host: AgentHost) -> None:
     reply = host.call("020", "implement-network", vlan="1999")
     assert reply.status == 3
     assert "make VLAN link eth1.1999 with tag 1999 on eth1: this kernel has no 802.1Q" in reply.error
     host.add_vlan("eth1.1999")
-    wait_until(lambda: steps(host) > 0)  # its coming is noticed
+    wait_until(lambda: steps(host) > 0)  # the agent notices the new link
     done(host.call("020", "implement-network", vlan="1999"))
     host.ip("link", "del", "eth2.101")
     host.ip("link", "del", "eth2")
@@ -364,7 +364,7 @@ def test_a_missing_nic_is_named_with_its_detail_and_tried_again(host: AgentHost)
     assert reply.hint == "check the registration detail public.network.device"
 
 
-def test_bad_input_touches_nothing(host: AgentHost) -> None:
+def test_bad_input_changes_nothing(host: AgentHost) -> None:
     before = host.inventory()
     reply = host.call("020", "implement-network", cidr="10.10.1.0/240")
     assert reply.status == 1

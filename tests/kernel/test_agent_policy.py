@@ -1,4 +1,4 @@
-"""Policy routing on a real host: what is asked for stands in the kernel, comes back, and goes; nothing else runs."""
+"""Policy routing actions through a real agent: kernel objects are created, repaired and deleted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLACKHOLE, TO = "blackhole 192.0.2.0/24", "to 192.0.2.0/24"
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A host with the network, for tests that leave it as they found it."""
+    """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
         it.start()
         live(it)
@@ -25,11 +25,11 @@ def host() -> Iterator[AgentHost]:
 
 
 def pbr(host: AgentHost, action: str, **params: Any) -> str:
-    """The message of an action; ``table_id`` stands for ``table-id``."""
+    """Run a ``pbr-`` action and return its message. ``table_id`` is the parameter ``table-id``."""
     return message(act(host, f"pbr-{action}", **{name.replace("_", "-"): it for name, it in params.items()}))
 
 
-def asked(host: AgentHost) -> None:
+def add_table_routes_and_rules(host: AgentHost) -> None:
     pbr(host, "create-table", table_id="100", table_name="smoke")
     pbr(host, "add-route", table="smoke", route=BLACKHOLE)
     pbr(host, "add-route", table="smoke", route="default via 203.0.113.254 dev pub-101")
@@ -37,7 +37,7 @@ def asked(host: AgentHost) -> None:
     pbr(host, "add-rule", table="smoke", rule="from 10.10.1.4 iif gst-204 priority 12345")
 
 
-def standing(host: AgentHost) -> bool:
+def is_in_kernel(host: AgentHost) -> bool:
     rules = host.ip("rule", namespace=NS)
     routes = host.ip("route", "show", "table", "100", namespace=NS).split("\n")
     return (
@@ -48,7 +48,7 @@ def standing(host: AgentHost) -> bool:
     )
 
 
-def test_smoke_08_the_actions_on_a_network_one_after_the_other(host: AgentHost) -> None:
+def test_smoke_08_policy_routing_actions_in_sequence(host: AgentHost) -> None:
     before = kernel(host)[:-1]
     assert "smoke" in pbr(host, "create-table", table_id="100", table_name="smoke")
     assert pbr(host, "list-tables") == "table 100 smoke"
@@ -68,13 +68,13 @@ def test_smoke_08_the_actions_on_a_network_one_after_the_other(host: AgentHost) 
     assert "0x00010000" not in ruleset
 
 
-def test_what_is_asked_stands_once_and_there_is_peace(host: AgentHost) -> None:
+def test_repeated_policy_routing_actions_take_no_steps(host: AgentHost) -> None:
     before = kernel(host)
-    asked(host)
-    assert standing(host)
+    add_table_routes_and_rules(host)
+    assert is_in_kernel(host)
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     after, log = kernel(host), host.log()
-    asked(host)
+    add_table_routes_and_rules(host)
     assert kernel(host) == after
     calls = [line for line in host.log()[len(log) :].splitlines() if "command=custom-action" in line]
     assert len(calls) == 5
@@ -94,28 +94,28 @@ def test_what_is_asked_stands_once_and_there_is_peace(host: AgentHost) -> None:
     ],
     ids=" ".join,
 )
-def test_what_somebody_takes_away_by_hand_is_back(host: AgentHost, taken: list[str]) -> None:
-    asked(host)
+def test_removed_policy_routing_objects_are_restored(host: AgentHost, taken: list[str]) -> None:
+    add_table_routes_and_rules(host)
     host.run(*taken, namespace=NS)
-    wait_until(lambda: standing(host))
+    wait_until(lambda: is_in_kernel(host))
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     pbr(host, "delete-table", table="smoke")
 
 
-def test_it_is_back_after_a_reboot(host: AgentHost) -> None:
-    asked(host)
+def test_policy_routing_is_restored_when_the_namespace_is_recreated(host: AgentHost) -> None:
+    add_table_routes_and_rules(host)
     host.kill()
     host.ip("netns", "del", NS)
     host.start()
-    assert standing(host)
+    assert is_in_kernel(host)
     assert pbr(host, "list-tables") == "table 100 smoke"
     pbr(host, "delete-table", table="smoke")
     assert not host.ip("route", "show", "table", "100", namespace=NS)
     assert "10000" not in host.ip("rule", namespace=NS)
 
 
-def test_what_has_lost_its_link_waits_and_stops_nothing_else(host: AgentHost) -> None:
-    asked(host)
+def test_a_route_whose_link_is_gone_is_inactive_and_blocks_nothing_else(host: AgentHost) -> None:
+    add_table_routes_and_rules(host)
     for fixture, command in (("125", "release-ip"), ("124", "delete-static-nat")):
         host.call(fixture, command)
     for address in ("203.0.113.20", "203.0.113.21", "203.0.113.22"):
@@ -123,12 +123,12 @@ def test_what_has_lost_its_link_waits_and_stops_nothing_else(host: AgentHost) ->
     assert "(not in force" in pbr(host, "list-routes", filter="pub-101")
     assert message(act(host, "check")) == "nothing to do: all is as it should be"
     live(host)
-    assert standing(host)
+    assert is_in_kernel(host)
     pbr(host, "delete-table", table="smoke")
 
 
 @pytest.mark.mutation("a-table-name-is-a-name")
-def test_defect_13_no_parameter_is_run(host: AgentHost) -> None:
+def test_defect_13_parameters_are_never_executed(host: AgentHost) -> None:
     canary = host.path("/run/canary")
     pbr(host, "create-table", table_id="100", table_name="smoke")
     before, revision = kernel(host), act(host, "show").revision
@@ -158,8 +158,8 @@ def test_defect_13_no_parameter_is_run(host: AgentHost) -> None:
     pbr(host, "delete-table", table="smoke")
 
 
-def test_whatever_is_taken_over_the_kernel_takes_too(host: AgentHost) -> None:
-    """What is refused changes nothing; what is not stands at once, and once all is deleted it is as it was."""
+def test_the_kernel_accepts_every_accepted_route_and_rule(host: AgentHost) -> None:
+    """Random routes and rules. Rejected ones change nothing, and deleting the tables removes the accepted ones."""
     chance = random.Random(20261123)
     destinations = (
         "default", "0.0.0.0/8", "0.0.0.0", "10.10.1.0/24", "10.10.1.1", "10.10.1.255", "127.0.0.0/8", "169.254.0.0/16",

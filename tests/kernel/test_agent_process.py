@@ -1,4 +1,4 @@
-"""The agent as a process: its socket, its memory, its files, its end; and the relay that starts it."""
+"""The agent process: its socket, repeated calls, state files, start and end, and the relay that starts it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def bare() -> Iterator[AgentHost]:
     """A host on which no agent runs."""
     with agent_host() as it:
         yield it
-        # What a relay has started is nobody's child.
-        for pid in agents(it):
+        # Agents started by a relay are not children of this process.
+        for pid in agent_pids(it):
             processes.kill(pid)
             wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists())
 
 
-def agents(host: AgentHost) -> list[int]:
-    """The agents of this host: processes of its network namespace that serve."""
+def agent_pids(host: AgentHost) -> list[int]:
+    """The pids of this host's agents: ``serve`` processes in its network namespace."""
     there = os.stat(f"/proc/{host.pid}/ns/net").st_ino
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -69,11 +69,11 @@ def ask(host: AgentHost, call: Call) -> Reply:
 # --------------------------------------------------------------------------------------------------------- the socket
 
 
-def test_only_root_finds_a_door(host: AgentHost) -> None:
-    # Traversable, for a resolver that is another user; nothing in it is for anybody to open.
+def test_only_root_can_use_the_agent_socket(host: AgentHost) -> None:
+    # Other users can traverse the directory, because dnsmasq runs as one. They cannot open the socket.
     assert oct(host.path("/run/netloom").stat().st_mode)[-3:] == "711"
     assert oct(host.path(SOCKET).stat().st_mode)[-3:] == "600"
-    # Even with the path opened to everybody, the agent asks who it is.
+    # The agent checks the peer's uid, even when the path is accessible to all users.
     host.path("/run/netloom").chmod(0o755)
     host.path(SOCKET).chmod(0o666)
     said = host.run("setpriv", "--reuid=65534", "--clear-groups", "busybox", "nc", f"local:{SOCKET}", check=False)
@@ -82,9 +82,7 @@ def test_only_root_finds_a_door(host: AgentHost) -> None:
 
 
 @pytest.mark.parametrize(("oldest", "status"), [(1, 0), (9, 3)])
-def test_a_caller_of_a_newer_protocol_is_answered_where_it_speaks_ours(
-    host: AgentHost, oldest: int, status: int
-) -> None:
+def test_a_newer_caller_is_served_if_it_supports_our_protocol(host: AgentHost, oldest: int, status: int) -> None:
     with host.client() as client:
         client.send(Hello(version="9", build="9", protocol=9, oldest=oldest))
         client.send(locate("net-204"))
@@ -93,7 +91,7 @@ def test_a_caller_of_a_newer_protocol_is_answered_where_it_speaks_ours(
     assert reply.status == status
 
 
-def test_a_repeated_call_is_answered_from_memory(host: AgentHost) -> None:
+def test_a_repeated_call_id_gets_the_remembered_reply(host: AgentHost) -> None:
     call = make_call("020", "implement-network", call_id="once")
     first = ask(host, call)
     assert (first.status, first.revision) == (0, 1)
@@ -102,7 +100,7 @@ def test_a_repeated_call_is_answered_from_memory(host: AgentHost) -> None:
     assert not ask(host, locate("net-204")).holds
 
 
-def test_a_repeat_of_a_running_call_waits_for_the_one_that_runs(host: AgentHost) -> None:
+def test_a_repeat_of_a_running_call_gets_its_reply(host: AgentHost) -> None:
     call = make_call("020", "implement-network", call_id="twice")
     with host.client() as one, host.client() as other:
         one.send(call)
@@ -111,14 +109,14 @@ def test_a_repeat_of_a_running_call_waits_for_the_one_that_runs(host: AgentHost)
     assert host.log().count("call=twice") == 1
 
 
-def test_what_a_caller_began_is_finished_when_it_hangs_up(host: AgentHost) -> None:
+def test_a_call_is_completed_after_its_caller_disconnects(host: AgentHost) -> None:
     with host.client() as client:
         client.send(make_call("020", "implement-network", call_id="gone"))
     wait_until(lambda: "call=gone" in host.log())
     assert ask(host, locate("net-204")).holds
 
 
-def test_locate_tells_who_lives_here(host: AgentHost) -> None:
+def test_locate_reports_the_scopes_of_this_host(host: AgentHost) -> None:
     assert not ask(host, locate("net-204")).holds
     host.call("020", "implement-network")
     reply = ask(host, locate("net-204"))
@@ -134,13 +132,13 @@ def test_another_owner_is_refused(host: AgentHost) -> None:
     assert "belongs to 'test'" in reply.error
 
 
-def test_a_name_of_a_nic_that_is_none_is_refused(host: AgentHost) -> None:
+def test_an_invalid_nic_name_is_refused(host: AgentHost) -> None:
     reply = host.call("020", "implement-network", registration=Registration(owner="test", guest_nic="../../eth1"))
     assert (reply.status, reply.holds) == (1, False)
     assert "guest.network.device" in reply.error
 
 
-def test_garbage_ends_the_connection_and_nothing_else(host: AgentHost) -> None:
+def test_garbage_closes_only_its_own_connection(host: AgentHost) -> None:
     with host.client() as client:
         client.send_bytes(b"GET / HTTP/1.0\r\n\r\n")
         with pytest.raises(ConnectionResetError):
@@ -148,10 +146,10 @@ def test_garbage_ends_the_connection_and_nothing_else(host: AgentHost) -> None:
     assert not ask(host, locate("net-204")).holds
 
 
-def test_a_scope_that_hangs_blocks_no_other_and_its_callers_hear_of_it(host: AgentHost) -> None:
-    """The namespace's first mount hangs: the directory's lock, which everybody must take, is held."""
+def test_a_hung_scope_blocks_only_its_own_callers_who_get_an_error(host: AgentHost) -> None:
+    """Creating the namespace hangs, because the test holds the lock of /run/netns."""
     host.call("020", "implement-network")
-    with holding(host, "/run/netns"), host.client() as client:
+    with locked_directory(host, "/run/netns"), host.client() as client:
         client.send(make_call("020", "implement-network", network_id="205", vlan="1377", call_id="hangs"))
         client.send(
             make_call("020", "implement-network", network_id="205", vlan="1377", remaining_ms=300, call_id="waits")
@@ -169,7 +167,7 @@ def test_a_scope_that_hangs_blocks_no_other_and_its_callers_hear_of_it(host: Age
 
 
 @contextlib.contextmanager
-def holding(host: AgentHost, directory: str) -> Iterator[None]:
+def locked_directory(host: AgentHost, directory: str) -> Iterator[None]:
     holder = subprocess.Popen(
         ["nsenter", "-t", str(host.pid), "-m", "flock", directory, "-c", "echo held; read _"],
         stdin=subprocess.PIPE,
@@ -188,7 +186,7 @@ def holding(host: AgentHost, directory: str) -> Iterator[None]:
 
 @pytest.mark.mutation("state-is-readable-by-root-alone", instead="0o644")
 @pytest.mark.mutation("agent-creates-private-files", instead="os.umask(0o022)")
-def test_defect_18_the_state_can_be_read_by_root_and_by_people(host: AgentHost) -> None:
+def test_defect_18_state_files_are_readable_text_for_root_only(host: AgentHost) -> None:
     host.call("020", "implement-network")
     file = host.path(f"{STATE}/net-204.json")
     assert oct(file.stat().st_mode)[-3:] == "600"
@@ -203,7 +201,7 @@ def test_defect_18_the_state_can_be_read_by_root_and_by_people(host: AgentHost) 
         ('{"schema": 99, "scope_id": "net-204", "owner": "x"}', "is of schema 99"),
     ],
 )
-def test_a_state_that_cannot_be_read_is_left_alone_and_the_others_live(host: AgentHost, text: str, says: str) -> None:
+def test_an_unreadable_state_file_is_kept_and_other_scopes_work(host: AgentHost, text: str, says: str) -> None:
     host.call("020", "implement-network")
     host.call("020", "implement-network", network_id="205", vlan="1377")
     host.kill(signal.SIGTERM)
@@ -219,12 +217,12 @@ def test_a_state_that_cannot_be_read_is_left_alone_and_the_others_live(host: Age
     assert file.read_text() == text
     assert {"vnetg204", "vnetg205"} <= host.links().keys()
     assert host.call("131", "destroy-network", network_id="205").status == 0
-    file.write_text(good)  # mended: no restart is needed
+    file.write_text(good)  # after the repair no restart is needed
     assert host.call("131", "destroy-network").status == 0
     assert "vnetg204" not in host.links()
 
 
-def test_a_full_disk_changes_nothing_and_says_so(host: AgentHost) -> None:
+def test_a_full_disk_is_reported_and_changes_nothing(host: AgentHost) -> None:
     host.kill(signal.SIGTERM)
     host.run("mount", "-t", "tmpfs", "-o", "size=64k,mode=755", "none", "/var/lib")
     host.start()
@@ -241,11 +239,11 @@ def test_a_full_disk_changes_nothing_and_says_so(host: AgentHost) -> None:
     assert file.read_bytes() == before
     assert host.links().keys() == links
     assert os.listdir(file.parent) == ["net-204.json"]
-    assert host.call("131", "destroy-network").status == 0  # to end takes no space
+    assert host.call("131", "destroy-network").status == 0  # deleting needs no disk space
     assert os.listdir(file.parent) == []
 
 
-def test_nothing_of_a_payload_is_in_the_log(host: AgentHost) -> None:
+def test_passwords_of_payloads_are_not_logged(host: AgentHost) -> None:
     host.call("020", "implement-network")
     host.call("090", "save-password")
     assert "save-password" in host.log()
@@ -256,7 +254,7 @@ def test_nothing_of_a_payload_is_in_the_log(host: AgentHost) -> None:
 # ------------------------------------------------------------------------------------------------- start and end
 
 
-def test_the_end_is_orderly_and_leaves_the_network_alone(host: AgentHost) -> None:
+def test_sigterm_stops_the_agent_and_keeps_the_network(host: AgentHost) -> None:
     host.call("020", "implement-network")
     stands = {name: (it["ifindex"], it["flags"]) for name, it in host.links().items()}
     assert host.agent is not None
@@ -267,7 +265,7 @@ def test_the_end_is_orderly_and_leaves_the_network_alone(host: AgentHost) -> Non
     assert host.log().splitlines()[-1].endswith("stopped; what runs keeps running")
 
 
-def test_there_is_one_agent(host: AgentHost) -> None:
+def test_a_second_agent_refuses_to_start(host: AgentHost) -> None:
     second = subprocess.run(
         ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "serve"],
         capture_output=True,
@@ -280,7 +278,7 @@ def test_there_is_one_agent(host: AgentHost) -> None:
 
 
 class Relay:
-    """``netloom agent connect`` as sshd starts it: three pipes."""
+    """``netloom agent connect``, started with three pipes, as sshd does."""
 
     def __init__(self, host: AgentHost) -> None:
         self.process = subprocess.Popen(
@@ -304,14 +302,14 @@ class Relay:
         return messages[1]
 
     def end(self) -> tuple[int, bytes]:
-        """Closes its stdin; what it said on stderr, read to the end of file."""
+        """Close stdin; returns the exit status and stderr, read to end of file."""
         out, complaint = self.process.communicate(timeout=20)
         assert out == b""
         return self.process.returncode, complaint
 
 
 @pytest.mark.mutation("agent-holds-none-of-the-relays-streams")
-def test_defect_52_the_first_two_relays_start_one_agent_which_outlives_them(bare: AgentHost) -> None:
+def test_defect_52_concurrent_relays_start_one_agent_that_outlives_them(bare: AgentHost) -> None:
     relays = [Relay(bare) for _ in range(3)]
     replies: list[Message] = []
     threads = [threading.Thread(target=lambda it=it: replies.append(it.ask(locate("net-1")))) for it in relays]
@@ -320,19 +318,19 @@ def test_defect_52_the_first_two_relays_start_one_agent_which_outlives_them(bare
     for thread in threads:
         thread.join(60)
     assert [type(reply) for reply in replies] == [Reply] * 3
-    (pid,) = agents(bare)
-    # End of file comes at once: the agent holds none of the relay's descriptors.
+    (pid,) = agent_pids(bare)
+    # End of file comes at once, because the agent has none of the relay's descriptors.
     assert [relay.end() for relay in relays] == [(0, b"")] * 3
     assert os.readlink(f"/proc/{pid}/cwd") == "/"
     assert [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in range(3)] == ["/dev/null", "/dev/null", LOG]
     assert os.getsid(pid) != os.getsid(0)
-    assert agents(bare) == [pid]
+    assert agent_pids(bare) == [pid]
 
 
-def test_a_dead_agents_socket_is_no_obstacle(bare: AgentHost) -> None:
+def test_the_socket_of_a_dead_agent_is_replaced(bare: AgentHost) -> None:
     first = Relay(bare)
     first.ask(locate("net-1"))
-    (pid,) = agents(bare)
+    (pid,) = agent_pids(bare)
     os.kill(pid, signal.SIGKILL)
     assert first.process.wait(20) == 0
     first.end()
@@ -362,7 +360,7 @@ def test_the_relay_imports_little(bare: AgentHost) -> None:
     assert not {"msgspec", "asyncio", "logging", "subprocess", "json", "re"} & set(said.stdout.split())
 
 
-def test_an_unknown_word_is_one_line(bare: AgentHost) -> None:
+def test_invalid_arguments_print_one_line(bare: AgentHost) -> None:
     for words in (["dance"], ["serve", "--sockt", "x"], []):
         said = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         assert said.returncode == 1
@@ -370,7 +368,7 @@ def test_an_unknown_word_is_one_line(bare: AgentHost) -> None:
         assert said.stdout == ""
 
 
-def test_systemd_is_told_when_the_scopes_are_restored(bare: AgentHost) -> None:
+def test_systemd_is_notified_after_the_scopes_are_restored(bare: AgentHost) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind(str(bare.path("/run/notify")))
         listener.settimeout(30)
@@ -387,8 +385,8 @@ def test_systemd_is_told_when_the_scopes_are_restored(bare: AgentHost) -> None:
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
 @pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(outcome.scope)")
-def test_defect_51_commands_of_one_network_at_the_same_time_lose_nothing(host: AgentHost) -> None:
-    """Two management servers, and calls of different kinds, overlap for one network."""
+def test_defect_51_concurrent_commands_of_one_network_lose_nothing(host: AgentHost) -> None:
+    """Calls of several management servers for one network overlap."""
     host.call("020", "implement-network")
     host.call("021", "assign-ip")
 

@@ -1,4 +1,4 @@
-"""The selftest: what it tries is what networks need, it tells what fails, and it leaves nothing behind."""
+"""The selftest checks what networks need, reports failures and removes its objects."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from netloom.agent.setup import selftest
 from netloom.errors import HostRefused
 
 
-def seen() -> list[str]:
-    """What a selftest could leave on this machine."""
+def host_objects() -> list[str]:
+    """Namespaces, links, nftables tables and mounts of this machine, which a selftest could leave."""
     looks = (["ip", "netns"], ["ip", "-o", "link"], ["nft", "list", "tables"], ["cat", "/proc/self/mounts"])
     return [subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in looks]
 
 
-def test_a_host_that_can_carry_networks_is_told_so_and_nothing_is_left() -> None:
-    before = seen()
+def test_a_usable_host_passes_and_no_objects_are_left() -> None:
+    before = host_objects()
     found = {it.what: it for it in selftest.run()}
     assert [it for it in found.values() if it.needed and not it.ok] == []
-    assert seen() == before
+    assert host_objects() == before
     assert found["senders of requests"].ok
     selftest.require()
-    # This kernel may have none: then it says what that means, and no network is refused for it.
+    # This kernel may lack 802.1Q. Then the remedy says so, and networks are not refused.
     if not found["802.1Q"].ok:
         assert "links <nic>.<vlan> must exist" in found["802.1Q"].remedy
 
@@ -41,14 +41,14 @@ def _crashes(host: object) -> None:
     os._exit(9)
 
 
-@pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the trial of it crashed or hung")])
-def test_what_fails_is_told_and_what_stands_on_it_is_not_tried(
+@pytest.mark.parametrize(("trial", "says"), [(_fails, "no such thing"), (_crashes, "the test crashed or hung")])
+def test_a_failed_check_is_reported_and_stops_the_dependent_checks(
     trial: Callable[[object], None], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = [what for what, *_ in selftest._TRIALS]
+    names = [what for what, *_ in selftest._TESTS]
     at = names.index("bridges")
-    trials = [*selftest._TRIALS[:at], ("bridges", trial, True, ""), *selftest._TRIALS[at + 1 :]]
-    monkeypatch.setattr(selftest, "_TRIALS", tuple(trials))
+    trials = [*selftest._TESTS[:at], ("bridges", trial, True, ""), *selftest._TESTS[at + 1 :]]
+    monkeypatch.setattr(selftest, "_TESTS", tuple(trials))
     found = selftest.run()
     assert (found[-1].what, found[-1].ok) == ("bridges", False)
     assert says in found[-1].says
@@ -57,15 +57,15 @@ def test_what_fails_is_told_and_what_stands_on_it_is_not_tried(
         selftest.require()
 
 
-def test_a_kernel_that_cannot_tell_who_asks_is_told_and_may_carry_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # a way of keeping it that no kernel has yet
+def test_missing_sender_addresses_are_reported_but_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "_WITH_ETHERNET_HEADER", 3)  # no kernel supports this value
     found = {it.what: it for it in selftest.run()}["senders of requests"]
     assert (found.ok, found.needed) == (False, False)
     assert "no DHCP, metadata and passwords" in found.remedy
     selftest.require()
 
 
-def test_no_packet_through_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_packet_test_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     closed = selftest._isolated
 
     def without_source_nat() -> object:
@@ -89,7 +89,7 @@ PACKAGES = {
 
 
 @pytest.mark.parametrize("distribution", PACKAGES)
-def test_a_missing_program_is_named_with_its_package(
+def test_a_missing_program_is_reported_with_its_package(
     distribution: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, remedy = PACKAGES[distribution]
@@ -99,7 +99,7 @@ def test_a_missing_program_is_named_with_its_package(
     assert (found["dnsmasq"].ok, found["dnsmasq"].needed, found["dnsmasq"].remedy) == (False, False, remedy)
 
 
-def test_a_person_sees_a_table_and_a_program_json() -> None:
+def test_the_output_is_a_table_or_json() -> None:
     with agent_host() as host:
         table = host.run(*PROGRAM, "selftest")
         assert table.splitlines()[0].split() == ["WHAT", "THERE", "SAYS", "REMEDY"]
@@ -108,4 +108,4 @@ def test_a_person_sees_a_table_and_a_program_json() -> None:
         assert {"what": "bridges", "ok": True, "needed": True, "says": "", "remedy": ""} in found
         assert host.run("ip", "netns") == ""
         host.run("mount", "--bind", "/dev/null", "/usr/sbin/dnsmasq")
-        assert "no names in networks that want DNS" in host.run(*PROGRAM, "selftest")
+        assert "networks with DNS have no resolver" in host.run(*PROGRAM, "selftest")

@@ -1,4 +1,4 @@
-"""What a VM meets in a network that the agent keeps: lease, names, metadata, password; and what it never notices."""
+"""Guest services of a real agent as a VM uses them: DHCP, DNS, metadata, passwords, also across restarts."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def password(host: AgentHost, vm: str, word: str) -> str:
 
 
 def neighbours(host: AgentHost) -> dict[str, str]:
-    """The permanent ones, MAC address by address."""
+    """MAC addresses of the permanent neighbours, by IP address."""
     found = json.loads(host.run("ip", "-j", "neigh", "show", "nud", "permanent", namespace=NS))
     return {it["dst"]: it["lladdr"] for it in found}
 
 
-def test_a_vm_boots_with_lease_names_metadata_and_its_password_once(host: AgentHost) -> None:
+def test_a_vm_gets_lease_names_metadata_and_its_password_once(host: AgentHost) -> None:
     given = lease(host, WEB)
     assert given == {
         "ip": WEB_IP,
@@ -96,17 +96,17 @@ def test_a_vm_boots_with_lease_names_metadata_and_its_password_once(host: AgentH
     assert PASSWORD not in host.log()
 
 
-def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: AgentHost) -> None:
+def test_vms_come_and_go_without_restarts_and_removed_ones_get_nothing(host: AgentHost) -> None:
     lease(host, WEB)
     before = running(host)
     assert len(before["dnsmasq"]) == len(before["--control"]) == 1
     deploy_db(host)
     assert lease(host, DB)["ip"] == DB_IP
-    # The resolver is told by inotify, a moment after the call was answered.
+    # dnsmasq learns of the file by inotify, a moment after the reply.
     wait_until(lambda: lookup(host, WEB, "win-db-1.cs2cloud.internal") == DB_IP)
     assert get(host, DB, "/latest/meta-data/instance-id") == "i-db"
     assert get(host, WEB, "/latest/meta-data/instance-id").startswith("9f")
-    # Stopped, it keeps what it has; removed, it has nothing.
+    # A stopped VM keeps its entries. A removed VM has none.
     done(host.call("100", "release-nic", **DB_NIC))
     assert neighbours(host) == {WEB_IP: WEB_MAC, DB_IP: DB_MAC}
     assert lookup(host, WEB, "win-db-1.cs2cloud.internal") == DB_IP
@@ -120,18 +120,18 @@ def test_a_vm_more_or_less_restarts_nothing_and_a_removed_one_has_nothing(host: 
     assert running(host) == before
 
 
-def test_a_client_that_has_its_address_is_heard_through_the_firewall(host: AgentHost) -> None:
+def test_the_firewall_admits_dhcp_from_clients_with_an_address(host: AgentHost) -> None:
     everybody = "255.255.255.255"
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
-    assert told_by_dhcp(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
-    assert told_by_dhcp(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address that is its own no more
-    assert told_by_dhcp(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
-    assert told_by_dhcp(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
+    assert dhcp_answer(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
+    assert dhcp_answer(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
+    assert dhcp_answer(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address of another VM
+    assert dhcp_answer(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
+    assert dhcp_answer(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
     wait_until(lambda: f"the VM declines its address {WEB_IP}" in host.log())
 
 
-def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
-    """What a client is answered that sends from this address: message type and lease time."""
+def dhcp_answer(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
+    """Send a DHCP message from this address; returns message type and lease time of the answer, empty without one."""
     host.ip("-n", WEB, "addr", "add", f"{address}/24", "dev", "eth0")
     with host.within(WEB):
         client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -150,7 +150,7 @@ def told_by_dhcp(host: AgentHost, kind: Type, address: str, to: str, patience_s:
 
 
 @pytest.mark.mutation("an-address-has-one-vm")
-def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(host: AgentHost) -> None:
+def test_defect_26_a_reassigned_address_serves_the_new_vm_at_once(host: AgentHost) -> None:
     assert lease(host, WEB)["ip"] == WEB_IP
     host.plug(DB, BRIDGE, DB_MAC)
     taken = DB_NIC | {"ip": WEB_IP}
@@ -158,7 +158,7 @@ def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(ho
     done(host.call("032", "add-dhcp-entry", **taken))
     assert neighbours(host) == {WEB_IP: DB_MAC}
     assert lease(host, DB)["ip"] == WEB_IP
-    # The former owner still has the address, and is not believed.
+    # The previous VM still uses the address, but gets no data.
     assert get(host, WEB, "/latest/user-data") == get(host, WEB, "/latest/meta-data/instance-id") == ""
     assert password(host, WEB, "send_my_password") == ""
     done(host.call("034", "add-dns-entry", **taken))
@@ -166,8 +166,8 @@ def test_defect_26_an_address_that_is_given_to_another_vm_is_that_vms_at_once(ho
     assert lookup(host, DB, "web-1.cs2cloud.internal") == ""
 
 
-def test_no_vm_has_the_name_of_the_data_server(host: AgentHost) -> None:
-    """cloud-init asks for user data where that name leads: a neighbour's VM would execute what this one likes."""
+def test_vms_cannot_take_the_name_data_server(host: AgentHost) -> None:
+    """cloud-init fetches user data from that name, so a VM with it could run commands in other VMs."""
     lease(host, WEB)
     done(host.call("032", "add-dhcp-entry", **DB_NIC | {"hostname": "Data-Server"}))
     done(host.call("034", "add-dns-entry", **DB_NIC | {"hostname": "Data-Server"}))
@@ -178,7 +178,7 @@ def test_no_vm_has_the_name_of_the_data_server(host: AgentHost) -> None:
 
 
 @pytest.mark.mutation("resolver-reads-no-hosts-file")
-def test_names_of_every_kind_over_udp_and_tcp_from_the_network_and_from_the_world(host: AgentHost) -> None:
+def test_local_and_external_names_resolve_over_udp_and_tcp(host: AgentHost) -> None:
     done(host.call("032", "add-dhcp-entry", ip6_address="fd00:1::45"))
     done(host.call("034", "add-dns-entry", ip6_address="fd00:1::45"))
     host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
@@ -197,7 +197,7 @@ def test_names_of_every_kind_over_udp_and_tcp_from_the_network_and_from_the_worl
             assert dig(host, "-x", "fd00:1::45", way) == "web-1.cs2cloud.internal."
             assert dig(host, "data-server.cs2cloud.internal", "A", way) == dig(host, "data-server", "A", way) == SERVER
             assert dig(host, "far.example", "A", way) == "203.0.113.99"
-        # Of the network's own domain nobody else is asked, and of the host's /etc/hosts nothing is known.
+        # Queries for the network's domain are not forwarded, and the host's /etc/hosts is not used.
         assert dig(host, "nobody.cs2cloud.internal", "A") == ""
         assert dig(host, "localhost", "A") == ""
     finally:
@@ -211,11 +211,11 @@ def dig(host: AgentHost, *words: str) -> str:
 
 
 @pytest.mark.mutation("resolver-of-this-host")
-def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
-    """Enterprise Linux has no ``nogroup``: there the group is ``nobody``."""
+def test_dnsmasq_starts_when_the_group_is_named_nobody() -> None:
+    """Enterprise Linux has no group ``nogroup``; the group is named ``nobody``."""
     with agent_host() as host:
         groups = Path("/etc/group").read_text().replace("nogroup:x:65534:", "nobody:x:65534:")
-        # Debian's systemd knows the name by itself (nss-systemd(8)).
+        # nss-systemd(8) provides the name on Debian without a file.
         for file, text in (("group", groups), ("nsswitch.conf", "passwd: files\ngroup: files\n")):
             host.path(f"/run/{file}").write_text(text)
             host.run("mount", "--bind", f"/run/{file}", f"/etc/{file}")
@@ -226,8 +226,8 @@ def test_a_host_may_call_nobodys_group_as_it_likes() -> None:
 
 
 @pytest.mark.mutation("resolver-of-this-host")
-def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> None:
-    """Before 2.88 dnsmasq reads what comes into its hostsdir, and keeps what goes (its changelog)."""
+def test_an_old_dnsmasq_is_restarted_when_a_name_is_removed() -> None:
+    """dnsmasq before 2.88 reads new files in its hostsdir, but does not forget deleted ones (its changelog)."""
     with agent_host() as host:
         host.run("mount", "-t", "tmpfs", "-o", "mode=755", "none", "/usr/local/sbin")
         old = host.path("/usr/local/sbin/dnsmasq")
@@ -239,7 +239,7 @@ def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> N
         live_with_vm(host)
         before = host.processes("dnsmasq")
         deploy_db(host)
-        assert host.processes("dnsmasq") == before  # what comes is read
+        assert host.processes("dnsmasq") == before  # new files are read without a restart
         lease(host, WEB)
         done(host.call("101", "remove-dhcp-entry", **DB_NIC))
         assert len(host.processes("dnsmasq")) == 1
@@ -254,7 +254,7 @@ def test_a_resolver_that_does_not_forget_is_started_anew_when_a_name_goes() -> N
         assert host.processes("dnsmasq") == after
 
 
-def test_options_may_come_before_the_nic(host: AgentHost) -> None:
+def test_dhcp_options_may_be_set_before_the_nic_exists(host: AgentHost) -> None:
     done(host.call("101", "remove-dhcp-entry"))
     network = {key: value for key, value in DB_NIC.items() if key == "nic_id"}
     done(host.call("031", "set-dhcp-options", **network, options={"26": "1342", "15": "of-its-own.example"}))
@@ -265,7 +265,7 @@ def test_options_may_come_before_the_nic(host: AgentHost) -> None:
     assert "1342 of-its-own.example" in host.run(*words, namespace=DB)
 
 
-def test_what_dies_is_back(host: AgentHost) -> None:
+def test_killed_services_are_restarted(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
@@ -273,10 +273,10 @@ def test_what_dies_is_back(host: AgentHost) -> None:
     before = running(host)
     assert all(before.values())
     for word in ("dnsmasq", "haproxy", "--control"):
-        # All at once, as a careless hand does it.
+        # All processes at once, as ``pkill`` does.
         for pid in before[word]:
             processes.kill(pid)
-    # What waits in a socket of the guest process waits for the next one.
+    # The request waits in the socket until the next guest process serves it.
     assert get(host, WEB, "/latest/meta-data/local-hostname") == "web-1"
     wait_until(lambda: lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP)
     wait_until(lambda: all(running(host).values()))
@@ -284,8 +284,8 @@ def test_what_dies_is_back(host: AgentHost) -> None:
         assert not pids & before[word], word
 
 
-def test_a_guest_link_that_was_taken_is_served_again_when_it_is_back(host: AgentHost) -> None:
-    """The new link has the same name and another number, which is what a socket is bound to."""
+def test_a_recreated_guest_link_is_served_again(host: AgentHost) -> None:
+    """The new link has the same name but another index, and sockets are bound to the index."""
     assert lease(host, WEB)["ip"] == WEB_IP
     before = running(host)
     host.ip("link", "del", "vnetg204")
@@ -302,7 +302,7 @@ def test_a_guest_link_that_was_taken_is_served_again_when_it_is_back(host: Agent
     assert running(host) == before
 
 
-def test_what_hangs_is_ended_and_back(host: AgentHost) -> None:
+def test_hung_services_are_killed_and_restarted(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
@@ -310,7 +310,7 @@ def test_what_hangs_is_ended_and_back(host: AgentHost) -> None:
     before = running(host)
     assert all(before.values())
     (master,) = (pid for pid in before["haproxy"] if before["haproxy"] - {pid} == children(pid))
-    hung = before["dnsmasq"] | before["--control"] | before["haproxy"] - {master}  # of haproxy, the worker alone
+    hung = before["dnsmasq"] | before["--control"] | before["haproxy"] - {master}  # of haproxy only the worker
     for pid in hung:
         os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: not any(pids & hung for pids in running(host).values()), seconds=90)
@@ -331,11 +331,11 @@ def children(pid: int) -> set[int]:
     return set()
 
 
-def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
+def test_services_survive_an_agent_restart(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules"))
-    wait_until(lambda: len(running(host)["haproxy"]) == 2)  # master and worker
+    wait_until(lambda: len(running(host)["haproxy"]) == 2)  # the master and a worker
     before = running(host)
     host.kill()
     assert lease(host, WEB)["ip"] == WEB_IP
@@ -348,14 +348,14 @@ def test_an_agent_that_is_replaced_goes_unnoticed(host: AgentHost) -> None:
     assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
     host.start()
     assert running(host) == before
-    # And the adopted ones are watched.
+    # The new agent supervises the adopted processes.
     for pid in before["dnsmasq"]:
         processes.kill(pid)
     wait_until(lambda: lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP)
 
 
 @pytest.mark.mutation("a-taken-password-is-remembered")
-def test_defect_69_a_password_that_is_taken_while_no_agent_runs_is_erased_by_the_next(host: AgentHost) -> None:
+def test_defect_69_a_password_fetched_without_an_agent_is_erased_at_the_next_start(host: AgentHost) -> None:
     lease(host, WEB)
     host.kill()
     assert password(host, WEB, "send_my_password") == PASSWORD
@@ -365,8 +365,8 @@ def test_defect_69_a_password_that_is_taken_while_no_agent_runs_is_erased_by_the
     wait_until(lambda: PASSWORD not in host.path(FILE).read_text())
 
 
-def test_a_service_that_does_not_start_leaves_the_network_standing_and_is_named(host: AgentHost) -> None:
-    """dnsmasq cannot bind: somebody in the namespace has the port."""
+def test_a_service_that_cannot_start_is_reported_and_the_network_works(host: AgentHost) -> None:
+    """dnsmasq cannot bind its port, because another process in the namespace has it."""
     done(host.call("131", "destroy-network"))
     done(host.call("020", "implement-network"))
     host.run("sh", "-c", f"nc -l -k {SERVER} 53 >/dev/null 2>&1 </dev/null &", namespace=NS)
@@ -384,7 +384,7 @@ def test_a_service_that_does_not_start_leaves_the_network_standing_and_is_named(
     wait_until(lambda: steps(host) == 0 or host.call("021", "assign-ip").status == 0)
 
 
-def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -> None:
+def test_a_rejected_rule_does_not_affect_other_balanced_rules(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("053", "add-port-forward"))
@@ -399,11 +399,11 @@ def test_a_rule_that_is_refused_keeps_no_other_from_balancing(host: AgentHost) -
 
 
 @pytest.mark.mutation("a-taken-port-is-not-balanced")
-def test_a_rule_that_cannot_bind_or_be_read_harms_no_other_and_is_named(host: AgentHost) -> None:
+def test_a_rule_that_cannot_bind_or_be_parsed_is_reported_and_others_work(host: AgentHost) -> None:
     with host.client() as client:
         done(client.call("050", "assign-ip"))
         done(client.call("080", "apply-lb-rules", lb_rules=[balanced(1, 8081)]))
-        # Not nc, which would share its port with anybody.
+        # Not nc, which sets SO_REUSEPORT.
         thief = "import socket, time; it = socket.create_server(('203.0.113.21', 8082)); time.sleep(600)"
         host.run("sh", "-c", f'python3 -c "{thief}" >/dev/null 2>&1 </dev/null &', namespace=NS)
         wait_until(lambda: "203.0.113.21:8082" in host.run("ss", "-ltn", namespace=NS))
@@ -413,7 +413,7 @@ def test_a_rule_that_cannot_bind_or_be_read_harms_no_other_and_is_named(host: Ag
         assert reply.status == 3
         assert "rule 2 (203.0.113.21:8082)" in reply.error
         assert client.call("080", "apply-lb-rules", lb_rules=[balanced(2, 8082)]).status == 3
-        # Other rules, and a VM that starts, are none of its business.
+        # The failed rule does not affect other rules or a VM that starts.
         done(client.call("080", "apply-lb-rules", lb_rules=[balanced(3, 8083)]))
         done(client.call("032", "add-dhcp-entry"))
         assert "balance rule 2, once 203.0.113.21:8082 is free" in message(act(host, "check"))
@@ -448,7 +448,7 @@ def test_nothing_is_left_of_a_destroyed_network() -> None:
         lease(host, WEB)
         deploy_db(host)
         assert host.inventory()["processes"] >= 2
-        # No order of removals is promised: the network goes with all that was on it.
+        # CloudStack sends no removals before destroy-network, which removes everything.
         done(host.call("131", "destroy-network"))
         for vm in (WEB, DB):
             host.ip("link", "del", f"tap-{vm}")
@@ -458,8 +458,8 @@ def test_nothing_is_left_of_a_destroyed_network() -> None:
         wait_until(lambda: host.inventory() == before)
 
 
-def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
-    """As docs/operators/repair.md tells operators to; what runs would hold the namespace that has lost its name."""
+def test_services_of_a_manually_removed_network_are_stopped() -> None:
+    """The procedure of docs/operators/repair.md. Running services would keep the unnamed namespace alive."""
     with agent_host() as host:
         before = host.inventory()
         host.start()
@@ -470,7 +470,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
         runs = running(host)
         host.kill(signal.SIGTERM)
         host.path(FILE).unlink()
-        # Lost it may be as well: what stands goes on.
+        # The state file may also have been lost by accident, so services of a named namespace keep running.
         host.start()
         assert running(host) == runs
         host.kill(signal.SIGTERM)
@@ -480,7 +480,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
         wait_until(lambda: host.inventory() == before)
         guest = host.processes("guest", "--control")
         assert len(guest) == 1
-        # The same network, from the beginning, on what is left.
+        # Build the same network again.
         live_with_vm(host)
         assert lease(host, WEB)["ip"] == WEB_IP
         assert host.processes("guest", "--control") == guest
@@ -488,7 +488,7 @@ def test_a_network_that_is_taken_off_by_hand_leaves_nothing_running() -> None:
 
 @pytest.mark.mutation("config-dns-starts-the-resolver", instead="network")
 @pytest.mark.parametrize("order", [("031", "033"), ("033", "031"), ("032", "033", "031")], ids="-".join)
-def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...]) -> None:
+def test_defect_25_the_resolver_is_reachable_in_any_order_of_commands(order: tuple[str, ...]) -> None:
     words = {"031": "config-dhcp-subnet", "032": "add-dhcp-entry", "033": "config-dns-subnet"}
     with agent_host() as host:
         host.start()
@@ -502,7 +502,7 @@ def test_defect_25_the_resolver_opens_whatever_came_before(order: tuple[str, ...
 
 
 @pytest.mark.mutation("a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _Network(table))")
-def test_defect_27_networks_with_the_same_addresses_have_leases_of_their_own(host: AgentHost) -> None:
+def test_defect_27_networks_with_equal_subnets_have_separate_leases(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}
     nic = other | DB_NIC | {"ip": WEB_IP, "nic_uuid": "6b7c2a10-0000-4000-8000-000000005103"}
     with host.client() as client:

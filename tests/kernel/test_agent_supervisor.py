@@ -1,4 +1,4 @@
-"""Real dnsmasq and haproxy processes in a namespace, kept running by the agent's supervisor."""
+"""The agent's supervisor with real dnsmasq and haproxy processes in a namespace."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ BALANCED = Scope(
 
 @pytest.fixture(autouse=True)
 def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A namespace with the guest link's stand-in, and directories of the test's own."""
+    """A namespace with a veth pair as guest link, and service directories for this test."""
     tmp_path.chmod(0o755)
     top = Path("/run/netloom-atest-services")
     monkeypatch.setattr(service, "SERVICES_DIR", str(top))
     monkeypatch.setattr(files, "SERVICES_DIR", str(top))
-    # A run that was killed may have left it.
+    # A killed run may have left it.
     subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
     for words in (
@@ -73,7 +73,7 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     ):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
     yield
-    # What a test that fails, or a mutant of the program, leaves running.
+    # A failed test or a mutant may leave processes running.
     left = subprocess.run(["ip", "netns", "pids", NAMESPACE], check=True, capture_output=True, text=True)
     for pid in map(int, left.stdout.split()):
         processes.kill(pid)
@@ -83,27 +83,27 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 @contextmanager
 def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[Callable[[], bool]], None]]]:
-    """A supervisor on a loop of its own; ``until`` runs the loop until something is so."""
+    """A supervisor on its own event loop; ``wait_until`` runs the loop until a condition is true."""
     loop = asyncio.new_event_loop()
     died: list[str] = []
 
-    def until(so: Callable[[], bool]) -> None:
+    def wait_until(so: Callable[[], bool]) -> None:
         async def wait() -> None:
             for _ in range(500):
                 if so():
                     return
                 await asyncio.sleep(0.01)
-            raise AssertionError("it did not come to pass within 5 s")
+            raise AssertionError("the condition did not become true within 5 s")
 
         loop.run_until_complete(wait())
 
     it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
-    until(lambda: True)
+    wait_until(lambda: True)
     try:
-        yield it, died, until
+        yield it, died, wait_until
     finally:
         it.stop(SCOPE)
-        until(lambda: True)
+        wait_until(lambda: True)
         loop.close()
 
 
@@ -120,8 +120,8 @@ def _lookup(name: str) -> str:
     return ".".join(map(str, answer[-4:])) if answer[7] else f"rcode {answer[3] & 15}"
 
 
-def test_names_come_and_go_without_a_restart() -> None:
-    with _supervisor() as (it, _, until):
+def test_names_are_added_and_removed_without_a_restart() -> None:
+    with _supervisor() as (it, _, wait_until):
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         pid = it.states()[SCOPE]["dns-9204"]
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -130,18 +130,18 @@ def test_names_come_and_go_without_a_restart() -> None:
         )
         did = it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, more),))
         assert did == ["write dns-9204/nic-u2", "remove dns-9204/nic-u1"]
-        until(lambda: _lookup("web-2.cloud.internal") == "10.10.1.46")
-        until(lambda: _lookup("web-1.cloud.internal") == "rcode 3")
+        wait_until(lambda: _lookup("web-2.cloud.internal") == "10.10.1.46")
+        wait_until(lambda: _lookup("web-1.cloud.internal") == "rcode 3")
         renamed = replace(NETWORK, nics={"u2": replace(more.nics["u2"], hostname="web-3")})
         assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == ["write dns-9204/nic-u2"]
-        until(lambda: _lookup("web-3.cloud.internal") == "10.10.1.46")
+        wait_until(lambda: _lookup("web-3.cloud.internal") == "10.10.1.46")
         assert _lookup("web-2.cloud.internal") == "rcode 3"
         assert it.states()[SCOPE]["dns-9204"] == pid
         assert it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, renamed),)) == []
 
 
-def test_a_directory_that_somebody_took_away_is_watched_again() -> None:
-    with _supervisor() as (it, _, _until):
+def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -151,55 +151,55 @@ def test_a_directory_that_somebody_took_away_is_watched_again() -> None:
         assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
-def test_a_killed_process_is_reported_and_started_again() -> None:
-    with _supervisor() as (it, died, until):
+def test_a_killed_process_is_reported_and_restarted() -> None:
+    with _supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         it.converge(SCOPE, NAMESPACE, wanted)
-        until(lambda: True)
+        wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-        until(lambda: died == ["dns-9204 died"])
+        wait_until(lambda: died == ["dns-9204 died"])
         assert it.converge(SCOPE, NAMESPACE, wanted) == ["start dns-9204"]
         assert _lookup("data-server.cloud.internal") == "10.10.1.1"
 
 
-def test_what_dies_again_and_again_is_revived_ever_more_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 0.3, 0.6), settled_s=60.0))
-    with _supervisor() as (it, died, until):
+    with _supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
         for turn in range(1, 5):
             it.converge(SCOPE, NAMESPACE, wanted)
-            until(lambda: True)
+            wait_until(lambda: True)
             os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
             since = time.monotonic()
-            until(lambda count=turn: len(died) == count)  # type: ignore[misc]
+            wait_until(lambda count=turn: len(died) == count)  # type: ignore[misc]
             waited.append(time.monotonic() - since)
         assert waited[1] >= 0.3
         assert min(waited[2:]) >= 0.6
         assert it.crashes(SCOPE) == {"dns-9204": 4}
         it.converge(SCOPE, NAMESPACE, wanted)
-        until(lambda: True)
+        wait_until(lambda: True)
         os.kill(it.states()[SCOPE]["dns-9204"], signal.SIGKILL)
         # It has run long enough: the earlier failures are forgotten.
         monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 60.0), settled_s=0.0))
-        until(lambda: len(died) == 5)
+        wait_until(lambda: len(died) == 5)
 
 
-def test_another_supervisor_adopts_what_runs() -> None:
-    with _supervisor() as (first, _, _until):
+def test_a_new_supervisor_adopts_running_processes() -> None:
+    with _supervisor() as (first, _, _wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         first.converge(SCOPE, NAMESPACE, wanted)
-        with _supervisor() as (second, died, until):
+        with _supervisor() as (second, died, wait_until):
             assert second.converge(SCOPE, NAMESPACE, wanted) == []
             assert second.states() == first.states()
-            until(lambda: True)
+            wait_until(lambda: True)
             os.kill(second.states()[SCOPE]["dns-9204"], signal.SIGKILL)
-            until(lambda: died == ["dns-9204 died"])
+            wait_until(lambda: died == ["dns-9204 died"])
 
 
 @pytest.mark.mutation("a-recycled-pid-is-another-process", instead="start_time(record.pid) > 0")
-def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
-    with _supervisor() as (it, _, _until):
+def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         Path(wanted.directory).mkdir(parents=True)
         innocent = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -212,16 +212,16 @@ def test_defect_62_a_recycled_pid_is_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
-def test_what_an_agent_started_and_could_not_note_is_in_nobodys_way(name: str) -> None:
-    """It was killed between the two. A second resolver would find its port taken, a second balancer would share it."""
+def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> None:
+    """The agent was killed after the start. A second dnsmasq could not bind; a second haproxy would share the port."""
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
     wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
-    with _supervisor() as (first, _, _until):
+    with _supervisor() as (first, _, _wait_until):
         first.converge(SCOPE, NAMESPACE, (wanted,))
         stray = first.states()[SCOPE][name]
         (Path(wanted.directory) / "running.json").unlink()
-        with _supervisor() as (second, _, _until):
+        with _supervisor() as (second, _, _wait_until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
             assert process.start_time(stray) is None
@@ -231,7 +231,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
     with inside(NAMESPACE):
         backend = socket.create_server(("10.10.1.1", 9000))
     backend.settimeout(5)
-    with backend, _supervisor() as (it, died, until):
+    with backend, _supervisor() as (it, died, wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -242,7 +242,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         changed = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": more}))
         assert changed is not None
         assert it.converge(SCOPE, NAMESPACE, (changed,)) == ["reload lb"]
-        until(lambda: _connects(8001))
+        wait_until(lambda: _connects(8001))
         client.sendall(b"still here")
         assert served.recv(100) == b"still here"
         client.close()
@@ -252,8 +252,8 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
         assert not Path(wanted.directory).exists()
 
 
-# A master that looks at the signals it got when an event comes, as haproxy does when one comes just before its wait.
-DROWSY = """
+# A master that handles a signal only with the next event, like haproxy when it arrives just before its wait.
+SLEEPY_MASTER = """
 import os, signal, socket, sys
 asked = []
 signal.signal(signal.SIGUSR2, lambda *_: asked.append(1))
@@ -284,32 +284,32 @@ while True:
 
 
 @pytest.mark.mutation("a-sleeping-master-is-woken")
-def test_a_master_that_sleeps_over_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 5.0)
     directory = f"{service.SERVICES_DIR}/{SCOPE}/lb"
-    drowsy = service.Service(
+    sleepy = service.Service(
         name="lb",
         directory=directory,
-        argv=("python3", "-c", DROWSY, f"{directory}/master.sock"),
+        argv=("python3", "-c", SLEEPY_MASTER, f"{directory}/master.sock"),
         config={"lb.cfg": "1"},
         on_change="reload",
         listens=(("tcp", 8000),),
         probe=service.Probe("haproxy", f"{directory}/master.sock"),
     )
-    with _supervisor() as (it, _, _until):
-        it.converge(SCOPE, NAMESPACE, (drowsy,))
-        assert it.converge(SCOPE, NAMESPACE, (replace(drowsy, config={"lb.cfg": "2"}),)) == ["reload lb"]
+    with _supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (sleepy,))
+        assert it.converge(SCOPE, NAMESPACE, (replace(sleepy, config={"lb.cfg": "2"}),)) == ["reload lb"]
 
 
 @pytest.mark.mutation("a-reload-waits-for-the-new-worker", instead="os.kill(running.record.pid, signal.SIGUSR2)")
-def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
-    """From the moment on when ``converge`` is done: while the worker of before still listens, it takes every other."""
+def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
+    """``converge`` returns when the old worker has stopped listening; until then it gets every second connection."""
     with inside(NAMESPACE):
         backends = [socket.create_server(("10.10.1.1", port)) for port in (9000, 9001)]
     names = {backend.getsockname()[1]: name for backend, name in zip(backends, (b"old", b"new"), strict=True)}
     for backend in backends:
         threading.Thread(target=_greet, args=(backend, names[backend.getsockname()[1]]), daemon=True).start()
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         for turn in range(4):
             port = (9000, 9001)[turn % 2]
             rule = replace(RULE, backends=(Backend(ip="10.10.1.1", port=port),))
@@ -322,9 +322,9 @@ def test_after_a_reload_no_new_client_is_balanced_the_old_way() -> None:
         backend.close()
 
 
-def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 1.0)
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
         assert wanted is not None and more is not None
@@ -338,7 +338,7 @@ def test_a_reload_that_fails_is_an_error_and_tried_again(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
-def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
+def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.4)
@@ -354,26 +354,26 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
 
     busy = False
 
-    async def story() -> None:
+    async def scenario() -> None:
         nonlocal busy
         probing = asyncio.ensure_future(
             liveness.LivenessProbes(loop, Log(str(log)), it, guest_process, lambda scope_id: busy).run(0.1)
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
-        await asyncio.sleep(1)  # it is asked ten times
+        await asyncio.sleep(1)  # about ten probes
         os.killpg(pid, signal.SIGSTOP)
-        await asyncio.sleep(0.6)  # one question without an answer, or two
+        await asyncio.sleep(0.6)  # one or two unanswered probes
         os.killpg(pid, signal.SIGCONT)
         await asyncio.sleep(1)
         assert died == [] and process.alive(process.record_of(pid))
-        busy = True  # somebody works on the scope, and it is silent for long
+        busy = True  # while the scope is busy, unanswered probes do not count
         os.killpg(pid, signal.SIGSTOP)
         await asyncio.sleep(4)
         assert died == [] and process.alive(process.record_of(pid))
         busy = False
         async with asyncio.timeout(30):
-            while not died:  # noqa: ASYNC110, another thread's word
+            while not died:  # noqa: ASYNC110, set by another thread
                 await asyncio.sleep(0.02)
         probing.cancel()
         assert died == [f"{name} hung"]
@@ -382,27 +382,27 @@ def test_what_is_silent_for_long_is_ended_and_what_is_slow_is_not(
         await loop.run_in_executor(None, it.stop, SCOPE)
         await asyncio.sleep(0.05)
 
-    loop.run_until_complete(story())
+    loop.run_until_complete(scenario())
     loop.close()
     assert f"scope={SCOPE} {name} (pid " in log.read_text()
 
 
 @pytest.mark.mutation("resolver-is-also-asked-over-tcp")
-def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "ANSWER_S", 0.5)
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
     loop = asyncio.new_event_loop()
     it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
     (target,) = it.probe_targets()
-    # What arrives at port 53 by UDP is lost, as it is when the socket is full.
+    # Drop UDP datagrams to port 53, as a full socket buffer does.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)
     probes = liveness.LivenessProbes(
         loop, Log("/dev/null"), it, GuestProcess(loop, Log("/dev/null"), [], "b", print), lambda it: False
     )
     loop.run_until_complete(probes._probe_service(target))
-    loop.run_until_complete(asyncio.sleep(0.3))  # whoever was killed just now is dead by then
+    loop.run_until_complete(asyncio.sleep(0.3))  # time for a killed process to die
     assert process.alive(target.record)
     assert it.crashes(SCOPE) == {}
     it.stop(SCOPE)
@@ -411,9 +411,9 @@ def test_a_resolver_that_is_drowned_in_datagrams_is_not_hung(monkeypatch: pytest
 
 
 @pytest.mark.mutation("a-late-prober-proves-nothing")
-def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "PAUSE_S", 0.0)
-    clock = iter(range(0, 1000, 10))  # whoever looks at it has been away for ten seconds
+    clock = iter(range(0, 1000, 10))  # every reading is ten seconds later
     monkeypatch.setattr(liveness, "time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     async def nothing() -> bool:
@@ -424,7 +424,7 @@ def test_silence_on_a_machine_that_is_busy_means_nothing(monkeypatch: pytest.Mon
 
 @pytest.mark.mutation("a-refused-file-stays-a-candidate")
 def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> None:
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -438,10 +438,10 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 @pytest.mark.mutation(
     "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._stop(*key)]"
 )
-def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
+def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
-    with _supervisor() as (it, _, _until):
+    with _supervisor() as (it, _, _wait_until):
         short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
@@ -451,15 +451,15 @@ def test_defect_28_the_end_of_one_scope_leaves_its_namesake_alone() -> None:
 
 
 @pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"stop {name}" for name in self._known(scope_id)]')
-def test_defect_41_nothing_is_left_of_an_ended_scope() -> None:
-    with _supervisor() as (it, _, _until):
+def test_defect_41_ending_a_scope_leaves_no_process_or_file() -> None:
+    with _supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["dns-9204"]
         assert it.stop(SCOPE) == ["stop dns-9204"]
         assert not Path(wanted.directory).parent.exists()
-        until = time.monotonic() + 2
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        deadline = time.monotonic() + 2
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             os.waitpid(pid, os.WNOHANG)
             time.sleep(0.01)
         assert not Path(f"/proc/{pid}").exists()
@@ -475,13 +475,13 @@ def _connects(port: int) -> bool:
 
 
 def _greet(backend: socket.socket, word: bytes) -> None:
-    """Whoever connects is told the word; until the socket is shut down."""
+    """Send the word to each client, until the socket is shut down."""
     while True:
         try:
             served, _ = backend.accept()
         except OSError:
             return
-        with served, contextlib.suppress(OSError):  # a health check does not wait for it
+        with served, contextlib.suppress(OSError):  # a health check disconnects first
             served.sendall(word)
 
 
@@ -494,7 +494,7 @@ def _first_word(port: int) -> bytes:
 
 
 def _accept_talking(backend: socket.socket, client: socket.socket) -> socket.socket:
-    """The backend's end of the client's connection: health checks connect too, and say nothing."""
+    """Accept the client's connection. Connections of health checks, which send nothing, are skipped."""
     client.sendall(b"hello")
     while True:
         served, _ = backend.accept()

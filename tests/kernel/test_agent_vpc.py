@@ -1,4 +1,4 @@
-"""A VPC on a real kernel, with real payloads: tiers come and go in one namespace, and it leaves nothing."""
+"""VPCs through a real agent: tiers are added and removed in one namespace, and nothing is left at the end."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def two_tiers(host: AgentHost) -> None:
             done(client.call(fixture, command))
 
 
-def test_a_vpc_stands_before_its_tiers_and_leaves_nothing(host: AgentHost) -> None:
+def test_a_vpc_exists_before_its_tiers_and_is_removed_completely(host: AgentHost) -> None:
     before = host.inventory()
     done(host.call("203", "implement-vpc"))
     assert "lo" in host.run("ip", "-o", "link", namespace=NS)
@@ -60,7 +60,7 @@ def test_a_vpc_stands_before_its_tiers_and_leaves_nothing(host: AgentHost) -> No
 
 
 @pytest.mark.mutation("a-vpc-ends-with-its-tiers", instead="replace(scope, vpc_implemented=False)")
-def test_defect_39_a_vpc_with_living_tiers_goes_whole(host: AgentHost) -> None:
+def test_defect_39_shutdown_vpc_removes_its_remaining_tiers(host: AgentHost) -> None:
     before = host.inventory()
     two_tiers(host)
     with host.client() as client:
@@ -83,7 +83,7 @@ def test_defect_39_a_vpc_with_living_tiers_goes_whole(host: AgentHost) -> None:
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
 @pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(outcome.scope)")
-def test_defect_68_a_vpcs_commands_and_its_tiers_take_turns(host: AgentHost) -> None:
+def test_defect_68_commands_of_a_vpc_and_its_tiers_are_serialized(host: AgentHost) -> None:
     two_tiers(host)
 
     def forward(port: int) -> None:

@@ -1,4 +1,4 @@
-"""What is taken from a live network is back within moments, with nobody asking; and nothing is done without a cause."""
+"""The agent's watcher: manual changes to a network are repaired at once, without a command, and only once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from kernel.isolated_network import (
     snapshot,
 )
 
-WITHIN_S = 10.0  # a second, on a machine that is not shared
+WITHIN_S = 10.0  # a second on an idle machine
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[AgentHost]:
+def module_host() -> Iterator[AgentHost]:
     with agent_host() as it:
         it.start()
         live(it)
@@ -70,35 +70,35 @@ def standing() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_what_was_taken_is_back_and_then_there_is_peace(standing: AgentHost, harm: list[str]) -> None:
-    host = standing
-    wait_until(lambda: quiet(host))
-    good = whole(host)
+def test_manual_changes_are_repaired_once(module_host: AgentHost, harm: list[str]) -> None:
+    host = module_host
+    wait_until(lambda: is_idle(host))
+    good = full_snapshot(host)
     heals = host.log().count(" watch: ")
     host.run(*harm)
-    wait_until(lambda: whole(host) == good, WITHIN_S)
-    wait_until(lambda: quiet(host))
-    assert whole(host) == good
-    # Done once; our own doing moved nobody to do it again.
+    wait_until(lambda: full_snapshot(host) == good, WITHIN_S)
+    wait_until(lambda: is_idle(host))
+    assert full_snapshot(host) == good
+    # There was one repair. Events caused by the repair did not start another.
     assert host.log().count(" watch: ") == heals + 1
 
 
-def whole(host: AgentHost) -> list[object]:
+def full_snapshot(host: AgentHost) -> list[object]:
     permanent = host.run("ip", "neigh", "show", "nud", "permanent", namespace=NS, check=False)
     alias = host.links().get("vnetg204", {}).get("ifalias", "")
     return [*snapshot(host), permanent, alias]
 
 
-def quiet(host: AgentHost) -> bool:
-    """Nothing was done for a while, longer than events are collected and long waits for a fight to end."""
+def is_idle(host: AgentHost) -> bool:
+    """Whether the log did not grow for longer than the debounce time, and no delayed repair is pending."""
     before = host.log()
     time.sleep(0.5)
     return host.log() == before and "next look" not in before.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
-def checked() -> Iterator[AgentHost]:
-    """A host that is looked at twice a second."""
+def checked_host() -> Iterator[AgentHost]:
+    """A host with the periodic check at every half second."""
     with agent_host() as it:
         it.start("--check-every", "0.5")
         live(it)
@@ -118,28 +118,28 @@ def checked() -> Iterator[AgentHost]:
     ],
     ids=" ".join,
 )
-def test_what_no_watch_tells_is_found_by_the_check(checked: AgentHost, harm: list[str]) -> None:
-    host = checked
-    time.sleep(1.5)  # the check has seen the rules as they should be
-    good = whole(host)
+def test_changes_without_events_are_found_by_the_periodic_check(checked_host: AgentHost, harm: list[str]) -> None:
+    host = checked_host
+    time.sleep(1.5)  # the check has recorded the correct rules
+    good = full_snapshot(host)
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)
     host.run(*harm)
-    assert whole(host) != good
+    assert full_snapshot(host) != good
     host.agent.send_signal(signal.SIGCONT)
-    wait_until(lambda: whole(host) == good)
-    wait_until(lambda: quiet(host))
+    wait_until(lambda: full_snapshot(host) == good)
+    wait_until(lambda: is_idle(host))
 
 
-def test_a_name_that_was_only_unmounted_is_a_namespace_again(checked: AgentHost) -> None:
-    good = whole(checked)
-    checked.run("umount", f"/run/netns/{NS}")
-    wait_until(lambda: checked.run("ip", "link", namespace=NS, check=False) != "")
-    wait_until(lambda: quiet(checked))
-    assert whole(checked) == good
+def test_an_unmounted_namespace_name_is_restored(checked_host: AgentHost) -> None:
+    good = full_snapshot(checked_host)
+    checked_host.run("umount", f"/run/netns/{NS}")
+    wait_until(lambda: checked_host.run("ip", "link", namespace=NS, check=False) != "")
+    wait_until(lambda: is_idle(checked_host))
+    assert full_snapshot(checked_host) == good
 
 
-def test_a_bridge_that_was_deleted_by_hand_leaves_its_carrier_as_it_was_found() -> None:
+def test_a_deleted_bridge_is_restored_and_its_carrier_ends_down_as_before() -> None:
     with agent_host() as host:
         host.start()
         before = "UP" in host.links()["eth1.1204"]["flags"]
@@ -147,23 +147,23 @@ def test_a_bridge_that_was_deleted_by_hand_leaves_its_carrier_as_it_was_found() 
         live(host)
         host.ip("link", "del", BRIDGE)
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
-        wait_until(lambda: quiet(host))
+        wait_until(lambda: is_idle(host))
         done(host.call("131", "destroy-network"))
         assert "UP" not in host.links()["eth1.1204"]["flags"]
         assert BRIDGE not in host.links()
 
 
-def test_rules_of_others_in_the_namespace_are_theirs(checked: AgentHost) -> None:
+def test_foreign_nftables_tables_are_left_alone(checked_host: AgentHost) -> None:
     time.sleep(1.5)
-    before = checked.log()
-    checked.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
+    before = checked_host.log()
+    checked_host.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
     time.sleep(1.5)
-    assert checked.log() == before
-    assert "theirs" in checked.run("nft", "list", "tables", namespace=NS)
-    checked.run("nft", "delete table inet theirs", namespace=NS)
+    assert checked_host.log() == before
+    assert "theirs" in checked_host.run("nft", "list", "tables", namespace=NS)
+    checked_host.run("nft", "delete table inet theirs", namespace=NS)
 
 
-def test_who_undoes_us_again_and_again_is_answered_ever_more_slowly() -> None:
+def test_repeated_repairs_back_off_exponentially() -> None:
     with agent_host() as host:
         host.start()
         live(host)
@@ -174,11 +174,11 @@ def test_who_undoes_us_again_and_again_is_answered_ever_more_slowly() -> None:
         heals = [line for line in host.log().splitlines() if " watch: vnetg204: steps=" in line]
         assert 5 <= len(heals) <= 8
         assert "next repair in 1 s" in host.log()
-        # And it is not given up.
+        # The agent keeps repairing.
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
 
 
-def test_a_namespace_that_is_deleted_comes_back_with_all_that_ran_in_it() -> None:
+def test_a_deleted_namespace_is_restored_with_its_services() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -200,7 +200,7 @@ def test_a_namespace_that_is_deleted_comes_back_with_all_that_ran_in_it() -> Non
 
 
 @pytest.mark.mutation("the-agent-restores-at-its-start", instead="asyncio.ensure_future(asyncio.sleep(0))")
-def test_defect_61_after_a_power_cut_every_network_is_there_from_the_files_alone() -> None:
+def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_file() -> None:
     vlans = [f"eth1.{2000 + number}" for number in range(8)]
     with agent_host("eth1.1204", "eth2.101", *vlans) as host:
         host.start()
@@ -224,12 +224,12 @@ def test_defect_61_after_a_power_cut_every_network_is_there_from_the_files_alone
         assert given["ip"] == WEB_IP
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
         assert len(running(host)["dnsmasq"]) == 9
-        wait_until(lambda: quiet(host))
+        wait_until(lambda: is_idle(host))
         assert sum(" restore: " in line for line in host.log().splitlines()) == 9
 
 
 def power_cut(host: AgentHost) -> None:
-    """Everything that is not on a disk is gone."""
+    """Remove everything that is not on disk."""
     host.kill()
     for pid in host.processes():
         processes.kill(pid)
@@ -243,9 +243,9 @@ def power_cut(host: AgentHost) -> None:
     host.run("sh", "-c", "rm -rf /run/netloom")
 
 
-# What CloudStack's KVM agent runs when a VM's NIC goes: the listing of the bridge's ports, and no further when one of
-# them has "vnet" in its name; else the VLAN link, then the bridge. (The link here is a stand-in, which nobody could
-# make again: it is left.)
+# The commands of CloudStack's KVM agent when a VM's NIC is removed. It lists the ports of the bridge and stops when a
+# name contains "vnet". Otherwise it deletes the VLAN link and the bridge. Here the VLAN link is a veth, which could
+# not be created again, so it is kept.
 KVM_AGENT = """
 for port in $(ip -o link show master "$1" | cut -d: -f2 | cut -d@ -f1); do
     case $port in *vnet*) [ "$2" = forced ] || { echo kept; exit 0; } ;; esac
@@ -256,7 +256,7 @@ echo deleted
 """
 
 
-def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
+def test_the_kvm_agent_does_not_delete_a_bridge_with_our_port() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -267,7 +267,7 @@ def test_cloudstacks_own_agent_leaves_the_bridge_to_us() -> None:
 
 @pytest.mark.mutation("an-adopted-bridge-is-ours")
 @pytest.mark.parametrize("reason", ["", "a VM", "an address"])
-def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reason: str) -> None:
+def test_an_adopted_kvm_agent_bridge_is_removed_unless_it_is_in_use(reason: str) -> None:
     with agent_host() as host:
         for words in (f"add {BRIDGE} type bridge", f"set {BRIDGE} up", f"set eth1.1204 master {BRIDGE} up"):
             host.ip("link", *words.split())
@@ -286,7 +286,7 @@ def test_a_bridge_of_cloudstacks_own_agent_goes_with_the_last_who_was_in_it(reas
         assert "eth1.1204" in host.links()
 
 
-def test_a_bridge_that_is_deleted_by_force_is_back_with_the_vms_that_were_on_it() -> None:
+def test_a_forcibly_deleted_bridge_is_restored_with_its_vm_ports() -> None:
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -304,6 +304,6 @@ def test_a_bridge_that_is_deleted_by_force_is_back_with_the_vms_that_were_on_it(
         for ping in pings:
             said, _ = ping.communicate(timeout=60)
             received = int(said.partition(" packets transmitted, ")[2].split()[0])
-            # Two cuts of a second each at most, where a packet is sent every tenth of it.
+            # Two interruptions of at most a second each, with ten packets per second.
             assert received >= 40, said
         assert host.links()[f"tap-{WEB}"]["master"] == BRIDGE

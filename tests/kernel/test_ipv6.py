@@ -1,4 +1,4 @@
-"""IPv6 on a real kernel: VMs make their addresses from what is advertised, get out, and nobody comes in."""
+"""IPv6 through a real agent: router advertisements, names, outbound traffic, filtering and repair."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloom.wire import Registration
 
 NS, LINK = "cs-net-520", "gst-520"
 GATEWAY, PREFIX = "2001:db8:50:1::1", "2001:db8:50:1::/64"
-MAC, ADDRESS = "02:01:00:cc:05:03", "2001:db8:50:1:1:ff:fecc:503"  # of payload 402
+MAC, ADDRESS = "02:01:00:cc:05:03", "2001:db8:50:1:1:ff:fecc:503"  # from payload 402
 OTHER_MAC, OTHER = "02:01:00:cc:05:04", "2001:db8:50:1:1:ff:fecc:504"
 OUTSIDE = "2001:db8:99::1"  # the provider's router, and a host behind it
 FAR = "2001:db8:ffff::1"
@@ -44,7 +44,7 @@ def build(host: AgentHost, registration: Registration = WAY_OUT) -> None:
 
 
 def plug(host: AgentHost, vm: str, mac: str, bridge: str = "breth1-1520") -> None:
-    """A VM whose kernel configures itself as any Linux guest does."""
+    """Add a VM whose kernel configures IPv6 by itself (SLAAC)."""
     host.plug(vm, "", mac)
     host.run("sysctl", "-qw", "net/ipv6/conf/all/disable_ipv6=0", namespace=vm)
     host.run("sysctl", "-qw", "net/ipv6/conf/eth0/dad_transmits=0", namespace=vm)
@@ -96,8 +96,8 @@ def is_answered(host: AgentHost, namespace: str, address: str) -> bool:
     return " 0% packet loss" in host.run("ping", "-6", "-c1", "-W5", address, namespace=namespace, check=False)
 
 
-def asked(host: AgentHost, namespace: str, server: str, name: str, kind: int = 28) -> bytes:
-    """The last 16 bytes of a name server's answer: an address of AAAA, or the end of a name."""
+def dns_answer(host: AgentHost, namespace: str, server: str, name: str, kind: int = 28) -> bytes:
+    """Query a name server; returns the DNS message. In an AAAA answer its last 16 bytes are the address."""
     labels = b"".join(bytes((len(it),)) + it.encode() for it in name.split("."))
     query = struct.pack(">6H", 7, 0x0100, 1, 0, 0, 0) + labels + b"\0" + struct.pack(">2H", kind, 1)
     with host.within(namespace):
@@ -112,7 +112,7 @@ def asked(host: AgentHost, namespace: str, server: str, name: str, kind: int = 2
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[AgentHost]:
-    """A dual-stack network with a way out, its VM, and the provider's router."""
+    """A dual-stack network with an IPv6 uplink, its VMs, and the provider's router."""
     with agent_host("eth1.1520", "eth2.101") as it:
         it.start()
         build(it)
@@ -133,14 +133,14 @@ def outside(host: AgentHost, prefix: str, via: str) -> None:
     run("-6", "route", "add", prefix, "via", via, "dev", "sw-eth2.101")
 
 
-def test_a_vm_makes_the_address_that_cloudstack_computed(host: AgentHost) -> None:
+def test_a_vm_configures_the_address_that_cloudstack_computed(host: AgentHost) -> None:
     assert addresses(host, "vm") == {ADDRESS}
     assert "default via fe80::" in host.run("ip", "-6", "route", namespace="vm")
     assert is_answered(host, "vm", GATEWAY)
 
 
-def advertised(host: AgentHost) -> tuple[int, dict[int, bytes]]:
-    """What the gateway answers when ``vm`` solicits it: the router's lifetime, and the options by their types."""
+def router_advertisement(host: AgentHost) -> tuple[int, dict[int, bytes]]:
+    """Send a router solicitation from ``vm``; returns the router lifetime in seconds and the options by type."""
     with host.within("vm"):
         client = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         number = socket.if_nametoindex("eth0")
@@ -160,7 +160,7 @@ def advertised(host: AgentHost) -> tuple[int, dict[int, bytes]]:
 
 
 def test_the_gateway_advertises_prefix_resolver_and_domain(host: AgentHost) -> None:
-    lifetime_s, options = advertised(host)
+    lifetime_s, options = router_advertisement(host)
     assert lifetime_s >= 600
     assert socket.inet_ntop(socket.AF_INET6, options[3][16:32]) == "2001:db8:50:1::"
     assert options[3][2] == 64
@@ -169,26 +169,26 @@ def test_the_gateway_advertises_prefix_resolver_and_domain(host: AgentHost) -> N
     assert b"\x08cs2cloud\x08internal" in options[31]
 
 
-def test_a_segments_smaller_mtu_is_advertised() -> None:
+def test_the_mtu_of_the_segment_is_advertised() -> None:
     with agent_host("eth1.1520", "eth2.101") as it:
         it.ip("link", "set", "eth1.1520", "mtu", "1400")
         it.start()
         build(it)
         plug(it, "vm", MAC)
         wait_until(lambda: ADDRESS in addresses(it, "vm"))
-        assert int.from_bytes(advertised(it)[1][5][4:8], "big") == 1400
+        assert int.from_bytes(router_advertisement(it)[1][5][4:8], "big") == 1400
         assert it.run("cat", "/proc/sys/net/ipv6/conf/eth0/mtu", namespace="vm") == "1400\n"
 
 
-def test_the_device_is_the_only_router(host: AgentHost) -> None:
-    """A guest that advertises itself, to all or to the gateway, changes nothing of the device's ways."""
+def test_the_device_ignores_router_advertisements_of_guests(host: AgentHost) -> None:
+    """Advertisements of a guest, sent to all nodes or to the gateway, do not change the device's routes."""
     before = host.run("ip", "-6", "route", namespace=NS)
     prefix = bytes((3, 4, 64, 0xC0)) + b"\xff" * 8 + bytes(4) + socket.inet_pton(socket.AF_INET6, "2001:db8:66::")
     forged = bytes((134, 0, 0, 0, 64, 0, 0x07, 0x08)) + bytes(8) + prefix
     with host.within("other"):
         sender = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
         number = socket.if_nametoindex("eth0")
-    # The VM beside it would believe it, as any Linux does, and the tests that follow need its way out.
+    # Protect the other VM, which would accept the advertisement and lose its default route for later tests.
     host.run("sysctl", "-qw", "net/ipv6/conf/eth0/accept_ra=0", namespace="vm")
     try:
         with sender:
@@ -197,7 +197,7 @@ def test_the_device_is_the_only_router(host: AgentHost) -> None:
             sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, number)
             for receiver in ("ff02::1", GATEWAY):
                 sender.sendto(forged, (receiver, 0, 0, number))
-        assert is_answered(host, "other", GATEWAY)  # sent later, answered: what came before it has been dealt with
+        assert is_answered(host, "other", GATEWAY)  # sent later and answered, so the advertisements were processed
     finally:
         host.run("sysctl", "-qw", "net/ipv6/conf/eth0/accept_ra=1", namespace="vm")
     assert host.run("ip", "-6", "route", namespace=NS) == before
@@ -205,7 +205,7 @@ def test_the_device_is_the_only_router(host: AgentHost) -> None:
 
 
 def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: str) -> None:
-    """Tells ``receiver``, in a router's name, that the way to the far host is through somebody on the link."""
+    """Send ``receiver`` an ICMPv6 redirect for the far host in the name of a router."""
     target, far = (socket.inet_pton(socket.AF_INET6, it) for it in ("fe80::bad", FAR))
     with host.within(namespace):
         sender = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
@@ -216,8 +216,8 @@ def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: 
         sender.sendto(bytes((137, 0, 0, 0, 0, 0, 0, 0)) + target + far, (receiver, 0, 0, number))
 
 
-def test_a_redirect_moves_none_of_the_devices_ways(host: AgentHost) -> None:
-    """The provider's router is named by its link-local address, whose name a neighbour can take. A plain host obeys."""
+def test_the_device_ignores_redirects(host: AgentHost) -> None:
+    """The router has a link-local address, which a neighbour can forge. A VM follows the redirect, for comparison."""
     far = ("ip", "-6", "route", "get", FAR)
     router = json.loads(host.run("ip", "-6", "-j", "route", "show", "default", namespace="vm"))[0]["gateway"]
     host.run("ip", "-6", "addr", "add", "fe80::1/64", "dev", "sw-eth2.101", "nodad", pid=host.fabric)
@@ -237,22 +237,26 @@ def test_a_redirect_moves_none_of_the_devices_ways(host: AgentHost) -> None:
     wait_until(lambda: is_answered(host, "vm", FAR))
 
 
-def test_names_have_both_addresses_over_both(host: AgentHost) -> None:
+def test_names_resolve_to_both_addresses_over_both_families(host: AgentHost) -> None:
     for server in (GATEWAY, "10.50.1.1"):
         if server == "10.50.1.1":
             host.ip("-n", "vm", "addr", "replace", "10.50.1.45/24", "dev", "eth0")
-        assert asked(host, "vm", server, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
+        assert dns_answer(host, "vm", server, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(
+            socket.AF_INET6, ADDRESS
+        )
     nibbles = ".".join(reversed(socket.inet_pton(socket.AF_INET6, ADDRESS).hex()))
-    assert b"\x05six-1" in asked(host, "vm", GATEWAY, f"{nibbles}.ip6.arpa", kind=12)
+    assert b"\x05six-1" in dns_answer(host, "vm", GATEWAY, f"{nibbles}.ip6.arpa", kind=12)
 
 
 @pytest.mark.mutation("names-have-both-addresses")
 def test_defect_49_a_restore_keeps_both_addresses(host: AgentHost) -> None:
     call(host, "406", "restore-network")
-    assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
+    assert dns_answer(host, "vm", GATEWAY, "six-1.cs2cloud.internal")[-16:] == socket.inet_pton(
+        socket.AF_INET6, ADDRESS
+    )
 
 
-def test_a_guest_gets_out_under_its_own_address(host: AgentHost) -> None:
+def test_a_guest_reaches_the_outside_with_its_own_address(host: AgentHost) -> None:
     with listening(host, "", 8080, FAR) as listener, connect(host, "vm", FAR, 8080) as client:
         served, peer = listener.accept()
         with served:
@@ -261,12 +265,12 @@ def test_a_guest_gets_out_under_its_own_address(host: AgentHost) -> None:
             assert client.recv(10) == b"hello"
 
 
-def test_nobody_begins_anything_from_outside(host: AgentHost) -> None:
+def test_outside_hosts_cannot_open_connections(host: AgentHost) -> None:
     with listening(host, "vm", 22), pytest.raises(TimeoutError):
         connect(host, "", ADDRESS, 22, patience_s=1.5)
     for address in (ADDRESS, GATEWAY, OURS):
         assert not reaches(host, "", address, 53, patience_s=1)
-    # A neighbour on the public VLAN cannot pass for a guest either.
+    # A neighbour on the public VLAN cannot use the address of a guest.
     host.run("ip", "-6", "addr", "add", f"{OTHER}/128", "dev", "lo", "nodad", pid=host.fabric)
     try:
         with host.within():
@@ -284,7 +288,7 @@ def test_nobody_begins_anything_from_outside(host: AgentHost) -> None:
         host.run("ip", "-6", "addr", "del", f"{OTHER}/128", "dev", "lo", pid=host.fabric)
 
 
-def test_what_a_prefix_carries_is_counted(host: AgentHost) -> None:
+def test_traffic_of_a_prefix_is_counted(host: AgentHost) -> None:
     def counted() -> tuple[int, int]:
         told = message(act(host, "counters", "501", network_id="520", filter=PREFIX)).split()
         return int(told[2]), int(told[7])
@@ -292,14 +296,14 @@ def test_what_a_prefix_carries_is_counted(host: AgentHost) -> None:
     arrived, left = counted()
     host.run("ping", "-6", "-c3", "-i0.2", "-W5", FAR, namespace="vm")
     assert counted() == (arrived + 3, left + 3)
-    # From outside, whatever the firewall says of it; to neighbours not at all.
+    # Traffic from outside is counted even if the firewall drops it. Traffic to the gateway is not counted.
     assert not reaches(host, "", ADDRESS, 22, patience_s=0.5)
     assert is_answered(host, "vm", GATEWAY)
     assert counted()[0] > arrived + 3
     assert counted()[1] == left + 3
 
 
-def test_a_guest_speaks_for_itself_and_for_nobody_else(host: AgentHost) -> None:
+def test_a_guest_cannot_send_from_a_foreign_address(host: AgentHost) -> None:
     host.run("ip", "-6", "addr", "add", "2001:db8:50:2::7/128", "dev", "eth0", "nodad", namespace="vm")
     try:
         with host.within("vm"):
@@ -334,7 +338,7 @@ def rules(host: AgentHost) -> Iterator[Any]:
 
 
 @pytest.mark.mutation("egress-rules-are-about-ipv6-too")
-def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) -> None:
+def test_defect_12_egress_rules_apply_to_ipv6(host: AgentHost, rules: Any) -> None:
     web = {"protocol": "tcp", "portStart": 80, "portEnd": 80, "sourceCidrs": [], "destCidrs": []}
     with listening(host, "", 80, FAR), listening(host, "", 81, FAR):
         rules(allow=False)
@@ -345,7 +349,7 @@ def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) 
         rules(web | {"destCidrs": ["2001:db8:ffff::/48"]}, allow=True)
         assert not reaches(host, "vm", FAR, 80, 1)
         assert reaches(host, "vm", FAR, 81)
-        # All of IPv4 is not all of IPv6.
+        # 0.0.0.0/0 does not match IPv6.
         rules(web | {"destCidrs": ["0.0.0.0/0"]}, allow=True)
         assert reaches(host, "vm", FAR, 80)
         rules({"protocol": "icmp", "icmpType": -1, "icmpCode": -1}, allow=False)
@@ -353,10 +357,10 @@ def test_defect_12_egress_rules_are_about_ipv6_too(host: AgentHost, rules: Any) 
         assert not reaches(host, "vm", FAR, 80, 1)
         rules(allow=False)
         assert not is_answered(host, "vm", FAR)
-        assert is_answered(host, "vm", GATEWAY)  # the device's own, whatever the policy says
+        assert is_answered(host, "vm", GATEWAY)  # the device itself, under any policy
 
 
-def test_a_revoked_rule_ends_its_flows_and_no_others(host: AgentHost, rules: Any) -> None:
+def test_a_revoked_rule_ends_only_its_own_flows(host: AgentHost, rules: Any) -> None:
     rules(allow=True)
     with listening(host, "", 80, FAR) as one, listening(host, "", 81, FAR) as two:
         first, second = connect(host, "vm", FAR, 80), connect(host, "vm", FAR, 81)
@@ -375,8 +379,8 @@ def test_a_revoked_rule_ends_its_flows_and_no_others(host: AgentHost, rules: Any
 
 
 @pytest.mark.mutation("an-unconnected-flow-is-marked-as-revoked", instead='"keep"')
-def test_a_revoked_rule_ends_what_has_no_connections_too(host: AgentHost, rules: Any) -> None:
-    """UDP: neither end is heard any more, whichever sends; allowed again, it begins anew."""
+def test_a_revoked_rule_ends_udp_flows(host: AgentHost, rules: Any) -> None:
+    """Neither end gets datagrams of the other. When the flow is allowed again, it works again."""
     rules(allow=True)
     with host.within("vm"):
         near = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -405,7 +409,7 @@ def test_a_revoked_rule_ends_what_has_no_connections_too(host: AgentHost, rules:
         assert heard(far, near, 5)
 
 
-def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> None:
+def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     assert message(act(host, "check", "501", network_id="520")) == "nothing to do: all is as it should be"
     host.run("ip", "-6", "addr", "del", f"{GATEWAY}/64", "dev", LINK, namespace=NS)
     host.run("ip", "-6", "route", "del", "default", namespace=NS)
@@ -415,24 +419,24 @@ def test_what_is_taken_is_put_back_and_a_look_finds_nothing(host: AgentHost) -> 
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
     wait_until(lambda: "default via" in host.run("ip", "-6", "route", namespace=NS))
     assert is_answered(host, "vm", FAR)
-    # The whole link: what advertises on it is bound to its number, and the new one has another.
+    # Delete the link: dnsmasq is bound to its index, and the new link has another one.
     host.ip("link", "del", "vnetg520")
     wait_until(lambda: "vnetg520" in host.links())
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
-    lifetime_s, options = advertised(host)
+    lifetime_s, options = router_advertisement(host)
     assert lifetime_s >= 600
     assert socket.inet_ntop(socket.AF_INET6, options[3][16:32]) == "2001:db8:50:1::"
-    assert asked(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
+    assert dns_answer(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
 
 
 @pytest.mark.mutation("a-reboot-puts-back-what-links-lost", instead="first")
-def test_defect_47_a_reboot_of_the_device_keeps_its_address(host: AgentHost) -> None:
+def test_defect_47_reboot_device_keeps_the_ipv6_gateway_address(host: AgentHost) -> None:
     done(act(host, "reboot-device", "501", network_id="520"))
     assert addresses(host, NS, LINK) == {GATEWAY}
     wait_until(lambda: is_answered(host, "vm", FAR))
 
 
-def test_an_agent_that_comes_back_changes_nothing(host: AgentHost) -> None:
+def test_a_restarted_agent_finds_ipv6_as_it_should_be(host: AgentHost) -> None:
     host.kill()
     host.start()
     assert message(act(host, "check", "501", network_id="520")) == "nothing to do: all is as it should be"
@@ -440,7 +444,7 @@ def test_an_agent_that_comes_back_changes_nothing(host: AgentHost) -> None:
     assert is_answered(host, "vm", FAR)
 
 
-def test_without_a_way_out_the_gateway_says_so_at_once() -> None:
+def test_without_an_ipv6_uplink_the_gateway_rejects_at_once() -> None:
     with agent_host("eth1.1520", "eth2.101") as it:
         it.start()
         before = it.inventory()
@@ -451,7 +455,7 @@ def test_without_a_way_out_the_gateway_says_so_at_once() -> None:
         with pytest.raises(OSError) as refused:
             connect(it, "vm", FAR, 80, patience_s=30)
         assert refused.value.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH), refused.value
-        # The gateway's ICMPv6 message ended the attempt, and no timeout of the kernel or of the test.
+        # The gateway's ICMPv6 message ended the attempt, not a timeout.
         assert unreachables(it, "vm") > before_refusal
         it.ip("netns", "del", "vm")
         for fixture, command in (("126", "shutdown-network"), ("131", "destroy-network")):
@@ -459,19 +463,19 @@ def test_without_a_way_out_the_gateway_says_so_at_once() -> None:
         wait_until(lambda: it.inventory() == before)
 
 
-def test_tiers_with_and_without_stand_side_by_side_and_lists_judge_both() -> None:
-    """A list with prefixes of IPv6 lets in from outside and between tiers what it says; a tier without stays silent."""
+def test_acls_filter_ipv6_and_a_tier_without_ipv6_has_none() -> None:
+    """An ACL with IPv6 prefixes filters traffic of a tier with IPv6. The other tier has no IPv6 address."""
     with agent_host("eth1.1310", "eth1.1311", "eth2.101") as it:
         it.start()
         six = {"network_ip6_gateway": GATEWAY, "network_ip6_cidr": PREFIX}
 
-        def tell(fixture: str, command: str, **changes: Any) -> None:
+        def send(fixture: str, command: str, **changes: Any) -> None:
             done(it.call(fixture, command, registration=WAY_OUT, **changes))
 
-        tell("202", "implement-vpc")
-        tell("210", "implement-network", **six)
-        tell("211", "assign-ip", **six)
-        tell("230", "implement-network")
+        send("202", "implement-vpc")
+        send("210", "implement-network", **six)
+        send("211", "assign-ip", **six)
+        send("230", "implement-network")
         plug(it, "vm", MAC, "breth1-1310")
         outside(it, PREFIX, OURS)
         wait_until(lambda: ADDRESS in addresses(it, "vm"))
@@ -480,14 +484,14 @@ def test_tiers_with_and_without_stand_side_by_side_and_lists_judge_both() -> Non
         assert "fe80" not in it.run("ip", "-6", "addr", "show", "dev", "gst-311", namespace="cs-vpc-7")
         item = {"number": 1, "action": "allow", "trafficType": "ingress", "protocol": "tcp"}
         with listening(it, "vm", 22), listening(it, "vm", 23), listening(it, "", 80, FAR):
-            assert not reaches(it, "", ADDRESS, 22, 1)  # no list yet: ingress closed, egress open
+            assert not reaches(it, "", ADDRESS, 22, 1)  # without an ACL ingress is closed and egress open
             assert reaches(it, "vm", FAR, 80)
             ssh = item | {"portStart": 22, "portEnd": 22, "sourceCidrs": ["2001:db8:99::/64"]}
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh])
             assert reaches(it, "", ADDRESS, 22)
             assert not reaches(it, "", ADDRESS, 23, 1)
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh | {"sourceCidrs": ["0.0.0.0/0"]}])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh | {"sourceCidrs": ["0.0.0.0/0"]}])
             assert not reaches(it, "", ADDRESS, 22, 1)
             denied = item | {"action": "deny", "trafficType": "egress", "sourceCidrs": ["2001:db8:ffff::/48"]}
-            tell("212", "apply-network-acl", **six, acl_rules=[ssh, denied])
+            send("212", "apply-network-acl", **six, acl_rules=[ssh, denied])
             assert not reaches(it, "vm", FAR, 80, 1)

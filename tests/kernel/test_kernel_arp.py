@@ -1,4 +1,4 @@
-"""Gratuitous ARP: the frames arrive, and neighbours that knew the address learn where it is now."""
+"""Gratuitous ARP: both frames arrive, and neighbours update their cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pair() -> Iterator[tuple[str, str]]:
         yield names
 
 
-def test_both_forms_arrive_at_a_neighbour(pair: tuple[str, str]) -> None:
+def test_both_gratuitous_arp_frames_reach_a_neighbour(pair: tuple[str, str]) -> None:
     left, right = pair
     with inside(right):
         listener = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0806))
@@ -34,14 +34,14 @@ def test_both_forms_arrive_at_a_neighbour(pair: tuple[str, str]) -> None:
     assert received == list(arp.frames("10.9.0.77", MAC))
 
 
-def test_a_neighbour_that_knew_the_address_learns_its_new_place(pair: tuple[str, str]) -> None:
+def test_a_neighbour_updates_its_cache_entry(pair: tuple[str, str]) -> None:
     left, right = pair
     tool(right, "ip", "neigh", "add", "10.9.0.77", "lladdr", "0a:00:00:00:00:99", "dev", "right", "nud", "stale")
     arp.gratuitous(left, "left", "10.9.0.77", MAC)
     assert f"lladdr {MAC}" in tool(right, "ip", "neigh", "show", "10.9.0.77")
 
 
-def test_a_link_that_is_missing_or_down_is_named(pair: tuple[str, str]) -> None:
+def test_errors_name_the_missing_or_down_link(pair: tuple[str, str]) -> None:
     left, _ = pair
     with pytest.raises(ArpError, match=r"announce 10\.9\.0\.77 on nowhere: No such device"):
         arp.gratuitous(left, "nowhere", "10.9.0.77", MAC)
@@ -51,7 +51,7 @@ def test_a_link_that_is_missing_or_down_is_named(pair: tuple[str, str]) -> None:
     assert caught.value.errno == errno.ENETDOWN
 
 
-def test_no_descriptor_is_left_behind(pair: tuple[str, str]) -> None:
+def test_no_file_descriptor_leaks(pair: tuple[str, str]) -> None:
     before = descriptors()
     for link in ("left", "left", "nowhere"):
         try:

@@ -1,4 +1,4 @@
-"""Connections are listed, marked and ended one by one; ``conntrack`` is the second opinion."""
+"""conntrack entries are listed, marked and deleted; the results are compared with the ``conntrack`` program."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRACK = "table inet t {\n chain c { type filter hook output priority 0; ct state
 
 @dataclass
 class Link:
-    """``left`` tracks; what it sends goes to ``right``, which answers on UDP 7 and accepts on TCP 7."""
+    """Two namespaces. ``left`` tracks its connections to ``right``, which listens on UDP 7 and TCP 7."""
 
     left: str
     right: str
     stack: ExitStack
 
     def udp(self, port: int, to: str = "10.9.0.2", dport: int = 7) -> socket.socket:
-        """A datagram out of ``port``, not answered."""
+        """Send a datagram from ``port``; it is not answered."""
         family = socket.AF_INET6 if ":" in to else socket.AF_INET
         with inside(self.left):
             made = self.stack.enter_context(socket.socket(family, socket.SOCK_DGRAM))
@@ -65,18 +65,18 @@ def by_port(namespace: str) -> dict[int, Entry]:
     return {entry.sport: entry for entry in conntrack.dump(namespace) if entry.sport}
 
 
-def seen(namespace: str) -> dict[str, int]:
-    """``conntrack``'s own list: "udp sport" to mark."""
+def conntrack_marks(namespace: str) -> dict[str, int]:
+    """Marks as the ``conntrack`` program lists them, by protocol and source port, for example "udp 1001"."""
     found = (re.match(r"(\w+) .*? sport=(\d+) .*mark=(\d+)", line) for line in _listed(namespace).splitlines())
     return {f"{it[1]} {it[2]}": int(it[3]) for it in found if it}
 
 
 def _listed(namespace: str) -> str:
-    # Some versions list both families without being asked; an entry that is listed twice is one all the same.
+    # Some versions of conntrack list both families for each option -f, so entries may be listed twice.
     return "".join(tool(namespace, "conntrack", "-L", "-f", family, "-o", "id") for family in ("ipv4", "ipv6"))
 
 
-def test_what_is_open_is_listed_as_conntrack_lists_it(link: Link) -> None:
+def test_open_connections_are_listed_as_conntrack_lists_them(link: Link) -> None:
     link.udp(1001)
     link.udp(1002, "fd09::2")
     link.tcp(1003)
@@ -97,17 +97,17 @@ def test_what_is_open_is_listed_as_conntrack_lists_it(link: Link) -> None:
     assert [(it.src, it.dst, it.icmp_type, it.icmp_code, it.sport) for it in icmp] == [
         ("10.9.0.1", "10.9.0.2", 8, 0, 0)
     ]
-    # Neighbour discovery is not tracked; the echo is.
+    # conntrack ignores neighbour discovery and tracks the echo.
     icmp6 = [it for it in entries if it.protocol == 58]
     assert [(it.dst, it.icmp_type) for it in icmp6] == [("fd09::2", 128)]
 
-    assert seen(link.left).keys() == {"udp 1001", "udp 1002", "tcp 1003"}
+    assert conntrack_marks(link.left).keys() == {"udp 1001", "udp 1002", "tcp 1003"}
     ids = set(re.findall(r"use=\d+ id=(\d+)", _listed(link.left)))
     assert {str(it.id) for it in entries} == ids
     assert conntrack.count(link.left) == len(entries) == 5
 
 
-def test_translated_addresses_are_seen_in_the_reply_direction(link: Link) -> None:
+def test_translated_addresses_appear_in_the_reply_direction(link: Link) -> None:
     with Nft(link.left) as nft:
         nft.run(
             "table ip nat {\n"
@@ -125,19 +125,19 @@ def test_translated_addresses_are_seen_in_the_reply_direction(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_exactly_the_named_connections_are_ended(link: Link) -> None:
+def test_only_the_given_connections_are_deleted(link: Link) -> None:
     for port in (1001, 1002):
         link.udp(port)
         link.udp(port + 1000, "fd09::2")
     link.tcp(1003)
     known = by_port(link.left)
     assert conntrack.delete(link.left, [known[1001], known[2002], known[1003]]) == 3
-    assert seen(link.left).keys() == {"udp 1002", "udp 2001"}
+    assert conntrack_marks(link.left).keys() == {"udp 1002", "udp 2001"}
     assert conntrack.delete(link.left, [known[1001], known[1002], known[1003]]) == 1
     assert conntrack.delete(link.left, []) == 0
 
 
-def test_a_connection_made_anew_is_not_the_one_that_was_meant(link: Link) -> None:
+def test_a_connection_with_another_id_is_not_deleted(link: Link) -> None:
     link.udp(1001)
     entry = by_port(link.left)[1001]
     another = msgspec.structs.replace(entry, id=entry.id ^ 1)
@@ -145,7 +145,7 @@ def test_a_connection_made_anew_is_not_the_one_that_was_meant(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_an_echo_is_ended_like_any_other(link: Link) -> None:
+def test_icmp_echo_entries_are_deleted(link: Link) -> None:
     for address in ("10.9.0.2", "fd09::2"):
         tool(link.left, "ping", "-c", "1", "-W", "5", address)
     entries = conntrack.dump(link.left)
@@ -160,14 +160,14 @@ def test_marks_are_written_under_their_mask(link: Link) -> None:
     assert conntrack.set_mark(link.left, known.values(), 0x00010007, 0xFFFFFFFF) == 2
     assert conntrack.set_mark(link.left, [known[1001]], 0x80000000, 0x80000000) == 1
     assert {port: entry.mark for port, entry in by_port(link.left).items()} == {1001: 0x80010007, 1002: 0x00010007}
-    assert seen(link.left) == {"udp 1001": 0x80010007, "udp 1002": 0x00010007}
+    assert conntrack_marks(link.left) == {"udp 1001": 0x80010007, "udp 1002": 0x00010007}
     assert conntrack.set_mark(link.left, [known[1001]], 0, 0x80000000) == 1
     assert by_port(link.left)[1001].mark == 0x00010007
     conntrack.delete(link.left, [known[1002]])
     assert conntrack.set_mark(link.left, known.values(), 1) == 1
 
 
-def test_a_list_may_be_narrowed_by_mark(link: Link) -> None:
+def test_a_dump_may_be_filtered_by_mark(link: Link) -> None:
     for port in (1001, 1002, 1003):
         link.udp(port)
     known = by_port(link.left)
@@ -189,7 +189,7 @@ def test_the_same_tuple_in_another_zone_is_another_connection(link: Link) -> Non
     assert conntrack.delete(link.left, [entry]) == 1
 
 
-def test_deleting_all_of_one_namespace_deletes_none_of_another(link: Link) -> None:
+def test_deleting_entries_of_one_namespace_keeps_those_of_another(link: Link) -> None:
     with scratch() as other:
         made = "-I -p udp -s 192.0.2.1 -d 192.0.2.2 --sport 1 --dport 2 -t 99"
         tool(other, "conntrack", *made.split())
@@ -200,7 +200,7 @@ def test_deleting_all_of_one_namespace_deletes_none_of_another(link: Link) -> No
         assert conntrack.dump(link.left) == []
 
 
-def test_thousands_of_connections_are_listed_and_ended(link: Link) -> None:
+def test_thousands_of_connections_are_listed_and_deleted(link: Link) -> None:
     with inside(link.left):
         sender = link.stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     for port in range(1, 5001):
@@ -211,7 +211,7 @@ def test_thousands_of_connections_are_listed_and_ended(link: Link) -> None:
     assert conntrack.count(link.left) == 0
 
 
-def test_no_descriptor_is_left_behind(link: Link) -> None:
+def test_no_file_descriptor_leaks(link: Link) -> None:
     link.udp(1001)
     before = descriptors()
     for _ in range(20):

@@ -1,4 +1,4 @@
-"""Links, addresses, routes and rules: what we make, ``ip`` sees; what ``ip`` makes, we see."""
+"""Links, addresses, routes, rules and neighbours by rtnetlink, compared with the output of ``ip``."""
 
 from __future__ import annotations
 
@@ -78,13 +78,13 @@ def build(host: str, inner: str) -> None:
             add_rule(20007, 7, 0xFFFF, 20007),
         ],
     )
-    # Usable at once: no duplicate address detection.
+    # The address is usable at once, without duplicate address detection.
     assert "tentative" not in tool(inner, "ip", "-6", "addr", "show", "to", "fd07::1")
     settled(host, "breth1-7", "vnetg7")
     settled(inner, "gst-7")
 
 
-def test_a_network_is_made_in_two_datagrams_and_ip_sees_it(pair: tuple[str, str]) -> None:
+def test_ip_shows_a_network_built_in_two_datagrams(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
 
@@ -110,7 +110,7 @@ def test_a_network_is_made_in_two_datagrams_and_ip_sees_it(pair: tuple[str, str]
     assert (rule["fwmark"], rule["fwmask"], rule["table"]) == ("0x7", "0xffff", "20007")
 
 
-def test_rows_say_what_ip_says(pair: tuple[str, str]) -> None:
+def test_rows_match_the_output_of_ip(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
     for namespace in pair:
@@ -159,14 +159,15 @@ def test_pyroute2_lists_the_same_links_and_addresses(pair: tuple[str, str]) -> N
 def test_link_local_addresses_are_marked() -> None:
     with joined() as (left, _):
         settled(left, "left")
-        links.change(left, [add_address("left", "169.254.7.1/16")])  # a provider's subnet like another
+        # A provider may use this subnet, so it does not count as link-local.
+        links.change(left, [add_address("left", "169.254.7.1/16")])
         rows = {it.address.cidr: it for it in list_addresses(left)}
         local = [it for it in rows.values() if it.link_local]
         assert [it.address.cidr.startswith("fe80::") for it in local] == [True]
         assert (local[0].scope, rows["10.9.0.1/24"].scope, rows["127.0.0.1/8"].scope) == ("link", "global", "host")
 
 
-def test_what_is_said_to_be_harmless_may_be_repeated(pair: tuple[str, str]) -> None:
+def test_repeats_marked_as_harmless_are_no_errors(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
     before = links.list_links(host), list_addresses(inner), list_routes(inner), list_rules(inner)
@@ -246,7 +247,7 @@ def test_a_failure_names_the_object_and_the_cause(ns: str, message: Message, num
     assert str(caught.value).startswith(words)
 
 
-def test_a_strangers_link_of_the_same_name_keeps_its_own_alias(ns: str) -> None:
+def test_an_existing_link_of_the_same_name_keeps_its_alias(ns: str) -> None:
     tool(ns, "ip", "link", "add", "breth1-7", "type", "bridge")
     links.change(ns, [links.make_bridge("breth1-7", alias="netloom").even_if_there()])
     assert link(ns, "breth1-7").alias == ""
@@ -256,7 +257,7 @@ def test_a_strangers_link_of_the_same_name_keeps_its_own_alias(ns: str) -> None:
     assert link(ns, "breth1-7").alias == ""
 
 
-def test_links_are_changed_by_name(ns: str) -> None:
+def test_links_are_modified_by_name(ns: str) -> None:
     with namespaces.descriptor(ns) as fd:
         veth = links.make_veth("a", "br0", "b", "", 0, fd)
         links.change(ns, [links.make_bridge("br0"), links.make_bridge("br1"), veth])
@@ -282,7 +283,7 @@ def test_links_are_changed_by_name(ns: str) -> None:
     assert links.find_links(ns, ["a", "b"]) == []
 
 
-def test_a_veth_pair_fails_whole_when_the_inner_name_is_taken(pair: tuple[str, str]) -> None:
+def test_a_veth_pair_is_not_created_when_the_inner_name_exists(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
     with namespaces.descriptor(inner) as fd, pytest.raises(NetlinkError, match="File exists"):
@@ -290,14 +291,14 @@ def test_a_veth_pair_fails_whole_when_the_inner_name_is_taken(pair: tuple[str, s
     assert links.find_links(host, ["vnetg8"]) == []
 
 
-def test_deleting_one_end_takes_the_other_along(pair: tuple[str, str]) -> None:
+def test_deleting_one_end_of_a_veth_pair_deletes_both(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
     links.change(inner, [links.delete_link("gst-7")])
     assert links.find_links(host, ["vnetg7"]) == []
 
 
-def test_a_link_is_found_by_name_number_and_alternative_name(ns: str) -> None:
+def test_a_link_is_found_by_name_index_and_alternative_name(ns: str) -> None:
     links.change(ns, [links.make_bridge("br0")])
     tool(ns, "ip", "link", "property", "add", "dev", "br0", "altname", "manynames")
     index = link(ns, "br0").index
@@ -305,7 +306,7 @@ def test_a_link_is_found_by_name_number_and_alternative_name(ns: str) -> None:
     assert link(ns, "manynames").index == index
 
 
-def test_a_listing_may_be_narrowed_by_kind_and_by_bridge(pair: tuple[str, str]) -> None:
+def test_a_listing_may_be_filtered_by_kind_and_by_bridge(pair: tuple[str, str]) -> None:
     host, inner = pair
     build(host, inner)
     with Socket(0, host) as rtnetlink:
@@ -323,8 +324,8 @@ def test_replacing_a_route_leaves_one(pair: tuple[str, str]) -> None:
     assert [(it.via, it.source) for it in table] == [("10.7.0.253", "")]
 
 
-def test_a_vlan_link_is_made_or_its_absence_is_said_in_words(ns: str) -> None:
-    """Kernels without 802.1Q are the rule on build machines: then the words are what counts."""
+def test_a_vlan_link_is_created_or_the_missing_support_is_reported(ns: str) -> None:
+    """Build machines often have kernels without 802.1Q. Then the error message is checked."""
     links.change(ns, [links.make_bridge("eth1")])
     tried = subprocess.run(
         ["ip", "-n", ns, "link", "add", "link", "eth1", "name", "eth1.9", "type", "vlan", "id", "9"],
@@ -341,7 +342,7 @@ def test_a_vlan_link_is_made_or_its_absence_is_said_in_words(ns: str) -> None:
             links.change(ns, [message])
 
 
-def test_a_permanent_neighbour_stands_whatever_was_learned_and_whatever_the_limits_say() -> None:
+def test_permanent_neighbours_override_learned_ones_and_table_limits() -> None:
     with joined() as (left, _):
         settled(left, "left")
         tool(left, "ping", "-c1", "-W5", "10.9.0.2")
@@ -359,6 +360,6 @@ def test_a_permanent_neighbour_stands_whatever_was_learned_and_whatever_the_limi
         links.change(left, [delete_neighbour("left", "10.9.0.3")])
         links.change(left, [delete_neighbour("left", "10.9.0.3").even_if_gone()])
         assert "10.9.0.3" not in permanent(left)
-        # Why they are put again after either.
+        # The kernel drops permanent neighbours when a link goes down, so the agent sets them again.
         links.change(left, [links.set_down("left"), links.set_up("left")])
         assert not permanent(left)

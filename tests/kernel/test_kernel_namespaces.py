@@ -1,4 +1,4 @@
-"""Namespaces: made, found, entered and removed, in threads, after crashes, beside ``ip netns``."""
+"""Network namespaces are created, entered and deleted, from threads, after crashes, and together with ``ip netns``."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError, inside
 
 
-def here() -> int:
+def current_namespace() -> int:
     return os.stat("/proc/thread-self/ns/net").st_ino
 
 
 @pytest.fixture
 def name() -> Iterator[str]:
-    """A name that is nobody's before and after the test."""
+    """The name of a namespace that does not exist before and after the test."""
     name = f"ktest-{os.getpid()}-new"
     namespaces.delete(name)
     yield name
     namespaces.delete(name)
 
 
-def test_what_is_made_is_a_new_namespace_that_ip_netns_sees(name: str) -> None:
-    home = here()
+def test_ip_netns_lists_a_created_namespace(name: str) -> None:
+    home = current_namespace()
     namespaces.create(name)
-    assert here() == home
+    assert current_namespace() == home
     assert namespaces.exists(name)
     assert name in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.split()
     assert "lo" in tool(name, "ip", "-o", "link")
     with inside(name):
-        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino != home
-    assert here() == home
+        assert current_namespace() == os.stat(f"{NETNS_DIR}/{name}").st_ino != home
+    assert current_namespace() == home
 
 
-def test_making_and_deleting_twice_changes_nothing(name: str) -> None:
+def test_creating_and_deleting_are_idempotent(name: str) -> None:
     namespaces.create(name)
     first = os.stat(f"{NETNS_DIR}/{name}").st_ino
     namespaces.create(name)
@@ -54,7 +54,7 @@ def test_making_and_deleting_twice_changes_nothing(name: str) -> None:
     assert not namespaces.exists(name)
 
 
-def test_a_plain_file_left_by_a_crash_is_no_namespace_and_is_made_one(name: str) -> None:
+def test_a_plain_file_left_by_a_crash_becomes_a_namespace(name: str) -> None:
     Path(NETNS_DIR, name).touch()
     assert not namespaces.exists(name)
     with pytest.raises(NamespaceError, match="is no namespace"), inside(name):
@@ -70,24 +70,24 @@ def test_a_plain_file_left_by_a_crash_is_deleted(name: str) -> None:
     assert not os.path.lexists(f"{NETNS_DIR}/{name}")
 
 
-def test_one_made_by_ip_netns_is_ours_to_use_and_to_delete(name: str) -> None:
+def test_a_namespace_made_by_ip_netns_can_be_used_and_deleted(name: str) -> None:
     subprocess.run(["ip", "netns", "add", name], check=True)
     namespaces.create(name)
     with inside(name):
-        assert here() == os.stat(f"{NETNS_DIR}/{name}").st_ino
+        assert current_namespace() == os.stat(f"{NETNS_DIR}/{name}").st_ino
     namespaces.delete(name)
     assert name not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
 
 
-def test_one_name_made_by_many_threads_at_once_is_one_namespace(name: str) -> None:
+def test_concurrent_creation_of_one_name_makes_one_namespace(name: str) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(namespaces.create, [name] * 32))
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     assert mounts.count(f"{NETNS_DIR}/{name}") == 1
 
 
-def test_the_name_means_the_same_in_a_mount_namespace_made_before(name: str) -> None:
-    with scratch():  # so that the directory is a mount by now
+def test_the_name_is_visible_in_an_earlier_mount_namespace(name: str) -> None:
+    with scratch():  # so that /run/netns is already a mount
         script = f"echo ready; read go; nsenter --net={NETNS_DIR}/{name} ip -o link show lo"
         with subprocess.Popen(
             ["unshare", "--mount", "--propagation", "slave", "sh", "-c", script],
@@ -103,49 +103,49 @@ def test_the_name_means_the_same_in_a_mount_namespace_made_before(name: str) -> 
     assert "lo:" in printed
 
 
-def test_a_thread_inside_does_not_take_the_others_along() -> None:
+def test_entering_a_namespace_affects_only_the_calling_thread() -> None:
     entered, looked = threading.Event(), threading.Event()
-    home = here()
+    home = current_namespace()
     with scratch() as name, ThreadPoolExecutor(1) as pool:
 
         def stay() -> int:
             with inside(name):
                 entered.set()
                 assert looked.wait(30)
-                return here()
+                return current_namespace()
 
         there = pool.submit(stay)
         assert entered.wait(30)
-        assert here() == home
+        assert current_namespace() == home
         looked.set()
         assert there.result(30) == os.stat(f"{NETNS_DIR}/{name}").st_ino
-        assert pool.submit(here).result(30) == home
+        assert pool.submit(current_namespace).result(30) == home
 
 
-def test_blocks_may_be_nested_and_left_by_an_error() -> None:
-    home = here()
+def test_inside_blocks_may_be_nested_and_left_by_exceptions() -> None:
+    home = current_namespace()
     with scratch() as outer, scratch() as inner:
         with inside(outer):
-            at_outer = here()
+            at_outer = current_namespace()
             with pytest.raises(ZeroDivisionError), inside(inner):
-                _ = 1 / (here() in (home, at_outer))
-            assert here() == at_outer
+                _ = 1 / (current_namespace() in (home, at_outer))
+            assert current_namespace() == at_outer
             with inside(None), inside(""):
-                assert here() == at_outer
-        assert here() == home
+                assert current_namespace() == at_outer
+        assert current_namespace() == home
 
 
-def test_a_namespace_that_is_not_there_is_named_in_the_error() -> None:
+def test_a_missing_namespace_is_named_in_the_error() -> None:
     with pytest.raises(NamespaceError, match="ktest-missing: No such file") as caught, inside("ktest-missing"):
         pass
     assert caught.value.errno == errno.ENOENT
 
 
-def test_a_thread_that_cannot_come_back_says_so_and_is_never_used_again() -> None:
-    """The way back needs CAP_SYS_ADMIN; the thread gives its own up inside. Capabilities belong to threads."""
-    home = here()
+def test_a_thread_that_cannot_leave_a_namespace_is_not_used_again() -> None:
+    """Leaving needs CAP_SYS_ADMIN, which the thread drops inside. Capabilities are per thread."""
+    home = current_namespace()
 
-    def lose(there: str) -> list[str]:
+    def fail_to_leave(there: str) -> list[str]:
         said = []
         with pytest.raises(NamespaceError) as caught, inside(there):
             _drop_capabilities()
@@ -157,19 +157,19 @@ def test_a_thread_that_cannot_come_back_says_so_and_is_never_used_again() -> Non
         return said
 
     with scratch() as there, ThreadPoolExecutor(1) as pool:
-        leaving, *later = pool.submit(lose, there).result(30)
+        leaving, *later = pool.submit(fail_to_leave, there).result(30)
     assert leaving == f"leave {there}: Operation not permitted (the agent must be restarted)"
     assert later == [f"this thread could not leave {there}; it can no longer be used"] * 2
-    assert here() == home
+    assert current_namespace() == home
 
 
 def _drop_capabilities() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, the calling thread
     assert libc.capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
-def test_no_descriptor_and_no_mount_is_left_behind(name: str) -> None:
+def test_no_file_descriptor_or_mount_leaks(name: str) -> None:
     namespaces.create(name)
     namespaces.delete(name)
     before = descriptors(), len(Path("/proc/self/mountinfo").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""The netlink socket against the kernel: many requests at once, errors, disturbances, strangers."""
+"""The netlink socket with a real kernel: many requests, errors, concurrent changes, messages of other programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def addresses(number: int) -> list[Message]:
     return [add_address("lo", f"10.{7 + (i >> 16)}.{i >> 8 & 255}.{i & 255}/32") for i in range(number)]
 
 
-def test_thousands_of_requests_are_all_carried_out_and_answered(ns: str) -> None:
+def test_thousands_of_requests_are_executed_and_answered(ns: str) -> None:
     links.change(ns, addresses(5000))
     listed = list_addresses(ns)
     assert len([row for row in listed if row.address.cidr.endswith("/32")]) == 5000
@@ -38,7 +38,7 @@ def test_thousands_of_requests_are_all_carried_out_and_answered(ns: str) -> None
         assert rtnetlink.request([]) == []
 
 
-def test_a_refused_request_is_named_and_the_others_of_its_datagram_happen(ns: str) -> None:
+def test_a_failed_request_is_named_and_the_rest_of_its_datagram_is_executed(ns: str) -> None:
     first, second, third = addresses(3)
     with pytest.raises(NetlinkError) as caught:
         links.change(ns, [first, second, second, links.set_up("nowhere"), third])
@@ -47,7 +47,7 @@ def test_a_refused_request_is_named_and_the_others_of_its_datagram_happen(ns: st
     assert {row.address.cidr for row in list_addresses(ns)} >= {"10.7.0.0/32", "10.7.0.1/32", "10.7.0.2/32"}
 
 
-def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
+def test_answers_keep_the_order_of_the_requests(ns: str) -> None:
     wanted = ["lo", "nowhere", "lo"]
     with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
         answers = rtnetlink.exchange([links._ask(name) for name in wanted])
@@ -55,18 +55,18 @@ def test_answers_come_back_in_the_order_of_the_requests(ns: str) -> None:
     assert [len(answer.data) for answer in answers] == [1, 0, 1]
 
 
-def test_the_kernel_says_in_words_what_it_did_not_like(ns: str) -> None:
+def test_errors_contain_the_extended_ack_of_the_kernel(ns: str) -> None:
     with pytest.raises(NetlinkError) as caught:
-        # An address of the namespace's own is nobody's gateway.
+        # The kernel refuses a local address as gateway.
         links.change(ns, [add_address("lo", "192.0.2.1/24"), add_route("0.0.0.0/0", "lo", via="192.0.2.1")])
     assert caught.value.ext_ack == "Nexthop has invalid gateway"
     assert str(caught.value).startswith("add route 0.0.0.0/0 via 192.0.2.1 dev lo table 254: Invalid argument: Nexthop")
 
 
-def test_a_listing_is_of_one_moment_while_others_change_things(ns: str) -> None:
-    """A token moves between the front and the back of the list, and is at every moment in at least one of the two.
+def test_a_dump_is_consistent_during_concurrent_changes(ns: str) -> None:
+    """A link moves between the front and the back of the list and always exists in at least one place.
 
-    Without asking again after NLM_F_DUMP_INTR it is missing from some lists: seen neither in front nor behind.
+    A dump that is not repeated after NLM_F_DUMP_INTR can miss both.
     """
     front, back = (_with_index(links.make_bridge(name), index) for name, index in (("front", 10), ("back", 9000)))
     links.change(ns, [front, *(_with_index(links.make_bridge(f"s{i}"), 1000 + i) for i in range(120))])
@@ -87,11 +87,11 @@ def test_a_listing_is_of_one_moment_while_others_change_things(ns: str) -> None:
 
 
 def _with_index(message: Message, index: int) -> Message:
-    """The creation of a link that gets this number."""
+    """The message, with this index for the new link."""
     return replace(message, payload=message.payload[:4] + struct.pack("=i", index) + message.payload[8:])
 
 
-def test_what_another_program_sends_is_not_taken_for_the_kernel(ns: str) -> None:
+def test_messages_of_other_programs_are_ignored(ns: str) -> None:
     with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink, netlink.open_socket(netlink.NETLINK_ROUTE, ns) as stranger:
         with socket.socket(fileno=os.dup(rtnetlink.fileno())) as same:
             port = same.getsockname()[0]
@@ -101,7 +101,7 @@ def test_what_another_program_sends_is_not_taken_for_the_kernel(ns: str) -> None
             rtnetlink.request([links.set_up("nowhere")])
 
 
-def test_a_socket_stays_in_its_namespace_whoever_uses_it(ns: str) -> None:
+def test_a_socket_keeps_its_namespace_in_other_threads(ns: str) -> None:
     links.change(ns, [links.make_bridge("only-here")])
     found: list[str] = []
     with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
@@ -111,7 +111,7 @@ def test_a_socket_stays_in_its_namespace_whoever_uses_it(ns: str) -> None:
     assert found == ["lo", "only-here"]
 
 
-def test_one_dump_at_a_time(ns: str) -> None:
+def test_two_dumps_in_one_exchange_are_refused(ns: str) -> None:
     dump = Message(18, netlink.NLM_F_DUMP, bytes(16))
     with Socket(netlink.NETLINK_ROUTE, ns) as rtnetlink:
         assert len(rtnetlink.request([dump])) == 1
@@ -119,7 +119,7 @@ def test_one_dump_at_a_time(ns: str) -> None:
             rtnetlink.request([dump, dump])
 
 
-def test_no_descriptor_is_left_behind(ns: str) -> None:
+def test_no_file_descriptor_leaks(ns: str) -> None:
     before = descriptors()
     for _ in range(30):
         links.list_links(ns)

@@ -1,4 +1,4 @@
-"""nftables of a namespace, through the library and through the program: same results, same words."""
+"""nftables of a namespace through libnftables and through ``nft``: same results, same errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tables(nft: Nft) -> set[str]:
     return {it["table"]["name"] for it in nft.list_json("list tables")["nftables"] if "table" in it}
 
 
-def test_a_script_is_loaded_and_nft_sees_it(nft: Nft, ns: str) -> None:
+def test_nft_lists_a_loaded_script(nft: Nft, ns: str) -> None:
     nft.run(TABLE)
     listed = tool(ns, "nft", "list", "ruleset")
     assert "203.0.113.10 . tcp . 80 : 10.1.1.10 . 8080" in listed
@@ -62,7 +62,7 @@ def test_a_script_is_loaded_and_nft_sees_it(nft: Nft, ns: str) -> None:
     assert tables(nft) == {"t"}
 
 
-def test_a_script_is_all_or_nothing(nft: Nft) -> None:
+def test_a_script_is_one_transaction(nft: Nft) -> None:
     with pytest.raises(NftError):
         nft.run("add table inet good\nadd rule inet good nowhere accept\n")
     assert tables(nft) == set()
@@ -80,7 +80,7 @@ def test_a_script_is_all_or_nothing(nft: Nft) -> None:
         ("delete table inet t\n", "nftables: Could not process rule: No such file or directory: delete table inet t"),
     ],
 )
-def test_an_error_is_one_line_and_quotes_the_line_that_is_wrong(nft: Nft, script: str, words: str) -> None:
+def test_an_error_is_one_line_and_quotes_the_faulty_line(nft: Nft, script: str, words: str) -> None:
     for call in (nft.run, nft.check):
         with pytest.raises(NftError) as caught:
             call(script)
@@ -98,15 +98,15 @@ def test_a_check_changes_nothing(nft: Nft) -> None:
     assert tables(nft) == {"t"}
 
 
-def test_a_large_script_is_loaded_whole(nft: Nft) -> None:
+def test_a_large_script_is_loaded_completely(nft: Nft) -> None:
     elements = ", ".join(f"10.{i >> 8}.{i & 255}.1" for i in range(5000))
     nft.run(f"table inet t {{\n set s {{ type ipv4_addr; elements = {{ {elements} }}; }}\n}}\n")
     (listed,) = [it["set"] for it in nft.list_json("list set inet t s")["nftables"] if "set" in it]
     assert len(listed["elem"]) == 5000
 
 
-def test_a_large_script_keeps_nobody_waiting(ns: str) -> None:
-    """And waits for nobody who uses the library: a network with 10,000 rules is no concern of the others."""
+def test_a_large_script_does_not_use_the_library_lock(ns: str) -> None:
+    """Large scripts run in the ``nft`` program, so a network with 10,000 rules does not block other networks."""
     elements = ", ".join(f"10.{i >> 8}.{i & 255}.1" for i in range(15_000))
     with Nft(ns) as nft, ThreadPoolExecutor(1) as pool, library_lock:
         pool.submit(
@@ -115,17 +115,17 @@ def test_a_large_script_keeps_nobody_waiting(ns: str) -> None:
         assert len(pool.submit(nft.list_text, "list table inet t").result(120)) > 100_000
 
 
-DYING_ONCE = """#!/bin/sh
+KILLED_ONCE = """#!/bin/sh
 [ -e "$0.died" ] && exec /usr/sbin/nft "$@"
 touch "$0.died"
 kill -9 $$
 """
 
 
-def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason(
+def test_a_table_is_recreated_only_when_the_script_is_rejected(
     ns: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that was ended, for want of memory say, tells nothing of the table: packets and counters are spared."""
+    """A killed ``nft`` (by the OOM killer, say) proves nothing about the table, so it keeps its counters."""
     hook = "type filter hook output priority 0; policy accept;"
     count = 'ip daddr 127.0.0.1 counter name "seen"'
     many = tuple(f"ip daddr 10.{at >> 8}.{at & 255}.1 tcp dport {at + 1} accept" for at in range(4000))
@@ -147,7 +147,7 @@ def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason
     apply([LoadRuleset(ns, have)])
     tool(ns, "ping", "-c", "1", "-W", "5", "127.0.0.1")
     assert (packets := counted()) > 0
-    (tmp_path / "nft").write_text(DYING_ONCE)
+    (tmp_path / "nft").write_text(KILLED_ONCE)
     (tmp_path / "nft").chmod(0o755)
     monkeypatch.setitem(NFT_ENVIRONMENT, "PATH", f"{tmp_path}:{NFT_ENVIRONMENT['PATH']}")
     swap = LoadRuleset(ns, want, have, names(have))
@@ -155,7 +155,7 @@ def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason
         apply([swap])
     apply([swap])
     assert counted() == packets
-    # Somebody took a counter's rule and the counter away: the next swap does not fit, and the table is made anew.
+    # After a manual removal of the counter and its rule the swap fails, and the table is recreated.
     tool(ns, "nft", "flush table inet netloom; delete counter inet netloom seen")
     other = msgspec.structs.replace(have, chains=(Chain(name="out", hook=hook, rules=many),), counters=())
     apply([LoadRuleset(ns, other, want, names(want))])
@@ -163,19 +163,19 @@ def test_a_table_is_made_anew_when_the_script_is_refused_and_for_no_other_reason
         assert marker(other) in nft.list_text("list table inet netloom")
 
 
-def test_what_is_not_there_cannot_be_listed(nft: Nft) -> None:
+def test_listing_a_missing_table_is_an_error(nft: Nft) -> None:
     with pytest.raises(NftError, match="No such file or directory"):
         nft.list_json("list table inet nowhere")
     assert nft.list_json("list tables")["nftables"][1:] == []
 
 
-def test_a_zero_byte_does_not_cut_a_script_short(nft: Nft) -> None:
+def test_a_script_with_a_zero_byte_is_refused(nft: Nft) -> None:
     with pytest.raises(NftError, match="zero byte"):
         nft.run("add table inet t\n\0add table inet u\n")
     assert tables(nft) == set()
 
 
-def test_every_thread_reaches_its_own_namespace_and_threads_may_share_one() -> None:
+def test_threads_use_separate_or_shared_namespaces_safely() -> None:
     with scratch() as one, scratch() as two, Nft(one) as nft_one, Nft(two) as nft_two, ThreadPoolExecutor(8) as pool:
 
         def work(number: int) -> None:
@@ -189,8 +189,8 @@ def test_every_thread_reaches_its_own_namespace_and_threads_may_share_one() -> N
         assert tables(nft_two) == {f"t{i}" for i in range(1, 60, 2)}
 
 
-def test_a_rule_that_names_a_link_means_the_link_of_its_own_namespace() -> None:
-    """libnftables keeps link numbers in one list for all contexts and threads; the number is what the rule holds."""
+def test_a_link_name_resolves_in_the_namespace_of_the_rule() -> None:
+    """libnftables caches link indexes for all contexts and threads together, and a rule contains the index."""
 
     def work(nft: Nft, index: int) -> None:
         for _ in range(100):
@@ -210,7 +210,7 @@ def test_a_rule_that_names_a_link_means_the_link_of_its_own_namespace() -> None:
             done.result(120)
 
 
-def test_a_namespace_made_anew_under_the_same_name_is_not_taken_for_the_old_one() -> None:
+def test_a_recreated_namespace_of_the_same_name_is_detected() -> None:
     with scratch() as name, Nft(name) as nft:
         nft.run(TABLE)
         namespaces.delete(name)
@@ -221,7 +221,7 @@ def test_a_namespace_made_anew_under_the_same_name_is_not_taken_for_the_old_one(
             assert tables(fresh) == set()
 
 
-def test_closing_lets_a_deleted_namespace_and_its_links_go(ns: str) -> None:
+def test_closing_releases_a_deleted_namespace_and_its_links(ns: str) -> None:
     with scratch() as inner:
         with namespaces.descriptor(inner) as fd:
             links.change(ns, [links.make_veth("here", "", "there", "", 0, fd)])
@@ -236,7 +236,7 @@ def test_closing_lets_a_deleted_namespace_and_its_links_go(ns: str) -> None:
     assert links.find_links(ns, ["here"]) == []
 
 
-def test_no_descriptor_is_left_behind(ns: str) -> None:
+def test_no_file_descriptor_leaks(ns: str) -> None:
     for use in ("library", "program"):
         before = descriptors()
         for _ in range(20):
@@ -251,7 +251,7 @@ def test_no_descriptor_is_left_behind(ns: str) -> None:
                 nft.run(TABLE)
 
 
-STARVED = """
+WITHOUT_DESCRIPTORS = """
 import os, resource, sys
 from netloom.agent.kernel.nft import Nft, NftError
 early = Nft(sys.argv[1], use="library")
@@ -276,13 +276,13 @@ print("alive")
 """
 
 
-def test_short_descriptors_are_an_error_and_not_the_end_of_the_process(ns: str) -> None:
-    """libnftables ends the process when it gets none (tried: exit status 3)."""
+def test_a_lack_of_file_descriptors_is_an_error_and_no_exit(ns: str) -> None:
+    """libnftables exits the process when it cannot open a socket (tried: exit status 3)."""
     assert load_library() is not None
     source = Path(netloom.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(source)}
     done = subprocess.run(
-        [sys.executable, "-c", STARVED, ns], capture_output=True, text=True, env=environment, timeout=60
+        [sys.executable, "-c", WITHOUT_DESCRIPTORS, ns], capture_output=True, text=True, env=environment, timeout=60
     )
     words = "nftables: fewer than 16 file descriptors are free: Too many open files (raise LimitNOFILE)"
     assert (done.stdout.splitlines(), done.stderr) == ([words, words, "alive"], "")

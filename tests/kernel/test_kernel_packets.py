@@ -1,4 +1,4 @@
-"""Whoever changed the rules for packets may wait for those that are under way."""
+"""After a ruleset change the agent can wait for packets that are still processed under the old rules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from netloom.agent.kernel import conntrack, packets
 from unit.scopes import A1, admit, wish
 
 
-def test_this_kernel_tells_when_they_are_through() -> None:
+def test_this_kernel_can_wait_for_packets_in_flight() -> None:
     assert packets.settled()
 
 
 @pytest.mark.mutation("packets-under-way-are-awaited")
-def test_open_flows_are_looked_at_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is taken away waits before it looks; what is only added need not."""
+def test_revocations_wait_for_packets_in_flight_before_reading_conntrack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change that revokes something waits before it reads conntrack; a change that only adds does not."""
     order: list[str] = []
     settled, count = packets.settled, conntrack.count
 

@@ -1,4 +1,4 @@
-"""Sysctls are read and written in the namespace that was named, link names with dots included."""
+"""Sysctls are read and written in the given namespace, also for link names with dots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def ns() -> Iterator[str]:
         yield name
 
 
-def test_what_is_written_stands_in_that_namespace_alone(ns: str) -> None:
+def test_a_write_affects_only_its_namespace(ns: str) -> None:
     name = "net.ipv4.conf.all.arp_announce"
     with scratch() as other:
         sysctl.write(ns, {name: "2", "net.ipv4.ip_forward": "1"})
@@ -27,7 +27,7 @@ def test_what_is_written_stands_in_that_namespace_alone(ns: str) -> None:
     assert tool(ns, "cat", "/proc/sys/net/ipv4/conf/all/arp_announce") == "2\n"
 
 
-def test_a_link_with_a_dot_in_its_name_is_found_either_way(ns: str) -> None:
+def test_link_names_with_dots_work_in_both_notations(ns: str) -> None:
     with namespaces.descriptor(ns) as fd:
         links.change(ns, [links.make_veth("eth1.1204", "", "gst-204", "", 0, fd)])
     sysctl.write(ns, {"net/ipv4/conf/eth1.1204/rp_filter": "2", "net.ipv4.conf.gst-204.rp_filter": "1"})
@@ -35,7 +35,7 @@ def test_a_link_with_a_dot_in_its_name_is_found_either_way(ns: str) -> None:
     assert list(sysctl.read(ns, names).values()) == ["2", "1"]
 
 
-def test_what_this_kernel_does_not_have_is_none_to_read_and_an_error_to_write(ns: str) -> None:
+def test_a_missing_sysctl_reads_as_none_and_fails_to_write(ns: str) -> None:
     names = ["net.ipv4.no_such_thing", "net.ipv4.conf.nowhere.rp_filter", "net.ipv4.ip_forward.deeper"]
     assert sysctl.read(ns, names) == dict.fromkeys(names)
     with pytest.raises(SysctlError, match=r"set sysctl net\.ipv4\.no_such_thing: No such file") as caught:
@@ -43,12 +43,12 @@ def test_what_this_kernel_does_not_have_is_none_to_read_and_an_error_to_write(ns
     assert caught.value.errno == errno.ENOENT
 
 
-def test_a_refused_value_is_named(ns: str) -> None:
+def test_a_rejected_value_is_named(ns: str) -> None:
     with pytest.raises(SysctlError, match=r"set sysctl net\.ipv4\.ip_forward to banana: Invalid argument"):
         sysctl.write(ns, {"net.ipv4.ip_forward": "banana"})
 
 
-def test_no_descriptor_is_left_behind(ns: str) -> None:
+def test_no_file_descriptor_leaks(ns: str) -> None:
     before = descriptors()
     for _ in range(20):
         sysctl.read(ns, ["net.ipv4.ip_forward", "net.ipv4.nothing"])

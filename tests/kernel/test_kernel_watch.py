@@ -1,4 +1,4 @@
-"""Events of a namespace: what comes, changes and goes, in order, of that namespace alone."""
+"""rtnetlink events of one namespace: additions, changes and removals, in order."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def until(watch: Watch, enough: Callable[[list[Event]], bool]) -> list[Event]:
     return events
 
 
-def test_a_link_is_seen_to_come_change_and_go_here_and_not_elsewhere(ns: str) -> None:
+def test_link_events_are_those_of_the_watched_namespace(ns: str) -> None:
     with scratch() as other, Watch(ns, "link") as watch:
         links.change(other, [links.make_bridge("elsewhere")])
         links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), links.set_alias("br0", "netloom")])
@@ -55,7 +55,7 @@ def test_a_link_is_seen_to_come_change_and_go_here_and_not_elsewhere(ns: str) ->
     assert {name for _, name, _ in rows} == {"br0"}
 
 
-def test_addresses_and_routes_are_seen_with_the_names_of_their_links(ns: str) -> None:
+def test_address_and_route_events_contain_link_names(ns: str) -> None:
     with Watch(ns, "address", "route") as watch:
         links.change(ns, [links.make_bridge("br0"), links.set_up("br0"), add_address("br0", "10.7.0.1/24")])
         links.change(ns, [add_route("198.51.100.0/24", "br0", via="10.7.0.9")])
@@ -71,13 +71,13 @@ def test_addresses_and_routes_are_seen_with_the_names_of_their_links(ns: str) ->
     assert not any(isinstance(it.row, Link) for it in events)
 
 
-def test_nothing_to_read_is_an_empty_list_at_once(ns: str) -> None:
+def test_reading_without_events_returns_an_empty_list(ns: str) -> None:
     with Watch(ns) as watch:
         assert watch.read() == []
 
 
-def test_what_was_dropped_is_owned_up_to(ns: str) -> None:
-    """More events than the buffer holds: the reader is told to look again instead of believing that it saw all."""
+def test_an_overrun_is_reported(ns: str) -> None:
+    """When events are lost in a full buffer, the reader gets an overrun event and can read the state again."""
     links.change(ns, [links.make_bridge("br0"), links.set_up("br0")])
     with Watch(ns, "link") as watch:
         links.change(ns, [links.set_alias("br0", f"number {i}") for i in range(15000)])
@@ -89,7 +89,7 @@ def test_what_was_dropped_is_owned_up_to(ns: str) -> None:
         assert last.row.alias == "the last"
 
 
-async def test_an_event_loop_waits_for_it_by_descriptor(ns: str) -> None:
+async def test_an_event_loop_can_wait_for_events(ns: str) -> None:
     came = asyncio.Event()
     with Watch(ns, "link") as watch:
         asyncio.get_running_loop().add_reader(watch, came.set)
@@ -100,7 +100,7 @@ async def test_an_event_loop_waits_for_it_by_descriptor(ns: str) -> None:
         assert [it.row.name for it in watch.read() if isinstance(it.row, Link)] == ["br0"]
 
 
-def test_no_descriptor_is_left_behind(ns: str) -> None:
+def test_no_file_descriptor_leaks(ns: str) -> None:
     before = descriptors()
     for _ in range(20):
         with Watch(ns):
@@ -108,7 +108,7 @@ def test_no_descriptor_is_left_behind(ns: str) -> None:
     assert descriptors() == before
 
 
-def test_rules_and_permanent_neighbours_are_seen_and_learned_ones_are_not() -> None:
+def test_events_of_learned_neighbours_are_ignored() -> None:
     with joined() as (left, _):
         settled(left, "left")
         with Watch(left, "rule", "neighbour") as watch:
@@ -123,7 +123,7 @@ def test_rules_and_permanent_neighbours_are_seen_and_learned_ones_are_not() -> N
         assert rules == [(False, 20001, 1), (True, 20001, 1)]
 
 
-def test_a_namespace_that_loses_its_name_is_named() -> None:
+def test_removed_namespace_names_are_reported() -> None:
     watch = NamesWatch()
     try:
         with scratch() as name:

@@ -1,4 +1,4 @@
-"""The largest of everything at once: names, numbers, addresses, rules; through the agent, with a few packets each."""
+"""Longest names, ids and addresses, and many rules, through a real agent, each checked with a few packets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from netloom.wire import Registration
 
 NIC = "enx0123456789ab"  # 15 characters
 LARGE = Registration(owner="test", guest_nic=NIC, public_nic="eth2")
-# Ten digits and nine of them, tags that begin alike, the same subnet.
+# Ids of ten and nine digits, VLAN tags with a common prefix, the same subnet.
 TWINS = {"9999999999": "1204", "999999999": "120"}
 GATEWAY = "198.151.100.254/24"
 ADDRESSES = [f"198.151.100.{100 + at}" for at in range(64)]  # 15 characters each
@@ -35,7 +35,7 @@ def host() -> Iterator[AgentHost]:
 
 
 def listen(host: AgentHost, vm: str, *ports: int) -> None:
-    """A VM answers with its own name on these ports."""
+    """Make the VM answer with its name on these ports."""
     for port in ports:
         host.run("sh", "-c", f"busybox nc -ll -p {port} -e echo {vm} >/dev/null 2>&1 </dev/null &", namespace=vm)
 
@@ -45,14 +45,14 @@ def unplug(host: AgentHost, vm: str) -> None:
     host.ip("netns", "del", vm)
 
 
-def said(host: AgentHost, address: str, port: int) -> str:
-    """What somebody outside hears at an address; empty: nothing."""
+def answer_from(host: AgentHost, address: str, port: int) -> str:
+    """The answer of an address to a client outside; empty without an answer."""
     return host.run(
         "timeout", "3", "busybox", "nc", "-w", "2", address, str(port), pid=host.fabric, check=False
     ).strip()
 
 
-def test_names_and_numbers_of_the_greatest_length_side_by_side(host: AgentHost) -> None:
+def test_networks_with_the_longest_names_and_ids_coexist(host: AgentHost) -> None:
     host.ip("link", "add", NIC, "type", "veth", "peer", "name", "nic-x")
     for vlan in TWINS.values():
         host.add_vlan(names.vlan_link(NIC, vlan))
@@ -68,11 +68,11 @@ def test_names_and_numbers_of_the_greatest_length_side_by_side(host: AgentHost) 
         host.plug(vm, names.bridge(NIC, vlan), MAC, f"{VM_IP}/24")
         host.ip("-n", vm, "route", "add", "default", "via", "10.10.1.1")
         listen(host, vm, 22)
-    # The same guest address in both: each public address leads to its own network's VM.
-    assert [said(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", "vm-120"]
+    # Both VMs have the same guest address. Each public address leads to the VM of its network.
+    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", "vm-120"]
     assert max(map(len, host.links())) == names.LINK_NAME_MAX
     done(host.call("126", "shutdown-network", registration=LARGE, network_id="999999999", vlan="120"))
-    assert [said(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", ""]
+    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", ""]
     done(host.call("131", "destroy-network", registration=LARGE, network_id="9999999999", vlan=""))
     for vlan in TWINS.values():
         unplug(host, f"vm-{vlan}")
@@ -81,8 +81,8 @@ def test_names_and_numbers_of_the_greatest_length_side_by_side(host: AgentHost) 
     assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
 
 
-def test_a_vpc_and_its_tiers_with_numbers_of_the_greatest_length(host: AgentHost) -> None:
-    """The last of all VLAN tags and of all ids, on both sides."""
+def test_a_vpc_with_the_longest_ids_and_highest_vlans(host: AgentHost) -> None:
+    """Highest VLAN tags and ids on the guest side and the public side."""
     for link in ("eth1.4094", "eth1.4093", "eth2.4094"):
         host.add_vlan(link)
     for change, link in (("del", "sw-eth2.101"), ("add", "sw-eth2.4094")):
@@ -104,17 +104,17 @@ def test_a_vpc_and_its_tiers_with_numbers_of_the_greatest_length(host: AgentHost
         host.plug(vm, names.bridge("eth1", told["vlan"]), MAC, f"{guest}/24")
         host.ip("-n", vm, "route", "add", "default", "via", told["gateway"])
         listen(host, vm, 22)
-    assert [said(host, ADDRESSES[0], port) for port in (4094, 4093)] == ["vm-4094", "vm-4093"]
+    assert [answer_from(host, ADDRESSES[0], port) for port in (4094, 4093)] == ["vm-4094", "vm-4093"]
     unplug(host, "vm-4094")
     done(host.call("233", "destroy-network", vpc_id="9999999999", network_id="9999999998"))
-    assert said(host, ADDRESSES[0], 4093) == "vm-4093"
+    assert answer_from(host, ADDRESSES[0], 4093) == "vm-4093"
     unplug(host, "vm-4093")
     done(host.call("235", "shutdown-vpc", vpc_id="9999999999"))
     assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
 
 
 def test_a_thousand_rules_and_a_thousand_forwards_on_sixty_four_addresses(host: AgentHost) -> None:
-    """All but the last of them were there before the agent started; it restores them and takes the others."""
+    """The agent restores most of them from the state file at its start and gets the rest by calls."""
     forwards = [(ADDRESSES[at % 64], 2000 + at) for at in range(1000)]
     closed = forwards[500]
     calls: list[tuple[str, str, dict[str, Any]]] = [("020", "implement-network", {})]
@@ -149,10 +149,10 @@ def test_a_thousand_rules_and_a_thousand_forwards_on_sixty_four_addresses(host: 
     host.ip("-n", "web", "route", "add", "default", "via", "10.10.1.1")
     picked = [forwards[at] for at in (0, 63, 64, 999)]
     listen(host, "web", *(port for _, port in [*picked, closed]))
-    assert [said(host, address, port) for address, port in picked] == ["web"] * 4
-    assert said(host, *closed) == ""
-    assert said(host, ADDRESSES[1], forwards[0][1]) == ""  # the port is another address's
-    # The next agent finds nothing to do.
+    assert [answer_from(host, address, port) for address, port in picked] == ["web"] * 4
+    assert answer_from(host, *closed) == ""
+    assert answer_from(host, ADDRESSES[1], forwards[0][1]) == ""  # the port belongs to another address
+    # The next agent has nothing to do.
     host.kill()
     host.start()
     assert steps(host) == 0

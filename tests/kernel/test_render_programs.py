@@ -1,4 +1,4 @@
-"""dnsmasq and haproxy accept the configuration files that are written for them."""
+"""dnsmasq and haproxy accept the rendered configuration files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unit.balanced_scope import NETWORK, RULE, balanced_scope
 
 
 @pytest.mark.parametrize("algorithm", ["roundrobin", "leastconn", "source"])
-def test_haproxy_accepts_what_is_written(tmp_path: Path, algorithm: str) -> None:
+def test_haproxy_accepts_the_rendered_configuration(tmp_path: Path, algorithm: str) -> None:
     program = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/sbin:/bin")
     assert program, "haproxy is not installed: `make packages`"
     wanted = haproxy.service(
@@ -28,7 +28,7 @@ def test_haproxy_accepts_what_is_written(tmp_path: Path, algorithm: str) -> None
     assert "WARNING" not in checked.stdout + checked.stderr
 
 
-def test_dnsmasq_accepts_what_is_written(tmp_path: Path) -> None:
+def test_dnsmasq_accepts_the_rendered_configuration(tmp_path: Path) -> None:
     program = shutil.which("dnsmasq", path="/usr/sbin:/usr/bin:/sbin:/bin")
     assert program, "dnsmasq is not installed: `make packages`"
     file = tmp_path / "dnsmasq.conf"

@@ -1,4 +1,4 @@
-"""Revoking something ends exactly the open flows that it allowed, whichever end sends next; others do not notice."""
+"""A revocation ends exactly the open flows that depended on it, whichever end sends next."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def lab() -> Iterator[Lab]:
 
 
 @dataclass
-class Talk:
-    """A UDP conversation whose ends both have a voice: ``server`` is bound, ``client`` is connected to it."""
+class Conversation:
+    """A UDP flow in which both ends can send: ``server`` is bound, ``client`` is connected to it."""
 
     client: socket.socket
     server: socket.socket
     peer: tuple[str, int]
 
-    def heard(self, sender: str) -> bool:
-        """Whether a datagram that ``client`` or ``server`` sends now reaches the other end."""
+    def delivers(self, sender: str) -> bool:
+        """Whether a datagram sent now by ``client`` or ``server`` reaches the other end."""
         word = f"{sender}{id(self)}".encode()
         listener = self.server if sender == "client" else self.client
         listener.settimeout(0)
@@ -56,8 +56,8 @@ class Talk:
         except TimeoutError:
             return False
 
-    def lives(self) -> bool:
-        return self.heard("client") and self.heard("server")
+    def works_both_ways(self) -> bool:
+        return self.delivers("client") and self.delivers("server")
 
     def close(self) -> None:
         self.client.close()
@@ -65,11 +65,13 @@ class Talk:
 
 
 @pytest.fixture
-def talk(lab: Lab) -> Iterator[Callable[..., Talk]]:
-    talks: list[Talk] = []
+def talk(lab: Lab) -> Iterator[Callable[..., Conversation]]:
+    talks: list[Conversation] = []
 
-    def begin(space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = "") -> Talk:
-        """A conversation with ``target:port``, answered by ``server``; ``at``: the server's own port."""
+    def begin(
+        space: str, target: str, port: int, server: str, local: int = 0, at: int = 0, source: str = ""
+    ) -> Conversation:
+        """Open a flow to ``target:port`` that reaches ``server``. ``at`` is the server's own port if it differs."""
         ear = lab.open_socket(server, socket.SOCK_DGRAM)
         ear.bind((STRANGER if server == "inet" else "", at or port))
         mouth = lab.open_socket(space, socket.SOCK_DGRAM)
@@ -78,7 +80,7 @@ def talk(lab: Lab) -> Iterator[Callable[..., Talk]]:
         mouth.send(b"hello")
         ear.settimeout(8)
         _, peer = ear.recvfrom(100)
-        talks.append(Talk(mouth, ear, peer))
+        talks.append(Conversation(mouth, ear, peer))
         return talks[-1]
 
     yield begin
@@ -129,8 +131,8 @@ CASES: dict[str, tuple[Scope, Scope]] = {
 
 @pytest.mark.mutation("a-flow-ends-with-what-allowed-it", instead='"keep"')
 @pytest.mark.parametrize("revoked", CASES)
-def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
-    lab: Lab, talk: Callable[..., Talk], revoked: str
+def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
+    lab: Lab, talk: Callable[..., Conversation], revoked: str
 ) -> None:
     before, after = CASES[revoked]
     lab.renew(before)
@@ -142,41 +144,43 @@ def test_defect_22_flows_end_with_what_allowed_them_and_no_others(
     udp_stays = [talk("inet", A1.address, 80, "vm2", source=other)]
     try:
         assert all(echoes(it) for it in tcp_ends + tcp_stays)
-        assert all(it.lives() for it in udp_ends + udp_stays)
+        assert all(it.works_both_ways() for it in udp_ends + udp_stays)
         lab.apply(after)
-        # The guest sends first on one, the client on the other; then both once more.
-        assert not udp_ends[0].heard("server")
-        assert not udp_ends[0].heard("client")
-        assert not udp_ends[0].heard("server")
+        # On one flow the guest sends first, on the other the client. Then both send again.
+        assert not udp_ends[0].delivers("server")
+        assert not udp_ends[0].delivers("client")
+        assert not udp_ends[0].delivers("server")
         assert not any(echoes(it, QUIET_S) for it in tcp_ends)
         stays = tcp_stays if revoked != "the static translation" else tcp_stays[:1]
         assert all(echoes(it) for it in stays)
-        assert all(it.lives() for it in udp_stays)
-        # Allowed once more, the revoked conversation begins anew.
+        assert all(it.works_both_ways() for it in udp_stays)
+        # When it is allowed again, the revoked flow works again.
         lab.apply(before)
-        assert udp_ends[0].heard("client")
+        assert udp_ends[0].delivers("client")
     finally:
         for it in tcp_ends + tcp_stays:
             it.close()
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_a_revoked_udp_flow_stays_ended_while_both_ends_send(lab: Lab, talk: Callable[..., Talk], first: str) -> None:
-    """Without the mark the guest's next datagram would be a new connection outward, with the very same ports."""
+def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(
+    lab: Lab, talk: Callable[..., Conversation], first: str
+) -> None:
+    """Without the mark the guest's next datagram would open a new outbound flow with the same ports."""
     before, after = CASES["the forward"]
     lab.renew(before)
     conversation = talk("inet", A1.address, 53, "vm1", local=4000)
     lab.apply(after)
     order = [first, "server" if first == "client" else "client"] * 3
-    assert [conversation.heard(it) for it in order] == [False] * 6
+    assert [conversation.delivers(it) for it in order] == [False] * 6
     marked = [it for it in lab.entries() if it.mark & REVOKED]
     assert [(it.src, it.dst, it.dport) for it in marked] == [(CLIENT, A1.address, 53)]
-    # A second look changes nothing.
-    lab.settle(before)
+    # Judging the flows again changes nothing.
+    lab.judge_flows(before)
     assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
 
 
-def test_tcp_is_not_picked_up_in_the_middle_whichever_end_sends(lab: Lab) -> None:
+def test_tcp_without_a_handshake_is_not_accepted_from_either_end(lab: Lab) -> None:
     before = wish(admit(A1, "tcp", "2200"), forwards=[forward(A1, "2200", VM1)])
     lab.renew(before)
     server = lab.open_socket("vm1", socket.SOCK_STREAM)
@@ -200,18 +204,18 @@ def test_tcp_is_not_picked_up_in_the_middle_whichever_end_sends(lab: Lab) -> Non
         assert not [it for it in lab.entries() if 2200 in (it.sport, it.dport)]
 
 
-def test_a_denied_egress_ends_what_guests_began_and_answers_too(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_denied_egress_ends_flows_of_guests_in_both_directions(lab: Lab, talk: Callable[..., Conversation]) -> None:
     lab.renew(wish(held=(A1,)))
     ends, stays = lab.connect("vm1", STRANGER, 22), lab.connect("vm2", STRANGER, 22)
     spoken = talk("vm1", STRANGER, 5001, "inet")
     with ends, stays:
         lab.apply(wish(egress("all", sources=(f"{VM1}/32",)), held=(A1,)))
         assert not echoes(ends, QUIET_S)
-        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+        assert [spoken.delivers(it) for it in ("server", "client", "server")] == [False] * 3
         assert echoes(stays)
 
 
-def test_a_ping_that_goes_on_meets_a_revoked_rule(lab: Lab) -> None:
+def test_a_continuous_ping_stops_when_its_rule_is_revoked(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "icmp"), held=(A1,)))
     lab.answered(Try("inet", "icmp", A1.address, source=CLIENT))
     lab.apply(wish(held=(A1,)))
@@ -219,24 +223,24 @@ def test_a_ping_that_goes_on_meets_a_revoked_rule(lab: Lab) -> None:
     assert not [it for it in lab.entries() if it.protocol == 1 and it.dst == A1.address and it.src == CLIENT]
 
 
-def test_a_hairpin_flow_ends_with_its_forward(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_hairpin_flow_ends_when_its_forward_is_removed(lab: Lab, talk: Callable[..., Conversation]) -> None:
     before = wish(admit(A1, "all"), forwards=[forward(A1, "22", VM1), forward(A1, "53", VM1, protocol="udp")])
     lab.renew(before)
     spoken = talk("vm2", A1.address, 53, "vm1")
     with lab.connect("vm2", A1.address, 22) as ends:
         assert echoes(ends)
-        assert spoken.lives()
+        assert spoken.works_both_ways()
         lab.apply(wish(admit(A1, "all")))
         assert not echoes(ends, QUIET_S)
-        assert [spoken.heard(it) for it in ("server", "client", "server")] == [False] * 3
+        assert [spoken.delivers(it) for it in ("server", "client", "server")] == [False] * 3
 
 
-def test_a_forward_that_moves_takes_its_clients_along(lab: Lab, talk: Callable[..., Talk]) -> None:
-    """The old guest goes on sending, and neither reaches the client nor keeps it from the new guest."""
+def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Conversation]) -> None:
+    """The old guest keeps sending. Its datagrams do not reach the client and do not block the new guest."""
     lab.renew(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     spoken = talk("inet", A1.address, 53, "vm1", local=4100)
     lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "53", VM2, protocol="udp")]))
-    assert not spoken.heard("server")
+    assert not spoken.delivers("server")
     heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
     with heir:
         heir.bind(("", 53))
@@ -244,28 +248,28 @@ def test_a_forward_that_moves_takes_its_clients_along(lab: Lab, talk: Callable[.
         spoken.client.send(b"still there?")
         data, peer = heir.recvfrom(100)
         assert data == b"still there?"
-        assert not spoken.heard("server")
+        assert not spoken.delivers("server")
         heir.sendto(b"here", peer)
         spoken.client.settimeout(8)
         assert spoken.client.recv(100) == b"here"
 
 
-def test_a_new_static_translation_leaves_what_its_guest_had_begun_alone(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable[..., Conversation]) -> None:
     before = wish(admit(B1, "icmp"), held=(A1, B1))
     lab.renew(before)
     spoken = talk("vm2", STRANGER, 5002, "inet")
     with lab.connect("vm2", STRANGER, 22) as stays:
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}))
         assert echoes(stays)
-        assert spoken.lives()
-        # Even when something else is taken away later.
+        assert spoken.works_both_ways()
+        # Also when something else is revoked later.
         lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}, networks=wish().networks))
         assert echoes(stays)
-        assert spoken.lives()
+        assert spoken.works_both_ways()
 
 
-def test_a_vlan_goes_and_the_flows_over_another_do_not_notice(lab: Lab) -> None:
-    """With its link, its routes and its rule; and comes back."""
+def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:
+    """The VLAN's link, routes and rule are removed and later added again."""
     both = [forward(A1, "22", VM1), forward(B1, "22", VM2)]
     before = wish(admit(A1, "tcp"), admit(B1, "tcp"), held=(A1, B1), forwards=both)
     lab.renew(before)
@@ -285,22 +289,22 @@ def test_a_vlan_goes_and_the_flows_over_another_do_not_notice(lab: Lab) -> None:
             it.close()
 
 
-def test_another_source_nat_address_ends_the_old_ones_flows(lab: Lab, talk: Callable[..., Talk]) -> None:
+def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, talk: Callable[..., Conversation]) -> None:
     lab.renew(wish(held=(A1, A2)))
     spoken = talk("vm1", STRANGER, 5003, "inet")
     with lab.connect("vm1", STRANGER, 22) as ends:
         lab.apply(wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))))
         assert not echoes(ends, QUIET_S)
-        assert not spoken.heard("server")
-        spoken.client.send(b"again")  # and begins anew, with the new address
+        assert not spoken.delivers("server")
+        spoken.client.send(b"again")  # a new flow with the new address
         spoken.server.settimeout(8)
         data, peer = spoken.server.recvfrom(100)
         assert (data, peer[0]) == (b"again", A2.address)
 
 
 @pytest.mark.mutation("a-new-address-redirects-open-flows")
-def test_who_spoke_to_an_address_outside_speaks_to_whom_it_leads_to_when_it_comes(lab: Lab) -> None:
-    """An address of another network, say, that moved here: a guest that never stops sending finds the way inside."""
+def test_a_flow_to_an_outside_address_follows_it_when_it_moves_inside(lab: Lab) -> None:
+    """An address moves here from another network. A guest that kept sending to it now reaches the local target."""
     lab.renew(wish(held=(A1,)))
     with lab.open_socket("vm1", socket.SOCK_DGRAM) as mouth, lab.open_socket("vm2", socket.SOCK_DGRAM) as ear:
         ear.bind(("", 5004))
@@ -313,7 +317,7 @@ def test_who_spoke_to_an_address_outside_speaks_to_whom_it_leads_to_when_it_come
         assert ear.recv(100) == b"inward"
 
 
-def test_flows_with_the_device_itself_live_through_changes(lab: Lab) -> None:
+def test_flows_with_the_device_itself_survive_changes(lab: Lab) -> None:
     lab.serve("dev", "tcp", 80)
     before, after = CASES["the rule"]
     lab.renew(before)
@@ -323,7 +327,7 @@ def test_flows_with_the_device_itself_live_through_changes(lab: Lab) -> None:
         assert echoes(stays)
 
 
-def test_a_long_transfer_runs_through_a_hundred_rule_changes(lab: Lab) -> None:
+def test_a_long_transfer_survives_a_hundred_rule_changes(lab: Lab) -> None:
     size = 16 << 20
     block = bytes(range(256)) * 256
     base = wish(admit(A1, "tcp", "7000"), held=(A1, A2), forwards=[forward(A1, "7000", VM1)])
@@ -343,7 +347,7 @@ def test_a_long_transfer_runs_through_a_hundred_rule_changes(lab: Lab) -> None:
             while sent < size or changing.is_set():
                 connection.sendall(block)
                 sent += len(block)
-                time.sleep(0.003)  # the changes need a processor too
+                time.sleep(0.003)  # leave processor time for the rule changes
             connection.shutdown(socket.SHUT_WR)
         except OSError as error:
             failures.append(f"send: {error!r}")

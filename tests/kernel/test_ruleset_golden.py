@@ -1,4 +1,4 @@
-"""The rulesets of the golden scenarios are what nft takes, and the kernel has them as they are written."""
+"""nft accepts the golden rulesets, and the kernel lists them as they were written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def namespace() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("scenario", scenarios(), ids=lambda it: it.name)
-def test_nft_takes_it(namespace: str, scenario: Path) -> None:
+def test_nft_accepts_each_golden_ruleset(namespace: str, scenario: Path) -> None:
     text = (scenario / "ruleset.nft").read_text()
     nft = ["ip", "netns", "exec", namespace, "nft"]
     checked = subprocess.run([*nft, "--check", "-f", "-"], input=text, text=True, capture_output=True)
@@ -33,7 +33,7 @@ def test_nft_takes_it(namespace: str, scenario: Path) -> None:
     want = render(load(scenario)).ruleset
     if want is not None:
         assert f"set {ruleset.marker(want)} {{" in run(*nft, "list", "table", "inet", "netloom")
-        # Listed and loaded again it is the same: nothing in it is read in two ways.
+        # Loading the listing gives the same ruleset, so the text is unambiguous.
         listed = run(*nft, "list", "table", "inet", "netloom")
         run(*nft, "-f", "-", stdin=f"delete table inet netloom\n{listed}")
         assert run(*nft, "list", "table", "inet", "netloom") == listed

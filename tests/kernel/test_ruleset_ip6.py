@@ -1,7 +1,7 @@
-"""What passes over IPv6, as an independent table says it, and the judge of open flows about every first packet.
+"""IPv6 packets against the rendered rulesets, compared with an independent truth table and with the flow judge.
 
-Two tiers of a VPC, of which the second may have no IPv6, and an isolated network, each with a way out. All VMs have
-their addresses and know their gateways by MAC address, so what stays unanswered was sent.
+The lab has two tiers of a VPC, of which the second may have no IPv6, and an isolated network, each with an uplink. All
+VMs have static addresses and permanent neighbour entries of their gateways, so every packet is really sent.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SERVICES = [("udp", 53), ("tcp", 53), ("icmp", ECHO)]
 
 
 class SixLab(VpcLab):
-    """The lab whose VMs, provider and internet speak IPv6."""
+    """The VPC lab with IPv6 on its VMs, provider and internet."""
 
     def _build(self) -> None:
         super()._build()
@@ -47,7 +47,7 @@ class SixLab(VpcLab):
         for space in ("dev", "gw1", "inet", "nb", *HOMES):
             with inside(self.ns(space)):
                 root = Path("/proc/sys/net/ipv6/conf")
-                # Who waits whether somebody else has his address asks nobody for a neighbour's.
+                # An address under duplicate address detection is not used to resolve neighbours.
                 for link in root.iterdir():
                     (link / "accept_dad").write_text("0")
                 (root / "all/disable_ipv6").write_text("0")
@@ -92,7 +92,7 @@ def is_in(address: str, cidrs: Iterable[str]) -> bool:
 
 
 def tiers(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, *, both: bool) -> Scope:
-    """The VPC of the IPv4 tests, with a way out; ``both``: its second tier has IPv6, too."""
+    """The VPC of the IPv4 tests with an IPv6 uplink. ``both`` gives IPv6 to the second tier too."""
     scope = vpc(acl_a, acl_b)
     networks = scope.networks | {
         "310": replace(scope.networks["310"], ip6_cidr=A, ip6_gateway=GATEWAYS["a1"]),
@@ -103,7 +103,7 @@ def tiers(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, 
 
 
 def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: int, far: str) -> bool:
-    """The few lines that say what an access control list means for IPv6."""
+    """An independent implementation of ACLs for IPv6."""
     mine = [it for it in sorted(acl or (), key=lambda it: it.number) if it.direction == direction]
     for it in mine:
         right_port = it.ports is None or it.ports.first <= port <= it.ports.last
@@ -115,7 +115,7 @@ def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: i
 
 
 def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, *, both: bool) -> dict[Try, bool]:
-    """Every attempt that is made, and whether it is answered."""
+    """The truth table: each attempt, and whether it must be answered."""
     acls = {"310": acl_a, "311": acl_b}
     tried: dict[Try, bool] = {}
     for protocol, port in KINDS:
@@ -139,7 +139,7 @@ def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, 
                 tried[Try(space, protocol, HOMES[vm], port, source)] = speaks and into(vm, source)
             tried[Try("inet", protocol, GATEWAYS[vm], port, FAR)] = False
         tried[Try("inet", protocol, OURS, port, FAR)] = False
-        # A neighbour on the public VLAN who speaks as a guest.
+        # A neighbour on the public VLAN with the source address of a guest.
         tried[Try("nb", protocol, HOMES["a1"], port, HOMES["a2"])] = False
         tried[Try("nb", protocol, HOMES["b1"], port, HOMES["a2"])] = False
     return tried
@@ -162,20 +162,20 @@ OPEN = (item(1, "allow", "ingress"),)
 @settings(max_examples=12)
 @example((item(1, "allow", "ingress", "tcp", "22", f"{FAR}/128"), item(2, "deny", "egress", "udp")), OPEN, True)
 @given(LISTS, st.just(OPEN) | LISTS, st.booleans())
-def test_packets_between_tiers_and_the_world_do_what_the_lists_say(
+def test_ipv6_packets_of_tiers_follow_the_acls(
     lab: Lab, acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, both: bool
 ) -> None:
     lab.renew(tiers(acl_a, acl_b, both=both))
     told = table(acl_a, acl_b, both=both)
-    lab.meets(told)
-    # The judge never sees the link that a packet comes in on: no neighbour who speaks as a guest, and no VM of a tier
-    # without IPv6, which may be anybody outside by now.
+    lab.assert_answers(told)
+    # The flow judge does not know the inbound link. So leave out the neighbour with a guest's address and VMs of a tier
+    # without IPv6, whose addresses count as outside.
     sources = {it: it.source or HOMES[it.space] for it in told if both or it.space != "b1"}
     agree(lab, {it: source for it, source in sources.items() if (it.space, source) != ("nb", HOMES["a2"])})
 
 
 @pytest.mark.mutation("an-ipv6-flow-is-judged-by-the-lists")
-def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> None:
+def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
     ssh, web = item(5, "allow", "ingress", "tcp", "22"), item(6, "allow", "ingress", "tcp", "8080")
     lab.renew(tiers((ssh, web), OPEN, both=True))
     gone = [lab.connect("inet", HOMES["a1"], 22, FAR), lab.connect("b1", HOMES["a1"], 22)]
@@ -188,7 +188,7 @@ def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> N
     lab.apply(tiers((item(4, "deny", "ingress", "tcp", "22", "::/0"), ssh, web), OPEN, both=True))
     assert [echoes(it, 0.5) for it in gone] == [False] * 2
     assert [echoes(it) for it in kept] == [True] * 4
-    # A tier that loses its IPv6 takes its own flows along, and no others.
+    # Removing IPv6 from a tier ends only the flows of that tier.
     lab.apply(tiers((ssh, web), OPEN, both=False))
     assert [echoes(it, 0.5 if ends else 8) for it, ends in zip(kept, (0, 1, 1, 0), strict=True)] == [
         True, False, False, True,
@@ -200,8 +200,8 @@ def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> N
 @pytest.mark.mutation(
     "a-list-item-is-about-its-prefixes", instead='f"{word} {field}{masked} {{ {values} }}" if version == 4 else ""'
 )
-def test_a_flood_meets_neither_a_loss_nor_a_hole_while_lists_are_exchanged(lab: Lab) -> None:
-    """Of two ports the list allows one and denies the other, both ways; all else changes, the other tier's IPv6 too."""
+def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
+    """The ACL allows one port and denies another in both directions. Everything else changes during the flood."""
     keep = (
         item(10, "allow", "ingress", "udp", "6000", f"{FAR}/128", f"{FARTHER}/128"),
         item(11, "allow", "ingress", "udp", "6001", f"{ROUTER}/128", f"{NEIGHBOUR}/128"),
@@ -215,7 +215,7 @@ def test_a_flood_meets_neither_a_loss_nor_a_hole_while_lists_are_exchanged(lab: 
         nft.ruleset(tiers(it, other, both=both)) for it in lists for other in (None, OPEN) for both in (True, False)
     ]
     lab.renew(tiers(keep, None, both=True))
-    lab.silent(Try("inet", "udp", HOMES["a1"], 53, FAR))  # now everybody's neighbours are known
+    lab.silent(Try("inet", "udp", HOMES["a1"], 53, FAR))  # resolves all neighbours
     floods: list[Flood] = []
     with contextlib.closing(Nft(lab.ns("dev"))) as device:
         have = tables[0]
@@ -246,7 +246,7 @@ def isolated(firewall: Firewall | None, *, open_to_all: bool) -> Scope:
 
 
 def passes(firewall: Firewall | None, protocol: str, port: int, target: str) -> bool:
-    """The few lines that say what egress rules mean for IPv6: a type of ICMP is IPv4's."""
+    """An independent implementation of egress rules for IPv6. Rules with an ICMP type concern IPv4 only."""
     if firewall is None:
         return True
     listed = any(
@@ -283,7 +283,7 @@ CLOSED = Firewall(default_egress_allow=False, rules=(FirewallRule(rule_id=1, dir
 @settings(max_examples=12)
 @example(CLOSED, False)
 @given(FIREWALLS, st.booleans())
-def test_packets_of_an_isolated_network_do_what_the_firewall_says(
+def test_ipv6_packets_of_an_isolated_network_follow_the_firewall(
     lab: Lab, firewall: Firewall | None, open_to_all: bool
 ) -> None:
     lab.renew(isolated(firewall, open_to_all=open_to_all))
@@ -296,5 +296,5 @@ def test_packets_of_an_isolated_network_do_what_the_firewall_says(
             told[Try(space, protocol, HOMES["vm1"], port, source)] = open_to_all
             for device in (GATEWAYS["vm1"], OURS):
                 told[Try(space, protocol, device, port, source)] = False
-    lab.meets(told)
+    lab.assert_answers(told)
     agree(lab, {it: it.source or HOMES[it.space] for it in told})

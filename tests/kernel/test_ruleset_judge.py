@@ -1,7 +1,7 @@
-"""The judge of open flows and the kernel agree about every first packet, for any wish.
+"""The flow judge and the kernel agree about every first packet, for random scopes.
 
-Where an operator routes by policy the judge may only err to the generous side: a flow that it lets begin anew meets
-the ruleset with its next packet, one that it forbade wrongly would have been cut off.
+With policy routing the judge may admit a flow that the kernel drops, because the ruleset filters its next packet. It
+must not reject a flow that the kernel admits, because that flow would be ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENDERS = {"inet": (CLIENT, STRANGER), "nb": (NEIGHBOUR,), "vm1": (VM1,), "vm2":
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     with Lab() as lab:
-        # A reset makes conntrack forget, so whoever has no listener keeps silent, the device before conntrack sees it.
+        # A TCP reset deletes the conntrack entry, so all machines drop their own resets, the device before conntrack.
         for space in (*VMS, "inet", "nb", "gw1", "gw2", "dev"):
             lab.nft(
                 space, "table ip mute { chain out { type filter hook output priority -300; tcp flags rst drop; }; }\n"
@@ -38,14 +38,14 @@ def lab() -> Iterator[Lab]:
 
 
 def _first_packets(lab: Lab) -> list[Entry]:
-    """One packet of a new flow from everybody to everywhere; what conntrack would call each."""
+    """Send one packet of a new flow from every source to every target; returns the expected conntrack entries."""
     sent: list[Entry] = []
     sockets: list[socket.socket] = []
     number = 20000
     for space, sources in SENDERS.items():
         for source in sources:
             targets = [it.address for it in ADDRESSES]
-            if space == "nb":  # the neighbour has a route to the guests
+            if space == "nb":  # the neighbour has routes to the guests
                 targets += [GATEWAY, VM3]
             elif space != "inet":
                 targets += [GATEWAY, STRANGER, "192.0.2.11", "203.0.113.1"]
@@ -88,14 +88,14 @@ def _original(it: Entry) -> tuple[object, ...]:
     )
 )  # fmt: skip
 @given(scopes())
-def test_the_judge_and_the_kernel_agree(lab: Lab, scope: Scope) -> None:
+def test_the_flow_judge_agrees_with_the_kernel(lab: Lab, scope: Scope) -> None:
     lab.renew(scope)
     sent = _first_packets(lab)
     entries = {_original(it): it for it in lab.entries()}
     judge = Judge(scope)
     for it in sent:
         stands = entries.get(_original(it))
-        # Of a revoked flow the judge says "delete" exactly when its first packet would be let through now.
+        # For a revoked flow the judge says "delete" exactly when its first packet would be admitted now.
         let_through = judge.verdict(replace(it, mark=REVOKED)) == "delete"
         generous = bool(scope.pbr.routes) and let_through
         assert (stands is not None) == let_through or generous, it

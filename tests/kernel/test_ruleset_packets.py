@@ -1,7 +1,7 @@
-"""What the ruleset of an isolated network lets through, and where to, shown with packets.
+"""Filtering and translation by the ruleset of an isolated network, tested with packets.
 
-Each test says a wish, makes the device so with plain tools (``ruleset_lab``) and sends real packets from guests, from
-the internet behind two public VLANs and from a neighbour. Numbered tests are defects of the reference extension.
+Each test describes a scope, configures the device with plain tools (``ruleset_lab``) and sends packets from guests,
+from the internet behind two public VLANs and from a neighbour. Numbered tests are defects of the reference extension.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def ping(target: str, space: str = "inet", source: str = CLIENT, kind: int = ECH
 # Ingress
 
 
-def test_nothing_new_comes_in_on_a_public_address_without_a_rule(lab: Lab) -> None:
+def test_public_addresses_are_closed_without_a_rule(lab: Lab) -> None:
     wishes = {
         "before the first list": False,
         "with an empty list": True,
@@ -71,7 +71,7 @@ def test_nothing_new_comes_in_on_a_public_address_without_a_rule(lab: Lab) -> No
 
 
 @pytest.mark.mutation("an-address-is-closed-but-for-its-rules", instead='"accept"')
-def test_defect_02_an_address_without_a_rule_is_closed_while_its_neighbour_has_rules(lab: Lab) -> None:
+def test_defect_02_an_address_without_a_rule_is_closed_beside_one_with_rules(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1), forward(A2, "22", VM2)]))
     assert lab.answered(tcp(A1.address, 22))[0].startswith("vm1 ")
     lab.silent(tcp(A2.address, 22))
@@ -86,13 +86,13 @@ def test_defect_03_static_nat_after_the_firewall_list_opens_nothing(lab: Lab) ->
     lab.answered(tcp(A1.address, 22))
 
 
-def test_rules_are_judged_on_the_port_before_translation(lab: Lab) -> None:
+def test_rules_match_the_port_before_translation(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "tcp", "2222"), forwards=[forward(A1, "2222", VM1, "22"), forward(A1, "22", VM1, "80")]))
     lab.answered(tcp(A1.address, 2222))
     lab.silent(tcp(A1.address, 22))
 
 
-def test_source_prefixes_ports_protocols_and_all_are_honoured(lab: Lab) -> None:
+def test_rules_match_source_prefixes_ports_and_protocols(lab: Lab) -> None:
     lab.renew(
         wish(
             admit(A2, "tcp", "22", f"{CLIENT}/32", "172.16.0.0/16"),
@@ -114,7 +114,7 @@ def test_source_prefixes_ports_protocols_and_all_are_honoured(lab: Lab) -> None:
     )  # fmt: skip
 
 
-def test_icmp_types_and_codes(lab: Lab) -> None:
+def test_rules_match_icmp_types_and_codes(lab: Lab) -> None:
     lab.renew(
         wish(
             admit(A1, "icmp", type=8, code=0),
@@ -131,14 +131,14 @@ def test_icmp_types_and_codes(lab: Lab) -> None:
     )  # fmt: skip
 
 
-def test_a_list_of_ipv6_prefixes_admits_nobody(lab: Lab) -> None:
+def test_a_rule_with_only_ipv6_sources_admits_no_ipv4(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "tcp", "22", "::/0"), admit(A1, "tcp", "80", "::/0", f"{CLIENT}/32"),
                    forwards=[forward(A1, "22", VM1), forward(A1, "80", VM1)]))  # fmt: skip
     lab.answered(tcp(A1.address, 80))
     lab.silent(tcp(A1.address, 22), tcp(A1.address, 80, source=CLIENT2))
 
 
-def test_firewall_absent_opens_ingress_for_what_is_translated(lab: Lab) -> None:
+def test_without_a_firewall_service_translated_ingress_is_open(lab: Lab) -> None:
     lab.renew(wish(held=(A1, A2), forwards=[forward(A1, "22", VM1)], static=[static(A2, VM2)], firewall=False,
                    ingress_open=True))  # fmt: skip
     lab.answered(tcp(A1.address, 22), tcp(A2.address, 80), udp(A2.address, 53), ping(A1.address), ping(A2.address))
@@ -165,7 +165,7 @@ def test_defect_01_a_neighbour_with_a_route_reaches_neither_guests_nor_the_devic
     )  # fmt: skip
 
 
-def test_a_neighbour_cannot_pretend_to_be_a_guest(lab: Lab) -> None:
+def test_spoofed_guest_addresses_are_dropped(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "all"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     lab.ip("nb", "addr add 10.1.1.77/32 dev lo")
     watcher = lab.open_socket("vm1", socket.SOCK_DGRAM)
@@ -191,7 +191,7 @@ def test_a_neighbour_cannot_pretend_to_be_a_guest(lab: Lab) -> None:
         lab.ip("nb", "addr del 10.1.1.77/32 dev lo")
 
 
-def test_a_guest_uses_its_own_addresses_only(lab: Lab) -> None:
+def test_a_guest_can_use_only_its_own_addresses(lab: Lab) -> None:
     lab.renew(wish())
     lab.ip("vm1", "addr add 192.0.2.77/32 dev lo", "addr add 203.0.113.20/32 dev lo")
     try:
@@ -206,15 +206,15 @@ def test_a_guest_uses_its_own_addresses_only(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("every-held-address-has-its-firewall", instead="[it for it in now.held if len(it.address) < 15]")
-def test_defect_06_an_address_of_15_characters_has_its_firewall(lab: Lab) -> None:
+def test_defect_06_the_firewall_works_for_an_address_of_15_characters(lab: Lab) -> None:
     assert len(C1.address) == 15
     lab.renew(wish(admit(C1, "tcp", "22"), held=(A1, C1), static=[static(C1, VM1)]))
     lab.answered(tcp(C1.address, 22))
     lab.silent(tcp(C1.address, 80), udp(C1.address, 53), ping(C1.address))
 
 
-def test_overlapping_rules_are_all_in_force(lab: Lab) -> None:
-    """Defect 07: what the kernel would refuse beside other rules is merged with them, and nothing is left out."""
+def test_overlapping_rules_all_apply(lab: Lab) -> None:
+    """Defect 07: elements that the kernel would reject as overlapping are merged, and no rule is left out."""
     lab.renew(
         wish(
             admit(A1, "tcp", "20-100"), admit(A1, "tcp", "80-5000"), admit(A1, "tcp", "80"), admit(A1, "tcp", "443"),
@@ -229,7 +229,7 @@ def test_overlapping_rules_are_all_in_force(lab: Lab) -> None:
     lab.silent(tcp(A1.address, 8080))
 
 
-def test_a_thousand_rules_with_as_many_sources_admit_exactly_those(lab: Lab) -> None:
+def test_a_thousand_rules_admit_exactly_their_sources(lab: Lab) -> None:
     rules = [admit(A1, "tcp", str(10000 + at), f"10.9.{at // 250}.{at % 250}/32") for at in range(1000)]
     rules += [admit(A1, "tcp", "8080-8090", f"{CLIENT}/32"), admit(A1, "tcp", "8085", f"{CLIENT2}/32")]
     lab.renew(wish(*rules, forwards=[forward(A1, "8000-9000", VM1)]))
@@ -240,17 +240,17 @@ def test_a_thousand_rules_with_as_many_sources_admit_exactly_those(lab: Lab) -> 
     )  # fmt: skip
 
 
-def test_replies_and_related_errors_pass_whatever_the_rules_say(lab: Lab) -> None:
+def test_replies_and_related_icmp_errors_pass_regardless_of_rules(lab: Lab) -> None:
     lab.renew(wish(egress("icmp"), allow_egress=True))
     lab.answered(tcp(STRANGER, 22, "vm1"), udp(STRANGER, 53, "vm1"))
-    # Nobody listens there: the internet's "port unreachable" reaches the guest that asked.
+    # No server listens there, so the guest gets "port unreachable" from the internet.
     assert lab.ask([udp(STRANGER, 4444, "vm1")]) == ["refused"]
 
 
 # Translations
 
 
-def test_ranges_go_one_to_one_shifted_or_to_one_port(lab: Lab) -> None:
+def test_port_ranges_map_one_to_one_shifted_or_to_one_port(lab: Lab) -> None:
     lab.renew(
         wish(
             admit(A1, "tcp"), admit(A1, "udp"),
@@ -268,7 +268,7 @@ def test_ranges_go_one_to_one_shifted_or_to_one_port(lab: Lab) -> None:
     ]  # fmt: skip
     answers = [it.split()[0] for it in lab.answered(*asked)]
     assert answers == ["vm1", "vm3", "vm1", "vm2", "vm2", "vm3", "vm3", "vm3", "vm1"]
-    # Guests serve 5000 and 5004 only, so 4001 leads to a port that refuses; a flat translation would have answered.
+    # Guests listen on 5000 and 5004 only, so 4001 reaches a closed port. A mapping to one port would be answered.
     assert lab.ask([tcp(A1.address, 4001)]) == ["refused"]
     lab.silent(udp(A1.address, 8080), tcp(A1.address, 2002))
 
@@ -283,7 +283,7 @@ def test_guests_leave_with_the_source_nat_address(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("static-nat-sets-the-source")
-def test_defect_30_static_nat_goes_both_ways_and_beats_source_nat(lab: Lab) -> None:
+def test_defect_30_static_nat_works_both_ways_and_overrides_source_nat(lab: Lab) -> None:
     lab.renew(wish(admit(A2, "tcp", "22"), held=(A1, A2), static=[static(A2, VM2)]))
     assert lab.answered(tcp(A2.address, 22))[0].startswith(f"vm2 {CLIENT}:")
     seen = lab.answered(tcp(STRANGER, 22, "vm2"), udp(STRANGER, 53, "vm2"), tcp(STRANGER, 22, "vm1"))
@@ -292,14 +292,14 @@ def test_defect_30_static_nat_goes_both_ways_and_beats_source_nat(lab: Lab) -> N
 
 def test_without_a_source_nat_address_no_private_address_leaves(lab: Lab) -> None:
     lab.renew(wish(held=(replace(A1, source_nat=False), B1), static=[static(B1, VM2)]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     lab.silent(udp(STRANGER, 53, "vm1"), tcp(STRANGER, 22, "vm1"), ping(STRANGER, "vm1"))
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
     assert lab.answered(udp(STRANGER, 53, "vm2"))[0].split()[1].startswith(B1.address)
 
 
 @pytest.mark.mutation("hairpin-comes-from-the-device")
-def test_defect_31_hairpin_to_port_forwards_and_static_nat(lab: Lab) -> None:
+def test_defect_31_hairpin_reaches_port_forwards_and_static_nat(lab: Lab) -> None:
     lab.renew(
         wish(
             admit(A1, "tcp", "22"), admit(A2, "tcp", "22"), admit(A2, "udp", "53"), admit(A2, "icmp"),
@@ -313,14 +313,14 @@ def test_defect_31_hairpin_to_port_forwards_and_static_nat(lab: Lab) -> None:
     )  # fmt: skip
     assert [it.split(":")[0] for it in seen] == [f"{vm} {GATEWAY}" for vm in ("vm1", "vm1", "vm2", "vm2", "vm2", "vm3")]
     lab.answered(ping(A2.address, "vm1"), ping(A2.address, "vm2"))
-    # The firewall of the address is the same for guests.
+    # The firewall of the address applies to guests too.
     lab.silent(
         tcp(A1.address, 80, "vm2"), tcp(A2.address, 80, "vm1"), tcp(B1.address, 80, "vm2"), ping(B1.address, "vm1"),
         ping(A1.address, "vm1"),
     )  # fmt: skip
 
 
-def test_hairpin_of_datagrams_and_ranges_also_from_the_guest_that_they_lead_to(lab: Lab) -> None:
+def test_hairpin_works_for_udp_and_ranges_and_from_the_target_itself(lab: Lab) -> None:
     lab.renew(
         wish(
             admit(A1, "udp", "53"), admit(A1, "tcp", "3000-4009"),
@@ -338,8 +338,8 @@ def test_hairpin_of_datagrams_and_ranges_also_from_the_guest_that_they_lead_to(l
     assert [it.split(":")[0] for it in seen] == [f"{vm} {GATEWAY}" for vm in vms]
 
 
-def test_two_guests_with_static_nat_meet_under_their_public_addresses(lab: Lab) -> None:
-    """On two VLANs, and whatever the egress policy says: that is about what leaves."""
+def test_static_nat_guests_reach_each_other_by_public_address(lab: Lab) -> None:
+    """On two VLANs and under any egress policy, which concerns only traffic that leaves the network."""
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "all"), admit(B1, "all"), held=(A1, A2, B1), static=nats, allow_egress=False))
     seen = lab.answered(
@@ -354,22 +354,22 @@ GRE, ESP = (47, b"\x00\x00\x08\x00tunnelled"), (50, b"\x00\x00\x10\x01\x00\x00\x
 
 
 @pytest.mark.parametrize("packet", [GRE, ESP], ids=["gre", "esp"])
-def test_a_protocol_without_ports_passes_static_nat_where_all_is_allowed(lab: Lab, packet: tuple[int, bytes]) -> None:
+def test_portless_protocols_pass_static_nat_when_all_is_allowed(lab: Lab, packet: tuple[int, bytes]) -> None:
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "all"), admit(B1, "tcp"), admit(B1, "udp"), held=(A1, A2, B1), static=nats))
     assert _heard_from(lab, "vm2", packet, "inet", CLIENT, A2.address) == CLIENT
     assert _heard_from(lab, "inet", packet, "vm2", VM2, CLIENT) == A2.address
     assert _heard_from(lab, "vm3", packet, "inet", CLIENT, B1.address) == ""
-    # What guests begin leaves by source NAT like anything else.
+    # Outbound traffic of guests uses source NAT.
     assert _heard_from(lab, "inet", packet, "vm1", VM1, STRANGER) == A1.address
-    # Revoked, it ends, though the guest goes on sending.
+    # After a revocation the flow ends, although the guest keeps sending.
     lab.apply(wish(admit(B1, "tcp"), held=(A1, A2, B1), static=nats))
     assert _heard_from(lab, "inet", packet, "vm2", VM2, CLIENT) == ""
     assert _heard_from(lab, "vm2", packet, "inet", CLIENT, A2.address) == ""
 
 
 def _heard_from(lab: Lab, at: str, packet: tuple[int, bytes], space: str, source: str, target: str) -> str:
-    """As whose a packet of some protocol arrives; empty when it does not."""
+    """Send a packet of any IP protocol; returns the source address with which it arrives, empty when it does not."""
     protocol, data = packet
     with (
         lab.open_socket(at, socket.SOCK_RAW, protocol) as ear,
@@ -377,7 +377,7 @@ def _heard_from(lab: Lab, at: str, packet: tuple[int, bytes], space: str, source
     ):
         ear.settimeout(QUIET_S)
         mouth.bind((source, 0))
-        for _ in range(3):  # a neighbour may have to be asked for first
+        for _ in range(3):  # the first packet may be lost during ARP resolution
             mouth.sendto(data, (target, 0))
             try:
                 while (heard := ear.recvfrom(2048))[0][20:] != data:
@@ -388,7 +388,7 @@ def _heard_from(lab: Lab, at: str, packet: tuple[int, bytes], space: str, source
     return ""
 
 
-def test_datagrams_in_fragments_are_translated_whole(lab: Lab) -> None:
+def test_fragmented_datagrams_are_translated(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "udp", "53"), forwards=[forward(A1, "53", VM1, protocol="udp")]))
     for space, source, target, seen in (
         ("inet", CLIENT, A1.address, f"vm1 {CLIENT}:"),
@@ -399,25 +399,25 @@ def test_datagrams_in_fragments_are_translated_whole(lab: Lab) -> None:
             client.bind((source, 0))
             client.connect((target, 53))
             client.settimeout(PATIENCE_S)
-            client.send(bytes(2040))  # as much as the server takes: two fragments
+            client.send(bytes(2040))  # the maximum of the server: two fragments
             assert client.recv(100).decode().startswith(seen)
 
 
-def test_a_traceroute_sees_the_public_address_and_nothing_behind_it(lab: Lab) -> None:
-    """The device's own "time exceeded" leaves as the address that was asked, by that address's exit."""
+def test_traceroute_shows_only_the_public_address(lab: Lab) -> None:
+    """The device's "time exceeded" comes from the requested address and leaves by the exit of that address."""
     nats = [static(A2, VM2), static(B1, VM3)]
     lab.renew(wish(admit(A2, "udp"), admit(B1, "udp"), held=(A1, A2, B1), static=nats))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     for address in (A2.address, B1.address):
         assert [_hop(lab, "inet", CLIENT, address, ttl) for ttl in (2, 3)] == [(11, address), (3, address)]
     assert [_hop(lab, "vm3", VM3, STRANGER, ttl) for ttl in (1, 2, 3)] == [
         (11, GATEWAY), (11, B1.gateway), (3, STRANGER),
     ]  # fmt: skip
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
 def _hop(lab: Lab, space: str, source: str, target: str, ttl: int) -> tuple[int, str]:
-    """The type and the sender of the ICMP error that a datagram with so short a life meets."""
+    """Send a datagram with this TTL; returns type and sender of the ICMP error."""
     with (
         lab.open_socket(space, socket.SOCK_RAW, socket.IPPROTO_ICMP) as ear,
         lab.open_socket(space, socket.SOCK_DGRAM) as mouth,
@@ -442,7 +442,7 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
             static=[static(C1, VM3)],
         )
     )  # fmt: skip
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     seen = lab.answered(
         tcp(A1.address, 22), tcp(B1.address, 22), tcp(C1.address, 22), udp(B1.address, 53), ping(A1.address),
         ping(B1.address), ping(C1.address), ping(A2.address), udp(STRANGER, 53, "vm1"), udp(STRANGER, 53, "vm3"),
@@ -450,8 +450,8 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
     assert [it.split()[1].split(":")[0] for it in seen if it != "pong"] == [
         *[CLIENT] * 4, A1.address, C1.address,
     ]  # fmt: skip
-    assert lab.strays() == strays
-    # And they go by the exit's own gateway: what the provider's two gateways saw of each flow.
+    assert lab.foreign_source_packets() == strays
+    # Replies also go by the gateway of the exit, as the counters of the provider's two gateways show.
     marks = {(it.dst, it.dport): it.mark for it in lab.entries() if it.src == CLIENT and it.dport}
     assert marks[A1.address, 22] == 1
     assert marks[B1.address, 22] == 2
@@ -460,15 +460,15 @@ def test_defect_32_replies_leave_where_the_request_came_in(lab: Lab) -> None:
 
 def test_a_static_nat_guest_leaves_by_the_exit_of_its_address(lab: Lab) -> None:
     lab.renew(wish(held=(A1, B1), static=[static(B1, VM2)]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     seen = lab.answered(tcp(STRANGER, 22, "vm2"), udp(STRANGER, 53, "vm2"), udp(STRANGER, 53, "vm1"))
     assert [it.split()[1].split(":")[0] for it in seen] == [B1.address, B1.address, A1.address]
     lab.answered(ping(STRANGER, "vm2"), ping("198.51.100.1", "vm1"), ping("203.0.113.1", "vm2"))
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
-def test_two_subnets_on_one_vlan_ask_each_gateway_in_its_own_subnet(lab: Lab) -> None:
-    """A strict gateway does not answer ARP from an address that is not of its subnet."""
+def test_arp_requests_use_a_source_in_the_subnet_of_the_gateway(lab: Lab) -> None:
+    """A strict gateway does not answer ARP requests with a source address outside its subnet."""
     lab.renew(wish(admit(C1, "tcp", "22"), admit(A1, "tcp", "22"), held=(A1, C1), static=[static(C1, VM2)],
                    forwards=[forward(A1, "22", VM1)]))  # fmt: skip
     with inside(lab.ns("gw1")):
@@ -476,7 +476,7 @@ def test_two_subnets_on_one_vlan_ask_each_gateway_in_its_own_subnet(lab: Lab) ->
     try:
         wire.bind(("eth0", 0x0806))
         uses = (tcp(C1.address, 22), tcp(STRANGER, 22, "vm2"), tcp(A1.address, 22), tcp(STRANGER, 22, "vm1"))
-        lab.answered(*uses)  # now the gateway knows the device, and will not be the one who asks
+        lab.answered(*uses)  # now the gateway has an entry of the device and sends no ARP requests
         lab.ip("dev", "neigh flush dev pub-101")
         lab.answered(*uses)
         wire.settimeout(0.2)
@@ -492,7 +492,7 @@ def test_two_subnets_on_one_vlan_ask_each_gateway_in_its_own_subnet(lab: Lab) ->
     assert asked == {"198.151.100.1": {C1.address}, "203.0.113.1": {A1.address}}
 
 
-def test_the_device_answers_arp_for_an_address_only_where_it_is_held(lab: Lab) -> None:
+def test_the_device_answers_arp_only_on_the_link_of_the_address(lab: Lab) -> None:
     lab.renew(wish(held=(A1, B1)))
     lab.ip("nb", "neigh flush all")
 
@@ -508,7 +508,7 @@ def test_the_device_answers_arp_for_an_address_only_where_it_is_held(lab: Lab) -
     assert arp("vm1", GATEWAY)
 
 
-def test_the_untagged_public_vlan_is_a_vlan_like_another(lab: Lab) -> None:
+def test_the_untagged_public_vlan_works_like_a_tagged_one(lab: Lab) -> None:
     flat = replace(B1, vlan="untagged")
     want = render(wish(held=(A1, flat)))
     assert [(it.link, it.segment.bridge, it.segment.vlan_link) for it in want.ports][-1] == (
@@ -523,7 +523,7 @@ def test_the_untagged_public_vlan_is_a_vlan_like_another(lab: Lab) -> None:
 
 
 def test_defect_12_ipv6_is_closed(lab: Lab) -> None:
-    """Even where somebody turns IPv6 on again inside, guests and strangers meet a drop."""
+    """Packets of guests and neighbours are dropped even if IPv6 is enabled in the namespace by hand."""
     lab.renew(wish(admit(A1, "all"), ingress_open=True))
     spaces = {"vm1": "eth0", "nb": "eth0"}
     with inside(lab.ns("dev")):
@@ -545,7 +545,7 @@ def test_defect_12_ipv6_is_closed(lab: Lab) -> None:
         lab.ip("nb", "addr add fd00:2::99/64 dev eth0 nodad", "route add fd00:1::/64 via fd00:2::1")
         macs = {link: run("ip", "netns", "exec", lab.ns("dev"), "cat", f"/sys/class/net/{link}/address").strip()
                 for link in ("gst-204", "pub-101")}  # fmt: skip
-        # Neighbour discovery itself is dropped, so the neighbours are told by hand.
+        # Neighbour discovery is dropped too, so set the neighbour entries by hand.
         lab.ip("vm1", f"neigh replace fd00:1::1 lladdr {macs['gst-204']} dev eth0")
         lab.ip("nb", f"neigh replace fd00:2::1 lladdr {macs['pub-101']} dev eth0")
         with inside(lab.ns("dev")):
@@ -571,13 +571,13 @@ def test_defect_12_ipv6_is_closed(lab: Lab) -> None:
 # Egress
 
 
-def test_egress_is_open_until_the_first_list_and_with_an_empty_one_by_default(lab: Lab) -> None:
+def test_egress_is_open_without_a_list_and_with_an_empty_default_allow_list(lab: Lab) -> None:
     for scope in (wish(firewall=False), wish(allow_egress=True)):
         lab.renew(scope)
         lab.answered(tcp(STRANGER, 22, "vm1"), udp(STRANGER, 53, "vm2"), ping(STRANGER, "vm3"))
 
 
-def test_allow_by_default_with_rules_that_deny(lab: Lab) -> None:
+def test_egress_rules_deny_when_the_default_is_allow(lab: Lab) -> None:
     lab.renew(
         wish(
             egress("tcp", "22", sources=(f"{VM1}/32",), dests=("0.0.0.0/0",)), egress("udp", "50-60"),
@@ -593,7 +593,7 @@ def test_allow_by_default_with_rules_that_deny(lab: Lab) -> None:
                  ping(STRANGER, "vm1", kind=TIMESTAMP))  # fmt: skip
 
 
-def test_deny_by_default_with_rules_that_allow(lab: Lab) -> None:
+def test_egress_rules_allow_when_the_default_is_deny(lab: Lab) -> None:
     lab.renew(
         wish(
             egress("tcp", "22", sources=(f"{VM1}/32",), dests=("0.0.0.0/0",)), egress("udp", "50-60"),
@@ -612,7 +612,7 @@ def test_deny_by_default_with_rules_that_allow(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "scope", [wish(allow_egress=False), wish(egress("all"), allow_egress=True), wish(firewall=False)]
 )
-def test_the_device_serves_its_guests_whatever_the_egress_policy_says(lab: Lab, scope: object) -> None:
+def test_device_services_are_reachable_under_any_egress_policy(lab: Lab, scope: object) -> None:
     lab.renew(scope)  # type: ignore[arg-type]
     lab.answered(
         ping(GATEWAY, "vm1"), udp(GATEWAY, 53, "vm1"), tcp(GATEWAY, 53, "vm1"), udp(GATEWAY, 67, "vm1"),
@@ -621,7 +621,7 @@ def test_the_device_serves_its_guests_whatever_the_egress_policy_says(lab: Lab, 
     lab.silent(tcp(GATEWAY, 22, "vm1"), udp(GATEWAY, 80, "vm1"), tcp(GATEWAY, 9000, "vm1"), udp(GATEWAY, 9000, "vm1"))
 
 
-def test_the_device_serves_nobody_else_and_on_no_other_address(lab: Lab) -> None:
+def test_device_services_are_reachable_only_by_guests_on_the_gateway_address(lab: Lab) -> None:
     services = [("udp", 53), ("tcp", 53), ("udp", 67), ("tcp", 80), ("tcp", 8080)]
     lab.renew(wish(admit(A1, "all"), admit(A2, "all"), held=(A1, A2)))
     for target in (A1.address, A2.address):
@@ -631,11 +631,11 @@ def test_the_device_serves_nobody_else_and_on_no_other_address(lab: Lab) -> None
             *(Try("vm1", protocol, target, port) for protocol, port in services),
         )
     lab.silent(*(Try("nb", protocol, GATEWAY, port) for protocol, port in services))
-    # What the address's rules let in, the device answers itself: pings, of guests too.
+    # The device answers pings that the rules of the address allow, also from guests.
     lab.answered(ping(A1.address), ping(A2.address, "nb"), ping(A1.address, "vm1"))
 
 
-def test_a_dhcp_request_by_broadcast_reaches_the_device_before_there_is_an_address(lab: Lab) -> None:
+def test_a_broadcast_dhcp_request_reaches_the_device(lab: Lab) -> None:
     lab.renew(wish(allow_egress=False))
     with inside(lab.ns("vm3")):
         wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
@@ -649,7 +649,7 @@ def test_a_dhcp_request_by_broadcast_reaches_the_device_before_there_is_an_addre
         server.settimeout(8)
         wire.send(_broadcast("0.0.0.0", 68, 67, b"hello"))
         assert server.recvfrom(100) == (b"hello", ("0.0.0.0", 68))
-        # The answer goes out by broadcast, and other ports of nobody do not come in.
+        # The answer leaves by broadcast. Other ports and other source addresses are dropped.
         server.sendto(b"offer", ("255.255.255.255", 68))
         server.settimeout(0.3)
         wire.send(_broadcast("0.0.0.0", 69, 67, b"other"))
@@ -671,11 +671,11 @@ def _broadcast(source: str, sport: int, dport: int, data: bytes) -> bytes:
     return b"\xff" * 6 + b"\x02\x00\x00\x00\x00\x03" + b"\x08\x00" + head + udp_part
 
 
-# Addresses come and go
+# Addresses are added and released
 
 
 @pytest.mark.mutation("every-held-address-has-its-firewall", instead="now.held[1:]")
-def test_defects_33_34_35_releasing_one_address_leaves_its_namesakes_alone(lab: Lab) -> None:
+def test_defects_33_34_35_releasing_an_address_keeps_those_with_the_same_prefix(lab: Lab) -> None:
     two, twenty = replace(A2, address="203.0.113.2"), A1
     twenty_one = replace(A2, address="203.0.113.21")
     full = wish(
@@ -684,15 +684,15 @@ def test_defects_33_34_35_releasing_one_address_leaves_its_namesakes_alone(lab: 
         forwards=[forward(two, "22", VM1), forward(twenty, "22", VM2), forward(twenty_one, "22", VM3)],
     )
     lab.renew(full)
-    # 35: .2 is reachable although .20 is held as well.
+    # 35: .2 is reachable while .20 is assigned too.
     seen = lab.answered(tcp(two.address, 22), tcp(twenty.address, 22), tcp(twenty_one.address, 22))
     assert [it.split()[0] for it in seen] == ["vm1", "vm2", "vm3"]
-    # 33, 34: only what is the address's own goes, without delete commands before it; source NAT stays.
+    # 33, 34: release removes only the objects of that address, without delete commands before it. Source NAT stays.
     lab.apply(replace(full, public_ips={it.address: it for it in (twenty, twenty_one)}))
     seen = lab.answered(tcp(twenty.address, 22), tcp(twenty_one.address, 22), tcp(STRANGER, 22, "vm1"))
     assert [it.split()[0] for it in seen] == ["vm2", "vm3", "inet"]
     lab.silent(tcp(two.address, 22))
-    # 34: static NAT of an address that is released goes with it.
+    # 34: releasing an address removes its static NAT.
     both = wish(admit(A2, "tcp", "22"), held=(A1, A2), static=[static(A2, VM2)])
     lab.apply(both)
     lab.answered(tcp(A2.address, 22), tcp(STRANGER, 22, "vm2"))
@@ -701,7 +701,7 @@ def test_defects_33_34_35_releasing_one_address_leaves_its_namesakes_alone(lab: 
     assert lab.answered(tcp(STRANGER, 22, "vm2"))[0].split()[1].startswith(A1.address)
 
 
-def test_segments_are_clamped_to_the_smaller_mtu_both_ways(lab: Lab) -> None:
+def test_tcp_mss_is_clamped_to_the_smaller_mtu_both_ways(lab: Lab) -> None:
     lab.renew(wish(admit(A1, "tcp", "22"), forwards=[forward(A1, "22", VM1)]))
     lab.ip("dev", "link set pub-101 mtu 1400")
     try:
@@ -715,8 +715,8 @@ def test_segments_are_clamped_to_the_smaller_mtu_both_ways(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("guests-get-no-redirects")
-def test_a_guest_is_not_told_a_shorter_way_around_the_device(lab: Lab) -> None:
-    """A hairpin leaves by the link that it came in by; a guest that believed a redirect would lose its translation."""
+def test_the_device_sends_no_icmp_redirects(lab: Lab) -> None:
+    """Hairpin traffic leaves by its inbound link. A guest that followed a redirect would bypass the translation."""
     lab.renew(wish(admit(A1, "tcp", "22"), forwards=[forward(A1, "22", VM1)]))
     before = _redirects(lab)
     lab.answered(tcp(A1.address, 22, "vm2"))
@@ -724,16 +724,16 @@ def test_a_guest_is_not_told_a_shorter_way_around_the_device(lab: Lab) -> None:
 
 
 def _redirects(lab: Lab) -> int:
-    """How many the device's kernel has sent."""
+    """The number of redirects that the device's kernel has sent."""
     lines = run("ip", "netns", "exec", lab.ns("dev"), "cat", "/proc/net/snmp").splitlines()
     names, counts = (line.split() for line in lines if line.startswith("Icmp:"))
     return int(counts[names.index("OutRedirects")])
 
 
-def test_a_packet_too_big_for_the_guest_link_is_reported_through_the_right_exit(lab: Lab) -> None:
-    """The device's own ICMP error leaves by the exit of the connection that it is about, from the public address."""
+def test_packet_too_big_errors_leave_by_the_exit_of_the_connection(lab: Lab) -> None:
+    """The device's ICMP error comes from the public address and leaves by the exit of the connection it concerns."""
     lab.renew(wish(admit(B1, "udp", "53"), held=(A1, B1), forwards=[forward(B1, "53", VM1, protocol="udp")]))
-    strays = lab.strays()
+    strays = lab.foreign_source_packets()
     lab.answered(udp(B1.address, 53))
     lab.ip("dev", "link set gst-204 mtu 1300")
     try:
@@ -751,10 +751,10 @@ def test_a_packet_too_big_for_the_guest_link_is_reported_through_the_right_exit(
             assert client.getsockopt(socket.IPPROTO_IP, 14) == 1300  # IP_MTU
     finally:
         lab.ip("dev", "link set gst-204 mtu 1500")
-    assert lab.strays() == strays
+    assert lab.foreign_source_packets() == strays
 
 
-def test_a_guest_hears_of_packets_too_big_for_the_public_link(lab: Lab) -> None:
+def test_a_guest_gets_packet_too_big_errors_for_the_public_link(lab: Lab) -> None:
     lab.renew(wish(held=(A1, B1), static=[static(B1, VM2)]))
     lab.ip("dev", "link set pub-102 mtu 1300")
     try:

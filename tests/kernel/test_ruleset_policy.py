@@ -1,4 +1,4 @@
-"""Whose packets an operator's routes lead elsewhere, and with which address they leave, shown with packets."""
+"""Policy routing in the ruleset: exits and source addresses of policy-routed traffic, tested with packets."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def with_policy(scope: Scope, *routes: PbrRoute, **rules: tuple[int, dict[str, s
 
 
 def left_as(lab: Lab, vm: str, target: str = STRANGER, protocol: str = "tcp", port: int = 80) -> str:
-    """The address that the world sees of a guest's connection."""
+    """The source address of a guest's connection as the server sees it."""
     (answer,) = lab.answered(Try(vm, protocol, target, port))
     return answer.split()[1].partition(":")[0]
 
 
 @pytest.mark.mutation("a-chosen-exit-has-its-source")
-def test_what_is_to_a_prefix_leaves_by_another_exit_with_that_exits_address(lab: Lab) -> None:
+def test_a_destination_rule_uses_another_exit_and_its_address(lab: Lab) -> None:
     base = wish(held=(A1, B1))
     lab.renew(base)
     assert left_as(lab, "vm1") == A1.address
@@ -54,15 +54,15 @@ def test_what_is_to_a_prefix_leaves_by_another_exit_with_that_exits_address(lab:
     assert left_as(lab, "vm1") == A1.address
 
 
-def test_what_is_from_a_guest_leaves_by_another_gateway_of_the_same_vlan(lab: Lab) -> None:
+def test_a_source_rule_uses_another_gateway_of_the_same_vlan(lab: Lab) -> None:
     scope = wish(held=(A1, A2, B1, C1), static=[static(A2, VM2), static(B1, VM3)])
     rules = {"one": (101, {"source": f"{VM1}/32"}), "two": (101, {"source": f"{VM3}/32", "iif": "gst-204"})}
     lab.renew(with_policy(scope, BY_C, **rules))
     assert left_as(lab, "vm1") == C1.address
-    # A guest with an address of its own, of another exit: the gateway would drop that one.
+    # vm3 has static NAT on another exit, whose address this gateway would drop.
     assert left_as(lab, "vm3") == C1.address
     assert left_as(lab, "vm2") == A2.address
-    # Its own address where the way is that of its exit.
+    # A static NAT address is used when the route uses its exit.
     lab.renew(with_policy(scope, BY_B, all=(100, {})))
     assert [left_as(lab, it) for it in VMS] == [B1.address, B1.address, B1.address]
     lab.renew(with_policy(scope, replace(BY_B, via="203.0.113.1", link="pub-101"), all=(100, {})))
@@ -70,7 +70,7 @@ def test_what_is_from_a_guest_leaves_by_another_gateway_of_the_same_vlan(lab: La
 
 
 @pytest.mark.mutation("replies-ask-no-policy", instead='f"{outward} meta mark set meta mark | {POLICY:#010x}"')
-def test_replies_leave_where_the_request_came_in_whatever_the_policy(lab: Lab) -> None:
+def test_replies_use_the_exit_of_the_request_under_any_policy(lab: Lab) -> None:
     base = wish(
         admit(A1, "tcp", "22"), admit(B1, "all"), held=(A1, B1), forwards=[forward(A1, "22", VM1)],
         static=[static(B1, VM2)],
@@ -89,7 +89,7 @@ def test_replies_leave_where_the_request_came_in_whatever_the_policy(lab: Lab) -
     before.close()
 
 
-def test_a_blackhole_drops_at_once_and_an_unreachable_route_says_so(lab: Lab) -> None:
+def test_blackhole_drops_silently_and_unreachable_sends_an_error(lab: Lab) -> None:
     base = wish(held=(A1, B1), static=[static(B1, VM2)])
     rule = {"to": (102, {"destination": f"{STRANGER}/32"})}
     lab.renew(base)
@@ -103,14 +103,14 @@ def test_a_blackhole_drops_at_once_and_an_unreachable_route_says_so(lab: Lab) ->
     open_one.close()
 
 
-def test_the_firewall_holds_for_what_a_policy_leads_elsewhere(lab: Lab) -> None:
+def test_the_firewall_applies_to_policy_routed_traffic(lab: Lab) -> None:
     base = wish(egress("tcp", "80"), admit(B1, "tcp", "22"), held=(A1, B1), forwards=[forward(B1, "80", VM3)])
     lab.renew(with_policy(base, BY_B, all=(100, {})))
     lab.silent(Try("vm1", "tcp", STRANGER, 80), Try("inet", "tcp", B1.address, 80, CLIENT))
     assert left_as(lab, "vm1", port=22) == B1.address
 
 
-def test_flows_end_with_the_route_that_they_left_by_and_no_others(lab: Lab) -> None:
+def test_removing_a_route_ends_only_the_flows_that_used_it(lab: Lab) -> None:
     base = wish(held=(A1, B1, C1))
     both = with_policy(base, BY_B, BY_C, one=(100, {"source": f"{VM1}/32"}), two=(101, {"source": f"{VM2}/32"}))
     lab.renew(both)

@@ -1,4 +1,4 @@
-"""Exchanging one ruleset for another: the kernel ends up with exactly what was wanted, and no packet notices."""
+"""Replacing one ruleset by another: the kernel has exactly the new one, and no packet is affected in between."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forwa
 
 
 class Bench(Nft):
-    """A namespace with nothing in it but the table."""
+    """A namespace that contains only the table."""
 
     def __init__(self) -> None:
         self.name = f"rtest-{os.getpid()}-bench"
@@ -37,7 +37,7 @@ class Bench(Nft):
         run("ip", "netns", "del", self.name)
 
     def listed(self) -> dict[tuple[str, str], Any]:
-        """The table as the kernel has it: every object by kind and name, rules in order, without handles."""
+        """The objects of the table by kind and name, with rules in order and without handles."""
         text = run("ip", "netns", "exec", self.name, "nft", "-j", "list", "table", "inet", "netloom")
         found: dict[tuple[str, str], Any] = {}
         for item in json.loads(text)["nftables"]:
@@ -64,7 +64,7 @@ def bench() -> Iterator[Bench]:
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(scopes(), scopes())
-def test_swapped_is_the_same_as_fresh(bench: Bench, before: Scope, after: Scope) -> None:
+def test_a_swapped_ruleset_equals_a_fresh_one(bench: Bench, before: Scope, after: Scope) -> None:
     have, want = nft.ruleset(before), nft.ruleset(after)
     bench.load(ruleset.fresh(want))
     expected = bench.listed()
@@ -78,7 +78,7 @@ def test_swapped_is_the_same_as_fresh(bench: Bench, before: Scope, after: Scope)
 
 
 def _steps(rng: random.Random, scope: Scope) -> Scope:
-    """One random change, as a command would make it."""
+    """Apply one random change, as a command would."""
     addresses = (A1, A2, B1)
     at = rng.choice(addresses)
     guest = rng.choice((VM1, VM2, VM3))
@@ -107,7 +107,7 @@ def _steps(rng: random.Random, scope: Scope) -> Scope:
             return replace(scope, networks=wish(*rules, allow_egress=rng.random() < 0.5).networks)
 
 
-def test_a_thousand_random_changes_leave_as_many_objects_as_a_fresh_one(bench: Bench) -> None:
+def test_a_thousand_random_changes_leave_no_extra_objects(bench: Bench) -> None:
     rng = random.Random(204)
     scope = wish(held=(A1,))
     have = nft.ruleset(scope)
@@ -128,7 +128,7 @@ def test_a_thousand_random_changes_leave_as_many_objects_as_a_fresh_one(bench: B
     assert bench.listed() == walked
 
 
-def test_the_marker_tells_which_ruleset_stands(bench: Bench) -> None:
+def test_the_marker_identifies_the_loaded_ruleset(bench: Bench) -> None:
     one, two = nft.ruleset(wish()), nft.ruleset(wish(forwards=[forward(A1, "22", VM1)]))
     bench.load(ruleset.fresh(one))
     for have, want in ((one, two), (two, one)):
@@ -137,7 +137,7 @@ def test_the_marker_tells_which_ruleset_stands(bench: Bench) -> None:
         assert markers == {ruleset.marker(want)}
 
 
-def test_what_the_kernel_refuses_changes_nothing(bench: Bench) -> None:
+def test_a_rejected_ruleset_changes_nothing(bench: Bench) -> None:
     have = nft.ruleset(wish(forwards=[forward(A1, "22", VM1)]))
     bench.load(ruleset.fresh(have))
     before = bench.listed()
@@ -154,7 +154,7 @@ def _table(*chains: Chain, sets: tuple[NftSet, ...] = (), counters: tuple[str, .
 HOOK = "type filter hook output priority {}; policy {};"
 
 
-def test_hooks_policies_and_types_may_change(bench: Bench) -> None:
+def test_hooks_policies_and_set_types_may_change(bench: Bench) -> None:
     a_set = NftSet(name="some", kind="set", type="ipv4_addr", elements={"10.0.0.1": ""})
     a_map = NftSet(name="some", kind="map", type="ipv4_addr : verdict", elements={"10.0.0.1": "goto side"})
     side = Chain(name="side", rules=("accept",))
@@ -174,7 +174,7 @@ def test_hooks_policies_and_types_may_change(bench: Bench) -> None:
             assert bench.listed() == expected
 
 
-def test_named_counters_keep_their_values_through_refills_and_deltas(bench: Bench) -> None:
+def test_named_counters_keep_their_values_across_swaps(bench: Bench) -> None:
     def table(extra: str, element: str) -> Ruleset:
         return _table(
             Chain(name="out", hook=HOOK.format(0, "accept"), rules=('ip daddr 127.0.0.1 counter name "seen"', extra)),
@@ -195,8 +195,8 @@ def test_named_counters_keep_their_values_through_refills_and_deltas(bench: Benc
 
 
 @pytest.mark.mutation("a-swap-keeps-what-both-have", instead="fresh(want)")
-def test_defect_04_a_flood_of_new_flows_meets_neither_a_loss_nor_a_hole_during_200_swaps() -> None:
-    """Only the firewall stands between the forbidden ports and their guests: both are forwarded."""
+def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
+    """Allowed and forbidden ports are all forwarded, so only the firewall blocks the forbidden ones."""
     both = [forward(A1, "6000-6001", VM1, protocol="udp")]
     fixed = [static(B1, VM3)]
     keep = [
@@ -224,7 +224,7 @@ def test_defect_04_a_flood_of_new_flows_meets_neither_a_loss_nor_a_hole_during_2
             stays = lab.connect("vm3", GATEWAY, 80)
             for space, target in (("inet", A1.address), ("inet", B1.address), ("vm2", STRANGER), ("vm3", STRANGER)):
                 with lab.open_socket(space, socket.SOCK_DGRAM) as warm:
-                    warm.sendto(b"", (target, 7))  # now everybody's neighbours are known
+                    warm.sendto(b"", (target, 7))  # resolves all neighbours
             time.sleep(0.2)
             floods = [
                 Flood(lab, "inet", CLIENT, A1.address, ("vm1", VM1), CLIENT),

@@ -1,7 +1,7 @@
-"""What a VPC lets through between its tiers and the world, shown with packets, and as an independent table says.
+"""Filtering and translation by the ruleset of a VPC, tested with packets and compared with a truth table.
 
-Two tiers, two VMs in the first and one in the second, public addresses with a static NAT, a port forward and a balanced
-port into the first. The device's own sockets stand in for its services and for haproxy.
+The lab has two tiers, two VMs in the first and one in the second, and public addresses with a static NAT, a port
+forward and a balanced port into the first. Sockets of the device take the place of its services and of haproxy.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def lab() -> Iterator[Lab]:
 
 
 def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: int, far: str) -> bool:
-    """The few lines that say what an access control list means."""
+    """An independent implementation of ACLs."""
     if acl is None:
         return direction == "egress"
     mine = [it for it in sorted(acl, key=lambda it: it.number) if it.direction == direction]
@@ -82,7 +82,7 @@ def lets(acl: tuple[AclItem, ...] | None, direction: str, protocol: str, port: i
 
 
 def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None) -> dict[Try, bool]:
-    """Every attempt that is made, and whether it is answered."""
+    """The truth table: each attempt, and whether it must be answered."""
     acls = {"310": acl_a, "311": acl_b}
     tried: dict[Try, bool] = {}
 
@@ -109,7 +109,7 @@ def table(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None) 
             through = out(vm, protocol, number, HOMES["a2"]) and into("a2", protocol, number, HOMES[vm])
             tried[Try(vm, protocol, STATIC, port)] = through
             tried[Try(vm, protocol, OTHER, port)] = False
-        # Nothing stands behind these.
+        # No rule leads from these to a server.
         tried[Try("inet", protocol, NAT, port, CLIENT)] = False
         tried[Try("inet", protocol, OTHER, port, CLIENT)] = False
         tried[Try("nb", protocol, HOMES["a1"], port)] = False
@@ -142,14 +142,14 @@ LISTS = lists(CIDRS, number="47", icmp_type=8, other_type=13) | st.just((ALL_IN,
 @pytest.mark.mutation("the-source-tiers-list-is-asked")
 @settings(max_examples=15)
 @given(LISTS, LISTS)
-def test_packets_do_what_the_lists_say(
+def test_packets_follow_the_acls(
     lab: Lab, acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None
 ) -> None:
-    """Every pair of VM, gateway, internet and public address, each protocol and port."""
+    """All pairs of VM, gateway, internet and public address, for each protocol and port."""
     lab.renew(vpc(acl_a, acl_b))
     told = table(acl_a, acl_b)
-    lab.meets(told)
-    # A neighbour's way around the firewall is told by the link that it comes in on, which the judge never sees.
+    lab.assert_answers(told)
+    # Packets of the neighbour are dropped because of their inbound link, which the flow judge does not know.
     agree(lab, {it: it.source or HOMES[it.space] for it in told if it.space != "nb"})
 
 
@@ -157,7 +157,7 @@ def test_packets_do_what_the_lists_say(
 
 
 @pytest.mark.mutation("a-list-has-its-own-end", instead='"accept"')
-def test_defect_10_a_lists_end_is_of_its_own_tier(lab: Lab) -> None:
+def test_defect_10_the_default_deny_of_an_acl_affects_only_its_tier(lab: Lab) -> None:
     lab.renew(vpc((ALL_IN,), None))
     lab.answered(Try("b1", "tcp", HOMES["a1"], 22), Try("inet", "tcp", NAT, FORWARDED, CLIENT))
     lab.answered(Try("a1", "tcp", STRANGER, 22), Try("b1", "tcp", STRANGER, 22))
@@ -167,7 +167,7 @@ def test_defect_10_a_lists_end_is_of_its_own_tier(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("the-source-tiers-list-is-asked")
-def test_defect_11_the_egress_list_of_the_source_tier_is_asked_between_tiers(lab: Lab) -> None:
+def test_defect_11_traffic_between_tiers_passes_the_egress_acl_of_the_source(lab: Lab) -> None:
     shut = (ALL_IN, item(2, "deny", "egress"))
     lab.renew(vpc(shut, (ALL_IN,)))
     lab.silent(Try("a1", "icmp", HOMES["b1"]), Try("a1", "tcp", HOMES["b1"], 22), Try("a1", "tcp", STRANGER, 22))
@@ -175,16 +175,16 @@ def test_defect_11_the_egress_list_of_the_source_tier_is_asked_between_tiers(lab
 
 
 @pytest.mark.mutation("a-balanced-port-is-judged-by-its-list", instead='rules.append("tcp dport 8000 accept")')
-def test_balanced_ports_are_judged_by_the_clients_own_address(lab: Lab) -> None:
-    """apache/cloudstack #9054: the virtual router's load balancer went around the lists."""
+def test_acls_see_the_client_address_of_balanced_traffic(lab: Lab) -> None:
+    """apache/cloudstack #9054: the load balancer of the virtual router bypassed the ACLs."""
     lab.renew(vpc((item(1, "allow", "ingress", "tcp", "80", f"{CLIENT}/32"),), None))
     lab.answered(Try("inet", "tcp", NAT, BALANCED, CLIENT))
     lab.silent(Try("inet", "tcp", NAT, BALANCED, STRANGER), Try("b1", "tcp", NAT, BALANCED))
 
 
 @pytest.mark.mutation("a-tiers-firewall-is-asked-too", instead="not scope.is_vpc")
-def test_a_tier_with_a_firewall_has_it_besides_its_list(lab: Lab) -> None:
-    """On the addresses that it asked for, and on what its guests begin outward; the VPC's own address has none."""
+def test_a_tier_may_have_a_firewall_in_addition_to_its_acl(lab: Lab) -> None:
+    """The firewall covers the tier's addresses and egress of its guests, but not the VPC's own address."""
     base = vpc((ALL_IN,), (ALL_IN,))
     forwards = [forward(OTHER, FORWARDED, "a1", 22, "tcp"), forward(OTHER, FORWARDED + 1, "a1", 80, "tcp")]
     admitted = replace(admit(public(OTHER), "tcp", str(FORWARDED), f"{CLIENT}/32"), rule_id=1)
@@ -208,12 +208,12 @@ def test_a_tier_with_a_firewall_has_it_besides_its_list(lab: Lab) -> None:
         Try("b1", "udp", STRANGER, 53): True,
         Try("a1", "udp", HOMES["b1"], 53): True,
     }
-    lab.meets(tried)
+    lab.assert_answers(tried)
     agree(lab, {it: it.source or HOMES[it.space] for it in tried})
 
 
-def test_protocols_by_number(lab: Lab) -> None:
-    """GRE, which has no ports: what arrives is read on the raw socket."""
+def test_acls_match_protocols_by_number(lab: Lab) -> None:
+    """GRE has no ports, so arriving packets are read from a raw socket."""
     for acl, arrives in (
         ((item(1, "allow", "ingress", "47", "", A),), True),
         ((item(1, "deny", "ingress", "47"),), False),
@@ -233,7 +233,7 @@ def test_protocols_by_number(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("a-flow-ends-with-its-list-item", instead="True")
-def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> None:
+def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
     ssh = item(5, "allow", "ingress", "tcp", "22")
     lab.renew(vpc((ssh, item(6, "allow", "ingress", "tcp", "8080")), (ALL_IN,)))
     gone = [
@@ -256,8 +256,8 @@ def test_a_changed_list_ends_what_it_had_allowed_and_nothing_else(lab: Lab) -> N
         it.close()
 
 
-def test_the_source_nat_address_changes_and_the_former_keeps_what_leads_inward(lab: Lab) -> None:
-    """There and back: forwards and balanced ports of either, open connections too; guests' own leave anew."""
+def test_changing_the_source_nat_address_keeps_inbound_services_of_the_old_one(lab: Lab) -> None:
+    """Changed and changed back. Forwards, balanced ports and their open connections survive; outbound flows end."""
     before = vpc((ALL_IN,), (ALL_IN,))
     lab.renew(before)
     served = [lab.connect("inet", NAT, port, CLIENT) for port in (FORWARDED, FORWARDED + 1, BALANCED)]
@@ -278,7 +278,7 @@ def test_the_source_nat_address_changes_and_the_former_keeps_what_leads_inward(l
 
 
 @pytest.mark.mutation("addresses-of-other-tiers-stay", instead="False")
-def test_defect_37_a_tier_that_goes_takes_nothing_of_the_others(lab: Lab) -> None:
+def test_defect_37_removing_a_tier_does_not_affect_the_others(lab: Lab) -> None:
     before = vpc((ALL_IN,), (ALL_IN,))
     lab.renew(before)
     flows = [lab.connect("inet", NAT, FORWARDED + 1, CLIENT), lab.connect("b1", STRANGER, 22)]
@@ -296,8 +296,8 @@ def test_defect_37_a_tier_that_goes_takes_nothing_of_the_others(lab: Lab) -> Non
 @pytest.mark.mutation(
     "a-tier-has-all-lines-of-its-list", instead='tuple(it for it in ingress_lines(acl) if "6001" not in it)'
 )
-def test_defect_05_a_flood_meets_neither_a_loss_nor_a_hole_while_lists_are_exchanged() -> None:
-    """Of two ports the first list item that matches allows one and denies the other; the rest changes all the time."""
+def test_defect_05_a_flood_sees_no_loss_and_no_gap_during_acl_changes() -> None:
+    """The first matching ACL item allows one port and denies another. Everything else changes during the flood."""
     keep = (item(10, "deny", "ingress", "udp", "6001"), item(11, "allow", "ingress", "udp", "", B, f"{CLIENT}/32"))
     some = [item(at, "allow", "ingress", "tcp", str(9000 + at), f"10.{at}.0.0/16") for at in range(20, 80)]
     early = [item(at, "deny", "ingress", "udp", str(100 + at), A, B) for at in range(1, 9)]

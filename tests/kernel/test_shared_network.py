@@ -1,6 +1,6 @@
-"""A plain shared network as its VMs meet it: services of a neighbour, two ranges, a real router, neighbours who lie.
+"""Shared networks through a real agent: two address ranges, an external router, spoofing neighbours.
 
-The router stands in the fabric, with a resolver behind it; the device has an address of its own and forwards nothing.
+The router and the resolvers behind it are in the fabric. The device has its own address and forwards nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ONE, ONE_MAC, ONE_IP = "sh-1", "1e:00:aa:00:00:11", "10.30.0.61"
 TWO, TWO_MAC, TWO_IP = "sh-2", "1e:00:aa:00:00:12", "10.31.0.9"
 THIEF_MAC = "1e:00:aa:00:00:99"
 RESOLVER = "198.51.100.53"
-BRIEFLY = ("--max-time", "1")  # where nothing is to come
+BRIEFLY = ("--max-time", "1")  # where no answer is expected
 DOMAIN = "shared.example.internal"
 SECOND = {
     "nic_id": "7102",
@@ -35,7 +35,7 @@ SECOND = {
     "hostname": TWO,
 }
 
-# Takes classless routes as RFC 3442 wants it: a router of 0.0.0.0 is the link itself.
+# Sets classless routes as RFC 3442 requires: router 0.0.0.0 means the link itself.
 UDHCPC = """#!/bin/sh
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0
 ip addr replace "$ip/$mask" dev "$interface"
@@ -52,7 +52,7 @@ echo "ip=$ip mask=$mask router=$router dns=$(echo $dns | tr ' ' ,) domain=$domai
 """
 
 
-def play(host: AgentHost, fixture: str, **changes: Any) -> Reply:
+def call_command(host: AgentHost, fixture: str, **changes: Any) -> Reply:
     return done(host.call(fixture, COMMANDS[fixture], **changes))
 
 
@@ -63,14 +63,14 @@ def host() -> Iterator[AgentHost]:
 
 
 @pytest.fixture(scope="module")
-def standing() -> Iterator[AgentHost]:
-    """Two VMs with all that CloudStack sends, each in its range, for tests that leave them as they are."""
+def host_with_vms() -> Iterator[AgentHost]:
+    """A host with a VM in each range, deployed by all calls of CloudStack. Tests that use it restore its state."""
     with _host() as it:
         for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
-            play(it, fixture)
-        play(it, "305", **SECOND)
-        play(it, "306", **SECOND, vm_data=[{"dir": "metadata", "file": "instance-id", "content": "i-two"}])
-        play(it, "090", **_network(), **_first(), extension_ip=DEVICE, password="FAKE-one")
+            call_command(it, fixture)
+        call_command(it, "305", **SECOND)
+        call_command(it, "306", **SECOND, vm_data=[{"dir": "metadata", "file": "instance-id", "content": "i-two"}])
+        call_command(it, "090", **_network(), **_first(), extension_ip=DEVICE, password="FAKE-one")
         it.plug(ONE, BRIDGE, ONE_MAC)
         it.plug(TWO, BRIDGE, TWO_MAC)
         for vm in (ONE, TWO):
@@ -80,12 +80,12 @@ def standing() -> Iterator[AgentHost]:
 
 @contextlib.contextmanager
 def _host() -> Iterator[AgentHost]:
-    with agent_host("eth1.1410") as it, resolving(it):
+    with agent_host("eth1.1410") as it, upstream_resolvers(it):
         it.start()
         for address in ROUTERS:
             it.run("ip", "addr", "add", address, "dev", "sw-eth1.1410", pid=it.fabric)
         it.run("sysctl", "-qw", "net.ipv4.ip_forward=1", pid=it.fabric)
-        # What goes in and out by the same link is not worth a redirect.
+        # The router forwards within one link and must not send redirects.
         for where in ("all", "sw-eth1/1410"):
             it.run("sysctl", "-qw", f"net.ipv4.conf.{where}.send_redirects=0", pid=it.fabric)
         script = it.path("/run/udhcpc")
@@ -95,8 +95,8 @@ def _host() -> Iterator[AgentHost]:
 
 
 @contextlib.contextmanager
-def resolving(host: AgentHost) -> Iterator[None]:
-    """The resolvers of the world behind the router; they know one name."""
+def upstream_resolvers(host: AgentHost) -> Iterator[None]:
+    """Run the resolvers behind the router. They know one name."""
     for address in (RESOLVER, "198.51.100.54"):
         host.run("ip", "addr", "add", f"{address}/32", "dev", "lo", pid=host.fabric)
     words = ["dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--pid-file=", "--user=root"]
@@ -146,116 +146,116 @@ def pings(host: AgentHost, vm: str, address: str, pid: int = 0) -> bool:
     return " 0% packet loss" in host.run("ping", "-c", "1", "-W", "2", address, namespace=vm, pid=pid, check=False)
 
 
-def test_each_range_is_served_with_its_own_router_and_mask(standing: AgentHost) -> None:
+def test_each_range_is_served_with_its_own_router_and_mask(host_with_vms: AgentHost) -> None:
     dns = f"{DEVICE},198.51.100.53,198.51.100.54"
     both = {"dns": dns, "domain": DOMAIN, "server": DEVICE}
-    assert lease(standing, ONE) == {"ip": ONE_IP, "mask": "24", "router": "10.30.0.1", **both}
-    assert lease(standing, TWO) == {"ip": TWO_IP, "mask": "25", "router": "10.31.0.1", **both}
+    assert lease(host_with_vms, ONE) == {"ip": ONE_IP, "mask": "24", "router": "10.30.0.1", **both}
+    assert lease(host_with_vms, TWO) == {"ip": TWO_IP, "mask": "25", "router": "10.31.0.1", **both}
     for vm in (ONE, TWO):
-        assert lookup(standing, vm, f"{ONE}.{DOMAIN}") == ONE_IP
-        assert lookup(standing, vm, f"{TWO}.{DOMAIN}") == TWO_IP
-        assert lookup(standing, vm, "data-server") == DEVICE
-        # Through the real router, which is the device's only way out, too.
-        assert lookup(standing, vm, "www.far.example") == "203.0.113.99"
-    assert get(standing, ONE, "/latest/meta-data/local-hostname") == "sh-1"
-    assert get(standing, ONE, "/latest/user-data").startswith("#!/bin/sh")
-    assert get(standing, TWO, "/latest/meta-data/instance-id") == "i-two"
-    assert password(standing, ONE) == "FAKE-one"
+        assert lookup(host_with_vms, vm, f"{ONE}.{DOMAIN}") == ONE_IP
+        assert lookup(host_with_vms, vm, f"{TWO}.{DOMAIN}") == TWO_IP
+        assert lookup(host_with_vms, vm, "data-server") == DEVICE
+        # Forwarded through the router, which is also the device's only route to the outside.
+        assert lookup(host_with_vms, vm, "www.far.example") == "203.0.113.99"
+    assert get(host_with_vms, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+    assert get(host_with_vms, ONE, "/latest/user-data").startswith("#!/bin/sh")
+    assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == "i-two"
+    assert password(host_with_vms, ONE) == "FAKE-one"
 
 
-def test_what_tenants_send_each_other_and_the_world_is_none_of_our_business(standing: AgentHost) -> None:
-    assert pings(standing, ONE, TWO_IP)
-    assert pings(standing, TWO, RESOLVER)
+def test_traffic_between_tenants_and_the_router_is_not_filtered(host_with_vms: AgentHost) -> None:
+    assert pings(host_with_vms, ONE, TWO_IP)
+    assert pings(host_with_vms, TWO, RESOLVER)
 
 
 @pytest.mark.mutation("no-forwarding-in-a-plain-network", instead='"1"')
 @pytest.mark.mutation("plain-networks-forward-nothing", instead='"type filter hook forward priority 0; policy accept;"')
-def test_the_device_forwards_nothing(standing: AgentHost) -> None:
-    before = json.loads(standing.run("ip", "-j", "route", "get", RESOLVER, namespace=ONE))[0]["gateway"]
+def test_the_device_forwards_nothing(host_with_vms: AgentHost) -> None:
+    before = json.loads(host_with_vms.run("ip", "-j", "route", "get", RESOLVER, namespace=ONE))[0]["gateway"]
     assert before == "10.30.0.1"
-    standing.ip("-n", ONE, "route", "replace", RESOLVER, "via", DEVICE)
+    host_with_vms.ip("-n", ONE, "route", "replace", RESOLVER, "via", DEVICE)
     try:
-        assert pings(standing, ONE, DEVICE)
-        assert not pings(standing, ONE, RESOLVER)
+        assert pings(host_with_vms, ONE, DEVICE)
+        assert not pings(host_with_vms, ONE, RESOLVER)
     finally:
-        standing.ip("-n", ONE, "route", "del", RESOLVER)
+        host_with_vms.ip("-n", ONE, "route", "del", RESOLVER)
 
 
-def test_a_neighbour_with_a_vms_address_gets_nothing_of_it(standing: AgentHost) -> None:
-    standing.plug("thief", BRIDGE, THIEF_MAC, f"{ONE_IP}/24")
-    standing.ip("-n", "thief", "link", "set", "eth0", "up")
+def test_a_neighbour_with_the_address_of_a_vm_gets_no_data_of_it(host_with_vms: AgentHost) -> None:
+    host_with_vms.plug("thief", BRIDGE, THIEF_MAC, f"{ONE_IP}/24")
+    host_with_vms.ip("-n", "thief", "link", "set", "eth0", "up")
     try:
         for path in ("/latest/user-data", "/latest/meta-data/local-hostname", "/latest/meta-data/"):
-            assert get(standing, "thief", path, *BRIEFLY) == ""
-        assert get(standing, "thief", "/", *BRIEFLY, "-H", "DomU_Request: send_my_password", port=8080) == ""
-        assert lease(standing, "thief", "-t", "2", check=False) == {}
-        # It answers ARP for the address, as the owner does: what is for the owner goes to the owner all the same.
-        assert get(standing, ONE, "/latest/meta-data/local-hostname") == "sh-1"
-        assert lease(standing, ONE)["ip"] == ONE_IP
+            assert get(host_with_vms, "thief", path, *BRIEFLY) == ""
+        assert get(host_with_vms, "thief", "/", *BRIEFLY, "-H", "DomU_Request: send_my_password", port=8080) == ""
+        assert lease(host_with_vms, "thief", "-t", "2", check=False) == {}
+        # The thief answers ARP for the address. The device still sends to the owner's MAC address.
+        assert get(host_with_vms, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+        assert lease(host_with_vms, ONE)["ip"] == ONE_IP
     finally:
-        standing.ip("link", "del", "tap-thief")
-        standing.ip("netns", "del", "thief")
+        host_with_vms.ip("link", "del", "tap-thief")
+        host_with_vms.ip("netns", "del", "thief")
 
 
 @pytest.mark.mutation("routers-do-not-reach-the-device")
-def test_routers_and_strangers_reach_nothing_of_the_device(standing: AgentHost) -> None:
-    fabric = standing.fabric
-    standing.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)
-    standing.run("ip", "route", "replace", f"{DEVICE}/32", "dev", "sw-eth1.1410", pid=fabric)
+def test_routers_and_outside_hosts_cannot_reach_the_device(host_with_vms: AgentHost) -> None:
+    fabric = host_with_vms.fabric
+    host_with_vms.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)
+    host_with_vms.run("ip", "route", "replace", f"{DEVICE}/32", "dev", "sw-eth1.1410", pid=fabric)
     for source in ("10.30.0.1", "10.31.0.1", RESOLVER):
-        assert get(standing, "", "/", *BRIEFLY, "--interface", source, pid=fabric) == ""
+        assert get(host_with_vms, "", "/", *BRIEFLY, "--interface", source, pid=fabric) == ""
         with pytest.raises(AssertionError, match="^nc "):
-            standing.run("nc", "-z", "-w", "1", "-s", source, DEVICE, "53", pid=fabric)
-        ping = standing.run("ping", "-c", "1", "-W", "1", "-I", source, DEVICE, pid=fabric, check=False)
+            host_with_vms.run("nc", "-z", "-w", "1", "-s", source, DEVICE, "53", pid=fabric)
+        ping = host_with_vms.run("ping", "-c", "1", "-W", "1", "-I", source, DEVICE, pid=fabric, check=False)
         assert "100% packet loss" in ping
-    assert lookup(standing, "", f"{ONE}.{DOMAIN}", pid=fabric, patience_s=2) == ""
+    assert lookup(host_with_vms, "", f"{ONE}.{DOMAIN}", pid=fabric, patience_s=2) == ""
 
 
-def test_a_vm_that_goes_through_its_router_has_names_and_no_metadata(standing: AgentHost) -> None:
-    """A client that takes no classless routes: its requests bear the router's MAC address, which proves nothing."""
-    standing.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
+def test_a_vm_behind_its_router_gets_names_but_no_metadata(host_with_vms: AgentHost) -> None:
+    """The client ignores classless routes, so its requests have the MAC address of the router and prove no identity."""
+    host_with_vms.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
     try:
-        assert lookup(standing, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
-        assert get(standing, TWO, "/latest/meta-data/instance-id") == ""
+        assert lookup(host_with_vms, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
+        assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == ""
     finally:
-        standing.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "dev", "eth0")
-    assert get(standing, TWO, "/latest/meta-data/instance-id") == "i-two"
+        host_with_vms.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "dev", "eth0")
+    assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == "i-two"
 
 
 FIRST_CALLS = ("301", "302", "303", "304", "305", "306", "307", "314", "315", "090")
 
 
-def test_whatever_comes_first_builds_the_network_and_the_end_leaves_nothing(host: AgentHost) -> None:
+def test_any_first_command_builds_the_network_and_it_is_removed_completely(host: AgentHost) -> None:
     before = host.inventory()
     for removal in ("310", "311", "312", "313", "316"):
-        play(host, removal)
+        call_command(host, removal)
     assert host.inventory() == before
     of_isolated = {**_network(), **_first(), "extension_ip": DEVICE, "password": "FAKE-one"}
     for first in FIRST_CALLS:
-        play(host, first, **(of_isolated if first == "090" else {}))
+        call_command(host, first, **(of_isolated if first == "090" else {}))
         host.plug(ONE, BRIDGE, ONE_MAC, f"{ONE_IP}/24")
         assert pings(host, ONE, DEVICE), first
         if first in ("303", "315"):
             assert lease(host, ONE)["ip"] == ONE_IP
         if first == "090":
             wait_until(lambda: password(host, ONE) == "FAKE-one")
-        play(host, "316")
+        call_command(host, "316")
         host.ip("link", "del", f"tap-{ONE}")
         host.ip("netns", "del", ONE)
         wait_until(lambda: host.inventory() == before)
 
 
-def test_the_device_moves_to_the_address_that_cloudstack_names(host: AgentHost) -> None:
-    """Not named, it stays where it is; another one, and the services are there and nowhere else."""
-    play(host, "301", extension_ip="")
+def test_the_device_takes_the_address_that_cloudstack_sends(host: AgentHost) -> None:
+    """Without an address in the call it stays. With another address the services move to it."""
+    call_command(host, "301", extension_ip="")
     assert host.run("ip", "netns", "list") == ""
     for fixture in ("301", "302", "303", "304", "305", "306"):
-        play(host, fixture)
-    play(host, "303", extension_ip="")
+        call_command(host, fixture)
+    call_command(host, "303", extension_ip="")
     host.plug(ONE, BRIDGE, ONE_MAC)
     assert lease(host, ONE)["server"] == DEVICE
     moved = "10.30.0.6"
-    play(host, "303", extension_ip=moved)
+    call_command(host, "303", extension_ip=moved)
     assert lease(host, ONE)["server"] == moved
     url = f"http://{moved}/latest/meta-data/local-hostname"
     wait_until(lambda: host.run("curl", "-s", "--fail", *BRIEFLY, url, namespace=ONE, check=False) == "sh-1")
@@ -267,29 +267,29 @@ def test_the_device_moves_to_the_address_that_cloudstack_names(host: AgentHost) 
     assert steps(host) == 0
 
 
-def test_an_l2_network_has_its_vms_remembered_and_nothing_built(host: AgentHost) -> None:
+def test_an_l2_network_stores_its_vms_and_builds_nothing(host: AgentHost) -> None:
     before = host.inventory()
-    play(host, "320")
+    call_command(host, "320")
     assert host.inventory() == {**before, "files": before["files"] + 1}
-    play(host, "316", network_id="420", vlan="1420", guest_type="l2")
+    call_command(host, "316", network_id="420", vlan="1420", guest_type="l2")
     assert host.inventory() == before
 
 
-def test_a_range_that_ends_a_restart_and_a_new_agent(host: AgentHost) -> None:
+def test_a_removed_range_a_restart_and_an_agent_restart_keep_the_other_range(host: AgentHost) -> None:
     for fixture in ("301", "302", "303", "304", "305", "306", "307", "308"):
-        play(host, fixture)
+        call_command(host, fixture)
     host.plug(ONE, BRIDGE, ONE_MAC)
     host.plug(TWO, BRIDGE, TWO_MAC)
     lease(host, ONE)
     assert lookup(host, ONE, f"{ONE}.{DOMAIN}") == ONE_IP
-    # CloudStack's restart: implement-network in state setup, then all VMs at once, without masks.
+    # A restart by CloudStack: implement-network in state setup, then restore-network with all VMs, without netmasks.
     for fixture in ("314", "315"):
-        play(host, fixture)
+        call_command(host, fixture)
     assert lease(host, TWO)["mask"] == "25"
     wait_until(lambda: lookup(host, TWO, f"{TWO}.{DOMAIN}") == TWO_IP)
-    # The first range ends; its VM has nothing any more, the second range's VM has all.
+    # The first range is removed. Its VM gets nothing any more, the VM of the second range still gets everything.
     for fixture in ("311", "310", "312", "313"):
-        play(host, fixture)
+        call_command(host, fixture)
     assert lease(host, ONE, "-t", "2", check=False) == {}
     assert get(host, ONE, "/latest/meta-data/local-hostname") == ""
     assert lease(host, TWO)["ip"] == TWO_IP
@@ -301,34 +301,34 @@ def test_a_range_that_ends_a_restart_and_a_new_agent(host: AgentHost) -> None:
     assert get(host, TWO, "/latest/meta-data/local-hostname") == TWO
 
 
-def test_after_a_failover_an_isolated_network_stands_with_the_first_call_about_a_vm() -> None:
+def test_after_failover_the_first_vm_command_builds_an_isolated_network() -> None:
     with agent_host() as host:
         host.start()
-        play(host, "100")
+        call_command(host, "100")
         assert host.run("ip", "netns", "list") == ""
-        play(host, "139")
+        call_command(host, "139")
         host.plug("web", "breth1-1204", "02:01:00:cc:00:03", "10.10.1.45/24")
         assert pings(host, "web", "10.10.1.1")
 
 
-def test_an_isolated_network_whose_gateway_is_somebody_elses() -> None:
-    """Provider of DHCP, DNS and user data only: the device asks the gateway, and does not take its place."""
-    with agent_host("eth1.1205") as host, resolving(host):
+def test_an_isolated_network_with_an_external_gateway() -> None:
+    """We provide only DHCP, DNS and user data. The device uses the gateway and does not take its address."""
+    with agent_host("eth1.1205") as host, upstream_resolvers(host):
         host.start()
         host.run("ip", "addr", "add", "10.11.1.1/24", "dev", "sw-eth1.1205", pid=host.fabric)
-        play(host, "140")
+        call_command(host, "140")
         told = json.loads(next(PAYLOADS.glob("140-*")).read_text())["payload"] | {"network_state": "implemented"}
         nic = {**told, "ip": "10.11.1.45", "dns": RESOLVER}
         for fixture in ("030", "032", "034"):
-            play(host, fixture, **nic)
+            call_command(host, fixture, **nic)
         host.plug("web", "breth1-1205", "02:01:00:cc:00:03", "10.11.1.45/24")
         said = host.run("busybox", "nslookup", "www.far.example", "10.11.1.7", namespace="web", check=False)
         assert "203.0.113.99" in said
         assert host.run("arping", "-c", "1", "-I", "eth0", "10.11.1.1", namespace="web").count("Unicast reply") == 1
 
 
-def test_a_shared_network_with_nat_and_firewall_lives_as_an_isolated_one() -> None:
-    """Advanced zones: the device is its gateway, CloudStack implements it, and in the end shuts it down."""
+def test_a_shared_network_with_nat_and_firewall_works_like_an_isolated_one() -> None:
+    """In advanced zones the device is its gateway, and CloudStack implements the network and shuts it down."""
     with agent_host("eth1.1410", "eth2.101") as host:
         host.start()
         host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
@@ -336,12 +336,12 @@ def test_a_shared_network_with_nat_and_firewall_lives_as_an_isolated_one() -> No
         told = _network() | {"network_state": "implementing"}
         public, web = "203.0.113.20", 8081
         rule = {"id": 1, "type": "ingress", "protocol": "tcp", "portStart": web, "publicIp": public}
-        play(host, "020", **told, extension_ip="10.30.0.1")
-        play(host, "021", **told)
+        call_command(host, "020", **told, extension_ip="10.30.0.1")
+        call_command(host, "021", **told)
         told["network_state"] = "implemented"
-        play(host, "053", **told, public_ip=public, public_port=str(web), private_ip=ONE_IP, private_port="80")
-        play(host, "070", **told, fw_rules={"default_egress_allow": True, "rules": [rule]})
-        play(host, "303", **told, **_first(), extension_ip="10.30.0.1")
+        call_command(host, "053", **told, public_ip=public, public_port=str(web), private_ip=ONE_IP, private_port="80")
+        call_command(host, "070", **told, fw_rules={"default_egress_allow": True, "rules": [rule]})
+        call_command(host, "303", **told, **_first(), extension_ip="10.30.0.1")
         host.plug(ONE, BRIDGE, ONE_MAC, f"{ONE_IP}/24")
         host.ip("-n", ONE, "route", "add", "default", "via", "10.30.0.1")
         assert pings(host, ONE, "203.0.113.1")
@@ -352,19 +352,19 @@ def test_a_shared_network_with_nat_and_firewall_lives_as_an_isolated_one() -> No
         assert host.run(*heard, "80", pid=host.fabric, check=False) == ""
         host.ip("link", "del", f"tap-{ONE}")
         host.ip("netns", "del", ONE)
-        play(host, "126", **{**told, "network_state": "shutdown"})
-        play(host, "316", network_state="setup")
+        call_command(host, "126", **{**told, "network_state": "shutdown"})
+        call_command(host, "316", network_state="setup")
         wait_until(lambda: {**host.inventory(), "connections": 0} == {**before, "connections": 0})
 
 
 def test_an_untagged_shared_network_uses_the_nic_itself(host: AgentHost) -> None:
-    play(host, "317")
+    call_command(host, "317")
     links = host.links()
     assert links["eth1"]["master"] == links["vnetg411"]["master"] == "breth1-0"
     assert "10.32.0.4/24" in host.run("ip", "addr", namespace="cs-net-411")
 
 
-def test_a_private_vlan_is_refused_and_leaves_nothing(host: AgentHost) -> None:
+def test_a_private_vlan_is_refused_and_creates_nothing(host: AgentHost) -> None:
     before = host.inventory()
     reply = host.call("318", "prepare-nic")
     assert (reply.status, reply.error) == (

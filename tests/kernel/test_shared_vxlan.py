@@ -1,4 +1,4 @@
-"""VXLAN: two hosts, a network between them, and a segment whose tunnel somebody else has made."""
+"""VXLAN segments between two hosts, including a tunnel created by CloudStack's KVM agent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAC = "02:01:00:cc:00:03"
 
 @pytest.fixture
 def host() -> Iterator[AgentHost]:
-    """A gateway host whose ``eth1`` (192.0.2.11) leads to ``eth1`` of a KVM host, the fabric (192.0.2.12)."""
+    """A host whose ``eth1`` (192.0.2.11) is connected to ``eth1`` (192.0.2.12) of the fabric, here a KVM host."""
     with contextlib.closing(AgentHost(("eth2.101",))) as made:
         made.ip("link", "add", "eth1", "type", "veth", "peer", "name", "eth1", "netns", str(made.fabric))
         made.ip("addr", "add", "192.0.2.11/24", "dev", "eth1")
@@ -27,7 +27,7 @@ def host() -> Iterator[AgentHost]:
         for words in (
             "addr add 192.0.2.12/24 dev eth1",
             "link set eth1 up",
-            # As CloudStack's KVM agent makes it.
+            # The same commands as CloudStack's KVM agent.
             f"link add {TUNNEL} type vxlan id {VNI} group 239.255.255.255 ttl 10 dev eth1",
             f"addr add 10.10.1.45/24 dev {TUNNEL}",
             f"link set {TUNNEL} address {MAC} up",
@@ -40,7 +40,7 @@ def implement(host: AgentHost, **changes: str) -> Reply:
     return host.call("020", "implement-network", registration=VXLAN, vlan=VNI, **changes)
 
 
-def test_frames_cross_between_two_hosts(host: AgentHost) -> None:
+def test_vxlan_carries_frames_between_two_hosts(host: AgentHost) -> None:
     reply = implement(host)
     assert reply.status == 0, reply.error
     assert reply.output == (f'{{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://{VNI}"}}')
@@ -50,7 +50,7 @@ def test_frames_cross_between_two_hosts(host: AgentHost) -> None:
     assert {key: tunnel.get(key) for key in told} == told
     assert (made[TUNNEL]["master"], made["vnetg204"]["master"]) == (BRIDGE, BRIDGE)
     assert "vxlan" not in "".join(name for name, it in made.items() if it.get("ifalias") == "netloom net-204")
-    # What the tunnel adds has to fit: 50 bytes (RFC 7348 section 5).
+    # The encapsulation needs 50 bytes (RFC 7348 section 5).
     assert (made["vnetg204"]["mtu"], host.links("cs-net-204")["gst-204"]["mtu"]) == (1450, 1450)
     host.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "1422", "10.10.1.1", pid=host.fabric)
 
@@ -67,14 +67,14 @@ def test_frames_cross_between_two_hosts(host: AgentHost) -> None:
     assert host.run("nft", "list", "tables") == ""
 
 
-def test_a_tunnel_that_is_taken_away_comes_back(host: AgentHost) -> None:
+def test_a_deleted_tunnel_is_restored(host: AgentHost) -> None:
     assert implement(host).status == 0
     host.ip("link", "del", TUNNEL)
     wait_until(lambda: host.links().get(TUNNEL, {}).get("master") == BRIDGE)
     host.run("ping", "-c", "1", "-W", "5", "10.10.1.1", pid=host.fabric)
 
 
-def test_what_the_kvm_agent_made_is_used_and_left(host: AgentHost) -> None:
+def test_a_tunnel_of_the_kvm_agent_is_used_and_kept(host: AgentHost) -> None:
     host.ip("link", "add", TUNNEL, "mtu", "1400", "type", "vxlan", "id", VNI, "group", "239.255.255.255", "dev", "eth1")
     host.ip("link", "add", BRIDGE, "type", "bridge")
     host.ip("link", "set", TUNNEL, "master", BRIDGE, "up")
@@ -88,7 +88,7 @@ def test_what_the_kvm_agent_made_is_used_and_left(host: AgentHost) -> None:
     assert host.links().keys() == before.keys()
 
 
-def test_without_an_address_the_remedy_is_told(host: AgentHost) -> None:
+def test_a_missing_vxlan_address_is_reported_with_its_remedy(host: AgentHost) -> None:
     host.ip("addr", "flush", "dev", "eth1")
     reply = implement(host)
     assert (reply.status, reply.error) == (3, "eth1 has no IPv4 address for VXLAN to send from")

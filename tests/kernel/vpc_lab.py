@@ -41,7 +41,7 @@ def vpc(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, **
         port_forwards={
             it.key: it
             for it in (
-                # Several services, and two tiers, on the VPC's source-NAT address.
+                # The VPC's source-NAT address has several services, of two tiers.
                 forward(NAT, FORWARDED, "a1", 22, "tcp"),
                 forward(NAT, FORWARDED, "a1", 22, "udp"),
                 forward(NAT, FORWARDED + 1, "b1", 22, "tcp"),
@@ -108,7 +108,7 @@ def items(
 def lists(
     cidrs: st.SearchStrategy[list[str]], *, number: str, icmp_type: int, other_type: int
 ) -> st.SearchStrategy[tuple[AclItem, ...] | None]:
-    """A strategy for access control lists, and for no list.
+    """A strategy for ACLs, including no ACL.
 
     ``number`` is a protocol given by its number. Tests send ICMP of ``icmp_type`` and none of ``other_type``.
     """

@@ -70,15 +70,15 @@ def test_a_version_other_than_the_pinned_one_is_reported(tmp_path: Path) -> None
 @pytest.mark.parametrize("deed", [lambda it: it.write_text("x = 2\n"), Path.unlink], ids=["changed", "removed"])
 def test_a_changed_or_removed_file_is_reported(tmp_path: Path, deed: Any) -> None:
     deed(install(tmp_path, "h11", dict(requirements.pins("runtime.txt"))["h11"]))
-    assert found_in(tmp_path) == [".venv-runtime: h11: h11.py is not what the wheel brought"]
+    assert found_in(tmp_path) == [".venv-runtime: h11: h11.py differs from the wheel"]
 
 
 @pytest.mark.parametrize("licence", ["AGPL-3.0-only", ""])
 def test_a_licence_not_on_the_list_is_reported(tmp_path: Path, licence: str) -> None:
     version = dict(requirements.pins("runtime.txt"))["h11"]
     install(tmp_path, "h11", version, licence)
-    told = licence or "not said"
-    assert found_in(tmp_path) == [f".venv-runtime: h11 {version}: licence {told} is not on the list"]
+    told = licence or "unknown"
+    assert found_in(tmp_path) == [f".venv-runtime: h11 {version}: licence {told} is not allowed"]
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,6 @@ def test_an_unreachable_service_fails_the_audit_in_one_line() -> None:
         pass
     ended = audited(url, 2)
     (line,) = ended.stderr.splitlines()
-    assert line.startswith(f"audit: known vulnerabilities were NOT looked for, or not of all: {url}")
+    assert line.startswith(f"audit: known vulnerabilities were not checked, or not for all components: {url}")
     assert "knows no vulnerability" not in ended.stdout
     assert "pinned by hash and unchanged" in ended.stdout

@@ -15,7 +15,7 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 # that no test uses any more.
 PRIVATE = {
     "_ENVIRONMENT",
-    "_TRIALS",
+    "_TESTS",
     "_ask",
     "_decode_acknowledgement",
     "_decode_any",

@@ -17,8 +17,8 @@ from ssh.onefile import OneFiles
 
 
 @pytest.fixture(scope="session")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    # The names of the namespaces are fixed, so that a run which was killed is cleared away by the next one.
+def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
+    # The namespaces have fixed names, so a run removes those of a killed earlier run.
     with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lab = SshLab(tmp_path_factory.mktemp("stest"))
@@ -30,10 +30,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
 
 
 @pytest.fixture
-def lab(started: SshLab) -> SshLab:
-    started.h1.play()
-    started.h2.play()
-    return started
+def lab(shared_lab: SshLab) -> SshLab:
+    shared_lab.h1.set_behaviour()
+    shared_lab.h2.set_behaviour()
+    return shared_lab
 
 
 @pytest.fixture
@@ -42,21 +42,21 @@ def caller(lab: SshLab, tmp_path: Path) -> Caller:
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[tuple[Bed, OneFiles]]:
+def deploy_bed() -> Iterator[tuple[Bed, OneFiles]]:
     with deploying(hosts=1) as it:
         yield it
 
 
 @pytest.fixture
-def files(place: tuple[Bed, OneFiles]) -> OneFiles:
-    return place[1]
+def files(deploy_bed: tuple[Bed, OneFiles]) -> OneFiles:
+    return deploy_bed[1]
 
 
 @pytest.fixture
-def bed(place: tuple[Bed, OneFiles]) -> Iterator[Bed]:
+def bed(deploy_bed: tuple[Bed, OneFiles]) -> Iterator[Bed]:
     """A bed whose host has no files of netloom."""
-    yield place[0]
-    wipe(place[0])
+    yield deploy_bed[0]
+    wipe(deploy_bed[0])
 
 
 @pytest.fixture

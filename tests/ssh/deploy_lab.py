@@ -123,7 +123,7 @@ def wipe(bed: Bed) -> None:
     for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
         if line.endswith(" helper"):
             pid = line.split()[0]
-            bed.management.sh(f"kill -9 {pid} 2>/dev/null || test ! -e /proc/{pid}")  # it may have ended meanwhile
+            bed.management.sh(f"kill -9 {pid} 2>/dev/null || test ! -e /proc/{pid}")  # it may have ended already
     host = bed.hosts[0]
     host.power_cut()
     host.boot()
@@ -131,7 +131,7 @@ def wipe(bed: Bed) -> None:
     host.sh(f"rm -rf {ours} && truncate -s 0 /var/log/sshd.log")
 
 
-def works(done: Execution) -> bool:
+def succeeded(done: Execution) -> bool:
     """Whether a call succeeded and printed the answer of ensure-network-device."""
     return done.status == 0 and '"namespace":"cs-net-204"' in done.output
 
@@ -145,7 +145,7 @@ def current(host: Host) -> str:
     return host.sh(f"readlink {LIBEXEC}/current", check=False).strip()
 
 
-def agents(host: Host) -> list[str]:
+def running_agents(host: Host) -> list[str]:
     """One entry for each running agent process: the build that the log named last."""
     serving = [line for line in host.sh("ps -A -o args=").splitlines() if " agent serve" in line]
     said = re.findall(r" build=(\S+) ", host.sh("cat /var/log/netloom/agent.log", check=False))
@@ -166,10 +166,10 @@ def slow_disk(host: Host, *, stop: int = 0, spoil: bool = False) -> None:
         host.write("/run/dd-spoil", "")
 
 
-def go_on(host: Host) -> None:
+def continue_upload(host: Host) -> None:
     host.sh("rm -f /run/dd-stop")
 
 
-def part(host: Host) -> int:
+def uploaded_bytes(host: Host) -> int:
     """The number of bytes of an unfinished upload on a host."""
     return int(host.sh(f"cat {LIBEXEC}/*/.part-* 2>/dev/null | wc -c", check=False))

@@ -1,7 +1,7 @@
-"""Two hosts with real SSH servers, and the machine that CloudStack runs on: namespaces, and nothing outside of them.
+"""Two hosts with real SSH servers and a management server, made of namespaces.
 
-A host has its own network, /etc, /run, /root and /home; its sshd answers on several ports, each set up another
-way. The management side is a namespace of its own with no way out.
+A host has its own network, /etc, /run, /root and /home. Its SSH servers listen on several ports with different
+configurations. The management server is a network namespace without a route to the outside.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MANAGEMENT = "stest-m"
 
 # Ports of a host's SSH servers.
 PLAIN = 22  # keys and passwords
-ASKING = 2022  # keyboard-interactive by PAM, and nothing else
+INTERACTIVE = 2022  # keyboard-interactive by PAM only
 KEYS = 2122  # keys only
-BUSY = 2222  # keys only, and one login at a time
-HOLE = 2322  # packets are dropped without a word
-MUTE = 2422  # something listens and says nothing
+BUSY = 2222  # keys only, one login at a time
+BLACK_HOLE = 2322  # packets are dropped
+MUTE = 2422  # a server listens and sends nothing
 
-# Every character that a shell, JSON or a config file could trip over, and two that need UTF-8.
+# Special characters of shells, JSON and configuration files, and two that need UTF-8.
 HOSTILE = """ p"w'\\$(id) `x` #;&|<>%!*~ üµ \\n {}"""
 
-# The interpreter may live below /root, which is hidden here: its directory is put back in the same place.
+# The interpreter may be below /root, which is hidden here, so its directory is mounted at the same path again.
 _PRIVATE = r"""
 set -e
 mount --make-rprivate /
@@ -77,15 +77,15 @@ exec "$@"
 
 
 def run(*argv: str, stdin: str = "") -> str:
-    """The output of ``argv``, which has to succeed."""
+    """Run a program; returns its stdout. Raises AssertionError when the exit status is not 0."""
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{shlex.join(argv)}: {done.stderr}"
     return done.stdout
 
 
 @dataclass
-class Ended:
-    """How one call ended."""
+class CallResult:
+    """Exit status, output and duration of one call."""
 
     status: int
     stdout: str
@@ -94,7 +94,7 @@ class Ended:
 
     @property
     def line(self) -> str:
-        """The one line of a failure: nothing on stdout, one ASCII line on stderr."""
+        """The error line. Asserts a failure with an empty stdout and one ASCII line on stderr."""
         assert self.status != 0, f"it succeeded: {self.stdout!r}"
         assert self.stdout == ""
         assert self.stderr.isascii()
@@ -104,7 +104,7 @@ class Ended:
 
     @property
     def output(self) -> str:
-        """What a success printed: nothing, or whole lines; nothing on stderr."""
+        """The output. Asserts success, complete lines on stdout and an empty stderr."""
         assert (self.status, self.stderr) == (0, ""), self.stderr
         assert not self.stdout or self.stdout.endswith("\n")
         return self.stdout.removesuffix("\n")
@@ -120,7 +120,7 @@ class SshHost:
         self.directory = directory
         self.run_directory = directory / "run"
         self._sshd: list[subprocess.Popen[bytes]] = []
-        self.ports = (PLAIN, ASKING, KEYS, BUSY)
+        self.ports = (PLAIN, INTERACTIVE, KEYS, BUSY)
 
     def boot(self, authorized: str) -> None:
         self.run_directory.mkdir(parents=True)
@@ -130,7 +130,7 @@ class SshHost:
         passwords.write_text("".join(f"{user}:{HOSTILE}\n" for user in users))
         (self.run_directory / "authorized").write_text(authorized)
         self.new_host_keys()
-        self.play()
+        self.set_behaviour()
         common = (
             "HostKey /run/hostkey_ed25519\nHostKey /run/hostkey_rsa\nPermitRootLogin yes\nStrictModes no\nUseDNS no\n"
             "PidFile none\nAuthorizedKeysFile /run/authorized\nPrintMotd no\n"
@@ -138,7 +138,7 @@ class SshHost:
         keys_only = "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
         for port, settings in {
             PLAIN: "UsePAM no\nPasswordAuthentication yes\nKbdInteractiveAuthentication no\n",
-            ASKING: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
+            INTERACTIVE: "UsePAM yes\nPasswordAuthentication no\nKbdInteractiveAuthentication yes\n"
             "PubkeyAuthentication no\n",
             KEYS: keys_only + "MaxStartups 100\n",
             BUSY: keys_only + "MaxStartups 1\n",
@@ -147,7 +147,7 @@ class SshHost:
         self.start()
 
     def start(self) -> None:
-        """All its SSH servers, in one set of namespaces."""
+        """Start all SSH servers in one set of namespaces."""
         servers = " ".join(f"/usr/sbin/sshd -D -e -f /run/sshd_{port} 2>>/run/sshd.log &" for port in self.ports)
         hung = f"exec nc -l -k -p {MUTE} </dev/null >/dev/null"
         environment = {**os.environ, "D": str(self.directory), "PREFIX": sys.base_prefix}
@@ -183,21 +183,21 @@ class SshHost:
         return run("ssh-keygen", "-lf", str(self.run_directory / f"hostkey_{kind}.pub")).split()[1]
 
     def halt(self) -> None:
-        """End every process of the host; they are all ours."""
+        """End every process of the host."""
         for pid in run("ip", "netns", "pids", self.netns).split():
             processes.kill(int(pid))
         for process in self._sshd:
             process.wait()
         self._sshd = []
 
-    def play(self, how: str = "answer", **script: Any) -> None:
-        """Tell the stand-in what to do from the next connection on, and forget what was asked before."""
+    def set_behaviour(self, how: str = "answer", **script: Any) -> None:
+        """Set what the stand-in agent does from the next connection on, and delete its record of calls."""
         (self.run_directory / "standin.json").write_text(json.dumps({"how": how, **script}))
         for name in ("standin.log", "standin.log.died"):
             (self.run_directory / name).unlink(missing_ok=True)
 
-    def asked(self, *, but: str = "locate") -> list[dict[str, Any]]:
-        """The calls that arrived, without the questions for where a scope is."""
+    def calls_received(self, *, but: str = "locate") -> list[dict[str, Any]]:
+        """The calls that the stand-in agent got, without ``locate`` calls."""
         journal = self.run_directory / "standin.log"
         calls = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
         return [call for call in calls if call["command"] != but]
@@ -207,7 +207,7 @@ class SshHost:
 
 
 class SshLab:
-    """Two hosts and the management side."""
+    """Two hosts and the management server."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -217,11 +217,11 @@ class SshLab:
         (directory / "keys").mkdir()
         (directory / "m" / "vartmp").mkdir(parents=True)
         (directory / "m" / "vartmp").chmod(0o1777)
-        # Its packets are dropped: the resolver that never answers.
+        # A resolver that never answers, because its packets are dropped.
         (directory / "m" / "resolv.conf").write_text(f"nameserver {self.h1.address}\noptions timeout:5 attempts:3\n")
 
     def key(self, name: str, *arguments: str) -> str:
-        """A private key's text, made once."""
+        """The text of a private key, which is created at the first call."""
         path = self.directory / "keys" / name
         if not path.exists():
             run("ssh-keygen", "-q", "-N", "", "-C", name, *arguments, "-f", str(path))
@@ -241,7 +241,7 @@ class SshLab:
             self._in(host.netns, f"ip address add {host.address}/24 dev eth0")
             self._in(host.netns, f"ip -6 address add {host.address6}/64 dev eth0 nodad")
             rule = f"add table inet hole; add chain inet hole in {{ type filter hook input priority 0; }}; \
-                add rule inet hole in tcp dport {HOLE} drop; add rule inet hole in udp dport 53 drop"
+                add rule inet hole in tcp dport {BLACK_HOLE} drop; add rule inet hole in udp dport 53 drop"
             self._in(host.netns, f"nft '{rule}'")
         self.key("good", "-t", "ed25519")
         self.key("pem", "-t", "rsa", "-b", "2048", "-m", "PEM")
@@ -258,8 +258,8 @@ class SshLab:
             run("ip", "netns", "delete", netns)
 
     @contextmanager
-    def cut(self, host: SshHost) -> Iterator[None]:
-        """No packet reaches the host, and nobody is told."""
+    def disconnected(self, host: SshHost) -> Iterator[None]:
+        """Disconnect the host silently: its packets are dropped and links stay up."""
         port = host.netns.replace("stest", "p")
         run("ip", "-n", MANAGEMENT, "link", "set", port, "nomaster")
         try:
@@ -272,13 +272,13 @@ class SshLab:
 
 
 class Caller:
-    """CloudStack, as far as a call sees it: a payload file, a stdin that never ends, and two pipes."""
+    """Runs the extension as CloudStack does: a payload file, a stdin that stays open, and two pipes."""
 
     def __init__(self, lab: SshLab, directory: Path) -> None:
         self.lab = lab
         self.home = directory / "netloom"
         self.home.mkdir(mode=0o700)
-        self.helper = "0"  # NETLOOM_HELPER; what the helper does is test_helper.py's subject
+        self.helper = "0"  # NETLOOM_HELPER; test_helper.py tests the helper
         self._count = 0
 
     def details(self, **details: Any) -> dict[str, Any]:
@@ -325,19 +325,19 @@ class Caller:
             text=True,
         )
 
-    def start_and_wait_until_asked(
+    def start_and_wait_for_call(
         self, details: Mapping[str, Any], timeout: int, host: SshHost, stored: Mapping[str, Any] | None = None
     ) -> tuple[subprocess.Popen[str], float]:
-        """An implement-network that has reached the agent of ``host``; the process, and when it began."""
+        """Start implement-network and wait until the agent of ``host`` has it; returns process and start time."""
         began = time.monotonic()
         process = self.start("implement-network", str(self.payload(details, stored)), str(timeout))
-        while "implement-network" not in [call["command"] for call in host.asked()]:
+        while "implement-network" not in [call["command"] for call in host.calls_received()]:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         return process, began
 
-    def finish(self, process: subprocess.Popen[str], began: float) -> Ended:
-        """Read to end of file, then wait, as the client does; stdin stays open all the while."""
+    def finish(self, process: subprocess.Popen[str], began: float) -> CallResult:
+        """Read the output to end of file, then wait for the exit, as CloudStack does. stdin stays open."""
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
@@ -350,7 +350,7 @@ class Caller:
                 if not data:
                     waiting.remove(stream)
         status = process.wait()
-        ended = Ended(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
+        ended = CallResult(status, texts[process.stdout], texts[process.stderr], time.monotonic() - began)
         for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
         return ended
@@ -364,14 +364,14 @@ class Caller:
         *,
         timeout: int = 30,
         **how: Any,
-    ) -> Ended:
+    ) -> CallResult:
         path = self.payload(details, stored, payload)
         if how.get("uid"):
             os.chown(path, how["uid"], -1)
         began = time.monotonic()
         return self.finish(self.start(command, str(path), str(timeout), **how), began)
 
-    def ensure(self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, **how: Any) -> Ended:
+    def ensure(self, details: Mapping[str, Any], stored: Mapping[str, Any] | None = None, **how: Any) -> CallResult:
         current = json.dumps(stored or {})
         return self.call("ensure-network-device", details, stored, {"current_details": current}, **how)
 

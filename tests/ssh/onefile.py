@@ -1,8 +1,7 @@
-"""A stand-in for the one file that ``make build`` makes: this checkout in one executable file, of any build id.
+"""A stand-in for the one-file program of ``make build``: this checkout in one executable file with any build id.
 
-A zip archive that the interpreter of the tests runs. As of the real one, the program knows its own path, its build and
-the directory that it is unpacked into, and nothing else; what arrives at the other end of an upload is what was sent,
-byte by byte. ``ballast`` makes it as large.
+It is a zip archive that the interpreter of the tests runs. Like the real one, it knows its own path, its build and the
+directory that it is unpacked into. ``ballast`` makes it as large as the real one.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ sys.exit(main(sys.argv))
 
 
 class OneFiles:
-    """Makes them in ``directory``; what Python compiles of the checkout is shared."""
+    """Makes one-files in ``directory``. They share the compiled modules of the checkout."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -41,9 +40,9 @@ class OneFiles:
         self._ballast = os.urandom(1 << 20)
 
     def make(self, build: str, *, ballast_mb: int = 0, changes: Mapping[str, tuple[str, str]] | None = None) -> Path:
-        """The file of build ``build``; its version is what stands before the first hyphen.
+        """Make the file of build ``build``, whose version is the part before the first hyphen.
 
-        ``changes``: module file below ``internal`` to a text in it and what stands there instead.
+        ``changes`` maps a module file below ``internal`` to a text in it and its replacement.
         """
         target = self.directory / f"netloom-{build}-{ballast_mb}"
         if target.exists():

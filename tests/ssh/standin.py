@@ -1,6 +1,6 @@
-"""A stand-in for the agent: speaks the wire, does what /run/standin.json says, and writes down what it was asked.
+"""A stand-in for the agent: uses the real protocol, behaves as /run/standin.json says, and records its calls.
 
-Called as ``standin.py agent connect``, as the real one is.
+It is started like the real agent, as ``standin.py agent connect``.
 """
 
 from __future__ import annotations

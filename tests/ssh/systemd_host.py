@@ -21,7 +21,7 @@ echo ready
 exec sleep 1000
 """
 
-# Units that would change the machine that all of this runs on, or wait for what is not there.
+# Units that would change the real machine, or wait for devices that do not exist.
 _MASKED = "systemd-sysctl systemd-modules-load systemd-remount-fs systemd-udevd systemd-logind systemd-timesyncd"
 
 _BOOT = r"""
@@ -124,7 +124,7 @@ def _removed(directory: Path) -> bool:
 
 
 def _first_process(pid: int) -> int:
-    """The descendant that is process 1 of a namespace of its own and has become systemd; 0 while there is none."""
+    """The descendant that is systemd as process 1 of its PID namespace; 0 while there is none."""
     while True:
         try:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""First contact: a host that has nothing gets the program over the connection that is there, and then it works."""
+"""Deployment: the first call to a host without netloom uploads the program over the SSH connection and starts it."""
 
 from __future__ import annotations
 
@@ -17,74 +17,74 @@ from ssh.deploy_lab import (
     ONE,
     SETTLE_S,
     Server,
-    agents,
     builds,
+    continue_upload,
     current,
-    go_on,
     in_background,
     kill_agent,
-    part,
+    running_agents,
     slow_disk,
-    works,
+    succeeded,
+    uploaded_bytes,
 )
 
 
 @pytest.mark.parametrize("user", ["root", "netadmin"])
-def test_first_contact_brings_the_program_and_then_a_call_is_one_round_trip(
+def test_the_first_call_uploads_the_program_and_the_next_is_one_round_trip(
     user: str, bed: Bed, host: Host, one: Path
 ) -> None:
     server = Server(bed, one, user=user)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert builds(host) == [ONE, "current"]
     assert current(host) == ONE
-    assert agents(host) == [ONE]
+    assert running_agents(host) == [ONE]
     sent = hashlib.sha256(one.read_bytes()).hexdigest()
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == sent
     assert host.sh(f"stat -c '%a %U' {LIBEXEC} {LIBEXEC}/{ONE} {LIBEXEC}/{ONE}/netloom").split() == ["755", "root"] * 3
     assert host.listing(f"{LIBEXEC}/{ONE}") == ["netloom"]
     logins = host.read("/var/log/sshd.log").count("Accepted publickey")
-    assert logins == 1  # the upload came over the same connection
-    assert works(server.ask())
+    assert logins == 1  # the upload used the same connection
+    assert succeeded(server.ask())
     assert host.read("/var/log/sshd.log").count("Accepted publickey") == logins
     assert server.log().count(" from byte ") == 1
 
 
-def test_the_deadline_comes_first_and_the_upload_goes_on_in_the_helper(bed: Bed, host: Host, one: Path) -> None:
+def test_an_upload_continues_in_the_helper_after_the_deadline(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, timeout_s=4)
     slow_disk(host, stop=1 << 20)
     ended = server.ask()
     assert ended.status == 2
     assert re.search(rf"agent being installed on {host.address}, \d+ %", ended.output)
     assert ended.seconds < 4
-    assert part(host) == 1 << 20
-    go_on(host)
+    assert uploaded_bytes(host) == 1 << 20
+    continue_upload(host)
     assert server.logged(f"activated: {ONE}")
     server.cloud.timeout_s = 60
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.log().count(" from byte ") == 1
 
 
-def test_without_a_helper_the_next_call_goes_on_from_there(bed: Bed, host: Host, one: Path) -> None:
+def test_without_a_helper_the_next_call_resumes_the_upload(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=1 << 20)
     ended = server.ask()
     assert ended.status == 2
     assert f"agent being installed on {host.address}" in ended.output
-    go_on(host)
+    continue_upload(host)
     assert until(lambda: "dd" not in host.sh("ps -A -o comm=").split(), seconds=SETTLE_S)
-    there = part(host)
+    there = uploaded_bytes(host)
     assert there >= 1 << 20
     server.cloud.timeout_s = 60
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert f"from byte {there // 65536 * 65536}\n" in server.log()
 
 
-def test_a_connection_that_is_cut_is_resumed(bed: Bed, host: Host, one: Path) -> None:
-    """What the host still has of the cut one writes on, later, and does no harm."""
+def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, one: Path) -> None:
+    """The upload process of the broken connection may write later on the host. That does not corrupt the program."""
     server = Server(bed, one, helper="0", timeout_s=4)
     slow_disk(host, stop=2 << 20)
     asked = in_background(server)
-    assert until(lambda: part(host) == 2 << 20, seconds=SETTLE_S)
+    assert until(lambda: uploaded_bytes(host) == 2 << 20, seconds=SETTLE_S)
     host.partition("mgmt")
     ended = asked()
     assert ended.status == 2
@@ -93,25 +93,25 @@ def test_a_connection_that_is_cut_is_resumed(bed: Bed, host: Host, one: Path) ->
     server.cloud.timeout_s = 60
     asked = in_background(server)
     assert server.logged(f"from byte {2 << 20}\n")
-    go_on(host)
-    assert works(asked())
+    continue_upload(host)
+    assert succeeded(asked())
     assert current(host) == ONE
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
 
-def test_two_servers_at_once_do_not_collide(bed: Bed, host: Host, one: Path) -> None:
+def test_two_servers_can_upload_at_the_same_time(bed: Bed, host: Host, one: Path) -> None:
     servers = [Server(bed, one) for _ in range(2)]
     slow_disk(host, stop=1 << 20)
     asked = [in_background(server) for server in servers]
     assert until(lambda: host.sh("ps -A -o comm=").split().count("dd") == 2, seconds=SETTLE_S)
-    go_on(host)
-    assert all(works(ended()) for ended in asked)
-    assert agents(host) == [ONE]
+    continue_upload(host)
+    assert all(succeeded(ended()) for ended in asked)
+    assert running_agents(host) == [ONE]
     assert host.listing(f"{LIBEXEC}/{ONE}") == ["netloom"]
     assert host.sh(f"sha256sum <{LIBEXEC}/{ONE}/netloom").split()[0] == hashlib.sha256(one.read_bytes()).hexdigest()
 
 
-def test_what_arrives_spoilt_is_never_run(bed: Bed, host: Host, one: Path) -> None:
+def test_a_corrupted_upload_is_never_executed(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one)
     slow_disk(host, spoil=True)
     ended = server.ask()
@@ -119,21 +119,21 @@ def test_what_arrives_spoilt_is_never_run(bed: Bed, host: Host, one: Path) -> No
     assert "what arrived there is not what was sent" in ended.output
     assert host.listing(f"{LIBEXEC}/{ONE}") == []
     host.sh("rm /run/dd-spoil")
-    assert works(server.ask())
+    assert succeeded(server.ask())
 
 
-def test_a_disk_that_gets_full_under_the_upload_is_said_and_left_empty(bed: Bed, host: Host, one: Path) -> None:
+def test_a_disk_full_during_upload_is_reported_and_cleaned_up(bed: Bed, host: Host, one: Path) -> None:
     host.sh("mount -t tmpfs -o size=64m none /usr/local && mkdir /usr/local/bin")
     slow_disk(host, stop=1 << 20)
     server = Server(bed, one)
     asked = in_background(server)
-    assert until(lambda: part(host) == 1 << 20, seconds=SETTLE_S)
+    assert until(lambda: uploaded_bytes(host) == 1 << 20, seconds=SETTLE_S)
     host.sh("cat /dev/zero >/usr/local/ballast", check=False)
-    go_on(host)
+    continue_upload(host)
     ended = asked()
     assert ended.status == 2
     assert "the agent could not be uploaded: error writing: No space left on device" in ended.output
-    assert part(host) == 0
+    assert uploaded_bytes(host) == 0
     assert host.listing(LIBEXEC) == [".made-parent"]
 
 
@@ -152,7 +152,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_in_the_way_is_named_and_nothing_is_left(case: str, bed: Bed, host: Host, one: Path) -> None:
+def test_deployment_obstacles_are_reported_and_nothing_is_left(case: str, bed: Bed, host: Host, one: Path) -> None:
     script, said = REFUSED[case]
     host.sh(script)
     before = host.sh("find /usr/local -mindepth 1 | sort")
@@ -163,32 +163,32 @@ def test_what_is_in_the_way_is_named_and_nothing_is_left(case: str, bed: Bed, ho
     assert host.sh("find /usr/local -mindepth 1 | sort") == before
 
 
-def test_a_host_that_cannot_carry_networks_is_told_what_it_lacks(bed: Bed, host: Host, one: Path) -> None:
+def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: Host, one: Path) -> None:
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do mount --bind /dev/null $f; done")
     server = Server(bed, one)
     ended = server.ask()
     assert ended.status == 2
-    assert "this host cannot carry networks: nft: neither libnftables nor the program nft is there" in ended.output
+    assert "this host cannot carry networks: nft: neither libnftables nor the program nft is installed" in ended.output
     assert "apt-get install libnftables1 or nftables" in ended.output
     assert current(host) == ""
-    assert agents(host) == []
+    assert running_agents(host) == []
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do umount $f; done")
-    assert works(server.ask())  # and it lies there already
+    assert succeeded(server.ask())  # the program was already uploaded
     assert server.log().count(" from byte ") == 1
 
 
-def test_a_program_that_was_spoilt_on_the_host_is_brought_again(bed: Bed, host: Host, one: Path) -> None:
+def test_a_program_corrupted_on_the_host_is_uploaded_again(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     kill_agent(host)
     host.sh(f"printf broken >{LIBEXEC}/{ONE}/netloom")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.log().count(" from byte ") == 2
 
 
-def test_a_place_that_became_noexec_is_named(bed: Bed, host: Host, one: Path) -> None:
+def test_a_directory_mounted_noexec_is_reported(bed: Bed, host: Host, one: Path) -> None:
     server = Server(bed, one, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     kill_agent(host)
     host.sh("mount --bind /usr/local /usr/local && mount -o remount,bind,noexec /usr/local")
     ended = server.ask()
@@ -196,7 +196,7 @@ def test_a_place_that_became_noexec_is_named(bed: Bed, host: Host, one: Path) ->
     assert f"{LIBEXEC} is mounted noexec" in ended.output
 
 
-def test_a_machine_is_known_by_its_programs() -> None:
+def test_the_architecture_is_read_from_elf_files() -> None:
     assert machine_of(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\x3e\x00") == "x86_64"
     assert machine_of(b"\x7fELF\x02\x01\x01" + bytes(11) + b"\xb7\x00") == "aarch64"
     assert machine_of(b"\x7fELF\x02\x02\x01" + bytes(11) + b"\x00\x16") == "s390x"

@@ -1,4 +1,4 @@
-"""From one build to the next and back: who replaces whom, and that no network notices."""
+"""Upgrade and rollback: which build replaces which, without effect on networks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ssh.deploy_lab import (
     THREE,
     TWO,
     Server,
-    agents,
     builds,
     current,
     in_background,
     kill_agent,
-    works,
+    running_agents,
+    succeeded,
 )
 from ssh.onefile import OneFiles
 
@@ -40,12 +40,12 @@ def older(files: OneFiles) -> Path:
 
 
 @pytest.fixture(scope="session")
-def internet(place: tuple[Bed, OneFiles]) -> Internet:
-    return place[0].internet(vlan=PUBLIC, address="203.0.113.1/24")
+def internet(deploy_bed: tuple[Bed, OneFiles]) -> Internet:
+    return deploy_bed[0].internet(vlan=PUBLIC, address="203.0.113.1/24")
 
 
 def network(server: Server, number: int = 204) -> IsolatedNetwork:
-    """A network of all services that stands."""
+    """An isolated network with all services."""
     server.bed.add_segments([("eth1", str(1000 + number))])
     made = server.cloud.isolated_network(
         number, vlan=1000 + number, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=PUBLIC
@@ -57,13 +57,13 @@ def network(server: Server, number: int = 204) -> IsolatedNetwork:
 
 
 def guest(it: IsolatedNetwork, host: Host, name: str = "web-1", last: int = 45) -> Vm:
-    """A VM of the network, on the host."""
+    """Deploy a VM of the network and start it on the host."""
     nic = it.deploy_vm(name, ip=f"10.10.1.{last}", mac=f"02:01:00:00:00:{last:02x}")
     return host.vm(name, vlan=it.facts.vlan, mac=nic.mac, ip=f"{nic.ip}/24", gateway=it.facts.gateway)
 
 
 def processes(host: Host, word: str) -> list[str]:
-    """The processes whose command line has the word: pid and all."""
+    """The processes whose command line contains ``word``, with their pids."""
     return sorted(line for line in host.sh("ps -A -o pid=,args=").splitlines() if word in line and "ps -A" not in line)
 
 
@@ -72,17 +72,17 @@ def lease(vm: Vm) -> str:
     return done.out + done.err
 
 
-def agent_word(host: Host, *words: str, check: bool = True) -> str:
-    """What a person on the host is told by the program in use."""
+def run_agent_command(host: Host, *words: str, check: bool = True) -> str:
+    """Run ``agent`` commands of the active program on the host; returns the output."""
     done = host.run(f"{LIBEXEC}/current/netloom", "agent", *words, check=check)
     return done.out + done.err
 
 
 @contextmanager
-def nothing_changes(host: Host) -> Iterator[None]:
-    """Assert that no link, address, route or rule of the host or of network 204 changes, not even for a moment.
+def no_kernel_changes(host: Host) -> Iterator[None]:
+    """Assert that no link, IPv4 address, route or rule of the host or of network 204 changes, not even briefly.
 
-    Of IPv4: the host's own links get their link-local IPv6 addresses seconds after they were made.
+    IPv6 is left out, because links of the host get their link-local addresses seconds after their creation.
     """
     monitor = "ip -4 monitor link address route rule </dev/null >>/run/changes 2>&1 &"
     host.sh(f"rm -f /run/changes; {monitor} ip netns exec cs-net-204 {monitor}")
@@ -95,7 +95,7 @@ def nothing_changes(host: Host) -> Iterator[None]:
         host.sh("pkill -x ip")
 
 
-def test_a_newer_build_takes_over_and_no_network_notices(
+def test_a_newer_build_takes_over_without_affecting_networks(
     bed: Bed, host: Host, internet: Internet, older: Path, two: Path
 ) -> None:
     server = Server(bed, older)
@@ -113,14 +113,14 @@ def test_a_newer_build_takes_over_and_no_network_notices(
         rules = host.sh("ip netns exec cs-net-204 nft -s -a list ruleset")
         with internet.open("203.0.113.90", 80) as kept:
             running = internet.transfer("203.0.113.90", 80)
-            with nothing_changes(host):
+            with no_kernel_changes(host):
                 server.replace(two)
                 calls = 0
-                while f"activated: {TWO}" not in server.log():  # and no call is lost meanwhile
-                    assert works(server.ask())
+                while f"activated: {TWO}" not in server.log():  # calls succeed during the upgrade
+                    assert succeeded(server.ask())
                     calls += 1
                     assert calls < 1000
-                assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+                assert until(lambda: current(host) == TWO and running_agents(host) == [TWO], seconds=SETTLE_S)
                 assert until(lambda: TWO in "".join(processes(host, "netloom guest")) and guests[0] not in
                              processes(host, "netloom guest"), seconds=SETTLE_S)  # fmt: skip
             assert f"lease of {net.nics[1].ip} obtained" in lease(other)
@@ -129,32 +129,30 @@ def test_a_newer_build_takes_over_and_no_network_notices(
             assert (moved.failure, moved.intact) == ("", True)
         assert processes(host, "dnsmasq") + processes(host, "haproxy") == stays
         assert host.sh("ip netns exec cs-net-204 nft -s -a list ruleset") == rules
-        assert works(server.ask())
+        assert succeeded(server.ask())
         assert internet.tcp("203.0.113.91", 81).ok
     assert builds(host) == [ONE, TWO, "current", "previous"]
 
 
-def test_of_the_older_builds_the_last_one_is_kept(
-    bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
-) -> None:
+def test_only_the_previous_build_is_kept(bed: Bed, host: Host, files: OneFiles, older: Path, two: Path) -> None:
     server = Server(bed, older, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     host.write(f"{LIBEXEC}/notes.txt", "the operator's")
     host.sh(f"mkdir -p {LIBEXEC}/0.0.1-1-own; touch {LIBEXEC}/0.0.1-1-own/mine {LIBEXEC}/{ONE}/.part-old")
     for program in (two, files.make(THREE)):
         host.sh(f"touch -d yesterday {LIBEXEC}/0*; mkdir -p {LIBEXEC}/0.0.2-1-young")
-        host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # somebody uploads it now
+        host.sh(f"touch {LIBEXEC}/0.0.2-1-young")  # an upload in progress
         server.replace(program)
-        assert works(server.ask())
+        assert succeeded(server.ask())
     assert sorted(builds(host)) == ["0.0.1-1-own", "0.0.2-1-young", TWO, THREE, "current", "notes.txt", "previous"]
     assert host.listing(f"{LIBEXEC}/0.0.1-1-own") == ["mine"]
-    assert agents(host) == [THREE]
+    assert running_agents(host) == [THREE]
 
 
 def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
     bed: Bed, host: Host, older: Path, two: Path
 ) -> None:
-    assert works(Server(bed, two).ask())
+    assert succeeded(Server(bed, two).ask())
     server = Server(bed, older)
     net = network(server)
     net.implement()
@@ -165,19 +163,17 @@ def test_an_older_server_works_with_a_newer_agent_and_does_not_replace_it(
     assert "no automatic downgrade" in server.log()
 
 
-def test_two_servers_of_different_builds_at_once_end_with_the_newer(
-    bed: Bed, host: Host, older: Path, two: Path
-) -> None:
+def test_two_servers_of_different_builds_result_in_the_newer(bed: Bed, host: Host, older: Path, two: Path) -> None:
     servers = [Server(bed, older), Server(bed, two), Server(bed, older)]
     for ended in [in_background(server) for server in servers]:
-        assert works(ended())
-    assert until(lambda: current(host) == TWO and agents(host) == [TWO], seconds=SETTLE_S)
+        assert succeeded(ended())
+    assert until(lambda: current(host) == TWO and running_agents(host) == [TWO], seconds=SETTLE_S)
     for server in servers:
-        assert works(server.ask())
-    assert agents(host) == [TWO]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [TWO]
 
 
-def test_back_to_the_previous_build_and_its_state(
+def test_rollback_restores_the_previous_build_and_its_state(
     bed: Bed, host: Host, files: OneFiles, older: Path, two: Path
 ) -> None:
     server = Server(bed, older)
@@ -186,62 +182,63 @@ def test_back_to_the_previous_build_and_its_state(
     ends.implement()
     then = host.read(f"{SCOPES}/net-204.json")
     server.replace(two)
-    assert works(server.ask())
-    assert until(lambda: agents(host) == [TWO], seconds=SETTLE_S)
+    assert succeeded(server.ask())
+    assert until(lambda: running_agents(host) == [TWO], seconds=SETTLE_S)
     comes.implement()
     stays.add_firewall_rule(stays.associate("203.0.113.90"), "tcp", 22)
     ends.delete()
     now = host.read(f"{SCOPES}/net-204.json")
     assert now != then
-    assert f"went back from {TWO} to {ONE}" in agent_word(host, "rollback")
-    assert agents(host) == [ONE]
+    assert f"went back from {TWO} to {ONE}" in run_agent_command(host, "rollback")
+    assert running_agents(host) == [ONE]
     assert json.loads(host.read(f"{SCOPES}/net-204.json"))["public_ips"] == json.loads(then)["public_ips"]
-    assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]  # one has ended, and its addresses may be others'
+    # The deleted network is not restored, because its addresses may be in use again.
+    assert host.listing(SCOPES) == ["net-204.json", "net-206.json"]
     assert host.read("/var/lib/netloom/undone/net-204.json") == now
-    # Nobody undoes the operator's word; a build that is newer than what was left does.
+    # Calls do not undo a rollback by the operator. A build newer than the one that was left does replace it.
     for _ in range(2):
-        assert works(server.ask())
-    assert agents(host) == [ONE]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [ONE]
     assert "to which an operator of the host went back" in server.log()
-    assert "no build before" in agent_word(host, "rollback", check=False)
+    assert "no build before" in run_agent_command(host, "rollback", check=False)
     host.sh(f"touch -d yesterday {LIBEXEC}/0*")
     server.replace(files.make(THREE))
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.logged(f"activated: {THREE}")
-    assert agents(host) == [THREE]
+    assert running_agents(host) == [THREE]
     assert [name for name in builds(host) if name[0] == "0"] == [ONE, THREE]
 
 
-def test_back_with_the_state_of_now(bed: Bed, host: Host, older: Path, two: Path) -> None:
+def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, two: Path) -> None:
     server = Server(bed, older)
     net = network(server)
     net.implement()
     server.helper = "0"
     server.replace(two)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     net.add_firewall_rule(net.associate("203.0.113.90"), "tcp", 22)
     now = host.read(f"{SCOPES}/net-204.json")
-    agent_word(host, "rollback", "--keep-state")
-    assert agents(host) == [ONE]
+    run_agent_command(host, "rollback", "--keep-state")
+    assert running_agents(host) == [ONE]
     assert host.read(f"{SCOPES}/net-204.json") == now
 
 
-# What becomes of a replacement that ends between two of its steps.
+# The steps of a replacement at which it is killed, each as the source text that would come next.
 KILLED = {
-    "the old agent has ended": "        between()\n        _link(_CURRENT, to)\n",
+    "the old agent has ended": "        while_stopped()\n        _link(_CURRENT, to)\n",
     "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
-    "the link is set": "        _start()\n        if _comes(to):\n            return\n        why",
-    "the new agent has started": "        if _comes(to):\n            return\n        why",
-    "nothing is removed yet": '        return Outcome("activated", build, did=tuple(_remove_old()))\n',
+    "the link is set": "        _start()\n        if _wait_for(to):\n            return\n        why",
+    "the new agent has started": "        if _wait_for(to):\n            return\n        why",
+    "nothing is removed yet": '        return Activation("activated", build, did=tuple(_remove_old()))\n',
 }
 
 
 @pytest.mark.parametrize("when", KILLED)
-def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
+def test_after_an_interrupted_replacement_the_next_call_works(
     when: str, bed: Bed, host: Host, files: OneFiles, older: Path
 ) -> None:
     server = Server(bed, older, helper="0")
-    assert works(server.ask())
+    assert succeeded(server.ask())
     text = KILLED[when]
     indent = re.match(" *", text)
     assert indent is not None
@@ -249,15 +246,13 @@ def test_killed_in_the_middle_of_a_replacement_the_next_call_is_right(
     build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
     server.replace(files.make(build, changes={"netloom/agent/setup/install.py": (text, die + text)}))
     for _ in range(2):
-        assert works(server.ask())
+        assert succeeded(server.ask())
     assert host.listing("/run").count("died") == 1
-    assert agents(host) == [build]
+    assert running_agents(host) == [build]
     assert current(host) == build
 
 
-def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
-    bed: Bed, host: Host, files: OneFiles, older: Path
-) -> None:
+def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
     server = Server(bed, older)
     net = network(server)
     net.implement()
@@ -273,22 +268,22 @@ def test_a_new_agent_that_does_not_come_up_gives_way_to_the_old_one(
         },
     )
     server.replace(broken)
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert server.logged("the agent of 0.1.0-5-broken does not answer, 0.1.0-1-aaaa serves again: .*broken")
     for _ in range(3):
-        assert works(server.ask())
-    assert agents(host) == [ONE]
+        assert succeeded(server.ask())
+    assert running_agents(host) == [ONE]
     assert host.read(f"{SCOPES}/net-204.json") == then
-    assert host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1  # it is not tried again with every call
-    assert "no build before" in agent_word(host, "rollback", check=False)
+    assert (
+        host.read("/var/log/netloom/agent.log").count(" stopped; ") == 1
+    )  # the failed build is not started again by each call
+    assert "no build before" in run_agent_command(host, "rollback", check=False)
 
 
-def test_an_agent_that_hangs_is_replaced_by_the_operators_word(
-    bed: Bed, host: Host, files: OneFiles, older: Path
-) -> None:
-    assert works(Server(bed, older).ask())
+def test_an_operator_can_replace_a_hung_agent(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
+    assert succeeded(Server(bed, older).ask())
     kill_agent(host, "STOP")
     install = "netloom/agent/setup/install.py"
     two = files.make("0.1.0-2-quick", changes={install: ("STOP_S_MAX = 15.0", "STOP_S_MAX = 1.0")})
     host.run(str(two), "agent", "install")
-    assert agents(host) == ["0.1.0-2-quick"]
+    assert running_agents(host) == ["0.1.0-2-quick"]

@@ -1,4 +1,4 @@
-"""What a person says about agents: installed beforehand on many hosts, looked at, removed without a trace."""
+"""Commands of an operator for agents: install on many hosts, status, selftest, rollback and uninstall."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import Done, until
-from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, agents, current, works
+from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, current, running_agents, succeeded
 
 PROGRAM = "/root/netloom"
 
 
 @pytest.fixture
-def at(bed: Bed, one: Path) -> Person:
-    return Person(bed, one)
+def operator(bed: Bed, one: Path) -> Operator:
+    return Operator(bed, one)
 
 
-class Person:
-    """Somebody who is root on the management server and has the one file and a key."""
+class Operator:
+    """Runs commands of the one-file program as root on the management server, with an SSH key."""
 
     def __init__(self, bed: Bed, program: Path) -> None:
         self.bed = bed
@@ -30,18 +30,18 @@ class Person:
         bed.management.write("/root/key", bed.private_key, mode=0o600)
         bed.management.sh("rm -rf /root/.cache")
 
-    def say(self, *words: str, key: bool = True, check: bool = True) -> Done:
+    def run(self, *words: str, key: bool = True, check: bool = True) -> Done:
         login = ["--sshkey", "/root/key"] if key else []
         return self.bed.management.run(PROGRAM, "agent", *words, *login, check=check, HOME="/root")
 
     def json(self, *words: str, check: bool = True) -> list[dict[str, object]]:
-        told: list[dict[str, object]] = json.loads(self.say(*words, "--json", check=check).out)
+        told: list[dict[str, object]] = json.loads(self.run(*words, "--json", check=check).out)
         return told
 
 
-def test_installed_beforehand_on_many_hosts_with_their_progress(at: Person, bed: Bed, host: Host) -> None:
+def test_install_on_many_hosts_shows_their_progress(operator: Operator, bed: Bed, host: Host) -> None:
     nobody = "198.18.0.99"
-    done = at.say("install", "--hosts", f"{host.address},{nobody}", check=False)
+    done = operator.run("install", "--hosts", f"{host.address},{nobody}", check=False)
     assert done.status == 2
     assert done.out.splitlines()[0].split() == ["HOST", "OUTCOME", "BUILD", "ERROR"]
     assert done.out.splitlines()[1].split() == [host.address, "activated", ONE, "-"]
@@ -50,70 +50,70 @@ def test_installed_beforehand_on_many_hosts_with_their_progress(at: Person, bed:
     assert news[0] == f"{host.address}: looking at the host"
     assert next(line for line in news if line.endswith(" %")) == f"{host.address}: 0 %"
     assert news[-1] == f"{host.address}: starting"
-    assert agents(host) == [ONE]
-    again = at.json("install", "--hosts", host.address)
+    assert running_agents(host) == [ONE]
+    again = operator.json("install", "--hosts", host.address)
     assert again == [{"host": host.address, "status": 0, "error": "", "outcome": "current", "build": ONE}]
-    # And the calls of CloudStack find it there.
+    # Calls of CloudStack use the installed agent.
     server = Server(bed, Path(PROGRAM))
-    assert works(server.ask())
+    assert succeeded(server.ask())
     assert "uploading" not in server.log()
 
 
-def test_by_password_and_through_sudo(at: Person, bed: Bed, host: Host) -> None:
+def test_install_works_by_password_and_sudo(operator: Operator, bed: Bed, host: Host) -> None:
     bed.management.write("/root/password", f"# of the hosts\nNETLOOM_PASSWORD={bed.password}\n", mode=0o600)
     words = ["--hosts", host.address, "--username", "netadmin", "--password-file", "/root/password"]
-    assert at.say("install", *words, key=False).status == 0
-    assert agents(host) == [ONE]
+    assert operator.run("install", *words, key=False).status == 0
+    assert running_agents(host) == [ONE]
     bed.management.write("/root/password", "wrong\n")
-    refused = at.say("install", *words, key=False, check=False)
+    refused = operator.run("install", *words, key=False, check=False)
     assert refused.status == 2
     assert "login as netadmin by password refused" in refused.out
     assert bed.password not in refused.out + refused.err
 
 
-def test_a_terminal_sees_bars(at: Person, host: Host) -> None:
+def test_a_terminal_shows_progress_bars(operator: Operator, host: Host) -> None:
     typed = f"{PROGRAM} agent install --hosts {host.address} --sshkey /root/key"
-    seen = at.bed.management.run("script", "-qec", typed, "/dev/null", HOME="/root", TERM="linux").out
+    seen = operator.bed.management.run("script", "-qec", typed, "/dev/null", HOME="/root", TERM="linux").out
     assert f"{host.address}  [" in seen
     assert "#" in seen
     assert "\x1b[1A" in seen
 
 
-def test_what_an_older_program_does_on_a_newer_host_is_refused_with_the_way_back(
-    at: Person, host: Host, two: Path
+def test_commands_of_an_older_program_are_refused_on_a_newer_host_with_a_hint(
+    operator: Operator, host: Host, two: Path
 ) -> None:
-    at.bed.management.run("install", "-m", "755", str(two), "/root/newer")
+    operator.bed.management.run("install", "-m", "755", str(two), "/root/newer")
     host.run(str(two), "agent", "install")
-    done = at.say("install", "--hosts", host.address, check=False)
+    done = operator.run("install", "--hosts", host.address, check=False)
     assert done.status == 3
     assert f"{TWO} is installed, which is newer than {ONE}: an automatic downgrade is refused" in done.out
     assert "netloom agent rollback" in done.out
-    assert agents(host) == [TWO]
+    assert running_agents(host) == [TWO]
 
 
-def test_status_selftest_and_rollback_of_hosts(at: Person, host: Host, two: Path) -> None:
-    missing = at.say("status", "--hosts", host.address, check=False)
+def test_status_selftest_and_rollback_work_on_hosts(operator: Operator, host: Host, two: Path) -> None:
+    missing = operator.run("status", "--hosts", host.address, check=False)
     assert missing.status == 3
     assert f"netloom is not installed there (netloom agent install --hosts {host.address})" in missing.out
-    at.say("install", "--hosts", host.address)
+    operator.run("install", "--hosts", host.address)
     host.run(str(two), "agent", "install")
-    (told,) = at.json("status", "--hosts", host.address)
+    (told,) = operator.json("status", "--hosts", host.address)
     assert (told["current"], told["previous"], told["serves"], told["networks"]) == (TWO, ONE, TWO, 0)
-    (tried,) = at.json("selftest", "--hosts", host.address)
+    (tried,) = operator.json("selftest", "--hosts", host.address)
     findings = tried["answer"]
     assert isinstance(findings, list)
     assert {"what": "nf_tables", "ok": True, "needed": True, "says": "", "remedy": ""} in findings
-    assert f"{host.address}:\nWHAT " in at.say("selftest", "--hosts", host.address).out
-    (back,) = at.json("rollback", "--hosts", host.address)
+    assert f"{host.address}:\nWHAT " in operator.run("selftest", "--hosts", host.address).out
+    (back,) = operator.json("rollback", "--hosts", host.address)
     assert back["build"] == ONE
-    (told,) = at.json("status", "--hosts", host.address)
+    (told,) = operator.json("status", "--hosts", host.address)
     assert (told["serves"], told["held"], told["previous"]) == (ONE, TWO, "")
-    # The operator's word is stronger than the earlier one.
+    # An install by the operator overrides the earlier rollback.
     host.run(str(two), "agent", "install")
-    assert agents(host) == [TWO]
+    assert running_agents(host) == [TWO]
 
 
-# Where there is something of ours.
+# Directories that netloom writes to.
 FILES = [
     "/usr/local",
     "/etc/systemd/system",
@@ -125,69 +125,75 @@ FILES = [
 ]
 
 
-def left(host: Host) -> dict[str, list[str]]:
+def host_objects(host: Host) -> dict[str, list[str]]:
     return host.objects(files=FILES)
 
 
-def test_uninstalled_a_host_is_as_it_was_found(at: Person, host: Host, two: Path) -> None:
+def test_uninstall_restores_the_host(operator: Operator, host: Host, two: Path) -> None:
     host.sh("rm -rf /root/.cache")
-    before = left(host)
-    at.say("install", "--hosts", host.address)
+    before = host_objects(host)
+    operator.run("install", "--hosts", host.address)
     host.run(str(two), "agent", "install")
-    assert difference(before, left(host)) != {}
-    done = at.json("uninstall", "--hosts", host.address)
+    assert difference(before, host_objects(host)) != {}
+    done = operator.json("uninstall", "--hosts", host.address)
     assert done == [{"host": host.address, "status": 0, "error": "", "outcome": "removed", "stays": []}]
-    assert until(lambda: difference(before, left(host)) == {}, seconds=SETTLE_S), difference(before, left(host))
+    assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
+        before, host_objects(host)
+    )
 
 
-def test_installed_and_uninstalled_on_the_host_itself(host: Host, one: Path) -> None:
+def test_install_and_uninstall_work_on_the_host_itself(host: Host, one: Path) -> None:
     host.sh("rm -rf /root/.cache")
-    before = left(host)
+    before = host_objects(host)
     host.run(str(one), "agent", "install")
-    assert agents(host) == [ONE]
+    assert running_agents(host) == [ONE]
     host.run(str(one), "agent", "uninstall")
-    assert until(lambda: difference(before, left(host)) == {}, seconds=SETTLE_S), difference(before, left(host))
+    assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
+        before, host_objects(host)
+    )
 
 
 @pytest.mark.parametrize("word", ["install", "status", "selftest", "rollback", "uninstall"])
-def test_an_empty_list_of_hosts_is_not_this_machine(word: str, host: Host, one: Path) -> None:
-    """Somebody's variable was empty; what is done here cannot be undone everywhere."""
+def test_an_empty_host_list_does_not_mean_this_machine(word: str, host: Host, one: Path) -> None:
+    """An empty shell variable must not run the command on this machine, where it may be irreversible."""
     done = host.run(str(one), "agent", word, "--hosts", "", check=False)
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: --hosts names no host (leave it out for this machine)\n"
-    assert (agents(host), current(host)) == ([], "")
+    assert done.err == "netloom: --hosts names no host (for this machine, leave the option out)\n"
+    assert (running_agents(host), current(host)) == ([], "")
 
 
 @pytest.mark.parametrize("word", ["install", "status", "rollback", "uninstall"])
-def test_whoever_is_not_root_is_told_so(word: str, host: Host, one: Path) -> None:
+def test_commands_require_root(word: str, host: Host, one: Path) -> None:
     somebody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     done = host.run(*somebody, str(one), "agent", word, check=False, HOME="/tmp")
     assert (done.status, done.out) == (1, "")
-    assert done.err == "netloom: on this machine only root can do that (sudo, or name hosts by --hosts)\n"
+    assert done.err == "netloom: on this machine only root can do that (use sudo, or --hosts for other hosts)\n"
 
 
-def test_networks_are_not_removed_without_a_word(at: Person, bed: Bed, host: Host) -> None:
+def test_uninstall_removes_networks_only_when_told_to(operator: Operator, bed: Bed, host: Host) -> None:
     bed.add_segments([("eth1", "1204")])
     host.sh("rm -rf /root/.cache")
-    before = left(host)
+    before = host_objects(host)
     server = Server(bed, Path(PROGRAM))
     net = server.cloud.isolated_network(
         204, vlan=1204, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=101, source_nat="203.0.113.20"
     )
     net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
     host.write("/var/lib/netloom/hooks/custom-action-mine.sh", "#!/bin/sh\n")
-    refused = at.say("uninstall", "--hosts", host.address, check=False)
+    refused = operator.run("uninstall", "--hosts", host.address, check=False)
     assert refused.status == 3
     assert "1 networks live on this host: net-204" in refused.out
     assert "--networks remove" in refused.out
-    assert agents(host) == [ONE]
-    done = at.json("uninstall", "--hosts", host.address, "--networks", "remove")
+    assert running_agents(host) == [ONE]
+    done = operator.json("uninstall", "--hosts", host.address, "--networks", "remove")
     assert done[0]["stays"] == ["/var/lib/netloom/hooks/custom-action-mine.sh"]
     host.sh("rm -r /var/lib/netloom")
-    assert until(lambda: difference(before, left(host)) == {}, seconds=SETTLE_S), difference(before, left(host))
+    assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
+        before, host_objects(host)
+    )
 
 
-def test_networks_that_are_left_stand_and_are_found_again(at: Person, bed: Bed, host: Host) -> None:
+def test_networks_kept_by_uninstall_work_and_are_adopted_again(operator: Operator, bed: Bed, host: Host) -> None:
     server = Server(bed, Path(PROGRAM))
     bed.add_segments([("eth1", "1204")])
     net = server.cloud.isolated_network(
@@ -195,16 +201,16 @@ def test_networks_that_are_left_stand_and_are_found_again(at: Person, bed: Bed, 
     )
     net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
     host.run(f"{LIBEXEC}/current/netloom", "agent", "uninstall", "--networks", "leave")
-    assert (agents(host), current(host)) == ([], "")
+    assert (running_agents(host), current(host)) == ([], "")
     assert "cs-net-204" in host.sh("ip netns")
     assert "dnsmasq" in host.sh("ps -A -o comm=").split()
-    assert works(server.ask())
-    assert agents(host) == [ONE]
+    assert succeeded(server.ask())
+    assert running_agents(host) == [ONE]
     net.delete()
     assert host.sh("ip netns") == ""
 
 
-def test_a_checkout_says_that_it_cannot_be_installed(bed: Bed) -> None:
+def test_installing_a_checkout_is_refused(bed: Bed) -> None:
     from bed.lab import program_from_source
 
     for words in (["install"], ["install", "--hosts", bed.hosts[0].address]):

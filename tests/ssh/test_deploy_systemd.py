@@ -1,4 +1,4 @@
-"""Where systemd runs it looks after the agent: started at boot, restarted when killed; the networks do not notice."""
+"""The agent as a systemd unit: started at boot, restarted when killed, without effect on networks."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def machine(programs: OneFiles) -> Iterator[SystemdHost]:
         host.close()
 
 
-def shown(host: SystemdHost, name: str) -> str:
-    """A property of the unit."""
+def unit_property(host: SystemdHost, name: str) -> str:
+    """The value of a property of the unit."""
     return host.run("systemctl", "show", "--property", name, "--value", UNIT)
 
 
@@ -54,7 +54,7 @@ def implement(host: SystemdHost) -> None:
         assert reply.status == 0, reply.error
 
 
-def stands(host: SystemdHost) -> bool:
+def network_exists(host: SystemdHost) -> bool:
     return "cs-net-204" in host.run("ip", "netns") and "gst-204" in host.run("ip", "-n", "cs-net-204", "link")
 
 
@@ -63,39 +63,41 @@ def status(host: SystemdHost) -> dict[str, object]:
     return dict(told)
 
 
-def test_systemd_looks_after_the_agent(machine: SystemdHost, programs: OneFiles) -> None:
+def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: OneFiles) -> None:
     host = machine
     host.run(str(programs.make(ONE)), "agent", "install")
     assert host.run("systemctl", "is-enabled", UNIT) == "enabled"
-    assert shown(host, "KillMode") == "process"
-    assert int(shown(host, "LimitNOFILE")) >= 65536
+    assert unit_property(host, "KillMode") == "process"
+    assert int(unit_property(host, "LimitNOFILE")) >= 65536
     implement(host)
-    assert stands(host)
+    assert network_exists(host)
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
-    answering, first = guests(host), shown(host, "MainPID")
-    # Killed, it is back, and what answers the VMs never went.
+    answering, first = guests(host), unit_property(host, "MainPID")
+    # A killed agent is restarted. The guest process keeps running.
     host.run("kill", "-9", first)
-    assert until(lambda: shown(host, "MainPID") not in ("0", first) and status(host)["serves"] == ONE, seconds=SETTLE_S)
+    assert until(
+        lambda: unit_property(host, "MainPID") not in ("0", first) and status(host)["serves"] == ONE, seconds=SETTLE_S
+    )
     assert guests(host) == answering
-    assert stands(host)
-    # Stopped by somebody, the next call has systemd start it.
+    assert network_exists(host)
+    # After a manual stop the next call starts the unit.
     host.run("systemctl", "stop", UNIT)
     assert guests(host) == answering
     host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
     assert status(host)["serves"] == ONE
-    # A newer build.
+    # Upgrade to a newer build.
     host.run(str(programs.make(TWO)), "agent", "install")
     told = status(host)
     assert (told["serves"], told["previous"], told["unit"]) == (TWO, ONE, UNIT)
-    assert str(told["pid"]) == shown(host, "MainPID")
-    assert stands(host)
-    # After a power cut the networks are back before anybody calls.
+    assert str(told["pid"]) == unit_property(host, "MainPID")
+    assert network_exists(host)
+    # After a power cut the networks are restored without a call.
     host.power_cut()
     host.boot()
-    assert until(lambda: stands(host), seconds=SETTLE_S)
+    assert until(lambda: network_exists(host), seconds=SETTLE_S)
     assert status(host)["serves"] == TWO
-    # And back, and gone.
+    # Rollback, then uninstall.
     host.run(f"{LIBEXEC}/current/netloom", "agent", "rollback")
     assert status(host)["serves"] == ONE
     host.run(f"{LIBEXEC}/current/netloom", "agent", "uninstall", "--networks", "remove")
@@ -106,7 +108,7 @@ def test_systemd_looks_after_the_agent(machine: SystemdHost, programs: OneFiles)
     assert host.run("ip", "netns") == ""
 
 
-def test_an_agent_that_ran_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
+def test_an_agent_started_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
     host = machine
     host.run(str(programs.make(ONE)), "agent", "install")
     detached = "systemctl disable --now -q netloom-agent && rm /etc/systemd/system/netloom-agent.service"
@@ -116,4 +118,4 @@ def test_an_agent_that_ran_without_its_unit_is_taken_over(machine: SystemdHost, 
     assert (told["serves"], told["unit"]) == (ONE, "")
     host.run(str(programs.make(ONE)), "agent", "install")
     told = status(host)
-    assert (told["serves"], told["unit"], str(told["pid"])) == (ONE, UNIT, shown(host, "MainPID"))
+    assert (told["serves"], told["unit"], str(told["pid"])) == (ONE, UNIT, unit_property(host, "MainPID"))

@@ -1,4 +1,4 @@
-"""The resident helper: one for all calls, right whenever it is killed, hung or replaced, and never in the way."""
+"""The resident helper: shared by all calls. Calls succeed also when it is killed, hung or replaced."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 
 import processes
 from netloom.extension.helper_client import BEAT, pack, unpack
-from ssh.lab import HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
+from ssh.lab import BLACK_HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
 SETTLE_S = 20.0
 
 
-def helpers() -> list[int]:
-    """The helpers on the management side."""
+def helper_pids() -> list[int]:
+    """The pids of the helpers on the management server."""
     pids = map(int, run("ip", "netns", "pids", MANAGEMENT).split())
     return [pid for pid in pids if _words(pid)[-1:] == [b"helper"]]
 
@@ -46,22 +46,22 @@ def until(what: Callable[[], object]) -> bool:
 
 @pytest.fixture
 def caller(lab: SshLab, tmp_path: Path) -> Iterator[Caller]:
-    """Calls through a helper of the test's own."""
-    assert helpers() == []
+    """A caller with its own helper."""
+    assert helper_pids() == []
     caller = Caller(lab, tmp_path)
     caller.helper = "60"
     yield caller
-    for pid in helpers():
+    for pid in helper_pids():
         processes.kill(pid)
-    assert until(lambda: not helpers())
+    assert until(lambda: not helper_pids())
 
 
 def sockets(caller: Caller) -> list[str]:
     return [path.name for path in caller.home.glob("helper-*.sock")]
 
 
-def the_helper() -> int:
-    (pid,) = helpers()
+def helper_pid() -> int:
+    (pid,) = helper_pids()
     return pid
 
 
@@ -73,26 +73,30 @@ def test_twenty_first_calls_start_one_helper_and_share_its_connection(lab: SshLa
     calls = [caller.start("ensure-network-device", str(path), "60") for _ in range(20)]
     for call in calls:
         assert json.loads(caller.finish(call, began).output)["host"] == "10.99.0.11"
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
     assert lab.h1.logins()[logins:].count("Accepted publickey") == 1
     assert caller.log.count(" status=0 ") == 20
 
 
-def test_a_call_to_a_host_that_is_connected_is_one_round_trip(lab: SshLab, caller: Caller) -> None:
+def test_a_call_to_a_connected_host_is_one_round_trip(lab: SshLab, caller: Caller) -> None:
     details = caller.details(sshkey=lab.key("good"))
     logins = len(lab.h1.logins())
     for command in ("implement-network", "shutdown-network"):
         assert caller.call(command, details, STORED).output == ""
-    assert [call["command"] for call in lab.h1.asked(but="")] == ["locate", "implement-network", "shutdown-network"]
+    assert [call["command"] for call in lab.h1.calls_received(but="")] == [
+        "locate",
+        "implement-network",
+        "shutdown-network",
+    ]
     assert lab.h1.logins()[logins:].count("Accepted publickey") == 1
 
 
-def test_the_helper_has_nothing_of_its_first_caller(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 10: whoever reads a call's output to its end does not wait for the helper."""
+def test_the_helper_inherits_nothing_from_its_first_caller(lab: SshLab, caller: Caller) -> None:
+    """Field note fault 10: reading a call's output to end of file does not wait for the helper."""
     secret = "hunter2-never-shown"
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), password=secret), timeout=60)
-    assert ended.took_s < 50  # it was read to its end, and the helper lives for 60 s
-    pid = the_helper()
+    assert ended.took_s < 50  # end of file came, while the helper runs for 60 s
+    pid = helper_pid()
     proc = Path("/proc", str(pid))
     assert not [fd for fd in (proc / "fd").iterdir() if os.readlink(fd).startswith("pipe:")]
     assert os.getsid(pid) != os.getsid(0)
@@ -104,23 +108,23 @@ def test_the_helper_has_nothing_of_its_first_caller(lab: SshLab, caller: Caller)
     assert "Max core file size        0" in (proc / "limits").read_text()
 
 
-def test_a_killed_helper_costs_the_call_in_flight_nothing(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
+def test_a_call_in_flight_survives_a_killed_helper(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour("hang", on=["implement-network"])
     details = caller.details(sshkey=lab.key("good"))
-    process, began = caller.start_and_wait_until_asked(details, 60, lab.h1, STORED)
-    (first,) = lab.h1.asked()
-    lab.h1.play()
-    killed = the_helper()
+    process, began = caller.start_and_wait_for_call(details, 60, lab.h1, STORED)
+    (first,) = lab.h1.calls_received()
+    lab.h1.set_behaviour()
+    killed = helper_pid()
     os.kill(killed, signal.SIGKILL)
     assert caller.finish(process, began).output == ""
-    (again,) = lab.h1.asked()
+    (again,) = lab.h1.calls_received()
     assert again["call_id"] == first["call_id"]  # the agent answers a repeat from memory
-    assert the_helper() != killed
+    assert helper_pid() != killed
     assert caller.call("implement-network", details, STORED).output == ""
 
 
-def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -> None:
-    """One after the other, while somebody kills every helper that there is, sooner and sooner, later and later."""
+def test_calls_succeed_whenever_the_helper_is_killed(lab: SshLab, caller: Caller) -> None:
+    """Calls in sequence, while all helpers are killed at varying intervals."""
     details = caller.details(sshkey=lab.key("good"))
     over = threading.Event()
     killed: list[int] = []
@@ -129,7 +133,7 @@ def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -
         pause_s = 0.0
         while not over.wait(pause_s):
             pause_s = (pause_s + 0.07) % 0.6
-            for pid in helpers():
+            for pid in helper_pids():
                 killed.append(pid)
                 processes.kill(pid)
 
@@ -143,48 +147,48 @@ def test_killed_at_any_moment_every_call_is_right(lab: SshLab, caller: Caller) -
         over.set()
         killer.join()
     assert len(set(killed)) > 3
-    carried_out = {call["call_id"]: json.loads(call["payload"])["vlan"] for call in lab.h1.asked()}
+    carried_out = {call["call_id"]: json.loads(call["payload"])["vlan"] for call in lab.h1.calls_received()}
     assert sorted(carried_out.values()) == [str(100 + number) for number in range(12)]
 
 
-def test_a_helper_that_hangs_is_left_behind(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
+def test_a_hung_helper_is_abandoned(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour("hang", on=["implement-network"])
     details = caller.details(sshkey=lab.key("good"))
-    process, began = caller.start_and_wait_until_asked(details, 12, lab.h1, STORED)
-    lab.h1.play()
-    hung = the_helper()
+    process, began = caller.start_and_wait_for_call(details, 12, lab.h1, STORED)
+    lab.h1.set_behaviour()
+    hung = helper_pid()
     os.kill(hung, signal.SIGSTOP)
     ended = caller.finish(process, began)
     assert ended.output == ""
     assert ended.took_s < 12
-    assert helpers() == [hung]  # the call did its work by itself
+    assert helper_pids() == [hung]  # the call worked without the helper
     assert caller.call("implement-network", details, STORED).output == ""
-    assert set(helpers()) > {hung}
+    assert set(helper_pids()) > {hung}
     os.kill(hung, signal.SIGCONT)
-    assert until(lambda: hung not in helpers())
-    assert len(helpers()) == 1
+    assert until(lambda: hung not in helper_pids())
+    assert len(helper_pids()) == 1
 
 
-def test_sigterm_ends_the_helper_at_once_and_no_call(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
-    lab.h1.play()
-    told = the_helper()
+def test_sigterm_ends_the_helper_but_no_call(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
+    lab.h1.set_behaviour()
+    told = helper_pid()
     os.kill(told, signal.SIGTERM)
     assert caller.finish(process, began).output == ""
-    assert told not in helpers()
+    assert told not in helper_pids()
 
 
-def test_an_idle_helper_ends_and_takes_its_name_along(lab: SshLab, caller: Caller) -> None:
+def test_an_idle_helper_ends_and_removes_its_socket(lab: SshLab, caller: Caller) -> None:
     caller.helper = "1"
     caller.ensure(caller.details(sshkey=lab.key("good")))
     assert len(sockets(caller)) == 1
-    assert until(lambda: not helpers())
+    assert until(lambda: not helper_pids())
     assert sockets(caller) == []
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
 
 
-def test_what_idles_is_dropped_while_the_helper_is_in_use(lab: SshLab, caller: Caller) -> None:
+def test_idle_connections_are_closed_while_the_helper_is_in_use(lab: SshLab, caller: Caller) -> None:
     caller.helper = "2"
 
     def connections() -> int:
@@ -198,10 +202,10 @@ def test_what_idles_is_dropped_while_the_helper_is_in_use(lab: SshLab, caller: C
     while connections() == 2 and time.monotonic() < ends:
         caller.ensure(caller.details(sshkey=lab.key("pem"), port=KEYS))
     assert connections() == 1
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
 
 
-def test_nobody_is_answered_with_the_credentials_of_another(lab: SshLab, caller: Caller) -> None:
+def test_callers_never_share_credentials(lab: SshLab, caller: Caller) -> None:
     good = caller.details(sshkey=lab.key("good"), port=KEYS)
     assert caller.ensure(good).output
     stranger = caller.ensure({**good, "sshkey": lab.key("stranger")})
@@ -214,11 +218,11 @@ def test_nobody_is_answered_with_the_credentials_of_another(lab: SshLab, caller:
     pinned = caller.ensure({**good, "hostkeys": lab.h2.fingerprint()})
     assert "is not among the 1 pinned for it" in pinned.line
     assert caller.ensure(good).output
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
 
 
-def test_another_user_is_refused(lab: SshLab, caller: Caller) -> None:
-    """A directory that others may enter would not be used; who gets at the socket all the same gets no word."""
+def test_other_users_cannot_use_the_helper(lab: SshLab, caller: Caller) -> None:
+    """The helper does not use a directory open to others, and refuses other users who reach its socket anyway."""
     caller.ensure(caller.details(sshkey=lab.key("good")))
     (name,) = sockets(caller)
     path = Path("/var/tmp", f"stest-{os.getpid()}.sock")
@@ -236,69 +240,71 @@ def test_another_user_is_refused(lab: SshLab, caller: Caller) -> None:
     assert unpack(pack(b"", b"a\0b")[4:]) == [b"", b"a\0b"]
 
 
-def test_a_helper_of_an_unprivileged_user_is_that_users(lab: SshLab, caller: Caller, tmp_path: Path) -> None:
+def test_an_unprivileged_user_has_a_helper_of_its_own(lab: SshLab, caller: Caller, tmp_path: Path) -> None:
     os.chown(caller.home, 4242, 4242)
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(folder.stat().st_mode | 0o055)
     assert caller.ensure(caller.details(sshkey=lab.key("good")), uid=4242).output
-    assert os.stat(f"/proc/{the_helper()}").st_uid == 4242
+    assert os.stat(f"/proc/{helper_pid()}").st_uid == 4242
     assert caller.ensure(caller.details(sshkey=lab.key("good")), uid=4242).output
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
 
 
-def test_a_replaced_program_has_a_helper_of_its_own_and_the_old_one_finishes(
+def test_a_replaced_program_starts_a_new_helper_and_the_old_one_finishes(
     lab: SshLab, caller: Caller, tmp_path: Path
 ) -> None:
     for name in ("cmd", "internal"):
         shutil.copytree(REPO / name, tmp_path / "tree" / name, ignore=shutil.ignore_patterns("__pycache__"))
     executable = (PYTHON, str(tmp_path / "tree" / "cmd" / "netloom" / "main.py"))
     details = caller.details(sshkey=lab.key("good"))
-    lab.h1.play("hang", on=["implement-network"])
+    lab.h1.set_behaviour("hang", on=["implement-network"])
     began = time.monotonic()
     old_call = caller.start("implement-network", str(caller.payload(details, STORED)), "10", executable=executable)
-    assert until(lab.h1.asked)
-    old = the_helper()
-    lab.h1.play()
+    assert until(lab.h1.calls_received)
+    old = helper_pid()
+    lab.h1.set_behaviour()
     with (tmp_path / "tree" / "internal" / "netloom" / "errors.py").open("a") as file:
         file.write("\n# a newer program\n")
-    assert until(lambda: not sockets(caller))  # it has noticed
+    assert until(lambda: not sockets(caller))  # the old helper has noticed
     assert caller.call("implement-network", details, STORED, executable=executable).output == ""
-    assert set(helpers()) > {old}
+    assert set(helper_pids()) > {old}
     assert old_call.poll() is None
     assert "did not answer implement-network" in caller.finish(old_call, began).line
-    assert until(lambda: old not in helpers())
-    assert len(helpers()) == 1
+    assert until(lambda: old not in helper_pids())
+    assert len(helper_pids()) == 1
 
 
-def test_where_no_helper_can_run_the_call_works_by_itself(lab: SshLab, caller: Caller) -> None:
+def test_a_call_works_without_a_helper(lab: SshLab, caller: Caller) -> None:
     (caller.home / "helper.lock").mkdir()
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
-    assert helpers() == []
+    assert helper_pids() == []
     (caller.home / "helper.lock").rmdir()
     caller.helper = "0"
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
-    assert helpers() == []
+    assert helper_pids() == []
 
 
-def test_a_connection_that_broke_between_two_calls_is_made_anew(lab: SshLab, caller: Caller) -> None:
+def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: Caller) -> None:
     details = caller.details(sshkey=lab.key("good"))
     assert caller.call("implement-network", details, STORED).output == ""
     subprocess.run(["ip", "netns", "exec", lab.h1.netns, "ss", "-K", "sport", "= :22"], capture_output=True, check=True)
     assert caller.call("implement-network", details, STORED).output == ""
-    lab.h1.play("die-once", on=["shutdown-network"])  # read by the next agent's end: the present one ends first
+    lab.h1.set_behaviour(
+        "die-once", on=["shutdown-network"]
+    )  # applies to the next agent, because the present one ends first
     for pid in run("ip", "netns", "pids", lab.h1.netns).split():
         if any(b"standin.py" in word for word in _words(int(pid))):
             processes.kill(int(pid))
     assert caller.call("shutdown-network", details, STORED).output == ""
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
 
 
-def test_who_is_refused_after_the_connection_broke_is_refused_once(lab: SshLab, caller: Caller) -> None:
-    """Repeated failures lock accounts: the credentials changed while the channel was open, say."""
+def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, caller: Caller) -> None:
+    """Repeated failures can lock accounts, for example when credentials changed while the channel was open."""
     details = caller.details(sshkey=lab.key("good"))
-    lab.h1.play("hang", on=["implement-network"])
+    lab.h1.set_behaviour("hang", on=["implement-network"])
     assert caller.call("shutdown-network", details, STORED).output == ""
-    process, began = caller.start_and_wait_until_asked(details, 60, lab.h1, STORED)
+    process, began = caller.start_and_wait_for_call(details, 60, lab.h1, STORED)
     before = len(lab.h1.logins())
     authorized = lab.h1.run_directory / "authorized"
     text = authorized.read_text()
@@ -315,45 +321,47 @@ def test_who_is_refused_after_the_connection_broke_is_refused_once(lab: SshLab, 
     assert until(lambda: lab.h1.logins()[before:].count("closed by authenticating user root") == 1)
 
 
-def test_after_a_host_was_told_silent_the_next_call_knocks_anew(lab: SshLab, caller: Caller) -> None:
-    """TCP repeats a lost first packet later and later: who joins another call's would not see the host come back."""
-    path = str(caller.payload(caller.details(sshkey=lab.key("good"), port=HOLE), payload={"current_details": "{}"}))
+def test_after_a_silent_host_the_next_call_opens_a_new_connection(lab: SshLab, caller: Caller) -> None:
+    """TCP retransmits a lost SYN with growing delays, so a call that joined an old connection would answer late."""
+    path = str(
+        caller.payload(caller.details(sshkey=lab.key("good"), port=BLACK_HOLE), payload={"current_details": "{}"})
+    )
 
-    def knocking() -> int:
+    def unanswered_connections() -> int:
         where = ["ip", "netns", "exec", MANAGEMENT]
-        return run(*where, "ss", "-Htn", "state", "syn-sent", f"dport = :{HOLE}").count("\n")
+        return run(*where, "ss", "-Htn", "state", "syn-sent", f"dport = :{BLACK_HOLE}").count("\n")
 
     began = time.monotonic()
     impatient = caller.start("ensure-network-device", path, "16")
-    assert until(lambda: knocking() == 1)
-    patient = caller.start("ensure-network-device", path, "120")  # waits for the same answer, and longer
+    assert until(lambda: unanswered_connections() == 1)
+    patient = caller.start("ensure-network-device", path, "120")  # shares the connection, with a later deadline
     assert "does not answer within 5 s" in caller.finish(impatient, began).line
-    assert knocking() == 1
+    assert unanswered_connections() == 1
     third = caller.start("ensure-network-device", path, "120")
-    assert until(lambda: knocking() == 2)
+    assert until(lambda: unanswered_connections() == 2)
     for call in (patient, third):
         call.send_signal(signal.SIGTERM)
         assert caller.finish(call, began).status == 143
-    assert until(lambda: knocking() == 0)
+    assert until(lambda: unanswered_connections() == 0)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_call_and_not_the_helper(
     number: signal.Signals, status: int, lab: SshLab, caller: Caller
 ) -> None:
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
     process.send_signal(number)
     ended = caller.finish(process, began)
     assert ended.status == status
     assert ended.line == f"ended by {number.name} while waiting for 10.99.0.11"
     assert caller.log.count(f"status={status}") == 1
-    assert len(helpers()) == 1
+    assert len(helper_pids()) == 1
 
 
-def test_failures_are_those_of_a_call_that_works_by_itself(lab: SshLab, caller: Caller) -> None:
-    def told() -> list[tuple[int, str]]:
-        lab.h1.play(replies={"implement-network": {"status": 3, "error": "zwei\nZeilen \u00fc"}})
+def test_failures_are_the_same_with_and_without_a_helper(lab: SshLab, caller: Caller) -> None:
+    def results() -> list[tuple[int, str]]:
+        lab.h1.set_behaviour(replies={"implement-network": {"status": 3, "error": "zwei\nZeilen \u00fc"}})
         good = caller.details(sshkey=lab.key("good"))
         ended = [
             caller.call("implement-network", caller.details(sshkey="no key"), STORED),
@@ -363,18 +371,18 @@ def test_failures_are_those_of_a_call_that_works_by_itself(lab: SshLab, caller: 
         ]
         return [(each.status, each.line) for each in ended]
 
-    through_the_helper = told()
-    assert len(helpers()) == 1
+    through_the_helper = results()
+    assert len(helper_pids()) == 1
     caller.helper = "0"
-    assert through_the_helper == told()
+    assert through_the_helper == results()
     assert [line.split(" status=")[1][:1] for line in caller.log.splitlines()] == ["1", "1", "1", "3"] * 2
-    assert caller.log.count("frob-network") == 4  # command and line, of two calls
+    assert caller.log.count("frob-network") == 4  # command and error line of two calls
 
 
-def test_a_large_payload_arrives_whole(lab: SshLab, caller: Caller) -> None:
+def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None:
     rule = {"type": "egress", "protocol": "tcp", "portStart": 22, "portEnd": 22, "sourceCidrs": [], "destCidrs": []}
     rules = {"rules": [{"id": n, **rule} for n in range(20_000)], "default_egress_allow": True, "cidr": "10.0.0.0/24"}
     sent = caller.call("apply-fw-rules", caller.details(sshkey=lab.key("good")), STORED, {"fw_rules": rules})
     assert sent.output == ""
-    (call,) = lab.h1.asked()
+    (call,) = lab.h1.calls_received()
     assert json.loads(call["payload"])["fw_rules"]["rules"][-1]["id"] == 19_999

@@ -1,4 +1,4 @@
-"""Which host keys are believed: real servers whose keys change."""
+"""Trust in SSH host keys, tested with real servers whose keys change."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_a_key_is_remembered_on_first_use(lab: SshLab, caller: Caller) -> None:
     ]
 
 
-def test_the_type_of_key_that_is_known_is_asked_for(lab: SshLab, caller: Caller) -> None:
+def test_the_known_key_type_is_requested(lab: SshLab, caller: Caller) -> None:
     (caller.home / "known_hosts").write_text(f"10.99.0.12 {lab.h2.public_key('rsa')} a comment\n")
     assert caller.ensure(details(lab, caller)).output == PLACED
 
 
 @pytest.mark.mutation("a-changed-host-key-is-refused", instead="known")
 def test_defect_16_a_changed_key_is_refused_before_any_login(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 17: no silent accept, and the message names the remedy."""
+    """Field note fault 17: a changed key is not accepted silently, and the message names the remedy."""
     assert caller.ensure(details(lab, caller)).output == PLACED
     old = lab.h2.fingerprint()
     lab.h2.halt()
@@ -51,7 +51,7 @@ def test_defect_16_a_changed_key_is_refused_before_any_login(lab: SshLab, caller
     assert caller.ensure(details(lab, caller)).output == PLACED
 
 
-def test_pinned_keys_are_believed_and_others_are_not(lab: SshLab, caller: Caller) -> None:
+def test_only_pinned_keys_are_accepted(lab: SshLab, caller: Caller) -> None:
     other = lab.h1
     good = [
         lab.h2.public_key(),
@@ -72,22 +72,22 @@ def test_pinned_keys_are_believed_and_others_are_not(lab: SshLab, caller: Caller
     assert not (caller.home / "known_hosts").exists()
 
 
-def test_a_misspelt_pin_is_no_trust_on_first_use(lab: SshLab, caller: Caller) -> None:
+def test_an_invalid_pin_does_not_enable_trust_on_first_use(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(details(lab, caller, hostkeys="ssh-ed25519 AAAA"))
     assert ended.status == 1
     assert "registration detail hostkeys: 'ssh-ed25519 AAAA' is no host key" in ended.line
-    assert lab.h2.asked(but="") == []
+    assert lab.h2.calls_received(but="") == []
 
 
-def test_without_a_place_to_remember_there_is_no_trust(lab: SshLab, caller: Caller) -> None:
+def test_a_key_that_cannot_be_stored_is_not_trusted(lab: SshLab, caller: Caller) -> None:
     (caller.home / "known_hosts").mkdir()
     ended = caller.ensure(details(lab, caller))
     assert ended.status == 2
     assert f"10.99.0.12: its key cannot be remembered: {caller.home}/known_hosts: Is a directory" in ended.line
-    assert lab.h2.asked(but="") == []
+    assert lab.h2.calls_received(but="") == []
 
 
-def test_of_first_uses_at_the_same_time_one_is_written(lab: SshLab, caller: Caller) -> None:
+def test_concurrent_first_uses_store_the_key_once(lab: SshLab, caller: Caller) -> None:
     path = caller.payload(details(lab, caller), payload={"current_details": "{}"})
     began = time.monotonic()
     calls = [caller.start("ensure-network-device", str(path), "60") for _ in range(6)]

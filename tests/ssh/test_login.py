@@ -1,4 +1,4 @@
-"""How the management side logs in: real SSH servers, a stand-in for the agent behind them."""
+"""SSH logins of the management server, with real SSH servers and a stand-in for the agent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ssh.lab import ASKING, HOSTILE, KEYS, PLAIN, PYTHON, REPO, Caller, SshLab, run
+from ssh.lab import HOSTILE, INTERACTIVE, KEYS, PLAIN, PYTHON, REPO, Caller, SshLab, run
 
 PLACED = '{"host":"10.99.0.11","namespace":"cs-net-42"}'
 
@@ -21,26 +21,26 @@ WAYS: dict[str, dict[str, Any]] = {
     "key beats a wrong password": {"sshkey": "good", "password": "wrong"},
     "password, root": {"password": HOSTILE},
     "password, sudo": {"password": HOSTILE, "username": "ops"},
-    "keyboard-interactive": {"password": HOSTILE, "port": str(ASKING)},
+    "keyboard-interactive": {"password": HOSTILE, "port": str(INTERACTIVE)},
     "port as a number": {"sshkey": "good", "port": KEYS},  # defect 67
     "IPv6": {"sshkey": "good", "hosts": "fd99::11"},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_logs_in(way: str, lab: SshLab, caller: Caller) -> None:
+def test_every_login_method_works(way: str, lab: SshLab, caller: Caller) -> None:
     """Defects 23 and 24: a key works at all, and so does a password with quotes, backslashes and letters."""
     details = caller.details(**WAYS[way])
     if "sshkey" in details:
         details["sshkey"] = lab.key(details["sshkey"])
     ended = caller.ensure(details)
     assert ended.output == PLACED.replace("10.99.0.11", details["hosts"])
-    assert [call["uid"] for call in lab.h1.asked(but="")] == [0]
+    assert [call["uid"] for call in lab.h1.calls_received(but="")] == [0]
 
 
 @pytest.mark.parametrize("name", ["good", "pem"])
 @pytest.mark.parametrize("mangle", ["crlf", "no last newline", "both", "escaped twice"])
-def test_a_key_works_however_its_lines_end(name: str, mangle: str, lab: SshLab, caller: Caller) -> None:
+def test_a_key_works_with_any_line_endings(name: str, mangle: str, lab: SshLab, caller: Caller) -> None:
     key = lab.key(name)
     key = {
         "crlf": key.replace("\n", "\r\n"),
@@ -77,7 +77,7 @@ def test_the_callers_ssh_agent_is_used_when_no_key_is_registered(lab: SshLab, ca
             agent.terminate()
 
 
-def test_nothing_to_log_in_with_is_said(lab: SshLab, caller: Caller) -> None:
+def test_missing_credentials_are_reported(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(caller.details())
     assert ended.status == 2
     assert "10.99.0.11: nothing to log in with: no sshkey, no password, and the calling user has no key" in ended.line
@@ -86,7 +86,7 @@ def test_nothing_to_log_in_with_is_said(lab: SshLab, caller: Caller) -> None:
 REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [
     ({"password": "wrong"}, "login as root by password refused", "Failed password for root", PLAIN),
     ({"sshkey": "stranger"}, "login as root by sshkey refused", "", PLAIN),
-    ({"password": "wrong", "port": ASKING}, "login as root by password refused", "", ASKING),
+    ({"password": "wrong", "port": INTERACTIVE}, "login as root by password refused", "", INTERACTIVE),
     ({"password": HOSTILE, "port": KEYS}, "the host takes no password", "", KEYS),
     ({"sshkey": "stranger", "password": HOSTILE}, "login as root by sshkey refused", "", PLAIN),
     ({"password": HOSTILE, "username": "nobody-here"}, "login as nobody-here by password refused", "", PLAIN),
@@ -94,10 +94,10 @@ REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [
 
 
 @pytest.mark.parametrize(("details", "said", "logged", "port"), REFUSALS)
-def test_a_refused_login_is_one_attempt_and_one_line(
+def test_a_refused_login_makes_one_attempt_and_prints_one_line(
     details: dict[str, Any], said: str, logged: str, port: int, lab: SshLab, caller: Caller
 ) -> None:
-    """Field note fault 18: wrong credentials lock no account, and stand in no output."""
+    """Field note fault 18: wrong credentials do not lock an account and do not appear in the output."""
     before = len(lab.h1.logins())
     details = caller.details(**details)
     if "sshkey" in details:
@@ -109,7 +109,7 @@ def test_a_refused_login_is_one_attempt_and_one_line(
     attempts = lab.h1.logins()[before:]
     assert attempts.count("Failed password") + attempts.count("authentication failure") <= 1
     assert logged in attempts
-    assert lab.h1.asked(but="") == []
+    assert lab.h1.calls_received(but="") == []
     for secret in (details.get("password", ""), details.get("sshkey", "").strip()[40:100]):
         assert not secret or secret not in ended.stderr + caller.log
 
@@ -124,7 +124,7 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("what", BAD_KEYS)
-def test_a_key_that_is_none_is_a_configuration_error(what: str, lab: SshLab, caller: Caller) -> None:
+def test_an_invalid_key_is_a_configuration_error(what: str, lab: SshLab, caller: Caller) -> None:
     keys = lab.directory / "keys"
     text = {
         "a public key": (keys / "good.pub").read_text(),
@@ -141,14 +141,14 @@ def test_a_key_that_is_none_is_a_configuration_error(what: str, lab: SshLab, cal
     assert "hunter2" not in ended.stderr
 
 
-def test_sudo_that_wants_a_password_names_the_remedy(lab: SshLab, caller: Caller) -> None:
+def test_sudo_with_a_password_prompt_is_reported_with_a_remedy(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), username="asked"))
     assert ended.status == 2
     assert "10.99.0.11: sudo wants a password from asked" in ended.line
     assert "NOPASSWD" in ended.line
 
 
-def test_sudo_that_refuses_names_the_remedy(lab: SshLab, caller: Caller) -> None:
+def test_a_sudo_refusal_is_reported_with_a_remedy(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), username="plain"))
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: sudo ")
@@ -157,19 +157,19 @@ def test_sudo_that_refuses_names_the_remedy(lab: SshLab, caller: Caller) -> None
 
 @pytest.mark.parametrize("user", ["root", "ops"])
 @pytest.mark.parametrize("agent", ["/nowhere/netloom agent", "/etc/passwd agent"])
-def test_a_missing_agent_names_the_path(user: str, agent: str, lab: SshLab, caller: Caller) -> None:
+def test_the_path_of_a_missing_agent_is_reported(user: str, agent: str, lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), username=user), agent=agent)
     assert ended.status == 2
     assert f"no agent at {agent.split()[0]}" in ended.line
 
 
-def test_secrets_are_in_no_process_table_while_a_call_runs(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_until_asked(caller.details(password=HOSTILE), 60, lab.h1)
-    # Whatever prints, and whatever might be started, does not reach CloudStack; nobody reads its endless stdin.
+def test_secrets_do_not_appear_in_the_process_table(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    process, began = caller.start_and_wait_for_call(caller.details(password=HOSTILE), 60, lab.h1)
+    # No subprocess may write to CloudStack's output or read its stdin, which stays open.
     assert {os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
     secret = HOSTILE.encode()
-    # Threads' children included: a call starts no process.
+    # A call starts no process, including children of its threads.
     for task in Path(f"/proc/{process.pid}/task").iterdir():
         assert (task / "children").read_text() == ""
     for entry in Path("/proc").iterdir():
@@ -188,14 +188,14 @@ def test_secrets_are_in_no_process_table_while_a_call_runs(lab: SshLab, caller: 
         assert secret not in file.read_bytes()
 
 
-def test_works_for_a_user_without_name_home_or_environment(lab: SshLab, caller: Caller) -> None:
-    """CloudStack's service has no HOME and no runtime directory; this uid is not even in passwd."""
+def test_a_caller_needs_no_user_name_home_or_environment(lab: SshLab, caller: Caller) -> None:
+    """CloudStack's service has no HOME and no runtime directory. This uid also has no passwd entry."""
     path = lab.directory / "m" / "call.payload"
     path.write_bytes(
         caller.payload(caller.details(sshkey=lab.key("good")), payload={"current_details": "{}"}).read_bytes()
     )
     uid = 64_999
-    # Where tests run, the interpreter and the payload are reachable for everybody or for root alone; here for this uid.
+    # The interpreter and the payload may be readable by root only, so make them accessible to this uid.
     for directory in (lab.directory, lab.directory.parent, lab.directory.parent.parent, lab.directory / "m"):
         directory.chmod(directory.stat().st_mode | 0o011)
     path.chmod(0o644)
@@ -208,7 +208,7 @@ def test_works_for_a_user_without_name_home_or_environment(lab: SshLab, caller: 
     assert sorted(file.name for file in kept.iterdir()) == ["known_hosts", "known_hosts.lock", "netloom.log"]
 
 
-def test_forgets_a_key_by_the_command_that_the_error_names(lab: SshLab, caller: Caller) -> None:
+def test_the_command_named_in_the_error_forgets_a_key(lab: SshLab, caller: Caller) -> None:
     assert caller.ensure(caller.details(sshkey=lab.key("good"))).output == PLACED
     main = str(REPO / "cmd" / "netloom" / "main.py")
     environ = {**os.environ, "NETLOOM_DIR": str(caller.home)}

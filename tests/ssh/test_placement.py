@@ -1,4 +1,4 @@
-"""Which host a command goes to, asked of two real SSH servers."""
+"""Choice of the host for a command, with two real SSH servers."""
 
 from __future__ import annotations
 
@@ -16,101 +16,103 @@ def details(lab: SshLab, caller: Caller, hosts: str = f"{H1}, {H2}", **more: Any
     return caller.details(hosts=hosts, sshkey=lab.key("good"), **more)
 
 
-def stored(host: str, **more: Any) -> dict[str, Any]:
+def stored_details(host: str, **more: Any) -> dict[str, Any]:
     return {"host": host, "namespace": "cs-net-42", **more}
 
 
-def chosen(ended: Any) -> str:
+def chosen_host(ended: Any) -> str:
     host = json.loads(ended.output)["host"]
     assert isinstance(host, str)
     return host
 
 
-def test_a_new_network_goes_where_cksum_sends_it(lab: SshLab, caller: Caller) -> None:
-    # printf 42 | cksum: 1199578407, odd: the second of two, as the reference extension chooses.
-    assert chosen(caller.ensure(details(lab, caller))) == H2
-    assert chosen(caller.ensure(details(lab, caller, f"{H2},{H1}"))) == H1
+def test_a_new_network_is_placed_by_cksum(lab: SshLab, caller: Caller) -> None:
+    # `printf 42 | cksum` gives 1199578407, an odd number: the second of two hosts, as in the reference extension.
+    assert chosen_host(caller.ensure(details(lab, caller))) == H2
+    assert chosen_host(caller.ensure(details(lab, caller, f"{H2},{H1}"))) == H1
 
 
-def test_a_network_that_lives_somewhere_is_found_there(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play(holds=["net-42"])
-    assert chosen(caller.ensure(details(lab, caller))) == H1
+def test_an_existing_network_is_found_on_its_host(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour(holds=["net-42"])
+    assert chosen_host(caller.ensure(details(lab, caller))) == H1
     assert caller.call("implement-network", details(lab, caller)).output == ""
-    assert [call["command"] for call in lab.h1.asked()] == ["implement-network"]
-    assert lab.h2.asked() == []
+    assert [call["command"] for call in lab.h1.calls_received()] == ["implement-network"]
+    assert lab.h2.calls_received() == []
 
 
 def test_the_stored_host_is_kept(lab: SshLab, caller: Caller) -> None:
-    ended = caller.ensure(details(lab, caller), stored(H1))
+    ended = caller.ensure(details(lab, caller), stored_details(H1))
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-net-42"}'
-    assert lab.h2.asked(but="") == []
+    assert lab.h2.calls_received(but="") == []
 
 
-def test_an_earlier_move_is_not_forgotten(lab: SshLab, caller: Caller) -> None:
-    ended = caller.ensure(details(lab, caller), stored(H1, epoch=3, previous=H2))
+def test_an_earlier_move_is_remembered(lab: SshLab, caller: Caller) -> None:
+    ended = caller.ensure(details(lab, caller), stored_details(H1, epoch=3, previous=H2))
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-net-42","epoch":3,"previous":"10.99.0.12"}'
 
 
 @pytest.mark.parametrize("garbage", ["", "nonsense", "[1]", '{"host":"-oProxyCommand=x"}', '{"host":5}', "{\x01}"])
-def test_garbled_details_are_unknown_details(garbage: str, lab: SshLab, caller: Caller) -> None:
-    """Field note fault 21: own recovery, valid JSON always."""
-    lab.h1.play(holds=["net-42"])
+def test_invalid_stored_details_count_as_unknown(garbage: str, lab: SshLab, caller: Caller) -> None:
+    """Field note fault 21: netloom recovers by itself and always prints valid JSON."""
+    lab.h1.set_behaviour(holds=["net-42"])
     ended = caller.call("ensure-network-device", details(lab, caller), None, {"current_details": garbage})
-    assert chosen(ended) == H1
+    assert chosen_host(ended) == H1
 
 
 @pytest.mark.mutation("a-network-of-a-silent-host-stays", instead="Use(now.order[-1])")
-def test_defect_58_a_network_does_not_leave_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
+def test_defect_58_a_network_stays_on_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
     for command in ("ensure-network-device", "shutdown-network"):
-        ended = caller.call(command, details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))
+        ended = caller.call(command, details(lab, caller, f"10.99.0.99,{H2}"), stored_details("10.99.0.99"))
         assert ended.status == 2
         assert ended.line.startswith("10.99.0.99: no connection to port 22")
         assert "net-42 lives on 10.99.0.99 and was not moved" in ended.line
-    assert lab.h2.asked() == []
+    assert lab.h2.calls_received() == []
 
 
-def test_a_candidate_that_holds_the_network_answers_for_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
-    lab.h2.play(holds=["net-42"])
-    assert chosen(caller.ensure(details(lab, caller, f"10.99.0.99,{H2}"), stored("10.99.0.99"))) == H2
+def test_a_candidate_that_holds_the_network_replaces_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
+    lab.h2.set_behaviour(holds=["net-42"])
+    assert chosen_host(caller.ensure(details(lab, caller, f"10.99.0.99,{H2}"), stored_details("10.99.0.99"))) == H2
 
 
 @pytest.mark.mutation("a-host-off-the-list-keeps-its-networks")
-def test_defect_60_a_host_that_left_the_list_keeps_what_it_holds(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play(holds=["net-42"])
-    assert chosen(caller.ensure(details(lab, caller, H2), stored(H1))) == H1
-    lab.h1.play()
-    assert chosen(caller.ensure(details(lab, caller, H2), stored(H1))) == H2
+def test_defect_60_a_host_removed_from_the_list_keeps_its_networks(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour(holds=["net-42"])
+    assert chosen_host(caller.ensure(details(lab, caller, H2), stored_details(H1))) == H1
+    lab.h1.set_behaviour()
+    assert chosen_host(caller.ensure(details(lab, caller, H2), stored_details(H1))) == H2
 
 
-def test_a_removal_of_what_nobody_holds_succeeds_and_sends_nothing(lab: SshLab, caller: Caller) -> None:
+def test_removing_an_unknown_network_succeeds_without_a_call(lab: SshLab, caller: Caller) -> None:
     port = {"public_ip": "203.0.113.5", "public_port": "22", "private_ip": "10.1.1.5", "private_port": "22"}
     for command in ("shutdown-network", "release-ip", "delete-port-forward"):
         assert caller.call(command, details(lab, caller), None, {**port, "protocol": "tcp"}).output == ""
-    assert lab.h1.asked() == lab.h2.asked() == []
+    assert lab.h1.calls_received() == lab.h2.calls_received() == []
 
 
-def test_destroy_is_told_to_everybody(lab: SshLab, caller: Caller) -> None:
-    assert caller.call("destroy-network", details(lab, caller, f"{H1},{H2},10.99.0.99"), stored(H1)).output == ""
-    (first,), (second,) = lab.h1.asked(), lab.h2.asked()
+def test_destroy_is_sent_to_all_hosts(lab: SshLab, caller: Caller) -> None:
+    assert (
+        caller.call("destroy-network", details(lab, caller, f"{H1},{H2},10.99.0.99"), stored_details(H1)).output == ""
+    )
+    (first,), (second,) = lab.h1.calls_received(), lab.h2.calls_received()
     assert first["command"] == second["command"] == "destroy-network"
 
 
 def test_destroy_fails_while_the_stored_host_is_down(lab: SshLab, caller: Caller) -> None:
-    ended = caller.call("destroy-network", details(lab, caller), stored("10.99.0.99"))
+    ended = caller.call("destroy-network", details(lab, caller), stored_details("10.99.0.99"))
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.99: ")
-    assert [call["command"] for call in (*lab.h1.asked(), *lab.h2.asked())] == ["destroy-network"] * 2
+    assert [call["command"] for call in (*lab.h1.calls_received(), *lab.h2.calls_received())] == ["destroy-network"] * 2
 
 
 def test_destroy_fails_when_one_host_fails(lab: SshLab, caller: Caller) -> None:
-    lab.h2.play(replies={"destroy-network": {"status": 3, "error": "link is busy"}})
-    ended = caller.call("destroy-network", details(lab, caller), stored(H1))
+    lab.h2.set_behaviour(replies={"destroy-network": {"status": 3, "error": "link is busy"}})
+    ended = caller.call("destroy-network", details(lab, caller), stored_details(H1))
     assert (ended.status, ended.line) == (3, f"{H2}: link is busy")
-    assert len(lab.h1.asked()) == 1
+    assert len(lab.h1.calls_received()) == 1
 
 
-def test_nobody_answers_names_every_host(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play("refuse")
+def test_when_no_host_answers_all_hosts_are_named(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour("refuse")
     ended = caller.ensure(details(lab, caller, f"{H1},10.99.0.99", port=KEYS))
     assert ended.status == 2
     assert ended.line.startswith("none of the hosts answers: ")
@@ -119,23 +121,23 @@ def test_nobody_answers_names_every_host(lab: SshLab, caller: Caller) -> None:
 
 
 def test_a_vpc_and_its_tier_share_a_host_and_a_namespace(lab: SshLab, caller: Caller) -> None:
-    lab.h1.play(holds=["vpc-7"])
+    lab.h1.set_behaviour(holds=["vpc-7"])
     payload = {"network_id": "", "vpc_id": "7", "current_details": "{}"}
     ended = caller.call("ensure-network-device", details(lab, caller), None, payload)
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-vpc-7","vpc_id":"7"}'
 
 
-def test_the_owner_is_the_directory_of_the_executable_and_the_physical_network(lab: SshLab, caller: Caller) -> None:
-    assert caller.call("implement-network", details(lab, caller), stored(H1)).output == ""
-    assert caller.call("implement-network", details(lab, caller, owner="east"), stored(H1)).output == ""
-    assert [call["owner"] for call in lab.h1.asked()] == ["netloom/phys-1", "east"]
+def test_the_owner_is_built_from_directory_and_physical_network(lab: SshLab, caller: Caller) -> None:
+    assert caller.call("implement-network", details(lab, caller), stored_details(H1)).output == ""
+    assert caller.call("implement-network", details(lab, caller, owner="east"), stored_details(H1)).output == ""
+    assert [call["owner"] for call in lab.h1.calls_received()] == ["netloom/phys-1", "east"]
     assert "netloom/phys-1" not in caller.log
 
 
 @pytest.mark.mutation("registration-does-not-cross-the-wire", instead="payload_file")
-def test_defect_17_secrets_of_the_registration_do_not_cross_the_wire(lab: SshLab, caller: Caller) -> None:
+def test_defect_17_registration_secrets_are_not_sent_to_hosts(lab: SshLab, caller: Caller) -> None:
     given = details(lab, caller, password="hunter2 hunter2")
-    assert caller.call("implement-network", given, stored(H1)).output == ""
-    sent = json.dumps(lab.h1.asked(but=""))
+    assert caller.call("implement-network", given, stored_details(H1)).output == ""
+    sent = json.dumps(lab.h1.calls_received(but=""))
     assert "hunter2" not in sent
     assert "PRIVATE" not in sent

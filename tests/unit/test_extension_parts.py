@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloom import program
-from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused
+from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused, ascii_only
 from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
 from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
 from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
 from netloom.extension.log import FILE, line, write_down
 from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, error_in, printed
 from netloom.extension.package import package
-from netloom.extension.record import CallRecord, ascii_only
+from netloom.extension.record import CallRecord
 from netloom.extension.registration import owner, registration
 from netloom.extension.ssh import Login
 from netloom.protocol.envelope import PhysicalDetails, StoredDetails, parse_current_details

@@ -11,7 +11,15 @@ import json
 import pytest
 
 from bed import payloads as cs
-from bed.cloudstack import ALL_SERVICES, NAT_SERVICES, Failed, FakeCloudStack, IsolatedNetwork, Poisoned, succeeded
+from bed.cloudstack import (
+    ALL_SERVICES,
+    NAT_SERVICES,
+    Failed,
+    FakeCloudStack,
+    IsolatedNetwork,
+    UnreadableDetails,
+    succeeded,
+)
 from bed.machines import Execution
 from bed.payloads import AclItem, Offering, VpcFacts
 from bed.shared import SharedNetwork
@@ -216,7 +224,7 @@ class TestDetails:
     def test_a_warning_line_poisons_the_network(self, recorder: Recorder, network: IsolatedNetwork) -> None:
         recorder.prints = 'warning: x\n{"host":"192.0.2.11"}'
         network.ensure()
-        with pytest.raises(Poisoned):
+        with pytest.raises(UnreadableDetails):
             network.ensure()
 
 

@@ -1,8 +1,8 @@
-"""``netloom agent connect``: carries bytes between its own stdin and stdout and the agent's socket.
+"""``netloom agent connect``: copy bytes between stdin and stdout and the agent's socket.
 
-The other end of the SSH channel. When no agent answers, one is started: by systemd where it has our
-unit, else detached from this process, its terminal and its descriptors, by a command line made from this one's own.
-Imports little.
+It runs at the host's end of the SSH channel. If no agent answers, it starts one: by systemd where our unit is
+installed, else as a daemon, with the same program. Every connection of a management server starts this process, so it
+imports little.
 """
 
 from __future__ import annotations
@@ -14,32 +14,33 @@ import socket
 import sys
 import time
 
+from netloom.agent.environment import PATH
 from netloom.program import command, start_detached
 
 SOCKET = "/run/netloom/agent.sock"
 LOG = "/var/log/netloom/agent.log"
 
-# What systemd starts where it runs; written when the program is installed (install.py).
+# The systemd unit of the agent, written by the installation (setup/install.py).
 UNIT = "netloom-agent.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"
 _SYSTEMD_RUNS = "/run/systemd/system"  # sd_booted(3)
 
-START_S_MAX = 20.0  # for the agent to answer after it was started; it listens before it restores the scopes
+START_S_MAX = 20.0  # until a started agent answers; it listens before it restores the scopes
 
 _CHUNK = 1 << 18
 _STDERR = 2
 
 
 def connect(arguments: list[str]) -> int:
-    """Relays until either side is done. ``arguments``: ``--socket PATH``, and options that ``serve`` gets when started.
+    """Relay until one side closes. ``arguments``: ``--socket PATH``, and the options of ``serve`` if it is started.
 
-    Exit status 0, 1 for a usage error, 3 when no agent answers and none could be started.
+    The exit status: 0, or 3 when no agent answers and none could be started.
     """
     path = SOCKET
     if "--socket" in arguments[:-1]:
         path = arguments[arguments.index("--socket") + 1]
     try:
-        agent = _reach(path, arguments)
+        agent = _connect_or_start(path, arguments)
     except PermissionError:
         sys.stderr.write(f"netloom agent: {path}: not allowed (log in as root, or let the user run it with sudo -n)\n")
         return 3
@@ -50,8 +51,9 @@ def connect(arguments: list[str]) -> int:
     return 0
 
 
-def _reach(path: str, arguments: list[str]) -> socket.socket:
-    agent = _try(path)
+def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
+    """A connection to the agent, which is started if none answers. Raises OSError."""
+    agent = _connect(path)
     if agent is not None:
         return agent
     directory = os.path.dirname(path)
@@ -60,11 +62,11 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
     lock = open_lock(directory)
     try:
         while not locked(lock):
-            agent = _try(path)
+            agent = _connect(path)
             if agent is not None:
                 return agent
-            _wait(deadline, "another start of the agent does not come to an end")
-        agent = _try(path)
+            _wait(deadline, "another process has been starting the agent for too long")
+        agent = _connect(path)
         if agent is not None:
             return agent
         if has_unit() and not arguments:
@@ -72,7 +74,7 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
         else:
             start(command(), arguments)
         while True:
-            agent = _try(path)
+            agent = _connect(path)
             if agent is not None:
                 return agent
             _wait(deadline, f"the agent was started and does not answer: see {LOG}")
@@ -80,9 +82,10 @@ def _reach(path: str, arguments: list[str]) -> socket.socket:
         os.close(lock)
 
 
-def _try(path: str) -> socket.socket | None:
+def _connect(path: str) -> socket.socket | None:
+    """A connection to the agent; None when none listens. Raises OSError."""
     agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    agent.settimeout(START_S_MAX)  # a stopped agent whose backlog is full would keep us for ever
+    agent.settimeout(START_S_MAX)  # connect(2) blocks when the backlog of a stopped process is full
     try:
         agent.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
@@ -95,12 +98,15 @@ def _try(path: str) -> socket.socket | None:
 
 
 def open_lock(directory: str) -> int:
-    """The lock of whoever starts an agent. Never removed: two who hold different files of one name would both do it."""
+    """Open the lock of the process that starts an agent. Raises OSError.
+
+    The file is never removed: else two processes could each lock a file of this name, and both start an agent.
+    """
     return os.open(os.path.join(directory, "start.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def locked(fd: int) -> bool:
-    """Whether we have the lock now."""
+    """Try to take the lock, without waiting; whether we have it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -108,24 +114,24 @@ def locked(fd: int) -> bool:
     return True
 
 
-def _wait(deadline: float, what: str) -> None:
+def _wait(deadline: float, error: str) -> None:
     if time.monotonic() > deadline:
-        raise TimeoutError(what)
+        raise TimeoutError(error)
     time.sleep(0.02)
 
 
 def systemd_runs() -> bool:
-    """Whether systemd is this host's init."""
+    """Whether systemd is the init system of this host."""
     return os.path.isdir(_SYSTEMD_RUNS)
 
 
 def has_unit() -> bool:
-    """Whether systemd looks after the agent."""
+    """Whether systemd supervises the agent."""
     return systemd_runs() and os.path.exists(UNIT_FILE)
 
 
 def start_unit() -> None:
-    """Has systemd start the agent. Raises OSError when it refuses; does not wait until the agent answers."""
+    """Let systemd start the agent, without waiting until it answers. Raises OSError."""
     child = os.fork()
     if not child:
         try:
@@ -141,12 +147,12 @@ def start_unit() -> None:
 
 
 def start(program: list[str], arguments: list[str]) -> None:
-    """Starts the agent detached from this process. Its stdin and stdout are /dev/null, its stderr is the log file."""
+    """Start the agent as a daemon, with stdin and stdout from /dev/null and the log file as stderr. Raises OSError."""
     kept = ("PATH", "LANG", "LC_ALL")
     environment = {
         key: value for key, value in os.environ.items() if key in kept or key.startswith(("PYTHON", "NETLOOM_"))
     }
-    environment.setdefault("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+    environment.setdefault("PATH", PATH)
     null = os.open(os.devnull, os.O_RDWR)
     log = _open_log()
     try:
@@ -158,7 +164,7 @@ def start(program: list[str], arguments: list[str]) -> None:
 
 
 def _open_log() -> int:
-    """The log file, for an agent that fails before it opens the log itself; our stderr when it cannot be opened."""
+    """Open the log for the errors of an agent that fails before it opens the log itself; else use our stderr."""
     try:
         os.makedirs(os.path.dirname(LOG), mode=0o700, exist_ok=True)
         return os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -167,14 +173,13 @@ def _open_log() -> int:
 
 
 def _relay(agent: socket.socket) -> None:
-    """Both ways until the agent hangs up, or stdin ends and the agent has said what it had to say."""
+    """Copy bytes in both directions until stdin ends, or the agent or the reader of stdout closes."""
     agent.setblocking(False)
     stdin, stdout = 0, 1
-    upward = b""  # towards the agent
-    reading = True
+    upward = b""  # bytes for the agent
     while True:
         wanted_r: list[socket.socket | int] = [agent]
-        if reading and not upward:
+        if not upward:
             wanted_r.append(stdin)
         ready_r, ready_w, _ = select.select(wanted_r, [agent] if upward else [], [])
         if agent in ready_r:
@@ -191,8 +196,7 @@ def _relay(agent: socket.socket) -> None:
         if stdin in ready_r:
             upward = os.read(stdin, _CHUNK)
             if not upward:
-                # Whoever called is gone, or has nothing more to ask: the relay ends, the agent stays.
-                return
+                return  # the management server has closed the channel; the agent keeps running
         if upward and agent in ready_w:
             try:
                 upward = upward[agent.send(upward) :]
@@ -209,6 +213,6 @@ def _write(fd: int, data: bytes) -> bool:
             view = view[os.write(fd, view) :]
         except BrokenPipeError:
             return False
-        except BlockingIOError:  # sshd gives a socket that somebody may have set non-blocking
+        except BlockingIOError:  # sshd passes a socket, which another process may have set non-blocking
             select.select([], [fd], [])
     return True

@@ -1,4 +1,4 @@
-"""The agent's log: one line per call, with ids and counts and never a payload, in a file of bounded size."""
+"""The agent's log: one line per call, with ids and counts but no payload, in a file of bounded size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from netloom.logfile import LogFile, timestamp
 
 
 class Log:
-    """Writes lines to ``path`` with the time in UTC. Without a path to stderr: systemd adds the time. Thread-safe."""
+    """Writes lines to ``path``, with the time in UTC, or without a path to stderr: systemd adds the time. Thread-safe.
+
+    The constructor raises OSError.
+    """
 
     def __init__(self, path: str = "") -> None:
         self._lock = threading.Lock()
@@ -27,13 +30,13 @@ class Log:
         self._write(f"{stamp}{one_line(text)}\n")
 
     def traceback(self, where: str, error: BaseException) -> None:
-        """Logs a bug with its traceback: files, lines and functions, but no values, which may be secret."""
+        """Log a bug with its traceback: files, lines and functions, but no values, because they may be secret."""
         self.line(f"{where} bug: {type(error).__name__}")
         for frame in traceback.extract_tb(error.__traceback__):
             self.line(f"{where}   {frame.filename}:{frame.lineno} in {frame.name}")
 
     def _write(self, text: str) -> None:
-        # A full disk must not stop the data plane: a line that cannot be written is lost.
+        # A full disk must not stop the agent: a line that cannot be written is lost.
         with self._lock, contextlib.suppress(OSError):
             if self._file is None:
                 os.write(2, text.encode())
@@ -42,5 +45,5 @@ class Log:
 
 
 def complain(text: str) -> None:
-    """Writes one line to stderr, for a person who started the agent by hand."""
+    """Write one line to stderr, for an operator who started the agent by hand."""
     sys.stderr.write(f"netloom agent: {one_line(text)}\n")

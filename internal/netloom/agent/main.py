@@ -1,6 +1,6 @@
-"""``netloom agent <subcommand>`` without Typer: ``connect``, ``serve`` and ``activate``.
+"""``netloom agent connect|serve|activate``: the subcommands that SSH and systemd start on a host.
 
-Each subcommand imports only what it needs.
+Each imports only what it needs. The subcommands for people are in cli/agent.py.
 """
 
 from __future__ import annotations
@@ -13,58 +13,66 @@ _USAGE = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Run the arguments that follow ``netloom agent`` and return the exit status."""
-    subcommand, options = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if subcommand == "activate" and options in ([], ["--by-word"]):
-        return _activate(by_word=bool(options))
-    if subcommand not in ("connect", "serve"):
-        sys.stderr.write(f"netloom agent: unknown word {subcommand!r}; {_USAGE}\n" if subcommand else f"{_USAGE}\n")
+# The options of connect and serve; each has a value.
+_OPTIONS = {"--socket", "--state-dir", "--log", "--check-every"}
+
+
+def main(args: list[str]) -> int:
+    """Run the subcommand ``args[0]`` with the options that follow; the exit status."""
+    command, options = (args[0], args[1:]) if args else ("", [])
+    # Older builds send --by-word over SSH (extension/deploy.py), so the option keeps its name.
+    if command == "activate" and options in ([], ["--by-word"]):
+        return _activate(forced_by_operator=bool(options))
+    if command not in ("connect", "serve"):
+        sys.stderr.write(f"netloom agent: unknown command {command!r}; {_USAGE}\n" if command else f"{_USAGE}\n")
         return 1
-    known = {"--socket", "--state-dir", "--log", "--check-every"}
-    if len(options) % 2 or not known.issuperset(options[::2]):
+    # No argparse: it would make each start of connect a fifth slower (3 ms of 15, November 2026).
+    if len(options) % 2 or not _OPTIONS.issuperset(options[::2]):
         sys.stderr.write(f"{_USAGE}\n")
         return 1
-    if subcommand == "connect":
-        from netloom.agent.connect import connect  # the relay is a small process: no msgspec, no asyncio
+    if command == "connect":
+        from netloom.agent.connect import connect  # a small process: no msgspec, no asyncio
 
         return connect(options)
-    # The agent itself: asyncio, msgspec, the renderers.
+    return _serve(dict(zip(options[::2], options[1::2], strict=True)))
+
+
+def _serve(options: dict[str, str]) -> int:
+    # asyncio, msgspec, the renderers
     from netloom.agent.connect import SOCKET
     from netloom.agent.log import complain
     from netloom.agent.serve import STATE_DIR, serve
     from netloom.agent.upkeep import CHECK_EVERY_S
 
-    given = dict(zip(options[::2], options[1::2], strict=True))
-    check_every = given.get("--check-every") or str(CHECK_EVERY_S)
+    check_every = options.get("--check-every") or str(CHECK_EVERY_S)
     try:
         check_every_s = float(check_every)
     except ValueError:
         complain(f"--check-every {check_every}: not a number of seconds")
         return 1
     return serve(
-        given.get("--socket", SOCKET),
-        given.get("--state-dir", STATE_DIR),
-        given.get("--log", ""),
+        options.get("--socket", SOCKET),
+        options.get("--state-dir", STATE_DIR),
+        options.get("--log", ""),
         check_every_s,
     )
 
 
-def _activate(*, by_word: bool) -> int:
-    """The last step of a deployment (extension/deploy.py): one line of JSON, or one line on stderr and status 3."""
-    import msgspec  # imported by install anyway
+def _activate(*, forced_by_operator: bool) -> int:
+    """The last step of an installation: print one line of JSON, a ``wire.Activation``, with status 0.
+
+    extension/deploy.py and cli/agent.py read it. An error is one line on stderr, with status 3.
+    """
+    import msgspec  # here, because connect does not need it
 
     from netloom.agent.log import complain
-    from netloom.agent.setup import (
-        install,
-        selftest,  # the renderers
-    )
+    from netloom.agent.setup import install, selftest
     from netloom.errors import NetloomError
 
     try:
-        outcome = install.activate(by_word=by_word, require=selftest.require)
+        activation = install.activate(forced_by_operator=forced_by_operator, require=selftest.require)
     except (NetloomError, OSError) as error:
         complain(str(error))
         return 3
-    sys.stdout.write(msgspec.json.encode(outcome).decode() + "\n")
+    sys.stdout.write(msgspec.json.encode(activation).decode() + "\n")
     return 0

@@ -310,7 +310,7 @@ class Scopes:
             services=self._services,
             converge=lambda: self.converge(slot),
         )
-        result, changes = self._actions.begin(call, action, action_context)
+        result, changes = self._actions.run(call, action, action_context)
         return (result, slot.scope.revision if slot.scope else 0), changes
 
     def _apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:

@@ -1,7 +1,7 @@
-"""The state directory: one file per scope, replaced whole or not at all.
+"""The state directory of the agent: one JSON file per scope, replaced atomically.
 
-``net-204.json`` is the state of a scope that lives here. ``net-204.ended`` is one whose end was asked for and is not
-carried out yet: what is left of it on the host has to go, then the file. The agent is the only writer.
+``net-204.json`` is the state of a scope. ``net-204.ended`` is the state of a deleted scope; it exists until the scope
+is removed from the host. The agent is the only writer while it runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from netloom.errors import HostRefused
+from netloom.files import replace_bytes, sync_directory
 from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
 
@@ -27,11 +28,14 @@ class _Head(msgspec.Struct):
 
 
 class Unreadable(HostRefused):
-    """A scope whose file cannot be used; the file and what runs of the scope are left as they are."""
+    """The state file of a scope cannot be used. The file, and whatever runs for the scope, are left unchanged."""
 
 
 class Store:
-    """The files of ``directory``, which is made when it is missing (0700, the files 0600)."""
+    """The state files in ``directory``, which is created if it is missing. Directory mode 0700, file mode 0600.
+
+    The constructor removes temporary files that a crash has left, and raises HostRefused.
+    """
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -48,11 +52,11 @@ class Store:
         return self._ids("json")
 
     def ended(self) -> list[str]:
-        """The ids of the scopes whose end is not carried out yet."""
+        """The ids of the deleted scopes that are not yet removed from the host."""
         return self._ids("ended")
 
     def load(self, scope_id: str) -> Scope | None:
-        """The state of the scope, None when it has none here. Raises Unreadable."""
+        """The state of the scope; None when it has none. Raises Unreadable."""
         path = self._path(scope_id)
         try:
             text = path.read_bytes()
@@ -64,60 +68,50 @@ class Store:
             head = msgspec.json.decode(text, type=_Head)
             if head.schema > SCHEMA:
                 raise Unreadable(
-                    f"state file {path} is of schema {head.schema}, this agent knows up to {SCHEMA}",
-                    hint="a newer netloom wrote it: use that one, or a later one",
+                    f"state file {path} has schema {head.schema}, this agent reads schemas up to {SCHEMA}",
+                    hint="a newer netloom wrote it: use that version or a later one",
                 )
             scope = _decoder.decode(text)
         except msgspec.MsgspecError as error:
             raise Unreadable(f"state file {path} cannot be read: {error}", hint="repair or remove the file") from error
         if scope.scope_id != scope_id:
-            raise Unreadable(f"state file {path} is about {scope.scope_id}", hint="give it its own name")
+            raise Unreadable(f"state file {path} is about {scope.scope_id}", hint="rename it to match its scope")
         return scope
 
     def save(self, scope: Scope) -> None:
-        """Replaces the scope's file. Raises HostRefused, with the old file intact, when that is not possible."""
-        path = self._path(scope.scope_id)
-        new = path.with_name(f".{path.name}.new")
+        """Replace the scope's state file. Raises HostRefused; the old file is intact then."""
+        path, ended = self._path(scope.scope_id), self._path(scope.scope_id, "ended")
         text = msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
         try:
-            try:
-                fd = os.open(
-                    new,
-                    os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW,
-                    0o600,  # guard: state-is-readable-by-root-alone
-                )
-                with open(fd, "wb") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(fd)
-                new.rename(path)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    new.unlink()
-                raise
-            self._path(scope.scope_id, "ended").unlink(missing_ok=True)
-            self._sync()
+            replace_bytes(
+                path,
+                text,
+                mode=0o600,  # guard: state-is-readable-by-root-alone
+            )
+            with contextlib.suppress(FileNotFoundError):
+                ended.unlink()
+                sync_directory(self.directory)
         except OSError as error:
             raise HostRefused(
                 f"state file {path} cannot be written: {error.strerror}", hint="nothing was changed"
             ) from error
 
     def retire(self, scope_id: str) -> None:
-        """Notes that the scope has ended: takes no space, so it works on a full disk."""
+        """Mark the scope as deleted. This renames its file, so it works on a full disk. Raises HostRefused."""
         path = self._path(scope_id)
         try:
             with contextlib.suppress(FileNotFoundError):
                 path.rename(self._path(scope_id, "ended"))
-            self._sync()
+            sync_directory(self.directory)
         except OSError as error:
             raise HostRefused(f"state file {path} cannot be renamed: {error.strerror}") from error
 
     def forget(self, scope_id: str) -> None:
-        """Removes the note that ``retire`` left, once nothing of the scope is left on the host."""
+        """Remove the file of a deleted scope, after the scope was removed from the host. Raises HostRefused."""
         path = self._path(scope_id, "ended")
         try:
             path.unlink(missing_ok=True)
-            self._sync()
+            sync_directory(self.directory)
         except OSError as error:
             raise HostRefused(f"state file {path} cannot be removed: {error.strerror}") from error
 
@@ -127,10 +121,3 @@ class Store:
     def _ids(self, suffix: str) -> list[str]:
         found = (_NAME.match(name) for name in os.listdir(self.directory))
         return sorted(match[1] for match in found if match and match[2] == suffix)
-
-    def _sync(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -1,1 +1,1 @@
-"""A person is calling."""
+"""The command line for people."""

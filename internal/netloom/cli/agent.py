@@ -1,6 +1,6 @@
 """``netloom agent <command>`` for people: on this host, or with ``--hosts`` on other hosts over SSH.
 
-The five commands that also work over SSH share their login options: the decorator ``_also_remote`` adds them.
+The five commands that also work over SSH share their login options, which the decorator ``_also_remote`` adds.
 """
 
 from __future__ import annotations
@@ -17,26 +17,25 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import msgspec
 import typer
 
-from netloom.agent.setup import install as place
-from netloom.agent.setup import selftest as trial
-from netloom.agent.setup import uninstall as removal
+from netloom.agent.setup import install, selftest, uninstall
 from netloom.cli import table
 from netloom.errors import BadRequest, HostRefused
 from netloom.extension.progress import Installing, Progress
 from netloom.program import build_id
 from netloom.secret import Secret
+from netloom.wire import Activation
 
 if TYPE_CHECKING:
     from netloom.extension.ssh import Login
 
 agent = typer.Typer(
-    help="The program on the hosts: install, look, go back, remove.",
+    help="The program on hosts: install, inspect, roll back, uninstall.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 # Help texts are arguments of Typer, because the one file is compiled without docstrings.
-Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for programs.")]
 
 
 @dataclass(frozen=True)
@@ -44,40 +43,43 @@ class Remote:
     """The options of a command that works on other hosts: which hosts, and how to log in."""
 
     hosts: Annotated[
-        str, typer.Option("--hosts", metavar="HOST,...", help="Hosts, separated by commas. Without it: this machine.")
+        str, typer.Option("--hosts", metavar="HOST,...", help="Run on these hosts over SSH. Default: on this machine.")
     ]
     username: Annotated[
-        str, typer.Option("--username", metavar="USER", help="Another user than root goes through sudo -n.")
+        str, typer.Option("--username", metavar="USER", help="Log in as this user. Users other than root use sudo -n.")
     ] = "root"
-    port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=1, max=65535, help="The port of SSH.")] = 22
+    port: Annotated[int, typer.Option("--port", metavar="NUMBER", min=1, max=65535, help="Use this SSH port.")] = 22
     sshkey: Annotated[
         str,
         typer.Option(
-            "--sshkey", metavar="FILE", help="File with the private key. Else the SSH agent and the caller's own keys."
+            "--sshkey",
+            metavar="FILE",
+            help="Use the private key in this file. Default: the SSH agent and your own keys.",
         ),
     ] = ""
-    ask_password: Annotated[bool, typer.Option("--ask-password", help="Log in by password; it is asked for.")] = False
+    ask_password: Annotated[bool, typer.Option("--ask-password", help="Ask for the login password.")] = False
     password_file: Annotated[
         str,
         typer.Option(
             "--password-file",
             metavar="FILE",
-            help="Log in by the password in this file: NETLOOM_PASSWORD=..., or a line.",
+            help="Use the password in this file: a line NETLOOM_PASSWORD=..., or the first line.",
         ),
     ] = ""
     hostkeys: Annotated[
-        str, typer.Option("--hostkeys", metavar="PINS", help="Pinned host keys, as in the registration.")
+        str,
+        typer.Option("--hostkeys", metavar="PINS", help="Accept only these host keys, written as in the registration."),
     ] = ""
 
     def names(self) -> list[str]:
-        """The hosts, each once. Raises BadRequest when there is none."""
+        """The hosts, without duplicates. Raises BadRequest when there is none."""
         names = [host.strip() for host in self.hosts.split(",") if host.strip()]
         if not names:
-            raise BadRequest("--hosts names no host", hint="leave it out for this machine")
+            raise BadRequest("--hosts names no host", hint="for this machine, leave the option out")
         return list(dict.fromkeys(names))
 
     def login(self) -> Login:
-        """Raises BadRequest when a file of the options cannot be read."""
+        """The login of these options. May ask for the password. Raises BadRequest when a file cannot be read."""
         from netloom.extension.directory import home_of, persistent  # asyncssh: twenty bare start-ups
         from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
         from netloom.extension.ssh import Login
@@ -101,7 +103,7 @@ class Remote:
 
 
 def _also_remote(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds the options of ``Remote`` to a command. Its first parameter gets them; None without ``--hosts``.
+    """Add the options of ``Remote`` to a command. Its first parameter gets them; None without ``--hosts``.
 
     Typer reads the options from the signature of a function, so the returned function gets a signature of its own.
     """
@@ -131,12 +133,12 @@ def _also_remote(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-@agent.command("install", help="Install this program, and start its agent. CloudStack's first call does the same.")
+@agent.command("install", help="Install this program and start its agent. The first call of CloudStack does the same.")
 @_also_remote
 def _install(remote: Remote | None, as_json: Json = False) -> None:
     if remote is None:
         _need_root()
-        place.place()
+        install.copy_program()
         _answer([_row("this host", 0, _run_installed())], as_json)
         return
     from netloom.extension.package import package
@@ -149,19 +151,19 @@ def _install(remote: Remote | None, as_json: Json = False) -> None:
     _answer([_row(it.host, it.status, it.answer, it.error) for it in results], as_json)
 
 
-@agent.command("status", help="What is installed, what serves, how many networks live there.")
+@agent.command("status", help="Show the builds, the agent, and the number of networks.")
 @_also_remote
 def _status(remote: Remote | None, as_json: Json = False) -> None:
     if remote is not None:
         _answer(_run_on(remote, ["status"]), as_json)
     else:
         _need_root()
-        _answer([_row("this host", 0, place.status())], as_json)
+        _answer([_row("this host", 0, install.status())], as_json)
 
 
 @agent.command(
     "selftest",
-    help="Try what networks need of this host. It is done in a scratch network that goes again.",
+    help="Test what networks need from this host, in a temporary network.",
 )
 @_also_remote
 def _selftest(remote: Remote | None, as_json: Json = False) -> None:
@@ -170,11 +172,11 @@ def _selftest(remote: Remote | None, as_json: Json = False) -> None:
         if not as_json:
             for row in rows:
                 typer.echo(f"{row['host']}:")
-                _print_findings(msgspec.convert(row.get("answer") or [], list[trial.Finding]), str(row["error"]))
+                _print_findings(msgspec.convert(row.get("answer") or [], list[selftest.Finding]), str(row["error"]))
             raise typer.Exit(_worst(rows))
         _answer(rows, as_json)
         return
-    findings = trial.run()
+    findings = selftest.run()
     if as_json:
         typer.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
     else:
@@ -185,13 +187,13 @@ def _selftest(remote: Remote | None, as_json: Json = False) -> None:
 
 @agent.command(
     "rollback",
-    help="Go back to the previous build. Networks get their states of then; it stays until a newer build comes.",
+    help="Go back to the previous build. The networks get their state from the time of the upgrade.",
 )
 @_also_remote
 def _rollback(
     remote: Remote | None,
     keep_state: Annotated[
-        bool, typer.Option("--keep-state", help="Networks keep their state of now, where that build reads it.")
+        bool, typer.Option("--keep-state", help="Keep the current state of the networks, if that build can read it.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -199,10 +201,10 @@ def _rollback(
         _answer(_run_on(remote, ["rollback", *(["--keep-state"] if keep_state else [])]), as_json)
     else:
         _need_root()
-        _answer([_row("this host", 0, place.rollback(keep_state=keep_state))], as_json)
+        _answer([_row("this host", 0, install.rollback(keep_state=keep_state))], as_json)
 
 
-@agent.command("uninstall", help="Leave the host as it was found.")
+@agent.command("uninstall", help="Remove everything that netloom created on the host.")
 @_also_remote
 def _uninstall(
     remote: Remote | None,
@@ -211,7 +213,7 @@ def _uninstall(
         typer.Option(
             "--networks",
             metavar="refuse|remove|leave",
-            help="That live there: refuse to go on, remove them, or leave them as they stand.",
+            help="If there are networks on the host: refuse, remove them first, or leave them running.",
         ),
     ] = "refuse",
     as_json: Json = False,
@@ -220,8 +222,8 @@ def _uninstall(
         _answer(_run_on(remote, ["uninstall", "--networks", networks]), as_json)
     else:
         _need_root()
-        stays = removal.uninstall(networks)
-        _answer([_row("this host", 0, {"outcome": "removed", "stays": stays})], as_json)
+        kept = uninstall.uninstall(networks)
+        _answer([_row("this host", 0, {"outcome": "removed", "stays": kept})], as_json)
 
 
 # ------------------------------------------------------------------------------------------------- running on the hosts
@@ -229,7 +231,7 @@ def _uninstall(
 
 def _need_root() -> None:
     if os.geteuid() != 0:
-        raise BadRequest("on this machine only root can do that", hint="sudo, or name hosts by --hosts")
+        raise BadRequest("on this machine only root can do that", hint="use sudo, or --hosts for other hosts")
 
 
 def _read(file: str) -> str:
@@ -254,25 +256,26 @@ def _run_on(remote: Remote, args: Sequence[str]) -> list[dict[str, object]]:
 
 
 def _run_installed() -> object:
-    """Let the installed copy activate itself, so that the file that serves is the file that was checked."""
+    """Let the installed copy activate itself, so that its selftest tests the file that will run."""
     import subprocess  # for this command only
 
-    program = str(place.LIBEXEC / build_id() / place.PROGRAM)
+    # Older builds send and know --by-word, so the option keeps its name (agent/main.py).
+    program = str(install.LIBEXEC / build_id() / install.PROGRAM)
     done = subprocess.run([program, "agent", "activate", "--by-word"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise HostRefused(done.stderr.strip().removeprefix("netloom agent: ") or f"status {done.returncode}")
-    outcome = msgspec.json.decode(done.stdout, type=place.Outcome)
-    if outcome.build != build_id():
-        raise HostRefused(outcome.reason, hint="netloom agent rollback goes back")
-    return outcome
+    activation = msgspec.json.decode(done.stdout, type=Activation)
+    if activation.build != build_id():
+        raise HostRefused(activation.reason, hint="to go back to an older build: netloom agent rollback")
+    return activation
 
 
 # -------------------------------------------------------------------------------------------------------------- output
 
 
 def _row(host: str, status: int, answer: object, error: str = "") -> dict[str, object]:
-    told = msgspec.to_builtins(answer)
-    return {"host": host, "status": status, "error": error, **(told if isinstance(told, dict) else {"answer": told})}
+    plain = msgspec.to_builtins(answer)
+    return {"host": host, "status": status, "error": error, **(plain if isinstance(plain, dict) else {"answer": plain})}
 
 
 def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
@@ -290,7 +293,7 @@ def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
         raise typer.Exit(worst)
 
 
-_ALWAYS = ("current", "serves")  # columns that are shown when they are empty, too
+_ALWAYS = ("current", "serves")  # columns that are shown even if all their cells are empty
 
 
 def _columns(rows: list[dict[str, object]]) -> list[str]:
@@ -308,7 +311,7 @@ def _worst(rows: list[dict[str, object]]) -> int:
     return max(status for row in rows if isinstance(status := row["status"], int))
 
 
-def _print_findings(findings: list[trial.Finding], error: str = "") -> None:
+def _print_findings(findings: list[selftest.Finding], error: str = "") -> None:
     if error:
         typer.echo(error)
         return
@@ -316,17 +319,20 @@ def _print_findings(findings: list[trial.Finding], error: str = "") -> None:
         [it.what, "yes" if it.ok else ("MISSING" if it.needed else "missing"), it.says, it.remedy] for it in findings
     ]
     typer.echo(table.render(["WHAT", "THERE", "SAYS", "REMEDY"], lines))
-    lacks = [it.what for it in findings if it.needed and not it.ok]
-    typer.echo(f"\nThis host lacks: {', '.join(lacks)}." if lacks else "\nThis host can carry networks.")
+    missing = [it.what for it in findings if it.needed and not it.ok]
+    typer.echo(f"\nThis host lacks: {', '.join(missing)}." if missing else "\nThis host can carry networks.")
 
 
 class _ProgressDisplay(Progress):
-    """The progress of each host on stderr: a terminal has one line per host, redrawn; else each change is a line."""
+    """Shows the progress of each host on stderr.
+
+    A terminal has one line per host, which is redrawn. Elsewhere each change is a new line.
+    """
 
     _BAR = 20
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        self._shown: dict[str, str] = {}  # host -> the last text that was written, where stderr is no terminal
+        self._shown: dict[str, str] = {}  # host -> the text of its last line, if stderr is no terminal
         self._state = dict.fromkeys(hosts, "connecting")
         self._width = max(map(len, hosts))
         self._drawn = False
@@ -339,7 +345,7 @@ class _ProgressDisplay(Progress):
             self._draw()
             return
         news = now.state if now.percent is None else f"{now.percent // 10}"
-        if news != self._shown.get(now.host):  # every ten percent is worth a line
+        if news != self._shown.get(now.host):  # a percentage is written only when its tens change
             self._shown[now.host] = news
             sys.stderr.write(f"{now.host}: {now.state}\n")
 

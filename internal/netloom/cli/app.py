@@ -1,4 +1,4 @@
-"""``netloom <word>``: tables for people, ``--json`` for programs."""
+"""``netloom <command>`` for people: prints tables, or JSON for programs with ``--json``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ hosts = typer.Typer(
 app.add_typer(hosts, name="hosts")
 app.add_typer(agent, name="agent")
 
-# Help is given here and not by docstrings, which the one file is compiled without.
-Json = Annotated[bool, typer.Option("--json", help="For programs: JSON instead of a table.")]
+# Help texts are arguments of Typer, because the one file is compiled without docstrings.
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for programs.")]
 
 
 def _print_version(asked: bool = True) -> None:
@@ -48,13 +48,13 @@ def _print_version(asked: bool = True) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", "-V", help="The same as the command version.", callback=_print_version)
+        bool, typer.Option("--version", "-V", help="Print the same as the command version.", callback=_print_version)
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options before a command."""
 
 
-@app.command("version", help="The version of this program, and of what it speaks to the hosts.")
+@app.command("version", help="Print the version, the build and the protocol version.")
 def _version(as_json: Json = False) -> None:
     if as_json:
         _print_json({"version": __version__, "build": build_id(), "wire": PROTOCOL_VERSION})
@@ -62,14 +62,16 @@ def _version(as_json: Json = False) -> None:
         _print_version()
 
 
-@app.command("help", help="Show how a command is used: netloom help agent install.")
+@app.command("help", help="Print the usage of a command. Example: netloom help agent install.")
 def _help(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND]...", help="Without it: all commands.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[COMMAND]...", help="The command. Default: list all commands.")
+    ] = None,
 ) -> None:
     app(args=[*(words or []), "--help"], prog_name="netloom", standalone_mode=False)
 
 
-@app.command("commands", help="CloudStack's commands, and what each may do.")
+@app.command("commands", help="List the commands of CloudStack, with their kinds.")
 def _list_commands(as_json: Json = False) -> None:
     if as_json:
         _print_json([{"command": row.name, "kind": row.kind} for row in TABLE.values()])
@@ -77,7 +79,7 @@ def _list_commands(as_json: Json = False) -> None:
         typer.echo(table.render(["COMMAND", "KIND"], [[row.name, row.kind] for row in TABLE.values()]))
 
 
-@hosts.command("list", help="Every remembered key, with the line where it stands.")
+@hosts.command("list", help="List the remembered keys, with their file and line.")
 def _list_hosts(as_json: Json = False) -> None:
     known_hosts = _known_hosts()
     known = known_hosts.all()
@@ -92,37 +94,37 @@ def _list_hosts(as_json: Json = False) -> None:
 
 @hosts.command(
     "forget",
-    help="Forget a host's key: the next one it shows is remembered. For a host that was installed anew.",
+    help="Forget the keys of a host that was installed anew. Its next key is remembered.",
 )
 def _forget_host(
     host: Annotated[
-        str, typer.Argument(metavar="HOST", help="As it stands in the list: a name, an address, or '[name]:port'.")
+        str, typer.Argument(metavar="HOST", help="The host as in the list: a name, an address, or '[name]:port'.")
     ],
     as_json: Json = False,
 ) -> None:
     known_hosts = _known_hosts()
-    gone = known_hosts.forget(host)
+    forgotten = known_hosts.forget(host)
     if as_json:
-        _print_json([_as_json(entry) for entry in gone])
-    if not gone:
+        _print_json([_as_json(entry) for entry in forgotten])
+    if not forgotten:
         typer.echo(f"netloom: no key of {host} is remembered in {known_hosts.path}", err=True)
         raise typer.Exit(1)
     if not as_json:
-        for entry in gone:
+        for entry in forgotten:
             typer.echo(f"Forgotten: {entry.name} {entry.key.kind} {entry.key.fingerprint}")
 
 
-def run(words: Sequence[str]) -> int:
-    """Carry out what a person asked; the exit status."""
+def run(args: Sequence[str]) -> int:
+    """Run a command for people; the exit status. An error is one line on stderr."""
     try:
-        outcome = app(args=list(words), prog_name="netloom", standalone_mode=True)
+        status = app(args=list(args), prog_name="netloom", standalone_mode=True)
     except NetloomError as error:
         sys.stderr.write(f"netloom: {error}\n")
         return error.exit_code
     except OSError as error:
         sys.stderr.write(f"netloom: {error}\n")
         return 1
-    return int(outcome or 0)
+    return int(status or 0)
 
 
 def _known_hosts() -> KnownHosts:

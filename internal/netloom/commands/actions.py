@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from netloom.errors import BadRequest, HostRefused, one_line
+from netloom.errors import BadRequest, HostRefused, one_line, unicode_escape
 
 BUILT_IN = {
     "check": "what a repair would do; nothing is changed",
@@ -67,7 +67,7 @@ def plain(text: str) -> str:
     r"""``text`` in printable ASCII, line ends and tabs; the rest as ``\uXXXX``, which within JSON is the same text."""
     if text.isascii() and all(" " <= it <= "~" or it in "\n\t" for it in text):
         return text
-    return "".join(it if " " <= it <= "~" or it in "\n\t" else _escaped(it) for it in text.replace("\r\n", "\n"))
+    return "".join(it if " " <= it <= "~" or it in "\n\t" else unicode_escape(it) for it in text.replace("\r\n", "\n"))
 
 
 def listed(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> str:
@@ -114,8 +114,3 @@ def document(sections: Iterable[tuple[str, Sequence[str]]], limit: int = OUTPUT_
         shares[title] = min(sizes[title], left // (len(sizes) - at))
         left -= shares[title]
     return "\n".join(f"{title}\n{cut(lines, shares[title])}" for title, lines in titled)
-
-
-def _escaped(character: str) -> str:
-    units = character.encode("utf-16-be", "surrogatepass")
-    return "".join(f"\\u{units[at]:02x}{units[at + 1]:02x}" for at in range(0, len(units), 2))

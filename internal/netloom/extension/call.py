@@ -10,10 +10,10 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]  # the C module: signal.py adds enums to it, a third of a bare start-up
 import time
 
-from netloom.errors import BadRequest, one_line
+from netloom.errors import BadRequest, ascii_only, one_line
 from netloom.extension.deadline import Deadline, parse_timeout, process_started
 from netloom.extension.helper_client import ask_helper
-from netloom.extension.record import CallRecord, ascii_only, failure
+from netloom.extension.record import CallRecord, failure
 from netloom.fastos import os
 
 TYPE_CHECKING = False

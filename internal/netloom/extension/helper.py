@@ -17,11 +17,12 @@ import time
 from typing import TYPE_CHECKING
 
 from netloom import program
+from netloom.errors import ascii_only
 from netloom.extension import helper_client
 from netloom.extension.deadline import Deadline
 from netloom.extension.helper_client import ANSWER, BEAT, BEAT_S, DOING, SETTING, pack, unpack
 from netloom.extension.log import write_down
-from netloom.extension.record import CallRecord, ascii_only, failure
+from netloom.extension.record import CallRecord, failure
 from netloom.sockets import peer_credentials
 
 if TYPE_CHECKING:

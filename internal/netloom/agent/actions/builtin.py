@@ -1,4 +1,7 @@
-"""Custom actions on this host: looking at a scope, repairing it, and finding an operator's hook for the rest."""
+"""The built-in custom actions on a host: describe a scope, compare it with its desired state, and repair it.
+
+An action that is not built in is a hook of the operator (hooks.py).
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ from netloom.wire import Call
 
 
 class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
-    """A scope as the agent has it, and how to make the host so. The scope's lock is held."""
+    """A scope, and what an action may need to inspect or repair it. The caller holds the lock of the scope.
+
+    ``scope`` is its state, None without one; ``want`` the desired state of the host; ``known`` the ruleset that was
+    loaded last; ``converge`` applies ``want`` to the host.
+    """
 
     scope: Scope | None
     want: Want
@@ -42,50 +49,53 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Actions:
-    """Carries out custom actions. Blocking: for worker threads."""
+    """Runs custom actions. Its methods block, so they are called in worker threads."""
 
     def __init__(self, host: Host, hooks: Path) -> None:
         self._host = host
         self._hooks = Hooks(hooks)
 
-    def begin(self, call: Call, asked: CustomAction, context: ActionContext) -> tuple[str | Hook, HostChanges]:
-        """The output, or the hook that makes it, to be run without the lock; and what was done to the host.
+    def run(self, call: Call, request: CustomAction, context: ActionContext) -> tuple[str | Hook, HostChanges]:
+        """Run a built-in action: its output, and what it changed on the host.
 
-        Raises BadRequest for an unknown action, HostRefused when the scope is not here.
+        For any other action return the hook; the caller runs it after it has released the scope's lock.
+        Raises BadRequest for an unknown action, and HostRefused when there is no state of the scope or a step fails.
         """
-        action = str(asked.action)
+        action = str(request.action)
         check_known(action, self._hooks.names())
         scope = context.scope
         if scope is None:
             raise nothing_known(action, call.scope_id)
         match action:
             case "check":
-                drift = self._drift(scope, context)
-                return success(cut(drift) if drift else "nothing to do: all is as it should be"), HostChanges()
+                deviations = self._deviations(scope, context)
+                return success(
+                    cut(deviations) if deviations else "nothing to do: all is as it should be"
+                ), HostChanges()
             case "counters":
                 counted = _counters(scope, context.want)
-                return success(listed(counted, asked.params, none="no public address stands")), HostChanges()
+                return success(listed(counted, request.params, none="no public address stands")), HostChanges()
             case "dump-config":
                 return self._dump(scope, context), HostChanges()
             case "leases":
-                return success(listed(describe.leases(scope), asked.params, none="no NIC is known")), HostChanges()
+                return success(listed(describe.leases(scope), request.params, none="no NIC is known")), HostChanges()
             case "list-firewall-rules":
-                return success(listed(describe.firewall(scope), asked.params, none="no such line")), HostChanges()
+                return success(listed(describe.firewall(scope), request.params, none="no such line")), HostChanges()
             case "pbr-list-routes":
-                routes = describe.pbr_routes(of_named_table(scope, asked.params))
-                return success(listed(routes, asked.params, none="no route")), HostChanges()
+                routes = describe.pbr_routes(of_named_table(scope, request.params))
+                return success(listed(routes, request.params, none="no route")), HostChanges()
             case "pbr-list-rules":
-                rules = describe.pbr_rules(of_named_table(scope, asked.params))
-                return success(listed(rules, asked.params, none="no rule")), HostChanges()
+                rules = describe.pbr_rules(of_named_table(scope, request.params))
+                return success(listed(rules, request.params, none="no rule")), HostChanges()
             case "pbr-list-tables":
-                return success(listed(describe.pbr_tables(scope), asked.params, none="no table")), HostChanges()
+                return success(listed(describe.pbr_tables(scope), request.params, none="no table")), HostChanges()
             case "reboot-device":
                 done = self._reboot(scope, context)
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success(did), done
             case "show":
                 return success(
-                    plain("\n".join([*describe.summary(scope), *self._standing(scope, context)]))
+                    plain("\n".join([*describe.summary(scope), *self._status(scope, context)]))
                 ), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
@@ -96,14 +106,14 @@ class Actions:
         )
         return hook, HostChanges()
 
-    # ------------------------------------------------------------------------------------------------------- looking
+    # ----------------------------------------------------------------------------------------------------- inspecting
 
-    def _look(self, scope: Scope, context: ActionContext) -> Have:
+    def _observe(self, scope: Scope, context: ActionContext) -> Have:
         return self._host.look(scope.scope_id, context.want, context.known)
 
-    def _drift(self, scope: Scope, context: ActionContext) -> list[str]:
-        """What a repair would do now, in words."""
-        have = self._look(scope, context)
+    def _deviations(self, scope: Scope, context: ActionContext) -> list[str]:
+        """The steps that a repair would do now, a line for each."""
+        have = self._observe(scope, context)
         found = [str(step) for step in plan(have, context.want)]
         wanted = {it.name for it in services(scope)} if context.want.namespace else set()
         running = context.services.running(scope.scope_id).keys()
@@ -117,26 +127,28 @@ class Actions:
         ]
         return [plain(it) for it in found]
 
-    def _standing(self, scope: Scope, context: ActionContext) -> list[str]:
+    def _status(self, scope: Scope, context: ActionContext) -> list[str]:
         running = context.services.running(scope.scope_id)
         crashes = context.services.crashes(scope.scope_id)
         guest, guest_crashes = context.services.guest_process()
-        drift = self._drift(scope, context)
-        described = [f"{name} (pid {pid}{_again(crashes.get(name, 0))})" for name, pid in sorted(running.items())]
+        deviations = self._deviations(scope, context)
+        described = [f"{name} (pid {pid}{_restarts(crashes.get(name, 0))})" for name, pid in sorted(running.items())]
         return [
             f"namespace {context.want.namespace}"
             if context.want.namespace
-            else "nothing of it is to stand on this host",
+            else "shut down: nothing of it runs on this host",
             f"services: {', '.join(described) or 'none'}",
-            f"guest process of this host: pid {guest}{_again(guest_crashes)}",
-            f"{len(drift)} things are not as they should be: see check" if drift else "all is as it should be",
+            f"guest process of this host: pid {guest}{_restarts(guest_crashes)}",
+            f"{len(deviations)} things are not as they should be: see check"
+            if deviations
+            else "all is as it should be",
         ]
 
     def _dump(self, scope: Scope, context: ActionContext) -> str:
-        have, want = self._look(scope, context), context.want
+        have, want = self._observe(scope, context), context.want
         sections = [
-            ("== summary", [*describe.summary(scope), *self._standing(scope, context)]),
-            ("== check: what a repair would do", self._drift(scope, context)),
+            ("== summary", [*describe.summary(scope), *self._status(scope, context)]),
+            ("== check: what a repair would do", self._deviations(scope, context)),
             ("== wanted: addresses", [f"{it.cidr} on {it.link}" for it in want.addresses]),
             ("== wanted: ports", [f"{it.link} {it.mac} - {it.host_link} in {it.segment.bridge}" for it in want.ports]),
             ("== found: links", _links(have)),
@@ -158,15 +170,15 @@ class Actions:
     # ----------------------------------------------------------------------------------------------------- repairing
 
     def _reboot(self, scope: Scope, context: ActionContext) -> HostChanges:
-        """Everything of the scope once more, from the state; connections that are allowed go on.
+        """Set up the scope again from its state: repair it, links down and up, load the ruleset, restart the services.
 
-        Conntrack keeps their translations while links are down; a link that goes down loses its routes, which the
-        repair puts back together with whatever else is amiss.
+        Allowed connections stay open, because conntrack keeps their translations while the links are down. A link that
+        goes down loses its routes; the second repair adds them again. Raises HostRefused.
         """
         want = context.want
         if not want.namespace:
             raise HostRefused(
-                f"{scope.scope_id} is shut down: nothing of it stands on this host", hint="start a VM in the network"
+                f"{scope.scope_id} is shut down: nothing of it runs on this host", hint="start a VM in the network"
             )
         first = context.converge()
         ours = sorted(it.link for it in want.ports)
@@ -178,7 +190,7 @@ class Actions:
                 self._host.renewed(scope.scope_id)
             context.services.renew(scope.scope_id)
         except HostRefused:
-            context.converge()  # whatever went wrong: what the links lost is put back
+            context.converge()  # add the lost routes again, whatever has failed
             raise
         done = context.converge()  # guard: a-reboot-puts-back-what-links-lost
         macs = {port.link: port.mac for port in want.ports}
@@ -186,7 +198,7 @@ class Actions:
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)
 
 
-def _again(times: int) -> str:
+def _restarts(times: int) -> str:
     return f", died or hung {times} times since the agent started" if times else ""
 
 
@@ -215,9 +227,10 @@ def _table(namespace: str) -> list[str]:
 
 
 def _counters(scope: Scope, want: Want) -> list[str]:
-    """What the scope's table counts, a line for each public address and IPv6 prefix, since it stands on this host.
+    """The counters of the scope's nftables table: a line for each public address and each IPv6 prefix.
 
-    Raises HostRefused when the table cannot be read, or does not count what it should.
+    They count since the address was added on this host, or since the whole table was loaded again.
+    Raises HostRefused when the table cannot be read, or lacks a counter.
     """
     if want.ruleset is None or not want.ruleset.counters:
         return []
@@ -226,12 +239,12 @@ def _counters(scope: Scope, want: Want) -> list[str]:
     counted = {it["counter"]["name"]: it["counter"] for it in found if "counter" in it}
     missing = [it for it in want.ruleset.counters if it not in counted]
     if missing:
-        raise HostRefused(f"{want.namespace} does not count {', '.join(missing[:5])}", hint="reboot-device repairs it")
+        raise HostRefused(f"{want.namespace} has no counter {', '.join(missing[:5])}", hint="reboot-device repairs it")
     return [
-        f"{what}: in {_told(counted[arrived])}; out {_told(counted[left])}"
+        f"{what}: in {_in_words(counted[arrived])}; out {_in_words(counted[left])}"
         for what, (arrived, left) in counters(live(scope)).items()
     ]
 
 
-def _told(counter: dict[str, object]) -> str:
+def _in_words(counter: dict[str, object]) -> str:
     return f"{counter['packets']} packets, {counter['bytes']} bytes"

@@ -1,7 +1,8 @@
-"""Operators' hooks: executables in the state directory that carry out custom actions that are not built in.
+"""Hooks: executables of the operator that carry out custom actions which are not built in.
 
-A hook runs as root in the host's own namespaces, not in the scope's: what it needs (files, sockets, resolvers, other
-links) is there, and ``ip netns exec $NETLOOM_NAMESPACE`` is one word away, while the way out of a namespace is none.
+A hook runs as root in the namespaces of the host, not in that of the scope. There it has the host's files, sockets,
+resolvers and links, and enters the scope by ``ip netns exec $NETLOOM_NAMESPACE``. From inside the scope's namespace it
+could not get back to the host's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _TAIL_BYTES = 4096
 
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a hook. ``payload`` is CloudStack's flat payload without the two objects of details."""
+    """One run of a hook. ``payload`` is CloudStack's payload in JSON, without the two objects of details."""
 
     path: str
     action: str
@@ -37,23 +38,26 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str
     payload: bytes
 
-    def run(self, ends: float) -> str:
-        """What it printed, in ASCII. ``ends``: when it is killed with its process group, on the monotonic clock.
+    def run(self, deadline: float) -> str:
+        """Run the hook and return its standard output in ASCII. Blocking.
 
-        Its first argument is a path to read the payload from, as often as it likes: a file in memory. Blocking. Raises
-        HostRefused with the hook's last line when it fails, or is not done in time.
+        The hook's only argument is the path of the payload, a file in memory, which it may read repeatedly. At
+        ``deadline``, in seconds of the monotonic clock, the hook is killed with its process group.
+        Raises HostRefused, with the hook's last line, if it fails or is killed.
         """
-        if time.monotonic() >= ends:
-            raise HostRefused(f"hook {self.action} was not begun: the call had no time left", hint="do others hang?")
+        if time.monotonic() >= deadline:
+            raise HostRefused(
+                f"hook {self.action} was not started: the call had no time left", hint="do other hooks hang?"
+            )
         payload = os.memfd_create("netloom.payload", os.MFD_CLOEXEC)
         try:
             with open(payload, "wb", closefd=False) as file:
                 file.write(self.payload)
-            return self._run(payload, ends)
+            return self._run(payload, deadline)
         finally:
             os.close(payload)
 
-    def _run(self, payload: int, ends: float) -> str:
+    def _run(self, payload: int, deadline: float) -> str:
         try:
             process = subprocess.Popen(
                 [self.path, f"/dev/fd/{payload}"],
@@ -76,29 +80,29 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
             raise HostRefused(f"hook {self.path} cannot be run: {error.strerror}", hint=hint) from error
         with process:
             try:
-                printed, complained, in_time = _listen(process, ends)
+                out, err, in_time = _capture(process, deadline)
             finally:
-                # Before it is waited for: until then its number cannot be another group's.
+                # Before waitpid(2): until then no other process group can get this number.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
         if not in_time:
-            raise HostRefused(f"hook {self.action} was ended: not done in the time that the call had")
+            raise HostRefused(f"hook {self.action} was killed: it did not end in the time of the call")
         if process.returncode:
             died = process.returncode < 0
-            how = f"was ended by signal {-process.returncode}" if died else f"failed with status {process.returncode}"
-            last = complained.last_line() or printed.last_line()
-            raise HostRefused(f"hook {self.action} {how}{': ' if last else ', and did not say why'}{last}")
-        return checked(self.action, printed.text())
+            how = f"was killed by signal {-process.returncode}" if died else f"failed with status {process.returncode}"
+            last = err.last_line() or out.last_line()
+            raise HostRefused(f"hook {self.action} {how}{': ' if last else ', without a message'}{last}")
+        return checked(self.action, out.text())
 
 
 class Hooks:
-    """The hooks of a directory, which need not exist."""
+    """The hooks in a directory, which need not exist."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def names(self) -> list[str]:
-        """The actions that there is a file for, fit to be run or not."""
+        """The actions that have a file; it may be unsafe or not executable."""
         try:
             found = sorted(map(_FILE.match, os.listdir(self.directory)), key=str)
         except OSError:
@@ -106,7 +110,10 @@ class Hooks:
         return sorted(match[1] for match in found if match and ".." not in match[1])
 
     def path(self, action: str) -> str:
-        """The hook's path. Raises HostRefused when somebody else than root could have written what root is to run."""
+        """The path of the hook for ``action``.
+
+        Raises HostRefused if it is missing or not executable, or if users other than root could have written it.
+        """
         file = self.directory / f"custom-action-{action}.sh"
         for path in (self.directory.parent, self.directory, file):
             try:
@@ -117,15 +124,16 @@ class Hooks:
                 raise HostRefused(f"hook {path}: not a plain {'file' if path is file else 'directory'}")
             if found.st_uid != 0 or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise HostRefused(
-                    f"hook {path}: others than root may write it, so it is not run", hint="chown root, chmod go-w"
+                    f"hook {path}: users other than root may write to it, so it is not run",
+                    hint="chown root, chmod go-w",
                 )
         if not found.st_mode & stat.S_IXUSR:
             raise HostRefused(f"hook {file}: not executable", hint="chmod 0755")
         return str(file)
 
 
-class _Heard:
-    """The first bytes of a stream, and its last ones."""
+class _CapturedOutput:
+    """The first and the last bytes of a stream."""
 
     def __init__(self) -> None:
         self._head = bytearray()
@@ -143,14 +151,15 @@ class _Heard:
         return next((one_line(line, 400) for line in reversed(lines) if line.strip()), "")
 
 
-def _listen(process: subprocess.Popen[bytes], ends: float) -> tuple[_Heard, _Heard, bool]:
-    """What it says on both streams until it has ended; False when its time was over first.
+def _capture(process: subprocess.Popen[bytes], deadline: float) -> tuple[_CapturedOutput, _CapturedOutput, bool]:
+    """The standard output and standard error of the hook, and whether it ended before ``deadline``.
 
-    It is over when the hook itself has ended: what it left in the background holds the streams, and nobody up.
+    Only the end of the hook's own process counts. Its background processes may keep the streams open; nothing waits for
+    them.
     """
     assert process.stdout is not None
     assert process.stderr is not None
-    streams = {process.stdout.fileno(): _Heard(), process.stderr.fileno(): _Heard()}
+    streams = {process.stdout.fileno(): _CapturedOutput(), process.stderr.fileno(): _CapturedOutput()}
     pidfd = os.pidfd_open(process.pid)
     try:
         with selectors.DefaultSelector() as selector:
@@ -159,7 +168,7 @@ def _listen(process: subprocess.Popen[bytes], ends: float) -> tuple[_Heard, _Hea
             for fd in (pidfd, *streams):
                 selector.register(fd, selectors.EVENT_READ)
             ended = False
-            while not ended and (left_s := ends - time.monotonic()) > 0:
+            while not ended and (left_s := deadline - time.monotonic()) > 0:
                 ready = {key.fd for key, _ in selector.select(left_s)}
                 ended = pidfd in ready
                 for fd in ready & streams.keys():
@@ -168,18 +177,21 @@ def _listen(process: subprocess.Popen[bytes], ends: float) -> tuple[_Heard, _Hea
                         if not data:
                             selector.unregister(fd)
             if ended:
-                # What came between the last look and its end.
-                for fd, heard in streams.items():
+                # The last output: it may have arrived together with the end of the process.
+                for fd, captured in streams.items():
                     for data in _available(fd):
-                        heard.add(data)
+                        captured.add(data)
     finally:
         os.close(pidfd)
-    printed, complained = streams.values()
-    return printed, complained, ended
+    out, err = streams.values()
+    return out, err, ended
 
 
 def _available(fd: int) -> Iterator[bytes]:
-    """What can be read now, at most so much that others have their turn; an empty piece is the end of the stream."""
+    """The data that can be read without waiting, in pieces; an empty piece is the end of the stream.
+
+    At most 4 MiB at a time, so that the other stream and the deadline get their turn.
+    """
     for _ in range(64):
         try:
             data = os.read(fd, 1 << 16)

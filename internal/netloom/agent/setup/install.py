@@ -1,12 +1,13 @@
-"""netloom's place on a host: its builds side by side, one of them in use, and the ways from one to the next.
+"""Install, activate and roll back builds of netloom on a host.
 
     /usr/local/libexec/netloom/<build>/netloom   the programs
-    /usr/local/libexec/netloom/current           the build in use: a link, replaced in one step
-    /usr/local/libexec/netloom/previous          the one before it, whose state files are in /var/lib/netloom/previous
-    /usr/local/libexec/netloom/held              names the build that an operator went back from
+    /usr/local/libexec/netloom/current           a symbolic link to the build in use, replaced atomically
+    /usr/local/libexec/netloom/previous          the build before it; its state files are in /var/lib/netloom/previous
+    /usr/local/libexec/netloom/held              the name of the build that an operator rolled back from
 
-Killed between any two steps, the next start uses a whole build, and whoever installs goes on from there. What runs for
-the networks is not touched: namespaces, rules, resolvers and the guest process outlive an agent.
+If an installation is killed between two steps, the next start uses a complete build, and the next installation
+continues. The networks are not touched: namespaces, rules, resolvers and the guest process keep running without an
+agent.
 """
 
 from __future__ import annotations
@@ -28,24 +29,26 @@ import msgspec
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
+from netloom.files import replace_text, sync_directory
 from netloom.program import build_id, is_newer, path
 from netloom.sockets import peer_credentials
-from netloom.wire import FrameReader, Hello
+from netloom.wire import Activation, FrameReader, Hello
 
 LIBEXEC = Path("/usr/local/libexec/netloom")
 STATE = Path("/var/lib/netloom")
 SCOPES = STATE / "scopes"
-BEFORE = STATE / "previous"  # the state files as they were when the previous build ended
-UNDONE = STATE / "undone"  # the state files that a rollback replaced
+PREVIOUS_STATES = STATE / "previous"  # the state files from the time when the previous build was replaced
+REPLACED_STATES = STATE / "undone"  # the state files that a rollback replaced
 
 PROGRAM = "netloom"
 _CURRENT, _PREVIOUS, _HELD = "current", "previous", "held"
-MADE_PARENT = ".made-parent"  # says that the directory above is ours to remove (so does extension/deploy.py)
+# An empty file: we created the directory above LIBEXEC, so uninstalling removes it. extension/deploy.py writes it too.
+MADE_PARENT = ".made-parent"
 _BUILD = re.compile(r"[0-9][A-Za-z0-9._-]{0,99}\Z")
-# What an upload leaves beside the program while it is under way (extension/deploy.py).
+# The temporary files of an upload, beside the program (extension/deploy.py).
 _UPLOADS = re.compile(r"\.(?:part|new)[A-Za-z0-9.-]*\Z")
 
-UPLOAD_S_MAX = 3600.0  # a build in whose directory nothing came for so long is not on its way any more
+UPLOAD_S_MAX = 3600.0  # a build whose directory was not changed for this long is not being uploaded any more
 LOCK_S_MAX = 60.0
 STOP_S_MAX = 15.0
 START_S_MAX = 30.0
@@ -59,11 +62,11 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 ExecStart={LIBEXEC}/{_CURRENT}/{PROGRAM} agent serve --log {LOG}
-# READY is said when every network stands again, and that may take its time; a stop waits for what was begun.
+# The agent reports READY when every network is restored. That may take long, and a stop waits for running work.
 TimeoutStartSec=infinity
 Restart=always
 RestartSec=1
-# The networks' own processes are the agent's children and stay when it goes.
+# The processes of the networks are children of the agent. They keep running when it stops.
 KillMode=process
 LimitNOFILE=1048576
 OOMScoreAdjust=-500
@@ -74,7 +77,7 @@ WantedBy=multi-user.target
 
 
 class Running(msgspec.Struct, frozen=True):
-    """The agent that answers: its process, and what it says of itself. ``hello`` is None when it says nothing."""
+    """The running agent: its pid, and its Hello; None when it sent none."""
 
     pid: int
     hello: Hello | None
@@ -84,17 +87,11 @@ class Running(msgspec.Struct, frozen=True):
         return self.hello.build if self.hello else ""
 
 
-class Outcome(msgspec.Struct, frozen=True):
-    """What became of an installation. ``build``: the one in use now; ``reason``: why it is not the one asked for."""
-
-    outcome: str  # "activated", "current", "newer", "held"
-    build: str
-    reason: str = ""
-    did: tuple[str, ...] = ()
-
-
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """A host at a glance. ``serves``: the build of the agent that answers; empty, and no ``pid``, when none does."""
+    """What is installed on a host. ``serves``: the build of the running agent.
+
+    Without a running agent ``serves`` is empty and ``pid`` is None. ``networks``: the number of scopes with a state.
+    """
 
     current: str
     previous: str
@@ -106,22 +103,22 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     networks: int
 
 
-# ------------------------------------------------------------------------------------------------------- what is there
+# ----------------------------------------------------------------------------------------------------- looking
 
 
 def current() -> str:
-    """The build in use; empty where none is installed."""
+    """The build in use; empty when none is installed."""
     return _target(_CURRENT)
 
 
 def previous() -> str:
-    """The build that the one in use took the place of; empty where there is none to go back to."""
+    """The build that a rollback activates; empty when there is none."""
     before = _target(_PREVIOUS)
     return before if before != current() else ""
 
 
 def held() -> str:
-    """The build that an operator went back from; empty where nobody did."""
+    """The build that an operator rolled back from; empty when there is none."""
     try:
         return (LIBEXEC / _HELD).read_text().strip()
     except OSError:
@@ -129,7 +126,7 @@ def held() -> str:
 
 
 def builds() -> list[str]:
-    """The builds that lie there."""
+    """The builds in LIBEXEC, complete or not, sorted by name."""
     try:
         found = os.listdir(LIBEXEC)
     except FileNotFoundError:
@@ -138,14 +135,17 @@ def builds() -> list[str]:
 
 
 def running(socket_path: str = SOCKET) -> Running | None:
-    """The agent that listens on the socket; None when none does."""
+    """The agent that listens on the socket; None when none does.
+
+    Its pid is 0 when it is stopped (SIGSTOP) and accepts no connection.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
         agent.settimeout(_HELLO_S_MAX)
         try:
             agent.connect(socket_path)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-        except TimeoutError:  # stopped, with a full backlog
+        except TimeoutError:  # the process is stopped and its backlog is full
             return Running(0, None)
         pid = peer_credentials(agent).pid
         reader = FrameReader()
@@ -166,65 +166,75 @@ def _target(link: str) -> str:
     return name if _BUILD.match(name) and (LIBEXEC / name / PROGRAM).exists() else ""
 
 
-# ------------------------------------------------------------------------------------------------ from one to the next
+# --------------------------------------------------------------------------------------------------- replacing
 
 
-def activate(*, by_word: bool, require: Callable[[], None]) -> Outcome:
-    """Puts this build in use, unless a newer one is. ``by_word``: an operator asks, so that ``held`` does not count.
+def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activation:
+    """Put this build in use, unless a newer one is in use.
 
-    ``require`` raises when the host lacks what networks need; nothing has changed then. Raises HostRefused, too, when
-    the new agent does not come up: then the one before serves again.
+    ``forced_by_operator``: activate it although an operator rolled back from it (``held``).
+    ``require`` raises HostRefused when the host lacks something that networks need; nothing has changed then.
+    Raises HostRefused also when the new agent does not answer; the previous build is in use again then.
     """
     build = build_id()
     if path() != str(LIBEXEC / build / PROGRAM):
         raise HostRefused(f"{path() or 'a checkout'} is not {LIBEXEC / build / PROGRAM}", hint="netloom agent install")
-    _only_roots(LIBEXEC)
-    _only_roots(LIBEXEC / build)
+    _check_only_root_writes(LIBEXEC)
+    _check_only_root_writes(LIBEXEC / build)
     with locked():
         now, serves = current(), running()
         if now and is_newer(now, than=build):
             reason = f"{now} is installed, which is newer than {build}: an automatic downgrade is refused"
-            return Outcome("newer", now, reason)
-        if held() == build and not by_word:
-            return Outcome("held", now, f"an operator of the host went back from {build} to {now}")
-        if now == build and serves is not None and serves.build == build and connect.has_unit() == _systemd():
-            return Outcome("current", build)
+            return Activation("newer", now, reason)
+        if held() == build and not forced_by_operator:
+            return Activation("held", now, f"an operator of the host went back from {build} to {now}")
+        if (
+            now == build
+            and serves is not None
+            and serves.build == build
+            and connect.has_unit() == connect.systemd_runs()
+        ):
+            return Activation("current", build)
         require()
         _write_unit()
         if now in ("", build):
             _switch(now, build, lambda: None, lambda: None)
         else:
-            _switch(now, build, lambda: _keep_state(now), _drop_kept_state)
-        if is_newer(build, than=held()) or by_word:
+            _switch(now, build, lambda: _save_states(now), _undo_save_states)
+        if is_newer(build, than=held()) or forced_by_operator:
             (LIBEXEC / _HELD).unlink(missing_ok=True)
-        return Outcome("activated", build, did=tuple(_remove_old()))
+        return Activation("activated", build, did=tuple(_remove_old()))
 
 
-def rollback(*, keep_state: bool) -> Outcome:
-    """Goes back to the previous build and, for each network that still lives here, to its state of then.
+def rollback(*, keep_state: bool) -> Activation:
+    """Put the previous build in use, with the state files from the time when it was replaced.
 
-    ``keep_state``: the networks keep the state that they have. What is replaced is kept in ``UNDONE``. The build that
-    is left is not installed again by itself. Raises HostRefused.
+    Networks that were deleted or created since then are not affected. ``keep_state``: keep the present state files.
+    Replaced state files are kept in REPLACED_STATES. The build that is rolled back from is not activated again
+    automatically. Raises HostRefused.
     """
     with locked():
         now, before = current(), previous()
         if not before:
             raise HostRefused(f"there is no build before {now or 'this one'} on this host to go back to")
-        undone: list[str] = []
-        shutil.rmtree(UNDONE, ignore_errors=True)
+        restored: list[str] = []
+        shutil.rmtree(REPLACED_STATES, ignore_errors=True)
         if keep_state:
             _switch(now, before, lambda: None, lambda: None)
         else:
             _switch(
-                now, before, lambda: undone.extend(_put_state(BEFORE / "scopes", UNDONE)), lambda: _put_state(UNDONE)
+                now,
+                before,
+                lambda: restored.extend(_restore_states(PREVIOUS_STATES / "scopes", REPLACED_STATES)),
+                lambda: _restore_states(REPLACED_STATES),
             )
-        _write(LIBEXEC / _HELD, f"{now}\n", 0o644)
+        replace_text(LIBEXEC / _HELD, f"{now}\n", mode=0o644)
         (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
-        return Outcome("activated", before, f"went back from {now} to {before}", tuple(undone))
+        return Activation("activated", before, f"went back from {now} to {before}", tuple(restored))
 
 
 def status() -> Status:
-    """What is installed, what serves, and how many networks live here."""
+    """The installed builds, the running agent, and the number of scopes."""
     agent = running()
     living = [name for name in os.listdir(SCOPES) if name.endswith(".json")] if SCOPES.exists() else []
     return Status(
@@ -239,8 +249,8 @@ def status() -> Status:
     )
 
 
-def place() -> None:
-    """Copies the program that runs to its place on this host, whole or not at all. Raises HostRefused."""
+def copy_program() -> None:
+    """Copy the running program to its directory in LIBEXEC, atomically. Raises HostRefused."""
     source, target = path(), LIBEXEC / build_id() / PROGRAM
     if source is None:
         raise HostRefused("a checkout cannot be installed", hint="use the one file that make build makes")
@@ -263,48 +273,51 @@ def place() -> None:
         raise HostRefused(f"{target}: {error.strerror}") from error
 
 
-def _switch(now: str, to: str, between: Callable[[], object], undo: Callable[[], object]) -> None:
-    """Ends the agent, does what is to be done while none runs, and starts that of ``to``; undoes it if that fails."""
-    with _nobody_starts():
+def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callable[[], object]) -> None:
+    """Stop the agent, call ``while_stopped``, and start the build ``to``.
+
+    If the new agent does not answer, call ``undo``, start the build ``now`` again, and raise HostRefused.
+    """
+    with _start_lock():
         stop()
-        between()
+        while_stopped()
         _link(_CURRENT, to)
         _start()
-        if _comes(to):
+        if _wait_for(to):
             return
-        why = _last_line() or "it said nothing"
+        why = _last_log_line() or "its log is empty"
         stop()
         if now in ("", to):
             raise HostRefused(f"the agent of {to} does not answer: {why}", hint=f"look at {LOG}")
         undo()
         _link(_CURRENT, now)
         _start()
-        back = "serves again" if _comes(now) else "does not answer either"
+        back = "serves again" if _wait_for(now) else "does not answer either"
         raise HostRefused(f"the agent of {to} does not answer, {now} {back}: {why}", hint=f"look at {LOG}")
 
 
 def stop() -> None:
-    """Ends whoever serves; what was begun is finished. Networks go on. Raises HostRefused."""
+    """Stop the agent. It finishes its running calls; the networks keep running. Raises HostRefused."""
     if connect.has_unit():
         systemctl("stop", UNIT)
     while (agent := running()) is not None:
         if not agent.pid:
-            raise HostRefused("an agent that does not answer cannot be found", hint="end it by hand")
-        end(agent.pid)
+            raise HostRefused("the agent does not answer and its process is unknown", hint="kill it by hand")
+        terminate(agent.pid)
     _wait_for_lock()
 
 
-def stop_for_good() -> None:
-    """The same, and no relay that comes at the moment starts another one before we have ended it."""
-    with _nobody_starts():
+def stop_without_restart() -> None:
+    """:func:`stop`, and prevent relays from starting an agent until it has stopped. Raises HostRefused."""
+    with _start_lock():
         stop()
 
 
 def start_current() -> None:
-    """Starts the agent of the build in use; returns when it answers. Raises HostRefused."""
-    with _nobody_starts():
+    """Start the agent of the build in use, and wait until it answers. Raises HostRefused."""
+    with _start_lock():
         _start()
-        if not _comes(current()):
+        if not _wait_for(current()):
             raise HostRefused(f"the agent of {current()} does not answer", hint=f"look at {LOG}")
 
 
@@ -315,7 +328,8 @@ def _start() -> None:
         connect.start([str(LIBEXEC / _CURRENT / PROGRAM)], [])
 
 
-def _comes(build: str) -> bool:
+def _wait_for(build: str) -> bool:
+    """Wait until an agent of this build answers. False after START_S_MAX seconds."""
     until = time.monotonic() + START_S_MAX
     while time.monotonic() < until:
         agent = running()
@@ -325,8 +339,8 @@ def _comes(build: str) -> bool:
     return False
 
 
-def end(pid: int) -> None:
-    """SIGTERM, and SIGKILL to one that does not end; returns when it has ended."""
+def terminate(pid: int) -> None:
+    """Send SIGTERM, and SIGKILL after STOP_S_MAX seconds; return when the process has ended. Raises HostRefused."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -339,27 +353,30 @@ def end(pid: int) -> None:
                 return
     finally:
         os.close(process)
-    raise HostRefused(f"the agent (process {pid}) does not end", hint="is the kernel hung? look at dmesg")
+    raise HostRefused(f"the agent (process {pid}) does not end", hint="is the kernel hung? see dmesg")
 
 
 def _wait_for_lock() -> None:
-    """Until no agent holds the lock of the one that serves: one may be on its way out, or not listen yet."""
+    """Wait until no agent holds the agent's lock: one may still be stopping, or not listen yet.
+
+    Raises HostRefused.
+    """
     directory = os.path.dirname(SOCKET)
     os.makedirs(directory, mode=0o711, exist_ok=True)
     lock = os.open(f"{directory}/agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _acquire(lock, STOP_S_MAX, "an agent that does not listen holds its lock")
+        _acquire(lock, STOP_S_MAX, "an agent that does not listen does not release its lock")
     finally:
         os.close(lock)
 
 
 @contextlib.contextmanager
-def _nobody_starts() -> Iterator[None]:
-    """Relays that find no agent wait for ours instead of starting one."""
+def _start_lock() -> Iterator[None]:
+    """Hold the lock for starting an agent: relays that find no agent wait, instead of starting one."""
     os.makedirs(os.path.dirname(SOCKET), mode=0o711, exist_ok=True)
     lock = connect.open_lock(os.path.dirname(SOCKET))
     try:
-        _acquire(lock, LOCK_S_MAX, "another start of the agent does not come to an end")
+        _acquire(lock, LOCK_S_MAX, "another process has been starting the agent for too long")
         yield
     finally:
         os.close(lock)
@@ -367,50 +384,49 @@ def _nobody_starts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
-    """One installation, rollback or removal at a time. Raises HostRefused."""
+    """Hold the lock of installation, rollback and removal. Raises HostRefused."""
     directory = os.path.dirname(SOCKET)
     os.makedirs(directory, mode=0o711, exist_ok=True)
     lock = os.open(f"{directory}/install.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        _acquire(lock, LOCK_S_MAX, "another installation on this host does not come to an end")
+        _acquire(lock, LOCK_S_MAX, "another installation on this host has been running for too long")
         yield
     finally:
         os.close(lock)
 
 
-def _acquire(lock: int, wait_s: float, otherwise: str) -> None:
+def _acquire(lock: int, wait_s: float, error: str) -> None:
     until = time.monotonic() + wait_s
     while not connect.locked(lock):
         if time.monotonic() > until:
-            raise HostRefused(otherwise)
+            raise HostRefused(error)
         time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------------------------------------------- systemd
 
 
-def _systemd() -> bool:
-    return connect.systemd_runs()
-
-
 def _write_unit() -> None:
-    """The unit, enabled, so that the networks are back after a reboot. Before the first start: it is what starts."""
-    if not _systemd():
+    """Write and enable the agent's systemd unit, so that the networks are restored after a reboot.
+
+    It has to exist before the first start: systemd starts the agent where there is a unit.
+    """
+    if not connect.systemd_runs():
         return
     unit = Path(UNIT_FILE)
     if not unit.exists() or unit.read_text() != UNIT_TEXT:
-        _write(unit, UNIT_TEXT, 0o644)
+        replace_text(unit, UNIT_TEXT, mode=0o644)
         systemctl("daemon-reload")
     systemctl("enable", "--quiet", UNIT)
 
 
-def systemctl(*words: str) -> None:
-    """Raises HostRefused with what it complains of."""
+def systemctl(*args: str) -> None:
+    """Run systemctl. Raises HostRefused with its error message."""
     done = subprocess.run(
-        ["systemctl", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        ["systemctl", *args], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
     if done.returncode:
-        raise HostRefused(f"systemctl {' '.join(words)}: {done.stderr.strip() or f'status {done.returncode}'}")
+        raise HostRefused(f"systemctl {' '.join(args)}: {done.stderr.strip() or f'status {done.returncode}'}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -421,11 +437,11 @@ def _link(name: str, build: str) -> None:
     new.unlink(missing_ok=True)
     new.symlink_to(build)
     new.rename(LIBEXEC / name)
-    _sync(LIBEXEC)
+    sync_directory(LIBEXEC)
 
 
-def _keep_state(build: str) -> None:
-    """A copy of the state files for the way back to ``build``; it takes the place of the copy before."""
+def _save_states(build: str) -> None:
+    """Copy the state files for a later rollback to ``build``. The copy replaces the previous one."""
     new = STATE / f".previous.{os.getpid()}"
     shutil.rmtree(new, ignore_errors=True)
     if SCOPES.exists():
@@ -433,23 +449,23 @@ def _keep_state(build: str) -> None:
     else:
         (new / "scopes").mkdir(parents=True)
     new.chmod(0o700)
-    shutil.rmtree(BEFORE, ignore_errors=True)
-    new.rename(BEFORE)
-    _sync(STATE)
+    shutil.rmtree(PREVIOUS_STATES, ignore_errors=True)
+    new.rename(PREVIOUS_STATES)
+    sync_directory(STATE)
     _link(_PREVIOUS, build)
 
 
-def _drop_kept_state() -> None:
-    """After an agent that did not come up: what it may have written goes, and there is no build to go back to."""
-    _put_state(BEFORE / "scopes")
+def _undo_save_states() -> None:
+    """Undo :func:`_save_states` after a failed start: restore the state files; there is no rollback any more."""
+    _restore_states(PREVIOUS_STATES / "scopes")
     (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
 
 
-def _put_state(kept: Path, aside: Path | None = None) -> list[str]:
-    """Each network that still lives here gets its file of ``kept``; the names of those whose file was another one.
+def _restore_states(kept: Path, aside: Path | None = None) -> list[str]:
+    """Replace the state files of the scopes that still exist by those of ``kept``; return the ids of changed scopes.
 
-    A network that has ended since does not come back, for its addresses may be somebody else's now; one that came since
-    keeps what it has. What is replaced goes to ``aside``.
+    A scope that was deleted since then is not restored, because its addresses may have another owner now. A scope that
+    was created since then keeps its state. Replaced files are copied to ``aside``.
     """
     changed = []
     for file in sorted(kept.glob("*.json")):
@@ -459,20 +475,20 @@ def _put_state(kept: Path, aside: Path | None = None) -> list[str]:
         if aside is not None:
             aside.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copy2(present, aside / file.name)
-        new = SCOPES / f".{file.name}.new"  # a name that the agent clears away, should we not come to the end
+        new = SCOPES / f".{file.name}.new"  # a starting agent removes files of this name, if we are killed here
         shutil.copy2(file, new)
         _sync(new)
         new.rename(present)
         changed.append(file.stem)
     if changed:
-        _sync(SCOPES)
+        sync_directory(SCOPES)
     return changed
 
 
 def _remove_old() -> list[str]:
-    """Removes the builds beyond the previous one, but none that somebody may be about to put in use.
+    """Remove builds that are not newer than the current one; return those whose directory is gone.
 
-    What is not ours in their directories stays, with them.
+    The previous and the held build stay, and so do builds that may still be uploaded or activated.
     """
     now = current()
     keep = {now, previous(), held()}
@@ -482,28 +498,20 @@ def _remove_old() -> list[str]:
 
 
 def remove_build(build: str) -> bool:
-    """Removes what we have put into the build's directory, and the directory; whether it is gone."""
+    """Remove our files from the build's directory, and the directory. False when a foreign file is left in it."""
     directory = LIBEXEC / build
     for entry in directory.iterdir():
         if entry.name == PROGRAM or _UPLOADS.match(entry.name):
             entry.unlink()
-    with contextlib.suppress(OSError):  # somebody else's file is in it
+    with contextlib.suppress(OSError):  # not empty
         directory.rmdir()
     return not directory.exists()
 
 
-def _only_roots(directory: Path) -> None:
+def _check_only_root_writes(directory: Path) -> None:
     found = directory.lstat()
     if directory.is_symlink() or found.st_uid != 0 or found.st_mode & 0o022:
-        raise HostRefused(f"{directory} is a link, or others than root may write there", hint="remove it")
-
-
-def _write(file: Path, text: str, mode: int) -> None:
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(text)
-    new.chmod(mode)
-    _sync(new)
-    new.rename(file)
+        raise HostRefused(f"{directory} is a link, or users other than root may write to it", hint="remove it")
 
 
 def _sync(path: Path) -> None:
@@ -514,7 +522,7 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def _last_line() -> str:
+def _last_log_line() -> str:
     try:
         lines = Path(LOG).read_text(errors="replace").splitlines()
     except OSError:

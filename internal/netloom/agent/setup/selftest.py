@@ -1,7 +1,7 @@
-"""Whether this host can carry networks: tried, and not read from version numbers.
+"""Test whether this host can carry networks, by doing what networks need instead of reading version numbers.
 
-The trial is the program's own work: in a scratch host, a process with a network and mounts of its own, it builds a
-network as the agent would, swaps its rules under it, and sends a packet through. All of it ends with that process.
+A child process enters a scratch host: network and mount namespaces of its own. There it builds networks as the agent
+does, replaces their rules, and sends a packet through. Everything disappears with that process.
 """
 
 from __future__ import annotations
@@ -48,25 +48,28 @@ from netloom.state import (
     Uplinks,
 )
 
-TRIAL_S_MAX = 60.0
+TESTS_S_MAX = 60.0
 _PACKET_S_MAX = 5.0
 _OS_RELEASE = "/etc/os-release"
 
-Family = str  # "debian", "rhel", "suse", or "" for what we do not know
+Family = str  # of distributions: "debian", "rhel", "suse", or "" for any other
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was tried. ``needed``: no network stands without it; of the others only those that want it."""
+    """The result of one test. ``needed``: no network works without it; else only networks that use the feature need it.
+
+    The field names are the keys of ``netloom agent selftest --json``.
+    """
 
     what: str
     ok: bool
     needed: bool
-    says: str = ""  # what is wrong, and what it means
+    says: str = ""  # the error, and its consequence
     remedy: str = ""
 
 
 def require() -> None:
-    """Raises HostRefused with the name of everything that is missing and needed."""
+    """Raise HostRefused, with every failed test, if a needed one fails."""
     missing = [it for it in run() if it.needed and not it.ok]
     if missing:
         what = "; ".join(f"{it.what}: {it.says}" for it in missing)
@@ -75,9 +78,9 @@ def require() -> None:
 
 
 def run() -> list[Finding]:
-    """Everything, in the order in which one thing needs the other. Needs root; raises HostRefused without."""
+    """Run all tests, each after those that it depends on. Raises HostRefused without root."""
     if os.geteuid() != 0:
-        raise HostRefused("the selftest makes a network of its own and needs root")
+        raise HostRefused("the selftest creates network namespaces and needs root")
     return [*_programs(_family()), *_in_a_scratch_host()]
 
 
@@ -92,23 +95,23 @@ _INSTALL = {"debian": "apt-get install", "rhel": "dnf install", "suse": "zypper 
 
 
 def _family(path: str = _OS_RELEASE) -> Family:
-    """Which distribution's package names fit (os-release(5))."""
+    """The family whose package names this distribution uses (os-release(5), ID and ID_LIKE)."""
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    told = dict(line.split("=", 1) for line in lines if "=" in line)
-    words = " ".join(told.get(key, "").strip("\"'") for key in ("ID", "ID_LIKE")).split()
+    fields = dict(line.split("=", 1) for line in lines if "=" in line)
+    ids = " ".join(fields.get(key, "").strip("\"'") for key in ("ID", "ID_LIKE")).split()
     known = {"debian": "debian", "ubuntu": "debian", "rhel": "rhel", "fedora": "rhel", "centos": "rhel", "suse": "suse"}
-    return next((known[word] for word in words if word in known), "")
+    return next((known[it] for it in ids if it in known), "")
 
 
 def _programs(family: Family) -> list[Finding]:
-    nft = load_library() is not None or _is_there("nft")
+    nft = load_library() is not None or _is_installed("nft")
     return [
-        _program("nft", family, nft, True, "neither libnftables nor the program nft is there"),
-        _program("dnsmasq", family, _is_there("dnsmasq"), False, "no names in networks that want DNS"),
-        _program("haproxy", family, _is_there("haproxy"), False, "no load balancing of TCP"),
+        _program("nft", family, nft, True, "neither libnftables nor the program nft is installed"),
+        _program("dnsmasq", family, _is_installed("dnsmasq"), False, "networks with DNS have no resolver"),
+        _program("haproxy", family, _is_installed("haproxy"), False, "TCP is not load-balanced"),
     ]
 
 
@@ -118,7 +121,7 @@ def _program(name: str, family: Family, ok: bool, needed: bool, says: str) -> Fi
     return Finding(what=name, ok=ok, needed=needed, says="" if ok else says, remedy="" if ok else remedy)
 
 
-def _is_there(program: str) -> bool:
+def _is_installed(program: str) -> bool:
     return shutil.which(program, path=PATH) is not None
 
 
@@ -133,24 +136,24 @@ _TCP_SAVE_SYN, _WITH_ETHERNET_HEADER = 27, 2  # linux/tcp.h
 
 
 def _in_a_scratch_host() -> list[Finding]:
-    """What a child process finds out in a network of its own; it tells as it goes on, so that a crash is told too."""
+    """Run the tests in a child process. It reports each result at once, so that a crash loses only the current one."""
     load_modules()
-    told_read, told_write = os.pipe()
+    results_read, results_write = os.pipe()
     child = os.fork()
     if not child:
-        _be_the_scratch_host(told_write)
-    os.close(told_write)
+        _run_in_scratch_host(results_write)
+    os.close(results_write)
     try:
-        text = _read_all(told_read, time.monotonic() + TRIAL_S_MAX)
+        text = _read_all(results_read, time.monotonic() + TESTS_S_MAX)
     finally:
-        os.close(told_read)
+        os.close(results_read)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     found = [msgspec.json.decode(line, type=Finding) for line in text.splitlines() if line.endswith(b"}")]
-    if len(found) < len(_TRIALS) and (not found or found[-1].ok or not found[-1].needed):
-        what, _, needed, _ = _TRIALS[len(found)]
-        found.append(Finding(what=what, ok=False, needed=needed, says="the trial of it crashed or hung"))
+    if len(found) < len(_TESTS) and (not found or found[-1].ok or not found[-1].needed):
+        what, _, needed, _ = _TESTS[len(found)]
+        found.append(Finding(what=what, ok=False, needed=needed, says="the test crashed or hung"))
     return found
 
 
@@ -164,25 +167,25 @@ def _read_all(fd: int, until: float) -> bytes:
     return text
 
 
-def _be_the_scratch_host(told: int) -> None:
+def _run_in_scratch_host(results: int) -> None:
     try:
         host = _ScratchHost()
-        for what, trial, needed, remedy in _TRIALS:
+        for what, test, needed, remedy in _TESTS:
             says = ""
             try:
-                trial(host)
+                test(host)
             except (NetloomError, OSError) as error:
                 says = one_line(str(error), 400)
             finding = Finding(what=what, ok=not says, needed=needed, says=says, remedy=remedy if says else "")
-            os.write(told, msgspec.json.encode(finding) + b"\n")
-            if says and needed:  # the next one stands on it
+            os.write(results, msgspec.json.encode(finding) + b"\n")
+            if says and needed:  # the following tests depend on it
                 break
     finally:
         os._exit(0)
 
 
 class _ScratchHost:
-    """What one trial leaves for the next."""
+    """The state that the tests share."""
 
     def __init__(self) -> None:
         self.host = KernelHost()
@@ -228,7 +231,7 @@ def _track(host: _ScratchHost) -> None:
 
 
 def _build(host: _ScratchHost) -> None:
-    """The simplest rules first, then all kinds of rules swapped in, and out again."""
+    """Build a network with simple rules, replace them by all kinds of rules and back; then build a VPC."""
     plain = msgspec.structs.replace(
         host.scope, port_forwards={}, static_nats={}, lb_rules={}, pbr=Pbr(), networks=_plain(host.scope)
     )
@@ -242,7 +245,7 @@ def _build(host: _ScratchHost) -> None:
 
 
 def _send_a_packet(host: _ScratchHost) -> None:
-    """From the VM to the world, and the answer back: translated both ways."""
+    """Send a packet from a VM to an outside host, and the answer back; both are translated by NAT."""
     namespace = names.namespace(host.scope.scope_id)
     to_device = names.mac(_OWNER, host.scope.scope_id, names.guest_link("204"))
     to_exit = names.mac(_OWNER, host.scope.scope_id, names.public_link("101"))
@@ -250,32 +253,34 @@ def _send_a_packet(host: _ScratchHost) -> None:
     guest = Neighbour(link="gst-204", address=_VM_IP, mac=_VM_MAC)
     links.change(namespace, map(neighbours.replace_neighbour, (gateway, guest)))
     with _packets("vm") as vm, _packets("world") as world:
-        asked = _Datagram(_VM_IP, _WORLD_IP, 4000, 5353)
-        out = _passes(vm, asked.frame(_VM_MAC, to_device), world, lambda it: it.to == _WORLD_IP)
+        request = _Datagram(_VM_IP, _WORLD_IP, 4000, 5353)
+        out = _passes(vm, request.frame(_VM_MAC, to_device), world, lambda it: it.to == _WORLD_IP)
         if out.source != "203.0.113.20":
             raise HostRefused(f"a packet left with the source address {out.source} instead of 203.0.113.20")
         answer = _Datagram(out.to, out.source, out.to_port, out.source_port)
         back = _passes(world, answer.frame(_GATEWAY_MAC, to_exit), vm, lambda it: it.source == _WORLD_IP)
-        if (back.to, back.to_port) != (asked.source, asked.source_port):
-            raise HostRefused(f"the answer to a packet reached {back.to} instead of {asked.source}")
+        if (back.to, back.to_port) != (request.source, request.source_port):
+            raise HostRefused(f"the answer to a packet reached {back.to} instead of {request.source}")
 
 
 def _revoke(host: _ScratchHost) -> None:
-    """What ends flows: entries can be marked and deleted."""
+    """Mark and delete conntrack entries, as the agent does to end flows that are no longer allowed."""
     namespace = names.namespace(host.scope.scope_id)
     entries = conntrack.dump(namespace)
     conntrack.set_mark(namespace, entries, 1 << 31, 1 << 31)
     if not entries or conntrack.delete(namespace, entries) != len(entries):
-        raise HostRefused(f"{len(entries)} entries, and they cannot be deleted")
+        raise HostRefused(f"{len(entries)} conntrack entries, and they cannot be deleted")
 
 
 def _keep_first_packet(host: _ScratchHost) -> None:
-    """What proves to the guest process which VM asks (guest/peer.py)."""
+    """Keep the first packet of a connection: it proves to the guest process which VM connects (guest/peer.py)."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         try:
             listener.setsockopt(socket.IPPROTO_TCP, _TCP_SAVE_SYN, _WITH_ETHERNET_HEADER)
         except OSError as error:
-            raise HostRefused(f"a connection's first packet is not kept with its MAC address: {error}") from error
+            raise HostRefused(
+                f"the kernel does not keep a connection's first packet with its MAC address: {error}"
+            ) from error
 
 
 def _build_with_ip6(host: _ScratchHost) -> None:
@@ -291,7 +296,7 @@ def _make_vxlan(host: _ScratchHost) -> None:
     links.change(None, [links.make_vxlan("vxlan9", _NIC, 9, names.vxlan_group(9), 10)])
 
 
-_TRIALS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
+_TESTS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
     ("network namespaces", _make_scratch, True, "a kernel with CONFIG_NET_NS"),
     ("veth links", _make_links, True, "load the module veth"),
     ("bridges", _make_bridge, True, "load the module bridge"),
@@ -301,10 +306,15 @@ _TRIALS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
     ("networks and their rulesets", _build, True, ""),
     ("a packet through a network", _send_a_packet, True, ""),
     ("ending of flows", _revoke, True, ""),
-    ("senders of requests", _keep_first_packet, False, "Linux 5.10; before it no DHCP, metadata and passwords"),
-    ("IPv6", _build_with_ip6, False, "boot without ipv6.disable; wanted by networks with IPv6 only"),
+    (
+        "senders of requests",
+        _keep_first_packet,
+        False,
+        "Linux 5.10; with an older kernel no DHCP, metadata and passwords",
+    ),
+    ("IPv6", _build_with_ip6, False, "boot without ipv6.disable; only networks with IPv6 need it"),
     ("802.1Q", _make_vlan, False, "load the module 8021q; without it links <nic>.<vlan> must exist"),
-    ("VXLAN", _make_vxlan, False, "load the module vxlan; wanted by guest.isolation=vxlan only"),
+    ("VXLAN", _make_vxlan, False, "load the module vxlan; only guest.isolation=vxlan needs it"),
 )
 
 
@@ -331,7 +341,7 @@ class _Datagram(NamedTuple):
 
 
 def _read(frame: bytes) -> _Datagram | None:
-    """None for any other frame."""
+    """The UDP datagram in a frame; None for any other frame."""
     if len(frame) < 42 or frame[12:14] != b"\x08\x00" or frame[14] != 0x45 or frame[23] != socket.IPPROTO_UDP:
         return None
     ports = struct.unpack("!2H", frame[34:38])
@@ -348,7 +358,10 @@ def _packets(link: str) -> Iterator[socket.socket]:
 def _passes(
     sender: socket.socket, frame: bytes, receiver: socket.socket, is_it: Callable[[_Datagram], bool]
 ) -> _Datagram:
-    """What comes out for ``frame``, which is sent again while the links may still be coming up."""
+    """Send ``frame`` until the receiver gets a datagram that ``is_it`` accepts, and return that datagram.
+
+    It is sent every 0.2 s, because the links may still be coming up. Raises HostRefused after _PACKET_S_MAX seconds.
+    """
     until = time.monotonic() + _PACKET_S_MAX
     again = 0.0
     while time.monotonic() < until:
@@ -363,7 +376,7 @@ def _passes(
     raise HostRefused(f"no packet came through within {_PACKET_S_MAX:.0f} s", hint="is forwarding or nftables limited?")
 
 
-# ------------------------------------------------------------------------------------------------- what is rendered
+# -------------------------------------------------------------------------------------------------- the test networks
 
 
 def _plain(scope: Scope) -> dict[str, Network]:
@@ -371,7 +384,7 @@ def _plain(scope: Scope) -> dict[str, Network]:
 
 
 def _isolated() -> Scope:
-    """An isolated network with a rule of every kind."""
+    """An isolated network with every kind of rule."""
     rules = (
         FirewallRule(rule_id=1, direction="ingress", protocol="tcp", ports=Ports(22, 90), public_ip="203.0.113.21"),
         FirewallRule(
@@ -435,7 +448,10 @@ def _isolated() -> Scope:
         owner=_OWNER,
         uplinks=Uplinks(guest=_NIC, public=_NIC),
         networks={"204": network},
-        public_ips={it.address: it for it in (_held(20), _held(21), _held(22), _held(23, gateway=_OTHER_GATEWAY_IP))},
+        public_ips={
+            it.address: it
+            for it in (_public_ip(20), _public_ip(21), _public_ip(22), _public_ip(23, gateway=_OTHER_GATEWAY_IP))
+        },
         static_nats={"203.0.113.22": StaticNat(public_ip="203.0.113.22", private_ip="10.1.1.47", network_id="204")},
         port_forwards={it.key: it for it in forwards},
         lb_rules={str(it.rule_id): msgspec.structs.replace(it, backends=backends, network_id="204") for it in balanced},
@@ -448,7 +464,7 @@ def _isolated() -> Scope:
 
 
 def _with_ip6(scope: Scope) -> Scope:
-    """The same with IPv6, and rules for it."""
+    """``scope`` with IPv6 and rules for it."""
     egress = FirewallRule(rule_id=7, direction="egress", protocol="tcp", dest_cidrs=("2001:db8:1::/48", "0.0.0.0/0"))
     ping = FirewallRule(rule_id=8, direction="egress", protocol="icmp", icmp_type=13)
     item = AclItem(number=9, action="allow", direction="ingress", protocol="tcp", cidrs=("2001:db8:7::/48",))
@@ -464,8 +480,8 @@ def _with_ip6(scope: Scope) -> Scope:
     return msgspec.structs.replace(scope, networks=networks, outside6=outside)
 
 
-def _held(last: int, *, gateway: str = _GATEWAY_IP) -> PublicIp:
-    """An address of the public subnet; the 20th is the source NAT address. Another gateway is another way out."""
+def _public_ip(last: int, *, gateway: str = _GATEWAY_IP) -> PublicIp:
+    """A public address; 203.0.113.20 is the source NAT address. An address with another gateway is on another exit."""
     return PublicIp(
         address=f"203.0.113.{last}",
         vlan="101",
@@ -478,7 +494,7 @@ def _held(last: int, *, gateway: str = _GATEWAY_IP) -> PublicIp:
 
 
 def _vpc() -> Scope:
-    """A VPC of one tier with a list."""
+    """A VPC with one tier and its access control list."""
     acl = (
         AclItem(
             number=1, action="allow", direction="ingress", protocol="tcp", ports=Ports(22, 80), cidrs=("0.0.0.0/0",)

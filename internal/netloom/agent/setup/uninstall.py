@@ -1,6 +1,7 @@
-"""The host as it was found: program, agent, guest process, unit, sockets, logs and states go, and what held them.
+"""Uninstall netloom from a host, and leave the host as it was before the installation.
 
-What somebody else has put into our directories stays, and is named.
+The programs, the agent, the guest process, the systemd unit, sockets, logs and state files are removed. Foreign files
+in our directories are kept and listed.
 """
 
 from __future__ import annotations
@@ -36,37 +37,38 @@ _HELLO_S_MAX = 5.0
 
 
 def uninstall(networks: Networks) -> list[str]:
-    """Removes netloom from this host; the files that stay, because others have put them there.
+    """Remove netloom from this host; return the foreign files that are kept.
 
-    ``networks``, where some live here: ``refuse`` raises HostRefused and touches nothing, ``remove`` ends them first,
-    ``leave`` lets them stand as they are, with their states and without anybody who answers their VMs' DHCP.
+    ``networks``, if there are networks on the host: ``refuse`` changes nothing and raises HostRefused; ``remove``
+    deletes them first; ``leave`` keeps them and their state files, but nothing answers DHCP or metadata requests.
+    Raises HostRefused also when the agent, the guest process or a network cannot be stopped.
     """
     with install.locked():
-        living = _living()
-        if living and networks == "refuse":
+        scopes = _scopes()
+        if scopes and networks == "refuse":
             raise HostRefused(
-                f"{len(living)} networks live on this host: {', '.join(living[:10])}",
-                hint="delete them in CloudStack, or say --networks remove (they end here) or --networks leave",
+                f"{len(scopes)} networks live on this host: {', '.join(scopes[:10])}",
+                hint="delete them in CloudStack, or use --networks remove or --networks leave",
             )
-        if living and networks == "remove":
-            _end_all(living)
-        install.stop_for_good()
-        _end_guest_process()
+        if scopes and networks == "remove":
+            _delete_all(scopes)
+        install.stop_without_restart()
+        _stop_guest_process()
         _remove_unit()
         namespaces.release()
-        return _remove_files(stand=bool(living) and networks == "leave")
+        return _remove_files(keep_networks=bool(scopes) and networks == "leave")
 
 
-def _living() -> list[str]:
-    """The scopes that have something on this host."""
+def _scopes() -> list[str]:
+    """The ids of the scopes with a state file, deleted ones included."""
     if not SCOPES.exists():
         return []
     store = Store(str(SCOPES))
     return sorted({*store.living(), *store.ended()})
 
 
-def _end_all(living: Iterable[str]) -> None:
-    """Each is destroyed as CloudStack would have it destroyed. Raises HostRefused."""
+def _delete_all(scopes: Iterable[str]) -> None:
+    """Let the agent carry out the delete command of each scope. Raises HostRefused."""
     if install.running() is None:
         install.start_current()
     store = Store(str(SCOPES))
@@ -74,14 +76,14 @@ def _end_all(living: Iterable[str]) -> None:
         agent.settimeout(_ANSWER_S_MAX)
         agent.connect(SOCKET)
         agent.sendall(encode(Hello(version="", build=install.current())))
-        for scope_id in living:
+        for scope_id in scopes:
             scope = store.load(scope_id)
             kind, number = scope_id.split("-")
             command, key = ("destroy-vpc", "vpc_id") if kind == "vpc" else ("destroy-network", "network_id")
-            _ask(agent, scope_id, command, {key: number}, scope.owner if scope else "")
+            _call(agent, scope_id, command, {key: number}, scope.owner if scope else "")
 
 
-def _ask(agent: socket.socket, scope_id: str, command: str, payload: dict[str, str], owner: str) -> None:
+def _call(agent: socket.socket, scope_id: str, command: str, payload: dict[str, str], owner: str) -> None:
     call = Call(
         call_id=f"uninstall-{os.getpid()}-{scope_id}",
         command=command,
@@ -95,13 +97,13 @@ def _ask(agent: socket.socket, scope_id: str, command: str, payload: dict[str, s
         for message in reader.feed(data):
             if isinstance(message, Reply):
                 if message.status:
-                    raise HostRefused(f"{scope_id} does not end: {message.error}", hint=message.hint)
+                    raise HostRefused(f"{scope_id} cannot be deleted: {message.error}", hint=message.hint)
                 return
-    raise HostRefused(f"{scope_id} does not end: the agent hung up")
+    raise HostRefused(f"{scope_id} cannot be deleted: the agent closed the connection")
 
 
-def _end_guest_process() -> None:
-    """The process says itself who it is; whoever opened its socket was the agent."""
+def _stop_guest_process() -> None:
+    """Stop the guest process. Its Hello has its pid; only root can connect, so the answer is trusted."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(str(DIRECTORY / "guest.sock"))
@@ -115,9 +117,9 @@ def _end_guest_process() -> None:
                 return
             for message, _ in arrived:
                 if isinstance(message, GuestHello):
-                    install.end(message.pid)
+                    install.terminate(message.pid)
                     return
-    raise HostRefused("the guest process does not answer", hint="end it: its command line is netloom guest")
+    raise HostRefused("the guest process does not answer", hint="kill it by hand: its command line is netloom guest")
 
 
 def _remove_unit() -> None:
@@ -130,28 +132,28 @@ def _remove_unit() -> None:
         install.systemctl("daemon-reload")
 
 
-def _remove_files(*, stand: bool) -> list[str]:
+def _remove_files(*, keep_networks: bool) -> list[str]:
     made_parent = (LIBEXEC / install.MADE_PARENT).exists()
     _remove_unpacked(install.builds())
     for build in install.builds():
         install.remove_build(build)
     _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("current", "previous", "held", install.MADE_PARENT)])
-    shutil.rmtree(install.BEFORE, ignore_errors=True)
-    shutil.rmtree(install.UNDONE, ignore_errors=True)
+    shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
+    shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
     _remove(
         [DIRECTORY / name for name in ("agent.sock", "guest.sock", "guest.json", "guest.log")], DIRECTORY.glob("*.lock")
     )
-    _remove_directories(DIRECTORY / "empty", *([] if stand else [DIRECTORY / "services"]), DIRECTORY)
-    _remove_directories(*([] if stand else [SCOPES]), STATE / "hooks", STATE, Path(LOG).parent, LIBEXEC)
+    _remove_directories(DIRECTORY / "empty", *([] if keep_networks else [DIRECTORY / "services"]), DIRECTORY)
+    _remove_directories(*([] if keep_networks else [SCOPES]), STATE / "hooks", STATE, Path(LOG).parent, LIBEXEC)
     if made_parent:
         _remove_directories(LIBEXEC.parent)
     ours = (LIBEXEC, STATE, DIRECTORY, Path(LOG).parent)
-    return [str(file) for it in ours for file in (it.rglob("*") if it.exists() else ()) if not file.is_dir()]
+    return [str(path) for it in ours for path in (it.rglob("*") if it.exists() else ()) if not path.is_dir()]
 
 
 def _remove_unpacked(builds: list[str]) -> None:
-    """What the one file unpacked of these builds, beside the one that runs, and the directories that it made for it."""
+    """Remove the unpacked copies of these builds, and our directories above them if they are empty then."""
     unpacked = program.unpacked()
     if not unpacked:
         return
@@ -170,5 +172,5 @@ def _remove(*files: Iterable[Path]) -> None:
 
 def _remove_directories(*directories: Path) -> None:
     for directory in directories:
-        with contextlib.suppress(OSError):  # not there, or somebody else's file is in it
+        with contextlib.suppress(OSError):  # missing, or not empty
             directory.rmdir()
