@@ -191,7 +191,8 @@ class Scopes:
                 hint=one_line(error.hint),
                 holds=self._holds(call.scope_id),
             )
-        except Exception as error:  # noqa: BLE001, a bug: the log gets the traceback, the caller gets one line
+        # A bug: the log gets the traceback, the caller gets one line.
+        except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
             self._log.traceback(f"call={call.call_id}", error)
             reply = Reply(
                 call_id=call.call_id,

@@ -68,7 +68,7 @@ class Upkeep:
             await self._scopes.in_worker(self._watcher.open)
         except NetloomError as error:
             self._log.line(f"the host cannot be watched: {error}")
-        at_once = asyncio.Semaphore(RESTORING_AT_ONCE)
+        at_once = asyncio.Semaphore(RESTORING_AT_ONCE)  # guard: a-restore-leaves-workers-for-calls
 
         async def restore_one(slot: Slot) -> None:
             async with at_once:
@@ -152,13 +152,13 @@ class Upkeep:
             slot.retry = None
             self._start_task(self._reconcile(slot, f"retry {slot.failures}"))
 
-        slot.retry = self._clock.call_later(delay_s, retry)
+        slot.retry = self._clock.call_later(delay_s, retry)  # guard: a-failed-convergence-is-tried-again
 
     def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
         """Cancel the retry if the scope has converged, and announce new addresses several times."""
         slot.failures = 0
         if slot.retry is not None and not slot.unconverged:
-            slot.retry.cancel()
+            slot.retry.cancel()  # guard: a-success-cancels-the-retry
             slot.retry = None
         if announcements:
             now = self._clock.time()
@@ -188,13 +188,15 @@ class Upkeep:
             return changes.count
         except NetloomError as error:
             self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
-        except Exception as error:  # noqa: BLE001, a bug must not end the agent
+        # A bug must not end the agent.
+        except Exception as error:  # noqa: BLE001 # guard: a-bug-in-upkeep-does-not-end-the-agent
             self._log.traceback(f"scope={slot.scope_id} {why}", error)
         return None
 
     async def _erase_until_done(self, slot: Slot, taken: PasswordTaken) -> None:
         failures = 0
-        while await self._maintain(slot, "password taken", partial(self._scopes.erase_password, slot, taken)) is None:
+        erase = partial(self._scopes.erase_password, slot, taken)
+        while await self._maintain(slot, "password taken", erase) is None:  # guard: erasing-is-tried-again
             await self._clock.sleep(BACKOFF.delay_s(failures))
             failures += 1
 
@@ -222,7 +224,11 @@ class Upkeep:
     def _send_arp(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
         """Send those announcements whose address the scope still holds: another device may hold the others by now."""
         held = {it.ip for it in slot.rendered[1].announce} if slot.rendered else set()
-        still_held = tuple(it for it in announcements if it.address in held)
+        still_held = tuple(
+            it
+            for it in announcements
+            if it.address in held  # guard: only-held-addresses-are-announced
+        )
         self._start_task(self._scopes.in_worker(partial(self._host.send_arp, still_held)))
 
     def _start_task(self, work: Coroutine[object, object, object]) -> None:
