@@ -48,6 +48,7 @@ PAYLOADS = Path(__file__).parent / "payloads"
 REGISTRATION = Registration(owner="test", guest_nic="eth1", public_nic="eth2")
 # The event loop counts as idle after so many turns without new work and new timers.
 _IDLE_TURNS = 20
+_LIMIT_S = 10.0  # of real time, for a test that waits in vain
 
 
 class FakeTimer:
@@ -84,7 +85,7 @@ class FakeClock:
 
     async def sleep(self, delay_s: float) -> None:
         woken = asyncio.get_running_loop().create_future()
-        timer = self.call_later(delay_s, lambda: woken.done() or woken.set_result(None))
+        timer = self.call_later(delay_s, lambda: woken.set_result(None))
         try:
             await woken
         finally:
@@ -310,6 +311,7 @@ class FakeStore:
         self.retired: set[str] = set()
         self.unreadable: set[str] = set()
         self.full = False
+        self.loads = 0
 
     def living(self) -> list[str]:
         return sorted(self.files.keys() | self.unreadable)
@@ -318,6 +320,7 @@ class FakeStore:
         return sorted(self.retired)
 
     def load(self, scope_id: str) -> Scope | None:
+        self.loads += 1
         if scope_id in self.unreadable:
             raise Unreadable(f"state file {scope_id}.json cannot be read")
         return self.files.get(scope_id)
@@ -440,7 +443,8 @@ def simulated(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
     async def run(**arguments: Any) -> None:
         agent = Agent()
         try:
-            await test(agent, **arguments)
+            async with asyncio.timeout(_LIMIT_S):
+                await test(agent, **arguments)
         finally:
             agent.close()
 

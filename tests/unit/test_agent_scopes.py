@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from fakehost import Agent, simulated
-from netloom.agent.actions.builtin import Actions
+from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.events import Events
 from netloom.commands import table
 from netloom.errors import HostRefused
@@ -37,6 +39,7 @@ async def test_a_repeated_call_saves_nothing_and_takes_no_steps(agent: Agent) ->
     assert (await agent.call("021", "assign-ip")).revision == 2
     assert agent.did == ["watch net-204", "converge net-204", "watch net-204", "services net-204"]
     assert "steps=0" in agent.log.lines[0]
+    assert agent.store.loads == 1
 
 
 @simulated
@@ -169,6 +172,16 @@ async def test_an_unreadable_state_is_tried_again_with_every_call(agent: Agent) 
     assert (await agent.call("050", "assign-ip")).revision == 3
 
 
+@simulated
+async def test_a_scope_whose_unreadable_file_was_removed_is_unknown(agent: Agent) -> None:
+    agent.store.unreadable.add("net-204")
+    agent.restart()
+    assert (await agent.call("020", "locate")).holds
+    agent.store.unreadable.clear()
+    assert not (await agent.call("056", "delete-port-forward")).holds
+    assert agent.scopes.slots() == []
+
+
 # ------------------------------------------------------------------------------------------------------------- slots
 
 
@@ -252,38 +265,47 @@ async def test_locate_takes_no_turn(agent: Agent) -> None:
 # ----------------------------------------------------------------------------------------------------- custom actions
 
 
+@pytest.mark.parametrize(
+    ("fixture", "command", "changes"),
+    [
+        ("050", "assign-ip", {}),
+        ("501", "custom-action", {"action": "leases"}),
+        ("500", "custom-action", {"action": "pbr-create-table", "action-params": {"table": "one"}}),
+    ],
+)
 @simulated
-async def test_a_payload_is_decoded_once(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_payload_is_decoded_once(
+    agent: Agent, fixture: str, command: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await agent.live()
     decoded: list[str] = []
     decode = table.decode
-    monkeypatch.setattr(table, "decode", lambda command, payload: decoded.append(command) or decode(command, payload))
-    await agent.live()
-    decoded.clear()
-    parameters = {"table": "one"}
-    reply = await agent.call("500", "custom-action", action="pbr-create-table", **{"action-params": parameters})
+
+    def counted(command: str, payload: bytes) -> msgspec.Struct:
+        decoded.append(command)
+        return decode(command, payload)
+
+    monkeypatch.setattr(table, "decode", counted)
+    reply = await agent.call(fixture, command, **changes)
     assert (reply.status, reply.error) == (0, "")
-    assert decoded == ["custom-action"]
+    assert decoded == [command]
 
 
 @simulated
-async def test_a_hook_runs_without_the_lock(agent: Agent, tmp_path: Path) -> None:
-    """The hook ends only when another call of the same scope is done."""
-    fifo = tmp_path / "hooks" / "fifo"
-    hook = tmp_path / "hooks" / "custom-action-wait.sh"
-    hook.parent.mkdir()
-    hook.parent.chmod(0o755)
-    hook.write_text(f"#!/bin/sh\nmkfifo {fifo}; read line < {fifo}; echo $line\n")
-    hook.chmod(0o755)
+async def test_a_hook_runs_without_the_lock(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     await agent.live()
-    agent.scopes._actions = Actions(agent.host, hook.parent)
-    waiting = agent.send("501", "custom-action", action="wait")
+    may_end = threading.Event()
+    monkeypatch.setattr(Hooks, "names", lambda hooks: ["wait"])
+    monkeypatch.setattr(Hooks, "path", lambda hooks, action: "/hook")
+    monkeypatch.setattr(Hook, "run", lambda hook, ends: f"ended {may_end.wait(10)}")
+    with_hook = agent.send("501", "custom-action", action="wait")
     await agent.clock.settle()
-    assert (await agent.call("050", "assign-ip")).status == 0
-    while not fifo.exists():
-        await agent.clock.settle()
-    fifo.write_text("now\n")
-    reply = await waiting
-    assert (reply.status, reply.output, reply.revision) == (0, "now", 2)
+    other = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    finished = (with_hook.done(), other.done())
+    may_end.set()
+    assert (await with_hook).output == "ended True"
+    assert finished == (False, True)
 
 
 def test_an_event_before_there_is_a_handler_is_a_bug() -> None:

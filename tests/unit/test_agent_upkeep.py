@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -29,19 +30,17 @@ async def test_a_failed_call_is_tried_again_with_growing_delays(agent: Agent) ->
     agent.host.fail("net-204", *[REFUSED] * 9)
     assert (await agent.call("020", "implement-network")).status == 3
     agent.forget()
-    delays = []
-    for number in range(1, 10):
-        before = agent.clock.time()
-        while len(agent.log.lines) < number:
-            await agent.clock.advance(0.5)
-        delays.append(agent.clock.time() - before)
-    assert delays == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    retries: list[float] = []
+    for half_second in range(1, 1000):
+        await agent.clock.advance(0.5)
+        if len(agent.log.lines) > len(retries):
+            retries.append(half_second / 2)
+    assert retries == list(itertools.accumulate([1, 2, 4, 8, 16, 32, 60, 60, 60]))
     assert agent.log.lines[:2] == [
         "scope=net-204 retry 1 failed: no such bridge",
         "scope=net-204 retry 2 failed: no such bridge",
     ]
     assert agent.log.lines[-1] == "scope=net-204 retry 9: steps=3 ms=0.0"
-    await agent.clock.advance(200)
     assert len(converged(agent)) == 9
 
 
@@ -212,6 +211,7 @@ async def test_a_password_that_was_not_acknowledged_stays(agent: Agent, row: Kep
     await agent.clock.advance(100)
     assert password(agent)
     assert agent.did == []
+    assert agent.log.lines == ["scope=net-204 password taken: steps=0 ms=0.0"]
 
 
 @simulated
@@ -286,6 +286,35 @@ async def test_a_process_that_died_is_started_again(agent: Agent) -> None:
     await agent.clock.settle()
     assert agent.services.of == {"net-204": "cs-net-204"}
     assert agent.log.lines == ["scope=net-204 dns died: steps=1 ms=0.0"]
+
+
+@simulated
+async def test_no_process_of_a_scope_that_is_being_removed_is_started_again(agent: Agent) -> None:
+    await agent.live()
+    agent.host.fail("net-204", REFUSED)
+    await agent.call("131", "destroy-network")
+    agent.forget()
+    agent.upkeep.revive("net-204", "dns died")
+    await agent.clock.settle()
+    assert agent.did == []
+
+
+@simulated
+async def test_a_failed_repair_of_an_ended_scope_keeps_its_slot_until_the_retry(agent: Agent) -> None:
+    """Otherwise a new slot of the same scope, with another lock, could be used at the same time."""
+    await agent.live()
+    agent.workers.hold()
+    agent.send("131", "destroy-network")
+    await agent.clock.settle()
+    agent.start(agent.upkeep.repair("net-204", "watch: pub-101"))
+    await agent.clock.settle()
+    (slot,) = agent.scopes.slots()
+    await agent.workers.step()
+    agent.host.fail("net-204", REFUSED)
+    await agent.workers.release()
+    assert agent.scopes.slots() == [slot]
+    await agent.clock.advance(1)
+    assert agent.scopes.slots() == []
 
 
 @pytest.mark.mutation("a-bug-in-upkeep-does-not-end-the-agent", instead="ZeroDivisionError")
@@ -461,6 +490,16 @@ async def test_services_without_a_state_end_when_their_namespace_has_no_name(age
     assert "net-204" in agent.services.of
     assert [slot.scope_id for slot in agent.scopes.slots()] == ["net-204"]
     assert agent.log.lines == ([] if row.stays else [f"scope={row.scope_id} in no file: steps=1 ms=0.0"])
+
+
+@simulated
+async def test_services_of_a_scope_with_an_unreadable_state_go_on(agent: Agent) -> None:
+    agent.store.unreadable.add("net-204")
+    agent.services.of["net-204"] = "cs-net-204"
+    agent.restart()
+    agent.start(agent.upkeep.keep_tidy())
+    await agent.clock.advance(30)
+    assert "net-204" in agent.services.of
 
 
 # --------------------------------------------------------------------------------------------------------------- stop
