@@ -206,8 +206,8 @@ class FakeHost:
         self.present[scope_id] = want
         return HostChanges(tuple(steps), tuple(Announcement(want.namespace, it.link, it.ip, "") for it in new))
 
-    def judge_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
-        self.did.append(f"judge {old.revision if old else None} {new.revision}")
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+        self.did.append(f"flows {old.revision if old else None} {new.revision}")
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         return Have(scope_id=scope_id, namespace=want.namespace)

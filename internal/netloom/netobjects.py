@@ -14,6 +14,8 @@ import msgspec
 MAIN_TABLE = 254  # linux/rtnetlink.h: RT_TABLE_MAIN
 
 ANYWHERE = "0.0.0.0/0"  # the destination of a default route
+ANYWHERE_IP6 = "::/0"
+IP6_LINK_LOCAL = "fe80::/10"  # RFC 4291 section 2.5.6
 
 ETHERNET_MTU = 1500  # RFC 894
 

@@ -70,8 +70,8 @@ def guests(scope: Scope) -> str:
     lines = []
     for table in tables(scope):
         if table.nics:
-            told = f"dns {' '.join(table.dns)}, domain {table.domain}, lease {table.lease_s} s"
-            lines += [f"== network {table.network_id}, from {table.server_ip}: {told}", ""]
+            network = f"dns {' '.join(table.dns)}, domain {table.domain}, lease {table.lease_s} s"
+            lines += [f"== network {table.network_id}, from {table.server_ip}: {network}", ""]
         for nic in table.nics:
             lease = f"{nic.ip}/{nic.prefix_len} via {nic.gateway}" if nic.dhcp else "no lease"
             which = "" if nic.default_nic else ", not the default NIC"

@@ -1,6 +1,6 @@
 """Stories: sequences of the client's payload files, with the changes of the state that each of them causes.
 
-``payloads/<story>.txt`` has the changes. ``UPDATE_GOLDEN=1 pytest tests/golden`` writes these files anew. Read the
+``payloads/<story>.txt`` has the changes. ``UPDATE_GOLDEN=1 pytest tests/golden`` writes these files again. Read the
 difference before you commit it.
 """
 
@@ -66,8 +66,8 @@ def document(scope: Scope | None) -> dict[tuple[str, ...], str]:
     values = dict(flat({key: it for key, it in plain.items() if key not in BESIDE}))
     bare = {"null", "false", '""', "[]", "{}"}
     # In these fields an empty value is information, because "not set" has another value.
-    told = {"default_egress_allow": {"false"}, "acl": {"[]"}}
-    return {path: value for path, value in values.items() if value not in bare - told.get(path[-1], set())}
+    meaningful = {"default_egress_allow": {"false"}, "acl": {"[]"}}
+    return {path: value for path, value in values.items() if value not in bare - meaningful.get(path[-1], set())}
 
 
 def difference(before: Scope | None, after: Scope | None) -> list[str]:
@@ -91,7 +91,7 @@ def difference(before: Scope | None, after: Scope | None) -> list[str]:
     return lines or ["    (nothing changes)"]
 
 
-def told(story: str) -> str:
+def changes(story: str) -> str:
     scope: Scope | None = None
     lines = []
     for number in STORIES[story].split():
@@ -110,8 +110,8 @@ def told(story: str) -> str:
 def test_payload_story_matches_the_golden_file(story: str) -> None:
     file = GOLDEN / "payloads" / f"{story}.txt"
     if UPDATE:
-        file.write_text(told(story))
-    assert file.read_text() == told(story), f"{file}: UPDATE_GOLDEN=1 writes it anew"
+        file.write_text(changes(story))
+    assert file.read_text() == changes(story), f"{file}: UPDATE_GOLDEN=1 writes it again"
 
 
 def test_every_payload_is_in_a_story() -> None:

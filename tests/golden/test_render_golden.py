@@ -21,4 +21,4 @@ def test_rendered_output_matches_the_golden_files(scenario: Path) -> None:
         file = scenario / name
         if UPDATE:
             file.write_text(text)
-        assert file.read_text() == text, f"{file}: UPDATE_GOLDEN=1 writes it anew"
+        assert file.read_text() == text, f"{file}: UPDATE_GOLDEN=1 writes it again"

@@ -236,11 +236,11 @@ class Lab:
     # The device
 
     def apply(self, scope: Scope | None, *, settle: bool = True) -> None:
-        """Configure the device for ``scope``; then delete or mark open flows as the flow judge decides."""
+        """Configure the device for ``scope``; then delete or mark open flows as the flow policy decides."""
         before, self.scope = self.scope, scope
         self.realise(render(scope))
         if settle:
-            self.judge_flows(before)
+            self.enforce_flows(before)
 
     def renew(self, scope: Scope) -> None:
         """Configure the device for ``scope``; flush its connection tracking and the neighbours' ARP caches."""
@@ -291,18 +291,18 @@ class Lab:
         look = ("ip", "netns", "exec", self.ns("dev"), "conntrack", "-L", "-o", "extended", "-f")
         return [_entry(line) for family in self.families for line in run(*look, family).splitlines()]
 
-    def judge_flows(self, before: Scope | None) -> None:
-        look = flows.attention(before, self.scope)
-        if look == "none":
+    def enforce_flows(self, before: Scope | None) -> None:
+        check = flows.flow_check(before, self.scope)
+        if check == "none":
             return
-        judge = flows.Judge(self.scope)
+        policy = flows.FlowPolicy(self.scope)
         for entry in self.entries():
-            if look == "tombstones" and not entry.mark & REVOKED:
+            if check == "revoked_only" and not entry.mark & REVOKED:
                 continue
-            match judge.verdict(entry):
+            match policy.action(entry):
                 case "delete":
                     self.conntrack("-D", *entry.selector())
-                case "tombstone":
+                case "revoke":
                     self.conntrack("-U", *entry.selector(), "--mark", f"{REVOKED:#x}/{REVOKED:#x}")
 
     def conntrack(self, *argv: str) -> None:

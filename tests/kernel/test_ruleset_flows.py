@@ -176,7 +176,7 @@ def test_a_revoked_udp_flow_stays_blocked_while_both_ends_send(
     marked = [it for it in lab.entries() if it.mark & REVOKED]
     assert [(it.src, it.dst, it.dport) for it in marked] == [(CLIENT, A1.address, 53)]
     # Judging the flows again changes nothing.
-    lab.judge_flows(before)
+    lab.enforce_flows(before)
     assert [it.mark for it in lab.entries() if it.dport == 53] == [marked[0].mark]
 
 

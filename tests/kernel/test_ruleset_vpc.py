@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kernel.flood import Flood
-from kernel.judge_check import agree
+from kernel.flow_policy_check import agree
 from kernel.ruleset_lab import CLIENT, STRANGER, Lab, Nft, Try, echoes
 from kernel.vpc_lab import (
     BALANCED,
@@ -149,7 +149,7 @@ def test_packets_follow_the_acls(
     lab.renew(vpc(acl_a, acl_b))
     told = table(acl_a, acl_b)
     lab.assert_answers(told)
-    # Packets of the neighbour are dropped because of their inbound link, which the flow judge does not know.
+    # Packets of the neighbour are dropped because of their inbound link, which the flow policy does not know.
     agree(lab, {it: it.source or HOMES[it.space] for it in told if it.space != "nb"})
 
 

@@ -1,4 +1,4 @@
-"""A connection-tracking entry as a plain value, with the fields that the flow judge reads."""
+"""A connection-tracking entry as a plain value, with the fields that ``render.flows`` reads."""
 
 from __future__ import annotations
 

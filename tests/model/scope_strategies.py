@@ -149,11 +149,11 @@ def scopes(draw: st.DrawFn, implemented: bool = True) -> Scope:
     nats = draw(st.lists(static_nats, max_size=2))
     balanced = draw(st.lists(lb_rules, max_size=3, unique_by=(lambda it: it.rule_id, _port_of)))
     cidr6, gateway6 = draw(st.sampled_from((("", ""), ("2001:db8:50:1::/64", "2001:db8:50:1::1"))))
-    stands = replace(network(firewall), implemented=implemented, ip6_cidr=cidr6, ip6_gateway=gateway6)
+    configured = replace(network(firewall), implemented=implemented, ip6_cidr=cidr6, ip6_gateway=gateway6)
     return Scope(
         scope_id="net-204",
         owner="tests",
-        networks={"204": stands},
+        networks={"204": configured},
         public_ips=_held(chosen, draw(st.sampled_from([None, *chosen]))),
         port_forwards={it.key: it for it in forwards},
         static_nats={it.public_ip: it for it in nats},

@@ -15,7 +15,7 @@ from model.scope_strategies import scopes
 from netloom.names import LINK_NAME_MAX
 from netloom.netobjects import MAIN_TABLE
 from netloom.render import flows, ruleset
-from netloom.render.active import live, within
+from netloom.render.active import active, within
 from netloom.render.marks import POLICY, REVOKED
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -23,7 +23,7 @@ from netloom.state import Firewall, Scope
 
 
 def _shuffled(scope: Scope, order: Any) -> Scope:
-    """The same wish, told in another order and with other rule ids."""
+    """The same scope, with other rule ids and as if the commands had come in another order."""
     network = scope.networks["204"]
     firewall = network.firewall
     if firewall is not None:
@@ -48,7 +48,7 @@ def _shuffled(scope: Scope, order: Any) -> Scope:
 
 
 @given(scopes(), st.randoms(use_true_random=False))
-def test_the_same_wish_in_any_order_is_the_same_value_and_text(scope: Scope, order: Any) -> None:
+def test_the_same_scope_in_any_order_is_the_same_value_and_text(scope: Scope, order: Any) -> None:
     other = _shuffled(scope, order)
     one, two = render(scope), render(other)
     assert one == two
@@ -56,11 +56,11 @@ def test_the_same_wish_in_any_order_is_the_same_value_and_text(scope: Scope, ord
     assert two.ruleset is not None
     assert ruleset.fresh(one.ruleset) == ruleset.fresh(two.ruleset)
     assert ruleset.swap(one.ruleset, two.ruleset) == ""
-    assert flows.attention(scope, other) == "none"
+    assert flows.flow_check(scope, other) == "none"
 
 
 @given(scopes(), scopes())
-def test_a_swap_there_and_back_is_about_the_same_objects(before: Scope, after: Scope) -> None:
+def test_a_swap_deletes_the_objects_that_are_not_wanted(before: Scope, after: Scope) -> None:
     have, want = render(before).ruleset, render(after).ruleset
     assert have is not None
     assert want is not None
@@ -87,8 +87,8 @@ def test_defect_46_names_are_unique_and_fit(scope: Scope) -> None:
 
 
 @given(scopes())
-def test_rules_hold_no_interval_set_and_no_map(scope: Scope) -> None:
-    """What is looked up in those misses for an instant while rules are exchanged."""
+def test_rules_contain_no_interval_set_and_no_map(scope: Scope) -> None:
+    """Lookups in those can miss for an instant while the rules are replaced."""
     want = render(scope)
     assert want.ruleset is not None
     for chain in want.ruleset.chains:
@@ -106,13 +106,15 @@ def test_routes_can_be_added_in_their_order_and_each_exit_has_its_table(scope: S
     seen: list[tuple[int, str, str]] = []
     for it in want.routes:
         if it.table < 20000 and it.table != MAIN_TABLE:
-            # An operator's: the neighbour is on the link that stands with it, and never the device itself.
+            # A route of the operator: its link exists, and its gateway is not the device itself.
             assert it.link in {port.link for port in want.ports} or (it.kind != "unicast" and not it.link)
             assert it.via not in own
         elif it.via:
             gateway = ip_address(it.via)
-            near = {ip_interface(own.cidr).network for own in want.addresses if own.link == it.link}
-            assert (gateway.version == 6 and (gateway.is_link_local or any(gateway in place for place in near))) or any(
+            gateway_subnets = {ip_interface(own.cidr).network for own in want.addresses if own.link == it.link}
+            assert (
+                gateway.version == 6 and (gateway.is_link_local or any(gateway in subnet for subnet in gateway_subnets))
+            ) or any(
                 table == it.table and link == it.link and gateway in ip_network(destination)
                 for table, link, destination in seen
             )
@@ -125,13 +127,13 @@ def test_routes_can_be_added_in_their_order_and_each_exit_has_its_table(scope: S
 
 
 @given(scopes(implemented=False))
-def test_nothing_stands_for_a_network_that_is_not_implemented(scope: Scope) -> None:
+def test_a_network_that_is_not_implemented_renders_nothing(scope: Scope) -> None:
     assert render(scope) == Want(namespace="") == render(None)
 
 
 @given(scopes())
-def test_every_forwarded_port_leads_to_one_place(scope: Scope) -> None:
-    now = live(scope)
+def test_every_forwarded_port_has_one_destination(scope: Scope) -> None:
+    now = active(scope)
     seen: dict[tuple[str, str, int], None] = {}
     for it in now.forwarded:
         assert it.forward.public_ports.first <= it.ports.first <= it.ports.last <= it.forward.public_ports.last
@@ -178,39 +180,39 @@ entries = st.builds(
 
 
 @given(scopes(), entries)
-def test_a_verdict_once_carried_out_is_not_given_again(scope: Scope, entry: Entry) -> None:
-    verdict = flows.Judge(scope).verdict(entry)
-    if verdict == "tombstone":
+def test_an_action_that_was_carried_out_is_not_repeated(scope: Scope, entry: Entry) -> None:
+    action = flows.FlowPolicy(scope).action(entry)
+    if action == "revoke":
         assert entry.protocol not in (flows.TCP, flows.ICMP, flows.ICMPV6)
         marked = Entry(**{**entry.__dict__, "mark": entry.mark | REVOKED})
-        assert flows.Judge(scope).verdict(marked) == "keep"
+        assert flows.FlowPolicy(scope).action(marked) == "keep"
 
 
 @given(scopes(), scopes(), entries)
-def test_what_was_kept_and_need_not_be_looked_at_is_kept(before: Scope, after: Scope, entry: Entry) -> None:
-    """The short way (look at nothing, or at tombstones alone) never misses a flow that the long way would end."""
-    look = flows.attention(before, after)
-    if look == "all" or flows.Judge(before).verdict(entry) != "keep":
+def test_flows_that_are_not_checked_would_be_kept(before: Scope, after: Scope, entry: Entry) -> None:
+    """Checking no flow, or revoked flows only, never misses a flow that a full check would end."""
+    check = flows.flow_check(before, after)
+    if check == "all" or flows.FlowPolicy(before).action(entry) != "keep":
         return
-    if look == "none" or not entry.mark & REVOKED:
-        assert flows.Judge(after).verdict(entry) == "keep"
+    if check == "none" or not entry.mark & REVOKED:
+        assert flows.FlowPolicy(after).action(entry) == "keep"
 
 
 @given(scopes(), entries)
-def test_nothing_is_kept_when_nothing_stands(scope: Scope, entry: Entry) -> None:
+def test_without_a_scope_no_flow_is_kept(scope: Scope, entry: Entry) -> None:
     plain = Entry(**{**entry.__dict__, "mark": 0})
-    assert flows.Judge(None).verdict(plain) == (
-        "delete" if plain.protocol in (flows.TCP, flows.ICMP, flows.ICMPV6) else "tombstone"
+    assert flows.FlowPolicy(None).action(plain) == (
+        "delete" if plain.protocol in (flows.TCP, flows.ICMP, flows.ICMPV6) else "revoke"
     )
-    assert flows.attention(scope, None) == "all"
-    assert flows.attention(None, scope) == "none"
+    assert flows.flow_check(scope, None) == "all"
+    assert flows.flow_check(None, scope) == "none"
 
 
 @given(scopes(), entries)
-def test_a_guest_whose_prefix_is_gone_is_not_taken_for_the_device(scope: Scope, entry: Entry) -> None:
-    """What a tier's guests had open over IPv6 does not outlive it, to come back with the tier under other rules."""
+def test_a_guest_of_a_removed_prefix_does_not_count_as_the_device(scope: Scope, entry: Entry) -> None:
+    """IPv6 flows of a removed tier end. They do not go on when the tier comes back with other rules."""
     other = replace(scope.networks["204"], ip6_cidr="2001:db8:50:2::/64", ip6_gateway="2001:db8:50:2::1")
     plain = Entry(**{**entry.__dict__, "mark": 0})
     if within(plain.src, "2001:db8:50:1::/64") or within(plain.dst, "2001:db8:50:1::/64"):
         own = plain.src in ("2001:db8:99::7", "fe80::7")
-        assert own or flows.Judge(replace(scope, networks={"204": other})).verdict(plain) != "keep"
+        assert own or flows.FlowPolicy(replace(scope, networks={"204": other})).action(plain) != "keep"

@@ -192,18 +192,18 @@ def test_every_change_that_can_break_a_flow_is_checked(walk: list[Call], more: l
     before = walked(walk)
     for call in more:
         after = carry_out(before, call, OURS)
-        if flows.attention(before, after) != "all":
-            was, now = flows.Judge(before), flows.Judge(after)
+        if flows.flow_check(before, after) != "all":
+            was, now = flows.FlowPolicy(before), flows.FlowPolicy(after)
             for flow in FLOWS:
-                for way in was._ways(flow):
+                for reply in was._allowed(flow):
                     taken = dataclasses.replace(
                         flow,
-                        reply_src=way.reply_src,
-                        reply_sport=way.reply_sport if flow.sport else 0,
-                        reply_dst=way.reply_dst,
-                        mark=way.exit or 0,
+                        reply_src=reply.reply_src,
+                        reply_sport=reply.reply_sport if flow.sport else 0,
+                        reply_dst=reply.reply_dst,
+                        mark=reply.exit or 0,
                     )
-                    assert was.verdict(taken) == now.verdict(taken) == "keep", call
+                    assert was.action(taken) == now.action(taken) == "keep", call
         before = after
 
 

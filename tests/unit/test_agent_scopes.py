@@ -26,7 +26,7 @@ async def test_a_call_is_saved_applied_and_answered(agent: Agent) -> None:
         "watch net-204",
         "converge net-204",
         "watch net-204",
-        "judge None 1",
+        "flows None 1",
         "services net-204",
     ]
     assert agent.log.lines == ["call=c1 command=implement-network scope=net-204 steps=3 ms=0.0 status=0"]
@@ -47,7 +47,7 @@ async def test_open_flows_are_checked_when_the_state_has_changed(agent: Agent) -
     await agent.live()
     await agent.call("050", "assign-ip")
     await agent.call("050", "assign-ip")
-    assert [it for it in agent.did if it.startswith("judge")] == ["judge 2 3"]
+    assert [it for it in agent.did if it.startswith("flows")] == ["flows 2 3"]
 
 
 # ------------------------------------------------------------------------------------------------------------- order

@@ -42,7 +42,7 @@ def shared(*names: str) -> Network:
 @pytest.mark.parametrize("first", ["301", "302", "303", "304", "305", "306", "307", "308", "314", "315"])
 def test_a_plain_shared_network_is_built_by_whatever_comes_first(first: str) -> None:
     network = shared(first)
-    assert network.stands
+    assert network.is_active
     assert (network.vlan, network.cidr, network.extension_ip) == ("1410", "10.30.0.0/24", "10.30.0.5")
     assert render(played(first)).namespace == "cs-net-410"
 
@@ -196,7 +196,7 @@ def test_after_a_failover_the_first_call_about_a_vm_builds_the_network() -> None
     scope = play(None, "139").scope
     assert scope is not None
     network = scope.networks["204"]
-    assert network.stands
+    assert network.is_active
     assert msgspec.structs.replace(network, nics={}) == play(None, "020").scope.networks["204"]  # type: ignore[union-attr]
 
 
@@ -224,7 +224,7 @@ def test_a_rule_builds_only_where_the_device_is_surely_the_gateway(command: str,
         call(None, "assign-ip", **source, **{**USED, "network_state": "implementing"}).scope, command, **USED, **fields
     )
     assert behind.scope is not None
-    assert behind.scope.networks["204"].stands
+    assert behind.scope.networks["204"].is_active
     assert render(behind.scope).addresses[0].cidr == "10.10.1.1/24"
 
 
@@ -242,4 +242,4 @@ def test_a_vxlan_id_needs_its_detail() -> None:
     vxlan = msgspec.structs.replace(OURS, isolation="vxlan")
     scope = call(None, "prepare-nic", vxlan, "net-410", **{**PLAIN, **NIC, "vlan": "16777215"}).scope
     assert scope is not None
-    assert scope.networks["410"].stands
+    assert scope.networks["410"].is_active

@@ -152,8 +152,8 @@ def scope(*rules: FirewallRule) -> Scope:
 
 def test_a_network_without_rules_shows_the_defaults() -> None:
     assert describe.firewall(scope()) == [
-        "ingress of network 204: deny (no list of rules came yet)",
-        "egress of network 204: allow (no list of rules came yet)",
+        "ingress of network 204: deny (no firewall rules received yet)",
+        "egress of network 204: allow (no firewall rules received yet)",
         "source-nat 10.10.1.0/24 leaves as 203.0.113.20",
     ]
     assert describe.firewall(replace(scope(), ingress_open=True))[0].startswith("ingress any: allow")
@@ -196,7 +196,7 @@ def test_rules_are_described() -> None:
             )
         },
     )
-    unless = " (not in force: the address or the network does not stand)"
+    unless = " (not in force: the address or the network is not active)"
     assert describe.firewall(whole) == [
         "ingress 203.0.113.20 icmp type 8 code 0 from any: allow",
         "ingress 203.0.113.20 tcp any from 192.0.2.0/24: allow",

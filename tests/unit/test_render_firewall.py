@@ -36,8 +36,8 @@ ROWS: dict[str, tuple[list[FirewallRule], list[str]]] = {
         ["icmp type 13 accept", "icmp type 8 icmp code 0 accept"],
     ),
     "any icmp": ([admit(A1, "icmp", type=-1, code=-1), admit(A1, "icmp")], ["meta l4proto icmp accept"]),
-    "ipv6 only is nobody, and not everybody": ([admit(A1, "tcp", "22", "::/0")], []),
-    "ipv6 beside ipv4": ([admit(A1, "tcp", "22", "::/0", "10.0.0.0/8")], ["ip saddr 10.0.0.0/8 tcp dport 22 accept"]),
+    "IPv6 prefixes only match no IPv4 packet": ([admit(A1, "tcp", "22", "::/0")], []),
+    "IPv6 beside IPv4": ([admit(A1, "tcp", "22", "::/0", "10.0.0.0/8")], ["ip saddr 10.0.0.0/8 tcp dport 22 accept"]),
     "host bits are ignored": ([admit(A1, "tcp", "22", "10.1.2.3/8")], ["ip saddr 10.0.0.0/8 tcp dport 22 accept"]),
     "source and destination": (
         [egress("udp", "53", sources=("10.1.1.0/24",), dests=("192.0.2.1/32", "192.0.2.2/32"))],
@@ -54,7 +54,7 @@ def test_lines(row: str) -> None:
     assert chains == []
 
 
-def test_many_lines_stand_in_chains_by_port() -> None:
+def test_many_lines_are_divided_into_chains_by_port() -> None:
     rules = [admit(A1, "tcp", f"{at}-{at + 5}" if at % 3 else str(at), f"10.0.{at % 250}.{at // 250}/32")
              for at in range(1, 1001)]  # fmt: skip
     lines, chains = verdicts(rules, "accept", "at")

@@ -1,4 +1,4 @@
-"""A ruleset as a value becomes text: whole, by elements, or by writing the rules anew."""
+"""The text of a ruleset: the whole table, changed elements only, or rewritten rules."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from unit.scopes import A1, A2, B1, VM1, VM2, admit, forward, static, wish
 ONE = wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM1)])
 
 
-def test_equal_rulesets_need_nothing() -> None:
+def test_equal_rulesets_need_no_transaction() -> None:
     assert ruleset.swap(nft.ruleset(ONE), nft.ruleset(ONE)) == ""
 
 
-def test_a_forward_that_comes_is_one_element_and_the_marker() -> None:
+def test_a_new_forward_is_one_element_and_the_marker() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(replace(ONE, port_forwards={**ONE.port_forwards, "x": forward(A2, "80", VM2)}))
     assert ruleset.swap(have, want) == (
@@ -25,7 +25,7 @@ def test_a_forward_that_comes_is_one_element_and_the_marker() -> None:
     )
 
 
-def test_a_forward_that_moves_is_taken_away_and_added_in_one_transaction() -> None:
+def test_a_moved_forward_is_deleted_and_added_in_one_transaction() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM2)]))
     assert ruleset.swap(have, want).splitlines()[:2] == [
@@ -34,7 +34,7 @@ def test_a_forward_that_moves_is_taken_away_and_added_in_one_transaction() -> No
     ]
 
 
-def test_a_rule_that_changes_writes_the_rules_anew_and_leaves_sets_and_base_chains_standing() -> None:
+def test_a_changed_rule_rewrites_the_rules_and_keeps_sets_and_base_chains() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(wish(admit(A1, "tcp", "80"), held=(A1, A2), forwards=[forward(A1, "22", VM1)]))
     lines = ruleset.swap(have, want).splitlines()
@@ -44,7 +44,7 @@ def test_a_rule_that_changes_writes_the_rules_anew_and_leaves_sets_and_base_chai
     ]
 
 
-def test_an_address_that_goes_takes_its_chain_and_elements_along() -> None:
+def test_a_removed_address_removes_its_chain_and_elements() -> None:
     have = nft.ruleset(wish(held=(A1, A2, B1), static=[static(B1, VM2)]))
     want = nft.ruleset(wish(held=(A1, A2)))
     lines = ruleset.swap(have, want).splitlines()
@@ -53,7 +53,7 @@ def test_an_address_that_goes_takes_its_chain_and_elements_along() -> None:
     assert lines[-1] == "delete chain inet netloom at_198.51.100.20"
 
 
-def test_the_marker_is_of_the_whole_text_and_a_name_is_of_every_object() -> None:
+def test_the_marker_depends_on_the_whole_text_and_names_lists_every_object() -> None:
     table = Ruleset(
         family="inet",
         table="t",
@@ -69,7 +69,7 @@ def test_the_marker_is_of_the_whole_text_and_a_name_is_of_every_object() -> None
     assert marker in ruleset.fresh(table)
 
 
-def test_fresh_says_the_whole_table() -> None:
+def test_fresh_contains_the_whole_table() -> None:
     table = Ruleset(
         family="inet",
         table="t",
@@ -91,7 +91,7 @@ def test_fresh_says_the_whole_table() -> None:
     )
 
 
-def test_taking_over_deletes_what_is_not_wanted_and_makes_sets_anew() -> None:
+def test_taking_over_deletes_unwanted_objects_and_creates_sets_again() -> None:
     want = nft.ruleset(ONE)
     present = {*ruleset.names(want), ("chain", "old"), ("map", "gone"), ("set", "applied_000000000000")}
     lines = ruleset.take_over(present - {("set", ruleset.marker(want))}, want).splitlines()

@@ -1,4 +1,4 @@
-"""The configuration files of dnsmasq and haproxy, read as the programs read them."""
+"""The configuration files of dnsmasq and haproxy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_only_named_nics_have_a_hosts_file() -> None:
     }
 
 
-def test_a_vm_that_comes_changes_no_configuration() -> None:
-    """So dnsmasq is neither restarted nor signalled for it."""
+def test_a_new_vm_changes_no_configuration() -> None:
+    """So dnsmasq is neither restarted nor signalled."""
     more = replace(
         NETWORK, nics={**NETWORK.nics, "u4": Nic(mac="02:01:00:cc:00:06", hostname="new", ip="10.10.1.50", named=True)}
     )
@@ -29,27 +29,27 @@ def test_a_vm_that_comes_changes_no_configuration() -> None:
 
 
 @pytest.mark.mutation("resolver-reads-no-hosts-file")
-def test_defect_20_the_resolver_knows_nothing_of_the_host() -> None:
+def test_defect_20_the_resolver_uses_nothing_of_the_host() -> None:
     text = dnsmasq.service("net-204", NETWORK).config["dnsmasq.conf"].splitlines()
     assert {"no-hosts", "no-resolv", "server=198.51.100.53", "server=198.51.100.54"} <= set(text)
 
 
-def test_a_scope_without_rules_wants_no_haproxy() -> None:
+def test_a_scope_without_rules_has_no_haproxy() -> None:
     assert haproxy.service(balanced_scope()) is None
     assert haproxy.service(balanced_scope(replace(RULE, protocol="udp"))) is None
 
 
-def test_a_rule_waits_for_its_address() -> None:
+def test_a_rule_without_its_address_is_left_out() -> None:
     assert haproxy.service(replace(balanced_scope(RULE), public_ips={})) is None
 
 
-def test_a_network_that_does_not_stand_wants_nothing() -> None:
+def test_an_inactive_network_has_no_services() -> None:
     assert [it.name for it in services(balanced_scope(RULE))] == ["dns-204", "lb"]
     remembered = replace(NETWORK, implemented=False)
     assert services(replace(balanced_scope(RULE), networks={"204": remembered})) == ()
 
 
-def test_proxy_protocol_is_for_the_rules_that_ask() -> None:
+def test_the_proxy_protocol_is_used_by_tcp_proxy_rules_only() -> None:
     proxied = replace(RULE, rule_id=952, public_port=81, protocol="tcp-proxy")
     wanted = haproxy.service(balanced_scope(RULE, proxied))
     assert wanted is not None

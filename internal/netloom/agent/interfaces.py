@@ -28,7 +28,7 @@ class Host(Protocol):
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants. Raises HostRefused or ForeignScope."""
 
-    def judge_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         """Delete the open flows that ``new`` does not allow. ``old`` None: not known. Raises HostRefused."""
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:

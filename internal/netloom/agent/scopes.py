@@ -82,7 +82,7 @@ class Slot:
         self.ending = False  # a command ended the scope, and parts of it may still exist on the host
         self.unconverged = False  # the host may differ from the state
         self.rendered: tuple[Scope | None, Want] | None = None
-        self.judged_scope: Scope | None = None  # the state that the open flows were last compared with; None: not known
+        self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
         self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
         self.failures = 0  # convergences that failed in a row
         self.retry: Timer | None = None
@@ -372,13 +372,13 @@ class Scopes:
                 self._watcher.watch(slot.scope_id, want)
         slot.loaded_ruleset = want.ruleset
         if slot.scope is not None:
-            if want.namespace and slot.judged_scope is not slot.scope:
-                self._host.judge_flows(want.namespace, slot.judged_scope, slot.scope)
-            slot.judged_scope = slot.scope
+            if want.namespace and slot.enforced_scope is not slot.scope:
+                self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
+            slot.enforced_scope = slot.scope
             if want.namespace:
                 did += self._services.converge(slot.scope, want.namespace)
         else:
-            slot.judged_scope = None
+            slot.enforced_scope = None
             self._store.forget(slot.scope_id)
             slot.ending = False
         slot.unconverged = False

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from netloom.errors import BadRequest
+from netloom.netobjects import ANYWHERE
 from netloom.protocol.scalars import IPv4, IPv4Prefix, LinkName, Number, quoted
 
 _T = TypeVar("_T")
@@ -39,7 +40,6 @@ _ROUTE_HINT = (
     "as in: default via 203.0.113.1 dev pub-101"
 )
 _RULE_HINT = "[from <prefix>] [to <prefix>] [iif <link>] [priority <number>], as in: from 10.10.1.0/24"
-_ANYWHERE = "0.0.0.0/0"
 
 
 class TableTold(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,8 +130,8 @@ def rule_told(params: Mapping[str, str]) -> RuleTold:
         raise BadRequest("payload.action-params.rule: it says nothing of which packets", hint=_RULE_HINT)
     source, destination = (str(told.get(it, "")) for it in ("from", "to"))
     return RuleTold(
-        source="" if source == _ANYWHERE else source,
-        destination="" if destination == _ANYWHERE else destination,
+        source="" if source == ANYWHERE else source,
+        destination="" if destination == ANYWHERE else destination,
         iif=str(told.get("iif", "")),
         priority=int(str(told.get("priority", 0))),
     )
@@ -191,7 +191,7 @@ def _table_name(value: str) -> str:
 
 def _prefix(value: str) -> str:
     if value in ("default", "all", "any"):
-        return _ANYWHERE
+        return ANYWHERE
     if "/" not in value:
         return f"{IPv4.parse(value)}/32"
     prefix = IPv4Prefix.parse(value)

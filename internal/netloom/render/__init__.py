@@ -1,1 +1,1 @@
-"""State to artefacts: rulesets, links, routes, configuration files. Text and values; nothing runs."""
+"""From the state to what must be on a host: ruleset, links, routes, configuration files. Pure functions and values."""

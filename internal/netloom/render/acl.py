@@ -1,7 +1,8 @@
-"""Access control lists as text: items in their order, of which the first that matches decides.
+"""Access control lists of VPC tiers as rules: the items in their order, of which the first that matches decides.
 
-A list has two chains. What leaves the tier runs through ``acl_out_<id>`` and comes back when it is allowed, for the
-other tier's list is asked next; what enters it ends in ``acl_in_<id>``. Lines hold exact values only (``firewall``).
+A list has two chains. A packet that leaves the tier passes ``acl_out_<id>`` and returns from there if it is allowed,
+because the list of the destination tier is checked next. A packet that enters the tier ends in ``acl_in_<id>``. Rules
+contain exact values only (``prefixes``).
 """
 
 from __future__ import annotations
@@ -11,105 +12,102 @@ from ipaddress import ip_network
 
 import msgspec
 
+from netloom.render.prefixes import Field, by_length, is_in
 from netloom.state import AclItem, Network
 
 TCP = "tcp"
 
 
 class Acl(msgspec.Struct, frozen=True, kw_only=True):
-    """What is in force in a tier: the items of each direction, by number, and what becomes of the rest.
+    """The list in force for a tier: the items of each direction by number, and the default for all other packets.
 
-    Ingress is denied at the end. Egress is allowed while the list has no egress item (CloudStack's administrator's
-    guide and its virtual router). Without a list ingress is closed, or open where offerings have no firewall at all.
+    Ingress is denied by default. Egress is allowed by default as long as the list has no egress item (CloudStack's
+    administrator's guide and its virtual router). Without a list, ingress is denied, or allowed if the network offering
+    has no Firewall service.
     """
 
     ingress: tuple[AclItem, ...] = ()
     egress: tuple[AclItem, ...] = ()
-    lets_in: bool = False  # what no item of ingress is about
-    lets_out: bool = True
+    ingress_default_allow: bool = False
+    egress_default_allow: bool = True
 
 
 def acl_of(network: Network, *, open_without: bool) -> Acl:
-    """The list of a tier; ``open_without``: without one ingress is open."""
+    """The list of a tier. ``open_without``: allow ingress if the tier has no list."""
     if network.acl is None:
-        return Acl(lets_in=open_without)
+        return Acl(ingress_default_allow=open_without)
     items = sorted(network.acl, key=lambda it: it.number)
+    ingress = tuple(it for it in items if it.direction == "ingress")
     egress = tuple(it for it in items if it.direction == "egress")
-    return Acl(ingress=tuple(it for it in items if it.direction == "ingress"), egress=egress, lets_out=not egress)
+    return Acl(ingress=ingress, egress=egress, egress_default_allow=not egress)
 
 
 def ingress_lines(acl: Acl) -> list[str]:
-    """The rules of what enters a tier."""
+    """The rules for packets that enter a tier."""
     return [
         *_lines(acl.ingress, "saddr", "accept"),
-        "accept" if acl.lets_in else "drop",  # guard: a-list-has-its-own-end
+        "accept" if acl.ingress_default_allow else "drop",  # guard: a-list-has-its-own-end
     ]
 
 
 def egress_lines(acl: Acl) -> list[str]:
-    """The rules of what leaves a tier; what is allowed goes on in the chain that asked."""
-    return [*_lines(acl.egress, "daddr", "return"), "return" if acl.lets_out else "drop"]
+    """The rules for packets that leave a tier. An allowed packet continues in the calling chain."""
+    return [*_lines(acl.egress, "daddr", "return"), "return" if acl.egress_default_allow else "drop"]
 
 
 def lines_to_port(acl: Acl, port: int) -> list[str]:
-    """The rules of ingress for TCP to this port, for packets that have another one as yet: balanced ones."""
+    """The ingress rules for TCP to ``port``, without a comparison of the port.
+
+    They are for load-balanced connections: until haproxy forwards them, their packets have the public port.
+    """
     lines = []
     for item in acl.ingress:
         if item.protocol not in (TCP, "all") or (item.ports and not item.ports.first <= port <= item.ports.last):
             continue
         verdict = "accept" if item.action == "allow" else "drop"
-        lines += [_joined(where, verdict) for family, where in _addresses(item.cidrs, "saddr") if family != 6]
-    return [*lines, "accept" if acl.lets_in else "drop"]
+        lines += [_joined(address, verdict) for family, address in _addresses(item.cidrs, "saddr") if family != 6]
+    return [*lines, "accept" if acl.ingress_default_allow else "drop"]
 
 
-def _lines(items: Iterable[AclItem], field: str, allow: str) -> Iterator[str]:
+def _lines(items: Iterable[AclItem], field: Field, allow: str) -> Iterator[str]:
     for item in items:
         verdict = allow if item.action == "allow" else "drop"
-        for family, where in _addresses(item.cidrs, field):
-            for what in _what(item, family):
-                yield _joined(where, what, verdict)
+        for family, address in _addresses(item.cidrs, field):
+            for protocol in _protocols(item, family):
+                yield _joined(address, protocol, verdict)
 
 
-def _what(item: AclItem, family: int) -> list[str]:
-    """What of a packet of that family (0: either) the item is about, addresses apart."""
+def _protocols(item: AclItem, family: int) -> list[str]:
+    """The expressions for protocol, ports and ICMP type of an item. ``family`` 0: packets of both families."""
     if item.protocol == "all":
         return [""]
     if item.protocol in ("tcp", "udp"):
         return [f"{item.protocol} dport {item.ports}" if item.ports else f"meta l4proto {item.protocol}"]
     if item.protocol != "icmp":
         return [f"meta l4proto {item.protocol}"]
-    words = [word for word, its in (("icmp", 4), ("icmpv6", 6)) if family in (0, its)]
+    names = [name for name, its_family in (("icmp", 4), ("icmpv6", 6)) if family in (0, its_family)]
     if item.icmp_type is None:
-        return [f"meta l4proto {word}" for word in words]
+        return [f"meta l4proto {name}" for name in names]
     code = "" if item.icmp_code is None else f" {{}} code {item.icmp_code}"
-    return [f"{word} type {item.icmp_type}{code.format(word)}" for word in words]
+    return [f"{name} type {item.icmp_type}{code.format(name)}" for name in names]
 
 
-def _addresses(cidrs: Iterable[str], field: str) -> list[tuple[int, str]]:
-    """The family and the expression of each line that a list of prefixes takes: one for each length of theirs."""
-    by_length: dict[tuple[int, int], list[str]] = {}
-    for cidr in cidrs:
-        prefix = ip_network(cidr, strict=False)
-        by_length.setdefault((prefix.version, prefix.prefixlen), []).append(str(prefix))
-    if not by_length:
+def _addresses(cidrs: Iterable[str], field: Field) -> list[tuple[int, str]]:
+    """The expressions for the prefixes of an item, each with its family: one for each family and prefix length."""
+    groups = by_length(str(ip_network(cidr, strict=False)) for cidr in cidrs)
+    if not groups:
         return [(0, "")]
-    found = []
-    for (version, length), those in sorted(by_length.items()):
-        word = "ip" if version == 4 else "ip6"
+    found: list[tuple[int, str]] = []
+    for (family, length), group in sorted(groups.items()):
         if length == 0:
-            found.append((version, f"meta nfproto ipv{version}"))
-            continue
-        if len(those) == 1:
-            found.append((version, f"{word} {field} {those[0].removesuffix('/32').removesuffix('/128')}"))
-            continue
-        masked = "" if length == (32 if version == 4 else 128) else f" & {ip_network(those[0]).netmask}"
-        values = ", ".join(it.partition("/")[0] for it in sorted(those))
-        found.append(
-            (
-                version,
-                f"{word} {field}{masked} {{ {values} }}",  # guard: a-list-item-is-about-its-prefixes
+            found.append((family, f"meta nfproto ipv{family}"))
+        else:
+            found.append(
+                (
+                    family,
+                    is_in(field, sorted(group)),  # guard: a-list-item-is-about-its-prefixes
+                )
             )
-        )
     return found
 
 

@@ -1,7 +1,7 @@
-"""What of a scope stands on a host: the implemented networks, the held addresses, the translations in force.
+"""The part of a scope that is in force on a host: implemented networks, held addresses, effective translations.
 
-The renderer of the ruleset and the judge of open flows read this same value, so that they cannot disagree about
-what applies. Nothing here depends on the order in which the scope was told.
+Both the ruleset (``nft``) and the policy for open flows (``flows``) are computed from this value, so they cannot
+disagree. The result does not depend on the order in which CloudStack sent its commands.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, Pub
 
 
 class ForwardedPorts(msgspec.Struct, frozen=True):
-    """Ports of a public address that one forward, and no other, translates. All of them together are disjoint."""
+    """Ports of a public address that are translated by exactly one forward. No two of these ranges overlap."""
 
     ports: Ports
     forward: PortForward
 
 
 class Exit(msgspec.Struct, frozen=True):
-    """A way out: a public VLAN and its gateway, with the addresses that use it."""
+    """A public VLAN and its gateway, with the public addresses that use them (glossary: exit)."""
 
     number: int
     vlan: str
@@ -35,63 +35,68 @@ class Exit(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]  # lowest first
 
 
-class Live(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands. Without a standing network or VPC nothing does, whatever addresses and rules are remembered."""
+class Active(msgspec.Struct, frozen=True, kw_only=True):
+    """The active part of a scope. It is empty as long as no network is active and no VPC is implemented.
 
-    stands: bool = False
-    networks: tuple[Network, ...] = ()
-    acls: dict[str, Acl] = {}  # by network_id: of every tier; isolated networks have none
-    plain: bool = False  # the device is a neighbour of its guests and no more (``render.shared``)
-    held: tuple[PublicIp, ...] = ()
-    exits: tuple[Exit, ...] = ()
-    source_nat: PublicIp | None = None  # what guests without an address of their own leave with
+    ``balanced``: load balancing rules by ascending id, without backends that are in no active network.
+    """
+
+    exists: bool = False
+    networks: tuple[Network, ...] = ()  # by ascending id
+    acls: dict[str, Acl] = {}  # by network_id, for each tier of a VPC; isolated networks have none
+    plain: bool = False  # guests have another gateway, see ``plain_network``
+    held: tuple[PublicIp, ...] = ()  # by ascending address
+    exits: tuple[Exit, ...] = ()  # by ascending number
+    source_nat: PublicIp | None = None  # the source address of guests without a static NAT address
     static_nats: tuple[StaticNat, ...] = ()
     static_sources: dict[str, PublicIp] = {}  # by guest address
     port_forwards: tuple[PortForward, ...] = ()
     forwarded: tuple[ForwardedPorts, ...] = ()
-    ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address; one that is not there lets everything on
-    balanced: tuple[LbRule, ...] = ()  # in the order of their ids; backends that no standing network has are left out
+    ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address; an address that is missing allows everything
+    balanced: tuple[LbRule, ...] = ()
 
     @property
-    def answered(self) -> frozenset[tuple[str, int]]:
-        """Address and TCP port of what the load balancer answers itself, on the device."""
-        return frozenset((it.public_ip, it.public_port) for it in self.balanced if it.protocol != "udp")
+    def haproxy_ports(self) -> frozenset[tuple[str, int]]:
+        """Address and TCP port of each load balancing rule that haproxy serves on the device."""
+        return frozenset((rule.public_ip, rule.public_port) for rule in self.balanced if rule.protocol != "udp")
 
     @property
-    def spread(self) -> tuple[LbRule, ...]:
-        """The UDP rules: translated to one backend or another, flow by flow."""
-        return tuple(it for it in self.balanced if it.protocol == "udp")
+    def udp_balanced(self) -> tuple[LbRule, ...]:
+        """The load balancing rules for UDP. nftables translates each flow to one of the backends."""
+        return tuple(rule for rule in self.balanced if rule.protocol == "udp")
 
     @property
     def guest_cidrs(self) -> tuple[str, ...]:
-        return tuple(it.cidr for it in self.networks)
+        """The guest subnets."""
+        return tuple(network.cidr for network in self.networks)
 
     @property
     def default_exit(self) -> Exit | None:
-        """The exit of whatever no mark sends elsewhere: the source-NAT address's, else the lowest."""
+        """The exit for packets without a mark: that of the source NAT address, otherwise the lowest."""
         if self.source_nat is None:
             return self.exits[0] if self.exits else None
-        return next(it for it in self.exits if it.number == self.source_nat.exit)
+        return next(exit_ for exit_ in self.exits if exit_.number == self.source_nat.exit)
 
-    def behind(self, rule: LbRule) -> list[tuple[Network, int]]:
-        """The network and the port that a balanced port leads to, as far as there is a backend.
+    def backend_ports(self, rule: LbRule) -> list[tuple[Network, int]]:
+        """The network and port of a rule's backends; empty if it has no backend.
 
-        CloudStack's rules have one port for all backends, in one tier. Where somebody else's have more, the first
-        backend stands for all.
+        CloudStack gives all backends of a rule the same port in the same tier, so only the first backend is read.
         """
-        homes = [(home, end.port) for end in rule.backends if (home := self.network_of(end.ip)) is not None]
-        return homes[:1]
+        found = [
+            (network, backend.port) for backend in rule.backends if (network := self.network_of(backend.ip)) is not None
+        ]
+        return found[:1]
 
     def network_of(self, address: str) -> Network | None:
-        """The standing network whose subnet an address lies in."""
+        """The active network whose subnet contains an address."""
         return _network_of(self.networks, address)
 
 
-def live(scope: Scope | None) -> Live:
-    """What of ``scope`` stands."""
+def active(scope: Scope | None) -> Active:
+    """The active part of ``scope``."""
     networks = _networks(scope)
     if scope is None or not (networks or scope.vpc_implemented):
-        return Live()
+        return Active()
     held = tuple(sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)))
     held_at = {it.address: it for it in held}
     static_nats = tuple(
@@ -101,7 +106,7 @@ def live(scope: Scope | None) -> Live:
     )
     static_sources: dict[str, PublicIp] = {}
     for nat in static_nats:
-        # Of several public addresses of one guest the lowest, so that it does not move.
+        # A guest with several public addresses uses the lowest, so that its source address does not change.
         static_sources.setdefault(nat.private_ip, held_at[nat.public_ip])
     forwards = [
         it for it in scope.port_forwards.values() if it.public_ip in held_at and _network_of(networks, it.private_ip)
@@ -112,8 +117,8 @@ def live(scope: Scope | None) -> Live:
         for it in scope.lb_rules.values()
         if it.public_ip in held_at
     ]
-    return Live(
-        stands=True,
+    return Active(
+        exists=True,
         networks=networks,
         acls={it.network_id: acl_of(it, open_without=scope.ingress_open) for it in networks if scope.is_vpc},
         plain=_plain(scope, networks),
@@ -130,7 +135,7 @@ def live(scope: Scope | None) -> Live:
 
 
 def target_port(forward: PortForward, public_port: int) -> int:
-    """The guest's port that a public port leads to: one to one, or all to one."""
+    """The guest's port for a public port. Ranges of equal size map one to one, otherwise all ports map to one."""
     if forward.private_ports.count != forward.public_ports.count:
         return forward.private_ports.first
     return forward.private_ports.first + public_port - forward.public_ports.first
@@ -138,25 +143,25 @@ def target_port(forward: PortForward, public_port: int) -> int:
 
 @lru_cache(maxsize=65536)
 def as_number(address: str) -> int:
-    """An IPv4 address as a number, to sort and compare by."""
+    """An IPv4 address as a number, to sort and compare."""
     return int(IPv4Address(address))
 
 
 @lru_cache(maxsize=65536)
 def subnet(cidr: str) -> IPv4Network:
-    """An IPv4 prefix; host bits are dropped."""
+    """An IPv4 prefix; host bits are cleared."""
     return IPv4Network(cidr, strict=False)
 
 
 @lru_cache(maxsize=65536)
 def bounds(cidr: str) -> tuple[int, int]:
-    """First and last address of a prefix, as numbers."""
+    """The first and the last address of a prefix, as numbers."""
     prefix = ip_network(cidr, strict=False)
     return int(prefix.network_address), int(prefix.broadcast_address)
 
 
 def within(address: str, cidr: str) -> bool:
-    """Whether an address lies in a prefix of its family."""
+    """Whether a prefix contains an address. Both must be of the same family."""
     first, last = bounds(cidr)
     return first <= (_as_number6 if ":" in address else as_number)(address) <= last
 
@@ -167,19 +172,22 @@ def _as_number6(address: str) -> int:
 
 
 def _networks(scope: Scope | None) -> tuple[Network, ...]:
-    standing = [it for it in scope.networks.values() if it.stands] if scope is not None else []
-    return tuple(sorted(standing, key=lambda it: int(it.network_id)))
+    found = [network for network in scope.networks.values() if network.is_active] if scope is not None else []
+    return tuple(sorted(found, key=lambda network: int(network.network_id)))
 
 
 def _ingress(
     scope: Scope, networks: tuple[Network, ...], held: Iterable[PublicIp]
 ) -> dict[str, tuple[FirewallRule, ...]]:
-    """An address of a VPC has no firewall of its own, unless the tier that asked for it has a list."""
-    judged = {it.network_id for it in networks if it.firewall is not None}
+    """The ingress rules of each address that has a firewall.
+
+    An address of a VPC has a firewall only if CloudStack sent firewall rules for the tier that uses the address.
+    """
+    with_firewall = {network.network_id for network in networks if network.firewall is not None}
     found: dict[str, list[FirewallRule]] = {
         it.address: []
         for it in held
-        if not scope.is_vpc or it.network_id in judged  # guard: a-tiers-firewall-is-asked-too
+        if not scope.is_vpc or it.network_id in with_firewall  # guard: a-tiers-firewall-is-asked-too
     }
     for network in networks:
         for rule in network.firewall.rules if network.firewall else ():
@@ -189,7 +197,7 @@ def _ingress(
 
 
 def _plain(scope: Scope, networks: tuple[Network, ...]) -> bool:
-    """Whether the guests have another gateway, and nothing of the outside is held for them."""
+    """Whether the guests' gateway is another machine and the scope has no public address."""
     return not scope.is_vpc and networks[0].device_ip != networks[0].gateway and not scope.public_ips
 
 
@@ -199,8 +207,8 @@ def _network_of(networks: Iterable[Network], address: str) -> Network | None:
 
 def _exits(held: Iterable[PublicIp]) -> tuple[Exit, ...]:
     users: dict[int, list[PublicIp]] = {}
-    for it in held:
-        users.setdefault(it.exit, []).append(it)
+    for address in held:
+        users.setdefault(address.exit, []).append(address)
     return tuple(
         Exit(
             number,
@@ -215,19 +223,19 @@ def _exits(held: Iterable[PublicIp]) -> tuple[Exit, ...]:
 
 def _forwarded(forwards: list[PortForward]) -> list[ForwardedPorts]:
     found: list[ForwardedPorts] = []
-    by_address: dict[tuple[str, str], list[PortForward]] = {}
-    for it in forwards:
-        by_address.setdefault((it.public_ip, it.protocol), []).append(it)
-    for those in by_address.values():
-        if all(before.public_ports.last < after.public_ports.first for before, after in pairwise(those)):
-            found += [ForwardedPorts(it.public_ports, it) for it in those]
+    groups: dict[tuple[str, str], list[PortForward]] = {}
+    for forward in forwards:
+        groups.setdefault((forward.public_ip, forward.protocol), []).append(forward)
+    for group in groups.values():
+        if all(before.public_ports.last < after.public_ports.first for before, after in pairwise(group)):
+            found += [ForwardedPorts(it.public_ports, it) for it in group]
         else:
-            found += _disjoint(those)
+            found += _disjoint(group)
     return found
 
 
 def _disjoint(forwards: list[PortForward]) -> list[ForwardedPorts]:
-    """Where forwards overlap, the one with fewer ports has them: a kernel map takes each port once."""
+    """Split overlapping forwards. The forward with fewer ports wins: a map has one element for each port."""
     edges = sorted({it.public_ports.first for it in forwards} | {it.public_ports.last + 1 for it in forwards})
     found: list[ForwardedPorts] = []
     for first, after in pairwise(edges):

@@ -1,6 +1,6 @@
-"""A scope in words for people: its firewall and translations, its NICs, and its state without secrets.
+"""A scope as text for people: its firewall and translations, its NICs, and its state without secrets.
 
-Each line stands for itself, so that lines can be picked by a text that they contain. Same state, same lines.
+Each line is complete in itself, so that lines can be filtered by a text. The same state gives the same lines.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import msgspec
 
 from netloom.render import ip6
 from netloom.render.acl import acl_of
-from netloom.render.active import Live, as_number, live
+from netloom.render.active import Active, active, as_number
 from netloom.render.guest import tables
 from netloom.render.pbr import in_force
 from netloom.state import AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
 
-# Metadata that CloudStack writes itself; other items bear names and values of tenants.
+# Metadata items that CloudStack writes itself. Other items contain names and values of tenants, so they are not shown.
 _SHOWN = frozenset(
     {
         "availability-zone",
@@ -38,32 +38,36 @@ _SHOWN = frozenset(
 
 
 def firewall(scope: Scope) -> list[str]:
-    """Ingress, egress, source NAT, static NAT, port forwards and load balancing, a line each.
+    """Ingress, egress, source NAT, static NAT, port forwards and load balancing, one line for each.
 
-    Rules that differ in their ports only share a line. What is told and does not apply says so.
+    Rules that differ only in their ports share a line. A line that is in the state but not in force says so.
     """
-    now = live(scope)
+    now = active(scope)
     lines: list[str] = []
     for network in _in_order(scope):
-        lines += _list_of(scope, network) if scope.is_vpc else _ingress(scope, network, now)
+        lines += _acl(scope, network) if scope.is_vpc else _ingress(scope, network, now)
     for network in _in_order(scope):
         lines += _egress(network) if network.firewall or not scope.is_vpc else []
     if now.source_nat is not None:
         lines += [f"source-nat {it.cidr} leaves as {now.source_nat.address}" for it in now.networks]
-    in_force = {it.public_ip for it in now.static_nats}
+    effective_nats = {it.public_ip for it in now.static_nats}
     for nat in sorted(scope.static_nats.values(), key=lambda it: as_number(it.public_ip)):
-        lines.append(f"static-nat {nat.public_ip} <-> {nat.private_ip}{_unless(nat.public_ip in in_force)}")
-    forwards = {it.key for it in now.port_forwards}
-    for it in sorted(scope.port_forwards.values(), key=lambda it: (as_number(it.public_ip), it.public_ports, it.key)):
-        where = f"{it.public_ip} {it.protocol} {it.public_ports} -> {it.private_ip} {it.private_ports}"
-        lines.append(f"port-forward {where}{_unless(it.key in forwards)}")
+        lines.append(
+            f"static-nat {nat.public_ip} <-> {nat.private_ip}{_in_force_note(nat.public_ip in effective_nats)}"
+        )
+    effective_forwards = {it.key for it in now.port_forwards}
+    forwards = sorted(scope.port_forwards.values(), key=lambda it: (as_number(it.public_ip), it.public_ports, it.key))
+    for forward in forwards:
+        public = f"{forward.public_ip} {forward.protocol} {forward.public_ports}"
+        note = _in_force_note(forward.key in effective_forwards)
+        lines.append(f"port-forward {public} -> {forward.private_ip} {forward.private_ports}{note}")
     held = {it.address for it in now.held}
     lines += [_balanced(it, held) for _, it in sorted(scope.lb_rules.items(), key=lambda item: (len(item[0]), item[0]))]
     return lines
 
 
 def leases(scope: Scope) -> list[str]:
-    """The NICs of every network, by address, with what is served to them."""
+    """The NICs of every network, by address, with the services that they get."""
     leased = {(table.network_id, it.nic) for table in tables(scope) for it in table.nics if it.dhcp}
     return [
         _nic(network, it, leased=(network.network_id, it.key) in leased)
@@ -73,36 +77,37 @@ def leases(scope: Scope) -> list[str]:
 
 
 def pbr_tables(scope: Scope) -> list[str]:
-    """An operator's route tables."""
+    """The operator's route tables."""
     return [f"table {it}" for it in scope.pbr.tables]
 
 
 def pbr_routes(scope: Scope) -> list[str]:
-    """What is in those tables."""
-    now = live(scope)
-    return [f"{it} table {scope.pbr.name_of(it.table)}{_unless(in_force(it, now))}" for it in scope.pbr.routes]
+    """The routes in the operator's tables."""
+    now = active(scope)
+    return [f"{it} table {scope.pbr.name_of(it.table)}{_in_force_note(in_force(it, now))}" for it in scope.pbr.routes]
 
 
 def pbr_rules(scope: Scope) -> list[str]:
-    """Which packets look them up, in the order in which they are tried."""
+    """The operator's rules that select a table, in the order in which the kernel tries them."""
     return [f"{it.priority}: {it.selector} lookup {scope.pbr.name_of(it.table)}" for it in scope.pbr.rules]
 
 
 def summary(scope: Scope) -> list[str]:
-    """What the scope consists of, counted."""
+    """The scope's networks, public addresses, and numbers of rules."""
     lines = [f"scope {scope.scope_id}, owner {scope.owner}, revision {scope.revision}"]
-    for it in _in_order(scope):
-        given = [word for word, has in (("DHCP", it.dhcp), ("DNS", it.dns)) if has]
+    for network in _in_order(scope):
+        services = [name for name, enabled in (("DHCP", network.dhcp), ("DNS", network.dns)) if enabled]
         lines.append(
-            f"network {it.network_id}: {it.guest_type}, {'implemented' if it.implemented else 'not implemented'}, "
-            f"VLAN {it.vlan or 'not told'} of {scope.uplinks.guest}, {it.cidr or 'no subnet'}, "
-            f"gateway {it.gateway or 'none'}, {len(it.nics)} NICs{''.join(f', {word}' for word in given)}"
-            f"{f', IPv6 {it.ip6_cidr}' if it.ip6_cidr else ''}"
+            f"network {network.network_id}: {network.guest_type}, "
+            f"{'implemented' if network.implemented else 'not implemented'}, "
+            f"VLAN {network.vlan or 'unknown'} of {scope.uplinks.guest}, {network.cidr or 'no subnet'}, "
+            f"gateway {network.gateway or 'none'}, {len(network.nics)} NICs{''.join(f', {it}' for it in services)}"
+            f"{f', IPv6 {network.ip6_cidr}' if network.ip6_cidr else ''}"
         )
     for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
         kind = " (source NAT)" if ip.source_nat else ""
         lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
-    if (out := ip6.way_out(scope, live(scope))) is not None:
+    if (out := ip6.default_route(scope, active(scope))) is not None:
         lines.append(f"IPv6 leaves as {out.address} through {out.gateway}")
     rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)
     lines.append(
@@ -113,7 +118,7 @@ def summary(scope: Scope) -> list[str]:
 
 
 def state(scope: Scope) -> list[str]:
-    """The state document, indented; passwords as ``***``, user data and tenants' own items by size."""
+    """The state as indented JSON. Passwords are ``***``; user data and tenants' own items are shown by size."""
     document: dict[str, Any] = msgspec.to_builtins(scope, enc_hook=lambda _: "***")
     for network_id, network in scope.networks.items():
         for key, nic in network.nics.items():
@@ -126,36 +131,38 @@ def state(scope: Scope) -> list[str]:
     return msgspec.json.format(msgspec.json.encode(document), indent=2).decode().splitlines()
 
 
-def _ingress(scope: Scope, network: Network, now: Live) -> list[str]:
+def _ingress(scope: Scope, network: Network, now: Active) -> list[str]:
     if scope.ingress_open:
         return ["ingress any: allow (the registration says firewall=absent)"]
     if network.firewall is None:
-        return [f"ingress of network {network.network_id}: deny (no list of rules came yet)"]
+        return [f"ingress of network {network.network_id}: deny (no firewall rules received yet)"]
     lines = []
     for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "ingress"):
         where = rule.public_ip or "any address"
-        source = f"from {_list(rule.source_cidrs)}"
-        lines.append(f"ingress {where} {_what(rule, ports)} {source}: allow{_unless(rule.public_ip in now.ingress)}")
+        source = f"from {_any_or(rule.source_cidrs)}"
+        lines.append(
+            f"ingress {where} {_rule_match(rule, ports)} {source}: allow{_in_force_note(rule.public_ip in now.ingress)}"
+        )
     return [*lines, "ingress anything else: deny"]
 
 
-def _list_of(scope: Scope, network: Network) -> list[str]:
-    """A tier's access control list, in its order."""
+def _acl(scope: Scope, network: Network) -> list[str]:
+    """A tier's access control list, in order."""
     acl = acl_of(network, open_without=scope.ingress_open)
     lines = [
-        f"acl of tier {network.network_id}, {it.direction} {it.number}: {it.action} {_of_item(it)} "
-        f"{'from' if it.direction == 'ingress' else 'to'} {_list(it.cidrs)}"
+        f"acl of tier {network.network_id}, {it.direction} {it.number}: {it.action} {_item_match(it)} "
+        f"{'from' if it.direction == 'ingress' else 'to'} {_any_or(it.cidrs)}"
         for it in (*acl.ingress, *acl.egress)
     ]
-    why = " (no list came yet)" if network.acl is None else ""
-    for direction, lets in (("ingress", acl.lets_in), ("egress", acl.lets_out)):
+    why = " (no list received yet)" if network.acl is None else ""
+    for direction, allowed in (("ingress", acl.ingress_default_allow), ("egress", acl.egress_default_allow)):
         lines.append(
-            f"acl of tier {network.network_id}, {direction}, anything else: {'allow' if lets else 'deny'}{why}"
+            f"acl of tier {network.network_id}, {direction}, anything else: {'allow' if allowed else 'deny'}{why}"
         )
     return lines
 
 
-def _of_item(item: AclItem) -> str:
+def _item_match(item: AclItem) -> str:
     if item.ports is not None:
         return f"{item.protocol} {item.ports}"
     if item.icmp_type is not None:
@@ -166,27 +173,27 @@ def _of_item(item: AclItem) -> str:
 
 def _egress(network: Network) -> list[str]:
     if network.firewall is None:
-        return [f"egress of network {network.network_id}: allow (no list of rules came yet)"]
-    listed, otherwise = ("deny", "allow") if network.firewall.default_egress_allow else ("allow", "deny")
+        return [f"egress of network {network.network_id}: allow (no firewall rules received yet)"]
+    listed, default = ("deny", "allow") if network.firewall.default_egress_allow else ("allow", "deny")
     lines = []
     for rule, ports in _grouped(it for it in network.firewall.rules if it.direction == "egress"):
-        way = f"from {_list(rule.source_cidrs)} to {_list(rule.dest_cidrs)}"
-        lines.append(f"egress {_what(rule, ports)} {way}: {listed}")
-    return [*lines, f"egress of network {network.network_id}, anything else: {otherwise}"]
+        addresses = f"from {_any_or(rule.source_cidrs)} to {_any_or(rule.dest_cidrs)}"
+        lines.append(f"egress {_rule_match(rule, ports)} {addresses}: {listed}")
+    return [*lines, f"egress of network {network.network_id}, anything else: {default}"]
 
 
 def _grouped(rules: Iterable[FirewallRule]) -> list[tuple[FirewallRule, list[Ports]]]:
     groups: dict[FirewallRule, list[Ports]] = {}
     for rule in rules:
         ports = groups.setdefault(msgspec.structs.replace(rule, rule_id=0, ports=None), [])
-        # Without ports it is about all of them, which then is said once.
+        # A rule without ports applies to all ports.
         ports.append(rule.ports or Ports(0, 65535))
     ordered = [(rule, sorted(set(ports))) for rule, ports in groups.items()]
     ordered.sort(key=lambda it: (_number(it[0].public_ip), it[0].protocol, it[1], str(it[0])))
     return ordered
 
 
-def _what(rule: FirewallRule, ports: list[Ports]) -> str:
+def _rule_match(rule: FirewallRule, ports: list[Ports]) -> str:
     if rule.protocol in ("tcp", "udp"):
         return f"{rule.protocol} {'any' if Ports(0, 65535) in ports else ','.join(map(str, ports))}"
     if rule.protocol == "icmp" and rule.icmp_type is not None and rule.icmp_type >= 0:
@@ -196,16 +203,16 @@ def _what(rule: FirewallRule, ports: list[Ports]) -> str:
 
 
 def _balanced(rule: LbRule, held: set[str]) -> str:
-    backends = ", ".join(f"{it.ip}:{it.port}" for it in sorted(rule.backends)) or "nobody"
+    backends = ", ".join(f"{it.ip}:{it.port}" for it in sorted(rule.backends)) or "none"
     where = f"{rule.public_ip} {rule.protocol} {rule.public_port} {rule.algorithm}"
-    return f"load-balancing {where} -> {backends}{_unless(rule.public_ip in held)}"
+    return f"load-balancing {where} -> {backends}{_in_force_note(rule.public_ip in held)}"
 
 
 def _nic(network: Network, nic: Nic, *, leased: bool) -> str:
     words = [
         "default" if nic.default else "secondary",
         *(["lease"] if leased else []),
-        *(["names"] if nic.named and nic.hostname and network.dns and network.stands else []),
+        *(["names"] if nic.named and nic.hostname and network.dns and network.is_active else []),
         *(["user data"] if nic.user_data is not None else []),
         *(["password waiting"] if nic.password is not None else []),
     ]
@@ -220,12 +227,12 @@ def _number(address: str) -> int:
     return as_number(address) if address else -1
 
 
-def _list(cidrs: tuple[str, ...]) -> str:
+def _any_or(cidrs: tuple[str, ...]) -> str:
     return ",".join(cidrs) or "any"
 
 
-def _unless(in_force: bool) -> str:
-    return "" if in_force else " (not in force: the address or the network does not stand)"
+def _in_force_note(in_force: bool) -> str:
+    return "" if in_force else " (not in force: the address or the network is not active)"
 
 
 def _size(text: str) -> str:

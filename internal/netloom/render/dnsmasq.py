@@ -1,9 +1,9 @@
-"""The resolver of a network: one dnsmasq, fed through a directory of hosts files that it watches.
+"""The DNS resolver of a network: one dnsmasq that watches a directory of hosts files.
 
-dnsmasq serves DNS here and nothing else. It is never signalled: up to 2.90 a SIGHUP may end it, and the files of
-its ``hostsdir`` are read, changed and forgotten by inotify (dnsmasq(8), --hostsdir). So a VM that comes or goes is a
-file that comes or goes, and the process restarts only when its own configuration changes. An older one reads and does
-not forget: there it is started anew when a name goes.
+dnsmasq serves DNS and router advertisements, but no DHCP leases. It gets no signals, because SIGHUP may end it (up to
+2.90). It notices changes in its ``hostsdir`` by inotify (dnsmasq(8), --hostsdir). So a new VM is a new file, a removed
+VM a removed file, and the process restarts only when its configuration changes. Versions before 2.88 read new files
+but do not forget removed ones; such a dnsmasq is restarted when a name is removed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from netloom.state import Network, Nic
 
 HOSTS = "hosts"
 
-# One name that cloud-init asks for first (its CloudStack data source); CloudStack's virtual router answers it too.
-# No VM has it, whatever its name is: it would hand its neighbours their user data.
+# The name that cloud-init's CloudStack data source looks up first; CloudStack's virtual router resolves it, too. A VM
+# never gets this name: it could serve user data to its neighbours.
 DATA_SERVER = "data-server"
 
 
 class Build(msgspec.Struct, frozen=True):
-    """What the dnsmasq of a host is like: what nobody's group is called there, and whether it forgets (since 2.88)."""
+    """The dnsmasq of a host. ``group``: the host's name for nobody's group. ``forgets``: version 2.88 or later."""
 
     group: str = "nogroup"
     forgets: bool = True
@@ -32,7 +32,7 @@ DEBIAN_12 = Build()
 
 
 def service(scope_id: str, network: Network, build: Build = DEBIAN_12) -> Service:
-    """The dnsmasq of ``network``, at the device's address."""
+    """The dnsmasq of ``network``. It listens on the device's address."""
     name = f"dns-{network.network_id}"
     directory = directory_of(scope_id, name)
     return Service(
@@ -58,7 +58,7 @@ def _configuration(directory: str, network: Network, group: str) -> str:
         f"listen-address={address}",
         "except-interface=lo",
         "bind-interfaces",
-        # Nothing of the host: neither its names nor its resolvers.
+        # Use neither the hosts file nor the resolvers of the host.
         "no-hosts",  # guard: resolver-reads-no-hosts-file
         "no-resolv",
         "no-poll",
@@ -66,7 +66,7 @@ def _configuration(directory: str, network: Network, group: str) -> str:
         "domain-needed",
         "cache-size=1000",
         "pid-file=",
-        # The names are ours to change at any moment; a guest that cached one would keep it for this long.
+        # Names can change at any time. A guest caches a name for this many seconds.
         "local-ttl=10",
     ]
     if network.domain:
@@ -74,15 +74,16 @@ def _configuration(directory: str, network: Network, group: str) -> str:
     lines += [f"server={resolver}" for resolver in network.resolvers]
     if not network.dns:
         lines.append("port=0")
-    if network.speaks_ip6:
+    if network.has_ip6:
         lines += _advertised(network)
     return "\n".join(lines) + "\n"
 
 
 def _advertised(network: Network) -> list[str]:
-    """Router advertisements: the prefix to make an address from, the resolver and its domain (RFC 4861, RFC 8106).
+    """Router advertisements: the prefix for the guests' addresses, the resolver and its domain (RFC 4861, RFC 8106).
 
-    The default route is told whether or not there is a way out: who goes nowhere is told so at once.
+    The device is advertised as default router even if it has no default route itself. It then rejects packets to the
+    outside at once.
     """
     prefix, _, length = network.ip6_cidr.partition("/")
     lines = [
@@ -98,7 +99,7 @@ def _advertised(network: Network) -> list[str]:
 
 
 def _hosts(network: Network) -> dict[str, str]:
-    """File name to text. One file a NIC, so that a VM is one file; sorted, so that the same wish is the same text."""
+    """File names and texts: one file for each NIC. They are sorted, so that the same state gives the same text."""
     device = network.device_ip
     files = {"device": _entry(device, [DATA_SERVER])}
     for key, nic in sorted(network.nics.items()):

@@ -1,9 +1,10 @@
-"""What becomes of open connections when a scope changes.
+"""Which open connections survive a change of the scope.
 
-Conntrack lets established connections through whatever the rules say. So after a change that takes something away,
-each entry is judged by the new state, as its first packet would be judged, with the translation that it has. Deleting
-the entry ends a TCP connection: nothing picks it up in the middle. A UDP flow would be begun anew by the guest's next
-packet, outward, with the same ports; its entry stays, with ``marks.REVOKED``, and the ruleset drops its packets.
+The ruleset accepts the packets of established connections whatever the other rules say. So after a change that takes
+something away, each conntrack entry is checked: would the new state accept the first packet of this connection, with
+the same translation? If not, the entry is deleted. That ends a TCP connection, because the kernel does not pick up a
+connection in the middle. The guest's next packet of a UDP flow would open the flow again with the same ports. So the
+entry of such a flow stays and gets the mark ``marks.REVOKED``, and the ruleset drops its packets.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from netloom.netobjects import IP6_LINK_LOCAL
 from netloom.render import ip6
-from netloom.render.active import Live, live, target_port, within
+from netloom.render.active import Active, active, target_port, within
+from netloom.render.device import DNS_PORT, SERVICE_PORTS_TCP, SERVICE_PORTS_UDP
 from netloom.render.marks import REVOKED, exit_of
-from netloom.render.pbr import ways
+from netloom.render.pbr import policy_nats
 from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
 
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
@@ -25,18 +28,17 @@ _NUMBERS = {"icmp": ICMP, "tcp": TCP, "udp": UDP}
 _ECHO_REQUEST = 8
 _DHCP_CLIENT, _DHCP_SERVER = 68, 67
 _BROADCAST = "255.255.255.255"
-_NOBODY = "0.0.0.0"
+_UNSPECIFIED = "0.0.0.0"
 _ECHO_REQUEST_V6 = 128
-_LINK_LOCAL = "fe80::/10"
-_NAMES = {(UDP, 53), (TCP, 53)}
-_SERVICES = {(UDP, 53), (UDP, 67), (TCP, 53), (TCP, 80), (TCP, 8080)}
+_DNS = {(UDP, DNS_PORT), (TCP, DNS_PORT)}
+_SERVICES = {*((UDP, port) for port in SERVICE_PORTS_UDP), *((TCP, port) for port in SERVICE_PORTS_TCP)}
 
-Verdict = Literal["keep", "delete", "tombstone"]
-Attention = Literal["none", "tombstones", "all"]
+FlowAction = Literal["keep", "delete", "revoke"]
+FlowCheck = Literal["none", "revoked_only", "all"]
 
 
 class Flow(Protocol):
-    """A conntrack entry; addresses are text. What its protocol does not have (ports, a type) is not asked."""
+    """A conntrack entry. Addresses are text. Fields that the protocol does not have (ports, ICMP type) are not read."""
 
     @property
     def protocol(self) -> int: ...
@@ -66,8 +68,8 @@ class Flow(Protocol):
     def status(self) -> int: ...
 
 
-class _Way(msgspec.Struct, frozen=True):
-    """One way in which the state lets a first packet through: what its replies come from and go to, and its exit."""
+class _ReplyTuple(msgspec.Struct, frozen=True):
+    """One way to accept a flow: where its replies must come from and go to, and its exit."""
 
     reply_src: str
     reply_sport: int
@@ -75,210 +77,216 @@ class _Way(msgspec.Struct, frozen=True):
     exit: int | None  # None: any
 
 
-def attention(old: Scope | None, new: Scope | None) -> Attention:
-    """Which open flows have to be judged after the change from ``old`` to ``new``.
+def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
+    """Which open flows must be checked after the change from ``old`` to ``new``.
 
-    ``all`` when something that was allowed, translated or held goes away or changes, and when an address or a subnet
-    comes. ``tombstones`` (entries whose mark has ``marks.REVOKED``) when other things were only added: a revoked flow
-    that is allowed again is to begin anew. ``none`` when nothing that decides about flows is different.
+    ``all``: something that was allowed, translated or held was removed or changed, or an address or a subnet was added.
+    ``revoked_only`` (entries with the mark ``marks.REVOKED``): other things were added; a revoked flow that is allowed
+    again must be able to open again. ``none``: nothing changed that decides about flows.
     """
-    before, after = live(old), live(new)
-    if not before.stands or before.plain:
+    before, after = active(old), active(new)
+    if not before.exists or before.plain:
         return "none"
-    if _disturbs(before, after, _open_to_all(old), _open_to_all(new)):
+    if _may_break_flows(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
-    if _by_policy(old, before) - _by_policy(new, after) or _outside6(old, before) - _outside6(new, after):
+    ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
+    if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
-    same = _policy(before, _open_to_all(old)) == _policy(after, _open_to_all(new))
-    return "none" if same and _outside6(old, before) == _outside6(new, after) else "tombstones"
+    same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
+    return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
-class Judge:
-    """Judges open flows by one state. A flow that was dealt with as told is told to be kept the next time."""
+class FlowPolicy:
+    """Decides about open flows by one state. After its action was carried out, a flow gets the action ``keep``."""
 
     def __init__(self, scope: Scope | None) -> None:
         self._open_to_all = _open_to_all(scope)
-        self._now = live(scope)
+        self._now = active(scope)
         self._in_vpc = scope is not None and scope.is_vpc
-        self._by_policy = _by_policy(scope, self._now)
+        self._policy_sources = _policy_sources(scope, self._now)
         self._held = {it.address: it for it in self._now.held}
         self._devices = {it.device_ip for it in self._now.networks}
-        self._six = [it for it in self._now.networks if it.speaks_ip6]
-        self._outside6 = _outside6(scope, self._now)
-        self._gateways6 = {it.ip6_gateway: it.network_id for it in self._six}
+        self._ip6_networks = [it for it in self._now.networks if it.has_ip6]
+        self._ip6_outside_address = _ip6_outside_address(scope, self._now)
+        self._ip6_gateways = {it.ip6_gateway: it.network_id for it in self._ip6_networks}
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
-        self._spread: dict[tuple[str, int], list[tuple[str, int]]] = {}
+        self._udp_backends: dict[tuple[str, int], list[tuple[str, int]]] = {}
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
-        for it in self._now.port_forwards:
-            self._forwards.setdefault((it.public_ip, _NUMBERS[it.protocol]), []).append(it)
-        self._answered = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
-        for rule in self._now.spread:
-            self._spread[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
-        # Thousands of flows differ in the other end's port only.
-        self._admits = lru_cache(maxsize=16384)(self._admits_anew)
-        self._lets_out = lru_cache(maxsize=16384)(self._lets_out_anew)
+        for forward in self._now.port_forwards:
+            self._forwards.setdefault((forward.public_ip, _NUMBERS[forward.protocol]), []).append(forward)
+        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
+        for rule in self._now.udp_balanced:
+            self._udp_backends[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
+        # Cached: thousands of flows differ only in the port of the remote end.
+        self._ingress_allows = lru_cache(maxsize=16384)(self._ingress_allows_uncached)
+        self._egress_allows = lru_cache(maxsize=16384)(self._egress_allows_uncached)
 
-    def verdict(self, flow: Flow) -> Verdict:
-        """``keep`` the flow, ``delete`` its entry, or set ``marks.REVOKED`` in its mark (``tombstone``)."""
-        ways = list(self._ways(flow))
+    def action(self, flow: Flow) -> FlowAction:
+        """``keep`` the flow, ``delete`` its entry, or ``revoke``: set ``marks.REVOKED`` in its mark."""
+        allowed = list(self._allowed(flow))
         if flow.mark & REVOKED:
-            return "delete" if ways else "keep"
-        if any(_fits(way, flow) for way in ways):
+            return "delete" if allowed else "keep"
+        if any(_has_tuple(flow, reply) for reply in allowed):
             return "keep"
-        # Where the state has another way for it, the flow takes that one with its next packet.
+        # If the state allows the flow with another translation, its next packet opens it again with that one.
         return (  # guard: a-flow-ends-with-what-allowed-it
             "delete"
-            if ways or flow.protocol in (TCP, ICMP, ICMPV6)
-            else "tombstone"  # guard: an-unconnected-flow-is-marked-as-revoked
+            if allowed or flow.protocol in (TCP, ICMP, ICMPV6)
+            else "revoke"  # guard: an-unconnected-flow-is-marked-as-revoked
         )
 
-    def _ways(self, flow: Flow) -> Iterator[_Way]:
-        """Every way in which the state lets the flow's first packet through."""
+    def _allowed(self, flow: Flow) -> Iterator[_ReplyTuple]:
+        """Each reply tuple with which the state accepts the first packet of the flow."""
         if ":" in flow.src:
-            if self._lets_six(flow):
-                yield _Way(flow.dst, flow.dport, flow.src, None)
+            if self._ip6_allowed(flow):
+                yield _ReplyTuple(flow.dst, flow.dport, flow.src, None)
             return
         if flow.src in self._devices or flow.src in self._held:
-            # What the device itself began: the ruleset leaves that alone.
-            yield _Way(flow.dst, flow.dport, flow.src, None)
+            # A flow of the device itself: the ruleset does not restrict it.
+            yield _ReplyTuple(flow.dst, flow.dport, flow.src, None)
             return
         dhcp = flow.protocol == UDP and (flow.sport, flow.dport) == (_DHCP_CLIENT, _DHCP_SERVER)
-        if flow.dst == _BROADCAST or flow.src == _NOBODY:
-            if dhcp and flow.dst == _BROADCAST and (flow.src == _NOBODY or self._now.network_of(flow.src)):
-                yield _Way(flow.dst, flow.dport, flow.src, None)
+        if flow.dst == _BROADCAST or flow.src == _UNSPECIFIED:
+            if dhcp and flow.dst == _BROADCAST and (flow.src == _UNSPECIFIED or self._now.network_of(flow.src)):
+                yield _ReplyTuple(flow.dst, flow.dport, flow.src, None)
             return
         home = self._now.network_of(flow.src)
         if flow.dst in self._held:
-            yield from self._ways_in(flow, home)
+            yield from self._allowed_in(flow, home)
         elif home is not None:
-            yield from self._ways_out(flow, home)
+            yield from self._allowed_out(flow, home)
 
-    def _lets_six(self, flow: Flow) -> bool:
-        """Whether an IPv6 flow may begin: nothing is translated, so there is one way or none (``render.six``)."""
-        home, there = self._speaking(flow.src), self._speaking(flow.dst)
-        if flow.dst in self._gateways6:
+    def _ip6_allowed(self, flow: Flow) -> bool:
+        """Whether the state accepts the first packet of an IPv6 flow. Nothing is translated (``ip6``)."""
+        home, there = self._ip6_network_of(flow.src), self._ip6_network_of(flow.dst)
+        if flow.dst in self._ip6_gateways:
             echo = flow.protocol == ICMPV6 and flow.icmp_type == _ECHO_REQUEST_V6
-            names = (flow.protocol, flow.dport) in _NAMES
-            return home is not None and self._gateways6[flow.dst] == home.network_id and (echo or names)
+            dns = (flow.protocol, flow.dport) in _DNS
+            return home is not None and self._ip6_gateways[flow.dst] == home.network_id and (echo or dns)
         if home is None and there is None:
-            # The device's own, or between neighbours on a link. Guests of a tier that went are neither.
-            return flow.src in self._outside6 or (bool(self._six) and within(flow.src, _LINK_LOCAL))
-        if flow.src in self._gateways6:
+            # The device's own flow, or one on the link. A guest of a removed tier has neither kind of address.
+            return flow.src in self._ip6_outside_address or (
+                bool(self._ip6_networks) and within(flow.src, IP6_LINK_LOCAL)
+            )
+        if flow.src in self._ip6_gateways:
             return True
-        if not self._between(home, there, flow, flow.dst, flow.dport):  # guard: an-ipv6-flow-is-judged-by-the-lists
+        if not self._acls_allow(home, there, flow, flow.dst, flow.dport):  # guard: an-ipv6-flow-is-judged-by-the-lists
             return False
         if there is not None:
             return self._in_vpc or (home is None and self._open_to_all)
         assert home is not None
-        return self._lets_out(
+        return self._egress_allows(
             home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
         )
 
-    def _speaking(self, address: str) -> Network | None:
-        return next((it for it in self._six if within(address, it.ip6_cidr)), None)
+    def _ip6_network_of(self, address: str) -> Network | None:
+        return next((it for it in self._ip6_networks if within(address, it.ip6_cidr)), None)
 
-    def _ways_in(self, flow: Flow, home: Network | None) -> Iterator[_Way]:
-        """Through a public address, by a stranger or by a guest (``home``)."""
-        if not self._admits(flow.dst, flow.protocol, flow.src, flow.dport, flow.icmp_type, flow.icmp_code):
+    def _allowed_in(self, flow: Flow, home: Network | None) -> Iterator[_ReplyTuple]:
+        """A flow to a public address. ``home``: the network of the guest that opened it; None: an outside host."""
+        if not self._ingress_allows(flow.dst, flow.protocol, flow.src, flow.dport, flow.icmp_type, flow.icmp_code):
             return
-        way_out = self._held[flow.dst].exit if home is None else 0
+        exit_ = self._held[flow.dst].exit if home is None else 0
         targets = [
             (it.private_ip, target_port(it, flow.dport))
             for it in self._forwards.get((flow.dst, flow.protocol), ())
             if it.public_ports.first <= flow.dport <= it.public_ports.last
         ]
         if flow.protocol == UDP:
-            targets += self._spread.get((flow.dst, flow.dport), ())
+            targets += self._udp_backends.get((flow.dst, flow.dport), ())
         if flow.dst in self._guests:
             targets.append((self._guests[flow.dst], flow.dport))
         for address, port in targets:
             there = self._now.network_of(address)
-            if there is None or not self._between(home, there, flow, address, port):
+            if there is None or not self._acls_allow(home, there, flow, address, port):
                 continue
             if home is None:
-                yield _Way(address, port, flow.src, way_out)
+                yield _ReplyTuple(address, port, flow.src, exit_)
             elif there == home:
-                yield _Way(address, port, home.device_ip, way_out)
+                yield _ReplyTuple(address, port, home.device_ip, exit_)
             elif self._in_vpc:
-                yield _Way(address, port, flow.src, way_out)
-        if not targets and flow.protocol == TCP and self._answers(flow, home):
-            yield _Way(flow.dst, flow.dport, flow.src, way_out if home is None else None)
+                yield _ReplyTuple(address, port, flow.src, exit_)
+        if not targets and flow.protocol == TCP and self._balancer_answers(flow, home):
+            yield _ReplyTuple(flow.dst, flow.dport, flow.src, exit_ if home is None else None)
         if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST and not self._in_vpc:
-            # The device's answer to a guest goes to the guest, whatever exit the guest's own address has.
-            yield _Way(flow.dst, 0, flow.src, way_out if home is None else None)
+            # The device replies to a guest directly, whatever exit the guest's static NAT address has.
+            yield _ReplyTuple(flow.dst, 0, flow.src, exit_ if home is None else None)
 
-    def _ways_out(self, flow: Flow, home: Network) -> Iterator[_Way]:
-        """From a guest, to the device or to the outside."""
+    def _allowed_out(self, flow: Flow, home: Network) -> Iterator[_ReplyTuple]:
+        """A flow of a guest to the device, to another tier, or to the outside."""
         if flow.dst in self._devices:
             echo = flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST
-            nearest = flow.dst == home.device_ip
-            if (echo and (nearest or not self._in_vpc)) or (nearest and (flow.protocol, flow.dport) in _SERVICES):
-                yield _Way(flow.dst, flow.dport, flow.src, 0)
+            own_gateway = flow.dst == home.device_ip
+            service = (flow.protocol, flow.dport) in _SERVICES
+            if (echo and (own_gateway or not self._in_vpc)) or (own_gateway and service):
+                yield _ReplyTuple(flow.dst, flow.dport, flow.src, 0)
             return
         there = self._now.network_of(flow.dst)
         if there is not None:
-            if self._in_vpc and self._between(home, there, flow, flow.dst, flow.dport):
-                yield _Way(flow.dst, flow.dport, flow.src, 0)
+            if self._in_vpc and self._acls_allow(home, there, flow, flow.dst, flow.dport):
+                yield _ReplyTuple(flow.dst, flow.dport, flow.src, 0)
             return
-        if not self._between(home, None, flow, flow.dst, flow.dport) or not self._lets_out(
+        if not self._acls_allow(home, None, flow, flow.dst, flow.dport) or not self._egress_allows(
             home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
         ):
             return
         own = self._now.static_sources.get(flow.src)
         if own is not None:
-            yield _Way(flow.dst, flow.dport, own.address, own.exit)
+            yield _ReplyTuple(flow.dst, flow.dport, own.address, own.exit)
         if self._now.source_nat is not None:
-            # Also for a guest that got an address of its own since: what it had begun goes on.
-            yield _Way(flow.dst, flow.dport, self._now.source_nat.address, 0)
-        for address in self._by_policy:
-            yield _Way(flow.dst, flow.dport, address, None)
+            # Also for a guest that has got a static NAT address since: its open flows go on.
+            yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0)
+        for address in self._policy_sources:
+            yield _ReplyTuple(flow.dst, flow.dport, address, None)
 
-    def _answers(self, flow: Flow, home: Network | None) -> bool:
-        """Whether the load balancer answers on this port of the device, and the lists of a VPC allow it."""
-        rule = self._answered.get((flow.dst, flow.dport))
+    def _balancer_answers(self, flow: Flow, home: Network | None) -> bool:
+        """Whether haproxy serves this address and port, and, in a VPC, the lists allow it."""
+        rule = self._haproxy_rules.get((flow.dst, flow.dport))
         if rule is None or not self._in_vpc:
             return rule is not None
-        behind = self._now.behind(rule)
-        return self._between(home, None, flow, flow.dst, flow.dport) and any(
-            self._between(None, there, flow, flow.dst, port) for there, port in behind
+        return self._acls_allow(home, None, flow, flow.dst, flow.dport) and any(
+            self._acls_allow(None, there, flow, flow.dst, port) for there, port in self._now.backend_ports(rule)
         )
 
-    def _between(self, home: Network | None, there: Network | None, flow: Flow, dst: str, dport: int) -> bool:
-        """Whether the access control lists of the tiers that a first packet leaves and enters let it through."""
+    def _acls_allow(self, home: Network | None, there: Network | None, flow: Flow, dst: str, dport: int) -> bool:
+        """Whether the access control lists of the source tier and of the destination tier allow the first packet."""
         if home is not None and home.network_id in self._now.acls:
             acl = self._now.acls[home.network_id]
-            if not _decides(acl.egress, acl.lets_out, dst, flow, dport):
+            if not _acl_allows(acl.egress, acl.egress_default_allow, dst, flow, dport):
                 return False
         if there is not None and there.network_id in self._now.acls:
             acl = self._now.acls[there.network_id]
-            return _decides(acl.ingress, acl.lets_in, flow.src, flow, dport)  # guard: a-flow-ends-with-its-list-item
+            default = acl.ingress_default_allow
+            return _acl_allows(acl.ingress, default, flow.src, flow, dport)  # guard: a-flow-ends-with-its-list-item
         return True
 
-    def _admits_anew(self, public_ip: str, protocol: int, src: str, dport: int, type_: int, code: int) -> bool:
+    def _ingress_allows_uncached(
+        self, public_ip: str, protocol: int, src: str, dport: int, type_: int, code: int
+    ) -> bool:
         if self._open_to_all or public_ip not in self._now.ingress:
             return True
         rules = self._now.ingress[public_ip]
-        return any(_matches(it, protocol, src, public_ip, dport, type_, code) for it in rules)
+        return any(_rule_matches(it, protocol, src, public_ip, dport, type_, code) for it in rules)
 
-    def _lets_out_anew(
+    def _egress_allows_uncached(
         self, network_id: str, protocol: int, src: str, dst: str, dport: int, type_: int, code: int
     ) -> bool:
         allowed_by_default, rules = self._egress[network_id]
-        return allowed_by_default != any(_matches(it, protocol, src, dst, dport, type_, code) for it in rules)
+        return allowed_by_default != any(_rule_matches(it, protocol, src, dst, dport, type_, code) for it in rules)
 
 
-def _fits(way: _Way, flow: Flow) -> bool:
-    """Whether the flow has the translation, and the exit, of this way."""
+def _has_tuple(flow: Flow, reply: _ReplyTuple) -> bool:
+    """Whether the flow has this translation and this exit."""
     return (
-        flow.reply_src == way.reply_src
-        and flow.reply_dst == way.reply_dst
-        and (flow.protocol not in (TCP, UDP) or flow.reply_sport == way.reply_sport)
-        and way.exit in (None, exit_of(flow.mark))
+        flow.reply_src == reply.reply_src
+        and flow.reply_dst == reply.reply_dst
+        and (flow.protocol not in (TCP, UDP) or flow.reply_sport == reply.reply_sport)
+        and reply.exit in (None, exit_of(flow.mark))
     )
 
 
-def _matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: int, type_: int, code: int) -> bool:
+def _rule_matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: int, type_: int, code: int) -> bool:
     if rule.protocol != "all":
         if rule.protocol == "icmp" and protocol == ICMPV6:
             any_type = rule.icmp_type is None or rule.icmp_type < 0
@@ -295,15 +303,15 @@ def _matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: int, 
     return _in_one_of(src, rule.source_cidrs) and _in_one_of(dst, rule.dest_cidrs)
 
 
-def _decides(items: tuple[AclItem, ...], otherwise: bool, far: str, flow: Flow, dport: int) -> bool:
-    """What the first item says that the flow matches; ``far``: its address at the other side of the tier."""
+def _acl_allows(items: tuple[AclItem, ...], default: bool, remote: str, flow: Flow, dport: int) -> bool:
+    """Whether the first matching item, or otherwise the default, allows. ``remote``: the address outside the tier."""
     for item in items:
-        if _is_about(item, flow, dport) and _in_one_of(far, item.cidrs):
+        if _item_matches(item, flow, dport) and _in_one_of(remote, item.cidrs):
             return item.action == "allow"
-    return otherwise
+    return default
 
 
-def _is_about(item: AclItem, flow: Flow, dport: int) -> bool:
+def _item_matches(item: AclItem, flow: Flow, dport: int) -> bool:
     if item.protocol == "all":
         return True
     if item.protocol != "icmp":
@@ -317,102 +325,112 @@ def _in_one_of(address: str, prefixes: tuple[str, ...]) -> bool:
     return not prefixes or any(within(address, it) for it in prefixes if (":" in it) == (":" in address))
 
 
-def _by_policy(scope: Scope | None, now: Live) -> frozenset[str]:
-    """The addresses that guests leave with by an operator's routes."""
-    return frozenset(it.address.address for it in ways(scope.pbr, now)) if scope is not None else frozenset()
+def _policy_sources(scope: Scope | None, now: Active) -> frozenset[str]:
+    """The source addresses of guests on the operator's routes."""
+    return frozenset(it.address.address for it in policy_nats(scope.pbr, now)) if scope is not None else frozenset()
 
 
 def _open_to_all(scope: Scope | None) -> bool:
     return scope is not None and scope.ingress_open
 
 
-def _policy(now: Live, open_to_all: bool) -> tuple[object, ...]:
-    """All that decides about flows, in a form in which equal policies are equal."""
+def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
+    """Everything that decides about flows, as a value that can be compared."""
     return (
         _subnets(now),
-        _held(now),
+        _exits_by_address(now),
         now.source_nat and now.source_nat.address,
         now.static_nats,
         now.port_forwards,
         _balancing(now),
         now.acls,
-        open_to_all or {address: _bare(rules) for address, rules in now.ingress.items()},
+        open_to_all or {address: _without_ids(rules) for address, rules in now.ingress.items()},
         {it.network_id: _egress(it) for it in now.networks},
     )
 
 
-def _disturbs(before: Live, after: Live, was_open: bool, is_open: bool) -> bool:
-    """Whether an open flow may have lost what allowed it, or would lead elsewhere if it began now; in doubt it may."""
-    # What comes counts as what goes: until now guests met somebody outside under these addresses.
+def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
+    """Whether the change can invalidate an open flow: no longer allowed, or translated differently. If unsure, True."""
+    # A new address or subnet counts, too: until now, guests reached an outside host under this address.
     if (
         _subnets(before) != _subnets(after)
-        or _held(before) != _held(after)  # guard: a-new-address-redirects-open-flows
+        or _exits_by_address(before) != _exits_by_address(after)  # guard: a-new-address-redirects-open-flows
     ):
         return True
     if before.source_nat is not None and (
         after.source_nat is None or after.source_nat.address != before.source_nat.address
     ):
         return True
-    # A new static translation changes what the address itself answered, so any difference counts.
+    # With new static NAT the address no longer replies itself, so any difference counts.
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
         return True
     if not _balancing(before) <= _balancing(after):
         return True
     if was_open and not is_open:
         return True
-    # Lists are asked in their order, so any difference may take something away.
+    # In a list the first match decides, so any difference can forbid something.
     if any(after.acls.get(network_id) != acl for network_id, acl in before.acls.items()):
         return True
-    if not is_open and any(_closes_address(before, after, it.address) for it in before.held):
+    if not is_open and any(_ingress_narrowed(before, after, it.address) for it in before.held):
         return True
     now = {it.network_id: it for it in after.networks}
-    return any(_closes(_egress(it), _egress(now[it.network_id])) for it in before.networks)
+    return any(_egress_narrowed(_egress(it), _egress(now[it.network_id])) for it in before.networks)
 
 
-def _outside6(scope: Scope | None, now: Live) -> frozenset[str]:
-    """The device's own address on the way out, where there is one."""
-    out = ip6.way_out(scope, now) if scope is not None else None
+def _ip6_outside_address(scope: Scope | None, now: Active) -> frozenset[str]:
+    """The device's IPv6 address on the public link, if it has one."""
+    out = ip6.default_route(scope, now) if scope is not None else None
     return frozenset((out.address.partition("/")[0],)) if out else frozenset()
 
 
-def _subnets(now: Live) -> set[tuple[str, str, str]]:
+def _subnets(now: Active) -> set[tuple[str, str, str]]:
     four = {(it.network_id, it.cidr, it.device_ip) for it in now.networks}
-    return four | {(it.network_id, it.ip6_cidr, it.ip6_gateway) for it in now.networks if it.speaks_ip6}
+    return four | {(it.network_id, it.ip6_cidr, it.ip6_gateway) for it in now.networks if it.has_ip6}
 
 
-def _held(now: Live) -> dict[str, int]:
+def _exits_by_address(now: Active) -> dict[str, int]:
     return {it.address: it.exit for it in now.held}
 
 
-def _balancing(now: Live) -> frozenset[tuple[str, int, str, int]]:
-    """What balanced flows lead to: each backend, or the device itself (no address) and the tier whose list it asks."""
-    spread = {(it.public_ip, it.public_port, end.ip, end.port) for it in now.spread for end in it.backends}
-    answered = [it for it in now.balanced if it.protocol != "udp"]
-    asked = {(it.public_ip, it.public_port, home.network_id, port) for it in answered for home, port in now.behind(it)}
-    return frozenset(spread | asked | {(it.public_ip, it.public_port, "", 0) for it in answered})
+def _balancing(now: Active) -> frozenset[tuple[str, int, str, int]]:
+    """The destinations of load-balanced flows.
+
+    UDP: each backend. TCP: the device itself (an empty address), and the tier whose list applies.
+    """
+    udp = {
+        (it.public_ip, it.public_port, backend.ip, backend.port) for it in now.udp_balanced for backend in it.backends
+    }
+    tcp_rules = [rule for rule in now.balanced if rule.protocol != "udp"]
+    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in tcp_rules}
+    tiers = {
+        (rule.public_ip, rule.public_port, network.network_id, port)
+        for rule in tcp_rules
+        for network, port in now.backend_ports(rule)
+    }
+    return frozenset(udp | tcp | tiers)
 
 
 def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:
-    """Whether egress is allowed by default, and the rules that say otherwise."""
+    """Whether egress is allowed by default, and the rules that are exceptions from the default."""
     if network.firewall is None:
         return True, frozenset()
-    rules = _bare(it for it in network.firewall.rules if it.direction == "egress")
+    rules = _without_ids(it for it in network.firewall.rules if it.direction == "egress")
     return network.firewall.default_egress_allow, rules
 
 
-def _closes(was: tuple[bool, frozenset[FirewallRule]], now: tuple[bool, frozenset[FirewallRule]]) -> bool:
-    """Whether something that egress allowed is no longer allowed; in doubt it is."""
+def _egress_narrowed(was: tuple[bool, frozenset[FirewallRule]], now: tuple[bool, frozenset[FirewallRule]]) -> bool:
+    """Whether the change forbids egress that was allowed. If unsure, True."""
     if now[0]:
         return not now[1] <= (was[1] if was[0] else frozenset())
     return was[0] or not was[1] <= now[1]
 
 
-def _closes_address(before: Live, after: Live, address: str) -> bool:
-    """Whether an address has more of a firewall than it had; one without lets everything on."""
+def _ingress_narrowed(before: Active, after: Active, address: str) -> bool:
+    """Whether the change forbids ingress to an address. An address without a firewall allows everything."""
     was, now = before.ingress.get(address), after.ingress.get(address)
-    return now is not None and (was is None or not _bare(was) <= _bare(now))
+    return now is not None and (was is None or not _without_ids(was) <= _without_ids(now))
 
 
-def _bare(rules: Iterable[FirewallRule]) -> frozenset[FirewallRule]:
-    """Rules without their ids, which CloudStack may give anew."""
+def _without_ids(rules: Iterable[FirewallRule]) -> frozenset[FirewallRule]:
+    """Rules without their ids, because CloudStack may send the same rule with another id."""
     return frozenset(msgspec.structs.replace(it, rule_id=0) for it in rules)

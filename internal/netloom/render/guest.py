@@ -1,4 +1,4 @@
-"""The tables that the guest process answers from: leases, metadata, passwords of a scope's networks."""
+"""The tables of the guest process: leases, metadata and passwords of a scope's networks."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from msgspec.structs import replace
 
 from netloom.guestwire import GuestNetwork, GuestNic, option_bytes
 from netloom.netobjects import ETHERNET_MTU
-from netloom.render.plain_network import range_of, way_to_device
+from netloom.render.plain_network import classless_static_routes, range_of
 from netloom.secret import enc_hook
 from netloom.state import Network, Nic, Scope
 
-# Every table below is sorted where it is made: msgspec itself sorts no keys that are numbers.
+# The tables are sorted when they are built, because msgspec does not sort numeric keys.
 _canonical = msgspec.msgpack.Encoder(enc_hook=enc_hook)
 
 
 def tables(scope: Scope, mtus: Mapping[str, int] = MappingProxyType({})) -> tuple[GuestNetwork, ...]:
-    """One table for each network that stands, in the order of their ids.
+    """One table for each active network, by ascending id.
 
-    ``mtus``: network to the MTU of its segment. Guests are told of one that is smaller than the Ethernet's 1500 that
-    they assume (RFC 2132 section 5.1, option 26).
+    ``mtus``: the MTU of each network's segment, by network id. Guests assume Ethernet's 1500, so only a smaller MTU is
+    announced (RFC 2132 section 5.1, option 26).
 
-    A table's ``revision`` is a digest of it: the same wish has the same number, whichever agent made it.
+    The ``revision`` of a table is its digest, so the same state gives the same number on every agent.
     """
     return tuple(
         _numbered(_table(scope.scope_id, network, mtus.get(network.network_id, 0)))
         for _, network in sorted(scope.networks.items(), key=lambda item: int(item[0]))
-        if network.stands
+        if network.is_active
     )
 
 
 def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
     device = network.device_ip
-    # The resolver of the network first, where there is one; then those it asks itself, for the day it is down.
+    # First the network's own resolver, if it has one, then the upstream resolvers in case that one is down.
     dns = ((device,) if network.dns else ()) + network.resolvers
     return GuestNetwork(
         scope_id=scope_id,
@@ -55,7 +55,7 @@ def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
 def _nic(network: Network, nic: Nic) -> GuestNic:
     home = range_of(network, nic.ip)
     mask = nic.netmask or (str(ipaddress.IPv4Network(home.cidr).netmask) if home is not None else "")
-    route = way_to_device(network, nic)
+    route = classless_static_routes(network, nic)
     options = ({"121": route} if route else {}) | network.dhcp_options.get(nic.nic_id, {})
     return GuestNic(
         nic=nic.key,
@@ -65,7 +65,8 @@ def _nic(network: Network, nic: Nic) -> GuestNic:
         gateway=nic.gateway or (home.gateway if home is not None else ""),
         hostname=nic.hostname,
         default_nic=nic.default,
-        # A lease with a guessed mask would cut off a VM that has the right one; the next start of a VM tells it.
+        # Without a known netmask there is no lease: a wrong one would cut off a running VM. The next start of a VM
+        # brings the netmask.
         dhcp=network.dhcp and nic.leased and bool(mask),
         options={
             code: option_bytes(code, text) for code, text in sorted((int(it), text) for it, text in options.items())

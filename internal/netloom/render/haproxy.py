@@ -1,7 +1,7 @@
-"""The load balancer of a scope: one haproxy for its tcp and tcp-proxy rules, started only when there is one.
+"""The load balancer of a scope: one haproxy for all tcp and tcp-proxy rules, started only if there is such a rule.
 
-Master and worker (``-W``): a reload starts a new worker that takes the listening sockets over, and the old one
-stays until its connections have ended, so that no client notices. UDP is balanced by nftables (``render.nft``).
+It runs as master and worker (``-W``). A reload starts a new worker, which takes over the listening sockets. The old
+worker stays until its connections have ended, so clients do not notice the reload. nftables balances UDP (``nft``).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from netloom.state import LbRule, Scope
 
 NAME = "lb"
 _MASTER = "master.sock"
-_ALGORITHMS = {"roundrobin": "roundrobin", "leastconn": "leastconn", "source": "source"}
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
-    """The rules that haproxy carries, in the order of their ids; a rule waits for its address to be assigned."""
+    """The rules that haproxy serves, by ascending id. A rule whose address is not assigned yet is left out."""
     return tuple(
         rule
         for _, rule in sorted(scope.lb_rules.items(), key=lambda item: int(item[0]))
@@ -24,7 +23,7 @@ def balanced(scope: Scope) -> tuple[LbRule, ...]:
 
 
 def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | None:
-    """The haproxy of ``scope``, without some rules by their ids; None when it balances nothing."""
+    """The haproxy of ``scope``; None if it has no rule to serve. ``without``: ids of rules that are left out."""
     rules = tuple(rule for rule in balanced(scope) if rule.rule_id not in without)
     if not rules:
         return None
@@ -68,9 +67,9 @@ def _listen(rule: LbRule) -> str:
         "",
         f"listen rule-{rule.rule_id}",
         f"    bind {rule.public_ip}:{rule.public_port}",
-        f"    balance {_ALGORITHMS[rule.algorithm]}",
+        f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
-    # Named by what they are and not by their place, so that a server keeps its name when another goes.
+    # A server is named after its address, so it keeps its name when another server is removed.
     lines += [
         f"    server {backend.ip}:{backend.port} {backend.ip}:{backend.port} check{proxy}"
         for backend in sorted(rule.backends)

@@ -1,9 +1,9 @@
-"""IPv6 of a scope: the device routes it, translates nothing, and lets nobody begin anything from outside.
+"""IPv6 of a scope: the device routes and filters it, and translates nothing.
 
-A guest's address is the one that it makes itself from the advertised prefix and its MAC address (RFC 4862), which is
-the one that CloudStack computed. Neighbour discovery is no connection to conntrack, so it is admitted by its types,
-with the hop limit that no router leaves (RFC 4861 section 11.2); advertisements of routers and redirects never are:
-the device is the router.
+A guest's address is the one that the guest itself forms from the advertised prefix and its MAC address (RFC 4862).
+CloudStack computes the same address. Conntrack does not track neighbour discovery, so it is accepted by type and with
+hop limit 255, which no router forwards (RFC 4861 section 11.2). Router advertisements and redirects are dropped,
+because the device is the only router.
 """
 
 from __future__ import annotations
@@ -13,65 +13,68 @@ from ipaddress import IPv6Interface
 import msgspec
 
 from netloom import names
-from netloom.netobjects import MAIN_TABLE, Address, Route
-from netloom.render.active import Live
+from netloom.netobjects import ANYWHERE_IP6, IP6_LINK_LOCAL, MAIN_TABLE, Address, Route
+from netloom.render.active import Active
+from netloom.render.device import DNS_PORT, PUBLIC_LINKS, guest_link
 from netloom.render.ruleset import Chain
 from netloom.state import Network, Scope
 
-ANYWHERE = "::/0"
 CHAIN = "arriving_ip6"
 
-_PUBLIC = '"' + names.public_link("*") + '"'
 _TO_ROUTERS = "icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert } ip6 hoplimit 255"
 _TO_NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } ip6 hoplimit 255"
 
 
-class WayOut(msgspec.Struct, frozen=True, kw_only=True):
-    """Where IPv6 leaves: the public link of the default exit, with an address of the device's own on it."""
+class DefaultRoute(msgspec.Struct, frozen=True, kw_only=True):
+    """The IPv6 default route: the public link of the default exit, the device's address on it, and the gateway."""
 
     link: str
     address: str  # with prefix length
     gateway: str
 
 
-def speaking(now: Live) -> tuple[Network, ...]:
-    """The standing networks whose guests the device routes IPv6 for."""
-    return tuple(it for it in now.networks if it.speaks_ip6)
+def ip6_networks(now: Active) -> tuple[Network, ...]:
+    """The active networks for which the device routes IPv6."""
+    return tuple(network for network in now.networks if network.has_ip6)
 
 
-def way_out(scope: Scope, now: Live) -> WayOut | None:
-    """The way out, where the registration names one and a public link stands.
+def default_route(scope: Scope, now: Active) -> DefaultRoute | None:
+    """The default route, if the registration names one and the scope has a public link.
 
-    A registered network without host bits gives every scope an address of its own, made from its link's MAC address:
-    the same on whichever host it lives, so that an upstream router's route to the guests' prefix stays right.
+    If the registered address has no host bits, each scope forms an address of its own from the MAC address of its
+    link. This address is the same on every host, so the upstream router's route to the guests' prefix stays valid.
     """
     outside, exit_ = scope.outside6, now.default_exit
-    if outside is None or exit_ is None or not speaking(now):
+    if outside is None or exit_ is None or not ip6_networks(now):
         return None
     link = names.public_link(exit_.vlan)
-    named = IPv6Interface(outside.address)
-    if named.ip == named.network.network_address and named.network.prefixlen <= 64:
-        own = named.network.network_address + _interface_id(names.mac(scope.owner, scope.scope_id, link))
-        return WayOut(link=link, address=f"{own}/{named.network.prefixlen}", gateway=outside.gateway)
-    return WayOut(link=link, address=named.compressed, gateway=outside.gateway)
+    registered = IPv6Interface(outside.address)
+    prefix = registered.network
+    if registered.ip == prefix.network_address and prefix.prefixlen <= 64:
+        own = prefix.network_address + _interface_id(names.mac(scope.owner, scope.scope_id, link))
+        return DefaultRoute(link=link, address=f"{own}/{prefix.prefixlen}", gateway=outside.gateway)
+    return DefaultRoute(link=link, address=registered.compressed, gateway=outside.gateway)
 
 
-def addresses(scope: Scope, now: Live) -> tuple[Address, ...]:
-    """The gateway's of each network, and the device's own outside."""
+def addresses(scope: Scope, now: Active) -> tuple[Address, ...]:
+    """The gateway address of each network, and the device's address on the public link."""
     inside = [
-        Address(link=names.guest_link(it.network_id), cidr=f"{it.ip6_gateway}/{it.ip6_cidr.partition('/')[2]}")
-        for it in speaking(now)
+        Address(
+            link=names.guest_link(network.network_id),
+            cidr=f"{network.ip6_gateway}/{network.ip6_cidr.partition('/')[2]}",
+        )
+        for network in ip6_networks(now)
     ]
-    out = way_out(scope, now)
+    out = default_route(scope, now)
     return (*inside, *([Address(link=out.link, cidr=out.address)] if out else []))
 
 
-def routes(scope: Scope, now: Live) -> tuple[Route, ...]:
-    """The default route; without a way out there is none, and the kernel answers at once that there is no route."""
-    out = way_out(scope, now)
+def routes(scope: Scope, now: Active) -> tuple[Route, ...]:
+    """The default route. Without it the kernel rejects packets to the outside at once ("no route")."""
+    out = default_route(scope, now)
     if out is None:
         return ()
-    found = [Route(table=MAIN_TABLE, destination=ANYWHERE, link=out.link, via=out.gateway)]
+    found = [Route(table=MAIN_TABLE, destination=ANYWHERE_IP6, link=out.link, via=out.gateway)]
     gateway = IPv6Interface(out.gateway)
     if not gateway.is_link_local and gateway.ip not in IPv6Interface(out.address).network:
         # Some providers route a subnet through a gateway outside of it.
@@ -79,14 +82,15 @@ def routes(scope: Scope, now: Live) -> tuple[Route, ...]:
     return tuple(found)
 
 
-def sysctls(scope: Scope, now: Live, links: list[str]) -> dict[str, str]:
-    """IPv6 is off on every link but those that speak it: off by default, so that no new link speaks for an instant.
+def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
+    """Enable IPv6 on the links that use it and disable it on all others.
 
-    The switch for all links stays as the kernel has it: who writes it sets every link's back. Duplicate address
-    detection would keep the gateway silent for a second after each start; its address is nobody else's.
+    It is disabled by default, so that a new link never has IPv6 for an instant. ``all.disable_ipv6`` keeps the kernel's
+    value, because writing it changes the setting of every link. Duplicate address detection is off: it would delay the
+    gateway's address by a second at each start, and no other machine uses this address.
     """
-    out = way_out(scope, now)
-    speak = {names.guest_link(it.network_id) for it in speaking(now)} | ({out.link} if out else set())
+    out = default_route(scope, now)
+    enabled = {names.guest_link(network.network_id) for network in ip6_networks(now)} | ({out.link} if out else set())
     wanted = {
         "net.ipv6.conf.all.disable_ipv6": "0",
         "net.ipv6.conf.all.forwarding": "0" if now.plain else "1",
@@ -94,7 +98,7 @@ def sysctls(scope: Scope, now: Live, links: list[str]) -> dict[str, str]:
     }
     for link in links:
         conf = f"net.ipv6.conf.{link}"
-        if link in speak:
+        if link in enabled:
             wanted |= {
                 f"{conf}.accept_ra": "0",
                 f"{conf}.autoconf": "0",
@@ -104,59 +108,70 @@ def sysctls(scope: Scope, now: Live, links: list[str]) -> dict[str, str]:
                 f"{conf}.accept_dad": "0",
                 f"{conf}.forwarding": "1",
             }
-        wanted[f"{conf}.disable_ipv6"] = "0" if link in speak else "1"
+        wanted[f"{conf}.disable_ipv6"] = "0" if link in enabled else "1"
     return wanted
 
 
-def arriving(now: Live, *, from_outside: bool) -> list[Chain]:
-    """Every IPv6 packet from outside; ``from_outside``: lists of tiers, or nobody, judge what strangers begin."""
-    networks = speaking(now)
+def arriving(now: Active, *, from_outside: bool) -> list[Chain]:
+    """The chain for every IPv6 packet that enters the device.
+
+    ``from_outside``: outside hosts may open connections here; the lists of the tiers, if there are any, decide later.
+    """
+    networks = ip6_networks(now)
     if not networks:
         return []
-    rules = [f'iifname {_PUBLIC} ip6 daddr {it.ip6_cidr} counter name "{counters(it)[0]}"' for it in networks]
-    for it in networks:
-        link = _link(it)
+    rules = [
+        f'iifname {PUBLIC_LINKS} ip6 daddr {network.ip6_cidr} counter name "{counters(network)[0]}"'
+        for network in networks
+    ]
+    for network in networks:
+        link = guest_link(network)
         rules += [
-            f"iifname {link} ip6 saddr {source} {_TO_ROUTERS} accept" for source in ("::", "fe80::/10", it.ip6_cidr)
+            f"iifname {link} ip6 saddr {source} {_TO_ROUTERS} accept"
+            for source in ("::", IP6_LINK_LOCAL, network.ip6_cidr)
         ]
         rules += [
-            # Whoever has no other address yet may ask the device.
-            f"iifname {link} ip6 saddr fe80::/10 ip6 daddr fe80::/10 accept",
-            f"iifname {link} ip6 saddr fe80::/10 ip6 daddr {it.ip6_gateway} accept",
-            f"iifname {link} ip6 saddr != {it.ip6_cidr} drop",
-            f"iifname {_PUBLIC} ip6 saddr {it.ip6_cidr} drop",
+            # A guest that has only a link-local address may contact the device.
+            f"iifname {link} ip6 saddr {IP6_LINK_LOCAL} ip6 daddr {IP6_LINK_LOCAL} accept",
+            f"iifname {link} ip6 saddr {IP6_LINK_LOCAL} ip6 daddr {network.ip6_gateway} accept",
+            f"iifname {link} ip6 saddr != {network.ip6_cidr} drop",
+            f"iifname {PUBLIC_LINKS} ip6 saddr {network.ip6_cidr} drop",
         ]
     rules += [
-        f"iifname {_PUBLIC} {_TO_NEIGHBOURS} accept",
+        f"iifname {PUBLIC_LINKS} {_TO_NEIGHBOURS} accept",
         "ct state established,related accept",
         "ct state invalid drop",
     ]
-    rules += [f"iifname {_link(it)} accept" for it in networks]
-    rules += [f"iifname {_PUBLIC} accept"] if from_outside else []
+    rules += [f"iifname {guest_link(network)} accept" for network in networks]
+    rules += [f"iifname {PUBLIC_LINKS} accept"] if from_outside else []
     return [Chain(name=CHAIN, rules=(*rules, "drop"))]
 
 
-def leaving(now: Live) -> list[str]:
-    """What is counted when it leaves."""
-    return [f'oifname {_PUBLIC} ip6 saddr {it.ip6_cidr} counter name "{counters(it)[1]}"' for it in speaking(now)]
+def leaving(now: Active) -> list[str]:
+    """The rules that count packets of guests to the outside."""
+    return [
+        f'oifname {PUBLIC_LINKS} ip6 saddr {network.ip6_cidr} counter name "{counters(network)[1]}"'
+        for network in ip6_networks(now)
+    ]
 
 
 def counters(network: Network) -> tuple[str, str]:
-    """The names of the counters of a network's prefix: what arrived for it, what left from it."""
+    """The names of the counters of a network's prefix: packets to it from outside, packets from it to the outside."""
     return f"in_ip6_{network.network_id}", f"out_ip6_{network.network_id}"
 
 
-def to_device(now: Live) -> list[str]:
-    """What the device itself hears: neighbour discovery, pings, and names from its guests."""
-    networks = speaking(now)
+def to_device(now: Active) -> list[str]:
+    """The rules for packets to the device itself: neighbour discovery, and pings and DNS from its guests."""
+    networks = ip6_networks(now)
     rules = [f"{_TO_ROUTERS} accept"] if networks else []
-    for it in networks:
-        to_gateway = f"iifname {_link(it)} ip6 daddr {it.ip6_gateway}"
+    for network in networks:
+        link = guest_link(network)
+        to_gateway = f"iifname {link} ip6 daddr {network.ip6_gateway}"
         rules += [
             f"{to_gateway} icmpv6 type echo-request accept",
-            f"iifname {_link(it)} ip6 daddr fe80::/10 icmpv6 type echo-request accept",
-            f"{to_gateway} udp dport 53 accept",
-            f"{to_gateway} tcp dport 53 accept",
+            f"iifname {link} ip6 daddr {IP6_LINK_LOCAL} icmpv6 type echo-request accept",
+            f"{to_gateway} udp dport {DNS_PORT} accept",
+            f"{to_gateway} tcp dport {DNS_PORT} accept",
         ]
     return rules
 
@@ -165,7 +180,3 @@ def _interface_id(mac: str) -> int:
     """The modified EUI-64 of a MAC address (RFC 4291 appendix A)."""
     octets = bytes.fromhex(mac.replace(":", ""))
     return int.from_bytes(bytes((octets[0] ^ 2,)) + octets[1:3] + b"\xff\xfe" + octets[3:], "big")
-
-
-def _link(network: Network) -> str:
-    return f'"{names.guest_link(network.network_id)}"'

@@ -1,13 +1,47 @@
-"""The nftables table of a scope's namespace: firewall before DNAT, translations in maps, and drop as the default.
+"""The nftables table ``inet netloom`` of a scope's namespace.
 
-Rules of thumb that this page keeps, because a packet may be under way while the table is swapped:
+README.md beside this file shows the chains in the order in which a packet meets them. This page says why they are as
+they are.
 
-* no verdict that accepts, and no translation, depends on a look-up *missing*;
-* maps are named, and their elements live through a swap; what stands in a rule is a set of exact values, for
-  interval sets and the maps of exchanged rules miss what is in them for an instant (``firewall``);
-* base chains drop by policy, and chains of addresses end with an explicit drop.
+**The device.** The namespace is a router. Its guest links lead to the guests' networks, its public links to the public
+VLANs. It holds the scope's public addresses, filters, translates, and serves DHCP, DNS and metadata. Rules recognise a
+link by its name (``names.guest_link``, ``names.public_link``). The base chains for received and forwarded packets drop
+by policy, so each packet needs a rule that accepts it.
 
-Links are told apart by their names (``names.guest_link``, ``names.public_link``). Chain names are no keywords of nft.
+**The firewall comes before DNAT.** CloudStack's firewall rules of an isolated network name the public address and the
+public port. DNAT replaces both by the guest's address and port. So the rules of a public address are applied in
+prerouting at priority mangle (-150), before DNAT (-100) and after connection tracking (-200): the chain ``arriving``
+looks up the destination in the map ``@held``, which leads to the chain ``at_<address>``. This applies to guests as
+well, because a guest may contact a public address of its own scope. The access control lists of a VPC are different.
+They name the guest's own port, so they are applied in ``through``, after DNAT.
+
+**Only the first packet of a connection is checked.** Conntrack recognises the others, and "established" accepts them
+early. A change of the rules would therefore leave open connections alone. ``flows`` computes which of them the new
+state forbids, and the agent deletes their conntrack entries. That ends a TCP connection. The next packet of a UDP flow
+would open it again, so such an entry stays and gets the mark ``REVOKED``. The first rule for received packets, and the
+first rule for the device's own packets, drop the packets of marked connections.
+
+**Marks select the exit.** A scope may have addresses on several public VLANs. An exit is a public VLAN with its
+gateway, and a reply must leave through the exit where its request came in: another provider would drop the source
+address. ``at_<address>`` stores the number of the exit in the mark of the connection. ``choose_exit`` (packets of
+guests) and ``from_device`` (the device's own packets) copy it to the mark of the packet, and a routing rule per exit
+selects the route table by this mark. Connections of a guest with static NAT use the exit of their public address
+(``@static_exits``). Other connections of guests have no number and take the main table's default route, or a route of
+the operator (``pbr``) if the bit ``POLICY`` is set. ``translate_from`` then chooses a source address of the same exit.
+
+**Packets pass while the table is replaced.** The agent loads a new ruleset in one transaction (``ruleset.swap``). The
+rules are replaced; base chains, named maps and counters stay, and only changed elements of maps are written. Three
+conventions keep this safe at every instant:
+
+* No rule accepts or translates a packet because a lookup misses. So ``arriving`` drops packets to each held address by
+  name after the lookup in ``@held``, before it accepts packets of guests.
+* Rules contain comparisons and sets of exact values (``prefixes``). Interval sets and anonymous maps can miss a lookup
+  while they are replaced. Named interval maps are safe, because they keep their elements.
+* Chains of addresses end with an explicit ``drop``.
+
+**One UDP problem needs source ports.** A UDP port forward on the source NAT address leads from a public port to a
+guest. If another guest's flow left with the same source port, it would take over the remote end's conversation. So
+flows of guests that use such a port are translated to other ports (``_source_ports``).
 """
 
 from __future__ import annotations
@@ -18,29 +52,28 @@ from itertools import pairwise
 from netloom import names
 from netloom.render import ip6, plain_network
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
-from netloom.render.active import ForwardedPorts, Live, live, subnet, target_port
+from netloom.render.active import Active, ForwardedPorts, active, target_port
+from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
 from netloom.render.firewall import verdicts
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
-from netloom.render.pbr import Way, ways
+from netloom.render.pbr import PolicyNat, policy_nats
+from netloom.render.prefixes import by_length, is_not_in
 from netloom.render.ruleset import Chain, NftSet, Ruleset
 from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
 
-_PUBLIC = '"' + names.public_link("*") + '"'
-_GUEST = '"' + names.guest_link("*") + '"'
 _REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
-_DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
 
 
 def ruleset(scope: Scope) -> Ruleset:
-    """The table for ``scope``; without a standing network it lets nothing through."""
-    now = live(scope)
+    """The table for ``scope``. Without an active network it forwards no packet."""
+    now = active(scope)
     if now.plain:
         return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
-    addresses = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
-    egress = [_egress(it) for it in now.networks]
-    lists = [_lists(it, now) for it in now.networks if it.network_id in now.acls]
+    address_chains = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
+    egress_chains = [_egress(it) for it in now.networks]
+    acl_chains = [_acl_chains(it, now) for it in now.networks if it.network_id in now.acls]
     counted = counters(now)
     return Ruleset(
         family=FAMILY,
@@ -66,41 +99,42 @@ def ruleset(scope: Scope) -> Ruleset:
             *ip6.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
             _translate_to(now),
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
-            _to_tiers_device(now) if scope.is_vpc else _to_device(now),
+            _to_vpc_device(now) if scope.is_vpc else _to_device(now),
             _through(now, open_to_all=scope.ingress_open),
-            _translate_from(now, ways(scope.pbr, now)),
+            _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
-            *(it for chains in addresses + egress + lists for it in chains),
+            *(chain for chains in address_chains + egress_chains + acl_chains for chain in chains),
         ),
     )
 
 
-def counters(now: Live) -> dict[str, tuple[str, str]]:
-    """Public addresses and IPv6 prefixes, each with its two counters.
+def counters(now: Active) -> dict[str, tuple[str, str]]:
+    """The names of the two counters of each public address and IPv6 prefix.
 
-    The first counts what arrived for it from outside, whatever the firewall said of it; the second what left under it.
+    The first counts packets to it from outside, including those that the firewall drops. The second counts packets that
+    leave with it as their source.
     """
     addresses = {it.address: (f"in_{it.address}", f"out_{it.address}") for it in now.held}
-    return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.speaking(now)}
+    return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.ip6_networks(now)}
 
 
-def _arriving(now: Live) -> Chain:
-    """Every packet from outside: who it claims to be, whether its connection is known, what it is allowed to begin."""
-    over_ip6 = f"goto {ip6.CHAIN}" if ip6.speaking(now) else "drop"
+def _arriving(now: Active) -> Chain:
+    """Every packet that enters the device: check the source address, the connection, and the firewall."""
+    over_ip6 = f"goto {ip6.CHAIN}" if ip6.ip6_networks(now) else "drop"
     rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {over_ip6}"]
-    rules.append(f"iifname {_PUBLIC} counter name ip daddr map @counted_in")
-    for it in now.networks:
-        link = _link(it)
+    rules.append(f"iifname {PUBLIC_LINKS} counter name ip daddr map @counted_in")
+    for network in now.networks:
+        link = guest_link(network)
         rules += [
-            f"iifname {link} ip saddr 0.0.0.0 {_DHCP_REQUEST}",
-            f"iifname {link} ip saddr != {it.cidr} drop",
-            f"iifname {_PUBLIC} ip saddr {it.cidr} drop",
+            f"iifname {link} ip saddr 0.0.0.0 {DHCP_REQUEST}",
+            f"iifname {link} ip saddr != {network.cidr} drop",
+            f"iifname {PUBLIC_LINKS} ip saddr {network.cidr} drop",
         ]
     rules += ["ct state established,related accept", "ct state invalid drop", "ip daddr vmap @held"]
-    # The addresses once more, one by one: a guest's packet to one of them must have met that address's chain.
+    # Drop for each address: if the lookup missed, a guest's packet would pass without the firewall of the address.
     rules += [f"ip daddr {it.address} drop" for it in now.held]
-    rules += [f"iifname {_link(it)} accept" for it in now.networks]
+    rules += [f"iifname {guest_link(it)} accept" for it in now.networks]
     return Chain(
         name="arriving",
         hook="type filter hook prerouting priority mangle; policy drop;",
@@ -111,11 +145,11 @@ def _arriving(now: Live) -> Chain:
     )
 
 
-def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[Chain]:
-    """The firewall of one public address, judged before translation, for strangers and for guests alike."""
+def _public_address(address: PublicIp, now: Active, *, open_to_all: bool) -> list[Chain]:
+    """The firewall of one public address, for outside hosts and guests alike. It is applied before DNAT."""
     name = _chain_of(address)
-    # Only what comes in from outside is bound to the exit; a guest's way to a neighbour is not.
-    bind = f"iifname {_PUBLIC} ct mark set {address.exit:#010x}"  # guard: a-flow-is-bound-to-its-exit
+    # Only connections from outside use the exit of the address. A guest's connection to another guest uses none.
+    bind = f"iifname {PUBLIC_LINKS} ct mark set {address.exit:#010x}"  # guard: a-flow-is-bound-to-its-exit
     if open_to_all or address.address not in now.ingress:
         return [Chain(name=name, rules=(bind, "accept"))]
     lines, chains = verdicts(now.ingress[address.address], "accept", name)
@@ -127,12 +161,13 @@ def _public_address(address: PublicIp, now: Live, *, open_to_all: bool) -> list[
     return [Chain(name=name, rules=rules), *chains]
 
 
-def _translations(now: Live) -> tuple[NftSet, ...]:
+def _translations(now: Active) -> tuple[NftSet, ...]:
+    """The maps for port forwards and static NAT."""
     exact: dict[str, str] = {}
     ranges: dict[str, str] = {}
     to_one: dict[str, str] = {}
-    for it in now.forwarded:
-        forward, first, last = it.forward, it.ports.first, it.ports.last
+    for part in now.forwarded:
+        forward, first, last = part.forward, part.ports.first, part.ports.last
         where = f"{forward.public_ip} . {forward.protocol}"
         if first == last:
             exact[f"{where} . {first}"] = f"{forward.private_ip} . {target_port(forward, first)}"
@@ -141,7 +176,7 @@ def _translations(now: Live) -> tuple[NftSet, ...]:
         elif target_port(forward, first) == first:
             ranges[f"{where} . {first}-{last}"] = forward.private_ip
         else:
-            # A translation to a range of ports does not keep the offset (tried, nft and iptables): one by one.
+            # Each port has its own element: DNAT to a range does not keep the offset (tried with nft and iptables).
             for port in range(first, last + 1):
                 exact[f"{where} . {port}"] = f"{forward.private_ip} . {target_port(forward, port)}"
     service = "ipv4_addr . inet_proto . inet_service"
@@ -155,26 +190,26 @@ def _translations(now: Live) -> tuple[NftSet, ...]:
     )
 
 
-def _source_ports(now: Live) -> tuple[NftSet, ...]:
-    """UDP ports of the source-NAT address that lead inward, and the guests' own ports that they lead to unchanged.
+def _source_ports(now: Active) -> tuple[NftSet, ...]:
+    """The UDP ports of the source NAT address that are forwarded, and the guests' ports with the same number.
 
-    No other guest may leave with such a port: after a forward moved, the old guest's next datagram would take the new
-    one's client over.
+    No other guest may use such a port as its source port outside. Otherwise, after the forward has moved to another
+    guest, the next datagram of the old guest would take over the new guest's remote end.
     """
     forwarded: dict[str, str] = {}
     own: dict[str, str] = {}
-    for it in _forwarded_udp(now):
-        forwarded[str(it.ports)] = ""
-        if target_port(it.forward, it.ports.first) == it.ports.first:
-            last = max(at for at in (it.ports.first, it.ports.last) if target_port(it.forward, at) == at)
-            own[f"{it.forward.private_ip} . {Ports(it.ports.first, last)}"] = ""
+    for part in _forwarded_udp(now):
+        forwarded[str(part.ports)] = ""
+        if target_port(part.forward, part.ports.first) == part.ports.first:
+            last = max(at for at in (part.ports.first, part.ports.last) if target_port(part.forward, at) == at)
+            own[f"{part.forward.private_ip} . {Ports(part.ports.first, last)}"] = ""
     return (
         NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
         NftSet(name="forwarded_udp_own", kind="set", type="ipv4_addr . inet_service", flags="interval", elements=own),
     )
 
 
-def _forwarded_udp(now: Live) -> list[ForwardedPorts]:
+def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
     if now.source_nat is None:
         return []
     address = now.source_nat.address
@@ -182,7 +217,7 @@ def _forwarded_udp(now: Live) -> list[ForwardedPorts]:
 
 
 def _free_ports(taken: list[Ports]) -> Ports | None:
-    """Source ports that lead nowhere: a fixed block where one is free, so that forwards seldom change the rule."""
+    """A range of source ports outside ``taken``: a fixed block if one is free, so that the rule seldom changes."""
     for block in (Ports(49152, 65535), Ports(32768, 49151), Ports(16384, 32767), Ports(1024, 16383)):
         if all(it.last < block.first or it.first > block.last for it in taken):
             return block
@@ -191,7 +226,7 @@ def _free_ports(taken: list[Ports]) -> Ports | None:
     return widest if widest.count > 0 else None
 
 
-def _translate_to(now: Live) -> Chain:
+def _translate_to(now: Active) -> Chain:
     service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
     return Chain(
         name="translate_to",
@@ -200,21 +235,22 @@ def _translate_to(now: Live) -> Chain:
             f"{service} @forwards",
             f"{service} @forwards_same_port",
             f"{service} @forwards_to_one_port",
-            *(line for rule in now.spread for line in _spread(rule)),
+            *(line for rule in now.udp_balanced for line in _spread(rule)),
             "dnat ip to ip daddr map @static_guests",
         ),
     )
 
 
 def _spread(rule: LbRule) -> list[str]:
-    """A UDP rule's flows over its backends: the first takes one in n, the second one in n - 1 of the others, and so on.
+    """The DNAT rules that distribute the flows of a UDP rule over its backends.
 
-    That is round robin without a map, which an exchanged rule would miss for an instant. By source address each has
-    its own part of the hash, with a seed of ours: without one the kernel draws another at every load.
+    Round robin: the first backend takes one flow in n, the second one in n - 1 of the others, and so on. This needs no
+    anonymous map, which could miss a lookup while the rules are replaced. By source address: each backend has its part
+    of the hash. The seed is fixed, because the kernel would otherwise draw another one at each load.
     """
     lines = []
     count = len(rule.backends)
-    for index, it in enumerate(rule.backends):
+    for index, backend in enumerate(rule.backends):
         left = count - index
         if left == 1:
             chosen = ""
@@ -222,22 +258,24 @@ def _spread(rule: LbRule) -> list[str]:
             chosen = f"jhash ip saddr mod {count} seed 0x1 {index} "
         else:
             chosen = f"numgen inc mod {left} 0 "
-        lines.append(f"ip daddr {rule.public_ip} udp dport {rule.public_port} {chosen}dnat ip to {it.ip}:{it.port}")
+        lines.append(
+            f"ip daddr {rule.public_ip} udp dport {rule.public_port} {chosen}dnat ip to {backend.ip}:{backend.port}"
+        )
     return lines
 
 
-def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
-    """After translation, before routing: what guests send out leaves by the exit of its connection.
+def _choose_exit(now: Active, *, by_policy: bool) -> Chain:
+    """After DNAT, before routing: packets of guests to the outside get the exit of their connection as their mark.
 
-    ``by_policy``: of what they began themselves an operator's rules are asked first.
+    ``by_policy``: the operator's rules apply to connections that guests opened.
     """
-    outward = f"iifname {_GUEST} {_outside(now.guest_cidrs)}"
+    outward = f"iifname {GUEST_LINKS} {_outside(now.guest_cidrs)}"
     policy = f"{outward} ct direction original meta mark set meta mark | {POLICY:#010x}"  # guard: replies-ask-no-policy
     return Chain(
         name="choose_exit",
         hook="type filter hook prerouting priority dstnat + 10; policy accept;",
         rules=(
-            # With its first packet only: a flow that nobody answered is still new when its guest gets an address.
+            # Only the first packet: a flow without a reply is still "new" when its guest gets a static NAT address.
             f"{outward} ct status & confirmed == 0 ct mark set ip saddr map @static_exits",
             f"{outward} meta mark set ct mark & {EXIT_MASK:#010x}",
             *([policy] if by_policy else []),
@@ -247,64 +285,60 @@ def _choose_exit(now: Live, *, by_policy: bool) -> Chain:
     )
 
 
-def _to_device(now: Live) -> Chain:
-    """The device's own services, for its guests. Of what an address's chain let in: pings and balanced ports."""
+def _to_device(now: Active) -> Chain:
+    """Packets to the device: its services for guests, and pings and load-balanced ports that a firewall accepted."""
     rules = [
         'iifname "lo" accept',
         "ct state established,related accept",
-        # Of a guest: the device's address, or a public one whose chain allowed it.
+        # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
         "ip daddr . tcp dport @balanced accept",
         *ip6.to_device(now),
     ]
-    for it in now.networks:
-        device = f"iifname {_link(it)} ip daddr {it.device_ip}"
-        rules += [
-            f"iifname {_link(it)} {_DHCP_REQUEST}",
-            f"{device} udp dport {{ 53, 67 }} accept",
-            f"{device} tcp dport {{ 53, 80, 8080 }} accept",
-        ]
+    for network in now.networks:
+        rules += device_services(network, ping=False)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
-def _to_tiers_device(now: Live) -> Chain:
-    """The same in a VPC: tiers reach their own gateway, whatever their lists say, and no public address is pinged.
+def _to_vpc_device(now: Active) -> Chain:
+    """Packets to the device of a VPC. Tiers reach their own gateway whatever their lists say; public addresses do not
+    reply to pings.
 
-    What is balanced is judged by the client's own address here, before haproxy hands it on under the device's.
+    Load-balanced connections are checked here with the client's own address, before haproxy connects with the device's.
     """
     rules = ['iifname "lo" accept', "ct state established,related accept", *ip6.to_device(now)]
-    for it in now.networks:
-        device = f"iifname {_link(it)} ip daddr {it.device_ip}"
+    for network in now.networks:
         rules += [
-            f"iifname {_link(it)} {_DHCP_REQUEST}",
-            f"{device} icmp type echo-request accept",
-            f"{device} udp dport {{ 53, 67 }} accept",
-            f"{device} tcp dport {{ 53, 80, 8080 }} accept",
-            f"iifname {_link(it)} jump {_out_chain(it)}",
+            *device_services(network, ping=True),
+            f"iifname {guest_link(network)} jump {_out_chain(network)}",
         ]
     rules.append("ip daddr . tcp dport vmap @balanced_by_list")  # guard: a-balanced-port-is-judged-by-its-list
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
-def _balanced(now: Live, *, in_vpc: bool) -> NftSet:
-    """The TCP ports that the load balancer answers; in a VPC with the chain that judges whoever asks there."""
+def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
+    """The TCP ports that haproxy serves; in a VPC, each with the chain that applies the list of the backends' tier."""
     if not in_vpc:
-        elements = {f"{address} . {port}": "" for address, port in sorted(now.answered)}
+        elements = {f"{address} . {port}": "" for address, port in sorted(now.haproxy_ports)}
         return NftSet(name="balanced", kind="set", type="ipv4_addr . inet_service", elements=elements)
-    judges = {
-        f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(home, port)}"
+    chains = {
+        f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(network, port)}"
         for rule in now.balanced
         if rule.protocol != "udp"
-        for home, port in now.behind(rule)
+        for network, port in now.backend_ports(rule)
     }
-    return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", judges)
+    return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", chains)
 
 
-def _lists(network: Network, now: Live) -> list[Chain]:
-    """A tier's access control list, both ways, and what it says of each port that is balanced into the tier."""
+def _acl_chains(network: Network, now: Active) -> list[Chain]:
+    """The chains of a tier's access control list: out, in, and one for each load-balanced port of the tier."""
     acl = now.acls[network.network_id]
     ports = {
-        port for rule in now.balanced if rule.protocol != "udp" for home, port in now.behind(rule) if home == network
+        port
+        for rule in now.balanced
+        if rule.protocol != "udp"
+        for home, port in now.backend_ports(rule)
+        if home == network
     }
     return [
         Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
@@ -316,37 +350,40 @@ def _lists(network: Network, now: Live) -> list[Chain]:
     ]
 
 
-def _through(now: Live, *, open_to_all: bool) -> Chain:
+def _through(now: Active, *, open_to_all: bool) -> Chain:
+    """Forwarded packets."""
     rules = [
-        # Both ways, and also for what is answered: the smaller of the two routes' MTUs.
+        # In both directions, and in replies: the smaller of the two routes' MTUs.
         "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
         "ct state established,related accept",
     ]
-    tiers = [it for it in now.networks if it.network_id in now.acls]
-    # Between tiers both lists are asked: first what the one lets out, then what the other lets in.
-    rules += [f"iifname {_link(it)} jump {_out_chain(it)}" for it in tiers]  # guard: the-source-tiers-list-is-asked
-    for it in now.networks:
-        link = _link(it)
-        if it in tiers:
+    tiers = [network for network in now.networks if network.network_id in now.acls]
+    # Between tiers both lists apply: first the list of the source tier, then the list of the destination tier.
+    rules += [
+        f"iifname {guest_link(it)} jump {_out_chain(it)}" for it in tiers
+    ]  # guard: the-source-tiers-list-is-asked
+    for network in now.networks:
+        link = guest_link(network)
+        if network in tiers:
             rules += [
-                f"iifname {_PUBLIC} oifname {link} ct status dnat goto {_in_chain(it)}",
-                f"iifname {_GUEST} oifname {link} goto {_in_chain(it)}",
+                f"iifname {PUBLIC_LINKS} oifname {link} ct status dnat goto {_in_chain(network)}",
+                f"iifname {GUEST_LINKS} oifname {link} goto {_in_chain(network)}",
                 *(
                     [
-                        f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 goto {_in_chain(it)}"
+                        f"iifname {PUBLIC_LINKS} oifname {link} meta nfproto ipv6 goto {_in_chain(network)}"
                     ]  # guard: a-tiers-list-is-asked-about-ipv6
-                    if it.speaks_ip6
+                    if network.has_ip6
                     else []
                 ),
             ]
         else:
             rules += [
-                f"iifname {_PUBLIC} oifname {link} ct status dnat accept",
+                f"iifname {PUBLIC_LINKS} oifname {link} ct status dnat accept",
                 f"iifname {link} oifname {link} ct status dnat accept",
             ]
-            if open_to_all and it.speaks_ip6:
-                rules.append(f"iifname {_PUBLIC} oifname {link} meta nfproto ipv6 accept")
-        rules.append(f"iifname {link} oifname {_PUBLIC} goto {_egress_chain(it)}")
+            if open_to_all and network.has_ip6:
+                rules.append(f"iifname {PUBLIC_LINKS} oifname {link} meta nfproto ipv6 accept")
+        rules.append(f"iifname {link} oifname {PUBLIC_LINKS} goto {_egress_chain(network)}")
     return Chain(
         name="through",
         hook="type filter hook forward priority filter; policy drop;",  # guard: nothing-is-forwarded-without-a-rule
@@ -355,34 +392,35 @@ def _through(now: Live, *, open_to_all: bool) -> Chain:
 
 
 def _egress(network: Network) -> list[Chain]:
-    """What guests may begin outward. Open before the first firewall list; then the list, then the default."""
+    """Connections of guests to the outside. All are allowed until CloudStack sends firewall rules and a default."""
     name, firewall = _egress_chain(network), network.firewall
     if firewall is None:
         return [Chain(name=name, rules=("accept",))]
-    otherwise, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
+    default, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
     rules = (it for it in firewall.rules if it.direction == "egress")
     lines, chains = verdicts(
         rules,
         listed,
         name,
-        ip6=network.speaks_ip6,  # guard: egress-rules-are-about-ipv6-too
+        ip6=network.has_ip6,  # guard: egress-rules-are-about-ipv6-too
     )
-    return [Chain(name=name, rules=(*lines, otherwise)), *chains]
+    return [Chain(name=name, rules=(*lines, default)), *chains]
 
 
-def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
+def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
+    """Source translation: hairpin, the operator's routes, static NAT, source NAT; the first match decides."""
     rules = [
-        # Hairpin: the guest must answer to us, or it would answer its neighbour directly, from the wrong address.
-        f"oifname {_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
+        # Hairpin: without this the guest would reply directly to its neighbour, from an address that is not expected.
+        f"oifname {guest_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
         for it in now.networks  # guard: hairpin-comes-from-the-device
     ]
-    rules += [line for way in chosen for line in _as_that_way_demands(way, now)]  # guard: a-chosen-exit-has-its-source
-    rules.append(f"oifname {_PUBLIC} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
+    rules += [line for nat in nats for line in _policy_source_nat(nat, now)]  # guard: a-chosen-exit-has-its-source
+    rules.append(f"oifname {PUBLIC_LINKS} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
         free = _free_ports([it.ports for it in _forwarded_udp(now)])
         static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
-        for it in now.networks:
-            guests = f"oifname {_PUBLIC} ip saddr {it.cidr}{static}"
+        for network in now.networks:
+            guests = f"oifname {PUBLIC_LINKS} ip saddr {network.cidr}{static}"
             if free is not None:
                 taken = "udp sport @forwarded_udp ip saddr . udp sport != @forwarded_udp_own"
                 rules.append(f"{guests} {taken} snat ip to {now.source_nat.address}:{free}")
@@ -394,34 +432,34 @@ def _translate_from(now: Live, chosen: tuple[Way, ...]) -> Chain:
     )
 
 
-def _as_that_way_demands(way: Way, now: Live) -> list[str]:
-    """What an operator's route sends out leaves with an address of that way's exit, or the provider drops it."""
-    where = f'oifname "{way.link}"'
-    if way.via or way.destination:
-        where += f" rt ip nexthop {way.via}" if way.via else f" ip daddr {way.destination}"
-    strangers = sorted(guest for guest, own in now.static_sources.items() if own.exit != way.address.exit)
-    at_home = sorted(now.static_sources.keys() - set(strangers))
-    if way.address.source_nat:
-        # The others leave as they do anyway.
-        who = [f"ip saddr {_one_of(strangers)}"] if strangers else []
+def _policy_source_nat(nat: PolicyNat, now: Active) -> list[str]:
+    """Packets on an operator's route leave with an address of that exit; the provider drops other addresses."""
+    route = f'oifname "{nat.link}"'
+    if nat.via or nat.destination:
+        route += f" rt ip nexthop {nat.via}" if nat.via else f" ip daddr {nat.destination}"
+    of_other_exits = sorted(guest for guest, own in now.static_sources.items() if own.exit != nat.address.exit)
+    of_this_exit = sorted(now.static_sources.keys() - set(of_other_exits))
+    if nat.address.source_nat:
+        # All other guests get this address, or their own on this exit, by the rules for static NAT and source NAT.
+        guests = [f"ip saddr {_one_of(of_other_exits)}"] if of_other_exits else []
     else:
-        others = f" ip saddr != {_one_of(at_home)}" if at_home else ""
-        who = [f"ip saddr {it.cidr}{others}" for it in now.networks]
-    address = way.address.address
-    inward = [it.ports for it in now.forwarded if (it.forward.public_ip, it.forward.protocol) == (address, "udp")]
-    free = _free_ports(inward) if inward else None
+        without = f" ip saddr != {_one_of(of_this_exit)}" if of_this_exit else ""
+        guests = [f"ip saddr {network.cidr}{without}" for network in now.networks]
+    address = nat.address.address
+    forwarded = [it.ports for it in now.forwarded if (it.forward.public_ip, it.forward.protocol) == (address, "udp")]
+    free = _free_ports(forwarded) if forwarded else None
     return [
         line
-        for those in who
+        for sources in guests
         for line in (
-            *([f"{where} {those} meta l4proto udp snat ip to {address}:{free}"] if free is not None else []),
-            f"{where} {those} snat ip to {address}",
+            *([f"{route} {sources} meta l4proto udp snat ip to {address}:{free}"] if free is not None else []),
+            f"{route} {sources} snat ip to {address}",
         )
     ]
 
 
-def _leaving(now: Live) -> Chain:
-    """After translation: nothing leaves a public link but from an address that is held on it."""
+def _leaving(now: Active) -> Chain:
+    """After source translation: a packet leaves a public link only with a source address that is held on this link."""
     on_link: dict[str, list[str]] = {}
     for it in now.held:
         on_link.setdefault(it.vlan, []).append(it.address)
@@ -432,21 +470,18 @@ def _leaving(now: Live) -> Chain:
     return Chain(
         name="leaving",
         hook="type filter hook postrouting priority srcnat + 10; policy accept;",
-        rules=(*rules, f"oifname {_PUBLIC} counter name ip saddr map @counted_out", *ip6.leaving(now)),
+        rules=(*rules, f"oifname {PUBLIC_LINKS} counter name ip saddr map @counted_out", *ip6.leaving(now)),
     )
 
 
-def _from_device(now: Live) -> Chain:
-    """The device's own packets; a changed mark routes them anew, so that answers leave where the question came in."""
+def _from_device(now: Active) -> Chain:
+    """The device's own packets. A changed mark makes the kernel route them again, so replies leave through the exit
+    where the request came in."""
     rules = [_REVOKED]
     if now.networks:
         outward = _outside(now.guest_cidrs)
         rules.append(f"{outward} ct mark & {EXIT_MASK:#010x} != 0 meta mark set ct mark & {EXIT_MASK:#010x}")
     return Chain(name="from_device", hook="type route hook output priority mangle; policy accept;", rules=tuple(rules))
-
-
-def _link(network: Network) -> str:
-    return f'"{names.guest_link(network.network_id)}"'
 
 
 def _chain_of(address: PublicIp) -> str:
@@ -479,15 +514,5 @@ def _one_of(values: Iterable[str]) -> str:
 
 
 def _outside(cidrs: Iterable[str]) -> str:
-    """Packets to none of these subnets, without a set of intervals."""
-    by_length: dict[int, list[str]] = {}
-    for it in cidrs:
-        by_length.setdefault(subnet(it).prefixlen, []).append(it)
-    words = []
-    for those in by_length.values():
-        if len(those) == 1:
-            words.append(f"ip daddr != {those[0]}")
-        else:
-            values = ", ".join(it.partition("/")[0] for it in those)
-            words.append(f"ip daddr & {subnet(those[0]).netmask} != {{ {values} }}")
-    return " ".join(words)
+    """The expression for packets to an address in none of these subnets."""
+    return " ".join(is_not_in("daddr", group) for group in by_length(cidrs).values())

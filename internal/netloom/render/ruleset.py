@@ -1,9 +1,9 @@
-"""A whole nftables table as a value, and its text.
+"""An nftables table as a value, and the transactions that create or replace it.
 
-One table per namespace. ``fresh`` writes it from nothing; ``swap`` writes one transaction that turns the table
-``have`` into the table ``want`` without an instant of half a ruleset; ``take_over`` does the same when only the names
-of what stands are known. Every text carries a marker, an empty set named after the digest of the whole ruleset, so
-that whoever finds the table can tell which ruleset stands.
+A namespace has one table. ``fresh`` creates it from nothing. ``swap`` is one transaction that turns the table ``have``
+into ``want``; no packet ever meets half a ruleset. ``take_over`` does the same if only the names of the present objects
+are known. Each text creates a marker, an empty set that is named after the digest of the ruleset. It shows which
+ruleset a table has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 
 
 class Chain(msgspec.Struct, frozen=True, kw_only=True):
-    """A chain. ``hook`` is the head of a base chain (``type filter hook forward priority filter; policy drop;``)."""
+    """A chain. ``hook`` declares a base chain (``type filter hook forward priority filter; policy drop;``)."""
 
     name: str
     hook: str = ""
@@ -24,7 +24,7 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NftSet(msgspec.Struct, frozen=True, kw_only=True):
-    """A named set or map. ``elements``: key text to value text; a set's values are empty."""
+    """A named set or map. ``elements``: keys and values as text; the values of a set are empty."""
 
     name: str
     kind: str  # "set" or "map"
@@ -34,7 +34,7 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ruleset(msgspec.Struct, frozen=True, kw_only=True):
-    """A table: its chains and sets in the order in which they are declared. Same wish, same value."""
+    """A table: its chains and sets in the order of their declarations. The same state gives the same value."""
 
     family: str
     table: str
@@ -53,12 +53,12 @@ _POLICY = re.compile(r"policy (?:accept|drop);")
 
 
 def marker(ruleset: Ruleset) -> str:
-    """The name of the empty set that says that exactly this ruleset stands: ``applied_1f0c93ab77de``."""
+    """The name of the marker of this ruleset: ``applied_1f0c93ab77de``."""
     return MARKER_PREFIX + hashlib.sha256("\n".join(_body(ruleset)).encode()).hexdigest()[:_MARKER_DIGITS]
 
 
 def names(ruleset: Ruleset) -> frozenset[Name]:
-    """Every named object in the table once ``ruleset`` is applied, the marker included."""
+    """All named objects of the table, including the marker."""
     return frozenset(
         [("chain", it.name) for it in ruleset.chains]
         + [(it.kind, it.name) for it in ruleset.sets]
@@ -68,10 +68,9 @@ def names(ruleset: Ruleset) -> frozenset[Name]:
 
 
 def fresh(ruleset: Ruleset) -> str:
-    """One transaction after which the table is ``ruleset``, whatever was in it before.
+    """One transaction after which the table is ``ruleset``, whatever it was before.
 
-    For the first apply and for repair: packets that are under way while a live table is replaced like this
-    may be dropped, and counters start at zero.
+    It is used for a new table and for repair. It may drop packets that pass at this moment, and it resets the counters.
     """
     table = _table(ruleset)
     return _text(
@@ -80,45 +79,51 @@ def fresh(ruleset: Ruleset) -> str:
 
 
 def swap(have: Ruleset, want: Ruleset) -> str:
-    """One transaction that turns ``have``, which stands, into ``want``; empty when they are equal.
+    """One transaction that turns the present table ``have`` into ``want``; empty if they are equal.
 
-    Where only elements differ it is those elements. Otherwise all rules are flushed and written again; base chains stay
-    hooked, sets and maps keep the elements that both have (a flushed and refilled interval map loses packets on the
-    way: tried, kernel 6.18), named counters keep their values, and what ``want`` does not have is deleted. A base chain
-    whose type, hook or priority changed is made anew in the same transaction: until it is filled, packets meet
-    its policy.
+    If only elements differ, only these elements are changed. Otherwise all rules are flushed and written again: base
+    chains stay hooked, sets and maps keep common elements, named counters keep their values, and objects that ``want``
+    does not have are deleted. Elements are not flushed, because an interval map that is flushed and refilled loses
+    packets (tried, kernel 6.18). A base chain with another type, hook or priority is created again in the same
+    transaction; until it has rules, its policy applies.
 
-    Raises nothing; the kernel refuses the whole text, or takes it whole.
+    The kernel accepts or refuses the text as a whole.
     """
     if have == want:
         return ""
+    return _text(_changes(have, want))  # guard: a-swap-keeps-what-both-have
+
+
+def _changes(have: Ruleset, want: Ruleset) -> list[str]:
     removed, added = _element_delta(have, want)
     if _shape(have) == _shape(want):
-        return _text([*removed, *added, *_marker_delta(have, want)])
-    heads = {it.name: _head(it) for it in have.chains}
-    types = {it.name: it for it in have.sets}
-    remade: set[Name] = {("chain", it.name) for it in want.chains if heads.get(it.name, _head(it)) != _head(it)}
-    shared = [(types[it.name], it) for it in want.sets if it.name in types]
-    remade |= {(old.kind, old.name) for old, new in shared if not _alike(old, new)}
-    kept = {old.name for old, new in shared if _alike(old, new)}
-    return _text(_refill(names(have), remade, want, kept, removed, added))  # guard: a-swap-keeps-what-both-have
+        return [*removed, *added, *_marker_delta(have, want)]
+    declared = {it.name: _declaration(it) for it in have.chains}
+    present_sets = {it.name: it for it in have.sets}
+    created_again: set[Name] = {
+        ("chain", it.name) for it in want.chains if declared.get(it.name, _declaration(it)) != _declaration(it)
+    }
+    in_both = [(present_sets[it.name], it) for it in want.sets if it.name in present_sets]
+    created_again |= {(old.kind, old.name) for old, new in in_both if not _same_set(old, new)}
+    kept = {old.name for old, new in in_both if _same_set(old, new)}
+    return _refill(names(have), created_again, want, kept, removed, added)
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:
-    """As :func:`swap`, from a table of which only the names of its objects are known (after an upgrade, say).
+    """Like :func:`swap`, but from a table of which only the names of the objects are known, e.g. after an upgrade.
 
-    All sets and maps are made anew, so packets under way may be dropped; named counters keep their values. Base chains
-    are taken to be hooked as ``want`` has them: where they are not, the kernel refuses the text, nothing has
-    changed, and :func:`fresh` is the remedy.
+    All sets and maps are created again, so packets that pass at this moment may be dropped. Named counters keep their
+    values. Base chains must have the hooks that ``want`` has. Otherwise the kernel refuses the text and nothing
+    changes; use :func:`fresh` then.
     """
     wanted = names(want)
-    remade = {it for it in present if it[0] in ("set", "map") and it in wanted and it[1] != marker(want)}
-    return _text(_refill(present, remade, want, frozenset(), [], []))
+    created_again = {it for it in present if it[0] in ("set", "map") and it in wanted and it[1] != marker(want)}
+    return _text(_refill(present, created_again, want, frozenset(), [], []))
 
 
 def _refill(
     present: Collection[Name],
-    remade: set[Name],
+    created_again: set[Name],
     want: Ruleset,
     kept: Collection[str],
     removed: list[str],
@@ -126,27 +131,27 @@ def _refill(
 ) -> list[str]:
     table, wanted = _table(want), names(want)
     gone = {it for it in present if it not in wanted}
-    anew = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
+    refilled = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
     return [
-        # First of all, for a text that begins with a flush fails where there is no table.
+        # First, because the flush fails if there is no table.
         f"add table {table}",
         f"flush table {table}",
         *removed,
-        # Maps first: their elements hold chains and counters in use.
+        # Maps first: their elements refer to chains and counters, which cannot be deleted while in use.
         *(
             f"delete {kind} {table} {name}"
-            for kind, name in sorted(it for it in gone | remade if it[0] in ("map", "set"))
+            for kind, name in sorted(it for it in gone | created_again if it[0] in ("map", "set"))
         ),
         *(f"delete counter {table} {name}" for kind, name in sorted(gone) if kind == "counter"),
-        *(f"delete chain {table} {name}" for _, name in sorted(it for it in remade if it[0] == "chain")),
-        *_block(want, [*_marker(want), *_body(anew)]),
+        *(f"delete chain {table} {name}" for _, name in sorted(it for it in created_again if it[0] == "chain")),
+        *_block(want, [*_marker(want), *_body(refilled)]),
         *added,
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in gone if it[0] == "chain")),
     ]
 
 
 def _shape(ruleset: Ruleset) -> tuple[object, ...]:
-    """All of a ruleset but its elements."""
+    """Everything of a ruleset except the elements."""
     return (
         ruleset.family,
         ruleset.table,
@@ -157,14 +162,14 @@ def _shape(ruleset: Ruleset) -> tuple[object, ...]:
 
 
 def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
-    """The commands that take away and that add elements of the sets and maps that both have."""
+    """The commands that delete and that add elements in the sets and maps of both."""
     table = _table(want)
     removed: list[str] = []
     added: list[str] = []
-    stands = {it.name: it for it in have.sets}
+    present = {it.name: it for it in have.sets}
     for new in want.sets:
-        old = stands.get(new.name)
-        if old is None or not _alike(old, new):
+        old = present.get(new.name)
+        if old is None or not _same_set(old, new):
             continue
         gone = {key for key, value in old.elements.items() if new.elements.get(key) != value}
         come = {key: value for key, value in new.elements.items() if old.elements.get(key) != value}
@@ -175,8 +180,8 @@ def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
     return removed, added
 
 
-def _alike(one: NftSet, other: NftSet) -> bool:
-    """Whether two sets differ in their elements at most."""
+def _same_set(one: NftSet, other: NftSet) -> bool:
+    """Whether two sets are equal except for their elements."""
     return (one.name, one.kind, one.type, one.flags) == (other.name, other.kind, other.type, other.flags)
 
 
@@ -188,8 +193,8 @@ def _marker_delta(have: Ruleset, want: Ruleset) -> list[str]:
     ]
 
 
-def _head(chain: Chain) -> str:
-    """A base chain's head without its policy, which alone may change in place."""
+def _declaration(chain: Chain) -> str:
+    """A base chain's declaration without the policy. The policy can be changed without creating the chain again."""
     return _POLICY.sub("", chain.hook).strip()
 
 

@@ -1,24 +1,23 @@
-"""What a whole scope wants to find on its host."""
+"""The desired state of a scope on its host: links, addresses, routes, rules, neighbours, sysctls and the ruleset."""
 
 from __future__ import annotations
 
 from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Address, Neighbour, Route, Rule
 from netloom.render import ip6, nft, pbr, plain_network
-from netloom.render.active import Exit, Live, live, subnet
+from netloom.render.active import Active, Exit, active, subnet, within
 from netloom.render.marks import EXIT_MASK, table
 from netloom.render.want import Port, Segment, Want
 from netloom.state import Scope, Uplinks
 
 
 def render(scope: Scope | None) -> Want:
-    """Everything that should stand for ``scope``: nothing at all while no network of it is implemented.
+    """The desired state of ``scope``. It is empty as long as no network is active and no VPC is implemented.
 
-    Pure: the same scope is the same value, in whatever order it was told. Routes stand in an order in which they can be
-    added, and sysctls in one in which they can be written.
+    The same scope gives the same value, in whatever order CloudStack sent its commands.
     """
-    now = live(scope)
-    if scope is None or not now.stands:
+    now = active(scope)
+    if scope is None or not now.exists:
         return Want(namespace="")
     ports = _ports(scope, now)
     guests = tuple(
@@ -52,7 +51,7 @@ def render(scope: Scope | None) -> Want:
     )
 
 
-def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
+def _ports(scope: Scope, now: Active) -> tuple[Port, ...]:
     ports = []
     for network in now.networks:
         link = names.guest_link(network.network_id)
@@ -77,10 +76,10 @@ def _ports(scope: Scope, now: Live) -> tuple[Port, ...]:
     return tuple(ports)
 
 
-def _neighbours(now: Live) -> tuple[Neighbour, ...]:
-    """Every NIC with an address, running or not: what is sent to the address goes to its owner or to nobody.
+def _neighbours(now: Active) -> tuple[Neighbour, ...]:
+    """A permanent neighbour for each NIC with an address, whether its VM runs or not.
 
-    So a neighbour who answers ARP for another VM's address is not given that VM's metadata (``guest.peer``).
+    So a VM that answers ARP requests for another VM's address does not get that VM's metadata (``guest.peer``).
     """
     return tuple(
         sorted(
@@ -93,7 +92,10 @@ def _neighbours(now: Live) -> tuple[Neighbour, ...]:
 
 
 def _guest_segment(uplinks: Uplinks, vlan: str) -> Segment:
-    """A number that no VLAN can have is a VXLAN's, whatever the registration says by now."""
+    """The segment of a guest network: VXLAN if its number is too high for a VLAN or the registration says so.
+
+    The registration may have changed since the network was created.
+    """
     if vlan == names.UNTAGGED or (uplinks.isolation == "vlan" and int(vlan) <= names.VLAN_TAG_MAX):
         return _segment(uplinks.guest, vlan)
     return Segment(
@@ -110,43 +112,41 @@ def _segment(nic: str, vlan: str) -> Segment:
     )
 
 
-def _routes(now: Live) -> tuple[Route, ...]:
-    """The main table knows the guests (by their addresses) and the default exit; each exit has a table of its own.
+def _routes(now: Active) -> tuple[Route, ...]:
+    """The routes of the default exit in the main table, and the routes of each exit in a table of its own.
 
-    Subnets of other exits are not in the main table: a guest's way there goes through the default exit's
-    gateway, with the address that belongs to it, and not with a foreign address onto that subnet's wire.
+    The kernel adds the routes to guests itself, with the device's addresses. Subnets of other exits are not in the main
+    table: a guest reaches them through the gateway of the default exit, with an address of the default exit. Otherwise
+    the packet would enter the other VLAN with an address that does not belong there.
     """
     if now.plain:
         return plain_network.routes(now.networks[0])
     routes: list[Route] = []
     default = now.default_exit
     if default is not None:
-        routes += _ways_out(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
+        routes += _exit_routes(default, MAIN_TABLE, now.source_nat.address if now.source_nat else default.addresses[0])
     for it in now.exits:
-        routes += _ways_out(it, table(it.number), it.addresses[0])
+        routes += _exit_routes(it, table(it.number), it.addresses[0])
     return tuple(routes)
 
 
-def _ways_out(way: Exit, into: int, source: str) -> list[Route]:
-    link = names.public_link(way.vlan)
-    on_link = list(way.subnets)
-    if way.gateway and not any(_in(way.gateway, it) for it in on_link):
+def _exit_routes(exit_: Exit, into_table: int, source: str) -> list[Route]:
+    link = names.public_link(exit_.vlan)
+    on_link = list(exit_.subnets)
+    if exit_.gateway and not any(within(exit_.gateway, it) for it in on_link):
         # Some providers route a subnet through a gateway outside of it.
-        on_link.append(f"{way.gateway}/32")
-    routes = [Route(table=into, destination=it, link=link, source=source) for it in on_link]
-    if way.gateway:
-        routes.append(Route(table=into, destination=ANYWHERE, link=link, via=way.gateway, source=source))
+        on_link.append(f"{exit_.gateway}/32")
+    routes = [Route(table=into_table, destination=it, link=link, source=source) for it in on_link]
+    if exit_.gateway:
+        routes.append(Route(table=into_table, destination=ANYWHERE, link=link, via=exit_.gateway, source=source))
     return routes
 
 
-def _in(address: str, cidr: str) -> bool:
-    return subnet(f"{address}/32").subnet_of(subnet(cidr))
-
-
 def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str) -> dict[str, str]:
-    """Every setting that the rest relies on: a new namespace inherits what the host happened to have.
+    """All IPv4 settings that the rest relies on, because a new namespace inherits settings of the host.
 
-    ``ip_forward`` comes first, because writing it sets others back. Link names of ours have no dots.
+    ``ip_forward`` comes first, because writing it resets others. The names of our links contain no dots, so they can be
+    part of a sysctl name.
     """
     links = [*guest_links, *public_links]
     wanted = {
@@ -154,16 +154,17 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.icmp_echo_ignore_all": "0",
         "net.ipv4.icmp_echo_ignore_broadcasts": "1",
         "net.ipv4.ip_default_ttl": "64",
-        # No mid-stream pick-up: the guest's next segment does not bring a revoked connection back.
+        # Conntrack does not pick up a TCP connection in the middle. So the next segment does not revive a revoked one.
         "net.netfilter.nf_conntrack_tcp_loose": "0",
-        # Invalid packets are dropped here, so a window that conntrack has lost sight of would end a live connection.
+        # Packets outside the TCP window count as valid. Otherwise the ruleset would drop them as invalid, and cut off a
+        # connection whose window conntrack has lost track of.
         "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
     }
     for where in ("all", "default", *links):
         conf = f"net.ipv4.conf.{where}"
         wanted |= {
             f"{conf}.forwarding": forwarding,
-            # Ways are chosen by mark, which the reverse path check does not know; spoofing is dropped by rule.
+            # Off, because the check does not know the marks that select routes. Rules drop spoofed source addresses.
             f"{conf}.rp_filter": "0",
             f"{conf}.arp_ignore": "1",
             f"{conf}.arp_filter": "0",
@@ -175,7 +176,7 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
             f"{conf}.route_localnet": "0",
             f"{conf}.log_martians": "0",
         }
-        # A public link asks in the name of the packet's own address: with several subnets on one VLAN the kernel's
-        # choice (2) would be an address that a strict gateway does not know. Guests are asked by their gateway.
+        # The sender address of ARP requests. Public links: the packet's own source address (0). With several subnets on
+        # one VLAN, mode 2 could choose an address that a strict gateway does not answer. Guest links: the gateway (2).
         wanted[f"{conf}.arp_announce"] = "2" if where in guest_links else "0"
     return wanted

@@ -1,4 +1,4 @@
-"""A process that a scope wants inside its namespace, as a value: what to run, and the files it reads."""
+"""A process in the namespace of a scope, as a value: its command and the files that it reads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SERVICES_DIR = "/run/netloom/services"
 
 
 class Probe(msgspec.Struct, frozen=True):
-    """How to find out whether a running process still answers: any answer will do.
+    """How to find out whether a running process still answers. Any answer counts.
 
-    ``dns``: a query to this address. ``haproxy``: a word for the worker through the master's socket at this path, so
-    that both have to be awake.
+    ``dns``: send a query to the address ``at``. ``haproxy``: send a command for the worker through the master's socket
+    at the path ``at``, so that both processes must answer.
     """
 
     kind: Literal["dns", "haproxy"]
@@ -39,10 +39,10 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     watched_files: dict[str, str] = {}
     forgets: bool = True
     check: tuple[str, ...] = ()
-    listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53): it is ready when it listens on all of these
+    listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53); the process is ready when it listens on all of them
     probe: Probe | None = None
 
 
 def directory_of(scope_id: str, name: str) -> str:
-    """Where a service of a scope keeps its files: ``/run/netloom/services/net-204/dns-204``."""
+    """The directory of a service of a scope: ``/run/netloom/services/net-204/dns-204``."""
     return f"{SERVICES_DIR}/{scope_id}/{name}"

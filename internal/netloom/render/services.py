@@ -1,4 +1,4 @@
-"""Which processes a scope wants inside its namespace."""
+"""The processes that run in the namespace of a scope."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from netloom.state import Scope
 def services(
     scope: Scope, without: frozenset[int] = frozenset(), *, resolver: dnsmasq.Build = dnsmasq.DEBIAN_12
 ) -> tuple[Service, ...]:
-    """A resolver for each standing network that has DNS or IPv6, and one load balancer when a rule needs it.
+    """A dnsmasq for each active network that has DNS or IPv6, and one haproxy if a rule needs it.
 
-    ``without``: ids of balanced rules that have to wait, because somebody else has their port.
+    ``without``: ids of load balancing rules that are left out, because another program uses their port.
     """
     wanted = [
         dnsmasq.service(scope.scope_id, network, resolver)
         for _, network in sorted(scope.networks.items())
-        if network.stands and (network.dns or network.speaks_ip6)
+        if network.is_active and (network.dns or network.has_ip6)
     ]
-    balancer = haproxy.service(scope, without) if any(network.stands for network in scope.networks.values()) else None
+    balancer = (
+        haproxy.service(scope, without) if any(network.is_active for network in scope.networks.values()) else None
+    )
     return (*wanted, balancer) if balancer is not None else tuple(wanted)

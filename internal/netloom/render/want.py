@@ -1,6 +1,6 @@
 """The desired state of a scope on a host, in the kernel's terms: links, addresses, routes, rules, sysctls, a ruleset.
 
-``render.scope`` computes it, ``plan`` compares it with what the host has.
+``render.scope`` computes it, ``plan`` compares it with the present state of the host.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from netloom.render.ruleset import Ruleset
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A layer-2 segment on the host, used by other scopes and VMs too: a bridge, and the carrier of its frames.
+    """A layer-2 segment on the host: a bridge, and the link that carries its frames to other hosts.
 
-    The carrier is a VLAN link of the NIC, or, for ``kind`` ``vxlan``, a tunnel over the NIC with ``vlan`` as its VNI.
-    ``vlan`` ``untagged``: the NIC itself is the carrier; a bridge that it is already in is used instead of ``bridge``.
+    Other scopes and VMs use the same segment. The carrier is a VLAN link on the NIC or, with ``kind`` ``vxlan``, a
+    tunnel over the NIC with ``vlan`` as its VNI. With ``vlan`` ``untagged`` the NIC itself is the carrier; if the NIC
+    is already in a bridge, that bridge is used instead of ``bridge``.
     """
 
     bridge: str
@@ -37,11 +38,35 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Want(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything of one scope on one host. An empty ``namespace`` means that nothing of the scope may exist.
+    """Everything that one scope needs on one host.
 
-    ``routes``: in an order in which they can be added, so a gateway comes after the route that leads to it.
-    ``sysctls``: of the namespace, written in this order, e.g. ``"net.ipv4.ip_forward": "1"``.
-    ``announce``: the addresses that are announced by gratuitous ARP when they are new.
+    ``namespace``: the name of the network namespace, e.g. ``cs-net-204``. Empty: the scope must not exist on the host.
+    The plan then removes the namespace, its ports, and bridges that no other scope uses.
+
+    ``ports``: one veth pair for each active network and for each public VLAN on which the scope holds an address. They
+    also say which bridges and VLAN links the host needs.
+
+    ``addresses``: the device's address on each guest link with the subnet's prefix length, each public address with
+    /32, and the IPv6 addresses. With the prefix length of a guest address the kernel adds the route to the guests
+    itself, so ``routes`` does not contain it.
+
+    ``routes``: all other routes, in an order in which they can be added: a gateway comes after the route that leads to
+    it. The main table has the default exit. Table 20000 + n has the routes of exit n. Lower numbers are the operator's
+    tables.
+
+    ``rules``: the policy routing rules: first the operator's (priorities 10000 to 19999), then one for each exit, which
+    selects the exit's table by the packet's mark (``marks``).
+
+    ``neighbours``: a permanent neighbour for each NIC with an address, so that no ARP message can redirect packets for
+    a VM to another VM.
+
+    ``sysctls``: settings inside the namespace, e.g. ``"net.ipv4.ip_forward": "1"``. They are written in this order,
+    because some of them reset others.
+
+    ``ruleset``: the nftables table of the namespace (``nft``). None only if ``namespace`` is empty.
+
+    ``announce``: the addresses that are announced by gratuitous ARP when they are new on this host, so that switches
+    and gateways learn the new MAC address. IPv6 addresses are not announced.
     """
 
     namespace: str

@@ -70,14 +70,14 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
         return self.extension_ip or (self.gateway if self.guest_type == "isolated" else "")
 
     @property
-    def stands(self) -> bool:
+    def is_active(self) -> bool:
         """Whether there is something of it on the host."""
         return bool(self.implemented and self.vlan and self.cidr and self.device_ip)
 
     @property
-    def speaks_ip6(self) -> bool:
+    def has_ip6(self) -> bool:
         """Whether the device is the guests' router for IPv6: where it is the one for IPv4, and a subnet was told."""
-        return bool(self.stands and self.ip6_cidr and self.ip6_gateway and self.device_ip == self.gateway)
+        return bool(self.is_active and self.ip6_cidr and self.ip6_gateway and self.device_ip == self.gateway)
 
     @property
     def ranges(self) -> tuple[Subnet, ...]:

@@ -25,7 +25,7 @@ from netloom.plan.plan import plan
 from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
-from netloom.render.active import live
+from netloom.render.active import active
 from netloom.render.nft import FAMILY, TABLE, counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
@@ -68,10 +68,8 @@ class Actions:
             raise nothing_known(action, call.scope_id)
         match action:
             case "check":
-                deviations = self._deviations(scope, context)
-                return success(
-                    cut(deviations) if deviations else "nothing to do: all is as it should be"
-                ), HostChanges()
+                found = self._deviations(scope, context)
+                return success(cut(found) if found else "nothing to do: all is as it should be"), HostChanges()
             case "counters":
                 counted = _counters(scope, context.want)
                 return success(listed(counted, request.params, none="no public address stands")), HostChanges()
@@ -94,9 +92,8 @@ class Actions:
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success(did), done
             case "show":
-                return success(
-                    plain("\n".join([*describe.summary(scope), *self._status(scope, context)]))
-                ), HostChanges()
+                described = [*describe.summary(scope), *self._status(scope, context)]
+                return success(plain("\n".join(described))), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,
@@ -242,7 +239,7 @@ def _counters(scope: Scope, want: Want) -> list[str]:
         raise HostRefused(f"{want.namespace} has no counter {', '.join(missing[:5])}", hint="reboot-device repairs it")
     return [
         f"{what}: in {_in_words(counted[arrived])}; out {_in_words(counted[left])}"
-        for what, (arrived, left) in counters(live(scope)).items()
+        for what, (arrived, left) in counters(active(scope)).items()
     ]
 
 

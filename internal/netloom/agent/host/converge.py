@@ -105,12 +105,12 @@ class KernelHost:
                 return HostChanges(tuple(done), _announcements(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
 
-    def judge_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         """Delete the open flows in ``namespace`` that ``new`` does not allow. ``old`` None: not known.
 
         Raises HostRefused.
         """
-        flows.judge(namespace, old, new)
+        flows.enforce(namespace, old, new)
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing."""

@@ -1,6 +1,6 @@
-"""The flow judge and the kernel agree about every first packet, for random scopes.
+"""The flow policy and the kernel agree about every first packet, for random scopes.
 
-With policy routing the judge may admit a flow that the kernel drops, because the ruleset filters its next packet. It
+With policy routing the policy may admit a flow that the kernel drops, because the ruleset filters its next packet. It
 must not reject a flow that the kernel admits, because that flow would be ended.
 """
 
@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from kernel.ruleset_lab import CLIENT, NEIGHBOUR, STRANGER, VMS, Entry, Lab
 from model.scope_strategies import ADDRESSES, scopes
-from netloom.render.flows import ICMP, TCP, UDP, Judge
+from netloom.render.flows import ICMP, TCP, UDP, FlowPolicy
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
 from unit.scopes import A1, A2, B1, C1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
@@ -88,16 +88,16 @@ def _original(it: Entry) -> tuple[object, ...]:
     )
 )  # fmt: skip
 @given(scopes())
-def test_the_flow_judge_agrees_with_the_kernel(lab: Lab, scope: Scope) -> None:
+def test_the_flow_policy_agrees_with_the_kernel(lab: Lab, scope: Scope) -> None:
     lab.renew(scope)
     sent = _first_packets(lab)
     entries = {_original(it): it for it in lab.entries()}
-    judge = Judge(scope)
+    policy = FlowPolicy(scope)
     for it in sent:
-        stands = entries.get(_original(it))
-        # For a revoked flow the judge says "delete" exactly when its first packet would be admitted now.
-        let_through = judge.verdict(replace(it, mark=REVOKED)) == "delete"
+        entry = entries.get(_original(it))
+        # For a revoked flow the policy says "delete" exactly when its first packet would be admitted now.
+        let_through = policy.action(replace(it, mark=REVOKED)) == "delete"
         generous = bool(scope.pbr.routes) and let_through
-        assert (stands is not None) == let_through or generous, it
-        if stands is not None:
-            assert judge.verdict(stands) == "keep", stands
+        assert (entry is not None) == let_through or generous, it
+        if entry is not None:
+            assert policy.action(entry) == "keep", entry

@@ -1,4 +1,4 @@
-"""Compares the flow judge of ``netloom.render.flows`` with what the kernel has just let through."""
+"""Compares the flow policy (``netloom.render.flows``) with the packets that the kernel has just accepted."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from kernel.ruleset_lab import Entry, Lab, Try
-from netloom.render.flows import ICMP, ICMPV6, TCP, UDP, Judge
+from netloom.render.flows import ICMP, ICMPV6, TCP, UDP, FlowPolicy
 from netloom.render.marks import REVOKED
 
 
 def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
-    """Assert that the flow judge admits exactly the attempts that the kernel admitted, as its conntrack entries show.
+    """Assert that the flow policy allows exactly the attempts that the kernel accepted, as its conntrack entries show.
 
     ``tried`` holds attempts just made, with their source addresses. Source ports do not matter: no rule matches them.
     """
-    judge = Judge(lab.scope)
-    stands = {_what(it): it for it in lab.entries()}
+    policy = FlowPolicy(lab.scope)
+    entries = {_what(it): it for it in lab.entries()}
     for it, source in tried.items():
         kinds = {"tcp": TCP, "udp": UDP, "icmp": ICMPV6 if ":" in it.target else ICMP}
         flow = Entry(kinds[it.protocol], source, it.target, "", "", mark=REVOKED)
@@ -24,9 +24,9 @@ def agree(lab: Lab, tried: Mapping[Try, str]) -> None:
             flow = replace(flow, icmp_type=it.port >> 8, icmp_code=it.port & 255)
         else:
             flow = replace(flow, sport=40000, dport=it.port)
-        assert (judge.verdict(flow) == "delete") == (_what(flow) in stands), it
-    for entry in stands.values():
-        assert judge.verdict(entry) == "keep", entry
+        assert (policy.action(flow) == "delete") == (_what(flow) in entries), it
+    for entry in entries.values():
+        assert policy.action(entry) == "keep", entry
 
 
 def _what(it: Entry) -> tuple[object, ...]:

@@ -1,0 +1,40 @@
+"""The device as the tables of all network types see it: its links by name, and its services for guests.
+
+The device is the namespace of a scope. Rules recognise links by their names (``names.guest_link``,
+``names.public_link``).
+"""
+
+from __future__ import annotations
+
+from netloom import names
+from netloom.state import Network
+
+PUBLIC_LINKS = '"' + names.public_link("*") + '"'
+GUEST_LINKS = '"' + names.guest_link("*") + '"'
+
+DNS_PORT = 53  # UDP and TCP
+SERVICE_PORTS_UDP = (DNS_PORT, 67)  # DNS, DHCP
+SERVICE_PORTS_TCP = (DNS_PORT, 80, 8080)  # DNS, metadata, passwords
+
+DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
+
+
+def guest_link(network: Network) -> str:
+    """The link of a network in the device, quoted for a rule."""
+    return f'"{names.guest_link(network.network_id)}"'
+
+
+def device_services(network: Network, *, ping: bool) -> tuple[str, ...]:
+    """The rules that accept requests from guests of ``network``: DHCP, DNS, metadata, passwords, and ``ping``."""
+    link = guest_link(network)
+    to_device = f"iifname {link} ip daddr {network.device_ip}"
+    return (
+        f"iifname {link} {DHCP_REQUEST}",
+        *([f"{to_device} icmp type echo-request accept"] if ping else []),
+        f"{to_device} udp dport {_ports(SERVICE_PORTS_UDP)} accept",
+        f"{to_device} tcp dport {_ports(SERVICE_PORTS_TCP)} accept",
+    )
+
+
+def _ports(ports: tuple[int, ...]) -> str:
+    return f"{{ {', '.join(map(str, ports))} }}"
