@@ -317,7 +317,7 @@ async def test_a_failed_repair_of_an_ended_scope_keeps_its_slot_until_the_retry(
     assert agent.scopes.slots() == []
 
 
-@pytest.mark.mutation("a-bug-in-upkeep-does-not-end-the-agent", instead="ZeroDivisionError")
+@pytest.mark.mutation("a-bug-in-upkeep-does-not-end-the-agent")
 @simulated
 async def test_a_bug_during_a_repair_becomes_lines_in_the_log_and_is_tried_again(agent: Agent) -> None:
     await agent.live()
