@@ -13,10 +13,10 @@ import msgspec
 from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
-from netloom.agent.host.converge import Announcement, Host, HostChanges
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.interfaces import Host, ScopeServices
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
-from netloom.agent.processes.services import Services
 from netloom.commands.actions import check_known, cut, document, listed, plain, success
 from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused
@@ -44,7 +44,7 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     scope: Scope | None
     want: Want
     known: Ruleset | None
-    services: Services
+    services: ScopeServices
     converge: Callable[[], HostChanges]
 
 
