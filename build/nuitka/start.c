@@ -188,8 +188,8 @@ static int start_from(const char *directory, char **argv) {
 }
 
 static const char *home(void) {
-    const char *told = getenv("HOME");
-    if (told && told[0] == '/') return told;
+    const char *set = getenv("HOME");
+    if (set && set[0] == '/') return set;
     struct passwd *user = getpwuid(geteuid());
     return user && user->pw_dir && user->pw_dir[0] == '/' ? user->pw_dir : NULL;
 }
@@ -211,7 +211,7 @@ static void forget_settings_of_python(void) {
 
 __attribute__((constructor)) static void start(int argc, char **argv) {
     char directory[PATH_MAX];
-    const char *told = getenv("NETLOOM_DIR"), *at_home;
+    const char *set = getenv("NETLOOM_DIR"), *at_home;
     if (Py_IsInitialized) {
         if (getenv(UNPACKING)) _exit(0);
         return;
@@ -222,7 +222,7 @@ __attribute__((constructor)) static void start(int argc, char **argv) {
     unsetenv("NUITKA_ONEFILE_PARENT");
     forget_settings_of_python();
     signal(SIGCHLD, SIG_DFL); /* if the caller ignores it, we inherit that, and waitpid fails */
-    if (told && *told && start_from(told, argv)) return;
+    if (set && *set && start_from(set, argv)) return;
     if ((at_home = home()) && snprintf(directory, sizeof directory, "%s/.cache/netloom", at_home) < (int)sizeof directory &&
         start_from(directory, argv))
         return;

@@ -74,7 +74,7 @@ def zsh(known: dict[str, Word]) -> str:
     """The script for zsh, for a directory of its fpath."""
     paths = "|".join(f"'{path}'" for path in known if path)
     cases = "\n".join(
-        f"    ('{path}') reply=({' '.join(_zsh_quoted(name, told) for name, told in _both(word))}) ;;"
+        f"    ('{path}') reply=({' '.join(_zsh_quoted(name, help_text) for name, help_text in _both(word))}) ;;"
         for path, word in known.items()
     )
     return f"""\
@@ -97,9 +97,9 @@ def fish(known: dict[str, Word]) -> str:
     """The script for fish, for its directory of vendor completions."""
     paths = " ".join(f"'{path}'" for path in known if path)
     lines = [
-        f"complete -c netloom -f -n \"__netloom_at '{path}'\" {_fish_kind(name)} -d {_fish_quoted(told)}"
+        f"complete -c netloom -f -n \"__netloom_at '{path}'\" {_fish_kind(name)} -d {_fish_quoted(help_text)}"
         for path, word in known.items()
-        for name, told in _both(word)
+        for name, help_text in _both(word)
     ]
     return f"""\
 # fish completion of netloom
@@ -121,13 +121,13 @@ def _both(word: Word) -> list[tuple[str, str]]:
     return [*word.words.items(), *word.options.items()]
 
 
-def _zsh_quoted(name: str, told: str) -> str:
-    text = f"{name}:{told}".replace("'", "'\\''")
+def _zsh_quoted(name: str, help_text: str) -> str:
+    text = f"{name}:{help_text}".replace("'", "'\\''")
     return f"'{text}'"
 
 
-def _fish_quoted(told: str) -> str:
-    text = told.replace("\\", "\\\\").replace("'", "\\'")
+def _fish_quoted(help_text: str) -> str:
+    text = help_text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{text}'"
 
 

@@ -198,7 +198,7 @@ def test_defect_18_state_files_are_readable_text_for_root_only(host: AgentHost) 
     ("text", "says"),
     [
         ('{"scope_id": "net-204", "own', "cannot be read"),
-        ('{"schema": 99, "scope_id": "net-204", "owner": "x"}', "is of schema 99"),
+        ('{"schema": 99, "scope_id": "net-204", "owner": "x"}', "has schema 99"),
     ],
 )
 def test_an_unreadable_state_file_is_kept_and_other_scopes_work(host: AgentHost, text: str, says: str) -> None:

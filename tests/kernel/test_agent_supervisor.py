@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,6 +353,32 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     guest_process = GuestProcess(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
 
     busy = False
+    # The results of the probes that the process answered or not, and of those that decide about it.
+    answers: list[bool] = []
+    verdicts: list[bool] = []
+    real_answers, real_hung = liveness.LivenessProbes._answers, liveness.hung
+
+    async def answers_recorded(self: liveness.LivenessProbes, target: supervisor.ProbeTarget) -> bool:
+        answers.append(await real_answers(self, target))
+        return answers[-1]
+
+    async def hung_recorded(answers: Callable[[], Awaitable[bool]], questions: int = 0) -> bool:
+        if not questions:  # of the guest process, which does not run here
+            return await real_hung(answers)
+        verdicts.append(await real_hung(answers, questions))
+        return verdicts[-1]
+
+    async def recorded(results: list[bool], *wanted: bool) -> None:
+        """Wait until these results have been appended to ``results``, in this order but not in a row."""
+        new = len(results)
+        async with asyncio.timeout(30):
+            for result in wanted:
+                while result not in results[new:]:  # noqa: ASYNC110, appended by the patched functions
+                    await asyncio.sleep(0.01)
+                new = results.index(result, new) + 1
+
+    monkeypatch.setattr(liveness.LivenessProbes, "_answers", answers_recorded)
+    monkeypatch.setattr(liveness, "hung", hung_recorded)
 
     async def scenario() -> None:
         nonlocal busy
@@ -361,15 +387,15 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
-        await asyncio.sleep(1)  # about ten probes
+        await recorded(verdicts, *[False] * 5)
         os.killpg(pid, signal.SIGSTOP)
-        await asyncio.sleep(0.6)  # one or two unanswered probes
+        await recorded(answers, False)
         os.killpg(pid, signal.SIGCONT)
-        await asyncio.sleep(1)
+        await recorded(verdicts, *[False] * 5)
         assert died == [] and process.alive(process.record_of(pid))
         busy = True  # while the scope is busy, unanswered probes do not count
         os.killpg(pid, signal.SIGSTOP)
-        await asyncio.sleep(4)
+        await recorded(verdicts, True)
         assert died == [] and process.alive(process.record_of(pid))
         busy = False
         async with asyncio.timeout(30):

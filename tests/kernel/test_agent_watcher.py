@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -28,6 +29,7 @@ from kernel.isolated_network import (
     snapshot,
 )
 
+SCOPE = "net-204"
 WITHIN_S = 10.0  # a second on an idle machine
 
 
@@ -39,6 +41,8 @@ def module_host() -> Iterator[AgentHost]:
         with it.client() as client:
             for fixture, command in DEPLOY:
                 done(client.call(fixture, command))
+            done(client.call("020", "implement-network", network_id="205", vlan="1377"))
+        wait_for_repairs(it)
         yield it
 
 
@@ -72,15 +76,16 @@ def module_host() -> Iterator[AgentHost]:
 )
 def test_manual_changes_are_repaired_once(module_host: AgentHost, harm: list[str]) -> None:
     host = module_host
-    wait_until(lambda: is_idle(host))
     good = full_snapshot(host)
-    heals = host.log().count(" watch: ")
+    before = len(host.log())
     host.run(*harm)
     wait_until(lambda: full_snapshot(host) == good, WITHIN_S)
-    wait_until(lambda: is_idle(host))
+    wait_for_repairs(host)
     assert full_snapshot(host) == good
-    # There was one repair. Events caused by the repair did not start another.
-    assert host.log().count(" watch: ") == heals + 1
+    # There was one repair. Events caused by the repair did not start another, now or later.
+    lines = [line for line in host.log()[before:].splitlines() if f"scope={SCOPE} " in line]
+    assert sum(" watch: " in line for line in lines) == 1
+    assert sum("next repair in" in line for line in lines) <= 1
 
 
 def full_snapshot(host: AgentHost) -> list[object]:
@@ -89,11 +94,37 @@ def full_snapshot(host: AgentHost) -> list[object]:
     return [*snapshot(host), permanent, alias]
 
 
-def is_idle(host: AgentHost) -> bool:
-    """Whether the log did not grow for longer than the debounce time, and no delayed repair is pending."""
-    before = host.log()
-    time.sleep(0.5)
-    return host.log() == before and "next look" not in before.splitlines()[-1]
+_markers = itertools.count(100)
+
+
+def wait_for_repairs(host: AgentHost) -> None:
+    """Return when all repairs that earlier events started are done.
+
+    The agent handles events in their order, and every repair starts after the same time. So when a change of network
+    205 is repaired, the repair of an earlier event has at least started, and the next call of network 204 waits for it.
+    """
+    address = f"203.0.113.{next(_markers)}/32"
+    host.run("ip", "addr", "add", address, "dev", "gst-205", namespace="cs-net-205")
+    wait_until(lambda: f"scope=net-205 watch: {address}: steps=1 " in host.log())
+    assert "steps=0 " in logged(host, lambda: done(host.call("050", "assign-ip")))
+
+
+def logged(host: AgentHost, work: Callable[[], object]) -> str:
+    """The last line that the agent logged during ``work``."""
+    before = len(host.log())
+    work()
+    return host.log()[before:].splitlines()[-1]
+
+
+def wait_for_check(host: AgentHost) -> None:
+    """Return when a periodic check of the network has begun after the call of this function, and is done.
+
+    The check finds a wrong sysctl, which nothing else would find. It does that one step and no other.
+    """
+    before = host.log().count(" check: ")
+    host.run("sysctl", "-qw", "net.ipv4.conf.pub-101.rp_filter=1", namespace=NS)
+    wait_until(lambda: host.log().count(" check: ") > before)
+    assert " check: steps=1 " in host.log().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +151,7 @@ def checked_host() -> Iterator[AgentHost]:
 )
 def test_changes_without_events_are_found_by_the_periodic_check(checked_host: AgentHost, harm: list[str]) -> None:
     host = checked_host
-    time.sleep(1.5)  # the check has recorded the correct rules
+    wait_for_check(host)  # it has recorded the correct rules
     good = full_snapshot(host)
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)
@@ -128,14 +159,14 @@ def test_changes_without_events_are_found_by_the_periodic_check(checked_host: Ag
     assert full_snapshot(host) != good
     host.agent.send_signal(signal.SIGCONT)
     wait_until(lambda: full_snapshot(host) == good)
-    wait_until(lambda: is_idle(host))
 
 
 def test_an_unmounted_namespace_name_is_restored(checked_host: AgentHost) -> None:
     good = full_snapshot(checked_host)
     checked_host.run("umount", f"/run/netns/{NS}")
     wait_until(lambda: checked_host.run("ip", "link", namespace=NS, check=False) != "")
-    wait_until(lambda: is_idle(checked_host))
+    wait_until(lambda: full_snapshot(checked_host) == good)
+    wait_for_check(checked_host)
     assert full_snapshot(checked_host) == good
 
 
@@ -147,18 +178,18 @@ def test_a_deleted_bridge_is_restored_and_its_carrier_ends_down_as_before() -> N
         live(host)
         host.ip("link", "del", BRIDGE)
         wait_until(lambda: host.links()["vnetg204"].get("master") == BRIDGE)
-        wait_until(lambda: is_idle(host))
+        wait_until(lambda: f"scope={SCOPE} watch: " in host.log())
         done(host.call("131", "destroy-network"))
         assert "UP" not in host.links()["eth1.1204"]["flags"]
         assert BRIDGE not in host.links()
 
 
 def test_foreign_nftables_tables_are_left_alone(checked_host: AgentHost) -> None:
-    time.sleep(1.5)
+    wait_for_check(checked_host)
     before = checked_host.log()
     checked_host.run("nft", "add table inet theirs { chain a { accept; }; }", namespace=NS)
-    time.sleep(1.5)
-    assert checked_host.log() == before
+    wait_for_check(checked_host)
+    assert checked_host.log().count("\n") == before.count("\n") + 1  # of wait_for_check itself
     assert "theirs" in checked_host.run("nft", "list", "tables", namespace=NS)
     checked_host.run("nft", "delete table inet theirs", namespace=NS)
 
@@ -224,7 +255,6 @@ def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_fi
         assert given["ip"] == WEB_IP
         assert lookup(host, WEB, "web-1.cs2cloud.internal") == WEB_IP
         assert len(running(host)["dnsmasq"]) == 9
-        wait_until(lambda: is_idle(host))
         assert sum(" restore: " in line for line in host.log().splitlines()) == 9
 
 
@@ -297,10 +327,12 @@ def test_a_forcibly_deleted_bridge_is_restored_with_its_vm_ports() -> None:
             subprocess.Popen(["nsenter", "-t", str(pid), "-n", "-m", *inner, *words], stdout=subprocess.PIPE, text=True)
             for pid, inner in ((host.fabric, []), (host.pid, ["nsenter", f"--net=/run/netns/{WEB}"]))
         ]
-        time.sleep(1)
+        neighbour = ("ip", "neigh", "show", "10.10.1.1")
+        wait_until(lambda: "lladdr" in host.run(*neighbour, pid=host.fabric))
+        wait_until(lambda: "lladdr" in host.run(*neighbour, namespace=WEB))
         for _ in range(2):
             assert host.run("sh", "-c", KVM_AGENT, "sh", BRIDGE, "forced") == "deleted\n"
-            time.sleep(1.5)
+            wait_until(lambda: host.links()[f"tap-{WEB}"].get("master") == BRIDGE)
         for ping in pings:
             said, _ = ping.communicate(timeout=60)
             received = int(said.partition(" packets transmitted, ")[2].split()[0])

@@ -6,6 +6,7 @@ directory that it is unpacked into. ``ballast`` makes it as large as the real on
 
 from __future__ import annotations
 
+import ast
 import os
 import py_compile
 import sys
@@ -39,16 +40,17 @@ class OneFiles:
         self._compiled: dict[str, bytes] = {}
         self._ballast = os.urandom(1 << 20)
 
-    def make(self, build: str, *, ballast_mb: int = 0, changes: Mapping[str, tuple[str, str]] | None = None) -> Path:
+    def make(self, build: str, *, ballast_mb: int = 0, changes: Mapping[str, str] | None = None) -> Path:
         """Make the file of build ``build``, whose version is the part before the first hyphen.
 
-        ``changes`` maps a module file below ``internal`` to a text in it and its replacement.
+        ``changes`` maps a module file below ``internal`` to code that is added at its end, where it replaces functions,
+        classes or constants of the module.
         """
         target = self.directory / f"netloom-{build}-{ballast_mb}"
         if target.exists():
             return target
         version = build.partition("-")[0]
-        changed = {"netloom/__init__.py": ('__version__ = "0.1.0"', f'__version__ = "{version}"'), **(changes or {})}
+        changed = {"netloom/__init__.py": f'__version__ = "{version}"', **(changes or {})}
         with target.open("wb") as file:
             file.write(f"#!{sys.executable} -B\n".encode())
             with zipfile.ZipFile(file, "a") as archive:
@@ -61,14 +63,14 @@ class OneFiles:
         target.chmod(0o755)
         return target
 
-    def _code(self, source: Path, name: str, change: tuple[str, str] | None) -> bytes:
+    def _code(self, source: Path, name: str, change: str | None) -> bytes:
         if change is None and name in self._compiled:
             return self._compiled[name]
         if change is not None:
             text = source.read_text()
-            assert change[0] in text, f"{change[0]!r} is not in {name}"
+            assert _replaced(change) <= _defined(text), f"{name} does not define {_replaced(change) - _defined(text)}"
             source = self.directory / "changed.py"
-            source.write_text(text.replace(*change))
+            source.write_text(f"{text}\n{change}\n")
         out = self.directory / "compiled.pyc"
         py_compile.compile(
             str(source),
@@ -81,3 +83,18 @@ class OneFiles:
         if change is None:
             self._compiled[name] = code
         return code
+
+
+def _replaced(code: str) -> set[str]:
+    """The names that the code replaces. Names that begin with ``original_`` are its own."""
+    return {name for name in _defined(code) if not name.startswith("original_")}
+
+
+def _defined(code: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from ssh.deploy_lab import (
 from ssh.onefile import OneFiles
 
 SCOPES = "/var/lib/netloom/scopes"
+INSTALL = "netloom/agent/setup/install.py"
 PUBLIC = 101
 
 
@@ -223,14 +223,24 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
     assert host.read(f"{SCOPES}/net-204.json") == now
 
 
-# The steps of a replacement at which it is killed, each as the source text that would come next.
+# The moments of a replacement at which it is killed, each with the function of install.py that would be called next.
 KILLED = {
-    "the old agent has ended": "        while_stopped()\n        _link(_CURRENT, to)\n",
-    "the state is kept": "        _link(_CURRENT, to)\n        _start()\n        if",
-    "the link is set": "        _start()\n        if _wait_for(to):\n            return\n        why",
-    "the new agent has started": "        if _wait_for(to):\n            return\n        why",
-    "nothing is removed yet": '        return Activation("activated", build, did=tuple(_remove_old()))\n',
+    "the old agent has ended": "_save_states",
+    "the state is kept": "_link",
+    "the link is set": "_start",
+    "the new agent has started": "_wait_for",
+    "nothing is removed yet": "_remove_old",
 }
+
+_KILL_ONCE = """
+original_{function} = {function}
+
+def {function}(*arguments):
+    if not os.path.exists("/run/died"):
+        open("/run/died", "w")
+        os.kill(os.getpid(), 9)
+    return original_{function}(*arguments)
+"""
 
 
 @pytest.mark.parametrize("when", KILLED)
@@ -239,17 +249,22 @@ def test_after_an_interrupted_replacement_the_next_call_works(
 ) -> None:
     server = Server(bed, older, helper="0")
     assert succeeded(server.ask())
-    text = KILLED[when]
-    indent = re.match(" *", text)
-    assert indent is not None
-    die = f"{indent[0]}if not os.path.exists('/run/died'): open('/run/died', 'w'), os.kill(os.getpid(), 9)\n"
     build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
-    server.replace(files.make(build, changes={"netloom/agent/setup/install.py": (text, die + text)}))
+    server.replace(files.make(build, changes={INSTALL: _KILL_ONCE.format(function=KILLED[when])}))
     for _ in range(2):
         assert succeeded(server.ask())
     assert host.listing("/run").count("died") == 1
     assert running_agents(host) == [build]
     assert current(host) == build
+
+
+# The last step of an agent's start before it answers: it spoils a state file and fails.
+_SPOIL_AND_FAIL = f"""
+def _Calls(scopes):
+    with open("{SCOPES}/net-204.json", "w") as file:
+        file.write("{{}}")
+    raise HostRefused("broken")
+"""
 
 
 def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
@@ -260,11 +275,8 @@ def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, fi
     broken = files.make(
         "0.1.0-5-broken",
         changes={
-            "netloom/agent/setup/install.py": ("START_S_MAX = 30.0", "START_S_MAX = 3.0"),
-            "netloom/agent/serve.py": (
-                "    calls = _Calls(scopes)\n",
-                "    (store.directory / 'net-204.json').write_text('{}')\n    raise HostRefused('broken')\n",
-            ),
+            INSTALL: "START_S_MAX = 3.0",
+            "netloom/agent/serve.py": _SPOIL_AND_FAIL,
         },
     )
     server.replace(broken)
@@ -283,7 +295,6 @@ def test_a_new_agent_that_fails_to_start_is_rolled_back(bed: Bed, host: Host, fi
 def test_an_operator_can_replace_a_hung_agent(bed: Bed, host: Host, files: OneFiles, older: Path) -> None:
     assert succeeded(Server(bed, older).ask())
     kill_agent(host, "STOP")
-    install = "netloom/agent/setup/install.py"
-    two = files.make("0.1.0-2-quick", changes={install: ("STOP_S_MAX = 15.0", "STOP_S_MAX = 1.0")})
+    two = files.make("0.1.0-2-quick", changes={INSTALL: "STOP_S_MAX = 1.0"})
     host.run(str(two), "agent", "install")
     assert running_agents(host) == ["0.1.0-2-quick"]

@@ -34,10 +34,28 @@ def main(args: list[str]) -> int:
         from netloom.agent.connect import connect  # a small process: no msgspec, no asyncio
 
         return connect(options)
-    from netloom.agent.serve import serve  # asyncio, msgspec, the renderers
+    return _serve(dict(zip(options[::2], options[1::2], strict=True)))
 
-    values = dict(zip(options[::2], options[1::2], strict=True))
-    return serve(**{name.removeprefix("--").replace("-", "_"): value for name, value in values.items()})
+
+def _serve(options: dict[str, str]) -> int:
+    # asyncio, msgspec, the renderers
+    from netloom.agent.connect import SOCKET
+    from netloom.agent.log import complain
+    from netloom.agent.serve import STATE_DIR, serve
+    from netloom.agent.upkeep import CHECK_EVERY_S
+
+    check_every = options.get("--check-every") or str(CHECK_EVERY_S)
+    try:
+        check_every_s = float(check_every)
+    except ValueError:
+        complain(f"--check-every {check_every}: not a number of seconds")
+        return 1
+    return serve(
+        options.get("--socket", SOCKET),
+        options.get("--state-dir", STATE_DIR),
+        options.get("--log", ""),
+        check_every_s,
+    )
 
 
 def _activate(*, forced_by_operator: bool) -> int:

@@ -1,33 +1,48 @@
-"""The scopes of this host: one queue each, one worker thread at a time each, all of them side by side.
+"""The scopes of this host in memory, and the calls that change them.
 
-The life of a call: decode, transition, write the state, converge the host, judge the flows, see to what runs beside the
-kernel, answer. A call that changes nothing on a host where all is right costs one look.
+Theory of operation
+===================
+
+Each scope has a ``Slot``. Whoever works on the scope holds the lock of its slot, so the calls of one scope run one
+after the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
+
+A call takes these steps. All but the first and the last run in one worker thread:
+
+1. ``execute`` waits until the earlier calls of the scope are done, at most for the time that the caller has left.
+2. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
+3. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
+4. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
+   If nothing changed and the host is as it should be, this costs one observation of the kernel.
+5. ``run_and_settle`` reports to ``WorkHandler`` whether the work failed; ``Upkeep`` then tries again later, or
+   announces new addresses. The watcher compares the kernel events that came during the work.
+6. ``execute`` returns the reply. It never raises.
+
+``Upkeep`` runs the same ``converge`` when no call asks for it: at the start of the agent, in the periodic check, after
+a kernel event, after the end of a process. It waits for the same lock.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar
 
+import msgspec
 from msgspec.structs import replace
 
 from netloom import names
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
-from netloom.agent.host import flows
-from netloom.agent.host.converge import Announcement, Host, HostChanges, prepare
-from netloom.agent.host.watcher import Watcher
-from netloom.agent.kernel import arp, namespaces
+from netloom.agent.clock import Clock, Timer
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.log import Log
-from netloom.agent.processes.services import Services
-from netloom.agent.store import Store, Unreadable
+from netloom.agent.store import Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
@@ -44,160 +59,130 @@ _T = TypeVar("_T")
 
 WORKERS = 16
 HOOKS_AT_ONCE = 16
-RESTORING_AT_ONCE = WORKERS - 4  # the others are for calls that come meanwhile
-RETRY_S_MAX = 60.0
-ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)  # a neighbour may be deaf for a moment: its port comes up with ours
-TIDY_EVERY_S = 30.0
-TIDY_AFTER_S = 0.3
-CHECK_EVERY_S = 45.0  # each scope, one after the other
-ENDINGS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
+# These commands end a scope even if its state is lost.
+END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
 
-_SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
+SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
 
 
-class _Slot:
-    """A scope as the agent has it in memory. Touched by whoever holds ``lock``."""
+class Slot:
+    """A scope in the memory of the agent.
+
+    ``users``, ``retry``, ``failures`` and ``announcing`` belong to the event loop, all else to the holder of ``lock``.
+    """
 
     def __init__(self, scope_id: str) -> None:
         self.scope_id = scope_id
         self.lock = asyncio.Lock()  # guard: one-call-of-a-scope-at-a-time
-        self.users = 0
+        self.users = 0  # calls and tasks that hold the lock or wait for it
         self.scope: Scope | None = None
-        self.loaded = False
-        self.unreadable = False  # there is a file, and it cannot be used
-        self.ended = False  # its end was asked for and is not carried out yet
-        self.behind = False  # the host may not be what the state says
+        self.state_read = False
+        self.unreadable = False  # the scope has a state file, but it cannot be used
+        self.ending = False  # a command ended the scope, and parts of it may still exist on the host
+        self.unconverged = False  # the host may differ from the state
         self.rendered: tuple[Scope | None, Want] | None = None
-        self.judged: Scope | None = None  # the state that the flows were last held against; None: nobody knows
-        self.known: Ruleset | None = None  # what was loaded last, as far as we know
-        self.failures = 0
-        self.retry: asyncio.TimerHandle | None = None
-        self.announcing: list[asyncio.TimerHandle] = []
-        self.doing = ""
+        self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
+        self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
+        self.failures = 0  # convergences that failed in a row
+        self.retry: Timer | None = None
+        self.announcing: list[Timer] = []
+        self.current_work = ""  # for the error message of a call that waits too long
 
     @property
     def idle(self) -> bool:
-        nothing = self.scope is None and not self.ended and not self.unreadable
+        """Whether the slot has no information that would be lost with it."""
+        nothing = self.scope is None and not self.ending and not self.unreadable
         return nothing and not self.users and self.retry is None
 
 
+class WorkHandler(Protocol):
+    """Is called on the event loop after every work on a scope. The lock of the slot is held."""
+
+    def work_failed(self, slot: Slot) -> None: ...
+    def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None: ...
+
+
 class Scopes:
-    """Carries out calls. Made and used on the event loop; ``load`` first, then ``restore`` in the background."""
+    """The slots of all scopes. Executes calls. Created and used on the event loop.
 
-    _services: Services
-    _watcher: Watcher
+    ``load`` comes first. ``workers`` runs everything that blocks.
+    """
 
-    def __init__(self, store: Store, host: Host, log: Log) -> None:
+    def __init__(
+        self,
+        store: ScopeStore,
+        host: Host,
+        services: ScopeServices,
+        watcher: ScopeWatcher,
+        actions: Actions,
+        handler: WorkHandler,
+        log: Log,
+        clock: Clock,
+        workers: Executor,
+    ) -> None:
         self._store = store
         self._host = host
+        self._services = services
+        self._watcher = watcher
+        self._actions = actions
+        self._handler = handler
         self._log = log
-        self._slots: dict[str, _Slot] = {}
-        self._pool = _started_pool()
-        self._actions = Actions(host, store.directory.parent / "hooks")
+        self._clock = clock
+        self._workers = workers
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
-        self._tasks: set[asyncio.Task[object]] = set()
-        self._untidy = asyncio.Event()
+        self._slots: dict[str, Slot] = {}
 
-    # ------------------------------------------------------------------------------------------------ at start
-
-    def load(self, services: Services, watcher: Watcher) -> None:
-        """Reads every scope's file and notes what they want, before anything is done to the host."""
-        self._services, self._watcher = services, watcher
+    def load(self) -> None:
+        """Read every state file and claim the shared bridges of every scope, before anything on the host changes."""
         for scope_id in self._store.ended():
-            self._slot(scope_id).ended = True
+            self.slot(scope_id).ending = True
         for scope_id in self._store.living():
-            slot = self._slot(scope_id)
+            slot = self.slot(scope_id)
             try:
-                self._read(slot)
-                slot.known = self._want(slot).ruleset
+                self._read_state(slot)
+                slot.loaded_ruleset = self._want(slot).ruleset
                 self._host.claim(scope_id, self._want(slot))
             except NetloomError as error:
                 self._log.line(f"scope={scope_id} load failed: {error}")
-            except Exception as error:  # noqa: BLE001, one scope that trips us must not keep the others down
+            except Exception as error:  # noqa: BLE001, a bug that one scope triggers must not stop the others
                 self._log.traceback(f"scope={scope_id} load", error)
 
-    async def restore(self) -> None:
-        """Adopts what runs and repairs what does not, scope by scope; errors are logged and tried again."""
-        await self._work(prepare)
-        try:
-            await self._work(self._watcher.open)
-        except NetloomError as error:
-            self._log.line(f"the host cannot be watched: {error}")
-        gate = asyncio.Semaphore(RESTORING_AT_ONCE)
+    # ------------------------------------------------------------------------------------------------------- slots
 
-        async def one(slot: _Slot) -> None:
-            async with gate:
-                await self._reconcile(slot, "restore")
+    def slot(self, scope_id: str) -> Slot:
+        """The slot of the scope, created if there is none."""
+        return self._slots.setdefault(scope_id, Slot(scope_id))
 
-        await asyncio.gather(*(one(slot) for slot in list(self._slots.values()) if slot.scope or slot.ended))
-        await self._tidy()
+    def get(self, scope_id: str) -> Slot | None:
+        """The slot of the scope, None if there is none."""
+        return self._slots.get(scope_id)
 
-    async def keep_tidy(self) -> None:
-        """Takes away what others left of our bridges, again and again: a VM's tap goes after its network."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._untidy.wait(), TIDY_EVERY_S)
-                # Links seldom go alone.
-                await asyncio.sleep(TIDY_AFTER_S)
-            self._untidy.clear()
-            await self._tidy()
-
-    def tidy_soon(self) -> None:
-        """A link of the host has gone: perhaps it was the last reason for a bridge of ours, or for its guard."""
-        self._untidy.set()
-
-    async def keep_checked(self, every_s: float = CHECK_EVERY_S) -> None:
-        """Looks at every scope in turn, for what no watch tells: rules, settings, processes."""
-        while True:
-            standing = [slot for slot in self._slots.values() if slot.scope is not None]
-            if not standing:
-                await asyncio.sleep(every_s)
-            for slot in standing:
-                await asyncio.sleep(every_s / len(standing))
-                if slot.scope is not None and slot.retry is None:
-                    await self._alone(slot, "check", partial(self._converge, slot, thorough=True), quiet=True)
+    def slots(self) -> list[Slot]:
+        """All slots, in the order in which they were created."""
+        return list(self._slots.values())
 
     def busy(self, scope_id: str) -> bool:
-        """Whether somebody works on the scope right now."""
+        """Whether a call or a repair works on the scope now."""
         slot = self._slots.get(scope_id)
         return slot is not None and slot.lock.locked()
 
-    async def heal(self, scope_id: str, why: str) -> int | None:
-        """Puts back what the scope has lost: how many steps that took, None when it failed."""
+    def _drop_if_idle(self, slot: Slot) -> None:
+        if slot.idle and self._slots.get(slot.scope_id) is slot:
+            del self._slots[slot.scope_id]
+
+    def _holds(self, scope_id: str) -> bool:
         slot = self._slots.get(scope_id)
-        if slot is None or slot.scope is None:
-            return 0  # it has ended meanwhile
-        return await self._alone(slot, why, partial(self._converge, slot), quiet=True)
+        return slot is not None and (slot.scope is not None or slot.unreadable)
 
-    async def _tidy(self) -> None:
+    # ------------------------------------------------------------------------------------------------------- calls
+
+    async def execute(self, call: Call) -> Reply:
+        """Execute the call and return its reply. Never raises: the reply has the error."""
+        started = self._clock.time()
+        steps = 0
         try:
-            for step in await self._work(self._host.tidy):
-                self._log.line(f"tidy: {step}")
-        except NetloomError as error:
-            self._log.line(f"tidy failed: {error}")
-        for scope_id in sorted(await self._work(self._services.scopes) - self._slots.keys()):
-            if _SCOPE_ID.match(scope_id):
-                slot = self._slot(scope_id)
-                await self._alone(slot, "in no file", partial(self._end_nobodys, slot), quiet=True)
-
-    def _end_nobodys(self, slot: _Slot) -> HostChanges:
-        """In a worker thread: ends what runs for a scope that nobody knows, in a namespace that has lost its name.
-
-        One that has its name was perhaps forgotten with a state that got lost, and goes on.
-        """
-        if slot.scope is not None or namespaces.exists(names.namespace(slot.scope_id)):
-            return HostChanges()
-        return HostChanges(services=tuple(self._services.stop(slot.scope_id)))
-
-    # -------------------------------------------------------------------------------------------------- a call
-
-    async def carry_out(self, call: Call) -> Reply:
-        """The reply to the call, when it is done. Never raises: what went wrong is in the reply."""
-        started = time.monotonic()
-        steps: list[int] = []
-        try:
-            reply = await self._carry_out(call, steps)
+            reply, steps = await self._dispatch(call)
         except NetloomError as error:
             reply = Reply(
                 call_id=call.call_id,
@@ -206,7 +191,8 @@ class Scopes:
                 hint=one_line(error.hint),
                 holds=self._holds(call.scope_id),
             )
-        except Exception as error:  # noqa: BLE001, a bug: it keeps its traceback in the log, the caller gets a line
+        # A bug: the log gets the traceback, the caller gets one line.
+        except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
             self._log.traceback(f"call={call.call_id}", error)
             reply = Reply(
                 call_id=call.call_id,
@@ -215,21 +201,22 @@ class Scopes:
                 hint="its log has the traceback under the call's id",
                 holds=self._holds(call.scope_id),
             )
-        ms = (time.monotonic() - started) * 1000
+        ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
         self._log.line(
             f"call={call.call_id} command={call.command} scope={call.scope_id} "
-            f"steps={sum(steps)} ms={ms:.1f} status={reply.status}{outcome}"
+            f"steps={steps} ms={ms:.1f} status={reply.status}{outcome}"
         )
         return reply
 
-    async def _carry_out(self, call: Call, steps: list[int]) -> Reply:
-        if not _SCOPE_ID.match(call.scope_id):
+    async def _dispatch(self, call: Call) -> tuple[Reply, int]:
+        """The reply, and the number of steps that were done on the host."""
+        if not SCOPE_ID.match(call.scope_id):
             raise BadRequest(f"scope {call.scope_id!r} is no scope", hint="net-<id> or vpc-<id>, ten digits at most")
         if call.command == "locate":
-            slot = self._slots.get(call.scope_id)
+            slot = self.get(call.scope_id)
             revision = slot.scope.revision if slot and slot.scope else 0
-            return Reply(call_id=call.call_id, holds=self._holds(call.scope_id), revision=revision)
+            return Reply(call_id=call.call_id, holds=self._holds(call.scope_id), revision=revision), 0
         for detail, nic in (
             ("guest.network.device", call.registration.guest_nic),
             ("public.network.device", call.registration.public_nic),
@@ -237,89 +224,120 @@ class Scopes:
             if not _NIC.match(nic):
                 raise BadRequest(f"registration detail {detail}: {nic!r} is no name of a link")
         if call.command == "custom-action":
-            return await self._act(call, steps)
-        return await self._locked(call, lambda slot: self._transition(slot, call, steps))
+            return await self._custom_action(call)
+        reply, changes = await self._run_in_turn(call, lambda slot: self._transition(slot, call))
+        return reply, changes.count
 
-    async def _locked(self, call: Call, work: Callable[[_Slot], tuple[_T, HostChanges]]) -> _T:
-        """Does the work when the scope's earlier calls are done. Raises HostRefused when that takes too long."""
-        slot = self._slot(call.scope_id)
+    async def _custom_action(self, call: Call) -> tuple[Reply, int]:
+        """A hook runs without the lock: it may take all the time of its call, and no other call waits for it."""
+        ends = time.monotonic() + call.remaining_ms / 1000
+        (result, revision), changes = await self._run_in_turn(call, lambda slot: self._run_action(slot, call))
+        if isinstance(result, Hook):
+            result = await asyncio.get_running_loop().run_in_executor(self._hooks, result.run, ends)
+        reply = Reply(call_id=call.call_id, output=result, holds=self._holds(call.scope_id), revision=revision)
+        return reply, changes.count
+
+    async def _run_in_turn(self, call: Call, work: Callable[[Slot], tuple[_T, HostChanges]]) -> tuple[_T, HostChanges]:
+        """Run the work when the earlier calls of the scope are done. Raises HostRefused when that takes too long."""
+        slot = self.slot(call.scope_id)
+        async with self.turn(slot, call.command, within_s=call.remaining_ms / 1000):
+            return await self.run_and_settle(slot, lambda: work(slot))
+
+    # ------------------------------------------------------------------------------- for calls, and for Upkeep
+
+    @asynccontextmanager
+    async def turn(self, slot: Slot, work: str, *, within_s: float | None = None) -> AsyncIterator[None]:
+        """Hold the lock of the slot for ``work``. Raises HostRefused when it is not free within ``within_s`` seconds.
+
+        The slot is not dropped before.
+        """
         slot.users += 1
         try:
             try:
-                async with asyncio.timeout(call.remaining_ms / 1000):
+                async with self._clock.timeout(within_s):
                     await slot.lock.acquire()
             except TimeoutError:
+                busy_with = slot.current_work or "other calls"
                 raise HostRefused(
-                    f"{call.scope_id} is busy with {slot.doing or 'other calls'}, for longer than this call had time",
+                    f"{slot.scope_id} is busy with {busy_with}, for longer than this call had time",
                     hint="CloudStack may repeat it",
                 ) from None
             try:
-                slot.doing = call.command
-                return await self._hold(slot, lambda: work(slot))
+                slot.current_work = work
+                yield
             finally:
-                slot.doing = ""
+                slot.current_work = ""
                 slot.lock.release()
         finally:
             slot.users -= 1
             self._drop_if_idle(slot)
 
-    async def _act(self, call: Call, steps: list[int]) -> Reply:
-        """A custom action. A hook runs without the lock: it may take all its time, and no VM's start waits for it."""
-        ends = time.monotonic() + call.remaining_ms / 1000
-        begun, revision = await self._locked(call, lambda slot: self._begin(slot, call, steps))
-        if isinstance(begun, Hook):
-            begun = await asyncio.get_running_loop().run_in_executor(self._hooks, begun.run, ends)
-        return Reply(call_id=call.call_id, output=begun, holds=self._holds(call.scope_id), revision=revision)
+    async def run_and_settle(self, slot: Slot, work: Callable[[], tuple[_T, HostChanges]]) -> tuple[_T, HostChanges]:
+        """Run the work in a worker thread, then report its end to the handler and the watcher. The lock is held."""
+        try:
+            result, changes = await self.in_worker(work)
+        except BaseException:
+            self._handler.work_failed(slot)
+            raise
+        finally:
+            self._watcher.work_done(slot.scope_id)
+        self._handler.work_succeeded(slot, changes.announcements)
+        return result, changes
 
-    def _begin(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[tuple[str | Hook, int], HostChanges]:
-        """In a worker thread."""
-        self._read(slot)
-        asked = table.decode(call.command, call.payload)
-        assert isinstance(asked, CustomAction)
-        if asked.action in pbr.ACTIONS:
-            reply, done = self._transition(slot, call, steps)
-            return (reply.output, reply.revision), done
+    async def in_worker(self, work: Callable[[], _T]) -> _T:
+        """Run the work in a worker thread and return its result."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    # ------------------------------------------------------------------- in a worker thread, the lock is held
+
+    def _transition(self, slot: Slot, call: Call) -> tuple[Reply, HostChanges]:
+        self._read_state(slot)
+        return self._apply(slot, call, table.decode(call.command, call.payload))
+
+    def _run_action(self, slot: Slot, call: Call) -> tuple[tuple[str | Hook, int], HostChanges]:
+        """The output or the hook that makes it, and the revision of the scope."""
+        self._read_state(slot)
+        action = table.decode(call.command, call.payload)
+        assert isinstance(action, CustomAction)
+        if action.action in pbr.ACTIONS:
+            reply, changes = self._apply(slot, call, action)
+            return (reply.output, reply.revision), changes
         context = Context(scope_id=call.scope_id, registration=call.registration)
-        table.check_scope(call.command, slot.scope, asked, context)
+        table.check_scope(call.command, slot.scope, action, context)
         action_context = ActionContext(
             scope=slot.scope,
             want=self._want(slot),
-            known=slot.known,
+            known=slot.loaded_ruleset,
             services=self._services,
-            converge=lambda: self._converge(slot),
+            converge=lambda: self.converge(slot),
         )
-        begun, done = self._actions.run(call, asked, action_context)
-        steps.append(done.count)
-        return (begun, slot.scope.revision if slot.scope else 0), done
+        result, changes = self._actions.run(call, action, action_context)
+        return (result, slot.scope.revision if slot.scope else 0), changes
 
-    def _transition(self, slot: _Slot, call: Call, steps: list[int]) -> tuple[Reply, HostChanges]:
-        """In a worker thread. Until the state is written, nothing has happened."""
-        self._read(slot)
-        payload = table.decode(call.command, call.payload)
+    def _apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:
+        """Change the state, save it, and converge. Until the state is saved, nothing has changed."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, slot.scope, payload, context)
         if outcome.scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
-            # A lost state may have left its network behind; only the word for its end takes that away.
-            if slot.scope is not None or call.command in ENDINGS:
-                slot.ended = True
+            # If the state was lost, its network may still exist on the host. Only an end command removes that.
+            if slot.scope is not None or call.command in END_COMMANDS:
+                slot.ending = True
             slot.scope = None
         elif outcome.scope != slot.scope:
             self._store.save(outcome.scope)  # guard: state-is-saved-first
-            slot.scope, slot.ended = outcome.scope, False
-        done = self._converge(slot) if slot.scope is not None or slot.ended else HostChanges()
-        steps.append(done.count)
+            slot.scope, slot.ending = outcome.scope, False
+        changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        refused = outcome.refused or self._not_balanced(slot, payload)
-        if refused is not None:
-            error = refused
+        error = outcome.refused or self._unbalanced_rules(slot, payload)
+        if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
-        return reply, done
+        return reply, changes
 
-    def _not_balanced(self, slot: _Slot, payload: object) -> HostRefused | None:
-        """What to say of rules of this call that have to wait for their port: to no other call do they matter."""
+    def _unbalanced_rules(self, slot: Slot, payload: object) -> HostRefused | None:
+        """The error if load-balancer rules of this call wait for their port. Other calls do not report them."""
         if not isinstance(payload, ApplyLbRules):
             return None
         waiting = self._services.waiting(slot.scope_id)
@@ -331,76 +349,47 @@ class Scopes:
             hint="the other rules are in force; ss -ltnp in the namespace tells who it is",
         )
 
-    def _converge(self, slot: _Slot, *, thorough: bool = False) -> HostChanges:
-        """In a worker thread: makes the host what the state says: the network first, whatever becomes of the rest."""
-        slot.behind = True
+    def converge(self, slot: Slot, *, thorough: bool = False) -> HostChanges:
+        """Make the host what the state says. The network comes first: it is right even if a service then fails.
+
+        ``thorough`` as in ``Host.converge``. Raises HostRefused or ForeignScope.
+        """
+        slot.unconverged = True
         want = self._want(slot)
         did: list[str] = []
         if want.namespace:
+            # From now on events are compared with the new want, so the changes that follow match it.
             self._watcher.watch(slot.scope_id, want)
         else:
             # Processes and sockets would keep a namespace alive that loses its name.
             self._watcher.unwatch(slot.scope_id)
             did += self._services.stop(slot.scope_id)
         try:
-            done = self._host.converge(slot.scope_id, want, slot.known, thorough=thorough)
+            changes = self._host.converge(slot.scope_id, want, slot.loaded_ruleset, thorough=thorough)
         finally:
             if want.namespace:
+                # The namespace may be new, and a watch belongs to one namespace.
                 self._watcher.watch(slot.scope_id, want)
-        slot.known = want.ruleset
+        slot.loaded_ruleset = want.ruleset
         if slot.scope is not None:
-            if want.namespace and slot.judged is not slot.scope:
-                flows.enforce(want.namespace, slot.judged, slot.scope)
-            slot.judged = slot.scope
+            if want.namespace and slot.enforced_scope is not slot.scope:
+                self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
+            slot.enforced_scope = slot.scope
             if want.namespace:
                 did += self._services.converge(slot.scope, want.namespace)
         else:
-            slot.judged = None
+            slot.enforced_scope = None
             self._store.forget(slot.scope_id)
-            slot.ended = False
-        slot.behind = False
-        return replace(done, services=tuple(did))
+            slot.ending = False
+        slot.unconverged = False
+        return replace(changes, services=tuple(did))
 
-    async def _hold(self, slot: _Slot, work: Callable[[], tuple[_T, HostChanges]]) -> _T:
-        """Does the work in a worker thread; the slot's lock is held. A failure is tried again later."""
-        try:
-            result, done = await self._work(work)
-        except BaseException:
-            if slot.behind and slot.retry is None:
-                self._retry_later(slot)
-            raise
-        finally:
-            self._watcher.work_done(slot.scope_id)
-        slot.failures = 0
-        if slot.retry is not None and not slot.behind:
-            slot.retry.cancel()
-            slot.retry = None
-        self._announce(slot, done.announcements)
-        return result
+    def erase_password(self, slot: Slot, taken: PasswordTaken) -> HostChanges:
+        """Remove a password that a VM has acknowledged from the state file and from memory.
 
-    # ------------------------------------------------------------------------------------- what services report
-
-    def revive(self, scope_id: str, why: str) -> None:
-        """A process of the scope has ended, and it is time to start it again."""
-        slot = self._slots.get(scope_id)
-        if slot is not None and slot.scope is not None:
-            self._background(self._reconcile(slot, why))
-
-    def password_taken(self, taken: PasswordTaken) -> None:
-        """A VM has acknowledged its password: it is to be in no file any more, and in no memory."""
-        slot = self._slots.get(taken.scope_id)
-        if slot is not None:
-            self._background(self._erase_later(slot, taken))
-
-    async def _erase_later(self, slot: _Slot, taken: PasswordTaken) -> None:
-        wait_s = 1.0
-        while await self._alone(slot, "password taken", lambda: self._erase(slot, taken)) is None:
-            await asyncio.sleep(wait_s)
-            wait_s = min(RETRY_S_MAX, 2 * wait_s)
-
-    def _erase(self, slot: _Slot, taken: PasswordTaken) -> HostChanges:
-        """In a worker thread. A full disk keeps the password in the file, so the caller tries again."""
-        self._read(slot)
+        Raises HostRefused when the file cannot be written, for example on a full disk: it still has the password.
+        """
+        self._read_state(slot)
         scope = slot.scope
         network = scope.networks.get(taken.network_id) if scope is not None else None
         if scope is None or network is None or not taken.password_id.isdigit():
@@ -411,93 +400,11 @@ class Scopes:
         scope = replace(with_network(scope, without), revision=scope.revision + 1)
         self._store.save(scope)
         slot.scope = scope
-        return self._converge(slot)
+        return self.converge(slot)
 
-    # ---------------------------------------------------------------------------------------- what comes after
-
-    def _retry_later(self, slot: _Slot) -> None:
-        slot.failures += 1
-        wait_s = min(RETRY_S_MAX, 2.0 ** (slot.failures - 1))
-        loop = asyncio.get_running_loop()
-
-        def again() -> None:
-            slot.retry = None
-            self._background(self._reconcile(slot, f"retry {slot.failures}"))
-
-        slot.retry = loop.call_later(wait_s, again)
-
-    async def _reconcile(self, slot: _Slot, why: str) -> None:
-        await self._alone(slot, why, lambda: self._converge(slot))
-
-    async def _alone(
-        self, slot: _Slot, why: str, work: Callable[[], HostChanges], *, quiet: bool = False
-    ) -> int | None:
-        """Does the work of our own accord, when the scope's calls leave a gap. Never raises.
-
-        The number of steps, None when it failed. ``quiet``: nothing done is nothing said.
-        """
-        slot.users += 1
-        started = time.monotonic()
-        try:
-            async with slot.lock:
-                slot.doing = why
-                try:
-                    count = await self._hold(slot, lambda: _counted(work()))
-                finally:
-                    slot.doing = ""
-            ms = (time.monotonic() - started) * 1000
-            if count or not quiet:
-                self._log.line(f"scope={slot.scope_id} {why}: steps={count} ms={ms:.1f}")
-            return count
-        except Exception as error:  # noqa: BLE001, the agent lives on
-            if isinstance(error, NetloomError):
-                self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
-            else:
-                self._log.traceback(f"scope={slot.scope_id} {why}", error)
-            return None
-        finally:
-            slot.users -= 1
-            self._drop_if_idle(slot)
-
-    def _announce(self, slot: _Slot, announcements: tuple[Announcement, ...]) -> None:
-        if not announcements:
-            return
-        loop = asyncio.get_running_loop()
-
-        def tell() -> None:
-            want = slot.rendered[1].announce if slot.rendered else ()
-            held = {it.ip for it in want}  # what was given back may be somebody else's by now
-            self._background(self._work(lambda: _tell(tuple(it for it in announcements if it.address in held))))
-
-        now = loop.time()
-        slot.announcing = [handle for handle in slot.announcing if handle.when() > now]
-        slot.announcing += [loop.call_later(after_s, tell) for after_s in ANNOUNCE_AFTER_S]
-
-    async def stop(self, wait_s: float) -> None:
-        """Waits for what is being done, that long at most. The host stays as it is."""
-        for slot in self._slots.values():
-            for handle in (*slot.announcing, *([slot.retry] if slot.retry else [])):
-                handle.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=wait_s)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    # -------------------------------------------------------------------------------------------------- slots
-
-    def _slot(self, scope_id: str) -> _Slot:
-        return self._slots.setdefault(scope_id, _Slot(scope_id))
-
-    def _drop_if_idle(self, slot: _Slot) -> None:
-        if slot.idle and self._slots.get(slot.scope_id) is slot:
-            del self._slots[slot.scope_id]
-
-    def _holds(self, scope_id: str) -> bool:
-        slot = self._slots.get(scope_id)
-        return slot is not None and (slot.scope is not None or slot.unreadable)
-
-    def _read(self, slot: _Slot) -> None:
-        """The state from disk, once; a file that could not be read is tried again with every call."""
-        if slot.loaded:
+    def _read_state(self, slot: Slot) -> None:
+        """Read the state from disk, once. If that fails, the next call tries again. Raises Unreadable."""
+        if slot.state_read:
             return
         try:
             slot.scope = self._store.load(slot.scope_id)
@@ -505,37 +412,17 @@ class Scopes:
             slot.unreadable = True
             raise
         slot.unreadable = False
-        slot.loaded = True
+        slot.state_read = True
 
-    def _want(self, slot: _Slot) -> Want:
-        """The rendered state; rendered once, for most calls change nothing."""
+    def _want(self, slot: Slot) -> Want:
+        """What the scope wants on the host. Rendered once per state, because most calls change nothing."""
         if slot.rendered is None or slot.rendered[0] is not slot.scope:
             slot.rendered = (slot.scope, render(slot.scope))
         return slot.rendered[1]
 
-    async def _work(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _background(self, work: Coroutine[object, object, object]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-def _counted(done: HostChanges) -> tuple[int, HostChanges]:
-    return done.count, done
-
-
-def _tell(announcements: tuple[Announcement, ...]) -> None:
-    for it in announcements:
-        try:
-            arp.gratuitous(it.namespace, it.link, it.address, it.mac)
-        except (OSError, NetloomError):
-            return  # the link is gone again: nobody has to know it any more
-
-
-def _started_pool() -> ThreadPoolExecutor:
-    """All threads now: one that is started inside another namespace would stay there for good."""
+def start_workers() -> ThreadPoolExecutor:
+    """The worker threads. All are started now: a thread started inside another namespace would stay in it."""
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="worker")
     barrier = threading.Barrier(WORKERS + 1)
     for _ in range(WORKERS):

@@ -1,4 +1,24 @@
-"""``netloom agent serve``: the one long-running process of a host, behind a socket that only root may use."""
+"""``netloom agent serve``: the one long-running process of a host, behind a socket that only root may use.
+
+``_serve`` creates these objects. An arrow means "calls":
+
+::
+
+   _Peer --> _Calls --> Scopes --> Host, Services, Watcher, Store, Actions
+                          ^ |
+     converge of a scope  | |  work_failed, work_succeeded
+                          | v
+                        Upkeep <-- Events <-- Watcher        repair, busy, tidy_soon
+                                          <-- Supervisor     revive
+                                          <-- GuestProcess   password_taken
+
+For example, when dnsmasq dies: ``Supervisor`` notices it and calls ``revive``; ``Upkeep`` converges the scope by
+``Scopes.converge``; this calls ``Services.converge``, which has ``Supervisor`` start dnsmasq again.
+
+``Upkeep`` needs all the others, and some of them need a handler for their events from the start. ``Events`` closes this
+ring: it is created first, and passes on to ``Upkeep`` once that exists. ARCHITECTURE.md shows the objects below
+``Services``.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +33,11 @@ import socket
 from collections import OrderedDict
 
 from netloom import __version__
+from netloom.agent.actions.builtin import Actions
+from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
-from netloom.agent.host.converge import Host
+from netloom.agent.events import Events
+from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
@@ -22,9 +45,10 @@ from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
-from netloom.agent.scopes import CHECK_EVERY_S, Scopes
+from netloom.agent.scopes import Scopes, start_workers
 from netloom.agent.setup.install import held
 from netloom.agent.store import Store
+from netloom.agent.upkeep import CHECK_EVERY_S, Upkeep
 from netloom.errors import HostRefused, NetloomError
 from netloom.program import build_id, command
 from netloom.sockets import peer_credentials
@@ -33,58 +57,65 @@ from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Re
 STATE_DIR = "/var/lib/netloom/scopes"
 BUILD = build_id()
 
-REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the answer came
+REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the reply came
 STOP_S_MAX = 5.0
 
 
-def serve(socket: str = SOCKET, state_dir: str = STATE_DIR, log: str = "", check_every: str = "") -> int:
-    """Serves until SIGTERM or SIGINT. Exit status 0, or 3 when another agent serves or the host forbids it.
+def serve(
+    socket_path: str = SOCKET,
+    state_dir: str = STATE_DIR,
+    log_path: str = "",
+    check_every_s: float = CHECK_EVERY_S,
+) -> int:
+    """Serve until SIGTERM or SIGINT. Exit status 0; 1 without root; 3 if another agent serves, or the host forbids it.
 
-    ``check_every``: seconds from one look at each scope to the next, for what no watch tells.
+    ``log_path`` empty: log to stderr. ``check_every_s``: seconds between two checks of the same scope.
     """
-    try:
-        check_every_s = float(check_every or CHECK_EVERY_S)
-    except ValueError:
-        complain(f"--check-every {check_every}: not a number of seconds")
-        return 1
     os.umask(0o077)  # guard: agent-creates-private-files
     if os.geteuid() != 0:
         complain("serve needs root")
         return 1
     try:
-        journal = Log(log)
+        log = Log(log_path)
     except OSError as error:
         complain(str(error))
         return 3
     try:
-        lock = _only_one(socket)
+        lock = _lock(socket_path)
         store = Store(state_dir)
     except (OSError, NetloomError) as error:
-        if log:  # whoever started us detached hears no complaint
-            journal.line(f"not serving: {error}")
+        if log_path:  # started detached: nobody reads stderr
+            log.line(f"not serving: {error}")
         complain(str(error))
         return 3
-    _more_descriptors()
+    _raise_descriptor_limit()
     try:
-        asyncio.run(_serve(socket, store, journal, check_every_s))
+        asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
-        journal.line(f"serve failed: {error}")
+        log.line(f"serve failed: {error}")
         complain(str(error))
         return 3
     finally:
         os.close(lock)
-    # A worker that hangs in the kernel must not keep the process: nothing is left to say.
+    # Do not wait for a worker thread that hangs in the kernel.
     os._exit(0)
 
 
 async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> None:
     loop = asyncio.get_running_loop()
-    host = Host()
-    scopes = Scopes(store, host, log)
-    guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, scopes.password_taken)
-    watcher = Watcher(loop, log, scopes.heal, scopes.busy, host.orphaned, scopes.tidy_soon)
-    supervisor = Supervisor(loop, scopes.revive)
-    scopes.load(Services(Guests(loop, guest_process), supervisor), watcher)
+    clock = LoopClock(loop)
+    workers = start_workers()
+    events = Events()
+    host = KernelHost()
+    guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
+    supervisor = Supervisor(loop, events.revive)
+    services = Services(Guests(loop, guest_process), supervisor)
+    watcher = Watcher(loop, clock, log, events, host.orphaned)
+    actions = Actions(host, store.directory.parent / "hooks")
+    scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)
+    upkeep = Upkeep(scopes, host, services, watcher, log, clock)
+    events.connect(upkeep)
+    scopes.load()
     try:
         await guest_process.adopt()
     except NetloomError as error:
@@ -98,10 +129,10 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
-    restoring = asyncio.ensure_future(scopes.restore())  # guard: the-agent-restores-at-its-start
-    going_on = [
-        asyncio.ensure_future(scopes.keep_tidy()),
-        asyncio.ensure_future(scopes.keep_checked(check_every_s)),
+    restoring = asyncio.ensure_future(upkeep.restore())  # guard: the-agent-restores-at-its-start
+    loops = [
+        asyncio.ensure_future(upkeep.keep_tidy()),
+        asyncio.ensure_future(upkeep.keep_checked(check_every_s)),
         asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
@@ -110,10 +141,11 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     with contextlib.suppress(OSError):
         os.unlink(path)
     watcher.stop()
-    for task in (restoring, *going_on):
+    for task in (restoring, *loops):
         task.cancel()
     await calls.finish(STOP_S_MAX)
-    await scopes.stop(STOP_S_MAX)
+    await upkeep.stop(STOP_S_MAX)
+    workers.shutdown(wait=False, cancel_futures=True)
     guest_process.stop()
     log.line("stopped; what runs keeps running")
 
@@ -127,7 +159,7 @@ def _restored(task: asyncio.Future[None], log: Log) -> None:
 
 
 class _Calls:
-    """The calls that run, and the last replies: a repeat of a call gets the answer, the work is done once."""
+    """The running calls and the last replies. A call that is repeated gets the same reply and is not executed twice."""
 
     def __init__(self, scopes: Scopes) -> None:
         self._scopes = scopes
@@ -135,17 +167,19 @@ class _Calls:
         self._replies: OrderedDict[str, Reply] = OrderedDict()
 
     async def answer(self, call: Call) -> Reply:
+        """Execute the call, or join its execution, and return the reply."""
         if call.call_id in self._replies:
             return self._replies[call.call_id]
         task = self._running.get(call.call_id)
         if task is None:
-            task = asyncio.ensure_future(self._scopes.carry_out(call))
+            task = asyncio.ensure_future(self._scopes.execute(call))
             self._running[call.call_id] = task
             task.add_done_callback(lambda done: self._remember(call.call_id, done))
-        # Shielded: the one who asked may go away, what was begun is finished.
+        # Shielded: the call is completed even if its connection breaks.
         return await asyncio.shield(task)
 
     async def finish(self, wait_s: float) -> None:
+        """Wait for the running calls, at most ``wait_s`` seconds."""
         if self._running:
             await asyncio.wait(self._running.values(), timeout=wait_s)
 
@@ -158,7 +192,7 @@ class _Calls:
 
 
 class _Peer(asyncio.Protocol):
-    """One connection: a relay, or whoever else is root. Many calls at once, answered as they get done."""
+    """One connection, from a relay or another process of root. Many calls at once, each answered when it is done."""
 
     def __init__(self, calls: _Calls, log: Log) -> None:
         self._calls = calls
@@ -222,11 +256,15 @@ def _hello() -> Hello:
     return Hello(version=__version__, build=BUILD, held=held())
 
 
-def _only_one(path: str) -> int:
-    """The lock that says who serves, held for life. The file is never removed: its name would mean nothing then."""
+def _lock(path: str) -> int:
+    """Take the lock of the agent that serves the socket ``path``; it is held until the process ends.
+
+    The file is never removed: otherwise two agents could lock two files of the same name.
+    Raises HostRefused or OSError.
+    """
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o711, exist_ok=True)
-    os.chmod(directory, 0o711)  # a resolver finds its files below it, as another user; the sockets are root's alone
+    os.chmod(directory, 0o711)  # dnsmasq reads its files below it as another user; the sockets belong to root
     fd = os.open(os.path.join(directory, "agent.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,15 +276,15 @@ def _only_one(path: str) -> int:
     return fd
 
 
-def _more_descriptors() -> None:
-    """As many as we may have: libnftables ends the process when there are none left."""
+def _raise_descriptor_limit() -> None:
+    """Allow as many descriptors as possible: libnftables ends the process when it cannot open one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _notify(text: str) -> None:
-    """Tells systemd, where it is the one who started us."""
+    """Send a state to systemd (sd_notify(3)), if systemd started the agent."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return

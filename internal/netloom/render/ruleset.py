@@ -91,9 +91,13 @@ def swap(have: Ruleset, want: Ruleset) -> str:
     """
     if have == want:
         return ""
+    return _text(_changes(have, want))  # guard: a-swap-keeps-what-both-have
+
+
+def _changes(have: Ruleset, want: Ruleset) -> list[str]:
     removed, added = _element_delta(have, want)
     if _shape(have) == _shape(want):
-        return _text([*removed, *added, *_marker_delta(have, want)])
+        return [*removed, *added, *_marker_delta(have, want)]
     declared = {it.name: _declaration(it) for it in have.chains}
     present_sets = {it.name: it for it in have.sets}
     created_again: set[Name] = {
@@ -102,7 +106,7 @@ def swap(have: Ruleset, want: Ruleset) -> str:
     in_both = [(present_sets[it.name], it) for it in want.sets if it.name in present_sets]
     created_again |= {(old.kind, old.name) for old, new in in_both if not _same_set(old, new)}
     kept = {old.name for old, new in in_both if _same_set(old, new)}
-    return _text(_refill(names(have), created_again, want, kept, removed, added))  # guard: a-swap-keeps-what-both-have
+    return _refill(names(have), created_again, want, kept, removed, added)
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:

@@ -13,10 +13,10 @@ import msgspec
 from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
-from netloom.agent.host.converge import Announcement, Host, HostChanges
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.interfaces import Host, ScopeServices
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
-from netloom.agent.processes.services import Services
 from netloom.commands.actions import as_sections, check_known, page_of, printable_ascii, success_json, truncated
 from netloom.commands.pbr import limited_to_table, unknown_scope
 from netloom.errors import HostRefused
@@ -44,7 +44,7 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     scope: Scope | None
     want: Want
     known: Ruleset | None
-    services: Services
+    services: ScopeServices
     converge: Callable[[], HostChanges]
 
 
@@ -68,9 +68,9 @@ class Actions:
             raise unknown_scope(action, call.scope_id)
         match action:
             case "check":
-                deviations = self._deviations(scope, context)
+                found = self._deviations(scope, context)
                 return success_json(
-                    truncated(deviations) if deviations else "nothing to do: all is as it should be"
+                    truncated(found) if found else "nothing to do: all is as it should be"
                 ), HostChanges()
             case "counters":
                 counted = _counters(scope, context.want)
@@ -98,9 +98,8 @@ class Actions:
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
                 return success_json(did), done
             case "show":
-                return success_json(
-                    printable_ascii("\n".join([*describe.summary(scope), *self._status(scope, context)]))
-                ), HostChanges()
+                described = [*describe.summary(scope), *self._status(scope, context)]
+                return success_json(printable_ascii("\n".join(described))), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,

@@ -16,11 +16,13 @@ import msgspec
 
 from netloom import names
 from netloom.agent.environment import PATH
+from netloom.agent.host import flows
 from netloom.agent.host.apply import apply
+from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.observe import observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, table_digest
-from netloom.agent.kernel import namespaces, sysctl
-from netloom.errors import HostRefused
+from netloom.agent.kernel import arp, namespaces, sysctl
+from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import Have
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
@@ -36,33 +38,13 @@ from netloom.plan.steps import (
 )
 from netloom.render.ruleset import Ruleset, marker
 from netloom.render.want import Want
+from netloom.state import Scope
 
 _ROUNDS_MAX = 3
 ORPHANS_S = 30.0  # later, CloudStack's KVM agent has plugged the VMs in again
 _INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
 _INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q", "vxlan")
-
-
-class Announcement(msgspec.Struct, frozen=True):
-    """An ARP announcement: on this link, the address now belongs to this MAC address."""
-
-    namespace: str
-    link: str
-    address: str
-    mac: str
-
-
-class HostChanges(msgspec.Struct, frozen=True):
-    """What was changed in the kernel and of processes, and which addresses have to be announced."""
-
-    steps: tuple[Step, ...] = ()
-    announcements: tuple[Announcement, ...] = ()
-    services: tuple[str, ...] = ()
-
-    @property
-    def count(self) -> int:
-        return len(self.steps) + len(self.services)
 
 
 class _Table(msgspec.Struct, frozen=True):
@@ -73,8 +55,8 @@ class _Table(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
-class Host:
-    """The kernel objects of this machine, and which bridges each scope claims."""
+class KernelHost:
+    """The kernel objects of this machine, and which bridges each scope claims. Implements ``Host``."""
 
     def __init__(self) -> None:
         self._shared = threading.Lock()
@@ -84,6 +66,15 @@ class Host:
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[str, tuple[float, frozenset[str]]] = {}  # bridge -> when it was lost, what was in it
+
+    def prepare(self) -> None:
+        """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
+        load_modules()
+        namespaces.prepare()
+        # Each dnsmasq uses one inotify instance, and they all run as one user.
+        with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
+            if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
+                sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})
 
     def claim(self, scope_id: str, want: Want) -> None:
         """Record which shared bridges the scope wants; they are not removed from now on."""
@@ -114,6 +105,13 @@ class Host:
                 return HostChanges(tuple(done), _announcements(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
 
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+        """Delete the open flows in ``namespace`` that ``new`` does not allow. ``old`` None: not known.
+
+        Raises HostRefused.
+        """
+        flows.enforce(namespace, old, new)
+
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing."""
         return self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=False)
@@ -135,6 +133,18 @@ class Host:
             steps = sweep(our_shared_links(), self._claimed_by_others(""), self._guarded)
             self._apply(steps)
             return strays + steps
+
+    def namespace_exists(self, namespace: str) -> bool:
+        """Whether there is a namespace of this name."""
+        return namespaces.exists(namespace)
+
+    def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
+        """Send these announcements once."""
+        for it in announcements:
+            try:
+                arp.gratuitous(it.namespace, it.link, it.address, it.mac)
+            except (OSError, NetloomError):
+                return  # the link is gone, so nobody needs to know its addresses
 
     def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[Step, ...]:
         have = self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=thorough)
@@ -221,16 +231,6 @@ class Host:
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
         return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
-
-
-def prepare() -> None:
-    """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
-    load_modules()
-    namespaces.prepare()
-    # Each dnsmasq uses one inotify instance, and they all run as one user.
-    with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
-        if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
-            sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})
 
 
 def load_modules() -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, Protocol
 
 from netloom.agent.backoff import Backoff
+from netloom.agent.clock import Clock, Timer
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -59,29 +60,38 @@ class _Watched:
         self.repairs: deque[tuple[float, str]] = deque(maxlen=64)  # when, which object
 
 
+class WatchHandler(Protocol):
+    """Is called by the watcher, on the event loop."""
+
+    def busy(self, scope_id: str) -> bool:
+        """Whether a command or a repair works on the scope now."""
+
+    async def repair(self, scope_id: str, why: str) -> int | None:
+        """Converge the scope and return the number of steps; None: it failed, and the handler tries again."""
+
+    def tidy_soon(self) -> None:
+        """A link of the host has gone."""
+
+
 class Watcher:
     """``open``, ``watch`` and ``unwatch`` are called by worker threads, everything else on the event loop.
 
-    Callbacks: ``repair`` converges a scope and returns the number of steps, or None when it failed (and retries by
-    itself). ``busy`` says whether a command or a repair works on the scope. ``orphaned`` is called with a bridge that
-    somebody deleted and the links that were in it; ``untidy`` when any link of the host has gone.
+    ``orphaned`` is called with a bridge that somebody deleted and the links that were in it.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        clock: Clock,
         log: Log,
-        repair: Callable[[str, str], Awaitable[int | None]],
-        busy: Callable[[str], bool],
+        handler: WatchHandler,
         orphaned: Callable[[str, frozenset[str]], None],
-        untidy: Callable[[], None],
     ) -> None:
         self._loop = loop
+        self._clock = clock
         self._log = log
-        self._repair = repair
-        self._busy = busy
+        self._handler = handler
         self._orphaned = orphaned
-        self._untidy = untidy
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
         self._ports: dict[str, tuple[str, Port]] = {}  # host end -> scope, port
@@ -91,7 +101,7 @@ class Watcher:
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._timers: dict[str, Timer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
 
@@ -246,18 +256,18 @@ class Watcher:
         if scopes:
             # One scope repairs a shared link, an idle one if possible. A NIC that came back concerns all of them.
             back = not event.gone and self._seen.get(link.name, (link.index, 0))[0] != link.index
-            for scope_id in sorted(scopes, key=self._busy)[: len(scopes) if back else 1]:
+            for scope_id in sorted(scopes, key=self._handler.busy)[: len(scopes) if back else 1]:
                 if scope_id in self._watched:
                     self._hear(self._watched[scope_id], "host", event)
         if event.gone:
             self._seen.pop(link.name, None)
-            self._untidy()
+            self._handler.tidy_soon()
         elif link.name in self._ports or scopes:
             self._seen[link.name] = (link.index, link.master_index or 0)
 
     def _follow_master(self, event: Event, link: Link) -> None:
         """Track bridge ports. Before a bridge is deleted, the kernel releases its ports one by one, VMs' taps too."""
-        now = time.monotonic()
+        now = self._clock.time()
         had = self._masters.pop(link.name, 0)
         if event.gone:
             released = self._released.pop(link.index, {})
@@ -270,7 +280,7 @@ class Watcher:
             self._released.setdefault(had, {})[link.name] = now
 
     def _hear(self, watched: _Watched, place: _Place, event: Event) -> None:
-        if self._busy(watched.scope_id):
+        if self._handler.busy(watched.scope_id):
             watched.pending[(place, event.kind, _identity(event))] = event
             return
         why = self._deviation(watched, place, event)
@@ -298,7 +308,7 @@ class Watcher:
     def _schedule(self, watched: _Watched, why: str) -> None:
         if self._stopped or watched.scope_id in self._timers:
             return
-        since = time.monotonic() - REPEATED_S
+        since = self._clock.time() - REPEATED_S
         lately = [what for at, what in watched.repairs if at > since]
         too_many = max(lately.count(why) - REPAIRS_AT_ONCE, len(lately) - ALL_REPAIRS_AT_ONCE)
         delay_s = DEBOUNCE_S
@@ -306,22 +316,27 @@ class Watcher:
             delay_s = BACKOFF.delay_s(too_many)
             times = f"{lately.count(why)} times, {len(lately)} in all"
             self._log.line(f"scope={watched.scope_id} {why}: repaired {times} recently; next repair in {delay_s:.0f} s")
-        self._timers[watched.scope_id] = self._loop.call_later(delay_s, self._start_repair, watched, why)
+        self._start_later(watched, why, delay_s)
+
+    def _start_later(self, watched: _Watched, why: str, delay_s: float) -> None:
+        self._timers[watched.scope_id] = self._clock.call_later(delay_s, partial(self._start_repair, watched, why))
 
     def _start_repair(self, watched: _Watched, why: str) -> None:
         del self._timers[watched.scope_id]
         if self._watched.get(watched.scope_id) is not watched:
             return
-        if self._busy(watched.scope_id):
-            self._timers[watched.scope_id] = self._loop.call_later(DEBOUNCE_S, self._start_repair, watched, why)
+        if self._handler.busy(watched.scope_id):
+            self._timers[watched.scope_id] = self._clock.call_later(
+                DEBOUNCE_S, partial(self._start_repair, watched, why)
+            )
             return
         task = self._loop.create_task(self._run(watched, why))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, watched: _Watched, why: str) -> None:
-        if await self._repair(watched.scope_id, f"watch: {why}"):
-            watched.repairs.append((time.monotonic(), why))
+        if await self._handler.repair(watched.scope_id, f"watch: {why}"):
+            watched.repairs.append((self._clock.time(), why))
 
 
 def deviation(want: Want, event: Event) -> str:

@@ -22,7 +22,7 @@ import msgspec
 
 from netloom import names
 from netloom.agent.environment import PATH
-from netloom.agent.host.converge import Host, load_modules
+from netloom.agent.host.converge import KernelHost, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel.nft import Nft, load_library
 from netloom.errors import HostRefused, NetloomError, one_line
@@ -188,7 +188,7 @@ class _ScratchHost:
     """The state that the tests share."""
 
     def __init__(self) -> None:
-        self.host = Host()
+        self.host = KernelHost()
         self.scope = _isolated()
 
 

@@ -1,0 +1,28 @@
+"""What a convergence of the host did."""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.plan.steps import Step
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """An ARP announcement: on this link, the address now belongs to this MAC address."""
+
+    namespace: str
+    link: str
+    address: str
+    mac: str
+
+
+class HostChanges(msgspec.Struct, frozen=True):
+    """What was changed in the kernel and of processes, and which addresses have to be announced."""
+
+    steps: tuple[Step, ...] = ()
+    announcements: tuple[Announcement, ...] = ()
+    services: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        return len(self.steps) + len(self.services)

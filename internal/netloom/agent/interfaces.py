@@ -1,0 +1,81 @@
+"""The parts of the host that ``Scopes`` and ``Upkeep`` use, as protocols.
+
+The implementations need root: ``host/converge.py``, ``host/watcher.py`` and ``processes/services.py``. The tests of the
+scheduler have simulated ones.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.plan.have import Have
+from netloom.plan.steps import Step
+from netloom.render.ruleset import Ruleset
+from netloom.render.want import Want
+from netloom.state import Scope
+
+
+class Host(Protocol):
+    """The kernel objects of this machine. Every method may block, except ``claim`` and ``renewed``."""
+
+    def prepare(self) -> None:
+        """Prepare what a host needs once, before the first scope converges."""
+
+    def claim(self, scope_id: str, want: Want) -> None:
+        """Record which shared bridges the scope wants; they are not removed from now on."""
+
+    def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
+        """Make the host what the scope wants. Raises HostRefused or ForeignScope."""
+
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+        """Delete the open flows that ``new`` does not allow. ``old`` None: not known. Raises HostRefused."""
+
+    def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
+        """Observe what exists of the scope; change nothing. Raises HostRefused."""
+
+    def renewed(self, scope_id: str) -> None:
+        """Record that another part of the agent loaded the scope's ruleset."""
+
+    def tidy(self) -> tuple[Step, ...]:
+        """Remove shared links that no scope wants any more. Raises HostRefused."""
+
+    def namespace_exists(self, namespace: str) -> bool:
+        """Whether there is a namespace of this name."""
+
+    def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
+        """Send these announcements once. Errors are ignored: the link may be gone."""
+
+
+class ScopeServices(Protocol):
+    """The processes of all scopes. ``Services`` implements it and describes the methods."""
+
+    def converge(self, scope: Scope, namespace: str) -> list[str]: ...
+    def stop(self, scope_id: str) -> list[str]: ...
+    def renew(self, scope_id: str) -> None: ...
+    def scopes(self) -> set[str]: ...
+    def waiting(self, scope_id: str) -> dict[int, str]: ...
+    def unserved(self, scope: Scope, namespace: str) -> list[str]: ...
+    def running(self, scope_id: str) -> dict[str, int]: ...
+    def crashes(self, scope_id: str) -> dict[str, int]: ...
+    def guest_process(self) -> tuple[int, int]: ...
+
+
+class ScopeWatcher(Protocol):
+    """The watches of all scopes. ``Watcher`` implements it and describes the methods."""
+
+    def open(self) -> None: ...
+    def watch(self, scope_id: str, want: Want) -> None: ...
+    def unwatch(self, scope_id: str) -> None: ...
+    def work_done(self, scope_id: str) -> None: ...
+
+
+class ScopeStore(Protocol):
+    """The states of all scopes. ``Store`` implements it and describes the methods."""
+
+    def living(self) -> list[str]: ...
+    def ended(self) -> list[str]: ...
+    def load(self, scope_id: str) -> Scope | None: ...
+    def save(self, scope: Scope) -> None: ...
+    def retire(self, scope_id: str) -> None: ...
+    def forget(self, scope_id: str) -> None: ...

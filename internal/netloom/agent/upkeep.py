@@ -1,0 +1,237 @@
+"""The work on scopes that no call asks for: restore, repair, periodic check, retry, tidying up, announcements.
+
+All of it is ``Scopes.converge`` under the lock of the scope, as in a call. A failure is logged in one line and tried
+again with growing delays; no failure ends the agent.
+
+=====================  ===========================================================  =======================
+occasion               noticed by                                                   handled by
+=====================  ===========================================================  =======================
+start of the agent     ``serve``                                                    ``restore``
+a kernel event         ``Watcher``                                                  ``repair``
+time                   ``keep_checked``: rules, settings and processes, for which   ``keep_checked``
+                       there are no events
+end of a process       ``Supervisor``                                               ``revive``
+a link has gone        ``Watcher``                                                  ``tidy_soon``
+a password was taken   ``GuestProcess``                                             ``password_taken``
+a failed convergence   ``Scopes``                                                   ``work_failed``
+new addresses          ``Scopes``                                                   ``work_succeeded``
+=====================  ===========================================================  =======================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from functools import partial
+
+from netloom import names
+from netloom.agent.backoff import Backoff
+from netloom.agent.clock import Clock
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.interfaces import Host, ScopeServices, ScopeWatcher
+from netloom.agent.log import Log
+from netloom.agent.scopes import SCOPE_ID, WORKERS, Scopes, Slot
+from netloom.errors import NetloomError
+from netloom.guestwire import PasswordTaken
+
+RESTORING_AT_ONCE = WORKERS - 4  # the other workers are for calls that come meanwhile
+BACKOFF = Backoff.doubling(1.0, 60.0)
+# More than once: the bridge port of a neighbour comes up together with ours, and until then it receives nothing.
+ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
+TIDY_EVERY_S = 30.0
+TIDY_AFTER_S = 0.3
+CHECK_EVERY_S = 45.0  # between two checks of the same scope
+
+
+class Upkeep:
+    """Handles the events of the agent (``EventHandler``) and runs its loops. Created and used on the event loop."""
+
+    def __init__(
+        self, scopes: Scopes, host: Host, services: ScopeServices, watcher: ScopeWatcher, log: Log, clock: Clock
+    ) -> None:
+        self._scopes = scopes
+        self._host = host
+        self._services = services
+        self._watcher = watcher
+        self._log = log
+        self._clock = clock
+        self._untidy = asyncio.Event()
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    # ------------------------------------------------------------------------------------------------- the loops
+
+    async def restore(self) -> None:
+        """Adopt what runs and repair what does not, scope by scope. Errors are logged and tried again."""
+        await self._scopes.in_worker(self._host.prepare)
+        try:
+            await self._scopes.in_worker(self._watcher.open)
+        except NetloomError as error:
+            self._log.line(f"the host cannot be watched: {error}")
+        at_once = asyncio.Semaphore(RESTORING_AT_ONCE)  # guard: a-restore-leaves-workers-for-calls
+
+        async def restore_one(slot: Slot) -> None:
+            async with at_once:
+                await self._reconcile(slot, "restore")
+
+        await asyncio.gather(*(restore_one(slot) for slot in self._scopes.slots() if slot.scope or slot.ending))
+        await self._tidy()
+
+    async def keep_tidy(self) -> None:
+        """Remove shared links that are not used any more, periodically and soon after a link of the host has gone.
+
+        A VM's tap may go after its network, and with the tap the last use of the bridge.
+        """
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with self._clock.timeout(TIDY_EVERY_S):
+                    await self._untidy.wait()
+                await self._clock.sleep(TIDY_AFTER_S)  # other links often go at the same time
+            self._untidy.clear()
+            await self._tidy()
+
+    async def keep_checked(self, every_s: float = CHECK_EVERY_S) -> None:
+        """Check every scope once in ``every_s`` seconds: rules, settings and processes, for which there are no events.
+
+        The checks are evenly spread over this time.
+        """
+        while True:
+            existing = [slot for slot in self._scopes.slots() if slot.scope is not None]
+            if not existing:
+                await self._clock.sleep(every_s)
+            for slot in existing:
+                await self._clock.sleep(every_s / len(existing))
+                if slot.scope is not None and slot.retry is None:
+                    await self._maintain(slot, "check", partial(self._scopes.converge, slot, thorough=True), quiet=True)
+
+    async def stop(self, wait_s: float) -> None:
+        """Cancel all timers, and wait at most ``wait_s`` seconds for running work. The host stays as it is."""
+        for slot in self._scopes.slots():
+            for timer in (*slot.announcing, *([slot.retry] if slot.retry else [])):
+                timer.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=wait_s)
+
+    # --------------------------------------------------------------------------- the events; see EventHandler
+
+    def busy(self, scope_id: str) -> bool:
+        """Whether a call or a repair works on the scope now."""
+        return self._scopes.busy(scope_id)
+
+    async def repair(self, scope_id: str, why: str) -> int | None:
+        """Converge the scope and return the number of steps; None: it failed and is tried again."""
+        slot = self._scopes.get(scope_id)
+        if slot is None or slot.scope is None:
+            return 0  # the scope has ended
+        return await self._maintain(slot, why, partial(self._scopes.converge, slot), quiet=True)
+
+    def tidy_soon(self) -> None:
+        """Remove unused shared links within moments: a link of the host has gone, perhaps the last user of a bridge."""
+        self._untidy.set()
+
+    def revive(self, scope_id: str, why: str) -> None:
+        """Converge the scope, because a process of it has ended and is due to start again."""
+        slot = self._scopes.get(scope_id)
+        if slot is not None and slot.scope is not None:
+            self._start_task(self._reconcile(slot, why))
+
+    def password_taken(self, taken: PasswordTaken) -> None:
+        """Erase a password that a VM has acknowledged, from the state file and from memory."""
+        slot = self._scopes.get(taken.scope_id)
+        if slot is not None:
+            self._start_task(self._erase_until_done(slot, taken))
+
+    def work_failed(self, slot: Slot) -> None:
+        """Schedule a retry, unless one is scheduled, or the host is as it was."""
+        if not slot.unconverged or slot.retry is not None:
+            return
+        delay_s = BACKOFF.delay_s(slot.failures)
+        slot.failures += 1
+
+        def retry() -> None:
+            slot.retry = None
+            self._start_task(self._reconcile(slot, f"retry {slot.failures}"))
+
+        slot.retry = self._clock.call_later(delay_s, retry)  # guard: a-failed-convergence-is-tried-again
+
+    def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
+        """Cancel the retry if the scope has converged, and announce new addresses several times."""
+        slot.failures = 0
+        if slot.retry is not None and not slot.unconverged:
+            slot.retry.cancel()  # guard: a-success-cancels-the-retry
+            slot.retry = None
+        if announcements:
+            now = self._clock.time()
+            slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
+            send = partial(self._send_arp, slot, announcements)
+            slot.announcing += [self._clock.call_later(after_s, send) for after_s in ANNOUNCE_AFTER_S]
+
+    # --------------------------------------------------------------------------------------------------- the work
+
+    async def _reconcile(self, slot: Slot, why: str) -> None:
+        await self._maintain(slot, why, partial(self._scopes.converge, slot))
+
+    async def _maintain(
+        self, slot: Slot, why: str, work: Callable[[], HostChanges], *, quiet: bool = False
+    ) -> int | None:
+        """Run the work when the calls of the scope that came earlier are done. Never raises.
+
+        Returns the number of steps, or None when the work failed. ``quiet``: write no log line for no steps.
+        """
+        started = self._clock.time()
+        try:
+            async with self._scopes.turn(slot, why):
+                _, changes = await self._scopes.run_and_settle(slot, lambda: (None, work()))
+            ms = (self._clock.time() - started) * 1000
+            if changes.count or not quiet:
+                self._log.line(f"scope={slot.scope_id} {why}: steps={changes.count} ms={ms:.1f}")
+            return changes.count
+        except NetloomError as error:
+            self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
+        # A bug must not end the agent.
+        except Exception as error:  # noqa: BLE001 # guard: a-bug-in-upkeep-does-not-end-the-agent
+            self._log.traceback(f"scope={slot.scope_id} {why}", error)
+        return None
+
+    async def _erase_until_done(self, slot: Slot, taken: PasswordTaken) -> None:
+        failures = 0
+        erase = partial(self._scopes.erase_password, slot, taken)
+        while await self._maintain(slot, "password taken", erase) is None:  # guard: erasing-is-tried-again
+            await self._clock.sleep(BACKOFF.delay_s(failures))
+            failures += 1
+
+    async def _tidy(self) -> None:
+        try:
+            for step in await self._scopes.in_worker(self._host.tidy):
+                self._log.line(f"tidy: {step}")
+        except NetloomError as error:
+            self._log.line(f"tidy failed: {error}")
+        with_services = await self._scopes.in_worker(self._services.scopes)
+        for scope_id in sorted(with_services - {slot.scope_id for slot in self._scopes.slots()}):
+            if SCOPE_ID.match(scope_id):
+                slot = self._scopes.slot(scope_id)
+                await self._maintain(slot, "in no file", partial(self._stop_leftovers, slot), quiet=True)
+
+    def _stop_leftovers(self, slot: Slot) -> HostChanges:
+        """In a worker thread: stop the services of a scope that has neither a state file nor a named namespace.
+
+        If the namespace has its name, the state file may have been lost, so the services are left running.
+        """
+        if slot.scope is not None or self._host.namespace_exists(names.namespace(slot.scope_id)):
+            return HostChanges()
+        return HostChanges(services=tuple(self._services.stop(slot.scope_id)))
+
+    def _send_arp(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
+        """Send those announcements whose address the scope still holds: another device may hold the others by now."""
+        held = {it.ip for it in slot.rendered[1].announce} if slot.rendered else set()
+        still_held = tuple(
+            it
+            for it in announcements
+            if it.address in held  # guard: only-held-addresses-are-announced
+        )
+        self._start_task(self._scopes.in_worker(partial(self._host.send_arp, still_held)))
+
+    def _start_task(self, work: Coroutine[object, object, object]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,459 @@
+"""A simulated host for tests of the agent's scheduler: no root, no kernel, no threads, and no waiting for time.
+
+``Agent`` connects ``Scopes`` and ``Upkeep`` as ``agent/serve.py`` does, with simulated neighbours. A test is a
+coroutine with the decorator ``simulated``::
+
+    @simulated
+    async def test_a_failed_call_is_tried_again(agent: Agent) -> None:
+        agent.host.fail("net-204", HostRefused("no bridge"))
+        await agent.call("020", "implement-network")
+        await agent.clock.advance(1.0)
+        assert "net-204" in agent.host.present
+
+Work runs at once, in the thread of the test, unless ``agent.workers.hold()`` was called: then it waits for ``step`` or
+``release``, as if the worker threads were slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import heapq
+import inspect
+import itertools
+import json
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+from netloom.agent.actions.builtin import Actions
+from netloom.agent.events import Events
+from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.log import Log
+from netloom.agent.scopes import Scopes
+from netloom.agent.store import Unreadable
+from netloom.agent.upkeep import Upkeep
+from netloom.errors import HostRefused
+from netloom.plan.have import Have
+from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step
+from netloom.render.ruleset import Ruleset
+from netloom.render.want import Want
+from netloom.state import Scope
+from netloom.wire import Call, Registration, Reply
+
+PAYLOADS = Path(__file__).parent / "payloads"
+REGISTRATION = Registration(owner="test", guest_nic="eth1", public_nic="eth2")
+# The event loop counts as idle after so many turns without new work and new timers.
+_IDLE_TURNS = 20
+_LIMIT_S = 10.0  # of real time, for a test that waits in vain
+
+
+class FakeTimer:
+    """A callback that is due at a time of a :class:`FakeClock`."""
+
+    def __init__(self, at: float, callback: Callable[[], object]) -> None:
+        self._at = at
+        self.callback: Callable[[], object] | None = callback
+
+    def when(self) -> float:
+        return self._at
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class FakeClock:
+    """Time that passes in ``advance`` alone. Starts at 0."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._order = itertools.count()
+        self._timers: list[tuple[float, int, FakeTimer]] = []
+        self.activity = 0  # grows with each timer and each work, see settle
+
+    def time(self) -> float:
+        return self._now
+
+    def call_later(self, delay_s: float, callback: Callable[[], object]) -> FakeTimer:
+        self.activity += 1
+        timer = FakeTimer(self._now + delay_s, callback)
+        heapq.heappush(self._timers, (timer.when(), next(self._order), timer))
+        return timer
+
+    async def sleep(self, delay_s: float) -> None:
+        woken = asyncio.get_running_loop().create_future()
+        timer = self.call_later(delay_s, lambda: woken.set_result(None))
+        try:
+            await woken
+        finally:
+            timer.cancel()
+
+    @contextlib.asynccontextmanager
+    async def timeout(self, delay_s: float | None) -> AsyncIterator[None]:
+        async with asyncio.timeout(None) as real:
+            timer = None if delay_s is None else self.call_later(delay_s, lambda: real.reschedule(0.0))
+            try:
+                yield
+            finally:
+                if timer is not None:
+                    timer.cancel()
+
+    async def settle(self) -> None:
+        """Return when all that can run now has run."""
+        idle, seen = 0, self.activity
+        while idle < _IDLE_TURNS:
+            await asyncio.sleep(0)
+            idle, seen = (idle + 1, seen) if seen == self.activity else (0, self.activity)
+
+    async def advance(self, seconds: float) -> None:
+        """Let ``seconds`` pass, and run what is due at its time."""
+        until = self._now + seconds
+        await self.settle()
+        while self._timers and self._timers[0][0] <= until + 1e-9:
+            at, _, timer = heapq.heappop(self._timers)
+            self._now = max(self._now, at)
+            if timer.callback is not None:
+                timer.callback()
+                await self.settle()
+        self._now = until
+
+
+class FakeWorkers(Executor):
+    """Runs work at once in the calling thread. After ``hold`` the work waits in ``pending``."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self._clock = clock
+        self._held = False
+        self.pending: deque[Callable[[], None]] = deque()
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._clock.activity += 1
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = work(*args, **kwargs)
+            except BaseException as error:  # noqa: BLE001, as in the standard library
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        if self._held:
+            self.pending.append(run)
+        else:
+            run()
+        return future
+
+    def hold(self) -> None:
+        """Let work that comes from now on wait."""
+        self._held = True
+
+    async def step(self) -> None:
+        """Run the work that has waited longest, and what follows from it."""
+        self.pending.popleft()()
+        await self._clock.settle()
+
+    async def release(self) -> None:
+        """Run all work that waits, and further work at once."""
+        while self.pending:
+            await self.step()
+        self._held = False
+
+
+class FakeHost:
+    """The kernel of the simulated host: for each scope what it wanted when it last converged.
+
+    ``did`` lists what was done, in order. ``arp`` has the announcements, each with its time.
+    """
+
+    def __init__(self, clock: FakeClock, did: list[str]) -> None:
+        self._clock = clock
+        self._errors: defaultdict[str, deque[Exception]] = defaultdict(deque)
+        self.did = did
+        self.present: dict[str, Want] = {}
+        self.arp: list[tuple[float, list[str]]] = []
+        self.named: set[str] = set()  # further namespaces
+        self.unused: list[str] = []  # links that the next tidy removes
+
+    def fail(self, what: str, *errors: Exception) -> None:
+        """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
+        self._errors[what].extend(errors)
+
+    def prepare(self) -> None:
+        self.did.append("prepare")
+
+    def claim(self, scope_id: str, want: Want) -> None:
+        self.did.append(f"claim {scope_id}")
+
+    def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
+        self.did.append(f"converge {scope_id}{' thoroughly' if thorough else ''}")
+        self._raise(scope_id)
+        had = self.present.get(scope_id)
+        steps: list[Step] = []
+        if not want.namespace:
+            if self.present.pop(scope_id, None) is not None:
+                steps.append(RemoveNamespace(f"cs-{scope_id}"))
+            return HostChanges(tuple(steps))
+        if had is None:
+            steps.append(CreateNamespace(want.namespace))
+        new = [it for it in want.announce if had is None or it not in had.announce]
+        steps += [AddAddress(want.namespace, it) for it in new]
+        self.present[scope_id] = want
+        return HostChanges(tuple(steps), tuple(Announcement(want.namespace, it.link, it.ip, "") for it in new))
+
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+        self.did.append(f"flows {old.revision if old else None} {new.revision}")
+
+    def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
+        return Have(scope_id=scope_id, namespace=want.namespace)
+
+    def renewed(self, scope_id: str) -> None:
+        self.did.append(f"renewed {scope_id}")
+
+    def tidy(self) -> tuple[Step, ...]:
+        self.did.append("tidy")
+        self._raise("tidy")
+        removed, self.unused = self.unused, []
+        return tuple(map(RemoveHostPort, removed))
+
+    def namespace_exists(self, namespace: str) -> bool:
+        return namespace in self.named | {want.namespace for want in self.present.values()}
+
+    def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
+        self.arp.append((self._clock.time(), [it.address for it in announcements]))
+
+    def _raise(self, what: str) -> None:
+        if self._errors[what]:
+            raise self._errors[what].popleft()
+
+
+class FakeServices:
+    """The processes of the simulated host: the scopes that have some."""
+
+    def __init__(self, did: list[str]) -> None:
+        self._did = did
+        self._errors: deque[Exception] = deque()
+        self.of: dict[str, str] = {}  # scope id to namespace
+        self.taken: dict[int, str] = {}
+
+    def fail(self, *errors: Exception) -> None:
+        self._errors.extend(errors)
+
+    def converge(self, scope: Scope, namespace: str) -> list[str]:
+        self._did.append(f"services {scope.scope_id}")
+        if self._errors:
+            raise self._errors.popleft()
+        started = [] if scope.scope_id in self.of else ["start dns"]
+        self.of[scope.scope_id] = namespace
+        return started
+
+    def stop(self, scope_id: str) -> list[str]:
+        return ["stop dns"] if self.of.pop(scope_id, None) is not None else []
+
+    def renew(self, scope_id: str) -> None:
+        self._did.append(f"renew {scope_id}")
+
+    def scopes(self) -> set[str]:
+        return set(self.of)
+
+    def waiting(self, scope_id: str) -> dict[int, str]:
+        return self.taken
+
+    def unserved(self, scope: Scope, namespace: str) -> list[str]:
+        return []
+
+    def running(self, scope_id: str) -> dict[str, int]:
+        return {"dns": 1} if scope_id in self.of else {}
+
+    def crashes(self, scope_id: str) -> dict[str, int]:
+        return {}
+
+    def guest_process(self) -> tuple[int, int]:
+        return 2, 0
+
+
+class FakeWatcher:
+    """The watches of the simulated host. ``watched``: what each scope's events would be compared with."""
+
+    def __init__(self, did: list[str]) -> None:
+        self._did = did
+        self.watched: dict[str, Want] = {}
+        self.done: list[str] = []
+        self.error: HostRefused | None = None
+
+    def open(self) -> None:
+        self._did.append("open")
+        if self.error is not None:
+            raise self.error
+
+    def watch(self, scope_id: str, want: Want) -> None:
+        self._did.append(f"watch {scope_id}")
+        self.watched[scope_id] = want
+
+    def unwatch(self, scope_id: str) -> None:
+        self.watched.pop(scope_id, None)
+
+    def work_done(self, scope_id: str) -> None:
+        self.done.append(scope_id)
+
+
+class FakeStore:
+    """State files in memory. ``unreadable`` lists scopes whose file is broken; while ``full``, nothing can be saved."""
+
+    def __init__(self, did: list[str]) -> None:
+        self._did = did
+        self.files: dict[str, Scope] = {}
+        self.retired: set[str] = set()
+        self.unreadable: set[str] = set()
+        self.full = False
+        self.loads = 0
+
+    def living(self) -> list[str]:
+        return sorted(self.files.keys() | self.unreadable)
+
+    def ended(self) -> list[str]:
+        return sorted(self.retired)
+
+    def load(self, scope_id: str) -> Scope | None:
+        self.loads += 1
+        if scope_id in self.unreadable:
+            raise Unreadable(f"state file {scope_id}.json cannot be read")
+        return self.files.get(scope_id)
+
+    def save(self, scope: Scope) -> None:
+        self._did.append(f"save {scope.scope_id}")
+        if self.full:
+            raise HostRefused(f"state file {scope.scope_id}.json cannot be written: No space left on device")
+        self.files[scope.scope_id] = scope
+        self.retired.discard(scope.scope_id)
+
+    def retire(self, scope_id: str) -> None:
+        self._did.append(f"retire {scope_id}")
+        if self.files.pop(scope_id, None) is not None:
+            self.retired.add(scope_id)
+
+    def forget(self, scope_id: str) -> None:
+        self._did.append(f"forget {scope_id}")
+        self.retired.discard(scope_id)
+
+
+class FakeLog(Log):
+    """A log in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+class Agent:
+    """Scopes and Upkeep on a simulated host. ``restart`` is a new agent on the same host and state files."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.did: list[str] = []
+        self.host = FakeHost(self.clock, self.did)
+        self.services = FakeServices(self.did)
+        self.store = FakeStore(self.did)
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._ids = itertools.count(1)
+        self.restart()
+
+    def restart(self) -> None:
+        self.did.clear()
+        self.workers = FakeWorkers(self.clock)
+        self.watcher = FakeWatcher(self.did)
+        self.log = FakeLog()
+        events = Events()
+        actions = Actions(self.host, Path("/nonexistent"))
+        self.scopes = Scopes(
+            self.store,
+            self.host,
+            self.services,
+            self.watcher,
+            actions,
+            events,
+            self.log,
+            self.clock,
+            self.workers,
+        )
+        self.upkeep = Upkeep(self.scopes, self.host, self.services, self.watcher, self.log, self.clock)
+        events.connect(self.upkeep)
+        self.scopes.load()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something in the background. It is cancelled at the end of the test."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.append(task)
+        return task
+
+    def send(self, fixture: str, command: str, *, remaining_ms: int = 60_000, **changes: object) -> asyncio.Task[Reply]:
+        """Start the call of a payload file. ``fixture`` is the number in its name; ``changes`` replace fields."""
+        (file,) = PAYLOADS.glob(f"{fixture}-*.json")
+        payload = json.loads(file.read_bytes())
+        payload = (payload if command == "custom-action" else payload["payload"]) | changes
+        for details in ("physical-network-extension-details", "network-extension-details"):
+            payload.pop(details, None)
+        call = Call(
+            call_id=f"c{next(self._ids)}",
+            command=command,
+            scope_id=f"net-{payload['network_id']}",
+            registration=REGISTRATION,
+            payload=json.dumps(payload).encode(),
+            remaining_ms=remaining_ms,
+        )
+        return self.start(self.scopes.execute(call))
+
+    async def call(self, fixture: str, command: str, **changes: Any) -> Reply:
+        """Send a call and return its reply."""
+        return await self.send(fixture, command, **changes)
+
+    async def live(self, *network_ids: str) -> None:
+        """Build these networks, each with its source-NAT address. Then forget what was done and logged."""
+        for number, network_id in enumerate(network_ids or ("204",)):
+            vlan = str(1204 + number)
+            assert (await self.call("020", "implement-network", network_id=network_id, vlan=vlan)).status == 0
+            address = {"vlan": vlan, "public_ip": f"203.0.113.{20 + number}"}
+            assert (await self.call("021", "assign-ip", network_id=network_id, **address)).status == 0
+        await self.clock.advance(60)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was done, logged and announced until now."""
+        self.did.clear()
+        self.log.lines.clear()
+        self.host.arp.clear()
+        self.watcher.done.clear()
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+
+def simulated(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that gets a simulated agent as its first argument."""
+
+    async def run(**arguments: Any) -> None:
+        agent = Agent()
+        try:
+            async with asyncio.timeout(_LIMIT_S):
+                await test(agent, **arguments)
+        finally:
+            agent.close()
+
+    def wrapped(**arguments: Any) -> None:
+        asyncio.run(run(**arguments))
+
+    functools.update_wrapper(wrapped, test)
+    signature = inspect.signature(test)
+    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=list(signature.parameters.values())[1:], return_annotation=None
+    )
+    return wrapped

@@ -1,0 +1,313 @@
+"""Calls of scopes: their order, their errors, and what they do to the host. On a simulated host, in simulated time."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+
+from fakehost import Agent, simulated
+from netloom.agent.actions.hooks import Hook, Hooks
+from netloom.agent.events import Events
+from netloom.commands import table
+from netloom.errors import HostRefused
+from netloom.wire import Reply
+
+
+@simulated
+async def test_a_call_is_saved_applied_and_answered(agent: Agent) -> None:
+    reply = await agent.call("020", "implement-network")
+    assert reply == Reply(call_id="c1", status=0, holds=True, revision=1)
+    assert agent.did == [
+        "save net-204",
+        "watch net-204",
+        "converge net-204",
+        "watch net-204",
+        "flows None 1",
+        "services net-204",
+    ]
+    assert agent.log.lines == ["call=c1 command=implement-network scope=net-204 steps=3 ms=0.0 status=0"]
+    assert agent.watcher.done == ["net-204"]
+
+
+@simulated
+async def test_a_repeated_call_saves_nothing_and_takes_no_steps(agent: Agent) -> None:
+    await agent.live()
+    assert (await agent.call("021", "assign-ip")).revision == 2
+    assert agent.did == ["watch net-204", "converge net-204", "watch net-204", "services net-204"]
+    assert "steps=0" in agent.log.lines[0]
+    assert agent.store.loads == 1
+
+
+@simulated
+async def test_open_flows_are_checked_when_the_state_has_changed(agent: Agent) -> None:
+    await agent.live()
+    await agent.call("050", "assign-ip")
+    await agent.call("050", "assign-ip")
+    assert [it for it in agent.did if it.startswith("flows")] == ["flows 2 3"]
+
+
+# ------------------------------------------------------------------------------------------------------------- order
+
+
+@simulated
+async def test_the_calls_of_a_scope_run_one_after_the_other_in_their_order(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    calls = [agent.send("053", "add-port-forward", public_port=str(port)) for port in (2001, 2002, 2003)]
+    await agent.clock.settle()
+    for done in range(3):
+        assert len(agent.workers.pending) == 1
+        assert [call.done() for call in calls] == [number < done for number in range(3)]
+        await agent.workers.step()
+    assert [call.result().revision for call in calls] == [3, 4, 5]
+
+
+@simulated
+async def test_calls_of_different_scopes_run_at_the_same_time(agent: Agent) -> None:
+    await agent.live("204", "205", "206")
+    agent.workers.hold()
+    calls = [agent.send("050", "assign-ip", network_id=network_id) for network_id in ("204", "205", "206")]
+    await agent.clock.settle()
+    assert len(agent.workers.pending) == 3
+    assert all(map(agent.scopes.busy, ("net-204", "net-205", "net-206")))
+    await agent.workers.release()
+    assert [call.result().status for call in calls] == [0, 0, 0]
+    assert not agent.scopes.busy("net-204")
+
+
+@pytest.mark.parametrize("busy_with", ["assign-ip", "watch: pub-101"])
+@simulated
+async def test_a_call_that_waits_too_long_is_refused_and_names_the_work_in_its_way(
+    agent: Agent, busy_with: str
+) -> None:
+    await agent.live()
+    agent.workers.hold()
+    if busy_with == "assign-ip":
+        agent.send("050", "assign-ip")
+    else:
+        agent.start(agent.upkeep.repair("net-204", busy_with))
+    await agent.clock.settle()
+    late = agent.send("053", "add-port-forward", remaining_ms=1000)
+    patient = agent.send("057", "assign-ip", remaining_ms=5000)
+    await agent.clock.advance(0.9)
+    assert not late.done()
+    await agent.clock.advance(0.2)
+    assert late.result() == Reply(
+        call_id=late.result().call_id,
+        status=3,
+        error=f"net-204 is busy with {busy_with}, for longer than this call had time",
+        hint="CloudStack may repeat it",
+        holds=True,
+    )
+    # The refused call is never executed; the others are.
+    await agent.workers.release()
+    assert patient.result().status == 0
+    assert agent.store.files["net-204"].port_forwards == {}
+    assert not agent.scopes.busy("net-204")
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.mutation("state-is-saved-first")
+@simulated
+async def test_nothing_happens_when_the_state_cannot_be_saved(agent: Agent) -> None:
+    await agent.live()
+    agent.store.full = True
+    reply = await agent.call("050", "assign-ip")
+    assert (reply.status, reply.holds) == (3, True)
+    assert reply.error.endswith("No space left on device")
+    assert agent.did == ["save net-204"]
+    agent.store.full = False
+    # The state in memory is the old one as well, and there is nothing to try again.
+    await agent.clock.advance(100)
+    assert agent.did == ["save net-204"]
+    assert (await agent.call("050", "assign-ip")).revision == 3
+
+
+@simulated
+async def test_a_bad_payload_changes_nothing(agent: Agent) -> None:
+    reply = await agent.call("020", "implement-network", cidr="nonsense")
+    assert reply.status == 1
+    assert (agent.did, agent.scopes.slots()) == ([], [])
+
+
+@simulated
+async def test_a_failed_service_leaves_the_network_right_and_is_reported(agent: Agent) -> None:
+    agent.services.fail(HostRefused("dns does not start", hint="see its log"))
+    reply = await agent.call("020", "implement-network")
+    assert (reply.status, reply.error, reply.hint) == (3, "dns does not start", "see its log")
+    assert "net-204" in agent.host.present
+    assert "net-204" in agent.store.files
+
+
+@pytest.mark.mutation("a-bug-in-a-call-becomes-its-reply")
+@simulated
+async def test_a_bug_becomes_one_line_for_the_caller_and_the_next_call_works(agent: Agent) -> None:
+    agent.host.fail("net-204", RuntimeError("FAKE-secret"))
+    reply = await agent.call("020", "implement-network")
+    assert (reply.status, reply.error) == (3, "the agent failed: RuntimeError in implement-network")
+    assert agent.log.lines[0] == "call=c1 bug: RuntimeError"
+    assert agent.log.lines[-1].endswith("status=3 error=the agent failed: RuntimeError in implement-network")
+    assert "FAKE-secret" not in "".join(agent.log.lines)
+    assert agent.watcher.done == ["net-204"]
+    assert (await agent.call("020", "implement-network")).status == 0
+
+
+@simulated
+async def test_an_unreadable_state_is_tried_again_with_every_call(agent: Agent) -> None:
+    await agent.live("204", "205")
+    agent.store.unreadable.add("net-204")
+    agent.restart()
+    assert agent.log.lines == ["scope=net-204 load failed: state file net-204.json cannot be read"]
+    assert agent.did == ["claim net-205"]
+    reply = await agent.call("050", "assign-ip")
+    assert (reply.status, reply.holds) == (3, True)
+    assert (await agent.call("050", "assign-ip", network_id="205")).status == 0
+    agent.store.unreadable.clear()
+    assert (await agent.call("050", "assign-ip")).revision == 3
+
+
+@simulated
+async def test_a_scope_whose_unreadable_file_was_removed_is_unknown(agent: Agent) -> None:
+    agent.store.unreadable.add("net-204")
+    agent.restart()
+    assert (await agent.call("020", "locate")).holds
+    agent.store.unreadable.clear()
+    assert not (await agent.call("056", "delete-port-forward")).holds
+    assert agent.scopes.slots() == []
+
+
+# ------------------------------------------------------------------------------------------------------------- slots
+
+
+@dataclass
+class Gone:
+    """Calls after which the agent has no slot. ``network``: there is one before."""
+
+    fixture: str
+    command: str
+    network: bool = False
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Gone("056", "delete-port-forward"),
+        Gone("131", "destroy-network"),
+        Gone("131", "destroy-network", network=True),
+        Gone("501", "custom-action"),
+    ],
+    ids=str,
+)
+@simulated
+async def test_a_slot_without_information_is_dropped(agent: Agent, row: Gone) -> None:
+    if row.network:
+        await agent.live()
+    await agent.call(row.fixture, row.command)
+    assert agent.scopes.slots() == []
+    assert (agent.store.files, agent.store.retired, agent.host.present, agent.services.of) == ({}, set(), {}, {})
+
+
+@simulated
+async def test_a_slot_that_a_call_waits_for_is_not_dropped(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    agent.send("131", "destroy-network")
+    again = agent.send("020", "implement-network")
+    await agent.clock.settle()
+    (slot,) = agent.scopes.slots()
+    await agent.workers.step()
+    assert agent.scopes.slots() == [slot]
+    await agent.workers.release()
+    assert again.result().status == 0
+    assert agent.scopes.slots() == [slot]
+
+
+@simulated
+async def test_the_end_of_a_scope_is_remembered_until_nothing_of_it_is_left(agent: Agent) -> None:
+    await agent.live()
+    agent.host.fail("net-204", HostRefused("a link is busy"), HostRefused("a link is busy"))
+    reply = await agent.call("131", "destroy-network")
+    assert (reply.status, reply.holds) == (3, False)
+    assert agent.store.retired == {"net-204"}
+    agent.restart()
+    await agent.upkeep.restore()
+    assert agent.log.lines == ["scope=net-204 restore failed: a link is busy"]
+    await agent.clock.advance(1)
+    assert (agent.store.retired, agent.host.present, agent.scopes.slots()) == (set(), {}, [])
+
+
+@simulated
+async def test_only_an_end_command_removes_what_a_lost_state_left_behind(agent: Agent) -> None:
+    await agent.live()
+    agent.store.files.clear()
+    agent.restart()
+    await agent.call("056", "delete-port-forward")
+    assert "net-204" in agent.host.present
+    await agent.call("131", "destroy-network")
+    assert agent.host.present == {}
+
+
+@simulated
+async def test_locate_takes_no_turn(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    assert await agent.call("020", "locate") == Reply(call_id="c4", holds=True, revision=2)
+
+
+# ----------------------------------------------------------------------------------------------------- custom actions
+
+
+@pytest.mark.parametrize(
+    ("fixture", "command", "changes"),
+    [
+        ("050", "assign-ip", {}),
+        ("501", "custom-action", {"action": "leases"}),
+        ("500", "custom-action", {"action": "pbr-create-table", "action-params": {"table": "one"}}),
+    ],
+)
+@simulated
+async def test_a_payload_is_decoded_once(
+    agent: Agent, fixture: str, command: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await agent.live()
+    decoded: list[str] = []
+    decode = table.decode
+
+    def counted(command: str, payload: bytes) -> msgspec.Struct:
+        decoded.append(command)
+        return decode(command, payload)
+
+    monkeypatch.setattr(table, "decode", counted)
+    reply = await agent.call(fixture, command, **changes)
+    assert (reply.status, reply.error) == (0, "")
+    assert decoded == [command]
+
+
+@simulated
+async def test_a_hook_runs_without_the_lock(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    await agent.live()
+    may_end = threading.Event()
+    monkeypatch.setattr(Hooks, "names", lambda hooks: ["wait"])
+    monkeypatch.setattr(Hooks, "path", lambda hooks, action: "/hook")
+    monkeypatch.setattr(Hook, "run", lambda hook, ends: f"ended {may_end.wait(10)}")
+    with_hook = agent.send("501", "custom-action", action="wait")
+    await agent.clock.settle()
+    other = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    finished = (with_hook.done(), other.done())
+    may_end.set()
+    assert (await with_hook).output == "ended True"
+    assert finished == (False, True)
+
+
+def test_an_event_before_there_is_a_handler_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="an event before connect"):
+        Events().tidy_soon()
