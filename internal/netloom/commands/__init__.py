@@ -1,4 +1,4 @@
-"""What a command means: (state, payload) to state, one pure function per command."""
+"""The effect of each command: one pure function per command, from a scope and a payload to the new scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The access control list of a tier, replaced whole."""
+"""apply-network-acl: replace the access control list of a tier."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netloom.state import AclItem, Scope
 
 
 def apply_network_acl(scope: Scope, payload: ApplyNetworkAcl, context: Context) -> Scope:
-    """The tier's list is this one, in the order of its numbers. An empty list is a list too: ingress is closed."""
+    """Replace the tier's list, sorted by number. An empty list is valid and closes ingress."""
     if not payload.vpc_id:
         raise BadRequest("payload.vpc_id is missing", hint="only tiers of a VPC have access control lists")
     items = tuple(map(_item, sorted(payload.acl_rules, key=lambda rule: rule.number)))

@@ -1,4 +1,4 @@
-"""Custom actions: their names, and what their output may look like. What they do is the agent's part."""
+"""Custom actions: their names, and the form and size of their output. The agent executes them."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ BUILT_IN = {
     "show": "the scope in a few lines",
 }
 
-# CloudStack keeps the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), and what is in quotes
-# there is escaped once more. A longer result fails the job after everything was done.
+# CloudStack stores the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), where quoted text is
+# escaped once more. With a longer result the job fails after the action was executed.
 OUTPUT_CHARACTERS_MAX = 48_000  # guard: a-page-holds-a-thousand-rules
 
 
 def check_known(action: str, hooks: Collection[str]) -> None:
-    """Raises BadRequest for an action that is neither built in nor one of the operator's ``hooks``."""
+    """Raise BadRequest for an action that is neither built in nor one of the operator's ``hooks``."""
     if action not in BUILT_IN and action not in hooks:
         known = ", ".join(sorted({*BUILT_IN, *hooks}))
         raise BadRequest(f"custom-action {action}: there is no such action on this host", hint=f"known: {known}")
 
 
 def success_json(message: str) -> str:
-    """The JSON that CloudStack takes for a success and whose message its UI shows."""
+    """The JSON that means success to CloudStack, with a message that its UI shows."""
     return json.dumps({"status": "success", "printmessage": "true", "message": message})
 
 
 def hook_output(action: str, output: str) -> str:
-    """The output of a hook that ended well, in ASCII and not too long.
+    """The output of a hook that exited with 0, in printable ASCII and at most OUTPUT_CHARACTERS_MAX characters.
 
-    Raises HostRefused when it is a JSON object whose ``status`` is not ``success``: CloudStack takes it for a failure,
-    whatever the exit status was.
+    Raises HostRefused if it is a JSON object whose ``status`` is not ``success``: to CloudStack that is a failure,
+    independent of the exit status.
     """
     text = printable_ascii(output).strip()
     if len(text) > OUTPUT_CHARACTERS_MAX:
@@ -64,16 +64,16 @@ def hook_output(action: str, output: str) -> str:
 
 
 def printable_ascii(text: str) -> str:
-    r"""``text`` in printable ASCII, line ends and tabs; the rest as ``\uXXXX``, which within JSON is the same text."""
+    r"""``text`` with characters other than printable ASCII, line ends and tabs as ``\uXXXX``: in JSON the same text."""
     if text.isascii() and all(" " <= it <= "~" or it in "\n\t" for it in text):
         return text
     return "".join(it if " " <= it <= "~" or it in "\n\t" else unicode_escape(it) for it in text.replace("\r\n", "\n"))
 
 
 def page_of(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> str:
-    """The lines that the parameter ``filter`` is in, from number ``skip`` on; ``none`` when there is none.
+    """The lines that contain the parameter ``filter``, without the first ``skip`` of them; ``none`` if there is none.
 
-    Parameters that nobody knows are let be. Raises BadRequest for a ``skip`` that is no number.
+    Unknown parameters are ignored. Raises BadRequest if ``skip`` is not a number.
     """
     text, skip = params.get("filter", ""), params.get("skip", "") or "0"
     if not (skip.isascii() and skip.isdigit()) or len(skip) > 9:
@@ -83,9 +83,10 @@ def page_of(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> st
 
 
 def truncated(lines: Sequence[str], limit: int = OUTPUT_CHARACTERS_MAX, *, after: int | None = None) -> str:
-    """The lines as one text of about ``limit`` characters at most; the last one says how many are left out.
+    """The lines as one text of at most about ``limit`` characters. The last line says how many lines were left out.
 
-    ``after``: so many were left out before them, by the parameter that shows the rest.
+    ``after``: the number of lines that the parameter ``skip`` left out before these. The last line then explains
+    ``skip`` and ``filter``; None: the action does not have these parameters.
     """
     kept: list[str] = []
     left = limit
@@ -105,7 +106,7 @@ def truncated(lines: Sequence[str], limit: int = OUTPUT_CHARACTERS_MAX, *, after
 
 
 def as_sections(sections: Iterable[tuple[str, Sequence[str]]], limit: int = OUTPUT_CHARACTERS_MAX) -> str:
-    """Sections under their titles, about ``limit`` characters together at most: short ones are whole."""
+    """Sections with titles, together at most about ``limit`` characters. The longest are truncated."""
     titled = [(title, [f"  {line}" for line in lines] or ["  (none)"]) for title, lines in sections]
     sizes = {title: sum(len(line) + 1 for line in lines) for title, lines in titled}
     shares: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Leases, subnets and options."""
+"""The DHCP commands: static leases, subnets and options."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from netloom.state import Network, Scope
 
 
 def add_dhcp_entry(network: Network, payload: AddDhcpEntry) -> Network:
-    """The NIC has a lease, and DHCP answers: without its own capability no config-dhcp-subnet ever comes."""
+    """Add the lease of the NIC and enable DHCP: without its own capability, config-dhcp-subnet is never sent."""
     known, nic = with_nic(network, payload)
     return replace(with_resolvers(put_nic(known, replace(nic, leased=True), nic), payload), dhcp=True)
 
 
 def remove_dhcp_entry(network: Network, payload: RemoveDhcpEntry) -> Network:
-    """The VM is gone: lease, names, metadata and password go with it, for no other command ends them."""
+    """Remove the NIC with its lease, names, metadata and password: no other command removes these."""
     return without_nic(network, payload)
 
 
 def config_dhcp_subnet(network: Network, payload: ConfigDhcpSubnet) -> Network:
-    """DHCP answers on the network."""
+    """Enable DHCP on the network."""
     return replace(with_resolvers(network, payload), dhcp=True)
 
 
 def remove_dhcp_subnet(network: Network, payload: RemoveDhcpSubnet) -> Network:
-    """DHCP no longer answers on the network, unless another of its ranges is served."""
+    """Disable DHCP on the network, unless another range still needs it."""
     return replace(network, dhcp=network.dhcp and serves_other_ranges(network))
 
 
 def set_dhcp_options(scope: Scope, payload: SetDhcpOptions, context: Context) -> Scope:
-    """The extra options of one NIC are these; they may come before the NIC is known."""
+    """Replace the extra DHCP options of one NIC. The command may come before the NIC is known."""
     for code, value in payload.options.items():
         try:
             option_bytes(code, value)
@@ -60,15 +60,15 @@ def set_dhcp_options(scope: Scope, payload: SetDhcpOptions, context: Context) ->
 
 
 def serves_other_ranges(network: Network) -> bool:
-    """Whether a removal for one range leaves another one served.
+    """Whether another range needs the service after its removal for one range.
 
-    The call does not tell which range it is about: its fields are those of the network, whichever lost its last NIC.
+    The call does not say which range lost its last NIC: its fields are those of the network.
     """
     return len(network.ranges) > 1 and bool(network.nics)
 
 
 def with_resolvers(network: Network, payload: Resolvers) -> Network:
-    """``network`` with the resolvers and the domain that the call brought; an absent field says nothing."""
+    """``network`` with the resolvers and the domain of the payload; an absent field changes nothing."""
     return replace(
         network,
         resolvers=tuple(map(str, payload.dns)) or network.resolvers,

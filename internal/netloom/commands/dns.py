@@ -1,4 +1,4 @@
-"""Names of VMs, and the resolver that knows them."""
+"""The DNS commands: names of VMs, and the resolver of a network."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from netloom.state import Network
 
 
 def add_dns_entry(network: Network, payload: AddDnsEntry) -> Network:
-    """The NIC has a name, and the resolver answers: config-dns-subnet is not sent for a NIC with IPv6."""
+    """Add the DNS name of the NIC and enable the resolver: config-dns-subnet is not sent for a NIC with IPv6."""
     known, nic = with_nic(network, payload)
     return replace(with_resolvers(put_nic(known, replace(nic, named=True), nic), payload), dns=True)
 
 
 def remove_dns_entry(network: Network, payload: RemoveDnsEntry) -> Network:
-    """The NIC has no name; its lease stays."""
+    """Remove the DNS name of the NIC; its lease stays."""
     nic = find_nic(network, payload)
     return network if nic is None else put_nic(network, replace(nic, named=False), nic)
 
 
 def config_dns_subnet(network: Network, payload: ConfigDnsSubnet) -> Network:
-    """The resolver answers on the network."""
+    """Enable the resolver on the network."""
     return replace(with_resolvers(network, payload), dns=True)  # guard: config-dns-starts-the-resolver
 
 
 def remove_dns_subnet(network: Network, payload: RemoveDnsSubnet) -> Network:
-    """The resolver no longer answers on the network, unless another of its ranges is served."""
+    """Disable the resolver on the network, unless another range still needs it."""
     return replace(network, dns=network.dns and serves_other_ranges(network))

@@ -1,4 +1,4 @@
-"""The firewall of a network, replaced whole."""
+"""apply-fw-rules: replace the firewall of a network."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from netloom.commands.transition import Context, network_of, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
 from netloom.state import Firewall, FirewallRule, Ports, Scope
 
-_ANY = -1  # ICMP type or code
+_ANY = -1  # CloudStack's "any" as an ICMP type or code
 
 
 def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Scope:
-    """The network's firewall is this list and nothing else.
+    """Replace all firewall rules of the network.
 
-    Sorted, because CloudStack's order is not specified and the same rules are the same firewall.
+    The rules are sorted: CloudStack does not specify their order, and the same rules must give the same state.
     """
     rules = sorted(map(_rule, payload.fw_rules.rules), key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
     firewall = Firewall(default_egress_allow=bool(payload.fw_rules.default_egress_allow), rules=tuple(rules))

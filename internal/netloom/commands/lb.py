@@ -1,4 +1,4 @@
-"""Balanced ports of public addresses."""
+"""apply-lb-rules: add, change and revoke balanced ports of public addresses."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from netloom.state import Backend, LbRule, Scope
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
-    """The listed rules are so, or gone; rules that are not listed stay as they are (protocol section 3, lb_rules).
+    """Add, change or revoke the rules in the call; other rules stay as they are (protocol section 3, lb_rules).
 
-    Raises PartlyDone when a rule cannot be read or its port is taken: with the scope that has all the others.
+    Raises PartlyDone, with all other changes, if a rule is invalid or its port is already used.
     """
     rules = dict(scope.lb_rules)
-    # What goes, goes first: a rule may take over the port of one that the same call revokes.
+    # Revoke first: another rule of the same call may use the port of a revoked one.
     for rule in payload.lb_rules.rules:
         if rule.revoke:
             rules.pop(str(int(rule.id)), None)
@@ -51,7 +51,7 @@ def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:
 
 
 def _taken(scope: Scope, rules: dict[str, LbRule], wanted: LbRule) -> str:
-    """Who else has the port; empty: nobody."""
+    """The reason why another rule or a port forward already uses the port; empty if none does."""
     transport = _transport(wanted)
     for other in rules.values():
         if (other.public_ip, other.public_port, _transport(other)) == (

@@ -1,4 +1,4 @@
-"""Public addresses come and go, and what they are translated to."""
+"""The commands about public addresses: assign and release them, static NAT, port forwards."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from netloom.protocol.scalars import IPv4Prefix, PortRange, Vlan
 from netloom.protocol.vpc import VpcPublicAddress
 from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
-# An exit's number is the low half of a packet's mark.
+# The number of an exit is the low half of a packet's mark (render.marks).
 _EXIT_MAX = 0xFFFF
 
 
 def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
-    """The device holds the address; with ``source_nat`` it is the only one that the guests leave by.
+    """Assign the address to the device. With ``source_nat`` it becomes the only source-NAT address of the scope.
 
-    A tier that brings the source-NAT address brings its VPC's.
+    The source-NAT address of a tier is that of its VPC.
     """
     if payload.source_nat:
         scope = with_source_nat(scope, payload, network_id="" if scope.is_vpc else str(payload.network_id))
@@ -38,16 +38,17 @@ def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
 
 
 def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
-    """``scope`` with the address as the one that guests leave by. There is one: the former stays, without the flag."""
+    """``scope`` with this address as its only source-NAT address. The former one stays, without the flag."""
     held = _public_ip(scope, payload, source_nat=True, network_id=network_id)
     others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
     return replace(scope, public_ips={**others, held.address: held})
 
 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
-    """The device no longer holds the address, and what it was translated to is gone with it: it cannot work without.
+    """Release the address, with the network's static NAT, port forwards and load balancer rules on it.
 
-    A tier gives up what is its own: an address that its VPC leaves by, or that another tier's rules use, stays held.
+    In a VPC only the tier's own translations are removed: the VPC's source-NAT address, and an address that another
+    tier's rules use, stay assigned.
     """
     address, network_id = _required_public_ip(payload), str(payload.network_id)
     scope = replace(
@@ -72,7 +73,7 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
 
 
 def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Scope:
-    """The address stands for the guest, both ways; a guest has one such address, so an older one gives way."""
+    """Translate the address to the guest in both directions. A guest has one such address: an older one is removed."""
     network = network_of(scope, payload, context)
     _check_guest(network, payload.private_ip)
     scope = with_network(_with_public_ip(scope, payload), network)
@@ -88,15 +89,15 @@ def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Sco
 
 
 def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) -> Scope:
-    """The address stands for nobody."""
+    """Remove the static NAT of the address."""
     address = _required_public_ip(payload)
     return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
 
 
 def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) -> Scope:
-    """The ports lead to the guest; the same ports with another target lead to the new one.
+    """Forward the ports to the guest. A forward of the same ports to another guest is replaced.
 
-    Raises BadRequest when the two ranges do not fit together, or when some of the ports lead somewhere already.
+    Raises BadRequest if the lengths of the two ranges do not fit, or if some of the ports are already forwarded.
     """
     network = network_of(scope, payload, context)
     _check_guest(network, payload.private_ip)
@@ -123,13 +124,13 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
 
 
 def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
-    """The ports lead nowhere."""
+    """Remove the port forward."""
     key = f"{_required_public_ip(payload)}/{payload.protocol}/{_ports(payload.public_port)}"
     return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
 
 
 def addresses_in_use(scope: Scope) -> set[str]:
-    """The addresses that something leads inward from."""
+    """The public addresses that static NAT, a port forward or a load balancer rule uses."""
     forwarded = {it.public_ip for it in scope.port_forwards.values()}
     return {*scope.static_nats, *forwarded, *(it.public_ip for it in scope.lb_rules.values())}
 
@@ -143,9 +144,9 @@ def _required_public_ip(payload: PublicAddress) -> str:
 
 
 def _with_public_ip(scope: Scope, payload: PublicAddress) -> Scope:
-    """``scope`` with the address of a rule held: CloudStack may send the rule before the address.
+    """``scope`` with the public address of a rule assigned: CloudStack may send the rule before assign-ip.
 
-    ``source_nat`` says nothing in such a call, so an address that is held already stays as it is.
+    ``source_nat`` has no meaning in such a call, so an address that is already assigned stays as it is.
     """
     if _required_public_ip(payload) in scope.public_ips:
         return scope
@@ -188,9 +189,9 @@ def _public_vlan(vlan: Vlan) -> str:
 
 
 def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
-    """The number of the way out: that of an address with the same VLAN and gateway, else the lowest free one.
+    """The number of the exit: that of an address with the same VLAN and gateway, else the lowest free one.
 
-    An address that stays with its VLAN and gateway keeps its number, for flows are marked with it.
+    An address keeps its number as long as its VLAN and gateway stay, because open connections are marked with it.
     """
     for held in scope.public_ips.values():
         if (held.vlan, held.gateway) == (vlan, gateway):  # guard: an-exit-has-one-vlan-and-gateway

@@ -1,4 +1,4 @@
-"""A network begins, ends, and ends for good."""
+"""implement-network, shutdown-network and destroy-network."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _BROADCAST_DOMAIN_TYPES = {"vlan": "Vlan", "vxlan": "Vxlan"}
 
 
 def implement_network(scope: Scope, payload: ImplementNetwork, context: Context) -> Scope:
-    """The network stands from now on, with the tag, subnet and addresses of this call.
+    """Create the network with the tag, subnet and addresses of this call, or update them.
 
-    On a living network it changes what is said anew and keeps its firewall, addresses and forwards. The tag is
-    remembered: a call without one means the last one told. A device that is named no address of its own has the
-    gateway's; on a shared network it has none then, and nothing stands.
+    An update keeps the firewall, public addresses and forwards. A call without a tag means the last known tag. Without
+    an address of its own the device has the gateway's; on a shared network it has none, so nothing is created.
     """
     known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
     network = with_facts(replace(known, implemented=False), payload)
@@ -42,7 +41,7 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
 
 
 def implemented_output(scope: Scope, payload: ImplementNetwork, context: Context) -> str:
-    """The network's own tag in the form that CloudStack takes over, when the registration asks for it; else nothing."""
+    """The network's broadcast domain as CloudStack stores it, if the registration has network.broadcast; else empty."""
     broadcast = context.registration.broadcast
     if not broadcast:
         return ""
@@ -54,17 +53,17 @@ def implemented_output(scope: Scope, payload: ImplementNetwork, context: Context
 
 
 def shutdown_network(scope: Scope, payload: ShutdownNetwork, context: Context) -> Scope | None:
-    """Nothing of the network is left, and nothing comes back: CloudStack forgets the host, so we forget the network."""
+    """Delete the network with all its state: CloudStack forgets the host, so a later implement may use another one."""
     return _without(scope, payload.network_id)
 
 
 def destroy_network(scope: Scope, payload: DestroyNetwork, context: Context) -> Scope | None:
-    """The same as shutdown-network, which left nothing behind."""
+    """Delete the network, as shutdown-network does."""
     return _without(scope, payload.network_id)
 
 
 def _without(scope: Scope, network_id: str) -> Scope | None:
-    """``scope`` without one network and all that is only its own; None when nothing else was in it."""
+    """``scope`` without one network, its translations and its own public addresses; None if nothing else is in it."""
     if not scope.is_vpc:
         return None
     networks = {key: it for key, it in scope.networks.items() if key != network_id}
@@ -76,7 +75,7 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
     }  # guard: port-forwards-end-with-their-tier
     lb_rules = {key: it for key, it in scope.lb_rules.items() if it.network_id != network_id}
     left = replace(scope, networks=networks, static_nats=static_nats, port_forwards=port_forwards, lb_rules=lb_rules)
-    # An address that another tier's rules use stays, whichever tier asked for it first.
+    # An address that another tier's rules use stays, even if it was assigned to this tier.
     kept = addresses_in_use(left)
     return replace(
         left,

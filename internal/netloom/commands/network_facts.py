@@ -1,8 +1,8 @@
-"""What a network stands on: its segment, its ranges, and an address that is the device's own.
+"""The facts that a network needs on a host: its segment, its ranges, and the device's own address.
 
-CloudStack implements a network first, and the call tells all three. Two kinds of networks are never implemented: plain
-shared ones (the first command of any kind is about a VM), and those that moved to another host, which gets whatever
-command comes next. So any call that tells as much builds the network.
+implement-network carries all three and usually comes first. It does not come for plain shared networks, whose first
+command is about a VM, nor for networks that moved to another host: that host gets the next command of any kind. So
+every command that carries these facts implements the network.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from netloom.protocol.scalars import IPv4List, IPv4Prefix, Vlan
 from netloom.state import Network, Scope, Subnet
 from netloom.wire import Registration
 
-# The states in which VMs use the network; "setup" is that of a plain shared one. While CloudStack is implementing, the
-# call that says everything comes or has come.
+# The states in which VMs use the network; "setup" is that of a plain shared one. In state "implementing" CloudStack
+# sends implement-network or has sent it, so no other command has to implement the network.
 _IN_USE = frozenset({"implemented", "setup"})
 
 
 def with_facts(known: Network, payload: NetworkPayload) -> Network:
-    """``known`` with what the call tells of the network; an absent field says nothing.
+    """``known`` with the facts of the payload; an absent field changes nothing.
 
-    Of an isolated network that stands only implement-network says such things anew: elsewhere the gateway is a NIC's.
-    A shared network may never see an implement-network, so there every call counts.
+    Only implement-network changes the facts of an isolated network that is implemented: in other commands the gateway
+    may be a NIC's. A shared network may never get an implement-network, so every command changes its facts.
     """
     if not known.implemented:
         known = replace(known, guest_type=payload.guest_type.word)
@@ -51,10 +51,11 @@ def with_facts(known: Network, payload: NetworkPayload) -> Network:
 
 
 def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Scope) -> Network:
-    """``network`` as one that stands, if CloudStack says it is in use and the device's place in it is certain.
+    """``network`` as implemented, if it is in use according to CloudStack and the device's own address is known.
 
-    The calls about VMs name the device's address. Those about addresses and rules do not; there the device is the
-    gateway if it holds the source-NAT address, and otherwise nobody can tell: a guess could take the real one's place.
+    Commands about VMs name the device's address. Commands about public addresses and rules do not: the device then has
+    the gateway's address if it has the source-NAT address. Otherwise its address is unknown, and the network stays as
+    it is: a guessed address could conflict with the real gateway's.
     """
     is_gateway = network.guest_type == "isolated" and any(it.source_nat for it in scope.public_ips.values())
     if payload.network_state not in _IN_USE or not (network.vlan and network.cidr):
@@ -66,7 +67,7 @@ def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Sc
 
 
 def check_addresses(network: Network) -> None:
-    """Raises BadRequest when the device's address, or an isolated network's gateway, is in none of its subnets."""
+    """Raise BadRequest if the device's address, or an isolated network's gateway, is in none of the subnets."""
     addresses = [("extension_ip", network.extension_ip)]
     if network.guest_type == "isolated":
         addresses.append(("gateway", network.gateway))
@@ -78,7 +79,7 @@ def check_addresses(network: Network) -> None:
 
 
 def check_segment(vlan: str, registration: Registration) -> None:
-    """Raises BadRequest when guests cannot be on this segment."""
+    """Raise BadRequest if guests cannot be on this segment."""
     segment = Vlan(vlan)
     if segment.private:
         raise BadRequest(
@@ -93,9 +94,9 @@ def check_segment(vlan: str, registration: Registration) -> None:
 
 
 def only(values: tuple[str, ...], field: str) -> str:
-    """The one value of a field that may be a list, or nothing.
+    """The only value of a field that may be a list; empty if there is none.
 
-    Raises BadRequest for several: only shared networks have more than one range.
+    Raises BadRequest for several values: only shared networks have more than one range.
     """
     if len(values) > 1:
         raise BadRequest(f"payload.{field}: {len(values)} values, where a network has one")
@@ -103,15 +104,15 @@ def only(values: tuple[str, ...], field: str) -> str:
 
 
 def gateway_in(cidr: str, gateways: IPv4List) -> str:
-    """The first of the gateways that lies in a subnet; empty: none does."""
+    """The first of the gateways that is in the subnet ``cidr``; empty if none is."""
     return next((str(it) for it in gateways if it in IPv4Prefix(cidr)), "")
 
 
 def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
-    """A shared network with the ranges that the call names: its list, and the subnet of the NIC that it is about.
+    """A shared network with the ranges of the payload: those of ``cidr``, and the subnet of the payload's NIC.
 
-    ``cidr`` stays that of the first range in a call about a NIC of the second (protocol section 2): there gateway and
-    netmask are the NIC's. What overlaps a range that is named now was another time's.
+    In a call about a NIC of the second range, ``cidr`` is still the first range, but gateway and netmask are the NIC's
+    (docs/protocol.md, section 2). A known range that overlaps a given one is out of date and is removed.
     """
     ranges = {it.cidr: it.gateway for it in network.ranges}
     for cidr in payload.cidr:

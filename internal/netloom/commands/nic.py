@@ -1,8 +1,8 @@
-"""NICs of VMs: known, stopped, gone.
+"""prepare-nic and release-nic, and how all commands about VMs find, add and remove NICs.
 
-State hangs on the NIC, which CloudStack names by uuid, by MAC or by number, not always by all three. An address or a
-MAC belongs to one NIC of a network: the call that names another NIC for it takes it, and what the former owner had
-goes with the former owner (lease, names, options, metadata, password).
+CloudStack names a NIC by its uuid, its MAC address or its number, not always by all three. Within a network an IP
+address or a MAC address belongs to one NIC. A call with the address of another NIC removes that NIC, with its lease,
+names, options, metadata and password.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from netloom.state import Network, Nic
 
 
 def prepare_nic(network: Network, payload: PrepareNic) -> Network:
-    """The NIC is known; what it had before stays."""
+    """Add the NIC, or update it; its lease, names and metadata stay."""
     return with_nic(network, payload)[0]
 
 
 def release_nic(network: Network, payload: ReleaseNic) -> Network:
-    """The VM has stopped and will come back: nothing of it goes (protocol section 3, release-nic)."""
+    """Change nothing: the VM has stopped and may start again (docs/protocol.md, section 3, release-nic)."""
     return network
 
 
 def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
-    """The NIC that ``payload`` names: by uuid, MAC or number. Never by address: that may be another's by now."""
+    """The NIC that ``payload`` names by uuid, MAC or number. An IP address may belong to another NIC by now."""
     if payload.nic_uuid:
         return network.nics.get(payload.nic_uuid) or _by_mac(network, payload.mac, without_uuid=True)
     if payload.mac:
@@ -40,7 +40,7 @@ def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
 def with_nic(network: Network, payload: NicPayload | VmNic) -> tuple[Network, Nic]:
     """``network`` with the NIC as ``payload`` describes it, and that NIC.
 
-    What the call does not say stays as it was. Raises BadRequest for a NIC that nobody told the MAC address of.
+    Fields that are absent from the payload stay as they are. Raises BadRequest if the MAC address is not known.
     """
     previous = find_nic(network, payload)
     nic = replace(previous or Nic(mac=str(payload.mac)), **_given_fields(payload))
@@ -50,7 +50,7 @@ def with_nic(network: Network, payload: NicPayload | VmNic) -> tuple[Network, Ni
 
 
 def put_nic(network: Network, nic: Nic, previous: Nic | None = None) -> Network:
-    """``network`` with ``nic`` in the place of ``had``; whoever held its address or its MAC has gone."""
+    """``network`` with ``nic`` instead of ``previous``, and without other NICs that have its IP or MAC address."""
     gone = {
         key
         for key, other in network.nics.items()
@@ -66,7 +66,7 @@ def put_nic(network: Network, nic: Nic, previous: Nic | None = None) -> Network:
 
 
 def without_nic(network: Network, payload: NicPayload) -> Network:
-    """``network`` without the NIC, its options and all that hung on it; under every name that the call has for it."""
+    """``network`` without every NIC that the payload names, by uuid, MAC or number, and without their options."""
     numbers = {str(payload.nic_id)}
     while (nic := find_nic(network, payload)) is not None:
         numbers.add(nic.nic_id)
@@ -85,9 +85,10 @@ def _by_mac(network: Network, mac: str, *, without_uuid: bool = False) -> Nic | 
 
 
 def _gateway(payload: NicPayload) -> str:
-    """In calls about a NIC the network's gateway is the NIC's (protocol section 2): the one in the NIC's own subnet.
+    """The NIC's gateway: in calls about a NIC ``gateway`` is the one in the NIC's subnet (docs/protocol.md, section 2).
 
-    Where the NIC has none, it is that of another range: what the network knows of the NIC's range counts then.
+    If the NIC's range has no gateway, the field names that of another range. It is not used then; the gateway that the
+    network has for the NIC's range is.
     """
     if payload.subnet:
         return gateway_in(payload.subnet, payload.gateway)
@@ -95,7 +96,7 @@ def _gateway(payload: NicPayload) -> str:
 
 
 def _given_fields(payload: NicPayload | VmNic) -> dict[str, str | bool]:
-    """What the call says of the NIC, in our words. An absent field says nothing."""
+    """The fields of :class:`Nic` that the payload has, without absent ones."""
     fields: dict[str, str | bool] = {
         "nic_uuid": str(payload.nic_uuid),
         "mac": str(payload.mac),

@@ -1,7 +1,7 @@
-"""The actions ``pbr-*`` that change something: an operator's tables, routes and rules in a scope's state.
+"""The custom actions ``pbr-*`` that change a scope: an operator's route tables, routes and rules.
 
-What is added twice is there once; what is there otherwise is refused, for nobody asked to take it away. What is deleted
-and never was succeeds.
+Adding the same object again changes nothing. An object that conflicts with an existing one is refused; the operator has
+to delete the existing one first. Deleting an object that does not exist succeeds.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ from netloom.state import Pbr, PbrRoute, PbrRule, PbrTable, Scope
 
 _T = TypeVar("_T")
 
-# Of tables, routes and rules each: a packet that a guest sends out is held against every rule.
+# The maximum of tables, of routes and of rules in a scope: the kernel compares each outward packet with every rule.
 EACH_MAX = 256
-_FIRST_TABLE = 100  # that a name without a number gets
+_FIRST_TABLE = 100  # the first number for tables that are created by name only
 
 Params = Mapping[str, str]
 
 
 class Action(msgspec.Struct, frozen=True):
-    """One action: what it makes of the scope's ``pbr``, and what it then tells (of the scope as it is afterwards)."""
+    """One action: ``change`` returns the new ``pbr`` of the scope, ``message`` describes the result.
+
+    ``kind``: as in :mod:`netloom.commands.table`. ``message`` gets the scope after the change.
+    """
 
     kind: Literal["builds", "removes"]
     change: Callable[[Scope, Params], Pbr]
@@ -52,7 +55,7 @@ class Action(msgspec.Struct, frozen=True):
 
 
 def transition(scope: Scope, payload: CustomAction, context: Context) -> Scope:
-    """The scope after the action. Raises BadRequest for an action that is answered by looking at a host."""
+    """The scope after the action. Raises BadRequest for actions that do not change the state."""
     action = ACTIONS.get(payload.action)
     if action is None:
         raise BadRequest(f"custom-action {payload.action}: answered by looking at a host, not by a change of the state")
@@ -62,14 +65,14 @@ def transition(scope: Scope, payload: CustomAction, context: Context) -> Scope:
 
 
 def output(scope: Scope, payload: CustomAction, context: Context) -> str:
-    """What the caller of CloudStack's API reads: the same, however often it was payload."""
+    """The output for the caller of CloudStack's API. A repeated action has the same output."""
     return success_json(ACTIONS[payload.action].message(scope, payload.params))
 
 
 def limited_to_table(scope: Scope, params: Params) -> Scope:
-    """``scope`` as a list shows it: with the routes and rules of the table that is named alone, of all if none is.
+    """``scope`` with the routes and rules of the table in ``params`` only; unchanged if they name no table.
 
-    Raises BadRequest for what cannot be a table's name or number.
+    Raises BadRequest for an invalid name or number of a table.
     """
     if not has_table_params(params):
         return scope
@@ -81,7 +84,7 @@ def limited_to_table(scope: Scope, params: Params) -> Scope:
 
 
 def unknown_scope(action: str, scope_id: str) -> HostRefused:
-    """That this host has never heard of the scope."""
+    """The error for a scope that has no state on this host."""
     kind = "VPC" if scope_id.startswith("vpc-") else "network"
     return HostRefused(
         f"custom-action {action}: nothing is known of {scope_id} on this host", hint=f"is the {kind} implemented?"
@@ -105,7 +108,7 @@ def _create_table(scope: Scope, params: Params) -> Pbr:
 
 
 def _delete_table(scope: Scope, params: Params) -> Pbr:
-    """With its routes, and the rules that look it up."""
+    """Delete the table, its routes, and the rules that look it up."""
     pbr = scope.pbr
     table = _match(pbr, parse_table(params))
     if table is None:
@@ -126,14 +129,14 @@ def _there_is_no(scope: Scope, params: Params) -> str:
 
 
 def _named(scope: Scope, params: Params) -> str:
-    """The table by its name, where it is there; else as it was given."""
+    """The name of the table if it exists; else the name or number in ``params``."""
     given = parse_table(params)
     table = _match(scope.pbr, given)
     return table.name if table is not None else given.name or str(given.number)
 
 
 def _match(pbr: Pbr, given: TableParams) -> PbrTable | None:
-    """The table that is named. Raises BadRequest when number and name are not of the same one."""
+    """The table with the given number or name; None if none has it. Raises BadRequest if they are of two tables."""
     for it in pbr.tables:
         by_number, by_name = given.number == it.number, given.name == it.name
         if (by_number and not given.name) or (by_name and not given.number) or (by_number and by_name):
@@ -179,7 +182,7 @@ def _add_route(scope: Scope, params: Params) -> Pbr:
 
 
 def _delete_route(scope: Scope, params: Params) -> Pbr:
-    """The route to that destination, when it agrees with all that is said of it."""
+    """Delete the route to the destination, if it has all given properties."""
     pbr, given = scope.pbr, parse_route(params)
     table = _match(pbr, parse_table(params))
     return replace(pbr, routes=tuple(it for it in pbr.routes if table is None or not _agrees(it, table, given)))
@@ -205,7 +208,7 @@ def _agrees(route: PbrRoute, table: PbrTable, given: RouteParams) -> bool:
 
 
 def _route(scope: Scope, table: int, given: RouteParams) -> PbrRoute:
-    """The route with its link. Raises BadRequest for what this namespace does not have."""
+    """The route with its link. Raises BadRequest if the namespace lacks the link, the address or the neighbour."""
     if given.kind in ("blackhole", "unreachable", "prohibit"):
         return PbrRoute(table=table, destination=given.destination, kind=given.kind)
     where = "payload.action-params.route"
@@ -232,7 +235,7 @@ def _route(scope: Scope, table: int, given: RouteParams) -> PbrRoute:
 
 
 def _subnets(scope: Scope) -> dict[str, list[str]]:
-    """The links of the scope, and which subnets are on each."""
+    """The links of the scope, each with the subnets on it."""
     found: dict[str, list[str]] = {}
     for network in sorted(scope.networks.values(), key=lambda it: int(it.network_id)):
         found[names.guest_link(network.network_id)] = [it.cidr for it in network.ranges]
@@ -248,7 +251,7 @@ def _own_addresses(scope: Scope) -> list[str]:
 
 
 def _is_host(address: str, subnets: Mapping[str, list[str]]) -> bool:
-    """Whether the address may be a neighbour's: of one machine, and not a subnet's first or last."""
+    """Whether a neighbour can have the address: unicast, and not the first or last address of a subnet."""
     it = IPv4Address(address)
     if it.is_multicast or it.is_loopback or it.is_reserved or it.is_unspecified or int(it) >> 24 == 0:
         return False
@@ -298,7 +301,7 @@ def _delete_rule(scope: Scope, params: Params) -> Pbr:
 def _rule_there_is(scope: Scope, params: Params) -> str:
     table = _table(scope.pbr, params)
     rule = _rule_like(scope.pbr, table, parse_rule(params))
-    assert rule is not None  # the transition has put it there
+    assert rule is not None  # the transition has added it
     return f"{rule.priority}: {rule.selector} lookup {table.name}"
 
 
@@ -307,7 +310,7 @@ def _rule_there_is_no(scope: Scope, params: Params) -> str:
 
 
 def _rule_like(pbr: Pbr, table: PbrTable, given: RuleParams) -> PbrRule | None:
-    """The rule that looks at the same and looks up this table; at that priority, where one is given."""
+    """The rule with the same selectors and table, and with the given priority if there is one."""
     for it in pbr.rules:
         same = (it.source, it.destination, it.iif, it.table) == (
             given.source,
@@ -321,7 +324,7 @@ def _rule_like(pbr: Pbr, table: PbrTable, given: RuleParams) -> PbrRule | None:
 
 
 def _next_priority(pbr: Pbr) -> int:
-    """After all others, so that rules are tried in the order in which they were given."""
+    """The priority after all others, so that the kernel tries rules in the order in which they were added."""
     highest = max((it.priority for it in pbr.rules), default=PRIORITY_MIN - 1)
     if highest >= PRIORITY_MAX:
         raise BadRequest(

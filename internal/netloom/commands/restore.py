@@ -1,4 +1,4 @@
-"""Everything that the VMs of a network need, in one call."""
+"""restore-network: leases, names and metadata of all VMs of a network, in one call."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from netloom.state import Network
 
 
 def restore_network(network: Network, payload: RestoreNetwork) -> Network:
-    """Every listed VM has what the enabled services give; what is not listed or not enabled is left alone.
+    """Set what the enabled services need for each VM in the list. Other VMs and other services stay as they are.
 
-    Passwords are never in the list and stay. A tenant's item of an impossible name is left out: it must not keep
-    the whole network down.
+    Passwords are never in the list, so they stay. Metadata items with an invalid name are left out: a tenant chooses
+    the names, and one tenant's mistake must not prevent the restore of the network.
     """
     data = payload.restore_data
     network = with_resolvers(network, payload)
@@ -34,7 +34,7 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
 
 
 def _without_moved_addresses(network: Network, vms: tuple[RestoredVm, ...]) -> Network:
-    """Listed VMs let go of the addresses that they no longer have: two that have changed places take nothing away."""
+    """Remove the old addresses of the listed VMs that have new ones, so that two VMs can exchange their addresses."""
     nics = dict(network.nics)
     for vm in vms:
         nic = find_nic(network, vm)

@@ -1,4 +1,4 @@
-"""Every command of the protocol, a row each."""
+"""The table of the protocol's commands, one row per command, and their execution on a scope."""
 
 from __future__ import annotations
 
@@ -38,15 +38,17 @@ from netloom.state import Scope
 
 P = TypeVar("P", bound=msgspec.Struct)
 
-# builds: on nothing it begins a scope. removes: on nothing it succeeds, and builds nothing. acts: on nothing it builds
-# nothing either, and has something to say. extension: answered where CloudStack runs, never on a host.
+# When the scope does not exist yet: ``builds`` creates it; ``removes`` succeeds and does nothing; ``acts`` creates
+# nothing and returns output. ``extension``: the management server answers, without a host.
 Kind = Literal["builds", "removes", "acts", "extension"]
 
 
 class Row(msgspec.Struct, Generic[P], frozen=True):
-    """One command: its payload's shape, what it means (None: no host does it), and what it prints (None: nothing).
+    """One command.
 
-    The type parameter ties them together, so a row whose function takes another payload is a type error.
+    ``payload``: the type of its payload. ``transition``: its effect on the scope; None: no host executes it.
+    ``output``: what it prints; None: nothing. The type parameter makes a row a type error if its functions take another
+    payload.
     """
 
     name: str
@@ -56,7 +58,7 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
     output: Callable[[Scope, P, Context], str] | None = None
 
 
-# Without an annotation: each row is checked as what it is, and only the table below forgets the difference.
+# Without an annotation, so that mypy checks each row with its own payload type. TABLE has ``Row[Any]``.
 _ROWS = (
     Row("ensure-network-device", "extension", EnsureNetworkDevice),
     Row(
@@ -110,7 +112,7 @@ TABLE: dict[str, Row[Any]] = {row.name: row for row in _ROWS}
 
 
 def row_of(command: str) -> Row[Any]:
-    """The row of ``command``. Raises BadRequest for a word that is not in the protocol."""
+    """The row of ``command``. Raises BadRequest if the protocol has no such command."""
     row = TABLE.get(command)
     if row is None:
         raise BadRequest(f"{quoted(command)} is not a command of the Network Extension Script Protocol")
@@ -118,22 +120,22 @@ def row_of(command: str) -> Row[Any]:
 
 
 def decode(command: str, payload: bytes) -> msgspec.Struct:
-    """Parses and checks the JSON text of a payload. Raises BadRequest with the path of the field."""
+    """Parse and check the JSON text of a payload. Raises BadRequest with the path of the field."""
     shape: type[msgspec.Struct] = row_of(command).payload
     return read(payload, shape)
 
 
 def check_payload(command: str, payload: dict[str, Any]) -> msgspec.Struct:
-    """Checks a payload that is parsed already (``Envelope.payload``). Raises BadRequest with the path of the field."""
+    """Check a payload that is already parsed (``Envelope.payload``). Raises BadRequest with the path of the field."""
     shape: type[msgspec.Struct] = row_of(command).payload
     return convert(payload, shape, root="payload")
 
 
 def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Transitioned:
-    """The scope after ``command``; None stands for nothing at all.
+    """Apply ``command`` to ``scope``; None means that the scope does not exist.
 
-    The revision grows by one when something changed, and not otherwise. Raises BadRequest or
-    ForeignScope, and then nothing has changed.
+    The revision increases by one if the scope changes. Raises BadRequest, or ForeignScope if the scope has another
+    owner.
     """
     row = row_of(command)
     check_scope(command, scope, payload, context)
@@ -157,7 +159,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
-    """Raises BadRequest when the payload is about another scope, ForeignScope when the scope is somebody else's."""
+    """Raise BadRequest if the payload names another scope, ForeignScope if the scope has another owner."""
     named = scope_of(getattr(payload, "network_id", ""), getattr(payload, "vpc_id", ""))
     if named != context.scope_id:
         raise BadRequest(f"{command}: the payload is about {named}, the call about {context.scope_id}")
@@ -169,5 +171,5 @@ def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, cont
 
 
 def _is_shutting_down(payload: msgspec.Struct) -> bool:
-    """Whether CloudStack is taking the network down: the rules that it still lists then are not to begin anything."""
+    """Whether CloudStack is removing the network. It still sends rules then, which must not create the scope anew."""
     return getattr(payload, "network_state", "") in ("shutdown", "destroy")

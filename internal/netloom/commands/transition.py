@@ -1,4 +1,4 @@
-"""What goes into a command and what comes out; how a network of a scope is found and put back."""
+"""Helpers of all commands: their context and result, a new scope, and access to one network of a scope."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ N = TypeVar("N", bound=NetworkPayload)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True):
-    """What a command knows beside its payload."""
+    """What a command gets in addition to its payload."""
 
     scope_id: str
     registration: Registration
 
 
 class Transitioned(msgspec.Struct, frozen=True, kw_only=True):
-    """The scope as it should be from now on, and what CloudStack reads. No scope: nothing of it is left.
+    """The result of a command: the new desired state, and the output for CloudStack.
 
-    ``refused``: what of the command was not taken over; the rest is in ``scope``.
+    ``scope`` None: the scope does not exist any more. ``refused``: the error of the parts of the command that were
+    refused; ``scope`` contains the others.
     """
 
     scope: Scope | None
@@ -36,7 +37,7 @@ class Transitioned(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PartlyDone(HostRefused):
-    """Some of what a call lists was refused; ``scope`` has the rest."""
+    """Some items of a call were refused; ``scope`` contains the others."""
 
     def __init__(self, scope: Scope, message: str, *, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -44,7 +45,7 @@ class PartlyDone(HostRefused):
 
 
 def new_scope(context: Context) -> Scope:
-    """A scope of which nothing is known but whose it is."""
+    """A new scope without networks, for the owner and with the details of the registration."""
     return Scope(
         scope_id=context.scope_id,
         owner=context.registration.owner,
@@ -55,7 +56,7 @@ def new_scope(context: Context) -> Scope:
 
 
 def with_registration(scope: Scope, registration: Registration) -> Scope:
-    """``scope`` with the operator's present details; an operator may change them while networks live."""
+    """``scope`` with the current registration details. An operator may change them while networks exist."""
     return replace(
         scope,
         uplinks=_uplinks(registration),
@@ -65,9 +66,9 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
 
 
 def network_of(scope: Scope, payload: NetworkPayload, context: Context) -> Network:
-    """The network that ``payload`` is about, as the call tells of it; built, when the call is the first to tell enough.
+    """The network that ``payload`` names, with the facts of the payload; implemented as soon as they are complete.
 
-    Raises BadRequest when guests cannot be on its segment, or the device not in its subnets.
+    Raises BadRequest if guests cannot be on the segment, or if the device's address is in none of the subnets.
     """
     known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
     network = with_facts(known, payload)
@@ -80,12 +81,12 @@ def network_of(scope: Scope, payload: NetworkPayload, context: Context) -> Netwo
 
 
 def with_network(scope: Scope, network: Network) -> Scope:
-    """``scope`` with ``network`` put in its place."""
+    """``scope`` with ``network`` added, or replaced if it is there."""
     return replace(scope, networks={**scope.networks, network.network_id: network})
 
 
 def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
-    """A command that is about one network only, as one about its scope."""
+    """Make a transition of the scope from a function that changes one network. The network is added if necessary."""
 
     def transition(scope: Scope, payload: N, context: Context) -> Scope:
         return with_network(scope, change(network_of(scope, payload, context), payload))
@@ -94,7 +95,7 @@ def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, 
 
 
 def for_known_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
-    """The same for a command that takes something away: from a network that nobody told of there is nothing to take."""
+    """The same for a command that removes something: it does nothing if the network is not known."""
 
     def transition(scope: Scope, payload: N, context: Context) -> Scope:
         network = scope.networks.get(payload.network_id)

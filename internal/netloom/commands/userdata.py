@@ -1,4 +1,4 @@
-"""What a VM may read about itself: metadata, user data, keys, its password once."""
+"""The data that a VM can read about itself: metadata, user data, SSH keys, and its password once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from netloom.protocol.userdata import (
 from netloom.secret import Secret
 from netloom.state import Network, Nic
 
-# CloudStack's client writes the names on the right; its documentation those on the left.
+# Names in CloudStack's documentation, and the names that its client sends.
 _FILES = {"user-data": "user_data", "public-keys/0/openssh-key": "public-keys"}
 
 _USER_DATA = ("userdata", "user_data")
@@ -26,37 +26,37 @@ _PASSWORD = ("password", "vm_password")
 
 
 def save_vm_data(network: Network, payload: SaveVmData) -> Network:
-    """The whole set of the VM is this. A password stays when none is listed: later starts bring none."""
+    """Replace all items of the VM. If no password is listed, the known one stays: later starts of the VM send none."""
     known, nic = with_nic(network, payload)
     return put_nic(known, with_items(nic, payload.vm_data), nic)
 
 
 def save_password(network: Network, payload: SavePassword) -> Network:
-    """The VM may fetch this password, once."""
+    """Set the password that the VM can fetch once."""
     known, nic = with_nic(network, payload)
     return put_nic(known, _with_password(nic, payload.password.reveal()), nic)
 
 
 def save_userdata(network: Network, payload: SaveUserdata) -> Network:
-    """The user data is this, byte for byte; empty is a value too."""
+    """Set the user data, byte for byte; empty user data is a value."""
     known, nic = with_nic(network, payload)
     return put_nic(known, replace(nic, user_data=Secret(payload.userdata.reveal())), nic)
 
 
 def save_sshkey(network: Network, payload: SaveSshkey) -> Network:
-    """``public-keys`` is this text."""
+    """Set the item ``public-keys``."""
     return _with_item(network, payload, "public-keys", payload.sshkey.reveal())
 
 
 def save_hypervisor_hostname(network: Network, payload: SaveHypervisorHostname) -> Network:
-    """``hypervisor-host-name`` is this."""
+    """Set the item ``hypervisor-host-name``."""
     return _with_item(network, payload, "hypervisor-host-name", str(payload.hypervisor_hostname))
 
 
 def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:
-    """``nic`` with exactly these items, and with the password when one is among them.
+    """``nic`` with exactly these items, and with the password if it is one of them.
 
-    The checksum of a password is as secret as the password and served by no protocol: it is not kept.
+    The checksum of a password is not stored: it is as secret as the password, and no protocol serves it.
     """
     metadata: dict[str, str] = {}
     user_data: Secret | None = None
@@ -72,7 +72,7 @@ def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:
 
 
 def password_taken(network: Network, key: str, serial: int) -> Network:
-    """The VM has fetched that password and acknowledged it: it is nowhere any more. A newer one stays."""
+    """Remove the password that the VM has fetched and acknowledged. A newer one stays."""
     nic = network.nics.get(key)
     if nic is None or nic.password_serial != serial or nic.password is None:
         return network
@@ -80,7 +80,7 @@ def password_taken(network: Network, key: str, serial: int) -> Network:
 
 
 def _with_password(nic: Nic, password: str) -> Nic:
-    """Told twice, the same password is the same setting, until the VM has taken it."""
+    """Setting the same password again changes nothing while the VM has not fetched it."""
     if nic.password == Secret(password):
         return nic
     return replace(nic, password=Secret(password), password_serial=nic.password_serial + 1)

@@ -1,4 +1,4 @@
-"""A VPC begins, changes the address that it leaves by, and ends with all that is in it."""
+"""The commands about a VPC as a whole: create it, change its source-NAT address, delete it with its tiers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from netloom.state import Scope
 
 
 def implement_vpc(scope: Scope, payload: ImplementVpc, context: Context) -> Scope:
-    """The VPC stands, and leaves by the address of the call, if there is one; the first tier brings it otherwise.
+    """Create the VPC, with the source-NAT address of the call; without one, it comes with the first tier.
 
-    On a living VPC nothing else changes: a restart with cleanup sends this once or twice and implements no tier again.
+    For a VPC that exists nothing else changes: a restart with cleanup sends this once or twice, and does not implement
+    the tiers again.
     """
     scope = replace(scope, vpc_implemented=True, vpc_cidr=",".join(map(str, payload.vpc_cidr)) or scope.vpc_cidr)
     return with_source_nat(scope, payload) if payload.public_ip else scope
 
 
 def update_vpc_source_nat_ip(scope: Scope, payload: UpdateVpcSourceNatIp, context: Context) -> Scope:
-    """The VPC leaves by this address alone. The former one is an address like any other, with what it leads to."""
+    """Make this the only source-NAT address. The former one stays as a normal address, with its translations."""
     return with_source_nat(scope, payload)
 
 
 def shutdown_vpc(scope: Scope, payload: ShutdownVpc, context: Context) -> Scope | None:
-    """Nothing of the VPC is left: no release-ip comes for its addresses, and its tiers cannot stand without it."""
+    """Delete the VPC with its addresses and tiers: CloudStack sends no release-ip for its addresses."""
     return None  # guard: a-vpc-ends-with-its-tiers
 
 
 def destroy_vpc(scope: Scope, payload: DestroyVpc, context: Context) -> Scope | None:
-    """The same as shutdown-vpc, which left nothing behind."""
+    """Delete the VPC, as shutdown-vpc does."""
     return None
