@@ -43,7 +43,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     public_nic: str = "eth1"
     ingress_open: bool = False  # firewall=absent
     broadcast: str = ""  # network.broadcast: "", "vlan", "vxlan"
-    isolation: str = "vlan"  # guest.isolation
+    isolation: str = "vlan"  # guest.isolation; not a Literal: an unknown word must not make the frame invalid
     ip6_gateway: str = ""  # public.ip6.gateway
     ip6_address: str = ""  # public.ip6.address, with prefix length
 

@@ -111,8 +111,8 @@ def test_a_rule_is_read_in_the_words_of_ip_rule(text: str, rule: PbrRule) -> Non
     ("text", "said"),
     [
         ("", "route is missing"),
-        ("blackhole", "leads nowhere"),
-        ("default", "does not tell where it leads to"),
+        ("blackhole", "destination is missing"),
+        ("default", "does not say where it leads"),
         ("default via", "via lacks its value"),
         ("default via 192.0.2.1 dev eth0", "'eth0' is no link of net-204 (links here: gst-204, pub-101, pub-102)"),
         ("default via 192.0.2.1", "through which link 192.0.2.1 is reached"),
@@ -120,8 +120,8 @@ def test_a_rule_is_read_in_the_words_of_ip_rule(text: str, rule: PbrRule) -> Non
         ("default via 10.10.1.255", "no neighbour has that address"),
         ("default via 224.0.0.1 dev pub-101", "no neighbour has that address"),
         ("default dev pub-101 src 192.0.2.9", "src 192.0.2.9 is not the device's"),
-        ("default via 203.0.113.1 via 203.0.113.1", "via is there twice"),
-        ("blackhole 192.0.2.0/24 dev pub-101", "blackhole goes without dev"),
+        ("default via 203.0.113.1 via 203.0.113.1", "via is given twice"),
+        ("blackhole 192.0.2.0/24 dev pub-101", "blackhole does not take dev"),
         ("192.0.2.1/24 via 203.0.113.1", "is an address within 192.0.2.0/24, not a network"),
         ("default via 203.0.113.1 table 20001", "'table' is not understood"),
         ("default via 203.0.113.1 proto kernel", "'proto' is not understood"),
@@ -137,7 +137,7 @@ def test_a_route_that_is_not_understood_is_refused_with_what_would_be(text: str,
     ("text", "said"),
     [
         ("", "rule is missing"),
-        ("priority 10005", "says nothing of which packets"),
+        ("priority 10005", "no selector is given"),
         ("fwmark 1", "'fwmark' is not understood"),
         ("from 10.10.1.0/24 lookup 254", "'lookup' is not understood"),
         ("from 10.10.1.0/24 priority 20001", "is not a priority of these rules (10000 to 19999)"),
@@ -212,7 +212,7 @@ def test_a_table_is_named_by_number_or_name() -> None:
         assert act(scope, "add-route", route="blackhole 192.0.2.0/24", **params)[0].pbr.routes[0].table == 100
     assert "known as 100 smoke" in str(refused(scope, "create-table", table_id="101", table_name="smoke"))
     assert "known as 100 smoke" in str(refused(scope, "create-table", table_id="100", table_name="other"))
-    assert "say different things" in str(refused(scope, "create-table", table_id="100", id="101"))
+    assert "have different values" in str(refused(scope, "create-table", table_id="100", id="101"))
     assert "no table is named" in str(refused(scope, "create-table"))
     # Without a number the first free one from 100 on, without a name one made from the number.
     assert act(scope, "create-table", table="other")[0].pbr.tables[-1] == PbrTable(number=101, name="other")
@@ -225,7 +225,7 @@ def test_a_table_is_named_by_number_or_name() -> None:
 def test_what_is_added_twice_is_there_once_and_nothing_is_replaced_silently() -> None:
     once, said = act(smoke(), "add-route", table="smoke", route="blackhole 192.0.2.0/24")
     assert act(once, "add-route", table="smoke", route="blackhole 192.0.2.0/24") == (once, said)
-    assert "table smoke has already: blackhole 192.0.2.0/24" in str(
+    assert "table smoke already has: blackhole 192.0.2.0/24" in str(
         refused(once, "add-route", table="smoke", route="192.0.2.0/24 via 203.0.113.1")
     )
     ruled, said = act(once, "add-rule", table="smoke", rule="to 192.0.2.0/24")
@@ -248,7 +248,7 @@ def test_rules_are_tried_in_the_order_in_which_they_were_told() -> None:
         (15001, "from 10.10.1.5/32"),
     ]
     full, _ = act(scope, "add-rule", table="smoke", rule="from 10.10.1.6 priority 19999")
-    assert "a rule with the last priority already" in str(
+    assert "a rule with already has the last priority" in str(
         refused(full, "add-rule", table="smoke", rule="from 10.10.1.7")
     )
 

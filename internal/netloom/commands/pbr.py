@@ -174,7 +174,7 @@ def _add_route(scope: Scope, params: Params) -> Pbr:
             return pbr
         if (it.table, it.destination) == (route.table, route.destination):
             raise BadRequest(
-                f"payload.action-params.route: table {pbr.name_of(it.table)} has already: {it}",
+                f"payload.action-params.route: table {pbr.name_of(it.table)} already has: {it}",
                 hint="delete that route first",
             )
     routes = _not_too_many("routes", (*pbr.routes, route))
@@ -228,8 +228,8 @@ def _route(scope: Scope, table: int, given: RouteParams) -> PbrRoute:
     if not link:
         fitting = [it for it, within in subnets.items() if given.via and any(_within(given.via, net) for net in within)]
         if len(fitting) != 1:
-            which = f"through which link {given.via} is reached" if given.via else "where it leads to"
-            raise BadRequest(f"{where}: it does not tell {which}", hint=f"say via, and dev with one of the {links}")
+            which = f"through which link {given.via} is reached" if given.via else "where it leads"
+            raise BadRequest(f"{where}: it does not say {which}", hint=f"give via, and dev with one of the {links}")
         (link,) = fitting
     return PbrRoute(table=table, destination=given.destination, link=link, via=given.via, source=given.source)
 
@@ -285,7 +285,7 @@ def _add_rule(scope: Scope, params: Params) -> Pbr:
             raise BadRequest(
                 f"payload.action-params.rule: there is already {it.priority}: {it.selector} "
                 f"lookup {pbr.name_of(it.table)}",
-                hint="delete that rule first, or say another priority",
+                hint="delete that rule first, or give another priority",
             )
     rules = _not_too_many("rules", (*pbr.rules, rule))
     return replace(pbr, rules=tuple(sorted(rules, key=lambda it: it.priority)))
@@ -328,8 +328,8 @@ def _next_priority(pbr: Pbr) -> int:
     highest = max((it.priority for it in pbr.rules), default=PRIORITY_MIN - 1)
     if highest >= PRIORITY_MAX:
         raise BadRequest(
-            "payload.action-params.rule: there is a rule with the last priority already",
-            hint=f"say which: priority {PRIORITY_MIN} to {PRIORITY_MAX}",
+            "payload.action-params.rule: a rule already has the last priority",
+            hint=f"give one: priority {PRIORITY_MIN} to {PRIORITY_MAX}",
         )
     return highest + 1
 

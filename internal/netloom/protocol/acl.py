@@ -1,4 +1,4 @@
-"""The access control list of a VPC tier, complete in every call."""
+"""apply-network-acl: the access control list of a VPC tier. Each call has the complete list."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from netloom.protocol.scalars import Choice, Direction, IcmpNumber, Number, Port
 
 
 class AclAction(Choice[Literal["allow", "deny"]]):
-    """What an ACL item does."""
+    """The action of an item for packets that match it."""
 
 
 class AclProtocol(str):
-    """``tcp``, ``udp``, ``icmp``, ``all``, or a protocol number 0 to 255 (6, 17 and 1 become their names)."""
+    """``tcp``, ``udp``, ``icmp``, ``all``, or a protocol number, 0 to 255; 6, 17 and 1 become their names."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -29,7 +29,7 @@ class AclProtocol(str):
 
 
 class AclRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One item; the CIDR list filters the source of ingress and the destination of egress."""
+    """One item. ``source_cidrs`` match the source of ingress and the destination of egress; empty means any."""
 
     number: Number
     action: AclAction

@@ -1,4 +1,4 @@
-"""custom-action: flat, for a network or a VPC."""
+"""custom-action, for a network or a VPC. Its fields are in the file itself, not in an object ``payload``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from netloom.protocol.scalars import ActionName, Id, IPv4PrefixList, ParamName, 
 
 
 class Params(dict[str, str]):
-    """Parameter name to value; CloudStack sends strings, an absent one as the empty string."""
+    """Parameters by name. CloudStack sends strings; a parameter that was not given is the empty string."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -20,7 +20,7 @@ class Params(dict[str, str]):
 
 
 class CustomAction(msgspec.Struct, frozen=True, kw_only=True):
-    """``params`` come from the caller of CloudStack's API: whoever uses one checks it for that use."""
+    """One action. The caller of CloudStack's API chooses ``params``, so the code that uses one has to check it."""
 
     ALIASES: ClassVar[dict[str, str]] = {"action_params": "action-params"}
 

@@ -1,4 +1,4 @@
-"""DHCP: leases, subnets, options."""
+"""The payloads of the DHCP commands: leases, subnets and options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from netloom.protocol.scalars import Domain, Id, IPv4, IPv4List, IPv6List, Numbe
 
 
 class Resolvers(Protocol):
-    """A payload that tells the network's resolvers and domain; empty says nothing."""
+    """A payload with the network's resolvers and domain; empty means not given."""
 
     @property
     def dns(self) -> IPv4List: ...
@@ -23,23 +23,23 @@ class Resolvers(Protocol):
 
 
 class AddDhcpEntry(KnownNic, frozen=True, kw_only=True):
-    """add-dhcp-entry: a static lease; ``default_nic`` false withholds the router option."""
+    """add-dhcp-entry: a static lease. If ``default_nic`` is false, DHCP sends no router option."""
 
 
 class RemoveDhcpEntry(KnownNic, frozen=True, kw_only=True):
-    """remove-dhcp-entry: the VM is gone, with its names, metadata and password."""
+    """remove-dhcp-entry: the NIC is removed, with its names, metadata and password."""
 
 
 class ConfigDhcpSubnet(NicPayload, frozen=True, kw_only=True):
-    """config-dhcp-subnet: DHCP serves the subnet of the NIC."""
+    """config-dhcp-subnet: DHCP answers on the network."""
 
 
 class RemoveDhcpSubnet(NicPayload, frozen=True, kw_only=True):
-    """remove-dhcp-subnet."""
+    """remove-dhcp-subnet: one range of the network needs no DHCP any more."""
 
 
 class OptionCode(Number):
-    """A DHCP option code that a lease may carry (RFC 2132: 0 is padding, 255 the end)."""
+    """The code of a DHCP option (RFC 2132: 0 is padding, 255 is the end)."""
 
     LOW = 1
     HIGH = 254
@@ -47,7 +47,7 @@ class OptionCode(Number):
 
 
 class DhcpOptions(dict[int, str]):
-    """Option code to value; CloudStack's documentation shows it as JSON in a string, and as an object."""
+    """Values by option code. CloudStack's documentation shows an object, and an object as JSON in a string."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -61,7 +61,7 @@ class DhcpOptions(dict[int, str]):
 
 
 class SetDhcpOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """set-dhcp-options: documented; today's client never sends it. It may come before the NIC is known."""
+    """set-dhcp-options: documented, but not sent by today's client. It may come before the NIC is known."""
 
     network_id: Id
     nic_id: Id

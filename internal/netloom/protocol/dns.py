@@ -1,4 +1,4 @@
-"""DNS: names of VMs, resolvers."""
+"""The payloads of the DNS commands: names of VMs, and the resolver of a network."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from netloom.protocol.nic import KnownNic, NicPayload
 
 
 class AddDnsEntry(KnownNic, frozen=True, kw_only=True):
-    """add-dns-entry: A and AAAA records; brings the resolver up by itself."""
+    """add-dns-entry: A and AAAA records of a NIC. It also starts the resolver."""
 
 
 class RemoveDnsEntry(KnownNic, frozen=True, kw_only=True):
-    """remove-dns-entry: no caller was found; remove-dhcp-entry ends the names."""
+    """remove-dns-entry. No caller in CloudStack was found: remove-dhcp-entry removes the names."""
 
 
 class ConfigDnsSubnet(NicPayload, frozen=True, kw_only=True):
-    """config-dns-subnet: not sent for NICs with IPv6."""
+    """config-dns-subnet: start the resolver. CloudStack does not send it for NICs with IPv6."""
 
 
 class RemoveDnsSubnet(NicPayload, frozen=True, kw_only=True):
-    """remove-dns-subnet: for one subnet; others may still be served."""
+    """remove-dns-subnet: one range of the network needs no resolver any more."""

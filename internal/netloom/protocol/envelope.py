@@ -99,6 +99,7 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     broadcast: SegmentKind | None = msgspec.field(name="network.broadcast", default=None)
     public_ip6_gateway: IPv6 = msgspec.field(name="public.ip6.gateway", default=IPv6(""))
     public_ip6_address: IPv6Interface = msgspec.field(name="public.ip6.address", default=IPv6Interface(""))
+    # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
 
     def __post_init__(self) -> None:

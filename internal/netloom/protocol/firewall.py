@@ -1,4 +1,4 @@
-"""The firewall of a network, complete in every call."""
+"""apply-fw-rules: the firewall of a network. Each call has the complete set of rules."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class FwRules(msgspec.Struct, frozen=True, kw_only=True):
-    """The network's complete set. ``default_egress_allow``: explicit egress rules deny, else they allow."""
+    """The complete set. ``default_egress_allow`` true: egress rules deny; false: egress rules allow."""
 
     default_egress_allow: Flag
     rules: tuple[FwRule, ...]
@@ -47,13 +47,13 @@ class FwRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ApplyFwRules(NetworkPayload, frozen=True, kw_only=True):
-    """apply-fw-rules."""
+    """apply-fw-rules: replace the firewall."""
 
     fw_rules: FwRules  # guard: fw-rules-is-an-object-that-must-be-there
 
 
 def check_ports(has_ports: bool, protocol: str, first: int | None, last: int | None) -> None:
-    """Raises ValueError when a rule's two ports do not make a range, or its protocol has none."""
+    """Raise ValueError if the two ports of a rule are not a range, or if its protocol has no ports."""
     if first is None and last is None:
         return
     if not has_ports:

@@ -1,4 +1,4 @@
-"""Load balancing rules; a call lists only those that it is about."""
+"""apply-lb-rules: load balancing rules. A call has only the rules that change."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
 
 
 class LbProtocol(Choice[Literal["tcp", "udp", "tcp-proxy"]]):
-    """``tcp-proxy`` is tcp with the PROXY protocol towards the backends."""
+    """The protocol of a rule. ``tcp-proxy`` is TCP with the PROXY protocol header for the backends."""
 
 
 class LbAlgorithm(Choice[Literal["roundrobin", "leastconn", "source"]]):
-    """How a backend is chosen."""
+    """The algorithm that selects the backend of a connection."""
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM behind a rule; ``revoked`` takes it out."""
+    """A VM of a rule. ``revoked``: the VM is to be removed from the rule."""
 
     ip: IPv4
     port: Port
@@ -29,7 +29,7 @@ class Backend(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One rule, created, updated or (``revoke``) ended. It may have no backend."""
+    """One rule to create or update, or (``revoke``) to delete. It may have no backend."""
 
     id: Number
     public_ip: IPv4
@@ -43,7 +43,7 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
     @property
     def effective_protocol(self) -> Literal["tcp", "udp", "tcp-proxy"]:
-        """The protocol to speak: what a name that ends in ``[udp]`` or ``[tcp-proxy]`` says, else what was sent."""
+        """The protocol to use: the one at the end of the name, ``[udp]`` or ``[tcp-proxy]``, else ``protocol``."""
         name = self.name.rstrip().lower()
         if name.endswith("[udp]"):
             return "udp"
@@ -51,7 +51,10 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class LbRules:
-    """The rules of a call, and of each that cannot be read the reason: a restart sends all of them in one call."""
+    """The valid rules of a call, and the errors of the invalid ones.
+
+    A restart sends all rules in one call, so one invalid rule must not prevent the others.
+    """
 
     def __init__(self, rules: tuple[LbRule, ...], invalid: tuple[str, ...]) -> None:
         self.rules = rules
@@ -59,7 +62,7 @@ class LbRules:
 
     @classmethod
     def parse(cls, value: object) -> LbRules:
-        """Raises ValueError when it is no list of objects, BadRequest when there are rules and none can be read."""
+        """Raises ValueError if ``value`` is not a list of objects, BadRequest if all rules are invalid."""
         if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
             raise ValueError("expected a list of objects")
         rules, invalid = [], []
@@ -80,6 +83,6 @@ class LbRules:
 
 
 class ApplyLbRules(NetworkPayload, frozen=True, kw_only=True):
-    """apply-lb-rules: rules that are not listed stay as they are."""
+    """apply-lb-rules: rules that are not in the call stay as they are."""
 
     lb_rules: LbRules

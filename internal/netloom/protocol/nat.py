@@ -1,4 +1,4 @@
-"""Public addresses: held, translated one to one, forwarded port by port."""
+"""The payloads of the commands about public addresses, static NAT and port forwards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, PortRange, 
 
 
 class TransportProtocol(Choice[Literal["tcp", "udp"]]):
-    """What has ports."""
+    """The protocols that port forwards exist for."""
 
 
 class PublicAddress(NetworkPayload, frozen=True, kw_only=True):
-    """A network and the five public fields. All five may be missing when CloudStack does not find the address."""
+    """A network and the five fields of a public address. All five are missing if CloudStack does not find it.
+
+    ``VpcPublicAddress`` has the same five fields: a msgspec struct cannot have two bases with fields.
+    """
 
     public_ip: UnicastIPv4 = UnicastIPv4("")
     public_vlan: Vlan = Vlan("")
@@ -23,27 +26,27 @@ class PublicAddress(NetworkPayload, frozen=True, kw_only=True):
 
 
 class AssignIp(PublicAddress, frozen=True, kw_only=True):
-    """assign-ip: the device holds the address."""
+    """assign-ip: assign the address to the device."""
 
 
 class ReleaseIp(PublicAddress, frozen=True, kw_only=True):
-    """release-ip: the device no longer holds it."""
+    """release-ip: remove the address from the device."""
 
 
 class AddStaticNat(PublicAddress, frozen=True, kw_only=True):
-    """add-static-nat. ``source_nat`` says nothing here: it is ``false`` even on the source-NAT address."""
+    """add-static-nat. ``source_nat`` has no meaning here: it is ``false`` even on the source-NAT address."""
 
     private_ip: IPv4
 
 
 class DeleteStaticNat(PublicAddress, frozen=True, kw_only=True):
-    """delete-static-nat."""
+    """delete-static-nat. ``private_ip`` may be missing."""
 
     private_ip: IPv4 = IPv4("")
 
 
 class AddPortForward(PublicAddress, frozen=True, kw_only=True):
-    """add-port-forward: a range leads to a range of the same length, or to one port."""
+    """add-port-forward: from a range of ports to a range of the same length, or to one port."""
 
     public_port: PortRange
     private_ip: IPv4
@@ -52,7 +55,7 @@ class AddPortForward(PublicAddress, frozen=True, kw_only=True):
 
 
 class DeletePortForward(PublicAddress, frozen=True, kw_only=True):
-    """delete-port-forward; only what names the forward is needed."""
+    """delete-port-forward. Only the public address, the protocol and the public ports are needed."""
 
     public_port: PortRange
     protocol: TransportProtocol

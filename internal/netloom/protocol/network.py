@@ -1,4 +1,4 @@
-"""What every call about a network carries, and the calls that carry nothing else."""
+"""The fields of all calls about a network, and the payloads that have no others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from netloom.protocol.scalars import (
 
 
 class NetworkPayload(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of protocol section 2 that name a network.
+    """The fields that describe a network (docs/protocol.md, section 2).
 
     ``vlan`` is empty before the first implement and after shutdown. ``gateway`` and ``cidr`` are lists on shared
     networks with several ranges; in calls about a NIC the gateway is the NIC's.
@@ -38,21 +38,21 @@ class NetworkPayload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImplementNetwork(NetworkPayload, frozen=True, kw_only=True):
-    """implement-network. ``extension_ip``: the device's own guest address; absent when it needs none."""
+    """implement-network. ``extension_ip``: the device's own guest address; absent if it needs none."""
 
     extension_ip: IPv4 = IPv4("")
 
 
 class ShutdownNetwork(NetworkPayload, frozen=True, kw_only=True):
-    """shutdown-network."""
+    """shutdown-network: delete the network; CloudStack may implement it again."""
 
 
 class DestroyNetwork(NetworkPayload, frozen=True, kw_only=True):
-    """destroy-network; ``network_state`` is ``allocated``."""
+    """destroy-network: delete the network for good. ``network_state`` is ``allocated``."""
 
 
 class EnsureNetworkDevice(msgspec.Struct, frozen=True, kw_only=True):
-    """ensure-network-device, for a network or (tiers too) for a VPC. ``current_details`` is JSON in a string."""
+    """ensure-network-device, for a network, or for a VPC or its tier. ``current_details`` is JSON in a string."""
 
     network_id: Id = Id("")
     vpc_id: Id = Id("")

@@ -1,4 +1,4 @@
-"""A VM's NIC: what every call about one carries."""
+"""The fields of all calls about a VM's NIC."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from netloom.protocol.scalars import (
 
 
 class NicPayload(NetworkPayload, frozen=True, kw_only=True):
-    """The NIC's fields. ``gateway`` (of the network's fields) is the NIC's here.
+    """A network and the fields of a NIC. ``gateway``, a field of the network, is the NIC's here.
 
-    ``dns`` and ``domain`` come with the DHCP and DNS calls only; ``dns6`` is documented and was never seen.
-    The NIC of a removal is bare: no uuid, no name, ``default_nic`` always false.
+    ``dns`` and ``domain`` come with the DHCP and DNS calls only; ``dns6`` is documented, but was never observed. In
+    calls that remove a NIC, uuid and host name are missing and ``default_nic`` is always false.
     """
 
     ALIASES: ClassVar[dict[str, str]] = {
@@ -61,7 +61,7 @@ class NicPayload(NetworkPayload, frozen=True, kw_only=True):
 
 
 class KnownNic(NicPayload, frozen=True, kw_only=True):
-    """A NIC that the call must name: by its uuid, its MAC or its number."""
+    """A payload that must name its NIC by uuid, MAC address or number."""
 
     def __post_init__(self) -> None:
         if not (self.nic_uuid or self.mac or self.nic_id):
@@ -69,15 +69,18 @@ class KnownNic(NicPayload, frozen=True, kw_only=True):
 
 
 class PrepareNic(KnownNic, frozen=True, kw_only=True):
-    """prepare-nic: the NIC is known; on plain shared networks the first command of all."""
+    """prepare-nic: add the NIC. On a plain shared network this is the first command."""
 
 
 class ReleaseNic(KnownNic, frozen=True, kw_only=True):
-    """release-nic: the VM has stopped; what is known of it stays."""
+    """release-nic: the VM has stopped. Its state stays."""
 
 
 class VmNic(msgspec.Struct, frozen=True, kw_only=True):
-    """How restore-network writes a NIC: no gateway, no netmask."""
+    """A NIC in restore-network, without gateway and netmask.
+
+    The fields are in NicPayload too: a msgspec struct cannot have two bases with fields.
+    """
 
     ip: IPv4 = IPv4("")
     ip6_address: IPv6 = IPv6("")

@@ -1,7 +1,7 @@
-"""The parameters of the actions ``pbr-*``: which table, a route in ip-route(8)'s words, a rule in ip-rule(8)'s.
+"""The parameters of the actions ``pbr-*``: a table, a route as in ip-route(8), a rule as in ip-rule(8).
 
-Only the words that are listed here are understood, and every value is a checked address, prefix, number or name: what
-comes out is never a text to be run. All functions raise BadRequest with the parameter's path.
+Only the keywords in this file are accepted, and each value is parsed as an address, a prefix, a number or a name. No
+text of the caller reaches a command line. All functions raise BadRequest with the path of the parameter.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _T = TypeVar("_T")
 
 RouteKind = Literal["unicast", "blackhole", "unreachable", "prohibit"]
 
-# Below the tables of the ways out (render.marks). The kernel's own are default, main and local.
+# Larger numbers are the tables of the exits (render.marks). The kernel's own tables are default, main and local.
 TABLE_MAX = 19999
 OF_THE_KERNEL = frozenset({253, 254, 255})
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}\Z")
 _NOT_NAMES = {"default", "main", "local", "all", "unspec"}
 
-# Between the kernel's table of local addresses and the ways out by mark.
+# After the kernel's rule for local addresses, before the rules that select an exit by mark.
 PRIORITY_MIN, PRIORITY_MAX = 10000, 19999
 
 _KINDS: tuple[RouteKind, ...] = get_args(RouteKind)
@@ -38,14 +38,14 @@ _RULE_HINT = "[from <prefix>] [to <prefix>] [iif <link>] [priority <number>], as
 
 
 class TableParams(msgspec.Struct, frozen=True, kw_only=True):
-    """A table by its number, its name, or both. 0 and empty: not told."""
+    """A table by its number, its name, or both. 0 and empty: not given."""
 
     number: int = 0
     name: str = ""
 
 
 class RouteParams(msgspec.Struct, frozen=True, kw_only=True):
-    """A route as told; empty: not told. No ``kind``: an ordinary one."""
+    """The parts of a route; empty: not given. ``kind`` None: not given, which means ``unicast`` in a new route."""
 
     destination: str
     kind: RouteKind | None = None
@@ -55,7 +55,7 @@ class RouteParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RuleParams(msgspec.Struct, frozen=True, kw_only=True):
-    """A rule as told. Empty: any; ``priority`` 0: not told."""
+    """The parts of a rule. Empty: any. ``priority`` 0: not given."""
 
     source: str = ""
     destination: str = ""
@@ -76,12 +76,12 @@ class _Priority(Number):
 
 
 def has_table_params(params: Mapping[str, str]) -> bool:
-    """Whether any of a table's parameters says something."""
+    """Whether a parameter names a table."""
     return any(params.get(it, "").strip() for it in ("table-id", "id", "table-name", "table"))
 
 
 def parse_table(params: Mapping[str, str]) -> TableParams:
-    """From ``table-id`` (or ``id``) and ``table-name`` (or ``table``, which may be a number as well)."""
+    """Parse ``table-id`` (or ``id``) and ``table-name`` (or ``table``, which may be a number too)."""
     either = params.get("table", "").strip().isdigit()
     number = _one(params, "table-id", "id", *(["table"] if either else []))
     name = _one(params, "table-name", *([] if either else ["table"]))
@@ -94,50 +94,50 @@ def parse_table(params: Mapping[str, str]) -> TableParams:
 
 
 def parse_route(params: Mapping[str, str]) -> RouteParams:
-    """From ``route``."""
+    """Parse ``route``."""
     words = _words(params, "route", _ROUTE_HINT)
     kind = next((it for it in _KINDS if it == words[0]), None)
     if kind is not None:
         words.pop(0)
     if not words:
-        raise BadRequest("payload.action-params.route: it leads nowhere", hint=_ROUTE_HINT)
+        raise BadRequest("payload.action-params.route: the destination is missing", hint=_ROUTE_HINT)
     destination = _parsed("route", _prefix, words.pop(0))
     options = {
         "via": IPv4.parse,  # guard: a-next-hop-is-an-address
         "dev": LinkName.parse,
         "src": IPv4.parse,
     }
-    told = _options("route", words, options, _ROUTE_HINT)
-    via, link, source = (str(told.get(it, "")) for it in options)
-    if kind not in (None, "unicast") and told:
-        raise BadRequest(f"payload.action-params.route: {kind} goes without {', '.join(told)}")
+    given = _options("route", words, options, _ROUTE_HINT)
+    via, link, source = (str(given.get(it, "")) for it in options)
+    if kind not in (None, "unicast") and given:
+        raise BadRequest(f"payload.action-params.route: {kind} does not take {', '.join(given)}")
     return RouteParams(destination=destination, kind=kind, via=via, link=link, source=source)
 
 
 def parse_rule(params: Mapping[str, str]) -> RuleParams:
-    """From ``rule``."""
+    """Parse ``rule``."""
     words = _words(params, "rule", _RULE_HINT)
     alike = {"pref": "priority", "preference": "priority", "order": "priority"}
     words[::2] = [alike.get(it, it) for it in words[::2]]
     readers = {"from": _prefix, "to": _prefix, "iif": LinkName.parse, "priority": _Priority.parse}
-    told = _options("rule", words, readers, _RULE_HINT)
-    if not told.keys() - {"priority"}:
-        raise BadRequest("payload.action-params.rule: it says nothing of which packets", hint=_RULE_HINT)
-    source, destination = (str(told.get(it, "")) for it in ("from", "to"))
+    given = _options("rule", words, readers, _RULE_HINT)
+    if not given.keys() - {"priority"}:
+        raise BadRequest("payload.action-params.rule: no selector is given", hint=_RULE_HINT)
+    source, destination = (str(given.get(it, "")) for it in ("from", "to"))
     return RuleParams(
         source="" if source == ANYWHERE else source,
         destination="" if destination == ANYWHERE else destination,
-        iif=str(told.get("iif", "")),
-        priority=int(str(told.get("priority", 0))),
+        iif=str(given.get("iif", "")),
+        priority=int(str(given.get("priority", 0))),
     )
 
 
 def _one(params: Mapping[str, str], *names: str) -> str:
-    """What these parameters, which are names of the same, have for a value; empty when nothing."""
-    told = {params.get(name, "").strip() for name in names} - {""}
-    if len(told) > 1:
-        raise BadRequest(f"payload.action-params: {' and '.join(names)} say different things")
-    return told.pop() if told else ""
+    """The value of a parameter that has several names; empty if none is given."""
+    given = {params.get(name, "").strip() for name in names} - {""}
+    if len(given) > 1:
+        raise BadRequest(f"payload.action-params: {' and '.join(names)} have different values")
+    return given.pop() if given else ""
 
 
 def _words(params: Mapping[str, str], param: str, hint: str) -> list[str]:
@@ -150,16 +150,16 @@ def _words(params: Mapping[str, str], param: str, hint: str) -> list[str]:
 def _options(
     param: str, words: list[str], readers: Mapping[str, Callable[[str], object]], hint: str
 ) -> dict[str, object]:
-    """Pairs of a word and its value, each word once."""
-    told: dict[str, object] = {}
+    """Parse pairs of a keyword and a value. Each keyword may be given once."""
+    given: dict[str, object] = {}
     for word, value in zip(words[::2], [*words[1::2], ""], strict=False):
         if word not in readers:
             raise BadRequest(f"payload.action-params.{param}: {quoted(word)} is not understood", hint=hint)
-        if word in told or not value:
-            why = "is there twice" if word in told else "lacks its value"
+        if word in given or not value:
+            why = "is given twice" if word in given else "lacks its value"
             raise BadRequest(f"payload.action-params.{param}: {word} {why}", hint=hint)
-        told[word] = _parsed(param, readers[word], value)
-    return told
+        given[word] = _parsed(param, readers[word], value)
+    return given
 
 
 def _parsed(param: str, reader: Callable[[str], _T], value: str) -> _T:

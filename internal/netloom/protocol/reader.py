@@ -108,7 +108,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {quoted(key)} stands there twice")
+                raise ValueError(f"the key {quoted(key)} appears twice")
             seen.add(key)
     return value
 

@@ -1,4 +1,4 @@
-"""restore-network: what the VMs of a network need, in one call."""
+"""restore-network: leases, names and metadata of all VMs of a network, in one call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from netloom.protocol.userdata import RestoredItem
 
 
 class RestoredVm(VmNic, frozen=True, kw_only=True):
-    """One VM; passwords are never in its list."""
+    """One VM. ``vm_data`` never has a password."""
 
     dns: IPv4List = IPv4List()
     dns6: IPv6List = IPv6List()
@@ -20,7 +20,7 @@ class RestoredVm(VmNic, frozen=True, kw_only=True):
 
 
 class RestoreData(msgspec.Struct, frozen=True, kw_only=True):
-    """Every VM of the network, and which services the network has."""
+    """The VMs of the network, and the services that the network has."""
 
     dhcp_enabled: Flag = Flag(0)
     dns_enabled: Flag = Flag(0)
@@ -29,7 +29,7 @@ class RestoreData(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RestoreNetwork(NetworkPayload, frozen=True, kw_only=True):
-    """restore-network: removes nothing."""
+    """restore-network. It removes nothing."""
 
     restore_data: RestoreData
     dns: IPv4List = IPv4List()

@@ -1,8 +1,8 @@
-"""The single values that payloads are made of, each a checked type.
+"""The types of single values in payloads: ids, addresses, ports, names, words. Each type checks its values.
 
-Every class here has ``parse``: it takes what JSON gave (CloudStack writes most scalars as strings, other clients as
+Every class has ``parse``. It takes a decoded JSON value (CloudStack sends most scalars as strings, other clients send
 numbers) and returns a value of the class, or raises ValueError with a sentence about the value. Addresses, prefixes
-and MACs come out in one spelling, so that the same thing told twice is the same text.
+and MAC addresses get one spelling, so that equal values are equal texts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LINK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}\Z")
 
 
 def quoted(value: object) -> str:
-    """``value`` for an error: one line, at most 60 characters, its size where it is longer."""
+    """``value`` for an error message: one line of at most 60 characters; with its size if it is longer."""
     if isinstance(value, str):
         shown = value if len(value) <= QUOTE_CHARACTERS_MAX else f"{value[: QUOTE_CHARACTERS_MAX - 18]}..."
         shown = one_line(f"'{shown}'", QUOTE_CHARACTERS_MAX)
@@ -61,7 +61,7 @@ def quoted(value: object) -> str:
 
 
 def string(value: object, *, limit: int, secret: bool = False) -> str:
-    """``value`` as it is when it is text of at most ``limit`` characters; a secret one is not quoted."""
+    """``value`` if it is text of at most ``limit`` characters. Raises ValueError, which does not quote a secret."""
     if not isinstance(value, str):
         raise ValueError(f"{'the value' if secret else quoted(value)} is not text")
     if len(value) > limit:
@@ -71,7 +71,7 @@ def string(value: object, *, limit: int, secret: bool = False) -> str:
 
 
 def _text(value: object) -> str:
-    """A scalar as text. A number is written as JSON wrote it; true, false and containers are refused."""
+    """A string or an integer as text. Raises ValueError for any other value and for huge integers."""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -97,7 +97,7 @@ class Text(str):
 
 
 class Document(str):
-    """Text that is parsed later by somebody else: any characters but NUL, at most 64 Ki."""
+    """Text that other code parses later: any characters except NUL, at most 64 Ki."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -150,7 +150,7 @@ class Id(Pattern):
 
 
 class Flag(int):
-    """True or false, as CloudStack spells it: ``true`` or ``"true"``, in any case."""
+    """True or false: the JSON value, or the string ``"true"`` or ``"false"`` in any case, which CloudStack sends."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -162,7 +162,7 @@ class Flag(int):
 
 
 class Number(int):
-    """A whole number, as a number or as decimal text, within the bounds of its class."""
+    """A whole number, as a JSON number or as decimal text, from LOW to HIGH of its class."""
 
     LOW: ClassVar[int] = 0
     HIGH: ClassVar[int] = (1 << 63) - 1
@@ -260,7 +260,7 @@ class IPv6(str):
 
 
 class IPv4Prefix(str):
-    """An IPv4 network with prefix length; host bits are allowed and cleared: ``10.1.1.7/24`` is ``10.1.1.0/24``."""
+    """An IPv4 network with prefix length. Host bits are cleared: ``10.1.1.7/24`` becomes ``10.1.1.0/24``."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -275,7 +275,7 @@ class IPv4Prefix(str):
 
 
 class IPv6Prefix(str):
-    """An IPv6 network with prefix length; host bits are allowed and cleared."""
+    """An IPv6 network with prefix length. Host bits are cleared."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -288,7 +288,7 @@ class IPv6Prefix(str):
 
 
 class IPv6Interface(str):
-    """An IPv6 address, or a network, with prefix length; host bits are kept."""
+    """An IPv6 address or network with prefix length. Host bits are kept."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -297,7 +297,7 @@ class IPv6Interface(str):
 
 
 class Prefix(str):
-    """An IPv4 or IPv6 network with prefix length, host bits cleared."""
+    """An IPv4 or IPv6 network with prefix length. Host bits are cleared."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -338,7 +338,7 @@ class HostName(Pattern):
 
 
 class Domain(str):
-    """A DNS name: labels of RFC 1123, at most 253 characters; a final dot is dropped."""
+    """A DNS name: labels of RFC 1123, at most 253 characters. A final dot is removed."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -362,7 +362,8 @@ class LinkName(Pattern):
 class Vlan(str):
     """The value of a broadcast URI: a tag, ``untagged``, a private VLAN ``1412-i2412``, or empty.
 
-    A VXLAN id looks like a tag: ``number`` tells up to 16777215, and who reads it decides. Schemes are cut off.
+    A VXLAN id looks like a tag, so ``number`` may be up to 16777215, and the caller checks the range. A scheme such as
+    ``vlan://`` is removed.
     """
 
     @classmethod
@@ -455,9 +456,9 @@ class Password(Secret):
 
 
 class Content(Secret):
-    """What a VM may fetch: user data, a metadata item, its keys. Served byte for byte; at most 16 Mi characters.
+    """Data that a VM can fetch: user data, a metadata item, SSH keys. At most 16 Mi characters, served byte for byte.
 
-    NUL is a character here: the client decodes gzipped user data as if it were text.
+    NUL is allowed: CloudStack's client decodes gzipped user data as if it were text.
     """
 
     __slots__ = ()
@@ -470,7 +471,7 @@ class Content(Secret):
 class ItemName(str):
     """A file name inside a VM's metadata: a relative path without ``..``, empty segments or control characters.
 
-    Tenants choose some of these names (the parameters of their user data), so ``../x`` is to be expected.
+    Tenants choose some of these names (the parameters of their user data), so names such as ``../x`` can occur.
     """
 
     @classmethod
@@ -482,7 +483,7 @@ class ItemName(str):
 
 
 def is_item_name(text: str) -> bool:
-    """Whether ``text`` may name a metadata item: at most 255 characters, no way out of the VM's own tree."""
+    """Whether ``text`` is a valid name: at most 255 characters, and a path below the VM's own directory."""
     return (
         0 < len(text) <= 255
         and "\\" not in text
@@ -543,10 +544,10 @@ class ParamName(Pattern):
 
 
 class Host(str):
-    """How a host is reached: an IPv4 address, an IPv6 address (brackets are dropped), or a name.
+    """The address or name of a host: IPv4, IPv6 (brackets are removed), or a name.
 
-    Names may have underscores, which /etc/hosts allows. A name's last label is not all digits (RFC 1123 section 2.1),
-    so a mistyped address is no name, and nothing here starts with a dash.
+    Names may contain underscores, which /etc/hosts allows. The last label of a name is not all digits (RFC 1123,
+    section 2.1), so a mistyped address is not a name. No value starts with a dash.
     """
 
     @classmethod
@@ -566,7 +567,7 @@ class Host(str):
 
 
 class HostList(tuple[Host, ...]):
-    """Comma-separated hosts, blanks allowed, each once, in the order in which they were given."""
+    """Comma-separated hosts, with or without blanks. The order stays; duplicates are removed."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""Metadata, user data, keys and passwords of a VM."""
+"""The payloads with metadata, user data, SSH keys and passwords of a VM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from netloom.protocol.nic import KnownNic
 from netloom.protocol.scalars import Content, ItemName, Password, Text, is_item_name, quoted
 
-# CloudStack's names on the left as its client sends them; the documentation's names for the same directories.
+# The client's names of the directories, and the names in CloudStack's documentation for the same ones.
 _DIRECTORIES = {
     "userdata": "userdata",
     "user-data": "userdata",
@@ -31,7 +31,7 @@ class Directory(str):
 
 
 class VmDataItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One file of a VM's metadata. The content is a secret: it may be a password, and user data often holds some."""
+    """One metadata item of a VM. The content is a secret: it may be a password, and user data often contains some."""
 
     dir: Directory
     file: ItemName
@@ -39,15 +39,15 @@ class VmDataItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SaveVmData(KnownNic, frozen=True, kw_only=True):
-    """save-vm-data: the complete set of the VM, but for a password that is there and not listed."""
+    """save-vm-data: all items of the VM. A known password stays if none is listed."""
 
     vm_data: tuple[VmDataItem, ...]
 
 
 class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item as restore-network lists it: its name is looked at later.
+    """An item in restore-network; :meth:`valid_item` checks its name.
 
-    A tenant chooses names of items, and one tenant's ``../x`` must not keep a whole network down.
+    A tenant chooses names of items, and one tenant's ``../x`` must not prevent the restore of the network.
     """
 
     dir: Content = Content()
@@ -55,7 +55,7 @@ class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
     content: Content = Content()
 
     def valid_item(self) -> VmDataItem | None:
-        """The item, or None when its name or directory is not one that is served."""
+        """The item, or None if its name or directory is invalid."""
         place, name = self.dir.reveal().lower(), self.file.reveal()
         if place not in _DIRECTORIES or not is_item_name(name):
             return None
@@ -63,24 +63,24 @@ class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SavePassword(KnownNic, frozen=True, kw_only=True):
-    """save-password."""
+    """save-password: a password that the VM can fetch once."""
 
     password: Password
 
 
 class SaveUserdata(KnownNic, frozen=True, kw_only=True):
-    """save-userdata; empty means that there is none any more."""
+    """save-userdata: the user data, which may be empty."""
 
     userdata: Content = Content()
 
 
 class SaveSshkey(KnownNic, frozen=True, kw_only=True):
-    """save-sshkey: public keys, several lines possible."""
+    """save-sshkey: public keys, one per line."""
 
     sshkey: Content = Content()
 
 
 class SaveHypervisorHostname(KnownNic, frozen=True, kw_only=True):
-    """save-hypervisor-hostname."""
+    """save-hypervisor-hostname: the name of the hypervisor that the VM runs on."""
 
     hypervisor_hostname: Text = Text("")

@@ -1,4 +1,4 @@
-"""Calls about a VPC as a whole: no network_id."""
+"""The payloads of the commands about a VPC as a whole. They have no ``network_id``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from netloom.protocol.scalars import Flag, Id, IPv4Prefix, IPv4PrefixList, Unica
 
 
 class VpcPayload(msgspec.Struct, frozen=True, kw_only=True):
-    """The VPC's fields; older text calls ``vpc_cidr`` ``cidr``."""
+    """The fields of a VPC. An older version of CloudStack's documentation calls ``vpc_cidr`` ``cidr``."""
 
     ALIASES: ClassVar[dict[str, str]] = {"cidr": "vpc_cidr"}
 
@@ -21,7 +21,7 @@ class VpcPayload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VpcPublicAddress(VpcPayload, frozen=True, kw_only=True):
-    """A VPC and the public fields of its source-NAT address."""
+    """A VPC and the five fields of its source-NAT address, as in ``PublicAddress``."""
 
     public_ip: UnicastIPv4 = UnicastIPv4("")
     public_vlan: Vlan = Vlan("")
@@ -31,16 +31,16 @@ class VpcPublicAddress(VpcPayload, frozen=True, kw_only=True):
 
 
 class ImplementVpc(VpcPublicAddress, frozen=True, kw_only=True):
-    """implement-vpc: with public fields when a source-NAT address exists already."""
+    """implement-vpc. It has the public fields if the VPC already has a source-NAT address."""
 
 
 class ShutdownVpc(VpcPayload, frozen=True, kw_only=True):
-    """shutdown-vpc: addresses included; no release-ip comes for them."""
+    """shutdown-vpc: delete the VPC with its public addresses; CloudStack sends no release-ip for them."""
 
 
 class DestroyVpc(VpcPayload, frozen=True, kw_only=True):
-    """destroy-vpc: today's client does not send it."""
+    """destroy-vpc: documented, but not sent by today's client."""
 
 
 class UpdateVpcSourceNatIp(VpcPublicAddress, frozen=True, kw_only=True):
-    """update-vpc-source-nat-ip: the new address only."""
+    """update-vpc-source-nat-ip: the fields are those of the new address."""
