@@ -3,8 +3,8 @@
 Theory of operation
 ===================
 
-Each scope has a ``Slot``. Whoever works on the scope holds the lock of its slot, so the calls of one scope run one
-after the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
+Each scope has a ``Slot`` with a lock. All work on the scope holds this lock, so the calls of one scope run one after
+the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
 
 A call takes these steps. All but the first and the last run in one worker thread:
 
