@@ -11,14 +11,10 @@ from __future__ import annotations
 import msgspec
 
 from netloom.errors import HostRefused
+from netloom.frames import FrameBuffer, FrameTooLong, frame
 
 PROTOCOL_VERSION = 1
 OLDEST_PROTOCOL = 1  # the oldest that we still understand; management servers and agents are updated at different times
-
-# The largest legitimate message is a restore of hundreds of VMs with a megabyte of user data each.
-FRAME_BYTES_MAX = 1 << 30
-
-_LENGTH_BYTES = 4
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
@@ -100,36 +96,26 @@ _decoder = msgspec.msgpack.Decoder(Message)
 
 def encode(message: Message) -> bytes:
     """One frame, length included."""
-    body = _encoder.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+    return frame(_encoder.encode(message))
 
 
 class FrameReader:
     """Assembles messages from a stream of bytes, which may arrive in pieces of any size."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._frames = FrameBuffer(_decoder.decode)
 
     def feed(self, data: bytes) -> list[Message]:
         """The messages that are complete with ``data``.
 
         Raises HostRefused for a frame that is too long (often text that the remote shell printed) or not a message.
         """
-        self._buffer += data
-        messages: list[Message] = []
-        while len(self._buffer) >= _LENGTH_BYTES:
-            length = int.from_bytes(self._buffer[:_LENGTH_BYTES], "big")
-            if length > FRAME_BYTES_MAX:
-                raise HostRefused(
-                    f"the host sent something that is not a frame: {bytes(self._buffer[:60])!r}",
-                    hint="does the login shell print text?",
-                )
-            end = _LENGTH_BYTES + length
-            if len(self._buffer) < end:
-                break
-            try:
-                messages.append(_decoder.decode(bytes(self._buffer[_LENGTH_BYTES:end])))
-            except msgspec.MsgspecError as error:
-                raise HostRefused(f"the host sent a frame that cannot be read: {error}") from error
-            del self._buffer[:end]
-        return messages
+        try:
+            return self._frames.feed(data)
+        except FrameTooLong as error:
+            raise HostRefused(
+                f"the host sent something that is not a frame: {error.start!r}",
+                hint="does the login shell print text?",
+            ) from error
+        except msgspec.MsgspecError as error:
+            raise HostRefused(f"the host sent a frame that cannot be read: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from guestbed.dhcp import message
 from kernel.agent_host import AgentHost, Client, agent_host
-from netloom.guest.dhcp import Type
+from netloom.guest.dhcp import MessageType
 from netloom.wire import Reply
 
 NS = "cs-net-204"
@@ -124,7 +124,7 @@ def bench_dhcp(host: AgentHost, client: Client, rounds: int) -> Iterator[tuple[f
     done(client.call("110", "restore-network", **nic, **wide, restore_data=data))
     done(client.call("032", "add-dhcp-entry", **wide))
     host.plug("vm", "breth1-1204", MAC)
-    discover = message(Type.DISCOVER, MAC, flags=0x8000)
+    discover = message(MessageType.DISCOVER, MAC, flags=0x8000)
     with dnsmasq(host), closing(asker(host, "eth0")) as ours, closing(asker(host, "eth1")) as theirs:
 
         def offered(by: socket.socket) -> None:

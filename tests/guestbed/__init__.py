@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import select
 import signal
@@ -20,21 +21,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from netloom.guestwire import (
-    Done,
-    Drop,
+    Ack,
+    DropNetwork,
+    GuestHello,
+    GuestMessage,
     GuestNetwork,
     GuestNic,
-    Hello,
-    Lend,
-    Lent,
+    LendSockets,
+    LentSockets,
     Listener,
     ListenerKind,
-    Message,
     PasswordTaken,
-    Serve,
-    Tried,
-    Try,
-    Update,
+    ServeNetwork,
+    UpdateNetwork,
 )
 from netloom.guestwire.channel import Channel, ChannelError
 from netns import inside
@@ -46,6 +45,9 @@ LINK = "gst-204"
 SERVER = "10.1.1.1"
 PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
 ANSWER_TIMEOUT_S = 20.0
+
+GUEST = ("-c", "import sys; from netloom.guest.main import main; sys.exit(main(sys.argv[1:]))")
+INTRUDER = (str(Path(__file__).with_name("intruder.py")),)
 
 _numbers = itertools.count(os.getpid() * 100)
 
@@ -150,31 +152,29 @@ class Agent:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.connect(str(path))
         self._channel = Channel(sock)
-        self._arrived: list[tuple[Message, list[int]]] = []
+        self._arrived: list[tuple[GuestMessage, list[int]]] = []
         self._seq = itertools.count(1)
-        self.news: list[Message] = []
-        self.hello = self._next(Hello)[0]
+        self.news: list[GuestMessage] = []
+        self.hello = self._next(GuestHello)[0]
 
-    def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Done:
+    def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket], *listeners: Listener) -> Ack:
         """Hand over sockets; without ``listeners`` they are for DHCP, metadata and passwords, in that order."""
         kinds: tuple[ListenerKind, ...] = ("dhcp", "metadata", "password")
         asked = listeners or tuple(Listener(kind) for kind in kinds[: len(sockets)])
         descriptors = [sock.fileno() for sock in sockets]
-        return self._ask(Serve(seq=next(self._seq), network=table, listeners=asked), Done, descriptors)[0]
+        return self._ask(ServeNetwork(seq=next(self._seq), network=table, listeners=asked), Ack, descriptors)[0]
 
-    def update(self, table: GuestNetwork) -> Done:
-        return self._ask(Update(seq=next(self._seq), network=table), Done)[0]
+    def update(self, table: GuestNetwork) -> Ack:
+        return self._ask(UpdateNetwork(seq=next(self._seq), network=table), Ack)[0]
 
-    def drop(self) -> Done:
-        return self._ask(Drop(seq=next(self._seq), scope_id="net-204", network_id="204"), Done)[0]
+    def drop(self) -> Ack:
+        return self._ask(DropNetwork(seq=next(self._seq), scope_id="net-204", network_id="204"), Ack)[0]
 
-    def lend(self) -> tuple[Lent, list[socket.socket]]:
-        lent, descriptors = self._ask(Lend(seq=next(self._seq), scope_id="net-204", network_id="204"), Lent)
+    def lend(self) -> tuple[LentSockets, list[socket.socket]]:
+        lent, descriptors = self._ask(
+            LendSockets(seq=next(self._seq), scope_id="net-204", network_id="204"), LentSockets
+        )
         return lent, [socket.socket(fileno=it) for it in descriptors]
-
-    def attempt(self, timeout_s: float = ANSWER_TIMEOUT_S) -> dict[str, str]:
-        """Ask the process to try what an intruder would; returns the outcomes by attempt."""
-        return self._ask(Try(seq=next(self._seq)), Tried, timeout_s=timeout_s)[0].outcomes
 
     def taken(self) -> PasswordTaken:
         """Wait for the next message that a VM has fetched its password."""
@@ -184,23 +184,21 @@ class Agent:
                 return message
         return self._next(PasswordTaken)[0]
 
-    def listen(self, seconds: float) -> list[Message]:
+    def listen(self, seconds: float) -> list[GuestMessage]:
         """Receive for ``seconds``; returns the messages that answer no request."""
         with contextlib.suppress(TimeoutError):
-            self._next(Hello, seconds)
+            self._next(GuestHello, seconds)
         return self.news
 
     def close(self) -> None:
         self._channel.close()
 
-    def _ask(
-        self, message: Message, kind: type[T], descriptors: Sequence[int] = (), timeout_s: float = ANSWER_TIMEOUT_S
-    ) -> tuple[T, list[int]]:
+    def _ask(self, message: GuestMessage, kind: type[T], descriptors: Sequence[int] = ()) -> tuple[T, list[int]]:
         self._channel.queue(message, descriptors)
         while self._channel.pending:
             select.select([], [self._channel], [], ANSWER_TIMEOUT_S)
             self._channel.flush()
-        return self._next(kind, timeout_s)
+        return self._next(kind)
 
     def _next(self, kind: type[T], seconds: float = ANSWER_TIMEOUT_S) -> tuple[T, list[int]]:
         deadline = time.monotonic() + seconds
@@ -216,9 +214,9 @@ class Agent:
 
 
 class GuestProcess:
-    """``netloom guest``, started as the agent starts it."""
+    """``netloom guest``, started as the agent starts it. ``program``: the arguments of Python that start it."""
 
-    def __init__(self, *options: str, litter: bool = False) -> None:
+    def __init__(self, program: Sequence[str] = GUEST, *, litter: bool = False) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="gtest-")
         directory = Path(self._directory.name)
         self.path = directory / "guest.sock"
@@ -230,16 +228,15 @@ class GuestProcess:
         listener.bind(str(self.path))
         os.chmod(self.path, 0o600)
         listener.listen(4)
-        program = "import sys; from netloom.guest.main import main; sys.exit(main(sys.argv[1:]))"
         self._log = directory / "log"
         with self._log.open("wb") as log, listener:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-c", program, "--control", str(listener.fileno())),
-                    *("--root", str(self.root), "--build", "b1", *options),
+                    *(sys.executable, *program, "--control", str(listener.fileno())),
+                    *("--root", str(self.root), "--build", "b1"),
                 ],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
                 stderr=log,
                 pass_fds=[listener.fileno()],
                 env={"PYTHONPATH": str(INTERNAL)},
@@ -252,6 +249,15 @@ class GuestProcess:
             return Agent(self.path)
         except (OSError, ChannelError, TimeoutError) as error:
             raise ChannelError(f"{error}; the process says: {self.said}") from error
+
+    def attempts(self) -> dict[str, str]:
+        """Have the intruder make its attempts; returns the name of the errno of each, or ``possible``."""
+        self.process.send_signal(signal.SIGUSR1)
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], ANSWER_TIMEOUT_S)[0]:
+            raise TimeoutError(f"the intruder reports nothing; {self.said}")
+        outcomes: dict[str, str] = json.loads(self.process.stdout.readline())
+        return outcomes
 
     @property
     def said(self) -> str:
@@ -267,13 +273,15 @@ class GuestProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self._directory.cleanup()
 
 
 @contextlib.contextmanager
-def guest_process(*options: str) -> Iterator[GuestProcess]:
+def guest_process(program: Sequence[str] = GUEST) -> Iterator[GuestProcess]:
     """A guest process that ends with the block. Asserts that its stderr stayed empty."""
-    process = GuestProcess(*options)
+    process = GuestProcess(program)
     try:
         yield process
         assert process.said == ""

@@ -1,4 +1,4 @@
-"""DHCP messages as a client writes them, and as a person reads them."""
+"""DHCP messages: build those of a client, answer them as the guest process does, and describe them as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import socket
 import struct
 from collections.abc import Mapping
 
-from netloom.guest.dhcp import Type
+from netloom.guest.dhcp import DhcpReply, MessageType, parse, respond
+from netloom.guest.table import GuestTable
 
 MAGIC = b"\x63\x82\x53\x63"
 COMMON = bytes([1, 3, 6, 12, 15, 26, 28, 119])
@@ -26,7 +27,7 @@ def option(code: int, value: bytes) -> bytes:
 
 
 def message(
-    kind: Type,
+    kind: MessageType,
     mac: str,
     options: Mapping[int, bytes] | None = None,
     *,
@@ -37,37 +38,43 @@ def message(
     sname: bytes = b"",
     file: bytes = b"",
 ) -> bytes:
-    """A client's message, asking for the common options unless it says what it wants."""
+    """A client's message. It requests the COMMON options, unless ``options`` has a parameter request list (55)."""
     nowhere = bytes(4)
     head = struct.pack(
         "!BBBBIHH4s4s4s4s16s64s128s4s", 1, 1, 6, 0, 0x12345678, 3, flags, socket.inet_aton(ciaddr), nowhere, nowhere,
         socket.inet_aton(giaddr), bytes.fromhex(mac.replace(":", "")), sname, file, MAGIC,
     )  # fmt: skip
-    asked = {55: COMMON} | dict(options or {})
-    return head + option(53, bytes([kind])) + b"".join(option(*it) for it in asked.items()) + tail
+    all_options = {55: COMMON} | dict(options or {})
+    return head + option(53, bytes([kind])) + b"".join(option(*it) for it in all_options.items()) + tail
+
+
+def reply_to(packet: bytes, table: GuestTable) -> DhcpReply | None:
+    """The reply of the guest process to ``packet``, or None."""
+    request = parse(packet)
+    return None if request is None else respond(request, table)
 
 
 def options_of(packet: bytes) -> list[tuple[int, bytes]]:
-    """The options in their order; raises when they are not well formed up to their end mark."""
+    """The options in their order. Raises AssertionError or IndexError if they are not well formed."""
     found, at = [], 240
     while packet[at] != 255:
         if packet[at] == 0:
             at += 1
             continue
         code, length = packet[at], packet[at + 1]
-        assert at + 2 + length < len(packet), "an option runs over the end"
+        assert at + 2 + length < len(packet), "an option is longer than the packet"
         found.append((code, packet[at + 2 : at + 2 + length]))
         at += 2 + length
-    assert not packet[at + 1 :].strip(b"\0"), "something stands behind the end mark"
+    assert not packet[at + 1 :].strip(b"\0"), "there is data after the end option"
     return found
 
 
 def describe(packet: bytes, to: str = "") -> str:
-    """The message in lines; what is zero is left out."""
+    """The message in lines, without the fields that are zero."""
     op, htype, hlen, hops, xid, _, flags = struct.unpack_from("!BBBBIHH", packet)
     assert (htype, hlen, hops, xid, packet[236:240]) == (1, 6, 0, 0x12345678, MAGIC)
     options = options_of(packet)
-    kind = Type(dict(options)[53][0]).name
+    kind = MessageType(dict(options)[53][0]).name
     mac = packet[28:34].hex(":")
     lines = [f"{kind} from {mac}" if op == 1 else f"{kind} to {to}, for {mac}"]
     for name, at in (("ciaddr", 12), ("yiaddr", 16), ("siaddr", 20), ("giaddr", 24)):
@@ -93,7 +100,7 @@ def _value(code: int, value: bytes) -> str:
 
 
 def _names(value: bytes) -> str:
-    """Domain names as RFC 3397 writes them, uncompressed."""
+    """Domain names in the encoding of RFC 3397, uncompressed."""
     names, labels, at = [], [], 0
     while at < len(value):
         length = value[at]

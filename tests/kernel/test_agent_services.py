@@ -37,7 +37,7 @@ from kernel.isolated_network import (
     lookup,
     running,
 )
-from netloom.guest.dhcp import Type
+from netloom.guest.dhcp import MessageType
 
 
 @pytest.fixture
@@ -122,15 +122,17 @@ def test_vms_come_and_go_without_restarts_and_removed_ones_get_nothing(host: Age
 
 def test_the_firewall_admits_dhcp_from_clients_with_an_address(host: AgentHost) -> None:
     everybody = "255.255.255.255"
-    assert dhcp_answer(host, Type.REQUEST, WEB_IP, SERVER) == {53: Type.ACK, 51: 12 * 3600}  # RENEWING
-    assert dhcp_answer(host, Type.REQUEST, WEB_IP, everybody) == {53: Type.ACK, 51: 12 * 3600}  # REBINDING
-    assert dhcp_answer(host, Type.REQUEST, DB_IP, everybody) == {53: Type.NAK}  # an address of another VM
-    assert dhcp_answer(host, Type.INFORM, WEB_IP, SERVER) == {53: Type.ACK}
-    assert dhcp_answer(host, Type.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
+    lease = {53: MessageType.ACK, 51: 12 * 3600}
+    another_vms = DB_IP
+    assert dhcp_answer(host, MessageType.REQUEST, WEB_IP, SERVER) == lease  # RENEWING
+    assert dhcp_answer(host, MessageType.REQUEST, WEB_IP, everybody) == lease  # REBINDING
+    assert dhcp_answer(host, MessageType.REQUEST, another_vms, everybody) == {53: MessageType.NAK}
+    assert dhcp_answer(host, MessageType.INFORM, WEB_IP, SERVER) == {53: MessageType.ACK}
+    assert dhcp_answer(host, MessageType.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
     wait_until(lambda: f"the VM declines its address {WEB_IP}" in host.log())
 
 
-def dhcp_answer(host: AgentHost, kind: Type, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
+def dhcp_answer(host: AgentHost, kind: MessageType, address: str, to: str, patience_s: float = 10) -> dict[int, int]:
     """Send a DHCP message from this address; returns message type and lease time of the answer, empty without one."""
     host.ip("-n", WEB, "addr", "add", f"{address}/24", "dev", "eth0")
     with host.within(WEB):
@@ -501,7 +503,9 @@ def test_defect_25_the_resolver_is_reachable_in_any_order_of_commands(order: tup
         assert lookup(host, WEB, "data-server.cs2cloud.internal") == SERVER
 
 
-@pytest.mark.mutation("a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _Network(table))")
+@pytest.mark.mutation(
+    "a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _NetworkRuntime(table))"
+)
 def test_defect_27_networks_with_equal_subnets_have_separate_leases(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}
     nic = other | DB_NIC | {"ip": WEB_IP, "nic_uuid": "6b7c2a10-0000-4000-8000-000000005103"}

@@ -1,4 +1,4 @@
-"""Agents come and go; the guest process answers on, and nothing that waits in a socket is lost."""
+"""The guest process when the agent restarts, and the next guest process: no request that waits in a socket is lost."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def host_name(vm: str) -> str:
     ).stdout
 
 
-def say(vm: str, word: str) -> str:
+def ask_password_service(vm: str, word: str) -> str:
     return run("ip", "netns", "exec", vm, "curl", "-s", "-H", f"DomU_Request: {word}", f"http://{SERVER}:8080").stdout
 
 
-def test_serving_goes_on_without_an_agent_and_under_the_next_one() -> None:
+def test_networks_are_served_without_an_agent_and_with_a_new_agent() -> None:
     with guest_process() as process, segment() as on:
         first = process.connect()
         assert (first.hello.served, first.hello.build, first.hello.protocol) == ((), "b1", GUEST_PROTOCOL)
@@ -39,13 +39,16 @@ def test_serving_goes_on_without_an_agent_and_under_the_next_one() -> None:
         assert host_name(vm) == "web-1"
         first.close()
         assert host_name(vm) == "web-1"
-        assert [say(vm, "send_my_password"), say(vm, "saved_password")] == ["FAKE", "saved_password"]
+        assert [ask_password_service(vm, "send_my_password"), ask_password_service(vm, "saved_password")] == [
+            "FAKE",
+            "saved_password",
+        ]
         second = process.connect()
         assert second.hello.served == (Served("net-204", "204", 12, ALL),)
-        assert second.taken().password_id == "7"  # what the VM said while nobody listened
+        assert second.taken().password_id == "7"  # acknowledged while no agent was connected
         assert second.update(network(nic(45, metadata={"local-hostname": "web-2"}), revision=13)).error == ""
         assert host_name(vm) == "web-2"
-        # A third one, while the second is still there: who connects last is the agent.
+        # A third connection while the second is open: the latest connection is the agent's.
         third = process.connect()
         assert third.hello.served[0].revision == 13
         assert third.drop().error == ""
@@ -53,7 +56,7 @@ def test_serving_goes_on_without_an_agent_and_under_the_next_one() -> None:
         assert process.connect().hello.served == ()
 
 
-def test_a_table_or_a_socket_that_is_not_right_changes_nothing() -> None:
+def test_an_invalid_table_or_socket_changes_nothing() -> None:
     with guest_process() as process, segment() as on:
         agent = process.connect()
         assert "is not served" in agent.update(network(WEB)).error
@@ -72,12 +75,12 @@ def test_a_table_or_a_socket_that_is_not_right_changes_nothing() -> None:
             assert agent.serve(network(WEB, revision=3), sockets[1:], *ALL[:2]).error != ""
         assert host_name(vm) == "web-1"
         deadline = time.monotonic() + 10
-        while len(os.listdir(f"/proc/{process.process.pid}/fd")) != before:  # a connection may still be ending
+        while len(os.listdir(f"/proc/{process.process.pid}/fd")) != before:  # a connection may still be closing
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
-def test_a_request_that_comes_while_the_process_is_dead_is_answered_by_the_next_one() -> None:
+def test_a_request_sent_while_no_process_runs_is_answered_by_the_next_process() -> None:
     with segment() as on:
         vm = on.vm(WEB, ip=WEB.ip)
         with guest_process() as process:
@@ -85,7 +88,7 @@ def test_a_request_that_comes_while_the_process_is_dead_is_answered_by_the_next_
             process.connect().serve(network(WEB), sockets)
             for sock in sockets:
                 sock.close()
-            # A later agent, which has none of the sockets, is lent them.
+            # A later agent, which has none of the sockets, borrows them.
             lent, copies = process.connect().lend()
             assert lent.listeners == ALL
             assert host_name(vm) == "web-1"
@@ -101,7 +104,7 @@ def test_a_request_that_comes_while_the_process_is_dead_is_answered_by_the_next_
             sock.close()
 
 
-def test_what_is_under_way_is_finished_before_the_process_ends(tmp_path: Path) -> None:
+def test_an_answer_in_progress_is_completed_before_the_process_ends(tmp_path: Path) -> None:
     big, file = "x" * 4_000_000, tmp_path / "user-data"
     with guest_process() as process, segment() as on:
         agent = process.connect()
@@ -118,7 +121,7 @@ def test_what_is_under_way_is_finished_before_the_process_ends(tmp_path: Path) -
         assert file.stat().st_size == len(big)
 
 
-def test_nothing_is_left_of_a_network_that_is_dropped() -> None:
+def test_a_dropped_network_leaves_no_open_descriptors() -> None:
     with guest_process() as process, segment() as on:
         agent = process.connect()
         sockets = on.sockets()

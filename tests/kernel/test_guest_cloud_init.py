@@ -1,4 +1,4 @@
-"""cloud-init (Debian's package) in a VM: its CloudStack data source reads all there is, and it does what it reads."""
+"""cloud-init (Debian's package) in a VM: its CloudStack data source reads all data, and cloud-init applies it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from netloom.secret import Secret
 
 PAYLOAD = Path(__file__).parents[1] / "payloads" / "035-isolated-save-vm-data-first-start.json"
 
-# What the package does at boot, less the setting up of the machine: Debian's python3 is the one that has it.
+# The data source as cloud-init calls it at boot, without the changes to the machine. Debian's python3 has the package.
 READ = """
 import json
 from cloudinit import helpers
@@ -25,7 +25,7 @@ print(json.dumps([source.vr_addr, source.get_instance_id(), source.metadata, sou
 """
 
 
-def test_cloud_init_reads_what_cloudstack_saved(tmp_path: Path) -> None:
+def test_cloud_init_reads_the_data_that_cloudstack_saved(tmp_path: Path) -> None:
     data = json.loads(PAYLOAD.read_text())["payload"]["vm_data"]
     items = {(it["dir"], it["file"]): it["content"] for it in data}
     metadata = {file: text for (place, file), text in items.items() if place == "metadata"}
@@ -49,7 +49,7 @@ def test_cloud_init_reads_what_cloudstack_saved(tmp_path: Path) -> None:
         f"dhclient -1 -q -lf /var/lib/dhcp/dhclient.eth0.leases -pf /run/pid -sf {script} eth0 && "
         f"/usr/bin/python3 {read}"
     )
-    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]  # the client ends with it
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]  # the DHCP client ends with the process
     with guest_process() as process, segment() as on:
         agent = process.connect()
         assert agent.serve(network(web), on.sockets()).error == ""
@@ -64,7 +64,7 @@ def test_cloud_init_reads_what_cloudstack_saved(tmp_path: Path) -> None:
     assert config["password"] == password
 
 
-# A machine of its own to whoever runs inside: what is written goes into memory, no device of the real one is there.
+# A simulated machine: an overlay of the root directory that keeps changes in memory, without the devices of the host.
 MACHINE = """
 set -e
 mount --make-rprivate /
@@ -113,8 +113,8 @@ grep PasswordAuthentication /etc/ssh/sshd_config /etc/ssh/sshd_config.d/* | tail
 SCRIPT = '#!/bin/sh\n# caf\u00e9\necho "ran on $(hostname)" > /root/ran-as-a-script\n\n'
 
 
-def test_cloud_init_does_what_it_was_told() -> None:
-    """It executes user data, installs the keys, sets the password and acknowledges it: from the agent to the shadow."""
+def test_cloud_init_applies_user_data_keys_and_password() -> None:
+    """cloud-init runs the user data, installs the keys, and sets and acknowledges the password. The agent erases it."""
     with agent_host() as host:
         host.start()
         live_with_vm(host)
@@ -129,7 +129,9 @@ def test_cloud_init_does_what_it_was_told() -> None:
     data = {it["file"]: it["content"] for it in json.loads(PAYLOAD.read_text())["payload"]["vm_data"]}
     assert (instance, name, ran) == (data["instance-id"], "web-1", "ran on web-1")
     (reset,) = PAYLOAD.parent.glob("092-*.json")
-    assert set(keys) == set(json.loads(reset.read_text())["payload"]["sshkey"].splitlines())  # cloud-init keeps a set
+    assert set(keys) == set(
+        json.loads(reset.read_text())["payload"]["sshkey"].splitlines()
+    )  # cloud-init does not keep the order
     kept = shadow.split(":")[1]
     assert _crypt(PASSWORD, kept) == kept
     assert _crypt("another", kept) != kept

@@ -1,4 +1,4 @@
-"""DHCP as three real clients see it: lease, renewal, an address that becomes another VM's, checksums on the wire."""
+"""DHCP with three real clients (udhcpc, dhclient, dhcpcd): lease, renewal, a reassigned address, UDP checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEB = nic(45, hostname="web-1", options={42: option_bytes(42, "192.0.2.123")})
 SECOND = nic(46, hostname="web-1", default_nic=False)
 TABLE = network(WEB, SECOND, mtu=1450)
 
-# Long enough for every client's own random waits; nothing is asserted on speed.
+# Longer than the random delays of the clients. No test asserts on speed.
 PATIENCE_S = 40.0
 
 
@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 def udhcpc(vm: str, directory: Path, *more: str) -> dict[str, str]:
-    """What busybox's client hands to its script, of the last event."""
+    """Run busybox's client until it has a lease; return the variables that its script got with the last event."""
     script = directory / "script"
     script.write_text(f'#!/bin/sh\n[ "$1" = deconfig ] || {{ env; echo "event=$1"; }} > {directory}/got\n')
     script.chmod(0o755)
@@ -56,7 +56,7 @@ def until(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.1)
 
 
-def test_udhcpc(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_udhcpc_gets_a_lease_with_all_options(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     got = udhcpc(on.vm(WEB), tmp_path)
     assert got["event"] == "bound"
@@ -66,7 +66,7 @@ def test_udhcpc(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     assert (got["lease"], got["serverid"], got["broadcast"]) == ("43200", SERVER, "10.1.1.255")
 
 
-def test_udhcpc_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_udhcpc_renews_its_lease(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     vm, log, script = on.vm(WEB), tmp_path / "events", tmp_path / "script"
     script.write_text(f'#!/bin/sh\nip addr replace "$ip/$mask" dev eth0 2>&-\necho "$1 $ip $lease" >> {log}\n')
@@ -83,20 +83,20 @@ def test_udhcpc_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
 
 
 @pytest.mark.mutation("only-the-default-nic-gets-a-router", instead="True")
-def test_defect_36_a_nic_that_is_not_the_default_gets_no_way_out(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_defect_36_a_nic_that_is_not_the_default_gets_no_router(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     got = udhcpc(on.vm(SECOND), tmp_path)
     assert (got["ip"], got["mask"], got["hostname"]) == ("10.1.1.46", "24", "web-1")
     assert not {"router", "dns", "domain", "search"} & set(got)
 
 
-def test_an_unknown_mac_is_left_alone(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_a_mac_address_without_a_nic_gets_no_lease(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     with pytest.raises(subprocess.CalledProcessError):
         udhcpc(on.vm(WEB, mac="02:00:00:00:00:99", neighbour=False), tmp_path, "-t", "2")
 
 
-def test_dhclient_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_dhclient_gets_and_renews_a_lease(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     vm, log = on.vm(WEB), tmp_path / "events"
     script = tmp_path / "script"
@@ -106,7 +106,7 @@ def test_dhclient_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path)
         f'echo "$reason $new_ip_address $new_routers $new_dhcp_lease_time" >> {log}\n'
     )
     script.chmod(0o755)
-    # It is told to renew after seconds instead of hours, while somebody watches.
+    # The configuration makes the client renew after seconds instead of hours.
     config = tmp_path / "dhclient.conf"
     config.write_text(
         'send dhcp-client-identifier "an id of its own";\n'
@@ -127,7 +127,7 @@ def test_dhclient_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path)
     events = log.read_text().splitlines()
     assert f"BOUND 10.1.1.45 {SERVER} 43200" in events
     assert f"RENEW 10.1.1.45 {SERVER} 43200" in events
-    assert f"DHCPREQUEST for 10.1.1.45 on eth0 to {SERVER}" in said  # the renewal went to us alone
+    assert f"DHCPREQUEST for 10.1.1.45 on eth0 to {SERVER}" in said  # the renewal was unicast
     assert "bad" not in said, said  # no complaint about checksums
 
 
@@ -140,7 +140,7 @@ def test_dhclient_rebinds_when_its_server_is_silent(served: tuple[Agent, Segment
         f"ip addr replace $new_ip_address/24 dev eth0\nip route add blackhole {SERVER}\n"
     )
     script.chmod(0o755)
-    # Renewals to the server alone are in vain, until it asks everybody.
+    # Unicast renewals fail, because of the route; then the client broadcasts.
     config = tmp_path / "dhclient.conf"
     config.write_text(
         "supersede dhcp-renewal-time 1;\nsupersede dhcp-rebinding-time 3;\nrequest subnet-mask, routers;\n"
@@ -159,7 +159,7 @@ def test_dhclient_rebinds_when_its_server_is_silent(served: tuple[Agent, Segment
     assert f"DHCPACK of {WEB.ip} from {SERVER}" in again
 
 
-def test_dhcpcd_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_dhcpcd_gets_and_renews_a_lease(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     vm, log = on.vm(WEB), tmp_path / "events"
     script = tmp_path / "script"
@@ -169,7 +169,7 @@ def test_dhcpcd_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path) -
     script.chmod(0o755)
     config = tmp_path / "conf"
     config.write_text("option routers, domain_name_servers, interface_mtu\noption subnet_mask\nnoarp\nnoipv6rs\n")
-    # Its files are its own: a private /run and /var/lib, so that the machine's are not touched.
+    # The client gets its own /run and /var/lib, so that it does not change the files of the machine.
     inside = (
         "mount -t tmpfs none /var/lib && mount -t tmpfs none /run && mkdir -p /var/lib/dhcpcd /run/dhcpcd && "
         f"exec dhcpcd -B -4 -f {config} -c {script} --noipv4ll eth0"
@@ -186,7 +186,7 @@ def test_dhcpcd_gets_and_renews(served: tuple[Agent, Segment], tmp_path: Path) -
         client.communicate()
 
 
-def test_an_address_that_becomes_another_vms_is_its_own_at_once(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_a_reassigned_address_is_leased_to_the_new_vm_at_once(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     agent, on = served
     heir = nic(47, ip=WEB.ip, hostname="heir")
     assert udhcpc(on.vm(WEB), tmp_path)["ip"] == WEB.ip
@@ -201,7 +201,7 @@ def test_an_address_that_becomes_another_vms_is_its_own_at_once(served: tuple[Ag
         on.know(WEB)
 
 
-def test_the_checksum_is_right_for_who_checks_it(served: tuple[Agent, Segment], tmp_path: Path) -> None:
+def test_the_udp_checksum_on_the_wire_is_valid_or_absent(served: tuple[Agent, Segment], tmp_path: Path) -> None:
     _, on = served
     vm = on.vm(WEB)
     with inside(vm):

@@ -1,4 +1,4 @@
-"""Metadata and passwords as VMs fetch them, and as neighbours fail to."""
+"""Metadata and passwords: VMs fetch their own, and neighbours on the segment cannot fetch those of others."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def status(vm: str, path: str, *more: str, port: int = 80) -> str:
 
 
 def hung_up(done: subprocess.CompletedProcess[bytes]) -> bool:
-    """curl(1): 52 empty reply, 56 reset while reading: connected, and closed without a byte."""
+    """Whether the connection was closed without a byte. curl(1): 52 is an empty reply, 56 a reset while reading."""
     return done.returncode in (52, 56) and done.stdout == b""
 
 
 @pytest.mark.usefixtures("agent")
-def test_everything_is_where_the_virtual_router_has_it(on: Segment) -> None:
+def test_metadata_has_the_paths_of_the_virtual_router(on: Segment) -> None:
     vm = web(on)
     listing = b"service-offering\nlocal-hostname\ninstance-id\npublic-keys\n../etc/passwd\nuser-data\n"
     assert got(vm, "/latest/user-data") == USER_DATA.encode()
@@ -105,13 +105,13 @@ def test_everything_is_where_the_virtual_router_has_it(on: Segment) -> None:
 
 
 @pytest.mark.usefixtures("agent")
-def test_what_is_not_there(on: Segment) -> None:
+def test_missing_items_and_refused_requests_get_an_error_status(on: Segment) -> None:
     vm = web(on)
     absent = ["/latest/meta-data/public-hostname", "/latest/nothing", "/password/vm_password", "/latest/vm_password"]
     odd = ["/latest/meta-data/vm_password", "/latest/../latest/user-data", "/%ff", "/2009-04-04/meta-data/"]
     for path in absent + odd:
         done = curl(vm, path, "-w", "%{http_code}")
-        assert done.stdout == b"404", path  # and no page of words that a script would take for a key
+        assert done.stdout == b"404", path  # no body, which a script could take for a key
     assert status(vm, "/latest/user-data", "-X", "POST", "-d", "x") == "413"
     assert status(vm, "/latest/user-data", "-X", "DELETE") == "405"
     assert status(vm, "/" + "x" * 40000) == "431"
@@ -120,40 +120,40 @@ def test_what_is_not_there(on: Segment) -> None:
     assert (status(empty, "/latest/user-data"), got(empty, "/latest/user-data")) == ("200", b"")
 
 
-def test_what_changes_is_there_with_the_next_request(agent: Agent, on: Segment) -> None:
+def test_a_changed_table_applies_to_the_next_request(agent: Agent, on: Segment) -> None:
     vm = web(on)
     assert got(vm, "/latest/local-hostname") == b"web-1"
     heir = nic(47, ip=WEB.ip, metadata={"local-hostname": "heir"})
     assert agent.update(network(heir, revision=2)).error == ""
-    assert hung_up(curl(vm, "/latest/local-hostname"))  # from a MAC that has lost its address
+    assert hung_up(curl(vm, "/latest/local-hostname"))  # the address belongs to another MAC now
     assert got(on.vm(heir, ip=heir.ip), "/latest/local-hostname") == b"heir"
 
 
-# ---- neighbours
+# ---- neighbours on the segment
 
 
 @pytest.mark.usefixtures("agent")
-def test_an_address_that_no_nic_has_gets_nothing(on: Segment) -> None:
+def test_an_address_without_a_nic_gets_no_answer(on: Segment) -> None:
     stranger = nic(99)
     assert hung_up(curl(on.vm(stranger, ip=stranger.ip), "/latest/"))
 
 
 @pytest.mark.usefixtures("agent")
-def test_a_neighbour_with_the_address_and_another_mac_gets_nothing(on: Segment) -> None:
-    # He has answered ARP for it, as if the agent had kept no permanent entry: the connection's first packet tells.
+def test_a_neighbour_with_the_address_and_another_mac_gets_no_answer(on: Segment) -> None:
+    # Without the permanent neighbour entry the connection is established. Its first packet shows the wrong MAC.
     thief = on.vm(WEB, mac="02:00:00:00:00:66", ip=WEB.ip, neighbour=False)
     for port in (80, 8080):
         done = curl(thief, "/latest/user-data", "-H", "DomU_Request: send_my_password", port=port)
         assert hung_up(done)
-    # With the entry he does not even connect: the answer to his first packet goes to the owner.
+    # With the entry there is no connection, because the answer to the first packet goes to the owner.
     on.know(WEB)
     assert curl(thief, "/latest/user-data", "--connect-timeout", "2").returncode == 28
 
 
 @pytest.mark.parametrize(("mac", "served"), [("02:00:00:00:00:66", False), (WEB.mac, True)])
 @pytest.mark.usefixtures("agent")
-def test_a_neighbour_who_reads_flooded_frames_gets_nothing(on: Segment, mac: str, served: bool) -> None:
-    """The VM is off, so the bridge floods what we send it. The second row shows that the forger knows his trade."""
+def test_a_neighbour_that_receives_flooded_frames_gets_no_answer(on: Segment, mac: str, served: bool) -> None:
+    """The VM is off, so the bridge floods the frames to it. The second row shows that the forged connection works."""
     on.know(WEB)
     thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
     with inside(thief):
@@ -164,7 +164,7 @@ def test_a_neighbour_who_reads_flooded_frames_gets_nothing(on: Segment, mac: str
 
 
 @pytest.mark.usefixtures("agent")
-def test_an_answer_goes_to_the_owner_whatever_a_neighbour_says_in_arp(on: Segment) -> None:
+def test_forged_arp_replies_do_not_redirect_an_answer(on: Segment) -> None:
     vm = web(on)
     thief = on.vm(WEB, mac="02:00:00:00:00:66", neighbour=False)
     lie = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 2) + octets("02:00:00:00:00:66") + socket.inet_aton(WEB.ip)
@@ -188,7 +188,7 @@ def test_an_answer_goes_to_the_owner_whatever_a_neighbour_says_in_arp(on: Segmen
     assert b"cloud-config" not in seen
 
 
-def test_where_the_kernel_keeps_no_first_packet_the_namespaces_rules_do_it(process: GuestProcess, on: Segment) -> None:
+def test_nftables_rules_can_check_the_macs_instead_of_the_process(process: GuestProcess, on: Segment) -> None:
     rules = f"""
         table inet guests {{
             set owners {{ type ether_addr . ipv4_addr; elements = {{ {WEB.mac} . {WEB.ip} }}; }}
@@ -200,7 +200,7 @@ def test_where_the_kernel_keeps_no_first_packet_the_namespaces_rules_do_it(proce
     listeners = (Listener("metadata", macs_checked=True), Listener("password", macs_checked=True))
     assert process.connect().serve(network(WEB), on.sockets(["metadata", "password"]), *listeners).error == ""
     thief = on.vm(WEB, mac="02:00:00:00:00:66", ip=WEB.ip, neighbour=False)
-    assert got(thief, "/latest/user-data") == USER_DATA.encode()  # nobody looks, as was said
+    assert got(thief, "/latest/user-data") == USER_DATA.encode()  # no check in the process, because of macs_checked
     subprocess.run(["ip", "netns", "exec", on.scope, "nft", "-f", "-"], input=rules.encode(), check=True)
     assert curl(thief, "/latest/user-data", "--connect-timeout", "2").returncode == 28
     run("ip", "-n", thief, "link", "set", "eth0", "down")
@@ -208,6 +208,8 @@ def test_where_the_kernel_keeps_no_first_packet_the_namespaces_rules_do_it(proce
 
 
 class Read:
+    """The result of ``forge``. ``connected``: the handshake was completed."""
+
     connected = False
     data = b""
 
@@ -217,7 +219,7 @@ def octets(mac: str) -> bytes:
 
 
 def forge(owner: GuestNic, mac: str, request: bytes) -> Read:
-    """A TCP connection made of raw frames from ``mac`` with the owner's address; what came back."""
+    """Open a TCP connection with raw frames from ``mac`` and the owner's address; return the received data."""
     read, port, sequence = Read(), 40000, 1000
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as raw:
         raw.bind(("eth0", 0))
@@ -250,7 +252,7 @@ def forge(owner: GuestNic, mac: str, request: bytes) -> Read:
             if flags & 0x12 == 0x12 and not asked:
                 asked = True
                 send(0x10, theirs + 1)
-                time.sleep(0.2)  # so that the server has accepted, and closed, before the request
+                time.sleep(0.2)  # time for the server to accept and close the connection before the request
                 send(0x18, theirs + 1, request)
                 sequence += len(request)
             elif flags & 0x04:
@@ -278,7 +280,7 @@ def ask(vm: str, word: str) -> bytes:
     return got(vm, "/", "-H", f"DomU_Request: {word}", port=8080)
 
 
-def test_a_password_is_given_until_it_is_acknowledged(agent: Agent, on: Segment) -> None:
+def test_a_password_is_sent_until_it_is_acknowledged(agent: Agent, on: Segment) -> None:
     vm = web(on)
     wget = ["wget", "-q", "-t", "3", "-T", "20", "-O", "-", "--header", "DomU_Request: send_my_password"]
     assert run("ip", "netns", "exec", vm, *wget, f"{SERVER}:8080").stdout == "FAKE-pass-4711"
@@ -287,16 +289,16 @@ def test_a_password_is_given_until_it_is_acknowledged(agent: Agent, on: Segment)
     assert ask(vm, "send_my_password") == b"saved_password"
     taken = agent.taken()
     assert (taken.scope_id, taken.network_id, taken.nic, taken.password_id) == ("net-204", "204", "nic-45", "7")
-    # A table of an agent that has not heard of it does not bring the password back, and tells the agent again.
+    # A table that still has the password does not bring it back; the agent gets the message again.
     agent.update(network(WEB, BARE, revision=2))
     assert ask(vm, "send_my_password") == b"saved_password"
     assert agent.taken().password_id == "7"
-    # Another one is another one.
+    # A new password has a new id, and is sent.
     agent.update(network(msgspec.structs.replace(WEB, password=Secret("new"), password_id="8"), BARE, revision=3))
     assert ask(vm, "send_my_password") == b"new"
 
 
-def test_an_acknowledgement_is_of_the_password_that_was_given(agent: Agent, on: Segment) -> None:
+def test_an_acknowledgement_applies_to_the_password_that_was_sent(agent: Agent, on: Segment) -> None:
     vm = web(on)
     assert ask(vm, "send_my_password") == SECRET
     agent.update(network(msgspec.structs.replace(WEB, password=Secret("new"), password_id="8"), BARE, revision=2))
@@ -306,7 +308,7 @@ def test_an_acknowledgement_is_of_the_password_that_was_given(agent: Agent, on: 
 
 
 @pytest.mark.usefixtures("agent")
-def test_nobody_else_gets_a_password(on: Segment) -> None:
+def test_a_password_is_sent_only_to_its_vm_and_only_for_the_right_request(on: Segment) -> None:
     vm, other = web(on), on.vm(BARE, ip=BARE.ip)
     assert ask(other, "send_my_password") == b"saved_password"
     assert ask(other, "saved_password") == b"saved_password"
@@ -322,7 +324,7 @@ def test_nobody_else_gets_a_password(on: Segment) -> None:
 
 
 @pytest.mark.usefixtures("agent")
-def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segment) -> None:
+def test_a_vm_that_holds_connections_open_does_not_block_other_vms(on: Segment) -> None:
     vm, other = web(on), on.vm(BARE, ip=BARE.ip)
 
     def hold() -> list[socket.socket]:
@@ -338,7 +340,7 @@ def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segme
     assert status(other, "/latest/") == "200"
     open_still = [sock for sock in held if not closed(sock)]
     assert len(open_still) == limits.VM_CONNECTIONS_MAX
-    # None of them may take for ever to say what it wants.
+    # The connections are closed when no request is complete after REQUEST_S.
     deadline = time.monotonic() + http.REQUEST_S + 5
     while not all(map(closed, open_still)):
         assert time.monotonic() < deadline
@@ -348,11 +350,11 @@ def test_one_vm_that_holds_connections_open_leaves_room_for_the_others(on: Segme
         sock.close()
 
 
-def test_a_tenant_with_many_vms_leaves_room_for_the_neighbours(process: GuestProcess, on: Segment) -> None:
-    """On a shared network: as many VMs as it takes, each with all the connections that it may have."""
+def test_many_vms_that_hold_connections_open_do_not_block_another_vm(process: GuestProcess, on: Segment) -> None:
+    """On a shared network: enough VMs to reach the limit of the network, each with its maximum of connections."""
     many = limits.NETWORK_CONNECTIONS_MAX // limits.VM_CONNECTIONS_MAX
     floods = [nic(number) for number in range(100, 100 + many)]
-    listeners = (Listener("metadata", macs_checked=True),)  # one VM plays all of them
+    listeners = (Listener("metadata", macs_checked=True),)  # one machine has the addresses of all
     assert process.connect().serve(network(WEB, *floods, BARE), on.sockets(["metadata"]), *listeners).error == ""
     flooder, quiet = on.vm(floods[0], ip=floods[0].ip, neighbour=False), web(on)
     for it in floods[1:]:
@@ -383,7 +385,7 @@ def closed(sock: socket.socket) -> bool:
 
 
 @pytest.mark.usefixtures("agent")
-def test_one_vm_that_asks_without_end_is_told_to_wait(on: Segment) -> None:
+def test_a_vm_that_exceeds_its_request_rate_gets_status_429(on: Segment) -> None:
     vm, other = web(on), on.vm(BARE, ip=BARE.ip)
 
     def flood() -> bytes:
@@ -405,7 +407,7 @@ def test_one_vm_that_asks_without_end_is_told_to_wait(on: Segment) -> None:
     assert status(other, "/latest/") == "200"
 
 
-def test_a_megabyte_of_user_data_arrives_whole(agent: Agent, on: Segment) -> None:
+def test_a_megabyte_of_user_data_arrives_unchanged(agent: Agent, on: Segment) -> None:
     big = "0123456789abcdef" * 65536 + "\n\n"
     agent.update(network(nic(45, user_data=Secret(big)), revision=2))
     assert got(web(on), "/latest/user-data", "--limit-rate", "2M") == big.encode()

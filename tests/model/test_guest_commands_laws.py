@@ -1,4 +1,4 @@
-"""Laws of what VMs are given, held against random walks of NICs, leases, names, data, passwords and balanced ports."""
+"""Properties of the commands for VMs under random sequences: NICs, DHCP, DNS, data, passwords, load balancing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from netloom.render.services import services
 from netloom.secret import dec_hook
 from netloom.state import Nic, Scope
 
-# Few values, so that one NIC takes another's address or MAC, and few wrong ones.
+# Few values, so that NICs often get the address or the MAC of another NIC. A few values are invalid.
 WHO = [
     {**NETWORK, "nic_uuid": uuid, "mac": f"02:01:00:cc:00:0{mac}", "ip": f"10.10.1.{ip}", "nic_id": nic_id}
     for uuid, mac, ip, nic_id in product(("a", "b", ""), (3, 4), (45, 46), ("5101", "5102"))
@@ -134,7 +134,7 @@ def test_what_the_agent_keeps_reads_back_as_it_was(walk: list[Call]) -> None:
 
 
 @given(walks, some(["prepare-nic", "add-dhcp-entry", "add-dns-entry"], STARTS))
-def test_who_comes_and_goes_was_never_there(walk: list[Call], call: Call) -> None:
+def test_adding_and_removing_a_nic_restores_the_nics(walk: list[Call], call: Call) -> None:
     before = walked(walk)
     asked = {**call[1], "nic_uuid": "new", "mac": "02:01:00:cc:00:99", "ip": "10.10.1.99", "nic_id": "5199"}
     after = carry_out(carry_out(before, (call[0], asked)), ("remove-dhcp-entry", asked))
@@ -142,8 +142,8 @@ def test_who_comes_and_goes_was_never_there(walk: list[Call], call: Call) -> Non
 
 
 @given(walks, calls)
-def test_what_is_said_of_one_vm_leaves_the_others_alone(walk: list[Call], call: Call) -> None:
-    """But for whom it takes the address or the MAC from: that one has nothing any more, and is not half there."""
+def test_a_command_for_one_vm_does_not_change_other_vms(walk: list[Call], call: Call) -> None:
+    """Except for a VM that loses its address or its MAC to this VM: that NIC is removed completely."""
     before, asked = walked(walk), call[1]
     after = carry_out(before, call)
     if "mac" not in asked:
@@ -155,20 +155,20 @@ def test_what_is_said_of_one_vm_leaves_the_others_alone(walk: list[Call], call: 
 
 
 @given(walks, st.sampled_from(STARTS))
-def test_a_vm_that_stops_loses_nothing(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_release_nic_keeps_the_data_of_the_vm(walk: list[Call], asked: dict[str, Any]) -> None:
     before = walked(walk)
     assert content(carry_out(before, ("release-nic", asked))) == content(before)
 
 
 @given(walks, takes)
-def test_a_removal_of_what_is_gone_changes_nothing_and_begins_nothing(walk: list[Call], call: Call) -> None:
+def test_a_repeated_removal_changes_nothing_and_creates_no_scope(walk: list[Call], call: Call) -> None:
     assert carry_out(None, call) is None
     once = carry_out(walked(walk), call)
     assert carry_out(once, call) == once
 
 
 @given(walks, st.sampled_from(RESTORES))
-def test_a_restore_takes_no_password_and_no_other_vm_away(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_a_restore_removes_no_password_and_no_other_vm(walk: list[Call], asked: dict[str, Any]) -> None:
     before = walked(walk)
     after = carry_out(before, ("restore-network", asked))
     listed = asked["restore_data"]["vms"]

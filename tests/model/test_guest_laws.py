@@ -1,4 +1,4 @@
-"""Laws of what parses tenants' bytes: nothing raises, and what goes out is well formed and its owner's."""
+"""Properties of the code that parses bytes of tenants: no exceptions, and valid answers with the owner's data only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guestbed import SERVER, network, nic
-from guestbed.dhcp import message, options_of
+from guestbed.dhcp import message, options_of, reply_to
 from netloom.guest import http, metadata, password
-from netloom.guest.dhcp import EVERYBODY, Type, answer
-from netloom.guest.table import Table, mac_bytes
+from netloom.guest.dhcp import BROADCAST_IP, MessageType
+from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestNic
 from netloom.secret import Secret
 
 WEB = nic(45, options={43: bytes(300), 66: b"boot"}, password=Secret("FAKE-pass"), metadata={"a": "1", "b": ""})
 OTHER = nic(46, default_nic=False)
-TABLE = Table(network(WEB, OTHER, mtu=1450))
+TABLE = GuestTable(network(WEB, OTHER, mtu=1450))
 NICS = {mac_bytes(it.mac): it for it in (WEB, OTHER)}
 
 options = st.dictionaries(st.integers(1, 254), st.binary(max_size=80), max_size=8)
@@ -37,7 +37,7 @@ real_options = st.fixed_dictionaries(
 )
 messages = st.builds(
     message,
-    st.sampled_from(Type),
+    st.sampled_from(MessageType),
     st.sampled_from([WEB.mac, OTHER.mac, "02:00:00:00:00:99"]),
     options | real_options,
     ciaddr=st.sampled_from(["0.0.0.0", WEB.ip, OTHER.ip, "10.1.1.99"]),
@@ -60,8 +60,8 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=600)
 @given(st.binary(max_size=700) | messages | damaged())
 @example(b"")
-def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
-    reply = answer(packet, TABLE)
+def test_any_packet_gets_a_valid_reply_or_none(packet: bytes) -> None:
+    reply = reply_to(packet, TABLE)
     if reply is None:
         return
     asked_by = NICS[packet[28:34]]
@@ -69,14 +69,14 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
     for code, value in options_of(reply.packet):
         found[code] = found.get(code, b"") + value
     assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
-    assert found[53][0] in (Type.OFFER, Type.ACK, Type.NAK)
+    assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
     assert found[54] == socket.inet_aton(SERVER)
     assert 300 <= len(reply.packet) <= 1472
-    # An address is given, and sent to, only if it is that NIC's own.
+    # The reply offers only the NIC's own address, and goes only to it or to the broadcast address.
     assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
-    assert reply.to in (EVERYBODY, asked_by.ip)
-    if found[53][0] == Type.NAK:
-        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (EVERYBODY, bytes(4), {53, 54, 56})
+    assert reply.to in (BROADCAST_IP, asked_by.ip)
+    if found[53][0] == MessageType.NAK:
+        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (BROADCAST_IP, bytes(4), {53, 54, 56})
     elif asked_by is OTHER:
         assert not {3, 6, 15, 119} & set(found)
     if 51 in found:
@@ -85,15 +85,15 @@ def test_any_bytes_are_answered_well_or_not_at_all(packet: bytes) -> None:
 
 
 @given(messages)
-def test_the_same_question_has_the_same_answer(packet: bytes) -> None:
-    assert answer(packet, TABLE) == answer(packet, TABLE)
+def test_the_same_request_gets_the_same_reply(packet: bytes) -> None:
+    assert reply_to(packet, TABLE) == reply_to(packet, TABLE)
 
 
 # ---- HTTP
 
 
 def conversation(chunks: list[bytes], site: http.Site) -> bytes:
-    """What one connection answers to these bytes, cut like this."""
+    """The bytes that one connection answers to ``chunks``."""
 
     async def talk() -> bytes:
         loop = asyncio.get_running_loop()
@@ -101,7 +101,7 @@ def conversation(chunks: list[bytes], site: http.Site) -> bytes:
         ended = asyncio.Event()
         ours.setblocking(False)
         theirs.setblocking(False)
-        http.Connection(loop, ours, site, lambda _: ended.set())
+        http.HttpConnection(loop, ours, site, lambda _: ended.set())
         said = b""
         try:
             for chunk in chunks:
@@ -129,7 +129,7 @@ def metadata_site(of: GuestNic) -> http.Site:
     return lambda request: metadata.respond(request, of)
 
 
-def password_site(request: h11.Request) -> http.Answer:
+def password_site(request: h11.Request) -> http.HttpAnswer:
     return password.respond(request, WEB.password).answer
 
 
@@ -155,7 +155,7 @@ heads = st.lists(
 
 @settings(max_examples=150)
 @given(heads | st.lists(st.binary(max_size=200), max_size=4))
-def test_whatever_a_vm_sends_is_answered_in_http_or_not_at_all(chunks: list[bytes]) -> None:
+def test_any_bytes_get_an_http_answer_or_none(chunks: list[bytes]) -> None:
     said = conversation(chunks, metadata_site(WEB))
     assert not said or said.startswith(b"HTTP/1.1 ")
     assert b"FAKE-pass" not in said
@@ -163,7 +163,7 @@ def test_whatever_a_vm_sends_is_answered_in_http_or_not_at_all(chunks: list[byte
 
 @settings(max_examples=150)
 @given(heads | st.lists(st.binary(max_size=200), max_size=4))
-def test_a_password_goes_to_nobody_who_does_not_say_the_word(chunks: list[bytes]) -> None:
+def test_a_password_is_sent_only_for_send_my_password(chunks: list[bytes]) -> None:
     said = conversation(chunks, password_site)
     assert not said or said.startswith(b"HTTP/1.1 ")
     assert b"FAKE-pass" not in said
@@ -171,7 +171,7 @@ def test_a_password_goes_to_nobody_who_does_not_say_the_word(chunks: list[bytes]
 
 @settings(max_examples=100)
 @given(st.integers(1, 40))
-def test_a_request_may_come_in_any_pieces(size: int) -> None:
+def test_requests_may_arrive_in_pieces_of_any_size(size: int) -> None:
     request = b"GET /latest/meta-data/a HTTP/1.1\r\nHost: x\r\n\r\n" * 3
     pieces = [request[at : at + size] for at in range(0, len(request), size)]
     assert conversation(pieces, metadata_site(WEB)).count(b"\r\n\r\n1") == 3
@@ -181,17 +181,17 @@ names = st.text(min_size=1, max_size=30).filter(lambda name: name not in ("user-
 
 
 @given(st.dictionaries(names, st.text(max_size=50), max_size=6), st.text(max_size=200))
-def test_every_item_is_served_as_it_is_under_both_its_names(items: dict[str, str], user_data: str) -> None:
+def test_every_metadata_item_is_served_unchanged_at_both_paths(items: dict[str, str], user_data: str) -> None:
     of = nic(45, metadata=items, user_data=Secret(user_data))
 
-    def get(path: str) -> http.Answer:
+    def get(path: str) -> http.HttpAnswer:
         return metadata.respond(h11.Request(method="GET", target=path, headers=[("Host", "x")]), of)
 
-    assert get("/latest/user-data") == http.Answer(200, user_data.encode())
+    assert get("/latest/user-data") == http.HttpAnswer(200, user_data.encode())
     listed = get("/latest/meta-data/")
     assert listed.body.decode() == "".join(f"{name}\n" for name, text in items.items() if text)
     for name, text in items.items():
-        there = http.Answer(200, text.encode()) if text else http.Answer(404)
+        there = http.HttpAnswer(200, text.encode()) if text else http.HttpAnswer(404)
         assert get(f"/latest/meta-data/{quote(name, safe='')}") == there
         if not name.startswith("meta-data/"):
             assert get(f"/latest/{quote(name, safe='')}") == there

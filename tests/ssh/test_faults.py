@@ -83,7 +83,7 @@ def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, ca
 
 
 def test_a_call_whose_connection_breaks_is_repeated_once_with_its_id(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 3: the agent answers a repeated call from memory, so the work is done once."""
+    """The agent answers a repeated call from memory, so the work is done once."""
     lab.h1.set_behaviour("die-once", on=["implement-network"])
     assert caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED).output == ""
     first, second = lab.h1.calls_received()

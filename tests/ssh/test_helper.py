@@ -92,7 +92,7 @@ def test_a_call_to_a_connected_host_is_one_round_trip(lab: SshLab, caller: Calle
 
 
 def test_the_helper_inherits_nothing_from_its_first_caller(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 10: reading a call's output to end of file does not wait for the helper."""
+    """Reading a call's output to end of file does not wait for the helper."""
     secret = "hunter2-never-shown"
     ended = caller.ensure(caller.details(sshkey=lab.key("good"), password=secret), timeout=60)
     assert ended.took_s < 50  # end of file came, while the helper runs for 60 s

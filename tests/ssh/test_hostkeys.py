@@ -33,7 +33,7 @@ def test_the_known_key_type_is_requested(lab: SshLab, caller: Caller) -> None:
 
 @pytest.mark.mutation("a-changed-host-key-is-refused", instead="known")
 def test_defect_16_a_changed_key_is_refused_before_any_login(lab: SshLab, caller: Caller) -> None:
-    """Field note fault 17: a changed key is not accepted silently, and the message names the remedy."""
+    """A changed key is not accepted silently, and the message names the remedy."""
     assert caller.ensure(details(lab, caller)).output == PLACED
     old = lab.h2.fingerprint()
     lab.h2.halt()

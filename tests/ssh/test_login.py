@@ -97,7 +97,7 @@ REFUSALS: list[tuple[dict[str, Any], str, str, int]] = [
 def test_a_refused_login_makes_one_attempt_and_prints_one_line(
     details: dict[str, Any], said: str, logged: str, port: int, lab: SshLab, caller: Caller
 ) -> None:
-    """Field note fault 18: wrong credentials do not lock an account and do not appear in the output."""
+    """Wrong credentials do not lock an account and do not appear in the output."""
     before = len(lab.h1.logins())
     details = caller.details(**details)
     if "sshkey" in details:

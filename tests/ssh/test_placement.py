@@ -53,7 +53,7 @@ def test_an_earlier_move_is_remembered(lab: SshLab, caller: Caller) -> None:
 
 @pytest.mark.parametrize("garbage", ["", "nonsense", "[1]", '{"host":"-oProxyCommand=x"}', '{"host":5}', "{\x01}"])
 def test_invalid_stored_details_count_as_unknown(garbage: str, lab: SshLab, caller: Caller) -> None:
-    """Field note fault 21: netloom recovers by itself and always prints valid JSON."""
+    """netloom recovers by itself and always prints valid JSON."""
     lab.h1.set_behaviour(holds=["net-42"])
     ended = caller.call("ensure-network-device", details(lab, caller), None, {"current_details": garbage})
     assert chosen_host(ended) == H1

@@ -1,4 +1,4 @@
-"""The wire between agent and guest, the values of DHCP options, and the filter of system calls, read as a machine."""
+"""The channel between agent and guest process, the values of DHCP options, and the seccomp filter in an interpreter."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 
 from guestbed import network, nic
 from netloom.guest import sandbox
-from netloom.guestwire import Done, Lent, Listener, Message, Serve, option_bytes
+from netloom.guestwire import Ack, GuestMessage, LentSockets, Listener, ServeNetwork, option_bytes
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.secret import Secret
 
@@ -28,22 +29,24 @@ def ends() -> Iterator[tuple[Channel, Channel]]:
     other.close()
 
 
-def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
+def test_a_message_arrives_unchanged_with_its_descriptors(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     read, write = os.pipe()
-    one.queue(Done(seq=1))
-    one.queue(Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))), [read, write])
-    one.queue(Done(seq=3, error="no"))
+    one.queue(Ack(seq=1))
+    one.queue(
+        ServeNetwork(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))), [read, write]
+    )
+    one.queue(Ack(seq=3, error="no"))
     one.flush()
     os.close(read)
     os.close(write)
-    arrived: list[tuple[Message, list[int]]] = []
+    arrived: list[tuple[GuestMessage, list[int]]] = []
     while len(arrived) < 3:
         arrived += other.receive()
     assert [message for message, _ in arrived] == [
-        Done(seq=1),
-        Serve(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))),
-        Done(seq=3, error="no"),
+        Ack(seq=1),
+        ServeNetwork(seq=2, network=NETWORK, listeners=(Listener("dhcp"), Listener("metadata", True))),
+        Ack(seq=3, error="no"),
     ]
     theirs = arrived[1][1]
     assert [len(descriptors) for _, descriptors in arrived] == [0, 2, 0]
@@ -54,29 +57,35 @@ def test_a_message_arrives_as_it_was_with_its_descriptors(ends: tuple[Channel, C
         os.close(descriptor)
 
 
-def test_a_message_larger_than_the_socket_takes_arrives_piece_by_piece(ends: tuple[Channel, Channel]) -> None:
+def test_the_tags_of_the_messages_stay_as_they_are() -> None:
+    """An agent and a guest process of different builds talk to each other during an upgrade."""
+    tags = [it.__struct_config__.tag for it in get_args(GuestMessage)]
+    assert tags == ["serve", "update", "drop", "lend", "ping", "hello", "done", "lent", "taken", "notice"]
+
+
+def test_a_message_larger_than_the_socket_buffer_arrives(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     big = network(nic(45, user_data=Secret("x" * 3_000_000)))
     read, write = os.pipe()
-    one.queue(Serve(seq=1, network=big, listeners=(Listener("dhcp"),)), [read])
+    one.queue(ServeNetwork(seq=1, network=big, listeners=(Listener("dhcp"),)), [read])
     arrived: list[object] = []
     while not arrived:
         one.flush()
         for message, descriptors in other.receive():
             arrived.append(message)
             os.close(*descriptors)
-    assert arrived == [Serve(seq=1, network=big, listeners=(Listener("dhcp"),))]
+    assert arrived == [ServeNetwork(seq=1, network=big, listeners=(Listener("dhcp"),))]
     assert not one.pending
     os.close(read)
     os.close(write)
 
 
-def test_secrets_do_not_print() -> None:
+def test_secrets_are_not_printed() -> None:
     assert "FAKE" not in repr(NETWORK)
     assert "#!" not in repr(NETWORK)
 
 
-def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, Channel]) -> None:
+def test_the_end_of_the_stream_and_invalid_bytes_are_errors(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
     one.close()
     with pytest.raises(ChannelError, match="gone"):
@@ -88,21 +97,21 @@ def test_an_end_of_the_stream_and_foreign_bytes_are_errors(ends: tuple[Channel, 
             Channel(here).receive()
 
 
-def test_announced_descriptors_must_come(ends: tuple[Channel, Channel]) -> None:
+def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None:
     one, other = ends
-    one.queue(Lent(seq=1, listeners=(Listener("dhcp"),)))
+    one.queue(LentSockets(seq=1, listeners=(Listener("dhcp"),)))
     one.flush()
     with pytest.raises(ChannelError, match="1 descriptors were announced and 0 came"):
         other.receive()
 
 
-def test_who_does_not_read_is_not_waited_for() -> None:
+def test_a_receiver_that_does_not_read_is_an_error() -> None:
     here, there = socket.socketpair()
     with here, there:
         channel = Channel(here, pending_bytes_max=100_000)
         with pytest.raises(ChannelError, match="does not read"):
             for _ in range(10_000):
-                channel.queue(Done(seq=1, error="x" * 1000))
+                channel.queue(Ack(seq=1, error="x" * 1000))
                 channel.flush()
 
 
@@ -127,7 +136,7 @@ def test_who_does_not_read_is_not_waited_for() -> None:
         (252, "http://wpad/x.dat", b"http://wpad/x.dat"),
     ],
 )
-def test_an_option_has_the_type_that_the_rfc_gives_it(code: int, text: str, value: bytes) -> None:
+def test_an_option_is_encoded_with_the_type_of_its_rfc(code: int, text: str, value: bytes) -> None:
     assert option_bytes(code, text) == value
 
 
@@ -139,18 +148,18 @@ def test_an_option_has_the_type_that_the_rfc_gives_it(code: int, text: str, valu
         (256, "x"), (-1, "x"),
     ],
 )  # fmt: skip
-def test_what_is_no_value_of_an_option_is_refused(code: int, text: str) -> None:
+def test_an_invalid_value_or_code_of_an_option_is_refused(code: int, text: str) -> None:
     with pytest.raises(ValueError):
         option_bytes(code, text)
 
 
-# ---- the filter
+# ---- the seccomp filter
 
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
 
 
 def judge(program: bytes, audit: int, number: int, *arguments: int) -> int:
-    """What the kernel's interpreter would return (classic BPF, the five instructions that the filter uses)."""
+    """The filter's result for a system call. It interprets the five classic BPF instructions that the filter uses."""
     values = [*arguments, *[0] * (6 - len(arguments))]
     seccomp_data = struct.pack("<iIQ6Q", number, audit, 0, *values)
     instructions = list(struct.iter_unpack("<HBBI", program))
@@ -175,7 +184,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("machine", sandbox.ARCHES)
-def test_the_filter_lets_through_what_serving_takes_and_nothing_else(machine: str) -> None:
+def test_the_filter_allows_only_the_system_calls_of_its_list(machine: str) -> None:
     arch = sandbox.ARCHES[machine]
     program = sandbox.call_filter(arch)
     assert len(program) // 8 <= 4096  # BPF_MAXINSNS
@@ -188,7 +197,7 @@ def test_the_filter_lets_through_what_serving_takes_and_nothing_else(machine: st
         assert judge(program, arch.audit, number) == (ALLOW if number in allowed else REFUSE), number
     for number in FORBIDDEN[machine]:
         assert judge(program, arch.audit, number) == REFUSE
-    assert judge(program, 0x40000003, 11) == KILL  # 32-bit x86: execve under another number
+    assert judge(program, 0x40000003, 11) == KILL  # execve of 32-bit x86, which has another number
 
     def of(name: str, *arguments: int) -> int:
         return judge(program, arch.audit, arch.numbers[name], *arguments)

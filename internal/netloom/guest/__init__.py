@@ -1,1 +1,1 @@
-"""What tenants may talk to: DHCP, metadata, passwords; one process without any privilege."""
+"""The guest process: DHCP, metadata and passwords for VMs, in one process without privileges."""

@@ -1,8 +1,8 @@
-"""DHCP for static leases: RFC 2131 and 2132, as one function from a packet and a table to a reply.
+"""A DHCP server for static leases (RFC 2131, RFC 2132): ``parse`` a packet, then ``respond`` from the table.
 
-The table is the lease database: a NIC's address is its own whether it asks, renews, declines or releases, so nothing is
-remembered between packets. MAC addresses that are not in the table are never answered, not even to refuse: their
-server may be another one on the same segment.
+The table is the lease database. A NIC keeps its address whether it requests, renews, declines or releases it, so the
+server stores nothing between packets. A MAC address that is not in the table gets no reply, not even a DHCPNAK, because
+another DHCP server on the same segment may serve it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from netloom.guest.table import MTU, SUBNET_MASK, Lease, Table
+from netloom.guest.table import MTU, SUBNET_MASK, GuestTable, TableRow
 
 SERVER_PORT, CLIENT_PORT = 67, 68
-EVERYBODY = "255.255.255.255"
+BROADCAST_IP = "255.255.255.255"
 
 _HEADER = struct.Struct("!BBBBIHH4s4s4s4s16s64s128s4s")
 _MAGIC = b"\x63\x82\x53\x63"
-_NOWHERE = b"\0\0\0\0"
+_NO_ADDRESS = b"\0\0\0\0"
 _BOOTREQUEST, _BOOTREPLY = 1, 2
 _ETHERNET = 1
 
 _PAD, _END = 0, 255
-_REQUESTED_IP, _LEASE_TIME, _OVERLOAD, _TYPE, _SERVER_ID, _WANTED, _TEXT = 50, 51, 52, 53, 54, 55, 56
+_REQUESTED_IP, _LEASE_TIME, _OVERLOAD, _TYPE, _SERVER_ID, _PARAMETER_LIST, _MESSAGE_TEXT = 50, 51, 52, 53, 54, 55, 56
 _MAX_SIZE, _T1, _T2, _CLIENT_ID = 57, 58, 59, 61
 
-# A client takes a datagram of 576 bytes at least (RFC 2131 section 2); ours never need fragments.
-_DATAGRAM_LEAST, _DATAGRAM_MOST = 576, 1500
+# Every client accepts datagrams of 576 bytes (RFC 2131 section 2). The maximum avoids IP fragments.
+_DATAGRAM_BYTES_MIN, _DATAGRAM_BYTES_MAX = 576, 1500
 _IP_UDP_BYTES = 28
-# What a BOOTP message has at least (RFC 951); some clients drop shorter ones.
-_PACKET_LEAST = 300
+# The size of a BOOTP message (RFC 951); some clients drop shorter messages.
+_PACKET_BYTES_MIN = 300
 
 
-class Type(IntEnum):
+class MessageType(IntEnum):
     """DHCP message types (RFC 2132 section 9.6)."""
 
     DISCOVER = 1
@@ -46,8 +46,8 @@ class Type(IntEnum):
     INFORM = 8
 
 
-class Request(NamedTuple):
-    """A client's message, as far as it matters."""
+class DhcpRequest(NamedTuple):
+    """The fields of a client's message that the server uses."""
 
     type: int
     xid: int
@@ -61,145 +61,148 @@ class Request(NamedTuple):
         return self.chaddr[:6]
 
 
-class Reply(NamedTuple):
-    """A server's message and the address that it goes to, port 68."""
+class DhcpReply(NamedTuple):
+    """A message of the server, and the destination address. The destination port is 68."""
 
     packet: bytes
     to: str
 
 
-def answer(packet: bytes, table: Table) -> Reply | None:
-    """The reply to ``packet``, or None: whatever the bytes, never an exception."""
-    request = parse(packet)
-    return None if request is None else respond(request, table)
+def parse(packet: bytes) -> DhcpRequest | None:
+    """The request in ``packet``. None if it is no DHCP request, or came through a relay; our networks have no relays.
 
-
-def parse(packet: bytes) -> Request | None:
-    """The request in ``packet``; None when it is none, or came through a relay, of which there are none here."""
+    The bytes come from a tenant: no input raises an exception.
+    """
     if len(packet) < _HEADER.size:
         return None
     op, htype, hlen, _, xid, _, flags, ciaddr, _, _, giaddr, chaddr, sname, file, magic = _HEADER.unpack_from(packet)
-    if (op, htype, hlen, giaddr, magic) != (_BOOTREQUEST, _ETHERNET, 6, _NOWHERE, _MAGIC):
+    if (op, htype, hlen, giaddr, magic) != (_BOOTREQUEST, _ETHERNET, 6, _NO_ADDRESS, _MAGIC):
         return None
     options: dict[int, bytes] = {}
-    _collect(packet[_HEADER.size :], options)
+    _parse_options(packet[_HEADER.size :], options)
     overload = options.get(_OVERLOAD, b"\0")[:1]
     if overload in (b"\1", b"\3"):
-        _collect(file, options)
+        _parse_options(file, options)
     if overload in (b"\2", b"\3"):
-        _collect(sname, options)
+        _parse_options(sname, options)
     kind = options.get(_TYPE, b"")
     if len(kind) != 1:
         return None
-    return Request(kind[0], xid, flags, ciaddr, chaddr, options)
+    return DhcpRequest(kind[0], xid, flags, ciaddr, chaddr, options)
 
 
-def respond(request: Request, table: Table) -> Reply | None:
-    """The reply that RFC 2131 section 4.3 asks for, from a server whose leases are static."""
-    lease = table.leases.get(request.mac)
-    if lease is None or not lease.nic.dhcp:
+def respond(request: DhcpRequest, table: GuestTable) -> DhcpReply | None:
+    """The reply to ``request`` as in RFC 2131 section 4.3, or None if it gets no reply."""
+    row = table.by_mac.get(request.mac)
+    if row is None or not row.nic.dhcp:
         return None
-    if request.type == Type.DISCOVER:
-        return _grant(Type.OFFER, request, lease, table)
-    if request.type == Type.INFORM:
-        return _inform(request, lease, table)
-    if request.type == Type.REQUEST:
-        wanted = _wanted(request, table)
-        if wanted is None:
+    if request.type == MessageType.DISCOVER:
+        return _offer_or_ack(MessageType.OFFER, request, row, table)
+    if request.type == MessageType.INFORM:
+        return _ack_inform(request, row, table)
+    if request.type == MessageType.REQUEST:
+        requested = _requested_ip(request, table)
+        if requested is None:
             return None
-        if wanted == lease.ip:
-            return _grant(Type.ACK, request, lease, table)
-        return _refuse(request, table)
-    # DECLINE and RELEASE are not answered, and change nothing: the address stays the NIC's.
+        if requested == row.ip:
+            return _offer_or_ack(MessageType.ACK, request, row, table)
+        return _nak(request, table)
+    # DHCPDECLINE and DHCPRELEASE get no reply and change nothing: the NIC keeps its address.
     return None
 
 
-def _wanted(request: Request, table: Table) -> bytes | None:
-    """The address that a DHCPREQUEST is about, None when it is not ours to judge (RFC 2131 section 4.3.2)."""
+def _requested_ip(request: DhcpRequest, table: GuestTable) -> bytes | None:
+    """The address that a DHCPREQUEST asks for (RFC 2131 section 4.3.2).
+
+    None if the request is malformed, or another server has to answer it.
+    """
     server_id = request.options.get(_SERVER_ID)
     requested = request.options.get(_REQUESTED_IP)
     if server_id is not None and server_id != table.server_ip:
-        return None  # SELECTING, and another server was selected
+        return None  # SELECTING, and the client selected another server
     if requested is not None:
         return requested if len(requested) == 4 else None  # SELECTING or INIT-REBOOT
-    if request.ciaddr != _NOWHERE:
+    if request.ciaddr != _NO_ADDRESS:
         return request.ciaddr  # RENEWING or REBINDING
     return None
 
 
-def _grant(kind: Type, request: Request, lease: Lease, table: Table) -> Reply:
+def _offer_or_ack(kind: MessageType, request: DhcpRequest, row: TableRow, table: GuestTable) -> DhcpReply:
     seconds = table.lease_s
     times = {_LEASE_TIME: seconds, _T1: seconds // 2, _T2: seconds * 7 // 8}
     fixed = {code: struct.pack("!I", value) for code, value in times.items()}
-    # To the client's address only when it has that address; without one, broadcast is what every client understands,
-    # and unicast would need a packet socket (RFC 2131 section 4.1).
-    renews = kind is Type.ACK and request.ciaddr == lease.ip
-    ciaddr = lease.ip if renews else _NOWHERE
-    packet = _packet(kind, request, table, ciaddr=ciaddr, yiaddr=lease.ip, fixed=fixed, lease=lease)
-    return Reply(packet, lease.nic.ip if renews else EVERYBODY)
+    # Unicast only to a client that already has the address. Otherwise broadcast, which every client accepts; unicast
+    # would need a packet socket (RFC 2131 section 4.1).
+    renews = kind is MessageType.ACK and request.ciaddr == row.ip
+    ciaddr = row.ip if renews else _NO_ADDRESS
+    packet = _packet(kind, request, table, ciaddr=ciaddr, yiaddr=row.ip, fixed=fixed, row=row)
+    return DhcpReply(packet, row.nic.ip if renews else BROADCAST_IP)
 
 
-def _inform(request: Request, lease: Lease, table: Table) -> Reply | None:
-    # Its own address or none of our business: an answer to any other address would be a parcel for a stranger.
-    if request.ciaddr != lease.ip:
+def _ack_inform(request: DhcpRequest, row: TableRow, table: GuestTable) -> DhcpReply | None:
+    # Answer a DHCPINFORM only from the NIC's own address; otherwise the reply would go to another machine.
+    if request.ciaddr != row.ip:
         return None
-    return Reply(
-        _packet(Type.ACK, request, table, ciaddr=lease.ip, yiaddr=_NOWHERE, fixed={}, lease=lease), lease.nic.ip
+    return DhcpReply(
+        _packet(MessageType.ACK, request, table, ciaddr=row.ip, yiaddr=_NO_ADDRESS, fixed={}, row=row), row.nic.ip
     )
 
 
-def _refuse(request: Request, table: Table) -> Reply:
-    text = {_TEXT: b"this is not your address"}
-    return Reply(_packet(Type.NAK, request, table, ciaddr=_NOWHERE, yiaddr=_NOWHERE, fixed=text, lease=None), EVERYBODY)
+def _nak(request: DhcpRequest, table: GuestTable) -> DhcpReply:
+    text = {_MESSAGE_TEXT: b"this is not your address"}
+    return DhcpReply(
+        _packet(MessageType.NAK, request, table, ciaddr=_NO_ADDRESS, yiaddr=_NO_ADDRESS, fixed=text, row=None),
+        BROADCAST_IP,
+    )
 
 
 def _packet(
-    kind: Type,
-    request: Request,
-    table: Table,
+    kind: MessageType,
+    request: DhcpRequest,
+    table: GuestTable,
     *,
     ciaddr: bytes,
     yiaddr: bytes,
     fixed: dict[int, bytes],
-    lease: Lease | None,
+    row: TableRow | None,
 ) -> bytes:
     announced = request.options.get(_MAX_SIZE, b"")
     datagram = int.from_bytes(announced, "big") if len(announced) == 2 else 0
-    room = min(max(datagram, _DATAGRAM_LEAST), table.network.mtu or _DATAGRAM_MOST) - _IP_UDP_BYTES
+    room = min(max(datagram, _DATAGRAM_BYTES_MIN), table.network.mtu or _DATAGRAM_BYTES_MAX) - _IP_UDP_BYTES
 
     packet = bytearray(
         _HEADER.pack(
             *(_BOOTREPLY, _ETHERNET, 6, 0, request.xid, 0, request.flags),
-            *(ciaddr, yiaddr, _NOWHERE, _NOWHERE, request.chaddr, b"", b"", _MAGIC),
+            *(ciaddr, yiaddr, _NO_ADDRESS, _NO_ADDRESS, request.chaddr, b"", b"", _MAGIC),
         )
     )
     ours = {_TYPE: bytes([kind]), _SERVER_ID: table.server_ip} | fixed
-    # RFC 6842: said back, so that clients which share a MAC can tell whose answer it is.
+    # RFC 6842: return the client identifier, so that clients with the same MAC recognise their own reply.
     if _CLIENT_ID in request.options:
         ours[_CLIENT_ID] = request.options[_CLIENT_ID]
-    for code, value in [*ours.items(), *_chosen(request, lease)]:
+    for code, value in [*ours.items(), *_options_for(request, row)]:
         encoded = _encode(code, value)
-        if len(packet) + len(encoded) < room:  # one byte stays for the end mark
+        if len(packet) + len(encoded) < room:  # leaves one byte for the end option
             packet += encoded
     packet.append(_END)
-    return bytes(packet.ljust(_PACKET_LEAST, b"\0"))
+    return bytes(packet.ljust(_PACKET_BYTES_MIN, b"\0"))
 
 
-def _chosen(request: Request, lease: Lease | None) -> list[tuple[int, bytes]]:
-    """The options a client gets, in the order it asked for them; the mask before the router (RFC 2132 section 3.3).
+def _options_for(request: DhcpRequest, row: TableRow | None) -> list[tuple[int, bytes]]:
+    """The options for a client in the order of its request, with the mask before the router (RFC 2132 section 3.3).
 
-    Given unasked: the mask, an MTU that somebody told us, and what is set for the NIC in particular.
+    The mask, the MTU of the network, and the options of the NIC itself are sent even if they were not requested.
     """
-    if lease is None:
+    if row is None:
         return []
-    wanted = request.options.get(_WANTED, b"") or bytes(lease.options)
-    unasked = (code for code in lease.options if code == MTU or code in lease.nic.options)
+    wanted = request.options.get(_PARAMETER_LIST, b"") or bytes(row.options)
+    unasked = (code for code in row.options if code == MTU or code in row.nic.options)
     codes = dict.fromkeys((SUBNET_MASK, *wanted, *unasked))
-    return [(code, lease.options[code]) for code in codes if code in lease.options]
+    return [(code, row.options[code]) for code in codes if code in row.options]
 
 
-def _collect(area: bytes, options: dict[int, bytes]) -> None:
-    """Read one option area. Pieces of one option are joined (RFC 3396); what is cut off at the end is left out."""
+def _parse_options(area: bytes, options: dict[int, bytes]) -> None:
+    """Add the options in ``area``. Parts of a split option are joined (RFC 3396); a truncated option is ignored."""
     at = 0
     while at < len(area) and area[at] != _END:
         if area[at] == _PAD:

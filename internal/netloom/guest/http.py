@@ -1,6 +1,6 @@
-"""One HTTP connection of a VM: bounded in time, size and number of requests; h11 reads and writes the protocol.
+"""One HTTP connection of a VM, with limits on time, size and number of requests. h11 parses and writes HTTP/1.1.
 
-A site is a function from a request to an answer. It never sees a body: nothing here takes one.
+A ``Site`` is a function from a request to an answer. It gets no request body: a request with a body is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import h11
 
-# From the connection's start, or the last answer's end, until a request is complete.
+# Time for a request to be complete, from the start of the connection or the end of the last answer.
 REQUEST_S = 5.0
-# Until an answer is taken; a megabyte of user data over a slow link is the longest.
+# Time for the client to receive an answer. The longest answer is a megabyte of user data over a slow link.
 ANSWER_S = 30.0
-# After our last byte, for the client to take it and close.
+# Time for the client to receive our last bytes and close the connection.
 LINGER_S = 1.0
 HEAD_BYTES_MAX = 8192
 REQUESTS_MAX = 100
@@ -25,25 +25,28 @@ REQUESTS_MAX = 100
 _READ_BYTES = 16384
 
 
-class Answer(NamedTuple):
-    """``body`` goes out as it is. No page of words on an error: scripts take what they get for a key or a password."""
+class HttpAnswer(NamedTuple):
+    """An HTTP response. Errors have no explanatory text, because scripts would take it for a key or a password."""
 
     status: int
     body: bytes = b""
     headers: tuple[tuple[str, str], ...] = ()
 
 
-ONLY_READING = Answer(405, headers=(("Allow", "GET, HEAD"),))
-TOO_MANY = Answer(429, headers=(("Retry-After", "1"), ("Connection", "close")))
+METHOD_NOT_ALLOWED = HttpAnswer(405, headers=(("Allow", "GET, HEAD"),))
+TOO_MANY_REQUESTS = HttpAnswer(429, headers=(("Retry-After", "1"), ("Connection", "close")))
 
-Site = Callable[[h11.Request], Answer | None]
+Site = Callable[[h11.Request], HttpAnswer | None]
 
 
-class Connection:
-    """Answers requests on ``sock`` until the client, a limit, or a site that returns None ends it."""
+class HttpConnection:
+    """Answers requests on ``sock`` until the client closes it, a limit is reached, or ``site`` returns None.
+
+    ``ended`` is called once, after the socket is closed.
+    """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, site: Site, ended: Callable[[Connection], None]
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, site: Site, ended: Callable[[HttpConnection], None]
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -53,13 +56,13 @@ class Connection:
         self._request: h11.Request | None = None
         self._requests = 0
         self._out: deque[memoryview] = deque()
-        self._lingers = False
+        self._lingering = False
         self._open = True
         self._timer = loop.call_later(REQUEST_S, self.close)
         loop.add_reader(sock, self._readable)
 
     def close(self) -> None:
-        """End it now, whatever is under way."""
+        """Close the connection at once, even in the middle of an answer."""
         if not self._open:
             return
         self._open = False
@@ -69,7 +72,7 @@ class Connection:
         self._sock.close()
         self._ended(self)
 
-    def _within(self, seconds: float) -> None:
+    def _close_after(self, seconds: float) -> None:
         self._timer.cancel()
         self._timer = self._loop.call_later(seconds, self.close)
 
@@ -82,12 +85,12 @@ class Connection:
             data = b""
         if not data:
             self.close()
-        elif not self._lingers:
+        elif not self._lingering:
             self._http.receive_data(data)
             self._advance()
 
     def _advance(self) -> None:
-        """Answer one request at most; the next one that is already here waits for its turn among the others'."""
+        """Answer at most one request. Further requests in the buffer wait for the next turn of the loop."""
         if not self._open:
             return
         try:
@@ -99,7 +102,7 @@ class Connection:
                     self._answer()
                     return
                 elif isinstance(event, h11.Data):
-                    self._say(Answer(413, headers=(("Connection", "close"),)))
+                    self._send(HttpAnswer(413, headers=(("Connection", "close"),)))
                     return
                 elif event is h11.NEED_DATA:
                     return
@@ -107,7 +110,7 @@ class Connection:
                     self.close()
                     return
         except h11.RemoteProtocolError as error:
-            self._say(Answer(error.error_status_hint, headers=(("Connection", "close"),)))
+            self._send(HttpAnswer(error.error_status_hint, headers=(("Connection", "close"),)))
 
     def _answer(self) -> None:
         assert self._request is not None
@@ -118,23 +121,23 @@ class Connection:
         self._requests += 1
         if self._requests >= REQUESTS_MAX:
             answer = answer._replace(headers=(*answer.headers, ("Connection", "close")))
-        self._say(answer)
+        self._send(answer)
 
-    def _say(self, answer: Answer) -> None:
+    def _send(self, answer: HttpAnswer) -> None:
         if self._http.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.close()
             return
         length = ("Content-Length", str(len(answer.body)))
         headers = [("Content-Type", "text/plain"), length, *answer.headers]
-        self._put(h11.Response(status_code=answer.status, headers=headers))
+        self._queue(h11.Response(status_code=answer.status, headers=headers))
         if answer.body and not (self._request and self._request.method == b"HEAD"):
-            self._put(h11.Data(data=answer.body))
-        self._put(h11.EndOfMessage())
-        self._within(ANSWER_S)
+            self._queue(h11.Data(data=answer.body))
+        self._queue(h11.EndOfMessage())
+        self._close_after(ANSWER_S)
         self._loop.remove_reader(self._sock)
         self._write()
 
-    def _put(self, event: h11.Event) -> None:
+    def _queue(self, event: h11.Event) -> None:
         if data := self._http.send(event):
             self._out.append(memoryview(data))
 
@@ -157,15 +160,15 @@ class Connection:
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
             self._request = None
-            self._within(REQUEST_S)
+            self._close_after(REQUEST_S)
             self._loop.call_soon(self._advance)
         else:
             self._linger()
 
     def _linger(self) -> None:
-        # Closing with unread bytes would reset the connection, and the reset could overtake our answer.
-        self._lingers = True
-        self._within(LINGER_S)
+        # close() with unread bytes in the socket sends a reset, which can reach the client before our answer.
+        self._lingering = True
+        self._close_after(LINGER_S)
         try:
             self._sock.shutdown(socket.SHUT_WR)
         except OSError:

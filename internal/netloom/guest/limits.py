@@ -1,10 +1,13 @@
-"""How much one VM, and one network, may ask for: so that nobody's flood is everybody's outage."""
+"""Limits on requests and connections, for each VM and for each network.
+
+A VM that floods the guest process is limited, and the other VMs are still answered.
+"""
 
 from __future__ import annotations
 
 import time
 
-# cloud-init asks some thirty times at boot, over as many connections; a script in a loop asks for ever.
+# cloud-init sends about thirty requests at boot, each over its own connection. A script in a loop sends without end.
 VM_REQUESTS_PER_S, VM_REQUESTS_BURST = 20.0, 200.0
 NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST = 200.0, 2000.0
 VM_CONNECTIONS_MAX = 8
@@ -13,7 +16,7 @@ NOTICES_PER_S, NOTICES_BURST = 0.2, 10.0
 
 
 class Bucket:
-    """``per_s`` tokens a second, up to ``burst`` of them."""
+    """A token bucket: ``per_s`` tokens are added each second, up to ``burst``. It starts full."""
 
     def __init__(self, per_s: float, burst: float) -> None:
         self._per_s = per_s
@@ -22,7 +25,7 @@ class Bucket:
         self._at = time.monotonic()
 
     def take(self) -> bool:
-        """Whether there is a token, which is then gone."""
+        """Take a token; False: there is none."""
         now = time.monotonic()
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._per_s)
         self._at = now
@@ -33,12 +36,12 @@ class Bucket:
 
     @property
     def half_full(self) -> bool:
-        """Whether little was taken lately."""
+        """Whether at least half of ``burst`` was left after the last ``take``."""
         return self._tokens >= self._burst / 2
 
 
 class Load:
-    """What one VM, or one network, is using."""
+    """The open connections and the request rate of one VM, or of one network."""
 
     def __init__(self, per_s: float, burst: float, connections_max: int) -> None:
         self._connections_max = connections_max
@@ -47,20 +50,24 @@ class Load:
 
     @property
     def full(self) -> bool:
-        """Whether no further connection is let in."""
+        """Whether the maximum number of connections is open."""
         return self.connections >= self._connections_max
 
 
 def admitted(vm: Load, network: Load) -> bool:
-    """Whether one more request is answered: nobody's flood keeps a VM waiting that asks for little."""
+    """Count one more request of ``vm``; False: refuse it.
+
+    The limit of the network does not apply to a VM that has used less than half of its own burst. So other VMs cannot
+    use up the share of a VM that asks rarely.
+    """
     return vm.requests.take() and (network.requests.take() or vm.requests.half_full)
 
 
 def vm_load() -> Load:
-    """What one VM may use."""
+    """A load with the limits of one VM."""
     return Load(VM_REQUESTS_PER_S, VM_REQUESTS_BURST, VM_CONNECTIONS_MAX)
 
 
 def network_load() -> Load:
-    """What all VMs of a network may use together."""
+    """A load with the limits of all VMs of a network together."""
     return Load(NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST, NETWORK_CONNECTIONS_MAX)

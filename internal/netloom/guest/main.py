@@ -1,8 +1,9 @@
-"""``netloom guest``: the process. It is started by root, gives everything up, and answers until it is told to stop.
+"""``netloom guest``: the guest process. It is started as root, enters its sandbox, and serves until SIGTERM.
 
-    netloom guest --control <descriptor> --root <empty directory> [--build <id>] [--trial with-filter|without-filter]
+    netloom guest --control <descriptor> --root <empty directory> [--build <id>]
 
-``control`` is a unix stream socket that listens and that only root may connect to. Everything else comes through it.
+``control`` is a listening unix stream socket that only root may connect to. The agent connects there and sends the
+tables and sockets of the networks (guestwire).
 """
 
 from __future__ import annotations
@@ -10,46 +11,55 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import linecache  # noqa: F401 - a traceback would import it, when nothing can be imported any more
+import linecache  # noqa: F401 - a traceback imports it, and inside the sandbox nothing can be imported
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from netloom import __version__
 from netloom.errors import NetloomError, one_line
 from netloom.guest import sandbox
 from netloom.guest.serve import Networks
-from netloom.guestwire import Done, Drop, Hello, Lend, Message, Ping, Serve, Tried, Try, Update
+from netloom.guestwire import (
+    Ack,
+    DropNetwork,
+    GuestHello,
+    GuestMessage,
+    LendSockets,
+    Ping,
+    ServeNetwork,
+    UpdateNetwork,
+)
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.program import close_all_but
 from netloom.sockets import peer_credentials
 
-# What may wait for an agent that does not read before it counts as gone.
+# An agent that does not read is disconnected when more than this waits for it.
 _UNREAD_BYTES_MAX = 1 << 20
-# For answers that are under way when the process is told to stop.
+# Time for open connections to end after SIGTERM.
 _STOP_S = 3.0
 
-Attempts = Callable[[int], dict[str, str]]
 
+class GuestServer:
+    """The control socket of the guest process. The latest connection of root is the agent's.
 
-class Guest:
-    """The agent's end of the process: whoever root connected last. Without one, serving goes on."""
+    Without a connected agent the networks are served as before.
+    """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str, attempts: Attempts | None):
+    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str) -> None:
         self._loop = loop
         self._control = control
         self._build = build
-        self._attempts = attempts
         self._agent: Channel | None = None
         self.layers: tuple[str, ...] = ()
-        self.networks = Networks(loop, self._tell)
+        self.networks = Networks(loop, self._send)
         control.setblocking(False)
-        loop.add_reader(control, self._connected)
+        loop.add_reader(control, self._accept)
 
-    def _connected(self) -> None:
+    def _accept(self) -> None:
         try:
             sock, _ = self._control.accept()
         except OSError:
@@ -57,11 +67,11 @@ class Guest:
         if peer_credentials(sock).uid != 0:
             sock.close()
             return
-        self._forget_agent()
+        self._disconnect_agent()
         self._agent = Channel(sock, pending_bytes_max=_UNREAD_BYTES_MAX)
         self._loop.add_reader(sock, self._readable)
-        self._tell(
-            Hello(
+        self._send(
+            GuestHello(
                 version=__version__,
                 build=self._build,
                 pid=os.getpid(),
@@ -69,8 +79,8 @@ class Guest:
                 served=self.networks.served,
             )
         )
-        for taken in self.networks.untold:
-            self._tell(taken)
+        for taken in self.networks.unconfirmed:
+            self._send(taken)
 
     def _readable(self) -> None:
         agent = self._agent
@@ -79,35 +89,31 @@ class Guest:
         try:
             arrived = agent.receive()
         except ChannelError:
-            self._forget_agent()
+            self._disconnect_agent()
             return
         for message, descriptors in arrived:
-            self._obey(message, descriptors)
+            self._handle(message, descriptors)
 
-    def _obey(self, message: Message, descriptors: list[int]) -> None:
-        if isinstance(message, Serve):
-            self._tell(self.networks.serve(message, descriptors))
-        elif isinstance(message, Update):
-            self._tell(self.networks.update(message.seq, message.network))
-        elif isinstance(message, Drop):
-            self._tell(self.networks.drop(message.seq, (message.scope_id, message.network_id)))
-        elif isinstance(message, Lend):
+    def _handle(self, message: GuestMessage, descriptors: list[int]) -> None:
+        if isinstance(message, ServeNetwork):
+            self._send(self.networks.serve(message, descriptors))
+        elif isinstance(message, UpdateNetwork):
+            self._send(self.networks.update(message.seq, message.network))
+        elif isinstance(message, DropNetwork):
+            self._send(self.networks.drop(message.seq, (message.scope_id, message.network_id)))
+        elif isinstance(message, LendSockets):
             lent, copies = self.networks.lend(message.seq, (message.scope_id, message.network_id))
-            self._tell(lent, copies)
+            self._send(lent, copies)
         elif isinstance(message, Ping):
-            self._tell(Done(seq=message.seq))
-        elif isinstance(message, Try) and self._attempts is not None:
-            self._tell(Tried(seq=message.seq, outcomes=self._attempts(os.getppid())))
-        elif isinstance(message, Try):
-            self._tell(Done(seq=message.seq, error="this process was not started for trials"))
+            self._send(Ack(seq=message.seq))
 
-    def _tell(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+    def _send(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
         if self._agent is None:
             return
         try:
             self._agent.queue(message, descriptors)
         except ChannelError:
-            self._forget_agent()
+            self._disconnect_agent()
             return
         self._flush()
 
@@ -118,14 +124,14 @@ class Guest:
         try:
             agent.flush()
         except ChannelError:
-            self._forget_agent()
+            self._disconnect_agent()
             return
         if agent.pending:
             self._loop.add_writer(agent.fileno(), self._flush)
         else:
             self._loop.remove_writer(agent.fileno())
 
-    def _forget_agent(self) -> None:
+    def _disconnect_agent(self) -> None:
         if self._agent is not None:
             self._loop.remove_reader(self._agent.fileno())
             self._loop.remove_writer(self._agent.fileno())
@@ -133,54 +139,49 @@ class Guest:
             self._agent = None
 
     def stop(self) -> None:
-        """End the loop once the answers under way are out, or after a few seconds."""
+        """End the loop when no connection is open any more, or after ``_STOP_S``."""
         self.networks.stop()
         deadline = self._loop.time() + _STOP_S
 
-        def look() -> None:
+        def stop_if_idle() -> None:
             if self.networks.idle or self._loop.time() > deadline:
                 self._loop.stop()
             else:
-                self._loop.call_later(0.05, look)
+                self._loop.call_later(0.05, stop_if_idle)
 
-        look()
+        stop_if_idle()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve until SIGTERM; the exit status. ``argv`` is what follows ``guest``."""
+    """Serve until SIGTERM; return the exit status. ``argv`` has the arguments after ``guest``."""
     parser = argparse.ArgumentParser(prog="netloom guest", add_help=False)
     parser.add_argument("--control", type=int, required=True)
     parser.add_argument("--root", required=True)
     parser.add_argument("--build", default="")
-    parser.add_argument("--trial", choices=("with-filter", "without-filter"))
-    asked = parser.parse_args(argv)
-    attempts: Attempts | None = None
-    if asked.trial:
-        from netloom.guest import trial  # only where it is asked for: nobody else should have it in memory
+    options = parser.parse_args(argv)
 
-        attempts = trial.attempts
-
-    control = socket.socket(fileno=asked.control)
-    close_all_but(0, 1, 2, asked.control)
+    control = socket.socket(fileno=options.control)
+    close_all_but(0, 1, 2, options.control)
     loop = asyncio.new_event_loop()
-    guest = Guest(loop, control, asked.build, attempts)
+    guest = GuestServer(loop, control, options.build)
     loop.add_signal_handler(signal.SIGTERM, guest.stop)
     for ignored in (signal.SIGHUP, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(ValueError):
-        "".encode("idna")  # codecs are looked up by import, the first time
+        "".encode("idna")  # the first use of a codec imports it
     try:
-        guest.layers = sandbox.enter(asked.root, filter_calls=asked.trial != "without-filter")
+        guest.layers = sandbox.enter(options.root)
     except NetloomError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    loop.set_exception_handler(_complain)
+    loop.set_exception_handler(_log_failure)
     loop.run_forever()
     return 0
 
 
-def _complain(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-    # One callback failed, on one packet or request; the others go on. Values stay out: they are tenants'.
+def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+    # One callback failed, for one packet or request; the process goes on. The message of the exception is left out,
+    # because it may contain data of a tenant.
     error = context.get("exception")
     where = traceback.extract_tb(error.__traceback__) if isinstance(error, BaseException) else []
     at = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""

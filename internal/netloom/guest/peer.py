@@ -1,21 +1,22 @@
-"""Who is at the other end of a TCP connection: the VM that owns the source address, or somebody who only says so.
+"""Check that a TCP connection comes from the VM that owns the source address.
 
-On a guest segment every VM can send any source address and answer ARP for any address. Three things together make an
-address prove the VM, as far as a MAC address does:
+On a guest segment every VM can send from any source address and answer ARP for any address. Three checks together prove
+that the owner of the address has opened the connection, as far as a MAC address can prove it:
 
-* The connection's first packet came from the owner's MAC. The kernel keeps that packet with its Ethernet header when
-  the listener asks for it (TCP_SAVE_SYN = 2, Linux 5.10), and gives it to a process without any privilege.
-* What we send goes to the owner's MAC and nowhere else: the agent keeps a permanent neighbour entry for every address
-  of the table, which no ARP message changes. Otherwise a neighbour who answers ARP for the address would be sent the
-  answer to a request that the owner himself made.
-* The handshake ends only with what we sent: its sequence number cannot be guessed.
+* The first packet of the connection came from the owner's MAC address. The kernel keeps that packet with its Ethernet
+  header if the listener asks for it (TCP_SAVE_SYN = 2, Linux 5.10). A process needs no privilege to read it.
+* Our packets go to the owner's MAC address only. The agent keeps a permanent neighbour entry for every address of the
+  table, and ARP messages do not change it. Otherwise an attacker who answers ARP for the address would get the answer
+  to a request of the owner.
+* The client completes the handshake with the sequence number that we sent, which cannot be guessed.
 
-The second alone is not enough: for a VM that is switched off the bridge floods frames to all ports, and a neighbour who
-listens there could complete the handshake. The first alone is not enough, see above. Who can also send from the owner's
-MAC is, on a plain bridge, the owner; only the hypervisor's port filter can tell them apart.
+The second check alone is not enough: if the owner's VM is switched off, the bridge floods the frames to all ports, and
+an attacker who listens there could complete the handshake. The first alone is not enough either, see above. An attacker
+who also sends from the owner's MAC address is the same as the owner on a plain bridge; only the port filter of the
+hypervisor can tell them apart.
 
-Where the namespace's own rules compare ``ether saddr . ip saddr`` with the table (``Listener.macs_checked``) the first
-need not be asked for. A socket with neither, on an older kernel, is not served.
+Where nftables rules of the namespace compare ``ether saddr . ip saddr`` with the table (``Listener.macs_checked``), the
+first check is not needed. A socket with neither check, on an older kernel, is not served.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _SYN_BYTES_MAX = 256
 
 
 def keep_first_packet(listener: socket.socket) -> bool:
-    """Ask for the first packet of every connection, Ethernet header included; False when the kernel cannot."""
+    """Have the kernel keep the first packet of every connection, with its Ethernet header; False: it cannot."""
     try:
         listener.setsockopt(socket.IPPROTO_TCP, TCP_SAVE_SYN, _FROM_ETHERNET_HEADER)
     except OSError:
@@ -40,9 +41,9 @@ def keep_first_packet(listener: socket.socket) -> bool:
 
 
 def first_mac(connection: socket.socket) -> bytes | None:
-    """The MAC address that a connection's first packet came from; None when it was not kept (SYN cookies) or not IPv4.
+    """The source MAC address of the first packet of a connection.
 
-    The kernel gives it out once.
+    None if the kernel has not kept the packet (SYN cookies), or it is not IPv4. The packet can be read only once.
     """
     try:
         packet = connection.getsockopt(socket.IPPROTO_TCP, TCP_SAVED_SYN, _SYN_BYTES_MAX)

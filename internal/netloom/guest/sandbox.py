@@ -1,8 +1,14 @@
-"""The walls around the guest process: whoever takes it over has a table to read and sockets that answer, nothing else.
+"""The sandbox of the guest process. An attacker who controls the process can read its tables and use its sockets only.
 
-Entered once, after everything is imported and opened. Each wall stands alone: an empty network namespace (nothing to
-connect to, whatever the filter lets through), an empty root directory, a user id that owns nothing, no capability and
-no way to gain one, no further process, no descriptor beyond a bound, and a list of the system calls that serving takes.
+The process enters the sandbox once, after all imports, and opens nothing afterwards. Each layer works without the
+others:
+
+* an empty network namespace, in which no address can be reached, and an IPC namespace;
+* an empty root directory;
+* a user id and a group id that own nothing;
+* no capabilities, and no way to gain any;
+* limits: no child processes, no core files, and a maximum of open files;
+* a seccomp filter with a list of the system calls that serving needs.
 """
 
 from __future__ import annotations
@@ -17,11 +23,11 @@ from typing import NamedTuple
 
 from netloom.errors import HostRefused
 
-# In no passwd, and in none of the ranges that anybody hands out (systemd's UIDS-GIDS.md: 0x70000000 to 0x7fffffff are
-# free): no subordinate id, no dynamic user, no container.
+# In no passwd file and in no range that is assigned to subordinate ids, dynamic users or containers (systemd's
+# UIDS-GIDS.md: 0x70000000 to 0x7fffffff are free).
 USER_ID = GROUP_ID = 0x7E7E0043
 
-# A thousand networks with three sockets each, and their connections.
+# Enough for a thousand networks with three sockets each, and their connections.
 DESCRIPTORS_MAX = 1 << 16
 
 # linux/sched.h, linux/prctl.h, linux/seccomp.h
@@ -55,8 +61,8 @@ def _numbers(table: str) -> dict[str, int]:
     return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
 
 
-# asm/unistd_64.h and asm-generic/unistd.h. Sockets come from the agent and connections from accept4; there is no call
-# here that opens, makes, connects, starts, signals or looks at anything.
+# Numbers from asm/unistd_64.h and asm-generic/unistd.h. The agent passes the sockets, and accept4 returns connections.
+# No call of the list opens or creates files or sockets, connects, starts or signals processes, or inspects files.
 _X86_64 = _numbers("""
     read 0  write 1  close 3  poll 7  lseek 8  mmap 9  mprotect 10  munmap 11  brk 12  rt_sigaction 13
     rt_sigprocmask 14  rt_sigreturn 15  ioctl 16  sched_yield 24  mremap 25  madvise 28  nanosleep 35  getpid 39
@@ -78,17 +84,16 @@ ARCHES = {"x86_64": _Arch(0xC000003E, _X86_64), "aarch64": _Arch(0xC00000B7, _AA
 _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 
-def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
-    """Raise the walls, for good; the names of those that this kernel has.
+def enter(root: str) -> tuple[str, ...]:
+    """Enter the sandbox, irrevocably; return the names of its layers.
 
-    ``root`` is an empty directory of root's, which becomes all there is of the file system. Raises HostRefused when
-    one of the walls that every kernel has cannot be raised; only ``seccomp`` may be missing (and is left out, to see
-    what the others are worth, without ``filter_calls``).
+    ``root`` is an empty directory that only root can write to; it becomes the root directory. Raises HostRefused when
+    a layer cannot be set up. Only ``seccomp`` may be missing, on a kernel or a processor without it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     if os.geteuid() != 0:
-        raise HostRefused("the guest process is started by root, and gives that up by itself")
+        raise HostRefused("the guest process must be started as root; it drops all privileges itself")
     status = os.stat(root)
     if os.listdir(root) or status.st_uid != 0 or status.st_mode & 0o022:
         raise HostRefused(f"{root} is not an empty directory that only root can write to")
@@ -104,7 +109,7 @@ def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
 
     for capability in range(64):
         if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
-            break  # EINVAL: past the last one that this kernel knows
+            break  # EINVAL: the kernel has no further capabilities
     os.setgroups([])
     os.setresgid(GROUP_ID, GROUP_ID, GROUP_ID)
     os.setresuid(USER_ID, USER_ID, USER_ID)  # guard: the-guest-process-is-not-root
@@ -113,14 +118,14 @@ def enter(root: str, *, filter_calls: bool = True) -> tuple[str, ...]:
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     _call(libc.prctl, _PR_SET_DUMPABLE, 0, 0, 0, 0)
     _call(libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    walls = ("namespace", "root", "user", "capabilities", "limits")
-    return (*walls, "seccomp") if filter_calls and _filter_calls(libc) else walls
+    layers = ("namespace", "root", "user", "capabilities", "limits")
+    return (*layers, "seccomp") if _filter_calls(libc) else layers
 
 
 def call_filter(arch: _Arch) -> bytes:
-    """The filter as an array of struct sock_filter: allowed calls pass, all others fail with EPERM.
+    """The seccomp filter as an array of struct sock_filter. Calls that are not in the list fail with EPERM.
 
-    A call by another architecture's numbers ends the process.
+    A system call of another architecture kills the process.
     """
     refuse = _RET_ERRNO | errno.EPERM
     program: list[_Instruction] = [
@@ -146,7 +151,7 @@ def call_filter(arch: _Arch) -> bytes:
 
 
 def _argument(index: int) -> _Instruction:
-    # The lower half of a 64-bit argument, on the little-endian machines that there are here.
+    # The lower half of a 64-bit argument. All supported architectures are little-endian.
     return (_LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
 
 
@@ -181,11 +186,11 @@ def _filter_calls(libc: ctypes.CDLL) -> bool:
     if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0) == 0:
         return True
     if ctypes.get_errno() == errno.EINVAL:
-        return False  # a kernel without it
-    raise HostRefused(f"the guest process cannot filter its system calls: {os.strerror(ctypes.get_errno())}")
+        return False  # a kernel without seccomp filters
+    raise HostRefused(f"the guest process cannot install its seccomp filter: {os.strerror(ctypes.get_errno())}")
 
 
 def _call(function: ctypes._NamedFuncPointer, *arguments: int | bytes) -> None:
     if function(*arguments) != 0:
         name, reason = function.__name__, os.strerror(ctypes.get_errno())
-        raise HostRefused(f"the guest process cannot be locked in: {name}: {reason}")
+        raise HostRefused(f"the guest process cannot enter its sandbox: {name}: {reason}")

@@ -1,6 +1,7 @@
-"""A network's table, arranged for look-ups: every answer below is one dictionary access and a few bytes.
+"""The table of a network, prepared for fast look-ups by MAC address and by IP address.
 
-Arranged once per table and checked by that: a table that cannot be served is refused when it comes, not when a VM asks.
+It is prepared and checked once, when the agent sends it. So a table that cannot be served is refused then, and not
+when a VM asks.
 """
 
 from __future__ import annotations
@@ -12,37 +13,38 @@ from netloom.guestwire import GuestNetwork, GuestNic, domain_bytes
 
 SUBNET_MASK, ROUTER, DNS, HOSTNAME, DOMAIN, MTU, BROADCAST, SEARCH = 1, 3, 6, 12, 15, 26, 28, 119
 
-# RFC 2131 section 3.3: all ones is "infinite", which our leases never are. The least is what a client can live with.
-LEASE_S_LEAST, LEASE_S_MOST = 60, 0x7FFFFFFF
+# RFC 2131 section 3.3: a lease time of all ones means "infinity", which we never grant. The minimum is a value that
+# clients can work with.
+LEASE_S_MIN, LEASE_S_MAX = 60, 0x7FFFFFFF
 
 
-class Lease(NamedTuple):
-    """What DHCP answers one NIC: its address, and its options by code."""
+class TableRow(NamedTuple):
+    """One NIC: its MAC and IP addresses as bytes, and the values of its DHCP options by code."""
 
     nic: GuestNic
+    mac: bytes
     ip: bytes
     options: dict[int, bytes]
 
 
-class Table:
-    """Raises ValueError, naming the field, for a table that cannot be served."""
+class GuestTable:
+    """The NICs of a network. Raises ValueError, naming the field, for a table that cannot be served."""
 
     def __init__(self, network: GuestNetwork) -> None:
         self.network = network
         self.server_ip = IPv4Address(network.server_ip).packed
-        if not LEASE_S_LEAST <= network.lease_s <= LEASE_S_MOST:
-            raise ValueError(f"lease_s {network.lease_s} is not between {LEASE_S_LEAST} and {LEASE_S_MOST}")
+        if not LEASE_S_MIN <= network.lease_s <= LEASE_S_MAX:
+            raise ValueError(f"lease_s {network.lease_s} is not between {LEASE_S_MIN} and {LEASE_S_MAX}")
         self.lease_s = network.lease_s
-        self.leases: dict[bytes, Lease] = {}
-        self.nics: dict[str, GuestNic] = {}
+        self.by_mac: dict[bytes, TableRow] = {}
+        self.by_ip: dict[str, TableRow] = {}
         for nic in network.nics:
-            mac = mac_bytes(nic.mac)
-            if mac in self.leases:
+            row = TableRow(nic, mac_bytes(nic.mac), IPv4Address(nic.ip).packed, _options(network, nic))
+            if row.mac in self.by_mac:
                 raise ValueError(f"two NICs with MAC {nic.mac}")
-            if nic.ip in self.nics:
+            if nic.ip in self.by_ip:
                 raise ValueError(f"two NICs with address {nic.ip}")
-            self.nics[nic.ip] = nic
-            self.leases[mac] = Lease(nic, IPv4Address(nic.ip).packed, _options(network, nic))
+            self.by_mac[row.mac] = self.by_ip[nic.ip] = row
 
 
 def mac_bytes(mac: str) -> bytes:

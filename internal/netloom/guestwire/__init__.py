@@ -1,9 +1,15 @@
-"""All that ever crosses between the agent and the guest process: tables and sockets down, passwords taken up.
+"""The messages between the agent and the guest process, and the values of DHCP options.
 
-The guest process listens on a unix stream socket that only root may connect to. Whoever connects last is its agent; it
-is greeted with ``Hello``, which lists what is served by revision, so that a new agent sends only what differs. Every
-``Serve``, ``Update``, ``Drop``, ``Lend`` and ``Ping`` is answered by one message of the same ``seq``; when the answer
-is there, the change is in force. How they travel is ``channel``'s business.
+The guest process listens on a unix stream socket that only root may connect to. The latest connection is the agent's;
+an earlier one is closed. The guest process first sends ``GuestHello`` with the networks that it serves and their
+revisions, so a new agent sends only the differences.
+
+The agent sends requests: ``ServeNetwork``, ``UpdateNetwork``, ``DropNetwork``, ``LendSockets`` and ``Ping``. Each is
+answered by ``Ack`` or ``LentSockets`` with the same ``seq``, after the change is in force. ``PasswordTaken`` and
+``Notice`` come at any time. ``channel`` carries the messages.
+
+An agent and a guest process of different builds talk to each other during an upgrade. So the tags and the names of the
+fields stay as they are.
 """
 
 from __future__ import annotations
@@ -21,14 +27,13 @@ LEASE_S = 12 * 3600
 
 
 class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
-    """A NIC of a VM and all that is answered to it.
+    """A NIC of a VM, and the data that the guest process answers with.
 
-    ``password_id`` names one setting of the password, never its content: whatever the agent likes, so long as another
-    password has another id. An acknowledged id is not served again, whichever table comes, until the table has
-    another one.
+    ``password_id`` identifies the password without revealing it; a new password has a new id. A password that the VM
+    has acknowledged is not sent again until a table has another id.
     """
 
-    nic: str  # the key of the state: nic_uuid, else MAC
+    nic: str  # the key of the NIC in the scope's state: its UUID, or its MAC address if it has no UUID
     mac: str
     ip: str
     prefix_len: int
@@ -36,24 +41,24 @@ class GuestNic(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     default_nic: bool = True  # False: no router, DNS, domain or search option
     dhcp: bool = True  # False: the NIC has metadata but no lease
-    options: dict[int, bytes] = {}  # extra DHCP options, by code; see option_bytes. They win over the network's
-    user_data: Secret | None = None  # None: there is none (404); empty: there is one, of no bytes
-    metadata: dict[str, str] = {}  # name -> text, in the order of the listing
+    options: dict[int, bytes] = {}  # extra DHCP options by code (see option_bytes); they replace the network's
+    user_data: Secret | None = None  # None: status 404; empty: an empty document
+    metadata: dict[str, str] = {}  # text by name, in the order of the listing
     password: Secret | None = None
     password_id: str = ""
 
 
 class GuestNetwork(msgspec.Struct, frozen=True, kw_only=True):
-    """All that is answered in one network. ``revision`` is the agent's, and only compared for equality."""
+    """The table of one network. ``revision`` is set by the agent, and only compared for equality."""
 
     scope_id: str
     network_id: str
     revision: int
     server_ip: str  # the device's own guest address
-    dns: tuple[str, ...] = ()  # what VMs are told: the device itself, then the network's resolvers
+    dns: tuple[str, ...] = ()  # resolvers for the VMs: the device itself, then those of the network
     domain: str = ""
     search: tuple[str, ...] = ()
-    mtu: int = 0  # 0: not told
+    mtu: int = 0  # 0: unknown; no MTU option is sent
     lease_s: int = LEASE_S
     nics: tuple[GuestNic, ...] = ()
 
@@ -62,10 +67,10 @@ ListenerKind = Literal["dhcp", "metadata", "password"]
 
 
 class Listener(msgspec.Struct, frozen=True):
-    """What one descriptor is for.
+    """The service of one socket.
 
-    ``macs_checked``: the namespace's own rules drop what comes for this socket with another MAC than that of the
-    address's owner, so the guest process need not look (see ``guest/peer.py``).
+    ``macs_checked``: nftables rules of the namespace drop packets to this socket that do not come from the MAC address
+    of the owner of the source address. So the guest process does not check the MAC address (see ``guest/peer.py``).
     """
 
     kind: ListenerKind
@@ -75,10 +80,10 @@ class Listener(msgspec.Struct, frozen=True):
 # ---- agent to guest
 
 
-class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
-    """Answer in this network through these sockets, one descriptor per listener, in order.
+class ServeNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
+    """Serve a network on these sockets: one descriptor for each listener, in this order.
 
-    Sockets that the network had before are closed; connections that are open go on.
+    Sockets that the network had before are closed. Open connections continue.
     """
 
     seq: int
@@ -86,25 +91,25 @@ class Serve(msgspec.Struct, frozen=True, kw_only=True, tag="serve"):
     listeners: tuple[Listener, ...]
 
 
-class Update(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
-    """Answer from this table from now on, through the sockets that are there."""
+class UpdateNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
+    """Replace the table of a network that is served."""
 
     seq: int
     network: GuestNetwork
 
 
-class Drop(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
-    """The network is gone: close everything of it. What is not there is dropped successfully."""
+class DropNetwork(msgspec.Struct, frozen=True, kw_only=True, tag="drop"):
+    """Stop serving a network: close its sockets and connections. Succeeds if the network is not served."""
 
     seq: int
     scope_id: str
     network_id: str
 
 
-class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
-    """Hand me copies of the network's sockets and go on serving.
+class LendSockets(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
+    """Send copies of the network's sockets, and continue to serve it.
 
-    With them a new agent can give the same sockets, and what waits in them, to the next guest process.
+    A new agent passes the copies, and with them the requests that wait in the sockets, to the next guest process.
     """
 
     seq: int
@@ -113,13 +118,7 @@ class Lend(msgspec.Struct, frozen=True, kw_only=True, tag="lend"):
 
 
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
-    """Are you awake? ``Done`` is the answer."""
-
-    seq: int
-
-
-class Try(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
-    """Try to do what a taken-over guest process would; refused unless the process was started for it."""
+    """A liveness probe, answered by ``Ack``."""
 
     seq: int
 
@@ -128,7 +127,7 @@ class Try(msgspec.Struct, frozen=True, kw_only=True, tag="try"):
 
 
 class Served(msgspec.Struct, frozen=True):
-    """One network that the guest process answers in."""
+    """One network that the guest process serves."""
 
     scope_id: str
     network_id: str
@@ -136,8 +135,8 @@ class Served(msgspec.Struct, frozen=True):
     listeners: tuple[Listener, ...]
 
 
-class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who serves what. ``layers`` names the walls around the process that this kernel has (guest/sandbox.py)."""
+class GuestHello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """The first message of the guest process. ``layers`` names the layers of its sandbox (guest/sandbox.py)."""
 
     version: str
     build: str
@@ -147,22 +146,25 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     served: tuple[Served, ...] = ()
 
 
-class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
-    """The message of that number is in force, or ``error`` says why not."""
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """The request with this ``seq`` is done. If ``error`` is not empty it failed, and nothing has changed."""
 
     seq: int
     error: str = ""
 
 
-class Lent(msgspec.Struct, frozen=True, kw_only=True, tag="lent"):
-    """The answer to ``Lend``: one descriptor per listener, in order; none when the network is not served."""
+class LentSockets(msgspec.Struct, frozen=True, kw_only=True, tag="lent"):
+    """The answer to ``LendSockets``: a descriptor for each listener, in this order. None if it is not served."""
 
     seq: int
     listeners: tuple[Listener, ...] = ()
 
 
 class PasswordTaken(msgspec.Struct, frozen=True, kw_only=True, tag="taken"):
-    """A VM acknowledged its password: erase it. Said again to every new agent until a table comes without that id."""
+    """A VM has acknowledged its password, so the agent erases it.
+
+    The message is repeated to every new agent, and for every table that still has the id.
+    """
 
     scope_id: str
     network_id: str
@@ -171,7 +173,7 @@ class PasswordTaken(msgspec.Struct, frozen=True, kw_only=True, tag="taken"):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
-    """Something for the agent's log: one line, made by us, never a tenant's text."""
+    """A line for the agent's log. It contains no text from a tenant."""
 
     scope_id: str
     network_id: str
@@ -179,26 +181,30 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
     text: str
 
 
-class Tried(msgspec.Struct, frozen=True, kw_only=True, tag="tried"):
-    """What each attempt of ``Try`` came to: the errno's name, or ``possible``."""
-
-    seq: int
-    outcomes: dict[str, str]
-
-
-Message = Serve | Update | Drop | Lend | Ping | Try | Hello | Done | Lent | PasswordTaken | Notice | Tried
+GuestMessage = (
+    ServeNetwork
+    | UpdateNetwork
+    | DropNetwork
+    | LendSockets
+    | Ping
+    | GuestHello
+    | Ack
+    | LentSockets
+    | PasswordTaken
+    | Notice
+)
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message, dec_hook=dec_hook)
+_decoder: msgspec.msgpack.Decoder[GuestMessage] = msgspec.msgpack.Decoder(GuestMessage, dec_hook=dec_hook)
 
 
-def encode(message: Message) -> bytes:
-    """The message without its length."""
+def encode(message: GuestMessage) -> bytes:
+    """The body of the frame of ``message``."""
     return _encoder.encode(message)
 
 
-def decode(body: bytes | memoryview) -> Message:
-    """The message that ``encode`` wrote. Raises msgspec.MsgspecError when it is none of ours."""
+def decode(body: bytes | memoryview) -> GuestMessage:
+    """The message in the body of a frame. Raises msgspec.MsgspecError if it is no valid message."""
     return _decoder.decode(body)
 
 
@@ -212,18 +218,19 @@ _U32 = {2, 24, 35, 38}
 _TEXT = {12, 14, 15, 17, 18, 40, 47, 60, 62, 64, 66, 67, 100, 101, 114, 252}
 _ROUTES = {121, 249}
 _SEARCH = 119
-# Pad, end, and what belongs to the exchange itself; a lease time from elsewhere could make the lease infinite.
-_OURS = {0, 255, *range(50, 60), 61, 80, 82}
+# Pad, end, and the options that the server sets itself. For example, a foreign lease time could make a lease infinite.
+_RESERVED = {0, 255, *range(50, 60), 61, 80, 82}
 
 
 def option_bytes(code: int, text: str) -> bytes:
-    """The value of DHCP option ``code`` that a person wrote as ``text``.
+    """The value of DHCP option ``code``, from the text that an operator has entered.
 
-    Types as in RFC 2132, 3397 (119), 3442 (121: ``10.0.0.0/8 via 10.1.1.1, ...``) and 2563 (116). ``0x...`` is taken as
-    bytes for every code; codes without a type here are addresses when the text is a list of them, else text.
-    Raises ValueError, with the reason, when the text is no such value or the code is not the caller's to set.
+    The types are those of RFC 2132, RFC 3397 (119), RFC 3442 (121: ``10.0.0.0/8 via 10.1.1.1, ...``) and RFC 2563
+    (116). ``0x...`` means bytes for every code. For a code of unknown type, a list of addresses is encoded as
+    addresses, and anything else as text. Raises ValueError, with the reason, if the text has the wrong type or the
+    code is reserved.
     """
-    if not 0 < code < 255 or code in _OURS:
+    if not 0 < code < 255 or code in _RESERVED:
         raise ValueError(f"option {code} is not one that can be set")
     text = text.strip()
     value = _option_value(code, text)
@@ -277,7 +284,7 @@ def _route(text: str) -> bytes:
 
 
 def domain_bytes(name: str) -> bytes:
-    """A domain name as DNS writes it, uncompressed. Raises ValueError for what is none."""
+    """A domain name in the encoding of DNS, uncompressed. Raises ValueError if ``name`` is no domain name."""
     labels = [label.encode("ascii") for label in name.rstrip(".").split(".")]
     if any(not 0 < len(label) < 64 for label in labels) or sum(map(len, labels)) + len(labels) > 254:
         raise ValueError(f"{name!r} is not a domain name")

@@ -1,7 +1,7 @@
 """Messages and descriptors over a unix stream socket.
 
-A frame is a length (4 bytes, big endian) and that many bytes of MessagePack; the descriptors of a message travel with
-the first byte of its frame (SCM_RIGHTS, unix(7)).
+Each message is one frame (frames.py) of MessagePack. Its descriptors travel with the first byte of the frame
+(SCM_RIGHTS, unix(7)).
 """
 
 from __future__ import annotations
@@ -10,38 +10,35 @@ import array
 import contextlib
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
-from netloom.guestwire import Lent, Message, Serve, decode, encode
+from netloom.frames import FRAME_BYTES_MAX, FrameBuffer, FrameTooLong, frame
+from netloom.guestwire import GuestMessage, LentSockets, ServeNetwork, decode, encode
 
-# A network of some hundred VMs with a megabyte of user data each is the largest honest message.
-FRAME_BYTES_MAX = 1 << 30
-
-# What the kernel passes in one message (SCM_MAX_FD, net/scm.h).
+# The maximum number of descriptors in one message (SCM_MAX_FD, net/scm.h).
 DESCRIPTORS_MAX = 253
 
-_LENGTH_BYTES = 4
 _RECEIVE_BYTES = 1 << 18
 
 
 class ChannelError(Exception):
-    """The other end is gone, or what came is not ours."""
+    """The connection is closed, or the received data is no valid message."""
 
 
 class Channel:
-    """Messages and descriptors over one connected unix stream socket, without ever blocking.
+    """Messages and descriptors over one connected unix stream socket. No method blocks.
 
-    The owner watches ``fileno()``: ``receive`` when it is readable, ``flush`` when it is writable and ``pending``.
+    The owner polls ``fileno()``. It calls ``receive`` when the socket is readable, and ``flush`` when the socket is
+    writable and ``pending`` is true. ``queue`` fails when more than ``pending_bytes_max`` waits.
     """
 
     def __init__(self, sock: socket.socket, *, pending_bytes_max: int = FRAME_BYTES_MAX) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._buffer = bytearray()
+        self._frames = FrameBuffer(decode)
         self._arrived: deque[int] = deque()
         self._out: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._out_bytes = 0
@@ -52,13 +49,13 @@ class Channel:
 
     @property
     def pending(self) -> bool:
-        """Whether something waits to be written."""
+        """Whether messages wait to be written."""
         return bool(self._out)
 
-    def receive(self) -> list[tuple[Message, list[int]]]:
-        """The messages that have come, each with its descriptors, which are the caller's from now on.
+    def receive(self) -> list[tuple[GuestMessage, list[int]]]:
+        """The messages that have arrived, each with its descriptors. The caller has to close the descriptors.
 
-        Raises ChannelError at the end of the stream, and when something else than our frames comes.
+        Raises ChannelError when the other end has closed the connection, and for data that is no valid message.
         """
         try:
             data, ancillary, flags, _ = self._sock.recvmsg(
@@ -74,62 +71,53 @@ class Channel:
                 numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                 self._arrived.extend(numbers)
         if flags & socket.MSG_CTRUNC:
-            raise ChannelError("descriptors were lost on the way: is the limit of open files reached?")
+            raise ChannelError("descriptors were lost: is the limit of open files reached?")
         if not data:
             raise ChannelError("the other end is gone")
-        self._buffer += data
-        messages: list[tuple[Message, list[int]]] = []
-        start = 0
-        while len(self._buffer) - start >= _LENGTH_BYTES:
-            (length,) = struct.unpack_from(">I", self._buffer, start)
-            if length > FRAME_BYTES_MAX:
-                raise ChannelError(f"a frame of {length} bytes is not ours")
-            if len(self._buffer) - start - _LENGTH_BYTES < length:
-                break
-            with memoryview(self._buffer) as view, view[start + _LENGTH_BYTES : start + _LENGTH_BYTES + length] as body:
-                try:
-                    message = decode(body)
-                except msgspec.MsgspecError as error:
-                    raise ChannelError(f"a message cannot be read: {error}") from None
-            start += _LENGTH_BYTES + length
-            count = len(message.listeners) if isinstance(message, Serve | Lent) else 0
-            if len(self._arrived) < count:
-                raise ChannelError(f"{count} descriptors were announced and {len(self._arrived)} came")
-            messages.append((message, [self._arrived.popleft() for _ in range(count)]))
-        del self._buffer[:start]
-        return messages
+        try:
+            messages = self._frames.feed(data)
+        except FrameTooLong as error:
+            raise ChannelError(f"a frame of {error.length} bytes is too long") from None
+        except msgspec.MsgspecError as error:
+            raise ChannelError(f"a message cannot be read: {error}") from None
+        return [(message, self._descriptors_of(message)) for message in messages]
 
-    def queue(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Say ``message`` as soon as the other end takes it. The descriptors must stay open until then.
+    def _descriptors_of(self, message: GuestMessage) -> list[int]:
+        count = len(message.listeners) if isinstance(message, ServeNetwork | LentSockets) else 0
+        if len(self._arrived) < count:
+            raise ChannelError(f"{count} descriptors were announced and {len(self._arrived)} came")
+        return [self._arrived.popleft() for _ in range(count)]
 
-        Raises ChannelError when the other end has not read for so long that too much waits.
+    def queue(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
+        """Queue ``message`` for ``flush``. The descriptors must stay open until it is written.
+
+        Raises ChannelError when too much waits already, because the other end does not read.
         """
-        body = encode(message)
-        frame = memoryview(len(body).to_bytes(_LENGTH_BYTES, "big") + body)
-        if self._out and self._out_bytes + len(frame) > self._out_bytes_max:
+        data = memoryview(frame(encode(message)))
+        if self._out and self._out_bytes + len(data) > self._out_bytes_max:
             raise ChannelError("the other end does not read")
-        self._out.append((frame, tuple(descriptors)))
-        self._out_bytes += len(frame)
+        self._out.append((data, tuple(descriptors)))
+        self._out_bytes += len(data)
 
     def flush(self) -> None:
-        """Write what the other end takes now. Raises ChannelError when it is gone."""
+        """Write as much as the socket accepts now. Raises ChannelError when the connection is closed."""
         while self._out:
-            frame, descriptors = self._out[0]
+            data, descriptors = self._out[0]
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             try:
-                sent = self._sock.sendmsg([frame], rights, socket.MSG_NOSIGNAL)
+                sent = self._sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
                 raise ChannelError(f"the other end is gone: {error.strerror}") from error
             self._out_bytes -= sent
-            if sent == len(frame):
+            if sent == len(data):
                 self._out.popleft()
             else:
-                self._out[0] = (frame[sent:], ())
+                self._out[0] = (data[sent:], ())
 
     def close(self) -> None:
-        """Close the socket, and the descriptors that came and were not handed out."""
+        """Close the socket, and the received descriptors that ``receive`` has not returned."""
         self._sock.close()
         while self._arrived:
             with contextlib.suppress(OSError):

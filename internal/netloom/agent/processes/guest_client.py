@@ -13,22 +13,22 @@ from typing import TypeVar
 from netloom.agent.processes.guest_sockets import LISTENERS
 from netloom.errors import HostRefused
 from netloom.guestwire import (
-    Done,
-    Drop,
+    Ack,
+    DropNetwork,
+    GuestHello,
+    GuestMessage,
     GuestNetwork,
-    Hello,
-    Lend,
-    Lent,
-    Message,
+    LendSockets,
+    LentSockets,
     Notice,
     PasswordTaken,
     Ping,
-    Serve,
-    Update,
+    ServeNetwork,
+    UpdateNetwork,
 )
 from netloom.guestwire.channel import Channel, ChannelError
 
-_A = TypeVar("_A", Done, Lent)
+_A = TypeVar("_A", Ack, LentSockets)
 
 ANSWER_S = 10.0
 
@@ -52,8 +52,8 @@ class GuestClient:
         self._event = event
         self._lost = lost
         self._seq = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[tuple[Message, list[int]]]] = {}
-        self._hello: asyncio.Future[Hello] = loop.create_future()
+        self._answers: dict[int, asyncio.Future[tuple[GuestMessage, list[int]]]] = {}
+        self._hello: asyncio.Future[GuestHello] = loop.create_future()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # This does not wait: the socket listens since before the process was started.
@@ -65,7 +65,7 @@ class GuestClient:
         self._open = True
         loop.add_reader(sock, self._readable)
 
-    async def hello(self, wait_s: float) -> Hello:
+    async def hello(self, wait_s: float) -> GuestHello:
         """The first message of the process. Raises ChannelError, or TimeoutError after ``wait_s``."""
         return await asyncio.wait_for(self._hello, wait_s)
 
@@ -78,21 +78,21 @@ class GuestClient:
 
     async def serve(self, table: GuestNetwork, sockets: Sequence[socket.socket]) -> None:
         """Serve a network on these sockets, which are those of ``LISTENERS``."""
-        request = Serve(seq=next(self._seq), network=table, listeners=LISTENERS)
-        await self._request(request, Done, [sock.fileno() for sock in sockets])
+        request = ServeNetwork(seq=next(self._seq), network=table, listeners=LISTENERS)
+        await self._request(request, Ack, [sock.fileno() for sock in sockets])
 
     async def update(self, table: GuestNetwork) -> None:
         """Replace the table of a network that is served."""
-        await self._request(Update(seq=next(self._seq), network=table), Done)
+        await self._request(UpdateNetwork(seq=next(self._seq), network=table), Ack)
 
     async def drop(self, scope_id: str, network_id: str) -> None:
         """Stop serving a network."""
-        await self._request(Drop(seq=next(self._seq), scope_id=scope_id, network_id=network_id), Done)
+        await self._request(DropNetwork(seq=next(self._seq), scope_id=scope_id, network_id=network_id), Ack)
 
     async def borrow(self, scope_id: str, network_id: str) -> list[socket.socket]:
         """Copies of the sockets of a network that is served; none if they are others than those of ``LISTENERS``."""
-        request = Lend(seq=next(self._seq), scope_id=scope_id, network_id=network_id)
-        lent, descriptors = await self._request(request, Lent)
+        request = LendSockets(seq=next(self._seq), scope_id=scope_id, network_id=network_id)
+        lent, descriptors = await self._request(request, LentSockets)
         sockets = [socket.socket(fileno=it) for it in descriptors]
         if lent.listeners == LISTENERS:
             return sockets
@@ -102,16 +102,16 @@ class GuestClient:
 
     async def ping(self, wait_s: float) -> None:
         """Return when the process has answered within ``wait_s``."""
-        await self._request(Ping(seq=next(self._seq)), Done, wait_s=wait_s)
+        await self._request(Ping(seq=next(self._seq)), Ack, wait_s=wait_s)
 
     async def _request(
         self,
-        message: Serve | Update | Drop | Lend | Ping,
+        message: ServeNetwork | UpdateNetwork | DropNetwork | LendSockets | Ping,
         kind: type[_A],
         descriptors: Sequence[int] = (),
         wait_s: float = ANSWER_S,
     ) -> tuple[_A, list[int]]:
-        answer: asyncio.Future[tuple[Message, list[int]]] = self._loop.create_future()
+        answer: asyncio.Future[tuple[GuestMessage, list[int]]] = self._loop.create_future()
         self._answers[message.seq] = answer
         try:
             self._channel.queue(message, descriptors)
@@ -121,7 +121,7 @@ class GuestClient:
             raise HostRefused(f"the guest process does not answer: {error!s}") from error
         finally:
             self._answers.pop(message.seq, None)
-        if isinstance(reply, Done) and reply.error:
+        if isinstance(reply, Ack) and reply.error:
             raise HostRefused(f"the guest process refuses: {reply.error}")
         if not isinstance(reply, kind):
             raise HostRefused(f"the guest process answers {type(reply).__name__} to {type(message).__name__}")
@@ -144,12 +144,12 @@ class GuestClient:
             self._fail(error)
             return
         for message, descriptors in arrived:
-            if isinstance(message, Hello):
+            if isinstance(message, GuestHello):
                 if not self._hello.done():
                     self._hello.set_result(message)
             elif isinstance(message, PasswordTaken | Notice):
                 self._event(self, message)
-            elif isinstance(message, Done | Lent):
+            elif isinstance(message, Ack | LentSockets):
                 answer = self._answers.get(message.seq)
                 if answer is not None and not answer.done():
                     answer.set_result((message, descriptors))

@@ -23,7 +23,7 @@ from netloom.agent.log import Log
 from netloom.agent.processes.guest_client import GuestClient
 from netloom.agent.processes.process import Record, alive, kill, read_record, record_of, write_record
 from netloom.errors import HostRefused
-from netloom.guestwire import GUEST_PROTOCOL, GuestNetwork, Hello, Notice, PasswordTaken
+from netloom.guestwire import GUEST_PROTOCOL, GuestHello, GuestNetwork, Notice, PasswordTaken
 from netloom.guestwire.channel import ChannelError
 
 DIRECTORY = Path("/run/netloom")
@@ -235,7 +235,7 @@ class GuestProcess:
             os.close(log)
             listener.close()
 
-    async def _connect(self) -> Hello:
+    async def _connect(self) -> GuestHello:
         """Connect, and wait for the first message.
 
         Raises FileNotFoundError or ConnectionRefusedError when no process listens, HostRefused when it is silent.
@@ -247,7 +247,7 @@ class GuestProcess:
             self._disconnect()
             raise HostRefused(f"the guest process does not answer: {self._last_output()}") from error
 
-    async def _welcome(self, hello: Hello) -> None:
+    async def _welcome(self, hello: GuestHello) -> None:
         """Borrow the networks that only the process knows, and give it those that it does not serve yet."""
         self.pid, self._since = hello.pid, time.monotonic()
         served = {(it.scope_id, it.network_id): it.revision for it in hello.served}
@@ -274,7 +274,7 @@ class GuestProcess:
 
     # -------------------------------------------------------------------------------------------------------- replace
 
-    async def _replace(self, old: Hello) -> None:
+    async def _replace(self, old: GuestHello) -> None:
         """Start a process of this build beside the old one.
 
         A borrowed network is handed over when its scope converges; until then the old process serves it.

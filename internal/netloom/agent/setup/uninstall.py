@@ -26,7 +26,7 @@ from netloom.agent.setup import install
 from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
 from netloom.agent.store import Store
 from netloom.errors import HostRefused
-from netloom.guestwire import Hello as GuestHello
+from netloom.guestwire import GuestHello
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.wire import Call, FrameReader, Hello, Registration, Reply, encode
 

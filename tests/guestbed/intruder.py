@@ -1,17 +1,25 @@
-"""What a taken-over guest process would try, tried from inside it: in test builds only, and every answer should be no.
+"""A guest process that tries to break out of its sandbox: the program ``netloom guest`` with attempts inside.
 
-Nothing here is reached unless the process was started with ``--trial``.
+    python intruder.py [--without-filter] <arguments of netloom guest>
+
+On SIGUSR1 the process makes each attempt and writes the results to stdout, as one line of JSON: the name of the attempt
+and the name of its errno, or ``possible``.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import mmap
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
+
+from netloom.guest import sandbox
+from netloom.guest.main import main
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -20,7 +28,7 @@ _PTRACE_ATTACH = 16
 
 
 def attempts(parent: int) -> dict[str, str]:
-    """Each attempt and what it came to: the errno's name, or ``possible``."""
+    """Make each attempt; return the name of its errno, or ``possible``. ``parent``: a pid outside the sandbox."""
     outcomes: dict[str, str] = {}
     for name, attempt in _ATTEMPTS.items():
         try:
@@ -79,3 +87,16 @@ _ATTEMPTS: dict[str, Callable[[int], object]] = {
     "make a user namespace": _by_libc("unshare", _CLONE_NEWUSER),
     "get executable memory": _executable_memory,
 }
+
+
+def _report(*_: object) -> None:
+    os.write(1, json.dumps(attempts(os.getppid())).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--without-filter" in arguments:
+        arguments.remove("--without-filter")
+        sandbox.ARCHES.clear()  # as on a machine whose system call numbers are unknown
+    signal.signal(signal.SIGUSR1, _report)
+    sys.exit(main(arguments))
