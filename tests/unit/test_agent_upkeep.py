@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fakehost import Agent, simulated
-from netloom.agent.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
+from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 

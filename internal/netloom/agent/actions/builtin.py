@@ -14,9 +14,9 @@ from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.interfaces import Host, ScopeServices
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.scopes.interfaces import Host, ScopeServices
 from netloom.commands.actions import check_known, cut, document, listed, plain, success
 from netloom.commands.pbr import nothing_known, of_named_table
 from netloom.errors import HostRefused

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Literal, Protocol
 
 from netloom.agent.backoff import Backoff
-from netloom.agent.clock import Clock, Timer
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -26,6 +25,7 @@ from netloom.agent.kernel.neighbours import NeighbourRow
 from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
+from netloom.agent.scopes.clock import Clock, Timer
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule

@@ -38,11 +38,11 @@ from msgspec.structs import replace
 from netloom import names
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
-from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.log import Log
-from netloom.agent.store import Unreadable
+from netloom.agent.scopes.clock import Clock, Timer
+from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
+from netloom.agent.scopes.store import Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
