@@ -460,6 +460,15 @@ async def test_a_failed_tidy_is_logged_and_the_next_one_comes(agent: Agent) -> N
     assert agent.did == ["tidy", "tidy"]
 
 
+@simulated
+async def test_a_bug_in_tidy_has_its_traceback_in_the_log_and_the_next_one_comes(agent: Agent) -> None:
+    agent.start(agent.upkeep.keep_tidy())
+    agent.host.fail("tidy", RuntimeError("a bug"))
+    await agent.clock.advance(60)
+    assert agent.did == ["tidy", "tidy"]
+    assert agent.log.lines[0] == "tidy bug: RuntimeError"
+
+
 @dataclass
 class Leftover:
     """A scope that has services but no state, and whether they go on."""

@@ -204,9 +204,13 @@ class Upkeep:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
+            with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
-        with_services = await self._scopes.in_worker(self._services.scopes)
+            return
+        except Exception as error:  # noqa: BLE001, a bug in one tidy must not be the end of all later ones
+            self._log.traceback("tidy", error)
+            return
         for scope_id in sorted(with_services - {slot.scope_id for slot in self._scopes.slots()}):
             if SCOPE_ID.match(scope_id):
                 slot = self._scopes.slot(scope_id)
