@@ -13,18 +13,14 @@ import re
 LINK_NAME_MAX = 15
 
 # CloudStack's ids are database keys: decimal numbers up to a Java long. Link names have room for ten digits.
-_ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
+# A CloudStack id that fits in names: decimal, without leading zeros, at most ten digits.
+ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 
 # Without x: for a port whose name contains "vxlan", CloudStack's KVM agent runs another deletion script.
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 UNTAGGED = "untagged"
 VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
-
-
-def is_id(text: str) -> bool:
-    """Whether ``text`` is a CloudStack id that fits in names: decimal, without leading zeros, at most ten digits."""
-    return _ID.match(text) is not None
 
 
 def scope_of(network_id: str, vpc_id: str) -> str:

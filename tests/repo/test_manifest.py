@@ -54,11 +54,11 @@ def test_policy_routing_actions_declare_the_parameters_they_read() -> None:
         for name, it in actions().items()
     }
     for name in ("pbr-create-table", "pbr-delete-table"):
-        assert (pbr.table_told(given[name]).number, pbr.table_told(given[name]).name) == (100, "office")
+        assert (pbr.parse_table(given[name]).number, pbr.parse_table(given[name]).name) == (100, "office")
     for name in ("pbr-add-route", "pbr-delete-route"):
-        assert (pbr.table_told(given[name]).name, pbr.route_told(given[name]).via) == ("office", "192.0.2.1")
+        assert (pbr.parse_table(given[name]).name, pbr.parse_route(given[name]).via) == ("office", "192.0.2.1")
     for name in ("pbr-add-rule", "pbr-delete-rule"):
-        assert (pbr.table_told(given[name]).name, pbr.rule_told(given[name]).source) == ("office", "10.10.1.0/24")
+        assert (pbr.parse_table(given[name]).name, pbr.parse_rule(given[name]).source) == ("office", "10.10.1.0/24")
     lists = {name for name in BUILT_IN if "list" in name} | {"counters", "leases"}
     assert {name for name, told in given.items() if told.keys() == {"filter", "skip"}} == lists
 

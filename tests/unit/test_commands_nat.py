@@ -199,7 +199,7 @@ def test_a_guest_has_one_static_nat_address() -> None:
     assert set(scope.static_nats) == {"203.0.113.22"}
 
 
-@pytest.mark.mutation("a-range-is-forwarded-whole", instead="Ports(told.first, told.first)")
+@pytest.mark.mutation("a-range-is-forwarded-whole", instead="Ports(ports.first, ports.first)")
 @pytest.mark.parametrize("sent", ["8080-8090", "8080:8090"])
 def test_defect_29_a_range_is_forwarded(sent: str) -> None:
     scope = after(standing(), "add-port-forward", **forward("203.0.113.20", sent, sent))

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from netloom.commands import Outcome
+from netloom.commands import Transitioned
 from netloom.errors import BadRequest, ForeignScope
 from netloom.state import Network, Scope, Uplinks
 from netloom.wire import Registration
@@ -17,7 +17,7 @@ from unit.payload_player import OURS, call, implement, network, play
 
 def test_implement_network_as_the_client_sends_it() -> None:
     done = play(None, "020")
-    assert done == Outcome(
+    assert done == Transitioned(
         scope=Scope(
             scope_id="net-204",
             owner="zone-a",
@@ -124,8 +124,8 @@ def test_an_isolated_network_ends_whole(name: str) -> None:
     scope = None
     for before in ("020", "021", "070", "053"):
         scope = play(scope, before).scope
-    assert play(scope, name) == Outcome(scope=None, output="")
-    assert play(None, name) == Outcome(scope=None, output="")
+    assert play(scope, name) == Transitioned(scope=None, output="")
+    assert play(None, name) == Transitioned(scope=None, output="")
 
 
 def test_second_life_knows_nothing_of_the_first() -> None:

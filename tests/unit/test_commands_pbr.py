@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloom.commands.pbr import ACTIONS, EACH_MAX, of_named_table
+from netloom.commands.pbr import ACTIONS, EACH_MAX, limited_to_table
 from netloom.errors import BadRequest, HostRefused, NetloomError
 from netloom.state import Pbr, PbrRoute, PbrRule, PbrTable, Scope
 from unit.payload_player import call, implement
@@ -303,11 +303,11 @@ def test_a_list_is_of_the_table_that_is_named() -> None:
         scope, _ = act(scope, "add-route", table=table, route="blackhole 192.0.2.0/24")
         scope, _ = act(scope, "add-rule", table=table, rule=f"to 192.0.2.{len(table)}")
     for params, tables in (({}, [100, 101]), ({"table": "other"}, [101]), ({"id": "100"}, [100]), ({"table": "x"}, [])):
-        shown = of_named_table(scope, params).pbr
+        shown = limited_to_table(scope, params).pbr
         assert [it.table for it in shown.routes] == [it.table for it in shown.rules] == tables
         assert shown.tables == scope.pbr.tables
     with pytest.raises(BadRequest, match="is not the name of a table"):
-        of_named_table(scope, {"table": "a b"})
+        limited_to_table(scope, {"table": "a b"})
 
 
 def test_there_is_an_end_to_how_many() -> None:

@@ -13,13 +13,13 @@ from msgspec.structs import replace
 from netloom.commands.actions import (
     BUILT_IN,
     OUTPUT_CHARACTERS_MAX,
+    as_sections,
     check_known,
-    checked,
-    cut,
-    document,
-    listed,
-    plain,
-    success,
+    hook_output,
+    page_of,
+    printable_ascii,
+    success_json,
+    truncated,
 )
 from netloom.errors import BadRequest, HostRefused
 from netloom.render import describe
@@ -54,12 +54,12 @@ def test_an_unknown_action_is_refused_with_the_known_names() -> None:
 
 @given(st.text())
 def test_output_is_ascii_and_the_same_json(text: str) -> None:
-    assert json.loads(success(text)) == {"status": "success", "printmessage": "true", "message": text}
-    assert success(text).isascii()
+    assert json.loads(success_json(text)) == {"status": "success", "printmessage": "true", "message": text}
+    assert success_json(text).isascii()
     within = json.dumps({"a": text}, ensure_ascii=False)
-    assert plain(within).isascii()
+    assert printable_ascii(within).isascii()
     # Raw control characters in JSON are escaped; the value stays the same.
-    assert json.loads(plain(within), strict=False) == {"a": text}
+    assert json.loads(printable_ascii(within), strict=False) == {"a": text}
 
 
 @pytest.mark.parametrize(
@@ -77,18 +77,18 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
     ],
 )
 def test_the_output_of_a_hook_is_returned(printed: str, answered: str) -> None:
-    assert checked("x", printed) == answered
+    assert hook_output("x", printed) == answered
 
 
 @pytest.mark.parametrize("status", ['"failed"', '"SUCCES"', "0", "true", "{}", "[1]"])
 def test_any_status_but_success_is_a_failure(status: str) -> None:
     with pytest.raises(HostRefused, match="^hook x says status .*: because of y$"):
-        checked("x", f'{{"status": {status}, "message": "because\\nof y"}}')
+        hook_output("x", f'{{"status": {status}, "message": "because\\nof y"}}')
 
 
 @given(st.lists(st.text("ab", max_size=30), max_size=30), st.integers(0, 300))
 def test_truncated_output_states_the_number_of_omitted_lines(lines: list[str], limit: int) -> None:
-    shown = cut(lines, limit).split("\n") if lines else []
+    shown = truncated(lines, limit).split("\n") if lines else []
     if shown != lines:
         left_out = int(shown[-1].split()[1])
         assert left_out > 0
@@ -98,7 +98,7 @@ def test_truncated_output_states_the_number_of_omitted_lines(lines: list[str], l
 
 @given(st.lists(st.lists(st.text("ab", max_size=30), max_size=20), max_size=6), st.integers(0, 2000))
 def test_a_long_section_does_not_truncate_a_short_one(sections: list[list[str]], limit: int) -> None:
-    told = document([(f"== {at}", lines) for at, lines in enumerate(sections)], limit)
+    told = as_sections([(f"== {at}", lines) for at, lines in enumerate(sections)], limit)
     assert len(told) <= limit + len(sections) * 60
     share = limit // len(sections) if sections else 0
     for lines in sections:
@@ -109,18 +109,18 @@ def test_a_long_section_does_not_truncate_a_short_one(sections: list[list[str]],
 
 def test_lists_can_be_filtered_and_paged() -> None:
     lines = [f"line {at:04} {'x' * 90}" for at in range(1000)]
-    assert listed(lines, {"filter": "line 0999"}, none="-") == lines[999]
-    assert listed(lines, {"filter": "nobody", "verbose": "true"}, none="-") == "-"
+    assert page_of(lines, {"filter": "line 0999"}, none="-") == lines[999]
+    assert page_of(lines, {"filter": "nobody", "verbose": "true"}, none="-") == "-"
     shown: list[str] = []
     while True:
-        page = listed(lines, {"skip": str(len(shown))}, none="-").split("\n")
+        page = page_of(lines, {"skip": str(len(shown))}, none="-").split("\n")
         assert sum(len(it) + 1 for it in page) <= OUTPUT_CHARACTERS_MAX + 200
         if not page[-1].startswith("..."):
             break
         shown += page[:-1]
     assert shown + page == lines
     with pytest.raises(BadRequest, match=r"^payload\.action-params\.skip: "):
-        listed(lines, {"skip": "-1"}, none="-")
+        page_of(lines, {"skip": "-1"}, none="-")
 
 
 # ---------------------------------------------------------------------------------------------------- a scope in words

@@ -200,12 +200,12 @@ def test_one_hostile_name_does_not_keep_a_restore_down() -> None:
         {"dir": "user-data", "file": "user_data", "content": ""},
     ]
     told = payload(RestoreNetwork, restore_data={"vms": [{"mac": "02:01:00:cc:00:03", "vm_data": items}]})
-    checked = [item.checked() for item in told.restore_data.vms[0].vm_data]
+    checked = [item.valid_item() for item in told.restore_data.vms[0].vm_data]
     assert checked[0] is None
     assert [(item.dir, item.file) for item in checked[1:]] == [("metadata", "vm-id"), ("userdata", "user_data")]
 
 
-@pytest.mark.mutation("a-host-name-is-a-label")
+@pytest.mark.mutation("a-host-name-is-a-label", instead='re.compile("(?s).*")')
 @pytest.mark.parametrize("hostname", ["web\n6.6.6.6 www.bank.example", "web 1", "-web", "web,1"])
 def test_defect_15_a_host_name_is_a_host_name(hostname: str) -> None:
     assert refusal(AddDhcpEntry, nic_id="1", hostname=hostname).startswith("payload.hostname: ")
@@ -274,7 +274,7 @@ def test_acl_rules() -> None:
 @pytest.mark.parametrize(("name", "spoken"), [("web [udp]", "udp"), ("x[tcp-proxy] ", "tcp-proxy"), ("udp", "tcp")])
 def test_a_rules_name_says_what_the_client_cannot(name: str, spoken: str) -> None:
     rule = {"id": 1, "name": name, "publicIp": "203.0.113.5", "publicPort": 80, "protocol": "tcp"}
-    assert payload(ApplyLbRules, lb_rules=[rule]).lb_rules.rules[0].spoken == spoken
+    assert payload(ApplyLbRules, lb_rules=[rule]).lb_rules.rules[0].effective_protocol == spoken
 
 
 @pytest.mark.mutation("an-unreadable-rule-keeps-no-other-out")
@@ -282,7 +282,7 @@ def test_a_rule_that_cannot_be_read_keeps_no_other_out_and_is_named() -> None:
     good = {"id": 1, "name": "x", "publicIp": "203.0.113.5", "publicPort": 80, "protocol": "tcp"}
     told = payload(ApplyLbRules, lb_rules=[{**good, "publicPort": 0}, good, {**good, "algorithm": "random"}]).lb_rules
     assert [int(it.id) for it in told.rules] == [1]
-    assert [it.partition(":")[0] for it in told.unread] == [
+    assert [it.partition(":")[0] for it in told.invalid] == [
         "payload.lb_rules[0].publicPort",
         "payload.lb_rules[2].algorithm",
     ]

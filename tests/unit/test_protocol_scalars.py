@@ -38,11 +38,11 @@ ACCEPTED: list[tuple[Any, object, object]] = [
     (s.Port, "22", 22),
     (s.Port, 65535, 65535),
     (s.Port, 22.0, 22),
-    (s.PortRange, "22", "22"),
-    (s.PortRange, 22, "22"),
-    (s.PortRange, "8080-8090", "8080-8090"),
-    (s.PortRange, "8080:8090", "8080-8090"),
-    (s.PortRange, "80-80", "80"),
+    (s.PortRange, "22", (22, 22)),
+    (s.PortRange, 22, (22, 22)),
+    (s.PortRange, "8080-8090", (8080, 8090)),
+    (s.PortRange, "8080:8090", (8080, 8090)),
+    (s.PortRange, "80-80", (80, 80)),
     (s.IcmpNumber, -1, -1),
     (s.IcmpNumber, "255", 255),
     (s.Flag, True, 1),
@@ -149,8 +149,10 @@ def test_prefix_knows_its_addresses() -> None:
 
 
 def test_range_knows_its_ends() -> None:
-    assert (s.PortRange("8080-8090").first, s.PortRange("8080-8090").last) == (8080, 8090)
-    assert (s.PortRange("22").first, s.PortRange("22").last) == (22, 22)
+    ports = s.PortRange.parse("8080-8090")
+    assert (ports.first, ports.last) == (8080, 8090)
+    port = s.PortRange.parse("22")
+    assert (port.first, port.last) == (22, 22)
 
 
 def test_a_secret_prints_as_stars_wherever_it_goes() -> None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from netloom.commands.table import TABLE, Row, apply, check_payload, decode
-from netloom.commands.transition import Context, Outcome
+from netloom.commands.transition import Context, Transitioned
 
-__all__ = ["TABLE", "Context", "Outcome", "Row", "apply", "check_payload", "decode"]
+__all__ = ["TABLE", "Context", "Row", "Transitioned", "apply", "check_payload", "decode"]

@@ -38,51 +38,51 @@ def check_known(action: str, hooks: Collection[str]) -> None:
         raise BadRequest(f"custom-action {action}: there is no such action on this host", hint=f"known: {known}")
 
 
-def success(message: str) -> str:
+def success_json(message: str) -> str:
     """The JSON that CloudStack takes for a success and whose message its UI shows."""
     return json.dumps({"status": "success", "printmessage": "true", "message": message})
 
 
-def checked(action: str, output: str) -> str:
+def hook_output(action: str, output: str) -> str:
     """The output of a hook that ended well, in ASCII and not too long.
 
     Raises HostRefused when it is a JSON object whose ``status`` is not ``success``: CloudStack takes it for a failure,
     whatever the exit status was.
     """
-    text = plain(output).strip()
+    text = printable_ascii(output).strip()
     if len(text) > OUTPUT_CHARACTERS_MAX:
         return f"{text[:OUTPUT_CHARACTERS_MAX]}\n... cut here, after {OUTPUT_CHARACTERS_MAX} characters"
     try:
-        said = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    status = said.get("status", "") if isinstance(said, dict) else ""
+    status = document.get("status", "") if isinstance(document, dict) else ""
     if status not in ("", None) and str(status).lower() != "success":
-        why = one_line(str(said.get("message", "")), 400)
+        why = one_line(str(document.get("message", "")), 400)
         raise HostRefused(f"hook {action} says status {one_line(str(status), 60)!r}{': ' if why else ''}{why}")
     return text
 
 
-def plain(text: str) -> str:
+def printable_ascii(text: str) -> str:
     r"""``text`` in printable ASCII, line ends and tabs; the rest as ``\uXXXX``, which within JSON is the same text."""
     if text.isascii() and all(" " <= it <= "~" or it in "\n\t" for it in text):
         return text
     return "".join(it if " " <= it <= "~" or it in "\n\t" else unicode_escape(it) for it in text.replace("\r\n", "\n"))
 
 
-def listed(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> str:
+def page_of(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> str:
     """The lines that the parameter ``filter`` is in, from number ``skip`` on; ``none`` when there is none.
 
     Parameters that nobody knows are let be. Raises BadRequest for a ``skip`` that is no number.
     """
-    wanted, skip = params.get("filter", ""), params.get("skip", "") or "0"
+    text, skip = params.get("filter", ""), params.get("skip", "") or "0"
     if not (skip.isascii() and skip.isdigit()) or len(skip) > 9:
         raise BadRequest(f"payload.action-params.skip: {skip[:40]!r} is no number of lines")
-    found = [plain(line) for line in lines if wanted in line][int(skip) :]
-    return cut(found, after=int(skip)) if found else none
+    found = [printable_ascii(line) for line in lines if text in line][int(skip) :]
+    return truncated(found, after=int(skip)) if found else none
 
 
-def cut(lines: Sequence[str], limit: int = OUTPUT_CHARACTERS_MAX, *, after: int | None = None) -> str:
+def truncated(lines: Sequence[str], limit: int = OUTPUT_CHARACTERS_MAX, *, after: int | None = None) -> str:
     """The lines as one text of about ``limit`` characters at most; the last one says how many are left out.
 
     ``after``: so many were left out before them, by the parameter that shows the rest.
@@ -104,7 +104,7 @@ def cut(lines: Sequence[str], limit: int = OUTPUT_CHARACTERS_MAX, *, after: int 
     return "\n".join(kept)
 
 
-def document(sections: Iterable[tuple[str, Sequence[str]]], limit: int = OUTPUT_CHARACTERS_MAX) -> str:
+def as_sections(sections: Iterable[tuple[str, Sequence[str]]], limit: int = OUTPUT_CHARACTERS_MAX) -> str:
     """Sections under their titles, about ``limit`` characters together at most: short ones are whole."""
     titled = [(title, [f"  {line}" for line in lines] or ["  (none)"]) for title, lines in sections]
     sizes = {title: sum(len(line) + 1 for line in lines) for title, lines in titled}
@@ -113,4 +113,4 @@ def document(sections: Iterable[tuple[str, Sequence[str]]], limit: int = OUTPUT_
     for at, title in enumerate(sorted(sizes, key=lambda it: sizes[it])):
         shares[title] = min(sizes[title], left // (len(sizes) - at))
         left -= shares[title]
-    return "\n".join(f"{title}\n{cut(lines, shares[title])}" for title, lines in titled)
+    return "\n".join(f"{title}\n{truncated(lines, shares[title])}" for title, lines in titled)

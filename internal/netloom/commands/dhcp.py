@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from netloom.commands.nic import put, with_nic, without_nic
+from netloom.commands.nic import put_nic, with_nic, without_nic
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
 from netloom.guestwire import option_bytes
@@ -19,47 +19,47 @@ from netloom.protocol.dhcp import (
 from netloom.state import Network, Scope
 
 
-def add_dhcp_entry(network: Network, asked: AddDhcpEntry) -> Network:
+def add_dhcp_entry(network: Network, payload: AddDhcpEntry) -> Network:
     """The NIC has a lease, and DHCP answers: without its own capability no config-dhcp-subnet ever comes."""
-    known, nic = with_nic(network, asked)
-    return replace(told_resolvers(put(known, replace(nic, leased=True), nic), asked), dhcp=True)
+    known, nic = with_nic(network, payload)
+    return replace(with_resolvers(put_nic(known, replace(nic, leased=True), nic), payload), dhcp=True)
 
 
-def remove_dhcp_entry(network: Network, asked: RemoveDhcpEntry) -> Network:
+def remove_dhcp_entry(network: Network, payload: RemoveDhcpEntry) -> Network:
     """The VM is gone: lease, names, metadata and password go with it, for no other command ends them."""
-    return without_nic(network, asked)
+    return without_nic(network, payload)
 
 
-def config_dhcp_subnet(network: Network, asked: ConfigDhcpSubnet) -> Network:
+def config_dhcp_subnet(network: Network, payload: ConfigDhcpSubnet) -> Network:
     """DHCP answers on the network."""
-    return replace(told_resolvers(network, asked), dhcp=True)
+    return replace(with_resolvers(network, payload), dhcp=True)
 
 
-def remove_dhcp_subnet(network: Network, asked: RemoveDhcpSubnet) -> Network:
+def remove_dhcp_subnet(network: Network, payload: RemoveDhcpSubnet) -> Network:
     """DHCP no longer answers on the network, unless another of its ranges is served."""
-    return replace(network, dhcp=network.dhcp and others_served(network))
+    return replace(network, dhcp=network.dhcp and serves_other_ranges(network))
 
 
-def set_dhcp_options(scope: Scope, asked: SetDhcpOptions, context: Context) -> Scope:
+def set_dhcp_options(scope: Scope, payload: SetDhcpOptions, context: Context) -> Scope:
     """The extra options of one NIC are these; they may come before the NIC is known."""
-    for code, value in asked.options.items():
+    for code, value in payload.options.items():
         try:
             option_bytes(code, value)
         except ValueError as error:
             raise BadRequest(f"payload.options.{code}: {error}") from None
-    options = {str(code): value for code, value in sorted(asked.options.items())}
-    network = scope.networks.get(asked.network_id)
+    options = {str(code): value for code, value in sorted(payload.options.items())}
+    network = scope.networks.get(payload.network_id)
     if network is None:
         if not options:
             return scope
-        network = Network(network_id=str(asked.network_id))
-    others = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != asked.nic_id}
+        network = Network(network_id=str(payload.network_id))
+    others = {nic_id: value for nic_id, value in network.dhcp_options.items() if nic_id != payload.nic_id}
     return with_network(
-        scope, replace(network, dhcp_options={**others, str(asked.nic_id): options} if options else others)
+        scope, replace(network, dhcp_options={**others, str(payload.nic_id): options} if options else others)
     )
 
 
-def others_served(network: Network) -> bool:
+def serves_other_ranges(network: Network) -> bool:
     """Whether a removal for one range leaves another one served.
 
     The call does not tell which range it is about: its fields are those of the network, whichever lost its last NIC.
@@ -67,10 +67,10 @@ def others_served(network: Network) -> bool:
     return len(network.ranges) > 1 and bool(network.nics)
 
 
-def told_resolvers(network: Network, asked: Resolvers) -> Network:
+def with_resolvers(network: Network, payload: Resolvers) -> Network:
     """``network`` with the resolvers and the domain that the call brought; an absent field says nothing."""
     return replace(
         network,
-        resolvers=tuple(map(str, asked.dns)) or network.resolvers,
-        domain=str(asked.domain) or network.domain,
+        resolvers=tuple(map(str, payload.dns)) or network.resolvers,
+        domain=str(payload.domain) or network.domain,
     )

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
-from netloom.state import Firewall, FirewallRule, Ports, Protocol, Scope
+from netloom.state import Firewall, FirewallRule, Ports, Scope
 
-_DIRECTIONS: dict[str, Literal["ingress", "egress"]] = {"ingress": "ingress", "egress": "egress"}
-_PROTOCOLS: dict[str, Protocol] = {"tcp": "tcp", "udp": "udp", "icmp": "icmp", "all": "all"}
 _ANY = -1  # ICMP type or code
 
 
-def apply_fw_rules(scope: Scope, asked: ApplyFwRules, context: Context) -> Scope:
+def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Scope:
     """The network's firewall is this list and nothing else.
 
     Sorted, because CloudStack's order is not specified and the same rules are the same firewall.
     """
-    rules = sorted(map(_rule, asked.fw_rules.rules), key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
-    firewall = Firewall(default_egress_allow=bool(asked.fw_rules.default_egress_allow), rules=tuple(rules))
-    return with_network(scope, replace(network_of(scope, asked, context), firewall=firewall))
+    rules = sorted(map(_rule, payload.fw_rules.rules), key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
+    firewall = Firewall(default_egress_allow=bool(payload.fw_rules.default_egress_allow), rules=tuple(rules))
+    return with_network(scope, replace(network_of(scope, payload, context), firewall=firewall))
 
 
-def _rule(told: FwRule) -> FirewallRule:
-    icmp = told.protocol == "icmp"
+def _rule(rule: FwRule) -> FirewallRule:
+    icmp = rule.protocol == "icmp"
     return FirewallRule(
-        rule_id=int(told.id),
-        direction=_DIRECTIONS[told.type],
-        protocol=_PROTOCOLS[told.protocol],
-        ports=None if told.port_start is None else Ports(int(told.port_start), int(told.port_end or told.port_start)),
-        icmp_type=_icmp(told.icmp_type) if icmp else None,
-        icmp_code=_icmp(told.icmp_code) if icmp else None,
-        public_ip=str(told.public_ip) if told.type == "ingress" else "",
-        source_cidrs=_cidrs(told.source_cidrs),
-        dest_cidrs=_cidrs(told.dest_cidrs),
+        rule_id=int(rule.id),
+        direction=rule.type.word,
+        protocol=rule.protocol.word,
+        ports=ports(rule.port_start, rule.port_end),
+        icmp_type=icmp_number(rule.icmp_type) if icmp else None,
+        icmp_code=icmp_number(rule.icmp_code) if icmp else None,
+        public_ip=str(rule.public_ip) if rule.type == "ingress" else "",
+        source_cidrs=_cidrs(rule.source_cidrs),
+        dest_cidrs=_cidrs(rule.dest_cidrs),
     )
 
 
-def _icmp(number: int | None) -> int | None:
+def ports(first: int | None, last: int | None) -> Ports | None:
+    """The ports of a rule: one port when ``last`` is None, any when ``first`` is None too."""
+    return None if first is None else Ports(int(first), int(last or first))
+
+
+def icmp_number(number: int | None) -> int | None:
+    """An ICMP type or code as the state has it: None means any."""
     return None if number is None or number == _ANY else int(number)
 
 
-def _cidrs(told: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(sorted({str(cidr) for cidr in told}))
+def _cidrs(cidrs: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted({str(cidr) for cidr in cidrs}))

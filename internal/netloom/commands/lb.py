@@ -2,58 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, PartlyDone, network_of, with_network
-from netloom.protocol import lb as said
+from netloom.protocol import lb as protocol
 from netloom.state import Backend, LbRule, Scope
 
-_PROTOCOLS: dict[str, Literal["tcp", "udp", "tcp-proxy"]] = {"tcp": "tcp", "udp": "udp", "tcp-proxy": "tcp-proxy"}
-_ALGORITHMS: dict[str, Literal["roundrobin", "leastconn", "source"]] = {
-    "roundrobin": "roundrobin",
-    "leastconn": "leastconn",
-    "source": "source",
-}
 
-
-def apply_lb_rules(scope: Scope, asked: said.ApplyLbRules, context: Context) -> Scope:
+def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
     """The listed rules are so, or gone; rules that are not listed stay as they are (protocol section 3, lb_rules).
 
     Raises PartlyDone when a rule cannot be read or its port is taken: with the scope that has all the others.
     """
     rules = dict(scope.lb_rules)
     # What goes, goes first: a rule may take over the port of one that the same call revokes.
-    for rule in asked.lb_rules.rules:
+    for rule in payload.lb_rules.rules:
         if rule.revoke:
             rules.pop(str(int(rule.id)), None)
-    complaints = list(asked.lb_rules.unread)
-    for rule in asked.lb_rules.rules:
+    complaints = list(payload.lb_rules.invalid)
+    for rule in payload.lb_rules.rules:
         if rule.revoke:
             continue
-        wanted = _rule(rule, str(asked.network_id))
+        wanted = _rule(rule, str(payload.network_id))
         taken = _taken(scope, rules, wanted)
         if taken:
             complaints.append(f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port}): {taken}")
         else:
             rules[str(wanted.rule_id)] = wanted
     after = scope
-    if asked.lb_rules.rules:
-        after = with_network(replace(scope, lb_rules=rules), network_of(scope, asked, context))
+    if payload.lb_rules.rules:
+        after = with_network(replace(scope, lb_rules=rules), network_of(scope, payload, context))
     if complaints:
         raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
     return after
 
 
-def _rule(rule: said.LbRule, network_id: str) -> LbRule:
+def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:
     return LbRule(
         rule_id=int(rule.id),
         name=str(rule.name),
         public_ip=str(rule.public_ip),
         public_port=int(rule.public_port),
-        protocol=_PROTOCOLS[rule.spoken],
-        algorithm=_ALGORITHMS[rule.algorithm],
+        protocol=rule.effective_protocol,
+        algorithm=rule.algorithm.word,
         backends=tuple(sorted({Backend(ip=str(it.ip), port=int(it.port)) for it in rule.backends if not it.revoked})),
         network_id=network_id,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
@@ -25,60 +23,62 @@ from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNa
 # An exit's number is the low half of a packet's mark.
 _EXIT_MAX = 0xFFFF
 
-_TRANSPORT: dict[str, Literal["tcp", "udp"]] = {"tcp": "tcp", "udp": "udp"}
 
-
-def assign_ip(scope: Scope, asked: AssignIp, context: Context) -> Scope:
+def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
     """The device holds the address; with ``source_nat`` it is the only one that the guests leave by.
 
     A tier that brings the source-NAT address brings its VPC's.
     """
-    if asked.source_nat:
-        scope = source_nat_held(scope, asked, network_id="" if scope.is_vpc else str(asked.network_id))
+    if payload.source_nat:
+        scope = with_source_nat(scope, payload, network_id="" if scope.is_vpc else str(payload.network_id))
     else:
-        held = _public_ip(scope, asked, source_nat=False, network_id=str(asked.network_id))
+        held = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
         scope = replace(scope, public_ips={**scope.public_ips, held.address: held})
-    return with_network(scope, network_of(scope, asked, context))
+    return with_network(scope, network_of(scope, payload, context))
 
 
-def source_nat_held(scope: Scope, asked: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
+def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
     """``scope`` with the address as the one that guests leave by. There is one: the former stays, without the flag."""
-    held = _public_ip(scope, asked, source_nat=True, network_id=network_id)
+    held = _public_ip(scope, payload, source_nat=True, network_id=network_id)
     others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
     return replace(scope, public_ips={**others, held.address: held})
 
 
-def release_ip(scope: Scope, asked: ReleaseIp, context: Context) -> Scope:
+def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
     """The device no longer holds the address, and what it was translated to is gone with it: it cannot work without.
 
     A tier gives up what is its own: an address that its VPC leaves by, or that another tier's rules use, stays held.
     """
-    address, of = _named(asked), str(asked.network_id)
+    address, network_id = _required_public_ip(payload), str(payload.network_id)
     scope = replace(
         scope,
         static_nats={  # guard: release-ip-ends-static-nat
-            key: it for key, it in scope.static_nats.items() if key != address or it.network_id != of
+            key: it for key, it in scope.static_nats.items() if key != address or it.network_id != network_id
         },
         port_forwards={
             key: it
             for key, it in scope.port_forwards.items()
             if it.public_ip != address  # guard: release-ip-is-no-prefix-match
-            or it.network_id != of
+            or it.network_id != network_id
         },
-        lb_rules={key: it for key, it in scope.lb_rules.items() if it.public_ip != address or it.network_id != of},
+        lb_rules={
+            key: it for key, it in scope.lb_rules.items() if it.public_ip != address or it.network_id != network_id
+        },
     )
     held = scope.public_ips.get(address)
-    if scope.is_vpc and ((held is not None and held.source_nat) or address in in_use(scope)):
+    if scope.is_vpc and ((held is not None and held.source_nat) or address in addresses_in_use(scope)):
         return scope
     return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key != address})
 
 
-def add_static_nat(scope: Scope, asked: AddStaticNat, context: Context) -> Scope:
+def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Scope:
     """The address stands for the guest, both ways; a guest has one such address, so an older one gives way."""
-    network = network_of(scope, asked, context)
-    _check_guest(network, asked.private_ip)
-    scope = with_network(_held(scope, asked), network)
-    nat = StaticNat(public_ip=str(asked.public_ip), private_ip=str(asked.private_ip), network_id=str(asked.network_id))
+    network = network_of(scope, payload, context)
+    _check_guest(network, payload.private_ip)
+    scope = with_network(_with_public_ip(scope, payload), network)
+    nat = StaticNat(
+        public_ip=str(payload.public_ip), private_ip=str(payload.private_ip), network_id=str(payload.network_id)
+    )
     others = {
         key: it
         for key, it in scope.static_nats.items()
@@ -87,26 +87,26 @@ def add_static_nat(scope: Scope, asked: AddStaticNat, context: Context) -> Scope
     return replace(scope, static_nats={**others, nat.public_ip: nat})
 
 
-def delete_static_nat(scope: Scope, asked: DeleteStaticNat, context: Context) -> Scope:
+def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) -> Scope:
     """The address stands for nobody."""
-    address = _named(asked)
+    address = _required_public_ip(payload)
     return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
 
 
-def add_port_forward(scope: Scope, asked: AddPortForward, context: Context) -> Scope:
+def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) -> Scope:
     """The ports lead to the guest; the same ports with another target lead to the new one.
 
     Raises BadRequest when the two ranges do not fit together, or when some of the ports lead somewhere already.
     """
-    network = network_of(scope, asked, context)
-    _check_guest(network, asked.private_ip)
+    network = network_of(scope, payload, context)
+    _check_guest(network, payload.private_ip)
     forward = PortForward(
-        public_ip=_named(asked),
-        protocol=_TRANSPORT[asked.protocol],
-        public_ports=_ports(asked.public_port),
-        private_ip=str(asked.private_ip),
-        private_ports=_ports(asked.private_port),
-        network_id=str(asked.network_id),
+        public_ip=_required_public_ip(payload),
+        protocol=payload.protocol.word,
+        public_ports=_ports(payload.public_port),
+        private_ip=str(payload.private_ip),
+        private_ports=_ports(payload.private_port),
+        network_id=str(payload.network_id),
     )
     if forward.private_ports.count not in (1, forward.public_ports.count):
         raise BadRequest(
@@ -118,62 +118,64 @@ def add_port_forward(scope: Scope, asked: AddPortForward, context: Context) -> S
                 f"payload.public_port: {forward.key} overlaps {key}, which leads to {other.private_ip}",
                 hint="delete that port forward first",
             )
-    scope = with_network(_held(scope, asked), network)
+    scope = with_network(_with_public_ip(scope, payload), network)
     return replace(scope, port_forwards={**scope.port_forwards, forward.key: forward})
 
 
-def delete_port_forward(scope: Scope, asked: DeletePortForward, context: Context) -> Scope:
+def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
     """The ports lead nowhere."""
-    key = f"{_named(asked)}/{asked.protocol}/{asked.public_port}"
+    key = f"{_required_public_ip(payload)}/{payload.protocol}/{_ports(payload.public_port)}"
     return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
 
 
-def in_use(scope: Scope) -> set[str]:
+def addresses_in_use(scope: Scope) -> set[str]:
     """The addresses that something leads inward from."""
     forwarded = {it.public_ip for it in scope.port_forwards.values()}
     return {*scope.static_nats, *forwarded, *(it.public_ip for it in scope.lb_rules.values())}
 
 
-def _named(asked: PublicAddress) -> str:
-    if not asked.public_ip:
+def _required_public_ip(payload: PublicAddress) -> str:
+    if not payload.public_ip:
         raise BadRequest(
             "payload.public_ip is missing", hint="CloudStack leaves it out when it does not find the address"
         )
-    return str(asked.public_ip)
+    return str(payload.public_ip)
 
 
-def _held(scope: Scope, asked: PublicAddress) -> Scope:
+def _with_public_ip(scope: Scope, payload: PublicAddress) -> Scope:
     """``scope`` with the address of a rule held: CloudStack may send the rule before the address.
 
     ``source_nat`` says nothing in such a call, so an address that is held already stays as it is.
     """
-    if _named(asked) in scope.public_ips:
+    if _required_public_ip(payload) in scope.public_ips:
         return scope
-    held = _public_ip(scope, asked, source_nat=False, network_id=str(asked.network_id))
+    held = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
     return replace(scope, public_ips={**scope.public_ips, held.address: held})
 
 
-def _public_ip(scope: Scope, asked: PublicAddress | VpcPublicAddress, *, source_nat: bool, network_id: str) -> PublicIp:
-    missing = [field for field in ("public_ip", "public_vlan", "public_cidr") if not getattr(asked, field)]
+def _public_ip(
+    scope: Scope, payload: PublicAddress | VpcPublicAddress, *, source_nat: bool, network_id: str
+) -> PublicIp:
+    missing = [field for field in ("public_ip", "public_vlan", "public_cidr") if not getattr(payload, field)]
     if missing:  # guard: a-missing-public-field-is-named
         raise BadRequest(
             f"payload.{missing[0]} is missing" if len(missing) == 1 else f"payload: {', '.join(missing)} are missing",
             hint="CloudStack leaves the public fields out when it does not find the address",
         )
-    vlan = _public_vlan(asked.public_vlan)
-    gateway = str(asked.public_gateway)
-    if gateway == asked.public_ip or gateway in scope.public_ips:
+    vlan = _public_vlan(payload.public_vlan)
+    gateway = str(payload.public_gateway)
+    if gateway == payload.public_ip or gateway in scope.public_ips:
         raise BadRequest(f"payload.public_gateway: {gateway} is a public address of the guests' own")
-    if any(asked.public_ip == held.gateway for held in scope.public_ips.values()):
-        raise BadRequest(f"payload.public_ip: {asked.public_ip} is the gateway of another public address")
-    if asked.public_cidr.endswith("/0"):
-        raise BadRequest(f"payload.public_cidr: {asked.public_cidr} is the subnet of no public VLAN")
+    if any(payload.public_ip == held.gateway for held in scope.public_ips.values()):
+        raise BadRequest(f"payload.public_ip: {payload.public_ip} is the gateway of another public address")
+    if payload.public_cidr.endswith("/0"):
+        raise BadRequest(f"payload.public_cidr: {payload.public_cidr} is the subnet of no public VLAN")
     return PublicIp(
-        address=str(asked.public_ip),
+        address=str(payload.public_ip),
         vlan=vlan,
         gateway=gateway,
-        cidr=str(asked.public_cidr),
-        exit=_exit(scope, str(asked.public_ip), vlan, gateway),
+        cidr=str(payload.public_cidr),
+        exit=_exit(scope, str(payload.public_ip), vlan, gateway),
         source_nat=source_nat,
         network_id=network_id,
     )
@@ -205,8 +207,8 @@ def _check_guest(network: Network, private_ip: str) -> None:
         raise BadRequest(f"payload.private_ip: {private_ip} is not in the network's {network.cidr}")
 
 
-def _ports(told: PortRange) -> Ports:
-    return Ports(told.first, told.last)  # guard: a-range-is-forwarded-whole
+def _ports(ports: PortRange) -> Ports:
+    return Ports(ports.first, ports.last)  # guard: a-range-is-forwarded-whole
 
 
 def _overlap(one: PortForward, other: PortForward) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.nat import in_use
-from netloom.commands.network_facts import check_addresses, check_segment, told
+from netloom.commands.nat import addresses_in_use
+from netloom.commands.network_facts import check_addresses, check_segment, with_facts
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
 from netloom.protocol.network import DestroyNetwork, ImplementNetwork, ShutdownNetwork
@@ -16,18 +16,18 @@ from netloom.state import Network, Scope
 _BROADCAST_DOMAIN_TYPES = {"vlan": "Vlan", "vxlan": "Vxlan"}
 
 
-def implement_network(scope: Scope, asked: ImplementNetwork, context: Context) -> Scope:
+def implement_network(scope: Scope, payload: ImplementNetwork, context: Context) -> Scope:
     """The network stands from now on, with the tag, subnet and addresses of this call.
 
     On a living network it changes what is said anew and keeps its firewall, addresses and forwards. The tag is
     remembered: a call without one means the last one told. A device that is named no address of its own has the
     gateway's; on a shared network it has none then, and nothing stands.
     """
-    known = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
-    network = told(replace(known, implemented=False), asked)
+    known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
+    network = with_facts(replace(known, implemented=False), payload)
     if not network.vlan:  # guard: a-network-has-a-vlan
         raise BadRequest(
-            f"implement-network: payload.vlan is empty, and no tag of network {asked.network_id} is known",
+            f"implement-network: payload.vlan is empty, and no tag of network {payload.network_id} is known",
             hint="remove the detail network.isolation.method from the extension and restart the network: with it "
             "CloudStack does not assign a VLAN (apache/cloudstack issue 14077)",
         )
@@ -36,31 +36,31 @@ def implement_network(scope: Scope, asked: ImplementNetwork, context: Context) -
         for field, value in (("cidr", network.cidr), ("gateway", network.gateway)):
             if not value:
                 raise BadRequest(f"implement-network: payload.{field} is missing")
-    network = replace(network, implemented=True, extension_ip=str(asked.extension_ip))
+    network = replace(network, implemented=True, extension_ip=str(payload.extension_ip))
     check_addresses(network)
     return with_network(scope, network)
 
 
-def implemented_output(scope: Scope, asked: ImplementNetwork, context: Context) -> str:
+def implemented_output(scope: Scope, payload: ImplementNetwork, context: Context) -> str:
     """The network's own tag in the form that CloudStack takes over, when the registration asks for it; else nothing."""
     broadcast = context.registration.broadcast
     if not broadcast:
         return ""
-    told = {
+    fields = {
         "network.broadcast_domain_type": _BROADCAST_DOMAIN_TYPES[broadcast],
-        "network.broadcast_uri": f"{broadcast}://{scope.networks[asked.network_id].vlan}",
+        "network.broadcast_uri": f"{broadcast}://{scope.networks[payload.network_id].vlan}",
     }
-    return msgspec.json.encode(told).decode()
+    return msgspec.json.encode(fields).decode()
 
 
-def shutdown_network(scope: Scope, asked: ShutdownNetwork, context: Context) -> Scope | None:
+def shutdown_network(scope: Scope, payload: ShutdownNetwork, context: Context) -> Scope | None:
     """Nothing of the network is left, and nothing comes back: CloudStack forgets the host, so we forget the network."""
-    return _without(scope, asked.network_id)
+    return _without(scope, payload.network_id)
 
 
-def destroy_network(scope: Scope, asked: DestroyNetwork, context: Context) -> Scope | None:
+def destroy_network(scope: Scope, payload: DestroyNetwork, context: Context) -> Scope | None:
     """The same as shutdown-network, which left nothing behind."""
-    return _without(scope, asked.network_id)
+    return _without(scope, payload.network_id)
 
 
 def _without(scope: Scope, network_id: str) -> Scope | None:
@@ -77,7 +77,7 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
     lb_rules = {key: it for key, it in scope.lb_rules.items() if it.network_id != network_id}
     left = replace(scope, networks=networks, static_nats=static_nats, port_forwards=port_forwards, lb_rules=lb_rules)
     # An address that another tier's rules use stays, whichever tier asked for it first.
-    kept = in_use(left)
+    kept = addresses_in_use(left)
     return replace(
         left,
         public_ips={

@@ -8,7 +8,6 @@ command comes next. So any call that tells as much builds the network.
 from __future__ import annotations
 
 from ipaddress import IPv4Network, IPv6Address, IPv6Network
-from typing import Literal
 
 from msgspec.structs import replace
 
@@ -20,53 +19,47 @@ from netloom.protocol.scalars import IPv4List, IPv4Prefix, Vlan
 from netloom.state import Network, Scope, Subnet
 from netloom.wire import Registration
 
-GUEST_TYPES: dict[str, Literal["isolated", "shared", "l2"]] = {
-    "isolated": "isolated",
-    "shared": "shared",
-    "l2": "l2",
-}
-
 # The states in which VMs use the network; "setup" is that of a plain shared one. While CloudStack is implementing, the
 # call that says everything comes or has come.
 _IN_USE = frozenset({"implemented", "setup"})
 
 
-def told(known: Network, asked: NetworkPayload) -> Network:
+def with_facts(known: Network, payload: NetworkPayload) -> Network:
     """``known`` with what the call tells of the network; an absent field says nothing.
 
     Of an isolated network that stands only implement-network says such things anew: elsewhere the gateway is a NIC's.
     A shared network may never see an implement-network, so there every call counts.
     """
     if not known.implemented:
-        known = replace(known, guest_type=GUEST_TYPES[asked.guest_type])
+        known = replace(known, guest_type=payload.guest_type.word)
     elif known.guest_type == "isolated":
         return known
     known = replace(
         known,
-        vlan=str(asked.vlan) or known.vlan,
-        extension_ip=str(getattr(asked, "extension_ip", "")) or known.extension_ip,
-        ip6_cidr=str(next(iter(asked.network_ip6_cidr), known.ip6_cidr)),
-        ip6_gateway=str(next(iter(asked.network_ip6_gateway), known.ip6_gateway)),
+        vlan=str(payload.vlan) or known.vlan,
+        extension_ip=str(getattr(payload, "extension_ip", "")) or known.extension_ip,
+        ip6_cidr=str(next(iter(payload.network_ip6_cidr), known.ip6_cidr)),
+        ip6_gateway=str(next(iter(payload.network_ip6_gateway), known.ip6_gateway)),
     )
     if known.guest_type != "isolated":
-        return _with_ranges(known, asked)
+        return _with_ranges(known, payload)
     return replace(
         known,
-        cidr=only(asked.cidr, "cidr") or known.cidr,
-        gateway=only(asked.gateway, "gateway") or known.gateway,
+        cidr=only(payload.cidr, "cidr") or known.cidr,
+        gateway=only(payload.gateway, "gateway") or known.gateway,
     )
 
 
-def built(network: Network, asked: NetworkPayload, scope: Scope) -> Network:
+def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Scope) -> Network:
     """``network`` as one that stands, if CloudStack says it is in use and the device's place in it is certain.
 
     The calls about VMs name the device's address. Those about addresses and rules do not; there the device is the
     gateway if it holds the source-NAT address, and otherwise nobody can tell: a guess could take the real one's place.
     """
-    gateway = network.guest_type == "isolated" and any(it.source_nat for it in scope.public_ips.values())
-    if asked.network_state not in _IN_USE or not (network.vlan and network.cidr):
+    is_gateway = network.guest_type == "isolated" and any(it.source_nat for it in scope.public_ips.values())
+    if payload.network_state not in _IN_USE or not (network.vlan and network.cidr):
         return network
-    if not (network.extension_ip or gateway):
+    if not (network.extension_ip or is_gateway):
         return network
     check_addresses(network)
     return replace(network, implemented=True)
@@ -74,10 +67,10 @@ def built(network: Network, asked: NetworkPayload, scope: Scope) -> Network:
 
 def check_addresses(network: Network) -> None:
     """Raises BadRequest when the device's address, or an isolated network's gateway, is in none of its subnets."""
-    own = [("extension_ip", network.extension_ip)]
+    addresses = [("extension_ip", network.extension_ip)]
     if network.guest_type == "isolated":
-        own.append(("gateway", network.gateway))
-    for field, value in own:
+        addresses.append(("gateway", network.gateway))
+    for field, value in addresses:
         if value and not any(value in IPv4Prefix(it.cidr) for it in network.ranges):
             raise BadRequest(f"payload.{field}: {value} is not in the network's {network.cidr}")
     if network.ip6_gateway and network.ip6_cidr and not _is_in6(network.ip6_gateway, network.ip6_cidr):
@@ -114,19 +107,21 @@ def gateway_in(cidr: str, gateways: IPv4List) -> str:
     return next((str(it) for it in gateways if it in IPv4Prefix(cidr)), "")
 
 
-def _with_ranges(network: Network, asked: NetworkPayload) -> Network:
+def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
     """A shared network with the ranges that the call names: its list, and the subnet of the NIC that it is about.
 
     ``cidr`` stays that of the first range in a call about a NIC of the second (protocol section 2): there gateway and
     netmask are the NIC's. What overlaps a range that is named now was another time's.
     """
     ranges = {it.cidr: it.gateway for it in network.ranges}
-    for cidr in asked.cidr:
-        ranges = _with_range(ranges, str(cidr), asked.gateway)
-    if isinstance(asked, NicPayload) and asked.ip and asked.netmask:
-        own = str(IPv4Prefix.parse(f"{asked.ip}/{asked.netmask.length}"))
-        if not any(asked.ip in IPv4Prefix(it) and it != own for it in ranges):
-            ranges = _with_range(ranges, own, asked.gateway)
+    for cidr in payload.cidr:
+        ranges = _with_range(ranges, str(cidr), payload.gateway)
+    if (
+        isinstance(payload, NicPayload)
+        and payload.subnet
+        and not any(payload.ip in IPv4Prefix(it) and it != payload.subnet for it in ranges)
+    ):
+        ranges = _with_range(ranges, payload.subnet, payload.gateway)
     if not ranges:
         return network
     of_device = (it for it in ranges if network.extension_ip and network.extension_ip in IPv4Prefix(it))

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom import names
-from netloom.commands.actions import success
+from netloom.commands.actions import success_json
 from netloom.commands.transition import Context
 from netloom.errors import BadRequest, HostRefused
 from netloom.protocol.custom import CustomAction
@@ -23,13 +23,13 @@ from netloom.protocol.pbr import (
     PRIORITY_MAX,
     PRIORITY_MIN,
     TABLE_MAX,
-    RouteTold,
-    RuleTold,
-    TableTold,
-    names_a_table,
-    route_told,
-    rule_told,
-    table_told,
+    RouteParams,
+    RuleParams,
+    TableParams,
+    has_table_params,
+    parse_route,
+    parse_rule,
+    parse_table,
 )
 from netloom.protocol.scalars import quoted
 from netloom.state import Pbr, PbrRoute, PbrRule, PbrTable, Scope
@@ -48,39 +48,39 @@ class Action(msgspec.Struct, frozen=True):
 
     kind: Literal["builds", "removes"]
     change: Callable[[Scope, Params], Pbr]
-    told: Callable[[Scope, Params], str]
+    message: Callable[[Scope, Params], str]
 
 
-def transition(scope: Scope, asked: CustomAction, context: Context) -> Scope:
+def transition(scope: Scope, payload: CustomAction, context: Context) -> Scope:
     """The scope after the action. Raises BadRequest for an action that is answered by looking at a host."""
-    action = ACTIONS.get(asked.action)
+    action = ACTIONS.get(payload.action)
     if action is None:
-        raise BadRequest(f"custom-action {asked.action}: answered by looking at a host, not by a change of the state")
+        raise BadRequest(f"custom-action {payload.action}: answered by looking at a host, not by a change of the state")
     if action.kind == "builds" and not scope.revision:
-        raise nothing_known(asked.action, context.scope_id)
-    return replace(scope, pbr=action.change(scope, asked.params))
+        raise unknown_scope(payload.action, context.scope_id)
+    return replace(scope, pbr=action.change(scope, payload.params))
 
 
-def output(scope: Scope, asked: CustomAction, context: Context) -> str:
-    """What the caller of CloudStack's API reads: the same, however often it was asked."""
-    return success(ACTIONS[asked.action].told(scope, asked.params))
+def output(scope: Scope, payload: CustomAction, context: Context) -> str:
+    """What the caller of CloudStack's API reads: the same, however often it was payload."""
+    return success_json(ACTIONS[payload.action].message(scope, payload.params))
 
 
-def of_named_table(scope: Scope, params: Params) -> Scope:
+def limited_to_table(scope: Scope, params: Params) -> Scope:
     """``scope`` as a list shows it: with the routes and rules of the table that is named alone, of all if none is.
 
     Raises BadRequest for what cannot be a table's name or number.
     """
-    if not names_a_table(params):
+    if not has_table_params(params):
         return scope
-    table = _match(scope.pbr, table_told(params))
+    table = _match(scope.pbr, parse_table(params))
     number = table.number if table is not None else 0
     routes = tuple(it for it in scope.pbr.routes if it.table == number)
     rules = tuple(it for it in scope.pbr.rules if it.table == number)
     return replace(scope, pbr=replace(scope.pbr, routes=routes, rules=rules))
 
 
-def nothing_known(action: str, scope_id: str) -> HostRefused:
+def unknown_scope(action: str, scope_id: str) -> HostRefused:
     """That this host has never heard of the scope."""
     kind = "VPC" if scope_id.startswith("vpc-") else "network"
     return HostRefused(
@@ -92,12 +92,12 @@ def nothing_known(action: str, scope_id: str) -> HostRefused:
 
 
 def _create_table(scope: Scope, params: Params) -> Pbr:
-    told, pbr = table_told(params), scope.pbr
-    if _match(pbr, told) is not None:
+    given, pbr = parse_table(params), scope.pbr
+    if _match(pbr, given) is not None:
         return pbr
     taken = {it.number for it in pbr.tables}
-    number = told.number or next(it for it in range(_FIRST_TABLE, TABLE_MAX) if it not in taken | OF_THE_KERNEL)
-    table = PbrTable(number=number, name=told.name or f"table-{number}")
+    number = given.number or next(it for it in range(_FIRST_TABLE, TABLE_MAX) if it not in taken | OF_THE_KERNEL)
+    table = PbrTable(number=number, name=given.name or f"table-{number}")
     if any(it.name == table.name for it in pbr.tables):
         raise BadRequest(f"payload.action-params: another table has the name {table.name}", hint=_known(pbr))
     tables = _not_too_many("tables", (*pbr.tables, table))
@@ -107,7 +107,7 @@ def _create_table(scope: Scope, params: Params) -> Pbr:
 def _delete_table(scope: Scope, params: Params) -> Pbr:
     """With its routes, and the rules that look it up."""
     pbr = scope.pbr
-    table = _match(pbr, table_told(params))
+    table = _match(pbr, parse_table(params))
     if table is None:
         return pbr
     return Pbr(
@@ -126,31 +126,31 @@ def _there_is_no(scope: Scope, params: Params) -> str:
 
 
 def _named(scope: Scope, params: Params) -> str:
-    """The table by its name, where it is there; else as it was told."""
-    told = table_told(params)
-    table = _match(scope.pbr, told)
-    return table.name if table is not None else told.name or str(told.number)
+    """The table by its name, where it is there; else as it was given."""
+    given = parse_table(params)
+    table = _match(scope.pbr, given)
+    return table.name if table is not None else given.name or str(given.number)
 
 
-def _match(pbr: Pbr, told: TableTold) -> PbrTable | None:
+def _match(pbr: Pbr, given: TableParams) -> PbrTable | None:
     """The table that is named. Raises BadRequest when number and name are not of the same one."""
     for it in pbr.tables:
-        by_number, by_name = told.number == it.number, told.name == it.name
-        if (by_number and not told.name) or (by_name and not told.number) or (by_number and by_name):
+        by_number, by_name = given.number == it.number, given.name == it.name
+        if (by_number and not given.name) or (by_name and not given.number) or (by_number and by_name):
             return it
         if by_number or by_name:
             raise BadRequest(
-                f"payload.action-params: table {told.number} {told.name} is known as {it}", hint=_known(pbr)
+                f"payload.action-params: table {given.number} {given.name} is known as {it}", hint=_known(pbr)
             )
     return None
 
 
 def _table(pbr: Pbr, params: Params) -> PbrTable:
-    told = table_told(params)
-    table = _match(pbr, told)
+    given = parse_table(params)
+    table = _match(pbr, given)
     if table is None:
         raise BadRequest(
-            f"payload.action-params: there is no table {told.name or told.number}",
+            f"payload.action-params: there is no table {given.name or given.number}",
             hint=f"pbr-create-table makes one; {_known(pbr)}",
         )
     return table
@@ -165,7 +165,7 @@ def _known(pbr: Pbr) -> str:
 
 def _add_route(scope: Scope, params: Params) -> Pbr:
     pbr = scope.pbr
-    route = _route(scope, _table(pbr, params).number, route_told(params))
+    route = _route(scope, _table(pbr, params).number, parse_route(params))
     for it in pbr.routes:
         if it == route:
             return pbr
@@ -180,53 +180,55 @@ def _add_route(scope: Scope, params: Params) -> Pbr:
 
 def _delete_route(scope: Scope, params: Params) -> Pbr:
     """The route to that destination, when it agrees with all that is said of it."""
-    pbr, told = scope.pbr, route_told(params)
-    table = _match(pbr, table_told(params))
-    return replace(pbr, routes=tuple(it for it in pbr.routes if table is None or not _agrees(it, table, told)))
+    pbr, given = scope.pbr, parse_route(params)
+    table = _match(pbr, parse_table(params))
+    return replace(pbr, routes=tuple(it for it in pbr.routes if table is None or not _agrees(it, table, given)))
 
 
 def _route_there_is(scope: Scope, params: Params) -> str:
     table = _table(scope.pbr, params)
-    return f"{_route(scope, table.number, route_told(params))} in table {table.name}"
+    return f"{_route(scope, table.number, parse_route(params))} in table {table.name}"
 
 
 def _route_there_is_no(scope: Scope, params: Params) -> str:
     return f"no {_text(params['route'])} in table {_named(scope, params)}"
 
 
-def _agrees(route: PbrRoute, table: PbrTable, told: RouteTold) -> bool:
+def _agrees(route: PbrRoute, table: PbrTable, given: RouteParams) -> bool:
     return (
-        (route.table, route.destination) == (table.number, told.destination)
-        and told.kind in (None, route.kind)
-        and told.via in ("", route.via)
-        and told.link in ("", route.link)
-        and told.source in ("", route.source)
+        (route.table, route.destination) == (table.number, given.destination)
+        and given.kind in (None, route.kind)
+        and given.via in ("", route.via)
+        and given.link in ("", route.link)
+        and given.source in ("", route.source)
     )
 
 
-def _route(scope: Scope, table: int, told: RouteTold) -> PbrRoute:
+def _route(scope: Scope, table: int, given: RouteParams) -> PbrRoute:
     """The route with its link. Raises BadRequest for what this namespace does not have."""
-    if told.kind in ("blackhole", "unreachable", "prohibit"):
-        return PbrRoute(table=table, destination=told.destination, kind=told.kind)
+    if given.kind in ("blackhole", "unreachable", "prohibit"):
+        return PbrRoute(table=table, destination=given.destination, kind=given.kind)
     where = "payload.action-params.route"
     subnets = _subnets(scope)
     links = f"links here: {', '.join(subnets) or 'none yet'}"
-    if told.link and told.link not in subnets:
-        raise BadRequest(f"{where}: {quoted(told.link)} is no link of {scope.scope_id}", hint=links)
-    if told.via and not _is_host(told.via, subnets):
-        raise BadRequest(f"{where}: via {told.via}: no neighbour has that address")
+    if given.link and given.link not in subnets:
+        raise BadRequest(f"{where}: {quoted(given.link)} is no link of {scope.scope_id}", hint=links)
+    if given.via and not _is_host(given.via, subnets):
+        raise BadRequest(f"{where}: via {given.via}: no neighbour has that address")
     own = _own_addresses(scope)
-    if told.via in own or (told.source and told.source not in own):
-        wrong = f"via {told.via} is the device itself" if told.via in own else f"src {told.source} is not the device's"
+    if given.via in own or (given.source and given.source not in own):
+        wrong = (
+            f"via {given.via} is the device itself" if given.via in own else f"src {given.source} is not the device's"
+        )
         raise BadRequest(f"{where}: {wrong}", hint=f"its addresses: {', '.join(own) or 'none yet'}")
-    link = told.link
+    link = given.link
     if not link:
-        fitting = [it for it, within in subnets.items() if told.via and any(_within(told.via, net) for net in within)]
+        fitting = [it for it, within in subnets.items() if given.via and any(_within(given.via, net) for net in within)]
         if len(fitting) != 1:
-            which = f"through which link {told.via} is reached" if told.via else "where it leads to"
+            which = f"through which link {given.via} is reached" if given.via else "where it leads to"
             raise BadRequest(f"{where}: it does not tell {which}", hint=f"say via, and dev with one of the {links}")
         (link,) = fitting
-    return PbrRoute(table=table, destination=told.destination, link=link, via=told.via, source=told.source)
+    return PbrRoute(table=table, destination=given.destination, link=link, via=given.via, source=given.source)
 
 
 def _subnets(scope: Scope) -> dict[str, list[str]]:
@@ -263,17 +265,17 @@ def _within(address: str, cidr: str) -> bool:
 
 def _add_rule(scope: Scope, params: Params) -> Pbr:
     pbr = scope.pbr
-    table, told = _table(pbr, params), rule_told(params)
-    _check_guest_link(scope, told)
-    there = _rule_like(pbr, table, told)
+    table, given = _table(pbr, params), parse_rule(params)
+    _check_guest_link(scope, given)
+    there = _rule_like(pbr, table, given)
     if there is not None:
         return pbr
     rule = PbrRule(
-        priority=told.priority or _next_priority(pbr),
+        priority=given.priority or _next_priority(pbr),
         table=table.number,
-        source=told.source,
-        destination=told.destination,
-        iif=told.iif,
+        source=given.source,
+        destination=given.destination,
+        iif=given.iif,
     )
     for it in pbr.rules:
         if it.priority == rule.priority or replace(it, priority=rule.priority) == rule:
@@ -287,15 +289,15 @@ def _add_rule(scope: Scope, params: Params) -> Pbr:
 
 
 def _delete_rule(scope: Scope, params: Params) -> Pbr:
-    pbr, told = scope.pbr, rule_told(params)
-    table = _match(pbr, table_told(params))
-    gone = _rule_like(pbr, table, told) if table is not None else None
+    pbr, given = scope.pbr, parse_rule(params)
+    table = _match(pbr, parse_table(params))
+    gone = _rule_like(pbr, table, given) if table is not None else None
     return replace(pbr, rules=tuple(it for it in pbr.rules if it != gone))
 
 
 def _rule_there_is(scope: Scope, params: Params) -> str:
     table = _table(scope.pbr, params)
-    rule = _rule_like(scope.pbr, table, rule_told(params))
+    rule = _rule_like(scope.pbr, table, parse_rule(params))
     assert rule is not None  # the transition has put it there
     return f"{rule.priority}: {rule.selector} lookup {table.name}"
 
@@ -304,17 +306,22 @@ def _rule_there_is_no(scope: Scope, params: Params) -> str:
     return f"no {_text(params['rule'])} lookup {_named(scope, params)}"
 
 
-def _rule_like(pbr: Pbr, table: PbrTable, told: RuleTold) -> PbrRule | None:
-    """The rule that looks at the same and looks up this table; at that priority, where one is told."""
+def _rule_like(pbr: Pbr, table: PbrTable, given: RuleParams) -> PbrRule | None:
+    """The rule that looks at the same and looks up this table; at that priority, where one is given."""
     for it in pbr.rules:
-        same = (it.source, it.destination, it.iif, it.table) == (told.source, told.destination, told.iif, table.number)
-        if same and told.priority in (0, it.priority):
+        same = (it.source, it.destination, it.iif, it.table) == (
+            given.source,
+            given.destination,
+            given.iif,
+            table.number,
+        )
+        if same and given.priority in (0, it.priority):
             return it
     return None
 
 
 def _next_priority(pbr: Pbr) -> int:
-    """After all others, so that rules are tried in the order in which they were told."""
+    """After all others, so that rules are tried in the order in which they were given."""
     highest = max((it.priority for it in pbr.rules), default=PRIORITY_MIN - 1)
     if highest >= PRIORITY_MAX:
         raise BadRequest(
@@ -324,11 +331,11 @@ def _next_priority(pbr: Pbr) -> int:
     return highest + 1
 
 
-def _check_guest_link(scope: Scope, told: RuleTold) -> None:
+def _check_guest_link(scope: Scope, given: RuleParams) -> None:
     links = [names.guest_link(it) for it in sorted(scope.networks, key=int)]
-    if told.iif and told.iif not in links:
+    if given.iif and given.iif not in links:
         raise BadRequest(
-            f"payload.action-params.rule: {quoted(told.iif)} is no guest link of {scope.scope_id}",
+            f"payload.action-params.rule: {quoted(given.iif)} is no guest link of {scope.scope_id}",
             hint=f"rules are about what guests send; guest links here: {', '.join(links) or 'none yet'}",
         )
 
@@ -344,8 +351,8 @@ def _order(destination: str) -> tuple[int, int]:
     return int(network.network_address), network.prefixlen
 
 
-def _text(told: str) -> str:
-    return " ".join(told.split())
+def _text(given: str) -> str:
+    return " ".join(given.split())
 
 
 ACTIONS = {

@@ -8,33 +8,32 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands import acl as acls
-from netloom.commands import dhcp as leases
-from netloom.commands import dns as names_of
-from netloom.commands import firewall, nat, network
-from netloom.commands import lb as balancer
-from netloom.commands import nic as nics
-from netloom.commands import pbr as policy
-from netloom.commands import restore as restoring
-from netloom.commands import userdata as vm
-from netloom.commands import vpc as vpcs
+from netloom.commands import acl, dhcp, dns, firewall, lb, nat, network, nic, pbr, restore, userdata, vpc
 from netloom.commands.transition import (
     Context,
-    Outcome,
     PartlyDone,
-    blank,
-    registered,
-    taken_from_network,
-    told_to_network,
+    Transitioned,
+    for_known_network,
+    for_network,
+    new_scope,
+    with_registration,
 )
 from netloom.errors import BadRequest, ForeignScope
 from netloom.names import scope_of
-from netloom.protocol import acl, custom, dhcp, dns, lb, nic, restore, userdata, vpc
-from netloom.protocol import firewall as fw
-from netloom.protocol import nat as address
-from netloom.protocol import network as net
+from netloom.protocol.acl import ApplyNetworkAcl
+from netloom.protocol.custom import CustomAction
+from netloom.protocol.dhcp import AddDhcpEntry, ConfigDhcpSubnet, RemoveDhcpEntry, RemoveDhcpSubnet, SetDhcpOptions
+from netloom.protocol.dns import AddDnsEntry, ConfigDnsSubnet, RemoveDnsEntry, RemoveDnsSubnet
+from netloom.protocol.firewall import ApplyFwRules
+from netloom.protocol.lb import ApplyLbRules
+from netloom.protocol.nat import AddPortForward, AddStaticNat, AssignIp, DeletePortForward, DeleteStaticNat, ReleaseIp
+from netloom.protocol.network import DestroyNetwork, EnsureNetworkDevice, ImplementNetwork, ShutdownNetwork
+from netloom.protocol.nic import PrepareNic, ReleaseNic
 from netloom.protocol.reader import convert, read
+from netloom.protocol.restore import RestoreNetwork
 from netloom.protocol.scalars import quoted
+from netloom.protocol.userdata import SaveHypervisorHostname, SavePassword, SaveSshkey, SaveUserdata, SaveVmData
+from netloom.protocol.vpc import DestroyVpc, ImplementVpc, ShutdownVpc, UpdateVpcSourceNatIp
 from netloom.state import Scope
 
 P = TypeVar("P", bound=msgspec.Struct)
@@ -59,52 +58,52 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
 
 # Without an annotation: each row is checked as what it is, and only the table below forgets the difference.
 _ROWS = (
-    Row("ensure-network-device", "extension", net.EnsureNetworkDevice),
+    Row("ensure-network-device", "extension", EnsureNetworkDevice),
     Row(
         "implement-network",
         "builds",
-        net.ImplementNetwork,
+        ImplementNetwork,
         network.implement_network,
         output=network.implemented_output,
     ),
-    Row("shutdown-network", "removes", net.ShutdownNetwork, network.shutdown_network),
-    Row("destroy-network", "removes", net.DestroyNetwork, network.destroy_network),
-    Row("implement-vpc", "builds", vpc.ImplementVpc, vpcs.implement_vpc),
-    Row("shutdown-vpc", "removes", vpc.ShutdownVpc, vpcs.shutdown_vpc),
-    Row("destroy-vpc", "removes", vpc.DestroyVpc, vpcs.destroy_vpc),
-    Row("update-vpc-source-nat-ip", "builds", vpc.UpdateVpcSourceNatIp, vpcs.update_vpc_source_nat_ip),
-    Row("assign-ip", "builds", address.AssignIp, nat.assign_ip),
-    Row("release-ip", "removes", address.ReleaseIp, nat.release_ip),
-    Row("add-static-nat", "builds", address.AddStaticNat, nat.add_static_nat),
-    Row("delete-static-nat", "removes", address.DeleteStaticNat, nat.delete_static_nat),
-    Row("add-port-forward", "builds", address.AddPortForward, nat.add_port_forward),
-    Row("delete-port-forward", "removes", address.DeletePortForward, nat.delete_port_forward),
-    Row("apply-fw-rules", "builds", fw.ApplyFwRules, firewall.apply_fw_rules),
-    Row("apply-network-acl", "builds", acl.ApplyNetworkAcl, acls.apply_network_acl),
-    Row("prepare-nic", "builds", nic.PrepareNic, told_to_network(nics.prepare_nic)),
-    Row("release-nic", "removes", nic.ReleaseNic, taken_from_network(nics.release_nic)),
-    Row("add-dhcp-entry", "builds", dhcp.AddDhcpEntry, told_to_network(leases.add_dhcp_entry)),
-    Row("remove-dhcp-entry", "removes", dhcp.RemoveDhcpEntry, taken_from_network(leases.remove_dhcp_entry)),
-    Row("config-dhcp-subnet", "builds", dhcp.ConfigDhcpSubnet, told_to_network(leases.config_dhcp_subnet)),
-    Row("remove-dhcp-subnet", "removes", dhcp.RemoveDhcpSubnet, taken_from_network(leases.remove_dhcp_subnet)),
-    Row("set-dhcp-options", "builds", dhcp.SetDhcpOptions, leases.set_dhcp_options),
-    Row("add-dns-entry", "builds", dns.AddDnsEntry, told_to_network(names_of.add_dns_entry)),
-    Row("remove-dns-entry", "removes", dns.RemoveDnsEntry, taken_from_network(names_of.remove_dns_entry)),
-    Row("config-dns-subnet", "builds", dns.ConfigDnsSubnet, told_to_network(names_of.config_dns_subnet)),
-    Row("remove-dns-subnet", "removes", dns.RemoveDnsSubnet, taken_from_network(names_of.remove_dns_subnet)),
-    Row("save-vm-data", "builds", userdata.SaveVmData, told_to_network(vm.save_vm_data)),
-    Row("save-password", "builds", userdata.SavePassword, told_to_network(vm.save_password)),
-    Row("save-userdata", "builds", userdata.SaveUserdata, told_to_network(vm.save_userdata)),
-    Row("save-sshkey", "builds", userdata.SaveSshkey, told_to_network(vm.save_sshkey)),
+    Row("shutdown-network", "removes", ShutdownNetwork, network.shutdown_network),
+    Row("destroy-network", "removes", DestroyNetwork, network.destroy_network),
+    Row("implement-vpc", "builds", ImplementVpc, vpc.implement_vpc),
+    Row("shutdown-vpc", "removes", ShutdownVpc, vpc.shutdown_vpc),
+    Row("destroy-vpc", "removes", DestroyVpc, vpc.destroy_vpc),
+    Row("update-vpc-source-nat-ip", "builds", UpdateVpcSourceNatIp, vpc.update_vpc_source_nat_ip),
+    Row("assign-ip", "builds", AssignIp, nat.assign_ip),
+    Row("release-ip", "removes", ReleaseIp, nat.release_ip),
+    Row("add-static-nat", "builds", AddStaticNat, nat.add_static_nat),
+    Row("delete-static-nat", "removes", DeleteStaticNat, nat.delete_static_nat),
+    Row("add-port-forward", "builds", AddPortForward, nat.add_port_forward),
+    Row("delete-port-forward", "removes", DeletePortForward, nat.delete_port_forward),
+    Row("apply-fw-rules", "builds", ApplyFwRules, firewall.apply_fw_rules),
+    Row("apply-network-acl", "builds", ApplyNetworkAcl, acl.apply_network_acl),
+    Row("prepare-nic", "builds", PrepareNic, for_network(nic.prepare_nic)),
+    Row("release-nic", "removes", ReleaseNic, for_known_network(nic.release_nic)),
+    Row("add-dhcp-entry", "builds", AddDhcpEntry, for_network(dhcp.add_dhcp_entry)),
+    Row("remove-dhcp-entry", "removes", RemoveDhcpEntry, for_known_network(dhcp.remove_dhcp_entry)),
+    Row("config-dhcp-subnet", "builds", ConfigDhcpSubnet, for_network(dhcp.config_dhcp_subnet)),
+    Row("remove-dhcp-subnet", "removes", RemoveDhcpSubnet, for_known_network(dhcp.remove_dhcp_subnet)),
+    Row("set-dhcp-options", "builds", SetDhcpOptions, dhcp.set_dhcp_options),
+    Row("add-dns-entry", "builds", AddDnsEntry, for_network(dns.add_dns_entry)),
+    Row("remove-dns-entry", "removes", RemoveDnsEntry, for_known_network(dns.remove_dns_entry)),
+    Row("config-dns-subnet", "builds", ConfigDnsSubnet, for_network(dns.config_dns_subnet)),
+    Row("remove-dns-subnet", "removes", RemoveDnsSubnet, for_known_network(dns.remove_dns_subnet)),
+    Row("save-vm-data", "builds", SaveVmData, for_network(userdata.save_vm_data)),
+    Row("save-password", "builds", SavePassword, for_network(userdata.save_password)),
+    Row("save-userdata", "builds", SaveUserdata, for_network(userdata.save_userdata)),
+    Row("save-sshkey", "builds", SaveSshkey, for_network(userdata.save_sshkey)),
     Row(
         "save-hypervisor-hostname",
         "builds",
-        userdata.SaveHypervisorHostname,
-        told_to_network(vm.save_hypervisor_hostname),
+        SaveHypervisorHostname,
+        for_network(userdata.save_hypervisor_hostname),
     ),
-    Row("apply-lb-rules", "builds", lb.ApplyLbRules, balancer.apply_lb_rules),
-    Row("restore-network", "builds", restore.RestoreNetwork, told_to_network(restoring.restore_network)),
-    Row("custom-action", "acts", custom.CustomAction, policy.transition, output=policy.output),
+    Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules),
+    Row("restore-network", "builds", RestoreNetwork, for_network(restore.restore_network)),
+    Row("custom-action", "acts", CustomAction, pbr.transition, output=pbr.output),
 )
 
 TABLE: dict[str, Row[Any]] = {row.name: row for row in _ROWS}
@@ -130,7 +129,7 @@ def check_payload(command: str, payload: dict[str, Any]) -> msgspec.Struct:
     return convert(payload, shape, root="payload")
 
 
-def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Outcome:
+def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Transitioned:
     """The scope after ``command``; None stands for nothing at all.
 
     The revision grows by one when something changed, and not otherwise. Raises BadRequest or
@@ -141,20 +140,20 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     if row.transition is None:
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
-        if row.kind == "removes" or (row.kind == "builds" and _going(payload)):
-            return Outcome(scope=None)
-        scope = blank(context)
+        if row.kind == "removes" or (row.kind == "builds" and _is_shutting_down(payload)):
+            return Transitioned(scope=None)
+        scope = new_scope(context)
     refused = None
     try:
-        wanted = row.transition(registered(scope, context.registration), payload, context)
+        wanted = row.transition(with_registration(scope, context.registration), payload, context)
     except PartlyDone as partly:
         wanted, refused = partly.scope, partly
     if wanted is None:
-        return Outcome(scope=None)
+        return Transitioned(scope=None)
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
-    return Outcome(scope=wanted if wanted.revision else None, output=output, refused=refused)
+    return Transitioned(scope=wanted if wanted.revision else None, output=output, refused=refused)
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:
@@ -169,6 +168,6 @@ def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, cont
         )
 
 
-def _going(payload: msgspec.Struct) -> bool:
+def _is_shutting_down(payload: msgspec.Struct) -> bool:
     """Whether CloudStack is taking the network down: the rules that it still lists then are not to begin anything."""
     return getattr(payload, "network_state", "") in ("shutdown", "destroy")

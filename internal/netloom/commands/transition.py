@@ -8,7 +8,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.network_facts import built, check_addresses, check_segment, told
+from netloom.commands.network_facts import check_addresses, check_segment, implemented_if_complete, with_facts
 from netloom.errors import HostRefused
 from netloom.protocol.network import NetworkPayload
 from netloom.state import Network, Outside6, Scope, Uplinks
@@ -24,7 +24,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     registration: Registration
 
 
-class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+class Transitioned(msgspec.Struct, frozen=True, kw_only=True):
     """The scope as it should be from now on, and what CloudStack reads. No scope: nothing of it is left.
 
     ``refused``: what of the command was not taken over; the rest is in ``scope``.
@@ -43,7 +43,7 @@ class PartlyDone(HostRefused):
         self.scope = scope
 
 
-def blank(context: Context) -> Scope:
+def new_scope(context: Context) -> Scope:
     """A scope of which nothing is known but whose it is."""
     return Scope(
         scope_id=context.scope_id,
@@ -54,7 +54,7 @@ def blank(context: Context) -> Scope:
     )
 
 
-def registered(scope: Scope, registration: Registration) -> Scope:
+def with_registration(scope: Scope, registration: Registration) -> Scope:
     """``scope`` with the operator's present details; an operator may change them while networks live."""
     return replace(
         scope,
@@ -64,17 +64,17 @@ def registered(scope: Scope, registration: Registration) -> Scope:
     )
 
 
-def network_of(scope: Scope, asked: NetworkPayload, context: Context) -> Network:
-    """The network that ``asked`` is about, as the call tells of it; built, when the call is the first to tell enough.
+def network_of(scope: Scope, payload: NetworkPayload, context: Context) -> Network:
+    """The network that ``payload`` is about, as the call tells of it; built, when the call is the first to tell enough.
 
     Raises BadRequest when guests cannot be on its segment, or the device not in its subnets.
     """
-    known = scope.networks.get(asked.network_id) or Network(network_id=str(asked.network_id))
-    network = told(known, asked)
+    known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
+    network = with_facts(known, payload)
     if network.vlan:
         check_segment(network.vlan, context.registration)
     if not network.implemented:
-        return built(network, asked, scope)
+        return implemented_if_complete(network, payload, scope)
     check_addresses(network)
     return network
 
@@ -84,21 +84,21 @@ def with_network(scope: Scope, network: Network) -> Scope:
     return replace(scope, networks={**scope.networks, network.network_id: network})
 
 
-def told_to_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
+def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
     """A command that is about one network only, as one about its scope."""
 
-    def transition(scope: Scope, asked: N, context: Context) -> Scope:
-        return with_network(scope, change(network_of(scope, asked, context), asked))
+    def transition(scope: Scope, payload: N, context: Context) -> Scope:
+        return with_network(scope, change(network_of(scope, payload, context), payload))
 
     return transition
 
 
-def taken_from_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
+def for_known_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
     """The same for a command that takes something away: from a network that nobody told of there is nothing to take."""
 
-    def transition(scope: Scope, asked: N, context: Context) -> Scope:
-        network = scope.networks.get(asked.network_id)
-        return scope if network is None else with_network(scope, change(network, asked))
+    def transition(scope: Scope, payload: N, context: Context) -> Scope:
+        network = scope.networks.get(payload.network_id)
+        return scope if network is None else with_network(scope, change(network, payload))
 
     return transition
 

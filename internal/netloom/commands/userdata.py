@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from netloom.commands.nic import put, with_nic
+from netloom.commands.nic import put_nic, with_nic
 from netloom.protocol.userdata import (
     SaveHypervisorHostname,
     SavePassword,
@@ -25,32 +25,32 @@ _USER_DATA = ("userdata", "user_data")
 _PASSWORD = ("password", "vm_password")
 
 
-def save_vm_data(network: Network, asked: SaveVmData) -> Network:
+def save_vm_data(network: Network, payload: SaveVmData) -> Network:
     """The whole set of the VM is this. A password stays when none is listed: later starts bring none."""
-    known, nic = with_nic(network, asked)
-    return put(known, with_items(nic, asked.vm_data), nic)
+    known, nic = with_nic(network, payload)
+    return put_nic(known, with_items(nic, payload.vm_data), nic)
 
 
-def save_password(network: Network, asked: SavePassword) -> Network:
+def save_password(network: Network, payload: SavePassword) -> Network:
     """The VM may fetch this password, once."""
-    known, nic = with_nic(network, asked)
-    return put(known, _with_password(nic, asked.password.reveal()), nic)
+    known, nic = with_nic(network, payload)
+    return put_nic(known, _with_password(nic, payload.password.reveal()), nic)
 
 
-def save_userdata(network: Network, asked: SaveUserdata) -> Network:
+def save_userdata(network: Network, payload: SaveUserdata) -> Network:
     """The user data is this, byte for byte; empty is a value too."""
-    known, nic = with_nic(network, asked)
-    return put(known, replace(nic, user_data=Secret(asked.userdata.reveal())), nic)
+    known, nic = with_nic(network, payload)
+    return put_nic(known, replace(nic, user_data=Secret(payload.userdata.reveal())), nic)
 
 
-def save_sshkey(network: Network, asked: SaveSshkey) -> Network:
+def save_sshkey(network: Network, payload: SaveSshkey) -> Network:
     """``public-keys`` is this text."""
-    return _with_item(network, asked, "public-keys", asked.sshkey.reveal())
+    return _with_item(network, payload, "public-keys", payload.sshkey.reveal())
 
 
-def save_hypervisor_hostname(network: Network, asked: SaveHypervisorHostname) -> Network:
+def save_hypervisor_hostname(network: Network, payload: SaveHypervisorHostname) -> Network:
     """``hypervisor-host-name`` is this."""
-    return _with_item(network, asked, "hypervisor-host-name", str(asked.hypervisor_hostname))
+    return _with_item(network, payload, "hypervisor-host-name", str(payload.hypervisor_hostname))
 
 
 def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:
@@ -76,7 +76,7 @@ def password_taken(network: Network, key: str, serial: int) -> Network:
     nic = network.nics.get(key)
     if nic is None or nic.password_serial != serial or nic.password is None:
         return network
-    return put(network, replace(nic, password=None), nic)
+    return put_nic(network, replace(nic, password=None), nic)
 
 
 def _with_password(nic: Nic, password: str) -> Nic:
@@ -86,6 +86,6 @@ def _with_password(nic: Nic, password: str) -> Nic:
     return replace(nic, password=Secret(password), password_serial=nic.password_serial + 1)
 
 
-def _with_item(network: Network, asked: SaveSshkey | SaveHypervisorHostname, name: str, content: str) -> Network:
-    known, nic = with_nic(network, asked)
-    return put(known, replace(nic, metadata=dict(sorted({**nic.metadata, name: content}.items()))), nic)
+def _with_item(network: Network, payload: SaveSshkey | SaveHypervisorHostname, name: str, content: str) -> Network:
+    known, nic = with_nic(network, payload)
+    return put_nic(known, replace(nic, metadata=dict(sorted({**nic.metadata, name: content}.items()))), nic)

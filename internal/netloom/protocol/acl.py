@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 
@@ -11,10 +11,8 @@ from netloom.protocol.network import NetworkPayload
 from netloom.protocol.scalars import Choice, Direction, IcmpNumber, Number, Port, Prefix, quoted
 
 
-class AclAction(Choice):
+class AclAction(Choice[Literal["allow", "deny"]]):
     """What an ACL item does."""
-
-    WORDS = ("allow", "deny")
 
 
 class AclProtocol(str):

@@ -6,7 +6,7 @@ CloudStack writes one such JSON file per call (docs/protocol.md, section 2).
 from __future__ import annotations
 
 import re
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -72,16 +72,12 @@ class PrivateKey(Secret):
         return cls("\n".join(line.rstrip() for line in _LINE_END.split(text)) + "\n")
 
 
-class FirewallDetail(Choice):
+class FirewallDetail(Choice[Literal["present", "absent"]]):
     """Whether the network offering has the Firewall service. ``absent``: it has not, so ingress is open by default."""
 
-    WORDS = ("present", "absent")
 
-
-class SegmentKind(Choice):
+class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
     """How guest networks are separated on the physical network."""
-
-    WORDS = ("vlan", "vxlan")
 
 
 class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from netloom.protocol.network import NetworkPayload
 from netloom.protocol.scalars import Choice, Direction, Flag, IcmpNumber, IPv4, IPv4Prefix, Number, Port, Prefix
 
 
-class FirewallProtocol(Choice):
+class FirewallProtocol(Choice[Literal["tcp", "udp", "icmp", "all"]]):
     """The protocols of CloudStack's firewall rules."""
-
-    WORDS = ("tcp", "udp", "icmp", "all")
 
 
 class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from netloom.errors import BadRequest
@@ -10,16 +12,12 @@ from netloom.protocol.reader import convert
 from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
 
 
-class LbProtocol(Choice):
+class LbProtocol(Choice[Literal["tcp", "udp", "tcp-proxy"]]):
     """``tcp-proxy`` is tcp with the PROXY protocol towards the backends."""
 
-    WORDS = ("tcp", "udp", "tcp-proxy")
 
-
-class LbAlgorithm(Choice):
+class LbAlgorithm(Choice[Literal["roundrobin", "leastconn", "source"]]):
     """How a backend is chosen."""
-
-    WORDS = ("roundrobin", "leastconn", "source")
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,41 +42,41 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     backends: tuple[Backend, ...] = ()
 
     @property
-    def spoken(self) -> str:
+    def effective_protocol(self) -> Literal["tcp", "udp", "tcp-proxy"]:
         """The protocol to speak: what a name that ends in ``[udp]`` or ``[tcp-proxy]`` says, else what was sent."""
-        for protocol in ("udp", "tcp-proxy"):
-            if self.name.rstrip().lower().endswith(f"[{protocol}]"):
-                return protocol
-        return str(self.protocol)
+        name = self.name.rstrip().lower()
+        if name.endswith("[udp]"):
+            return "udp"
+        return "tcp-proxy" if name.endswith("[tcp-proxy]") else self.protocol.word
 
 
 class LbRules:
     """The rules of a call, and of each that cannot be read the reason: a restart sends all of them in one call."""
 
-    def __init__(self, rules: tuple[LbRule, ...], unread: tuple[str, ...]) -> None:
+    def __init__(self, rules: tuple[LbRule, ...], invalid: tuple[str, ...]) -> None:
         self.rules = rules
-        self.unread = unread
+        self.invalid = invalid
 
     @classmethod
     def parse(cls, value: object) -> LbRules:
         """Raises ValueError when it is no list of objects, BadRequest when there are rules and none can be read."""
         if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
             raise ValueError("expected a list of objects")
-        rules, unread = [], []
+        rules, invalid = [], []
         for at, item in enumerate(value):
             try:
                 rules.append(convert(item, LbRule, root=f"payload.lb_rules[{at}]"))
             except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
-                unread.append(error.message)
-        if unread and not rules:
-            raise BadRequest(unread[0])
-        return cls(tuple(rules), tuple(unread))
+                invalid.append(error.message)
+        if invalid and not rules:
+            raise BadRequest(invalid[0])
+        return cls(tuple(rules), tuple(invalid))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LbRules) and (self.rules, self.unread) == (other.rules, other.unread)
+        return isinstance(other, LbRules) and (self.rules, self.invalid) == (other.rules, other.invalid)
 
     def __hash__(self) -> int:
-        return hash((self.rules, self.unread))
+        return hash((self.rules, self.invalid))
 
 
 class ApplyLbRules(NetworkPayload, frozen=True, kw_only=True):

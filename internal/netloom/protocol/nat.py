@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from netloom.protocol.network import NetworkPayload
 from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, PortRange, UnicastIPv4, Vlan
 
 
-class TransportProtocol(Choice):
+class TransportProtocol(Choice[Literal["tcp", "udp"]]):
     """What has ports."""
-
-    WORDS = ("tcp", "udp")
 
 
 class PublicAddress(NetworkPayload, frozen=True, kw_only=True):
@@ -57,4 +57,4 @@ class DeletePortForward(PublicAddress, frozen=True, kw_only=True):
     public_port: PortRange
     protocol: TransportProtocol
     private_ip: IPv4 = IPv4("")
-    private_port: PortRange = PortRange("")
+    private_port: PortRange | None = None

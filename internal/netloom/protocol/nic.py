@@ -14,6 +14,7 @@ from netloom.protocol.scalars import (
     Id,
     IPv4,
     IPv4List,
+    IPv4Prefix,
     IPv6,
     IPv6List,
     IPv6Prefix,
@@ -52,6 +53,11 @@ class NicPayload(NetworkPayload, frozen=True, kw_only=True):
     dns: IPv4List = IPv4List()
     dns6: IPv6List = IPv6List()
     domain: Domain = Domain("")
+
+    @property
+    def subnet(self) -> str:
+        """The NIC's IPv4 subnet, from its address and its netmask; empty when one of them is missing."""
+        return str(IPv4Prefix.parse(f"{self.ip}/{self.netmask.length}")) if self.ip and self.netmask else ""
 
 
 class KnownNic(NicPayload, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import msgspec
 
@@ -29,12 +29,7 @@ _NOT_NAMES = {"default", "main", "local", "all", "unspec"}
 # Between the kernel's table of local addresses and the ways out by mark.
 PRIORITY_MIN, PRIORITY_MAX = 10000, 19999
 
-_KINDS: dict[str, RouteKind] = {
-    "unicast": "unicast",
-    "blackhole": "blackhole",
-    "unreachable": "unreachable",
-    "prohibit": "prohibit",
-}
+_KINDS: tuple[RouteKind, ...] = get_args(RouteKind)
 _ROUTE_HINT = (
     "[blackhole|unreachable|prohibit] <prefix>|default [via <address>] [dev <link>] [src <address>], "
     "as in: default via 203.0.113.1 dev pub-101"
@@ -42,14 +37,14 @@ _ROUTE_HINT = (
 _RULE_HINT = "[from <prefix>] [to <prefix>] [iif <link>] [priority <number>], as in: from 10.10.1.0/24"
 
 
-class TableTold(msgspec.Struct, frozen=True, kw_only=True):
+class TableParams(msgspec.Struct, frozen=True, kw_only=True):
     """A table by its number, its name, or both. 0 and empty: not told."""
 
     number: int = 0
     name: str = ""
 
 
-class RouteTold(msgspec.Struct, frozen=True, kw_only=True):
+class RouteParams(msgspec.Struct, frozen=True, kw_only=True):
     """A route as told; empty: not told. No ``kind``: an ordinary one."""
 
     destination: str
@@ -59,7 +54,7 @@ class RouteTold(msgspec.Struct, frozen=True, kw_only=True):
     source: str = ""
 
 
-class RuleTold(msgspec.Struct, frozen=True, kw_only=True):
+class RuleParams(msgspec.Struct, frozen=True, kw_only=True):
     """A rule as told. Empty: any; ``priority`` 0: not told."""
 
     source: str = ""
@@ -80,28 +75,28 @@ class _Priority(Number):
     WHAT = "a priority of these rules"
 
 
-def names_a_table(params: Mapping[str, str]) -> bool:
+def has_table_params(params: Mapping[str, str]) -> bool:
     """Whether any of a table's parameters says something."""
     return any(params.get(it, "").strip() for it in ("table-id", "id", "table-name", "table"))
 
 
-def table_told(params: Mapping[str, str]) -> TableTold:
+def parse_table(params: Mapping[str, str]) -> TableParams:
     """From ``table-id`` (or ``id``) and ``table-name`` (or ``table``, which may be a number as well)."""
     either = params.get("table", "").strip().isdigit()
     number = _one(params, "table-id", "id", *(["table"] if either else []))
     name = _one(params, "table-name", *([] if either else ["table"]))
     if not number and not name:
         raise BadRequest("payload.action-params: no table is named", hint="give table-id or table-name")
-    return TableTold(
+    return TableParams(
         number=_parsed("table-id", _number, number) if number else 0,
         name=_parsed("table-name", _table_name, name) if name else "",
     )
 
 
-def route_told(params: Mapping[str, str]) -> RouteTold:
+def parse_route(params: Mapping[str, str]) -> RouteParams:
     """From ``route``."""
     words = _words(params, "route", _ROUTE_HINT)
-    kind = _KINDS.get(words[0])
+    kind = next((it for it in _KINDS if it == words[0]), None)
     if kind is not None:
         words.pop(0)
     if not words:
@@ -116,10 +111,10 @@ def route_told(params: Mapping[str, str]) -> RouteTold:
     via, link, source = (str(told.get(it, "")) for it in options)
     if kind not in (None, "unicast") and told:
         raise BadRequest(f"payload.action-params.route: {kind} goes without {', '.join(told)}")
-    return RouteTold(destination=destination, kind=kind, via=via, link=link, source=source)
+    return RouteParams(destination=destination, kind=kind, via=via, link=link, source=source)
 
 
-def rule_told(params: Mapping[str, str]) -> RuleTold:
+def parse_rule(params: Mapping[str, str]) -> RuleParams:
     """From ``rule``."""
     words = _words(params, "rule", _RULE_HINT)
     alike = {"pref": "priority", "preference": "priority", "order": "priority"}
@@ -129,7 +124,7 @@ def rule_told(params: Mapping[str, str]) -> RuleTold:
     if not told.keys() - {"priority"}:
         raise BadRequest("payload.action-params.rule: it says nothing of which packets", hint=_RULE_HINT)
     source, destination = (str(told.get(it, "")) for it in ("from", "to"))
-    return RuleTold(
+    return RuleParams(
         source="" if source == ANYWHERE else source,
         destination="" if destination == ANYWHERE else destination,
         iif=str(told.get("iif", "")),

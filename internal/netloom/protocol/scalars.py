@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-from typing import ClassVar, Self
+from typing import ClassVar, Generic, Literal, Self, TypeVar, cast, get_args
 
 from netloom.errors import one_line
-from netloom.names import UNTAGGED, VLAN_TAG_MAX, is_id
+from netloom.names import ID, UNTAGGED, VLAN_TAG_MAX
 from netloom.secret import Secret
+
+_LiteralT = TypeVar("_LiteralT", bound=str)
 
 VNI_MAX = (1 << 24) - 1  # RFC 7348: 24 bits
 SECRET_CHARACTERS_MAX = 4096  # the width of CloudStack's detail columns
@@ -23,9 +25,14 @@ QUOTE_CHARACTERS_MAX = 48
 
 _OCTET = r"(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _IPV4 = re.compile(rf"{_OCTET}(?:\.{_OCTET}){{3}}\Z")
+_MASK_OCTET = r"(?:0|128|192|224|240|248|252|254|255)"
+_NETMASK = re.compile(
+    rf"(?:255\.(?:255\.(?:255\.{_MASK_OCTET}|{_MASK_OCTET}\.0)|{_MASK_OCTET}\.0\.0)|{_MASK_OCTET}\.0\.0\.0)\Z"
+)
 _IPV6 = re.compile(r"[0-9a-fA-F:.]{2,45}\Z")
 _PREFIX_LENGTH = re.compile(r"(?:0|[1-9][0-9]{0,2})\Z")
-_MAC = re.compile(r"[0-9a-fA-F]{2}(?:[:-][0-9a-fA-F]{2}){5}\Z")
+# The lowest bit of the first octet is 1 in group addresses (IEEE 802).
+_MAC = re.compile(r"(?!00(?:[:-]00){5}\Z)[0-9a-fA-F][02468aceACE](?:[:-][0-9a-fA-F]{2}){5}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\Z")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\Z")
@@ -100,36 +107,46 @@ class Document(str):
         return cls(text)
 
 
-class Word(str):
-    """A word of the protocol (a state, a kind): letters, digits, dot, dash; lower case."""
+class Pattern(str):
+    """Text that matches the pattern of its class. JSON numbers are accepted as text where ``NUMBERS`` is True."""
+
+    PATTERN: ClassVar[re.Pattern[str]]
+    WHAT: ClassVar[str]
+    NUMBERS: ClassVar[bool] = False
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        text = _text(value)
-        if not _WORD.match(text):
-            raise ValueError(f"{quoted(value)} is not a word of the protocol")
-        return cls(text.lower())
-
-
-class ActionName(str):
-    """The name of a custom action: it becomes part of a file name, so letters, digits, dot, dash, underscore."""
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not _WORD.match(value) or ".." in value:
-            raise ValueError(f"{quoted(value)} is not the name of an action")
-        return cls(value)
-
-
-class Id(str):
-    """A CloudStack id: decimal, no leading zero, ten digits at most. Names on the host are made from it."""
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        text = _text(value)
-        if not is_id(text):
-            raise ValueError(f"{quoted(value)} is not an id (a decimal number of at most 10 digits)")
+        text = _text(value) if cls.NUMBERS else value
+        if not isinstance(text, str) or not cls.PATTERN.match(text):
+            raise ValueError(f"{quoted(value)} is not {cls.WHAT}")
         return cls(text)
+
+
+class Word(Pattern):
+    """A word of the protocol, for example a state: letters, digits, dots, dashes, underscores. Becomes lower case."""
+
+    PATTERN = _WORD
+    WHAT = "a word of the protocol"
+    NUMBERS = True
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(super().parse(value).lower())
+
+
+class ActionName(Pattern):
+    """The name of a custom action. It becomes a part of a file name, so it contains no slash and no ``..``."""
+
+    PATTERN = re.compile(r"(?!.*\.\.)" + _WORD.pattern)
+    WHAT = "the name of an action"
+
+
+class Id(Pattern):
+    """A CloudStack id: decimal, no leading zero, at most ten digits. Names on the host contain it."""
+
+    PATTERN = ID
+    WHAT = "an id (a decimal number of at most 10 digits)"
+    NUMBERS = True
 
 
 class Flag(int):
@@ -181,11 +198,13 @@ class IcmpNumber(Number):
     WHAT = "an ICMP type or code"
 
 
-class PortRange(str):
-    """Ports as CloudStack writes them: ``22``, ``8080-8090``, or ``8080:8090`` in its documentation.
+class PortRange(tuple[int, int]):
+    """The first and the last port of a range; a single port is a range of one.
 
-    The text is the dashed form; equal ends are one number.
+    CloudStack sends ``22`` or ``8080-8090``; its documentation shows ``8080:8090``.
     """
+
+    __slots__ = ()
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -196,29 +215,26 @@ class PortRange(str):
         first, last = Port.parse(int(match[1])), Port.parse(int(match[2] or match[1]))
         if first > last:
             raise ValueError(f"{quoted(value)} is a range of ports that ends before it begins")
-        return cls(f"{first}-{last}" if first != last else f"{first}")
+        return cls((int(first), int(last)))
 
     @property
     def first(self) -> int:
-        return int(self.partition("-")[0])
+        return self[0]
 
     @property
     def last(self) -> int:
-        return int(self.rpartition("-")[2])
+        return self[1]
 
 
-class IPv4(str):
-    """An IPv4 address in the one spelling that has four decimal octets without leading zeros."""
+class IPv4(Pattern):
+    """An IPv4 address: four decimal octets without leading zeros."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not _IPV4.match(value):
-            raise ValueError(f"{quoted(value)} is not an IPv4 address")
-        return cls(value)
+    PATTERN = _IPV4
+    WHAT = "an IPv4 address"
 
 
 class UnicastIPv4(IPv4):
-    """An IPv4 address that one machine can have: nobody's, a loopback's, a group's and everybody's are refused."""
+    """A unicast IPv4 address. 0.0.0.0/8, loopback, multicast and broadcast are refused."""
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -291,43 +307,34 @@ class Prefix(str):
         raise ValueError(f"{quoted(value)} is not a network with prefix length")
 
 
-class Netmask(str):
-    """An IPv4 netmask in dotted form whose ones are contiguous."""
+class Netmask(Pattern):
+    """An IPv4 netmask in dotted form: ones, then zeros."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if isinstance(value, str) and _IPV4.match(value):
-            host_bits = int(ipaddress.IPv4Address(value)) ^ 0xFFFFFFFF
-            if host_bits & (host_bits + 1) == 0:
-                return cls(value)
-        raise ValueError(f"{quoted(value)} is not a netmask")
+    PATTERN = _NETMASK
+    WHAT = "a netmask"
 
     @property
     def length(self) -> int:
         return int(ipaddress.IPv4Address(str(self))).bit_count()
 
 
-class Mac(str):
-    """A MAC address of one station, lower case with colons."""
+class Mac(Pattern):
+    """A unicast MAC address. Becomes lower case with colons."""
+
+    PATTERN = _MAC
+    WHAT = "a MAC address"
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        if isinstance(value, str) and _MAC.match(value):
-            mac = value.lower().replace("-", ":")
-            if not int(mac[:2], 16) & 1 and mac != "00:00:00:00:00:00":
-                return cls(mac)
-        raise ValueError(f"{quoted(value)} is not a MAC address")
+        return cls(super().parse(value).lower().replace("-", ":"))
 
 
-class HostName(str):
-    """The bare name of a VM: one label of RFC 1123, at most 63 characters (CloudStack's NetUtils demands the same)."""
+class HostName(Pattern):
+    """The name of a VM without a domain: one label of RFC 1123, as CloudStack's NetUtils requires."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        text = _text(value)
-        if not _LABEL.match(text):  # guard: a-host-name-is-a-label
-            raise ValueError(f"{quoted(value)} is not a host name")
-        return cls(text)
+    PATTERN = _LABEL  # guard: a-host-name-is-a-label
+    WHAT = "a host name"
+    NUMBERS = True
 
 
 class Domain(str):
@@ -345,14 +352,11 @@ class Domain(str):
         return cls(bare)
 
 
-class LinkName(str):
-    """The name of a NIC of the host: at most 15 characters, no slash, not starting with a dash or a dot."""
+class LinkName(Pattern):
+    """The name of a NIC of the host: at most 15 characters, no slash, no dash or dot at the start."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not _LINK.match(value):
-            raise ValueError(f"{quoted(value)} is not the name of a network interface")
-        return cls(value)
+    PATTERN = _LINK
+    WHAT = "the name of a network interface"
 
 
 class Vlan(str):
@@ -500,10 +504,20 @@ class ParamValue(str):
         return cls(text)
 
 
-class Choice(str):
-    """One of the words of its class, in any case; the value is lower case."""
+class Choice(str, Generic[_LiteralT]):
+    """One of the words of a Literal type, which is the parameter of the class. Accepts any case, becomes lower case."""
 
     WORDS: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        (base,) = cls.__orig_bases__  # type: ignore[attr-defined]  # types.get_original_bases is new in Python 3.12
+        cls.WORDS = get_args(get_args(base)[0])
+
+    @property
+    def word(self) -> _LiteralT:
+        """The word as a value of the Literal type."""
+        return cast(_LiteralT, str(self))
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -513,26 +527,19 @@ class Choice(str):
         return cls(text.lower())
 
 
-class Direction(Choice):
-    """Which way a rule looks: ``ingress`` or ``egress``."""
-
-    WORDS = ("ingress", "egress")
+class Direction(Choice[Literal["ingress", "egress"]]):
+    """The direction of the traffic that a rule matches."""
 
 
-class GuestType(Choice):
-    """CloudStack's kinds of guest networks."""
-
-    WORDS = ("isolated", "shared", "l2")
+class GuestType(Choice[Literal["isolated", "shared", "l2"]]):
+    """CloudStack's types of guest networks."""
 
 
-class ParamName(str):
+class ParamName(Pattern):
     """The name of a custom action's parameter."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not _WORD.match(value):
-            raise ValueError(f"{quoted(value)} is not the name of a parameter")
-        return cls(value)
+    PATTERN = _WORD
+    WHAT = "the name of a parameter"
 
 
 class Host(str):
@@ -568,11 +575,8 @@ class HostList(tuple[Host, ...]):
         return cls(dict.fromkeys(Host.parse(item) for item in _items(value)))
 
 
-class UserName(str):
-    """A login name: not an option, no blank, no path."""
+class UserName(Pattern):
+    """A login name: no dash at the start, no blank, no slash."""
 
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        if not isinstance(value, str) or not _USER.match(value):
-            raise ValueError(f"{quoted(value)} is not a user name")
-        return cls(value)
+    PATTERN = _USER
+    WHAT = "a user name"

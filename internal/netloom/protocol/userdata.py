@@ -54,7 +54,7 @@ class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
     file: Content = Content()
     content: Content = Content()
 
-    def checked(self) -> VmDataItem | None:
+    def valid_item(self) -> VmDataItem | None:
         """The item, or None when its name or directory is not one that is served."""
         place, name = self.dir.reveal().lower(), self.file.reveal()
         if place not in _DIRECTORIES or not is_item_name(name):

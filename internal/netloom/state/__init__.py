@@ -1,7 +1,8 @@
-"""Our words: what a scope should be. Frozen values that know nothing of Linux and nothing of CloudStack's spelling.
+"""The desired state of a scope: frozen values, independent of Linux and of CloudStack's spelling.
 
-A *scope* is whatever shares a network namespace: an isolated or shared network, or a VPC with all its tiers.
-The values here are what the agent keeps on disk, one JSON document per scope, and all that the renderers see.
+A *scope* is everything that shares one network namespace: an isolated or shared network, or a VPC with all its tiers.
+The agent stores one JSON document per scope. The names of the fields are its keys, so
+renaming a field changes the file format. The renderers read only these values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The firewall of a network, as CloudStack last gave it, whole."""
+"""The firewall of a network: the complete set of rules of the last apply-fw-rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Protocol = Literal["tcp", "udp", "icmp", "all"]
 
 
 class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
-    """One rule. ``None`` and empty mean *any*."""
+    """One rule. None and empty mean any."""
 
     rule_id: int
     direction: Literal["ingress", "egress"]
@@ -26,7 +26,10 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Firewall(msgspec.Struct, frozen=True, kw_only=True):
-    """``default_egress_allow``: explicit egress rules deny; without it they allow (protocol section 3, fw_rules)."""
+    """The firewall's rules and its egress policy (docs/protocol.md, section 3, fw_rules).
+
+    ``default_egress_allow``: if True, egress is allowed and egress rules deny; otherwise egress rules allow.
+    """
 
     default_egress_allow: bool
     rules: tuple[FirewallRule, ...] = ()

@@ -1,4 +1,4 @@
-"""Load balancing rules."""
+"""Load balancing rules: a port of a public address, and the guests that share its connections."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import msgspec
 
 
 class Backend(msgspec.Struct, frozen=True, order=True, kw_only=True):
-    """A guest that takes part of the load."""
+    """A guest that gets a share of the connections."""
 
     ip: str
     port: int
 
 
 class LbRule(msgspec.Struct, frozen=True, kw_only=True):
-    """One balanced port of a public address. A rule may have no backend: then connections are refused."""
+    """One balanced port of a public address. If it has no backend, connections are refused."""
 
     rule_id: int
     public_ip: str

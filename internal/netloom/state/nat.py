@@ -1,4 +1,4 @@
-"""Public addresses and what they are translated to."""
+"""Public addresses, static NAT and port forwards."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Ports(msgspec.Struct, frozen=True, order=True):
 
 
 class PublicIp(msgspec.Struct, frozen=True, kw_only=True):
-    """A public address that the device holds.
+    """A public address of the device.
 
-    ``exit`` numbers the way out (a public VLAN and its gateway) within the scope: lowest free number from 1,
-    the same for all addresses with the same VLAN and gateway, and unchanged while one of them is held. Marks and
-    route tables are made from it, so it must not move under established flows.
+    ``exit`` is the number of the address's exit within the scope. An exit is a public VLAN and a gateway; all addresses
+    with both in common have the same exit. A new exit gets the lowest free number, from 1. Connection marks and route
+    tables are derived from the number, so it stays the same as long as the exit has an address.
     """
 
     address: str
     vlan: str  # a tag, or "untagged"
-    gateway: str  # empty: CloudStack did not say
+    gateway: str  # empty: CloudStack sent none
     cidr: str  # the public subnet, network address with prefix length
     exit: int
     source_nat: bool = False
-    network_id: str = ""  # the tier that asked for it; empty: the VPC itself
+    network_id: str = ""  # the network or tier that it is assigned to; empty: the VPC itself
 
 
 class StaticNat(msgspec.Struct, frozen=True, kw_only=True):
-    """One public address stands for one guest, both ways."""
+    """One public address that is translated to one guest, in both directions."""
 
     public_ip: str
     private_ip: str
@@ -47,7 +47,7 @@ class StaticNat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PortForward(msgspec.Struct, frozen=True, kw_only=True):
-    """Ports of a public address lead to ports of a guest: one to one, or all to one port."""
+    """Ports of a public address that are translated to ports of a guest: each to its own, or all to one port."""
 
     public_ip: str
     protocol: Literal["tcp", "udp"]
@@ -58,5 +58,5 @@ class PortForward(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> str:
-        """What makes a forward the same forward: ``203.0.113.21/tcp/8080-8090``."""
+        """The identity of the forward in ``Scope.port_forwards``: ``203.0.113.21/tcp/8080-8090``."""
         return f"{self.public_ip}/{self.protocol}/{self.public_ports}"

@@ -1,7 +1,7 @@
-"""A VM's NIC and all that hangs on it: lease, names, metadata, password.
+"""A NIC of a VM, with its lease, DNS names, metadata and password.
 
-State hangs on the NIC; an address is an attribute of it. Whoever takes an address takes nothing else of its
-former owner.
+All of these belong to the NIC, and so does its address. A NIC that takes over the address of another NIC takes over
+nothing else from it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from netloom.secret import Secret
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
     """One NIC of a VM on one network.
 
-    ``leased``: add-dhcp-entry or a restore came, so DHCP answers it. ``named``: the same for DNS. Both outlive the
-    VM's stop and end with remove-dhcp-entry. ``metadata`` holds the items as CloudStack names them (``instance-id``).
-    ``user_data`` None: none was ever given; empty: it was given and is empty. ``password`` None: none was set, or
-    the VM has fetched it.
+    Identity: ``mac``, ``nic_uuid``, ``nic_id``. CloudStack does not send all three in every call.
+
+    Addresses: ``ip`` to ``gateway``. The gateway and the netmask are those of the NIC's own range.
+
+    DHCP and DNS: ``leased`` is set by add-dhcp-entry and by a restore, ``named`` by add-dns-entry and by a restore. A
+    stop of the VM keeps both; remove-dhcp-entry removes the NIC. ``default``: the VM's default route uses this NIC.
+
+    Metadata: ``metadata`` has CloudStack's names as keys (``instance-id``). ``user_data`` is None until it is given;
+    empty user data is a value. ``password`` is None if none was set or if the VM has fetched it.
     """
 
     mac: str
@@ -28,16 +33,16 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     netmask: str = ""
     gateway: str = ""
     hostname: str = ""
-    device_id: str = ""
+    device_id: str = ""  # the number of the NIC in its VM; nothing reads it, but state files and golden files have it
     default: bool = True
     leased: bool = False
     named: bool = False
     metadata: dict[str, str] = {}
     user_data: Secret | None = None
     password: Secret | None = None
-    password_serial: int = 0  # grows with every password that was set; names a setting without telling it
+    password_serial: int = 0  # increases with each new password; identifies a password without revealing it
 
     @property
     def key(self) -> str:
-        """What makes a NIC the same NIC: its uuid, else its MAC address."""
+        """The identity of the NIC in ``Network.nics``: its uuid, else its MAC address."""
         return self.nic_uuid or self.mac

@@ -1,6 +1,7 @@
-"""Policy routing that an operator asked for: named route tables, what is in them, and which packets look them up.
+"""An operator's policy routing: named route tables, their routes, and the rules that select a table for a packet.
 
-Printed in the words of ip-route(8) and ip-rule(8), which is also how they are told.
+The custom actions ``pbr-*`` change it. Routes and rules are read and printed in the syntax of ip-route(8) and
+ip-rule(8).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ RouteKind = Literal["unicast", "blackhole", "unreachable", "prohibit"]
 
 
 class PbrTable(msgspec.Struct, frozen=True, kw_only=True):
-    """A route table of the scope: the kernel's number, and the name that only people use."""
+    """A route table of the scope: the kernel's number, and a name that only operators see."""
 
     number: int
     name: str
@@ -25,12 +26,12 @@ class PbrTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PbrRoute(msgspec.Struct, frozen=True, kw_only=True):
-    """A route, one per table and destination. Only a ``unicast`` one has ``link``, ``via`` and ``source``."""
+    """A route. A table has one route per destination. Only ``unicast`` routes have ``link``, ``via`` and ``source``."""
 
     table: int
     destination: str  # a prefix; the default route is ANYWHERE
     kind: RouteKind = "unicast"
-    link: str = ""  # of the namespace: "pub-101"
+    link: str = ""  # a link of the namespace: "pub-101"
     via: str = ""  # empty: on-link
     source: str = ""  # preferred source address of the device's own packets
 
@@ -40,7 +41,7 @@ class PbrRoute(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PbrRule(msgspec.Struct, frozen=True, kw_only=True):
-    """What guests begin outward looks up a table. Empty ``source``, ``destination``, ``iif``: any."""
+    """Outward connections of guests that match look up a table. Empty ``source``, ``destination``, ``iif``: any."""
 
     priority: int
     table: int
@@ -55,12 +56,12 @@ class PbrRule(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pbr(msgspec.Struct, frozen=True, kw_only=True):
-    """Tables by number, routes by table and destination, rules by priority: the order they are kept in."""
+    """All of it, sorted: tables by number, routes by table and destination, rules by priority."""
 
     tables: tuple[PbrTable, ...] = ()
     routes: tuple[PbrRoute, ...] = ()
     rules: tuple[PbrRule, ...] = ()
 
     def name_of(self, number: int) -> str:
-        """The name of a table, or its number where there is none."""
+        """The name of a table; its number if the table does not exist."""
         return next((it.name for it in self.tables if it.number == number), str(number))

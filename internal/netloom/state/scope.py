@@ -1,4 +1,4 @@
-"""A scope and the networks in it."""
+"""A scope, its networks, and what the registration says about its host and its IPv6 uplink."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SCHEMA = 1
 
 
 class Uplinks(msgspec.Struct, frozen=True, kw_only=True):
-    """The NICs of the host that carry the VLANs (registration details guest.network.device, public.network.device)."""
+    """The host's NICs for guest and public traffic, from the registration details named in the comments."""
 
-    guest: str = "eth1"
-    public: str = "eth1"
-    isolation: Literal["vlan", "vxlan"] = "vlan"  # registration detail guest.isolation
+    guest: str = "eth1"  # guest.network.device
+    public: str = "eth1"  # public.network.device
+    isolation: Literal["vlan", "vxlan"] = "vlan"  # guest.isolation
 
 
 class Outside6(msgspec.Struct, frozen=True, kw_only=True):
-    """The way out for IPv6 (registration details public.ip6.gateway, public.ip6.address)."""
+    """The uplink for IPv6, from the registration details named in the comments."""
 
-    gateway: str
-    address: str  # with prefix length; without host bits each scope has an address of its own in it
+    gateway: str  # public.ip6.gateway
+    address: str  # public.ip6.address, with prefix length; if it has no host bits, each scope has its own address in it
 
 
 class Subnet(msgspec.Struct, frozen=True, order=True):
-    """A range of a shared network, and the router that its VMs are told of; empty: nobody named one."""
+    """A range of a shared network, and the router of its VMs; empty: CloudStack named none."""
 
     cidr: str
     gateway: str = ""
@@ -41,70 +41,98 @@ class Subnet(msgspec.Struct, frozen=True, order=True):
 class Network(msgspec.Struct, frozen=True, kw_only=True):
     """An isolated or shared network, or a tier of a VPC.
 
-    ``implemented``: implement-network came, or another call that told as much, and no shutdown since. Until then what
-    is told about the network is remembered and nothing of it stands on the host.
+    Identity: ``network_id`` and ``guest_type``. ``implemented`` is True after implement-network, or after another
+    command that carries the segment, the subnet and the device's address, until shutdown-network. Before that, the
+    network's fields are stored, but the host has no links and no services for it.
+
+    Segment and addresses: ``vlan`` to ``extension_ip``. A shared network may have several ranges. ``cidr`` and
+    ``gateway`` are those of the range that contains ``extension_ip``; ``subnets`` has the others.
+
+    Filters: ``firewall`` and, for a tier, ``acl``. While CloudStack has sent none, ingress is closed and egress open.
+
+    Services for the guests: ``dhcp``, ``dns``, ``resolvers`` and ``domain``.
+
+    VMs: ``nics`` and ``dhcp_options``. CloudStack may send the options of a NIC before the NIC itself.
     """
 
     network_id: str
     guest_type: Literal["isolated", "shared", "l2"] = "isolated"
     implemented: bool = False
-    vlan: str = ""  # a tag or "untagged"; empty: not told yet
+
+    vlan: str = ""  # a tag or "untagged"; empty: not known yet
     cidr: str = ""  # "10.10.1.0/24"
     gateway: str = ""
-    subnets: tuple[Subnet, ...] = ()  # further ranges of a shared network: ``cidr`` is the one with ``extension_ip``
-    ip6_cidr: str = ""  # "2001:db8:50:1::/64"; empty: IPv4 alone
+    subnets: tuple[Subnet, ...] = ()
+    ip6_cidr: str = ""  # "2001:db8:50:1::/64"; empty: no IPv6
     ip6_gateway: str = ""
-    extension_ip: str = ""  # the device's own guest address; empty: the gateway's, on a shared network none
-    firewall: Firewall | None = None  # None: no apply-fw-rules yet: ingress closed, egress open
-    acl: tuple[AclItem, ...] | None = None  # of a tier, by number; None: no list yet: ingress closed, egress open
-    dhcp: bool = False  # DHCP answers on this network
+    extension_ip: str = ""  # the device's own guest address; empty: the gateway's, none on a shared network
+
+    firewall: Firewall | None = None
+    acl: tuple[AclItem, ...] | None = None  # by number
+
+    dhcp: bool = False  # a DHCP server answers on this network
     dns: bool = False  # a resolver answers on this network
-    resolvers: tuple[str, ...] = ()  # where the resolver asks on, IPv4
+    resolvers: tuple[str, ...] = ()  # IPv4 addresses that the resolver forwards queries to
     domain: str = ""
+
     nics: dict[str, Nic] = {}  # by Nic.key
-    dhcp_options: dict[str, dict[str, str]] = {}  # by nic_id: option code -> value; may come before the NIC does
+    dhcp_options: dict[str, dict[str, str]] = {}  # by nic_id: option code -> value
 
     @property
     def device_ip(self) -> str:
-        """The device's address on the guest side. On a shared network the gateway's is never ours to take."""
+        """The device's guest address. A shared network's gateway is another router: its address is never used."""
         return self.extension_ip or (self.gateway if self.guest_type == "isolated" else "")
 
     @property
     def is_active(self) -> bool:
-        """Whether there is something of it on the host."""
+        """Whether the network exists on the host: it is implemented, and its segment and addresses are known."""
         return bool(self.implemented and self.vlan and self.cidr and self.device_ip)
 
     @property
     def has_ip6(self) -> bool:
-        """Whether the device is the guests' router for IPv6: where it is the one for IPv4, and a subnet was told."""
+        """Whether the device routes IPv6 for the guests: it is their IPv4 router, and there is an IPv6 subnet."""
         return bool(self.is_active and self.ip6_cidr and self.ip6_gateway and self.device_ip == self.gateway)
 
     @property
     def ranges(self) -> tuple[Subnet, ...]:
-        """All its IPv4 subnets, that of the device first."""
+        """All IPv4 subnets of the network, the device's own first."""
         return (*([Subnet(self.cidr, self.gateway)] if self.cidr else []), *self.subnets)
 
 
 class Scope(msgspec.Struct, frozen=True, kw_only=True):
-    """All that should hold for one namespace.
+    """The desired state of one network namespace.
 
-    ``revision`` grows by one with every change; ``schema`` is the version of this document.
+    Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
+    with each change. ``schema`` is the version of the document on disk.
+
+    Registration details: ``uplinks``, ``outside6`` and ``ingress_open``. Each call brings the current ones.
+
+    VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
+
+    Networks and public addresses: ``networks`` to ``lb_rules``. An isolated or shared network's scope has one network.
+
+    Policy routing: ``pbr``, from an operator's custom actions.
     """
 
     scope_id: str  # "net-204" or "vpc-7"
     owner: str
     schema: int = SCHEMA
     revision: int = 0
+
     uplinks: Uplinks = Uplinks()
-    outside6: Outside6 | None = None  # None: IPv6 leads nowhere
-    ingress_open: bool = False  # registration detail firewall=absent: the offering has no Firewall service
-    vpc_implemented: bool = False  # implement-vpc came: the namespace stands, whether a tier does or not
-    vpc_cidr: str = ""  # what the tiers' subnets are taken from; only told, nothing is made of it
-    networks: dict[str, Network] = {}
+    outside6: Outside6 | None = None  # None: no uplink for IPv6
+    ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
+
+    vpc_implemented: bool = False
+    # The range that the tiers' subnets are part of. Nothing reads it, but state files and golden files have it.
+    vpc_cidr: str = ""
+
+    networks: dict[str, Network] = {}  # by network_id
     public_ips: dict[str, PublicIp] = {}  # by address
     static_nats: dict[str, StaticNat] = {}  # by public address
     port_forwards: dict[str, PortForward] = {}  # by PortForward.key
     lb_rules: dict[str, LbRule] = {}  # by rule id
+
     pbr: Pbr = Pbr()
 
     @property

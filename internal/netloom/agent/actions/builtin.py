@@ -17,8 +17,8 @@ from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.agent.scopes.interfaces import Host, ScopeServices
-from netloom.commands.actions import check_known, cut, document, listed, plain, success
-from netloom.commands.pbr import nothing_known, of_named_table
+from netloom.commands.actions import as_sections, check_known, page_of, printable_ascii, success_json, truncated
+from netloom.commands.pbr import limited_to_table, unknown_scope
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
 from netloom.plan.plan import plan
@@ -65,35 +65,41 @@ class Actions:
         check_known(action, self._hooks.names())
         scope = context.scope
         if scope is None:
-            raise nothing_known(action, call.scope_id)
+            raise unknown_scope(action, call.scope_id)
         match action:
             case "check":
                 found = self._deviations(scope, context)
-                return success(cut(found) if found else "nothing to do: all is as it should be"), HostChanges()
+                return success_json(
+                    truncated(found) if found else "nothing to do: all is as it should be"
+                ), HostChanges()
             case "counters":
                 counted = _counters(scope, context.want)
-                return success(listed(counted, request.params, none="no public address stands")), HostChanges()
+                return success_json(page_of(counted, request.params, none="no public address stands")), HostChanges()
             case "dump-config":
                 return self._dump(scope, context), HostChanges()
             case "leases":
-                return success(listed(describe.leases(scope), request.params, none="no NIC is known")), HostChanges()
+                return success_json(
+                    page_of(describe.leases(scope), request.params, none="no NIC is known")
+                ), HostChanges()
             case "list-firewall-rules":
-                return success(listed(describe.firewall(scope), request.params, none="no such line")), HostChanges()
+                return success_json(
+                    page_of(describe.firewall(scope), request.params, none="no such line")
+                ), HostChanges()
             case "pbr-list-routes":
-                routes = describe.pbr_routes(of_named_table(scope, request.params))
-                return success(listed(routes, request.params, none="no route")), HostChanges()
+                routes = describe.pbr_routes(limited_to_table(scope, request.params))
+                return success_json(page_of(routes, request.params, none="no route")), HostChanges()
             case "pbr-list-rules":
-                rules = describe.pbr_rules(of_named_table(scope, request.params))
-                return success(listed(rules, request.params, none="no rule")), HostChanges()
+                rules = describe.pbr_rules(limited_to_table(scope, request.params))
+                return success_json(page_of(rules, request.params, none="no rule")), HostChanges()
             case "pbr-list-tables":
-                return success(listed(describe.pbr_tables(scope), request.params, none="no table")), HostChanges()
+                return success_json(page_of(describe.pbr_tables(scope), request.params, none="no table")), HostChanges()
             case "reboot-device":
                 done = self._reboot(scope, context)
                 did = f"{call.scope_id}: links down and up, ruleset and services anew, {done.count} steps"
-                return success(did), done
+                return success_json(did), done
             case "show":
                 described = [*describe.summary(scope), *self._status(scope, context)]
-                return success(plain("\n".join(described))), HostChanges()
+                return success_json(printable_ascii("\n".join(described))), HostChanges()
         hook = Hook(
             path=self._hooks.path(action),
             action=action,
@@ -122,7 +128,7 @@ class Actions:
         found += [
             f"balance rule {it}, once {at} is free" for it, at in context.services.waiting(scope.scope_id).items()
         ]
-        return [plain(it) for it in found]
+        return [printable_ascii(it) for it in found]
 
     def _status(self, scope: Scope, context: ActionContext) -> list[str]:
         running = context.services.running(scope.scope_id)
@@ -162,7 +168,7 @@ class Actions:
             ("== state, without secrets", describe.state(scope)),
             ("== found: nftables", _table(have.namespace) if have.exists else []),
         ]
-        return document([(title, [plain(it) for it in lines]) for title, lines in sections])
+        return as_sections([(title, [printable_ascii(it) for it in lines]) for title, lines in sections])
 
     # ----------------------------------------------------------------------------------------------------- repairing
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from netloom.agent.environment import PATH
-from netloom.commands.actions import OUTPUT_CHARACTERS_MAX, checked, plain
+from netloom.commands.actions import OUTPUT_CHARACTERS_MAX, hook_output, printable_ascii
 from netloom.errors import HostRefused, one_line
 
 _FILE = re.compile(r"custom-action-([A-Za-z0-9][A-Za-z0-9._-]{0,63})\.sh\Z")
@@ -92,7 +92,7 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
             how = f"was killed by signal {-process.returncode}" if died else f"failed with status {process.returncode}"
             last = err.last_line() or out.last_line()
             raise HostRefused(f"hook {self.action} {how}{': ' if last else ', without a message'}{last}")
-        return checked(self.action, out.text())
+        return hook_output(self.action, out.text())
 
 
 class Hooks:
@@ -147,7 +147,7 @@ class _CapturedOutput:
         return self._head.decode("utf-8", "replace")
 
     def last_line(self) -> str:
-        lines = plain(self._tail.decode("utf-8", "replace")).split("\n")
+        lines = printable_ascii(self._tail.decode("utf-8", "replace")).split("\n")
         return next((one_line(line, 400) for line in reversed(lines) if line.strip()), "")
 
 
