@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 from netloom.agent.actions.builtin import Actions
-from netloom.agent.events import Events
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
-from netloom.agent.scopes import Scopes
-from netloom.agent.store import Unreadable
-from netloom.agent.upkeep import Upkeep
+from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.scopes import Scopes
+from netloom.agent.scopes.store import Unreadable
+from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import HostRefused
 from netloom.plan.have import Have
 from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step

@@ -11,7 +11,7 @@ import pytest
 
 from fakehost import Agent, simulated
 from netloom.agent.actions.hooks import Hook, Hooks
-from netloom.agent.events import Events
+from netloom.agent.scopes.events import Events
 from netloom.commands import table
 from netloom.errors import HostRefused
 from netloom.wire import Reply

@@ -10,7 +10,7 @@ import pytest
 
 from netloom import logfile
 from netloom.agent.log import Log
-from netloom.agent.store import Store, Unreadable
+from netloom.agent.scopes.store import Store, Unreadable
 from netloom.errors import HostRefused
 from netloom.state import Network, PublicIp, Scope
 

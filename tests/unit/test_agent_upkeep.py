@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fakehost import Agent, simulated
-from netloom.agent.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
+from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 
@@ -458,6 +458,15 @@ async def test_a_failed_tidy_is_logged_and_the_next_one_comes(agent: Agent) -> N
     await agent.clock.advance(60)
     assert agent.log.lines == ["tidy failed: busy"]
     assert agent.did == ["tidy", "tidy"]
+
+
+@simulated
+async def test_a_bug_in_tidy_has_its_traceback_in_the_log_and_the_next_one_comes(agent: Agent) -> None:
+    agent.start(agent.upkeep.keep_tidy())
+    agent.host.fail("tidy", RuntimeError("a bug"))
+    await agent.clock.advance(60)
+    assert agent.did == ["tidy", "tidy"]
+    assert agent.log.lines[0] == "tidy bug: RuntimeError"
 
 
 @dataclass

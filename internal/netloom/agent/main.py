@@ -41,8 +41,8 @@ def _serve(options: dict[str, str]) -> int:
     # asyncio, msgspec, the renderers
     from netloom.agent.connect import SOCKET
     from netloom.agent.log import complain
+    from netloom.agent.scopes.upkeep import CHECK_EVERY_S
     from netloom.agent.serve import STATE_DIR, serve
-    from netloom.agent.upkeep import CHECK_EVERY_S
 
     check_every = options.get("--check-every") or str(CHECK_EVERY_S)
     try:

@@ -34,9 +34,7 @@ from collections import OrderedDict
 
 from netloom import __version__
 from netloom.agent.actions.builtin import Actions
-from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
-from netloom.agent.events import Events
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
@@ -45,10 +43,12 @@ from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
-from netloom.agent.scopes import Scopes, start_workers
+from netloom.agent.scopes.clock import LoopClock
+from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.scopes import Scopes, start_workers
+from netloom.agent.scopes.store import Store
+from netloom.agent.scopes.upkeep import CHECK_EVERY_S, Upkeep
 from netloom.agent.setup.install import held
-from netloom.agent.store import Store
-from netloom.agent.upkeep import CHECK_EVERY_S, Upkeep
 from netloom.errors import HostRefused, NetloomError
 from netloom.program import build_id, command
 from netloom.sockets import peer_credentials

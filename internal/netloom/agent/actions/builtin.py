@@ -14,9 +14,9 @@ from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.interfaces import Host, ScopeServices
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.scopes.interfaces import Host, ScopeServices
 from netloom.commands.actions import as_sections, check_known, page_of, printable_ascii, success_json, truncated
 from netloom.commands.pbr import limited_to_table, unknown_scope
 from netloom.errors import HostRefused

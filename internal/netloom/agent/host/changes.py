@@ -1,4 +1,4 @@
-"""What a convergence of the host did."""
+"""The result of a convergence of the host: steps, changed services, announcements."""
 
 from __future__ import annotations
 

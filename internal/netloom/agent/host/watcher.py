@@ -18,7 +18,6 @@ from functools import partial
 from typing import Literal, Protocol
 
 from netloom.agent.backoff import Backoff
-from netloom.agent.clock import Clock, Timer
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -26,6 +25,7 @@ from netloom.agent.kernel.neighbours import NeighbourRow
 from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
+from netloom.agent.scopes.clock import Clock, Timer
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule
@@ -303,7 +303,7 @@ class Watcher:
                 return link.name
         return ""
 
-    # ------------------------------------------------------------------------------------------------------ healing
+    # ------------------------------------------------------------------------------------------------------ repairs
 
     def _schedule(self, watched: _Watched, why: str) -> None:
         if self._stopped or watched.scope_id in self._timers:
@@ -326,9 +326,7 @@ class Watcher:
         if self._watched.get(watched.scope_id) is not watched:
             return
         if self._handler.busy(watched.scope_id):
-            self._timers[watched.scope_id] = self._clock.call_later(
-                DEBOUNCE_S, partial(self._start_repair, watched, why)
-            )
+            self._start_later(watched, why, DEBOUNCE_S)
             return
         task = self._loop.create_task(self._run(watched, why))
         self._tasks.add(task)

@@ -1,4 +1,4 @@
-"""What the modules for links, addresses, routes, rules and neighbours share: message types, and values in attributes.
+"""Shared by the modules for links, addresses, routes, rules and neighbours: message types, values in attributes.
 
 Message layouts: rtnetlink(7), linux/rtnetlink.h.
 """

@@ -22,9 +22,9 @@ from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
+from netloom.agent.scopes.store import Store
 from netloom.agent.setup import install
 from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
-from netloom.agent.store import Store
 from netloom.errors import HostRefused
 from netloom.guestwire import GuestHello
 from netloom.guestwire.channel import Channel, ChannelError

@@ -27,11 +27,11 @@ from functools import partial
 
 from netloom import names
 from netloom.agent.backoff import Backoff
-from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.interfaces import Host, ScopeServices, ScopeWatcher
 from netloom.agent.log import Log
-from netloom.agent.scopes import SCOPE_ID, WORKERS, Scopes, Slot
+from netloom.agent.scopes.clock import Clock
+from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeWatcher
+from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes, Slot
 from netloom.errors import NetloomError
 from netloom.guestwire import PasswordTaken
 
@@ -204,9 +204,13 @@ class Upkeep:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
+            with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
-        with_services = await self._scopes.in_worker(self._services.scopes)
+            return
+        except Exception as error:  # noqa: BLE001, a bug in one tidy must not be the end of all later ones
+            self._log.traceback("tidy", error)
+            return
         for scope_id in sorted(with_services - {slot.scope_id for slot in self._scopes.slots()}):
             if SCOPE_ID.match(scope_id):
                 slot = self._scopes.slot(scope_id)

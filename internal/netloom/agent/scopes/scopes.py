@@ -3,8 +3,8 @@
 Theory of operation
 ===================
 
-Each scope has a ``Slot``. Whoever works on the scope holds the lock of its slot, so the calls of one scope run one
-after the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
+Each scope has a ``Slot`` with a lock. All work on the scope holds this lock, so the calls of one scope run one after
+the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
 
 A call takes these steps. All but the first and the last run in one worker thread:
 
@@ -38,11 +38,11 @@ from msgspec.structs import replace
 from netloom import names
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
-from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.log import Log
-from netloom.agent.store import Unreadable
+from netloom.agent.scopes.clock import Clock, Timer
+from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
+from netloom.agent.scopes.store import Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line

@@ -1,0 +1,210 @@
+"""When the watcher repairs: debounce, back-off, and events during other work. Kernel and time are simulated."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from fakehost import FakeClock, FakeLog
+from netloom.agent.host import watcher
+from netloom.agent.host.watcher import ALL_REPAIRS_AT_ONCE, DEBOUNCE_S, REPAIRS_AT_ONCE, Watcher
+from netloom.agent.kernel import namespaces
+from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.watch import Event
+from netloom.names import guest_link
+from netloom.netobjects import Address
+from netloom.render.scope import render
+from unit.scopes import A1, A2, wish
+
+SCOPE = "net-204"
+WANT = render(wish(held=(A1, A2)))
+LOST = "203.0.113.20/32"
+
+
+def lost(cidr: str = LOST, *, back: bool = False) -> Event:
+    """An address that somebody removed, or that is there again."""
+    wanted = [it for it in WANT.addresses if it.cidr == cidr]
+    address = wanted[0] if wanted else Address(link=guest_link("204"), cidr=cidr)
+    return Event(kind="address", gone=bool(wanted) != back, row=AddressRow(address=address, link_local=False, scope=""))
+
+
+class FakeWatch:
+    """The events of the scope's namespace."""
+
+    def __init__(self, namespace: str | None) -> None:
+        self._fd = os.eventfd(0)
+        self.events: list[Event] = []
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def read(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class Scene:
+    """A watcher that watches one scope; its handler records the repairs with their time."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.log = FakeLog()
+        self.repairs: list[tuple[float, str]] = []
+        self.steps: int | None = 1
+        self.working = False
+        self.watcher = Watcher(asyncio.get_running_loop(), self.clock, self.log, self, lambda bridge, links: None)
+
+    def busy(self, scope_id: str) -> bool:
+        return self.working
+
+    async def repair(self, scope_id: str, why: str) -> int | None:
+        self.repairs.append((round(self.clock.time(), 2), why.removeprefix("watch: ")))
+        self.watcher.work_done(scope_id)
+        return self.steps
+
+    def tidy_soon(self) -> None:
+        pass
+
+    async def events(self, *events: Event) -> None:
+        """Let the kernel report these events."""
+        watched = self.watcher._watched[SCOPE].inside
+        assert isinstance(watched, FakeWatch)
+        watched.events += events
+        os.eventfd_write(watched.fileno(), 1)
+        await asyncio.sleep(0.001)  # the selector of the event loop sees it
+        os.eventfd_read(watched.fileno())
+        await self.clock.settle()
+
+
+def watched(test: Callable[[Scene], Coroutine[Any, Any, None]]) -> Callable[[pytest.MonkeyPatch], None]:
+    """A test that gets a scene as its argument."""
+
+    async def run() -> None:
+        scene = Scene()
+        scene.watcher.watch(SCOPE, WANT)
+        await scene.clock.settle()
+        try:
+            async with asyncio.timeout(10):
+                await test(scene)
+        finally:
+            scene.watcher.stop()
+
+    def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(watcher, "Watch", FakeWatch)
+        monkeypatch.setattr(namespaces, "exists", lambda name: True)
+        monkeypatch.setattr(namespaces, "identity", lambda name: 1)
+        asyncio.run(run())
+
+    wrapped.__name__, wrapped.__doc__ = test.__name__, test.__doc__
+    return wrapped
+
+
+@watched
+async def test_events_within_the_debounce_time_cause_one_repair(scene: Scene) -> None:
+    await scene.events(lost(), lost("203.0.113.21/32"))
+    await scene.clock.advance(DEBOUNCE_S / 2)
+    await scene.events(lost("10.1.1.1/24"))
+    assert scene.repairs == []
+    await scene.clock.advance(1)
+    assert scene.repairs == [(DEBOUNCE_S, LOST)]
+
+
+@watched
+async def test_events_that_match_cause_no_repair(scene: Scene) -> None:
+    await scene.events(lost(back=True))
+    await scene.clock.advance(1)
+    assert scene.repairs == []
+
+
+@watched
+async def test_repairs_of_the_same_object_back_off(scene: Scene) -> None:
+    delays: list[float] = []
+    for _ in range(REPAIRS_AT_ONCE + 6):
+        before = scene.clock.time()
+        await scene.events(lost())
+        while len(scene.repairs) == len(delays):
+            await scene.clock.advance(0.01)
+        delays.append(round(scene.clock.time() - before, 2))
+    assert delays == [DEBOUNCE_S] * REPAIRS_AT_ONCE + [1, 2, 4, 8, 16, 30]
+    assert scene.log.lines[0].endswith(f"{LOST}: repaired 5 times, 5 in all recently; next repair in 1 s")
+    # After a minute of peace the next repair comes at once.
+    await scene.clock.advance(61)
+    await scene.events(lost())
+    await scene.clock.advance(DEBOUNCE_S)
+    assert len(scene.repairs) == len(delays) + 1
+
+
+@watched
+async def test_repairs_of_many_objects_back_off_later(scene: Scene) -> None:
+    for number in range(ALL_REPAIRS_AT_ONCE + 1):
+        await scene.events(lost(f"192.0.2.{number}/32"))
+        await scene.clock.advance(DEBOUNCE_S)
+    assert len(scene.repairs) == ALL_REPAIRS_AT_ONCE
+    await scene.clock.advance(1)
+    assert len(scene.repairs) == ALL_REPAIRS_AT_ONCE + 1
+
+
+@pytest.mark.parametrize("steps", [0, None])
+def test_a_repair_that_changed_nothing_or_failed_is_not_counted(
+    steps: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @watched
+    async def scenario(scene: Scene) -> None:
+        scene.steps = steps
+        for _ in range(3 * REPAIRS_AT_ONCE):
+            await scene.events(lost())
+            await scene.clock.advance(DEBOUNCE_S)
+        assert len(scene.repairs) == 3 * REPAIRS_AT_ONCE
+        assert scene.log.lines == []
+
+    scenario(monkeypatch)
+
+
+@watched
+async def test_of_events_during_other_work_the_last_one_about_each_object_counts(scene: Scene) -> None:
+    scene.working = True
+    await scene.events(lost(), lost(back=True), lost("203.0.113.21/32"), lost("192.0.2.9/32"))
+    await scene.events(lost("192.0.2.9/32", back=True))
+    await scene.clock.advance(10)
+    assert scene.repairs == []
+    scene.working = False
+    scene.watcher.work_done(SCOPE)
+    await scene.clock.advance(1)
+    assert scene.repairs == [(10 + DEBOUNCE_S, "203.0.113.21/32")]
+
+
+@watched
+async def test_a_repair_waits_for_other_work(scene: Scene) -> None:
+    await scene.events(lost())
+    scene.working = True
+    await scene.clock.advance(10)
+    assert scene.repairs == []
+    scene.working = False
+    await scene.clock.advance(DEBOUNCE_S)
+    assert [why for _, why in scene.repairs] == [LOST]
+
+
+@watched
+async def test_a_scope_that_ends_is_not_repaired_any_more(scene: Scene) -> None:
+    await scene.events(lost())
+    scene.watcher.unwatch(SCOPE)
+    await scene.clock.advance(10)
+    assert scene.repairs == []
+
+
+@watched
+async def test_a_repair_that_waits_for_other_work_is_given_up_when_that_ends_the_scope(scene: Scene) -> None:
+    await scene.events(lost())
+    scene.working = True
+    await scene.clock.advance(DEBOUNCE_S)
+    scene.watcher.unwatch(SCOPE)
+    scene.working = False
+    await scene.clock.advance(10)
+    assert scene.repairs == []
