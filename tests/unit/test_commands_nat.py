@@ -29,7 +29,7 @@ def after(scope: Scope | None, command: str, **fields: Any) -> Scope:
     return done
 
 
-def standing() -> Scope:
+def implemented_scope() -> Scope:
     scope = implement().scope
     assert scope is not None
     return after(scope, "assign-ip", **public("203.0.113.20", source_nat="true"))
@@ -73,7 +73,7 @@ def test_assign_ip_before_implement_is_remembered() -> None:
 
 
 def test_there_is_one_source_nat_address() -> None:
-    scope = after(standing(), "assign-ip", **public("203.0.113.21", source_nat=True))
+    scope = after(implemented_scope(), "assign-ip", **public("203.0.113.21", source_nat=True))
     assert {it.address for it in scope.public_ips.values() if it.source_nat} == {"203.0.113.21"}
 
 
@@ -82,18 +82,18 @@ def test_there_is_one_source_nat_address() -> None:
 @pytest.mark.parametrize("command", ["assign-ip", "add-static-nat"])
 def test_defect_55_a_missing_public_field_is_named(missing: str, command: str) -> None:
     with pytest.raises(BadRequest, match=f"payload.{missing} is missing"):
-        call(standing(), command, **{**public("203.0.113.21"), missing: ""}, private_ip="10.10.1.45")
+        call(implemented_scope(), command, **{**public("203.0.113.21"), missing: ""}, private_ip="10.10.1.45")
 
 
 def test_all_public_fields_missing() -> None:
     with pytest.raises(BadRequest, match=r"payload: public_ip, public_vlan, public_cidr are missing"):
-        call(standing(), "assign-ip")
+        call(implemented_scope(), "assign-ip")
     with pytest.raises(BadRequest, match=r"payload\.public_ip is missing"):
-        call(standing(), "release-ip")
+        call(implemented_scope(), "release-ip")
 
 
 def test_an_address_without_a_gateway() -> None:
-    scope = after(standing(), "assign-ip", **public("203.0.113.21", gateway=""))
+    scope = after(implemented_scope(), "assign-ip", **public("203.0.113.21", gateway=""))
     assert (scope.public_ips["203.0.113.21"].gateway, scope.public_ips["203.0.113.21"].exit) == ("", 2)
 
 
@@ -101,7 +101,7 @@ def test_an_address_without_a_gateway() -> None:
 @pytest.mark.parametrize("address", ["0.0.0.0", "127.0.0.2", "224.0.0.5", "255.255.255.255"])
 def test_an_address_that_no_machine_has_is_refused(field: str, address: str) -> None:
     with pytest.raises(BadRequest, match=rf"payload\.{field}: '{address}' is not the address of a machine"):
-        call(standing(), "assign-ip", **{**public("203.0.113.21"), field: address})
+        call(implemented_scope(), "assign-ip", **{**public("203.0.113.21"), field: address})
 
 
 def test_an_address_that_could_not_be_routed_is_refused_before_anything_is_touched() -> None:
@@ -110,24 +110,24 @@ def test_an_address_that_could_not_be_routed_is_refused_before_anything_is_touch
     with pytest.raises(
         BadRequest, match=r"payload\.public_ip: 203\.0\.113\.1 is the gateway of another public address"
     ):
-        call(standing(), "assign-ip", **public("203.0.113.1", gateway="203.0.113.9"))
+        call(implemented_scope(), "assign-ip", **public("203.0.113.1", gateway="203.0.113.9"))
     with pytest.raises(
         BadRequest, match=r"payload\.public_gateway: 203\.0\.113\.20 is a public address of the guests'"
     ):
-        call(standing(), "assign-ip", **public("203.0.113.21", gateway="203.0.113.20"))
+        call(implemented_scope(), "assign-ip", **public("203.0.113.21", gateway="203.0.113.20"))
     with pytest.raises(BadRequest, match=r"payload\.public_cidr: 0\.0\.0\.0/0 is the subnet of no public VLAN"):
-        call(standing(), "assign-ip", **{**public("203.0.113.21"), "public_cidr": "0.0.0.0/0"})
+        call(implemented_scope(), "assign-ip", **{**public("203.0.113.21"), "public_cidr": "0.0.0.0/0"})
 
 
 @pytest.mark.parametrize("vlan", ["5001", "101-i201"])
 def test_a_public_vlan_is_a_tag(vlan: str) -> None:
     with pytest.raises(BadRequest, match=r"payload\.public_vlan: .* is not a VLAN tag"):
-        call(standing(), "assign-ip", **public("203.0.113.21", vlan))
+        call(implemented_scope(), "assign-ip", **public("203.0.113.21", vlan))
 
 
 @pytest.mark.mutation("an-exit-has-one-vlan-and-gateway", instead="held.vlan == vlan")
 def test_defect_32_each_way_out_keeps_its_number() -> None:
-    scope = standing()
+    scope = implemented_scope()
     for address, vlan, gateway in (
         ("203.0.113.21", "101", "203.0.113.1"),
         ("203.0.113.22", "102", "203.0.113.1"),
@@ -145,7 +145,7 @@ def test_defect_32_each_way_out_keeps_its_number() -> None:
 
 
 def test_an_address_that_moves_to_another_vlan_frees_its_number_first() -> None:
-    scope = after(standing(), "assign-ip", **public("203.0.113.20", "102", source_nat="true"))
+    scope = after(implemented_scope(), "assign-ip", **public("203.0.113.20", "102", source_nat="true"))
     assert (scope.public_ips["203.0.113.20"].vlan, scope.public_ips["203.0.113.20"].exit) == ("102", 1)
 
 
@@ -158,7 +158,7 @@ def test_what_is_kept_can_be_written_down() -> None:
 
 @pytest.mark.mutation("release-ip-is-no-prefix-match", instead="not it.public_ip.startswith(address)")
 def test_defect_33_release_ip_is_not_a_prefix_match() -> None:
-    scope = standing()
+    scope = implemented_scope()
     for address in ("203.0.113.2", "203.0.113.21"):
         scope = after(scope, "add-port-forward", **forward(address, "22"))
     scope = after(scope, "release-ip", **public("203.0.113.2"))
@@ -168,7 +168,7 @@ def test_defect_33_release_ip_is_not_a_prefix_match() -> None:
 
 @pytest.mark.mutation("release-ip-ends-static-nat")
 def test_defect_34_release_ip_takes_what_the_address_was_translated_to_and_nothing_else() -> None:
-    before = standing()
+    before = implemented_scope()
     scope = after(before, "add-static-nat", **public("203.0.113.21"), private_ip="10.10.1.45")
     scope = after(scope, "add-port-forward", **forward("203.0.113.21", "80"))
     scope = after(scope, "release-ip", **public("203.0.113.21"))
@@ -178,7 +178,9 @@ def test_defect_34_release_ip_takes_what_the_address_was_translated_to_and_nothi
 
 
 def test_rules_of_an_address_that_never_came_bring_it() -> None:
-    scope = after(standing(), "add-static-nat", **public("203.0.113.22", source_nat=True), private_ip="10.10.1.45")
+    scope = after(
+        implemented_scope(), "add-static-nat", **public("203.0.113.22", source_nat=True), private_ip="10.10.1.45"
+    )
     assert scope.static_nats == {
         "203.0.113.22": StaticNat(public_ip="203.0.113.22", private_ip="10.10.1.45", network_id="204")
     }
@@ -194,7 +196,7 @@ def test_a_rule_does_not_take_the_source_nat_from_its_address() -> None:
 
 
 def test_a_guest_has_one_static_nat_address() -> None:
-    scope = after(standing(), "add-static-nat", **public("203.0.113.21"), private_ip="10.10.1.45")
+    scope = after(implemented_scope(), "add-static-nat", **public("203.0.113.21"), private_ip="10.10.1.45")
     scope = after(scope, "add-static-nat", **public("203.0.113.22"), private_ip="10.10.1.45")
     assert set(scope.static_nats) == {"203.0.113.22"}
 
@@ -202,7 +204,7 @@ def test_a_guest_has_one_static_nat_address() -> None:
 @pytest.mark.mutation("a-range-is-forwarded-whole", instead="Ports(ports.first, ports.first)")
 @pytest.mark.parametrize("sent", ["8080-8090", "8080:8090"])
 def test_defect_29_a_range_is_forwarded(sent: str) -> None:
-    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", sent, sent))
+    scope = after(implemented_scope(), "add-port-forward", **forward("203.0.113.20", sent, sent))
     assert scope.port_forwards == {
         "203.0.113.20/tcp/8080-8090": PortForward(
             public_ip="203.0.113.20",
@@ -217,21 +219,21 @@ def test_defect_29_a_range_is_forwarded(sent: str) -> None:
 
 
 def test_a_range_may_lead_to_one_port_and_not_to_two() -> None:
-    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "80"))
+    scope = after(implemented_scope(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "80"))
     assert scope.port_forwards["203.0.113.20/tcp/8080-8090"].private_ports == Ports(80, 80)
     with pytest.raises(BadRequest, match=r"payload\.private_port: 80-81 is neither one port nor as many as 9000-9002"):
         call(scope, "add-port-forward", **forward("203.0.113.20", "9000-9002", "80-81"))
 
 
 def test_the_same_ports_with_another_target_lead_there() -> None:
-    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "22"))
+    scope = after(implemented_scope(), "add-port-forward", **forward("203.0.113.20", "22"))
     scope = after(scope, "add-port-forward", **forward("203.0.113.20", "22", private_ip="10.10.1.46"))
     assert [it.private_ip for it in scope.port_forwards.values()] == ["10.10.1.46"]
 
 
 @pytest.mark.parametrize("ports", ["8090-8100", "8080", "8000-9000", "8085-8086"])
 def test_ports_that_overlap_are_refused_and_both_named(ports: str) -> None:
-    scope = after(standing(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "8080-8090"))
+    scope = after(implemented_scope(), "add-port-forward", **forward("203.0.113.20", "8080-8090", "8080-8090"))
     with pytest.raises(BadRequest, match=rf"203\.0\.113\.20/tcp/{ports} overlaps 203\.0\.113\.20/tcp/8080-8090"):
         call(scope, "add-port-forward", **forward("203.0.113.20", ports, "80"))
     for other in ({"protocol": "udp"}, {"public_ip": "203.0.113.21"}):
@@ -239,11 +241,11 @@ def test_ports_that_overlap_are_refused_and_both_named(ports: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["add-static-nat", "add-port-forward"])
-@pytest.mark.parametrize("scope", [None, "standing"])
+@pytest.mark.parametrize("scope", [None, "implemented"])
 def test_a_guest_is_in_its_network(command: str, scope: str | None) -> None:
     fields = {**forward("203.0.113.20", "22", private_ip="10.10.2.45"), "cidr": "10.10.1.0/24"}
     with pytest.raises(BadRequest, match=r"payload\.private_ip: 10\.10\.2\.45 is not in the network's 10\.10\.1\.0/24"):
-        call(standing() if scope else None, command, **fields)
+        call(implemented_scope() if scope else None, command, **fields)
 
 
 @pytest.mark.parametrize("name", ["056", "059", "060", "121", "124", "125"])
@@ -262,4 +264,4 @@ def test_a_delete_of_what_never_was_changes_and_builds_nothing(name: str) -> Non
 )
 def test_a_wrong_forward_is_named(command: str, field: str, value: str) -> None:
     with pytest.raises(BadRequest, match=rf"payload\.{field}"):
-        call(standing(), command, **{**forward("203.0.113.20", "22"), field: value})
+        call(implemented_scope(), command, **{**forward("203.0.113.20", "22"), field: value})

@@ -18,7 +18,7 @@ from unit.payload_player import call, implement
 WORDS = ("default", "via", "dev", "src", "203.0.113.1", "pub-101", "to", "from", "iif", ";", "-x")
 
 
-def standing() -> Scope:
+def implemented_scope() -> Scope:
     scope = implement().scope
     for address, vlan, cidr in (
         ("203.0.113.20", "101", "203.0.113.0/24"),
@@ -48,7 +48,7 @@ def act(scope: Scope | None, action: str, **params: Any) -> tuple[Scope, str]:
 
 
 def smoke() -> Scope:
-    return act(standing(), "create-table", table_id="100", table_name="smoke")[0]
+    return act(implemented_scope(), "create-table", table_id="100", table_name="smoke")[0]
 
 
 def refused(scope: Scope | None, action: str, **params: Any) -> BadRequest:
@@ -156,16 +156,16 @@ def test_a_rule_that_is_not_understood_is_refused_with_what_would_be(text: str, 
 )
 def test_tables_of_the_kernel_and_of_the_ways_out_are_refused(number: str) -> None:
     if number == "100 ":
-        assert act(standing(), "create-table", table_id=number, table_name="a")[0].pbr.tables[0].number == 100
+        assert act(implemented_scope(), "create-table", table_id=number, table_name="a")[0].pbr.tables[0].number == 100
     else:
-        refused(standing(), "create-table", table_id=number, table_name="a")
+        refused(implemented_scope(), "create-table", table_id=number, table_name="a")
 
 
 @pytest.mark.parametrize(
     "name", ["main", "default", "local", "all", "-batch", "a b", "a/b", "../a", "1a", "x" * 33, "ä"]
 )
 def test_names_that_are_taken_or_none_are_refused(name: str) -> None:
-    refused(standing(), "create-table", table_id="100", table_name=name)
+    refused(implemented_scope(), "create-table", table_id="100", table_name=name)
 
 
 @pytest.mark.mutation("a-next-hop-is-an-address", instead="str")
@@ -205,7 +205,7 @@ def test_defect_13_whatever_the_text_only_checked_values_are_kept(text: str) -> 
 
 
 def test_a_table_is_named_by_number_or_name() -> None:
-    scope, message = act(standing(), "create-table", table_id="100", table_name="smoke")
+    scope, message = act(implemented_scope(), "create-table", table_id="100", table_name="smoke")
     assert message == "table 100 smoke"
     for params in ({"table_id": "100"}, {"id": 100}, {"table": "smoke"}, {"table": "100"}, {"table_name": "smoke"}):
         assert act(scope, "create-table", **params) == (scope, "table 100 smoke")
@@ -237,7 +237,7 @@ def test_what_is_added_twice_is_there_once_and_nothing_is_replaced_silently() ->
     assert ruled.revision == smoke().revision + 2
 
 
-def test_rules_are_tried_in_the_order_in_which_they_were_told() -> None:
+def test_rules_are_tried_in_the_order_in_which_they_were_added() -> None:
     scope = smoke()
     for rule in ("to 192.0.2.0/24", "from 10.10.1.4 priority 15000", "from 10.10.1.5", "from all priority 12000"):
         scope, _ = act(scope, "add-rule", table="smoke", rule=rule)
@@ -248,7 +248,7 @@ def test_rules_are_tried_in_the_order_in_which_they_were_told() -> None:
         (15001, "from 10.10.1.5/32"),
     ]
     full, _ = act(scope, "add-rule", table="smoke", rule="from 10.10.1.6 priority 19999")
-    assert "a rule with already has the last priority" in str(
+    assert "a rule already has the last priority" in str(
         refused(full, "add-rule", table="smoke", rule="from 10.10.1.7")
     )
 

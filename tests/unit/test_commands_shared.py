@@ -135,7 +135,7 @@ def test_a_private_vlan_is_refused_with_the_remedy(vlan: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["320", "409"])
-def test_where_the_device_has_no_address_nothing_stands(name: str) -> None:
+def test_without_an_address_of_the_device_the_network_is_not_active(name: str) -> None:
     scope = play(None, name).scope
     assert scope is not None
     (network,) = scope.networks.values()

@@ -133,13 +133,13 @@ def test_no_host_is_told_with_a_remedy() -> None:
 
 
 @pytest.mark.parametrize("file", [{}, {"payload": {}}, {"physical-network-extension-details": "x", "payload": {}}])
-def test_missing_details_are_told(file: object) -> None:
+def test_missing_details_are_named(file: object) -> None:
     with pytest.raises(BadRequest, match="physical-network-extension-details: "):
         read_envelope(json.dumps(file).encode(), "implement-network")
 
 
 @pytest.mark.parametrize("payload", [None, "", "x", [], 5])
-def test_a_payload_that_is_no_object_is_told(payload: object) -> None:
+def test_a_payload_that_is_not_an_object_is_refused(payload: object) -> None:
     file = {"physical-network-extension-details": PHYSICAL, "payload": payload}
     with pytest.raises(BadRequest, match="payload: "):
         read_envelope(json.dumps(file).encode(), "implement-network")
@@ -224,7 +224,7 @@ def test_the_scope_of_a_payload(payload: object, scope_id: str) -> None:
 
 
 @pytest.mark.mutation("a-payload-names-its-scope")
-def test_defect_55_a_missing_network_id_is_told() -> None:
+def test_defect_55_a_missing_network_id_is_named() -> None:
     with pytest.raises(BadRequest, match=r"payload\.network_id is missing"):
         scope_id_of("assign-ip", {})
     with pytest.raises(BadRequest, match=r"payload\.network_id: '\.\./x' is not an id"):
