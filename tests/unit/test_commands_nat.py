@@ -125,7 +125,7 @@ def test_a_public_vlan_is_a_tag(vlan: str) -> None:
         call(implemented_scope(), "assign-ip", **public("203.0.113.21", vlan))
 
 
-@pytest.mark.mutation("an-exit-has-one-vlan-and-gateway", instead="held.vlan == vlan")
+@pytest.mark.mutation("an-exit-has-one-vlan-and-gateway", instead="assigned.vlan == vlan")
 def test_defect_32_each_way_out_keeps_its_number() -> None:
     scope = implemented_scope()
     for address, vlan, gateway in (

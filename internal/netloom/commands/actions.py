@@ -7,23 +7,24 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from netloom.errors import BadRequest, HostRefused, one_line, unicode_escape
 
+# The actions of every host, and what they do. build/package/manifest.yaml has the descriptions that CloudStack shows.
 BUILT_IN = {
-    "check": "what a repair would do; nothing is changed",
-    "counters": "packets and bytes of each public address and IPv6 prefix, in and out",
-    "dump-config": "the whole scope, wanted and found, secrets left out",
-    "leases": "the NICs that are known, with their addresses and names",
-    "list-firewall-rules": "firewall and translations in words; parameters filter (a text) and skip (lines)",
-    "pbr-add-route": "a route in one of those tables",
-    "pbr-add-rule": "which of the packets that guests send look up one of those tables",
-    "pbr-create-table": "a route table of the scope",
-    "pbr-delete-route": "takes it away",
-    "pbr-delete-rule": "takes it away",
-    "pbr-delete-table": "takes it away, with its routes and rules",
-    "pbr-list-routes": "those routes, or those of one table, a line each",
-    "pbr-list-rules": "those rules, or those of one table, a line each",
-    "pbr-list-tables": "those tables, a line each",
-    "reboot-device": "links down and up, ruleset and services anew; open connections go on",
-    "show": "the scope in a few lines",
+    "check": "print what a repair would do; change nothing",
+    "counters": "print packets and bytes of each public address and IPv6 prefix, in and out",
+    "dump-config": "print the desired and the observed state, without secrets",
+    "leases": "print the known NICs with their addresses and names",
+    "list-firewall-rules": "describe firewall rules and translations; parameters filter (a text) and skip (lines)",
+    "pbr-add-route": "add a route to a route table",
+    "pbr-add-rule": "select the packets of guests that look up a route table",
+    "pbr-create-table": "create a route table of the scope",
+    "pbr-delete-route": "delete a route",
+    "pbr-delete-rule": "delete a rule",
+    "pbr-delete-table": "delete a route table with its routes and rules",
+    "pbr-list-routes": "print the routes of all route tables or of one, one per line",
+    "pbr-list-rules": "print the rules of all route tables or of one, one per line",
+    "pbr-list-tables": "print the route tables, one per line",
+    "reboot-device": "set links down and up, load the ruleset, restart services; open connections continue",
+    "show": "print a summary of the scope",
 }
 
 # CloudStack stores the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), where quoted text is

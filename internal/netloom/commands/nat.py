@@ -32,16 +32,16 @@ def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
     if payload.source_nat:
         scope = with_source_nat(scope, payload, network_id="" if scope.is_vpc else str(payload.network_id))
     else:
-        held = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
-        scope = replace(scope, public_ips={**scope.public_ips, held.address: held})
+        assigned = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
+        scope = replace(scope, public_ips={**scope.public_ips, assigned.address: assigned})
     return with_network(scope, network_of(scope, payload, context))
 
 
 def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
     """``scope`` with this address as its only source-NAT address. The former one stays, without the flag."""
-    held = _public_ip(scope, payload, source_nat=True, network_id=network_id)
+    assigned = _public_ip(scope, payload, source_nat=True, network_id=network_id)
     others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
-    return replace(scope, public_ips={**others, held.address: held})
+    return replace(scope, public_ips={**others, assigned.address: assigned})
 
 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
@@ -66,8 +66,8 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
             key: it for key, it in scope.lb_rules.items() if it.public_ip != address or it.network_id != network_id
         },
     )
-    held = scope.public_ips.get(address)
-    if scope.is_vpc and ((held is not None and held.source_nat) or address in addresses_in_use(scope)):
+    assigned = scope.public_ips.get(address)
+    if scope.is_vpc and ((assigned is not None and assigned.source_nat) or address in addresses_in_use(scope)):
         return scope
     return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key != address})
 
@@ -150,8 +150,8 @@ def _with_public_ip(scope: Scope, payload: PublicAddress) -> Scope:
     """
     if _required_public_ip(payload) in scope.public_ips:
         return scope
-    held = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
-    return replace(scope, public_ips={**scope.public_ips, held.address: held})
+    assigned = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
+    return replace(scope, public_ips={**scope.public_ips, assigned.address: assigned})
 
 
 def _public_ip(
@@ -167,7 +167,7 @@ def _public_ip(
     gateway = str(payload.public_gateway)
     if gateway == payload.public_ip or gateway in scope.public_ips:
         raise BadRequest(f"payload.public_gateway: {gateway} is a public address of the guests' own")
-    if any(payload.public_ip == held.gateway for held in scope.public_ips.values()):
+    if any(payload.public_ip == assigned.gateway for assigned in scope.public_ips.values()):
         raise BadRequest(f"payload.public_ip: {payload.public_ip} is the gateway of another public address")
     if payload.public_cidr.endswith("/0"):
         raise BadRequest(f"payload.public_cidr: {payload.public_cidr} is the subnet of no public VLAN")
@@ -193,10 +193,10 @@ def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
 
     An address keeps its number as long as its VLAN and gateway stay, because open connections are marked with it.
     """
-    for held in scope.public_ips.values():
-        if (held.vlan, held.gateway) == (vlan, gateway):  # guard: an-exit-has-one-vlan-and-gateway
-            return held.exit
-    taken = {held.exit for held in scope.public_ips.values() if held.address != address}
+    for assigned in scope.public_ips.values():
+        if (assigned.vlan, assigned.gateway) == (vlan, gateway):  # guard: an-exit-has-one-vlan-and-gateway
+            return assigned.exit
+    taken = {assigned.exit for assigned in scope.public_ips.values() if assigned.address != address}
     free = next((number for number in range(1, _EXIT_MAX + 1) if number not in taken), None)
     if free is None:
         raise BadRequest(f"payload.public_vlan: more than {_EXIT_MAX} public VLANs and gateways in one scope")
