@@ -77,6 +77,7 @@ class Client:
         self._lock = threading.Lock()
         self._waiting: dict[int, tuple[Future[Any], threading.Event]] = {}
         self._up = threading.Event()
+        self._ended = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", str(PROGRAM), json.dumps(spec)],
@@ -91,7 +92,7 @@ class Client:
 
     def wait_up(self) -> Client:
         """Wait until the process accepts requests. Raises BedError with its stderr when it does not."""
-        if not self._up.wait(START_TIMEOUT_S) or self._process.poll() is not None:
+        if not self._up.wait(START_TIMEOUT_S) or self._ended:
             raise BedError(f"{self.name} did not start: {self._stderr_text()}")
         return self
 
@@ -156,6 +157,7 @@ class Client:
                     )
                 else:
                     answer.set_result(message["value"])
+        self._ended = True  # before the event: a process that is about to exit still has no exit status
         self._up.set()
         for answer, _ in list(self._waiting.values()):
             if not answer.done():

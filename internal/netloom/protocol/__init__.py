@@ -1,1 +1,1 @@
-"""CloudStack's words: a checked Struct per payload shape, the feature per file."""
+"""The payloads of CloudStack's calls: a checked Struct for each form of payload, one file for each feature."""

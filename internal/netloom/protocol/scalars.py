@@ -1,4 +1,4 @@
-"""The types of single values in payloads: ids, addresses, ports, names, words. Each type checks its values.
+"""The types of single values in payloads: ids, addresses, ports, names, keywords. Each type checks its values.
 
 Every class has ``parse``. It takes a decoded JSON value (CloudStack sends most scalars as strings, other clients send
 numbers) and returns a value of the class, or raises ValueError with a sentence about the value. Addresses, prefixes
