@@ -1,1 +1,1 @@
-"""The host: the only privileged stage, the only writer of state, the only one that changes the kernel."""
+"""What runs on a host: the agent. It alone has privileges, writes state files and changes the kernel."""

@@ -1,1 +1,1 @@
-"""CloudStack is calling: envelope, placement, SSH and the outcome."""
+"""A call of CloudStack on the management server: check its payload, choose its host, send it there over SSH."""
