@@ -131,7 +131,8 @@ PROCESSES = Processes()
 def main(arguments: list[str]) -> int:
     """The exit status: 0 when nothing failed, 1 after a failure or without root, 130 after an interrupt."""
     parser = argparse.ArgumentParser(description="Run groups of checks.")
-    parser.add_argument("--times", nargs="?", const=str(TIMES), help="write the times to the table of this document")
+    parser.add_argument("--times", action="store_true", help="write the times to the table of the document")
+    parser.add_argument("--document", default=str(TIMES), help="the document, docs/development.md by default")
     parser.add_argument("groups", nargs="+", choices=[*sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
     options = parser.parse_args(arguments)
     groups: list[str] = options.groups
@@ -140,8 +141,9 @@ def main(arguments: list[str]) -> int:
         print(f"{', '.join(privileged)}: these tests create network namespaces and need root", file=sys.stderr)
         return 1
     if privileged and not checkout.is_visible(ROOT):
-        times = [f"--times={Path(options.times).resolve()}"] if options.times else []
-        return checkout.run_in_copy(["build/ci/groups.py", *times, *groups])
+        times = ["--times"] if options.times else []
+        document = f"--document={Path(options.document).resolve()}"
+        return checkout.run_in_copy(["build/ci/groups.py", document, *times, *groups])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     started = time.monotonic()
@@ -162,7 +164,7 @@ def main(arguments: list[str]) -> int:
     _table(results, time.monotonic() - started)
     failed = any(result.failed for result in results)
     if options.times and not failed:
-        _write_times(Path(options.times), results)
+        _write_times(Path(options.document), results)
     return 1 if failed else 0
 
 

@@ -71,7 +71,7 @@ def write(checkout: Path, group: str, text: str) -> None:
 
 def start(checkout: Path, *groups: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(checkout / "build/ci/groups.py"), f"--times={checkout}/times.md", *groups],
+        [sys.executable, str(checkout / "build/ci/groups.py"), f"--document={checkout}/times.md", "--times", *groups],
         env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
