@@ -12,8 +12,8 @@ import re
 
 LINK_NAME_MAX = 15
 
-# CloudStack's ids are database keys: decimal numbers up to a Java long. Link names have room for ten digits.
-# A CloudStack id that fits in names: decimal, without leading zeros, at most ten digits.
+# A CloudStack id: a database key, in decimal without leading zeros. Ids may grow to a Java long; link names have room
+# for ten digits.
 ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 
 # Without x: for a port whose name contains "vxlan", CloudStack's KVM agent runs another deletion script.

@@ -12,7 +12,6 @@ _USAGE = (
     " | activate [--by-word] | install|uninstall|rollback|selftest|status --help"
 )
 
-
 # The options of connect and serve; each has a value.
 _OPTIONS = {"--socket", "--state-dir", "--log", "--check-every"}
 
