@@ -257,11 +257,6 @@ class Machine:
         """One datagram and its answer. Options: timeout_s, source, source_port, say, tries."""
         return _answer(self.client.call("udp_exchange", address=address, port=port, **options))
 
-    def udp_many(self, calls: Sequence[Mapping[str, Any]]) -> list[Answer]:
-        return [
-            _answer(value) for value in self.client.call("many", probe="udp_exchange", calls=list(map(dict, calls)))
-        ]
-
     def ping(self, address: str, **options: Any) -> Ping:
         """ICMP queries. Options: kind (8 echo, 13 timestamp), code, count, timeout_s, source, size."""
         return Ping(**self.client.call("icmp", address=address, **options))
