@@ -16,7 +16,7 @@ _QUOTED_BYTES = 60
 
 
 class FrameTooLong(Exception):
-    """A frame claims more than FRAME_BYTES_MAX: the bytes are no frames. ``start`` has the first 60 of them."""
+    """A frame claims more than FRAME_BYTES_MAX, so the bytes are not frames. ``start`` has the first 60 of them."""
 
     def __init__(self, length: int, start: bytes) -> None:
         super().__init__(f"a frame of {length} bytes")

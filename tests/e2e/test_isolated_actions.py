@@ -46,5 +46,5 @@ def test_invalid_actions_and_routes_fail_with_a_remedy(life: Life) -> None:
         life.network.custom_action("pbr-flush")
     action_message(life, "pbr-create-table", table_id="101")
     link = f"gst-{life.network.facts.network_id}"
-    with pytest.raises(Failed, match=rf"'eth0' is no link of net-\d+ \(links here: {link}, pub-101\)"):
+    with pytest.raises(Failed, match=rf"'eth0' is not a link of net-\d+ \(links here: {link}, pub-101\)"):
         life.network.custom_action("pbr-add-route", table_id="101", route="default via 192.0.2.1 dev eth0")

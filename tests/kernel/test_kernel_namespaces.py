@@ -57,7 +57,7 @@ def test_creating_and_deleting_are_idempotent(name: str) -> None:
 def test_a_plain_file_left_by_a_crash_becomes_a_namespace(name: str) -> None:
     Path(NETNS_DIR, name).touch()
     assert not namespaces.exists(name)
-    with pytest.raises(NamespaceError, match="is no namespace"), inside(name):
+    with pytest.raises(NamespaceError, match="is not a namespace"), inside(name):
         pass
     namespaces.create(name)
     assert namespaces.exists(name)

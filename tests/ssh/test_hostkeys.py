@@ -75,7 +75,7 @@ def test_only_pinned_keys_are_accepted(lab: SshLab, caller: Caller) -> None:
 def test_an_invalid_pin_does_not_enable_trust_on_first_use(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(details(lab, caller, hostkeys="ssh-ed25519 AAAA"))
     assert ended.status == 1
-    assert "registration detail hostkeys: 'ssh-ed25519 AAAA' is no host key" in ended.line
+    assert "registration detail hostkeys: 'ssh-ed25519 AAAA' is not a host key" in ended.line
     assert lab.h2.calls_received(but="") == []
 
 

@@ -115,7 +115,7 @@ def test_an_address_that_could_not_be_routed_is_refused_before_anything_is_touch
         BadRequest, match=r"payload\.public_gateway: 203\.0\.113\.20 is a public address of the guests'"
     ):
         call(implemented_scope(), "assign-ip", **public("203.0.113.21", gateway="203.0.113.20"))
-    with pytest.raises(BadRequest, match=r"payload\.public_cidr: 0\.0\.0\.0/0 is the subnet of no public VLAN"):
+    with pytest.raises(BadRequest, match=r"payload\.public_cidr: no public VLAN has the subnet 0\.0\.0\.0/0"):
         call(implemented_scope(), "assign-ip", **{**public("203.0.113.21"), "public_cidr": "0.0.0.0/0"})
 
 

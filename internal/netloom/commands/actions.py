@@ -78,7 +78,7 @@ def page_of(lines: Sequence[str], params: Mapping[str, str], *, none: str) -> st
     """
     text, skip = params.get("filter", ""), params.get("skip", "") or "0"
     if not (skip.isascii() and skip.isdigit()) or len(skip) > 9:
-        raise BadRequest(f"payload.action-params.skip: {skip[:40]!r} is no number of lines")
+        raise BadRequest(f"payload.action-params.skip: {skip[:40]!r} is not a number of lines")
     found = [printable_ascii(line) for line in lines if text in line][int(skip) :]
     return truncated(found, after=int(skip)) if found else none
 

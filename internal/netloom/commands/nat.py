@@ -170,7 +170,7 @@ def _public_ip(
     if any(payload.public_ip == assigned.gateway for assigned in scope.public_ips.values()):
         raise BadRequest(f"payload.public_ip: {payload.public_ip} is the gateway of another public address")
     if payload.public_cidr.endswith("/0"):
-        raise BadRequest(f"payload.public_cidr: {payload.public_cidr} is the subnet of no public VLAN")
+        raise BadRequest(f"payload.public_cidr: no public VLAN has the subnet {payload.public_cidr}")
     return PublicIp(
         address=str(payload.public_ip),
         vlan=vlan,

@@ -58,7 +58,7 @@ def transition(scope: Scope, payload: CustomAction, context: Context) -> Scope:
     """The scope after the action. Raises BadRequest for actions that do not change the state."""
     action = ACTIONS.get(payload.action)
     if action is None:
-        raise BadRequest(f"custom-action {payload.action}: answered by looking at a host, not by a change of the state")
+        raise BadRequest(f"custom-action {payload.action}: it reads the host and does not change the state")
     if action.kind == "builds" and not scope.revision:
         raise unknown_scope(payload.action, context.scope_id)
     return replace(scope, pbr=action.change(scope, payload.params))
@@ -215,7 +215,7 @@ def _route(scope: Scope, table: int, given: RouteParams) -> PbrRoute:
     subnets = _subnets(scope)
     links = f"links here: {', '.join(subnets) or 'none yet'}"
     if given.link and given.link not in subnets:
-        raise BadRequest(f"{where}: {quoted(given.link)} is no link of {scope.scope_id}", hint=links)
+        raise BadRequest(f"{where}: {quoted(given.link)} is not a link of {scope.scope_id}", hint=links)
     if given.via and not _is_host(given.via, subnets):
         raise BadRequest(f"{where}: via {given.via}: no neighbour has that address")
     own = _own_addresses(scope)
@@ -338,7 +338,7 @@ def _check_guest_link(scope: Scope, given: RuleParams) -> None:
     links = [names.guest_link(it) for it in sorted(scope.networks, key=int)]
     if given.iif and given.iif not in links:
         raise BadRequest(
-            f"payload.action-params.rule: {quoted(given.iif)} is no guest link of {scope.scope_id}",
+            f"payload.action-params.rule: {quoted(given.iif)} is not a guest link of {scope.scope_id}",
             hint=f"rules are about what guests send; guest links here: {', '.join(links) or 'none yet'}",
         )
 

@@ -62,7 +62,7 @@ def login(details: PhysicalDetails, environ: Mapping[str, str]) -> Login:
     except ValueError:
         argv = []
     if not argv:
-        raise BadRequest(f"NETLOOM_AGENT is no command: {agent[:100]!r}", hint="quote it as a shell would want it")
+        raise BadRequest(f"NETLOOM_AGENT is not a command: {agent[:100]!r}", hint="quote it as a shell would want it")
     return Login(
         trust=Trust(parse_pins(details.hostkeys), KnownHosts(persistent(environ))),
         username=str(details.username),

@@ -71,7 +71,7 @@ def _pin(fields: list[str]) -> Pin:
     if len(fields) >= 2 and _KEY_TYPE.match(fields[0]) and _is_blob(fields[0], fields[1]):
         return Pin(host, key=HostKey(fields[0], fields[1]))
     raise BadRequest(
-        f"registration detail hostkeys: {' '.join([host, *fields]).strip()[:60]!r} is no host key",
+        f"registration detail hostkeys: {' '.join([host, *fields]).strip()[:60]!r} is not a host key",
         hint="write '[host ]ssh-ed25519 AAAA...' or '[host ]SHA256:...', with commas between",
     )
 

@@ -302,7 +302,7 @@ def _prepare(listener: Listener, sock: socket.socket) -> None:
     """Check and configure a socket. Raises ValueError if it has the wrong type or cannot be served safely."""
     wanted = socket.SOCK_DGRAM if listener.kind == "dhcp" else socket.SOCK_STREAM
     if sock.family != socket.AF_INET or sock.type != wanted:
-        raise ValueError(f"the {listener.kind} descriptor is no such socket: {sock.family.name} {sock.type.name}")
+        raise ValueError(f"the {listener.kind} descriptor is not such a socket: {sock.family.name} {sock.type.name}")
     sock.setblocking(False)
     if listener.kind == "dhcp":
         # Send without a UDP checksum (RFC 768 allows it, and every client accepts it). Otherwise the kernel leaves the

@@ -125,7 +125,7 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
         bridge = HostLink(name=name, kind="bridge", alias=alias, ipv6=True)
     elif bridge.kind != "bridge":
         raise HostRefused(
-            f"{carrier.name} is in {name}, which is no bridge" if carrier.master else f"link {name} is no bridge",
+            f"{carrier.name} is in {name}, which is not a bridge" if carrier.master else f"link {name} is not a bridge",
             hint="rename it, or name another NIC in the registration",
         )
     steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]

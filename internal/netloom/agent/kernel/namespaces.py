@@ -83,7 +83,8 @@ def descriptor(namespace: str) -> Iterator[int]:
     try:
         if not _is_namespace(os.fstat(fd)):
             raise NamespaceError(
-                f"namespace {namespace}: {path} is no namespace", hint="its creation was interrupted; create it again"
+                f"namespace {namespace}: {path} is not a namespace",
+                hint="its creation was interrupted; create it again",
             )
         yield fd
     finally:

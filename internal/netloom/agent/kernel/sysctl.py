@@ -74,5 +74,5 @@ def path(name: str) -> str:
     if separator == ".":
         parts = [part.replace("/", ".") for part in parts]
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
-        raise ValueError(f"{name!r} is no name of a sysctl")
+        raise ValueError(f"{name!r} is not the name of a sysctl")
     return _ROOT + "/".join(parts)

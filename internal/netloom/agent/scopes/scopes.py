@@ -212,7 +212,9 @@ class Scopes:
     async def _dispatch(self, call: Call) -> tuple[Reply, int]:
         """The reply, and the number of steps that were done on the host."""
         if not SCOPE_ID.match(call.scope_id):
-            raise BadRequest(f"scope {call.scope_id!r} is no scope", hint="net-<id> or vpc-<id>, ten digits at most")
+            raise BadRequest(
+                f"scope {call.scope_id!r} is not a scope id", hint="net-<id> or vpc-<id>, ten digits at most"
+            )
         if call.command == "locate":
             slot = self.get(call.scope_id)
             revision = slot.scope.revision if slot and slot.scope else 0
@@ -222,7 +224,7 @@ class Scopes:
             ("public.network.device", call.registration.public_nic),
         ):
             if not _NIC.match(nic):
-                raise BadRequest(f"registration detail {detail}: {nic!r} is no name of a link")
+                raise BadRequest(f"registration detail {detail}: {nic!r} is not a link name")
         if call.command == "custom-action":
             return await self._custom_action(call)
         reply, changes = await self._run_in_turn(call, lambda slot: self._transition(slot, call))
@@ -345,8 +347,8 @@ class Scopes:
         if not named:
             return None
         return HostRefused(
-            f"somebody else in {names.namespace(slot.scope_id)} has the port of {', '.join(named[:5])}",
-            hint="the other rules are in force; ss -ltnp in the namespace tells who it is",
+            f"another process in {names.namespace(slot.scope_id)} uses the port of {', '.join(named[:5])}",
+            hint="the other rules are in force; ss -ltnp in the namespace shows that process",
         )
 
     def converge(self, slot: Slot, *, thorough: bool = False) -> HostChanges:
