@@ -10,6 +10,7 @@ ROWS: dict[str, tuple[list[str], list[str]]] = {
     "none": ([], []),
     "one address": (["192.0.2.1/32"], ["ip saddr 192.0.2.1"]),
     "one prefix": (["192.0.2.0/24"], ["ip saddr 192.0.2.0/24"]),
+    "an IPv6 prefix of length 32": (["2001:db8::/32"], ["ip6 saddr 2001:db8::/32"]),
     "addresses": (["192.0.2.1/32", "192.0.2.9/32"], ["ip saddr { 192.0.2.1, 192.0.2.9 }"]),
     "prefixes of one length": (
         ["192.0.2.0/24", "198.51.100.0/24"],

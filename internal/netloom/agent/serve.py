@@ -34,6 +34,7 @@ from collections import OrderedDict
 
 from netloom import __version__
 from netloom.agent.actions.builtin import Actions
+from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
@@ -43,7 +44,6 @@ from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
-from netloom.agent.scopes.clock import LoopClock
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.scopes import Scopes, start_workers
 from netloom.agent.scopes.store import Store

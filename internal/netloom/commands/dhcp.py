@@ -20,7 +20,7 @@ from netloom.state import Network, Scope
 
 
 def add_dhcp_entry(network: Network, payload: AddDhcpEntry) -> Network:
-    """Add the lease of the NIC and enable DHCP: without its own capability, config-dhcp-subnet is never sent."""
+    """Add the lease of the NIC and enable DHCP. CloudStack may never send config-dhcp-subnet."""
     known, nic = with_nic(network, payload)
     return replace(with_resolvers(put_nic(known, replace(nic, leased=True), nic), payload), dhcp=True)
 
@@ -60,7 +60,7 @@ def set_dhcp_options(scope: Scope, payload: SetDhcpOptions, context: Context) ->
 
 
 def serves_other_ranges(network: Network) -> bool:
-    """Whether another range needs the service after its removal for one range.
+    """Whether another range still needs the service when it is removed for one range.
 
     The call does not say which range lost its last NIC: its fields are those of the network.
     """

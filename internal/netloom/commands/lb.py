@@ -10,7 +10,7 @@ from netloom.state import Backend, LbRule, Scope
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
-    """Add, change or revoke the rules in the call; other rules stay as they are (protocol section 3, lb_rules).
+    """Add, change or revoke the rules in the call; other rules stay as they are (docs/protocol.md, section 3).
 
     Raises PartlyDone, with all other changes, if a rule is invalid or its port is already used.
     """

@@ -47,8 +47,8 @@ def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
     """Release the address, with the network's static NAT, port forwards and load balancer rules on it.
 
-    In a VPC only the tier's own translations are removed: the VPC's source-NAT address, and an address that another
-    tier's rules use, stay assigned.
+    In a VPC, only the translations of this tier are removed. The VPC's source-NAT address stays assigned, and so does
+    an address that another tier's rules use.
     """
     address, network_id = _required_public_ip(payload), str(payload.network_id)
     scope = replace(

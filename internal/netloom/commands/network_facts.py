@@ -119,10 +119,10 @@ def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
         ranges = _with_range(ranges, str(cidr), payload.gateway)
     if (
         isinstance(payload, NicPayload)
-        and payload.subnet
-        and not any(payload.ip in IPv4Prefix(it) and it != payload.subnet for it in ranges)
+        and (subnet := payload.subnet)
+        and not any(payload.ip in IPv4Prefix(it) and it != subnet for it in ranges)
     ):
-        ranges = _with_range(ranges, payload.subnet, payload.gateway)
+        ranges = _with_range(ranges, subnet, payload.gateway)
     if not ranges:
         return network
     of_device = (it for it in ranges if network.extension_ip and network.extension_ip in IPv4Prefix(it))

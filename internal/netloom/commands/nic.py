@@ -28,7 +28,7 @@ def release_nic(network: Network, payload: ReleaseNic) -> Network:
 
 
 def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
-    """The NIC that ``payload`` names by uuid, MAC or number. An IP address may belong to another NIC by now."""
+    """The NIC that ``payload`` names by uuid, MAC or number. Never by IP address: another NIC may have it by now."""
     if payload.nic_uuid:
         return network.nics.get(payload.nic_uuid) or _by_mac(network, payload.mac, without_uuid=True)
     if payload.mac:
@@ -90,8 +90,8 @@ def _gateway(payload: NicPayload) -> str:
     If the NIC's range has no gateway, the field names that of another range. It is not used then; the gateway that the
     network has for the NIC's range is.
     """
-    if payload.subnet:
-        return gateway_in(payload.subnet, payload.gateway)
+    if subnet := payload.subnet:
+        return gateway_in(subnet, payload.gateway)
     return str(payload.gateway[0]) if payload.gateway else ""
 
 

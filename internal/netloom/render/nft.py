@@ -1,7 +1,7 @@
 """The nftables table ``inet netloom`` of a scope's namespace.
 
-README.md beside this file shows the chains in the order in which a packet meets them. This page says why they are as
-they are.
+README.md beside this file shows the chains in the order in which a packet meets them. This text explains
+the design.
 
 **The device.** The namespace is a router. Its guest links lead to the guests' networks, its public links to the public
 VLANs. It holds the scope's public addresses, filters, translates, and serves DHCP, DNS and metadata. Rules recognise a
@@ -301,10 +301,10 @@ def _to_device(now: Active) -> Chain:
 
 
 def _to_vpc_device(now: Active) -> Chain:
-    """Packets to the device of a VPC. Tiers reach their own gateway whatever their lists say; public addresses do not
-    reply to pings.
+    """Packets to the device of a VPC.
 
-    Load-balanced connections are checked here with the client's own address, before haproxy connects with the device's.
+    Tiers reach their own gateway whatever their lists say. Public addresses do not reply to pings. Load-balanced
+    connections are checked here with the client's own address, before haproxy connects with the device's.
     """
     rules = ['iifname "lo" accept', "ct state established,related accept", *ip6.to_device(now)]
     for network in now.networks:
@@ -475,8 +475,10 @@ def _leaving(now: Active) -> Chain:
 
 
 def _from_device(now: Active) -> Chain:
-    """The device's own packets. A changed mark makes the kernel route them again, so replies leave through the exit
-    where the request came in."""
+    """The device's own packets.
+
+    A changed mark makes the kernel route them again, so replies leave through the exit where the request came in.
+    """
     rules = [_REVOKED]
     if now.networks:
         outward = _outside(now.guest_cidrs)

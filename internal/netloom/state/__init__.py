@@ -1,8 +1,8 @@
 """The desired state of a scope: frozen values, independent of Linux and of CloudStack's spelling.
 
 A *scope* is everything that shares one network namespace: an isolated or shared network, or a VPC with all its tiers.
-The agent stores one JSON document per scope. The names of the fields are its keys, so
-renaming a field changes the file format. The renderers read only these values.
+The agent stores one JSON document per scope. The keys of the document are the names of the fields, so renaming a field
+changes the file format. The renderers read only these values.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Announcement(msgspec.Struct, frozen=True):
 
 
 class HostChanges(msgspec.Struct, frozen=True):
-    """What was changed in the kernel and of processes, and which addresses have to be announced."""
+    """The steps that were done, the services that changed, and the addresses to announce."""
 
     steps: tuple[Step, ...] = ()
     announcements: tuple[Announcement, ...] = ()

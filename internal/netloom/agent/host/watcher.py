@@ -18,6 +18,7 @@ from functools import partial
 from typing import Literal, Protocol
 
 from netloom.agent.backoff import Backoff
+from netloom.agent.clock import Clock, Timer
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -25,7 +26,6 @@ from netloom.agent.kernel.neighbours import NeighbourRow
 from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
-from netloom.agent.scopes.clock import Clock, Timer
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule
@@ -61,7 +61,7 @@ class _Watched:
 
 
 class WatchHandler(Protocol):
-    """Is called by the watcher, on the event loop."""
+    """The callbacks of the watcher. It calls them on the event loop."""
 
     def busy(self, scope_id: str) -> bool:
         """Whether a command or a repair works on the scope now."""
@@ -70,7 +70,7 @@ class WatchHandler(Protocol):
         """Converge the scope and return the number of steps; None: it failed, and the handler tries again."""
 
     def tidy_soon(self) -> None:
-        """A link of the host has gone."""
+        """Schedule a tidy, because a link of the host has gone."""
 
 
 class Watcher:

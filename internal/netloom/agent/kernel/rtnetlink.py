@@ -1,4 +1,4 @@
-"""Shared by the modules for links, addresses, routes, rules and neighbours: message types, values in attributes.
+"""Message types and attribute values for the modules of links, addresses, routes, rules and neighbours.
 
 Message layouts: rtnetlink(7), linux/rtnetlink.h.
 """

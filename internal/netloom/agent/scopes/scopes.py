@@ -38,9 +38,9 @@ from msgspec.structs import replace
 from netloom import names
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
+from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
-from netloom.agent.scopes.clock import Clock, Timer
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.scopes.store import Unreadable
 from netloom.commands import pbr, table, userdata

@@ -27,9 +27,9 @@ from functools import partial
 
 from netloom import names
 from netloom.agent.backoff import Backoff
+from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
-from netloom.agent.scopes.clock import Clock
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeWatcher
 from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes, Slot
 from netloom.errors import NetloomError

@@ -1,4 +1,4 @@
-"""Time, as the scheduler of the agent sees it. The tests have a clock of their own that they move on by hand."""
+"""Time for the agent: a clock and its timers. The tests have a clock that they advance by hand."""
 
 from __future__ import annotations
 
