@@ -74,6 +74,10 @@ class FakeClock:
         self._timers: list[tuple[float, int, FakeTimer]] = []
         self.activity = 0  # grows with each timer and each work, see settle
 
+    def cancel_timers(self) -> None:
+        """Cancel all timers, as the end of a process does."""
+        self._timers.clear()
+
     def time(self) -> float:
         return self._now
 
@@ -239,7 +243,6 @@ class FakeServices:
         self._did = did
         self._errors: deque[Exception] = deque()
         self.of: dict[str, str] = {}  # scope id to namespace
-        self.taken: dict[int, str] = {}
 
     def fail(self, *errors: Exception) -> None:
         self._errors.extend(errors)
@@ -262,7 +265,7 @@ class FakeServices:
         return set(self.of)
 
     def waiting(self, scope_id: str) -> dict[int, str]:
-        return self.taken
+        return {}
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         return []
@@ -367,6 +370,7 @@ class Agent:
         self.restart()
 
     def restart(self) -> None:
+        self.clock.cancel_timers()
         self.did.clear()
         self.workers = FakeWorkers(self.clock)
         self.watcher = FakeWatcher(self.did)

@@ -108,10 +108,6 @@ class Sent:
     def output(self) -> str:
         return self.execution.output.strip()
 
-    @property
-    def is_ensure(self) -> bool:
-        return self.command == "ensure-network-device"
-
 
 class FakeCloudStack:
     """One CloudStack with one registration of the extension. ``history`` lists all executions in order.

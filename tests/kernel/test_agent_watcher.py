@@ -153,12 +153,15 @@ def test_changes_without_events_are_found_by_the_periodic_check(checked_host: Ag
     host = checked_host
     wait_for_check(host)  # it has recorded the correct rules
     good = full_snapshot(host)
+    logged_before = len(host.log())
     assert host.agent is not None
     host.agent.send_signal(signal.SIGSTOP)
     host.run(*harm)
     assert full_snapshot(host) != good
     host.agent.send_signal(signal.SIGCONT)
     wait_until(lambda: full_snapshot(host) == good)
+    # The next case must not take the line of this check for its own.
+    wait_until(lambda: " check: " in host.log()[logged_before:])
 
 
 def test_an_unmounted_namespace_name_is_restored(checked_host: AgentHost) -> None:

@@ -223,20 +223,21 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
     assert host.read(f"{SCOPES}/net-204.json") == now
 
 
-# The moments of a replacement at which it is killed, each with the function of install.py that would be called next.
+# The moments of a replacement at which it is killed: the call of install.py that would be next, by function and a
+# condition on its arguments.
 KILLED = {
-    "the old agent has ended": "_save_states",
-    "the state is kept": "_link",
-    "the link is set": "_start",
-    "the new agent has started": "_wait_for",
-    "nothing is removed yet": "_remove_old",
+    "the old agent has ended": ("_save_states", "True"),
+    "the state is kept": ("_link", "arguments[0] == _CURRENT"),
+    "the link is set": ("_start", "True"),
+    "the new agent has started": ("_wait_for", "True"),
+    "nothing is removed yet": ("_remove_old", "True"),
 }
 
 _KILL_ONCE = """
 original_{function} = {function}
 
 def {function}(*arguments):
-    if not os.path.exists("/run/died"):
+    if {condition} and not os.path.exists("/run/died"):
         open("/run/died", "w")
         os.kill(os.getpid(), 9)
     return original_{function}(*arguments)
@@ -250,7 +251,8 @@ def test_after_an_interrupted_replacement_the_next_call_works(
     server = Server(bed, older, helper="0")
     assert succeeded(server.ask())
     build = f"0.1.0-{10 + list(KILLED).index(when)}-dies"
-    server.replace(files.make(build, changes={INSTALL: _KILL_ONCE.format(function=KILLED[when])}))
+    function, condition = KILLED[when]
+    server.replace(files.make(build, changes={INSTALL: _KILL_ONCE.format(function=function, condition=condition)}))
     for _ in range(2):
         assert succeeded(server.ask())
     assert host.listing("/run").count("died") == 1

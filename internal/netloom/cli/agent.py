@@ -187,7 +187,8 @@ def _selftest(remote: Remote | None, as_json: Json = False) -> None:
 
 @agent.command(
     "rollback",
-    help="Go back to the previous build. The networks get their state from the time of the upgrade.",
+    help="Go back to the previous build, until a newer one is installed. The networks get their state from the time of "
+    "the upgrade.",
 )
 @_also_remote
 def _rollback(

@@ -91,8 +91,8 @@ class LivenessProbes:
     async def _answers(self, target: ProbeTarget) -> bool:
         """Whether the process sent any reply.
 
-        True as well when it cannot be asked, because its namespace or its socket is gone: it does not hang then, and
-        the next repair of the scope restarts it.
+        True as well when it cannot be asked, because its namespace or its socket is gone: that does not prove that
+        it hangs. The next repair of the scope restarts a process whose namespace was replaced.
         """
         for kind, question in _questions(target):
             try:

@@ -120,7 +120,7 @@ class Supervisor:
         with self._lock:
             for (scope, _), running in self._running.items():
                 if scope == scope_id:
-                    running.record = msgspec.structs.replace(running.record, digest="")
+                    running.record = _without_digest(running.record)
 
     def scopes(self) -> set[str]:
         """The scopes that have processes, or had some when an earlier agent ran."""

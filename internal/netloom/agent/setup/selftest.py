@@ -69,7 +69,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def require() -> None:
-    """Raise HostRefused, with every failed test, if a needed one fails."""
+    """Raise HostRefused, with all needed tests that failed, if there are any."""
     missing = [it for it in run() if it.needed and not it.ok]
     if missing:
         what = "; ".join(f"{it.what}: {it.says}" for it in missing)

@@ -103,7 +103,7 @@ def _call(agent: socket.socket, scope_id: str, command: str, payload: dict[str, 
 
 
 def _stop_guest_process() -> None:
-    """Stop the guest process. Its Hello has its pid; only root can connect, so the answer is trusted."""
+    """Stop the guest process. Its Hello has its pid: SO_PEERCRED gives that of the agent, which opened the socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(str(DIRECTORY / "guest.sock"))
