@@ -105,10 +105,34 @@ def test_metadata_has_the_paths_of_the_virtual_router(on: Segment) -> None:
 
 
 @pytest.mark.usefixtures("agent")
+def test_paths_are_read_as_apache_reads_them(on: Segment) -> None:
+    vm = web(on)
+    instance = b"9f000000-0000-4000-8000-000000000031"
+    for path in (
+        "//latest/meta-data/instance-id",  # cloud-init before 0.7.5
+        "/latest//meta-data///instance-id",
+        "/latest/./meta-data/x/../instance-id",
+        "/x/../latest/meta-data/instance-id",
+        "/latest/%2e%2e/latest/meta-data/instance-id",
+        "/LATEST/Meta-Data/instance-id?x=1",
+        "/Latest//instance-id",
+        "//latest/meta-data/./instance-id",
+    ):
+        assert got(vm, path) == instance, path
+    for path in ("//latest/user-data", "/latest/User-Data", "/latest/user-data/", "/latest/x/../user-data/."):
+        assert got(vm, path) == USER_DATA.encode(), path
+    for path in ("//latest/meta-data//", "/LATEST/META-DATA", "/latest/meta-data/.", "/latest/meta-data/x/.."):
+        assert got(vm, path) == got(vm, "/latest/meta-data/"), path
+    assert got(vm, "/latest/..") == got(vm, "//") == b"latest/\n"
+
+
+@pytest.mark.usefixtures("agent")
 def test_missing_items_and_refused_requests_get_an_error_status(on: Segment) -> None:
     vm = web(on)
     absent = ["/latest/meta-data/public-hostname", "/latest/nothing", "/password/vm_password", "/latest/vm_password"]
-    odd = ["/latest/meta-data/vm_password", "/latest/../latest/user-data", "/%ff", "/2009-04-04/meta-data/"]
+    odd = ["/latest/meta-data/vm_password", "/%ff", "/2009-04-04/meta-data/", "/../latest/user-data"]
+    odd += ["/latest%2Fuser-data", "/latest/meta-data/../etc/passwd", "/latest/meta-data/Instance-ID", "/latest/..."]
+    odd += ["/latest/meta-data/instance-id/"]
     for path in absent + odd:
         done = curl(vm, path, "-w", "%{http_code}")
         assert done.stdout == b"404", path  # no body, which a script could take for a key

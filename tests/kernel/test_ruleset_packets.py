@@ -649,11 +649,14 @@ def test_a_broadcast_dhcp_request_reaches_the_device(lab: Lab) -> None:
         server.settimeout(8)
         wire.send(_broadcast("0.0.0.0", 68, 67, b"hello"))
         assert server.recvfrom(100) == (b"hello", ("0.0.0.0", 68))
-        # The answer leaves by broadcast. Other ports and other source addresses are dropped.
+        # A client that rebinds uses the address of its last network.
+        wire.send(_broadcast("192.0.2.1", 68, 67, b"rebind"))
+        assert server.recvfrom(100) == (b"rebind", ("192.0.2.1", 68))
+        # The answer leaves by broadcast. Other ports are dropped.
         server.sendto(b"offer", ("255.255.255.255", 68))
         server.settimeout(0.3)
         wire.send(_broadcast("0.0.0.0", 69, 67, b"other"))
-        wire.send(_broadcast("192.0.2.1", 68, 67, b"other"))
+        wire.send(_broadcast("192.0.2.1", 68, 69, b"other"))
         with pytest.raises(TimeoutError):
             server.recvfrom(100)
     finally:

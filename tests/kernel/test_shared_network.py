@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from guestbed.dhcp import message as dhcp_message
+from guestbed.dhcp import options_of
 from kernel.agent_host import PAYLOADS, AgentHost, agent_host, done, steps, wait_until
+from netloom.guest.dhcp import MessageType
 from netloom.wire import Reply
 
 COMMANDS = {it["file"][:3]: it["command"] for it in json.loads((PAYLOADS / "index.json").read_text())}
@@ -161,6 +165,28 @@ def test_each_range_is_served_with_its_own_router_and_mask(host_with_vms: AgentH
     assert get(host_with_vms, ONE, "/latest/user-data").startswith("#!/bin/sh")
     assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == "i-two"
     assert password(host_with_vms, ONE) == "FAKE-one"
+
+
+def test_a_client_that_rebinds_an_address_of_another_subnet_gets_a_nak(host_with_vms: AgentHost) -> None:
+    host = host_with_vms
+    stray = "192.168.7.7"
+    own = [it for it in host.run("ip", "-br", "-4", "addr", "show", "eth0", namespace=ONE).split() if "/" in it]
+    host.run("ip", "addr", "flush", "dev", "eth0", namespace=ONE)
+    host.run("ip", "addr", "add", f"{stray}/24", "dev", "eth0", namespace=ONE)
+    with host.within(ONE):
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        client.bind(("0.0.0.0", 68))
+        client.settimeout(10)
+        client.sendto(dhcp_message(MessageType.REQUEST, ONE_MAC, ciaddr=stray), ("255.255.255.255", 67))
+        answer = dict(options_of(client.recv(2000)))
+    assert answer[53] == bytes([MessageType.NAK])
+    host.run("ip", "addr", "flush", "dev", "eth0", namespace=ONE)
+    for address in own:
+        host.run("ip", "addr", "add", address, "dev", "eth0", namespace=ONE)
+    lease(host, ONE)
 
 
 def test_traffic_between_tenants_and_the_router_is_not_filtered(host_with_vms: AgentHost) -> None:

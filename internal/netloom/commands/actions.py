@@ -7,25 +7,25 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from netloom.errors import BadRequest, HostRefused, one_line, unicode_escape
 
-# The actions of every host, and what they do. build/package/manifest.yaml has the descriptions that CloudStack shows.
-BUILT_IN = {
-    "check": "print what a repair would do; change nothing",
-    "counters": "print packets and bytes of each public address and IPv6 prefix, in and out",
-    "dump-config": "print the desired and the observed state, without secrets",
-    "leases": "print the known NICs with their addresses and names",
-    "list-firewall-rules": "describe firewall rules and translations; parameters filter (a text) and skip (lines)",
-    "pbr-add-route": "add a route to a route table",
-    "pbr-add-rule": "select the packets of guests that look up a route table",
-    "pbr-create-table": "create a route table of the scope",
-    "pbr-delete-route": "delete a route",
-    "pbr-delete-rule": "delete a rule",
-    "pbr-delete-table": "delete a route table with its routes and rules",
-    "pbr-list-routes": "print the routes of all route tables or of one, one per line",
-    "pbr-list-rules": "print the rules of all route tables or of one, one per line",
-    "pbr-list-tables": "print the route tables, one per line",
-    "reboot-device": "set links down and up, load the ruleset, restart services; open connections continue",
-    "show": "print a summary of the scope",
-}
+# The actions of every host, sorted. build/package/manifest.yaml has the descriptions that CloudStack shows.
+BUILT_IN = (
+    "check",
+    "counters",
+    "dump-config",
+    "leases",
+    "list-firewall-rules",
+    "pbr-add-route",
+    "pbr-add-rule",
+    "pbr-create-table",
+    "pbr-delete-route",
+    "pbr-delete-rule",
+    "pbr-delete-table",
+    "pbr-list-routes",
+    "pbr-list-rules",
+    "pbr-list-tables",
+    "reboot-device",
+    "show",
+)
 
 # CloudStack stores the result of an API job in a TEXT column (async_job.job_result: 65,535 bytes), where quoted text is
 # escaped once more. With a longer result the job fails after the action was executed.

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from netloom.guest.table import MTU, SUBNET_MASK, GuestTable, TableRow
 
-SERVER_PORT, CLIENT_PORT = 67, 68
+CLIENT_PORT = 68
 BROADCAST_IP = "255.255.255.255"
 
 _HEADER = struct.Struct("!BBBBIHH4s4s4s4s16s64s128s4s")

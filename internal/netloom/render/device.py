@@ -16,6 +16,8 @@ DNS_PORT = 53  # UDP and TCP
 SERVICE_PORTS_UDP = (DNS_PORT, 67)  # DNS, DHCP
 SERVICE_PORTS_TCP = (DNS_PORT, 80, 8080)  # DNS, metadata, passwords
 
+# From every source address: a client that rebinds still has the address of its last network, and needs a DHCPNAK to
+# give it up (RFC 2131 sections 4.3.2 and 4.4.5).
 DHCP_REQUEST = "ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept"
 
 

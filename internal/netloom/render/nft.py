@@ -127,7 +127,7 @@ def _arriving(now: Active) -> Chain:
     for network in now.networks:
         link = guest_link(network)
         rules += [
-            f"iifname {link} ip saddr 0.0.0.0 {DHCP_REQUEST}",
+            f"iifname {link} {DHCP_REQUEST}",
             f"iifname {link} ip saddr != {network.cidr} drop",
             f"iifname {PUBLIC_LINKS} ip saddr {network.cidr} drop",
         ]

@@ -68,7 +68,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                 rules=(
                     'iifname "lo" accept',
                     "meta nfproto ipv6 drop",
-                    f"iifname {link} ip saddr 0.0.0.0 {DHCP_REQUEST}",
+                    f"iifname {link} {DHCP_REQUEST}",
                     # Replies to the resolver's queries come from any address.
                     "ct state established,related accept",
                     "ct state invalid drop",
