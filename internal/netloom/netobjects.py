@@ -18,6 +18,8 @@ ANYWHERE_IP6 = "::/0"
 IP6_LINK_LOCAL = "fe80::/10"  # RFC 4291 section 2.5.6
 
 ETHERNET_MTU = 1500  # RFC 894
+# The headers that VXLAN adds to a frame over IPv4: 20 (IP), 8 (UDP), 8 (VXLAN), 14 (Ethernet). RFC 7348 section 5
+VXLAN_BYTES = 50
 
 
 class Address(msgspec.Struct, frozen=True, kw_only=True, order=True):

@@ -88,6 +88,19 @@ def test_a_tunnel_of_the_kvm_agent_is_used_and_kept(host: AgentHost) -> None:
     assert host.links().keys() == before.keys()
 
 
+@pytest.mark.mutation("ports-follow-the-mtu-of-their-segment", instead="False")
+def test_the_tunnel_and_its_ports_follow_the_nic(host: AgentHost) -> None:
+    assert implement(host).status == 0
+    for nic, mtu in ((9000, 8950), (1400, 1350)):
+        for where in (0, host.fabric):
+            host.run("ip", "link", "set", "eth1", "mtu", str(nic), pid=where)
+        host.run("ip", "link", "set", TUNNEL, "mtu", str(mtu), pid=host.fabric)
+        wait_until(lambda mtu=mtu: host.links()["vnetg204"]["mtu"] == host.links("cs-net-204")["gst-204"]["mtu"] == mtu)
+        assert host.links()[TUNNEL]["mtu"] == host.links()[BRIDGE]["mtu"] == mtu
+        whole = ["ping", "-c", "1", "-W", "5", "-M", "do", "-s", str(mtu - 28), "10.10.1.1"]
+        host.run(*whole, pid=host.fabric)
+
+
 def test_a_missing_vxlan_address_is_reported_with_its_remedy(host: AgentHost) -> None:
     host.ip("addr", "flush", "dev", "eth1")
     reply = implement(host)

@@ -37,10 +37,12 @@ from netloom.plan.steps import (
     RemoveRoute,
     RemoveRule,
     RemoveVlanLink,
+    SetCarrierMtu,
     SetHostLinkDown,
     SetHostLinkUp,
     SetLinkUp,
     SetMac,
+    SetMtu,
     SetPortUp,
     SetSysctl,
     SilenceIpv6,
@@ -204,12 +206,14 @@ def _after(have: Have, step: Step) -> Have:
             return _with_host_link(have, HostLink(name=name, kind="bridge", alias=alias, ipv6=True))
         case CreateVlanLink(name, nic, vlan):
             assert name not in host
-            made = HostLink(name=name, kind="vlan", parent=nic, vlan_id=vlan, alias="netloom", ipv6=True)
+            mtu = host[nic].mtu
+            made = HostLink(name=name, kind="vlan", parent=nic, vlan_id=vlan, alias="netloom", ipv6=True, mtu=mtu)
             return _with_host_link(have, made)
         case CreateVxlanLink(name, under, vni):
             assert name not in host
             assert host[under].addresses
-            made = HostLink(name=name, kind="vxlan", vlan_id=vni, alias="netloom", ipv6=True)
+            mtu = host[under].mtu - 50 if host[under].mtu else 0
+            made = HostLink(name=name, kind="vxlan", vlan_id=vni, alias="netloom", ipv6=True, mtu=mtu)
             return _with_host_link(have, made)
         case GuardBridge(bridge):
             assert host[bridge].ours
@@ -235,15 +239,21 @@ def _after(have: Have, step: Step) -> Have:
             return _with_host_link(have, replace(host[link], up=False))
         case SilenceIpv6(link):
             return _with_host_link(have, replace(host[link], ipv6=False))
-        case CreatePort(_, port, bridge, alias):
+        case CreatePort(_, port, bridge, alias, mtu):
             assert have.marker, "a link before the rules"
             assert port.link not in inside
             assert port.host_link not in host
             assert host[bridge].kind == "bridge"
-            inner = InsideLink(name=port.link, kind="veth", mac=port.mac, host_link=port.host_link)
+            inner = InsideLink(name=port.link, kind="veth", mac=port.mac, host_link=port.host_link, mtu=mtu)
             have = replace(have, links={**inside, port.link: inner})
-            end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True)
+            end = HostLink(name=port.host_link, kind="veth", master=bridge, alias=alias, ipv6=True, mtu=mtu)
             return _ported(_with_host_link(have, end))
+        case SetMtu("", link, mtu) | SetCarrierMtu(link, mtu):
+            if isinstance(step, SetCarrierMtu):
+                assert host[link].ours
+            return _with_host_link(have, replace(host[link], mtu=mtu))
+        case SetMtu(_, link, mtu):
+            return replace(have, links={**inside, link: replace(inside[link], mtu=mtu)})
         case MarkPort(link, alias) | AdoptLink(link, alias):
             return _with_host_link(have, replace(host[link], alias=alias))
         case SetMac(_, link, mac):
@@ -454,6 +464,39 @@ def test_the_steps_of_a_new_network() -> None:
         "set vnetg204 up",
         "set gst-204 up in cs-net-204",
     ]
+
+
+@pytest.mark.parametrize(
+    ("vlan", "nic_mtu", "mtu"),
+    [("1204", 9000, 9000), ("1204", 1400, 1400), ("16777215", 9000, 8950), ("16777215", 1500, 1450)],
+)
+def test_ports_follow_the_mtu_of_the_nic_up_and_down(vlan: str, nic_mtu: int, mtu: int) -> None:
+    def with_mtu(have: Have, mtu: int) -> Have:
+        return _with_host_link(have, replace(have.host_links["eth1"], mtu=mtu))
+
+    want = wish(vlan, {})
+    for first in (1500, nic_mtu):
+        have = with_mtu(built(want, with_mtu(EMPTY, first)), nic_mtu)
+        after = built(want, have)
+        carrier = next(it for it in after.host_links.values() if it.kind in ("vlan", "vxlan"))
+        # The kernel itself lowers a VLAN link; the plan does not.
+        lowered = vlan == "1204" and nic_mtu < first
+        assert carrier.mtu == (first if lowered else mtu)
+        assert {after.host_links["vnetg204"].mtu, after.links["gst-204"].mtu} == {carrier.mtu}
+        assert plan(after, want) == ()
+
+
+def test_ports_of_an_operators_bridge_follow_its_uplinks_and_not_its_other_ports() -> None:
+    bridge = HostLink(name="br0", kind="bridge", up=True, mtu=1500, ports=("bond0", "tap1", "vnetg9"))
+    ports = (
+        HostLink(name="bond0", kind="bond", up=True, master="br0", mtu=9000),
+        HostLink(name="tap1", kind="tun", up=True, master="br0", mtu=1500),
+        HostLink(name="vnetg9", kind="veth", up=True, master="br0", mtu=1500, alias="netloom net-9"),
+    )
+    have = replace(EMPTY, host_links={it.name: it for it in (bridge, *ports)})
+    port = replace(guest("untagged"), segment=segment("br0", "untagged"))
+    after = built(replace(wish(publics={}), ports=(port,)), have)
+    assert after.host_links["vnetg204"].mtu == after.links["gst-204"].mtu == 9000
 
 
 def test_a_vlan_change_moves_the_guest_port_and_removes_the_old_bridge() -> None:

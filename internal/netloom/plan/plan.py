@@ -24,7 +24,6 @@ import msgspec
 
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
-from netloom.netobjects import ETHERNET_MTU
 from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink
 from netloom.plan.segments import SegmentPlacement, is_guest, place
 from netloom.plan.steps import (
@@ -135,7 +134,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     yield from _ruleset(have, want)
     yield from dict.fromkeys(step for placement in placements.values() for step in placement.steps)
     for port in want.ports:
-        yield from _port(have, ns, port, placements[port.segment].bridge, alias_of(have.scope_id))
+        yield from _port(have, ns, port, placements[port.segment], alias_of(have.scope_id))
     for key, value in want.sysctls.items():
         link = _link_of(key, links)
         if link is not None and (link not in existing or have.sysctls.get(key) != value):
@@ -203,7 +202,8 @@ def _ruleset(have: Have, want: Want) -> Iterator[Step]:
 # Additions, beginning with what a link may have while it is down.
 
 
-def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[Step]:
+def _port(have: Have, ns: str, port: Port, placement: SegmentPlacement, alias: str) -> Iterator[Step]:
+    bridge, mtu = placement.bridge, placement.mtu
     host_link = have.host_links.get(port.host_link)
     if not _exists(have, port):
         inside = have.links.get(port.link)
@@ -214,11 +214,8 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
                     hint="remove or rename it",
                 )
             yield RemoveHostPort(port.host_link)
-        yield CreatePort(ns, port, bridge, alias)
+        yield CreatePort(ns, port, bridge, alias, mtu)
         yield SilenceIpv6(port.host_link)
-        if (mtu := _mtu(have, port)) < ETHERNET_MTU:
-            yield SetMtu("", port.host_link, mtu)
-            yield SetMtu(ns, port.link, mtu)
         return
     assert host_link is not None
     if host_link.alias != alias:
@@ -227,19 +224,12 @@ def _port(have: Have, ns: str, port: Port, bridge: str, alias: str) -> Iterator[
         yield SilenceIpv6(port.host_link)
     if have.links[port.link].mac != port.mac:
         yield SetMac(ns, port.link, port.mac)
-    mtu = _mtu(have, port)
     if host_link.mtu not in (0, mtu):
         yield SetMtu("", port.host_link, mtu)
     if have.links[port.link].mtu not in (0, mtu):
         yield SetMtu(ns, port.link, mtu)
     if host_link.master != bridge:
         yield AttachPort(port.host_link, bridge)
-
-
-def _mtu(have: Have, port: Port) -> int:
-    """The MTU of the segment's carrier, but at most Ethernet's, which guests assume."""
-    carrier = have.host_links.get(port.segment.vlan_link or port.segment.nic)
-    return min(ETHERNET_MTU, carrier.mtu) if carrier is not None and carrier.mtu else ETHERNET_MTU
 
 
 def _missing_addresses(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:

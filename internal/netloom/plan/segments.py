@@ -5,6 +5,10 @@ A bridge, VLAN link or tunnel that exists already is used, whoever created it. F
     VLAN      NIC eth1 --- VLAN link eth1.204 --- bridge breth1-204 --- host end vnetg204
     VXLAN     NIC (or its bridge) --- tunnel vxlan5000 --- bridge brvx-5000 --- host end vnetg204
     untagged  NIC eth1 --- bridge breth1-0 (or the bridge that the NIC is in) --- host end vnetg204
+
+Our ports have the MTU of the link that carries the segment, below it and above it. A smaller port would pull the bridge
+down to its own MTU, and the kernel drops a frame that is larger than the MTU of the port that receives it, without an
+ICMP error.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import msgspec
 
 from netloom.errors import HostRefused
 from netloom.names import UNTAGGED
+from netloom.netobjects import ETHERNET_MTU, VXLAN_BYTES
 from netloom.plan.have import ALIAS, Have, HostLink
 from netloom.plan.steps import (
     AttachCarrier,
@@ -21,6 +26,7 @@ from netloom.plan.steps import (
     CreateVlanLink,
     CreateVxlanLink,
     GuardBridge,
+    SetCarrierMtu,
     SetHostLinkUp,
     SilenceIpv6,
     Step,
@@ -29,9 +35,13 @@ from netloom.render.want import Port, Segment
 
 
 class SegmentPlacement(msgspec.Struct, frozen=True):
-    """The bridge of a segment on this host. ``ours``: we created it, or ``steps`` do."""
+    """The bridge of a segment on this host, and the MTU of its ports.
+
+    ``ours``: we created the bridge, or ``steps`` do.
+    """
 
     bridge: str
+    mtu: int
     steps: tuple[Step, ...] = ()
     ours: bool = False
 
@@ -61,9 +71,14 @@ def _vlan(have: Have, port: Port) -> SegmentPlacement:
         if not nic.up:
             steps.append(SetHostLinkUp(nic.name))
         steps.append(CreateVlanLink(segment.vlan_link, segment.nic, int(segment.vlan)))
-        carrier = HostLink(name=segment.vlan_link, kind="vlan", alias=ALIAS, ipv6=True)
+        carrier = HostLink(name=segment.vlan_link, kind="vlan", alias=ALIAS, ipv6=True, mtu=nic.mtu)
     elif carrier.parent and not carrier.up and not have.host_links[carrier.parent].up:
         steps.append(SetHostLinkUp(carrier.parent))  # the kernel sets no VLAN link up on a NIC that is down
+    nic_mtu = have.host_links[carrier.parent].mtu if carrier.parent in have.host_links else 0
+    if carrier.ours and carrier.mtu < nic_mtu:
+        # The kernel lowers a VLAN link with its NIC, and does not raise it again.
+        steps.append(SetCarrierMtu(carrier.name, nic_mtu))
+        carrier = msgspec.structs.replace(carrier, mtu=nic_mtu)
     return _bridged(have, segment, carrier, steps)
 
 
@@ -87,6 +102,7 @@ def _vxlan(have: Have, port: Port) -> SegmentPlacement:
     if carrier is None:
         nic = _nic(have, port)
         under = have.host_links.get(nic.master, nic)
+        mtu = under.mtu - VXLAN_BYTES if under.mtu else 0
         if not any(":" not in address for address in under.addresses):
             raise HostRefused(
                 f"{under.name} has no IPv4 address for VXLAN to send from",
@@ -94,14 +110,20 @@ def _vxlan(have: Have, port: Port) -> SegmentPlacement:
             )
         steps += [SetHostLinkUp(link.name) for link in dict.fromkeys((nic, under)) if not link.up]
         steps.append(CreateVxlanLink(segment.vlan_link, under.name, int(segment.vlan)))
-        carrier = HostLink(name=segment.vlan_link, kind="vxlan", alias=ALIAS, ipv6=True)
+        carrier = HostLink(name=segment.vlan_link, kind="vxlan", alias=ALIAS, ipv6=True, mtu=mtu)
+    elif carrier.ours and (found := have.host_links.get(segment.nic)) is not None:
+        # The kernel sets the MTU of a tunnel once, when the tunnel is created.
+        mtu = have.host_links.get(found.master, found).mtu - VXLAN_BYTES
+        if 0 < mtu != carrier.mtu:
+            steps.append(SetCarrierMtu(carrier.name, mtu))
+            carrier = msgspec.structs.replace(carrier, mtu=mtu)
     return _bridged(have, segment, carrier, steps)
 
 
 def _untagged(have: Have, port: Port) -> SegmentPlacement:
     nic = _nic(have, port)
     if nic.kind == "bridge":
-        return SegmentPlacement(nic.name)
+        return SegmentPlacement(nic.name, _bridge_mtu(have, nic))
     if not nic.master and nic.addresses:
         raise HostRefused(
             f"NIC {nic.name} carries the host's address {nic.addresses[0]} and is in no bridge: "
@@ -109,6 +131,17 @@ def _untagged(have: Have, port: Port) -> SegmentPlacement:
             hint=f"put {nic.name} into a bridge that has the address, or name another NIC in {_detail(port)}",
         )
     return _bridged(have, port.segment, nic, [])
+
+
+def _bridge_mtu(have: Have, bridge: HostLink) -> int:
+    """The smallest MTU of the uplinks in a bridge of the operator.
+
+    The bridge's own MTU follows the smallest of all its ports, and these include ours and the taps of VMs. It limits
+    only what the host itself sends.
+    """
+    ports = [have.host_links[name] for name in bridge.ports if name in have.host_links]
+    uplinks = [it.mtu for it in ports if not it.ours and it.kind != "tun" and it.mtu]
+    return min(uplinks, default=bridge.mtu or ETHERNET_MTU)
 
 
 def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step]) -> SegmentPlacement:
@@ -137,7 +170,7 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
         steps.append(SetHostLinkUp(carrier.name))
     if not bridge.up:
         steps.append(SetHostLinkUp(name))
-    return SegmentPlacement(name, tuple(steps), bridge.ours)
+    return SegmentPlacement(name, carrier.mtu or ETHERNET_MTU, tuple(steps), bridge.ours)
 
 
 def _nic(have: Have, port: Port) -> HostLink:

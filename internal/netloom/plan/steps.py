@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import msgspec
 
-from netloom.netobjects import Address, Neighbour, Route, Rule
+from netloom.netobjects import ETHERNET_MTU, Address, Neighbour, Route, Rule
 from netloom.render.ruleset import Name, Ruleset
 from netloom.render.want import Port
 
@@ -226,6 +226,16 @@ class AttachCarrier(SharedStep, frozen=True):
         return f"attach {self.link} to {self.bridge}"
 
 
+class SetCarrierMtu(SharedStep, frozen=True):
+    """Set the MTU of a VLAN link or a VXLAN tunnel of ours to what the link below it carries."""
+
+    link: str
+    mtu: int
+
+    def __str__(self) -> str:
+        return f"set MTU of {self.link} to {self.mtu}"
+
+
 class SetHostLinkUp(SharedStep, frozen=True):
     """Set a NIC, a VLAN link or a bridge up."""
 
@@ -272,15 +282,20 @@ class SilenceIpv6(Step, frozen=True):
 
 
 class CreatePort(Step, frozen=True):
-    """Create a veth pair, both ends down: one end is a port of the bridge, the other is in the namespace."""
+    """Create a veth pair, both ends down: one end is a port of the bridge, the other is in the namespace.
+
+    The ends have their MTU when they are created: a port that joins with a smaller one pulls the bridge down.
+    """
 
     namespace: str
     port: Port
     bridge: str
     alias: str
+    mtu: int = ETHERNET_MTU
 
     def __str__(self) -> str:
-        return f"create {self.port.host_link} on {self.bridge} with {self.port.link} in {self.namespace}"
+        mtu = f", MTU {self.mtu}" if self.mtu != ETHERNET_MTU else ""
+        return f"create {self.port.host_link} on {self.bridge} with {self.port.link} in {self.namespace}{mtu}"
 
 
 class AttachPort(Step, frozen=True):

@@ -65,6 +65,8 @@ def _configuration(directory: str, network: Network, group: str) -> str:
         f"hostsdir={directory}/{HOSTS}",
         "domain-needed",
         "cache-size=1000",
+        # Answers that fit into every path (DNS flag day 2020). Before 2.86, dnsmasq's default is 4096 bytes.
+        "edns-packet-max=1232",
         "pid-file=",
         # Names can change at any time. A guest caches a name for this many seconds.
         "local-ttl=10",

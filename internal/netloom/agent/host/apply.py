@@ -45,6 +45,7 @@ from netloom.plan.steps import (
     RemoveRoute,
     RemoveRule,
     RemoveVlanLink,
+    SetCarrierMtu,
     SetHostLinkDown,
     SetHostLinkUp,
     SetLinkUp,
@@ -198,7 +199,7 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.set_alias(link, alias)
         case SetMac(_, link, mac):
             yield links.set_mac(link, mac)
-        case SetMtu(_, link, mtu):
+        case SetMtu(_, link, mtu) | SetCarrierMtu(link, mtu):
             yield links.set_mtu(link, mtu)
         case SetLinkUp(_, link) | SetPortUp(link) | SetHostLinkUp(link):
             yield links.set_up(link)
@@ -212,8 +213,8 @@ def _messages(step: Step, descriptors: ExitStack) -> Iterator[Message]:
             yield links.make_vxlan(link, under, vni, vxlan_group(vni), VXLAN_TTL, alias=ALIAS)
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):
             yield links.set_master(link, bridge)
-        case CreatePort(namespace, port, bridge, alias):
+        case CreatePort(namespace, port, bridge, alias, mtu):
             fd = descriptors.enter_context(namespaces.descriptor(namespace))
-            yield links.make_veth(port.host_link, bridge, port.link, port.mac, 0, fd, alias=alias)
+            yield links.make_veth(port.host_link, bridge, port.link, port.mac, mtu, fd, alias=alias)
         case _:
             raise TypeError(f"no message for {step}")

@@ -215,7 +215,7 @@ def _process_in(namespace: str) -> str:
 def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str]) -> dict[int, Link]:
     """The links, by index, that the scope uses or used: its ports, their bridges, and what carries the segments.
 
-    Of a bridge all ports are added if the bridge may have to be removed.
+    Of a bridge all ports are added if the bridge may have to be removed, or carries a segment itself.
     """
     found = _by_index(links.find_links_over(host, also | _names_in(want)))
     other_ends = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
@@ -224,7 +224,9 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
     bridges = {link.master_index for link in found.values() if link.master_index}
     found |= _by_index(links.find_links_over(host, bridges - found.keys()))
     left = _bridges_to_leave(found, want)
-    for bridge in [it for it in found.values() if it.kind == "bridge" and (_ours(it) or it.index in left)]:
+    nics = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
+    bridges = {it.index for it in found.values() if it.kind == "bridge" and (_ours(it) or it.name in nics)} | left
+    for bridge in [it for it in found.values() if it.kind == "bridge" and it.index in bridges]:
         found |= _by_index(links.list_links_over(host, master=bridge.index))
     return found
 

@@ -99,6 +99,7 @@ class Watcher:
         self._host: Watch | None = None
         self._names: NamesWatch | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
+        self._mtus: dict[str, int] = {}  # NIC, VLAN link or tunnel -> its MTU
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
         self._timers: dict[str, Timer] = {}
@@ -117,6 +118,7 @@ class Watcher:
             self._host, self._names = host, gone
             self._seen |= seen
             self._masters |= {link.name: link.master_index for link in listed if link.master_index}
+            self._mtus |= {link.name: link.mtu for link in listed if link.kind != "bridge"}
             self._loop.add_reader(host, self._read_host)
             self._loop.add_reader(gone, self._read_names)
 
@@ -259,11 +261,25 @@ class Watcher:
             for scope_id in sorted(scopes, key=self._handler.busy)[: len(scopes) if back else 1]:
                 if scope_id in self._watched:
                     self._hear(self._watched[scope_id], "host", event)
+            self._follow_mtu(event, link, scopes)
         if event.gone:
             self._seen.pop(link.name, None)
             self._handler.tidy_soon()
         elif link.name in self._ports or scopes:
             self._seen[link.name] = (link.index, link.master_index or 0)
+
+    def _follow_mtu(self, event: Event, link: Link, scopes: set[str]) -> None:
+        """Have every scope above a resized link repaired, because each sets the MTU of its own ports.
+
+        The MTU of a bridge is not followed: it changes whenever a VM is plugged in.
+        """
+        if event.gone or link.kind == "bridge":
+            return
+        before = self._mtus.get(link.name, link.mtu)
+        self._mtus[link.name] = link.mtu
+        if before != link.mtu:  # guard: ports-follow-the-mtu-of-their-segment
+            for watched in [self._watched[it] for it in sorted(scopes) if it in self._watched]:
+                self._schedule(watched, link.name)
 
     def _follow_master(self, event: Event, link: Link) -> None:
         """Track bridge ports. Before a bridge is deleted, the kernel releases its ports one by one, VMs' taps too."""

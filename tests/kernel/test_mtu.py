@@ -1,0 +1,90 @@
+"""Jumbo frames: ports follow the MTU of their segment, and frames that are too large get an ICMP error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from kernel.agent_host import AgentHost, done, wait_until
+from netloom.wire import Registration
+
+NS, BRIDGE, GATEWAY, OUTSIDE = "cs-net-204", "breth1-1204", "10.10.1.1", "198.51.100.9"
+GUEST, PUBLIC = "eth1.1204", "eth2.101"
+VM, VM_MAC, VM_IP = "jumbo", "02:01:00:cc:00:03", "10.10.1.45"
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    """A host whose guest VLAN carries 9,000 bytes, and whose public VLAN carries 1,500."""
+    with contextlib.closing(AgentHost((GUEST, PUBLIC))) as it:
+        it.start()
+        resize(it, GUEST, 9000)
+        yield it
+
+
+def resize(host: AgentHost, link: str, mtu: int) -> None:
+    """Give both ends of a link to the fabric this MTU."""
+    host.ip("link", "set", link, "mtu", str(mtu))
+    host.run("ip", "link", "set", f"sw-{link}", "mtu", str(mtu), pid=host.fabric)
+
+
+def build(host: AgentHost) -> None:
+    """A network with source NAT, an outside host, and a VM that sends frames of 9,000 bytes."""
+    for fixture, command in (("020", "implement-network"), ("021", "assign-ip"), ("022", "apply-fw-rules")):
+        done(host.call(fixture, command))
+    host.plug(VM, BRIDGE, VM_MAC, f"{VM_IP}/24")
+    for words in (["-n", VM, "link", "set", "eth0", "mtu", "9000"], ["link", "set", f"tap-{VM}", "mtu", "9000"]):
+        host.ip(*words)
+    host.ip("-n", VM, "route", "add", "default", "via", GATEWAY)
+
+
+def mtus(host: AgentHost) -> tuple[int, int, int]:
+    """The MTU of the bridge, and of both ends of the guest port."""
+    outside = host.links()
+    return outside[BRIDGE]["mtu"], outside["vnetg204"]["mtu"], host.links(NS)["gst-204"]["mtu"]
+
+
+def ping(host: AgentHost, address: str, size: int) -> str:
+    """Ping from the VM with an IP packet of ``size`` bytes that must not be fragmented; what ping printed."""
+    words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", str(size - 28), address]
+    return host.run(*words, namespace=VM, check=False)
+
+
+def test_a_bridge_with_jumbo_frames_keeps_them(host: AgentHost) -> None:
+    build(host)
+    assert mtus(host) == (9000, 9000, 9000)
+    for size in (1500, 4000, 9000):
+        assert " 0% packet loss" in ping(host, GATEWAY, size)
+
+
+@pytest.mark.mutation("ports-follow-the-mtu-of-their-segment", instead="False")
+def test_ports_follow_a_change_while_the_network_runs(host: AgentHost) -> None:
+    build(host)
+    for mtu in (1400, 9000):
+        resize(host, GUEST, mtu)
+        wait_until(partial(lambda mtu: mtus(host)[1:] == (mtu, mtu), mtu))
+        assert " 0% packet loss" in ping(host, GATEWAY, mtu)
+    public = next(name for name in host.links(NS) if name.startswith("pub-"))
+    resize(host, PUBLIC, 9000)
+    wait_until(lambda: host.links(NS)[public]["mtu"] == 9000)
+
+
+def test_a_packet_that_is_too_large_for_the_public_link_gets_an_icmp_error(host: AgentHost) -> None:
+    build(host)
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
+    host.run("ip", "addr", "add", f"{OUTSIDE}/32", "dev", "lo", pid=host.fabric)
+    assert " 0% packet loss" in ping(host, OUTSIDE, 1500)
+    assert "mtu = 1500" in ping(host, OUTSIDE, 4000)  # the device says so at the first, later the VM itself
+
+
+def test_an_operators_bridge_keeps_the_mtu_of_its_uplink(host: AgentHost) -> None:
+    host.ip("link", "add", "br0", "type", "bridge")
+    host.ip("link", "set", GUEST, "master", "br0", "up")
+    host.ip("link", "set", "br0", "up")
+    registration = Registration(owner="test", guest_nic="br0", public_nic="eth2")
+    done(host.call("020", "implement-network", registration=registration, vlan="untagged"))
+    assert host.links()["br0"]["mtu"] == host.links()["vnetg204"]["mtu"] == 9000
+    assert host.links(NS)["gst-204"]["mtu"] == 9000
