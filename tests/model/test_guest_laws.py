@@ -177,7 +177,8 @@ def test_requests_may_arrive_in_pieces_of_any_size(size: int) -> None:
     assert conversation(pieces, metadata_site(WEB)).count(b"\r\n\r\n1") == 3
 
 
-names = st.text(min_size=1, max_size=30).filter(lambda name: name not in ("user-data", "meta-data", "meta-data/"))
+# Names of another meaning in a path are left out.
+names = st.text(min_size=1, max_size=30).filter(lambda name: name.lower() not in ("user-data", "meta-data", ".", ".."))
 
 
 @given(st.dictionaries(names, st.text(max_size=50), max_size=6), st.text(max_size=200))
@@ -193,5 +194,4 @@ def test_every_metadata_item_is_served_unchanged_at_both_paths(items: dict[str, 
     for name, text in items.items():
         there = http.HttpAnswer(200, text.encode()) if text else http.HttpAnswer(404)
         assert get(f"/latest/meta-data/{quote(name, safe='')}") == there
-        if not name.startswith("meta-data/"):
-            assert get(f"/latest/{quote(name, safe='')}") == there
+        assert get(f"/latest/{quote(name, safe='')}") == there

@@ -35,41 +35,37 @@ def respond(request: h11.Request, nic: GuestNic) -> HttpAnswer:
         return METHOD_NOT_ALLOWED
     target = request.target.partition(b"?")[0]
     target = target[len(found[0]) :] if (found := _AUTHORITY.match(target)) else target
-    path = _normalized(target)
-    if path is None:
+    segments = _segments(target)
+    if segments is None:
         return _NOT_FOUND
-    if path == "/":
+    if segments in ([], [""]):
         return HttpAnswer(200, b"latest/\n")
-    root, _, name = path.removeprefix("/").partition("/")
+    root, *rest = segments
+    fixed = rest[0].lower() if rest else ""
     if root.lower() != "latest":
         return _NOT_FOUND
-    if not name:
+    if rest in ([], [""]):
         listed = [USER_DATA] if nic.user_data is not None else []
         return HttpAnswer(200, _lines([*listed, f"{META_DATA}/"]))
-    first, _, item = name.partition("/")
-    if first.lower() == USER_DATA and not item:
+    if fixed == USER_DATA and rest[1:] in ([], [""]):
         return _NOT_FOUND if nic.user_data is None else HttpAnswer(200, nic.user_data.reveal().encode())
-    if first.lower() == META_DATA and not item:
+    if fixed == META_DATA and rest[1:] in ([], [""]):
         names = [name for name, text in nic.metadata.items() if text]
         return HttpAnswer(200, _lines(names)) if names else _NOT_FOUND
-    text = nic.metadata.get(item if first.lower() == META_DATA else name, "")
+    text = nic.metadata.get("/".join(rest[1:] if fixed == META_DATA else rest), "")
     return HttpAnswer(200, text.encode()) if text else _NOT_FOUND
 
 
-def _normalized(target: bytes) -> str | None:
-    """The decoded path of a request target with single slashes and without dot segments; None if it has no such path.
+def _segments(target: bytes) -> list[str] | None:
+    """The decoded segments of a request's path, without empty and dot segments; None if there is no such path.
 
-    The path of ``http://host`` without a slash is ``/``. A trailing slash stays. An encoded slash is refused, as by
-    Apache: it is part of a name, and no name has one.
+    A trailing slash gives an empty last segment. An encoded slash is part of a segment (RFC 3986 section 2.2).
     """
-    if b"%2f" in target.lower():
-        return None
     try:
-        path = unquote_to_bytes(target).decode()
+        parts = [unquote_to_bytes(part).decode() for part in target.split(b"/")]
     except UnicodeDecodeError:
         return None
     segments: list[str] = []
-    parts = path.split("/")
     for part in parts:
         if part == "..":
             if not segments:
@@ -77,8 +73,7 @@ def _normalized(target: bytes) -> str | None:
             segments.pop()
         elif part not in ("", "."):
             segments.append(part)
-    is_directory = parts[-1] in ("", ".", "..")
-    return "/" + "/".join(segments) + ("/" if is_directory and segments else "")
+    return [*segments, ""] if parts[-1] in ("", ".", "..") else segments
 
 
 def _lines(names: list[str]) -> bytes:
