@@ -7,9 +7,11 @@ of fields are accepted, and unknown fields are ignored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NoReturn, TypeVar
 
 import msgspec
 
@@ -84,6 +86,47 @@ def convert(value: dict[str, Any], shape: type[T], *, root: str) -> T:
         return msgspec.convert(value, shape, dec_hook=_parse)
     except msgspec.ValidationError as error:
         raise BadRequest(_sentence(str(error), root)) from error
+
+
+class Items(Generic[T]):
+    """The valid items of a list, and the errors of the others, each with the path of the field."""
+
+    def __init__(self, items: Iterable[T] = (), invalid: Iterable[str] = ()) -> None:
+        self.items = tuple(items)
+        self.invalid = tuple(invalid)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.items, self.invalid))
+
+
+def convert_items(
+    value: object,
+    shape: type[T],
+    *,
+    root: str,
+    wider: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = lambda item: (),
+) -> tuple[list[T], list[str]]:
+    """Convert the items of a list one by one: the items that are valid, and the errors of the others.
+
+    ``wider`` gives objects to take instead of an item that is not valid, the best first; without one it is left out.
+    Raises BadRequest if ``value`` is not a list of objects.
+    """
+    if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
+        raise BadRequest(f"{root}: expected a list of objects")
+    items, errors = [], []
+    for at, item in enumerate(value):
+        try:
+            items.append(convert(item, shape, root=f"{root}[{at}]"))
+        except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
+            errors.append(error.message)
+            for instead in wider(item):
+                with contextlib.suppress(BadRequest):
+                    items.append(convert(instead, shape, root=root))
+                    break
+    return items, errors
 
 
 def _parse(shape: Any, value: object) -> object:
