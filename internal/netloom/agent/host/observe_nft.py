@@ -12,6 +12,8 @@ from netloom.render.nft import FAMILY, TABLE
 from netloom.render.ruleset import MARKER_PREFIX, Name
 
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, with a chain for each bridge of ours
+FRAMES_FAMILY = "bridge"  # of the table GUARD_TABLE that filters the frames of bridges
+GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and their ports that lead to the wire
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -61,6 +63,16 @@ def table_digest(namespace: str) -> str:
 
 
 def guarded_bridges() -> frozenset[str]:
-    """The bridges that have a guard: a chain that drops the frames for the host's own sockets. Raises HostRefused."""
+    """The bridges that have a guard: a chain that drops the frames for the host's own sockets, and an element.
+
+    A bridge that an older build guarded has no element, and is guarded again. Raises HostRefused.
+    """
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
-        return frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
+        chains = frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
+        return chains & nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, GUARDED)
+
+
+def guarded_uplinks() -> frozenset[str]:
+    """The links to which only ordinary frames are forwarded. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        return nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, UPLINKS)

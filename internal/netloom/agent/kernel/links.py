@@ -49,6 +49,10 @@ _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL = 2, 3, 5
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
+_IFLA_BR_GROUP_FWD_MASK = 9
+# Bit 14: the bridge treats 01:80:c2:00:00:0e as any other group address. Otherwise it hands these frames to the host
+# before any netfilter hook (br_handle_frame).
+_FORWARD_LLDP = 1 << 14
 _VETH_INFO_PEER = 1
 _SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: statistics are two thirds of each answer
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
@@ -179,6 +183,15 @@ def make_bridge(name: str, alias: str = "") -> Message:
     """
     data = (u32(_IFLA_BR_FORWARD_DELAY, 0), u32(_IFLA_BR_STP_STATE, 0), u8(_IFLA_BR_MCAST_SNOOPING, 0))
     return _make(name, "bridge", nested(_IFLA_INFO_DATA, *data), alias, f"make bridge {name}")
+
+
+def filter_lldp(name: str) -> Message:
+    """Have the bridge pass frames to 01:80:c2:00:00:0e through netfilter, as it does with the other frames."""
+    data = nested(_IFLA_INFO_DATA, u16(_IFLA_BR_GROUP_FWD_MASK, _FORWARD_LLDP))
+    info = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data)
+    payload = _HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name) + info
+    # RTM_NEWLINK without NLM_F_CREATE: RTM_SETLINK ignores the settings of a kind.
+    return Message(RTM_NEWLINK, payload=payload, what=f"set group_fwd_mask of {name}")
 
 
 def make_vlan(name: str, parent: str, vlan_id: int, alias: str = "") -> Message:
