@@ -7,15 +7,15 @@ import itertools
 import json
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
+from kernel.raw_frames import VM, VM_MAC, checksum, frame, received, send, wire
 
-VM, VM_MAC, VM_IP = "web", "02:01:00:cc:00:03", "10.10.1.45"
+VM_IP = "10.10.1.45"
 HOST_IP, HOST_IP6, PORT = "198.51.100.9", "2001:db8:f::9", 4711
 RESERVED = [f"0180c20000{at:02x}" for at in range(16)]
 ARP, IP, IP6 = 0x0806, 0x0800, 0x86DD
@@ -37,17 +37,6 @@ def build(host: AgentHost, vlan: str = "1204") -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- frames
-
-
-def frame(destination: str, kind: int, payload: bytes) -> bytes:
-    return bytes.fromhex(destination) + bytes.fromhex(VM_MAC.replace(":", "")) + struct.pack("!H", kind) + payload
-
-
-def checksum(data: bytes) -> int:
-    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def udp(port: int, data: bytes) -> bytes:
@@ -80,32 +69,6 @@ def tagged(tag: int, vlan: int, kind: int, payload: bytes) -> bytes:
 
 def llc(destination: str, payload: bytes) -> bytes:
     return frame(destination, len(payload), payload)
-
-
-@contextlib.contextmanager
-def wire(host: AgentHost, link: str, namespace: str = "", *, fabric: bool = False) -> Iterator[socket.socket]:
-    """A packet socket on a link of the host, of one of its namespaces or of the fabric."""
-    place = host.within(namespace) if namespace or fabric else host.inside_host()
-    with place:
-        opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        opened.bind((link, 3))
-    with opened:
-        opened.settimeout(0.2)
-        yield opened
-
-
-def send(host: AgentHost, *frames: bytes) -> None:
-    with wire(host, "eth0", VM) as it:
-        for each in frames:
-            it.send(each.ljust(60, b"\0"))
-
-
-def received(listening: socket.socket) -> Iterator[bytes]:
-    """What has arrived, until nothing comes for the socket's time-out; at most ten seconds."""
-    deadline = time.monotonic() + 10
-    with contextlib.suppress(TimeoutError):
-        while time.monotonic() < deadline:
-            yield listening.recv(2048)
 
 
 # ----------------------------------------------------------------------------------------------- sockets of the host

@@ -74,7 +74,7 @@ def guard(bridge: str, uplinks: tuple[str, ...]) -> None:
     ]
     with Nft(None) as nft:
         nft.run("\n".join(lines) + "\n")
-    links.change(None, [links.filter_lldp(bridge)])  # guard: lldp-frames-are-filtered
+    links.change(None, [links.confine_bridge(bridge)])  # guard: lldp-frames-are-filtered
 
 
 def unguard(bridge: str, *, last: bool) -> None:

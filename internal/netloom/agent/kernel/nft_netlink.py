@@ -17,7 +17,7 @@ _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _GETCHAIN, _GETRULE, _GETSET = _SUBSYSTEM | 4, _SUBSYSTEM | 7, _SUBSYSTEM | 10
 _GETSETELEM, _GETGEN, _GETOBJ = _SUBSYSTEM | 13, _SUBSYSTEM | 16, _SUBSYSTEM | 19
 
-_FAMILIES = {"inet": 1, "netdev": 5, "bridge": 7}  # NFPROTO_*
+_FAMILIES = {"inet": 1, "netdev": 5, "arp": 3, "bridge": 7}  # NFPROTO_*
 _HEAD_BYTES = 4  # nfgenmsg
 
 _NFTA_GEN_ID = 1
@@ -30,7 +30,7 @@ _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
 _NFTA_SET_ELEM_KEY = _NFTA_DATA_VALUE = 1
 _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE = 2, 3
 
-_NFT_SET_ANONYMOUS, _NFT_SET_MAP = 0x1, 0x8
+_NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_EVAL = 0x1, 0x8, 0x20
 _NFT_OBJECT_COUNTER = 1
 
 
@@ -58,6 +58,11 @@ class Set(msgspec.Struct, frozen=True):
     @property
     def anonymous(self) -> bool:
         return bool(_big(self.flags) & _NFT_SET_ANONYMOUS)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether packets add elements."""
+        return bool(_big(self.flags) & _NFT_SET_EVAL)
 
     @property
     def map(self) -> bool:
