@@ -50,7 +50,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from netloom import names
-from netloom.render import ip6, plain_network
+from netloom.render import ip6, plain_network, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, ForwardedPorts, active, target_port
 from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
@@ -70,7 +70,11 @@ def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
     if now.plain:
-        return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
+        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), now)
+    return share.shared(_routed(scope, now), now)
+
+
+def _routed(scope: Scope, now: Active) -> Ruleset:
     address_chains = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
     egress_chains = [_egress(it) for it in now.networks]
     acl_chains = [_acl_chains(it, now) for it in now.networks if it.network_id in now.acls]
