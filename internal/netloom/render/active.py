@@ -56,9 +56,9 @@ class Active(msgspec.Struct, frozen=True, kw_only=True):
     balanced: tuple[LbRule, ...] = ()
 
     @property
-    def haproxy_ports(self) -> frozenset[tuple[str, int]]:
-        """Address and TCP port of each load balancing rule that haproxy serves on the device."""
-        return frozenset((rule.public_ip, rule.public_port) for rule in self.balanced if rule.protocol != "udp")
+    def haproxy_rules(self) -> tuple[LbRule, ...]:
+        """The load balancing rules for TCP. haproxy serves them on the device."""
+        return tuple(rule for rule in self.balanced if rule.protocol != "udp")
 
     @property
     def udp_balanced(self) -> tuple[LbRule, ...]:

@@ -115,7 +115,7 @@ class FlowPolicy:
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
         for forward in self._now.port_forwards:
             self._forwards.setdefault((forward.public_ip, _NUMBERS[forward.protocol]), []).append(forward)
-        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
+        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.haproxy_rules}
         for rule in self._now.udp_balanced:
             self._udp_backends[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
         # Cached: thousands of flows differ only in the port of the remote end.
@@ -400,11 +400,10 @@ def _balancing(now: Active) -> frozenset[tuple[str, int, str, int]]:
     udp = {
         (it.public_ip, it.public_port, backend.ip, backend.port) for it in now.udp_balanced for backend in it.backends
     }
-    tcp_rules = [rule for rule in now.balanced if rule.protocol != "udp"]
-    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in tcp_rules}
+    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in now.haproxy_rules}
     tiers = {
         (rule.public_ip, rule.public_port, network.network_id, port)
-        for rule in tcp_rules
+        for rule in now.haproxy_rules
         for network, port in now.backend_ports(rule)
     }
     return frozenset(udp | tcp | tiers)

@@ -319,12 +319,12 @@ def _to_vpc_device(now: Active) -> Chain:
 def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
     """The TCP ports that haproxy serves; in a VPC, each with the chain that applies the list of the backends' tier."""
     if not in_vpc:
-        elements = {f"{address} . {port}": "" for address, port in sorted(now.haproxy_ports)}
+        ports = sorted({(rule.public_ip, rule.public_port) for rule in now.haproxy_rules})
+        elements = {f"{address} . {port}": "" for address, port in ports}
         return NftSet(name="balanced", kind="set", type="ipv4_addr . inet_service", elements=elements)
     chains = {
         f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(network, port)}"
-        for rule in now.balanced
-        if rule.protocol != "udp"
+        for rule in now.haproxy_rules
         for network, port in now.backend_ports(rule)
     }
     return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", chains)
@@ -333,13 +333,7 @@ def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
 def _acl_chains(network: Network, now: Active) -> list[Chain]:
     """The chains of a tier's access control list: out, in, and one for each load-balanced port of the tier."""
     acl = now.acls[network.network_id]
-    ports = {
-        port
-        for rule in now.balanced
-        if rule.protocol != "udp"
-        for home, port in now.backend_ports(rule)
-        if home == network
-    }
+    ports = {port for rule in now.haproxy_rules for home, port in now.backend_ports(rule) if home == network}
     return [
         Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
         Chain(
