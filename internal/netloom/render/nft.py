@@ -92,6 +92,7 @@ def ruleset(scope: Scope) -> Ruleset:
             _map("counted_out", "ipv4_addr : counter", {it.address: f'"{counted[it.address][1]}"' for it in now.held}),
             *_translations(now),
             *_source_ports(now),
+            *_second_nics(now),
             _balanced(now, in_vpc=scope.is_vpc),
         ),
         chains=(
@@ -207,6 +208,28 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
         NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
         NftSet(name="forwarded_udp_own", kind="set", type="ipv4_addr . inet_service", flags="interval", elements=own),
     )
+
+
+def _second_nics(now: Active) -> tuple[NftSet, ...]:
+    """The guests that see the device's address instead of the client's, for all clients and by the client's network."""
+    type_ = "ipv4_addr : ipv4_addr"
+    by_network = sorted(now.device_for_network.items())
+    return (
+        _map("second_nics", type_, now.device_for_all),
+        *(_map(_second_nics_map(network_id), type_, guests) for network_id, guests in by_network),
+    )
+
+
+def _to_second_nics(now: Active) -> list[str]:
+    """The source translation for these guests; see ``second_nics``."""
+    return [
+        "snat ip to ip daddr map @second_nics",  # guard: a-second-nic-answers-the-device
+        *(
+            f"ip saddr {it.cidr} snat ip to ip daddr map @{_second_nics_map(it.network_id)}"
+            for it in now.networks  # guard: a-vm-in-two-tiers-answers-the-device
+            if it.network_id in now.device_for_network
+        ),
+    ]
 
 
 def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
@@ -402,12 +425,16 @@ def _egress(network: Network) -> list[Chain]:
 
 
 def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
-    """Source translation: hairpin, the operator's routes, static NAT, source NAT; the first match decides."""
+    """Source translation: hairpin, second NICs, the operator's routes, static NAT, source NAT.
+
+    The first match decides.
+    """
     rules = [
         # Hairpin: without this the guest would reply directly to its neighbour, from an address that is not expected.
         f"oifname {guest_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
         for it in now.networks  # guard: hairpin-comes-from-the-device
     ]
+    rules += _to_second_nics(now)
     rules += [line for nat in nats for line in _policy_source_nat(nat, now)]  # guard: a-chosen-exit-has-its-source
     rules.append(f"oifname {PUBLIC_LINKS} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
@@ -494,6 +521,10 @@ def _out_chain(network: Network) -> str:
 
 def _in_chain(network: Network) -> str:
     return f"acl_in_{network.network_id}"
+
+
+def _second_nics_map(network_id: str) -> str:
+    return f"second_nics_{network_id}"
 
 
 def _balanced_chain(network: Network, port: int) -> str:
