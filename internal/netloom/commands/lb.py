@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from msgspec.structs import replace
 
+from netloom.commands.nat import address_next_to
 from netloom.commands.transition import Context, PartlyDone, network_of, with_left_out, with_network
 from netloom.protocol import lb as protocol
-from netloom.protocol.scalars import IPv4Prefix
-from netloom.state import Backend, LbRule, PublicIp, Scope
+from netloom.state import Backend, LbRule, Scope
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
@@ -35,7 +33,7 @@ def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Contex
             continue
         rules[str(wanted.rule_id)] = wanted
         if wanted.public_ip not in addresses:
-            held = _next_to(addresses.values(), wanted.public_ip, network_id)
+            held = address_next_to(addresses.values(), wanted.public_ip, network_id)
             if held is None:
                 complaints.append(f"{at}: the VLAN of the address is not known before its assign-ip")
             else:
@@ -49,14 +47,6 @@ def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Contex
     if set(complaints) - set(known) and payload.network_state != "implementing":
         raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
     return after
-
-
-def _next_to(assigned: Iterable[PublicIp], address: str, network_id: str) -> PublicIp | None:
-    """The address as assigned, with VLAN and gateway of an address in the same subnet: the call has neither."""
-    for other in assigned:
-        if address in IPv4Prefix(other.cidr) and address != other.gateway:
-            return replace(other, address=address, source_nat=False, network_id=network_id)
-    return None
 
 
 def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:

@@ -331,7 +331,8 @@ class Scopes:
             self._store.save(outcome.scope)  # guard: state-is-saved-first
             for command, reasons in outcome.scope.left_out.items():
                 if slot.scope is None or slot.scope.left_out.get(command) != reasons:
-                    self._log.line(f"scope={slot.scope_id} not in force: {command}: {'; '.join(reasons[:5])}")
+                    for reason in reasons:
+                        self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
             slot.scope, slot.ending = outcome.scope, False
         changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
