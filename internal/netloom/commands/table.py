@@ -12,7 +12,6 @@ from msgspec.structs import replace
 from netloom.commands import acl, dhcp, dns, firewall, lb, nat, network, nic, pbr, restore, userdata, vpc
 from netloom.commands.transition import (
     Context,
-    PartlyDone,
     Transitioned,
     for_known_network,
     for_network,
@@ -164,17 +163,13 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
         if row.kind == "removes" or (row.kind == "builds" and _is_shutting_down(payload)):
             return Transitioned(scope=None)
         scope = new_scope(context)
-    refused = None
-    try:
-        wanted = row.transition(with_registration(scope, context.registration), payload, context)
-    except PartlyDone as partly:
-        wanted, refused = partly.scope, partly
+    wanted = row.transition(with_registration(scope, context.registration), payload, context)
     if wanted is None:
         return Transitioned(scope=None)
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
-    return Transitioned(scope=wanted if wanted.revision else None, output=output, refused=refused)
+    return Transitioned(scope=wanted if wanted.revision else None, output=output)
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:

@@ -337,7 +337,7 @@ class Scopes:
         changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        error = outcome.refused or self._unbalanced_rules(slot, payload)
+        error = self._unbalanced_rules(slot, payload)
         if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, changes
