@@ -90,8 +90,9 @@ def test_defect_55_a_missing_public_field_is_named(missing: str, command: str) -
 def test_all_public_fields_missing() -> None:
     with pytest.raises(BadRequest, match=r"payload: public_ip, public_vlan, public_cidr are missing"):
         call(implemented_scope(), "assign-ip")
-    with pytest.raises(BadRequest, match=r"payload\.public_ip is missing"):
-        call(implemented_scope(), "release-ip")
+    scope = implemented_scope()
+    for command in ("release-ip", "delete-static-nat", "delete-port-forward"):
+        assert call(scope, command).scope == scope
 
 
 def test_an_address_without_a_gateway() -> None:

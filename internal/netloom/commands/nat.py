@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
@@ -50,7 +52,7 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
     In a VPC, only the translations of this tier are removed. The VPC's source-NAT address stays assigned, and so does
     an address that another tier's rules use.
     """
-    address, network_id = _required(payload.public_ip), str(payload.network_id)
+    address, network_id = str(payload.public_ip), str(payload.network_id)
     scope = replace(
         scope,
         static_nats={  # guard: release-ip-ends-static-nat
@@ -90,7 +92,7 @@ def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Sco
 
 def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) -> Scope:
     """Remove the static NAT of the address."""
-    address = _required(payload.public_ip)
+    address = str(payload.public_ip)
     return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
 
 
@@ -125,9 +127,8 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
 
 def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
     """Remove the port forward, unless these ports lead to another guest by now."""
-    address = _required(payload.public_ip)
     try:
-        key = f"{address}/{payload.protocol.lower()}/{_ports(PortRange.parse(payload.public_port))}"
+        key = f"{payload.public_ip}/{payload.protocol.lower()}/{_ports(PortRange.parse(payload.public_port))}"
     except ValueError:
         return scope  # add-port-forward refuses these ports, so nothing is stored
     known = scope.port_forwards.get(key)
@@ -140,6 +141,14 @@ def addresses_in_use(scope: Scope) -> set[str]:
     """The public addresses that static NAT, a port forward or a load balancer rule uses."""
     forwarded = {it.public_ip for it in scope.port_forwards.values()}
     return {*scope.static_nats, *forwarded, *(it.public_ip for it in scope.lb_rules.values())}
+
+
+def address_next_to(assigned: Iterable[PublicIp], address: str, network_id: str) -> PublicIp | None:
+    """The address as assigned, with VLAN and gateway of an address in the same subnet: the call has neither."""
+    for other in assigned:
+        if address in IPv4Prefix(other.cidr) and address != other.gateway:
+            return replace(other, address=address, source_nat=False, network_id=network_id)
+    return None
 
 
 def _required(public_ip: str) -> str:

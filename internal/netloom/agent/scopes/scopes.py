@@ -331,12 +331,13 @@ class Scopes:
             self._store.save(outcome.scope)  # guard: state-is-saved-first
             for command, reasons in outcome.scope.left_out.items():
                 if slot.scope is None or slot.scope.left_out.get(command) != reasons:
-                    self._log.line(f"scope={slot.scope_id} not in force: {command}: {'; '.join(reasons[:5])}")
+                    for reason in reasons:
+                        self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
             slot.scope, slot.ending = outcome.scope, False
         changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        error = outcome.refused or self._unbalanced_rules(slot, payload)
+        error = self._unbalanced_rules(slot, payload)
         if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, changes
