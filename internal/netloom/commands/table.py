@@ -152,6 +152,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
         wanted, refused = partly.scope, partly
     if wanted is None:
         return Transitioned(scope=None)
+    wanted = nat.without_unused_former(wanted)  # guard: a-former-source-nat-address-goes
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
