@@ -20,6 +20,7 @@ ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 UNTAGGED = "untagged"
+VXLAN = "vx"  # before the number of a VXLAN, where a VLAN could stand too: "vx1000"
 VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved
 
 
@@ -74,12 +75,15 @@ def guest_port(network_id: str) -> str:
 def public_port(scope_id: str, vlan: str) -> str:
     """The host end of a scope's link to a public VLAN: ``vnetpn204.101``, one per scope and VLAN.
 
+    That of a public VXLAN is ``vnetxn204.1000``.
+
     If that is too long, the kind, id and tag are packed into one number in base 61. It is unique for all ids of ten
     digits and all tags up to 2**24, and differs from every readable name, because those contain a dot.
     """
     kind, _, number = scope_id.partition("-")
-    tag = 0 if vlan == UNTAGGED else int(vlan)
-    readable = f"vnetp{kind[0]}{number}.{tag}"
+    tag = 0 if vlan == UNTAGGED else int(vlan.removeprefix(VXLAN))
+    prefix = "vnetx" if vlan.startswith(VXLAN) else "vnetp"
+    readable = f"{prefix}{kind[0]}{number}.{tag}"
     if len(readable) <= LINK_NAME_MAX:
         return readable
     packed = (int(number) << 25) | (tag << 1) | (kind == "vpc")
@@ -87,7 +91,7 @@ def public_port(scope_id: str, vlan: str) -> str:
     while packed:
         packed, digit = divmod(packed, len(_DIGITS))
         digits = _DIGITS[digit] + digits
-    return f"vnetp{digits}"  # guard: a-host-port-has-every-digit
+    return f"{prefix}{digits}"  # guard: a-host-port-has-every-digit
 
 
 def guest_link(network_id: str) -> str:
@@ -96,7 +100,7 @@ def guest_link(network_id: str) -> str:
 
 
 def public_link(vlan: str) -> str:
-    """The namespace end of a scope's link to a public VLAN: ``pub-101``, ``pub-untagged``."""
+    """The namespace end of a scope's link to a public VLAN: ``pub-101``, ``pub-untagged``, ``pub-vx1000``."""
     return f"pub-{vlan}"
 
 

@@ -47,7 +47,7 @@ def rules(draw: st.DrawFn) -> FirewallRule:
     return FirewallRule(
         rule_id=draw(st.integers(1, 9999)),
         direction=direction,  # type: ignore[arg-type]
-        protocol=protocol,  # type: ignore[arg-type]
+        protocol=protocol,
         ports=draw(st.none() | spans) if protocol in ("tcp", "udp") else None,
         icmp_type=draw(st.sampled_from((None, -1, 0, 8, 13))) if protocol == "icmp" else None,
         icmp_code=draw(st.sampled_from((None, -1, 0, 1))) if protocol == "icmp" else None,

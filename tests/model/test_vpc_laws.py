@@ -128,9 +128,10 @@ def used(scope: Scope | None) -> set[str]:
     """The public addresses that a rule uses."""
     if scope is None:
         return set()
-    rules = (*scope.static_nats.values(), *scope.port_forwards.values(), *scope.lb_rules.values())
+    uses = [*scope.static_nats, *(it.public_ip for it in scope.port_forwards.values())]
+    uses += [it.public_ip for it in scope.lb_rules.values()]
     firewalls = [it.firewall for it in scope.networks.values() if it.firewall is not None]
-    return {it.public_ip for it in rules} | {rule.public_ip for it in firewalls for rule in it.rules if rule.public_ip}
+    return {*uses, *(rule.public_ip for it in firewalls for rule in it.rules if rule.public_ip)}
 
 
 @given(walks, some(["release-ip"], IN_TIER) | of_a_tier | tier_ends)

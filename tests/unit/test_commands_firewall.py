@@ -76,6 +76,58 @@ def test_defect_07_one_wrong_rule_leaves_the_firewall_as_it_was() -> None:
     assert scope.networks["204"].firewall is before
 
 
+OPEN = {"type": "ingress", "publicIp": "203.0.113.20", "protocol": "tcp"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "stored"),
+    [
+        ({"portStart": 0, "portEnd": 65535}, [("tcp", None)]),  # as Terraform's users write it
+        ({"portStart": 0, "portEnd": 0}, [("tcp", Ports(0, 0))]),
+        ({"portEnd": 80}, [("tcp", Ports(0, 80))]),
+        ({"protocol": "all", "portStart": 1, "portEnd": 2}, [("tcp", Ports(1, 2)), ("udp", Ports(1, 2))]),
+        ({"protocol": "icmp", "portStart": 1, "portEnd": 2}, [("icmp", None)]),
+        ({"protocol": "47"}, [("47", None)]),
+        ({"protocol": "GRE"}, [("47", None)]),
+        ({"protocol": "0"}, [("all", None)]),
+        ({"protocol": "tcp,udp", "portStart": 53}, [("tcp", Ports(53, 53)), ("udp", Ports(53, 53))]),
+        ({"protocol": "icmp", "icmpType": 300}, []),  # no packet has this type
+        ({"protocol": "icmp", "icmpType": 8, "icmpCode": 1000}, []),
+        ({"protocol": "icmp", "icmpType": -2}, [("icmp", None)]),
+        ({"sourceCidrs": ["0.0.0.0/0", "::/0"]}, [("tcp", None)]),
+        ({"sourceCidrs": ["::/0"]}, []),  # no packet to a public IPv4 address has such a source
+        ({"protocol": "t"}, []),
+        ({"publicIp": ""}, []),
+    ],
+)
+def test_what_cloudstack_stores_is_carried_out(rule: dict[str, Any], stored: list[tuple[str, Ports | None]]) -> None:
+    found = rules_of({**OPEN, **rule}, {**OPEN, "id": 9, "portStart": 22})
+    assert [(it.protocol, it.ports) for it in found[:-1]] == stored
+    assert found[-1].ports == Ports(22, 22)
+    assert all(":" not in cidr for it in found for cidr in it.source_cidrs)
+
+
+def test_a_rule_that_denies_is_widened_and_never_left_out() -> None:
+    denies: dict[str, Any] = {"type": "egress", "protocol": "t", "portStart": 25, "destCidrs": ["198.51.100.0/24"]}
+    (rule,) = rules_of(denies)
+    assert (rule.protocol, rule.ports, rule.dest_cidrs) == ("all", None, ("198.51.100.0/24",))
+    (rule,) = rules_of({**denies, "protocol": "all"})
+    assert (rule.protocol, rule.ports) == ("all", None)
+
+
+def test_what_is_not_in_force_is_remembered_until_the_next_list() -> None:
+    scope = apply_rules(
+        implement().scope, [{**OPEN, "id": 5, "protocol": "t"}, {**OPEN, "id": 6, "publicIp": ""}]
+    ).scope
+    assert scope.left_out == {
+        "apply-fw-rules 204": (
+            "rule 5: part of a protocol's name is not a protocol",
+            "rule 6: CloudStack did not find its public address",
+        )
+    }
+    assert apply_rules(scope, [OPEN]).scope.left_out == {}
+
+
 def apply_rules(scope: Any, rules: list[dict[str, Any]]) -> Any:
     return call(scope, "apply-fw-rules", fw_rules={"default_egress_allow": True, "rules": rules})
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from netloom.errors import BadRequest
+from netloom.render.scope import render
 from netloom.state import PortForward, Ports, PublicIp, Scope, StaticNat
 from unit.payload_player import call, implement, play
 
@@ -318,11 +320,56 @@ def test_a_delete_of_what_never_was_changes_and_builds_nothing(name: str) -> Non
     assert registration_as_sent == scope
 
 
-@pytest.mark.parametrize("command", ["add-port-forward", "delete-port-forward"])
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("public_port", "0"), ("public_port", "80-"), ("public_port", ""), ("protocol", "icmp"), ("protocol", "")],
+    [
+        *(("public_port", it) for it in ("65536", "80-", "", "-1", "90-80")),
+        *(("private_port", it) for it in ("70000", "-1")),
+        *(("protocol", it) for it in ("icmp", "", "tcp,udp", "sctp")),
+        ("private_ip", "10.10.1.256"),
+        ("public_ip", "127.0.0.1"),
+    ],
 )
-def test_a_wrong_forward_is_named(command: str, field: str, value: str) -> None:
+def test_what_add_refuses_delete_deletes(field: str, value: str) -> None:
+    """Otherwise CloudStack could never remove the forward that it stored before it asked us."""
+    scope = implemented_scope()
+    wrong = {**forward("203.0.113.20", "22"), field: value}
     with pytest.raises(BadRequest, match=rf"payload\.{field}"):
-        call(implemented_scope(), command, **{**forward("203.0.113.20", "22"), field: value})
+        call(scope, "add-port-forward", **wrong)
+    assert call(scope, "delete-port-forward", **wrong).scope == scope
+
+
+def test_port_0_is_a_port() -> None:
+    scope = call(implemented_scope(), "add-port-forward", **forward("203.0.113.20", "0-65535")).scope
+    assert scope is not None
+    (made,) = scope.port_forwards.values()
+    assert made.public_ports == Ports(0, 65535)
+    after = call(scope, "delete-port-forward", **forward("203.0.113.20", "0-65535")).scope
+    assert after is not None
+    assert after.port_forwards == {}
+
+
+def test_a_deletion_for_another_guest_keeps_the_newer_forward() -> None:
+    first = call(implemented_scope(), "add-port-forward", **forward("203.0.113.20", "80", private_ip="10.10.1.5")).scope
+    newer = forward("203.0.113.20", "80", private_ip="10.10.1.6")
+    second = call(first, "add-port-forward", **newer).scope
+    assert call(second, "delete-port-forward", **{**newer, "private_ip": "10.10.1.5"}).scope == second
+    gone = call(second, "delete-port-forward", **newer).scope
+    assert gone is not None
+    assert gone.port_forwards == {}
+
+
+def test_a_public_vxlan_is_a_segment_of_its_own() -> None:
+    fields = {**public("203.0.113.21"), "public_vlan": "vxlan://1000"}
+    scope = after(implemented_scope(), "assign-ip", **fields)
+    assert scope.public_ips["203.0.113.21"].vlan == "vx1000"
+    want = render(replace(scope, networks={"204": replace(scope.networks["204"], implemented=True)}))
+    port = next(it for it in want.ports if it.link == "pub-vx1000")
+    assert (port.segment.kind, port.segment.vlan, port.segment.bridge) == ("vxlan", "1000", "brvx-1000")
+    assert port.host_link == "vnetxn204.1000"
+
+
+@pytest.mark.parametrize("vlan", ["lswitch://7", "vs://7", "pvlan://1412-i2412", "4095", "vxlan://0"])
+def test_a_public_segment_that_cannot_be_made_is_refused(vlan: str) -> None:
+    with pytest.raises(BadRequest, match=r"payload\.public_vlan: "):
+        call(implemented_scope(), "assign-ip", **{**public("203.0.113.21"), "public_vlan": vlan})

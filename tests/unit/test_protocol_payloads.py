@@ -139,23 +139,39 @@ def fw(**rule: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("rule", "told"),
     [
-        ({"portStart": 99999}, "payload.fw_rules.rules[3].portStart: 99999 is not a port (1 to 65535)"),
-        ({"protocol": "sctp"}, "payload.fw_rules.rules[3].protocol: 'sctp' is none of tcp, udp, icmp, all"),
-        (
-            {"type": "ingress", "publicIp": "203.0.113.5", "sourceCidrs": ["10.0.0.0/8", "2001:db8::/32"]},
-            "payload.fw_rules.rules[3]: an ingress rule is about a public IPv4 address, and this one has an IPv6",
-        ),
+        ({"portStart": 99999}, "payload.fw_rules.rules[3].portStart: 99999 is not a port (0 to 65535)"),
+        ({"protocol": "tls"}, "payload.fw_rules.rules[3].protocol: 'tls' is none of tcp, udp, icmp, all"),
         ({"sourceCidrs": [""]}, "payload.fw_rules.rules[3].sourceCidrs[0]: '' is not a network with prefix"),
         ({"sourceCidrs": "10.0.0.0/8"}, "payload.fw_rules.rules[3].sourceCidrs: expected a list, got str"),
         ({"portStart": 90, "portEnd": 80}, "payload.fw_rules.rules[3]: ports 90-80 end before they begin"),
-        ({"portEnd": 80}, "payload.fw_rules.rules[3]: portEnd without portStart"),
-        ({"protocol": "all", "portStart": 80}, "payload.fw_rules.rules[3]: protocol all has no ports"),
-        ({"type": "ingress"}, "payload.fw_rules.rules[3]: an ingress rule needs publicIp"),
-        ({"protocol": "icmp", "icmpType": 300}, "payload.fw_rules.rules[3].icmpType: 300 is not an ICMP type or code"),
+        ({"type": "sideways"}, "payload.fw_rules.rules[3].type: 'sideways' is none of ingress, egress"),
     ],
 )
 def test_defect_07_a_wrong_rule_refuses_the_whole_call(rule: dict[str, object], told: str) -> None:
     assert refusal(ApplyFwRules, fw_rules=fw(**rule)).startswith(told)
+
+
+@pytest.mark.mutation("an-invalid-item-does-not-stop-a-network")
+@pytest.mark.parametrize("wrong", [{"portStart": 99999}, {"sourceCidrs": ["10.0.0.0/33"]}, {"protocol": "tls"}])
+def test_a_wrong_rule_does_not_stop_a_network_that_is_being_implemented(wrong: dict[str, object]) -> None:
+    told = payload(ApplyFwRules, network_state="implementing", fw_rules=fw(**wrong)).fw_rules
+    assert len(told.invalid) == 1
+    # Egress rules deny here, so the wrong one is widened: it keeps the fields that can be read.
+    kept = {"protocol": ("all",)} if "protocol" in wrong else {"protocol": ("tcp",)}
+    assert [it.protocol for it in told.items] == [("tcp",)] * 3 + [kept["protocol"]]
+    assert (told.items[3].port_start, told.items[3].source_cidrs) == (None, ())
+    allowing = {**fw(**wrong), "default_egress_allow": False}
+    told = payload(ApplyFwRules, network_state="implementing", fw_rules=allowing).fw_rules
+    assert (len(told.items), len(told.invalid)) == (3, 1)
+
+
+def test_a_wrong_item_of_a_list_does_not_stop_a_tier_that_is_being_implemented() -> None:
+    good = {"number": 1, "action": "allow", "trafficType": "ingress", "protocol": "tcp", "portStart": 22, "portEnd": 22}
+    rules = [good, {**good, "number": 2, "portEnd": 99999}, {**good, "number": 3, "action": "deny", "portEnd": 99999}]
+    told = payload(ApplyNetworkAcl, vpc_id="7", network_state="implementing", acl_rules=rules).acl_rules
+    assert [(int(it.number), it.action, it.port_end) for it in told.items] == [(1, "allow", 22), (3, "deny", None)]
+    assert len(told.invalid) == 2
+    assert "99999" in refusal(ApplyNetworkAcl, vpc_id="7", network_state="implemented", acl_rules=rules)
 
 
 @pytest.mark.mutation("fw-rules-is-an-object-that-must-be-there")
@@ -181,14 +197,16 @@ def test_a_firewall_that_does_not_say_all_is_refused(missing: str) -> None:
 @pytest.mark.parametrize("name", ["../../etc/cron.d/x", "/etc/x", "a\nb", "..", "x" * 256])
 def test_defect_14_hostile_names_of_metadata(name: str) -> None:
     item = {"dir": "metadata", "file": name, "content": "x"}
-    assert refusal(SaveVmData, nic_id="1", vm_data=[item]).startswith("payload.vm_data[0].file: ")
+    (given,) = payload(SaveVmData, nic_id="1", vm_data=[item]).vm_data
+    assert given.valid_item() is None
 
 
 @pytest.mark.mutation("a-metadata-directory-is-known")
 @pytest.mark.parametrize("directory", ["../x", "/etc", "", "userdata/../password"])
 def test_defect_14_hostile_directories_of_metadata(directory: str) -> None:
     item = {"dir": directory, "file": "x", "content": "x"}
-    assert refusal(SaveVmData, nic_id="1", vm_data=[item]).startswith("payload.vm_data[0].dir")
+    (given,) = payload(SaveVmData, nic_id="1", vm_data=[item]).vm_data
+    assert given.valid_item() is None
 
 
 def test_one_hostile_name_does_not_keep_a_restore_down() -> None:
@@ -198,7 +216,7 @@ def test_one_hostile_name_does_not_keep_a_restore_down() -> None:
         {"dir": "user-data", "file": "user_data", "content": ""},
     ]
     told = payload(RestoreNetwork, restore_data={"vms": [{"mac": "02:01:00:cc:00:03", "vm_data": items}]})
-    checked = [item.valid_item() for item in told.restore_data.vms[0].vm_data]
+    checked = [item.valid_item() for item in told.restore_data.vms.items[0].vm_data]
     assert checked[0] is None
     assert [(item.dir, item.file) for item in checked[1:]] == [("metadata", "vm-id"), ("userdata", "user_data")]
 
@@ -263,8 +281,8 @@ def test_a_vms_password_does_not_print() -> None:
 
 def test_acl_rules() -> None:
     rule = {"number": "5", "action": "ALLOW", "trafficType": "Ingress", "protocol": 47, "sourceCidrs": ["::/0"]}
-    told = payload(ApplyNetworkAcl, acl_rules=[rule]).acl_rules[0]
-    assert (told.number, told.action, told.traffic_type, told.protocol) == (5, "allow", "ingress", "47")
+    told = payload(ApplyNetworkAcl, acl_rules=[rule]).acl_rules.items[0]
+    assert (told.number, told.action, told.traffic_type, told.protocol) == (5, "allow", "ingress", ("47",))
     assert refusal(ApplyNetworkAcl) == "payload.acl_rules is missing"
     assert refusal(ApplyNetworkAcl, acl_rules=[{**rule, "protocol": "256"}]).startswith("payload.acl_rules[0].protocol")
 
@@ -272,21 +290,20 @@ def test_acl_rules() -> None:
 @pytest.mark.parametrize(("name", "spoken"), [("web [udp]", "udp"), ("x[tcp-proxy] ", "tcp-proxy"), ("udp", "tcp")])
 def test_a_rules_name_says_what_the_client_cannot(name: str, spoken: str) -> None:
     rule = {"id": 1, "name": name, "publicIp": "203.0.113.5", "publicPort": 80, "protocol": "tcp"}
-    assert payload(ApplyLbRules, lb_rules=[rule]).lb_rules.rules[0].effective_protocol == spoken
+    assert payload(ApplyLbRules, lb_rules=[rule]).lb_rules.items[0].effective_protocol == spoken
 
 
 @pytest.mark.mutation("an-unreadable-rule-keeps-no-other-out")
 def test_a_rule_that_cannot_be_read_keeps_no_other_out_and_is_named() -> None:
     good = {"id": 1, "name": "x", "publicIp": "203.0.113.5", "publicPort": 80, "protocol": "tcp"}
     told = payload(ApplyLbRules, lb_rules=[{**good, "publicPort": 0}, good, {**good, "algorithm": "random"}]).lb_rules
-    assert [int(it.id) for it in told.rules] == [1]
+    assert [int(it.id) for it in told.items] == [1]
     assert [it.partition(":")[0] for it in told.invalid] == [
         "payload.lb_rules[0].publicPort",
         "payload.lb_rules[2].algorithm",
     ]
-    assert refusal(ApplyLbRules, lb_rules=[{**good, "publicPort": 0}]).startswith("payload.lb_rules[0].publicPort: ")
     assert refusal(ApplyLbRules, lb_rules=["x"]).startswith("payload.lb_rules: expected a list of objects")
-    assert payload(ApplyLbRules, lb_rules=[]).lb_rules.rules == ()
+    assert payload(ApplyLbRules, lb_rules=[]).lb_rules.items == ()
 
 
 @pytest.mark.parametrize("options", ['{"15":"example.com","26":1400}', {"15": "example.com", "26": "1400"}])
@@ -303,8 +320,10 @@ def test_custom_action() -> None:
     told = payload(CustomAction, action="pbr-add-route", **{"action-params": {"table-id": 101, "note": ""}})
     assert told.params == {"table-id": "101", "note": ""}
     assert refusal(CustomAction, action="../x").startswith("payload.action: ")
-    assert refusal(CustomAction, action="x", **{"action-params": {"a b": ""}}).startswith("payload.action-params: ")
-    assert refusal(CustomAction, action="x", **{"action-params": {"a": "b\nc"}}).startswith("payload.action-params: ")
+    told = payload(CustomAction, action="Restart VPN", **{"action-params": {"a b": "c\nd"}})
+    assert (told.action, told.params) == ("Restart-VPN", {"a b": "c\nd"})
+    for wrong in ({"a\nb": ""}, {" ": ""}, {"a": "b\x1b[31m"}):
+        assert refusal(CustomAction, action="x", **{"action-params": wrong}).startswith("payload.action-params: ")
 
 
 def test_a_quoted_value_is_short_and_on_one_line() -> None:

@@ -42,11 +42,9 @@ ROWS: list[tuple[str, str, Any]] = [
     ("054", "payload.private_port", "8080:8090"),
     ("053", "payload.public_port", "2222-2222"),
     ("053", "payload.public_port", 2222),
-    ("121", "payload.public_port", "8080:8090"),
     # broadcast URIs, with a scheme or without
-    ("020", "payload.vlan", "vlan://1204"),
     ("020", "payload.vlan", "VLAN://1204"),
-    ("020", "payload.vlan", "vxlan://1204"),
+    ("020", "payload.vlan", "vlan://1204"),
     ("020", "payload.vlan", 1204),
     ("317", "payload.vlan", "vlan://untagged"),
     ("317", "payload.vlan", "Untagged"),

@@ -2,49 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.transition import Context, network_of, with_network
+from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
 from netloom.state import Firewall, FirewallRule, Ports, Scope
 
-_ANY = -1  # CloudStack's "any" as an ICMP type or code
+ICMP_MAX = 255  # the largest type and code (RFC 792)
+_PORT_MAX = 65535
 
 
 def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Scope:
     """Replace all firewall rules of the network.
 
-    The rules are sorted: CloudStack does not specify their order, and the same rules must give the same state.
+    The rules are sorted: CloudStack does not specify their order, and the same rules must give the same state. A rule
+    that cannot be carried out does not stop the others: one that allows is left out, one that denies is widened.
     """
-    rules = sorted(map(_rule, payload.fw_rules.rules), key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
-    firewall = Firewall(default_egress_allow=bool(payload.fw_rules.default_egress_allow), rules=tuple(rules))
-    return with_network(scope, replace(network_of(scope, payload, context), firewall=firewall))
+    given = payload.fw_rules
+    left_out = list(given.invalid)
+    rules: list[FirewallRule] = []
+    for rule in given.items:
+        denies = rule.type == "egress" and given.default_egress_allow
+        rules += _rules(rule, denies=denies)
+        if rule.type == "ingress" and not rule.public_ip:
+            left_out.append(f"rule {int(rule.id)}: CloudStack did not find its public address")
+        if not rule.protocol:
+            left_out.append(f"rule {int(rule.id)}: part of a protocol's name is not a protocol")
+    rules.sort(key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
+    firewall = Firewall(default_egress_allow=given.default_egress_allow, rules=tuple(rules))
+    network = replace(network_of(scope, payload, context), firewall=firewall)
+    return with_left_out(with_network(scope, network), "apply-fw-rules", network.network_id, left_out)
 
 
-def _rule(rule: FwRule) -> FirewallRule:
-    icmp = rule.protocol == "icmp"
-    return FirewallRule(
-        rule_id=int(rule.id),
-        direction=rule.type.word,
-        protocol=rule.protocol.word,
-        ports=ports(rule.port_start, rule.port_end),
-        icmp_type=icmp_number(rule.icmp_type) if icmp else None,
-        icmp_code=icmp_number(rule.icmp_code) if icmp else None,
-        public_ip=str(rule.public_ip) if rule.type == "ingress" else "",
-        source_cidrs=_cidrs(rule.source_cidrs),
-        dest_cidrs=_cidrs(rule.dest_cidrs),
-    )
+def _rules(rule: FwRule, *, denies: bool) -> Iterator[FirewallRule]:
+    """The rules of the state: one for each protocol; none if no packet can match.
+
+    ``denies``: the rule must match at least what CloudStack's text means; the others at most.
+    """
+    sources, dests = _cidrs(rule.source_cidrs), _cidrs(rule.dest_cidrs)
+    if rule.type == "ingress":
+        # A public address is an IPv4 address. CloudStack accepts 0.0.0.0/0 and ::/0 in one list.
+        for given in (sources, dests):
+            if given and all(":" in cidr for cidr in given):
+                return
+        sources = tuple(cidr for cidr in sources if ":" not in cidr)
+        dests = tuple(cidr for cidr in dests if ":" not in cidr)
+        if not rule.public_ip:
+            return
+    wanted_ports = ports(rule.port_start, rule.port_end)
+    for protocol in _protocols(rule, wanted_ports, denies=denies):
+        icmp = protocol == "icmp"
+        if icmp and max(rule.icmp_type or 0, rule.icmp_code or 0) > ICMP_MAX:
+            continue
+        yield FirewallRule(
+            rule_id=int(rule.id),
+            direction=rule.type.word,
+            protocol=protocol,
+            ports=wanted_ports if protocol in ("tcp", "udp") else None,
+            icmp_type=icmp_number(rule.icmp_type) if icmp else None,
+            icmp_code=icmp_number(rule.icmp_code) if icmp else None,
+            public_ip=str(rule.public_ip) if rule.type == "ingress" else "",
+            source_cidrs=sources,
+            dest_cidrs=dests,
+        )
+
+
+def _protocols(rule: FwRule, wanted_ports: Ports | None, *, denies: bool) -> tuple[str, ...]:
+    if not rule.protocol:
+        return ("all",) if denies else ()
+    if rule.protocol == ("all",) and wanted_ports is not None and not denies:
+        return ("tcp", "udp")  # the protocols that have the ports
+    return rule.protocol
 
 
 def ports(first: int | None, last: int | None) -> Ports | None:
-    """The ports of a rule: one port when ``last`` is None, any when ``first`` is None too."""
-    return None if first is None else Ports(int(first), int(last or first))
+    """The ports of a rule; None: any. The first one alone is one port, the last one alone is a range from 0."""
+    if first is None and last is None:
+        return None
+    start = int(first or 0)
+    end = start if last is None else int(last)
+    return None if (start, end) == (0, _PORT_MAX) else Ports(start, end)
 
 
 def icmp_number(number: int | None) -> int | None:
-    """An ICMP type or code as the state has it: None means any."""
-    return None if number is None or number == _ANY else int(number)
+    """An ICMP type or code as the state has it: None means any, as -1 does for CloudStack."""
+    return None if number is None or number < 0 else int(number)
 
 
 def _cidrs(cidrs: tuple[str, ...]) -> tuple[str, ...]:

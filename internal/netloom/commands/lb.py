@@ -2,39 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
-from netloom.commands.transition import Context, PartlyDone, network_of, with_network
+from netloom.commands.transition import Context, PartlyDone, network_of, with_left_out, with_network
 from netloom.protocol import lb as protocol
-from netloom.state import Backend, LbRule, Scope
+from netloom.protocol.scalars import IPv4Prefix
+from netloom.state import Backend, LbRule, PublicIp, Scope
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
     """Add, change or revoke the rules in the call; other rules stay as they are (docs/protocol.md, section 3).
 
-    Raises PartlyDone, with all other changes, if a rule is invalid or its port is already used.
+    Raises PartlyDone, with all other changes, if a rule is new and cannot be carried out. CloudStack sends all rules of
+    the network each time, so a rule that was reported before does not fail the call again, nor does any rule while the
+    network is being implemented.
     """
+    network_id = str(payload.network_id)
     rules = dict(scope.lb_rules)
     # Revoke first: another rule of the same call may use the port of a revoked one.
-    for rule in payload.lb_rules.rules:
-        if rule.revoke:
-            rules.pop(str(int(rule.id)), None)
+    for rule_id in payload.lb_rules.revoked:
+        rules.pop(str(int(rule_id)), None)
     complaints = list(payload.lb_rules.invalid)
-    for rule in payload.lb_rules.rules:
-        if rule.revoke:
-            continue
-        wanted = _rule(rule, str(payload.network_id))
+    addresses = dict(scope.public_ips)
+    for rule in payload.lb_rules.items:
+        wanted = _rule(rule, network_id)
+        at = f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port})"
         taken = _taken(scope, rules, wanted)
         if taken:
-            complaints.append(f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port}): {taken}")
-        else:
-            rules[str(wanted.rule_id)] = wanted
+            complaints.append(f"{at}: {taken}")
+            continue
+        rules[str(wanted.rule_id)] = wanted
+        if wanted.public_ip not in addresses:
+            held = _next_to(addresses.values(), wanted.public_ip, network_id)
+            if held is None:
+                complaints.append(f"{at}: the VLAN of the address is not known before its assign-ip")
+            else:
+                addresses[held.address] = held
+    known = scope.left_out.get(f"apply-lb-rules {network_id}", ())
     after = scope
-    if payload.lb_rules.rules:
-        after = with_network(replace(scope, lb_rules=rules), network_of(scope, payload, context))
-    if complaints:
+    if payload.lb_rules.items or payload.lb_rules.revoked or payload.lb_rules.invalid:
+        network = network_of(scope, payload, context)
+        after = with_network(replace(scope, lb_rules=rules, public_ips=addresses), network)
+        after = with_left_out(after, "apply-lb-rules", network_id, complaints)
+    if set(complaints) - set(known) and payload.network_state != "implementing":
         raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
     return after
+
+
+def _next_to(assigned: Iterable[PublicIp], address: str, network_id: str) -> PublicIp | None:
+    """The address as assigned, with VLAN and gateway of an address in the same subnet: the call has neither."""
+    for other in assigned:
+        if address in IPv4Prefix(other.cidr) and address != other.gateway:
+            return replace(other, address=address, source_nat=False, network_id=network_id)
+    return None
 
 
 def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:
@@ -45,7 +67,7 @@ def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:
         public_port=int(rule.public_port),
         protocol=rule.effective_protocol,
         algorithm=rule.algorithm.word,
-        backends=tuple(sorted({Backend(ip=str(it.ip), port=int(it.port)) for it in rule.backends if not it.revoked})),
+        backends=tuple(sorted({Backend(ip=str(it.ip), port=int(it.port)) for it in rule.backends})),
         network_id=network_id,
     )
 

@@ -69,7 +69,7 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
     In a VPC, only the translations of this tier are removed. The VPC's source-NAT address stays assigned, and so does
     an address that another tier's rules use.
     """
-    address, network_id = _required_public_ip(payload), str(payload.network_id)
+    address, network_id = _required(payload.public_ip), str(payload.network_id)
     scope = replace(
         scope,
         static_nats={  # guard: release-ip-ends-static-nat
@@ -109,7 +109,7 @@ def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Sco
 
 def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) -> Scope:
     """Remove the static NAT of the address."""
-    address = _required_public_ip(payload)
+    address = _required(payload.public_ip)
     return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
 
 
@@ -121,7 +121,7 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
     network = network_of(scope, payload, context)
     _check_guest(network, payload.private_ip)
     forward = PortForward(
-        public_ip=_required_public_ip(payload),
+        public_ip=_required(payload.public_ip),
         protocol=payload.protocol.word,
         public_ports=_ports(payload.public_port),
         private_ip=str(payload.private_ip),
@@ -143,8 +143,15 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
 
 
 def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
-    """Remove the port forward."""
-    key = f"{_required_public_ip(payload)}/{payload.protocol}/{_ports(payload.public_port)}"
+    """Remove the port forward, unless these ports lead to another guest by now."""
+    address = _required(payload.public_ip)
+    try:
+        key = f"{address}/{payload.protocol.lower()}/{_ports(PortRange.parse(payload.public_port))}"
+    except ValueError:
+        return scope  # add-port-forward refuses these ports, so nothing is stored
+    known = scope.port_forwards.get(key)
+    if known is None or payload.private_ip not in ("", known.private_ip):
+        return scope
     return replace(scope, port_forwards={it: forward for it, forward in scope.port_forwards.items() if it != key})
 
 
@@ -160,12 +167,12 @@ def _firewalled_addresses(scope: Scope) -> set[str]:
     return {rule.public_ip for firewall in firewalls for rule in firewall.rules if rule.public_ip}
 
 
-def _required_public_ip(payload: PublicAddress) -> str:
-    if not payload.public_ip:
+def _required(public_ip: str) -> str:
+    if not public_ip:
         raise BadRequest(
             "payload.public_ip is missing", hint="CloudStack leaves it out when it does not find the address"
         )
-    return str(payload.public_ip)
+    return str(public_ip)
 
 
 def _with_public_ip(scope: Scope, payload: PublicAddress) -> Scope:
@@ -173,7 +180,7 @@ def _with_public_ip(scope: Scope, payload: PublicAddress) -> Scope:
 
     ``source_nat`` has no meaning in such a call, so an address that is already assigned stays as it is.
     """
-    if _required_public_ip(payload) in scope.public_ips:
+    if _required(payload.public_ip) in scope.public_ips:
         return scope
     assigned = _public_ip(scope, payload, source_nat=False, network_id=str(payload.network_id))
     return replace(scope, public_ips={**scope.public_ips, assigned.address: assigned})
@@ -208,8 +215,11 @@ def _public_ip(
 
 
 def _public_vlan(vlan: Vlan) -> str:
-    if vlan != UNTAGGED and (vlan.private or not 1 <= vlan.number <= VLAN_TAG_MAX):
-        raise BadRequest(f"payload.public_vlan: {vlan} is not a VLAN tag (1 to {VLAN_TAG_MAX}, or untagged)")
+    if vlan != UNTAGGED and not vlan.is_vxlan and (vlan.private or not 1 <= vlan.number <= VLAN_TAG_MAX):
+        raise BadRequest(
+            f"payload.public_vlan: {vlan} is not a VLAN tag (1 to {VLAN_TAG_MAX}, or untagged)",
+            hint="write the public range of a VXLAN as vxlan://<number>",
+        )
     return str(vlan)
 
 
@@ -229,7 +239,7 @@ def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
 
 
 def _check_guest(network: Network, private_ip: str) -> None:
-    if network.cidr and private_ip not in IPv4Prefix(network.cidr):
+    if network.cidr and not any(private_ip in IPv4Prefix(it.cidr) for it in network.ranges):
         raise BadRequest(f"payload.private_ip: {private_ip} is not in the network's {network.cidr}")
 
 

@@ -9,6 +9,7 @@ from netloom.commands.nat import addresses_in_use
 from netloom.commands.network_facts import check_addresses, check_segment, with_facts
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
+from netloom.names import VXLAN
 from netloom.protocol.network import DestroyNetwork, ImplementNetwork, ShutdownNetwork
 from netloom.state import Network, Scope
 
@@ -40,14 +41,16 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
     return with_network(scope, network)
 
 
-def implemented_output(scope: Scope, payload: ImplementNetwork, context: Context) -> str:
-    """The network's broadcast domain as CloudStack stores it, if the registration has network.broadcast; else empty."""
-    broadcast = context.registration.broadcast
-    if not broadcast:
+def broadcast_domain(vlan: str, broadcast: str) -> str:
+    """The output of implement-network: the network's broadcast domain as CloudStack stores it.
+
+    Empty if the registration has no network.broadcast, or if the payload has no tag: CloudStack then keeps what it has.
+    """
+    if not (broadcast and vlan):
         return ""
     fields = {
         "network.broadcast_domain_type": _BROADCAST_DOMAIN_TYPES[broadcast],
-        "network.broadcast_uri": f"{broadcast}://{scope.networks[payload.network_id].vlan}",
+        "network.broadcast_uri": f"{broadcast}://{vlan.removeprefix(VXLAN)}",
     }
     return msgspec.json.encode(fields).decode()
 
@@ -74,7 +77,14 @@ def _without(scope: Scope, network_id: str) -> Scope | None:
         key: it for key, it in scope.port_forwards.items() if it.network_id != network_id
     }  # guard: port-forwards-end-with-their-tier
     lb_rules = {key: it for key, it in scope.lb_rules.items() if it.network_id != network_id}
-    left = replace(scope, networks=networks, static_nats=static_nats, port_forwards=port_forwards, lb_rules=lb_rules)
+    left = replace(
+        scope,
+        networks=networks,
+        static_nats=static_nats,
+        port_forwards=port_forwards,
+        lb_rules=lb_rules,
+        left_out={key: it for key, it in scope.left_out.items() if key.rpartition(" ")[2] != network_id},
+    )
     # An address that another tier's rules use stays, even if it was assigned to this tier.
     kept = addresses_in_use(left)
     return replace(

@@ -102,6 +102,11 @@ def check_addresses(network: Network) -> None:
 def check_segment(vlan: str, registration: Registration) -> None:
     """Raise BadRequest if guests cannot be on this segment."""
     segment = Vlan(vlan)
+    if segment.is_vxlan and registration.isolation != "vxlan":
+        raise BadRequest(
+            f"payload.vlan: vxlan://{segment.number} is a VXLAN, and the registration has VLANs",
+            hint="register the extension with the detail guest.isolation=vxlan",
+        )
     if segment.private:
         raise BadRequest(
             f"payload.vlan: {vlan} is a private VLAN, which a Linux bridge cannot carry",

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from netloom.commands.dhcp import with_resolvers
 from netloom.commands.nic import find_nic, put_nic, with_nic
-from netloom.commands.userdata import with_items
+from netloom.commands.userdata import valid_items, with_items
 from netloom.protocol.restore import RestoredVm, RestoreNetwork
 from netloom.state import Network
 
@@ -23,12 +23,12 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
         network = replace(network, dhcp=True)
     if data.dns_enabled:
         network = replace(network, dns=True)
-    network = _without_moved_addresses(network, data.vms)  # guard: a-restore-keeps-other-vms
-    for vm in data.vms:
+    network = _without_moved_addresses(network, data.vms.items)  # guard: a-restore-keeps-other-vms
+    for vm in data.vms.items:
         network, nic = with_nic(network, vm)
         restored = replace(nic, leased=nic.leased or bool(data.dhcp_enabled), named=nic.named or bool(data.dns_enabled))
         if data.userdata_enabled:
-            restored = with_items(restored, [item for it in vm.vm_data if (item := it.valid_item()) is not None])
+            restored = with_items(restored, valid_items(vm.vm_data))
         network = put_nic(network, restored, nic)
     return network
 

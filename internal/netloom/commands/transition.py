@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from netloom.commands.network_facts import check_addresses, check_segment, implemented_if_complete, with_facts
-from netloom.errors import HostRefused
+from netloom.errors import HostRefused, one_line
 from netloom.protocol.network import NetworkPayload
 from netloom.state import Network, Outside6, Scope, Uplinks
 from netloom.wire import Registration
@@ -34,6 +34,10 @@ class Transitioned(msgspec.Struct, frozen=True, kw_only=True):
     scope: Scope | None
     output: str = ""
     refused: HostRefused | None = None
+
+
+# Sentences about one list that are stored and shown, and characters of each.
+_LEFT_OUT_MAX, _LEFT_OUT_CHARACTERS_MAX = 20, 300
 
 
 class PartlyDone(HostRefused):
@@ -83,6 +87,18 @@ def network_of(scope: Scope, payload: NetworkPayload, context: Context) -> Netwo
 def with_network(scope: Scope, network: Network) -> Scope:
     """``scope`` with ``network`` added, or replaced if it is there."""
     return replace(scope, networks={**scope.networks, network.network_id: network})
+
+
+def with_left_out(scope: Scope, command: str, network_id: str, left_out: Sequence[str]) -> Scope:
+    """``scope`` with the reasons why parts of the last list of this command are not in force; none: all are."""
+    key = f"{command} {network_id}"
+    others = {it: reasons for it, reasons in scope.left_out.items() if it != key}
+    if not left_out:
+        return scope if others == scope.left_out else replace(scope, left_out=others)
+    reasons = [one_line(it, _LEFT_OUT_CHARACTERS_MAX) for it in left_out[:_LEFT_OUT_MAX]]
+    if len(left_out) > _LEFT_OUT_MAX:
+        reasons.append(f"and {len(left_out) - _LEFT_OUT_MAX} more")
+    return replace(scope, left_out={**others, key: tuple(reasons)})
 
 
 def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:

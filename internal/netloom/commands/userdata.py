@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from netloom.commands.nic import put_nic, with_nic
 from netloom.protocol.userdata import (
+    GivenItem,
     SaveHypervisorHostname,
     SavePassword,
     SaveSshkey,
@@ -28,7 +29,7 @@ _PASSWORD = ("password", "vm_password")
 def save_vm_data(network: Network, payload: SaveVmData) -> Network:
     """Replace all items of the VM. If no password is listed, the known one stays: later starts of the VM send none."""
     known, nic = with_nic(network, payload)
-    return put_nic(known, with_items(nic, payload.vm_data), nic)
+    return put_nic(known, with_items(nic, valid_items(payload.vm_data)), nic)
 
 
 def save_password(network: Network, payload: SavePassword) -> Network:
@@ -51,6 +52,11 @@ def save_sshkey(network: Network, payload: SaveSshkey) -> Network:
 def save_hypervisor_hostname(network: Network, payload: SaveHypervisorHostname) -> Network:
     """Set the item ``hypervisor-host-name``."""
     return _with_item(network, payload, "hypervisor-host-name", str(payload.hypervisor_hostname))
+
+
+def valid_items(items: Iterable[GivenItem]) -> list[VmDataItem]:
+    """The items without those that have an invalid name: a tenant chooses names, and the VM must start all the same."""
+    return [valid for item in items if (valid := item.valid_item()) is not None]
 
 
 def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import msgspec
 
-from netloom.protocol.firewall import check_ports
+from netloom.protocol.firewall import Protocols, check_ports, refuse_invalid, widened
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.scalars import Choice, Direction, IcmpNumber, Number, Port, Prefix, quoted
+from netloom.protocol.reader import Items, convert_items
+from netloom.protocol.scalars import Choice, Direction, IcmpNumber, Order, Port, Prefix
 
 
 class AclAction(Choice[Literal["allow", "deny"]]):
     """The action of an item for packets that match it."""
 
 
-class AclProtocol(str):
-    """``tcp``, ``udp``, ``icmp``, ``all``, or a protocol number, 0 to 255; 6, 17 and 1 become their names."""
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        text = str(value).lower() if isinstance(value, str | int) and not isinstance(value, bool) else ""
-        if text in ("tcp", "udp", "icmp", "all"):
-            return cls(text)
-        if text.isascii() and text.isdigit() and len(text) <= 3 and int(text) <= 255:
-            return cls({"1": "icmp", "6": "tcp", "17": "udp"}.get(str(int(text)), str(int(text))))
-        raise ValueError(f"{quoted(value)} is none of tcp, udp, icmp, all, nor a protocol number (0 to 255)")
-
-
 class AclRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One item. ``source_cidrs`` match the source of ingress and the destination of egress; empty means any."""
 
-    number: Number
+    number: Order
     action: AclAction
     traffic_type: Direction
-    protocol: AclProtocol
+    protocol: Protocols
     port_start: Port | None = None
     port_end: Port | None = None
     icmp_type: IcmpNumber | None = None
@@ -42,10 +31,30 @@ class AclRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     source_cidrs: tuple[Prefix, ...] = ()
 
     def __post_init__(self) -> None:
-        check_ports(self.protocol in ("tcp", "udp"), self.protocol, self.port_start, self.port_end)
+        check_ports(self.port_start, self.port_end)
+
+
+class AclRules(Items[AclRule]):
+    """The items, and the errors of items that no version of CloudStack stores.
+
+    Those are left out of ``items``; one that denies is widened to what can be read of it.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> AclRules:
+        """Raises BadRequest if ``value`` is not a list of objects."""
+        return cls(*convert_items(value, AclRule, root="payload.acl_rules", wider=_wider))
+
+
+def _wider(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    denies = str(rule.get("action")).lower() == "deny"
+    return widened(rule, ("number", "action", "trafficType")) if denies else iter(())
 
 
 class ApplyNetworkAcl(NetworkPayload, frozen=True, kw_only=True):
     """apply-network-acl: the tier's complete list."""
 
-    acl_rules: tuple[AclRule, ...]
+    acl_rules: AclRules
+
+    def __post_init__(self) -> None:
+        refuse_invalid(self.network_state, self.acl_rules.invalid)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from netloom.protocol.nic import KnownNic, NicPayload
-from netloom.protocol.scalars import Domain, Id, IPv4, IPv4List, IPv6List, Number, ParamValue, quoted, string
+from netloom.protocol.scalars import Domain, Id, IPv4, IPv4List, IPv6List, Number, OptionValue, quoted, string
 
 
 class Resolvers(Protocol):
@@ -57,7 +57,7 @@ class DhcpOptions(dict[int, str]):
                 options = msgspec.json.decode(string(value, limit=1 << 16), type=dict[str, Any])
         if options is None:
             raise ValueError(f"{quoted(value)}, where an object of options is expected")
-        return cls({int(OptionCode.parse(code)): str(ParamValue.parse(it)) for code, it in options.items()})
+        return cls({int(OptionCode.parse(code)): str(OptionValue.parse(it)) for code, it in options.items()})
 
 
 class SetDhcpOptions(msgspec.Struct, frozen=True, kw_only=True):

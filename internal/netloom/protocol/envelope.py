@@ -23,7 +23,7 @@ from netloom.protocol.scalars import (
     IPv6Interface,
     LinkName,
     Number,
-    Port,
+    ServicePort,
     Text,
     UserName,
     quoted,
@@ -85,7 +85,7 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
 
     hosts: HostList = HostList()
     host: HostList = HostList()
-    port: Port = Port(22)
+    port: ServicePort = ServicePort(22)
     username: UserName = UserName("root")
     sshkey: PrivateKey | None = None
     password: LoginPassword | None = None

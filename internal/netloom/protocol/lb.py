@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import msgspec
 
-from netloom.errors import BadRequest
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.reader import convert
-from netloom.protocol.scalars import Choice, Flag, IPv4, Number, Port, Text
+from netloom.protocol.reader import Items, convert_items
+from netloom.protocol.scalars import Choice, IPv4, Number, ServicePort, Title
 
 
 class LbProtocol(Choice[Literal["tcp", "udp", "tcp-proxy"]]):
@@ -21,24 +21,21 @@ class LbAlgorithm(Choice[Literal["roundrobin", "leastconn", "source"]]):
 
 
 class Backend(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM of a rule. ``revoked``: the VM is to be removed from the rule."""
+    """A VM of a rule."""
 
     ip: IPv4
-    port: Port
-    revoked: Flag = Flag(0)
+    port: ServicePort
 
 
 class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One rule to create or update, or (``revoke``) to delete. It may have no backend."""
+    """One rule to create or update. It may have no backend."""
 
     id: Number
     public_ip: IPv4
-    public_port: Port
-    name: Text = Text("")
-    private_port: Port | None = None
+    public_port: ServicePort
+    name: Title = Title("")
     protocol: LbProtocol = LbProtocol("tcp")
     algorithm: LbAlgorithm = LbAlgorithm("roundrobin")
-    revoke: Flag = Flag(0)
     backends: tuple[Backend, ...] = ()
 
     @property
@@ -50,36 +47,43 @@ class LbRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
         return "tcp-proxy" if name.endswith("[tcp-proxy]") else self.protocol.word
 
 
-class LbRules:
-    """The valid rules of a call, and the errors of the invalid ones.
+class _Revoked(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule to delete. Nothing but its id is read: the deletion of a rule that was refused must succeed."""
 
-    A restart sends all rules in one call, so one invalid rule must not prevent the others.
+    id: Number
+
+
+class LbRules(Items[LbRule]):
+    """The valid rules of a call, the ids of those to delete, and the errors of the invalid ones.
+
+    A call has all rules of the network, so one invalid rule must not prevent the others.
     """
 
-    def __init__(self, rules: tuple[LbRule, ...], invalid: tuple[str, ...]) -> None:
-        self.rules = rules
-        self.invalid = invalid
+    def __init__(self, items: Iterable[LbRule], invalid: Iterable[str], revoked: Iterable[Number]) -> None:
+        super().__init__(items, invalid)
+        self.revoked = tuple(revoked)
 
     @classmethod
     def parse(cls, value: object) -> LbRules:
-        """Raises ValueError if ``value`` is not a list of objects, BadRequest if all rules are invalid."""
-        if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
-            raise ValueError("expected a list of objects")
-        rules, invalid = [], []
-        for at, item in enumerate(value):
-            try:
-                rules.append(convert(item, LbRule, root=f"payload.lb_rules[{at}]"))
-            except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
-                invalid.append(error.message)
-        if invalid and not rules:
-            raise BadRequest(invalid[0])
-        return cls(tuple(rules), tuple(invalid))
+        """Raises BadRequest if ``value`` is not a list of objects."""
+        listed = value if isinstance(value, list) and all(isinstance(it, dict) for it in value) else None
+        wanted = value if listed is None else [_without_revoked(it) for it in listed if not _is_true(it.get("revoke"))]
+        root = "payload.lb_rules"
+        rules, invalid = convert_items(wanted, LbRule, root=root)
+        revoked, unknown = convert_items([it for it in listed or () if _is_true(it.get("revoke"))], _Revoked, root=root)
+        return cls(rules, (*invalid, *unknown), (it.id for it in revoked))
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LbRules) and (self.rules, self.invalid) == (other.rules, other.invalid)
 
-    def __hash__(self) -> int:
-        return hash((self.rules, self.invalid))
+def _is_true(value: object) -> bool:
+    return value is True or (isinstance(value, str) and value.lower() == "true")
+
+
+def _without_revoked(rule: dict[str, Any]) -> dict[str, Any]:
+    """The rule without the VMs that are to be removed from it, of which nothing else is read."""
+    backends = rule.get("backends")
+    if not isinstance(backends, list):
+        return rule
+    return rule | {"backends": [it for it in backends if not (isinstance(it, dict) and _is_true(it.get("revoked")))]}
 
 
 class ApplyLbRules(NetworkPayload, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, PortRange, UnicastIPv4, Vlan
+from netloom.protocol.scalars import Choice, Flag, IPv4, IPv4Prefix, Loose, PortRange, UnicastIPv4, Vlan
 
 
 class TransportProtocol(Choice[Literal["tcp", "udp"]]):
@@ -29,8 +29,10 @@ class AssignIp(PublicAddress, frozen=True, kw_only=True):
     """assign-ip: assign the address to the device."""
 
 
-class ReleaseIp(PublicAddress, frozen=True, kw_only=True):
+class ReleaseIp(NetworkPayload, frozen=True, kw_only=True):
     """release-ip: remove the address from the device."""
+
+    public_ip: Loose = Loose("")
 
 
 class AddStaticNat(PublicAddress, frozen=True, kw_only=True):
@@ -39,10 +41,10 @@ class AddStaticNat(PublicAddress, frozen=True, kw_only=True):
     private_ip: IPv4
 
 
-class DeleteStaticNat(PublicAddress, frozen=True, kw_only=True):
-    """delete-static-nat. ``private_ip`` may be missing."""
+class DeleteStaticNat(NetworkPayload, frozen=True, kw_only=True):
+    """delete-static-nat. Only the public address is needed."""
 
-    private_ip: IPv4 = IPv4("")
+    public_ip: Loose = Loose("")
 
 
 class AddPortForward(PublicAddress, frozen=True, kw_only=True):
@@ -54,10 +56,14 @@ class AddPortForward(PublicAddress, frozen=True, kw_only=True):
     protocol: TransportProtocol
 
 
-class DeletePortForward(PublicAddress, frozen=True, kw_only=True):
-    """delete-port-forward. Only the public address, the protocol and the public ports are needed."""
+class DeletePortForward(NetworkPayload, frozen=True, kw_only=True):
+    """delete-port-forward. ``private_ip`` may be missing.
 
-    public_port: PortRange
-    protocol: TransportProtocol
-    private_ip: IPv4 = IPv4("")
-    private_port: PortRange | None = None
+    The values are compared with what is stored. A value that add-port-forward refuses is not stored, so nothing is
+    deleted; an error would make the forward impossible to delete in CloudStack.
+    """
+
+    public_ip: Loose = Loose("")
+    public_port: Loose = Loose("")
+    protocol: Loose = Loose("")
+    private_ip: Loose = Loose("")

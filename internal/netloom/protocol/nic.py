@@ -13,7 +13,6 @@ from netloom.protocol.scalars import (
     HostName,
     Id,
     IPv4,
-    IPv4List,
     IPv4Prefix,
     IPv6,
     IPv6List,
@@ -21,6 +20,7 @@ from netloom.protocol.scalars import (
     Mac,
     Netmask,
     Number,
+    ResolverList,
     Word,
 )
 
@@ -50,7 +50,7 @@ class NicPayload(NetworkPayload, frozen=True, kw_only=True):
     ip6_cidr: IPv6Prefix = IPv6Prefix("")
     hostname: HostName = HostName("")
     extension_ip: IPv4 = IPv4("")
-    dns: IPv4List = IPv4List()
+    dns: ResolverList = ResolverList()
     dns6: IPv6List = IPv6List()
     domain: Domain = Domain("")
 

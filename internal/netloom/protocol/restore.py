@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import msgspec
 
 from netloom.protocol.network import NetworkPayload
 from netloom.protocol.nic import VmNic
-from netloom.protocol.scalars import Domain, Flag, IPv4, IPv4List, IPv6List
-from netloom.protocol.userdata import RestoredItem
+from netloom.protocol.reader import Items, convert_items
+from netloom.protocol.scalars import Domain, Flag, IPv4, IPv6List, ResolverList
+from netloom.protocol.userdata import GivenItem
+
+# Fields of a VM without which it still has its lease.
+_OPTIONAL = ("hostname", "domain", "dns", "dns6", "device_id", "default_nic", "ip6_address", "vm_data")
 
 
 class RestoredVm(VmNic, frozen=True, kw_only=True):
     """One VM. ``vm_data`` never has a password."""
 
-    dns: IPv4List = IPv4List()
-    dns6: IPv6List = IPv6List()
-    domain: Domain = Domain("")
-    vm_data: tuple[RestoredItem, ...] = ()
+    vm_data: tuple[GivenItem, ...] = ()
+
+
+class RestoredVms(Items[RestoredVm]):
+    """The VMs, and the errors of the others. One VM with an invalid value must not prevent the restore of the network.
+
+    A VM with an invalid name, domain or metadata keeps its lease.
+    """
+
+    @classmethod
+    def parse(cls, value: object) -> RestoredVms:
+        """Raises BadRequest if ``value`` is not a list of objects."""
+        return cls(*convert_items(value, RestoredVm, root="payload.restore_data.vms", wider=_narrower))
+
+
+def _narrower(vm: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The VM without one of its optional fields, then without all of them."""
+    for without in (*({it} for it in _OPTIONAL), set(_OPTIONAL)):
+        yield {key: it for key, it in vm.items() if key not in without}
 
 
 class RestoreData(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,14 +47,14 @@ class RestoreData(msgspec.Struct, frozen=True, kw_only=True):
     dhcp_enabled: Flag = Flag(0)
     dns_enabled: Flag = Flag(0)
     userdata_enabled: Flag = Flag(0)
-    vms: tuple[RestoredVm, ...] = ()
+    vms: RestoredVms = msgspec.field(default_factory=RestoredVms)
 
 
 class RestoreNetwork(NetworkPayload, frozen=True, kw_only=True):
-    """restore-network. It removes nothing."""
+    """restore-network: the list of VMs is complete."""
 
     restore_data: RestoreData
-    dns: IPv4List = IPv4List()
+    dns: ResolverList = ResolverList()
     dns6: IPv6List = IPv6List()
     domain: Domain = Domain("")
     extension_ip: IPv4 = IPv4("")

@@ -13,7 +13,7 @@ import re
 from typing import ClassVar, Generic, Literal, Self, TypeVar, cast, get_args
 
 from netloom.errors import one_line
-from netloom.names import ID, UNTAGGED, VLAN_TAG_MAX
+from netloom.names import ID, UNTAGGED, VLAN_TAG_MAX, VXLAN
 from netloom.secret import Secret
 
 _LiteralT = TypeVar("_LiteralT", bound=str)
@@ -30,16 +30,17 @@ _NETMASK = re.compile(
     rf"(?:255\.(?:255\.(?:255\.{_MASK_OCTET}|{_MASK_OCTET}\.0)|{_MASK_OCTET}\.0\.0)|{_MASK_OCTET}\.0\.0\.0)\Z"
 )
 _IPV6 = re.compile(r"[0-9a-fA-F:.]{2,45}\Z")
-_PREFIX_LENGTH = re.compile(r"(?:0|[1-9][0-9]{0,2})\Z")
-# The lowest bit of the first octet is 1 in group addresses (IEEE 802).
-_MAC = re.compile(r"(?!00(?:[:-]00){5}\Z)[0-9a-fA-F][02468aceACE](?:[:-][0-9a-fA-F]{2}){5}\Z")
+# The spellings that Java's Integer.parseInt takes, by which CloudStack checks a length: 24, 024, +24, -0.
+_PREFIX_LENGTH = re.compile(r"(?:\+?[0-9]{1,9}|-0+)\Z")
+_MAC = re.compile(r"[0-9a-fA-F]{1,2}(?:[:.-][0-9a-fA-F]{1,2}){5}\Z")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\Z")
 _HOST_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?\Z")
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})\Z")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
-_RANGE = re.compile(r"([1-9][0-9]{0,9})(?:[-:]([1-9][0-9]{0,9}))?\Z")  # guard: a-range-has-a-dash-or-a-colon
+_RANGE = re.compile(r"(0|[1-9][0-9]{0,9})(?:[-:](0|[1-9][0-9]{0,9}))?\Z")  # guard: a-range-has-a-dash-or-a-colon
 _PRIVATE_VLAN = re.compile(r"([0-9]{1,8})-([ipc])?([0-9]{1,8})\Z", re.IGNORECASE)
-_SCHEME = re.compile(r"(?:vlan|pvlan|vxlan)://", re.IGNORECASE)
+_SCHEME = re.compile(r"(vlan|pvlan|vxlan)://", re.IGNORECASE)
+_LINE_ENDS = str.maketrans("\r\n\t", "   ")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.@\\$-]{0,63}\Z")
 _LINK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}\Z")
@@ -135,10 +136,17 @@ class Word(Pattern):
 
 
 class ActionName(Pattern):
-    """The name of a custom action. It becomes a part of a file name, so it contains no slash and no ``..``."""
+    """The name of a custom action: letters, digits, blanks, dots, dashes, underscores (CloudStack's addCustomAction).
 
-    PATTERN = re.compile(r"(?!.*\.\.)" + _WORD.pattern)
+    It becomes a part of a file name, so blanks become dashes, and it contains no slash and no ``..``.
+    """
+
+    PATTERN = re.compile(r"(?!.*\.\.)[A-Za-z0-9 _-][A-Za-z0-9 ._-]{0,199}\Z")
     WHAT = "the name of an action"
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(super().parse(value).replace(" ", "-"))
 
 
 class Id(Pattern):
@@ -183,19 +191,33 @@ class Number(int):
 
 
 class Port(Number):
-    """A port, 1 to 65535."""
+    """A port that a rule matches, 0 to 65535: CloudStack accepts 0, and Terraform's users write 0-65535 for any."""
 
-    LOW = 1
     HIGH = 65535  # guard: a-port-is-at-most-65535
     WHAT = "a port"
 
 
-class IcmpNumber(Number):
-    """An ICMP type or code, 0 to 255; -1 means any."""
+class ServicePort(Number):
+    """A port that a program listens on, 1 to 65535."""
 
-    LOW = -1
-    HIGH = 255
+    LOW = 1
+    HIGH = 65535
+    WHAT = "a port that a program can listen on"
+
+
+class IcmpNumber(Number):
+    """An ICMP type or code. -1 means any. CloudStack does not check the range of a firewall rule's numbers."""
+
+    LOW = -(1 << 31)
+    HIGH = (1 << 31) - 1
     WHAT = "an ICMP type or code"
+
+
+class Order(Number):
+    """A number that orders the items of a list. An update in CloudStack's API may store 0 and negative numbers."""
+
+    LOW = -(1 << 31)
+    HIGH = (1 << 31) - 1
 
 
 class PortRange(tuple[int, int]):
@@ -265,9 +287,9 @@ class IPv4Prefix(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         if isinstance(value, str) and len(value) <= QUOTE_CHARACTERS_MAX:
-            address, slash, length = value.partition("/")
-            if slash and _IPV4.match(address) and _PREFIX_LENGTH.match(length) and int(length) <= 32:
-                return cls(ipaddress.IPv4Network(value, strict=False))
+            address, length = _address_and_length(value)
+            if 0 <= length <= 32 and _IPV4.match(address):
+                return cls(ipaddress.IPv4Network(f"{address}/{length}", strict=False))
         raise ValueError(f"{quoted(value)} is not an IPv4 network with prefix length")
 
     def __contains__(self, address: object) -> bool:
@@ -280,11 +302,20 @@ class IPv6Prefix(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         if isinstance(value, str) and len(value) <= 64:
-            address, slash, length = value.partition("/")
-            if slash and _IPV6.match(address) and _PREFIX_LENGTH.match(length) and int(length) <= 128:
+            address, length = _address_and_length(value)
+            if 0 <= length <= 128 and _IPV6.match(address):
                 with contextlib.suppress(ValueError):
-                    return cls(ipaddress.IPv6Network(value, strict=False).compressed)
+                    return cls(ipaddress.IPv6Network(f"{address}/{length}", strict=False).compressed)
         raise ValueError(f"{quoted(value)} is not an IPv6 network with prefix length")
+
+
+def _address_and_length(text: str) -> tuple[str, int]:
+    """The parts of an address with prefix length, in the spellings that CloudStack's NetUtils takes; -1: no length.
+
+    The egress rules of CloudStack's API keep blanks around a prefix. A slash at the end is ignored by Java's split.
+    """
+    address, _, length = text.strip(" ").removesuffix("/").partition("/")
+    return address, int(length) if _PREFIX_LENGTH.match(length) and length.isascii() else -1
 
 
 class IPv6Interface(str):
@@ -293,7 +324,8 @@ class IPv6Interface(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         IPv6Prefix.parse(value)
-        return cls(ipaddress.IPv6Interface(str(value)).compressed)
+        address, length = _address_and_length(str(value))
+        return cls(ipaddress.IPv6Interface(f"{address}/{length}").compressed)
 
 
 class Prefix(str):
@@ -319,14 +351,18 @@ class Netmask(Pattern):
 
 
 class Mac(Pattern):
-    """A unicast MAC address. Becomes lower case with colons."""
+    """A unicast MAC address in the spellings that CloudStack's NetUtils takes. Becomes lower case with colons."""
 
     PATTERN = _MAC
-    WHAT = "a MAC address"
+    WHAT = "the MAC address of a machine"
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        return cls(super().parse(value).lower().replace("-", ":"))
+        octets = [int(octet, 16) for octet in re.split("[:.-]", super().parse(value))]
+        # The lowest bit of the first octet is 1 in group addresses (IEEE 802).
+        if octets[0] & 1 or not any(octets):
+            raise ValueError(f"{quoted(value)} is not {cls.WHAT}")
+        return cls(":".join(f"{octet:02x}" for octet in octets))
 
 
 class HostName(Pattern):
@@ -362,14 +398,21 @@ class LinkName(Pattern):
 class Vlan(str):
     """The value of a broadcast URI: a tag, ``untagged``, a private VLAN ``1412-i2412``, or empty.
 
-    A VXLAN id looks like a tag, so ``number`` may be up to 16777215, and the caller checks the range. A scheme such as
-    ``vlan://`` is removed.
+    A VXLAN id looks like a tag, so ``number`` may be up to 16777215, and the caller checks the range. The schemes
+    ``vlan://`` and ``pvlan://`` are removed; ``vxlan://1000`` becomes ``vx1000``. Other schemes are refused.
     """
 
     @classmethod
     def parse(cls, value: object) -> Self:
         text = _text(value)
-        bare = text[match.end() :] if (match := _SCHEME.match(text)) else text
+        scheme = _SCHEME.match(text)
+        bare = text[scheme.end() :] if scheme else text
+        if scheme and scheme[1].lower() == "vxlan":
+            if vni := _tag(bare, VNI_MAX):
+                return cls(f"{VXLAN}{vni}")
+            raise ValueError(f"{quoted(value)} is not a VXLAN (vxlan://1 to vxlan://{VNI_MAX})")
+        if "://" in bare:
+            raise ValueError(f"{quoted(value)} has a scheme that is not known (vlan://, pvlan://, vxlan://)")
         if bare.lower() == UNTAGGED:  # guard: a-vlan-may-be-untagged
             return cls(UNTAGGED)
         if private := _PRIVATE_VLAN.match(bare):
@@ -387,8 +430,13 @@ class Vlan(str):
     @property
     def number(self) -> int:
         """The tag or VXLAN id; 0 for untagged and empty, the primary tag of a private VLAN."""
-        head = self.partition("-")[0]
+        head = self.partition("-")[0].removeprefix(VXLAN)
         return int(head) if head.isdigit() else 0
+
+    @property
+    def is_vxlan(self) -> bool:
+        """Whether the value names a VXLAN by its scheme."""
+        return self.startswith(VXLAN)
 
 
 def _tag(text: str, highest: int) -> int:
@@ -403,6 +451,16 @@ class IPv4List(tuple[IPv4, ...]):
     @classmethod
     def parse(cls, value: object) -> Self:
         return cls(IPv4.parse(item) for item in _items(value))
+
+
+class ResolverList(IPv4List):
+    """Comma-separated resolvers. For a missing first one, CloudStack sends the text ``null``; it is left out."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(IPv4.parse(item) for item in _items(value) if item != "null")
 
 
 class IPv6List(tuple[IPv6, ...]):
@@ -492,17 +550,49 @@ def is_item_name(text: str) -> bool:
     )
 
 
+class OptionValue(str):
+    """The value of a DHCP option: one line of text; numbers and booleans are written out."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        text = ParamValue.parse(value)
+        if _CONTROL.search(text):
+            raise ValueError(f"{quoted(value)} is not one line of at most 4096 characters")
+        return cls(text)
+
+
 class ParamValue(str):
-    """The value of a custom action's parameter: one line of text; numbers and booleans are written out."""
+    """The value of a custom action's parameter: text; numbers and booleans are written out.
+
+    Lines may end in LF, CR or both: CloudStack's API refuses other control characters only.
+    """
 
     @classmethod
     def parse(cls, value: object) -> Self:
         if value is None:
             return cls("")
         text = str(value).lower() if isinstance(value, bool) else _text(value)
-        if len(text) > 4096 or _CONTROL.search(text):
-            raise ValueError(f"{quoted(value)} is not one line of at most 4096 characters")
+        if len(text) > 4096 or _CONTROL.search(text.translate(_LINE_ENDS)):
+            raise ValueError(f"{quoted(value)} is not text of at most 4096 characters without control characters")
         return cls(text)
+
+
+class Title(str):
+    """A name that a person chose, for people to read: any text becomes one line of at most 255 characters."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        return cls(_CONTROL.sub(" ", _text(value)[:255]))
+
+
+class Loose(str):
+    """A value of a command that deletes something. Nothing is refused: what was never stored is not there."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            return cls("")
+        return cls(value[:255] if isinstance(value, str) else value if abs(value) < 10**20 else "")
 
 
 class Choice(str, Generic[_LiteralT]):
@@ -537,9 +627,9 @@ class GuestType(Choice[Literal["isolated", "shared", "l2"]]):
 
 
 class ParamName(Pattern):
-    """The name of a custom action's parameter."""
+    """The name of a custom action's parameter: one line of at most 255 characters. CloudStack accepts any text."""
 
-    PATTERN = _WORD
+    PATTERN = re.compile(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,255}\Z")
     WHAT = "the name of a parameter"
 
 

@@ -38,16 +38,11 @@ class VmDataItem(msgspec.Struct, frozen=True, kw_only=True):
     content: Content = Content()
 
 
-class SaveVmData(KnownNic, frozen=True, kw_only=True):
-    """save-vm-data: all items of the VM. A known password stays if none is listed."""
+class GivenItem(msgspec.Struct, frozen=True, kw_only=True):
+    """An item as CloudStack sends it; :meth:`valid_item` checks its name.
 
-    vm_data: tuple[VmDataItem, ...]
-
-
-class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
-    """An item in restore-network; :meth:`valid_item` checks its name.
-
-    A tenant chooses names of items, and one tenant's ``../x`` must not prevent the restore of the network.
+    A tenant chooses names of items (the parameters of the user data). A name such as ``../x`` must not prevent the
+    start of the VM, and not the restore of the network.
     """
 
     dir: Content = Content()
@@ -60,6 +55,12 @@ class RestoredItem(msgspec.Struct, frozen=True, kw_only=True):
         if place not in _DIRECTORIES or not is_item_name(name):
             return None
         return VmDataItem(dir=Directory.parse(place), file=ItemName(name), content=self.content)
+
+
+class SaveVmData(KnownNic, frozen=True, kw_only=True):
+    """save-vm-data: all items of the VM. A known password stays if none is listed."""
+
+    vm_data: tuple[GivenItem, ...]
 
 
 class SavePassword(KnownNic, frozen=True, kw_only=True):

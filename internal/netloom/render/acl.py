@@ -84,7 +84,8 @@ def _protocols(item: AclItem, family: int) -> list[str]:
     if item.protocol in ("tcp", "udp"):
         return [f"{item.protocol} dport {item.ports}" if item.ports else f"meta l4proto {item.protocol}"]
     if item.protocol != "icmp":
-        return [f"meta l4proto {item.protocol}"]
+        ports = f" th dport {item.ports}" if item.ports else ""
+        return [f"meta l4proto {item.protocol}{ports}"]
     names = [name for name, its_family in (("icmp", 4), ("icmpv6", 6)) if family in (0, its_family)]
     if item.icmp_type is None:
         return [f"meta l4proto {name}" for name in names]

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from netloom import names
 from netloom.render import ip6
 from netloom.render.acl import acl_of
 from netloom.render.active import Active, active, as_number
@@ -35,6 +36,12 @@ _SHOWN = frozenset(
         "vm-id",
     }
 )
+
+
+def segment_name(vlan: str) -> str:
+    """A segment for people: ``VLAN 101``, ``VLAN untagged``, ``VXLAN 1000``."""
+    is_vxlan = vlan.startswith(names.VXLAN)
+    return f"VXLAN {vlan.removeprefix(names.VXLAN)}" if is_vxlan else f"VLAN {vlan or 'unknown'}"
 
 
 def firewall(scope: Scope) -> list[str]:
@@ -100,13 +107,15 @@ def summary(scope: Scope) -> list[str]:
         lines.append(
             f"network {network.network_id}: {network.guest_type}, "
             f"{'implemented' if network.implemented else 'not implemented'}, "
-            f"VLAN {network.vlan or 'unknown'} of {scope.uplinks.guest}, {network.cidr or 'no subnet'}, "
+            f"{segment_name(network.vlan)} of {scope.uplinks.guest}, {network.cidr or 'no subnet'}, "
             f"gateway {network.gateway or 'none'}, {len(network.nics)} NICs{''.join(f', {it}' for it in services)}"
             f"{f', IPv6 {network.ip6_cidr}' if network.ip6_cidr else ''}"
         )
     for ip in sorted(scope.public_ips.values(), key=lambda it: as_number(it.address)):
         kind = " (source NAT)" if ip.source_nat else ""
-        lines.append(f"public address {ip.address}{kind}: VLAN {ip.vlan} of {scope.uplinks.public}, exit {ip.exit}")
+        lines.append(
+            f"public address {ip.address}{kind}: {segment_name(ip.vlan)} of {scope.uplinks.public}, exit {ip.exit}"
+        )
     if (out := ip6.default_route(scope, active(scope))) is not None:
         lines.append(f"IPv6 leaves as {out.address} through {out.gateway}")
     rules = sum(len(it.firewall.rules) for it in scope.networks.values() if it.firewall)

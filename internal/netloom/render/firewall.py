@@ -77,8 +77,10 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
             case "icmp":
                 code = "" if self.icmp_code is None else f" icmp code {self.icmp_code}"
                 return [(*ANY_PORT, f"icmp type {self.icmp_type}{code}")]
-            case _:
+            case "all":
                 return [(*ANY_PORT, "")]
+            case number:
+                return [(*ANY_PORT, f"meta l4proto {number}")]
 
 
 def cidrs(given: Iterable[str], family: Family = 4) -> Cidrs | None:
@@ -127,7 +129,7 @@ def _matches(rules: Iterable[FirewallRule], family: Literal[0, 4, 6]) -> list[Ma
             code = rule.icmp_code if type_ is not None and (rule.icmp_code or 0) >= 0 else None
             found.append(Match(protocol="icmp", icmp_type=type_, icmp_code=code, sources=sources, dests=dests))
         else:
-            found.append(Match(protocol="all", sources=sources, dests=dests))
+            found.append(Match(protocol=rule.protocol, sources=sources, dests=dests))
     found = [msgspec.structs.replace(it, family=family) for it in found]
     found = _merge(found, "sources")
     found = _merge(found, "dests")
@@ -144,7 +146,8 @@ def verdicts(
     wanted = matches(rules, ip6=ip6)
     written: list[str] = []
     chains: list[Chain] = []
-    for protocol in ("all", "icmp", "tcp", "udp"):
+    numbers = sorted({it.protocol for it in wanted if it.protocol.isdigit()}, key=int)
+    for protocol in ("all", "icmp", *numbers, "tcp", "udp"):
         lines = sorted(line for match in wanted if match.protocol == protocol for line in match.lines())
         if len(lines) <= LINES_MAX or protocol not in ("tcp", "udp"):
             written += [f"{line.text} {verdict}".strip() for line in lines]

@@ -291,7 +291,7 @@ def _rule_matches(rule: FirewallRule, protocol: int, src: str, dst: str, dport: 
         if rule.protocol == "icmp" and protocol == ICMPV6:
             any_type = rule.icmp_type is None or rule.icmp_type < 0
             return any_type and _in_one_of(src, rule.source_cidrs) and _in_one_of(dst, rule.dest_cidrs)
-        if _NUMBERS[rule.protocol] != protocol:
+        if (_NUMBERS.get(rule.protocol) or int(rule.protocol)) != protocol:
             return False
         if protocol == ICMP:
             if rule.icmp_type is not None and rule.icmp_type >= 0:

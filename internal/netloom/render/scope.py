@@ -96,14 +96,17 @@ def _guest_segment(uplinks: Uplinks, vlan: str) -> Segment:
 
     The registration may have changed since the network was created.
     """
-    if vlan == names.UNTAGGED or (uplinks.isolation == "vlan" and int(vlan) <= names.VLAN_TAG_MAX):
+    number = vlan.removeprefix(names.VXLAN)
+    if vlan == names.UNTAGGED or (uplinks.isolation == "vlan" and int(number) <= names.VLAN_TAG_MAX):
         return _segment(uplinks.guest, vlan)
-    return Segment(
-        bridge=names.vxlan_bridge(vlan), nic=uplinks.guest, vlan=vlan, vlan_link=names.vxlan_link(vlan), kind="vxlan"
-    )
+    return _segment(uplinks.guest, f"{names.VXLAN}{number}")
 
 
 def _segment(nic: str, vlan: str) -> Segment:
+    """The segment of a tag, ``untagged``, or a VXLAN (``vx1000``)."""
+    if vlan.startswith(names.VXLAN):
+        vni = vlan.removeprefix(names.VXLAN)
+        return Segment(bridge=names.vxlan_bridge(vni), nic=nic, vlan=vni, vlan_link=names.vxlan_link(vni), kind="vxlan")
     return Segment(
         bridge=names.bridge(nic, vlan),
         nic=nic,

@@ -8,7 +8,7 @@ changes the file format. The renderers read only these values.
 from __future__ import annotations
 
 from netloom.state.acl import AclItem
-from netloom.state.firewall import Firewall, FirewallRule, Protocol
+from netloom.state.firewall import Firewall, FirewallRule
 from netloom.state.lb import Backend, LbRule
 from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
@@ -31,7 +31,6 @@ __all__ = [
     "PbrTable",
     "PortForward",
     "Ports",
-    "Protocol",
     "PublicIp",
     "Scope",
     "StaticNat",

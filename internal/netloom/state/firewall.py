@@ -8,15 +8,13 @@ import msgspec
 
 from netloom.state.nat import Ports
 
-Protocol = Literal["tcp", "udp", "icmp", "all"]
-
 
 class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
     """One rule. None and empty mean any."""
 
     rule_id: int
     direction: Literal["ingress", "egress"]
-    protocol: Protocol
+    protocol: str  # "tcp", "udp", "icmp", "all", or the number of another protocol: "47"
     ports: Ports | None = None
     icmp_type: int | None = None
     icmp_code: int | None = None

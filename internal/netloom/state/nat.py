@@ -8,7 +8,7 @@ import msgspec
 
 
 class Ports(msgspec.Struct, frozen=True, order=True):
-    """An inclusive range of ports, 1 to 65535; a single port is a range of one."""
+    """An inclusive range of ports, 0 to 65535; a single port is a range of one."""
 
     first: int
     last: int
@@ -30,7 +30,7 @@ class PublicIp(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     address: str
-    vlan: str  # a tag, or "untagged"
+    vlan: str  # a tag, "untagged", or a VXLAN: "vx1000"
     gateway: str  # empty: CloudStack sent none
     cidr: str  # the public subnet, network address with prefix length
     exit: int

@@ -111,6 +111,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     Networks and public addresses: ``networks`` to ``lb_rules``. An isolated or shared network's scope has one network.
 
+    Reports: ``left_out``, for ``check`` and ``show``.
+
     Policy routing: ``pbr``, from an operator's custom actions.
     """
 
@@ -132,6 +134,9 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     static_nats: dict[str, StaticNat] = {}  # by public address
     port_forwards: dict[str, PortForward] = {}  # by PortForward.key
     lb_rules: dict[str, LbRule] = {}  # by rule id
+
+    # Parts of the last lists that are not in force, and why: by command and network_id, "apply-fw-rules 204".
+    left_out: dict[str, tuple[str, ...]] = {}
 
     pbr: Pbr = Pbr()
 

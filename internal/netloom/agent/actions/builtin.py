@@ -128,6 +128,7 @@ class Actions:
         found += [
             f"balance rule {it}, once {at} is free" for it, at in context.services.waiting(scope.scope_id).items()
         ]
+        found += [f"not in force: {command}: {it}" for command, it in _left_out(scope)]
         return [printable_ascii(it) for it in found]
 
     def _status(self, scope: Scope, context: ActionContext) -> list[str]:
@@ -227,6 +228,11 @@ def _table(namespace: str) -> list[str]:
             return nft.list_text(f"list table {FAMILY} {TABLE}").expandtabs(2).splitlines()
     except NftError as error:
         return [str(error)]
+
+
+def _left_out(scope: Scope) -> list[tuple[str, str]]:
+    """The command and network, and the reason, of each part of a list that is not in force."""
+    return [(command, reason) for command, reasons in sorted(scope.left_out.items()) for reason in reasons]
 
 
 def _counters(scope: Scope, want: Want) -> list[str]:

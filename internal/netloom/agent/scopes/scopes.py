@@ -329,6 +329,9 @@ class Scopes:
             slot.scope = None
         elif outcome.scope != slot.scope:
             self._store.save(outcome.scope)  # guard: state-is-saved-first
+            for command, reasons in outcome.scope.left_out.items():
+                if slot.scope is None or slot.scope.left_out.get(command) != reasons:
+                    self._log.line(f"scope={slot.scope_id} not in force: {command}: {'; '.join(reasons[:5])}")
             slot.scope, slot.ending = outcome.scope, False
         changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
@@ -343,7 +346,7 @@ class Scopes:
         if not isinstance(payload, ApplyLbRules):
             return None
         waiting = self._services.waiting(slot.scope_id)
-        named = [f"rule {int(it.id)} ({waiting[int(it.id)]})" for it in payload.lb_rules.rules if int(it.id) in waiting]
+        named = [f"rule {int(it.id)} ({waiting[int(it.id)]})" for it in payload.lb_rules.items if int(it.id) in waiting]
         if not named:
             return None
         return HostRefused(
