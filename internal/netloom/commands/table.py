@@ -103,7 +103,7 @@ _ROWS = (
         for_network(userdata.save_hypervisor_hostname),
     ),
     Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules),
-    Row("restore-network", "builds", RestoreNetwork, for_network(restore.restore_network)),
+    Row("restore-network", "builds", RestoreNetwork, restore.restore),
     Row("custom-action", "acts", CustomAction, pbr.transition, output=pbr.output),
 )
 
