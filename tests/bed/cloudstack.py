@@ -262,6 +262,7 @@ class IsolatedNetwork:
     def __init__(self, cloud: FakeCloudStack, facts: NetworkFacts, vlan: str, public_vlan: int | str) -> None:
         self.cloud = cloud
         self.facts = facts
+        self.whole_cidr = facts.cidr
         self.next_vlan = vlan
         self.public_vlan = public_vlan
         self.stored = ""  # extension.details as text; empty without a row
@@ -302,6 +303,30 @@ class IsolatedNetwork:
 
     def _in_state(self, state: State) -> None:
         self.facts.state = state
+
+    # --- changes of the network
+
+    def reserve(self, cidr: str) -> None:
+        """updateNetwork with ``guestvmcidr``, which sends nothing. The whole subnet takes a reservation back."""
+        self.facts.cidr = cidr
+
+    def change_source_nat(self, address: PublicAddress, *, shut_down: bool = True) -> None:
+        """updateNetwork with ``sourcenatipaddress``: everything is removed and implemented again.
+
+        Without ``shut_down`` as the client alone sends it, if the managers of CloudStack implement a living network.
+        No command names the former address.
+        """
+        if shut_down:
+            self._tear_down_rules()
+            sent = self.send("shutdown-network", payloads.bare(self.facts))
+            if not sent.ok:
+                raise Failed("shutdown-network", sent.execution)
+            self.stored = ""
+        if self.source_nat is not None:
+            self.source_nat.source_nat = False
+        address.source_nat = True
+        self.source_nat = address
+        self._implement_elements()
 
     # --- single executions
 
@@ -474,7 +499,7 @@ class IsolatedNetwork:
             mac,
             ip,
             vm or VirtualMachine(name, str(uuid.uuid4())),
-            netmask=payloads.netmask(self.facts.cidr),
+            netmask=payloads.netmask(self.whole_cidr),
             device_id=device_id,
             default=device_id == 0,
         )

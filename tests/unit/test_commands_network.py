@@ -155,6 +155,7 @@ def test_a_tier_takes_only_what_is_its_own() -> None:
                         "cidr": "203.0.113.0/24",
                         "exit": 1,
                         "network_id": net,
+                        "source_nat": not net,
                     }
                     for it, net in (
                         ("203.0.113.30", ""),

@@ -40,10 +40,29 @@ def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
 
 
 def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
-    """``scope`` with this address as its only source-NAT address. The former one stays, without the flag."""
+    """``scope`` with this address as its only source-NAT address. The former one belongs to no network any more.
+
+    CloudStack never names the former address again, and may give it to another network. So it stays only as long as a
+    rule uses it: :func:`without_unused_former`.
+    """
     assigned = _public_ip(scope, payload, source_nat=True, network_id=network_id)
-    others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
+    others = {
+        address: replace(it, source_nat=False, network_id="") if it.source_nat else it
+        for address, it in scope.public_ips.items()
+    }
     return replace(scope, public_ips={**others, assigned.address: assigned})
+
+
+def without_unused_former(scope: Scope) -> Scope:
+    """``scope`` without former source-NAT addresses that no rule uses.
+
+    An address that an assign-ip of a network brought stays until its release-ip, also without rules.
+    """
+    former = {address for address, it in scope.public_ips.items() if not it.source_nat and not it.network_id}
+    unused = former - addresses_in_use(scope) - _firewalled_addresses(scope) if former else former
+    if not unused:
+        return scope
+    return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key not in unused})
 
 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
@@ -149,6 +168,12 @@ def address_next_to(assigned: Iterable[PublicIp], address: str, network_id: str)
         if address in IPv4Prefix(other.cidr) and address != other.gateway:
             return replace(other, address=address, source_nat=False, network_id=network_id)
     return None
+
+
+def _firewalled_addresses(scope: Scope) -> set[str]:
+    """The public addresses with ingress rules. CloudStack counts these rules, too, before it releases an address."""
+    firewalls = [network.firewall for network in scope.networks.values() if network.firewall is not None]
+    return {rule.public_ip for firewall in firewalls for rule in firewall.rules if rule.public_ip}
 
 
 def _required(public_ip: str) -> str:

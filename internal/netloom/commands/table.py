@@ -103,7 +103,7 @@ _ROWS = (
         for_network(userdata.save_hypervisor_hostname),
     ),
     Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules),
-    Row("restore-network", "builds", RestoreNetwork, for_network(restore.restore_network)),
+    Row("restore-network", "builds", RestoreNetwork, restore.restore),
     Row("custom-action", "acts", CustomAction, pbr.transition, output=pbr.output),
 )
 
@@ -166,6 +166,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     wanted = row.transition(with_registration(scope, context.registration), payload, context)
     if wanted is None:
         return Transitioned(scope=None)
+    wanted = nat.without_unused_former(wanted)  # guard: a-former-source-nat-address-goes
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""

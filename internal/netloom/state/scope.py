@@ -52,7 +52,8 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
     Services for the guests: ``dhcp``, ``dns``, ``resolvers`` and ``domain``.
 
-    VMs: ``nics`` and ``dhcp_options``. CloudStack may send the options of a NIC before the NIC itself.
+    VMs: ``nics`` and ``dhcp_options``. CloudStack may send the options of a NIC before the NIC itself. ``unlisted`` has
+    the NICs that the last restore did not list, without their secrets. Nothing is served for them.
     """
 
     network_id: str
@@ -76,6 +77,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     domain: str = ""
 
     nics: dict[str, Nic] = {}  # by Nic.key
+    unlisted: dict[str, Nic] = {}  # by Nic.key
     dhcp_options: dict[str, dict[str, str]] = {}  # by nic_id: option code -> value
 
     @property
