@@ -53,7 +53,15 @@ from netloom import names
 from netloom.render import ip6, plain_network
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, ForwardedPorts, active, target_port
-from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
+from netloom.render.device import (
+    DHCP_REQUEST,
+    FROM_GUESTS_TO_DEVICE,
+    GUEST_LINKS,
+    PUBLIC_LINKS,
+    device_services,
+    guest_link,
+    refusals,
+)
 from netloom.render.firewall import verdicts
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
 from netloom.render.pbr import PolicyNat, policy_nats
@@ -320,6 +328,7 @@ def _to_device(now: Active) -> Chain:
     ]
     for network in now.networks:
         rules += device_services(network, ping=False)
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -333,9 +342,13 @@ def _to_vpc_device(now: Active) -> Chain:
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),
+            # Before the lists, which do not apply to the tier's own gateway.
+            *refusals(f"iifname {guest_link(network)} ip daddr {network.device_ip}"),
+            *(ip6.refusals(network) if network.has_ip6 else ()),
             f"iifname {guest_link(network)} jump {_out_chain(network)}",
         ]
     rules.append("ip daddr . tcp dport vmap @balanced_by_list")  # guard: a-balanced-port-is-judged-by-its-list
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
