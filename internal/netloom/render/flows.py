@@ -21,6 +21,7 @@ from netloom.render.active import Active, active, target_port, within
 from netloom.render.device import DNS_PORT, SERVICE_PORTS_TCP, SERVICE_PORTS_UDP
 from netloom.render.marks import REVOKED, exit_of
 from netloom.render.pbr import policy_nats
+from netloom.render.source_ports import forwarded_udp, free_ports, keeps_port
 from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
 
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
@@ -75,6 +76,7 @@ class _ReplyTuple(msgspec.Struct, frozen=True):
     reply_sport: int
     reply_dst: str
     exit: int | None  # None: any
+    port_fits: bool = True  # False: the flow has a source port outside that the ruleset would not give it
 
 
 def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
@@ -109,6 +111,8 @@ class FlowPolicy:
         self._ip6_networks = [it for it in self._now.networks if it.has_ip6]
         self._ip6_outside_address = _ip6_outside_address(scope, self._now)
         self._ip6_gateways = {it.ip6_gateway: it.network_id for it in self._ip6_networks}
+        forwarded = forwarded_udp(self._now)
+        self._forwarded_udp = forwarded if free_ports([it.ports for it in forwarded]) is not None else []
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
         self._udp_backends: dict[tuple[str, int], list[tuple[str, int]]] = {}
@@ -234,9 +238,12 @@ class FlowPolicy:
         own = self._now.static_sources.get(flow.src)
         if own is not None:
             yield _ReplyTuple(flow.dst, flow.dport, own.address, own.exit)
-        if self._now.source_nat is not None:
-            # Also for a guest that has got a static NAT address since: its open flows go on.
-            yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0)
+        # The guest may have got its static NAT address since. TCP alone cannot go on with a new address, so it stays.
+        if self._now.source_nat is not None and (
+            own is None or flow.protocol == TCP  # guard: datagrams-follow-a-static-nat
+        ):
+            fits = not self._takes_a_forwarded_port(flow)
+            yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0, fits)
         for address in self._policy_sources:
             yield _ReplyTuple(flow.dst, flow.dport, address, None)
 
@@ -247,6 +254,14 @@ class FlowPolicy:
         """
         source = self._now.seen_as(home, guest) or flow.src
         return (flow.src, there.device_ip) if flow.protocol == TCP else (source,)
+
+    def _takes_a_forwarded_port(self, flow: Flow) -> bool:
+        """Whether a UDP flow has a source port outside that is forwarded to another guest (``source_ports``)."""
+        return flow.protocol == UDP and any(
+            part.ports.first <= flow.reply_dport <= part.ports.last
+            and not (part.forward.private_ip == flow.src and keeps_port(part, flow.reply_dport))
+            for part in self._forwarded_udp
+        )
 
     def _balancer_answers(self, flow: Flow, home: Network | None) -> bool:
         """Whether haproxy serves this address and port, and, in a VPC, the lists allow it."""
@@ -287,7 +302,8 @@ class FlowPolicy:
 def _has_tuple(flow: Flow, reply: _ReplyTuple) -> bool:
     """Whether the flow has this translation and this exit."""
     return (
-        flow.reply_src == reply.reply_src
+        reply.port_fits  # guard: datagrams-leave-a-forwarded-port
+        and flow.reply_src == reply.reply_src
         and flow.reply_dst == reply.reply_dst
         and (flow.protocol not in (TCP, UDP) or flow.reply_sport == reply.reply_sport)
         and reply.exit in (None, exit_of(flow.mark))
@@ -373,6 +389,9 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
         return True
     # With new static NAT the address no longer replies itself, so any difference counts.
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
+        return True
+    # A guest may have an open flow with the port that is now forwarded to another guest.
+    if not set(forwarded_udp(after)) <= set(forwarded_udp(before)):
         return True
     if not _balancing(before) <= _balancing(after):
         return True

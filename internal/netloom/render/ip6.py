@@ -14,6 +14,7 @@ import msgspec
 
 from netloom import names
 from netloom.netobjects import ANYWHERE_IP6, IP6_LINK_LOCAL, MAIN_TABLE, Address, Route
+from netloom.render import device
 from netloom.render.active import Active
 from netloom.render.device import DNS_PORT, PUBLIC_LINKS, guest_link
 from netloom.render.ruleset import Chain
@@ -174,6 +175,11 @@ def to_device(now: Active) -> list[str]:
             f"{to_gateway} tcp dport {DNS_PORT} accept",
         ]
     return rules
+
+
+def refusals(network: Network) -> tuple[str, ...]:
+    """The rules that answer a guest's requests to closed ports of its own gateway."""
+    return device.refusals(f"iifname {guest_link(network)} ip6 daddr {network.ip6_gateway}")
 
 
 def eui64(mac: str) -> int:

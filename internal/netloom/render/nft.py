@@ -47,18 +47,26 @@ flows of guests that use such a port are translated to other ports (``_source_po
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 
 from netloom import names
 from netloom.render import ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
-from netloom.render.active import Active, ForwardedPorts, active, target_port
-from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
+from netloom.render.active import Active, active, target_port
+from netloom.render.device import (
+    DHCP_REQUEST,
+    FROM_GUESTS_TO_DEVICE,
+    GUEST_LINKS,
+    PUBLIC_LINKS,
+    device_services,
+    guest_link,
+    refusals,
+)
 from netloom.render.firewall import verdicts
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
 from netloom.render.pbr import PolicyNat, policy_nats
 from netloom.render.prefixes import by_length, is_not_in
 from netloom.render.ruleset import Chain, NftSet, Ruleset
+from netloom.render.source_ports import forwarded_udp, free_ports, keeps_port
 from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
@@ -204,10 +212,10 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
     """
     forwarded: dict[str, str] = {}
     own: dict[str, str] = {}
-    for part in _forwarded_udp(now):
+    for part in forwarded_udp(now):
         forwarded[str(part.ports)] = ""
-        if target_port(part.forward, part.ports.first) == part.ports.first:
-            last = max(at for at in (part.ports.first, part.ports.last) if target_port(part.forward, at) == at)
+        if keeps_port(part, part.ports.first):
+            last = max(at for at in (part.ports.first, part.ports.last) if keeps_port(part, at))
             own[f"{part.forward.private_ip} . {Ports(part.ports.first, last)}"] = ""
     return (
         NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
@@ -235,23 +243,6 @@ def _to_second_nics(now: Active) -> list[str]:
             if it.network_id in now.device_for_network
         ),
     ]
-
-
-def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
-    if now.source_nat is None:
-        return []
-    address = now.source_nat.address
-    return [it for it in now.forwarded if it.forward.public_ip == address and it.forward.protocol == "udp"]
-
-
-def _free_ports(taken: list[Ports]) -> Ports | None:
-    """A range of source ports outside ``taken``: a fixed block if one is free, so that the rule seldom changes."""
-    for block in (Ports(49152, 65535), Ports(32768, 49151), Ports(16384, 32767), Ports(1024, 16383)):
-        if all(it.last < block.first or it.first > block.last for it in taken):
-            return block
-    gaps = [Ports(a.last + 1, b.first - 1) for a, b in pairwise([Ports(0, 1023), *sorted(taken), Ports(65536, 65536)])]
-    widest = max(gaps, key=lambda it: it.count)
-    return widest if widest.count > 0 else None
 
 
 def _translate_to(now: Active) -> Chain:
@@ -326,6 +317,7 @@ def _to_device(now: Active) -> Chain:
     ]
     for network in now.networks:
         rules += device_services(network, ping=False)
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -344,9 +336,13 @@ def _to_vpc_device(now: Active) -> Chain:
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),
+            # Before the lists, which do not apply to the tier's own gateway.
+            *refusals(f"iifname {guest_link(network)} ip daddr {network.device_ip}"),
+            *(ip6.refusals(network) if network.has_ip6 else ()),
             f"iifname {guest_link(network)} jump {_out_chain(network)}",
         ]
     rules.append("ip daddr . tcp dport vmap @balanced_by_list")  # guard: a-balanced-port-is-judged-by-its-list
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -449,7 +445,7 @@ def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
     rules += [line for nat in nats for line in _policy_source_nat(nat, now)]  # guard: a-chosen-exit-has-its-source
     rules.append(f"oifname {PUBLIC_LINKS} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
-        free = _free_ports([it.ports for it in _forwarded_udp(now)])
+        free = free_ports([it.ports for it in forwarded_udp(now)])
         static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
         for network in now.networks:
             guests = f"oifname {PUBLIC_LINKS} ip saddr {network.cidr}{static}"
@@ -479,7 +475,7 @@ def _policy_source_nat(nat: PolicyNat, now: Active) -> list[str]:
         guests = [f"ip saddr {network.cidr}{without}" for network in now.networks]
     address = nat.address.address
     forwarded = [it.ports for it in now.forwarded if (it.forward.public_ip, it.forward.protocol) == (address, "udp")]
-    free = _free_ports(forwarded) if forwarded else None
+    free = free_ports(forwarded) if forwarded else None
     return [
         line
         for sources in guests

@@ -11,7 +11,7 @@ from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Route
 from netloom.render import senders
 from netloom.render.active import within
-from netloom.render.device import DHCP_REQUEST, device_services, guest_link
+from netloom.render.device import DHCP_REQUEST, FROM_GUESTS_TO_DEVICE, device_services, guest_link, refusals
 from netloom.render.ruleset import Chain, Ruleset
 from netloom.state import Network, Nic, Subnet
 
@@ -87,6 +87,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                     *senders.guards(network),
                     "ct state established,related accept",
                     *device_services(network, ping=True),
+                    *refusals(FROM_GUESTS_TO_DEVICE),
                 ),
             ),
             Chain(
