@@ -157,6 +157,10 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.icmp_echo_ignore_all": "0",
         "net.ipv4.icmp_echo_ignore_broadcasts": "1",
         "net.ipv4.ip_default_ttl": "64",
+        # haproxy asks for keepalive probes. A peer that has gone is noticed after two minutes (tcp(7)).
+        "net.ipv4.tcp_keepalive_time": "60",
+        "net.ipv4.tcp_keepalive_intvl": "10",
+        "net.ipv4.tcp_keepalive_probes": "6",
         # Conntrack does not pick up a TCP connection in the middle. So the next segment does not revive a revoked one.
         "net.netfilter.nf_conntrack_tcp_loose": "0",
         # Packets outside the TCP window count as valid. Otherwise the ruleset would drop them as invalid, and cut off a

@@ -13,6 +13,7 @@ from functools import cache
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.processes import balancer
 from netloom.agent.processes.files import NOGROUP
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.process import run
@@ -63,6 +64,10 @@ class Services:
     def waiting(self, scope_id: str) -> dict[int, str]:
         """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
         return self._waiting.get(scope_id, {})
+
+    def limited(self, scope: Scope) -> list[str]:
+        """What has used up its share of a service of the scope now; a sentence for each."""
+        return balancer.limited(scope, frozenset(self.waiting(scope.scope_id)))
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         """The networks of the scope whose guests get no leases, metadata and passwords now, or outdated ones."""
