@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from netloom.commands import Transitioned
+from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, ForeignScope
 from netloom.state import Balancing, Network, Scope, Uplinks
 from netloom.wire import Registration
@@ -108,15 +109,14 @@ def test_what_an_isolated_network_needs(fields: dict[str, Any], message: str) ->
     [
         ("vlan", "1204", '{"network.broadcast_domain_type":"Vlan","network.broadcast_uri":"vlan://1204"}'),
         ("vlan", "untagged", '{"network.broadcast_domain_type":"Vlan","network.broadcast_uri":"vlan://untagged"}'),
+        ("vxlan", "vx1204", '{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://1204"}'),
         ("vxlan", "1204", '{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://1204"}'),
         ("", "1204", ""),
     ],
 )
 def test_the_tag_is_printed_when_the_registration_asks(broadcast: str, vlan: str, output: str) -> None:
-    registration = msgspec.structs.replace(OURS, broadcast=broadcast)
-    once = implement(registration=registration, vlan=vlan)
-    assert once.output == output
-    assert implement(once.scope, registration, vlan="").output == output
+    assert broadcast_domain(vlan, broadcast) == output
+    assert broadcast_domain("", broadcast) == ""
 
 
 @pytest.mark.parametrize("name", ["126", "127", "128", "131", "132"])
