@@ -50,7 +50,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from netloom import names
-from netloom.render import ip6, plain_network
+from netloom.render import ip6, plain_network, senders
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, ForwardedPorts, active, target_port
 from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
@@ -93,6 +93,7 @@ def ruleset(scope: Scope) -> Ruleset:
             *_translations(now),
             *_source_ports(now),
             _balanced(now, in_vpc=scope.is_vpc),
+            *(it for network in now.networks for it in senders.sets(network)),
         ),
         chains=(
             _arriving(now),
@@ -289,6 +290,7 @@ def _to_device(now: Active) -> Chain:
     """Packets to the device: its services for guests, and pings and load-balanced ports that a firewall accepted."""
     rules = [
         'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
         "ct state established,related accept",
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
@@ -306,7 +308,12 @@ def _to_vpc_device(now: Active) -> Chain:
     Tiers reach their own gateway whatever their lists say. Public addresses do not reply to pings. Load-balanced
     connections are checked here with the client's own address, before haproxy connects with the device's.
     """
-    rules = ['iifname "lo" accept', "ct state established,related accept", *ip6.to_device(now)]
+    rules = [
+        'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
+        "ct state established,related accept",
+        *ip6.to_device(now),
+    ]
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),

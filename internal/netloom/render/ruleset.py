@@ -24,13 +24,19 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NftSet(msgspec.Struct, frozen=True, kw_only=True):
-    """A named set or map. ``elements``: keys and values as text; the values of a set are empty."""
+    """A named set or map. ``elements``: keys and values as text; the values of a set are empty.
+
+    Rules add the elements of a set with the flag ``dynamic``. It needs a ``size``: the kernel refuses more elements.
+    ``timeout``: how long such an element stays without use, e.g. "1m".
+    """
 
     name: str
     kind: str  # "set" or "map"
     type: str  # "ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"
     flags: str = ""
     elements: dict[str, str] = {}
+    size: int = 0
+    timeout: str = ""
 
 
 class Ruleset(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +163,7 @@ def _shape(ruleset: Ruleset) -> tuple[object, ...]:
         ruleset.table,
         ruleset.chains,
         ruleset.counters,
-        tuple((it.name, it.kind, it.type, it.flags) for it in ruleset.sets),
+        tuple(map(_set_declaration, ruleset.sets)),
     )
 
 
@@ -182,7 +188,11 @@ def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
 
 def _same_set(one: NftSet, other: NftSet) -> bool:
     """Whether two sets are equal except for their elements."""
-    return (one.name, one.kind, one.type, one.flags) == (other.name, other.kind, other.type, other.flags)
+    return _set_declaration(one) == _set_declaration(other)
+
+
+def _set_declaration(it: NftSet) -> tuple[str | int, ...]:
+    return (it.name, it.kind, it.type, it.flags, it.size, it.timeout)
 
 
 def _marker_delta(have: Ruleset, want: Ruleset) -> list[str]:
@@ -216,8 +226,12 @@ def _body(ruleset: Ruleset) -> list[str]:
         lines += [f"counter {counter} {{", "}"]
     for it in ruleset.sets:
         lines += ["", f"{it.kind} {it.name} {{", f"\ttype {it.type};"]
+        if it.size:
+            lines.append(f"\tsize {it.size};")
         if it.flags:
             lines.append(f"\tflags {it.flags};")
+        if it.timeout:
+            lines.append(f"\ttimeout {it.timeout};")
         if it.elements:
             lines += ["\t" + line for line in _elements("elements = {", it.elements, "};")]
         lines.append("}")

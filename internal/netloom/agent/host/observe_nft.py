@@ -44,7 +44,8 @@ def observe_table(namespace: str) -> Table:
 def table_digest(namespace: str) -> str:
     """A digest of our table's chains, rules and elements that does not depend on the order the kernel lists them in.
 
-    It leaves out the values of named counters, and the handles, which are new with every load. Raises HostRefused.
+    It leaves out what packets change: the values of named counters, and the elements of sets with a timeout. It leaves
+    out the handles, which are new with every load. Raises HostRefused.
     """
     parts: list[bytes] = []
     with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
@@ -54,6 +55,8 @@ def table_digest(namespace: str) -> str:
             parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
         for it in nft_netlink.sets(nfnetlink, FAMILY, TABLE) or ():
             parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
+            if it.timeout:  # guard: elements-of-packets-are-no-change
+                continue
             for element in nft_netlink.elements(nfnetlink, FAMILY, TABLE, it.name):
                 # An anonymous set keeps its name (``__set3``) as long as its rule exists.
                 parts.append(it.name.encode() + element)

@@ -29,7 +29,7 @@ _NFTA_SET_NAME, _NFTA_SET_FLAGS = 2, 3
 _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
 _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE = 2, 3
 
-_NFT_SET_ANONYMOUS, _NFT_SET_MAP = 0x1, 0x8
+_NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_TIMEOUT = 0x1, 0x8, 0x10
 _NFT_OBJECT_COUNTER = 1
 
 
@@ -61,6 +61,11 @@ class Set(msgspec.Struct, frozen=True):
     @property
     def map(self) -> bool:
         return bool(_big(self.flags) & _NFT_SET_MAP)
+
+    @property
+    def timeout(self) -> bool:
+        """Whether elements expire. In our tables, packets add the elements of such a set."""
+        return bool(_big(self.flags) & _NFT_SET_TIMEOUT)
 
 
 def generation(nfnetlink: Socket) -> int:
