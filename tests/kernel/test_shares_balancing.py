@@ -28,7 +28,7 @@ from kernel.isolated_network import BRIDGE, WEB, WEB_IP, WEB_MAC, live
 from netloom.agent.processes.supervisor import OLD_WORKERS_MAX
 
 OTHERS = tuple(f"203.0.113.{at}" for at in range(101, 109))
-# 200 connections for two rules: 100 for each rule, 25 for each client of a rule. Idle ones end after 5 seconds.
+# 200 connections for two rules: 100 for each rule, 25 for each client of a rule, 50 for each client of both.
 SMALL = msgspec.structs.replace(REGISTRATION, lb_connections_max=200)
 SHORT = msgspec.structs.replace(REGISTRATION, lb_idle_s=5)
 RULE_SHARE, CLIENT_SHARE = 100, 25
@@ -105,6 +105,18 @@ def test_silent_connections_of_one_client_leave_the_rule_to_other_clients(host: 
             )
             for action in ("check", "show"):
                 assert holds in message(act(host, action)).splitlines()
+
+
+def test_a_client_of_many_rules_has_a_share_of_all_connections(host: AgentHost) -> None:
+    """The rules have 50 connections each, which is more than there are in all. A client has 12 of each rule."""
+    rules = [rule(at, 8080 + at, WEB_IP) for at in range(1, 8)]
+    with name_servers(host, WEB), contextlib.ExitStack() as stack:
+        balance(host, *rules, registration=SMALL)
+        held = [it for at in range(1, 8) for it in stack.enter_context(silent(host, 8080 + at, OTHERS[:1], 12))]
+        assert served(held) == 50
+        assert answering_vm(host, 8081) == WEB
+        holds = f"balancing: {OTHERS[0]} holds its share of 50 connections to all rules: more are refused"
+        assert holds in message(act(host, "check")).splitlines()
 
 
 @pytest.mark.mutation("idle-connections-end", instead="3600")

@@ -19,8 +19,10 @@ NAME = "lb"
 _MASTER = "master.sock"
 
 # With very many rules a share would be too small to be useful. Then the sum of the shares is above the maximum.
-_RULE_MIN = 100
-_CLIENTS_PER_RULE = 4  # so many clients can use up the share of a rule
+_RULE_MIN = 50
+_CLIENTS = 4  # so many clients can use up the share of a rule, or all connections
+
+CLIENTS = "clients"  # the name of the table of clients of all rules
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
@@ -33,16 +35,18 @@ def balanced(scope: Scope) -> tuple[LbRule, ...]:
 
 
 class Shares(msgspec.Struct, frozen=True):
-    """The connections that each rule may have at the same time, and those of one client address to one rule."""
+    """The connections at the same time: of each rule, of one client address to one rule, of one to all rules."""
 
     rule: int
     client: int
+    client_in_all: int
 
 
 def shares(scope: Scope, rules: int) -> Shares:
     """The shares of ``rules`` rules of the scope. They are equal, so that no rule can use up another one's share."""
-    rule = max(scope.balancing.connections_max // max(rules, 1), _RULE_MIN)
-    return Shares(rule, rule // _CLIENTS_PER_RULE)
+    in_all = scope.balancing.connections_max
+    rule = max(in_all // max(rules, 1), _RULE_MIN)
+    return Shares(rule, rule // _CLIENTS, in_all // _CLIENTS)
 
 
 def section(rule: LbRule) -> str:
@@ -81,7 +85,7 @@ def _configuration(scope: Scope, directory: str, rules: tuple[LbRule, ...]) -> s
 global
     uid 65534
     gid 65534
-    maxconn {share.rule * len(rules)}
+    maxconn {scope.balancing.connections_max}
     hard-stop-after 1h
     stats socket {directory}/admin.sock mode 600 level admin expose-fd listeners
 
@@ -94,6 +98,9 @@ defaults
     option srvtcpka
     option redispatch
     retries 3
+
+backend {CLIENTS}
+    stick-table type ip size {scope.balancing.connections_max} expire 10s store conn_cur
 """
     return head + "".join(_listen(rule, share) for rule in rules)
 
@@ -108,7 +115,9 @@ def _listen(rule: LbRule, share: Shares) -> str:
         # A client in the table has a connection, so the table is never full of them.
         f"    stick-table type ip size {share.rule} expire 10s store conn_cur",
         "    tcp-request connection track-sc0 src",
+        f"    tcp-request connection track-sc1 src table {CLIENTS}",
         f"    tcp-request connection reject if {{ sc0_conn_cur gt {share.client} }}",  # guard: a-client-has-its-share
+        f"    tcp-request connection reject if {{ sc1_conn_cur gt {share.client_in_all} }}",
         f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
     # A server is named after its address, so it keeps its name when another server is removed.

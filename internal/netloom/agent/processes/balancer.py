@@ -30,6 +30,11 @@ def limited(scope: Scope, without: frozenset[int]) -> list[str]:
         # Only frontends: one line for each rule (haproxy's management.txt, "show stat").
         current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(path, "show stat -1 1 -1"))}
         found = []
+        if sum(current.values()) >= share.client_in_all:
+            found += [
+                f"balancing: {it} holds its share of {share.client_in_all} connections to all rules: more are refused"
+                for it in _clients(path, haproxy.CLIENTS, share.client_in_all)
+            ]
         for rule in rules:
             connections = current.get(haproxy.section(rule), 0)
             if connections >= share.rule:
@@ -42,16 +47,20 @@ def limited(scope: Scope, without: frozenset[int]) -> list[str]:
 
 
 def _limited_clients(path: str, rule: LbRule, share: int) -> list[str]:
-    text = _ask(path, f"show table {haproxy.section(rule)} data.conn_cur ge {share}")
-    clients = [found[1] for line in text.splitlines() if (found := _KEY.search(line))]
-    more = [f"{_name(rule)}: and {len(clients) - _CLIENTS_SHOWN} more clients"] if len(clients) > _CLIENTS_SHOWN else []
-    return [
-        *(
-            f"{_name(rule)}: {it} holds its share of {share} connections: more of them are refused"
-            for it in sorted(clients)[:_CLIENTS_SHOWN]
-        ),
-        *more,
+    clients = _clients(path, haproxy.section(rule), share)
+    found = [
+        f"{_name(rule)}: {it} holds its share of {share} connections: more of them are refused"
+        for it in clients[:_CLIENTS_SHOWN]
     ]
+    if len(clients) > _CLIENTS_SHOWN:
+        found.append(f"{_name(rule)}: and {len(clients) - _CLIENTS_SHOWN} more clients")
+    return found
+
+
+def _clients(path: str, table: str, connections: int) -> list[str]:
+    """The clients in a table that have at least so many connections."""
+    text = _ask(path, f"show table {table} data.conn_cur ge {connections}")
+    return sorted(found[1] for line in text.splitlines() if (found := _KEY.search(line)))
 
 
 def _name(rule: LbRule) -> str:
