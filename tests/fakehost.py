@@ -267,7 +267,7 @@ class FakeServices:
     def waiting(self, scope_id: str) -> dict[int, str]:
         return {}
 
-    def limited(self, scope: Scope) -> list[str]:
+    def limited(self, scope: Scope, namespace: str) -> list[str]:
         return []
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:

@@ -207,7 +207,7 @@ def _limited(scope: Scope, context: ActionContext) -> list[str]:
     """What has used up its share of a service now. A repair would not change that."""
     if not context.want.namespace:
         return []
-    return [printable_ascii(it) for it in context.services.limited(scope)]
+    return [printable_ascii(it) for it in context.services.limited(scope, context.want.namespace)]
 
 
 def _restarts(times: int) -> str:

@@ -44,7 +44,7 @@ def observe_table(namespace: str) -> Table:
 def table_digest(namespace: str) -> str:
     """A digest of our table's chains, rules and elements that does not depend on the order the kernel lists them in.
 
-    It leaves out what packets change: the values of named counters, and the elements of sets with a timeout. It leaves
+    It leaves out what packets change: the values of named counters, and the elements of dynamic sets. It leaves
     out the handles, which are new with every load. Raises HostRefused.
     """
     parts: list[bytes] = []
@@ -55,7 +55,7 @@ def table_digest(namespace: str) -> str:
             parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
         for it in nft_netlink.sets(nfnetlink, FAMILY, TABLE) or ():
             parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
-            if it.timeout:  # guard: elements-of-packets-are-no-change
+            if it.dynamic:  # guard: elements-of-packets-are-no-change
                 continue
             for element in nft_netlink.elements(nfnetlink, FAMILY, TABLE, it.name):
                 # An anonymous set keeps its name (``__set3``) as long as its rule exists.

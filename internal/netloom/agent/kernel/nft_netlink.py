@@ -30,6 +30,7 @@ _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
 _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE = 2, 3
 
 _NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_TIMEOUT = 0x1, 0x8, 0x10
+_NFT_SET_EVAL = 0x20  # "dynamic"
 _NFT_OBJECT_COUNTER = 1
 
 
@@ -63,9 +64,9 @@ class Set(msgspec.Struct, frozen=True):
         return bool(_big(self.flags) & _NFT_SET_MAP)
 
     @property
-    def timeout(self) -> bool:
-        """Whether elements expire. In our tables, packets add the elements of such a set."""
-        return bool(_big(self.flags) & _NFT_SET_TIMEOUT)
+    def dynamic(self) -> bool:
+        """Whether packets may add elements, or elements expire. In our tables both are so, or only packets add."""
+        return bool(_big(self.flags) & (_NFT_SET_TIMEOUT | _NFT_SET_EVAL))
 
 
 def generation(nfnetlink: Socket) -> int:
