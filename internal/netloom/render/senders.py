@@ -106,25 +106,25 @@ def _dns_shares(network: Network, link: str) -> list[str]:
     """The share of each VM of the resolver: questions over UDP by rate, TCP connections by number."""
     unknown, known = f"ether saddr != @{_macs(network)}", f"ether saddr @{_macs(network)}"
     targets = [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
+    over = f"limit rate over {_DNS_QUERIES}"
+    by_rate = f"{known} update @{_dns_rate(network)} {{ ether saddr {over} }} {_noted(network)} drop"
+    by_rate_together = f"{unknown} {over} {_noted(network, _NO_MAC)} drop"
+    by_number = f"{known} {_counted(network)} {_noted(network)} reject with tcp reset"
+    by_number_together = f"{unknown} {_counted(network, _NO_MAC)} {_noted(network, _NO_MAC)} reject with tcp reset"
     rules = []
     for target in targets:
-        over_udp = f"{link} {target} udp dport {DNS_PORT}"
-        over_tcp = f"{link} {target} tcp dport {DNS_PORT} ct state new"
-        questions = f"update @{_dns_rate(network)} {{ ether saddr limit rate over {_DNS_QUERIES} }}"
+        udp = f"{link} {target} udp dport {DNS_PORT}"
+        tcp = f"{link} {target} tcp dport {DNS_PORT} ct state new"
         rules += [
-            (
-                f"{over_udp} {unknown} limit rate over {_DNS_QUERIES} {_noted(network, _NO_MAC)} drop"
-            ),  # guard: forged-addresses-share-the-resolver
-            f"{over_udp} {known} {questions} {_noted(network)} drop",  # guard: a-vm-has-its-share-of-the-resolver
-            f"{over_tcp} {unknown} {_counted(network, _NO_MAC)} {_noted(network, _NO_MAC)} reject with tcp reset",
-            (
-                f"{over_tcp} {known} {_counted(network, 'ether saddr')} {_noted(network)} reject with tcp reset"
-            ),  # guard: a-vm-has-its-share-of-dns-connections
+            f"{udp} {by_rate}",  # guard: a-vm-has-its-share-of-the-resolver
+            f"{udp} {by_rate_together}",  # guard: forged-addresses-share-the-resolver
+            f"{tcp} {by_number}",  # guard: a-vm-has-its-share-of-dns-connections
+            f"{tcp} {by_number_together}",
         ]
     return rules
 
 
-def _counted(network: Network, mac: str) -> str:
+def _counted(network: Network, mac: str = "ether saddr") -> str:
     return f"add @{_dns_connections(network)} {{ {mac} . th dport ct count over {DNS_CONNECTIONS} }}"
 
 
