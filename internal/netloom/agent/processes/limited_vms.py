@@ -1,13 +1,18 @@
-"""The VMs whose requests to the device's services are limited now, as nftables has noted them (``render.senders``)."""
+"""The VMs whose requests to the device's services are limited now.
+
+nftables has noted them (``render.senders``), or the guest process has said so (``guest.limits``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from netloom.agent.kernel.nft import Nft, NftError
+from netloom.guestwire import Notice
 from netloom.render.nft import FAMILY, TABLE
 from netloom.render.senders import DNS_CONNECTIONS, DNS_QUERIES_PER_S, limited_set
-from netloom.state import Network, Scope
+from netloom.state import Network, Nic, Scope
 
 _SHOWN = 20  # per network
 
@@ -40,7 +45,22 @@ def limited(scope: Scope, namespace: str) -> list[str]:
     return found
 
 
+def noticed(scope: Scope, notices: Iterable[Notice]) -> list[str]:
+    """The same for notices of the guest process. A repeated notice is one sentence."""
+    found = set()
+    for it in notices:
+        network = scope.networks.get(it.network_id)
+        nic = network.nics.get(it.nic) if network is not None else None
+        if nic is not None:
+            found.add(f"network {it.network_id}: {_vm(nic)}: {it.text}")
+    return sorted(found)[:_SHOWN]
+
+
+def _vm(nic: Nic) -> str:
+    return f"VM {nic.hostname or nic.mac} ({nic.ip or nic.mac})"
+
+
 def _sentence(network: Network, mac: str, protocol: str, port: int) -> str:
     nic = next((it for it in network.nics.values() if it.mac == mac), None)
-    who = f"VM {nic.hostname or nic.mac} ({nic.ip or nic.mac})" if nic is not None else "MAC addresses without a NIC"
+    who = _vm(nic) if nic is not None else "MAC addresses without a NIC"
     return f"network {network.network_id}: " + _WHAT.get((protocol, port), "requests of {} are limited").format(who)

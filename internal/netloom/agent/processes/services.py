@@ -80,6 +80,7 @@ class Services:
         return [
             *balancer.limited(scope, frozenset(self.waiting(scope.scope_id))),
             *limited_vms.limited(scope, namespace),
+            *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
         ]
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
