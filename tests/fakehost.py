@@ -267,6 +267,9 @@ class FakeServices:
     def waiting(self, scope_id: str) -> dict[int, str]:
         return {}
 
+    def limited(self, scope: Scope, namespace: str) -> list[str]:
+        return []
+
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         return []
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from netloom.commands.network_facts import check_addresses, check_segment, implemented_if_complete, with_facts
 from netloom.errors import one_line
 from netloom.protocol.network import NetworkPayload
-from netloom.state import Network, Outside6, Scope, Uplinks
+from netloom.state import Balancing, Network, Outside6, Scope, Uplinks
 from netloom.wire import Registration
 
 N = TypeVar("N", bound=NetworkPayload)
@@ -46,6 +46,7 @@ def new_scope(context: Context) -> Scope:
         uplinks=_uplinks(context.registration),
         outside6=_outside6(context.registration),
         ingress_open=context.registration.ingress_open,
+        balancing=_balancing(context.registration),
     )
 
 
@@ -56,6 +57,7 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
         uplinks=_uplinks(registration),
         outside6=_outside6(registration),
         ingress_open=registration.ingress_open,
+        balancing=_balancing(registration),
     )
 
 
@@ -114,6 +116,10 @@ def _outside6(registration: Registration) -> Outside6 | None:
     if not registration.ip6_gateway:
         return None
     return Outside6(gateway=registration.ip6_gateway, address=registration.ip6_address)
+
+
+def _balancing(registration: Registration) -> Balancing:
+    return Balancing(idle_s=registration.lb_idle_s, connections_max=registration.lb_connections_max)
 
 
 def _uplinks(registration: Registration) -> Uplinks:

@@ -13,6 +13,7 @@ NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST = 200.0, 2000.0
 VM_CONNECTIONS_MAX = 8
 NETWORK_CONNECTIONS_MAX = 256
 NOTICES_PER_S, NOTICES_BURST = 0.2, 10.0
+LIMITED_EVERY_S = 30.0  # between two notices that a VM is limited
 
 
 class Bucket:
@@ -47,6 +48,15 @@ class Load:
         self._connections_max = connections_max
         self.requests = Bucket(per_s, burst)
         self.connections = 0
+        self._noticed_at = -LIMITED_EVERY_S
+
+    def notice_due(self) -> bool:
+        """Whether a notice that this VM is limited is due; the next one is in ``LIMITED_EVERY_S``."""
+        now = time.monotonic()
+        if now - self._noticed_at < LIMITED_EVERY_S:
+            return False
+        self._noticed_at = now
+        return True
 
     @property
     def full(self) -> bool:

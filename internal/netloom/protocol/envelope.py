@@ -80,6 +80,22 @@ class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
     """How guest networks are separated on the physical network."""
 
 
+class IdleTimeout(Number):
+    """Seconds without data after which a balanced connection is closed."""
+
+    LOW = 5
+    HIGH = 7 * 86400
+    WHAT = "a time in seconds"
+
+
+class MaxConnections(Number):
+    """Balanced connections of one network or VPC at the same time. haproxy needs two descriptors for each."""
+
+    LOW = 100
+    HIGH = 200_000
+    WHAT = "a number of connections"
+
+
 class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     """The registration details. CloudStack sends every value as a string; JSON numbers are accepted too."""
 
@@ -99,6 +115,8 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     broadcast: SegmentKind | None = msgspec.field(name="network.broadcast", default=None)
     public_ip6_gateway: IPv6 = msgspec.field(name="public.ip6.gateway", default=IPv6(""))
     public_ip6_address: IPv6Interface = msgspec.field(name="public.ip6.address", default=IPv6Interface(""))
+    lb_idle_timeout: IdleTimeout = msgspec.field(name="loadbalancer.idle.timeout", default=IdleTimeout(600))
+    lb_max_conn: MaxConnections = msgspec.field(name="loadbalancer.max.conn", default=MaxConnections(8000))
     # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from netloom.state.acl import AclItem
 from netloom.state.firewall import PROTOCOLS_WITH_PORTS, Firewall, FirewallRule
-from netloom.state.lb import Backend, LbRule
+from netloom.state.lb import Backend, Balancing, LbRule
 from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr, PbrRoute, PbrRule, PbrTable
@@ -20,6 +20,7 @@ __all__ = [
     "SCHEMA",
     "AclItem",
     "Backend",
+    "Balancing",
     "Firewall",
     "FirewallRule",
     "LbRule",

@@ -8,7 +8,7 @@ import msgspec
 
 from netloom.state.acl import AclItem
 from netloom.state.firewall import Firewall
-from netloom.state.lb import LbRule
+from netloom.state.lb import Balancing, LbRule
 from netloom.state.nat import PortForward, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr
@@ -107,7 +107,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
     with each change. ``schema`` is the version of the document on disk.
 
-    Registration details: ``uplinks``, ``outside6`` and ``ingress_open``. Each call brings the current ones.
+    Registration details: ``uplinks``, ``outside6``, ``ingress_open`` and ``balancing``. Each call brings the
+    current ones.
 
     VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
 
@@ -126,6 +127,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     uplinks: Uplinks = Uplinks()
     outside6: Outside6 | None = None  # None: no uplink for IPv6
     ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
+    balancing: Balancing = Balancing()
 
     vpc_implemented: bool = False
     vpc_cidr: str = ""  # the ranges that the tiers' subnets are part of, with commas; empty: not known

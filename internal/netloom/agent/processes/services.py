@@ -14,6 +14,7 @@ from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
+from netloom.agent.processes import balancer, limited_vms
 from netloom.agent.processes.files import NOGROUP
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.process import run
@@ -74,6 +75,14 @@ class Services:
         """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
         return self._waiting.get(scope_id, {})
 
+    def limited(self, scope: Scope, namespace: str) -> list[str]:
+        """What has used up its share of a service of the scope now, or in the last minute; a sentence for each."""
+        return [
+            *balancer.limited(scope, frozenset(self.waiting(scope.scope_id))),
+            *limited_vms.limited(scope, namespace),
+            *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
+        ]
+
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         """The networks of the scope whose guests get no leases, metadata and passwords now, or outdated ones."""
         return self._guests.unserved(namespace, tables(scope, _mtus(scope, namespace)))
@@ -115,13 +124,13 @@ def _dnsmasq_build() -> dnsmasq.Build:
 def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
-    no_ident = "--no-ident" in run(None, [program, "--help"]).stdout
+    options = run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
     try:
         group = grp.getgrgid(NOGROUP).gr_name
     except KeyError:
         group = dnsmasq.DEBIAN_12.group  # dnsmasq will refuse it and name it
-    return dnsmasq.Build(group, forgets, no_ident)
+    return dnsmasq.Build(group, forgets, "--no-ident" in options, "--max-tcp-connections" in options)
 
 
 def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:
