@@ -22,9 +22,8 @@ DATA_SERVER = "data-server"
 
 
 class Build(msgspec.Struct, frozen=True):
-    """The dnsmasq of a host. ``group``: the host's name for nobody's group. ``forgets``: version 2.88 or later."""
+    """The dnsmasq of a host. ``forgets``: version 2.88 or later."""
 
-    group: str = "nogroup"
     forgets: bool = True
 
 
@@ -39,21 +38,26 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12) -> Servic
         name=name,
         directory=directory,
         argv=("dnsmasq", "--keep-in-foreground", f"--conf-file={directory}/dnsmasq.conf"),
-        config={"dnsmasq.conf": _configuration(directory, network, build.group)},
+        config={"dnsmasq.conf": _configuration(directory, network)},
         watched_directory=HOSTS,
         watched_files=_hosts(network),
         forgets=build.forgets,
+        # To send router advertisements, dnsmasq demands both, and does not start without them.
+        capabilities=("net_admin", "net_bind_service", "net_raw") if network.has_ip6 else ("net_bind_service",),
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
     )
 
 
-def _configuration(directory: str, network: Network, group: str) -> str:
+def _configuration(directory: str, network: Network) -> str:
     address = network.device_ip
     lines = [
         f"# netloom: the resolver of network {network.network_id}",
-        "user=nobody",
-        f"group={group}",
+        # It is started as this user (netloom/confine.py), and refuses to start when there is none of the name.
+        "user=netloom",
+        "group=netloom",
+        # To stderr, which is the log in its directory.
+        "log-facility=-",
         f"interface={names.guest_link(network.network_id)}",
         f"listen-address={address}",
         "except-interface=lo",

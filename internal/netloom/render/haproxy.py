@@ -10,7 +10,8 @@ from netloom.render.service import Probe, Service, directory_of
 from netloom.state import LbRule, Scope
 
 NAME = "lb"
-_MASTER = "master.sock"
+# In the root directory of the process, the only place where it can write (netloom/confine.py).
+_MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
@@ -32,23 +33,22 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
     return Service(
         name=NAME,
         directory=directory,
-        argv=("haproxy", "-W", "-db", "-S", f"{directory}/{_MASTER},mode,600", "-f", configuration),
-        config={"haproxy.cfg": _configuration(directory, rules)},
+        argv=("haproxy", "-W", "-db", "-S", f"{_MASTER},mode,600", "-f", configuration),
+        config={"haproxy.cfg": _configuration(rules)},
         on_change="reload",
+        data_mib_max=1024,
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
-        probe=Probe("haproxy", f"{directory}/{_MASTER}"),
+        probe=Probe("haproxy", _MASTER),
     )
 
 
-def _configuration(directory: str, rules: tuple[LbRule, ...]) -> str:
+def _configuration(rules: tuple[LbRule, ...]) -> str:
     head = f"""# netloom
 global
-    uid 65534
-    gid 65534
     maxconn 8000
     hard-stop-after 1h
-    stats socket {directory}/admin.sock mode 600 level admin expose-fd listeners
+    stats socket {_ADMIN} mode 600 level admin expose-fd listeners
 
 defaults
     mode tcp

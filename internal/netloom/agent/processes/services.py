@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import re
 import shutil
@@ -13,9 +12,8 @@ from functools import cache
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
-from netloom.agent.processes.files import NOGROUP
 from netloom.agent.processes.guests import Guests
-from netloom.agent.processes.process import run
+from netloom.agent.processes.process import owning_sockets, run
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.errors import HostRefused
 from netloom.names import guest_link
@@ -40,7 +38,7 @@ class Services:
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken_ports(scope, namespace)
+        taken = _taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
         did += [
             f"rule {rule_id} waits for {taken[rule_id]}"
             for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
@@ -105,23 +103,19 @@ def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
-    try:
-        group = grp.getgrgid(NOGROUP).gr_name
-    except KeyError:
-        group = dnsmasq.DEBIAN_12.group  # dnsmasq will refuse it and name it
-    return dnsmasq.Build(group, forgets)
+    return dnsmasq.Build(forgets)
 
 
-def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:
+def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     """Load-balancer rules whose port another program already uses: id to address:port.
 
     One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
-    use SO_REUSEPORT as root.
+    use SO_REUSEPORT as ``user`` (socket(7)).
     """
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
     if rules:
-        with inside(namespace):
+        with inside(namespace), owning_sockets(user):  # guard: own-ports-are-not-taken
             for rule in rules:
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
