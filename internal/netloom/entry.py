@@ -1,7 +1,8 @@
-"""Chooses one of five entry points by argv and imports only the modules of that one.
+"""Chooses one of six entry points by argv and imports only the modules of that one.
 
-The entry points: a call of CloudStack's, the resident helper, the agent on a host, the guest service process, and the
-commands for people. The name of the executable does not matter: the operator registers it under any name.
+The entry points: a call of CloudStack's, the resident helper, the agent on a host, the guest service process, the
+launcher of services (confine), and the commands for people. The name of the executable does not matter: the operator
+registers it under any name.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ TYPE_CHECKING = False  # typing.TYPE_CHECKING, without the cost of importing typ
 if TYPE_CHECKING:
     from typing import Literal
 
-    Door = Literal["call", "helper", "agent", "guest", "people"]
+    Door = Literal["call", "helper", "agent", "guest", "confine", "people"]
 
 
 def door(args: list[str]) -> Door:
@@ -35,6 +36,8 @@ def door(args: list[str]) -> Door:
         return "people" if args[1:2] and args[1] in AGENT_PEOPLE else "agent"
     if first == "guest":
         return "guest"
+    if first == "confine":
+        return "confine"
     if first == "helper":
         return "helper"
     if not first.startswith("-") and ("-" in first or (len(args) == 3 and first not in PEOPLE)):
@@ -70,6 +73,10 @@ def main(argv: list[str] | None = None) -> int:
             from netloom.guest.main import main as guest  # asyncio and h11: four bare start-ups
 
             return guest(args[1:])
+        case "confine":
+            from netloom.confine import main as confine  # ctypes: runs before each start of a service
+
+            return confine(args[1:])
         case "helper":
             from netloom.extension.helper import main as helper  # asyncio; the rest while it serves
 

@@ -75,19 +75,26 @@ class AgentHost:
     def processes(self, *words: str) -> dict[int, list[str]]:
         """Processes of this host, without the holder, whose command line contains all ``words``: arguments by pid."""
         found = {}
-        there = os.stat(f"/proc/{self.pid}/ns/mnt").st_ino
         for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
             with contextlib.suppress(OSError):
-                if pid != self.pid and os.stat(f"/proc/{pid}/ns/mnt").st_ino == there:
+                if pid != self.pid and self._has(pid):
                     line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
                     alive = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
                     if alive and all(any(word in it for it in line) for word in words):
                         found[pid] = line
         return found
 
+    def _has(self, pid: int) -> bool:
+        """Whether the process is in the mount namespace of this host, or its root directory has a part of our /run."""
+        if os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat(f"/proc/{self.pid}/ns/mnt").st_ino:
+            return True
+        run = self.path("/run").stat().st_dev
+        services = Path(f"/proc/{pid}/root/run/netloom/services").glob("*/*")
+        return any(directory.stat().st_dev == run for directory in services)
+
     def close(self) -> None:
         self.kill()
-        # Programs that the agent started outlive it. End those of this host, found by its mount namespace.
+        # Programs that the agent started outlive it. End those of this host.
         for pid in self.processes():
             processes.kill(pid)
         for holder in self._holders:

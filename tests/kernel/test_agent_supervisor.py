@@ -290,11 +290,11 @@ def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.Mo
     sleepy = service.Service(
         name="lb",
         directory=directory,
-        argv=("python3", "-c", SLEEPY_MASTER, f"{directory}/master.sock"),
+        argv=("python3", "-c", SLEEPY_MASTER, "/sockets/master.sock"),
         config={"lb.cfg": "1"},
         on_change="reload",
         listens=(("tcp", 8000),),
-        probe=service.Probe("haproxy", f"{directory}/master.sock"),
+        probe=service.Probe("haproxy", "/sockets/master.sock"),
     )
     with _supervisor() as (it, _, _wait_until):
         it.converge(SCOPE, NAMESPACE, (sleepy,))

@@ -185,4 +185,5 @@ def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> No
     error = context.get("exception")
     where = traceback.extract_tb(error.__traceback__) if isinstance(error, BaseException) else []
     at = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
-    sys.stderr.write(one_line(f"netloom guest: {type(error).__name__}{at}") + "\n")
+    with contextlib.suppress(OSError):  # the log is full
+        sys.stderr.write(one_line(f"netloom guest: {type(error).__name__}{at}") + "\n")

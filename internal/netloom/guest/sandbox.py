@@ -22,6 +22,19 @@ import struct
 from typing import NamedTuple
 
 from netloom.errors import HostRefused
+from netloom.seccomp import (
+    AUDIT_ARCHES,
+    JEQ,
+    JSET,
+    RET,
+    RET_ALLOW,
+    RET_ERRNO,
+    Instruction,
+    argument,
+    assemble,
+    head,
+    install,
+)
 
 # In no passwd file and in no range that is assigned to subordinate ids, dynamic users or containers (systemd's
 # UIDS-GIDS.md: 0x70000000 to 0x7fffffff are free).
@@ -29,20 +42,16 @@ USER_ID = GROUP_ID = 0x7E7E0043
 
 # Enough for a thousand networks with three sockets each, and their connections.
 DESCRIPTORS_MAX = 1 << 16
+# The agent shortens the log long before (agent/processes/files.py).
+LOG_BYTES_MAX = 1 << 20
+# Private memory (RLIMIT_DATA). On a host with more than 16 GiB the limit is an eighth of the memory.
+MEMORY_BYTES_MAX = 2 << 30
 
-# linux/sched.h, linux/prctl.h, linux/seccomp.h
+# linux/sched.h, linux/prctl.h
 _CLONE_NEWNET, _CLONE_NEWIPC = 0x40000000, 0x08000000
-_PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 22, 24, 38, 47
+_PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
-_SECCOMP_MODE_FILTER = 2
 _CAPABILITIES_V3 = 0x20080522
-
-_RET_ALLOW, _RET_ERRNO, _RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
-
-# linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
-_LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
-_X32_BIT = 0x40000000
 
 _PROT_EXEC = 0x4
 _FIONBIO = 0x5421
@@ -79,9 +88,10 @@ _AARCH64 = _numbers("""
     getsockopt 209  shutdown 210  sendmsg 211  recvmsg 212  brk 214  munmap 215  mremap 216  mmap 222  mprotect 226
     madvise 233  accept4 242  getrandom 278  membarrier 283  rseq 293  epoll_pwait2 441
 """)
-ARCHES = {"x86_64": _Arch(0xC000003E, _X86_64), "aarch64": _Arch(0xC00000B7, _AARCH64)}
-
-_Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
+ARCHES = {
+    "x86_64": _Arch(AUDIT_ARCHES["x86_64"], _X86_64),
+    "aarch64": _Arch(AUDIT_ARCHES["aarch64"], _AARCH64),
+}
 
 
 def enter(root: str) -> tuple[str, ...]:
@@ -106,6 +116,11 @@ def enter(root: str) -> tuple[str, ...]:
     descriptors = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A write to a full log fails; the interpreter ignores SIGXFSZ (setrlimit(2)).
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LOG_BYTES_MAX, LOG_BYTES_MAX))
+    # Tables grow with the networks, unread answers do not (limits.py).
+    memory = max(MEMORY_BYTES_MAX, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # guard: the-guest-process-has-a-memory-limit
 
     for capability in range(64):
         if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
@@ -127,15 +142,8 @@ def call_filter(arch: _Arch) -> bytes:
 
     A system call of another architecture kills the process.
     """
-    refuse = _RET_ERRNO | errno.EPERM
-    program: list[_Instruction] = [
-        (_LD_W_ABS, 0, 0, _ARCH_AT),
-        (_JEQ, 1, 0, arch.audit),
-        (_RET, 0, 0, _RET_KILL_PROCESS),
-        (_LD_W_ABS, 0, 0, _NUMBER_AT),
-        (_JGE, 0, 1, _X32_BIT),
-        (_RET, 0, 0, refuse),
-    ]
+    refuse = RET_ERRNO | errno.EPERM
+    program = head(arch.audit)
     conditions = {
         "mmap": _unless_bits(2, _PROT_EXEC, refuse),
         "mprotect": _unless_bits(2, _PROT_EXEC, refuse),
@@ -144,50 +152,38 @@ def call_filter(arch: _Arch) -> bytes:
         "setsockopt": _if_pair(1, 2, _SOCKET_OPTIONS, refuse),
     }
     for name, number in arch.numbers.items():
-        body = conditions.get(name, [(_RET, 0, 0, _RET_ALLOW)])
-        program += [(_JEQ, 0, len(body), number), *body]
-    program.append((_RET, 0, 0, refuse))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+        body = conditions.get(name, [(RET, 0, 0, RET_ALLOW)])
+        program += [(JEQ, 0, len(body), number), *body]
+    program.append((RET, 0, 0, refuse))
+    return assemble(program)
 
 
-def _argument(index: int) -> _Instruction:
-    # The lower half of a 64-bit argument. All supported architectures are little-endian.
-    return (_LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
+def _unless_bits(index: int, bits: int, refuse: int) -> list[Instruction]:
+    return [argument(index), (JSET, 0, 1, bits), (RET, 0, 0, refuse), (RET, 0, 0, RET_ALLOW)]
 
 
-def _unless_bits(index: int, bits: int, refuse: int) -> list[_Instruction]:
-    return [_argument(index), (_JSET, 0, 1, bits), (_RET, 0, 0, refuse), (_RET, 0, 0, _RET_ALLOW)]
-
-
-def _if_one_of(index: int, values: tuple[int, ...], refuse: int) -> list[_Instruction]:
-    body = [_argument(index)]
+def _if_one_of(index: int, values: tuple[int, ...], refuse: int) -> list[Instruction]:
+    body = [argument(index)]
     for value in values:
-        body += [(_JEQ, 0, 1, value), (_RET, 0, 0, _RET_ALLOW)]
-    return [*body, (_RET, 0, 0, refuse)]
+        body += [(JEQ, 0, 1, value), (RET, 0, 0, RET_ALLOW)]
+    return [*body, (RET, 0, 0, refuse)]
 
 
-def _if_pair(first: int, second: int, pairs: tuple[tuple[int, int], ...], refuse: int) -> list[_Instruction]:
-    body: list[_Instruction] = []
+def _if_pair(first: int, second: int, pairs: tuple[tuple[int, int], ...], refuse: int) -> list[Instruction]:
+    body: list[Instruction] = []
     for one, other in pairs:
-        body += [_argument(first), (_JEQ, 0, 3, one), _argument(second), (_JEQ, 0, 1, other), (_RET, 0, 0, _RET_ALLOW)]
-    return [*body, (_RET, 0, 0, refuse)]
-
-
-class _Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+        body += [argument(first), (JEQ, 0, 3, one), argument(second), (JEQ, 0, 1, other), (RET, 0, 0, RET_ALLOW)]
+    return [*body, (RET, 0, 0, refuse)]
 
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
     arch = ARCHES.get(platform.machine())
     if arch is None:
         return False
-    code = call_filter(arch)
-    program = _Program(len(code) // 8, code)
-    if libc.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0) == 0:
-        return True
-    if ctypes.get_errno() == errno.EINVAL:
-        return False  # a kernel without seccomp filters
-    raise HostRefused(f"the guest process cannot install its seccomp filter: {os.strerror(ctypes.get_errno())}")
+    try:
+        return install(libc, call_filter(arch))
+    except OSError as error:
+        raise HostRefused(f"the guest process cannot install its seccomp filter: {error.strerror}") from error
 
 
 def _call(function: ctypes._NamedFuncPointer, *arguments: int | bytes) -> None:

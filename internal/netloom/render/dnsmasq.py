@@ -24,12 +24,11 @@ _CONNECTIONS_MAX = 100
 
 
 class Build(msgspec.Struct, frozen=True):
-    """The dnsmasq of a host. ``group``: the host's name for nobody's group. ``forgets``: version 2.88 or later.
+    """The dnsmasq of a host. ``forgets``: version 2.88 or later.
 
     ``no_ident``, ``tcp_limit``: it has the options no-ident and max-tcp-connections.
     """
 
-    group: str = "nogroup"
     forgets: bool = True
     no_ident: bool = True
     tcp_limit: bool = True
@@ -57,6 +56,8 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scop
         watched_directory=HOSTS,
         watched_files=dns_names.hosts_files(network, tiers),
         forgets=build.forgets,
+        # To send router advertisements, dnsmasq demands both, and does not start without them.
+        capabilities=("net_admin", "net_bind_service", "net_raw") if network.has_ip6 else ("net_bind_service",),
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
     )
@@ -66,8 +67,11 @@ def _configuration(directory: str, network: Network, build: Build, tiers: list[N
     address = network.device_ip
     lines = [
         f"# netloom: the resolver of network {network.network_id}",
-        "user=nobody",
-        f"group={build.group}",
+        # It is started as this user (netloom/confine.py), and refuses to start when there is none of the name.
+        "user=netloom",
+        "group=netloom",
+        # To stderr, which is the log in its directory.
+        "log-facility=-",
         f"interface={names.guest_link(network.network_id)}",
         f"listen-address={address}",
         "except-interface=lo",

@@ -16,7 +16,8 @@ from netloom.render.service import Probe, Service, directory_of
 from netloom.state import LbRule, Scope
 
 NAME = "lb"
-_MASTER = "master.sock"
+# In the root directory of the process, the only place where it can write (netloom/confine.py).
+MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
 
 # With very many rules a share would be too small to be useful. Then the sum of the shares is above the maximum.
 _RULE_MIN = 50
@@ -54,11 +55,6 @@ def section(rule: LbRule) -> str:
     return f"rule-{rule.rule_id}"
 
 
-def master_socket(scope_id: str) -> str:
-    """The path of the socket of haproxy's master process (haproxy's management.txt, section 9.4)."""
-    return f"{directory_of(scope_id, NAME)}/{_MASTER}"
-
-
 def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | None:
     """The haproxy of ``scope``; None if it has no rule to serve. ``without``: ids of rules that are left out."""
     rules = tuple(rule for rule in balanced(scope) if rule.rule_id not in without)
@@ -69,25 +65,24 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
     return Service(
         name=NAME,
         directory=directory,
-        argv=("haproxy", "-W", "-db", "-S", f"{master_socket(scope.scope_id)},mode,600", "-f", configuration),
-        config={"haproxy.cfg": _configuration(scope, directory, rules)},
+        argv=("haproxy", "-W", "-db", "-S", f"{MASTER},mode,600", "-f", configuration),
+        config={"haproxy.cfg": _configuration(scope, rules)},
         on_change="reload",
+        data_mib_max=512 + scope.balancing.connections_max // 16,  # 64 KiB for each connection
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
-        probe=Probe("haproxy", master_socket(scope.scope_id)),
+        probe=Probe("haproxy", MASTER),
     )
 
 
-def _configuration(scope: Scope, directory: str, rules: tuple[LbRule, ...]) -> str:
+def _configuration(scope: Scope, rules: tuple[LbRule, ...]) -> str:
     share = shares(scope, len(rules))
     idle_s = scope.balancing.idle_s  # guard: idle-connections-end
     head = f"""# netloom
 global
-    uid 65534
-    gid 65534
     maxconn {scope.balancing.connections_max}
     hard-stop-after 1h
-    stats socket {directory}/admin.sock mode 600 level admin expose-fd listeners
+    stats socket {_ADMIN} mode 600 level admin expose-fd listeners
 
 defaults
     mode tcp

@@ -13,7 +13,7 @@ class Probe(msgspec.Struct, frozen=True):
     """How to find out whether a running process still answers. Any answer counts.
 
     ``dns``: send a query to the address ``at``. ``haproxy``: send a command for the worker through the master's socket
-    at the path ``at``, so that both processes must answer.
+    at the path ``at`` in the root directory of the process, so that both processes must answer.
     """
 
     kind: Literal["dns", "haproxy"]
@@ -27,6 +27,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     ``watched_files``: the files in ``watched_directory``, where the process notices changes by itself (dnsmasq's
     hostsdir); a change needs no restart. If the process does not forget (``forgets``) what it has read, it is
     restarted when a text changes or disappears.
+    ``capabilities``: those that the process keeps (netloom/confine.py).
     ``check``: a command that accepts or refuses a new configuration before it replaces the old one; empty: none.
     """
 
@@ -39,6 +40,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     watched_files: dict[str, str] = {}
     forgets: bool = True
     check: tuple[str, ...] = ()
+    capabilities: tuple[str, ...] = ("net_bind_service",)
+    data_mib_max: int = 128  # private memory of each process, in MiB (RLIMIT_DATA)
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53); the process is ready when it listens on all of them
     probe: Probe | None = None
 

@@ -7,6 +7,7 @@ import io
 import re
 import socket
 
+from netloom.agent.processes.process import inside_root
 from netloom.render import haproxy
 from netloom.state import LbRule, Scope
 
@@ -16,16 +17,16 @@ _CLIENTS_SHOWN = 5  # per rule
 _KEY = re.compile(r"\bkey=(\S+) .*\bconn_cur=(\d+)")
 
 
-def limited(scope: Scope, without: frozenset[int]) -> list[str]:
+def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
     """A sentence for each rule, and each client of a rule, that gets no further connection now.
 
-    ``without``: ids of rules that haproxy does not serve. Empty as well if haproxy does not answer: ``liveness`` finds
-    and restarts a process that hangs.
+    ``without``: ids of rules that haproxy does not serve. ``pid``: its master process. Empty as well if haproxy does
+    not answer: ``liveness`` finds and restarts a process that hangs.
     """
     rules = tuple(rule for rule in haproxy.balanced(scope) if rule.rule_id not in without)
     if not rules:
         return []
-    path, share = haproxy.master_socket(scope.scope_id), haproxy.shares(scope, len(rules))
+    path, share = inside_root(pid, haproxy.MASTER), haproxy.shares(scope, len(rules))
     try:
         # Only frontends: one line for each rule (haproxy's management.txt, "show stat").
         current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(path, "show stat -1 1 -1"))}

@@ -21,13 +21,15 @@ from pathlib import Path
 from netloom.agent.backoff import Backoff
 from netloom.agent.environment import PATH
 from netloom.agent.log import Log
+from netloom.agent.processes.files import bound_log
 from netloom.agent.processes.guest_client import GuestClient
-from netloom.agent.processes.process import Record, alive, kill, read_record, record_of, write_record
+from netloom.agent.processes.process import Record, alive, kill, open_log, read_record, record_of, write_record
 from netloom.errors import HostRefused
 from netloom.guestwire import GUEST_PROTOCOL, GuestHello, GuestNetwork, Notice, PasswordTaken
 from netloom.guestwire.channel import ChannelError
 
 DIRECTORY = Path("/run/netloom")
+_LOG = "guest.log"
 _RECORD = "guest.json"  # of the process that was started last
 
 HELLO_S_MAX = 10.0
@@ -160,6 +162,10 @@ class GuestProcess:
             return self._client is not client
         return True
 
+    def bound_log(self) -> None:
+        """Shorten the log of the guest process if it is too long."""
+        bound_log(self._directory / _LOG)
+
     def kill_hung(self, pid: int) -> bool:
         """Kill the connected process, if ``pid`` is the process that we recorded. It is revived as after a crash.
 
@@ -221,7 +227,9 @@ class GuestProcess:
         root.chmod(0o555)
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        log = os.open(self._directory / "guest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        log_path = self._directory / _LOG
+        log_path.unlink(missing_ok=True)  # a process that is being replaced may still write to the old one
+        log = open_log(log_path)
         try:
             mask = os.umask(0o177)  # only root may connect, from the moment when the socket exists
             try:

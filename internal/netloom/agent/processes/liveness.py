@@ -1,7 +1,8 @@
 """Liveness probes: kill processes that run but do not answer any more.
 
 A process is killed only after several probes in a row went unanswered, and not while the machine itself is overloaded.
-It is then restarted as after any crash: by the supervisor, or, the guest process, by ``GuestProcess``.
+It is then restarted as after any crash: by the supervisor, or, the guest process, by ``GuestProcess``. At the same pace
+the logs of these processes are shortened.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes.guest_process import GuestProcess
+from netloom.agent.processes.process import inside_root
 from netloom.agent.processes.supervisor import ProbeTarget, Supervisor
 from netloom.errors import HostRefused
 
@@ -30,6 +32,7 @@ _DNS_QUERY = b"\x6e\x6c\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x0bdata-server\x
 _HAPROXY_COMMAND = b"@1 show info\n"  # the master passes it on to the current worker
 
 _GUEST_PROCESS = "guest process"
+_LOGS = "logs"
 
 
 class LivenessProbes:
@@ -63,6 +66,7 @@ class LivenessProbes:
                     self._start((target.scope_id, target.name), partial(self._probe_service, target))
                 await asyncio.sleep(every_s / (len(targets) + 1))
                 self._start(_GUEST_PROCESS, self._probe_guest_process)
+                self._start(_LOGS, self._bound_logs)
         finally:
             for task in list(self._probing.values()):
                 task.cancel()
@@ -87,6 +91,10 @@ class LivenessProbes:
         pid = self._guest_process.pid
         if await hung(lambda: self._guest_process.answers(ANSWER_S)) and self._guest_process.kill_hung(pid):
             self._log.line(f"guest process (pid {pid}) does not answer: killed")
+
+    async def _bound_logs(self) -> None:
+        await self._loop.run_in_executor(None, self._supervisor.bound_logs)
+        await self._loop.run_in_executor(None, self._guest_process.bound_log)
 
     async def _answers(self, target: ProbeTarget) -> bool:
         """Whether the process sent any reply.
@@ -142,7 +150,8 @@ def _questions(target: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ..
 
 
 def _address(target: ProbeTarget) -> str | tuple[str, int]:
-    return (target.probe.at, 53) if target.probe.kind == "dns" else target.probe.at
+    at = target.probe.at
+    return (at, 53) if target.probe.kind == "dns" else inside_root(target.record.pid, at)
 
 
 def _socket(target: ProbeTarget, kind: socket.SocketKind) -> socket.socket:

@@ -6,12 +6,14 @@ A process is identified by its pid and its start time: a pid alone may belong to
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -20,9 +22,13 @@ from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import inside
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes
+from netloom.program import path
+from netloom.render.service import Service
 
 TERMINATE_S = 2.0  # for SIGTERM, and again for SIGKILL
 RUN_S_MAX = 20.0
+
+_libc = ctypes.CDLL(None)
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -63,17 +69,20 @@ def alive(record: Record) -> bool:
 # ------------------------------------------------------------------------------------------------ start and stop
 
 
-def start(service: str, namespace: str, argv: tuple[str, ...], log: Path) -> int:
+def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     """Start the process of a service in the namespace, as leader of a session of its own, and return its pid.
 
-    stdout and stderr go to ``log``, which is emptied first. Raises HostRefused when the program is not installed.
+    ``netloom confine`` executes the program, as user and group ``uid``. stdout and stderr go to a new file ``log``.
+    Raises HostRefused when the program is not installed.
     """
-    program = _find_program(argv[0], f"{service}: ")
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    program = _find_program(service.argv[0], f"{service.name}: ")
+    confined = [str(uid), service.directory, ",".join(service.capabilities), str(service.data_mib_max)]
+    log.unlink(missing_ok=True)  # an earlier process may still write to the old one
+    output = open_log(log)
     try:
         with inside(namespace):
             process = subprocess.Popen(
-                [program, *argv[1:]],
+                [*_confine(), *confined, program, *service.argv[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -86,6 +95,21 @@ def start(service: str, namespace: str, argv: tuple[str, ...], log: Path) -> int
     # The caller watches the pidfd and calls reap(). Popen would warn about a child that it did not reap itself.
     process.returncode = 0
     return process.pid
+
+
+def open_log(path: Path) -> int:
+    """Open a log for the output of a process. Appended text has no gap before it after the file was shortened."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # guard: a-shortened-log-has-no-hole
+    return os.open(path, flags, 0o600)
+
+
+def _confine() -> list[str]:
+    """The argv of ``netloom confine``. In a checkout, an interpreter that loads only this module."""
+    if (program := path()) is not None:
+        return [program, "confine"]
+    packages = str(Path(__file__).parents[3])
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from netloom.confine import main; main(sys.argv[1:])"
+    return [sys.executable, "-S", "-E", "-P", "-c", f"{code}; sys.exit(3)", packages]
 
 
 def run(namespace: str | None, argv: list[str]) -> subprocess.CompletedProcess[str]:
@@ -163,12 +187,36 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+@contextlib.contextmanager
+def owning_sockets(user: int) -> Iterator[None]:
+    """Let the sockets that the calling thread opens in the block belong to ``user`` (setfsuid(2))."""
+    _libc.setfsuid(user)
+    try:
+        yield
+    finally:
+        _libc.setfsuid(0)
+
+
+def inside_root(pid: int, path: str) -> str:
+    """A path in the root directory of the process (proc(5)), as seen from here."""
+    return f"/proc/{pid}/root{path}"
+
+
 def namespace_of(pid: int) -> int:
     """The inode of the network namespace that the process is in; 0 when it has ended."""
     try:
         return os.stat(f"/proc/{pid}/ns/net").st_ino
     except OSError:
         return 0
+
+
+def user_of(pid: int) -> int:
+    """The real user of the process; -1 when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return -1
+    return int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
 
 
 def group(leader: int) -> list[int]:
@@ -189,7 +237,8 @@ def groups_with_arguments(arguments: tuple[str, ...], namespace: int) -> set[int
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:-1]
-            if tuple(argv[1:]) == arguments and namespace_of(pid) == namespace:
+            # Before it executes the program, ``netloom confine`` has these arguments at the end of its own.
+            if tuple(argv[1:][-len(arguments) :]) == arguments and namespace_of(pid) == namespace:
                 groups.add(os.getpgid(pid))
     return groups
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import re
 import shutil
@@ -15,9 +14,8 @@ from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import balancer, limited_vms
-from netloom.agent.processes.files import NOGROUP
 from netloom.agent.processes.guests import Guests
-from netloom.agent.processes.process import run
+from netloom.agent.processes.process import owning_sockets, run
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.errors import HostRefused
 from netloom.names import guest_link
@@ -44,7 +42,7 @@ class Services:
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken_ports(scope, namespace)
+        taken = _taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
         did += [
             f"rule {rule_id} waits for {taken[rule_id]}"
             for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
@@ -77,8 +75,9 @@ class Services:
 
     def limited(self, scope: Scope, namespace: str) -> list[str]:
         """What has used up its share of a service of the scope now, or in the last minute; a sentence for each."""
+        balancing = self.running(scope.scope_id).get(haproxy.NAME)
         return [
-            *balancer.limited(scope, frozenset(self.waiting(scope.scope_id))),
+            *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
             *limited_vms.limited(scope, namespace),
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
         ]
@@ -126,23 +125,19 @@ def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     options = run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
-    try:
-        group = grp.getgrgid(NOGROUP).gr_name
-    except KeyError:
-        group = dnsmasq.DEBIAN_12.group  # dnsmasq will refuse it and name it
-    return dnsmasq.Build(group, forgets, "--no-ident" in options, "--max-tcp-connections" in options)
+    return dnsmasq.Build(forgets, "--no-ident" in options, "--max-tcp-connections" in options)
 
 
-def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:
+def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     """Load-balancer rules whose port another program already uses: id to address:port.
 
     One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
-    use SO_REUSEPORT as root.
+    use SO_REUSEPORT as ``user`` (socket(7)).
     """
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
     if rules:
-        with inside(namespace):
+        with inside(namespace), owning_sockets(user):  # guard: own-ports-are-not-taken
             for rule in rules:
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

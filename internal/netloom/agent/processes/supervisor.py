@@ -27,6 +27,7 @@ from netloom.agent.processes.process import (
     alive,
     group,
     groups_with_arguments,
+    inside_root,
     listening,
     namespace_of,
     read_record,
@@ -35,13 +36,14 @@ from netloom.agent.processes.process import (
     start,
     start_time,
     terminate,
+    user_of,
     write_record,
 )
 from netloom.errors import HostRefused
 from netloom.render.service import Probe, Service, directory_of
 
 BACKOFF = Backoff((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), settled_s=60.0)
-READY_S_MAX = 3.0
+READY_S_MAX = 10.0  # netloom confine takes a moment before it executes the program
 RELOAD_S_MAX = 10.0
 # After a reload the old workers of haproxy keep their connections. So many of them may remain.
 OLD_WORKERS_MAX = 8
@@ -143,6 +145,22 @@ class Supervisor:
         with self._lock:
             return {name: count for (scope, name), count in self._crashes.items() if scope == scope_id}
 
+    def user(self, scope_id: str, name: str) -> int:
+        """The user of the service's process, or with which it would be started; 0 if that is not known yet."""
+        with self._lock:
+            running = self._running.get((scope_id, name))
+        record = running.record if running is not None else read_record(files.record_path(directory_of(scope_id, name)))
+        if record is not None and alive(record):
+            return max(user_of(record.pid), 0)
+        return files.user_of_scope(scope_id) or 0
+
+    def bound_logs(self) -> None:
+        """Shorten the logs that are too long."""
+        with self._lock:
+            services = [it.service for it in self._running.values()]
+        for service in services:
+            files.bound_log(files.log_path(service))
+
     def probe_targets(self) -> list[ProbeTarget]:
         """The running processes that can be probed."""
         with self._lock:
@@ -169,32 +187,36 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------ one service
 
     def _converge_service(self, scope_id: str, namespace: str, service: Service) -> list[str]:
-        files.make_directory(service)
+        user = files.make_directory(service)
         running = self._find(scope_id, namespace, service)
         if running is not None and files.misses_changes(service):
             # Without a digest it will be restarted, also by the next agent if we are killed after changing the files.
             running = self._remember(scope_id, namespace, service, _without_digest(running.record))
-        did = files.write_watched_files(service)
+        did = files.write_watched_files(service, user)
         digest = files.digest(service)
         # If the namespace was deleted and created again under its name, a process in the old one gets no packets.
         in_place = running is not None and namespace_of(running.record.pid) == identity(namespace)
-        if running is not None and in_place and running.record.digest == digest:
+        # Earlier versions started the processes as root. Such a process is replaced.
+        confined = running is not None and user_of(running.record.pid) == user
+        if running is not None and in_place and confined and running.record.digest == digest:
             return did
         had_configuration = files.has_configuration(service)
-        files.replace_configuration(namespace, service)
-        if running is not None and in_place and service.on_change == "reload":
+        files.replace_configuration(namespace, service, user)
+        if running is not None and in_place and confined and service.on_change == "reload":
             _reload(running.record.pid, service)  # guard: a-reload-waits-for-the-new-worker
             record = msgspec.structs.replace(running.record, digest=digest)
             self._remember(scope_id, namespace, service, record)
             return [*did, f"reload {service.name}"]
         if running is not None:
+            if in_place and service.on_change == "reload":
+                self._drain(running)  # guard: connections-outlive-the-upgrade
             did += self._stop(scope_id, service.name, keep_directory=True)
         elif had_configuration:
             # An agent that was killed right after it had started the process has not recorded it. Such a process would
             # keep the port, or get a share of the connections.
             for leader in groups_with_arguments(service.argv[1:], identity(namespace)):
                 terminate(leader)
-        pid = start(service.name, namespace, service.argv, files.log_path(service))
+        pid = start(service, namespace, user, files.log_path(service))
         self._remember(scope_id, namespace, service, record_of(pid, digest))
         _wait_ready(pid, service)
         return [*did, f"start {service.name}"]
@@ -230,6 +252,25 @@ class Supervisor:
         self._loop.call_soon_threadsafe(self._watch, key, running)
         return running
 
+    def _drain(self, running: _Running) -> None:
+        """Have a haproxy of an earlier version end when its connections have ended; forget it once it stops listening.
+
+        SIGUSR1 is the soft stop (haproxy management guide, section 4). Connections that it has are kept; for a moment
+        nothing listens. Without an effect the caller stops it at once.
+        """
+        pid, until = running.record.pid, time.monotonic() + RELOAD_S_MAX
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+        while start_time(pid) is not None and listening(pid):
+            if time.monotonic() > until:
+                return
+            time.sleep(0.005)
+        with self._lock:
+            self._running.pop((running.scope_id, running.service.name), None)
+        write_record(files.draining_path(running.service.directory), running.record)
+        files.record_path(running.service.directory).unlink(missing_ok=True)
+        self._loop.call_soon_threadsafe(self._release, running)
+
     def _stop(self, scope_id: str, name: str, *, keep_directory: bool = False) -> list[str]:
         key = (scope_id, name)
         directory = directory_of(scope_id, name)
@@ -240,6 +281,9 @@ class Supervisor:
                 self._crashes.pop(key, None)
         record = running.record if running is not None else read_record(files.record_path(directory))
         did = []
+        draining = None if keep_directory else read_record(files.draining_path(directory))
+        if draining is not None and alive(draining):
+            terminate(draining.pid)
         if record is not None and alive(record):
             terminate(record.pid)
             did = [f"stop {name}"]
@@ -313,7 +357,7 @@ def _reload(pid: int, service: Service) -> None:
     old = set(group(pid)) - {pid}
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR2)
-    _wake(service)  # guard: a-sleeping-master-is-woken
+    _wake(pid, service)  # guard: a-sleeping-master-is-woken
     until = time.monotonic() + RELOAD_S_MAX
     while time.monotonic() < until and start_time(pid) is not None:
         workers = set(group(pid)) - {pid}
@@ -338,7 +382,7 @@ def _end_oldest(old: set[int]) -> None:
             os.kill(worker, signal.SIGTERM)
 
 
-def _wake(service: Service) -> None:
+def _wake(pid: int, service: Service) -> None:
     """Send the master an event, so that it handles the signals that it has received.
 
     A signal that arrives just before the master waits for events is handled only after the next event, which may take
@@ -347,4 +391,4 @@ def _wake(service: Service) -> None:
     if service.probe is not None:
         with socket.socket(socket.AF_UNIX) as master, contextlib.suppress(OSError):  # its socket may be gone
             master.settimeout(1.0)
-            master.connect(service.probe.at)
+            master.connect(inside_root(pid, service.probe.at))

@@ -1,0 +1,243 @@
+"""``netloom confine``: take all that a service does not need from this process, then execute the service's program.
+
+    netloom confine <uid> <directory> <capabilities> <data MiB> <program> [<argument>...]
+
+The agent starts it as root, in the network namespace of the scope. The process keeps its pid. What the program gets:
+
+* a user and a group of its own number, that of its scope;
+* a root directory of its own: the host's programs and libraries, and ``directory``, read-only; and ``/sockets``, a few
+  kilobytes of memory, where it can write;
+* of the capabilities those in ``capabilities`` (``net_raw,net_bind_service``), and no way to get others
+  (PR_SET_NO_NEW_PRIVS);
+* a filter that refuses system calls which no service needs and which have been used to attack kernels;
+* limits: memory of its own (RLIMIT_DATA), the size of a file, open files, processes; no core dump.
+
+It runs before each start of a service, so it imports only what it needs. After the root directory has changed nothing
+can be imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+import struct
+from collections.abc import Sequence
+
+from netloom.seccomp import (
+    AUDIT_ARCHES,
+    JEQ,
+    JSET,
+    RET,
+    RET_ALLOW,
+    RET_ERRNO,
+    Instruction,
+    argument,
+    assemble,
+    head,
+    install,
+)
+
+# The name of the user and of the group in the root directory of a service. Its number is that of the scope.
+USER = "netloom"
+# The one directory that a service can write to, in its own root directory.
+SOCKETS = "/sockets"
+# No file can become larger, so the log cannot. The agent shortens it long before (agent/processes/files.py).
+FILE_BYTES_MAX = 1 << 20
+DESCRIPTORS_MAX = 1 << 16
+PROCESSES_MAX = 4096
+
+# linux/capability.h
+CAPABILITIES = {"net_bind_service": 10, "net_admin": 12, "net_raw": 13}
+
+# linux/sched.h, linux/mount.h, linux/prctl.h
+_CLONE_NEWNS, _CLONE_NEWIPC = 0x00020000, 0x08000000
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_SLAVE = (
+    0x1, 0x2, 0x4, 0x8, 0x20, 0x1000, 0x4000, 0x80000,
+)  # fmt: skip
+_MNT_DETACH = 2
+_PR_CAPBSET_DROP, _PR_SET_KEEPCAPS, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 24, 8, 38, 47
+_PR_CAP_AMBIENT_RAISE = 2
+_CAPABILITIES_V3 = 0x20080522
+
+# Programs and libraries; the symbolic links of a merged /usr stay links.
+_PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# dnsmasq seeds its random numbers; the MTU that it advertises is below /proc/sys/net.
+_FILES = ("dev/null", "dev/urandom", "etc/ld.so.cache")
+_SYSCTLS = "proc/sys/net"
+
+# Sockets of these families can be opened: unix, IPv4, IPv6, netlink.
+_FAMILIES = (1, 2, 10, 16)
+# clone(2) with one of these flags makes a namespace: mount, cgroup, UTS, IPC, user, PID, network.
+_CLONE_NAMESPACES = 0x7E020000
+
+
+def _numbers(table: str) -> dict[str, int]:
+    words = table.split()
+    return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
+
+
+# Numbers from asm/unistd_64.h and asm-generic/unistd.h.
+_REFUSED = {
+    "x86_64": _numbers("""
+        ptrace 101  syslog 103  personality 135  ustat 136  sysfs 139  pivot_root 155  adjtimex 159  chroot 161
+        acct 163  settimeofday 164  mount 165  umount2 166  swapon 167  swapoff 168  reboot 169  sethostname 170
+        setdomainname 171  iopl 172  ioperm 173  init_module 175  delete_module 176  quotactl 179  lookup_dcookie 212
+        clock_settime 227  mbind 237  set_mempolicy 238  kexec_load 246  add_key 248  request_key 249  keyctl 250
+        migrate_pages 256  unshare 272  move_pages 279  perf_event_open 298  fanotify_init 300  name_to_handle_at 303
+        open_by_handle_at 304  clock_adjtime 305  setns 308  process_vm_readv 310  process_vm_writev 311  kcmp 312
+        finit_module 313  kexec_file_load 320  bpf 321  userfaultfd 323  io_uring_setup 425  io_uring_enter 426
+        io_uring_register 427  open_tree 428  move_mount 429  fsopen 430  fsconfig 431  fsmount 432  fspick 433
+        pidfd_getfd 438  mount_setattr 442
+    """),
+    "aarch64": _numbers("""
+        lookup_dcookie 18  umount2 39  mount 40  pivot_root 41  chroot 51  quotactl 60  acct 89  personality 92
+        unshare 97  kexec_load 104  init_module 105  delete_module 106  clock_settime 112  syslog 116  ptrace 117
+        reboot 142  sethostname 161  setdomainname 162  settimeofday 170  adjtimex 171  add_key 217  request_key 218
+        keyctl 219  swapon 224  swapoff 225  mbind 235  set_mempolicy 237  migrate_pages 238  move_pages 239
+        perf_event_open 241  fanotify_init 262  name_to_handle_at 264  open_by_handle_at 265  clock_adjtime 266
+        setns 268  process_vm_readv 270  process_vm_writev 271  kcmp 272  finit_module 273  bpf 280  userfaultfd 282
+        kexec_file_load 294  io_uring_setup 425  io_uring_enter 426  io_uring_register 427  open_tree 428
+        move_mount 429  fsopen 430  fsconfig 431  fsmount 432  fspick 433  pidfd_getfd 438  mount_setattr 442
+    """),
+}
+_SOCKET = {"x86_64": 41, "aarch64": 198}
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3 = 435  # on all architectures
+_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main(args: Sequence[str]) -> int:
+    """Execute the program. Returns only on an error: 3, with one line on stderr."""
+    try:
+        uid, directory, capabilities, data_mib, *argv = args
+        environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
+        _enter(int(uid), directory, [CAPABILITIES[it] for it in capabilities.split(",") if it], int(data_mib) << 20)
+        os.execve(argv[0], argv, environ)
+    except (OSError, ValueError, KeyError) as error:
+        os.write(2, f"the service cannot be confined: {error}\n".encode())
+    return 3
+
+
+def _enter(uid: int, directory: str, kept: list[int], data_bytes: int) -> None:
+    _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC))
+    _enter_root(uid, directory)
+    for limit, most in (
+        (resource.RLIMIT_DATA, data_bytes),
+        (resource.RLIMIT_FSIZE, FILE_BYTES_MAX),  # guard: a-log-has-a-largest-size
+        (resource.RLIMIT_NOFILE, DESCRIPTORS_MAX),
+        (resource.RLIMIT_NPROC, PROCESSES_MAX),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(limit)[1]
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(limit, (value, value))
+    # A write that would exceed the size of a file fails, and does not end the process (setrlimit(2)).
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the interpreter ignores it
+    for capability in range(64):
+        if capability not in kept and _prctl(_PR_CAPBSET_DROP, capability) != 0:
+            break  # EINVAL: the kernel has no further capabilities
+    _prctl(_PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)  # guard: a-service-has-the-user-of-its-scope
+    mask = sum(1 << capability for capability in kept)
+    header = struct.pack("=Ii", _CAPABILITIES_V3, 0)
+    _check("capset", _libc.capset(header, struct.pack("=6I", mask, mask, mask, 0, 0, 0)))
+    for capability in kept:
+        _check("prctl", _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability))
+    _check("prctl", _prctl(_PR_SET_NO_NEW_PRIVS, 1))  # guard: a-service-gets-no-new-privileges
+    machine = os.uname().machine
+    if machine in AUDIT_ARCHES:
+        install(_libc, call_filter(machine))  # guard: a-service-has-a-filter
+
+
+def _enter_root(uid: int, directory: str) -> None:
+    """Change to a root directory with programs, libraries and ``directory``, read-only, and nothing else."""
+    # What is unmounted on the host disappears here, too: otherwise this process would keep namespaces alive.
+    _mount("none", "/", _MS_REC | _MS_SLAVE)
+    root = f"{directory}/root"
+    os.makedirs(root, 0o700, exist_ok=True)
+    _mount("tmpfs", root, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "tmpfs", "size=64k,nr_inodes=128,mode=0755")
+    os.umask(0o022)
+    for name in ("usr", "dev", "etc", _SYSCTLS, directory.lstrip("/")):
+        os.makedirs(f"{root}/{name}", exist_ok=True)
+    _mount_read_only("/usr", f"{root}/usr")
+    for name in _PROGRAMS:
+        if os.path.islink(f"/{name}"):
+            os.symlink(os.readlink(f"/{name}"), f"{root}/{name}")
+        elif os.path.isdir(f"/{name}"):
+            os.mkdir(f"{root}/{name}")
+            _mount_read_only(f"/{name}", f"{root}/{name}")
+    for name in _FILES:
+        if os.path.exists(f"/{name}"):
+            os.close(os.open(f"{root}/{name}", os.O_CREAT | os.O_WRONLY))
+            _mount(f"/{name}", f"{root}/{name}", _MS_BIND)
+    _mount_read_only(f"/{_SYSCTLS}", f"{root}/{_SYSCTLS}", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _mount_read_only(directory, f"{root}/{directory}", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _write(f"{root}/etc/passwd", f"{USER}:x:{uid}:{uid}::/:\n")
+    _write(f"{root}/etc/group", f"{USER}:x:{uid}:\n")
+    os.mkdir(f"{root}{SOCKETS}", 0o700)
+    os.chown(f"{root}{SOCKETS}", uid, uid)
+    os.chdir(root)
+    number = _PIVOT_ROOT.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of pivot_root on {os.uname().machine}")
+    _check("pivot_root", _libc.syscall(ctypes.c_long(number), b".", b"."))  # pivot_root(2): stacks the old root
+    _check("umount2", _libc.umount2(b".", _MNT_DETACH))
+    os.chdir("/")
+
+
+def call_filter(machine: str) -> bytes:
+    """The seccomp filter of a service as an array of struct sock_filter. Refused calls fail with EPERM.
+
+    clone3 fails with ENOSYS, as on an old kernel: a filter cannot see its flags, and libraries use clone then.
+    """
+    refuse = (RET, 0, 0, RET_ERRNO | errno.EPERM)
+    program = head(AUDIT_ARCHES[machine])
+    for number in _REFUSED[machine].values():
+        program += [(JEQ, 0, 1, number), refuse]
+    program += [(JEQ, 0, 1, _CLONE3), (RET, 0, 0, RET_ERRNO | errno.ENOSYS)]
+    program += _when(_CLONE[machine], [argument(0), (JSET, 0, 1, _CLONE_NAMESPACES), refuse])
+    families: list[Instruction] = [argument(0)]
+    for family in _FAMILIES:
+        families += [(JEQ, 0, 1, family), (RET, 0, 0, RET_ALLOW)]
+    program += _when(_SOCKET[machine], [*families, (RET, 0, 0, RET_ERRNO | errno.EAFNOSUPPORT)])
+    return assemble([*program, (RET, 0, 0, RET_ALLOW)])
+
+
+def _when(number: int, body: list[Instruction]) -> list[Instruction]:
+    """Execute ``body`` for the call ``number``, and allow the call when it does not return."""
+    body = [*body, (RET, 0, 0, RET_ALLOW)]
+    return [(JEQ, 0, len(body), number), *body]
+
+
+def _mount_read_only(source: str, target: str, flags: int = _MS_NOSUID | _MS_NODEV) -> None:
+    _mount(source, target, _MS_BIND | _MS_REC)
+    _mount("none", target, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | flags)
+
+
+def _mount(source: str, target: str, flags: int, kind: str = "none", options: str = "") -> None:
+    result = _libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    _check(f"mount {target}", result)
+
+
+def _prctl(option: int, first: int, second: int = 0) -> int:
+    zero = ctypes.c_ulong(0)
+    return int(_libc.prctl(option, ctypes.c_ulong(first), ctypes.c_ulong(second), zero, zero))
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o644)
+    os.write(fd, text.encode())
+    os.close(fd)
+
+
+def _check(what: str, result: int) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")

@@ -1,0 +1,63 @@
+"""Seccomp filters (seccomp(2)) as arrays of struct sock_filter: assemble and install them. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import struct
+from collections.abc import Iterable
+
+Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
+
+# linux/seccomp.h, linux/prctl.h, linux/audit.h
+RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
+LD_W_ABS, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
+_X32_BIT = 0x40000000
+
+
+def head(audit: int) -> list[Instruction]:
+    """The first instructions of a filter: load the number of the call.
+
+    A system call of another architecture kills the process. One of x32 fails with EPERM.
+    """
+    return [
+        (LD_W_ABS, 0, 0, _ARCH_AT),
+        (JEQ, 1, 0, audit),
+        (RET, 0, 0, RET_KILL_PROCESS),
+        (LD_W_ABS, 0, 0, _NUMBER_AT),
+        (JGE, 0, 1, _X32_BIT),
+        (RET, 0, 0, RET_ERRNO | errno.EPERM),
+    ]
+
+
+def argument(index: int) -> Instruction:
+    """Load the lower half of a 64-bit argument. All supported architectures are little-endian."""
+    return (LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
+
+
+def assemble(program: Iterable[Instruction]) -> bytes:
+    """The filter as an array of struct sock_filter."""
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+
+def install(libc: ctypes.CDLL, code: bytes) -> bool:
+    """Install a filter, irrevocably; False: the kernel has no seccomp filters. Raises OSError.
+
+    Needs PR_SET_NO_NEW_PRIVS, or CAP_SYS_ADMIN. ``libc`` must have been opened with ``use_errno``.
+    """
+    program = _Program(len(code) // 8, code)
+    mode, address = ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.c_ulong(ctypes.addressof(program))
+    if libc.prctl(_PR_SET_SECCOMP, mode, address, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0:
+        return True
+    if ctypes.get_errno() == errno.EINVAL:
+        return False
+    raise OSError(ctypes.get_errno(), "seccomp")
