@@ -127,7 +127,7 @@ def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
     if rules:
-        with inside(namespace), owning_sockets(user):  # guard: own-ports-are-not-taken
+        with inside(namespace), owning_sockets(user):
             for rule in rules:
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
