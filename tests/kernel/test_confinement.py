@@ -246,12 +246,12 @@ def test_the_messages_of_resolver_and_balancer_are_in_their_logs() -> None:
 def test_ports_of_the_scopes_own_balancer_do_not_count_as_taken() -> None:
     with running_supervisor() as (it, _, _wait_until):
         it.converge(SCOPE, NAMESPACE, (balancer(),))
-        assert services._taken_ports(BALANCED, NAMESPACE, it.user(SCOPE, haproxy.NAME)) == {}
+        assert services.taken_ports(BALANCED, NAMESPACE, it.user(SCOPE, haproxy.NAME)) == {}
         with inside(NAMESPACE):
             thief = socket.create_server(("10.10.1.1", 8001), reuse_port=True)
         more = replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)})
         with thief:
-            taken = services._taken_ports(more, NAMESPACE, it.user(SCOPE, haproxy.NAME))
+            taken = services.taken_ports(more, NAMESPACE, it.user(SCOPE, haproxy.NAME))
             assert taken == {2: "10.10.1.1:8001"}
 
 

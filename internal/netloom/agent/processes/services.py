@@ -41,7 +41,7 @@ class Services:
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
+        taken = taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
         did += [
             f"rule {rule_id} waits for {taken[rule_id]}"
             for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
@@ -118,7 +118,7 @@ def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     return dnsmasq.Build(forgets, no_ident)
 
 
-def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
+def taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     """Load-balancer rules whose port another program already uses: id to address:port.
 
     One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
