@@ -11,100 +11,24 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
 
-import processes
+from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
 from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import files, liveness, process, supervisor
+from netloom.agent.processes import liveness, process, supervisor
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
-from netloom.state import Backend, LbRule, Network, Nic, PublicIp, Scope
+from netloom.state import Backend, Nic
 
-NAMESPACE = "atest-supervise"
-SCOPE = "net-9204"
-NETWORK = Network(
-    network_id="9204",
-    gateway="10.10.1.1",
-    domain="cloud.internal",
-    dns=True,
-    nics={"u1": Nic(mac="02:01:00:cc:00:03", nic_uuid="u1", ip="10.10.1.45", hostname="web-1", named=True)},
-)
-RULE = LbRule(
-    rule_id=1,
-    public_ip="10.10.1.1",
-    public_port=8000,
-    protocol="tcp",
-    algorithm="roundrobin",
-    backends=(Backend(ip="10.10.1.1", port=9000),),
-)
-BALANCED = Scope(
-    scope_id=SCOPE,
-    owner="test",
-    public_ips={"10.10.1.1": PublicIp(address="10.10.1.1", vlan="1", gateway="", cidr="10.10.1.0/24", exit=1)},
-    lb_rules={"1": RULE},
-)
-
-
-@pytest.fixture(autouse=True)
-def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A namespace with a veth pair as guest link, and service directories for this test."""
-    tmp_path.chmod(0o755)
-    top = Path("/run/netloom-atest-services")
-    monkeypatch.setattr(service, "SERVICES_DIR", str(top))
-    monkeypatch.setattr(files, "SERVICES_DIR", str(top))
-    # A killed run may have left it.
-    subprocess.run(["ip", "netns", "del", NAMESPACE], check=False, capture_output=True)
-    subprocess.run(["ip", "netns", "add", NAMESPACE], check=True)
-    for words in (
-        "link add gst-9204 type veth peer name other",
-        "addr add 10.10.1.1/24 dev gst-9204",
-        "link set gst-9204 up",
-        "link set other up",
-        "link set lo up",
-    ):
-        subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
-    yield
-    # A failed test or a mutant may leave processes running.
-    left = subprocess.run(["ip", "netns", "pids", NAMESPACE], check=True, capture_output=True, text=True)
-    for pid in map(int, left.stdout.split()):
-        processes.kill(pid)
-    subprocess.run(["ip", "netns", "del", NAMESPACE], check=True)
-    subprocess.run(["rm", "-rf", str(top)], check=True)
-
-
-@contextmanager
-def _supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Callable[[Callable[[], bool]], None]]]:
-    """A supervisor on its own event loop; ``wait_until`` runs the loop until a condition is true."""
-    loop = asyncio.new_event_loop()
-    died: list[str] = []
-
-    def wait_until(so: Callable[[], bool]) -> None:
-        async def wait() -> None:
-            for _ in range(500):
-                if so():
-                    return
-                await asyncio.sleep(0.01)
-            raise AssertionError("the condition did not become true within 5 s")
-
-        loop.run_until_complete(wait())
-
-    it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
-    wait_until(lambda: True)
-    try:
-        yield it, died, wait_until
-    finally:
-        it.stop(SCOPE)
-        wait_until(lambda: True)
-        loop.close()
+pytestmark = pytest.mark.usefixtures("namespace")
 
 
 def _lookup(name: str) -> str:
@@ -121,7 +45,7 @@ def _lookup(name: str) -> str:
 
 
 def test_names_are_added_and_removed_without_a_restart() -> None:
-    with _supervisor() as (it, _, wait_until):
+    with running_supervisor() as (it, _, wait_until):
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         pid = it.states()[SCOPE]["dns-9204"]
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -141,7 +65,7 @@ def test_names_are_added_and_removed_without_a_restart() -> None:
 
 
 def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         assert _lookup("web-1.cloud.internal") == "10.10.1.45"
@@ -152,7 +76,7 @@ def test_a_deleted_service_directory_is_recreated_and_watched() -> None:
 
 
 def test_a_killed_process_is_reported_and_restarted() -> None:
-    with _supervisor() as (it, died, wait_until):
+    with running_supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         it.converge(SCOPE, NAMESPACE, wanted)
         wait_until(lambda: True)
@@ -164,7 +88,7 @@ def test_a_killed_process_is_reported_and_restarted() -> None:
 
 def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF", Backoff((0.0, 0.3, 0.6), settled_s=60.0))
-    with _supervisor() as (it, died, wait_until):
+    with running_supervisor() as (it, died, wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         waited = []
         for turn in range(1, 5):
@@ -186,10 +110,10 @@ def test_repeated_crashes_back_off_exponentially(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_new_supervisor_adopts_running_processes() -> None:
-    with _supervisor() as (first, _, _wait_until):
+    with running_supervisor() as (first, _, _wait_until):
         wanted = (dnsmasq.service(SCOPE, NETWORK),)
         first.converge(SCOPE, NAMESPACE, wanted)
-        with _supervisor() as (second, died, wait_until):
+        with running_supervisor() as (second, died, wait_until):
             assert second.converge(SCOPE, NAMESPACE, wanted) == []
             assert second.states() == first.states()
             wait_until(lambda: True)
@@ -199,7 +123,7 @@ def test_a_new_supervisor_adopts_running_processes() -> None:
 
 @pytest.mark.mutation("a-recycled-pid-is-another-process", instead="start_time(record.pid) > 0")
 def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         Path(wanted.directory).mkdir(parents=True)
         innocent = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -217,11 +141,11 @@ def test_an_unrecorded_process_is_ended_before_a_new_one_starts(name: str) -> No
     balancer = haproxy.service(BALANCED)
     assert balancer is not None
     wanted = {"dns-9204": dnsmasq.service(SCOPE, NETWORK), "lb": balancer}[name]
-    with _supervisor() as (first, _, _wait_until):
+    with running_supervisor() as (first, _, _wait_until):
         first.converge(SCOPE, NAMESPACE, (wanted,))
         stray = first.states()[SCOPE][name]
         (Path(wanted.directory) / "running.json").unlink()
-        with _supervisor() as (second, _, _wait_until):
+        with running_supervisor() as (second, _, _wait_until):
             assert second.converge(SCOPE, NAMESPACE, (wanted,)) == [f"start {name}"]
             assert second.states()[SCOPE][name] != stray
             assert process.start_time(stray) is None
@@ -231,7 +155,7 @@ def test_a_reload_of_haproxy_keeps_established_connections() -> None:
     with inside(NAMESPACE):
         backend = socket.create_server(("10.10.1.1", 9000))
     backend.settimeout(5)
-    with backend, _supervisor() as (it, died, wait_until):
+    with backend, running_supervisor() as (it, died, wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -296,7 +220,7 @@ def test_a_haproxy_master_that_missed_its_signal_is_woken(monkeypatch: pytest.Mo
         listens=(("tcp", 8000),),
         probe=service.Probe("haproxy", "/sockets/master.sock"),
     )
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         it.converge(SCOPE, NAMESPACE, (sleepy,))
         assert it.converge(SCOPE, NAMESPACE, (replace(sleepy, config={"lb.cfg": "2"}),)) == ["reload lb"]
 
@@ -309,7 +233,7 @@ def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
     names = {backend.getsockname()[1]: name for backend, name in zip(backends, (b"old", b"new"), strict=True)}
     for backend in backends:
         threading.Thread(target=_greet, args=(backend, names[backend.getsockname()[1]]), daemon=True).start()
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         for turn in range(4):
             port = (9000, 9001)[turn % 2]
             rule = replace(RULE, backends=(Backend(ip="10.10.1.1", port=port),))
@@ -324,7 +248,7 @@ def test_after_a_reload_new_clients_use_the_new_configuration() -> None:
 
 def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 1.0)
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         more = haproxy.service(replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)}))
         assert wanted is not None and more is not None
@@ -450,7 +374,7 @@ def test_unanswered_probes_on_an_overloaded_machine_do_not_count(monkeypatch: py
 
 @pytest.mark.mutation("a-refused-file-stays-a-candidate")
 def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> None:
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         wanted = haproxy.service(BALANCED)
         assert wanted is not None
         it.converge(SCOPE, NAMESPACE, (wanted,))
@@ -467,7 +391,7 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
 def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> None:
     for words in ("link add gst-920 type veth peer name third", "addr add 10.10.2.1/24 dev gst-920"):
         subprocess.run(["ip", "-n", NAMESPACE, *words.split()], check=True)
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         short = replace(NETWORK, network_id="920", gateway="10.10.2.1")
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
         it.converge("net-920", NAMESPACE, (dnsmasq.service("net-920", short),))
@@ -478,7 +402,7 @@ def test_defect_28_ending_a_scope_does_not_affect_one_with_the_same_prefix() -> 
 
 @pytest.mark.mutation("the-end-is-of-one-scope", instead='[f"stop {name}" for name in self._known(scope_id)]')
 def test_defect_41_ending_a_scope_leaves_no_process_or_file() -> None:
-    with _supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, _wait_until):
         wanted = dnsmasq.service(SCOPE, NETWORK)
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["dns-9204"]

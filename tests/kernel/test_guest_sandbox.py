@@ -64,6 +64,7 @@ def test_no_message_starts_attempts() -> None:
 
 
 @pytest.mark.mutation("the-guest-process-is-not-root")
+@pytest.mark.mutation("the-guest-process-has-a-memory-limit")
 def test_defect_19_the_guest_process_has_no_privileges() -> None:
     with guest_process() as process:
         hello = process.connect().hello
@@ -83,6 +84,9 @@ def test_defect_19_the_guest_process_has_no_privileges() -> None:
         limits = {line[:25].strip(): line[25:].split()[:2] for line in (proc / "limits").read_text().splitlines()}
         assert limits["Max processes"] == ["0", "0"]
         assert limits["Max core file size"] == ["0", "0"]
+        assert limits["Max file size"] == ["1048576"] * 2
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        assert limits["Max data size"] == [str(max(2 << 30, memory // 8))] * 2
         # stdio, the control socket, epoll, and the wake-up sockets of the loop; none from the parent process.
         assert len(os.listdir(proc / "fd")) <= 9
 

@@ -190,7 +190,7 @@ def start_time(pid: int) -> int | None:
 @contextlib.contextmanager
 def owning_sockets(user: int) -> Iterator[None]:
     """Let the sockets that the calling thread opens in the block belong to ``user`` (setfsuid(2))."""
-    _libc.setfsuid(user)
+    _libc.setfsuid(user)  # guard: own-ports-are-not-taken
     try:
         yield
     finally:

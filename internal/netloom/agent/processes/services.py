@@ -42,7 +42,7 @@ class Services:
         """
         did: list[str] = []
         failed: HostRefused | None = None
-        taken = _taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
+        taken = taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
         did += [
             f"rule {rule_id} waits for {taken[rule_id]}"
             for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
@@ -128,7 +128,7 @@ def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     return dnsmasq.Build(forgets, "--no-ident" in options, "--max-tcp-connections" in options)
 
 
-def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
+def taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     """Load-balancer rules whose port another program already uses: id to address:port.
 
     One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
@@ -137,7 +137,7 @@ def _taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
     if rules:
-        with inside(namespace), owning_sockets(user):  # guard: own-ports-are-not-taken
+        with inside(namespace), owning_sockets(user):
             for rule in rules:
                 with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,0 +1,301 @@
+"""What confines dnsmasq and haproxy: users, capabilities, system calls, root directories, limits and logs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
+from netloom.agent.kernel.namespaces import inside
+from netloom.agent.processes import files, process, services
+from netloom.agent.processes.supervisor import Supervisor
+from netloom.render import dnsmasq, haproxy
+from netloom.render.service import Service, directory_of
+
+pytestmark = pytest.mark.usefixtures("namespace")
+
+OTHER = "net-9305"
+NET_BIND, NET_ADMIN, NET_RAW = 1 << 10, 1 << 12, 1 << 13
+_LIMITS = {"Max file size": 1 << 20, "Max core file size": 0}
+
+
+def balancer() -> Service:
+    wanted = haproxy.service(BALANCED)
+    assert wanted is not None
+    return wanted
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def limits(pid: int) -> dict[str, int]:
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {line[:25].strip(): int(line[25:].split()[1]) for line in lines if "unlimited" not in line}
+
+
+def stop_all(it: Supervisor) -> None:
+    for scope_id in it.scopes():
+        it.stop(scope_id)
+
+
+@contextlib.contextmanager
+def two_scopes() -> Iterator[tuple[Supervisor, dict[str, int], dict[str, int]]]:
+    """A resolver and a balancer of one scope and a resolver of another: the pids by name, the users by scope."""
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK), balancer()))
+        other = replace(dnsmasq.service(OTHER, replace(NETWORK, dns=False)), listens=())
+        it.converge(OTHER, NAMESPACE, (other,))
+        try:
+            pids = {**it.states()[SCOPE], "other": it.states()[OTHER]["dns-9204"]}
+            users = {scope_id: os.stat(Path(other.directory).parents[1] / scope_id).st_gid for scope_id in it.scopes()}
+            until(lambda: all(status(pid)["Uid"].split()[0] != "0" for pid in pids.values()))
+            yield it, pids, users
+        finally:
+            stop_all(it)
+
+
+def until(so: Callable[[], bool], wait_s: float = 30.0) -> None:
+    deadline = time.monotonic() + wait_s
+    while not so():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.mark.mutation("a-service-has-the-user-of-its-scope")
+@pytest.mark.mutation("a-service-gets-no-new-privileges")
+@pytest.mark.mutation("a-service-has-a-filter")
+def test_services_have_their_own_user_and_few_privileges() -> None:
+    with two_scopes() as (_, pids, users):
+        assert len(set(users.values())) == 2
+        for scope_id, leader in ((SCOPE, pids["dns-9204"]), (SCOPE, pids["lb"]), (OTHER, pids["other"])):
+            for pid in process.group(leader):  # haproxy: the master and its worker
+                seen = status(pid)
+                assert seen["Uid"].split() == seen["Gid"].split() == [str(users[scope_id])] * 4
+                assert seen["Groups"].split() == []
+                for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                    assert int(seen[kind], 16) == NET_BIND, kind
+                assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
+                assert limits(pid).items() >= _LIMITS.items()
+                assert limits(pid)["Max processes"] <= 4096
+        assert limits(pids["dns-9204"])["Max data size"] == 128 << 20
+        assert limits(pids["lb"])["Max data size"] == 1 << 30
+
+
+def test_a_resolver_that_advertises_an_ipv6_prefix_keeps_the_capabilities_that_it_demands() -> None:
+    known = replace(NETWORK, implemented=True, vlan="9", cidr="10.10.1.0/24")
+    network = replace(known, ip6_cidr="fd00:9204::/64", ip6_gateway="fd00:9204::1")
+    assert dnsmasq.service(SCOPE, network).capabilities == ("net_admin", "net_bind_service", "net_raw")
+    add = ["addr", "add", "fd00:9204::1/64", "dev", "gst-9204", "nodad"]
+    subprocess.run(["ip", "-n", NAMESPACE, *add], check=True)
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, network),))
+        seen = status(it.states()[SCOPE]["dns-9204"])
+        assert int(seen["CapBnd"], 16) == NET_BIND | NET_ADMIN | NET_RAW
+        assert seen["NoNewPrivs"] == "1"
+
+
+def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
+    with two_scopes() as (_, pids, users):
+        for name in ("dns-9204", "lb"):
+            root = Path(f"/proc/{pids[name]}/root")
+            assert {it.name for it in root.iterdir()} <= {
+                *("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "dev", "etc", "proc", "run", "sockets"),
+            }
+            assert {it.name for it in (root / "etc").iterdir()} <= {"passwd", "group", "ld.so.cache"}
+            top = Path(directory_of(SCOPE, name)).parents[1]
+            assert os.listdir(f"{root}{top}") == [SCOPE]
+            assert os.listdir(f"{root}{top}/{SCOPE}") == [name]
+            assert os.listdir(root / "proc") == ["sys"]
+            assert writable(root, users[SCOPE]) == ["/dev/null", "/dev/urandom", "/sockets"]
+        sockets = os.listdir(f"/proc/{pids['lb']}/root/sockets")
+        assert {"master.sock", "admin.sock"} <= set(sockets)
+
+
+def writable(root: Path, user: int) -> list[str]:
+    """The files and directories, without programs and libraries, that the user can write to."""
+    program = """
+import json, os, sys
+os.chroot(sys.argv[1]); os.chdir("/")
+os.setgroups([]); os.setresgid(*[int(sys.argv[2])] * 3); os.setresuid(*[int(sys.argv[2])] * 3)
+found = []
+for folder, names, files in os.walk("/"):
+    if folder == "/":
+        names[:] = [it for it in names if it not in ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")]
+    files[:] = files if folder != "/sockets" else []
+    found += [it for it in (folder, *(os.path.join(folder, file) for file in files)) if os.access(it, os.W_OK)]
+print(json.dumps(sorted(found)))
+"""
+    argv = [sys.executable, "-c", program, str(root), str(user)]
+    return [str(it) for it in json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)]
+
+
+# Tries everything that the arguments name as the user of another scope, and prints the numbers of the errors.
+INTRUDER = """
+import json, os, signal, sys
+user, pid, *paths = sys.argv[1:]
+os.setgroups([]); os.setresgid(*[int(user)] * 3); os.setresuid(*[int(user)] * 3)
+def outcome(call, *arguments):
+    try:
+        call(*arguments)
+    except OSError as error:
+        return error.errno
+    return 0
+reads = [outcome(os.listdir if path.endswith("/") else lambda it: open(it).read(), path) for path in paths]
+print(json.dumps([outcome(os.kill, int(pid), signal.SIGTERM), *reads]))
+"""
+
+
+@pytest.mark.mutation("users-differ", instead="next(iter(candidates))")
+@pytest.mark.mutation("a-service-has-the-user-of-its-scope")
+def test_a_process_of_one_scope_cannot_signal_those_of_another_nor_read_their_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # With two numbers, the searches of these scopes begin at the same one.
+    monkeypatch.setattr(files, "USERS", files.USERS[:2])
+    starts = [hashlib.sha256(scope_id.encode()).digest()[3] % 2 for scope_id in (SCOPE, OTHER)]
+    assert starts[0] == starts[1]
+    with two_scopes() as (_, pids, users):
+        directory = dnsmasq.service(SCOPE, NETWORK).directory
+        paths = [
+            f"{directory}/dnsmasq.conf",
+            f"{directory}/hosts/",
+            f"{directory}/hosts/nic-u1",
+            f"{directory}/log",
+            f"{directory}/running.json",
+            f"/proc/{pids['dns-9204']}/root/",
+            f"/proc/{pids['dns-9204']}/environ",
+        ]
+        attempt = [sys.executable, "-c", INTRUDER]
+        done = subprocess.run(
+            [*attempt, str(users[OTHER]), str(pids["dns-9204"]), *paths], check=True, capture_output=True, text=True
+        )
+        assert set(json.loads(done.stdout)) == {errno.EPERM, errno.EACCES}, done.stdout
+        assert process.start_time(pids["dns-9204"]) is not None
+        # The user of the scope itself can.
+        done = subprocess.run(
+            [*attempt, str(users[SCOPE]), str(pids["dns-9204"]), *paths[:3]],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert json.loads(done.stdout) == [0] * 4
+
+
+# Writes to its log as fast as it can.
+FLOOD = "import os\nwhile True:\n try: os.write(2, b'x' * 99 + b'\\n')\n except OSError: pass"
+
+
+@pytest.mark.mutation("a-log-has-a-largest-size")
+@pytest.mark.mutation("a-long-log-is-shortened")
+@pytest.mark.mutation("a-shortened-log-has-no-hole", instead="os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW")
+def test_a_log_stays_below_its_bound_under_a_flood() -> None:
+    flood = replace(dnsmasq.service(SCOPE, NETWORK), argv=("python3", "-c", FLOOD), listens=(), probe=None)
+    log = files.log_path(flood)
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (flood,))
+        pid = it.states()[SCOPE][flood.name]
+        # The kernel refuses what exceeds the limit, also while no agent runs. The process goes on.
+        until(lambda: log.stat().st_size > (1 << 20) - 100)
+        spent = cpu_ticks(pid)
+        until(lambda: cpu_ticks(pid) > spent + 20)
+        assert log.stat().st_size <= 1 << 20
+        for _ in range(3):
+            os.kill(pid, signal.SIGSTOP)
+            it.bound_logs()
+            assert log.stat().st_size <= files.LOG_BYTES_MAX
+            size = log.stat().st_size
+            os.kill(pid, signal.SIGCONT)
+            until(lambda: log.stat().st_size > size)  # noqa: B023
+        os.kill(pid, signal.SIGSTOP)
+        assert b"\0" not in log.read_bytes()
+        assert log.read_bytes().startswith(b"(older lines were removed)\nxxx")
+        os.kill(pid, signal.SIGKILL)
+
+
+def cpu_ticks(pid: int) -> int:
+    """The processor time of the process (proc(5), /proc/<pid>/stat: utime and stime)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_the_messages_of_resolver_and_balancer_are_in_their_logs() -> None:
+    with running_supervisor() as (it, _, _wait_until):
+        wanted = (dnsmasq.service(SCOPE, NETWORK), balancer())
+        it.converge(SCOPE, NAMESPACE, wanted)
+        resolver, balance = (files.log_path(service) for service in wanted)
+        until(lambda: "started, version" in resolver.read_text())
+        until(lambda: "rule-1/10.10.1.1:9000 is DOWN" in balance.read_text())
+
+
+@pytest.mark.mutation("own-ports-are-not-taken")
+def test_ports_of_the_scopes_own_balancer_do_not_count_as_taken() -> None:
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (balancer(),))
+        assert services.taken_ports(BALANCED, NAMESPACE, it.user(SCOPE, haproxy.NAME)) == {}
+        with inside(NAMESPACE):
+            thief = socket.create_server(("10.10.1.1", 8001), reuse_port=True)
+        more = replace(BALANCED, lb_rules={"1": RULE, "2": replace(RULE, rule_id=2, public_port=8001)})
+        with thief:
+            taken = services.taken_ports(more, NAMESPACE, it.user(SCOPE, haproxy.NAME))
+            assert taken == {2: "10.10.1.1:8001"}
+
+
+@pytest.mark.mutation("connections-outlive-the-upgrade")
+def test_processes_of_an_earlier_version_are_replaced_and_their_connections_kept() -> None:
+    """Earlier versions started haproxy and dnsmasq as root; they changed to the user nobody themselves."""
+    with inside(NAMESPACE):
+        backend = socket.create_server(("10.10.1.1", 9000))
+    wanted = balancer()
+    directory = Path(wanted.directory)
+    directory.mkdir(parents=True)
+    text = wanted.config["haproxy.cfg"].replace("global\n", "global\n    uid 65534\n    gid 65534\n")
+    (directory / "haproxy.cfg").write_text(text.replace("/sockets/", f"{directory}/"))
+    argv = ["haproxy", "-W", "-db", "-S", f"{directory}/master.sock,mode,600", "-f", f"{directory}/haproxy.cfg"]
+    with inside(NAMESPACE), (directory / "log").open("wb") as log:
+        old = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    until(lambda: ("tcp", 8000) in process.listening(old.pid))
+    process.write_record(files.record_path(directory), process.record_of(old.pid, "digest"))
+    with backend, running_supervisor() as (it, _, _wait_until):
+        client, served = connected(backend)
+        it.converge(SCOPE, NAMESPACE, (wanted,))
+        new = it.states()[SCOPE]["lb"]
+        assert new != old.pid
+        assert process.user_of(new) in files.USERS
+        client.sendall(b"still here")
+        assert served.recv(100) == b"still here"
+        newer, newly_served = connected(backend)
+        assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
+        assert process.start_time(old.pid) is not None
+        assert it.stop(SCOPE) == ["stop lb"]
+        assert process.group(old.pid) == process.group(new) == []
+        for sock in (client, served, newer, newly_served):
+            sock.close()
+    old.wait()
+
+
+def connected(backend: socket.socket) -> tuple[socket.socket, socket.socket]:
+    """A connection through the balancer: the client's end and the backend's. Health checks send nothing."""
+    with inside(NAMESPACE):
+        client = socket.create_connection(("10.10.1.1", 8000), timeout=5)
+    client.sendall(b"hello")
+    while True:
+        served, _ = backend.accept()
+        served.settimeout(5)
+        if served.recv(100) == b"hello":
+            return client, served
+        served.close()
