@@ -99,7 +99,7 @@ def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozense
         if link.kind in CARRIERS and link.ours and not link.master and link.name not in carriers
     ]
     bridges = {link.name for link in links.values() if link.kind == "bridge" and link.ours} - removed
-    steps += [GuardBridge(name) for name in sorted(bridges - guarded)]
+    steps += [GuardBridge(name, tuple(filter(None, [links[name].carrier]))) for name in sorted(bridges - guarded)]
     left = (guarded - removed) | bridges
     for name in sorted(left - bridges):  # bridges that somebody else removed
         left -= {name}
