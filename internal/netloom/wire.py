@@ -46,6 +46,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     isolation: str = "vlan"  # guest.isolation; not a Literal: an unknown word must not make the frame invalid
     ip6_gateway: str = ""  # public.ip6.gateway
     ip6_address: str = ""  # public.ip6.address, with prefix length
+    conntrack_helpers: tuple[str, ...] = ()  # conntrack.helpers, sorted
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):

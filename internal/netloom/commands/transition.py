@@ -55,6 +55,7 @@ def new_scope(context: Context) -> Scope:
         owner=context.registration.owner,
         uplinks=_uplinks(context.registration),
         outside6=_outside6(context.registration),
+        helpers=context.registration.conntrack_helpers,
         ingress_open=context.registration.ingress_open,
     )
 
@@ -65,6 +66,7 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
         scope,
         uplinks=_uplinks(registration),
         outside6=_outside6(registration),
+        helpers=registration.conntrack_helpers,
         ingress_open=registration.ingress_open,
     )
 

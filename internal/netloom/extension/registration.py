@@ -33,4 +33,5 @@ def registration(details: PhysicalDetails, executable: str) -> Registration:
         isolation=str(details.isolation),
         ip6_gateway=str(details.public_ip6_gateway),
         ip6_address=str(details.public_ip6_address),
+        conntrack_helpers=tuple(details.conntrack_helpers),
     )
