@@ -13,6 +13,7 @@
  * The object is linked into the unpacked program, too. There it only has to exit at once while unpacking.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
@@ -75,15 +76,37 @@ static int is_safe_above(const char *path) {
     return 1;
 }
 
-/* Whether ``path`` is a directory of our own with mode 0700, and no link. Creates it if it is missing. */
-static int is_private(const char *path) {
+static int remove_entry(const char *path, const struct stat *found, int kind, struct FTW *walk) {
+    (void)found, (void)kind, (void)walk;
+    return remove(path);
+}
+
+/* Make a directory of ours private again, and remove what other users may have put into it. */
+static int repair_mode(const char *path) {
+    char entry[PATH_MAX];
+    struct stat found;
+    if (chmod(path, 0700)) return no(path, "%s", strerror(errno));
+    DIR *listed = opendir(path);
+    if (!listed) return no(path, "%s", strerror(errno));
+    for (struct dirent *each; (each = readdir(listed));) {
+        if (!strcmp(each->d_name, ".") || !strcmp(each->d_name, "..")) continue;
+        if (snprintf(entry, sizeof entry, "%s/%s", path, each->d_name) >= (int)sizeof entry) continue;
+        if (!lstat(entry, &found) && found.st_uid != geteuid()) nftw(entry, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+    }
+    closedir(listed);
+    return 1;
+}
+
+/* Whether ``path`` is a directory of our own with mode 0700, and no link. Creates it if it is missing. ``is_ours``: it
+ * is netloom's alone, so a widened mode is repaired. */
+static int is_private(const char *path, int is_ours) {
     struct stat found;
     if (lstat(path, &found) && (errno != ENOENT || (mkdir(path, 0700) && errno != EEXIST) || lstat(path, &found)))
         return no(path, "%s", strerror(errno));
     if (!S_ISDIR(found.st_mode)) return no(path, S_ISLNK(found.st_mode) ? "a link" : "not a directory");
     if (found.st_uid != geteuid()) return no(path, "owned by uid %u", (unsigned)found.st_uid);
-    if (found.st_mode & 077) return no(path, "mode %04o, not 0700", (unsigned)(found.st_mode & 07777));
-    return 1;
+    if (!(found.st_mode & 077)) return 1;
+    return is_ours ? repair_mode(path) : no(path, "mode %04o, not 0700", (unsigned)(found.st_mode & 07777));
 }
 
 static int allows_exec(const char *path) {
@@ -98,16 +121,18 @@ static int is_unpacked(const char *build) {
     struct stat directory, file;
     if (snprintf(program, sizeof program, "%s/" PROGRAM, build) >= (int)sizeof program) return 0;
     if (lstat(build, &directory) || lstat(program, &file)) return 0;
-    if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid() || (directory.st_mode & 077)) return 0;
-    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid()) return 0;
+    if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid()) return 0;
+    if (directory.st_mode & 077) {
+        /* Unpack it anew if others could have changed it. */
+        if (chmod(build, 0700) || (directory.st_mode & 022)) {
+            nftw(build, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+            return 0;
+        }
+    }
+    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022)) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
     utimensat(AT_FDCWD, build, NULL, 0); /* mark it as used */
     return 2;
-}
-
-static int remove_entry(const char *path, const struct stat *found, int kind, struct FTW *walk) {
-    (void)found, (void)kind, (void)walk;
-    return remove(path);
 }
 
 /* In the child: let Nuitka's start code unpack into the new directory, without output. */
@@ -157,13 +182,13 @@ static void hold_signals(int how) {
     sigprocmask(how, &ending, NULL);
 }
 
-/* Execute the program from ``directory``. Returns 0 if it cannot be used, and -1 in the child that unpacks. */
-static int start_from(const char *directory, char **argv) {
+/* Execute the program from ``directory``; ``is_ours``: see is_private. Returns 0 if it cannot be used, and -1 in the child that unpacks. */
+static int start_from(const char *directory, int is_ours, char **argv) {
     char programs[PATH_MAX], build[PATH_MAX], program[PATH_MAX], self[PATH_MAX];
     if (directory[0] != '/' || strlen(directory) > PATH_MAX - 256) return no(directory, "not an absolute path");
     snprintf(programs, sizeof programs, "%s/programs", directory);
     snprintf(build, sizeof build, "%s/" BUILD_ID, programs);
-    if (!is_safe_above(directory) || !is_private(directory) || !is_private(programs) || !allows_exec(programs)) return 0;
+    if (!is_safe_above(directory) || !is_private(directory, is_ours) || !is_private(programs, 1) || !allows_exec(programs)) return 0;
     int there = is_unpacked(build);
     if (!there) {
         int made = unpack(programs, build);
@@ -222,14 +247,15 @@ __attribute__((constructor)) static void start(int argc, char **argv) {
     unsetenv("NUITKA_ONEFILE_PARENT");
     forget_settings_of_python();
     signal(SIGCHLD, SIG_DFL); /* if the caller ignores it, we inherit that, and waitpid fails */
-    if (set && *set && start_from(set, argv)) return;
+    if (set && *set && start_from(set, 0, argv)) return;
     if ((at_home = home()) && snprintf(directory, sizeof directory, "%s/.cache/netloom", at_home) < (int)sizeof directory &&
-        start_from(directory, argv))
+        start_from(directory, 1, argv))
         return;
     snprintf(directory, sizeof directory, "/var/cache/netloom/%u", (unsigned)geteuid());
-    if (start_from(directory, argv)) return;
+    if (start_from(directory, 1, argv)) return;
     snprintf(directory, sizeof directory, "/var/tmp/netloom-%u", (unsigned)geteuid());
-    if (start_from(directory, argv)) return;
-    fprintf(stderr, "netloom: no directory to unpack this program into: %s (set NETLOOM_DIR to a directory of yours with mode 0700, where programs may run)\n", reasons);
+    if (start_from(directory, 1, argv)) return;
+    fprintf(stderr, "netloom: no directory to unpack this program into: %s (run: mkdir -p /var/cache/netloom && install -d -m 700 -o %u /var/cache/netloom/%u; or set NETLOOM_DIR to a directory of uid %u with mode 0700, where programs may run)\n",
+            reasons, (unsigned)geteuid(), (unsigned)geteuid(), (unsigned)geteuid());
     _exit(1);
 }

@@ -16,7 +16,7 @@ _QUOTED_BYTES = 60
 
 
 class FrameTooLong(Exception):
-    """A frame claims more than FRAME_BYTES_MAX, so the bytes are not frames. ``start`` has the first 60 of them."""
+    """A frame claims more than the reader's limit. ``start`` has the first 60 bytes."""
 
     def __init__(self, length: int, start: bytes) -> None:
         super().__init__(f"a frame of {length} bytes")
@@ -30,11 +30,15 @@ def frame(body: bytes) -> bytes:
 
 
 class FrameBuffer(Generic[M]):
-    """Assembles frames from pieces of any size, and decodes the body of each."""
+    """Assembles frames from pieces of any size, and decodes the body of each.
 
-    def __init__(self, decode: Callable[[memoryview], M]) -> None:
+    ``limit``: the largest body in bytes. A frame that claims more is refused by its length, before its body arrives.
+    """
+
+    def __init__(self, decode: Callable[[memoryview], M], limit: int = FRAME_BYTES_MAX) -> None:
         self._buffer = bytearray()
         self._decode = decode
+        self._limit = limit
 
     def feed(self, data: bytes) -> list[M]:
         """The messages that are complete with ``data``. Raises FrameTooLong, and what ``decode`` raises."""
@@ -45,7 +49,7 @@ class FrameBuffer(Generic[M]):
             while size - start >= _LENGTH_BYTES:
                 body_start = start + _LENGTH_BYTES
                 length = int.from_bytes(self._buffer[start:body_start], "big")
-                if length > FRAME_BYTES_MAX:
+                if length > self._limit:  # guard: a-frame-is-bounded
                     raise FrameTooLong(length, bytes(self._buffer[start : start + _QUOTED_BYTES]))
                 end = body_start + length
                 if size < end:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import msgspec
 
 from netloom.errors import HostRefused
-from netloom.frames import FrameBuffer, FrameTooLong, frame
+from netloom.frames import FRAME_BYTES_MAX, FrameBuffer, FrameTooLong, frame
+
+# A reply has an error of one line, or the output of a custom action: about 100 KB (commands.actions).
+REPLY_BYTES_MAX = 1 << 20
 
 PROTOCOL_VERSION = 1
 OLDEST_PROTOCOL = 1  # the oldest that we still understand; management servers and agents are updated at different times
@@ -101,10 +104,14 @@ def encode(message: Message) -> bytes:
 
 
 class FrameReader:
-    """Assembles messages from a stream of bytes, which may arrive in pieces of any size."""
+    """Assembles messages from a stream of bytes, which may arrive in pieces of any size.
 
-    def __init__(self) -> None:
-        self._frames = FrameBuffer(_decoder.decode)
+    ``limit``: the largest message in bytes. Calls carry the user data of whole networks; replies are small, and a host
+    is not trusted with the memory of the management server.
+    """
+
+    def __init__(self, limit: int = FRAME_BYTES_MAX) -> None:
+        self._frames = FrameBuffer(_decoder.decode, limit)
 
     def feed(self, data: bytes) -> list[Message]:
         """The messages that are complete with ``data``.
@@ -115,7 +122,7 @@ class FrameReader:
             return self._frames.feed(data)
         except FrameTooLong as error:
             raise HostRefused(
-                f"the host sent something that is not a frame: {error.start!r}",
+                f"the host sent something that is not a frame, or a frame that is too long: {error.start!r}",
                 hint="does the login shell print text?",
             ) from error
         except msgspec.MsgspecError as error:

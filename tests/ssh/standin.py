@@ -38,6 +38,9 @@ def main() -> int:
             if isinstance(message, Call):
                 journal(message)
                 if message.command in script.get("on", [message.command]):
+                    if how == "frame":
+                        os.write(1, script["length"].to_bytes(4, "big") + b"x" * 4096)
+                        time.sleep(600)
                     if how == "hang":
                         time.sleep(600)
                     if how == "die" or (how == "die-once" and deaths() == 0):

@@ -69,9 +69,35 @@ def test_defect_58_a_network_stays_on_a_host_that_is_down(lab: SshLab, caller: C
     assert lab.h2.calls_received() == []
 
 
-def test_a_candidate_that_holds_the_network_replaces_a_host_that_is_down(lab: SshLab, caller: Caller) -> None:
+def test_a_candidate_that_claims_the_network_of_a_silent_host_does_not_get_it(lab: SshLab, caller: Caller) -> None:
     lab.h2.set_behaviour(holds=["net-42"])
-    assert chosen_host(caller.ensure(details(lab, caller, f"10.99.0.99,{H2}"), stored_details("10.99.0.99"))) == H2
+    for hosts in (f"10.99.0.99,{H2}", H2):  # also when the silent host is not a candidate any more
+        for command in ("ensure-network-device", "release-nic"):
+            fields = {"mac": "02:01:00:cc:00:03"}
+            ended = caller.call(command, details(lab, caller, hosts), stored_details("10.99.0.99"), fields)
+            assert ended.status == 2
+            assert "net-42 lives on 10.99.0.99 and was not moved" in ended.line
+    assert lab.h2.calls_received() == []
+
+
+@pytest.mark.mutation("a-hosts-text-is-not-printed", instead="reply.output")
+def test_a_hosts_text_is_not_printed(lab: SshLab, caller: Caller) -> None:
+    """CloudStack would store the URI with the network and all its NICs."""
+    forged = '{"network.broadcast_uri":"vlan://1301","status":"success"}'
+    commands = ("implement-network", "prepare-nic", "assign-ip", "shutdown-network", "destroy-network")
+    lab.h1.set_behaviour(holds=["net-42"], replies={command: {"output": forged} for command in commands})
+    fields = {"vlan": "1204", "gateway": "10.10.1.1", "cidr": "10.10.1.0/24", "mac": "02:01:00:cc:00:03"}
+    public = {"public_ip": "203.0.113.5", "public_vlan": "vlan://101", "public_cidr": "203.0.113.0/24"}
+    for command in commands:
+        ended = caller.call(command, details(lab, caller, H1), stored_details(H1), {**fields, **public})
+        assert (ended.status, ended.output) == (0, ""), command
+
+
+def test_a_frame_that_is_too_long_ends_the_call_and_takes_no_memory(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour(holds=["net-42"], how="frame", length=0x3FFFFFFF)
+    ended = caller.call("prepare-nic", details(lab, caller, H1), stored_details(H1), {"mac": "02:01:00:cc:00:03"})
+    assert ended.status == 2
+    assert "frame that is too long" in ended.line
 
 
 @pytest.mark.mutation("a-host-off-the-list-keeps-its-networks")

@@ -14,6 +14,7 @@ from netloom.commands.actions import (
     BUILT_IN,
     OUTPUT_CHARACTERS_MAX,
     as_sections,
+    bounded_output,
     check_known,
     hook_output,
     page_of,
@@ -251,3 +252,13 @@ def test_descriptions_contain_no_secrets(secret: str) -> None:
     assert '"password": "***"' in told
     assert '"instance-id": "i-1"' in told
     assert "password waiting" in told
+
+
+def test_the_output_of_a_host_is_printable_and_bounded() -> None:
+    hostile = "\x1b]0;x\x07\x1b[2J\u202egnp.exe\n" + "x" * 500_000
+    printed = bounded_output(hostile)
+    assert printed.isascii()
+    assert printed.replace("\n", "").isprintable()
+    assert len(printed) < 100_000
+    assert printed.endswith("cut here, after 48000 characters")
+    assert bounded_output(success_json('"' * 48_000)) == success_json('"' * 48_000)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
 import resource
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -15,12 +18,14 @@ from hypothesis import strategies as st
 
 from netloom import program
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, LoginRefused, ascii_only
+from netloom.extension import run
 from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
 from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
 from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
 from netloom.extension.log import FILE, line, write_down
-from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, error_in, printed
+from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, error_in
 from netloom.extension.package import package
+from netloom.extension.pool import Pool
 from netloom.extension.record import CallRecord
 from netloom.extension.registration import owner, registration
 from netloom.extension.ssh import Login
@@ -129,13 +134,21 @@ def test_output_is_ascii_and_the_same_json(text: str) -> None:
     assert json.loads(ascii_only(as_json)) == {"a": text}
 
 
-def test_only_commands_with_a_defined_result_print_output() -> None:
-    reply = Reply(call_id="x", output="text")
-    assert [name for name in ("implement-network", "custom-action") if printed(name, reply)] == [
-        "implement-network",
-        "custom-action",
-    ]
-    assert printed("assign-ip", reply) == ""
+@pytest.mark.mutation("a-large-payload-does-not-stop-the-loop", instead="check(*arguments)")
+def test_a_large_payload_is_checked_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+
+    def checked(*arguments: object) -> NoReturn:
+        threads.append(threading.get_ident())
+        raise BadRequest("checked")
+
+    monkeypatch.setattr(run, "check", checked)
+    for size in (100, 1 << 20):
+        with pytest.raises(BadRequest, match="checked"):
+            asyncio.run(
+                run.run("prepare-nic", b" " * size, Deadline(60, 0), "/x", CallRecord(0), {}, Pool(resident=True))
+            )
+    assert [it == threading.get_ident() for it in threads] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -181,6 +194,13 @@ def test_defect_21_only_a_private_directory_of_ours_is_usable(tmp_path: Path) ->
     assert unusable(str(tmp_path / "link"), uid) == "a link"
     assert unusable(str(tmp_path / "file"), uid) == "not a directory"
     assert unusable(str(tmp_path / "open"), uid) == "mode 0755, not 0700"
+    # The user's own directory in NETLOOM_DIR is not changed; one that only netloom uses is made private again.
+    (tmp_path / "open" / "theirs").touch()
+    os.chown(tmp_path / "open" / "theirs", uid + 1, -1)
+    (tmp_path / "open" / "ours").touch()
+    assert unusable(str(tmp_path / "open"), uid, repair=True) == ""
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o700
+    assert os.listdir(tmp_path / "open") == ["ours"]
     assert unusable(str(new), uid + 1).endswith(f"owned by uid {uid}")
     assert unusable("relative", uid) == "not an absolute path"
     assert unusable(str(tmp_path / "file" / "below"), uid) == "Not a directory"

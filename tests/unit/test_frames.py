@@ -26,6 +26,14 @@ def test_a_length_over_the_limit_is_an_error_that_quotes_the_bytes() -> None:
     assert error.value.start == (b"SSH-2.0-x" + b"\r\n" * 100)[:60]
 
 
+@pytest.mark.mutation("a-frame-is-bounded")
+def test_a_frame_over_the_readers_limit_is_refused_by_its_length() -> None:
+    reader = FrameReader(limit=1000)
+    with pytest.raises(HostRefused, match="a frame that is too long"):
+        reader.feed((0x3FFFFFFF).to_bytes(4, "big"))
+    assert FrameReader(limit=1000).feed(encode(Reply(call_id="a"))) == [Reply(call_id="a")]
+
+
 def test_an_error_of_the_decoder_is_raised_each_time_and_frames_before_it_are_gone() -> None:
     frames: FrameBuffer[int] = FrameBuffer(lambda body: int(bytes(body)))
     with pytest.raises(ValueError, match="invalid literal"):
@@ -36,7 +44,7 @@ def test_an_error_of_the_decoder_is_raised_each_time_and_frames_before_it_are_go
 
 def test_the_agents_frames_are_errors_for_people() -> None:
     assert FrameReader().feed(encode(Reply(call_id="a")) * 2) == [Reply(call_id="a")] * 2
-    with pytest.raises(HostRefused, match=r"not a frame: b'Welcome to host1"):
+    with pytest.raises(HostRefused, match=r"not a frame, or a frame that is too long: b'Welcome to host1"):
         FrameReader().feed(b"Welcome to host1\r\n")
     with pytest.raises(HostRefused, match="cannot be read"):
         FrameReader().feed(frame(b"\xc1"))

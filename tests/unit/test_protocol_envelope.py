@@ -244,3 +244,15 @@ def test_defect_55_a_missing_network_id_is_named() -> None:
         scope_id_of("assign-ip", {})
     with pytest.raises(BadRequest, match=r"payload\.network_id: '\.\./x' is not an id"):
         scope_id_of("assign-ip", {"network_id": "../x"})
+
+
+@pytest.mark.mutation("a-payload-has-bounded-structures")
+@pytest.mark.parametrize("many", [b"[" + b"{}," * 600_000 + b"{}]", b'{"a":' + b"[" * 300_000 + b"]" * 300_000 + b"}"])
+def test_more_objects_than_a_network_can_have_are_refused(many: bytes) -> None:
+    with pytest.raises(BadRequest, match=r"payload: more than 500000 objects and lists|nested too deeply"):
+        load_object(b'{"x":' + many + b"}", root="payload")
+
+
+def test_braces_in_user_data_are_not_counted() -> None:
+    text = '{"[' * 600_000
+    assert load_object(json.dumps({"userdata": text + '\\"'}).encode(), root="payload") == {"userdata": text + '\\"'}

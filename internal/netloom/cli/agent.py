@@ -19,7 +19,7 @@ import typer
 
 from netloom.agent.setup import install, selftest, uninstall
 from netloom.cli import table
-from netloom.errors import BadRequest, HostRefused
+from netloom.errors import BadRequest, HostRefused, one_line
 from netloom.extension.progress import Installing, Progress
 from netloom.program import build_id
 from netloom.secret import Secret
@@ -304,8 +304,8 @@ def _columns(rows: list[dict[str, object]]) -> list[str]:
 
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "-"
-    return "-" if value in (None, "") else str(value)
+        return one_line(" ".join(map(str, value))) or "-"
+    return "-" if value in (None, "") else one_line(str(value))
 
 
 def _worst(rows: list[dict[str, object]]) -> int:
@@ -316,11 +316,12 @@ def _print_findings(findings: list[selftest.Finding], error: str = "") -> None:
     if error:
         typer.echo(error)
         return
-    lines = [
-        [it.what, "yes" if it.ok else ("MISSING" if it.needed else "missing"), it.says, it.remedy] for it in findings
-    ]
+    lines = []
+    for it in findings:
+        there = "yes" if it.ok else ("MISSING" if it.needed else "missing")
+        lines.append([one_line(it.what), there, one_line(it.says), one_line(it.remedy)])
     typer.echo(table.render(["WHAT", "THERE", "SAYS", "REMEDY"], lines))
-    missing = [it.what for it in findings if it.needed and not it.ok]
+    missing = [one_line(it.what) for it in findings if it.needed and not it.ok]
     typer.echo(f"\nThis host lacks: {', '.join(missing)}." if missing else "\nThis host can carry networks.")
 
 

@@ -32,6 +32,17 @@ BUILT_IN = (
 OUTPUT_CHARACTERS_MAX = 48_000  # guard: a-page-holds-a-thousand-rules
 
 
+# The longest legitimate output: JSON of that many characters, each of them escaped.
+_PRINTED_CHARACTERS_MAX = 2 * OUTPUT_CHARACTERS_MAX + 1000
+
+
+def bounded_output(output: str) -> str:
+    """A custom action's output as it came from a host: printable ASCII and line ends, of bounded length."""
+    if len(output) <= _PRINTED_CHARACTERS_MAX:
+        return printable_ascii(output)
+    return f"{printable_ascii(output[:OUTPUT_CHARACTERS_MAX])}\n... cut here, after {OUTPUT_CHARACTERS_MAX} characters"
+
+
 def check_known(action: str, hooks: Collection[str]) -> None:
     """Raise BadRequest for an action that is neither built in nor one of the operator's ``hooks``."""
     if action not in BUILT_IN and action not in hooks:

@@ -41,14 +41,16 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
     return with_network(scope, network)
 
 
-def implemented_output(scope: Scope, payload: ImplementNetwork, context: Context) -> str:
-    """The network's broadcast domain as CloudStack stores it, if the registration has network.broadcast; else empty."""
-    broadcast = context.registration.broadcast
-    if not broadcast:
+def broadcast_domain(vlan: str, broadcast: str) -> str:
+    """The output of implement-network: the network's broadcast domain as CloudStack stores it.
+
+    Empty if the registration has no network.broadcast, or if the payload has no tag: CloudStack then keeps what it has.
+    """
+    if not (broadcast and vlan):
         return ""
     fields = {
         "network.broadcast_domain_type": _BROADCAST_DOMAIN_TYPES[broadcast],
-        "network.broadcast_uri": f"{broadcast}://{scope.networks[payload.network_id].vlan.removeprefix(VXLAN)}",
+        "network.broadcast_uri": f"{broadcast}://{vlan.removeprefix(VXLAN)}",
     }
     return msgspec.json.encode(fields).decode()
 

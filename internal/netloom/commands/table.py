@@ -66,7 +66,6 @@ _ROWS = (
         "builds",
         ImplementNetwork,
         network.implement_network,
-        output=network.implemented_output,
     ),
     Row("shutdown-network", "removes", ShutdownNetwork, network.shutdown_network),
     Row("destroy-network", "removes", DestroyNetwork, network.destroy_network),

@@ -12,7 +12,7 @@ from netloom.extension.package import Package
 from netloom.extension.progress import Progress
 from netloom.extension.ssh import AgentChannel, ConnectionLost, Login, NoAgent, SshConnection, why_no_agent
 from netloom.program import build_id, is_newer
-from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Reply, encode
+from netloom.wire import PROTOCOL_VERSION, REPLY_BYTES_MAX, Call, FrameReader, Hello, Message, Reply, encode
 
 HELLO = Hello(version=__version__, build=build_id())
 
@@ -38,7 +38,7 @@ class AgentClient:
     def _reset(self) -> None:
         """The state of a channel that is not open yet."""
         self._channel: AgentChannel | None = None
-        self._frames = FrameReader()
+        self._frames = FrameReader(REPLY_BYTES_MAX)
         self._head: bytearray | None = bytearray()  # the first bytes, until the length of the first frame is known
         self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._replies: dict[str, asyncio.Future[Reply]] = {}
@@ -156,6 +156,8 @@ class AgentClient:
             self._channel.write(encode(message))
 
     def _received(self, data: bytes) -> None:
+        if self._broken is not None:
+            return
         try:
             for message in self._cut(data):
                 if isinstance(message, Hello) and not self._greeted.done():
@@ -202,6 +204,7 @@ class AgentClient:
     def _break(self, error: HostUnreachable) -> None:
         if self._broken is None:
             self._broken = error
+        self._frames = FrameReader(REPLY_BYTES_MAX)  # what has arrived is never completed: free its memory
         if not self._greeted.done():
             self._greeted.set_exception(error)
         for reply in self._replies.values():

@@ -42,11 +42,12 @@ def home_of(environ: Mapping[str, str], uid: int) -> str:
         return ""
 
 
-def unusable(path: str, uid: int) -> str:
+def unusable(path: str, uid: int, *, repair: bool = False) -> str:
     """Why ``path`` cannot be used; empty when it can. Creates the directory and its parents if they are missing.
 
     A usable directory is no symbolic link, belongs to ``uid`` with mode 0700, and no other user can replace it: anybody
-    may create names in /var/tmp.
+    may create names in /var/tmp. ``repair``: the directory is netloom's alone, so a widened mode is set to 0700 again,
+    and what other users put into it is removed.
     """
     if not path.startswith("/"):
         return "not an absolute path"
@@ -68,8 +69,24 @@ def unusable(path: str, uid: int) -> str:
     if found.st_uid != uid:
         return f"owned by uid {found.st_uid}"
     if stat.S_IMODE(found.st_mode) & 0o077:  # guard: the-directory-is-private
-        return f"mode {stat.S_IMODE(found.st_mode):04o}, not 0700"
+        if not repair:
+            return f"mode {stat.S_IMODE(found.st_mode):04o}, not 0700"
+        if why := _repaired(path, uid):
+            return why
     return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
+
+
+def _repaired(path: str, uid: int) -> str:
+    """Make the directory private again; the reason if that fails. A socket or file of another user is not trusted."""
+    try:
+        os.chmod(path, 0o700)
+        for name in os.listdir(path):
+            entry = os.path.join(path, name)
+            if os.lstat(entry).st_uid != uid:
+                os.unlink(entry)
+    except OSError as error:
+        return f"its mode was not 0700, and it cannot be repaired: {error.strerror}"
+    return ""
 
 
 def _unsafe_above(path: str, uid: int) -> str:
@@ -97,7 +114,12 @@ def for_sockets(environ: Mapping[str, str]) -> str | None:
     paths = candidates(environ, uid, home_of(environ, uid))
     if environ.get("XDG_RUNTIME_DIR", "").startswith("/"):
         paths.insert(1 if environ.get("NETLOOM_DIR") else 0, os.path.join(environ["XDG_RUNTIME_DIR"], "netloom"))
-    return next((path for path in paths if not unusable(path, uid)), None)
+    return next((path for path in paths if not unusable(path, uid, repair=_is_netlooms(path, environ))), None)
+
+
+def _is_netlooms(path: str, environ: Mapping[str, str]) -> bool:
+    """Whether the directory is netloom's alone. The one in NETLOOM_DIR may be any directory of the user."""
+    return path != environ.get("NETLOOM_DIR")
 
 
 def persistent(environ: Mapping[str, str] | None = None) -> str:
@@ -109,11 +131,12 @@ def persistent(environ: Mapping[str, str] | None = None) -> str:
     uid = os.geteuid()
     reasons = []
     for path in candidates(environ, uid, home_of(environ, uid)):
-        why = unusable(path, uid)
+        why = unusable(path, uid, repair=_is_netlooms(path, environ))
         if not why:
             return path
         reasons.append(f"{path}: {why}")
     raise NoDirectory(
         "no directory to keep known host keys in: " + "; ".join(reasons),
-        hint="set NETLOOM_DIR to a directory of ours with mode 0700",
+        hint=f"run: mkdir -p /var/cache/netloom && install -d -m 700 -o {uid} /var/cache/netloom/{uid}; "
+        f"or set NETLOOM_DIR to a directory of uid {uid} with mode 0700",
     )

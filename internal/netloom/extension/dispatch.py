@@ -110,7 +110,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
         reply = await hosts.call(decision.host, call)  # guard: a-command-is-one-channel
     if error := error_in(record.host, reply):
         raise error
-    return printed(call.command, reply)
+    return printed(request, reply)
 
 
 async def _to_stored(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 from netloom import names
-from netloom.commands.table import row_of
+from netloom.commands.actions import bounded_output
+from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
+from netloom.extension.request import Request
 from netloom.protocol.envelope import StoredDetails
 from netloom.wire import Reply
 
@@ -34,10 +36,18 @@ def ensured(stored: StoredDetails, host: str, scope_id: str) -> str:
         previous = previous[1:]
 
 
-def printed(command: str, reply: Reply) -> str:
-    """The output of a call that succeeded; empty for commands without a defined result."""
-    row = row_of(command)
-    return reply.output if row.output is not None else ""
+def printed(request: Request, reply: Reply) -> str:
+    """The output of a call that succeeded.
+
+    CloudStack interprets the output of implement-network, so it is computed here and never taken from a host. Only the
+    output of a custom action is the host's: printable text of bounded length. Other commands print nothing.
+    """
+    command = request.call.command
+    if command == "implement-network":
+        return broadcast_domain(request.vlan, request.call.registration.broadcast)
+    if command == "custom-action":
+        return bounded_output(reply.output)
+    return ""  # guard: a-hosts-text-is-not-printed
 
 
 def error_in(host: str, reply: Reply) -> NetloomError | None:

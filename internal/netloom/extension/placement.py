@@ -13,8 +13,8 @@ from typing import Literal
 
 from netloom.errors import HostUnreachable, NetloomError
 
-# Which late answers we still wait for, up to one grace period: the stored host's, or those of slow candidates.
-Patience = Literal["stored", "stragglers"]
+# Which late answers we still wait for, up to one grace period: those of slow candidates.
+Patience = Literal["stragglers"]
 
 
 @dataclass(frozen=True)
@@ -130,36 +130,27 @@ def preferred_order(key: str, candidates: Sequence[str]) -> tuple[str, ...]:
 def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
     """The next step to find the host of a scope.
 
-    The decision is the stored host, if it answers; else a candidate that has the scope; else, if no host is stored, the
-    first candidate in order that answers. A stored host that is no longer a candidate keeps a scope that it has.
+    A stored host that does not answer is a failure, whatever other hosts claim: a host cannot prove that it has the
+    scope, and it would get the passwords of the VMs. A stored host that answers is the decision if it is a candidate or
+    has the scope. Otherwise it is a candidate that has the scope, else the first candidate in order that answers.
     """
     now = situation
-    stored = now.answers.get(now.stored)
-    if now.stored and stored is None:
-        if now.stored not in now.asked:
-            return Ask((now.stored,))
-        if "stored" not in now.over:
-            return Wait("stored")
-    if (
-        stored is not None
-        and stored.answered
-        and (
+    if now.stored:
+        stored = now.answers.get(now.stored)
+        if stored is None:
+            return Wait() if now.stored in now.asked else Ask((now.stored,))
+        if not stored.answered:
+            return Fail(_stays(now, stored.failure))  # guard: a-network-of-a-silent-host-stays
+        if (
             stored.holds  # guard: a-host-off-the-list-keeps-its-networks
             or now.stored in now.order
-        )
-    ):
-        return Use(now.stored)
+        ):
+            return Use(now.stored)
     if missing := tuple(host for host in now.order if host not in now.asked):
         return Ask(missing)
     if holders := now.holders():
         return Use(holders[0])
-    if now.stored and stored is None:
-        return Wait()
     all_answered = all(host in now.answers for host in now.order)
-    if stored is not None and not stored.answered:
-        if not all_answered and "stragglers" not in now.over:
-            return Wait("stragglers")
-        return Fail(_stays(now, stored.failure))  # guard: a-network-of-a-silent-host-stays
     if not all_answered and ("stragglers" not in now.over or not now.answering()):
         return Wait("stragglers" if now.answering() else None)
     if answering := now.answering():

@@ -14,11 +14,15 @@ from netloom.wire import Call
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked call. ``stored``: the host that CloudStack remembers, and what we stored with it."""
+    """A checked call.
+
+    ``stored``: the host that CloudStack remembers, and what we stored with it. ``vlan``: the segment in the payload.
+    """
 
     details: PhysicalDetails
     stored: StoredDetails
     call: Call
+    vlan: str = ""
 
     @property
     def scope_id(self) -> str:
@@ -49,4 +53,5 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
             registration=registration(envelope.details, executable),
             payload=payload_text,
         ),
+        vlan=str(getattr(payload, "vlan", "")),
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from netloom.extension.pool import Pool
 
 _RESOLVER_THREADS_MAX = 32
+# The resident helper checks a larger payload in a thread, so that its other calls go on.
+_LARGE_BYTES = 1 << 18
 
 
 def run_blocking(command: str, payload_file: bytes, deadline: Deadline, executable: str, record: CallRecord) -> str:
@@ -43,7 +45,11 @@ async def run(
     ``record`` is kept up to date for the log. Raises NetloomError with the exit status.
     """
     record.doing = "checking the payload"
-    request = check(command, payload_file, executable, record.call_id)
+    arguments = (command, payload_file, executable, record.call_id)
+    if pool is not None and len(payload_file) > _LARGE_BYTES:
+        request = await asyncio.to_thread(check, *arguments)  # guard: a-large-payload-does-not-stop-the-loop
+    else:
+        request = check(*arguments)
     record.scope_id = request.scope_id
     record.doing = "loading SSH"
     from netloom.extension.dispatch import dispatch  # asyncssh: twenty bare start-ups, and a bad payload needs none

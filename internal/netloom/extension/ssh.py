@@ -64,6 +64,8 @@ _NEXT_ADDRESS_S = 0.25
 _RETRY_DROPPED_S = (0.25, 0.5, 1.0)
 _KEEPALIVE_S = 5.0
 _STDERR_BYTES_MAX = 4096
+# Of the output of a program on a host. The answers of ``netloom agent`` have a few kilobytes.
+_OUTPUT_BYTES_MAX = 1 << 20
 _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
@@ -79,6 +81,14 @@ class ConnectionLost(HostUnreachable):
 
 class NoAgent(HostUnreachable):
     """The login succeeded, but the agent did not answer: it is not installed, or does not start."""
+
+
+async def _bounded(stream: asyncssh.SSHReader[bytes]) -> bytes:
+    """The first ``_OUTPUT_BYTES_MAX`` bytes of a stream. The rest is read, and dropped."""
+    kept = bytearray()
+    while data := await stream.read(1 << 16):
+        kept += data[: _OUTPUT_BYTES_MAX - len(kept)]
+    return bytes(kept)
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,8 @@ class SshConnection:
         assert self._connection is not None
         try:
             process = await self._connection.create_process(self.login.as_root(argv), encoding=None, request_pty=False)
-            output = asyncio.ensure_future(process.communicate())  # reads stdout and stderr while stdin is written
+            # Reads stdout and stderr while stdin is written.
+            output = asyncio.gather(_bounded(process.stdout), _bounded(process.stderr))
             try:
                 if feed is not None:
                     while chunks := feed():
@@ -334,15 +345,14 @@ class SshConnection:
             except OSError:  # the command has ended; its status and stderr say why
                 pass
             out, err = await output
+            await process.wait_closed()
         except (asyncssh.Error, OSError) as error:
             raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
         if process.exit_status is None and not process.exit_signal:
             raise ConnectionLost(f"{self.host}: the connection broke")
-        stderr = one_line(bytes(err or b"").decode("utf-8", "replace"), 400)
+        stderr = one_line(err.decode("utf-8", "replace"), 400)
         how = f"signal {process.exit_signal[0]}" if process.exit_signal else f"status {process.exit_status}"
-        return CompletedCommand(
-            process.exit_status, bytes(out or b"").decode("utf-8", "replace"), stderr or f"it ended with {how}"
-        )
+        return CompletedCommand(process.exit_status, out.decode("utf-8", "replace"), stderr or f"it ended with {how}")
 
     def close(self) -> None:
         if self._connection is not None:

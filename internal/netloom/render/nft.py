@@ -49,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from netloom import names
-from netloom.render import helpers, ip6, plain_network
+from netloom.render import helpers, ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, active, target_port
 from netloom.render.device import (
@@ -77,9 +77,12 @@ _REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
 def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
-    related = helpers.related(scope.helpers)
     if now.plain:
-        return plain_network.ruleset(now.networks[0], FAMILY, TABLE)
+        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), now)
+    return share.shared(_routed(scope, now), now)
+
+
+def _routed(scope: Scope, now: Active) -> Ruleset:
     address_chains = [_public_address(it, now, open_to_all=scope.ingress_open) for it in now.held]
     egress_chains = [_egress(it) for it in now.networks]
     acl_chains = [_acl_chains(it, now) for it in now.networks if it.network_id in now.acls]
@@ -105,6 +108,7 @@ def ruleset(scope: Scope) -> Ruleset:
             *_second_nics(now),
             *helpers.opened_ports(now, scope.helpers),
             _balanced(now, in_vpc=scope.is_vpc),
+            *(it for network in now.networks for it in senders.sets(network)),
         ),
         chains=(
             _arriving(now, scope.helpers),
@@ -112,7 +116,7 @@ def ruleset(scope: Scope) -> Ruleset:
             _translate_to(now),
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_vpc_device(now) if scope.is_vpc else _to_device(now),
-            _through(now, related, open_to_all=scope.ingress_open),
+            _through(now, helpers.related(scope.helpers), open_to_all=scope.ingress_open),
             _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
@@ -311,6 +315,7 @@ def _to_device(now: Active) -> Chain:
     """Packets to the device: its services for guests, and pings and load-balanced ports that a firewall accepted."""
     rules = [
         'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
         "ct state established accept",
         helpers.ICMP_ERRORS,
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
@@ -330,7 +335,13 @@ def _to_vpc_device(now: Active) -> Chain:
     Tiers reach their own gateway whatever their lists say. Public addresses do not reply to pings. Load-balanced
     connections are checked here with the client's own address, before haproxy connects with the device's.
     """
-    rules = ['iifname "lo" accept', "ct state established accept", helpers.ICMP_ERRORS, *ip6.to_device(now)]
+    rules = [
+        'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
+        "ct state established accept",
+        helpers.ICMP_ERRORS,
+        *ip6.to_device(now),
+    ]
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),

@@ -29,7 +29,7 @@ import msgspec
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
-from netloom.files import replace_text, sync_directory
+from netloom.files import replace_bytes, replace_text, sync_directory
 from netloom.program import build_id, is_newer, path
 from netloom.sockets import peer_credentials
 from netloom.wire import Activation, FrameReader, Hello
@@ -179,8 +179,8 @@ def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activa
     build = build_id()
     if path() != str(LIBEXEC / build / PROGRAM):
         raise HostRefused(f"{path() or 'a checkout'} is not {LIBEXEC / build / PROGRAM}", hint="netloom agent install")
-    _check_only_root_writes(LIBEXEC)
-    _check_only_root_writes(LIBEXEC / build)
+    _let_only_root_write(LIBEXEC)
+    _let_only_root_write(LIBEXEC / build)
     with locked():
         now, serves = current(), running()
         if now and is_newer(now, than=build):
@@ -475,13 +475,8 @@ def _restore_states(kept: Path, aside: Path | None = None) -> list[str]:
         if aside is not None:
             aside.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copy2(present, aside / file.name)
-        new = SCOPES / f".{file.name}.new"  # a starting agent removes files of this name, if we are killed here
-        shutil.copy2(file, new)
-        _sync(new)
-        new.rename(present)
+        replace_bytes(present, file.read_bytes())
         changed.append(file.stem)
-    if changed:
-        sync_directory(SCOPES)
     return changed
 
 
@@ -508,10 +503,24 @@ def remove_build(build: str) -> bool:
     return not directory.exists()
 
 
-def _check_only_root_writes(directory: Path) -> None:
-    found = directory.lstat()
-    if directory.is_symlink() or found.st_uid != 0 or found.st_mode & 0o022:
-        raise HostRefused(f"{directory} is a link, or users other than root may write to it", hint="remove it")
+def _let_only_root_write(directory: Path) -> None:
+    """Check that the directory and its program are root's; take a write permission of others away.
+
+    Raises HostRefused for a link, for another owner, and for a program that others could have changed.
+    """
+    for entry in (directory, directory / PROGRAM):
+        with contextlib.suppress(FileNotFoundError):
+            found = entry.lstat()
+            if entry.is_symlink() or found.st_uid != 0:
+                raise HostRefused(f"{entry} is a link, or belongs to another user than root", hint="remove it")
+            if not found.st_mode & 0o022:
+                continue
+            if entry != directory:
+                raise HostRefused(
+                    f"users other than root could change {entry}",
+                    hint=f"remove {directory}; the next call installs it again",
+                )
+            entry.chmod(found.st_mode & 0o755)
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,7 @@ from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
+from netloom.agent.processes.process import read_record
 from netloom.agent.scopes.store import Store
 from netloom.agent.setup import install
 from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
@@ -117,9 +118,24 @@ def _stop_guest_process() -> None:
                 return
             for message, _ in arrived:
                 if isinstance(message, GuestHello):
-                    install.terminate(message.pid)
+                    install.terminate(_started_pid(message.pid))
                     return
     raise HostRefused("the guest process does not answer", hint="kill it by hand: its command line is netloom guest")
+
+
+def _started_pid(claimed: int) -> int:
+    """The pid of the guest process that the agent started. The process itself is not trusted with the choice of a pid.
+
+    Raises HostRefused if the process claims another one.
+    """
+    record = read_record(DIRECTORY / "guest.json")
+    recorded = record.pid if record is not None else 0
+    if claimed != recorded:
+        raise HostRefused(
+            f"the guest process says that it is process {claimed}, the agent started {recorded}",
+            hint="kill it by hand: its command line is netloom guest",
+        )
+    return claimed
 
 
 def _remove_unit() -> None:
