@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from netloom.netobjects import Route, Rule
 from netloom.render import flows, ruleset
@@ -110,6 +111,7 @@ class Entry:
     icmp_id: int = 0
     mark: int = 0
     status: int = 0
+    master: None = None
 
     def selector(self) -> list[str]:
         family = ["-f", "ipv6"] if ":" in self.src else []
@@ -522,7 +524,7 @@ def _entry(line: str) -> Entry:
     found: dict[str, list[str]] = {}
     for key, value in re.findall(r"(\w+)=(\S+)", line):
         found.setdefault(key, []).append(value)
-    ports = {}
+    ports: dict[str, Any] = {}
     if "sport" in found:
         ports = {
             "sport": int(found["sport"][0]), "dport": int(found["dport"][0]),

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, Lab, Try
 from kernel.vpc_lab import GATEWAYS, HOMES, OTHER, VpcLab, item, vpc
+from netloom.state import Nic
 from unit.scopes import A1, A2, GATEWAY, admit, wish
 
 CLOSED = 4444
@@ -46,9 +47,11 @@ def test_closed_ports_of_the_device_are_refused_to_its_guests_only(lab: Lab) -> 
 
 @pytest.mark.mutation("refusals-of-udp-are-limited", instead='""')
 def test_refusals_of_udp_are_limited(lab: Lab) -> None:
-    """The kernel alone would send six to each address (``icmp_ratelimit``)."""
-    lab.renew(wish())
+    """The kernel alone would send six to each address of a NIC (``icmp_ratelimit``)."""
     addresses = [f"10.1.1.{100 + at}" for at in range(10)]
+    nics = [Nic(mac=f"02:01:00:cc:00:{at:02x}", ip=address) for at, address in enumerate(addresses)]
+    scope = wish()
+    lab.renew(replace(scope, networks={"204": replace(scope.networks["204"], nics={it.key: it for it in nics})}))
     lab.ip("vm2", *(f"addr add {it}/24 dev eth0" for it in addresses))
     try:
         tries = [Try("vm2", "udp", GATEWAY, 5000 + at, address) for at in range(10) for address in addresses]

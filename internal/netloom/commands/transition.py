@@ -45,6 +45,7 @@ def new_scope(context: Context) -> Scope:
         owner=context.registration.owner,
         uplinks=_uplinks(context.registration),
         outside6=_outside6(context.registration),
+        helpers=context.registration.conntrack_helpers,
         ingress_open=context.registration.ingress_open,
         balancing=_balancing(context.registration),
     )
@@ -56,6 +57,7 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
         scope,
         uplinks=_uplinks(registration),
         outside6=_outside6(registration),
+        helpers=registration.conntrack_helpers,
         ingress_open=registration.ingress_open,
         balancing=_balancing(registration),
     )

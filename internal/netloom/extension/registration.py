@@ -35,4 +35,5 @@ def registration(details: PhysicalDetails, executable: str) -> Registration:
         ip6_address=str(details.public_ip6_address),
         lb_idle_s=int(details.lb_idle_timeout),
         lb_connections_max=int(details.lb_max_conn),
+        conntrack_helpers=tuple(details.conntrack_helpers),
     )

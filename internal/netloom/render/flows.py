@@ -38,6 +38,21 @@ FlowAction = Literal["keep", "delete", "revoke"]
 FlowCheck = Literal["none", "revoked_only", "all"]
 
 
+class Master(Protocol):
+    """The first packet of the connection whose helper announced another one, e.g. of the control connection of FTP."""
+
+    @property
+    def protocol(self) -> int: ...
+    @property
+    def src(self) -> str: ...
+    @property
+    def dst(self) -> str: ...
+    @property
+    def sport(self) -> int: ...
+    @property
+    def dport(self) -> int: ...
+
+
 class Flow(Protocol):
     """A conntrack entry. Addresses are text. Fields that the protocol does not have (ports, ICMP type) are not read."""
 
@@ -67,6 +82,27 @@ class Flow(Protocol):
     def mark(self) -> int: ...
     @property
     def status(self) -> int: ...
+    @property
+    def master(self) -> Master | None: ...
+
+
+class _FirstPacket(msgspec.Struct, frozen=True, kw_only=True):
+    """A flow of which only the first packet is known."""
+
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    reply_src: str = ""
+    reply_dst: str = ""
+    reply_sport: int = 0
+    reply_dport: int = 0
+    icmp_type: int = -1
+    icmp_code: int = -1
+    mark: int = 0
+    status: int = 0
+    master: None = None
 
 
 class _ReplyTuple(msgspec.Struct, frozen=True):
@@ -91,10 +127,13 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
         return "none"
     if _may_break_flows(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
+    if not _helpers(old) <= _helpers(new):
+        return "all"
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
     same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
+    same = same and _helpers(old) == _helpers(new)
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -105,6 +144,7 @@ class FlowPolicy:
         self._open_to_all = _open_to_all(scope)
         self._now = active(scope)
         self._in_vpc = scope is not None and scope.is_vpc
+        self._helpers = scope.helpers if scope is not None else ()
         self._policy_sources = _policy_sources(scope, self._now)
         self._held = {it.address: it for it in self._now.held}
         self._devices = {it.device_ip for it in self._now.networks}
@@ -128,6 +168,9 @@ class FlowPolicy:
 
     def action(self, flow: Flow) -> FlowAction:
         """``keep`` the flow, ``delete`` its entry, or ``revoke``: set ``marks.REVOKED`` in its mark."""
+        master = flow.master
+        if master is not None:  # guard: an-announced-flow-is-judged-by-its-control-connection
+            return self._action_by_master(flow, master)
         allowed = list(self._allowed(flow))
         if flow.mark & REVOKED:
             return "delete" if allowed else "keep"
@@ -139,6 +182,29 @@ class FlowPolicy:
             if allowed or flow.protocol in (TCP, ICMP, ICMPV6)
             else "revoke"  # guard: an-unconnected-flow-is-marked-as-revoked
         )
+
+    def _action_by_master(self, flow: Flow, master: Master) -> FlowAction:
+        """The action for a flow that a helper announced: as for its master, whether that is still open or not.
+
+        Its addresses on our side must be addresses of the master. The remote end may be another one (SIP).
+        """
+        first = _FirstPacket(
+            protocol=master.protocol, src=master.src, dst=master.dst, sport=master.sport, dport=master.dport
+        )
+        ours = {it for it in (flow.src, flow.dst, flow.reply_src, flow.reply_dst) if self._is_ours(it)}
+        allowed = bool(self._helpers) and any(
+            ours <= {master.src, master.dst, it.reply_src, it.reply_dst} for it in self._allowed(first)
+        )
+        if flow.mark & REVOKED:
+            return "delete" if allowed else "keep"
+        if allowed:
+            return "keep"
+        return "delete" if flow.protocol == TCP else "revoke"
+
+    def _is_ours(self, address: str) -> bool:
+        if ":" in address:
+            return self._ip6_network_of(address) is not None
+        return address in self._held or self._now.network_of(address) is not None
 
     def _allowed(self, flow: Flow) -> Iterator[_ReplyTuple]:
         """Each reply tuple with which the state accepts the first packet of the flow."""
@@ -352,6 +418,10 @@ def _in_one_of(address: str, prefixes: tuple[str, ...]) -> bool:
 def _policy_sources(scope: Scope | None, now: Active) -> frozenset[str]:
     """The source addresses of guests on the operator's routes."""
     return frozenset(it.address.address for it in policy_nats(scope.pbr, now)) if scope is not None else frozenset()
+
+
+def _helpers(scope: Scope | None) -> frozenset[str]:
+    return frozenset(scope.helpers) if scope is not None else frozenset()
 
 
 def _open_to_all(scope: Scope | None) -> bool:

@@ -49,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from netloom import names
-from netloom.render import ip6, plain_network, senders, share
+from netloom.render import helpers, ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, active, target_port
 from netloom.render.device import (
@@ -91,6 +91,7 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
         family=FAMILY,
         table=TABLE,
         counters=tuple(name for pair in counted.values() for name in pair),
+        helpers=helpers.objects(scope.helpers),
         sets=(
             _map(
                 "held",
@@ -105,16 +106,17 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             *_translations(now),
             *_source_ports(now),
             *_second_nics(now),
+            *helpers.opened_ports(now, scope.helpers),
             _balanced(now, in_vpc=scope.is_vpc),
             *(it for network in now.networks for it in senders.sets(network)),
         ),
         chains=(
-            _arriving(now),
-            *ip6.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
+            _arriving(now, scope.helpers),
+            *ip6.arriving(now, scope.helpers, from_outside=scope.is_vpc or scope.ingress_open),
             _translate_to(now),
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_vpc_device(now) if scope.is_vpc else _to_device(now),
-            _through(now, open_to_all=scope.ingress_open),
+            _through(now, helpers.related(scope.helpers), open_to_all=scope.ingress_open),
             _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
@@ -133,8 +135,11 @@ def counters(now: Active) -> dict[str, tuple[str, str]]:
     return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.ip6_networks(now)}
 
 
-def _arriving(now: Active) -> Chain:
-    """Every packet that enters the device: check the source address, the connection, and the firewall."""
+def _arriving(now: Active, used: tuple[str, ...]) -> Chain:
+    """Every packet that enters the device: check the source address, the connection, and the firewall.
+
+    ``used``: the conntrack helpers in use.
+    """
     over_ip6 = f"goto {ip6.CHAIN}" if ip6.ip6_networks(now) else "drop"
     rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {over_ip6}"]
     rules.append(f"iifname {PUBLIC_LINKS} counter name ip daddr map @counted_in")
@@ -145,7 +150,9 @@ def _arriving(now: Active) -> Chain:
             f"iifname {link} ip saddr != {network.cidr} drop",
             f"iifname {PUBLIC_LINKS} ip saddr {network.cidr} drop",
         ]
-    rules += ["ct state established,related accept", "ct state invalid drop", "ip daddr vmap @held"]
+    rules += ["ct state established accept", *helpers.related(used), "ct state invalid drop"]
+    rules += helpers.assignment(used)  # guard: a-helper-is-assigned-before-dnat
+    rules.append("ip daddr vmap @held")
     # Drop for each address: if the lookup missed, a guest's packet would pass without the firewall of the address.
     rules += [f"ip daddr {it.address} drop" for it in now.held]
     rules += [f"iifname {guest_link(it)} accept" for it in now.networks]
@@ -309,7 +316,8 @@ def _to_device(now: Active) -> Chain:
     rules = [
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
-        "ct state established,related accept",
+        "ct state established accept",
+        helpers.ICMP_ERRORS,
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
         "ip daddr . tcp dport @balanced accept",
@@ -330,7 +338,8 @@ def _to_vpc_device(now: Active) -> Chain:
     rules = [
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
-        "ct state established,related accept",
+        "ct state established accept",
+        helpers.ICMP_ERRORS,
         *ip6.to_device(now),
     ]
     for network in now.networks:
@@ -374,12 +383,13 @@ def _acl_chains(network: Network, now: Active) -> list[Chain]:
     ]
 
 
-def _through(now: Active, *, open_to_all: bool) -> Chain:
-    """Forwarded packets."""
+def _through(now: Active, related: list[str], *, open_to_all: bool) -> Chain:
+    """Forwarded packets. ``related``: the rules for related connections."""
     rules = [
         # In both directions, and in replies: the smaller of the two routes' MTUs.
         "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
-        "ct state established,related accept",
+        "ct state established accept",
+        *related,
     ]
     tiers = [network for network in now.networks if network.network_id in now.acls]
     # Between tiers both lists apply: first the list of the source tier, then the list of the destination tier.

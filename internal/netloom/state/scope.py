@@ -107,7 +107,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
     with each change. ``schema`` is the version of the document on disk.
 
-    Registration details: ``uplinks``, ``outside6``, ``ingress_open`` and ``balancing``. Each call brings the
+    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open`` and ``balancing``. Each call brings the
     current ones.
 
     VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
@@ -126,6 +126,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     uplinks: Uplinks = Uplinks()
     outside6: Outside6 | None = None  # None: no uplink for IPv6
+    helpers: tuple[str, ...] = ()  # conntrack.helpers
     ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
     balancing: Balancing = Balancing()
 

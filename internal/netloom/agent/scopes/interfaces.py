@@ -31,6 +31,9 @@ class Host(Protocol):
     def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         """Delete the open flows that ``new`` does not allow. ``old`` None: not known. Raises HostRefused."""
 
+    def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these conntrack helpers that the kernel does not offer."""
+
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing. Raises HostRefused."""
 
