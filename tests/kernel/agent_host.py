@@ -156,6 +156,10 @@ class AgentHost:
         there = self.path(f"/run/netns/{namespace}") if namespace else Path(f"/proc/{self.fabric}/ns/net")
         return inside(there)
 
+    def inside_host(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block this thread is in the host's own namespace."""
+        return inside(Path(f"/proc/{self.pid}/ns/net"))
+
     def path(self, path: str) -> Path:
         """A path of the host, as this process can open it."""
         return Path(f"/proc/{self.pid}/root{path}")

@@ -76,12 +76,14 @@ def test_the_worked_command_matches_the_code() -> None:
 
 
 def test_the_path_of_a_packet_names_each_base_chain_at_its_priority() -> None:
-    priorities = {"mangle": -150, "dstnat": -100, "dstnat + 10": -90, "filter": 0, "srcnat": 100, "srcnat + 10": 110}
+    priorities = {"raw": -300, "mangle": -150, "dstnat": -100, "dstnat + 10": -90, "filter": 0, "srcnat": 100}
+    priorities |= {"srcnat + 10": 110, "srcnat + 20": 120}
     text = (ROOT / "internal/netloom/render/README.md").read_text()
     picture = text.split("```")[1]
     ruleset = (ROOT / "tests/golden/ip6-tiers/ruleset.nft").read_text()
-    chains = re.findall(r"chain (\w+) \{\n\t\ttype .+ priority ([^;]+); policy (\w+);", ruleset)
-    assert len(chains) == 8
+    text_of_inet = ruleset.partition("add table arp")[0]
+    chains = re.findall(r"chain (\w+) \{\n\t\ttype .+ priority ([^;]+); policy (\w+);", text_of_inet)
+    assert len(chains) == 11
     for name, priority, policy in chains:
         dropped = r" \(drop\)" if policy == "drop" else r"(?! \(drop\))"
         assert re.search(rf"(?<![\d-]){priorities[priority]}  {name}\b{dropped}", picture), name

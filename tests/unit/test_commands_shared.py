@@ -170,7 +170,7 @@ def test_the_device_of_a_plain_network_forwards_and_translates_nothing() -> None
     assert [it.destination for it in want.routes] == ["10.31.0.0/25", "0.0.0.0/0"]
     assert want.ruleset is not None
     assert {it.name: it.rules for it in want.ruleset.chains}["through"] == ()
-    assert {it.kind for it in want.ruleset.sets} == {"set"}
+    assert {it.kind for it in want.ruleset.sets} == {"set"}  # no map, so nothing is translated
 
 
 def test_a_shared_network_whose_gateway_is_the_device_lives_as_an_isolated_one() -> None:

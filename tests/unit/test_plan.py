@@ -217,7 +217,6 @@ def _after(have: Have, step: Step) -> Have:
             return _with_host_link(have, made)
         case GuardBridge(bridge):
             assert host[bridge].ours
-            assert bridge not in have.guarded
             return replace(have, guarded=have.guarded | {bridge})
         case UnguardBridge(bridge, last):
             left = have.guarded - {bridge}
@@ -452,7 +451,7 @@ def test_the_steps_of_a_new_network() -> None:
         "create bridge breth1-1204, alias netloom raises eth1.1204",
         "set net.ipv6.conf.eth1.1204.disable_ipv6 = 1",
         "set net.ipv6.conf.breth1-1204.disable_ipv6 = 1",
-        "guard the host's sockets from breth1-1204",
+        "guard the host's sockets from breth1-1204, and eth1.1204",
         "attach eth1.1204 to breth1-1204",
         "set eth1.1204 up",
         "set breth1-1204 up",
@@ -505,6 +504,17 @@ def test_a_vlan_change_moves_the_guest_port_and_removes_the_old_bridge() -> None
     assert "attach vnetg204 to breth1-1311" in steps
     assert steps[-3:] == ["remove bridge breth1-1204", "remove VLAN link eth1.1204", "remove the guard of breth1-1204"]
     assert not any(step.startswith(("create vnetg", "remove link")) for step in steps)
+
+
+@pytest.mark.mutation("a-new-prefix-length-leaves-no-gap")
+@pytest.mark.parametrize("cidr", ["10.10.1.1/25", "10.10.1.1/16"])
+def test_an_address_with_another_prefix_length_is_never_missing(cidr: str) -> None:
+    want = wish()
+    then = replace(want, addresses=(Address(link="gst-204", cidr=cidr), *want.addresses[1:]))
+    assert [str(step) for step in plan(built(want), then)] == [
+        f"add address {cidr} to gst-204",
+        "remove address 10.10.1.1/24 from gst-204",
+    ]
 
 
 def test_a_bridge_with_a_vm_is_kept_when_the_network_is_removed() -> None:

@@ -162,8 +162,8 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
             hint="rename it, or name another NIC in the registration",
         )
     steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
-    if bridge.ours and name not in have.guarded:
-        steps.append(GuardBridge(name))
+    if bridge.ours and (name not in have.guarded or name not in have.host_links):
+        steps.append(GuardBridge(name, (carrier.name,)))
     if not carrier.master:
         steps.append(AttachCarrier(carrier.name, name))
     if not carrier.up:

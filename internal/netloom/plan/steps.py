@@ -156,12 +156,16 @@ class LoadRuleset(NamespaceStep, frozen=True):
 
 
 class GuardBridge(SharedStep, frozen=True):
-    """Drop all frames that the bridge would deliver to the host itself; forwarded frames are not affected."""
+    """Drop all frames that the bridge would deliver to the host itself, and what no VM may send to the wire.
+
+    ``uplinks``: the ports of the bridge that lead to the wire; ordinary frames are forwarded to them, and no others.
+    """
 
     bridge: str
+    uplinks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"guard the host's sockets from {self.bridge}"
+        return f"guard the host's sockets from {self.bridge}" + "".join(f", and {it}" for it in self.uplinks)
 
 
 class UnguardBridge(SharedStep, frozen=True):

@@ -51,7 +51,7 @@ def default_route(scope: Scope, now: Active) -> DefaultRoute | None:
     registered = IPv6Interface(outside.address)
     prefix = registered.network
     if registered.ip == prefix.network_address and prefix.prefixlen <= 64:
-        own = prefix.network_address + _interface_id(names.mac(scope.owner, scope.scope_id, link))
+        own = prefix.network_address + eui64(names.mac(scope.owner, scope.scope_id, link))
         return DefaultRoute(link=link, address=f"{own}/{prefix.prefixlen}", gateway=outside.gateway)
     return DefaultRoute(link=link, address=registered.compressed, gateway=outside.gateway)
 
@@ -176,7 +176,7 @@ def to_device(now: Active) -> list[str]:
     return rules
 
 
-def _interface_id(mac: str) -> int:
-    """The modified EUI-64 of a MAC address (RFC 4291 appendix A)."""
+def eui64(mac: str) -> int:
+    """The interface identifier of a guest: the modified EUI-64 of a MAC address (RFC 4291 appendix A)."""
     octets = bytes.fromhex(mac.replace(":", ""))
     return int.from_bytes(bytes((octets[0] ^ 2,)) + octets[1:3] + b"\xff\xfe" + octets[3:], "big")

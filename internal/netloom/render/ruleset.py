@@ -34,19 +34,23 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
     kind: str  # "set" or "map"
     type: str  # "ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"
     flags: str = ""
+    size: int = 0  # 0: the kernel's own
+    timeout: str = ""  # of elements that packets add
     elements: dict[str, str] = {}
-    size: int = 0
-    timeout: str = ""
 
 
 class Ruleset(msgspec.Struct, frozen=True, kw_only=True):
-    """A table: its chains and sets in the order of their declarations. The same state gives the same value."""
+    """A table: its chains and sets in the order of their declarations. The same state gives the same value.
+
+    ``beside``: a table of another family that is loaded in the same transaction. It is replaced as a whole.
+    """
 
     family: str
     table: str
     chains: tuple[Chain, ...] = ()
     sets: tuple[NftSet, ...] = ()
     counters: tuple[str, ...] = ()
+    beside: Ruleset | None = None
 
 
 # ("chain" | "set" | "map" | "counter", name)
@@ -60,7 +64,8 @@ _POLICY = re.compile(r"policy (?:accept|drop);")
 
 def marker(ruleset: Ruleset) -> str:
     """The name of the marker of this ruleset: ``applied_1f0c93ab77de``."""
-    return MARKER_PREFIX + hashlib.sha256("\n".join(_body(ruleset)).encode()).hexdigest()[:_MARKER_DIGITS]
+    text = "\n".join([*_body(ruleset), *_replaced(ruleset.beside)])
+    return MARKER_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:_MARKER_DIGITS]
 
 
 def names(ruleset: Ruleset) -> frozenset[Name]:
@@ -80,7 +85,12 @@ def fresh(ruleset: Ruleset) -> str:
     """
     table = _table(ruleset)
     return _text(
-        [f"add table {table}", f"delete table {table}", *_block(ruleset, [*_marker(ruleset), *_body(ruleset)])]
+        [
+            f"add table {table}",
+            f"delete table {table}",
+            *_block(ruleset, [*_marker(ruleset), *_body(ruleset)]),
+            *_replaced(ruleset.beside),
+        ]
     )
 
 
@@ -102,8 +112,9 @@ def swap(have: Ruleset, want: Ruleset) -> str:
 
 def _changes(have: Ruleset, want: Ruleset) -> list[str]:
     removed, added = _element_delta(have, want)
+    beside = _replaced(want.beside) if have.beside != want.beside else []
     if _shape(have) == _shape(want):
-        return [*removed, *added, *_marker_delta(have, want)]
+        return [*removed, *added, *_marker_delta(have, want), *beside]
     declared = {it.name: _declaration(it) for it in have.chains}
     present_sets = {it.name: it for it in have.sets}
     created_again: set[Name] = {
@@ -112,7 +123,7 @@ def _changes(have: Ruleset, want: Ruleset) -> list[str]:
     in_both = [(present_sets[it.name], it) for it in want.sets if it.name in present_sets]
     created_again |= {(old.kind, old.name) for old, new in in_both if not _same_set(old, new)}
     kept = {old.name for old, new in in_both if _same_set(old, new)}
-    return _refill(names(have), created_again, want, kept, removed, added)
+    return [*_refill(names(have), created_again, want, kept, removed, added), *beside]
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:
@@ -124,7 +135,7 @@ def take_over(present: Collection[Name], want: Ruleset) -> str:
     """
     wanted = names(want)
     created_again = {it for it in present if it[0] in ("set", "map") and it in wanted and it[1] != marker(want)}
-    return _text(_refill(present, created_again, want, frozenset(), [], []))
+    return _text([*_refill(present, created_again, want, frozenset(), [], []), *_replaced(want.beside)])
 
 
 def _refill(
@@ -163,7 +174,7 @@ def _shape(ruleset: Ruleset) -> tuple[object, ...]:
         ruleset.table,
         ruleset.chains,
         ruleset.counters,
-        tuple(map(_set_declaration, ruleset.sets)),
+        tuple(_set_shape(it) for it in ruleset.sets),
     )
 
 
@@ -188,11 +199,19 @@ def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
 
 def _same_set(one: NftSet, other: NftSet) -> bool:
     """Whether two sets are equal except for their elements."""
-    return _set_declaration(one) == _set_declaration(other)
+    return _set_shape(one) == _set_shape(other)
 
 
-def _set_declaration(it: NftSet) -> tuple[str | int, ...]:
-    return (it.name, it.kind, it.type, it.flags, it.size, it.timeout)
+def _set_shape(it: NftSet) -> tuple[object, ...]:
+    return it.name, it.kind, it.type, it.flags, it.size, it.timeout
+
+
+def _replaced(ruleset: Ruleset | None) -> list[str]:
+    """The commands that replace a table as a whole."""
+    if ruleset is None:
+        return []
+    table = _table(ruleset)
+    return [f"add table {table}", f"delete table {table}", *_block(ruleset, _body(ruleset))]
 
 
 def _marker_delta(have: Ruleset, want: Ruleset) -> list[str]:

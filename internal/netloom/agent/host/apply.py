@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
-from netloom.agent.host.observe_nft import GUARD_FAMILY, GUARD_TABLE
+from netloom.agent.host.frames import guard, unguard
 from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused
@@ -106,9 +106,10 @@ def _one(step: Step) -> None:
             namespaces.delete(namespace)
         case LoadRuleset():
             _load(step)
-        case GuardBridge() | UnguardBridge():
-            with Nft(None) as nft:
-                nft.run(guard(step))
+        case GuardBridge(bridge, uplinks):
+            guard(bridge, uplinks)
+        case UnguardBridge(bridge, last):
+            unguard(bridge, last=last)
 
 
 def _load(step: LoadRuleset) -> None:
@@ -121,27 +122,6 @@ def _load(step: LoadRuleset) -> None:
         except NftRefused:
             # Somebody changed the table by hand. The transaction changed nothing; replace the whole table.
             nft.run(fresh(step.want))
-
-
-def guard(step: GuardBridge | UnguardBridge) -> str:
-    """The nft text that adds or deletes a bridge's chain in the host's own table.
-
-    The hook is the ingress of the bridge device. Only frames for the host itself pass there, ARP included; forwarded
-    frames do not. (``meta ibrname`` in a bridge family input chain would match the same frames, but needs a kernel
-    module that is not always there.)
-    """
-    chain = f"{GUARD_FAMILY} {GUARD_TABLE} {step.bridge}"
-    lines = [f"add table {GUARD_FAMILY} {GUARD_TABLE}"]
-    match step:
-        case GuardBridge(bridge):
-            hook = f'type filter hook ingress device "{bridge}" priority filter; policy drop;'
-            lines.append(f"add chain {chain} {{ {hook} }}")
-        case UnguardBridge(_, last):
-            # Some kernels delete the chain with its device. Add it first, so that deleting it always works.
-            lines += [f"add chain {chain}", f"delete chain {chain}"]
-            if last:
-                lines.append(f"delete table {GUARD_FAMILY} {GUARD_TABLE}")
-    return "\n".join(lines) + "\n"
 
 
 def _sysctls(namespace: str, steps: Sequence[Step]) -> None:

@@ -24,6 +24,7 @@ from netloom.agent.host.observe_nft import guarded_bridges, table_digest
 from netloom.agent.kernel import arp, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import Have
+from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
     AddAddress,
@@ -61,6 +62,8 @@ class KernelHost:
     def __init__(self) -> None:
         self._shared = threading.Lock()
         self._claims: dict[str, frozenset[str]] = {}
+        self._links: dict[str, int] = {}  # by scope, the number of its links
+        self._links_allowed = 0  # the number for which the neighbour tables are large enough
         self._guarded: frozenset[str] | None = None
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
@@ -81,8 +84,21 @@ class KernelHost:
         bridges = frozenset(port.segment.bridge for port in want.ports)
         if bridges:
             self._claims[scope_id] = bridges
+            self._links[scope_id] = len(want.ports)
         else:
             self._claims.pop(scope_id, None)
+            self._links.pop(scope_id, None)
+        self._raise_limits()
+
+    def _raise_limits(self) -> None:
+        """Have the neighbour tables of the host hold the share of each network. They are never made smaller."""
+        links = sum(list(self._links.values()))
+        if links <= self._links_allowed:
+            return
+        self._links_allowed = links
+        # Not allowed in a container, and absent outside the initial namespace. Then the host's own limits hold.
+        with contextlib.suppress(HostRefused):
+            sysctl.write(None, neighbour_limits(links, sysctl.read(None, NEIGHBOUR_LIMITS)))
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants; change nothing where it is so already.

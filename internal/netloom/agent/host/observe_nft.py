@@ -12,6 +12,8 @@ from netloom.render.nft import FAMILY, TABLE
 from netloom.render.ruleset import MARKER_PREFIX, Name
 
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, with a chain for each bridge of ours
+FRAMES_FAMILY = "bridge"  # of the table GUARD_TABLE that filters the frames of bridges
+GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and their ports that lead to the wire
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -44,26 +46,37 @@ def observe_table(namespace: str) -> Table:
 def table_digest(namespace: str) -> str:
     """A digest of our table's chains, rules and elements that does not depend on the order the kernel lists them in.
 
-    It leaves out what packets change: the values of named counters, and the elements of dynamic sets. It leaves
-    out the handles, which are new with every load. Raises HostRefused.
+    It leaves out the values of named counters, the elements that packets add, and the handles, which are new with every
+    load. The table of the family arp is part of it. Raises HostRefused.
     """
     parts: list[bytes] = []
     with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
-        for chain in nft_netlink.chains(nfnetlink, FAMILY, TABLE):
-            parts.append(b"chain" + b"\0".join((chain.name.encode(), chain.hook, chain.policy)))
-        for at, rule in enumerate(nft_netlink.rules(nfnetlink, FAMILY, TABLE)):
-            parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
-        for it in nft_netlink.sets(nfnetlink, FAMILY, TABLE) or ():
-            parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
-            if it.dynamic:  # guard: elements-of-packets-are-no-change
-                continue
-            for element in nft_netlink.elements(nfnetlink, FAMILY, TABLE, it.name):
-                # An anonymous set keeps its name (``__set3``) as long as its rule exists.
-                parts.append(it.name.encode() + element)
+        for family in (FAMILY, "arp"):
+            for chain in nft_netlink.chains(nfnetlink, family, TABLE):
+                parts.append(b"chain" + b"\0".join((chain.name.encode(), chain.hook, chain.policy)))
+            for at, rule in enumerate(nft_netlink.rules(nfnetlink, family, TABLE)):
+                parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
+            for it in nft_netlink.sets(nfnetlink, family, TABLE) or ():
+                parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
+                if it.dynamic:  # guard: elements-of-packets-are-no-change
+                    continue
+                for element in nft_netlink.elements(nfnetlink, family, TABLE, it.name):
+                    # An anonymous set keeps its name (``__set3``) as long as its rule exists.
+                    parts.append(it.name.encode() + element)
     return hashlib.sha256(b"\n".join(sorted(parts))).hexdigest()
 
 
 def guarded_bridges() -> frozenset[str]:
-    """The bridges that have a guard: a chain that drops the frames for the host's own sockets. Raises HostRefused."""
+    """The bridges that have a guard: a chain that drops the frames for the host's own sockets, and an element.
+
+    A bridge that an older build guarded has no element, and is guarded again. Raises HostRefused.
+    """
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
-        return frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
+        chains = frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
+        return chains & nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, GUARDED)
+
+
+def guarded_uplinks() -> frozenset[str]:
+    """The links to which only ordinary frames are forwarded. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        return nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, UPLINKS)

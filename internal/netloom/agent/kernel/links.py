@@ -47,8 +47,15 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 1
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 18, 20, 28, 29, 37
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
-_IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL = 2, 3, 5
+_IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL, _IFLA_VXLAN_LIMIT = 2, 3, 5, 9
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
+_IFLA_BR_GROUP_FWD_MASK, _IFLA_BR_FDB_MAX_LEARNED = 9, 49
+# Addresses that a bridge or a tunnel learns; frames to others are flooded in their segment. Kernels before 6.7 ignore
+# the setting of bridges.
+LEARNED_MAX = 4096  # guard: bridges-learn-a-bounded-number
+# Bit 14: the bridge treats 01:80:c2:00:00:0e as any other group address. Otherwise it hands these frames to the host
+# before any netfilter hook (br_handle_frame).
+_FORWARD_LLDP = 1 << 14
 _VETH_INFO_PEER = 1
 _SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: statistics are two thirds of each answer
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
@@ -181,6 +188,22 @@ def make_bridge(name: str, alias: str = "") -> Message:
     return _make(name, "bridge", nested(_IFLA_INFO_DATA, *data), alias, f"make bridge {name}")
 
 
+def confine_bridge(name: str) -> Message:
+    """Have the bridge pass frames to 01:80:c2:00:00:0e through netfilter, as it does with the other frames.
+
+    Also bound the addresses that it learns.
+    """
+    data = nested(
+        _IFLA_INFO_DATA,
+        u16(_IFLA_BR_GROUP_FWD_MASK, _FORWARD_LLDP),
+        u32(_IFLA_BR_FDB_MAX_LEARNED, LEARNED_MAX),
+    )
+    info = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data)
+    payload = _HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name) + info
+    # RTM_NEWLINK without NLM_F_CREATE: RTM_SETLINK ignores the settings of a kind.
+    return Message(RTM_NEWLINK, payload=payload, what=f"set group_fwd_mask and fdb_max_learned of {name}")
+
+
 def make_vlan(name: str, parent: str, vlan_id: int, alias: str = "") -> Message:
     """Create an 802.1Q sub-interface of ``parent``. EEXIST when it exists; EOPNOTSUPP without the 8021q module."""
     data = nested(_IFLA_INFO_DATA, u16(_IFLA_VLAN_ID, vlan_id))
@@ -194,8 +217,9 @@ def make_vxlan(name: str, parent: str, vni: int, group: str, ttl: int, alias: st
     EEXIST when it exists, or when another tunnel has that VNI; EOPNOTSUPP without the vxlan module.
     """
     data = (u32(_IFLA_VXLAN_ID, vni), attribute(_IFLA_VXLAN_GROUP, socket.inet_aton(group)), u8(_IFLA_VXLAN_TTL, ttl))
+    limit = u32(_IFLA_VXLAN_LIMIT, LEARNED_MAX)  # the kernel accepts it only here
     what = f"make VXLAN link {name} with number {vni} over {parent}"
-    made = _make(name, "vxlan", nested(_IFLA_INFO_DATA, *data, u32(_IFLA_VXLAN_LINK, 0)), alias, what)
+    made = _make(name, "vxlan", nested(_IFLA_INFO_DATA, *data, limit, u32(_IFLA_VXLAN_LINK, 0)), alias, what)
     return replace(made, links=((len(made.payload) - 4, parent),))  # the last value of the innermost attribute
 
 

@@ -17,7 +17,7 @@ _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _GETCHAIN, _GETRULE, _GETSET = _SUBSYSTEM | 4, _SUBSYSTEM | 7, _SUBSYSTEM | 10
 _GETSETELEM, _GETGEN, _GETOBJ = _SUBSYSTEM | 13, _SUBSYSTEM | 16, _SUBSYSTEM | 19
 
-_FAMILIES = {"inet": 1, "netdev": 5}  # NFPROTO_*
+_FAMILIES = {"inet": 1, "netdev": 5, "arp": 3, "bridge": 7}  # NFPROTO_*
 _HEAD_BYTES = 4  # nfgenmsg
 
 _NFTA_GEN_ID = 1
@@ -27,10 +27,10 @@ _NFTA_CHAIN_NAME, _NFTA_CHAIN_HOOK, _NFTA_CHAIN_POLICY = 3, 4, 5
 _NFTA_RULE_CHAIN, _NFTA_RULE_EXPRESSIONS = 2, 4
 _NFTA_SET_NAME, _NFTA_SET_FLAGS = 2, 3
 _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 2, 3
+_NFTA_SET_ELEM_KEY = _NFTA_DATA_VALUE = 1
 _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE = 2, 3
 
-_NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_TIMEOUT = 0x1, 0x8, 0x10
-_NFT_SET_EVAL = 0x20  # "dynamic"
+_NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_EVAL = 0x1, 0x8, 0x20
 _NFT_OBJECT_COUNTER = 1
 
 
@@ -60,13 +60,13 @@ class Set(msgspec.Struct, frozen=True):
         return bool(_big(self.flags) & _NFT_SET_ANONYMOUS)
 
     @property
-    def map(self) -> bool:
-        return bool(_big(self.flags) & _NFT_SET_MAP)
+    def dynamic(self) -> bool:
+        """Whether packets add elements."""
+        return bool(_big(self.flags) & _NFT_SET_EVAL)
 
     @property
-    def dynamic(self) -> bool:
-        """Whether packets may add elements, or elements expire. In our tables both are so, or only packets add."""
-        return bool(_big(self.flags) & (_NFT_SET_TIMEOUT | _NFT_SET_EVAL))
+    def map(self) -> bool:
+        return bool(_big(self.flags) & _NFT_SET_MAP)
 
 
 def generation(nfnetlink: Socket) -> int:
@@ -108,6 +108,12 @@ def elements(nfnetlink: Socket, family: str, table: str, name: str) -> list[byte
     """The elements of a set as the kernel encodes them; none when there is no set. Raises NetlinkError."""
     found = _listed(nfnetlink, _GETSETELEM, family, table, netlink.text(_NFTA_SET_ELEM_LIST_SET, name)) or ()
     return [element for it in found for _, element in netlink.attributes(it.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b""))]
+
+
+def link_names(nfnetlink: Socket, family: str, table: str, name: str) -> frozenset[str]:
+    """The elements of a set of the type ``ifname``; none when there is no set. Raises NetlinkError."""
+    keys = (netlink.attribute_map(it).get(_NFTA_SET_ELEM_KEY, b"") for it in elements(nfnetlink, family, table, name))
+    return frozenset(netlink.string(netlink.attribute_map(key).get(_NFTA_DATA_VALUE)) for key in keys)
 
 
 def counters(nfnetlink: Socket, family: str, table: str) -> list[str]:

@@ -302,6 +302,7 @@ _TESTS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
     ("bridges", _make_bridge, True, "load the module bridge"),
     ("nf_tables", _load_table("inet"), True, "load the module nf_tables"),
     ("nf_tables, netdev family", _load_table("netdev"), True, "a kernel with CONFIG_NF_TABLES_NETDEV"),
+    ("nf_tables, bridge family", _load_table("bridge"), True, "a kernel with CONFIG_NF_TABLES_BRIDGE"),
     ("connection tracking", _track, True, "load the module nf_conntrack_netlink"),
     ("networks and their rulesets", _build, True, ""),
     ("a packet through a network", _send_a_packet, True, ""),
