@@ -107,8 +107,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
     with each change. ``schema`` is the version of the document on disk.
 
-    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open`` and ``balancing``. Each call brings the
-    current ones.
+    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open`` and ``balancing``. Each call brings
+    the current ones.
 
     VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
 
