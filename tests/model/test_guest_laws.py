@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from guestbed import SERVER, network, nic
 from guestbed.dhcp import message, options_of, reply_to
-from netloom.guest import http, metadata, password
+from netloom.guest import http, limits, metadata, password
 from netloom.guest.dhcp import BROADCAST_IP, MessageType
 from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestNic
@@ -101,7 +101,7 @@ def conversation(chunks: list[bytes], site: http.Site) -> bytes:
         ended = asyncio.Event()
         ours.setblocking(False)
         theirs.setblocking(False)
-        http.HttpConnection(loop, ours, site, lambda _: ended.set())
+        http.HttpConnection(loop, ours, site, lambda _: ended.set(), limits.Unread())
         said = b""
         try:
             for chunk in chunks:

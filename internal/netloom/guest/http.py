@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import h11
 
+from netloom.guest.limits import Unread
+
 # Time for a request to be complete, from the start of the connection or the end of the last answer.
 REQUEST_S = 5.0
 # Time for the client to receive an answer. The longest answer is a megabyte of user data over a slow link.
@@ -34,6 +36,7 @@ class HttpAnswer(NamedTuple):
 
 
 METHOD_NOT_ALLOWED = HttpAnswer(405, headers=(("Allow", "GET, HEAD"),))
+TOO_MUCH_UNREAD = HttpAnswer(503, headers=(("Retry-After", "1"), ("Connection", "close")))
 TOO_MANY_REQUESTS = HttpAnswer(429, headers=(("Retry-After", "1"), ("Connection", "close")))
 
 Site = Callable[[h11.Request], HttpAnswer | None]
@@ -42,11 +45,16 @@ Site = Callable[[h11.Request], HttpAnswer | None]
 class HttpConnection:
     """Answers requests on ``sock`` until the client closes it, a limit is reached, or ``site`` returns None.
 
-    ``ended`` is called once, after the socket is closed.
+    ``ended`` is called once, after the socket is closed. ``unread`` keeps the body of an answer until it is sent.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, site: Site, ended: Callable[[HttpConnection], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        site: Site,
+        ended: Callable[[HttpConnection], None],
+        unread: Unread,
     ) -> None:
         self._loop = loop
         self._sock = sock
@@ -56,6 +64,8 @@ class HttpConnection:
         self._request: h11.Request | None = None
         self._requests = 0
         self._out: deque[memoryview] = deque()
+        self._unread = unread
+        self._body: bytes | None = None  # of the answer that is being sent
         self._lingering = False
         self._open = True
         self._timer = loop.call_later(REQUEST_S, self.close)
@@ -70,7 +80,13 @@ class HttpConnection:
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
+        self._release()
         self._ended(self)
+
+    @property
+    def unread(self) -> bool:
+        """Whether the body of an answer was not sent completely."""
+        return self._body is not None
 
     def _close_after(self, seconds: float) -> None:
         self._timer.cancel()
@@ -131,15 +147,24 @@ class HttpConnection:
         headers = [("Content-Type", "text/plain"), length, *answer.headers]
         self._queue(h11.Response(status_code=answer.status, headers=headers))
         if answer.body and not (self._request and self._request.method == b"HEAD"):
-            self._queue(h11.Data(data=answer.body))
+            self._body = self._unread.keep(answer.body)
+            self._queue(h11.Data(data=self._body))
         self._queue(h11.EndOfMessage())
         self._close_after(ANSWER_S)
         self._loop.remove_reader(self._sock)
         self._write()
 
     def _queue(self, event: h11.Event) -> None:
-        if data := self._http.send(event):
-            self._out.append(memoryview(data))
+        # Without copies: the body of an answer may be large, and its VM may have several connections.
+        for data in self._http.send_with_data_passthrough(event) or ():
+            if data:
+                self._out.append(memoryview(data))
+
+    def _release(self) -> None:
+        self._out.clear()
+        if self._body is not None:
+            self._unread.release(self._body)  # guard: a-sent-answer-is-released
+            self._body = None
 
     def _write(self) -> None:
         try:
@@ -155,6 +180,7 @@ class HttpConnection:
         except OSError:
             self.close()
             return
+        self._release()
         self._loop.remove_writer(self._sock)
         self._loop.add_reader(self._sock, self._readable)
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:

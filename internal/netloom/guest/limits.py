@@ -14,6 +14,9 @@ VM_CONNECTIONS_MAX = 8
 NETWORK_CONNECTIONS_MAX = 256
 NOTICES_PER_S, NOTICES_BURST = 0.2, 10.0
 LIMITED_EVERY_S = 30.0  # between two notices that a VM is limited
+# Answers in memory that VMs have not received completely, of one network and of all networks, in bytes.
+NETWORK_UNREAD_BYTES_MAX = 32 << 20
+UNREAD_BYTES_MAX = 128 << 20
 
 
 class Bucket:
@@ -41,13 +44,52 @@ class Bucket:
         return self._tokens >= self._burst / 2
 
 
-class Load:
-    """The open connections and the request rate of one VM, or of one network."""
+class Unread:
+    """The bodies of answers that were not received completely. Equal ones are kept once, and count once.
 
-    def __init__(self, per_s: float, burst: float, connections_max: int) -> None:
+    The bytes also count in ``above``, if that is given.
+    """
+
+    def __init__(self, above: Unread | None = None) -> None:
+        self._above = above
+        self._kept: dict[bytes, tuple[bytes, int]] = {}  # to the first of the equal ones, and how many there are
+        self.bytes = 0
+
+    def keep(self, body: bytes) -> bytes:
+        """Keep a body until ``release``; return the one that is kept, which is equal."""
+        kept, count = self._kept.get(body, (body, 0))  # guard: equal-answers-share-their-memory
+        self._kept[kept] = (kept, count + 1)
+        if not count:
+            self._count(len(kept))
+        return kept
+
+    def release(self, body: bytes) -> None:
+        """Forget a body that was kept as often as it was kept."""
+        kept, count = self._kept[body]
+        if count > 1:
+            self._kept[body] = (kept, count - 1)
+        else:
+            del self._kept[body]
+            self._count(-len(kept))
+
+    def growth(self, body: bytes) -> int:
+        """By how much ``bytes`` would grow if this body were kept."""
+        return 0 if body in self._kept else len(body)
+
+    def _count(self, more: int) -> None:
+        self.bytes += more
+        if self._above is not None:
+            self._above._count(more)
+
+
+class Load:
+    """The open connections, the request rate and the unread answers of one VM, or of one network."""
+
+    def __init__(self, per_s: float, burst: float, connections_max: int, above: Unread | None) -> None:
         self._connections_max = connections_max
         self.requests = Bucket(per_s, burst)
         self.connections = 0
+        self.unread = Unread(above)
         self._noticed_at = -LIMITED_EVERY_S
 
     def notice_due(self) -> bool:
@@ -73,11 +115,11 @@ def admitted(vm: Load, network: Load) -> bool:
     return vm.requests.take() and (network.requests.take() or vm.requests.half_full)
 
 
-def vm_load() -> Load:
-    """A load with the limits of one VM."""
-    return Load(VM_REQUESTS_PER_S, VM_REQUESTS_BURST, VM_CONNECTIONS_MAX)
+def vm_load(network: Load | None = None) -> Load:
+    """A load with the limits of one VM of ``network``."""
+    return Load(VM_REQUESTS_PER_S, VM_REQUESTS_BURST, VM_CONNECTIONS_MAX, network.unread if network else None)
 
 
-def network_load() -> Load:
+def network_load(all_networks: Unread | None = None) -> Load:
     """A load with the limits of all VMs of a network together."""
-    return Load(NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST, NETWORK_CONNECTIONS_MAX)
+    return Load(NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST, NETWORK_CONNECTIONS_MAX, all_networks)

@@ -47,6 +47,7 @@ LOG_BYTES_MAX = 1 << 20
 # Private memory (RLIMIT_DATA). On a host with more than 16 GiB the limit is an eighth of the memory.
 MEMORY_BYTES_MAX = 2 << 30
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
 # linux/sched.h, linux/prctl.h
 _CLONE_NEWNET, _CLONE_NEWIPC = 0x40000000, 0x08000000
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 4, 24, 38, 47
@@ -108,6 +109,8 @@ def enter(root: str) -> tuple[str, ...]:
     if os.listdir(root) or status.st_uid != 0 or status.st_mode & 0o022:
         raise HostRefused(f"{root} is not an empty directory that only root can write to")
 
+    # Each large answer is a mapping of its own, so that its memory goes back to the host when it is sent (mallopt(3)).
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 18)  # guard: freed-answers-are-returned
     _call(libc.unshare, _CLONE_NEWNET | _CLONE_NEWIPC)
     os.chroot(root)
     os.chdir("/")

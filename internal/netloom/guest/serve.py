@@ -16,7 +16,7 @@ from collections.abc import Callable
 import h11
 
 from netloom.guest import dhcp, limits, metadata, password, peer
-from netloom.guest.http import TOO_MANY_REQUESTS, HttpAnswer, HttpConnection
+from netloom.guest.http import TOO_MANY_REQUESTS, TOO_MUCH_UNREAD, HttpAnswer, HttpConnection
 from netloom.guest.table import GuestTable, TableRow
 from netloom.guestwire import (
     Ack,
@@ -47,11 +47,11 @@ Key = tuple[str, str]  # scope_id, network_id
 
 
 class _NetworkRuntime:
-    def __init__(self, table: GuestTable) -> None:
+    def __init__(self, table: GuestTable, unread: limits.Unread) -> None:
         self.table = table
         self.sockets: list[tuple[Listener, socket.socket]] = []
         self.connections: dict[HttpConnection, limits.Load] = {}  # with the load of its VM; the oldest first
-        self.load = limits.network_load()
+        self.load = limits.network_load(unread)
         self.vm_loads: dict[bytes, limits.Load] = {}  # by MAC
         self.notices = limits.Bucket(limits.NOTICES_PER_S, limits.NOTICES_BURST)
 
@@ -67,6 +67,7 @@ class Networks:
         self._loop = loop
         self._send = send
         self._networks: dict[Key, _NetworkRuntime] = {}
+        self._unread = limits.Unread()
         # Passwords that the VM has acknowledged and that are still in the agent's table: (network, NIC) -> password_id.
         self._taken: dict[tuple[Key, str], str] = {}
         # The password sent last to each NIC. An acknowledgement is for this one, not for one that was set later.
@@ -105,7 +106,7 @@ class Networks:
         key = (request.network.scope_id, request.network.network_id)
         network = self._networks.setdefault(
             key,
-            _NetworkRuntime(table),  # guard: a-network-has-its-own-leases
+            _NetworkRuntime(table, self._unread),  # guard: a-network-has-its-own-leases
         )
         self._close_sockets(network)
         network.sockets = sockets
@@ -221,7 +222,7 @@ class Networks:
             if owner is None:
                 connection.close()
                 continue
-            vm = network.vm_loads.setdefault(owner.mac, limits.vm_load())
+            vm = network.vm_loads.setdefault(owner.mac, limits.vm_load(network.load))
             if vm.full or (network.load.full and not _make_room(network, vm)):
                 connection.close()
                 self._limited(key, network, owner.nic, vm, f"holds {vm.connections} connections: more are closed")
@@ -249,7 +250,10 @@ class Networks:
                 text = f"sends more than {limits.VM_REQUESTS_PER_S:.0f} requests per second: more are refused"
                 self._limited(key, network, nic, vm, text)
                 return TOO_MANY_REQUESTS
-            return metadata.respond(request, nic) if listener.kind == "metadata" else self._password(key, request, nic)
+            if listener.kind != "metadata":
+                return self._password(key, request, nic)
+            answer = metadata.respond(request, nic)
+            return answer if self._has_room(network, vm, answer.body) else TOO_MUCH_UNREAD
 
         def ended(connection: HttpConnection) -> None:
             network.connections.pop(connection, None)
@@ -257,7 +261,29 @@ class Networks:
             vm.connections -= 1
 
         sock.setblocking(False)
-        network.connections[HttpConnection(self._loop, sock, site, ended)] = vm
+        network.connections[HttpConnection(self._loop, sock, site, ended, vm.unread)] = vm
+
+    def _has_room(self, network: _NetworkRuntime, vm: limits.Load, body: bytes) -> bool:
+        """Whether an answer to ``vm`` fits into the memory for unread answers.
+
+        Answers to the VM that has most of them make room, the oldest first: in the same network, or in the network that
+        has most. ``vm`` gets no room if it, or its network, would have the most itself.
+        """
+        while more := vm.unread.growth(body):
+            if network.load.unread.bytes + more > limits.NETWORK_UNREAD_BYTES_MAX:  # guard: unread-of-a-network
+                crowded = network
+            elif self._unread.bytes + more > limits.UNREAD_BYTES_MAX:  # guard: unread-of-all-networks
+                crowded = max(self._networks.values(), key=lambda it: it.load.unread.bytes)
+                if crowded.load.unread.bytes <= network.load.unread.bytes + more:
+                    return False
+            else:
+                return True
+            waiting = [(connection, load) for connection, load in crowded.connections.items() if connection.unread]
+            most = max((load for _, load in waiting), key=lambda it: it.unread.bytes, default=vm)
+            if most is vm or (crowded is network and most.unread.bytes <= vm.unread.bytes + more):
+                return False
+            next(connection for connection, load in waiting if load is most).close()
+        return True
 
     def _password(self, key: Key, request: h11.Request, nic: GuestNic) -> HttpAnswer:
         at = (key, nic.nic)
