@@ -152,7 +152,7 @@ def answered_for_host(answers: socket.socket) -> bool:
     return any(it[12:14] == b"\x08\x06" and it[28:32] == own for it in received(answers))
 
 
-@pytest.mark.mutation("reserved-addresses-reach-no-socket", instead='"input": ("counter",),')
+@pytest.mark.mutation("reserved-addresses-reach-no-socket", instead='("counter",)')
 @pytest.mark.parametrize("vlan", ["1204", "untagged"])
 def test_frames_to_reserved_addresses_reach_no_socket_of_the_host(
     host: AgentHost, listening: list[socket.socket], tunnel: None, vlan: str
@@ -336,7 +336,7 @@ def test_a_vm_that_is_plugged_in_later_is_guarded_within_moments(host: AgentHost
     wait_until(lambda: "from-tap-db" not in guards(host))
 
 
-@pytest.mark.mutation("the-guard-of-others-follows", instead="pass")
+@pytest.mark.mutation("the-guard-of-others-follows")
 @pytest.mark.parametrize("owner", ["agent", "operator"])
 def test_no_guard_is_left_on_a_bridge_of_others_after_the_network(host: AgentHost, owner: str) -> None:
     bridge, uplink = build_on(host, owner)

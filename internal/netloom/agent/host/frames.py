@@ -143,10 +143,11 @@ def _others_lines(others: Others) -> list[str]:
             chain = f"{table} {prefix}{link}"
             lines += [f"add chain {chain} {{ {hook} }}", f"flush chain {chain}", f"add rule {chain} {rule}"]
     lines += _frames_table()
-    for name, elements in (
+    sets = (
         (OTHERS, others.bridges),
-        (OTHERS_UPLINKS, others.uplinks),
-    ):  # guard: uplinks-of-others-are-guarded
+        (OTHERS_UPLINKS, others.uplinks),  # guard: uplinks-of-others-are-guarded
+    )
+    for name, elements in sets:
         lines += [f"flush set {FRAMES_FAMILY} {GUARD_TABLE} {name}", *_elements("add", name, sorted(elements))]
     return lines
 
