@@ -129,7 +129,7 @@ static int is_unpacked(const char *build) {
             return 0;
         }
     }
-    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid()) return 0;
+    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022)) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
     utimensat(AT_FDCWD, build, NULL, 0); /* mark it as used */
     return 2;

@@ -10,7 +10,7 @@ import hashlib
 import ipaddress
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Fields = dict[str, Any]
@@ -463,7 +463,8 @@ def add_dns_entry(it: NetworkFacts, nic: Nic) -> Fields:
 
 
 def remove_dhcp_entry(it: NetworkFacts, nic: Nic) -> Fields:
-    return {**network(it), **_bare_nic(nic), **_device(it)}
+    """The payload of remove-dhcp-entry: without an address, because the client reads it before it is filled in."""
+    return {**network(it), **_bare_nic(replace(nic, ip="", ip6_address="")), **_device(it)}
 
 
 def remove_dns_entry(it: NetworkFacts, nic: Nic) -> Fields:

@@ -48,6 +48,13 @@ STORIES = {
     "l2": "320",
     "ipv6": "401 402 403 404 405 406 408 407",
     "ipv6-only-shared": "409",
+    "reservation-outside": "700 701 702 703 704 705 706 707 708",
+    "reservation-inside": "710 711 712 713 714 715 716 710",
+    "source-nat-moves": "020 021 050 054 720 721 056",
+    "vpc-source-nat-moves": "202 210 211 225 722 723 724",
+    "restart-brings-rules-before-their-addresses": "730 731 732 733 734 735",
+    "balanced-whole-lists": "020 021 050 740 741",
+    "restore-with-unknown-data": "020 024 035 750 760 761",
 }
 
 

@@ -36,6 +36,7 @@ from netns import inside
 
 GUEST_CIDR, GATEWAY = "10.1.1.0/24", "10.1.1.1"
 VMS = {"vm1": "10.1.1.11", "vm2": "10.1.1.12", "vm3": "10.1.1.13"}
+MACS = {name: f"02:00:00:00:00:{number:02x}" for number, name in enumerate((*VMS, "a1", "a2", "b1"), 1)}
 CLIENT, CLIENT2, STRANGER = "192.0.2.10", "192.0.2.11", "192.0.2.200"
 NEIGHBOUR = "203.0.113.99"
 SUBNETS = {"gw1": ("203.0.113.0/24", "198.151.100.0/24"), "gw2": ("198.51.100.0/24",)}
@@ -221,7 +222,8 @@ class Lab:
     def plug(self, space: str, vlan: str, address: str) -> None:
         """Connect ``space`` to a segment by a veth pair."""
         port = f"x{space}-{vlan}"[:15]
-        self.ip("sw", f"link add {port} type veth peer name eth0 netns {self.ns(space)}",
+        mac = f" address {MACS[space]}" if space in MACS else ""
+        self.ip("sw", f"link add {port} type veth peer name eth0{mac} netns {self.ns(space)}",
                 f"link set {port} master breth1-{vlan}", f"link set {port} up")  # fmt: skip
         self.ip(space, f"addr add {address} dev eth0", "link set eth0 up")
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,63 @@ def test_local_and_external_names_resolve_over_udp_and_tcp(host: AgentHost) -> N
     finally:
         world.kill()
         world.wait()
+
+
+@pytest.mark.mutation("reverse-zones-are-answered-here")
+def test_reverse_questions_about_private_addresses_do_not_leave(host: AgentHost) -> None:
+    """They are answered at once. A private resolver of the operator is asked, but not about the network's addresses."""
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", "sw-eth2.101", pid=host.fabric)
+    for address in ("198.51.100.53", "10.99.0.53"):
+        host.run("ip", "addr", "add", f"{address}/32", "dev", "lo", pid=host.fabric)
+    words = ["dnsmasq", "--keep-in-foreground", "--no-resolv", "--no-hosts", "--pid-file=", "--user=root"]
+    words += ["--bind-interfaces", "--listen-address=198.51.100.53,10.99.0.53", "--port=53", "--log-facility=-"]
+    words += [
+        "--log-queries",
+        "--ptr-record=7.0.99.10.in-addr.arpa,known.example",
+        "--address=/far.example/203.0.113.9",
+    ]
+    foreign = ("10.99.0.8", "172.20.1.1", "192.168.7.7", "169.254.3.3", "100.70.0.1", "fd12::1", "fe80::77", "fc00::1")
+    lease(host, WEB)
+    world = subprocess.Popen(
+        ["nsenter", "-t", str(host.fabric), "-n", "-m", *words], cwd="/", stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until(lambda: ":53" in host.run("ss", "-lun", pid=host.fabric))
+        wait_until(lambda: dig(host, "far.example", "A") == "203.0.113.9")
+        for address in (*foreign, "10.10.1.200"):
+            assert "NXDOMAIN" in host.run("dig", f"@{SERVER}", "+tries=1", "-x", address, namespace=WEB), address
+        done(host.call("033", "config-dns-subnet", dns="198.51.100.53,10.99.0.53"))
+        wait_until(lambda: dig(host, "-x", "10.99.0.7") == "known.example.")
+        dig(host, "-x", "10.10.1.201")
+    finally:
+        world.kill()
+        said = world.communicate()[1]
+    asked = [line.split() for line in said.splitlines() if "query[" in line]
+    assert any("7.0.99.10.in-addr.arpa" in line for line in asked)
+    for address in (*foreign, "10.10.1.200", "10.10.1.201"):
+        assert not any(ip_address(address).reverse_pointer in line for line in asked), address
+
+
+@pytest.mark.mutation("resolver-does-not-tell-its-version")
+def test_the_resolver_does_not_tell_what_it_is(host: AgentHost) -> None:
+    lease(host, WEB)
+    for name in ("version.bind", "authors.bind", "copyright.bind", "cachesize.bind", "version.server", "id.server"):
+        assert dig(host, "CH", "TXT", name) == dig(host, "TXT", name, "+tcp", "-c", "CH") == ""
+
+
+@pytest.mark.parametrize("name", ["wpad", "localhost"])
+def test_a_vm_with_a_reserved_name_has_a_lease_but_no_name(host: AgentHost, name: str) -> None:
+    host.plug(DB, BRIDGE, DB_MAC)
+    done(host.call("032", "add-dhcp-entry", **DB_NIC | {"hostname": name}))
+    done(host.call("034", "add-dns-entry", **DB_NIC | {"hostname": name}))
+    assert lease(host, DB)["ip"] == DB_IP
+    lease(host, WEB)
+    done(host.call("034", "add-dns-entry", nic_uuid="", mac="02:01:00:cc:00:05", ip="10.10.1.46", hostname="later"))
+    wait_until(lambda: dig(host, "later", "A") == "10.10.1.46")
+    for asked in (name, f"{name}.cs2cloud.internal"):
+        assert dig(host, asked, "A") == ""
+    assert dig(host, "-x", DB_IP) == ""
+    assert f"the name {name} is reserved" in host.log()
 
 
 def dig(host: AgentHost, *words: str) -> str:

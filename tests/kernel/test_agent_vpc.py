@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, done
+from kernel.agent_host import AgentHost, agent_host, done, wait_until
 
 NS = "cs-vpc-7"
 TIERS = ("gst-310", "gst-311")
@@ -100,3 +100,74 @@ def test_defect_68_commands_of_a_vpc_and_its_tiers_are_serialized(host: AgentHos
     kept = json.loads(host.path("/var/lib/netloom/scopes/vpc-7.json").read_text())
     assert len(kept["port_forwards"]) == 12
     assert set(kept["networks"]) == {"310", "311"}
+
+
+TIER2 = {
+    "network_id": "311",
+    "vlan": "1311",
+    "gateway": "10.20.2.1",
+    "cidr": "10.20.2.0/24",
+    "extension_ip": "10.20.2.1",
+}
+DOMAIN = "vpc7.example.internal"
+
+
+def deploy(host: AgentHost, number: int, name: str, address: str, **more: str) -> None:
+    """Deploy a VM with this name: ``add-dhcp-entry`` and ``add-dns-entry``."""
+    nic = {"nic_id": str(number), "nic_uuid": f"6b7c2a10-0000-4000-8000-00000000{number}",
+           "mac": f"02:01:00:cc:02:{number % 100:02x}", "ip": address, "hostname": name}  # fmt: skip
+    for fixture, command in (("221", "add-dhcp-entry"), ("223", "add-dns-entry")):
+        done(host.call(fixture, command, **(nic | more)))
+
+
+def dig(host: AgentHost, vm: str, *words: str) -> list[str]:
+    """The answers of the resolver of the tier ``vm``, sorted."""
+    asked = ("dig", f"@10.20.{vm[-1]}.1", "+short", "+time=5", "+tries=2", *words)
+    return sorted(host.run(*asked, namespace=vm, check=False).split())
+
+
+@pytest.mark.mutation("tiers-know-each-others-names", instead="[]")
+def test_names_resolve_across_the_tiers_of_a_vpc(host: AgentHost) -> None:
+    two_tiers(host)
+    for tier in ("1", "2"):
+        host.plug(f"vm{tier}", f"breth1-131{int(tier) - 1}", f"02:01:00:cc:03:0{tier}", f"10.20.{tier}.99/24")
+    deploy(host, 6101, "app-1", "10.20.1.31")
+    deploy(host, 6102, "db", "10.20.2.31", ip6_address="fd00:2::31", **TIER2)
+    wait_until(lambda: dig(host, "vm1", "db", "A") == ["10.20.2.31"])
+    resolvers = set(host.processes("dnsmasq"))
+    assert len(resolvers) == 2
+    # The lists between the tiers deny everything, which does not concern names.
+    for vm in ("vm1", "vm2"):
+        for name in ("db", f"db.{DOMAIN}", "DB"):
+            wait_until(lambda: dig(host, vm, name, "A") == ["10.20.2.31"])  # noqa: B023
+            assert dig(host, vm, name, "AAAA") == ["fd00:2::31"]
+        wait_until(lambda: dig(host, vm, "app-1", "A") == ["10.20.1.31"])  # noqa: B023
+        assert dig(host, vm, f"app-1.{DOMAIN}", "A") == ["10.20.1.31"]
+        assert dig(host, vm, f"app-1.{DOMAIN}", "AAAA") == []
+        assert dig(host, vm, "-x", "10.20.2.31") == dig(host, vm, "-x", "fd00:2::31") == [f"db.{DOMAIN}."]
+        assert dig(host, vm, "-x", "10.20.1.31") == [f"app-1.{DOMAIN}."]
+        assert dig(host, vm, "data-server", "A") == [f"10.20.{vm[-1]}.1"]
+    # A name that two tiers have means the VM of the own tier.
+    deploy(host, 6103, "app-1", "10.20.2.32", ip6_address="fd00:2::32", **TIER2)
+    wait_until(lambda: dig(host, "vm2", "app-1", "A") == ["10.20.2.32"])
+    wait_until(lambda: dig(host, "vm1", "-x", "10.20.2.32") == [f"app-1.{DOMAIN}."])
+    for name in ("app-1", f"app-1.{DOMAIN}"):
+        assert dig(host, "vm1", name, "A") == ["10.20.1.31"]
+        assert dig(host, "vm1", name, "AAAA") == []
+        assert dig(host, "vm2", name, "A") == ["10.20.2.32"]
+    done(host.call("232", "shutdown-network", **TIER2))
+    wait_until(lambda: dig(host, "vm1", "db", "A") == dig(host, "vm1", "-x", "10.20.2.31") == [])
+    assert dig(host, "vm1", "app-1", "A") == ["10.20.1.31"]
+    assert len(set(host.processes("dnsmasq")) & resolvers) == 1
+
+
+def test_a_long_name_has_the_domain_of_its_tier(host: AgentHost) -> None:
+    """CloudStack gives all tiers the domain of the VPC; other callers may not."""
+    two_tiers(host)
+    host.plug("vm1", "breth1-1310", "02:01:00:cc:03:01", "10.20.1.99/24")
+    deploy(host, 6101, "app-1", "10.20.1.31")
+    deploy(host, 6102, "db", "10.20.2.31", domain="data.example.internal", **TIER2)
+    wait_until(lambda: dig(host, "vm1", "db.data.example.internal", "A") == ["10.20.2.31"])
+    assert dig(host, "vm1", "db", "A") == ["10.20.2.31"]
+    assert dig(host, "vm1", f"db.{DOMAIN}", "A") == []
+    assert dig(host, "vm1", "-x", "10.20.2.31") == ["db.data.example.internal."]

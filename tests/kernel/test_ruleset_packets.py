@@ -6,17 +6,21 @@ from the internet behind two public VLANs and from a neighbour. Numbered tests a
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import time
 from collections.abc import Iterator
 
 import pytest
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import CLIENT, CLIENT2, NEIGHBOUR, PATIENCE_S, QUIET_S, STRANGER, VMS, Lab, Try, run
+from kernel.ruleset_lab import CLIENT, CLIENT2, MACS, NEIGHBOUR, PATIENCE_S, QUIET_S, STRANGER, VMS, Lab, Try, run
+from netloom.agent.host.observe_nft import table_digest
 from netloom.render.scope import render
+from netloom.state import Scope
 from netns import inside
-from unit.scopes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish
+from unit.scopes import A1, A2, B1, C1, CIDR, GATEWAY, VM1, VM2, VM3, admit, egress, forward, static, wish, with_nics
 
 ECHO, TIMESTAMP = 8 << 8, 13 << 8
 
@@ -612,13 +616,58 @@ def test_egress_rules_allow_when_the_default_is_deny(lab: Lab) -> None:
 @pytest.mark.parametrize(
     "scope", [wish(allow_egress=False), wish(egress("all"), allow_egress=True), wish(firewall=False)]
 )
-def test_device_services_are_reachable_under_any_egress_policy(lab: Lab, scope: object) -> None:
-    lab.renew(scope)  # type: ignore[arg-type]
+def test_device_services_are_reachable_under_any_egress_policy(lab: Lab, scope: Scope) -> None:
+    lab.renew(scope)
     lab.answered(
         ping(GATEWAY, "vm1"), udp(GATEWAY, 53, "vm1"), tcp(GATEWAY, 53, "vm1"), udp(GATEWAY, 67, "vm1"),
         tcp(GATEWAY, 80, "vm2"), tcp(GATEWAY, 8080, "vm2"),
     )  # fmt: skip
     lab.silent(tcp(GATEWAY, 22, "vm1"), udp(GATEWAY, 80, "vm1"), tcp(GATEWAY, 9000, "vm1"), udp(GATEWAY, 9000, "vm1"))
+
+
+@pytest.mark.mutation("dhcp-is-for-nics")
+def test_metadata_and_dhcp_are_only_for_the_pair_of_mac_and_address_of_a_nic(lab: Lab) -> None:
+    """The address of vm2 is a NIC's with another MAC; that of vm3 is nobody's until its entry comes."""
+    nics = {VMS["vm1"]: MACS["vm1"], VMS["vm2"]: "02:00:00:00:00:77"}
+    lab.renew(with_nics(wish(), nics))
+    services = [("tcp", 80), ("tcp", 8080), ("udp", 67)]
+    lab.answered(*(Try("vm1", protocol, GATEWAY, port) for protocol, port in services))
+    lab.silent(*(Try(vm, protocol, GATEWAY, port) for protocol, port in services for vm in ("vm2", "vm3")))
+    lab.answered(udp(GATEWAY, 53, "vm3"), tcp(GATEWAY, 53, "vm3"))
+    lab.renew(with_nics(wish(), {**nics, VMS["vm3"]: MACS["vm3"]}))
+    lab.answered(*(Try("vm3", protocol, GATEWAY, port) for protocol, port in services))
+
+
+@pytest.mark.mutation("elements-of-packets-are-no-change")
+def test_requests_do_not_change_the_digest_of_the_table(lab: Lab) -> None:
+    lab.renew(with_nics(wish(), {VMS["vm1"]: MACS["vm1"]}))
+    before = table_digest(lab.ns("dev"))
+    lab.answered(tcp(GATEWAY, 80, "vm1"), udp(GATEWAY, 67, "vm1"))
+    listed = run("ip", "netns", "exec", lab.ns("dev"), "nft", "list", "set", "inet", "netloom", "http_rate_204")
+    assert VMS["vm1"] in listed
+    assert table_digest(lab.ns("dev")) == before
+
+
+@pytest.mark.mutation("strangers-share-the-resolver")
+def test_the_resolver_of_a_shared_network_limits_those_who_are_no_nic(lab: Lab) -> None:
+    scope = wish()
+    shared = replace(scope.networks["204"], guest_type="shared")
+    lab.renew(with_nics(replace(scope, networks={"204": shared}), {VMS["vm1"]: MACS["vm1"]}))
+    lab.answered(udp(GATEWAY, 53, "vm1"), tcp(GATEWAY, 53, "vm1"), udp(GATEWAY, 53, "vm2"))
+    lab.silent(tcp(GATEWAY, 53, "vm2"))
+    # All questions of a sender have one source port, so they are one connection for conntrack.
+    for space in ("vm2", "vm1"):
+        with lab.open_socket(space, socket.SOCK_DGRAM) as sender:
+            sender.settimeout(1)
+            answers = 0
+            began = time.monotonic()
+            for _ in range(200):
+                sender.sendto(b"question", (GATEWAY, 53))
+            with contextlib.suppress(TimeoutError):
+                while answers < 200:
+                    answers += bool(sender.recv(100))
+            allowed = 50 + 6 * (time.monotonic() - began)
+            assert answers == 200 if space == "vm1" else 1 <= answers <= allowed, (space, answers)
 
 
 def test_device_services_are_reachable_only_by_guests_on_the_gateway_address(lab: Lab) -> None:

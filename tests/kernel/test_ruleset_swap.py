@@ -164,6 +164,7 @@ def test_hooks_policies_and_set_types_may_change(bench: Bench) -> None:
         _table(Chain(name="out", hook=HOOK.format(5, "drop"), rules=("ip daddr vmap @some",)), side, sets=(a_map,)),
         _table(Chain(name="out", rules=("accept",)), counters=("seen",)),
         _table(side, sets=(replace(a_set, flags="interval", elements={"10.0.0.0/8": "", "192.0.2.1-192.0.2.9": ""}),)),
+        _table(side, sets=(replace(a_set, flags="dynamic,timeout", elements={}, size=9, timeout="1m"),)),
     ]
     for have in tables:
         for want in tables:

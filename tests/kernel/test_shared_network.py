@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -146,6 +148,35 @@ def lookup(host: AgentHost, vm: str, name: str, pid: int = 0, patience_s: int = 
     return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line)
 
 
+def frame(to: str, mac: str, protocol: int, source: str, target: str, data: bytes) -> bytes:
+    """An IPv4 packet in an Ethernet frame."""
+    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(data), 1, 0, 64, protocol, 0,
+                       socket.inet_aton(source), socket.inet_aton(target))  # fmt: skip
+    head = head[:10] + checksum(head) + head[12:]
+    return bytes.fromhex((to + mac).replace(":", "")) + b"\x08\x00" + head + data
+
+
+def checksum(data: bytes) -> bytes:
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total >> 16) + (total & 0xFFFF)
+    return struct.pack("!H", ~total & 0xFFFF)
+
+
+def connection_request(to: str, mac: str, source: str, target: str, sport: int, dport: int) -> bytes:
+    """The first packet of a TCP connection."""
+    segment = struct.pack("!HHIIBBHHH", sport, dport, 1, 0, 0x50, 0x02, 64000, 0, 0)
+    pseudo = socket.inet_aton(source) + socket.inet_aton(target) + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
+    segment = segment[:16] + checksum(pseudo + segment) + segment[18:]
+    return frame(to, mac, socket.IPPROTO_TCP, source, target, segment)
+
+
+def broadcast_frame(mac: str, data: bytes) -> bytes:
+    """A DHCP request of a client without an address."""
+    datagram = struct.pack("!HHHH", 68, 67, 8 + len(data), 0) + data
+    return frame("ff:ff:ff:ff:ff:ff", mac, socket.IPPROTO_UDP, "0.0.0.0", "255.255.255.255", datagram)
+
+
 def pings(host: AgentHost, vm: str, address: str, pid: int = 0) -> bool:
     return " 0% packet loss" in host.run("ping", "-c", "1", "-W", "2", address, namespace=vm, pid=pid, check=False)
 
@@ -221,6 +252,96 @@ def test_a_neighbour_with_the_address_of_a_vm_gets_no_data_of_it(host_with_vms: 
     finally:
         host_with_vms.ip("link", "del", "tap-thief")
         host_with_vms.ip("netns", "del", "thief")
+
+
+def half_open(host: AgentHost) -> int:
+    """The connections to the device that their clients have not completed."""
+    return len(host.run("ss", "-Htn", "state", "syn-recv", namespace=NS).splitlines())
+
+
+@pytest.mark.mutation("metadata-is-for-nics")
+def test_connection_requests_from_made_up_addresses_take_nothing_from_the_vms(host_with_vms: AgentHost) -> None:
+    """Also from the address of a VM with another MAC address, and from the MAC address of a VM with another address."""
+    host = host_with_vms
+    device_mac = host.links(NS)["gst-410"]["address"]
+    host.plug("stranger", BRIDGE, THIEF_MAC)
+    try:
+        with host.within("stranger"):
+            wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+            wire.bind(("eth0", 0))
+        with wire:
+            for number in range(600):
+                made_up = (f"1e:00:aa:01:{number >> 8:02x}:{number & 255:02x}", f"10.30.0.{100 + number % 150}")
+                sender = (made_up, (THIEF_MAC, ONE_IP), (TWO_MAC, made_up[1]))[number % 3]
+                for port in (80, 8080):
+                    wire.send(connection_request(device_mac, *sender, DEVICE, 2000 + number, port))
+            assert half_open(host) == 0
+        assert get(host, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+        assert get(host, TWO, "/latest/meta-data/instance-id") == "i-two"
+        assert password(host, ONE) == "FAKE-one"
+    finally:
+        host.ip("link", "del", "tap-stranger")
+        host.ip("netns", "del", "stranger")
+
+
+@pytest.mark.mutation("a-vm-has-its-rate-of-connections")
+def test_connection_requests_of_one_vm_leave_room_for_the_others(host_with_vms: AgentHost) -> None:
+    host = host_with_vms
+    device_mac = host.links(NS)["gst-410"]["address"]
+    host.run("nft", "add table ip quiet; add chain ip quiet in { type filter hook input priority 0; policy drop; }",
+             namespace=TWO)  # fmt: skip
+    try:
+        with host.within(TWO):
+            wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+            wire.bind(("eth0", 0))
+        with wire:
+            for number in range(1500):
+                wire.send(connection_request(device_mac, TWO_MAC, TWO_IP, DEVICE, 2000 + number, 80))
+            # 200 at once, and 25 a second while the frames were sent.
+            assert 0 < half_open(host) < 900
+        assert get(host, ONE, "/latest/meta-data/local-hostname") == "sh-1"
+        # They are forgotten after three seconds, with the kernel's default after 63.
+        wait_until(lambda: half_open(host) == 0)
+    finally:
+        host.run("nft", "delete", "table", "ip", "quiet", namespace=TWO)
+    wait_until(lambda: get(host, TWO, "/latest/meta-data/instance-id") == "i-two")
+
+
+@pytest.mark.mutation("a-vm-has-its-rate-of-dhcp-requests")
+def test_dhcp_requests_of_one_vm_leave_room_for_the_others(host_with_vms: AgentHost) -> None:
+    host = host_with_vms
+    with host.within(TWO):
+        wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        wire.bind(("eth0", 0))
+        answers = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
+        answers.bind(("eth0", 0x0800))
+    with wire, answers:
+        answers.settimeout(1)
+        began = time.monotonic()
+        for _ in range(300):
+            wire.send(broadcast_frame(TWO_MAC, dhcp_message(MessageType.DISCOVER, TWO_MAC)))
+        offers = 0
+        with contextlib.suppress(TimeoutError):
+            while True:
+                offers += answers.recv(2000)[23:24] == b"\x11"
+        assert 1 <= offers <= 60 + 12 * (time.monotonic() - began)
+    assert lease(host, ONE)["ip"] == ONE_IP
+    wait_until(lambda: lease(host, TWO, check=False).get("ip") == TWO_IP)
+
+
+def test_a_vm_is_served_as_soon_as_its_entry_comes(host: AgentHost) -> None:
+    """It started before, so the device has seen and dropped its requests."""
+    for fixture in ("301", "302", "303", "304", "305", "306"):
+        call_command(host, fixture)
+    new = {**SECOND, "ip": "10.30.0.70", "netmask": "255.255.255.0", "gateway": "10.30.0.1"}
+    host.plug(TWO, BRIDGE, TWO_MAC, "10.30.0.70/24")
+    assert lease(host, TWO, "-t", "1", check=False) == {}
+    assert get(host, TWO, "/latest/meta-data/instance-id", *BRIEFLY) == ""
+    assert lookup(host, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
+    call_command(host, "303", **new)
+    call_command(host, "306", **new, vm_data=[{"dir": "metadata", "file": "instance-id", "content": "i-two"}])
+    assert lease(host, TWO)["ip"] == new["ip"]
+    assert get(host, TWO, "/latest/meta-data/instance-id") == "i-two"
 
 
 @pytest.mark.mutation("routers-do-not-reach-the-device")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import Lab, run
-from netloom.state import AclItem, Backend, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
+from kernel.ruleset_lab import MACS, Lab, run
+from netloom.state import AclItem, Backend, LbRule, Network, Nic, PortForward, Ports, PublicIp, Scope, StaticNat
 
 A, B = "10.20.1.0/24", "10.20.2.0/24"
 GATEWAYS = {"a1": "10.20.1.1", "a2": "10.20.1.1", "b1": "10.20.2.1"}
@@ -35,7 +35,7 @@ def vpc(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, **
         scope_id="vpc-7",
         owner="test",
         vpc_implemented=True,
-        networks={"310": tier, "311": other},
+        networks={it.network_id: replace(it, nics=_nics(it)) for it in (tier, other)},
         public_ips={it.address: it for it in (public(NAT, source_nat=True), public(OTHER), public(STATIC))},
         static_nats={STATIC: StaticNat(public_ip=STATIC, private_ip=HOMES["a2"], network_id="310")},
         port_forwards={
@@ -55,6 +55,10 @@ def vpc(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, **
         },
     )  # fmt: skip
     return replace(scope, **more)
+
+
+def _nics(tier: Network) -> dict[str, Nic]:
+    return {vm: Nic(mac=MACS[vm], ip=HOMES[vm]) for vm in HOMES if TIERS[vm] == tier.network_id}
 
 
 def forward(at: str, port: int, vm: str, private: int, protocol: str) -> PortForward:

@@ -12,10 +12,11 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from netloom.state import Firewall, FirewallRule, Network, Pbr, PortForward, Ports, PublicIp, Scope, StaticNat
+from netloom.state import Firewall, FirewallRule, Network, Nic, Pbr, PortForward, Ports, PublicIp, Scope, StaticNat
 
 CIDR, GATEWAY = "10.1.1.0/24", "10.1.1.1"
 VM1, VM2, VM3 = "10.1.1.11", "10.1.1.12", "10.1.1.13"
+MACS = {VM1: "02:00:00:00:00:01", VM2: "02:00:00:00:00:02", VM3: "02:00:00:00:00:03"}
 
 A1 = PublicIp(address="203.0.113.20", vlan="101", gateway="203.0.113.1", cidr="203.0.113.0/24", exit=1, source_nat=True)
 A2 = replace(A1, address="203.0.113.21", source_nat=False)
@@ -35,6 +36,7 @@ def network(firewall: Firewall | None = None) -> Network:
         gateway=GATEWAY,
         extension_ip=GATEWAY,
         firewall=firewall,
+        nics=nics(MACS),
     )
 
 
@@ -60,6 +62,16 @@ def wish(
         ingress_open=ingress_open,
         pbr=pbr,
     )
+
+
+def nics(macs: dict[str, str]) -> dict[str, Nic]:
+    """A NIC for each address: address to MAC."""
+    return {mac: Nic(mac=mac, ip=ip, leased=True) for ip, mac in macs.items()}
+
+
+def with_nics(scope: Scope, macs: dict[str, str]) -> Scope:
+    """``scope`` with these NICs and no others."""
+    return replace(scope, networks={"204": replace(scope.networks["204"], nics=nics(macs))})
 
 
 def ports(text: str) -> Ports:

@@ -217,3 +217,14 @@ def test_a_restore_leaves_services_alone_that_are_not_enabled(service: str) -> N
     assert (full.leased, full.named) == (True, True)
     assert (full.metadata == before.metadata) == (service == "userdata")
     assert replace(full, metadata={}, user_data=None) == replace(before, metadata={}, user_data=None)
+
+
+@pytest.mark.mutation("an-absent-default-nic-changes-nothing")
+def test_a_call_without_default_nic_leaves_it_as_it_was() -> None:
+    who: dict[str, Any] = {"nic_id": "5109", "nic_uuid": "other", "mac": "02:01:00:cc:00:09", "ip": "10.10.1.9"}
+    scope = told("030")
+    given: dict[str, Any]
+    for given, default in (({}, True), ({"default_nic": "false"}, False), ({}, False), ({"default_nic": "true"}, True)):
+        scope = call(scope, "add-dhcp-entry", **{**who, **given}).scope or scope
+        found = nic(scope, "other")
+        assert found is not None and found.default is default

@@ -7,10 +7,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from netloom.commands import Transitioned
 from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, ForeignScope
+from netloom.guestwire import GuestNic
+from netloom.render.guest import tables
 from netloom.state import Network, Scope, Uplinks
 from netloom.wire import Registration
 from unit.payload_player import OURS, call, implement, network, play
@@ -93,8 +96,8 @@ def test_a_network_without_an_address_of_its_own() -> None:
     [
         ({"cidr": ""}, r"payload\.cidr is missing"),
         ({"gateway": ""}, r"payload\.gateway is missing"),
-        ({"gateway": "10.10.2.1"}, r"payload\.gateway: 10\.10\.2\.1 is not in the network's 10\.10\.1\.0/24"),
-        ({"extension_ip": "10.10.2.1"}, r"payload\.extension_ip: 10\.10\.2\.1 is not in"),
+        ({"gateway": "172.16.1.1"}, r"payload\.gateway: 172\.16\.1\.1 is not in the network's 10\.10\.1\.0/24"),
+        ({"extension_ip": "172.16.1.1"}, r"payload\.extension_ip: 172\.16\.1\.1 is not in"),
         ({"cidr": "10.10.1.0/24,10.10.2.0/24"}, r"payload\.cidr: 2 values, where a network has one"),
         ({"vlan": "5001"}, r"5001 is not a VLAN tag \(1 to 4094\).*guest\.isolation=vxlan"),
     ],
@@ -217,3 +220,109 @@ def test_defect_38_nothing_of_a_tier_outlives_it_and_nothing_of_a_vpc_its_end() 
     assert (left.static_nats, left.port_forwards, left.lb_rules) == ({}, {}, {})
     assert [it.address for it in left.public_ips.values()] == ["203.0.113.30"]
     assert play(scope, "235").scope is None
+
+
+# --- IP reservation: ``cidr`` is a part of the subnet (docs/protocol.md, section 2)
+
+RESERVED: dict[str, Any] = {"gateway": "10.70.1.1", "extension_ip": "10.70.1.1", "cidr": "10.70.1.64/26"}
+NIC: dict[str, Any] = {
+    "nic_id": "1",
+    "nic_uuid": "u-1",
+    "mac": "02:01:00:cc:70:03",
+    "ip": "10.70.1.70",
+    "netmask": "255.255.255.0",
+}
+
+
+@pytest.mark.parametrize(
+    ("cidr", "gateway", "subnet"),
+    [
+        ("10.70.1.64/26", "10.70.1.1", "10.70.1.0/25"),
+        ("10.70.1.0/25", "10.70.1.1", "10.70.1.0/25"),
+        ("10.70.1.0/25", "10.70.1.254", "10.70.1.0/24"),
+        ("10.70.1.32/27", "10.70.1.63", "10.70.1.0/25"),  # 10.70.1.63 is the last address of 10.70.1.0/26
+        ("10.70.1.96/27", "10.70.1.64", "10.70.1.0/25"),  # 10.70.1.64 is the first address of 10.70.1.64/26
+        ("10.200.1.0/24", "10.0.0.1", "10.0.0.0/8"),
+        ("10.70.1.0/31", "10.70.1.0", "10.70.1.0/31"),
+    ],
+)
+def test_the_first_guess_of_a_reserved_subnet_has_its_gateway(cidr: str, gateway: str, subnet: str) -> None:
+    guessed = implement(gateway=gateway, extension_ip=gateway, cidr=cidr)
+    assert (network(guessed).cidr, network(guessed).device_ip) == (subnet, gateway)
+    assert network(call(guessed.scope, "assign-ip", **RESERVED_PUBLIC)).cidr == subnet
+
+
+RESERVED_PUBLIC: dict[str, Any] = {
+    "public_ip": "203.0.113.70",
+    "public_vlan": "vlan://101",
+    "public_cidr": "203.0.113.0/24",
+}
+
+
+@pytest.mark.mutation("a-netmask-is-the-whole-subnet", instead="str(smallest)")
+@pytest.mark.parametrize("command", ["prepare-nic", "add-dhcp-entry", "config-dhcp-subnet", "add-dns-entry"])
+@pytest.mark.parametrize("cidr", ["10.70.1.64/26", "10.70.1.0/25"])
+def test_the_netmask_of_a_nic_shows_the_whole_subnet_and_a_restart_keeps_it(command: str, cidr: str) -> None:
+    fields = {**RESERVED, "cidr": cidr}
+    told = call(implement(**fields).scope, command, **fields, **NIC)
+    assert network(told).cidr == "10.70.1.0/24"
+    assert network(implement(told.scope, **fields)).cidr == "10.70.1.0/24"
+    first = call(None, command, network_state="implemented", vlan="1700", **fields, **NIC)  # on another host
+    assert (network(first).cidr, network(first).is_active) == ("10.70.1.0/24", True)
+
+
+def test_a_reservation_on_a_living_network_changes_nothing() -> None:
+    full = {**RESERVED, "cidr": "10.70.1.0/24"}
+    living = implement(**full)
+    assert implement(living.scope, **RESERVED).scope == living.scope
+    assert network(call(living.scope, "prepare-nic", **RESERVED, **NIC)).cidr == "10.70.1.0/24"
+
+
+@pytest.mark.parametrize("command", ["implement-network", "assign-ip", "apply-fw-rules"])
+def test_a_reservation_that_is_taken_back_lets_the_subnet_grow(command: str) -> None:
+    more: dict[str, dict[str, Any]] = {
+        "implement-network": {"vlan": "1204"},
+        "assign-ip": RESERVED_PUBLIC,
+        "apply-fw-rules": {"fw_rules": {"default_egress_allow": True, "rules": []}},
+    }
+    grown = call(implement(**RESERVED).scope, command, **{**RESERVED, "cidr": "10.70.1.0/24"}, **more[command])
+    assert network(grown).cidr == "10.70.1.0/24"
+
+
+def test_another_subnet_replaces_the_known_one() -> None:
+    moved = implement(implement(**RESERVED).scope, gateway="10.80.1.1", extension_ip="10.80.1.1", cidr="10.80.1.0/24")
+    assert network(moved).cidr == "10.80.1.0/24"
+
+
+@pytest.mark.parametrize("netmask", ["0.0.0.0", "254.0.0.0", "255.255.255.224"])
+def test_a_netmask_that_cannot_be_the_subnets_changes_nothing(netmask: str) -> None:
+    told = call(implement(**RESERVED).scope, "prepare-nic", **RESERVED, **{**NIC, "netmask": netmask})
+    assert network(told).cidr == "10.70.1.0/25"
+
+
+def test_a_nic_of_an_older_state_shows_the_whole_subnet() -> None:
+    """An older version stored the part of the subnet as the network's, and the netmask with the NIC."""
+    fields = {**RESERVED, "cidr": "10.70.1.0/25"}
+    told = call(implement(**fields).scope, "prepare-nic", **fields, **NIC).scope
+    assert told is not None
+    older = replace(told, networks={"204": replace(told.networks["204"], cidr="10.70.1.0/25")})
+    assert network(call(older, "assign-ip", **fields, **RESERVED_PUBLIC)).cidr == "10.70.1.0/24"
+    assert network(implement(older, **fields)).cidr == "10.70.1.0/24"
+
+
+def test_a_lease_of_a_reserved_network_has_the_netmask_of_the_whole_subnet() -> None:
+    restored = {"dhcp_enabled": True, "vms": [{"ip": "10.70.1.70", "mac": NIC["mac"], "nic_uuid": "u-1"}]}
+    guessed = call(implement(**RESERVED).scope, "restore-network", **RESERVED, restore_data=restored)
+    assert [(it.prefix_len, it.gateway) for it in leases(guessed)] == [(25, "10.70.1.1")]
+    other = {**NIC, "nic_id": "2", "nic_uuid": "u-2", "mac": "02:01:00:cc:70:04", "ip": "10.70.1.71"}
+    told = call(guessed.scope, "add-dhcp-entry", **RESERVED, **other)
+    assert [(it.prefix_len, it.gateway) for it in leases(told)] == [(24, "10.70.1.1")] * 2
+    # The netmask of the reservation, as a provider of an external kind would get it, does not cut the VM off.
+    short = call(told.scope, "add-dhcp-entry", **RESERVED, **{**other, "netmask": "255.255.255.192"})
+    assert [(it.prefix_len, it.gateway) for it in leases(short)] == [(24, "10.70.1.1")] * 2
+
+
+def leases(outcome: Transitioned) -> list[GuestNic]:
+    assert outcome.scope is not None
+    (table,) = tables(outcome.scope)
+    return [it for it in table.nics if it.dhcp]

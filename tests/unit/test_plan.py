@@ -514,6 +514,17 @@ def test_a_vlan_change_moves_the_guest_port_and_removes_the_old_bridge() -> None
     assert not any(step.startswith(("create vnetg", "remove link")) for step in steps)
 
 
+@pytest.mark.mutation("a-new-prefix-length-leaves-no-gap")
+@pytest.mark.parametrize("cidr", ["10.10.1.1/25", "10.10.1.1/16"])
+def test_an_address_with_another_prefix_length_is_never_missing(cidr: str) -> None:
+    want = wish()
+    then = replace(want, addresses=(Address(link="gst-204", cidr=cidr), *want.addresses[1:]))
+    assert [str(step) for step in plan(built(want), then)] == [
+        f"add address {cidr} to gst-204",
+        "remove address 10.10.1.1/24 from gst-204",
+    ]
+
+
 def test_a_bridge_with_a_vm_is_kept_when_the_network_is_removed() -> None:
     have = built(wish(publics={}))
     tap = HostLink(name="vnet7", kind="tun", master="breth1-1204")

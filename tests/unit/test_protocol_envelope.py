@@ -234,7 +234,7 @@ def test_defect_55_a_missing_network_id_is_named() -> None:
 @pytest.mark.mutation("a-payload-has-bounded-structures")
 @pytest.mark.parametrize("many", [b"[" + b"{}," * 600_000 + b"{}]", b'{"a":' + b"[" * 300_000 + b"]" * 300_000 + b"}"])
 def test_more_objects_than_a_network_can_have_are_refused(many: bytes) -> None:
-    with pytest.raises(BadRequest, match=r"payload: \d+ objects and lists \(at most 500000\)|nested too deeply"):
+    with pytest.raises(BadRequest, match=r"payload: more than 500000 objects and lists|nested too deeply"):
         load_object(b'{"x":' + many + b"}", root="payload")
 
 

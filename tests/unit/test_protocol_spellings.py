@@ -30,7 +30,6 @@ ROWS: list[tuple[str, str, Any]] = [
     ("403", "payload.nic_ip6_cidr=payload.ip6_cidr", None),
     ("402", "payload.nic_ip6_address=payload.ip6_address", None),
     ("404", "payload.nic_ip6_address=payload.ip6_address", None),
-    ("407", "payload.nic_ip6_address=payload.ip6_address", None),
     ("202", "payload.cidr=payload.vpc_cidr", None),
     ("234", "payload.cidr=payload.vpc_cidr", None),
     ("225", "payload.public_vlan", "101"),

@@ -109,7 +109,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     host = KernelHost()
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
-    services = Services(Guests(loop, guest_process), supervisor)
+    services = Services(Guests(loop, guest_process), supervisor, log)
     watcher = Watcher(loop, clock, log, events, host.orphaned)
     actions = Actions(host, store.directory.parent / "hooks")
     scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)

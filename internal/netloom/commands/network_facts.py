@@ -7,7 +7,8 @@ every command that carries these facts implements the network.
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Address, IPv6Network
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from msgspec.structs import replace
 
@@ -16,24 +17,28 @@ from netloom.names import UNTAGGED, VLAN_TAG_MAX
 from netloom.protocol.network import NetworkPayload
 from netloom.protocol.nic import NicPayload
 from netloom.protocol.scalars import IPv4List, IPv4Prefix, Vlan
-from netloom.state import Network, Scope, Subnet
+from netloom.state import Network, Nic, Scope, Subnet
 from netloom.wire import Registration
 
 # The states in which VMs use the network; "setup" is that of a plain shared one. In state "implementing" CloudStack
 # sends implement-network or has sent it, so no other command has to implement the network.
 _IN_USE = frozenset({"implemented", "setup"})
 
+# The shortest prefix of an isolated network. The largest private range, 10.0.0.0/8, has it (RFC 1918).
+_PREFIX_LENGTH_MIN = 8
+
 
 def with_facts(known: Network, payload: NetworkPayload) -> Network:
     """``known`` with the facts of the payload; an absent field changes nothing.
 
     Only implement-network changes the facts of an isolated network that is implemented: in other commands the gateway
-    may be a NIC's. A shared network may never get an implement-network, so every command changes its facts.
+    may be a NIC's. But every command can make its subnet larger (:func:`whole_subnet`). A shared network may never get
+    an implement-network, so every command changes its facts.
     """
     if not known.implemented:
         known = replace(known, guest_type=payload.guest_type.word)
     elif known.guest_type == "isolated":
-        return known
+        return replace(known, cidr=_larger(known.cidr, [*payload.cidr, *_nic_subnets(known, payload)]))
     known = replace(
         known,
         vlan=str(payload.vlan) or known.vlan,
@@ -43,11 +48,27 @@ def with_facts(known: Network, payload: NetworkPayload) -> Network:
     )
     if known.guest_type != "isolated":
         return _with_ranges(known, payload)
-    return replace(
-        known,
-        cidr=only(payload.cidr, "cidr") or known.cidr,
-        gateway=only(payload.gateway, "gateway") or known.gateway,
-    )
+    known = replace(known, gateway=only(payload.gateway, "gateway") or known.gateway)
+    return replace(known, cidr=whole_subnet(known, payload))
+
+
+def whole_subnet(known: Network, payload: NetworkPayload) -> str:
+    """The whole IPv4 subnet of an isolated network. ``known`` already has the gateway of the payload.
+
+    With an IP reservation CloudStack sends the reserved part as ``cidr``. The rest of the subnet belongs to machines
+    that CloudStack does not know, and the gateway may be in that rest. Only the netmask of a NIC shows the whole subnet
+    (docs/protocol.md, section 2). So the result is the largest of the known subnet, the subnets of the NICs, and the
+    smallest prefix with ``cidr`` and the device's addresses, as far as they contain the latter.
+    """
+    sent = only(payload.cidr, "cidr") or known.cidr
+    if not sent:
+        return ""
+    addresses = [it for it in (known.gateway, known.extension_ip) if it]
+    smallest = _smallest(sent, addresses)
+    if smallest.prefixlen < _PREFIX_LENGTH_MIN:
+        return sent  # check_addresses refuses the address that is too far away
+    known_ones = [known.cidr] if known.cidr else []
+    return _larger(str(smallest), [*known_ones, *_nic_subnets(known, payload)])  # guard: a-netmask-is-the-whole-subnet
 
 
 def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Scope) -> Network:
@@ -139,6 +160,38 @@ def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
 def _with_range(ranges: dict[str, str], cidr: str, gateways: IPv4List) -> dict[str, str]:
     gateway = gateway_in(cidr, gateways) or ranges.get(cidr, "")
     return {it: other for it, other in ranges.items() if it == cidr or not _overlap(it, cidr)} | {cidr: gateway}
+
+
+def _smallest(cidr: str, addresses: list[str]) -> IPv4Network:
+    """The smallest prefix that contains ``cidr`` and has the addresses as possible addresses of a machine."""
+    subnet = IPv4Network(cidr)
+    machines = [IPv4Address(it) for it in addresses]
+    while subnet.prefixlen and not all(_is_host(it, subnet) for it in machines):
+        subnet = subnet.supernet()
+    return subnet
+
+
+def _is_host(address: IPv4Address, subnet: IPv4Network) -> bool:
+    """Whether a machine in ``subnet`` can have the address: a subnet's first and last address are reserved."""
+    edges = (subnet.network_address, subnet.broadcast_address) if subnet.prefixlen < 31 else ()
+    return address in subnet and address not in edges
+
+
+def _nic_subnets(known: Network, payload: NetworkPayload) -> list[str]:
+    """The subnets that the netmasks of the known NICs and of the payload's NIC show."""
+    subnets = [_subnet_of(nic) for nic in known.nics.values()]
+    return [it for it in (*subnets, getattr(payload, "subnet", "")) if it]
+
+
+def _subnet_of(nic: Nic) -> str:
+    return str(IPv4Network(f"{nic.ip}/{nic.netmask}", strict=False)) if nic.ip and nic.netmask else ""
+
+
+def _larger(cidr: str, others: Iterable[str]) -> str:
+    """The largest of ``cidr`` and those of the others that contain it. A prefix below the shortest one is ignored."""
+    larger = [it for it in map(IPv4Network, others) if it.supernet_of(IPv4Network(cidr))]
+    larger = [it for it in larger if it.prefixlen >= _PREFIX_LENGTH_MIN]
+    return str(min(larger, key=lambda it: it.prefixlen)) if larger else cidr
 
 
 def _is_in6(address: str, cidr: str) -> bool:

@@ -104,8 +104,9 @@ def _given_fields(payload: NicPayload | VmNic) -> dict[str, str | bool]:
         "ip6": str(payload.ip6_address),
         "hostname": str(payload.hostname),
         "device_id": str(int(payload.device_id)),
-        "default": bool(payload.default_nic),
     }
+    if payload.default_nic is not None:  # guard: an-absent-default-nic-changes-nothing
+        fields["default"] = bool(payload.default_nic)
     if isinstance(payload, NicPayload):
         fields["nic_id"] = str(payload.nic_id)
         fields["netmask"] = str(payload.netmask)

@@ -4,7 +4,8 @@ The order, and why:
 
 1. The namespace, and the sysctls that new links take over, before any link is created in it.
 2. Deletions: routes, rules, addresses, neighbours, links. Addresses are removed before the ruleset changes, so a
-   removed address is never reachable under the new rules.
+   removed address is never reachable under the new rules. An address with a new prefix length is an exception: it is
+   added with the new length first, so it is never missing.
 3. The ruleset. New addresses and links do not exist yet and removed ones are gone, so at no moment is anything
    reachable that neither the old nor the new state allows.
 4. The host's shared links (bridges, VLAN links), then the ports into the namespace, all down.
@@ -25,6 +26,7 @@ from typing import TypeVar
 import msgspec
 
 from netloom.errors import ForeignScope, HostRefused
+from netloom.netobjects import Address
 from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, Others
 from netloom.plan.segments import SegmentPlacement, agents_vlan_link, guard_of, is_guest, place
 from netloom.plan.steps import (
@@ -158,6 +160,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
         if link is not None and (link not in existing or have.sysctls.get(key) != value):
             yield SetSysctl(ns, key, value)
     yield from _missing_addresses(have, want, existing)
+    yield from _replaced_addresses(have, want, existing)
     yield from _links_up(have, want, existing)
     yield from _missing_neighbours(have, want, existing)
     yield from _missing_routes(have, want, existing)
@@ -191,8 +194,28 @@ def _stale_rules(have: Have, want: Want) -> Iterator[Step]:
 def _stale_addresses(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:
     for address in have.addresses:
         # An address without its subnet's route is added again later: the kernel creates the route with it.
-        if address.link in existing and (address not in want.addresses or address in have.cut_off):
+        stale = address not in want.addresses or address in have.cut_off
+        if (
+            address.link in existing
+            and stale
+            and not _has_other_prefix(address, want)  # guard: a-new-prefix-length-leaves-no-gap
+        ):
             yield RemoveAddress(want.namespace, address)
+
+
+def _replaced_addresses(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:
+    """Remove addresses whose prefix length changes after they were added with the new one, so that they never miss."""
+    for address in have.addresses:
+        if address.link in existing and _has_other_prefix(address, want):
+            yield RemoveAddress(want.namespace, address)
+
+
+def _has_other_prefix(address: Address, want: Want) -> bool:
+    """Whether ``want`` has the address on the same link, but with another prefix length."""
+    ip = address.cidr.partition("/")[0]
+    return address not in want.addresses and any(
+        it.link == address.link and it.cidr.partition("/")[0] == ip for it in want.addresses
+    )
 
 
 def _stale_neighbours(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:

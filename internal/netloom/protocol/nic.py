@@ -43,7 +43,7 @@ class NicPayload(NetworkPayload, frozen=True, kw_only=True):
     mac: Mac = Mac("")
     ip: IPv4 = IPv4("")
     netmask: Netmask = Netmask("")
-    default_nic: Flag = Flag(0)
+    default_nic: Flag | None = None
     device_id: Number = Number(0)
     ip6_address: IPv6 = IPv6("")
     ip6_gateway: IPv6 = IPv6("")
@@ -88,4 +88,4 @@ class VmNic(msgspec.Struct, frozen=True, kw_only=True):
     nic_uuid: Word = Word("")
     hostname: HostName = HostName("")
     device_id: Number = Number(0)
-    default_nic: Flag = Flag(0)
+    default_nic: Flag | None = None

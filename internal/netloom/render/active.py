@@ -14,6 +14,7 @@ from itertools import pairwise
 import msgspec
 from msgspec.structs import replace
 
+from netloom.render import second_nics
 from netloom.render.acl import Acl, acl_of
 from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
@@ -54,11 +55,13 @@ class Active(msgspec.Struct, frozen=True, kw_only=True):
     forwarded: tuple[ForwardedPorts, ...] = ()
     ingress: dict[str, tuple[FirewallRule, ...]] = {}  # by public address; an address that is missing allows everything
     balanced: tuple[LbRule, ...] = ()
+    device_for_all: dict[str, str] = {}  # see ``second_nics``
+    device_for_network: dict[str, dict[str, str]] = {}  # see ``second_nics``; only networks that have some
 
     @property
-    def haproxy_ports(self) -> frozenset[tuple[str, int]]:
-        """Address and TCP port of each load balancing rule that haproxy serves on the device."""
-        return frozenset((rule.public_ip, rule.public_port) for rule in self.balanced if rule.protocol != "udp")
+    def haproxy_rules(self) -> tuple[LbRule, ...]:
+        """The load balancing rules for TCP. haproxy serves them on the device."""
+        return tuple(rule for rule in self.balanced if rule.protocol != "udp")
 
     @property
     def udp_balanced(self) -> tuple[LbRule, ...]:
@@ -86,6 +89,14 @@ class Active(msgspec.Struct, frozen=True, kw_only=True):
             (network, backend.port) for backend in rule.backends if (network := self.network_of(backend.ip)) is not None
         ]
         return found[:1]
+
+    def seen_as(self, home: Network | None, guest: str) -> str:
+        """The source address that ``guest`` sees instead of a client's, or empty (``second_nics``).
+
+        ``home``: the client's network; None: an outside host.
+        """
+        by_home = self.device_for_network.get(home.network_id, {}) if home is not None else {}
+        return self.device_for_all.get(guest) or by_home.get(guest, "")
 
     def network_of(self, address: str) -> Network | None:
         """The active network whose subnet contains an address."""
@@ -131,6 +142,8 @@ def active(scope: Scope | None) -> Active:
         forwarded=tuple(_forwarded(forwards)),
         ingress=_ingress(scope, networks, held),
         balanced=tuple(sorted(balanced, key=lambda it: it.rule_id)),
+        device_for_all=second_nics.device_for_all(networks),
+        device_for_network={key: it for key, it in second_nics.device_for_network(networks).items() if it},
     )
 
 

@@ -13,8 +13,10 @@ PUBLIC_LINKS = '"' + names.public_link("*") + '"'
 GUEST_LINKS = '"' + names.guest_link("*") + '"'
 
 DNS_PORT = 53  # UDP and TCP
-SERVICE_PORTS_UDP = (DNS_PORT, 67)  # DNS, DHCP
-SERVICE_PORTS_TCP = (DNS_PORT, 80, 8080)  # DNS, metadata, passwords
+DHCP_PORT = 67  # UDP
+HTTP_PORTS = (80, 8080)  # TCP: metadata, passwords
+SERVICE_PORTS_UDP = (DNS_PORT, DHCP_PORT)
+SERVICE_PORTS_TCP = (DNS_PORT, *HTTP_PORTS)
 
 # From every source address: a client that rebinds still has the address of its last network, and needs a DHCPNAK to
 # give it up (RFC 2131 sections 4.3.2 and 4.4.5).

@@ -11,49 +11,57 @@ from __future__ import annotations
 import msgspec
 
 from netloom import names
+from netloom.render import dns_names, dns_zones
 from netloom.render.service import Probe, Service, directory_of
-from netloom.state import Network, Nic
+from netloom.state import Network, Scope
 
 HOSTS = "hosts"
 
-# The name that cloud-init's CloudStack data source looks up first; CloudStack's virtual router resolves it, too. A VM
-# never gets this name: it could serve user data to its neighbours.
-DATA_SERVER = "data-server"
-
 
 class Build(msgspec.Struct, frozen=True):
-    """The dnsmasq of a host. ``group``: the host's name for nobody's group. ``forgets``: version 2.88 or later."""
+    """The dnsmasq of a host. ``group``: the host's name for nobody's group. ``forgets``: version 2.88 or later.
+
+    ``no_ident``: it has the option of this name.
+    """
 
     group: str = "nogroup"
     forgets: bool = True
+    no_ident: bool = True
 
 
 DEBIAN_12 = Build()
 
 
-def service(scope_id: str, network: Network, build: Build = DEBIAN_12) -> Service:
-    """The dnsmasq of ``network``. It listens on the device's address."""
+def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scope | None = None) -> Service:
+    """The dnsmasq of ``network``. It listens on the device's address.
+
+    ``vpc``: the VPC that the network is a tier of. The resolver also knows the names of the other tiers, whatever their
+    access control lists say. Names are files in the watched directory, so a change in one tier restarts no resolver.
+    The configuration depends on another tier only if that tier has another domain, which CloudStack does not allow.
+    """
+    active = (it for it in vpc.networks.values() if it.is_active) if vpc is not None else ()
+    tiers = [it for it in active if it.network_id != network.network_id]  # guard: tiers-know-each-others-names
     name = f"dns-{network.network_id}"
     directory = directory_of(scope_id, name)
     return Service(
         name=name,
         directory=directory,
         argv=("dnsmasq", "--keep-in-foreground", f"--conf-file={directory}/dnsmasq.conf"),
-        config={"dnsmasq.conf": _configuration(directory, network, build.group)},
+        config={"dnsmasq.conf": _configuration(directory, network, build, tiers, vpc)},
         watched_directory=HOSTS,
-        watched_files=_hosts(network),
+        watched_files=dns_names.hosts_files(network, tiers),
         forgets=build.forgets,
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
     )
 
 
-def _configuration(directory: str, network: Network, group: str) -> str:
+def _configuration(directory: str, network: Network, build: Build, tiers: list[Network], vpc: Scope | None) -> str:
     address = network.device_ip
     lines = [
         f"# netloom: the resolver of network {network.network_id}",
         "user=nobody",
-        f"group={group}",
+        f"group={build.group}",
         f"interface={names.guest_link(network.network_id)}",
         f"listen-address={address}",
         "except-interface=lo",
@@ -71,8 +79,17 @@ def _configuration(directory: str, network: Network, group: str) -> str:
         # Names can change at any time. A guest caches a name for this many seconds.
         "local-ttl=10",
     ]
+    if build.no_ident:
+        lines.append("no-ident")  # guard: resolver-does-not-tell-its-version
+    if vpc is not None:
+        lines.append("localise-queries")  # the names of the own tier come first, see dns_names
     if network.domain:
-        lines += [f"domain={network.domain}", "expand-hosts", f"local=/{network.domain}/"]
+        lines.append(f"domain={network.domain}")
+    lines += [f"local=/{domain}/" for domain in sorted({it.domain for it in (network, *tiers)} - {""})]
+    # The subnets of all tiers are parts of the VPC's prefixes.
+    prefixes = vpc.vpc_cidr.split(",") if vpc is not None else []
+    own = [*(it.cidr for it in network.ranges), network.ip6_cidr, *prefixes]
+    lines += dns_zones.reverse_options(filter(None, own), network.resolvers)  # guard: reverse-zones-are-answered-here
     lines += [f"server={resolver}" for resolver in network.resolvers]
     if not network.dns:
         lines.append("port=0")
@@ -98,28 +115,3 @@ def _advertised(network: Network) -> list[str]:
         lines.append(f"dhcp-option=option6:dns-server,[{network.ip6_gateway}]")
         lines += [f"dhcp-option=option6:domain-search,{network.domain}"] if network.domain else []
     return lines
-
-
-def _hosts(network: Network) -> dict[str, str]:
-    """File names and texts: one file for each NIC. They are sorted, so that the same state gives the same text."""
-    device = network.device_ip
-    files = {"device": _entry(device, [DATA_SERVER])}
-    for key, nic in sorted(network.nics.items()):
-        if nic.named and nic.hostname and nic.hostname.lower() != DATA_SERVER:
-            files[f"nic-{key}"] = "".join(_entry(address, [nic.hostname]) for address in _addresses(nic))
-    return files
-
-
-def _addresses(nic: Nic) -> list[str]:
-    return [
-        address
-        for address in (
-            nic.ip,
-            nic.ip6,  # guard: names-have-both-addresses
-        )
-        if address
-    ]
-
-
-def _entry(address: str, hosts: list[str]) -> str:
-    return f"{address} {' '.join(hosts)}\n"

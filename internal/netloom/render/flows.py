@@ -115,7 +115,7 @@ class FlowPolicy:
         self._forwards: dict[tuple[str, int], list[PortForward]] = {}
         for forward in self._now.port_forwards:
             self._forwards.setdefault((forward.public_ip, _NUMBERS[forward.protocol]), []).append(forward)
-        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.balanced if it.protocol != "udp"}
+        self._haproxy_rules = {(it.public_ip, it.public_port): it for it in self._now.haproxy_rules}
         for rule in self._now.udp_balanced:
             self._udp_backends[rule.public_ip, rule.public_port] = [(it.ip, it.port) for it in rule.backends]
         # Cached: thousands of flows differ only in the port of the remote end.
@@ -201,12 +201,11 @@ class FlowPolicy:
             there = self._now.network_of(address)
             if there is None or not self._acls_allow(home, there, flow, address, port):
                 continue
-            if home is None:
-                yield _ReplyTuple(address, port, flow.src, exit_)
-            elif there == home:
+            if home is not None and there == home:
                 yield _ReplyTuple(address, port, home.device_ip, exit_)
-            elif self._in_vpc:
-                yield _ReplyTuple(address, port, flow.src, exit_)
+            elif home is None or self._in_vpc:
+                for source in self._sources_seen_by(address, home, there, flow):
+                    yield _ReplyTuple(address, port, source, exit_)
         if not targets and flow.protocol == TCP and self._balancer_answers(flow, home):
             yield _ReplyTuple(flow.dst, flow.dport, flow.src, exit_ if home is None else None)
         if not targets and flow.protocol == ICMP and flow.icmp_type == _ECHO_REQUEST and not self._in_vpc:
@@ -225,7 +224,8 @@ class FlowPolicy:
         there = self._now.network_of(flow.dst)
         if there is not None:
             if self._in_vpc and self._acls_allow(home, there, flow, flow.dst, flow.dport):
-                yield _ReplyTuple(flow.dst, flow.dport, flow.src, 0)
+                for source in self._sources_seen_by(flow.dst, home, there, flow):
+                    yield _ReplyTuple(flow.dst, flow.dport, source, 0)
             return
         if not self._acls_allow(home, None, flow, flow.dst, flow.dport) or not self._egress_allows(
             home.network_id, flow.protocol, flow.src, flow.dst, flow.dport, flow.icmp_type, flow.icmp_code
@@ -239,6 +239,14 @@ class FlowPolicy:
             yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0)
         for address in self._policy_sources:
             yield _ReplyTuple(flow.dst, flow.dport, address, None)
+
+    def _sources_seen_by(self, guest: str, home: Network | None, there: Network, flow: Flow) -> tuple[str, ...]:
+        """The client's address as a guest may see it: see ``second_nics``.
+
+        TCP has both possibilities. A connection that is open when the default NIC of the VM changes goes on.
+        """
+        source = self._now.seen_as(home, guest) or flow.src
+        return (flow.src, there.device_ip) if flow.protocol == TCP else (source,)
 
     def _balancer_answers(self, flow: Flow, home: Network | None) -> bool:
         """Whether haproxy serves this address and port, and, in a VPC, the lists allow it."""
@@ -341,6 +349,8 @@ def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
         _exits_by_address(now),
         now.source_nat and now.source_nat.address,
         now.static_nats,
+        now.device_for_all,
+        now.device_for_network,
         now.port_forwards,
         _balancing(now),
         now.acls,
@@ -365,6 +375,8 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
         return True
     if not _balancing(before) <= _balancing(after):
+        return True
+    if (before.device_for_all, before.device_for_network) != (after.device_for_all, after.device_for_network):
         return True
     if was_open and not is_open:
         return True
@@ -400,11 +412,10 @@ def _balancing(now: Active) -> frozenset[tuple[str, int, str, int]]:
     udp = {
         (it.public_ip, it.public_port, backend.ip, backend.port) for it in now.udp_balanced for backend in it.backends
     }
-    tcp_rules = [rule for rule in now.balanced if rule.protocol != "udp"]
-    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in tcp_rules}
+    tcp = {(rule.public_ip, rule.public_port, "", 0) for rule in now.haproxy_rules}
     tiers = {
         (rule.public_ip, rule.public_port, network.network_id, port)
-        for rule in tcp_rules
+        for rule in now.haproxy_rules
         for network, port in now.backend_ports(rule)
     }
     return frozenset(udp | tcp | tiers)

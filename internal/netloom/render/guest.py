@@ -54,20 +54,24 @@ def _table(scope_id: str, network: Network, mtu: int) -> GuestNetwork:
 
 def _nic(network: Network, nic: Nic) -> GuestNic:
     home = range_of(network, nic.ip)
-    mask = nic.netmask or (str(ipaddress.IPv4Network(home.cidr).netmask) if home is not None else "")
+    masks = [nic.netmask] if nic.netmask else []
+    # The netmask of an isolated network's NIC may be too long, if CloudStack took it from an IP reservation.
+    if home is not None and (network.guest_type == "isolated" or not masks):
+        masks.append(str(ipaddress.IPv4Network(home.cidr).netmask))
+    prefix_len = min((ipaddress.IPv4Network((0, mask)).prefixlen for mask in masks), default=None)
     route = classless_static_routes(network, nic)
     options = ({"121": route} if route else {}) | network.dhcp_options.get(nic.nic_id, {})
     return GuestNic(
         nic=nic.key,
         mac=nic.mac,
         ip=nic.ip,
-        prefix_len=ipaddress.IPv4Network((0, mask)).prefixlen if mask else 32,
+        prefix_len=32 if prefix_len is None else prefix_len,
         gateway=nic.gateway or (home.gateway if home is not None else ""),
         hostname=nic.hostname,
         default_nic=nic.default,
         # Without a known netmask there is no lease: a wrong one would cut off a running VM. The next start of a VM
         # brings the netmask.
-        dhcp=network.dhcp and nic.leased and bool(mask),
+        dhcp=network.dhcp and nic.leased and prefix_len is not None,
         options={
             code: option_bytes(code, text) for code, text in sorted((int(it), text) for it, text in options.items())
         },

@@ -50,7 +50,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from netloom import names
-from netloom.render import ip6, plain_network, share
+from netloom.render import ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, ForwardedPorts, active, target_port
 from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
@@ -96,7 +96,9 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             _map("counted_out", "ipv4_addr : counter", {it.address: f'"{counted[it.address][1]}"' for it in now.held}),
             *_translations(now),
             *_source_ports(now),
+            *_second_nics(now),
             _balanced(now, in_vpc=scope.is_vpc),
+            *(it for network in now.networks for it in senders.sets(network)),
         ),
         chains=(
             _arriving(now),
@@ -213,6 +215,28 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
     )
 
 
+def _second_nics(now: Active) -> tuple[NftSet, ...]:
+    """The guests that see the device's address instead of the client's, for all clients and by the client's network."""
+    type_ = "ipv4_addr : ipv4_addr"
+    by_network = sorted(now.device_for_network.items())
+    return (
+        _map("second_nics", type_, now.device_for_all),
+        *(_map(_second_nics_map(network_id), type_, guests) for network_id, guests in by_network),
+    )
+
+
+def _to_second_nics(now: Active) -> list[str]:
+    """The source translation for these guests; see ``second_nics``."""
+    return [
+        "snat ip to ip daddr map @second_nics",  # guard: a-second-nic-answers-the-device
+        *(
+            f"ip saddr {it.cidr} snat ip to ip daddr map @{_second_nics_map(it.network_id)}"
+            for it in now.networks  # guard: a-vm-in-two-tiers-answers-the-device
+            if it.network_id in now.device_for_network
+        ),
+    ]
+
+
 def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
     if now.source_nat is None:
         return []
@@ -293,6 +317,7 @@ def _to_device(now: Active) -> Chain:
     """Packets to the device: its services for guests, and pings and load-balanced ports that a firewall accepted."""
     rules = [
         'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
         "ct state established,related accept",
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
@@ -310,7 +335,12 @@ def _to_vpc_device(now: Active) -> Chain:
     Tiers reach their own gateway whatever their lists say. Public addresses do not reply to pings. Load-balanced
     connections are checked here with the client's own address, before haproxy connects with the device's.
     """
-    rules = ['iifname "lo" accept', "ct state established,related accept", *ip6.to_device(now)]
+    rules = [
+        'iifname "lo" accept',
+        *(rule for network in now.networks for rule in senders.guards(network)),
+        "ct state established,related accept",
+        *ip6.to_device(now),
+    ]
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),
@@ -323,12 +353,12 @@ def _to_vpc_device(now: Active) -> Chain:
 def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
     """The TCP ports that haproxy serves; in a VPC, each with the chain that applies the list of the backends' tier."""
     if not in_vpc:
-        elements = {f"{address} . {port}": "" for address, port in sorted(now.haproxy_ports)}
+        ports = sorted({(rule.public_ip, rule.public_port) for rule in now.haproxy_rules})
+        elements = {f"{address} . {port}": "" for address, port in ports}
         return NftSet(name="balanced", kind="set", type="ipv4_addr . inet_service", elements=elements)
     chains = {
         f"{rule.public_ip} . {rule.public_port}": f"goto {_balanced_chain(network, port)}"
-        for rule in now.balanced
-        if rule.protocol != "udp"
+        for rule in now.haproxy_rules
         for network, port in now.backend_ports(rule)
     }
     return _map("balanced_by_list", "ipv4_addr . inet_service : verdict", chains)
@@ -337,13 +367,7 @@ def _balanced(now: Active, *, in_vpc: bool) -> NftSet:
 def _acl_chains(network: Network, now: Active) -> list[Chain]:
     """The chains of a tier's access control list: out, in, and one for each load-balanced port of the tier."""
     acl = now.acls[network.network_id]
-    ports = {
-        port
-        for rule in now.balanced
-        if rule.protocol != "udp"
-        for home, port in now.backend_ports(rule)
-        if home == network
-    }
+    ports = {port for rule in now.haproxy_rules for home, port in now.backend_ports(rule) if home == network}
     return [
         Chain(name=_out_chain(network), rules=tuple(egress_lines(acl))),
         Chain(
@@ -412,12 +436,16 @@ def _egress(network: Network) -> list[Chain]:
 
 
 def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
-    """Source translation: hairpin, the operator's routes, static NAT, source NAT; the first match decides."""
+    """Source translation: hairpin, second NICs, the operator's routes, static NAT, source NAT.
+
+    The first match decides.
+    """
     rules = [
         # Hairpin: without this the guest would reply directly to its neighbour, from an address that is not expected.
         f"oifname {guest_link(it)} ip saddr {it.cidr} ct status dnat snat ip to {it.device_ip}"
         for it in now.networks  # guard: hairpin-comes-from-the-device
     ]
+    rules += _to_second_nics(now)
     rules += [line for nat in nats for line in _policy_source_nat(nat, now)]  # guard: a-chosen-exit-has-its-source
     rules.append(f"oifname {PUBLIC_LINKS} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
@@ -504,6 +532,10 @@ def _out_chain(network: Network) -> str:
 
 def _in_chain(network: Network) -> str:
     return f"acl_in_{network.network_id}"
+
+
+def _second_nics_map(network_id: str) -> str:
+    return f"second_nics_{network_id}"
 
 
 def _balanced_chain(network: Network, port: int) -> str:

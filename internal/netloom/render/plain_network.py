@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Route
+from netloom.render import senders
 from netloom.render.active import within
 from netloom.render.device import DHCP_REQUEST, device_services, guest_link
 from netloom.render.ruleset import Chain, Ruleset
@@ -61,6 +62,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
     return Ruleset(
         family=family,
         table=table,
+        sets=senders.sets(network),
         chains=(
             Chain(
                 name="arriving",
@@ -82,6 +84,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                 hook="type filter hook input priority filter; policy drop;",
                 rules=(
                     'iifname "lo" accept',
+                    *senders.guards(network),
                     "ct state established,related accept",
                     *device_services(network, ping=True),
                 ),

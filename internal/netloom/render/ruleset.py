@@ -24,7 +24,11 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NftSet(msgspec.Struct, frozen=True, kw_only=True):
-    """A named set or map. ``elements``: keys and values as text; the values of a set are empty."""
+    """A named set or map. ``elements``: keys and values as text; the values of a set are empty.
+
+    Rules add the elements of a set with the flag ``dynamic``. It needs a ``size``: the kernel refuses more elements.
+    ``timeout``: how long such an element stays without use, e.g. "1m".
+    """
 
     name: str
     kind: str  # "set" or "map"
@@ -241,10 +245,10 @@ def _body(ruleset: Ruleset) -> list[str]:
         lines += [f"counter {counter} {{", "}"]
     for it in ruleset.sets:
         lines += ["", f"{it.kind} {it.name} {{", f"\ttype {it.type};"]
-        if it.flags:
-            lines.append(f"\tflags {it.flags};")
         if it.size:
             lines.append(f"\tsize {it.size};")
+        if it.flags:
+            lines.append(f"\tflags {it.flags};")
         if it.timeout:
             lines.append(f"\ttimeout {it.timeout};")
         if it.elements:

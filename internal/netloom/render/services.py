@@ -15,7 +15,7 @@ def services(
     ``without``: ids of load balancing rules that are left out, because another program uses their port.
     """
     wanted = [
-        dnsmasq.service(scope.scope_id, network, resolver)
+        dnsmasq.service(scope.scope_id, network, resolver, scope if scope.is_vpc else None)
         for _, network in sorted(scope.networks.items())
         if network.is_active and (network.dns or network.has_ip6)
     ]

@@ -126,8 +126,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
 
     vpc_implemented: bool = False
-    # The range that the tiers' subnets are part of. Nothing reads it, but state files and golden files have it.
-    vpc_cidr: str = ""
+    vpc_cidr: str = ""  # the ranges that the tiers' subnets are part of, with commas; empty: not known
 
     networks: dict[str, Network] = {}  # by network_id
     public_ips: dict[str, PublicIp] = {}  # by address

@@ -61,7 +61,7 @@ def table_digest(namespace: str) -> str:
                 parts.append(b"rule%d" % at + rule.chain + rule.expressions)  # rules are listed in order
             for it in nft_netlink.sets(nfnetlink, family, TABLE) or ():
                 parts.append(b"set" if it.name.startswith("__") else b"set" + it.name.encode() + it.flags)
-                if it.dynamic:
+                if it.dynamic:  # guard: elements-of-packets-are-no-change
                     continue
                 for element in nft_netlink.elements(nfnetlink, family, TABLE, it.name):
                     # An anonymous set keeps its name (``__set3``) as long as its rule exists.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from netloom.agent.processes.guest_sockets import LISTENERS
+from netloom.agent.processes.guest_sockets import LISTENERS, lengthen_queues
 from netloom.errors import HostRefused
 from netloom.guestwire import (
     Ack,
@@ -95,6 +95,7 @@ class GuestClient:
         lent, descriptors = await self._request(request, LentSockets)
         sockets = [socket.socket(fileno=it) for it in descriptors]
         if lent.listeners == LISTENERS:
+            lengthen_queues(sockets)  # guard: queues-of-an-earlier-version-are-lengthened
             return sockets
         for sock in sockets:
             sock.close()

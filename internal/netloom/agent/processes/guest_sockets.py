@@ -21,6 +21,11 @@ LISTENERS: tuple[Listener, ...] = (Listener("dhcp"), Listener("metadata"), Liste
 _PORTS: dict[ListenerKind, int] = {"dhcp": 67, "metadata": 80, "password": 8080}
 _METADATA = 1  # index in LISTENERS
 
+# Places for connections that are not complete yet. When none is left, the kernel sends SYN cookies, and such a
+# connection has no first packet that proves its MAC address. ``render.senders`` limits what one VM can use. The kernel
+# limits the value to net.core.somaxconn, which is 4096 in a new namespace.
+_BACKLOG = 4096
+
 _SO_BINDTOIFINDEX = 62  # asm-generic/socket.h: the index of the link that SO_BINDTODEVICE names
 _IP_FREEBIND = 15  # linux/in.h: bind to an address that the link may get later
 _SIOCGSKNS = 0x894C  # linux/sockios.h: a descriptor of the socket's network namespace
@@ -48,12 +53,19 @@ def open_sockets(namespace: str, table: GuestNetwork) -> list[socket.socket]:
                 else:
                     sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
                     sock.bind((table.server_ip, _PORTS[listener.kind]))
-                    sock.listen(128)
+                    sock.listen(_BACKLOG)
     except OSError as error:
         for sock in opened:
             sock.close()
         raise HostRefused(f"the guest services of network {table.network_id}: {error.strerror}") from error
     return opened
+
+
+def lengthen_queues(sockets: Sequence[socket.socket]) -> None:
+    """Give open sockets of ``LISTENERS`` the queue of new ones: an agent of an earlier version opened them shorter."""
+    for listener, sock in zip(LISTENERS, sockets, strict=True):
+        if listener.kind != "dhcp":
+            sock.listen(_BACKLOG)
 
 
 def usable(sockets: Sequence[socket.socket], namespace: str, table: GuestNetwork) -> bool:

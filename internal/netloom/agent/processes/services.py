@@ -13,13 +13,14 @@ from functools import cache
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.log import Log
 from netloom.agent.processes.files import NOGROUP
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.process import run
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.errors import HostRefused
 from netloom.names import guest_link
-from netloom.render import dnsmasq, haproxy
+from netloom.render import dns_names, dnsmasq, haproxy
 from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.state import Scope
@@ -28,10 +29,12 @@ from netloom.state import Scope
 class Services:
     """The services of all scopes. Called by worker threads; for one scope, by one thread at a time."""
 
-    def __init__(self, guests: Guests, supervisor: Supervisor) -> None:
+    def __init__(self, guests: Guests, supervisor: Supervisor, log: Log) -> None:
+        self._log = log
         self._guests = guests
         self._supervisor = supervisor
         self._waiting: dict[str, dict[int, str]] = {}  # scope id to what waiting() returns
+        self._unnamed: dict[str, dict[str, str]] = {}  # scope id to NIC to reserved name
 
     def converge(self, scope: Scope, namespace: str) -> list[str]:
         """Have the services that the scope wants, and no others, run in its namespace; the steps in words.
@@ -46,6 +49,7 @@ class Services:
             for rule_id in taken.keys() - self.waiting(scope.scope_id).keys()
         ]
         self._waiting[scope.scope_id] = taken
+        self._log_reserved_names(scope)
         try:
             did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
         except HostRefused as error:
@@ -59,6 +63,12 @@ class Services:
         if failed is not None:
             raise failed
         return did
+
+    def _log_reserved_names(self, scope: Scope) -> None:
+        unnamed = {nic: name for it in scope.networks.values() for nic, name in dns_names.reserved(it).items()}
+        for nic in sorted(unnamed.keys() - self._unnamed.get(scope.scope_id, {}).keys()):
+            self._log.line(f"scope={scope.scope_id} the name {unnamed[nic]} is reserved: the NIC {nic} is not in DNS")
+        self._unnamed[scope.scope_id] = unnamed
 
     def waiting(self, scope_id: str) -> dict[int, str]:
         """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
@@ -91,6 +101,7 @@ class Services:
     def stop(self, scope_id: str) -> list[str]:
         """Stop all processes of the scope and close its sockets, which keep its namespace alive; the steps in words."""
         self._waiting.pop(scope_id, None)
+        self._unnamed.pop(scope_id, None)
         return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 
@@ -104,12 +115,13 @@ def _dnsmasq_build() -> dnsmasq.Build:
 def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
+    no_ident = "--no-ident" in run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
     try:
         group = grp.getgrgid(NOGROUP).gr_name
     except KeyError:
         group = dnsmasq.DEBIAN_12.group  # dnsmasq will refuse it and name it
-    return dnsmasq.Build(group, forgets)
+    return dnsmasq.Build(group, forgets, no_ident)
 
 
 def _taken_ports(scope: Scope, namespace: str) -> dict[int, str]:

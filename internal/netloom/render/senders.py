@@ -1,0 +1,121 @@
+"""Who may send requests to the device's services, by MAC and IP address, and how often.
+
+A VM can send frames from any MAC and IP address. The services know their VMs by both. So a request from other
+addresses is dropped before it reaches a socket: connection requests from made-up addresses would fill the queue of
+the listener, and the kernel then answers with SYN cookies and forgets the packet that has the MAC address
+(``guest.peer``). One VM alone is limited by rate, so that its half-open connections leave room in this queue.
+
+On a shared network the VMs belong to different tenants, so the resolver is protected as well. It still answers
+addresses that are no NIC's, within one narrow limit for all of them: secondary addresses, VMs whose entry CloudStack
+has not sent yet, VMs that reach the device through their router.
+"""
+
+from __future__ import annotations
+
+from netloom import names
+from netloom.render.device import DHCP_PORT, DNS_PORT, HTTP_PORTS
+from netloom.render.ruleset import NftSet
+from netloom.state import Network
+
+# Half-open connections are kept for 3 seconds (tcp_synack_retries = 1), so one VM has at most 200 + 3 * 25 of them.
+# The queue of a listener has 4,096 places. The guest process answers 20 requests a second, with a burst of 200.
+_CONNECTIONS = "25/second burst 200 packets"
+_DHCP_REQUESTS = "10/second burst 50 packets"
+# dnsmasq forwards at most 150 questions at the same time and waits ten seconds for an answer. So questions that nobody
+# answers use up to 100 places, and the VMs keep the rest.
+_DNS_OF_OTHERS = "5/second burst 50 packets"
+
+_RATE_TIMEOUT = "1m"
+_RATES_MAX = 65535
+
+
+def sets(network: Network) -> tuple[NftSet, ...]:
+    """The known senders of a network, and the rate of each of them."""
+    nics = network.nics.values()
+    pairs = {f"{nic.mac} . {nic.ip}": "" for nic in nics if nic.ip}
+    macs = {nic.mac: "" for nic in nics}
+    addresses = {nic.ip: "" for nic in nics if nic.ip}
+    return (
+        NftSet(name=_pairs(network), kind="set", type="ether_addr . ipv4_addr", elements=pairs),
+        NftSet(name=_macs(network), kind="set", type="ether_addr", elements=macs),
+        *(
+            [NftSet(name=_addresses(network), kind="set", type="ipv4_addr", elements=addresses)]
+            if _is_shared(network)
+            else []
+        ),
+        _rates(_http_rate(network), "ipv4_addr"),
+        _rates(_dhcp_rate(network), "ether_addr"),
+    )
+
+
+def guards(network: Network) -> tuple[str, ...]:
+    """The rules that drop requests of unknown senders, and what exceeds the rate of a known one.
+
+    They come before the rule that accepts established connections: with one source port all questions of a sender are
+    one connection. The metadata and DHCP servers answer no unknown sender anyway.
+    """
+    link = f'iifname "{names.guest_link(network.network_id)}"'
+    # A DHCP client may have no IP address, or one of its last network.
+    dhcp = f"{link} udp dport {DHCP_PORT}"
+    http = f"{link} ip daddr {network.device_ip} tcp dport {{ {', '.join(map(str, HTTP_PORTS))} }}"
+    requests = f"update @{_dhcp_rate(network)} {{ ether saddr limit rate over {_DHCP_REQUESTS} }}"
+    connections = f"update @{_http_rate(network)} {{ ip saddr limit rate over {_CONNECTIONS} }}"
+    return (
+        f"{dhcp} ether saddr != @{_macs(network)} drop",  # guard: dhcp-is-for-nics
+        f"{dhcp} {requests} drop",  # guard: a-vm-has-its-rate-of-dhcp-requests
+        f"{http} ether saddr . ip saddr != @{_pairs(network)} drop",  # guard: metadata-is-for-nics
+        f"{http} ct state new {connections} drop",  # guard: a-vm-has-its-rate-of-connections
+        *(_dns_guards(network, link) if _is_shared(network) else ()),
+    )
+
+
+def _dns_guards(network: Network, link: str) -> list[str]:
+    """The guards of the resolver.
+
+    A TCP connection needs the address of a NIC, but not its MAC address: the device's packets go to the NIC in any
+    case, so another machine cannot complete the connection. Over IPv6 the MAC address alone identifies a VM, because it
+    may have any number of addresses (RFC 8981).
+    """
+    over_limit = f"limit rate over {_DNS_OF_OTHERS} drop"
+    to_resolver = f"{link} ip daddr {network.device_ip}"
+    no_nic = f"ether saddr . ip saddr != @{_pairs(network)}"
+    rules = [
+        f"{to_resolver} udp dport {DNS_PORT} {no_nic} {over_limit}",  # guard: strangers-share-the-resolver
+        f"{to_resolver} tcp dport {DNS_PORT} ip saddr != @{_addresses(network)} drop",
+    ]
+    if network.has_ip6:
+        unknown = f"ether saddr != @{_macs(network)}"
+        to_resolver = f"{link} ip6 daddr {network.ip6_gateway}"
+        rules += [
+            f"{to_resolver} udp dport {DNS_PORT} {unknown} {over_limit}",
+            f"{to_resolver} tcp dport {DNS_PORT} {unknown} drop",  # guard: dns-over-ip6-is-for-nics
+        ]
+    return rules
+
+
+def _is_shared(network: Network) -> bool:
+    return network.guest_type == "shared"
+
+
+def _pairs(network: Network) -> str:
+    return f"senders_{network.network_id}"
+
+
+def _macs(network: Network) -> str:
+    return f"macs_{network.network_id}"
+
+
+def _addresses(network: Network) -> str:
+    return f"addresses_{network.network_id}"
+
+
+def _http_rate(network: Network) -> str:
+    return f"http_rate_{network.network_id}"
+
+
+def _dhcp_rate(network: Network) -> str:
+    return f"dhcp_rate_{network.network_id}"
+
+
+def _rates(name: str, key: str) -> NftSet:
+    return NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=_RATES_MAX, timeout=_RATE_TIMEOUT)
