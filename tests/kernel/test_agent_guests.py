@@ -21,7 +21,7 @@ from msgspec.structs import replace
 import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import files, guest_process, liveness, supervisor
+from netloom.agent.processes import files, guest_process, guest_sockets, liveness, supervisor
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
 from netloom.errors import HostRefused
@@ -293,6 +293,25 @@ def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
         assert second.converge(SCOPE) == ["guest: update 9205"]
         second.wait_until(lambda: not _is_running(old))
         assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def _queues() -> list[int]:
+    """The length of the queue of each listening TCP socket: the column Send-Q of ss(8)."""
+    listed = subprocess.run(
+        ["ip", "netns", "exec", NAMESPACE, "ss", "-Hltn"], capture_output=True, text=True, check=True
+    )
+    return [int(line.split()[2]) for line in listed.stdout.splitlines()]
+
+
+@pytest.mark.mutation("queues-of-an-earlier-version-are-lengthened")
+def test_sockets_of_an_earlier_version_get_a_long_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _agents(tmp_path) as agent:
+        with monkeypatch.context() as earlier:
+            earlier.setattr(guest_sockets, "_BACKLOG", 128)
+            agent("b1").converge(SCOPE)
+        assert _queues() == [128, 128]
+        agent("b2").converge(SCOPE)
+        assert _queues() == [4096, 4096]
 
 
 def test_a_recreated_namespace_gets_new_sockets(tmp_path: Path) -> None:

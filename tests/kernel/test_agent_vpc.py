@@ -126,6 +126,7 @@ def dig(host: AgentHost, vm: str, *words: str) -> list[str]:
     return sorted(host.run(*asked, namespace=vm, check=False).split())
 
 
+@pytest.mark.mutation("tiers-know-each-others-names", instead="[]")
 def test_names_resolve_across_the_tiers_of_a_vpc(host: AgentHost) -> None:
     two_tiers(host)
     for tier in ("1", "2"):

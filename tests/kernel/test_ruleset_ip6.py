@@ -24,7 +24,7 @@ from netloom import names
 from netloom.render import nft, ruleset
 from netloom.state import AclItem, Firewall, FirewallRule, Outside6, Scope
 from netns import inside
-from unit.scopes import A1, CIDR, egress, wish
+from unit.scopes import A1, CIDR, MACS, VM2, egress, wish, with_nics
 
 ECHO = 128 << 8
 A, B, C = "2001:db8:50:1::/64", "2001:db8:50:2::/64", "2001:db8:50:4::/64"
@@ -296,3 +296,16 @@ def test_ipv6_packets_of_an_isolated_network_follow_the_firewall(
                 told[Try(space, protocol, device, port, source)] = False
     lab.assert_answers(told)
     agree(lab, {it: it.source or HOMES[it.space] for it in told})
+
+
+@pytest.mark.mutation("dns-over-ip6-is-for-nics")
+def test_the_resolver_of_a_shared_network_knows_its_vms_by_mac_over_ip6(lab: Lab) -> None:
+    """A VM may have any IPv6 address of the prefix. Unknown machines have no TCP, and few questions."""
+    home = replace(wish().networks["204"], guest_type="shared", ip6_cidr=C, ip6_gateway=GATEWAYS["vm1"])
+    scope = replace(wish(), networks={"204": home}, outside6=OUTSIDE)
+    udp, tcp = (Try("vm1", protocol, GATEWAYS["vm1"], 53) for protocol in ("udp", "tcp"))
+    lab.renew(scope)
+    lab.answered(udp, tcp)
+    lab.renew(with_nics(scope, {VM2: MACS[VM2]}))
+    lab.answered(udp)
+    lab.silent(tcp)

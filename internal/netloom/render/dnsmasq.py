@@ -46,7 +46,7 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scop
     The configuration depends on another tier only if that tier has another domain, which CloudStack does not allow.
     """
     active = (it for it in vpc.networks.values() if it.is_active) if vpc is not None else ()
-    tiers = [it for it in active if it.network_id != network.network_id]
+    tiers = [it for it in active if it.network_id != network.network_id]  # guard: tiers-know-each-others-names
     name = f"dns-{network.network_id}"
     directory = directory_of(scope_id, name)
     return Service(

@@ -147,7 +147,7 @@ def _dns_guards(network: Network, link: str) -> list[str]:
         to_resolver = f"{link} ip6 daddr {network.ip6_gateway}"
         rules += [
             f"{to_resolver} udp dport {DNS_PORT} {unknown} {over_limit}",
-            f"{to_resolver} tcp dport {DNS_PORT} {unknown} drop",
+            f"{to_resolver} tcp dport {DNS_PORT} {unknown} drop",  # guard: dns-over-ip6-is-for-nics
         ]
     return rules
 

@@ -24,7 +24,7 @@ from netloom.agent.environment import PATH
 from netloom.commands.actions import OUTPUT_CHARACTERS_MAX, hook_output, printable_ascii
 from netloom.errors import HostRefused, one_line
 
-_FILE = re.compile(r"custom-action-([A-Za-z0-9][A-Za-z0-9._-]{0,63})\.sh\Z")
+_FILE = re.compile(r"custom-action-([A-Za-z0-9_-][A-Za-z0-9._-]{0,199})\.sh\Z")
 _OUTPUT_BYTES_MAX = 4 * OUTPUT_CHARACTERS_MAX
 _TAIL_BYTES = 4096
 

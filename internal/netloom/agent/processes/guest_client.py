@@ -95,7 +95,7 @@ class GuestClient:
         lent, descriptors = await self._request(request, LentSockets)
         sockets = [socket.socket(fileno=it) for it in descriptors]
         if lent.listeners == LISTENERS:
-            lengthen_queues(sockets)
+            lengthen_queues(sockets)  # guard: queues-of-an-earlier-version-are-lengthened
             return sockets
         for sock in sockets:
             sock.close()
