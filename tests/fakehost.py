@@ -180,6 +180,7 @@ class FakeHost:
         self._errors: defaultdict[str, deque[Exception]] = defaultdict(deque)
         self.did = did
         self.present: dict[str, Want] = {}
+        self.without_helpers: frozenset[str] = frozenset()
         self.arp: list[tuple[float, list[str]]] = []
         self.named: set[str] = set()  # further namespaces
         self.unused: list[str] = []  # links that the next tidy removes
@@ -212,6 +213,9 @@ class FakeHost:
 
     def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         self.did.append(f"flows {old.revision if old else None} {new.revision}")
+
+    def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(it for it in helpers if it in self.without_helpers)
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         return Have(scope_id=scope_id, namespace=want.namespace)
@@ -266,6 +270,9 @@ class FakeServices:
 
     def waiting(self, scope_id: str) -> dict[int, str]:
         return {}
+
+    def limited(self, scope: Scope, namespace: str) -> list[str]:
+        return []
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         return []
@@ -391,6 +398,7 @@ class Agent:
         self.upkeep = Upkeep(self.scopes, self.host, self.services, self.watcher, self.log, self.clock)
         events.connect(self.upkeep)
         self.scopes.load()
+        self.registration = REGISTRATION
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something in the background. It is cancelled at the end of the test."""
@@ -409,7 +417,7 @@ class Agent:
             call_id=f"c{next(self._ids)}",
             command=command,
             scope_id=f"net-{payload['network_id']}",
-            registration=REGISTRATION,
+            registration=self.registration,
             payload=json.dumps(payload).encode(),
             remaining_ms=remaining_ms,
         )

@@ -19,6 +19,10 @@ ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 # Without x: for a port whose name contains "vxlan", CloudStack's KVM agent runs another deletion script.
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+# Conntrack helpers that a registration may name. The kernel has others: netbios-ns and snmp work for broadcasts of the
+# host itself only.
+CONNTRACK_HELPERS = ("amanda", "ftp", "h323", "irc", "pptp", "sane", "sip", "tftp")
+
 UNTAGGED = "untagged"
 VXLAN = "vx"  # before the number of a VXLAN, where a VLAN could stand too: "vx1000"
 VLAN_TAG_MAX = 4094  # IEEE 802.1Q: 0 and 4095 are reserved

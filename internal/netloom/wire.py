@@ -49,6 +49,9 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     isolation: str = "vlan"  # guest.isolation; not a Literal: an unknown word must not make the frame invalid
     ip6_gateway: str = ""  # public.ip6.gateway
     ip6_address: str = ""  # public.ip6.address, with prefix length
+    lb_idle_s: int = 600  # loadbalancer.idle.timeout
+    lb_connections_max: int = 8000  # loadbalancer.max.conn
+    conntrack_helpers: tuple[str, ...] = ()  # conntrack.helpers, sorted
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):

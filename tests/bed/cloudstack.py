@@ -259,9 +259,12 @@ def succeeded(execution: Execution) -> bool:
 class IsolatedNetwork:
     """An isolated network in CloudStack's database, and the events of its life cycle."""
 
+    rounds_before_forwards = False  # whether a restart of a living network has a round before its port forwards
+
     def __init__(self, cloud: FakeCloudStack, facts: NetworkFacts, vlan: str, public_vlan: int | str) -> None:
         self.cloud = cloud
         self.facts = facts
+        self.whole_cidr = facts.cidr
         self.next_vlan = vlan
         self.public_vlan = public_vlan
         self.stored = ""  # extension.details as text; empty without a row
@@ -302,6 +305,30 @@ class IsolatedNetwork:
 
     def _in_state(self, state: State) -> None:
         self.facts.state = state
+
+    # --- changes of the network
+
+    def reserve(self, cidr: str) -> None:
+        """updateNetwork with ``guestvmcidr``, which sends nothing. The whole subnet takes a reservation back."""
+        self.facts.cidr = cidr
+
+    def change_source_nat(self, address: PublicAddress, *, shut_down: bool = True) -> None:
+        """updateNetwork with ``sourcenatipaddress``: everything is removed and implemented again.
+
+        Without ``shut_down`` as the client alone sends it, if the managers of CloudStack implement a living network.
+        No command names the former address.
+        """
+        if shut_down:
+            self._tear_down_rules()
+            sent = self.send("shutdown-network", payloads.bare(self.facts))
+            if not sent.ok:
+                raise Failed("shutdown-network", sent.execution)
+            self.stored = ""
+        if self.source_nat is not None:
+            self.source_nat.source_nat = False
+        address.source_nat = True
+        self.source_nat = address
+        self._implement_elements()
 
     # --- single executions
 
@@ -373,30 +400,29 @@ class IsolatedNetwork:
             self.send_or_fail("restore-network", payloads.restore_network(self.facts, self.nics, by_guest))
 
     def _reprogram_rules(self) -> None:
+        """All rules. On a living network only load balancing brings rounds, so other rules precede their addresses."""
         implementing = self.facts.state == "implementing"
         ingress = [rule for rule in self.firewall if rule.address]
         if self._provides("Firewall"):
             self._send_firewall()
             if len(ingress) < len(self.firewall):
                 self._send_firewall()
-        if self.static_nats:
-            self._assign_all()
-            for address, private_ip in self.static_nats:
-                self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
-            self._assign_all()
+        if not all(self._has_firewall_rule(address) for address, _ in self.static_nats):
+            for address, _ in self.static_nats:
+                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, address))
+        for address, private_ip in self.static_nats:
+            self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, private_ip))
         if ingress and self._provides("Firewall"):
             self._assign_all(when=implementing)
             self._send_firewall()
             self._assign_all(when=implementing)
         if self.port_forwards:
-            self._assign_all(when=implementing)
+            self._assign_all(when=implementing or self.rounds_before_forwards)
             for rule in self.port_forwards:
                 self.send_or_fail("add-port-forward", payloads.port_forward(self.facts, rule))
             self._assign_all(when=implementing)
         if self.lb_rules:
-            self._assign_all(when=implementing)
-            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, self.lb_rules))
-            self._assign_all(when=implementing)
+            self._send_lb_rules(self.lb_rules)
 
     def restart(self, *, cleanup: bool = False, rolling: bool = True) -> None:
         """restartNetwork. With ``rolling`` (CloudStack's default) nothing is shut down, even with cleanup."""
@@ -431,19 +457,27 @@ class IsolatedNetwork:
 
     def _tear_down_rules(self) -> None:
         """All rules are revoked, but only in memory. The database, and so the firewall list, keeps them."""
-        for rule in self.port_forwards:
-            self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
-        if self.lb_rules:
-            revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
-            self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
+        self._tear_down_forwards()
         if self._provides("Firewall"):
             ingress = any(rule.address for rule in self.firewall)
             egress = any(not rule.address for rule in self.firewall)
             for _ in range(1 + ingress + egress):
                 self.send("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
+        self._tear_down_addresses()
+
+    def _tear_down_forwards(self) -> None:
+        for rule in self.port_forwards:
+            self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
+        if self.lb_rules:
+            revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
+            self._send_lb_rules(revoked, send=self.send)
+
+    def _tear_down_addresses(self) -> None:
         for address, private_ip in self.static_nats:
             self.send("delete-static-nat", payloads.static_nat(self.facts, address, private_ip))
-        for address in self.addresses:
+            if self._has_firewall_rule(address):
+                self.send("assign-ip", payloads.public_ip(self.facts, address))
+        for address in self._in_use():
             self.send("release-ip", payloads.public_ip(self.facts, address))
 
     def delete(self) -> None:
@@ -474,7 +508,7 @@ class IsolatedNetwork:
             mac,
             ip,
             vm or VirtualMachine(name, str(uuid.uuid4())),
-            netmask=payloads.netmask(self.facts.cidr),
+            netmask=payloads.netmask(self.whole_cidr),
             device_id=device_id,
             default=device_id == 0,
         )
@@ -544,21 +578,40 @@ class IsolatedNetwork:
         rules += [rule.address for rule in self.lb_rules]
         return sum(each is address for each in rules)
 
-    def _assign_all(self, *, when: bool = True) -> None:
-        """Send assign-ip again for every address in use."""
-        if not when:
-            return
-        for address in self.addresses:
-            if address.source_nat or self._rules_of(address):
-                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, address))
+    def _has_firewall_rule(self, address: PublicAddress) -> bool:
+        return any(rule.address is address for rule in self.firewall)
+
+    def _in_use(self) -> list[PublicAddress]:
+        """The network's addresses with rules, and its source-NAT address."""
+        return [address for address in self.addresses if address.source_nat or self._rules_of(address)]
+
+    def _assign_all(self, *, when: bool = True, send: Callable[[str, Fields], Sent] | None = None) -> None:
+        """A round: send assign-ip again for every address in use."""
+        for address in self._in_use() if when else ():
+            (send or self.send_or_fail)("assign-ip", payloads.public_ip(self.facts, address))
 
     def _first_rule(self, address: PublicAddress) -> None:
-        if self._rules_of(address) == 1:
+        """The round before the first port forward or firewall rule of an address."""
+        if self._rules_of(address) == 1 and not address.source_nat:
             self._assign_all()
 
     def _last_rule(self, address: PublicAddress | None) -> None:
-        if address is not None and not address.source_nat and self._rules_of(address) == 0:
-            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))
+        """An address is released with its last rule, in the middle of a round over all others."""
+        if address is None or address.source_nat or self._rules_of(address):
+            return
+        for each in self.addresses:
+            if each is address:
+                self.send_or_fail("release-ip", payloads.public_ip(self.facts, each))
+            elif each in self._in_use():
+                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, each))
+
+    def _send_lb_rules(
+        self, rules: Sequence[LoadBalancerRule], *, send: Callable[[str, Fields], Sent] | None = None
+    ) -> None:
+        """All public rules of the network, changed or not, between two rounds."""
+        self._assign_all(send=send)
+        (send or self.send_or_fail)("apply-lb-rules", payloads.lb_rules(self.facts, rules))
+        self._assign_all(send=send)
 
     def _send_firewall(self) -> None:
         self.send_or_fail("apply-fw-rules", payloads.fw_rules(self.facts, self.firewall))
@@ -596,16 +649,17 @@ class IsolatedNetwork:
         ip = guest if isinstance(guest, str) else guest.ip
         self.static_nats.append((address, ip))
         if self._is_implemented():
-            self._assign_all()
+            if not self._has_firewall_rule(address):
+                self.send_or_fail("assign-ip", payloads.public_ip(self.facts, address))
             self.send_or_fail("add-static-nat", payloads.static_nat(self.facts, address, ip))
-            self._assign_all()
 
     def disable_static_nat(self, address: PublicAddress) -> None:
         (ip,) = [guest for each, guest in self.static_nats if each is address]
         self.static_nats.remove((address, ip))
         if self._is_implemented():
             self.send_or_fail("delete-static-nat", payloads.static_nat(self.facts, address, ip))
-            self._last_rule(address)
+            if not address.source_nat and not self._rules_of(address):
+                self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))
 
     def add_firewall_rule(
         self,
@@ -677,8 +731,7 @@ class IsolatedNetwork:
         rule = LoadBalancerRule(self.cloud.new_id(), name, address, public_port, private_port, backends=backends)
         self.lb_rules.append(rule)
         if self._is_implemented():
-            self._first_rule(address)
-            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [rule]))
+            self._send_lb_rules(self.lb_rules)
         return rule
 
     def delete_lb_rule(self, rule: LoadBalancerRule) -> None:
@@ -686,11 +739,14 @@ class IsolatedNetwork:
         if self._is_implemented():
             backends = [dataclasses.replace(each, revoked=True) for each in rule.backends]
             revoked = dataclasses.replace(rule, revoke=True, backends=backends)
-            self.send_or_fail("apply-lb-rules", payloads.lb_rules(self.facts, [revoked]))
+            self._send_lb_rules([*self.lb_rules, revoked])
             self._last_rule(rule.address)
 
     def disassociate(self, address: PublicAddress) -> None:
-        """disassociateIpAddress: revoke the rules of the address one by one, then release it."""
+        """disassociateIpAddress: revoke the rules of the address one by one, which ends in its release.
+
+        Without rules nothing is sent.
+        """
         for forward in [rule for rule in self.port_forwards if rule.address is address]:
             self.delete_port_forward(forward)
         for balanced in [rule for rule in self.lb_rules if rule.address is address]:
@@ -700,5 +756,3 @@ class IsolatedNetwork:
         if any(each is address for each, _ in self.static_nats):
             self.disable_static_nat(address)
         self.addresses.remove(address)
-        if self._is_implemented():
-            self.send_or_fail("release-ip", payloads.public_ip(self.facts, address))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,6 +123,8 @@ class Vpc:
 class Tier(IsolatedNetwork):
     """A tier: an isolated network on the device of its VPC. ``acl`` is None until an ACL is chosen."""
 
+    rounds_before_forwards = True
+
     def __init__(self, vpc: Vpc, facts: NetworkFacts, vlan: str) -> None:
         super().__init__(vpc.cloud, facts, vlan, vpc.public_vlan)
         self.vpc = vpc
@@ -160,18 +161,15 @@ class Tier(IsolatedNetwork):
 
     def _tear_down_rules(self) -> None:
         """As for an isolated network, and with an empty ACL. The VPC's own address is not released with a tier."""
-        for rule in self.port_forwards:
-            self.send("delete-port-forward", payloads.port_forward(self.facts, rule))
-        if self.lb_rules:
-            revoked = [dataclasses.replace(rule, revoke=True) for rule in self.lb_rules]
-            self.send("apply-lb-rules", payloads.lb_rules(self.facts, revoked))
+        if self.port_forwards:
+            self._assign_all(send=self.send)
+        self._tear_down_forwards()
         if self.acl is not None:
             self.send("apply-network-acl", payloads.acl_rules(self.facts, []))
-        for address, private_ip in self.static_nats:
-            self.send("delete-static-nat", payloads.static_nat(self.facts, address, private_ip))
-        for address in self.addresses:
-            if address is not self.vpc.source_nat:
-                self.send("release-ip", payloads.public_ip(self.facts, address))
+        self._tear_down_addresses()
+
+    def _in_use(self) -> list[PublicAddress]:
+        return [address for address in super()._in_use() if address is not self.vpc.source_nat]
 
     def replace_acl(self, items: Sequence[AclItem]) -> None:
         """replaceNetworkACLList, or a change of an item: send the complete new ACL. Raises Failed."""

@@ -320,6 +320,28 @@ def test_balanced_load(full_life: Life, internet: Internet) -> None:
     assert "haproxy" not in running, "haproxy is stopped with the last rule"
 
 
+@pytest.mark.mutation("a-restore-lists-all-vms")
+def test_an_expunged_vm_whose_removal_failed_goes_at_the_restore(full_life: Life) -> None:
+    """CloudStack does not repeat remove-dhcp-entry: the VM leaves its database only."""
+    network, gateway = full_life.network, full_life.network.facts.gateway
+    vm, _ = full_life.vm("web-1")
+    gone, old = full_life.vm("db", 46)
+    kept, stays = full_life.vm("app", 47)
+    network.nics.remove(old)
+    assert old.ip in _lookup(vm, gateway, f"db.{network.facts.domain}")
+    new = network.deploy_vm("db", ip=f"{full_life.subnet}.48", mac=f"02:01:00:{full_life.number:02x}:00:48")
+    name = _lookup(vm, gateway, f"db.{network.facts.domain}")
+    assert new.ip in name and old.ip not in name, "the new VM has the name alone"
+    assert f"lease of {old.ip} obtained" in _lease(gone), "it may live: only the restore lists all VMs"
+    network.restart()
+    assert "obtained" not in _lease(gone)
+    assert f"lease of {stays.ip} obtained" in _lease(kept)
+    name = _lookup(vm, gateway, f"db.{network.facts.domain}")
+    assert new.ip in name and old.ip not in name
+    assert _get(gone, f"http://{gateway}/latest/meta-data/local-hostname") != "db"
+    assert _get(kept, f"http://{gateway}/latest/meta-data/local-hostname") == "app"
+
+
 def test_restart_and_deletion_leave_nothing(make_life: MakeLife, full_cloud: FakeCloudStack, bed: Bed) -> None:
     life = make_life(offering=ALL_SERVICES, with_cloud=full_cloud, brisk=True)
     before = Traces(bed)

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from bed import Bed
-from bed.cloudstack import Failed, FakeCloudStack
-from bed.lab import Internet
+from bed.cloudstack import ALL_SERVICES, Failed, FakeCloudStack
+from bed.lab import Internet, Vm
 from bed.machines import until
 from e2e.networks import OUTSIDE, Life, MakeLife, Traces, impatient
 
@@ -314,3 +314,98 @@ def test_an_empty_vlan_is_refused_and_named(brisk_life: Life) -> None:
         life.network.implement()
     assert "vlan" in refused.value.execution.output.lower()
     assert before.differences() == {}
+
+
+@pytest.mark.binary
+@pytest.mark.mutation("a-former-source-nat-address-goes")
+def test_the_former_source_nat_address_is_free_for_others(brisk_life: Life, internet: Internet) -> None:
+    """Nobody releases it, and CloudStack may give it to another network: only one host may answer ARP for it."""
+    life, network = brisk_life, brisk_life.network
+    vm, nic = life.vm("web-1")
+    former, second, third = network.addresses[0], network.associate(life.public(1)), network.associate(life.public(2))
+    with vm.serve_tcp(22), internet.serve_tcp(80):
+        kept = vm.open(OUTSIDE, 80)
+        assert kept.ask() == "answered"
+        network.change_source_nat(second, shut_down=False)
+        assert internet.who_has(former.ip) == []
+        assert kept.ask(timeout_s=0.5) != "answered", "as after release-ip"
+        assert vm.tcp(OUTSIDE, 80).saw == second.ip
+        network.associate(former)
+        rule = network.add_port_forward(second, 22, nic, open_firewall=True)
+        network.change_source_nat(third, shut_down=False)
+        assert vm.tcp(OUTSIDE, 80).saw == third.ip
+        assert internet.tcp(second.ip, 22).server == "web-1", "a rule still uses it"
+        network.delete_port_forward(rule)
+        assert internet.who_has(second.ip) != [], "a firewall rule still uses it"
+        network.delete_firewall_rule(network.firewall[0])
+        assert internet.who_has(second.ip) == []
+        network.change_source_nat(former)
+        assert internet.who_has(third.ip) == []
+        assert vm.tcp(OUTSIDE, 80).saw == former.ip
+
+
+def lease(vm: Vm) -> str:
+    """The lease of busybox udhcpc, as variables of its script."""
+    vm.write("/tmp/lease", '#!/bin/sh\n[ "$1" = bound ] && env\nexit 0\n', mode=0o755)
+    options = ["-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/tmp/lease"]
+    return vm.run("busybox", "udhcpc", *options).out
+
+
+@pytest.mark.binary
+@pytest.mark.mutation("a-netmask-is-the-whole-subnet", instead="str(smallest)")
+@pytest.mark.parametrize("reserved", ["64/26", "0/25"], ids=["gateway outside", "gateway inside"])
+def test_machines_beside_an_ip_reservation_reach_the_device(
+    make_life: MakeLife, bed: Bed, internet: Internet, reserved: str
+) -> None:
+    everything = FakeCloudStack.on(bed.management, extension="reserved")
+    everything.register(hosts=bed.hosts, **bed.login("root", by="key"))
+    life = make_life(offering=ALL_SERVICES, with_cloud=everything, brisk=True)
+    network = life.network
+    whole = network.facts.cidr
+    network.reserve(f"{life.subnet}.{reserved}")
+    vm, _ = life.vm("web-1", 70)
+    other = life.host.vm(
+        "printer",
+        vlan=network.facts.vlan,
+        mac=f"02:01:00:{life.number:02x}:00:c8",
+        ip=f"{life.subnet}.200/24",
+        gateway=network.facts.gateway,
+    )
+    life.vms.append(other)
+    device = life.host.within(network.namespace)
+
+    def all_reach_each_other() -> None:
+        for machine in (vm, other):
+            assert machine.ping(network.facts.gateway).ok
+            assert machine.tcp(OUTSIDE, 80).saw == life.public(0)
+            assert f"dev gst-{network.facts.network_id}" in device.sh(f"ip route get {machine.ip}")
+
+    with internet.serve_tcp(80):
+        all_reach_each_other()
+        assert "subnet=255.255.255.0\n" in lease(vm)
+        kept = other.open(OUTSIDE, 80)
+        network.restart()
+        all_reach_each_other()
+        network.reserve(whole)
+        network.restart(cleanup=True)
+        all_reach_each_other()
+        assert kept.ask() == "answered"
+
+
+def test_the_gateway_of_an_ip_reservation_answers_before_the_first_nic(brisk_life: Life) -> None:
+    """Nobody knows the whole subnet yet. VMs of the reserved part reach the gateway all the same."""
+    life, network = brisk_life, brisk_life.network
+    network.reserve(f"{life.subnet}.64/26")
+    network.implement()
+    vm = life.host.vm(
+        "early",
+        vlan=network.facts.vlan,
+        mac=f"02:01:00:{life.number:02x}:00:46",
+        ip=f"{life.subnet}.70/24",
+        gateway=network.facts.gateway,
+    )
+    life.vms.append(vm)
+    assert vm.ping(network.facts.gateway).ok
+    life.vm("web-1", 71)
+    assert vm.ping(network.facts.gateway).ok
+    assert f"inet {network.facts.gateway}/24 " in life.host.within(network.namespace).sh("ip -4 -o addr")

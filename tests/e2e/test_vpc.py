@@ -218,7 +218,7 @@ def test_restart_of_a_tier_ends_in_the_same_state(make_vpc: MakeVpc, internet: I
 
 @pytest.mark.binary
 def test_changing_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) -> None:
-    """There is one source-NAT address. The previous one keeps its forwards."""
+    """There is one source-NAT address. The previous one keeps its forwards, and goes if it has none."""
     life = make_vpc()
     life.vpc.implement()
     tier = life.tier(1)
@@ -233,6 +233,7 @@ def test_changing_the_source_nat_address(make_vpc: MakeVpc, internet: Internet) 
             lines = [line for line in rows(life).split("\\n") if "source-nat" in line]
             assert [former.ip in line for line in lines] == [False] * len(lines)
             assert internet.tcp(old.ip, 2222).server == "web-1"
+    assert internet.who_has(new.ip) == [], "no rule uses it, and nobody releases it"
 
 
 def test_custom_actions_on_a_vpc_and_on_its_tier(make_vpc: MakeVpc) -> None:

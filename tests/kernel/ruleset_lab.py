@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from netloom.netobjects import Route, Rule
 from netloom.render import flows, ruleset
@@ -39,6 +40,7 @@ VMS = {"vm1": "10.1.1.11", "vm2": "10.1.1.12", "vm3": "10.1.1.13"}
 MACS = {name: f"02:00:00:00:00:{number:02x}" for number, name in enumerate((*VMS, "a1", "a2", "b1"), 1)}
 CLIENT, CLIENT2, STRANGER = "192.0.2.10", "192.0.2.11", "192.0.2.200"
 NEIGHBOUR = "203.0.113.99"
+OUTSIDE = ("inet", "nb", "gw1", "gw2")
 SUBNETS = {"gw1": ("203.0.113.0/24", "198.151.100.0/24"), "gw2": ("198.51.100.0/24",)}
 
 # Time without an answer that counts as no answer, and time that an expected answer may take on a busy machine.
@@ -109,6 +111,7 @@ class Entry:
     icmp_id: int = 0
     mark: int = 0
     status: int = 0
+    master: None = None
 
     def selector(self) -> list[str]:
         family = ["-f", "ipv6"] if ":" in self.src else []
@@ -445,9 +448,16 @@ class Lab:
     def assert_answers(self, told: Mapping[Try, bool]) -> None:
         """Assert that exactly the attempts marked True are answered.
 
-        The silent ones come first, because an answered one leaves a conntrack entry that could admit others.
+        The device may refuse those of its own guests to itself; all others must be silent. They come first, because an
+        answered one leaves a conntrack entry that could admit others.
         """
-        self.silent(*(it for it, allowed in told.items() if not allowed))
+        device = {it.cidr.partition("/")[0] for it in self.want.addresses}
+        refusable = [
+            it for it, allowed in told.items() if not allowed and it.space not in OUTSIDE and it.target in device
+        ]
+        self.silent(*(it for it, allowed in told.items() if not allowed and it not in refusable))
+        for it, answer in zip(refusable, self.ask(refusable, QUIET_S), strict=True):
+            assert answer in ("", "refused"), f"{it}: {answer}"
         self.answered(*(it for it, allowed in told.items() if allowed))
 
     def connect(self, space: str, target: str, port: int, source: str = "") -> socket.socket:
@@ -514,7 +524,7 @@ def _entry(line: str) -> Entry:
     found: dict[str, list[str]] = {}
     for key, value in re.findall(r"(\w+)=(\S+)", line):
         found.setdefault(key, []).append(value)
-    ports = {}
+    ports: dict[str, Any] = {}
     if "sport" in found:
         ports = {
             "sport": int(found["sport"][0]), "dport": int(found["dport"][0]),

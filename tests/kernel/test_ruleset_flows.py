@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -254,18 +255,77 @@ def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Con
         assert spoken.client.recv(100) == b"here"
 
 
-def test_a_new_static_nat_keeps_open_flows_of_its_guest(lab: Lab, talk: Callable[..., Conversation]) -> None:
-    before = wish(admit(B1, "icmp"), held=(A1, B1))
+class Pings:
+    """A guest that pings the same host without end, always with the same number."""
+
+    def __init__(self, lab: Lab, space: str, target: str) -> None:
+        self._socket = lab.open_socket(space, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
+        self._socket.bind(("", 4711))
+        self._socket.connect((target, 0))
+        self._socket.settimeout(8)
+
+    def are_answered(self) -> bool:
+        self._socket.send(b"\x08" + bytes(15))
+        return bool(self._socket.recv(100))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.mark.mutation("datagrams-follow-a-static-nat", instead="True")
+def test_datagrams_follow_the_static_nat_of_their_guest_and_tcp_stays(
+    lab: Lab, talk: Callable[..., Conversation]
+) -> None:
+    before = wish(admit(B1, "icmp"), held=(A1, A2, B1))
     lab.renew(before)
-    spoken = talk("vm2", STRANGER, 5002, "inet")
-    with lab.connect("vm2", STRANGER, 22) as stays:
-        lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}))
-        assert echoes(stays)
-        assert spoken.works_both_ways()
-        # Also when something else is revoked later.
-        lab.apply(replace(before, static_nats={B1.address: static(B1, VM2)}, networks=wish().networks))
-        assert echoes(stays)
-        assert spoken.works_both_ways()
+    spoken, neighbours = talk("vm2", STRANGER, 5002, "inet"), talk("vm1", STRANGER, 5001, "inet")
+    pings = Pings(lab, "vm2", STRANGER)
+
+    def source() -> str:
+        """The address with which the server sees the guest's next datagram; the ping must have the same."""
+        assert pings.are_answered()
+        spoken.client.send(b"?")
+        spoken.server.settimeout(8)
+        sources = {it.reply_dst for it in lab.entries() if it.protocol == 1 and it.src == VM2}
+        seen = spoken.server.recvfrom(100)[1][0]
+        assert sources == {seen}
+        return str(seen)
+
+    with contextlib.closing(pings), lab.connect("vm2", STRANGER, 22) as stays:
+        assert source() == A1.address
+        for address in (B1, A2):
+            lab.apply(replace(before, static_nats={address.address: static(address, VM2)}))
+            assert source() == address.address
+            assert echoes(stays)
+            # Also when something else is revoked later.
+            lab.apply(replace(before, static_nats={address.address: static(address, VM2)}, networks=wish().networks))
+            assert source() == address.address
+            assert echoes(stays)
+        with lab.connect("vm2", STRANGER, 80) as ends:
+            lab.apply(before)
+            assert source() == A1.address
+            assert echoes(stays)
+            assert not echoes(ends, QUIET_S)
+        assert neighbours.works_both_ways()
+
+
+@pytest.mark.mutation("datagrams-leave-a-forwarded-port", instead="True")
+def test_a_flow_gives_its_port_to_a_new_forward(lab: Lab, talk: Callable[..., Conversation]) -> None:
+    before = wish(admit(A1, "udp"))
+    lab.renew(before)
+    spoken = talk("vm1", STRANGER, 5003, "inet", local=5100)
+    assert spoken.peer == (A1.address, 5100)
+    lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "5100", VM2, protocol="udp")]))
+    spoken.client.send(b"again")
+    spoken.server.settimeout(8)
+    _, peer = spoken.server.recvfrom(100)
+    assert peer[0] == A1.address and peer[1] != 5100
+    heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
+    with heir:
+        heir.bind(("", 5100))
+        heir.settimeout(8)
+        spoken.server.sendto(b"to the forward", (A1.address, 5100))
+        assert heir.recv(100) == b"to the forward"
 
 
 def test_removing_a_vlan_keeps_flows_over_another(lab: Lab) -> None:

@@ -174,6 +174,13 @@ def test_ipv6_packets_of_tiers_follow_the_acls(
     agree(lab, {it: source for it, source in sources.items() if (it.space, source) != ("nb", HOMES["a2"])})
 
 
+def test_closed_ports_of_the_ipv6_gateway_are_refused_to_its_tier(lab: Lab) -> None:
+    lab.renew(tiers((item(1, "deny", "egress"),), None, both=True))
+    closed = [Try(vm, protocol, GATEWAYS[vm], 4444) for vm in ("a1", "b1") for protocol in ("tcp", "udp")]
+    assert lab.ask(closed) == ["refused"] * len(closed)
+    lab.silent(Try("a1", "tcp", GATEWAYS["b1"], 4444), Try("inet", "tcp", GATEWAYS["b1"], 4444, FAR))
+
+
 @pytest.mark.mutation("an-ipv6-flow-is-judged-by-the-lists")
 def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
     ssh, web = item(5, "allow", "ingress", "tcp", "22"), item(6, "allow", "ingress", "tcp", "8080")

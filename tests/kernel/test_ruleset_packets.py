@@ -622,7 +622,8 @@ def test_device_services_are_reachable_under_any_egress_policy(lab: Lab, scope: 
         ping(GATEWAY, "vm1"), udp(GATEWAY, 53, "vm1"), tcp(GATEWAY, 53, "vm1"), udp(GATEWAY, 67, "vm1"),
         tcp(GATEWAY, 80, "vm2"), tcp(GATEWAY, 8080, "vm2"),
     )  # fmt: skip
-    lab.silent(tcp(GATEWAY, 22, "vm1"), udp(GATEWAY, 80, "vm1"), tcp(GATEWAY, 9000, "vm1"), udp(GATEWAY, 9000, "vm1"))
+    closed = tcp(GATEWAY, 22, "vm1"), udp(GATEWAY, 80, "vm1"), tcp(GATEWAY, 9000, "vm1"), udp(GATEWAY, 9000, "vm1")
+    assert lab.ask(closed) == ["refused"] * 4
 
 
 @pytest.mark.mutation("dhcp-is-for-nics")
@@ -677,8 +678,11 @@ def test_device_services_are_reachable_only_by_guests_on_the_gateway_address(lab
         lab.silent(
             *(Try("inet", protocol, target, port, CLIENT) for protocol, port in services),
             *(Try("nb", protocol, target, port) for protocol, port in services),
-            *(Try("vm1", protocol, target, port) for protocol, port in services),
         )
+        guest = [Try("vm1", protocol, target, port) for protocol, port in services]
+        answers = dict(zip(guest, lab.ask(guest, QUIET_S), strict=True))
+        assert {answer for it, answer in answers.items() if it.protocol == "tcp"} == {"refused"}
+        assert {answer for it, answer in answers.items() if it.protocol == "udp"} <= {"refused", ""}  # limited
     lab.silent(*(Try("nb", protocol, GATEWAY, port) for protocol, port in services))
     # The device answers pings that the rules of the address allow, also from guests.
     lab.answered(ping(A1.address), ping(A2.address, "nb"), ping(A1.address, "vm1"))

@@ -20,3 +20,4 @@ class Entry:
     icmp_code: int
     mark: int
     status: int = 0
+    master: None = None

@@ -93,7 +93,7 @@ def test_rules_contain_no_interval_set_and_no_map(scope: Scope) -> None:
     assert want.ruleset is not None
     for chain in want.ruleset.chains:
         for rule in chain.rules:
-            for inner in re.findall(r"(?<!@)\{([^}]*)\}", re.sub(r"update @\w+ \{", "@{", rule)):
+            for inner in re.findall(r"(?<!@)\{([^}]*)\}", re.sub(r"(?:add|update) @\w+ \{", "@{", rule)):
                 assert "/" not in inner, rule
                 assert not re.search(r"\d-\d", inner), rule
                 assert ":" not in inner, rule

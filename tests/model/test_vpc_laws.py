@@ -113,7 +113,25 @@ def test_changing_the_source_nat_address_changes_nothing_else(walk: list[Call], 
     assert source(after) == {asked["public_ip"]}
     assert before is not None
     assert [of(after, it["network_id"]) for it in TIERS] == [of(before, it["network_id"]) for it in TIERS]
-    assert after.public_ips.keys() == before.public_ips.keys() | {asked["public_ip"]}
+    former = {it for it in source(before) if it not in used(after)} - {asked["public_ip"]}
+    assert after.public_ips.keys() == (before.public_ips.keys() | {asked["public_ip"]}) - former
+
+
+@given(walks)
+def test_an_address_that_belongs_to_no_tier_is_the_source_nat_address_or_has_a_rule(walk: list[Call]) -> None:
+    scope = walked(walk)
+    for address, it in scope.public_ips.items() if scope else ():
+        assert it.source_nat or it.network_id or address in used(scope)
+
+
+def used(scope: Scope | None) -> set[str]:
+    """The public addresses that a rule uses."""
+    if scope is None:
+        return set()
+    uses = [*scope.static_nats, *(it.public_ip for it in scope.port_forwards.values())]
+    uses += [it.public_ip for it in scope.lb_rules.values()]
+    firewalls = [it.firewall for it in scope.networks.values() if it.firewall is not None]
+    return {*uses, *(rule.public_ip for it in firewalls for rule in it.rules if rule.public_ip)}
 
 
 @given(walks, some(["release-ip"], IN_TIER) | of_a_tier | tier_ends)

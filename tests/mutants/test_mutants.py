@@ -21,7 +21,7 @@ import pytest
 
 from mutants.marks import ROOT, Mutant, mutants, mutated
 
-COPIED = ("internal", "cmd", "tests", "build", "pyproject.toml", "README.md", "Makefile")
+COPIED = ("internal", "cmd", "tests", "docs", "build", "pyproject.toml", "README.md", "Makefile")
 IGNORED = shutil.ignore_patterns("__pycache__")
 LIMIT_S = 300
 # Errors of a program that no longer loads. They prove nothing about the guard.

@@ -163,9 +163,7 @@ def test_one_restore_gives_every_listed_vm_all_it_needs() -> None:
     assert told("110", after=scope) == scope
 
 
-@pytest.mark.mutation(
-    "a-restore-keeps-other-vms", instead="replace(_without_moved_addresses(network, data.vms), nics={})"
-)
+@pytest.mark.mutation("a-restore-keeps-other-vms", instead="replace(_without_moved_addresses(network, vms), nics={})")
 def test_a_restore_leaves_other_vms_and_all_passwords_alone() -> None:
     other: dict[str, Any] = {
         "nic_id": "5109",
@@ -228,3 +226,141 @@ def test_a_call_without_default_nic_leaves_it_as_it_was() -> None:
         scope = call(scope, "add-dhcp-entry", **{**who, **given}).scope or scope
         found = nic(scope, "other")
         assert found is not None and found.default is default
+
+
+# --- a restore lists all VMs (docs/protocol.md, section 3)
+
+ONE: dict[str, Any] = {"nic_uuid": "u-1", "mac": "02:01:00:cc:00:01", "ip": "10.10.1.11", "hostname": "web"}
+TWO: dict[str, Any] = {"nic_uuid": "u-2", "mac": "02:01:00:cc:00:02", "ip": "10.10.1.12", "hostname": "db"}
+ITEMS = [{"dir": "metadata", "file": "instance-id", "content": "i"}]
+
+
+def deployed(*vms: dict[str, Any], after: Scope | None = None) -> Scope:
+    """The network with these VMs, or ``after`` with them."""
+    scope = after or implement().scope
+    for vm in vms:
+        named = {**vm, "nic_id": vm["nic_uuid"][2:], "netmask": "255.255.255.0", "default_nic": "true"}
+        unnamed = {key: it for key, it in named.items() if key != "hostname"}
+        scope = call(scope, "add-dhcp-entry", **named).scope
+        scope = call(scope, "add-dns-entry", **named).scope
+        items = [{**ITEMS[0], "content": f"i-{vm['nic_uuid']}"}]
+        scope = call(scope, "save-vm-data", **unnamed, vm_data=items).scope
+        scope = call(scope, "save-password", **unnamed, password="theirs").scope
+    assert scope is not None
+    return scope
+
+
+def restarted(scope: Scope, *vms: dict[str, Any]) -> Scope:
+    restarted = implement(scope).scope
+    assert restarted is not None
+    return restore(restarted, vms=[{**vm, "default_nic": True, "vm_data": ITEMS} for vm in vms])
+
+
+@pytest.mark.mutation("a-restore-lists-all-vms")
+def test_a_vm_that_was_expunged_while_the_host_was_dead_goes_at_the_restore() -> None:
+    scope = restarted(deployed(ONE, TWO), ONE)
+    assert [it.hostname for it in scope.networks["204"].nics.values()] == ["web"]
+    (table,) = tables(scope)
+    assert [it.mac for it in table.nics] == [ONE["mac"]]
+    (gone,) = scope.networks["204"].unlisted.values()
+    assert (gone.password, gone.user_data, gone.metadata) == (None, None, {})
+    assert restarted(scope, ONE).networks["204"].unlisted == {}, "the next restart forgets it"
+
+
+@pytest.mark.mutation("an-unlisted-nic-comes-back", instead="None")
+@pytest.mark.parametrize("last", ["prepare-nic", "add-dhcp-entry", "add-dns-entry"])
+@pytest.mark.parametrize("restart", ["before", "within", "after"])
+def test_a_vm_that_is_being_deployed_during_a_restart_keeps_everything(last: str, restart: str) -> None:
+    """``last``: the VM's command before the list was made. ``restart``: when implement-network and the restore came."""
+    commands = ["prepare-nic", "add-dhcp-entry", "add-dns-entry", "save-vm-data"]
+    two = {**TWO, "nic_id": "2", "netmask": "255.255.255.0", "default_nic": "true"}
+    scope: Scope | None = deployed(ONE)
+    for command in commands:
+        more: dict[str, Any] = {"vm_data": [*ITEMS, {"dir": "password", "file": "vm_password", "content": "new"}]}
+        if restart == "within" and command == last:
+            scope = implement(scope).scope
+        scope = call(scope, command, **two, **(more if command == "save-vm-data" else {})).scope
+        assert scope is not None
+        if command == last:
+            if restart == "after":
+                scope = implement(scope).scope
+            assert scope is not None
+            scope = restore(scope, vms=[{**ONE, "vm_data": ITEMS}])
+    assert scope is not None
+    nic = scope.networks["204"].nics["u-2"]
+    assert (nic.leased, nic.named, nic.hostname, nic.metadata) == (True, True, "db", {"instance-id": "i"})
+    assert nic.password == Secret("new")
+
+
+def test_a_vm_that_stops_during_a_restart_keeps_everything() -> None:
+    """CloudStack does not list a NIC while it is being released."""
+    before = implement(deployed(ONE, TWO)).scope
+    before = call(before, "release-nic", nic_uuid="u-2", mac=TWO["mac"]).scope
+    assert before is not None
+    assert restore(before, vms=[ONE]).networks["204"].nics["u-2"].password == Secret("theirs")
+
+
+def test_a_restore_does_not_list_nics_with_ipv6_only() -> None:
+    six: dict[str, Any] = {"nic_uuid": "u-6", "mac": "02:01:00:cc:00:06", "ip6_address": "fd00::6", "hostname": "six"}
+    scope = call(deployed(ONE), "add-dns-entry", **six).scope
+    assert scope is not None
+    assert restarted(scope, ONE).networks["204"].nics["u-6"].named
+
+
+@pytest.mark.parametrize(
+    "vms",
+    [
+        [],
+        [{**ONE, "nic_uuid": "not a word!"}, {**ONE, "mac": "nonsense"}],
+        [ONE, {"nic_uuid": "u-9", "ip": "10.10.1.99", "hostname": "x"}],
+    ],
+    ids=["empty", "unreadable", "without a MAC address"],
+)
+def test_an_incomplete_list_removes_no_vm(vms: list[dict[str, Any]]) -> None:
+    settled = implement(deployed(ONE, TWO)).scope
+    assert settled is not None
+    assert set(restore(settled, vms=vms).networks["204"].nics) == {"u-1", "u-2"}
+
+
+def test_one_bad_host_name_fails_no_other_vm_and_is_told() -> None:
+    settled = implement(deployed(TWO)).scope
+    assert settled is not None
+    scope = restore(settled, vms=[{**ONE, "hostname": "web_1"}, TWO])
+    assert [(it.nic, it.dhcp) for it in tables(scope)[0].nics] == [("u-1", True), ("u-2", True)]
+    assert [it.hostname for it in scope.networks["204"].nics.values() if it.named and it.hostname] == ["db"]
+    assert "web_1" in str(scope.left_out["restore-network 204"])
+    assert "restore-network 204" not in restore(scope, vms=[ONE, TWO]).left_out
+
+
+@pytest.mark.mutation("a-name-told-anew-has-one-vm", instead="named")
+@pytest.mark.parametrize("spelling", ["db", "DB"])
+def test_a_name_that_is_told_anew_has_one_vm(spelling: str) -> None:
+    new = {**TWO, "nic_uuid": "u-3", "mac": "02:01:00:cc:00:03", "ip": "10.10.1.13", "hostname": spelling}
+    scope = deployed(new, after=deployed(ONE, TWO))
+    assert [it.hostname for it in scope.networks["204"].nics.values() if it.named] == ["web", spelling]
+    listed = restore(deployed(TWO), vms=[{**new, "vm_data": [{**ITEMS[0], "content": "i-3"}]}])
+    assert [it.ip for it in listed.networks["204"].nics.values() if it.named] == ["10.10.1.13"], "also by a restore"
+
+
+def test_two_nics_of_one_vm_share_its_name() -> None:
+    second = {**TWO, "nic_uuid": "u-3", "mac": "02:01:00:cc:00:03", "ip": "10.10.1.13", "device_id": "1"}
+    scope: Scope | None = deployed(TWO)
+    scope = call(scope, "add-dns-entry", **second).scope
+    scope = call(scope, "save-vm-data", **second, vm_data=[{**ITEMS[0], "content": "i-u-2"}]).scope
+    scope = call(scope, "add-dns-entry", **TWO, nic_id="2").scope
+    assert scope is not None
+    assert [it.ip for it in scope.networks["204"].nics.values() if it.named] == ["10.10.1.13", "10.10.1.12"]
+
+
+@pytest.mark.mutation("an-empty-list-of-items-is-unknown", instead="with_items(nic, valid_items(items))")
+@pytest.mark.parametrize("command", ["restore-network", "save-vm-data"])
+def test_an_empty_list_of_items_is_unknown(command: str) -> None:
+    scope = deployed(ONE)
+    scope = call(scope, "save-userdata", **ONE, userdata="#cloud-config").scope or scope
+    if command == "save-vm-data":
+        after = call(scope, command, **ONE, vm_data=[]).scope
+    else:
+        after = restore(scope, vms=[{**ONE, "vm_data": []}])
+    assert after is not None
+    kept = after.networks["204"].nics["u-1"]
+    assert (kept.metadata, kept.user_data) == ({"instance-id": "i-u-1"}, Secret("#cloud-config"))

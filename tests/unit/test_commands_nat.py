@@ -79,6 +79,67 @@ def test_there_is_one_source_nat_address() -> None:
     assert {it.address for it in scope.public_ips.values() if it.source_nat} == {"203.0.113.21"}
 
 
+# --- the former source-NAT address
+
+MOVED = public("203.0.113.29", source_nat=True)
+FORMER = "203.0.113.20"
+LB = {"id": 1, "name": "a", "publicIp": FORMER, "publicPort": 81, "privatePort": 80, "protocol": "tcp"}
+FW = {"id": 1, "type": "ingress", "protocol": "tcp", "portStart": 22, "publicIp": FORMER}
+USES: dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "static NAT": (
+        ("add-static-nat", {**public(FORMER), "private_ip": "10.10.1.45"}),
+        ("delete-static-nat", public(FORMER)),
+    ),
+    "port forward": (("add-port-forward", forward(FORMER, "22")), ("delete-port-forward", forward(FORMER, "22"))),
+    "load balancing": (
+        ("apply-lb-rules", {"lb_rules": [LB]}),
+        ("apply-lb-rules", {"lb_rules": [{**LB, "revoke": True}]}),
+    ),
+    "firewall": (
+        ("apply-fw-rules", {"fw_rules": {"default_egress_allow": True, "rules": [FW]}}),
+        ("apply-fw-rules", {"fw_rules": {"default_egress_allow": True, "rules": []}}),
+    ),
+}
+
+
+@pytest.mark.mutation("a-former-source-nat-address-goes")
+def test_a_former_source_nat_address_goes_when_another_comes() -> None:
+    scope = after(implemented_scope(), "assign-ip", **public(FORMER, source_nat=True))
+    scope = after(scope, "assign-ip", **public("203.0.113.21"))  # an ordinary address waits for its first rule
+    assert set(after(scope, "assign-ip", **MOVED).public_ips) == {"203.0.113.21", "203.0.113.29"}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_former_source_nat_address_goes_with_its_last_rule(use: str, when: str) -> None:
+    (add, added), (delete, deleted) = USES[use]
+    scope = after(implemented_scope(), "assign-ip", **public(FORMER, source_nat=True))
+    scope = after(after(scope, add, **added), "assign-ip", **MOVED)
+    assert set(scope.public_ips) == {FORMER, "203.0.113.29"}
+    assert not scope.public_ips[FORMER].source_nat
+    if when == "after":  # a rule that comes later counts, too
+        other = forward(FORMER, "80")
+        scope = after(after(scope, "add-port-forward", **other), delete, **deleted)
+        assert FORMER in scope.public_ips
+        delete, deleted = "delete-port-forward", other
+    assert set(after(scope, delete, **deleted).public_ips) == {"203.0.113.29"}
+
+
+def test_a_former_source_nat_address_that_a_network_gets_is_an_ordinary_one() -> None:
+    scope = after(implemented_scope(), "assign-ip", **public(FORMER, source_nat=True))
+    scope = after(after(scope, "add-port-forward", **forward(FORMER, "22")), "assign-ip", **MOVED)
+    scope = after(scope, "assign-ip", **public(FORMER))
+    scope = after(scope, "delete-port-forward", **forward(FORMER, "22"))
+    assert FORMER in scope.public_ips, "its release-ip will come"
+    assert FORMER not in after(scope, "release-ip", **public(FORMER)).public_ips
+
+
+def test_a_source_nat_address_may_come_back() -> None:
+    scope = after(implemented_scope(), "assign-ip", **public(FORMER, source_nat=True))
+    scope = after(after(scope, "assign-ip", **MOVED), "assign-ip", **public(FORMER, source_nat=True))
+    assert {it.address: it.source_nat for it in scope.public_ips.values()} == {FORMER: True}
+
+
 @pytest.mark.mutation("a-missing-public-field-is-named")
 @pytest.mark.parametrize("missing", ["public_ip", "public_vlan", "public_cidr"])
 @pytest.mark.parametrize("command", ["assign-ip", "add-static-nat"])
@@ -90,8 +151,9 @@ def test_defect_55_a_missing_public_field_is_named(missing: str, command: str) -
 def test_all_public_fields_missing() -> None:
     with pytest.raises(BadRequest, match=r"payload: public_ip, public_vlan, public_cidr are missing"):
         call(implemented_scope(), "assign-ip")
-    with pytest.raises(BadRequest, match=r"payload\.public_ip is missing"):
-        call(implemented_scope(), "release-ip")
+    scope = implemented_scope()
+    for command in ("release-ip", "delete-static-nat", "delete-port-forward"):
+        assert call(scope, command).scope == scope
 
 
 def test_an_address_without_a_gateway() -> None:

@@ -14,7 +14,7 @@ from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, ForeignScope
 from netloom.guestwire import GuestNic
 from netloom.render.guest import tables
-from netloom.state import Network, Scope, Uplinks
+from netloom.state import Balancing, Network, Scope, Uplinks
 from netloom.wire import Registration
 from unit.payload_player import OURS, call, implement, network, play
 
@@ -155,6 +155,7 @@ def test_a_tier_takes_only_what_is_its_own() -> None:
                         "cidr": "203.0.113.0/24",
                         "exit": 1,
                         "network_id": net,
+                        "source_nat": not net,
                     }
                     for it, net in (
                         ("203.0.113.30", ""),
@@ -189,10 +190,11 @@ def test_a_scope_of_somebody_else_is_refused_with_a_remedy() -> None:
 
 def test_a_changed_registration_is_taken_over() -> None:
     scope = play(None, "020").scope
-    changed = msgspec.structs.replace(OURS, public_nic="eth3", ingress_open=True)
+    changed = msgspec.structs.replace(OURS, public_nic="eth3", ingress_open=True, lb_idle_s=50, lb_connections_max=900)
     done = play(scope, "060", changed).scope
     assert done is not None
     assert (done.uplinks, done.ingress_open, done.revision) == (Uplinks(guest="eth1", public="eth3"), True, 2)
+    assert done.balancing == Balancing(idle_s=50, connections_max=900)
 
 
 def test_a_payload_about_another_scope_is_refused() -> None:

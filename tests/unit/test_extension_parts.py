@@ -84,11 +84,13 @@ def test_the_owner_does_not_depend_on_the_programs_file_name() -> None:
 def test_the_registration_has_no_secrets() -> None:
     given = details(
         sshkey="k3y", password="p4ss", username="ops", firewall="absent", owner="east",
-        **{"guest.network.device": "bond0", "network.broadcast": "vlan", "guest.isolation": "vxlan"},
+        **{"guest.network.device": "bond0", "network.broadcast": "vlan", "guest.isolation": "vxlan",
+           "conntrack.helpers": "tftp,ftp"},
     )  # fmt: skip
     made = registration(given, "/a/b")
     assert (made.owner, made.guest_nic, made.public_nic) == ("east", "bond0", "eth1")
     assert (made.ingress_open, made.broadcast, made.isolation) == (True, "vlan", "vxlan")
+    assert made.conntrack_helpers == ("ftp", "tftp")
     assert not any(secret in repr(made) for secret in ("k3y", "p4ss", "ops"))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from netloom.errors import BadRequest
+from netloom.names import CONNTRACK_HELPERS
 from netloom.protocol.envelope import (
     Envelope,
     StoredDetails,
@@ -16,6 +17,7 @@ from netloom.protocol.envelope import (
     scope_id_of,
 )
 from netloom.protocol.reader import load_object
+from netloom.render import helpers
 
 PHYSICAL = {"hosts": "192.0.2.11, 192.0.2.12", "physicalnetworkname": "Physical Network 1"}
 
@@ -35,6 +37,22 @@ def test_defaults() -> None:
     assert (details.port, details.username, details.guest_nic, details.public_nic) == (22, "root", "eth1", "eth1")
     assert (details.sshkey, details.password) == (None, None)
     assert (details.firewall, details.isolation, details.broadcast) == ("present", "vlan", None)
+    assert (details.lb_idle_timeout, details.lb_max_conn) == (600, 8000)
+
+
+@pytest.mark.parametrize(
+    ("detail", "accepted", "refused"),
+    [
+        ("loadbalancer.idle.timeout", "3600", ("4", "604801", "1h")),
+        ("loadbalancer.max.conn", "20000", ("99", "200001")),
+    ],
+)
+def test_the_limits_of_the_load_balancer_have_bounds(detail: str, accepted: str, refused: tuple[str, ...]) -> None:
+    details = envelope(**{detail: accepted}).details
+    assert accepted in (str(details.lb_idle_timeout), str(details.lb_max_conn))
+    for value in refused:
+        with pytest.raises(BadRequest, match=detail):
+            envelope(**{detail: value})
 
 
 def test_empty_and_null_details_are_absent_ones() -> None:
@@ -80,12 +98,21 @@ def test_every_further_detail_of_ours() -> None:
             "network.broadcast": "vlan",
             "public.ip6.gateway": "2001:db8::1",
             "public.ip6.address": "2001:db8::2/64",
+            "conntrack.helpers": "tftp, FTP,ftp,",
             "metrics.listen": "127.0.0.1:9100",
         },
     ).details
     assert (details.owner, details.firewall, details.isolation) == ("zone-a", "absent", "vxlan")
     assert (details.broadcast, details.public_ip6_gateway) == ("vlan", "2001:db8::1")
+    assert details.conntrack_helpers == ("ftp", "tftp")
     assert details.hostkeys.count("\n") == 1
+
+
+@pytest.mark.mutation("a-conntrack-helper-is-known", instead="()")
+def test_an_unknown_conntrack_helper_is_named_with_the_known_ones() -> None:
+    with pytest.raises(BadRequest, match=r"conntrack\.helpers: .*netbios.* is none of amanda, ftp, h323, irc, pptp"):
+        envelope(**{"conntrack.helpers": "ftp,netbios-ns"})
+    assert set(CONNTRACK_HELPERS) == {name for name in CONNTRACK_HELPERS if helpers.objects([name])}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +128,10 @@ def test_every_further_detail_of_ours() -> None:
         ("public.network.device", "eth1; id"),
         ("firewall", "open"),
         ("guest.isolation", "gre"),
+        ("conntrack.helpers", "ftp,snmp"),
+        ("conntrack.helpers", "ftp tftp"),
+        ("conntrack.helpers", 21),
+        ("conntrack.helpers", ["ftp"]),
         ("owner", "a\nb"),
         ("owner", ["a"]),
     ],

@@ -19,7 +19,7 @@ from netloom.protocol.firewall import ApplyFwRules
 from netloom.protocol.lb import ApplyLbRules
 from netloom.protocol.nat import AddPortForward, AssignIp
 from netloom.protocol.network import NetworkPayload
-from netloom.protocol.reader import read
+from netloom.protocol.reader import convert, load_object
 from netloom.protocol.restore import RestoreNetwork
 from netloom.protocol.userdata import SavePassword, SaveUserdata, SaveVmData
 from netloom.protocol.vpc import ImplementVpc
@@ -31,7 +31,7 @@ NETWORK = {"network_id": "204"}
 
 
 def payload(shape: type[msgspec.Struct], **fields: object) -> Any:
-    return read(json.dumps({**NETWORK, **fields}).encode(), shape)
+    return convert(load_object(json.dumps({**NETWORK, **fields}).encode(), root="payload"), shape, root="payload")
 
 
 def refusal(shape: type[msgspec.Struct], **fields: object) -> str:
@@ -105,7 +105,7 @@ def test_a_newer_spelling_wins_over_an_older_one() -> None:
 
 
 def test_older_spelling_of_a_vpcs_cidr() -> None:
-    told = read(b'{"vpc_id": "7", "cidr": "10.20.0.0/16"}', ImplementVpc)
+    told = payload(ImplementVpc, vpc_id="7", cidr="10.20.0.0/16")
     assert told.vpc_cidr == ("10.20.0.0/16",)
 
 

@@ -37,6 +37,7 @@ ROWS: dict[str, tuple[Scope | None, Scope | None, FlowCheck]] = {
     "another source NAT": (wish(held=(A1, A2)),
                            wish(held=(replace(A1, source_nat=False), replace(A2, source_nat=True))), "all"),
     "one forward more": (wish(held=(A1,)), wish(forwards=[forward(A1, "1", VM1)]), "revoked_only"),
+    "one UDP forward more": (wish(), wish(forwards=[forward(A1, "1", VM1, protocol="udp")]), "all"),
     "a forward moved": (wish(forwards=[forward(A1, "1", VM1)]), wish(forwards=[forward(A1, "1", VM2)]), "all"),
     "a static translation": (wish(held=(A1, A2)), wish(held=(A1, A2), static=[static(A2, VM3)]), "all"),
     "one ingress rule less": (wish(admit(A1, "tcp", "1")), wish(), "all"),

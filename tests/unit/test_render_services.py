@@ -137,6 +137,20 @@ def test_the_proxy_protocol_is_used_by_tcp_proxy_rules_only() -> None:
     assert proxy.count("send-proxy\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("rules", "share"),
+    [(1, haproxy.Shares(8000, 2000, 2000)), (16, haproxy.Shares(500, 125, 2000)), (700, haproxy.Shares(50, 12, 2000))],
+)
+def test_all_rules_have_equal_shares(rules: int, share: haproxy.Shares) -> None:
+    scope = balanced_scope(*(replace(RULE, rule_id=at, public_port=1000 + at) for at in range(rules)))
+    wanted = haproxy.service(scope)
+    assert wanted is not None
+    assert haproxy.shares(scope, rules) == share
+    head, *sections = wanted.config["haproxy.cfg"].split("listen ")
+    assert "    maxconn 8000\n" in head
+    assert all(f"    maxconn {share.rule}\n" in it for it in sections)
+
+
 def test_the_order_of_rules_and_backends_does_not_matter() -> None:
     other = replace(RULE, rule_id=7, public_port=90)
     turned = replace(RULE, backends=RULE.backends[::-1])

@@ -10,10 +10,7 @@ from netloom.commands.firewall import ICMP_MAX, icmp_number, ports
 from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.errors import BadRequest
 from netloom.protocol.acl import AclRule, ApplyNetworkAcl
-from netloom.state import AclItem, Scope
-
-# Protocols with the ports of TCP at the same place: TCP, UDP, DCCP, SCTP, UDP-Lite.
-_WITH_PORTS = frozenset({"tcp", "udp", "33", "132", "136"})
+from netloom.state import PROTOCOLS_WITH_PORTS, AclItem, Scope
 
 
 def apply_network_acl(scope: Scope, payload: ApplyNetworkAcl, context: Context) -> Scope:
@@ -30,6 +27,11 @@ def apply_network_acl(scope: Scope, payload: ApplyNetworkAcl, context: Context) 
         items += _items(rule)
         if not rule.protocol:
             left_out.append(f"item {int(rule.number)}: part of a protocol's name is not a protocol")
+    # A list without an egress item allows egress. This list has one, though no packet can match it.
+    if payload.acl_rules.has_egress and not any(
+        it.direction == "egress" for it in items
+    ):  # guard: left-out-items-open-no-egress
+        items.append(AclItem(number=0, action="deny", direction="egress"))
     network = replace(network_of(scope, payload, context), acl=tuple(items))
     return with_left_out(with_network(scope, network), "apply-network-acl", network.network_id, left_out)
 
@@ -47,7 +49,7 @@ def _items(rule: AclRule) -> Iterator[AclItem]:
             action=rule.action.word,
             direction=rule.traffic_type.word,
             protocol=protocol,
-            ports=ports(rule.port_start, rule.port_end) if protocol in _WITH_PORTS else None,
+            ports=ports(rule.port_start, rule.port_end) if protocol in PROTOCOLS_WITH_PORTS else None,
             icmp_type=icmp_type,
             icmp_code=icmp_number(rule.icmp_code) if icmp_type is not None else None,
             cidrs=tuple(sorted({str(cidr) for cidr in rule.source_cidrs})),

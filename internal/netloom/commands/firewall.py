@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 from msgspec.structs import replace
 
+from netloom.commands.nat import address_next_to
 from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
-from netloom.state import Firewall, FirewallRule, Ports, Scope
+from netloom.state import PROTOCOLS_WITH_PORTS, Firewall, FirewallRule, Ports, PublicIp, Scope
 
 ICMP_MAX = 255  # the largest type and code (RFC 792)
 _PORT_MAX = 65535
@@ -34,7 +35,22 @@ def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Sco
     rules.sort(key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
     firewall = Firewall(default_egress_allow=given.default_egress_allow, rules=tuple(rules))
     network = replace(network_of(scope, payload, context), firewall=firewall)
+    scope = replace(scope, public_ips=_with_addresses(scope, payload, rules))
     return with_left_out(with_network(scope, network), "apply-fw-rules", network.network_id, left_out)
+
+
+def _with_addresses(scope: Scope, payload: ApplyFwRules, rules: Iterable[FirewallRule]) -> dict[str, PublicIp]:
+    """The public addresses with those of the rules: CloudStack may send a rule before assign-ip.
+
+    While CloudStack shuts the network down, it still sends the rules, and nothing is assigned anew.
+    """
+    assigned = dict(scope.public_ips)
+    if payload.network_state in ("shutdown", "destroy"):
+        return assigned
+    for address in sorted({it.public_ip for it in rules} - assigned.keys() - {""}):
+        if held := address_next_to(assigned.values(), address, str(payload.network_id)):
+            assigned[address] = held
+    return assigned
 
 
 def _rules(rule: FwRule, *, denies: bool) -> Iterator[FirewallRule]:
@@ -61,7 +77,7 @@ def _rules(rule: FwRule, *, denies: bool) -> Iterator[FirewallRule]:
             rule_id=int(rule.id),
             direction=rule.type.word,
             protocol=protocol,
-            ports=wanted_ports if protocol in ("tcp", "udp") else None,
+            ports=wanted_ports if protocol in PROTOCOLS_WITH_PORTS else None,
             icmp_type=icmp_number(rule.icmp_type) if icmp else None,
             icmp_code=icmp_number(rule.icmp_code) if icmp else None,
             public_ip=str(rule.public_ip) if rule.type == "ingress" else "",

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from msgspec.structs import replace
 
-from netloom.commands.transition import Context, PartlyDone, network_of, with_left_out, with_network
+from netloom.commands.nat import address_next_to
+from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.protocol import lb as protocol
-from netloom.protocol.scalars import IPv4Prefix
-from netloom.state import Backend, LbRule, PublicIp, Scope
+from netloom.state import Backend, LbRule, Scope
 
 
 def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Context) -> Scope:
     """Add, change or revoke the rules in the call; other rules stay as they are (docs/protocol.md, section 3).
 
-    Raises PartlyDone, with all other changes, if a rule is new and cannot be carried out. CloudStack sends all rules of
-    the network each time, so a rule that was reported before does not fail the call again, nor does any rule while the
-    network is being implemented.
+    A rule that cannot be carried out is left out. It does not fail the call: CloudStack sends all rules of the network
+    each time, also when it implements the network.
     """
     network_id = str(payload.network_id)
     rules = dict(scope.lb_rules)
@@ -35,28 +32,17 @@ def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Contex
             continue
         rules[str(wanted.rule_id)] = wanted
         if wanted.public_ip not in addresses:
-            held = _next_to(addresses.values(), wanted.public_ip, network_id)
+            held = address_next_to(addresses.values(), wanted.public_ip, network_id)
             if held is None:
                 complaints.append(f"{at}: the VLAN of the address is not known before its assign-ip")
             else:
                 addresses[held.address] = held
-    known = scope.left_out.get(f"apply-lb-rules {network_id}", ())
     after = scope
     if payload.lb_rules.items or payload.lb_rules.revoked or payload.lb_rules.invalid:
         network = network_of(scope, payload, context)
         after = with_network(replace(scope, lb_rules=rules, public_ips=addresses), network)
         after = with_left_out(after, "apply-lb-rules", network_id, complaints)
-    if set(complaints) - set(known) and payload.network_state != "implementing":
-        raise PartlyDone(after, f"apply-lb-rules: {'; '.join(complaints[:5])}", hint="the other rules are in force")
     return after
-
-
-def _next_to(assigned: Iterable[PublicIp], address: str, network_id: str) -> PublicIp | None:
-    """The address as assigned, with VLAN and gateway of an address in the same subnet: the call has neither."""
-    for other in assigned:
-        if address in IPv4Prefix(other.cidr) and address != other.gateway:
-            return replace(other, address=address, source_nat=False, network_id=network_id)
-    return None
 
 
 def _rule(rule: protocol.LbRule, network_id: str) -> LbRule:

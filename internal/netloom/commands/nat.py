@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from netloom.commands.transition import Context, network_of, with_network
@@ -38,10 +40,29 @@ def assign_ip(scope: Scope, payload: AssignIp, context: Context) -> Scope:
 
 
 def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, network_id: str = "") -> Scope:
-    """``scope`` with this address as its only source-NAT address. The former one stays, without the flag."""
+    """``scope`` with this address as its only source-NAT address. The former one belongs to no network any more.
+
+    CloudStack never names the former address again, and may give it to another network. So it stays only as long as a
+    rule uses it: :func:`without_unused_former`.
+    """
     assigned = _public_ip(scope, payload, source_nat=True, network_id=network_id)
-    others = {address: replace(it, source_nat=False) for address, it in scope.public_ips.items()}
+    others = {
+        address: replace(it, source_nat=False, network_id="") if it.source_nat else it
+        for address, it in scope.public_ips.items()
+    }
     return replace(scope, public_ips={**others, assigned.address: assigned})
+
+
+def without_unused_former(scope: Scope) -> Scope:
+    """``scope`` without former source-NAT addresses that no rule uses.
+
+    An address that an assign-ip of a network brought stays until its release-ip, also without rules.
+    """
+    former = {address for address, it in scope.public_ips.items() if not it.source_nat and not it.network_id}
+    unused = former - addresses_in_use(scope) - _firewalled_addresses(scope) if former else former
+    if not unused:
+        return scope
+    return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key not in unused})
 
 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
@@ -50,7 +71,7 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
     In a VPC, only the translations of this tier are removed. The VPC's source-NAT address stays assigned, and so does
     an address that another tier's rules use.
     """
-    address, network_id = _required(payload.public_ip), str(payload.network_id)
+    address, network_id = str(payload.public_ip), str(payload.network_id)
     scope = replace(
         scope,
         static_nats={  # guard: release-ip-ends-static-nat
@@ -90,7 +111,7 @@ def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Sco
 
 def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) -> Scope:
     """Remove the static NAT of the address."""
-    address = _required(payload.public_ip)
+    address = str(payload.public_ip)
     return replace(scope, static_nats={key: it for key, it in scope.static_nats.items() if key != address})
 
 
@@ -125,9 +146,8 @@ def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) ->
 
 def delete_port_forward(scope: Scope, payload: DeletePortForward, context: Context) -> Scope:
     """Remove the port forward, unless these ports lead to another guest by now."""
-    address = _required(payload.public_ip)
     try:
-        key = f"{address}/{payload.protocol.lower()}/{_ports(PortRange.parse(payload.public_port))}"
+        key = f"{payload.public_ip}/{payload.protocol.lower()}/{_ports(PortRange.parse(payload.public_port))}"
     except ValueError:
         return scope  # add-port-forward refuses these ports, so nothing is stored
     known = scope.port_forwards.get(key)
@@ -140,6 +160,20 @@ def addresses_in_use(scope: Scope) -> set[str]:
     """The public addresses that static NAT, a port forward or a load balancer rule uses."""
     forwarded = {it.public_ip for it in scope.port_forwards.values()}
     return {*scope.static_nats, *forwarded, *(it.public_ip for it in scope.lb_rules.values())}
+
+
+def address_next_to(assigned: Iterable[PublicIp], address: str, network_id: str) -> PublicIp | None:
+    """The address as assigned, with VLAN and gateway of an address in the same subnet: the call has neither."""
+    for other in assigned:
+        if address in IPv4Prefix(other.cidr) and address != other.gateway:
+            return replace(other, address=address, source_nat=False, network_id=network_id)
+    return None
+
+
+def _firewalled_addresses(scope: Scope) -> set[str]:
+    """The public addresses with ingress rules. CloudStack counts these rules, too, before it releases an address."""
+    firewalls = [network.firewall for network in scope.networks.values() if network.firewall is not None]
+    return {rule.public_ip for firewall in firewalls for rule in firewall.rules if rule.public_ip}
 
 
 def _required(public_ip: str) -> str:

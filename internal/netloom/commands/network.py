@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from netloom.commands.nat import addresses_in_use
 from netloom.commands.network_facts import check_addresses, check_segment, with_facts
+from netloom.commands.nic import settled
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
 from netloom.names import VXLAN
@@ -24,7 +25,7 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
     an address of its own the device has the gateway's; on a shared network it has none, so nothing is created.
     """
     known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
-    network = with_facts(replace(known, implemented=False), payload)
+    network = with_facts(replace(settled(known), implemented=False), payload)
     if not network.vlan:  # guard: a-network-has-a-vlan
         raise BadRequest(
             f"implement-network: payload.vlan is empty, and no tag of network {payload.network_id} is known",

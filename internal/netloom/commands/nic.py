@@ -23,27 +23,34 @@ def prepare_nic(network: Network, payload: PrepareNic) -> Network:
 
 
 def release_nic(network: Network, payload: ReleaseNic) -> Network:
-    """Change nothing: the VM has stopped and may start again (docs/protocol.md, section 3, release-nic)."""
-    return network
+    """Keep everything: the VM has stopped and may start again (docs/protocol.md, section 3, release-nic)."""
+    nic = find_nic(network, payload)
+    return network if nic is None else put_nic(network, replace(nic, fresh=True), nic)
 
 
 def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
     """The NIC that ``payload`` names by uuid, MAC or number. Never by IP address: another NIC may have it by now."""
+    return _find(network.nics, payload)
+
+
+def _find(nics: dict[str, Nic], payload: NicPayload | VmNic) -> Nic | None:
     if payload.nic_uuid:
-        return network.nics.get(payload.nic_uuid) or _by_mac(network, payload.mac, without_uuid=True)
+        return nics.get(payload.nic_uuid) or _by_mac(nics, payload.mac, without_uuid=True)
     if payload.mac:
-        return _by_mac(network, payload.mac)
+        return _by_mac(nics, payload.mac)
     nic_id = getattr(payload, "nic_id", "")
-    return next((nic for nic in network.nics.values() if nic_id and nic.nic_id == nic_id), None)
+    return next((nic for nic in nics.values() if nic_id and nic.nic_id == nic_id), None)
 
 
 def with_nic(network: Network, payload: NicPayload | VmNic) -> tuple[Network, Nic]:
     """``network`` with the NIC as ``payload`` describes it, and that NIC.
 
-    Fields that are absent from the payload stay as they are. Raises BadRequest if the MAC address is not known.
+    Fields that are absent from the payload stay as they are. A NIC that the last restore did not list has its lease and
+    its name again. Raises BadRequest if the MAC address is not known.
     """
     previous = find_nic(network, payload)
-    nic = replace(previous or Nic(mac=str(payload.mac)), **_given_fields(payload))
+    unlisted = _find(network.unlisted, payload) if previous is None else None  # guard: an-unlisted-nic-comes-back
+    nic = replace(previous or unlisted or Nic(mac=str(payload.mac)), **_given_fields(payload))
     if not nic.mac:
         raise BadRequest("payload.mac is missing, and the NIC is not known")
     return put_nic(network, nic, previous), nic
@@ -61,13 +68,63 @@ def put_nic(network: Network, nic: Nic, previous: Nic | None = None) -> Network:
     if previous is not None:
         gone.add(previous.key)
     kept = {key: other for key, other in network.nics.items() if key not in gone}
+    unlisted = {
+        key: other
+        for key, other in network.unlisted.items()
+        if key != nic.key and other.mac != nic.mac and other.ip != nic.ip
+    }
     numbers = {network.nics[key].nic_id for key in gone & network.nics.keys()} - {nic.nic_id}
-    return replace(_without_options(network, numbers), nics={**kept, nic.key: nic})
+    return replace(_without_options(network, numbers), nics={**kept, nic.key: nic}, unlisted=unlisted)
+
+
+def without_unlisted(network: Network, listed: Collection[str]) -> Network:
+    """``network`` without the NICs that are not in ``listed``, a complete list of keys, except fresh ones.
+
+    The VMs are expunged: the remove-dhcp-entry of such a NIC failed, and CloudStack does not repeat it. Secrets are
+    removed. The rest stays in ``unlisted`` until the next implement-network, because the list may be older than the
+    first commands about a VM that is just starting. CloudStack lists no NICs without an IPv4 address.
+    """
+    gone = {key: nic for key, nic in network.nics.items() if key not in listed and nic.ip and not nic.fresh}
+    if not gone:
+        return network
+    kept = {key: nic for key, nic in network.nics.items() if key not in gone}
+    bare = {key: replace(nic, password=None, user_data=None, metadata={}) for key, nic in gone.items()}
+    return replace(network, nics=kept, unlisted={**network.unlisted, **bare})
+
+
+def settled(network: Network) -> Network:
+    """``network`` as an implement-network begins: unlisted NICs are removed, and no NIC is fresh."""
+    numbers = {nic.nic_id for nic in network.unlisted.values()}
+    nics = {key: replace(nic, fresh=False) for key, nic in network.nics.items()}
+    return replace(_without_options(network, numbers), nics=nics, unlisted={})
+
+
+def with_name_of(network: Network, nic: Nic, others: Collection[str]) -> Network:
+    """``network`` where ``nic`` alone has its name: of the NICs ``others``, those of another VM lose it.
+
+    Names are unique in a network, so the other VM is expunged. Another NIC of the same VM keeps the name.
+    """
+    nics = {
+        key: replace(other, named=False) if key in others and _has_name_of(other, nic) else other
+        for key, other in network.nics.items()
+    }
+    return replace(network, nics=nics)
+
+
+def _has_name_of(other: Nic, nic: Nic) -> bool:
+    """Whether the NIC of another VM has the same name. Without metadata, NICs of one VM have different numbers."""
+    if other.key == nic.key or not nic.hostname or other.hostname.lower() != nic.hostname.lower():
+        return False
+    vms = {it.metadata.get("instance-id", "") for it in (nic, other)}
+    return len(vms) > 1 if "" not in vms else other.device_id == nic.device_id
 
 
 def without_nic(network: Network, payload: NicPayload) -> Network:
     """``network`` without every NIC that the payload names, by uuid, MAC or number, and without their options."""
     numbers = {str(payload.nic_id)}
+    while (unlisted := _find(network.unlisted, payload)) is not None:
+        numbers.add(unlisted.nic_id)
+        network = replace(network, unlisted={key: it for key, it in network.unlisted.items() if key != unlisted.key})
     while (nic := find_nic(network, payload)) is not None:
         numbers.add(nic.nic_id)
         network = replace(network, nics={key: other for key, other in network.nics.items() if key != nic.key})
@@ -79,8 +136,8 @@ def _without_options(network: Network, numbers: Collection[str]) -> Network:
     return network if len(kept) == len(network.dhcp_options) else replace(network, dhcp_options=kept)
 
 
-def _by_mac(network: Network, mac: str, *, without_uuid: bool = False) -> Nic | None:
-    found = next((nic for nic in network.nics.values() if mac and nic.mac == mac), None)
+def _by_mac(nics: dict[str, Nic], mac: str, *, without_uuid: bool = False) -> Nic | None:
+    found = next((nic for nic in nics.values() if mac and nic.mac == mac), None)
     return None if found is not None and without_uuid and found.nic_uuid else found
 
 
@@ -111,4 +168,5 @@ def _given_fields(payload: NicPayload | VmNic) -> dict[str, str | bool]:
         fields["nic_id"] = str(payload.nic_id)
         fields["netmask"] = str(payload.netmask)
         fields["gateway"] = _gateway(payload)
+        fields["fresh"] = True
     return {name: value for name, value in fields.items() if value != ""}

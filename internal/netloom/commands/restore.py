@@ -5,17 +5,25 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from netloom.commands.dhcp import with_resolvers
-from netloom.commands.nic import find_nic, put_nic, with_nic
-from netloom.commands.userdata import valid_items, with_items
+from netloom.commands.nic import find_nic, put_nic, with_name_of, with_nic, without_unlisted
+from netloom.commands.transition import Context, for_network, with_left_out
+from netloom.commands.userdata import with_known_items
 from netloom.protocol.restore import RestoredVm, RestoreNetwork
-from netloom.state import Network
+from netloom.state import Network, Scope
+
+
+def restore(scope: Scope, payload: RestoreNetwork, context: Context) -> Scope:
+    """Restore the network (:func:`restore_network`), and keep the reasons why parts of the list are not in force."""
+    scope = for_network(restore_network)(scope, payload, context)
+    return with_left_out(scope, "restore-network", str(payload.network_id), payload.restore_data.vms.invalid)
 
 
 def restore_network(network: Network, payload: RestoreNetwork) -> Network:
-    """Set what the enabled services need for each VM in the list. Other VMs and other services stay as they are.
+    """Set what the enabled services need for each VM in the list. Other services stay as they are.
 
     Passwords are never in the list, so they stay. Metadata items with an invalid name are left out: a tenant chooses
-    the names, and one tenant's mistake must not prevent the restore of the network.
+    the names, and one tenant's mistake must not prevent the restore of the network. The list has all VMs, so a VM that
+    is not in it is expunged (:func:`without_unlisted`).
     """
     data = payload.restore_data
     network = with_resolvers(network, payload)
@@ -23,13 +31,20 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
         network = replace(network, dhcp=True)
     if data.dns_enabled:
         network = replace(network, dns=True)
-    network = _without_moved_addresses(network, data.vms.items)  # guard: a-restore-keeps-other-vms
-    for vm in data.vms.items:
+    vms = tuple(vm for vm in data.vms.items if vm.mac or find_nic(network, vm))
+    network = _without_moved_addresses(network, vms)  # guard: a-restore-keeps-other-vms
+    listed = set()
+    for vm in vms:
         network, nic = with_nic(network, vm)
         restored = replace(nic, leased=nic.leased or bool(data.dhcp_enabled), named=nic.named or bool(data.dns_enabled))
         if data.userdata_enabled:
-            restored = with_items(restored, valid_items(vm.vm_data))
+            restored = with_known_items(restored, vm.vm_data)
         network = put_nic(network, restored, nic)
+        listed.add(restored.key)
+    if vms and data.vms.complete and len(vms) == len(data.vms.items):
+        network = without_unlisted(network, listed)  # guard: a-restore-lists-all-vms
+    for nic in [network.nics[key] for key in listed & network.nics.keys()]:
+        network = with_name_of(network, nic, network.nics.keys() - listed)
     return network
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Generic, Literal, TypeVar
 
@@ -11,7 +12,6 @@ from msgspec.structs import replace
 from netloom.commands import acl, dhcp, dns, firewall, lb, nat, network, nic, pbr, restore, userdata, vpc
 from netloom.commands.transition import (
     Context,
-    PartlyDone,
     Transitioned,
     for_known_network,
     for_network,
@@ -29,7 +29,7 @@ from netloom.protocol.lb import ApplyLbRules
 from netloom.protocol.nat import AddPortForward, AddStaticNat, AssignIp, DeletePortForward, DeleteStaticNat, ReleaseIp
 from netloom.protocol.network import DestroyNetwork, EnsureNetworkDevice, ImplementNetwork, ShutdownNetwork
 from netloom.protocol.nic import PrepareNic, ReleaseNic
-from netloom.protocol.reader import convert, read
+from netloom.protocol.reader import convert, load_object
 from netloom.protocol.restore import RestoreNetwork
 from netloom.protocol.scalars import quoted
 from netloom.protocol.userdata import SaveHypervisorHostname, SavePassword, SaveSshkey, SaveUserdata, SaveVmData
@@ -103,7 +103,7 @@ _ROWS = (
         for_network(userdata.save_hypervisor_hostname),
     ),
     Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules),
-    Row("restore-network", "builds", RestoreNetwork, for_network(restore.restore_network)),
+    Row("restore-network", "builds", RestoreNetwork, restore.restore),
     Row("custom-action", "acts", CustomAction, pbr.transition, output=pbr.output),
 )
 
@@ -120,14 +120,33 @@ def row_of(command: str) -> Row[Any]:
 
 def decode(command: str, payload: bytes) -> msgspec.Struct:
     """Parse and check the JSON text of a payload. Raises BadRequest with the path of the field."""
-    shape: type[msgspec.Struct] = row_of(command).payload
-    return read(payload, shape)
+    return check_payload(command, load_object(payload, root="payload"))
 
 
 def check_payload(command: str, payload: dict[str, Any]) -> msgspec.Struct:
-    """Check a payload that is already parsed (``Envelope.payload``). Raises BadRequest with the path of the field."""
-    shape: type[msgspec.Struct] = row_of(command).payload
-    return convert(payload, shape, root="payload")
+    """Check a payload that is already parsed (``Envelope.payload``). Raises BadRequest with the path of the field.
+
+    A command that removes ignores fields that cannot be read: nothing was ever stored under such a value.
+    """
+    row = row_of(command)
+    shape: type[msgspec.Struct] = row.payload
+    try:
+        return convert(payload, shape, root="payload")
+    except BadRequest:
+        if row.kind != "removes":
+            raise
+    return convert(_readable_fields(payload, shape), shape, root="payload")  # guard: a-removal-reads-what-it-can
+
+
+def _readable_fields(payload: dict[str, Any], shape: type[msgspec.Struct]) -> dict[str, Any]:
+    """The fields of a payload that can be read, and the ids of its scope, whose errors remain errors."""
+    ids: dict[str, Any] = {key: payload[key] for key in ("network_id", "vpc_id") if key in payload}
+    readable: dict[str, Any] = dict(ids)
+    for key, value in payload.items():
+        with contextlib.suppress(BadRequest):
+            convert({**ids, key: value}, shape, root="payload")
+            readable[key] = value
+    return readable
 
 
 def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> Transitioned:
@@ -144,17 +163,14 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
         if row.kind == "removes" or (row.kind == "builds" and _is_shutting_down(payload)):
             return Transitioned(scope=None)
         scope = new_scope(context)
-    refused = None
-    try:
-        wanted = row.transition(with_registration(scope, context.registration), payload, context)
-    except PartlyDone as partly:
-        wanted, refused = partly.scope, partly
+    wanted = row.transition(with_registration(scope, context.registration), payload, context)
     if wanted is None:
         return Transitioned(scope=None)
+    wanted = nat.without_unused_former(wanted)  # guard: a-former-source-nat-address-goes
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
-    return Transitioned(scope=wanted if wanted.revision else None, output=output, refused=refused)
+    return Transitioned(scope=wanted if wanted.revision else None, output=output)
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:

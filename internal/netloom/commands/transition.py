@@ -9,9 +9,9 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom.commands.network_facts import check_addresses, check_segment, implemented_if_complete, with_facts
-from netloom.errors import HostRefused, one_line
+from netloom.errors import one_line
 from netloom.protocol.network import NetworkPayload
-from netloom.state import Network, Outside6, Scope, Uplinks
+from netloom.state import Balancing, Network, Outside6, Scope, Uplinks
 from netloom.wire import Registration
 
 N = TypeVar("N", bound=NetworkPayload)
@@ -27,25 +27,15 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
 class Transitioned(msgspec.Struct, frozen=True, kw_only=True):
     """The result of a command: the new desired state, and the output for CloudStack.
 
-    ``scope`` None: the scope does not exist any more. ``refused``: the error of the parts of the command that were
-    refused; ``scope`` contains the others.
+    ``scope`` None: the scope does not exist any more.
     """
 
     scope: Scope | None
     output: str = ""
-    refused: HostRefused | None = None
 
 
 # Sentences about one list that are stored and shown, and characters of each.
 _LEFT_OUT_MAX, _LEFT_OUT_CHARACTERS_MAX = 20, 300
-
-
-class PartlyDone(HostRefused):
-    """Some items of a call were refused; ``scope`` contains the others."""
-
-    def __init__(self, scope: Scope, message: str, *, hint: str = "") -> None:
-        super().__init__(message, hint=hint)
-        self.scope = scope
 
 
 def new_scope(context: Context) -> Scope:
@@ -55,7 +45,9 @@ def new_scope(context: Context) -> Scope:
         owner=context.registration.owner,
         uplinks=_uplinks(context.registration),
         outside6=_outside6(context.registration),
+        helpers=context.registration.conntrack_helpers,
         ingress_open=context.registration.ingress_open,
+        balancing=_balancing(context.registration),
     )
 
 
@@ -65,7 +57,9 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
         scope,
         uplinks=_uplinks(registration),
         outside6=_outside6(registration),
+        helpers=registration.conntrack_helpers,
         ingress_open=registration.ingress_open,
+        balancing=_balancing(registration),
     )
 
 
@@ -124,6 +118,10 @@ def _outside6(registration: Registration) -> Outside6 | None:
     if not registration.ip6_gateway:
         return None
     return Outside6(gateway=registration.ip6_gateway, address=registration.ip6_address)
+
+
+def _balancing(registration: Registration) -> Balancing:
+    return Balancing(idle_s=registration.lb_idle_s, connections_max=registration.lb_connections_max)
 
 
 def _uplinks(registration: Registration) -> Uplinks:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec.structs import replace
 
-from netloom.commands.nic import put_nic, with_nic
+from netloom.commands.nic import put_nic, with_name_of, with_nic
 from netloom.protocol.userdata import (
     GivenItem,
     SaveHypervisorHostname,
@@ -29,7 +29,8 @@ _PASSWORD = ("password", "vm_password")
 def save_vm_data(network: Network, payload: SaveVmData) -> Network:
     """Replace all items of the VM. If no password is listed, the known one stays: later starts of the VM send none."""
     known, nic = with_nic(network, payload)
-    return put_nic(known, with_items(nic, valid_items(payload.vm_data)), nic)
+    known = put_nic(known, with_known_items(nic, payload.vm_data), nic)
+    return with_name_of(known, known.nics[nic.key], known.nics) if nic.named else known
 
 
 def save_password(network: Network, payload: SavePassword) -> Network:
@@ -57,6 +58,14 @@ def save_hypervisor_hostname(network: Network, payload: SaveHypervisorHostname) 
 def valid_items(items: Iterable[GivenItem]) -> list[VmDataItem]:
     """The items without those that have an invalid name: a tenant chooses names, and the VM must start all the same."""
     return [valid for item in items if (valid := item.valid_item()) is not None]
+
+
+def with_known_items(nic: Nic, items: Sequence[GivenItem]) -> Nic:
+    """``nic`` with exactly the valid ones of these items. An empty list means that CloudStack could not make it.
+
+    A list that CloudStack made has at least the metadata of every VM.
+    """
+    return with_items(nic, valid_items(items)) if items else nic  # guard: an-empty-list-of-items-is-unknown
 
 
 def with_items(nic: Nic, items: Iterable[VmDataItem]) -> Nic:

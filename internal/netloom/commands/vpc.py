@@ -21,7 +21,7 @@ def implement_vpc(scope: Scope, payload: ImplementVpc, context: Context) -> Scop
 
 
 def update_vpc_source_nat_ip(scope: Scope, payload: UpdateVpcSourceNatIp, context: Context) -> Scope:
-    """Make this the only source-NAT address. The former one stays as a normal address, with its translations."""
+    """Make this the only source-NAT address. The former one stays only while a rule uses it."""
     return with_source_nat(scope, payload)
 
 

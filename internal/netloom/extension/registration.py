@@ -33,4 +33,7 @@ def registration(details: PhysicalDetails, executable: str) -> Registration:
         isolation=str(details.isolation),
         ip6_gateway=str(details.public_ip6_gateway),
         ip6_address=str(details.public_ip6_address),
+        lb_idle_s=int(details.lb_idle_timeout),
+        lb_connections_max=int(details.lb_max_conn),
+        conntrack_helpers=tuple(details.conntrack_helpers),
     )

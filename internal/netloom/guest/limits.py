@@ -16,6 +16,7 @@ NOTICES_PER_S, NOTICES_BURST = 0.2, 10.0
 # Answers in memory that VMs have not received completely, of one network and of all networks, in bytes.
 NETWORK_UNREAD_BYTES_MAX = 32 << 20
 UNREAD_BYTES_MAX = 128 << 20
+LIMITED_EVERY_S = 30.0  # between two notices that a VM is limited
 
 
 class Bucket:
@@ -89,6 +90,15 @@ class Load:
         self.requests = Bucket(per_s, burst)
         self.connections = 0
         self.unread = Unread(above)
+        self._noticed_at = -LIMITED_EVERY_S
+
+    def notice_due(self) -> bool:
+        """Whether a notice that this VM is limited is due; the next one is in ``LIMITED_EVERY_S``."""
+        now = time.monotonic()
+        if now - self._noticed_at < LIMITED_EVERY_S:
+            return False
+        self._noticed_at = now
+        return True
 
     @property
     def full(self) -> bool:

@@ -225,6 +225,7 @@ class Networks:
             vm = network.vm_loads.setdefault(owner.mac, limits.vm_load(network.load))
             if vm.full or (network.load.full and not _make_room(network, vm)):
                 connection.close()
+                self._limited(key, network, owner.nic, vm, f"holds {vm.connections} connections: more are closed")
                 continue
             vm.connections += 1
             network.load.connections += 1
@@ -246,6 +247,8 @@ class Networks:
                 return None
             nic = row.nic
             if not limits.admitted(vm, network.load):
+                text = f"sends more than {limits.VM_REQUESTS_PER_S:.0f} requests per second: more are refused"
+                self._limited(key, network, nic, vm, text)
                 return TOO_MANY_REQUESTS
             if listener.kind != "metadata":
                 return self._password(key, request, nic)
@@ -295,9 +298,13 @@ class Networks:
             self._send(_password_taken(key, nic.nic, nic.password_id))
         return outcome.answer
 
-    def _notice(self, key: Key, network: _NetworkRuntime, nic: GuestNic, text: str) -> None:
+    def _limited(self, key: Key, network: _NetworkRuntime, nic: GuestNic, vm: limits.Load, text: str) -> None:
+        if vm.notice_due():  # guard: a-limited-vm-is-named
+            self._notice(key, network, nic, f"metadata and passwords: the VM {text}", limited=True)
+
+    def _notice(self, key: Key, network: _NetworkRuntime, nic: GuestNic, text: str, *, limited: bool = False) -> None:
         if network.notices.take():
-            self._send(Notice(scope_id=key[0], network_id=key[1], nic=nic.nic, text=text))
+            self._send(Notice(scope_id=key[0], network_id=key[1], nic=nic.nic, text=text, limited=limited))
 
 
 def _owner(network: _NetworkRuntime, listener: Listener, connection: socket.socket, address: str) -> TableRow | None:

@@ -173,12 +173,16 @@ class PasswordTaken(msgspec.Struct, frozen=True, kw_only=True, tag="taken"):
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag="notice"):
-    """A line for the agent's log. It contains no text from a tenant."""
+    """A line for the agent's log. It contains no text from a tenant.
+
+    ``limited``: it says that the NIC has used up its share of a service. It is repeated while that lasts.
+    """
 
     scope_id: str
     network_id: str
     nic: str
     text: str
+    limited: bool = False
 
 
 GuestMessage = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -23,7 +23,7 @@ class AclRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     number: Order
     action: AclAction
     traffic_type: Direction
-    protocol: Protocols
+    protocol: Protocols = Protocols()
     port_start: Port | None = None
     port_end: Port | None = None
     icmp_type: IcmpNumber | None = None
@@ -37,13 +37,20 @@ class AclRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 class AclRules(Items[AclRule]):
     """The items, and the errors of items that no version of CloudStack stores.
 
-    Those are left out of ``items``; one that denies is widened to what can be read of it.
+    Those are left out of ``items``; one that denies is widened to what can be read of it. ``has_egress``: the list has
+    an item that is not about ingress, whether it is valid or not.
     """
+
+    def __init__(self, items: Iterable[AclRule], invalid: Iterable[str], has_egress: bool) -> None:
+        super().__init__(items, invalid)
+        self.has_egress = has_egress
 
     @classmethod
     def parse(cls, value: object) -> AclRules:
         """Raises BadRequest if ``value`` is not a list of objects."""
-        return cls(*convert_items(value, AclRule, root="payload.acl_rules", wider=_wider))
+        items, invalid = convert_items(value, AclRule, root="payload.acl_rules", wider=_wider)
+        listed = value if isinstance(value, list) else []
+        return cls(items, invalid, any(str(it.get("trafficType")).lower() != "ingress" for it in listed))
 
 
 def _wider(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:

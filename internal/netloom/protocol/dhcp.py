@@ -26,7 +26,7 @@ class AddDhcpEntry(KnownNic, frozen=True, kw_only=True):
     """add-dhcp-entry: a static lease. If ``default_nic`` is false, DHCP sends no router option."""
 
 
-class RemoveDhcpEntry(KnownNic, frozen=True, kw_only=True):
+class RemoveDhcpEntry(NicPayload, frozen=True, kw_only=True):
     """remove-dhcp-entry: the NIC is removed, with its names, metadata and password."""
 
 

@@ -9,7 +9,7 @@ class AddDnsEntry(KnownNic, frozen=True, kw_only=True):
     """add-dns-entry: A and AAAA records of a NIC. It also starts the resolver."""
 
 
-class RemoveDnsEntry(KnownNic, frozen=True, kw_only=True):
+class RemoveDnsEntry(NicPayload, frozen=True, kw_only=True):
     """remove-dns-entry. No caller in CloudStack was found: remove-dhcp-entry removes the names."""
 
 

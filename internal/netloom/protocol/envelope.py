@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from netloom.errors import BadRequest
-from netloom.names import namespace, scope_of
+from netloom.names import CONNTRACK_HELPERS, namespace, scope_of
 from netloom.protocol.reader import convert, load_object
 from netloom.protocol.scalars import (
     SECRET_CHARACTERS_MAX,
@@ -80,6 +80,35 @@ class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
     """How guest networks are separated on the physical network."""
 
 
+class IdleTimeout(Number):
+    """Seconds without data after which a balanced connection is closed."""
+
+    LOW = 5
+    HIGH = 7 * 86400
+    WHAT = "a time in seconds"
+
+
+class MaxConnections(Number):
+    """Balanced connections of one network or VPC at the same time. haproxy needs two descriptors for each."""
+
+    LOW = 100
+    HIGH = 30_000  # of the 65,536 descriptors that a service may have (netloom/confine.py)
+    WHAT = "a number of connections"
+
+
+class HelperList(tuple[str, ...]):
+    """Comma-separated names of conntrack helpers, in any case; sorted, and without duplicates."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        given = {it.strip().lower() for it in string(value, limit=1000).split(",") if it.strip()}
+        for name in sorted(given.difference(CONNTRACK_HELPERS)):  # guard: a-conntrack-helper-is-known
+            raise ValueError(f"{quoted(name)} is none of {', '.join(CONNTRACK_HELPERS)}")
+        return cls(sorted(given))
+
+
 class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     """The registration details. CloudStack sends every value as a string; JSON numbers are accepted too."""
 
@@ -99,6 +128,9 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     broadcast: SegmentKind | None = msgspec.field(name="network.broadcast", default=None)
     public_ip6_gateway: IPv6 = msgspec.field(name="public.ip6.gateway", default=IPv6(""))
     public_ip6_address: IPv6Interface = msgspec.field(name="public.ip6.address", default=IPv6Interface(""))
+    lb_idle_timeout: IdleTimeout = msgspec.field(name="loadbalancer.idle.timeout", default=IdleTimeout(600))
+    lb_max_conn: MaxConnections = msgspec.field(name="loadbalancer.max.conn", default=MaxConnections(8000))
+    conntrack_helpers: HelperList = msgspec.field(name="conntrack.helpers", default=HelperList())
     # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
 

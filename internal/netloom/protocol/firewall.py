@@ -38,18 +38,20 @@ class Protocols(tuple[str, ...]):
     """``tcp``, ``udp``, ``icmp``, ``all`` and the numbers of other protocols, 2 to 255.
 
     CloudStack compares a name with a text such as ``tcp,udp,icmp,all`` and accepts each part of it, so a value may be a
-    list. Number 0 means all protocols, as in iptables(8). Empty: a part of a name (``t``), which means no protocol.
+    list. Number 0 means all protocols, as in iptables(8). Empty: none, or a part of a name (``t``).
     """
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, value: object) -> Self:
-        text = str(value).strip(" ").lower() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(f"{quoted(value)} is not text")
+        text = str(value).strip(" ").lower()
         found = [_protocol(it.strip(" ")) for it in text.split(",")]
         if all(found):
             return cls(("all",) if "all" in found else dict.fromkeys(found))
-        if text and text in _STORED:
+        if text in _STORED:
             return cls()
         raise ValueError(f"{quoted(value)} is none of tcp, udp, icmp, all, nor a protocol number (0 to 255)")
 
@@ -65,7 +67,7 @@ class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One rule. Absent ports, ICMP numbers and empty CIDR lists mean any."""
 
     type: Direction
-    protocol: Protocols
+    protocol: Protocols = Protocols()
     id: Number = Number(0)
     port_start: Port | None = None
     port_end: Port | None = None

@@ -61,7 +61,7 @@ class NicPayload(NetworkPayload, frozen=True, kw_only=True):
 
 
 class KnownNic(NicPayload, frozen=True, kw_only=True):
-    """A payload that must name its NIC by uuid, MAC address or number."""
+    """A payload that adds something and must name its NIC by uuid, MAC address or number."""
 
     def __post_init__(self) -> None:
         if not (self.nic_uuid or self.mac or self.nic_id):
@@ -72,7 +72,7 @@ class PrepareNic(KnownNic, frozen=True, kw_only=True):
     """prepare-nic: add the NIC. On a plain shared network this is the first command."""
 
 
-class ReleaseNic(KnownNic, frozen=True, kw_only=True):
+class ReleaseNic(NicPayload, frozen=True, kw_only=True):
     """release-nic: the VM has stopped. Its state stays."""
 
 

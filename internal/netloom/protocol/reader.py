@@ -32,14 +32,6 @@ _AT = " - at `$"
 _MISSING = re.compile(r"Object missing required field `([^`]*)`")
 
 
-def read(data: bytes | msgspec.Raw, shape: type[T], *, root: str = "payload") -> T:
-    """Parses ``data`` and converts it to ``shape``: both steps in one.
-
-    Raises BadRequest, for example ``payload.fw_rules.rules[3].portStart: 99999 is not a port (1 to 65535)``.
-    """
-    return convert(load_object(bytes(data), root=root), shape, root=root)
-
-
 def load_object(data: bytes, *, root: str) -> dict[str, Any]:
     """Parses ``data``: the JSON object without the fields that are null or empty.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -26,13 +26,18 @@ class RestoredVm(VmNic, frozen=True, kw_only=True):
 class RestoredVms(Items[RestoredVm]):
     """The VMs, and the errors of the others. One VM with an invalid value must not prevent the restore of the network.
 
-    A VM with an invalid name, domain or metadata keeps its lease.
+    A VM with an invalid name, domain or metadata keeps its lease. ``complete``: all VMs of the list are in ``items``.
     """
+
+    def __init__(self, items: Iterable[RestoredVm] = (), invalid: Iterable[str] = (), *, complete: bool = True) -> None:
+        super().__init__(items, invalid)
+        self.complete = complete
 
     @classmethod
     def parse(cls, value: object) -> RestoredVms:
         """Raises BadRequest if ``value`` is not a list of objects."""
-        return cls(*convert_items(value, RestoredVm, root="payload.restore_data.vms", wider=_narrower))
+        items, errors = convert_items(value, RestoredVm, root="payload.restore_data.vms", wider=_narrower)
+        return cls(items, errors, complete=isinstance(value, list) and len(items) == len(value))
 
 
 def _narrower(vm: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -419,7 +419,7 @@ class Vlan(str):
             outer, inner = _tag(private[1], VLAN_TAG_MAX), _tag(private[3], VLAN_TAG_MAX)
             if outer and inner:
                 return cls(f"{outer}-{(private[2] or 'i').lower()}{inner}")
-        elif tag := _tag(bare, VNI_MAX):
+        elif not (scheme and scheme[1].lower() == "pvlan") and (tag := _tag(bare, VNI_MAX)):
             return cls(tag)
         raise ValueError(f"{quoted(value)} is not a VLAN (a tag, untagged, 1412-i2412)")
 

@@ -16,7 +16,7 @@ from netloom.render.acl import acl_of
 from netloom.render.active import Active, active, as_number
 from netloom.render.guest import tables
 from netloom.render.pbr import in_force
-from netloom.state import AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
+from netloom.state import PROTOCOLS_WITH_PORTS, AclItem, FirewallRule, LbRule, Network, Nic, Ports, Scope
 
 # Metadata items that CloudStack writes itself. Other items contain names and values of tenants, so they are not shown.
 _SHOWN = frozenset(
@@ -203,7 +203,7 @@ def _grouped(rules: Iterable[FirewallRule]) -> list[tuple[FirewallRule, list[Por
 
 
 def _rule_match(rule: FirewallRule, ports: list[Ports]) -> str:
-    if rule.protocol in ("tcp", "udp"):
+    if rule.protocol in PROTOCOLS_WITH_PORTS:
         return f"{rule.protocol} {'any' if Ports(0, 65535) in ports else ','.join(map(str, ports))}"
     if rule.protocol == "icmp" and rule.icmp_type is not None and rule.icmp_type >= 0:
         code = "" if rule.icmp_code is None or rule.icmp_code < 0 else f" code {rule.icmp_code}"

@@ -12,6 +12,9 @@ from netloom.state import Network
 PUBLIC_LINKS = '"' + names.public_link("*") + '"'
 GUEST_LINKS = '"' + names.guest_link("*") + '"'
 
+# Packets of guests to any address of the device.
+FROM_GUESTS_TO_DEVICE = f"iifname {GUEST_LINKS} fib daddr type local"
+
 DNS_PORT = 53  # UDP and TCP
 DHCP_PORT = 67  # UDP
 HTTP_PORTS = (80, 8080)  # TCP: metadata, passwords
@@ -37,6 +40,19 @@ def device_services(network: Network, *, ping: bool) -> tuple[str, ...]:
         *([f"{to_device} icmp type echo-request accept"] if ping else []),
         f"{to_device} udp dport {_ports(SERVICE_PORTS_UDP)} accept",
         f"{to_device} tcp dport {_ports(SERVICE_PORTS_TCP)} accept",
+    )
+
+
+def refusals(packets: str) -> tuple[str, ...]:
+    """The rules that answer requests to closed ports: TCP with a reset, UDP with "port unreachable".
+
+    ``packets``: matches only packets of own guests to addresses of the device. Other machines get no answer. ICMP
+    errors are limited, because before Linux 6.12 all namespaces share one limit for them (``icmp_msgs_per_sec``).
+    """
+    limit = "limit rate 5/second burst 10 packets"  # guard: refusals-of-udp-are-limited
+    return (
+        f"{packets} meta l4proto tcp reject with tcp reset",  # guard: a-closed-port-of-the-device-is-refused
+        f"{packets} meta l4proto udp {limit} reject with icmpx type port-unreachable",
     )
 
 

@@ -17,12 +17,21 @@ from netloom.state import Network, Scope
 
 HOSTS = "hosts"
 
+# Questions to other resolvers at the same time. One VM has up to 1,500 (``senders``).
+FORWARDS_MAX = 8000
+# TCP connections at the same time; each needs a process. One VM has up to ``senders.DNS_CONNECTIONS``.
+_CONNECTIONS_MAX = 100
+
 
 class Build(msgspec.Struct, frozen=True):
-    """The dnsmasq of a host. ``forgets``: version 2.88 or later. ``no_ident``: it has the option of this name."""
+    """The dnsmasq of a host. ``forgets``: version 2.88 or later.
+
+    ``no_ident``, ``tcp_limit``: it has the options no-ident and max-tcp-connections.
+    """
 
     forgets: bool = True
     no_ident: bool = True
+    tcp_limit: bool = True
 
 
 DEBIAN_12 = Build()
@@ -76,10 +85,13 @@ def _configuration(directory: str, network: Network, build: Build, tiers: list[N
         "cache-size=1000",
         # Answers that fit into every path (DNS flag day 2020). Before 2.86, dnsmasq's default is 4096 bytes.
         "edns-packet-max=1232",
+        f"dns-forward-max={FORWARDS_MAX}",  # guard: resolver-has-places-for-many-vms
         "pid-file=",
         # Names can change at any time. A guest caches a name for this many seconds.
         "local-ttl=10",
     ]
+    if build.tcp_limit:
+        lines.append(f"max-tcp-connections={_CONNECTIONS_MAX}")
     if build.no_ident:
         lines.append("no-ident")  # guard: resolver-does-not-tell-its-version
     if vpc is not None:

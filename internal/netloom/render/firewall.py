@@ -20,7 +20,7 @@ from netloom.netobjects import ANYWHERE, ANYWHERE_IP6
 from netloom.render.active import subnet
 from netloom.render.prefixes import Family, Field, by_length, is_in
 from netloom.render.ruleset import Chain
-from netloom.state import FirewallRule
+from netloom.state import PROTOCOLS_WITH_PORTS, FirewallRule
 
 ANY_PORT = (0, 65535)
 
@@ -80,7 +80,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
             case "all":
                 return [(*ANY_PORT, "")]
             case number:
-                return [(*ANY_PORT, f"meta l4proto {number}")]
+                return [(first, last, _by_number(number, first, last)) for first, last in self.ports or (ANY_PORT,)]
 
 
 def cidrs(given: Iterable[str], family: Family = 4) -> Cidrs | None:
@@ -120,7 +120,7 @@ def _matches(rules: Iterable[FirewallRule], family: Literal[0, 4, 6]) -> list[Ma
         sources, dests = cidrs(rule.source_cidrs, family or 4), cidrs(rule.dest_cidrs, family or 4)
         if sources is None or dests is None:
             continue
-        if rule.protocol in ("tcp", "udp"):
+        if rule.protocol in PROTOCOLS_WITH_PORTS:
             ports = (rule.ports.first, rule.ports.last) if rule.ports else ANY_PORT
             found.append(Match(protocol=rule.protocol, ports=(ports,), sources=sources, dests=dests))
         elif rule.protocol == "icmp":
@@ -205,6 +205,11 @@ def _ports(protocol: str, ranges: Ranges) -> list[tuple[int, int, str]]:
         text = str(single[0]) if len(single) == 1 else f"{{ {', '.join(map(str, single))} }}"
         found.append((single[0], single[-1], f"{protocol} dport {text}"))
     return found
+
+
+def _by_number(protocol: str, first: int, last: int) -> str:
+    ports = "" if (first, last) == ANY_PORT else f" th dport {_span(first, last)}"
+    return f"meta l4proto {protocol}{ports}"
 
 
 def _span(first: int, last: int) -> str:

@@ -21,6 +21,7 @@ from netloom.render.active import Active, active, target_port, within
 from netloom.render.device import DNS_PORT, SERVICE_PORTS_TCP, SERVICE_PORTS_UDP
 from netloom.render.marks import REVOKED, exit_of
 from netloom.render.pbr import policy_nats
+from netloom.render.source_ports import forwarded_udp, free_ports, keeps_port
 from netloom.state import AclItem, FirewallRule, Network, PortForward, Scope
 
 ICMP, TCP, UDP, ICMPV6 = 1, 6, 17, 58
@@ -35,6 +36,21 @@ _SERVICES = {*((UDP, port) for port in SERVICE_PORTS_UDP), *((TCP, port) for por
 
 FlowAction = Literal["keep", "delete", "revoke"]
 FlowCheck = Literal["none", "revoked_only", "all"]
+
+
+class Master(Protocol):
+    """The first packet of the connection whose helper announced another one, e.g. of the control connection of FTP."""
+
+    @property
+    def protocol(self) -> int: ...
+    @property
+    def src(self) -> str: ...
+    @property
+    def dst(self) -> str: ...
+    @property
+    def sport(self) -> int: ...
+    @property
+    def dport(self) -> int: ...
 
 
 class Flow(Protocol):
@@ -66,6 +82,27 @@ class Flow(Protocol):
     def mark(self) -> int: ...
     @property
     def status(self) -> int: ...
+    @property
+    def master(self) -> Master | None: ...
+
+
+class _FirstPacket(msgspec.Struct, frozen=True, kw_only=True):
+    """A flow of which only the first packet is known."""
+
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+    reply_src: str = ""
+    reply_dst: str = ""
+    reply_sport: int = 0
+    reply_dport: int = 0
+    icmp_type: int = -1
+    icmp_code: int = -1
+    mark: int = 0
+    status: int = 0
+    master: None = None
 
 
 class _ReplyTuple(msgspec.Struct, frozen=True):
@@ -75,6 +112,7 @@ class _ReplyTuple(msgspec.Struct, frozen=True):
     reply_sport: int
     reply_dst: str
     exit: int | None  # None: any
+    port_fits: bool = True  # False: the flow has a source port outside that the ruleset would not give it
 
 
 def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
@@ -89,10 +127,13 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
         return "none"
     if _may_break_flows(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
+    if not _helpers(old) <= _helpers(new):
+        return "all"
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
     same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
+    same = same and _helpers(old) == _helpers(new)
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -103,12 +144,15 @@ class FlowPolicy:
         self._open_to_all = _open_to_all(scope)
         self._now = active(scope)
         self._in_vpc = scope is not None and scope.is_vpc
+        self._helpers = scope.helpers if scope is not None else ()
         self._policy_sources = _policy_sources(scope, self._now)
         self._held = {it.address: it for it in self._now.held}
         self._devices = {it.device_ip for it in self._now.networks}
         self._ip6_networks = [it for it in self._now.networks if it.has_ip6]
         self._ip6_outside_address = _ip6_outside_address(scope, self._now)
         self._ip6_gateways = {it.ip6_gateway: it.network_id for it in self._ip6_networks}
+        forwarded = forwarded_udp(self._now)
+        self._forwarded_udp = forwarded if free_ports([it.ports for it in forwarded]) is not None else []
         self._guests = {it.public_ip: it.private_ip for it in self._now.static_nats}
         self._egress = {it.network_id: _egress(it) for it in self._now.networks}
         self._udp_backends: dict[tuple[str, int], list[tuple[str, int]]] = {}
@@ -124,6 +168,9 @@ class FlowPolicy:
 
     def action(self, flow: Flow) -> FlowAction:
         """``keep`` the flow, ``delete`` its entry, or ``revoke``: set ``marks.REVOKED`` in its mark."""
+        master = flow.master
+        if master is not None:  # guard: an-announced-flow-is-judged-by-its-control-connection
+            return self._action_by_master(flow, master)
         allowed = list(self._allowed(flow))
         if flow.mark & REVOKED:
             return "delete" if allowed else "keep"
@@ -135,6 +182,29 @@ class FlowPolicy:
             if allowed or flow.protocol in (TCP, ICMP, ICMPV6)
             else "revoke"  # guard: an-unconnected-flow-is-marked-as-revoked
         )
+
+    def _action_by_master(self, flow: Flow, master: Master) -> FlowAction:
+        """The action for a flow that a helper announced: as for its master, whether that is still open or not.
+
+        Its addresses on our side must be addresses of the master. The remote end may be another one (SIP).
+        """
+        first = _FirstPacket(
+            protocol=master.protocol, src=master.src, dst=master.dst, sport=master.sport, dport=master.dport
+        )
+        ours = {it for it in (flow.src, flow.dst, flow.reply_src, flow.reply_dst) if self._is_ours(it)}
+        allowed = bool(self._helpers) and any(
+            ours <= {master.src, master.dst, it.reply_src, it.reply_dst} for it in self._allowed(first)
+        )
+        if flow.mark & REVOKED:
+            return "delete" if allowed else "keep"
+        if allowed:
+            return "keep"
+        return "delete" if flow.protocol == TCP else "revoke"
+
+    def _is_ours(self, address: str) -> bool:
+        if ":" in address:
+            return self._ip6_network_of(address) is not None
+        return address in self._held or self._now.network_of(address) is not None
 
     def _allowed(self, flow: Flow) -> Iterator[_ReplyTuple]:
         """Each reply tuple with which the state accepts the first packet of the flow."""
@@ -234,9 +304,12 @@ class FlowPolicy:
         own = self._now.static_sources.get(flow.src)
         if own is not None:
             yield _ReplyTuple(flow.dst, flow.dport, own.address, own.exit)
-        if self._now.source_nat is not None:
-            # Also for a guest that has got a static NAT address since: its open flows go on.
-            yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0)
+        # The guest may have got its static NAT address since. TCP alone cannot go on with a new address, so it stays.
+        if self._now.source_nat is not None and (
+            own is None or flow.protocol == TCP  # guard: datagrams-follow-a-static-nat
+        ):
+            fits = not self._takes_a_forwarded_port(flow)
+            yield _ReplyTuple(flow.dst, flow.dport, self._now.source_nat.address, 0, fits)
         for address in self._policy_sources:
             yield _ReplyTuple(flow.dst, flow.dport, address, None)
 
@@ -247,6 +320,14 @@ class FlowPolicy:
         """
         source = self._now.seen_as(home, guest) or flow.src
         return (flow.src, there.device_ip) if flow.protocol == TCP else (source,)
+
+    def _takes_a_forwarded_port(self, flow: Flow) -> bool:
+        """Whether a UDP flow has a source port outside that is forwarded to another guest (``source_ports``)."""
+        return flow.protocol == UDP and any(
+            part.ports.first <= flow.reply_dport <= part.ports.last
+            and not (part.forward.private_ip == flow.src and keeps_port(part, flow.reply_dport))
+            for part in self._forwarded_udp
+        )
 
     def _balancer_answers(self, flow: Flow, home: Network | None) -> bool:
         """Whether haproxy serves this address and port, and, in a VPC, the lists allow it."""
@@ -287,7 +368,8 @@ class FlowPolicy:
 def _has_tuple(flow: Flow, reply: _ReplyTuple) -> bool:
     """Whether the flow has this translation and this exit."""
     return (
-        flow.reply_src == reply.reply_src
+        reply.port_fits  # guard: datagrams-leave-a-forwarded-port
+        and flow.reply_src == reply.reply_src
         and flow.reply_dst == reply.reply_dst
         and (flow.protocol not in (TCP, UDP) or flow.reply_sport == reply.reply_sport)
         and reply.exit in (None, exit_of(flow.mark))
@@ -338,6 +420,10 @@ def _policy_sources(scope: Scope | None, now: Active) -> frozenset[str]:
     return frozenset(it.address.address for it in policy_nats(scope.pbr, now)) if scope is not None else frozenset()
 
 
+def _helpers(scope: Scope | None) -> frozenset[str]:
+    return frozenset(scope.helpers) if scope is not None else frozenset()
+
+
 def _open_to_all(scope: Scope | None) -> bool:
     return scope is not None and scope.ingress_open
 
@@ -373,6 +459,9 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
         return True
     # With new static NAT the address no longer replies itself, so any difference counts.
     if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
+        return True
+    # A guest may have an open flow with the port that is now forwarded to another guest.
+    if not set(forwarded_udp(after)) <= set(forwarded_udp(before)):
         return True
     if not _balancing(before) <= _balancing(after):
         return True

@@ -2,16 +2,28 @@
 
 It runs as master and worker (``-W``). A reload starts a new worker, which takes over the listening sockets. The old
 worker stays until its connections have ended, so clients do not notice the reload. nftables balances UDP (``nft``).
+
+The rules share one process, so each has a share of its connections, and each client a share of those of a rule. A
+connection without data in either direction is closed after ``Balancing.idle_s`` seconds. A peer that has gone is
+noticed earlier, by keepalive probes of the kernel (``render.scope`` sets their times).
 """
 
 from __future__ import annotations
+
+import msgspec
 
 from netloom.render.service import Probe, Service, directory_of
 from netloom.state import LbRule, Scope
 
 NAME = "lb"
 # In the root directory of the process, the only place where it can write (netloom/confine.py).
-_MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
+MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
+
+# With very many rules a share would be too small to be useful. Then the sum of the shares is above the maximum.
+_RULE_MIN = 50
+_CLIENTS = 4  # so many clients can use up the share of a rule, or all connections
+
+CLIENTS = "clients"  # the name of the table of clients of all rules
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
@@ -21,6 +33,26 @@ def balanced(scope: Scope) -> tuple[LbRule, ...]:
         for _, rule in sorted(scope.lb_rules.items(), key=lambda item: int(item[0]))
         if rule.protocol != "udp" and rule.public_ip in scope.public_ips
     )
+
+
+class Shares(msgspec.Struct, frozen=True):
+    """The connections at the same time: of each rule, of one client address to one rule, of one to all rules."""
+
+    rule: int
+    client: int
+    client_in_all: int
+
+
+def shares(scope: Scope, rules: int) -> Shares:
+    """The shares of ``rules`` rules of the scope. They are equal, so that no rule can use up another one's share."""
+    in_all = scope.balancing.connections_max
+    rule = max(in_all // max(rules, 1), _RULE_MIN)
+    return Shares(rule, rule // _CLIENTS, in_all // _CLIENTS)
+
+
+def section(rule: LbRule) -> str:
+    """The name of the rule's section in the configuration, and of its statistics and its table of clients."""
+    return f"rule-{rule.rule_id}"
 
 
 def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | None:
@@ -33,40 +65,54 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
     return Service(
         name=NAME,
         directory=directory,
-        argv=("haproxy", "-W", "-db", "-S", f"{_MASTER},mode,600", "-f", configuration),
-        config={"haproxy.cfg": _configuration(rules)},
+        argv=("haproxy", "-W", "-db", "-S", f"{MASTER},mode,600", "-f", configuration),
+        config={"haproxy.cfg": _configuration(scope, rules)},
         on_change="reload",
-        data_mib_max=1024,
+        data_mib_max=512 + scope.balancing.connections_max // 16,  # 64 KiB for each connection
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
-        probe=Probe("haproxy", _MASTER),
+        probe=Probe("haproxy", MASTER),
     )
 
 
-def _configuration(rules: tuple[LbRule, ...]) -> str:
+def _configuration(scope: Scope, rules: tuple[LbRule, ...]) -> str:
+    share = shares(scope, len(rules))
+    idle_s = scope.balancing.idle_s  # guard: idle-connections-end
     head = f"""# netloom
 global
-    maxconn 8000
+    maxconn {scope.balancing.connections_max}
     hard-stop-after 1h
     stats socket {_ADMIN} mode 600 level admin expose-fd listeners
 
 defaults
     mode tcp
     timeout connect 5s
-    timeout client 1h
-    timeout server 1h
+    timeout client {idle_s}s
+    timeout server {idle_s}s
+    option clitcpka
+    option srvtcpka
     option redispatch
     retries 3
+
+backend {CLIENTS}
+    stick-table type ip size {scope.balancing.connections_max} expire 10s store conn_cur
 """
-    return head + "".join(map(_listen, rules))
+    return head + "".join(_listen(rule, share) for rule in rules)
 
 
-def _listen(rule: LbRule) -> str:
+def _listen(rule: LbRule, share: Shares) -> str:
     proxy = " send-proxy" if rule.protocol == "tcp-proxy" else ""  # guard: tcp-proxy-sends-the-proxy-header
     lines = [
         "",
-        f"listen rule-{rule.rule_id}",
+        f"listen {section(rule)}",
         f"    bind {rule.public_ip}:{rule.public_port}",
+        f"    maxconn {share.rule}",  # guard: a-rule-has-its-share
+        # A client in the table has a connection, so the table is never full of them.
+        f"    stick-table type ip size {share.rule} expire 10s store conn_cur",
+        "    tcp-request connection track-sc0 src",
+        f"    tcp-request connection track-sc1 src table {CLIENTS}",
+        f"    tcp-request connection reject if {{ sc0_conn_cur gt {share.client} }}",  # guard: a-client-has-its-share
+        f"    tcp-request connection reject if {{ sc1_conn_cur gt {share.client_in_all} }}",
         f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
     # A server is named after its address, so it keeps its name when another server is removed.

@@ -14,6 +14,7 @@ import msgspec
 
 from netloom import names
 from netloom.netobjects import ANYWHERE_IP6, IP6_LINK_LOCAL, MAIN_TABLE, Address, Route
+from netloom.render import device, helpers
 from netloom.render.active import Active
 from netloom.render.device import DNS_PORT, PUBLIC_LINKS, guest_link
 from netloom.render.ruleset import Chain
@@ -112,9 +113,10 @@ def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
     return wanted
 
 
-def arriving(now: Active, *, from_outside: bool) -> list[Chain]:
+def arriving(now: Active, used: tuple[str, ...], *, from_outside: bool) -> list[Chain]:
     """The chain for every IPv6 packet that enters the device.
 
+    ``used``: the conntrack helpers in use.
     ``from_outside``: outside hosts may open connections here; the lists of the tiers, if there are any, decide later.
     """
     networks = ip6_networks(now)
@@ -139,8 +141,10 @@ def arriving(now: Active, *, from_outside: bool) -> list[Chain]:
         ]
     rules += [
         f"iifname {PUBLIC_LINKS} {_TO_NEIGHBOURS} accept",
-        "ct state established,related accept",
+        "ct state established accept",
+        *helpers.related(used),
         "ct state invalid drop",
+        *helpers.ip6_assignment(used, from_outside=from_outside),
     ]
     rules += [f"iifname {guest_link(network)} accept" for network in networks]
     rules += [f"iifname {PUBLIC_LINKS} accept"] if from_outside else []
@@ -174,6 +178,11 @@ def to_device(now: Active) -> list[str]:
             f"{to_gateway} tcp dport {DNS_PORT} accept",
         ]
     return rules
+
+
+def refusals(network: Network) -> tuple[str, ...]:
+    """The rules that answer a guest's requests to closed ports of its own gateway."""
+    return device.refusals(f"iifname {guest_link(network)} ip6 daddr {network.ip6_gateway}")
 
 
 def eui64(mac: str) -> int:

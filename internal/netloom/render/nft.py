@@ -47,18 +47,26 @@ flows of guests that use such a port are translated to other ports (``_source_po
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import pairwise
 
 from netloom import names
-from netloom.render import ip6, plain_network, senders, share
+from netloom.render import helpers, ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
-from netloom.render.active import Active, ForwardedPorts, active, target_port
-from netloom.render.device import DHCP_REQUEST, GUEST_LINKS, PUBLIC_LINKS, device_services, guest_link
+from netloom.render.active import Active, active, target_port
+from netloom.render.device import (
+    DHCP_REQUEST,
+    FROM_GUESTS_TO_DEVICE,
+    GUEST_LINKS,
+    PUBLIC_LINKS,
+    device_services,
+    guest_link,
+    refusals,
+)
 from netloom.render.firewall import verdicts
 from netloom.render.marks import EXIT_MASK, POLICY, REVOKED
 from netloom.render.pbr import PolicyNat, policy_nats
 from netloom.render.prefixes import by_length, is_not_in
 from netloom.render.ruleset import Chain, NftSet, Ruleset
+from netloom.render.source_ports import forwarded_udp, free_ports, keeps_port
 from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
@@ -83,6 +91,7 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
         family=FAMILY,
         table=TABLE,
         counters=tuple(name for pair in counted.values() for name in pair),
+        helpers=helpers.objects(scope.helpers),
         sets=(
             _map(
                 "held",
@@ -97,16 +106,17 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             *_translations(now),
             *_source_ports(now),
             *_second_nics(now),
+            *helpers.opened_ports(now, scope.helpers),
             _balanced(now, in_vpc=scope.is_vpc),
             *(it for network in now.networks for it in senders.sets(network)),
         ),
         chains=(
-            _arriving(now),
-            *ip6.arriving(now, from_outside=scope.is_vpc or scope.ingress_open),
+            _arriving(now, scope.helpers),
+            *ip6.arriving(now, scope.helpers, from_outside=scope.is_vpc or scope.ingress_open),
             _translate_to(now),
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_vpc_device(now) if scope.is_vpc else _to_device(now),
-            _through(now, open_to_all=scope.ingress_open),
+            _through(now, helpers.related(scope.helpers), open_to_all=scope.ingress_open),
             _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
@@ -125,8 +135,11 @@ def counters(now: Active) -> dict[str, tuple[str, str]]:
     return addresses | {it.ip6_cidr: ip6.counters(it) for it in ip6.ip6_networks(now)}
 
 
-def _arriving(now: Active) -> Chain:
-    """Every packet that enters the device: check the source address, the connection, and the firewall."""
+def _arriving(now: Active, used: tuple[str, ...]) -> Chain:
+    """Every packet that enters the device: check the source address, the connection, and the firewall.
+
+    ``used``: the conntrack helpers in use.
+    """
     over_ip6 = f"goto {ip6.CHAIN}" if ip6.ip6_networks(now) else "drop"
     rules = [_REVOKED, 'iifname "lo" accept', f"meta nfproto ipv6 {over_ip6}"]
     rules.append(f"iifname {PUBLIC_LINKS} counter name ip daddr map @counted_in")
@@ -137,7 +150,9 @@ def _arriving(now: Active) -> Chain:
             f"iifname {link} ip saddr != {network.cidr} drop",
             f"iifname {PUBLIC_LINKS} ip saddr {network.cidr} drop",
         ]
-    rules += ["ct state established,related accept", "ct state invalid drop", "ip daddr vmap @held"]
+    rules += ["ct state established accept", *helpers.related(used), "ct state invalid drop"]
+    rules += helpers.assignment(used)  # guard: a-helper-is-assigned-before-dnat
+    rules.append("ip daddr vmap @held")
     # Drop for each address: if the lookup missed, a guest's packet would pass without the firewall of the address.
     rules += [f"ip daddr {it.address} drop" for it in now.held]
     rules += [f"iifname {guest_link(it)} accept" for it in now.networks]
@@ -204,10 +219,10 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
     """
     forwarded: dict[str, str] = {}
     own: dict[str, str] = {}
-    for part in _forwarded_udp(now):
+    for part in forwarded_udp(now):
         forwarded[str(part.ports)] = ""
-        if target_port(part.forward, part.ports.first) == part.ports.first:
-            last = max(at for at in (part.ports.first, part.ports.last) if target_port(part.forward, at) == at)
+        if keeps_port(part, part.ports.first):
+            last = max(at for at in (part.ports.first, part.ports.last) if keeps_port(part, at))
             own[f"{part.forward.private_ip} . {Ports(part.ports.first, last)}"] = ""
     return (
         NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
@@ -235,23 +250,6 @@ def _to_second_nics(now: Active) -> list[str]:
             if it.network_id in now.device_for_network
         ),
     ]
-
-
-def _forwarded_udp(now: Active) -> list[ForwardedPorts]:
-    if now.source_nat is None:
-        return []
-    address = now.source_nat.address
-    return [it for it in now.forwarded if it.forward.public_ip == address and it.forward.protocol == "udp"]
-
-
-def _free_ports(taken: list[Ports]) -> Ports | None:
-    """A range of source ports outside ``taken``: a fixed block if one is free, so that the rule seldom changes."""
-    for block in (Ports(49152, 65535), Ports(32768, 49151), Ports(16384, 32767), Ports(1024, 16383)):
-        if all(it.last < block.first or it.first > block.last for it in taken):
-            return block
-    gaps = [Ports(a.last + 1, b.first - 1) for a, b in pairwise([Ports(0, 1023), *sorted(taken), Ports(65536, 65536)])]
-    widest = max(gaps, key=lambda it: it.count)
-    return widest if widest.count > 0 else None
 
 
 def _translate_to(now: Active) -> Chain:
@@ -318,7 +316,8 @@ def _to_device(now: Active) -> Chain:
     rules = [
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
-        "ct state established,related accept",
+        "ct state established accept",
+        helpers.ICMP_ERRORS,
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
         "ip daddr . tcp dport @balanced accept",
@@ -326,6 +325,7 @@ def _to_device(now: Active) -> Chain:
     ]
     for network in now.networks:
         rules += device_services(network, ping=False)
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -338,15 +338,20 @@ def _to_vpc_device(now: Active) -> Chain:
     rules = [
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
-        "ct state established,related accept",
+        "ct state established accept",
+        helpers.ICMP_ERRORS,
         *ip6.to_device(now),
     ]
     for network in now.networks:
         rules += [
             *device_services(network, ping=True),
+            # Before the lists, which do not apply to the tier's own gateway.
+            *refusals(f"iifname {guest_link(network)} ip daddr {network.device_ip}"),
+            *(ip6.refusals(network) if network.has_ip6 else ()),
             f"iifname {guest_link(network)} jump {_out_chain(network)}",
         ]
     rules.append("ip daddr . tcp dport vmap @balanced_by_list")  # guard: a-balanced-port-is-judged-by-its-list
+    rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
 
@@ -378,12 +383,13 @@ def _acl_chains(network: Network, now: Active) -> list[Chain]:
     ]
 
 
-def _through(now: Active, *, open_to_all: bool) -> Chain:
-    """Forwarded packets."""
+def _through(now: Active, related: list[str], *, open_to_all: bool) -> Chain:
+    """Forwarded packets. ``related``: the rules for related connections."""
     rules = [
         # In both directions, and in replies: the smaller of the two routes' MTUs.
         "tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu",
-        "ct state established,related accept",
+        "ct state established accept",
+        *related,
     ]
     tiers = [network for network in now.networks if network.network_id in now.acls]
     # Between tiers both lists apply: first the list of the source tier, then the list of the destination tier.
@@ -449,7 +455,7 @@ def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
     rules += [line for nat in nats for line in _policy_source_nat(nat, now)]  # guard: a-chosen-exit-has-its-source
     rules.append(f"oifname {PUBLIC_LINKS} snat ip to ip saddr map @static_sources")  # guard: static-nat-sets-the-source
     if now.source_nat is not None:
-        free = _free_ports([it.ports for it in _forwarded_udp(now)])
+        free = free_ports([it.ports for it in forwarded_udp(now)])
         static = f" ip saddr != {_one_of(sorted(now.static_sources))}" if now.static_sources else ""
         for network in now.networks:
             guests = f"oifname {PUBLIC_LINKS} ip saddr {network.cidr}{static}"
@@ -479,7 +485,7 @@ def _policy_source_nat(nat: PolicyNat, now: Active) -> list[str]:
         guests = [f"ip saddr {network.cidr}{without}" for network in now.networks]
     address = nat.address.address
     forwarded = [it.ports for it in now.forwarded if (it.forward.public_ip, it.forward.protocol) == (address, "udp")]
-    free = _free_ports(forwarded) if forwarded else None
+    free = free_ports(forwarded) if forwarded else None
     return [
         line
         for sources in guests

@@ -11,7 +11,8 @@ from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Route
 from netloom.render import senders
 from netloom.render.active import within
-from netloom.render.device import DHCP_REQUEST, device_services, guest_link
+from netloom.render.device import DHCP_REQUEST, FROM_GUESTS_TO_DEVICE, device_services, guest_link, refusals
+from netloom.render.helpers import ICMP_ERRORS
 from netloom.render.ruleset import Chain, Ruleset
 from netloom.state import Network, Nic, Subnet
 
@@ -72,7 +73,8 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                     "meta nfproto ipv6 drop",
                     f"iifname {link} {DHCP_REQUEST}",
                     # Replies to the resolver's queries come from any address.
-                    "ct state established,related accept",
+                    "ct state established accept",
+                    ICMP_ERRORS,
                     "ct state invalid drop",
                     *(f"ip saddr {it} drop" for it in routers),  # guard: routers-do-not-reach-the-device
                     *(f"iifname {link} ip saddr {it} accept" for it in guests),
@@ -85,8 +87,10 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                 rules=(
                     'iifname "lo" accept',
                     *senders.guards(network),
-                    "ct state established,related accept",
+                    "ct state established accept",
+                    ICMP_ERRORS,
                     *device_services(network, ping=True),
+                    *refusals(FROM_GUESTS_TO_DEVICE),
                 ),
             ),
             Chain(

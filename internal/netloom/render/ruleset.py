@@ -39,6 +39,14 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
     elements: dict[str, str] = {}
 
 
+class Helper(msgspec.Struct, frozen=True, kw_only=True):
+    """A conntrack helper object: ``type`` is the kernel's name of the helper. It helps IPv4 and IPv6."""
+
+    name: str
+    type: str
+    protocol: str
+
+
 class Ruleset(msgspec.Struct, frozen=True, kw_only=True):
     """A table: its chains and sets in the order of their declarations. The same state gives the same value.
 
@@ -50,10 +58,11 @@ class Ruleset(msgspec.Struct, frozen=True, kw_only=True):
     chains: tuple[Chain, ...] = ()
     sets: tuple[NftSet, ...] = ()
     counters: tuple[str, ...] = ()
+    helpers: tuple[Helper, ...] = ()
     beside: Ruleset | None = None
 
 
-# ("chain" | "set" | "map" | "counter", name)
+# ("chain" | "set" | "map" | "counter" | "ct helper", name)
 Name = tuple[str, str]
 
 MARKER_PREFIX = "applied_"
@@ -74,6 +83,7 @@ def names(ruleset: Ruleset) -> frozenset[Name]:
         [("chain", it.name) for it in ruleset.chains]
         + [(it.kind, it.name) for it in ruleset.sets]
         + [("counter", it) for it in ruleset.counters]
+        + [("ct helper", it.name) for it in ruleset.helpers]
         + [("set", marker(ruleset))]
     )
 
@@ -159,7 +169,7 @@ def _refill(
             f"delete {kind} {table} {name}"
             for kind, name in sorted(it for it in gone | created_again if it[0] in ("map", "set"))
         ),
-        *(f"delete counter {table} {name}" for kind, name in sorted(gone) if kind == "counter"),
+        *(f"delete {kind} {table} {name}" for kind, name in sorted(gone) if kind in ("counter", "ct helper")),
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in created_again if it[0] == "chain")),
         *_block(want, [*_marker(want), *_body(refilled)]),
         *added,
@@ -174,6 +184,7 @@ def _shape(ruleset: Ruleset) -> tuple[object, ...]:
         ruleset.table,
         ruleset.chains,
         ruleset.counters,
+        ruleset.helpers,
         tuple(_set_shape(it) for it in ruleset.sets),
     )
 
@@ -243,6 +254,8 @@ def _body(ruleset: Ruleset) -> list[str]:
     lines: list[str] = []
     for counter in ruleset.counters:
         lines += [f"counter {counter} {{", "}"]
+    for helper in ruleset.helpers:
+        lines += [f"ct helper {helper.name} {{", f'\ttype "{helper.type}" protocol {helper.protocol};', "}"]
     for it in ruleset.sets:
         lines += ["", f"{it.kind} {it.name} {{", f"\ttype {it.type};"]
         if it.size:

@@ -157,6 +157,10 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.icmp_echo_ignore_all": "0",
         "net.ipv4.icmp_echo_ignore_broadcasts": "1",
         "net.ipv4.ip_default_ttl": "64",
+        # haproxy asks for keepalive probes. A peer that has gone is noticed after two minutes (tcp(7)).
+        "net.ipv4.tcp_keepalive_time": "60",
+        "net.ipv4.tcp_keepalive_intvl": "10",
+        "net.ipv4.tcp_keepalive_probes": "6",
         # A connection that the client does not complete is forgotten after 3 seconds instead of 63 (tcp(7)).
         "net.ipv4.tcp_synack_retries": "1",
         # Conntrack does not pick up a TCP connection in the middle. So the next segment does not revive a revoked one.

@@ -8,6 +8,11 @@ the listener, and the kernel then answers with SYN cookies and forgets the packe
 On a shared network the VMs belong to different tenants, so the resolver is protected as well. It still answers
 addresses that are no NIC's, within one narrow limit for all of them: secondary addresses, VMs whose entry CloudStack
 has not sent yet, VMs that reach the device through their router.
+
+On every network each VM has a share of the resolver. A VM is told by its MAC address, because it may have many IPv6
+addresses. MAC addresses that are no NIC's have one share together.
+
+What exceeds a limit is noted for a minute in the set ``limited_<network>``, for the custom actions check and show.
 """
 
 from __future__ import annotations
@@ -25,6 +30,14 @@ _DHCP_REQUESTS = "10/second burst 50 packets"
 # answers use up to 100 places, and the VMs keep the rest.
 _DNS_OF_OTHERS = "5/second burst 50 packets"
 
+# dnsmasq keeps a question that nobody answers for ten seconds. So a VM uses up to 1,500 of the places that dnsmasq has
+# (``dnsmasq.FORWARDS_MAX``).
+DNS_QUERIES_PER_S = 100
+_DNS_QUERIES = f"{DNS_QUERIES_PER_S}/second burst 500 packets"
+# dnsmasq starts a process for each TCP connection, and ends it after 150 seconds. Versions before 2.90 allow 20.
+DNS_CONNECTIONS = 4
+
+_NO_MAC = "00:00:00:00:00:00"  # stands for all MAC addresses that are no NIC's
 _RATE_TIMEOUT = "1m"
 _RATES_MAX = 65535
 
@@ -45,7 +58,26 @@ def sets(network: Network) -> tuple[NftSet, ...]:
         ),
         _rates(_http_rate(network), "ipv4_addr"),
         _rates(_dhcp_rate(network), "ether_addr"),
+        _rates(_dns_rate(network), "ether_addr"),
+        # Without a timeout: the kernel counts connections in such sets only, and removes elements without connections.
+        NftSet(
+            name=_dns_connections(network),
+            kind="set",
+            type="ether_addr . inet_service",
+            flags="dynamic",
+            size=_RATES_MAX,
+        ),
+        _rates(limited_set(network.network_id), "ether_addr . inet_proto . inet_service"),
     )
+
+
+def limited_set(network_id: str) -> str:
+    """The name of the set of senders that have exceeded a limit: MAC address, protocol and port of the service."""
+    return f"limited_{network_id}"
+
+
+def _noted(network: Network, mac: str = "ether saddr") -> str:
+    return f"update @{limited_set(network.network_id)} {{ {mac} . meta l4proto . th dport }}"
 
 
 def guards(network: Network) -> tuple[str, ...]:
@@ -62,11 +94,38 @@ def guards(network: Network) -> tuple[str, ...]:
     connections = f"update @{_http_rate(network)} {{ ip saddr limit rate over {_CONNECTIONS} }}"
     return (
         f"{dhcp} ether saddr != @{_macs(network)} drop",  # guard: dhcp-is-for-nics
-        f"{dhcp} {requests} drop",  # guard: a-vm-has-its-rate-of-dhcp-requests
+        f"{dhcp} {requests} {_noted(network)} drop",  # guard: a-vm-has-its-rate-of-dhcp-requests
         f"{http} ether saddr . ip saddr != @{_pairs(network)} drop",  # guard: metadata-is-for-nics
-        f"{http} ct state new {connections} drop",  # guard: a-vm-has-its-rate-of-connections
+        f"{http} ct state new {connections} {_noted(network)} drop",  # guard: a-vm-has-its-rate-of-connections
         *(_dns_guards(network, link) if _is_shared(network) else ()),
+        *_dns_shares(network, link),
     )
+
+
+def _dns_shares(network: Network, link: str) -> list[str]:
+    """The share of each VM of the resolver: questions over UDP by rate, TCP connections by number."""
+    unknown, known = f"ether saddr != @{_macs(network)}", f"ether saddr @{_macs(network)}"
+    targets = [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
+    over = f"limit rate over {_DNS_QUERIES}"
+    by_rate = f"{known} update @{_dns_rate(network)} {{ ether saddr {over} }} {_noted(network)} drop"
+    by_rate_together = f"{unknown} {over} {_noted(network, _NO_MAC)} drop"
+    by_number = f"{known} {_counted(network)} {_noted(network)} reject with tcp reset"
+    by_number_together = f"{unknown} {_counted(network, _NO_MAC)} {_noted(network, _NO_MAC)} reject with tcp reset"
+    rules = []
+    for target in targets:
+        udp = f"{link} {target} udp dport {DNS_PORT}"
+        tcp = f"{link} {target} tcp dport {DNS_PORT} ct state new"
+        rules += [
+            f"{udp} {by_rate}",  # guard: a-vm-has-its-share-of-the-resolver
+            f"{udp} {by_rate_together}",  # guard: forged-addresses-share-the-resolver
+            f"{tcp} {by_number}",  # guard: a-vm-has-its-share-of-dns-connections
+            f"{tcp} {by_number_together}",
+        ]
+    return rules
+
+
+def _counted(network: Network, mac: str = "ether saddr") -> str:
+    return f"add @{_dns_connections(network)} {{ {mac} . th dport ct count over {DNS_CONNECTIONS} }}"
 
 
 def _dns_guards(network: Network, link: str) -> list[str]:
@@ -115,6 +174,14 @@ def _http_rate(network: Network) -> str:
 
 def _dhcp_rate(network: Network) -> str:
     return f"dhcp_rate_{network.network_id}"
+
+
+def _dns_rate(network: Network) -> str:
+    return f"dns_rate_{network.network_id}"
+
+
+def _dns_connections(network: Network) -> str:
+    return f"dns_connections_{network.network_id}"
 
 
 def _rates(name: str, key: str) -> NftSet:

@@ -46,6 +46,7 @@ def shared(rules: Ruleset, now: Active) -> Ruleset:
         family=rules.family,
         table=rules.table,
         counters=rules.counters,
+        helpers=rules.helpers,
         sets=(*rules.sets, _known4(now), *([_known6(now)] if ip6_networks(now) else []), *_unknown(now)),
         chains=(*rules.chains, _sharing(now), _answering(now), _resolving(now)),
         beside=_arp_table(rules.table, now),

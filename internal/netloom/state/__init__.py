@@ -8,17 +8,19 @@ changes the file format. The renderers read only these values.
 from __future__ import annotations
 
 from netloom.state.acl import AclItem
-from netloom.state.firewall import Firewall, FirewallRule
-from netloom.state.lb import Backend, LbRule
+from netloom.state.firewall import PROTOCOLS_WITH_PORTS, Firewall, FirewallRule
+from netloom.state.lb import Backend, Balancing, LbRule
 from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr, PbrRoute, PbrRule, PbrTable
 from netloom.state.scope import SCHEMA, Network, Outside6, Scope, Subnet, Uplinks
 
 __all__ = [
+    "PROTOCOLS_WITH_PORTS",
     "SCHEMA",
     "AclItem",
     "Backend",
+    "Balancing",
     "Firewall",
     "FirewallRule",
     "LbRule",

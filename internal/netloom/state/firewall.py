@@ -8,6 +8,9 @@ import msgspec
 
 from netloom.state.nat import Ports
 
+# Those whose header begins with two ports: DCCP, SCTP and UDP-Lite by their numbers (IANA).
+PROTOCOLS_WITH_PORTS = frozenset({"tcp", "udp", "33", "132", "136"})
+
 
 class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
     """One rule. None and empty mean any."""

@@ -14,6 +14,17 @@ class Backend(msgspec.Struct, frozen=True, order=True, kw_only=True):
     port: int
 
 
+class Balancing(msgspec.Struct, frozen=True, kw_only=True):
+    """The limits of a scope's haproxy, from the registration.
+
+    ``idle_s``: a connection without data for so many seconds is closed. ``connections_max``: connections of all rules
+    together at the same time; each rule has an equal share.
+    """
+
+    idle_s: int = 600
+    connections_max: int = 8000
+
+
 class LbRule(msgspec.Struct, frozen=True, kw_only=True):
     """One balanced port of a public address. If it has no backend, connections are refused."""
 

@@ -35,7 +35,8 @@ class PublicIp(msgspec.Struct, frozen=True, kw_only=True):
     cidr: str  # the public subnet, network address with prefix length
     exit: int
     source_nat: bool = False
-    network_id: str = ""  # the network or tier that it is assigned to; empty: the VPC itself
+    # The network or tier that it is assigned to. Empty: it is, or was, the source-NAT address of the scope.
+    network_id: str = ""
 
 
 class StaticNat(msgspec.Struct, frozen=True, kw_only=True):

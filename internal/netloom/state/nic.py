@@ -21,6 +21,9 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     DHCP and DNS: ``leased`` is set by add-dhcp-entry and by a restore, ``named`` by add-dns-entry and by a restore. A
     stop of the VM keeps both; remove-dhcp-entry removes the NIC. ``default``: the VM's default route uses this NIC.
 
+    ``fresh``: a command about the NIC came since the last implement-network. If a restore does not list such a NIC, its
+    VM is not gone: CloudStack leaves out VMs that are starting or stopping at that moment.
+
     Metadata: ``metadata`` has CloudStack's names as keys (``instance-id``). ``user_data`` is None until it is given;
     empty user data is a value. ``password`` is None if none was set or if the VM has fetched it.
     """
@@ -37,6 +40,7 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     default: bool = True
     leased: bool = False
     named: bool = False
+    fresh: bool = False
     metadata: dict[str, str] = {}
     user_data: Secret | None = None
     password: Secret | None = None

@@ -8,7 +8,7 @@ import msgspec
 
 from netloom.state.acl import AclItem
 from netloom.state.firewall import Firewall
-from netloom.state.lb import LbRule
+from netloom.state.lb import Balancing, LbRule
 from netloom.state.nat import PortForward, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr
@@ -52,7 +52,8 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
     Services for the guests: ``dhcp``, ``dns``, ``resolvers`` and ``domain``.
 
-    VMs: ``nics`` and ``dhcp_options``. CloudStack may send the options of a NIC before the NIC itself.
+    VMs: ``nics`` and ``dhcp_options``. CloudStack may send the options of a NIC before the NIC itself. ``unlisted`` has
+    the NICs that the last restore did not list, without their secrets. Nothing is served for them.
     """
 
     network_id: str
@@ -76,6 +77,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
     domain: str = ""
 
     nics: dict[str, Nic] = {}  # by Nic.key
+    unlisted: dict[str, Nic] = {}  # by Nic.key
     dhcp_options: dict[str, dict[str, str]] = {}  # by nic_id: option code -> value
 
     @property
@@ -105,7 +107,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
     with each change. ``schema`` is the version of the document on disk.
 
-    Registration details: ``uplinks``, ``outside6`` and ``ingress_open``. Each call brings the current ones.
+    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open`` and ``balancing``. Each call brings
+    the current ones.
 
     VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
 
@@ -123,7 +126,9 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     uplinks: Uplinks = Uplinks()
     outside6: Outside6 | None = None  # None: no uplink for IPv6
+    helpers: tuple[str, ...] = ()  # conntrack.helpers
     ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
+    balancing: Balancing = Balancing()
 
     vpc_implemented: bool = False
     vpc_cidr: str = ""  # the ranges that the tiers' subnets are part of, with commas; empty: not known

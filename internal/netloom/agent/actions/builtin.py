@@ -68,7 +68,7 @@ class Actions:
             raise unknown_scope(action, call.scope_id)
         match action:
             case "check":
-                found = self._deviations(scope, context)
+                found = [*self._deviations(scope, context), *_limited(scope, context)]
                 return success_json(
                     truncated(found) if found else "nothing to do: all is as it should be"
                 ), HostChanges()
@@ -146,6 +146,7 @@ class Actions:
             f"{len(deviations)} things are not as they should be: see check"
             if deviations
             else "all is as it should be",
+            *_limited(scope, context),
         ]
 
     def _dump(self, scope: Scope, context: ActionContext) -> str:
@@ -200,6 +201,13 @@ class Actions:
         macs = {port.link: port.mac for port in want.ports}
         announcements = tuple(Announcement(want.namespace, it.link, it.ip, macs[it.link]) for it in want.announce)
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)
+
+
+def _limited(scope: Scope, context: ActionContext) -> list[str]:
+    """What has used up its share of a service now. A repair would not change that."""
+    if not context.want.namespace:
+        return []
+    return [printable_ascii(it) for it in context.services.limited(scope, context.want.namespace)]
 
 
 def _restarts(times: int) -> str:

@@ -19,6 +19,7 @@ from netloom.agent.environment import PATH
 from netloom.agent.host import flows
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.host.helpers import missing
 from netloom.agent.host.observe import observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, table_digest
 from netloom.agent.kernel import arp, namespaces, sysctl
@@ -127,6 +128,10 @@ class KernelHost:
         Raises HostRefused.
         """
         flows.enforce(namespace, old, new)
+
+    def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of these conntrack helpers that the kernel does not offer."""
+        return missing(helpers)
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing."""

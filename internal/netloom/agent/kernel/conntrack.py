@@ -20,6 +20,7 @@ _SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
 _NEW, _GET, _DELETE, _GET_STATS = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2, _SUBSYSTEM | 5
 
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_TIMEOUT, _CTA_MARK = 1, 2, 3, 7, 8
+_CTA_TUPLE_MASTER = 14
 _CTA_ID, _CTA_ZONE, _CTA_MARK_MASK = 12, 18, 21
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO, _CTA_TUPLE_ZONE = 1, 2, 3
 _CTA_IP_V4_SRC, _CTA_IP_V4_DST, _CTA_IP_V6_SRC, _CTA_IP_V6_DST = 1, 2, 3, 4
@@ -29,7 +30,7 @@ _CTA_PROTO_ICMPV6_TYPE, _CTA_PROTO_ICMPV6_CODE = 8, 9
 _CTA_STATS_GLOBAL_ENTRIES = 1
 
 # Bits of ``status`` (enum ip_conntrack_status).
-SEEN_REPLY, ASSURED, CONFIRMED = 0x2, 0x4, 0x8
+EXPECTED, SEEN_REPLY, ASSURED, CONFIRMED = 0x1, 0x2, 0x4, 0x8
 SRC_NAT, DST_NAT = 0x10, 0x20
 
 _HEAD = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
@@ -50,6 +51,16 @@ _H_DPORT = _ATTRIBUTE.pack(6, _CTA_PROTO_DST_PORT)
 _H_ORIGINAL = _ATTRIBUTE.pack(52, _CTA_TUPLE_ORIG | _NESTED)
 _H_REPLY = _ATTRIBUTE.pack(52, _CTA_TUPLE_REPLY | _NESTED)
 _HEADERS = (_H_IP, _H_DST, _H_PROTO, _H_SPORT, _H_DPORT)
+
+
+class Master(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The first packet of the connection whose helper announced another one."""
+
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -77,6 +88,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     zone: int
     family: int
     original: bytes
+    master: Master | None = None  # of a connection that a conntrack helper announced
 
 
 def dump(namespace: str | None, *, mark: int = 0, mask: int = 0) -> list[Entry]:
@@ -152,6 +164,8 @@ def decode_entry(payload: bytes) -> Entry:
             and (r1, r2, r3, r4, r5) == _HEADERS
         ):
             values = _numbers(payload, 4 + _BOTH_V4.size)
+            if values.get(_CTA_STATUS, 0) & EXPECTED:
+                return _decode_any(payload)
             return Entry(
                 protocol=protocol,
                 src=_v4(src),
@@ -203,7 +217,15 @@ def _decode_any(payload: bytes) -> Entry:
         zone=_big(values.get(_CTA_ZONE)) or zone,
         family=payload[0],
         original=original,
+        master=_master(values.get(_CTA_TUPLE_MASTER)),
     )
+
+
+def _master(value: bytes | None) -> Master | None:
+    if value is None:
+        return None
+    src, dst, protocol, sport, dport, _, _, _ = _direction(value)
+    return Master(protocol=protocol, src=src, dst=dst, sport=sport, dport=dport)
 
 
 def _direction(value: bytes) -> tuple[str, str, int, int, int, int, int, int]:

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
@@ -34,6 +35,9 @@ _RECORD = "guest.json"  # of the process that was started last
 HELLO_S_MAX = 10.0
 RETIRE_S_MAX = 30.0  # a replaced process ends after this time at the latest
 BACKOFF = Backoff((0.0, 0.2, 0.5, 1.0, 3.0, 10.0), settled_s=30.0)
+
+_LIMITED_S = 60.0
+_LIMITED_KEPT = 500  # of all networks
 
 Key = tuple[str, str]  # scope id, network id
 
@@ -85,8 +89,14 @@ class GuestProcess:
         self._since = 0.0
         self._stopped = False
         self.networks: dict[Key, ServedNetwork] = {}  # changed on the event loop alone; other threads read it
+        self._limited: deque[tuple[float, Notice]] = deque(maxlen=_LIMITED_KEPT)
         self.pid = 0
         self.crashes = 0  # how often it died, or hung and was killed
+
+    def limited(self, scope_id: str) -> list[Notice]:
+        """The notices of the last minute that a NIC of the scope has used up its share of a service."""
+        since = time.monotonic() - _LIMITED_S
+        return [it for at, it in list(self._limited) if at >= since and it.scope_id == scope_id]
 
     # --------------------------------------------------------------------------------------------------- its networks
 
@@ -314,6 +324,8 @@ class GuestProcess:
         if isinstance(message, PasswordTaken):
             self._taken(message)
         elif client is self._client:
+            if message.limited:
+                self._limited.append((time.monotonic(), message))
             self._log.line(f"scope={message.scope_id} network={message.network_id} nic={message.nic} {message.text}")
 
     def _lost(self, client: GuestClient, error: ChannelError) -> None:

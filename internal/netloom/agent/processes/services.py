@@ -13,6 +13,7 @@ from netloom.agent.environment import PATH
 from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
+from netloom.agent.processes import balancer, limited_vms
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.process import owning_sockets, run
 from netloom.agent.processes.supervisor import Supervisor
@@ -72,6 +73,15 @@ class Services:
         """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
         return self._waiting.get(scope_id, {})
 
+    def limited(self, scope: Scope, namespace: str) -> list[str]:
+        """What has used up its share of a service of the scope now, or in the last minute; a sentence for each."""
+        balancing = self.running(scope.scope_id).get(haproxy.NAME)
+        return [
+            *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
+            *limited_vms.limited(scope, namespace),
+            *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
+        ]
+
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         """The networks of the scope whose guests get no leases, metadata and passwords now, or outdated ones."""
         return self._guests.unserved(namespace, tables(scope, _mtus(scope, namespace)))
@@ -113,9 +123,9 @@ def _dnsmasq_build() -> dnsmasq.Build:
 def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
     """Run the program once per version of its file. One of unknown version is taken for a current one."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
-    no_ident = "--no-ident" in run(None, [program, "--help"]).stdout
+    options = run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
-    return dnsmasq.Build(forgets, no_ident)
+    return dnsmasq.Build(forgets, "--no-ident" in options, "--max-tcp-connections" in options)
 
 
 def taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:

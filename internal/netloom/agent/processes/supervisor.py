@@ -45,6 +45,8 @@ from netloom.render.service import Probe, Service, directory_of
 BACKOFF = Backoff((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), settled_s=60.0)
 READY_S_MAX = 10.0  # netloom confine takes a moment before it executes the program
 RELOAD_S_MAX = 10.0
+# After a reload the old workers of haproxy keep their connections. So many of them may remain.
+OLD_WORKERS_MAX = 8
 
 _Key = tuple[str, str]  # scope id, name of the service
 
@@ -361,9 +363,23 @@ def _reload(pid: int, service: Service) -> None:
         workers = set(group(pid)) - {pid}
         new = any(listening(pid, [it]) >= set(service.listens) for it in workers - old)
         if new and not listening(pid, workers & old):
+            _end_oldest(workers & old)  # guard: old-workers-are-bounded
             return
         time.sleep(0.01)
     raise HostRefused(f"{service.name} keeps its old configuration: {files.last_output(service)}")
+
+
+def _end_oldest(old: set[int]) -> None:
+    """End the oldest of the old workers, and their connections, until ``OLD_WORKERS_MAX`` remain.
+
+    A worker without connections ends by itself. So a connection stays for as long as at most ``OLD_WORKERS_MAX``
+    workers are in use, however many changes there are.
+    """
+    started = {worker: start_time(worker) for worker in old}
+    by_age = sorted((at, worker) for worker, at in started.items() if at is not None)
+    for _, worker in by_age[: max(len(by_age) - OLD_WORKERS_MAX, 0)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGTERM)
 
 
 def _wake(pid: int, service: Service) -> None:

@@ -49,6 +49,7 @@ from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 from netloom.protocol.custom import CustomAction
 from netloom.protocol.lb import ApplyLbRules
+from netloom.render import helpers
 from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
@@ -82,6 +83,7 @@ class Slot:
         self.ending = False  # a command ended the scope, and parts of it may still exist on the host
         self.unconverged = False  # the host may differ from the state
         self.rendered: tuple[Scope | None, Want] | None = None
+        self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
         self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
         self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
         self.failures = 0  # convergences that failed in a row
@@ -320,6 +322,10 @@ class Scopes:
         """Change the state, save it, and converge. Until the state is saved, nothing has changed."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, slot.scope, payload, context)
+        builds = table.row_of(call.command).kind == "builds"
+        missing = self._host.missing_helpers(outcome.scope.helpers) if builds and outcome.scope is not None else ()
+        if missing:  # guard: a-missing-helper-is-named-before-anything-changes
+            raise _no_helpers(missing)
         if outcome.scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
@@ -331,12 +337,13 @@ class Scopes:
             self._store.save(outcome.scope)  # guard: state-is-saved-first
             for command, reasons in outcome.scope.left_out.items():
                 if slot.scope is None or slot.scope.left_out.get(command) != reasons:
-                    self._log.line(f"scope={slot.scope_id} not in force: {command}: {'; '.join(reasons[:5])}")
+                    for reason in reasons:
+                        self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
             slot.scope, slot.ending = outcome.scope, False
         changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        error = outcome.refused or self._unbalanced_rules(slot, payload)
+        error = self._unbalanced_rules(slot, payload)
         if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
         return reply, changes
@@ -421,9 +428,23 @@ class Scopes:
 
     def _want(self, slot: Slot) -> Want:
         """What the scope wants on the host. Rendered once per state, because most calls change nothing."""
-        if slot.rendered is None or slot.rendered[0] is not slot.scope:
-            slot.rendered = (slot.scope, render(slot.scope))
+        scope = slot.scope
+        # The kernel would refuse the whole ruleset, for example after a restart without the module.
+        missing = self._host.missing_helpers(scope.helpers) if scope is not None and scope.helpers else ()
+        if slot.rendered is None or slot.rendered[0] is not scope or slot.missing_helpers != missing:
+            offered = scope
+            if scope is not None and missing:
+                offered = replace(scope, helpers=tuple(it for it in scope.helpers if it not in missing))
+            slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
         return slot.rendered[1]
+
+
+def _no_helpers(missing: tuple[str, ...]) -> HostRefused:
+    modules = " ".join(module for name in missing for module in helpers.modules(name))
+    return HostRefused(
+        f"registration detail conntrack.helpers: the kernel of this host has no helper for {', '.join(missing)}",
+        hint=f"modprobe -a {modules} on the host, or remove the name from the detail",
+    )
 
 
 def start_workers() -> ThreadPoolExecutor:

@@ -1,0 +1,85 @@
+"""Ask a running haproxy which rules, and which clients, have used up their share of connections."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import socket
+
+from netloom.agent.processes.process import inside_root
+from netloom.render import haproxy
+from netloom.state import LbRule, Scope
+
+ANSWER_S = 2.0
+_CLIENTS_SHOWN = 5  # per rule
+
+_KEY = re.compile(r"\bkey=(\S+) .*\bconn_cur=(\d+)")
+
+
+def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
+    """A sentence for each rule, and each client of a rule, that gets no further connection now.
+
+    ``without``: ids of rules that haproxy does not serve. ``pid``: its master process. Empty as well if haproxy does
+    not answer: ``liveness`` finds and restarts a process that hangs.
+    """
+    rules = tuple(rule for rule in haproxy.balanced(scope) if rule.rule_id not in without)
+    if not rules:
+        return []
+    path, share = inside_root(pid, haproxy.MASTER), haproxy.shares(scope, len(rules))
+    try:
+        # Only frontends: one line for each rule (haproxy's management.txt, "show stat").
+        current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(path, "show stat -1 1 -1"))}
+        found = []
+        if sum(current.values()) >= share.client_in_all:
+            found += [
+                f"balancing: {it} holds its share of {share.client_in_all} connections to all rules: more are refused"
+                for it in _clients(path, haproxy.CLIENTS, share.client_in_all)
+            ]
+        for rule in rules:
+            connections = current.get(haproxy.section(rule), 0)
+            if connections >= share.rule:
+                found.append(f"{_name(rule)}: {connections} of {share.rule} connections: new clients wait")
+            if connections >= share.client:
+                found += _limited_clients(path, rule, share.client)
+    except (OSError, ValueError, KeyError):
+        return []
+    return found
+
+
+def _limited_clients(path: str, rule: LbRule, share: int) -> list[str]:
+    clients = _clients(path, haproxy.section(rule), share)
+    found = [
+        f"{_name(rule)}: {it} holds its share of {share} connections: more of them are refused"
+        for it in clients[:_CLIENTS_SHOWN]
+    ]
+    if len(clients) > _CLIENTS_SHOWN:
+        found.append(f"{_name(rule)}: and {len(clients) - _CLIENTS_SHOWN} more clients")
+    return found
+
+
+def _clients(path: str, table: str, connections: int) -> list[str]:
+    """The clients in a table that have at least so many connections."""
+    text = _ask(path, f"show table {table} data.conn_cur ge {connections}")
+    return sorted(found[1] for line in text.splitlines() if (found := _KEY.search(line)))
+
+
+def _name(rule: LbRule) -> str:
+    return f"balancing rule {rule.rule_id} ({rule.public_ip}:{rule.public_port})"
+
+
+def _table(text: str) -> csv.DictReader[str]:
+    return csv.DictReader(io.StringIO(text))
+
+
+def _ask(path: str, command: str) -> str:
+    """The answer of the current worker to a command. Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as master:
+        master.settimeout(ANSWER_S)
+        master.connect(path)
+        master.sendall(f"@1 {command}\n".encode())
+        master.shutdown(socket.SHUT_WR)
+        parts = []
+        while data := master.recv(1 << 16):
+            parts.append(data)
+    return b"".join(parts).decode("utf-8", "replace")

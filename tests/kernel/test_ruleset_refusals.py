@@ -1,0 +1,87 @@
+"""Own guests of the device learn at once that a port of it is closed; other machines learn nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from msgspec.structs import replace
+
+from kernel.ruleset_lab import CLIENT, Lab, Try
+from kernel.vpc_lab import GATEWAYS, HOMES, OTHER, VpcLab, item, vpc
+from netloom.state import Nic
+from unit.scopes import A1, A2, GATEWAY, admit, wish
+
+CLOSED = 4444
+OWN = "10.1.1.2"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def vpc_lab() -> Iterator[Lab]:
+    with VpcLab() as lab:
+        yield lab
+
+
+def both(space: str, target: str, source: str = "") -> tuple[Try, Try]:
+    return Try(space, "tcp", target, CLOSED, source), Try(space, "udp", target, CLOSED, source)
+
+
+@pytest.mark.mutation("a-closed-port-of-the-device-is-refused", instead='f"{packets} meta l4proto tcp drop"')
+def test_closed_ports_of_the_device_are_refused_to_its_guests_only(lab: Lab) -> None:
+    lab.renew(wish(admit(A1, "all"), held=(A1, A2)))
+    guest = [*both("vm1", GATEWAY), *both("vm1", A1.address)]
+    assert lab.ask(guest) == ["refused"] * len(guest)
+    lab.silent(
+        *both("inet", A1.address, CLIENT), *both("nb", A1.address), *both("nb", GATEWAY),
+        # The firewall of the address drops what no rule allows, whoever sends it.
+        *both("inet", A2.address, CLIENT), *both("vm1", A2.address),
+    )  # fmt: skip
+    assert not [it for it in lab.entries() if it.dport == CLOSED]
+
+
+@pytest.mark.mutation("refusals-of-udp-are-limited", instead='""')
+def test_refusals_of_udp_are_limited(lab: Lab) -> None:
+    """The kernel alone would send six to each address of a NIC (``icmp_ratelimit``)."""
+    addresses = [f"10.1.1.{100 + at}" for at in range(10)]
+    nics = [Nic(mac=f"02:01:00:cc:00:{at:02x}", ip=address) for at, address in enumerate(addresses)]
+    scope = wish()
+    lab.renew(replace(scope, networks={"204": replace(scope.networks["204"], nics={it.key: it for it in nics})}))
+    lab.ip("vm2", *(f"addr add {it}/24 dev eth0" for it in addresses))
+    try:
+        tries = [Try("vm2", "udp", GATEWAY, 5000 + at, address) for at in range(10) for address in addresses]
+        assert 10 <= lab.ask(tries, 1.0).count("refused") <= 25
+        many = [Try("vm2", "tcp", GATEWAY, 5000 + at) for at in range(200)]
+        assert lab.ask(many) == ["refused"] * len(many)
+    finally:
+        lab.ip("vm2", *(f"addr del {it}/24 dev eth0" for it in addresses))
+
+
+def test_a_plain_network_refuses_too(lab: Lab) -> None:
+    scope = wish(held=())
+    plain = replace(scope.networks["204"], guest_type="shared", extension_ip=OWN)
+    lab.renew(replace(scope, networks={"204": plain}))
+    assert lab.ask(both("vm1", OWN)) == ["refused"] * 2
+    stranger = Try("vm1", "tcp", OWN, CLOSED, "10.9.9.9")
+    lab.ip("vm1", "addr add 10.9.9.9/32 dev lo")
+    try:
+        lab.silent(stranger)
+    finally:
+        lab.ip("vm1", "addr del 10.9.9.9/32 dev lo")
+
+
+def test_a_tier_is_refused_at_its_own_gateway_whatever_its_list_says(vpc_lab: Lab) -> None:
+    nothing = (item(1, "deny", "egress"),)
+    vpc_lab.renew(vpc(nothing, None))
+    assert vpc_lab.ask(both("a1", GATEWAYS["a1"])) == ["refused"] * 2
+    vpc_lab.silent(*both("a1", GATEWAYS["b1"]), *both("a1", OTHER))
+    allowed = [*both("b1", GATEWAYS["b1"]), *both("b1", GATEWAYS["a1"]), *both("b1", OTHER)]
+    assert vpc_lab.ask(allowed) == ["refused"] * len(allowed)
+    vpc_lab.silent(*both("inet", OTHER, CLIENT))
+    # A list's silence between tiers is not a refusal.
+    vpc_lab.silent(*both("b1", HOMES["a1"]))

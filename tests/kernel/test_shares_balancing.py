@@ -1,0 +1,170 @@
+"""Shares of the load balancer with real haproxy processes: of each rule, of each client; idle connections; old workers.
+
+Clients are on the public VLAN, servers in VMs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from kernel.agent_host import REGISTRATION, AgentHost, act, agent_host, done, message, wait_until
+from kernel.balanced_network import (
+    ADDRESS,
+    CLIENT,
+    admit,
+    answering_vm,
+    connect,
+    is_echoed,
+    name_servers,
+    rule,
+)
+from kernel.isolated_network import BRIDGE, WEB, WEB_IP, WEB_MAC, live
+from netloom.agent.processes.supervisor import OLD_WORKERS_MAX
+
+OTHERS = tuple(f"203.0.113.{at}" for at in range(101, 109))
+# 200 connections for two rules: 100 for each rule, 25 for each client of a rule, 50 for each client of both.
+SMALL = msgspec.structs.replace(REGISTRATION, lb_connections_max=200)
+SHORT = msgspec.structs.replace(REGISTRATION, lb_idle_s=5)
+RULE_SHARE, CLIENT_SHARE = 100, 25
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    with agent_host() as it:
+        it.start()
+        live(it)
+        done(it.call("032", "add-dhcp-entry"))
+        it.plug(WEB, BRIDGE, WEB_MAC, f"{WEB_IP}/24")
+        it.ip("-n", WEB, "route", "add", "default", "via", "10.10.1.1")
+        for address in (CLIENT, *OTHERS):
+            it.run("ip", "addr", "add", f"{address}/24", "dev", "sw-eth2.101", pid=it.fabric)
+        admit(it, "203.0.113.0/24")
+        yield it
+
+
+def balance(host: AgentHost, *rules: dict[str, object], registration: object = REGISTRATION) -> None:
+    done(host.call("080", "apply-lb-rules", registration=registration, lb_rules=list(rules)))
+
+
+@contextlib.contextmanager
+def silent(host: AgentHost, port: int, sources: tuple[str, ...], each: int) -> Iterator[list[socket.socket]]:
+    """Connections that send nothing, ``each`` from every source."""
+    held: list[socket.socket] = []
+    try:
+        for source in sources:
+            for _ in range(each):
+                with contextlib.suppress(ConnectionResetError):  # above the share of a client
+                    held.append(connect(host, port, source=source))
+        yield held
+    finally:
+        for it in held:
+            it.close()
+
+
+def served(held: list[socket.socket], seconds: float = 5.0) -> int:
+    """How many of the connections have reached the server, which sends its name first."""
+    until, count = time.monotonic() + seconds, 0
+    for it in held:
+        it.settimeout(max(until - time.monotonic(), 0.01))
+        with contextlib.suppress(OSError):
+            count += it.recv(100) == WEB.encode()
+    return count
+
+
+@pytest.mark.mutation("a-rule-has-its-share")
+def test_silent_connections_to_one_rule_leave_the_other_rules_alone(host: AgentHost) -> None:
+    with name_servers(host, WEB):
+        balance(host, rule(1, 8081, WEB_IP), rule(2, 8082, WEB_IP), registration=SMALL)
+        with silent(host, 8081, OTHERS, CLIENT_SHARE) as held:  # twice the share of the rule, all of the process
+            assert served(held) == RULE_SHARE
+            assert answering_vm(host, 8081, 0.5) == "TimeoutError"
+            assert answering_vm(host, 8082) == WEB
+            holds = f"balancing rule 1 ({ADDRESS}:8081): {RULE_SHARE} of {RULE_SHARE} connections: new clients wait"
+            for action in ("check", "show"):
+                assert holds in message(act(host, action)).splitlines()
+        wait_until(lambda: answering_vm(host, 8081, 0.5) == WEB)
+        assert "balancing rule 1" not in message(act(host, "check"))
+
+
+@pytest.mark.mutation("a-client-has-its-share")
+def test_silent_connections_of_one_client_leave_the_rule_to_other_clients(host: AgentHost) -> None:
+    with name_servers(host, WEB):
+        balance(host, rule(1, 8081, WEB_IP), rule(2, 8082, WEB_IP), registration=SMALL)
+        with silent(host, 8081, OTHERS[:1], 2 * RULE_SHARE) as held:
+            assert served(held) == CLIENT_SHARE
+            assert answering_vm(host, 8081) == WEB
+            holds = (
+                f"balancing rule 1 ({ADDRESS}:8081): {OTHERS[0]} holds its share of {CLIENT_SHARE} connections: "
+                f"more of them are refused"
+            )
+            for action in ("check", "show"):
+                assert holds in message(act(host, action)).splitlines()
+
+
+def test_a_client_of_many_rules_has_a_share_of_all_connections(host: AgentHost) -> None:
+    """The rules have 50 connections each, which is more than there are in all. A client has 12 of each rule."""
+    rules = [rule(at, 8080 + at, WEB_IP) for at in range(1, 8)]
+    with name_servers(host, WEB), contextlib.ExitStack() as stack:
+        balance(host, *rules, registration=SMALL)
+        held = [it for at in range(1, 8) for it in stack.enter_context(silent(host, 8080 + at, OTHERS[:1], 12))]
+        assert served(held) == 50
+        assert answering_vm(host, 8081) == WEB
+        holds = f"balancing: {OTHERS[0]} holds its share of 50 connections to all rules: more are refused"
+        assert holds in message(act(host, "check")).splitlines()
+
+
+@pytest.mark.mutation("idle-connections-end", instead="3600")
+def test_idle_connections_end_and_those_with_data_stay(host: AgentHost) -> None:
+    with name_servers(host, WEB):
+        balance(host, rule(1, 8081, WEB_IP), registration=SHORT)
+        with connect(host, 8081) as idle, connect(host, 8081) as busy:
+            idle.settimeout(30)
+            assert (idle.recv(100), busy.recv(100)) == (b"web", b"web")
+            began = time.monotonic()
+            busy.settimeout(1)
+            ended = False
+            while not ended:
+                assert is_echoed(busy)
+                assert time.monotonic() < began + 30
+                idle.settimeout(1)
+                with contextlib.suppress(TimeoutError):
+                    ended = idle.recv(100) == b""
+            assert time.monotonic() > began + 4.5
+            assert is_echoed(busy)
+
+
+def haproxies(host: AgentHost) -> int:
+    return len(host.processes("haproxy"))
+
+
+@pytest.mark.mutation("old-workers-are-bounded")
+def test_many_changes_leave_a_bounded_number_of_processes(host: AgentHost) -> None:
+    """Each change leaves a worker with a connection. The oldest ones end."""
+    held: list[socket.socket] = []
+    with name_servers(host, WEB):
+        for number in range(25):
+            balance(host, rule(1, 8081, WEB_IP), rule(2, 9000 + number, WEB_IP))
+            held.append(connect(host, 8081))
+            assert held[-1].recv(100) == b"web"
+        wait_until(lambda: haproxies(host) <= 2 + OLD_WORKERS_MAX)  # the master and the current worker
+        assert all(is_echoed(it) for it in held[-OLD_WORKERS_MAX - 1 :])
+        assert answering_vm(host, 8081) == WEB
+    for it in held:
+        it.close()
+
+
+def test_a_connection_survives_many_changes_if_the_workers_between_have_none(host: AgentHost) -> None:
+    with name_servers(host, WEB):
+        balance(host, rule(1, 8081, WEB_IP))
+        with connect(host, 8081) as kept:
+            assert kept.recv(100) == b"web"
+            for number in range(12):
+                balance(host, rule(1, 8081, WEB_IP), rule(2, 9000 + number, WEB_IP))
+            assert is_echoed(kept)
+            wait_until(lambda: haproxies(host) == 3)
