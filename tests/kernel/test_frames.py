@@ -17,6 +17,7 @@ from kernel.raw_frames import VM, VM_MAC, checksum, frame, received, send, wire
 
 VM_IP = "10.10.1.45"
 HOST_IP, HOST_IP6, PORT = "198.51.100.9", "2001:db8:f::9", 4711
+MANAGEMENT = "192.0.2.77/24"
 RESERVED = [f"0180c20000{at:02x}" for at in range(16)]
 ARP, IP, IP6 = 0x0806, 0x0800, 0x86DD
 
@@ -34,6 +35,30 @@ def build(host: AgentHost, vlan: str = "1204") -> str:
     bridge = "breth1-1204" if vlan == "1204" else "breth1-0"
     host.plug(VM, bridge, VM_MAC, f"{VM_IP}/24")
     return bridge
+
+
+def build_on(host: AgentHost, owner: str) -> tuple[str, str]:
+    """Network 204 with a VM on a bridge that somebody else made; returns the bridge and its uplink.
+
+    ``agent``: CloudStack's KVM agent, for VLAN 1204. ``operator``: an untagged bridge with the management address.
+    """
+    bridge, uplink = ("breth1-1204", "eth1.1204") if owner == "agent" else ("cloudbr0", "eth1")
+    host.ip("link", "add", bridge, "type", "bridge")
+    host.ip("link", "set", uplink, "master", bridge, "up")
+    if owner == "operator":
+        host.ip("link", "set", "eth1-x", "up")
+        host.ip("addr", "add", MANAGEMENT, "dev", bridge)
+    host.ip("link", "set", bridge, "up")
+    done(host.call("020", "implement-network", vlan="1204" if owner == "agent" else "untagged"))
+    host.plug(VM, bridge, VM_MAC, f"{VM_IP}/24")
+    wait_until(lambda: f"from-tap-{VM}" in guards(host))
+    wait_until(lambda: "LOWER_UP" in host.links()[bridge]["flags"])
+    return bridge, uplink
+
+
+def guards(host: AgentHost) -> str:
+    """The two tables as nft lists them; empty without a guard."""
+    return host.run("nft", "list", "ruleset")
 
 
 # ----------------------------------------------------------------------------------------------------------- frames
@@ -77,8 +102,9 @@ def llc(destination: str, payload: bytes) -> bytes:
 @pytest.fixture
 def listening(host: AgentHost) -> Iterator[list[socket.socket]]:
     """Sockets on addresses of the host that are on no segment: IPv4 and IPv6."""
-    for address in (f"{HOST_IP}/32", f"{HOST_IP6}/128"):
-        host.ip("addr", "add", address, "dev", "lo")
+    host.ip("addr", "add", f"{HOST_IP}/32", "dev", "lo")
+    # Without "nodad" the address is tentative for a moment, even on the loopback, and a socket cannot be bound to it.
+    host.ip("addr", "add", f"{HOST_IP6}/128", "dev", "lo", "nodad")
     with contextlib.ExitStack() as stack:
         with host.inside_host():
             found = [socket.socket(family, socket.SOCK_DGRAM) for family in (socket.AF_INET, socket.AF_INET6)]
@@ -89,45 +115,76 @@ def listening(host: AgentHost) -> Iterator[list[socket.socket]]:
         yield found
 
 
-@pytest.mark.mutation("reserved-addresses-reach-no-socket", instead='"counter"')
-@pytest.mark.parametrize("vlan", ["1204", "untagged"])
-def test_frames_to_reserved_addresses_reach_no_socket_of_the_host(
-    host: AgentHost, listening: list[socket.socket], vlan: str
-) -> None:
-    bridge = build(host, vlan)
-    tap = f"tap-{VM}"
-    for link in (tap, bridge):
-        host.run("sysctl", "-qw", f"net.ipv4.conf.{link}.rp_filter=0", f"net.ipv6.conf.{link}.disable_ipv6=0")
-    host.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
+@pytest.fixture
+def tunnel(host: AgentHost, listening: list[socket.socket]) -> None:
+    """A VXLAN tunnel of another tenant: ``other``. Without rp_filter the host takes packets from any link."""
+    assert listening
     host.ip("link", "add", "other", "type", "vxlan", "id", "77", "dstport", "8472", "local", HOST_IP)
     host.ip("link", "set", "other", "up")
+
+
+def trusting(host: AgentHost, bridge: str) -> None:
+    for link in (f"tap-{VM}", bridge):
+        host.run("sysctl", "-qw", f"net.ipv4.conf.{link}.rp_filter=0", f"net.ipv6.conf.{link}.disable_ipv6=0")
+    host.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0")
+
+
+def reached(host: AgentHost, listening: list[socket.socket]) -> tuple[set[bytes], set[bytes], int, bool]:
+    """Send to all reserved addresses: what IPv4 and IPv6 sockets got, what the tunnel got, whether ARP was answered."""
     inner = struct.pack("!II", 0x08000000, 77 << 8) + frame("ff" * 6, IP, bytes(46))
+    with wire(host, "eth0", VM) as answers:
+        for to in RESERVED:
+            name = to[-2:].encode()
+            send(host, frame(to, IP, udp(PORT, name)), frame(to, IP6, udp6(PORT, name)))
+            send(host, frame(to, 0x8100, struct.pack("!HH", 0, IP) + udp(PORT, b"tagged")))
+            send(host, frame(to, ARP, arp_request()), frame(to, IP, udp(8472, inner)))
+        answered = answered_for_host(answers)
+    return (
+        set(received(listening[0])),
+        set(received(listening[1])),
+        json.loads(host.ip("-s", "-j", "link", "show", "other"))[0]["stats64"]["rx"]["packets"],
+        answered,
+    )
 
-    def try_all() -> tuple[set[bytes], set[bytes], int, bool]:
-        with wire(host, "eth0", VM) as answers:
-            for to in RESERVED:
-                name = to[-2:].encode()
-                send(host, frame(to, IP, udp(PORT, name)), frame(to, IP6, udp6(PORT, name)))
-                send(host, frame(to, 0x8100, struct.pack("!HH", 0, IP) + udp(PORT, b"tagged")))
-                send(host, frame(to, ARP, arp_request()), frame(to, IP, udp(8472, inner)))
-            own = socket.inet_aton(HOST_IP)
-            answered = any(it[12:14] == b"\x08\x06" and it[28:32] == own for it in received(answers))
-        return (
-            set(received(listening[0])),
-            set(received(listening[1])),
-            json.loads(host.ip("-s", "-j", "link", "show", "other"))[0]["stats64"]["rx"]["packets"],
-            answered,
-        )
 
-    assert try_all() == (set(), set(), 0, False)
+def answered_for_host(answers: socket.socket) -> bool:
+    own = socket.inet_aton(HOST_IP)
+    return any(it[12:14] == b"\x08\x06" and it[28:32] == own for it in received(answers))
+
+
+@pytest.mark.mutation("reserved-addresses-reach-no-socket", instead='("counter",)')
+@pytest.mark.parametrize("vlan", ["1204", "untagged"])
+def test_frames_to_reserved_addresses_reach_no_socket_of_the_host(
+    host: AgentHost, listening: list[socket.socket], tunnel: None, vlan: str
+) -> None:
+    trusting(host, build(host, vlan))
+    assert reached(host, listening) == (set(), set(), 0, False)
     for family in ("bridge", "netdev"):
         host.run("nft", "delete", "table", family, "netloom")
-    four, six, tunnelled, answered = try_all()
+    four, six, tunnelled, answered = reached(host, listening)
     # So the tables had blocked them. The kernel drops :01 itself.
     assert four >= {it[-2:].encode() for it in RESERVED if it[-2:] != "01"}
     assert len(six) == 15
     assert tunnelled
     assert answered
+
+
+@pytest.mark.mutation("ports-of-others-are-guarded")
+@pytest.mark.parametrize("stp", ["0", "1"])
+@pytest.mark.parametrize("owner", ["agent", "operator"])
+def test_frames_to_reserved_addresses_reach_no_socket_through_a_bridge_of_others(
+    host: AgentHost, listening: list[socket.socket], tunnel: None, owner: str, stp: str
+) -> None:
+    bridge, _ = build_on(host, owner)
+    trusting(host, bridge)
+    host.ip("link", "set", bridge, "type", "bridge", "stp_state", stp, "forward_delay", "0")
+    assert reached(host, listening) == (set(), set(), 0, False)
+    assert host.links()[bridge]["linkinfo"]["info_data"]["group_fwd_mask"] == "0"
+    host.run("nft", "delete", "chain", "netdev", "netloom", f"from-tap-{VM}")
+    four, six, _, _ = reached(host, listening)
+    assert (
+        four - {b"tagged"} == six == ({b"0e", b"00"} if stp == "1" else {b"0e"})
+    )  # these pass no hook of the family bridge
 
 
 # ----------------------------------------------------------------------------------------------------------- the wire
@@ -160,30 +217,31 @@ NOT_ORDINARY = {
 }
 
 
+def leaving(host: AgentHost, is_tagged: bool) -> set[str]:
+    """Have the VM send an ordinary frame, those above and an ordinary one; the names of those that leave."""
+    place = partial(wire, host, "sw-eth1.1204", fabric=True) if is_tagged else partial(wire, host, "eth1-x")
+    numbers = itertools.count(1)
+    sent = {struct.pack("!Q", 0xFEED_0000_0000 + next(numbers)): (name, it) for name, it in NOT_ORDINARY.items()}
+    plain = {b"plain-%d" % at: frame("ff" * 6, IP, udp(9, DATA + b"plain-%d" % at)) for at in (1, 2)}
+    with place() as it:
+        send(host, plain[b"plain-1"])
+        for mark, (_, data) in sent.items():
+            send(host, data + mark)
+        send(host, plain[b"plain-2"])
+        seen = list(received(it))
+    names = {name for mark, (name, _) in sent.items() if any(mark in each for each in seen)}
+    return names | {mark.decode() for mark in plain if any(mark in each for each in seen)}
+
+
 @pytest.mark.mutation("only-ordinary-frames-leave")
 @pytest.mark.parametrize("vlan", ["1204", "untagged"])
 def test_only_ordinary_frames_of_a_vm_leave_on_the_wire(host: AgentHost, vlan: str) -> None:
     bridge = build(host, vlan)
     wait_until(lambda: "LOWER_UP" in host.links()[bridge]["flags"])
     host.ip("link", "set", "eth1-x", "up")
-    place = partial(wire, host, "sw-eth1.1204", fabric=True) if vlan == "1204" else partial(wire, host, "eth1-x")
-    numbers = itertools.count(1)
-    sent = {struct.pack("!Q", 0xFEED_0000_0000 + next(numbers)): (name, it) for name, it in NOT_ORDINARY.items()}
-    plain = {b"plain-%d" % at: frame("ff" * 6, IP, udp(9, DATA + b"plain-%d" % at)) for at in (1, 2)}
-
-    def leaving() -> set[str]:
-        with place() as it:
-            send(host, plain[b"plain-1"])
-            for mark, (_, data) in sent.items():
-                send(host, data + mark)
-            send(host, plain[b"plain-2"])
-            seen = list(received(it))
-        names = {name for mark, (name, _) in sent.items() if any(mark in each for each in seen)}
-        return names | {mark.decode() for mark in plain if any(mark in each for each in seen)}
-
-    assert leaving() == {"plain-1", "plain-2"}
+    assert leaving(host, vlan == "1204") == {"plain-1", "plain-2"}
     host.run("nft", "delete", "table", "bridge", "netloom")
-    assert {"STP", "PVST", "CDP", "LLDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving()
+    assert {"STP", "PVST", "CDP", "LLDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving(host, vlan == "1204")
 
 
 @pytest.mark.mutation("lldp-frames-are-filtered")
@@ -210,3 +268,82 @@ def test_a_link_that_left_its_bridge_may_carry_anything_again(host: AgentHost) -
     uplinks = partial(host.run, "nft", "list", "set", "bridge", "netloom", "uplinks")
     wait_until(lambda: '"eth1"' not in uplinks())
     assert '"eth1.1377"' in uplinks()
+
+
+# ------------------------------------------------------------------------------------------------- bridges of others
+
+
+@pytest.mark.mutation("bridges-of-others-are-closed")
+def test_the_host_answers_nothing_on_a_bridge_of_others_that_it_does_not_use_itself(
+    host: AgentHost, listening: list[socket.socket]
+) -> None:
+    bridge, _ = build_on(host, "agent")
+    trusting(host, bridge)
+    mac = host.links()[bridge]["address"].replace(":", "")
+
+    def answers() -> tuple[bool, set[bytes], set[bytes]]:
+        with wire(host, "eth0", VM) as it:
+            send(host, frame("ff" * 6, ARP, arp_request()), frame(mac, ARP, arp_request()))
+            send(host, frame(mac, IP, udp(PORT, b"four")), frame(mac, IP6, udp6(PORT, b"six-")))
+            return answered_for_host(it), set(received(listening[0])), set(received(listening[1]))
+
+    assert answers() == (False, set(), set())
+    # The host takes the bridge into use. It is closed again when the address has gone.
+    host.ip("addr", "add", MANAGEMENT, "dev", bridge)
+    wait_until(lambda: f"to-{bridge}" not in guards(host))
+    assert answers() == (True, {b"four"}, {b"six-"})
+    host.ip("addr", "del", MANAGEMENT, "dev", bridge)
+    wait_until(lambda: f"to-{bridge}" in guards(host))
+    assert answers() == (False, set(), set())
+
+
+@pytest.mark.mutation("uplinks-of-others-are-guarded")
+@pytest.mark.parametrize("owner", ["agent", "operator"])
+def test_only_ordinary_frames_leave_through_a_bridge_of_others(host: AgentHost, owner: str) -> None:
+    build_on(host, owner)
+    assert leaving(host, owner == "agent") == {"plain-1", "plain-2"}
+    host.run("nft", "delete", "table", "bridge", "netloom")
+    assert {"STP", "PVST", "CDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving(host, owner == "agent")
+
+
+def test_the_management_address_on_an_operators_bridge_goes_on_working(host: AgentHost) -> None:
+    """From the wire and from VMs, with ARP and without, before and after the network."""
+    bridge, _ = build_on(host, "operator")
+    host.ip("netns", "add", "admin")
+    host.ip("link", "set", "eth1-x", "netns", "admin")
+    host.ip("-n", "admin", "addr", "add", "192.0.2.1/24", "dev", "eth1-x")
+    host.ip("-n", "admin", "link", "set", "eth1-x", "up")
+    wait_until(lambda: "1 received" in host.run("ping", "-c1", "-W2", "192.0.2.77", namespace="admin", check=False))
+    with host.within("admin"):
+        asking = socket.create_server(("192.0.2.1", 8080))
+    with asking, host.inside_host():
+        socket.create_connection(("192.0.2.1", 8080), 5).close()
+    assert f"from-tap-{VM}" in guards(host)
+    assert f"to-{bridge}" not in guards(host)
+    # A frame of a control protocol from the wire reaches the host's programs.
+    with wire(host, "eth1") as it:
+        with wire(host, "eth1-x", "admin") as sending:
+            sending.send(frame("0180c200000e", 0x88CC, DATA))
+        assert any(each[12:14] == b"\x88\xcc" for each in received(it))
+
+
+@pytest.mark.mutation("a-new-port-is-guarded")
+def test_a_vm_that_is_plugged_in_later_is_guarded_within_moments(host: AgentHost) -> None:
+    bridge, _ = build_on(host, "operator")
+    host.plug("db", bridge, "02:01:00:cc:00:04")
+    wait_until(lambda: "from-tap-db" in guards(host), seconds=10)
+    host.ip("link", "del", "tap-db")
+    wait_until(lambda: "from-tap-db" not in guards(host))
+
+
+@pytest.mark.mutation("the-guard-of-others-follows")
+@pytest.mark.parametrize("owner", ["agent", "operator"])
+def test_no_guard_is_left_on_a_bridge_of_others_after_the_network(host: AgentHost, owner: str) -> None:
+    bridge, uplink = build_on(host, owner)
+    host.run("nft", "flush", "ruleset")
+    host.kill()
+    host.start()
+    wait_until(lambda: all(it in guards(host) for it in (f"from-tap-{VM}", f'"{uplink}"')))
+    done(host.call("131", "destroy-network"))
+    wait_until(lambda: guards(host) == "")
+    assert bridge in host.links()  # with the VM in it

@@ -22,7 +22,7 @@ from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes
 from kernel.vpc_lab import TIERS, VpcLab, item, lists, vpc
 from netloom import names
 from netloom.render import nft, ruleset
-from netloom.state import AclItem, Firewall, FirewallRule, Outside6, Scope
+from netloom.state import AclItem, Firewall, FirewallRule, Nic, Outside6, Scope
 from netns import inside
 from unit.scopes import A1, CIDR, MACS, VM2, egress, wish, with_nics
 
@@ -91,14 +91,20 @@ def is_in(address: str, cidrs: Iterable[str]) -> bool:
 # ------------------------------------------------------------------------------------------------------------- tiers
 
 
+def known(*vms: str) -> dict[str, Nic]:
+    """NICs with the IPv6 addresses of these VMs: the device's ICMP messages to other addresses have a low rate."""
+    nics = [Nic(mac=f"02:01:00:cc:06:{at:02x}", ip6=HOMES[vm]) for at, vm in enumerate(vms)]
+    return {it.key: it for it in nics}
+
+
 def tiers(acl_a: tuple[AclItem, ...] | None, acl_b: tuple[AclItem, ...] | None, *, both: bool) -> Scope:
     """The VPC of the IPv4 tests with an IPv6 uplink. ``both`` gives IPv6 to the second tier too."""
     scope = vpc(acl_a, acl_b)
     networks = scope.networks | {
-        "310": replace(scope.networks["310"], ip6_cidr=A, ip6_gateway=GATEWAYS["a1"]),
+        "310": replace(scope.networks["310"], ip6_cidr=A, ip6_gateway=GATEWAYS["a1"], nics=known("a1", "a2")),
     }
     if both:
-        networks["311"] = replace(scope.networks["311"], ip6_cidr=B, ip6_gateway=GATEWAYS["b1"])
+        networks["311"] = replace(scope.networks["311"], ip6_cidr=B, ip6_gateway=GATEWAYS["b1"], nics=known("b1"))
     return replace(scope, networks=networks, outside6=OUTSIDE)
 
 
@@ -246,7 +252,9 @@ def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
 
 def isolated(firewall: Firewall | None, *, open_to_all: bool) -> Scope:
     scope = wish(held=(A1,), ingress_open=open_to_all)
-    network = replace(scope.networks["204"], firewall=firewall, ip6_cidr=C, ip6_gateway=GATEWAYS["vm1"])
+    network = replace(
+        scope.networks["204"], firewall=firewall, ip6_cidr=C, ip6_gateway=GATEWAYS["vm1"], nics=known("vm1")
+    )
     return replace(scope, networks={"204": network}, outside6=OUTSIDE)
 
 

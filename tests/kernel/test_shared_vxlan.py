@@ -43,7 +43,7 @@ def implement(host: AgentHost, **changes: str) -> Reply:
 def test_vxlan_carries_frames_between_two_hosts(host: AgentHost) -> None:
     reply = implement(host)
     assert reply.status == 0, reply.error
-    assert reply.output == (f'{{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://{VNI}"}}')
+    assert reply.output == ""  # the management side computes what CloudStack reads
     made = host.links()
     tunnel = made[TUNNEL]["linkinfo"]["info_data"]
     told = {"id": 16777215, "group": "239.255.255.255", "port": 8472, "ttl": 10, "link": "eth1"}

@@ -333,10 +333,11 @@ def test_one_bad_host_name_fails_no_other_vm_and_is_told() -> None:
 
 
 @pytest.mark.mutation("a-name-told-anew-has-one-vm", instead="named")
-@pytest.mark.parametrize("spelling", ["db", "DB"])
+@pytest.mark.parametrize("spelling", ["db", "DB"])  # the metadata of the new VM comes later
 def test_a_name_that_is_told_anew_has_one_vm(spelling: str) -> None:
     new = {**TWO, "nic_uuid": "u-3", "mac": "02:01:00:cc:00:03", "ip": "10.10.1.13", "hostname": spelling}
-    scope = deployed(new, after=deployed(ONE, TWO))
+    scope = call(deployed(ONE, TWO), "add-dns-entry", **new).scope
+    assert scope is not None
     assert [it.hostname for it in scope.networks["204"].nics.values() if it.named] == ["web", spelling]
     listed = restore(deployed(TWO), vms=[{**new, "vm_data": [{**ITEMS[0], "content": "i-3"}]}])
     assert [it.ip for it in listed.networks["204"].nics.values() if it.named] == ["10.10.1.13"], "also by a restore"

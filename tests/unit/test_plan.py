@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address, Neighbour, Route, Rule
-from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink
+from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink, Others
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
     AddAddress,
@@ -24,6 +24,7 @@ from netloom.plan.steps import (
     CreateVlanLink,
     CreateVxlanLink,
     GuardBridge,
+    GuardOthers,
     LoadRuleset,
     MarkPort,
     PutNeighbour,
@@ -130,6 +131,10 @@ def wish(
     )
 
 
+def swept(have: Have) -> Have:
+    return carry_out(have, sweep(have.host_links, frozenset(), have.guarded, have.others))
+
+
 def carry_out(have: Have, steps: tuple[Step, ...]) -> Have:
     for step in steps:
         have = _after(have, step)
@@ -145,7 +150,7 @@ def _after(have: Have, step: Step) -> Have:
             return replace(have, exists=True)
         case RemoveNamespace():
             assert have.exists
-            return replace(EMPTY, host_links=host, claimed=have.claimed, guarded=have.guarded)
+            return replace(EMPTY, host_links=host, claimed=have.claimed, guarded=have.guarded, others=have.others)
         case SetSysctl(_, key, value):
             assert all(word in inside for word in key.split(".") if word.startswith(("gst-", "pub-")))
             return replace(have, sysctls={**have.sysctls, key: value})
@@ -218,10 +223,13 @@ def _after(have: Have, step: Step) -> Have:
         case GuardBridge(bridge):
             assert host[bridge].ours
             return replace(have, guarded=have.guarded | {bridge})
+        case GuardOthers(others):
+            assert others.bridges <= host.keys()
+            return replace(have, others=others)
         case UnguardBridge(bridge, last):
             left = have.guarded - {bridge}
             assert bridge in have.guarded
-            assert last == (not left)
+            assert last == (not left and not have.others.bridges)
             return replace(have, guarded=left)
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):
             assert host[bridge].kind == "bridge"
@@ -404,7 +412,7 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
 def test_removal_restores_the_original_host(want: Want, harm: list[str]) -> None:
     after = built(NOTHING, damaged(built(want), harm))
     # A scope no longer sees a bridge that lost our port by hand. The sweep sees the whole host.
-    assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded)) == EMPTY
+    assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded, after.others)) == EMPTY
 
 
 @given(WISHES, WISHES)
@@ -524,7 +532,7 @@ def test_a_bridge_with_a_vm_is_kept_when_the_network_is_removed() -> None:
     assert "breth1-1204" in after.host_links
     assert "vnetg204" not in after.host_links
     gone = _without_host_link(after, "vnet7")
-    assert carry_out(gone, sweep(gone.host_links, frozenset(), gone.guarded)) == EMPTY
+    assert carry_out(gone, sweep(gone.host_links, frozenset(), gone.guarded, gone.others)) == EMPTY
 
 
 def test_an_existing_bridge_is_used_and_kept() -> None:
@@ -551,9 +559,46 @@ def _made_by_kvm(*more: HostLink, **changes: object) -> Have:
 
 def test_a_bridge_of_the_kvm_agent_is_removed_with_our_port_if_it_was_the_last() -> None:
     """When the last VM goes, the KVM agent keeps a bridge that has our port, and never checks it again."""
-    assert built(NOTHING, _made_by_kvm()) == EMPTY
+    assert swept(built(NOTHING, _made_by_kvm())) == EMPTY
     moved = built(wish("1311", {}), _made_by_kvm())
     assert not {"breth1-1204", "eth1.1204"} & moved.host_links.keys()
+
+
+def _with_bridge(*ports: HostLink, **changes: object) -> Others:
+    """The guard of an operator's bridge with an uplink, a VM, a container, and a veth to another bridge."""
+    nic = HostLink(name="eth1", up=True, master="cloudbr0")
+    more = (
+        HostLink(name="vnet7", kind="tun", master="cloudbr0"),
+        HostLink(name="veth0a1", kind="veth", master="cloudbr0", elsewhere=True),
+        HostLink(name="to-br7", kind="veth", master="cloudbr0"),
+    )
+    bridge = replace(HostLink(name="cloudbr0", kind="bridge", up=True), **changes)
+    there = {it.name: it for it in (nic, bridge, *more, *ports)}
+    have = built(wish("untagged", {}), _ported(replace(EMPTY, host_links={**NICS, **there})))
+    assert sweep(have.host_links, frozenset({"cloudbr0"}), have.guarded, have.others) == ()
+    assert plan(have, wish("untagged", {})) == ()
+    assert swept(built(NOTHING, have)).others == Others()
+    return have.others
+
+
+def test_the_guard_of_an_operators_bridge_leaves_what_the_host_itself_needs() -> None:
+    bridge = frozenset({"cloudbr0"})
+    guests, uplinks = frozenset({"vnet7", "veth0a1"}), frozenset({"eth1", "to-br7"})
+    assert _with_bridge() == Others(bridges=bridge, closed=bridge, ports=guests, uplinks=uplinks)
+    served = Others(bridges=bridge, ports=guests, uplinks=uplinks)
+    assert _with_bridge(addresses=("192.0.2.77/24",)) == served
+    assert _with_bridge(above=True) == served
+    assert _with_bridge(vlan_filtering=True) == Others(bridges=bridge, closed=bridge, ports=guests)
+    odd = HostLink(name="vnet@8", kind="tun", master="cloudbr0")  # not a word of nftables
+    assert _with_bridge(odd) == Others(bridges=bridge, closed=bridge, ports=guests, uplinks=uplinks)
+
+
+def test_a_network_that_moves_or_a_bridge_that_gets_an_address_changes_the_guard() -> None:
+    have = _made_by_kvm(HostLink(name="vnet7", kind="tun", master="breth1-1204"))
+    moved = swept(built(wish("1311", {}), have))
+    assert moved.others == Others()
+    served = _with_host_link(have, replace(have.host_links["breth1-1204"], addresses=("192.0.2.77/24",)))
+    assert swept(served).others == replace(have.others, closed=frozenset())
 
 
 def test_an_interrupted_bridge_adoption_is_finished_by_the_next_plan() -> None:
@@ -566,9 +611,9 @@ def test_an_interrupted_bridge_adoption_is_finished_by_the_next_plan() -> None:
     for done in range(len(steps)):
         after = carry_out(_made_by_kvm(), steps[:done])
         # Without its port the scope no longer sees the bridge. The sweep sees the whole host.
-        after = carry_out(after, sweep(after.host_links, frozenset(), after.guarded))
+        after = carry_out(after, sweep(after.host_links, frozenset(), after.guarded, after.others))
         assert after.links or "breth1-1204" not in after.host_links
-        assert built(NOTHING, after) == EMPTY
+        assert swept(built(NOTHING, after)) == EMPTY
 
 
 @pytest.mark.parametrize(
@@ -611,7 +656,7 @@ def test_an_existing_tunnel_is_used_under_any_name_and_kept() -> None:
     theirs = _ported(replace(EMPTY, host_links={**bare, "vni-5001": other, "brvx-5001": bridge}))
     have = built(wish("5001", {}), theirs)
     assert have.host_links["vnetg204"].master == "brvx-5001"
-    assert built(NOTHING, have) == theirs
+    assert swept(built(NOTHING, have)) == theirs
 
 
 def test_a_tunnel_uses_the_link_that_has_the_address() -> None:

@@ -13,10 +13,10 @@ NETWORK_REQUESTS_PER_S, NETWORK_REQUESTS_BURST = 200.0, 2000.0
 VM_CONNECTIONS_MAX = 8
 NETWORK_CONNECTIONS_MAX = 256
 NOTICES_PER_S, NOTICES_BURST = 0.2, 10.0
+LIMITED_EVERY_S = 30.0  # between two notices that a VM is limited
 # Answers in memory that VMs have not received completely, of one network and of all networks, in bytes.
 NETWORK_UNREAD_BYTES_MAX = 32 << 20
 UNREAD_BYTES_MAX = 128 << 20
-LIMITED_EVERY_S = 30.0  # between two notices that a VM is limited
 
 
 class Bucket:

@@ -15,6 +15,27 @@ CARRIERS = ("vlan", "vxlan")  # the kinds of links that we create to carry a seg
 ASK_MAIN = Rule(priority=32766, mark=0, mask=0, table=MAIN_TABLE)
 
 
+class Others(msgspec.Struct, frozen=True, kw_only=True):
+    """The guard of ``bridges``: those that a port of ours is in and that somebody else created.
+
+    ``closed``: those of them that deliver no frame to the host itself. ``ports``: the ports that lead to guests.
+    ``uplinks``: the ports that lead to the wire.
+    """
+
+    bridges: frozenset[str] = frozenset()
+    closed: frozenset[str] = frozenset()
+    ports: frozenset[str] = frozenset()
+    uplinks: frozenset[str] = frozenset()
+
+    def __or__(self, other: Others) -> Others:
+        return Others(
+            bridges=self.bridges | other.bridges,
+            closed=self.closed | other.closed,
+            ports=self.ports | other.ports,
+            uplinks=self.uplinks | other.uplinks,
+        )
+
+
 class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     """A link of the host itself. ``kind`` is the kernel's ("bridge", "vlan", "veth"; empty for a NIC)."""
 
@@ -27,10 +48,13 @@ class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     vlan_id: int = 0  # the tag of a VLAN link, the VNI of a VXLAN
     ports: tuple[str, ...] = ()  # of a bridge
     # The host's own addresses on this link. Observed only where a decision needs them: for NICs that may have to join
-    # a bridge, for the link that VXLAN sends from, and for bridges of others that we may be the last to leave.
+    # a bridge, for the link that VXLAN sends from, and for bridges of others that our ports are in.
     addresses: tuple[str, ...] = ()
     ipv6: bool = False  # whether the host speaks IPv6 on this link; observed for links that are ours
     mtu: int = 0  # 0: not observed
+    vlan_filtering: bool = False  # of a bridge: the operator told it which tags pass which port
+    above: bool = False  # of a bridge of others: the host has a link above it (VLAN, macvlan, VRF)
+    elsewhere: bool = False  # of a veth: its other end is in another namespace
 
     @property
     def ours(self) -> bool:
@@ -84,4 +108,5 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     were_down: frozenset[str] = frozenset()  # carriers that were down before we came, as far as is remembered
     orphans: dict[str, frozenset[str]] = {}  # bridges that somebody deleted, and the links that were in them
     claimed: frozenset[str] = frozenset()  # bridges that other scopes want
-    guarded: frozenset[str] = frozenset()  # bridges whose frames never reach the host's own sockets
+    guarded: frozenset[str] = frozenset()  # bridges of ours whose frames never reach the host's own sockets
+    others: Others = Others()  # the guard of bridges of others

@@ -19,15 +19,16 @@ repair and a restore after a reboot.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
+from operator import or_
 from typing import TypeVar
 
 import msgspec
 
-from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address
-from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink
-from netloom.plan.segments import SegmentPlacement, is_guest, place
+from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, Others
+from netloom.plan.segments import SegmentPlacement, agents_vlan_link, guard_of, is_guest, place
 from netloom.plan.steps import (
     AddAddress,
     AddRule,
@@ -36,6 +37,7 @@ from netloom.plan.steps import (
     CreateNamespace,
     CreatePort,
     GuardBridge,
+    GuardOthers,
     LoadRuleset,
     MarkPort,
     PutNeighbour,
@@ -83,13 +85,17 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
     return tuple(_build(have, want, placements))
 
 
-def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozenset[str]) -> tuple[Step, ...]:
-    """The steps that tidy the shared links of a host. ``links``: all bridges and VLAN links that are ours.
+def sweep(
+    links: dict[str, HostLink], claimed: frozenset[str], guarded: frozenset[str], others: Others
+) -> tuple[Step, ...]:
+    """The steps that tidy the shared links of a host.
+
+    ``links``: all bridges and VLAN links that are ours, the bridges of others that our ports are in, and their ports.
 
     Bridges that no scope claims and no VM is plugged into are removed. Each bridge that stays gets a guard; guards
-    of other bridges are removed.
+    of other bridges are removed. The guard of the bridges of others follows their ports and the host's addresses.
     """
-    have = Have(scope_id="", namespace="", host_links=links, claimed=claimed, guarded=guarded)
+    have = Have(scope_id="", namespace="", host_links=links, claimed=claimed, guarded=guarded, others=others)
     steps = list(_unneeded(have, wanted=claimed, leaving=frozenset()))
     removed = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
     carriers = {step.link for step in steps if isinstance(step, RemoveVlanLink)}
@@ -103,8 +109,17 @@ def sweep(links: dict[str, HostLink], claimed: frozenset[str], guarded: frozense
     left = (guarded - removed) | bridges
     for name in sorted(left - bridges):  # bridges that somebody else removed
         left -= {name}
-        steps.append(UnguardBridge(name, last=not left))
+        steps.append(UnguardBridge(name, last=not left and not others.bridges))
+    wanted = reduce(or_, (guard_of(it, links) for it in links.values() if _joined(it, links)), Others())
+    if wanted != others:
+        steps.append(GuardOthers(wanted))  # guard: the-guard-of-others-follows
     return tuple(steps)
+
+
+def _joined(bridge: HostLink, links: dict[str, HostLink]) -> bool:
+    """Whether somebody else created the bridge and a port of ours is in it."""
+    ports = [links[name] for name in bridge.ports if name in links]
+    return bridge.kind == "bridge" and not bridge.ours and any(it.kind == "veth" and it.ours for it in ports)
 
 
 def alias_of(scope_id: str) -> str:
@@ -134,6 +149,9 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     yield from _stale_neighbours(have, want, existing)
     yield from _stale_links(have, want, existing)
     yield from _ruleset(have, want)
+    others = reduce(or_, (placement.others for placement in placements.values()), have.others)
+    if others != have.others:
+        yield GuardOthers(others)
     yield from dict.fromkeys(step for placement in placements.values() for step in placement.steps)
     for port in want.ports:
         yield from _port(have, ns, port, placements[port.segment], alias_of(have.scope_id))
@@ -148,7 +166,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     yield from _missing_routes(have, want, existing)
     yield from _missing_rules(have, want)
     guarded = have.guarded | {placement.bridge for placement in placements.values() if placement.ours}
-    after = msgspec.structs.replace(after, guarded=guarded)
+    after = msgspec.structs.replace(after, guarded=guarded, others=others)
     yield from _unneeded(after, wanted=bridges, leaving=_our_ports(have))
 
 
@@ -333,7 +351,7 @@ def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) ->
             yield SetHostLinkDown(carrier.name)
         if bridge.name in guarded:
             guarded.remove(bridge.name)
-            yield UnguardBridge(bridge.name, last=not guarded)
+            yield UnguardBridge(bridge.name, last=not guarded and not have.others.bridges)
 
 
 def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
@@ -349,7 +367,7 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
         if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(bridge, leaving):
             continue
-        link = _agents_vlan_link(bridge)
+        link = agents_vlan_link(bridge)
         # The VLAN link first: after a crash it could not be found again without its bridge.
         carrier = have.host_links.get(link) if link in set(bridge.ports) - leaving else None
         if carrier is not None and carrier.kind == "vlan" and not carrier.alias and not carrier.addresses:
@@ -368,7 +386,7 @@ def _only_ours_keep(bridge: HostLink, leaving: frozenset[str]) -> bool:
     A bridge with another port, an address, an alias, or another name than the agent's, stays its creator's. So does a
     VXLAN bridge: an operator may have connected its tunnel in a way that we could not restore.
     """
-    link = _agents_vlan_link(bridge)
+    link = agents_vlan_link(bridge)
     return (
         bridge.kind == "bridge"
         and bool(link)
@@ -377,12 +395,6 @@ def _only_ours_keep(bridge: HostLink, leaving: frozenset[str]) -> bool:
         and not bridge.alias
         and not bridge.addresses
     )
-
-
-def _agents_vlan_link(bridge: HostLink) -> str:
-    """The VLAN link below a bridge with the name that the KVM agent gives it; empty for another name."""
-    nic, _, vlan = bridge.name.removeprefix("br").rpartition("-")
-    return names.vlan_link(nic, vlan) if vlan.isdigit() and bridge.name == names.bridge(nic, vlan) else ""
 
 
 def _link_of(key: str, links: Iterable[str]) -> str | None:

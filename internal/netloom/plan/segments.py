@@ -13,12 +13,15 @@ ICMP error.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
+from netloom import names
 from netloom.errors import HostRefused
 from netloom.names import UNTAGGED
 from netloom.netobjects import ETHERNET_MTU, VXLAN_BYTES
-from netloom.plan.have import ALIAS, Have, HostLink
+from netloom.plan.have import ALIAS, Have, HostLink, Others
 from netloom.plan.steps import (
     AttachCarrier,
     AttachPort,
@@ -33,17 +36,20 @@ from netloom.plan.steps import (
 )
 from netloom.render.want import Port, Segment
 
+_TAME = re.compile(r"[A-Za-z0-9_.-]+")  # names of links that can be part of the name of a chain
+
 
 class SegmentPlacement(msgspec.Struct, frozen=True):
     """The bridge of a segment on this host, and the MTU of its ports.
 
-    ``ours``: we created the bridge, or ``steps`` do.
+    ``ours``: we created the bridge, or ``steps`` do. ``others``: else, its guard.
     """
 
     bridge: str
     mtu: int
     steps: tuple[Step, ...] = ()
     ours: bool = False
+    others: Others = Others()
 
 
 def place(have: Have, port: Port) -> SegmentPlacement:
@@ -123,7 +129,7 @@ def _vxlan(have: Have, port: Port) -> SegmentPlacement:
 def _untagged(have: Have, port: Port) -> SegmentPlacement:
     nic = _nic(have, port)
     if nic.kind == "bridge":
-        return SegmentPlacement(nic.name, _bridge_mtu(have, nic))
+        return SegmentPlacement(nic.name, _bridge_mtu(have, nic), others=guard_of(nic, have.host_links))
     if not nic.master and nic.addresses:
         raise HostRefused(
             f"NIC {nic.name} carries the host's address {nic.addresses[0]} and is in no bridge: "
@@ -170,7 +176,40 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
         steps.append(SetHostLinkUp(carrier.name))
     if not bridge.up:
         steps.append(SetHostLinkUp(name))
-    return SegmentPlacement(name, carrier.mtu or ETHERNET_MTU, tuple(steps), bridge.ours)
+    others = Others()
+    if not bridge.ours:
+        ports = (*bridge.ports, *([] if carrier.master else [carrier.name]))
+        joined = msgspec.structs.replace(bridge, ports=ports)
+        others = guard_of(joined, have.host_links | {carrier.name: carrier})
+    return SegmentPlacement(name, carrier.mtu or ETHERNET_MTU, tuple(steps), bridge.ours, others)
+
+
+def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
+    """The guard of a bridge that somebody else created; ``links`` contains its ports.
+
+    The host keeps what it uses the bridge for. A bridge with VLAN filtering may forward tags: its operator said which.
+    """
+    ports = [links[name] for name in bridge.ports if name in links and _TAME.fullmatch(name)]
+    guests = {it.name for it in ports if _leads_to_guests(bridge, it)}
+    used = bridge.addresses or bridge.above or not _TAME.fullmatch(bridge.name)
+    return Others(
+        bridges=frozenset({bridge.name}),
+        closed=frozenset() if used else frozenset({bridge.name}),
+        ports=frozenset(it.name for it in ports if it.name in guests and not it.ours),
+        uplinks=frozenset() if bridge.vlan_filtering else frozenset(it.name for it in ports if it.name not in guests),
+    )
+
+
+def _leads_to_guests(bridge: HostLink, port: HostLink) -> bool:
+    """Whether a port is ours, a VM's tap, or a veth to a container. A veth between two bridges of the host is none."""
+    to_container = port.kind == "veth" and port.elsewhere and port.name != agents_vlan_link(bridge)
+    return port.kind == "tun" or to_container or (port.kind == "veth" and port.ours)
+
+
+def agents_vlan_link(bridge: HostLink) -> str:
+    """The VLAN link below a bridge with the name that the KVM agent gives it; empty for another name."""
+    nic, _, vlan = bridge.name.removeprefix("br").rpartition("-")
+    return names.vlan_link(nic, vlan) if vlan.isdigit() and bridge.name == names.bridge(nic, vlan) else ""
 
 
 def _nic(have: Have, port: Port) -> HostLink:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import msgspec
 
 from netloom.netobjects import ETHERNET_MTU, Address, Neighbour, Route, Rule
+from netloom.plan.have import Others
 from netloom.render.ruleset import Name, Ruleset
 from netloom.render.want import Port
 
@@ -166,6 +167,15 @@ class GuardBridge(SharedStep, frozen=True):
 
     def __str__(self) -> str:
         return f"guard the host's sockets from {self.bridge}" + "".join(f", and {it}" for it in self.uplinks)
+
+
+class GuardOthers(SharedStep, frozen=True):
+    """Guard the bridges of others that our ports are in, as ``others`` says, and no further ones."""
+
+    others: Others
+
+    def __str__(self) -> str:
+        return f"guard the bridges of others: {', '.join(sorted(self.others.bridges)) or 'none'}"
 
 
 class UnguardBridge(SharedStep, frozen=True):

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
-from netloom.agent.host.frames import guard, unguard
+from netloom.agent.host.frames import guard, guard_others, unguard
 from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
 from netloom.agent.kernel.nft import Nft, NftRefused
@@ -31,6 +31,7 @@ from netloom.plan.steps import (
     CreateVlanLink,
     CreateVxlanLink,
     GuardBridge,
+    GuardOthers,
     LoadRuleset,
     MarkPort,
     NamespaceStep,
@@ -69,6 +70,7 @@ _INTERFACES: dict[type[Step], _Interface] = {
     RemoveNamespace: "namespace",
     LoadRuleset: "nft",
     GuardBridge: "guard",
+    GuardOthers: "guard",
     UnguardBridge: "guard",
     SetSysctl: "sysctl",
     SilenceIpv6: "sysctl",
@@ -108,6 +110,8 @@ def _one(step: Step) -> None:
             _load(step)
         case GuardBridge(bridge, uplinks):
             guard(bridge, uplinks)
+        case GuardOthers(others):
+            guard_others(others)
         case UnguardBridge(bridge, last):
             unguard(bridge, last=last)
 

@@ -21,10 +21,10 @@ from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
 from netloom.agent.host.observe import observe, our_shared_links, stray_ports
-from netloom.agent.host.observe_nft import guarded_bridges, table_digest
+from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
-from netloom.plan.have import Have
+from netloom.plan.have import Have, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
@@ -65,7 +65,7 @@ class KernelHost:
         self._claims: dict[str, frozenset[str]] = {}
         self._links: dict[str, int] = {}  # by scope, the number of its links
         self._links_allowed = 0  # the number for which the neighbour tables are large enough
-        self._guarded: frozenset[str] | None = None
+        self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
         self._were_down: frozenset[str] = frozenset()
@@ -148,10 +148,10 @@ class KernelHost:
     def tidy(self) -> tuple[Step, ...]:
         """Remove shared links that no scope wants any more, and restore the guards of those that stay."""
         with self._shared:
-            self._guarded = guarded_bridges()
+            self._guarded = guarded, others = guarded_bridges(), guarded_others()
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
             apply(strays)
-            steps = sweep(our_shared_links(), self._claimed_by_others(""), self._guarded)
+            steps = sweep(our_shared_links(), self._claimed_by_others(""), guarded, others)
             self._apply(steps)
             return strays + steps
 
@@ -179,7 +179,7 @@ class KernelHost:
         with self._shared:
             # Observe again: while we waited for the lock, another thread may have created or removed the bridge. Name
             # the bridges that our ports were in, because the ports may just have left them.
-            self._guarded = guarded_bridges()
+            self._guarded = guarded_bridges(), guarded_others()
             bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
             rest = plan(self._observe(scope_id, want, known, bridges), want)
             self._apply(rest)
@@ -198,18 +198,20 @@ class KernelHost:
         # Read once: another thread may reset it between two reads.
         guarded = self._guarded
         if guarded is None:
-            guarded = self._guarded = guarded_bridges()
+            guarded = self._guarded = guarded_bridges(), guarded_others()
         claimed = self._claimed_by_others(scope_id)
         since = time.monotonic() - ORPHANS_S
         orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
         known_marker = self._marker_of(scope_id, known)
-        have = observe(scope_id, want, known, known_marker=known_marker, claimed=claimed, guarded=guarded, also=asked)
+        have = observe(
+            scope_id, want, known, known_marker=known_marker, claimed=claimed, guarded=guarded[0], also=asked
+        )
         # The alias of a bridge says that its carrier was down. Remember it, in case somebody deletes the bridge.
         self._were_down |= {
             it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.carrier_was_down
         }
-        return msgspec.structs.replace(have, were_down=self._were_down, orphans=orphans)
+        return msgspec.structs.replace(have, were_down=self._were_down, orphans=orphans, others=guarded[1])
 
     def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
         """The ruleset's marker, computed once: it takes milliseconds with thousands of forwards."""

@@ -14,6 +14,13 @@ there, ARP included, and all are dropped. Forwarded frames do not pass there.
   because the bridge's group_fwd_mask has bit 14.
 - ``forward``: only ordinary frames leave for the wire. The set ``uplinks`` names the links that lead there.
 
+Bridges that others created are guarded while a port of ours is in them, in the same tables:
+
+- Each port that leads to guests has a chain ``from-<port>`` at its ingress. It drops the same frames as ``input``. A
+  bridge of others keeps its group_fwd_mask, so frames to :0e (and to :00 with STP) pass no hook of the family bridge.
+- A bridge that the host itself does not use has a chain ``to-<bridge>``, which drops what is for the host.
+- ``others_uplinks`` names their ports that lead to the wire.
+
 Headers are matched as bytes: the kernel moves the outer VLAN tag out of the frame before the hooks, nftables puts it
 back for matches of bytes, and only for these.
 """
@@ -22,32 +29,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from netloom.agent.host.observe_nft import (
     FRAMES_FAMILY,
+    FROM_PORT,
     GUARD_FAMILY,
     GUARD_TABLE,
     GUARDED,
+    OTHERS,
+    OTHERS_UPLINKS,
+    TO_BRIDGE,
     UPLINKS,
     guarded_bridges,
+    guarded_others,
     guarded_uplinks,
 )
 from netloom.agent.kernel import links
-from netloom.agent.kernel.nft import Nft
+from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.plan.have import Others
 
 _TYPE = "@ll,96,16"  # the EtherType, or the length of an IEEE 802.3 frame (below 0x600)
 # Protocols of reserved addresses: MAC control, LACP and OAM, 802.1X, MACsec, LLDP, MVRP, MMRP, MSRP, PTP, CFM.
 _CONTROL = "0x8808, 0x8809, 0x888e, 0x88e5, 0x88cc, 0x88f5, 0x88f6, 0x22ea, 0x88f7, 0x8902"
 # A tag of any kind in front: 802.1Q, 802.1ad, old double tags, 802.1ah, VN-Tag, 802.1BR, FabricPath, TRILL.
 _TAGS = "0x8100, 0x88a8, 0x9100, 0x9200, 0x9300, 0x88e7, 0x8926, 0x893f, 0x8903, 0x22f3"
+# On a closed bridge the host can still ask for an address; the bridge is open again when it has one.
+_ASKED_FOR = "udp dport { 68, 546 } accept"
+_TRIES = 3
 _RESERVED = "ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00"
 
+_NOT_CONTROL = f"{_RESERVED} {_TYPE} >= 0x0600 {_TYPE} != {{ {_CONTROL} }} drop"
+
 _RULES = {
-    "input": (
-        f"{_RESERVED} {_TYPE} >= 0x0600 {_TYPE} != {{ {_CONTROL} }} drop",  # guard: reserved-addresses-reach-no-socket
-    ),
+    "input": (_NOT_CONTROL,),  # guard: reserved-addresses-reach-no-socket
     "forward": (
         f"iifname @{UPLINKS} ether daddr 01:80:c2:00:00:0e drop",
         f"oifname @{UPLINKS} jump wire",
+        f"iifname != @{OTHERS_UPLINKS} oifname @{OTHERS_UPLINKS} jump wire",
     ),
     "wire": (
         f"{_TYPE} {{ {_TAGS} }} drop",
@@ -91,6 +110,53 @@ def unguard(bridge: str, *, last: bool) -> None:
         nft.run("\n".join(lines) + "\n")
 
 
+def guard_others(others: Others) -> None:
+    """Guard these bridges of others, and no further ones; without any guard left, delete both tables.
+
+    Raises HostRefused.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        lines = _others_lines(others) if others.bridges or guarded_bridges() else _without_tables()
+        try:
+            with Nft(None) as nft:
+                nft.run("\n".join(lines) + "\n")
+            return
+        except NftRefused:  # a VM may have been unplugged meanwhile
+            if not tries_left:
+                raise
+
+
+def _others_lines(others: Others) -> list[str]:
+    found = {it.name for it in links.find_links(None, sorted(others.closed | others.ports))}
+    others = msgspec.structs.replace(others, closed=others.closed & found, ports=others.ports & found)
+    had, table = guarded_others(), f"{GUARD_FAMILY} {GUARD_TABLE}"
+    lines = [f"add table {table}"]
+    for prefix, those, before, policy, rule in (
+        (TO_BRIDGE, others.closed, had.closed, "drop", _ASKED_FOR),  # guard: bridges-of-others-are-closed
+        (FROM_PORT, others.ports, had.ports, "accept", _NOT_CONTROL),  # guard: ports-of-others-are-guarded
+    ):
+        for link in sorted(before - those):
+            chain = f"chain {table} {prefix}{link}"
+            lines += [f"add {chain}", f"flush {chain}", f"delete {chain}"]
+        for link in sorted(those):
+            hook = f'type filter hook ingress device "{link}" priority filter; policy {policy};'
+            chain = f"{table} {prefix}{link}"
+            lines += [f"add chain {chain} {{ {hook} }}", f"flush chain {chain}", f"add rule {chain} {rule}"]
+    lines += _frames_table()
+    sets = (
+        (OTHERS, others.bridges),
+        (OTHERS_UPLINKS, others.uplinks),  # guard: uplinks-of-others-are-guarded
+    )
+    for name, elements in sets:
+        lines += [f"flush set {FRAMES_FAMILY} {GUARD_TABLE} {name}", *_elements("add", name, sorted(elements))]
+    return lines
+
+
+def _without_tables() -> list[str]:
+    tables = [f"table {family} {GUARD_TABLE}" for family in (GUARD_FAMILY, FRAMES_FAMILY)]
+    return [f"{verb} {table}" for verb in ("add", "delete") for table in tables]
+
+
 def _former_uplinks(guarded: frozenset[str]) -> set[str]:
     """The uplinks that are gone, or are no longer a port of one of the bridges in ``guarded``."""
     uplinks = guarded_uplinks()
@@ -103,7 +169,7 @@ def _frames_table() -> list[str]:
     """Add the table with its sets and rules, or replace its rules by the same."""
     table = f"{FRAMES_FAMILY} {GUARD_TABLE}"
     lines = [f"add table {table}"]
-    lines += [f"add set {table} {name} {{ type ifname; }}" for name in (GUARDED, UPLINKS)]
+    lines += [f"add set {table} {name} {{ type ifname; }}" for name in (GUARDED, UPLINKS, OTHERS, OTHERS_UPLINKS)]
     for chain in _RULES:
         hook = f" {{ type filter hook {chain} priority filter; policy accept; }}" if chain != "wire" else ""
         lines.append(f"add chain {table} {chain}{hook}")

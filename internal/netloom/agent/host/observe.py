@@ -48,6 +48,8 @@ from netloom.render.want import Want
 # The kinds of the links that the kernel itself adds to each new namespace (tunl0, sit0 and the like).
 _KINDS_IN_NEW_NAMESPACES = ("ipip", "sit", "gre", "ip6tnl", "vti")
 
+_ABOVE = ("vlan", "macvlan", "macvtap", "ipvlan")  # the kinds of links that take frames from a bridge below them
+
 
 def observe(
     scope_id: str,
@@ -115,10 +117,14 @@ def observe(
 
 
 def our_shared_links() -> dict[str, HostLink]:
-    """The bridges, VLAN links and tunnels of the host that are ours, and the bridges' ports. Raises HostRefused."""
+    """The bridges, VLAN links and tunnels of the host that are ours, and the bridges of others that our ports are in.
+
+    Also the ports of all these bridges. Raises HostRefused.
+    """
     with Socket(netlink.NETLINK_ROUTE) as host:
         listed = [link for kind in ("bridge", *CARRIERS) for link in links.list_links_over(host, kind=kind)]
-        found = _by_index(link for link in listed if _ours(link))
+        joined = {it.master_index for it in links.list_links_over(host, kind="veth") if _ours(it)}
+        found = _by_index(link for link in listed if _ours(link) or (link.kind == "bridge" and link.index in joined))
         for bridge in [link for link in found.values() if link.kind == "bridge"]:
             found |= _by_index(links.list_links_over(host, master=bridge.index))
         return _described(host, found, Want(namespace=""))
@@ -215,7 +221,7 @@ def _process_in(namespace: str) -> str:
 def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str]) -> dict[int, Link]:
     """The links, by index, that the scope uses or used: its ports, their bridges, and what carries the segments.
 
-    Of a bridge all ports are added if the bridge may have to be removed, or carries a segment itself.
+    Of a bridge all ports are added if the bridge may have to be removed, carries a segment itself, or is another's.
     """
     found = _by_index(links.find_links_over(host, also | _names_in(want)))
     other_ends = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
@@ -224,8 +230,8 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
     bridges = {link.master_index for link in found.values() if link.master_index}
     found |= _by_index(links.find_links_over(host, bridges - found.keys()))
     left = _bridges_to_leave(found, want)
-    nics = {port.segment.nic for port in want.ports if port.segment.vlan == UNTAGGED}
-    bridges = {it.index for it in found.values() if it.kind == "bridge" and (_ours(it) or it.name in nics)} | left
+    ours = {it.index for it in found.values() if it.kind == "bridge" and _ours(it)}
+    bridges = ours | left | _of_others(found, want)
     for bridge in [it for it in found.values() if it.kind == "bridge" and it.index in bridges]:
         found |= _by_index(links.list_links_over(host, master=bridge.index))
     return found
@@ -264,9 +270,36 @@ def _bridges_to_leave(found: dict[int, Link], want: Want) -> set[int]:
     return {link.index for link in found.values() if link.index in bridges and link.name not in wanted}
 
 
+def _of_others(found: dict[int, Link], want: Want) -> set[int]:
+    """The bridges of others that a port of ours is in, or will be in."""
+    segments = {port.segment for port in want.ports}
+    carriers = {it.nic if it.vlan == UNTAGGED else it.vlan_link for it in segments}
+    tags = {(it.kind, it.vlan) for it in segments}
+    joined = {
+        link.master_index
+        for link in found.values()
+        if (link.kind == "veth" and _ours(link)) or link.name in carriers or (link.kind, str(link.vlan_id)) in tags
+    }
+    named = carriers | {it.bridge for it in segments}
+    return {
+        link.index
+        for link in found.values()
+        if link.kind == "bridge" and not _ours(link) and (link.index in joined or link.name in named)
+    }
+
+
+def _below(host: Socket, bridges: set[int]) -> set[int]:
+    """Those of the bridges that the host has a link above."""
+    kinds = _ABOVE if bridges else ()
+    above = [link for kind in kinds for link in links.list_links_over(host, kind=kind) if link.peer_netns is None]
+    return bridges & {link.parent_index for link in above if link.parent_index}
+
+
 def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, HostLink]:
     """The links by name, with the names of the links that they refer to by index."""
     addresses_of = _host_addresses(host, found, _addresses_needed(found, want))
+    others = _of_others(found, want)
+    below = _below(host, others) | {index for index in others if found[index].master_index}
     speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link))
     return {
         link.name: HostLink(
@@ -281,6 +314,9 @@ def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, Ho
             addresses=addresses_of.get(link.index, ()),
             ipv6=link.name in speaking_ip6,
             mtu=link.mtu,
+            vlan_filtering=link.vlan_filtering,
+            above=link.index in below,
+            elsewhere=link.peer_netns is not None,
         )
         for link in found.values()
     }
@@ -298,7 +334,7 @@ def _addresses_needed(found: dict[int, Link], want: Want) -> set[int]:
     senders = {link.master_index or link.index for link in found.values() if link.name in vxlan_nics}
     left = _bridges_to_leave(found, want)
     vlan_links_in_left = {link.index for link in found.values() if link.kind == "vlan" and link.master_index in left}
-    return joining | senders | left | vlan_links_in_left
+    return joining | senders | left | vlan_links_in_left | _of_others(found, want)
 
 
 def _host_addresses(host: Socket, found: dict[int, Link], needed: set[int]) -> dict[int, tuple[str, ...]]:

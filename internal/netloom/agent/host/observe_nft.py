@@ -8,12 +8,15 @@ import msgspec
 
 from netloom.agent.kernel import netlink, nft_netlink
 from netloom.agent.kernel.netlink import Socket
+from netloom.plan.have import Others
 from netloom.render.nft import FAMILY, TABLE
 from netloom.render.ruleset import MARKER_PREFIX, Name
 
 GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, with a chain for each bridge of ours
 FRAMES_FAMILY = "bridge"  # of the table GUARD_TABLE that filters the frames of bridges
 GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and their ports that lead to the wire
+OTHERS, OTHERS_UPLINKS = "others", "others_uplinks"  # the same for bridges that others created
+TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -80,3 +83,15 @@ def guarded_uplinks() -> frozenset[str]:
     """The links to which only ordinary frames are forwarded. Raises HostRefused."""
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
         return nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, UPLINKS)
+
+
+def guarded_others() -> Others:
+    """The guard of the bridges of others, as it is loaded. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        chains = [it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE)]
+        return Others(
+            bridges=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS),
+            closed=frozenset(it.removeprefix(TO_BRIDGE) for it in chains if it.startswith(TO_BRIDGE)),
+            ports=frozenset(it.removeprefix(FROM_PORT) for it in chains if it.startswith(FROM_PORT)),
+            uplinks=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS_UPLINKS),
+        )

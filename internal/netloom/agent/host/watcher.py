@@ -29,7 +29,7 @@ from netloom.agent.log import Log
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule
-from netloom.plan.have import ASK_MAIN
+from netloom.plan.have import ASK_MAIN, HostLink
 from netloom.plan.plan import alias_of
 from netloom.render.want import Port, Want
 
@@ -70,7 +70,7 @@ class WatchHandler(Protocol):
         """Converge the scope and return the number of steps; None: it failed, and the handler tries again."""
 
     def tidy_soon(self) -> None:
-        """Schedule a tidy, because a link of the host has gone."""
+        """Schedule a tidy: a link of the host has gone, or the guard of a bridge of others has to follow a change."""
 
 
 class Watcher:
@@ -101,6 +101,7 @@ class Watcher:
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
         self._mtus: dict[str, int] = {}  # NIC, VLAN link or tunnel -> its MTU
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
+        self._own_bridges: set[int] = set()  # their indexes
         self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
         self._timers: dict[str, Timer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,7 +111,7 @@ class Watcher:
 
     def open(self) -> None:
         """Start watching the host. Raises HostRefused."""
-        host, gone = Watch(None, "link"), NamesWatch()
+        host, gone = Watch(None, "link", "address"), NamesWatch()
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}
 
@@ -118,6 +119,7 @@ class Watcher:
             self._host, self._names = host, gone
             self._seen |= seen
             self._masters |= {link.name: link.master_index for link in listed if link.master_index}
+            self._own_bridges |= {link.index for link in listed if _is_own_bridge(link)}
             self._mtus |= {link.name: link.mtu for link in listed if link.kind != "bridge"}
             self._loop.add_reader(host, self._read_host)
             self._loop.add_reader(gone, self._read_names)
@@ -241,6 +243,8 @@ class Watcher:
                     self._schedule(watched, OVERRUN)
             elif isinstance(event.row, Link):
                 self._hear_host(event, event.row)
+            elif isinstance(event.row, AddressRow) and not event.row.link_local:
+                self._hear_address(event.row)
 
     def _events(self, watch: Watch) -> list[Event]:
         try:
@@ -248,6 +252,16 @@ class Watcher:
         except NetloomError as error:
             self._log.line(f"watch: {error}")
             return [Event(kind="overrun")]
+
+    def _hear_address(self, row: AddressRow) -> None:
+        """A bridge of others that the host has an address on must not be closed."""
+        names_of = self._host.names if self._host is not None else {}
+        if row.address.link in {names_of.get(it) for it in self._bridges_of_others()}:
+            self._handler.tidy_soon()
+
+    def _bridges_of_others(self) -> set[int]:
+        """The indexes of the bridges that our ports are in and that somebody else created."""
+        return {self._masters[name] for name in self._ports if name in self._masters} - self._own_bridges
 
     def _hear_host(self, event: Event, link: Link) -> None:
         self._follow_master(event, link)
@@ -284,6 +298,10 @@ class Watcher:
     def _follow_master(self, event: Event, link: Link) -> None:
         """Track bridge ports. Before a bridge is deleted, the kernel releases its ports one by one, VMs' taps too."""
         now = self._clock.time()
+        if _is_own_bridge(link) and not event.gone:
+            self._own_bridges.add(link.index)
+        else:
+            self._own_bridges.discard(link.index)
         had = self._masters.pop(link.name, 0)
         if event.gone:
             released = self._released.pop(link.index, {})
@@ -292,6 +310,9 @@ class Watcher:
                 self._orphaned(link.name, lost)
         elif link.master_index:
             self._masters[link.name] = link.master_index
+            moved = bool(had) and link.name in self._ports
+            if had != link.master_index and (moved or link.master_index in self._bridges_of_others()):
+                self._handler.tidy_soon()  # guard: a-new-port-is-guarded
         elif had:
             self._released.setdefault(had, {})[link.name] = now
 
@@ -351,6 +372,10 @@ class Watcher:
     async def _run(self, watched: _Watched, why: str) -> None:
         if await self._handler.repair(watched.scope_id, f"watch: {why}"):
             watched.repairs.append((self._clock.time(), why))
+
+
+def _is_own_bridge(link: Link) -> bool:
+    return link.kind == "bridge" and HostLink(name=link.name, alias=link.alias).ours
 
 
 def deviation(want: Want, event: Event) -> str:

@@ -48,7 +48,7 @@ _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNS
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL, _IFLA_VXLAN_LIMIT = 2, 3, 5, 9
-_IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_MCAST_SNOOPING = 1, 5, 23
+_IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_VLAN_FILTERING, _IFLA_BR_MCAST_SNOOPING = 1, 5, 7, 23
 _IFLA_BR_GROUP_FWD_MASK, _IFLA_BR_FDB_MAX_LEARNED = 9, 49
 # Addresses that a bridge or a tunnel learns; frames to others are flooded in their segment. Kernels before 6.7 ignore
 # the setting of bridges.
@@ -83,6 +83,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     parent_index: int | None
     peer_netns: int | None
     running: bool
+    vlan_filtering: bool = False  # of a bridge
 
 
 def list_links(namespace: str | None) -> list[Link]:
@@ -129,6 +130,7 @@ def decode_link(payload: bytes) -> Link:
     vlan_id = None
     if kind in ("vlan", "vxlan"):
         vlan_id = number(attribute_map(info.get(_IFLA_INFO_DATA, b"")).get(_IFLA_VLAN_ID))
+    bridge = attribute_map(info.get(_IFLA_INFO_DATA, b"")) if kind == "bridge" else {}
     return Link(
         index=index,
         name=string(values.get(_IFLA_IFNAME)),
@@ -142,6 +144,7 @@ def decode_link(payload: bytes) -> Link:
         parent_index=number(values[_IFLA_LINK]) if _IFLA_LINK in values else None,
         peer_netns=number(values[_IFLA_LINK_NETNSID]) if _IFLA_LINK_NETNSID in values else None,
         running=bool(flags & _IFF_LOWER_UP),
+        vlan_filtering=any(bridge.get(_IFLA_BR_VLAN_FILTERING, b"")),
     )
 
 

@@ -11,7 +11,8 @@ a kernel event         ``Watcher``                                              
 time                   ``keep_checked``: rules, settings and processes, for which   ``keep_checked``
                        there are no events
 end of a process       ``Supervisor``                                               ``revive``
-a link has gone        ``Watcher``                                                  ``tidy_soon``
+a link has gone, or    ``Watcher``                                                  ``tidy_soon``
+joined others' bridge
 a password was taken   ``GuestProcess``                                             ``password_taken``
 a failed convergence   ``Scopes``                                                   ``work_failed``
 new addresses          ``Scopes``                                                   ``work_succeeded``
