@@ -10,7 +10,7 @@ The agent starts it as root, in the network namespace of the scope. The process 
 * of the capabilities those in ``capabilities`` (``net_raw,net_bind_service``), and no way to get others
   (PR_SET_NO_NEW_PRIVS);
 * a filter that refuses system calls which no service needs and which have been used to attack kernels;
-* limits: memory of its own (RLIMIT_DATA), the size of a file, open files, processes; no core dump.
+* limits: memory of its own (RLIMIT_DATA), the size of a file, processes; no core dump.
 
 It runs before each start of a service, so it imports only what it needs. After the root directory has changed nothing
 can be imported.
@@ -46,7 +46,6 @@ USER = "netloom"
 SOCKETS = "/sockets"
 # No file can become larger, so the log cannot. The agent shortens it long before (agent/processes/files.py).
 FILE_BYTES_MAX = 1 << 20
-DESCRIPTORS_MAX = 1 << 16
 PROCESSES_MAX = 4096
 
 # linux/capability.h
@@ -129,7 +128,6 @@ def _enter(uid: int, directory: str, kept: list[int], data_bytes: int) -> None:
     for limit, most in (
         (resource.RLIMIT_DATA, data_bytes),
         (resource.RLIMIT_FSIZE, FILE_BYTES_MAX),  # guard: a-log-has-a-largest-size
-        (resource.RLIMIT_NOFILE, DESCRIPTORS_MAX),
         (resource.RLIMIT_NPROC, PROCESSES_MAX),
         (resource.RLIMIT_CORE, 0),
     ):

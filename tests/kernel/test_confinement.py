@@ -93,7 +93,7 @@ def test_services_have_their_own_user_and_few_privileges() -> None:
                 assert limits(pid).items() >= _LIMITS.items()
                 assert limits(pid)["Max processes"] <= 4096
         assert limits(pids["dns-9204"])["Max data size"] == 128 << 20
-        assert limits(pids["lb"])["Max data size"] == 1 << 30
+        assert limits(pids["lb"])["Max data size"] == (512 + 8000 // 16) << 20
 
 
 def test_a_resolver_that_advertises_an_ipv6_prefix_keeps_the_capabilities_that_it_demands() -> None:

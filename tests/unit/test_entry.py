@@ -28,6 +28,7 @@ DOORS: list[tuple[str, str]] = [
     ("agent uninstall --networks remove", "people"),
     ("agent --help", "people"),
     ("guest", "guest"),
+    ("confine 1 /run", "confine"),
     ("helper", "helper"),
     ("", "people"),
     ("--help", "people"),
