@@ -92,7 +92,7 @@ class MaxConnections(Number):
     """Balanced connections of one network or VPC at the same time. haproxy needs two descriptors for each."""
 
     LOW = 100
-    HIGH = 30_000  # of the 65,536 descriptors that a service may have (netloom/confine.py)
+    HIGH = 30_000
     WHAT = "a number of connections"
 
 
