@@ -122,12 +122,9 @@ static int is_unpacked(const char *build) {
     if (snprintf(program, sizeof program, "%s/" PROGRAM, build) >= (int)sizeof program) return 0;
     if (lstat(build, &directory) || lstat(program, &file)) return 0;
     if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid()) return 0;
-    if (directory.st_mode & 077) {
-        /* Unpack it anew if others could have changed it. */
-        if (chmod(build, 0700) || (directory.st_mode & 022)) {
-            nftw(build, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
-            return 0;
-        }
+    if (directory.st_mode & 077) { /* others could have changed it: unpack it anew */
+        nftw(build, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+        return 0;
     }
     if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022)) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;

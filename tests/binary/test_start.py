@@ -275,6 +275,17 @@ def test_a_program_planted_by_another_user_is_not_run(room: Room) -> None:
     assert room.run(f"{RUN} version", HOME="/root", NETLOOM_DIR="/tmp/d").stdout.startswith(SAYS)
 
 
+def test_widened_directories_are_made_private_again(room: Room) -> None:
+    """Other users' files are removed. The build is unpacked anew, because they could have changed it."""
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    home, build = "/root/.cache/netloom", f"/root/.cache/netloom/programs/{build_id()}"
+    room.run(f"chmod 777 {home} {home}/programs {build}; touch {home}/planted; chown {NOBODY} {home}/planted")
+    room.run(f"echo '#!/bin/sh' >{build}/netloom.bin")
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    assert room.run(f"stat -c %a {home} {home}/programs {build}").stdout.split() == ["700"] * 3
+    assert room.run(f"ls {home}/planted").returncode != 0
+
+
 @pytest.mark.parametrize(("disk", "why"), [("size=20m", "19 MB free"), ("size=200m,nr_inodes=8", "unpacking failed")])
 def test_a_full_disk_is_reported_and_leaves_no_partial_unpack(room: Room, disk: str, why: str) -> None:
     for directory in ("/root", "/var/cache", "/var/tmp"):

@@ -6,6 +6,8 @@ The device is the namespace of a scope. Rules recognise links by their names (``
 
 from __future__ import annotations
 
+from typing import Literal
+
 from netloom import names
 from netloom.state import Network
 
@@ -43,7 +45,7 @@ def device_services(network: Network, *, ping: bool) -> tuple[str, ...]:
     )
 
 
-def refusals(packets: str) -> tuple[str, ...]:
+def refusals(packets: str, icmp: Literal["icmp", "icmpv6"] = "icmp") -> tuple[str, ...]:
     """The rules that answer requests to closed ports: TCP with a reset, UDP with "port unreachable".
 
     ``packets``: matches only packets of own guests to addresses of the device. Other machines get no answer. ICMP
@@ -52,7 +54,7 @@ def refusals(packets: str) -> tuple[str, ...]:
     limit = "limit rate 5/second burst 10 packets"  # guard: refusals-of-udp-are-limited
     return (
         f"{packets} meta l4proto tcp reject with tcp reset",  # guard: a-closed-port-of-the-device-is-refused
-        f"{packets} meta l4proto udp {limit} reject with icmpx type port-unreachable",
+        f"{packets} meta l4proto udp {limit} reject with {icmp} type port-unreachable",
     )
 
 
