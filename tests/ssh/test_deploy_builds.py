@@ -138,7 +138,7 @@ def test_a_newer_build_takes_over_without_affecting_networks(
 def ruleset(host: Host) -> str:
     """The ruleset of the network with all handles, without the elements that packets add."""
     listed = host.sh("ip netns exec cs-net-204 nft -s -a list ruleset")
-    return re.sub(r"(set \w+ \{[^{}]*flags dynamic[^{}]*)elements = \{[^}]*\}", r"\1", listed)
+    return re.sub(r"(set \w+ \{[^{}]*flags dynamic[^{}]*?)\s*elements = \{[^}]*\}", r"\1", listed)
 
 
 def test_only_the_previous_build_is_kept(bed: Bed, host: Host, files: OneFiles, older: Path, two: Path) -> None:
