@@ -182,7 +182,6 @@ def test_vms_cannot_take_the_name_data_server(host: AgentHost) -> None:
         assert dig(host, name, "A") == SERVER
 
 
-@pytest.mark.mutation("resolver-reads-no-hosts-file")
 def test_local_and_external_names_resolve_over_udp_and_tcp(host: AgentHost) -> None:
     done(host.call("032", "add-dhcp-entry", ip6_address="fd00:1::45"))
     done(host.call("034", "add-dns-entry", ip6_address="fd00:1::45"))
@@ -272,7 +271,6 @@ def dig(host: AgentHost, *words: str) -> str:
     return " ".join(host.run(*asked, namespace=WEB, check=False).split())
 
 
-@pytest.mark.mutation("resolver-of-this-host")
 def test_dnsmasq_starts_when_the_group_is_named_nobody() -> None:
     """Enterprise Linux has no group ``nogroup``; the group is named ``nobody``."""
     with agent_host() as host:
@@ -563,7 +561,7 @@ def test_defect_25_the_resolver_is_reachable_in_any_order_of_commands(order: tup
 
 
 @pytest.mark.mutation(
-    "a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _NetworkRuntime(table))"
+    "a-network-has-its-own-leases", instead="next(iter(self._networks.values()), _NetworkRuntime(table, self._unread))"
 )
 def test_defect_27_networks_with_equal_subnets_have_separate_leases(host: AgentHost) -> None:
     other = {"network_id": "205", "vlan": "1377"}

@@ -151,7 +151,7 @@ def test_defect_07_a_wrong_rule_refuses_the_whole_call(rule: dict[str, object], 
     assert refusal(ApplyFwRules, fw_rules=fw(**rule)).startswith(told)
 
 
-@pytest.mark.mutation("an-invalid-item-does-not-stop-a-network")
+@pytest.mark.mutation("an-invalid-item-does-not-stop-a-network", instead="invalid")
 @pytest.mark.parametrize("wrong", [{"portStart": 99999}, {"sourceCidrs": ["10.0.0.0/33"]}, {"protocol": "tls"}])
 def test_a_wrong_rule_does_not_stop_a_network_that_is_being_implemented(wrong: dict[str, object]) -> None:
     told = payload(ApplyFwRules, network_state="implementing", fw_rules=fw(**wrong)).fw_rules

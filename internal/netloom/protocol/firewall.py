@@ -101,7 +101,7 @@ class FwRules(Items[FwRule]):
     def parse(cls, value: object) -> FwRules:
         """Raises ValueError if ``value`` is not an object, BadRequest if one of its two fields is missing or wrong."""
         if not isinstance(value, dict):
-            raise ValueError("expected an object")  # guard: fw-rules-is-an-object-that-must-be-there
+            raise ValueError("expected an object")
         given = convert(value, _Rules, root="payload.fw_rules")
 
         def wider(rule: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -115,7 +115,7 @@ class FwRules(Items[FwRule]):
 class ApplyFwRules(NetworkPayload, frozen=True, kw_only=True):
     """apply-fw-rules: replace the firewall."""
 
-    fw_rules: FwRules
+    fw_rules: FwRules  # guard: fw-rules-is-an-object-that-must-be-there
 
     def __post_init__(self) -> None:
         refuse_invalid(self.network_state, self.fw_rules.invalid)

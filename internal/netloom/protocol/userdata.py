@@ -25,7 +25,7 @@ class Directory(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         directory = _DIRECTORIES.get(value.lower()) if isinstance(value, str) else None
-        if directory is None:  # guard: a-metadata-directory-is-known
+        if directory is None:
             raise ValueError(f"{quoted(value)} is none of userdata, metadata, password")
         return cls(directory)
 
@@ -52,9 +52,11 @@ class GivenItem(msgspec.Struct, frozen=True, kw_only=True):
     def valid_item(self) -> VmDataItem | None:
         """The item, or None if its name or directory is invalid."""
         place, name = self.dir.reveal().lower(), self.file.reveal()
-        if place not in _DIRECTORIES or not is_item_name(name):
+        if place not in _DIRECTORIES:  # guard: a-metadata-directory-is-known
             return None
-        return VmDataItem(dir=Directory.parse(place), file=ItemName(name), content=self.content)
+        if not is_item_name(name):
+            return None
+        return VmDataItem(dir=Directory(_DIRECTORIES.get(place, place)), file=ItemName(name), content=self.content)
 
 
 class SaveVmData(KnownNic, frozen=True, kw_only=True):
