@@ -7,7 +7,7 @@ from typing import Self
 import msgspec
 
 from netloom.protocol.nic import KnownNic
-from netloom.protocol.scalars import Content, ItemName, Password, Text, is_item_name, quoted
+from netloom.protocol.scalars import Content, ItemName, Password, Text, quoted
 
 # The client's names of the directories, and the names in CloudStack's documentation for the same ones.
 _DIRECTORIES = {
@@ -25,7 +25,7 @@ class Directory(str):
     @classmethod
     def parse(cls, value: object) -> Self:
         directory = _DIRECTORIES.get(value.lower()) if isinstance(value, str) else None
-        if directory is None:
+        if directory is None:  # guard: a-metadata-directory-is-known
             raise ValueError(f"{quoted(value)} is none of userdata, metadata, password")
         return cls(directory)
 
@@ -51,12 +51,11 @@ class GivenItem(msgspec.Struct, frozen=True, kw_only=True):
 
     def valid_item(self) -> VmDataItem | None:
         """The item, or None if its name or directory is invalid."""
-        place, name = self.dir.reveal().lower(), self.file.reveal()
-        if place not in _DIRECTORIES:  # guard: a-metadata-directory-is-known
+        try:
+            directory, name = Directory.parse(self.dir.reveal()), ItemName.parse(self.file.reveal())
+        except ValueError:
             return None
-        if not is_item_name(name):
-            return None
-        return VmDataItem(dir=Directory(_DIRECTORIES.get(place, place)), file=ItemName(name), content=self.content)
+        return VmDataItem(dir=directory, file=name, content=self.content)
 
 
 class SaveVmData(KnownNic, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ changed by one thread at a time.
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import threading
 import time
 from itertools import takewhile
@@ -15,14 +14,13 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
-from netloom.agent.environment import PATH
 from netloom.agent.host import flows
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
 from netloom.agent.host.observe import observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
-from netloom.agent.kernel import arp, namespaces, sysctl
+from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import Have, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
@@ -257,21 +255,8 @@ class KernelHost:
 
 
 def load_modules() -> None:
-    """Load the kernel modules that are not loaded on first use. Conntrack's sysctls need its module.
-
-    Failures are ignored: the kernel may have them built in. If a feature is really missing, the step that needs it
-    reports it.
-    """
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            ["modprobe", "--all", "--quiet", *_MODULES],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={"PATH": PATH},
-            timeout=20,
-            check=False,
-        )
+    """Load the kernel modules that are not loaded on first use. Conntrack's sysctls need its module."""
+    modules.load(_MODULES)
 
 
 def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Iterable
 
-from netloom.agent.environment import PATH
+from netloom.agent.kernel import modules
 from netloom.agent.kernel.nft import Nft, NftError, NftRefused
 from netloom.render import helpers
 from netloom.render.ruleset import Ruleset, fresh
@@ -24,7 +23,7 @@ def missing(names: Iterable[str]) -> tuple[str, ...]:
     if not unknown:
         return ()
     # The kernel loads nf_conntrack_<name> by itself, but not always nf_nat_<name>.
-    _load_modules([module for name in unknown for module in helpers.modules(name)])
+    modules.load(module for name in unknown for module in helpers.modules(name))
     try:
         with Nft(None) as nft:
             for name in unknown:
@@ -35,17 +34,3 @@ def missing(names: Iterable[str]) -> tuple[str, ...]:
     except NftError:
         return ()
     return tuple(name for name in unknown if name not in _offered)
-
-
-def _load_modules(modules: list[str]) -> None:
-    """Failures are ignored, as in ``converge.load_modules``: the probe says what is missing."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(
-            ["modprobe", "--all", "--quiet", *modules],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={"PATH": PATH},
-            timeout=20,
-            check=False,
-        )
