@@ -56,4 +56,4 @@ def test_what_cloudstack_stores_is_carried_out(rule: dict[str, Any], stored: lis
 def test_an_item_that_is_not_in_force_is_remembered() -> None:
     scope = tier({**ITEM, "protocol": "t"})
     (reasons,) = scope.left_out.values()
-    assert reasons == ("item 5: part of a protocol's name is not a protocol",)
+    assert reasons == ("item 5: its protocol is not a whole name of a protocol",)

@@ -121,7 +121,7 @@ def test_what_is_not_in_force_is_remembered_until_the_next_list() -> None:
     ).scope
     assert scope.left_out == {
         "apply-fw-rules 204": (
-            "rule 5: part of a protocol's name is not a protocol",
+            "rule 5: its protocol is not a whole name of a protocol",
             "rule 6: CloudStack did not find its public address",
         )
     }

@@ -26,7 +26,7 @@ def apply_network_acl(scope: Scope, payload: ApplyNetworkAcl, context: Context) 
     for rule in sorted(payload.acl_rules.items, key=lambda rule: rule.number):
         items += _items(rule)
         if not rule.protocol:
-            left_out.append(f"item {int(rule.number)}: part of a protocol's name is not a protocol")
+            left_out.append(f"item {int(rule.number)}: its protocol is not a whole name of a protocol")
     # A list without an egress item allows egress. This list has one, though no packet can match it.
     if payload.acl_rules.has_egress and not any(
         it.direction == "egress" for it in items

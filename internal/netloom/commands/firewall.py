@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom.commands.nat import address_next_to
-from netloom.commands.transition import Context, network_of, with_left_out, with_network
+from netloom.commands.transition import Context, is_shutting_down, network_of, with_left_out, with_network
 from netloom.protocol.firewall import ApplyFwRules, FwRule
 from netloom.state import PROTOCOLS_WITH_PORTS, Firewall, FirewallRule, Ports, PublicIp, Scope
 
@@ -31,7 +31,7 @@ def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Sco
         if rule.type == "ingress" and not rule.public_ip:
             left_out.append(f"rule {int(rule.id)}: CloudStack did not find its public address")
         if not rule.protocol:
-            left_out.append(f"rule {int(rule.id)}: part of a protocol's name is not a protocol")
+            left_out.append(f"rule {int(rule.id)}: its protocol is not a whole name of a protocol")
     rules.sort(key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
     firewall = Firewall(default_egress_allow=given.default_egress_allow, rules=tuple(rules))
     network = replace(network_of(scope, payload, context), firewall=firewall)
@@ -45,7 +45,7 @@ def _with_addresses(scope: Scope, payload: ApplyFwRules, rules: Iterable[Firewal
     While CloudStack shuts the network down, it still sends the rules, and nothing is assigned anew.
     """
     assigned = dict(scope.public_ips)
-    if payload.network_state in ("shutdown", "destroy"):
+    if is_shutting_down(payload):
         return assigned
     for address in sorted({it.public_ip for it in rules} - assigned.keys() - {""}):
         if held := address_next_to(assigned.values(), address, str(payload.network_id)):

@@ -15,6 +15,7 @@ from netloom.commands.transition import (
     Transitioned,
     for_known_network,
     for_network,
+    is_shutting_down,
     new_scope,
     with_registration,
 )
@@ -160,7 +161,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     if row.transition is None:
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
-        if row.kind == "removes" or (row.kind == "builds" and _is_shutting_down(payload)):
+        if row.kind == "removes" or (row.kind == "builds" and is_shutting_down(payload)):
             return Transitioned(scope=None)
         scope = new_scope(context)
     wanted = row.transition(with_registration(scope, context.registration), payload, context)
@@ -183,8 +184,3 @@ def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, cont
             f"{context.scope_id} belongs to {scope.owner!r}, not to {context.registration.owner!r}",
             hint="use another host, or give both registrations the same detail owner",
         )
-
-
-def _is_shutting_down(payload: msgspec.Struct) -> bool:
-    """Whether CloudStack is removing the network. It still sends rules then, which must not create the scope anew."""
-    return getattr(payload, "network_state", "") in ("shutdown", "destroy")

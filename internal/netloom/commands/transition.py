@@ -95,6 +95,11 @@ def with_left_out(scope: Scope, command: str, network_id: str, left_out: Sequenc
     return replace(scope, left_out={**others, key: tuple(reasons)})
 
 
+def is_shutting_down(payload: msgspec.Struct) -> bool:
+    """Whether CloudStack is removing the network. It still sends rules then, which must not create the scope anew."""
+    return getattr(payload, "network_state", "") in ("shutdown", "destroy")
+
+
 def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, Context], Scope]:
     """Make a transition of the scope from a function that changes one network. The network is added if necessary."""
 
