@@ -179,7 +179,8 @@ static void hold_signals(int how) {
     sigprocmask(how, &ending, NULL);
 }
 
-/* Execute the program from ``directory``; ``is_ours``: see is_private. Returns 0 if it cannot be used, and -1 in the child that unpacks. */
+/* Execute the program from ``directory``; ``is_ours``: see is_private. Returns 0 if it cannot be used, and -1 in the child
+ * that unpacks. */
 static int start_from(const char *directory, int is_ours, char **argv) {
     char programs[PATH_MAX], build[PATH_MAX], program[PATH_MAX], self[PATH_MAX];
     if (directory[0] != '/' || strlen(directory) > PATH_MAX - 256) return no(directory, "not an absolute path");

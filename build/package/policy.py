@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 CARRIED = {
-    # The exception permits to convey what Nuitka's compilation links into its output under any terms.
+    # The exception allows distribution, under any terms, of what Nuitka's compilation links into its output.
     "AGPL-3.0-or-later WITH AdditionRef-Nuitka-Runtime-Library-Exception-1.0",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",

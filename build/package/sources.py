@@ -81,8 +81,8 @@ def sources() -> list[Source]:
             proof=(_HEADER, r"XML_MAJOR_VERSION 2\n#define XML_MINOR_VERSION 5\n#define XML_MICRO_VERSION 0\n"),
         ),
         Source(
-            # The files of glibc that zig links into every program: start code, and a few functions. Their authors
-            # permit to distribute such a program without restrictions.
+            # The files of glibc that zig links into every program: start code, and a few functions. Their licence
+            # allows the distribution of such a program without restrictions.
             "glibc", "2.28", "LGPL-2.1-or-later WITH AdditionRef-glibc-start-files-exception", "pkg:generic/glibc@2.28",
             (
                 Place("wheel", "ziglang/lib/libc/glibc/csu/elf-init-2.33.c"),

@@ -26,19 +26,8 @@ import signal
 import struct
 from collections.abc import Sequence
 
-from netloom.seccomp import (
-    AUDIT_ARCHES,
-    JEQ,
-    JSET,
-    RET,
-    RET_ALLOW,
-    RET_ERRNO,
-    Instruction,
-    argument,
-    assemble,
-    head,
-    install,
-)
+from netloom import seccomp
+from netloom.seccomp import ALLOW, Instruction, if_equal
 
 # The name of the user and of the group in the root directory of a service. Its number is that of the scope.
 USER = "netloom"
@@ -72,15 +61,9 @@ _FAMILIES = (1, 2, 10, 16)
 # clone(2) with one of these flags makes a namespace: mount, cgroup, UTS, IPC, user, PID, network.
 _CLONE_NAMESPACES = 0x7E020000
 
-
-def _numbers(table: str) -> dict[str, int]:
-    words = table.split()
-    return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
-
-
 # Numbers from asm/unistd_64.h and asm-generic/unistd.h.
 _REFUSED = {
-    "x86_64": _numbers("""
+    "x86_64": seccomp.numbers("""
         ptrace 101  syslog 103  personality 135  ustat 136  sysfs 139  pivot_root 155  adjtimex 159  chroot 161
         acct 163  settimeofday 164  mount 165  umount2 166  swapon 167  swapoff 168  reboot 169  sethostname 170
         setdomainname 171  iopl 172  ioperm 173  init_module 175  delete_module 176  quotactl 179  lookup_dcookie 212
@@ -91,7 +74,7 @@ _REFUSED = {
         io_uring_register 427  open_tree 428  move_mount 429  fsopen 430  fsconfig 431  fsmount 432  fspick 433
         pidfd_getfd 438  mount_setattr 442
     """),
-    "aarch64": _numbers("""
+    "aarch64": seccomp.numbers("""
         lookup_dcookie 18  umount2 39  mount 40  pivot_root 41  chroot 51  quotactl 60  acct 89  personality 92
         unshare 97  kexec_load 104  init_module 105  delete_module 106  clock_settime 112  syslog 116  ptrace 117
         reboot 142  sethostname 161  setdomainname 162  settimeofday 170  adjtimex 171  add_key 217  request_key 218
@@ -151,8 +134,8 @@ def _enter(uid: int, directory: str, kept: list[int], data_bytes: int) -> None:
         _check("prctl", _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability))
     _check("prctl", _prctl(_PR_SET_NO_NEW_PRIVS, 1))  # guard: a-service-gets-no-new-privileges
     machine = os.uname().machine
-    if machine in AUDIT_ARCHES:
-        install(_libc, call_filter(machine))  # guard: a-service-has-a-filter
+    if machine in seccomp.AUDIT_ARCHES:
+        seccomp.install(_libc, call_filter(machine))  # guard: a-service-has-a-filter
 
 
 def _enter_root(uid: int, directory: str) -> None:
@@ -196,23 +179,19 @@ def call_filter(machine: str) -> bytes:
 
     clone3 fails with ENOSYS, as on an old kernel: a filter cannot see its flags, and libraries use clone then.
     """
-    refuse = (RET, 0, 0, RET_ERRNO | errno.EPERM)
-    program = head(AUDIT_ARCHES[machine])
+    refused = [seccomp.refuse(errno.EPERM)]
+    program = seccomp.head(seccomp.AUDIT_ARCHES[machine])
     for number in _REFUSED[machine].values():
-        program += [(JEQ, 0, 1, number), refuse]
-    program += [(JEQ, 0, 1, _CLONE3), (RET, 0, 0, RET_ERRNO | errno.ENOSYS)]
-    program += _when(_CLONE[machine], [argument(0), (JSET, 0, 1, _CLONE_NAMESPACES), refuse])
-    families: list[Instruction] = [argument(0)]
+        program += if_equal(number, refused)
+    program += if_equal(_CLONE3, [seccomp.refuse(errno.ENOSYS)])
+    clone = [seccomp.argument(0), *seccomp.if_any_bit(_CLONE_NAMESPACES, refused), ALLOW]
+    program += if_equal(_CLONE[machine], clone)
+    socket: list[Instruction] = [seccomp.argument(0)]
     for family in _FAMILIES:
-        families += [(JEQ, 0, 1, family), (RET, 0, 0, RET_ALLOW)]
-    program += _when(_SOCKET[machine], [*families, (RET, 0, 0, RET_ERRNO | errno.EAFNOSUPPORT)])
-    return assemble([*program, (RET, 0, 0, RET_ALLOW)])
-
-
-def _when(number: int, body: list[Instruction]) -> list[Instruction]:
-    """Execute ``body`` for the call ``number``, and allow the call when it does not return."""
-    body = [*body, (RET, 0, 0, RET_ALLOW)]
-    return [(JEQ, 0, len(body), number), *body]
+        socket += if_equal(family, [ALLOW])
+    socket += [seccomp.refuse(errno.EAFNOSUPPORT), ALLOW]
+    program += if_equal(_SOCKET[machine], socket)
+    return seccomp.assemble([*program, ALLOW])
 
 
 def _mount_read_only(source: str, target: str, flags: int = _MS_NOSUID | _MS_NODEV) -> None:

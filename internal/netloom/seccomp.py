@@ -5,19 +5,42 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 # linux/seccomp.h, linux/prctl.h, linux/audit.h
-RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+_RET_ALLOW, _RET_ERRNO, _RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
-LD_W_ABS, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
 _X32_BIT = 0x40000000
+
+ALLOW: Instruction = (_RET, 0, 0, _RET_ALLOW)  # returns: the system call is executed
+
+
+def numbers(table: str) -> dict[str, int]:
+    """The numbers of system calls by name, from a text of names and numbers in turn."""
+    words = table.split()
+    return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
+
+
+def refuse(error: int) -> Instruction:
+    """Return: the system call fails with this errno."""
+    return (_RET, 0, 0, _RET_ERRNO | error)
+
+
+def if_equal(value: int, body: Sequence[Instruction]) -> list[Instruction]:
+    """Execute ``body`` only if the loaded value is this one."""
+    return [(_JEQ, 0, len(body), value), *body]
+
+
+def if_any_bit(bits: int, body: Sequence[Instruction]) -> list[Instruction]:
+    """Execute ``body`` only if the loaded value has one of these bits."""
+    return [(_JSET, 0, len(body), bits), *body]
 
 
 def head(audit: int) -> list[Instruction]:
@@ -26,18 +49,18 @@ def head(audit: int) -> list[Instruction]:
     A system call of another architecture kills the process. One of x32 fails with EPERM.
     """
     return [
-        (LD_W_ABS, 0, 0, _ARCH_AT),
-        (JEQ, 1, 0, audit),
-        (RET, 0, 0, RET_KILL_PROCESS),
-        (LD_W_ABS, 0, 0, _NUMBER_AT),
-        (JGE, 0, 1, _X32_BIT),
-        (RET, 0, 0, RET_ERRNO | errno.EPERM),
+        (_LD_W_ABS, 0, 0, _ARCH_AT),
+        (_JEQ, 1, 0, audit),
+        (_RET, 0, 0, _RET_KILL_PROCESS),
+        (_LD_W_ABS, 0, 0, _NUMBER_AT),
+        (_JGE, 0, 1, _X32_BIT),
+        refuse(errno.EPERM),
     ]
 
 
 def argument(index: int) -> Instruction:
     """Load the lower half of a 64-bit argument. All supported architectures are little-endian."""
-    return (LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
+    return (_LD_W_ABS, 0, 0, _ARGS_AT + 8 * index)
 
 
 def assemble(program: Iterable[Instruction]) -> bytes:

@@ -245,7 +245,7 @@ def test_reverse_questions_about_private_addresses_do_not_leave(host: AgentHost)
 
 
 @pytest.mark.mutation("resolver-does-not-tell-its-version")
-def test_the_resolver_does_not_tell_what_it_is(host: AgentHost) -> None:
+def test_the_resolver_does_not_tell_its_version(host: AgentHost) -> None:
     lease(host, WEB)
     for name in ("version.bind", "authors.bind", "copyright.bind", "cachesize.bind", "version.server", "id.server"):
         assert dig(host, "CH", "TXT", name) == dig(host, "TXT", name, "+tcp", "-c", "CH") == ""

@@ -11,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
+from kernel.agent_host import wait_until
 from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.processes import files, process, services
@@ -63,17 +63,10 @@ def two_scopes() -> Iterator[tuple[Supervisor, dict[str, int], dict[str, int]]]:
         try:
             pids = {**it.states()[SCOPE], "other": it.states()[OTHER]["dns-9204"]}
             users = {scope_id: os.stat(Path(other.directory).parents[1] / scope_id).st_gid for scope_id in it.scopes()}
-            until(lambda: all(status(pid)["Uid"].split()[0] != "0" for pid in pids.values()))
+            wait_until(lambda: all(status(pid)["Uid"].split()[0] != "0" for pid in pids.values()))
             yield it, pids, users
         finally:
             stop_all(it)
-
-
-def until(so: Callable[[], bool], wait_s: float = 30.0) -> None:
-    deadline = time.monotonic() + wait_s
-    while not so():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.mark.mutation("a-service-has-the-user-of-its-scope")
@@ -210,9 +203,9 @@ def test_a_log_stays_below_its_bound_under_a_flood() -> None:
         it.converge(SCOPE, NAMESPACE, (flood,))
         pid = it.states()[SCOPE][flood.name]
         # The kernel refuses what exceeds the limit, also while no agent runs. The process goes on.
-        until(lambda: log.stat().st_size > (1 << 20) - 100)
+        wait_until(lambda: log.stat().st_size > (1 << 20) - 100)
         spent = cpu_ticks(pid)
-        until(lambda: cpu_ticks(pid) > spent + 20)
+        wait_until(lambda: cpu_ticks(pid) > spent + 20)
         assert log.stat().st_size <= 1 << 20
         for _ in range(3):
             os.kill(pid, signal.SIGSTOP)
@@ -220,7 +213,7 @@ def test_a_log_stays_below_its_bound_under_a_flood() -> None:
             assert log.stat().st_size <= files.LOG_BYTES_MAX
             size = log.stat().st_size
             os.kill(pid, signal.SIGCONT)
-            until(lambda: log.stat().st_size > size)  # noqa: B023
+            wait_until(lambda: log.stat().st_size > size)  # noqa: B023
         os.kill(pid, signal.SIGSTOP)
         assert b"\0" not in log.read_bytes()
         assert log.read_bytes().startswith(b"(older lines were removed)\nxxx")
@@ -238,8 +231,8 @@ def test_the_messages_of_resolver_and_balancer_are_in_their_logs() -> None:
         wanted = (dnsmasq.service(SCOPE, NETWORK), balancer())
         it.converge(SCOPE, NAMESPACE, wanted)
         resolver, balance = (files.log_path(service) for service in wanted)
-        until(lambda: "started, version" in resolver.read_text())
-        until(lambda: "rule-1/10.10.1.1:9000 is DOWN" in balance.read_text())
+        wait_until(lambda: "started, version" in resolver.read_text())
+        wait_until(lambda: "rule-1/10.10.1.1:9000 is DOWN" in balance.read_text())
 
 
 @pytest.mark.mutation("own-ports-are-not-taken")
@@ -268,7 +261,7 @@ def test_processes_of_an_earlier_version_are_replaced_and_their_connections_kept
     argv = ["haproxy", "-W", "-db", "-S", f"{directory}/master.sock,mode,600", "-f", f"{directory}/haproxy.cfg"]
     with inside(NAMESPACE), (directory / "log").open("wb") as log:
         old = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    until(lambda: ("tcp", 8000) in process.listening(old.pid))
+    wait_until(lambda: ("tcp", 8000) in process.listening(old.pid))
     process.write_record(files.record_path(directory), process.record_of(old.pid, "digest"))
     with backend, running_supervisor() as (it, _, _wait_until):
         client, served = connected(backend)

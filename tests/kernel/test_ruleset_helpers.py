@@ -198,7 +198,7 @@ def test_passive_ftp_to_a_guest_works_with_its_helper_only(lab: Lab) -> None:
     assert passive_inward(lab, "vm1", A1.address, 2121) == DATA
 
 
-def test_a_helper_opens_nothing_else(lab: Lab) -> None:
+def test_a_helper_opens_no_other_connection(lab: Lab) -> None:
     lab.renew(with_helpers(INWARD, "ftp", "tftp", "sip", "pptp", "h323", "irc", "amanda", "sane"))
     with FtpServer(lab, "vm2", 21), FtpClient(lab, "inet", A2.address, 21, CLIENT) as client:
         address = endpoint(client._said("PASV"))
@@ -247,7 +247,7 @@ def test_tftp_of_a_guest_works_with_its_helper_only(lab: Lab) -> None:
         assert arrived == got, named
 
 
-def test_the_probe_finds_what_the_kernel_does_not_offer(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_helpers_that_the_kernel_does_not_offer_are_found(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "_offered", set())
     monkeypatch.setitem(helpers.SERVICES, "made_up", (helpers.Service("made_up", "udp", 9),))
     with inside(lab.ns("nb")):

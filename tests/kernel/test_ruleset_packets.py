@@ -650,7 +650,7 @@ def test_requests_do_not_change_the_digest_of_the_table(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("strangers-share-the-resolver")
-def test_the_resolver_of_a_shared_network_limits_those_who_are_no_nic(lab: Lab) -> None:
+def test_the_resolver_of_a_shared_network_limits_senders_that_are_no_nic(lab: Lab) -> None:
     scope = wish()
     shared = replace(scope.networks["204"], guest_type="shared")
     lab.renew(with_nics(replace(scope, networks={"204": shared}), {VMS["vm1"]: MACS["vm1"]}))

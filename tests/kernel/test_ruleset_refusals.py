@@ -62,7 +62,7 @@ def test_refusals_of_udp_are_limited(lab: Lab) -> None:
         lab.ip("vm2", *(f"addr del {it}/24 dev eth0" for it in addresses))
 
 
-def test_a_plain_network_refuses_too(lab: Lab) -> None:
+def test_closed_ports_of_a_plain_network_are_refused(lab: Lab) -> None:
     scope = wish(held=())
     plain = replace(scope.networks["204"], guest_type="shared", extension_ip=OWN)
     lab.renew(replace(scope, networks={"204": plain}))

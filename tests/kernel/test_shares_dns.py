@@ -167,7 +167,7 @@ def test_silent_tcp_connections_of_one_vm_leave_the_resolver_to_others(host: Age
         time.sleep(0.1)
 
 
-def test_what_packets_note_is_no_difference(host: AgentHost) -> None:
+def test_elements_that_packets_add_are_no_difference(host: AgentHost) -> None:
     """The elements that packets add are not compared: no repair, and the counts stay over a change of the ruleset."""
     with host.within(WEB):
         held = [socket.create_connection((SERVER, 53), 5) for _ in range(CONNECTIONS)]

@@ -159,12 +159,12 @@ def check_policy(pbr: Pbr) -> None:
 
 
 @given(walks)
-def test_a_walk_keeps_the_invariants_and_the_revision_counts_its_changes(walk: list[Call]) -> None:
+def test_any_sequence_of_calls_keeps_the_invariants_and_each_change_raises_the_revision(walk: list[Call]) -> None:
     scope: Scope | None = None
     for call in walk:
         before, before_text = scope, text(scope)
         scope = carry_out(before, call)
-        assert text(before) == before_text, "the value before was changed in place"
+        assert text(before) == before_text, "the call changed the previous state in place"
         if scope is None:
             continue
         check_invariants(scope)
@@ -178,19 +178,19 @@ def test_a_walk_keeps_the_invariants_and_the_revision_counts_its_changes(walk: l
 
 
 @given(walks, calls)
-def test_twice_is_once_revision_included(walk: list[Call], call: Call) -> None:
+def test_a_repeated_call_changes_nothing_and_keeps_the_revision(walk: list[Call], call: Call) -> None:
     once = carry_out(walked(walk), call)
     assert carry_out(once, call) == once
 
 
 @given(walks)
-def test_what_the_agent_keeps_reads_back_as_it_was(walk: list[Call]) -> None:
+def test_a_state_is_the_same_after_it_was_written_and_read(walk: list[Call]) -> None:
     scope = walked(walk)
     assert msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook) == scope
 
 
 @given(walks, calls)
-def test_a_way_out_keeps_its_number_while_an_address_uses_it(walk: list[Call], call: Call) -> None:
+def test_the_exit_of_an_address_keeps_its_number(walk: list[Call], call: Call) -> None:
     before = walked(walk)
     after = carry_out(before, call)
     if before is None or after is None:
@@ -202,7 +202,7 @@ def test_a_way_out_keeps_its_number_while_an_address_uses_it(walk: list[Call], c
 
 
 @given(walks, st.sampled_from(PUBLIC))
-def test_an_address_added_and_released_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_assign_ip_and_release_ip_leave_the_state_as_it_was(walk: list[Call], asked: dict[str, Any]) -> None:
     before = carry_out(walked(walk), ("apply-fw-rules", {**NETWORK, "fw_rules": EMPTY}))
     assert before is not None
     asked = {**asked, "source_nat": "false"}  # the source-NAT role passes from one address to the other and not back
@@ -212,7 +212,7 @@ def test_an_address_added_and_released_was_never_there(walk: list[Call], asked: 
 
 
 @given(walks, st.sampled_from(STATIC_NATS))
-def test_a_static_nat_added_and_deleted_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_adding_and_deleting_a_static_nat_leaves_the_state_as_it_was(walk: list[Call], asked: dict[str, Any]) -> None:
     before = carry_out(walked(walk), ("assign-ip", asked))
     assert before is not None
     taken = {it.private_ip for it in before.static_nats.values()}
@@ -222,7 +222,7 @@ def test_a_static_nat_added_and_deleted_was_never_there(walk: list[Call], asked:
 
 
 @given(walks, st.sampled_from(FORWARDS))
-def test_a_forward_added_and_deleted_was_never_there(walk: list[Call], asked: dict[str, Any]) -> None:
+def test_adding_and_deleting_a_forward_leaves_the_state_as_it_was(walk: list[Call], asked: dict[str, Any]) -> None:
     before = carry_out(walked(walk), ("assign-ip", asked))
     assert before is not None
     ports = asked["public_port"].replace(":", "-")
@@ -232,7 +232,7 @@ def test_a_forward_added_and_deleted_was_never_there(walk: list[Call], asked: di
 
 
 @given(walks, st.sampled_from(["table", "route", "rule"]).flatmap(lambda it: policy("delete", it)))
-def test_policy_added_and_deleted_was_never_there(walk: list[Call], gone: Call) -> None:
+def test_adding_and_deleting_policy_routing_leaves_the_state_as_it_was(walk: list[Call], gone: Call) -> None:
     before, asked = walked(walk), gone[1]
     what = asked["action"].rpartition("-")[2]
     made = {**asked, "action": f"pbr-create-{what}" if what == "table" else f"pbr-add-{what}"}
@@ -242,7 +242,7 @@ def test_policy_added_and_deleted_was_never_there(walk: list[Call], gone: Call) 
 
 
 @given(walks, st.one_of(deletes, ends))
-def test_a_delete_of_what_is_gone_changes_nothing(walk: list[Call], call: Call) -> None:
+def test_a_repeated_deletion_changes_nothing(walk: list[Call], call: Call) -> None:
     assert carry_out(None, call) is None
     once = carry_out(walked(walk), call)
     again = carry_out(once, call)
@@ -250,13 +250,13 @@ def test_a_delete_of_what_is_gone_changes_nothing(walk: list[Call], call: Call) 
 
 
 @given(walks)
-def test_after_destroy_nothing_is_left(walk: list[Call]) -> None:
+def test_destroy_network_removes_the_whole_state(walk: list[Call]) -> None:
     assert carry_out(walked(walk), ("destroy-network", {**NETWORK, "vlan": "", "network_state": "allocated"})) is None
 
 
 @given(walks, st.one_of(changes, deletes, deletes))
-def test_rules_of_different_addresses_do_not_meddle(walk: list[Call], one: Call) -> None:
-    """What a call says about one address leaves what hangs on the others alone, but for the source-NAT role."""
+def test_a_call_about_one_address_keeps_the_rules_of_the_others(walk: list[Call], one: Call) -> None:
+    """A call about one address changes nothing of the other addresses, except the source-NAT role."""
     before = walked(walk)
     after = carry_out(before, one)
     if before is None or after is None or "public_ip" not in one[1]:

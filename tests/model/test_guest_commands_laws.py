@@ -95,7 +95,7 @@ def nics(scope: Scope | None) -> dict[str, Nic]:
 
 
 @given(walks)
-def test_a_walk_keeps_the_invariants_and_is_rendered(walk: list[Call]) -> None:
+def test_any_sequence_of_calls_keeps_the_invariants_and_can_be_rendered(walk: list[Call]) -> None:
     scope: Scope | None = None
     for call in walk:
         before, before_text = scope, text(scope)
@@ -120,13 +120,13 @@ def test_a_walk_keeps_the_invariants_and_is_rendered(walk: list[Call]) -> None:
 
 
 @given(walks, calls)
-def test_twice_is_once(walk: list[Call], call: Call) -> None:
+def test_a_repeated_call_changes_nothing(walk: list[Call], call: Call) -> None:
     once = carry_out(walked(walk), call)
     assert carry_out(once, call) == once
 
 
 @given(walks)
-def test_what_the_agent_keeps_reads_back_as_it_was(walk: list[Call]) -> None:
+def test_a_state_is_the_same_after_it_was_written_and_read(walk: list[Call]) -> None:
     scope = walked(walk)
     back = msgspec.json.decode(text(scope), type=Scope | None, dec_hook=dec_hook)
     assert back == scope

@@ -203,7 +203,7 @@ odd_items = st.fixed_dictionaries(
 
 
 @given(st.lists(odd_items, max_size=6), st.lists(odd_items, max_size=6))
-def test_odd_items_neither_move_nor_change_the_good_ones(before: list[Any], behind: list[Any]) -> None:
+def test_items_that_cannot_be_carried_out_change_no_other_item(before: list[Any], behind: list[Any]) -> None:
     low, high = {**ITEM, "number": 7, "protocol": "udp"}, {**ITEM, "number": 8, "action": "deny"}
     listed = of(acl(*before, low, high, *behind))
     places = [listed.index(it) for it in of(acl(low, high))]

@@ -334,7 +334,7 @@ def test_one_bad_host_name_fails_no_other_vm_and_is_told() -> None:
 
 @pytest.mark.mutation("a-name-told-anew-has-one-vm", instead="named")
 @pytest.mark.parametrize("spelling", ["db", "DB"])  # the metadata of the new VM comes later
-def test_a_name_that_is_told_anew_has_one_vm(spelling: str) -> None:
+def test_a_new_vm_takes_its_name_from_an_expunged_one(spelling: str) -> None:
     new = {**TWO, "nic_uuid": "u-3", "mac": "02:01:00:cc:00:03", "ip": "10.10.1.13", "hostname": spelling}
     scope = call(deployed(ONE, TWO), "add-dns-entry", **new).scope
     assert scope is not None
@@ -355,7 +355,7 @@ def test_two_nics_of_one_vm_share_its_name() -> None:
 
 @pytest.mark.mutation("an-empty-list-of-items-is-unknown", instead="with_items(nic, valid_items(items))")
 @pytest.mark.parametrize("command", ["restore-network", "save-vm-data"])
-def test_an_empty_list_of_items_is_unknown(command: str) -> None:
+def test_an_empty_list_of_metadata_keeps_the_known_items(command: str) -> None:
     scope = deployed(ONE)
     scope = call(scope, "save-userdata", **ONE, userdata="#cloud-config").scope or scope
     if command == "save-vm-data":

@@ -331,7 +331,7 @@ def test_a_delete_of_what_never_was_changes_and_builds_nothing(name: str) -> Non
         ("public_ip", "127.0.0.1"),
     ],
 )
-def test_what_add_refuses_delete_deletes(field: str, value: str) -> None:
+def test_a_deletion_succeeds_for_values_that_an_addition_refuses(field: str, value: str) -> None:
     """Otherwise CloudStack could never remove the forward that it stored before it asked us."""
     scope = implemented_scope()
     wrong = {**forward("203.0.113.20", "22"), field: value}

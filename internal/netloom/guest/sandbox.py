@@ -21,20 +21,9 @@ import resource
 import struct
 from typing import NamedTuple
 
+from netloom import seccomp
 from netloom.errors import HostRefused
-from netloom.seccomp import (
-    AUDIT_ARCHES,
-    JEQ,
-    JSET,
-    RET,
-    RET_ALLOW,
-    RET_ERRNO,
-    Instruction,
-    argument,
-    assemble,
-    head,
-    install,
-)
+from netloom.seccomp import ALLOW, Instruction, argument, if_any_bit, if_equal
 
 # In no passwd file and in no range that is assigned to subordinate ids, dynamic users or containers (systemd's
 # UIDS-GIDS.md: 0x70000000 to 0x7fffffff are free).
@@ -59,6 +48,7 @@ _FIONBIO = 0x5421
 _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL = 1, 2, 3, 4
 # level << 16 | option: SO_NO_CHECK, TCP_SAVE_SYN
 _SOCKET_OPTIONS = ((1, 11), (6, 27))
+_REFUSE = seccomp.refuse(errno.EPERM)
 
 
 class _Arch(NamedTuple):
@@ -66,14 +56,9 @@ class _Arch(NamedTuple):
     numbers: dict[str, int]
 
 
-def _numbers(table: str) -> dict[str, int]:
-    words = table.split()
-    return {name: int(number) for name, number in zip(words[::2], words[1::2], strict=True)}
-
-
 # Numbers from asm/unistd_64.h and asm-generic/unistd.h. The agent passes the sockets, and accept4 returns connections.
 # No call of the list opens or creates files or sockets, connects, starts or signals processes, or inspects files.
-_X86_64 = _numbers("""
+_X86_64 = seccomp.numbers("""
     read 0  write 1  close 3  poll 7  lseek 8  mmap 9  mprotect 10  munmap 11  brk 12  rt_sigaction 13
     rt_sigprocmask 14  rt_sigreturn 15  ioctl 16  sched_yield 24  mremap 25  madvise 28  nanosleep 35  getpid 39
     sendto 44  recvfrom 45  sendmsg 46  recvmsg 47  shutdown 48  getsockname 51  getpeername 52  setsockopt 54
@@ -81,7 +66,7 @@ _X86_64 = _numbers("""
     restart_syscall 219  clock_gettime 228  clock_nanosleep 230  exit_group 231  epoll_wait 232  epoll_ctl 233
     ppoll 271  epoll_pwait 281  accept4 288  getrandom 318  membarrier 324  rseq 334  epoll_pwait2 441
 """)
-_AARCH64 = _numbers("""
+_AARCH64 = seccomp.numbers("""
     epoll_ctl 21  epoll_pwait 22  fcntl 25  ioctl 29  close 57  lseek 62  read 63  write 64  ppoll 73  exit 93
     exit_group 94  futex 98  nanosleep 101  clock_gettime 113  clock_nanosleep 115  sched_yield 124
     restart_syscall 128  sigaltstack 132  rt_sigaction 134  rt_sigprocmask 135  rt_sigreturn 139  gettimeofday 169
@@ -90,8 +75,8 @@ _AARCH64 = _numbers("""
     madvise 233  accept4 242  getrandom 278  membarrier 283  rseq 293  epoll_pwait2 441
 """)
 ARCHES = {
-    "x86_64": _Arch(AUDIT_ARCHES["x86_64"], _X86_64),
-    "aarch64": _Arch(AUDIT_ARCHES["aarch64"], _AARCH64),
+    "x86_64": _Arch(seccomp.AUDIT_ARCHES["x86_64"], _X86_64),
+    "aarch64": _Arch(seccomp.AUDIT_ARCHES["aarch64"], _AARCH64),
 }
 
 
@@ -145,38 +130,35 @@ def call_filter(arch: _Arch) -> bytes:
 
     A system call of another architecture kills the process.
     """
-    refuse = RET_ERRNO | errno.EPERM
-    program = head(arch.audit)
+    program = seccomp.head(arch.audit)
     conditions = {
-        "mmap": _unless_bits(2, _PROT_EXEC, refuse),
-        "mprotect": _unless_bits(2, _PROT_EXEC, refuse),
-        "ioctl": _if_one_of(1, (_FIONBIO,), refuse),
-        "fcntl": _if_one_of(1, (_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL), refuse),
-        "setsockopt": _if_pair(1, 2, _SOCKET_OPTIONS, refuse),
+        "mmap": _unless_bits(2, _PROT_EXEC),
+        "mprotect": _unless_bits(2, _PROT_EXEC),
+        "ioctl": _if_one_of(1, (_FIONBIO,)),
+        "fcntl": _if_one_of(1, (_F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL)),
+        "setsockopt": _if_pair(1, 2, _SOCKET_OPTIONS),
     }
     for name, number in arch.numbers.items():
-        body = conditions.get(name, [(RET, 0, 0, RET_ALLOW)])
-        program += [(JEQ, 0, len(body), number), *body]
-    program.append((RET, 0, 0, refuse))
-    return assemble(program)
+        program += if_equal(number, conditions.get(name, [ALLOW]))
+    return seccomp.assemble([*program, _REFUSE])
 
 
-def _unless_bits(index: int, bits: int, refuse: int) -> list[Instruction]:
-    return [argument(index), (JSET, 0, 1, bits), (RET, 0, 0, refuse), (RET, 0, 0, RET_ALLOW)]
+def _unless_bits(index: int, bits: int) -> list[Instruction]:
+    return [argument(index), *if_any_bit(bits, [_REFUSE]), ALLOW]
 
 
-def _if_one_of(index: int, values: tuple[int, ...], refuse: int) -> list[Instruction]:
+def _if_one_of(index: int, values: tuple[int, ...]) -> list[Instruction]:
     body = [argument(index)]
     for value in values:
-        body += [(JEQ, 0, 1, value), (RET, 0, 0, RET_ALLOW)]
-    return [*body, (RET, 0, 0, refuse)]
+        body += if_equal(value, [ALLOW])
+    return [*body, _REFUSE]
 
 
-def _if_pair(first: int, second: int, pairs: tuple[tuple[int, int], ...], refuse: int) -> list[Instruction]:
+def _if_pair(first: int, second: int, pairs: tuple[tuple[int, int], ...]) -> list[Instruction]:
     body: list[Instruction] = []
     for one, other in pairs:
-        body += [argument(first), (JEQ, 0, 3, one), argument(second), (JEQ, 0, 1, other), (RET, 0, 0, RET_ALLOW)]
-    return [*body, (RET, 0, 0, refuse)]
+        body += [argument(first), *if_equal(one, [argument(second), *if_equal(other, [ALLOW])])]
+    return [*body, _REFUSE]
 
 
 def _filter_calls(libc: ctypes.CDLL) -> bool:
@@ -184,7 +166,7 @@ def _filter_calls(libc: ctypes.CDLL) -> bool:
     if arch is None:
         return False
     try:
-        return install(libc, call_filter(arch))
+        return seccomp.install(libc, call_filter(arch))
     except OSError as error:
         raise HostRefused(f"the guest process cannot install its seccomp filter: {error.strerror}") from error
 

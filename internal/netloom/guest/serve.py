@@ -86,7 +86,7 @@ class Networks:
     @property
     def unconfirmed(self) -> list[PasswordTaken]:
         """The passwords that were acknowledged and are still in the agent's table. Each new agent gets them."""
-        return [_password_taken(*at, id_) for at, id_ in self._taken.items()]
+        return [_password_taken(*at, password_id) for at, password_id in self._taken.items()]
 
     def serve(self, request: ServeNetwork, descriptors: list[int]) -> Ack:
         """Use this table and these sockets. On an error nothing changes, and the received descriptors are closed."""
@@ -156,15 +156,16 @@ class Networks:
         return not any(network.connections for network in self._networks.values())
 
     def _replace_table(self, key: Key, network: _NetworkRuntime, table: GuestTable) -> None:
+        """Use this table, and forget what is known of VMs and passwords that are not in it."""
         network.table = table
         network.vm_loads = {mac: load for mac, load in network.vm_loads.items() if mac in table.by_mac}
         ids = {nic.nic: nic.password_id for nic in table.network.nics if nic.password is not None}
         for at in [at for at in self._sent_passwords if at[0] == key and at[1] not in ids]:
             del self._sent_passwords[at]
-        for at, id_ in [(at, id_) for at, id_ in self._taken.items() if at[0] == key]:
-            if ids.get(at[1]) == id_:
+        for at, password_id in [(at, it) for at, it in self._taken.items() if at[0] == key]:
+            if ids.get(at[1]) == password_id:
                 # The agent did not get the first message, or had made this table before.
-                self._send(_password_taken(*at, id_))
+                self._send(_password_taken(*at, password_id))
             else:
                 del self._taken[at]
 
@@ -335,7 +336,8 @@ def _prepare(listener: Listener, sock: socket.socket) -> None:
     """Check and configure a socket. Raises ValueError if it has the wrong type or cannot be served safely."""
     wanted = socket.SOCK_DGRAM if listener.kind == "dhcp" else socket.SOCK_STREAM
     if sock.family != socket.AF_INET or sock.type != wanted:
-        raise ValueError(f"the {listener.kind} descriptor is not such a socket: {sock.family.name} {sock.type.name}")
+        got = f"{sock.family.name} {sock.type.name}"
+        raise ValueError(f"the {listener.kind} descriptor is a socket of type {got}, not AF_INET {wanted.name}")
     sock.setblocking(False)
     if listener.kind == "dhcp":
         # Send without a UDP checksum (RFC 768 allows it, and every client accepts it). Otherwise the kernel leaves the

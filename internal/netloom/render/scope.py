@@ -185,10 +185,10 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
             f"{conf}.route_localnet": "0",
             f"{conf}.log_martians": "0",
         }
-        # The sender address of ARP requests. Public links: the packet's own source address (0). With several subnets on
-        # one VLAN, mode 2 could choose an address that a strict gateway does not answer. Guest links: the gateway (2).
         if where in links:
             # Packets that wait for the answer of a neighbour; the default is 208 KiB for each neighbour.
             wanted[f"net.ipv4.neigh.{where}.unres_qlen_bytes"] = "8192"
+        # The sender address of ARP requests. Public links: the packet's own source address (0). With several subnets on
+        # one VLAN, mode 2 could choose an address that a strict gateway does not answer. Guest links: the gateway (2).
         wanted[f"{conf}.arp_announce"] = "2" if where in guest_links else "0"
     return wanted

@@ -26,12 +26,11 @@ from netloom.state import Network
 # The queue of a listener has 4,096 places. The guest process answers 20 requests a second, with a burst of 200.
 _CONNECTIONS = "25/second burst 200 packets"
 _DHCP_REQUESTS = "10/second burst 50 packets"
-# dnsmasq forwards at most 150 questions at the same time and waits ten seconds for an answer. So questions that nobody
-# answers use up to 100 places, and the VMs keep the rest.
+# dnsmasq keeps a question that nobody answers for ten seconds. So all addresses that are no NIC's use together up to
+# 100 of the places that dnsmasq has (``dnsmasq.FORWARDS_MAX``).
 _DNS_OF_OTHERS = "5/second burst 50 packets"
 
-# dnsmasq keeps a question that nobody answers for ten seconds. So a VM uses up to 1,500 of the places that dnsmasq has
-# (``dnsmasq.FORWARDS_MAX``).
+# One VM uses up to 1,500 of these places.
 DNS_QUERIES_PER_S = 100
 _DNS_QUERIES = f"{DNS_QUERIES_PER_S}/second burst 500 packets"
 # dnsmasq starts a process for each TCP connection, and ends it after 150 seconds. Versions before 2.90 allow 20.

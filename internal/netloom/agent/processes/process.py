@@ -143,9 +143,10 @@ def _find_program(name: str, who: str = "") -> str:
 
 
 def terminate(leader: int) -> None:
-    """Send SIGTERM, later SIGKILL, to a process group, and return when none of its processes runs any more.
+    """Send SIGTERM to the process group of ``leader``, and SIGKILL after ``TERMINATE_S``; wait until it has ended.
 
-    The whole group, because an old haproxy worker keeps its sockets until its connections have ended.
+    When the leader has ended, the rest of the group gets SIGKILL at once: an old haproxy worker would keep its sockets
+    until its connections have ended. Returns after two times ``TERMINATE_S`` at the latest.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):

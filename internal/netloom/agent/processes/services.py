@@ -36,7 +36,7 @@ class Services:
         self._unnamed: dict[str, dict[str, str]] = {}  # scope id to NIC to reserved name
 
     def converge(self, scope: Scope, namespace: str) -> list[str]:
-        """Have the services that the scope wants, and no others, run in its namespace; the steps in words.
+        """Run the services that the scope needs in its namespace, and stop all others; return a text for each step.
 
         Raises HostRefused, with the name of the service, when one fails. The other services are converged first.
         """
@@ -64,17 +64,18 @@ class Services:
         return did
 
     def _log_reserved_names(self, scope: Scope) -> None:
+        """Log each NIC whose name is reserved, once."""
         unnamed = {nic: name for it in scope.networks.values() for nic, name in dns_names.reserved(it).items()}
         for nic in sorted(unnamed.keys() - self._unnamed.get(scope.scope_id, {}).keys()):
             self._log.line(f"scope={scope.scope_id} the name {unnamed[nic]} is reserved: the NIC {nic} is not in DNS")
         self._unnamed[scope.scope_id] = unnamed
 
     def waiting(self, scope_id: str) -> dict[int, str]:
-        """The load-balancer rules of the scope whose port another program in its namespace uses: id to address:port."""
+        """The balancing rules of the scope whose port another program in its namespace uses: id to address:port."""
         return self._waiting.get(scope_id, {})
 
     def limited(self, scope: Scope, namespace: str) -> list[str]:
-        """What has used up its share of a service of the scope now, or in the last minute; a sentence for each."""
+        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute."""
         balancing = self.running(scope.scope_id).get(haproxy.NAME)
         return [
             *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
@@ -83,7 +84,7 @@ class Services:
         ]
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
-        """The networks of the scope whose guests get no leases, metadata and passwords now, or outdated ones."""
+        """The networks of the scope that the guest process does not serve now, or serves with an outdated table."""
         return self._guests.unserved(namespace, tables(scope, _mtus(scope, namespace)))
 
     def running(self, scope_id: str) -> dict[str, int]:
@@ -91,7 +92,7 @@ class Services:
         return self._supervisor.states().get(scope_id, {})
 
     def crashes(self, scope_id: str) -> dict[str, int]:
-        """How often each of them died, or hung and was killed: name to number."""
+        """How often each process of the scope died, or hung and was killed: name to number."""
         return self._supervisor.crashes(scope_id)
 
     def scopes(self) -> set[str]:
@@ -103,25 +104,25 @@ class Services:
         return self._guests.process.pid, self._guests.process.crashes
 
     def renew(self, scope_id: str) -> None:
-        """Have the next ``converge`` reload or restart every process of the scope, also if nothing has changed."""
+        """Make the next ``converge`` reload or restart every process of the scope, even if nothing has changed."""
         self._supervisor.renew(scope_id)
 
     def stop(self, scope_id: str) -> list[str]:
-        """Stop all processes of the scope and close its sockets, which keep its namespace alive; the steps in words."""
+        """Stop all processes of the scope and close its sockets, which keep its namespace alive; return the steps."""
         self._waiting.pop(scope_id, None)
         self._unnamed.pop(scope_id, None)
         return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 
 def _dnsmasq_build() -> dnsmasq.Build:
-    """The properties of this host's dnsmasq. If none is installed any will do: its start will fail."""
+    """The properties of this host's dnsmasq; without one, those of Debian 12: the start then reports the lack."""
     program = shutil.which("dnsmasq", path=PATH)
     return dnsmasq.DEBIAN_12 if program is None else _inspect(program, os.stat(program).st_mtime_ns)
 
 
 @cache
 def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
-    """Run the program once per version of its file. One of unknown version is taken for a current one."""
+    """Ask the program for its version and options, once for each version of its file. An unknown one counts as new."""
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     options = run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)
@@ -129,10 +130,10 @@ def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
 
 
 def taken_ports(scope: Scope, namespace: str, user: int) -> dict[int, str]:
-    """Load-balancer rules whose port another program already uses: id to address:port.
+    """The balancing rules whose port another program already uses: id to address:port.
 
-    One such rule would stop haproxy from starting at all. haproxy's own sockets do not conflict with this test: both
-    use SO_REUSEPORT as ``user`` (socket(7)).
+    With one such rule haproxy would not start at all. Sockets of haproxy do not count: they and the sockets of this
+    test belong to the same ``user`` and have SO_REUSEPORT, so both can be bound to one port (socket(7)).
     """
     rules = haproxy.balanced(scope)
     taken: dict[int, str] = {}
