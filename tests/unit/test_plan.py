@@ -588,7 +588,7 @@ def test_the_guard_of_an_operators_bridge_leaves_what_the_host_itself_needs() ->
     served = Others(bridges=bridge, ports=guests, uplinks=uplinks)
     assert _with_bridge(addresses=("192.0.2.77/24",)) == served
     assert _with_bridge(above=True) == served
-    assert _with_bridge(vlan_filtering=True) == Others(bridges=bridge, closed=bridge, ports=guests)
+    assert _with_bridge(vlan_filtering=True) == Others(bridges=bridge, closed=bridge, ports=guests, trunks=uplinks)
     odd = HostLink(name="vnet@8", kind="tun", master="cloudbr0")  # not a word of nftables
     assert _with_bridge(odd) == Others(bridges=bridge, closed=bridge, ports=guests, uplinks=uplinks)
 
