@@ -108,6 +108,9 @@ def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
                 f"{conf}.dad_transmits": "0",
                 f"{conf}.accept_dad": "0",
                 f"{conf}.forwarding": "1",
+                # Three small packets wait for the answer of a neighbour, or one of 1,500 bytes. The kernel's one socket
+                # for ICMPv6 messages has room for 57 such neighbours.
+                f"net.ipv6.neigh.{link}.unres_qlen_bytes": "2304",  # guard: few-packets-wait-for-an-ip6-neighbour
             }
         wanted[f"{conf}.disable_ipv6"] = "0" if link in enabled else "1"
     return wanted

@@ -78,8 +78,8 @@ def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
     if now.plain:
-        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), now)
-    return share.shared(_routed(scope, now), now)
+        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), scope, now)
+    return share.shared(_routed(scope, now), scope, now)
 
 
 def _routed(scope: Scope, now: Active) -> Ruleset:
