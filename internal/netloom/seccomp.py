@@ -10,12 +10,13 @@ from collections.abc import Iterable
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 # linux/seccomp.h, linux/prctl.h, linux/audit.h
-RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+RET_ALLOW, RET_USER_NOTIF, RET_ERRNO, RET_KILL_PROCESS = 0x7FFF0000, 0x7FC00000, 0x00050000, 0x80000000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_SECCOMP_SET_MODE_FILTER, _FLAG_NEW_LISTENER = 1, 8
 AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
-LD_W_ABS, JEQ, JGE, JSET, RET = 0x20, 0x15, 0x35, 0x45, 0x06
+LD_W_ABS, AND, JEQ, JGE, JSET, RET = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
 _X32_BIT = 0x40000000
 
@@ -61,3 +62,16 @@ def install(libc: ctypes.CDLL, code: bytes) -> bool:
     if ctypes.get_errno() == errno.EINVAL:
         return False
     raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def install_listened(libc: ctypes.CDLL, number: int, code: bytes) -> int:
+    """Install a filter and return its listener, from which notifications are read (seccomp_unotify(2)).
+
+    ``number``: of the system call seccomp. Raises OSError.
+    """
+    program = _Program(len(code) // 8, code)
+    mode, flags = ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER), ctypes.c_ulong(_FLAG_NEW_LISTENER)
+    listener = libc.syscall(ctypes.c_long(number), mode, flags, ctypes.byref(program))
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), "seccomp")
+    return int(listener)
