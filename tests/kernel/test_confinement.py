@@ -199,6 +199,10 @@ def test_a_process_of_one_scope_cannot_signal_those_of_another_nor_read_their_fi
             f"{directory}/running.json",
             f"/proc/{pids['dns-9204']}/root/",
             f"/proc/{pids['dns-9204']}/environ",
+            f"/proc/{pids['dns-9204']}/mem",
+            f"/proc/{pids['dns-9204']}/maps",
+            f"/proc/{pids['dns-9204']}/cwd/",
+            f"/proc/{pids['dns-9204']}/fd/",
         ]
         attempt = [sys.executable, "-c", INTRUDER]
         done = subprocess.run(
@@ -296,6 +300,7 @@ def test_processes_of_an_earlier_version_are_replaced_and_their_connections_kept
         new = it.states()[SCOPE]["lb"]
         assert new != old.pid
         assert process.user_of(new) in files.USERS
+        assert list(directory.glob("*.sock")) == []
         client.sendall(b"still here")
         assert served.recv(100) == b"still here"
         newer, newly_served = connected(backend)
