@@ -55,6 +55,14 @@ def modules(name: str) -> tuple[str, ...]:
     return (f"nf_conntrack_{name}",) if name == "sane" else (f"nf_conntrack_{name}", f"nf_nat_{name}")
 
 
+def not_offered(names: Iterable[str]) -> list[str]:
+    """For each of these names, that the kernel of the host lacks the helper, and what to do."""
+    return [
+        f"conntrack.helpers: the kernel of this host has no helper for {it} (modprobe -a {' '.join(modules(it))})"
+        for it in names
+    ]
+
+
 def opened_ports(now: Active, helpers: Iterable[str]) -> tuple[NftSet, ...]:
     """For each helper the public addresses and ports that lead to a guest, if one of both ports is the protocol's."""
     return tuple(
