@@ -7,6 +7,8 @@ VMs have static addresses and permanent neighbour entries of their gateways, so 
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -18,7 +20,7 @@ from msgspec.structs import replace
 
 from kernel.flood import Flood
 from kernel.flow_policy_check import agree
-from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes
+from kernel.ruleset_lab import PATIENCE_S, STRANGER, Lab, Nft, Try, echoes, run
 from kernel.vpc_lab import TIERS, VpcLab, item, lists, vpc
 from netloom import names
 from netloom.render import nft, ruleset
@@ -185,6 +187,20 @@ def test_closed_ports_of_the_ipv6_gateway_are_refused_to_its_tier(lab: Lab) -> N
     closed = [Try(vm, protocol, GATEWAYS[vm], 4444) for vm in ("a1", "b1") for protocol in ("tcp", "udp")]
     assert lab.ask(closed) == ["refused"] * len(closed)
     lab.silent(Try("a1", "tcp", GATEWAYS["b1"], 4444), Try("inet", "tcp", GATEWAYS["b1"], 4444, FAR))
+    link = names.guest_link("310")
+    link_local = re.search(r"fe80::[0-9a-f:]+", run("ip", "-n", lab.ns("dev"), "-6", "addr", "show", "dev", link))
+    assert link_local
+    with lab.open_socket("a1", socket.SOCK_STREAM, 0, "::") as client, pytest.raises(ConnectionRefusedError):
+        client.settimeout(PATIENCE_S)
+        with inside(lab.ns("a1")):
+            client.connect((link_local[0], 4444, 0, socket.if_nametoindex("eth0")))
+
+
+def test_closed_ports_of_the_ipv6_gateway_are_refused_to_an_isolated_network(lab: Lab) -> None:
+    lab.renew(isolated(None, open_to_all=True))
+    closed = [("tcp", 4444), ("udp", 4444)]
+    assert lab.ask(Try("vm1", protocol, GATEWAYS["vm1"], port) for protocol, port in closed) == ["refused"] * 2
+    lab.silent(*(Try("inet", protocol, GATEWAYS["vm1"], port, FAR) for protocol, port in closed))
 
 
 @pytest.mark.mutation("an-ipv6-flow-is-judged-by-the-lists")
