@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Try, run
+from netloom.agent.host import flows
 from netloom.state import Backend, LbRule, Scope
 from unit.scopes import A1, A2, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
 
@@ -77,6 +78,24 @@ class Phone:
         self.sip.sendto(reply.encode(), peer)
         return peer, media(text)
 
+    def register(self, at: tuple[str, int], registrar: Phone) -> tuple[str, int]:
+        """Register at a registrar, which accepts. Returns where the registrar sends calls."""
+        contact = f"<sip:a@{self.address}:{self.port}>"
+        text = (
+            f"REGISTER sip:{at[0]} SIP/2.0\r\nVia: SIP/2.0/UDP {self.address}:{self.port};branch=z9hG4bK2\r\n"
+            f"From: <sip:a@{at[0]}>;tag=2\r\nTo: <sip:a@{at[0]}>\r\nCall-ID: 2@{self.address}\r\n"
+            f"CSeq: 1 REGISTER\r\nContact: {contact}\r\nExpires: 3600\r\nContent-Length: 0\r\n\r\n"
+        )
+        self.sip.sendto(text.encode(), at)
+        data, peer = registrar.sip.recvfrom(4096)
+        asked = data.decode()
+        kept = [it for it in asked.split("\r\n") if re.match("Via|From|To|Call-ID|CSeq|Contact|Expires", it)]
+        registrar.sip.sendto("\r\n".join(["SIP/2.0 200 OK", *kept, "Content-Length: 0", "", ""]).encode(), peer)
+        assert self.sip.recv(4096).startswith(b"SIP/2.0 200")
+        found = re.search(r"Contact: <sip:a@([0-9.]+):(\d+)", asked)
+        assert found
+        return found[1], int(found[2])
+
     def answered(self) -> tuple[str, int]:
         return media(self.sip.recv(4096).decode())
 
@@ -137,6 +156,43 @@ def test_a_sip_call_to_a_vm_has_sound_with_its_helper_only(
         assert told == (target[0] if works else address)
         assert arrives(theirs.rtp, (target[0], port), ours.rtp, patience_s=patience_s) == works
         assert arrives(ours.rtp, caller, theirs.rtp, patience_s=PATIENCE_S)
+
+
+def test_the_sound_of_a_call_follows_a_static_nat_of_its_vm(lab: Lab) -> None:
+    before = with_helpers(wish(admit(A2, "all"), held=(A1, A2)), "sip")
+    after = replace(before, static_nats={A2.address: static(A2, VM1)})
+    lab.renew(before)
+    with Phone(lab, "vm1", VM1) as ours, Phone(lab, "inet", STRANGER) as theirs:
+        ours.invite((STRANGER, 5060))
+        _, there = theirs.answer()
+        ours.answered()
+        assert arrives(theirs.rtp, there, ours.rtp, patience_s=PATIENCE_S)
+        lab.apply(after, settle=False)
+        flows.enforce(lab.ns("dev"), before, after)
+        ours.rtp.sendto(b"sound", (STRANGER, theirs.rtp_port))
+        data, peer = theirs.rtp.recvfrom(100)
+        assert (data, peer[0]) == (b"sound", A2.address)
+        assert arrives(theirs.rtp, peer, ours.rtp, patience_s=PATIENCE_S)
+
+
+@pytest.mark.mutation("an-announced-call-is-judged-by-its-registration", instead="{}")
+def test_a_call_to_a_vm_goes_on_when_another_rule_is_removed(lab: Lab) -> None:
+    """The registrar calls from another port, so the signalling itself was announced: by the registration."""
+    before = with_helpers(wish(admit(A2, "all"), held=(A1, A2)), "sip")
+    after = replace(before, networks=wish().networks)
+    lab.renew(before)
+    with Phone(lab, "vm1", VM1) as ours, Phone(lab, "inet", STRANGER) as registrar:
+        contact = ours.register((STRANGER, 5060), registrar)
+        with Phone(lab, "inet", STRANGER, 5080, 40010) as theirs:
+            theirs.invite(contact)
+            _, there = ours.answer()
+            to = theirs.answered()
+            assert to[0] == A1.address
+            assert arrives(theirs.rtp, to, ours.rtp, patience_s=PATIENCE_S)
+            lab.apply(after, settle=False)
+            flows.enforce(lab.ns("dev"), before, after)
+            assert arrives(theirs.rtp, to, ours.rtp, patience_s=PATIENCE_S)
+            assert arrives(ours.rtp, there, theirs.rtp, patience_s=PATIENCE_S)
 
 
 @pytest.mark.parametrize("third", [VM3, GATEWAY, A1.address, A2.address, CLIENT])

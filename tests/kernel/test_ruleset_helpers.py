@@ -262,7 +262,7 @@ def test_a_data_connection_lives_and_ends_with_its_control_connection(lab: Lab) 
     more = replace(before, port_forwards={})
     revoked = replace(before, static_nats={})
     lab.renew(before)
-    for after, stays in ((more, True), (revoked, False), (replace(before, helpers=()), False)):
+    for after, stays in ((more, True), (revoked, False), (replace(before, helpers=()), True)):
         lab.renew(before)
         with FtpServer(lab, "vm2", 21), FtpClient(lab, "inet", A2.address, 21, CLIENT) as client:
             data = client.passive()
