@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Try, run
+from kernel.ftp_control import Control, expectations, numbers
+from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Try
 from netloom.agent.host import flows
 from netloom.state import Backend, LbRule, Scope
 from unit.scopes import A1, A2, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
@@ -114,12 +115,6 @@ def arrives(sender: socket.socket, to: tuple[str, int], receiver: socket.socket,
         return receiver.recv(100) == b"sound"
     except TimeoutError:
         return False
-
-
-def expectations(lab: Lab) -> list[tuple[str, str, str]]:
-    """The announced connections that have not been opened: source, destination, destination port."""
-    listed = run("ip", "netns", "exec", lab.ns("dev"), "conntrack", "-L", "expect")
-    return re.findall(r"src=(\S+) dst=(\S+) .*? dport=(\d+) mask", listed)
 
 
 @pytest.mark.parametrize("named", [(), ("sip",)], ids=["none", "sip"])
@@ -309,41 +304,6 @@ def test_pptp_without_its_helper_gets_no_packets_in(lab: Lab) -> None:
 
 
 # ---- FTP
-
-
-class Control:
-    """The two ends of an FTP control connection. Each says what the test wants; the helper reads it."""
-
-    def __init__(self, lab: Lab, client: str, server: str, target: tuple[str, int], bound: tuple[str, int]) -> None:
-        with lab.open_socket(server, socket.SOCK_STREAM, 0, target[0]) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(bound)
-            listener.listen(1)
-            listener.settimeout(PATIENCE_S)
-            self.client = lab.open_socket(client, socket.SOCK_STREAM, 0, target[0])
-            self.client.settimeout(PATIENCE_S)
-            self.client.connect(target)
-            self.server, _ = listener.accept()
-            self.server.settimeout(PATIENCE_S)
-        self.ask("USER x", "331 who?")
-
-    def __enter__(self) -> Control:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.close()
-        self.server.close()
-
-    def ask(self, command: str, reply: str) -> tuple[str, str]:
-        """The command as the server got it, and the reply as the client got it."""
-        self.client.sendall(f"{command}\r\n".encode())
-        heard = self.server.recv(200).decode().strip()
-        self.server.sendall(f"{reply}\r\n".encode())
-        return heard, self.client.recv(200).decode().strip()
-
-
-def numbers(address: str, port: int) -> str:
-    return f"{address.replace('.', ',')},{port >> 8},{port & 255}"
 
 
 def test_ftp_announces_nothing_for_another_machine(lab: Lab) -> None:
