@@ -177,6 +177,18 @@ def test_many_changes_leave_a_bounded_number_of_processes(host: AgentHost) -> No
         wait_until(lambda: haproxies(host) <= 2 + OLD_WORKERS_MAX)  # the master and the current worker
         assert all(is_echoed(it) for it in held[-OLD_WORKERS_MAX - 1 :])
         assert answering_vm(host, 8081) == WEB
+        # Another agent finds the old processes of the first one.
+        host.kill()
+        host.start()
+        for number in range(2):
+            balance(host, rule(1, 8081, WEB_IP), rule(2, 9100 + number, WEB_IP))
+            held.append(connect(host, 8081))
+            assert held[-1].recv(100) == b"web"
+        wait_until(lambda: haproxies(host) <= 2 + OLD_WORKERS_MAX)
+        assert all(is_echoed(it) for it in held[-OLD_WORKERS_MAX - 1 :])
+        # Connections that are still open keep none of them.
+        done(host.call("131", "destroy-network"))
+        assert not haproxies(host)
     for it in held:
         it.close()
 

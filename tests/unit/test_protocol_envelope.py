@@ -111,7 +111,7 @@ def test_every_further_detail_of_ours() -> None:
 
 @pytest.mark.mutation("a-conntrack-helper-is-known", instead="()")
 def test_an_unknown_conntrack_helper_is_named_with_the_known_ones() -> None:
-    with pytest.raises(BadRequest, match=r"conntrack\.helpers: .*netbios.* is none of amanda, ftp, h323, irc, pptp"):
+    with pytest.raises(BadRequest, match=r"conntrack\.helpers: .*netbios.* is none of amanda, ftp, irc, pptp"):
         envelope(**{"conntrack.helpers": "ftp,netbios-ns"})
     assert set(CONNTRACK_HELPERS) == {name for name in CONNTRACK_HELPERS if helpers.objects([name])}
 

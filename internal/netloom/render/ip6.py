@@ -185,7 +185,11 @@ def to_device(now: Active) -> list[str]:
 
 def refusals(network: Network) -> tuple[str, ...]:
     """The rules that answer a guest's requests to closed ports of its own gateway."""
-    return device.refusals(f"iifname {guest_link(network)} ip6 daddr {network.ip6_gateway}", "icmpv6")
+    return tuple(
+        rule
+        for address in (network.ip6_gateway, IP6_LINK_LOCAL)
+        for rule in device.refusals(f"iifname {guest_link(network)} ip6 daddr {address}", "icmpv6")
+    )
 
 
 def eui64(mac: str) -> int:

@@ -325,6 +325,7 @@ def _to_device(now: Active) -> Chain:
     ]
     for network in now.networks:
         rules += device_services(network, ping=False)
+        rules += ip6.refusals(network) if network.has_ip6 else ()
     rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 
