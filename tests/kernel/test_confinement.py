@@ -107,8 +107,8 @@ def test_a_resolver_that_advertises_an_ipv6_prefix_cannot_change_links() -> None
         for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert int(seen[kind], 16) == NET_BIND | NET_RAW, kind
         assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
-        until(lambda: process.group(pid) == [pid])  # what told it has ended
-        until(lambda: advertises(host))
+        wait_until(lambda: process.group(pid) == [pid])  # the process that answered capget(2) has ended
+        wait_until(lambda: advertises(host))
 
 
 def advertises(host: socket.socket) -> bool:
