@@ -25,6 +25,7 @@ from netloom.agent.processes import files, process, services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.render import dnsmasq, haproxy
 from netloom.render.service import Service, directory_of
+from netloom.state import Balancing
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -128,6 +129,18 @@ def advertises(host: socket.socket) -> bool:
     except OSError:  # no address yet, or no answer yet
         return False
     return True
+
+
+@pytest.mark.mutation("threads-fit-into-the-limit")
+def test_a_balancer_of_a_large_host_starts_within_the_smallest_limit_of_memory() -> None:
+    """With 64 processors haproxy has 64 threads, and each needs a stack."""
+    small = haproxy.service(replace(BALANCED, balancing=Balancing(connections_max=100)))
+    assert small is not None
+    text = small.config["haproxy.cfg"].replace("global\n", "global\n    nbthread 64\n")
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (replace(small, config={"haproxy.cfg": text}),))
+        workers = process.group(it.states()[SCOPE]["lb"])
+        assert "64" in {status(pid)["Threads"] for pid in workers}
 
 
 def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
