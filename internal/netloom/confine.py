@@ -39,6 +39,8 @@ SOCKETS = "/sockets"
 # No file can become larger, so the log cannot. The agent shortens it long before (agent/processes/files.py).
 FILE_BYTES_MAX = 1 << 20
 PROCESSES_MAX = 4096
+# Of a thread. haproxy starts one for each processor. 8 MiB each, the usual size, would use up the limit of memory.
+STACK_BYTES_MAX = 1 << 20
 
 # linux/capability.h
 CAPABILITIES = {"net_bind_service": 10, "net_admin": 12, "net_raw": 13}
@@ -139,6 +141,7 @@ def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_
         (resource.RLIMIT_DATA, data_bytes),
         (resource.RLIMIT_FSIZE, FILE_BYTES_MAX),  # guard: a-log-has-a-largest-size
         (resource.RLIMIT_NPROC, PROCESSES_MAX),
+        (resource.RLIMIT_STACK, STACK_BYTES_MAX),  # guard: threads-fit-into-the-limit
         (resource.RLIMIT_CORE, 0),
     ):
         hard = resource.getrlimit(limit)[1]

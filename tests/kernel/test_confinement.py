@@ -20,10 +20,12 @@ from msgspec.structs import replace
 from kernel.agent_host import wait_until
 from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.processes import balancer as asked_balancer
 from netloom.agent.processes import files, process, services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.render import dnsmasq, haproxy
 from netloom.render.service import Service, directory_of
+from netloom.state import Balancing
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -122,6 +124,18 @@ def advertises(host: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.mutation("threads-fit-into-the-limit")
+def test_a_balancer_of_a_large_host_starts_within_the_smallest_limit_of_memory() -> None:
+    """With 64 processors haproxy has 64 threads, and each needs a stack."""
+    small = haproxy.service(replace(BALANCED, balancing=Balancing(connections_max=100)))
+    assert small is not None
+    text = small.config["haproxy.cfg"].replace("global\n", "global\n    nbthread 64\n")
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (replace(small, config={"haproxy.cfg": text}),))
+        workers = process.group(it.states()[SCOPE]["lb"])
+        assert "64" in {status(pid)["Threads"] for pid in workers}
+
+
 def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
     with two_scopes() as (_, pids, users):
         for name in ("dns-9204", "lb"):
@@ -211,6 +225,54 @@ def test_a_process_of_one_scope_cannot_signal_those_of_another_nor_read_their_fi
             text=True,
         )
         assert json.loads(done.stdout) == [0] * 4
+
+
+# A haproxy that an attacker controls: its socket leads to one of the host, or it answers without end.
+HOSTILE = """
+import os, signal, socket, sys
+if len(sys.argv) > 1:
+    os.symlink(sys.argv[1], "/sockets/master.sock")
+    signal.pause()
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("/sockets/master.sock")
+listener.listen()
+while True:
+    client = listener.accept()[0]
+    try:
+        while True: client.sendall(b"x" * (1 << 16))
+    except OSError:
+        client.close()
+"""
+
+
+@contextlib.contextmanager
+def hostile(*arguments: str) -> Iterator[int]:
+    """The pid of such a process, when it has its socket."""
+    wanted = replace(balancer(), argv=("python3", "-c", HOSTILE, *arguments), listens=(), check=())
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (wanted,))
+        pid = it.states()[SCOPE]["lb"]
+        until(lambda: os.path.lexists(f"/proc/{pid}/root{haproxy.MASTER}"))
+        yield pid
+
+
+@pytest.mark.mutation("sockets-of-services-are-no-links", instead='os.open(f"/proc/{pid}/root{path}", os.O_PATH)')
+def test_a_service_cannot_lead_the_agent_to_a_socket_of_the_host(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as of_host:
+        of_host.bind(str(tmp_path / "socket"))
+        of_host.listen()
+        of_host.setblocking(False)
+        with hostile(str(tmp_path / "socket")) as pid:
+            assert asked_balancer.limited(BALANCED, frozenset(), pid) == []
+            with pytest.raises(BlockingIOError):
+                of_host.accept()
+
+
+def test_an_answer_without_end_is_cut_off() -> None:
+    with hostile() as pid:
+        began = time.monotonic()
+        assert asked_balancer.limited(BALANCED, frozenset(), pid) == []
+        assert time.monotonic() < began + 20
 
 
 # Writes to its log as fast as it can.

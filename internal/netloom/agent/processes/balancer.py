@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import re
 import socket
+import time
 
-from netloom.agent.processes.process import inside_root
+from netloom.agent.processes.process import socket_inside
 from netloom.render import haproxy
 from netloom.state import LbRule, Scope
 
 ANSWER_S = 2.0
+_ANSWER_BYTES_MAX = 16 << 20  # some hundred bytes for each rule, or each client
 _CLIENTS_SHOWN = 5  # per rule
 _RULES_SHOWN = 20  # that have no more than what is reserved for them
 
@@ -27,10 +30,10 @@ def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
     rules = tuple(rule for rule in haproxy.balanced(scope) if rule.rule_id not in without)
     if not rules:
         return []
-    path, share = inside_root(pid, haproxy.MASTER), haproxy.shares(scope, len(rules))
+    share = haproxy.shares(scope, len(rules))
     try:
         # Only frontends: one line for each rule (haproxy's management.txt, "show stat").
-        current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(path, "show stat -1 1 -1"))}
+        current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(pid, "show stat -1 1 -1"))}
         found = []
         total = sum(current.values())
         if total > share.borrowed_below and share.reserved < share.rule:
@@ -38,14 +41,14 @@ def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
         if total >= share.client_in_all:
             found += [
                 f"balancing: {it} holds its share of {share.client_in_all} connections to all rules: more are refused"
-                for it in _clients(path, haproxy.CLIENTS, share.client_in_all)
+                for it in _clients(pid, haproxy.CLIENTS, share.client_in_all)
             ]
         for rule in rules:
             connections = current.get(haproxy.section(rule), 0)
             if connections >= share.rule:
                 found.append(f"{_name(rule)}: {connections} of {share.rule} connections: new clients wait")
             if connections >= share.client:
-                found += _limited_clients(path, rule, share.client)
+                found += _limited_clients(pid, rule, share.client)
     except (OSError, ValueError, KeyError):
         return []
     return found
@@ -66,8 +69,8 @@ def _restricted(rules: tuple[LbRule, ...], current: dict[str, int], share: hapro
     return [*found, f"balancing: and {len(full) - _RULES_SHOWN} more rules"] if len(full) > _RULES_SHOWN else found
 
 
-def _limited_clients(path: str, rule: LbRule, share: int) -> list[str]:
-    clients = _clients(path, haproxy.section(rule), share)
+def _limited_clients(pid: int, rule: LbRule, share: int) -> list[str]:
+    clients = _clients(pid, haproxy.section(rule), share)
     found = [
         f"{_name(rule)}: {it} holds its share of {share} connections: more of them are refused"
         for it in clients[:_CLIENTS_SHOWN]
@@ -77,9 +80,9 @@ def _limited_clients(path: str, rule: LbRule, share: int) -> list[str]:
     return found
 
 
-def _clients(path: str, table: str, connections: int) -> list[str]:
+def _clients(pid: int, table: str, connections: int) -> list[str]:
     """The clients in a table that have at least so many connections."""
-    text = _ask(path, f"show table {table} data.conn_cur ge {connections}")
+    text = _ask(pid, f"show table {table} data.conn_cur ge {connections}")
     return sorted(found[1] for line in text.splitlines() if (found := _KEY.search(line)))
 
 
@@ -91,14 +94,17 @@ def _table(text: str) -> csv.DictReader[str]:
     return csv.DictReader(io.StringIO(text))
 
 
-def _ask(path: str, command: str) -> str:
-    """The answer of the current worker to a command. Raises OSError."""
+def _ask(pid: int, command: str) -> str:
+    """The answer of the current worker to a command. Raises OSError, also when it is too long or takes too long."""
+    until, answer = time.monotonic() + ANSWER_S, bytearray()
     with socket.socket(socket.AF_UNIX) as master:
         master.settimeout(ANSWER_S)
-        master.connect(path)
+        with socket_inside(pid, haproxy.MASTER) as path:
+            master.connect(path)
         master.sendall(f"@1 {command}\n".encode())
         master.shutdown(socket.SHUT_WR)
-        parts = []
         while data := master.recv(1 << 16):
-            parts.append(data)
-    return b"".join(parts).decode("utf-8", "replace")
+            answer += data
+            if len(answer) > _ANSWER_BYTES_MAX or time.monotonic() > until:
+                raise OSError(errno.EMSGSIZE, "haproxy answers without end")
+    return answer.decode("utf-8", "replace")

@@ -11,13 +11,13 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Hashable
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
 from functools import partial
 
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes.guest_process import GuestProcess
-from netloom.agent.processes.process import inside_root
+from netloom.agent.processes.process import socket_inside
 from netloom.agent.processes.supervisor import ProbeTarget, Supervisor
 from netloom.errors import HostRefused
 
@@ -110,7 +110,8 @@ class LivenessProbes:
             with sock, contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(ANSWER_S):
                     try:
-                        await self._loop.sock_connect(sock, _address(target))
+                        with _address(target) as address:
+                            await self._loop.sock_connect(sock, address)
                     except FileNotFoundError:
                         return True
                     await self._loop.sock_sendall(sock, question)
@@ -149,9 +150,15 @@ def _questions(target: ProbeTarget) -> tuple[tuple[socket.SocketKind, bytes], ..
     )
 
 
-def _address(target: ProbeTarget) -> str | tuple[str, int]:
+@contextlib.contextmanager
+def _address(target: ProbeTarget) -> Iterator[str | tuple[str, int]]:
+    """The address to connect to in the block. Raises OSError."""
     at = target.probe.at
-    return (at, 53) if target.probe.kind == "dns" else inside_root(target.record.pid, at)
+    if target.probe.kind == "dns":
+        yield at, 53
+    else:
+        with socket_inside(target.record.pid, at) as path:
+            yield path
 
 
 def _socket(target: ProbeTarget, kind: socket.SocketKind) -> socket.socket:

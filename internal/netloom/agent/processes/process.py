@@ -199,9 +199,17 @@ def owning_sockets(user: int) -> Iterator[None]:
         _libc.setfsuid(0)
 
 
-def inside_root(pid: int, path: str) -> str:
-    """A path in the root directory of the process (proc(5)), as seen from here."""
-    return f"/proc/{pid}/root{path}"
+@contextlib.contextmanager
+def socket_inside(pid: int, path: str) -> Iterator[str]:
+    """A path by which a socket in the root directory of the process can be connected to in the block. Raises OSError.
+
+    The service can put a symbolic link there. From here, the link would lead to a socket of the host.
+    """
+    opened = os.open(f"/proc/{pid}/root{path}", os.O_PATH | os.O_NOFOLLOW)  # guard: sockets-of-services-are-no-links
+    try:
+        yield f"/proc/self/fd/{opened}"
+    finally:
+        os.close(opened)
 
 
 def namespace_of(pid: int) -> int:

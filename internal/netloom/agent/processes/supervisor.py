@@ -27,12 +27,12 @@ from netloom.agent.processes.process import (
     alive,
     group,
     groups_with_arguments,
-    inside_root,
     listening,
     namespace_of,
     read_record,
     reap,
     record_of,
+    socket_inside,
     start,
     start_time,
     terminate,
@@ -392,4 +392,5 @@ def _wake(pid: int, service: Service) -> None:
     if service.probe is not None:
         with socket.socket(socket.AF_UNIX) as master, contextlib.suppress(OSError):  # its socket may be gone
             master.settimeout(1.0)
-            master.connect(inside_root(pid, service.probe.at))
+            with socket_inside(pid, service.probe.at) as path:
+                master.connect(path)
