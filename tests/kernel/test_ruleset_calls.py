@@ -15,8 +15,8 @@ from msgspec.structs import replace
 from kernel.ftp_control import Control, expectations, numbers
 from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Try
 from netloom.agent.host import flows
-from netloom.state import Backend, LbRule, Scope
-from unit.scopes import A1, A2, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
+from netloom.state import Backend, LbRule, PublicIp, Scope
+from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
 
 
 @pytest.fixture(scope="module")
@@ -415,14 +415,19 @@ def test_a_backend_of_balanced_ftp_opens_no_port_of_the_public_address(lab: Lab)
         assert expectations(lab) == []
 
 
-def test_passive_ftp_works_for_another_vm_of_the_network(lab: Lab) -> None:
-    scope = wish(admit(A2, "tcp", "21"), held=(A1, A2), static=[static(A2, VM2)])
+@pytest.mark.parametrize(("client", "public"), [("vm1", A2), ("inet", B1)], ids=["hairpin", "second-exit"])
+def test_passive_ftp_works_from_another_vm_and_through_another_exit(lab: Lab, client: str, public: PublicIp) -> None:
+    scope = wish(admit(public, "tcp", "21"), held=(A1, A2, B1), static=[static(public, VM2)])
     lab.renew(with_helpers(scope, "ftp"))
     lab.serve("vm2", "tcp", 2999)
-    with Control(lab, "vm1", "vm2", (A2.address, 21), (VM2, 21)) as control:
-        for said, wanted in (
-            (f"227 Entering ({numbers(VM2, 2999)})", numbers(A2.address, 2999)),
-            ("229 (|||2999|)",) * 2,
-        ):
+    with Control(lab, client, "vm2", (public.address, 21), (VM2, 21)) as control:
+        to_vm = f"227 Entering ({numbers(VM2, 2999)})", numbers(public.address, 2999)
+        for said, wanted in (to_vm, ("229 (|||2999|)",) * 2):
             assert wanted in control.ask("PASV", said)[1]
-            lab.answered(Try("vm1", "tcp", A2.address, 2999))
+            lab.answered(Try(client, "tcp", public.address, 2999))
+        # And active.
+        lab.serve(client, "tcp", 2998)
+        own = control.client.getsockname()[0]
+        high, low = control.ask(f"PORT {numbers(own, 2998)}", "200 yes")[0].split(",")[-2:]
+        seen = GATEWAY if client == "vm1" else own
+        lab.answered(Try("vm2", "tcp", seen, int(high) << 8 | int(low)))
