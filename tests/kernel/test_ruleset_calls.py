@@ -431,3 +431,32 @@ def test_passive_ftp_works_from_another_vm_and_through_another_exit(lab: Lab, cl
         high, low = control.ask(f"PORT {numbers(own, 2998)}", "200 yes")[0].split(",")[-2:]
         seen = GATEWAY if client == "vm1" else own
         lab.answered(Try("vm2", "tcp", seen, int(high) << 8 | int(low)))
+
+
+@pytest.mark.parametrize("named", [(), ("tftp",)], ids=["none", "tftp"])
+def test_tftp_to_a_balanced_vm_works_with_its_helper_only(lab: Lab, named: tuple[str, ...]) -> None:
+    """The server answers from a port of its own (RFC 1350 section 4); the client must see the public address."""
+    balanced = LbRule(
+        rule_id=1, public_ip=A2.address, public_port=69, protocol="udp", algorithm="roundrobin",
+        backends=(Backend(ip=VM1, port=69),), network_id="204",
+    )  # fmt: skip
+    scope = replace(wish(admit(A2, "udp", "69"), held=(A1, A2)), lb_rules={"1": balanced})
+    lab.renew(with_helpers(scope, *named))
+    with (
+        lab.open_socket("inet", socket.SOCK_DGRAM) as client,
+        lab.open_socket("vm1", socket.SOCK_DGRAM) as server,
+        lab.open_socket("vm1", socket.SOCK_DGRAM) as transfer,
+    ):
+        client.bind((CLIENT, 0))
+        server.bind((VM1, 69))
+        for it in (client, server, transfer):
+            it.settimeout(PATIENCE_S)
+        client.sendto(b"\0\1file\0octet\0", (A2.address, 69))
+        _, peer = server.recvfrom(100)
+        transfer.sendto(b"\0\3\0\1the file", peer)
+        data, source = client.recvfrom(100)
+        assert data == b"\0\3\0\1the file"
+        assert (source[0] == A2.address) is bool(named)
+        if named:
+            client.sendto(b"\0\4\0\1", source)
+            assert transfer.recv(100) == b"\0\4\0\1"
