@@ -127,11 +127,14 @@ def test_the_firewall_admits_dhcp_from_clients_with_an_address(host: AgentHost) 
     another_vms = DB_IP
     assert dhcp_answer(host, MessageType.REQUEST, WEB_IP, SERVER) == lease  # RENEWING
     assert dhcp_answer(host, MessageType.REQUEST, WEB_IP, everybody) == lease  # REBINDING
-    assert dhcp_answer(host, MessageType.REQUEST, another_vms, everybody) == {53: MessageType.NAK}
+    for to in (SERVER, everybody):
+        assert dhcp_answer(host, MessageType.REQUEST, another_vms, to) == {53: MessageType.NAK}
     for of_another_network in ("192.168.7.7", "198.51.100.9"):
         assert dhcp_answer(host, MessageType.REQUEST, of_another_network, everybody) == {53: MessageType.NAK}
     assert dhcp_answer(host, MessageType.INFORM, WEB_IP, SERVER) == {53: MessageType.ACK}
-    assert dhcp_answer(host, MessageType.DECLINE, WEB_IP, everybody, patience_s=0.5) == {}
+    for kind in (MessageType.RELEASE, MessageType.DECLINE):
+        assert dhcp_answer(host, kind, WEB_IP, everybody, patience_s=0.5) == {}
+    assert dhcp_answer(host, MessageType.REQUEST, WEB_IP, SERVER) == lease  # it keeps its address
     wait_until(lambda: f"the VM declines its address {WEB_IP}" in host.log())
 
 

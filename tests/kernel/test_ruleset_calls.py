@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import struct
@@ -14,8 +15,8 @@ from msgspec.structs import replace
 from kernel.ftp_control import Control, expectations, numbers
 from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Try
 from netloom.agent.host import flows
-from netloom.state import Backend, LbRule, Scope
-from unit.scopes import A1, A2, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
+from netloom.state import Backend, LbRule, PublicIp, Scope
+from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,9 @@ INWARD = wish(
     admit(A2, "udp", "5060"), admit(A1, "udp", "5070"), held=(A1, A2), static=[static(A2, VM2)],
     forwards=[forward(A1, "5070", VM1, "5060", "udp")],
 )  # fmt: skip
+
+
+CLIENT_OUT = "172.16.1.1"  # the address of the internet's link to the gateway of A1 and A2
 
 
 def with_helpers(scope: Scope, *helpers: str) -> Scope:
@@ -222,44 +226,56 @@ def received(sock: socket.socket, kind: int) -> bytes:
 
 
 class Tunnel:
-    """A PPTP call of a VM, which has call 7 on its side, to a server outside. Both ends have a socket for GRE."""
+    """A PPTP call, which has call 7 on the client's side. Both ends have a socket for GRE.
 
-    def __init__(self, lab: Lab, vm: str, peer: str, call: int) -> None:
-        self.vm, self.peer = vm, peer
-        with lab.open_socket("inet", socket.SOCK_STREAM) as listener:
+    ``target``: the address that the client calls; ``seen``: the client's address as the server sees it.
+    """
+
+    def __init__(self, lab: Lab, ends: tuple[str, str], target: str, server: str, seen: str, call: int) -> None:
+        self.target, self.seen, self.call, self.text = target, seen, call, f"{ends} {call}"
+        with lab.open_socket(ends[1], socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((peer, 1723))
+            listener.bind((server, 1723))
             listener.listen(1)
             listener.settimeout(PATIENCE_S)
-            self.client = lab.open_socket(vm, socket.SOCK_STREAM)
+            self.client = lab.open_socket(ends[0], socket.SOCK_STREAM)
             self.client.settimeout(PATIENCE_S)
-            self.client.connect((peer, 1723))
-            self.server, _ = listener.accept()
+            self.client.connect((target, 1723))
+            self.server, peer = listener.accept()
             self.server.settimeout(PATIENCE_S)
-        self.inside, self.outside = (lab.open_socket(it, socket.SOCK_RAW, _GRE) for it in (vm, "inet"))
-        self.outside.bind((peer, 0))
+        assert peer[0] == seen
+        self.at_client, self.at_server = (lab.open_socket(it, socket.SOCK_RAW, _GRE) for it in ends)
+        self.at_client.bind((self.client.getsockname()[0], 0))
+        self.at_server.bind((server, 0))
         self.client.sendall(message(1, struct.pack("!HHIIHH", 0x100, 0, 1, 1, 0, 1) + bytes(128)))
         received(self.server, 1)
         self.server.sendall(message(2, struct.pack("!HBBIIHH", 0x100, 1, 0, 1, 1, 0, 1) + bytes(128)))
         received(self.client, 2)
         self.client.sendall(message(7, struct.pack("!HHIIIIHHHH", 7, 1, 1, 1, 3, 3, 64, 0, 0, 0) + bytes(128)))
-        # The device may replace the VM's call number, so that no two VMs have the same one.
-        self.to_vm = struct.unpack("!H", received(self.server, 7)[:2])[0]
-        self.server.sendall(message(8, struct.pack("!HHBBHIHHI", call, self.to_vm, 1, 0, 0, 1, 64, 0, 0)))
+        # The device may replace the call numbers, so that no two VMs have the same one.
+        self.to_client = struct.unpack("!H", received(self.server, 7)[:2])[0]
+        self.server.sendall(message(8, struct.pack("!HHBBHIHHI", call, self.to_client, 1, 0, 0, 1, 64, 0, 0)))
         self.to_server, own = struct.unpack("!HH", received(self.client, 8)[:4])
         assert own == 7
 
-    def close(self) -> None:
-        for it in (self.client, self.server, self.inside, self.outside):
+    def __enter__(self) -> Tunnel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for it in (self.client, self.server, self.at_client, self.at_server):
             it.close()
 
-    def goes_out(self) -> bool:
-        self.inside.sendto(_packet(self.to_server, self.vm), (self.peer, 0))
-        return _arrived(self.outside, self.to_server, self.vm, PATIENCE_S)
+    def reaches_server(self, patience_s: float = PATIENCE_S) -> bool:
+        self.at_client.sendto(_packet(self.to_server, self.text), (self.target, 0))
+        return _arrived(self.at_server, self.call, self.text, patience_s)
 
-    def comes_in(self, patience_s: float) -> bool:
-        self.outside.sendto(_packet(self.to_vm, self.vm), (A1.address, 0))
-        return _arrived(self.inside, 7, self.vm, patience_s)
+    def reaches_client(self, patience_s: float = PATIENCE_S) -> bool:
+        self.at_server.sendto(_packet(self.to_client, self.text), (self.seen, 0))
+        return _arrived(self.at_client, 7, self.text, patience_s)
+
+
+def dialled(lab: Lab, vm: str, peer: str, call: int) -> Tunnel:
+    return Tunnel(lab, (vm, "inet"), peer, peer, A1.address, call)
 
 
 def _packet(call: int, text: str) -> bytes:
@@ -285,22 +301,48 @@ def _arrived(sock: socket.socket, call: int, text: str, patience_s: float) -> bo
 @pytest.mark.parametrize("peers", [(STRANGER, CLIENT), (STRANGER, STRANGER)], ids=["two-peers", "one-peer"])
 def test_pptp_of_two_vms_works_with_its_helper(lab: Lab, peers: tuple[str, str]) -> None:
     lab.renew(with_helpers(wish(held=(A1, A2)), "pptp"))
-    tunnels = [Tunnel(lab, *it) for it in zip(("vm1", "vm2"), peers, (100, 101), strict=True)]
-    try:
-        assert [it.goes_out() for it in tunnels] == [True, True]
-        assert [it.comes_in(PATIENCE_S) for it in tunnels] == [True, True]
-    finally:
-        for it in tunnels:
-            it.close()
+    with dialled(lab, "vm1", peers[0], 100) as one, dialled(lab, "vm2", peers[1], 101) as two:
+        assert [one.reaches_server(), two.reaches_server()] == [True, True]
+        assert [one.reaches_client(), two.reaches_client()] == [True, True]
 
 
-def test_pptp_without_its_helper_gets_no_packets_in(lab: Lab) -> None:
-    lab.renew(wish(held=(A1, A2)))
-    tunnel = Tunnel(lab, "vm1", STRANGER, 100)
-    try:
-        assert not tunnel.comes_in(QUIET_S)
-    finally:
-        tunnel.close()
+@pytest.mark.parametrize("named", [(), ("pptp",)], ids=["none", "pptp"])
+def test_packets_of_a_pptp_call_come_in_with_its_helper_only(lab: Lab, named: tuple[str, ...]) -> None:
+    lab.renew(with_helpers(wish(admit(A2, "tcp", "1723"), held=(A1, A2), static=[static(A2, VM2)]), *named))
+    works, patience_s = bool(named), PATIENCE_S if named else QUIET_S
+    with dialled(lab, "vm1", STRANGER, 100) as outward:
+        assert outward.reaches_client(patience_s) == works
+    with Tunnel(lab, ("inet", "vm2"), A2.address, VM2, CLIENT_OUT, 102) as inward:
+        assert inward.reaches_server(patience_s) == works
+        assert inward.reaches_client()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "packet"), [(_GRE, b"\0\0\x08\0data"), (50, bytes(7) + b"\1data")], ids=["gre", "esp"]
+)
+def test_a_second_vm_cannot_use_gre_or_esp_with_the_same_peer(lab: Lab, protocol: int, packet: bytes) -> None:
+    """Documented, because these protocols have no ports. With a static NAT the second VM can."""
+    before = wish(held=(A1, A2))
+    lab.renew(before)
+    with contextlib.ExitStack() as stack:
+        peer, one, two = (
+            stack.enter_context(lab.open_socket(it, socket.SOCK_RAW, protocol)) for it in ("inet", "vm1", "vm2")
+        )
+        peer.bind((STRANGER, 0))
+
+        def source(sender: socket.socket, patience_s: float) -> str:
+            peer.settimeout(patience_s)
+            sender.sendto(packet, (STRANGER, 0))
+            try:
+                return str(peer.recvfrom(200)[1][0])
+            except TimeoutError:
+                return ""
+
+        assert source(one, PATIENCE_S) == A1.address
+        assert source(two, QUIET_S) == ""
+        lab.apply(replace(before, static_nats={A2.address: static(A2, VM2)}))
+        assert source(two, PATIENCE_S) == A2.address
+        assert source(one, PATIENCE_S) == A1.address
 
 
 # ---- FTP
@@ -373,14 +415,48 @@ def test_a_backend_of_balanced_ftp_opens_no_port_of_the_public_address(lab: Lab)
         assert expectations(lab) == []
 
 
-def test_passive_ftp_works_for_another_vm_of_the_network(lab: Lab) -> None:
-    scope = wish(admit(A2, "tcp", "21"), held=(A1, A2), static=[static(A2, VM2)])
+@pytest.mark.parametrize(("client", "public"), [("vm1", A2), ("inet", B1)], ids=["hairpin", "second-exit"])
+def test_passive_ftp_works_from_another_vm_and_through_another_exit(lab: Lab, client: str, public: PublicIp) -> None:
+    scope = wish(admit(public, "tcp", "21"), held=(A1, A2, B1), static=[static(public, VM2)])
     lab.renew(with_helpers(scope, "ftp"))
     lab.serve("vm2", "tcp", 2999)
-    with Control(lab, "vm1", "vm2", (A2.address, 21), (VM2, 21)) as control:
-        for said, wanted in (
-            (f"227 Entering ({numbers(VM2, 2999)})", numbers(A2.address, 2999)),
-            ("229 (|||2999|)",) * 2,
-        ):
+    with Control(lab, client, "vm2", (public.address, 21), (VM2, 21)) as control:
+        to_vm = f"227 Entering ({numbers(VM2, 2999)})", numbers(public.address, 2999)
+        for said, wanted in (to_vm, ("229 (|||2999|)",) * 2):
             assert wanted in control.ask("PASV", said)[1]
-            lab.answered(Try("vm1", "tcp", A2.address, 2999))
+            lab.answered(Try(client, "tcp", public.address, 2999))
+        # And active.
+        lab.serve(client, "tcp", 2998)
+        own = control.client.getsockname()[0]
+        high, low = control.ask(f"PORT {numbers(own, 2998)}", "200 yes")[0].split(",")[-2:]
+        seen = GATEWAY if client == "vm1" else own
+        lab.answered(Try("vm2", "tcp", seen, int(high) << 8 | int(low)))
+
+
+@pytest.mark.parametrize("named", [(), ("tftp",)], ids=["none", "tftp"])
+def test_tftp_to_a_balanced_vm_works_with_its_helper_only(lab: Lab, named: tuple[str, ...]) -> None:
+    """The server answers from a port of its own (RFC 1350 section 4); the client must see the public address."""
+    balanced = LbRule(
+        rule_id=1, public_ip=A2.address, public_port=69, protocol="udp", algorithm="roundrobin",
+        backends=(Backend(ip=VM1, port=69),), network_id="204",
+    )  # fmt: skip
+    scope = replace(wish(admit(A2, "udp", "69"), held=(A1, A2)), lb_rules={"1": balanced})
+    lab.renew(with_helpers(scope, *named))
+    with (
+        lab.open_socket("inet", socket.SOCK_DGRAM) as client,
+        lab.open_socket("vm1", socket.SOCK_DGRAM) as server,
+        lab.open_socket("vm1", socket.SOCK_DGRAM) as transfer,
+    ):
+        client.bind((CLIENT, 0))
+        server.bind((VM1, 69))
+        for it in (client, server, transfer):
+            it.settimeout(PATIENCE_S)
+        client.sendto(b"\0\1file\0octet\0", (A2.address, 69))
+        _, peer = server.recvfrom(100)
+        transfer.sendto(b"\0\3\0\1the file", peer)
+        data, source = client.recvfrom(100)
+        assert data == b"\0\3\0\1the file"
+        assert (source[0] == A2.address) is bool(named)
+        if named:
+            client.sendto(b"\0\4\0\1", source)
+            assert transfer.recv(100) == b"\0\4\0\1"
