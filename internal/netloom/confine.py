@@ -96,8 +96,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error: 3, with one line on stderr."""
     try:
-        if len(args) < 5:
-            raise ValueError("expected <uid> <directory> <capabilities> <data MiB> <program> [<argument>...]")
         uid, directory, capabilities, data_mib, *argv = args
         environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
         _enter(int(uid), directory, [CAPABILITIES[it] for it in capabilities.split(",") if it], int(data_mib) << 20)
