@@ -37,7 +37,7 @@ from netloom.agent.scopes.scopes import Scopes
 from netloom.agent.scopes.store import Unreadable
 from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import HostRefused
-from netloom.plan.have import Have
+from netloom.plan.have import Have, HostLink
 from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
@@ -218,7 +218,9 @@ class FakeHost:
         return tuple(it for it in helpers if it in self.without_helpers)
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
-        return Have(scope_id=scope_id, namespace=want.namespace)
+        nics = {it.segment.nic for it in want.ports}
+        links = {it: HostLink(name=it, up=True) for it in nics}
+        return Have(scope_id=scope_id, namespace=want.namespace, host_links=links)
 
     def renewed(self, scope_id: str) -> None:
         self.did.append(f"renewed {scope_id}")

@@ -1,6 +1,6 @@
 """``netloom confine``: take all that a service does not need from this process, then execute the service's program.
 
-    netloom confine <uid> <directory> <capabilities> <data MiB> <program> [<argument>...]
+    netloom confine <uid> <directory> <capabilities> <demanded> <data MiB> <program> [<argument>...]
 
 The agent starts it as root, in the network namespace of the scope. The process keeps its pid. What the program gets:
 
@@ -8,7 +8,8 @@ The agent starts it as root, in the network namespace of the scope. The process 
 * a root directory of its own: the host's programs and libraries, and ``directory``, read-only; and ``/sockets``, a few
   kilobytes of memory, where it can write;
 * of the capabilities those in ``capabilities`` (``net_raw,net_bind_service``), and no way to get others
-  (PR_SET_NO_NEW_PRIVS);
+  (PR_SET_NO_NEW_PRIVS). The program is told that it also has those in ``demanded``: it would refuse to start without
+  them, but does not use them;
 * a filter that refuses system calls which no service needs and which have been used to attack kernels;
 * limits: memory of its own (RLIMIT_DATA), the size of a file, processes; no core dump.
 
@@ -20,8 +21,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import resource
+import select
 import signal
 import struct
 from collections.abc import Sequence
@@ -56,13 +59,25 @@ _PROGRAMS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _FILES = ("dev/null", "dev/urandom", "etc/ld.so.cache")
 _SYSCTLS = "proc/sys/net"
 
-# Sockets of these families can be opened: unix, IPv4, IPv6, netlink.
-_FAMILIES = (1, 2, 10, 16)
+# The sockets that can be opened (linux/socket.h, linux/net.h): family, type and protocol; None: any. The only raw one
+# is ICMPv6, for router advertisements; the only one of netlink is rtnetlink. SOCK_PACKET would be a packet socket.
+_UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
+_STREAM, _DGRAM, _RAW = 1, 2, 3
+_TYPE_MASK = 0xF
+_SOCKETS: tuple[tuple[int, int | None, int | None], ...] = (
+    (_UNIX, None, None),
+    (_INET, _STREAM, None),
+    (_INET, _DGRAM, None),
+    (_INET6, _STREAM, None),
+    (_INET6, _DGRAM, None),
+    (_INET6, _RAW, 58),
+    (_NETLINK, None, 0),
+)
 # clone(2) with one of these flags makes a namespace: mount, cgroup, UTS, IPC, user, PID, network.
 _CLONE_NAMESPACES = 0x7E020000
 
 # Numbers from asm/unistd_64.h and asm-generic/unistd.h.
-_REFUSED = {
+REFUSED = {
     "x86_64": seccomp.numbers("""
         ptrace 101  syslog 103  personality 135  ustat 136  sysfs 139  pivot_root 155  adjtimex 159  chroot 161
         acct 163  settimeofday 164  mount 165  umount2 166  swapon 167  swapoff 168  reboot 169  sethostname 170
@@ -85,10 +100,15 @@ _REFUSED = {
         move_mount 429  fsopen 430  fsconfig 431  fsmount 432  fspick 433  pidfd_getfd 438  mount_setattr 442
     """),
 }
-_SOCKET = {"x86_64": 41, "aarch64": 198}
-_CLONE = {"x86_64": 56, "aarch64": 220}
-_CLONE3 = 435  # on all architectures
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+CALLS = {
+    "x86_64": seccomp.numbers("clone 56  capget 125  seccomp 317  socket 41  clone3 435"),
+    "aarch64": seccomp.numbers("clone 220  capget 90  seccomp 277  socket 198  clone3 435"),
+}
+
+# linux/seccomp.h: the requests to receive and to answer a notification, and the bytes of both.
+_NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
+_NOTIF_BYTES = 80
+_NOTIF_S_MAX = 10.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -96,16 +116,23 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error: 3, with one line on stderr."""
     try:
-        uid, directory, capabilities, data_mib, *argv = args
+        uid, directory, capabilities, demanded, data_mib, *argv = args
         environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
-        _enter(int(uid), directory, [CAPABILITIES[it] for it in capabilities.split(",") if it], int(data_mib) << 20)
+        _enter(int(uid), directory, _numbered(capabilities), _numbered(demanded), int(data_mib) << 20)
         os.execve(argv[0], argv, environ)
     except (OSError, ValueError, KeyError) as error:
         os.write(2, f"the service cannot be confined: {error}\n".encode())
     return 3
 
 
-def _enter(uid: int, directory: str, kept: list[int], data_bytes: int) -> None:
+def _numbered(names: str) -> list[int]:
+    return [CAPABILITIES[it] for it in names.split(",") if it]
+
+
+def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_bytes: int) -> None:
+    machine = os.uname().machine
+    if demanded and not _tell_of(kept + demanded, machine):
+        kept = kept + demanded
     _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC))
     _enter_root(uid, directory)
     for limit, most in (
@@ -133,9 +160,59 @@ def _enter(uid: int, directory: str, kept: list[int], data_bytes: int) -> None:
     for capability in kept:
         _check("prctl", _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability))
     _check("prctl", _prctl(_PR_SET_NO_NEW_PRIVS, 1))  # guard: a-service-gets-no-new-privileges
-    machine = os.uname().machine
     if machine in seccomp.AUDIT_ARCHES:
         seccomp.install(_libc, call_filter(machine))  # guard: a-service-has-a-filter
+
+
+def _tell_of(told: list[int], machine: str) -> bool:
+    """Start a process that answers the first capget(2) of the program: it has the capabilities ``told``.
+
+    dnsmasq asks once at its start and refuses to run without CAP_NET_ADMIN. The answer is no capability: the kernel
+    goes on refusing what needs it. The process is not our child, because the program would not expect one. It ends
+    with the answer. False: such answers are not possible here.
+    """
+    if machine not in seccomp.AUDIT_ARCHES:
+        return False
+    try:
+        listener = seccomp.install_listened(_libc, CALLS[machine]["seccomp"], _asking_filter(machine))
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EBUSY):  # EBUSY: a container manager listens already
+            return False
+        raise
+    if os.fork() == 0:
+        try:
+            if os.fork() == 0:
+                _tell(listener, told)
+        finally:
+            os._exit(0)
+    os.wait()
+    os.close(listener)
+    return True
+
+
+def _tell(listener: int, told: list[int]) -> None:
+    """Answer capget(2) until the program has read its capabilities (seccomp_unotify(2)), or ended."""
+    mask = sum(1 << capability for capability in told)
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    while poll.poll(_NOTIF_S_MAX * 1000) == [(listener, select.POLLIN)]:
+        call = bytearray(_NOTIF_BYTES)
+        fcntl.ioctl(listener, _NOTIF_RECV, call)
+        cookie, pid, header, data = struct.unpack_from("=QI4x4x4x8xQQ", call)
+        memory = os.open(f"/proc/{pid}/mem", os.O_WRONLY)
+        os.pwrite(memory, struct.pack("=I", _CAPABILITIES_V3), header)
+        if data:
+            os.pwrite(memory, struct.pack("=6I", mask, mask, 0, 0, 0, 0), data)
+        os.close(memory)
+        fcntl.ioctl(listener, _NOTIF_SEND, struct.pack("=QqiI", cookie, 0, 0, 0))
+        if data:
+            return
+
+
+def _asking_filter(machine: str) -> bytes:
+    """A filter that asks our process about capget(2), and allows the rest."""
+    head = seccomp.head(seccomp.AUDIT_ARCHES[machine])
+    return seccomp.assemble([*head, *if_equal(CALLS[machine]["capget"], [seccomp.ASK]), ALLOW])
 
 
 def _enter_root(uid: int, directory: str) -> None:
@@ -166,10 +243,7 @@ def _enter_root(uid: int, directory: str) -> None:
     os.mkdir(f"{root}{SOCKETS}", 0o700)
     os.chown(f"{root}{SOCKETS}", uid, uid)
     os.chdir(root)
-    number = _PIVOT_ROOT.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"the number of pivot_root on {os.uname().machine}")
-    _check("pivot_root", _libc.syscall(ctypes.c_long(number), b".", b"."))  # pivot_root(2): stacks the old root
+    _check("pivot_root", _libc.pivot_root(b".", b"."))  # pivot_root(2): stacks the old root
     _check("umount2", _libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
 
@@ -181,17 +255,24 @@ def call_filter(machine: str) -> bytes:
     """
     refused = [seccomp.refuse(errno.EPERM)]
     program = seccomp.head(seccomp.AUDIT_ARCHES[machine])
-    for number in _REFUSED[machine].values():
+    for number in REFUSED[machine].values():
         program += if_equal(number, refused)
-    program += if_equal(_CLONE3, [seccomp.refuse(errno.ENOSYS)])
+    program += if_equal(CALLS[machine]["clone3"], [seccomp.refuse(errno.ENOSYS)])
     clone = [seccomp.argument(0), *seccomp.if_any_bit(_CLONE_NAMESPACES, refused), ALLOW]
-    program += if_equal(_CLONE[machine], clone)
-    socket: list[Instruction] = [seccomp.argument(0)]
-    for family in _FAMILIES:
-        socket += if_equal(family, [ALLOW])
-    socket += [seccomp.refuse(errno.EAFNOSUPPORT), ALLOW]
-    program += if_equal(_SOCKET[machine], socket)
+    program += if_equal(CALLS[machine]["clone"], clone)
+    sockets = [instruction for row in _SOCKETS for instruction in _if_socket(*row)]
+    program += if_equal(CALLS[machine]["socket"], [*sockets, seccomp.refuse(errno.EAFNOSUPPORT)])
     return seccomp.assemble([*program, ALLOW])
+
+
+def _if_socket(family: int, kind: int | None, protocol: int | None) -> list[Instruction]:
+    """Allow socket(2) with these arguments; otherwise go on after these instructions."""
+    body = [ALLOW]
+    if protocol is not None:
+        body = [seccomp.argument(2), *if_equal(protocol, body)]
+    if kind is not None:
+        body = [seccomp.argument(1), seccomp.masked(_TYPE_MASK), *if_equal(kind, body)]
+    return [seccomp.argument(0), *if_equal(family, body)]
 
 
 def _mount_read_only(source: str, target: str, flags: int = _MS_NOSUID | _MS_NODEV) -> None:

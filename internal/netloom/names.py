@@ -20,8 +20,8 @@ ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # Conntrack helpers that a registration may name. The kernel has others: netbios-ns and snmp work for broadcasts of the
-# host itself only.
-CONNTRACK_HELPERS = ("amanda", "ftp", "h323", "irc", "pptp", "sane", "sip", "tftp")
+# host itself only. With h323 (call forwarding) the far end may announce a connection to a third machine.
+CONNTRACK_HELPERS = ("amanda", "ftp", "irc", "pptp", "sane", "sip", "tftp")
 
 UNTAGGED = "untagged"
 VXLAN = "vx"  # before the number of a VXLAN, where a VLAN could stand too: "vx1000"

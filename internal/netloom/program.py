@@ -23,6 +23,9 @@ UNUSED_S = 3600.0
 # Nuitka's start code sets these for the program. A child that is also built by Nuitka would misread them as its own.
 _COMPILER_VARIABLES = ("NUITKA_ORIGINAL_ARGV0", "NUITKA_ONEFILE_DIRECTORY", "NUITKA_ONEFILE_PARENT")
 
+# Builds have about 30 characters. A host may claim any, and a number of thousands of digits cannot be converted.
+_BUILD_CHARACTERS_MAX = 100  # guard: a-hosts-build-is-any-text
+
 _PACKAGE = os.path.dirname(__file__)
 
 _path: str | None = None
@@ -50,7 +53,7 @@ def is_newer(build: str, than: str) -> bool:
 
 def _age(build: str) -> tuple[list[int], int]:
     """The version, and the optional number between version and hash (``0.1.0-57-1f2e3d4c5b6a``)."""
-    version, *rest = build.split("-")
+    version, *rest = build[:_BUILD_CHARACTERS_MAX].split("-")
     numbers = [int(number) for number in version.split(".") if number.isdecimal()]
     return numbers, int(rest[0]) if len(rest) > 1 and rest[0].isdecimal() else 0
 

@@ -10,16 +10,18 @@ from collections.abc import Iterable, Sequence
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, value
 
 # linux/seccomp.h, linux/prctl.h, linux/audit.h
-_RET_ALLOW, _RET_ERRNO, _RET_KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+_RET_ALLOW, _RET_USER_NOTIF, _RET_ERRNO, _RET_KILL_PROCESS = 0x7FFF0000, 0x7FC00000, 0x00050000, 0x80000000
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
+_SECCOMP_SET_MODE_FILTER, _FLAG_NEW_LISTENER = 1, 8
 AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 # linux/bpf_common.h, as classic BPF instructions on struct seccomp_data.
-_LD_W_ABS, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_LD_W_ABS, _AND, _JEQ, _JGE, _JSET, _RET = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCH_AT, _ARGS_AT = 0, 4, 16
 _X32_BIT = 0x40000000
 
 ALLOW: Instruction = (_RET, 0, 0, _RET_ALLOW)  # returns: the system call is executed
+ASK: Instruction = (_RET, 0, 0, _RET_USER_NOTIF)  # returns: the reader of the listener answers (install_listened)
 
 
 def numbers(table: str) -> dict[str, int]:
@@ -41,6 +43,11 @@ def if_equal(value: int, body: Sequence[Instruction]) -> list[Instruction]:
 def if_any_bit(bits: int, body: Sequence[Instruction]) -> list[Instruction]:
     """Execute ``body`` only if the loaded value has one of these bits."""
     return [(_JSET, 0, len(body), bits), *body]
+
+
+def masked(bits: int) -> Instruction:
+    """Keep only these bits of the loaded value."""
+    return (_AND, 0, 0, bits)
 
 
 def head(audit: int) -> list[Instruction]:
@@ -84,3 +91,16 @@ def install(libc: ctypes.CDLL, code: bytes) -> bool:
     if ctypes.get_errno() == errno.EINVAL:
         return False
     raise OSError(ctypes.get_errno(), "seccomp")
+
+
+def install_listened(libc: ctypes.CDLL, number: int, code: bytes) -> int:
+    """Install a filter and return its listener, from which notifications are read (seccomp_unotify(2)).
+
+    ``number``: of the system call seccomp. Raises OSError.
+    """
+    program = _Program(len(code) // 8, code)
+    mode, flags = ctypes.c_ulong(_SECCOMP_SET_MODE_FILTER), ctypes.c_ulong(_FLAG_NEW_LISTENER)
+    listener = libc.syscall(ctypes.c_long(number), mode, flags, ctypes.byref(program))
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), "seccomp")
+    return int(listener)

@@ -127,5 +127,5 @@ class FrameReader:
                 f"the host sent something that is not a frame, or a frame that is too long: {error.start!r}",
                 hint="does the login shell print text?",
             ) from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # guard: a-frame-is-any-bytes
             raise HostRefused(f"the host sent a frame that cannot be read: {error}") from error

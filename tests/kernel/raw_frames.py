@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import struct
 import time
@@ -34,6 +35,17 @@ def wire(host: AgentHost, link: str, namespace: str = "", *, fabric: bool = Fals
     with opened:
         opened.settimeout(0.2)
         yield opened
+
+
+@contextlib.contextmanager
+def one_cpu() -> Iterator[None]:
+    """Within the block this thread and the programs that it starts use one CPU, which handles what they send."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def send(host: AgentHost, *frames: bytes) -> None:

@@ -28,7 +28,7 @@ from netloom.render.service import Service, directory_of
 pytestmark = pytest.mark.usefixtures("namespace")
 
 OTHER = "net-9305"
-NET_BIND, NET_ADMIN, NET_RAW = 1 << 10, 1 << 12, 1 << 13
+NET_BIND, NET_RAW = 1 << 10, 1 << 13
 _LIMITS = {"Max file size": 1 << 20, "Max core file size": 0}
 
 
@@ -89,17 +89,37 @@ def test_services_have_their_own_user_and_few_privileges() -> None:
         assert limits(pids["lb"])["Max data size"] == (512 + 8000 // 16) << 20
 
 
-def test_a_resolver_that_advertises_an_ipv6_prefix_keeps_the_capabilities_that_it_demands() -> None:
+@pytest.mark.mutation("a-resolver-is-no-network-administrator")
+def test_a_resolver_that_advertises_an_ipv6_prefix_cannot_change_links() -> None:
+    """dnsmasq does not start without CAP_NET_ADMIN. It is told that it has it."""
     known = replace(NETWORK, implemented=True, vlan="9", cidr="10.10.1.0/24")
     network = replace(known, ip6_cidr="fd00:9204::/64", ip6_gateway="fd00:9204::1")
-    assert dnsmasq.service(SCOPE, network).capabilities == ("net_admin", "net_bind_service", "net_raw")
     add = ["addr", "add", "fd00:9204::1/64", "dev", "gst-9204", "nodad"]
     subprocess.run(["ip", "-n", NAMESPACE, *add], check=True)
-    with running_supervisor() as (it, _, _wait_until):
+    with inside(NAMESPACE):
+        host = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    with running_supervisor() as (it, _, _wait_until), host:
+        host.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"other")
+        host.settimeout(0.3)
         it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, network),))
-        seen = status(it.states()[SCOPE]["dns-9204"])
-        assert int(seen["CapBnd"], 16) == NET_BIND | NET_ADMIN | NET_RAW
-        assert seen["NoNewPrivs"] == "1"
+        pid = it.states()[SCOPE]["dns-9204"]
+        seen = status(pid)
+        for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert int(seen[kind], 16) == NET_BIND | NET_RAW, kind
+        assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
+        wait_until(lambda: process.group(pid) == [pid])  # the process that answered capget(2) has ended
+        wait_until(lambda: advertises(host))
+
+
+def advertises(host: socket.socket) -> bool:
+    """Whether a router solicitation is answered with an advertisement (RFC 4861 sections 4.1 and 4.2)."""
+    try:
+        host.sendto(b"\x85" + bytes(7), ("ff02::2", 0, 0, 0))
+        while host.recv(2000)[0] != 134:
+            pass
+    except OSError:  # no address yet, or no answer yet
+        return False
+    return True
 
 
 def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
@@ -172,6 +192,10 @@ def test_a_process_of_one_scope_cannot_signal_those_of_another_nor_read_their_fi
             f"{directory}/running.json",
             f"/proc/{pids['dns-9204']}/root/",
             f"/proc/{pids['dns-9204']}/environ",
+            f"/proc/{pids['dns-9204']}/mem",
+            f"/proc/{pids['dns-9204']}/maps",
+            f"/proc/{pids['dns-9204']}/cwd/",
+            f"/proc/{pids['dns-9204']}/fd/",
         ]
         attempt = [sys.executable, "-c", INTRUDER]
         done = subprocess.run(
@@ -269,6 +293,7 @@ def test_processes_of_an_earlier_version_are_replaced_and_their_connections_kept
         new = it.states()[SCOPE]["lb"]
         assert new != old.pid
         assert process.user_of(new) in files.USERS
+        assert list(directory.glob("*.sock")) == []
         client.sendall(b"still here")
         assert served.recv(100) == b"still here"
         newer, newly_served = connected(backend)

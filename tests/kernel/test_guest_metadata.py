@@ -127,6 +127,42 @@ def test_paths_are_read_as_apache_reads_them(on: Segment) -> None:
 
 
 @pytest.mark.usefixtures("agent")
+def test_requests_of_old_and_odd_clients_are_answered(on: Segment) -> None:
+    vm, user_data = web(on), USER_DATA.encode()
+    for head in (
+        b" HTTP/1.0\r\n\r\n",
+        b" HTTP/1.0\nHost: x\n\n",
+        b" HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n",
+        b" HTTP/1.1\r\nHost: another.example:81\r\nConnection: close\r\n\r\n",
+        b" HTTP/1.1\r\nHost: a b/../c\r\nConnection: close\r\n\r\n",
+    ):
+        for target in (
+            b"/latest/user-data",
+            b"http://169.254.169.254//latest/user-data",
+            b"HTTP://x/latest/./user-data",
+        ):
+            for before in (b"", b"\r\n"):
+                answer = said(vm, before + b"GET " + target + head)
+                assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n" + user_data), (head, target)
+    get = b"GET //latest/meta-data/local-hostname HTTP/1.1\r\nHost: x\r\n"
+    pipelined = said(vm, get + b"\r\n" + b"HEAD" + get[3:] + b"\r\n" + get + b"Connection: close\r\n\r\n")
+    bodies = [it.partition(b"\r\n\r\n")[2] for it in pipelined.split(b"HTTP/1.1 200")[1:]]
+    assert bodies == [b"web-1", b"", b"web-1"]
+
+
+def said(vm: str, request: bytes) -> bytes:
+    """The whole answer to these bytes, until the server closes the connection."""
+    with inside(vm):
+        sock = socket.create_connection((SERVER, 80), timeout=20)
+    with sock:
+        sock.sendall(request)
+        answer = b""
+        while data := sock.recv(65536):
+            answer += data
+    return answer
+
+
+@pytest.mark.usefixtures("agent")
 def test_missing_items_and_refused_requests_get_an_error_status(on: Segment) -> None:
     vm = web(on)
     absent = ["/latest/meta-data/public-hostname", "/latest/nothing", "/password/vm_password", "/latest/vm_password"]

@@ -81,10 +81,28 @@ def test_a_packet_that_is_too_large_for_the_public_link_gets_an_icmp_error(host:
 
 
 def test_an_operators_bridge_keeps_the_mtu_of_its_uplink(host: AgentHost) -> None:
+    """Also when the uplink is resized, and when the bridge gets another uplink."""
+
+    def resize_uplink(mtu: int) -> None:
+        for link in ("eth1", "eth1-x"):
+            host.ip("link", "set", link, "mtu", str(mtu), "up")
+
+    def ports() -> set[int]:
+        return {host.links()["vnetg204"]["mtu"], host.links(NS)["gst-204"]["mtu"]}
+
     host.ip("link", "add", "br0", "type", "bridge")
-    host.ip("link", "set", GUEST, "master", "br0", "up")
+    host.ip("link", "set", "eth1", "master", "br0")
     host.ip("link", "set", "br0", "up")
+    resize_uplink(9000)
     registration = Registration(owner="test", guest_nic="br0", public_nic="eth2")
     done(host.call("020", "implement-network", registration=registration, vlan="untagged"))
-    assert host.links()["br0"]["mtu"] == host.links()["vnetg204"]["mtu"] == 9000
-    assert host.links(NS)["gst-204"]["mtu"] == 9000
+    assert host.links()["br0"]["mtu"] == 9000
+    assert ports() == {9000}
+    host.plug(VM, "br0", VM_MAC)  # with 1,500 bytes
+    for mtu in (1400, 9000):
+        resize_uplink(mtu)
+        wait_until(partial(lambda mtu: ports() == {mtu}, mtu))
+    host.ip("link", "set", "eth2", "mtu", "4000", "master", "br0")
+    wait_until(lambda: ports() == {4000})
+    host.ip("link", "set", "eth2", "nomaster")
+    wait_until(lambda: ports() == {9000})

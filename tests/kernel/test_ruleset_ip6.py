@@ -7,6 +7,8 @@ VMs have static addresses and permanent neighbour entries of their gateways, so 
 from __future__ import annotations
 
 import contextlib
+import re
+import socket
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -18,7 +20,9 @@ from msgspec.structs import replace
 
 from kernel.flood import Flood
 from kernel.flow_policy_check import agree
-from kernel.ruleset_lab import STRANGER, Lab, Nft, Try, echoes
+from kernel.ftp_control import Control, expectations, numbers
+from kernel.ruleset_lab import PATIENCE_S, STRANGER, Lab, Nft, Try, echoes, run
+from kernel.vpc_lab import HOMES as VM
 from kernel.vpc_lab import TIERS, VpcLab, item, lists, vpc
 from netloom import names
 from netloom.render import nft, ruleset
@@ -185,6 +189,44 @@ def test_closed_ports_of_the_ipv6_gateway_are_refused_to_its_tier(lab: Lab) -> N
     closed = [Try(vm, protocol, GATEWAYS[vm], 4444) for vm in ("a1", "b1") for protocol in ("tcp", "udp")]
     assert lab.ask(closed) == ["refused"] * len(closed)
     lab.silent(Try("a1", "tcp", GATEWAYS["b1"], 4444), Try("inet", "tcp", GATEWAYS["b1"], 4444, FAR))
+    link = names.guest_link("310")
+    link_local = re.search(r"fe80::[0-9a-f:]+", run("ip", "-n", lab.ns("dev"), "-6", "addr", "show", "dev", link))
+    assert link_local
+    with lab.open_socket("a1", socket.SOCK_STREAM, 0, "::") as client, pytest.raises(ConnectionRefusedError):
+        client.settimeout(PATIENCE_S)
+        with inside(lab.ns("a1")):
+            client.connect((link_local[0], 4444, 0, socket.if_nametoindex("eth0")))
+
+
+def test_closed_ports_of_the_ipv6_gateway_are_refused_to_an_isolated_network(lab: Lab) -> None:
+    lab.renew(isolated(None, open_to_all=True))
+    closed = [("tcp", 4444), ("udp", 4444)]
+    assert lab.ask(Try("vm1", protocol, GATEWAYS["vm1"], port) for protocol, port in closed) == ["refused"] * 2
+    lab.silent(*(Try("inet", protocol, GATEWAYS["vm1"], port, FAR) for protocol, port in closed))
+
+
+@pytest.mark.parametrize("named", [(), ("ftp",)], ids=["none", "ftp"])
+def test_ftp_over_ipv6_and_between_tiers_works_with_its_helper_only(lab: Lab, named: tuple[str, ...]) -> None:
+    """EPRT and EPSV. The list of the second tier opens port 21 and denies all others."""
+    ftp_only = (item(1, "allow", "ingress", "tcp", "21"), item(2, "deny", "ingress"))
+    lab.renew(replace(tiers(None, ftp_only, both=True), helpers=named))
+    lab.serve("b1", "tcp", 8080)
+    inward, outward = (HOMES["b1"], 8080), (HOMES["a1"], 8080)
+    with Control(lab, "a1", "b1", (HOMES["b1"], 21), (HOMES["b1"], 21)) as control:
+        assert control.ask("EPSV", f"229 Entering (|||{inward[1]}|)")
+        lab.silent(Try("a1", "tcp", inward[0], 22), Try("a2", "tcp", *inward))
+        lab.assert_answers({Try("a1", "tcp", *inward): bool(named)})
+    with Control(lab, "a1", "inet", (FAR, 21), (FAR, 21)) as control:
+        for third in (HOMES["b1"], GATEWAYS["a1"], HOMES["a2"]):
+            control.ask(f"EPRT |2|{third}|22|", "200 no")
+        assert expectations(lab, 6) == []
+        control.ask(f"EPRT |2|{outward[0]}|{outward[1]}|", "200 yes")
+        lab.silent(Try("inet", "tcp", *outward, FARTHER))
+        lab.assert_answers({Try("inet", "tcp", *outward, FAR): bool(named)})
+    with Control(lab, "a1", "b1", (VM["b1"], 21), (VM["b1"], 21)) as control:
+        control.ask("PASV", f"227 Entering ({numbers(VM['b1'], 8080)})")
+        lab.silent(Try("a1", "tcp", VM["b1"], 22))
+        lab.assert_answers({Try("a1", "tcp", VM["b1"], 8080): bool(named)})
 
 
 @pytest.mark.mutation("an-ipv6-flow-is-judged-by-the-lists")

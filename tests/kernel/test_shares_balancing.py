@@ -6,6 +6,7 @@ Clients are on the public VLAN, servers in VMs.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def test_silent_connections_of_one_client_leave_the_rule_to_other_clients(host: 
 
 
 def test_a_client_of_many_rules_has_a_share_of_all_connections(host: AgentHost) -> None:
-    """The rules have 50 connections each, which is more than there are in all. A client has 12 of each rule."""
+    """A client has 12 connections of each rule, and 50 in all."""
     rules = [rule(at, 8080 + at, WEB_IP) for at in range(1, 8)]
     with name_servers(host, WEB), contextlib.ExitStack() as stack:
         balance(host, *rules, registration=SMALL)
@@ -119,24 +120,45 @@ def test_a_client_of_many_rules_has_a_share_of_all_connections(host: AgentHost) 
         assert holds in message(act(host, "check")).splitlines()
 
 
+def test_silent_connections_to_all_other_rules_leave_a_rule_what_is_reserved_for_it(host: AgentHost) -> None:
+    """Seven rules may have 50 connections each, which is more than the 200 there are. 14 are reserved for each."""
+    with name_servers(host, WEB), contextlib.ExitStack() as stack:
+        balance(host, *(rule(at, 8080 + at, WEB_IP) for at in range(1, 8)), registration=SMALL)
+        for at in range(1, 7):
+            stack.enter_context(silent(host, 8080 + at, OTHERS, 7))
+        assert answering_vm(host, 8087) == WEB
+        found = message(act(host, "check")).splitlines()
+        for number in (3, 4, 5, 6):
+            holds = f"balancing rule {number} ({ADDRESS}:{8080 + number}): 14 connections, and 14 are reserved for it"
+            assert any(it.startswith(holds) for it in found), found
+
+
 @pytest.mark.mutation("idle-connections-end", instead="3600")
 def test_idle_connections_end_and_those_with_data_stay(host: AgentHost) -> None:
+    """Idle is a client that sends nothing, and one that does not read what it asked for."""
     with name_servers(host, WEB):
         balance(host, rule(1, 8081, WEB_IP), registration=SHORT)
-        with connect(host, 8081) as idle, connect(host, 8081) as busy:
-            idle.settimeout(30)
-            assert (idle.recv(100), busy.recv(100)) == (b"web", b"web")
+        with connect(host, 8081) as idle, connect(host, 8081) as deaf, connect(host, 8081) as busy:
+            assert {it.recv(100) for it in (idle, deaf, busy)} == {b"web"}
+            deaf.settimeout(0.2)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    deaf.send(bytes(1 << 16))
             began = time.monotonic()
-            busy.settimeout(1)
-            ended = False
-            while not ended:
+            left = {idle, deaf}
+            while left:
                 assert is_echoed(busy)
                 assert time.monotonic() < began + 30
-                idle.settimeout(1)
-                with contextlib.suppress(TimeoutError):
-                    ended = idle.recv(100) == b""
-            assert time.monotonic() > began + 4.5
+                left -= {it for it in left if has_ended(it)}
+            assert time.monotonic() > began + 3
             assert is_echoed(busy)
+
+
+def has_ended(client: socket.socket) -> bool:
+    """Whether the balancer has ended the connection: poll(2) reports a FIN or a reset also before unread data."""
+    poll = select.poll()
+    poll.register(client, select.POLLRDHUP)
+    return bool(poll.poll(300))
 
 
 def haproxies(host: AgentHost) -> int:
@@ -155,6 +177,18 @@ def test_many_changes_leave_a_bounded_number_of_processes(host: AgentHost) -> No
         wait_until(lambda: haproxies(host) <= 2 + OLD_WORKERS_MAX)  # the master and the current worker
         assert all(is_echoed(it) for it in held[-OLD_WORKERS_MAX - 1 :])
         assert answering_vm(host, 8081) == WEB
+        # Another agent finds the old processes of the first one.
+        host.kill()
+        host.start()
+        for number in range(2):
+            balance(host, rule(1, 8081, WEB_IP), rule(2, 9100 + number, WEB_IP))
+            held.append(connect(host, 8081))
+            assert held[-1].recv(100) == b"web"
+        wait_until(lambda: haproxies(host) <= 2 + OLD_WORKERS_MAX)
+        assert all(is_echoed(it) for it in held[-OLD_WORKERS_MAX - 1 :])
+        # Connections that are still open keep none of them.
+        done(host.call("131", "destroy-network"))
+        assert not haproxies(host)
     for it in held:
         it.close()
 

@@ -313,18 +313,19 @@ def test_an_event_before_there_is_a_handler_is_a_bug() -> None:
         Events().tidy_soon()
 
 
-@pytest.mark.mutation("a-missing-helper-is-named-before-anything-changes")
+@pytest.mark.mutation("a-missing-helper-is-named")
 @simulated
-async def test_a_helper_that_the_kernel_lacks_is_named_before_anything_changes(agent: Agent) -> None:
+async def test_a_helper_that_the_kernel_lacks_is_left_out_and_named(agent: Agent) -> None:
     await agent.live()
     agent.host.without_helpers = frozenset({"pptp"})
     agent.registration = msgspec.structs.replace(agent.registration, conntrack_helpers=("ftp", "pptp"))
-    refused = await agent.call("021", "assign-ip", public_ip="203.0.113.29")
-    assert refused.status == 3
-    assert "conntrack.helpers: the kernel of this host has no helper for pptp" in refused.error
-    assert "modprobe -a nf_conntrack_pptp nf_nat_pptp" in refused.hint
-    assert agent.did == []
-    # Commands that remove something work, and the network keeps the helpers that there are.
-    assert (await agent.call("060", "release-ip", public_ip="203.0.113.20")).status == 0
-    want = agent.host.present["net-204"]
-    assert want.ruleset is not None and [it.type for it in want.ruleset.helpers] == ["ftp"]
+    for call, command in (("021", "assign-ip"), ("060", "release-ip")):
+        assert (await agent.call(call, command, public_ip="203.0.113.20")).status == 0
+        want = agent.host.present["net-204"]
+        assert want.ruleset is not None and [it.type for it in want.ruleset.helpers] == ["ftp"]
+    reason = "conntrack.helpers: the kernel of this host has no helper for pptp (modprobe -a nf_conntrack_pptp"
+    named = f"not in force: {reason} nf_nat_pptp)"
+    assert named in (await agent.call("501", "custom-action", action="check")).output
+    assert len([it for it in agent.log.lines if named in it]) == 1
+    agent.host.without_helpers = frozenset()
+    assert "pptp" not in (await agent.call("501", "custom-action", action="check")).output

@@ -116,9 +116,8 @@ def test_a_rule_that_denies_is_widened_and_never_left_out() -> None:
 
 
 def test_what_is_not_in_force_is_remembered_until_the_next_list() -> None:
-    scope = apply_rules(
-        implement().scope, [{**OPEN, "id": 5, "protocol": "t"}, {**OPEN, "id": 6, "publicIp": ""}]
-    ).scope
+    assigned = play(implement().scope, "021").scope
+    scope = apply_rules(assigned, [{**OPEN, "id": 5, "protocol": "t"}, {**OPEN, "id": 6, "publicIp": ""}]).scope
     assert scope.left_out == {
         "apply-fw-rules 204": (
             "rule 5: its protocol is not a whole name of a protocol",

@@ -142,7 +142,7 @@ def test_items_with_hostile_names_are_left_out(name: str) -> None:
     assert served(after).metadata == {"instance-id": "i-1"}
 
 
-def restore(scope: Scope, *, vms: list[dict[str, Any]], **enabled: bool) -> Scope:
+def restore(scope: Scope, *, vms: list[Any], **enabled: bool) -> Scope:
     services = {"dhcp_enabled": True, "dns_enabled": True, "userdata_enabled": True} | enabled
     after = call(scope, "restore-network", restore_data={**services, "vms": vms}).scope
     assert after is not None
@@ -313,10 +313,11 @@ def test_a_restore_does_not_list_nics_with_ipv6_only() -> None:
         [],
         [{**ONE, "nic_uuid": "not a word!"}, {**ONE, "mac": "nonsense"}],
         [ONE, {"nic_uuid": "u-9", "ip": "10.10.1.99", "hostname": "x"}],
+        [ONE, None],
     ],
-    ids=["empty", "unreadable", "without a MAC address"],
+    ids=["empty", "unreadable", "without a MAC address", "no object"],
 )
-def test_an_incomplete_list_removes_no_vm(vms: list[dict[str, Any]]) -> None:
+def test_an_incomplete_list_removes_no_vm(vms: list[Any]) -> None:
     settled = implement(deployed(ONE, TWO)).scope
     assert settled is not None
     assert set(restore(settled, vms=vms).networks["204"].nics) == {"u-1", "u-2"}

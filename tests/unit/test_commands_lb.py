@@ -57,10 +57,31 @@ def test_a_rule_takes_an_address_that_was_never_assigned() -> None:
     assert "203.0.113.77" not in released.public_ips
 
 
-def test_a_rule_whose_vlan_is_not_known_is_reported_and_kept_for_its_assign_ip() -> None:
-    scope, reasons = lb(with_address(), {**GOOD, "publicIp": "198.51.100.7"})
-    (reason,) = reasons
-    assert "203" not in reason
-    assert "198.51.100.7:80" in reason
-    assert set(scope.lb_rules) == {"1"}
+@pytest.mark.mutation("rules-without-their-address-are-told")
+@pytest.mark.parametrize("command", ["apply-lb-rules", "apply-fw-rules"])
+def test_rules_whose_vlan_is_not_known_are_told_until_the_assign_ip(command: str) -> None:
+    """Nothing says on which VLAN the address is: it is in no known public subnet."""
+    address: dict[str, Any] = {
+        "public_ip": "198.51.100.7",
+        "public_vlan": "vlan://102",
+        "public_gateway": "198.51.100.1",
+        "public_cidr": "198.51.100.0/24",
+        "source_nat": "false",
+    }
+    listed: dict[str, Any] = {"lb_rules": [{**GOOD, "publicIp": "198.51.100.7"}]}
+    none: dict[str, Any] = {"lb_rules": [{"id": 1, "revoke": True}]}
+    if command == "apply-fw-rules":
+        ingress = {"id": 1, "type": "ingress", "protocol": "tcp", "publicIp": "198.51.100.7"}
+        listed = {"fw_rules": {"default_egress_allow": True, "rules": [ingress]}}
+        none = {"fw_rules": {"default_egress_allow": True, "rules": []}}
+    scope = call(with_address(), command, **listed).scope
+    assert scope is not None
     assert "198.51.100.7" not in scope.public_ips
+    (reason,) = scope.left_out["assign-ip 204"]
+    assert "198.51.100.7" in reason
+    assigned = call(scope, "assign-ip", **address).scope
+    assert assigned is not None
+    assert ("198.51.100.7" in assigned.public_ips, assigned.left_out) == (True, {})
+    revoked = call(scope, command, **none).scope
+    assert revoked is not None
+    assert revoked.left_out == {}

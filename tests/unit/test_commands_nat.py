@@ -140,6 +140,19 @@ def test_a_source_nat_address_may_come_back() -> None:
     assert {it.address: it.source_nat for it in scope.public_ips.values()} == {FORMER: True}
 
 
+@pytest.mark.mutation("a-restart-keeps-no-unused-address")
+def test_a_former_source_nat_address_of_an_earlier_version_goes_at_the_restart() -> None:
+    """Earlier versions did not mark it, so it looks like an ordinary address without rules."""
+    scope = after(implemented_scope(), "assign-ip", **public("203.0.113.28"))
+    scope = after(scope, "add-port-forward", **forward("203.0.113.21", "22"))
+    rules = [{**FW, "publicIp": "203.0.113.22"}]
+    scope = after(scope, "apply-fw-rules", fw_rules={"default_egress_allow": True, "rules": rules})
+    assert "203.0.113.28" in scope.public_ips, "an ordinary address waits for its first rule"
+    restarted = implement(scope).scope
+    assert restarted is not None
+    assert set(restarted.public_ips) == {"203.0.113.20", "203.0.113.21", "203.0.113.22"}
+
+
 @pytest.mark.mutation("a-missing-public-field-is-named")
 @pytest.mark.parametrize("missing", ["public_ip", "public_vlan", "public_cidr"])
 @pytest.mark.parametrize("command", ["assign-ip", "add-static-nat"])

@@ -254,11 +254,24 @@ def test_descriptions_contain_no_secrets(secret: str) -> None:
     assert "password waiting" in told
 
 
-def test_the_output_of_a_host_is_printable_and_bounded() -> None:
-    hostile = "\x1b]0;x\x07\x1b[2J\u202egnp.exe\n" + "x" * 500_000
+@pytest.mark.mutation("escapes-count-as-printed", instead="len(output) <= _PRINTED_CHARACTERS_MAX")
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "\x1b]0;x\x07\x1b[2J\u202egnp.exe\n" + "x" * 500_000,
+        "\U0001f4a3" * 90_000,  # each becomes 12 characters
+        "\x00" * 20_000,
+        "\r" * 1_000_000,
+        "\x9b2J\u2028" * 50_000,
+    ],
+)
+def test_the_output_of_a_host_is_printable_and_bounded(hostile: str) -> None:
     printed = bounded_output(hostile)
     assert printed.isascii()
     assert printed.replace("\n", "").isprintable()
-    assert len(printed) < 100_000
+    assert len(printed) < 48_100
     assert printed.endswith("cut here, after 48000 characters")
+
+
+def test_the_longest_output_of_an_action_is_not_cut() -> None:
     assert bounded_output(success_json('"' * 48_000)) == success_json('"' * 48_000)

@@ -6,7 +6,7 @@ import pytest
 
 from netloom.errors import HostRefused
 from netloom.frames import FRAME_BYTES_MAX, FrameBuffer, FrameTooLong, frame
-from netloom.wire import FrameReader, Reply, encode
+from netloom.wire import REPLY_BYTES_MAX, FrameReader, Reply, encode
 
 BODIES = [b"one", b"", b"x" * 70_000, b"last"]
 STREAM = b"".join(map(frame, BODIES))
@@ -48,3 +48,19 @@ def test_the_agents_frames_are_errors_for_people() -> None:
         FrameReader().feed(b"Welcome to host1\r\n")
     with pytest.raises(HostRefused, match="cannot be read"):
         FrameReader().feed(frame(b"\xc1"))
+
+
+@pytest.mark.mutation("a-frame-is-any-bytes")
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x82\xa4type\xa5reply\xa7call_id\xa1\xff",  # not UTF-8
+        b"\x83\xa4type\xa5reply\xa7call_id\xa1x\xa1z" + b"\x91" * 900_000,  # an unknown field, deeply nested
+        b"\x82\xa4type\xa5reply\xa7call_id\xc2",
+        b"\xdd\xff\xff\xff\xff",
+    ],
+)
+def test_any_bytes_of_a_host_are_a_message_or_an_error_for_people(body: bytes) -> None:
+    with pytest.raises(HostRefused, match="cannot be read"):
+        FrameReader(REPLY_BYTES_MAX).feed(frame(body))

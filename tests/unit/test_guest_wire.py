@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from typing import get_args
 
@@ -15,6 +14,7 @@ from netloom.guest import sandbox
 from netloom.guestwire import Ack, GuestMessage, LentSockets, Listener, ServeNetwork, option_bytes
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.secret import Secret
+from unit.call_filters import ALLOW, KILL, REFUSE, judge
 
 NETWORK = network(
     nic(45, options={3: b"\n\1\1\1"}, user_data=Secret("#!\n\n"), password=Secret("FAKE"), password_id="7")
@@ -154,27 +154,6 @@ def test_an_invalid_value_or_code_of_an_option_is_refused(code: int, text: str) 
 
 
 # ---- the seccomp filter
-
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
-
-
-def judge(program: bytes, audit: int, number: int, *arguments: int) -> int:
-    """The filter's result for a system call. It interprets the five classic BPF instructions that the filter uses."""
-    values = [*arguments, *[0] * (6 - len(arguments))]
-    seccomp_data = struct.pack("<iIQ6Q", number, audit, 0, *values)
-    instructions = list(struct.iter_unpack("<HBBI", program))
-    at = accumulator = 0
-    while True:
-        code, if_true, if_false, value = instructions[at]
-        at += 1
-        if code == 0x20:
-            (accumulator,) = struct.unpack_from("<I", seccomp_data, value)
-        elif code == 0x06:
-            return int(value)
-        else:
-            true = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
-            at += if_true if true else if_false
-
 
 # open, connect, socket, execve, fork or clone, ptrace, bind, kill, prctl, clone3, io_uring_setup, openat2, bpf
 FORBIDDEN = {

@@ -493,11 +493,13 @@ def test_ports_follow_the_mtu_of_the_nic_up_and_down(vlan: str, nic_mtu: int, mt
         assert plan(after, want) == ()
 
 
+@pytest.mark.mutation("guests-set-no-mtu", instead="[it.mtu for it in ports]")
 def test_ports_of_an_operators_bridge_follow_its_uplinks_and_not_its_other_ports() -> None:
-    bridge = HostLink(name="br0", kind="bridge", up=True, mtu=1500, ports=("bond0", "tap1", "vnetg9"))
+    bridge = HostLink(name="br0", kind="bridge", up=True, mtu=1500, ports=("bond0", "tap1", "veth0a1", "vnetg9"))
     ports = (
         HostLink(name="bond0", kind="bond", up=True, master="br0", mtu=9000),
         HostLink(name="tap1", kind="tun", up=True, master="br0", mtu=1500),
+        HostLink(name="veth0a1", kind="veth", elsewhere=True, up=True, master="br0", mtu=1500),
         HostLink(name="vnetg9", kind="veth", up=True, master="br0", mtu=1500, alias="netloom net-9"),
     )
     have = replace(EMPTY, host_links={it.name: it for it in (bridge, *ports)})
@@ -588,7 +590,7 @@ def test_the_guard_of_an_operators_bridge_leaves_what_the_host_itself_needs() ->
     served = Others(bridges=bridge, ports=guests, uplinks=uplinks)
     assert _with_bridge(addresses=("192.0.2.77/24",)) == served
     assert _with_bridge(above=True) == served
-    assert _with_bridge(vlan_filtering=True) == Others(bridges=bridge, closed=bridge, ports=guests)
+    assert _with_bridge(vlan_filtering=True) == Others(bridges=bridge, closed=bridge, ports=guests, trunks=uplinks)
     odd = HostLink(name="vnet@8", kind="tun", master="cloudbr0")  # not a word of nftables
     assert _with_bridge(odd) == Others(bridges=bridge, closed=bridge, ports=guests, uplinks=uplinks)
 

@@ -139,16 +139,29 @@ def test_the_proxy_protocol_is_used_by_tcp_proxy_rules_only() -> None:
 
 @pytest.mark.parametrize(
     ("rules", "share"),
-    [(1, haproxy.Shares(8000, 2000, 2000)), (16, haproxy.Shares(500, 125, 2000)), (700, haproxy.Shares(50, 12, 2000))],
+    [
+        (1, haproxy.Shares(8000, 8000, 8000, 2000, 2000)),
+        (2, haproxy.Shares(8000, 4000, 4000, 1000, 2000)),
+        (160, haproxy.Shares(8000, 50, 50, 12, 2000)),
+        (161, haproxy.Shares(8000, 50, 24, 12, 2000)),
+        (700, haproxy.Shares(8000, 50, 5, 12, 2000)),
+        (5000, haproxy.Shares(10000, 50, 1, 12, 2500)),
+    ],
 )
+@pytest.mark.mutation("rules-have-reserved-connections")
 def test_all_rules_have_equal_shares(rules: int, share: haproxy.Shares) -> None:
     scope = balanced_scope(*(replace(RULE, rule_id=at, public_port=1000 + at) for at in range(rules)))
     wanted = haproxy.service(scope)
     assert wanted is not None
     assert haproxy.shares(scope, rules) == share
+    # Whatever the other rules use, what is reserved for a rule is free.
+    borrowed = share.borrowed_below if share.reserved < share.rule else 0
+    assert borrowed + rules * share.reserved <= share.in_all
     head, *sections = wanted.config["haproxy.cfg"].split("listen ")
-    assert "    maxconn 8000\n" in head
+    assert f"    maxconn {share.in_all}\n" in head
     assert all(f"    maxconn {share.rule}\n" in it for it in sections)
+    borrowing = f"reject if {{ fe_conn gt {share.reserved} }} {{ sc2_conn_cur gt {share.borrowed_below} }}\n"
+    assert all((borrowing in it) == (share.reserved < share.rule) for it in sections)
 
 
 def test_the_order_of_rules_and_backends_does_not_matter() -> None:

@@ -19,6 +19,7 @@ import typer
 
 from netloom.agent.setup import install, selftest, uninstall
 from netloom.cli import table
+from netloom.commands.actions import printable_ascii
 from netloom.errors import BadRequest, HostRefused, one_line
 from netloom.extension.progress import Installing, Progress
 from netloom.program import build_id
@@ -172,13 +173,18 @@ def _selftest(remote: Remote | None, as_json: Json = False) -> None:
         if not as_json:
             for row in rows:
                 typer.echo(f"{row['host']}:")
-                _print_findings(msgspec.convert(row.get("answer") or [], list[selftest.Finding]), str(row["error"]))
+                try:
+                    findings = msgspec.convert(row.get("answer") or [], list[selftest.Finding])
+                except msgspec.ValidationError as error:
+                    findings, row["error"] = [], one_line(f"its answer cannot be read: {error}")
+                    row["status"] = row["status"] or HostRefused.exit_code
+                _print_findings(findings, str(row["error"]))
             raise typer.Exit(_worst(rows))
         _answer(rows, as_json)
         return
     findings = selftest.run()
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(findings)).decode())
+        _echo_json(findings)
     else:
         _print_findings(findings)
     if any(it.needed and not it.ok for it in findings):
@@ -275,13 +281,20 @@ def _run_installed() -> object:
 
 
 def _row(host: str, status: int, answer: object, error: str = "") -> dict[str, object]:
+    """One host's row. Its answer cannot replace the three columns that are ours."""
     plain = msgspec.to_builtins(answer)
-    return {"host": host, "status": status, "error": error, **(plain if isinstance(plain, dict) else {"answer": plain})}
+    own = {"host": host, "status": status, "error": error}
+    return {**own, **(plain if isinstance(plain, dict) else {"answer": plain}), **own}  # guard: a-row-names-its-host
+
+
+def _echo_json(value: object) -> None:
+    """Print JSON in printable ASCII: the texts are those of hosts."""
+    typer.echo(printable_ascii(msgspec.json.format(msgspec.json.encode(value)).decode()))
 
 
 def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
     if as_json:
-        typer.echo(msgspec.json.format(msgspec.json.encode(rows)).decode())
+        _echo_json(rows)
     else:
         columns = [
             key
@@ -289,7 +302,7 @@ def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
             if (key in _ALWAYS and key in rows[0]) or any(row.get(key) not in ("", None, [], ()) for row in rows)
         ]
         lines = [[_text(row.get(key)) for key in columns] for row in rows]
-        typer.echo(table.render([column.upper() for column in columns], lines))
+        typer.echo(table.render([one_line(column.upper(), 100) for column in columns], lines))
     if worst := _worst(rows):
         raise typer.Exit(worst)
 

@@ -38,9 +38,10 @@ _PRINTED_CHARACTERS_MAX = 2 * OUTPUT_CHARACTERS_MAX + 1000
 
 def bounded_output(output: str) -> str:
     """A custom action's output as it came from a host: printable ASCII and line ends, of bounded length."""
-    if len(output) <= _PRINTED_CHARACTERS_MAX:
-        return printable_ascii(output)
-    return f"{printable_ascii(output[:OUTPUT_CHARACTERS_MAX])}\n... cut here, after {OUTPUT_CHARACTERS_MAX} characters"
+    text = printable_ascii(output[: _PRINTED_CHARACTERS_MAX + 1])
+    if len(text) <= _PRINTED_CHARACTERS_MAX:  # guard: escapes-count-as-printed
+        return text
+    return f"{text[:OUTPUT_CHARACTERS_MAX]}\n... cut here, after {OUTPUT_CHARACTERS_MAX} characters"
 
 
 def check_known(action: str, hooks: Collection[str]) -> None:

@@ -31,12 +31,10 @@ def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Contex
             complaints.append(f"{at}: {taken}")
             continue
         rules[str(wanted.rule_id)] = wanted
-        if wanted.public_ip not in addresses:
-            held = address_next_to(addresses.values(), wanted.public_ip, network_id)
-            if held is None:
-                complaints.append(f"{at}: the VLAN of the address is not known before its assign-ip")
-            else:
-                addresses[held.address] = held
+        if wanted.public_ip not in addresses and (
+            held := address_next_to(addresses.values(), wanted.public_ip, network_id)
+        ):
+            addresses[held.address] = held
     after = scope
     if payload.lb_rules.items or payload.lb_rules.revoked or payload.lb_rules.invalid:
         network = network_of(scope, payload, context)

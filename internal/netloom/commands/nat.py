@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from netloom.commands.transition import Context, network_of, with_network
+from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.errors import BadRequest
 from netloom.names import UNTAGGED, VLAN_TAG_MAX
 from netloom.protocol.nat import (
@@ -43,7 +43,7 @@ def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, 
     """``scope`` with this address as its only source-NAT address. The former one belongs to no network any more.
 
     CloudStack never names the former address again, and may give it to another network. So it stays only as long as a
-    rule uses it: :func:`without_unused_former`.
+    rule uses it: :func:`without_unused`.
     """
     assigned = _public_ip(scope, payload, source_nat=True, network_id=network_id)
     others = {
@@ -53,16 +53,36 @@ def with_source_nat(scope: Scope, payload: PublicAddress | VpcPublicAddress, *, 
     return replace(scope, public_ips={**others, assigned.address: assigned})
 
 
-def without_unused_former(scope: Scope) -> Scope:
-    """``scope`` without former source-NAT addresses that no rule uses.
+def without_unused(scope: Scope, network_id: str = "") -> Scope:
+    """``scope`` without addresses that no rule uses: the former source-NAT addresses, or those of a network.
 
-    An address that an assign-ip of a network brought stays until its release-ip, also without rules.
+    An address that an assign-ip of a network brought stays until its release-ip, also without rules. Only
+    implement-network removes it: no rule came since, so a version before this rule has left it as a former source-NAT
+    address, or its release-ip failed while the host was down.
     """
-    former = {address for address, it in scope.public_ips.items() if not it.source_nat and not it.network_id}
-    unused = former - addresses_in_use(scope) - _firewalled_addresses(scope) if former else former
+    unused = {key for key, it in scope.public_ips.items() if not it.source_nat and it.network_id == network_id}
+    if unused:
+        unused -= addresses_in_use(scope) | _firewalled_addresses(scope)
     if not unused:
         return scope
     return replace(scope, public_ips={key: it for key, it in scope.public_ips.items() if key not in unused})
+
+
+def with_unassigned_told(scope: Scope) -> Scope:
+    """``scope`` with a reason for each address whose rules are not in force, because its VLAN is not known.
+
+    The lists of firewall and load balancer rules name addresses without their VLAN (:func:`address_next_to`).
+    """
+    for network in scope.networks.values():
+        firewall = network.firewall.rules if network.firewall is not None else ()
+        named = {it.public_ip for it in firewall if it.public_ip}
+        named |= {it.public_ip for it in scope.lb_rules.values() if it.network_id == network.network_id}
+        reasons = [
+            f"the rules of {address}: its VLAN is not known before its assign-ip"
+            for address in sorted(named - scope.public_ips.keys())
+        ]
+        scope = with_left_out(scope, "assign-ip", network.network_id, reasons)
+    return scope
 
 
 def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands.nat import addresses_in_use
+from netloom.commands.nat import addresses_in_use, without_unused
 from netloom.commands.network_facts import check_addresses, check_segment, with_facts
 from netloom.commands.nic import settled
 from netloom.commands.transition import Context, with_network
@@ -39,6 +39,7 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
                 raise BadRequest(f"implement-network: payload.{field} is missing")
     network = replace(network, implemented=True, extension_ip=str(payload.extension_ip))
     check_addresses(network)
+    scope = without_unused(scope, network.network_id)  # guard: a-restart-keeps-no-unused-address
     return with_network(scope, network)
 
 

@@ -84,7 +84,11 @@ def without_unlisted(network: Network, listed: Collection[str]) -> Network:
     removed. The rest stays in ``unlisted`` until the next implement-network, because the list may be older than the
     first commands about a VM that is just starting. CloudStack lists no NICs without an IPv4 address.
     """
-    gone = {key: nic for key, nic in network.nics.items() if key not in listed and nic.ip and not nic.fresh}
+    gone = {
+        key: nic
+        for key, nic in network.nics.items()
+        if key not in listed and nic.ip and not nic.fresh  # guard: fresh-nics-are-kept
+    }
     if not gone:
         return network
     kept = {key: nic for key, nic in network.nics.items() if key not in gone}

@@ -167,7 +167,9 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     wanted = row.transition(with_registration(scope, context.registration), payload, context)
     if wanted is None:
         return Transitioned(scope=None)
-    wanted = nat.without_unused_former(wanted)  # guard: a-former-source-nat-address-goes
+    wanted = nat.without_unused(wanted)  # guard: a-former-source-nat-address-goes
+    if not is_shutting_down(payload):
+        wanted = nat.with_unassigned_told(wanted)  # guard: rules-without-their-address-are-told
     if wanted != scope:
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 
 from netloom import __version__
-from netloom.errors import HostUnreachable, NetloomError
+from netloom.errors import HostRefused, HostUnreachable, NetloomError
 from netloom.extension.deploy import CannotInstall, Deployment
 from netloom.extension.package import Package
 from netloom.extension.progress import Progress
@@ -18,6 +18,9 @@ HELLO = Hello(version=__version__, build=build_id())
 
 # A Hello is short. A longer first frame is text that a login shell printed, read as a length.
 _HELLO_BYTES_MAX = 1 << 16
+
+# An installation goes on without the calls that waited for it. A slow upload is continued by the next call.
+_INSTALLATION_S_MAX = 3600.0
 
 
 class AgentClient:
@@ -42,6 +45,7 @@ class AgentClient:
         self._head: bytearray | None = bytearray()  # the first bytes, until the length of the first frame is known
         self._greeted: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
         self._replies: dict[str, asyncio.Future[Reply]] = {}
+        self._unanswered = 0  # calls that were sent without a reply so far
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
 
@@ -105,7 +109,10 @@ class AgentClient:
         assert self._package is not None
         self.deployment = Deployment(self.connection, self._package, self._progress)
         try:
-            await self.deployment.run(only_if_missing=only_if_missing)
+            async with asyncio.timeout(_INSTALLATION_S_MAX):
+                await self.deployment.run(only_if_missing=only_if_missing)
+        except TimeoutError:
+            raise CannotInstall(f"{self.deployment.now}, for {_INSTALLATION_S_MAX / 60:.0f} minutes") from None
         except (CannotInstall, ConnectionLost) as error:
             self._progress.log(f"installing {self._package.build} failed: {error}")
             raise
@@ -136,6 +143,7 @@ class AgentClient:
         self._replies[call.call_id] = reply
         try:
             self._send(call)
+            self._unanswered += 1
             return await reply
         finally:
             del self._replies[call.call_id]
@@ -162,10 +170,13 @@ class AgentClient:
             for message in self._cut(data):
                 if isinstance(message, Hello) and not self._greeted.done():
                     self._greeted.set_result(message)
-                elif isinstance(message, Reply):
-                    waiting = self._replies.get(message.call_id)
+                elif isinstance(message, Reply) and self._unanswered:
+                    self._unanswered -= 1
+                    waiting = self._replies.get(message.call_id)  # none: that call has ended
                     if waiting is not None and not waiting.done():
                         waiting.set_result(message)
+                else:
+                    raise HostRefused("its agent sends messages that nothing asked for")  # guard: a-host-only-answers
         except NetloomError as error:
             self._break(HostUnreachable(f"{self.host}: {error.message}", hint=error.hint))
 

@@ -101,6 +101,11 @@ def _could_not_load(done: CompletedCommand) -> bool:
     return done.status in (126, 127) or "GLIBC_" in done.complaint
 
 
+def _bytes(text: str, otherwise: int) -> int:
+    """A figure of a host; ``otherwise`` if it is missing, or is not a figure."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else otherwise
+
+
 class Deployment:
     """The installation of ``package`` on one host. ``now``: how far it is."""
 
@@ -137,7 +142,7 @@ class Deployment:
             return None
         if not intact:
             for _ in range(_UPLOADS_MAX):
-                await self._upload(int(facts.get("part") or 0))
+                await self._upload(_bytes(facts.get("part", ""), 0))
                 if await self._finish():
                     break
                 facts = {}
@@ -150,9 +155,10 @@ class Deployment:
 
     async def _look(self) -> dict[str, str]:
         done = await self._shell(_LOOK, self._package.sha256)
-        facts = dict(
-            line.removeprefix("netloom-").split(" ", 1) for line in done.out.splitlines() if line.startswith("netloom-")
+        found = (
+            line.removeprefix("netloom-").partition(" ") for line in done.out.splitlines() if line[:8] == "netloom-"
         )
+        facts = {name: value for name, _, value in found}
         if "system" not in facts:
             raise CannotInstall(
                 f"{self._host}: the agent is not installed, and the host cannot be examined: {done.complaint}",
@@ -182,8 +188,8 @@ class Deployment:
             raise CannotInstall(
                 f"{host}: {where} cannot be written to", hint=f"mount something writable at {DIRECTORY}"
             )
-        needed = 2 * package.size - int(facts.get("part") or 0) + _SPARE_BYTES
-        free = int(facts.get("free") or needed) << 10  # without a figure from df, dd reports a full disk
+        needed = 2 * package.size - _bytes(facts.get("part", ""), 0) + _SPARE_BYTES
+        free = _bytes(facts.get("free", ""), needed) << 10  # without a figure from df, dd reports a full disk
         if free < needed:
             raise CannotInstall(
                 f"{host}: {free >> 20} MiB are free at {DIRECTORY}, {needed >> 20} are needed", hint="make room there"
@@ -246,7 +252,10 @@ class Deployment:
                 f"{self._host}: the agent does not start: {complaint}",
                 hint="does that host have glibc 2.28 or later?" if _could_not_load(done) else "",
             )
-        activation = msgspec.json.decode(line, type=Activation)
+        try:
+            activation = msgspec.json.decode(line, type=Activation)
+        except (msgspec.MsgspecError, RecursionError) as error:  # guard: an-activation-is-any-text
+            raise CannotInstall(f"{self._host}: its answer to the installation cannot be read: {error}") from error
         self._progress.log(f"{self._host}: {activation.outcome}: {activation.build} {activation.reason}".rstrip())
         return activation
 

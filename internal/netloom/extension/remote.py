@@ -53,7 +53,7 @@ async def run_on(hosts: Sequence[str], login: Login, args: Sequence[str]) -> lis
     async def run(connection: SshConnection) -> HostResult:
         done = await connection.execute([PROGRAM, "agent", *args, "--json"])
         answer = None
-        with suppress(msgspec.DecodeError):
+        with suppress(msgspec.MsgspecError, RecursionError):
             answer = msgspec.json.decode(done.out)
         if done.status != 0 and answer is None:
             raise _failure(connection.host, done)

@@ -83,12 +83,8 @@ class NoAgent(HostUnreachable):
     """The login succeeded, but the agent did not answer: it is not installed, or does not start."""
 
 
-async def _bounded(stream: asyncssh.SSHReader[bytes]) -> bytes:
-    """The first ``_OUTPUT_BYTES_MAX`` bytes of a stream. The rest is read, and dropped."""
-    kept = bytearray()
-    while data := await stream.read(1 << 16):
-        kept += data[: _OUTPUT_BYTES_MAX - len(kept)]
-    return bytes(kept)
+class _TooMuchOutput(Exception):
+    """A program printed more than ``_OUTPUT_BYTES_MAX`` bytes."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +331,7 @@ class SshConnection:
         try:
             process = await self._connection.create_process(self.login.as_root(argv), encoding=None, request_pty=False)
             # Reads stdout and stderr while stdin is written.
-            output = asyncio.gather(_bounded(process.stdout), _bounded(process.stderr))
+            output = asyncio.gather(self._read(process.stdout), self._read(process.stderr))
             try:
                 if feed is not None:
                     while chunks := feed():
@@ -346,6 +342,10 @@ class SshConnection:
                 pass
             out, err = await output
             await process.wait_closed()
+        except _TooMuchOutput:
+            raise HostUnreachable(
+                f"{self.host}: a command there printed more than {_OUTPUT_BYTES_MAX >> 20} MiB", hint=LOOK_THERE
+            ) from None
         except (asyncssh.Error, OSError) as error:
             raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
         if process.exit_status is None and not process.exit_signal:
@@ -353,6 +353,16 @@ class SshConnection:
         stderr = one_line(err.decode("utf-8", "replace"), 400)
         how = f"signal {process.exit_signal[0]}" if process.exit_signal else f"status {process.exit_status}"
         return CompletedCommand(process.exit_status, out.decode("utf-8", "replace"), stderr or f"it ended with {how}")
+
+    async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
+        """All bytes of a stream. A host may print for ever: raises _TooMuchOutput, and closes the connection."""
+        data = bytearray()
+        while piece := await stream.read(1 << 16):
+            data += piece
+            if len(data) > _OUTPUT_BYTES_MAX:  # guard: the-output-of-a-program-ends
+                self.close()
+                raise _TooMuchOutput
+        return bytes(data)
 
     def close(self) -> None:
         if self._connection is not None:

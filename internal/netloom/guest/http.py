@@ -101,7 +101,10 @@ class HttpConnection:
             data = b""
         if not data:
             self.close()
-        elif not self._lingering:
+            return
+        if self._request is None and not self._http.trailing_data[0]:
+            data = data.lstrip(b"\r\n")  # RFC 9112 section 2.2: empty lines before a request are ignored
+        if data and not self._lingering:
             self._http.receive_data(data)
             self._advance()
 

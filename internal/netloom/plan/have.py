@@ -19,13 +19,14 @@ class Others(msgspec.Struct, frozen=True, kw_only=True):
     """The guard of ``bridges``: those that a port of ours is in and that somebody else created.
 
     ``closed``: those of them that deliver no frame to the host itself. ``ports``: the ports that lead to guests.
-    ``uplinks``: the ports that lead to the wire.
+    ``uplinks``: the ports that lead to the wire; ``trunks``: the same where the bridge filters VLANs.
     """
 
     bridges: frozenset[str] = frozenset()
     closed: frozenset[str] = frozenset()
     ports: frozenset[str] = frozenset()
     uplinks: frozenset[str] = frozenset()
+    trunks: frozenset[str] = frozenset()
 
     def __or__(self, other: Others) -> Others:
         return Others(
@@ -33,6 +34,7 @@ class Others(msgspec.Struct, frozen=True, kw_only=True):
             closed=self.closed | other.closed,
             ports=self.ports | other.ports,
             uplinks=self.uplinks | other.uplinks,
+            trunks=self.trunks | other.trunks,
         )
 
 

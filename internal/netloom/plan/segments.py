@@ -146,7 +146,7 @@ def _bridge_mtu(have: Have, bridge: HostLink) -> int:
     only what the host itself sends.
     """
     ports = [have.host_links[name] for name in bridge.ports if name in have.host_links]
-    uplinks = [it.mtu for it in ports if not it.ours and it.kind != "tun" and it.mtu]
+    uplinks = [it.mtu for it in ports if not _leads_to_guests(bridge, it) and it.mtu]  # guard: guests-set-no-mtu
     return min(uplinks, default=bridge.mtu or ETHERNET_MTU)
 
 
@@ -187,16 +187,18 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
 def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
     """The guard of a bridge that somebody else created; ``links`` contains its ports.
 
-    The host keeps what it uses the bridge for. A bridge with VLAN filtering may forward tags: its operator said which.
+    The host keeps what it uses the bridge for. A bridge with VLAN filtering may add tags: its operator said which.
     """
     ports = [links[name] for name in bridge.ports if name in links and _TAME.fullmatch(name)]
     guests = {it.name for it in ports if _leads_to_guests(bridge, it)}
+    uplinks = frozenset(it.name for it in ports if it.name not in guests)
     used = bridge.addresses or bridge.above or not _TAME.fullmatch(bridge.name)
     return Others(
         bridges=frozenset({bridge.name}),
         closed=frozenset() if used else frozenset({bridge.name}),
         ports=frozenset(it.name for it in ports if it.name in guests and not it.ours),
-        uplinks=frozenset() if bridge.vlan_filtering else frozenset(it.name for it in ports if it.name not in guests),
+        uplinks=frozenset() if bridge.vlan_filtering else uplinks,
+        trunks=uplinks if bridge.vlan_filtering else frozenset(),
     )
 
 

@@ -25,7 +25,9 @@ _OPAQUE = frozenset({"action-params", "action_params", "options"})
 
 # A restore has about 25 objects and lists for each VM: enough for 20,000 VMs.
 _STRUCTURES_MAX = 500_000
-_STRING_OR_OPENINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{\[]+', re.DOTALL)
+# A string that does not end matches to the end of the text: a search that starts again at each quote inside it would
+# take quadratic time.
+_STRING_OR_OPENINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[{\[]+', re.DOTALL)  # guard: an-open-string-is-read-once
 
 _HALF_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _AT = " - at `$"

@@ -35,9 +35,13 @@ class RestoredVms(Items[RestoredVm]):
 
     @classmethod
     def parse(cls, value: object) -> RestoredVms:
-        """Raises BadRequest if ``value`` is not a list of objects."""
-        items, errors = convert_items(value, RestoredVm, root="payload.restore_data.vms", wider=_narrower)
-        return cls(items, errors, complete=isinstance(value, list) and len(items) == len(value))
+        """Raises BadRequest if ``value`` is not a list."""
+        root = "payload.restore_data.vms"
+        given = value if isinstance(value, list) else ()
+        objects = [it for it in given if isinstance(it, dict)] if given else value
+        items, errors = convert_items(objects, RestoredVm, root=root, wider=_narrower)
+        errors += [f"{root}[{at}]: expected an object" for at, it in enumerate(given) if not isinstance(it, dict)]
+        return cls(items, errors, complete=len(items) == len(given))
 
 
 def _narrower(vm: dict[str, Any]) -> Iterator[dict[str, Any]]:

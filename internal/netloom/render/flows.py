@@ -117,13 +117,10 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
         return "none"
     if _may_break_flows(before, after, _open_to_all(old), _open_to_all(new)):
         return "all"
-    if not _helpers(old) <= _helpers(new):
-        return "all"
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
     same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
-    same = same and _helpers(old) == _helpers(new)
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -134,7 +131,6 @@ class FlowPolicy:
         self._open_to_all = _open_to_all(scope)
         self._now = active(scope)
         self._in_vpc = scope is not None and scope.is_vpc
-        self._helpers = scope.helpers if scope is not None else ()
         self._policy_sources = _policy_sources(scope, self._now)
         self._held = {it.address: it for it in self._now.held}
         self._devices = {it.device_ip for it in self._now.networks}
@@ -159,8 +155,11 @@ class FlowPolicy:
     def action(self, flow: Flow) -> FlowAction:
         """``keep`` the flow, ``delete`` its entry, or ``revoke``: set ``marks.REVOKED`` in its mark."""
         master = flow.master
-        if master is not None:  # guard: an-announced-flow-is-judged-by-its-control-connection
-            return self._action_by_master(flow, master)
+        announced = (
+            self._action_by_master(master, flow) if master is not None else None
+        )  # guard: an-announced-flow-is-judged-by-its-control-connection
+        if announced is not None:
+            return "delete" if flow.mark & REVOKED else announced
         allowed = list(self._allowed(flow))
         if flow.mark & REVOKED:
             return "delete" if allowed else "keep"
@@ -173,23 +172,21 @@ class FlowPolicy:
             else "revoke"  # guard: an-unconnected-flow-is-marked-as-revoked
         )
 
-    def _action_by_master(self, flow: Flow, master: Master) -> FlowAction:
-        """The action for a flow that a helper announced: as for its master, whether that is still open or not.
+    def _action_by_master(self, master: Master, flow: Flow) -> Literal["keep", "delete"] | None:
+        """The action for a flow that a helper announced; None if the state does not allow the connection that did.
 
-        Its addresses on our side must be addresses of the master. The remote end may be another one (SIP).
+        Whether that is still open does not matter. The flow's addresses on our side must be addresses of the master, or
+        the master gets another address with its next packet. The remote end may be another one (SIP). If the helper is
+        no longer in use, open flows stay.
         """
         first = _FirstPacket(
             protocol=master.protocol, src=master.src, dst=master.dst, sport=master.sport, dport=master.dport
         )
+        allowed = list(self._allowed(first))
         ours = {it for it in (flow.src, flow.dst, flow.reply_src, flow.reply_dst) if self._is_ours(it)}
-        allowed = bool(self._helpers) and any(
-            ours <= {master.src, master.dst, it.reply_src, it.reply_dst} for it in self._allowed(first)
-        )
-        if flow.mark & REVOKED:
-            return "delete" if allowed else "keep"
-        if allowed:
+        if any(ours <= {master.src, master.dst, it.reply_src, it.reply_dst} for it in allowed):
             return "keep"
-        return "delete" if flow.protocol == TCP else "revoke"
+        return "delete" if allowed else None
 
     def _is_ours(self, address: str) -> bool:
         if ":" in address:
@@ -408,10 +405,6 @@ def _in_one_of(address: str, prefixes: tuple[str, ...]) -> bool:
 def _policy_sources(scope: Scope | None, now: Active) -> frozenset[str]:
     """The source addresses of guests on the operator's routes."""
     return frozenset(it.address.address for it in policy_nats(scope.pbr, now)) if scope is not None else frozenset()
-
-
-def _helpers(scope: Scope | None) -> frozenset[str]:
-    return frozenset(scope.helpers) if scope is not None else frozenset()
 
 
 def _open_to_all(scope: Scope | None) -> bool:

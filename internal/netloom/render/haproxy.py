@@ -3,8 +3,10 @@
 It runs as master and worker (``-W``). A reload starts a new worker, which takes over the listening sockets. The old
 worker stays until its connections have ended, so clients do not notice the reload. nftables balances UDP (``nft``).
 
-The rules share one process, so each has a share of its connections, and each client a share of those of a rule. A
-connection without data in either direction is closed after ``Balancing.idle_s`` seconds. A peer that has gone is
+The rules share one process, so each has a share of its connections, and each client a share of those of a rule. With
+many rules, equal shares would be too small to be useful. Then a rule may have more, but only while at most half of all
+connections are in use. The other half is divided equally, and this part is reserved for each rule. A connection without
+data in either direction is closed after ``Balancing.idle_s`` seconds. A peer that has gone is
 noticed earlier, by keepalive probes of the kernel (``render.scope`` sets their times).
 """
 
@@ -19,11 +21,11 @@ NAME = "lb"
 # In the root directory of the process, the only place where it can write (netloom/confine.py).
 MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
 
-# With very many rules a share would be too small to be useful. Then the sum of the shares is above the maximum.
-_RULE_MIN = 50
+_RULE_MIN = 50  # a smaller share would not be useful
 _CLIENTS = 4  # so many clients can use up the share of a rule, or all connections
 
 CLIENTS = "clients"  # the name of the table of clients of all rules
+_TOTAL = "total"  # the name of the table whose only entry counts all connections
 
 
 def balanced(scope: Scope) -> tuple[LbRule, ...]:
@@ -36,18 +38,31 @@ def balanced(scope: Scope) -> tuple[LbRule, ...]:
 
 
 class Shares(msgspec.Struct, frozen=True):
-    """The connections at the same time: of each rule, of one client address to one rule, of one to all rules."""
+    """The connections at the same time: of all rules, of each rule, of one client address to one rule, to all rules.
 
+    ``reserved``: those of each rule while more than half of all connections are in use.
+    """
+
+    in_all: int
     rule: int
+    reserved: int
     client: int
     client_in_all: int
+
+    @property
+    def borrowed_below(self) -> int:
+        """While at most so many connections are in use, a rule may have more than what is reserved for it."""
+        return self.in_all // 2
 
 
 def shares(scope: Scope, rules: int) -> Shares:
     """The shares of ``rules`` rules of the scope. They are equal, so that no rule can use up another one's share."""
-    in_all = scope.balancing.connections_max
-    rule = max(in_all // max(rules, 1), _RULE_MIN)
-    return Shares(rule, rule // _CLIENTS, in_all // _CLIENTS)
+    # With thousands of rules each still has a connection of its own.
+    in_all = max(scope.balancing.connections_max, 2 * rules)
+    rule = reserved = in_all // max(rules, 1)
+    if rule < _RULE_MIN:
+        rule, reserved = _RULE_MIN, in_all // 2 // rules
+    return Shares(in_all, rule, reserved, rule // _CLIENTS, in_all // _CLIENTS)
 
 
 def section(rule: LbRule) -> str:
@@ -68,7 +83,7 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
         argv=("haproxy", "-W", "-db", "-S", f"{MASTER},mode,600", "-f", configuration),
         config={"haproxy.cfg": _configuration(scope, rules)},
         on_change="reload",
-        data_mib_max=512 + scope.balancing.connections_max // 16,  # 64 KiB for each connection
+        data_mib_max=512 + shares(scope, len(rules)).in_all // 16,  # 64 KiB for each connection
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
         probe=Probe("haproxy", MASTER),
@@ -80,7 +95,7 @@ def _configuration(scope: Scope, rules: tuple[LbRule, ...]) -> str:
     idle_s = scope.balancing.idle_s  # guard: idle-connections-end
     head = f"""# netloom
 global
-    maxconn {scope.balancing.connections_max}
+    maxconn {share.in_all}
     hard-stop-after 1h
     stats socket {_ADMIN} mode 600 level admin expose-fd listeners
 
@@ -95,7 +110,12 @@ defaults
     retries 3
 
 backend {CLIENTS}
-    stick-table type ip size {scope.balancing.connections_max} expire 10s store conn_cur
+    stick-table type ip size {share.in_all} expire 10s store conn_cur
+"""
+    if share.reserved < share.rule:
+        head += f"""
+backend {_TOTAL}
+    stick-table type integer size 1 expire 10s store conn_cur
 """
     return head + "".join(_listen(rule, share) for rule in rules)
 
@@ -113,6 +133,7 @@ def _listen(rule: LbRule, share: Shares) -> str:
         f"    tcp-request connection track-sc1 src table {CLIENTS}",
         f"    tcp-request connection reject if {{ sc0_conn_cur gt {share.client} }}",  # guard: a-client-has-its-share
         f"    tcp-request connection reject if {{ sc1_conn_cur gt {share.client_in_all} }}",
+        *(_borrowing(share) if share.reserved < share.rule else ()),  # guard: rules-have-reserved-connections
         f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
     # A server is named after its address, so it keeps its name when another server is removed.
@@ -121,3 +142,12 @@ def _listen(rule: LbRule, share: Shares) -> str:
         for backend in sorted(rule.backends)
     ]
     return "\n".join(lines) + "\n"
+
+
+def _borrowing(share: Shares) -> list[str]:
+    """Refuse what exceeds the reserved connections of a rule while more than half of all are in use."""
+    all_in_use = f"sc2_conn_cur gt {share.borrowed_below}"
+    return [
+        f"    tcp-request connection track-sc2 int(0) table {_TOTAL}",
+        f"    tcp-request connection reject if {{ fe_conn gt {share.reserved} }} {{ {all_in_use} }}",
+    ]

@@ -3,7 +3,9 @@
 A helper reads the connection to the protocol's port and tells conntrack which connections it will open: conntrack then
 calls their first packets "related". No helper is used unless the registration detail ``conntrack.helpers`` names it.
 A helper is assigned to connections that guests open, and to connections to a public address that are translated to a
-guest. All other connections have none, and without a helper only ICMP errors are related.
+guest. All other connections have none, and without a helper only ICMP errors are related. A connection that ends at the
+device has none either: haproxy repeats what a backend says, so a backend could announce any port of the public address,
+and the client's connection to it would pass without the firewall.
 
 The assignment is before DNAT: without a helper at that moment, kernels before 6.18 do not prepare the connection for
 texts whose length changes.
@@ -33,15 +35,12 @@ class Service(msgspec.Struct, frozen=True):
 SERVICES = {
     "amanda": (Service("amanda", "udp", 10080),),
     "ftp": (Service("ftp", "tcp", 21),),
-    "h323": (Service("RAS", "udp", 1719), Service("Q.931", "tcp", 1720)),
     "irc": (Service("irc", "tcp", 6667),),
     "pptp": (Service("pptp", "tcp", 1723),),
     "sane": (Service("sane", "tcp", 6566),),
     "sip": (Service("sip", "udp", 5060), Service("sip", "tcp", 5060)),
     "tftp": (Service("tftp", "udp", 69),),
 }
-# Types that the kernel itself gives to connections that a helper announced.
-_FOLLOWING = {"h323": ("H.245",)}
 
 ICMP_ERRORS = "meta l4proto { icmp, icmpv6 } ct state related accept"  # guard: only-icmp-is-related-without-a-helper
 
@@ -54,6 +53,14 @@ def objects(helpers: Iterable[str]) -> tuple[Helper, ...]:
 def modules(name: str) -> tuple[str, ...]:
     """The kernel modules of a helper: one for conntrack and, except for ``sane``, one for NAT."""
     return (f"nf_conntrack_{name}",) if name == "sane" else (f"nf_conntrack_{name}", f"nf_nat_{name}")
+
+
+def not_offered(names: Iterable[str]) -> list[str]:
+    """For each of these names, that the kernel of the host lacks the helper, and what to do."""
+    return [
+        f"conntrack.helpers: the kernel of this host has no helper for {it} (modprobe -a {' '.join(modules(it))})"
+        for it in names
+    ]
 
 
 def opened_ports(now: Active, helpers: Iterable[str]) -> tuple[NftSet, ...]:
@@ -70,10 +77,11 @@ def opened_ports(now: Active, helpers: Iterable[str]) -> tuple[NftSet, ...]:
 def assignment(helpers: Iterable[str]) -> list[str]:
     """The rules that give new IPv4 connections their helper. They accept nothing."""
     rules = []
+    outward = f"iifname {GUEST_LINKS} fib daddr type != local"  # guard: a-connection-to-the-device-has-no-helper
     for it in _services(helpers):
         new, set_it = "ct state new", f'ct helper set "{_object(it)}"'
         rules += [
-            f"{new} iifname {GUEST_LINKS} {it.protocol} dport {it.port} {set_it}",
+            f"{new} {outward} {it.protocol} dport {it.port} {set_it}",
             f"{new} meta l4proto {it.protocol} ip daddr . th dport @{_set(it)} {set_it}",
         ]
     return rules
@@ -90,7 +98,6 @@ def ip6_assignment(helpers: Iterable[str], *, from_outside: bool) -> list[str]:
 def related(helpers: Iterable[str]) -> list[str]:
     """The rules that accept ICMP errors, and the connections that a helper in use has announced."""
     types = dict.fromkeys(it.type for it in _services(helpers))
-    types |= dict.fromkeys(it for name in helpers for it in _FOLLOWING.get(name, ()))
     return [ICMP_ERRORS, *(f'ct state related ct helper "{it}" accept' for it in types)]
 
 
@@ -137,8 +144,8 @@ def _without_covered(elements: list[str]) -> list[str]:
 
 
 def _object(service: Service) -> str:
-    return f"helper_{service.type.lower().replace('.', '')}_{service.protocol}"
+    return f"helper_{service.type}_{service.protocol}"
 
 
 def _set(service: Service) -> str:
-    return f"to_{service.type.lower().replace('.', '')}_{service.protocol}"
+    return f"to_{service.type}_{service.protocol}"

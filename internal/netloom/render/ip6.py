@@ -108,6 +108,9 @@ def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
                 f"{conf}.dad_transmits": "0",
                 f"{conf}.accept_dad": "0",
                 f"{conf}.forwarding": "1",
+                # Three small packets wait for the answer of a neighbour, or one of 1,500 bytes. The kernel's one socket
+                # for ICMPv6 messages has room for 57 such neighbours.
+                f"net.ipv6.neigh.{link}.unres_qlen_bytes": "2304",  # guard: few-packets-wait-for-an-ip6-neighbour
             }
         wanted[f"{conf}.disable_ipv6"] = "0" if link in enabled else "1"
     return wanted
@@ -182,7 +185,11 @@ def to_device(now: Active) -> list[str]:
 
 def refusals(network: Network) -> tuple[str, ...]:
     """The rules that answer a guest's requests to closed ports of its own gateway."""
-    return device.refusals(f"iifname {guest_link(network)} ip6 daddr {network.ip6_gateway}", "icmpv6")
+    return tuple(
+        rule
+        for address in (network.ip6_gateway, IP6_LINK_LOCAL)
+        for rule in device.refusals(f"iifname {guest_link(network)} ip6 daddr {address}", "icmpv6")
+    )
 
 
 def eui64(mac: str) -> int:

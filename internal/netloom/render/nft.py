@@ -78,8 +78,8 @@ def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
     if now.plain:
-        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), now)
-    return share.shared(_routed(scope, now), now)
+        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), scope, now)
+    return share.shared(_routed(scope, now), scope, now)
 
 
 def _routed(scope: Scope, now: Active) -> Ruleset:
@@ -325,6 +325,7 @@ def _to_device(now: Active) -> Chain:
     ]
     for network in now.networks:
         rules += device_services(network, ping=False)
+        rules += ip6.refusals(network) if network.has_ip6 else ()
     rules += refusals(FROM_GUESTS_TO_DEVICE)
     return Chain(name="to_device", hook="type filter hook input priority filter; policy drop;", rules=tuple(rules))
 

@@ -38,7 +38,6 @@ DNS_CONNECTIONS = 4
 
 _NO_MAC = "00:00:00:00:00:00"  # stands for all MAC addresses that are no NIC's
 _RATE_TIMEOUT = "1m"
-_RATES_MAX = 65535
 
 
 def sets(network: Network) -> tuple[NftSet, ...]:
@@ -47,6 +46,7 @@ def sets(network: Network) -> tuple[NftSet, ...]:
     pairs = {f"{nic.mac} . {nic.ip}": "" for nic in nics if nic.ip}
     macs = {nic.mac: "" for nic in nics}
     addresses = {nic.ip: "" for nic in nics if nic.ip}
+    size = set_size(len(macs))
     return (
         NftSet(name=_pairs(network), kind="set", type="ether_addr . ipv4_addr", elements=pairs),
         NftSet(name=_macs(network), kind="set", type="ether_addr", elements=macs),
@@ -55,19 +55,28 @@ def sets(network: Network) -> tuple[NftSet, ...]:
             if _is_shared(network)
             else []
         ),
-        _rates(_http_rate(network), "ipv4_addr"),
-        _rates(_dhcp_rate(network), "ether_addr"),
-        _rates(_dns_rate(network), "ether_addr"),
+        _rates(_http_rate(network), "ipv4_addr", size),
+        _rates(_dhcp_rate(network), "ether_addr", size),
+        _rates(_dns_rate(network), "ether_addr", size),
         # Without a timeout: the kernel counts connections in such sets only, and removes elements without connections.
         NftSet(
             name=_dns_connections(network),
             kind="set",
             type="ether_addr . inet_service",
             flags="dynamic",
-            size=_RATES_MAX,
+            size=size,
         ),
-        _rates(limited_set(network.network_id), "ether_addr . inet_proto . inet_service"),
+        _rates(limited_set(network.network_id), "ether_addr . inet_proto . inet_service", size),
     )
+
+
+def set_size(vms: int) -> int:
+    """The size of a dynamic set whose keys are VMs, with a few services each: it is never full.
+
+    The kernel allocates 11 to 32 bytes for each place at once. A power of two, because a set is made anew if its size
+    changes.
+    """
+    return 1 << (8 * (vms + 8) - 1).bit_length()  # guard: sets-are-as-large-as-their-network
 
 
 def limited_set(network_id: str) -> str:
@@ -183,5 +192,5 @@ def _dns_connections(network: Network) -> str:
     return f"dns_connections_{network.network_id}"
 
 
-def _rates(name: str, key: str) -> NftSet:
-    return NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=_RATES_MAX, timeout=_RATE_TIMEOUT)
+def _rates(name: str, key: str, size: int) -> NftSet:
+    return NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=size, timeout=_RATE_TIMEOUT)

@@ -27,7 +27,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     ``watched_files``: the files in ``watched_directory``, where the process notices changes by itself (dnsmasq's
     hostsdir); a change needs no restart. If the process does not forget (``forgets``) what it has read, it is
     restarted when a text changes or disappears.
-    ``capabilities``: those that the process keeps (netloom/confine.py).
+    ``capabilities``: those that the process keeps. ``demanded``: those that it is only told to have
+    (netloom/confine.py).
     ``check``: a command that accepts or refuses a new configuration before it replaces the old one; empty: none.
     """
 
@@ -41,6 +42,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     forgets: bool = True
     check: tuple[str, ...] = ()
     capabilities: tuple[str, ...] = ("net_bind_service",)
+    demanded: tuple[str, ...] = ()
     data_mib_max: int = 128  # private memory of each process, in MiB (RLIMIT_DATA)
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53); the process is ready when it listens on all of them
     probe: Probe | None = None

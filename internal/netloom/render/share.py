@@ -27,46 +27,55 @@ from ipaddress import IPv6Address
 
 from netloom import names
 from netloom.netobjects import IP6_LINK_LOCAL
-from netloom.render import plain_network
+from netloom.render import pbr, plain_network
 from netloom.render.active import Active
-from netloom.render.ip6 import eui64, ip6_networks
+from netloom.render.ip6 import default_route, eui64, ip6_networks
 from netloom.render.ruleset import Chain, NftSet, Ruleset
-from netloom.state import Network
+from netloom.state import Network, Scope
 
 UNKNOWN_MAX = 256  # addresses of each kind that a link may use at a time
 _UNKNOWN_TIMEOUT = "2m"
 _ICMP6 = "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-reply }"
 _TO_UNKNOWN = "limit rate over 2/second burst 3 packets drop"  # guard: icmp-to-unknown-addresses-has-a-bound
+# Longer ones use up more of the socket's memory. Errors have at most this length (RFC 1812 4.3.2.3, RFC 4443 2.4 c).
+_LONG4, _LONG6 = "ip length > 576 drop", "ip6 length > 1240 drop"
 _ERRORS = "limit rate over 20/second burst 20 packets drop"  # guard: icmp-errors-have-a-bound
 
 
-def shared(rules: Ruleset, now: Active) -> Ruleset:
+def shared(rules: Ruleset, scope: Scope, now: Active) -> Ruleset:
     """``rules`` with the bounds of this page."""
+    known4 = _known4(scope, now)
     return Ruleset(
         family=rules.family,
         table=rules.table,
         counters=rules.counters,
         helpers=rules.helpers,
-        sets=(*rules.sets, _known4(now), *([_known6(now)] if ip6_networks(now) else []), *_unknown(now)),
+        sets=(*rules.sets, known4, *([_known6(scope, now)] if ip6_networks(now) else []), *_unknown(now)),
         chains=(*rules.chains, _sharing(now), _answering(now), _resolving(now)),
-        beside=_arp_table(rules.table, now),
+        beside=_arp_table(rules.table, known4, now),
     )
 
 
-def _known4(now: Active) -> NftSet:
-    """The addresses of NICs, and of gateways."""
+def _known4(scope: Scope, now: Active) -> NftSet:
+    """The addresses of NICs, and of gateways, those of the operator's routes too."""
     found = {nic.ip for network in now.networks for nic in network.nics.values()}
     found |= {it.gateway for network in now.networks for it in network.ranges} if now.plain else set()
     found |= {network.gateway for network in now.networks if now.plain}
     found |= {it.gateway for it in now.exits}
+    found |= {it.via for it in pbr.routes(scope.pbr, now)}
     return NftSet(name="known4", kind="set", type="ipv4_addr", elements=dict.fromkeys(sorted(found - {""}), ""))
 
 
-def _known6(now: Active) -> NftSet:
-    """The addresses of NICs in networks with IPv6: the one that CloudStack computed, and the link-local one."""
+def _known6(scope: Scope, now: Active) -> NftSet:
+    """The addresses of NICs in networks with IPv6: the one that CloudStack computed, and the link-local one.
+
+    Also the gateway outside.
+    """
     nics = [nic for network in ip6_networks(now) for nic in network.nics.values()]
     found = {nic.ip6 for nic in nics}
     found |= {str(IPv6Address("fe80::") + eui64(nic.mac)) for nic in nics}
+    out = default_route(scope, now)
+    found |= {out.gateway} if out else set()
     return NftSet(name="known6", kind="set", type="ipv6_addr", elements=dict.fromkeys(sorted(found - {""}), ""))
 
 
@@ -110,6 +119,8 @@ def _sharing(now: Active) -> Chain:
             rules.append(f'iifname "{link}" ip6 hoplimit < 2 ip6 daddr != ff00::/8 {_ERRORS}')
     for network in now.networks:
         rules += _sources(network, now)  # guard: packet-sources-have-a-bound
+    for link in sorted(_with_ip6(now) & {names.public_link(it.vlan) for it in now.held}):
+        rules += _solicitations(link)  # guard: solicitations-from-outside-have-a-bound
     return Chain(name="sharing", hook="type filter hook prerouting priority raw; policy accept;", rules=tuple(rules))
 
 
@@ -130,14 +141,27 @@ def _sources(network: Network, now: Active) -> list[str]:
     return rules
 
 
+def _solicitations(link: str) -> list[str]:
+    """The senders of neighbour solicitations on a public link. The kernel makes entries for any prefix."""
+    asked = f'iifname "{link}" icmpv6 type nd-neighbor-solicit'
+    return [
+        f"{asked} ip6 saddr :: accept",
+        f"{asked} ip6 saddr @known6 accept",
+        f"{asked} update @{_set(link, '6')} {{ ip6 saddr }} accept",
+        f"{asked} drop",
+    ]
+
+
 def _answering(now: Active) -> Chain:
     """The device's own ICMP messages. The types of neighbour discovery go through another socket."""
     rules = []
     for link in _links(now):
         out = f'oifname "{link}"'
-        rules.append(f"{out} meta l4proto icmp rt ip nexthop != @known4 {_TO_UNKNOWN}")
+        to_unknown = f"{out} meta l4proto icmp rt ip nexthop != @known4"
+        rules += [f"{to_unknown} {_LONG4}", f"{to_unknown} {_TO_UNKNOWN}"]
         if link in _with_ip6(now):
-            rules.append(f"{out} icmpv6 type {_ICMP6} rt ip6 nexthop != @known6 {_TO_UNKNOWN}")
+            to_unknown = f"{out} icmpv6 type {_ICMP6} rt ip6 nexthop != @known6"
+            rules += [f"{to_unknown} {_LONG6}", f"{to_unknown} {_TO_UNKNOWN}"]
     return Chain(name="answering", hook="type filter hook output priority raw; policy accept;", rules=tuple(rules))
 
 
@@ -157,7 +181,7 @@ def _resolving(now: Active) -> Chain:
     )
 
 
-def _arp_table(table: str, now: Active) -> Ruleset:
+def _arp_table(table: str, known4: NftSet, now: Active) -> Ruleset:
     """Senders of ARP requests for an address of the device; the kernel makes entries for no other ARP messages."""
     own = sorted({it.device_ip for it in now.networks} | {it.address for it in now.held})
     rules = ["arp daddr ip != @own accept", "arp saddr ip @known4 accept", "arp saddr ip 0.0.0.0 accept"]
@@ -171,7 +195,7 @@ def _arp_table(table: str, now: Active) -> Ruleset:
         table=table,
         sets=(
             NftSet(name="own", kind="set", type="ipv4_addr", elements=dict.fromkeys(own, "")),
-            _known4(now),
+            known4,
             *(_unknown_set(link, "4") for link in _links(now)),
         ),
         chains=(

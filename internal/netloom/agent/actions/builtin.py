@@ -26,6 +26,7 @@ from netloom.plan.steps import LoadRuleset
 from netloom.protocol.custom import CustomAction
 from netloom.render import describe
 from netloom.render.active import active
+from netloom.render.helpers import not_offered
 from netloom.render.nft import FAMILY, TABLE, counters
 from netloom.render.ruleset import Ruleset
 from netloom.render.services import services
@@ -38,12 +39,14 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     """A scope, and what an action may need to inspect or repair it. The caller holds the lock of the scope.
 
     ``scope`` is its state, None without one; ``want`` the desired state of the host; ``known`` the ruleset that was
-    loaded last; ``converge`` applies ``want`` to the host.
+    loaded last; ``missing_helpers`` the registered conntrack helpers that the host lacks, and ``want`` leaves out;
+    ``converge`` applies ``want`` to the host.
     """
 
     scope: Scope | None
     want: Want
     known: Ruleset | None
+    missing_helpers: tuple[str, ...] = ()
     services: ScopeServices
     converge: Callable[[], HostChanges]
 
@@ -129,6 +132,9 @@ class Actions:
             f"balance rule {it}, once {at} is free" for it, at in context.services.waiting(scope.scope_id).items()
         ]
         found += [f"not in force: {command}: {it}" for command, it in _left_out(scope)]
+        found += [
+            f"not in force: {it}" for it in not_offered(context.missing_helpers)
+        ]  # guard: a-missing-helper-is-named
         return [printable_ascii(it) for it in found]
 
     def _status(self, scope: Scope, context: ActionContext) -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from msgspec.structs import replace
+
 from netloom.agent.kernel import conntrack, packets
 from netloom.agent.kernel.conntrack import Entry
 from netloom.render.flows import FlowAction, FlowCheck, FlowPolicy, flow_check
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
+
+_ANNOUNCEMENTS_MAX = 8  # in a row, of one connection by another
 
 
 def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
@@ -26,9 +32,25 @@ def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
     mask = REVOKED if check == "revoked_only" else 0
     policy = FlowPolicy(new)
     by_action: dict[FlowAction, list[Entry]] = {"keep": [], "delete": [], "revoke": []}
-    for entry in conntrack.dump(namespace, mark=mask, mask=mask):
+    for entry in _with_first_masters(conntrack.dump(namespace, mark=mask, mask=mask)):
         by_action[policy.action(entry)].append(entry)
     # Mark first, then delete, so that no packet of a revoked flow passes in between.
     conntrack.set_mark(namespace, by_action["revoke"], REVOKED, REVOKED)
     conntrack.delete(namespace, by_action["delete"])
     return len(by_action["delete"]) + len(by_action["revoke"])
+
+
+def _with_first_masters(entries: list[Entry]) -> Iterator[Entry]:
+    """The entries, each with the connection of which all announcements came: a SIP call to a guest is announced by its
+    registration, and announces the sound."""
+    masters = {
+        (it.protocol, it.src, it.sport, it.dst, it.dport): it.master for it in entries if it.master is not None
+    }  # guard: an-announced-call-is-judged-by-its-registration
+    for entry in entries:
+        master, seen = entry.master, 0
+        while master is not None and seen < _ANNOUNCEMENTS_MAX:
+            before = masters.get((master.protocol, master.src, master.sport, master.dst, master.dport))
+            if before is None:
+                break
+            master, seen = before, seen + 1
+        yield entry if master is entry.master else replace(entry, master=master)

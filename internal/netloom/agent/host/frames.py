@@ -1,28 +1,34 @@
 """Guard the host and the wire from the frames of VMs, on every bridge of a segment.
 
-Two tables on the host itself. Neither needs to know the ports of a bridge, because others plug in the VMs at any time.
+Four tables on the host itself. What they drop does not depend on the ports that a bridge has, as far as the kernel
+allows this, because others plug in the VMs at any time.
+
+``inet netloom`` and ``arp netloom`` drop IP, IPv6 and ARP in frames to 01:80:c2:00:00:00 to :0f (IEEE 802.1Q, table
+8-1: the addresses that a bridge does not forward). They hold for all links of the host, so no moment is left between
+the plugging of a VM and the guard of its port.
 
 ``netdev netloom`` has a chain for each bridge at the ingress of the bridge device. Only frames for the host itself pass
 there, ARP included, and all are dropped. Forwarded frames do not pass there.
 
 ``bridge netloom`` has the rest:
 
-- ``input``: the kernel delivers frames to 01:80:c2:00:00:00 to :0f (IEEE 802.1Q, table 8-1: the addresses that a bridge
-  does not forward) from the *port*, so the chain above does not see them. Only the control protocols that these
-  addresses are reserved for may pass, and only to bridges of others: the rule holds for all bridges of the host, so
-  there is no moment between the plugging of a VM and the guard of its port. 01:80:c2:00:00:0e passes this hook
-  because the bridge's group_fwd_mask has bit 14.
+- ``input``: the kernel delivers frames to the reserved addresses from the *port*, so the chain above does not see them.
+  Only the control protocols that these addresses are reserved for may pass, and only to bridges of others: the rule
+  holds for all bridges of the host. 01:80:c2:00:00:0e passes this hook because the bridge's group_fwd_mask has bit 14.
 - ``forward``: only ordinary frames leave for the wire. The set ``uplinks`` names the links that lead there.
 
 Bridges that others created are guarded while a port of ours is in them, in the same tables:
 
 - Each port that leads to guests has a chain ``from-<port>`` at its ingress. It drops the same frames as ``input``. A
   bridge of others keeps its group_fwd_mask, so frames to :0e (and to :00 with STP) pass no hook of the family bridge.
+  IP and ARP in them are dropped without this chain, which adds the other protocols.
+- ``others_guests`` names the same ports: the host takes no tagged frames from them, for example on a VLAN link above.
 - A bridge that the host itself does not use has a chain ``to-<bridge>``, which drops what is for the host.
-- ``others_uplinks`` names their ports that lead to the wire.
+- ``others_uplinks`` names their ports that lead to the wire, ``others_trunks`` those of bridges with VLAN filtering.
+  There the bridge itself has checked the outer tag, and may have removed it or added its own.
 
-Headers are matched as bytes: the kernel moves the outer VLAN tag out of the frame before the hooks, nftables puts it
-back for matches of bytes, and only for these.
+The kernel moves the outer VLAN tag out of the frame before the hooks. nftables puts it back for matches of bytes from
+the start of the frame (``@ll``), and only for these. ``meta protocol`` and ``@nh`` are what follows this tag.
 """
 
 from __future__ import annotations
@@ -38,7 +44,11 @@ from netloom.agent.host.observe_nft import (
     GUARD_TABLE,
     GUARDED,
     OTHERS,
+    OTHERS_GUESTS,
+    OTHERS_TRUNKS,
     OTHERS_UPLINKS,
+    RESERVED,
+    STACK_FAMILY,
     TO_BRIDGE,
     UPLINKS,
     guarded_bridges,
@@ -56,27 +66,53 @@ _CONTROL = "0x8808, 0x8809, 0x888e, 0x88e5, 0x88cc, 0x88f5, 0x88f6, 0x22ea, 0x88
 _TAGS = "0x8100, 0x88a8, 0x9100, 0x9200, 0x9300, 0x88e7, 0x8926, 0x893f, 0x8903, 0x22f3"
 # On a closed bridge the host can still ask for an address; the bridge is open again when it has one.
 _ASKED_FOR = "udp dport { 68, 546 } accept"
+_LOOPS = "0x9000, 0x88e3"  # loop detection of switches (Ethernet Configuration Testing), rings (IEC 62439-2)
+_VENDORS = ("00000c", "00e02b", "00e052", "000081")  # switch protocols in SNAP: Cisco, Extreme, Foundry, Nortel
+_ETHERNET_IN_SNAP = ("000000", "0000f8")  # an EtherType follows: RFC 1042, IEEE 802.1H
 _TRIES = 3
+_SETS = (GUARDED, UPLINKS, OTHERS, OTHERS_GUESTS, OTHERS_UPLINKS, OTHERS_TRUNKS)
 _RESERVED = "ether daddr & ff:ff:ff:ff:ff:f0 == 01:80:c2:00:00:00"
+
+_LLC = "meta protocol 0x0004"  # IEEE 802.3 with an LLC header
 
 _NOT_CONTROL = f"{_RESERVED} {_TYPE} >= 0x0600 {_TYPE} != {{ {_CONTROL} }} drop"
 
+_BEFORE_FRAGMENTS_ARE_JOINED = -450
+# The host's own protocols: the family, the hook, and the rule. The family arp has no expression for Ethernet addresses.
+_STACK = (
+    (STACK_FAMILY, "prerouting", f"meta iiftype ether {_RESERVED} drop"),  # guard: no-moment-without-a-guard
+    ("arp", "input", "@ll,0,48 & 0xfffffffffff0 == 0x0180c2000000 drop"),
+)
+_FAMILIES = (GUARD_FAMILY, FRAMES_FAMILY, *(family for family, _, _ in _STACK))
+
 _RULES = {
-    "input": (_NOT_CONTROL,),  # guard: reserved-addresses-reach-no-socket
+    "input": (
+        _NOT_CONTROL,  # guard: reserved-addresses-reach-no-socket
+        f"iifname @{OTHERS_GUESTS} meta protocol {{ {_TAGS} }} drop",
+        f"iifname @{OTHERS_GUESTS} iifname != @{OTHERS_TRUNKS} {_TYPE} {{ {_TAGS} }} drop",
+    ),
     "forward": (
         f"iifname @{UPLINKS} ether daddr 01:80:c2:00:00:0e drop",
         f"oifname @{UPLINKS} jump wire",
         f"iifname != @{OTHERS_UPLINKS} oifname @{OTHERS_UPLINKS} jump wire",
+        f"iifname != @{OTHERS_TRUNKS} oifname @{OTHERS_TRUNKS} jump trunk",  # guard: no-second-tag-leaves
     ),
-    "wire": (
-        f"{_TYPE} {{ {_TAGS} }} drop",
+    "wire": (f"{_TYPE} {{ {_TAGS} }} drop", "jump control"),
+    # The outer tag, where there is one, is that of the bridge. Another one would be read next by a switch.
+    "trunk": (f"meta protocol {{ {_TAGS} }} drop", "jump control"),
+    "control": (
         # Reserved addresses of the IEEE (STP, LACP, LLDP, GVRP, MVRP, CFM), and of Cisco (CDP, VTP, DTP, PVST, ISL).
         "ether daddr & ff:ff:ff:ff:ff:00 == 01:80:c2:00:00:00 drop",
         "ether daddr & ff:ff:ff:00:00:00 == 01:00:0c:00:00:00 drop",
-        # The same protocols to another address: by EtherType, as LLC of STP, as SNAP of Cisco.
-        f"{_TYPE} {{ {_CONTROL} }} drop",
-        f"{_TYPE} < 0x0600 @ll,112,16 0x4242 drop",
-        f"{_TYPE} < 0x0600 @ll,112,48 0xaaaa0300000c drop",
+        # The same protocols to another address, by EtherType.
+        f"meta protocol {{ {_CONTROL}, {_LOOPS} }} drop",
+        f"{_LLC} jump llc",
+    ),
+    # A chain of its own: nft 1.0.6 aborts when it lists such matches of bytes behind "meta protocol" in one rule.
+    "llc": (
+        "@nh,0,16 0x4242 drop",  # STP
+        *(f"@nh,0,48 0xaaaa03{vendor} drop" for vendor in _VENDORS),
+        *(f"@nh,0,48 0xaaaa03{it} @nh,48,16 {{ {_TAGS}, {_CONTROL} }} drop" for it in _ETHERNET_IN_SNAP),
     ),
 }
 
@@ -97,7 +133,7 @@ def guard(bridge: str, uplinks: tuple[str, ...]) -> None:
 
 
 def unguard(bridge: str, *, last: bool) -> None:
-    """Delete the guard of a bridge that is gone; with the ``last`` one, delete both tables. Raises HostRefused."""
+    """Delete the guard of a bridge that is gone; with the ``last`` one, delete the tables. Raises HostRefused."""
     chain = f"{GUARD_FAMILY} {GUARD_TABLE} {bridge}"
     # Some kernels delete the chain with its device. Add it first, so that deleting it always works.
     lines = [f"add table {GUARD_FAMILY} {GUARD_TABLE}", f"add chain {chain}", f"delete chain {chain}"]
@@ -105,13 +141,13 @@ def unguard(bridge: str, *, last: bool) -> None:
     lines += [*_elements("add", GUARDED, (bridge,)), *_elements("delete", GUARDED, (bridge,))]
     lines += _elements("delete", UPLINKS, sorted(_former_uplinks(guarded_bridges() - {bridge})))
     if last:
-        lines += [f"delete table {family} {GUARD_TABLE}" for family in (GUARD_FAMILY, FRAMES_FAMILY)]
+        lines += [f"delete table {family} {GUARD_TABLE}" for family in _FAMILIES]
     with Nft(None) as nft:
         nft.run("\n".join(lines) + "\n")
 
 
 def guard_others(others: Others) -> None:
-    """Guard these bridges of others, and no further ones; without any guard left, delete both tables.
+    """Guard these bridges of others, and no further ones; without any guard left, delete the tables.
 
     Raises HostRefused.
     """
@@ -145,7 +181,9 @@ def _others_lines(others: Others) -> list[str]:
     lines += _frames_table()
     sets = (
         (OTHERS, others.bridges),
+        (OTHERS_GUESTS, others.ports),  # guard: the-host-takes-no-tags-of-guests
         (OTHERS_UPLINKS, others.uplinks),  # guard: uplinks-of-others-are-guarded
+        (OTHERS_TRUNKS, others.trunks),
     )
     for name, elements in sets:
         lines += [f"flush set {FRAMES_FAMILY} {GUARD_TABLE} {name}", *_elements("add", name, sorted(elements))]
@@ -153,7 +191,7 @@ def _others_lines(others: Others) -> list[str]:
 
 
 def _without_tables() -> list[str]:
-    tables = [f"table {family} {GUARD_TABLE}" for family in (GUARD_FAMILY, FRAMES_FAMILY)]
+    tables = [f"table {family} {GUARD_TABLE}" for family in _FAMILIES]
     return [f"{verb} {table}" for verb in ("add", "delete") for table in tables]
 
 
@@ -166,16 +204,22 @@ def _former_uplinks(guarded: frozenset[str]) -> set[str]:
 
 
 def _frames_table() -> list[str]:
-    """Add the table with its sets and rules, or replace its rules by the same."""
+    """Add all tables but that of the bridges' chains, with their sets and rules, or replace the rules by the same."""
     table = f"{FRAMES_FAMILY} {GUARD_TABLE}"
     lines = [f"add table {table}"]
-    lines += [f"add set {table} {name} {{ type ifname; }}" for name in (GUARDED, UPLINKS, OTHERS, OTHERS_UPLINKS)]
+    lines += [f"add set {table} {name} {{ type ifname; }}" for name in _SETS]
     for chain in _RULES:
-        hook = f" {{ type filter hook {chain} priority filter; policy accept; }}" if chain != "wire" else ""
+        hooked = chain in ("input", "forward")
+        hook = f" {{ type filter hook {chain} priority filter; policy accept; }}" if hooked else ""
         lines.append(f"add chain {table} {chain}{hook}")
     for chain, rules in _RULES.items():
         lines.append(f"flush chain {table} {chain}")
         lines += [f"add rule {table} {chain} {rule}" for rule in rules]
+    for family, hook, rule in _STACK:
+        chain = f"{family} {GUARD_TABLE} {RESERVED}"
+        at = f"type filter hook {hook} priority {_BEFORE_FRAGMENTS_ARE_JOINED}; policy accept;"
+        lines += [f"add table {family} {GUARD_TABLE}", f"add chain {chain} {{ {at} }}"]
+        lines += [f"flush chain {chain}", f"add rule {chain} {rule}"]
     return lines
 
 

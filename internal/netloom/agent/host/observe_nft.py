@@ -16,7 +16,9 @@ GUARD_FAMILY, GUARD_TABLE = "netdev", "netloom"  # on the host itself, with a ch
 FRAMES_FAMILY = "bridge"  # of the table GUARD_TABLE that filters the frames of bridges
 GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and their ports that lead to the wire
 OTHERS, OTHERS_UPLINKS = "others", "others_uplinks"  # the same for bridges that others created
+OTHERS_GUESTS, OTHERS_TRUNKS = "others_guests", "others_trunks"  # their ports to guests; uplinks with VLAN filtering
 TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
+STACK_FAMILY, RESERVED = "inet", "reserved"  # the family and the chain that guard the host's own protocols
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -72,9 +74,12 @@ def table_digest(namespace: str) -> str:
 def guarded_bridges() -> frozenset[str]:
     """The bridges that have a guard: a chain that drops the frames for the host's own sockets, and an element.
 
-    A bridge that an older build guarded has no element, and is guarded again. Raises HostRefused.
+    A bridge that an older build guarded has no element, or the chain ``RESERVED`` is missing. It is guarded again.
+    Raises HostRefused.
     """
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        if not _is_current(nfnetlink):
+            return frozenset()
         chains = frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
         return chains & nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, GUARDED)
 
@@ -88,10 +93,18 @@ def guarded_uplinks() -> frozenset[str]:
 def guarded_others() -> Others:
     """The guard of the bridges of others, as it is loaded. Raises HostRefused."""
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        current = _is_current(nfnetlink)
         chains = [it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE)]
         return Others(
-            bridges=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS),
+            # Without the bridges the guard differs from any that is wanted, so it is loaded again.
+            bridges=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS) if current else frozenset(),
             closed=frozenset(it.removeprefix(TO_BRIDGE) for it in chains if it.startswith(TO_BRIDGE)),
             ports=frozenset(it.removeprefix(FROM_PORT) for it in chains if it.startswith(FROM_PORT)),
             uplinks=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS_UPLINKS),
+            trunks=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS_TRUNKS),
         )
+
+
+def _is_current(nfnetlink: Socket) -> bool:
+    """Whether the tables have the rules of this build; older builds had fewer tables."""
+    return any(it.name == RESERVED for it in nft_netlink.chains(nfnetlink, STACK_FAMILY, GUARD_TABLE))

@@ -99,7 +99,7 @@ class Watcher:
         self._host: Watch | None = None
         self._names: NamesWatch | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
-        self._mtus: dict[str, int] = {}  # NIC, VLAN link or tunnel -> its MTU
+        self._mtus: dict[str, tuple[int, int]] = {}  # link of the host, no bridge -> its MTU, index of its bridge
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._own_bridges: set[int] = set()  # their indexes
         self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
@@ -120,7 +120,7 @@ class Watcher:
             self._seen |= seen
             self._masters |= {link.name: link.master_index for link in listed if link.master_index}
             self._own_bridges |= {link.index for link in listed if _is_own_bridge(link)}
-            self._mtus |= {link.name: link.mtu for link in listed if link.kind != "bridge"}
+            self._mtus |= {it.name: (it.mtu, it.master_index or 0) for it in listed if it.kind != "bridge"}
             self._loop.add_reader(host, self._read_host)
             self._loop.add_reader(gone, self._read_names)
 
@@ -268,14 +268,14 @@ class Watcher:
         owner = self._watched.get(self._ports[link.name][0]) if link.name in self._ports else None
         if owner is not None:
             self._hear(owner, "host", event)
-        scopes = self._shared.get(link.name)
+        scopes = self._shared.get(link.name, set())
         if scopes:
             # One scope repairs a shared link, an idle one if possible. A NIC that came back concerns all of them.
             back = not event.gone and self._seen.get(link.name, (link.index, 0))[0] != link.index
             for scope_id in sorted(scopes, key=self._handler.busy)[: len(scopes) if back else 1]:
                 if scope_id in self._watched:
                     self._hear(self._watched[scope_id], "host", event)
-            self._follow_mtu(event, link, scopes)
+        self._follow_mtu(event, link, scopes)
         if event.gone:
             self._seen.pop(link.name, None)
             self._handler.tidy_soon()
@@ -285,15 +285,23 @@ class Watcher:
     def _follow_mtu(self, event: Event, link: Link, scopes: set[str]) -> None:
         """Have every scope above a resized link repaired, because each sets the MTU of its own ports.
 
-        The MTU of a bridge is not followed: it changes whenever a VM is plugged in.
+        These are also the scopes with a port in the link's bridge: it may be the uplink there, as another may be that
+        joins or leaves a bridge of others. The MTU of a bridge is not followed: it changes whenever a VM is plugged in.
         """
-        if event.gone or link.kind == "bridge":
+        if link.kind == "bridge":
             return
-        before = self._mtus.get(link.name, link.mtu)
-        self._mtus[link.name] = link.mtu
-        if before != link.mtu:  # guard: ports-follow-the-mtu-of-their-segment
-            for watched in [self._watched[it] for it in sorted(scopes) if it in self._watched]:
-                self._schedule(watched, link.name)
+        before, had = self._mtus.pop(link.name, (0, 0))
+        mtu, master = (0, 0) if event.gone else (link.mtu, link.master_index or 0)
+        if not event.gone:
+            self._mtus[link.name] = mtu, master
+        resized = before not in (0, mtu) and not event.gone
+        concerned = set(scopes) if resized else set()
+        if link.kind != "tun" and link.name not in self._ports:
+            bridges = {master} if resized else set()
+            bridges |= {had, master} & self._bridges_of_others() if had != master else set()
+            concerned |= {self._ports[it][0] for it in self._ports if self._masters.get(it) in bridges}
+        for watched in [self._watched[it] for it in sorted(concerned) if it in self._watched]:
+            self._schedule(watched, link.name)  # guard: ports-follow-the-mtu-of-their-segment
 
     def _follow_master(self, event: Event, link: Link) -> None:
         """Track bridge ports. Before a bridge is deleted, the kernel releases its ports one by one, VMs' taps too."""

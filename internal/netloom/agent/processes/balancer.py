@@ -13,6 +13,7 @@ from netloom.state import LbRule, Scope
 
 ANSWER_S = 2.0
 _CLIENTS_SHOWN = 5  # per rule
+_RULES_SHOWN = 20  # that have no more than what is reserved for them
 
 _KEY = re.compile(r"\bkey=(\S+) .*\bconn_cur=(\d+)")
 
@@ -31,7 +32,10 @@ def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
         # Only frontends: one line for each rule (haproxy's management.txt, "show stat").
         current = {row["# pxname"]: int(row["scur"]) for row in _table(_ask(path, "show stat -1 1 -1"))}
         found = []
-        if sum(current.values()) >= share.client_in_all:
+        total = sum(current.values())
+        if total > share.borrowed_below and share.reserved < share.rule:
+            found += _restricted(rules, current, share)
+        if total >= share.client_in_all:
             found += [
                 f"balancing: {it} holds its share of {share.client_in_all} connections to all rules: more are refused"
                 for it in _clients(path, haproxy.CLIENTS, share.client_in_all)
@@ -45,6 +49,21 @@ def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
     except (OSError, ValueError, KeyError):
         return []
     return found
+
+
+def _restricted(rules: tuple[LbRule, ...], current: dict[str, int], share: haproxy.Shares) -> list[str]:
+    """The rules that get no more than what is reserved for each rule, because most connections are in use."""
+    full = [
+        (rule, current.get(haproxy.section(rule), 0))
+        for rule in rules
+        if share.reserved <= current.get(haproxy.section(rule), 0) < share.rule
+    ]
+    found = [
+        f"{_name(rule)}: {connections} connections, and {share.reserved} are reserved for it: more are refused while "
+        f"all rules have more than {share.borrowed_below}"
+        for rule, connections in full[:_RULES_SHOWN]
+    ]
+    return [*found, f"balancing: and {len(full) - _RULES_SHOWN} more rules"] if len(full) > _RULES_SHOWN else found
 
 
 def _limited_clients(path: str, rule: LbRule, share: int) -> list[str]:

@@ -140,6 +140,12 @@ def _own(directory: Path, user: int, mode: int = 0o710) -> None:
     directory.chmod(mode)
 
 
+def remove_sockets(service: Service) -> None:
+    """Remove the sockets that earlier versions of the service had in its directory."""
+    for path in Path(service.directory).glob("*.sock"):
+        path.unlink(missing_ok=True)
+
+
 def scopes() -> set[str]:
     """The scopes that have a directory."""
     return set(os.listdir(SERVICES_DIR))

@@ -76,7 +76,8 @@ def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     Raises HostRefused when the program is not installed.
     """
     program = _find_program(service.argv[0], f"{service.name}: ")
-    confined = [str(uid), service.directory, ",".join(service.capabilities), str(service.data_mib_max)]
+    capabilities, demanded = ",".join(service.capabilities), ",".join(service.demanded)
+    confined = [str(uid), service.directory, capabilities, demanded, str(service.data_mib_max)]
     log.unlink(missing_ok=True)  # an earlier process may still write to the old one
     output = open_log(log)
     try:

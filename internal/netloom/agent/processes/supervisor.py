@@ -268,6 +268,7 @@ class Supervisor:
         with self._lock:
             self._running.pop((running.scope_id, running.service.name), None)
         write_record(files.draining_path(running.service.directory), running.record)
+        files.remove_sockets(running.service)
         files.record_path(running.service.directory).unlink(missing_ok=True)
         self._loop.call_soon_threadsafe(self._release, running)
 

@@ -312,6 +312,7 @@ class Scopes:
             scope=slot.scope,
             want=self._want(slot),
             known=slot.loaded_ruleset,
+            missing_helpers=slot.missing_helpers,
             services=self._services,
             converge=lambda: self.converge(slot),
         )
@@ -322,10 +323,6 @@ class Scopes:
         """Change the state, save it, and converge. Until the state is saved, nothing has changed."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, slot.scope, payload, context)
-        builds = table.row_of(call.command).kind == "builds"
-        missing = self._host.missing_helpers(outcome.scope.helpers) if builds and outcome.scope is not None else ()
-        if missing:  # guard: a-missing-helper-is-named-before-anything-changes
-            raise _no_helpers(missing)
         if outcome.scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
@@ -435,16 +432,11 @@ class Scopes:
             offered = scope
             if scope is not None and missing:
                 offered = replace(scope, helpers=tuple(it for it in scope.helpers if it not in missing))
+            if missing and slot.missing_helpers != missing:
+                for reason in helpers.not_offered(missing):
+                    self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
             slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
         return slot.rendered[1]
-
-
-def _no_helpers(missing: tuple[str, ...]) -> HostRefused:
-    modules = " ".join(module for name in missing for module in helpers.modules(name))
-    return HostRefused(
-        f"registration detail conntrack.helpers: the kernel of this host has no helper for {', '.join(missing)}",
-        hint=f"modprobe -a {modules} on the host, or remove the name from the detail",
-    )
 
 
 def start_workers() -> ThreadPoolExecutor:

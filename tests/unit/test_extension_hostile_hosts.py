@@ -1,0 +1,172 @@
+"""A hostile or broken host: any answer of it is an error of one line, in bounded time and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import cast
+
+import asyncssh
+import pytest
+import typer
+
+from netloom import program
+from netloom.cli.agent import _answer, _row
+from netloom.errors import HostUnreachable, NetloomError
+from netloom.extension import ssh
+from netloom.extension.agent_client import AgentClient
+from netloom.extension.deploy import CannotInstall, Deployment
+from netloom.extension.hostkeys import KnownHosts, Trust
+from netloom.extension.package import Package
+from netloom.extension.progress import Progress
+from netloom.extension.ssh import CompletedCommand, Login, SshConnection
+from netloom.wire import Call, Hello, Registration, Reply, encode
+
+PACKAGE = Package("/nonexistent", "0.1.0-abc", 1 << 20, "ff" * 32, "x86_64")
+HOSTILE = "\x1b[2J\u202e\u009b\r\n{}"
+CALL = Call(call_id="a", command="show", scope_id="net-1", registration=Registration(owner="o"))
+
+
+def login(directory: Path) -> Login:
+    return Login(trust=Trust((), KnownHosts(str(directory))))
+
+
+# --- the answers of programs on a host
+
+
+class HostileShell(SshConnection):
+    """A host that answers each command with ``answers``, one after the other."""
+
+    def __init__(self, directory: Path, *answers: str) -> None:
+        super().__init__("h1", login(directory))
+        self._answers = list(answers)
+
+    async def execute(
+        self, argv: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None
+    ) -> CompletedCommand:
+        return CompletedCommand(0, self._answers.pop(0), "nothing")
+
+
+def facts(**given: str) -> str:
+    usual = {"system": "Linux", "machine": "x86_64", "installed": PACKAGE.sha256, "current": "x", **given}
+    return "".join(f"netloom-{name} {value}\n" for name, value in usual.items())
+
+
+@pytest.mark.mutation("an-activation-is-any-text")
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ("netloom-\nnetloom-system\n",),
+        (HOSTILE,),
+        (facts(installed="", free="9" * 5000, part="-5", readonly="x"),),
+        (facts(installed="", free=HOSTILE, part=HOSTILE, missing=HOSTILE),),
+        (facts(machine=HOSTILE),),
+        (facts(), "{" * 100_000),
+        (facts(), '{"a":' * 100_000),
+        (facts(), "{}"),
+        (facts(), '{"outcome": 1, "build": []}'),
+        (facts(), HOSTILE),
+    ],
+)
+def test_any_answer_to_an_installation_is_an_error_of_one_line(answers: tuple[str, ...], tmp_path: Path) -> None:
+    deployment = Deployment(HostileShell(tmp_path, *answers), PACKAGE, Progress())
+    with pytest.raises(CannotInstall) as raised:
+        asyncio.run(deployment.run())
+    assert str(raised.value).isprintable()
+    assert str(raised.value).isascii()
+    assert str(raised.value).startswith("h1: ")
+
+
+@pytest.mark.mutation("the-output-of-a-program-ends")
+def test_a_program_that_prints_for_ever_is_given_up(tmp_path: Path) -> None:
+    class Endless:
+        read_bytes = 0
+
+        async def read(self, size: int) -> bytes:
+            self.read_bytes += size
+            assert self.read_bytes < 1 << 23
+            return b"x" * size
+
+    stream = Endless()
+    with pytest.raises(ssh._TooMuchOutput):
+        asyncio.run(SshConnection("h1", login(tmp_path))._read(cast("asyncssh.SSHReader[bytes]", stream)))
+
+
+# --- what operators see
+
+
+@pytest.mark.mutation("a-row-names-its-host", instead="{**own, **plain}")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_host_cannot_change_the_rows_of_others_or_the_terminal(
+    as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = {"host": "h2", "status": 0, "error": "", "\x1b[31m\u202e": "\x9b2J\x7f\u202e\r\n", "did": ["\x1b", {}]}
+    rows = [_row("h1", 3, answer, "it failed"), _row("h2", 0, {"did": []})]
+    with pytest.raises(typer.Exit) as ended:
+        _answer(rows, as_json)
+    assert ended.value.exit_code == 3
+    printed = capsys.readouterr().out
+    assert printed.isascii()
+    assert printed.replace("\n", "").isprintable()
+    if as_json:
+        assert json.loads(printed) == rows
+    assert [row["host"] for row in rows] == ["h1", "h2"]
+
+
+# --- the messages of an agent
+
+
+def after(directory: Path, *messages: bytes, calls: int = 0) -> AgentClient:
+    """The client of an agent that has sent these bytes, after ``calls`` calls."""
+
+    async def received() -> AgentClient:
+        client = AgentClient("h1", login(directory), None, Progress())
+        client._send = lambda message: None  # type: ignore[method-assign]  # there is no channel
+        client._greeted.add_done_callback(lambda done: done.exception())
+        waiting = [asyncio.ensure_future(client.call(CALL)) for _ in range(calls)]
+        await asyncio.sleep(0)
+        for data in messages:
+            client._received(data)
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return client
+
+    return asyncio.run(received())
+
+
+HELLO = encode(Hello(version="1", build="b"))
+REPLY = encode(Reply(call_id="a"))
+
+
+@pytest.mark.mutation("a-host-only-answers")
+@pytest.mark.parametrize(
+    "messages",
+    [
+        (HELLO, REPLY),
+        (HELLO, HELLO),
+        (HELLO, encode(CALL)),
+        (HELLO, b"\0\0\0\0"),
+        (HELLO * 2,),
+        (HELLO, b"\0\0\0\1\xc1"),
+    ],
+)
+def test_a_message_that_nothing_asked_for_ends_the_connection(messages: tuple[bytes, ...], tmp_path: Path) -> None:
+    broken = after(tmp_path, *messages)._broken
+    assert isinstance(broken, HostUnreachable)
+    assert str(broken).startswith("h1: ")
+
+
+def test_as_many_replies_as_calls_are_received_in_pieces_of_any_size(tmp_path: Path) -> None:
+    data = HELLO + REPLY
+    client = after(tmp_path, *(data[at : at + 1] for at in range(len(data))), calls=1)
+    assert not client.is_broken
+    assert isinstance(after(tmp_path, HELLO, REPLY, REPLY, calls=1)._broken, NetloomError)
+
+
+@pytest.mark.mutation("a-hosts-build-is-any-text", instead="1 << 20")
+@pytest.mark.parametrize(
+    "build", ["9" * 60_000, "1.0-" + "9" * 60_000 + "-x", HOSTILE, "", "-" * 60_000, "\u0663" * 60_000]
+)
+def test_a_host_may_claim_any_build(build: str) -> None:
+    assert program.is_newer("0.1.0-a", than=build) in (True, False)
