@@ -16,6 +16,7 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 PRIVATE = {
     "_ENVIRONMENT",
     "_TESTS",
+    "_answer",
     "_ask",
     "_decode_acknowledgement",
     "_decode_any",
@@ -23,6 +24,7 @@ PRIVATE = {
     "_isolated",
     "_library_lock",
     "_programs",
+    "_row",
     "_vpc",
     "_with_ip6",
 }

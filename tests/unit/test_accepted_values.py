@@ -1,4 +1,4 @@
-"""Values that CloudStack stores: docs/operators/accepted-values.md row by row, and lists that have an odd item."""
+"""Values that CloudStack stores: each row of docs/operators/accepted-values.md, and lists with an item left out."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from netloom.commands import Transitioned
 from netloom.errors import BadRequest
 from netloom.render.acl import acl_of, egress_lines, ingress_lines
+from netloom.render.describe import segment_name
 from netloom.render.firewall import verdicts
 from netloom.state import AclItem, FirewallRule, Ports, PublicIp, Scope
 from unit.payload_player import call, implement
@@ -102,6 +103,13 @@ def rows() -> list[tuple[str, dict[str, Any], str]]:
     return found
 
 
+def segments() -> list[tuple[str, str]]:
+    """Each value of ``public_vlan`` in the table of segments, with its word."""
+    table = PAGE.read_text().partition("| value of `public_vlan` |")[2].splitlines()[2:]
+    rows = [line.strip("|").split("|") for line in table if line.startswith("|")]
+    return [(value, word.strip()) for values, word, _ in rows for value in re.findall(r"`(.+?)`", values)]
+
+
 ROWS = rows()
 
 
@@ -117,6 +125,7 @@ def test_the_page_has_rows_of_every_kind() -> None:
     assert {head for head, _, _ in ROWS} == SENDERS.keys()
     assert {word for _, _, word in ROWS} == {"carried out", "no match", "left out", "widened", "refused"}
     assert len(ROWS) > 60
+    assert len(segments()) > 8
 
 
 @pytest.mark.parametrize(("head", "fields", "word"), ROWS, ids=lambda it: str(it)[:60])
@@ -134,6 +143,20 @@ def test_a_row_of_the_page_is_true(head: str, fields: dict[str, Any], word: str)
     assert all(len(it) < 320 and it.isprintable() for it in reasons)
     # The next list takes the reasons away.
     assert left_out(send(item)) == []
+
+
+@pytest.mark.parametrize(("value", "word"), segments())
+def test_a_row_of_the_segments_is_true(value: str, word: str) -> None:
+    fields = {**PUBLIC, "public_vlan": value, "source_nat": "false"}
+    if word == "refused":
+        with pytest.raises(BadRequest, match=r"payload\.public_vlan"):
+            call(implemented(), "assign-ip", **fields)
+        return
+    scope = call(implemented(), "assign-ip", **fields).scope
+    assert scope is not None
+    names = {"VLAN untagged": "the NIC itself"}
+    found = segment_name(scope.public_ips["203.0.113.21"].vlan)
+    assert names.get(found, found) == word
 
 
 @pytest.mark.parametrize(("head", "fields", "word"), [it for it in ROWS if it[0] != "field of a forward"], ids=str)

@@ -90,7 +90,7 @@ def test_a_program_that_prints_for_ever_is_given_up(tmp_path: Path) -> None:
             return b"x" * size
 
     stream = Endless()
-    with pytest.raises(ssh._TooMuchOutput):
+    with pytest.raises(ssh.TooMuchOutput):
         asyncio.run(SshConnection("h1", login(tmp_path))._read(cast("asyncssh.SSHReader[bytes]", stream)))
 
 

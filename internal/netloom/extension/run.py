@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from netloom.extension.pool import Pool
 
 _RESOLVER_THREADS_MAX = 32
-# The resident helper checks a larger payload in a thread, so that its other calls go on.
+# The resident helper checks a larger payload in a thread, so that its other calls continue.
 _LARGE_BYTES = 1 << 18
 
 

@@ -291,7 +291,7 @@ class FlowPolicy:
         own = self._now.static_sources.get(flow.src)
         if own is not None:
             yield _ReplyTuple(flow.dst, flow.dport, own.address, own.exit)
-        # The guest may have got its static NAT address since. TCP alone cannot go on with a new address, so it stays.
+        # The guest may have got its static NAT address since. Only TCP cannot continue with a new address, so it stays.
         if self._now.source_nat is not None and (
             own is None or flow.protocol == TCP  # guard: datagrams-follow-a-static-nat
         ):
@@ -303,7 +303,7 @@ class FlowPolicy:
     def _sources_seen_by(self, guest: str, home: Network | None, there: Network, flow: Flow) -> tuple[str, ...]:
         """The client's address as a guest may see it: see ``second_nics``.
 
-        TCP has both possibilities. A connection that is open when the default NIC of the VM changes goes on.
+        TCP has both possibilities. A connection that is open when the default NIC of the VM changes continues.
         """
         source = self._now.seen_as(home, guest) or flow.src
         return (flow.src, there.device_ip) if flow.protocol == TCP else (source,)

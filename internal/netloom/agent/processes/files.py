@@ -51,7 +51,7 @@ def log_path(service: Service) -> Path:
 
 
 def bound_log(path: Path) -> None:
-    """Shorten a log that is too long to its end. A process that has it open goes on appending."""
+    """Keep only the end of a log that is too long. A process that has the file open appends to this end."""
     try:
         with path.open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
