@@ -168,6 +168,12 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         # Packets outside the TCP window count as valid. Otherwise the ruleset would drop them as invalid, and cut off a
         # connection whose window conntrack has lost track of.
         "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
+        # Entries of half-open connections last for the longest pause between the first five attempts (RFC 6298), closed
+        # ones for some repetitions of the last segment. ``connections`` does not count closed ones.
+        "net.netfilter.nf_conntrack_tcp_timeout_syn_sent": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_syn_recv": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_close": "2",  # guard: closed-connections-are-soon-forgotten
     }
     for where in ("all", "default", *links):
         conf = f"net.ipv4.conf.{where}"
