@@ -8,8 +8,8 @@ A public address has the second share for connections to the device itself.
 
 ``ct count`` examines its whole list at each new connection: 250 us for a list of 1,000 (measured, 6.18). So it is asked
 about one new connection of ``_SAMPLED``, chosen at random, and its list has as much of the share. If the list is full,
-the VM is in the set ``opened_over`` for a second, and its new connections are dropped at the cost of one lookup. A share is
-exact within some ten percent.
+the VM is in the set ``opened_over`` for a second, and its new connections are dropped at the cost of one lookup. A
+share is exact within some ten percent.
 
 A set is never full, because its keys are NICs, held addresses and links. If the kernel cannot add an element
 nevertheless, the sampled connection counts as one too many. Only the first packet of a connection is counted, when all
