@@ -121,7 +121,8 @@ def test_senders_that_are_no_nic_have_one_share_together(host: AgentHost) -> Non
             mac = struct.pack("!HI", 0x0201, 0x1000 + at % 100)
             link.send(to + mac + b"\x08\x00" + packet + struct.pack("!HHHHB", 1000 + at, 7, 9, 0, 0) + bytes(17))
     assert SHARE // 4 < entries(host) < 4 * SHARE
-    limited = f"connections from addresses without a NIC are limited to {SHARE} at the same time (conntrack.max.per.vm)"
+    of_others = "connections of addresses without a NIC, through gst-204,"
+    limited = f"{of_others} are limited to {SHARE} at the same time (conntrack.max.per.vm)"
     assert limited in message(act(host, "check")).splitlines()
     with listener(host) as outside, sender(host, WEB) as known:
         assert answered(known, outside)

@@ -37,8 +37,9 @@ from netloom.state import Network
 REACHED_TIMES = 4  # the share of connections to a VM, as a multiple of the share of those that it opens
 
 # Sets of what has exceeded its share within the last minute, for the custom actions check and show.
-NOTED_SENDERS = "connections_of"  # MAC addresses; zeros: senders that are no NIC
-NOTED_TARGETS = ("connections_to", "connections_to6")  # IP addresses; zeros: destinations that are no NIC
+NOTED_SENDERS = "connections_of"  # MAC addresses
+NOTED_TARGETS = ("connections_to", "connections_to6")  # IP addresses
+NOTED_OTHERS = "connections_of_others"  # links: of senders, or of clients of destinations, that are no NIC
 
 _SAMPLED = 64
 _OVER = "1s"
@@ -69,7 +70,8 @@ def _sets(now: Active, share: int, *, over_ip6: bool) -> Iterable[NftSet]:
         # Without a timeout: the kernel counts connections in such sets only.
         yield NftSet(name=_counted(name, limit), kind="set", type=key, flags="dynamic", size=size)
         yield NftSet(name=f"{name}_over", kind="set", type=key, flags="dynamic,timeout", size=size, timeout=_OVER)
-    for name, key in ((NOTED_SENDERS, "ether_addr"), *zip(NOTED_TARGETS, ("ipv4_addr", "ipv6_addr"), strict=True)):
+    noted = {NOTED_SENDERS: "ether_addr", NOTED_OTHERS: "iface_index"}
+    for name, key in (noted | dict(zip(NOTED_TARGETS, ("ipv4_addr", "ipv6_addr"), strict=True))).items():
         if over_ip6 or key != "ipv6_addr":
             yield NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=size, timeout="1m")
 
@@ -104,15 +106,15 @@ def _chains(now: Active, share: int, *, over_ip6: bool) -> list[Chain]:
         ),
         Chain(
             name=f"{_OF}_by_others",
-            rules=tuple(_share(_REST, "iif", share, f"{NOTED_SENDERS} {{ {senders.NO_MAC} }}")),
+            rules=tuple(_share(_REST, "iif", share, f"{NOTED_OTHERS} {{ iif }}")),
         ),
         Chain(name=_TO, rules=tuple(_share(_TO, "ip daddr", to_vm, f"{noted4} {{ ip daddr }}"))),
-        Chain(name=f"{_TO}_others", rules=tuple(_share(_REST, "iif", share, f"{noted4} {{ 0.0.0.0 }}"))),
+        Chain(name=f"{_TO}_others", rules=tuple(_share(_REST, "iif", share, f"{NOTED_OTHERS} {{ iif }}"))),
     ]
     if over_ip6:
         chains += [
             Chain(name=_TO6, rules=tuple(_share(_TO6, "ip6 daddr", to_vm, f"{noted6} {{ ip6 daddr }}"))),
-            Chain(name=f"{_TO6}_others", rules=tuple(_share(_REST, "iif", share, f"{noted6} {{ :: }}"))),
+            Chain(name=f"{_TO6}_others", rules=tuple(_share(_REST, "iif", share, f"{NOTED_OTHERS} {{ iif }}"))),
         ]
     return chains
 

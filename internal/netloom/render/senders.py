@@ -37,7 +37,7 @@ _DNS_QUERIES = f"{DNS_QUERIES_PER_S}/second burst 500 packets"
 # dnsmasq starts a process for each TCP connection, and ends it after 150 seconds. Versions before 2.90 allow 20.
 DNS_CONNECTIONS = 4
 
-NO_MAC = "00:00:00:00:00:00"  # stands for all MAC addresses that are no NIC's
+_NO_MAC = "00:00:00:00:00:00"  # stands for all MAC addresses that are no NIC's
 _RATE_TIMEOUT = "1m"
 
 
@@ -117,9 +117,9 @@ def _dns_shares(network: Network, link: str) -> list[str]:
     targets = [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
     over = f"limit rate over {_DNS_QUERIES}"
     by_rate = f"{known} update @{_dns_rate(network)} {{ ether saddr {over} }} {_noted(network)} drop"
-    by_rate_together = f"{unknown} {over} {_noted(network, NO_MAC)} drop"
+    by_rate_together = f"{unknown} {over} {_noted(network, _NO_MAC)} drop"
     by_number = f"{known} {_counted(network)} {_noted(network)} reject with tcp reset"
-    by_number_together = f"{unknown} {_counted(network, NO_MAC)} {_noted(network, NO_MAC)} reject with tcp reset"
+    by_number_together = f"{unknown} {_counted(network, _NO_MAC)} {_noted(network, _NO_MAC)} reject with tcp reset"
     rules = []
     for target in targets:
         udp = f"{link} {target} udp dport {DNS_PORT}"

@@ -11,12 +11,13 @@ from typing import Any
 
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.guestwire import Notice
-from netloom.render.connections import NOTED_SENDERS, NOTED_TARGETS, REACHED_TIMES
+from netloom.render.connections import NOTED_OTHERS, NOTED_SENDERS, NOTED_TARGETS, REACHED_TIMES
 from netloom.render.nft import FAMILY, TABLE
-from netloom.render.senders import DNS_CONNECTIONS, DNS_QUERIES_PER_S, NO_MAC, limited_set
+from netloom.render.senders import DNS_CONNECTIONS, DNS_QUERIES_PER_S, limited_set
 from netloom.state import Network, Nic, Scope
 
 _SHOWN = 20  # per network
+_LIMITED = "are limited to {} at the same time (conntrack.max.per.vm)"
 
 _WHAT = {
     ("udp", 53): f"DNS questions of {{}} are limited to {DNS_QUERIES_PER_S} per second",
@@ -47,14 +48,13 @@ def connected(scope: Scope, namespace: str) -> list[str]:
     share = scope.connections_max
     nics = [nic for network in scope.networks.values() for nic in network.nics.values()]
     by_address = {address: _vm(nic) for nic in nics for address in (nic.mac, nic.ip, nic.ip6) if address}
-    others = dict.fromkeys((NO_MAC, "0.0.0.0", "::"), "addresses without a NIC")
     kinds = [(NOTED_SENDERS, "from", share), *((it, "to", share * REACHED_TIMES) for it in NOTED_TARGETS)]
-    found: set[str] = set()
-    for name, direction, most in kinds:
-        for address in _elements(namespace, name) if share else ():
-            who = by_address.get(address) or others.get(address) or address
-            limit = share if address in others else most
-            found.add(f"connections {direction} {who} are limited to {limit} at the same time (conntrack.max.per.vm)")
+    found = set()
+    for name, direction, most in kinds if share else ():
+        for address in _elements(namespace, name):
+            found.add(f"connections {direction} {by_address.get(address, address)} {_LIMITED.format(most)}")
+    for link in _elements(namespace, NOTED_OTHERS) if share else ():
+        found.add(f"connections of addresses without a NIC, through {link}, {_LIMITED.format(share)}")
     lines = sorted(found)
     return lines[:_SHOWN] + ([f"and connections of {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
 
