@@ -52,6 +52,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     lb_idle_s: int = 600  # loadbalancer.idle.timeout
     lb_connections_max: int = 8000  # loadbalancer.max.conn
     conntrack_helpers: tuple[str, ...] = ()  # conntrack.helpers, sorted
+    conntrack_max_per_vm: int = 32_000  # conntrack.max.per.vm; 0: no maximum
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):

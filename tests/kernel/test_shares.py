@@ -146,3 +146,16 @@ def test_a_bridge_learns_a_bounded_number_of_addresses(host: AgentHost) -> None:
         send(host, *(b"\xff" * 6 + mac + b"\x88\xb5" + bytes(46) for mac in macs))
     assert 1000 < learned() <= 4200
     assert known_vm_is_served(host)
+
+
+@pytest.mark.mutation("fragments-have-a-bound")
+def test_fragments_use_a_bounded_share_of_memory(host: AgentHost) -> None:
+    """The first fragments of packets whose rest never comes."""
+    to, ends = gateway_mac(host), socket.inet_aton(WEB_IP) + socket.inet_aton(GATEWAY)
+    for number in range(600):
+        head = struct.pack("!BBHHHBBH", 0x45, 0, 1420, number, 0x2000, 64, 17, 0)
+        send(host, frame(to, 0x0800, head[:10] + struct.pack("!H", checksum(head + ends)) + ends + bytes(1400)))
+    counted = host.run("cat", "/proc/net/sockstat", namespace=NS)
+    memory = int(counted.partition("FRAG: inuse ")[2].split()[2])
+    assert 100_000 < memory <= 540_000
+    assert known_vm_is_served(host)

@@ -77,16 +77,17 @@ def test_the_worked_command_matches_the_code() -> None:
 
 def test_the_path_of_a_packet_names_each_base_chain_at_its_priority() -> None:
     priorities = {"raw": -300, "mangle": -150, "dstnat": -100, "dstnat + 10": -90, "filter": 0, "srcnat": 100}
-    priorities |= {"srcnat + 10": 110, "srcnat + 20": 120}
+    priorities |= {"srcnat + 10": 110, "srcnat + 20": 120, "filter + 10": 10}
     text = (ROOT / "internal/netloom/render/README.md").read_text()
     picture = text.split("```")[1]
     ruleset = (ROOT / "tests/golden/ip6-tiers/ruleset.nft").read_text()
     text_of_inet = ruleset.partition("add table arp")[0]
     chains = re.findall(r"chain (\w+) \{\n\t\ttype .+ priority ([^;]+); policy (\w+);", text_of_inet)
-    assert len(chains) == 11
+    assert len(chains) == 13
     for name, priority, policy in chains:
         dropped = r" \(drop\)" if policy == "drop" else r"(?! \(drop\))"
         assert re.search(rf"(?<![\d-]){priorities[priority]}  {name}\b{dropped}", picture), name
     others = {re.sub(r"_(\d|[.])+", "_", it) for it in re.findall(r"chain ([\w.]+) \{\n\t\t(?!type)", ruleset)}
-    assert others == {"arriving_ip6", "at_", "egress_", "acl_out_", "acl_in_"}
+    shares = {"opened", "opened_by_others", "reached", "reached_others", "reached6", "reached6_others"}
+    assert others == {"arriving_ip6", "at_", "egress_", "acl_out_", "acl_in_", *shares}
     assert [name for name in others if name not in picture] == []

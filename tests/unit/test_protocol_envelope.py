@@ -38,19 +38,22 @@ def test_defaults() -> None:
     assert (details.port, details.username, details.guest_nic, details.public_nic) == (22, "root", "eth1", "eth1")
     assert (details.sshkey, details.password) == (None, None)
     assert (details.firewall, details.isolation, details.broadcast) == ("present", "vlan", None)
-    assert (details.lb_idle_timeout, details.lb_max_conn) == (600, 8000)
+    assert (details.lb_idle_timeout, details.lb_max_conn, details.conntrack_max_per_vm) == (600, 8000, 32_000)
 
 
+@pytest.mark.mutation("a-share-of-connections-can-be-sampled")
 @pytest.mark.parametrize(
     ("detail", "accepted", "refused"),
     [
         ("loadbalancer.idle.timeout", "3600", ("4", "604801", "1h")),
         ("loadbalancer.max.conn", "20000", ("99", "200001")),
+        ("conntrack.max.per.vm", "1000", ("-1", "1", "999", "1000001", "1e9x")),
+        ("conntrack.max.per.vm", "0", ()),
     ],
 )
-def test_the_limits_of_the_load_balancer_have_bounds(detail: str, accepted: str, refused: tuple[str, ...]) -> None:
+def test_limits_of_connections_have_bounds(detail: str, accepted: str, refused: tuple[str, ...]) -> None:
     details = envelope(**{detail: accepted}).details
-    assert accepted in (str(details.lb_idle_timeout), str(details.lb_max_conn))
+    assert accepted in map(str, (details.lb_idle_timeout, details.lb_max_conn, details.conntrack_max_per_vm))
     for value in refused:
         with pytest.raises(BadRequest, match=detail):
             envelope(**{detail: value})

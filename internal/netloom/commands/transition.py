@@ -48,6 +48,7 @@ def new_scope(context: Context) -> Scope:
         helpers=context.registration.conntrack_helpers,
         ingress_open=context.registration.ingress_open,
         balancing=_balancing(context.registration),
+        connections_max=context.registration.conntrack_max_per_vm,
     )
 
 
@@ -60,6 +61,7 @@ def with_registration(scope: Scope, registration: Registration) -> Scope:
         helpers=registration.conntrack_helpers,
         ingress_open=registration.ingress_open,
         balancing=_balancing(registration),
+        connections_max=registration.conntrack_max_per_vm,
     )
 
 

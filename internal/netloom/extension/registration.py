@@ -36,4 +36,5 @@ def registration(details: PhysicalDetails, executable: str) -> Registration:
         lb_idle_s=int(details.lb_idle_timeout),
         lb_connections_max=int(details.lb_max_conn),
         conntrack_helpers=tuple(details.conntrack_helpers),
+        conntrack_max_per_vm=int(details.conntrack_max_per_vm),
     )

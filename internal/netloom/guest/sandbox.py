@@ -29,8 +29,8 @@ from netloom.seccomp import ALLOW, Instruction, argument, if_any_bit, if_equal
 # UIDS-GIDS.md: 0x70000000 to 0x7fffffff are free).
 USER_ID = GROUP_ID = 0x7E7E0043
 
-# Enough for a thousand networks with three sockets each, and their connections.
-DESCRIPTORS_MAX = 1 << 16
+# Enough for a thousand networks with three sockets and 256 connections each.
+DESCRIPTORS_MAX = 1 << 18
 # The agent shortens the log long before (agent/processes/files.py).
 LOG_BYTES_MAX = 1 << 20
 # Private memory (RLIMIT_DATA). On a host with more than 16 GiB the limit is an eighth of the memory.

@@ -96,6 +96,20 @@ class MaxConnections(Number):
     WHAT = "a number of connections"
 
 
+class ConnectionShare(Number):
+    """Connections that conntrack holds for one VM; 0: as many as the kernel has."""
+
+    HIGH = 1_000_000
+    WHAT = "a number of connections, or 0 for no maximum,"
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        share = super().parse(value)
+        if 0 < share < 1000:  # guard: a-share-of-connections-can-be-sampled
+            raise ValueError(f"{quoted(value)} is too small: at least 1000 connections, or 0 for no maximum")
+        return share
+
+
 class HelperList(tuple[str, ...]):
     """Comma-separated names of conntrack helpers, in any case; sorted, and without duplicates."""
 
@@ -131,6 +145,7 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     lb_idle_timeout: IdleTimeout = msgspec.field(name="loadbalancer.idle.timeout", default=IdleTimeout(600))
     lb_max_conn: MaxConnections = msgspec.field(name="loadbalancer.max.conn", default=MaxConnections(8000))
     conntrack_helpers: HelperList = msgspec.field(name="conntrack.helpers", default=HelperList())
+    conntrack_max_per_vm: ConnectionShare = msgspec.field(name="conntrack.max.per.vm", default=ConnectionShare(32_000))
     # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
 

@@ -49,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from netloom import names
-from netloom.render import helpers, ip6, plain_network, senders, share
+from netloom.render import connections, helpers, ip6, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, active, target_port
 from netloom.render.device import (
@@ -77,9 +77,8 @@ _REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
 def ruleset(scope: Scope) -> Ruleset:
     """The table for ``scope``. Without an active network it forwards no packet."""
     now = active(scope)
-    if now.plain:
-        return share.shared(plain_network.ruleset(now.networks[0], FAMILY, TABLE), scope, now)
-    return share.shared(_routed(scope, now), scope, now)
+    rules = plain_network.ruleset(now.networks[0], FAMILY, TABLE) if now.plain else _routed(scope, now)
+    return connections.shared(share.shared(rules, scope, now), now, scope.connections_max)
 
 
 def _routed(scope: Scope, now: Active) -> Ruleset:

@@ -163,12 +163,25 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.tcp_keepalive_probes": "6",
         # A connection that the client does not complete is forgotten after 3 seconds instead of 63 (tcp(7)).
         "net.ipv4.tcp_synack_retries": "1",
+        # The buffers of haproxy's connections: memory for TCP is shared by the whole host (tcp(7)).
+        "net.ipv4.tcp_rmem": "4096\t131072\t1048576",
+        "net.ipv4.tcp_wmem": "4096\t16384\t1048576",
+        "net.ipv4.tcp_max_tw_buckets": "32768",
         # Conntrack does not pick up a TCP connection in the middle. So the next segment does not revive a revoked one.
         "net.netfilter.nf_conntrack_tcp_loose": "0",
         # Packets outside the TCP window count as valid. Otherwise the ruleset would drop them as invalid, and cut off a
         # connection whose window conntrack has lost track of.
         "net.netfilter.nf_conntrack_tcp_be_liberal": "1",
+        # Entries of half-open connections last for the longest pause between the first five attempts (RFC 6298), closed
+        # ones for some repetitions of the last segment. ``connections`` does not count closed ones.
+        "net.netfilter.nf_conntrack_tcp_timeout_syn_sent": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_syn_recv": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "30",
+        "net.netfilter.nf_conntrack_tcp_timeout_close": "2",  # guard: closed-connections-are-soon-forgotten
     }
+    # Fragments that wait for the rest of their packet, in bytes. The low mark comes first: it is at most the high one.
+    for key in ("net.ipv4.ipfrag", "net.ipv6.ip6frag", "net.netfilter.nf_conntrack_frag6"):
+        wanted |= {f"{key}_low_thresh": "393216", f"{key}_high_thresh": "524288"}  # guard: fragments-have-a-bound
     for where in ("all", "default", *links):
         conf = f"net.ipv4.conf.{where}"
         wanted |= {

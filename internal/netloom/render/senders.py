@@ -49,7 +49,7 @@ def sets(network: Network) -> tuple[NftSet, ...]:
     size = set_size(len(macs))
     return (
         NftSet(name=_pairs(network), kind="set", type="ether_addr . ipv4_addr", elements=pairs),
-        NftSet(name=_macs(network), kind="set", type="ether_addr", elements=macs),
+        NftSet(name=macs_set(network), kind="set", type="ether_addr", elements=macs),
         *(
             [NftSet(name=_addresses(network), kind="set", type="ipv4_addr", elements=addresses)]
             if _is_shared(network)
@@ -101,7 +101,7 @@ def guards(network: Network) -> tuple[str, ...]:
     requests = f"update @{_dhcp_rate(network)} {{ ether saddr limit rate over {_DHCP_REQUESTS} }}"
     connections = f"update @{_http_rate(network)} {{ ip saddr limit rate over {_CONNECTIONS} }}"
     return (
-        f"{dhcp} ether saddr != @{_macs(network)} drop",  # guard: dhcp-is-for-nics
+        f"{dhcp} ether saddr != @{macs_set(network)} drop",  # guard: dhcp-is-for-nics
         f"{dhcp} {requests} {_noted(network)} drop",  # guard: a-vm-has-its-rate-of-dhcp-requests
         f"{http} ether saddr . ip saddr != @{_pairs(network)} drop",  # guard: metadata-is-for-nics
         f"{http} ct state new {connections} {_noted(network)} drop",  # guard: a-vm-has-its-rate-of-connections
@@ -112,7 +112,7 @@ def guards(network: Network) -> tuple[str, ...]:
 
 def _dns_shares(network: Network, link: str) -> list[str]:
     """The share of each VM of the resolver: questions over UDP by rate, TCP connections by number."""
-    unknown, known = f"ether saddr != @{_macs(network)}", f"ether saddr @{_macs(network)}"
+    unknown, known = f"ether saddr != @{macs_set(network)}", f"ether saddr @{macs_set(network)}"
     targets = [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
     over = f"limit rate over {_DNS_QUERIES}"
     by_rate = f"{known} update @{_dns_rate(network)} {{ ether saddr {over} }} {_noted(network)} drop"
@@ -151,7 +151,7 @@ def _dns_guards(network: Network, link: str) -> list[str]:
         f"{to_resolver} tcp dport {DNS_PORT} ip saddr != @{_addresses(network)} drop",
     ]
     if network.has_ip6:
-        unknown = f"ether saddr != @{_macs(network)}"
+        unknown = f"ether saddr != @{macs_set(network)}"
         to_resolver = f"{link} ip6 daddr {network.ip6_gateway}"
         rules += [
             f"{to_resolver} udp dport {DNS_PORT} {unknown} {over_limit}",
@@ -168,7 +168,8 @@ def _pairs(network: Network) -> str:
     return f"senders_{network.network_id}"
 
 
-def _macs(network: Network) -> str:
+def macs_set(network: Network) -> str:
+    """The name of the set of the MAC addresses of a network's NICs."""
     return f"macs_{network.network_id}"
 
 

@@ -107,8 +107,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
     with each change. ``schema`` is the version of the document on disk.
 
-    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open`` and ``balancing``. Each call brings
-    the current ones.
+    Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open``, ``balancing`` and
+    ``connections_max``. Each call brings the current ones.
 
     VPC: ``vpc_implemented`` is True after implement-vpc. The namespace then exists even without a tier.
 
@@ -129,6 +129,7 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     helpers: tuple[str, ...] = ()  # conntrack.helpers
     ingress_open: bool = False  # firewall=absent: the network offering has no Firewall service
     balancing: Balancing = Balancing()
+    connections_max: int = 32_000  # conntrack.max.per.vm
 
     vpc_implemented: bool = False
     vpc_cidr: str = ""  # the ranges that the tiers' subnets are part of, with commas; empty: not known

@@ -12,6 +12,7 @@ import msgspec
 
 from netloom import names
 from netloom.agent.actions.hooks import Hook, Hooks
+from netloom.agent.host import room
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.kernel import links
@@ -210,10 +211,11 @@ class Actions:
 
 
 def _limited(scope: Scope, context: ActionContext) -> list[str]:
-    """What has used up its share of a service now. A repair would not change that."""
+    """What has used up its share of a service now, and what the host soon lacks. A repair would not change that."""
     if not context.want.namespace:
         return []
-    return [printable_ascii(it) for it in context.services.limited(scope, context.want.namespace)]
+    limited = context.services.limited(scope, context.want.namespace)
+    return [printable_ascii(it) for it in (*limited, *room.scarce())]
 
 
 def _restarts(times: int) -> str:

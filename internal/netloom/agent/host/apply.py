@@ -139,7 +139,8 @@ def _sysctls(namespace: str, steps: Sequence[Step]) -> None:
     if any("ipv6" in key for key in values) and sysctl.read(namespace, ["net/ipv6/conf/all/disable_ipv6"]) == {
         "net/ipv6/conf/all/disable_ipv6": None
     }:
-        values = {key: value for key, value in values.items() if "ipv6" not in key}  # a kernel without IPv6
+        # A kernel without IPv6.
+        values = {key: value for key, value in values.items() if "ipv6" not in key and "frag6" not in key}
     sysctl.write(namespace, values)
 
 

@@ -73,7 +73,7 @@ class KernelHost:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
         load_modules()
         namespaces.prepare()
-        # Each dnsmasq uses one inotify instance, and they all run as one user.
+        # Each dnsmasq uses one inotify instance. Those of earlier versions all run as one user.
         with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
             if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
                 sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})

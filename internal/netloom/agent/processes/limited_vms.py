@@ -1,6 +1,7 @@
-"""The VMs whose requests to the device's services are limited now.
+"""The VMs whose requests to the device's services, or whose connections, are limited now.
 
-nftables has noted them (``render.senders``), or the guest process has said so (``guest.limits``).
+nftables has noted them (``render.senders``, ``render.connections``), or the guest process has
+said so (``guest.limits``).
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from typing import Any
 
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.guestwire import Notice
+from netloom.render.connections import NOTED_OTHERS, NOTED_SENDERS, NOTED_TARGETS, REACHED_TIMES
 from netloom.render.nft import FAMILY, TABLE
 from netloom.render.senders import DNS_CONNECTIONS, DNS_QUERIES_PER_S, limited_set
 from netloom.state import Network, Nic, Scope
 
 _SHOWN = 20  # per network
+_LIMITED = "are limited to {} at the same time (conntrack.max.per.vm)"
 
 _WHAT = {
     ("udp", 53): f"DNS questions of {{}} are limited to {DNS_QUERIES_PER_S} per second",
@@ -33,16 +36,38 @@ def limited(scope: Scope, namespace: str) -> list[str]:
     found: list[str] = []
     for _, network in sorted(scope.networks.items()):
         if network.is_active:
-            try:
-                with Nft(namespace) as nft:
-                    listed = nft.list_json(f"list set {FAMILY} {TABLE} {limited_set(network.network_id)}")["nftables"]
-            except NftError:
-                continue
-            elements: list[dict[str, Any]] = next((it["set"].get("elem", []) for it in listed if "set" in it), [])
-            lines = sorted(_sentence(network, *it["elem"]["val"]["concat"]) for it in elements)
+            noted = _elements(namespace, limited_set(network.network_id))
+            lines = sorted(_sentence(network, *it["concat"]) for it in noted)
             more = [f"and {len(lines) - _SHOWN} more in network {network.network_id}"] if len(lines) > _SHOWN else []
             found += lines[:_SHOWN] + more
     return found
+
+
+def connected(scope: Scope, namespace: str) -> list[str]:
+    """A sentence for each VM or public address whose new connections were dropped within the last minute."""
+    share = scope.connections_max
+    nics = [nic for network in scope.networks.values() for nic in network.nics.values()]
+    by_address = {address: _vm(nic) for nic in nics for address in (nic.mac, nic.ip, nic.ip6) if address}
+    kinds = [(NOTED_SENDERS, "from", share), *((it, "to", share * REACHED_TIMES) for it in NOTED_TARGETS)]
+    found = set()
+    for name, direction, most in kinds if share else ():
+        for address in _elements(namespace, name):
+            found.add(f"connections {direction} {by_address.get(address, address)} {_LIMITED.format(most)}")
+    for link in _elements(namespace, NOTED_OTHERS) if share else ():
+        found.add(f"connections of addresses without a NIC, through {link}, {_LIMITED.format(share)}")
+    lines = sorted(found)
+    return lines[:_SHOWN] + ([f"and connections of {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
+
+
+def _elements(namespace: str, name: str) -> list[Any]:
+    """The elements of a set that packets add to; none as well if it does not exist."""
+    try:
+        with Nft(namespace) as nft:
+            listed = nft.list_json(f"list set {FAMILY} {TABLE} {name}")["nftables"]
+    except NftError:
+        return []
+    found: list[Any] = next((it["set"].get("elem", []) for it in listed if "set" in it), [])
+    return [it["elem"]["val"] for it in found]
 
 
 def noticed(scope: Scope, notices: Iterable[Notice]) -> list[str]:

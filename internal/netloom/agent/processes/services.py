@@ -80,6 +80,7 @@ class Services:
         return [
             *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
             *limited_vms.limited(scope, namespace),
+            *limited_vms.connected(scope, namespace),
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
         ]
 

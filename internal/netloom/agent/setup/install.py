@@ -69,6 +69,8 @@ RestartSec=1
 # The processes of the networks are children of the agent. They keep running when it stops.
 KillMode=process
 LimitNOFILE=1048576
+# Each network has a bound of its own (confine.py). systemd's default for a unit would stop networks of others.
+TasksMax=infinity
 OOMScoreAdjust=-500
 
 [Install]
