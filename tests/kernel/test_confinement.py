@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -252,7 +253,7 @@ def hostile(*arguments: str) -> Iterator[int]:
     with running_supervisor() as (it, _, _wait_until):
         it.converge(SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE]["lb"]
-        until(lambda: os.path.lexists(f"/proc/{pid}/root{haproxy.MASTER}"))
+        wait_until(lambda: os.path.lexists(f"/proc/{pid}/root{haproxy.MASTER}"))
         yield pid
 
 
