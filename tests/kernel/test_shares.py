@@ -132,3 +132,24 @@ def test_a_bridge_learns_a_bounded_number_of_addresses(host: AgentHost) -> None:
         send(host, *(b"\xff" * 6 + mac + b"\x88\xb5" + bytes(46) for mac in macs))
     assert 1000 < learned() <= 4200
     assert known_vm_is_served(host)
+
+
+@pytest.mark.mutation("a-vm-adds-few-learned-addresses")
+@pytest.mark.mutation("bridges-without-a-bound-get-rules", instead="True")
+def test_a_vm_adds_few_addresses_to_a_bridge_without_a_bound() -> None:
+    """Somebody else made the bridge. netloom changes none of its settings, as if the kernel had no such setting."""
+    with agent_host() as host:
+        host.start()
+        host.ip("link", "add", BRIDGE, "type", "bridge")
+        host.ip("link", "set", "eth1.1204", "master", BRIDGE, "up")
+        host.ip("link", "set", BRIDGE, "up")
+        live_with_vm(host)
+        host.ip("addr", "add", f"{WEB_IP}/24", "dev", "eth0", namespace=WEB)
+        host.ip("link", "set", f"tap-{WEB}", "name", "vnet7")  # as libvirt names them
+        assert known_vm_is_served(host)
+        for first in range(0, 3000, 500):
+            macs = (struct.pack("!HI", 0x0202, at) for at in range(first, first + 500))
+            targets = (b"\xff" * 6, bytes.fromhex("0180c2000003"))
+            send(host, *(to + mac + b"\x88\x8e" + bytes(46) for mac in macs for to in targets))
+        assert 200 < host.run("bridge", "fdb", "show", "br", BRIDGE).count("dev vnet7") <= 1000
+        assert known_vm_is_served(host)
