@@ -328,3 +328,28 @@ def test_a_vm_that_answers_no_solicitation_does_not_stop_the_answers_to_others(h
     host.ip("neigh", "flush", "dev", "gst-520", "nud", "all", namespace="cs-net-520")
     with one_cpu(), flooded(host, lambda mac: echo6(mac, VM_IP6)):
         assert other_vm_has_its_pings(host)
+
+
+@pytest.mark.mutation("icmp-errors-are-not-counted-for-all", instead='"6168", "0-1,3-127"')
+def test_errors_over_ip6_use_nothing_of_what_all_namespaces_share() -> None:
+    """Without an uplink each packet to the outside causes an error."""
+    with agent_host("eth1.1520", "eth2.101") as host:
+        host.start()
+        for fixture, command in (("401", "implement-network"), ("402", "prepare-nic")):
+            done(host.call(fixture, command))
+        host.plug("vm", "breth1-1520", MAC)
+        mac = host.links("cs-net-520")["gst-520"]["address"]
+        with wire(host, "eth0", "vm") as sender:
+            for _ in range(200):
+                sender.send(ethernet(mac, 0x86DD, ip6(fresh6(), "2001:db8:7777::1", 17, DATAGRAM, 6, 64)))
+        assert counter(host, "snmp6", "Icmp6OutDestUnreachs") == 200
+        assert counter(host, "snmp", "Icmp:OutRateLimitGlobal") == 0
+
+
+def counter(host: AgentHost, file: str, name: str) -> int:
+    lines = host.run("cat", f"/proc/net/{file}", namespace="cs-net-520").splitlines()
+    if file == "snmp6":
+        return next(int(value) for found, value in map(str.split, lines) if found == name)
+    group, name = name.split(":")
+    names_of, values = (it.split()[1:] for it in lines if it.startswith(f"{group}:"))
+    return int(dict(zip(names_of, values, strict=True))[name])

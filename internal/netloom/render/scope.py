@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from netloom import names
 from netloom.netobjects import ANYWHERE, MAIN_TABLE, Address, Neighbour, Route, Rule
-from netloom.render import ip6, nft, pbr, plain_network
+from netloom.render import ip6, nft, pbr, plain_network, share
 from netloom.render.active import Active, Exit, active, subnet, within
 from netloom.render.marks import EXIT_MASK, table
 from netloom.render.want import Port, Segment, Want
@@ -45,7 +45,8 @@ def render(scope: Scope | None) -> Want:
             public_links,
             forwarding="0" if now.plain else "1",  # guard: no-forwarding-in-a-plain-network
         )
-        | ip6.sysctls(scope, now, [*guest_links, *public_links]),
+        | ip6.sysctls(scope, now, [*guest_links, *public_links])
+        | {"net.ipv6.icmp.ratemask": share.RATEMASK6},
         ruleset=nft.ruleset(scope),
         announce=(*guests, *publics),
     )
@@ -157,6 +158,7 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.icmp_echo_ignore_all": "0",
         "net.ipv4.icmp_echo_ignore_broadcasts": "1",
         "net.ipv4.ip_default_ttl": "64",
+        "net.ipv4.icmp_ratemask": share.RATEMASK,
         # haproxy asks for keepalive probes. A peer that has gone is noticed after two minutes (tcp(7)).
         "net.ipv4.tcp_keepalive_time": "60",
         "net.ipv4.tcp_keepalive_intvl": "10",

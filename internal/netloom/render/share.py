@@ -17,8 +17,9 @@ Two more things are shared, and ICMP uses both up:
 - The kernel sends all ICMP messages of a CPU through one socket of all namespaces (Linux 5.18). It can hold some 160
   messages that wait for a neighbour (measured, 6.18), each up to 3 s. So the device's own messages to addresses that
   are not known have a low rate (``answering``).
-- Before Linux 6.12 the kernel counts the ICMP errors of all namespaces together. Packets whose hop limit ends at the
-  device are what a guest can send most cheaply to cause them, so their rate is bounded for each link.
+- Before Linux 6.12 the kernel counts the ICMP errors of all namespaces together, those of IPv6 too. It does not count
+  types outside ``ratemask``, so the scopes have an empty one, and ``answering`` bounds their errors for each link. What
+  a router must send to a sender of too long packets has no bound (RFC 1812 4.3.2.8, RFC 4443 2.4 f).
 """
 
 from __future__ import annotations
@@ -38,8 +39,14 @@ _UNKNOWN_TIMEOUT = "2m"
 _ICMP6 = "{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem, echo-reply }"
 _TO_UNKNOWN = "limit rate over 2/second burst 3 packets drop"  # guard: icmp-to-unknown-addresses-has-a-bound
 # Longer ones use up more of the socket's memory. Errors have at most this length (RFC 1812 4.3.2.3, RFC 4443 2.4 c).
-_LONG4, _LONG6 = "ip length > 576 drop", "ip6 length > 1240 drop"
-_ERRORS = "limit rate over 20/second burst 20 packets drop"  # guard: icmp-errors-have-a-bound
+_LONG = "limit rate over 1/second burst 3 packets drop"
+_LONG4, _LONG6 = f"ip length > 576 {_LONG}", f"ip6 length > 1240 {_LONG}"
+_ERRORS = "limit rate over 50/second burst 50 packets drop"  # guard: icmp-errors-have-a-bound
+# Code 4 is "fragmentation needed".
+_ERRORS4 = "icmp type { destination-unreachable, time-exceeded, parameter-problem } icmp code != 4"
+_ERRORS6 = "icmpv6 type { destination-unreachable, time-exceeded, parameter-problem }"
+# Types that the kernel counts for all namespaces together: none. 0 is the reserved type of ICMPv6.
+RATEMASK, RATEMASK6 = "0", "0"  # guard: icmp-errors-are-not-counted-for-all
 
 
 def shared(rules: Ruleset, scope: Scope, now: Active) -> Ruleset:
@@ -112,11 +119,7 @@ def _unknown_set(link: str, family: str) -> NftSet:
 
 
 def _sharing(now: Active) -> Chain:
-    rules = []
-    for link in _links(now):
-        rules.append(f'iifname "{link}" ip ttl < 2 ip daddr < 224.0.0.0 {_ERRORS}')
-        if link in _with_ip6(now):
-            rules.append(f'iifname "{link}" ip6 hoplimit < 2 ip6 daddr != ff00::/8 {_ERRORS}')
+    rules: list[str] = []
     for network in now.networks:
         rules += _sources(network, now)  # guard: packet-sources-have-a-bound
     for link in sorted(_with_ip6(now) & {names.public_link(it.vlan) for it in now.held}):
@@ -158,10 +161,10 @@ def _answering(now: Active) -> Chain:
     for link in _links(now):
         out = f'oifname "{link}"'
         to_unknown = f"{out} meta l4proto icmp rt ip nexthop != @known4"
-        rules += [f"{to_unknown} {_LONG4}", f"{to_unknown} {_TO_UNKNOWN}"]
+        rules += [f"{to_unknown} {_LONG4}", f"{to_unknown} {_TO_UNKNOWN}", f"{out} {_ERRORS4} {_ERRORS}"]
         if link in _with_ip6(now):
             to_unknown = f"{out} icmpv6 type {_ICMP6} rt ip6 nexthop != @known6"
-            rules += [f"{to_unknown} {_LONG6}", f"{to_unknown} {_TO_UNKNOWN}"]
+            rules += [f"{to_unknown} {_LONG6}", f"{to_unknown} {_TO_UNKNOWN}", f"{out} {_ERRORS6} {_ERRORS}"]
     return Chain(name="answering", hook="type filter hook output priority raw; policy accept;", rules=tuple(rules))
 
 

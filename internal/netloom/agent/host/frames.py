@@ -37,6 +37,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from netloom.agent.host.learning import bound_learning
 from netloom.agent.host.observe_nft import (
     FRAMES_FAMILY,
     FROM_PORT,
@@ -130,6 +131,7 @@ def guard(bridge: str, uplinks: tuple[str, ...]) -> None:
     with Nft(None) as nft:
         nft.run("\n".join(lines) + "\n")
     links.change(None, [links.confine_bridge(bridge)])  # guard: lldp-frames-are-filtered
+    bound_learning([bridge])
 
 
 def unguard(bridge: str, *, last: bool) -> None:
@@ -156,6 +158,7 @@ def guard_others(others: Others) -> None:
         try:
             with Nft(None) as nft:
                 nft.run("\n".join(lines) + "\n")
+            bound_learning(others.bridges)
             return
         except NftRefused:  # a VM may have been unplugged meanwhile
             if not tries_left:

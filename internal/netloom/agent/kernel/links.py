@@ -84,6 +84,7 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     peer_netns: int | None
     running: bool
     vlan_filtering: bool = False  # of a bridge
+    learned_max: int | None = None  # of a bridge; 0: no bound, None: the kernel knows none (Linux before 6.7)
 
 
 def list_links(namespace: str | None) -> list[Link]:
@@ -145,6 +146,7 @@ def decode_link(payload: bytes) -> Link:
         peer_netns=number(values[_IFLA_LINK_NETNSID]) if _IFLA_LINK_NETNSID in values else None,
         running=bool(flags & _IFF_LOWER_UP),
         vlan_filtering=any(bridge.get(_IFLA_BR_VLAN_FILTERING, b"")),
+        learned_max=number(bridge[_IFLA_BR_FDB_MAX_LEARNED]) if _IFLA_BR_FDB_MAX_LEARNED in bridge else None,
     )
 
 
