@@ -149,6 +149,14 @@ def test_names_resolve_across_the_tiers_of_a_vpc(host: AgentHost) -> None:
         assert dig(host, vm, "-x", "10.20.2.31") == dig(host, vm, "-x", "fd00:2::31") == [f"db.{DOMAIN}."]
         assert dig(host, vm, "-x", "10.20.1.31") == [f"app-1.{DOMAIN}."]
         assert dig(host, vm, "data-server", "A") == [f"10.20.{vm[-1]}.1"]
+    # A VM that gets another name, moves to another address, and is expunged, seen from the other tier.
+    deploy(host, 6104, "queue", "10.20.2.41", **TIER2)
+    wait_until(lambda: dig(host, "vm1", "QUEUE", "A") == ["10.20.2.41"])
+    deploy(host, 6104, "bus", "10.20.2.42", **TIER2)
+    wait_until(lambda: dig(host, "vm1", "bus", "A") == ["10.20.2.42"])
+    wait_until(lambda: dig(host, "vm1", "queue", "A") == dig(host, "vm1", "-x", "10.20.2.41") == [])
+    done(host.call("101", "remove-dhcp-entry", vpc_id="7", nic_id="6104", mac="02:01:00:cc:02:04", **TIER2))
+    wait_until(lambda: dig(host, "vm1", "bus", "A") == dig(host, "vm1", "-x", "10.20.2.42") == [])
     # A name that two tiers have means the VM of the own tier.
     deploy(host, 6103, "app-1", "10.20.2.32", ip6_address="fd00:2::32", **TIER2)
     wait_until(lambda: dig(host, "vm2", "app-1", "A") == ["10.20.2.32"])

@@ -138,11 +138,17 @@ def _with_ranges(network: Network, payload: NetworkPayload) -> Network:
     """A shared network with the ranges of the payload: those of ``cidr``, and the subnet of the payload's NIC.
 
     In a call about a NIC of the second range, ``cidr`` is still the first range, but gateway and netmask are the NIC's
-    (docs/protocol.md, section 2). A known range that overlaps a given one is out of date and is removed.
+    (docs/protocol.md, section 2). A known range that overlaps a given one is out of date and is removed. A given one
+    that is only a part of a NIC's subnet means the whole subnet, as in :func:`whole_subnet`.
     """
     ranges = {it.cidr: it.gateway for it in network.ranges}
+    nic_subnets = _nic_subnets(network, payload)
     for cidr in payload.cidr:
-        ranges = _with_range(ranges, str(cidr), payload.gateway)
+        ranges = _with_range(
+            ranges,
+            _larger(str(cidr), nic_subnets),  # guard: a-netmask-is-the-whole-range
+            payload.gateway,
+        )
     if (
         isinstance(payload, NicPayload)
         and (subnet := payload.subnet)
