@@ -94,6 +94,17 @@ def test_a_packet_that_is_too_large_for_the_public_link_gets_an_icmp_error(host:
     assert "mtu = 1500" in ping(host, OUTSIDE, 4000)  # the device says so at the first, later the VM itself
 
 
+def test_a_packet_that_is_too_large_for_the_guest_segment_gets_an_icmp_error_through_nat(host: AgentHost) -> None:
+    resize(host, GUEST, 1400)
+    build(host)
+    for fixture, command in (("057", "assign-ip"), ("058", "add-static-nat"), ("070", "apply-fw-rules")):
+        done(host.call(fixture, command))
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
+    words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", "1472", "203.0.113.22"]
+    answer = host.run(*words, pid=host.fabric, check=False)
+    assert "From 203.0.113.22 icmp_seq=1 Frag needed and DF set (mtu = 1400)" in answer
+
+
 def test_an_operators_bridge_keeps_the_mtu_of_its_uplink(host: AgentHost) -> None:
     """Also when the uplink is resized, and when the bridge gets another uplink."""
 
