@@ -18,6 +18,7 @@ ANYWHERE_IP6 = "::/0"
 IP6_LINK_LOCAL = "fe80::/10"  # RFC 4291 section 2.5.6
 
 ETHERNET_MTU = 1500  # RFC 894
+IP6_MTU_MIN = 1280  # RFC 8200 section 5: the kernel has no IPv6 on a link with less
 # The headers that VXLAN adds to a frame over IPv4: 20 (IP), 8 (UDP), 8 (VXLAN), 14 (Ethernet). RFC 7348 section 5
 VXLAN_BYTES = 50
 

@@ -392,11 +392,27 @@ def test_the_management_address_on_an_operators_bridge_goes_on_working(host: Age
         socket.create_connection(("192.0.2.1", 8080), 5).close()
     assert f"from-tap-{VM}" in guards(host)
     assert f"to-{bridge}" not in guards(host)
-    # A frame of a control protocol from the wire reaches the host's programs.
-    with wire(host, "eth1") as it:
+    # Frames of control protocols from the wire reach the host's programs (lldpd; systemd-networkd, which listens to
+    # LLDP only) and the spanning tree of the bridge.
+    with host.inside_host():
+        lldp_only = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x88CC))
+    host.ip("link", "set", bridge, "type", "bridge", "stp_state", "1")
+    with wire(host, "eth1") as it, lldp_only:
+        lldp_only.bind(("eth1", 0x88CC))
+        lldp_only.settimeout(0.2)
         with wire(host, "eth1-x", "admin") as sending:
             sending.send(frame("0180c200000e", 0x88CC, DATA))
+            sending.send(bpdu())
         assert any(each[12:14] == b"\x88\xcc" for each in received(it))
+        assert list(received(lldp_only))
+    wait_until(lambda: host.links()[bridge]["linkinfo"]["info_data"]["root_port"] == 1)
+
+
+def bpdu() -> bytes:
+    """A configuration BPDU of a better root than any other (IEEE 802.1D, 9.3.1)."""
+    root = bytes(2) + bytes.fromhex("020000000007")
+    times = struct.pack("!4H", 0, 20 << 8, 2 << 8, 15 << 8)  # in 1/256 s
+    return llc("0180c2000000", bytes.fromhex("424203") + bytes(5) + root + bytes(4) + root + b"\x80\x01" + times)
 
 
 @pytest.mark.mutation("a-new-port-is-guarded")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -442,6 +444,55 @@ def test_a_restarted_agent_finds_ipv6_as_it_should_be(host: AgentHost) -> None:
     assert message(act(host, "check", "501", network_id="520")) == "nothing to do: all is as it should be"
     assert f"IPv6 leaves as {OURS}/64 through {OUTSIDE}" in message(act(host, "show", "501", network_id="520"))
     assert is_answered(host, "vm", FAR)
+
+
+def test_packets_that_are_too_large_get_an_icmp_error_in_both_directions(host: AgentHost) -> None:
+    def resize(mtu: int) -> None:
+        host.ip("link", "set", "eth1.1520", "mtu", str(mtu))
+        wait_until(lambda: host.links("cs-net-520")["gst-520"]["mtu"] == mtu)
+
+    resize(9000)
+    for words in (["-n", "vm", "link", "set", "eth0", "mtu", "9000"], ["link", "set", "tap-vm", "mtu", "9000"]):
+        host.ip(*words)
+    ping = ["ping", "-6", "-c", "1", "-W", "3", "-M", "do", "-s", "3952", FAR]
+    assert f"From {GATEWAY} icmp_seq=1 Packet too big: mtu=1500" in host.run(*ping, namespace="vm", check=False)
+
+    resize(1400)
+    with host.within("vm"):
+        client = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with host.within():
+        server = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    with client, server:
+        server.setsockopt(socket.IPPROTO_IPV6, 23, 2)  # IPV6_MTU_DISCOVER, IPV6_PMTUDISC_DO
+        server.setsockopt(socket.IPPROTO_IPV6, 62, 1)  # IPV6_DONTFRAG
+        server.bind((FAR, 5555))
+        server.settimeout(5)
+        client.sendto(b"hello", (FAR, 5555))
+        _, sender = server.recvfrom(100)
+        with pytest.raises(OSError, match="Message too long"):
+            wait_until(lambda: server.sendto(bytes(1400), sender) == 0, seconds=5)
+    resize(1500)
+    for words in (["-n", "vm", "link", "set", "eth0", "mtu", "1500"], ["link", "set", "tap-vm", "mtu", "1500"]):
+        host.ip(*words)
+
+
+@pytest.mark.mutation("the-resolver-starts-without-ipv6")
+def test_the_resolver_starts_on_a_segment_that_is_too_small_for_ipv6(host: AgentHost) -> None:
+    def has_ip6() -> bool:
+        return GATEWAY in host.ip("-6", "-n", "cs-net-520", "addr", "show", "dev", "gst-520")
+
+    host.ip("-n", "vm", "addr", "replace", "10.50.1.45/24", "dev", "eth0")
+    host.ip("link", "set", "eth1.1520", "mtu", "1200")
+    wait_until(lambda: not has_ip6())
+    (before,) = host.processes("dnsmasq")
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: host.processes("dnsmasq").keys() not in ({before}, set()))
+    wait_until(lambda: "dns-520 died: " in host.log())
+    name = "six-1.cs2cloud.internal"
+    assert dns_answer(host, "vm", "10.50.1.1", name)[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
+    host.ip("link", "set", "eth1.1520", "mtu", "1500")
+    wait_until(has_ip6)
+    assert dns_answer(host, "vm", GATEWAY, name)[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
 
 
 def test_without_an_ipv6_uplink_the_gateway_rejects_at_once() -> None:

@@ -72,12 +72,37 @@ def test_ports_follow_a_change_while_the_network_runs(host: AgentHost) -> None:
     wait_until(lambda: host.links(NS)[public]["mtu"] == 9000)
 
 
+@pytest.mark.mutation("a-narrow-segment-has-no-ipv6")
+def test_a_segment_that_is_too_small_for_ipv6_carries_ipv4(host: AgentHost) -> None:
+    """The kernel has no sysctls of IPv6 for a link with less than 1,280 bytes (RFC 8200 section 5)."""
+    resize(host, GUEST, 1200)
+    build(host)
+    assert mtus(host) == (1200, 1200, 1200)
+    assert " 0% packet loss" in ping(host, GATEWAY, 1200)
+    resize(host, GUEST, 9000)
+    wait_until(lambda: mtus(host)[1:] == (9000, 9000))
+    off = [f"net.ipv6.conf.{link}.disable_ipv6" for link in ("vnetg204", BRIDGE)]
+    wait_until(lambda: host.run("sysctl", "-n", *off).split() == ["1", "1"])
+    wait_until(lambda: host.run("sysctl", "-n", "net.ipv6.conf.gst-204.disable_ipv6", namespace=NS) == "1\n")
+
+
 def test_a_packet_that_is_too_large_for_the_public_link_gets_an_icmp_error(host: AgentHost) -> None:
     build(host)
     host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
     host.run("ip", "addr", "add", f"{OUTSIDE}/32", "dev", "lo", pid=host.fabric)
     assert " 0% packet loss" in ping(host, OUTSIDE, 1500)
     assert "mtu = 1500" in ping(host, OUTSIDE, 4000)  # the device says so at the first, later the VM itself
+
+
+def test_a_packet_that_is_too_large_for_the_guest_segment_gets_an_icmp_error_through_nat(host: AgentHost) -> None:
+    resize(host, GUEST, 1400)
+    build(host)
+    for fixture, command in (("057", "assign-ip"), ("058", "add-static-nat"), ("070", "apply-fw-rules")):
+        done(host.call(fixture, command))
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
+    words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", "1472", "203.0.113.22"]
+    answer = host.run(*words, pid=host.fabric, check=False)
+    assert "From 203.0.113.22 icmp_seq=1 Frag needed and DF set (mtu = 1400)" in answer
 
 
 def test_an_operators_bridge_keeps_the_mtu_of_its_uplink(host: AgentHost) -> None:

@@ -26,7 +26,7 @@ from typing import TypeVar
 import msgspec
 
 from netloom.errors import ForeignScope, HostRefused
-from netloom.netobjects import Address
+from netloom.netobjects import IP6_MTU_MIN, Address
 from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, Others
 from netloom.plan.segments import SegmentPlacement, agents_vlan_link, guard_of, is_guest, place
 from netloom.plan.steps import (
@@ -82,7 +82,22 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
             hint="remove it, or let the network live on another host",
         )
     placements = {port.segment: place(have, port) for port in want.ports}
+    narrow = {port.link for port in want.ports if placements[port.segment].mtu < IP6_MTU_MIN}
+    want = _without_ip6(want, narrow)  # guard: a-narrow-segment-has-no-ipv6
     return tuple(_build(have, want, placements))
+
+
+def _without_ip6(want: Want, links: set[str]) -> Want:
+    """``want`` without what the kernel has for IPv6 only: the addresses, routes and sysctls of these links."""
+    if not links:
+        return want
+    return msgspec.structs.replace(
+        want,
+        addresses=tuple(it for it in want.addresses if it.link not in links or ":" not in it.cidr),
+        routes=tuple(it for it in want.routes if it.link not in links or ":" not in it.destination),
+        neighbours=tuple(it for it in want.neighbours if it.link not in links or ":" not in it.address),
+        sysctls={key: it for key, it in want.sysctls.items() if ".ipv6." not in key or not _link_of(key, links)},
+    )
 
 
 def sweep(
@@ -267,6 +282,10 @@ def _port(have: Have, ns: str, port: Port, placement: SegmentPlacement, alias: s
         yield SetMac(ns, port.link, port.mac)
     if host_link.mtu not in (0, mtu):
         yield SetMtu("", port.host_link, mtu)
+        if host_link.mtu < IP6_MTU_MIN <= mtu:  # the kernel begins anew with IPv6 there
+            yield SilenceIpv6(port.host_link)
+            if placement.ours:
+                yield SilenceIpv6(bridge)
     if have.links[port.link].mtu not in (0, mtu):
         yield SetMtu(ns, port.link, mtu)
     if host_link.master != bridge:

@@ -20,7 +20,7 @@ import msgspec
 from netloom import names
 from netloom.errors import HostRefused
 from netloom.names import UNTAGGED
-from netloom.netobjects import ETHERNET_MTU, VXLAN_BYTES
+from netloom.netobjects import ETHERNET_MTU, IP6_MTU_MIN, VXLAN_BYTES
 from netloom.plan.have import ALIAS, Have, HostLink, Others
 from netloom.plan.steps import (
     AttachCarrier,
@@ -84,7 +84,7 @@ def _vlan(have: Have, port: Port) -> SegmentPlacement:
     if carrier.ours and carrier.mtu < nic_mtu:
         # The kernel lowers a VLAN link with its NIC, and does not raise it again.
         steps.append(SetCarrierMtu(carrier.name, nic_mtu))
-        carrier = msgspec.structs.replace(carrier, mtu=nic_mtu)
+        carrier = msgspec.structs.replace(carrier, mtu=nic_mtu, ipv6=carrier.ipv6 or carrier.mtu < IP6_MTU_MIN)
     return _bridged(have, segment, carrier, steps)
 
 
@@ -122,7 +122,7 @@ def _vxlan(have: Have, port: Port) -> SegmentPlacement:
         mtu = have.host_links.get(found.master, found).mtu - VXLAN_BYTES
         if 0 < mtu != carrier.mtu:
             steps.append(SetCarrierMtu(carrier.name, mtu))
-            carrier = msgspec.structs.replace(carrier, mtu=mtu)
+            carrier = msgspec.structs.replace(carrier, mtu=mtu, ipv6=carrier.ipv6 or carrier.mtu < IP6_MTU_MIN)
     return _bridged(have, segment, carrier, steps)
 
 

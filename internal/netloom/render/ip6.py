@@ -87,8 +87,9 @@ def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
     """Enable IPv6 on the links that use it and disable it on all others.
 
     It is disabled by default, so that a new link never has IPv6 for an instant. ``all.disable_ipv6`` keeps the kernel's
-    value, because writing it changes the setting of every link. Duplicate address detection is off: it would delay the
-    gateway's address by a second at each start, and no other machine uses this address.
+    value, because writing it changes the setting of every link. Programs may bind to the gateway's address while the
+    link has none, which is so while its MTU is too small for IPv6. Duplicate address detection is off: it would delay
+    the gateway's address by a second at each start, and no other machine uses this address.
     """
     out = default_route(scope, now)
     enabled = {names.guest_link(network.network_id) for network in ip6_networks(now)} | ({out.link} if out else set())
@@ -97,6 +98,8 @@ def sysctls(scope: Scope, now: Active, links: list[str]) -> dict[str, str]:
         "net.ipv6.conf.all.forwarding": "0" if now.plain else "1",
         "net.ipv6.conf.default.disable_ipv6": "1",
     }
+    if enabled:
+        wanted["net.ipv6.ip_nonlocal_bind"] = "1"  # guard: the-resolver-starts-without-ipv6
     for link in links:
         conf = f"net.ipv6.conf.{link}"
         if link in enabled:

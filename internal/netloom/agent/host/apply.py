@@ -129,13 +129,16 @@ def _load(step: LoadRuleset) -> None:
 
 
 def _sysctls(namespace: str, steps: Sequence[Step]) -> None:
+    # A link has no IPv6 if its MTU is too small for it (RFC 8200 section 5). The kernel has no such sysctl then.
+    silenced = [f"net/ipv6/conf/{step.link}/disable_ipv6" for step in steps if isinstance(step, SilenceIpv6)]
+    absent = {key for key, value in sysctl.read(namespace, silenced).items() if value is None}
     values = {}
     for step in steps:
         match step:
             case SetSysctl(_, key, value):
                 values[key] = value
-            case SilenceIpv6(link):
-                values[f"net/ipv6/conf/{link}/disable_ipv6"] = "1"
+            case SilenceIpv6(link) if (key := f"net/ipv6/conf/{link}/disable_ipv6") not in absent:
+                values[key] = "1"
     if any("ipv6" in key for key in values) and sysctl.read(namespace, ["net/ipv6/conf/all/disable_ipv6"]) == {
         "net/ipv6/conf/all/disable_ipv6": None
     }:
