@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from netloom.extension import helper
-from netloom.extension.helper import CLIENTS_MAX, HelperCall, _Helper
+from netloom.extension.helper import CLIENTS_MAX, Helper, HelperCall
 from netloom.extension.helper_client import ANSWER, BEAT, DOING, pack, socket_name, unpack
 
 MAIN = Path(__file__).resolve().parents[2] / "cmd" / "netloom" / "main.py"
@@ -128,7 +128,7 @@ def run_clients(clients: int, *, hears: int) -> None:
     async def serve() -> None:
         with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{directory}/s")
-            served = _Helper.__new__(_Helper)
+            served = Helper.__new__(Helper)
             served.calls = set()
             server = await asyncio.get_running_loop().create_unix_server(lambda: HelperCall(served), sock=listener)
             streams = [await asyncio.open_unix_connection(f"{directory}/s") for _ in range(clients)]

@@ -56,7 +56,7 @@ def main() -> int:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # exit at once
-    asyncio.run(_Helper(listener, idle_s(os.environ.get(SETTING, ""))).serve())
+    asyncio.run(Helper(listener, idle_s(os.environ.get(SETTING, ""))).serve())
     os._exit(0)  # does not wait for a resolver thread that hangs
 
 
@@ -68,7 +68,7 @@ def idle_s(setting: str) -> float:
         return IDLE_S
 
 
-class _Helper:
+class Helper:
     """The running calls, the pool of channels that they share, and the conditions for exiting."""
 
     def __init__(self, listener: socket.socket, idle_s: float) -> None:
@@ -150,7 +150,7 @@ async def _load_pool() -> Pool:
 class HelperCall(asyncio.Protocol):
     """One call, from its connection to its answer. It is cancelled when the caller disconnects."""
 
-    def __init__(self, helper: _Helper) -> None:
+    def __init__(self, helper: Helper) -> None:
         self._helper = helper
         self._data = bytearray()
         self._transport: asyncio.Transport | None = None

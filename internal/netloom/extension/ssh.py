@@ -83,7 +83,7 @@ class NoAgent(HostUnreachable):
     """The login succeeded, but the agent did not answer: it is not installed, or does not start."""
 
 
-class _TooMuchOutput(Exception):
+class TooMuchOutput(Exception):
     """A program printed more than ``_OUTPUT_BYTES_MAX`` bytes."""
 
 
@@ -342,7 +342,7 @@ class SshConnection:
                 pass
             out, err = await output
             await process.wait_closed()
-        except _TooMuchOutput:
+        except TooMuchOutput:
             raise HostUnreachable(
                 f"{self.host}: a command there printed more than {_OUTPUT_BYTES_MAX >> 20} MiB", hint=LOOK_THERE
             ) from None
@@ -355,13 +355,13 @@ class SshConnection:
         return CompletedCommand(process.exit_status, out.decode("utf-8", "replace"), stderr or f"it ended with {how}")
 
     async def _read(self, stream: asyncssh.SSHReader[bytes]) -> bytes:
-        """All bytes of a stream. A host may print for ever: raises _TooMuchOutput, and closes the connection."""
+        """All bytes of a stream. A host may print for ever: raises TooMuchOutput, and closes the connection."""
         data = bytearray()
         while piece := await stream.read(1 << 16):
             data += piece
             if len(data) > _OUTPUT_BYTES_MAX:  # guard: the-output-of-a-program-ends
                 self.close()
-                raise _TooMuchOutput
+                raise TooMuchOutput
         return bytes(data)
 
     def close(self) -> None:
