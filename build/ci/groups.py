@@ -133,6 +133,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Run groups of checks.")
     parser.add_argument("--times", action="store_true", help="write the times to the table of the document")
     parser.add_argument("--document", default=str(TIMES), help="the document, docs/development.md by default")
+    parser.add_argument("--traces-in", default="/", help="the root directory that tests must leave clean, / by default")
     parser.add_argument("groups", nargs="+", choices=[*sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
     options = parser.parse_args(arguments)
     groups: list[str] = options.groups
@@ -150,13 +151,14 @@ def main(arguments: list[str]) -> int:
     # `make check` tries fewer examples of each property, so that it is short enough to run before every commit.
     profile = "full" if privileged else "quick"
     try:
-        results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile)
+        where: str = options.traces_in
+        results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile, where)
         for group in groups:
             if group not in SIDE_BY_SIDE:
                 print(f"== {group}", flush=True)
-                before = _traces()
+                before = _traces(where)
                 results.append(_run(group, profile, None))
-                _check_traces(before, results[-1])
+                _check_traces(where, before, results[-1])
     except KeyboardInterrupt:
         PROCESSES.terminate()
         print("interrupted", file=sys.stderr)
@@ -168,9 +170,9 @@ def main(arguments: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
+def _run_side_by_side(groups: list[str], profile: str, where: str) -> list[Result]:
     """The results in the order of ``groups``, and a result "machine" when something was left on the machine."""
-    before = _traces()
+    before = _traces(where)
     printing = threading.Lock()
 
     def run(group: str) -> Result:
@@ -191,7 +193,7 @@ def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
             PROCESSES.terminate()
             raise
     machine = Result("machine")
-    _check_traces(before, machine)
+    _check_traces(where, before, machine)
     return [*results, machine] if machine.failed else results
 
 
@@ -245,13 +247,13 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
     return result
 
 
-def _traces() -> set[str]:
-    return {path for pattern in TRACES for path in glob.glob(pattern)}
+def _traces(where: str) -> set[str]:
+    return {path for pattern in TRACES for path in glob.glob(where.rstrip("/") + pattern)}
 
 
-def _check_traces(before: set[str], result: Result) -> None:
+def _check_traces(where: str, before: set[str], result: Result) -> None:
     until = time.monotonic() + TRACES_GO_WITHIN_S
-    while (left := _traces() - before) and time.monotonic() < until:
+    while (left := _traces(where) - before) and time.monotonic() < until:
         time.sleep(0.1)
     if left:
         result.failed += 1

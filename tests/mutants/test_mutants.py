@@ -8,6 +8,7 @@ together: if two guards prevent the same fault, both are removed.
 
 from __future__ import annotations
 
+import compileall
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from py_compile import PycInvalidationMode
 from xml.etree import ElementTree
 
 import pytest
@@ -32,9 +34,12 @@ def _named(mutant: Mutant) -> str:
     return mutant.test.partition("::")[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def copy() -> Iterator[Path]:
-    """A copy of the repository in a place that simulated hosts and users without privileges can read."""
+    """A compiled copy of the repository in a place that simulated hosts and users without privileges can read.
+
+    The interpreter compares the source's hash with that of the compiled file, so a changed file is compiled anew.
+    """
     with tempfile.TemporaryDirectory(prefix="netloom-mutant-", dir=ROOT.parent) as directory:
         for name in COPIED:
             if (ROOT / name).is_dir():
@@ -42,23 +47,30 @@ def copy() -> Iterator[Path]:
             else:
                 shutil.copy(ROOT / name, directory)
         Path(directory).chmod(0o755)
+        compileall.compile_dir(directory, quiet=1, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
         yield Path(directory)
 
 
 @pytest.mark.parametrize("mutant", list(mutants()), ids=_named)
 def test_the_test_fails_without_its_guards(mutant: Mutant, copy: Path) -> None:
-    for path, source in mutated(mutant.mutations).items():
-        (copy / path).write_text(source)
+    changed = mutated(mutant.mutations)
     report = copy / "report.xml"
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", mutant.test, "-x", "--no-header", f"--junit-xml={report}"],
-        cwd=copy,
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-    )
+    report.unlink(missing_ok=True)
+    for path, source in changed.items():
+        (copy / path).write_text(source)
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", mutant.test, "-x", "--no-header", f"--junit-xml={report}"],
+            cwd=copy,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_S,
+        )
+    finally:
+        for path in changed:
+            shutil.copy(ROOT / path, copy / path)
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED, ran.stdout[-2000:] + ran.stderr
     cases = list(ElementTree.parse(report).iter("testcase"))
     assert not [case.attrib for case in cases if case.find("error") is not None], ran.stdout[-2000:]

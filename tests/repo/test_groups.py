@@ -70,8 +70,10 @@ def write(checkout: Path, group: str, text: str) -> None:
 
 
 def start(checkout: Path, *groups: str) -> subprocess.Popen[str]:
+    """Tests of networks may run on the machine at the same time, so only what is left below the checkout counts."""
+    options = [f"--document={checkout}/times.md", "--times", f"--traces-in={checkout}"]
     return subprocess.Popen(
-        [sys.executable, str(checkout / "build/ci/groups.py"), f"--document={checkout}/times.md", "--times", *groups],
+        [sys.executable, str(checkout / "build/ci/groups.py"), *options, *groups],
         env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -92,6 +94,18 @@ def test_groups_run_in_parallel_and_print_one_block_each(checkout: Path) -> None
     rows = printed.split("\ngroup ")[1].splitlines()[1:3]
     assert [row.split()[:3] for row in rows] == [["unit", "0", "1"], ["repo", "0", "1"]]
     assert (checkout / "times.md").read_text() == DOCUMENT, "times of a run that failed are not written"
+
+
+def test_what_a_group_leaves_behind_is_a_failure(checkout: Path) -> None:
+    runner = checkout / "build/ci/groups.py"
+    runner.write_text(runner.read_text().replace("TRACES_GO_WITHIN_S = 10.0", "TRACES_GO_WITHIN_S = 0.0"))
+    namespace = checkout / "run/netns/left"
+    namespace.parent.mkdir(parents=True)
+    write(checkout, "unit", f"from pathlib import Path\n\ndef test_a():\n    Path({str(namespace)!r}).touch()\n")
+    with start(checkout, "unit") as process:
+        printed = process.communicate(timeout=LIMIT_S)[0]
+    assert (process.returncode, printed.splitlines()[-1]) == (1, "1 passed, 1 failed")
+    assert f"left behind: {namespace}\n" in printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,7 +21,7 @@ SILENT: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.mutation("a-call-ends-before-cloudstacks-limit", instead="started + 60")
+@pytest.mark.mutation("a-call-ends-before-cloudstacks-limit", instead="started + 8")
 @pytest.mark.parametrize("case", SILENT)
 def test_defect_53_a_call_ends_before_its_deadline(case: str, lab: SshLab, caller: Caller) -> None:
     details, said = SILENT[case]
