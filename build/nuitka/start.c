@@ -37,6 +37,7 @@
 #define PROGRAM "netloom.bin"
 #define UNPACKING "NETLOOM_UNPACKING"
 #define UNPACKED_BYTES (64UL << 20) /* the required free space; build/nuitka/build checks it */
+#define FOREIGN ".foreign-" /* the beginning of the names of other users' directories in ours; directory.py knows it */
 #define TOUCH_AFTER_S 600           /* program.py keeps builds whose directory is younger than an hour */
 
 extern int Py_IsInitialized(void) __attribute__((weak)); /* defined in the unpacked program only */
@@ -81,9 +82,10 @@ static int remove_entry(const char *path, const struct stat *found, int kind, st
     return remove(path);
 }
 
-/* Make a directory of ours private again, and remove what other users may have put into it. */
+/* Make a directory of ours private again, and remove what other users may have put into it. Their directories may have
+ * content that only they can remove: these get a name that netloom does not use. */
 static int repair_mode(const char *path) {
-    char entry[PATH_MAX];
+    char entry[PATH_MAX], aside[PATH_MAX];
     struct stat found;
     if (chmod(path, 0700)) return no(path, "%s", strerror(errno));
     DIR *listed = opendir(path);
@@ -91,21 +93,25 @@ static int repair_mode(const char *path) {
     for (struct dirent *each; (each = readdir(listed));) {
         if (!strcmp(each->d_name, ".") || !strcmp(each->d_name, "..")) continue;
         if (snprintf(entry, sizeof entry, "%s/%s", path, each->d_name) >= (int)sizeof entry) continue;
-        if (!lstat(entry, &found) && found.st_uid != geteuid()) nftw(entry, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+        if (lstat(entry, &found) || found.st_uid == geteuid()) continue;
+        nftw(entry, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+        if (!lstat(entry, &found) && strncmp(each->d_name, FOREIGN, strlen(FOREIGN)) &&
+            snprintf(aside, sizeof aside, "%s/" FOREIGN "%ld-%ld", path, (long)time(NULL), (long)found.st_ino) < (int)sizeof aside)
+            rename(entry, aside);
     }
     closedir(listed);
     return 1;
 }
 
 /* Whether ``path`` is a directory of our own with mode 0700, and no link. Creates it if it is missing. ``is_ours``: it
- * is netloom's alone, so a widened mode is repaired. */
+ * is netloom's alone, so another mode is repaired. */
 static int is_private(const char *path, int is_ours) {
     struct stat found;
     if (lstat(path, &found) && (errno != ENOENT || (mkdir(path, 0700) && errno != EEXIST) || lstat(path, &found)))
         return no(path, "%s", strerror(errno));
     if (!S_ISDIR(found.st_mode)) return no(path, S_ISLNK(found.st_mode) ? "a link" : "not a directory");
     if (found.st_uid != geteuid()) return no(path, "owned by uid %u", (unsigned)found.st_uid);
-    if (!(found.st_mode & 077)) return 1;
+    if ((found.st_mode & 0777) == 0700) return 1;
     return is_ours ? repair_mode(path) : no(path, "mode %04o, not 0700", (unsigned)(found.st_mode & 07777));
 }
 
@@ -122,11 +128,8 @@ static int is_unpacked(const char *build) {
     if (snprintf(program, sizeof program, "%s/" PROGRAM, build) >= (int)sizeof program) return 0;
     if (lstat(build, &directory) || lstat(program, &file)) return 0;
     if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid()) return 0;
-    if (directory.st_mode & 077) { /* others could have changed it: unpack it anew */
-        nftw(build, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
-        return 0;
-    }
-    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022)) return 0;
+    if (directory.st_mode & 077) return 0; /* others could have changed it: unpack it anew */
+    if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022) || (file.st_mode & 0500) != 0500) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
     utimensat(AT_FDCWD, build, NULL, 0); /* mark it as used */
     return 2;
@@ -140,6 +143,13 @@ static void go_on_and_unpack(const char *fresh) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     setenv("XDG_CACHE_HOME", fresh, 1);
     setenv(UNPACKING, "1", 1);
+}
+
+/* Remove what stands in the place of a build: a damaged one, a link or a file. */
+static void make_room(const char *build) {
+    struct stat found;
+    if (!lstat(build, &found) && S_ISDIR(found.st_mode)) chmod(build, 0700);
+    nftw(build, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
 }
 
 /* 1: unpacked and renamed; 0: failed, with the reason noted; -1: this is the child, which has to unpack. */
@@ -163,7 +173,10 @@ static int unpack(const char *programs, const char *build) {
         int fd = open(made, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         done = fd >= 0 && !syncfs(fd); /* before the rename: a power failure must not leave half a build */
         if (fd >= 0) close(fd);
-        if (done && rename(made, build) && !is_unpacked(build)) done = no(build, "%s", strerror(errno));
+        if (done && rename(made, build) && !is_unpacked(build)) {
+            make_room(build);
+            if (rename(made, build) && !is_unpacked(build)) done = no(build, "%s", strerror(errno));
+        }
     } else {
         no(programs, statvfs(programs, &disk) || disk.f_bavail ? "unpacking failed" : "no space left");
     }
@@ -253,7 +266,7 @@ __attribute__((constructor)) static void start(int argc, char **argv) {
     if (start_from(directory, 1, argv)) return;
     snprintf(directory, sizeof directory, "/var/tmp/netloom-%u", (unsigned)geteuid());
     if (start_from(directory, 1, argv)) return;
-    fprintf(stderr, "netloom: no directory to unpack this program into: %s (run: mkdir -p /var/cache/netloom && install -d -m 700 -o %u /var/cache/netloom/%u; or set NETLOOM_DIR to a directory of uid %u with mode 0700, where programs may run)\n",
+    fprintf(stderr, "netloom: no directory to unpack this program into: %s (run: install -d -m 755 /var/cache/netloom && install -d -m 700 -o %u /var/cache/netloom/%u; or set NETLOOM_DIR to a directory of uid %u with mode 0700, where programs may run)\n",
             reasons, (unsigned)geteuid(), (unsigned)geteuid(), (unsigned)geteuid());
     _exit(1);
 }

@@ -286,6 +286,31 @@ def test_widened_directories_are_made_private_again(room: Room) -> None:
     assert room.run(f"ls {home}/planted").returncode != 0
 
 
+DAMAGE = {
+    "a link": "rm -r {build}; ln -s /tmp {build}",
+    "a file": "rm -r {build}; touch {build}",
+    "a fifo": "rm -r {build}; mkfifo {build}",
+    "a program that others may write to": "chmod 775 {build}/netloom.bin",
+    "a program that cannot be executed": "chmod 600 {build}/netloom.bin",
+    "no program": "rm {build}/netloom.bin",
+    "closed directories": "chmod 0 {build} {home}/programs {home}",
+    "another user's directory": "chmod 777 {home}; mv {home}/programs /tmp/x; mkdir -p {home}/programs/x;"
+    f" chown {NOBODY} {{home}}/programs",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_build_is_unpacked_anew(room: Room, damage: str) -> None:
+    home = "/root/.cache/netloom"
+    build = f"{home}/programs/{build_id()}"
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    room.run(DAMAGE[damage].format(build=build, home=home))
+    assert room.run(f"{RUN} version", HOME="/root").stdout.startswith(SAYS)
+    done = room.run(f"stat -c %a {home} {home}/programs {build} {build}/netloom.bin")
+    assert done.stdout.split()[:3] == ["700"] * 3
+    assert room.unpacked("/var/cache/netloom/0") == []
+
+
 @pytest.mark.parametrize(("disk", "why"), [("size=20m", "19 MB free"), ("size=200m,nr_inodes=8", "unpacking failed")])
 def test_a_full_disk_is_reported_and_leaves_no_partial_unpack(room: Room, disk: str, why: str) -> None:
     for directory in ("/root", "/var/cache", "/var/tmp"):

@@ -41,6 +41,11 @@ def main() -> int:
                     if how == "frame":
                         os.write(1, script["length"].to_bytes(4, "big") + b"x" * 4096)
                         time.sleep(600)
+                    if how == "flood":  # until the connection is closed
+                        chunk = bytes.fromhex(script["chunk"]) * script.get("times", 1)
+                        for _ in range(script.get("chunks", 1 << 40)):
+                            os.write(1, chunk)
+                        time.sleep(600)
                     if how == "hang":
                         time.sleep(600)
                     if how == "die" or (how == "die-once" and deaths() == 0):

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import processes
-from netloom.extension.helper_client import BEAT, pack, unpack
+from netloom.extension.helper_client import DOING, pack, unpack
+from netloom.wire import Reply, encode
 from ssh.lab import BLACK_HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
@@ -227,16 +229,29 @@ def test_other_users_cannot_use_the_helper(lab: SshLab, caller: Caller) -> None:
     (name,) = sockets(caller)
     path = Path("/var/tmp", f"stest-{os.getpid()}.sock")
     os.link(caller.home / name, path)
+    request = pack(b"nonsense", b"/x", b"id", f"30 {time.monotonic()}".encode(), b"", b"{}").hex()
+    ask = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect(sys.argv[1])
+    try:
+        s.sendall(bytes.fromhex(sys.argv[2]))
+        print(s.recv(99).hex())
+    except (BrokenPipeError, ConnectionResetError):
+        print("")
+"""
     try:
         os.chmod(path, 0o777)
-        ask = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(s.recv(99))"
         heard = {
-            uid: run("setpriv", f"--reuid={uid}", "--clear-groups", "/usr/bin/python3", "-c", ask, str(path)).strip()
+            uid: run(
+                "setpriv", f"--reuid={uid}", "--clear-groups", "/usr/bin/python3", "-c", ask, str(path), request
+            ).strip()
             for uid in (0, 65534)
         }
     finally:
         path.unlink()
-    assert heard == {0: repr(pack(BEAT)), 65534: repr(b"")}
+    assert heard[65534] == ""
+    assert heard[0].startswith(pack(DOING, b"starting").hex())
     assert unpack(pack(b"", b"a\0b")[4:]) == [b"", b"a\0b"]
 
 
@@ -377,6 +392,35 @@ def test_failures_are_the_same_with_and_without_a_helper(lab: SshLab, caller: Ca
     assert through_the_helper == results()
     assert [line.split(" status=")[1][:1] for line in caller.log.splitlines()] == ["1", "1", "1", "3"] * 2
     assert caller.log.count("frob-network") == 4  # command and error line of two calls
+
+
+def test_hostile_hosts_take_no_memory_of_the_helper(lab: SshLab, caller: Caller) -> None:
+    """A frame's claimed length, endless answers, and as many bytes as fit into a frame, again and again."""
+    details = caller.details(sshkey=lab.key("good"), hosts="10.99.0.11")
+    behaviours: list[dict[str, Any]] = [
+        {"how": "frame", "length": 0x3FFFFFFF},
+        {"how": "flood", "chunk": "3fffffff", "times": 1 << 14},
+        {"how": "flood", "chunk": encode(Reply(call_id="x", output="x" * 900_000)).hex()},
+        {"how": "flood", "chunk": (1 << 20).to_bytes(4, "big").hex(), "times": 1 << 14},
+        {"how": "flood", "chunk": encode(Reply(call_id="x")).hex(), "times": 1 << 12},
+    ]
+    lab.h1.set_behaviour(**behaviours[0], on=["prepare-nic"])
+    caller.ensure(details)
+    (helper,) = helper_pids()
+
+    def peak_mib() -> int:  # proc(5)
+        return int(Path(f"/proc/{helper}/status").read_text().partition("VmHWM:")[2].split()[0]) >> 10
+
+    before = peak_mib()
+    for behaviour in behaviours:
+        lab.h1.set_behaviour(**behaviour, on=["prepare-nic"])
+        for _ in range(2):
+            ended = caller.call("prepare-nic", details, STORED, {"mac": "02:01:00:cc:00:03"}, timeout=20)
+            assert (ended.status, ended.took_s < 10) == (2, True), ended
+    assert helper_pids() == [helper]
+    assert peak_mib() - before < 64
+    lab.h1.set_behaviour()
+    assert caller.ensure(details).status == 0
 
 
 def test_a_large_payload_arrives_completely(lab: SshLab, caller: Caller) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from netloom.wire import Reply, encode
 from ssh.lab import KEYS, Caller, SshLab
 
 H1, H2 = "10.99.0.11", "10.99.0.12"
@@ -78,6 +79,38 @@ def test_a_candidate_that_claims_the_network_of_a_silent_host_does_not_get_it(la
             assert ended.status == 2
             assert "net-42 lives on 10.99.0.99 and was not moved" in ended.line
     assert lab.h2.calls_received() == []
+
+
+UNASKED = encode(Reply(call_id="x", output="x" * 1000)).hex()
+
+
+@pytest.mark.parametrize(
+    "behaviour",
+    [
+        {"how": "silent"},
+        {"how": "hang"},
+        {"how": "refuse"},
+        {"how": "die"},
+        {"how": "noise", "noise": '{"host":"10.99.0.12"}\n'},
+        {"how": "frame", "length": 0},
+        {"how": "flood", "chunk": UNASKED},
+        {"how": "flood", "chunk": "00", "chunks": 1000},
+        {"protocol": 99},
+    ],
+    ids=lambda it: "-".join(str(value)[:10] for value in it.values()),
+)
+def test_nothing_is_given_to_a_candidate_while_the_stored_host_fails(
+    behaviour: dict[str, Any], lab: SshLab, caller: Caller
+) -> None:
+    lab.h1.set_behaviour(**behaviour)
+    lab.h2.set_behaviour(holds=["net-42"])
+    fields = {"mac": "02:01:00:cc:00:03", "nic_id": "7", "password": "Sesame-1"}
+    for command in ("ensure-network-device", "save-password"):
+        ended = caller.call(command, details(lab, caller, f"{H2},{H1}"), stored_details(H1), fields, timeout=3)
+        assert ended.status == 2, ended
+        assert ended.line.isprintable()
+        assert "Sesame" not in ended.line
+    assert lab.h2.calls_received(but="") == []
 
 
 @pytest.mark.mutation("a-hosts-text-is-not-printed", instead="reply.output")

@@ -14,6 +14,7 @@ from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, ForeignScope
 from netloom.guestwire import GuestNic
 from netloom.render.guest import tables
+from netloom.render.scope import render
 from netloom.state import Balancing, Network, Scope, Uplinks
 from netloom.wire import Registration
 from unit.payload_player import OURS, call, implement, network, play
@@ -113,6 +114,8 @@ def test_what_an_isolated_network_needs(fields: dict[str, Any], message: str) ->
         ("vlan", "1204", '{"network.broadcast_domain_type":"Vlan","network.broadcast_uri":"vlan://1204"}'),
         ("vlan", "untagged", '{"network.broadcast_domain_type":"Vlan","network.broadcast_uri":"vlan://untagged"}'),
         ("vxlan", "vx1204", '{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://1204"}'),
+        ("vlan", "vx1204", '{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://1204"}'),
+        ("vxlan", "untagged", '{"network.broadcast_domain_type":"Vlan","network.broadcast_uri":"vlan://untagged"}'),
         ("vxlan", "1204", '{"network.broadcast_domain_type":"Vxlan","network.broadcast_uri":"vxlan://1204"}'),
         ("", "1204", ""),
     ],
@@ -120,6 +123,39 @@ def test_what_an_isolated_network_needs(fields: dict[str, Any], message: str) ->
 def test_the_tag_is_printed_when_the_registration_asks(broadcast: str, vlan: str, output: str) -> None:
     assert broadcast_domain(vlan, broadcast) == output
     assert broadcast_domain("", broadcast) == ""
+
+
+@pytest.mark.mutation("a-vlan-is-not-read-as-a-vxlan")
+@pytest.mark.parametrize(
+    ("isolation", "sent", "segment"),
+    [
+        ("vlan", "1204", "VLAN 1204"),
+        ("vlan", "vlan://1204", "VLAN 1204"),
+        ("vlan", "VLAN://untagged", "VLAN untagged"),
+        ("vlan", "vxlan://1204", ""),
+        ("vlan", "vxlan://5000", ""),
+        ("vlan", "5000", ""),
+        ("vlan", "vlan://5000", ""),
+        ("vxlan", "1204", "VXLAN 1204"),
+        ("vxlan", "5000", "VXLAN 5000"),
+        ("vxlan", "vxlan://1204", "VXLAN 1204"),
+        ("vxlan", "vlan://1204", ""),
+        ("vxlan", "vlan://5000", ""),
+        ("vxlan", "vlan://untagged", "VLAN untagged"),
+        *((isolation, f"{scheme}://7", "") for isolation in ("vlan", "vxlan") for scheme in ("lswitch", "vs", "gre")),
+    ],
+)
+def test_the_scheme_of_a_guest_segment_is_carried_out_or_refused(isolation: str, sent: str, segment: str) -> None:
+    registration = msgspec.structs.replace(OURS, isolation=isolation)
+    if not segment:
+        with pytest.raises(BadRequest, match=r"payload\.vlan: "):
+            implement(None, registration, vlan=sent)
+        return
+    made = implement(None, registration, vlan=sent).scope
+    assert made is not None
+    (port,) = (it for it in render(made).ports if it.link == "gst-204")
+    kind = "VXLAN" if port.segment.kind == "vxlan" else "VLAN"
+    assert f"{kind} {port.segment.vlan}" == segment
 
 
 @pytest.mark.parametrize("name", ["126", "127", "128", "131", "132"])

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from netloom import program
-from netloom.cli.agent import _answer, _row
+from netloom.cli.agent import host_row, print_rows
 from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension import ssh
 from netloom.extension.agent_client import AgentClient
@@ -103,9 +103,9 @@ def test_a_host_cannot_change_the_rows_of_others_or_the_terminal(
     as_json: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answer = {"host": "h2", "status": 0, "error": "", "\x1b[31m\u202e": "\x9b2J\x7f\u202e\r\n", "did": ["\x1b", {}]}
-    rows = [_row("h1", 3, answer, "it failed"), _row("h2", 0, {"did": []})]
+    rows = [host_row("h1", 3, answer, "it failed"), host_row("h2", 0, {"did": []})]
     with pytest.raises(typer.Exit) as ended:
-        _answer(rows, as_json)
+        print_rows(rows, as_json)
     assert ended.value.exit_code == 3
     printed = capsys.readouterr().out
     assert printed.isascii()

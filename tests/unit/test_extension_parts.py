@@ -201,9 +201,31 @@ def test_defect_21_only_a_private_directory_of_ours_is_usable(tmp_path: Path) ->
     assert unusable(str(tmp_path / "open"), uid, repair=True) == ""
     assert (tmp_path / "open").stat().st_mode & 0o777 == 0o700
     assert os.listdir(tmp_path / "open") == ["ours"]
+    for mode in (0o000, 0o500, 0o4755 | 0o2000):
+        (tmp_path / "open").chmod(mode)
+        assert unusable(str(tmp_path / "open"), uid, repair=True) == ""
+        assert (tmp_path / "open").stat().st_mode & 0o777 == 0o700
     assert unusable(str(new), uid + 1).endswith(f"owned by uid {uid}")
     assert unusable("relative", uid) == "not an absolute path"
     assert unusable(str(tmp_path / "file" / "below"), uid) == "Not a directory"
+
+
+@pytest.mark.mutation("a-foreign-directory-is-set-aside", instead="False")
+def test_what_others_put_into_a_widened_directory_blocks_no_name(tmp_path: Path) -> None:
+    """A directory of another user may have content that only its owner can remove."""
+    uid, place = os.geteuid(), tmp_path / "netloom"
+    place.mkdir()
+    place.chmod(0o777)
+    (place / "known_hosts" / "full").mkdir(parents=True)
+    os.mkfifo(place / "helper.lock")
+    (place / "netloom.log").symlink_to("/etc/passwd")
+    for name in ("known_hosts", "helper.lock", "netloom.log"):
+        os.chown(place / name, uid + 1, -1, follow_symlinks=False)
+    for _ in range(2):
+        place.chmod(0o755)
+        assert unusable(str(place), uid, repair=True) == ""
+        (left,) = os.listdir(place)
+        assert left.startswith(".foreign-")
 
 
 @pytest.mark.mutation("no-other-can-exchange-the-directory", instead='(why := "")')

@@ -56,6 +56,7 @@ from netloom.wire import PROTOCOL_VERSION, Call, FrameReader, Hello, Message, Re
 
 STATE_DIR = "/var/lib/netloom/scopes"
 BUILD = build_id()
+SPOKEN = Hello(version=__version__, build=BUILD)  # the protocols; ``held`` is read at each greeting, not at each call
 
 REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the reply came
 STOP_S_MAX = 5.0
@@ -239,7 +240,7 @@ class _Peer(asyncio.Protocol):
                 self._log.line("a reply came where calls are expected; ignored")
 
     async def _answer(self, call: Call) -> None:
-        if self._caller is not None and not self._caller.understands(_hello()):
+        if self._caller is not None and not self._caller.understands(SPOKEN):
             reply = Reply(
                 call_id=call.call_id,
                 status=3,

@@ -140,7 +140,7 @@ def _install(remote: Remote | None, as_json: Json = False) -> None:
     if remote is None:
         _need_root()
         install.copy_program()
-        _answer([_row("this host", 0, _run_installed())], as_json)
+        print_rows([host_row("this host", 0, _run_installed())], as_json)
         return
     from netloom.extension.package import package
     from netloom.extension.remote import install_on  # asyncssh: twenty bare start-ups
@@ -149,17 +149,17 @@ def _install(remote: Remote | None, as_json: Json = False) -> None:
     display = _ProgressDisplay(hosts)
     results = asyncio.run(install_on(hosts, login, package(), display))
     display.end()
-    _answer([_row(it.host, it.status, it.answer, it.error) for it in results], as_json)
+    print_rows([host_row(it.host, it.status, it.answer, it.error) for it in results], as_json)
 
 
 @agent.command("status", help="Show the builds, the agent, and the number of networks.")
 @_also_remote
 def _status(remote: Remote | None, as_json: Json = False) -> None:
     if remote is not None:
-        _answer(_run_on(remote, ["status"]), as_json)
+        print_rows(_run_on(remote, ["status"]), as_json)
     else:
         _need_root()
-        _answer([_row("this host", 0, install.status())], as_json)
+        print_rows([host_row("this host", 0, install.status())], as_json)
 
 
 @agent.command(
@@ -180,7 +180,7 @@ def _selftest(remote: Remote | None, as_json: Json = False) -> None:
                     row["status"] = row["status"] or HostRefused.exit_code
                 _print_findings(findings, str(row["error"]))
             raise typer.Exit(_worst(rows))
-        _answer(rows, as_json)
+        print_rows(rows, as_json)
         return
     findings = selftest.run()
     if as_json:
@@ -205,10 +205,10 @@ def _rollback(
     as_json: Json = False,
 ) -> None:
     if remote is not None:
-        _answer(_run_on(remote, ["rollback", *(["--keep-state"] if keep_state else [])]), as_json)
+        print_rows(_run_on(remote, ["rollback", *(["--keep-state"] if keep_state else [])]), as_json)
     else:
         _need_root()
-        _answer([_row("this host", 0, install.rollback(keep_state=keep_state))], as_json)
+        print_rows([host_row("this host", 0, install.rollback(keep_state=keep_state))], as_json)
 
 
 @agent.command("uninstall", help="Remove everything that netloom created on the host.")
@@ -226,11 +226,11 @@ def _uninstall(
     as_json: Json = False,
 ) -> None:
     if remote is not None:
-        _answer(_run_on(remote, ["uninstall", "--networks", networks]), as_json)
+        print_rows(_run_on(remote, ["uninstall", "--networks", networks]), as_json)
     else:
         _need_root()
         kept = uninstall.uninstall(networks)
-        _answer([_row("this host", 0, {"outcome": "removed", "stays": kept})], as_json)
+        print_rows([host_row("this host", 0, {"outcome": "removed", "stays": kept})], as_json)
 
 
 # ------------------------------------------------------------------------------------------------- running on the hosts
@@ -258,7 +258,7 @@ def _run_on(remote: Remote, args: Sequence[str]) -> list[dict[str, object]]:
         answer = result.answer
         if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) and "host" in answer[0]:
             answer = {key: value for key, value in answer[0].items() if key not in ("host", "status", "error")}
-        rows.append(_row(result.host, result.status, answer, result.error))
+        rows.append(host_row(result.host, result.status, answer, result.error))
     return rows
 
 
@@ -280,7 +280,7 @@ def _run_installed() -> object:
 # -------------------------------------------------------------------------------------------------------------- output
 
 
-def _row(host: str, status: int, answer: object, error: str = "") -> dict[str, object]:
+def host_row(host: str, status: int, answer: object, error: str = "") -> dict[str, object]:
     """One host's row. Its answer cannot replace the three columns that are ours."""
     plain = msgspec.to_builtins(answer)
     own = {"host": host, "status": status, "error": error}
@@ -292,7 +292,8 @@ def _echo_json(value: object) -> None:
     typer.echo(printable_ascii(msgspec.json.format(msgspec.json.encode(value)).decode()))
 
 
-def _answer(rows: list[dict[str, object]], as_json: bool) -> None:
+def print_rows(rows: list[dict[str, object]], as_json: bool) -> None:
+    """Print the hosts' rows as a table or as JSON. Raises typer.Exit with the highest status unless that is 0."""
     if as_json:
         _echo_json(rows)
     else:

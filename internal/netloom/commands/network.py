@@ -10,7 +10,7 @@ from netloom.commands.network_facts import check_addresses, check_segment, with_
 from netloom.commands.nic import settled
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest
-from netloom.names import VXLAN
+from netloom.names import UNTAGGED, VXLAN
 from netloom.protocol.network import DestroyNetwork, ImplementNetwork, ShutdownNetwork
 from netloom.state import Network, Scope
 
@@ -32,7 +32,7 @@ def implement_network(scope: Scope, payload: ImplementNetwork, context: Context)
             hint="remove the detail network.isolation.method from the extension and restart the network: with it "
             "CloudStack does not assign a VLAN (apache/cloudstack issue 14077)",
         )
-    check_segment(network.vlan, context.registration)
+    check_segment(network.vlan, payload.vlan, context.registration)
     if network.guest_type == "isolated":
         for field, value in (("cidr", network.cidr), ("gateway", network.gateway)):
             if not value:
@@ -47,9 +47,12 @@ def broadcast_domain(vlan: str, broadcast: str) -> str:
     """The output of implement-network: the network's broadcast domain as CloudStack stores it.
 
     Empty if the registration has no network.broadcast, or if the payload has no tag: CloudStack then keeps what it has.
+    The payload wins over the registration: ``vx1204`` is a VXLAN, and ``untagged`` is none.
     """
     if not (broadcast and vlan):
         return ""
+    if vlan.startswith(VXLAN) or vlan == UNTAGGED:
+        broadcast = "vlan" if vlan == UNTAGGED else "vxlan"
     fields = {
         "network.broadcast_domain_type": _BROADCAST_DOMAIN_TYPES[broadcast],
         "network.broadcast_uri": f"{broadcast}://{vlan.removeprefix(VXLAN)}",

@@ -99,9 +99,17 @@ def check_addresses(network: Network) -> None:
         raise BadRequest(f"payload.network_ip6_gateway: {network.ip6_gateway} is not in {network.ip6_cidr}")
 
 
-def check_segment(vlan: str, registration: Registration) -> None:
-    """Raise BadRequest if guests cannot be on this segment."""
+def check_segment(vlan: str, sent: Vlan, registration: Registration) -> None:
+    """Raise BadRequest if guests cannot be on this segment.
+
+    ``vlan``: the network's segment. ``sent``: the payload's. Its scheme may contradict guest.isolation.
+    """
     segment = Vlan(vlan)
+    if sent.says_vlan and registration.isolation == "vxlan":  # guard: a-vlan-is-not-read-as-a-vxlan
+        raise BadRequest(
+            f"payload.vlan: vlan://{sent} is a VLAN, and the registration has VXLANs (guest.isolation=vxlan)",
+            hint="CloudStack sends the number of a guest network without a scheme",
+        )
     if segment.is_vxlan and registration.isolation != "vxlan":
         raise BadRequest(
             f"payload.vlan: vxlan://{segment.number} is a VXLAN, and the registration has VLANs",

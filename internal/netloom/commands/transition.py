@@ -73,7 +73,7 @@ def network_of(scope: Scope, payload: NetworkPayload, context: Context) -> Netwo
     known = scope.networks.get(payload.network_id) or Network(network_id=str(payload.network_id))
     network = with_facts(known, payload)
     if network.vlan:
-        check_segment(network.vlan, context.registration)
+        check_segment(network.vlan, payload.vlan, context.registration)
     if not network.implemented:
         return implemented_if_complete(network, payload, scope)
     check_addresses(network)

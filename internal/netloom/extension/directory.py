@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+# The beginning of the names of other users' directories that were found in ours.
+_FOREIGN = ".foreign-"
+
+
 class NoDirectory(BadRequest):
     """No candidate directory can be used, so host keys cannot be remembered."""
 
@@ -68,21 +72,31 @@ def unusable(path: str, uid: int, *, repair: bool = False) -> str:
         return "a link" if stat.S_ISLNK(found.st_mode) else "not a directory"
     if found.st_uid != uid:
         return f"owned by uid {found.st_uid}"
-    if stat.S_IMODE(found.st_mode) & 0o077:  # guard: the-directory-is-private
+    mode = stat.S_IMODE(found.st_mode)
+    if mode & 0o777 != 0o700:  # guard: the-directory-is-private
         if not repair:
-            return f"mode {stat.S_IMODE(found.st_mode):04o}, not 0700"
+            return f"mode {mode:04o}, not 0700"
         if why := _repaired(path, uid):
             return why
     return "" if os.access(path, os.W_OK | os.X_OK) else "not writable"
 
 
 def _repaired(path: str, uid: int) -> str:
-    """Make the directory private again; the reason if that fails. A socket or file of another user is not trusted."""
+    """Make the directory private again; the reason if that fails. An entry of another user is not trusted.
+
+    A directory of another user may have content that only its owner can remove. It gets a name that netloom does not
+    use, as in build/nuitka/start.c.
+    """
     try:
         os.chmod(path, 0o700)
         for name in os.listdir(path):
             entry = os.path.join(path, name)
-            if os.lstat(entry).st_uid != uid:
+            found = os.lstat(entry)
+            if found.st_uid == uid or name.startswith(_FOREIGN):
+                continue
+            if stat.S_ISDIR(found.st_mode):  # guard: a-foreign-directory-is-set-aside
+                os.rename(entry, os.path.join(path, f"{_FOREIGN}{os.urandom(6).hex()}"))
+            else:
                 os.unlink(entry)
     except OSError as error:
         return f"its mode was not 0700, and it cannot be repaired: {error.strerror}"
@@ -137,6 +151,6 @@ def persistent(environ: Mapping[str, str] | None = None) -> str:
         reasons.append(f"{path}: {why}")
     raise NoDirectory(
         "no directory to keep known host keys in: " + "; ".join(reasons),
-        hint=f"run: mkdir -p /var/cache/netloom && install -d -m 700 -o {uid} /var/cache/netloom/{uid}; "
+        hint=f"run: install -d -m 755 /var/cache/netloom && install -d -m 700 -o {uid} /var/cache/netloom/{uid}; "
         f"or set NETLOOM_DIR to a directory of uid {uid} with mode 0700",
     )

@@ -31,6 +31,15 @@ if TYPE_CHECKING:
 # The helper exits when it had no call for this long, and closes a channel that no call used for this long.
 IDLE_S = 300.0
 
+# A client sends its request at once; a gigabyte takes seconds. One that has not sent it by then is disconnected.
+REQUEST_S_MAX = 30.0
+# A call's own timer ends it at its deadline. A client that stays longer than this after it does not read its answer.
+_LEAVING_S_MAX = 10.0
+# CloudStack makes a few hundred calls at once. A call that is not admitted does its work itself.
+CLIENTS_MAX = 512
+# The largest payload file (call.py), and room for the other fields.
+_REQUEST_BYTES_MAX = (1 << 30) + (1 << 20)
+
 # The descriptors that the helper inherits from the call that starts it: its socket and the socket's directory.
 _LISTENER, _DIRECTORY = 0, 3
 
@@ -47,7 +56,7 @@ def main() -> int:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # exit at once
-    asyncio.run(_Helper(listener, idle_s(os.environ.get(SETTING, ""))).serve())
+    asyncio.run(Helper(listener, idle_s(os.environ.get(SETTING, ""))).serve())
     os._exit(0)  # does not wait for a resolver thread that hangs
 
 
@@ -59,7 +68,7 @@ def idle_s(setting: str) -> float:
         return IDLE_S
 
 
-class _Helper:
+class Helper:
     """The running calls, the pool of channels that they share, and the conditions for exiting."""
 
     def __init__(self, listener: socket.socket, idle_s: float) -> None:
@@ -68,7 +77,7 @@ class _Helper:
         self._inode = helper_client.inode(_DIRECTORY)
         self._stamp = program.stamp()
         self._last_call = time.monotonic()
-        self.calls: set[HelperCall] = set()
+        self.calls: set[HelperCall] = set()  # all clients, also those whose request has not arrived
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -94,9 +103,13 @@ class _Helper:
 
     async def _beat(self) -> None:
         await asyncio.sleep(BEAT_S)
-        for call in self.calls:
-            call.send(BEAT)
-            self._last_call = time.monotonic()
+        now = time.monotonic()
+        for call in list(self.calls):
+            if now > call.ends:  # guard: a-silent-client-leaves
+                call.abort()
+            elif call.is_running:
+                call.send(BEAT)
+                self._last_call = now
         if self.pool.done() and not self.pool.exception():
             self.pool.result().drop_idle(self._idle_s)
 
@@ -106,7 +119,8 @@ class _Helper:
             return True
         if self.pool.done() and not self.pool.exception() and self.pool.result().is_installing:
             self._last_call = time.monotonic()
-        idle = not self.calls and time.monotonic() - self._last_call > self._idle_s
+        is_idle = not any(call.is_running for call in self.calls)
+        idle = is_idle and time.monotonic() - self._last_call > self._idle_s
         return (idle or program.stamp() != self._stamp) and self._removed_socket()
 
     def _removed_socket(self) -> bool:
@@ -136,28 +150,64 @@ async def _load_pool() -> Pool:
 class HelperCall(asyncio.Protocol):
     """One call, from its connection to its answer. It is cancelled when the caller disconnects."""
 
-    def __init__(self, helper: _Helper) -> None:
+    def __init__(self, helper: Helper) -> None:
         self._helper = helper
         self._data = bytearray()
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self.ends = time.monotonic() + REQUEST_S_MAX  # when to disconnect the client
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the request has arrived."""
+        return self._task is not None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        if peer_credentials(transport.get_extra_info("socket")).uid not in (0, os.geteuid()):
+        if (
+            peer_credentials(transport.get_extra_info("socket")).uid not in (0, os.geteuid())
+            or len(self._helper.calls) >= CLIENTS_MAX  # guard: the-number-of-clients-is-bounded
+        ):
             transport.abort()
             return
         self._transport = transport
         self._helper.calls.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._task is not None:  # a client sends one request and nothing else
+            self.abort()
+            return
         self._data += data
-        if self._task is None and len(self._data) >= 4:
-            end = 4 + int.from_bytes(self._data[:4], "big")
-            if len(self._data) >= end:
-                request = bytes(self._data[4:end])
-                self._data.clear()
-                self._task = asyncio.create_task(self._run(request))
+        if len(self._data) < 4:
+            return
+        end = 4 + int.from_bytes(self._data[:4], "big")
+        if end > _REQUEST_BYTES_MAX:  # guard: a-request-is-bounded
+            self.abort()
+        elif len(self._data) >= end:
+            with memoryview(self._data) as view:
+                request = bytes(view[4:end])
+            self._data = bytearray()
+            self._start(request)
+
+    def _start(self, request: bytes) -> None:
+        try:
+            command, executable, call_id, times, *settings, _, payload_file = unpack(request)
+            environ = dict(_text(setting).split("=", 1) for setting in settings)
+            timeout_s, started = map(float, times.split())
+            record = _ReportingRecord(self, started, call_id.decode())
+        except ValueError:
+            self.abort()
+            return
+        record.command = _text(command)
+        deadline = Deadline(timeout_s, started)
+        self.ends = deadline.ends + deadline.margin_s + _LEAVING_S_MAX
+        self._task = asyncio.create_task(self._run(payload_file, deadline, _text(executable), record, environ))
+
+    def abort(self) -> None:
+        """Disconnect the client, and free what it has sent and what it does not read."""
+        self._data = bytearray()
+        if self._transport is not None:
+            self._transport.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -169,20 +219,20 @@ class HelperCall(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(pack(*fields))
 
-    async def _run(self, request: bytes) -> None:
-        command, executable, call_id, times, *settings, _, payload_file = unpack(request)
-        environ = dict(_text(setting).split("=", 1) for setting in settings)
-        timeout_s, started = map(float, times.split())
-        record = _ReportingRecord(self, started, call_id.decode())
-        record.command = _text(command)
+    async def _run(
+        self,
+        payload_file: bytes,
+        deadline: Deadline,
+        executable: str,
+        record: _ReportingRecord,
+        environ: dict[str, str],
+    ) -> None:
         status, output, error = 0, "", ""
         try:
             pool = await asyncio.shield(self._helper.pool)
             from netloom.extension.run import run  # loaded by now
 
-            output = await run(
-                record.command, payload_file, Deadline(timeout_s, started), _text(executable), record, environ, pool
-            )
+            output = await run(record.command, payload_file, deadline, executable, record, environ, pool)
         except Exception as raised:  # noqa: BLE001  # as in call.py: the only place in a call that catches everything
             status, error = failure(raised, record)
         write_down(record, status, error, environ)

@@ -400,7 +400,10 @@ class Vlan(str):
 
     A VXLAN id looks like a tag, so ``number`` may be up to 16777215, and the caller checks the range. The schemes
     ``vlan://`` and ``pvlan://`` are removed; ``vxlan://1000`` becomes ``vx1000``. Other schemes are refused.
+    ``says_vlan``: whether the value had the scheme ``vlan://``, so that its number is not that of a VXLAN.
     """
+
+    says_vlan = False
 
     @classmethod
     def parse(cls, value: object) -> Self:
@@ -420,7 +423,9 @@ class Vlan(str):
             if outer and inner:
                 return cls(f"{outer}-{(private[2] or 'i').lower()}{inner}")
         elif not (scheme and scheme[1].lower() == "pvlan") and (tag := _tag(bare, VNI_MAX)):
-            return cls(tag)
+            value = cls(tag)
+            value.says_vlan = bool(scheme)
+            return value
         raise ValueError(f"{quoted(value)} is not a VLAN (a tag, untagged, 1412-i2412)")
 
     @property
