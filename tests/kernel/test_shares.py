@@ -73,10 +73,12 @@ def test_packets_from_fresh_addresses_use_a_bounded_share(host: AgentHost) -> No
     to = gateway_mac(host)
     # To a closed port: the device sends a reset.
     syn = struct.pack("!HHIIBBHHH", 5000, 81, 1, 0, 0x50, 2, 1000, 0, 0)
+    frames = []
     for it in fresh_addresses(20):
         ends = socket.inet_aton(it) + socket.inet_aton(GATEWAY) + struct.pack("!HH", 6, 20)
         segment = syn[:16] + struct.pack("!H", checksum(ends + syn)) + syn[18:]
-        send(host, frame(to, 0x0800, ip_packet(it, GATEWAY, 6, segment)))
+        frames.append(frame(to, 0x0800, ip_packet(it, GATEWAY, 6, segment)))
+    send(host, *frames)
     assert 0 < neighbours(host) <= BOUND  # at once: the kernel soon forgets an address that does not answer
     assert known_vm_is_served(host)
     assert neighbours(host) <= BOUND
@@ -87,8 +89,8 @@ def test_arp_requests_from_fresh_addresses_use_a_bounded_share(host: AgentHost) 
     mac = bytes.fromhex(WEB_MAC.replace(":", ""))
     head = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + mac
     asked = bytes(6) + socket.inet_aton(GATEWAY)
-    for at in fresh_addresses(30):
-        send(host, frame("ff" * 6, 0x0806, head + socket.inet_aton(at) + asked))
+    asking = (head + socket.inet_aton(at) + asked for at in fresh_addresses(30))
+    send(host, *(frame("ff" * 6, 0x0806, it) for it in asking))
     assert 0 < neighbours(host) <= BOUND  # at once: the kernel soon forgets an address that does not answer
     assert known_vm_is_served(host)
     assert neighbours(host) <= BOUND
