@@ -16,7 +16,6 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 PRIVATE = {
     "_ENVIRONMENT",
     "_TESTS",
-    "_answer",
     "_ask",
     "_decode_acknowledgement",
     "_decode_any",
@@ -24,7 +23,6 @@ PRIVATE = {
     "_isolated",
     "_library_lock",
     "_programs",
-    "_row",
     "_vpc",
     "_with_ip6",
 }

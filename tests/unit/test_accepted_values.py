@@ -105,8 +105,8 @@ def rows() -> list[tuple[str, dict[str, Any], str]]:
 
 def segments() -> list[tuple[str, str]]:
     """Each value of ``public_vlan`` in the table of segments, with its word."""
-    table = PAGE.read_text().partition("| value of `public_vlan` |")[2].splitlines()[2:]
-    rows = [line.strip("|").split("|") for line in table if line.startswith("|")]
+    table = PAGE.read_text().partition("| value of `public_vlan` |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [line.strip("|").split("|") for line in table]
     return [(value, word.strip()) for values, word, _ in rows for value in re.findall(r"`(.+?)`", values)]
 
 
