@@ -166,9 +166,12 @@ def test_changes_without_events_are_found_by_the_periodic_check(checked_host: Ag
 
 def test_an_unmounted_namespace_name_is_restored(checked_host: AgentHost) -> None:
     good = full_snapshot(checked_host)
+    logged_before = len(checked_host.log())
     checked_host.run("umount", f"/run/netns/{NS}")
     wait_until(lambda: checked_host.run("ip", "link", namespace=NS, check=False) != "")
     wait_until(lambda: full_snapshot(checked_host) == good)
+    # The next check must not take the line of this one for its own.
+    wait_until(lambda: " check: " in checked_host.log()[logged_before:])
     wait_for_check(checked_host)
     assert full_snapshot(checked_host) == good
 
