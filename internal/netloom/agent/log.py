@@ -45,5 +45,5 @@ class Log:
 
 
 def complain(text: str) -> None:
-    """Write one line to stderr, for an operator who started the agent by hand."""
+    """Write one line to stderr: the terminal of an operator, the journal, or the log file of a detached agent."""
     sys.stderr.write(f"netloom agent: {one_line(text)}\n")

@@ -11,12 +11,12 @@ see frames to reserved addresses in the hook ``input`` (see ``frames``), all oth
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 
 from netloom.agent.host.observe_nft import FRAMES_FAMILY, GUARD_TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.agent.log import complain
 
 VM_PORTS = '"vnet*"'
 _OUR_PORTS = ('"vnetg*"', '"vnetp*"', '"vnetx*"')  # names.guest_port, names.public_port
@@ -38,7 +38,7 @@ _RULES = (
 def bound_learning(bridges: Iterable[str]) -> None:
     """Add the rules if one of the bridges has no bound of its own; adding them again changes nothing.
 
-    Raises NetlinkError, NamespaceError. An nft that refuses the rules is no error: without them the network works.
+    Raises NetlinkError, NamespaceError. If nft refuses the rules, a warning is logged: without them the network works.
     """
     if all(it.learned_max for it in links.find_links(None, list(bridges))):  # guard: bridges-without-a-bound-get-rules
         return
@@ -61,5 +61,8 @@ def bound_learning(bridges: Iterable[str]) -> None:
             *(f"add rule {chain} iifname {it} accept" for it in _OUR_PORTS),
             f"add rule {chain} iifname {VM_PORTS} jump learning",
         ]
-    with contextlib.suppress(NftRefused), Nft(None) as nft:
-        nft.run("\n".join(lines) + "\n")
+    try:
+        with Nft(None) as nft:
+            nft.run("\n".join(lines) + "\n")
+    except NftRefused as refused:
+        complain(f"warning: what VMs add to the MAC addresses of bridges is not bounded: {refused}")
