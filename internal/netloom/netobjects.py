@@ -82,7 +82,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, order=True):
 
 
 class Neighbour(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """A permanent neighbour: the MAC address that an address on a link has. No ARP message changes it."""
+    """A permanent neighbour: the MAC address that an address on a link has. No ARP or NDP message changes it."""
 
     link: str
     address: str

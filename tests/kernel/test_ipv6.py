@@ -218,6 +218,23 @@ def redirect(host: AgentHost, namespace: str, link: str, source: str, receiver: 
         sender.sendto(bytes((137, 0, 0, 0, 0, 0, 0, 0)) + target + far, (receiver, 0, 0, number))
 
 
+@pytest.mark.mutation("neighbours-with-ip6-are-permanent")
+def test_no_advertisement_of_a_guest_redirects_the_packets_for_another(host: AgentHost) -> None:
+    assert is_answered(host, NS, ADDRESS)  # an entry that is not permanent could be changed now
+    # RFC 4861 section 4.4: solicited, and it overrides what is known; with the sender's MAC address.
+    flags, target = bytes((0x60, 0, 0, 0)), socket.inet_pton(socket.AF_INET6, ADDRESS)
+    forged = bytes((136, 0, 0, 0)) + flags + target + bytes((2, 1)) + bytes.fromhex(OTHER_MAC.replace(":", ""))
+    with host.within("other"):
+        sender = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+    with sender:
+        sender.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
+        sender.sendto(forged, (GATEWAY, 0))
+    wait_until(lambda: is_answered(host, "other", GATEWAY))
+    assert is_answered(host, NS, ADDRESS)
+    known = host.run("ip", "-6", "neigh", "show", "dev", LINK, "nud", "permanent", namespace=NS).splitlines()
+    assert {f"{it} lladdr {MAC} PERMANENT" for it in (ADDRESS, "fe80::1:ff:fecc:503")} <= {it.strip() for it in known}
+
+
 def test_the_device_ignores_redirects(host: AgentHost) -> None:
     """The router has a link-local address, which a neighbour can forge. A VM follows the redirect, for comparison."""
     far = ("ip", "-6", "route", "get", FAR)

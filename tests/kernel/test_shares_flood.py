@@ -323,6 +323,7 @@ def test_pings_from_fresh_ip6_addresses_do_not_stop_the_answers_to_others(host: 
 
 
 @pytest.mark.mutation("few-packets-wait-for-an-ip6-neighbour", instead='"212992"')
+@pytest.mark.mutation("neighbours-with-ip6-are-permanent")
 def test_a_vm_that_answers_no_solicitation_does_not_stop_the_answers_to_others(host: AgentHost) -> None:
     host.run("sysctl", "-qw", "net/ipv6/conf/all/disable_ipv6=1", namespace="vm-520")
     host.ip("neigh", "flush", "dev", "gst-520", "nud", "all", namespace="cs-net-520")

@@ -8,7 +8,7 @@ because the device is the only router.
 
 from __future__ import annotations
 
-from ipaddress import IPv6Interface
+from ipaddress import IPv6Address, IPv6Interface
 
 import msgspec
 
@@ -18,7 +18,7 @@ from netloom.render import device, helpers
 from netloom.render.active import Active
 from netloom.render.device import DNS_PORT, PUBLIC_LINKS, guest_link
 from netloom.render.ruleset import Chain
-from netloom.state import Network, Scope
+from netloom.state import Network, Nic, Scope
 
 CHAIN = "arriving_ip6"
 
@@ -193,6 +193,12 @@ def refusals(network: Network) -> tuple[str, ...]:
         for address in (network.ip6_gateway, IP6_LINK_LOCAL)
         for rule in device.refusals(f"iifname {guest_link(network)} ip6 daddr {address}", "icmpv6")
     )
+
+
+def nic_addresses(nic: Nic) -> tuple[str, ...]:
+    """The addresses of a NIC in a network with IPv6: the one that CloudStack computed, and the link-local one."""
+    link_local = str(IPv6Address("fe80::") + eui64(nic.mac))
+    return (nic.ip6, link_local) if nic.ip6 else (link_local,)
 
 
 def eui64(mac: str) -> int:

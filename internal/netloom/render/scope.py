@@ -78,18 +78,20 @@ def _ports(scope: Scope, now: Active) -> tuple[Port, ...]:
 
 
 def _neighbours(now: Active) -> tuple[Neighbour, ...]:
-    """A permanent neighbour for each NIC with an address, whether its VM runs or not.
+    """A permanent neighbour for each address of a NIC, whether its VM runs or not.
 
-    So a VM that answers ARP requests for another VM's address does not get that VM's metadata (``guest.peer``).
+    So a VM that answers ARP requests for another VM's address does not get that VM's metadata (``guest.peer``), and
+    replies to a VM that does not resolve do not wait in the kernel (``share``).
     """
-    return tuple(
-        sorted(
-            Neighbour(link=names.guest_link(network.network_id), address=nic.ip, mac=nic.mac)
-            for network in now.networks
-            for nic in network.nics.values()
-            if nic.ip
-        )
-    )
+    found = []
+    for network in now.networks:
+        link = names.guest_link(network.network_id)
+        for nic in network.nics.values():
+            addresses = [nic.ip] if nic.ip else []
+            if network.has_ip6:
+                addresses += ip6.nic_addresses(nic)  # guard: neighbours-with-ip6-are-permanent
+            found += [Neighbour(link=link, address=it, mac=nic.mac) for it in addresses]
+    return tuple(sorted(found))
 
 
 def _guest_segment(uplinks: Uplinks, vlan: str) -> Segment:

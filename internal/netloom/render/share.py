@@ -24,13 +24,11 @@ Two more things are shared, and ICMP uses both up:
 
 from __future__ import annotations
 
-from ipaddress import IPv6Address
-
 from netloom import names
 from netloom.netobjects import IP6_LINK_LOCAL
 from netloom.render import pbr, plain_network
 from netloom.render.active import Active
-from netloom.render.ip6 import default_route, eui64, ip6_networks
+from netloom.render.ip6 import default_route, ip6_networks, nic_addresses
 from netloom.render.ruleset import Chain, NftSet, Ruleset
 from netloom.state import Network, Scope
 
@@ -74,16 +72,11 @@ def _known4(scope: Scope, now: Active) -> NftSet:
 
 
 def _known6(scope: Scope, now: Active) -> NftSet:
-    """The addresses of NICs in networks with IPv6: the one that CloudStack computed, and the link-local one.
-
-    Also the gateway outside.
-    """
-    nics = [nic for network in ip6_networks(now) for nic in network.nics.values()]
-    found = {nic.ip6 for nic in nics}
-    found |= {str(IPv6Address("fe80::") + eui64(nic.mac)) for nic in nics}
+    """The addresses of NICs in networks with IPv6, and of the gateway outside."""
+    found = {it for network in ip6_networks(now) for nic in network.nics.values() for it in nic_addresses(nic)}
     out = default_route(scope, now)
     found |= {out.gateway} if out else set()
-    return NftSet(name="known6", kind="set", type="ipv6_addr", elements=dict.fromkeys(sorted(found - {""}), ""))
+    return NftSet(name="known6", kind="set", type="ipv6_addr", elements=dict.fromkeys(sorted(found), ""))
 
 
 def _links(now: Active) -> list[str]:

@@ -158,7 +158,7 @@ class _Inside(msgspec.Struct, frozen=True):
 
 
 def _inside(namespace: str, *, ip6: bool) -> _Inside:
-    """List the namespace; IPv6 addresses and routes only with ``ip6``: a scope without IPv6 has none of its own."""
+    """List the namespace; IPv6 only with ``ip6``: a scope without IPv6 has none of its own."""
     families = (socket.AF_INET, socket.AF_INET6) if ip6 else (socket.AF_INET,)
     with Socket(netlink.NETLINK_ROUTE, namespace) as inside:
         found = links.list_links_over(inside)
@@ -168,7 +168,9 @@ def _inside(namespace: str, *, ip6: bool) -> _Inside:
             addresses=[row for family in families for row in addresses.list_addresses_over(inside, names_of, family)],
             routes=[row for family in families for row in routes.list_routes_over(inside, names_of, family)],
             rules=rules.list_rules_over(inside),
-            neighbours=neighbours.list_neighbours_over(inside, names_of),
+            neighbours=[
+                row for family in families for row in neighbours.list_neighbours_over(inside, names_of, family)
+            ],
         )
 
 

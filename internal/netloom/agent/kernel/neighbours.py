@@ -1,4 +1,4 @@
-"""IPv4 neighbours (rtnetlink): list, replace, delete. Message layout: linux/neighbour.h."""
+"""Neighbours of IPv4 and IPv6 (rtnetlink): list, replace, delete. Message layout: linux/neighbour.h."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from netloom.agent.kernel.rtnetlink import (
     RTM_GETNEIGH,
     RTM_NEWNEIGH,
     address_text,
+    family_of,
     fixed_part,
     mac_text,
     packed_mac,
@@ -28,15 +29,15 @@ _NDA_DST, _NDA_LLADDR = 1, 2
 
 
 class NeighbourRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A neighbour as the kernel lists it; False ``permanent``: learned by ARP, or being looked for."""
+    """A neighbour as the kernel lists it; False ``permanent``: learned by ARP or NDP, or being looked for."""
 
     neighbour: Neighbour
     permanent: bool
 
 
-def list_neighbours_over(rtnetlink: Socket, names: dict[int, str]) -> list[NeighbourRow]:
-    """All neighbours, learned ones too. ``names``: the links' names by index. Raises NetlinkError."""
-    head = _HEAD.pack(socket.AF_INET, 0, 0, 0, 0)
+def list_neighbours_over(rtnetlink: Socket, names: dict[int, str], family: int = socket.AF_INET) -> list[NeighbourRow]:
+    """All neighbours of the family, learned ones too. ``names``: the links' names by index. Raises NetlinkError."""
+    head = _HEAD.pack(family, 0, 0, 0, 0)
     found = rtnetlink.dump(Message(RTM_GETNEIGH, payload=head, what="list neighbours"))
     return [decode_neighbour(payload, names) for kind, payload in found if kind == RTM_NEWNEIGH]
 
@@ -58,8 +59,8 @@ def decode_neighbour(payload: bytes, names: dict[int, str]) -> NeighbourRow:
 def replace_neighbour(neighbour: Neighbour) -> Message:
     """Add a permanent neighbour, or replace the entry for its address, learned ones too.
 
-    Permanent entries are exempt from the kernel's limits (net.ipv4.neigh.default.gc_thresh3, since Linux 5.0). The
-    kernel deletes all of a link's entries when the link goes down or its MAC address changes.
+    Permanent entries are exempt from the kernel's limits (net.ipv4.neigh.default.gc_thresh3, and that of IPv6, since
+    Linux 5.0). The kernel deletes all of a link's entries when the link goes down or its MAC address changes.
     """
     payload = _address(neighbour, NUD_PERMANENT) + attribute(_NDA_LLADDR, packed_mac(neighbour.mac))
     return _message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, neighbour, payload, f"replace neighbour {neighbour}")
@@ -72,8 +73,8 @@ def delete_neighbour(neighbour: Neighbour) -> Message:
 
 
 def _address(neighbour: Neighbour, state: int) -> bytes:
-    packed = ipaddress.IPv4Address(neighbour.address).packed
-    return _HEAD.pack(socket.AF_INET, 0, state, 0, 0) + attribute(_NDA_DST, packed)
+    address = ipaddress.ip_address(neighbour.address)
+    return _HEAD.pack(family_of(address.version), 0, state, 0, 0) + attribute(_NDA_DST, address.packed)
 
 
 def _message(kind: int, flags: int, neighbour: Neighbour, payload: bytes, what: str) -> Message:
