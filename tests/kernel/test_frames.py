@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -54,6 +55,12 @@ def build_on(host: AgentHost, owner: str) -> tuple[str, str]:
     wait_until(lambda: f"from-tap-{VM}" in guards(host))
     wait_until(lambda: "LOWER_UP" in host.links()[bridge]["flags"])
     return bridge, uplink
+
+
+def without_repairs(host: AgentHost) -> None:
+    """Stop the agent, which loads its tables again when a port changes."""
+    assert host.agent is not None
+    host.agent.send_signal(signal.SIGSTOP)
 
 
 def guards(host: AgentHost) -> str:
@@ -158,6 +165,7 @@ def test_frames_to_reserved_addresses_reach_no_socket_of_the_host(
 ) -> None:
     trusting(host, build(host, vlan))
     assert reached(host, listening) == (set(), set(), 0, False)
+    without_repairs(host)
     for family in ("bridge", "netdev", "inet", "arp"):
         host.run("nft", "delete", "table", family, "netloom")
     four, six, tunnelled, answered = reached(host, listening)
@@ -179,6 +187,7 @@ def test_frames_to_reserved_addresses_reach_no_socket_through_a_bridge_of_others
     host.ip("link", "set", bridge, "type", "bridge", "stp_state", stp, "forward_delay", "0")
     assert reached(host, listening) == (set(), set(), 0, False)
     assert host.links()[bridge]["linkinfo"]["info_data"]["group_fwd_mask"] == "0"
+    without_repairs(host)
     # As if nobody had seen the port yet.
     host.run("nft", "delete", "chain", "netdev", "netloom", f"from-tap-{VM}")
     assert reached(host, listening) == (set(), set(), 0, False)
@@ -195,6 +204,7 @@ def test_a_packet_socket_for_one_protocol_gets_nothing_from_reserved_addresses(h
     """As a daemon for ATA over Ethernet opens one: the kernel serves it behind the hooks of the port."""
     build(host)
     assert reaching_a_packet_socket(host) == []
+    without_repairs(host)
     host.run("nft", "flush", "chain", "bridge", "netloom", "input")
     assert set(reaching_a_packet_socket(host)) == {it for it in RESERVED if it[-2:] not in ("00", "01", "0e")}
 
@@ -203,6 +213,7 @@ def test_a_packet_socket_for_one_protocol_gets_nothing_from_reserved_addresses(h
 def test_a_packet_socket_gets_nothing_from_reserved_addresses_through_a_bridge_of_others(host: AgentHost) -> None:
     build_on(host, "operator")
     assert reaching_a_packet_socket(host) == []
+    without_repairs(host)
     host.run("nft", "delete", "chain", "netdev", "netloom", f"from-tap-{VM}")
     assert reaching_a_packet_socket(host) == ["0180c200000e"]
 
@@ -278,6 +289,7 @@ def test_only_ordinary_frames_of_a_vm_leave_on_the_wire(host: AgentHost, vlan: s
     wait_until(lambda: "LOWER_UP" in host.links()[bridge]["flags"])
     host.ip("link", "set", "eth1-x", "up")
     assert leaving(host, vlan == "1204") == {"plain-1", "plain-2"}
+    without_repairs(host)
     host.run("nft", "delete", "table", "bridge", "netloom")
     assert {"STP", "PVST", "CDP", "LLDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving(host, vlan == "1204")
 
@@ -341,6 +353,7 @@ def test_the_host_answers_nothing_on_a_bridge_of_others_that_it_does_not_use_its
 def test_only_ordinary_frames_leave_through_a_bridge_of_others(host: AgentHost, owner: str) -> None:
     build_on(host, owner)
     assert leaving(host, owner == "agent") == {"plain-1", "plain-2"}
+    without_repairs(host)
     host.run("nft", "delete", "table", "bridge", "netloom")
     assert {"STP", "PVST", "CDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving(host, owner == "agent")
 
@@ -353,6 +366,7 @@ def test_a_bridge_with_vlan_filtering_may_add_a_tag_and_no_frame_has_a_second_on
     would then leave as the first one.
     """
     build_on(host, "operator")
+    without_repairs(host)
     host.run("nft", "flush", "set", "bridge", "netloom", "others_uplinks")
     host.run("nft", "add", "element", "bridge", "netloom", "others_trunks", '{ "eth1" }')
     assert leaving(host, is_tagged=False) == {"plain-1", "plain-2", "802.1Q", "802.1ad", "priority tag"}

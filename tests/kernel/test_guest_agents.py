@@ -66,7 +66,7 @@ def test_an_invalid_table_or_socket_changes_nothing() -> None:
         vm = on.vm(WEB, ip=WEB.ip)
         assert "two NICs with address" in agent.update(network(WEB, nic(46, ip=WEB.ip), revision=2)).error
         assert "lease_s" in agent.update(network(WEB, revision=2, lease_s=0xFFFFFFFF)).error
-        assert "not such a socket" in agent.serve(network(WEB, revision=2), sockets[1:], *ALL[:2]).error
+        assert "not AF_INET SOCK_DGRAM" in agent.serve(network(WEB, revision=2), sockets[1:], *ALL[:2]).error
         with socket.socket() as plain:
             assert "does not listen" in agent.serve(network(WEB, revision=2), [plain], ALL[1]).error
         assert host_name(vm) == "web-1"
