@@ -14,6 +14,7 @@ from netloom.agent.host import watcher
 from netloom.agent.host.watcher import ALL_REPAIRS_AT_ONCE, DEBOUNCE_S, REPAIRS_AT_ONCE, Watcher
 from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.addresses import AddressRow
+from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.watch import Event
 from netloom.names import guest_link
 from netloom.netobjects import Address
@@ -59,7 +60,8 @@ class Scene:
         self.repairs: list[tuple[float, str]] = []
         self.steps: int | None = 1
         self.working = False
-        self.watcher = Watcher(asyncio.get_running_loop(), self.clock, self.log, self, lambda bridge, links: None)
+        self.lost: list[tuple[str, frozenset[str]]] = []
+        self.watcher = Watcher(asyncio.get_running_loop(), self.clock, self.log, self, self.orphaned)
 
     def busy(self, scope_id: str) -> bool:
         return self.working
@@ -68,6 +70,9 @@ class Scene:
         self.repairs.append((round(self.clock.time(), 2), why.removeprefix("watch: ")))
         self.watcher.work_done(scope_id)
         return self.steps
+
+    def orphaned(self, bridge: str, links: frozenset[str]) -> None:
+        self.lost.append((bridge, links))
 
     def tidy_soon(self) -> None:
         pass
@@ -189,6 +194,44 @@ async def test_a_repair_waits_for_other_work(scene: Scene) -> None:
     scene.working = False
     await scene.clock.advance(DEBOUNCE_S)
     assert [why for _, why in scene.repairs] == [LOST]
+
+
+def host_link(name: str, index: int, kind: str, master_index: int | None = None) -> Link:
+    return Link(
+        index=index,
+        name=name,
+        kind=kind,
+        mac="02:00:00:00:00:09",
+        up=True,
+        master_index=master_index,
+        mtu=1500,
+        alias="",
+        vlan_id=None,
+        parent_index=None,
+        peer_netns=None,
+        running=True,
+    )
+
+
+@pytest.mark.mutation("lost-ports-are-repaired")
+@watched
+async def test_a_bridge_that_is_lost_during_a_repair_is_repaired_once_more(scene: Scene) -> None:
+    """The repair has made the bridge again before the watcher heard which ports the old one had."""
+    bridge = WANT.ports[0].segment.bridge
+    scene.working = True
+    for gone, row in (
+        (False, host_link("vnet9", 9, "tun", master_index=7)),
+        (False, host_link("vnet9", 9, "tun")),
+        (True, host_link(bridge, 7, "bridge")),
+        (False, host_link(bridge, 8, "bridge")),
+    ):
+        scene.watcher._hear_host(Event(kind="link", gone=gone, row=row), row)
+    await scene.clock.advance(1)
+    assert (scene.lost, scene.repairs) == ([(bridge, frozenset({"vnet9"}))], [])
+    scene.working = False
+    scene.watcher.work_done(SCOPE)
+    await scene.clock.advance(1)
+    assert [why for _, why in scene.repairs] == [bridge]
 
 
 @watched

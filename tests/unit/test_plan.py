@@ -449,6 +449,17 @@ def test_an_unchanged_neighbour_is_not_touched(first: Want, then: Want) -> None:
 # ------------------------------------------------------------------------------------------------------ cases by name
 
 
+@pytest.mark.mutation("a-lost-port-comes-back-to-a-new-bridge")
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_ports_of_a_lost_bridge_come_back(is_there: bool) -> None:
+    want, tap = wish(publics={}), HostLink(name="vnet9", kind="tun")
+    have = built(want) if is_there else EMPTY
+    have = replace(have, host_links={**have.host_links, "vnet9": tap}, orphans={"breth1-1204": frozenset({"vnet9"})})
+    steps = plan(have, want)
+    assert AttachPort("vnet9", "breth1-1204") in steps
+    assert len(steps) == 1 or not is_there
+
+
 def test_the_steps_of_a_new_network() -> None:
     assert [str(step) for step in plan(EMPTY, wish(publics={}))] == [
         "create namespace cs-net-204",

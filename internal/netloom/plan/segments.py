@@ -158,15 +158,16 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
         was_up = carrier.up and carrier.name not in have.were_down
         alias = f"{ALIAS} {'carries' if was_up else 'raises'} {carrier.name}"
         steps.append(CreateBridge(name, alias))
-        for orphan in sorted(have.orphans.get(name, frozenset()) - {carrier.name}):
-            if orphan in have.host_links and not have.host_links[orphan].master:
-                steps.append(AttachPort(orphan, name))
         bridge = HostLink(name=name, kind="bridge", alias=alias, ipv6=True)
     elif bridge.kind != "bridge":
         raise HostRefused(
             f"{carrier.name} is in {name}, which is not a bridge" if carrier.master else f"link {name} is not a bridge",
             hint="rename it, or name another NIC in the registration",
         )
+    # Also to a bridge that is there: it may have been made before anybody knew which ports the old one had.
+    for orphan in sorted(have.orphans.get(name, frozenset()) - {carrier.name}):
+        if orphan in have.host_links and not have.host_links[orphan].master:
+            steps.append(AttachPort(orphan, name))  # guard: a-lost-port-comes-back-to-a-new-bridge
     steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
     if bridge.ours and (name not in have.guarded or name not in have.host_links):
         steps.append(GuardBridge(name, (carrier.name,)))

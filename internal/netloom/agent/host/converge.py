@@ -28,7 +28,6 @@ from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
     AddAddress,
     AttachPort,
-    CreateBridge,
     CreatePort,
     LoadRuleset,
     RemoveHostPort,
@@ -67,7 +66,7 @@ class KernelHost:
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
         self._were_down: frozenset[str] = frozenset()
-        self._orphans: dict[str, tuple[float, frozenset[str]]] = {}  # bridge -> when it was lost, what was in it
+        self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
 
     def prepare(self) -> None:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
@@ -141,7 +140,10 @@ class KernelHost:
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
         """Record that somebody deleted a bridge, and which links (VMs' taps) were in it. Does not block."""
-        self._orphans[bridge] = time.monotonic(), links
+        now = time.monotonic()
+        for it in [it for it in list(self._orphans) if it[1] <= now - ORPHANS_S]:
+            self._orphans.pop(it, None)
+        self._orphans[bridge, now] = links
 
     def tidy(self) -> tuple[Step, ...]:
         """Remove shared links that no scope wants any more, and restore the guards of those that stay."""
@@ -179,11 +181,13 @@ class KernelHost:
             # the bridges that our ports were in, because the ports may just have left them.
             self._guarded = guarded_bridges(), guarded_others()
             bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
+            lost = list(self._orphans)
             rest = plan(self._observe(scope_id, want, known, bridges), want)
             self._apply(rest)
-            for step in rest:
-                if isinstance(step, CreateBridge):
-                    self._orphans.pop(step.bridge, None)
+            # Not what was lost meanwhile: the next repair puts that back.
+            for it in lost:
+                if it[0] in {port.segment.bridge for port in want.ports}:
+                    self._orphans.pop(it, None)
         return unshared + rest
 
     def _observe(
@@ -199,7 +203,10 @@ class KernelHost:
             guarded = self._guarded = guarded_bridges(), guarded_others()
         claimed = self._claimed_by_others(scope_id)
         since = time.monotonic() - ORPHANS_S
-        orphans = {bridge: those for bridge, (at, those) in list(self._orphans.items()) if at > since}
+        orphans: dict[str, frozenset[str]] = {}
+        for (bridge, at), those in list(self._orphans.items()):
+            if at > since:
+                orphans[bridge] = orphans.get(bridge, frozenset()) | those
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
         known_marker = self._marker_of(scope_id, known)
         have = observe(

@@ -316,6 +316,10 @@ class Watcher:
             lost = frozenset(name for name, at in released.items() if at > now - RELEASED_S and name not in self._ports)
             if lost and link.name in self._shared:
                 self._orphaned(link.name, lost)
+                # A repair that runs may have made the bridge again already, without these ports.
+                scope_id = min(self._shared[link.name], key=self._handler.busy)
+                if scope_id in self._watched:
+                    self._schedule(self._watched[scope_id], link.name)  # guard: lost-ports-are-repaired
         elif link.master_index:
             self._masters[link.name] = link.master_index
             moved = bool(had) and link.name in self._ports

@@ -149,7 +149,7 @@ class Watch:
             event = Event(kind="route", gone=kind == RTM_DELROUTE, row=route)
         elif kind in (RTM_NEWRULE, RTM_DELRULE):
             event = Event(kind="rule", gone=kind == RTM_DELRULE, row=rules.decode_rule(payload))
-        elif kind in (RTM_NEWNEIGH, RTM_DELNEIGH) and payload[:1] == bytes((socket.AF_INET,)):
+        elif kind in (RTM_NEWNEIGH, RTM_DELNEIGH) and payload[:1] != bytes((socket.AF_BRIDGE,)):
             neighbour = neighbours.decode_neighbour(payload, self.names)
             event = Event(kind="neighbour", gone=kind == RTM_DELNEIGH, row=neighbour)
         return [event] if event and event.kind in self._wanted else []
