@@ -438,6 +438,9 @@ def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     wait_until(lambda: GATEWAY in addresses(host, NS, LINK))
     wait_until(lambda: "default via" in host.run("ip", "-6", "route", namespace=NS))
     assert is_answered(host, "vm", FAR)
+    neighbour = ["ip", "-6", "neigh", "show", ADDRESS, "dev", LINK, "nud", "permanent"]
+    host.run("ip", "-6", "neigh", "del", ADDRESS, "dev", LINK, namespace=NS)
+    wait_until(lambda: MAC in host.run(*neighbour, namespace=NS))
     # Delete the link: dnsmasq is bound to its index, and the new link has another one.
     host.ip("link", "del", "vnetg520")
     wait_until(lambda: "vnetg520" in host.links())
@@ -446,6 +449,7 @@ def test_removed_ipv6_objects_are_restored(host: AgentHost) -> None:
     assert lifetime_s >= 600
     assert socket.inet_ntop(socket.AF_INET6, options[3][16:32]) == "2001:db8:50:1::"
     assert dns_answer(host, "vm", GATEWAY, "six-1.cs2cloud.internal")
+    assert MAC in host.run(*neighbour, namespace=NS)
 
 
 @pytest.mark.mutation("a-reboot-puts-back-what-links-lost", instead="first")
