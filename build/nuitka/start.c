@@ -128,7 +128,7 @@ static int is_unpacked(const char *build) {
     if (snprintf(program, sizeof program, "%s/" PROGRAM, build) >= (int)sizeof program) return 0;
     if (lstat(build, &directory) || lstat(program, &file)) return 0;
     if (!S_ISDIR(directory.st_mode) || directory.st_uid != geteuid()) return 0;
-    if (directory.st_mode & 077) return 0; /* others could have changed it: unpack it anew */
+    if ((directory.st_mode & 0777) != 0700) return 0; /* changed by others, or closed: unpack it anew */
     if (!S_ISREG(file.st_mode) || file.st_uid != geteuid() || (file.st_mode & 022) || (file.st_mode & 0500) != 0500) return 0;
     if (time(NULL) - directory.st_mtime <= TOUCH_AFTER_S) return 1;
     utimensat(AT_FDCWD, build, NULL, 0); /* mark it as used */
