@@ -17,6 +17,9 @@ test: packages venv build ## run all tests (root); TIMES=--times writes the time
 	@build/pages/venv
 	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs kernel ssh e2e binary release mutants
 
+test-long: packages venv ## run all mutants; make test runs every third one (root; half an hour)
+	@.venv/bin/python build/ci/groups.py mutants-all
+
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all
 
@@ -55,4 +58,4 @@ clean: ## remove virtual environments, caches and products
 	@rm -rf .venv .venv-docs .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-binary build bench release audit docs check fix packages venv lock clean
+.PHONY: help demo test test-long test-binary build bench release audit docs check fix packages venv lock clean

@@ -45,10 +45,15 @@ STATIC = {
     "imports": ["lint-imports", "--no-logo"],
 }
 SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
-PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants"}
+PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants", "mutants-all"}
 # Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
-WHERE = {"binary": ["tests/binary", "tests/e2e", "-m", "binary"], "binary-all": ["tests/binary", "tests/e2e"]}
+WHERE = {
+    "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
+    "binary-all": ["tests/binary", "tests/e2e"],
+    "mutants": ["tests/mutants", "-m", "short"],
+    "mutants-all": ["tests/mutants"],
+}
 # Files and links that tests of networks might leave on the machine, where they would affect the next run.
 TRACES = (
     "/run/netloom*",
@@ -232,7 +237,7 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
         command += [f"--hypothesis-profile={profile}", f"--junit-xml={report}"]
         if output and sys.stdout.isatty():
             command.append("--color=yes")
-        process = PROCESSES.start(command, output, **(ONE_FILE if group in WHERE else {}))
+        process = PROCESSES.start(command, output, **(ONE_FILE if group.startswith("binary") else {}))
         try:
             status = process.wait(GROUP_LIMIT_S)
         except subprocess.TimeoutExpired:

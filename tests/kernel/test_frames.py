@@ -430,6 +430,7 @@ def bpdu() -> bytes:
 
 
 @pytest.mark.mutation("a-new-port-is-guarded")
+@pytest.mark.mutation("ports-follow-the-mtu-of-their-segment")
 def test_a_vm_that_is_plugged_in_later_is_guarded_within_moments(host: AgentHost) -> None:
     bridge, _ = build_on(host, "operator")
     host.plug("db", bridge, "02:01:00:cc:00:04")

@@ -20,6 +20,7 @@ from py_compile import PycInvalidationMode
 from xml.etree import ElementTree
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from mutants.marks import ROOT, Mutant, mutants, mutated
 
@@ -32,6 +33,12 @@ BROKEN = ("ImportError", "ModuleNotFoundError", "SyntaxError", "IndentationError
 
 def _named(mutant: Mutant) -> str:
     return mutant.test.partition("::")[2]
+
+
+def _all() -> Iterator[ParameterSet]:
+    """All mutants. Every third one belongs to the short form, which ``make test`` runs."""
+    for at, mutant in enumerate(mutants()):
+        yield pytest.param(mutant, marks=pytest.mark.short if at % 3 == 0 else ())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def copy() -> Iterator[Path]:
         yield Path(directory)
 
 
-@pytest.mark.parametrize("mutant", list(mutants()), ids=_named)
+@pytest.mark.parametrize("mutant", list(_all()), ids=_named)
 def test_the_test_fails_without_its_guards(mutant: Mutant, copy: Path) -> None:
     changed = mutated(mutant.mutations)
     report = copy / "report.xml"
