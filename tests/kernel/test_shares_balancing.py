@@ -128,9 +128,9 @@ def test_silent_connections_to_all_other_rules_leave_a_rule_what_is_reserved_for
             stack.enter_context(silent(host, 8080 + at, OTHERS, 7))
         assert answering_vm(host, 8087) == WEB
         found = message(act(host, "check")).splitlines()
-        # Two threads that accept at the same moment may both refuse, so a rule can have one less for a while.
-        holds = tuple(f"balancing rule {at} ({ADDRESS}:{8080 + at}): 14 connections, and 14 are" for at in range(3, 7))
-        assert sum(it.startswith(holds) for it in found) >= 2, found
+        # A refused connection counts until it is closed. So a rule gets a few less or more, and is not named with less.
+        restricted = [it for it in found if ", and 14 are reserved for it: more are refused" in it]
+        assert len(restricted) >= 2, found
 
 
 @pytest.mark.mutation("idle-connections-end", instead="3600")
