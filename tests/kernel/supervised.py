@@ -75,11 +75,11 @@ def running_supervisor() -> Iterator[tuple[supervisor.Supervisor, list[str], Cal
 
     def wait_until(so: Callable[[], bool]) -> None:
         async def wait() -> None:
-            for _ in range(500):
+            for _ in range(2000):
                 if so():
                     return
                 await asyncio.sleep(0.01)
-            raise AssertionError("the condition did not become true within 5 s")
+            raise AssertionError("the condition did not become true within 20 s")
 
         loop.run_until_complete(wait())
 

@@ -62,7 +62,6 @@ WEB_VM = {"nic_uuid": WEB_UUID, "mac": WEB_MAC, "ip": WEB_IP, "hostname": "web-1
 DB_VM = {key: DB_NIC[key] for key in ("nic_uuid", "mac", "ip", "hostname")}
 
 
-@pytest.mark.mutation("fresh-nics-are-kept", instead="True")
 def test_vms_that_are_deployed_in_parallel_with_restarts_keep_everything(host: AgentHost) -> None:
     """CloudStack makes the list before the NICs of some VMs exist, and sends it while these VMs are deployed.
 

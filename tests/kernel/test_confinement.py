@@ -131,10 +131,10 @@ def test_a_balancer_of_a_large_host_starts_within_the_smallest_limit_of_memory()
     small = haproxy.service(replace(BALANCED, balancing=Balancing(connections_max=100)))
     assert small is not None
     text = small.config["haproxy.cfg"].replace("global\n", "global\n    nbthread 64\n")
-    with running_supervisor() as (it, _, _wait_until):
+    with running_supervisor() as (it, _, wait_until):
         it.converge(SCOPE, NAMESPACE, (replace(small, config={"haproxy.cfg": text}),))
-        workers = process.group(it.states()[SCOPE]["lb"])
-        assert "64" in {status(pid)["Threads"] for pid in workers}
+        lb = it.states()[SCOPE]["lb"]
+        wait_until(lambda: "64" in {status(pid)["Threads"] for pid in process.group(lb)})
 
 
 def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
