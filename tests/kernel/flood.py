@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from kernel.ruleset_lab import Lab
+from kernel.ruleset_lab import PATIENCE_S, QUIET_S, Lab
 
-# Sends datagrams of new flows to two ports, 2,000 per second, until its input ends; prints their number.
+# Sends datagrams to two ports, 2,000 a second to each, until its input ends; prints their number. Prints a line when
+# 1,000 are sent. Uses 12,000 ports again and again: a long flood must not fill the kernel's connection tracking.
 FLOOD = """
 import select, socket, sys, time
 sources, target, allowed, forbidden = sys.argv[1].split(","), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
@@ -20,12 +22,14 @@ family = socket.AF_INET6 if ":" in target else socket.AF_INET
 while not select.select([sys.stdin], [], [], 0)[0]:
     for _ in range(20):
         flow = socket.socket(family, socket.SOCK_DGRAM)
-        flow.bind((sources[sent // 50000 % len(sources)], port + sent % 50000))
+        flow.bind((sources[sent // 12000 % len(sources)], port + sent % 12000))
         number = sent.to_bytes(4, "big")
         flow.sendto(number, (target, allowed))
         flow.sendto(number, (target, forbidden))
         flow.close()
         sent += 1
+        if sent == 1000:
+            print("enough", flush=True)
     time.sleep(max(0, began + sent / 2000 - time.monotonic()))
 print(sent)
 """
@@ -40,6 +44,7 @@ class Flood:
     def __init__(self, lab: Lab, space: str, source: str, target: str, at: tuple[str, str], seen_as: str) -> None:
         self._seen_as = seen_as
         self._ears = [self._ear(lab, *at, port) for port in (6000, 6001)]
+        self._resolve(lab, space, source, target)
         self._sender = subprocess.Popen(
             ["ip", "netns", "exec", lab.ns(space), sys.executable, "-c", FLOOD, source, target, "6000", "6001"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -53,10 +58,30 @@ class Flood:
         ear.bind((address, port))
         return ear
 
+    def _resolve(self, lab: Lab, space: str, source: str, target: str) -> None:
+        """Send datagrams until one arrives: then all neighbours are resolved, so that the flood loses nothing."""
+        until = time.monotonic() + PATIENCE_S
+        with lab.open_socket(space, socket.SOCK_DGRAM, address=target) as warm:
+            warm.bind((source, 0))
+            warm.sendto(b"", (target, 6000))
+            while not _has_data(self._ears[0], QUIET_S):
+                assert time.monotonic() < until, f"{target} is not reached"
+                warm.sendto(b"", (target, 6000))
+
+    def has_sent_enough(self) -> bool:
+        """Whether the sender has sent 1,000 datagrams to each port. It starts later on a busy machine."""
+        assert self._sender.stdout is not None
+        return _has_data(self._sender.stdout, 0)
+
     def finish(self) -> Result:
-        sent = int(self._sender.communicate("stop\n", timeout=60)[0])
-        time.sleep(0.3)
-        allowed, forbidden = (self._heard(it) for it in self._ears)
+        sent = int(self._sender.communicate("stop\n", timeout=60)[0].split()[-1])
+        ear, closed = self._ears
+        allowed, until = self._heard(ear), time.monotonic() + PATIENCE_S
+        while len({number for number, _ in allowed}) < sent and time.monotonic() < until:
+            time.sleep(0.02)
+            allowed += self._heard(ear)
+        time.sleep(QUIET_S)
+        allowed, forbidden = allowed + self._heard(ear), self._heard(closed)
         return Result(
             sent,
             lost=sent - len({number for number, _ in allowed}),
@@ -78,8 +103,15 @@ class Flood:
         with contextlib.suppress(BlockingIOError):
             while True:
                 number, peer = ear.recvfrom(10)
-                heard.append((number, peer[0]))
+                if number:
+                    heard.append((number, peer[0]))
         return heard
+
+
+def _has_data(file: socket.socket | IO[str], patience_s: float) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(patience_s * 1000))
 
 
 class Result(NamedTuple):

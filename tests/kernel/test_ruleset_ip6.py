@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -245,7 +246,7 @@ def test_a_changed_acl_ends_only_the_flows_it_allowed(lab: Lab) -> None:
     assert [echoes(it) for it in kept] == [True] * 4
     # Removing IPv6 from a tier ends only the flows of that tier.
     lab.apply(tiers((ssh, web), OPEN, both=False))
-    assert [echoes(it, 0.5 if ends else 8) for it, ends in zip(kept, (0, 1, 1, 0), strict=True)] == [
+    assert [echoes(it, 0.5 if ends else PATIENCE_S) for it, ends in zip(kept, (0, 1, 1, 0), strict=True)] == [
         True, False, False, True,
     ]  # fmt: skip
     for it in gone + kept:
@@ -268,7 +269,6 @@ def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
         nft.ruleset(tiers(it, other, both=both)) for it in lists for other in (None, OPEN) for both in (True, False)
     ]
     lab.renew(tiers(keep, None, both=True))
-    lab.silent(Try("inet", "udp", HOMES["a1"], 53, FAR))  # resolves all neighbours
     floods: list[Flood] = []
     with contextlib.closing(Nft(lab.ns("dev"))) as device:
         have = tables[0]
@@ -277,15 +277,18 @@ def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
                 Flood(lab, "inet", FAR, HOMES["a1"], ("a1", HOMES["a1"]), FAR),
                 Flood(lab, "a2", HOMES["a2"], FARTHER, ("inet", FARTHER), HOMES["a2"]),
             ]
-            for at in range(1, 121):
-                device.load(ruleset.swap(have, tables[at % len(tables)]))
-                have = tables[at % len(tables)]
+            swaps, until = 0, time.monotonic() + 60
+            while swaps < 120 or not all(it.has_sent_enough() for it in floods):
+                assert time.monotonic() < until, swaps
+                swaps += 1
+                device.load(ruleset.swap(have, tables[swaps % len(tables)]))
+                have = tables[swaps % len(tables)]
             results = [it.finish() for it in floods]
         finally:
             for it in floods:
                 it.stop()
             device.load(ruleset.swap(have, tables[0]))
-    assert all(it.sent > 100 for it in results), results
+    assert all(it.sent >= 1000 for it in results), results
     assert [it[1:] for it in results] == [(0, 0, 0)] * len(floods), results
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -225,10 +224,6 @@ def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
         lab.renew(wishes[0])
         try:
             stays = lab.connect("vm3", GATEWAY, 80)
-            for space, target in (("inet", A1.address), ("inet", B1.address), ("vm2", STRANGER), ("vm3", STRANGER)):
-                with lab.open_socket(space, socket.SOCK_DGRAM) as warm:
-                    warm.sendto(b"", (target, 7))  # resolves all neighbours
-            time.sleep(0.2)
             floods = [
                 Flood(lab, "inet", CLIENT, A1.address, ("vm1", VM1), CLIENT),
                 Flood(lab, "inet", CLIENT2, B1.address, ("vm3", VM3), CLIENT2),
@@ -236,8 +231,9 @@ def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
                 Flood(lab, "vm3", VM3, CLIENT, ("inet", CLIENT), B1.address),
             ]
             have = tables[0]
-            swaps, enough_flows_at = 0, time.monotonic() + 1.0
-            while swaps < 200 or time.monotonic() < enough_flows_at:
+            swaps, until = 0, time.monotonic() + 60
+            while swaps < 200 or not all(it.has_sent_enough() for it in floods):
+                assert time.monotonic() < until, swaps
                 swaps += 1
                 want = tables[swaps % len(tables)]
                 device.load(ruleset.swap(have, want))
@@ -249,5 +245,5 @@ def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
             for it in floods:
                 it.stop()
         stays.close()
-    assert all(it.sent > 1000 for it in results), results
+    assert all(it.sent >= 1000 for it in results), results
     assert [it[1:] for it in results] == [(0, 0, 0)] * len(floods), results
