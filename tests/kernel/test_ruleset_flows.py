@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pytest
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import CLIENT, CLIENT2, STRANGER, VMS, Lab, Try, echoes
+from kernel.agent_host import wait_until
+from kernel.ruleset_lab import CLIENT, CLIENT2, PATIENCE_S, STRANGER, VMS, Lab, Try, echoes
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
 from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, egress, forward, network, static, wish
@@ -39,7 +40,7 @@ class Conversation:
     server: socket.socket
     peer: tuple[str, int]
 
-    def delivers(self, sender: str) -> bool:
+    def delivers(self, sender: str, patience_s: float = QUIET_S) -> bool:
         """Whether a datagram sent now by ``client`` or ``server`` reaches the other end."""
         word = f"{sender}{id(self)}".encode()
         listener = self.server if sender == "client" else self.client
@@ -51,14 +52,14 @@ class Conversation:
             self.client.send(word)
         else:
             self.server.sendto(word, self.peer)
-        listener.settimeout(QUIET_S)
+        listener.settimeout(patience_s)
         try:
             return listener.recv(100) == word
         except TimeoutError:
             return False
 
     def works_both_ways(self) -> bool:
-        return self.delivers("client") and self.delivers("server")
+        return self.delivers("client", PATIENCE_S) and self.delivers("server", PATIENCE_S)
 
     def close(self) -> None:
         self.client.close()
@@ -79,7 +80,7 @@ def talk(lab: Lab) -> Iterator[Callable[..., Conversation]]:
         mouth.bind((source or (CLIENT if space == "inet" else ""), local))
         mouth.connect((target, port))
         mouth.send(b"hello")
-        ear.settimeout(8)
+        ear.settimeout(PATIENCE_S)
         _, peer = ear.recvfrom(100)
         talks.append(Conversation(mouth, ear, peer))
         return talks[-1]
@@ -157,7 +158,7 @@ def test_defect_22_a_revocation_ends_only_the_flows_it_allowed(
         assert all(it.works_both_ways() for it in udp_stays)
         # When it is allowed again, the revoked flow works again.
         lab.apply(before)
-        assert udp_ends[0].delivers("client")
+        assert udp_ends[0].delivers("client", PATIENCE_S)
     finally:
         for it in tcp_ends + tcp_stays:
             it.close()
@@ -187,9 +188,9 @@ def test_tcp_without_a_handshake_is_not_accepted_from_either_end(lab: Lab) -> No
     server = lab.open_socket("vm1", socket.SOCK_STREAM)
     server.bind(("", 2200))
     server.listen(1)
-    server.settimeout(8)
+    server.settimeout(PATIENCE_S)
     client = lab.open_socket("inet", socket.SOCK_STREAM)
-    client.settimeout(8)
+    client.settimeout(PATIENCE_S)
     client.bind((CLIENT, 0))
     client.connect((A1.address, 2200))
     guest, _ = server.accept()
@@ -245,13 +246,13 @@ def test_a_moved_forward_redirects_its_clients(lab: Lab, talk: Callable[..., Con
     heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
     with heir:
         heir.bind(("", 53))
-        heir.settimeout(8)
+        heir.settimeout(PATIENCE_S)
         spoken.client.send(b"still there?")
         data, peer = heir.recvfrom(100)
         assert data == b"still there?"
         assert not spoken.delivers("server")
         heir.sendto(b"here", peer)
-        spoken.client.settimeout(8)
+        spoken.client.settimeout(PATIENCE_S)
         assert spoken.client.recv(100) == b"here"
 
 
@@ -262,7 +263,7 @@ class Pings:
         self._socket = lab.open_socket(space, socket.SOCK_DGRAM, socket.IPPROTO_ICMP)
         self._socket.bind(("", 4711))
         self._socket.connect((target, 0))
-        self._socket.settimeout(8)
+        self._socket.settimeout(PATIENCE_S)
 
     def are_answered(self) -> bool:
         self._socket.send(b"\x08" + bytes(15))
@@ -285,7 +286,7 @@ def test_datagrams_follow_the_static_nat_of_their_guest_and_tcp_stays(
         """The address with which the server sees the guest's next datagram; the ping must have the same."""
         assert pings.are_answered()
         spoken.client.send(b"?")
-        spoken.server.settimeout(8)
+        spoken.server.settimeout(PATIENCE_S)
         sources = {it.reply_dst for it in lab.entries() if it.protocol == 1 and it.src == VM2}
         seen = spoken.server.recvfrom(100)[1][0]
         assert sources == {seen}
@@ -317,13 +318,13 @@ def test_a_flow_gives_its_port_to_a_new_forward(lab: Lab, talk: Callable[..., Co
     assert spoken.peer == (A1.address, 5100)
     lab.apply(wish(admit(A1, "udp"), forwards=[forward(A1, "5100", VM2, protocol="udp")]))
     spoken.client.send(b"again")
-    spoken.server.settimeout(8)
+    spoken.server.settimeout(PATIENCE_S)
     _, peer = spoken.server.recvfrom(100)
     assert peer[0] == A1.address and peer[1] != 5100
     heir = lab.open_socket("vm2", socket.SOCK_DGRAM)
     with heir:
         heir.bind(("", 5100))
-        heir.settimeout(8)
+        heir.settimeout(PATIENCE_S)
         spoken.server.sendto(b"to the forward", (A1.address, 5100))
         assert heir.recv(100) == b"to the forward"
 
@@ -357,7 +358,7 @@ def test_changing_the_source_nat_address_ends_flows_of_the_old_one(lab: Lab, tal
         assert not echoes(ends, QUIET_S)
         assert not spoken.delivers("server")
         spoken.client.send(b"again")  # a new flow with the new address
-        spoken.server.settimeout(8)
+        spoken.server.settimeout(PATIENCE_S)
         data, peer = spoken.server.recvfrom(100)
         assert (data, peer[0]) == (b"again", A2.address)
 
@@ -370,10 +371,10 @@ def test_a_flow_to_an_outside_address_follows_it_when_it_moves_inside(lab: Lab) 
         ear.bind(("", 5004))
         mouth.connect((A2.address, 5004))
         mouth.send(b"outward")
-        assert [it.reply_dst for it in lab.entries() if it.dport == 5004] == [A1.address]
+        wait_until(lambda: [it.reply_dst for it in lab.entries() if it.dport == 5004] == [A1.address])
         lab.apply(wish(admit(A2, "udp"), held=(A1, A2), forwards=[forward(A2, "5004", VM2, protocol="udp")]))
         mouth.send(b"inward")
-        ear.settimeout(8)
+        ear.settimeout(PATIENCE_S)
         assert ear.recv(100) == b"inward"
 
 
