@@ -49,7 +49,7 @@ def mtus(host: AgentHost) -> tuple[int, int, int]:
 
 def ping(host: AgentHost, address: str, size: int) -> str:
     """Ping from the VM with an IP packet of ``size`` bytes that must not be fragmented; what ping printed."""
-    words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", str(size - 28), address]
+    words = ["ping", "-c", "1", "-W", "20", "-M", "do", "-s", str(size - 28), address]
     return host.run(*words, namespace=VM, check=False)
 
 
@@ -100,7 +100,7 @@ def test_a_packet_that_is_too_large_for_the_guest_segment_gets_an_icmp_error_thr
     for fixture, command in (("057", "assign-ip"), ("058", "add-static-nat"), ("070", "apply-fw-rules")):
         done(host.call(fixture, command))
     host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
-    words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", "1472", "203.0.113.22"]
+    words = ["ping", "-c", "1", "-W", "20", "-M", "do", "-s", "1472", "203.0.113.22"]
     answer = host.run(*words, pid=host.fabric, check=False)
     assert "From 203.0.113.22 icmp_seq=1 Frag needed and DF set (mtu = 1400)" in answer
 

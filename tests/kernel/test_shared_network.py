@@ -110,6 +110,7 @@ def upstream_resolvers(host: AgentHost) -> Iterator[None]:
     words += ["--address=/far.example/203.0.113.99"]
     process = subprocess.Popen(["nsenter", "-t", str(host.fabric), "-n", "-m", *words], cwd="/")
     try:
+        wait_until(lambda: host.run("ss", "-Hlun", "sport", "53", pid=host.fabric).count("198.51.100.5") == 2)
         yield
     finally:
         process.kill()
@@ -127,14 +128,14 @@ def _first() -> dict[str, str]:
 
 
 def lease(host: AgentHost, vm: str, *options: str, check: bool = True) -> dict[str, str]:
-    words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "8", "-T", "1", "-s", "/run/udhcpc"]
+    words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", "20", "-T", "1", "-s", "/run/udhcpc"]
     said = host.run(*words, "-O", "staticroutes", *options, namespace=vm, check=check)
     line = next((line for line in said.splitlines() if line.startswith("ip=")), "")
     return dict(word.partition("=")[::2] for word in line.split())
 
 
 def get(host: AgentHost, vm: str, path: str, *more: str, pid: int = 0, port: int = 80) -> str:
-    words = ["curl", "-s", "--fail", "--max-time", "3", *more, f"http://{DEVICE}:{port}{path}"]
+    words = ["curl", "-s", "--fail", "--max-time", "20", *more, f"http://{DEVICE}:{port}{path}"]
     return host.run(*words, namespace=vm, pid=pid, check=False)
 
 
@@ -142,7 +143,7 @@ def password(host: AgentHost, vm: str) -> str:
     return get(host, vm, "/", "-H", "DomU_Request: send_my_password", port=8080).strip()
 
 
-def lookup(host: AgentHost, vm: str, name: str, pid: int = 0, patience_s: int = 5) -> str:
+def lookup(host: AgentHost, vm: str, name: str, pid: int = 0, patience_s: int = 20) -> str:
     said = host.run("timeout", str(patience_s), "busybox", "nslookup", name, DEVICE, namespace=vm, pid=pid, check=False)
     answers = said.partition("\n\n")[2]
     return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line)
@@ -177,8 +178,9 @@ def broadcast_frame(mac: str, data: bytes) -> bytes:
     return frame("ff:ff:ff:ff:ff:ff", mac, socket.IPPROTO_UDP, "0.0.0.0", "255.255.255.255", datagram)
 
 
-def pings(host: AgentHost, vm: str, address: str, pid: int = 0) -> bool:
-    return " 0% packet loss" in host.run("ping", "-c", "1", "-W", "2", address, namespace=vm, pid=pid, check=False)
+def pings(host: AgentHost, vm: str, address: str, patience_s: int = 20) -> bool:
+    ping = ["ping", "-c", "1", "-W", str(patience_s), address]
+    return " 0% packet loss" in host.run(*ping, namespace=vm, check=False)
 
 
 def test_each_range_is_served_with_its_own_router_and_mask(host_with_vms: AgentHost) -> None:
@@ -233,7 +235,7 @@ def test_the_device_forwards_nothing(host_with_vms: AgentHost) -> None:
     host_with_vms.ip("-n", ONE, "route", "replace", RESOLVER, "via", DEVICE)
     try:
         assert pings(host_with_vms, ONE, DEVICE)
-        assert not pings(host_with_vms, ONE, RESOLVER)
+        assert not pings(host_with_vms, ONE, RESOLVER, 2)
     finally:
         host_with_vms.ip("-n", ONE, "route", "del", RESOLVER)
 
@@ -295,10 +297,15 @@ def test_connection_requests_of_one_vm_leave_room_for_the_others(host_with_vms: 
             wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
             wire.bind(("eth0", 0))
         with wire:
-            for number in range(1500):
-                wire.send(connection_request(device_mac, TWO_MAC, TWO_IP, DEVICE, 2000 + number, 80))
+            taken = 0
+            until = time.monotonic() + 20
+            while not taken:  # they are forgotten after three seconds, which a busy machine may take to count them
+                assert time.monotonic() < until
+                for number in range(1500):
+                    wire.send(connection_request(device_mac, TWO_MAC, TWO_IP, DEVICE, 2000 + number, 80))
+                taken = half_open(host)
             # 200 at once, and 25 a second while the frames were sent.
-            assert 0 < half_open(host) < 900
+            assert taken < 900
         assert get(host, ONE, "/latest/meta-data/local-hostname") == "sh-1"
         # They are forgotten after three seconds, with the kernel's default after 63.
         wait_until(lambda: half_open(host) == 0)
@@ -316,7 +323,7 @@ def test_dhcp_requests_of_one_vm_leave_room_for_the_others(host_with_vms: AgentH
         answers = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
         answers.bind(("eth0", 0x0800))
     with wire, answers:
-        answers.settimeout(1)
+        answers.settimeout(20)
         began = time.monotonic()
         for _ in range(300):
             wire.send(broadcast_frame(TWO_MAC, dhcp_message(MessageType.DISCOVER, TWO_MAC)))
@@ -324,6 +331,7 @@ def test_dhcp_requests_of_one_vm_leave_room_for_the_others(host_with_vms: AgentH
         with contextlib.suppress(TimeoutError):
             while True:
                 offers += answers.recv(2000)[23:24] == b"\x11"
+                answers.settimeout(1 if offers else 20)
         assert 1 <= offers <= 60 + 12 * (time.monotonic() - began)
     assert lease(host, ONE)["ip"] == ONE_IP
     wait_until(lambda: lease(host, TWO, check=False).get("ip") == TWO_IP)
@@ -347,7 +355,7 @@ def test_a_vm_is_served_as_soon_as_its_entry_comes(host: AgentHost) -> None:
 @pytest.mark.mutation("routers-do-not-reach-the-device")
 def test_routers_and_outside_hosts_cannot_reach_the_device(host_with_vms: AgentHost) -> None:
     fabric = host_with_vms.fabric
-    host_with_vms.run("nc", "-z", "-w", "1", DEVICE, "53", namespace=ONE)
+    host_with_vms.run("nc", "-z", "-w", "20", DEVICE, "53", namespace=ONE)
     host_with_vms.run("ip", "route", "replace", f"{DEVICE}/32", "dev", "sw-eth1.1410", pid=fabric)
     for source in ("10.30.0.1", "10.31.0.1", RESOLVER):
         assert get(host_with_vms, "", "/", *BRIEFLY, "--interface", source, pid=fabric) == ""
@@ -363,7 +371,7 @@ def test_a_vm_behind_its_router_gets_names_but_no_metadata(host_with_vms: AgentH
     host_with_vms.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "via", "10.31.0.1")
     try:
         assert lookup(host_with_vms, TWO, f"{ONE}.{DOMAIN}") == ONE_IP
-        assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == ""
+        assert get(host_with_vms, TWO, "/latest/meta-data/instance-id", *BRIEFLY) == ""
     finally:
         host_with_vms.ip("-n", TWO, "route", "replace", f"{DEVICE}/32", "dev", "eth0")
     assert get(host_with_vms, TWO, "/latest/meta-data/instance-id") == "i-two"
@@ -408,7 +416,7 @@ def test_the_device_takes_the_address_that_cloudstack_sends(host: AgentHost) -> 
     wait_until(lambda: host.run("curl", "-s", "--fail", *BRIEFLY, url, namespace=ONE, check=False) == "sh-1")
     query = ("busybox", "nslookup", f"{ONE}.{DOMAIN}", moved)
     wait_until(lambda: ONE_IP in host.run(*query, namespace=ONE, check=False))
-    assert not pings(host, ONE, DEVICE)
+    assert not pings(host, ONE, DEVICE, 2)
     host.kill()
     host.start()
     assert steps(host) == 0
@@ -438,7 +446,7 @@ def test_a_removed_range_a_restart_and_an_agent_restart_keep_the_other_range(hos
     for fixture in ("311", "310", "312", "313"):
         call_command(host, fixture)
     assert lease(host, ONE, "-t", "2", check=False) == {}
-    assert get(host, ONE, "/latest/meta-data/local-hostname") == ""
+    assert get(host, ONE, "/latest/meta-data/local-hostname", *BRIEFLY) == ""
     assert lease(host, TWO)["ip"] == TWO_IP
     wait_until(lambda: lookup(host, TWO, f"{ONE}.{DOMAIN}") == "")
     assert lookup(host, TWO, f"{TWO}.{DOMAIN}") == TWO_IP
@@ -471,7 +479,8 @@ def test_an_isolated_network_with_an_external_gateway() -> None:
         host.plug("web", "breth1-1205", "02:01:00:cc:00:03", "10.11.1.45/24")
         said = host.run("busybox", "nslookup", "www.far.example", "10.11.1.7", namespace="web", check=False)
         assert "203.0.113.99" in said
-        assert host.run("arping", "-c", "1", "-I", "eth0", "10.11.1.1", namespace="web").count("Unicast reply") == 1
+        arping = ["arping", "-f", "-w", "20", "-I", "eth0", "10.11.1.1"]
+        assert host.run(*arping, namespace="web").count("Unicast reply") == 1
 
 
 def test_a_shared_network_with_nat_and_firewall_works_like_an_isolated_one() -> None:

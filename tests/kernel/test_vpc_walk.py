@@ -118,6 +118,8 @@ def test_after_random_commands_a_vpc_equals_one_built_from_state(seed: int) -> N
             send(host, step, chance.choice((REGISTRATION, WAY_OUT)))
         said = message(host.call("203", "custom-action", action="check", **{"action-params": {}}))
         assert said == "nothing to do: all is as it should be"
+        # The kernel adds routes of an IPv6 address when it has found no duplicate.
+        wait_until(lambda: not host.run("ip", "-6", "addr", "show", "tentative", namespace=NS))
         lived = kernel_objects(host)
         host.kill()
         host.ip("netns", "del", NS)
