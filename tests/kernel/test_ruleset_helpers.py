@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -43,12 +44,14 @@ def numbers_of(address: tuple[str, int]) -> str:
 class FtpServer:
     """Serves one control connection: it answers PORT and PASV by sending ``DATA``."""
 
-    def __init__(self, lab: Lab, space: str, port: int, address: str = "") -> None:
-        self._lab, self._space = lab, space
+    def __init__(self, lab: Lab, space: str, port: int, address: str = "", patience_s: float = QUIET_S) -> None:
+        """``patience_s`` is the time that opening a data connection may take."""
+        self._lab, self._space, self._patience_s = lab, space, patience_s
         self._listener = lab.open_socket(space, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind((address, port))
         self._listener.listen(8)
+        self._control: socket.socket | None = None
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -58,6 +61,9 @@ class FtpServer:
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        if self._control is not None:
+            with contextlib.suppress(OSError):  # the device may have cut it, so that the client's end never comes
+                self._control.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
 
     def _serve(self) -> None:
@@ -65,6 +71,7 @@ class FtpServer:
             control, _ = self._listener.accept()
         except OSError:
             return
+        self._control = control
         with control, control.makefile("rw", newline="\r\n") as lines:
             print("220 ready", end="\r\n", file=lines, flush=True)
             for line in lines:
@@ -78,7 +85,7 @@ class FtpServer:
 
     def _connect(self, control: socket.socket, to: tuple[str, int]) -> bool:
         with self._lab.open_socket(self._space, socket.SOCK_STREAM) as data:
-            data.settimeout(QUIET_S)
+            data.settimeout(self._patience_s)
             data.bind((control.getsockname()[0], 0))
             try:
                 data.connect(to)
@@ -92,11 +99,13 @@ class FtpServer:
             listener.bind((control.getsockname()[0], 0))
             listener.listen(1)
             control.sendall(f"227 Entering ({numbers_of(listener.getsockname())})\r\n".encode())
-            listener.settimeout(QUIET_S * 2)
-            try:
-                data, _ = listener.accept()
-            except TimeoutError:
+            # Until the client comes, gives another command or ends the session.
+            ready = select.poll()
+            for it in (listener, control):
+                ready.register(it, select.POLLIN)
+            if listener.fileno() not in dict(ready.poll(PATIENCE_S * 1000)):
                 return
+            data, _ = listener.accept()
             with data:
                 data.sendall(DATA)
                 data.settimeout(QUIET_S)
@@ -134,16 +143,17 @@ class FtpClient:
             reply = self._said(f"PORT {numbers_of(listener.getsockname())}")
             if not reply.startswith("150"):
                 return b""
+            listener.settimeout(PATIENCE_S)
             data, _ = listener.accept()
             with data:
                 data.settimeout(PATIENCE_S)
                 return data.recv(100)
 
-    def passive(self) -> socket.socket | None:
-        """The open data connection, or None if it cannot be opened."""
+    def passive(self, patience_s: float = PATIENCE_S) -> socket.socket | None:
+        """The open data connection, or None if it cannot be opened within ``patience_s``."""
         address = endpoint(self._said("PASV"))
         data = self._lab.open_socket(self._space, socket.SOCK_STREAM)
-        data.settimeout(QUIET_S)
+        data.settimeout(patience_s)
         data.bind((self._source, 0))
         try:
             data.connect(address)
@@ -165,14 +175,14 @@ INWARD = wish(
 )  # fmt: skip
 
 
-def active_outward(lab: Lab, port: int = 21) -> bytes:
-    with FtpServer(lab, "inet", port, STRANGER), FtpClient(lab, "vm1", STRANGER, port) as client:
+def active_outward(lab: Lab, port: int = 21, patience_s: float = QUIET_S) -> bytes:
+    with FtpServer(lab, "inet", port, STRANGER, patience_s), FtpClient(lab, "vm1", STRANGER, port) as client:
         return client.active()
 
 
-def passive_inward(lab: Lab, vm: str, target: str, port: int) -> bytes:
+def passive_inward(lab: Lab, vm: str, target: str, port: int, patience_s: float = PATIENCE_S) -> bytes:
     with FtpServer(lab, vm, 21), FtpClient(lab, "inet", target, port, CLIENT) as client:
-        data = client.passive()
+        data = client.passive(patience_s)
         if data is None:
             return b""
         with data:
@@ -183,7 +193,7 @@ def passive_inward(lab: Lab, vm: str, target: str, port: int) -> bytes:
 def test_active_ftp_of_a_guest_works_with_its_helper_only(lab: Lab) -> None:
     for named, got in (((), b""), (("ftp",), DATA), (("tftp",), b"")):
         lab.renew(with_helpers(OUTWARD, *named))
-        assert active_outward(lab) == got, named
+        assert active_outward(lab, patience_s=PATIENCE_S if got else QUIET_S) == got, named
     lab.renew(with_helpers(OUTWARD, "ftp"))
     assert active_outward(lab, 2121) == b"", "only the protocol's own port has the helper"
 
@@ -191,8 +201,8 @@ def test_active_ftp_of_a_guest_works_with_its_helper_only(lab: Lab) -> None:
 @pytest.mark.mutation("a-helper-is-assigned-before-dnat")
 def test_passive_ftp_to_a_guest_works_with_its_helper_only(lab: Lab) -> None:
     lab.renew(INWARD)
-    assert passive_inward(lab, "vm2", A2.address, 21) == b""
-    assert passive_inward(lab, "vm1", A1.address, 2121) == b""
+    assert passive_inward(lab, "vm2", A2.address, 21, QUIET_S) == b""
+    assert passive_inward(lab, "vm1", A1.address, 2121, QUIET_S) == b""
     lab.renew(with_helpers(INWARD, "ftp"))
     assert passive_inward(lab, "vm2", A2.address, 21) == DATA
     assert passive_inward(lab, "vm1", A1.address, 2121) == DATA
@@ -220,7 +230,7 @@ def test_a_control_connection_announces_nothing_when_its_helper_is_removed(lab: 
     lab.renew(with_helpers(INWARD, "ftp"))
     with FtpServer(lab, "vm2", 21), FtpClient(lab, "inet", A2.address, 21, CLIENT) as client:
         lab.apply(INWARD)
-        assert client.passive() is None
+        assert client.passive(QUIET_S) is None
         lab.apply(with_helpers(INWARD, "ftp"))
         data = client.passive()
         assert data is not None
