@@ -59,7 +59,7 @@ def ip_json(namespace: str, *argv: str) -> list[dict[str, Any]]:
 
 
 def carried(namespace: str, name: str) -> None:
-    """Wait until the link has operational state UP. The kernel learns later of a carrier, and drops frames until then."""
+    """Wait until the link has operational state UP. The kernel hears of a carrier later; until then it drops frames."""
     deadline = time.monotonic() + 30
     while "state UP" not in (seen := tool(namespace, "ip", "link", "show", name)):
         assert time.monotonic() < deadline, seen
