@@ -155,6 +155,8 @@ class AgentHost:
         self.ip("link", "set", f"tap-{vm}", *(["master", bridge] if bridge else []), "up")
         self.ip("-n", vm, "link", "set", "lo", "up")
         self.ip("-n", vm, "link", "set", "eth0", "up")
+        # The kernel learns later that the link has a carrier. Until then the port and its bridge drop every frame.
+        wait_until(lambda: self.links()[f"tap-{vm}"]["operstate"] == "UP")
         if address:
             self.ip("-n", vm, "addr", "add", address, "dev", "eth0")
 

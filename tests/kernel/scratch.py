@@ -38,6 +38,8 @@ def joined() -> Iterator[tuple[str, str]]:
         for name, link, host in ((left, "left", 1), (right, "right", 2)):
             addresses = [add_address(link, f"10.9.0.{host}/24"), add_address(link, f"fd09::{host}/64")]
             links.change(name, [links.set_up(link), *addresses])
+        for name, link in ((left, "left"), (right, "right")):
+            carried(name, link)
         yield left, right
 
 
@@ -54,6 +56,14 @@ def ip_json(namespace: str, *argv: str) -> list[dict[str, Any]]:
     """The objects that ``ip -d -j`` lists."""
     found: list[dict[str, Any]] = json.loads(tool(namespace, "ip", "-d", "-j", *argv) or "[]")
     return found
+
+
+def carried(namespace: str, name: str) -> None:
+    """Wait until the link has operational state UP. The kernel hears of a carrier later; until then it drops frames."""
+    deadline = time.monotonic() + 30
+    while "state UP" not in (seen := tool(namespace, "ip", "link", "show", name)):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.01)
 
 
 def settled(namespace: str, *names: str) -> None:
