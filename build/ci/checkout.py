@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS_OWN = ("/home", "/root", "/run", "/tmp", "/var/tmp")
 COPIES = "/opt"
+LOOK_S = 0.05  # between two looks for a signal and for the end of the program
 NOT_COPIED = (".git", ".mypy_cache", ".ruff_cache", "__pycache__")
 
 
@@ -58,19 +60,18 @@ def run_in_copy(arguments: Sequence[str]) -> int:
 
 def _run(root: Path, arguments: Sequence[str]) -> int:
     """Run the program; its exit status. SIGINT, SIGTERM and SIGHUP are passed on to it as SIGINT."""
-    running: list[subprocess.Popen[bytes]] = []
-
-    def pass_on(*_: object) -> None:
-        if not running:
-            raise KeyboardInterrupt
-        running[0].send_signal(signal.SIGINT)
-
+    received: list[int] = []
     # Before the start, so that the program does not inherit an ignored SIGINT from a shell's background job.
+    # The handler only notes the signal. An exception could arrive while the program is being started.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        signal.signal(number, lambda number, _: received.append(number))
     command = [str(root / ".venv/bin/python"), *arguments]
-    running.append(subprocess.Popen(command, cwd=root, env=_environment(root), start_new_session=True))
-    status = running[0].wait()
+    program = subprocess.Popen(command, cwd=root, env=_environment(root), start_new_session=True)
+    while (status := program.poll()) is None:
+        if received:
+            received.pop()
+            program.send_signal(signal.SIGINT)
+        time.sleep(LOOK_S)
     return status if status >= 0 else 128 - status
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -71,6 +71,7 @@ TRACES = (
 TRACES_GO_WITHIN_S = 10.0  # the kernel deletes namespaces asynchronously
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
+LOOK_S = 0.1  # between two looks for an interrupt
 TIMES = ROOT / "docs" / "development.md"
 
 
@@ -150,29 +151,41 @@ def main(arguments: list[str]) -> int:
         times = ["--times"] if options.times else []
         document = f"--document={Path(options.document).resolve()}"
         return checkout.run_in_copy(["build/ci/groups.py", document, *times, *groups])
+    interrupts: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, lambda number, _: interrupts.append(number))
     started = time.monotonic()
     # `make check` tries fewer examples of each property, so that it is short enough to run before every commit.
     profile = "full" if privileged else "quick"
-    try:
-        where: str = options.traces_in
-        results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile, where)
-        for group in groups:
-            if group not in SIDE_BY_SIDE:
-                print(f"== {group}", flush=True)
-                before = _traces(where)
-                results.append(_run(group, profile, None))
-                _check_traces(where, before, results[-1])
-    except KeyboardInterrupt:
-        PROCESSES.terminate()
+    # The handler only notes the signal, and this thread looks for it. An exception of a handler could arrive between
+    # the start of a process and its entry in PROCESSES. A signal just before a wait without a limit would not end it.
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(_run_all, groups, profile, options.traces_in)
+        while not interrupts and not running.done():
+            wait([running], LOOK_S)
+        if interrupts:
+            PROCESSES.terminate()
+    if interrupts:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    results = running.result()
     _table(results, time.monotonic() - started)
     failed = any(result.failed for result in results)
     if options.times and not failed:
         _write_times(Path(options.document), results)
     return 1 if failed else 0
+
+
+def _run_all(groups: list[str], profile: str, where: str) -> list[Result]:
+    """The results of all groups. Raises Interrupted."""
+    results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile, where)
+    for group in groups:
+        if group not in SIDE_BY_SIDE:
+            print(f"== {group}", flush=True)
+            before = _traces(where)
+            results.append(_run(group, profile, None))
+            _check_traces(where, before, results[-1])
+    return results
 
 
 def _run_side_by_side(groups: list[str], profile: str, where: str) -> list[Result]:
@@ -191,12 +204,7 @@ def _run_side_by_side(groups: list[str], profile: str, where: str) -> list[Resul
         return result
 
     with ThreadPoolExecutor(max(2, CORES)) as pool:
-        running = [pool.submit(run, group) for group in groups]
-        try:
-            results = [it.result() for it in running]
-        except KeyboardInterrupt:
-            PROCESSES.terminate()
-            raise
+        results = list(pool.map(run, groups))
     machine = Result("machine")
     _check_traces(where, before, machine)
     return [*results, machine] if machine.failed else results

@@ -15,7 +15,7 @@ import pytest
 import processes
 from repo.files import ROOT
 
-LIMIT_S = 60.0
+LIMIT_S = 150.0  # the runner kills a group that does not end within 60 s after an interrupt
 # Each test signals that it runs and waits for the other one, so both pass that point only if they run in parallel.
 MEET = """
 import time
@@ -23,20 +23,30 @@ from pathlib import Path
 
 def test_meet():
     Path({mine!r}).touch()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not Path({other!r}).exists():
         assert time.monotonic() < until, "the other group does not run"
         time.sleep(0.02)
     print("{word}\\n" * 100)
     assert 0
 """
+# A signal between a look for signals and the sleep does not end the sleep, so each sleep is short.
 SLEEP = """
 import os, time
 from pathlib import Path
 
-def test_sleep():
+import pytest
+
+@pytest.fixture
+def network():
+    yield
+    Path({deleted!r}).touch()
+
+def test_sleep(network):
     Path({pid!r}).write_text(str(os.getpid()))
-    time.sleep(600)
+    until = time.monotonic() + 600
+    while time.monotonic() < until:
+        time.sleep(0.05)
 """
 CONFTEST = "def pytest_addoption(parser):\n    parser.addoption('--hypothesis-profile')\n"
 DOCUMENT = """
@@ -111,8 +121,9 @@ def test_what_a_group_leaves_behind_is_a_failure(checkout: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_groups(checkout: Path, number: signal.Signals) -> None:
     pids = [checkout / "a", checkout / "b"]
-    for group, pid in zip(("unit", "repo"), pids, strict=True):
-        write(checkout, group, SLEEP.format(pid=str(pid)))
+    deleted = [checkout / "a-deleted", checkout / "b-deleted"]
+    for group, pid, file in zip(("unit", "repo"), pids, deleted, strict=True):
+        write(checkout, group, SLEEP.format(pid=str(pid), deleted=str(file)))
     with start(checkout, "unit", "repo") as process:
         try:
             until = time.monotonic() + LIMIT_S
@@ -123,6 +134,7 @@ def test_a_signal_stops_all_groups(checkout: Path, number: signal.Signals) -> No
             _, said = process.communicate(timeout=LIMIT_S)
             assert (process.returncode, said.splitlines()[-1]) == (130, "interrupted")
             assert [pid for pid in pids if Path("/proc", pid.read_text()).exists()] == []
+            assert all(file.exists() for file in deleted), "a group ended without the tear-down of its fixtures"
         finally:
             process.kill()
             for pid in pids:
