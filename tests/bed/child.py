@@ -238,7 +238,7 @@ def _supervise(services: dict[str, list[str]]) -> NoReturn:
     running = {_spawn(argv, f"/var/log/{name}.log"): name for name, argv in services.items()}
     waiting: dict[str, float] = {}
     if "sshd" in services:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 50
         while not _listens(22) and time.monotonic() < deadline:
             time.sleep(0.004)
     say({"ready": True})

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 PROGRAM = Path(__file__).with_name("child.py")
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 # Longer than the longest request in the process (120 s), so that the process reports its own timeout first.
 ANSWER_TIMEOUT_S = 150.0
 
@@ -41,7 +41,7 @@ class Running(Generic[T]):
     ):
         self._client, self._number, self._answer, self._ready, self._shape = client, number, answer, ready, shape
 
-    def wait_ready(self, timeout_s: float = 10.0) -> Running[T]:
+    def wait_ready(self, timeout_s: float = 60.0) -> Running[T]:
         """Wait until the operation has started: a watch records, a transfer is connected.
 
         Raises the exception of the operation, or TimeoutError after ``timeout_s`` seconds.

@@ -166,10 +166,12 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
         database.destroy()
     web.destroy()
     network.delete()
-    left = [difference(was, _objects(each)) for was, each in zip(before, bed.hosts, strict=True)]
+    nothing_left = until(
+        lambda: all(difference(was, _objects(each)) == {} for was, each in zip(before, bed.hosts, strict=True))
+    )
     show.step(
         "the network is deleted",
-        ("no process, namespace, link, route, rule, file or flow is left", left == [{}, {}]),
+        ("no process, namespace, link, route, rule, file or flow is left", nothing_left),
         ("ARP requests for 203.0.113.20 are not answered", internet.who_has("203.0.113.20") == []),
     )
     return show.failed, show.proofs
@@ -204,7 +206,7 @@ def _forwards(show: Show, network: IsolatedNetwork, internet: Internet, web: Vm,
     )
     with internet.open("203.0.113.21", 8080) as kept, internet.open("203.0.113.21", 2222) as cut:
         network.delete_firewall_rule(rule)
-        still, ended = kept.ask(), cut.ask()
+        still, ended = kept.ask(), cut.ask(timeout_s=0.5)
         show.step(
             "the rule for 2222 is deleted",
             ("an open connection to 2222 ends", ended != "answered"),
@@ -307,21 +309,21 @@ def _objects(host: Host) -> dict[str, list[str]]:
 
 
 def _lease(vm: Vm) -> str:
-    words = ["udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true"]
+    words = ["udhcpc", "-f", "-q", "-n", "-t", "20", "-T", "1", "-i", "eth0", "-s", "/bin/true"]
     done = vm.run("busybox", *words, check=False)
     return done.out + done.err
 
 
 def _dig(vm: Vm, *words: str) -> str:
-    return vm.run("dig", "@10.10.1.1", "+short", "+time=5", "+tries=1", *words, check=False).out.strip()
+    return vm.run("dig", "@10.10.1.1", "+short", "+time=5", "+tries=4", *words, check=False).out.strip()
 
 
 def _get(vm: Vm, path: str) -> str:
-    return vm.run("curl", "-s", "-m", "5", f"http://10.10.1.1{path}", check=False).out
+    return vm.run("curl", "-s", "-m", "20", f"http://10.10.1.1{path}", check=False).out
 
 
 def _password(vm: Vm, word: str = "send_my_password") -> str:
-    done = vm.run("curl", "-s", "-m", "5", "-H", f"DomU_Request: {word}", "http://10.10.1.1:8080/", check=False)
+    done = vm.run("curl", "-s", "-m", "20", "-H", f"DomU_Request: {word}", "http://10.10.1.1:8080/", check=False)
     return done.out.strip()
 
 

@@ -1,7 +1,8 @@
 """An inventory of everything on a host that a network could leave behind, by name.
 
 It uses the tools of an operator and no code of netloom. The processes of the bed, sessions of sshd, link-local IPv6
-addresses and neighbour entries are left out, because they exist without any network.
+addresses and neighbour entries are left out, because they exist without any network. So are the elements of dynamic
+sets: packets add them.
 """
 
 from __future__ import annotations
@@ -139,7 +140,10 @@ def _nftables(text: str) -> list[str]:
             names.append(f"{table} chain {thing['chain']} rule {expression}{comment}")
         else:
             names.append(f"{table} {kind} {thing['name']}")
-        elements = thing.get("elem", []) if kind in ("set", "map") else []
+        # Packets add the elements of dynamic sets, some of them by chance, and time removes them. They have a size:
+        # nft 1.0.6 does not print the flag.
+        lasting = kind in ("set", "map") and "size" not in thing
+        elements = thing.get("elem", []) if lasting else []
         names += [f"{table} {kind} {thing['name']} element {_element(element)}" for element in elements]
     return names
 

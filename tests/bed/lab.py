@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -113,7 +114,7 @@ class Host(Machine):
         self.address6 = f"{MANAGEMENT_NET6}::{10 + number}"
         self.vms: list[Vm] = []
         self.running = False
-        self._taps = 0
+        self._taps = itertools.count(1)  # VMs may be started by several threads
         self._init: Client | None = None
         self._segments: list[tuple[str, str]] = []
         self.name = f"h{number}"
@@ -239,9 +240,9 @@ class Host(Machine):
         if str(vlan) != "untagged":
             self.bed.add_segments([(nic, str(vlan))])
         bridge = bridge or f"br{nic}-{vlan}"
-        self._taps += 1
-        tap = f"vnet{self._taps}"
-        mac = mac or f"02:4c:{self.number:02x}:00:{self._taps >> 8:02x}:{self._taps & 255:02x}"
+        tap_number = next(self._taps)
+        tap = f"vnet{tap_number}"
+        mac = mac or f"02:4c:{self.number:02x}:00:{tap_number >> 8:02x}:{tap_number & 255:02x}"
         assert self._init is not None
         spec = {
             "role": "node",

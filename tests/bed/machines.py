@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from bed.client import BedError, Client, Running
+from bed.probes import PATIENCE_S
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,11 @@ class Connection:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, text: str = "still there?", timeout_s: float = 2.0) -> str:
+    def ask(self, text: str = "still there?", timeout_s: float = PATIENCE_S) -> str:
         """Send a line, wait for its echo: ``answered``, ``timeout``, ``reset`` or ``closed``."""
         return str(self._machine.client.call("ask_on", number=self._number, text=text, timeout_s=timeout_s))
 
-    def hear(self, timeout_s: float = 2.0) -> str:
+    def hear(self, timeout_s: float = PATIENCE_S) -> str:
         """The next line that the server sends; ``<timeout>``, ``<reset>`` or ``<closed>`` when none comes."""
         return str(self._machine.client.call("hear_on", number=self._number, timeout_s=timeout_s))
 
@@ -299,10 +300,13 @@ class Machine:
 
     # --- frames
 
-    def watch_arp(self, link: str = "eth0", *, seconds: float = 30.0) -> Running[list[Arp]]:
-        """Record arriving ARP frames until stopped; recording has begun when this returns."""
+    def watch_arp(self, link: str = "eth0", *, seconds: float = 30.0, announced: str = "") -> Running[list[Arp]]:
+        """Record arriving ARP frames until stopped; recording has begun when this returns.
+
+        Given ``announced``, it ends with the first gratuitous frame of this address.
+        """
         shape: Callable[[Any], list[Arp]] = lambda value: [Arp(**each) for each in value]  # noqa: E731
-        return self.client.start("watch_arp", shape, link=link, seconds=seconds).wait_ready()
+        return self.client.start("watch_arp", shape, link=link, seconds=seconds, announced=announced).wait_ready()
 
     def who_has(self, address: str, *, link: str = "eth0", **options: Any) -> list[str]:
         """The MAC addresses that answer ARP for an address. Options: source, timeout_s."""
@@ -316,7 +320,7 @@ class Machine:
         return self.client.start("capture", list, link=link, seconds=seconds, **options).wait_ready()
 
 
-def until(what: Callable[[], Any], *, seconds: float = 10.0, pause_s: float = 0.05) -> bool:
+def until(what: Callable[[], Any], *, seconds: float = 30.0, pause_s: float = 0.05) -> bool:
     """Poll ``what``; returns whether it became true within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not what():

@@ -19,7 +19,10 @@ from collections.abc import Callable
 from typing import Any
 
 TIMEOUT_S_MAX = 120.0
+# How long a probe waits for what must come. On a loaded machine a process may get no processor for seconds.
+PATIENCE_S = 20.0
 FLOOD_COUNT_MAX = 200_000
+FLOWS_MAX = 2000  # of a flood at a time
 _FAILURES = {
     errno.ECONNREFUSED: "refused",
     errno.ECONNRESET: "reset",
@@ -31,8 +34,9 @@ _FAILURES = {
     errno.EPERM: "prohibited",
 }
 _ICMP_ERRORS = {3: "unreachable", 11: "expired"}
-# linux/in.h; Python 3.11 does not name it.
+# linux/in.h and asm-generic/socket.h; Python 3.11 does not name them.
 IP_PKTINFO = 8
+SO_RCVBUFFORCE = 33
 ETH_P_ALL, ETH_P_ARP = 0x0003, 0x0806
 
 
@@ -78,7 +82,7 @@ def tcp_connect(
     address: str,
     port: int,
     *,
-    timeout_s: float = 2.0,
+    timeout_s: float = PATIENCE_S,
     source: str = "",
     source_port: int = 0,
     say: str = "",
@@ -111,7 +115,7 @@ def udp_exchange(
     address: str,
     port: int,
     *,
-    timeout_s: float = 1.0,
+    timeout_s: float = PATIENCE_S,
     source: str = "",
     source_port: int = 0,
     say: str = "hello",
@@ -156,7 +160,7 @@ def icmp(
     kind: int = 8,
     code: int = 0,
     count: int = 1,
-    timeout_s: float = 1.0,
+    timeout_s: float = PATIENCE_S,
     source: str = "",
     size: int = 16,
 ) -> dict[str, Any]:
@@ -178,11 +182,11 @@ def icmp(
                 said = _outcome(error)
                 continue
             deadline = time.monotonic() + timeout_s
-            while (left := deadline - time.monotonic()) > 0:
-                raw.settimeout(left)
+            while True:
+                raw.settimeout(max(0.0, deadline - time.monotonic()))  # 0: only what has arrived already
                 try:
                     reply, peer = raw.recvfrom(4096)
-                except TimeoutError:
+                except (TimeoutError, BlockingIOError):
                     break
                 header = (reply[0] & 15) * 4
                 got_kind = reply[header]
@@ -225,7 +229,8 @@ class Servers:
                 listener = socket.create_server((address, port), family=_family(address), backlog=512)
             else:
                 listener = socket.socket(_family(address), socket.SOCK_DGRAM)
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+                # 10,000 datagrams, whatever net.core.rmem_max is: this thread may get no processor for seconds.
+                listener.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 4 << 20)
                 if listener.family == socket.AF_INET:
                     listener.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
                 else:
@@ -371,7 +376,7 @@ _kept: dict[int, socket.socket] = {}
 
 
 def open_tcp(
-    stop: Control, address: str, port: int, *, timeout_s: float = 3.0, source: str = "", source_port: int = 0
+    stop: Control, address: str, port: int, *, timeout_s: float = PATIENCE_S, source: str = "", source_port: int = 0
 ) -> dict[str, Any]:
     """Open a connection and keep it; returns its number and the server's first line."""
     _bounded(timeout_s)
@@ -436,7 +441,6 @@ def transfer(
     sent, echoed = hashlib.sha256(), hashlib.sha256()
     count, back, stall_s, failure = 0, 0, 0.0, ""
     seed = random.randbytes(8192)
-    deadline = time.monotonic() + seconds
     with socket.socket(_family(address), socket.SOCK_STREAM) as client:
         client.settimeout(15)
         try:
@@ -446,6 +450,7 @@ def transfer(
             _line(client)
             stop.ready()
             progress = time.monotonic()
+            deadline = progress + seconds
             while time.monotonic() < deadline and not stop.is_set():
                 block = seed[: 1 + count % 8191]
                 client.sendall(block)
@@ -481,17 +486,23 @@ def flood_udp(
     *,
     count: int = 1000,
     rate: int = 1000,
-    linger_s: float = 1.0,
+    linger_s: float = PATIENCE_S,
     source: str = "",
 ) -> dict[str, Any]:
-    """Send one datagram per new flow, at a rate, to the ports in turn; returns the answers per port."""
+    """Send one datagram per new flow, at most at a rate, to the ports in turn; returns the answers per port.
+
+    It ends with the last answer, and ``linger_s`` seconds after the last datagram when an answer is missing.
+    """
     if not 0 < count <= FLOOD_COUNT_MAX:
         raise ValueError(f"{count} datagrams are too many")
     _bounded(count / rate + linger_s)
     sent = dict.fromkeys(map(str, ports), 0)
     answered = dict.fromkeys(map(str, ports), 0)
-    waiting: list[tuple[socket.socket, str]] = []
     selector = selectors.DefaultSelector()
+
+    def forget(client: Any) -> None:
+        selector.unregister(client)
+        client.close()
 
     def collect(seconds: float) -> None:
         for key, _ in selector.select(seconds):
@@ -501,10 +512,10 @@ def flood_udp(
                 answered[key.data] += 1
             except OSError:
                 pass
-            selector.unregister(client)
-            client.close()
+            forget(client)
 
-    began = time.monotonic()
+    due = time.monotonic()
+    patience_s = linger_s
     for number in range(count):
         if stop.is_set():
             break
@@ -520,20 +531,20 @@ def flood_udp(
             client.close()
             continue
         selector.register(client, selectors.EVENT_READ, str(port))
-        waiting.append((client, str(port)))
-        if len(waiting) > 2000:
-            # Close flows without an answer after a number of later flows, because descriptors are limited.
-            old, _ = waiting.pop(0)
-            if old.fileno() >= 0:
-                selector.unregister(old)
-                old.close()
-        ahead_s = began + (number + 1) / rate - time.monotonic()
-        collect(max(0.0, ahead_s))
+        # Descriptors are limited: wait for answers, and at last close the oldest flow without one.
+        while len(selector.get_map()) > FLOWS_MAX and patience_s > 0:
+            collect(0.05)
+            patience_s -= 0.05
+        if len(selector.get_map()) > FLOWS_MAX:
+            forget(next(iter(selector.get_map().values())).fileobj)
+        # After a pause of this process most of it is not made up for: a burst would fill the queues of the path.
+        due = max(due + 1 / rate, time.monotonic() - 0.02)
+        collect(max(0.0, due - time.monotonic()))
     deadline = time.monotonic() + linger_s
     while time.monotonic() < deadline and selector.get_map():
         collect(0.05)
-    for client, _ in waiting:
-        client.close()
+    for key in list(selector.get_map().values()):
+        forget(key.fileobj)
     selector.close()
     return {"sent": sent, "answered": answered}
 
@@ -584,20 +595,31 @@ def link_mac(link: str) -> str:
         return file.read().strip()
 
 
-def watch_arp(stop: Control, link: str, *, seconds: float = 10.0) -> list[dict[str, Any]]:
-    """Record ARP frames on a link until stopped. ``gratuitous``: sender and target address are equal."""
+def _received(raw: socket.socket, deadline: float, stop: Control) -> tuple[bytes, Any] | None:
+    """The next frame; None at the deadline and when stopped, once all frames that have arrived have been read."""
+    while True:
+        ended = stop.is_set() or time.monotonic() >= deadline
+        raw.settimeout(0.0 if ended else 0.05)
+        try:
+            return raw.recvfrom(65536)
+        except (TimeoutError, BlockingIOError):
+            if ended:
+                return None
+
+
+def watch_arp(stop: Control, link: str, *, seconds: float = 10.0, announced: str = "") -> list[dict[str, Any]]:
+    """Record ARP frames on a link until stopped. ``gratuitous``: sender and target address are equal.
+
+    Given ``announced``, it ends with the first gratuitous frame of this address.
+    """
     _bounded(seconds)
     frames: list[dict[str, Any]] = []
     deadline = time.monotonic() + seconds
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ARP)) as raw:
         raw.bind((link, ETH_P_ARP))
-        raw.settimeout(0.05)
         stop.ready()
-        while time.monotonic() < deadline and not stop.is_set() and len(frames) < 10_000:
-            try:
-                frame, where = raw.recvfrom(2048)
-            except TimeoutError:
-                continue
+        while len(frames) < 10_000 and (received := _received(raw, deadline, stop)):
+            frame, where = received
             if where[2] == socket.PACKET_OUTGOING or len(frame) < 42:
                 continue
             frames.append(
@@ -610,6 +632,8 @@ def watch_arp(stop: Control, link: str, *, seconds: float = 10.0) -> list[dict[s
                     "broadcast": frame[0:6] == b"\xff" * 6,
                 }
             )
+            if announced and frames[-1]["gratuitous"] and frames[-1]["sender"] == announced:
+                break
     return frames
 
 
@@ -625,11 +649,11 @@ def who_has(stop: Control, link: str, address: str, *, source: str = "0.0.0.0", 
         raw.bind((link, ETH_P_ARP))
         raw.send(request)
         deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            raw.settimeout(left)
+        while True:
+            raw.settimeout(max(0.0, deadline - time.monotonic()))  # 0: only what has arrived already
             try:
                 frame = raw.recv(2048)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 break
             is_reply = frame[20:22] == b"\0\2" and frame[28:32] == target
             if is_reply and _mac(frame[22:28]) not in found:
@@ -656,13 +680,9 @@ def capture(
     deadline = time.monotonic() + seconds
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ethertype)) as raw:
         raw.bind((link, ethertype))
-        raw.settimeout(0.05)
         stop.ready()
-        while time.monotonic() < deadline and not stop.is_set() and len(frames) < count_max:
-            try:
-                frame, where = raw.recvfrom(65536)
-            except TimeoutError:
-                continue
+        while len(frames) < count_max and (received := _received(raw, deadline, stop)):
+            frame, where = received
             if where[2] != socket.PACKET_OUTGOING:
                 frames.append(frame.hex())
     return frames

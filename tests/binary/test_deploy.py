@@ -63,7 +63,7 @@ def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
         204, vlan=1204, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=101, source_nat="203.0.113.20"
     )
     net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
-    assert running_agents(host) == [OLDER]
+    assert until(lambda: running_agents(host) == [OLDER], seconds=SETTLE_S)
     resolvers = host.sh("ps -A -o pid=,args= | grep '[d]nsmasq'")
     # The operator replaces the old file with the new one.
     server.replace(file)
@@ -77,11 +77,11 @@ def test_the_one_file_upgrades_rolls_back_and_uninstalls_without_residue(
     # An operator rolls back, and installs the new build again.
     agent = f"{LIBEXEC}/{build}/netloom"
     host.run(agent, "agent", "rollback")
-    assert running_agents(host) == [OLDER]
+    assert until(lambda: running_agents(host) == [OLDER], seconds=SETTLE_S)
     assert succeeded(server.ask())
     assert running_agents(host) == [OLDER]
     host.run(agent, "agent", "install")
-    assert running_agents(host) == [build]
+    assert until(lambda: running_agents(host) == [build], seconds=SETTLE_S)
     # An operator queries all hosts, and uninstalls.
     bed.management.write("/root/key", bed.private_key, mode=0o600)
     login = ["--hosts", host.address, "--sshkey", "/root/key"]

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import processes
+from bed.machines import until
 from binary.onefile import build_id, one_file
 
 pytestmark = pytest.mark.binary
@@ -114,6 +115,24 @@ def room(held: Path) -> Iterator[Room]:
         it.close()
 
 
+def helper_of(room: Room) -> int:
+    """The pid of the only helper, once it executes the unpacked program of this build. A call does not wait for it."""
+
+    def found() -> list[int]:
+        return [pid for pid in room.processes("helper") if executable(pid).endswith(f"/{build_id()}/netloom.bin")]
+
+    assert until(lambda: len(found()) == 1), room.processes("helper")
+    (helper,) = room.processes("helper")
+    return helper
+
+
+def executable(pid: int) -> str:
+    """The path of the file that a process executes; empty when it has ended."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/exe")
+    return ""
+
+
 def test_version_prints_the_build(room: Room) -> None:
     done = room.run(f"{RUN} version --json", HOME="/root")
     assert (done.returncode, done.stderr) == (0, "")
@@ -150,7 +169,7 @@ def test_a_child_process_gets_the_callers_environment(room: Room) -> None:
     """Nuitka changes PATH for the interpreter. Only the program's own variables are added."""
     room.run("echo '{}' >/tmp/payload")
     room.run(f"{RUN} ensure-network-device /tmp/payload 60", HOME="/root", NETLOOM_HELPER="60", LANG="C")
-    (helper,) = room.processes("helper")
+    helper = helper_of(room)
     told = dict(it.split("=", 1) for it in Path(f"/proc/{helper}/environ").read_text().split("\0") if it)
     assert told == {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -342,13 +361,9 @@ def test_a_call_starts_a_helper_that_inherits_no_descriptors(room: Room) -> None
     room.run("echo '{}' >/tmp/payload")
     done = room.run(f"{RUN} ensure-network-device /tmp/payload 60 | cat; exit 0", HOME="/root", NETLOOM_HELPER="60")
     assert "missing" in done.stdout + done.stderr
-    (helper,) = room.processes("helper")
-    assert os.readlink(f"/proc/{helper}/exe").endswith(f"/{build_id()}/netloom.bin")
+    helper = helper_of(room)
     os.kill(helper, signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while room.processes("helper"):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert until(lambda: room.processes("helper") == [])
 
 
 def test_a_call_does_not_load_os_or_site(room: Room) -> None:

@@ -10,6 +10,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import NAT_SERVICES, FakeCloudStack
 from bed.lab import Internet
+from bed.machines import until
 from bed.payloads import Offering, VpcFacts
 from bed.vpc import Vpc
 from e2e.networks import OUTSIDE, Life, MakeLife, MakeVpc, VpcLife
@@ -44,9 +45,14 @@ def cloud(bed: Bed) -> FakeCloudStack:
     """A CloudStack that logs in as root by key."""
     cloud = FakeCloudStack.on(bed.management)
     cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
-    # This call asks every candidate host, so both agents run before the first test records its traces.
-    sent = cloud.isolated_network(200, vlan=1200, cidr="10.10.0.0/24", offering=NAT_SERVICES).ensure()
-    assert sent.ok, sent.output
+
+    def agents_run() -> bool:
+        # This call asks every candidate host, but waits only for some seconds for the slower ones.
+        sent = cloud.isolated_network(200, vlan=1200, cidr="10.10.0.0/24", offering=NAT_SERVICES).ensure()
+        assert sent.ok, sent.output
+        return all(any("agent serve" in it for it in host.objects()["processes"]) for host in bed.hosts)
+
+    assert until(agents_run, seconds=120), "both agents run before the first test records its traces"
     return cloud
 
 

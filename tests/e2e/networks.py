@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bed import Bed
 from bed.cloudstack import FakeCloudStack, IsolatedNetwork
-from bed.lab import Host, Vm, difference
+from bed.lab import Host, Internet, Vm, difference
 from bed.machines import until
 from bed.payloads import Nic, Offering, PublicAddress
 from bed.vpc import TIER_SERVICES, Tier, Vpc
@@ -82,7 +82,7 @@ class Life:
 
 @contextmanager
 def impatient(cloud: FakeCloudStack, timeout_s: int = 8) -> Iterator[None]:
-    """Shorten CloudStack's deadline of 60 s, for hosts that do not answer."""
+    """Shorten CloudStack's deadline of 60 s, for hosts that do not answer. A call waits 5 s for their first packet."""
     usual, cloud.timeout_s = cloud.timeout_s, timeout_s
     try:
         yield
@@ -142,20 +142,72 @@ class VpcLife:
 MakeVpc = Callable[..., VpcLife]
 
 
+Differences = dict[str, dict[str, dict[str, list[str]]]]
+"""Objects that were added (``+``) or removed (``-``), by host and category."""
+
+
 class Traces:
     """The objects of every host at the time of construction, to compare with later."""
 
+    # What follows a command or the end of a VM a moment later: processes end, the agent removes the guard of a bridge
+    # that is gone, and conntrack entries of closed connections are removed.
+    LATE = frozenset({"processes", "nftables", "conntrack"})
+
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
-        self._settle()
-        self._before = {host.name: host.objects() for host in bed.hosts}
+        self._before = {host.name: _settled(host) for host in bed.hosts}
 
-    def differences(self) -> dict[str, dict[str, dict[str, list[str]]]]:
-        """Objects that were added or removed since the construction, by host; empty when there are none."""
-        self._settle()
-        found = {host.name: difference(self._before[host.name], host.objects()) for host in self.bed.hosts}
+    def differences(self) -> Differences:
+        """Objects that were added or removed since the construction; empty when there are none."""
+        found = {host.name: difference(self._before[host.name], _settled(host)) for host in self.bed.hosts}
         return {name: changes for name, changes in found.items() if changes}
 
-    def _settle(self) -> None:
-        """Wait until the relays of the last call have ended, for which the client does not wait."""
-        until(lambda: not any("agent connect" in it for host in self.bed.hosts for it in host.objects()["processes"]))
+    def left(self) -> Differences:
+        """The differences, if necessary those after some seconds: what may go late is waited for, and nothing else."""
+        found: list[Differences] = []
+
+        def settled() -> bool:
+            found[:] = [self.differences()]
+            return any(changes.keys() - self.LATE for changes in found[0].values()) or not found[0]
+
+        until(settled)
+        return found[0]
+
+
+def _settled(host: Host) -> dict[str, list[str]]:
+    """The objects of the host once two reads see the same processes, and none is a relay of the last call.
+
+    The client does not wait for the end of relays, and programs that the agent runs end within moments.
+    """
+    objects: dict[str, list[str]] = {}
+
+    def settled() -> bool:
+        nonlocal objects
+        before, objects = objects, host.objects()
+        processes = objects["processes"]
+        return before.get("processes") == processes and not any("agent connect" in it for it in processes)
+
+    assert until(settled), objects["processes"]
+    return objects
+
+
+LEASE_TOLD = """#!/bin/sh
+[ "$1" = bound ] && env >&2
+exit 0
+"""
+
+
+def lease(vm: Vm, *, tries: int = 20, options: Sequence[str] = ()) -> str:
+    """Run busybox udhcpc with a try each second. Returns its output and the variables of its lease, one per line.
+
+    ``tries``: fewer where no lease may come. ``options``: further DHCP options to ask for, by udhcpc's names.
+    """
+    vm.write("/tmp/lease", LEASE_TOLD, mode=0o755)
+    words = ["-f", "-q", "-n", "-t", str(tries), "-T", "1", "-i", "eth0", "-s", "/tmp/lease"]
+    done = vm.run("busybox", "udhcpc", *words, *(f"-O{it}" for it in options), check=False)
+    return done.out + done.err
+
+
+def answers_arp(machine: Internet, address: str) -> bool:
+    """Whether a machine answers ARP for the address, within a generous time."""
+    return until(lambda: machine.who_has(address) != [])

@@ -175,9 +175,9 @@ def test_a_long_transfer_survives_changes_of_other_rules(life: Life, internet: I
 def test_a_new_address_is_announced_by_gratuitous_arp(life: Life, internet: Internet) -> None:
     _, nic = life.vm("web-1")
     address = life.network.associate(life.public(1))
-    watch = internet.watch_arp(seconds=60)
+    watch = internet.watch_arp(seconds=60, announced=address.ip)
     life.network.add_port_forward(address, 22, nic)
-    frames = watch.stop()
+    frames = watch.result()
     assert any(frame.gratuitous and frame.broadcast and frame.sender == address.ip for frame in frames)
 
 

@@ -7,7 +7,7 @@ import pytest
 from bed import Bed
 from bed.lab import Internet
 from bed.payloads import AclItem
-from e2e.networks import OUTSIDE, MakeVpc, Traces, VpcLife
+from e2e.networks import OUTSIDE, MakeVpc, Traces, VpcLife, lease
 
 CLOSED = {"timeout_s": 0.4}
 ALLOW = [AclItem(1, "allow", "ingress", "all"), AclItem(2, "allow", "egress", "all")]
@@ -51,8 +51,7 @@ def test_first_vm_in_a_tier_and_second_tier(make_vpc: MakeVpc, internet: Interne
     ]  # fmt: skip
     two, _ = life.vm(app, "app-1")
     assert web.failures == app.failures == []
-    got = one.run("busybox", "udhcpc", "-f", "-q", "-n", "-t", "5", "-T", "1", "-i", "eth0", "-s", "/bin/true")
-    assert f"obtained from {web.facts.gateway}" in got.out + got.err
+    assert f"obtained from {web.facts.gateway}" in lease(one)
     assert app.facts.gateway in one.run("ip", "route", "get", app.facts.gateway).out
     with internet.serve_tcp(80), two.serve_tcp(22):
         assert one.tcp(OUTSIDE, 80).saw == two.tcp(OUTSIDE, 80).saw == life.public[0].ip
@@ -158,7 +157,7 @@ def test_a_deleted_vpc_leaves_nothing(make_vpc: MakeVpc, bed: Bed) -> None:
     life.vms.remove(vm)
     tier.delete()
     life.vpc.delete()
-    assert before.differences() == {}
+    assert before.left() == {}
 
 
 def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> None:
@@ -171,7 +170,7 @@ def test_a_failed_vpc_is_deleted_with_its_tiers(make_vpc: MakeVpc, bed: Bed) -> 
     life.vpc.delete()
     life.vpc.delete()
     life.vpc.tiers.clear()
-    assert before.differences() == {}
+    assert before.left() == {}
 
 
 @pytest.mark.binary
