@@ -15,13 +15,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, act, agent_host, done, message
-from kernel.isolated_network import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, SERVER, WEB, WEB_IP, live_with_vm
+from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
+from kernel.isolated_network import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, NS, SERVER, WEB, WEB_IP, live_with_vm
 
 UPSTREAM = "198.51.100.53"
 UNKNOWN_MAC = "02:01:00:cc:00:99"
 FLOOD = 3000
 BURST, PER_S, CONNECTIONS = 500, 100, 4
+RESETS = 8  # one more each 30 seconds
 
 
 @pytest.fixture
@@ -165,6 +166,49 @@ def test_silent_tcp_connections_of_one_vm_leave_the_resolver_to_others(host: Age
     while asks(host, WEB, "web-1.cs2cloud.internal", tcp=True) != WEB_IP:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+@pytest.mark.mutation("a-half-closed-connection-counts", instead='"60"')
+@pytest.mark.mutation("a-reset-connection-to-the-resolver-counts")
+def test_connections_that_a_vm_resets_count_while_the_resolver_serves_them(host: AgentHost) -> None:
+    """The resolver outside is silent, so a process waits for it, and does not notice that the VM has gone.
+
+    A connection that the VM closes counts until conntrack forgets it.
+    """
+    with host.within():
+        outside = socket.create_server((UPSTREAM, 53))
+    outside.settimeout(5)
+    waiting: list[socket.socket] = []
+    with outside, upstream(host):
+        began = time.monotonic()
+        for at in range(60):
+            time.sleep(0.01)  # the kernel updates its count once per tick
+            with host.within(WEB), contextlib.suppress(ConnectionRefusedError):
+                client = socket.create_connection((SERVER, 53), 5)
+                query = question(f"n{at}.example")
+                client.sendall(struct.pack("!H", len(query)) + query)
+                waiting.append(outside.accept()[0])
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.close()
+        assert asks(host, DB, "web-1.cs2cloud.internal", tcp=True) == WEB_IP
+        assert CONNECTIONS < len(waiting) < CONNECTIONS + RESETS + 2 + (time.monotonic() - began) / 30
+        limited = f"network 204: DNS connections of VM web-1 ({WEB_IP}) are limited to {CONNECTIONS} at the same time"
+        assert limited in message(act(host, "check")).splitlines()
+        with host.within(DB):
+            closed = socket.create_connection((SERVER, 53), 5)
+        closed.sendall(struct.pack("!H", len(query)) + query)
+        waiting.append(outside.accept()[0])
+        closed.shutdown(socket.SHUT_WR)
+        wait_until(lambda: closing_s(host) > 150)  # the process ends after 150 seconds
+        closed.close()
+    for it in waiting:
+        it.close()
+
+
+def closing_s(host: AgentHost) -> int:
+    """The seconds for which conntrack remembers the connection that the VM has closed; 0: there is none."""
+    listed = map(str.split, host.run("cat", "/proc/net/nf_conntrack", namespace=NS).splitlines())
+    return next((int(it[4]) for it in listed if it[5] == "CLOSE_WAIT" and f"src={DB_IP}" in it), 0)
 
 
 def test_elements_that_packets_add_are_no_difference(host: AgentHost) -> None:

@@ -83,7 +83,7 @@ def test_the_path_of_a_packet_names_each_base_chain_at_its_priority() -> None:
     ruleset = (ROOT / "tests/golden/ip6-tiers/ruleset.nft").read_text()
     text_of_inet = ruleset.partition("add table arp")[0]
     chains = re.findall(r"chain (\w+) \{\n\t\ttype .+ priority ([^;]+); policy (\w+);", text_of_inet)
-    assert len(chains) == 13
+    assert len(chains) == 14
     for name, priority, policy in chains:
         dropped = r" \(drop\)" if policy == "drop" else r"(?! \(drop\))"
         assert re.search(rf"(?<![\d-]){priorities[priority]}  {name}\b{dropped}", picture), name

@@ -119,6 +119,7 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             _translate_from(now, policy_nats(scope.pbr, now)),
             _leaving(now),
             _from_device(now),
+            senders.resets(now.networks),  # guard: a-reset-connection-to-the-resolver-counts
             *(chain for chains in address_chains + egress_chains + acl_chains for chain in chains),
         ),
     )

@@ -93,6 +93,7 @@ def ruleset(network: Network, family: str, table: str) -> Ruleset:
                     *refusals(FROM_GUESTS_TO_DEVICE),
                 ),
             ),
+            senders.resets([network]),
             Chain(
                 name="through",
                 hook="type filter hook forward priority filter; policy drop;",  # guard: plain-networks-forward-nothing

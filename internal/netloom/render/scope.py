@@ -182,6 +182,8 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.netfilter.nf_conntrack_tcp_timeout_syn_recv": "30",
         "net.netfilter.nf_conntrack_tcp_timeout_time_wait": "30",
         "net.netfilter.nf_conntrack_tcp_timeout_close": "2",  # guard: closed-connections-are-soon-forgotten
+        # Longer than dnsmasq keeps a TCP connection (150 s). Until then ``senders`` counts one that the VM has closed.
+        "net.netfilter.nf_conntrack_tcp_timeout_close_wait": "180",  # guard: a-half-closed-connection-counts
     }
     # Fragments that wait for the rest of their packet, in bytes. The low mark comes first: it is at most the high one.
     for key in ("net.ipv4.ipfrag", "net.ipv6.ip6frag", "net.netfilter.nf_conntrack_frag6"):

@@ -10,16 +10,21 @@ addresses that are no NIC's, within one narrow limit for all of them: secondary 
 has not sent yet, VMs that reach the device through their router.
 
 On every network each VM has a share of the resolver. A VM is told by its MAC address, because it may have many IPv6
-addresses. MAC addresses that are no NIC's have one share together.
+addresses. MAC addresses that are no NIC's have one share together. A TCP connection that the VM resets ends for
+connection tracking, which counts it, but not for dnsmasq: its process notices nothing while it waits for another
+resolver. So resets have a rate (``resets``). What exceeds it is dropped before connection tracking sees it, and the
+connection counts until dnsmasq ends it.
 
 What exceeds a limit is noted for a minute in the set ``limited_<network>``, for the custom actions check and show.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from netloom import names
 from netloom.render.device import DHCP_PORT, DNS_PORT, HTTP_PORTS
-from netloom.render.ruleset import NftSet
+from netloom.render.ruleset import Chain, NftSet
 from netloom.state import Network
 
 # Half-open connections are kept for 3 seconds (tcp_synack_retries = 1), so one VM has at most 200 + 3 * 25 of them.
@@ -35,6 +40,9 @@ DNS_QUERIES_PER_S = 100
 _DNS_QUERIES = f"{DNS_QUERIES_PER_S}/second burst 500 packets"
 # dnsmasq starts a process for each TCP connection, and ends it after 150 seconds. Versions before 2.90 allow 20.
 DNS_CONNECTIONS = 4
+# Each reset may leave a process for 150 seconds. So one VM has up to 4 + 8 + 2.5 * 2 of them.
+_DNS_RESETS = "2/minute burst 8 packets"
+_DNS_RESETS_TIMEOUT = "5m"  # longer than the burst needs to be full again
 
 _NO_MAC = "00:00:00:00:00:00"  # stands for all MAC addresses that are no NIC's
 _RATE_TIMEOUT = "1m"
@@ -58,6 +66,7 @@ def sets(network: Network) -> tuple[NftSet, ...]:
         _rates(_http_rate(network), "ipv4_addr", size),
         _rates(_dhcp_rate(network), "ether_addr", size),
         _rates(_dns_rate(network), "ether_addr", size),
+        _rates(_dns_resets(network), "ether_addr", size, _DNS_RESETS_TIMEOUT),
         # Without a timeout: the kernel counts connections in such sets only, and removes elements without connections.
         NftSet(
             name=_dns_connections(network),
@@ -110,17 +119,36 @@ def guards(network: Network) -> tuple[str, ...]:
     )
 
 
+def resets(networks: Iterable[Network]) -> Chain:
+    """Drop what exceeds the rate of resets that a VM sends to the resolver (see above)."""
+    rules = [rule for network in networks for rule in _dns_reset_rates(network)]
+    return Chain(name="resets", hook="type filter hook prerouting priority raw; policy accept;", rules=tuple(rules))
+
+
+def _dns_reset_rates(network: Network) -> list[str]:
+    link = f'iifname "{names.guest_link(network.network_id)}"'
+    known, unknown = f"ether saddr @{macs_set(network)}", f"ether saddr != @{macs_set(network)}"
+    over = f"limit rate over {_DNS_RESETS}"
+    rules = []
+    for target in _resolver(network):
+        reset = f"{link} {target} tcp dport {DNS_PORT} tcp flags rst"
+        rules += [
+            f"{reset} {known} update @{_dns_resets(network)} {{ ether saddr {over} }} drop",
+            f"{reset} {unknown} {over} drop",
+        ]
+    return rules
+
+
 def _dns_shares(network: Network, link: str) -> list[str]:
     """The share of each VM of the resolver: questions over UDP by rate, TCP connections by number."""
     unknown, known = f"ether saddr != @{macs_set(network)}", f"ether saddr @{macs_set(network)}"
-    targets = [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
     over = f"limit rate over {_DNS_QUERIES}"
     by_rate = f"{known} update @{_dns_rate(network)} {{ ether saddr {over} }} {_noted(network)} drop"
     by_rate_together = f"{unknown} {over} {_noted(network, _NO_MAC)} drop"
     by_number = f"{known} {_counted(network)} {_noted(network)} reject with tcp reset"
     by_number_together = f"{unknown} {_counted(network, _NO_MAC)} {_noted(network, _NO_MAC)} reject with tcp reset"
     rules = []
-    for target in targets:
+    for target in _resolver(network):
         udp = f"{link} {target} udp dport {DNS_PORT}"
         tcp = f"{link} {target} tcp dport {DNS_PORT} ct state new"
         rules += [
@@ -130,6 +158,10 @@ def _dns_shares(network: Network, link: str) -> list[str]:
             f"{tcp} {by_number_together}",
         ]
     return rules
+
+
+def _resolver(network: Network) -> list[str]:
+    return [f"ip daddr {network.device_ip}", *([f"ip6 daddr {network.ip6_gateway}"] if network.has_ip6 else [])]
 
 
 def _counted(network: Network, mac: str = "ether saddr") -> str:
@@ -193,5 +225,9 @@ def _dns_connections(network: Network) -> str:
     return f"dns_connections_{network.network_id}"
 
 
-def _rates(name: str, key: str, size: int) -> NftSet:
-    return NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=size, timeout=_RATE_TIMEOUT)
+def _dns_resets(network: Network) -> str:
+    return f"dns_resets_{network.network_id}"
+
+
+def _rates(name: str, key: str, size: int, timeout: str = _RATE_TIMEOUT) -> NftSet:
+    return NftSet(name=name, kind="set", type=key, flags="dynamic,timeout", size=size, timeout=timeout)
