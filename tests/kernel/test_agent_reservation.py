@@ -5,6 +5,9 @@ tests/e2e/test_isolated_life.py has the same for isolated networks, with NAT.
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +32,16 @@ CASES: dict[str, Case] = {
         "cs-net-520", "520", "10.50.1", "10.50.1.1",
     ),
 }  # fmt: skip
+NAT_CASES: dict[str, Case] = {
+    "isolated": (
+        [("020", "implement-network"), ("021", "assign-ip")], "cs-net-204", "204", "10.10.1", "10.10.1.1",
+    ),
+    "tier": (
+        [("202", "implement-vpc"), ("210", "implement-network"), ("211", "assign-ip"), ("213", "apply-network-acl")],
+        "cs-vpc-7", "310", "10.20.1", "10.20.1.1",
+    ),
+}  # fmt: skip
+SOURCE_NAT = {"isolated": "203.0.113.20", "tier": "203.0.113.30"}
 
 
 @pytest.fixture
@@ -36,6 +49,35 @@ def host() -> Iterator[AgentHost]:
     with agent_host("eth1.1310", "eth1.1410", "eth1.1520", "eth2.101") as it:
         it.start()
         yield it
+
+
+@contextlib.contextmanager
+def greeting(host: AgentHost, namespace: str, port: int) -> Iterator[None]:
+    """Tells each client its address."""
+    with host.within(namespace):
+        server = socket.create_server(("", port))
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, (address, _) = server.accept()
+                with client, contextlib.suppress(OSError):
+                    client.sendall(address.encode())
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def greeted(host: AgentHost, address: str, port: int, namespace: str = "") -> str:
+    try:
+        with host.within(namespace), socket.create_connection((address, port), 5) as client:
+            return client.recv(100).decode()
+    except OSError as error:
+        return type(error).__name__
 
 
 def pings(host: AgentHost, vm: str, target: str, *more: str) -> bool:
@@ -77,3 +119,42 @@ def test_machines_beside_the_named_part_of_a_range_reach_the_device(host: AgentH
         host.run("sysctl", "-qw", "net/ipv6/conf/eth0/disable_ipv6=0", namespace="beside")
         host.ip("-n", "beside", "addr", "add", "2001:db8:50:1::200/64", "dev", "eth0", "nodad")
         wait_until(lambda: pings(host, "beside", "2001:db8:50:1::1", "-6"))
+
+
+@pytest.mark.parametrize("kind", ["isolated", "tier"])
+def test_machines_beside_the_named_part_of_a_range_have_nat(kind: str) -> None:
+    """Outward by source NAT, and inward by a forward and static NAT that come before any NIC shows the whole range."""
+    commands, _, _, net, device = NAT_CASES[kind]
+    outside, forwarded, static = "203.0.113.1", "203.0.113.71", "203.0.113.72"
+    beside = f"{net}.200"
+    changes: dict[str, Any] = {"cidr": f"{net}.64/26"}
+    with agent_host("eth1.1204", "eth1.1310", "eth2.101") as host:
+        host.start()
+        host.run("ip", "addr", "add", f"{outside}/24", "dev", "sw-eth2.101", pid=host.fabric)
+        for fixture, command in commands:
+            done(host.call(fixture, command, **(changes if command != "implement-vpc" else {})))
+        public = {"public_vlan": "vlan://101", "public_gateway": outside, "public_cidr": "203.0.113.0/24"}
+        rule = {**changes, **public, "private_ip": beside}
+        ports = {"public_port": "2222", "private_port": "22", "protocol": "tcp"}
+        tier = kind == "tier"
+        done(host.call("226" if tier else "053", "add-port-forward", **rule, **ports, public_ip=forwarded))
+        done(host.call("227" if tier else "058", "add-static-nat", **rule, public_ip=static))
+        if not tier:
+            opened = {"type": "ingress", "protocol": "tcp", "portStart": 22, "portEnd": 2222, "sourceCidrs": []}
+            listed = [{**opened, "id": at, "publicIp": it} for at, it in enumerate((forwarded, static), 1)]
+            told = {"default_egress_allow": True, "rules": listed}
+            done(host.call("070", "apply-fw-rules", **changes, fw_rules=told))
+        bridge = "breth1-1310" if tier else "breth1-1204"
+        host.plug("beside", bridge, "02:01:00:cc:09:02", f"{beside}/24")
+        host.ip("-n", "beside", "route", "add", "default", "via", device)
+        with greeting(host, "beside", 22), greeting(host, "", 80):
+            for after in ("", "first NIC"):
+                if after:
+                    nic = {"ip": f"{net}.70", "mac": MAC, "netmask": "255.255.255.0"}
+                    done(host.call("220" if tier else "030", "prepare-nic", **changes, **nic))
+                wait_until(lambda: greeted(host, forwarded, 2222) == outside)
+                assert greeted(host, static, 22) == outside
+                assert greeted(host, outside, 80, "beside") == static
+            host.ip("-n", "beside", "addr", "add", f"{net}.201/24", "dev", "eth0")
+            host.ip("-n", "beside", "route", "replace", "default", "via", device, "src", f"{net}.201")
+            assert greeted(host, outside, 80, "beside") == SOURCE_NAT[kind]

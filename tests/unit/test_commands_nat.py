@@ -325,6 +325,23 @@ def test_a_guest_is_in_its_network(command: str, scope: str | None) -> None:
         call(implemented_scope() if scope else None, command, **fields)
 
 
+@pytest.mark.parametrize("command", ["add-static-nat", "add-port-forward"])
+def test_a_guest_beside_an_ip_reservation_shows_a_larger_subnet(command: str) -> None:
+    """A secondary address, after a failover: no NIC has shown the whole subnet yet."""
+    part: dict[str, Any] = {"cidr": "10.10.1.64/26", "gateway": "10.10.1.1"}
+    before = implement(None, **part, extension_ip="10.10.1.1").scope
+    assert before is not None and before.networks["204"].cidr == "10.10.1.0/25"
+    fields = {**forward("203.0.113.20", "22", private_ip="10.10.1.200"), **part}
+    assert after(before, command, **fields).networks["204"].cidr == "10.10.1.0/24"
+    nic = {"nic_id": "5101", "ip": "10.10.1.70", "mac": "02:01:00:cc:00:09", "netmask": "255.255.255.128"}
+    known = after(before, "prepare-nic", **part, **nic)
+    taken = replace(before, networks=before.networks | {"205": replace(before.networks["204"], network_id="205",
+                                                                       cidr="10.10.1.192/26")})  # fmt: skip
+    for scope, address in ((known, "10.10.1.200"), (taken, "10.10.1.200"), (before, "11.10.1.45")):
+        with pytest.raises(BadRequest, match=r"payload\.private_ip: "):
+            call(scope, command, **(fields | {"private_ip": address}))
+
+
 @pytest.mark.parametrize("name", ["056", "059", "060", "121", "124", "125"])
 def test_a_delete_of_what_never_was_changes_and_builds_nothing(name: str) -> None:
     assert play(None, name).scope is None

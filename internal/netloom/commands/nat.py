@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from netloom.commands.network_facts import with_guest
 from netloom.commands.transition import Context, network_of, with_left_out, with_network
 from netloom.errors import BadRequest
 from netloom.names import UNTAGGED, VLAN_TAG_MAX
@@ -20,7 +21,7 @@ from netloom.protocol.nat import (
 )
 from netloom.protocol.scalars import IPv4Prefix, PortRange, Vlan
 from netloom.protocol.vpc import VpcPublicAddress
-from netloom.state import Network, PortForward, Ports, PublicIp, Scope, StaticNat
+from netloom.state import PortForward, Ports, PublicIp, Scope, StaticNat
 
 # The number of an exit is the low half of a packet's mark (render.marks).
 _EXIT_MAX = 0xFFFF
@@ -115,8 +116,7 @@ def release_ip(scope: Scope, payload: ReleaseIp, context: Context) -> Scope:
 
 def add_static_nat(scope: Scope, payload: AddStaticNat, context: Context) -> Scope:
     """Translate the address to the guest in both directions. A guest has one such address: an older one is removed."""
-    network = network_of(scope, payload, context)
-    _check_guest(network, payload.private_ip)
+    network = with_guest(scope, network_of(scope, payload, context), payload, str(payload.private_ip))
     scope = with_network(_with_public_ip(scope, payload), network)
     nat = StaticNat(
         public_ip=str(payload.public_ip), private_ip=str(payload.private_ip), network_id=str(payload.network_id)
@@ -138,10 +138,10 @@ def delete_static_nat(scope: Scope, payload: DeleteStaticNat, context: Context) 
 def add_port_forward(scope: Scope, payload: AddPortForward, context: Context) -> Scope:
     """Forward the ports to the guest. A forward of the same ports to another guest is replaced.
 
-    Raises BadRequest if the lengths of the two ranges do not fit, or if some of the ports are already forwarded.
+    Raises BadRequest if the lengths of the two ranges do not fit, if some of the ports are already forwarded, or if
+    the guest is not in the network.
     """
-    network = network_of(scope, payload, context)
-    _check_guest(network, payload.private_ip)
+    network = with_guest(scope, network_of(scope, payload, context), payload, str(payload.private_ip))
     forward = PortForward(
         public_ip=_required(payload.public_ip),
         protocol=payload.protocol.word,
@@ -265,11 +265,6 @@ def _exit(scope: Scope, address: str, vlan: str, gateway: str) -> int:
     if free is None:
         raise BadRequest(f"payload.public_vlan: more than {_EXIT_MAX} public VLANs and gateways in one scope")
     return free
-
-
-def _check_guest(network: Network, private_ip: str) -> None:
-    if network.cidr and not any(private_ip in IPv4Prefix(it.cidr) for it in network.ranges):
-        raise BadRequest(f"payload.private_ip: {private_ip} is not in the network's {network.cidr}")
 
 
 def _ports(ports: PortRange) -> Ports:

@@ -71,6 +71,28 @@ def whole_subnet(known: Network, payload: NetworkPayload) -> str:
     return _larger(str(smallest), [*known_ones, *_nic_subnets(known, payload)])  # guard: a-netmask-is-the-whole-subnet
 
 
+def with_guest(scope: Scope, network: Network, payload: NetworkPayload, address: str) -> Network:
+    """``network`` with a subnet that has the address of a guest which a rule names.
+
+    A secondary address of a NIC may be outside an IP reservation, and after a failover its rule comes before any NIC.
+    If the gateway is outside the reserved part, the whole subnet is known to be larger, and not how large. Then the
+    rule shows more of it, as the device's addresses do in :func:`whole_subnet`.
+
+    Raises BadRequest if there is no such reservation, if a NIC has shown the whole subnet, or if the larger subnet
+    would overlap another one of the scope.
+    """
+    if not network.cidr or any(address in IPv4Prefix(it.cidr) for it in network.ranges):
+        return network
+    reserved = network.guest_type == "isolated" and payload.cidr and network.cidr not in payload.cidr
+    if reserved and not any(_subnet_of(nic) for nic in network.nics.values()):
+        larger = _smallest(network.cidr, [address, *(it for it in (network.gateway, network.extension_ip) if it)])
+        others = [it for it in scope.networks.values() if it.network_id != network.network_id]
+        taken = [it.cidr for other in others for it in other.ranges] + [it.cidr for it in scope.public_ips.values()]
+        if larger.prefixlen >= _PREFIX_LENGTH_MIN and not any(_overlap(str(larger), it) for it in taken):
+            return replace(network, cidr=str(larger))
+    raise BadRequest(f"payload.private_ip: {address} is not in the network's {network.cidr}")
+
+
 def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Scope) -> Network:
     """``network`` as implemented, if it is in use according to CloudStack and the device's own address is known.
 

@@ -40,7 +40,7 @@ _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 _RANGE = re.compile(r"(0|[1-9][0-9]{0,9})(?:[-:](0|[1-9][0-9]{0,9}))?\Z")  # guard: a-range-has-a-dash-or-a-colon
 _PRIVATE_VLAN = re.compile(r"([0-9]{1,8})-([ipc])?([0-9]{1,8})\Z", re.IGNORECASE)
 _SCHEME = re.compile(r"(vlan|pvlan|vxlan)://", re.IGNORECASE)
-_LINE_ENDS = str.maketrans("\r\n\t", "   ")
+_API_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # CloudStack's API refuses these, and the tab
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.@\\$-]{0,63}\Z")
 _LINK = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}\Z")
@@ -569,7 +569,8 @@ class OptionValue(str):
 class ParamValue(str):
     """The value of a custom action's parameter: text; numbers and booleans are written out.
 
-    Lines may end in LF, CR or both: CloudStack's API refuses other control characters only.
+    Lines may end in LF, CR or both, and there may be any character from U+0080 on: CloudStack's API refuses the other
+    control characters of ASCII only.
     """
 
     @classmethod
@@ -577,7 +578,7 @@ class ParamValue(str):
         if value is None:
             return cls("")
         text = str(value).lower() if isinstance(value, bool) else _text(value)
-        if len(text) > 4096 or _CONTROL.search(text.translate(_LINE_ENDS)):
+        if len(text) > 4096 or _API_CONTROL.search(text):
             raise ValueError(f"{quoted(value)} is not text of at most 4096 characters without control characters")
         return cls(text)
 
@@ -634,7 +635,7 @@ class GuestType(Choice[Literal["isolated", "shared", "l2"]]):
 class ParamName(Pattern):
     """The name of a custom action's parameter: one line of at most 255 characters. CloudStack accepts any text."""
 
-    PATTERN = re.compile(r"(?=.*\S)[^\x00-\x1f\x7f-\x9f\u2028\u2029]{1,255}\Z")
+    PATTERN = re.compile(r"(?=.*\S)[^\x00-\x1f\x7f]{1,255}\Z")
     WHAT = "the name of a parameter"
 
 
