@@ -47,6 +47,8 @@ class AgentHost:
         self._holders = [self._start_holder("--net", "--mount"), self._start_holder("--net", "--mount")]
         self.pid, self.fabric = (holder.pid for holder in self._holders)
         self.agent: subprocess.Popen[bytes] | None = None
+        # Otherwise the fabric gets an address of a guest segment, and its replies to VMs do not pass the device.
+        self.run("sysctl", "-qw", "net/ipv6/conf/default/accept_ra=0", pid=self.fabric)
         for nic in sorted({name.partition(".")[0] for name in vlans}):
             self.ip("link", "add", nic, "type", "veth", "peer", "name", f"{nic}-x")
         for name in vlans:

@@ -136,7 +136,10 @@ class Lab:
         self._served: dict[tuple[str, str, str, int], socket.socket] = {}
         self._answering = selectors.DefaultSelector()
         self._stop_r, self._stop_w = os.pipe()
-        self._answering.register(self._stop_r, selectors.EVENT_READ)
+        self._asked_r, self._asked_w = os.pipe()
+        self._is_idle = threading.Event()
+        for pipe in (self._stop_r, self._asked_r):
+            self._answering.register(pipe, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._answer, daemon=True)
         self._icmp: dict[str, socket.socket] = {}
         self._numbers = iter(range(1, 65000))
@@ -206,8 +209,8 @@ class Lab:
         self._answering.close()
         for it in self._icmp.values():
             it.close()
-        os.close(self._stop_r)
-        os.close(self._stop_w)
+        for pipe in (self._stop_r, self._stop_w, self._asked_r, self._asked_w):
+            os.close(pipe)
         for space in self._spaces:
             run("ip", "netns", "del", self.ns(space))
 
@@ -341,24 +344,40 @@ class Lab:
         self._served[key] = listener
         self._answering.register(listener, selectors.EVENT_READ, (space, protocol))
 
+    def _wait_for_servers(self) -> None:
+        """Wait until each server has answered what came first. Their thread may run late on a busy machine."""
+        self._is_idle.clear()
+        os.write(self._asked_w, b"?")
+        assert self._is_idle.wait(PATIENCE_S), "the servers have ended"
+
     def _answer(self) -> None:
         while True:
-            for key, _ in self._answering.select():
-                if key.fileobj == self._stop_r:
-                    return
-                assert isinstance(key.fileobj, socket.socket)
-                space, protocol = key.data
-                with contextlib.suppress(OSError):
-                    if protocol == "udp":
-                        _, peer = key.fileobj.recvfrom(2048)
-                        key.fileobj.sendto(f"{space} {peer[0]}:{peer[1]}".encode(), peer)
-                    elif protocol == "tcp":
-                        connection, peer = key.fileobj.accept()
-                        connection.setblocking(False)
-                        connection.send(f"{space} {peer[0]}:{peer[1]}\n".encode())
-                        self._answering.register(connection, selectors.EVENT_READ, (space, "echo"))
-                    else:
-                        self._echo(key.fileobj)
+            ready = self._answering.select()
+            self._answer_all(ready)
+            found = {key.fileobj for key, _ in ready}
+            if self._stop_r in found:
+                return
+            if self._asked_r in found:
+                os.read(self._asked_r, 1)
+                self._is_idle.set()
+
+    def _answer_all(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        for key, _ in ready:
+            if key.fileobj in (self._stop_r, self._asked_r):
+                continue
+            assert isinstance(key.fileobj, socket.socket)
+            space, protocol = key.data
+            with contextlib.suppress(OSError):
+                if protocol == "udp":
+                    _, peer = key.fileobj.recvfrom(2048)
+                    key.fileobj.sendto(f"{space} {peer[0]}:{peer[1]}".encode(), peer)
+                elif protocol == "tcp":
+                    connection, peer = key.fileobj.accept()
+                    connection.setblocking(False)
+                    connection.send(f"{space} {peer[0]}:{peer[1]}\n".encode())
+                    self._answering.register(connection, selectors.EVENT_READ, (space, "echo"))
+                else:
+                    self._echo(key.fileobj)
 
     def _echo(self, connection: socket.socket) -> None:
         try:
@@ -385,11 +404,15 @@ class Lab:
             waiting[client.fileno()] = (at, client, expected)
             poll.register(client, select.POLLIN | select.POLLERR | select.POLLHUP)
         until = time.monotonic() + patience_s
+        is_over = False
         while waiting:
             # What has come is read also when this process could not run for longer than it waits.
             ready = poll.poll(max(until - time.monotonic(), 0) * 1000)
-            if not ready:
+            if not ready and is_over:
                 break
+            if not ready:
+                self._wait_for_servers()
+                is_over = True
             for fd, _ in ready:
                 at, client, expected = waiting[fd]
                 try:

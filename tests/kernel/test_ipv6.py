@@ -65,6 +65,7 @@ def listening(host: AgentHost, namespace: str, port: int, address: str = "::") -
     with host.within(namespace):
         listener = socket.create_server((address, port), family=socket.AF_INET6)
     with listener:
+        listener.settimeout(20)
         yield listener
 
 

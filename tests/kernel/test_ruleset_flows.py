@@ -429,13 +429,16 @@ def test_a_long_transfer_survives_a_hundred_rule_changes(lab: Lab) -> None:
             failures.append(f"receive: {error!r}")
 
     inward = lab.open_socket("inet", socket.SOCK_STREAM)
+    inward.settimeout(30)
     inward.bind((CLIENT, 0))
     inward.connect((A1.address, 7000))
     inside, _ = listener.accept()
     outside = lab.open_socket("inet", socket.SOCK_STREAM)
     outside.bind((STRANGER, 7001))
     outside.listen(1)
+    outside.settimeout(30)
     outward = lab.open_socket("vm2", socket.SOCK_STREAM)
+    outward.settimeout(30)
     outward.connect((STRANGER, 7001))
     far, _ = outside.accept()
     jobs = [
