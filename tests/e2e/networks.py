@@ -155,11 +155,11 @@ class Traces:
 
     def __init__(self, bed: Bed) -> None:
         self.bed = bed
-        self._before = {host.name: _settled(host) for host in bed.hosts}
+        self._before = {host.name: settled_objects(host) for host in bed.hosts}
 
     def differences(self) -> Differences:
         """Objects that were added or removed since the construction; empty when there are none."""
-        found = {host.name: difference(self._before[host.name], _settled(host)) for host in self.bed.hosts}
+        found = {host.name: difference(self._before[host.name], settled_objects(host)) for host in self.bed.hosts}
         return {name: changes for name, changes in found.items() if changes}
 
     def left(self) -> Differences:
@@ -174,21 +174,20 @@ class Traces:
         return found[0]
 
 
-def _settled(host: Host) -> dict[str, list[str]]:
-    """The objects of the host once two reads see the same processes, and none is a relay of the last call.
+def settled_objects(host: Host) -> dict[str, list[str]]:
+    """The objects of the host once two reads agree, apart from conntrack, and no process is a relay of the last call.
 
-    The client does not wait for the end of relays, and programs that the agent runs end within moments.
+    The client does not wait for the end of relays. Programs that the agent runs end within moments.
     """
-    objects: dict[str, list[str]] = {}
+    reads: list[dict[str, list[str]]] = [{}, {}]
 
     def settled() -> bool:
-        nonlocal objects
-        before, objects = objects, host.objects()
-        processes = objects["processes"]
-        return before.get("processes") == processes and not any("agent connect" in it for it in processes)
+        reads[:] = reads[1], host.objects()
+        known, now = ({**read, "conntrack": []} for read in reads)
+        return known == now and not any("agent connect" in it for it in now["processes"])
 
-    assert until(settled), objects["processes"]
-    return objects
+    assert until(settled), difference(*reads)
+    return reads[1]
 
 
 LEASE_TOLD = """#!/bin/sh

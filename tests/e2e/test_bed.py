@@ -16,6 +16,7 @@ from bed import Bed
 from bed.cloudstack import CLOUD_UID, FakeCloudStack, Hung
 from bed.lab import difference
 from bed.machines import until
+from e2e.networks import settled_objects
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -153,7 +154,7 @@ def test_the_internet_can_have_several_links(own_bed: Bed) -> None:
 
 def test_the_inventory_lists_every_kind_of_leftover(own_bed: Bed) -> None:
     host = own_bed.hosts[0]
-    before = host.objects()
+    before = settled_objects(host)
     host.sh(
         "ip netns add left; ip -n left link set lo up; ip -n left route add 10.9.9.0/24 dev lo;"
         "ip -n left rule add fwmark 7 table 7 priority 7; ip link add left0 type bridge;"
@@ -177,7 +178,7 @@ def test_the_inventory_lists_every_kind_of_leftover(own_bed: Bed) -> None:
     }
     assert [it for it in changes["nftables"]["+"] if "element" in it] == ["left/inet t set s element 22"]
     host.sh("pkill -x sleep; ip netns delete left; ip link delete left0; rm -r /var/lib/netloom")
-    assert until(lambda: set(difference(before, host.objects())) <= {"mounts"})
+    assert until(lambda: set(difference(before, host.objects())) <= {"mounts"}), difference(before, host.objects())
 
 
 class TestExecution:
