@@ -131,3 +131,52 @@ def test_an_operators_bridge_keeps_the_mtu_of_its_uplink(host: AgentHost) -> Non
     wait_until(lambda: ports() == {4000})
     host.ip("link", "set", "eth2", "nomaster")
     wait_until(lambda: ports() == {9000})
+
+
+def test_a_small_public_link_is_told_to_a_vm_with_jumbo_frames(host: AgentHost) -> None:
+    resize(host, PUBLIC, 1300)
+    build(host)
+    host.run("ip", "addr", "add", "203.0.113.1/24", "dev", f"sw-{PUBLIC}", pid=host.fabric)
+    host.run("ip", "addr", "add", f"{OUTSIDE}/32", "dev", "lo", pid=host.fabric)
+    assert " 0% packet loss" in ping(host, OUTSIDE, 1300)
+    assert "mtu = 1300" in ping(host, OUTSIDE, 1400)
+
+
+def test_tiers_of_different_size_are_told_in_both_families_and_directions() -> None:
+    """The device says so at the first packet, later the VM itself. So each size has a first packet of its own."""
+    tiers = {"310": ("1310", "10.20.1", "2001:db8:20:1"), "311": ("1311", "10.20.2", "2001:db8:20:2")}
+    with contextlib.closing(AgentHost(("eth1.1310", "eth1.1311", PUBLIC))) as host:
+        host.start()
+        done(host.call("202", "implement-vpc"))
+        for number, (network_id, (vlan, net, net6)) in enumerate(tiers.items(), 1):
+            facts = {"network_id": network_id, "vlan": vlan, "gateway": f"{net}.1", "cidr": f"{net}.0/24"}
+            facts |= {"network_ip6_gateway": f"{net6}::1", "network_ip6_cidr": f"{net6}::/64"}
+            done(host.call("210", "implement-network", **facts, extension_ip=f"{net}.1"))
+            allow = {"number": 1, "action": "allow", "protocol": "all", "sourceCidrs": ["0.0.0.0/0", "::/0"]}
+            rules = [{**allow, "trafficType": "ingress"}, {**allow, "trafficType": "egress"}]
+            done(host.call("213", "apply-network-acl", **facts, acl_rules=rules))
+            vm = f"vm{number}"
+            host.plug(vm, f"breth1-{vlan}", f"02:01:00:00:00:0{number}", f"{net}.31/24")
+            for link in ("all", "eth0"):
+                host.run("sysctl", "-qw", f"net/ipv6/conf/{link}/disable_ipv6=0", namespace=vm)
+            host.ip("-n", vm, "addr", "add", f"{net6}::31/64", "dev", "eth0", "nodad")
+            host.ip("-n", vm, "route", "add", "default", "via", f"{net}.1")
+            host.ip("-n", vm, "route", "add", "default", "via", f"{net6}::1")
+            host.ip("link", "set", f"tap-{vm}", "mtu", "9000")
+            host.ip("-n", vm, "link", "set", "eth0", "mtu", "9000")
+
+        def ping_of(vm: str, address: str, size: int) -> str:
+            words = ["ping", "-c", "1", "-W", "3", "-M", "do", "-s", str(size - (48 if ":" in address else 28))]
+            return host.run(*words, address, namespace=vm, check=False)
+
+        for large, small, mtu in (("1310", "1311", 1500), ("1311", "1310", 1400)):
+            resize(host, f"eth1.{large}", 9000)
+            resize(host, f"eth1.{small}", mtu)
+            sender, net, net6 = ("vm1", "10.20.2", "2001:db8:20:2") if large == "1310" else (
+                "vm2", "10.20.1", "2001:db8:20:1")  # fmt: skip
+            inside = {f"gst-{key}": 9000 if vlan == large else mtu for key, (vlan, _, _) in tiers.items()}
+            wait_until(partial(lambda inside: inside.items() <= {
+                name: it["mtu"] for name, it in host.links("cs-vpc-7").items()}.items(), inside))  # fmt: skip
+            for address, said in ((f"{net}.31", f"mtu = {mtu}"), (f"{net6}::31", f"mtu={mtu}")):
+                wait_until(partial(lambda *it: " 0% packet loss" in ping_of(*it), sender, address, mtu))
+                assert said in ping_of(sender, address, 4000)

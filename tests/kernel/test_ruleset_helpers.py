@@ -6,6 +6,7 @@ import contextlib
 import re
 import select
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ from netloom.names import CONNTRACK_HELPERS
 from netloom.render import helpers
 from netloom.state import Scope
 from netns import inside
-from unit.scopes import A1, A2, VM1, VM2, admit, forward, static, wish
+from unit.scopes import A1, A2, VM1, VM2, admit, egress, forward, static, wish
 
 QUIET_S = 1.5  # longer than the first retransmission of a SYN
 DATA = b"the data"
@@ -283,3 +284,91 @@ def test_a_data_connection_lives_and_ends_with_its_control_connection(lab: Lab) 
                 flows.enforce(lab.ns("dev"), before, after)
                 kept = [it for it in lab.entries() if it.dst == A2.address and it.dport not in (21,)]
                 assert bool(kept) == stays
+
+
+# The client opens the announced connections, as with passive FTP.
+ANNOUNCED = wish(
+    egress("udp", "10080"), egress("tcp", "6566"), admit(A2, "udp", "10080"), admit(A2, "tcp", "6566"),
+    admit(A1, "udp", "1080"), held=(A1, A2), static=[static(A2, VM2)],
+    forwards=[forward(A1, "1080", VM1, "10080", "udp")], allow_egress=False,
+)  # fmt: skip
+
+
+def data_of(lab: Lab, server: str, client: str, source: str, listener: socket.socket, to: tuple[str, int]) -> bytes:
+    """What the client receives on the announced connection; nothing if it cannot be opened."""
+    with lab.open_socket(client, socket.SOCK_STREAM) as data:
+        data.settimeout(QUIET_S)
+        data.bind((source, 0))
+        try:
+            data.connect(to)
+        except OSError:
+            return b""
+        listener.settimeout(PATIENCE_S)
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(DATA)
+            data.settimeout(PATIENCE_S)
+            return data.recv(100)
+
+
+def amanda(lab: Lab, server: str, client: str, target: tuple[str, int], source: str = "", at: str = "") -> bytes:
+    """A backup server asks a machine, whose reply announces ports (Amanda's "network protocol" of sendbackup)."""
+    with (
+        lab.open_socket(server, socket.SOCK_DGRAM) as agent,
+        lab.open_socket(server, socket.SOCK_STREAM) as listener,
+        lab.open_socket(client, socket.SOCK_DGRAM) as asking,
+    ):
+        agent.bind((at, 10080))
+        listener.bind((at, 0))
+        listener.listen(1)
+        asking.bind((source, 0))
+        for it in (agent, asking):
+            it.settimeout(PATIENCE_S)
+        asking.sendto(b"Amanda 2.6 REQ HANDLE 1 SEQ 1\nSERVICE sendbackup\n", target)
+        _, peer = agent.recvfrom(200)
+        port = listener.getsockname()[1]
+        agent.sendto(f"Amanda 2.6 REP HANDLE 1 SEQ 1\nCONNECT DATA {port} MESG 0 INDEX 0\n".encode(), peer)
+        told = re.search(rb"DATA (\d+)", asking.recv(200))
+        assert told is not None
+        return data_of(lab, server, client, source, listener, (target[0], int(told[1])))
+
+
+def sane(lab: Lab, server: str, client: str, target: str, source: str = "", at: str = "") -> bytes:
+    """A scanner's client starts a scan, and the reply announces the port of the image (SANE network protocol)."""
+    with (
+        lab.open_socket(server, socket.SOCK_STREAM) as scanner,
+        lab.open_socket(server, socket.SOCK_STREAM) as listener,
+        lab.open_socket(client, socket.SOCK_STREAM) as asking,
+    ):
+        scanner.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        scanner.bind((at, 6566))
+        scanner.listen(1)
+        listener.bind((at, 0))
+        listener.listen(1)
+        for it in (scanner, asking):
+            it.settimeout(PATIENCE_S)
+        asking.bind((source, 0))
+        asking.connect((target, 6566))
+        control, _ = scanner.accept()
+        with control:
+            asking.sendall(struct.pack("!II", 7, 0))  # SANE_NET_START, and a handle
+            assert control.recv(100)
+            port = listener.getsockname()[1]
+            control.sendall(struct.pack("!IIII", 0, port, 0x1234, 0))  # success, the port, the byte order
+            assert struct.unpack("!II", asking.recv(100)[:8])[1] == port
+            return data_of(lab, server, client, source, listener, (target, port))
+
+
+def test_amanda_works_with_its_helper_only(lab: Lab) -> None:
+    for named, got in (((), b""), (("amanda",), DATA)):
+        lab.renew(with_helpers(ANNOUNCED, *named))
+        assert amanda(lab, "inet", "vm3", (STRANGER, 10080), at=STRANGER) == got, named
+        assert amanda(lab, "vm2", "inet", (A2.address, 10080), CLIENT) == got, named
+    assert amanda(lab, "vm1", "inet", (A1.address, 1080), CLIENT) == DATA, "by a forward of another port"
+
+
+def test_sane_works_with_its_helper_only(lab: Lab) -> None:
+    for named, got in (((), b""), (("sane",), DATA)):
+        lab.renew(with_helpers(ANNOUNCED, *named))
+        assert sane(lab, "inet", "vm3", STRANGER, at=STRANGER) == got, named
+        assert sane(lab, "vm2", "inet", A2.address, CLIENT) == got, named

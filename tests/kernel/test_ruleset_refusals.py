@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import time
 from collections.abc import Iterator
 
 import pytest
 from msgspec.structs import replace
 
-from kernel.ruleset_lab import CLIENT, Lab, Try
+from kernel.ruleset_lab import CLIENT, Lab, Try, run
 from kernel.vpc_lab import GATEWAYS, HOMES, OTHER, VpcLab, item, vpc
 from netloom.state import Nic
 from unit.scopes import A1, A2, GATEWAY, admit, wish
@@ -88,3 +90,28 @@ def test_a_tier_is_refused_at_its_own_gateway_whatever_its_list_says(vpc_lab: La
     vpc_lab.silent(*both("inet", OTHER, CLIENT))
     # A list's silence between tiers is not a refusal.
     vpc_lab.silent(*both("b1", HOMES["a1"]))
+
+
+def test_refusals_reach_a_guest_while_others_to_silent_addresses_wait(lab: Lab) -> None:
+    """A reset waits until the neighbour's MAC address is known. Those that wait must not use up a share of all."""
+    lab.renew(wish(admit(A1, "all"), held=(A1, A2)))
+    silent = [f"10.1.1.{at}" for at in range(50, 250)]
+    with lab.open_socket("vm2", socket.SOCK_RAW, socket.IPPROTO_RAW) as forger:
+        for port in range(4444, 4448):
+            for source in silent:
+                forger.sendto(syn(source, GATEWAY, port), (GATEWAY, 0))
+        many = [Try("vm1", "tcp", GATEWAY, 5000 + at) for at in range(100)]
+        assert lab.ask(many) == ["refused"] * len(many)
+    waiting = run("ip", "-n", lab.ns("dev"), "neigh").split()
+    assert len({*silent} & {*waiting}) > 100, "the device looked for those who sent"
+
+
+def syn(source: str, target: str, port: int) -> bytes:
+    """A SYN with an IPv4 header (RFC 9293, RFC 791), whose checksum the kernel fills in."""
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    ip = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0, 64, socket.IPPROTO_TCP, 0) + ends
+    tcp = struct.pack("!HHIIBBHHH", 40000, port, 1, 0, 5 << 4, 2, 1024, 0, 0)
+    total = sum(struct.unpack("!16H", ends + struct.pack("!HH", socket.IPPROTO_TCP, len(tcp)) + tcp))
+    total = (total >> 16) + (total & 0xFFFF)
+    total += total >> 16
+    return ip + tcp[:16] + struct.pack("!HH", ~total & 0xFFFF, 0)

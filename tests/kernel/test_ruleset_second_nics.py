@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from kernel.flow_policy_check import agree
 from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, Lab, Try, echoes, run
-from kernel.vpc_lab import GATEWAYS, HOMES, STATIC, VpcLab, item, vpc
+from kernel.vpc_lab import GATEWAYS, HOMES, OTHER, STATIC, VpcLab, item, vpc
 from netloom.state import AclItem, Backend, LbRule, Network, Nic, Scope, StaticNat
 from unit.scopes import A1, B1, GATEWAY, VM1, admit, forward, static, wish
 
@@ -168,3 +168,39 @@ def test_a_connection_to_a_vm_in_two_tiers_carries_data_and_ends_with_its_list_i
         assert echoes(to_a)
         states = [line for line in vpc_lab.entries() if line.dst == IN_A and line.protocol == 6]
         assert [it.reply_dst for it in states] == [GATEWAYS["a1"]]
+
+
+def test_a_vm_with_its_default_nic_elsewhere_is_reached_at_both_of_its_other_nics(vpc_lab: Lab) -> None:
+    """Three NICs: the default one in a foreign network, where nobody forwards, and one in each tier."""
+    in_a, in_b = "10.20.1.60", "10.20.2.60"
+    connect(vpc_lab, "three", ("0", "172.31.0.3/24"), ("1310", f"{in_a}/24"), ("1311", f"{in_b}/24"))
+    vpc_lab.ip("three", "route add default via 172.31.0.1")
+    for protocol in ("tcp", "udp"):
+        vpc_lab.serve("three", protocol, 22)
+    ping = item(3, "allow", "ingress", "icmp")
+    scope = two_tiers((*IN_22, ping), (*IN_22, ping))
+    networks = {
+        key: replace(it, nics=it.nics | {f"n-{key}": nic(address, "three", default=False)})
+        for (key, it), address in zip(scope.networks.items(), (in_a, in_b), strict=True)
+    }
+    nats = {
+        STATIC: StaticNat(public_ip=STATIC, private_ip=in_b, network_id="311"),
+        OTHER: StaticNat(public_ip=OTHER, private_ip=in_a, network_id="310"),
+    }
+    vpc_lab.renew(replace(scope, networks=networks, static_nats=nats))
+    tries = [
+        Try(space, protocol, target, 22, CLIENT if space == "inet" else "")
+        for protocol in ("tcp", "udp")
+        for space, target in (
+            ("inet", STATIC), ("inet", OTHER), ("a1", in_b), ("b1", in_a), ("a1", STATIC), ("b1", OTHER),
+            ("a1", OTHER), ("b1", STATIC),
+        )
+    ]  # fmt: skip
+    for answer in vpc_lab.answered(*tries):
+        assert answer.startswith("three "), answer
+    vpc_lab.answered(
+        *(Try("inet", "icmp", target, source=CLIENT) for target in (STATIC, OTHER)),
+        *(Try(space, "icmp", target) for space, target in (("a1", in_b), ("b1", in_a))),
+    )
+    with vpc_lab.connect("inet", STATIC, 22, CLIENT) as one, vpc_lab.connect("a1", in_b, 22) as other:
+        assert echoes(one) and echoes(other)

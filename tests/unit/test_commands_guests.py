@@ -292,6 +292,30 @@ def test_a_vm_that_is_being_deployed_during_a_restart_keeps_everything(last: str
     assert nic.password == Secret("new")
 
 
+@pytest.mark.mutation("a-list-may-be-old", instead="True")
+@pytest.mark.parametrize("shared", ["ip", "mac"])
+@pytest.mark.parametrize("lists", ["nobody", "the new one", "the expunged one"])
+@pytest.mark.parametrize("done", range(4), ids="after {} commands".format)
+def test_a_new_vm_with_the_address_of_an_expunged_one_gets_everything(done: int, lists: str, shared: str) -> None:
+    """The list of the restore comes at any moment of the new VM's deployment, and may be older than this."""
+    three: dict[str, Any] = {"nic_uuid": "u-3", "mac": "02:01:00:cc:00:03", "ip": "10.10.1.13", "hostname": "db"}
+    three[shared] = TWO[shared]
+    new = {**three, "nic_id": "3", "netmask": "255.255.255.0", "default_nic": "true"}
+    items: dict[str, Any] = {"vm_data": [*ITEMS, {"dir": "password", "file": "vm_password", "content": "new"}]}
+    scope = implement(deployed(ONE, TWO)).scope
+    for at, command in enumerate(("prepare-nic", "add-dhcp-entry", "save-vm-data", "add-dns-entry")):
+        if at == done:
+            assert scope is not None
+            more = {"nobody": [], "the new one": [three], "the expunged one": [TWO]}[lists]
+            scope = restore(scope, vms=[{**vm, "vm_data": ITEMS} for vm in (ONE, *more)])
+        scope = call(scope, command, **new, **(items if command == "save-vm-data" else {})).scope
+    assert scope is not None
+    nics = scope.networks["204"].nics
+    assert set(nics) == {"u-1", "u-3"}
+    assert (nics["u-3"].leased, nics["u-3"].named, nics["u-3"].password) == (True, True, Secret("new"))
+    assert nics["u-1"].password == Secret("theirs")
+
+
 @pytest.mark.mutation("fresh-nics-are-kept", instead="key not in listed and nic.ip")
 def test_a_vm_that_stops_during_a_restart_keeps_everything() -> None:
     """CloudStack does not list a NIC while it is being released."""

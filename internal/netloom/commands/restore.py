@@ -9,7 +9,7 @@ from netloom.commands.nic import find_nic, put_nic, with_name_of, with_nic, with
 from netloom.commands.transition import Context, for_network, with_left_out
 from netloom.commands.userdata import with_known_items
 from netloom.protocol.restore import RestoredVm, RestoreNetwork
-from netloom.state import Network, Scope
+from netloom.state import Network, Nic, Scope
 
 
 def restore(scope: Scope, payload: RestoreNetwork, context: Context) -> Scope:
@@ -32,6 +32,13 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
     if data.dns_enabled:
         network = replace(network, dns=True)
     vms = tuple(vm for vm in data.vms.items if vm.mac or find_nic(network, vm))
+    all_known = len(vms) == len(data.vms.items)
+    fresh = _fresh_others(network, vms)
+    vms = tuple(
+        vm
+        for vm in vms
+        if not any(vm.mac == it.mac or (vm.ip and vm.ip == it.ip) for it in fresh)  # guard: a-list-may-be-old
+    )
     network = _without_moved_addresses(network, vms)  # guard: a-restore-keeps-other-vms
     listed = set()
     for vm in vms:
@@ -41,11 +48,20 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
             restored = with_known_items(restored, vm.vm_data)
         network = put_nic(network, restored, nic)
         listed.add(restored.key)
-    if vms and data.vms.complete and len(vms) == len(data.vms.items):
+    if data.vms.items and data.vms.complete and all_known:
         network = without_unlisted(network, listed)  # guard: a-restore-lists-all-vms
     for nic in [network.nics[key] for key in listed & network.nics.keys()]:
         network = with_name_of(network, nic, network.nics.keys() - listed)
     return network
+
+
+def _fresh_others(network: Network, vms: tuple[RestoredVm, ...]) -> list[Nic]:
+    """The NICs that are not in the list and have had commands of their own since implement-network.
+
+    Such a command is newer than the list. So a VM of the list with the address of such a NIC is expunged already.
+    """
+    known = {nic.key for vm in vms if (nic := find_nic(network, vm)) is not None}
+    return [nic for nic in network.nics.values() if nic.fresh and nic.key not in known]
 
 
 def _without_moved_addresses(network: Network, vms: tuple[RestoredVm, ...]) -> Network:
