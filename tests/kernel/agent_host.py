@@ -40,6 +40,10 @@ exec sleep 1000
 """
 
 
+# For tests that compare what stands before and after: the periodic check would repair a change between two looks.
+NO_CHECKS = ("--check-every", "3600")
+
+
 class AgentHost:
     """One host. ``vlans`` are the names of its VLAN links, each connected to the fabric."""
 
@@ -186,12 +190,12 @@ class AgentHost:
             cwd="/",
             env={"PATH": _PATH},
         )
-        wait_until(lambda: self.log().count(" restored") > before)
+        wait_until(lambda: self.log().count(" restored") > before, 60)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         if self.agent is not None:
             self.agent.send_signal(number)
-            self.agent.wait(10)
+            self.agent.wait(60)
             self.agent = None
 
     def log(self) -> str:

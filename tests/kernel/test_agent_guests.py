@@ -104,7 +104,7 @@ class Agent:
     def converge(self, scope: Scope) -> list[str]:
         return self.in_worker(lambda: self.guests.converge(scope.scope_id, NAMESPACE, tables(scope)))
 
-    def wait_until(self, so: Callable[[], bool], patience_s: float = 10.0) -> None:
+    def wait_until(self, so: Callable[[], bool], patience_s: float = 20.0) -> None:
         async def wait() -> None:
             end = time.monotonic() + patience_s
             while not await self.loop.run_in_executor(None, so):
@@ -145,7 +145,7 @@ def _agents(directory: Path) -> Iterator[Callable[[str], Agent]]:
 
 def _get(path: str, port: int = 80, header: str = "") -> str:
     with inside(VM):
-        sock = socket.create_connection(("10.10.1.1", port), timeout=5)
+        sock = socket.create_connection(("10.10.1.1", port), timeout=20)
     with sock:
         sock.sendall(f"GET {path} HTTP/1.0\r\n{header}\r\n".encode())
         answer = b""
@@ -210,7 +210,8 @@ def test_repeated_guest_process_crashes_back_off_exponentially(tmp_path: Path) -
         for wait in ("0.0", "0.2", "0.5"):
             before = it.process.pid
             os.kill(before, signal.SIGKILL)
-            it.wait_until(partial(_has_new_pid, it, before))
+            # A process that is killed before it has got its networks counts twice.
+            it.wait_until(partial(_has_welcomed_another, it, before, tmp_path / "agent.log"))
             assert f"guest process {before} has ended" in (tmp_path / "agent.log").read_text()
             assert f"another one starts in {wait} s" in (tmp_path / "agent.log").read_text()
         assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
@@ -229,13 +230,13 @@ def test_a_hung_guest_process_is_killed_without_losing_passwords(
         log = Log(str(tmp_path / "agent.log"))
         no_services = supervisor.Supervisor(it.loop, print)
         probes = liveness.LivenessProbes(it.loop, log, no_services, it.process, lambda it: False)
-        probing = it.loop.create_task(probes.run(0.2))
-        it.wait_until(lambda: it.process.pid == hung)
         os.kill(hung, signal.SIGSTOP)
+        probing = it.loop.create_task(probes.run(0.2))
         it.wait_until(lambda: it.process.pid != hung)
         probing.cancel()
         assert not _is_running(hung)
-        assert f"guest process (pid {hung}) does not answer: killed" in (tmp_path / "agent.log").read_text()
+        said = f"guest process (pid {hung}) does not answer: killed"
+        it.wait_until(lambda: said in (tmp_path / "agent.log").read_text())
         assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
 
 
@@ -257,6 +258,14 @@ def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, m
         hung = first.process.pid
         os.kill(hung, signal.SIGSTOP)
         monkeypatch.setattr(guest_process, "HELLO_S_MAX", 2.0)
+        spawn = GuestProcess._spawn
+
+        def patient_spawn(process: GuestProcess) -> None:
+            """Only the hung process gets little time to answer, not the one that starts after it."""
+            monkeypatch.setattr(guest_process, "HELLO_S_MAX", 30.0)
+            spawn(process)
+
+        monkeypatch.setattr(GuestProcess, "_spawn", patient_spawn)
         for network in first.process.networks.values():
             network.close()  # as the exit of an agent closes its copies
         second = agent("b1")
@@ -342,8 +351,9 @@ def test_unserved_and_outdated_networks_are_reported(tmp_path: Path) -> None:
         assert unserved(it) == ["9205"]
 
 
-def _has_new_pid(agent: Agent, pid: int) -> bool:
-    return agent.process.pid != pid
+def _has_welcomed_another(agent: Agent, pid: int, log: Path) -> bool:
+    """Whether the agent has another guest process, which has got all networks."""
+    return agent.process.pid != pid and f"guest process {agent.process.pid}: " in log.read_text()
 
 
 def _is_running(pid: int) -> bool:

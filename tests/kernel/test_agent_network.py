@@ -6,16 +6,19 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, done, make_call, steps, wait_until
+from kernel.agent_host import NO_CHECKS, AgentHost, agent_host, done, make_call, steps, wait_until
 from kernel.isolated_network import FIRST_LIFE, NS, addresses, live, snapshot
 from netloom import names
+from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S
 
 LAST_WORDS = [
     ("121", "delete-port-forward"),
@@ -38,7 +41,7 @@ def host() -> Iterator[AgentHost]:
 def module_host() -> Iterator[AgentHost]:
     """A host with the network. Tests that use it restore its state."""
     with agent_host() as it:
-        it.start()
+        it.start(*NO_CHECKS)
         live(it)
         yield it
 
@@ -86,6 +89,7 @@ def test_repeated_commands_take_no_steps(host: AgentHost) -> None:
 
 def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> None:
     live(host)
+    wait_until(lambda: _is_settled(host))
     host.kill()
     state = host.path("/var/lib/netloom/scopes/net-204.json").read_bytes()
     watches = [
@@ -109,6 +113,14 @@ def test_a_restarted_agent_changes_nothing_in_the_kernel(host: AgentHost) -> Non
     assert host.path("/var/lib/netloom/scopes/net-204.json").read_bytes() == state
     host.start()
     assert steps(host) == 0
+
+
+def _is_settled(host: AgentHost) -> bool:
+    """Whether the links have their operational state, which the kernel sets, with an event, a moment later."""
+    links = [*host.links().values(), *host.links(NS).values()]
+    return all(
+        it["operstate"] == "UP" for it in links if {"UP", "LOWER_UP"} <= set(it["flags"]) and it["ifname"] != "lo"
+    )
 
 
 def _has_netlink_socket(pid: int) -> bool:
@@ -247,12 +259,14 @@ def test_tenants_cannot_reach_the_host_over_our_bridges(host: AgentHost) -> None
     host.ip("route", "add", "10.10.1.0/24", "dev", "breth1-1204")
     host.ip("neigh", "add", "10.10.1.77", "lladdr", fabric_mac(host), "dev", "breth1-1204")
 
-    def answers(address: str) -> bool:
-        words = ["ping", "-c1", "-W1", "-q", address]
+    def answers(address: str, patience_s: int = 20) -> bool:
+        words = ["ping", "-c1", f"-W{patience_s}", "-q", address]
         return "1 received" in host.run(*words, pid=host.fabric, check=False)
 
     assert answers("10.10.1.1")  # the device of the network is reachable over the same bridge
-    assert not answers("198.51.100.9")
+    assert not answers("198.51.100.9", 1)
+    assert host.agent is not None
+    host.agent.send_signal(signal.SIGSTOP)  # otherwise it may restore the table before the next packet
     host.run("nft", "delete", "table", "netdev", "netloom")
     assert answers("198.51.100.9")  # so the table had blocked it
 
@@ -285,13 +299,14 @@ def test_defect_65_only_new_addresses_are_announced_three_times_each(host: Agent
     wait_until(lambda: heard() == {"203.0.113.20": 3, "203.0.113.21": 3, "203.0.113.22": 0})
     # An address that is released is not announced any more, because another machine may have it already.
     done(host.call("060", "release-ip"))
+    begun = time.monotonic()
     done(host.call("050", "assign-ip"))
     done(host.call("060", "release-ip"))
-    released = heard()["203.0.113.21"]
+    due = sum(after_s <= time.monotonic() - begun for after_s in ANNOUNCE_AFTER_S)  # before the release
     # The last announcement of a later address comes after all that the released one could have.
     done(host.call("050", "assign-ip", public_ip="203.0.113.22"))
     wait_until(lambda: heard()["203.0.113.22"] == 3)
-    assert heard()["203.0.113.21"] == released < 6
+    assert heard()["203.0.113.21"] <= 3 + due
 
 
 def test_forty_networks_in_parallel_are_built_and_removed(host: AgentHost) -> None:
@@ -354,8 +369,9 @@ def test_a_missing_nic_is_reported_with_its_detail_and_retried(host: AgentHost) 
     reply = host.call("020", "implement-network", vlan="1999")
     assert reply.status == 3
     assert "make VLAN link eth1.1999 with tag 1999 on eth1: this kernel has no 802.1Q" in reply.error
+    before = len(host.log())
     host.add_vlan("eth1.1999")
-    wait_until(lambda: steps(host) > 0)  # the agent notices the new link
+    wait_until(lambda: re.search(r" steps=[1-9]", host.log()[before:]))  # the agent notices the new link
     done(host.call("020", "implement-network", vlan="1999"))
     host.ip("link", "del", "eth2.101")
     host.ip("link", "del", "eth2")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kernel.agent_host import AgentHost, act, agent_host, message, wait_until
-from kernel.isolated_network import NS, kernel, live
+from kernel.isolated_network import NS, kernel, live, routes
 
 BLACKHOLE, TO = "blackhole 192.0.2.0/24", "to 192.0.2.0/24"
 
@@ -39,11 +39,11 @@ def add_table_routes_and_rules(host: AgentHost) -> None:
 
 def is_in_kernel(host: AgentHost) -> bool:
     rules = host.ip("rule", namespace=NS)
-    routes = host.ip("route", "show", "table", "100", namespace=NS).split("\n")
+    found = routes(host, "100").split("\n")
     return (
         "10000:\tfrom all to 192.0.2.0/24 fwmark 0x10000/0x10000 lookup 100" in rules
         and "12345:\tfrom 10.10.1.4 fwmark 0x10000/0x10000 iif gst-204 lookup 100" in rules
-        and {it.strip() for it in routes}
+        and {it.strip() for it in found}
         >= {"blackhole 192.0.2.0/24 proto static", "default via 203.0.113.254 dev pub-101 proto static onlink"}
     )
 
@@ -193,4 +193,4 @@ def test_the_kernel_accepts_every_accepted_route_and_rule(host: AgentHost) -> No
     assert host.ip("route", "show", "table", "19999", namespace=NS)
     pbr(host, "delete-table", table="seven")
     pbr(host, "delete-table", table="last")
-    assert kernel(host) == before
+    wait_until(lambda: kernel(host) == before)

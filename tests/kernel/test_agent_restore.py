@@ -83,14 +83,14 @@ def test_vms_that_are_deployed_in_parallel_with_restarts_keep_everything(host: A
     restoring = Event()
 
     def deploy(number: int) -> None:
-        assert listing.wait(30)
+        assert listing.wait(60)
         nic = vms[number]
         reserved.append(nic)
         with host.client() as client:
             for at, (fixture, command) in enumerate(DEPLOY):
                 if at == number:
                     arriving[number].set()
-                    assert restoring.wait(30)
+                    assert restoring.wait(60)
                 more: dict[str, Any] = {}
                 if command == "save-vm-data":
                     more["vm_data"] = [
@@ -105,14 +105,14 @@ def test_vms_that_are_deployed_in_parallel_with_restarts_keep_everything(host: A
         if not listing.is_set():
             listing.set()
             for it in arriving:
-                assert it.wait(30)
+                assert it.wait(60)
             restoring.set()
         restore(host, vms_of_list)
 
     with ThreadPoolExecutor(VMS + 3) as workers:
         works = [workers.submit(deploy, number) for number in range(VMS)]
         works.append(workers.submit(restart))
-        assert listing.wait(30)
+        assert listing.wait(60)
         works += [workers.submit(restart) for _ in range(2)]
         for it in works:
             it.result()

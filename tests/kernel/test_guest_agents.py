@@ -6,10 +6,10 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 
-from guestbed import SERVER, guest_process, network, nic, run, segment
+from guestbed import SERVER, GuestProcess, guest_process, network, nic, run, segment
+from kernel.agent_host import wait_until
 from netloom.guestwire import GUEST_PROTOCOL, Listener, Served
 from netloom.secret import Secret
 
@@ -19,8 +19,13 @@ ALL = (Listener("dhcp"), Listener("metadata"), Listener("password"))
 
 def host_name(vm: str) -> str:
     return run(
-        "ip", "netns", "exec", vm, "curl", "-sf", "--max-time", "10", f"http://{SERVER}/latest/local-hostname"
+        "ip", "netns", "exec", vm, "curl", "-sf", "--max-time", "20", f"http://{SERVER}/latest/local-hostname"
     ).stdout
+
+
+def descriptors(process: GuestProcess) -> int:
+    """The number of open file descriptors of the guest process."""
+    return len(os.listdir(f"/proc/{process.process.pid}/fd"))
 
 
 def ask_password_service(vm: str, word: str) -> str:
@@ -62,7 +67,7 @@ def test_an_invalid_table_or_socket_changes_nothing() -> None:
         assert "is not served" in agent.update(network(WEB)).error
         sockets = on.sockets()
         assert agent.serve(network(WEB), sockets).error == ""
-        before = len(os.listdir(f"/proc/{process.process.pid}/fd"))
+        before = descriptors(process)
         vm = on.vm(WEB, ip=WEB.ip)
         assert "two NICs with address" in agent.update(network(WEB, nic(46, ip=WEB.ip), revision=2)).error
         assert "lease_s" in agent.update(network(WEB, revision=2, lease_s=0xFFFFFFFF)).error
@@ -74,10 +79,7 @@ def test_an_invalid_table_or_socket_changes_nothing() -> None:
             assert agent.serve(network(WEB, revision=3), sockets).error == ""
             assert agent.serve(network(WEB, revision=3), sockets[1:], *ALL[:2]).error != ""
         assert host_name(vm) == "web-1"
-        deadline = time.monotonic() + 10
-        while len(os.listdir(f"/proc/{process.process.pid}/fd")) != before:  # a connection may still be closing
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: descriptors(process) == before)  # a connection may still be closing
 
 
 def test_a_request_sent_while_no_process_runs_is_answered_by_the_next_process() -> None:
@@ -112,10 +114,7 @@ def test_an_answer_in_progress_is_completed_before_the_process_ends(tmp_path: Pa
         vm = on.vm(WEB, ip=WEB.ip)
         curl = ["curl", "-sf", "--limit-rate", "4M", "-o", str(file), f"http://{SERVER}/latest/user-data"]
         slow = subprocess.Popen(["ip", "netns", "exec", vm, *curl])
-        deadline = time.monotonic() + 10
-        while not file.exists() or not file.stat().st_size:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: file.exists() and file.stat().st_size)
         assert process.stop() == 0
         assert slow.wait(20) == 0
         assert file.stat().st_size == len(big)
@@ -125,7 +124,7 @@ def test_a_dropped_network_leaves_no_open_descriptors() -> None:
     with guest_process() as process, segment() as on:
         agent = process.connect()
         sockets = on.sockets()
-        empty = len(os.listdir(f"/proc/{process.process.pid}/fd"))
+        empty = descriptors(process)
         agent.serve(network(WEB), sockets)
         for sock in sockets:
             sock.close()
@@ -134,4 +133,4 @@ def test_a_dropped_network_leaves_no_open_descriptors() -> None:
         agent.drop()
         refused = run("ip", "netns", "exec", vm, "curl", "-s", f"http://{SERVER}/", check=False)
         assert refused.returncode == 7
-        assert len(os.listdir(f"/proc/{process.process.pid}/fd")) == empty
+        wait_until(lambda: descriptors(process) == empty)  # a connection may still be closing

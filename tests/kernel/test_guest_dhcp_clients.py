@@ -44,7 +44,7 @@ def udhcpc(vm: str, directory: Path, *more: str) -> dict[str, str]:
     script = directory / "script"
     script.write_text(f'#!/bin/sh\n[ "$1" = deconfig ] || {{ env; echo "event=$1"; }} > {directory}/got\n')
     script.chmod(0o755)
-    options = ["-O", "mtu", "-O", "search", "-O", "ntpsrv", "-t", "5", "-T", "1", "-s", str(script), *more]
+    options = ["-O", "mtu", "-O", "search", "-O", "ntpsrv", "-t", "15", "-T", "1", "-s", str(script), *more]
     run("ip", "netns", "exec", vm, "busybox", "udhcpc", "-i", "eth0", "-q", "-n", "-f", *options, timeout_s=PATIENCE_S)
     return read(directory / "got")
 
@@ -207,7 +207,7 @@ def test_the_udp_checksum_on_the_wire_is_valid_or_absent(served: tuple[Agent, Se
     with inside(vm):
         raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800))
     with raw:
-        raw.settimeout(5)
+        raw.settimeout(20)
         udhcpc(vm, tmp_path)
         seen = 0
         while seen < 2:

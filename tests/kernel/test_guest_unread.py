@@ -57,7 +57,7 @@ def connected(on: Segment, vm: str) -> socket.socket:
     with inside(vm):
         client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    client.settimeout(10)
+    client.settimeout(30)
     client.connect((DEVICE, 80))
     return client
 
@@ -97,14 +97,14 @@ class Served:
         client.setblocking(False)
         await self.loop.sock_connect(client, ("127.0.0.1", self.ports[network_id]))
         await self.loop.sock_sendall(client, b"GET /latest/user-data HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return client, await self.loop.sock_recv(client, 12)
 
     async def whole(self, client: socket.socket, size: int = MB) -> bool:
         """Whether the rest of an answer with a body of ``size`` bytes arrives."""
         received = 0
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(30):
                 while data := await self.loop.sock_recv(client, 65536):
                     received += len(data)
         except ConnectionResetError:
