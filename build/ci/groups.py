@@ -254,7 +254,8 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
             result.remarks.append(f"stopped after {GROUP_LIMIT_S} s")
             return result
         _count(report, result)
-    if status not in (0, 1):
+    # An exception before the first test gives status 1, too, and then no report names a failure.
+    if status not in (0, 1) or (status == 1 and not result.failed):
         result.failed += 1
         result.remarks.append("no tests" if status == 5 else f"pytest ended with {status}")
     return result

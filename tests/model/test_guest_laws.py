@@ -113,7 +113,7 @@ def conversation(chunks: list[bytes], site: http.Site) -> bytes:
         except (BrokenPipeError, ConnectionResetError):
             pass
         theirs.close()
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ended.wait(), 60)
         return said
 
     failures: list[dict[str, object]] = []

@@ -118,6 +118,15 @@ def test_what_a_group_leaves_behind_is_a_failure(checkout: Path) -> None:
     assert f"left behind: {namespace}\n" in printed
 
 
+def test_an_exception_before_the_first_test_is_a_failure(checkout: Path) -> None:
+    write(checkout, "unit", "def test_a():\n    pass\n")
+    (checkout / "tests/conftest.py").write_text("def pytest_addoption(parser):\n    raise ValueError\n")
+    with start(checkout, "unit") as process:
+        printed = process.communicate(timeout=LIMIT_S)[0]
+    assert (process.returncode, printed.splitlines()[-1]) == (1, "0 passed, 1 failed")
+    assert "pytest ended with 1\n" in printed
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_groups(checkout: Path, number: signal.Signals) -> None:
     pids = [checkout / "a", checkout / "b"]

@@ -147,7 +147,10 @@ def current(host: Host) -> str:
 
 def running_agents(host: Host) -> list[str]:
     """One entry for each running agent process: the build that the log named last."""
-    serving = [line for line in host.sh("ps -A -o args=").splitlines() if " agent serve" in line]
+    lines = host.sh("ps -A -o pid=,ppid=,args=").splitlines()
+    agents = {line.split()[0]: line.split()[1] for line in lines if " agent serve" in line}
+    # A child of an agent has the agent's command line until it has executed its program.
+    serving = [pid for pid, parent in agents.items() if parent not in agents]
     said = re.findall(r" build=(\S+) ", host.sh("cat /var/log/netloom/agent.log", check=False))
     return [said[-1] for _ in serving]
 

@@ -76,7 +76,7 @@ class SystemdHost:
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        assert until(self._is_up, seconds=30.0)
+        assert until(self._is_up, seconds=120.0)
 
     def _is_up(self) -> bool:
         assert self._machine is not None
@@ -88,7 +88,7 @@ class SystemdHost:
         assert self._machine is not None
         if self.pid:
             processes.kill(self.pid)
-        self._machine.wait(10)
+        self._machine.wait(60)
 
     def close(self) -> None:
         self.power_cut()

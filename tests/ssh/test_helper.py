@@ -18,7 +18,7 @@ import pytest
 import processes
 from netloom.extension.helper_client import DOING, pack, unpack
 from netloom.wire import Reply, encode
-from ssh.lab import BLACK_HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshLab, run
+from ssh.lab import BLACK_HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshHost, SshLab, run
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
 SETTLE_S = 20.0
@@ -58,6 +58,13 @@ def caller(lab: SshLab, tmp_path: Path) -> Iterator[Caller]:
     assert until(lambda: not helper_pids())
 
 
+def end_agents(host: SshHost) -> None:
+    """Kill the stand-in agents of a host."""
+    for pid in run("ip", "netns", "pids", host.netns).split():
+        if any(b"standin.py" in word for word in _words(int(pid))):
+            processes.kill(int(pid))
+
+
 def sockets(caller: Caller) -> list[str]:
     return [path.name for path in caller.home.glob("helper-*.sock")]
 
@@ -75,7 +82,7 @@ def test_twenty_first_calls_start_one_helper_and_share_its_connection(lab: SshLa
     calls = [caller.start("ensure-network-device", str(path), "60") for _ in range(20)]
     for call in calls:
         assert json.loads(caller.finish(call, began).output)["host"] == "10.99.0.11"
-    assert len(helper_pids()) == 1
+    assert until(lambda: len(helper_pids()) == 1)
     assert lab.h1.logins()[logins:].count("Accepted publickey") == 1
     assert caller.log.count(" status=0 ") == 20
 
@@ -178,13 +185,16 @@ def test_sigterm_ends_the_helper_but_no_call(lab: SshLab, caller: Caller) -> Non
     told = helper_pid()
     os.kill(told, signal.SIGTERM)
     assert caller.finish(process, began).output == ""
-    assert told not in helper_pids()
+    assert until(lambda: told not in helper_pids())
 
 
 def test_an_idle_helper_ends_and_removes_its_socket(lab: SshLab, caller: Caller) -> None:
     caller.helper = "1"
-    caller.ensure(caller.details(sshkey=lab.key("good")))
+    lab.h1.set_behaviour("hang", on=["implement-network"])  # the helper is in use until the call ends
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 60, lab.h1, STORED)
     assert len(sockets(caller)) == 1
+    process.terminate()
+    assert caller.finish(process, began).status == 143
     assert until(lambda: not helper_pids())
     assert sockets(caller) == []
     assert json.loads(caller.ensure(caller.details(sshkey=lab.key("good"))).output)["host"] == "10.99.0.11"
@@ -197,14 +207,18 @@ def test_idle_connections_are_closed_while_the_helper_is_in_use(lab: SshLab, cal
         inside = ["ip", "netns", "exec", MANAGEMENT]
         return run(*inside, "ss", "-tnH", "state", "established", "dport", f"= :{KEYS}").count("\n")
 
-    caller.ensure(caller.details(sshkey=lab.key("good"), port=KEYS))
-    caller.ensure(caller.details(sshkey=lab.key("pem"), port=KEYS))
-    assert connections() == 2
-    ends = time.monotonic() + SETTLE_S
-    while connections() == 2 and time.monotonic() < ends:
-        caller.ensure(caller.details(sshkey=lab.key("pem"), port=KEYS))
-    assert connections() == 1
-    assert len(helper_pids()) == 1
+    lab.h1.set_behaviour("hang", on=["implement-network"])
+    logins = len(lab.h1.logins())
+    process, began = caller.start_and_wait_for_call(
+        caller.details(sshkey=lab.key("pem"), port=KEYS), 120, lab.h1, STORED
+    )
+    helper = helper_pid()
+    assert caller.ensure(caller.details(sshkey=lab.key("good"), port=KEYS)).output
+    assert lab.h1.logins()[logins:].count("Accepted publickey") == 2
+    assert until(lambda: connections() == 1)
+    assert helper_pids() == [helper]
+    process.terminate()
+    assert caller.finish(process, began).status == 143
 
 
 def test_callers_never_share_credentials(lab: SshLab, caller: Caller) -> None:
@@ -274,7 +288,7 @@ def test_a_replaced_program_starts_a_new_helper_and_the_old_one_finishes(
     details = caller.details(sshkey=lab.key("good"))
     lab.h1.set_behaviour("hang", on=["implement-network"])
     began = time.monotonic()
-    old_call = caller.start("implement-network", str(caller.payload(details, STORED)), "10", executable=executable)
+    old_call = caller.start("implement-network", str(caller.payload(details, STORED)), "60", executable=executable)
     assert until(lab.h1.calls_received)
     old = helper_pid()
     lab.h1.set_behaviour()
@@ -284,7 +298,8 @@ def test_a_replaced_program_starts_a_new_helper_and_the_old_one_finishes(
     assert caller.call("implement-network", details, STORED, executable=executable).output == ""
     assert set(helper_pids()) > {old}
     assert old_call.poll() is None
-    assert "did not answer implement-network" in caller.finish(old_call, began).line
+    end_agents(lab.h1)  # the old helper repeats its call once
+    assert caller.finish(old_call, began).output == ""
     assert until(lambda: old not in helper_pids())
     assert len(helper_pids()) == 1
 
@@ -307,9 +322,7 @@ def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: 
     lab.h1.set_behaviour(
         "die-once", on=["shutdown-network"]
     )  # applies to the next agent, because the present one ends first
-    for pid in run("ip", "netns", "pids", lab.h1.netns).split():
-        if any(b"standin.py" in word for word in _words(int(pid))):
-            processes.kill(int(pid))
+    end_agents(lab.h1)
     assert caller.call("shutdown-network", details, STORED).output == ""
     assert len(helper_pids()) == 1
 
@@ -325,9 +338,7 @@ def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, 
     text = authorized.read_text()
     authorized.write_text("")
     try:
-        for pid in run("ip", "netns", "pids", lab.h1.netns).split():
-            if any(b"standin.py" in word for word in _words(int(pid))):
-                processes.kill(int(pid))
+        end_agents(lab.h1)
         ended = caller.finish(process, began)
     finally:
         authorized.write_text(text)
@@ -415,8 +426,8 @@ def test_hostile_hosts_take_no_memory_of_the_helper(lab: SshLab, caller: Caller)
     for behaviour in behaviours:
         lab.h1.set_behaviour(**behaviour, on=["prepare-nic"])
         for _ in range(2):
-            ended = caller.call("prepare-nic", details, STORED, {"mac": "02:01:00:cc:00:03"}, timeout=20)
-            assert (ended.status, ended.took_s < 10) == (2, True), ended
+            ended = caller.call("prepare-nic", details, STORED, {"mac": "02:01:00:cc:00:03"}, timeout=120)
+            assert (ended.status, ended.took_s < 60) == (2, True), ended
     assert helper_pids() == [helper]
     assert peak_mib() - before < 64
     lab.h1.set_behaviour()

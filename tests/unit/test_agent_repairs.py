@@ -96,7 +96,7 @@ def watched(test: Callable[[Scene], Coroutine[Any, Any, None]]) -> Callable[[pyt
         scene.watcher.watch(SCOPE, WANT)
         await scene.clock.settle()
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 await test(scene)
         finally:
             scene.watcher.stop()

@@ -297,7 +297,7 @@ async def test_a_hook_runs_without_the_lock(agent: Agent, monkeypatch: pytest.Mo
     may_end = threading.Event()
     monkeypatch.setattr(Hooks, "names", lambda hooks: ["wait"])
     monkeypatch.setattr(Hooks, "path", lambda hooks, action: "/hook")
-    monkeypatch.setattr(Hook, "run", lambda hook, ends: f"ended {may_end.wait(10)}")
+    monkeypatch.setattr(Hook, "run", lambda hook, ends: f"ended {may_end.wait(60)}")
     with_hook = agent.send("501", "custom-action", action="wait")
     await agent.clock.settle()
     other = agent.send("050", "assign-ip")

@@ -230,7 +230,9 @@ def test_an_internal_error_is_one_line_and_its_traceback_is_logged(call: Call, t
 
 def test_a_deadline_missed_before_the_payload_is_read_is_status_2(tmp_path: Path) -> None:
     """The timer of last resort: the process is stopped for longer than its timeout, and exits when it continues."""
-    stopped = "import os, signal\nos.system(f'(sleep 1.2; kill -CONT {os.getpid()}) >/dev/null 2>&1 &')\n"
+    # SIGCONT is repeated, because the first one may arrive before the process stops.
+    go_on = "for i in $(seq 100); do kill -CONT {os.getpid()} || exit; sleep 0.2; done"
+    stopped = f"import os, signal\nos.system(f'(sleep 1.2; {go_on}) >/dev/null 2>&1 &')\n"
     done = call_with_msgspec(stopped + "os.kill(os.getpid(), signal.SIGSTOP)\n", tmp_path, timeout="1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "not done within 1 s: still" in done.stderr
