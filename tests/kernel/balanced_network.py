@@ -67,12 +67,12 @@ def _echo(client: socket.socket, vm: str, heard: list[bytes]) -> None:
             said = client.recv(1000)
 
 
-def connect(host: AgentHost, port: int, timeout_s: float = 5.0, source: str = "") -> socket.socket:
+def connect(host: AgentHost, port: int, timeout_s: float = 20.0, source: str = "") -> socket.socket:
     with host.within():
         return socket.create_connection((ADDRESS, port), timeout_s, (source, 0) if source else None)
 
 
-def answering_vm(host: AgentHost, port: int, timeout_s: float = 5.0) -> str:
+def answering_vm(host: AgentHost, port: int, timeout_s: float = 20.0) -> str:
     """The name of the VM that answers on a balanced port, ``closed``, or the name of the exception."""
     try:
         with connect(host, port, timeout_s) as client:
