@@ -55,8 +55,12 @@ class Flood:
 
     def finish(self) -> Result:
         sent = int(self._sender.communicate("stop\n", timeout=60)[0])
-        time.sleep(0.3)
-        allowed, forbidden = (self._heard(it) for it in self._ears)
+        allowed = self._heard(self._ears[0])
+        until = time.monotonic() + 5
+        while len({number for number, _ in allowed}) < sent and time.monotonic() < until:
+            time.sleep(0.02)
+            allowed += self._heard(self._ears[0])
+        forbidden = self._heard(self._ears[1])
         return Result(
             sent,
             lost=sent - len({number for number, _ in allowed}),
