@@ -66,7 +66,8 @@ def two_scopes() -> Iterator[tuple[Supervisor, dict[str, int], dict[str, int]]]:
         try:
             pids = {**it.states()[SCOPE], "other": it.states()[OTHER]["dns-9204"]}
             users = {scope_id: os.stat(Path(other.directory).parents[1] / scope_id).st_gid for scope_id in it.scopes()}
-            wait_until(lambda: all(status(pid)["Uid"].split()[0] != "0" for pid in pids.values()))
+            # Before the program is executed, the process gives up its privileges one after the other.
+            wait_until(lambda: all(status(pid)["Name"] in ("dnsmasq", "haproxy") for pid in pids.values()))
             yield it, pids, users
         finally:
             stop_all(it)
@@ -295,16 +296,22 @@ def test_a_log_stays_below_its_bound_under_a_flood() -> None:
         wait_until(lambda: cpu_ticks(pid) > spent + 20)
         assert log.stat().st_size <= 1 << 20
         for _ in range(3):
-            os.kill(pid, signal.SIGSTOP)
+            stop(pid)
             it.bound_logs()
             assert log.stat().st_size <= files.LOG_BYTES_MAX
             size = log.stat().st_size
             os.kill(pid, signal.SIGCONT)
             wait_until(lambda: log.stat().st_size > size)  # noqa: B023
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         assert b"\0" not in log.read_bytes()
         assert log.read_bytes().startswith(b"(older lines were removed)\nxxx")
         os.kill(pid, signal.SIGKILL)
+
+
+def stop(pid: int) -> None:
+    """Send SIGSTOP and wait until the process has stopped: it may be in a system call."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: status(pid)["State"].startswith("T"))
 
 
 def cpu_ticks(pid: int) -> int:
@@ -370,13 +377,15 @@ def test_processes_of_an_earlier_version_are_replaced_and_their_connections_kept
 
 
 def connected(backend: socket.socket) -> tuple[socket.socket, socket.socket]:
-    """A connection through the balancer: the client's end and the backend's. Health checks send nothing."""
+    """A connection through the balancer: the client's end and the backend's. Health checks send nothing, or a reset."""
+    backend.settimeout(20)
     with inside(NAMESPACE):
-        client = socket.create_connection(("10.10.1.1", 8000), timeout=5)
+        client = socket.create_connection(("10.10.1.1", 8000), timeout=20)
     client.sendall(b"hello")
     while True:
         served, _ = backend.accept()
-        served.settimeout(5)
-        if served.recv(100) == b"hello":
-            return client, served
+        served.settimeout(20)
+        with contextlib.suppress(ConnectionResetError):
+            if served.recv(100) == b"hello":
+                return client, served
         served.close()

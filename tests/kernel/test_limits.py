@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, done, make_call, steps
+from kernel.agent_host import AgentHost, agent_host, done, make_call, steps, wait_until
 from netloom import names
 from netloom.commands import Context, apply, decode
 from netloom.state import Scope
@@ -38,6 +38,8 @@ def listen(host: AgentHost, vm: str, *ports: int) -> None:
     """Make the VM answer with its name on these ports."""
     for port in ports:
         host.run("sh", "-c", f"busybox nc -ll -p {port} -e echo {vm} >/dev/null 2>&1 </dev/null &", namespace=vm)
+    for port in ports:
+        wait_until(lambda: host.run("ss", "-Hltn", f"sport = {port}", namespace=vm))  # noqa: B023
 
 
 def unplug(host: AgentHost, vm: str) -> None:
@@ -50,6 +52,17 @@ def answer_from(host: AgentHost, address: str, port: int) -> str:
     return host.run(
         "timeout", "3", "busybox", "nc", "-w", "2", address, str(port), pid=host.fabric, check=False
     ).strip()
+
+
+def answered_by(host: AgentHost, vm: str, address: str, port: int) -> None:
+    """Assert that the VM answers a client outside. On a busy machine one answer may come too late."""
+    answers = (answer_from(host, address, port) for _ in range(10))
+    assert next(filter(None, answers), "") == vm
+
+
+def nothing_is_left(host: AgentHost, before: dict[str, int]) -> None:
+    """The kernel removes the links of a deleted namespace later."""
+    wait_until(lambda: {**host.inventory(), "connections": 0} == {**before, "connections": 0})
 
 
 def test_networks_with_the_longest_names_and_ids_coexist(host: AgentHost) -> None:
@@ -69,16 +82,18 @@ def test_networks_with_the_longest_names_and_ids_coexist(host: AgentHost) -> Non
         host.ip("-n", vm, "route", "add", "default", "via", "10.10.1.1")
         listen(host, vm, 22)
     # Both VMs have the same guest address. Each public address leads to the VM of its network.
-    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", "vm-120"]
+    answered_by(host, "vm-1204", ADDRESSES[0], 22)
+    answered_by(host, "vm-120", ADDRESSES[1], 22)
     assert max(map(len, host.links())) == names.LINK_NAME_MAX
     done(host.call("126", "shutdown-network", registration=LARGE, network_id="999999999", vlan="120"))
-    assert [answer_from(host, it, 22) for it in ADDRESSES[:2]] == ["vm-1204", ""]
+    answered_by(host, "vm-1204", ADDRESSES[0], 22)
+    assert answer_from(host, ADDRESSES[1], 22) == ""
     done(host.call("131", "destroy-network", registration=LARGE, network_id="9999999999", vlan=""))
     for vlan in TWINS.values():
         unplug(host, f"vm-{vlan}")
     host.kill()
     host.start()
-    assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
+    nothing_is_left(host, before)
 
 
 def test_a_vpc_with_the_longest_ids_and_highest_vlans(host: AgentHost) -> None:
@@ -104,13 +119,14 @@ def test_a_vpc_with_the_longest_ids_and_highest_vlans(host: AgentHost) -> None:
         host.plug(vm, names.bridge("eth1", told["vlan"]), MAC, f"{guest}/24")
         host.ip("-n", vm, "route", "add", "default", "via", told["gateway"])
         listen(host, vm, 22)
-    assert [answer_from(host, ADDRESSES[0], port) for port in (4094, 4093)] == ["vm-4094", "vm-4093"]
+    for port in (4094, 4093):
+        answered_by(host, f"vm-{port}", ADDRESSES[0], port)
     unplug(host, "vm-4094")
     done(host.call("233", "destroy-network", vpc_id="9999999999", network_id="9999999998"))
-    assert answer_from(host, ADDRESSES[0], 4093) == "vm-4093"
+    answered_by(host, "vm-4093", ADDRESSES[0], 4093)
     unplug(host, "vm-4093")
     done(host.call("235", "shutdown-vpc", vpc_id="9999999999"))
-    assert {**host.inventory(), "connections": 0} == {**before, "connections": 0}
+    nothing_is_left(host, before)
 
 
 def test_a_thousand_rules_and_a_thousand_forwards_on_sixty_four_addresses(host: AgentHost) -> None:
@@ -149,7 +165,8 @@ def test_a_thousand_rules_and_a_thousand_forwards_on_sixty_four_addresses(host: 
     host.ip("-n", "web", "route", "add", "default", "via", "10.10.1.1")
     picked = [forwards[at] for at in (0, 63, 64, 999)]
     listen(host, "web", *(port for _, port in [*picked, closed]))
-    assert [answer_from(host, address, port) for address, port in picked] == ["web"] * 4
+    for address, port in picked:
+        answered_by(host, "web", address, port)
     assert answer_from(host, *closed) == ""
     assert answer_from(host, ADDRESSES[1], forwards[0][1]) == ""  # the port belongs to another address
     # The next agent has nothing to do.

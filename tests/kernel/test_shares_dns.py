@@ -81,7 +81,7 @@ def asks(host: AgentHost, vm: str, name: str, *, tcp: bool = False) -> str:
     with host.within(vm):
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM)
     with sock:
-        sock.settimeout(5)
+        sock.settimeout(20 if tcp else 5)
         query = question(name)
         for _ in range(1 if tcp else 3):
             with contextlib.suppress(OSError):
@@ -96,15 +96,20 @@ def asks(host: AgentHost, vm: str, name: str, *, tcp: bool = False) -> str:
     return "silence"
 
 
-def flood(host: AgentHost, vm: str) -> float:
-    """Ask ``FLOOD`` names that nobody answers, from 20 sockets; returns the seconds that it took."""
+def flood(host: AgentHost, vm: str, asked: set[bytes]) -> float:
+    """Ask ``FLOOD`` names that nobody answers, from 20 sockets; returns the seconds that it took.
+
+    A full socket of the resolver would hide what is tested: it is given time, and has to ask on what passes for sure.
+    """
     with host.within(vm):
         socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(20)]
     began = time.monotonic()
     for number in range(FLOOD):
         socks[number % 20].sendto(question(f"n{number}.example"), (SERVER, 53))
-        if number % 100 == 99:
-            time.sleep(0.02)  # a full socket of the resolver would hide what is tested
+        if number % 100 == 99 and number < BURST:
+            wait_until(lambda: len(asked) > number)  # noqa: B023
+        elif number % 100 == 99:
+            time.sleep(0.02)
     took = time.monotonic() - began
     for it in socks:
         it.close()
@@ -113,9 +118,9 @@ def flood(host: AgentHost, vm: str) -> float:
 
 def flooded(host: AgentHost) -> None:
     with upstream(host) as asked:
-        took = flood(host, WEB)
+        took = flood(host, WEB, asked)
         assert asks(host, DB, "good.example") == "192.0.2.7"
-        assert BURST * 0.9 < len(asked) < BURST + PER_S * (took + 2), "what passes is one VM's share"
+        assert BURST <= len(asked) < BURST + PER_S * (took + 2), "what passes is one VM's share"
 
 
 @pytest.mark.mutation("a-vm-has-its-share-of-the-resolver")
@@ -137,8 +142,8 @@ def test_questions_from_forged_addresses_leave_the_resolver_to_vms(host: AgentHo
 
 @pytest.mark.mutation("resolver-has-places-for-many-vms", instead='"dns-forward-max=150"')
 def test_unanswered_questions_of_one_vm_do_not_fill_the_resolver(host: AgentHost) -> None:
-    with upstream(host):
-        flood(host, WEB)
+    with upstream(host) as asked:
+        flood(host, WEB, asked)
         assert [asks(host, DB, f"good{at}.example") for at in range(5)] == ["192.0.2.7"] * 5
 
 

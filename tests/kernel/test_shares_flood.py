@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.agent_host import AgentHost, agent_host, done
+from kernel.agent_host import AgentHost, agent_host, done, wait_until
 from kernel.raw_frames import checksum, one_cpu, wire
 from netloom.wire import Registration
 
@@ -233,7 +233,7 @@ def is_answered(place: contextlib.AbstractContextManager[None], source: str, tar
     with place:
         opened = socket.socket(socket.AF_INET6 if ":" in target else socket.AF_INET, socket.SOCK_STREAM)
     with opened:
-        opened.settimeout(5)
+        opened.settimeout(10)
         if source:
             opened.bind((source, 0))
         try:
@@ -343,6 +343,8 @@ def test_errors_over_ip6_use_nothing_of_what_all_namespaces_share() -> None:
         with wire(host, "eth0", "vm") as sender:
             for _ in range(200):
                 sender.send(ethernet(mac, 0x86DD, ip6(fresh6(), "2001:db8:7777::1", 17, DATAGRAM, 6, 64)))
+        counted = ("snmp6", "Icmp6OutDestUnreachs"), ("snmp", "Icmp:OutRateLimitGlobal")
+        wait_until(lambda: sum(counter(host, *it) for it in counted) >= 200)
         assert counter(host, "snmp6", "Icmp6OutDestUnreachs") == 200
         assert counter(host, "snmp", "Icmp:OutRateLimitGlobal") == 0
 

@@ -36,8 +36,8 @@ def test_a_vm_that_holds_connections_is_named_and_others_are_served(host: AgentH
     with contextlib.ExitStack() as stack:
         for _ in range(4 * VM_CONNECTIONS_MAX):
             with host.within(WEB):
-                stack.enter_context(socket.create_connection((SERVER, 80), 5))
-        assert get(host, DB, "/latest/meta-data/instance-id") == "i-db"
+                stack.enter_context(socket.create_connection((SERVER, 80), 20))
+        assert get(host, DB, "/latest/meta-data/instance-id", "--max-time", "20") == "i-db"
         wait_until(lambda: named(host, f"holds {VM_CONNECTIONS_MAX} connections: more are closed"))
 
 
@@ -45,7 +45,7 @@ def test_a_vm_that_asks_in_a_loop_is_named_and_others_are_served(host: AgentHost
     refused = 0
     for _ in range(10):
         with host.within(WEB):
-            sock = socket.create_connection((SERVER, 80), 5)
+            sock = socket.create_connection((SERVER, 80), 20)
         with sock, sock.makefile("rb") as answers:
             for _ in range(60):
                 sock.sendall(b"GET /latest/none HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -56,5 +56,5 @@ def test_a_vm_that_asks_in_a_loop_is_named_and_others_are_served(host: AgentHost
                     refused += 1
                     break
     assert refused, f"more than {VM_REQUESTS_BURST} requests at once"
-    assert get(host, DB, "/latest/meta-data/instance-id") == "i-db"
+    assert get(host, DB, "/latest/meta-data/instance-id", "--max-time", "20") == "i-db"
     wait_until(lambda: named(host, f"sends more than {VM_REQUESTS_PER_S:.0f} requests per second: more are refused"))
