@@ -21,7 +21,7 @@ from msgspec.structs import replace
 import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
-from netloom.agent.processes import files, guest_process, guest_sockets, liveness, supervisor
+from netloom.agent.processes import files, guest_process, guest_sockets, liveness, process, supervisor
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
 from netloom.errors import HostRefused
@@ -258,14 +258,13 @@ def test_a_guest_process_that_hangs_at_agent_start_is_replaced(tmp_path: Path, m
         hung = first.process.pid
         os.kill(hung, signal.SIGSTOP)
         monkeypatch.setattr(guest_process, "HELLO_S_MAX", 2.0)
-        spawn = GuestProcess._spawn
 
-        def patient_spawn(process: GuestProcess) -> None:
+        def kill_and_be_patient(record: process.Record) -> bool:
             """Only the hung process gets little time to answer, not the one that starts after it."""
             monkeypatch.setattr(guest_process, "HELLO_S_MAX", 30.0)
-            spawn(process)
+            return process.kill(record)
 
-        monkeypatch.setattr(GuestProcess, "_spawn", patient_spawn)
+        monkeypatch.setattr(guest_process, "kill", kill_and_be_patient)
         for network in first.process.networks.values():
             network.close()  # as the exit of an agent closes its copies
         second = agent("b1")
