@@ -112,17 +112,25 @@ _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
 _NOTIF_BYTES = 80
 _NOTIF_S_MAX = 10.0
 
+_USAGE = "usage: netloom confine <uid> <directory> <capabilities> <demanded> <data MiB> <program> [<argument>...]"
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(args: Sequence[str]) -> int:
-    """Execute the program. Returns only on an error: 3, with one line on stderr."""
+    """Execute the program. Returns only on an error, with one line on stderr: 1 for wrong arguments, else 3."""
     try:
-        uid, directory, capabilities, demanded, data_mib, *argv = args
-        environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
-        _enter(int(uid), directory, _numbered(capabilities), _numbered(demanded), int(data_mib) << 20)
-        os.execve(argv[0], argv, environ)
-    except (OSError, ValueError, KeyError) as error:
+        uid, directory, capabilities, demanded, data_mib, program, *arguments = args
+        numbers = int(uid), int(data_mib) << 20
+        kept, told = _numbered(capabilities), _numbered(demanded)
+    except (ValueError, KeyError):
+        os.write(2, f"netloom confine: only the agent starts it; {_USAGE}\n".encode())
+        return 1
+    environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
+    try:
+        _enter(numbers[0], directory, kept, told, numbers[1])
+        os.execve(program, [program, *arguments], environ)
+    except OSError as error:
         os.write(2, f"the service cannot be confined: {error}\n".encode())
     return 3
 
@@ -133,7 +141,10 @@ def _numbered(names: str) -> list[int]:
 
 def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_bytes: int) -> None:
     machine = os.uname().machine
-    if demanded and not _tell_of(kept + demanded, machine):
+    if demanded and not _tell_of(kept + demanded, machine, uid):
+        os.write(
+            2, b"this host does not let netloom answer system calls: the service has all capabilities it demands\n"
+        )
         kept = kept + demanded
     _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC))
     _enter_root(uid, directory)
@@ -167,21 +178,19 @@ def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_
         seccomp.install(_libc, call_filter(machine))  # guard: a-service-has-a-filter
 
 
-def _tell_of(told: list[int], machine: str) -> bool:
+def _tell_of(told: list[int], machine: str, uid: int) -> bool:
     """Start a process that answers the first capget(2) of the program: it has the capabilities ``told``.
 
     dnsmasq asks once at its start and refuses to run without CAP_NET_ADMIN. The answer is no capability: the kernel
     goes on refusing what needs it. The process is not our child, because the program would not expect one. It ends
     with the answer. False: such answers are not possible here.
     """
-    if machine not in seccomp.AUDIT_ARCHES:
+    if machine not in seccomp.AUDIT_ARCHES or not _can_write_memory_of(uid):
         return False
     try:
         listener = seccomp.install_listened(_libc, CALLS[machine]["seccomp"], _asking_filter(machine))
-    except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EBUSY):  # EBUSY: a container manager listens already
-            return False
-        raise
+    except OSError:  # an old kernel, a filter of a container manager that forbids it, or one that listens already
+        return False
     if os.fork() == 0:
         try:
             if os.fork() == 0:
@@ -190,6 +199,29 @@ def _tell_of(told: list[int], machine: str) -> bool:
             os._exit(0)
     os.wait()
     os.close(listener)
+    return True
+
+
+def _can_write_memory_of(uid: int) -> bool:
+    """Whether this process may write to the memory of one of this user.
+
+    It needs CAP_SYS_PTRACE (proc(5)), and Yama must not forbid it (``kernel.yama.ptrace_scope`` 3).
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(uid, uid, uid)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        finally:
+            os._exit(0)
+    os.waitpid(child, os.WUNTRACED)
+    try:
+        os.close(os.open(f"/proc/{child}/mem", os.O_WRONLY))  # guard: answers-are-possible-before-they-are-needed
+    except OSError:
+        return False
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     return True
 
 

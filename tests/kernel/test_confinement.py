@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from kernel.agent_host import wait_until
 from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
+from netloom import confine
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.processes import balancer as asked_balancer
 from netloom.agent.processes import files, process, services
@@ -31,7 +32,7 @@ from netloom.state import Balancing
 pytestmark = pytest.mark.usefixtures("namespace")
 
 OTHER = "net-9305"
-NET_BIND, NET_RAW = 1 << 10, 1 << 13
+NET_BIND, NET_ADMIN, NET_RAW = 1 << 10, 1 << 12, 1 << 13
 _LIMITS = {"Max file size": 1 << 20, "Max core file size": 0}
 
 
@@ -113,6 +114,47 @@ def test_a_resolver_that_advertises_an_ipv6_prefix_cannot_change_links() -> None
         assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
         wait_until(lambda: process.group(pid) == [pid])  # the process that answered capget(2) has ended
         wait_until(lambda: advertises(host))
+        assert it.privileged(SCOPE) == []
+
+
+# A host on which the question for capabilities cannot be answered: seccomp(2) fails with an error, or, with error 0,
+# root has no CAP_SYS_PTRACE.
+HOST_WITHOUT_ANSWERS = """#!{python}
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+number, error = {number}, {error}
+if error:
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | error), (0x06, 0, 0, 0x7fff0000)]
+    text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in code))
+    program = ctypes.create_string_buffer(struct.pack("=H6xQ", len(code), ctypes.addressof(text)))
+    assert libc.prctl(22, 2, program) == 0
+else:
+    assert libc.prctl(24, 19, 0, 0, 0) == 0
+os.execv("{python}", ["{python}", "{main}", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.mutation("answers-are-possible-before-they-are-needed")
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EPERM, 0])
+def test_a_resolver_with_ipv6_starts_where_answers_are_impossible_and_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: int
+) -> None:
+    program = tmp_path / "netloom"
+    number = confine.CALLS[os.uname().machine]["seccomp"]
+    main = Path(__file__).parents[2] / "cmd/netloom/main.py"
+    program.write_text(HOST_WITHOUT_ANSWERS.format(python=sys.executable, number=number, error=error, main=main))
+    program.chmod(0o755)
+    monkeypatch.setattr(process, "path", lambda: str(program))
+    known = replace(NETWORK, implemented=True, vlan="9", cidr="10.10.1.0/24")
+    resolver = dnsmasq.service(SCOPE, replace(known, ip6_cidr="fd00:9204::/64", ip6_gateway="fd00:9204::1"))
+    subprocess.run(["ip", "-n", NAMESPACE, "addr", "add", "fd00:9204::1/64", "dev", "gst-9204", "nodad"], check=True)
+    with running_supervisor() as (it, _, _wait_until):
+        it.converge(SCOPE, NAMESPACE, (resolver,))
+        seen = status(it.states()[SCOPE]["dns-9204"])
+        assert int(seen["CapEff"], 16) == NET_BIND | NET_RAW | NET_ADMIN
+        assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
+        assert it.privileged(SCOPE) == ["dns-9204"]
+        assert "does not let netloom answer system calls" in files.log_path(resolver).read_text()
 
 
 def advertises(host: socket.socket) -> bool:

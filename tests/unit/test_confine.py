@@ -70,3 +70,9 @@ def test_a_service_gets_no_namespaces_and_no_calls_of_the_list(machine: str) -> 
     assert judge(program, audit, confine.CALLS[machine]["clone"], 0x01200011) == ALLOW
     assert judge(program, audit, confine.CALLS[machine]["clone3"]) == 0x00050000 | errno.ENOSYS
     assert judge(program, 0x40000003, 11) == KILL
+
+
+@pytest.mark.parametrize("args", ["", "1 /run", "x /run net_raw net_admin 1 true", "1 /run raw net_admin 1 true"])
+def test_wrong_arguments_are_one_line(args: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert confine.main(args.split()) == 1
+    assert capfd.readouterr().err.count("usage: netloom confine") == 1

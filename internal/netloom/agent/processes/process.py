@@ -20,6 +20,7 @@ import msgspec
 
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import inside
+from netloom.confine import CAPABILITIES
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes
 from netloom.program import path
@@ -227,6 +228,16 @@ def user_of(pid: int) -> int:
     except OSError:
         return -1
     return int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
+
+
+def has_capabilities(pid: int, names: Iterable[str]) -> bool:
+    """Whether the process has one of these capabilities; False when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    effective = int(status.partition("\nCapEff:")[2].split(maxsplit=1)[0], 16)
+    return any(effective >> CAPABILITIES[it] & 1 for it in names)
 
 
 def group(leader: int) -> list[int]:

@@ -24,6 +24,8 @@ from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.state import Scope
 
+_PRIVILEGED = "can change links and routes of the host, because this host does not let netloom answer system calls"
+
 
 class Services:
     """The services of all scopes. Called by worker threads; for one scope, by one thread at a time."""
@@ -75,13 +77,17 @@ class Services:
         return self._waiting.get(scope_id, {})
 
     def limited(self, scope: Scope, namespace: str) -> list[str]:
-        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute."""
+        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute.
+
+        Also one for each process that has more privileges than it needs, because the host cannot take them away.
+        """
         balancing = self.running(scope.scope_id).get(haproxy.NAME)
         return [
             *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
             *limited_vms.limited(scope, namespace),
             *limited_vms.connected(scope, namespace),
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
+            *(f"{it} {_PRIVILEGED}" for it in self._supervisor.privileged(scope.scope_id)),
         ]
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:

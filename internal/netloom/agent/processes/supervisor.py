@@ -27,6 +27,7 @@ from netloom.agent.processes.process import (
     alive,
     group,
     groups_with_arguments,
+    has_capabilities,
     listening,
     namespace_of,
     read_record,
@@ -139,6 +140,12 @@ class Supervisor:
             for (scope_id, name), running in sorted(self._running.items()):
                 table.setdefault(scope_id, {})[name] = running.record.pid
             return table
+
+    def privileged(self, scope_id: str) -> list[str]:
+        """The services of the scope whose processes have capabilities that they should only be told to have."""
+        with self._lock:
+            running = [(name, it) for (scope, name), it in sorted(self._running.items()) if scope == scope_id]
+        return [name for name, it in running if has_capabilities(it.record.pid, it.service.demanded)]
 
     def crashes(self, scope_id: str) -> dict[str, int]:
         """Name of the service to how often its process died, or hung and was killed, since this agent knows it."""
