@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from netloom.agent import main as agent
 from netloom.cli.app import app
 from netloom.commands.table import TABLE
 from netloom.entry import PEOPLE, door
@@ -124,3 +125,20 @@ def test_a_call_loads_only_the_listed_modules(helper: str, tmp_path: Path) -> No
     while list(tmp_path.glob("helper-*.sock")):  # the helper exits after an idle second
         assert time.monotonic() < ends
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("line", ["agent serve --check-every nan", "agent serve --check-every 0", "agent serve --x 1"])
+def test_wrong_options_of_the_agent_are_one_line(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert agent.main(line.split()[1:]) == 1
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["--control 99999 --root /", "--control 0 --root /nowhere"])
+def test_a_guest_process_of_nobody_is_one_line(line: str) -> None:
+    words = [sys.executable, "-c", "import sys; from netloom.guest.main import main; sys.exit(main(sys.argv[1:]))"]
+    nothing = subprocess.DEVNULL
+    ran = subprocess.run(
+        [*words, *line.split()], stdin=nothing, stderr=subprocess.PIPE, text=True, cwd=REPO / "internal"
+    )
+    assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
+    assert ran.stderr.startswith("netloom guest: only the agent starts it")

@@ -37,6 +37,8 @@ def main(args: list[str]) -> int:
 
 
 def _serve(options: dict[str, str]) -> int:
+    import math
+
     # asyncio, msgspec, the renderers
     from netloom.agent.connect import SOCKET
     from netloom.agent.log import complain
@@ -47,7 +49,9 @@ def _serve(options: dict[str, str]) -> int:
     try:
         check_every_s = float(check_every)
     except ValueError:
-        complain(f"--check-every {check_every}: not a number of seconds")
+        check_every_s = math.nan
+    if not 0 < check_every_s < math.inf:
+        complain(f"--check-every {check_every}: not a number of seconds above 0")
         return 1
     return serve(
         options.get("--socket", SOCKET),

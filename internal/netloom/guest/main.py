@@ -160,7 +160,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--build", default="")
     options = parser.parse_args(argv)
 
-    control = socket.socket(fileno=options.control)
+    try:
+        os.stat(options.root)
+        control = socket.socket(fileno=options.control)
+    except OSError as error:
+        sys.stderr.write(f"netloom guest: only the agent starts it, with a socket and a directory: {error}\n")
+        return 1
     close_all_but(0, 1, 2, options.control)
     loop = asyncio.new_event_loop()
     guest = GuestServer(loop, control, options.build)
