@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
+from kernel.greeting import greeted, serving
 from kernel.isolated_network import BRIDGE, NS, WEB, WEB_IP, WEB_MAC
 
 OUTSIDE = "203.0.113.1"
@@ -46,33 +45,9 @@ def firewall(host: AgentHost, *rules: dict[str, Any]) -> None:
     done(host.call("070", "apply-fw-rules", fw_rules=told, network_state="implementing"))
 
 
-@contextlib.contextmanager
-def listener(host: AgentHost, port: int) -> Iterator[None]:
+def listener(host: AgentHost, port: int) -> contextlib.AbstractContextManager[None]:
     """A program in the VM that accepts connections and greets."""
-    with host.within(WEB):
-        server = socket.create_server(("0.0.0.0", port))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = server.accept()
-                with client, contextlib.suppress(OSError):
-                    client.sendall(b"web")
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-
-
-def answer(host: AgentHost, address: str, port: int, timeout_s: float = 20.0) -> str:
-    try:
-        with host.within(), socket.create_connection((address, port), timeout_s) as client:
-            return client.recv(100).decode()
-    except OSError as error:
-        return type(error).__name__
+    return serving(host, WEB, port, lambda client: client.sendall(b"web"))
 
 
 def pings(host: AgentHost, patience_s: int = 20) -> bool:
@@ -86,9 +61,9 @@ def test_ports_0_to_65535_open_and_odd_rules_keep_no_other_out(host: AgentHost, 
     whole = {**OPEN, "portStart": 0, "portEnd": 65535, "sourceCidrs": ["0.0.0.0/0", "::/0"]}
     with listener(host, port):
         firewall(host, *odd)
-        assert answer(host, STATIC, port, 1) == "TimeoutError"
+        assert greeted(host, STATIC, port, patience_s=1) == "TimeoutError"
         firewall(host, *odd[:2], whole, odd[2])
-        assert answer(host, STATIC, port) == "web"
+        assert greeted(host, STATIC, port) == "web"
     assert (
         host.log().count(
             "warning: not in force: apply-fw-rules 204: rule 1: its protocol is not a whole name of a protocol"
@@ -100,14 +75,14 @@ def test_ports_0_to_65535_open_and_odd_rules_keep_no_other_out(host: AgentHost, 
 def test_sources_of_ipv6_only_open_nothing(host: AgentHost) -> None:
     with listener(host, 80):
         firewall(host, {**OPEN, "sourceCidrs": ["::/0"]})
-        assert answer(host, STATIC, 80, 1) == "TimeoutError"
+        assert greeted(host, STATIC, 80, patience_s=1) == "TimeoutError"
 
 
 def test_a_port_of_all_protocols_opens_that_port_only(host: AgentHost) -> None:
     with listener(host, 80), listener(host, 81):
         firewall(host, {**OPEN, "protocol": "all", "portStart": 80})
-        assert answer(host, STATIC, 80) == "web"
-        assert answer(host, STATIC, 81, 1) == "TimeoutError"
+        assert greeted(host, STATIC, 80) == "web"
+        assert greeted(host, STATIC, 81, patience_s=1) == "TimeoutError"
 
 
 def test_an_egress_rule_that_denies_is_widened(host: AgentHost) -> None:
@@ -135,7 +110,7 @@ def test_a_rule_takes_an_address_that_was_never_assigned(host: AgentHost, comman
             done(host.call("080", "apply-lb-rules", lb_rules=[{**rule, "backends": [{"ip": WEB_IP, "port": 80}]}]))
             assert NEVER_ASSIGNED in host.ip("addr", namespace=NS)
             firewall(host, *allow)
-            wait_until(lambda: answer(host, NEVER_ASSIGNED, 80) == "web")
+            wait_until(lambda: greeted(host, NEVER_ASSIGNED, 80) == "web")
     done(host.call("060", "release-ip", public_ip=NEVER_ASSIGNED))
     assert NEVER_ASSIGNED not in host.ip("addr", namespace=NS)
 
@@ -164,7 +139,7 @@ def test_a_public_vxlan_carries_frames_between_two_hosts() -> None:
         host.plug(WEB, BRIDGE, WEB_MAC, f"{WEB_IP}/24")
         host.ip("-n", WEB, "route", "add", "default", "via", "10.10.1.1")
         with listener(host, 80):
-            assert answer(host, STATIC, 80) == "web"
+            assert greeted(host, STATIC, 80) == "web"
         assert pings(host)
         refused = host.call("050", "assign-ip", public_vlan="lswitch://7")
         assert (refused.status, "lswitch" in refused.error) == (1, True)

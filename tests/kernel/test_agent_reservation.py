@@ -5,15 +5,13 @@ tests/e2e/test_isolated_life.py has the same for isolated networks, with NAT.
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
+from kernel.greeting import greeted, serving, tell_address
 
 MAC = "02:01:00:cc:09:01"
 # Kind: the payload files with their commands; the namespace and the guest link; three octets of the subnet; the device.
@@ -49,35 +47,6 @@ def host() -> Iterator[AgentHost]:
     with agent_host("eth1.1310", "eth1.1410", "eth1.1520", "eth2.101") as it:
         it.start()
         yield it
-
-
-@contextlib.contextmanager
-def greeting(host: AgentHost, namespace: str, port: int) -> Iterator[None]:
-    """Tells each client its address."""
-    with host.within(namespace):
-        server = socket.create_server(("", port))
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, (address, _) = server.accept()
-                with client, contextlib.suppress(OSError):
-                    client.sendall(address.encode())
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-
-
-def greeted(host: AgentHost, address: str, port: int, namespace: str = "") -> str:
-    try:
-        with host.within(namespace), socket.create_connection((address, port), 5) as client:
-            return client.recv(100).decode()
-    except OSError as error:
-        return type(error).__name__
 
 
 def pings(host: AgentHost, vm: str, target: str, *more: str) -> bool:
@@ -147,7 +116,7 @@ def test_machines_beside_the_named_part_of_a_range_have_nat(kind: str) -> None:
         bridge = "breth1-1310" if tier else "breth1-1204"
         host.plug("beside", bridge, "02:01:00:cc:09:02", f"{beside}/24")
         host.ip("-n", "beside", "route", "add", "default", "via", device)
-        with greeting(host, "beside", 22), greeting(host, "", 80):
+        with serving(host, "beside", 22, tell_address), serving(host, "", 80, tell_address):
             for after in ("", "first NIC"):
                 if after:
                     nic = {"ip": f"{net}.70", "mac": MAC, "netmask": "255.255.255.0"}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kernel.agent_host import AgentHost, done, wait_until
+from kernel.greeting import connected, greeted, serving, tell_address
 from netloom.wire import Registration
 
 FORMER, LATER = "203.0.113.20", "198.51.100.20"
@@ -111,47 +110,17 @@ class World:
         if self.kind == "tier":
             self.call("211", "assign-ip", **public(address, self.vlans[address]))
 
-    def is_answered(self, address: str) -> bool:
+    def is_answered(self, address: str, patience_s: int = 1) -> bool:
         """Whether somebody answers ARP for the address on its segment."""
-        words = ["arping", "-c", "1", "-w", "1", "-I", self.link[address], address]
+        words = ["arping", "-c", "1", "-w", str(patience_s), "-I", self.link[address], address]
         return "reply from" in self.host.run(*words, pid=self.host.fabric, check=False)
 
-    def told(self, address: str, *, source: str = "", vm: str = "", port: int) -> str:
-        """What the server says on a connection to it; an empty text when it cannot be opened."""
-        try:
-            with self.opened(address, port, source, vm) as client:
-                return client.recv(100).decode()
-        except OSError:
-            return ""
 
-    def opened(self, address: str, port: int, source: str = "", vm: str = "") -> socket.socket:
-        with self.host.within(vm):
-            return socket.create_connection((address, port), 2, (source, 0) if source else None)
-
-
-@contextlib.contextmanager
-def serving(host: AgentHost, namespace: str, port: int) -> Iterator[None]:
-    """Tells each client its address, and then repeats what it sends."""
-    with host.within(namespace):
-        server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-
-    def talk(client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
-            client.sendall(client.getpeername()[0].removeprefix("::ffff:").encode())
-            while data := client.recv(100):
-                client.sendall(data)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=talk, args=(server.accept()[0],), daemon=True).start()
-
-    threading.Thread(target=serve, daemon=True).start()
-    try:
-        yield
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
+def talk(client: socket.socket) -> None:
+    """Tell the client its address, and then repeat what it sends."""
+    tell_address(client)
+    while data := client.recv(100):
+        client.sendall(data)
 
 
 def carries(client: socket.socket) -> bool:
@@ -164,13 +133,13 @@ def test_source_nat_moves_to_another_segment(kind: str, later: str) -> None:
     with contextlib.closing(AgentHost(("eth1.1204", "eth1.1310", "eth2.101", "eth2.102"))) as host:
         host.start()
         world = World(host, kind, later)
-        with serving(host, "vm", 22), serving(host, "", 80):
+        with serving(host, "vm", 22, talk), serving(host, "", 80, talk):
 
-            def leaves_with(address: str) -> bool:
-                return world.told(OUTSIDE, vm="vm", port=80) == address
+            def leaves_with(address: str, patience_s: float = 2) -> bool:
+                return greeted(host, OUTSIDE, 80, "vm", patience_s=patience_s) == address
 
             def leaves_by_ip6() -> bool:
-                return world.told(OUTSIDE6, vm="vm", port=80).startswith("2001:db8:50:1:")
+                return greeted(host, OUTSIDE6, 80, "vm", patience_s=2).startswith("2001:db8:50:1:")
 
             def route_back(address: str) -> None:
                 """The provider's route of the network's prefix, to the device's address on the segment."""
@@ -187,19 +156,19 @@ def test_source_nat_moves_to_another_segment(kind: str, later: str) -> None:
             wait_until(lambda: leaves_with(FORMER))
             wait_until(leaves_by_ip6)
             world.rule("add-port-forward")
-            with world.opened(FORMER, 2222, OUTSIDE) as kept:
+            with connected(host, FORMER, 2222, source=OUTSIDE) as kept:
                 assert kept.recv(100).decode() == OUTSIDE
                 world.move(LATER)
                 wait_until(lambda: leaves_with(LATER))
                 assert carries(kept), "the forward still uses the former address"
-            wait_until(lambda: world.told(FORMER, source=OUTSIDE, port=2222) == OUTSIDE)
-            assert world.is_answered(FORMER)
+            wait_until(lambda: greeted(host, FORMER, 2222, source=OUTSIDE, patience_s=2) == OUTSIDE)
+            assert world.is_answered(FORMER, 20)
             route_back(LATER)
             wait_until(leaves_by_ip6)
             world.rule("delete-port-forward")
             assert not world.is_answered(FORMER)
             assert "pub-101" not in host.links(world.namespace)
-            assert leaves_with(LATER)
+            assert leaves_with(LATER, 20)
             world.move(FORMER)
             wait_until(lambda: leaves_with(FORMER))
             assert not world.is_answered(LATER)
