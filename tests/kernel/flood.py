@@ -8,9 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from typing import IO, NamedTuple
 
-from kernel.ruleset_lab import PATIENCE_S, QUIET_S, Lab
+from kernel.ruleset_lab import PATIENCE_S, QUIET_S, Lab, Nft
+from netloom.render import ruleset
+from netloom.render.ruleset import Ruleset
 
 # Sends datagrams to two ports, 2,000 a second to each, until its input ends; prints their number. Prints a line when
 # 1,000 are sent. Uses 12,000 ports again and again: a long flood must not fill the kernel's connection tracking.
@@ -106,6 +109,21 @@ class Flood:
                 if number:
                     heard.append((number, peer[0]))
         return heard
+
+
+def swaps(device: Nft, tables: Sequence[Ruleset], floods: Sequence[Flood], at_least: int) -> Iterator[Ruleset]:
+    """Swap the device's table for the next of ``tables`` until all floods have sent enough; yields what it then has.
+
+    The device has ``tables[0]`` at first.
+    """
+    have, made, until = tables[0], 0, time.monotonic() + 60
+    while made < at_least or not all(it.has_sent_enough() for it in floods):
+        assert time.monotonic() < until, made
+        made += 1
+        want = tables[made % len(tables)]
+        device.load(ruleset.swap(have, want))
+        have = want
+        yield have
 
 
 def _has_data(file: socket.socket | IO[str], patience_s: float) -> bool:

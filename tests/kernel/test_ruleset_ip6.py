@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import time
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -19,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kernel.flood import Flood
+from kernel.flood import Flood, swaps
 from kernel.flow_policy_check import agree
 from kernel.ftp_control import Control, expectations, numbers
 from kernel.ruleset_lab import PATIENCE_S, STRANGER, Lab, Nft, Try, echoes, run
@@ -277,12 +276,8 @@ def test_a_flood_sees_no_loss_and_no_gap_during_acl_changes(lab: Lab) -> None:
                 Flood(lab, "inet", FAR, HOMES["a1"], ("a1", HOMES["a1"]), FAR),
                 Flood(lab, "a2", HOMES["a2"], FARTHER, ("inet", FARTHER), HOMES["a2"]),
             ]
-            swaps, until = 0, time.monotonic() + 60
-            while swaps < 120 or not all(it.has_sent_enough() for it in floods):
-                assert time.monotonic() < until, swaps
-                swaps += 1
-                device.load(ruleset.swap(have, tables[swaps % len(tables)]))
-                have = tables[swaps % len(tables)]
+            for loaded in swaps(device, tables, floods, at_least=120):
+                have = loaded
             results = [it.finish() for it in floods]
         finally:
             for it in floods:

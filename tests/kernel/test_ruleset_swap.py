@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from msgspec.structs import replace
 
-from kernel.flood import Flood
+from kernel.flood import Flood, swaps
 from kernel.ruleset_lab import CLIENT, CLIENT2, STRANGER, Lab, Nft, echoes, run
 from model.scope_strategies import scopes
 from netloom.render import nft, ruleset
@@ -230,15 +229,8 @@ def test_defect_04_a_flood_sees_no_loss_and_no_gap_during_200_swaps() -> None:
                 Flood(lab, "vm2", VM2, STRANGER, ("inet", STRANGER), A1.address),
                 Flood(lab, "vm3", VM3, CLIENT, ("inet", CLIENT), B1.address),
             ]
-            have = tables[0]
-            swaps, until = 0, time.monotonic() + 60
-            while swaps < 200 or not all(it.has_sent_enough() for it in floods):
-                assert time.monotonic() < until, swaps
-                swaps += 1
-                want = tables[swaps % len(tables)]
-                device.load(ruleset.swap(have, want))
-                have = want
-                if swaps % 20 == 0:
+            for at, _ in enumerate(swaps(device, tables, floods, at_least=200), 1):
+                if at % 20 == 0:
                     assert echoes(stays)
             results = [it.finish() for it in floods]
         finally:

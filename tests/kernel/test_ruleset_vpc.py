@@ -7,7 +7,6 @@ forward and a balanced port into the first. Sockets of the device take the place
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from kernel.flood import Flood
+from kernel.flood import Flood, swaps
 from kernel.flow_policy_check import agree
 from kernel.ruleset_lab import CLIENT, PATIENCE_S, QUIET_S, STRANGER, Lab, Nft, Try, echoes
 from kernel.vpc_lab import (
@@ -37,7 +36,7 @@ from kernel.vpc_lab import (
     public,
     vpc,
 )
-from netloom.render import nft, ruleset
+from netloom.render import nft
 from netloom.state import AclItem, Firewall
 from netloom.wire import Registration
 from unit.payload_player import call
@@ -321,13 +320,8 @@ def test_defect_05_a_flood_sees_no_loss_and_no_gap_during_acl_changes() -> None:
                 Flood(lab, "b1", HOMES["b1"], HOMES["a1"], ("a1", HOMES["a1"]), HOMES["b1"]),
                 Flood(lab, "inet", CLIENT, OTHER, ("a2", HOMES["a2"]), CLIENT),
             ]
-            have = tables[0]
-            swaps, until = 0, time.monotonic() + 60
-            while swaps < 120 or not all(it.has_sent_enough() for it in floods):
-                assert time.monotonic() < until, swaps
-                swaps += 1
-                device.load(ruleset.swap(have, tables[swaps % len(tables)]))
-                have = tables[swaps % len(tables)]
+            for _ in swaps(device, tables, floods, at_least=120):
+                pass
             results = [it.finish() for it in floods]
         finally:
             for it in floods:
