@@ -276,6 +276,9 @@ class FakeServices:
     def limited(self, scope: Scope, namespace: str) -> list[str]:
         return []
 
+    def privileged(self, scope_id: str) -> list[str]:
+        return []
+
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         return []
 

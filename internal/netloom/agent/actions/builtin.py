@@ -211,11 +211,15 @@ class Actions:
 
 
 def _limited(scope: Scope, context: ActionContext) -> list[str]:
-    """What has used up its share of a service now, and what the host soon lacks. A repair would not change that."""
+    """What has used up its share, what has too many privileges, and what the host soon lacks.
+
+    A repair would not change any of these.
+    """
     if not context.want.namespace:
         return []
     limited = context.services.limited(scope, context.want.namespace)
-    return [printable_ascii(it) for it in (*limited, *room.scarce())]
+    privileged = context.services.privileged(scope.scope_id)
+    return [printable_ascii(it) for it in (*limited, *privileged, *room.scarce())]
 
 
 def _restarts(times: int) -> str:

@@ -223,21 +223,22 @@ def namespace_of(pid: int) -> int:
 
 def user_of(pid: int) -> int:
     """The real user of the process; -1 when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return -1
-    return int(status.partition("\nUid:")[2].split(maxsplit=1)[0])
+    return int(_status(pid, "Uid") or "-1")
 
 
 def has_capabilities(pid: int, names: Iterable[str]) -> bool:
     """Whether the process has one of these capabilities; False when it has ended."""
+    effective = int(_status(pid, "CapEff") or "0", 16)
+    return any(effective >> CAPABILITIES[it] & 1 for it in names)
+
+
+def _status(pid: int, field: str) -> str:
+    """The first value of a field of /proc/<pid>/status (proc(5)); empty when the process has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return False
-    effective = int(status.partition("\nCapEff:")[2].split(maxsplit=1)[0], 16)
-    return any(effective >> CAPABILITIES[it] & 1 for it in names)
+        return ""
+    return status.partition(f"\n{field}:")[2].split(maxsplit=1)[0]
 
 
 def group(leader: int) -> list[int]:

@@ -77,18 +77,18 @@ class Services:
         return self._waiting.get(scope_id, {})
 
     def limited(self, scope: Scope, namespace: str) -> list[str]:
-        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute.
-
-        Also one for each process that has more privileges than it needs, because the host cannot take them away.
-        """
+        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute."""
         balancing = self.running(scope.scope_id).get(haproxy.NAME)
         return [
             *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
             *limited_vms.limited(scope, namespace),
             *limited_vms.connected(scope, namespace),
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
-            *(f"{it} {_PRIVILEGED}" for it in self._supervisor.privileged(scope.scope_id)),
         ]
+
+    def privileged(self, scope_id: str) -> list[str]:
+        """A sentence for each process with more privileges than it needs, because this host cannot take them away."""
+        return [f"{it} {_PRIVILEGED}" for it in self._supervisor.privileged(scope_id)]
 
     def unserved(self, scope: Scope, namespace: str) -> list[str]:
         """The networks of the scope that the guest process does not serve now, or serves with an outdated table."""
