@@ -121,14 +121,14 @@ def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error, with one line on stderr: 1 for wrong arguments, else 3."""
     try:
         uid, directory, capabilities, demanded, data_mib, program, *arguments = args
-        numbers = int(uid), int(data_mib) << 20
+        user, data_bytes = int(uid), int(data_mib) << 20
         kept, told = _numbered(capabilities), _numbered(demanded)
     except (ValueError, KeyError):
         os.write(2, f"netloom confine: only the agent starts it; {_USAGE}\n".encode())
         return 1
     environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
     try:
-        _enter(numbers[0], directory, kept, told, numbers[1])
+        _enter(user, directory, kept, told, data_bytes)
         os.execve(program, [program, *arguments], environ)
     except OSError as error:
         os.write(2, f"the service cannot be confined: {error}\n".encode())
@@ -203,7 +203,7 @@ def _tell_of(told: list[int], machine: str, uid: int) -> bool:
 
 
 def _can_write_memory_of(uid: int) -> bool:
-    """Whether this process may write to the memory of one of this user.
+    """Whether this process may write to the memory of a process of this user.
 
     It needs CAP_SYS_PTRACE (proc(5)), and Yama must not forbid it (``kernel.yama.ptrace_scope`` 3).
     """
