@@ -6,11 +6,13 @@ stdout. The process ends when stdin closes, and its namespaces, mounts and links
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -36,6 +38,8 @@ def say(message: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    # Before Python 3.10 (an emulated host with Debian 11) sockets raise a class of their own.
+    vars(builtins)["TimeoutError"] = vars(socket)["timeout"]
     spec: dict[str, Any] = json.loads(sys.argv[1])
     # The test handles Ctrl-C and closes our stdin at its end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -115,11 +119,25 @@ def machine(spec: dict[str, Any]) -> NoReturn:
     _supervise(services)
 
 
+def emulator(spec: dict[str, Any]) -> NoReturn:
+    """Run QEMU until stdin closes or QEMU ends: nothing outlives the test, even if the test is killed."""
+    pid = _spawn(spec["argv"], spec["log"])
+    process = os.pidfd_open(pid)
+    say({"ready": True})
+    while process not in (found := select.select([0, process], [], [])[0]):
+        if 0 in found and not os.read(0, 4096):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+            break
+    _, status = os.waitpid(pid, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
 ROLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "keeper": keeper,
     "node": node,
     "worker": worker,
     "machine": machine,
+    "emulator": emulator,
 }
 
 

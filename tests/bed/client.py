@@ -67,10 +67,17 @@ class Running(Generic[T]):
         return self._answer.done()
 
 
-class Client:
-    """One bed process in its namespaces. ``pid`` is its process id in the namespace of the test."""
+def _start_here(specification: str) -> list[str]:
+    return [sys.executable, "-I", "-S", "-B", str(PROGRAM), specification]
 
-    def __init__(self, name: str, spec: dict[str, Any]) -> None:
+
+class Client:
+    """One bed process in its namespaces. ``pid`` is its process id as the process itself or its parent sees it.
+
+    ``command`` makes the command that starts the process from the specification as JSON.
+    """
+
+    def __init__(self, name: str, spec: dict[str, Any], command: Callable[[str], list[str]] = _start_here) -> None:
         self.name = name
         self.pid = 0
         self._number = 0
@@ -80,7 +87,7 @@ class Client:
         self._ended = False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(PROGRAM), json.dumps(spec)],
+            command(json.dumps(spec)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -129,16 +129,16 @@ class Host(Machine):
 
     def boot(self) -> Host:
         """Power on; returns when sshd listens. The disk keeps its contents."""
-        self._begin_boot()
-        self._end_boot()
+        self.begin_boot()
+        self.end_boot()
         return self
 
-    def _begin_boot(self) -> None:
+    def begin_boot(self) -> None:
         if self.running:
             raise BedError(f"{self.name} runs already")
         self._init = Client(self.name, self.bed._machine_spec(self.name, self._files(), sshd=True))
 
-    def _end_boot(self) -> None:
+    def end_boot(self) -> None:
         assert self._init is not None
         pid = self._init.wait_up().pid
         entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
@@ -428,9 +428,9 @@ class Bed:
         self._inits.append(machine)
         self.hosts = [Host(self, number + 1) for number in range(hosts)]
         for host in self.hosts:
-            host._begin_boot()
+            host.begin_boot()
         for host in self.hosts:
-            host._end_boot()
+            host.end_boot()
         pid = machine.wait_up().pid
         entered = {"pid": pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
         client = Client("management", {"role": "worker", "enter": entered})

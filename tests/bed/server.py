@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bed import inventory, probes
+from bed import inventory, probes, trunk
 from bed.probes import Control
 
 RUN_TIMEOUT_S = 120.0
@@ -174,6 +174,9 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **probes.PROBES,
     **{function.__name__: function for function in (run, execute, read, write, sysctl, remove, listing, many)},
     "objects": inventory.objects,
+    "switch_trunks": trunk.switch_trunks,
+    "add_access": trunk.add_access,
+    "frames_seen": trunk.frames_seen,
 }
 
 
@@ -185,7 +188,7 @@ def serve(requests: Iterable[str], say: Callable[[dict[str, Any]], None]) -> Non
         try:
             say({"id": number, "value": OPERATIONS[operation](control, **arguments)})
         except Exception as error:  # noqa: BLE001 - told to the test, which raises it
-            text = "".join(traceback.format_exception(error))
+            text = traceback.format_exc()
             kind = "TimeoutError" if isinstance(error, TimeoutError) else type(error).__name__
             say({"id": number, "error": f"{kind}: {error}", "traceback": text, "errno": getattr(error, "errno", None)})
         finally:
