@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -11,12 +10,8 @@ from bed import Bed
 from bed.cloudstack import NAT_SERVICES, FakeCloudStack
 from bed.lab import Internet
 from bed.machines import until
-from bed.payloads import Offering, VpcFacts
-from bed.vpc import Vpc
-from e2e.networks import OUTSIDE, Life, MakeLife, MakeVpc, VpcLife
+from e2e.networks import OUTSIDE, PUBLIC_VLAN, Life, MakeLife, MakeVpc, making_lives, making_vpcs
 from netloom.commands.table import TABLE
-
-PUBLIC_VLAN = 101
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,40 +51,11 @@ def cloud(bed: Bed) -> FakeCloudStack:
     return cloud
 
 
-_numbers = itertools.count(1)
-
-
 @pytest.fixture
 def make_life(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeLife]:
-    """Make networks that are deleted after the test. Each has its own id, VLAN, public addresses and 10.10.<n>.0/24.
-
-    ``brisk`` sends ensure-network-device only while no details are stored. Tests of packets use it to save time.
-    """
-    lives: list[Life] = []
-
-    def make(
-        *,
-        cidr: str = "",
-        offering: Offering = NAT_SERVICES,
-        with_cloud: FakeCloudStack | None = None,
-        brisk: bool = False,
-    ) -> Life:
-        number = next(_numbers)
-        vlan = 1200 + number
-        bed.add_segments([("eth1", str(vlan))])
-        network = (with_cloud or cloud).isolated_network(
-            200 + number, vlan=vlan, cidr=cidr or f"10.10.{number}.0/24", offering=offering, public_vlan=PUBLIC_VLAN
-        )
-        life = Life(bed, with_cloud or cloud, number, network)
-        network.ensures_always = not brisk
-        network.source_nat = network.associate(life.public(0))
-        network.source_nat.source_nat = True
-        lives.append(life)
-        return life
-
-    yield make
-    for life in lives:
-        life.end()
+    """Make networks that are deleted after the test."""
+    with making_lives(bed, cloud) as make:
+        yield make
 
 
 @pytest.fixture
@@ -105,22 +71,7 @@ def brisk_life(make_life: MakeLife) -> Life:
 
 
 @pytest.fixture
-def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeVpc]:
-    """Make VPCs that are deleted after the test, by default with a source-NAT address from their creation."""
-    lives: list[VpcLife] = []
-    everything = FakeCloudStack.on(bed.management, extension="vpcs")
-    everything.register(hosts=bed.hosts, **bed.login("root", by="key"))
-
-    def make(*, source_nat: bool = True) -> VpcLife:
-        number = next(_numbers)
-        vpc = Vpc(everything, VpcFacts(str(700 + number), f"10.{100 + number}.0.0/16"), PUBLIC_VLAN)
-        public = [vpc.associate(f"203.0.113.{10 + 4 * (number % 60) + digit}") for digit in range(4)]
-        if source_nat:
-            vpc.source_nat = public[0]
-            public[0].source_nat = True
-        lives.append(VpcLife(bed, everything, number, vpc, public))
-        return lives[-1]
-
-    yield make
-    for life in lives:
-        life.end()
+def make_vpc(bed: Bed, internet: Internet) -> Iterator[MakeVpc]:
+    """Make VPCs that are deleted after the test."""
+    with making_vpcs(bed) as make:
+        yield make

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from bed import Bed
-from bed.cloudstack import FakeCloudStack, IsolatedNetwork
+from bed.cloudstack import NAT_SERVICES, FakeCloudStack, IsolatedNetwork
 from bed.lab import Host, Internet, Vm, difference
 from bed.machines import until
-from bed.payloads import Nic, Offering, PublicAddress
+from bed.payloads import Nic, Offering, PublicAddress, VpcFacts
 from bed.vpc import TIER_SERVICES, Tier, Vpc
 
+PUBLIC_VLAN = 101
 OUTSIDE = "198.51.100.1"  # an address of the internet that is not on the public VLAN
 
 
@@ -92,6 +94,42 @@ def impatient(cloud: FakeCloudStack, timeout_s: int = 8) -> Iterator[None]:
 
 MakeLife = Callable[..., Life]
 
+_numbers = itertools.count(1)
+
+
+@contextmanager
+def making_lives(bed: Bed, cloud: FakeCloudStack) -> Iterator[MakeLife]:
+    """Make networks that are deleted at the end of the block.
+
+    Each has its own id, VLAN, public addresses and 10.10.<n>.0/24. ``brisk`` sends ensure-network-device only while no
+    details are stored. Tests of packets use it to save time.
+    """
+    lives: list[Life] = []
+
+    def make(
+        *,
+        cidr: str = "",
+        offering: Offering = NAT_SERVICES,
+        with_cloud: FakeCloudStack | None = None,
+        brisk: bool = False,
+    ) -> Life:
+        number = next(_numbers)
+        vlan = 1200 + number
+        bed.add_segments([("eth1", str(vlan))])
+        network = (with_cloud or cloud).isolated_network(
+            200 + number, vlan=vlan, cidr=cidr or f"10.10.{number}.0/24", offering=offering, public_vlan=PUBLIC_VLAN
+        )
+        life = Life(bed, with_cloud or cloud, number, network)
+        network.ensures_always = not brisk
+        network.source_nat = network.associate(life.public(0))
+        network.source_nat.source_nat = True
+        lives.append(life)
+        return life
+
+    yield make
+    for life in lives:
+        life.end()
+
 
 @dataclass
 class VpcLife:
@@ -140,6 +178,28 @@ class VpcLife:
 
 
 MakeVpc = Callable[..., VpcLife]
+
+
+@contextmanager
+def making_vpcs(bed: Bed) -> Iterator[MakeVpc]:
+    """Make VPCs that are deleted at the end of the block, by default with a source-NAT address from their creation."""
+    lives: list[VpcLife] = []
+    cloud = FakeCloudStack.on(bed.management, extension="vpcs")
+    cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
+
+    def make(*, source_nat: bool = True) -> VpcLife:
+        number = next(_numbers)
+        vpc = Vpc(cloud, VpcFacts(str(700 + number), f"10.{100 + number}.0.0/16"), PUBLIC_VLAN)
+        public = [vpc.associate(f"203.0.113.{10 + 4 * (number % 60) + digit}") for digit in range(4)]
+        if source_nat:
+            vpc.source_nat = public[0]
+            public[0].source_nat = True
+        lives.append(VpcLife(bed, cloud, number, vpc, public))
+        return lives[-1]
+
+    yield make
+    for life in lives:
+        life.end()
 
 
 Differences = dict[str, dict[str, dict[str, list[str]]]]

@@ -1,0 +1,94 @@
+"""What all emulated hosts are asked to do: the life of a network, and a removal without a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bed.emulated import EmulatedHost
+from bed.lab import Internet, Vm, difference
+from bed.machines import until
+from binary.onefile import build_id
+from e2e.networks import OUTSIDE, Life, lease
+
+SETTLE_S = 120.0  # an emulated machine needs many seconds for what a real one does in one
+CLOSED = {"timeout_s": 2.0}
+FILES = ["/usr/local", "/etc/systemd/system", "/var/log/netloom", "/var/cache/netloom", "/root/.cache"]
+OURS = ("netloom", "dnsmasq", "haproxy")
+
+
+def objects(host: EmulatedHost) -> dict[str, list[str]]:
+    """What netloom could leave behind on the host, and nothing that the distribution does by itself."""
+    found = host.objects(files=FILES)
+    found["processes"] = [line for line in found["processes"] if any(word in line for word in OURS)]
+    found["mounts"] = [path for path in found["mounts"] if not path.startswith("/run/user/")]
+    found["conntrack"] = []
+    return found
+
+
+def traces(host: EmulatedHost, before: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """The differences to ``before``, once what goes late is gone."""
+    until(lambda: difference(before, objects(host)) == {}, seconds=SETTLE_S, pause_s=1.0)
+    return difference(before, objects(host))
+
+
+def carries(life: Life, vm: Vm, internet: Internet, *, saw: str = "") -> None:
+    """Assert that the VM has a lease, names, metadata, and a way to the internet from the network's address."""
+    network = life.network
+    assert f"lease of {vm.ip} obtained" in lease(vm)
+    gateway = network.facts.gateway
+    url = f"http://{gateway}/latest/meta-data/local-hostname"
+    assert until(lambda: vm.run("curl", "-s", "-m", "20", url).out == vm.name, seconds=SETTLE_S)
+    name = f"{vm.name}.{network.facts.domain}"
+    question = ["dig", "+short", "+tries=1", "+time=10", f"@{gateway}", name]
+    assert until(lambda: vm.run(*question, check=False).out.strip() == vm.ip, seconds=SETTLE_S)
+    with internet.serve_tcp(80):
+        assert until(lambda: vm.tcp(OUTSIDE, 80).saw == (saw or life.public(0)), seconds=SETTLE_S)
+
+
+def is_reached(address: str, port: int, internet: Internet, server: str) -> bool:
+    """Whether the VM ``server`` answers on a public address, within a generous time."""
+    return until(lambda: internet.tcp(address, port).server == server, seconds=SETTLE_S)
+
+
+def live(life: Life, internet: Internet, names: Sequence[str] = ("web",)) -> list[Vm]:
+    """The life of an isolated network up to its running VMs: the VMs, the first of which is forwarded to."""
+    vms = []
+    for number, name in enumerate(names):
+        vm, nic = life.vm(f"{name}-{life.number}", 45 + number)
+        if not vms:
+            address = life.network.associate(life.public(1))
+            life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
+        vms.append(vm)
+    assert life.network.failures == []
+    for vm in vms:
+        carries(life, vm, internet)
+    with vms[0].serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vms[0].name)
+    assert internet.tcp(life.public(0), 22, **CLOSED).outcome == "timeout"
+    return vms
+
+
+def still_carries(life: Life, vm: Vm, internet: Internet) -> None:
+    """Assert that the network does what it did, for a VM that is there or was plugged in anew."""
+    carries(life, vm, internet)
+    with vm.serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vm.name)
+
+
+def uninstall(host: EmulatedHost) -> str:
+    """Uninstall on the host; what the command says."""
+    return host.netloom("agent", "uninstall").out
+
+
+def older(program: Path, directory: Path) -> tuple[Path, str]:
+    """A copy of the one file that is an older build: the file and its build. The build id is in it as plain text."""
+    data = program.read_bytes()
+    build = build_id()
+    version, number, made = build.split("-")
+    before = f"{version}-{'1'.zfill(len(number))}-{made[::-1]}"
+    assert data.count(build.encode()) >= 2
+    file = directory / f"netloom-{before}"
+    file.write_bytes(data.replace(build.encode(), before.encode()))
+    file.chmod(0o755)
+    return file, before
