@@ -26,6 +26,11 @@ test-binary: packages venv build ## run all end-to-end tests with the one file i
 build: ## compile dist/netloom, the self-contained executable (root; ten minutes the first time)
 	@build/nuitka/build
 
+test-hosts: packages venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; an hour)
+	@build/ci/apt $$(grep -vE '^(#|$$)' build/ci/apt-hosts.txt)
+	@.venv/bin/python build/ci/groups.py hosts
+	@.venv/bin/python build/ci/platforms.py
+
 bench: packages venv ## measure times beside reference values, without assertions (root)
 	@.venv/bin/python build/ci/checkout.py build/ci/bench.py
 
@@ -58,4 +63,4 @@ clean: ## remove virtual environments, caches and products
 	@rm -rf .venv .venv-docs .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-long test-binary build bench release audit docs check fix packages venv lock clean
+.PHONY: help demo test test-long test-binary test-hosts build bench release audit docs check fix packages venv lock clean

@@ -45,10 +45,13 @@ STATIC = {
     "imports": ["lint-imports", "--no-logo"],
 }
 SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
-PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants", "mutants-all"}
+# One group for each kind of emulated hosts: they run side by side, and "hosts" is all of them.
+HOSTS = {f"hosts-{path.stem.removeprefix('test_')}": str(path) for path in sorted(ROOT.glob("tests/hosts/test_*.py"))}
+PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants", "mutants-all", *HOSTS}
 # Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 WHERE = {
+    **{group: [path] for group, path in HOSTS.items()},
     "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
     "binary-all": ["tests/binary", "tests/e2e"],
     "mutants": ["tests/mutants", "-m", "short"],
@@ -140,9 +143,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--times", action="store_true", help="write the times to the table of the document")
     parser.add_argument("--document", default=str(TIMES), help="the document, docs/development.md by default")
     parser.add_argument("--traces-in", default="/", help="the root directory that tests must leave clean, / by default")
-    parser.add_argument("groups", nargs="+", choices=[*sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
+    parser.add_argument("groups", nargs="+", choices=["hosts", *sorted(SIDE_BY_SIDE | PRIVILEGED)], metavar="GROUP")
     options = parser.parse_args(arguments)
-    groups: list[str] = options.groups
+    groups: list[str] = [it for group in options.groups for it in (HOSTS if group == "hosts" else [group])]
     privileged = [group for group in groups if group in PRIVILEGED]
     if privileged and os.geteuid() != 0:
         print(f"{', '.join(privileged)}: these tests create network namespaces and need root", file=sys.stderr)
@@ -179,8 +182,9 @@ def main(arguments: list[str]) -> int:
 def _run_all(groups: list[str], profile: str, where: str) -> list[Result]:
     """The results of all groups. Raises Interrupted."""
     results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile, where)
+    results += _run_side_by_side([it for it in groups if it in HOSTS], profile, where)
     for group in groups:
-        if group not in SIDE_BY_SIDE:
+        if group not in SIDE_BY_SIDE and group not in HOSTS:
             print(f"== {group}", flush=True)
             before = _traces(where)
             results.append(_run(group, profile, None))
@@ -245,7 +249,7 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
         command += [f"--hypothesis-profile={profile}", f"--junit-xml={report}"]
         if output and sys.stdout.isatty():
             command.append("--color=yes")
-        process = PROCESSES.start(command, output, **(ONE_FILE if group.startswith("binary") else {}))
+        process = PROCESSES.start(command, output, **(ONE_FILE if group.startswith(("binary", "hosts")) else {}))
         try:
             status = process.wait(GROUP_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -288,12 +292,13 @@ def _count(report: Path, result: Result) -> None:
 
 
 def _table(results: list[Result], elapsed_s: float) -> None:
-    print(f"\n{'group':<10}{'passed':>8}{'failed':>8}{'time':>10}")
+    width = max(10, *(len(result.group) + 1 for result in results))
+    print(f"\n{'group':<{width}}{'passed':>8}{'failed':>8}{'time':>10}")
     for result in results:
         remarks = f"  {'; '.join(result.remarks[:5])}" if result.remarks else ""
-        print(f"{result.group:<10}{result.passed:>8}{result.failed:>8}{result.time_s:>8.1f} s{remarks}")
+        print(f"{result.group:<{width}}{result.passed:>8}{result.failed:>8}{result.time_s:>8.1f} s{remarks}")
     passed, failed = sum(result.passed for result in results), sum(result.failed for result in results)
-    print(f"{'':<26}{elapsed_s:>8.1f} s\n\n{passed} passed, {failed} failed", flush=True)
+    print(f"{'':<{width + 16}}{elapsed_s:>8.1f} s\n\n{passed} passed, {failed} failed", flush=True)
 
 
 def _write_times(document: Path, results: list[Result]) -> None:

@@ -49,7 +49,8 @@ def bed(request: pytest.FixtureRequest) -> Iterator[EmulatedBed]:
     name = _name(request.node)
     began = time.time()
     kinds = [images.KINDS[kind] for kind in request.module.KINDS]
-    with EmulatedBed(kinds, public_vlans=[PUBLIC_VLAN]) as bed:
+    bed = EmulatedBed(kinds, public_vlans=[PUBLIC_VLAN])
+    with bed:
         _beds[name] = bed
         yield bed
         del _beds[name]

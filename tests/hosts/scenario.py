@@ -9,7 +9,7 @@ from bed.emulated import EmulatedHost
 from bed.lab import Internet, Vm, difference
 from bed.machines import until
 from binary.onefile import build_id
-from e2e.networks import OUTSIDE, Life, lease
+from e2e.networks import OUTSIDE, Life, MakeLife, lease
 
 SETTLE_S = 120.0  # an emulated machine needs many seconds for what a real one does in one
 CLOSED = {"timeout_s": 2.0}
@@ -53,7 +53,7 @@ def is_reached(address: str, port: int, internet: Internet, server: str) -> bool
 
 def live(life: Life, internet: Internet, names: Sequence[str] = ("web",)) -> list[Vm]:
     """The life of an isolated network up to its running VMs: the VMs, the first of which is forwarded to."""
-    vms = []
+    vms: list[Vm] = []
     for number, name in enumerate(names):
         vm, nic = life.vm(f"{name}-{life.number}", 45 + number)
         if not vms:
@@ -92,3 +92,18 @@ def older(program: Path, directory: Path) -> tuple[Path, str]:
     file.write_bytes(data.replace(build.encode(), before.encode()))
     file.chmod(0o755)
     return file, before
+
+
+def whole_life(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
+    """Two networks on a host without netloom, a reboot, their deletion, and an uninstall without a trace."""
+    before = objects(host)
+    life = make_life()
+    live(life, internet)
+    said = host.netloom("agent", "selftest").out
+    assert "can carry networks" in said, said
+    host.reboot()
+    life.vms = []
+    still_carries(life, life.plug(life.network.nics[0]), internet)
+    life.end()
+    uninstall(host)
+    assert traces(host, before) == {}

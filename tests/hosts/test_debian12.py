@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +30,12 @@ def bare(bed: EmulatedBed) -> dict[str, dict[str, list[str]]]:
 
 
 @pytest.fixture
-def lived(make_life: MakeLife, internet: Internet, bare: object) -> Iterator[Lived]:
+def lived(make_life: MakeLife, internet: Internet, bare: object) -> Lived:
     """A network with one VM, the VM, and the host that both are on."""
     life = make_life()
     (vm,) = live(life, internet)
     assert isinstance(life.host, EmulatedHost)
-    yield life, vm, life.host
+    return life, vm, life.host
 
 
 def test_a_removal_installs_nothing(
@@ -240,7 +239,7 @@ def test_a_power_cut_in_the_middle_of_an_install(
     life = make_life(with_cloud=FakeCloudStack.on(bed.management, extension="cut").register(
         hosts=[first], **bed.login("root")
     ))  # fmt: skip
-    upload = threading.Thread(target=lambda: life.network.ensure())
+    upload = threading.Thread(target=life.network.ensure)
     upload.start()
     directory = "/usr/local/libexec/netloom"
     assert until(lambda: ".part-" in first.sh(f"ls -A {directory}/* 2>/dev/null || true"), seconds=SETTLE_S)
