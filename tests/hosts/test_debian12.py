@@ -42,8 +42,9 @@ def test_a_removal_installs_nothing(
     bed: EmulatedBed, cloud: FakeCloudStack, bare: dict[str, dict[str, list[str]]]
 ) -> None:
     network = cloud.isolated_network(290, vlan=1290, cidr="10.90.0.0/24")
-    network.send_or_fail("shutdown-network", payloads.bare(network.facts))
-    network.send_or_fail("destroy-network", payloads.bare(network.facts))
+    for command in ("shutdown-network", "destroy-network"):
+        sent = cloud.execute(command, {}, payloads.bare(network.facts))
+        assert sent.ok, sent.output
     for host in bed.emulated:
         assert traces(host, bare[host.name]) == {}
         assert host.run("systemctl", "cat", "netloom-agent", check=False).status != 0
