@@ -19,6 +19,7 @@ import pytest
 import netloom
 from kernel import oldest_nft
 from kernel.scratch import scratch
+from netloom.agent.setup.selftest import NFT_OLDEST
 
 ROOT = Path(os.environ.get("NETLOOM_BUILD_CACHE", "/var/cache/netloom-build")) / "bullseye"
 LIBRARIES = ("libnftables.so.1", "libnftnl.so.11")
@@ -40,7 +41,7 @@ def with_the_oldest_nft(part: str, directory: Path) -> dict[str, Any]:
         )
     assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-2000:]}"
     found: dict[str, Any] = json.loads(done.stdout)
-    assert found["version"] == "0.9.8"
+    assert tuple(found["version"]) == NFT_OLDEST
     return found
 
 
