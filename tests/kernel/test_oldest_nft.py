@@ -56,4 +56,6 @@ def test_the_oldest_nft_loads_every_ruleset_like_the_installed_one(tmp_path: Pat
 def test_the_oldest_nft_changes_every_ruleset_and_passes_the_selftest(tmp_path: Path) -> None:
     found = with_the_oldest_nft("changes", tmp_path)
     assert found["wrong"] == []
+    assert {"netdev to-cloudbr0", "netdev from-port", "bridge llc", "bridge learning", "inet reserved_addresses",
+            "arp reserved_addresses"} <= found["host"].keys()  # fmt: skip
     assert found["failed"] == []
