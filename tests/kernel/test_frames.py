@@ -308,14 +308,20 @@ def test_only_ordinary_frames_of_a_vm_leave_on_the_wire(host: AgentHost, vlan: s
 
 
 @pytest.mark.mutation("lldp-frames-are-filtered")
+@pytest.mark.mutation("no-chain-of-an-older-build-stays")
 @pytest.mark.parametrize("missing", ["bridge", "inet"])
 def test_a_bridge_that_an_older_build_made_is_guarded_at_the_start(host: AgentHost, missing: str) -> None:
     bridge = build(host)
     host.kill()
     host.run("nft", "delete", "table", missing, "netloom")
     host.ip("link", "set", bridge, "type", "bridge", "group_fwd_mask", "0")
+    if missing == "inet":
+        host.run("nft", "add table inet netloom; add chain inet netloom reserved { type filter hook prerouting "
+                 "priority -450; }; add rule inet netloom reserved meta iiftype ether drop")  # fmt: skip
     host.start()
     wait_until(lambda: f"{missing} netloom" in host.run("nft", "list", "tables"))
+    wait_until(lambda: "chain reserved_addresses {" in host.run("nft", "list", "table", "inet", "netloom"))
+    assert "chain reserved {" not in host.run("nft", "list", "table", "inet", "netloom")
     wait_until(lambda: host.links()[bridge]["linkinfo"]["info_data"]["group_fwd_mask"] == "0x4000")
     wait_until(lambda: "eth1.1204" in host.run("nft", "list", "set", "bridge", "netloom", "uplinks"))
     host.ip("link", "del", f"tap-{VM}")

@@ -21,7 +21,7 @@ def test_a_new_forward_is_one_element_and_the_marker() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(replace(ONE, port_forwards={**ONE.port_forwards, "x": forward(A2, "80", VM2)}))
     assert ruleset.swap(have, want) == (
-        "add element inet netloom forwards { 203.0.113.21 . tcp . 80 : 10.1.1.12 . 80 }\n"
+        "add element inet netloom forwards_tcp { 203.0.113.21 . 80 : 10.1.1.12 . 80 }\n"
         f"add set inet netloom {ruleset.marker(want)} {{ type mark; }}\n"
         f"delete set inet netloom {ruleset.marker(have)}\n"
     )
@@ -31,8 +31,8 @@ def test_a_moved_forward_is_deleted_and_added_in_one_transaction() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(wish(admit(A1, "tcp", "22"), held=(A1, A2), forwards=[forward(A1, "22", VM2)]))
     assert ruleset.swap(have, want).splitlines()[:2] == [
-        "delete element inet netloom forwards { 203.0.113.20 . tcp . 22 }",
-        "add element inet netloom forwards { 203.0.113.20 . tcp . 22 : 10.1.1.12 . 22 }",
+        "delete element inet netloom forwards_tcp { 203.0.113.20 . 22 }",
+        "add element inet netloom forwards_tcp { 203.0.113.20 . 22 : 10.1.1.12 . 22 }",
     ]
 
 
@@ -100,7 +100,7 @@ def test_taking_over_deletes_unwanted_objects_and_creates_sets_again() -> None:
     lines = ruleset.take_over(present - {("set", ruleset.marker(want))}, want).splitlines()
     assert {"delete chain inet netloom old", "delete map inet netloom gone", "delete map inet netloom held",
             "delete set inet netloom applied_000000000000"} <= set(lines)  # fmt: skip
-    assert lines.index("delete map inet netloom held") < lines.index("\tmap held {")
+    assert lines.index("delete map inet netloom held") < lines.index("add map inet netloom held {")
 
 
 @pytest.mark.mutation("sets-are-as-large-as-their-network", instead="65536")

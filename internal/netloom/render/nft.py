@@ -71,6 +71,7 @@ from netloom.state import LbRule, Network, Ports, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
 
+_FORWARDED_PROTOCOLS = ("tcp", "udp")
 _REVOKED = f"ct mark & {REVOKED:#010x} != 0 drop"
 
 
@@ -183,28 +184,37 @@ def _public_address(address: PublicIp, now: Active, *, open_to_all: bool) -> lis
 
 
 def _translations(now: Active) -> tuple[NftSet, ...]:
-    """The maps for port forwards and static NAT."""
-    exact: dict[str, str] = {}
-    ranges: dict[str, str] = {}
-    to_one: dict[str, str] = {}
+    """The maps for port forwards and static NAT.
+
+    Each protocol has its own maps: nft 0.9.8 accepts no map with three fields in its keys and two in its values.
+    """
+    exact: dict[str, dict[str, str]] = {it: {} for it in _FORWARDED_PROTOCOLS}
+    ranges: dict[str, dict[str, str]] = {it: {} for it in _FORWARDED_PROTOCOLS}
+    to_one: dict[str, dict[str, str]] = {it: {} for it in _FORWARDED_PROTOCOLS}
     for part in now.forwarded:
         forward, first, last = part.forward, part.ports.first, part.ports.last
-        where = f"{forward.public_ip} . {forward.protocol}"
+        where, protocol = forward.public_ip, forward.protocol
         if first == last:
-            exact[f"{where} . {first}"] = f"{forward.private_ip} . {target_port(forward, first)}"
+            exact[protocol][f"{where} . {first}"] = f"{forward.private_ip} . {target_port(forward, first)}"
         elif target_port(forward, first) == target_port(forward, last):
-            to_one[f"{where} . {first}-{last}"] = f"{forward.private_ip} . {target_port(forward, first)}"
+            to_one[protocol][f"{where} . {first}-{last}"] = f"{forward.private_ip} . {target_port(forward, first)}"
         elif target_port(forward, first) == first:
-            ranges[f"{where} . {first}-{last}"] = forward.private_ip
+            ranges[protocol][f"{where} . {first}-{last}"] = forward.private_ip
         else:
             # Each port has its own element: DNAT to a range does not keep the offset (tried with nft and iptables).
             for port in range(first, last + 1):
-                exact[f"{where} . {port}"] = f"{forward.private_ip} . {target_port(forward, port)}"
-    service = "ipv4_addr . inet_proto . inet_service"
+                exact[protocol][f"{where} . {port}"] = f"{forward.private_ip} . {target_port(forward, port)}"
+    key = "ipv4_addr . inet_service"
+    by_protocol = (
+        (
+            _map(f"forwards_{it}", f"{key} : ipv4_addr . inet_service", exact[it]),
+            _map(f"forwards_same_port_{it}", f"{key} : ipv4_addr", ranges[it], "interval"),
+            _map(f"forwards_to_one_port_{it}", f"{key} : ipv4_addr . inet_service", to_one[it], "interval"),
+        )
+        for it in _FORWARDED_PROTOCOLS
+    )
     return (
-        _map("forwards", f"{service} : ipv4_addr . inet_service", exact),
-        _map("forwards_same_port", f"{service} : ipv4_addr", ranges, "interval"),
-        _map("forwards_to_one_port", f"{service} : ipv4_addr . inet_service", to_one, "interval"),
+        *(each for maps in by_protocol for each in maps),
         _map("static_guests", "ipv4_addr : ipv4_addr", {it.public_ip: it.private_ip for it in now.static_nats}),
         _map("static_sources", "ipv4_addr : ipv4_addr", {ip: it.address for ip, it in now.static_sources.items()}),
         _map("static_exits", "ipv4_addr : mark", {ip: f"{it.exit:#010x}" for ip, it in now.static_sources.items()}),
@@ -253,17 +263,24 @@ def _to_second_nics(now: Active) -> list[str]:
 
 
 def _translate_to(now: Active) -> Chain:
-    service = "meta l4proto { tcp, udp } dnat ip to ip daddr . meta l4proto . th dport map"
     return Chain(
         name="translate_to",
         hook="type nat hook prerouting priority dstnat; policy accept;",
         rules=(
-            f"{service} @forwards",
-            f"{service} @forwards_same_port",
-            f"{service} @forwards_to_one_port",
+            *(rule for it in _FORWARDED_PROTOCOLS for rule in _to_forwarded(it)),
             *(line for rule in now.udp_balanced for line in _spread(rule)),
             "dnat ip to ip daddr map @static_guests",
         ),
+    )
+
+
+def _to_forwarded(protocol: str) -> tuple[str, ...]:
+    # nft 0.9.8 demands "addr . port" where the values of a map have two fields.
+    key = f"ip daddr . {protocol} dport"
+    return (
+        f"dnat ip addr . port to {key} map @forwards_{protocol}",  # guard: two-values-are-named-in-the-rule
+        f"dnat ip to {key} map @forwards_same_port_{protocol}",
+        f"dnat ip addr . port to {key} map @forwards_to_one_port_{protocol}",
     )
 
 

@@ -32,7 +32,7 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: str  # "set" or "map"
-    type: str  # "ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service"
+    type: str  # "ipv4_addr . inet_service : ipv4_addr . inet_service"
     flags: str = ""
     size: int = 0  # 0: the kernel's own
     timeout: str = ""  # of elements that packets add
@@ -159,6 +159,7 @@ def _refill(
     table, wanted = _table(want), names(want)
     gone = {it for it in present if it not in wanted}
     refilled = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
+    declared = _commands(refilled, marker(want))  # guard: sets-are-declared-by-commands
     return [
         # First, because the flush fails if there is no table.
         f"add table {table}",
@@ -171,7 +172,7 @@ def _refill(
         ),
         *(f"delete {kind} {table} {name}" for kind, name in sorted(gone) if kind in ("counter", "ct helper")),
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in created_again if it[0] == "chain")),
-        *_block(want, [*_marker(want), *_body(refilled)]),
+        *declared,
         *added,
         *(f"delete chain {table} {name}" for _, name in sorted(it for it in gone if it[0] == "chain")),
     ]
@@ -242,6 +243,24 @@ def _table(ruleset: Ruleset) -> str:
     return f"{ruleset.family} {ruleset.table}"
 
 
+def _commands(ruleset: Ruleset, its_marker: str) -> list[str]:
+    """The commands that declare the objects of a table, and write the rules of its chains.
+
+    Sets are declared by commands, because nft 0.9.8 crashes if a text deletes a set and declares another one in a block
+    ``table { }``. The order is that of the references: maps to chains and counters, then rules to maps.
+    """
+    table = _table(ruleset)
+    lines = [f"add counter {table} {it}" for it in ruleset.counters]
+    for helper in ruleset.helpers:
+        lines += [f"add ct helper {table} {helper.name} {{", *_helper(helper), "}"]
+    for chain in ruleset.chains:
+        lines.append(f"add chain {table} {chain.name}" + (f" {{ {chain.hook} }}" if chain.hook else ""))
+    lines.append(f"add set {table} {its_marker} {{ type mark; }}")
+    for it in ruleset.sets:
+        lines += [f"add {it.kind} {table} {it.name} {{", *_set(it), "}"]
+    return [*lines, *_block(ruleset, _chains(ruleset))]
+
+
 def _block(ruleset: Ruleset, body: list[str]) -> list[str]:
     return [f"table {_table(ruleset)} {{", *("\t" + line if line else "" for line in body), "}"]
 
@@ -255,18 +274,31 @@ def _body(ruleset: Ruleset) -> list[str]:
     for counter in ruleset.counters:
         lines += [f"counter {counter} {{", "}"]
     for helper in ruleset.helpers:
-        lines += [f"ct helper {helper.name} {{", f'\ttype "{helper.type}" protocol {helper.protocol};', "}"]
+        lines += [f"ct helper {helper.name} {{", *_helper(helper), "}"]
     for it in ruleset.sets:
-        lines += ["", f"{it.kind} {it.name} {{", f"\ttype {it.type};"]
-        if it.size:
-            lines.append(f"\tsize {it.size};")
-        if it.flags:
-            lines.append(f"\tflags {it.flags};")
-        if it.timeout:
-            lines.append(f"\ttimeout {it.timeout};")
-        if it.elements:
-            lines += ["\t" + line for line in _elements("elements = {", it.elements, "};")]
-        lines.append("}")
+        lines += ["", f"{it.kind} {it.name} {{", *_set(it), "}"]
+    return [*lines, *_chains(ruleset)]
+
+
+def _helper(helper: Helper) -> list[str]:
+    return [f'\ttype "{helper.type}" protocol {helper.protocol};']
+
+
+def _set(it: NftSet) -> list[str]:
+    lines = [f"\ttype {it.type};"]
+    if it.size:
+        lines.append(f"\tsize {it.size};")
+    if it.flags:
+        lines.append(f"\tflags {it.flags};")
+    if it.timeout:
+        lines.append(f"\ttimeout {it.timeout};")
+    if it.elements:
+        lines += ["\t" + line for line in _elements("elements = {", it.elements, "};")]
+    return lines
+
+
+def _chains(ruleset: Ruleset) -> list[str]:
+    lines: list[str] = []
     for chain in ruleset.chains:
         lines += ["", f"chain {chain.name} {{"]
         if chain.hook:

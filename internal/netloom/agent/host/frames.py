@@ -52,6 +52,7 @@ from netloom.agent.host.observe_nft import (
     STACK_FAMILY,
     TO_BRIDGE,
     UPLINKS,
+    former_chains,
     guarded_bridges,
     guarded_others,
     guarded_uplinks,
@@ -223,6 +224,8 @@ def _frames_table() -> list[str]:
         at = f"type filter hook {hook} priority {_BEFORE_FRAGMENTS_ARE_JOINED}; policy accept;"
         lines += [f"add table {family} {GUARD_TABLE}", f"add chain {chain} {{ {at} }}"]
         lines += [f"flush chain {chain}", f"add rule {chain} {rule}"]
+    for chain in former_chains(family for family, _, _ in _STACK):
+        lines += [f"flush chain {chain}", f"delete chain {chain}"]  # guard: no-chain-of-an-older-build-stays
     return lines
 
 

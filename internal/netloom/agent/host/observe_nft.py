@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import msgspec
 
@@ -18,7 +19,8 @@ GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and t
 OTHERS, OTHERS_UPLINKS = "others", "others_uplinks"  # the same for bridges that others created
 OTHERS_GUESTS, OTHERS_TRUNKS = "others_guests", "others_trunks"  # their ports to guests; uplinks with VLAN filtering
 TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
-STACK_FAMILY, RESERVED = "inet", "reserved"  # the family and the chain that guard the host's own protocols
+STACK_FAMILY, RESERVED = "inet", "reserved_addresses"  # the family and the chain that guard the host's own protocols
+FORMER_RESERVED = "reserved"  # this chain's name in older builds; nft 0.9.8 has a keyword of this name
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -103,6 +105,17 @@ def guarded_others() -> Others:
             uplinks=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS_UPLINKS),
             trunks=nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, OTHERS_TRUNKS),
         )
+
+
+def former_chains(families: Iterable[str]) -> list[str]:
+    """Our chains on the host that have the name of an older build: family, table and name. Raises HostRefused."""
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        return [
+            f"{family} {GUARD_TABLE} {it.name}"
+            for family in families
+            for it in nft_netlink.chains(nfnetlink, family, GUARD_TABLE)
+            if it.name == FORMER_RESERVED
+        ]
 
 
 def _is_current(nfnetlink: Socket) -> bool:

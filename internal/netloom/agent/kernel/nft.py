@@ -137,6 +137,16 @@ class Nft:
         return printed
 
 
+def version() -> tuple[int, ...]:
+    """The version of the library or the program that :class:`Nft` uses here; empty if neither says it."""
+    try:
+        with Nft(None) as nft:
+            about = nft.list_json("list tables")["nftables"][0]["metainfo"]["version"]
+        return tuple(map(int, str(about).split(".")))
+    except (NftError, LookupError, TypeError, ValueError):
+        return ()
+
+
 def error_of(script: str, complaint: str) -> NftRefused:
     """The error for a message of nftables, with the line of the script that it names."""
     found = _MESSAGE.search(complaint)

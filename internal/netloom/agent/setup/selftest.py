@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -24,6 +25,7 @@ from netloom import names
 from netloom.agent.environment import PATH
 from netloom.agent.host.converge import KernelHost, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
+from netloom.agent.kernel import nft as kernel_nft
 from netloom.agent.kernel.nft import Nft, load_library
 from netloom.errors import HostRefused, NetloomError, one_line
 from netloom.netobjects import Neighbour
@@ -81,7 +83,11 @@ def run() -> list[Finding]:
     """Run all tests, each after those that it depends on. Raises HostRefused without root."""
     if os.geteuid() != 0:
         raise HostRefused("the selftest creates network namespaces and needs root")
-    return [*_programs(_family()), *_in_a_scratch_host()]
+    programs, tests = _programs(_family()), _in_a_scratch_host()
+    if all(it.ok for it in tests if it.what in _WITH_RULES):
+        return [*programs, *tests]
+    nft, linux = kernel_nft.version(), os.uname().release
+    return [*programs, *(explained(it, nft, linux) for it in tests)]
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
@@ -123,6 +129,59 @@ def _program(name: str, family: Family, ok: bool, needed: bool, says: str) -> Fi
 
 def _is_installed(program: str) -> bool:
     return shutil.which(program, path=PATH) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------- versions
+
+NFT_OLDEST, LINUX_OLDEST = (0, 9, 8), (5, 10)  # known to work; older ones lack something that rulesets use
+
+# The tests that load rules, by name.
+_NF_TABLES, _RULESETS, _IP6 = "nf_tables", "networks and their rulesets", "IPv6"
+_WITH_RULES = (_NF_TABLES, f"{_NF_TABLES}, netdev family", f"{_NF_TABLES}, bridge family", _RULESETS, _IP6)
+
+# Words of a refused line, and what the kernel lacks if it refuses them.
+_MODULES = (
+    ("ct helper", "nf_conntrack_<helper>"),
+    ("ct count", "nft_connlimit"),
+    ("numgen", "nft_numgen"),
+    ("jhash", "nft_hash"),
+    ("fib ", "nft_fib_inet"),
+    ("limit rate", "nft_limit"),
+    ("reject", "nft_reject_inet"),
+    ("type nat", "nft_chain_nat"),
+    ("dnat ", "nft_nat"),
+    ("snat ", "nft_nat"),
+    ("ct ", "nft_ct"),
+)
+
+
+def explained(found: Finding, nft: tuple[int, ...], linux: str) -> Finding:
+    """A failed test of rulesets with its likely cause: the version of nftables or of Linux, or a missing module.
+
+    ``nft`` and ``linux`` are the versions of this host. A version alone refuses no host: distributions add features to
+    older versions.
+    """
+    if found.ok or found.what not in _WITH_RULES:
+        return found
+    if nft and nft < NFT_OLDEST:  # guard: an-old-nft-is-named
+        product, here, oldest, verb = "nftables", _dotted(nft), _dotted(NFT_OLDEST), "install"
+    elif _numbers(linux) < LINUX_OLDEST:
+        product, here, oldest, verb = "Linux", linux, _dotted(LINUX_OLDEST), "boot"
+    else:
+        modules = [module for word, module in _MODULES if word in found.says]
+        likely = f"load the module {modules[0]}, or boot a kernel that has it" if modules else ""
+        return msgspec.structs.replace(found, remedy=found.remedy or likely)
+    says = f"{product} {here} is too old, the oldest that works is {oldest} ({found.says})"
+    return msgspec.structs.replace(found, says=says, remedy=f"{verb} {product} {oldest} or later")
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The first two numbers of a kernel's release, ``5.10.0-32-amd64``."""
+    return tuple(int(it) for it in re.findall(r"\d+", release)[:2])
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 # --------------------------------------------------------------------------------------------------- the scratch host
@@ -300,11 +359,11 @@ _TESTS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
     ("network namespaces", _make_scratch, True, "a kernel with CONFIG_NET_NS"),
     ("veth links", _make_links, True, "load the module veth"),
     ("bridges", _make_bridge, True, "load the module bridge"),
-    ("nf_tables", _load_table("inet"), True, "load the module nf_tables"),
-    ("nf_tables, netdev family", _load_table("netdev"), True, "a kernel with CONFIG_NF_TABLES_NETDEV"),
-    ("nf_tables, bridge family", _load_table("bridge"), True, "a kernel with CONFIG_NF_TABLES_BRIDGE"),
+    (_NF_TABLES, _load_table("inet"), True, "load the module nf_tables"),
+    (f"{_NF_TABLES}, netdev family", _load_table("netdev"), True, "a kernel with CONFIG_NF_TABLES_NETDEV"),
+    (f"{_NF_TABLES}, bridge family", _load_table("bridge"), True, "a kernel with CONFIG_NF_TABLES_BRIDGE"),
     ("connection tracking", _track, True, "load the module nf_conntrack_netlink"),
-    ("networks and their rulesets", _build, True, ""),
+    (_RULESETS, _build, True, ""),
     ("a packet through a network", _send_a_packet, True, ""),
     ("ending of flows", _revoke, True, ""),
     (
@@ -313,7 +372,7 @@ _TESTS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
         False,
         "Linux 5.10; with an older kernel no DHCP, metadata and passwords",
     ),
-    ("IPv6", _build_with_ip6, False, "boot without ipv6.disable; only networks with IPv6 need it"),
+    (_IP6, _build_with_ip6, False, "boot without ipv6.disable; only networks with IPv6 need it"),
     ("802.1Q", _make_vlan, False, "load the module 8021q; without it links <nic>.<vlan> must exist"),
     ("VXLAN", _make_vxlan, False, "load the module vxlan; only guest.isolation=vxlan needs it"),
 )
