@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, Protocol
 
+from netloom import names
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock, Timer
 from netloom.agent.kernel import links, namespaces, rules
@@ -459,7 +460,8 @@ def _unwanted_ip6(want: Want, prefix: str) -> bool:
 
 def _links_under(port: Port) -> tuple[str, ...]:
     segment = port.segment
-    return tuple(filter(None, (segment.bridge, segment.vlan_link, segment.nic)))
+    besides = (names.bridge(segment.besides, segment.vlan), names.vlan_link(segment.besides, segment.vlan))
+    return tuple(filter(None, (segment.bridge, segment.vlan_link, segment.nic, *(besides if segment.besides else ()))))
 
 
 def _link_lost(port: Port, event: Event, link: Link, seen: tuple[int, int] | None) -> bool:
