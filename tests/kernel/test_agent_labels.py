@@ -96,3 +96,20 @@ def test_a_label_without_a_nic_or_with_two_is_refused_and_nothing_is_made(host: 
 def test_an_untagged_network_is_in_the_label_itself(host: AgentHost) -> None:
     done(host.call("020", "implement-network", vlan="untagged", registration=LABELS))
     assert masters(host, "vnetg204") == ["cloudbr1"]
+
+
+@pytest.mark.mutation("network-managers-leave-our-links-alone")
+def test_networkmanager_and_networkd_are_told_which_links_are_ours(host: AgentHost) -> None:
+    files = [host.path("/run/NetworkManager/conf.d/netloom.conf"), host.path("/run/systemd/network/00-netloom.network")]
+    for directory in ("/run/NetworkManager", "/run/systemd/netif"):
+        host.path(directory).mkdir(parents=True)
+    host.add_vlan("eth1.1204")
+    done(host.call("020", "implement-network", registration=LABELS))
+    host.ip("link", "add", "other", "type", "bridge")
+    host.ip("link", "del", "other")  # a tidy follows
+    wait_until(lambda: all(it.exists() and BRIDGE in it.read_text() for it in files))
+    done(host.call("131", "destroy-network", registration=LABELS))
+    host.ip("link", "add", "other", "type", "bridge")
+    host.ip("link", "del", "other")
+    wait_until(lambda: not any(BRIDGE in it.read_text() for it in files))
+    assert all("vnet*" in it.read_text() for it in files)
