@@ -80,6 +80,23 @@ def test_vms_above_the_label_stay_there_until_the_kvm_agent_takes_the_vlan(host:
     assert "as it should be" in act(host, "check").output
 
 
+def test_vms_in_both_bridges_of_an_earlier_version_are_in_one_afterwards(host: AgentHost) -> None:
+    for bridge, vlan in ((ABOVE, "cloudbr1.1204"), (BRIDGE, "eth1.1204")):
+        host.add_vlan(vlan)
+        host.ip("link", "add", bridge, "type", "bridge")
+        host.ip("link", "set", bridge, "up")
+        host.ip("link", "set", vlan, "master", bridge)
+    host.ip("link", "set", ABOVE, "alias", "netloom carries cloudbr1.1204")
+    host.plug(WEB, ABOVE, WEB_MAC)
+    host.plug("db", BRIDGE, "02:01:00:cc:00:04", "10.10.1.162/24")
+    live_with_labels(host)
+    assert masters(host, "vnetg204", f"tap-{WEB}", "tap-db") == [BRIDGE] * 3
+    assert lease(host, WEB)["ip"] == WEB_IP
+    host.run("ping", "-c", "1", "-W", "20", "10.10.1.162", namespace=WEB)
+    wait_until(lambda: ABOVE not in host.links())
+    wait_until(lambda: f"from-tap-{WEB}" in host.run("nft", "list", "ruleset"))  # the bridge is the KVM agent's
+
+
 def test_a_label_without_a_nic_or_with_two_is_refused_and_nothing_is_made(host: AgentHost) -> None:
     host.ip("link", "set", "eth1", "nomaster")
     before = host.inventory()
