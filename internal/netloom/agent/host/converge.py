@@ -14,15 +14,15 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
-from netloom.agent.host import flows
+from netloom.agent.host import flows, unmanaged
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
-from netloom.agent.host.observe import observe, our_shared_links, stray_ports
+from netloom.agent.host.observe import devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
-from netloom.plan.have import Have, Others
+from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
@@ -30,11 +30,13 @@ from netloom.plan.steps import (
     AttachPort,
     CreatePort,
     LoadRuleset,
+    RemoveBridge,
     RemoveHostPort,
     RemoveVlanLink,
     SetHostLinkDown,
     Step,
 )
+from netloom.plan.uplinks import follow
 from netloom.render.ruleset import Ruleset, marker
 from netloom.render.want import Want
 from netloom.state import Scope
@@ -65,6 +67,7 @@ class KernelHost:
         self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
+        self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
 
@@ -72,6 +75,8 @@ class KernelHost:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
         load_modules()
         namespaces.prepare()
+        with contextlib.suppress(HostRefused):  # the first tidy tries again
+            unmanaged.mark(_ours(our_shared_links()))
         # Each dnsmasq uses one inotify instance. Those of earlier versions all run as one user.
         with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
             if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
@@ -86,7 +91,21 @@ class KernelHost:
         else:
             self._claims.pop(scope_id, None)
             self._links.pop(scope_id, None)
+            self._placed.pop(scope_id, None)
         self._raise_limits()
+
+    def placed(self, scope_id: str, want: Want) -> Want:
+        """``want`` with the NICs of this host where the registration names a bridge; the same object while it holds.
+
+        Raises HostRefused.
+        """
+        found = follow(want, devices(want))  # guard: a-bridge-is-followed-to-its-nic
+        if found is want:
+            return want
+        had = self._placed.get(scope_id)
+        if had is None or had[0] is not want or had[1].ports != found.ports:
+            had = self._placed[scope_id] = want, found
+        return had[1]
 
     def _raise_limits(self) -> None:
         """Have the neighbour tables of the host hold the share of each network. They are never made smaller."""
@@ -132,6 +151,7 @@ class KernelHost:
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing."""
+        want = self.placed(scope_id, want)
         return self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=False)
 
     def renewed(self, scope_id: str) -> None:
@@ -151,9 +171,13 @@ class KernelHost:
             self._guarded = guarded, others = guarded_bridges(), guarded_others()
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
             apply(strays)
-            steps = sweep(our_shared_links(), self._claimed_by_others(""), guarded, others)
+            links = our_shared_links()
+            steps = sweep(links, self._claimed_by_others(""), guarded, others)
             self._apply(steps)
-            return strays + steps
+        gone = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
+        gone |= {step.link for step in steps if isinstance(step, RemoveVlanLink)}
+        unmanaged.mark(_ours(links) - gone)  # guard: network-managers-leave-our-links-alone
+        return strays + steps
 
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
@@ -259,6 +283,10 @@ class KernelHost:
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
         return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
+
+
+def _ours(links: dict[str, HostLink]) -> set[str]:
+    return {it.name for it in links.values() if it.ours and it.kind in ("bridge", *CARRIERS)}
 
 
 def load_modules() -> None:

@@ -21,6 +21,7 @@ OTHERS_GUESTS, OTHERS_TRUNKS = "others_guests", "others_trunks"  # their ports t
 TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
 STACK_FAMILY, RESERVED = "inet", "reserved_addresses"  # the family and the chain that guard the host's own protocols
 FORMER_RESERVED = "reserved"  # this chain's name in older builds; nft 0.9.8 has a keyword of this name
+RULES = {"inet": 1, "arp": 1, FRAMES_FAMILY: 22}  # how many rules these tables on the host have (frames.py)
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -119,5 +120,15 @@ def former_chains(families: Iterable[str]) -> list[str]:
 
 
 def _is_current(nfnetlink: Socket) -> bool:
-    """Whether the tables have the rules of this build; older builds had fewer tables."""
-    return any(it.name == RESERVED for it in nft_netlink.chains(nfnetlink, STACK_FAMILY, GUARD_TABLE))
+    """Whether the tables have the rules of this build. Older builds had fewer; somebody may have flushed a table."""
+    named = any(it.name == RESERVED for it in nft_netlink.chains(nfnetlink, STACK_FAMILY, GUARD_TABLE))
+    return named and all(
+        _rules_of(nfnetlink, family) == number  # guard: flushed-rules-are-loaded-again
+        for family, number in RULES.items()
+    )
+
+
+def _rules_of(nfnetlink: Socket, family: str) -> int:
+    """How many rules the table has that frames.py loads; learning.py loads the others where they are needed."""
+    rules = nft_netlink.rules(nfnetlink, family, GUARD_TABLE)
+    return sum(not it.chain.startswith(b"learning") for it in rules)
