@@ -183,6 +183,7 @@ class FakeHost:
         self.without_helpers: frozenset[str] = frozenset()
         self.arp: list[tuple[float, list[str]]] = []
         self.named: set[str] = set()  # further namespaces
+        self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
         self.unused: list[str] = []  # links that the next tidy removes
 
     def fail(self, what: str, *errors: Exception) -> None:
@@ -230,6 +231,13 @@ class FakeHost:
         self._raise("tidy")
         removed, self.unused = self.unused, []
         return tuple(map(RemoveHostPort, removed))
+
+    def let_through(self) -> tuple[str, ...]:
+        return ()
+
+    def blocked(self, bridges: frozenset[str]) -> list[str]:
+        self._raise("blocked")
+        return [it for it in self.blocking if it.split()[0] in bridges]
 
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}

@@ -43,6 +43,12 @@ class Host(Protocol):
     def tidy(self) -> tuple[Step, ...]:
         """Remove shared links that no scope wants any more. Raises HostRefused."""
 
+    def let_through(self) -> tuple[str, ...]:
+        """Let the frames of our bridges pass the host's own firewall; what was changed. Raises HostRefused."""
+
+    def blocked(self, bridges: frozenset[str]) -> list[str]:
+        """What keeps frames from passing these bridges, a sentence each. Raises HostRefused."""
+
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 

@@ -86,6 +86,7 @@ class Slot:
         self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
         self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
         self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
+        self.blocked: list[str] = []  # what keeps frames from passing the host's firewall, as it was logged
         self.failures = 0  # convergences that failed in a row
         self.retry: Timer | None = None
         self.announcing: list[Timer] = []
@@ -380,6 +381,8 @@ class Scopes:
                 # The namespace may be new, and a watch belongs to one namespace.
                 self._watcher.watch(slot.scope_id, want)
         slot.loaded_ruleset = want.ruleset
+        if thorough or any(step.shared for step in changes.steps):
+            self._let_through(slot, want)
         if slot.scope is not None:
             if want.namespace and slot.enforced_scope is not slot.scope:
                 self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
@@ -392,6 +395,19 @@ class Scopes:
             slot.ending = False
         slot.unconverged = False
         return replace(changes, services=tuple(did))
+
+    def _let_through(self, slot: Slot, want: Want) -> None:
+        """Let frames pass the host's own firewall. What keeps them from passing is logged once, and fails no call."""
+        try:
+            for change in self._host.let_through():  # guard: frames-pass-the-firewall-of-the-host
+                self._log.line(f"host firewall: {change}")
+            blocked = self._host.blocked(frozenset(port.segment.bridge for port in want.ports))
+        except NetloomError as error:
+            blocked = [f"the host's firewall: {error}"]
+        for reason in blocked:
+            if reason not in slot.blocked:
+                self._log.line(f"scope={slot.scope_id} warning: {reason}")
+        slot.blocked = blocked
 
     def erase_password(self, slot: Slot, taken: PasswordTaken) -> HostChanges:
         """Remove a password that a VM has acknowledged from the state file and from memory.

@@ -205,6 +205,8 @@ class Upkeep:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
+            for change in await self._scopes.in_worker(self._host.let_through):
+                self._log.line(f"host firewall: {change}")
             with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
