@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -161,6 +163,47 @@ def test_a_network_works_behind_a_firewall_that_drops_what_is_forwarded(host: Ag
     done(host.call("131", "destroy-network"))
     host.ip("link", "del", f"tap-{VM}")
     wait_until(lambda: rules(host) == before)
+
+
+SELFTEST = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from netloom.agent.setup import bridge_test
+print(*bridge_test.run(), sep="|")
+"""
+
+
+def selftest(host: AgentHost) -> list[str]:
+    """The protocols that do not pass a bridge of the host, what is said of it, and the remedy."""
+    return host.run(sys.executable, "-c", SELFTEST).strip().split("|")
+
+
+def test_the_selftest_sends_packets_through_a_bridge_of_the_host(host: AgentHost) -> None:
+    assert selftest(host) == ["()", "", ""]
+    load(host, TWICE)
+    before = rules(host), sorted(host.links())
+    dropped, says, remedy = selftest(host)
+    assert (dropped, remedy) == ("()", "")
+    assert says == (
+        "dropped by table ip filter, chain FORWARD, policy drop; table inet mine, chain forward, policy drop; "
+        "netloom accepts the frames of its own bridges there"
+    )
+    wait_until(lambda: (rules(host), sorted(host.links())) == before)
+    host.run("nft", "add", "rule", "inet", "mine", "forward", "meta", "l4proto", "udp", "drop")
+    dropped, says, _ = selftest(host)
+    assert dropped == "('IPv4', 'IPv6')"
+    assert says.startswith("IPv4 and IPv6 on bridges is dropped: ")
+
+
+def test_a_killed_selftest_leaves_nothing_behind(host: AgentHost) -> None:
+    load(host, DOCKER)
+    before = rules(host), sorted(host.links())
+    with host.inside_host():
+        tested = subprocess.Popen([sys.executable, "-c", SELFTEST], stdout=subprocess.DEVNULL)
+    wait_until(lambda: any(it.startswith("nltest") for it in host.links()))
+    tested.kill()
+    tested.wait()
+    wait_until(lambda: (rules(host), sorted(host.links())) == before)
 
 
 @pytest.mark.mutation("the-host-does-not-translate-frames")

@@ -25,6 +25,7 @@ from netloom.agent.environment import PATH
 from netloom.agent.host.converge import KernelHost, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel.nft import Nft, load_library
+from netloom.agent.setup import bridge_test
 from netloom.errors import HostRefused, NetloomError, one_line
 from netloom.netobjects import Neighbour
 from netloom.render.scope import render
@@ -81,7 +82,18 @@ def run() -> list[Finding]:
     """Run all tests, each after those that it depends on. Raises HostRefused without root."""
     if os.geteuid() != 0:
         raise HostRefused("the selftest creates network namespaces and needs root")
-    return [*_programs(_family()), *_in_a_scratch_host()]
+    found = [*_programs(_family()), *_in_a_scratch_host()]
+    return found if any(it.needed and not it.ok for it in found) else [*found, _host_firewall()]
+
+
+def _host_firewall() -> Finding:
+    what = "bridges behind the host's firewall"
+    try:
+        found = bridge_test.run()
+    except (NetloomError, OSError) as error:
+        says, hint = one_line(str(error), 400), getattr(error, "hint", "")
+        return Finding(what=what, ok=False, needed=False, says=says, remedy=hint)
+    return Finding(what=what, ok=not found.dropped, needed=False, says=found.says, remedy=found.remedy)
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
