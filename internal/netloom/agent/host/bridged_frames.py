@@ -70,9 +70,12 @@ class Blocked(msgspec.Struct, frozen=True):
     where: str
     why: str
     remedy: str
+    surely: bool = True
 
     def __str__(self) -> str:
-        return f"the host's firewall drops frames on {self.bridge}: {self.where}: {self.why}; {self.remedy}"
+        drops = "drops" if self.surely else "may drop"
+        parts = filter(None, (self.why, self.remedy))
+        return f"the host's firewall {drops} frames on {self.bridge}: {self.where}: {'; '.join(parts)}"
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -401,8 +404,8 @@ def _plan_legacy(
     program, _ = _LEGACY[family]
     concerned = sorted(it for it in own | others if family in in_force[it])
     if shutil.which(program, path=PATH) is None:
-        why, remedy = "its rules cannot be read", f"install {program}, or let it accept -i <bridge> -o <bridge>"
-        return Plan(blocked=tuple(Blocked(it, f"the tables of {program}", why, remedy) for it in concerned))
+        where, why = f"tables of {program}", f"they cannot be read; install {program}"
+        return Plan(blocked=tuple(Blocked(it, where, why, "", surely=False) for it in concerned))
     listing = _legacy((program, "-S"))
     chains, policies = parse(listing)
     had = FORWARDED in chains
