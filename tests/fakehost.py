@@ -196,6 +196,9 @@ class FakeHost:
     def claim(self, scope_id: str, want: Want) -> None:
         self.did.append(f"claim {scope_id}")
 
+    def placed(self, scope_id: str, want: Want) -> Want:
+        return want
+
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         self.did.append(f"converge {scope_id}{' thoroughly' if thorough else ''}")
         self._raise(scope_id)

@@ -29,6 +29,7 @@ from kernel.isolated_network import (
     running,
     snapshot,
 )
+from netloom.agent.scopes.upkeep import TIDY_EVERY_S
 
 SCOPE = "net-204"
 WITHIN_S = 20.0  # a second on an idle machine
@@ -200,6 +201,26 @@ def test_foreign_nftables_tables_are_left_alone(checked_host: AgentHost) -> None
     assert len(lines) == 1, lines  # of wait_for_check itself
     assert "theirs" in checked_host.run("nft", "list", "tables", namespace=NS)
     checked_host.run("nft", "delete table inet theirs", namespace=NS)
+
+
+GUARDS = [("netdev", BRIDGE), ("bridge", "forward"), ("inet", "reserved"), ("arp", "reserved")]
+
+
+def guard_of_the_host(host: AgentHost) -> list[str]:
+    """The chains and rules of our tables on the host. Empty while one of them is missing."""
+    listed = [host.run("nft", "-s", "list", "chain", family, "netloom", it, check=False) for family, it in GUARDS]
+    return listed if all("drop" in it or "jump" in it for it in listed) else []
+
+
+def test_the_guard_of_the_host_is_back_at_once_when_others_delete_it(module_host: AgentHost) -> None:
+    wait_until(lambda: guard_of_the_host(module_host))
+    before = guard_of_the_host(module_host)
+    begun = time.monotonic()
+    for harm in ("flush ruleset", "delete table bridge netloom", "flush table bridge netloom"):
+        module_host.run("nft", harm)
+        wait_until(lambda: guard_of_the_host(module_host) == before)
+    # Without the events a tidy comes once in 30 seconds, so it would find one of the three.
+    assert time.monotonic() - begun < TIDY_EVERY_S
 
 
 def test_repeated_repairs_back_off_exponentially() -> None:

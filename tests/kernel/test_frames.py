@@ -16,6 +16,8 @@ import pytest
 
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
 from kernel.raw_frames import VM, VM_MAC, checksum, frame, received, send, wire
+from netloom.agent.host.frames import guard
+from netloom.agent.host.observe_nft import guarded_bridges
 
 VM_IP = "10.10.1.45"
 HOST_IP, HOST_IP6, PORT = "198.51.100.9", "2001:db8:f::9", 4711
@@ -321,6 +323,18 @@ def test_a_bridge_that_an_older_build_made_is_guarded_at_the_start(host: AgentHo
     host.ip("link", "del", f"tap-{VM}")
     done(host.call("131", "destroy-network"))
     wait_until(lambda: host.run("nft", "list", "tables") == "")
+
+
+@pytest.mark.mutation("flushed-rules-are-loaded-again", instead="True")
+def test_a_flushed_table_is_no_guard(host: AgentHost) -> None:
+    bridge = build(host)
+    host.kill()
+    with host.inside_host():
+        for family in ("bridge", "inet", "arp"):
+            assert guarded_bridges() == {bridge}
+            host.run("nft", "flush", "table", family, "netloom")
+            assert guarded_bridges() == frozenset()
+            guard(bridge, ("eth1.1204",))
 
 
 def test_a_link_that_left_its_bridge_may_carry_anything_again(host: AgentHost) -> None:

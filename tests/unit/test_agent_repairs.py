@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from fakehost import FakeClock, FakeLog
 from netloom.agent.host import watcher
@@ -15,6 +17,7 @@ from netloom.agent.host.watcher import ALL_REPAIRS_AT_ONCE, DEBOUNCE_S, REPAIRS_
 from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.nft_watch import NftWatch, Transaction
 from netloom.agent.kernel.watch import Event
 from netloom.names import guest_link
 from netloom.netobjects import Address
@@ -58,6 +61,7 @@ class Scene:
         self.clock = FakeClock()
         self.log = FakeLog()
         self.repairs: list[tuple[float, str]] = []
+        self.tidied: list[float] = []
         self.steps: int | None = 1
         self.working = False
         self.lost: list[tuple[str, frozenset[str]]] = []
@@ -75,7 +79,18 @@ class Scene:
         self.lost.append((bridge, links))
 
     def tidy_soon(self) -> None:
-        pass
+        self.tidied.append(round(self.clock.time(), 2))
+
+    def told(self, *transactions: Transaction) -> None:
+        """Let the kernel report these changes of the host's tables."""
+
+        class Tables:
+            def read(self) -> list[Transaction]:
+                return [*transactions]
+
+        self.watcher._tables = cast(NftWatch, Tables())
+        self.watcher._read_tables()
+        self.watcher._tables = None
 
     async def events(self, *events: Event) -> None:
         """Let the kernel report these events."""
@@ -144,6 +159,35 @@ async def test_repairs_of_the_same_object_back_off(scene: Scene) -> None:
     await scene.events(lost())
     await scene.clock.advance(DEBOUNCE_S)
     assert len(scene.repairs) == len(delays) + 1
+
+
+FLUSHED = Transaction(lost=True, thread=1 << 22, process="nft")  # Linux numbers threads below this
+
+
+@pytest.mark.mutation("own-changes-of-the-guard-are-no-loss", instead="it.overrun or it.lost")
+@watched
+async def test_only_losses_that_others_caused_are_restored(scene: Scene) -> None:
+    own = replace(FLUSHED, thread=threading.get_native_id())
+    scene.told(own, replace(FLUSHED, lost=False), Transaction(process="nft"))
+    await scene.clock.advance(1)
+    assert scene.tidied == []
+    for it in (FLUSHED, Transaction(overrun=True)):
+        scene.told(own, it, it)
+        await scene.clock.advance(1)
+    assert scene.tidied == [1, 2]
+    assert scene.repairs == []
+
+
+@pytest.mark.mutation("the-guard-is-back-at-once")
+@watched
+async def test_a_program_that_flushes_again_and_again_is_answered_more_slowly(scene: Scene) -> None:
+    for _ in range(600):
+        scene.told(FLUSHED)
+        await scene.clock.advance(0.2)
+    first = scene.tidied[:REPAIRS_AT_ONCE]
+    assert first == [round(it * 0.2, 2) for it in range(REPAIRS_AT_ONCE)]
+    assert REPAIRS_AT_ONCE < len(scene.tidied) < 30  # in two minutes
+    assert "nft changed the tables of the host 5 times recently; check in 1 s" in scene.log.lines[0]
 
 
 @watched

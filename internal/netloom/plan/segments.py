@@ -112,7 +112,7 @@ def _vxlan(have: Have, port: Port) -> SegmentPlacement:
         if not any(":" not in address for address in under.addresses):
             raise HostRefused(
                 f"{under.name} has no IPv4 address for VXLAN to send from",
-                hint=f"give it one, or name another NIC in {_detail(port)}",
+                hint=f"give it one, or name another NIC in {detail_of(port)}",
             )
         steps += [SetHostLinkUp(link.name) for link in dict.fromkeys((nic, under)) if not link.up]
         steps.append(CreateVxlanLink(segment.vlan_link, under.name, int(segment.vlan)))
@@ -134,7 +134,7 @@ def _untagged(have: Have, port: Port) -> SegmentPlacement:
         raise HostRefused(
             f"NIC {nic.name} carries the host's address {nic.addresses[0]} and is in no bridge: "
             f"an untagged network would cut the host off",
-            hint=f"put {nic.name} into a bridge that has the address, or name another NIC in {_detail(port)}",
+            hint=f"put {nic.name} into a bridge that has the address, or name another NIC in {detail_of(port)}",
         )
     return _bridged(have, port.segment, nic, [])
 
@@ -168,6 +168,8 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
     for orphan in sorted(have.orphans.get(name, frozenset()) - {carrier.name}):
         if orphan in have.host_links and not have.host_links[orphan].master:
             steps.append(AttachPort(orphan, name))  # guard: a-lost-port-comes-back-to-a-new-bridge
+    moved = _above_the_label(have, segment)
+    steps += [AttachPort(it, name) for it in moved]  # guard: vms-above-a-label-move-to-the-nic
     steps += [SilenceIpv6(link.name) for link in (carrier, bridge) if link.ours and link.ipv6]
     if bridge.ours and (name not in have.guarded or name not in have.host_links):
         steps.append(GuardBridge(name, (carrier.name,)))
@@ -179,10 +181,22 @@ def _bridged(have: Have, segment: Segment, carrier: HostLink, steps: list[Step])
         steps.append(SetHostLinkUp(name))
     others = Others()
     if not bridge.ours:
-        ports = (*bridge.ports, *([] if carrier.master else [carrier.name]))
+        ports = (*bridge.ports, *([] if carrier.master else [carrier.name]), *moved)
         joined = msgspec.structs.replace(bridge, ports=ports)
         others = guard_of(joined, have.host_links | {carrier.name: carrier})
     return SegmentPlacement(name, carrier.mtu or ETHERNET_MTU, tuple(steps), bridge.ours, others)
+
+
+def _above_the_label(have: Have, segment: Segment) -> list[str]:
+    """The ports of the bridge that carried the same VLAN above the registered bridge, without its VLAN link.
+
+    From the moment that the NIC has a VLAN link with this tag, the one above the bridge receives nothing.
+    """
+    label = have.host_links.get(segment.besides)
+    old = have.host_links.get(names.bridge(segment.besides, segment.vlan))
+    if label is None or label.kind != "bridge" or old is None or old.kind != "bridge":
+        return []
+    return sorted(set(old.ports) - {old.carrier, names.vlan_link(label.name, segment.vlan)})
 
 
 def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
@@ -220,10 +234,11 @@ def _nic(have: Have, port: Port) -> HostLink:
     if nic is None:
         raise HostRefused(
             f"NIC {port.segment.nic} does not exist on this host",
-            hint=f"check the registration detail {_detail(port)}",
+            hint=f"check the registration detail {detail_of(port)}",
         )
     return nic
 
 
-def _detail(port: Port) -> str:
+def detail_of(port: Port) -> str:
+    """The registration detail that names the device of the port."""
     return "guest.network.device" if is_guest(port) else "public.network.device"

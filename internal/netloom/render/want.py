@@ -19,6 +19,9 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
     Other scopes and VMs use the same segment. The carrier is a VLAN link on the NIC or, with ``kind`` ``vxlan``, a
     tunnel over the NIC with ``vlan`` as its VNI. With ``vlan`` ``untagged`` the NIC itself is the carrier; if the NIC
     is already in a bridge, that bridge is used instead of ``bridge``.
+
+    ``besides``: another device of this host that the same VLAN may be on: the bridge that the registration names, whose
+    port ``nic`` is, or the other way round. Known on a host only (``plan/uplinks.py``).
     """
 
     bridge: str
@@ -26,6 +29,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, order=True):
     vlan: str
     vlan_link: str  # empty when untagged
     kind: Literal["vlan", "vxlan"] = "vlan"
+    besides: str = ""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):

@@ -121,7 +121,7 @@ class Actions:
     def _deviations(self, scope: Scope, context: ActionContext) -> list[str]:
         """The steps that a repair would do now, a line for each."""
         have = self._observe(scope, context)
-        found = [str(step) for step in plan(have, context.want)]
+        found = [str(step) for step in plan(have, self._host.placed(scope.scope_id, context.want))]
         wanted = {it.name for it in services(scope)} if context.want.namespace else set()
         running = context.services.running(scope.scope_id).keys()
         found += [f"start {name}" for name in sorted(wanted - running)]
@@ -167,7 +167,7 @@ class Actions:
         ]
 
     def _dump(self, scope: Scope, context: ActionContext) -> str:
-        have, want = self._observe(scope, context), context.want
+        have, want = self._observe(scope, context), self._host.placed(scope.scope_id, context.want)
         sections = [
             ("== summary", [*describe.summary(scope), *self._status(scope, context)]),
             ("== check: what a repair would do", self._deviations(scope, context)),

@@ -19,7 +19,7 @@ from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
-from netloom.agent.host.observe import observe, our_shared_links, stray_ports
+from netloom.agent.host.observe import devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
@@ -36,6 +36,7 @@ from netloom.plan.steps import (
     SetHostLinkDown,
     Step,
 )
+from netloom.plan.uplinks import follow
 from netloom.render.ruleset import Ruleset, marker
 from netloom.render.want import Want
 from netloom.state import Scope
@@ -66,6 +67,7 @@ class KernelHost:
         self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
         self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
+        self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
         self._bridged = BridgedFrames()
@@ -88,7 +90,21 @@ class KernelHost:
         else:
             self._claims.pop(scope_id, None)
             self._links.pop(scope_id, None)
+            self._placed.pop(scope_id, None)
         self._raise_limits()
+
+    def placed(self, scope_id: str, want: Want) -> Want:
+        """``want`` with the NICs of this host where the registration names a bridge; the same object while it holds.
+
+        Raises HostRefused.
+        """
+        found = follow(want, devices(want))  # guard: a-bridge-is-followed-to-its-nic
+        if found is want:
+            return want
+        had = self._placed.get(scope_id)
+        if had is None or had[0] is not want or had[1].ports != found.ports:
+            had = self._placed[scope_id] = want, found
+        return had[1]
 
     def _raise_limits(self) -> None:
         """Have the neighbour tables of the host hold the share of each network. They are never made smaller."""
@@ -134,6 +150,7 @@ class KernelHost:
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing."""
+        want = self.placed(scope_id, want)
         return self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=False)
 
     def renewed(self, scope_id: str) -> None:

@@ -42,8 +42,9 @@ from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Address, Rule
 from netloom.plan.have import ASK_MAIN, CARRIERS, Have, HostLink, InsideLink
 from netloom.plan.plan import alias_of
+from netloom.plan.uplinks import followed, is_nic_name
 from netloom.render.ruleset import Ruleset
-from netloom.render.want import Want
+from netloom.render.want import Segment, Want
 
 # The kinds of the links that the kernel itself adds to each new namespace (tunl0, sit0 and the like).
 _KINDS_IN_NEW_NAMESPACES = ("ipip", "sit", "gre", "ip6tnl", "vti")
@@ -114,6 +115,34 @@ def observe(
         table=table.names,
         generation=table.generation,
     )
+
+
+def devices(want: Want) -> dict[str, HostLink]:
+    """What ``plan.uplinks.follow`` needs: links by name, if a device of ``want`` is a bridge. Raises HostRefused."""
+    ports = [port for port in want.ports if followed(port.segment)]
+    if not ports:
+        return {}
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        found = _by_index(links.find_links_over(host, {port.segment.nic for port in ports}))
+        labels = {it.name: it.index for it in found.values() if it.kind == "bridge"}
+        ports = [port for port in ports if port.segment.nic in labels]
+        if not ports:
+            return {}
+        for index in labels.values():
+            found |= _by_index(links.list_links_over(host, master=index))
+        below = {it.parent_index for it in found.values() if it.kind == "vlan" and it.parent_index}
+        found |= _by_index(links.find_links_over(host, below - found.keys()))
+        nics = {it.name for it in found.values() if is_nic_name(it.name) or it.index in below}
+        asked = {port.host_link for port in ports}
+        asked |= {names.vlan_link(nic, port.segment.vlan) for nic in nics for port in ports}
+        asked |= {it for port in ports for it in (port.segment.vlan_link, port.segment.bridge)}
+        found |= _by_index(links.find_links_over(host, asked))
+        masters = {it.master_index for it in found.values() if it.master_index}
+        found |= _by_index(links.find_links_over(host, masters - found.keys()))
+        used = {port.segment.bridge for port in ports}
+        for bridge in [it for it in found.values() if it.name in used]:
+            found |= _by_index(links.list_links_over(host, master=bridge.index))
+    return {link.name: _described_by_itself(link, found) for link in found.values()}
 
 
 def our_shared_links() -> dict[str, HostLink]:
@@ -249,6 +278,8 @@ def _names_in(want: Want) -> set[str]:
     for port in want.ports:
         segment = port.segment
         found |= {port.host_link, segment.bridge, segment.nic, segment.vlan_link}
+        if segment.besides:
+            found |= {segment.besides, *_besides(segment)}
     return found - {""}
 
 
@@ -282,12 +313,19 @@ def _of_others(found: dict[int, Link], want: Want) -> set[int]:
         for link in found.values()
         if (link.kind == "veth" and _ours(link)) or link.name in carriers or (link.kind, str(link.vlan_id)) in tags
     }
-    named = carriers | {it.bridge for it in segments}
+    named = carriers | {it.bridge for it in segments} | {it for segment in segments for it in _besides(segment)}
     return {
         link.index
         for link in found.values()
         if link.kind == "bridge" and not _ours(link) and (link.index in joined or link.name in named)
     }
+
+
+def _besides(segment: Segment) -> tuple[str, ...]:
+    """The bridge and the VLAN link of the same VLAN on the other device that it may be on."""
+    if not segment.besides:
+        return ()
+    return names.bridge(segment.besides, segment.vlan), names.vlan_link(segment.besides, segment.vlan)
 
 
 def _below(host: Socket, bridges: set[int]) -> set[int]:
@@ -304,24 +342,30 @@ def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, Ho
     below = _below(host, others) | {index for index in others if found[index].master_index}
     speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link))
     return {
-        link.name: HostLink(
-            name=link.name,
-            kind=link.kind,
-            up=link.up,
-            master=_name(found, link.master_index),
-            alias=link.alias,
-            parent=_name(found, link.parent_index) if link.kind == "vlan" else "",
-            vlan_id=link.vlan_id or 0,
-            ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
+        link.name: replace(
+            _described_by_itself(link, found),
             addresses=addresses_of.get(link.index, ()),
             ipv6=link.name in speaking_ip6,
-            mtu=link.mtu,
-            vlan_filtering=link.vlan_filtering,
             above=link.index in below,
-            elsewhere=link.peer_netns is not None,
         )
         for link in found.values()
     }
+
+
+def _described_by_itself(link: Link, found: dict[int, Link]) -> HostLink:
+    return HostLink(
+        name=link.name,
+        kind=link.kind,
+        up=link.up,
+        master=_name(found, link.master_index),
+        alias=link.alias,
+        parent=_name(found, link.parent_index) if link.kind == "vlan" else "",
+        vlan_id=link.vlan_id or 0,
+        ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
+        mtu=link.mtu,
+        vlan_filtering=link.vlan_filtering,
+        elsewhere=link.peer_netns is not None,
+    )
 
 
 def _name(found: dict[int, Link], index: int | None) -> str:

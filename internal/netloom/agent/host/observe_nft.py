@@ -18,6 +18,7 @@ GUARDED, UPLINKS = "guarded", "uplinks"  # its sets: bridges with a guard, and t
 OTHERS, OTHERS_UPLINKS = "others", "others_uplinks"  # the same for bridges that others created
 OTHERS_GUESTS, OTHERS_TRUNKS = "others_guests", "others_trunks"  # their ports to guests; uplinks with VLAN filtering
 TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
+RULES = {"inet": 1, "arp": 1, FRAMES_FAMILY: 22}  # how many rules these tables on the host have (frames.py)
 STACK_FAMILY, RESERVED = "inet", "reserved"  # the family and the chain that guard the host's own protocols
 
 
@@ -106,5 +107,14 @@ def guarded_others() -> Others:
 
 
 def _is_current(nfnetlink: Socket) -> bool:
-    """Whether the tables have the rules of this build; older builds had fewer tables."""
-    return any(it.name == RESERVED for it in nft_netlink.chains(nfnetlink, STACK_FAMILY, GUARD_TABLE))
+    """Whether the tables have the rules of this build. Older builds had fewer; somebody may have flushed a table."""
+    return all(
+        _rules_of(nfnetlink, family) == number  # guard: flushed-rules-are-loaded-again
+        for family, number in RULES.items()
+    )
+
+
+def _rules_of(nfnetlink: Socket, family: str) -> int:
+    """How many rules the table has that frames.py loads; learning.py loads the others where they are needed."""
+    rules = nft_netlink.rules(nfnetlink, family, GUARD_TABLE)
+    return sum(not it.chain.startswith(b"learning") for it in rules)

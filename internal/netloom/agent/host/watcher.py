@@ -1,11 +1,14 @@
 """Watch the kernel for changes that nobody asked for, and have the scope repaired within moments.
 
-There is one netlink watch per namespace, one for the host's own links, and one for the names of the namespaces.
+There is one netlink watch per namespace, one for the host's own links, one for the host's nftables tables, and one for
+the names of the namespaces.
 
 Each event is compared with what the scope wants. Events that match it, including those caused by our own changes, are
 ignored. An event that does not match schedules one repair of the scope; further events within ``DEBOUNCE_S`` join it.
 While a command or a repair works on the scope, only the latest event per object is kept; these are compared when the
 work is done. If something keeps undoing our repairs, the delay between repairs grows (exponential back-off).
+
+When another program takes something from our tables on the host, a tidy loads what is missing, with the same back-off.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, Protocol
 
+from netloom import names
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock, Timer
+from netloom.agent.host.observe_nft import GUARD_TABLE
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.neighbours import NeighbourRow
+from netloom.agent.kernel.nft_watch import NftWatch
 from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.agent.log import Log
@@ -70,7 +76,7 @@ class WatchHandler(Protocol):
         """Converge the scope and return the number of steps; None: it failed, and the handler tries again."""
 
     def tidy_soon(self) -> None:
-        """Schedule a tidy: a link of the host has gone, or the guard of a bridge of others has to follow a change."""
+        """Schedule a tidy: a link has gone, the guard of a bridge of others follows a change, or a guard is lost."""
 
 
 class Watcher:
@@ -98,6 +104,9 @@ class Watcher:
         self._shared: dict[str, set[str]] = {}  # link of the host -> scopes that depend on it
         self._host: Watch | None = None
         self._names: NamesWatch | None = None
+        self._tables: NftWatch | None = None
+        self._tables_lost: deque[float] = deque(maxlen=64)  # when
+        self._tables_timer: Timer | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
         self._mtus: dict[str, tuple[int, int]] = {}  # link of the host, no bridge -> its MTU, index of its bridge
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
@@ -111,18 +120,19 @@ class Watcher:
 
     def open(self) -> None:
         """Start watching the host. Raises HostRefused."""
-        host, gone = Watch(None, "link", "address"), NamesWatch()
+        host, gone, tables = Watch(None, "link", "address"), NamesWatch(), NftWatch(None, GUARD_TABLE)
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}
 
         def begin() -> None:
-            self._host, self._names = host, gone
+            self._host, self._names, self._tables = host, gone, tables
             self._seen |= seen
             self._masters |= {link.name: link.master_index for link in listed if link.master_index}
             self._own_bridges |= {link.index for link in listed if _is_own_bridge(link)}
             self._mtus |= {it.name: (it.mtu, it.master_index or 0) for it in listed if it.kind != "bridge"}
             self._loop.add_reader(host, self._read_host)
             self._loop.add_reader(gone, self._read_names)
+            self._loop.add_reader(tables, self._read_tables)
 
         self._loop.call_soon_threadsafe(begin)
 
@@ -173,12 +183,14 @@ class Watcher:
             timer.cancel()
         for task in self._tasks:
             task.cancel()
-        for watch in (self._host, self._names, *(it.inside for it in self._watched.values())):
+        if self._tables_timer is not None:
+            self._tables_timer.cancel()
+        for watch in (self._host, self._names, self._tables, *(it.inside for it in self._watched.values())):
             if watch is not None:
                 self._loop.remove_reader(watch)
                 watch.close()
         self._watched.clear()
-        self._host = self._names = None
+        self._host = self._names = self._tables = None
 
     def _watch(self, watched: _Watched, want: Want, fresh: Watch | None) -> None:
         if self._stopped or self._watched.get(watched.scope_id) is not watched:
@@ -227,6 +239,33 @@ class Watcher:
         for watched in list(self._watched.values()):
             if gone is None or watched.want.namespace in gone:
                 self._schedule(watched, f"namespace {watched.want.namespace} lost its name")
+
+    def _read_tables(self) -> None:
+        try:
+            transactions = self._tables.read() if self._tables is not None else []
+        except NetloomError as error:
+            self._log.line(f"watch: {error}")
+            return
+        for it in transactions:
+            if it.overrun or (it.lost and not it.own):  # guard: own-changes-of-the-guard-are-no-loss
+                self._restore_tables(it.process or OVERRUN)
+
+    def _restore_tables(self, who: str) -> None:
+        """Have a tidy load what is missing of the host's tables, soon, or later if this happens again and again."""
+        if self._stopped or self._tables_timer is not None:
+            return
+        now = self._clock.time()
+        lately = sum(at > now - REPEATED_S for at in self._tables_lost)
+        self._tables_lost.append(now)
+        delay_s = 0.0 if lately < REPAIRS_AT_ONCE else BACKOFF.delay_s(lately - REPAIRS_AT_ONCE)
+        if delay_s:
+            self._log.line(f"{who} changed the tables of the host {lately} times recently; check in {delay_s:.0f} s")
+
+        def restore() -> None:
+            self._tables_timer = None
+            self._handler.tidy_soon()  # guard: the-guard-is-back-at-once
+
+        self._tables_timer = self._clock.call_later(delay_s, restore)
 
     def _read_inside(self, watched: _Watched) -> None:
         if watched.inside is None:
@@ -459,7 +498,8 @@ def _unwanted_ip6(want: Want, prefix: str) -> bool:
 
 def _links_under(port: Port) -> tuple[str, ...]:
     segment = port.segment
-    return tuple(filter(None, (segment.bridge, segment.vlan_link, segment.nic)))
+    besides = (names.bridge(segment.besides, segment.vlan), names.vlan_link(segment.besides, segment.vlan))
+    return tuple(filter(None, (segment.bridge, segment.vlan_link, segment.nic, *(besides if segment.besides else ()))))
 
 
 def _link_lost(port: Port, event: Event, link: Link, seen: tuple[int, int] | None) -> bool:

@@ -180,6 +180,11 @@ def decode(data: bytes | memoryview) -> list[Message]:
     ]
 
 
+def kind_of(data: bytes) -> int:
+    """The type of the first message of a datagram; 0 if it is cut short."""
+    return int(_HEADER.unpack_from(data)[1]) if len(data) >= _HEADER.size else 0
+
+
 def attributes(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     """The attributes from ``offset`` on, in order; types without their flag bits.
 

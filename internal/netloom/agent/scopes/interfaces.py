@@ -25,6 +25,9 @@ class Host(Protocol):
     def claim(self, scope_id: str, want: Want) -> None:
         """Record which shared bridges the scope wants; they are not removed from now on."""
 
+    def placed(self, scope_id: str, want: Want) -> Want:
+        """``want`` with the NICs of this host where the registration names a bridge. Raises HostRefused."""
+
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants. Raises HostRefused or ForeignScope."""
 

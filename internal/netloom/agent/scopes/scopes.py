@@ -365,7 +365,7 @@ class Scopes:
         ``thorough`` as in ``Host.converge``. Raises HostRefused or ForeignScope.
         """
         slot.unconverged = True
-        want = self._want(slot)
+        want = self._host.placed(slot.scope_id, self._want(slot))
         did: list[str] = []
         if want.namespace:
             # From now on events are compared with the new want, so the changes that follow match it.

@@ -1,0 +1,127 @@
+"""Receive the events of nftables: who has changed the rulesets of a namespace, and which tables have lost something.
+
+The kernel reports each transaction: a message for each object, several in one datagram, and then NFT_MSG_NEWGEN with
+the thread that made the transaction (nf_tables_commit in net/netfilter/nf_tables_api.c). A ruleset may have thousands
+of elements and change often, so only the messages about the tables of one name are decoded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from netloom.agent.kernel import netlink
+from netloom.agent.kernel.netlink import NetlinkError
+
+# linux/netfilter/nfnetlink.h, nf_tables.h. Attribute 1 of every object is the name of its table.
+_GROUP_NFTABLES = 7
+_SUBSYSTEM = 10 << 8
+_DELETIONS = {_SUBSYSTEM | it for it in (2, 5, 8, 11, 14, 20)}  # a table, chain, rule, set, element, named object
+_NEWGEN = _SUBSYSTEM | 15
+_NFTA_GEN_PROC_PID, _NFTA_GEN_PROC_NAME = 2, 3
+_TABLE = 1
+_HEAD_BYTES = 4  # nfgenmsg
+
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_RECEIVE_BYTES = 256 << 10
+_DATAGRAMS_AT_ONCE = 256  # the event loop has other work, too; the descriptor stays readable
+
+
+class Transaction(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of the rulesets of the namespace. ``lost``: a table of the watched name has lost an object.
+
+    ``thread``, ``process``: the thread that made the change, and its name; 0 and empty on an overrun. The number is the
+    one of the initial pid namespace.
+
+    ``overrun``: the kernel dropped events, so everything may have changed.
+    """
+
+    lost: bool = False
+    thread: int = 0
+    process: str = ""
+    overrun: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether a thread of this process made the change. False where pids of the kernel mean other processes."""
+        return self.thread > 0 and os.path.exists(f"/proc/self/task/{self.thread}")
+
+
+class NftWatch:
+    """The nftables transactions of one namespace since this was created. ``fileno`` is readable when there are some.
+
+    While it is open, the kernel keeps the namespace, even a deleted one. Only one thread at a time may use it.
+    """
+
+    def __init__(self, namespace: str | None, table: str) -> None:
+        """``table``: the name of the tables, of any family, whose losses are reported.
+
+        Raises NamespaceError, OSError.
+        """
+        self._name = table.encode() + b"\0"
+        self._lost = False  # so far in the transaction whose end has not come yet
+        self._socket = netlink.open_socket(netlink.NETLINK_NETFILTER, namespace)
+        try:
+            self._socket.setblocking(False)
+            self._socket.bind((0, 0))
+            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """The descriptor to wait on, for ``loop.add_reader``."""
+        return self._socket.fileno()
+
+    def read(self) -> list[Transaction]:
+        """The transactions that have been reported, oldest first; of many only the first. Does not wait.
+
+        Raises NetlinkError when a message cannot be decoded.
+        """
+        found: list[Transaction] = []
+        for _ in range(_DATAGRAMS_AT_ONCE):
+            try:
+                data, _, _, sender = self._socket.recvmsg(_RECEIVE_BYTES)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise NetlinkError(error.errno or errno.EIO, "watch nftables") from error
+                self._lost = False
+                found.append(Transaction(overrun=True))
+                continue
+            if sender[0] == 0:
+                found += self._transactions(data)
+        return found
+
+    def _transactions(self, data: bytes) -> list[Transaction]:
+        found = []
+        ours = self._name in data
+        # The message that ends a transaction is the first of its datagram; the objects need no decoding then.
+        for message in netlink.decode(data) if ours or netlink.kind_of(data) == _NEWGEN else ():
+            if message.type in _DELETIONS:
+                attributes = netlink.attributes(message.payload, _HEAD_BYTES)
+                self._lost = self._lost or (_TABLE, self._name) in attributes
+            elif message.type == _NEWGEN:
+                values = netlink.attribute_map(message.payload, _HEAD_BYTES)
+                thread = int.from_bytes(values.get(_NFTA_GEN_PROC_PID, b""), "big")
+                name = netlink.string(values.get(_NFTA_GEN_PROC_NAME))
+                found.append(Transaction(lost=self._lost, thread=thread, process=name))
+                self._lost = False
+        return found
