@@ -183,6 +183,7 @@ class FakeHost:
         self.without_helpers: frozenset[str] = frozenset()
         self.arp: list[tuple[float, list[str]]] = []
         self.named: set[str] = set()  # further namespaces
+        self.blocking_changes: tuple[str, ...] = ()  # what the next ``let_through`` changes
         self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
         self.unused: list[str] = []  # links that the next tidy removes
 
@@ -236,7 +237,9 @@ class FakeHost:
         return tuple(map(RemoveHostPort, removed))
 
     def let_through(self) -> tuple[str, ...]:
-        return ()
+        self._raise("let through")
+        done, self.blocking_changes = self.blocking_changes, ()
+        return done
 
     def blocked(self, bridges: frozenset[str]) -> list[str]:
         self._raise("blocked")

@@ -452,6 +452,20 @@ async def test_the_host_is_tidied_periodically_and_soon_after_links_have_gone(ag
 
 
 @simulated
+async def test_frames_are_let_through_another_firewall_and_an_error_is_logged(agent: Agent) -> None:
+    agent.host.blocking_changes = ("accept the frames of breth1-1204 in table ip filter",)
+    agent.upkeep.firewall_changed()
+    await agent.clock.settle()
+    agent.host.fail("let through", HostRefused("not permitted"))
+    agent.upkeep.firewall_changed()
+    await agent.clock.settle()
+    assert agent.log.lines == [
+        "host firewall: accept the frames of breth1-1204 in table ip filter",
+        "host firewall: not permitted",
+    ]
+
+
+@simulated
 async def test_a_failed_tidy_is_logged_and_the_next_one_comes(agent: Agent) -> None:
     agent.start(agent.upkeep.keep_tidy())
     agent.host.fail("tidy", HostRefused("busy"))

@@ -430,13 +430,13 @@ def _plan_legacy(
         bridges.append(bridge)
         # In front of the jump in FORWARD that leads there: the number of a rule may change at any time, so there is
         # one jump only. It comes last before the first rule that drops by default.
-        places.add(_number_in_forward(chains, drop))
-    changes = _legacy_changes(program, chains, bridges, min(places, default=0))
+        places.add(number_in_forward(chains, drop))
+    changes = legacy_changes(program, chains, bridges, min(places, default=0))
     return Plan(changes, tuple(blocked), tuple(dropped_at))
 
 
-def _number_in_forward(chains: Mapping[str, list[Line]], drop: Drop) -> int:
-    """The number that a rule has in FORWARD before which ours belongs, our own not counted; 0: the end."""
+def number_in_forward(chains: Mapping[str, list[Line]], drop: Drop) -> int:
+    """The number for our jump in FORWARD: before the rule that drops, or leads there; last if the policy drops."""
     others = [it for it in chains.get("FORWARD", ()) if it.target != FORWARDED]
     if drop.handle is None:
         return len(others) + 1
@@ -451,7 +451,7 @@ def _leads_to(chains: Mapping[str, list[Line]], line: Line, chain: str, depth: i
     return line.target == chain or any(_leads_to(chains, it, chain, depth + 1) for it in chains.get(line.target, ()))
 
 
-def _legacy_changes(
+def legacy_changes(
     program: str, chains: Mapping[str, list[Line]], bridges: list[str], number: int
 ) -> tuple[Change, ...]:
     forward = chains.get("FORWARD", [])

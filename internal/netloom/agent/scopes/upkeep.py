@@ -13,6 +13,8 @@ time                   ``keep_checked``: rules, settings and processes, for whic
 end of a process       ``Supervisor``                                               ``revive``
 a link has gone, or    ``Watcher``                                                  ``tidy_soon``
 joined others' bridge
+the host's firewall    ``Watcher``                                                  ``firewall_changed``
+was changed
 a password was taken   ``GuestProcess``                                             ``password_taken``
 a failed convergence   ``Scopes``                                                   ``work_failed``
 new addresses          ``Scopes``                                                   ``work_succeeded``
@@ -130,6 +132,10 @@ class Upkeep:
         """Remove unused shared links within moments: a link of the host has gone, perhaps the last user of a bridge."""
         self._untidy.set()
 
+    def firewall_changed(self) -> None:
+        """Let the frames of our bridges pass the host's own firewall, which somebody has changed."""
+        self._start_task(self._follow_firewall())
+
     def revive(self, scope_id: str, why: str) -> None:
         """Converge the scope, because a process of it has ended and is due to start again."""
         slot = self._scopes.get(scope_id)
@@ -205,8 +211,7 @@ class Upkeep:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
-            for change in await self._scopes.in_worker(self._host.let_through):
-                self._log.line(f"host firewall: {change}")
+            await self._let_through()
             with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
@@ -218,6 +223,19 @@ class Upkeep:
             if SCOPE_ID.match(scope_id):
                 slot = self._scopes.slot(scope_id)
                 await self._maintain(slot, "in no file", partial(self._stop_leftovers, slot), quiet=True)
+
+    async def _let_through(self) -> None:
+        """Let the frames of our bridges pass the host's own firewall. Raises HostRefused."""
+        for change in await self._scopes.in_worker(self._host.let_through):
+            self._log.line(f"host firewall: {change}")
+
+    async def _follow_firewall(self) -> None:
+        try:
+            await self._let_through()
+        except NetloomError as error:
+            self._log.line(f"host firewall: {error}")
+        except Exception as error:  # noqa: BLE001, a bug must not end the agent
+            self._log.traceback("host firewall", error)
 
     def _stop_leftovers(self, slot: Slot) -> HostChanges:
         """In a worker thread: stop the services of a scope that has neither a state file nor a named namespace.
