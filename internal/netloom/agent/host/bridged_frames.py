@@ -454,6 +454,7 @@ def _leads_to(chains: Mapping[str, list[Line]], line: Line, chain: str, depth: i
 def legacy_changes(
     program: str, chains: Mapping[str, list[Line]], bridges: list[str], number: int
 ) -> tuple[Change, ...]:
+    """What iptables-legacy has to do so that ``bridges`` pass, with our jump as rule ``number`` of FORWARD."""
     forward = chains.get("FORWARD", [])
     jumps = [at for at, it in enumerate(forward, 1) if it.target == FORWARDED]
     have = sorted(value.rstrip(b"\0").decode() for it in chains.get(FORWARDED, ()) for value in _iifnames(it))
