@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from netloom.agent.host import frames, observe_nft
 from netloom.agent.kernel import arp, namespaces, nft, sysctl
 
 
@@ -68,8 +67,3 @@ def test_an_nft_error_without_a_line_is_still_reported(complaint: str, words: st
 def test_an_invalid_namespace_name_is_refused(name: str) -> None:
     with pytest.raises(namespaces.NamespaceError):
         namespaces.exists(name)
-
-
-def test_the_number_of_rules_on_the_host_is_the_one_that_observing_expects() -> None:
-    stack = {family: sum(it == family for it, _, _ in frames._STACK) for family, _, _ in frames._STACK}
-    assert {**stack, observe_nft.FRAMES_FAMILY: sum(map(len, frames._RULES.values()))} == observe_nft.RULES
