@@ -260,6 +260,25 @@ def test_a_firewall_that_is_loaded_later_or_anew_is_followed(host: AgentHost) ->
         wait_until(lambda: answers(host))
 
 
+def test_a_table_that_only_its_owner_may_change_is_named(host: AgentHost) -> None:
+    with host.inside_host(), subprocess.Popen(["nft", "-i"], stdin=subprocess.PIPE, text=True) as owner:
+        assert owner.stdin is not None
+        owner.stdin.write(
+            "add table inet mine { flags owner; }; "
+            "add chain inet mine forward { type filter hook forward priority 0; policy drop; }\n"
+        )
+        owner.stdin.flush()
+        wait_until(lambda: "policy drop" in rules(host))
+        load(host, DOCKER)
+        build(host)
+        assert "jump netloom" in host.run("nft", "list", "table", "ip", "filter")
+        assert message(act(host, "check", network_id="204")) == (
+            f"the host's firewall drops frames on {BRIDGE}: table inet mine, chain forward, policy drop: "
+            f"only its owner may change this table; accept it there: iifname {BRIDGE} oifname {BRIDGE} accept"
+        )
+        owner.stdin.close()
+
+
 def test_without_bridge_netfilter_the_firewall_is_not_touched(host: AgentHost) -> None:
     for family in ("iptables", "ip6tables"):
         host.run("sysctl", "-qw", f"net.bridge.bridge-nf-call-{family}=0")

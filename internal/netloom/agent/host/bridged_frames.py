@@ -99,34 +99,39 @@ class BridgedFrames:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._refused: dict[str, str] = {}  # what the last ``let_through`` could not change, and why
         self._known: tuple[object, Plan] | None = None  # what was examined, and the result
 
     def let_through(self, own: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
         """Let the frames of our ``own`` bridges through, those of no other. Returns what was changed.
 
-        Without bridges all chains of ours are removed. Raises HostRefused when something cannot be changed.
+        Without bridges all chains of ours are removed. A table that refuses the change does not stop the others;
+        ``examine`` has the reason. Raises HostRefused when the firewall cannot be looked at.
         """
         done: list[str] = []
         own, others = frozenset(own), frozenset(others)
         with self._lock:
-            for tries_left in reversed(range(_TRIES)):
+            for _ in range(_TRIES):  # the rules may change meanwhile
                 changes = self._plan(own, others).changes
-                if not changes:
-                    break
-                self._known = None
+                refused = {}
                 for change in changes:
                     try:
                         _carry_out(change)
                         done.append(change.what)
-                    except NetloomError as error:  # the rules may have changed meanwhile
-                        if not tries_left:
-                            raise HostRefused(f"{change.what}: {error.message}", hint=error.hint) from error
+                    except NetloomError as error:
+                        refused[change.what] = error.message
+                self._refused = refused
+                if not changes:
+                    break
+                self._known = None
         return tuple(done)
 
     def examine(self, own: Iterable[str], others: Iterable[str]) -> Plan:
         """What ``let_through`` would do, and what stays blocked; change nothing. Raises HostRefused."""
         with self._lock:
-            return self._plan(frozenset(own), frozenset(others))
+            plan = self._plan(frozenset(own), frozenset(others))
+            said = (": ".join(filter(None, (it.what, self._refused.get(it.what)))) for it in plan.changes)
+            return msgspec.structs.replace(plan, changes=tuple(map(Change, said)))
 
     def _plan(self, own: frozenset[str], others: frozenset[str]) -> Plan:
         found = {it.name: it for it in links.find_links(None, sorted(own | others))}
@@ -193,6 +198,7 @@ class _Tables:
     def __init__(self, nfnetlink: Socket) -> None:
         self._nfnetlink = nfnetlink
         self.chains = [it for it in nft_rules.list_chains(nfnetlink) if it.table.name not in (GUARD_TABLE, UNTRACKED)]
+        self.owned = nft_rules.owned_tables(nfnetlink)
         self._raw: dict[Table, dict[str, list[nft_rules.Rule]]] = {}
 
     def bases(self) -> list[Chain]:
@@ -274,10 +280,13 @@ def _plan_nft(
                         continue  # the frames for the host itself pass prerouting too
                     where = _where(table, drop)
                     dropped_at[where] = None
-                    if bridge in others or drop.named:  # guard: bridges-of-others-are-not-let-through
-                        blocked[bridge, where] = Blocked(
-                            bridge, where, _why(drop, bridge in others), _remedy(tables, table, bridge)
-                        )
+                    if (
+                        bridge in others  # guard: bridges-of-others-are-not-let-through
+                        or drop.named
+                        or table in tables.owned
+                    ):
+                        why = _why(drop, of_others=bridge in others)
+                        blocked[bridge, where] = Blocked(bridge, where, why, _remedy(tables, table, bridge))
                         continue
                     places, chains = wanted.setdefault(table, (set(), {}))
                     places.add(Place(drop.chain, drop.handle or 0, _HOOKS[base.hook]))
@@ -297,13 +306,15 @@ def _where(table: Table, drop: Drop) -> str:
     return f"table {table}, chain {drop.chain}" + ("" if drop.handle else ", policy drop")
 
 
-def _why(drop: Drop, of_others: bool) -> str:
-    return "the bridge belongs to somebody else" if of_others else "the rules there name the bridge"
+def _why(drop: Drop, *, of_others: bool) -> str:
+    if of_others:
+        return "the bridge belongs to somebody else"
+    return "the rules there name the bridge" if drop.named else "only its owner may change this table"
 
 
 def _remedy(tables: _Tables, table: Table, bridge: str) -> str:
     both = f"-i {bridge} -o {bridge}"
-    if table.name == "firewalld":
+    if table.name.startswith("firewalld"):
         return f"firewall-cmd --permanent --zone=trusted --add-interface={bridge}; firewall-cmd --reload"
     if tables.has(table, "ufw-before-forward"):
         return f"ufw route allow in on {bridge} out on {bridge}"
@@ -425,7 +436,7 @@ def _plan_legacy(
         dropped_at[where] = None
         if bridge in others or drop.named:
             remedy = f"{program} -I FORWARD -i {bridge} -o {bridge} -j ACCEPT"
-            blocked.append(Blocked(bridge, where, _why(drop, bridge in others), remedy))
+            blocked.append(Blocked(bridge, where, _why(drop, of_others=bridge in others), remedy))
             continue
         bridges.append(bridge)
         # In front of the jump in FORWARD that leads there: the number of a rule may change at any time, so there is

@@ -16,12 +16,14 @@ from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 PREROUTING, FORWARD = 0, 2  # NF_INET_*
 
 _SUBSYSTEM = 10 << 8  # NFNL_SUBSYS_NFTABLES
+_GETTABLE = _SUBSYSTEM | 1
 _GETCHAIN, _GETRULE, _GETSET, _GETSETELEM = _SUBSYSTEM | 4, _SUBSYSTEM | 7, _SUBSYSTEM | 10, _SUBSYSTEM | 13
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}  # NFPROTO_*
 _NUMBERS = {family: number for number, family in _FAMILIES.items()}
 _HEAD_BYTES = 4  # nfgenmsg
 
 _TABLE = 1  # of chains, rules, sets and elements
+_TABLE_FLAGS, _TABLE_OWNED = 2, 0x2  # NFT_TABLE_F_OWNER
 _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE = 3, 4, 5, 7
 _HOOK_NUMBER = 1
 _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 2, 3, 4
@@ -78,8 +80,7 @@ class Rule(msgspec.Struct, frozen=True):
 def list_chains(nfnetlink: Socket) -> list[Chain]:
     """The chains of the families ip, ip6 and inet. Raises NetlinkError."""
     found = []
-    for number, payload in nfnetlink.dump(Message(_GETCHAIN, payload=bytes(_HEAD_BYTES), what="list chains")):
-        assert number
+    for _, payload in nfnetlink.dump(Message(_GETCHAIN, payload=bytes(_HEAD_BYTES), what="list chains")):
         values = netlink.attribute_map(payload, _HEAD_BYTES)
         if payload[0] not in _FAMILIES:
             continue
@@ -94,6 +95,16 @@ def list_chains(nfnetlink: Socket) -> list[Chain]:
             )
         )
     return found
+
+
+def owned_tables(nfnetlink: Socket) -> frozenset[Table]:
+    """The tables that only the process that made them may change (``flags owner``). Raises NetlinkError."""
+    found = set()
+    for _, payload in nfnetlink.dump(Message(_GETTABLE, payload=bytes(_HEAD_BYTES), what="list tables")):
+        values = netlink.attribute_map(payload, _HEAD_BYTES)
+        if payload[0] in _FAMILIES and big(values.get(_TABLE_FLAGS, b"")) & _TABLE_OWNED:
+            found.add(Table(_FAMILIES[payload[0]], netlink.string(values.get(_TABLE))))
+    return frozenset(found)
 
 
 def list_rules(nfnetlink: Socket, table: Table) -> list[Rule]:
