@@ -231,7 +231,7 @@ def test_a_bridge_that_the_firewall_names_is_left_to_its_owner(host: AgentHost) 
     assert host.run("nft", "-s", "list", "table", "ip", "filter") == before
     assert not answers(host)
     reason = (
-        f"the host's firewall drops frames on {BRIDGE}: table ip filter, chain FORWARD: the rules there name the "
+        f"the host's firewall drops IPv4 frames on {BRIDGE}: table ip filter, chain FORWARD: the rules there name the "
         f"bridge; iptables -I FORWARD -i {BRIDGE} -o {BRIDGE} -j ACCEPT"
     )
     assert message(act(host, "check", network_id="204")) == reason
@@ -273,7 +273,7 @@ def test_a_table_that_only_its_owner_may_change_is_named(host: AgentHost) -> Non
         build(host)
         assert "jump netloom" in host.run("nft", "list", "table", "ip", "filter")
         assert message(act(host, "check", network_id="204")) == (
-            f"the host's firewall drops frames on {BRIDGE}: table inet mine, chain forward, policy drop: "
+            f"the host's firewall drops IPv4 and IPv6 frames on {BRIDGE}: table inet mine, chain forward, policy drop: "
             f"only its owner may change this table; accept it there: iifname {BRIDGE} oifname {BRIDGE} accept"
         )
         owner.stdin.close()

@@ -71,11 +71,13 @@ class Blocked(msgspec.Struct, frozen=True):
     why: str
     remedy: str
     surely: bool = True
+    families: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         drops = "drops" if self.surely else "may drop"
+        what = " and ".join(f"IPv{it}" for it in self.families)
         parts = filter(None, (self.why, self.remedy))
-        return f"the host's firewall {drops} frames on {self.bridge}: {self.where}: {'; '.join(parts)}"
+        return f"the host's firewall {drops} {what} frames on {self.bridge}: {self.where}: {'; '.join(parts)}"
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -286,7 +288,14 @@ def _plan_nft(
                         or table in tables.owned
                     ):
                         why = _why(drop, of_others=bridge in others)
-                        blocked[bridge, where] = Blocked(bridge, where, why, _remedy(tables, table, bridge))
+                        before = blocked.get((bridge, where))
+                        blocked[bridge, where] = Blocked(
+                            bridge,
+                            where,
+                            why,
+                            _remedy(tables, table, bridge),
+                            families=tuple(sorted({*(before.families if before else ()), family})),
+                        )
                         continue
                     places, chains = wanted.setdefault(table, (set(), {}))
                     places.add(Place(drop.chain, drop.handle or 0, _HOOKS[base.hook]))
@@ -314,6 +323,8 @@ def _why(drop: Drop, *, of_others: bool) -> str:
 
 def _remedy(tables: _Tables, table: Table, bridge: str) -> str:
     both = f"-i {bridge} -o {bridge}"
+    if table in tables.owned and table.name == "firewalld":
+        return "set NftablesTableOwner=no in /etc/firewalld/firewalld.conf and restart firewalld, then netloom does it"
     if table.name.startswith("firewalld"):
         return f"firewall-cmd --permanent --zone=trusted --add-interface={bridge}; firewall-cmd --reload"
     if tables.has(table, "ufw-before-forward"):
@@ -345,7 +356,8 @@ def _script(tables: _Tables, table: Table, places: set[Place], chains: Mapping[s
     for name, bridges in chains.items():
         for bridge in sorted(bridges):
             out = f' oifname "{bridge}"' if name == FORWARDED else ""
-            said.append(f'add rule {table} {name} iifname "{bridge}"{out} counter accept comment "netloom"')
+            rule = f'iifname "{bridge}"{out} counter accept comment "netloom"'
+            said.append(f"add rule {table} {name} {rule}")  # guard: frames-pass-the-firewall-of-the-host
     said += [f"delete rule {table} {chain} handle {handle}" for chain, handle, _ in jumps]
     for place in sorted(places):
         verb, at = ("insert", f" handle {place.handle}") if place.handle else ("add", "")
@@ -416,7 +428,7 @@ def _plan_legacy(
     concerned = sorted(it for it in own | others if family in in_force[it])
     if shutil.which(program, path=PATH) is None:
         where, why = f"tables of {program}", f"they cannot be read; install {program}"
-        return Plan(blocked=tuple(Blocked(it, where, why, "", surely=False) for it in concerned))
+        return Plan(blocked=tuple(Blocked(it, where, why, "", surely=False, families=(family,)) for it in concerned))
     listing = _legacy((program, "-S"))
     chains, policies = parse(listing)
     had = FORWARDED in chains
@@ -436,7 +448,8 @@ def _plan_legacy(
         dropped_at[where] = None
         if bridge in others or drop.named:
             remedy = f"{program} -I FORWARD -i {bridge} -o {bridge} -j ACCEPT"
-            blocked.append(Blocked(bridge, where, _why(drop, of_others=bridge in others), remedy))
+            why = _why(drop, of_others=bridge in others)
+            blocked.append(Blocked(bridge, where, why, remedy, families=(family,)))
             continue
         bridges.append(bridge)
         # In front of the jump in FORWARD that leads there: the number of a rule may change at any time, so there is

@@ -399,7 +399,7 @@ class Scopes:
     def _let_through(self, slot: Slot, want: Want) -> None:
         """Let frames pass the host's own firewall. What keeps them from passing is logged once, and fails no call."""
         try:
-            for change in self._host.let_through():  # guard: frames-pass-the-firewall-of-the-host
+            for change in self._host.let_through():
                 self._log.line(f"host firewall: {change}")
             blocked = self._host.blocked(frozenset(port.segment.bridge for port in want.ports))
         except NetloomError as error:
