@@ -10,6 +10,7 @@ import pytest
 
 from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
 from kernel.raw_frames import VM, VM_MAC
+from netloom.wire import Reply
 
 BRIDGE, GATEWAY, VM_IP = "breth1-1204", "10.10.1.1", "10.10.1.45"
 
@@ -121,9 +122,11 @@ def rules(host: AgentHost) -> str:
     return host.run("nft", "-s", "list", "ruleset")
 
 
-def build(host: AgentHost) -> None:
-    done(host.call("020", "implement-network", vlan="1204"))
+def build(host: AgentHost) -> Reply:
+    """Network 204 with a VM; returns the reply to its command."""
+    reply = done(host.call("020", "implement-network", vlan="1204"))
     host.plug(VM, BRIDGE, VM_MAC, f"{VM_IP}/24")
+    return reply
 
 
 def routes(host: AgentHost) -> bool:
@@ -227,13 +230,15 @@ def test_a_bridge_that_the_firewall_names_is_left_to_its_owner(host: AgentHost) 
         """,
     )
     before = host.run("nft", "-s", "list", "table", "ip", "filter")
-    build(host)
+    note = build(host).note
     assert host.run("nft", "-s", "list", "table", "ip", "filter") == before
     assert not answers(host)
     reason = (
         f"the host's firewall drops IPv4 frames on {BRIDGE}: table ip filter, chain FORWARD: the rules there name the "
         f"bridge; iptables -I FORWARD -i {BRIDGE} -o {BRIDGE} -j ACCEPT"
     )
+    assert note == reason
+    assert done(host.call("020", "implement-network", vlan="1204")).note == ""
     assert message(act(host, "check", network_id="204")) == reason
     assert reason in message(act(host, "show", network_id="204"))
     assert host.log().count(f"scope=net-204 warning: {reason}") == 1

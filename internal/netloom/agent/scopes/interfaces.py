@@ -14,6 +14,7 @@ from netloom.plan.steps import Step
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 from netloom.state import Scope
+from netloom.state.served import Served
 
 
 class Host(Protocol):
@@ -62,7 +63,7 @@ class Host(Protocol):
 class ScopeServices(Protocol):
     """The processes of all scopes. ``Services`` implements it and describes the methods."""
 
-    def converge(self, scope: Scope, namespace: str) -> list[str]: ...
+    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]: ...
     def stop(self, scope_id: str) -> list[str]: ...
     def renew(self, scope_id: str) -> None: ...
     def scopes(self) -> set[str]: ...

@@ -149,7 +149,10 @@ class Upkeep:
             self._start_task(self._erase_until_done(slot, taken))
 
     def work_failed(self, slot: Slot) -> None:
-        """Schedule a retry, unless one is scheduled, or the host is as it was."""
+        """Schedule a retry, unless one is scheduled, or the host is as it was.
+
+        The retry is thorough: while one is scheduled there is no periodic check.
+        """
         if not slot.unconverged or slot.retry is not None:
             return
         delay_s = BACKOFF.delay_s(slot.failures)
@@ -157,16 +160,23 @@ class Upkeep:
 
         def retry() -> None:
             slot.retry = None
-            self._start_task(self._reconcile(slot, f"retry {slot.failures}"))
+            again = partial(self._scopes.converge, slot, thorough=True)
+            self._start_task(self._maintain(slot, f"retry {slot.failures}", again, quiet=bool(slot.failed)))
 
         slot.retry = self._clock.call_later(delay_s, retry)  # guard: a-failed-convergence-is-tried-again
 
     def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
-        """Cancel the retry if the scope has converged, and announce new addresses several times."""
-        slot.failures = 0
-        if slot.retry is not None and not slot.unconverged:
-            slot.retry.cancel()  # guard: a-success-cancels-the-retry
-            slot.retry = None
+        """Cancel the retry if the scope has converged, and announce new addresses several times.
+
+        A service may have failed that the work did not ask for. Then a retry is scheduled as after a failure.
+        """
+        if slot.unconverged:
+            self.work_failed(slot)
+        else:
+            slot.failures = 0
+            if slot.retry is not None:
+                slot.retry.cancel()  # guard: a-success-cancels-the-retry
+                slot.retry = None
         if announcements:
             now = self._clock.time()
             slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
