@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
+from kernel.agent_host import PROGRAM, AgentHost, act, agent_host, done, message, wait_until
 from kernel.raw_frames import VM, VM_MAC
 from netloom.wire import Reply
 
@@ -207,6 +207,16 @@ def test_a_killed_selftest_leaves_nothing_behind(host: AgentHost) -> None:
     tested.kill()
     tested.wait()
     wait_until(lambda: (rules(host), sorted(host.links())) == before)
+
+
+def test_uninstall_leaves_the_firewall_as_it_was_although_a_vm_is_plugged_in(host: AgentHost) -> None:
+    load(host, TWICE)
+    before = [host.run("nft", "-s", "list", "table", *it) for it in (("ip", "filter"), ("inet", "mine"))]
+    build(host)
+    wait_until(lambda: answers(host))
+    host.run(*PROGRAM, "uninstall", "--networks", "remove")
+    assert [host.run("nft", "-s", "list", "table", *it) for it in (("ip", "filter"), ("inet", "mine"))] == before
+    assert "netloom_untracked" not in rules(host)
 
 
 @pytest.mark.mutation("the-host-does-not-translate-frames")

@@ -20,6 +20,7 @@ import msgspec
 from netloom import program
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
+from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
 from netloom.agent.processes.process import read_record
@@ -57,6 +58,8 @@ def uninstall(networks: Networks) -> list[str]:
         _stop_guest_process()
         _remove_unit()
         namespaces.release()
+        if not (scopes and networks == "leave"):
+            BridgedFrames().let_through((), ())
         return _remove_files(keep_networks=bool(scopes) and networks == "leave")
 
 
