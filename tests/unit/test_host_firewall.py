@@ -12,7 +12,7 @@ from netloom.agent.kernel.netlink import nested, text
 from netloom.agent.kernel.nft_rules import FORWARD, PREROUTING, Rule
 
 BRIDGE = "breth1-1204"
-FRAME = Frame(4, FORWARD, BRIDGE, 7)
+FRAME = Frame(4, 6, FORWARD, BRIDGE, 7)
 
 DROPPED = Drop("FORWARD", 1, named=False)
 NAMED = Drop("FORWARD", 1, named=True)
@@ -31,6 +31,9 @@ POLICY = Drop("FORWARD", None, named=False)
         ("-A FORWARD -i br+ -j DROP", NAMED),
         ("-A FORWARD -i docker0 -j DROP", POLICY),
         ("-A FORWARD -p udp -j DROP", POLICY),
+        ("-A FORWARD -p tcp -j REJECT --reject-with tcp-reset\n-A FORWARD -j REJECT", DROPPED),
+        ("-A FORWARD ! -p icmp -j DROP", DROPPED),
+        ("-A FORWARD -p tcp -m tcp --dport 25 -j DROP", POLICY),
         ("-A FORWARD -m conntrack --ctstate INVALID -j DROP", POLICY),
         ("-A FORWARD -m physdev --physdev-is-bridged -j ACCEPT", None),
         ("-A FORWARD -m physdev ! --physdev-is-bridged -j ACCEPT", POLICY),

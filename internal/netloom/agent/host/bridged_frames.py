@@ -28,10 +28,10 @@ from netloom.agent.host.host_firewall import (
     FORWARDED,
     OURS,
     Drop,
-    Frame,
     Line,
     decode,
     default_drop,
+    frames,
     parse,
 )
 from netloom.agent.host.observe_nft import GUARD_TABLE
@@ -276,8 +276,9 @@ def _plan_nft(
         for base in [it for it in bases if it.table == table]:
             assert base.hook is not None
             for bridge in sorted(own | others):
-                for family in set(_FAMILIES[table.family]) & set(in_force[bridge]):
-                    drop = default_drop(lines, base.name, base.drops, Frame(family, base.hook, bridge, indexes[bridge]))
+                families = set(_FAMILIES[table.family]) & set(in_force[bridge])
+                for frame in (f for it in families for f in frames(it, base.hook, bridge, indexes[bridge])):
+                    drop = default_drop(lines, base.name, base.drops, frame)
                     if drop is None or (base.hook == PREROUTING and bridge in others):
                         continue  # the frames for the host itself pass prerouting too
                     where = _where(table, drop)
@@ -294,7 +295,7 @@ def _plan_nft(
                             where,
                             why,
                             _remedy(tables, table, bridge),
-                            families=tuple(sorted({*(before.families if before else ()), family})),
+                            families=tuple(sorted({*(before.families if before else ()), frame.family})),
                         )
                         continue
                     places, chains = wanted.setdefault(table, (set(), {}))
@@ -434,14 +435,13 @@ def _plan_legacy(
     had = FORWARDED in chains
     if not had and not concerned:
         return Plan()
-    bridges: list[str] = []
+    passing: dict[str, None] = {}
     places: set[int] = set()
-    blocked: list[Blocked] = []
+    blocked: dict[str, Blocked] = {}
     dropped_at: dict[str, None] = {}
-    for bridge in concerned:
-        drop = default_drop(
-            chains, "FORWARD", policies.get("FORWARD", False), Frame(family, FORWARD, bridge, indexes[bridge])
-        )
+    for frame in (f for it in concerned for f in frames(family, FORWARD, it, indexes[it])):
+        bridge = frame.bridge
+        drop = default_drop(chains, "FORWARD", policies.get("FORWARD", False), frame)
         if drop is None:
             continue
         where = f"{program}, chain {drop.chain}" + ("" if drop.handle else ", policy drop")
@@ -449,14 +449,13 @@ def _plan_legacy(
         if bridge in others or drop.named:
             remedy = f"{program} -I FORWARD -i {bridge} -o {bridge} -j ACCEPT"
             why = _why(drop, of_others=bridge in others)
-            blocked.append(Blocked(bridge, where, why, remedy, families=(family,)))
+            blocked[bridge] = Blocked(bridge, where, why, remedy, families=(family,))
             continue
-        bridges.append(bridge)
-        # In front of the jump in FORWARD that leads there: the number of a rule may change at any time, so there is
-        # one jump only. It comes last before the first rule that drops by default.
+        passing[bridge] = None
+        # One jump only: each is inserted by its number, which may change at any time.
         places.add(number_in_forward(chains, drop))
-    changes = legacy_changes(program, chains, bridges, min(places, default=0))
-    return Plan(changes, tuple(blocked), tuple(dropped_at))
+    changes = legacy_changes(program, chains, list(passing), min(places, default=0))
+    return Plan(changes, tuple(blocked.values()), tuple(dropped_at))
 
 
 def number_in_forward(chains: Mapping[str, list[Line]], drop: Drop) -> int:

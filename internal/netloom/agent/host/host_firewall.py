@@ -4,8 +4,8 @@ With the module br_netfilter the kernel hands bridged IPv4 and IPv6 frames to th
 families ip, ip6 and inet (net/bridge/br_netfilter_hooks.c). There both the incoming and the outgoing link are the
 bridge. A drop in any chain is final: an accept in another table does not change it.
 
-``default_drop`` follows a frame that is nothing special. A rule with a condition that cannot be decided here, for
-example an address or a port, is a rule for special packets, so it is passed over.
+``default_drop`` follows a frame of a protocol that is nothing special. A rule with a condition that cannot be decided
+here, for example an address or a port, is a rule for special packets, so it is passed over.
 """
 
 from __future__ import annotations
@@ -29,16 +29,26 @@ Verdict = Literal["", "accept", "drop", "jump", "goto", "return"]
 
 _DEPTH_MAX = 16  # of jumps, as in the kernel
 _REGISTER_VERDICT = 0
-_META_FIELDS = {1: "protocol", 4: "iif", 5: "oif", 6: "iifname", 7: "oifname", 15: "family"}  # NFT_META_*
+_META_FIELDS = {
+    1: "protocol",
+    4: "iif",
+    5: "oif",
+    6: "iifname",
+    7: "oifname",
+    15: "family",
+    16: "l4proto",
+}  # NFT_META_*
 _VERDICTS: dict[int, Verdict] = {0: "drop", 1: "accept", -3: "jump", -4: "goto", -5: "return"}
+_L4PROTO_FIELDS = {(1, 9, 1), (1, 6, 1)}  # in the header of IPv4, and of IPv6: base, offset, length
 _FIB_SADDR, _FIB_IIF, _FIB_RESULT_OIF = 1, 8, 1
 _EQUAL, _NOT_EQUAL = 0, 1
 _WITHOUT_A_CONDITION = {"counter", "log", "notrack", "objref", "dup", "flow_offload", "last", "secmark", "byteorder"}
 _ACCEPTING = {"queue", "masq", "nat", "redir", "tproxy", "synproxy", "fwd"}
-_LOADING = {"payload", "ct", "rt", "socket", "exthdr", "numgen", "hash", "osf", "bitwise", "xfrm", "tunnel"}
+_LOADING = {"ct", "rt", "socket", "exthdr", "numgen", "hash", "osf", "bitwise", "xfrm", "tunnel"}
 # Targets of iptables; those of other names let the packet go on.
 _DROPPING_TARGETS = {"DROP", "REJECT", "TARPIT", "DELUDE", "STEAL"}
 _ACCEPTING_TARGETS = {"ACCEPT", "DNAT", "SNAT", "MASQUERADE", "REDIRECT", "NETMAP", "TPROXY", "NFQUEUE", "SYNPROXY"}
+_PROTOCOLS = {"tcp": 6, "udp": 17, "icmp": 1, "icmpv6": 58, "ipv6-icmp": 58}
 _PHYSDEV_INVERT, _PHYSDEV_ASKS, _PHYSDEV_NAMES = 64, 65, 0b11  # linux/netfilter/xt_physdev.h
 _RPFILTER_INVERT = 8  # linux/netfilter/xt_rpfilter.h
 
@@ -64,9 +74,13 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Frame(NamedTuple):
-    """A frame on the way through ``bridge``: IPv4 or IPv6 (``family`` 4 or 6) at a hook (NF_INET_*)."""
+    """A frame on the way through ``bridge``: IPv4 or IPv6 (``family`` 4 or 6) at a hook (NF_INET_*).
+
+    ``l4proto``: the protocol that it carries (IPPROTO_*).
+    """
 
     family: int
+    l4proto: int
     hook: int
     bridge: str
     link_index: int
@@ -81,6 +95,12 @@ class Drop(NamedTuple):
     chain: str
     handle: int | None
     named: bool
+
+
+def frames(family: int, hook: int, bridge: str, link_index: int) -> list[Frame]:
+    """The frames to follow: TCP, UDP and ICMP, because a firewall may reject each protocol in its own way."""
+    icmp = socket.IPPROTO_ICMP if family == 4 else socket.IPPROTO_ICMPV6
+    return [Frame(family, it, hook, bridge, link_index) for it in (socket.IPPROTO_TCP, socket.IPPROTO_UDP, icmp)]
 
 
 def default_drop(chains: Mapping[str, Sequence[Line]], base: str, policy_drops: bool, frame: Frame) -> Drop | None:
@@ -137,6 +157,8 @@ def _holds(test: Test, frame: Frame) -> _Held | None:
         case "family":
             number = bytes((socket.AF_INET if frame.family == 4 else socket.AF_INET6,))  # the same as NFPROTO_*
             return _Held(any(it[:1] == number for it in test.values) != test.inverted)
+        case "l4proto":
+            return _Held((bytes((frame.l4proto,)) in test.values) != test.inverted)
         case "protocol":
             kind = b"\x08\x00" if frame.family == 4 else b"\x86\xdd"
             return _Held((kind in test.values) != test.inverted)
@@ -166,6 +188,9 @@ def decode(rule: Rule, keys: Callable[[str], tuple[int, frozenset[bytes]]]) -> L
             case "meta":
                 if 1 in data:  # its register; without one it sets something
                     loaded[big(data[1])] = _META_FIELDS.get(big(data.get(2, b"")), "other")
+            case "payload" if 1 in data:
+                at = tuple(big(data.get(it, b"")) for it in (2, 3, 4))
+                loaded[big(data[1])] = "l4proto" if at in _L4PROTO_FIELDS else "other"
             case "fib":
                 asked = big(data.get(3, b"")) & (_FIB_SADDR | _FIB_IIF) == _FIB_SADDR | _FIB_IIF
                 is_route = asked and big(data.get(2, b"")) == _FIB_RESULT_OIF
@@ -204,7 +229,7 @@ def _lookup(
     if 3 in data or field in ("other", "route"):  # a map gives each key another verdict or value
         return OTHER
     length, found = keys(netlink.string(data.get(1)))
-    wanted = {"iifname": 16, "oifname": 16, "iif": 4, "oif": 4, "family": 1, "protocol": 2}[field]
+    wanted = {"iifname": 16, "oifname": 16, "iif": 4, "oif": 4, "family": 1, "l4proto": 1, "protocol": 2}[field]
     return Test(field, found, bool(big(data.get(5, b"")))) if length == wanted else OTHER
 
 
@@ -259,6 +284,9 @@ def _parse_rule(number: int, words: list[str]) -> Line:
                 name = next(rest, "")
                 value = name[:-1].encode() if name.endswith("+") else name.encode() + b"\0"
                 tests.append(Test(field, frozenset((value,)), inverted))
+            case "-p":
+                protocol = _PROTOCOLS.get(next(rest, ""))
+                tests.append(OTHER if protocol is None else Test("l4proto", frozenset((bytes((protocol,)),)), inverted))
             case "-m" | "--reject-with" | "--log-prefix" | "--log-level" | "--comment":
                 next(rest, "")  # the options of a match follow; these have no condition
             case "--physdev-is-bridged" | "--physdev-is-in" | "--physdev-is-out":

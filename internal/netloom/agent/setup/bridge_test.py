@@ -23,7 +23,7 @@ from netloom.agent.host.observe_nft import guarded_bridges, guarded_others
 from netloom.agent.kernel import links, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
 
-_FORWARDS_S_MAX = 5.0  # until the ports of the bridge forward
+_FORWARDS_S_MAX = 10.0  # until the ports of the bridge forward
 _PACKET_S_MAX = 1.0
 _AGAIN_S = 0.1
 _REPORT_S_MAX = 20.0
@@ -60,6 +60,8 @@ def run() -> Result:
     with contextlib.suppress(NetloomError):
         _let_through(frames)  # without this bridge
     where = "; ".join(plan.dropped_at) or "no rule or policy that netloom knows: look for ebtables or another filter"
+    if not still and not plan.dropped_at:
+        return Result((), "", "")  # the first packets were late
     if not still:
         return Result((), f"dropped by {where}; netloom accepts the frames of its own bridges there", "")
     remedies = dict.fromkeys(it.remedy.replace(it.bridge, "<bridge>") for it in plan.blocked)
