@@ -50,6 +50,7 @@ _CALLS = {4: "net/bridge/bridge-nf-call-iptables", 6: "net/bridge/bridge-nf-call
 _HOOKS = {FORWARD: FORWARDED, PREROUTING: ARRIVED}
 _FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
 _TRIES = 3
+_NAMED_MAX = 5  # bridges in a line of the log
 _RAW = -300
 _LEGACY_S_MAX = 20
 _LEGACY = {4: ("iptables-legacy", "ip_tables_names"), 6: ("ip6tables-legacy", "ip6_tables_names")}
@@ -183,6 +184,11 @@ def _guests(bridges: Iterable[Link]) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _listed(bridges: list[str]) -> str:
+    more = len(bridges) - _NAMED_MAX
+    return ", ".join(bridges[:_NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
+
+
 def _carry_out(change: Change) -> None:
     if change.script:
         with Nft(None) as nft:
@@ -306,7 +312,7 @@ def _plan_nft(
         script = _script(tables, table, places, chains)
         if script:
             names = sorted(set().union(*chains.values()))
-            what = f"accept the frames of {', '.join(names)} in table {table}" if names else f"leave table {table}"
+            what = f"accept the frames of {_listed(names)} in table {table}" if names else f"leave table {table}"
             changes.append(Change(what, script))
     changes += _untracked(nfnetlink, tables, {it for it in own if in_force[it]}, ports)
     return Plan(tuple(changes), tuple(blocked.values()), tuple(dropped_at))
@@ -404,7 +410,7 @@ def _untracked(nfnetlink: Socket, tables: _Tables, own: set[str], ports: Mapping
         f"flush chain {table} {UNTRACKED}",
         f"add rule {table} {UNTRACKED} iifname @{UNTRACKED} notrack",  # guard: the-host-does-not-translate-frames
     ]
-    return [Change(f"do not track the frames of {', '.join(sorted(wanted))}", "\n".join(script) + "\n")]
+    return [Change(f"do not track the frames of {_listed(sorted(wanted))}", "\n".join(script) + "\n")]
 
 
 # ------------------------------------------------------------------------------------------------------ iptables-legacy
@@ -510,7 +516,7 @@ def legacy_changes(
     ]
     if bridges:
         commands += [(program, "-I", "FORWARD", str(number), *comment, "-j", FORWARDED)]
-    what = f"accept the frames of {', '.join(bridges)} in {program}" if bridges else f"leave {program}"
+    what = f"accept the frames of {_listed(bridges)} in {program}" if bridges else f"leave {program}"
     return (Change(what, commands=tuple(commands)),)
 
 

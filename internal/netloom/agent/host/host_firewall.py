@@ -65,12 +65,16 @@ OTHER = Test("other")
 
 
 class Line(msgspec.Struct, frozen=True):
-    """A rule: its conditions, and what it does when all hold. ``target``: the chain of a jump."""
+    """A rule: its conditions, and what it does when all hold. ``target``: the chain of a jump.
+
+    ``special``: it has a condition that cannot be decided here.
+    """
 
     handle: int
     tests: tuple[Test, ...]
     verdict: Verdict
     target: str = ""
+    special: bool = False
 
 
 class Frame(NamedTuple):
@@ -116,7 +120,7 @@ def _walk(
 ) -> Drop | Literal["accept", ""]:
     """The outcome of a chain; empty when it returns to the chain that jumped to it."""
     for line in chains.get(chain, ()):
-        if line.target in OURS or depth > _DEPTH_MAX:
+        if line.special or line.target in OURS or depth > _DEPTH_MAX:
             continue
         held = [_holds(test, frame) for test in line.tests]
         if not all(it is not None and it.matches for it in held):
@@ -219,7 +223,7 @@ def decode(rule: Rule, keys: Callable[[str], tuple[int, frozenset[bytes]]]) -> L
                 loaded.clear()
             case _ if name not in _WITHOUT_A_CONDITION:
                 tests.append(OTHER)
-    return Line(rule.handle, tuple(tests), verdict, target)
+    return Line(rule.handle, tuple(tests), verdict, target, OTHER.field in {it.field for it in tests})
 
 
 def _lookup(
@@ -305,4 +309,4 @@ def _parse_rule(number: int, words: list[str]) -> Line:
             case _:
                 tests.append(OTHER)
         inverted = False
-    return Line(number, tuple(tests), verdict, target)
+    return Line(number, tuple(tests), verdict, target, OTHER in tests)
