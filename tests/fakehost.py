@@ -32,6 +32,7 @@ from typing import Any
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
+from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.scopes import Scopes
 from netloom.agent.scopes.store import Unreadable
@@ -42,6 +43,7 @@ from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, Remo
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 from netloom.state import Scope
+from netloom.state.served import Served
 from netloom.wire import Call, Registration, Reply
 
 PAYLOADS = Path(__file__).parent / "payloads"
@@ -183,6 +185,8 @@ class FakeHost:
         self.without_helpers: frozenset[str] = frozenset()
         self.arp: list[tuple[float, list[str]]] = []
         self.named: set[str] = set()  # further namespaces
+        self.blocking_changes: tuple[str, ...] = ()  # what the next ``let_through`` changes
+        self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
         self.unused: list[str] = []  # links that the next tidy removes
 
     def fail(self, what: str, *errors: Exception) -> None:
@@ -234,6 +238,15 @@ class FakeHost:
         removed, self.unused = self.unused, []
         return tuple(map(RemoveHostPort, removed))
 
+    def let_through(self) -> tuple[str, ...]:
+        self._raise("let through")
+        done, self.blocking_changes = self.blocking_changes, ()
+        return done
+
+    def blocked(self, bridges: frozenset[str]) -> list[str]:
+        self._raise("blocked")
+        return [it for it in self.blocking if it.split()[0] in bridges]
+
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}
 
@@ -246,20 +259,22 @@ class FakeHost:
 
 
 class FakeServices:
-    """The processes of the simulated host: the scopes that have some."""
+    """The processes of the simulated host: the scopes that have some.
+
+    ``failed``: the services that fail as long as they are in this list. ``asked``: what the calls waited for.
+    """
 
     def __init__(self, did: list[str]) -> None:
         self._did = did
-        self._errors: deque[Exception] = deque()
+        self.failed: list[ServiceFailure] = []
+        self.asked: list[frozenset[Served] | None] = []
         self.of: dict[str, str] = {}  # scope id to namespace
 
-    def fail(self, *errors: Exception) -> None:
-        self._errors.extend(errors)
-
-    def converge(self, scope: Scope, namespace: str) -> list[str]:
+    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]:
         self._did.append(f"services {scope.scope_id}")
-        if self._errors:
-            raise self._errors.popleft()
+        self.asked.append(asked)
+        if self.failed:
+            raise ServicesFailed(self.failed, [])
         started = [] if scope.scope_id in self.of else ["start dns"]
         self.of[scope.scope_id] = namespace
         return started

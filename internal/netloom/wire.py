@@ -75,6 +75,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The result of a call: ``status`` is the exit status, ``output`` goes to stdout, ``error`` is one line.
 
     ``holds``: whether the agent has a state of the scope. It is the answer to ``locate``, and is set in every reply.
+    ``note``: one line for the log of the management server, about something that this call did not ask for.
     """
 
     call_id: str
@@ -84,6 +85,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     hint: str = ""
     holds: bool = False
     revision: int = 0
+    note: str = ""
 
 
 class Activation(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kernel.agent_host import PROGRAM, agent_host, wait_until
+from netloom.agent import packages
 from netloom.agent.setup import selftest
 from netloom.errors import HostRefused
 
@@ -94,9 +95,27 @@ def test_a_missing_program_is_reported_with_its_package(
 ) -> None:
     release, remedy = PACKAGES[distribution]
     (tmp_path / "os-release").write_text(release)
-    monkeypatch.setattr(selftest, "PATH", str(tmp_path))
-    found = {it.what: it for it in selftest._programs(selftest._family(str(tmp_path / "os-release")))}
+    monkeypatch.setattr(packages, "PATH", str(tmp_path))
+    found = {it.what: it for it in selftest._programs(packages.family(str(tmp_path / "os-release")))}
     assert (found["dnsmasq"].ok, found["dnsmasq"].needed, found["dnsmasq"].remedy) == (False, False, remedy)
+
+
+@pytest.mark.mutation("all-packages-are-named-at-once", instead="[]")
+def test_a_bare_host_is_refused_with_all_packages_in_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "os-release").write_text("ID=debian\n")
+    monkeypatch.setattr(packages, "PATH", str(tmp_path))
+    monkeypatch.setattr(packages, "OS_RELEASE", str(tmp_path / "os-release"))
+    monkeypatch.setattr(selftest, "load_library", lambda: None)
+    monkeypatch.setattr(selftest, "run", lambda: selftest._programs("debian"))
+    with pytest.raises(HostRefused) as refused:
+        selftest.require()
+    assert refused.value.message == (
+        "this host cannot carry networks: nft: neither libnftables nor the program nft is installed; "
+        "dnsmasq: networks with DNS have no resolver; haproxy: TCP is not load-balanced"
+    )
+    assert refused.value.hint == "apt-get install nftables dnsmasq-base haproxy"
 
 
 def test_the_output_is_a_table_or_json() -> None:

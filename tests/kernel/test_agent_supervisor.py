@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -23,10 +24,12 @@ from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import liveness, process, supervisor
+from netloom.agent.processes.failures import ServicesFailed
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.errors import HostRefused
 from netloom.render import dnsmasq, haproxy, service
 from netloom.state import Backend, Nic
+from netloom.state.served import Served
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -133,6 +136,28 @@ def test_defect_62_a_reused_pid_is_not_mistaken_for_our_process() -> None:
         assert innocent.poll() is None
         innocent.kill()
         innocent.wait()
+
+
+@pytest.mark.mutation("a-call-does-not-wait-for-other-services")
+def test_a_service_that_failed_is_tried_again_for_those_who_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def counted(wanted: service.Service, *others: Any) -> int:
+        started.append(wanted.name)
+        return process.start(wanted, *others)
+
+    monkeypatch.setattr(supervisor, "start", counted)
+    names: frozenset[Served] = frozenset({"dns"})
+    resolver = dnsmasq.service(SCOPE, NETWORK)
+    broken = replace(resolver, argv=("false", *resolver.argv[1:]))
+    with running_supervisor() as (it, _, _wait_until):
+        for asked in (frozenset(), frozenset(), names, None):
+            with pytest.raises(ServicesFailed) as failed:
+                it.converge(SCOPE, NAMESPACE, (broken,), asked)
+            assert [(one.name, one.serves, one.stale) for one in failed.value.failures] == [("dns-9204", names, False)]
+        assert len(started) == 3  # not for the second one, which does not ask for names
+        assert it.converge(SCOPE, NAMESPACE, (resolver,), names) == ["start dns-9204"]
+        assert it.converge(SCOPE, NAMESPACE, (resolver,), frozenset()) == []
 
 
 @pytest.mark.parametrize("name", ["dns-9204", "lb"])
@@ -255,8 +280,9 @@ def test_a_failed_reload_is_an_error_and_retried(monkeypatch: pytest.MonkeyPatch
         it.converge(SCOPE, NAMESPACE, (wanted,))
         with inside(NAMESPACE):
             thief = socket.create_server(("10.10.1.1", 8001))
-        with thief, pytest.raises(HostRefused, match="lb keeps its old configuration"):
+        with thief, pytest.raises(ServicesFailed, match="lb keeps its old configuration") as failed:
             it.converge(SCOPE, NAMESPACE, (more,))
+        assert failed.value.failures[0].stale
         monkeypatch.setattr(supervisor, "RELOAD_S_MAX", 20.0)
         assert it.converge(SCOPE, NAMESPACE, (more,)) == ["reload lb"]
         assert _connects(8000) and _connects(8001)

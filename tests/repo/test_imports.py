@@ -19,7 +19,6 @@ PRIVATE = {
     "_ask",
     "_decode_acknowledgement",
     "_decode_any",
-    "_family",
     "_isolated",
     "_library_lock",
     "_programs",

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from fakehost import FakeClock, FakeLog
 from netloom.agent.host import watcher
-from netloom.agent.host.watcher import ALL_REPAIRS_AT_ONCE, DEBOUNCE_S, REPAIRS_AT_ONCE, Watcher
+from netloom.agent.host.watcher import ALL_REPAIRS_AT_ONCE, DEBOUNCE_S, FIREWALL_S, REPAIRS_AT_ONCE, Watcher
 from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -62,6 +62,7 @@ class Scene:
         self.log = FakeLog()
         self.repairs: list[tuple[float, str]] = []
         self.tidied: list[float] = []
+        self.followed: list[float] = []
         self.steps: int | None = 1
         self.working = False
         self.lost: list[tuple[str, frozenset[str]]] = []
@@ -77,6 +78,9 @@ class Scene:
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
         self.lost.append((bridge, links))
+
+    def firewall_changed(self) -> None:
+        self.followed.append(round(self.clock.time(), 2))
 
     def tidy_soon(self) -> None:
         self.tidied.append(round(self.clock.time(), 2))
@@ -188,6 +192,20 @@ async def test_a_program_that_flushes_again_and_again_is_answered_more_slowly(sc
     assert first == [round(it * 0.2, 2) for it in range(REPAIRS_AT_ONCE)]
     assert REPAIRS_AT_ONCE < len(scene.tidied) < 30  # in two minutes
     assert "nft changed the tables of the host 5 times recently; check in 1 s" in scene.log.lines[0]
+
+
+@pytest.mark.mutation("a-new-firewall-is-followed")
+@watched
+async def test_another_firewall_is_followed_soon_and_less_often_when_it_keeps_changing(scene: Scene) -> None:
+    scene.told(replace(FLUSHED, lost=False, thread=threading.get_native_id()))
+    await scene.clock.advance(1)
+    assert scene.followed == []
+    for _ in range(600):
+        scene.told(replace(FLUSHED, lost=False), replace(FLUSHED, lost=False))
+        await scene.clock.advance(0.2)
+    assert scene.followed[0] == 1 + FIREWALL_S
+    assert REPAIRS_AT_ONCE < len(scene.followed) < 30  # in two minutes
+    assert scene.tidied == []
 
 
 @watched

@@ -136,15 +136,6 @@ async def test_a_bad_payload_changes_nothing(agent: Agent) -> None:
     assert (agent.did, agent.scopes.slots()) == ([], [])
 
 
-@simulated
-async def test_a_failed_service_leaves_the_network_right_and_is_reported(agent: Agent) -> None:
-    agent.services.fail(HostRefused("dns does not start", hint="see its log"))
-    reply = await agent.call("020", "implement-network")
-    assert (reply.status, reply.error, reply.hint) == (3, "dns does not start", "see its log")
-    assert "net-204" in agent.host.present
-    assert "net-204" in agent.store.files
-
-
 @pytest.mark.mutation("a-bug-in-a-call-becomes-its-reply")
 @simulated
 async def test_a_bug_becomes_one_line_for_the_caller_and_the_next_call_works(agent: Agent) -> None:

@@ -87,7 +87,7 @@ async def test_failures_before_the_retry_schedule_no_second_one(agent: Agent) ->
         await agent.call("020", "implement-network")
     agent.forget()
     await agent.clock.advance(100)
-    assert converged(agent) == ["converge net-204"]
+    assert converged(agent) == ["converge net-204 thoroughly"]
 
 
 @simulated
@@ -412,9 +412,9 @@ async def test_a_scope_that_waits_for_its_retry_or_has_ended_is_not_checked(agen
     await agent.clock.advance(0.9)  # the check of 204 is due after half a second, its retry after one
     assert agent.did == []
     await agent.clock.advance(0.1)
-    assert converged(agent) == ["converge net-204"]
+    assert converged(agent) == ["converge net-204 thoroughly"]
     await agent.clock.advance(0.9)
-    assert converged(agent) == ["converge net-204"]
+    assert converged(agent) == ["converge net-204 thoroughly"]
 
 
 @simulated
@@ -426,7 +426,7 @@ async def test_a_bug_does_not_end_the_checks(agent: Agent) -> None:
     assert agent.log.lines[0] == "scope=net-204 check bug: RuntimeError"
     agent.forget()
     await agent.clock.advance(10)
-    assert converged(agent) == ["converge net-204", "converge net-204 thoroughly"]
+    assert converged(agent) == ["converge net-204 thoroughly", "converge net-204 thoroughly"]
 
 
 # --------------------------------------------------------------------------------------------------------------- tidy
@@ -449,6 +449,20 @@ async def test_the_host_is_tidied_periodically_and_soon_after_links_have_gone(ag
     assert agent.log.lines == ["tidy: remove stray link vnetg204"]
     await agent.clock.advance(29)
     assert agent.did == ["tidy", "tidy"]
+
+
+@simulated
+async def test_frames_are_let_through_another_firewall_and_an_error_is_logged(agent: Agent) -> None:
+    agent.host.blocking_changes = ("accept the frames of breth1-1204 in table ip filter",)
+    agent.upkeep.firewall_changed()
+    await agent.clock.settle()
+    agent.host.fail("let through", HostRefused("not permitted"))
+    agent.upkeep.firewall_changed()
+    await agent.clock.settle()
+    assert agent.log.lines == [
+        "host firewall: accept the frames of breth1-1204 in table ip filter",
+        "host firewall: not permitted",
+    ]
 
 
 @simulated

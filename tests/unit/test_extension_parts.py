@@ -397,6 +397,15 @@ def test_a_log_line_is_one_line() -> None:
     )
 
 
+@pytest.mark.mutation("the-log-has-what-else-is-wrong")
+def test_the_line_of_a_call_that_succeeded_has_a_note_of_what_else_is_wrong() -> None:
+    record = CallRecord(0.0)
+    record.note = "dns-204: dnsmasq is not\ninstalled on this host"
+    assert line(record, 0, "", now_s=0, took_ms=1).endswith(
+        " status=0 1ms note: dns-204: dnsmasq is not installed on this host\n"
+    )
+
+
 def test_the_log_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("netloom.logfile.BYTES_MAX", 2000)
     for number in range(100):

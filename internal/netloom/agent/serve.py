@@ -8,7 +8,7 @@
                           ^ |
      converge of a scope  | |  work_failed, work_succeeded
                           | v
-                        Upkeep <-- Events <-- Watcher        repair, busy, tidy_soon
+                        Upkeep <-- Events <-- Watcher        repair, busy, tidy_soon, firewall_changed
                                           <-- Supervisor     revive
                                           <-- GuestProcess   password_taken
 

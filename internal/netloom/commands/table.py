@@ -9,7 +9,8 @@ from typing import Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from netloom.commands import acl, dhcp, dns, firewall, lb, nat, network, nic, pbr, restore, userdata, vpc
+from netloom.commands import acl, asked, dhcp, dns, firewall, lb, nat, network, nic, pbr, restore, userdata, vpc
+from netloom.commands.asked import Asked
 from netloom.commands.transition import (
     Context,
     Transitioned,
@@ -48,8 +49,8 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
     """One command.
 
     ``payload``: the type of its payload. ``transition``: its effect on the scope; None: no host executes it.
-    ``output``: what it prints; None: nothing. The type parameter makes a row a type error if its functions take another
-    payload.
+    ``output``: what it prints; None: nothing. ``asks``: what it asks of the services. The type parameter makes a row a
+    type error if its functions take another payload.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Row(msgspec.Struct, Generic[P], frozen=True):
     payload: type[P]
     transition: Callable[[Scope, P, Context], Scope | None] | None = None
     output: Callable[[Scope, P, Context], str] | None = None
+    asks: Asked | Callable[[P], Asked] = asked.NOTHING
 
 
 # Without an annotation, so that mypy checks each row with its own payload type. TABLE has ``Row[Any]``.
@@ -68,8 +70,8 @@ _ROWS = (
         ImplementNetwork,
         network.implement_network,
     ),
-    Row("shutdown-network", "removes", ShutdownNetwork, network.shutdown_network),
-    Row("destroy-network", "removes", DestroyNetwork, network.destroy_network),
+    Row("shutdown-network", "removes", ShutdownNetwork, network.shutdown_network, asks=asked.NO_NETWORK),
+    Row("destroy-network", "removes", DestroyNetwork, network.destroy_network, asks=asked.NO_NETWORK),
     Row("implement-vpc", "builds", ImplementVpc, vpc.implement_vpc),
     Row("shutdown-vpc", "removes", ShutdownVpc, vpc.shutdown_vpc),
     Row("destroy-vpc", "removes", DestroyVpc, vpc.destroy_vpc),
@@ -84,27 +86,34 @@ _ROWS = (
     Row("apply-network-acl", "builds", ApplyNetworkAcl, acl.apply_network_acl),
     Row("prepare-nic", "builds", PrepareNic, for_network(nic.prepare_nic)),
     Row("release-nic", "removes", ReleaseNic, for_known_network(nic.release_nic)),
-    Row("add-dhcp-entry", "builds", AddDhcpEntry, for_network(dhcp.add_dhcp_entry)),
-    Row("remove-dhcp-entry", "removes", RemoveDhcpEntry, for_known_network(dhcp.remove_dhcp_entry)),
-    Row("config-dhcp-subnet", "builds", ConfigDhcpSubnet, for_network(dhcp.config_dhcp_subnet)),
-    Row("remove-dhcp-subnet", "removes", RemoveDhcpSubnet, for_known_network(dhcp.remove_dhcp_subnet)),
-    Row("set-dhcp-options", "builds", SetDhcpOptions, dhcp.set_dhcp_options),
-    Row("add-dns-entry", "builds", AddDnsEntry, for_network(dns.add_dns_entry)),
-    Row("remove-dns-entry", "removes", RemoveDnsEntry, for_known_network(dns.remove_dns_entry)),
-    Row("config-dns-subnet", "builds", ConfigDnsSubnet, for_network(dns.config_dns_subnet)),
-    Row("remove-dns-subnet", "removes", RemoveDnsSubnet, for_known_network(dns.remove_dns_subnet)),
-    Row("save-vm-data", "builds", SaveVmData, for_network(userdata.save_vm_data)),
-    Row("save-password", "builds", SavePassword, for_network(userdata.save_password)),
-    Row("save-userdata", "builds", SaveUserdata, for_network(userdata.save_userdata)),
-    Row("save-sshkey", "builds", SaveSshkey, for_network(userdata.save_sshkey)),
+    Row("add-dhcp-entry", "builds", AddDhcpEntry, for_network(dhcp.add_dhcp_entry), asks=asked.LEASES),
+    Row("remove-dhcp-entry", "removes", RemoveDhcpEntry, for_known_network(dhcp.remove_dhcp_entry), asks=asked.NO_VM),
+    Row("config-dhcp-subnet", "builds", ConfigDhcpSubnet, for_network(dhcp.config_dhcp_subnet), asks=asked.LEASES),
+    Row(
+        "remove-dhcp-subnet",
+        "removes",
+        RemoveDhcpSubnet,
+        for_known_network(dhcp.remove_dhcp_subnet),
+        asks=asked.NO_LEASES,
+    ),
+    Row("set-dhcp-options", "builds", SetDhcpOptions, dhcp.set_dhcp_options, asks=asked.LEASES),
+    Row("add-dns-entry", "builds", AddDnsEntry, for_network(dns.add_dns_entry), asks=asked.NAMES),
+    Row("remove-dns-entry", "removes", RemoveDnsEntry, for_known_network(dns.remove_dns_entry), asks=asked.NO_NAMES),
+    Row("config-dns-subnet", "builds", ConfigDnsSubnet, for_network(dns.config_dns_subnet), asks=asked.NAMES),
+    Row("remove-dns-subnet", "removes", RemoveDnsSubnet, for_known_network(dns.remove_dns_subnet), asks=asked.NO_NAMES),
+    Row("save-vm-data", "builds", SaveVmData, for_network(userdata.save_vm_data), asks=asked.METADATA),
+    Row("save-password", "builds", SavePassword, for_network(userdata.save_password), asks=asked.METADATA),
+    Row("save-userdata", "builds", SaveUserdata, for_network(userdata.save_userdata), asks=asked.METADATA),
+    Row("save-sshkey", "builds", SaveSshkey, for_network(userdata.save_sshkey), asks=asked.METADATA),
     Row(
         "save-hypervisor-hostname",
         "builds",
         SaveHypervisorHostname,
         for_network(userdata.save_hypervisor_hostname),
+        asks=asked.METADATA,
     ),
-    Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules),
-    Row("restore-network", "builds", RestoreNetwork, restore.restore),
+    Row("apply-lb-rules", "builds", ApplyLbRules, lb.apply_lb_rules, asks=asked.balancing),
+    Row("restore-network", "builds", RestoreNetwork, restore.restore, asks=asked.restored),
     Row("custom-action", "acts", CustomAction, pbr.transition, output=pbr.output),
 )
 
@@ -174,6 +183,12 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
         wanted = replace(wanted, revision=scope.revision + 1)
     output = row.output(wanted, payload, context) if row.output else ""
     return Transitioned(scope=wanted if wanted.revision else None, output=output)
+
+
+def asked_of_services(command: str, payload: msgspec.Struct) -> Asked:
+    """What the command asks of the services of its network."""
+    asks = row_of(command).asks
+    return asks if isinstance(asks, Asked) else asks(payload)
 
 
 def check_scope(command: str, scope: Scope | None, payload: msgspec.Struct, context: Context) -> None:

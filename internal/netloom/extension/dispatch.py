@@ -108,6 +108,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
             return ensured(request.stored, decision.host, request.scope_id)
         record.doing = f"waiting for {decision.host}"
         reply = await hosts.call(decision.host, call)  # guard: a-command-is-one-channel
+    record.note = reply.note
     if error := error_in(record.host, reply):
         raise error
     return printed(request, reply)

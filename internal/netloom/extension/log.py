@@ -19,9 +19,10 @@ FILE = "netloom.log"
 
 
 def line(record: CallRecord, status: int, error: str, *, now_s: float, took_ms: float) -> str:
-    """One call in one line: time, call id, command, scope, host, status, milliseconds, and the error."""
+    """One call in one line: time, call id, command, scope, host, status, milliseconds, the error, and the note."""
     fields = [timestamp(now_s), record.call_id, record.command, record.scope_id, record.host]
     fields += [f"status={status}", f"{took_ms:.0f}ms", *([error] if error else [])]
+    fields += [f"note: {record.note}"] if record.note else []  # guard: the-log-has-what-else-is-wrong
     return one_line(" ".join(fields)) + "\n"
 
 

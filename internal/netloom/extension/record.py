@@ -11,9 +11,12 @@ from netloom.fastos import os
 
 
 class CallRecord:
-    """The facts known of a call so far. ``doing`` completes the sentence "not done in time: still ..."."""
+    """The facts known of a call so far. ``doing`` completes the sentence "not done in time: still ...".
 
-    __slots__ = ("call_id", "command", "doing", "host", "scope_id", "started", "traceback")
+    ``note``: something that the call did not ask for, as a line of the log.
+    """
+
+    __slots__ = ("call_id", "command", "doing", "host", "note", "scope_id", "started", "traceback")
 
     def __init__(self, started: float) -> None:
         self.started = started  # on the monotonic clock, in seconds
@@ -22,6 +25,7 @@ class CallRecord:
         self.scope_id = "-"
         self.host = "-"
         self.doing = "starting"
+        self.note = ""
         self.traceback = ""  # of an internal error; written to the log only
 
 

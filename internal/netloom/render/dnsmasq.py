@@ -14,6 +14,7 @@ from netloom import names
 from netloom.render import dns_names, dns_zones
 from netloom.render.service import Probe, Service, directory_of
 from netloom.state import Network, Scope
+from netloom.state.served import Served
 
 HOSTS = "hosts"
 
@@ -62,7 +63,15 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scop
         demanded=("net_admin",) if network.has_ip6 else (),  # guard: a-resolver-is-no-network-administrator
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
+        serves=_served(network),
+        network_id=network.network_id,
     )
+
+
+def _served(network: Network) -> frozenset[Served]:
+    names: frozenset[Served] = frozenset({"dns"}) if network.dns else frozenset()
+    prefix: frozenset[Served] = frozenset({"advertisements"}) if network.has_ip6 else frozenset()
+    return names | prefix
 
 
 def _configuration(directory: str, network: Network, build: Build, tiers: list[Network], vpc: Scope | None) -> str:

@@ -87,6 +87,7 @@ def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | No
         check=("haproxy", "-c", "-q", "-f", configuration),
         listens=tuple(("tcp", rule.public_port) for rule in rules),
         probe=Probe("haproxy", MASTER),
+        serves=frozenset({"balancing"}),
     )
 
 

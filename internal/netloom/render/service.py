@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from netloom.state.served import Served
+
 SERVICES_DIR = "/run/netloom/services"
 
 
@@ -30,6 +32,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     ``capabilities``: those that the process keeps. ``demanded``: those that it is only told to have
     (netloom/confine.py).
     ``check``: a command that accepts or refuses a new configuration before it replaces the old one; empty: none.
+    ``serves``: what is missing without it, in the network ``network_id``; empty: in all networks of the scope.
     """
 
     name: str  # "dns-204", "lb": unique within the scope
@@ -46,6 +49,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     data_mib_max: int = 128  # private memory of each process, in MiB (RLIMIT_DATA)
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53); the process is ready when it listens on all of them
     probe: Probe | None = None
+    serves: frozenset[Served] = frozenset()
+    network_id: str = ""
 
 
 def directory_of(scope_id: str, name: str) -> str:

@@ -17,6 +17,7 @@ from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.interfaces import Host, ScopeServices
 from netloom.commands.actions import as_sections, check_known, page_of, printable_ascii, success_json, truncated
 from netloom.commands.pbr import limited_to_table, unknown_scope
@@ -41,7 +42,7 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
 
     ``scope`` is its state, None without one; ``want`` the desired state of the host; ``known`` the ruleset that was
     loaded last; ``missing_helpers`` the registered conntrack helpers that the host lacks, and ``want`` leaves out;
-    ``converge`` applies ``want`` to the host.
+    ``converge`` applies ``want`` to the host; ``failed`` returns the services that then do not do what the state says.
     """
 
     scope: Scope | None
@@ -50,6 +51,7 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     missing_helpers: tuple[str, ...] = ()
     services: ScopeServices
     converge: Callable[[], HostChanges]
+    failed: Callable[[], tuple[ServiceFailure, ...]]
 
 
 class Actions:
@@ -124,11 +126,15 @@ class Actions:
         found = [str(step) for step in plan(have, self._host.placed(scope.scope_id, context.want))]
         wanted = {it.name for it in services(scope)} if context.want.namespace else set()
         running = context.services.running(scope.scope_id).keys()
-        found += [f"start {name}" for name in sorted(wanted - running)]
+        failed = {it.name: it for it in context.failed()}
+        found += [f"failed: {it}" for it in failed.values()]  # guard: check-says-why-a-service-fails
+        found += [f"start {name}" for name in sorted(wanted - running - failed.keys())]
         found += [f"stop {name}" for name in sorted(running - wanted)]
         if have.exists and context.want.namespace:
             unserved = context.services.unserved(scope, context.want.namespace)
-            found += [f"serve DHCP, metadata and passwords of network {it}" for it in unserved]
+            found += [
+                f"serve DHCP, metadata and passwords of network {it}" for it in unserved if f"guest-{it}" not in failed
+            ]
         found += [
             f"balance rule {it}, once {at} is free" for it, at in context.services.waiting(scope.scope_id).items()
         ]
@@ -136,7 +142,16 @@ class Actions:
         found += [
             f"not in force: {it}" for it in not_offered(context.missing_helpers)
         ]  # guard: a-missing-helper-is-named
+        found += self._blocked(have, context.want)
         return [printable_ascii(it) for it in found]
+
+    def _blocked(self, have: Have, want: Want) -> list[str]:
+        """What keeps frames from passing the host's own firewall, on the bridges that the scope's ports are in."""
+        ports = [have.host_links[it.host_link] for it in want.ports if it.host_link in have.host_links]
+        try:
+            return self._host.blocked(frozenset(it.master for it in ports))
+        except HostRefused as error:
+            return [f"the host's firewall: {error}"]
 
     def _status(self, scope: Scope, context: ActionContext) -> list[str]:
         running = context.services.running(scope.scope_id)
@@ -153,6 +168,7 @@ class Actions:
             f"{len(deviations)} things are not as they should be: see check"
             if deviations
             else "all is as it should be",
+            *map(printable_ascii, self._blocked(self._observe(scope, context), context.want)),
             *_limited(scope, context),
         ]
 
@@ -185,7 +201,7 @@ class Actions:
         """Set up the scope again from its state: repair it, links down and up, load the ruleset, restart the services.
 
         Allowed connections stay open, because conntrack keeps their translations while the links are down. A link that
-        goes down loses its routes; the second repair adds them again. Raises HostRefused.
+        goes down loses its routes; the second repair adds them again. Raises HostRefused, also when a service fails.
         """
         want = context.want
         if not want.namespace:
@@ -205,6 +221,8 @@ class Actions:
             context.converge()  # add the lost routes again, whatever has failed
             raise
         done = context.converge()  # guard: a-reboot-puts-back-what-links-lost
+        if failed := context.failed():
+            raise failed[0].error
         macs = {port.link: port.mac for port in want.ports}
         announcements = tuple(Announcement(want.namespace, it.link, it.ip, macs[it.link]) for it in want.announce)
         return HostChanges(first.steps + done.steps, announcements, first.services + done.services)

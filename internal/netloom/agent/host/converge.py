@@ -16,6 +16,7 @@ import msgspec
 from netloom import names
 from netloom.agent.host import flows, unmanaged
 from netloom.agent.host.apply import apply
+from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
 from netloom.agent.host.observe import devices, observe, our_shared_links, stray_ports
@@ -70,6 +71,7 @@ class KernelHost:
         self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
+        self._bridged = BridgedFrames()
 
     def prepare(self) -> None:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
@@ -178,6 +180,16 @@ class KernelHost:
         gone |= {step.link for step in steps if isinstance(step, RemoveVlanLink)}
         unmanaged.mark(_ours(links) - gone)  # guard: network-managers-leave-our-links-alone
         return strays + steps
+
+    def let_through(self) -> tuple[str, ...]:
+        """Let the frames of our bridges pass the host's own firewall; returns what was changed there."""
+        with self._shared:
+            return self._bridged.let_through(guarded_bridges(), guarded_others().bridges)
+
+    def blocked(self, bridges: frozenset[str]) -> list[str]:
+        """Why frames do not pass these bridges because of the host's own firewall, a sentence each; change nothing."""
+        plan = self._bridged.examine(guarded_bridges(), guarded_others().bridges)
+        return [it.what for it in plan.changes] + [str(it) for it in plan.blocked if it.bridge in bridges]
 
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""

@@ -40,6 +40,7 @@ from netloom.plan.plan import alias_of
 from netloom.render.want import Port, Want
 
 DEBOUNCE_S = 0.06
+FIREWALL_S = 0.2  # a firewall loads its rules in several transactions
 # So many repairs within REPEATED_S start without a delay: of the same object, and of all objects.
 REPAIRS_AT_ONCE = 5
 ALL_REPAIRS_AT_ONCE = 30
@@ -75,6 +76,9 @@ class WatchHandler(Protocol):
     async def repair(self, scope_id: str, why: str) -> int | None:
         """Converge the scope and return the number of steps; None: it failed, and the handler tries again."""
 
+    def firewall_changed(self) -> None:
+        """Somebody changed nftables tables of the host that are not ours: let the frames of our bridges pass there."""
+
     def tidy_soon(self) -> None:
         """Schedule a tidy: a link has gone, the guard of a bridge of others follows a change, or a guard is lost."""
 
@@ -107,6 +111,8 @@ class Watcher:
         self._tables: NftWatch | None = None
         self._tables_lost: deque[float] = deque(maxlen=64)  # when
         self._tables_timer: Timer | None = None
+        self._firewall_changes: deque[float] = deque(maxlen=64)  # when somebody changed the host's other tables
+        self._firewall_timer: Timer | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
         self._mtus: dict[str, tuple[int, int]] = {}  # link of the host, no bridge -> its MTU, index of its bridge
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
@@ -183,8 +189,9 @@ class Watcher:
             timer.cancel()
         for task in self._tasks:
             task.cancel()
-        if self._tables_timer is not None:
-            self._tables_timer.cancel()
+        for timer_of_tables in (self._tables_timer, self._firewall_timer):
+            if timer_of_tables is not None:
+                timer_of_tables.cancel()
         for watch in (self._host, self._names, self._tables, *(it.inside for it in self._watched.values())):
             if watch is not None:
                 self._loop.remove_reader(watch)
@@ -249,6 +256,23 @@ class Watcher:
         for it in transactions:
             if it.overrun or (it.lost and not it.own):  # guard: own-changes-of-the-guard-are-no-loss
                 self._restore_tables(it.process or OVERRUN)
+            elif not it.own:
+                self._follow_firewall()
+
+    def _follow_firewall(self) -> None:
+        """Have the host's firewall looked at soon, or later if it changes again and again."""
+        if self._stopped or self._firewall_timer is not None:
+            return
+        now = self._clock.time()
+        lately = sum(at > now - REPEATED_S for at in self._firewall_changes)
+        self._firewall_changes.append(now)
+
+        def follow() -> None:
+            self._firewall_timer = None
+            self._handler.firewall_changed()  # guard: a-new-firewall-is-followed
+
+        delay_s = FIREWALL_S if lately < REPAIRS_AT_ONCE else BACKOFF.delay_s(lately - REPAIRS_AT_ONCE)
+        self._firewall_timer = self._clock.call_later(delay_s, follow)
 
     def _restore_tables(self, who: str) -> None:
         """Have a tidy load what is missing of the host's tables, soon, or later if this happens again and again."""

@@ -50,6 +50,7 @@ _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL, _IFLA_VXLAN_LIMIT = 2, 3, 5, 9
 _IFLA_BR_FORWARD_DELAY, _IFLA_BR_STP_STATE, _IFLA_BR_VLAN_FILTERING, _IFLA_BR_MCAST_SNOOPING = 1, 5, 7, 23
 _IFLA_BR_GROUP_FWD_MASK, _IFLA_BR_FDB_MAX_LEARNED = 9, 49
+_IFLA_BR_NF_CALL_IPTABLES, _IFLA_BR_NF_CALL_IP6TABLES = 36, 37
 # Addresses that a bridge or a tunnel learns; frames to others are flooded in their segment. Kernels before 6.7 ignore
 # the setting of bridges.
 LEARNED_MAX = 4096  # guard: bridges-learn-a-bounded-number
@@ -84,6 +85,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     peer_netns: int | None
     running: bool
     vlan_filtering: bool = False  # of a bridge
+    calls_iptables: bool = False  # of a bridge: its own setting, whatever net.bridge.bridge-nf-call-iptables is
+    calls_ip6tables: bool = False
     learned_max: int | None = None  # of a bridge; 0: no bound, None: the kernel knows none (Linux before 6.7)
 
 
@@ -146,6 +149,8 @@ def decode_link(payload: bytes) -> Link:
         peer_netns=number(values[_IFLA_LINK_NETNSID]) if _IFLA_LINK_NETNSID in values else None,
         running=bool(flags & _IFF_LOWER_UP),
         vlan_filtering=any(bridge.get(_IFLA_BR_VLAN_FILTERING, b"")),
+        calls_iptables=any(bridge.get(_IFLA_BR_NF_CALL_IPTABLES, b"")),
+        calls_ip6tables=any(bridge.get(_IFLA_BR_NF_CALL_IP6TABLES, b"")),
         learned_max=number(bridge[_IFLA_BR_FDB_MAX_LEARNED]) if _IFLA_BR_FDB_MAX_LEARNED in bridge else None,
     )
 

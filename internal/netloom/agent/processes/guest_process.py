@@ -209,7 +209,10 @@ class GuestProcess:
             return True
 
     async def _start(self) -> None:
-        self._spawn()
+        try:
+            self._spawn()
+        except OSError as error:  # for example: no room in /run, or the program may not be executed
+            raise HostRefused(f"the guest process does not start: {error.strerror or error}") from error
         try:
             hello = await self._connect()
         except (FileNotFoundError, ConnectionRefusedError) as error:

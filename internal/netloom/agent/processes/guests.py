@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from netloom.agent.processes.failures import GUEST, ServiceFailure, ServicesFailed, refusal
 from netloom.agent.processes.guest_process import GuestProcess, ServedNetwork
 from netloom.agent.processes.guest_sockets import open_sockets, usable
+from netloom.errors import HostRefused
 from netloom.guestwire import GuestNetwork
 
 _T = TypeVar("_T")
@@ -26,25 +28,37 @@ class Guests:
     def converge(self, scope_id: str, namespace: str, wanted: tuple[GuestNetwork, ...]) -> list[str]:
         """Have the networks ``wanted`` of the scope, and no others, served from these tables; the steps in words.
 
-        Raises HostRefused when the guest process refuses a table or cannot be started.
+        Raises ServicesFailed when the guest process refuses tables or cannot be started. All networks are tried first.
         """
         keys = {(table.scope_id, table.network_id) for table in wanted}
         did: list[str] = []
         # list() copies in one operation, because the event loop may add and remove networks meanwhile.
+        failed: list[ServiceFailure] = []
+        # list() copies in one operation, because the event loop may add and remove networks meanwhile.
         for key in [key for key in list(self.process.networks) if key[0] == scope_id and key not in keys]:
-            self._on_loop(self.process.drop(key))
-            did.append(f"guest: drop {key[1]}")
+            try:
+                self._on_loop(self.process.drop(key))
+                did.append(f"guest: drop {key[1]}")
+            except (HostRefused, OSError) as error:
+                failed.append(_failure(key[1], error, stale=True))
         for table in wanted:
-            key = (table.scope_id, table.network_id)
-            network = self.process.networks.get(key)
-            if network is not None and usable(network.sockets, namespace, table):
-                if self._on_loop(self.process.update(network, table)):
-                    did.append(f"guest: update {table.network_id}")
-            else:
-                network = ServedNetwork(table, table.revision, open_sockets(namespace, table))
-                self._on_loop(self.process.serve(key, network))
-                did.append(f"guest: serve {table.network_id}")
+            try:
+                did += self._serve(namespace, table)
+            except (HostRefused, OSError) as error:
+                had = self.process.networks.get((table.scope_id, table.network_id))
+                failed.append(_failure(table.network_id, error, stale=had is not None and had.served))
+        if failed:
+            raise ServicesFailed(failed, did)
         return did
+
+    def _serve(self, namespace: str, table: GuestNetwork) -> list[str]:
+        key = (table.scope_id, table.network_id)
+        network = self.process.networks.get(key)
+        if network is not None and usable(network.sockets, namespace, table):
+            return [f"guest: update {table.network_id}"] if self._on_loop(self.process.update(network, table)) else []
+        network = ServedNetwork(table, table.revision, open_sockets(namespace, table))
+        self._on_loop(self.process.serve(key, network))
+        return [f"guest: serve {table.network_id}"]
 
     def unserved(self, namespace: str, wanted: tuple[GuestNetwork, ...]) -> list[str]:
         """The networks of ``wanted`` that are not served from these tables now. Changes nothing."""
@@ -69,3 +83,15 @@ class Guests:
 
     def _on_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _failure(network_id: str, error: HostRefused | OSError, *, stale: bool) -> ServiceFailure:
+    it = refusal(f"the guest services of network {network_id}", error)
+    return ServiceFailure(
+        name=f"guest-{network_id}",
+        message=it.message,
+        hint=it.hint,
+        serves=GUEST,
+        network_id=network_id,
+        stale=stale,
+    )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from netloom.agent import packages
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import inside
 from netloom.confine import CAPABILITIES
@@ -140,7 +141,7 @@ def run(namespace: str | None, argv: list[str]) -> subprocess.CompletedProcess[s
 def _find_program(name: str, who: str = "") -> str:
     program = shutil.which(name, path=PATH)
     if program is None:
-        raise HostRefused(f"{who}{name} is not installed on this host", hint=f"install {name}")
+        raise HostRefused(f"{who}{name} is not installed on this host", hint=packages.install_missing(name))
     return program
 
 

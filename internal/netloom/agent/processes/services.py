@@ -14,6 +14,7 @@ from netloom.agent.kernel.links import find_links
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import balancer, limited_vms
+from netloom.agent.processes.failures import GUEST, ServiceFailure, ServicesFailed
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.process import owning_sockets, run
 from netloom.agent.processes.supervisor import Supervisor
@@ -23,6 +24,7 @@ from netloom.render import dns_names, dnsmasq, haproxy
 from netloom.render.guest import tables
 from netloom.render.services import services
 from netloom.state import Scope
+from netloom.state.served import Served
 
 _PRIVILEGED = "can change links and routes of the host, because this host does not let netloom answer system calls"
 
@@ -36,14 +38,15 @@ class Services:
         self._supervisor = supervisor
         self._waiting: dict[str, dict[int, str]] = {}  # scope id to what waiting() returns
         self._unnamed: dict[str, dict[str, str]] = {}  # scope id to NIC to reserved name
+        self._unserved: dict[str, tuple[ServiceFailure, ...]] = {}  # scope id to failures of the guest process
 
-    def converge(self, scope: Scope, namespace: str) -> list[str]:
+    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]:
         """Run the services that the scope needs in its namespace, and stop all others; return a text for each step.
 
-        Raises HostRefused, with the name of the service, when one fails. The other services are converged first.
+        ``asked``: as in ``Supervisor.converge``. Raises ServicesFailed when some fail, after all others.
         """
         did: list[str] = []
-        failed: HostRefused | None = None
+        failed: list[ServiceFailure] = []
         taken = taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
         did += [
             f"rule {rule_id} waits for {taken[rule_id]}"
@@ -51,18 +54,26 @@ class Services:
         ]
         self._waiting[scope.scope_id] = taken
         self._log_reserved_names(scope)
-        try:
-            did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
-        except HostRefused as error:
-            failed = error
+        if asked is None or asked & GUEST or scope.scope_id not in self._unserved:
+            self._unserved.pop(scope.scope_id, None)
+            try:
+                did += self._guests.converge(scope.scope_id, namespace, tables(scope, _mtus(scope, namespace)))
+            except ServicesFailed as error:
+                did += error.did
+                self._unserved[scope.scope_id] = error.failures
+        failed += self._unserved.get(scope.scope_id, ())
         wanted = services(
             scope,
             frozenset(taken),  # guard: a-taken-port-is-not-balanced
             resolver=_dnsmasq_build(),  # guard: resolver-of-this-host
         )
-        did += self._supervisor.converge(scope.scope_id, namespace, wanted)
-        if failed is not None:
-            raise failed
+        try:
+            did += self._supervisor.converge(scope.scope_id, namespace, wanted, asked)
+        except ServicesFailed as error:
+            did += error.did
+            failed += error.failures
+        if failed:
+            raise ServicesFailed(failed, did)
         return did
 
     def _log_reserved_names(self, scope: Scope) -> None:
@@ -118,18 +129,27 @@ class Services:
         """Stop all processes of the scope and close its sockets, which keep its namespace alive; return the steps."""
         self._waiting.pop(scope_id, None)
         self._unnamed.pop(scope_id, None)
+        self._unserved.pop(scope_id, None)
         return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 
 def _dnsmasq_build() -> dnsmasq.Build:
-    """The properties of this host's dnsmasq; without one, those of Debian 12: the start then reports the lack."""
+    """The properties of this host's dnsmasq; if it cannot be asked, those of Debian 12: the start reports why."""
     program = shutil.which("dnsmasq", path=PATH)
-    return dnsmasq.DEBIAN_12 if program is None else _inspect(program, os.stat(program).st_mtime_ns)
+    if program is None:
+        return dnsmasq.DEBIAN_12
+    try:
+        return _inspect(program, os.stat(program).st_mtime_ns)
+    except (HostRefused, OSError):
+        return dnsmasq.DEBIAN_12
 
 
 @cache
 def _inspect(program: str, _changed_ns: int) -> dnsmasq.Build:
-    """Ask the program for its version and options, once for each version of its file. An unknown one counts as new."""
+    """Ask the program for its version and options, once for each version of its file. An unknown one counts as new.
+
+    Raises HostRefused or OSError when it cannot be executed.
+    """
     version = re.search(r"version ([0-9]+)\.([0-9]+)", run(None, [program, "--version"]).stdout)
     options = run(None, [program, "--help"]).stdout
     forgets = version is None or (int(version[1]), int(version[2])) >= (2, 88)

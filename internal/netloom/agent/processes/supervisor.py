@@ -22,6 +22,7 @@ import msgspec
 from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import identity
 from netloom.agent.processes import files
+from netloom.agent.processes.failures import ServiceFailure, ServicesFailed, refusal
 from netloom.agent.processes.process import (
     Record,
     alive,
@@ -42,6 +43,7 @@ from netloom.agent.processes.process import (
 )
 from netloom.errors import HostRefused
 from netloom.render.service import Probe, Service, directory_of
+from netloom.state.served import Served
 
 BACKOFF = Backoff((0.1, 0.3, 1.0, 3.0, 10.0, 30.0), settled_s=60.0)
 READY_S_MAX = 10.0  # netloom confine takes a moment before it executes the program
@@ -75,6 +77,10 @@ class _Running:
         self.hung = False  # we killed it because it did not answer
 
 
+class _NotReady(HostRefused):
+    """A process that was started with its present configuration does not answer."""
+
+
 class Supervisor:
     """The processes of all scopes.
 
@@ -89,28 +95,53 @@ class Supervisor:
         self._lock = threading.Lock()
         self._running: dict[_Key, _Running] = {}
         self._failures: dict[_Key, int] = {}  # in a row
+        self._failed: dict[_Key, ServiceFailure] = {}  # the services that failed when they were last converged
         self._crashes: dict[_Key, int] = {}  # in all
         files.make_services_directory()
 
-    def converge(self, scope_id: str, namespace: str, wanted: tuple[Service, ...]) -> list[str]:
+    def converge(
+        self, scope_id: str, namespace: str, wanted: tuple[Service, ...], asked: frozenset[Served] | None = None
+    ) -> list[str]:
         """Have the services ``wanted``, and no others, run in ``namespace``; the steps in words.
 
-        Raises HostRefused, with the name of the service, when one does not start or refuses its configuration. The
-        old process of this service keeps running then, and the other services are converged first.
+        ``asked``: what the caller waits for; None: everything. A service that failed before and is not asked for is
+        not tried again now, because that may take ten seconds.
+        Raises ServicesFailed when services do not start or refuse their configuration. The old process of such a
+        service keeps running, and the other services are converged first.
         """
         did: list[str] = []
         names = {service.name for service in wanted}
         for name in self._known(scope_id) - names:
             did += self._stop(scope_id, name)
-        failed: list[HostRefused] = []
+        failed: list[ServiceFailure] = []
         for service in wanted:
+            key = (scope_id, service.name)
+            earlier = self._failed.get(key)
+            if earlier is not None and asked is not None and not service.serves & asked:
+                failed.append(earlier)  # guard: a-call-does-not-wait-for-other-services
+                continue
             try:
                 did += self._converge_service(scope_id, namespace, service)
-            except HostRefused as error:
-                failed.append(error)
+            except (HostRefused, OSError) as error:
+                failed.append(self._failure(key, service, refusal(service.name, error)))
+                self._failed[key] = failed[-1]
+            else:
+                self._failed.pop(key, None)
         if failed:
-            raise failed[0]
+            raise ServicesFailed(failed, did)
         return did
+
+    def _failure(self, key: _Key, service: Service, error: HostRefused) -> ServiceFailure:
+        running = self._running.get(key)
+        stale = running is not None and alive(running.record) and not isinstance(error, _NotReady)
+        return ServiceFailure(
+            name=service.name,
+            message=error.message,
+            hint=error.hint,
+            serves=service.serves,
+            network_id=service.network_id,
+            stale=stale,
+        )
 
     def stop(self, scope_id: str) -> list[str]:
         """Stop all processes of the scope and remove their directories; the steps in words."""
@@ -206,6 +237,8 @@ class Supervisor:
         # Earlier versions started the processes as root. Such a process is replaced.
         confined = running is not None and user_of(running.record.pid) == user
         if running is not None and in_place and confined and running.record.digest == digest:
+            if (scope_id, service.name) in self._failed:
+                _wait_ready(running.record.pid, service, within_s=0.0)
             return did
         had_configuration = files.has_configuration(service)
         files.replace_configuration(namespace, service, user)
@@ -287,6 +320,7 @@ class Supervisor:
             self._failures.pop(key, None)
             if not keep_directory:
                 self._crashes.pop(key, None)
+                self._failed.pop(key, None)
         record = running.record if running is not None else read_record(files.record_path(directory))
         did = []
         draining = None if keep_directory else read_record(files.draining_path(directory))
@@ -339,20 +373,19 @@ def _without_digest(record: Record) -> Record:
     return msgspec.structs.replace(record, digest="")
 
 
-def _wait_ready(pid: int, service: Service) -> None:
+def _wait_ready(pid: int, service: Service, within_s: float = READY_S_MAX) -> None:
     """Wait until the process listens on all its ports.
 
-    Raises HostRefused with its output when it ends, or takes longer than ``READY_S_MAX``.
+    Raises HostRefused with its output when it ends, or takes longer than ``within_s``.
     """
-    until = time.monotonic() + READY_S_MAX
+    until = time.monotonic() + within_s
     while True:
         if start_time(pid) is None:
-            raise HostRefused(f"{service.name} ended immediately: {files.last_output(service)}")
+            raise _NotReady(f"{service.name} ended immediately: {files.last_output(service)}")
         if listening(pid) >= set(service.listens):
             return
         if time.monotonic() > until:
-            output = files.last_output(service)
-            raise HostRefused(f"{service.name} does not listen after {READY_S_MAX:.0f} s: {output}")
+            raise _NotReady(f"{service.name} does not listen: {files.last_output(service)}")
         time.sleep(0.005)
 
 

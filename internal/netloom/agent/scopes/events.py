@@ -39,6 +39,9 @@ class Events:
     def tidy_soon(self) -> None:
         self._connected().tidy_soon()
 
+    def firewall_changed(self) -> None:
+        self._connected().firewall_changed()
+
     def revive(self, scope_id: str, why: str) -> None:
         self._connected().revive(scope_id, why)
 

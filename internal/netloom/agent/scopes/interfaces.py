@@ -14,6 +14,7 @@ from netloom.plan.steps import Step
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
 from netloom.state import Scope
+from netloom.state.served import Served
 
 
 class Host(Protocol):
@@ -46,6 +47,12 @@ class Host(Protocol):
     def tidy(self) -> tuple[Step, ...]:
         """Remove shared links that no scope wants any more. Raises HostRefused."""
 
+    def let_through(self) -> tuple[str, ...]:
+        """Let the frames of our bridges pass the host's own firewall; what was changed. Raises HostRefused."""
+
+    def blocked(self, bridges: frozenset[str]) -> list[str]:
+        """What keeps frames from passing these bridges, a sentence each. Raises HostRefused."""
+
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 
@@ -56,7 +63,7 @@ class Host(Protocol):
 class ScopeServices(Protocol):
     """The processes of all scopes. ``Services`` implements it and describes the methods."""
 
-    def converge(self, scope: Scope, namespace: str) -> list[str]: ...
+    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]: ...
     def stop(self, scope_id: str) -> list[str]: ...
     def renew(self, scope_id: str) -> None: ...
     def scopes(self) -> set[str]: ...

@@ -12,7 +12,8 @@ A call takes these steps. All but the first and the last run in one worker threa
 2. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
 3. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
 4. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
-   If nothing changed and the host is as it should be, this costs one observation of the kernel.
+   If nothing changed and the host is as it should be, this costs one observation of the kernel. A process that does
+   not start fails the call only if the call asked for it (``commands/asked.py``).
 5. ``run_and_settle`` reports to ``WorkHandler`` whether the work failed; ``Upkeep`` then tries again later, or
    announces new addresses. The watcher compares the kernel events that came during the work.
 6. ``execute`` returns the reply. It never raises.
@@ -41,9 +42,11 @@ from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
+from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.scopes.store import Unreadable
 from netloom.commands import pbr, table, userdata
+from netloom.commands.asked import Asked
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
@@ -54,6 +57,7 @@ from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
 from netloom.state import Scope
+from netloom.state.served import Served
 from netloom.wire import Call, Reply
 
 _T = TypeVar("_T")
@@ -82,10 +86,14 @@ class Slot:
         self.unreadable = False  # the scope has a state file, but it cannot be used
         self.ending = False  # a command ended the scope, and parts of it may still exist on the host
         self.unconverged = False  # the host may differ from the state
+        self.failed: tuple[ServiceFailure, ...] = ()  # the services that do not do what the state says
+        self.told: frozenset[str] = frozenset()  # the names of those that a reply has named
         self.rendered: tuple[Scope | None, Want] | None = None
         self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
         self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
         self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
+        self.blocked: list[str] = []  # what keeps frames from passing the host's firewall, as it was logged
+        self.blocked_untold: list[str] = []  # of that, what no reply has named yet
         self.failures = 0  # convergences that failed in a row
         self.retry: Timer | None = None
         self.announcing: list[Timer] = []
@@ -315,6 +323,7 @@ class Scopes:
             missing_helpers=slot.missing_helpers,
             services=self._services,
             converge=lambda: self.converge(slot),
+            failed=lambda: slot.failed,
         )
         result, changes = self._actions.run(call, action, action_context)
         return (result, slot.scope.revision if slot.scope else 0), changes
@@ -337,13 +346,19 @@ class Scopes:
                     for reason in reasons:
                         self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
             slot.scope, slot.ending = outcome.scope, False
-        changes = self.converge(slot) if slot.scope is not None or slot.ending else HostChanges()
+        asked = table.asked_of_services(call.command, payload)
+        exists = slot.scope is not None or slot.ending
+        changes = self.converge(slot, asked=asked.serve | asked.end) if exists else HostChanges()
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        error = self._unbalanced_rules(slot, payload)
+        network_id = str(getattr(payload, "network_id", ""))
+        failure = _failure_of(slot, asked, network_id)
+        if failure is not None:
+            slot.told |= {failure.name}
+        error = self._unbalanced_rules(slot, payload) if failure is None else failure.error
         if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
-        return reply, changes
+        return replace(reply, note=_untold(slot)), changes
 
     def _unbalanced_rules(self, slot: Slot, payload: object) -> HostRefused | None:
         """The error if load-balancer rules of this call wait for their port. Other calls do not report them."""
@@ -358,10 +373,12 @@ class Scopes:
             hint="the other rules are in force; ss -ltnp in the namespace shows that process",
         )
 
-    def converge(self, slot: Slot, *, thorough: bool = False) -> HostChanges:
+    def converge(self, slot: Slot, *, thorough: bool = False, asked: frozenset[Served] | None = None) -> HostChanges:
         """Make the host what the state says. The network comes first: it is right even if a service then fails.
 
-        ``thorough`` as in ``Host.converge``. Raises HostRefused or ForeignScope.
+        A service that fails is recorded in ``slot.failed``, and the scope is converged again later. ``asked``: the
+        services that the caller waits for; None: all. ``thorough`` as in ``Host.converge``.
+        Raises HostRefused or ForeignScope.
         """
         slot.unconverged = True
         want = self._host.placed(slot.scope_id, self._want(slot))
@@ -380,18 +397,52 @@ class Scopes:
                 # The namespace may be new, and a watch belongs to one namespace.
                 self._watcher.watch(slot.scope_id, want)
         slot.loaded_ruleset = want.ruleset
+        if thorough or any(step.shared for step in changes.steps):
+            self._let_through(slot, want)
         if slot.scope is not None:
             if want.namespace and slot.enforced_scope is not slot.scope:
                 self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
             slot.enforced_scope = slot.scope
+            failed: tuple[ServiceFailure, ...] = ()
             if want.namespace:
-                did += self._services.converge(slot.scope, want.namespace)
+                try:
+                    did += self._services.converge(slot.scope, want.namespace, asked)
+                except ServicesFailed as error:
+                    did += error.did
+                    failed = error.failures
+            self._note_failed(slot, failed)
         else:
+            slot.failed = ()
             slot.enforced_scope = None
             self._store.forget(slot.scope_id)
             slot.ending = False
-        slot.unconverged = False
+        slot.unconverged = bool(slot.failed)  # guard: a-failed-service-is-tried-again
         return replace(changes, services=tuple(did))
+
+    def _let_through(self, slot: Slot, want: Want) -> None:
+        """Let frames pass the host's own firewall. What keeps them from passing is logged once, and fails no call."""
+        try:
+            for change in self._host.let_through():
+                self._log.line(f"host firewall: {change}")
+            blocked = self._host.blocked(frozenset(port.segment.bridge for port in want.ports))
+        except NetloomError as error:
+            blocked = [f"the host's firewall: {error}"]
+        for reason in blocked:
+            if reason not in slot.blocked:
+                slot.blocked_untold.append(reason)
+                self._log.line(f"scope={slot.scope_id} warning: {reason}")
+        slot.blocked = blocked
+
+    def _note_failed(self, slot: Slot, failed: tuple[ServiceFailure, ...]) -> None:
+        """Record the services that failed. The log gets a line when a failure begins, changes or ends."""
+        had = {it.name: str(it) for it in slot.failed}
+        for it in failed:
+            if had.pop(it.name, "") != str(it):
+                self._log.line(f"scope={slot.scope_id} failed: {it}; only calls that need it fail; it is tried again")
+        for name in had.keys() - {it.name for it in failed}:
+            self._log.line(f"scope={slot.scope_id} {name} works again")
+        slot.failed = failed
+        slot.told &= {it.name for it in failed}
 
     def erase_password(self, slot: Slot, taken: PasswordTaken) -> HostChanges:
         """Remove a password that a VM has acknowledged from the state file and from memory.
@@ -437,6 +488,23 @@ class Scopes:
                     self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
             slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
         return slot.rendered[1]
+
+
+def _failure_of(slot: Slot, asked: Asked, network_id: str) -> ServiceFailure | None:
+    """The failed service that the call asked for, if there is one: in its own network, or in the whole scope."""
+    for it in slot.failed:
+        needed = asked.serve | (asked.end if it.stale else frozenset())
+        if it.serves & needed and it.network_id in ("", network_id):  # guard: a-call-fails-for-what-it-asked
+            return it
+    return None
+
+
+def _untold(slot: Slot) -> str:
+    """The services that fail, and what the host's firewall drops, in one line, without what an earlier reply named."""
+    new = [it for it in slot.failed if it.name not in slot.told]
+    slot.told |= {it.name for it in new}
+    dropped, slot.blocked_untold = slot.blocked_untold, []
+    return one_line("; ".join([*map(str, new), *dropped]))
 
 
 def start_workers() -> ThreadPoolExecutor:

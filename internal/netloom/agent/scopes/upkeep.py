@@ -13,6 +13,8 @@ time                   ``keep_checked``: rules, settings and processes, for whic
 end of a process       ``Supervisor``                                               ``revive``
 a link has gone, or    ``Watcher``                                                  ``tidy_soon``
 joined others' bridge
+the host's firewall    ``Watcher``                                                  ``firewall_changed``
+was changed
 a password was taken   ``GuestProcess``                                             ``password_taken``
 a failed convergence   ``Scopes``                                                   ``work_failed``
 new addresses          ``Scopes``                                                   ``work_succeeded``
@@ -130,6 +132,10 @@ class Upkeep:
         """Remove unused shared links within moments: a link of the host has gone, perhaps the last user of a bridge."""
         self._untidy.set()
 
+    def firewall_changed(self) -> None:
+        """Let the frames of our bridges pass the host's own firewall, which somebody has changed."""
+        self._start_task(self._follow_firewall())
+
     def revive(self, scope_id: str, why: str) -> None:
         """Converge the scope, because a process of it has ended and is due to start again."""
         slot = self._scopes.get(scope_id)
@@ -143,7 +149,10 @@ class Upkeep:
             self._start_task(self._erase_until_done(slot, taken))
 
     def work_failed(self, slot: Slot) -> None:
-        """Schedule a retry, unless one is scheduled, or the host is as it was."""
+        """Schedule a retry, unless one is scheduled, or the host is as it was.
+
+        The retry is thorough: while one is scheduled there is no periodic check.
+        """
         if not slot.unconverged or slot.retry is not None:
             return
         delay_s = BACKOFF.delay_s(slot.failures)
@@ -151,16 +160,23 @@ class Upkeep:
 
         def retry() -> None:
             slot.retry = None
-            self._start_task(self._reconcile(slot, f"retry {slot.failures}"))
+            again = partial(self._scopes.converge, slot, thorough=True)
+            self._start_task(self._maintain(slot, f"retry {slot.failures}", again, quiet=bool(slot.failed)))
 
         slot.retry = self._clock.call_later(delay_s, retry)  # guard: a-failed-convergence-is-tried-again
 
     def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
-        """Cancel the retry if the scope has converged, and announce new addresses several times."""
-        slot.failures = 0
-        if slot.retry is not None and not slot.unconverged:
-            slot.retry.cancel()  # guard: a-success-cancels-the-retry
-            slot.retry = None
+        """Cancel the retry if the scope has converged, and announce new addresses several times.
+
+        A service may have failed that the work did not ask for. Then a retry is scheduled as after a failure.
+        """
+        if slot.unconverged:
+            self.work_failed(slot)
+        else:
+            slot.failures = 0
+            if slot.retry is not None:
+                slot.retry.cancel()  # guard: a-success-cancels-the-retry
+                slot.retry = None
         if announcements:
             now = self._clock.time()
             slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
@@ -205,6 +221,7 @@ class Upkeep:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
+            await self._let_through()
             with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
@@ -216,6 +233,19 @@ class Upkeep:
             if SCOPE_ID.match(scope_id):
                 slot = self._scopes.slot(scope_id)
                 await self._maintain(slot, "in no file", partial(self._stop_leftovers, slot), quiet=True)
+
+    async def _let_through(self) -> None:
+        """Let the frames of our bridges pass the host's own firewall. Raises HostRefused."""
+        for change in await self._scopes.in_worker(self._host.let_through):
+            self._log.line(f"host firewall: {change}")
+
+    async def _follow_firewall(self) -> None:
+        try:
+            await self._let_through()
+        except NetloomError as error:
+            self._log.line(f"host firewall: {error}")
+        except Exception as error:  # noqa: BLE001, a bug must not end the agent
+            self._log.traceback("host firewall", error)
 
     def _stop_leftovers(self, slot: Slot) -> HostChanges:
         """In a worker thread: stop the services of a scope that has neither a state file nor a named namespace.

@@ -10,23 +10,23 @@ import contextlib
 import os
 import re
 import select
-import shutil
 import signal
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
 from netloom import names
-from netloom.agent.environment import PATH
+from netloom.agent import packages
 from netloom.agent.host.converge import KernelHost, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel import nft as kernel_nft
 from netloom.agent.kernel.nft import Nft, load_library
+from netloom.agent.packages import Family
+from netloom.agent.setup import bridge_test
 from netloom.errors import HostRefused, NetloomError, one_line
 from netloom.netobjects import Neighbour
 from netloom.render.scope import render
@@ -52,9 +52,7 @@ from netloom.state import (
 
 TESTS_S_MAX = 60.0
 _PACKET_S_MAX = 5.0
-_OS_RELEASE = "/etc/os-release"
-
-Family = str  # of distributions: "debian", "rhel", "suse", or "" for any other
+_PROGRAMS = ("nft", "dnsmasq", "haproxy")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,11 +69,18 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def require() -> None:
-    """Raise HostRefused, with all needed tests that failed, if there are any."""
-    missing = [it for it in run() if it.needed and not it.ok]
+    """Raise HostRefused, with all needed tests that failed, if there are any.
+
+    The remedy has all missing packages, also those that only some networks need: one command installs them.
+    """
+    found = run()
+    missing = [it for it in found if it.needed and not it.ok]
     if missing:
-        what = "; ".join(f"{it.what}: {it.says}" for it in missing)
-        remedies = dict.fromkeys(it.remedy for it in missing if it.remedy)
+        absent = [it.what for it in found if it.what in _PROGRAMS and not it.ok]
+        others = [it for it in found if it.what in absent and not it.needed]  # guard: all-packages-are-named-at-once
+        what = "; ".join(f"{it.what}: {it.says}" for it in [*missing, *others])
+        install = [packages.install(*absent)] if absent else []
+        remedies = dict.fromkeys(install + [it.remedy for it in missing if it.remedy and it.what not in absent])
         raise HostRefused(f"this host cannot carry networks: {what}", hint=", ".join(remedies))
 
 
@@ -83,52 +88,39 @@ def run() -> list[Finding]:
     """Run all tests, each after those that it depends on. Raises HostRefused without root."""
     if os.geteuid() != 0:
         raise HostRefused("the selftest creates network namespaces and needs root")
-    programs, tests = _programs(_family()), _in_a_scratch_host()
-    if all(it.ok for it in tests if it.what in _WITH_RULES):
-        return [*programs, *tests]
-    nft, linux = kernel_nft.version(), os.uname().release
-    return [*programs, *(explained(it, nft, linux) for it in tests)]
+    found, tests = _programs(packages.family()), _in_a_scratch_host()
+    if not all(it.ok for it in tests if it.what in _WITH_RULES):
+        nft, linux = kernel_nft.version(), os.uname().release
+        tests = [explained(it, nft, linux) for it in tests]
+    found += tests
+    return found if any(it.needed and not it.ok for it in found) else [*found, _host_firewall()]
+
+
+def _host_firewall() -> Finding:
+    what = "bridges behind the host's firewall"
+    try:
+        found = bridge_test.run()
+    except (NetloomError, OSError) as error:
+        says, hint = one_line(str(error), 400), getattr(error, "hint", "")
+        return Finding(what=what, ok=False, needed=False, says=says, remedy=hint)
+    return Finding(what=what, ok=not found.dropped, needed=False, says=found.says, remedy=found.remedy)
 
 
 # ------------------------------------------------------------------------------------------------------------ programs
 
-_PACKAGES: dict[str, dict[Family, str]] = {
-    "nft": {"debian": "libnftables1 or nftables", "rhel": "nftables", "suse": "nftables"},
-    "dnsmasq": {"debian": "dnsmasq-base", "rhel": "dnsmasq", "suse": "dnsmasq"},
-    "haproxy": {"debian": "haproxy", "rhel": "haproxy", "suse": "haproxy"},
-}
-_INSTALL = {"debian": "apt-get install", "rhel": "dnf install", "suse": "zypper install"}
-
-
-def _family(path: str = _OS_RELEASE) -> Family:
-    """The family whose package names this distribution uses (os-release(5), ID and ID_LIKE)."""
-    try:
-        lines = Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    fields = dict(line.split("=", 1) for line in lines if "=" in line)
-    ids = " ".join(fields.get(key, "").strip("\"'") for key in ("ID", "ID_LIKE")).split()
-    known = {"debian": "debian", "ubuntu": "debian", "rhel": "rhel", "fedora": "rhel", "centos": "rhel", "suse": "suse"}
-    return next((known[it] for it in ids if it in known), "")
-
 
 def _programs(family: Family) -> list[Finding]:
-    nft = load_library() is not None or _is_installed("nft")
+    nft = load_library() is not None or packages.is_installed("nft")
     return [
         _program("nft", family, nft, True, "neither libnftables nor the program nft is installed"),
-        _program("dnsmasq", family, _is_installed("dnsmasq"), False, "networks with DNS have no resolver"),
-        _program("haproxy", family, _is_installed("haproxy"), False, "TCP is not load-balanced"),
+        _program("dnsmasq", family, packages.is_installed("dnsmasq"), False, "networks with DNS have no resolver"),
+        _program("haproxy", family, packages.is_installed("haproxy"), False, "TCP is not load-balanced"),
     ]
 
 
 def _program(name: str, family: Family, ok: bool, needed: bool, says: str) -> Finding:
-    package = _PACKAGES[name].get(family, name)
-    remedy = f"{_INSTALL.get(family, 'install')} {package}"
+    remedy = packages.install(name, of=family)
     return Finding(what=name, ok=ok, needed=needed, says="" if ok else says, remedy="" if ok else remedy)
-
-
-def _is_installed(program: str) -> bool:
-    return shutil.which(program, path=PATH) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------- versions

@@ -21,6 +21,7 @@ from netloom import program
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.agent.host import unmanaged
+from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
 from netloom.agent.processes.process import read_record
@@ -60,6 +61,7 @@ def uninstall(networks: Networks) -> list[str]:
         namespaces.release()
         keep_networks = bool(scopes) and networks == "leave"
         if not keep_networks:
+            BridgedFrames().let_through((), ())
             unmanaged.release()
         return _remove_files(keep_networks=keep_networks)
 
