@@ -79,7 +79,8 @@ def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     """
     program = _find_program(service.argv[0], f"{service.name}: ")
     capabilities, demanded = ",".join(service.capabilities), ",".join(service.demanded)
-    confined = [str(uid), service.directory, capabilities, demanded, str(service.data_mib_max)]
+    places = ",".join(f"{name}={place}" for name, place in service.places.items())
+    confined = [str(uid), service.directory, places, capabilities, demanded, str(service.data_mib_max)]
     log.unlink(missing_ok=True)  # an earlier process may still write to the old one
     output = open_log(log)
     try:
