@@ -19,10 +19,13 @@ SELINUX = (
     'type=AVC msg=audit(%d.123:14): avc:  denied  { read } for  pid=%d comm="dnsmasq" name="dnsmasq.conf" '
     "scontext=system_u:system_r:dnsmasq_t:s0 tcontext=system_u:object_r:var_run_t:s0 tclass=file permissive=0"
 )
-NOW = int(time.time())
 LOCAL = (
     "allow it in /etc/apparmor.d/local/usr.sbin.dnsmasq and load the profile again, or aa-complain /usr/sbin/dnsmasq"
 )
+
+
+def apparmor(pid: int, ago_s: int = 0) -> str:
+    return APPARMOR % (time.time() - ago_s, pid)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_program_that_failed_for_another_reason_was_not_denied(host: Path) -> None:
     (host / "profiles").write_text("dnsmasq (enforce)\n")
     (host / "enforce").write_text("1")
-    (host / "audit.log").write_text(APPARMOR % (NOW, 7) + "\n")
+    (host / "audit.log").write_text(apparmor(7) + "\n")
     assert denials.find(DNSMASQ, 8, "dnsmasq: failed to create listening socket: Address already in use") is None
 
 
@@ -51,15 +54,13 @@ def test_without_either_a_refusal_of_the_system_is_no_denial(host: Path) -> None
 
 @pytest.mark.parametrize("file", ["kmsg", "audit.log"])
 def test_a_denial_of_apparmor_has_profile_file_and_remedy(host: Path, file: str) -> None:
-    (host / file).write_text(
-        f"{APPARMOR % (NOW, 7)}\n{APPARMOR % (NOW, 71)}\n{APPARMOR.replace('open', 'mknod') % (NOW, 7)}\n"
-    )
+    (host / file).write_text(f"{apparmor(7)}\n{apparmor(71)}\n{apparmor(7).replace('open', 'mknod')}\n")
     assert denials.find(DNSMASQ, 7, SAYS) == ("AppArmor denied mknod /run/x/dnsmasq.conf (profile dnsmasq)", LOCAL)
 
 
-@pytest.mark.mutation("an-old-denial-is-of-another-process")
+@pytest.mark.mutation("an-old-denial-is-of-another-process", instead="True")
 def test_a_denial_of_an_earlier_process_with_the_same_id_does_not_count(host: Path) -> None:
-    (host / "kmsg").write_text(APPARMOR % (NOW - 3600, 7) + "\n")
+    (host / "kmsg").write_text(apparmor(7, ago_s=3600) + "\n")
     assert denials.find(DNSMASQ, 7, SAYS) is None
 
 
@@ -74,7 +75,7 @@ def test_an_enforced_profile_is_the_likely_reason_where_no_log_can_be_read(host:
 
 
 def test_a_denial_of_selinux_has_its_line_and_a_remedy(host: Path) -> None:
-    (host / "audit.log").write_text(SELINUX % (NOW, 7) + "\n")
+    (host / "audit.log").write_text(SELINUX % (time.time(), 7) + "\n")
     denial = denials.find(DNSMASQ, 7, SAYS)
     assert denial is not None
     assert denial.says.startswith('SELinux denied { read } for pid=7 comm="dnsmasq" name="dnsmasq.conf" scontext=')

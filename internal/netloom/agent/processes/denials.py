@@ -38,7 +38,7 @@ class Denial(NamedTuple):
 def find(program: str, pid: int, output: str) -> Denial | None:
     """The denial that kept ``program`` (a path) from starting, with process id ``pid`` and this output; None: none."""
     for line in reversed(_logged()):
-        if re.search(rf"\bpid={pid}\b", line) and _recent(line):  # guard: an-old-denial-is-of-another-process
+        if re.search(rf"\bpid={pid}\b", line) and _recent(line):
             if 'apparmor="DENIED"' in line:
                 what = _field(line, "name") or _field(line, "capname") or _field(line, "family")
                 return _apparmor(program, _field(line, "profile"), f" {_field(line, 'operation')} {what}".rstrip())
@@ -100,7 +100,8 @@ def _logged() -> list[str]:
 def _recent(line: str) -> bool:
     """Whether the line is of the last minute: an earlier process may have had the same id."""
     at = re.search(r"\baudit\((\d+)\.", line)
-    return at is not None and abs(time.time() - int(at[1])) < _RECENT_S
+    age_s = time.time() - int(at[1]) if at else _RECENT_S
+    return abs(age_s) < _RECENT_S  # guard: an-old-denial-is-of-another-process
 
 
 def _field(line: str, name: str) -> str:
