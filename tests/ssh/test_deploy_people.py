@@ -11,7 +11,7 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import Done, until
-from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, current, running_agents, succeeded
+from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, current, host_objects, running_agents, succeeded
 
 PROGRAM = "/root/netloom"
 
@@ -111,22 +111,6 @@ def test_status_selftest_and_rollback_work_on_hosts(operator: Operator, host: Ho
     # An install by the operator overrides the earlier rollback.
     host.run(str(two), "agent", "install")
     assert running_agents(host) == [TWO]
-
-
-# Directories that netloom writes to.
-FILES = [
-    "/usr/local",
-    "/etc/systemd/system",
-    "/var/lib/netloom",
-    "/var/log/netloom",
-    "/run/netloom",
-    "/root/.cache",
-    "/tmp",
-]
-
-
-def host_objects(host: Host) -> dict[str, list[str]]:
-    return host.objects(files=FILES)
 
 
 def test_uninstall_restores_the_host(operator: Operator, host: Host, two: Path) -> None:

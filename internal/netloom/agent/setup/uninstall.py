@@ -53,11 +53,13 @@ def uninstall(networks: Networks) -> list[str]:
             )
         if scopes and networks == "remove":
             _delete_all(scopes)
-        install.stop_without_restart()
-        _stop_guest_process()
-        _remove_unit()
-        namespaces.release()
-        return _remove_files(keep_networks=bool(scopes) and networks == "leave")
+        # Calls that come meanwhile wait for this lock, and find nothing then (agent/connect.py).
+        with install.start_lock():
+            install.stop()
+            _stop_guest_process()
+            _remove_unit()
+            namespaces.release()
+            return _remove_files(keep_networks=bool(scopes) and networks == "leave")
 
 
 def _scopes() -> list[str]:
@@ -150,10 +152,11 @@ def _remove_unit() -> None:
 
 def _remove_files(*, keep_networks: bool) -> list[str]:
     made_parent = (LIBEXEC / install.MADE_PARENT).exists()
+    _remove([LIBEXEC / "current"])  # first: calls that come meanwhile start no program that is being removed
     _remove_unpacked(install.builds())
     for build in install.builds():
         install.remove_build(build)
-    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("current", "previous", "held", install.MADE_PARENT)])
+    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("previous", "held", install.MADE_PARENT)])
     shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
