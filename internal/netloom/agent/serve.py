@@ -85,16 +85,13 @@ def serve(
         lock = _lock(socket_path)
         store = Store(state_dir)
     except (OSError, NetloomError) as error:
-        if log_path:  # started detached: nobody reads stderr
-            log.line(f"not serving: {error}")
-        complain(str(error))
+        log.fatal("not serving", error)
         return 3
     _raise_descriptor_limit()
     try:
         asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
-        log.line(f"serve failed: {error}")
-        complain(str(error))
+        log.fatal("serve failed", error)
         return 3
     finally:
         os.close(lock)
