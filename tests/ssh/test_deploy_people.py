@@ -177,6 +177,34 @@ def test_uninstall_removes_networks_only_when_told_to(operator: Operator, bed: B
     )
 
 
+@pytest.mark.mutation("no-guard-without-its-agent")
+def test_uninstall_names_the_bridge_that_a_vm_keeps(operator: Operator, bed: Bed, host: Host) -> None:
+    bed.add_segments([("eth1", "1204")])
+    host.sh("rm -rf /root/.cache")
+    before = host_objects(host)
+    server = Server(bed, Path(PROGRAM))
+    net = server.cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=101)
+    nic = net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
+    vm = host.vm("web-1", vlan=1204, mac=nic.mac, ip="10.10.1.45/24", gateway="10.10.1.1")
+    assert "table netdev netloom" in host.sh("nft list tables")
+    (done,) = operator.json("uninstall", "--hosts", host.address, "--networks", "remove")
+    assert (done["status"], done["outcome"], done["stays"]) == (0, "removed in part", [])
+    assert f"bridge {vm.bridge}" in str(done["kept"])
+    assert f"{vm.tap} is plugged in" in str(done["kept"])
+    assert host.sh("nft list tables") == ""
+    assert "group_fwd_mask 0 " in host.sh(f"ip -d link show {vm.bridge}")
+    assert f"{vm.tap} in {vm.bridge}" in host_objects(host)["links"]
+    host.sh(f"ip link set {vm.tap} nomaster")
+    following = done["next"]
+    assert isinstance(following, list)
+    for command in following:
+        host.sh(str(command))
+    vm.destroy()
+    assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
+        before, host_objects(host)
+    )
+
+
 def test_networks_kept_by_uninstall_work_and_are_adopted_again(operator: Operator, bed: Bed, host: Host) -> None:
     server = Server(bed, Path(PROGRAM))
     bed.add_segments([("eth1", "1204")])

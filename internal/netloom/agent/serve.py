@@ -104,7 +104,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     clock = LoopClock(loop)
     workers = start_workers()
     events = Events()
-    host = KernelHost()
+    host = KernelHost(store.directory.parent)
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)

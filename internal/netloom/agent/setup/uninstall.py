@@ -20,6 +20,10 @@ import msgspec
 from netloom import program
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
+from netloom.agent.host.converge import KernelHost
+from netloom.agent.host.frames import GUARD_TABLES, unguard_all
+from netloom.agent.host.host_sysctls import RECORD, restore
+from netloom.agent.host.observe import our_shared_links
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
 from netloom.agent.processes.process import read_record
@@ -29,6 +33,7 @@ from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
 from netloom.errors import HostRefused
 from netloom.guestwire import GuestHello
 from netloom.guestwire.channel import Channel, ChannelError
+from netloom.plan.have import CARRIERS
 from netloom.wire import Call, FrameReader, Hello, Registration, Reply, encode
 
 Networks = Literal["refuse", "remove", "leave"]
@@ -37,11 +42,23 @@ _ANSWER_S_MAX = 60.0
 _HELLO_S_MAX = 5.0
 
 
-def uninstall(networks: Networks) -> list[str]:
-    """Remove netloom from this host; return the foreign files that are kept.
+class Kept(msgspec.Struct, frozen=True):
+    """What stays on the host. ``files``: those of others. ``kept``: objects of ours, with the reason.
+
+    ``next``: the commands that remove them when the reason is gone.
+    """
+
+    files: list[str] = []
+    kept: list[str] = []
+    next: list[str] = []
+
+
+def uninstall(networks: Networks) -> Kept:
+    """Remove netloom from this host; return what stays.
 
     ``networks``, if there are networks on the host: ``refuse`` changes nothing and raises HostRefused; ``remove``
     deletes them first; ``leave`` keeps them and their state files, but nothing answers DHCP or metadata requests.
+    A bridge with a VM stays, without its guard: nobody would maintain it. Networks that are left keep their guards.
     Raises HostRefused also when the agent, the guest process or a network cannot be stopped.
     """
     with install.locked():
@@ -58,8 +75,34 @@ def uninstall(networks: Networks) -> list[str]:
             install.stop()
             _stop_guest_process()
             _remove_unit()
+            leave = bool(scopes) and networks == "leave"
+            if leave:
+                kept = [f"{len(scopes)} networks with their bridges and guards: they run on"]
+                after = ["netloom agent install"]
+            else:
+                kept, after = _remove_shared_links()
+                restore(STATE / RECORD)
             namespaces.release()
-            return _remove_files(keep_networks=bool(scopes) and networks == "leave")
+            return Kept(_remove_files(keep_networks=leave), kept, after)
+
+
+def _remove_shared_links() -> tuple[list[str], list[str]]:
+    """Remove all guards, and the unused links of segments; what stays, and the commands that remove it."""
+    try:
+        KernelHost().tidy()
+        found = our_shared_links()
+        bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
+        unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
+    except HostRefused as error:
+        return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in GUARD_TABLES]
+    kept, after = [], []
+    for bridge in bridges:
+        carrier = found.get(bridge.carrier)
+        ours = [carrier.name] if carrier is not None and carrier.ours and carrier.kind in CARRIERS else []
+        others = [it for it in bridge.ports if it not in ours]
+        kept.append(f"bridge {' and '.join([bridge.name, *ours])}: {', '.join(others) or 'something'} is plugged in")
+        after += [f"ip link delete {it}" for it in (bridge.name, *ours)]
+    return kept, after
 
 
 def _scopes() -> list[str]:
