@@ -382,7 +382,7 @@ class FakeLog(Log):
         super().__init__()
         self.lines: list[str] = []
 
-    def line(self, text: str) -> None:
+    def line(self, text: str, priority: int = 6) -> None:
         self.lines.append(text)
 
 

@@ -20,6 +20,16 @@ from ssh.onefile import OneFiles
 ONE, TWO, THREE = "0.1.0-1-aaaa", "0.1.0-2-bbbb", "0.2.0-1-cccc"  # builds, the later the newer
 LIBEXEC = "/usr/local/libexec/netloom"
 BALLAST_MB = 4
+# Directories that netloom writes to.
+FILES = [
+    "/usr/local",
+    "/etc/systemd/system",
+    "/var/lib/netloom",
+    "/var/log/netloom",
+    "/run/netloom",
+    "/root/.cache",
+    "/tmp",
+]
 SETTLE_S = 60.0
 
 # Replaces dd on a host: stops at a given byte until told to continue, and may corrupt the first byte.
@@ -93,8 +103,12 @@ class Server:
         self.bed.management.run("mv", f"{self._path}.new", self._path)
 
     def ask(self) -> Execution:
-        """Make one call that reaches a host and changes nothing there (ensure-network-device)."""
+        """Make one call that reaches a host, installs the program, and makes no network there.
+
+        It is the ensure-network-device before a network's first implement-network.
+        """
         network = self.cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24")
+        network.facts.state = "implementing"
         return network.ensure().execution
 
     def log(self) -> str:
@@ -134,6 +148,11 @@ def wipe(bed: Bed) -> None:
 def succeeded(done: Execution) -> bool:
     """Whether a call succeeded and printed the answer of ensure-network-device."""
     return done.status == 0 and '"namespace":"cs-net-204"' in done.output
+
+
+def host_objects(host: Host) -> dict[str, list[str]]:
+    """What an installation, an agent or a network could leave on a host."""
+    return host.objects(files=FILES)
 
 
 def builds(host: Host) -> list[str]:

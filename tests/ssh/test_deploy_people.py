@@ -11,7 +11,7 @@ from bed import Bed
 from bed.cloudstack import ALL_SERVICES
 from bed.lab import Host, difference
 from bed.machines import Done, until
-from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, current, running_agents, succeeded
+from ssh.deploy_lab import LIBEXEC, ONE, SETTLE_S, TWO, Server, current, host_objects, running_agents, succeeded
 
 PROGRAM = "/root/netloom"
 
@@ -113,22 +113,6 @@ def test_status_selftest_and_rollback_work_on_hosts(operator: Operator, host: Ho
     assert running_agents(host) == [TWO]
 
 
-# Directories that netloom writes to.
-FILES = [
-    "/usr/local",
-    "/etc/systemd/system",
-    "/var/lib/netloom",
-    "/var/log/netloom",
-    "/run/netloom",
-    "/root/.cache",
-    "/tmp",
-]
-
-
-def host_objects(host: Host) -> dict[str, list[str]]:
-    return host.objects(files=FILES)
-
-
 def test_uninstall_restores_the_host(operator: Operator, host: Host, two: Path) -> None:
     host.sh("rm -rf /root/.cache")
     before = host_objects(host)
@@ -188,6 +172,34 @@ def test_uninstall_removes_networks_only_when_told_to(operator: Operator, bed: B
     done = operator.json("uninstall", "--hosts", host.address, "--networks", "remove")
     assert done[0]["stays"] == ["/var/lib/netloom/hooks/custom-action-mine.sh"]
     host.sh("rm -r /var/lib/netloom")
+    assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
+        before, host_objects(host)
+    )
+
+
+@pytest.mark.mutation("no-guard-without-its-agent")
+def test_uninstall_names_the_bridge_that_a_vm_keeps(operator: Operator, bed: Bed, host: Host) -> None:
+    bed.add_segments([("eth1", "1204")])
+    host.sh("rm -rf /root/.cache")
+    before = host_objects(host)
+    server = Server(bed, Path(PROGRAM))
+    net = server.cloud.isolated_network(204, vlan=1204, cidr="10.10.1.0/24", offering=ALL_SERVICES, public_vlan=101)
+    nic = net.deploy_vm("web-1", ip="10.10.1.45", mac="02:01:00:00:00:45")
+    vm = host.vm("web-1", vlan=1204, mac=nic.mac, ip="10.10.1.45/24", gateway="10.10.1.1")
+    assert "table netdev netloom" in host.sh("nft list tables")
+    (done,) = operator.json("uninstall", "--hosts", host.address, "--networks", "remove")
+    assert (done["status"], done["outcome"], done["stays"]) == (0, "removed in part", [])
+    assert f"bridge {vm.bridge}" in str(done["kept"])
+    assert f"{vm.tap} is plugged in" in str(done["kept"])
+    assert host.sh("nft list tables") == ""
+    assert "group_fwd_mask 0 " in host.sh(f"ip -d link show {vm.bridge}")
+    assert f"{vm.tap} in {vm.bridge}" in host_objects(host)["links"]
+    host.sh(f"ip link set {vm.tap} nomaster")
+    following = done["next"]
+    assert isinstance(following, list)
+    for command in following:
+        host.sh(str(command))
+    vm.destroy()
     assert until(lambda: difference(before, host_objects(host)) == {}, seconds=SETTLE_S), difference(
         before, host_objects(host)
     )

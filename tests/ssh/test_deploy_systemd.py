@@ -43,6 +43,11 @@ def unit_property(host: SystemdHost, name: str) -> str:
     return host.run("systemctl", "show", "--property", name, "--value", UNIT)
 
 
+def journal(host: SystemdHost) -> str:
+    """The lines of the unit in the journal, without time and name."""
+    return host.run("journalctl", "--unit", UNIT, "--output", "cat", "--no-pager", check=False)
+
+
 def guests(host: SystemdHost) -> list[str]:
     lines = host.run("ps", "-A", "-o", "pid=,args=").splitlines()
     return [line.split()[0] for line in lines if "netloom guest --control" in line]
@@ -72,6 +77,9 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     implement(host)
     assert network_exists(host)
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
+    # The agent's own lines are in the journal of its unit.
+    assert until(lambda: " command=implement-network scope=net-204 " in journal(host), seconds=SETTLE_S), journal(host)
+    assert f"serving: version={ONE.partition('-')[0]} build={ONE}" in journal(host)
     answering, first = guests(host), unit_property(host, "MainPID")
     # A killed agent is restarted. The guest process keeps running.
     host.run("kill", "-9", first)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,6 +172,57 @@ def test_destroy_fails_when_one_host_fails(lab: SshLab, caller: Caller) -> None:
     ended = caller.call("destroy-network", details(lab, caller), stored_details(H1))
     assert (ended.status, ended.line) == (3, f"{H2}: link is busy")
     assert len(lab.h1.calls_received()) == 1
+
+
+@pytest.fixture
+def mixed(lab: SshLab) -> Iterator[SshLab]:
+    """A lab whose second host has no agent program: MIXED_AGENT exists on the first one only."""
+    program = lab.h1.run_directory / "netloom-agent"
+    standin = Path(__file__).with_name("standin.py")
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {standin} "$@"\n')
+    program.chmod(0o755)
+    yield lab
+    program.unlink()
+    for host in (lab.h1, lab.h2):
+        shutil.rmtree(host.run_directory / "netns", ignore_errors=True)
+
+
+MIXED_AGENT = "/run/netloom-agent agent"
+PORT = {"public_ip": "203.0.113.5", "public_port": "22", "private_ip": "10.1.1.5", "private_port": "22"}
+FORWARD = {**PORT, "protocol": "tcp"}
+
+
+def test_a_removal_reaches_the_host_with_the_program_and_the_other_holds_nothing(mixed: SshLab, caller: Caller) -> None:
+    mixed.h1.set_behaviour(holds=["net-42"])
+    for stored in (None, stored_details(H1), stored_details(H2)):
+        done = caller.call("destroy-network", details(mixed, caller), stored, agent=MIXED_AGENT)
+        assert (done.output, done.took_s < 20) == ("", True)
+    assert caller.call("delete-port-forward", details(mixed, caller), None, FORWARD, agent=MIXED_AGENT).output == ""
+    received = [call["command"] for call in mixed.h1.calls_received()]
+    assert received == ["destroy-network"] * 3 + ["delete-port-forward"]
+    only_bare = details(mixed, caller, H2)
+    for command in ("destroy-network", "delete-port-forward", "shutdown-network", "ensure-network-device"):
+        assert caller.call(command, only_bare, stored_details(H2), FORWARD, agent=MIXED_AGENT).status == 0, command
+
+
+def test_a_network_left_on_a_host_without_the_program_fails_its_removal(mixed: SshLab, caller: Caller) -> None:
+    (mixed.h2.run_directory / "netns" / "cs-net-42").mkdir(parents=True)
+    for command in ("destroy-network", "delete-port-forward"):
+        ended = caller.call(command, details(mixed, caller), None, FORWARD, agent=MIXED_AGENT)
+        assert ended.status == 3
+        assert ended.line.startswith(f"{H2}: net-42 is still on this host (/run/netns/cs-net-42), and netloom is not")
+
+
+@pytest.mark.mutation("a-program-that-fails-may-hold-something")
+@pytest.mark.parametrize("status", [3, 126, 127])
+def test_a_program_that_does_not_start_is_not_taken_for_a_missing_one(
+    status: int, mixed: SshLab, caller: Caller
+) -> None:
+    program = mixed.h1.run_directory / "netloom-agent"
+    program.write_text(f"#!/bin/sh\nexit {status}\n")
+    for command in ("destroy-network", "delete-port-forward"):
+        ended = caller.call(command, details(mixed, caller, H1), stored_details(H1), FORWARD, agent=MIXED_AGENT)
+        assert (ended.status, ended.line.startswith(f"{H1}: ")) == (2, True)
 
 
 def test_when_no_host_answers_all_hosts_are_named(lab: SshLab, caller: Caller) -> None:

@@ -7,6 +7,7 @@ imports little.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -16,6 +17,7 @@ import time
 
 from netloom.agent.environment import PATH
 from netloom.program import command, start_detached
+from netloom.program import path as program_path
 
 SOCKET = "/run/netloom/agent.sock"
 LOG = "/var/log/netloom/agent.log"
@@ -31,16 +33,24 @@ _CHUNK = 1 << 18
 _STDERR = 2
 
 
+class Uninstalled(Exception):
+    """The program was removed from the host since this process was started."""
+
+
 def connect(arguments: list[str]) -> int:
     """Relay until one side closes. ``arguments``: ``--socket PATH``, and the options of ``serve`` if it is started.
 
-    The exit status: 0, or 3 when no agent answers and none could be started.
+    The exit status: 0, or 3 when no agent answers and none could be started. 127, as of a shell that does not find the
+    program, when it was uninstalled meanwhile.
     """
     path = SOCKET
     if "--socket" in arguments[:-1]:
         path = arguments[arguments.index("--socket") + 1]
     try:
         agent = _connect_or_start(path, arguments)
+    except Uninstalled as error:
+        sys.stderr.write(f"netloom agent: {error}\n")
+        return 127
     except PermissionError:
         sys.stderr.write(f"netloom agent: {path}: not allowed (log in as root, or let the user run it with sudo -n)\n")
         return 3
@@ -52,10 +62,11 @@ def connect(arguments: list[str]) -> int:
 
 
 def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
-    """A connection to the agent, which is started if none answers. Raises OSError."""
+    """A connection to the agent, which is started if none answers. Raises OSError and Uninstalled."""
     agent = _connect(path)
     if agent is not None:
         return agent
+    _check_installed()
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     deadline = time.monotonic() + START_S_MAX
@@ -69,6 +80,11 @@ def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
         agent = _connect(path)
         if agent is not None:
             return agent
+        try:
+            _check_installed()  # guard: an-uninstall-is-not-undone
+        except Uninstalled:
+            _remove_lock(directory, lock)
+            raise
         if has_unit() and not arguments:
             start_unit()
         else:
@@ -80,6 +96,22 @@ def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
             _wait(deadline, f"the agent was started and does not answer: see {LOG}")
     finally:
         os.close(lock)
+
+
+def _check_installed() -> None:
+    """Raise Uninstalled if neither our file nor the unit is there any more. An uninstall holds the lock meanwhile."""
+    file = program_path()
+    if file is not None and not os.path.exists(file) and not has_unit():
+        raise Uninstalled(f"{file} is not installed any more")
+
+
+def _remove_lock(directory: str, lock: int) -> None:
+    """Remove our lock and its directory, which the uninstall has removed before we created them."""
+    name = os.path.join(directory, "start.lock")
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(name), os.fstat(lock)):
+            os.unlink(name)
+        os.rmdir(directory)
 
 
 def _connect(path: str) -> socket.socket | None:

@@ -85,16 +85,13 @@ def serve(
         lock = _lock(socket_path)
         store = Store(state_dir)
     except (OSError, NetloomError) as error:
-        if log_path:  # started detached: nobody reads stderr
-            log.line(f"not serving: {error}")
-        complain(str(error))
+        log.fatal("not serving", error)
         return 3
     _raise_descriptor_limit()
     try:
         asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
-        log.line(f"serve failed: {error}")
-        complain(str(error))
+        log.fatal("serve failed", error)
         return 3
     finally:
         os.close(lock)
@@ -107,7 +104,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     clock = LoopClock(loop)
     workers = start_workers()
     events = Events()
-    host = KernelHost()
+    host = KernelHost(store.directory.parent)
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)

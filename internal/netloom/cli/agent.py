@@ -229,8 +229,13 @@ def _uninstall(
         print_rows(_run_on(remote, ["uninstall", "--networks", networks]), as_json)
     else:
         _need_root()
-        kept = uninstall.uninstall(networks)
-        print_rows([host_row("this host", 0, {"outcome": "removed", "stays": kept})], as_json)
+        print_rows([host_row("this host", 0, _uninstalled(uninstall.uninstall(networks)))], as_json)
+
+
+def _uninstalled(it: uninstall.Kept) -> dict[str, object]:
+    if not it.kept:
+        return {"outcome": "removed", "stays": it.files}
+    return {"outcome": "removed in part", "stays": it.files, "kept": it.kept, "next": it.next}
 
 
 # ------------------------------------------------------------------------------------------------- running on the hosts
@@ -318,7 +323,8 @@ def _columns(rows: list[dict[str, object]]) -> list[str]:
 
 def _text(value: object) -> str:
     if isinstance(value, list | tuple):
-        return one_line(" ".join(map(str, value))) or "-"
+        items = [str(it) for it in value]
+        return one_line(("; " if any(" " in it for it in items) else " ").join(items)) or "-"
     return "-" if value in (None, "") else one_line(str(value))
 
 

@@ -41,7 +41,8 @@ from netloom.state import Scope
 P = TypeVar("P", bound=msgspec.Struct)
 
 # When the scope does not exist yet: ``builds`` creates it; ``removes`` succeeds and does nothing; ``acts`` creates
-# nothing and returns output. ``extension``: the management server answers, without a host.
+# nothing and returns output. ``extension``: the management server answers, without a host. Only ``builds`` installs the
+# program on a host (``only_removes``, extension/request.py).
 Kind = Literal["builds", "removes", "acts", "extension"]
 
 
@@ -128,6 +129,12 @@ def row_of(command: str) -> Row[Any]:
     return row
 
 
+def only_removes(command: str, payload: msgspec.Struct) -> bool:
+    """Whether the call creates nothing where its scope does not exist: it removes, or CloudStack ends the network."""
+    kind = row_of(command).kind
+    return kind == "removes" or (kind == "builds" and is_shutting_down(payload))
+
+
 def decode(command: str, payload: bytes) -> msgspec.Struct:
     """Parse and check the JSON text of a payload. Raises BadRequest with the path of the field."""
     return check_payload(command, load_object(payload, root="payload"))
@@ -170,7 +177,7 @@ def apply(command: str, scope: Scope | None, payload: msgspec.Struct, context: C
     if row.transition is None:
         raise BadRequest(f"{command}: answered where CloudStack runs, not on a host")
     if scope is None:
-        if row.kind == "removes" or (row.kind == "builds" and is_shutting_down(payload)):
+        if only_removes(command, payload):
             return Transitioned(scope=None)
         scope = new_scope(context)
     wanted = row.transition(with_registration(scope, context.registration), payload, context)

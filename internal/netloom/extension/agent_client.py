@@ -1,4 +1,4 @@
-"""The client of one host's agent: installs the agent if necessary, and runs many calls over one channel."""
+"""The client of one host's agent: runs many calls over one channel, and installs the agent for calls that build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from netloom.extension.ssh import (
     AgentChannel,
     ConnectionLost,
     Login,
-    NoAgent,
     SshConnection,
     why_no_agent,
 )
@@ -35,10 +34,14 @@ _SUDO_S_MAX = 5.0
 _INSTALLATION_S_MAX = 3600.0
 
 
+class OtherProtocol(HostUnreachable):
+    """The agent and we have no protocol in common."""
+
+
 class AgentClient:
     """A channel to the agent of ``host``. ``deployment``: the installation of the agent, while one runs.
 
-    ``package``: installed on a host that has no agent or an older one. None: nothing is installed.
+    ``package``: what ``install`` and ``replace`` install. None: nothing is installed.
     """
 
     def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
@@ -61,30 +64,44 @@ class AgentClient:
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
 
-    async def open(self) -> Hello:
-        """Log in, start the agent's command and exchange hellos; returns the agent's hello.
+    async def open(self) -> None:
+        """Log in, start the agent's command and exchange hellos. Installs nothing.
 
-        An agent that is missing, or whose protocol is too old, is installed first.
-        Raises HostUnreachable, or LoginRefused, with a remedy.
+        Raises HostUnreachable, or LoginRefused, with a remedy: NoAgent and OtherProtocol if ``install`` may help.
         """
         await self.connection.open()
-        try:
-            hello = await self._greet()
-        except NoAgent as missing:
-            hello = await self._install(missing)
-        if not hello.understands(HELLO) and self._may_replace(hello):
-            await self._deploy()
-            hello = await self._greet()
+        self._accept(await self._greet())
+
+    async def install(self, why: HostUnreachable) -> None:
+        """Install our build after ``open`` failed by ``why``: the agent is missing, or its protocol is too old.
+
+        Raises as ``open``, and CannotInstall.
+        """
+        if self._package is None:
+            raise why
+        if not isinstance(why, OtherProtocol):
+            await self._deploy(only_if_missing=True)  # another call may have installed it meanwhile
+            try:
+                self._accept(await self._greet())
+            except OtherProtocol as other:
+                why = other
+            else:
+                return
+        if not self._may_replace(self._greeted.result()):
+            raise why
+        await self._deploy()
+        self._accept(await self._greet())
+
+    def _accept(self, hello: Hello) -> None:
         if not hello.understands(HELLO):
             older = "the host" if hello.protocol < PROTOCOL_VERSION else "this server"
-            raise HostUnreachable(
+            raise OtherProtocol(
                 f"{self.host}: its agent (netloom {hello.version}) speaks protocol {hello.protocol}, "
                 f"this server (netloom {HELLO.version}) speaks {PROTOCOL_VERSION}",
                 hint=f"bring netloom up to date on {older}",
             )
         self.outdated = self._may_replace(hello)
         self._log_difference(hello)
-        return hello
 
     async def replace(self) -> None:
         """Install our build in place of the older one that answers now.
@@ -116,12 +133,6 @@ class AgentClient:
         if self._channel.sudo_looked_up or (self.connection.login.by_sudo and waited_s > _SUDO_S_MAX):
             self._progress.log(f"{self.host}: sudo needed {waited_s:.0f} s: {NAME_IN_HOSTS}")
         return hello
-
-    async def _install(self, missing: NoAgent) -> Hello:
-        if self._package is None:
-            raise missing
-        await self._deploy(only_if_missing=True)  # another call may have installed it meanwhile
-        return await self._greet()
 
     async def _deploy(self, *, only_if_missing: bool = False) -> None:
         assert self._package is not None

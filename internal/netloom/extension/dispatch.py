@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import msgspec
 
-from netloom.commands.table import row_of
 from netloom.errors import BadRequest, HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
@@ -81,7 +80,7 @@ async def dispatch(
     """Run a checked request; returns what to print. Raises NetloomError."""
     credentials = login(request.details, environ)
     brought = None if environ.get("NETLOOM_AGENT") else package()  # an agent of one's own is never replaced by ours
-    hosts = Hosts(credentials, brought, deadline, pool, _CallProgress(record, environ))
+    hosts = Hosts(credentials, brought, deadline, pool, _CallProgress(record, environ), installs=request.installs)
     situation = Situation(
         scope_id=request.scope_id,
         order=preferred_order(request.scope_id.partition("-")[2], request.details.candidates),
@@ -101,7 +100,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
         decision = await find(situation, hosts, locate)
         if isinstance(decision, Fail):
             raise decision.error
-        if isinstance(decision, Unplaced) and row_of(call.command).kind == "removes":
+        if isinstance(decision, Unplaced) and request.only_removes:
             return ""  # no host has the scope, so there is nothing to remove
         record.host = decision.host
         if call.command == ENSURE:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from netloom.errors import HostUnreachable
-from netloom.extension.agent_client import AgentClient
+from netloom.extension.agent_client import AgentClient, OtherProtocol
 from netloom.extension.deadline import Deadline
 from netloom.extension.package import Package
 from netloom.extension.placement import (
@@ -33,7 +33,8 @@ from netloom.extension.placement import (
 )
 from netloom.extension.pool import Pool, PooledChannel
 from netloom.extension.progress import Progress
-from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login
+from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login, NoAgent
+from netloom.extension.without_agent import reply_without_agent
 from netloom.wire import Call, Reply
 
 # The agent gets this much less than the remaining time (a tenth of it, if that is less), so that its reply is in time.
@@ -43,7 +44,10 @@ NextStep = Ask | Wait | Use | Unplaced | AllTold | Fail
 
 
 class Hosts:
-    """The hosts that one call can use. ``reached``: the hosts whose agents have said hello."""
+    """The hosts that one call can use. ``reached``: the hosts whose agents have said hello.
+
+    ``installs``: whether the agent is installed where it is missing, and upgraded where it is older.
+    """
 
     def __init__(
         self,
@@ -52,11 +56,14 @@ class Hosts:
         deadline: Deadline,
         pool: Pool,
         progress: Progress,
+        *,
+        installs: bool,
     ) -> None:
         self.login = login
         self.deadline = deadline
         self.reached: set[str] = set()
         self._package = package
+        self._installs = installs
         self._progress = progress
         self._pool = pool
         self._asked: dict[str, AgentClient] = {}
@@ -87,8 +94,13 @@ class Hosts:
 
     async def _once(self, host: str, call: Call) -> Reply:
         with self._pool.channel(host, self.login, self._package, self._progress) as channel:
-            await self._open(host, channel)
-            if not (channel.agent.outdated and self._pool.may_replace(host)):
+            try:
+                await self._open(host, channel)
+            except NoAgent as missing:
+                if self._installs:
+                    raise
+                return await reply_without_agent(channel.agent.connection, call, missing)
+            if not (self._installs and channel.agent.outdated and self._pool.may_replace(host)):
                 return await self._reply(channel, call)
             await self._replace_agent(channel)
             if not channel.agent.is_broken:
@@ -108,10 +120,19 @@ class Hosts:
                 self._pool.abandon(channel)
                 raise channel.agent.silence(time.monotonic() - began)
             # Shielded: two calls may wait for one channel, and cancelling one of them must not cancel the other's.
-            await asyncio.shield(channel.opening)
+            if not channel.is_open:
+                await self._opened(channel)
         finally:
             channel.listeners.discard(self._progress)
         self.reached.add(host)
+
+    async def _opened(self, channel: PooledChannel) -> None:
+        try:
+            await asyncio.shield(channel.opening)
+        except (NoAgent, OtherProtocol):
+            if not self._installs or self._package is None:  # guard: a-removal-installs-nothing
+                raise
+            await asyncio.shield(channel.install())
 
     async def _reply(self, channel: PooledChannel, call: Call) -> Reply:
         left_s = self.deadline.remaining_s()

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from netloom.extension.agent_client import AgentClient
+from netloom.extension.agent_client import AgentClient, OtherProtocol
 from netloom.extension.package import Package
 from netloom.extension.progress import Installing, Progress
-from netloom.extension.ssh import Login
+from netloom.extension.ssh import Login, NoAgent
 
 # After an attempt to replace an older agent, the next attempt on the same host waits this long.
 _REPLACE_AGAIN_S = 300.0
@@ -39,7 +39,8 @@ class _Broadcast(Progress):
 class PooledChannel:
     """A channel to one agent, open or being opened. ``users``: how many calls use it; ``left``: when the last one left.
 
-    An installation of the agent goes on when the calls that waited for it have ended.
+    ``opening`` installs nothing. A call that may install the agent starts ``install`` where it is missing. This goes on
+    when the calls that waited for it have ended.
     """
 
     def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
@@ -47,25 +48,42 @@ class PooledChannel:
         self.listeners = self._broadcast.listeners
         self.agent = AgentClient(host, login, package, self._broadcast)
         self.opening = asyncio.create_task(self.agent.open())
-        # Retrieves the exception, which asyncio would otherwise report when all callers have ended.
-        self.opening.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self.opening.add_done_callback(_retrieve_exception)
+        self.installing: asyncio.Task[None] | None = None
         self.replacing: asyncio.Task[None] | None = None
         self.users = 0
         self.left = time.monotonic()
 
     @property
     def is_open(self) -> bool:
-        done = self.opening
+        done = self.installing or self.opening
         return done.done() and not done.cancelled() and done.exception() is None and not self.agent.is_broken
 
     @property
     def is_lost(self) -> bool:
-        return self.opening.done() and not self.is_open
+        """Whether no call can use the channel any more. One without an agent is used: the agent may be installed."""
+        if not self.opening.done() or self.is_open:
+            return False
+        if self.installing is not None:
+            return self.installing.done()
+        return not (self.users and self._may_be_installed)
+
+    @property
+    def _may_be_installed(self) -> bool:
+        return not self.opening.cancelled() and isinstance(self.opening.exception(), NoAgent | OtherProtocol)
 
     @property
     def is_installing(self) -> bool:
-        replaces = self.replacing is not None and not self.replacing.done()
-        return replaces or (not self.opening.done() and self.agent.deployment is not None)
+        return any(task is not None and not task.done() for task in (self.installing, self.replacing))
+
+    def install(self) -> asyncio.Task[None]:
+        """Install the agent after ``opening`` found none that can be used. One attempt per channel."""
+        if self.installing is None:
+            why = self.opening.exception()
+            assert isinstance(why, NoAgent | OtherProtocol)
+            self.installing = asyncio.create_task(self.agent.install(why))
+            self.installing.add_done_callback(_retrieve_exception)
+        return self.installing
 
     def replace(self) -> asyncio.Task[None]:
         """Start to install our build in place of the host's older one, while calls go on. One attempt per channel."""
@@ -74,10 +92,16 @@ class PooledChannel:
         return self.replacing
 
     def close(self) -> None:
-        self.opening.cancel()
-        if self.replacing is not None:
-            self.replacing.cancel()
+        for task in (self.opening, self.installing, self.replacing):
+            if task is not None:
+                task.cancel()
         self.agent.close()
+
+
+def _retrieve_exception(done: asyncio.Task[None]) -> None:
+    """Take the exception out of a task, because asyncio reports it when all callers have ended."""
+    if not done.cancelled():
+        done.exception()
 
 
 class Pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from netloom.commands.table import check_payload, row_of
+from netloom.commands.table import check_payload, only_removes, row_of
 from netloom.extension.hostkeys import parse_pins
 from netloom.extension.registration import registration
 from netloom.protocol.envelope import PhysicalDetails, StoredDetails, parse_current_details, read_envelope, scope_id_of
@@ -17,12 +17,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A checked call.
 
     ``stored``: the host that CloudStack remembers, and what we stored with it. ``vlan``: the segment in the payload.
+    ``installs``: whether the program is installed or upgraded on hosts that the call asks. ``only_removes``: see
+    commands/table.py.
     """
 
     details: PhysicalDetails
     stored: StoredDetails
     call: Call
     vlan: str = ""
+    installs: bool = False
+    only_removes: bool = False
 
     @property
     def scope_id(self) -> str:
@@ -34,15 +38,19 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
 
     Raises BadRequest; nothing was changed then.
     """
-    row_of(command)  # report an unknown command before looking at the payload
+    kind = row_of(command).kind  # report an unknown command before looking at the payload
     envelope = read_envelope(payload_file, command)
     payload_text = dump(envelope.payload)  # guard: registration-does-not-cross-the-wire
     payload = check_payload(command, envelope.payload)
     parse_pins(envelope.details.hostkeys)  # report a misspelt pin now, not when its host is first asked
     stored = envelope.network_details
+    removes = only_removes(command, payload)
+    installs = kind == "builds" and not removes
     if isinstance(payload, EnsureNetworkDevice):
         current = parse_current_details(payload.current_details)
         stored = current if current.host else stored
+        # CloudStack sends it before removals, too. A stored host stays the host, whatever it has: only look.
+        installs = not stored.host and not payload.is_ending  # guard: placing-for-a-removal-installs-nothing
     return Request(
         details=envelope.details,
         stored=stored,
@@ -54,4 +62,6 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
             payload=payload_text,
         ),
         vlan=str(getattr(payload, "vlan", "")),
+        installs=installs,
+        only_removes=removes,
     )

@@ -57,8 +57,15 @@ class EnsureNetworkDevice(msgspec.Struct, frozen=True, kw_only=True):
     network_id: Id = Id("")
     vpc_id: Id = Id("")
     zone_id: Id = Id("")
+    network_state: Word = Word("")
+    vpc_state: Word = Word("")
     current_details: Document = Document("")
 
     def __post_init__(self) -> None:
         if not self.network_id and not self.vpc_id:
             raise ValueError("neither network_id nor vpc_id is given")
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the network or VPC is being removed, or has no VM: its state before destroy-network is allocated."""
+        return self.network_state in ("shutdown", "allocated", "destroy") or self.vpc_state == "inactive"

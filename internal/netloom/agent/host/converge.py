@@ -10,6 +10,7 @@ import contextlib
 import threading
 import time
 from itertools import takewhile
+from pathlib import Path
 
 import msgspec
 
@@ -19,6 +20,7 @@ from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
+from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
@@ -58,9 +60,13 @@ class _Table(msgspec.Struct, frozen=True):
 
 
 class KernelHost:
-    """The kernel objects of this machine, and which bridges each scope claims. Implements ``Host``."""
+    """The kernel objects of this machine, and which bridges each scope claims. Implements ``Host``.
 
-    def __init__(self) -> None:
+    ``state_dir``: the directory for the record of raised sysctls.
+    """
+
+    def __init__(self, state_dir: Path = Path("/var/lib/netloom")) -> None:
+        self._raised_sysctls = state_dir / RECORD
         self._shared = threading.Lock()
         self._claims: dict[str, frozenset[str]] = {}
         self._links: dict[str, int] = {}  # by scope, the number of its links
@@ -82,7 +88,7 @@ class KernelHost:
         # Each dnsmasq uses one inotify instance. Those of earlier versions all run as one user.
         with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
             if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
-                sysctl.write(None, {_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)})
+                raise_to({_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)}, self._raised_sysctls)
 
     def claim(self, scope_id: str, want: Want) -> None:
         """Record which shared bridges the scope wants; they are not removed from now on."""
@@ -117,7 +123,8 @@ class KernelHost:
         self._links_allowed = links
         # Not allowed in a container, and absent outside the initial namespace. Then the host's own limits hold.
         with contextlib.suppress(HostRefused):
-            sysctl.write(None, neighbour_limits(links, sysctl.read(None, NEIGHBOUR_LIMITS)))
+            if limits := neighbour_limits(links, sysctl.read(None, NEIGHBOUR_LIMITS)):
+                raise_to(limits, self._raised_sysctls)
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants; change nothing where it is so already.

@@ -86,6 +86,7 @@ _STACK = (
     ("arp", "input", "@ll,0,48 & 0xfffffffffff0 == 0x0180c2000000 drop"),
 )
 _FAMILIES = (GUARD_FAMILY, FRAMES_FAMILY, *(family for family, _, _ in _STACK))
+GUARD_TABLES = tuple(f"{family} {GUARD_TABLE}" for family in _FAMILIES)
 
 _RULES = {
     "input": (
@@ -149,6 +150,13 @@ def unguard(bridge: str, *, last: bool) -> None:
         nft.run("\n".join(lines) + "\n")
 
 
+def unguard_all(bridges: Iterable[str]) -> None:
+    """Delete all guards, and the settings that they need on these bridges of ours. Raises HostRefused."""
+    with Nft(None) as nft:
+        nft.run("\n".join(_without_tables()) + "\n")
+    links.change(None, [links.release_bridge(bridge) for bridge in bridges])
+
+
 def guard_others(others: Others) -> None:
     """Guard these bridges of others, and no further ones; without any guard left, delete the tables.
 
@@ -195,8 +203,7 @@ def _others_lines(others: Others) -> list[str]:
 
 
 def _without_tables() -> list[str]:
-    tables = [f"table {family} {GUARD_TABLE}" for family in _FAMILIES]
-    return [f"{verb} {table}" for verb in ("add", "delete") for table in tables]
+    return [f"{verb} table {table}" for verb in ("add", "delete") for table in GUARD_TABLES]
 
 
 def _former_uplinks(guarded: frozenset[str]) -> set[str]:

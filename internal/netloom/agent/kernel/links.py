@@ -203,10 +203,19 @@ def confine_bridge(name: str) -> Message:
 
     Also bound the addresses that it learns.
     """
+    return _bridge_settings(name, _FORWARD_LLDP, LEARNED_MAX)
+
+
+def release_bridge(name: str) -> Message:
+    """Undo confine_bridge: the kernel's defaults."""
+    return _bridge_settings(name, 0, 0)
+
+
+def _bridge_settings(name: str, group_fwd_mask: int, learned_max: int) -> Message:
     data = nested(
         _IFLA_INFO_DATA,
-        u16(_IFLA_BR_GROUP_FWD_MASK, _FORWARD_LLDP),
-        u32(_IFLA_BR_FDB_MAX_LEARNED, LEARNED_MAX),
+        u16(_IFLA_BR_GROUP_FWD_MASK, group_fwd_mask),
+        u32(_IFLA_BR_FDB_MAX_LEARNED, learned_max),
     )
     info = nested(_IFLA_LINKINFO, text(_IFLA_INFO_KIND, "bridge"), data)
     payload = _HEAD.pack(0, 0, 0, 0, 0) + text(_IFLA_IFNAME, name) + info

@@ -280,7 +280,7 @@ def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callab
 
     If the new agent does not answer, call ``undo``, start the build ``now`` again, and raise HostRefused.
     """
-    with _start_lock():
+    with start_lock():
         stop()
         while_stopped()
         _link(_CURRENT, to)
@@ -309,15 +309,9 @@ def stop() -> None:
     _wait_for_lock()
 
 
-def stop_without_restart() -> None:
-    """:func:`stop`, and prevent relays from starting an agent until it has stopped. Raises HostRefused."""
-    with _start_lock():
-        stop()
-
-
 def start_current() -> None:
     """Start the agent of the build in use, and wait until it answers. Raises HostRefused."""
-    with _start_lock():
+    with start_lock():
         _start()
         if not _wait_for(current()):
             raise HostRefused(f"the agent of {current()} does not answer", hint=f"look at {LOG}")
@@ -373,7 +367,7 @@ def _wait_for_lock() -> None:
 
 
 @contextlib.contextmanager
-def _start_lock() -> Iterator[None]:
+def start_lock() -> Iterator[None]:
     """Hold the lock for starting an agent: relays that find no agent wait, instead of starting one."""
     os.makedirs(os.path.dirname(SOCKET), mode=0o711, exist_ok=True)
     lock = connect.open_lock(os.path.dirname(SOCKET))

@@ -22,6 +22,10 @@ from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.agent.host import unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
+from netloom.agent.host.converge import KernelHost
+from netloom.agent.host.frames import GUARD_TABLES, unguard_all
+from netloom.agent.host.host_sysctls import RECORD, restore
+from netloom.agent.host.observe import our_shared_links
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
 from netloom.agent.processes.process import read_record
@@ -31,6 +35,7 @@ from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
 from netloom.errors import HostRefused
 from netloom.guestwire import GuestHello
 from netloom.guestwire.channel import Channel, ChannelError
+from netloom.plan.have import CARRIERS
 from netloom.wire import Call, FrameReader, Hello, Registration, Reply, encode
 
 Networks = Literal["refuse", "remove", "leave"]
@@ -39,11 +44,23 @@ _ANSWER_S_MAX = 60.0
 _HELLO_S_MAX = 5.0
 
 
-def uninstall(networks: Networks) -> list[str]:
-    """Remove netloom from this host; return the foreign files that are kept.
+class Kept(msgspec.Struct, frozen=True):
+    """What stays on the host. ``files``: those of others. ``kept``: objects of ours, with the reason.
+
+    ``next``: the commands that remove them when the reason is gone.
+    """
+
+    files: list[str] = []
+    kept: list[str] = []
+    next: list[str] = []
+
+
+def uninstall(networks: Networks) -> Kept:
+    """Remove netloom from this host; return what stays.
 
     ``networks``, if there are networks on the host: ``refuse`` changes nothing and raises HostRefused; ``remove``
     deletes them first; ``leave`` keeps them and their state files, but nothing answers DHCP or metadata requests.
+    A bridge with a VM stays, without its guard: nobody would maintain it. Networks that are left keep their guards.
     Raises HostRefused also when the agent, the guest process or a network cannot be stopped.
     """
     with install.locked():
@@ -55,15 +72,41 @@ def uninstall(networks: Networks) -> list[str]:
             )
         if scopes and networks == "remove":
             _delete_all(scopes)
-        install.stop_without_restart()
-        _stop_guest_process()
-        _remove_unit()
-        namespaces.release()
-        keep_networks = bool(scopes) and networks == "leave"
-        if not keep_networks:
-            BridgedFrames().let_through((), ())
-            unmanaged.release()
-        return _remove_files(keep_networks=keep_networks)
+        # Calls that come meanwhile wait for this lock, and find nothing then (agent/connect.py).
+        with install.start_lock():
+            install.stop()
+            _stop_guest_process()
+            _remove_unit()
+            leave = bool(scopes) and networks == "leave"
+            if leave:
+                kept = [f"{len(scopes)} networks with their bridges and guards: they run on"]
+                after = ["netloom agent install"]
+            else:
+                kept, after = _remove_shared_links()
+                BridgedFrames().let_through((), ())
+                unmanaged.release()
+                restore(STATE / RECORD)
+            namespaces.release()
+            return Kept(_remove_files(keep_networks=leave), kept, after)
+
+
+def _remove_shared_links() -> tuple[list[str], list[str]]:
+    """Remove all guards, and the unused links of segments; what stays, and the commands that remove it."""
+    try:
+        KernelHost().tidy()
+        found = our_shared_links()
+        bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
+        unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
+    except HostRefused as error:
+        return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in GUARD_TABLES]
+    kept, after = [], []
+    for bridge in bridges:
+        carrier = found.get(bridge.carrier)
+        ours = [carrier.name] if carrier is not None and carrier.ours and carrier.kind in CARRIERS else []
+        others = [it for it in bridge.ports if it not in ours]
+        kept.append(f"bridge {' and '.join([bridge.name, *ours])}: {', '.join(others) or 'something'} is plugged in")
+        after += [f"ip link delete {it}" for it in (bridge.name, *ours)]
+    return kept, after
 
 
 def _scopes() -> list[str]:
@@ -156,10 +199,11 @@ def _remove_unit() -> None:
 
 def _remove_files(*, keep_networks: bool) -> list[str]:
     made_parent = (LIBEXEC / install.MADE_PARENT).exists()
+    _remove([LIBEXEC / "current"])  # first: calls that come meanwhile start no program that is being removed
     _remove_unpacked(install.builds())
     for build in install.builds():
         install.remove_build(build)
-    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("current", "previous", "held", install.MADE_PARENT)])
+    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("previous", "held", install.MADE_PARENT)])
     shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
