@@ -290,11 +290,11 @@ def test_a_second_agent_refuses_to_start(host: AgentHost) -> None:
 
 
 class Relay:
-    """``netloom agent connect``, started with three pipes, as sshd does."""
+    """``netloom agent connect``, started with three pipes, as sshd does. ``program``: another one than PROGRAM."""
 
-    def __init__(self, host: AgentHost) -> None:
+    def __init__(self, host: AgentHost, program: list[str] = PROGRAM) -> None:
         self.process = subprocess.Popen(
-            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "connect"],
+            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *program, "connect"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -349,6 +349,68 @@ def test_the_socket_of_a_dead_agent_is_replaced(bare: AgentHost) -> None:
     second = Relay(bare)
     assert isinstance(second.ask(locate("net-1")), Reply)
     assert second.end() == (0, b"")
+
+
+# The program with shorter limits for an agent that does not answer: 1.5 s instead of 15.
+IMPATIENT = """
+import sys
+sys.path[0] = "INTERNAL"
+from netloom.agent import connect, hung
+hung.SAMPLE_S, connect.QUIET_S = 0.05, 0.3
+from netloom.entry import main
+sys.exit(main(sys.argv))
+"""
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> list[str]:
+    script = tmp_path / "main.py"
+    script.write_text(IMPATIENT.replace("INTERNAL", str(Path(PROGRAM[1]).parents[2] / "internal")))
+    return [PROGRAM[0], str(script), "agent"]
+
+
+@pytest.mark.mutation("an-agent-that-hung-leaves-its-stacks")
+def test_a_new_relay_replaces_a_hung_agent_and_its_call_succeeds(bare: AgentHost, impatient: list[str]) -> None:
+    first = Relay(bare, impatient)
+    reply = first.ask(make_call("020", "implement-network"))
+    assert isinstance(reply, Reply)
+    assert reply.status == 0
+    hung = the_agent(bare)
+    first.process.kill()
+    first.end()
+    os.kill(hung, signal.SIGSTOP)
+    relays = [Relay(bare, impatient) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        replies = list(threads.map(lambda relay: relay.ask(locate("net-204")), relays))
+    assert [isinstance(it, Reply) and it.holds for it in replies] == [True] * 3
+    assert the_agent(bare) != hung  # one, although three relays replaced the hung one
+    complaints = b"".join(relay.end()[1] for relay in relays)
+    assert f"the agent (process {hung}) hangs".encode() in complaints
+    log = bare.log()
+    assert f"the agent (process {hung}) hangs" in log
+    assert "Fatal Python error: Aborted" in log
+    assert "in run_forever" in log  # the stack of its event loop
+    Relay(bare, impatient).ask(make_call("131", "destroy-network"))
+
+
+@pytest.mark.mutation("a-relay-notices-that-the-agent-hangs", instead="False")
+def test_a_relay_replaces_an_agent_that_hangs_during_a_call(bare: AgentHost, impatient: list[str]) -> None:
+    relay = Relay(bare, impatient)
+    relay.ask(locate("net-1"))
+    hung = the_agent(bare)
+    time.sleep(1)  # longer than QUIET_S: an idle agent answers on another connection and is left alone
+    assert the_agent(bare) == hung
+    os.kill(hung, signal.SIGSTOP)
+    assert relay.process.stdin is not None
+    relay.process.stdin.write(encode(locate("net-1")))
+    relay.process.stdin.flush()
+    # The relay ends, as when an agent dies. Its caller repeats the call over a new one.
+    assert relay.process.wait(20) == 0
+    assert f"the agent (process {hung}) hangs".encode() in relay.end()[1]
+    assert the_agent(bare) != hung
+    with bare.client() as client:
+        client.send(locate("net-1"))
+        assert isinstance(client.receive(), Reply)
 
 
 def test_the_relay_carries_megabytes_both_ways(bare: AgentHost) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import os
 import resource
@@ -90,6 +91,7 @@ def serve(
         complain(str(error))
         return 3
     _raise_descriptor_limit()
+    _trace_aborts()
     try:
         asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
@@ -282,6 +284,16 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _trace_aborts() -> None:
+    """Write the stacks of all threads to stderr on SIGABRT, which ends an agent that hangs, and on SIGSEGV.
+
+    The journal or the log gets them. No core file is written, because the memory has passwords.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    faulthandler.enable()  # guard: an-agent-that-hung-leaves-its-stacks
 
 
 def _notify(text: str) -> None:

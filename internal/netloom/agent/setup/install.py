@@ -26,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 
-from netloom.agent import connect
+from netloom.agent import connect, hung
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes, replace_text, sync_directory
@@ -139,7 +139,7 @@ def builds() -> list[str]:
 def running(socket_path: str = SOCKET) -> Running | None:
     """The agent that listens on the socket; None when none does.
 
-    Its pid is 0 when it is stopped (SIGSTOP) and accepts no connection.
+    ``hello`` is None when it does not answer. Then its pid is 0 if no process holds the agent's lock.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
         agent.settimeout(_HELLO_S_MAX)
@@ -147,8 +147,8 @@ def running(socket_path: str = SOCKET) -> Running | None:
             agent.connect(socket_path)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-        except TimeoutError:  # the process is stopped and its backlog is full
-            return Running(0, None)
+        except (TimeoutError, BlockingIOError):  # the process is stopped and its backlog is full
+            return Running(hung.agent_pid(os.path.dirname(socket_path)), None)
         pid = peer_credentials(agent).pid
         reader = FrameReader()
         try:
@@ -306,7 +306,18 @@ def stop() -> None:
         if not agent.pid:
             raise HostRefused("the agent does not answer and its process is unknown", hint="kill it by hand")
         terminate(agent.pid)
+    _end_silent()
     _wait_for_lock()
+
+
+def _end_silent() -> None:
+    """End an agent that does not listen and still holds its lock after STOP_S_MAX seconds. Raises HostRefused."""
+    until = time.monotonic() + STOP_S_MAX
+    while pid := hung.agent_pid(os.path.dirname(SOCKET)):
+        if time.monotonic() > until:
+            terminate(pid)
+            return
+        time.sleep(0.05)
 
 
 def stop_without_restart() -> None:
@@ -351,6 +362,7 @@ def terminate(pid: int) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process, number)
+                signal.pidfd_send_signal(process, signal.SIGCONT)  # a stopped process handles no SIGTERM
             if select.select([process], [], [], STOP_S_MAX)[0]:
                 return
     finally:

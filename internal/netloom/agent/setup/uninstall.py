@@ -70,7 +70,11 @@ def _scopes() -> list[str]:
 
 def _delete_all(scopes: Iterable[str]) -> None:
     """Let the agent carry out the delete command of each scope. Raises HostRefused."""
-    if install.running() is None:
+    agent = install.running()
+    if agent is not None and agent.hello is None:  # it hangs
+        install.stop_without_restart()
+        agent = None
+    if agent is None:
         install.start_current()
     store = Store(str(SCOPES))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
