@@ -184,6 +184,7 @@ class FakeHost:
         self.arp: list[tuple[float, list[str]]] = []
         self.named: set[str] = set()  # further namespaces
         self.unused: list[str] = []  # links that the next tidy removes
+        self.with_vms: set[str] = set()  # bridges
 
     def fail(self, what: str, *errors: Exception) -> None:
         """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
@@ -230,6 +231,12 @@ class FakeHost:
         self._raise("tidy")
         removed, self.unused = self.unused, []
         return tuple(map(RemoveHostPort, removed))
+
+    def bridges_with_vms(self) -> frozenset[str]:
+        return frozenset(self.with_vms)
+
+    def await_shared_links(self) -> None:
+        pass
 
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}

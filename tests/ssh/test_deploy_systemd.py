@@ -80,6 +80,24 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     )
     assert guests(host) == answering
     assert network_exists(host)
+    # An agent that hangs gets SIGABRT and is restarted. The networks keep running.
+    assert unit_property(host, "WatchdogUSec") == "45s"
+    quick = (
+        "mkdir -p /run/systemd/system/{0}.d && printf '[Service]\\nWatchdogSec=3\\n' >/run/systemd/system/{0}.d/q.conf"
+    )
+    host.run("sh", "-c", quick.format(UNIT))
+    host.run("systemctl", "daemon-reload")
+    host.run("systemctl", "restart", UNIT)
+    assert until(lambda: unit_property(host, "StatusText") == "1 networks", seconds=SETTLE_S)
+    hung = unit_property(host, "MainPID")
+    host.run("kill", "-STOP", hung)
+    assert until(
+        lambda: unit_property(host, "MainPID") not in ("0", hung) and status(host)["unrestored"] == 0, seconds=SETTLE_S
+    )
+    assert guests(host) == answering
+    assert network_exists(host)
+    host.run("rm", "-r", f"/run/systemd/system/{UNIT}.d")
+    host.run("systemctl", "daemon-reload")
     # After a manual stop the next call starts the unit.
     host.run("systemctl", "stop", UNIT)
     assert guests(host) == answering

@@ -18,7 +18,7 @@ from netloom.agent.host import flows
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
-from netloom.agent.host.observe import observe, our_shared_links, stray_ports
+from netloom.agent.host.observe import bridges_with_vms, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
@@ -154,6 +154,15 @@ class KernelHost:
             steps = sweep(our_shared_links(), self._claimed_by_others(""), guarded, others)
             self._apply(steps)
             return strays + steps
+
+    def bridges_with_vms(self) -> frozenset[str]:
+        """The bridges with a port that is neither ours nor an uplink: a VM is plugged in."""
+        return bridges_with_vms()
+
+    def await_shared_links(self) -> None:
+        """Return when no other thread changes links that scopes share: never if such a thread hangs."""
+        with self._shared:
+            pass
 
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""

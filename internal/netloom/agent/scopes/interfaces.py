@@ -43,6 +43,12 @@ class Host(Protocol):
     def tidy(self) -> tuple[Step, ...]:
         """Remove shared links that no scope wants any more. Raises HostRefused."""
 
+    def bridges_with_vms(self) -> frozenset[str]:
+        """The bridges with a port that is neither ours nor an uplink: a VM is plugged in. Raises HostRefused."""
+
+    def await_shared_links(self) -> None:
+        """Return when no other thread changes links that scopes share: never if such a thread hangs."""
+
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 

@@ -61,9 +61,15 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
+NotifyAccess=main
 ExecStart={LIBEXEC}/{_CURRENT}/{PROGRAM} agent serve --log {LOG}
-# The agent reports READY when every network is restored. That may take long, and a stop waits for running work.
-TimeoutStartSec=infinity
+# The agent reports READY when it answers calls. It restores the networks after that: see STATUS in systemctl status.
+TimeoutStartSec=120
+# A stop waits for running work.
+TimeoutStopSec=30
+# The agent proves again and again that it answers calls. When it hangs it gets SIGABRT, and writes its stacks.
+WatchdogSec=45
+TimeoutAbortSec=5
 Restart=always
 RestartSec=1
 # The processes of the networks are children of the agent. They keep running when it stops.
@@ -93,6 +99,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """What is installed on a host. ``serves``: the build of the running agent.
 
     Without a running agent ``serves`` is empty and ``pid`` is None. ``networks``: the number of scopes with a state.
+    ``unrestored``: how many of them the agent has not restored yet since its start; None: it does not answer.
+    ``restoring``: the next of them.
     """
 
     current: str
@@ -103,6 +111,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     unit: str
     networks: int
+    unrestored: int | None = None
+    restoring: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------------- looking
@@ -248,7 +258,22 @@ def status() -> Status:
         pid=agent.pid if agent else None,
         unit=UNIT if connect.has_unit() else "",
         networks=len(living),
+        unrestored=agent.hello.unrestored if agent and agent.hello else None,
+        restoring=agent.hello.restoring if agent and agent.hello else (),
     )
+
+
+def status_when_restored(within_s: float) -> Status:
+    """Wait until the agent has restored every network. Raises HostRefused when that takes longer than ``within_s``."""
+    until = time.monotonic() + within_s
+    while (now := status()).unrestored != 0:
+        if time.monotonic() > until:
+            missing = "the agent does not answer"
+            if now.unrestored is not None:
+                missing = f"{now.unrestored} networks are not restored: {' '.join(now.restoring)}"
+            raise HostRefused(f"after {within_s:.0f} s {missing}", hint=f"look at {LOG}")
+        time.sleep(0.2)
+    return now
 
 
 def copy_program() -> None:

@@ -70,11 +70,10 @@ def _scopes() -> list[str]:
 
 def _delete_all(scopes: Iterable[str]) -> None:
     """Let the agent carry out the delete command of each scope. Raises HostRefused."""
-    agent = install.running()
-    if agent is not None and agent.hello is None:  # it hangs
+    serving = install.running()
+    if serving is not None and serving.hello is None:  # it hangs
         install.stop_without_restart()
-        agent = None
-    if agent is None:
+    if serving is None or serving.hello is None:
         install.start_current()
     store = Store(str(SCOPES))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
