@@ -101,7 +101,7 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     # After a manual stop the next call starts the unit.
     host.run("systemctl", "stop", UNIT)
     assert guests(host) == answering
-    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null >/dev/null")
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
     assert status(host)["serves"] == ONE
     # Upgrade to a newer build.
@@ -131,7 +131,7 @@ def test_an_agent_started_without_its_unit_is_taken_over(machine: SystemdHost, p
     host.run(str(programs.make(ONE)), "agent", "install")
     detached = "systemctl disable --now -q netloom-agent && rm /etc/systemd/system/netloom-agent.service"
     host.run("sh", "-c", f"{detached} && systemctl daemon-reload")
-    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null >/dev/null")
     told = status(host)
     assert (told["serves"], told["unit"]) == (ONE, "")
     host.run(str(programs.make(ONE)), "agent", "install")
