@@ -48,13 +48,17 @@ def test_a_wait_that_is_too_short_names_what_is_missing(
         install.status_when_restored(0)
 
 
-def test_the_unit_has_a_watchdog_and_finite_times() -> None:
+def test_the_agent_asks_for_its_watchdog_and_the_unit_has_finite_times() -> None:
     unit = configparser.ConfigParser(strict=True)
     unit.optionxform = str  # type: ignore[assignment, method-assign]
     unit.read_string(install.UNIT_TEXT)
     service = unit["Service"]
     assert (service["Type"], service["Restart"], service["KillMode"]) == ("notify", "always", "process")
     # One beat that is late by all that it may wait for its answer does not end the agent.
-    assert heartbeat.EVERY_S + heartbeat.ANSWER_S_MAX < int(service["WatchdogSec"]) <= 60
+    assert heartbeat.EVERY_S + heartbeat.ANSWER_S_MAX < heartbeat.WATCHDOG_S <= 60
+    assert heartbeat.ready("") == "READY=1\nWATCHDOG_USEC=45000000"
+    assert heartbeat.ready("3000000") == "READY=1"  # an operator's drop-in
+    # A rollback keeps the unit file. An older build sends no beats, and would be ended every 45 seconds.
+    assert "WatchdogSec" not in service
     assert 0 < int(service["TimeoutAbortSec"]) <= 10
-    assert 60 <= int(service["TimeoutStartSec"]) <= 300
+    assert 300 <= int(service["TimeoutStartSec"]) <= 900

@@ -19,7 +19,8 @@ from contextlib import suppress
 from netloom.agent.clock import Clock
 from netloom.agent.log import Log
 
-EVERY_S = 5.0  # without systemd's watchdog
+EVERY_S = 5.0
+WATCHDOG_S = 45  # without a beat for so long, systemd ends the agent
 ANSWER_S_MAX = 20.0  # for our own socket
 STUCK_S_MAX = 90.0  # longer than the time of any call
 LATE_S = 5.0  # if our own timer is so late, the machine is overloaded, and the time does not count
@@ -97,6 +98,14 @@ def interval_s(watchdog_usec: str) -> float:
     if watchdog_usec.isdigit() and int(watchdog_usec):
         return min(int(watchdog_usec) / 4e6, EVERY_S)
     return EVERY_S
+
+
+def ready(watchdog_usec: str) -> str:
+    """The state READY, and our watchdog, unless the unit has one (``watchdog_usec``: its environment variable).
+
+    The unit has none, because a rollback keeps the unit file, and older builds send no beats.
+    """
+    return "READY=1" if watchdog_usec else f"READY=1\nWATCHDOG_USEC={WATCHDOG_S * 1_000_000}"
 
 
 def notify(text: str) -> None:

@@ -40,7 +40,7 @@ from netloom import __version__
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
-from netloom.agent.heartbeat import Heartbeat, notify
+from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
@@ -178,7 +178,7 @@ async def _restore(upkeep: Upkeep, prepared: asyncio.Event) -> None:
     preparing = asyncio.ensure_future(upkeep.prepare())
     await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
     prepared.set()
-    notify("READY=1")
+    notify(ready(os.environ.get("WATCHDOG_USEC", "")))
     await preparing
     await upkeep.restore()
 

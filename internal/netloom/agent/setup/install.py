@@ -64,11 +64,12 @@ Type=notify
 NotifyAccess=main
 ExecStart={LIBEXEC}/{_CURRENT}/{PROGRAM} agent serve --log {LOG}
 # The agent reports READY when it answers calls. It restores the networks after that: see STATUS in systemctl status.
-TimeoutStartSec=120
+# Older builds, to which a rollback may go back, report READY when all networks are restored.
+TimeoutStartSec=600
 # A stop waits for running work.
 TimeoutStopSec=30
-# The agent proves again and again that it answers calls. When it hangs it gets SIGABRT, and writes its stacks.
-WatchdogSec=45
+# The agent asks for a watchdog of 45 s (WATCHDOG_USEC in sd_notify(3)). When it hangs it gets SIGABRT, and writes the
+# stacks of its threads. There is no WatchdogSec here, because older builds would be ended by it.
 TimeoutAbortSec=5
 Restart=always
 RestartSec=1
