@@ -188,6 +188,7 @@ class FakeHost:
         self.blocking_changes: tuple[str, ...] = ()  # what the next ``let_through`` changes
         self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
         self.unused: list[str] = []  # links that the next tidy removes
+        self.with_vms: set[str] = set()  # bridges
 
     def fail(self, what: str, *errors: Exception) -> None:
         """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
@@ -246,6 +247,12 @@ class FakeHost:
     def blocked(self, bridges: frozenset[str]) -> list[str]:
         self._raise("blocked")
         return [it for it in self.blocking if it.split()[0] in bridges]
+
+    def bridges_with_vms(self) -> frozenset[str]:
+        return frozenset(self.with_vms)
+
+    def await_shared_links(self) -> None:
+        pass
 
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}

@@ -25,6 +25,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
     ``build`` names the exact program. ``protocol`` and ``oldest`` are the newest and the oldest protocol it speaks.
     ``held``: the build that an operator of the host went back from; it is not installed there again automatically.
+    ``unrestored``: how many scopes an agent has not restored yet since its start; ``restoring`` has the next of them.
     """
 
     version: str
@@ -32,6 +33,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     protocol: int = PROTOCOL_VERSION
     oldest: int = OLDEST_PROTOCOL
     held: str = ""
+    unrestored: int = 0
+    restoring: tuple[str, ...] = ()
 
     def understands(self, other: Hello) -> bool:
         """Whether both ends have a protocol in common."""

@@ -227,6 +227,7 @@ class Client:
         self.send(Hello(version="test", build="test"))
         hello = self.receive()
         assert isinstance(hello, Hello)
+        self.hello = hello
 
     def __enter__(self) -> Client:
         return self

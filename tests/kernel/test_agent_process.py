@@ -18,6 +18,7 @@ import pytest
 
 import processes
 from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost, agent_host, make_call, wait_until
+from netloom.agent.scopes.scopes import WORKERS
 from netloom.wire import Call, FrameReader, Hello, Message, Registration, Reply, encode
 
 STATE = "/var/lib/netloom/scopes"
@@ -290,11 +291,11 @@ def test_a_second_agent_refuses_to_start(host: AgentHost) -> None:
 
 
 class Relay:
-    """``netloom agent connect``, started with three pipes, as sshd does."""
+    """``netloom agent connect``, started with three pipes, as sshd does. ``program``: another one than PROGRAM."""
 
-    def __init__(self, host: AgentHost) -> None:
+    def __init__(self, host: AgentHost, program: list[str] = PROGRAM) -> None:
         self.process = subprocess.Popen(
-            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "connect"],
+            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *program, "connect"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -351,6 +352,71 @@ def test_the_socket_of_a_dead_agent_is_replaced(bare: AgentHost) -> None:
     assert second.end() == (0, b"")
 
 
+# The program with shorter limits for an agent that does not answer (1.5 s) and for workers that end nothing (1 s).
+IMPATIENT = """
+import sys
+sys.path[0] = "INTERNAL"
+from netloom.agent import connect, hung
+hung.SAMPLE_S, connect.QUIET_S = 0.05, 0.3
+if "serve" in sys.argv:
+    from netloom.agent import heartbeat, serve
+    heartbeat.STUCK_S_MAX, serve.PREPARE_S_MAX = 1.0, 0.5
+from netloom.entry import main
+sys.exit(main(sys.argv))
+"""
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> list[str]:
+    script = tmp_path / "main.py"
+    script.write_text(IMPATIENT.replace("INTERNAL", str(Path(PROGRAM[1]).parents[2] / "internal")))
+    return [PROGRAM[0], str(script), "agent"]
+
+
+@pytest.mark.mutation("an-agent-that-hung-leaves-its-stacks")
+def test_a_new_relay_replaces_a_hung_agent_and_its_call_succeeds(bare: AgentHost, impatient: list[str]) -> None:
+    first = Relay(bare, impatient)
+    reply = first.ask(make_call("020", "implement-network"))
+    assert isinstance(reply, Reply)
+    assert reply.status == 0
+    hung = the_agent(bare)
+    first.process.kill()
+    first.end()
+    os.kill(hung, signal.SIGSTOP)
+    relays = [Relay(bare, impatient) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        replies = list(threads.map(lambda relay: relay.ask(locate("net-204")), relays))
+    assert [isinstance(it, Reply) and it.holds for it in replies] == [True] * 3
+    assert the_agent(bare) != hung  # one, although three relays replaced the hung one
+    complaints = b"".join(relay.end()[1] for relay in relays)
+    assert f"the agent (process {hung}) hangs".encode() in complaints
+    log = bare.log()
+    assert f"the agent (process {hung}) hangs" in log
+    assert "Fatal Python error: Aborted" in log
+    assert "in run_forever" in log  # the stack of its event loop
+    Relay(bare, impatient).ask(make_call("131", "destroy-network"))
+
+
+@pytest.mark.mutation("a-relay-notices-that-the-agent-hangs", instead="False")
+def test_a_relay_replaces_an_agent_that_hangs_during_a_call(bare: AgentHost, impatient: list[str]) -> None:
+    relay = Relay(bare, impatient)
+    relay.ask(locate("net-1"))
+    hung = the_agent(bare)
+    time.sleep(1)  # longer than QUIET_S: an idle agent answers on another connection and is left alone
+    assert the_agent(bare) == hung
+    os.kill(hung, signal.SIGSTOP)
+    assert relay.process.stdin is not None
+    relay.process.stdin.write(encode(locate("net-1")))
+    relay.process.stdin.flush()
+    # The relay ends, as when an agent dies. Its caller repeats the call over a new one.
+    assert relay.process.wait(20) == 0
+    assert f"the agent (process {hung}) hangs".encode() in relay.end()[1]
+    assert the_agent(bare) != hung
+    with bare.client() as client:
+        client.send(locate("net-1"))
+        assert isinstance(client.receive(), Reply)
+
+
 def test_the_relay_carries_megabytes_both_ways(bare: AgentHost) -> None:
     relay = Relay(bare)
     call = make_call("020", "implement-network", zone_id="1", filler="x" * (5 << 20))
@@ -380,19 +446,66 @@ def test_invalid_arguments_print_one_line(bare: AgentHost) -> None:
         assert said.stdout == ""
 
 
-def test_systemd_is_notified_after_the_scopes_are_restored(bare: AgentHost) -> None:
+@contextlib.contextmanager
+def notified_agent(host: AgentHost, program: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """An agent as systemd starts it, and the socket on which systemd listens. Its log is on stderr."""
+    host.path("/run/notify").unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(bare.path("/run/notify")))
+        listener.bind(str(host.path("/run/notify")))
         listener.settimeout(30)
         agent = subprocess.Popen(
-            ["nsenter", "-t", str(bare.pid), "-n", "-m", "--", *PROGRAM, "serve"],
-            env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": "/run/notify"},
+            ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *program, "serve"],
+            env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": "1000000"},
             stderr=subprocess.PIPE,
         )
-        assert listener.recv(100) == b"READY=1"
+        try:
+            yield agent, listener
+        finally:
+            agent.kill()
+            agent.communicate(timeout=20)
+
+
+def test_systemd_is_notified_when_calls_are_answered_and_told_what_is_missing(
+    host: AgentHost, impatient: list[str]
+) -> None:
+    """A restore that takes long delays neither READY nor a call for another network."""
+    for network_id, vlan in (("204", "1204"), ("205", "1377")):
+        assert host.call("020", "implement-network", network_id=network_id, vlan=vlan).status == 0
+    host.kill()
+    with locked_directory(host, "/run/netns"), notified_agent(host, impatient) as (agent, systemd):
+        assert systemd.recv(100) == b"READY=1"
+        assert host.call("020", "implement-network").status == 0
+        with host.client() as client:
+            assert (client.hello.unrestored, client.hello.restoring) == (1, ("net-205",))
+        while (beat := systemd.recv(100)) != b"WATCHDOG=1\nSTATUS=restoring: 1 of 2 networks done":
+            assert beat.startswith(b"WATCHDOG=1\n")
         agent.terminate()
-        _, said = agent.communicate(timeout=20)
-        assert said.splitlines()[-1] == b"stopped; what runs keeps running"
+        assert b"stopped; what runs keeps running" in agent.communicate(timeout=20)[1]
+    with notified_agent(host, PROGRAM) as (_, systemd):
+        while systemd.recv(100) != b"WATCHDOG=1\nSTATUS=2 networks":
+            pass
+        with host.client() as client:
+            assert (client.hello.unrestored, client.hello.restoring) == (0, ())
+
+
+def test_an_agent_whose_workers_all_hang_stops_its_heartbeat_and_aborts(bare: AgentHost, impatient: list[str]) -> None:
+    """Creating a namespace hangs, because the test holds the lock of /run/netns."""
+    with locked_directory(bare, "/run/netns"), notified_agent(bare, impatient) as (agent, systemd):
+        assert systemd.recv(100) == b"READY=1"
+        with bare.client() as client:
+            for number in range(WORKERS):
+                if number == WORKERS - 2:  # some works take long: that is no reason to abort
+                    until = time.monotonic() + 2
+                    while time.monotonic() < until:
+                        assert systemd.recv(100).startswith(b"WATCHDOG=1")
+                client.send(make_call("020", "implement-network", network_id=str(300 + number)))
+            assert agent.wait(20) == -signal.SIGABRT
+        assert agent.stderr is not None
+        said = agent.stderr.read().decode()
+    assert "the worker threads have ended no work for " in said
+    assert said.count(" in converge\n") >= WORKERS  # the stacks of the workers
+    with notified_agent(bare, PROGRAM) as (_, systemd):
+        assert systemd.recv(100) == b"READY=1"
 
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")

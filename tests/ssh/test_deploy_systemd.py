@@ -20,7 +20,7 @@ UNIT = "netloom-agent.service"
 @pytest.fixture(scope="module")
 def programs() -> Iterator[OneFiles]:
     with deploying_files() as files:
-        files.make(ONE)
+        files.make(ONE, changes={"netloom/agent/heartbeat.py": "EVERY_S, WATCHDOG_S = 0.5, 4"})
         files.make(TWO)
         yield files
 
@@ -88,10 +88,20 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     )
     assert guests(host) == answering
     assert network_exists(host)
+    # An agent that hangs gets SIGABRT and is restarted. The networks keep running. Build ONE asks for 4 s, not for 45.
+    assert until(lambda: unit_property(host, "WatchdogUSec") == "4s", seconds=SETTLE_S)
+    hung = unit_property(host, "MainPID")
+    host.run("kill", "-STOP", hung)
+    assert until(
+        lambda: unit_property(host, "MainPID") not in ("0", hung) and status(host)["unrestored"] == 0, seconds=SETTLE_S
+    )
+    assert guests(host) == answering
+    assert network_exists(host)
+    assert until(lambda: unit_property(host, "StatusText") == "1 networks", seconds=SETTLE_S)
     # After a manual stop the next call starts the unit.
     host.run("systemctl", "stop", UNIT)
     assert guests(host) == answering
-    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null >/dev/null")
     assert until(lambda: host.run("systemctl", "is-active", UNIT, check=False) == "active", seconds=SETTLE_S)
     assert status(host)["serves"] == ONE
     # Upgrade to a newer build.
@@ -121,7 +131,7 @@ def test_an_agent_started_without_its_unit_is_taken_over(machine: SystemdHost, p
     host.run(str(programs.make(ONE)), "agent", "install")
     detached = "systemctl disable --now -q netloom-agent && rm /etc/systemd/system/netloom-agent.service"
     host.run("sh", "-c", f"{detached} && systemctl daemon-reload")
-    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null")
+    host.run("sh", "-c", f"{LIBEXEC}/current/netloom agent connect </dev/null >/dev/null")
     told = status(host)
     assert (told["serves"], told["unit"]) == (ONE, "")
     host.run(str(programs.make(ONE)), "agent", "install")

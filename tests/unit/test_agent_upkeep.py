@@ -11,6 +11,7 @@ from fakehost import Agent, simulated
 from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
+from netloom.names import guest_link
 
 NIC = "6b7c2a10-0000-4000-8000-000000005101"
 REFUSED = HostRefused("no such bridge")
@@ -332,7 +333,19 @@ async def test_a_bug_during_a_repair_becomes_lines_in_the_log_and_is_tried_again
 # ------------------------------------------------------------------------------------------------------------ restore
 
 
-@pytest.mark.mutation("a-restore-leaves-workers-for-calls", instead="asyncio.Semaphore(999)")
+@pytest.mark.mutation("the-host-is-guarded-before-calls")
+@simulated
+async def test_the_host_is_prepared_and_guarded_before_any_scope(agent: Agent) -> None:
+    await agent.live()
+    agent.restart()
+    agent.did.clear()
+    agent.host.fail("tidy", REFUSED)
+    await agent.upkeep.prepare()
+    assert agent.did == ["prepare", "open", "tidy"]
+    assert agent.log.lines == ["tidy failed: no such bridge"]
+
+
+@pytest.mark.mutation("a-restore-leaves-workers-for-calls", instead="999")
 @simulated
 async def test_a_restore_takes_the_scopes_in_order_and_leaves_workers_for_calls(agent: Agent) -> None:
     networks = [str(number) for number in range(300, 300 + RESTORING_AT_ONCE + 3)]
@@ -343,18 +356,83 @@ async def test_a_restore_takes_the_scopes_in_order_and_leaves_workers_for_calls(
     agent.workers.hold()
     restoring = agent.start(agent.upkeep.restore())
     await agent.clock.settle()
-    for first in ("prepare", "open"):
-        assert len(agent.workers.pending) == 1
-        await agent.workers.step()
-        assert agent.did[-1] == first
+    assert len(agent.workers.pending) == 1  # the look for VMs
+    await agent.workers.step()
     assert len(agent.workers.pending) == RESTORING_AT_ONCE
     await agent.workers.step()
     assert len(agent.workers.pending) == RESTORING_AT_ONCE
+    assert agent.upkeep.unrestored() == [f"net-{it}" for it in networks[1:]]
     await agent.workers.release()
     assert converged(agent) == [f"converge net-{it}" for it in networks]
     assert agent.did[-1] == "tidy"
     assert restoring.done()
+    assert agent.upkeep.unrestored() == []
     assert all(line.endswith("restore: steps=0 ms=0.0") for line in agent.log.lines)
+
+
+@pytest.mark.mutation("networks-with-vms-are-restored-first", instead="False")
+@simulated
+async def test_networks_with_vms_are_restored_first(agent: Agent) -> None:
+    """First those with a VM in their bridge now, also if it is plugged in during the restore, then those with most VMs.
+
+    The public bridge has VMs of others, which says nothing.
+    """
+    networks = [str(number) for number in range(300, 330 + RESTORING_AT_ONCE)]
+    await agent.live(*networks)
+    for network_id in (networks[-2], networks[-3]):
+        for fixture, command in (("030", "prepare-nic"), ("032", "add-dhcp-entry")):
+            assert (await agent.call(fixture, command, network_id=network_id)).status == 0
+    bridges = {
+        it: next(port.segment.bridge for port in agent.host.present[f"net-{it}"].ports if port.link == guest_link(it))
+        for it in networks
+    }
+    agent.restart()
+    agent.host.with_vms = {bridges[networks[-1]], "breth2-1204"}
+    agent.workers.hold()
+    agent.start(agent.upkeep.restore())
+    await agent.clock.settle()
+    await agent.workers.step()  # the look for VMs; then the workers take one scope each
+    for _ in range(2):
+        await agent.workers.step()
+    last, *with_vms = networks[-1], networks[-3], networks[-2]
+    assert converged(agent) == [f"converge net-{last}", f"converge net-{with_vms[0]}"]
+    untouched = agent.upkeep.unrestored()[-1]
+    assert untouched == f"net-{networks[-4]}"
+    agent.host.with_vms = {bridges[networks[-4]]}
+    await agent.clock.advance(1)
+    await agent.workers.step()  # the workers look again before they take the next scope
+    await agent.workers.release()
+    order = converged(agent)
+    assert sorted(order) == [f"converge net-{it}" for it in networks]
+    assert order.index(f"converge {untouched}") < order.index(f"converge net-{networks[-5]}")
+    assert agent.upkeep.unrestored() == []
+
+
+@simulated
+async def test_a_call_restores_its_scope_at_once_and_alone(agent: Agent) -> None:
+    networks = [str(number) for number in range(300, 310 + RESTORING_AT_ONCE)]
+    await agent.live(*networks)
+    agent.restart()
+    agent.host.present.clear()
+    agent.workers.hold()
+    agent.start(agent.upkeep.restore())
+    await agent.clock.settle()
+    await agent.workers.step()
+    last = networks[-1]
+    call = agent.send("020", "implement-network", network_id=last, vlan=str(1204 + len(networks) - 1))
+    await agent.clock.settle()
+    # Its work has a worker of its own: as many wait before it as are restored at once, not all the others.
+    assert len(agent.workers.pending) == RESTORING_AT_ONCE + 1
+    work = agent.workers.pending.pop()
+    work()
+    await agent.clock.settle()
+    assert call.done()
+    assert agent.host.present.keys() == {f"net-{last}"}
+    assert f"net-{last}" not in agent.upkeep.unrestored()
+    agent.did.clear()
+    await agent.workers.release()
+    assert f"converge net-{last}" not in agent.did
+    assert len(agent.host.present) == len(networks)
 
 
 @simulated
@@ -365,11 +443,14 @@ async def test_a_scope_that_cannot_be_restored_keeps_no_other_back(agent: Agent)
     agent.watcher.error = HostRefused("no netlink")
     agent.host.fail("net-204", REFUSED)
     agent.host.fail("net-205", RuntimeError("bug"))
+    await agent.upkeep.prepare()
     await agent.upkeep.restore()
     assert agent.log.lines[0] == "the host cannot be watched: no netlink"
     assert agent.host.present.keys() == {"net-206"}
+    assert agent.upkeep.unrestored() == ["net-204", "net-205"]
     await agent.clock.advance(1)
     assert agent.host.present.keys() == {"net-204", "net-205", "net-206"}
+    assert agent.upkeep.unrestored() == []
 
 
 # -------------------------------------------------------------------------------------------------------------- check

@@ -1,8 +1,9 @@
 """``netloom agent connect``: copy bytes between stdin and stdout and the agent's socket.
 
 It runs at the host's end of the SSH channel. If no agent answers, it starts one: by systemd where our unit is
-installed, else as a daemon, with the same program. Every connection of a management server starts this process, so it
-imports little.
+installed, else as a daemon, with the same program. An agent that hangs (hung.py) is ended first: when it does not greet
+a new connection, or later, when it is silent on this one and does not greet another. Every connection of a management
+server starts this process, so it imports little.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import sys
 import time
 
+from netloom.agent import hung
 from netloom.agent.environment import PATH
 from netloom.program import command, start_detached
 from netloom.program import path as program_path
@@ -28,6 +30,8 @@ UNIT_FILE = f"/etc/systemd/system/{UNIT}"
 _SYSTEMD_RUNS = "/run/systemd/system"  # sd_booted(3)
 
 START_S_MAX = 20.0  # until a started agent answers; it listens before it restores the scopes
+
+QUIET_S = 5.0  # without a byte from the agent: ask over another connection whether it lives
 
 _CHUNK = 1 << 18
 _STDERR = 2
@@ -47,7 +51,10 @@ def connect(arguments: list[str]) -> int:
     if "--socket" in arguments[:-1]:
         path = arguments[arguments.index("--socket") + 1]
     try:
-        agent = _connect_or_start(path, arguments)
+        with _connect_or_start(path, arguments) as agent:
+            silent = _relay(agent, path)
+        if silent:  # the caller repeats its call over a new channel, which finds the new agent
+            _start_another(path, arguments, silent).close()
     except Uninstalled as error:
         sys.stderr.write(f"netloom agent: {error}\n")
         return 127
@@ -57,27 +64,38 @@ def connect(arguments: list[str]) -> int:
     except OSError as error:
         sys.stderr.write(f"netloom agent: {path}: {error.strerror or error}\n")
         return 3
-    _relay(agent)
     return 0
 
 
 def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
-    """A connection to the agent, which is started if none answers. Raises OSError and Uninstalled."""
-    agent = _connect(path)
+    """A connection to the agent, which has spoken. It is started if none answers. Raises OSError and Uninstalled."""
+    agent, silent = _greeted(path)
     if agent is not None:
         return agent
     _check_installed()
+    return _start_another(path, arguments, silent)
+
+
+def _start_another(path: str, arguments: list[str], silent: int) -> socket.socket:
+    """End the agent ``silent`` if it still serves, and start another, unless another relay does.
+
+    Raises OSError and Uninstalled.
+
+    ``silent``: the pid of an agent that hangs; 0: none is known.
+    """
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o700, exist_ok=True)
     deadline = time.monotonic() + START_S_MAX
     lock = open_lock(directory)
     try:
         while not locked(lock):
-            agent = _connect(path)
-            if agent is not None:
-                return agent
+            if not silent or hung.agent_pid(directory) != silent:
+                agent, silent = _greeted(path)
+                if agent is not None:
+                    return agent
             _wait(deadline, "another process has been starting the agent for too long")
-        agent = _connect(path)
+        _end(directory, silent)
+        agent, silent = _greeted(path)
         if agent is not None:
             return agent
         try:
@@ -85,15 +103,9 @@ def _connect_or_start(path: str, arguments: list[str]) -> socket.socket:
         except Uninstalled:
             _remove_lock(directory, lock)
             raise
-        if has_unit() and not arguments:
-            start_unit()
-        else:
-            start(command(), arguments)
-        while True:
-            agent = _connect(path)
-            if agent is not None:
-                return agent
-            _wait(deadline, f"the agent was started and does not answer: see {LOG}")
+        _end(directory, silent)
+        _start(arguments)
+        return _started(path, arguments)
     finally:
         os.close(lock)
 
@@ -114,19 +126,107 @@ def _remove_lock(directory: str, lock: int) -> None:
         os.rmdir(directory)
 
 
-def _connect(path: str) -> socket.socket | None:
-    """A connection to the agent; None when none listens. Raises OSError."""
-    agent = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    agent.settimeout(START_S_MAX)  # connect(2) blocks when the backlog of a stopped process is full
-    try:
-        agent.connect(path)
-    except (FileNotFoundError, ConnectionRefusedError):
-        agent.close()
-        return None
-    except OSError:
-        agent.close()
-        raise
-    return agent
+def _started(path: str, arguments: list[str]) -> socket.socket:
+    """A connection to the agent that was just started. Raises OSError when it does not answer.
+
+    An older agent may hold the lock and not listen. It is ended if it hangs, and the agent is started again.
+    """
+    directory = os.path.dirname(path)
+    deadline = time.monotonic() + START_S_MAX
+    starting = hung.Silence(0)
+    while True:
+        agent, silent = _greeted(path)
+        if agent is not None:
+            return agent
+        holder = hung.agent_pid(directory)
+        if starting.pid != holder:
+            starting = hung.Silence(holder)
+        if starting.hangs(time.monotonic()):
+            silent = holder
+        if silent:
+            _end(directory, silent)
+            _start(arguments)
+            deadline = time.monotonic() + START_S_MAX
+        _wait(deadline, f"the agent was started and does not answer: see {LOG}")
+
+
+def _start(arguments: list[str]) -> None:
+    if has_unit() and not arguments:
+        start_unit()
+    else:
+        start(command(), arguments)
+
+
+def _end(directory: str, silent: int) -> None:
+    """End the agent that hangs, and say so in the log; 0: there is none. Raises OSError."""
+    if not silent or hung.agent_pid(directory) != silent:
+        return
+    text = f"the agent (process {silent}) hangs: it does not answer a new connection; it is ended and started again"
+    sys.stderr.write(f"netloom agent: {text}\n")
+    log = _open_log()
+    if log != _STDERR:
+        os.write(log, f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n".encode())
+        os.close(log)
+    hung.end(directory, silent)
+
+
+def _greeted(path: str) -> tuple[socket.socket | None, int]:
+    """A connection to the agent after its first bytes have come, and 0.
+
+    None and 0 when no agent listens. None and its pid when it hangs. Raises OSError.
+    """
+    question = _Question(path)
+    while True:
+        if question.answered(hung.SAMPLE_S):
+            return question.connection, 0
+        if question.connection is None:
+            return None, 0
+        if question.silence.hangs(time.monotonic()):
+            question.close()
+            return None, question.silence.pid
+
+
+class _Question:
+    """A new connection on which the agent has not spoken yet. ``connection``: None when no agent listens.
+
+    The constructor and ``answered`` raise OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._connected = False
+        self.silence = hung.Silence(hung.agent_pid(os.path.dirname(path)))
+        self.connection: socket.socket | None = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+
+    def answered(self, within_s: float) -> bool:
+        """Whether the agent speaks within this time."""
+        if self.connection is None:
+            return False
+        self.connection.settimeout(within_s)
+        try:
+            if not self._connected:
+                self.connection.connect(self._path)
+                self._connected = True
+            if self.connection.recv(1, socket.MSG_PEEK):
+                self.connection.settimeout(None)
+                return True
+        except TimeoutError:
+            return False
+        except BlockingIOError:  # the backlog of a stopped process is full
+            time.sleep(within_s)
+            return False
+        except (FileNotFoundError, ConnectionError):
+            pass
+        except OSError:
+            self.close()
+            raise
+        self.close()
+        return False
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
 
 
 def open_lock(directory: str) -> int:
@@ -204,38 +304,58 @@ def _open_log() -> int:
         return _STDERR
 
 
-def _relay(agent: socket.socket) -> None:
-    """Copy bytes in both directions until stdin ends, or the agent or the reader of stdout closes."""
+def _relay(agent: socket.socket, path: str) -> int:
+    """Copy bytes in both directions until stdin ends, or the agent or the reader of stdout closes.
+
+    Returns 0, or the pid of the agent when it hangs.
+    """
     agent.setblocking(False)
     stdin, stdout = 0, 1
     upward = b""  # bytes for the agent
+    heard = time.monotonic()  # when the agent spoke last, on any connection
+    question: _Question | None = None
     while True:
         wanted_r: list[socket.socket | int] = [agent]
         if not upward:
             wanted_r.append(stdin)
-        ready_r, ready_w, _ = select.select(wanted_r, [agent] if upward else [], [])
+        ready_r, ready_w, _ = select.select(
+            wanted_r, [agent] if upward else [], [], QUIET_S if question is None else hung.SAMPLE_S
+        )
         if agent in ready_r:
             try:
                 data = agent.recv(_CHUNK)
             except BlockingIOError:
                 data = None
             except ConnectionError:
-                return
+                return 0
             if data == b"":
-                return
+                return 0
             if data and not _write(stdout, data):
-                return
+                return 0
+            heard = time.monotonic()
         if stdin in ready_r:
             upward = os.read(stdin, _CHUNK)
             if not upward:
-                return  # the management server has closed the channel; the agent keeps running
+                return 0  # the management server has closed the channel; the agent keeps running
         if upward and agent in ready_w:
             try:
                 upward = upward[agent.send(upward) :]
             except BlockingIOError:
                 pass
             except ConnectionError:
-                return
+                return 0
+        now = time.monotonic()
+        if now - heard < QUIET_S:
+            if question is not None:
+                question.close()
+            question = None
+            continue
+        question = question or _Question(path)
+        if question.answered(0.0) or question.connection is None:
+            heard = now
+        elif question.silence.hangs(now):  # guard: a-relay-notices-that-the-agent-hangs
+            question.close()
+            return question.silence.pid
 
 
 def _write(fd: int, data: bytes) -> bool:

@@ -15,6 +15,8 @@
 For example, when dnsmasq dies: ``Supervisor`` notices it and calls ``revive``; ``Upkeep`` converges the scope by
 ``Scopes.converge``; this calls ``Services.converge``, which has ``Supervisor`` start dnsmasq again.
 
+``Heartbeat`` tells systemd that calls are answered, and aborts an agent whose worker threads hang.
+
 ``Upkeep`` needs all the others, and some of them need a handler for their events from the start. ``Events`` closes this
 ring: it is created first, and passes on to ``Upkeep`` once that exists. ARCHITECTURE.md shows the objects below
 ``Services``.
@@ -25,17 +27,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import faulthandler
 import fcntl
 import os
 import resource
 import signal
-import socket
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 from netloom import __version__
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
+from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
@@ -60,6 +65,8 @@ SPOKEN = Hello(version=__version__, build=BUILD)  # the protocols; ``held`` is r
 
 REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the reply came
 STOP_S_MAX = 5.0
+PREPARE_S_MAX = 20.0
+RESTORING_MAX = 20  # scopes that a Hello names
 
 
 def serve(
@@ -88,6 +95,7 @@ def serve(
         log.fatal("not serving", error)
         return 3
     _raise_descriptor_limit()
+    _trace_aborts()
     try:
         asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
@@ -118,20 +126,31 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         await guest_process.adopt()
     except NetloomError as error:
         log.line(f"guest process: {error}")
-    calls = _Calls(scopes)
+    prepared = asyncio.Event()
+    calls = _Calls(scopes, prepared)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    server = await loop.create_unix_server(lambda: _Peer(calls, log), path=path, backlog=128)
+    server = await loop.create_unix_server(lambda: _Peer(calls, log, partial(_hello, upkeep)), path=path, backlog=128)
     os.chmod(path, 0o600)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
-    restoring = asyncio.ensure_future(upkeep.restore())  # guard: the-agent-restores-at-its-start
+    restoring = asyncio.ensure_future(_restore(upkeep, prepared))  # guard: the-agent-restores-at-its-start
+    heartbeat = Heartbeat(
+        clock,
+        log,
+        partial(_greeted, path),
+        partial(scopes.in_worker_uncounted, host.await_shared_links),
+        lambda: scopes.work_done,
+        partial(_status, scopes, upkeep),
+        notify,
+    )
     loops = [
         asyncio.ensure_future(upkeep.keep_tidy()),
         asyncio.ensure_future(upkeep.keep_checked(check_every_s)),
         asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
+        asyncio.ensure_future(_beat(heartbeat, prepared)),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
@@ -148,19 +167,54 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     log.line("stopped; what runs keeps running")
 
 
+async def _restore(upkeep: Upkeep, prepared: asyncio.Event) -> None:
+    """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
+
+    Calls do not wait for a preparation that hangs, for example because another process holds the lock of /run/netns.
+    """
+    preparing = asyncio.ensure_future(upkeep.prepare())
+    await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
+    prepared.set()
+    notify(ready(os.environ.get("WATCHDOG_USEC", "")))
+    await preparing
+    await upkeep.restore()
+
+
+async def _beat(heartbeat: Heartbeat, prepared: asyncio.Event) -> None:
+    await prepared.wait()
+    await heartbeat.run()
+
+
 def _restored(task: asyncio.Future[None], log: Log) -> None:
     if not task.cancelled() and (error := task.exception()):
         log.traceback("restore", error)
         return
     log.line("restored")
-    _notify("READY=1")
+
+
+def _status(scopes: Scopes, upkeep: Upkeep) -> str:
+    """One line for ``systemctl status``."""
+    networks = sum(slot.scope is not None for slot in scopes.slots())
+    missing = len(upkeep.unrestored())
+    return f"restoring: {networks - missing} of {networks} networks done" if missing else f"{networks} networks"
+
+
+async def _greeted(path: str) -> None:
+    """Connect to our own socket, and return when the agent has spoken. Raises OSError."""
+    reader, writer = await asyncio.open_unix_connection(path)
+    try:
+        if not await reader.read(1):
+            raise ConnectionResetError("the connection was closed")
+    finally:
+        writer.transport.abort()
 
 
 class _Calls:
     """The running calls and the last replies. A call that is repeated gets the same reply and is not executed twice."""
 
-    def __init__(self, scopes: Scopes) -> None:
+    def __init__(self, scopes: Scopes, prepared: asyncio.Event) -> None:
         self._scopes = scopes
+        self._prepared = prepared  # until then a call waits
         self._running: dict[str, asyncio.Task[Reply]] = {}
         self._replies: OrderedDict[str, Reply] = OrderedDict()
 
@@ -170,11 +224,15 @@ class _Calls:
             return self._replies[call.call_id]
         task = self._running.get(call.call_id)
         if task is None:
-            task = asyncio.ensure_future(self._scopes.execute(call))
+            task = asyncio.ensure_future(self._execute(call))
             self._running[call.call_id] = task
             task.add_done_callback(lambda done: self._remember(call.call_id, done))
         # Shielded: the call is completed even if its connection breaks.
         return await asyncio.shield(task)
+
+    async def _execute(self, call: Call) -> Reply:
+        await self._prepared.wait()
+        return await self._scopes.execute(call)
 
     async def finish(self, wait_s: float) -> None:
         """Wait for the running calls, at most ``wait_s`` seconds."""
@@ -192,8 +250,9 @@ class _Calls:
 class _Peer(asyncio.Protocol):
     """One connection, from a relay or another process of root. Many calls at once, each answered when it is done."""
 
-    def __init__(self, calls: _Calls, log: Log) -> None:
+    def __init__(self, calls: _Calls, log: Log, hello: Callable[[], Hello]) -> None:
         self._calls = calls
+        self._hello = hello
         self._log = log
         self._reader = FrameReader()
         self._caller: Hello | None = None
@@ -208,7 +267,7 @@ class _Peer(asyncio.Protocol):
             transport.abort()
             return
         self._transport = transport
-        transport.write(encode(_hello()))
+        transport.write(encode(self._hello()))
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
@@ -250,8 +309,11 @@ class _Peer(asyncio.Protocol):
             self._transport.write(encode(reply))
 
 
-def _hello() -> Hello:
-    return Hello(version=__version__, build=BUILD, held=held())
+def _hello(upkeep: Upkeep) -> Hello:
+    missing = upkeep.unrestored()
+    return Hello(
+        version=__version__, build=BUILD, held=held(), unrestored=len(missing), restoring=tuple(missing[:RESTORING_MAX])
+    )
 
 
 def _lock(path: str) -> int:
@@ -281,10 +343,11 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _notify(text: str) -> None:
-    """Send a state to systemd (sd_notify(3)), if systemd started the agent."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender, contextlib.suppress(OSError):
-        sender.sendto(text.encode(), "\0" + address[1:] if address.startswith("@") else address)
+def _trace_aborts() -> None:
+    """Write the stacks of all threads to stderr on SIGABRT, which ends an agent that hangs, and on SIGSEGV.
+
+    The journal or the log gets them. No core file is written, because the memory has passwords.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))
+    faulthandler.enable()  # guard: an-agent-that-hung-leaves-its-stacks

@@ -154,12 +154,20 @@ def _install(remote: Remote | None, as_json: Json = False) -> None:
 
 @agent.command("status", help="Show the builds, the agent, and the number of networks.")
 @_also_remote
-def _status(remote: Remote | None, as_json: Json = False) -> None:
+def _status(
+    remote: Remote | None,
+    wait: Annotated[
+        int,
+        typer.Option("--wait", metavar="SECONDS", min=0, help="Wait until the agent has restored every network."),
+    ] = 0,
+    as_json: Json = False,
+) -> None:
     if remote is not None:
-        print_rows(_run_on(remote, ["status"]), as_json)
+        print_rows(_run_on(remote, ["status", *(["--wait", str(wait)] if wait else [])]), as_json)
     else:
         _need_root()
-        print_rows([host_row("this host", 0, install.status())], as_json)
+        now = install.status_when_restored(wait) if wait else install.status()
+        print_rows([host_row("this host", 0, now)], as_json)
 
 
 @agent.command(

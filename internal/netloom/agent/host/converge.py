@@ -21,7 +21,7 @@ from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.helpers import missing
 from netloom.agent.host.host_sysctls import RECORD, raise_to
-from netloom.agent.host.observe import devices, observe, our_shared_links, stray_ports
+from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
@@ -197,6 +197,15 @@ class KernelHost:
         """Why frames do not pass these bridges because of the host's own firewall, a sentence each; change nothing."""
         plan = self._bridged.examine(guarded_bridges(), guarded_others().bridges)
         return [it.what for it in plan.changes] + [str(it) for it in plan.blocked if it.bridge in bridges]
+
+    def bridges_with_vms(self) -> frozenset[str]:
+        """The bridges with a port that is neither ours nor an uplink: a VM is plugged in."""
+        return bridges_with_vms()
+
+    def await_shared_links(self) -> None:
+        """Return when no other thread changes links that scopes share: never if such a thread hangs."""
+        with self._shared:
+            pass
 
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""

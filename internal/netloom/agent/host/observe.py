@@ -176,6 +176,19 @@ def stray_ports(living: frozenset[str]) -> list[str]:
     ]
 
 
+def bridges_with_vms() -> frozenset[str]:
+    """The bridges of the host with a port that is neither ours nor an uplink. Raises HostRefused."""
+    listed = links.list_links(None)
+    bridges = {link.index: link.name for link in listed if link.kind == "bridge"}
+    return frozenset(
+        bridges[link.master_index]
+        for link in listed
+        if link.master_index in bridges
+        and link.kind not in ("", "bond", *CARRIERS)  # a physical NIC has no kind
+        and not _ours(link)
+    )
+
+
 # ----------------------------------------------------------------------------------------------- in the namespace
 
 

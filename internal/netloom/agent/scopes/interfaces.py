@@ -53,6 +53,12 @@ class Host(Protocol):
     def blocked(self, bridges: frozenset[str]) -> list[str]:
         """What keeps frames from passing these bridges, a sentence each. Raises HostRefused."""
 
+    def bridges_with_vms(self) -> frozenset[str]:
+        """The bridges with a port that is neither ours nor an uplink: a VM is plugged in. Raises HostRefused."""
+
+    def await_shared_links(self) -> None:
+        """Return when no other thread changes links that scopes share: never if such a thread hangs."""
+
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 

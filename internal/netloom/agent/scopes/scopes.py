@@ -142,13 +142,16 @@ class Scopes:
         self._workers = workers
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
+        self.work_done = 0  # works that worker threads have ended
 
     def load(self) -> None:
         """Read every state file and claim the shared bridges of every scope, before anything on the host changes."""
         for scope_id in self._store.ended():
-            self.slot(scope_id).ending = True
+            slot = self.slot(scope_id)
+            slot.ending = slot.unconverged = True
         for scope_id in self._store.living():
             slot = self.slot(scope_id)
+            slot.unconverged = True
             try:
                 self._read_state(slot)
                 slot.loaded_ruleset = self._want(slot).ruleset
@@ -298,6 +301,13 @@ class Scopes:
 
     async def in_worker(self, work: Callable[[], _T]) -> _T:
         """Run the work in a worker thread and return its result."""
+        try:
+            return await self.in_worker_uncounted(work)
+        finally:
+            self.work_done += 1
+
+    async def in_worker_uncounted(self, work: Callable[[], _T]) -> _T:
+        """:meth:`in_worker` for a work that does not count in ``work_done``."""
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     # ------------------------------------------------------------------- in a worker thread, the lock is held

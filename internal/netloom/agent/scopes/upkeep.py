@@ -44,6 +44,7 @@ BACKOFF = Backoff.doubling(1.0, 60.0)
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
 TIDY_EVERY_S = 30.0
 TIDY_AFTER_S = 0.3
+LOOK_EVERY_S = 0.5
 CHECK_EVERY_S = 45.0  # between two checks of the same scope
 
 
@@ -60,25 +61,80 @@ class Upkeep:
         self._log = log
         self._clock = clock
         self._untidy = asyncio.Event()
+        self._unrestored: set[str] = set()  # scopes that have not converged since the start
+        self._with_vms: frozenset[str] = frozenset()  # bridges
+        self._looked = -LOOK_EVERY_S  # when ``_with_vms`` was read
         self._tasks: set[asyncio.Task[object]] = set()
 
     # ------------------------------------------------------------------------------------------------- the loops
 
-    async def restore(self) -> None:
-        """Adopt what runs and repair what does not, scope by scope. Errors are logged and tried again."""
-        await self._scopes.in_worker(self._host.prepare)
+    async def prepare(self) -> None:
+        """What comes before the first call: the host is prepared and watched, and the shared bridges are guarded.
+
+        Never raises: without it the scopes report what is missing.
+        """
+        self._unrestored = self._unconverged()
+        try:
+            await self._scopes.in_worker(self._host.prepare)
+        except NetloomError as error:
+            self._log.line(f"the host cannot be prepared: {error}")
+        except Exception as error:  # noqa: BLE001, a bug here must not keep the agent from its calls
+            self._log.traceback("prepare", error)
         try:
             await self._scopes.in_worker(self._watcher.open)
         except NetloomError as error:
             self._log.line(f"the host cannot be watched: {error}")
-        at_once = asyncio.Semaphore(RESTORING_AT_ONCE)  # guard: a-restore-leaves-workers-for-calls
+        await self._tidy_links()  # guard: the-host-is-guarded-before-calls
 
-        async def restore_one(slot: Slot) -> None:
-            async with at_once:
-                await self._reconcile(slot, "restore")
+    async def restore(self) -> None:
+        """Adopt what runs and repair what does not, scope by scope. Errors are logged and tried again.
 
-        await asyncio.gather(*(restore_one(slot) for slot in self._scopes.slots() if slot.scope or slot.ending))
+        Each worker takes the scope that is most urgent at that moment, see ``unrestored``. A call restores its own
+        scope at once.
+        """
+        waiting = self._unconverged()
+        self._unrestored = set(waiting)
+
+        async def restore_most_urgent() -> None:
+            while waiting & self._unrestored:
+                await self._look_for_vms()
+                scope_id = next((it for it in self.unrestored() if it in waiting), "")
+                slot = self._scopes.get(scope_id)
+                waiting.discard(scope_id)
+                if slot is not None:
+                    await self._reconcile(slot, "restore")
+
+        await self._look_for_vms()
+        at_once = RESTORING_AT_ONCE  # guard: a-restore-leaves-workers-for-calls
+        await asyncio.gather(*(restore_most_urgent() for _ in range(min(at_once, len(waiting)))))
         await self._tidy()
+
+    def unrestored(self) -> list[str]:
+        """The ids of the scopes that are not restored yet, the most urgent first.
+
+        Scopes with a VM in their bridges come before the others, and scopes with many VMs before those with few.
+        """
+        slots = filter(None, map(self._scopes.get, sorted(self._unrestored)))
+        return [slot.scope_id for slot in sorted(slots, key=self._urgency)]
+
+    def _unconverged(self) -> set[str]:
+        return {it.scope_id for it in self._scopes.slots() if it.unconverged and (it.scope is not None or it.ending)}
+
+    def _urgency(self, slot: Slot) -> tuple[bool, int]:
+        networks = slot.scope.networks if slot.scope is not None else {}
+        guest_links = {names.guest_link(it) for it in networks}
+        ports = slot.rendered[1].ports if slot.rendered is not None else ()
+        guest_bridges = {it.segment.bridge for it in ports if it.link in guest_links}
+        plugged = not self._with_vms.isdisjoint(guest_bridges)  # guard: networks-with-vms-are-restored-first
+        return not plugged, -sum(len(it.nics) for it in networks.values())
+
+    async def _look_for_vms(self) -> None:
+        """Note which bridges have VMs: CloudStack's KVM agent plugs them in while the scopes are being restored."""
+        if self._clock.time() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = self._clock.time()
+        with contextlib.suppress(NetloomError):  # then the order is not the best
+            self._with_vms = await self._scopes.in_worker(self._host.bridges_with_vms)
 
     async def keep_tidy(self) -> None:
         """Remove shared links that are not used any more, periodically and soon after a link of the host has gone.
@@ -170,6 +226,8 @@ class Upkeep:
 
         A service may have failed that the work did not ask for. Then a retry is scheduled as after a failure.
         """
+        if not slot.unconverged or slot.failed:
+            self._unrestored.discard(slot.scope_id)
         if slot.unconverged:
             self.work_failed(slot)
         else:
@@ -217,11 +275,19 @@ class Upkeep:
             await self._clock.sleep(BACKOFF.delay_s(failures))
             failures += 1
 
-    async def _tidy(self) -> None:
+    async def _tidy_links(self) -> None:
         try:
             for step in await self._scopes.in_worker(self._host.tidy):
                 self._log.line(f"tidy: {step}")
             await self._let_through()
+        except NetloomError as error:
+            self._log.line(f"tidy failed: {error}")
+        except Exception as error:  # noqa: BLE001, a bug in one tidy must not be the end of all later ones
+            self._log.traceback("tidy", error)
+
+    async def _tidy(self) -> None:
+        await self._tidy_links()
+        try:
             with_services = await self._scopes.in_worker(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import msgspec
 
-from netloom.agent import connect
+from netloom.agent import connect, hung
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes, replace_text, sync_directory
@@ -61,9 +61,16 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=notify
+NotifyAccess=main
 ExecStart={LIBEXEC}/{_CURRENT}/{PROGRAM} agent serve --log {LOG}
-# The agent reports READY when every network is restored. That may take long, and a stop waits for running work.
-TimeoutStartSec=infinity
+# The agent reports READY when it answers calls. It restores the networks after that: see STATUS in systemctl status.
+# Older builds, to which a rollback may go back, report READY when all networks are restored.
+TimeoutStartSec=600
+# A stop waits for running work.
+TimeoutStopSec=30
+# The agent asks for a watchdog of 45 s (WATCHDOG_USEC in sd_notify(3)). When it hangs it gets SIGABRT, and writes the
+# stacks of its threads. There is no WatchdogSec here, because older builds would be ended by it.
+TimeoutAbortSec=5
 Restart=always
 RestartSec=1
 # The processes of the networks are children of the agent. They keep running when it stops.
@@ -93,6 +100,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """What is installed on a host. ``serves``: the build of the running agent.
 
     Without a running agent ``serves`` is empty and ``pid`` is None. ``networks``: the number of scopes with a state.
+    ``unrestored``: how many of them the agent has not restored yet since its start; None: it does not answer.
+    ``restoring``: the next of them.
     """
 
     current: str
@@ -103,6 +112,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None
     unit: str
     networks: int
+    unrestored: int | None = None
+    restoring: tuple[str, ...] = ()
 
 
 # ----------------------------------------------------------------------------------------------------- looking
@@ -139,7 +150,7 @@ def builds() -> list[str]:
 def running(socket_path: str = SOCKET) -> Running | None:
     """The agent that listens on the socket; None when none does.
 
-    Its pid is 0 when it is stopped (SIGSTOP) and accepts no connection.
+    ``hello`` is None when it does not answer. Then its pid is 0 if no process holds the agent's lock.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
         agent.settimeout(_HELLO_S_MAX)
@@ -147,8 +158,8 @@ def running(socket_path: str = SOCKET) -> Running | None:
             agent.connect(socket_path)
         except (FileNotFoundError, ConnectionRefusedError):
             return None
-        except TimeoutError:  # the process is stopped and its backlog is full
-            return Running(0, None)
+        except (TimeoutError, BlockingIOError):  # the process is stopped and its backlog is full
+            return Running(hung.agent_pid(os.path.dirname(socket_path)), None)
         pid = peer_credentials(agent).pid
         reader = FrameReader()
         try:
@@ -248,7 +259,22 @@ def status() -> Status:
         pid=agent.pid if agent else None,
         unit=UNIT if connect.has_unit() else "",
         networks=len(living),
+        unrestored=agent.hello.unrestored if agent and agent.hello else None,
+        restoring=agent.hello.restoring if agent and agent.hello else (),
     )
+
+
+def status_when_restored(within_s: float) -> Status:
+    """Wait until the agent has restored every network. Raises HostRefused when that takes longer than ``within_s``."""
+    until = time.monotonic() + within_s
+    while (now := status()).unrestored != 0:
+        if time.monotonic() > until:
+            missing = "the agent does not answer"
+            if now.unrestored is not None:
+                missing = f"{now.unrestored} networks are not restored: {' '.join(now.restoring)}"
+            raise HostRefused(f"after {within_s:.0f} s {missing}", hint=f"look at {LOG}")
+        time.sleep(0.2)
+    return now
 
 
 def copy_program() -> None:
@@ -306,7 +332,18 @@ def stop() -> None:
         if not agent.pid:
             raise HostRefused("the agent does not answer and its process is unknown", hint="kill it by hand")
         terminate(agent.pid)
+    _end_silent()
     _wait_for_lock()
+
+
+def _end_silent() -> None:
+    """End an agent that does not listen and still holds its lock after STOP_S_MAX seconds. Raises HostRefused."""
+    until = time.monotonic() + STOP_S_MAX
+    while pid := hung.agent_pid(os.path.dirname(SOCKET)):
+        if time.monotonic() > until:
+            terminate(pid)
+            return
+        time.sleep(0.05)
 
 
 def start_current() -> None:
@@ -345,6 +382,7 @@ def terminate(pid: int) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process, number)
+                signal.pidfd_send_signal(process, signal.SIGCONT)  # a stopped process handles no SIGTERM
             if select.select([process], [], [], STOP_S_MAX)[0]:
                 return
     finally:

@@ -119,7 +119,11 @@ def _scopes() -> list[str]:
 
 def _delete_all(scopes: Iterable[str]) -> None:
     """Let the agent carry out the delete command of each scope. Raises HostRefused."""
-    if install.running() is None:
+    serving = install.running()
+    if serving is not None and serving.hello is None:  # it hangs
+        with install.start_lock():
+            install.stop()
+    if serving is None or serving.hello is None:
         install.start_current()
     store = Store(str(SCOPES))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as agent:
