@@ -226,15 +226,16 @@ class Upkeep:
 
         A service may have failed that the work did not ask for. Then a retry is scheduled as after a failure.
         """
-        if not slot.unconverged or slot.failed:
+        if slot.failed:
             self._unrestored.discard(slot.scope_id)
-        if slot.unconverged:
             self.work_failed(slot)
         else:
             slot.failures = 0
-            if slot.retry is not None:
-                slot.retry.cancel()  # guard: a-success-cancels-the-retry
-                slot.retry = None
+            if not slot.unconverged:
+                self._unrestored.discard(slot.scope_id)
+                if slot.retry is not None:
+                    slot.retry.cancel()  # guard: a-success-cancels-the-retry
+                    slot.retry = None
         if announcements:
             now = self._clock.time()
             slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
