@@ -1,12 +1,13 @@
 """``netloom confine``: take all that a service does not need from this process, then execute the service's program.
 
-    netloom confine <uid> <directory> <capabilities> <demanded> <data MiB> <program> [<argument>...]
+    netloom confine <uid> <directory> <places> <capabilities> <demanded> <data MiB> <program> [<argument>...]
 
 The agent starts it as root, in the network namespace of the scope. The process keeps its pid. What the program gets:
 
 * a user and a group of its own number, that of its scope;
 * a root directory of its own: the host's programs and libraries, and ``directory``, read-only; and ``/sockets``, a few
-  kilobytes of memory, where it can write;
+  kilobytes of memory, where it can write. With ``places`` (``hosts=/etc/dnsmasq.d``) the files and directories of these
+  names are at other places, and the directory has links to them;
 * of the capabilities those in ``capabilities`` (``net_raw,net_bind_service``), and no way to get others
   (PR_SET_NO_NEW_PRIVS). The program is told that it also has those in ``demanded``: it would refuse to start without
   them, but does not use them;
@@ -36,6 +37,8 @@ from netloom.seccomp import ALLOW, Instruction, if_equal
 USER = "netloom"
 # The one directory that a service can write to, in its own root directory.
 SOCKETS = "/sockets"
+# The file of a service's directory that gets its output (agent/processes/files.py).
+_LOG = "log"
 # No file can become larger, so the log cannot. The agent shortens it long before (agent/processes/files.py).
 FILE_BYTES_MAX = 1 << 20
 PROCESSES_MAX = 4096
@@ -112,7 +115,9 @@ _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
 _NOTIF_BYTES = 80
 _NOTIF_S_MAX = 10.0
 
-_USAGE = "usage: netloom confine <uid> <directory> <capabilities> <demanded> <data MiB> <program> [<argument>...]"
+_USAGE = (
+    "usage: netloom confine <uid> <directory> <places> <capabilities> <demanded> <data MiB> <program> [<argument>...]"
+)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -120,15 +125,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error, with one line on stderr: 1 for wrong arguments, else 3."""
     try:
-        uid, directory, capabilities, demanded, data_mib, program, *arguments = args
+        uid, directory, placed, capabilities, demanded, data_mib, program, *arguments = args
         user, data_bytes = int(uid), int(data_mib) << 20
+        places = [_place(it) for it in placed.split(",") if it]
         kept, told = _numbered(capabilities), _numbered(demanded)
     except (ValueError, KeyError):
         os.write(2, f"netloom confine: only the agent starts it; {_USAGE}\n".encode())
         return 1
     environ = {"PATH": os.environ.get("PATH", ""), "LANG": "C"}
     try:
-        _enter(user, directory, kept, told, data_bytes)
+        _enter(user, directory, places, kept, told, data_bytes)
         os.execve(program, [program, *arguments], environ)
     except OSError as error:
         os.write(2, f"the service cannot be confined: {error}\n".encode())
@@ -139,7 +145,14 @@ def _numbered(names: str) -> list[int]:
     return [CAPABILITIES[it] for it in names.split(",") if it]
 
 
-def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_bytes: int) -> None:
+def _place(text: str) -> tuple[str, str]:
+    name, path = text.split("=")
+    return name, path
+
+
+def _enter(
+    uid: int, directory: str, places: list[tuple[str, str]], kept: list[int], demanded: list[int], data_bytes: int
+) -> None:
     machine = os.uname().machine
     if demanded and not _tell_of(kept + demanded, machine, uid):
         os.write(
@@ -147,7 +160,7 @@ def _enter(uid: int, directory: str, kept: list[int], demanded: list[int], data_
         )
         kept = kept + demanded
     _check("unshare", _libc.unshare(_CLONE_NEWNS | _CLONE_NEWIPC))
-    _enter_root(uid, directory)
+    _enter_root(uid, directory, places)
     for limit, most in (
         (resource.RLIMIT_DATA, data_bytes),
         (resource.RLIMIT_FSIZE, FILE_BYTES_MAX),  # guard: a-log-has-a-largest-size
@@ -250,7 +263,7 @@ def _asking_filter(machine: str) -> bytes:
     return seccomp.assemble([*head, *if_equal(CALLS[machine]["capget"], [seccomp.ASK]), ALLOW])
 
 
-def _enter_root(uid: int, directory: str) -> None:
+def _enter_root(uid: int, directory: str, places: list[tuple[str, str]]) -> None:
     """Change to a root directory with programs, libraries and ``directory``, read-only, and nothing else."""
     # What is unmounted on the host disappears here, too: otherwise this process would keep namespaces alive.
     _mount("none", "/", _MS_REC | _MS_SLAVE)
@@ -272,7 +285,10 @@ def _enter_root(uid: int, directory: str) -> None:
             os.close(os.open(f"{root}/{name}", os.O_CREAT | os.O_WRONLY))
             _mount(f"/{name}", f"{root}/{name}", _MS_BIND)
     _mount_read_only(f"/{_SYSCTLS}", f"{root}/{_SYSCTLS}", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    _mount_read_only(directory, f"{root}/{directory}", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    if places:
+        _put_in_place(directory, root, places)
+    else:
+        _mount_read_only(directory, f"{root}/{directory}", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _write(f"{root}/etc/passwd", f"{USER}:x:{uid}:{uid}::/:\n")
     _write(f"{root}/etc/group", f"{USER}:x:{uid}:\n")
     os.mkdir(f"{root}{SOCKETS}", 0o700)
@@ -281,6 +297,31 @@ def _enter_root(uid: int, directory: str) -> None:
     _check("pivot_root", _libc.pivot_root(b".", b"."))  # pivot_root(2): stacks the old root
     _check("umount2", _libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
+
+
+def _put_in_place(directory: str, root: str, places: list[tuple[str, str]]) -> None:
+    """Mount files and directories of ``directory`` at their places, with links from their names to there.
+
+    A profile of AppArmor allows a program certain paths. The kernel checks the path of the file that a link leads to.
+    The process can write to none of them. A file named ``log`` is opened here as stdout and stderr: descriptors that
+    were opened outside this root directory would be closed when the profile comes into force.
+    """
+    for name, path in places:
+        source, target = f"{directory}/{name}", f"{root}{path}"
+        if os.path.isdir(source):
+            os.makedirs(target, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
+        if name == _LOG:
+            _mount(source, target, _MS_BIND)
+            log = os.open(target, os.O_WRONLY | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+        else:
+            _mount_read_only(source, target, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+        os.symlink(path, f"{root}{directory}/{name}")
 
 
 def call_filter(machine: str) -> bytes:

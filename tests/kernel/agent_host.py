@@ -95,8 +95,9 @@ class AgentHost:
         if os.stat(f"/proc/{pid}/ns/mnt").st_ino == os.stat(f"/proc/{self.pid}/ns/mnt").st_ino:
             return True
         run = self.path("/run").stat().st_dev
-        services = Path(f"/proc/{pid}/root/run/netloom/services").glob("*/*")
-        return any(directory.stat().st_dev == run for directory in services)
+        root = Path(f"/proc/{pid}/root")
+        places = [*(root / "run/netloom/services").glob("*/*"), root / "etc/dnsmasq.d"]
+        return any(it.stat().st_dev == run for it in places if it.exists())
 
     def close(self) -> None:
         self.kill()

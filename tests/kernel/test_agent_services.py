@@ -451,8 +451,30 @@ def test_a_service_that_cannot_start_fails_only_the_calls_that_ask_for_it(host: 
     assert "203.0.113.20/32" in host.run("ip", "addr", namespace=NS)
     assert "203.0.113.20" in host.run("nft", "list", "table", "inet", "netloom", namespace=NS)
     os.kill(thief, signal.SIGKILL)
-    wait_until(lambda: bool(running(host)["dnsmasq"]))
+    wait_until(lambda: not host.processes("nc", "-k", "53"))
+    done(host.call("034", "add-dns-entry"))  # a repeated call waits for no delay
+    assert running(host)["dnsmasq"]
+
+
+def test_missing_programs_fail_the_calls_that_need_them_and_are_used_once_installed(host: AgentHost) -> None:
+    done(host.call("131", "destroy-network"))
+    for program in ("dnsmasq", "haproxy"):
+        host.run("mount", "--bind", "/dev/null", f"/usr/sbin/{program}")
+    done(host.call("020", "implement-network"))
+    done(host.call("021", "assign-ip"))
+    resolver, balancer = host.call("033", "config-dns-subnet"), host.call("080", "apply-lb-rules")
+    assert (resolver.status, resolver.error) == (3, "dns-204: dnsmasq is not installed on this host")
+    assert (balancer.status, balancer.error) == (3, "lb: haproxy is not installed on this host")
+    # One command installs all that is missing.
+    assert {"dnsmasq", "haproxy"} == {it.removesuffix("-base") for it in resolver.hint.split()[-2:]}
+    for fixture, command in (("070", "apply-fw-rules"), ("053", "add-port-forward"), ("032", "add-dhcp-entry")):
+        done(host.call(fixture, command))
+    for program in ("dnsmasq", "haproxy"):
+        host.run("umount", f"/usr/sbin/{program}")
     done(host.call("034", "add-dns-entry"))
+    done(host.call("080", "apply-lb-rules"))
+    assert running(host)["dnsmasq"] and running(host)["haproxy"]
+    assert message(act(host, "check")) == "nothing to do: all is as it should be"
 
 
 def test_a_rejected_rule_does_not_affect_other_balanced_rules(host: AgentHost) -> None:

@@ -180,19 +180,31 @@ def test_a_balancer_of_a_large_host_starts_within_the_smallest_limit_of_memory()
         wait_until(lambda: "64" in {status(pid)["Threads"] for pid in process.group(lb)})
 
 
+@pytest.mark.mutation("files-of-a-resolver-are-where-its-profile-allows-them")
 def test_the_root_directory_of_a_service_has_programs_and_its_own_files() -> None:
     with two_scopes() as (_, pids, users):
-        for name in ("dns-9204", "lb"):
+        for name, top_more, etc_more in (("dns-9204", {"var"}, {"dnsmasq.conf", "dnsmasq.d"}), ("lb", set(), set())):
             root = Path(f"/proc/{pids[name]}/root")
             assert {it.name for it in root.iterdir()} <= {
                 *("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "dev", "etc", "proc", "run", "sockets"),
-            }
-            assert {it.name for it in (root / "etc").iterdir()} <= {"passwd", "group", "ld.so.cache"}
+            } | top_more
+            assert {it.name for it in (root / "etc").iterdir()} <= {"passwd", "group", "ld.so.cache"} | etc_more
             top = Path(directory_of(SCOPE, name)).parents[1]
             assert os.listdir(f"{root}{top}") == [SCOPE]
             assert os.listdir(f"{root}{top}/{SCOPE}") == [name]
             assert os.listdir(root / "proc") == ["sys"]
             assert writable(root, users[SCOPE]) == ["/dev/null", "/dev/urandom", "/sockets"]
+        # The paths that the distributions' profile of AppArmor allows to dnsmasq: what its own names lead to.
+        resolver = Path(f"/proc/{pids['dns-9204']}/root")
+        own = resolver / directory_of(SCOPE, "dns-9204").lstrip("/")
+        assert {it.name: os.readlink(it) for it in own.iterdir()} == {
+            "dnsmasq.conf": "/etc/dnsmasq.conf",
+            "hosts": "/etc/dnsmasq.d",
+            "log": "/var/log/dnsmasq.log",
+        }
+        log = Path(directory_of(SCOPE, "dns-9204"), "log")
+        assert os.path.samestat(os.stat(resolver / "var/log/dnsmasq.log"), os.stat(log))
+        assert "started" in log.read_text()
         sockets = os.listdir(f"/proc/{pids['lb']}/root/sockets")
         assert {"master.sock", "admin.sock"} <= set(sockets)
 

@@ -202,6 +202,21 @@ class SshHost:
         calls = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
         return [call for call in calls if call["command"] != but]
 
+    @contextmanager
+    def without_its_name(self, *, timeout_s: int) -> Iterator[None]:
+        """Let the host not find its own name: it is not in /etc/hosts, and the name server never answers."""
+        ours = self._sh("cat /etc/hosts")
+        # h2 drops such packets.
+        asks = f"nameserver 10.99.0.12\\noptions timeout:{timeout_s} attempts:1\\n"
+        self._sh(f"printf '127.0.0.1 localhost\\n' > /etc/hosts; printf '{asks}' > /etc/resolv.conf")
+        try:
+            yield
+        finally:
+            self._sh(f"printf %s {shlex.quote(ours)} > /etc/hosts; : > /etc/resolv.conf")
+
+    def _sh(self, script: str) -> str:
+        return run("nsenter", "-t", str(self._sshd[0].pid), "-m", "sh", "-ec", script)
+
     def logins(self) -> str:
         return (self.run_directory / "sshd.log").read_text()
 

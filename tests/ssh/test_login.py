@@ -164,6 +164,28 @@ def test_a_sudo_refusal_is_reported_with_a_remedy(lab: SshLab, caller: Caller) -
     assert "/etc/sudoers.d" in ended.line
 
 
+def test_a_sudo_that_waits_for_a_name_server_is_named_and_does_not_fail_the_call(lab: SshLab, caller: Caller) -> None:
+    """sudo looks up the name of its own host, for up to 20 s, and says so before it executes the command."""
+    by_ops = caller.details(sshkey=lab.key("good"), username="ops")
+    with lab.h1.without_its_name(timeout_s=1):
+        assert caller.ensure(by_ops).output == PLACED
+        assert "10.99.0.11: sudo needed " in caller.log
+        assert "put the host's own name into its /etc/hosts" in caller.log
+        # What sudo says is not taken for the reason of another failure.
+        ended = caller.ensure(by_ops, agent="/nowhere/netloom agent")
+        assert ended.line.startswith("10.99.0.11: no agent at /nowhere/netloom")
+        assert "unable to resolve" not in ended.line
+
+
+@pytest.mark.mutation("a-slow-sudo-is-told-apart", instead="False")
+def test_a_call_that_ends_while_sudo_waits_names_the_likely_reason(lab: SshLab, caller: Caller) -> None:
+    with lab.h1.without_its_name(timeout_s=30):
+        ended = caller.ensure(caller.details(sshkey=lab.key("good"), username="ops"), timeout=6)
+    assert ended.status == 2
+    assert "SSH is fine, but the agent does not answer" in ended.line
+    assert "put the host's own name into its /etc/hosts: sudo looks it up each time" in ended.line
+
+
 @pytest.mark.parametrize("user", ["root", "ops"])
 @pytest.mark.parametrize("agent", ["/nowhere/netloom agent", "/etc/passwd agent"])
 def test_the_path_of_a_missing_agent_is_reported(user: str, agent: str, lab: SshLab, caller: Caller) -> None:

@@ -72,7 +72,16 @@ def test_a_service_gets_no_namespaces_and_no_calls_of_the_list(machine: str) -> 
     assert judge(program, 0x40000003, 11) == KILL
 
 
-@pytest.mark.parametrize("args", ["", "1 /run", "x /run net_raw net_admin 1 true", "1 /run raw net_admin 1 true"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "",
+        "1 /run",
+        "x /run a=/b net_raw net_admin 1 true",
+        "1 /run a=/b raw net_admin 1 true",
+        "1 /run a net_raw net_admin 1 true",
+    ],
+)
 def test_wrong_arguments_are_one_line(args: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert confine.main(args.split()) == 1
     assert capfd.readouterr().err.count("usage: netloom confine") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 
 from netloom import __version__
@@ -10,7 +11,15 @@ from netloom.errors import HostRefused, HostUnreachable, NetloomError
 from netloom.extension.deploy import CannotInstall, Deployment
 from netloom.extension.package import Package
 from netloom.extension.progress import Progress
-from netloom.extension.ssh import AgentChannel, ConnectionLost, Login, NoAgent, SshConnection, why_no_agent
+from netloom.extension.ssh import (
+    NAME_IN_HOSTS,
+    AgentChannel,
+    ConnectionLost,
+    Login,
+    NoAgent,
+    SshConnection,
+    why_no_agent,
+)
 from netloom.program import build_id, is_newer
 from netloom.wire import PROTOCOL_VERSION, REPLY_BYTES_MAX, Call, FrameReader, Hello, Message, Reply, encode
 
@@ -18,6 +27,9 @@ HELLO = Hello(version=__version__, build=build_id())
 
 # A Hello is short. A longer first frame is text that a login shell printed, read as a length.
 _HELLO_BYTES_MAX = 1 << 16
+
+# sudo and the agent answer within a second, unless sudo waits for a name server.
+_SUDO_S_MAX = 5.0
 
 # An installation goes on without the calls that waited for it. A slow upload is continued by the next call.
 _INSTALLATION_S_MAX = 3600.0
@@ -89,15 +101,21 @@ class AgentClient:
     def silence(self, waited_s: float) -> HostUnreachable:
         """The error when the host is not ready after ``waited_s`` seconds."""
         if self.deployment is not None:
-            return HostUnreachable(str(self.deployment.now), hint="the next call goes on from there")
+            slow = f"; if every step is slow, {NAME_IN_HOSTS}" if self.connection.login.by_sudo else ""
+            return HostUnreachable(str(self.deployment.now), hint=f"the next call goes on from there{slow}")
         return self.connection.silence(waited_s)
 
     async def _greet(self) -> Hello:
         self._reset()
+        began = time.monotonic()
         self._channel = await self.connection.run(self._received)
         self._watch = asyncio.create_task(self._watch_channel(self._channel))
         self._send(HELLO)
-        return await self._greeted
+        hello = await self._greeted
+        waited_s = time.monotonic() - began
+        if self._channel.sudo_looked_up or (self.connection.login.by_sudo and waited_s > _SUDO_S_MAX):
+            self._progress.log(f"{self.host}: sudo needed {waited_s:.0f} s: {NAME_IN_HOSTS}")
+        return hello
 
     async def _install(self, missing: NoAgent) -> Hello:
         if self._package is None:

@@ -71,6 +71,10 @@ _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
 _SUDO_REFUSES = ("is not in the sudoers", "is not allowed to", "may not run sudo", "not allowed to execute")
 
+# sudo looks up the name of its own host, and goes on without an answer after up to 20 s.
+_SUDO_LOOKS_UP = "unable to resolve host"
+NAME_IN_HOSTS = "put the host's own name into its /etc/hosts: sudo looks it up each time"
+
 # How far a connection is. "agent": logged in, and the agent was started.
 Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent"]
 
@@ -120,13 +124,17 @@ class Login:
         return "password" if self.password else "own keys"
 
     @property
+    def by_sudo(self) -> bool:
+        return self.username != "root"
+
+    @property
     def command(self) -> str:
         """The command line for the login shell. No part of it comes from a payload."""
         return self.as_root([*shlex.split(self.agent), "connect"])
 
     def as_root(self, argv: Sequence[str]) -> str:
         """The command line that runs ``argv`` as root on the host."""
-        return shlex.join(argv if self.username == "root" else ["sudo", "-n", *argv])
+        return shlex.join(["sudo", "-n", *argv] if self.by_sudo else argv)
 
 
 class AgentChannel(asyncssh.SSHClientSession[bytes]):
@@ -169,8 +177,13 @@ class AgentChannel(asyncssh.SSHClientSession[bytes]):
 
     @property
     def stderr(self) -> str:
-        """The stderr of the host's shell, sudo or agent, as one line."""
-        return one_line(bytes(self._stderr).decode("utf-8", "replace"), 300)
+        """The stderr of the host's shell, sudo or agent, as one line, without what sudo says about the host's name."""
+        return one_line(_without_lookup(self._stderr), 300)
+
+    @property
+    def sudo_looked_up(self) -> bool:
+        """Whether sudo said that it cannot resolve the name of its own host."""
+        return _SUDO_LOOKS_UP.encode() in self._stderr
 
 
 class _Client(asyncssh.SSHClient):
@@ -350,7 +363,7 @@ class SshConnection:
             raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
         if process.exit_status is None and not process.exit_signal:
             raise ConnectionLost(f"{self.host}: the connection broke")
-        stderr = one_line(err.decode("utf-8", "replace"), 400)
+        stderr = one_line(_without_lookup(err), 400)
         how = f"signal {process.exit_signal[0]}" if process.exit_signal else f"status {process.exit_status}"
         return CompletedCommand(process.exit_status, out.decode("utf-8", "replace"), stderr or f"it ended with {how}")
 
@@ -448,7 +461,12 @@ class SshConnection:
             "connect": (f"port {port} does not answer", "is the host up, and does a firewall drop the packets?"),
             "handshake": (f"port {port} is open, but no SSH answers", "is its sshd hung? look on the host's console"),
             "login": ("the login does not finish", "is its sshd hung, or waiting for a directory service?"),
-            "agent": ("SSH is fine, but the agent does not answer", LOOK_THERE),
+            "agent": (
+                "SSH is fine, but the agent does not answer",
+                f"{NAME_IN_HOSTS}; or {LOOK_THERE}"
+                if self.login.by_sudo  # guard: a-slow-sudo-is-told-apart
+                else LOOK_THERE,
+            ),
         }[self.stage]
         return HostUnreachable(f"{host}: {what} within {waited_s:.0f} s", hint=hint)
 
@@ -463,6 +481,15 @@ _LOGIN_HINTS = {
     "password": "is the registered password right, and does its sshd let that user log in?",
     "own keys": "neither sshkey nor password is registered, and no key of the calling user is accepted there",
 }
+
+
+def _without_lookup(stderr: bytes | bytearray) -> str:
+    """The text of stderr without the line in which sudo says that it cannot resolve the name of its own host.
+
+    It says so before every command, also before one that fails for another reason.
+    """
+    lines = bytes(stderr).decode("utf-8", "replace").splitlines()
+    return "\n".join(it for it in lines if not (it.startswith("sudo:") and _SUDO_LOOKS_UP in it))
 
 
 async def _connect_after(wait_s: float, info: tuple[int, int, int, str, tuple[object, ...]]) -> socket.socket | OSError:
@@ -556,7 +583,7 @@ def _reason(error: Exception) -> str:
 def why_no_agent(host: str, login: Login, channel: AgentChannel) -> HostUnreachable:
     """The error for an agent's command that ended before its hello, derived from its exit status and stderr."""
     stderr = channel.stderr
-    sudo = login.username != "root"
+    sudo = login.by_sudo
     if sudo and any(phrase in stderr for phrase in _SUDO_WANTS_PASSWORD):
         return LoginRefused(
             f"{host}: sudo wants a password from {login.username}",

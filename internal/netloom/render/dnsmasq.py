@@ -18,6 +18,10 @@ from netloom.state.served import Served
 
 HOSTS = "hosts"
 
+# Where dnsmasq finds its files, in a root directory of its own. The profile of the distributions for AppArmor
+# (usr.sbin.dnsmasq) allows it these paths, and none below /run/netloom.
+_PLACES = {"dnsmasq.conf": "/etc/dnsmasq.conf", HOSTS: "/etc/dnsmasq.d", "log": "/var/log/dnsmasq.log"}
+
 # Questions to other resolvers at the same time. One VM has up to 1,500 (``senders``).
 FORWARDS_MAX = 8000
 # TCP connections at the same time; each needs a process. One VM has up to ``senders.DNS_CONNECTIONS``.
@@ -63,6 +67,7 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scop
         demanded=("net_admin",) if network.has_ip6 else (),  # guard: a-resolver-is-no-network-administrator
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
+        places=_PLACES,  # guard: files-of-a-resolver-are-where-its-profile-allows-them
         serves=_served(network),
         network_id=network.network_id,
     )

@@ -32,6 +32,8 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     ``capabilities``: those that the process keeps. ``demanded``: those that it is only told to have
     (netloom/confine.py).
     ``check``: a command that accepts or refuses a new configuration before it replaces the old one; empty: none.
+    ``places``: file or directory name to the path where the process finds it, in its own root directory; empty: all are
+    in ``directory``.
     ``serves``: what is missing without it, in the network ``network_id``; empty: in all networks of the scope.
     """
 
@@ -49,6 +51,7 @@ class Service(msgspec.Struct, frozen=True, kw_only=True):
     data_mib_max: int = 128  # private memory of each process, in MiB (RLIMIT_DATA)
     listens: tuple[tuple[str, int], ...] = ()  # ("udp", 53); the process is ready when it listens on all of them
     probe: Probe | None = None
+    places: dict[str, str] = {}
     serves: frozenset[Served] = frozenset()
     network_id: str = ""
 

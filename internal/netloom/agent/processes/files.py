@@ -188,7 +188,7 @@ def replace_configuration(namespace: str, service: Service, user: int) -> None:
     if service.check:
         candidates = {f"{directory}/{name}": f"{directory}/{name}.candidate" for name in service.config}
         argv = [candidates.get(argument, argument) for argument in service.check]
-        checked = run(namespace, argv)
+        checked = run(namespace, argv, f"{service.name}: ")
         if checked.returncode != 0:
             raise HostRefused(
                 f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}"

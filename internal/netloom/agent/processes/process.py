@@ -79,7 +79,8 @@ def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     """
     program = _find_program(service.argv[0], f"{service.name}: ")
     capabilities, demanded = ",".join(service.capabilities), ",".join(service.demanded)
-    confined = [str(uid), service.directory, capabilities, demanded, str(service.data_mib_max)]
+    places = ",".join(f"{name}={place}" for name, place in service.places.items())
+    confined = [str(uid), service.directory, places, capabilities, demanded, str(service.data_mib_max)]
     log.unlink(missing_ok=True)  # an earlier process may still write to the old one
     output = open_log(log)
     try:
@@ -115,12 +116,13 @@ def _confine() -> list[str]:
     return [sys.executable, "-S", "-E", "-P", "-c", f"{code}; sys.exit(3)", packages]
 
 
-def run(namespace: str | None, argv: list[str]) -> subprocess.CompletedProcess[str]:
+def run(namespace: str | None, argv: list[str], who: str = "") -> subprocess.CompletedProcess[str]:
     """Run a program to its end, with stdout and stderr together in ``stdout``. None: in the host's namespace.
 
+    ``who``: the beginning of the error when the program is missing.
     Raises HostRefused when the program is not installed, or runs for longer than ``RUN_S_MAX``.
     """
-    program = _find_program(argv[0])
+    program = _find_program(argv[0], who)
     with inside(namespace):
         try:
             return subprocess.run(

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import msgspec
 
 from netloom.agent.backoff import Backoff
+from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import identity
-from netloom.agent.processes import files
+from netloom.agent.processes import denials, files
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed, refusal
 from netloom.agent.processes.process import (
     Record,
@@ -381,12 +382,20 @@ def _wait_ready(pid: int, service: Service, within_s: float = READY_S_MAX) -> No
     until = time.monotonic() + within_s
     while True:
         if start_time(pid) is None:
-            raise _NotReady(f"{service.name} ended immediately: {files.last_output(service)}")
+            raise _not_ready(pid, service, "ended immediately")
         if listening(pid) >= set(service.listens):
             return
         if time.monotonic() > until:
-            raise _NotReady(f"{service.name} does not listen: {files.last_output(service)}")
+            raise _not_ready(pid, service, "does not listen")
         time.sleep(0.005)
+
+
+def _not_ready(pid: int, service: Service, what: str) -> _NotReady:
+    output = files.last_output(service)
+    denial = denials.find(shutil.which(service.argv[0], path=PATH) or service.argv[0], pid, output)
+    if denial is None:
+        return _NotReady(f"{service.name} {what}: {output}")
+    return _NotReady(f"{service.name} {what}: {output}; {denial.says}", hint=denial.remedy)
 
 
 def _reload(pid: int, service: Service) -> None:
