@@ -80,6 +80,23 @@ def test_vms_above_the_label_stay_there_until_the_kvm_agent_takes_the_vlan(host:
     assert "as it should be" in act(host, "check").output
 
 
+def test_vms_in_both_bridges_of_an_earlier_version_are_in_one_afterwards(host: AgentHost) -> None:
+    for bridge, vlan in ((ABOVE, "cloudbr1.1204"), (BRIDGE, "eth1.1204")):
+        host.add_vlan(vlan)
+        host.ip("link", "add", bridge, "type", "bridge")
+        host.ip("link", "set", bridge, "up")
+        host.ip("link", "set", vlan, "master", bridge)
+    host.ip("link", "set", ABOVE, "alias", "netloom carries cloudbr1.1204")
+    host.plug(WEB, ABOVE, WEB_MAC)
+    host.plug("db", BRIDGE, "02:01:00:cc:00:04", "10.10.1.162/24")
+    live_with_labels(host)
+    assert masters(host, "vnetg204", f"tap-{WEB}", "tap-db") == [BRIDGE] * 3
+    assert lease(host, WEB)["ip"] == WEB_IP
+    host.run("ping", "-c", "1", "-W", "20", "10.10.1.162", namespace=WEB)
+    wait_until(lambda: ABOVE not in host.links())
+    wait_until(lambda: f"from-tap-{WEB}" in host.run("nft", "list", "ruleset"))  # the bridge is the KVM agent's
+
+
 def test_a_label_without_a_nic_or_with_two_is_refused_and_nothing_is_made(host: AgentHost) -> None:
     host.ip("link", "set", "eth1", "nomaster")
     before = host.inventory()
@@ -96,3 +113,20 @@ def test_a_label_without_a_nic_or_with_two_is_refused_and_nothing_is_made(host: 
 def test_an_untagged_network_is_in_the_label_itself(host: AgentHost) -> None:
     done(host.call("020", "implement-network", vlan="untagged", registration=LABELS))
     assert masters(host, "vnetg204") == ["cloudbr1"]
+
+
+@pytest.mark.mutation("network-managers-leave-our-links-alone")
+def test_networkmanager_and_networkd_are_told_which_links_are_ours(host: AgentHost) -> None:
+    files = [host.path("/run/NetworkManager/conf.d/netloom.conf"), host.path("/run/systemd/network/00-netloom.network")]
+    for directory in ("/run/NetworkManager", "/run/systemd/netif"):
+        host.path(directory).mkdir(parents=True)
+    host.add_vlan("eth1.1204")
+    done(host.call("020", "implement-network", registration=LABELS))
+    host.ip("link", "add", "other", "type", "bridge")
+    host.ip("link", "del", "other")  # a tidy follows
+    wait_until(lambda: all(it.exists() and BRIDGE in it.read_text() for it in files))
+    done(host.call("131", "destroy-network", registration=LABELS))
+    host.ip("link", "add", "other", "type", "bridge")
+    host.ip("link", "del", "other")
+    wait_until(lambda: not any(BRIDGE in it.read_text() for it in files))
+    assert all("vnet*" in it.read_text() for it in files)

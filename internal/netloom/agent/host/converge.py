@@ -14,7 +14,7 @@ from itertools import takewhile
 import msgspec
 
 from netloom import names
-from netloom.agent.host import flows
+from netloom.agent.host import flows, unmanaged
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -23,7 +23,7 @@ from netloom.agent.host.observe import devices, observe, our_shared_links, stray
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
-from netloom.plan.have import Have, Others
+from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
 from netloom.plan.plan import plan, sweep
 from netloom.plan.steps import (
@@ -31,6 +31,7 @@ from netloom.plan.steps import (
     AttachPort,
     CreatePort,
     LoadRuleset,
+    RemoveBridge,
     RemoveHostPort,
     RemoveVlanLink,
     SetHostLinkDown,
@@ -76,6 +77,8 @@ class KernelHost:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
         load_modules()
         namespaces.prepare()
+        with contextlib.suppress(HostRefused):  # the first tidy tries again
+            unmanaged.mark(_ours(our_shared_links()))
         # Each dnsmasq uses one inotify instance. Those of earlier versions all run as one user.
         with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
             if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
@@ -170,9 +173,13 @@ class KernelHost:
             self._guarded = guarded, others = guarded_bridges(), guarded_others()
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
             apply(strays)
-            steps = sweep(our_shared_links(), self._claimed_by_others(""), guarded, others)
+            links = our_shared_links()
+            steps = sweep(links, self._claimed_by_others(""), guarded, others)
             self._apply(steps)
-            return strays + steps
+        gone = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
+        gone |= {step.link for step in steps if isinstance(step, RemoveVlanLink)}
+        unmanaged.mark(_ours(links) - gone)  # guard: network-managers-leave-our-links-alone
+        return strays + steps
 
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; returns what was changed there."""
@@ -288,6 +295,10 @@ class KernelHost:
     def _claimed_by_others(self, scope_id: str) -> frozenset[str]:
         claims = list(self._claims.items())
         return frozenset(bridge for other, bridges in claims if other != scope_id for bridge in bridges)
+
+
+def _ours(links: dict[str, HostLink]) -> set[str]:
+    return {it.name for it in links.values() if it.ours and it.kind in ("bridge", *CARRIERS)}
 
 
 def load_modules() -> None:

@@ -140,8 +140,11 @@ def devices(want: Want) -> dict[str, HostLink]:
         masters = {it.master_index for it in found.values() if it.master_index}
         found |= _by_index(links.find_links_over(host, masters - found.keys()))
         used = {port.segment.bridge for port in ports}
-        for bridge in [it for it in found.values() if it.name in used]:
+        above = [it for it in found.values() if it.name in used]
+        for bridge in above:
             found |= _by_index(links.list_links_over(host, master=bridge.index))
+        if above:  # the NIC may have a VLAN link under another name; all links are listed only where that matters
+            found |= _by_index(links.list_links_over(host, kind="vlan"))
     return {link.name: _described_by_itself(link, found) for link in found.values()}
 
 

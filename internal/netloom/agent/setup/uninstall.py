@@ -20,6 +20,7 @@ import msgspec
 from netloom import program
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
+from netloom.agent.host import unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.kernel import namespaces
 from netloom.agent.processes.guest_process import DIRECTORY
@@ -58,9 +59,11 @@ def uninstall(networks: Networks) -> list[str]:
         _stop_guest_process()
         _remove_unit()
         namespaces.release()
-        if not (scopes and networks == "leave"):
+        keep_networks = bool(scopes) and networks == "leave"
+        if not keep_networks:
+            unmanaged.release()
             BridgedFrames().let_through((), ())
-        return _remove_files(keep_networks=bool(scopes) and networks == "leave")
+        return _remove_files(keep_networks=keep_networks)
 
 
 def _scopes() -> list[str]:
