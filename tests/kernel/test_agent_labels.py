@@ -115,7 +115,6 @@ def test_an_untagged_network_is_in_the_label_itself(host: AgentHost) -> None:
     assert masters(host, "vnetg204") == ["cloudbr1"]
 
 
-@pytest.mark.mutation("network-managers-leave-our-links-alone")
 def test_networkmanager_and_networkd_are_told_which_links_are_ours(host: AgentHost) -> None:
     files = [host.path("/run/NetworkManager/conf.d/netloom.conf"), host.path("/run/systemd/network/00-netloom.network")]
     for directory in ("/run/NetworkManager", "/run/systemd/netif"):

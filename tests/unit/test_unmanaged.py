@@ -34,6 +34,7 @@ def reloads(run: Path) -> list[str]:
     return (run / "reloads").read_text().split() if (run / "reloads").exists() else []
 
 
+@pytest.mark.mutation("taps-of-vms-are-left-alone")
 def test_the_files_name_the_taps_of_vms_and_our_links(run: Path) -> None:
     (run / "NetworkManager").mkdir()
     (run / "systemd" / "netif").mkdir(parents=True)

@@ -185,7 +185,7 @@ class KernelHost:
             self._apply(steps)
         gone = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
         gone |= {step.link for step in steps if isinstance(step, RemoveVlanLink)}
-        unmanaged.mark(_ours(links) - gone)  # guard: network-managers-leave-our-links-alone
+        unmanaged.mark(_ours(links) - gone)
         return strays + steps
 
     def let_through(self) -> tuple[str, ...]:

@@ -66,7 +66,10 @@ def mark(links: Iterable[str]) -> None:
 
     A program that does not answer reads its file at its next start.
     """
-    names = [*ALWAYS, *sorted(it for it in set(links) if _TAME.fullmatch(it))]
+    names = [
+        *ALWAYS,  # guard: taps-of-vms-are-left-alone
+        *sorted(it for it in set(links) if _TAME.fullmatch(it)),
+    ]
     for program in PROGRAMS:
         text = _HEAD + program.text(names)
         # A read-only /run is no reason to fail: nothing else depends on these files.
