@@ -12,7 +12,7 @@ The agent starts it as root, in the network namespace of the scope. The process 
   (PR_SET_NO_NEW_PRIVS). The program is told that it also has those in ``demanded``: it would refuse to start without
   them, but does not use them;
 * a filter that refuses system calls which no service needs and which have been used to attack kernels;
-* limits: memory of its own (RLIMIT_DATA), the size of a file, processes; no core dump.
+* limits: memory of its own (RLIMIT_DATA), the size of a file, processes, open files; no core dump.
 
 It runs before each start of a service, so it imports only what it needs. After the root directory has changed nothing
 can be imported.
@@ -42,6 +42,9 @@ _LOG = "log"
 # No file can become larger, so the log cannot. The agent shortens it long before (agent/processes/files.py).
 FILE_BYTES_MAX = 1 << 20
 PROCESSES_MAX = 4096
+# haproxy needs two for each of at most 30,000 connections. dnsmasq closes every possible descriptor at its start, and
+# each takes a system call: a million took 10 seconds on a slow machine.
+FILES_MAX = 1 << 16
 # Of a thread. haproxy starts one for each processor. 8 MiB each, the usual size, would use up the limit of memory.
 STACK_BYTES_MAX = 1 << 20
 
@@ -165,6 +168,7 @@ def _enter(
         (resource.RLIMIT_DATA, data_bytes),
         (resource.RLIMIT_FSIZE, FILE_BYTES_MAX),  # guard: a-log-has-a-largest-size
         (resource.RLIMIT_NPROC, PROCESSES_MAX),
+        (resource.RLIMIT_NOFILE, FILES_MAX),
         (resource.RLIMIT_STACK, STACK_BYTES_MAX),  # guard: threads-fit-into-the-limit
         (resource.RLIMIT_CORE, 0),
     ):

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -90,6 +91,8 @@ def test_services_have_their_own_user_and_few_privileges() -> None:
                 assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
                 assert limits(pid).items() >= _LIMITS.items()
                 assert limits(pid)["Max processes"] <= 4096
+                # The agent's limit may be lower.
+                assert limits(pid)["Max open files"] == min(1 << 16, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
         assert limits(pids["dns-9204"])["Max data size"] == 128 << 20
         assert limits(pids["lb"])["Max data size"] == (512 + 8000 // 16) << 20
 
