@@ -53,3 +53,26 @@ def test_a_call_has_the_fields_of_the_payload_and_no_secret() -> None:
     assert request.call.payload == '{"network_id":"204","novelty":{"y":[1.1,"\u00e9"]}}'.encode()
     assert (request.scope_id, request.stored.host, request.call.registration.owner) == ("net-204", "h9", "net/p")
     assert b"hunter2" not in wire.encode(request.call)
+
+
+@pytest.mark.parametrize(
+    ("file", "installs"),
+    [
+        ("010-isolated-ensure-first", True),
+        ("012-isolated-ensure-implemented", False),  # its host is stored
+        ("130-isolated-ensure-before-destroy", False),
+        ("120-isolated-ensure-shutdown", False),
+        ("131-isolated-destroy-network", False),
+        ("126-isolated-shutdown-network", False),
+        ("123-isolated-apply-fw-rules-shutdown", False),
+        ("237-vpc-shutdown-vpc-nothing-stored", False),
+        ("104-isolated-remove-dhcp-entry-network-shut", False),
+        ("500-custom-action-network", False),
+        ("020-isolated-implement-network", True),
+        ("301-shared-prepare-nic", True),
+    ],
+)
+def test_only_calls_that_build_install(file: str, installs: bool) -> None:
+    command = next(row["command"] for row in INDEX if row["file"] == f"{file}.json")
+    request = check(command, (PAYLOADS / f"{file}.json").read_bytes(), "/ext/net/net.sh", "id-1")
+    assert request.installs == installs
