@@ -157,8 +157,9 @@ def test_tiers_of_different_size_are_told_in_both_families_and_directions() -> N
             done(host.call("213", "apply-network-acl", **facts, acl_rules=rules))
             vm = f"vm{number}"
             host.plug(vm, f"breth1-{vlan}", f"02:01:00:00:00:0{number}", f"{net}.31/24")
-            for link in ("all", "eth0"):
-                host.run("sysctl", "-qw", f"net/ipv6/conf/{link}/disable_ipv6=0", namespace=vm)
+            # A router advertisement that was sent before a change would tell the VM the former MTU.
+            for setting in ("eth0/accept_ra=0", "all/disable_ipv6=0", "eth0/disable_ipv6=0"):
+                host.run("sysctl", "-qw", f"net/ipv6/conf/{setting}", namespace=vm)
             host.ip("-n", vm, "addr", "add", f"{net6}::31/64", "dev", "eth0", "nodad")
             host.ip("-n", vm, "route", "add", "default", "via", f"{net}.1")
             host.ip("-n", vm, "route", "add", "default", "via", f"{net6}::1")

@@ -81,7 +81,7 @@ def test_without_a_helper_the_next_call_resumes_the_upload(bed: Bed, host: Host,
 
 def test_an_upload_is_resumed_after_a_broken_connection(bed: Bed, host: Host, one: Path) -> None:
     """The upload process of the broken connection may write later on the host. That does not corrupt the program."""
-    server = Server(bed, one, helper="0", timeout_s=4)
+    server = Server(bed, one, helper="0", timeout_s=12)
     slow_disk(host, stop=2 << 20)
     asked = in_background(server)
     assert until(lambda: uploaded_bytes(host) == 2 << 20, seconds=SETTLE_S)
