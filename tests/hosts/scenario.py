@@ -12,6 +12,7 @@ from binary.onefile import build_id
 from e2e.networks import OUTSIDE, Life, MakeLife, lease
 
 SETTLE_S = 120.0  # an emulated machine needs many seconds for what a real one does in one
+INSTALL_S = 400.0
 CLOSED = {"timeout_s": 2.0}
 FILES = ["/usr/local", "/etc/systemd/system", "/var/log/netloom", "/var/cache/netloom", "/root/.cache"]
 OURS = ("netloom", "dnsmasq", "haproxy")
@@ -53,6 +54,9 @@ def is_reached(address: str, port: int, internet: Internet, server: str) -> bool
 
 def live(life: Life, internet: Internet, names: Sequence[str] = ("web",)) -> list[Vm]:
     """The life of an isolated network up to its running VMs: the VMs, the first of which is forwarded to."""
+    # The first call installs the program. On an emulated machine that may take longer than the call has.
+    assert until(lambda: life.network.ensure().ok, seconds=INSTALL_S, pause_s=1.0)
+    life.network.failures.clear()
     vms: list[Vm] = []
     for number, name in enumerate(names):
         vm, nic = life.vm(f"{name}-{life.number}", 45 + number)
@@ -60,7 +64,7 @@ def live(life: Life, internet: Internet, names: Sequence[str] = ("web",)) -> lis
             address = life.network.associate(life.public(1))
             life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
         vms.append(vm)
-    assert life.network.failures == []
+    assert life.network.failures == [], life.network.failures
     for vm in vms:
         carries(life, vm, internet)
     with vms[0].serve_tcp(22):

@@ -18,6 +18,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     programs = [
         replace(
             it,
+            place=it.place.replace("/run", str(tmp_path)),
             runs=it.runs.replace("/run", str(tmp_path)),
             file=it.file.replace("/run", str(tmp_path)),
             reload=("sh", "-c", f"echo {it.reload[0]} >> {tmp_path}/reloads"),
@@ -38,6 +39,7 @@ def reloads(run: Path) -> list[str]:
 def test_the_files_name_the_taps_of_vms_and_our_links(run: Path) -> None:
     (run / "NetworkManager").mkdir()
     (run / "systemd" / "netif").mkdir(parents=True)
+    (run / "systemd" / "netif" / "state").touch()
     unmanaged.mark({"eth1.101", "breth1-101", "eth2 ", "a;b", "x*"})
     files = [run / "NetworkManager/conf.d/netloom.conf", run / "systemd/network/00-netloom.network"]
     told = [[line for line in it.read_text().splitlines() if line and line[0] != "#"] for it in files]
@@ -74,3 +76,11 @@ def test_nothing_is_written_where_neither_runs_and_nothing_fails(run: Path) -> N
     (run / "NetworkManager").mkdir()
     (run / "NetworkManager" / "conf.d").write_text("not a directory")
     unmanaged.mark({"breth1-101"})
+
+
+def test_networkd_is_not_started_where_it_never_ran(run: Path) -> None:
+    """The file waits for its first start. Its directory is there on every host with systemd."""
+    (run / "systemd" / "netif").mkdir(parents=True)
+    unmanaged.mark({"breth1-101"})
+    assert (run / "systemd/network/00-netloom.network").exists()
+    assert reloads(run) == []

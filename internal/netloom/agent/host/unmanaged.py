@@ -30,8 +30,12 @@ _RELOAD_S_MAX = 10.0
 
 
 class Program(msgspec.Struct, frozen=True):
-    """``runs``: a directory that exists while or after the program ran. ``text``: the file for these names."""
+    """``place``: a directory that exists where the program may run. ``runs``: what exists once it has run.
 
+    ``text``: the file for these names.
+    """
+
+    place: str
     runs: str
     file: str
     text: Callable[[list[str]], str]
@@ -52,12 +56,20 @@ _HEAD = "# Written by netloom, which removes it at its uninstallation. Links tha
 PROGRAMS = (
     Program(
         "/run/NetworkManager",
+        "/run/NetworkManager",
         "/run/NetworkManager/conf.d/netloom.conf",
         _for_networkmanager,
         ("nmcli", "general", "reload", "conf"),
     ),
     # The first file that matches a link counts, in the order of the names.
-    Program("/run/systemd/netif", "/run/systemd/network/00-netloom.network", _for_networkd, ("networkctl", "reload")),
+    # systemd-tmpfiles makes its directory on every host, and `networkctl` would ask D-Bus to start it.
+    Program(
+        "/run/systemd/netif",
+        "/run/systemd/netif/state",
+        "/run/systemd/network/00-netloom.network",
+        _for_networkd,
+        ("networkctl", "reload"),
+    ),
 )
 
 
@@ -74,7 +86,7 @@ def mark(links: Iterable[str]) -> None:
         text = _HEAD + program.text(names)
         # A read-only /run is no reason to fail: nothing else depends on these files.
         with contextlib.suppress(OSError):
-            if os.path.isdir(program.runs) and _content(program.file) != text:
+            if os.path.isdir(program.place) and _content(program.file) != text:
                 _make_readable(os.path.dirname(program.file))
                 replace_text(program.file, text, mode=0o644, durable=False)
                 _reload(program)
@@ -102,6 +114,8 @@ def _make_readable(directory: str) -> None:
 
 
 def _reload(program: Program) -> None:
+    if not os.path.exists(program.runs):
+        return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(
             program.reload,
