@@ -36,7 +36,7 @@ def traces(host: EmulatedHost, before: dict[str, list[str]]) -> dict[str, dict[s
 def carries(life: Life, vm: Vm, internet: Internet, *, saw: str = "") -> None:
     """Assert that the VM has a lease, names, metadata, and a way to the internet from the network's address."""
     network = life.network
-    assert f"lease of {vm.ip} obtained" in lease(vm)
+    assert until(lambda: f"lease of {vm.ip} obtained" in lease(vm), seconds=SETTLE_S)
     gateway = network.facts.gateway
     url = f"http://{gateway}/latest/meta-data/local-hostname"
     assert until(lambda: vm.run("curl", "-s", "-m", "20", url).out == vm.name, seconds=SETTLE_S)

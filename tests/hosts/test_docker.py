@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from bed.emulated import EmulatedHost
 from bed.lab import Internet
+from bed.machines import until
 from e2e.networks import MakeLife
-from hosts.scenario import live, still_carries, whole_life
+from hosts.scenario import SETTLE_S, live, still_carries, whole_life
 
 KINDS = ["docker"]
-DROPS = "iptables -S FORWARD | grep -c -e '-P FORWARD DROP'"
+DROPS = "iptables -S FORWARD | grep -c -e '-P FORWARD DROP' || true"
 BRIDGE_NETFILTER = "cat /proc/sys/net/bridge/bridge-nf-call-iptables"
 
 
 def test_the_host_drops_what_it_forwards(host: EmulatedHost) -> None:
-    assert host.sh(DROPS).strip() == "1"
     host.sh("modprobe br_netfilter")
+    assert until(lambda: host.sh(DROPS).strip() == "1", seconds=SETTLE_S), "Docker has started"
     assert host.sh(BRIDGE_NETFILTER).strip() == "1"
 
 
@@ -25,7 +26,7 @@ def test_networks_work_in_spite_of_it(host: EmulatedHost, make_life: MakeLife, i
     assert host.sh(DROPS).strip() == "1"
     assert host.sh(BRIDGE_NETFILTER).strip() == "1"
     host.sh("systemctl restart docker")
-    assert host.sh(DROPS).strip() == "1"
+    assert until(lambda: host.sh(DROPS).strip() == "1", seconds=SETTLE_S)
     still_carries(life, vm, internet)
 
 
