@@ -17,7 +17,7 @@ test: packages venv build ## run all tests (root); TIMES=--times writes the time
 	@build/pages/venv
 	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs kernel ssh e2e binary release mutants
 
-test-long: packages venv ## run all mutants; make test runs a third of them (root; half an hour)
+test-long: packages venv ## run all mutants; make test runs a quarter of them (root; half an hour)
 	@.venv/bin/python build/ci/groups.py mutants-all
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)

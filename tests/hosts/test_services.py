@@ -4,21 +4,74 @@ from __future__ import annotations
 
 import pytest
 
-from bed.cloudstack import FakeCloudStack
+from bed.cloudstack import Failed, FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
 from bed.lab import Internet
+from bed.machines import until
 from e2e.networks import MakeLife
-from hosts.scenario import whole_life
+from hosts.scenario import SETTLE_S, carries, is_reached, live, whole_life
 
 KINDS = ["apparmor"]
 
-PROFILE = "/usr/share/apparmor/extra-profiles/usr.sbin.dnsmasq /etc/apparmor.d/usr.sbin.dnsmasq"
+PROFILE = "/etc/apparmor.d/usr.sbin.dnsmasq"
+DENIED = "dmesg | grep -c 'apparmor=\"DENIED\".*dnsmasq' || true"
 
 
 @pytest.fixture(scope="module")
 def cloud(bed: EmulatedBed) -> FakeCloudStack:
     """A CloudStack that logs in as a user with sudo."""
     return FakeCloudStack.on(bed.management).register(hosts=bed.hosts, **bed.login("netadmin", by="key"))
+
+
+def test_dnsmasq_works_under_the_profile_of_the_distribution(
+    host: EmulatedHost, make_life: MakeLife, internet: Internet
+) -> None:
+    host.sh(f"sed -i 's/complain,attach/attach/' {PROFILE}; apparmor_parser -r {PROFILE}")
+    life = make_life()
+    live(life, internet)
+    assert "dnsmasq (enforce)" in host.sh("cat /proc/$(pgrep -xo -f '.*dnsmasq.*conf.*')/attr/current")
+    assert host.sh(DENIED).strip() == "0"
+
+
+def test_a_denied_dnsmasq_fails_only_calls_for_names(
+    host: EmulatedHost, make_life: MakeLife, internet: Internet
+) -> None:
+    local = "/etc/apparmor.d/local/usr.sbin.dnsmasq"
+    host.sh(
+        f"mkdir -p {local.rpartition('/')[0]}; echo 'deny /etc/dnsmasq.conf r,' > {local}; apparmor_parser -r {PROFILE}"
+    )
+    life = make_life()
+    with pytest.raises(Failed, match="AppArmor"):
+        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:77:00:45")
+    (nic,) = life.network.nics
+    address = life.network.associate(life.public(1))
+    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
+    vm = life.plug(nic)
+    with vm.serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vm.name)
+    assert "AppArmor" in life.network.custom_action("check")
+    host.sh(f"rm {local}; touch {local}; apparmor_parser -r {PROFILE}")
+    carries(life, vm, internet)
+
+
+def test_missing_programs_fail_only_calls_that_need_them(
+    host: EmulatedHost, make_life: MakeLife, internet: Internet
+) -> None:
+    for program in ("dnsmasq", "haproxy"):
+        host.sh(f"mv /usr/sbin/{program} /usr/sbin/{program}.away")
+    life = make_life()
+    with pytest.raises(Failed, match="dnsmasq-base"):
+        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:78:00:45")
+    (nic,) = life.network.nics
+    address = life.network.associate(life.public(1))
+    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
+    vm = life.plug(nic)
+    with vm.serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vm.name)
+    for program in ("dnsmasq", "haproxy"):
+        host.sh(f"mv /usr/sbin/{program}.away /usr/sbin/{program}")
+    assert until(lambda: host.sh("pgrep -x dnsmasq || true") != "", seconds=SETTLE_S)
+    carries(life, vm, internet)
 
 
 def test_life_of_a_user_with_sudo(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
