@@ -29,6 +29,7 @@ from kernel.isolated_network import (
     running,
     snapshot,
 )
+from netloom.agent.host.observe_nft import RESERVED
 from netloom.agent.scopes.upkeep import TIDY_EVERY_S
 
 SCOPE = "net-204"
@@ -203,7 +204,7 @@ def test_foreign_nftables_tables_are_left_alone(checked_host: AgentHost) -> None
     checked_host.run("nft", "delete table inet theirs", namespace=NS)
 
 
-GUARDS = [("netdev", BRIDGE), ("bridge", "forward"), ("inet", "reserved"), ("arp", "reserved")]
+GUARDS = [("netdev", BRIDGE), ("bridge", "forward"), ("inet", RESERVED), ("arp", RESERVED)]
 
 
 def guard_of_the_host(host: AgentHost) -> list[str]:
