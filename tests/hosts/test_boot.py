@@ -6,8 +6,7 @@ import re
 
 from bed.cloudstack import NAT_SERVICES, FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
-from bed.machines import until
-from hosts.scenario import INSTALL_S
+from hosts.scenario import install
 
 KINDS = ["debian12"]
 
@@ -22,7 +21,7 @@ def test_the_unit_is_ready_before_all_networks_are_restored(
         vlan = 1300 + number
         network = cloud.isolated_network(300 + number, vlan=vlan, cidr=f"10.13.{number}.0/24", offering=NAT_SERVICES)
         networks.append(network)
-    assert until(lambda: networks[0].ensure().ok, seconds=INSTALL_S, pause_s=1.0)
+    install(networks[0])
     for network in networks:
         network.ensures_always = False
         network.implement()

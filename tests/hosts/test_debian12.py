@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -225,7 +226,8 @@ def test_uninstalling_with_a_vm_plugged_in_says_what_stays(lived: Lived, bare: d
     assert " netloom" not in host.sh("nft list tables")
     vm.destroy()
     life.vms = []
-    host.sh(f"ip link delete {bridge} 2>/dev/null; ip link delete eth1.{life.network.facts.vlan} 2>/dev/null; true")
+    for command in re.findall(r"ip link delete \S+", told):
+        host.sh(f"{command} 2>/dev/null || true")  # the KVM agent may have deleted the bridge
     assert traces(host, bare[host.name]) == {}
 
 
@@ -240,6 +242,7 @@ def test_a_power_cut_in_the_middle_of_an_install(
     life = make_life(with_cloud=FakeCloudStack.on(bed.management, extension="cut").register(
         hosts=[first], **bed.login("root")
     ))  # fmt: skip
+    life.network.facts.state = "implementing"  # other calls install nothing
     upload = threading.Thread(target=life.network.ensure)
     upload.start()
     directory = "/usr/local/libexec/netloom"
@@ -248,7 +251,7 @@ def test_a_power_cut_in_the_middle_of_an_install(
     first.boot()
     upload.join(SETTLE_S)
     assert not upload.is_alive()
-    life.network.failures.clear()
+    life.network.facts.state = "allocated"
     (vm,) = live(life, internet)
     vm.destroy()
     life.end()
