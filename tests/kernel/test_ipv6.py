@@ -521,8 +521,8 @@ def test_the_resolver_starts_on_a_segment_that_is_too_small_for_ipv6(host: Agent
     wait_until(lambda: not has_ip6())
     (before,) = host.processes("dnsmasq")
     os.kill(before, signal.SIGKILL)
+    # Either its end starts another one, or the repair of the smaller segment, which may still run.
     wait_until(lambda: host.processes("dnsmasq").keys() not in ({before}, set()))
-    wait_until(lambda: "dns-520 died: " in host.log())
     name = "six-1.cs2cloud.internal"
     assert dns_answer(host, "vm", "10.50.1.1", name)[-16:] == socket.inet_pton(socket.AF_INET6, ADDRESS)
     host.ip("link", "set", "eth1.1520", "mtu", "1500")
