@@ -269,7 +269,7 @@ def test_after_an_interrupted_replacement_the_next_call_works(
 
 # The last step of an agent's start before it answers: it spoils a state file and fails.
 _SPOIL_AND_FAIL = f"""
-def _Calls(scopes):
+def _Calls(*_):
     with open("{SCOPES}/net-204.json", "w") as file:
         file.write("{{}}")
     raise HostRefused("broken")

@@ -73,7 +73,7 @@ def require() -> None:
 
     The remedy has all missing packages, also those that only some networks need: one command installs them.
     """
-    found = run()
+    found = _without_the_host()
     missing = [it for it in found if it.needed and not it.ok]
     if missing:
         absent = [it.what for it in found if it.what in _PROGRAMS and not it.ok]
@@ -86,14 +86,19 @@ def require() -> None:
 
 def run() -> list[Finding]:
     """Run all tests, each after those that it depends on. Raises HostRefused without root."""
+    found = _without_the_host()
+    return found if any(it.needed and not it.ok for it in found) else [*found, _host_firewall()]
+
+
+def _without_the_host() -> list[Finding]:
+    """The tests that change nothing outside namespaces of their own."""
     if os.geteuid() != 0:
         raise HostRefused("the selftest creates network namespaces and needs root")
     found, tests = _programs(packages.family()), _in_a_scratch_host()
     if not all(it.ok for it in tests if it.what in _WITH_RULES):
         nft, linux = kernel_nft.version(), os.uname().release
         tests = [explained(it, nft, linux) for it in tests]
-    found += tests
-    return found if any(it.needed and not it.ok for it in found) else [*found, _host_firewall()]
+    return [*found, *tests]
 
 
 def _host_firewall() -> Finding:
