@@ -41,9 +41,12 @@ def cloud(bed: Bed) -> FakeCloudStack:
     cloud = FakeCloudStack.on(bed.management)
     cloud.register(hosts=bed.hosts, **bed.login("root", by="key"))
 
+    network = cloud.isolated_network(200, vlan=1200, cidr="10.10.0.0/24", offering=NAT_SERVICES)
+    network.facts.state = "implementing"  # other calls install nothing
+
     def agents_run() -> bool:
         # This call asks every candidate host, but waits only for some seconds for the slower ones.
-        sent = cloud.isolated_network(200, vlan=1200, cidr="10.10.0.0/24", offering=NAT_SERVICES).ensure()
+        sent = network.ensure()
         assert sent.ok, sent.output
         return all(any("agent serve" in it for it in host.objects()["processes"]) for host in bed.hosts)
 
@@ -71,7 +74,7 @@ def brisk_life(make_life: MakeLife) -> Life:
 
 
 @pytest.fixture
-def make_vpc(bed: Bed, internet: Internet) -> Iterator[MakeVpc]:
+def make_vpc(bed: Bed, internet: Internet, cloud: FakeCloudStack) -> Iterator[MakeVpc]:
     """Make VPCs that are deleted after the test."""
     with making_vpcs(bed) as make:
         yield make
