@@ -19,7 +19,7 @@ from typing import Any
 
 from bed import images
 from bed.client import BedError, Client, Running
-from bed.lab import Bed, Host, Vm
+from bed.lab import Bed, Host
 from bed.machines import Done, Machine
 
 BOOT_S_MAX = 300.0
@@ -110,46 +110,16 @@ class EmulatedHost(Host):
     def _plug(self, segments: Sequence[tuple[str, str]]) -> None:
         """The kernel of the host knows 802.1Q: its VLAN links are made by netloom, as on a real host."""
 
-    def vm(
-        self,
-        name: str,
-        *,
-        vlan: int | str,
-        mac: str = "",
-        ip: str = "",
-        gateway: str = "",
-        nic: str = "eth1",
-        bridge: str = "",
-    ) -> Vm:
-        """Start a VM as :meth:`bed.lab.Host.vm` does. The kernel of the host has the VLAN link."""
-        if str(vlan) != "untagged":
-            self.bed.add_segments([(nic, str(vlan))])
-        bridge = bridge or f"br{nic}-{vlan}"
-        number = next(self._taps)
-        tap = f"vnet{number}"
-        mac = mac or f"02:4c:{self.number:02x}:00:{number >> 8:02x}:{number & 255:02x}"
-        client = self._connect(name, {"role": "node", "name": name, "unshare": ["net", "mnt", "uts"]})
-        if self.run("ip", "link", "show", bridge, check=False).status:
-            self.sh(f"ip link show {nic}.{vlan} || ip link add link {nic} name {nic}.{vlan} type vlan id {vlan}")
-            self.links(
-                f"link set {nic} up",
-                f"link add {bridge} type bridge stp_state 0 mcast_snooping 0",
-                f"link set {nic}.{vlan} master {bridge} up",
-                f"link set {bridge} up",
-            )
-        vm = Vm(name, client, self, bridge, tap, mac, ip)
-        self.links(
-            f"link add {tap} type veth peer name eth0 address {mac} netns {client.pid}",
-            f"link set {tap} master {bridge} up",
-        )
-        lines = ["link set eth0 up"]
-        if ip:
-            lines.insert(0, f"address add {ip} dev eth0")
-        if gateway:
-            lines.append(f"route add default via {gateway}")
-        vm.links(*lines)
-        self.vms.append(vm)
-        return vm
+    def _node(self, name: str) -> Client:
+        return self._connect(name, {"role": "node", "name": name, "unshare": ["net", "mnt", "uts"]})
+
+    def _make_vlan_link(self, nic: str, vlan: int | str) -> None:
+        """Make the VLAN link as CloudStack's KVM agent does, unless it is there."""
+        self.sh(f"ip link show {nic}.{vlan} || ip link add link {nic} name {nic}.{vlan} type vlan id {vlan}")
+        self.links(f"link set {nic} up")
+
+    def _make_tap(self, tap: str, mac: str, client: Client) -> None:
+        self.links(f"link add {tap} type veth peer name eth0 address {mac} netns {client.pid}")
 
     def within(self, namespace: str) -> Machine:
         spec = {"role": "worker", "netns": f"/run/netns/{namespace}"}

@@ -243,15 +243,9 @@ class Host(Machine):
         tap_number = next(self._taps)
         tap = f"vnet{tap_number}"
         mac = mac or f"02:4c:{self.number:02x}:00:{tap_number >> 8:02x}:{tap_number & 255:02x}"
-        assert self._init is not None
-        spec = {
-            "role": "node",
-            "name": name,
-            "enter": {"pid": self.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]},
-            "unshare": ["net", "mnt", "uts"],
-        }
-        client = Client(name, spec)
+        client = self._node(name)
         if self.run("ip", "link", "show", bridge, check=False).status:
+            self._make_vlan_link(nic, vlan)
             self.links(
                 f"link add {bridge} type bridge stp_state 0 mcast_snooping 0",
                 f"link set {nic}.{vlan} master {bridge} up",
@@ -259,9 +253,8 @@ class Host(Machine):
             )
         client.wait_up()
         vm = Vm(name, client, self, bridge, tap, mac, ip)
-        self.bed.fabric.links(f"link add {tap}x type veth peer name eth0 address {mac} netns {client.pid}")
-        self.bed.fabric.links(f"link set {tap}x netns {self.pid}")
-        self.links(f"link set {tap}x name {tap}", f"link set {tap} master {bridge} up")
+        self._make_tap(tap, mac, client)
+        self.links(f"link set {tap} master {bridge} up")
         lines = ["link set eth0 up"]
         if ip:
             lines.insert(0, f"address add {ip} dev eth0")
@@ -270,6 +263,19 @@ class Host(Machine):
         vm.links(*lines)
         self.vms.append(vm)
         return vm
+
+    def _node(self, name: str) -> Client:
+        """A process in namespaces of its own on this host; it may not be up yet."""
+        entered = {"pid": self.pid, "kinds": ["uts", "ipc", "net", "pid", "mnt"]}
+        return Client(name, {"role": "node", "name": name, "enter": entered, "unshare": ["net", "mnt", "uts"]})
+
+    def _make_vlan_link(self, nic: str, vlan: int | str) -> None:
+        """The switch has made the stand-in for the VLAN link (``add_segments``)."""
+
+    def _make_tap(self, tap: str, mac: str, client: Client) -> None:
+        self.bed.fabric.links(f"link add {tap}x type veth peer name eth0 address {mac} netns {client.pid}")
+        self.bed.fabric.links(f"link set {tap}x netns {self.pid}")
+        self.links(f"link set {tap}x name {tap}")
 
     def _forget_vm(self, vm: Vm) -> None:
         if vm not in self.vms:

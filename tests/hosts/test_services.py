@@ -6,9 +6,9 @@ import pytest
 
 from bed.cloudstack import Failed, FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
-from bed.lab import Internet
+from bed.lab import Internet, Vm
 from bed.machines import until
-from e2e.networks import MakeLife
+from e2e.networks import Life, MakeLife
 from hosts.scenario import SETTLE_S, carries, is_reached, live, whole_life
 
 KINDS = ["apparmor"]
@@ -33,6 +33,19 @@ def test_dnsmasq_works_under_the_profile_of_the_distribution(
     assert host.sh(DENIED).strip() == "0"
 
 
+def forwarded_without_names(life: Life, internet: Internet, reason: str) -> Vm:
+    """A VM whose names fail with this reason in the line, and whose forward works."""
+    with pytest.raises(Failed, match=reason):
+        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:77:00:45")
+    (nic,) = life.network.nics
+    address = life.network.associate(life.public(1))
+    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
+    vm = life.plug(nic)
+    with vm.serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vm.name)
+    return vm
+
+
 def test_a_denied_dnsmasq_fails_only_calls_for_names(
     host: EmulatedHost, make_life: MakeLife, internet: Internet
 ) -> None:
@@ -41,14 +54,7 @@ def test_a_denied_dnsmasq_fails_only_calls_for_names(
         f"mkdir -p {local.rpartition('/')[0]}; echo 'deny /etc/dnsmasq.conf r,' > {local}; apparmor_parser -r {PROFILE}"
     )
     life = make_life()
-    with pytest.raises(Failed, match="AppArmor"):
-        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:77:00:45")
-    (nic,) = life.network.nics
-    address = life.network.associate(life.public(1))
-    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
-    vm = life.plug(nic)
-    with vm.serve_tcp(22):
-        assert is_reached(life.public(1), 2222, internet, vm.name)
+    vm = forwarded_without_names(life, internet, "AppArmor")
     assert "AppArmor" in life.network.custom_action("check")
     host.sh(f"rm {local}; touch {local}; apparmor_parser -r {PROFILE}")
     carries(life, vm, internet)
@@ -60,14 +66,7 @@ def test_missing_programs_fail_only_calls_that_need_them(
     for program in ("dnsmasq", "haproxy"):
         host.sh(f"mv /usr/sbin/{program} /usr/sbin/{program}.away")
     life = make_life()
-    with pytest.raises(Failed, match="dnsmasq-base"):
-        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:78:00:45")
-    (nic,) = life.network.nics
-    address = life.network.associate(life.public(1))
-    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
-    vm = life.plug(nic)
-    with vm.serve_tcp(22):
-        assert is_reached(life.public(1), 2222, internet, vm.name)
+    vm = forwarded_without_names(life, internet, "dnsmasq-base")
     for program in ("dnsmasq", "haproxy"):
         host.sh(f"mv /usr/sbin/{program}.away /usr/sbin/{program}")
     assert until(lambda: host.sh("pgrep -x dnsmasq || true") != "", seconds=SETTLE_S)
