@@ -41,7 +41,7 @@ from netloom.errors import HostRefused
 from netloom.plan.have import Have, HostLink
 from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step
 from netloom.render.ruleset import Ruleset
-from netloom.render.want import Want
+from netloom.render.want import Port, Want
 from netloom.state import Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Registration, Reply
@@ -244,8 +244,9 @@ class FakeHost:
         done, self.blocking_changes = self.blocking_changes, ()
         return done
 
-    def blocked(self, bridges: frozenset[str]) -> list[str]:
+    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
         self._raise("blocked")
+        bridges = {it.segment.bridge for it in ports}
         return [it for it in self.blocking if it.split()[0] in bridges]
 
     def bridges_with_vms(self) -> frozenset[str]:

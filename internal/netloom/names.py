@@ -62,6 +62,19 @@ def vxlan_link(vni: str) -> str:
     return f"vxlan{vni}"
 
 
+def carrier_of(bridge_name: str) -> str:
+    """The VLAN link or tunnel below a bridge with the name that the KVM agent gives it; empty for another name.
+
+    It is empty, too, where the names contain a digest.
+    """
+    nic, _, number = bridge_name.removeprefix("br").rpartition("-")
+    if not number.isdecimal() or not bridge_name.startswith("br"):
+        return ""
+    if bridge_name == vxlan_bridge(number):
+        return vxlan_link(number)
+    return vlan_link(nic, number) if bridge_name == bridge(nic, number) else ""
+
+
 def vxlan_group(vni: int) -> str:
     """The multicast group of a VXLAN segment, as in CloudStack: 239, and the 24 bits of the VNI."""
     return ".".join(str(octet) for octet in (239, *vni.to_bytes(3, "big")))

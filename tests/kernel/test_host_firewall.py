@@ -12,6 +12,7 @@ from kernel.agent_host import PROGRAM, AgentHost, act, agent_host, done, message
 from kernel.raw_frames import VM, VM_MAC
 from netloom.wire import Reply
 
+NOTHING_TO_DO = "nothing to do: all is as it should be"
 BRIDGE, GATEWAY, VM_IP = "breth1-1204", "10.10.1.1", "10.10.1.45"
 
 # As iptables-nft (Docker 20.10) and firewalld 1.3 make them, shortened.
@@ -154,6 +155,10 @@ def build(host: AgentHost) -> Reply:
     return reply
 
 
+def check(host: AgentHost) -> str:
+    return message(act(host, "check", network_id="204"))
+
+
 def routes(host: AgentHost) -> bool:
     """Whether the host forwards a packet between two machines that it routes for."""
     return "1 received" in host.run("ping", "-c1", "-W1", "192.0.2.130", namespace="left", check=False)
@@ -187,7 +192,7 @@ def test_a_network_works_behind_a_firewall_that_drops_what_is_forwarded(host: Ag
     before = rules(host)
     build(host)
     wait_until(lambda: answers(host))
-    assert message(act(host, "check", network_id="204")) == "nothing to do: all is as it should be"
+    assert check(host) == NOTHING_TO_DO
     done(host.call("131", "destroy-network"))
     host.ip("link", "del", f"tap-{VM}")
     wait_until(lambda: rules(host) == before)
@@ -274,21 +279,59 @@ def test_a_bridge_that_the_firewall_names_is_left_to_its_owner(host: AgentHost) 
     )
     assert note == reason
     assert done(host.call("020", "implement-network", vlan="1204")).note == ""
-    assert message(act(host, "check", network_id="204")) == reason
+    assert check(host) == reason
     assert reason in message(act(host, "show", network_id="204"))
     assert host.log().count(f"scope=net-204 warning: {reason}") == 1
 
 
+def make_bridge(host: AgentHost, name: str) -> None:
+    host.ip("link", "add", name, "type", "bridge")
+    host.ip("link", "set", "eth1.1204", "master", name, "up")
+    host.ip("link", "set", name, "up")
+
+
+@pytest.mark.mutation("bridges-of-the-kvm-agent-are-let-through")
+@pytest.mark.parametrize("firewall", FIREWALLS)
+def test_a_bridge_that_the_kvm_agent_made_is_let_through_like_ours(host: AgentHost, firewall: str) -> None:
+    """The VM was there before the network, for example after a reboot."""
+    load(host, FIREWALLS[firewall])
+    before = rules(host)
+    make_bridge(host, BRIDGE)
+    assert build(host).note == ""
+    wait_until(lambda: answers(host))
+    wait_until(lambda: check(host) == NOTHING_TO_DO)  # the guard follows the VM's tap
+    done(host.call("131", "destroy-network"))
+    host.ip("link", "del", f"tap-{VM}")
+    wait_until(lambda: rules(host) == before)
+
+
+@pytest.mark.parametrize("use", ["address", "name"])
 @pytest.mark.mutation("bridges-of-others-are-not-let-through")
-def test_a_bridge_of_others_is_left_to_its_owner(host: AgentHost) -> None:
+def test_another_bridge_of_others_is_left_to_its_owner_until_he_consents(host: AgentHost, use: str) -> None:
+    """The host itself has an address there, or the name is not that of one network."""
+    bridge = BRIDGE if use == "address" else "br-lan"
     load(host, NATIVE)
     before = host.run("nft", "-s", "list", "table", "inet", "mine")
-    host.ip("link", "add", BRIDGE, "type", "bridge")
-    host.ip("link", "set", "eth1.1204", "master", BRIDGE, "up")
-    host.ip("link", "set", BRIDGE, "up")
-    build(host)
+    make_bridge(host, bridge)
+    if use == "address":
+        host.ip("addr", "add", "10.10.1.200/24", "dev", bridge)
+    reason = (
+        f"the host's firewall drops IPv4 and IPv6 frames on {bridge}: table inet mine, chain forward, policy drop: the "
+        f"bridge belongs to somebody else; ip link set {bridge} alias netloom-accept lets netloom accept them"
+    )
+    reply = done(host.call("020", "implement-network", vlan="1204"))
+    host.plug(VM, bridge, VM_MAC, f"{VM_IP}/24")
+    assert reply.note == reason
     assert host.run("nft", "-s", "list", "table", "inet", "mine") == before
-    assert "the bridge belongs to somebody else; accept it there" in message(act(host, "check", network_id="204"))
+    wait_until(lambda: check(host) == reason)
+    host.ip("link", "set", bridge, "alias", "netloom-accept")
+    host.run("nft", "add", "table", "inet", "unrelated")  # the firewall is looked at now, or within 30 s
+    wait_until(lambda: answers(host))
+    assert check(host) == NOTHING_TO_DO
+    assert "netloom_untracked" not in rules(host)
+    host.ip("link", "set", bridge, "alias", "")
+    host.run("nft", "delete", "table", "inet", "unrelated")
+    wait_until(lambda: host.run("nft", "-s", "list", "table", "inet", "mine") == before)
 
 
 def test_a_firewall_that_is_loaded_later_or_anew_is_followed(host: AgentHost) -> None:
@@ -312,7 +355,7 @@ def test_a_table_that_only_its_owner_may_change_is_named(host: AgentHost) -> Non
         load(host, DOCKER)
         build(host)
         assert "jump netloom" in host.run("nft", "list", "table", "ip", "filter")
-        assert message(act(host, "check", network_id="204")) == (
+        assert check(host) == (
             f"the host's firewall drops IPv4 and IPv6 frames on {BRIDGE}: table inet mine, chain forward, policy drop: "
             f"only its owner may change this table; accept it there: iifname {BRIDGE} oifname {BRIDGE} accept"
         )

@@ -19,6 +19,14 @@ def test_names_used_by_other_programs_are_fixed() -> None:
 
 
 @pytest.mark.mutation("a-long-link-name-is-hashed", instead="True")
+def test_the_carrier_of_a_bridge_is_read_from_the_name_that_the_kvm_agent_gives_it() -> None:
+    assert names.carrier_of("breth1-1204") == "eth1.1204"
+    assert names.carrier_of("brbond0.5-7") == "bond0.5.7"
+    assert names.carrier_of("brvx-5001") == "vxlan5001"
+    for other in ("cloudbr0", "br0", "br-lan", "virbr0", "breth1-x", "eth1-1204", names.bridge("enp130s0f1np1", "1204")):
+        assert names.carrier_of(other) == ""
+
+
 @pytest.mark.parametrize("nic", ["eth1", "enp129s0f0", "enx0123456789ab"])
 @pytest.mark.parametrize("tag", [*TAGS[:5], names.UNTAGGED])
 def test_defect_45_long_names_of_nics_and_long_ids_fit(nic: str, tag: str) -> None:

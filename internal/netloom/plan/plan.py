@@ -25,10 +25,11 @@ from typing import TypeVar
 
 import msgspec
 
+from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import IP6_MTU_MIN, Address
 from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, Others
-from netloom.plan.segments import SegmentPlacement, agents_vlan_link, guard_of, is_guest, place
+from netloom.plan.segments import SegmentPlacement, guard_of, is_guest, place
 from netloom.plan.steps import (
     AddAddress,
     AddRule,
@@ -384,9 +385,9 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     leaving = _our_ports(have)
     aliases: dict[str, str] = {}
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
-        if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(bridge, leaving):
+        if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(have, bridge, leaving):
             continue
-        link = agents_vlan_link(bridge)
+        link = names.carrier_of(bridge.name)
         # The VLAN link first: after a crash it could not be found again without its bridge.
         carrier = have.host_links.get(link) if link in set(bridge.ports) - leaving else None
         if carrier is not None and carrier.kind == "vlan" and not carrier.alias and not carrier.addresses:
@@ -399,16 +400,17 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     return steps, msgspec.structs.replace(have, host_links=host_links)
 
 
-def _only_ours_keep(bridge: HostLink, leaving: frozenset[str]) -> bool:
+def _only_ours_keep(have: Have, bridge: HostLink, leaving: frozenset[str]) -> bool:
     """Whether this is a bridge of the KVM agent whose only ports are ours, besides its VLAN link.
 
     A bridge with another port, an address, an alias, or another name than the agent's, stays its creator's. So does a
     VXLAN bridge: an operator may have connected its tunnel in a way that we could not restore.
     """
-    link = agents_vlan_link(bridge)
+    link = names.carrier_of(bridge.name)
     return (
         bridge.kind == "bridge"
         and bool(link)
+        and (link not in have.host_links or have.host_links[link].kind == "vlan")
         and bool(leaving & set(bridge.ports))
         and set(bridge.ports) - leaving <= {link}
         and not bridge.alias

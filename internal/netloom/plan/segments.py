@@ -219,14 +219,8 @@ def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
 
 def _leads_to_guests(bridge: HostLink, port: HostLink) -> bool:
     """Whether a port is ours, a VM's tap, or a veth to a container. A veth between two bridges of the host is none."""
-    to_container = port.kind == "veth" and port.elsewhere and port.name != agents_vlan_link(bridge)
+    to_container = port.kind == "veth" and port.elsewhere and port.name != names.carrier_of(bridge.name)
     return port.kind == "tun" or to_container or (port.kind == "veth" and port.ours)
-
-
-def agents_vlan_link(bridge: HostLink) -> str:
-    """The VLAN link below a bridge with the name that the KVM agent gives it; empty for another name."""
-    nic, _, vlan = bridge.name.removeprefix("br").rpartition("-")
-    return names.vlan_link(nic, vlan) if vlan.isdigit() and bridge.name == names.bridge(nic, vlan) else ""
 
 
 def _nic(have: Have, port: Port) -> HostLink:

@@ -142,14 +142,13 @@ class Actions:
         found += [
             f"not in force: {it}" for it in not_offered(context.missing_helpers)
         ]  # guard: a-missing-helper-is-named
-        found += self._blocked(have, context.want)
+        found += self._blocked(context.want)
         return [printable_ascii(it) for it in found]
 
-    def _blocked(self, have: Have, want: Want) -> list[str]:
+    def _blocked(self, want: Want) -> list[str]:
         """What keeps frames from passing the host's own firewall, on the bridges that the scope's ports are in."""
-        ports = [have.host_links[it.host_link] for it in want.ports if it.host_link in have.host_links]
         try:
-            return self._host.blocked(frozenset(it.master for it in ports))
+            return self._host.blocked(want.ports)
         except HostRefused as error:
             return [f"the host's firewall: {error}"]
 
@@ -168,7 +167,7 @@ class Actions:
             f"{len(deviations)} things are not as they should be: see check"
             if deviations
             else "all is as it should be",
-            *map(printable_ascii, self._blocked(self._observe(scope, context), context.want)),
+            *map(printable_ascii, self._blocked(context.want)),
             *_limited(scope, context),
         ]
 

@@ -5,7 +5,9 @@ a chain of ours is put in front of it, in the same table. That chain accepts wha
 else: both links of the packet are this bridge, and the host itself takes no frames from it (frames.py). So what the
 host routes meets the same rules as before, and rules for special packets, which come earlier, hold for our frames too.
 
-A bridge of somebody else, and a bridge that the dropping rules name, is left to its owner; ``Blocked`` says so.
+The bridges that CloudStack's KVM agent made for a network of ours are treated as ours, unless the host itself uses
+them. Another bridge of somebody else is left to its owner, and so is one that the dropping rules name; ``Blocked`` says
+so. The owner may consent by an alias of the bridge, ``ACCEPTED``.
 
 Frames on our bridges are not tracked by the host: its NAT rules must not rewrite them, and two networks may have the
 same addresses. A bridge with a port that the host's rules name is tracked: these rules may need the state.
@@ -17,11 +19,12 @@ import shutil
 import subprocess
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
+from netloom import names
 from netloom.agent.environment import PATH
 from netloom.agent.host.host_firewall import (
     ARRIVED,
@@ -34,7 +37,7 @@ from netloom.agent.host.host_firewall import (
     frames,
     parse,
 )
-from netloom.agent.host.observe_nft import GUARD_TABLE
+from netloom.agent.host.observe_nft import GUARD_TABLE, guarded_bridges, guarded_others
 from netloom.agent.kernel import links, netlink, nft_netlink, nft_rules, sysctl
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Socket
@@ -46,6 +49,7 @@ from netloom.plan.have import HostLink
 # A table of ours, with a set and a chain of the same name: the bridges whose frames are not tracked.
 UNTRACKED_FAMILY, UNTRACKED = "inet", "netloom_untracked"
 TEST_ALIAS = "netloom-selftest"  # of a bridge that the selftest makes; its frames are let through like those of ours
+ACCEPTED = "netloom-accept"  # the alias by which the owner of a bridge consents that its frames are let through
 _CALLS = {4: "net/bridge/bridge-nf-call-iptables", 6: "net/bridge/bridge-nf-call-ip6tables"}
 _HOOKS = {FORWARD: FORWARDED, PREROUTING: ARRIVED}
 _FAMILIES = {"ip": (4,), "ip6": (6,), "inet": (4, 6)}
@@ -97,6 +101,15 @@ class Plan(msgspec.Struct, frozen=True):
     dropped_at: tuple[str, ...] = ()  # every place where frames would be dropped without our chains
 
 
+class _Bridges(msgspec.Struct, frozen=True):
+    """The bridges that a port of ours is in. ``links``: those that exist, by name."""
+
+    own: frozenset[str] = frozenset()
+    accepted: frozenset[str] = frozenset()  # of others; their owners consent
+    others: frozenset[str] = frozenset()
+    links: dict[str, Link] = {}
+
+
 class BridgedFrames:
     """Keeps our chains in the host's firewall. Any thread may use it."""
 
@@ -105,17 +118,23 @@ class BridgedFrames:
         self._refused: dict[str, str] = {}  # what the last ``let_through`` could not change, and why
         self._known: tuple[object, Plan] | None = None  # what was examined, and the result
 
-    def let_through(self, own: Iterable[str], others: Iterable[str]) -> tuple[str, ...]:
-        """Let the frames of our ``own`` bridges through, those of no other. Returns what was changed.
+    def let_through(self) -> tuple[str, ...]:
+        """Let the frames of the guarded bridges through, those of no other. Returns what was changed.
 
         Without bridges all chains of ours are removed. A table that refuses the change does not stop the others;
         ``examine`` has the reason. Raises HostRefused when the firewall cannot be looked at.
         """
+        return self._change(_guarded)
+
+    def leave(self) -> None:
+        """Remove all chains of ours, whatever is guarded. Raises HostRefused as ``let_through``."""
+        self._change(_Bridges)
+
+    def _change(self, find: Callable[[], _Bridges]) -> tuple[str, ...]:
         done: list[str] = []
-        own, others = frozenset(own), frozenset(others)
         with self._lock:
             for _ in range(_TRIES):  # the rules may change meanwhile
-                changes = self._plan(own, others).changes
+                changes = self._plan(find()).changes
                 refused = {}
                 for change in changes:
                     try:
@@ -129,39 +148,50 @@ class BridgedFrames:
                 self._known = None
         return tuple(done)
 
-    def examine(self, own: Iterable[str], others: Iterable[str]) -> Plan:
+    def examine(self) -> Plan:
         """What ``let_through`` would do, and what stays blocked; change nothing. Raises HostRefused."""
         with self._lock:
-            plan = self._plan(frozenset(own), frozenset(others))
+            plan = self._plan(_guarded())
             said = (": ".join(filter(None, (it.what, self._refused.get(it.what)))) for it in plan.changes)
             return msgspec.structs.replace(plan, changes=tuple(map(Change, said)))
 
-    def _plan(self, own: frozenset[str], others: frozenset[str]) -> Plan:
-        found = {it.name: it for it in links.find_links(None, sorted(own | others))}
-        with Socket(netlink.NETLINK_ROUTE) as host:
-            bridges = links.list_links_over(host, kind="bridge")
-        tested = {it.name: it for it in bridges if it.alias == TEST_ALIAS}
-        found, own = found | tested, own | tested.keys()
+    def _plan(self, bridges: _Bridges) -> Plan:
         calls = sysctl.read(None, _CALLS.values())
         in_force = {
             name: tuple(family for family, key in _CALLS.items() if calls[key] == "1" or _calls_itself(link, family))
-            for name, link in found.items()
+            for name, link in bridges.links.items()
         }
-        own, others = own & found.keys(), others & found.keys()
-        ports = _guests(found[it] for it in own) if any(in_force.values()) else {}
+        ports = _guests(bridges.links[it] for it in bridges.own) if any(in_force.values()) else {}
         legacy = {family: _legacy_tables(names_file) for family, (_, names_file) in _LEGACY.items()}
         with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
             generation = nft_netlink.generation(nfnetlink)
-            key = (generation, own, others, tuple(sorted(in_force.items())), tuple(sorted(ports.items())))
+            key = (generation, bridges, tuple(sorted(in_force.items())), tuple(sorted(ports.items())))
             if self._known is not None and self._known[0] == key and not any(legacy.values()):
                 return self._known[1]
-            indexes = {name: link.index for name, link in found.items()}
-            plan = _plan_nft(nfnetlink, own, others, in_force, indexes, ports)
+            plan = _plan_nft(nfnetlink, bridges, in_force, ports)
         for family, tables in legacy.items():
             if "filter" in tables:
-                plan = _joined(plan, _plan_legacy(family, own, others, in_force, indexes))
+                plan = _joined(plan, _plan_legacy(family, bridges, in_force))
         self._known = key, plan
         return plan
+
+
+def _guarded() -> _Bridges:
+    """The guarded bridges, and those of the selftest. Raises HostRefused."""
+    guard = guarded_others()
+    own = guarded_bridges() | {
+        # The host takes no frames from a closed bridge, so all that is forwarded there is bridged.
+        it
+        for it in guard.closed & guard.bridges
+        if names.carrier_of(it) in guard.uplinks  # guard: bridges-of-the-kvm-agent-are-let-through
+    }
+    found = {it.name: it for it in links.find_links(None, sorted(own | guard.bridges))}
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        bridges = links.list_links_over(host, kind="bridge")
+    tested = {it.name: it for it in bridges if it.alias == TEST_ALIAS}
+    others = guard.bridges & found.keys() - own
+    accepted = frozenset(it for it in others if found[it].alias == ACCEPTED)
+    return _Bridges((own & found.keys()) | tested.keys(), accepted, others - accepted, found | tested)
 
 
 def _joined(one: Plan, other: Plan) -> Plan:
@@ -266,10 +296,8 @@ class _Lines(Mapping[str, list[Line]]):
 
 def _plan_nft(
     nfnetlink: Socket,
-    own: frozenset[str],
-    others: frozenset[str],
+    bridges: _Bridges,
     in_force: Mapping[str, tuple[int, ...]],
-    indexes: Mapping[str, int],
     ports: Mapping[str, tuple[str, ...]],
 ) -> Plan:
     tables = _Tables(nfnetlink)
@@ -281,26 +309,28 @@ def _plan_nft(
         lines = tables.lines(table)
         for base in [it for it in bases if it.table == table]:
             assert base.hook is not None
-            for bridge in sorted(own | others):
+            for bridge, link in sorted(bridges.links.items()):
+                if base.hook == PREROUTING and bridge not in bridges.own:
+                    continue  # the frames for the host itself pass prerouting too
                 families = set(_FAMILIES[table.family]) & set(in_force[bridge])
-                for frame in (f for it in families for f in frames(it, base.hook, bridge, indexes[bridge])):
+                for frame in (f for it in families for f in frames(it, base.hook, bridge, link.index)):
                     drop = default_drop(lines, base.name, base.drops, frame)
-                    if drop is None or (base.hook == PREROUTING and bridge in others):
-                        continue  # the frames for the host itself pass prerouting too
+                    if drop is None:
+                        continue
                     where = _where(table, drop)
                     dropped_at[where] = None
                     if (
-                        bridge in others  # guard: bridges-of-others-are-not-let-through
+                        bridge in bridges.others  # guard: bridges-of-others-are-not-let-through
                         or drop.named
                         or table in tables.owned
                     ):
-                        why = _why(drop, of_others=bridge in others)
+                        of_others = bridge in bridges.others
                         before = blocked.get((bridge, where))
                         blocked[bridge, where] = Blocked(
                             bridge,
                             where,
-                            why,
-                            _remedy(tables, table, bridge),
+                            _why(drop, of_others=of_others),
+                            _consent(bridge) if of_others and not drop.named else _remedy(tables, table, bridge),
                             families=tuple(sorted({*(before.families if before else ()), frame.family})),
                         )
                         continue
@@ -314,7 +344,7 @@ def _plan_nft(
             names = sorted(set().union(*chains.values()))
             what = f"accept the frames of {_listed(names)} in table {table}" if names else f"leave table {table}"
             changes.append(Change(what, script))
-    changes += _untracked(nfnetlink, tables, {it for it in own if in_force[it]}, ports)
+    changes += _untracked(nfnetlink, tables, {it for it in bridges.own if in_force[it]}, ports)
     return Plan(tuple(changes), tuple(blocked.values()), tuple(dropped_at))
 
 
@@ -323,9 +353,13 @@ def _where(table: Table, drop: Drop) -> str:
 
 
 def _why(drop: Drop, *, of_others: bool) -> str:
-    if of_others:
-        return "the bridge belongs to somebody else"
-    return "the rules there name the bridge" if drop.named else "only its owner may change this table"
+    if drop.named:
+        return "the rules there name the bridge"
+    return "the bridge belongs to somebody else" if of_others else "only its owner may change this table"
+
+
+def _consent(bridge: str) -> str:
+    return f"ip link set {bridge} alias {ACCEPTED} lets netloom accept them"
 
 
 def _remedy(tables: _Tables, table: Table, bridge: str) -> str:
@@ -426,13 +460,11 @@ def _legacy_tables(names_file: str) -> frozenset[str]:
 
 def _plan_legacy(
     family: int,
-    own: frozenset[str],
-    others: frozenset[str],
+    bridges: _Bridges,
     in_force: Mapping[str, tuple[int, ...]],
-    indexes: Mapping[str, int],
 ) -> Plan:
     program, _ = _LEGACY[family]
-    concerned = sorted(it for it in own | others if family in in_force[it])
+    concerned = sorted(it for it in bridges.links if family in in_force[it])
     if shutil.which(program, path=PATH) is None:
         where, why = f"tables of {program}", f"they cannot be read; install {program}"
         return Plan(blocked=tuple(Blocked(it, where, why, "", surely=False, families=(family,)) for it in concerned))
@@ -445,17 +477,18 @@ def _plan_legacy(
     places: set[int] = set()
     blocked: dict[str, Blocked] = {}
     dropped_at: dict[str, None] = {}
-    for frame in (f for it in concerned for f in frames(family, FORWARD, it, indexes[it])):
+    for frame in (f for it in concerned for f in frames(family, FORWARD, it, bridges.links[it].index)):
         bridge = frame.bridge
         drop = default_drop(chains, "FORWARD", policies.get("FORWARD", False), frame)
         if drop is None:
             continue
         where = f"{program}, chain {drop.chain}" + ("" if drop.handle else ", policy drop")
         dropped_at[where] = None
-        if bridge in others or drop.named:
+        if bridge in bridges.others or drop.named:
             remedy = f"{program} -I FORWARD -i {bridge} -o {bridge} -j ACCEPT"
-            why = _why(drop, of_others=bridge in others)
-            blocked[bridge] = Blocked(bridge, where, why, remedy, families=(family,))
+            of_others = bridge in bridges.others
+            remedy = _consent(bridge) if of_others and not drop.named else remedy
+            blocked[bridge] = Blocked(bridge, where, _why(drop, of_others=of_others), remedy, families=(family,))
             continue
         passing[bridge] = None
         # One jump only: each is inserted by its number, which may change at any time.

@@ -24,6 +24,7 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
+from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
@@ -41,7 +42,7 @@ from netloom.plan.steps import (
 )
 from netloom.plan.uplinks import follow
 from netloom.render.ruleset import Ruleset, marker
-from netloom.render.want import Want
+from netloom.render.want import Port, Want
 from netloom.state import Scope
 
 _ROUNDS_MAX = 3
@@ -191,11 +192,13 @@ class KernelHost:
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; returns what was changed there."""
         with self._shared:
-            return self._bridged.let_through(guarded_bridges(), guarded_others().bridges)
+            return self._bridged.let_through()
 
-    def blocked(self, bridges: frozenset[str]) -> list[str]:
-        """Why frames do not pass these bridges because of the host's own firewall, a sentence each; change nothing."""
-        plan = self._bridged.examine(guarded_bridges(), guarded_others().bridges)
+    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
+        """Why the host's own firewall drops frames on the bridges of these ports, a sentence each; change nothing."""
+        found = find_links(None, [it.host_link for it in ports])
+        bridges = {it.name for it in find_links(None, [it.master_index for it in found if it.master_index])}
+        plan = self._bridged.examine()
         return [it.what for it in plan.changes] + [str(it) for it in plan.blocked if it.bridge in bridges]
 
     def bridges_with_vms(self) -> frozenset[str]:

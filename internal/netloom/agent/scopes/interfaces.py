@@ -12,7 +12,7 @@ from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.plan.have import Have
 from netloom.plan.steps import Step
 from netloom.render.ruleset import Ruleset
-from netloom.render.want import Want
+from netloom.render.want import Port, Want
 from netloom.state import Scope
 from netloom.state.served import Served
 
@@ -50,8 +50,8 @@ class Host(Protocol):
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; what was changed. Raises HostRefused."""
 
-    def blocked(self, bridges: frozenset[str]) -> list[str]:
-        """What keeps frames from passing these bridges, a sentence each. Raises HostRefused."""
+    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
+        """What keeps frames from passing the bridges of these ports, a sentence each. Raises HostRefused."""
 
     def bridges_with_vms(self) -> frozenset[str]:
         """The bridges with a port that is neither ours nor an uplink: a VM is plugged in. Raises HostRefused."""

@@ -434,7 +434,7 @@ class Scopes:
         try:
             for change in self._host.let_through():
                 self._log.line(f"host firewall: {change}")
-            blocked = self._host.blocked(frozenset(port.segment.bridge for port in want.ports))
+            blocked = self._host.blocked(want.ports)
         except NetloomError as error:
             blocked = [f"the host's firewall: {error}"]
         for reason in blocked:

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from netloom.agent.host.bridged_frames import TEST_ALIAS, BridgedFrames, Plan
-from netloom.agent.host.observe_nft import guarded_bridges, guarded_others
 from netloom.agent.kernel import links, namespaces, sysctl
 from netloom.errors import HostRefused, NetloomError
 
@@ -51,14 +50,14 @@ def run() -> Result:
         dropped = _send(bridge)
         if not dropped:
             return Result((), "", "")
-        plan = _examine(frames)
+        plan = frames.examine()
         try:
-            _let_through(frames)
+            frames.let_through()
             still = _send(bridge)
         except NetloomError as error:
             still, plan = dropped, Plan(dropped_at=(*plan.dropped_at, error.message), blocked=plan.blocked)
     with contextlib.suppress(NetloomError):
-        _let_through(frames)  # without this bridge
+        frames.let_through()  # without this bridge
     where = "; ".join(plan.dropped_at) or "no rule or policy that netloom knows: look for ebtables or another filter"
     if not still and not plan.dropped_at:
         return Result((), "", "")  # the first packets were late
@@ -67,14 +66,6 @@ def run() -> Result:
     remedies = dict.fromkeys(it.remedy.replace(it.bridge, "<bridge>") for it in plan.blocked)
     remedy = "; ".join(remedies) or "let its owner accept what is bridged, for each bridge of a network"
     return Result(still, f"{' and '.join(still)} on bridges is dropped: {where}", remedy)
-
-
-def _examine(frames: BridgedFrames) -> Plan:
-    return frames.examine(guarded_bridges(), guarded_others().bridges)
-
-
-def _let_through(frames: BridgedFrames) -> None:
-    frames.let_through(guarded_bridges(), guarded_others().bridges)
 
 
 @contextlib.contextmanager
@@ -106,7 +97,7 @@ def _delete_at_end(alive: int, name: str) -> None:
             signal.signal(it, signal.SIG_IGN)
         os.read(alive, 1)
         links.change(None, [links.delete_link(name).even_if_gone()])
-        _let_through(BridgedFrames())
+        BridgedFrames().let_through()
     finally:
         os._exit(0)
 

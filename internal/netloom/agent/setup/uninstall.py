@@ -83,7 +83,7 @@ def uninstall(networks: Networks) -> Kept:
                 after = ["netloom agent install"]
             else:
                 kept, after = _remove_shared_links()
-                BridgedFrames().let_through((), ())
+                BridgedFrames().leave()
                 unmanaged.release()
                 restore(STATE / RECORD)
             namespaces.release()
