@@ -16,6 +16,11 @@ SETTLE_S = 120.0  # an emulated machine needs many seconds for what a real one d
 INSTALL_S = 400.0
 CLOSED = {"timeout_s": 2.0}
 FILES = ["/usr/local", "/etc/systemd/system", "/var/log/netloom", "/var/cache/netloom", "/root/.cache"]
+# Kernel settings of the host that netloom raises while it has networks.
+RAISED = [
+    "fs/inotify/max_user_instances",
+    *(f"net/ipv{family}/neigh/default/gc_thresh{number}" for family in (4, 6) for number in (1, 2, 3)),
+]
 OURS = ("netloom", "dnsmasq", "haproxy")
 
 
@@ -25,6 +30,7 @@ def objects(host: EmulatedHost) -> dict[str, list[str]]:
     found["processes"] = [line for line in found["processes"] if any(word in line for word in OURS)]
     found["mounts"] = [path for path in found["mounts"] if not path.startswith("/run/user/")]
     found["conntrack"] = []
+    found["settings"] = [f"{it} {host.read(f'/proc/sys/{it}').strip()}" for it in RAISED]
     # An empty directory in memory, which `ip netns` makes, too.
     found["files"] = [path for path in found["files"] if path != "/run/netns/"]
     return found

@@ -32,6 +32,8 @@ def test_the_unit_is_ready_before_all_networks_are_restored(
     ready_us = int(host.sh("systemctl show -p ActiveEnterTimestampMonotonic --value netloom-agent"))
     (restored_s,) = re.findall(r"\[ *([0-9.]+)\] \S+ netloom\[\d+\]: restored$", host.journal("-b"), re.MULTILINE)
     assert ready_us < float(restored_s) * 1e6
+    # The agent's own lines, not only those of dnsmasq.
+    assert "netloom[" in host.sh("systemctl --no-pager status netloom-agent")
     for network in networks:
         network.delete()
 

@@ -6,9 +6,10 @@ from bed.cloudstack import FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
 from bed.lab import Internet
 from e2e.networks import MakeLife
-from hosts.scenario import live, still_carries, whole_life
+from hosts.scenario import carries, install, live, still_carries, whole_life
 
 KINDS = ["networkmanager"]
+MANAGED = "nmcli -t -f DEVICE,STATE device"
 
 _BRIDGES = """
 systemctl disable --now NetworkManager
@@ -39,6 +40,31 @@ def test_the_traffic_label_is_a_bridge(
     host.sh("ip link delete cloudbr0; ip link delete cloudbr1")
 
 
+def test_vms_above_the_label_keep_working(
+    host: EmulatedHost, bed: EmulatedBed, make_life: MakeLife, internet: Internet
+) -> None:
+    """Earlier versions put the VLAN above the bridge, and VMs were plugged in there by hand."""
+    host.sh(
+        "ip link set eth1 up; ip link add cloudbr1 type bridge; ip link set eth1 master cloudbr1;"
+        " ip link set cloudbr1 up"
+    )
+    life = make_life(with_cloud=registered(bed, "cloudbr1", "eth2"))
+    vlan = life.network.facts.vlan
+    nic = life.network.facts.cidr.rpartition(".")[0]
+    vm = host.vm(
+        f"old-{life.number}", vlan=vlan, nic="cloudbr1", mac="02:01:00:98:00:45", ip=f"{nic}.45/24",
+        gateway=life.network.facts.gateway,
+    )  # fmt: skip
+    assert vm.bridge == f"brcloudbr1-{vlan}"
+    life.vms.append(vm)
+    install(life.network)
+    life.network.deploy_vm(f"old-{life.number}", ip=f"{nic}.45", mac="02:01:00:98:00:45")
+    assert life.network.failures == []
+    carries(life, vm, internet)
+    life.end()
+    host.sh(f"ip link delete brcloudbr1-{vlan}; ip link delete cloudbr1.{vlan}; ip link delete cloudbr1")
+
+
 def test_the_traffic_label_is_a_bridge_above_a_bond(
     host: EmulatedHost, bed: EmulatedBed, make_life: MakeLife, internet: Internet
 ) -> None:
@@ -65,6 +91,8 @@ def test_network_manager_leaves_our_links_alone(host: EmulatedHost, make_life: M
     host.sh("systemctl enable --now NetworkManager")
     life = make_life()
     (vm,) = live(life, internet)
+    managed = [it for it in host.sh(MANAGED).splitlines() if not it.endswith(":unmanaged")]
+    assert [it for it in managed if it.startswith(("br", "eth1.", "vnet"))] == []
     host.sh("nmcli networking off; nmcli networking on")
     still_carries(life, vm, internet)
 

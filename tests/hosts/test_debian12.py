@@ -17,7 +17,7 @@ from bed.payloads import AclItem, Nic, VirtualMachine
 from bed.shared import SharedNetwork
 from binary.onefile import build_id, one_file
 from e2e.networks import Life, MakeLife, MakeVpc, lease
-from hosts.scenario import SETTLE_S, is_reached, live, objects, older, still_carries, traces, uninstall
+from hosts.scenario import SETTLE_S, install, is_reached, live, objects, older, still_carries, traces, uninstall
 
 KINDS = ["debian12", "debian12"]
 
@@ -185,6 +185,18 @@ def test_an_agent_that_hangs_is_replaced(lived: Lived, internet: Internet) -> No
     still_carries(life, vm, internet)
 
 
+def test_systemd_ends_an_agent_that_hangs(lived: Lived, internet: Internet) -> None:
+    """No call comes. The agent misses its beats, is aborted, and started again."""
+    life, vm, host = lived
+    hung = host.sh("systemctl show -p MainPID --value netloom-agent").strip()
+    host.sh(f"kill -STOP {hung}")
+    assert until(
+        lambda: host.sh("systemctl show -p MainPID --value netloom-agent").strip() not in ("0", hung), seconds=SETTLE_S
+    )
+    assert "Watchdog timeout" in host.journal("-b", "-u", "netloom-agent")
+    still_carries(life, vm, internet)
+
+
 def test_the_guard_of_the_host_is_back_at_once(lived: Lived) -> None:
     """``systemctl restart nftables`` executes ``flush ruleset``."""
     _, _, host = lived
@@ -229,6 +241,19 @@ def test_uninstalling_with_a_vm_plugged_in_says_what_stays(lived: Lived, bare: d
     for command in re.findall(r"ip link delete \S+", told):
         host.sh(f"{command} 2>/dev/null || true")  # the KVM agent may have deleted the bridge
     assert traces(host, bare[host.name]) == {}
+
+
+def test_networks_outlive_an_uninstall_that_leaves_them(lived: Lived, internet: Internet) -> None:
+    """The next call that builds something installs netloom again."""
+    life, vm, host = lived
+    told = host.netloom("agent", "uninstall", "--networks", "leave").out
+    assert "they run on" in told
+    assert host.run("systemctl", "cat", "netloom-agent", check=False).status != 0
+    assert vm.ping(life.network.facts.gateway).ok
+    with vm.serve_tcp(22):
+        assert is_reached(life.public(1), 2222, internet, vm.name)
+    install(life.network)
+    still_carries(life, vm, internet)
 
 
 def test_a_power_cut_in_the_middle_of_an_install(

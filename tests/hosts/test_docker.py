@@ -22,6 +22,8 @@ def test_the_host_drops_what_it_forwards(host: EmulatedHost) -> None:
 def test_networks_work_in_spite_of_it(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
     life = make_life()
     (vm,) = live(life, internet)
+    said = host.netloom("agent", "selftest").out
+    assert "chain FORWARD, policy drop; netloom accepts the frames of its own bridges there" in said, said
     # The host's own firewall is as strict as before.
     assert host.sh(DROPS).strip() == "1"
     assert host.sh(BRIDGE_NETFILTER).strip() == "1"

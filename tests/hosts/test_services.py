@@ -9,7 +9,7 @@ from bed.emulated import EmulatedBed, EmulatedHost
 from bed.lab import Internet, Vm
 from bed.machines import until
 from e2e.networks import Life, MakeLife
-from hosts.scenario import SETTLE_S, carries, is_reached, live, whole_life
+from hosts.scenario import SETTLE_S, carries, install, is_reached, live, whole_life
 
 KINDS = ["apparmor"]
 
@@ -21,6 +21,33 @@ DENIED = "dmesg | grep -c 'apparmor=\"DENIED\".*dnsmasq' || true"
 def cloud(bed: EmulatedBed) -> FakeCloudStack:
     """A CloudStack that logs in as a user with sudo."""
     return FakeCloudStack.on(bed.management).register(hosts=bed.hosts, **bed.login("netadmin", by="key"))
+
+
+def test_without_nftables_all_missing_packages_are_named(host: EmulatedHost, make_life: MakeLife) -> None:
+    """Nothing is installed on such a host."""
+    needed = (
+        "/usr/sbin/nft /usr/sbin/dnsmasq /usr/sbin/haproxy $(readlink -f /usr/lib/x86_64-linux-gnu/libnftables.so.1)"
+    )
+    host.sh(f"for it in {needed}; do mv $it $it.away; done")
+    life = make_life()
+    life.network.facts.state = "implementing"
+    refused = life.network.ensure()
+    host.sh("for it in /usr/sbin/*.away /usr/lib/x86_64-linux-gnu/*.away; do mv $it ${it%.away}; done")
+    assert not refused.ok
+    assert "apt-get install nftables dnsmasq-base haproxy" in refused.output
+    assert host.run("systemctl", "cat", "netloom-agent", check=False).status != 0
+
+
+def test_a_host_name_that_does_not_resolve_is_named(host: EmulatedHost, make_life: MakeLife, bed: EmulatedBed) -> None:
+    """sudo looks it up each time."""
+    hosts = host.read("/etc/hosts")
+    host.write("/etc/hosts", "127.0.0.1 localhost\n")
+    life = make_life()
+    install(life.network)
+    host.write("/etc/hosts", hosts)
+    log = bed.management.sh("find / -path /proc -prune -o -name netloom.log -exec cat {} +")
+    assert f"{host.address}: sudo needed " in log
+    assert "put the host's own name into its /etc/hosts" in log
 
 
 def test_dnsmasq_works_under_the_profile_of_the_distribution(

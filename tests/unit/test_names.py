@@ -23,7 +23,15 @@ def test_the_carrier_of_a_bridge_is_read_from_the_name_that_the_kvm_agent_gives_
     assert names.carrier_of("breth1-1204") == "eth1.1204"
     assert names.carrier_of("brbond0.5-7") == "bond0.5.7"
     assert names.carrier_of("brvx-5001") == "vxlan5001"
-    for other in ("cloudbr0", "br0", "br-lan", "virbr0", "breth1-x", "eth1-1204", names.bridge("enp130s0f1np1", "1204")):
+    for other in (
+        "cloudbr0",
+        "br0",
+        "br-lan",
+        "virbr0",
+        "breth1-x",
+        "eth1-1204",
+        names.bridge("enp130s0f1np1", "1204"),
+    ):
         assert names.carrier_of(other) == ""
 
 
