@@ -385,7 +385,7 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     leaving = _our_ports(have)
     aliases: dict[str, str] = {}
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
-        if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(have, bridge, leaving):
+        if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(bridge, leaving):
             continue
         link = names.carrier_of(bridge.name)
         # The VLAN link first: after a crash it could not be found again without its bridge.
@@ -400,7 +400,7 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     return steps, msgspec.structs.replace(have, host_links=host_links)
 
 
-def _only_ours_keep(have: Have, bridge: HostLink, leaving: frozenset[str]) -> bool:
+def _only_ours_keep(bridge: HostLink, leaving: frozenset[str]) -> bool:
     """Whether this is a bridge of the KVM agent whose only ports are ours, besides its VLAN link.
 
     A bridge with another port, an address, an alias, or another name than the agent's, stays its creator's. So does a
@@ -410,7 +410,7 @@ def _only_ours_keep(have: Have, bridge: HostLink, leaving: frozenset[str]) -> bo
     return (
         bridge.kind == "bridge"
         and bool(link)
-        and (link not in have.host_links or have.host_links[link].kind == "vlan")
+        and link != names.vxlan_link(bridge.name.removeprefix("brvx-"))
         and bool(leaving & set(bridge.ports))
         and set(bridge.ports) - leaving <= {link}
         and not bridge.alias

@@ -7,15 +7,12 @@ of elements and change often, so only the messages about the tables of one name 
 
 from __future__ import annotations
 
-import errno
 import os
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
 from netloom.agent.kernel import netlink
-from netloom.agent.kernel.netlink import NetlinkError
+from netloom.agent.kernel.multicast import Multicast
 
 # linux/netfilter/nfnetlink.h, nf_tables.h. Attribute 1 of every object is the name of its table.
 _GROUP_NFTABLES = 7
@@ -26,8 +23,6 @@ _NFTA_GEN_PROC_PID, _NFTA_GEN_PROC_NAME = 2, 3
 _TABLE = 1
 _HEAD_BYTES = 4  # nfgenmsg
 
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_RECEIVE_BYTES = 256 << 10
 _DATAGRAMS_AT_ONCE = 256  # the event loop has other work, too; the descriptor stays readable
 
 
@@ -51,11 +46,8 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True):
         return self.thread > 0 and os.path.exists(f"/proc/self/task/{self.thread}")
 
 
-class NftWatch:
-    """The nftables transactions of one namespace since this was created. ``fileno`` is readable when there are some.
-
-    While it is open, the kernel keeps the namespace, even a deleted one. Only one thread at a time may use it.
-    """
+class NftWatch(Multicast):
+    """The nftables transactions of one namespace since this was created. ``fileno`` is readable when there are some."""
 
     def __init__(self, namespace: str | None, table: str) -> None:
         """``table``: the name of the tables, of any family, whose losses are reported.
@@ -64,30 +56,7 @@ class NftWatch:
         """
         self._name = table.encode() + b"\0"
         self._lost = False  # so far in the transaction whose end has not come yet
-        self._socket = netlink.open_socket(netlink.NETLINK_NETFILTER, namespace)
-        try:
-            self._socket.setblocking(False)
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _GROUP_NFTABLES)
-        except BaseException:
-            self._socket.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """The descriptor to wait on, for ``loop.add_reader``."""
-        return self._socket.fileno()
+        super().__init__(netlink.NETLINK_NETFILTER, namespace, [_GROUP_NFTABLES], what="watch nftables")
 
     def read(self) -> list[Transaction]:
         """The transactions that have been reported, oldest first; of many only the first. Does not wait.
@@ -95,18 +64,11 @@ class NftWatch:
         Raises NetlinkError when a message cannot be decoded.
         """
         found: list[Transaction] = []
-        for _ in range(_DATAGRAMS_AT_ONCE):
-            try:
-                data, _, _, sender = self._socket.recvmsg(_RECEIVE_BYTES)
-            except BlockingIOError:
-                return found
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise NetlinkError(error.errno or errno.EIO, "watch nftables") from error
+        for data in self._datagrams(_DATAGRAMS_AT_ONCE):
+            if data is None:
                 self._lost = False
                 found.append(Transaction(overrun=True))
-                continue
-            if sender[0] == 0:
+            else:
                 found += self._transactions(data)
         return found
 

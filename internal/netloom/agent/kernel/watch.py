@@ -6,21 +6,19 @@ The former are rtnetlink's multicast messages; the latter are inotify(7) events 
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import socket
 import struct
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
 
 from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.multicast import Multicast
 from netloom.agent.kernel.namespaces import NETNS_DIR, NamespaceError
 from netloom.agent.kernel.neighbours import NUD_FAILED, NUD_PERMANENT, NeighbourRow
-from netloom.agent.kernel.netlink import NetlinkError
 from netloom.agent.kernel.routes import RouteRow
 from netloom.agent.kernel.rtnetlink import (
     RTM_DELADDR,
@@ -47,11 +45,8 @@ _GROUPS: dict[Kind, tuple[int, ...]] = {
     "neighbour": (3,),
 }
 
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
-_RECEIVE_BYTES = 256 << 10
-
 _IN_MOVED_FROM, _IN_DELETE, _IN_Q_OVERFLOW = 0x40, 0x200, 0x4000  # sys/inotify.h
+_RECEIVE_BYTES = 256 << 10
 _INOTIFY_HEAD = struct.Struct("=iIII")  # watch, mask, cookie, length of the name that follows
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,48 +63,24 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     row: Link | AddressRow | RouteRow | Rule | NeighbourRow | None = None
 
 
-class Watch:
+class Watch(Multicast):
     """The events of one namespace since this was created. ``fileno`` becomes readable when there are some.
 
     Events of neighbours are received only for entries that are permanent or failed: machines on the link can cause a
     hundred thousand other events per second. The kernel reports no change of the alias of a link that is down.
-
-    While it is open, the kernel keeps the namespace, even a deleted one. Only one thread at a time may use it.
     """
 
     def __init__(self, namespace: str | None, *kinds: Kind) -> None:
         """``kinds``: none means all. Raises NamespaceError, NetlinkError."""
         self._wanted: frozenset[str] = frozenset(kinds or _GROUPS)
-        self._socket = netlink.open_socket(netlink.NETLINK_ROUTE, namespace)
+        # Always receive link events: the other events refer to links by index.
+        groups = [it for kind, groups in _GROUPS.items() if kind in self._wanted or kind == "link" for it in groups]
+        super().__init__(netlink.NETLINK_ROUTE, namespace, groups, what="watch links", filtered=_NEIGHBOURS)
         try:
-            self._socket.setblocking(False)
-            _attach(self._socket, _NEIGHBOURS)
-            # An unbound netlink socket has port 0, the kernel's own, and receives no multicast messages.
-            self._socket.bind((0, 0))
-            # Always receive link events: the other events refer to links by index.
-            for kind, groups in _GROUPS.items():
-                for group in groups if kind in self._wanted or kind == "link" else ():
-                    self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
             self.names = {link.index: link.name for link in links.list_links(namespace)}  # of links, by index
         except BaseException:
-            self._socket.close()
+            self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._socket.close()
-
-    def fileno(self) -> int:
-        """The descriptor to wait on, for ``loop.add_reader``."""
-        return self._socket.fileno()
 
     def read(self) -> list[Event]:
         """The events that have arrived, oldest first. Does not wait.
@@ -117,19 +88,13 @@ class Watch:
         Raises NetlinkError when a message cannot be decoded.
         """
         events: list[Event] = []
-        while True:
-            try:
-                data, _, _, sender = self._socket.recvmsg(_RECEIVE_BYTES)
-            except BlockingIOError:
-                return events
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise NetlinkError(error.errno or errno.EIO, "watch links") from error
+        for data in self._datagrams():
+            if data is None:
                 events.append(Event(kind="overrun"))
                 continue
-            if sender[0] == 0:
-                for message in netlink.decode(data):
-                    events += self._events(message.type, message.payload)
+            for message in netlink.decode(data):
+                events += self._events(message.type, message.payload)
+        return events
 
     def _events(self, kind: int, payload: bytes) -> list[Event]:
         event = None
@@ -155,8 +120,8 @@ class Watch:
         return [event] if event and event.kind in self._wanted else []
 
 
-# linux/filter.h: code, jump if true, jump if false, constant. Loads are big endian; netlink numbers are in the host's
-# byte order. Drops events of neighbours that are neither failed nor permanent.
+# Loads are big endian; netlink numbers are in the host's byte order. Drops events of neighbours that are neither failed
+# nor permanent.
 _LOAD_16, _IF_EQUAL, _IF_ANY_BIT, _RETURN = 0x28, 0x15, 0x45, 0x06
 _NEIGHBOURS = (
     (_LOAD_16, 0, 0, 4),  # nlmsghdr: type
@@ -167,12 +132,6 @@ _NEIGHBOURS = (
     (_RETURN, 0, 0, 0),
     (_RETURN, 0, 0, 0xFFFFFFFF),
 )
-
-
-def _attach(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
-    """Make the kernel run the filter on each message, and drop those for which it returns 0."""
-    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
 
 
 class NamesWatch:
