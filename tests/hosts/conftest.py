@@ -20,6 +20,8 @@ from bed.lab import Internet
 from binary.onefile import build_id
 from e2e.networks import OUTSIDE, PUBLIC_VLAN, MakeLife, MakeVpc, making_lives, making_vpcs
 
+pytest.register_assert_rewrite("hosts.scenario")
+
 RESULTS = Path(__file__).resolve().parents[2] / "dist" / "hosts"
 _beds: dict[str, EmulatedBed] = {}
 _results: dict[str, dict[str, int]] = {}

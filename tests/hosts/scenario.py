@@ -100,6 +100,12 @@ def uninstall(host: EmulatedHost) -> str:
     return host.netloom("agent", "uninstall").out
 
 
+def make_bare(host: EmulatedHost) -> None:
+    """Uninstall if an earlier test left netloom there."""
+    if host.sh("ls -d /usr/local/libexec/netloom 2>/dev/null || true"):
+        uninstall(host)
+
+
 def older(program: Path, directory: Path) -> tuple[Path, str]:
     """A copy of the one file that is an older build: the file and its build. The build id is in it as plain text."""
     data = program.read_bytes()
@@ -114,7 +120,8 @@ def older(program: Path, directory: Path) -> tuple[Path, str]:
 
 
 def whole_life(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
-    """Two networks on a host without netloom, a reboot, their deletion, and an uninstall without a trace."""
+    """A network on a host without netloom, a reboot, its deletion, and an uninstall without a trace."""
+    make_bare(host)
     before = objects(host)
     life = make_life()
     live(life, internet)

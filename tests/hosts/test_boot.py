@@ -6,7 +6,8 @@ import re
 
 from bed.cloudstack import NAT_SERVICES, FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
-from hosts.scenario import install
+from bed.machines import until
+from hosts.scenario import SETTLE_S, install
 
 KINDS = ["debian12"]
 
@@ -26,6 +27,7 @@ def test_the_unit_is_ready_before_all_networks_are_restored(
         network.ensures_always = False
         network.implement()
     host.reboot()
+    assert until(lambda: host.sh("systemctl is-active netloom-agent || true").strip() == "active", seconds=SETTLE_S)
     assert "restoring" in host.sh("systemctl show -p StatusText --value netloom-agent") or _restored(host)
     host.netloom("agent", "status", "--wait", "110")
     assert _restored(host)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bed.cloudstack import FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
 from bed.lab import Internet
+from bed.machines import until
 from e2e.networks import MakeLife
-from hosts.scenario import carries, install, live, still_carries, whole_life
+from hosts.scenario import SETTLE_S, carries, install, live, still_carries, whole_life
 
 KINDS = ["networkmanager"]
-MANAGED = "nmcli -t -f DEVICE,STATE device"
 
 _BRIDGES = """
 systemctl disable --now NetworkManager
@@ -20,6 +20,12 @@ for n in 0 1; do
     ip link set cloudbr$n up
 done
 """
+
+
+def managed(host: EmulatedHost) -> list[str]:
+    """What NetworkManager manages of a network: bridges, VLAN links, our ports and taps."""
+    devices = host.sh("nmcli -t -f DEVICE,STATE device").splitlines()
+    return [it for it in devices if it.startswith(("br", "eth1.", "vnet")) and not it.endswith(":unmanaged")]
 
 
 def registered(bed: EmulatedBed, guest: str, public: str) -> FakeCloudStack:
@@ -49,16 +55,15 @@ def test_vms_above_the_label_keep_working(
         " ip link set cloudbr1 up"
     )
     life = make_life(with_cloud=registered(bed, "cloudbr1", "eth2"))
-    vlan = life.network.facts.vlan
-    nic = life.network.facts.cidr.rpartition(".")[0]
+    vlan, subnet = 1200 + life.number, life.subnet  # CloudStack chooses the VLAN when the network is implemented
     vm = host.vm(
-        f"old-{life.number}", vlan=vlan, nic="cloudbr1", mac="02:01:00:98:00:45", ip=f"{nic}.45/24",
+        f"old-{life.number}", vlan=vlan, nic="cloudbr1", mac="02:01:00:98:00:45", ip=f"{subnet}.45/24",
         gateway=life.network.facts.gateway,
     )  # fmt: skip
     assert vm.bridge == f"brcloudbr1-{vlan}"
     life.vms.append(vm)
     install(life.network)
-    life.network.deploy_vm(f"old-{life.number}", ip=f"{nic}.45", mac="02:01:00:98:00:45")
+    life.network.deploy_vm(f"old-{life.number}", ip=f"{subnet}.45", mac="02:01:00:98:00:45")
     assert life.network.failures == []
     carries(life, vm, internet)
     life.end()
@@ -74,8 +79,9 @@ def test_the_traffic_label_is_a_bridge_above_a_bond(
         " ip link set bond0 master cloudbr1; ip link set cloudbr1 up"
     )
     life = make_life(with_cloud=registered(bed, "cloudbr1", "eth2"))
-    number, vlan = life.number, life.network.facts.vlan
+    number = life.number
     nic = life.network.deploy_vm(f"web-{number}", ip=f"{life.subnet}.45", mac="02:01:00:99:00:45")
+    vlan = life.network.facts.vlan
     vm = host.vm(
         f"web-{number}", vlan=vlan, nic="bond0", mac=nic.mac, ip=f"{nic.ip}/24", gateway=life.network.facts.gateway
     )
@@ -91,21 +97,21 @@ def test_network_manager_leaves_our_links_alone(host: EmulatedHost, make_life: M
     host.sh("systemctl enable --now NetworkManager")
     life = make_life()
     (vm,) = live(life, internet)
-    managed = [it for it in host.sh(MANAGED).splitlines() if not it.endswith(":unmanaged")]
-    assert [it for it in managed if it.startswith(("br", "eth1.", "vnet"))] == []
+    assert until(lambda: managed(host) == [], seconds=SETTLE_S), managed(host)
     host.sh("nmcli networking off; nmcli networking on")
     still_carries(life, vm, internet)
 
 
 def test_networkd_leaves_our_links_alone(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
     host.sh("systemctl disable --now NetworkManager")
+    host.write("/etc/systemd/network/10-ssh.network", "[Match]\nName=eth0\n[Link]\nUnmanaged=yes\n")
     host.write("/etc/systemd/network/50-all.network", "[Match]\nName=*\n[Network]\nLinkLocalAddressing=no\n")
     host.sh("systemctl start systemd-networkd")
     life = make_life()
     (vm,) = live(life, internet)
     host.sh("networkctl reload; systemctl restart systemd-networkd")
     still_carries(life, vm, internet)
-    host.sh("systemctl stop systemd-networkd; rm /etc/systemd/network/50-all.network")
+    host.sh("systemctl stop systemd-networkd; rm /etc/systemd/network/*.network")
 
 
 def test_life(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:

@@ -17,7 +17,18 @@ from bed.payloads import AclItem, Nic, VirtualMachine
 from bed.shared import SharedNetwork
 from binary.onefile import build_id, one_file
 from e2e.networks import Life, MakeLife, MakeVpc, lease
-from hosts.scenario import SETTLE_S, install, is_reached, live, objects, older, still_carries, traces, uninstall
+from hosts.scenario import (
+    SETTLE_S,
+    install,
+    is_reached,
+    live,
+    make_bare,
+    objects,
+    older,
+    still_carries,
+    traces,
+    uninstall,
+)
 
 KINDS = ["debian12", "debian12"]
 
@@ -261,8 +272,7 @@ def test_a_power_cut_in_the_middle_of_an_install(
 ) -> None:
     """The upload is cut. The next call installs the program, and the network is complete."""
     for host in bed.emulated:
-        if host.sh("ls -d /usr/local/libexec/netloom 2>/dev/null || true"):
-            uninstall(host)
+        make_bare(host)
     (first,) = bed.emulated[:1]
     life = make_life(with_cloud=FakeCloudStack.on(bed.management, extension="cut").register(
         hosts=[first], **bed.login("root")
@@ -304,6 +314,5 @@ def test_upgrade_and_rollback(bed: EmulatedBed, make_life: MakeLife, internet: I
 
 def test_uninstalling_leaves_no_trace(bed: EmulatedBed, bare: dict[str, dict[str, list[str]]]) -> None:
     for host in bed.emulated:
-        if host.sh("ls -d /usr/local/libexec/netloom 2>/dev/null || true"):
-            uninstall(host)
+        make_bare(host)
         assert traces(host, bare[host.name]) == {}

@@ -7,9 +7,8 @@ import pytest
 from bed.cloudstack import Failed, FakeCloudStack
 from bed.emulated import EmulatedBed, EmulatedHost
 from bed.lab import Internet, Vm
-from bed.machines import until
 from e2e.networks import Life, MakeLife
-from hosts.scenario import SETTLE_S, carries, install, is_reached, live, whole_life
+from hosts.scenario import carries, install, is_reached, live, whole_life
 
 KINDS = ["apparmor"]
 
@@ -42,9 +41,11 @@ def test_a_host_name_that_does_not_resolve_is_named(host: EmulatedHost, make_lif
     """sudo looks it up each time."""
     hosts = host.read("/etc/hosts")
     host.write("/etc/hosts", "127.0.0.1 localhost\n")
+    host.sh("systemctl stop dnsmasq")  # the host's own one, which knows the name
     life = make_life()
     install(life.network)
     host.write("/etc/hosts", hosts)
+    host.sh("systemctl start dnsmasq")
     log = bed.management.sh("find / -path /proc -prune -o -name netloom.log -exec cat {} +")
     assert f"{host.address}: sudo needed " in log
     assert "put the host's own name into its /etc/hosts" in log
@@ -60,29 +61,29 @@ def test_dnsmasq_works_under_the_profile_of_the_distribution(
     assert host.sh(DENIED).strip() == "0"
 
 
-def forwarded_without_names(life: Life, internet: Internet, reason: str) -> Vm:
-    """A VM whose names fail with this reason in the line, and whose forward works."""
-    with pytest.raises(Failed, match=reason):
-        life.network.deploy_vm(f"web-{life.number}", ip=f"{life.subnet}.45", mac="02:01:00:77:00:45")
+def without_names(life: Life, vm: Vm, internet: Internet, reason: str) -> None:
+    """What needs no dnsmasq works, and a VM that needs it fails with the reason."""
     (nic,) = life.network.nics
-    address = life.network.associate(life.public(1))
-    life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)
-    vm = life.plug(nic)
-    with vm.serve_tcp(22):
-        assert is_reached(life.public(1), 2222, internet, vm.name)
-    return vm
+    address = life.network.associate(life.public(2))
+    life.network.add_port_forward(address, 8080, nic, 80, open_firewall=True)
+    assert life.network.failures == [], life.network.failures
+    with vm.serve_tcp(80):
+        assert is_reached(life.public(2), 8080, internet, vm.name)
+    with pytest.raises(Failed, match=reason):
+        life.network.deploy_vm(f"more-{life.number}", ip=f"{life.subnet}.46", mac="02:01:00:77:00:46")
+    life.network.failures.clear()
+    assert reason in life.network.custom_action("check")
 
 
 def test_a_denied_dnsmasq_fails_only_calls_for_names(
     host: EmulatedHost, make_life: MakeLife, internet: Internet
 ) -> None:
-    local = "/etc/apparmor.d/local/usr.sbin.dnsmasq"
-    host.sh(
-        f"mkdir -p {local.rpartition('/')[0]}; echo 'deny /etc/dnsmasq.conf r,' > {local}; apparmor_parser -r {PROFILE}"
-    )
     life = make_life()
-    vm = forwarded_without_names(life, internet, "AppArmor")
-    assert "AppArmor" in life.network.custom_action("check")
+    (vm,) = live(life, internet)
+    local = "/etc/apparmor.d/local/usr.sbin.dnsmasq"
+    host.sh(f"mkdir -p {local.rpartition('/')[0]}; echo 'deny /etc/dnsmasq.conf r,' > {local}")
+    host.sh(f"apparmor_parser -r {PROFILE}; pkill -x dnsmasq")
+    without_names(life, vm, internet, "AppArmor")
     host.sh(f"rm {local}; touch {local}; apparmor_parser -r {PROFILE}")
     carries(life, vm, internet)
 
@@ -90,13 +91,11 @@ def test_a_denied_dnsmasq_fails_only_calls_for_names(
 def test_missing_programs_fail_only_calls_that_need_them(
     host: EmulatedHost, make_life: MakeLife, internet: Internet
 ) -> None:
-    for program in ("dnsmasq", "haproxy"):
-        host.sh(f"mv /usr/sbin/{program} /usr/sbin/{program}.away")
     life = make_life()
-    vm = forwarded_without_names(life, internet, "dnsmasq-base")
-    for program in ("dnsmasq", "haproxy"):
-        host.sh(f"mv /usr/sbin/{program}.away /usr/sbin/{program}")
-    assert until(lambda: host.sh("pgrep -x dnsmasq || true") != "", seconds=SETTLE_S)
+    (vm,) = live(life, internet)
+    host.sh("for it in dnsmasq haproxy; do mv /usr/sbin/$it /usr/sbin/$it.away; done; pkill -x dnsmasq")
+    without_names(life, vm, internet, "dnsmasq-base")
+    host.sh("for it in dnsmasq haproxy; do mv /usr/sbin/$it.away /usr/sbin/$it; done")
     carries(life, vm, internet)
 
 
