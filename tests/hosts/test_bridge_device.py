@@ -56,18 +56,22 @@ def test_vms_above_the_label_keep_working(
     )
     life = make_life(with_cloud=registered(bed, "cloudbr1", "eth2"))
     vlan, subnet = 1200 + life.number, life.subnet  # CloudStack chooses the VLAN when the network is implemented
+    bridge = f"brcloudbr1-{vlan}"
+    host.sh(
+        f"ip link add link cloudbr1 name cloudbr1.{vlan} type vlan id {vlan}; ip link add {bridge} type bridge;"
+        f" ip link set cloudbr1.{vlan} master {bridge}; ip link set cloudbr1.{vlan} up; ip link set {bridge} up"
+    )
     vm = host.vm(
-        f"old-{life.number}", vlan=vlan, nic="cloudbr1", mac="02:01:00:98:00:45", ip=f"{subnet}.45/24",
+        f"old-{life.number}", vlan="untagged", bridge=bridge, mac="02:01:00:98:00:45", ip=f"{subnet}.45/24",
         gateway=life.network.facts.gateway,
     )  # fmt: skip
-    assert vm.bridge == f"brcloudbr1-{vlan}"
     life.vms.append(vm)
     install(life.network)
     life.network.deploy_vm(f"old-{life.number}", ip=f"{subnet}.45", mac="02:01:00:98:00:45")
     assert life.network.failures == []
     carries(life, vm, internet)
     life.end()
-    host.sh(f"ip link delete brcloudbr1-{vlan}; ip link delete cloudbr1.{vlan}; ip link delete cloudbr1")
+    host.sh(f"ip link delete {bridge}; ip link delete cloudbr1.{vlan}; ip link delete cloudbr1")
 
 
 def test_the_traffic_label_is_a_bridge_above_a_bond(
@@ -82,9 +86,11 @@ def test_the_traffic_label_is_a_bridge_above_a_bond(
     number = life.number
     nic = life.network.deploy_vm(f"web-{number}", ip=f"{life.subnet}.45", mac="02:01:00:99:00:45")
     vlan = life.network.facts.vlan
+    # Our bridge, with the name that the KVM agent gives it.
     vm = host.vm(
-        f"web-{number}", vlan=vlan, nic="bond0", mac=nic.mac, ip=f"{nic.ip}/24", gateway=life.network.facts.gateway
-    )
+        f"web-{number}", vlan="untagged", bridge=f"brbond0-{vlan}", mac=nic.mac, ip=f"{nic.ip}/24",
+        gateway=life.network.facts.gateway,
+    )  # fmt: skip
     life.vms.append(vm)
     address = life.network.associate(life.public(1))
     life.network.add_port_forward(address, 2222, nic, 22, open_firewall=True)

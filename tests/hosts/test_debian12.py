@@ -200,7 +200,8 @@ def test_systemd_ends_an_agent_that_hangs(lived: Lived, internet: Internet) -> N
     """No call comes. The agent misses its beats, is aborted, and started again."""
     life, vm, host = lived
     hung = host.sh("systemctl show -p MainPID --value netloom-agent").strip()
-    host.sh(f"kill -STOP {hung}")
+    # Without a relay, which would end the agent earlier.
+    host.sh(f"pkill -f 'netloom agent connect'; kill -STOP {hung}")
     assert until(
         lambda: host.sh("systemctl show -p MainPID --value netloom-agent").strip() not in ("0", hung), seconds=SETTLE_S
     )

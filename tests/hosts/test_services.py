@@ -13,6 +13,7 @@ from hosts.scenario import carries, install, is_reached, live, whole_life
 KINDS = ["apparmor"]
 
 PROFILE = "/etc/apparmor.d/usr.sbin.dnsmasq"
+OUR_DNSMASQ = "'dnsmasq --keep-in-foreground'"  # the host has one of its own
 DENIED = "dmesg | grep -c 'apparmor=\"DENIED\".*dnsmasq' || true"
 
 
@@ -82,7 +83,7 @@ def test_a_denied_dnsmasq_fails_only_calls_for_names(
     (vm,) = live(life, internet)
     local = "/etc/apparmor.d/local/usr.sbin.dnsmasq"
     host.sh(f"mkdir -p {local.rpartition('/')[0]}; echo 'deny /etc/dnsmasq.conf r,' > {local}")
-    host.sh(f"apparmor_parser -r {PROFILE}; pkill -x dnsmasq")
+    host.sh(f"apparmor_parser -r {PROFILE}; pkill -f {OUR_DNSMASQ}")
     without_names(life, vm, internet, "AppArmor")
     host.sh(f"rm {local}; touch {local}; apparmor_parser -r {PROFILE}")
     carries(life, vm, internet)
@@ -93,7 +94,8 @@ def test_missing_programs_fail_only_calls_that_need_them(
 ) -> None:
     life = make_life()
     (vm,) = live(life, internet)
-    host.sh("for it in dnsmasq haproxy; do mv /usr/sbin/$it /usr/sbin/$it.away; done; pkill -x dnsmasq")
+    host.sh("for it in dnsmasq haproxy; do mv /usr/sbin/$it /usr/sbin/$it.away; done")
+    host.sh(f"pkill -f {OUR_DNSMASQ}")
     without_names(life, vm, internet, "dnsmasq-base")
     host.sh("for it in dnsmasq haproxy; do mv /usr/sbin/$it.away /usr/sbin/$it; done")
     carries(life, vm, internet)
