@@ -138,8 +138,11 @@ def test_a_vxlan_network(bed: EmulatedBed, internet: Internet) -> None:
         vm = far.vm("tunnel-1", vlan="untagged", bridge="brvx-5280", mac=nic.mac)
         assert "lease of 10.80.0.45 obtained" in lease(vm)
         vm.destroy()
+        far.sh("ip link delete vxlan5280")
     finally:
         network.delete()
+        for host in bed.emulated:
+            host.links(f"address delete 192.0.2.{host.number}/24 dev eth1")
 
 
 def test_a_shared_network(bed: EmulatedBed, internet: Internet) -> None:
@@ -210,15 +213,20 @@ def test_systemd_ends_an_agent_that_hangs(lived: Lived, internet: Internet) -> N
 
 
 def test_the_guard_of_the_host_is_back_at_once(lived: Lived) -> None:
-    """``systemctl restart nftables`` executes ``flush ruleset``."""
+    """``systemctl restart nftables`` executes ``flush ruleset``. The periodic check would need up to 30 s."""
     _, _, host = lived
     guard = "nft list tables | grep -c ' netloom$' || true"
     tables = host.sh(guard)
     assert int(tables) > 0
-    host.sh("systemctl restart nftables")
-    began = host.sh("cat /proc/uptime")
-    assert until(lambda: host.sh(guard) == tables, seconds=SETTLE_S)
-    assert float(host.sh("cat /proc/uptime").split()[0]) - float(began.split()[0]) < 60
+    waits_s = []
+    for _ in range(3):
+        host.sh("systemctl restart nftables")
+        began, ended = host.sh(
+            f"cat /proc/uptime; until [ $({guard}) = {tables.strip()} ]; do sleep 0.1; done; cat /proc/uptime"
+        ).splitlines()
+        waits_s.append(float(ended.split()[0]) - float(began.split()[0]))
+    assert max(waits_s) < 4, waits_s
+    host.sh("nft delete table inet filter")  # of the file that was loaded
 
 
 def test_a_reboot_brings_everything_back(lived: Lived, internet: Internet) -> None:
