@@ -12,12 +12,12 @@ help: ## list the targets
 demo: packages venv ## show the life of an isolated network on two simulated hosts, step by step (root)
 	@.venv/bin/python build/ci/checkout.py -m bed.demo
 
-test: packages venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
+test: packages emulator venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
 	@build/package/venvs
 	@build/pages/venv
-	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs kernel ssh e2e binary release mutants
+	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs hosts-single kernel ssh e2e binary release mutants
 
-test-long: packages venv ## run all mutants; make test runs a quarter of them (root; half an hour)
+test-long: packages venv ## run all mutants; make test runs a sixth of them (root; half an hour)
 	@.venv/bin/python build/ci/groups.py mutants-all
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)
@@ -26,8 +26,7 @@ test-binary: packages venv build ## run all end-to-end tests with the one file i
 build: ## compile dist/netloom, the self-contained executable (root; ten minutes the first time)
 	@build/nuitka/build
 
-test-hosts: packages venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; an hour)
-	@build/ci/apt $$(grep -vE '^(#|$$)' build/ci/apt-hosts.txt)
+test-hosts: packages emulator venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; an hour)
 	@.venv/bin/python build/ci/groups.py hosts
 	@.venv/bin/python build/ci/platforms.py
 
@@ -53,6 +52,9 @@ fix: venv ## format the code and apply the safe corrections of the linter
 packages: ## install missing Debian packages of build/ci/apt.txt (root)
 	@build/ci/apt
 
+emulator: ## install missing Debian packages of build/ci/apt-hosts.txt (root)
+	@build/ci/apt $$(grep -vE '^(#|$$)' build/ci/apt-hosts.txt)
+
 venv: ## make .venv from the hashed requirement files
 	@build/ci/venv
 
@@ -63,4 +65,4 @@ clean: ## remove virtual environments, caches and products
 	@rm -rf .venv .venv-docs .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-long test-binary test-hosts build bench release audit docs check fix packages venv lock clean
+.PHONY: help demo test test-long test-binary test-hosts build bench release audit docs check fix packages emulator venv lock clean

@@ -182,8 +182,9 @@ def main(arguments: list[str]) -> int:
 
 def _run_all(groups: list[str], profile: str, where: str) -> list[Result]:
     """The results of all groups. Raises Interrupted."""
-    results = _run_side_by_side([it for it in groups if it in SIDE_BY_SIDE], profile, where)
-    results += _run_side_by_side([it for it in groups if it in HOSTS], profile, where)
+    # Emulated machines come first: they take longest, and use one core each.
+    side_by_side = sorted((it for it in groups if it in SIDE_BY_SIDE or it in HOSTS), key=lambda it: it not in HOSTS)
+    results = _run_side_by_side(side_by_side, profile, where)
     for group in groups:
         if group not in SIDE_BY_SIDE and group not in HOSTS:
             print(f"== {group}", flush=True)

@@ -113,6 +113,7 @@ def older(program: Path, directory: Path) -> tuple[Path, str]:
     version, number, made = build.split("-")
     before = f"{version}-{'1'.zfill(len(number))}-{made[::-1]}"
     assert data.count(build.encode()) >= 2
+    directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"netloom-{before}"
     file.write_bytes(data.replace(build.encode(), before.encode()))
     file.chmod(0o755)

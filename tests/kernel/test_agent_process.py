@@ -473,7 +473,7 @@ def test_systemd_is_notified_when_calls_are_answered_and_told_what_is_missing(
         assert host.call("020", "implement-network", network_id=network_id, vlan=vlan).status == 0
     host.kill()
     with locked_directory(host, "/run/netns"), notified_agent(host, impatient) as (agent, systemd):
-        assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100) == b"READY=1\nSTATUS=restoring: 0 of 2 networks done"
         assert host.call("020", "implement-network").status == 0
         with host.client() as client:
             assert (client.hello.unrestored, client.hello.restoring) == (1, ("net-205",))
@@ -482,8 +482,10 @@ def test_systemd_is_notified_when_calls_are_answered_and_told_what_is_missing(
         agent.terminate()
         assert b"stopped; what runs keeps running" in agent.communicate(timeout=20)[1]
     with notified_agent(host, PROGRAM) as (_, systemd):
-        while systemd.recv(100) != b"WATCHDOG=1\nSTATUS=2 networks":
+        assert systemd.recv(100).startswith(b"READY=1\nSTATUS=restoring: ")
+        while systemd.recv(100) != b"STATUS=2 networks":  # at once, and again with each beat
             pass
+        assert systemd.recv(100) == b"WATCHDOG=1\nSTATUS=2 networks"
         with host.client() as client:
             assert (client.hello.unrestored, client.hello.restoring) == (0, ())
 
@@ -491,7 +493,7 @@ def test_systemd_is_notified_when_calls_are_answered_and_told_what_is_missing(
 def test_an_agent_whose_workers_all_hang_stops_its_heartbeat_and_aborts(bare: AgentHost, impatient: list[str]) -> None:
     """Creating a namespace hangs, because the test holds the lock of /run/netns."""
     with locked_directory(bare, "/run/netns"), notified_agent(bare, impatient) as (agent, systemd):
-        assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100) == b"READY=1\nSTATUS=0 networks"
         with bare.client() as client:
             for number in range(WORKERS):
                 if number == WORKERS - 2:  # some works take long: that is no reason to abort
@@ -505,7 +507,7 @@ def test_an_agent_whose_workers_all_hang_stops_its_heartbeat_and_aborts(bare: Ag
     assert "the worker threads have ended no work for " in said
     assert said.count(" in converge\n") >= WORKERS  # the stacks of the workers
     with notified_agent(bare, PROGRAM) as (_, systemd):
-        assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100).startswith(b"READY=1\n")
 
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")

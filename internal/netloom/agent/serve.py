@@ -136,14 +136,15 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
-    restoring = asyncio.ensure_future(_restore(upkeep, prepared))  # guard: the-agent-restores-at-its-start
+    status = partial(_status, scopes, upkeep)
+    restoring = asyncio.ensure_future(_restore(upkeep, prepared, status))  # guard: the-agent-restores-at-its-start
     heartbeat = Heartbeat(
         clock,
         log,
         partial(_greeted, path),
         partial(scopes.in_worker_uncounted, host.await_shared_links),
         lambda: scopes.work_done,
-        partial(_status, scopes, upkeep),
+        status,
         notify,
     )
     loops = [
@@ -167,7 +168,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     log.line("stopped; what runs keeps running")
 
 
-async def _restore(upkeep: Upkeep, prepared: asyncio.Event) -> None:
+async def _restore(upkeep: Upkeep, prepared: asyncio.Event, status: Callable[[], str]) -> None:
     """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
 
     Calls do not wait for a preparation that hangs, for example because another process holds the lock of /run/netns.
@@ -175,9 +176,10 @@ async def _restore(upkeep: Upkeep, prepared: asyncio.Event) -> None:
     preparing = asyncio.ensure_future(upkeep.prepare())
     await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
     prepared.set()
-    notify(ready(os.environ.get("WATCHDOG_USEC", "")))
+    notify(f"{ready(os.environ.get('WATCHDOG_USEC', ''))}\nSTATUS={status()}")
     await preparing
     await upkeep.restore()
+    notify(f"STATUS={status()}")
 
 
 async def _beat(heartbeat: Heartbeat, prepared: asyncio.Event) -> None:
