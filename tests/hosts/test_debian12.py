@@ -202,7 +202,7 @@ def test_systemd_ends_an_agent_that_hangs(lived: Lived, internet: Internet) -> N
     life, vm, host = lived
     hung = host.sh("systemctl show -p MainPID --value netloom-agent").strip()
     # Without a relay, which would end the agent earlier.
-    host.sh(f"pkill -f 'netloom agent connect'; kill -STOP {hung}")
+    host.sh(f"pkill -f 'netloom agent [c]onnect'; kill -STOP {hung}")
     assert until(
         lambda: host.sh("systemctl show -p MainPID --value netloom-agent").strip() not in ("0", hung), seconds=SETTLE_S
     )

@@ -13,7 +13,7 @@ from hosts.scenario import carries, install, is_reached, live, whole_life
 KINDS = ["apparmor"]
 
 PROFILE = "/etc/apparmor.d/usr.sbin.dnsmasq"
-OUR_DNSMASQ = "'dnsmasq --keep-in-foreground'"  # the host has one of its own
+OUR_DNSMASQ = "'[d]nsmasq --keep-in-foreground'"  # not the host's own one, and not this shell
 DENIED = "dmesg | grep -c 'apparmor=\"DENIED\".*dnsmasq' || true"
 
 
