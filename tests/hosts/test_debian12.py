@@ -313,7 +313,7 @@ def test_upgrade_and_rollback(bed: EmulatedBed, make_life: MakeLife, internet: I
     newer = FakeCloudStack.on(bed.management, extension="old", program=one_file(), agent="")
     newer.register(hosts=[first], **bed.login("root"))
     life.network.cloud = newer
-    assert life.network.ensure().ok
+    life.network.associate(life.public(2))  # the next call that builds something
     assert until(lambda: build_id() in first.sh("readlink /usr/local/libexec/netloom/current"), seconds=SETTLE_S)
     still_carries(life, vm, internet)
     first.netloom("agent", "rollback")
