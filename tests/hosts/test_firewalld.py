@@ -24,6 +24,7 @@ def test_firewalld(host: EmulatedHost, make_life: MakeLife, internet: Internet) 
 
 
 def test_life_beside_firewalld(host: EmulatedHost, make_life: MakeLife, internet: Internet) -> None:
+    host.reboot()  # without the empty tables that ufw's commands have made
     whole_life(host, make_life, internet)
 
 

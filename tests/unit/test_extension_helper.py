@@ -22,8 +22,10 @@ MAIN = Path(__file__).resolve().parents[2] / "cmd" / "netloom" / "main.py"
 LIMIT_S = 60.0
 
 
-def request(payload: bytes, command: bytes = b"nonsense") -> bytes:
-    return pack(command, b"/x", b"id", f"30 {time.monotonic()}".encode(), b"", payload)
+def request(payload: bytes, command: bytes = b"nonsense", directory: str = "/nowhere") -> bytes:
+    """``directory``: where the call writes its log."""
+    settings = [f"NETLOOM_DIR={directory}".encode()]
+    return pack(command, b"/x", b"id", f"30 {time.monotonic()}".encode(), *settings, b"", payload)
 
 
 class Resident:
@@ -55,7 +57,7 @@ class Resident:
     def ask(self, payload: bytes) -> tuple[int, str]:
         """The status and the error of a call."""
         with self.connect() as client:
-            client.sendall(request(payload, b"prepare-nic"))
+            client.sendall(request(payload, b"prepare-nic", os.path.dirname(self.path)))
             return answered(client)
 
     def peak_mib(self) -> int:
