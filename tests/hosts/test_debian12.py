@@ -313,7 +313,9 @@ def test_upgrade_and_rollback(bed: EmulatedBed, make_life: MakeLife, internet: I
     newer = FakeCloudStack.on(bed.management, extension="old", program=one_file(), agent="")
     newer.register(hosts=[first], **bed.login("root"))
     life.network.cloud = newer
-    life.network.associate(life.public(2))  # the next call that builds something
+    # The next call that builds something upgrades the host.
+    address = life.network.associate(life.public(2))
+    life.network.add_port_forward(address, 80, life.network.nics[0], open_firewall=True)
     assert until(lambda: build_id() in first.sh("readlink /usr/local/libexec/netloom/current"), seconds=SETTLE_S)
     still_carries(life, vm, internet)
     first.netloom("agent", "rollback")
