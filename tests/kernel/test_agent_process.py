@@ -359,6 +359,8 @@ sys.path[0] = "INTERNAL"
 from netloom.agent import connect, hung
 hung.SAMPLE_S, connect.QUIET_S = 0.05, 0.3
 if "serve" in sys.argv:
+    import signal, time
+    signal.signal(signal.SIGUSR1, lambda *_: time.sleep(300))  # the main thread hangs
     from netloom.agent import heartbeat, serve
     heartbeat.STUCK_S_MAX, serve.PREPARE_S_MAX = 1.0, 0.5
 from netloom.entry import main
@@ -382,7 +384,7 @@ def test_a_new_relay_replaces_a_hung_agent_and_its_call_succeeds(bare: AgentHost
     hung = the_agent(bare)
     first.process.kill()
     first.end()
-    os.kill(hung, signal.SIGSTOP)
+    os.kill(hung, signal.SIGUSR1)
     relays = [Relay(bare, impatient) for _ in range(3)]
     with ThreadPoolExecutor(3) as threads:
         replies = list(threads.map(lambda relay: relay.ask(locate("net-204")), relays))
@@ -393,7 +395,7 @@ def test_a_new_relay_replaces_a_hung_agent_and_its_call_succeeds(bare: AgentHost
     log = bare.log()
     assert f"the agent (process {hung}) hangs" in log
     assert "Fatal Python error: Aborted" in log
-    assert "in run_forever" in log  # the stack of its event loop
+    assert "in run_forever" in log, log  # the stack of its event loop, which did not run meanwhile
     Relay(bare, impatient).ask(make_call("131", "destroy-network"))
 
 
