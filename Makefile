@@ -26,7 +26,7 @@ test-binary: packages venv build ## run all end-to-end tests with the one file i
 build: ## compile dist/netloom, the self-contained executable (root; ten minutes the first time)
 	@build/nuitka/build
 
-test-hosts: packages emulator venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; an hour)
+test-hosts: packages emulator venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; half an hour)
 	@.venv/bin/python build/ci/groups.py hosts
 	@.venv/bin/python build/ci/platforms.py
 
