@@ -303,6 +303,23 @@ def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
         assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
+@pytest.mark.mutation("a-replaced-process-is-not-forgotten", instead="None")
+def test_an_agent_that_is_stopped_during_a_replacement_leaves_no_process_behind(tmp_path: Path) -> None:
+    """As when a rollback follows an upgrade at once: the replaced process still serves a network."""
+    with _agents(tmp_path) as agent:
+        first = agent("b1")
+        first.converge(SCOPE)
+        old = first.process.pid
+        second = agent("b2")
+        assert _is_running(old)
+        for network in [*first.process.networks.values(), *second.process.networks.values()]:
+            network.close()  # as the exit of an agent closes its copies
+        third = agent("b3")
+        third.converge(SCOPE)
+        third.wait_until(lambda: not _is_running(old) and not _is_running(second.process.pid))
+        assert third.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
 def _queues() -> list[int]:
     """The length of the queue of each listening TCP socket: the column Send-Q of ss(8)."""
     listed = subprocess.run(

@@ -31,6 +31,7 @@ from netloom.guestwire.channel import ChannelError
 DIRECTORY = Path("/run/netloom")
 _LOG = "guest.log"
 _RECORD = "guest.json"  # of the process that was started last
+FORMER = "guest.former.json"  # of the process that this one replaces, until it has ended
 
 HELLO_S_MAX = 10.0
 RETIRE_S_MAX = 30.0  # a replaced process ends after this time at the latest
@@ -184,6 +185,7 @@ class GuestProcess:
 
         Raises HostRefused; ``serve`` tries again then.
         """
+        self._end_former()
         async with self._starting:
             if self._client is not None:
                 return
@@ -305,11 +307,23 @@ class GuestProcess:
         self._client = None
         self._disconnect()
         record = read_record(self._directory / _RECORD)
+        recorded = record is not None and record.pid == old.pid
+        if record is not None and recorded:
+            # This agent may be stopped before the old process is, and the other record will name the new one.
+            with contextlib.suppress(OSError):
+                write_record(self._directory / FORMER, record)  # guard: a-replaced-process-is-not-forgotten
         await self._start()
-        if record is None or record.pid != old.pid:
+        if record is None or not recorded:
             self._log.line(f"guest process {old.pid} is not the one that was recorded: not ended")
             return
         self._in_background(self._retire(record))
+
+    def _end_former(self) -> None:
+        """End the process that an earlier agent replaced, if that agent was stopped before it ended it."""
+        record = read_record(self._directory / FORMER)
+        if record is not None and kill(record):
+            self._log.line(f"guest process {record.pid}, which was replaced, killed")
+        (self._directory / FORMER).unlink(missing_ok=True)
 
     async def _retire(self, record: Record) -> None:
         """End a replaced process when all networks are handed over."""
@@ -320,6 +334,7 @@ class GuestProcess:
         if alive(record):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(record.pid, signal.SIGTERM)
+        (self._directory / FORMER).unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------------------------- revive
 

@@ -27,8 +27,8 @@ from netloom.agent.host.frames import GUARD_TABLES, unguard_all
 from netloom.agent.host.host_sysctls import RECORD, restore
 from netloom.agent.host.observe import our_shared_links
 from netloom.agent.kernel import namespaces
-from netloom.agent.processes.guest_process import DIRECTORY
-from netloom.agent.processes.process import read_record
+from netloom.agent.processes.guest_process import DIRECTORY, FORMER
+from netloom.agent.processes.process import alive, read_record
 from netloom.agent.scopes.store import Store
 from netloom.agent.setup import install
 from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
@@ -157,7 +157,13 @@ def _call(agent: socket.socket, scope_id: str, command: str, payload: dict[str, 
 
 
 def _stop_guest_process() -> None:
-    """Stop the guest process. Its Hello has its pid: SO_PEERCRED gives that of the agent, which opened the socket."""
+    """Stop the guest process, and the one that it replaces if the agent was stopped too early to do so.
+
+    Its Hello has its pid: SO_PEERCRED gives that of the agent, which opened the socket.
+    """
+    former = read_record(DIRECTORY / FORMER)
+    if former is not None and alive(former):
+        install.terminate(former.pid)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             sock.connect(str(DIRECTORY / "guest.sock"))
@@ -212,7 +218,8 @@ def _remove_files(*, keep_networks: bool) -> list[str]:
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
     _remove(
-        [DIRECTORY / name for name in ("agent.sock", "guest.sock", "guest.json", "guest.log")], DIRECTORY.glob("*.lock")
+        [DIRECTORY / name for name in ("agent.sock", "guest.sock", "guest.json", FORMER, "guest.log")],
+        DIRECTORY.glob("*.lock"),
     )
     _remove_directories(DIRECTORY / "empty", *([] if keep_networks else [DIRECTORY / "services"]), DIRECTORY)
     _remove_directories(*([] if keep_networks else [SCOPES]), STATE / "hooks", STATE, Path(LOG).parent, LIBEXEC)
