@@ -63,7 +63,10 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
 
     ``command`` is a command of the Network Extension Script Protocol, or ``locate`` (does this host have the scope?).
     ``payload`` is the JSON text of CloudStack's ``payload`` object (for custom-action: of the file without the two
-    details). ``remaining_ms`` is the time until the caller's deadline.
+    details). ``remaining_ms`` is the time until the caller's deadline. ``epoch``: the number of the placement that the
+    caller knows; 0 for a scope that was never moved.
+
+    Operators' commands about placements have their own commands and payloads (placementwire.py).
     """
 
     call_id: str
@@ -72,6 +75,18 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     registration: Registration
     payload: bytes = b"{}"
     remaining_ms: int = 60_000
+    epoch: int = 0
+
+
+class Evacuated(msgspec.Struct, frozen=True, kw_only=True):
+    """A host that an operator declared dead, and the proof that this host may take its scopes (extension/proof.py).
+
+    ``until``: UTC, in seconds since 1970.
+    """
+
+    host: str
+    until: int
+    proof: str
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
@@ -79,6 +94,12 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
 
     ``holds``: whether the agent has a state of the scope. It is the answer to ``locate``, and is set in every reply.
     ``note``: one line for the log of the management server, about something that this call did not ask for.
+    ``data``: the answer to a command about placements.
+
+    About the placement, in every reply: ``epoch`` and ``gate`` are those of ``state.Placement``; ``gate`` is empty
+    without a state. ``proof``: its authorisation. ``moved_to``: the host to which the scope went from here; the call
+    was not executed then, and ``epoch`` is the number of that placement. ``drained``: no scope is placed here any more.
+    ``evacuated``: the dead hosts whose scopes this host may take, each with the time limit and the authorisation.
     """
 
     call_id: str
@@ -89,6 +110,13 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     holds: bool = False
     revision: int = 0
     note: str = ""
+    data: bytes = b""
+    epoch: int = 0
+    gate: str = ""
+    proof: str = ""
+    moved_to: str = ""
+    drained: bool = False
+    evacuated: tuple[Evacuated, ...] = ()
 
 
 class Activation(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from unit.payload_player import PAYLOADS, play
 
 INDEX = {it["file"][:3]: it for it in json.loads((PAYLOADS / "index.json").read_text())}
 VALUE_CHARACTERS_MAX = 90
-BESIDE = ("scope_id", "owner", "schema", "revision", "uplinks")
+BESIDE = ("scope_id", "owner", "schema", "revision", "placement", "uplinks")
 
 # Each story starts without a state.
 STORIES = {

@@ -13,6 +13,7 @@ from netloom.state.lb import Backend, Balancing, LbRule
 from netloom.state.nat import PortForward, Ports, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr, PbrRoute, PbrRule, PbrTable
+from netloom.state.placement import Gate, Placement
 from netloom.state.scope import SCHEMA, Network, Outside6, Scope, Subnet, Uplinks
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Balancing",
     "Firewall",
     "FirewallRule",
+    "Gate",
     "LbRule",
     "Network",
     "Nic",
@@ -31,6 +33,7 @@ __all__ = [
     "PbrRoute",
     "PbrRule",
     "PbrTable",
+    "Placement",
     "PortForward",
     "Ports",
     "PublicIp",

@@ -12,8 +12,9 @@ from netloom.state.lb import Balancing, LbRule
 from netloom.state.nat import PortForward, PublicIp, StaticNat
 from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr
+from netloom.state.placement import Placement
 
-SCHEMA = 1
+SCHEMA = 2  # the newest that can be read
 
 
 class Uplinks(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,7 +106,10 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """The desired state of one network namespace.
 
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
-    with each change. ``schema`` is the version of the document on disk.
+    with each change. ``schema`` is the version of the document on disk: 2 while the gate is not open, because builds
+    that know only 1 would serve the scope.
+
+    Placement: ``placement``, where the scope lives. It has no part in ``revision``.
 
     Registration details: ``uplinks``, ``outside6``, ``helpers``, ``ingress_open``, ``balancing`` and
     ``connections_max``. Each call brings the current ones.
@@ -121,8 +125,9 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
 
     scope_id: str  # "net-204" or "vpc-7"
     owner: str
-    schema: int = SCHEMA
+    schema: int = 1
     revision: int = 0
+    placement: Placement = Placement()
 
     uplinks: Uplinks = Uplinks()
     outside6: Outside6 | None = None  # None: no uplink for IPv6

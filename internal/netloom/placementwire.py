@@ -1,0 +1,207 @@
+"""The commands between an operator's netloom and the agents about placements: their payloads and answers.
+
+They travel in the ``payload`` of a ``Call`` and the ``data`` of a ``Reply``, as MessagePack. A move of a scope from
+host A to host B takes these commands; ARCHITECTURE.md has the reasons::
+
+    A  read-state      the state, in parts
+    B  receive         stores the state as "incoming", and builds the scope behind a closed gate
+    A  read-flows      the open connections; B  add-flows   (A still serves: most of the table is copied now)
+    A  close           closes the gate, if the state is still that revision; the flows that changed since
+    B  open            adds these flows, opens the gate, announces the addresses
+    A  finish          remembers where the scope went, and removes it
+
+Until ``close`` nothing has changed for the network. After ``close`` the old host opens again by itself, unless it hears
+within ``CLOSED_S`` that the move is finished, or that somebody else answers for the addresses. The new host may open
+until ``OPEN_WITHIN_S`` after its last ``receive`` or ``add-flows`` only, so the two cannot both be open.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from netloom.errors import HostRefused
+
+T = TypeVar("T")
+
+# Commands about one scope: the call's ``scope_id`` names it.
+READ_STATE = "read-state"
+RECEIVE = "receive"
+READ_FLOWS = "read-flows"
+ADD_FLOWS = "add-flows"
+CLOSE = "close"
+OPEN = "open"
+FINISH = "finish"
+DROP = "drop"
+SCOPE_COMMANDS = frozenset({READ_STATE, RECEIVE, READ_FLOWS, ADD_FLOWS, CLOSE, OPEN, FINISH, DROP})
+
+# Commands about a host: the call's ``scope_id`` is empty.
+PLACEMENTS = "placements"
+SET_DRAINED = "set-drained"
+SET_EVACUATED = "set-evacuated"
+HOST_COMMANDS = frozenset({PLACEMENTS, SET_DRAINED, SET_EVACUATED})
+
+OPEN_WITHIN_S = 5.0
+CLOSED_S = 6.0  # more than OPEN_WITHIN_S, by more than the rates of two clocks differ
+INCOMING_S = 900.0  # a host forgets a scope that was never opened there
+
+PART_BYTES_MAX = 512 * 1024  # of a state or a table of flows in one reply
+
+
+class ReadPart(msgspec.Struct, frozen=True, kw_only=True):
+    """``read-state``, ``read-flows``: the part from ``offset`` on. ``token`` names the copy of which the parts are."""
+
+    offset: int = 0
+    token: str = ""
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a state (JSON, with secrets) or of a table of flows. ``total``: bytes of all parts."""
+
+    token: str
+    total: int
+    data: bytes
+    revision: int = 0
+    epoch: int = 0
+    owner: str = ""
+
+
+class Receive(msgspec.Struct, frozen=True, kw_only=True):
+    """``receive``: become the next host of the scope. ``state`` empty: nothing is known of it (after a host's death).
+
+    ``epoch``, ``host``, ``proof``: the new placement. ``peer``: the host that serves the scope now. ``open``: open at
+    once, if nobody answers for the addresses; the old host is dead. ``fenced``: an operator says that it is off.
+    """
+
+    epoch: int
+    host: str
+    proof: str
+    peer: str = ""
+    state: bytes = b""
+
+
+class Received(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to ``receive`` and ``add-flows``. ``ready``: the time on the host's own clock, for ``open``."""
+
+    ready: str = ""
+    flows: int = 0
+    warning: str = ""
+
+
+class AddFlows(msgspec.Struct, frozen=True, kw_only=True):
+    """``add-flows``: a part of the table of connections."""
+
+    epoch: int
+    flows: bytes = b""
+    gone: bytes = b""
+
+
+class Close(msgspec.Struct, frozen=True, kw_only=True):
+    """``close``: close the gate, if the state has this ``revision``. ``token``: of the flows that were read before."""
+
+    epoch: int
+    to: str
+    revision: int
+    token: str = ""
+
+
+class Closed(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to ``close``: the connections that are new or changed since ``read-flows``, and those that ended."""
+
+    flows: bytes = b""
+    gone: bytes = b""
+    more: int = 0  # bytes of further flows that did not fit; they are not copied
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True):
+    """``open``: add these flows, open the gate and announce the addresses. ``ready``: from ``Received``.
+
+    ``unless_answered``: ask first whether somebody answers for the addresses, and refuse then. For a host that is dead;
+    ``ready`` is not needed then.
+    """
+
+    epoch: int
+    ready: str = ""
+    flows: bytes = b""
+    gone: bytes = b""
+    unless_answered: bool = False
+    fenced: bool = False
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """``finish``: the scope is served by ``to`` with ``epoch``; remember that and remove it here."""
+
+    epoch: int
+    to: str
+
+
+class Drop(msgspec.Struct, frozen=True, kw_only=True):
+    """``drop``: forget a scope that is incoming here. ``epoch``: as in ``receive``."""
+
+    epoch: int
+
+
+class ListPlacements(msgspec.Struct, frozen=True, kw_only=True):
+    """``placements``: the scopes whose ids come after ``after``."""
+
+    after: str = ""
+
+
+class HeldScope(msgspec.Struct, frozen=True, kw_only=True):
+    """One scope of a host. ``gate`` as in ``state.Placement``, or "moved", then ``peer`` has the scope.
+
+    ``size``: what a move of it costs, roughly: its networks, public addresses and NICs together. ``failed``: the state
+    cannot be read, or the host does not do what it says.
+    """
+
+    scope_id: str
+    owner: str = ""
+    epoch: int = 0
+    revision: int = 0
+    gate: str = "open"
+    peer: str = ""
+    networks: int = 0
+    nics: int = 0
+    public_ips: int = 0
+    why: str = ""
+
+
+class Placements(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to ``placements``. ``more``: there are scopes after the last one."""
+
+    scopes: tuple[HeldScope, ...] = ()
+    more: bool = False
+    drained: bool = False
+    evacuated: tuple[str, ...] = ()
+
+
+class SetDrained(msgspec.Struct, frozen=True, kw_only=True):
+    """``set-drained``: whether no scope is placed on this host any more."""
+
+    drained: bool
+
+
+class SetEvacuated(msgspec.Struct, frozen=True, kw_only=True):
+    """``set-evacuated``: this host may take any scope of ``host``, which is dead. ``proof`` empty: not any more."""
+
+    host: str
+    owner: str = ""
+    until: int = 0  # UTC, in seconds since 1970
+    proof: str = ""
+
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def packed(message: msgspec.Struct) -> bytes:
+    """The message as it travels."""
+    return _encoder.encode(message)
+
+
+def unpacked(data: bytes, shape: type[T]) -> T:
+    """The message of this ``shape``. Raises HostRefused for other data: the other end is of another version."""
+    try:
+        return msgspec.msgpack.decode(data, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise HostRefused(f"a message about a placement cannot be read: {error}", hint="use one version") from error

@@ -1,0 +1,28 @@
+"""Where a scope lives, as one host sees it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+# "open": this host serves the scope. All others: no frame leaves its ports, and none enters.
+# "incoming": it moves to this host, and ``peer`` still serves it. "closed": it moves from this host to ``peer``.
+# "passive": somebody else answers for its addresses, or another host serves it.
+Gate = Literal["open", "incoming", "closed", "passive"]
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """The placement of a scope on this host.
+
+    ``epoch``: the number of the placement, one more with each move; 0 for a scope that was never moved. ``host``: the
+    name of this host in the registration, and ``proof``: who moved the scope here was allowed to (extension/proof.py);
+    both are empty at epoch 0. ``why``: one line, why the gate is passive.
+    """
+
+    epoch: int = 0
+    host: str = ""
+    proof: str = ""
+    gate: Gate = "open"
+    peer: str = ""
+    why: str = ""
