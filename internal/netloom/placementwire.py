@@ -42,6 +42,9 @@ SET_DRAINED = "set-drained"
 SET_EVACUATED = "set-evacuated"
 HOST_COMMANDS = frozenset({PLACEMENTS, SET_DRAINED, SET_EVACUATED})
 
+COMMANDS = SCOPE_COMMANDS | HOST_COMMANDS
+READING = frozenset({PLACEMENTS, READ_STATE, READ_FLOWS})  # these change nothing
+
 OPEN_WITHIN_S = 5.0
 CLOSED_S = 6.0  # more than OPEN_WITHIN_S, by more than the rates of two clocks differ
 INCOMING_S = 900.0  # a host forgets a scope that was never opened there
@@ -50,17 +53,20 @@ PART_BYTES_MAX = 512 * 1024  # of a state or a table of flows in one reply
 
 
 class ReadPart(msgspec.Struct, frozen=True, kw_only=True):
-    """``read-state``, ``read-flows``: the part from ``offset`` on. ``token`` names the copy of which the parts are."""
+    """``read-state``, ``read-flows``: part ``number`` of the copy that ``token`` names. Part 0 makes a new copy."""
 
-    offset: int = 0
+    number: int = 0
     token: str = ""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a state (JSON, with secrets) or of a table of flows. ``total``: bytes of all parts."""
+    """A part of a state (JSON, with secrets) or of a table of flows. ``parts``: how many there are.
+
+    The data of the parts of a state is joined. Each part of a table of flows is for an ``add-flows`` of its own.
+    """
 
     token: str
-    total: int
+    parts: int
     data: bytes
     revision: int = 0
     epoch: int = 0
@@ -68,25 +74,28 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receive(msgspec.Struct, frozen=True, kw_only=True):
-    """``receive``: become the next host of the scope. ``state`` empty: nothing is known of it (after a host's death).
+    """``receive``: become the next host of the scope, with this state.
 
-    ``epoch``, ``host``, ``proof``: the new placement. ``peer``: the host that serves the scope now. ``open``: open at
-    once, if nobody answers for the addresses; the old host is dead. ``fenced``: an operator says that it is off.
+    ``epoch``, ``host``, ``proof``: the new placement. ``peer``: the host that serves the scope now, or did.
     """
 
     epoch: int
     host: str
     proof: str
-    peer: str = ""
-    state: bytes = b""
+    peer: str
+    state: bytes
 
 
 class Received(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to ``receive`` and ``add-flows``. ``ready``: the time on the host's own clock, for ``open``."""
+    """The answer to ``receive`` and ``add-flows``. ``ready``: the time on the host's own clock, for ``open``.
 
-    ready: str = ""
+    ``flows``: how many connections of this part stand now. ``refused``: how many the kernel refused, ``why`` the first.
+    """
+
+    ready: str
     flows: int = 0
-    warning: str = ""
+    refused: int = 0
+    why: str = ""
 
 
 class AddFlows(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,25 +116,29 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Closed(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to ``close``: the connections that are new or changed since ``read-flows``, and those that ended."""
+    """The answer to ``close``: the connections that are new or changed since ``read-flows``, and those that ended.
+
+    ``lost``: how many further connections did not fit into the reply, so they are not copied.
+    """
 
     flows: bytes = b""
     gone: bytes = b""
-    more: int = 0  # bytes of further flows that did not fit; they are not copied
+    lost: int = 0
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):
     """``open``: add these flows, open the gate and announce the addresses. ``ready``: from ``Received``.
 
-    ``unless_answered``: ask first whether somebody answers for the addresses, and refuse then. For a host that is dead;
-    ``ready`` is not needed then.
+    ``dead``: the host that served the scope is dead, so ``ready`` is not needed. The host asks first whether somebody
+    answers for the addresses, and refuses then. ``fenced``: it does not ask, because an operator says that the dead host
+    is off.
     """
 
     epoch: int
     ready: str = ""
     flows: bytes = b""
     gone: bytes = b""
-    unless_answered: bool = False
+    dead: bool = False
     fenced: bool = False
 
 

@@ -36,7 +36,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-from netloom import __version__
+from netloom import __version__, placementwire
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.clock import LoopClock
 from netloom.agent.connect import SOCKET
@@ -50,6 +50,7 @@ from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.moves import Moves
 from netloom.agent.scopes.scopes import Scopes, start_workers
 from netloom.agent.scopes.store import Store
 from netloom.agent.scopes.upkeep import CHECK_EVERY_S, Upkeep
@@ -120,14 +121,16 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     actions = Actions(host, store.directory.parent / "hooks")
     scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)
     upkeep = Upkeep(scopes, host, services, watcher, log, clock)
+    moves = Moves(scopes, upkeep, host, store, log, clock)
     events.connect(upkeep)
     scopes.load()
+    moves.resume()
     try:
         await guest_process.adopt()
     except NetloomError as error:
         log.line(f"guest process: {error}")
     prepared = asyncio.Event()
-    calls = _Calls(scopes, prepared)
+    calls = _Calls(scopes, moves, prepared)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     server = await loop.create_unix_server(lambda: _Peer(calls, log, partial(_hello, upkeep)), path=path, backlog=128)
@@ -198,7 +201,9 @@ def _status(scopes: Scopes, upkeep: Upkeep) -> str:
     """One line for ``systemctl status``."""
     networks = sum(slot.scope is not None for slot in scopes.slots())
     missing = len(upkeep.unrestored())
-    return f"restoring: {networks - missing} of {networks} networks done" if missing else f"{networks} networks"
+    passive = sum(slot.gate == "passive" for slot in scopes.slots())
+    done = f"restoring: {networks - missing} of {networks} networks done" if missing else f"{networks} networks"
+    return f"{done}, {passive} of them passive" if passive else done
 
 
 async def _greeted(path: str) -> None:
@@ -214,8 +219,9 @@ async def _greeted(path: str) -> None:
 class _Calls:
     """The running calls and the last replies. A call that is repeated gets the same reply and is not executed twice."""
 
-    def __init__(self, scopes: Scopes, prepared: asyncio.Event) -> None:
+    def __init__(self, scopes: Scopes, moves: Moves, prepared: asyncio.Event) -> None:
         self._scopes = scopes
+        self._moves = moves
         self._prepared = prepared  # until then a call waits
         self._running: dict[str, asyncio.Task[Reply]] = {}
         self._replies: OrderedDict[str, Reply] = OrderedDict()
@@ -234,7 +240,7 @@ class _Calls:
 
     async def _execute(self, call: Call) -> Reply:
         await self._prepared.wait()
-        return await self._scopes.execute(call)
+        return await (self._moves if call.command in placementwire.COMMANDS else self._scopes).execute(call)
 
     async def finish(self, wait_s: float) -> None:
         """Wait for the running calls, at most ``wait_s`` seconds."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.conntrack_copy import Created, Record
+from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.plan.have import Have
 from netloom.plan.steps import Step
 from netloom.render.ruleset import Ruleset
@@ -65,6 +68,24 @@ class Host(Protocol):
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         """Send these announcements once. Errors are ignored: the link may be gone."""
 
+    def serves(self, want: Want) -> bool:
+        """Whether the namespace exists and none of its ports is behind a closed gate."""
+
+    def close_gate(self, want: Want) -> None:
+        """From now on no frame leaves the ports, and none enters. Packets under way have left. Raises HostRefused."""
+
+    def open_gate(self, want: Want) -> tuple[Announcement, ...]:
+        """Let frames pass again and announce the addresses once; the announcements. Raises HostRefused."""
+
+    def occupied(self, want: Want) -> Occupied:
+        """Who else answers for the addresses, as far as this host can know. Raises HostRefused."""
+
+    def read_flows(self, namespace: str) -> list[Record]:
+        """The open connections that another host can continue. Raises HostRefused."""
+
+    def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
+        """Create and delete these connections, which another host had. Raises HostRefused."""
+
 
 class ScopeServices(Protocol):
     """The processes of all scopes. ``Services`` implements it and describes the methods."""
@@ -100,3 +121,10 @@ class ScopeStore(Protocol):
     def save(self, scope: Scope) -> None: ...
     def retire(self, scope_id: str) -> None: ...
     def forget(self, scope_id: str) -> None: ...
+    def decoded(self, scope_id: str, text: bytes, path: str) -> Scope: ...
+    def encoded(self, scope: Scope) -> bytes: ...
+    def moved(self) -> dict[str, Moved]: ...
+    def save_moved(self, scope_id: str, moved: Moved) -> None: ...
+    def forget_moved(self, scope_id: str) -> None: ...
+    def host_record(self) -> HostRecord: ...
+    def save_host_record(self, record: HostRecord) -> None: ...

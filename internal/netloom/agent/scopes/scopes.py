@@ -9,14 +9,16 @@ the other, in the order in which they came. Different scopes run at the same tim
 A call takes these steps. All but the first and the last run in one worker thread:
 
 1. ``execute`` waits until the earlier calls of the scope are done, at most for the time that the caller has left.
-2. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
-3. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
-4. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
+2. If the scope moves to another host at that moment, ``execute`` waits until that is decided. If it has moved, the reply
+   says where to, and the call is not executed.
+3. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
+4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
+5. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
    If nothing changed and the host is as it should be, this costs one observation of the kernel. A process that does
    not start fails the call only if the call asked for it (``commands/asked.py``).
-5. ``run_and_settle`` reports to ``WorkHandler`` whether the work failed; ``Upkeep`` then tries again later, or
+6. ``run_and_settle`` reports to ``WorkHandler`` whether the work failed; ``Upkeep`` then tries again later, or
    announces new addresses. The watcher compares the kernel events that came during the work.
-6. ``execute`` returns the reply. It never raises.
+7. ``execute`` returns the reply. It never raises.
 
 ``Upkeep`` runs the same ``converge`` when no call asks for it: at the start of the agent, in the periodic check, after
 a kernel event, after the end of a process. It waits for the same lock.
@@ -41,22 +43,24 @@ from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
-from netloom.agent.scopes.store import Unreadable
+from netloom.agent.scopes.store import HostRecord, Moved, Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.asked import Asked
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
+from netloom.plan.steps import Step
 from netloom.protocol.custom import CustomAction
 from netloom.protocol.lb import ApplyLbRules
 from netloom.render import helpers
 from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
-from netloom.state import Scope
+from netloom.state import Placement, Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Reply
 
@@ -66,6 +70,8 @@ WORKERS = 16
 HOOKS_AT_ONCE = 16
 # These commands end a scope even if its state is lost.
 END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
+# These go to all hosts (extension/dispatch.py).
+TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
@@ -98,12 +104,23 @@ class Slot:
         self.retry: Timer | None = None
         self.announcing: list[Timer] = []
         self.current_work = ""  # for the error message of a call that waits too long
+        self.moved: Moved | None = None  # where the scope went from here
+        self.unproved = False  # restored from nothing: perhaps another host serves it by now
+        self.decided = asyncio.Event()  # is set, and replaced, when a closed gate has opened or the scope is gone
+        self.flows_read: tuple[str, list[Record]] = ("", [])  # token and connections, as they were read for a move
+        self.state_read_for: tuple[str, bytes] = ("", b"")  # token and state, as it is read for a move
+        self.undecided: Timer | None = None  # ends the time in which a move must be decided
 
     @property
     def idle(self) -> bool:
         """Whether the slot has no information that would be lost with it."""
         nothing = self.scope is None and not self.ending and not self.unreadable
-        return nothing and not self.users and self.retry is None
+        return nothing and not self.users and self.retry is None and self.moved is None
+
+    @property
+    def gate(self) -> str:
+        """The gate as in ``state.Placement``; empty without a state."""
+        return self.scope.placement.gate if self.scope is not None else ""
 
 
 class WorkHandler(Protocol):
@@ -143,17 +160,28 @@ class Scopes:
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
         self.work_done = 0  # works that worker threads have ended
+        self.host_record = HostRecord()  # what an operator said about this host
 
     def load(self) -> None:
         """Read every state file and claim the shared bridges of every scope, before anything on the host changes."""
+        try:
+            self.host_record = self._store.host_record()
+        except NetloomError as error:
+            self._log.line(f"load failed: {error}")
+            self.host_record = HostRecord(drained=True)  # the safe reading: nothing new is placed here
+        for scope_id, moved in self._store.moved().items():
+            self.slot(scope_id).moved = moved
         for scope_id in self._store.ended():
             slot = self.slot(scope_id)
             slot.ending = slot.unconverged = True
         for scope_id in self._store.living():
             slot = self.slot(scope_id)
-            slot.unconverged = True
+            slot.unconverged = slot.unproved = True
             try:
-                self._read_state(slot)
+                self.read_state(slot)
+                if slot.moved is not None and slot.scope is not None and slot.moved.epoch > slot.scope.placement.epoch:
+                    self._retire_moved(slot)  # the agent was ended in the middle of ``finish``
+                    continue
                 slot.loaded_ruleset = self._want(slot).ruleset
                 self._host.claim(scope_id, self._want(slot))
             except NetloomError as error:
@@ -214,6 +242,7 @@ class Scopes:
                 hint="its log has the traceback under the call's id",
                 holds=self._holds(call.scope_id),
             )
+        reply = self.with_placement(reply, call.scope_id)
         ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
         self._log.line(
@@ -231,7 +260,9 @@ class Scopes:
         if call.command == "locate":
             slot = self.get(call.scope_id)
             revision = slot.scope.revision if slot and slot.scope else 0
-            return Reply(call_id=call.call_id, holds=self._holds(call.scope_id), revision=revision), 0
+            error = slot.scope.placement.why if slot and slot.scope else ""
+            holds = self._holds(call.scope_id)
+            return Reply(call_id=call.call_id, holds=holds, revision=revision, error=error), 0
         for detail, nic in (
             ("guest.network.device", call.registration.guest_nic),
             ("public.network.device", call.registration.public_nic),
@@ -253,10 +284,31 @@ class Scopes:
         return reply, changes.count
 
     async def _run_in_turn(self, call: Call, work: Callable[[Slot], tuple[_T, HostChanges]]) -> tuple[_T, HostChanges]:
-        """Run the work when the earlier calls of the scope are done. Raises HostRefused when that takes too long."""
+        """Run the work when the earlier calls of the scope are done. Raises HostRefused when that takes too long.
+
+        While the scope moves away, the call waits until that is decided: for moments, unless something fails.
+        """
         slot = self.slot(call.scope_id)
-        async with self.turn(slot, call.command, within_s=call.remaining_ms / 1000):
-            return await self.run_and_settle(slot, lambda: work(slot))
+        ends = self._clock.time() + call.remaining_ms / 1000
+        while True:
+            try:
+                async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
+                    return await self.run_and_settle(slot, lambda: work(slot))
+            except _Moving as moving:  # guard: a-call-waits-for-the-end-of-a-move
+                await self._await_decision(slot, moving.decided, ends - self._clock.time())
+
+    async def _await_decision(self, slot: Slot, decided: asyncio.Event, within_s: float) -> None:
+        slot.users += 1
+        try:
+            async with self._clock.timeout(within_s):
+                await decided.wait()
+        except TimeoutError:
+            raise HostRefused(
+                f"{slot.scope_id} is being moved to {slot.scope.placement.peer if slot.scope else 'another host'}",
+                hint="CloudStack may repeat the call; netloom where shows what holds",
+            ) from None
+        finally:
+            slot.users -= 1
 
     # ------------------------------------------------------------------------------- for calls, and for Upkeep
 
@@ -313,12 +365,14 @@ class Scopes:
     # ------------------------------------------------------------------- in a worker thread, the lock is held
 
     def _transition(self, slot: Slot, call: Call) -> tuple[Reply, HostChanges]:
-        self._read_state(slot)
+        self.read_state(slot)
+        self._check_gate(slot, call)
         return self._apply(slot, call, table.decode(call.command, call.payload))
 
     def _run_action(self, slot: Slot, call: Call) -> tuple[tuple[str | Hook, int], HostChanges]:
         """The output or the hook that makes it, and the revision of the scope."""
-        self._read_state(slot)
+        self.read_state(slot)
+        self._check_gate(slot, call)
         action = table.decode(call.command, call.payload)
         assert isinstance(action, CustomAction)
         if action.action in pbr.ACTIONS:
@@ -338,10 +392,49 @@ class Scopes:
         result, changes = self._actions.run(call, action, action_context)
         return (result, slot.scope.revision if slot.scope else 0), changes
 
+    def _check_gate(self, slot: Slot, call: Call) -> None:
+        """Raise HostRefused, or _Moving, if this host does not serve the scope; then nothing is executed.
+
+        Commands that go to all hosts end the scope here, too, whatever is left of it.
+        """
+        ends = call.command in TO_ALL_HOSTS
+        if slot.scope is None:
+            if slot.moved is None:
+                slot.unproved = call.epoch > 0  # its host has died: perhaps it has not
+            elif ends or call.epoch > slot.moved.epoch:  # the scope is placed here again
+                self._store.forget_moved(slot.scope_id)
+                slot.moved = None
+            else:
+                raise HostRefused(  # guard: a-call-follows-a-move
+                    f"{slot.scope_id} was moved to {slot.moved.to}", hint="the next call of CloudStack goes there"
+                )
+            return
+        placement = slot.scope.placement
+        if placement.gate == "open" or ends:
+            return
+        if placement.gate == "closed":
+            raise _Moving(slot.decided)
+        if placement.gate == "passive" and call.epoch > placement.epoch:
+            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why=""))
+            slot.unproved = True
+            return
+        raise _not_served(slot.scope)
+
+    def place(self, slot: Slot, placement: Placement) -> None:
+        """Save the placement of the scope. Raises HostRefused; nothing has changed then."""
+        assert slot.scope is not None
+        scope = placed(slot.scope, placement)
+        if scope != slot.scope:
+            self._store.save(scope)
+            slot.scope = scope
+
     def _apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:
         """Change the state, save it, and converge. Until the state is saved, nothing has changed."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, slot.scope, payload, context)
+        if outcome.scope is not None and outcome.scope.placement.epoch < call.epoch:
+            placement = replace(outcome.scope.placement, epoch=call.epoch)
+            outcome = replace(outcome, scope=placed(outcome.scope, placement))
         if outcome.scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
@@ -359,6 +452,8 @@ class Scopes:
         asked = table.asked_of_services(call.command, payload)
         exists = slot.scope is not None or slot.ending
         changes = self.converge(slot, asked=asked.serve | asked.end) if exists else HostChanges()
+        if slot.scope is not None and slot.scope.placement.gate == "passive":
+            raise _not_served(slot.scope)  # another host was found when the scope was built
         revision = slot.scope.revision if slot.scope else 0
         reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
         network_id = str(getattr(payload, "network_id", ""))
@@ -391,7 +486,10 @@ class Scopes:
         Raises HostRefused or ForeignScope.
         """
         slot.unconverged = True
-        want = self._host.placed(slot.scope_id, self._want(slot))
+        built: tuple[Step, ...] = ()
+        if slot.unproved:
+            built = self._find_out_who_serves(slot)
+        want = self.placed_want(slot)
         did: list[str] = []
         if want.namespace:
             # From now on events are compared with the new want, so the changes that follow match it.
@@ -427,7 +525,79 @@ class Scopes:
             self._store.forget(slot.scope_id)
             slot.ending = False
         slot.unconverged = bool(slot.failed)  # guard: a-failed-service-is-tried-again
-        return replace(changes, services=tuple(did))
+        return replace(changes, steps=built + changes.steps, services=tuple(did))
+
+    def placed_want(self, slot: Slot) -> Want:
+        """What the scope wants on this host, with its NICs and its gate. Nothing while it is passive.
+
+        Raises HostRefused.
+        """
+        gate = slot.gate
+        if gate == "passive":  # guard: a-passive-scope-has-nothing-on-the-host
+            return render(None)
+        want = self._host.placed(slot.scope_id, self._want(slot))
+        return replace(want, gated=True) if gate in ("incoming", "closed") else want
+
+    def _find_out_who_serves(self, slot: Slot) -> tuple[Step, ...]:
+        """Build a scope that is not on this host behind a closed gate, and ask for its addresses before it opens.
+
+        While this host was down, the scope may have been placed on another one. If somebody answers, the scope becomes
+        passive. Raises HostRefused when nobody can be asked; then the gate stays closed. Returns the steps.
+        """
+        want = self.placed_want(slot)
+        if slot.gate != "open" or not want.namespace or self._host.serves(want):
+            slot.unproved = slot.gate != "open"
+            return ()
+        gated = replace(want, gated=True)
+        changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
+        slot.loaded_ruleset = want.ruleset
+        found = self._host.occupied(gated)
+        if found.answers:  # guard: an-occupied-address-is-not-taken
+            self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
+        elif found.unknown:
+            raise HostRefused(
+                f"{slot.scope_id} waits for a link on {', '.join(found.unknown)}, to ask whether another host serves it"
+            )
+        slot.unproved = False
+        return changes.steps
+
+    def make_passive(self, slot: Slot, why: str) -> None:
+        """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
+        assert slot.scope is not None
+        self.place(slot, replace(slot.scope.placement, gate="passive", why=why))
+        self._log.line(f"scope={slot.scope_id} warning: passive: {why}")
+
+    def with_placement(self, reply: Reply, scope_id: str) -> Reply:
+        """The reply with what this host knows of the scope's placement, and of its own."""
+        reply = replace(reply, drained=self.host_record.drained, evacuated=self.host_record.evacuated)
+        slot = self._slots.get(scope_id)
+        if slot is None:
+            return reply
+        if slot.scope is not None:
+            it = slot.scope.placement
+            return replace(reply, epoch=it.epoch, gate=it.gate, proof=it.proof)
+        if slot.moved is not None:
+            return replace(reply, epoch=slot.moved.epoch, moved_to=slot.moved.to)
+        return reply
+
+    def _retire_moved(self, slot: Slot) -> None:
+        """The scope is served by another host: its state goes, and soon its network. Raises HostRefused."""
+        self._store.retire(slot.scope_id)
+        slot.scope, slot.ending, slot.unconverged = None, True, True
+
+    def remove_moved(self, slot: Slot, moved: Moved) -> HostChanges:
+        """Remember where the scope went, and remove it from this host. Raises HostRefused."""
+        self._store.save_moved(slot.scope_id, moved)
+        slot.moved = moved
+        if slot.scope is not None or slot.ending:
+            self._retire_moved(slot)
+            return self.converge(slot)
+        return HostChanges()
+
+    def remove(self, slot: Slot) -> HostChanges:
+        """Remove a scope that this host does not serve. Raises HostRefused."""
+        self._retire_moved(slot)
+        return self.converge(slot)
 
     def _let_through(self, slot: Slot, want: Want) -> None:
         """Let frames pass the host's own firewall. What keeps them from passing is logged once, and fails no call."""
@@ -459,7 +629,7 @@ class Scopes:
 
         Raises HostRefused when the file cannot be written, for example on a full disk: it still has the password.
         """
-        self._read_state(slot)
+        self.read_state(slot)
         scope = slot.scope
         network = scope.networks.get(taken.network_id) if scope is not None else None
         if scope is None or network is None or not taken.password_id.isdigit():
@@ -472,7 +642,7 @@ class Scopes:
         slot.scope = scope
         return self.converge(slot)
 
-    def _read_state(self, slot: Slot) -> None:
+    def read_state(self, slot: Slot) -> None:
         """Read the state from disk, once. If that fails, the next call tries again. Raises Unreadable."""
         if slot.state_read:
             return
@@ -498,6 +668,30 @@ class Scopes:
                     self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
             slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
         return slot.rendered[1]
+
+
+def placed(scope: Scope, placement: Placement) -> Scope:
+    """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
+    return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
+
+
+def _not_served(scope: Scope) -> HostRefused:
+    placement = scope.placement
+    if placement.gate == "incoming":
+        return HostRefused(
+            f"{scope.scope_id} is being moved here from {placement.peer}", hint="netloom where shows what holds"
+        )
+    return HostRefused(
+        f"{scope.scope_id} is passive on this host: {placement.why}", hint="netloom where shows which host serves it"
+    )
+
+
+class _Moving(HostRefused):
+    """The scope is about to leave this host. ``decided`` is set when that is done, or given up."""
+
+    def __init__(self, decided: asyncio.Event) -> None:
+        super().__init__("the scope is being moved")
+        self.decided = decided
 
 
 def _failure_of(slot: Slot, asked: Asked, network_id: str) -> ServiceFailure | None:

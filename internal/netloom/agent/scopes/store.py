@@ -1,7 +1,8 @@
 """The state directory of the agent: one JSON file per scope, replaced atomically.
 
 ``net-204.json`` is the state of a scope. ``net-204.ended`` is the state of a deleted scope; it exists until the scope
-is removed from the host. The agent is the only writer while it runs.
+is removed from the host. ``net-204.moved`` names the host to which the scope was moved. ``placement.json``, beside the
+directory, has what an operator said about the host as a whole. The agent is the only writer while it runs.
 """
 
 from __future__ import annotations
@@ -17,10 +18,28 @@ from netloom.errors import HostRefused
 from netloom.files import replace_bytes, sync_directory
 from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
+from netloom.wire import Evacuated
 
-_NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended)\Z")
+_NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended|moved)\Z")
 
 _decoder = msgspec.json.Decoder(Scope, dec_hook=dec_hook)
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a scope went from this host: the host's name in the registration, and the number of that placement."""
+
+    to: str
+    epoch: int
+
+
+class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator said about this host. ``drained``: no scope is placed here any more.
+
+    ``evacuated``: the dead hosts whose scopes may be placed here.
+    """
+
+    drained: bool = False
+    evacuated: tuple[Evacuated, ...] = ()
 
 
 class _Head(msgspec.Struct):
@@ -55,6 +74,49 @@ class Store:
         """The ids of the deleted scopes that are not yet removed from the host."""
         return self._ids("ended")
 
+    def moved(self) -> dict[str, Moved]:
+        """Where scopes went from this host, by scope id. A file that cannot be read is left out: nobody needs it."""
+        found: dict[str, Moved] = {}
+        for scope_id in self._ids("moved"):
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                found[scope_id] = msgspec.json.decode(self._path(scope_id, "moved").read_bytes(), type=Moved)
+        return found
+
+    def save_moved(self, scope_id: str, moved: Moved) -> None:
+        """Remember where the scope went. Raises HostRefused."""
+        path = self._path(scope_id, "moved")
+        try:
+            replace_bytes(path, msgspec.json.encode(moved) + b"\n")
+        except OSError as error:
+            raise HostRefused(f"file {path} cannot be written: {error.strerror}") from error
+
+    def forget_moved(self, scope_id: str) -> None:
+        """Forget where the scope went: it came back, or it was deleted. Raises HostRefused."""
+        path = self._path(scope_id, "moved")
+        try:
+            path.unlink(missing_ok=True)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise HostRefused(f"file {path} cannot be removed: {error.strerror}") from error
+
+    def host_record(self) -> HostRecord:
+        """What an operator said about this host. Raises HostRefused."""
+        path = self._host_record
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=HostRecord)
+        except FileNotFoundError:
+            return HostRecord()
+        except (OSError, msgspec.MsgspecError) as error:
+            raise HostRefused(f"file {path} cannot be read: {error}", hint="remove it, and drain again") from error
+
+    def save_host_record(self, record: HostRecord) -> None:
+        """Replace what an operator said about this host. Raises HostRefused."""
+        path = self._host_record
+        try:
+            replace_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+        except OSError as error:
+            raise HostRefused(f"file {path} cannot be written: {error.strerror}") from error
+
     def load(self, scope_id: str) -> Scope | None:
         """The state of the scope; None when it has none. Raises Unreadable."""
         path = self._path(scope_id)
@@ -64,24 +126,28 @@ class Store:
             return None
         except OSError as error:
             raise Unreadable(f"state file {path}: {error.strerror}", hint="repair or remove the file") from error
+        return self.decoded(scope_id, text, f"state file {path}")
+
+    def decoded(self, scope_id: str, text: bytes, path: str) -> Scope:
+        """The state in ``text``. ``path``: what it is, for the error. Raises Unreadable."""
         try:
             head = msgspec.json.decode(text, type=_Head)
             if head.schema > SCHEMA:
                 raise Unreadable(
-                    f"state file {path} has schema {head.schema}, this agent reads schemas up to {SCHEMA}",
+                    f"{path} has schema {head.schema}, this agent reads schemas up to {SCHEMA}",
                     hint="a newer netloom wrote it: use that version or a later one",
                 )
             scope = _decoder.decode(text)
         except msgspec.MsgspecError as error:
-            raise Unreadable(f"state file {path} cannot be read: {error}", hint="repair or remove the file") from error
+            raise Unreadable(f"{path} cannot be read: {error}", hint="repair or remove the file") from error
         if scope.scope_id != scope_id:
-            raise Unreadable(f"state file {path} is about {scope.scope_id}", hint="rename it to match its scope")
+            raise Unreadable(f"{path} is about {scope.scope_id}", hint="rename it to match its scope")
         return scope
 
     def save(self, scope: Scope) -> None:
         """Replace the scope's state file. Raises HostRefused; the old file is intact then."""
         path, ended = self._path(scope.scope_id), self._path(scope.scope_id, "ended")
-        text = msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
+        text = self.encoded(scope)
         try:
             replace_bytes(
                 path,
@@ -95,6 +161,11 @@ class Store:
             raise HostRefused(
                 f"state file {path} cannot be written: {error.strerror}", hint="nothing was changed"
             ) from error
+
+    @staticmethod
+    def encoded(scope: Scope) -> bytes:
+        """The content of the scope's state file."""
+        return msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
 
     def retire(self, scope_id: str) -> None:
         """Mark the scope as deleted. This renames its file, so it works on a full disk. Raises HostRefused."""
@@ -114,6 +185,10 @@ class Store:
             sync_directory(self.directory)
         except OSError as error:
             raise HostRefused(f"state file {path} cannot be removed: {error.strerror}") from error
+
+    @property
+    def _host_record(self) -> Path:
+        return self.directory.parent / "placement.json"
 
     def _path(self, scope_id: str, suffix: str = "json") -> Path:
         return self.directory / f"{scope_id}.{suffix}"

@@ -190,19 +190,19 @@ class Upkeep:
 
     def firewall_changed(self) -> None:
         """Let the frames of our bridges pass the host's own firewall, which somebody has changed."""
-        self._start_task(self._follow_firewall())
+        self.start_task(self._follow_firewall())
 
     def revive(self, scope_id: str, why: str) -> None:
         """Converge the scope, because a process of it has ended and is due to start again."""
         slot = self._scopes.get(scope_id)
         if slot is not None and slot.scope is not None:
-            self._start_task(self._reconcile(slot, why))
+            self.start_task(self._reconcile(slot, why))
 
     def password_taken(self, taken: PasswordTaken) -> None:
         """Erase a password that a VM has acknowledged, from the state file and from memory."""
         slot = self._scopes.get(taken.scope_id)
         if slot is not None:
-            self._start_task(self._erase_until_done(slot, taken))
+            self.start_task(self._erase_until_done(slot, taken))
 
     def work_failed(self, slot: Slot) -> None:
         """Schedule a retry, unless one is scheduled, or the host is as it was.
@@ -217,7 +217,7 @@ class Upkeep:
         def retry() -> None:
             slot.retry = None
             again = partial(self._scopes.converge, slot, thorough=True)
-            self._start_task(self._maintain(slot, f"retry {slot.failures}", again, quiet=bool(slot.failed)))
+            self.start_task(self._maintain(slot, f"retry {slot.failures}", again, quiet=bool(slot.failed)))
 
         slot.retry = self._clock.call_later(delay_s, retry)  # guard: a-failed-convergence-is-tried-again
 
@@ -331,9 +331,10 @@ class Upkeep:
             for it in announcements
             if it.address in held  # guard: only-held-addresses-are-announced
         )
-        self._start_task(self._scopes.in_worker(partial(self._host.send_arp, still_held)))
+        self.start_task(self._scopes.in_worker(partial(self._host.send_arp, still_held)))
 
-    def _start_task(self, work: Coroutine[object, object, object]) -> None:
+    def start_task(self, work: Coroutine[object, object, object]) -> None:
+        """Run the work on the event loop; ``stop`` waits for it."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,426 @@
+"""The commands of operators about placements, on one host: a scope leaves, a scope comes, what the host holds.
+
+``placementwire`` describes the messages and their order. Two hosts never serve one scope at once:
+
+- The old host saves "closed" before it closes the gate. It opens again by itself only when ``CLOSED_S`` have passed
+  and nobody answers for the addresses. Whoever answers is then the new host, and the scope becomes passive here.
+- The new host opens only within ``OPEN_WITHIN_S`` after it was ready, which was before the old one closed. Both times
+  are measured on a host's own clock. It saves "open" before it opens the gate.
+
+An agent that restarts finds the gate in the state, and the gate itself in the kernel, where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from netloom import placementwire as wire
+from netloom.agent.clock import Clock
+from netloom.agent.host.changes import HostChanges
+from netloom.agent.kernel import conntrack_copy
+from netloom.agent.kernel.conntrack_copy import Created, Record
+from netloom.agent.log import Log
+from netloom.agent.scopes.interfaces import Host, ScopeStore
+from netloom.agent.scopes.scopes import SCOPE_ID, Scopes, Slot, placed
+from netloom.agent.scopes.store import HostRecord, Moved
+from netloom.agent.scopes.upkeep import Upkeep
+from netloom.errors import BadRequest, ForeignScope, HostRefused, NetloomError, one_line
+from netloom.state import Placement, Scope
+from netloom.wire import Call, Evacuated, Reply
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+_LISTED_MAX = 1000  # scopes in one reply
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Moves:
+    """Executes the commands of ``placementwire``. Created and used on the event loop, after ``Scopes.load``."""
+
+    def __init__(self, scopes: Scopes, upkeep: Upkeep, host: Host, store: ScopeStore, log: Log, clock: Clock) -> None:
+        self._scopes = scopes
+        self._upkeep = upkeep
+        self._host = host
+        self._store = store
+        self._log = log
+        self._clock = clock
+
+    def resume(self) -> None:
+        """Decide about moves that an earlier agent was in the middle of, in the usual time."""
+        for slot in self._scopes.slots():
+            self._decide_later(slot)
+
+    async def execute(self, call: Call) -> Reply:
+        """Execute the call and return its reply. Never raises: the reply has the error."""
+        try:
+            data = await self._dispatch(call)
+            reply = Reply(call_id=call.call_id, data=data)
+        except NetloomError as error:
+            reply = Reply(
+                call_id=call.call_id,
+                status=error.exit_code,
+                error=one_line(error.message),
+                hint=one_line(error.hint),
+            )
+        # A bug: the log gets the traceback, the caller gets one line.
+        except Exception as error:  # noqa: BLE001
+            self._log.traceback(f"call={call.call_id}", error)
+            reply = Reply(
+                call_id=call.call_id,
+                status=3,
+                error=one_line(f"the agent failed: {type(error).__name__} in {call.command}"),
+                hint="its log has the traceback under the call's id",
+            )
+        slot = self._scopes.get(call.scope_id)
+        revision = slot.scope.revision if slot is not None and slot.scope is not None else 0
+        reply = replace(reply, holds=bool(slot is not None and slot.scope is not None), revision=revision)
+        outcome = f" error={reply.error}" if reply.status else ""
+        if reply.status or call.command not in wire.READING:
+            self._log.line(
+                f"call={call.call_id} command={call.command} scope={call.scope_id or '-'} status={reply.status}{outcome}"
+            )
+        return self._scopes.with_placement(reply, call.scope_id)
+
+    async def _dispatch(self, call: Call) -> bytes:
+        match call.command:
+            case wire.PLACEMENTS:
+                return wire.packed(self._placements(wire.unpacked(call.payload, wire.ListPlacements)))
+            case wire.SET_DRAINED:
+                await self._set_drained(wire.unpacked(call.payload, wire.SetDrained))
+                return b""
+            case wire.SET_EVACUATED:
+                await self._set_evacuated(wire.unpacked(call.payload, wire.SetEvacuated))
+                return b""
+        if not SCOPE_ID.match(call.scope_id):
+            raise BadRequest(f"scope {call.scope_id!r} is not a scope id", hint="net-<id> or vpc-<id>")
+        match call.command:
+            case wire.READ_STATE:
+                return await self._in_turn(call, wire.ReadPart, self._read_state)
+            case wire.READ_FLOWS:
+                return await self._in_turn(call, wire.ReadPart, self._read_flows)
+            case wire.RECEIVE:
+                return await self._in_turn(call, wire.Receive, self._receive)
+            case wire.ADD_FLOWS:
+                return await self._in_turn(call, wire.AddFlows, self._add_flows)
+            case wire.CLOSE:
+                return await self._in_turn(call, wire.Close, self._close)
+            case wire.OPEN:
+                return await self._in_turn(call, wire.Open, self._open)
+            case wire.FINISH:
+                return await self._in_turn(call, wire.Finish, self._finish)
+            case wire.DROP:
+                return await self._in_turn(call, wire.Drop, self._drop)
+        raise BadRequest(f"{call.command} is not a command about placements")
+
+    async def _in_turn(
+        self, call: Call, shape: type[_T], work: Callable[[Slot, _T], tuple[bytes, HostChanges]]
+    ) -> bytes:
+        """Run the work in a worker thread when the earlier calls of the scope are done."""
+        asked = wire.unpacked(call.payload, shape)
+        slot = self._scopes.slot(call.scope_id)
+        async with self._scopes.turn(slot, call.command, within_s=call.remaining_ms / 1000):
+            return await self._run(slot, lambda: work(slot, asked))
+
+    async def _run(self, slot: Slot, work: Callable[[], tuple[bytes, HostChanges]]) -> bytes:
+        """Run the work, and tell those who wait for the end of a move. The lock of the slot is held."""
+
+        def with_state() -> tuple[bytes, HostChanges]:
+            self._scopes.read_state(slot)
+            return work()
+
+        was = slot.gate
+        try:
+            data, _ = await self._scopes.run_and_settle(slot, with_state)
+        finally:
+            if was == "closed" != slot.gate:
+                slot.decided.set()
+                slot.decided = asyncio.Event()
+            self._decide_later(slot)
+        if was in ("incoming", "closed") and slot.gate == "open":
+            self._upkeep.revive(slot.scope_id, "opened")  # the rest: it must not delay the opening
+        return data
+
+    # ---------------------------------------------------------------------------------------------- about the host
+
+    def _placements(self, asked: wire.ListPlacements) -> wire.Placements:
+        slots = sorted(
+            (it for it in self._scopes.slots() if it.scope is not None or it.moved is not None or it.unreadable),
+            key=lambda it: it.scope_id,
+        )
+        rest = [it for it in slots if it.scope_id > asked.after]
+        record = self._scopes.host_record
+        return wire.Placements(
+            scopes=tuple(_held(it) for it in rest[:_LISTED_MAX]),
+            more=len(rest) > _LISTED_MAX,
+            drained=record.drained,
+            evacuated=tuple(it.host for it in record.evacuated),
+        )
+
+    async def _set_drained(self, asked: wire.SetDrained) -> None:
+        await self._save_record(replace(self._scopes.host_record, drained=asked.drained))
+
+    async def _set_evacuated(self, asked: wire.SetEvacuated) -> None:
+        record = self._scopes.host_record
+        others = tuple(it for it in record.evacuated if it.host != asked.host)
+        new = (Evacuated(host=asked.host, until=asked.until, proof=asked.proof),) if asked.proof else ()
+        await self._save_record(replace(record, evacuated=others + new))
+
+    async def _save_record(self, record: HostRecord) -> None:
+        await self._scopes.in_worker(partial(self._store.save_host_record, record))
+        self._scopes.host_record = record
+
+    # --------------------------------------------------------------- on the old host; in a worker, the lock is held
+
+    def _read_state(self, slot: Slot, asked: wire.ReadPart) -> tuple[bytes, HostChanges]:
+        scope = slot.scope
+        if scope is None:
+            raise HostRefused(f"{slot.scope_id} is not on this host")
+        if asked.number == 0:
+            slot.state_read_for = (uuid.uuid4().hex, self._store.encoded(scope))
+        token, text = slot.state_read_for
+        if asked.number and asked.token != token:
+            raise HostRefused(f"{slot.scope_id}: its state was read anew meanwhile", hint="repeat the command")
+        parts = -(-len(text) // wire.PART_BYTES_MAX)
+        start = asked.number * wire.PART_BYTES_MAX
+        if asked.number + 1 >= parts:
+            slot.state_read_for = ("", b"")
+        return wire.packed(
+            wire.Part(
+                token=token,
+                parts=parts,
+                data=text[start : start + wire.PART_BYTES_MAX],
+                revision=scope.revision,
+                epoch=scope.placement.epoch,
+                owner=scope.owner,
+            )
+        ), HostChanges()
+
+    def _read_flows(self, slot: Slot, asked: wire.ReadPart) -> tuple[bytes, HostChanges]:
+        _served(slot)
+        want = self._scopes.placed_want(slot)
+        if asked.number == 0:
+            listed = self._host.read_flows(want.namespace) if want.namespace else []
+            slot.flows_read = (uuid.uuid4().hex, listed)
+        token, listed = slot.flows_read
+        if asked.number and asked.token != token:
+            raise HostRefused(f"{slot.scope_id}: its connections were read anew meanwhile", hint="repeat the command")
+        chunks = conntrack_copy.encode(listed)
+        data = chunks[asked.number] if asked.number < len(chunks) else b""
+        return wire.packed(wire.Part(token=token, parts=len(chunks), data=data)), HostChanges()
+
+    def _close(self, slot: Slot, asked: wire.Close) -> tuple[bytes, HostChanges]:
+        scope = _served(slot)
+        placement = scope.placement
+        if placement.gate == "closed" and placement.peer != asked.to:
+            raise HostRefused(f"{slot.scope_id} is being moved to {placement.peer}", hint="finish that move first")
+        if scope.revision != asked.revision:
+            raise HostRefused(f"{slot.scope_id} has changed meanwhile", hint="repeat the command")
+        if asked.epoch <= placement.epoch:
+            raise HostRefused(f"{slot.scope_id} has epoch {placement.epoch} here already", hint="repeat the command")
+        want = self._scopes.placed_want(slot)
+        self._scopes.place(slot, replace(placement, gate="closed", peer=asked.to))  # guard: closed-is-saved-first
+        token, before = slot.flows_read
+        slot.flows_read = ("", [])
+        if not want.namespace:
+            return wire.packed(wire.Closed()), HostChanges()
+        self._host.close_gate(want)
+        changed = conntrack_copy.difference(
+            before if token and token == asked.token else [], self._host.read_flows(want.namespace)
+        )
+        flows, gone = conntrack_copy.encode(changed.create), conntrack_copy.encode(changed.delete)
+        lost = sum(len(conntrack_copy.decode(it)) for it in flows[1:])
+        return wire.packed(wire.Closed(flows=flows[0], gone=gone[0], lost=lost)), HostChanges()
+
+    def _finish(self, slot: Slot, asked: wire.Finish) -> tuple[bytes, HostChanges]:
+        scope = slot.scope
+        if scope is not None and scope.placement.gate not in ("closed", "passive"):
+            raise HostRefused(f"{slot.scope_id} is {scope.placement.gate} here", hint="move it away first")
+        if scope is not None and scope.placement.epoch >= asked.epoch:
+            raise HostRefused(f"{slot.scope_id} has epoch {scope.placement.epoch} here, not older than {asked.epoch}")
+        changes = self._scopes.remove_moved(slot, Moved(to=asked.to, epoch=asked.epoch))
+        return b"", changes
+
+    # --------------------------------------------------------------- on the new host; in a worker, the lock is held
+
+    def _receive(self, slot: Slot, asked: wire.Receive) -> tuple[bytes, HostChanges]:
+        scope = self._store.decoded(slot.scope_id, asked.state, f"the state of {slot.scope_id} from {asked.peer}")
+        had = slot.scope
+        if had is not None:
+            if had.owner != scope.owner:
+                raise ForeignScope(f"{slot.scope_id} belongs to {had.owner} on this host, not to {scope.owner}")
+            if had.placement.gate in ("open", "closed"):
+                raise HostRefused(f"{slot.scope_id} is {had.placement.gate} here with epoch {had.placement.epoch}")
+        known = max(had.placement.epoch if had else 0, slot.moved.epoch if slot.moved else 0, scope.placement.epoch)
+        if asked.epoch <= known and not (had and had.placement.gate == "incoming" and had.placement.epoch == known):
+            raise HostRefused(f"{slot.scope_id} has epoch {known} already, so {asked.epoch} is not a new one")
+        placement = Placement(epoch=asked.epoch, host=asked.host, proof=asked.proof, gate="incoming", peer=asked.peer)
+        scope = placed(scope, placement)
+        self._store.save(scope)
+        slot.scope, slot.ending, slot.unproved = scope, False, False
+        changes = self._scopes.converge(slot)
+        if slot.failed:
+            failed = "; ".join(map(str, slot.failed))
+            self._scopes.remove(slot)
+            raise HostRefused(f"{slot.scope_id} cannot be served here: {failed}", hint="its host serves it as before")
+        return wire.packed(wire.Received(ready=_now())), changes
+
+    def _add_flows(self, slot: Slot, asked: wire.AddFlows) -> tuple[bytes, HostChanges]:
+        _incoming(slot, asked.epoch)
+        created = self._copy_flows(slot, asked.flows, asked.gone)
+        return wire.packed(
+            wire.Received(ready=_now(), flows=created.standing, refused=created.refused, why=created.reason)
+        ), HostChanges()
+
+    def _open(self, slot: Slot, asked: wire.Open) -> tuple[bytes, HostChanges]:
+        if slot.scope is not None and slot.scope.placement.gate == "open":
+            if slot.scope.placement.epoch == asked.epoch:
+                return b"", HostChanges()  # the reply was lost
+            raise HostRefused(f"{slot.scope_id} is open here with epoch {slot.scope.placement.epoch}")
+        placement = _incoming(slot, asked.epoch)
+        want = self._scopes.placed_want(slot)
+        if asked.dead and not asked.fenced and want.namespace:
+            found = self._host.occupied(want)
+            if found.answers or found.unknown:
+                raise HostRefused(
+                    f"{found}: {slot.scope_id} is not opened here",
+                    hint="switch the dead host off, and say so with --fenced",
+                )
+        if want.namespace:
+            self._copy_flows(slot, asked.flows, asked.gone)
+        if not asked.dead and not _within(asked.ready, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
+            raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
+        self._scopes.place(slot, replace(placement, gate="open", peer=""))
+        if not want.namespace:
+            return b"", HostChanges()
+        announcements = self._host.open_gate(want)
+        if slot.moved is not None:
+            self._store.forget_moved(slot.scope_id)
+            slot.moved = None
+        slot.enforced_scope = None  # the flows are those of another host: check them all
+        return b"", HostChanges(announcements=announcements)
+
+    def _drop(self, slot: Slot, asked: wire.Drop) -> tuple[bytes, HostChanges]:
+        if slot.scope is None:
+            return b"", HostChanges()
+        _incoming(slot, asked.epoch)
+        return b"", self._scopes.remove(slot)
+
+    def _copy_flows(self, slot: Slot, flows: bytes, gone: bytes) -> Created:
+        create: list[Record] = conntrack_copy.decode(flows) if flows else []
+        delete: list[Record] = conntrack_copy.decode(gone) if gone else []
+        want = self._scopes.placed_want(slot)
+        if not want.namespace or not (create or delete):
+            return Created(0)
+        return self._host.copy_flows(want.namespace, create, delete)
+
+    # ------------------------------------------------------------------------------------- a move without an end
+
+    def _decide_later(self, slot: Slot) -> None:
+        """Start the time after which this host decides by itself, if the scope is in the middle of a move."""
+        if slot.undecided is not None:
+            slot.undecided.cancel()
+            slot.undecided = None
+        after_s = {"closed": wire.CLOSED_S, "incoming": wire.INCOMING_S}.get(slot.gate)
+        if after_s is not None:
+            slot.undecided = self._clock.call_later(after_s, lambda: self._upkeep.start_task(self._decide(slot)))
+
+    async def _decide(self, slot: Slot) -> None:
+        """Open again, become passive, or forget the scope."""
+        slot.undecided = None
+        try:
+            async with self._scopes.turn(slot, "the end of a move"):
+                work = {"closed": self._decide_closed, "incoming": self._forget_incoming}.get(slot.gate)
+                if work is not None:
+                    await self._run(slot, partial(work, slot))
+        except NetloomError as error:
+            self._log.line(f"scope={slot.scope_id} move: {error}")
+            self._decide_later(slot)
+        # A bug must not end the agent.
+        except Exception as error:  # noqa: BLE001
+            self._log.traceback(f"scope={slot.scope_id} move", error)
+            self._decide_later(slot)
+
+    def _decide_closed(self, slot: Slot) -> tuple[bytes, HostChanges]:
+        """Nobody finished the move. If the new host did not open, nobody answers for the addresses."""
+        assert slot.scope is not None
+        placement = slot.scope.placement
+        want = self._scopes.placed_want(slot)
+        if want.namespace:
+            found = self._host.occupied(want)
+            if found.answers:
+                self._scopes.make_passive(slot, f"{found}: {placement.peer} has probably taken it over")
+                return b"", self._scopes.converge(slot)
+            if found.unknown:
+                raise HostRefused(f"no link on {', '.join(found.unknown)}, to ask whether {placement.peer} has opened")
+        self._scopes.place(slot, replace(placement, gate="open", peer=""))
+        self._log.line(f"scope={slot.scope_id} the move to {placement.peer} was not finished; it is served here again")
+        if not want.namespace:
+            return b"", HostChanges()
+        announcements = self._host.open_gate(want)
+        return b"", HostChanges(announcements=announcements)
+
+    def _forget_incoming(self, slot: Slot) -> tuple[bytes, HostChanges]:
+        self._log.line(f"scope={slot.scope_id} the move to this host was not finished; it is forgotten here")
+        return b"", self._scopes.remove(slot)
+
+
+def _served(slot: Slot) -> Scope:
+    """The state of a scope that this host serves, or is about to hand over. Raises HostRefused."""
+    if slot.scope is None:
+        if slot.moved is not None:
+            raise HostRefused(f"{slot.scope_id} was moved to {slot.moved.to}")
+        raise HostRefused(f"{slot.scope_id} is not on this host")
+    gate = slot.scope.placement.gate
+    if gate not in ("open", "closed"):
+        raise HostRefused(f"{slot.scope_id} is {gate} on this host, so another one serves it")
+    return slot.scope
+
+
+def _incoming(slot: Slot, epoch: int) -> Placement:
+    """The placement of a scope that is about to come here with this epoch. Raises HostRefused."""
+    placement = slot.scope.placement if slot.scope is not None else None
+    if placement is None or placement.gate != "incoming" or placement.epoch != epoch:
+        raise HostRefused(f"{slot.scope_id} is not expected here with epoch {epoch}", hint="repeat the command")
+    return placement
+
+
+def _held(slot: Slot) -> wire.HeldScope:
+    scope = slot.scope
+    if scope is None:
+        if slot.moved is not None:
+            return wire.HeldScope(scope_id=slot.scope_id, epoch=slot.moved.epoch, gate="moved", peer=slot.moved.to)
+        return wire.HeldScope(scope_id=slot.scope_id, gate="unreadable", why="its state file cannot be read")
+    it = scope.placement
+    return wire.HeldScope(
+        scope_id=slot.scope_id,
+        owner=scope.owner,
+        epoch=it.epoch,
+        revision=scope.revision,
+        gate=it.gate,
+        peer=it.peer,
+        networks=len(scope.networks),
+        nics=sum(len(network.nics) for network in scope.networks.values()),
+        public_ips=len(scope.public_ips),
+        why=it.why or "; ".join(map(str, slot.failed)),
+    )
+
+
+def _now() -> str:
+    """This moment on the clock of this boot, which also runs while the machine is suspended."""
+    return f"{_BOOT_ID.read_text().strip()} {time.clock_gettime_ns(time.CLOCK_BOOTTIME)}"
+
+
+def _within(moment: str, seconds: float) -> bool:
+    """Whether the moment, from :func:`_now`, was in this boot and at most so many seconds ago."""
+    boot, _, at = moment.partition(" ")
+    now_boot, _, now = _now().partition(" ")
+    return boot == now_boot and at.isdigit() and 0 <= int(now) - int(at) <= seconds * 1e9
