@@ -23,6 +23,7 @@ from netloom.agent.host.helpers import missing
 from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
+from netloom.agent.host.occupied import Occupied, occupied
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
@@ -179,6 +180,10 @@ class KernelHost:
         opened = OpenGate(tuple(port.host_link for port in want.ports))
         gate.open_(opened.links)
         return _announcements(want, [opened])
+
+    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+        """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
+        return occupied(self.placed(scope_id, want), timeout_s)
 
     def keep_gates_closed(self) -> tuple[Step, ...]:
         """Close the gates that scopes want closed and that are open; somebody may have deleted the table.
