@@ -19,6 +19,7 @@ from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.nft_watch import NftWatch, Transaction
 from netloom.agent.kernel.watch import Event
+from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.netobjects import Address
 from netloom.render.scope import render
@@ -66,7 +67,11 @@ class Scene:
         self.steps: int | None = 1
         self.working = False
         self.lost: list[tuple[str, frozenset[str]]] = []
-        self.watcher = Watcher(asyncio.get_running_loop(), self.clock, self.log, self, self.orphaned)
+        self.gates_closed = 0
+        self.gates_fail = False
+        self.watcher = Watcher(
+            asyncio.get_running_loop(), self.clock, self.log, self, self.orphaned, self.keep_gates_closed
+        )
 
     def busy(self, scope_id: str) -> bool:
         return self.working
@@ -78,6 +83,11 @@ class Scene:
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
         self.lost.append((bridge, links))
+
+    def keep_gates_closed(self) -> None:
+        self.gates_closed += 1
+        if self.gates_fail:
+            raise HostRefused("nftables: no memory")
 
     def firewall_changed(self) -> None:
         self.followed.append(round(self.clock.time(), 2))
@@ -192,6 +202,18 @@ async def test_a_program_that_flushes_again_and_again_is_answered_more_slowly(sc
     assert first == [round(it * 0.2, 2) for it in range(REPAIRS_AT_ONCE)]
     assert REPAIRS_AT_ONCE < len(scene.tidied) < 30  # in two minutes
     assert "nft changed the tables of the host 5 times recently; check in 1 s" in scene.log.lines[0]
+
+
+@pytest.mark.mutation("closed-gates-close-at-once")
+@watched
+async def test_gates_close_at_once_however_often_somebody_flushes(scene: Scene) -> None:
+    for number in range(30):
+        scene.gates_fail = number % 2 == 0
+        scene.told(FLUSHED)
+        assert scene.watcher._closing is not None
+        await scene.watcher._closing
+        assert scene.gates_closed == number + 1
+    assert scene.log.lines.count("gates: nftables: no memory") == 15
 
 
 @pytest.mark.mutation("a-new-firewall-is-followed")

@@ -11,13 +11,14 @@ from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink, Others
-from netloom.plan.plan import plan, sweep
+from netloom.plan.plan import alias_of, plan, sweep, sweep_gates
 from netloom.plan.steps import (
     AddAddress,
     AddRule,
     AdoptLink,
     AttachCarrier,
     AttachPort,
+    CloseGate,
     CreateBridge,
     CreateNamespace,
     CreatePort,
@@ -27,6 +28,7 @@ from netloom.plan.steps import (
     GuardOthers,
     LoadRuleset,
     MarkPort,
+    OpenGate,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -96,6 +98,7 @@ def wish(
     rules: str = "accept",
     guests: dict[int, int] | None = None,
     policy: tuple[Route | Rule, ...] = (),
+    gated: bool = False,
 ) -> Want:
     """A network with public addresses 203.0.113.x by VLAN, and one exit for each VLAN.
 
@@ -128,11 +131,14 @@ def wish(
         | {f"net.ipv4.conf.{name}.rp_filter": "0" for name in ("all", *(port.link for port in ports))},
         ruleset=Ruleset(family="inet", table="netloom", chains=(Chain(name="a", rules=(rules,)),)),
         announce=held,
+        gated=gated,
     )
 
 
-def swept(have: Have) -> Have:
-    return carry_out(have, sweep(have.host_links, frozenset(), have.guarded, have.others))
+def swept(have: Have, gated: frozenset[str] = frozenset()) -> Have:
+    """The host after a tidy, when no scope claims a bridge, and scopes want these gates closed."""
+    have = carry_out(have, sweep(have.host_links, frozenset(), have.guarded, have.others))
+    return carry_out(have, sweep_gates(have.closed, gated, have.closed & have.host_links.keys()))
 
 
 def carry_out(have: Have, steps: tuple[Step, ...]) -> Have:
@@ -150,7 +156,14 @@ def _after(have: Have, step: Step) -> Have:
             return replace(have, exists=True)
         case RemoveNamespace():
             assert have.exists
-            return replace(EMPTY, host_links=host, claimed=have.claimed, guarded=have.guarded, others=have.others)
+            return replace(
+                EMPTY,
+                host_links=host,
+                claimed=have.claimed,
+                guarded=have.guarded,
+                others=have.others,
+                closed=have.closed,
+            )
         case SetSysctl(_, key, value):
             assert all(word in inside for word in key.split(".") if word.startswith(("gst-", "pub-")))
             return replace(have, sysctls={**have.sysctls, key: value})
@@ -231,6 +244,12 @@ def _after(have: Have, step: Step) -> Have:
             assert bridge in have.guarded
             assert last == (not left and not have.others.bridges)
             return replace(have, guarded=left)
+        case CloseGate(links):
+            assert not have.closed & set(links)
+            return replace(have, closed=have.closed | set(links))
+        case OpenGate(links):
+            assert have.closed >= set(links)
+            return replace(have, closed=have.closed - set(links))
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):
             assert host[bridge].kind == "bridge"
             have = _with_host_link(have, replace(host[link], master=bridge))
@@ -326,6 +345,7 @@ WISHES = st.one_of(
         st.sampled_from(["accept", "drop"]),
         GUESTS,
         POLICIES,
+        st.booleans(),
     ),
 )
 DAMAGES = st.lists(
@@ -345,6 +365,8 @@ DAMAGES = st.lists(
             "alias",
             "namespace",
             "table",
+            "gates",
+            "gate",
         ]
     )
 )
@@ -389,6 +411,10 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = _after(have, RemoveNamespace(have.namespace))
             case "table":
                 have = replace(have, marker="", ruleset=None, table=None)
+            case "gates":
+                have = replace(have, closed=frozenset())
+            case "gate":
+                have = replace(have, closed=frozenset(sorted(have.closed)[1:]))
     return have
 
 
@@ -405,6 +431,53 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
     assert set(after.rules) == set(then.rules)
     assert set(after.neighbours) == set(then.neighbours)
     assert set(after.links) == {port.link for port in then.ports}
+    assert after.closed & after.host_links.keys() == gates_of(then)
+    assert swept(after, gates_of(then)).closed == gates_of(then)
+
+
+def gates_of(want: Want) -> frozenset[str]:
+    return frozenset(port.host_link for port in want.ports if want.gated)
+
+
+def through(have: Have) -> set[str]:
+    """The host ends of the scope that frames pass."""
+    return {it.name for it in have.host_links.values() if it.alias == alias_of(SCOPE) and it.master} - have.closed
+
+
+@pytest.mark.mutation("a-gate-closes-before-its-port-exists")
+@given(WISHES, DAMAGES, WISHES)
+@settings(max_examples=300, deadline=None)
+def test_no_frame_passes_a_gated_scope_after_the_first_step(first: Want, harm: list[str], then: Want) -> None:
+    then = replace(then, gated=True)
+    have = damaged(built(first), harm)
+    steps = plan(have, then)
+    for number in range(min(1, len(steps)), len(steps) + 1):
+        assert not through(carry_out(have, steps[:number])), steps
+
+
+@given(WISHES, DAMAGES, WISHES)
+@settings(max_examples=300, deadline=None)
+def test_a_gate_opens_with_the_last_step(first: Want, harm: list[str], then: Want) -> None:
+    have = damaged(built(replace(first, gated=True)), harm)
+    steps = plan(have, replace(then, gated=False))
+    assert not any(isinstance(step, CloseGate) for step in steps)
+    assert not any(isinstance(step, OpenGate) for step in steps[:-1])
+    for number in range(len(steps)):
+        assert have.closed == carry_out(have, steps[:number]).closed
+
+
+def test_gates_of_other_scopes_are_left_alone() -> None:
+    others = replace(EMPTY, closed=frozenset({"vnetg7"}))
+    have = built(wish(gated=True), others)
+    assert have.closed == {"vnetg7", "vnetg204", "vnetpn204.101"}
+    assert built(wish(), have).closed == {"vnetg7"}
+    assert built(NOTHING, have).closed == {"vnetg7"}
+
+
+def test_a_tidy_closes_wanted_gates_and_forgets_those_of_links_that_are_gone() -> None:
+    closed, wanted, existing = frozenset({"a", "b", "c"}), frozenset({"b", "d"}), frozenset({"a", "b"})
+    assert sweep_gates(closed, wanted, existing) == (CloseGate(("d",)), OpenGate(("c",)))
+    assert sweep_gates(wanted, wanted, existing) == ()
 
 
 @given(WISHES, DAMAGES)
@@ -412,7 +485,7 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
 def test_removal_restores_the_original_host(want: Want, harm: list[str]) -> None:
     after = built(NOTHING, damaged(built(want), harm))
     # A scope no longer sees a bridge that lost our port by hand. The sweep sees the whole host.
-    assert carry_out(after, sweep(after.host_links, frozenset(), after.guarded, after.others)) == EMPTY
+    assert swept(after) == EMPTY
 
 
 @given(WISHES, WISHES)

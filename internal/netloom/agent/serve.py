@@ -117,7 +117,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)
-    watcher = Watcher(loop, clock, log, events, host.orphaned)
+    watcher = Watcher(loop, clock, log, events, host.orphaned, host.keep_gates_closed)
     actions = Actions(host, store.directory.parent / "hooks")
     scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)
     upkeep = Upkeep(scopes, host, services, watcher, log, clock)

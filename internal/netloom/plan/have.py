@@ -112,3 +112,4 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     claimed: frozenset[str] = frozenset()  # bridges that other scopes want
     guarded: frozenset[str] = frozenset()  # bridges of ours whose frames never reach the host's own sockets
     others: Others = Others()  # the guard of bridges of others
+    closed: frozenset[str] = frozenset()  # links of the host that no frame passes: the closed gates of all scopes

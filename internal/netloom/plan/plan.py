@@ -12,6 +12,9 @@ The order, and why:
 5. Addresses, links up (the public ones last), neighbours, routes, rules.
 6. Bridges that are no longer needed are removed.
 
+A gate closes before all other steps, so no frame passes a port of a gated scope from its creation on. It opens after
+all other steps: then everything that answers is in place.
+
 Where ``have`` is already as wanted, there is no step. The same steps are computed for a first call, a repeated call, a
 repair and a restore after a reboot.
 """
@@ -35,12 +38,14 @@ from netloom.plan.steps import (
     AddRule,
     AdoptLink,
     AttachPort,
+    CloseGate,
     CreateNamespace,
     CreatePort,
     GuardBridge,
     GuardOthers,
     LoadRuleset,
     MarkPort,
+    OpenGate,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -76,7 +81,8 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
     """
     if not want.namespace:
         adopted, after = _adopted(have, wanted=frozenset())
-        return (*adopted, *_tear_down(have), *_unneeded(after, wanted=frozenset(), leaving=_our_ports(have)))
+        unneeded = _unneeded(after, wanted=frozenset(), leaving=_our_ports(have))
+        return (*_closed(have, want), *adopted, *_tear_down(have), *unneeded, *_opened(have, want))
     if have.foreign:
         raise ForeignScope(
             f"namespace {have.namespace} is there already and is not ours: {have.foreign}",
@@ -132,6 +138,19 @@ def sweep(
     return tuple(steps)
 
 
+def sweep_gates(closed: frozenset[str], wanted: frozenset[str], existing: frozenset[str]) -> tuple[Step, ...]:
+    """The steps that make ``closed`` the gates that scopes want; the gates of other links that exist stay as they are.
+
+    ``closed``: the links whose gate is closed; ``wanted``: those that scopes want closed; ``existing``: those of
+    ``closed`` that are links of the host. The gate of an existing link is opened by the plan of its scope only.
+    """
+    missing, stale = wanted - closed, closed - wanted - existing
+    return (
+        *([CloseGate(tuple(sorted(missing)))] if missing else []),
+        *([OpenGate(tuple(sorted(stale)))] if stale else []),
+    )
+
+
 def _joined(bridge: HostLink, links: dict[str, HostLink]) -> bool:
     """Whether somebody else created the bridge and a port of ours is in it."""
     ports = [links[name] for name in bridge.ports if name in links]
@@ -153,6 +172,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     existing = {port.link for port in want.ports if _exists(have, port)}
     bridges = frozenset(placement.bridge for placement in placements.values())
     adopted, after = _adopted(have, wanted=bridges)
+    yield from _closed(have, want)
     yield from adopted
     if not have.exists:
         yield CreateNamespace(ns)
@@ -184,6 +204,30 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     guarded = have.guarded | {placement.bridge for placement in placements.values() if placement.ours}
     after = msgspec.structs.replace(after, guarded=guarded, others=others)
     yield from _unneeded(after, wanted=bridges, leaving=_our_ports(have))
+    yield from _opened(have, want)
+
+
+def _closed(have: Have, want: Want) -> Iterator[Step]:
+    missing = _closed_meanwhile(have, want) - have.closed
+    if missing:
+        yield CloseGate(tuple(sorted(missing)))  # guard: a-gate-closes-before-its-port-exists
+
+
+def _opened(have: Have, want: Want) -> Iterator[Step]:
+    stale = _host_ends(have, want) & (have.closed | _closed_meanwhile(have, want))
+    stale -= {port.host_link for port in want.ports if want.gated}
+    if stale:
+        yield OpenGate(tuple(sorted(stale)))
+
+
+def _closed_meanwhile(have: Have, want: Want) -> frozenset[str]:
+    """The host ends that are closed during the plan of a gated scope: those that it will not have any longer, too."""
+    return _host_ends(have, want) if want.gated else frozenset()
+
+
+def _host_ends(have: Have, want: Want) -> frozenset[str]:
+    """The host ends of the ports that the scope has or wants."""
+    return _our_ports(have) | {port.host_link for port in want.ports}
 
 
 def _exists(have: Have, port: Port) -> bool:

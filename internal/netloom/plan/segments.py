@@ -205,7 +205,7 @@ def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
     The host keeps what it uses the bridge for. A bridge with VLAN filtering may add tags: its operator said which.
     """
     ports = [links[name] for name in bridge.ports if name in links and _TAME.fullmatch(name)]
-    guests = {it.name for it in ports if _leads_to_guests(bridge, it)}
+    guests = {it.name for it in ports if leads_to_guests(bridge.name, it)}
     uplinks = frozenset(it.name for it in ports if it.name not in guests)
     used = bridge.addresses or bridge.above or not _TAME.fullmatch(bridge.name)
     return Others(
@@ -217,9 +217,9 @@ def guard_of(bridge: HostLink, links: dict[str, HostLink]) -> Others:
     )
 
 
-def _leads_to_guests(bridge: HostLink, port: HostLink) -> bool:
+def leads_to_guests(bridge: str, port: HostLink) -> bool:
     """Whether a port is ours, a VM's tap, or a veth to a container. A veth between two bridges of the host is none."""
-    to_container = port.kind == "veth" and port.elsewhere and port.name != names.carrier_of(bridge.name)
+    to_container = port.kind == "veth" and port.elsewhere and port.name != names.carrier_of(bridge)
     return port.kind == "tun" or to_container or (port.kind == "veth" and port.ours)
 
 

@@ -188,6 +188,24 @@ class UnguardBridge(SharedStep, frozen=True):
         return f"remove the guard of {self.bridge}"
 
 
+class CloseGate(Step, frozen=True):
+    """Let no frame pass these host ends of ports, which need not exist yet, and let no bridge learn from them."""
+
+    links: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"close the gate of {', '.join(self.links)}"
+
+
+class OpenGate(Step, frozen=True):
+    """Let frames pass these host ends of ports; of links that are gone nothing is left."""
+
+    links: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"open the gate of {', '.join(self.links)}"
+
+
 class CreateBridge(SharedStep, frozen=True):
     """Create a bridge, down and without an address. Its alias names its carrier."""
 

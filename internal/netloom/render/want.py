@@ -71,6 +71,9 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
 
     ``announce``: the addresses that are announced by gratuitous ARP when they are new on this host, so that switches
     and gateways learn the new MAC address. IPv6 addresses are not announced.
+
+    ``gated``: everything exists on the host, but no frame passes the host ends of the ports, and nothing is announced.
+    Rendering leaves it False; whoever knows that another host serves the scope sets it.
     """
 
     namespace: str
@@ -82,3 +85,4 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     sysctls: dict[str, str] = {}
     ruleset: Ruleset | None = None
     announce: tuple[Address, ...] = ()
+    gated: bool = False

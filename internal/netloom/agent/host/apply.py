@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
+from netloom.agent.host import gate
 from netloom.agent.host.frames import guard, guard_others, unguard
 from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
@@ -25,6 +26,7 @@ from netloom.plan.steps import (
     AdoptLink,
     AttachCarrier,
     AttachPort,
+    CloseGate,
     CreateBridge,
     CreateNamespace,
     CreatePort,
@@ -35,6 +37,7 @@ from netloom.plan.steps import (
     LoadRuleset,
     MarkPort,
     NamespaceStep,
+    OpenGate,
     PutNeighbour,
     PutRoute,
     RemoveAddress,
@@ -62,7 +65,7 @@ from netloom.render.ruleset import fresh, swap, take_over
 
 VXLAN_TTL = 10  # hops between hosts, as CloudStack's KVM agent sets it
 
-_Interface = Literal["namespace", "sysctl", "nft", "guard", "netlink"]
+_Interface = Literal["namespace", "sysctl", "nft", "guard", "gate", "netlink"]
 
 # All other steps are netlink messages.
 _INTERFACES: dict[type[Step], _Interface] = {
@@ -72,6 +75,8 @@ _INTERFACES: dict[type[Step], _Interface] = {
     GuardBridge: "guard",
     GuardOthers: "guard",
     UnguardBridge: "guard",
+    CloseGate: "gate",
+    OpenGate: "gate",
     SetSysctl: "sysctl",
     SilenceIpv6: "sysctl",
 }
@@ -114,6 +119,10 @@ def _one(step: Step) -> None:
             guard_others(others)
         case UnguardBridge(bridge, last):
             unguard(bridge, last=last)
+        case CloseGate(closed):
+            gate.close(closed)
+        case OpenGate(opened):
+            gate.open_(opened)
 
 
 def _load(step: LoadRuleset) -> None:

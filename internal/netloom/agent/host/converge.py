@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from netloom import names
-from netloom.agent.host import flows, unmanaged
+from netloom.agent.host import flows, gate, unmanaged
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -23,17 +23,19 @@ from netloom.agent.host.helpers import missing
 from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
+from netloom.agent.host.occupied import Occupied, occupied
 from netloom.agent.kernel import arp, modules, namespaces, sysctl
 from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
-from netloom.plan.plan import plan, sweep
+from netloom.plan.plan import plan, sweep, sweep_gates
 from netloom.plan.steps import (
     AddAddress,
     AttachPort,
     CreatePort,
     LoadRuleset,
+    OpenGate,
     RemoveBridge,
     RemoveHostPort,
     RemoveVlanLink,
@@ -70,6 +72,9 @@ class KernelHost:
         self._raised_sysctls = state_dir / RECORD
         self._shared = threading.Lock()
         self._claims: dict[str, frozenset[str]] = {}
+        self._gated: dict[str, frozenset[str]] = {}  # by scope, the host ends whose gate it wants closed
+        # Held while gates are closed as ``_gated`` says. So no gate closes after its scope has begun to want it open.
+        self._gates = threading.Lock()
         self._links: dict[str, int] = {}  # by scope, the number of its links
         self._links_allowed = 0  # the number for which the neighbour tables are large enough
         self._guarded: tuple[frozenset[str], Others] | None = None
@@ -92,7 +97,11 @@ class KernelHost:
                 raise_to({_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)}, self._raised_sysctls)
 
     def claim(self, scope_id: str, want: Want) -> None:
-        """Record which shared bridges the scope wants; they are not removed from now on."""
+        """Record which shared bridges and closed gates the scope wants; they are kept from now on."""
+        with self._gates:
+            self._gated[scope_id] = frozenset(port.host_link for port in want.ports if want.gated)
+            if not self._gated[scope_id]:
+                del self._gated[scope_id]
         bridges = frozenset(port.segment.bridge for port in want.ports)
         if bridges:
             self._claims[scope_id] = bridges
@@ -138,7 +147,11 @@ class KernelHost:
         self.claim(scope_id, want)
         done: list[Step] = []
         for _ in range(_ROUNDS_MAX):
-            steps = self._round(scope_id, want, known, thorough)
+            try:
+                steps = self._round(scope_id, want, known, thorough)
+            except HostRefused:
+                self.keep_gates_closed()  # guard: a-gate-closes-whatever-else-fails
+                raise
             done += steps
             if any(isinstance(step, LoadRuleset) for step in steps):
                 known = want.ruleset
@@ -147,6 +160,41 @@ class KernelHost:
                     namespaces.clear(names.namespace(scope_id))
                 return HostChanges(tuple(done), _announcements(want, done))
         raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
+
+    def close_gate(self, scope_id: str, want: Want) -> None:
+        """Close the gate of each port of ``want`` at once. Converge the scope with ``gated`` from now on.
+
+        Raises HostRefused.
+        """
+        want = msgspec.structs.replace(want, gated=True)
+        self.claim(scope_id, want)
+        gate.close(port.host_link for port in want.ports)
+
+    def open_gate(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        """Open the gate of each port of ``want`` at once, and return what is to be announced then.
+
+        For a scope that has converged with ``gated``. Converge it without from now on. Raises HostRefused.
+        """
+        want = msgspec.structs.replace(want, gated=False)
+        self.claim(scope_id, want)  # guard: an-open-gate-stays-open
+        opened = OpenGate(tuple(port.host_link for port in want.ports))
+        gate.open_(opened.links)
+        return _announcements(want, [opened])
+
+    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+        """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
+        return occupied(self.placed(scope_id, want), timeout_s)
+
+    def keep_gates_closed(self) -> tuple[Step, ...]:
+        """Close the gates that scopes want closed and that are open; somebody may have deleted the table.
+
+        Any thread may call this. Raises HostRefused.
+        """
+        with self._gates:
+            wanted = frozenset().union(*self._gated.values())
+            steps = sweep_gates(gate.closed(), wanted, wanted) if wanted else ()
+            apply(steps)
+        return steps
 
     def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         """Delete the open flows in ``namespace`` that ``new`` does not allow. ``old`` None: not known.
@@ -176,7 +224,8 @@ class KernelHost:
         self._orphans[bridge, now] = links
 
     def tidy(self) -> tuple[Step, ...]:
-        """Remove shared links that no scope wants any more, and restore the guards of those that stay."""
+        """Remove shared links that no scope wants any more, and restore the guards and gates of those that stay."""
+        closed = self.keep_gates_closed()
         with self._shared:
             self._guarded = guarded, others = guarded_bridges(), guarded_others()
             strays = tuple(RemoveHostPort(name) for name in stray_ports(frozenset(self._claims)))
@@ -187,7 +236,17 @@ class KernelHost:
         gone = {step.bridge for step in steps if isinstance(step, RemoveBridge)}
         gone |= {step.link for step in steps if isinstance(step, RemoveVlanLink)}
         unmanaged.mark(_ours(links) - gone)
-        return strays + steps
+        return closed + strays + steps + self._forget_gates()
+
+    def _forget_gates(self) -> tuple[Step, ...]:
+        """Delete what the gates of links that are gone have left."""
+        closed = gate.closed()  # first: a scope wants a gate closed before it closes it
+        with self._gates:
+            wanted = closed & frozenset().union(*self._gated.values())
+            existing = {it.name for it in find_links(None, sorted(closed - wanted))}
+            steps = sweep_gates(closed, wanted, frozenset(existing))
+            apply(steps)
+        return steps
 
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; returns what was changed there."""
@@ -271,7 +330,9 @@ class KernelHost:
         self._were_down |= {
             it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.carrier_was_down
         }
-        return msgspec.structs.replace(have, were_down=self._were_down, orphans=orphans, others=guarded[1])
+        return msgspec.structs.replace(
+            have, were_down=self._were_down, orphans=orphans, others=guarded[1], closed=gate.closed()
+        )
 
     def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
         """The ruleset's marker, computed once: it takes milliseconds with thousands of forwards."""
@@ -326,12 +387,15 @@ def load_modules() -> None:
 
 
 def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
-    """The announcements for addresses that are new, or whose link was attached to its bridge again."""
+    """The announcements for addresses that are new, or whose link was attached to its bridge again, or opened."""
+    if want.gated:
+        return ()  # guard: a-gated-scope-announces-nothing
+    opened = {link for step in steps if isinstance(step, OpenGate) for link in step.links}
     added = {step.address for step in steps if isinstance(step, AddAddress)}
     links = {step.port.link for step in steps if isinstance(step, CreatePort)}
     host_links = {step.link for step in steps if isinstance(step, AttachPort)}
     macs = {port.link: port.mac for port in want.ports}
-    links |= {port.link for port in want.ports if port.host_link in host_links}
+    links |= {port.link for port in want.ports if port.host_link in host_links | opened}
     return tuple(
         Announcement(want.namespace, it.link, it.ip, macs[it.link])
         for it in want.announce

@@ -9,6 +9,7 @@ While a command or a repair works on the scope, only the latest event per object
 work is done. If something keeps undoing our repairs, the delay between repairs grows (exponential back-off).
 
 When another program takes something from our tables on the host, a tidy loads what is missing, with the same back-off.
+Before that, and without a back-off, closed gates are closed again: another host may serve the addresses behind them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal, Protocol
 from netloom import names
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock, Timer
+from netloom.agent.host import gate
 from netloom.agent.host.observe_nft import GUARD_TABLE
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
@@ -86,7 +88,8 @@ class WatchHandler(Protocol):
 class Watcher:
     """``open``, ``watch`` and ``unwatch`` are called by worker threads, everything else on the event loop.
 
-    ``orphaned`` is called with a bridge that somebody deleted and the links that were in it.
+    ``orphaned`` is called with a bridge that somebody deleted and the links that were in it. ``keep_gates_closed`` is
+    called in a thread of its own when our tables have lost something; it may raise HostRefused.
     """
 
     def __init__(
@@ -96,12 +99,16 @@ class Watcher:
         log: Log,
         handler: WatchHandler,
         orphaned: Callable[[str, frozenset[str]], None],
+        keep_gates_closed: Callable[[], object],
     ) -> None:
         self._loop = loop
         self._clock = clock
         self._log = log
         self._handler = handler
         self._orphaned = orphaned
+        self._keep_gates_closed = keep_gates_closed
+        self._closing: asyncio.Task[None] | None = None
+        self._close_again = False  # when the one that runs has ended
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
         self._ports: dict[str, tuple[str, Port]] = {}  # host end -> scope, port
@@ -126,7 +133,7 @@ class Watcher:
 
     def open(self) -> None:
         """Start watching the host. Raises HostRefused."""
-        host, gone, tables = Watch(None, "link", "address"), NamesWatch(), NftWatch(None, GUARD_TABLE)
+        host, gone, tables = Watch(None, "link", "address"), NamesWatch(), NftWatch(None, GUARD_TABLE, gate.NAME)
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}
 
@@ -189,6 +196,8 @@ class Watcher:
             timer.cancel()
         for task in self._tasks:
             task.cancel()
+        if self._closing is not None:
+            self._closing.cancel()
         for timer_of_tables in (self._tables_timer, self._firewall_timer):
             if timer_of_tables is not None:
                 timer_of_tables.cancel()
@@ -255,6 +264,7 @@ class Watcher:
             return
         for it in transactions:
             if it.overrun or (it.lost and not it.own):  # guard: own-changes-of-the-guard-are-no-loss
+                self._close_gates()
                 self._restore_tables(it.process or OVERRUN)
             elif not it.own:
                 self._follow_firewall()
@@ -273,6 +283,23 @@ class Watcher:
 
         delay_s = FIREWALL_S if lately < REPAIRS_AT_ONCE else BACKOFF.delay_s(lately - REPAIRS_AT_ONCE)
         self._firewall_timer = self._clock.call_later(delay_s, follow)
+
+    def _close_gates(self) -> None:
+        self._close_again = True
+        if self._closing is None and not self._stopped:
+            self._closing = self._loop.create_task(self._close_gates_until_done())
+
+    async def _close_gates_until_done(self) -> None:
+        try:
+            while self._close_again and not self._stopped:
+                self._close_again = False
+                await self._loop.run_in_executor(None, self._keep_gates_closed)  # guard: closed-gates-close-at-once
+        except NetloomError as error:
+            self._log.line(f"gates: {error}")  # the tidy that follows tries again
+        except Exception as error:  # noqa: BLE001, a bug here must not end the watch of the tables
+            self._log.traceback("gates", error)
+        finally:
+            self._closing = None
 
     def _restore_tables(self, who: str) -> None:
         """Have a tidy load what is missing of the host's tables, soon, or later if this happens again and again."""

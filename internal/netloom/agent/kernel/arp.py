@@ -11,11 +11,11 @@ from netloom.agent.kernel.namespaces import inside
 from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.errors import HostRefused
 
-_ETHERTYPE_ARP = 0x0806
-_BROADCAST = b"\xff" * 6
+ETHERTYPE_ARP = 0x0806
+BROADCAST = b"\xff" * 6
 # Ethernet: destination, source, type; ARP for IPv4 over Ethernet: formats, lengths, operation; sender and target.
-_FRAME = struct.Struct(">6s6sHHHBBH6s4s6s4s")
-_REQUEST, _REPLY = 1, 2
+FRAME = struct.Struct(">6s6sHHHBBH6s4s6s4s")
+REQUEST, REPLY = 1, 2
 
 
 class ArpError(HostRefused):
@@ -51,7 +51,7 @@ def frames(address: str, mac: str) -> tuple[bytes, bytes]:
     """
     ip = ipaddress.IPv4Address(address).packed
     sender = packed_mac(mac)
-    head = (_BROADCAST, sender, _ETHERTYPE_ARP, 1, 0x0800, 6, 4)
-    request = _FRAME.pack(*head, _REQUEST, sender, ip, bytes(6), ip)
-    reply = _FRAME.pack(*head, _REPLY, sender, ip, sender, ip)
+    head = (BROADCAST, sender, ETHERTYPE_ARP, 1, 0x0800, 6, 4)
+    request = FRAME.pack(*head, REQUEST, sender, ip, bytes(6), ip)
+    reply = FRAME.pack(*head, REPLY, sender, ip, sender, ip)
     return request, reply

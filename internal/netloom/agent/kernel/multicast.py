@@ -36,7 +36,7 @@ class Multicast:
         try:
             self._socket.setblocking(False)
             if filtered:
-                _attach(self._socket, filtered)
+                attach_filter(self._socket, filtered)
             # An unbound netlink socket has port 0, the kernel's own, and receives no multicast messages.
             self._socket.bind((0, 0))
             for group in groups:
@@ -80,7 +80,7 @@ class Multicast:
                 yield data
 
 
-def _attach(sock: socket.socket, program: Filter) -> None:
+def attach_filter(sock: socket.socket, program: Filter) -> None:
     """Make the kernel run the filter on each message, and drop those for which it returns 0."""
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *it) for it in program))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))

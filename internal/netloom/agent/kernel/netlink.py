@@ -29,6 +29,7 @@ NLM_F_DUMP = 0x300
 NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
 
 NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE, NLMSG_OVERRUN = 1, 2, 3, 4
+_NFNL_MSG_BATCH_BEGIN, _NFNL_MSG_BATCH_END = 16, 17
 
 NLA_F_NESTED = 0x8000
 NLA_TYPE_MASK = 0x3FFF
@@ -45,6 +46,7 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
+_BATCH = struct.Struct(">BBH")  # nfgenmsg: family, version, subsystem
 
 _BUFFER_BYTES = 4 << 20
 # The kernel drops acknowledgements that do not fit into the receive buffer; it accounts less than 2 KiB for each.
@@ -332,6 +334,30 @@ class Socket:
             if answer.errno and answer.errno not in message.harmless:
                 raise NetlinkError(answer.errno, message.what or f"netlink request {message.type}", answer.ext_ack)
         return [data for answer in answers for data in answer.data]
+
+    def transaction(self, subsystem: int, messages: Sequence[Message]) -> None:
+        """Send the messages as one transaction of nfnetlink: all of them take effect, or none. Not for long ones.
+
+        Raises NetlinkError for the first message that was refused.
+        """
+        first = self._sequence + 1
+        self._sequence = (self._sequence + len(messages) + 2) % 0x40000000
+        head = _BATCH.pack(0, 0, subsystem)
+        # Without NLM_F_ACK: before Linux 6.10 the begin and the end of a transaction are not acknowledged.
+        framed = [Message(_NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, head)]
+        framed += [replace(it, flags=it.flags | NLM_F_REQUEST | NLM_F_ACK) for it in messages]
+        framed += [Message(_NFNL_MSG_BATCH_END, NLM_F_REQUEST, head)]
+        self._send(b"".join(encode(replace(it, sequence=first + at)) for at, it in enumerate(framed)))
+        missing = {first + 1 + at: it for at, it in enumerate(messages)}
+        while missing:
+            for answer in decode(self._receive()):
+                at = answer.sequence - first
+                if answer.type != NLMSG_ERROR or not 0 <= at < len(framed):
+                    continue  # the late answer to an earlier request
+                code, words = _decode_acknowledgement(answer.payload, answer.flags)
+                if code:  # that of the first message: the transaction as a whole was refused
+                    raise NetlinkError(code, framed[at].what or framed[1].what, words)
+                missing.pop(answer.sequence, None)
 
     def exchange(self, messages: Sequence[Message]) -> list[Answer]:
         """As :meth:`request`, but return an answer per message instead of raising an error."""

@@ -2,7 +2,7 @@
 
 The kernel reports each transaction: a message for each object, several in one datagram, and then NFT_MSG_NEWGEN with
 the thread that made the transaction (nf_tables_commit in net/netfilter/nf_tables_api.c). A ruleset may have thousands
-of elements and change often, so only the messages about the tables of one name are decoded.
+of elements and change often, so only the messages about the tables of certain names are decoded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DATAGRAMS_AT_ONCE = 256  # the event loop has other work, too; the descriptor s
 
 
 class Transaction(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of the rulesets of the namespace. ``lost``: a table of the watched name has lost an object.
+    """A change of the rulesets of the namespace. ``lost``: a table of a watched name has lost an object.
 
     ``thread``, ``process``: the thread that made the change, and its name; 0 and empty on an overrun. The number is the
     one of the initial pid namespace.
@@ -49,12 +49,12 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True):
 class NftWatch(Multicast):
     """The nftables transactions of one namespace since this was created. ``fileno`` is readable when there are some."""
 
-    def __init__(self, namespace: str | None, table: str) -> None:
-        """``table``: the name of the tables, of any family, whose losses are reported.
+    def __init__(self, namespace: str | None, *tables: str) -> None:
+        """``tables``: the names of the tables, of any family, whose losses are reported.
 
         Raises NamespaceError, OSError.
         """
-        self._name = table.encode() + b"\0"
+        self._names = [it.encode() + b"\0" for it in tables]
         self._lost = False  # so far in the transaction whose end has not come yet
         super().__init__(netlink.NETLINK_NETFILTER, namespace, [_GROUP_NFTABLES], what="watch nftables")
 
@@ -74,12 +74,12 @@ class NftWatch(Multicast):
 
     def _transactions(self, data: bytes) -> list[Transaction]:
         found = []
-        ours = self._name in data
+        ours = any(it in data for it in self._names)
         # The message that ends a transaction is the first of its datagram; the objects need no decoding then.
         for message in netlink.decode(data) if ours or netlink.kind_of(data) == _NEWGEN else ():
             if message.type in _DELETIONS:
                 attributes = netlink.attributes(message.payload, _HEAD_BYTES)
-                self._lost = self._lost or (_TABLE, self._name) in attributes
+                self._lost = self._lost or any((_TABLE, it) in attributes for it in self._names)
             elif message.type == _NEWGEN:
                 values = netlink.attribute_map(message.payload, _HEAD_BYTES)
                 thread = int.from_bytes(values.get(_NFTA_GEN_PROC_PID, b""), "big")

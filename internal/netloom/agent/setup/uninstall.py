@@ -20,7 +20,7 @@ import msgspec
 from netloom import program
 from netloom.agent import connect
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
-from netloom.agent.host import unmanaged
+from netloom.agent.host import gate, unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.frames import GUARD_TABLES, unguard_all
@@ -97,8 +97,9 @@ def _remove_shared_links() -> tuple[list[str], list[str]]:
         found = our_shared_links()
         bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
         unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
+        gate.remove()
     except HostRefused as error:
-        return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in GUARD_TABLES]
+        return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in (*GUARD_TABLES, gate.TABLE)]
     kept, after = [], []
     for bridge in bridges:
         carrier = found.get(bridge.carrier)

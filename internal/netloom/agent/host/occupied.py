@@ -1,0 +1,103 @@
+"""Ask whether another host uses the addresses of a scope: with ARP, on every link that leads out of its segments.
+
+The question leaves and the answer arrives on the uplinks of the bridges, below them. So the scope's ports may be behind
+a closed gate meanwhile, and neighbours on this host are not asked.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from netloom.agent.kernel import netlink
+from netloom.agent.kernel.arp_probe import Wire, ask
+from netloom.agent.kernel.bridge_vlans import list_port_vlans
+from netloom.agent.kernel.links import Link, find_links_over, list_links_over
+from netloom.agent.kernel.netlink import Socket
+from netloom.names import UNTAGGED
+from netloom.plan.have import HostLink
+from netloom.plan.segments import leads_to_guests
+from netloom.render.want import Port, Want
+
+
+class Occupied(msgspec.Struct, frozen=True):
+    """What was heard of the IPv4 addresses of a scope.
+
+    ``owners``: addresses that another host uses, with its MAC address. ``probing``: addresses that another host is
+    about to use (see ``arp_probe.ask``). ``unknown``: addresses that nobody could be asked for, with the reason.
+    Nobody answered for the other addresses.
+    """
+
+    owners: dict[str, str] = {}
+    probing: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+
+
+def occupied(want: Want, timeout_s: float) -> Occupied:
+    """Ask for each address that ``want`` announces. Blocks for the time-out, so call it in a worker thread.
+
+    Raises HostRefused when the kernel does not list its links.
+    """
+    asked, unknown = questions(want)
+    owners: dict[str, str] = {}
+    probing: dict[str, str] = {}
+    for wire, heard in ask(asked, timeout_s).items():
+        owners |= heard.owners
+        probing |= heard.probing
+        if heard.failed:
+            unknown |= dict.fromkeys(asked[wire], heard.failed)  # guard: a-link-that-fails-proves-nothing
+    return Occupied(owners, probing, {it: why for it, why in unknown.items() if it not in owners})
+
+
+def questions(want: Want) -> tuple[dict[Wire, tuple[str, ...]], dict[str, str]]:
+    """The addresses to ask for by link, and the addresses that cannot be asked for with the reason.
+
+    Raises HostRefused when the kernel does not list its links.
+    """
+    asked: dict[Wire, tuple[str, ...]] = {}
+    unknown: dict[str, str] = {}
+    with Socket(netlink.NETLINK_ROUTE) as host:
+        for port in want.ports:
+            addresses = tuple(it.ip for it in want.announce if it.link == port.link)
+            found = _wires(host, port) if addresses else ()
+            if isinstance(found, str):
+                unknown |= dict.fromkeys(addresses, found)
+            else:
+                for wire in found:
+                    asked[wire] = (*asked.get(wire, ()), *addresses)
+    return asked, unknown
+
+
+def _wires(host: Socket, port: Port) -> tuple[Wire, ...] | str:
+    """The uplinks of the port's bridge; the reason if one of them cannot be asked."""
+    bridge = _bridge(host, port)
+    if bridge is None:
+        return f"the bridge of {port.host_link} does not exist"
+    ports = list_links_over(host, master=bridge.index)
+    uplinks = [it for it in ports if it.up and not leads_to_guests(bridge.name, _described(it))]
+    if not uplinks:
+        return f"bridge {bridge.name} has no uplink"
+    for it in uplinks:
+        if not it.running:
+            return f"{it.name} has no link"  # guard: a-link-without-carrier-proves-nothing
+    if not bridge.vlan_filtering:
+        return tuple(Wire(it.name) for it in uplinks)
+    vlans = list_port_vlans(host, bridge.index)
+    own = next((vlans[it.index].own for it in ports if it.name == port.host_link and it.index in vlans), 0)
+    tags = {it.name: vlans[it.index].tag_of(own) for it in uplinks if it.index in vlans and own}
+    wires = tuple(Wire(name, tag) for name, tag in tags.items() if tag is not None)
+    return wires or f"no uplink of bridge {bridge.name} carries the VLAN of {port.host_link}"
+
+
+def _bridge(host: Socket, port: Port) -> Link | None:
+    """The bridge that the port is in; if the port does not exist, the one that it would join."""
+    segment = port.segment
+    carrier = segment.nic if segment.vlan == UNTAGGED else segment.vlan_link
+    named = {it.name: it for it in find_links_over(host, [port.host_link, carrier, segment.bridge])}
+    masters = [named[it].master_index for it in (port.host_link, carrier) if it in named]
+    above = find_links_over(host, [it for it in masters if it])
+    found = [*above, *(it for name, it in named.items() if name == segment.bridge)]
+    return next((it for it in found if it.kind == "bridge"), None)
+
+
+def _described(link: Link) -> HostLink:
+    return HostLink(name=link.name, kind=link.kind, alias=link.alias, elsewhere=link.peer_netns is not None)

@@ -1,0 +1,213 @@
+"""Ask with ARP probes who owns an address on a link, and take nothing from the answer but the MAC address.
+
+A probe (RFC 5227 section 2.1.1) has the sender address 0.0.0.0, so it changes no neighbour's table. Its sender is the
+MAC address of the link itself: no switch learns the address of another port from it.
+
+The answers are read by a packet socket for all protocols, which gets the frames of a link before a bridge takes them.
+What this host sends itself, its VMs included, is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import msgspec
+
+from netloom.agent.kernel import links
+from netloom.agent.kernel.arp import BROADCAST, ETHERTYPE_ARP, FRAME, REPLY, REQUEST
+from netloom.agent.kernel.multicast import Filter, attach_filter
+from netloom.agent.kernel.rtnetlink import mac_text, packed_mac
+
+_ETH_P_ALL = 0x0003
+_ETHERTYPE_VLAN = 0x8100
+_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
+_PACKET_OUTGOING = 4  # a type of packets
+_VLAN_TAG = 0xFFFFF000 + 44  # SKF_AD_OFF + SKF_AD_VLAN_TAG, linux/filter.h: the tag that is not in the frame any more
+_SO_RCVBUFFORCE = 33
+_RECEIVE_BYTES = 1 << 20  # a broadcast storm must not displace the answers
+_FRAME_BYTES_MAX = 256  # what follows an ARP message is padding
+_PROBES = 3
+_ETHERNET, _IPV4 = (1, 6), (0x0800, 4)  # type and length of addresses
+_NOBODY = bytes(4)
+
+
+class Wire(NamedTuple):
+    """A link of the host, and the VLAN tag that the frames of a segment have there; 0: they have none."""
+
+    link: str
+    tag: int = 0
+
+
+class Heard(msgspec.Struct, frozen=True):
+    """Who was heard on one link, by address: ``owners`` use the address, ``probing`` ask whether they may use it.
+
+    ``failed``: why the link could not be asked until the end; then an address without an owner is not known to be free.
+    """
+
+    owners: dict[str, str] = {}
+    probing: dict[str, str] = {}
+    failed: str = ""
+
+
+def answers(link: str, addresses: Iterable[str], *, timeout_s: float, tag: int = 0) -> Heard:
+    """Ask on one link, see :func:`ask`."""
+    wire = Wire(link, tag)
+    return ask({wire: addresses}, timeout_s)[wire]
+
+
+def ask(asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> dict[Wire, Heard]:
+    """Send three probes for each IPv4 address out of its link: now, after a third and after two thirds of the time.
+
+    Each ARP message that arrives on the link with one of the addresses as its sender's shows an owner: an answer, a
+    request of the owner for another address, and an announcement. Another host's probe for one of the addresses is
+    reported apart: that host does not use the address yet, but will unless somebody answers. Two hosts that start at
+    the same time hear nothing else of each other.
+
+    Returns when the time is over, or when all addresses have an owner. Blocks, so call it in a worker thread.
+    ValueError for an invalid address.
+    """
+    with ExitStack() as stack:
+        probes = {wire: _Probe(wire, addresses) for wire, addresses in asked.items()}
+        for it in probes.values():
+            stack.callback(it.close)
+            it.open()
+        begun = time.monotonic()
+        for number in range(1, _PROBES + 1):
+            for it in probes.values():
+                it.send()
+            _receive(list(probes.values()), begun + timeout_s * number / _PROBES)
+        return {wire: it.heard() for wire, it in probes.items()}
+
+
+def _receive(probes: list[_Probe], until: float) -> None:
+    while waiting := {it.fileno(): it for it in probes if it.waits}:
+        poll = select.poll()  # not select(), which takes no descriptor above 1,023
+        for descriptor in waiting:
+            poll.register(descriptor, select.POLLIN)
+        ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
+        for descriptor, _ in ready:
+            waiting[descriptor].receive()
+        if not ready and time.monotonic() >= until:
+            return
+
+
+class _Probe:
+    """The question on one link. It fails for good with the first error of its socket, for example a link that is down.
+
+    ``waits``: whether an answer could still tell something.
+    """
+
+    def __init__(self, wire: Wire, addresses: Iterable[str]) -> None:
+        self._wire = wire
+        self._addresses = {ipaddress.IPv4Address(it).packed: it for it in addresses}
+        self._owners: dict[str, str] = {}
+        self._probing: dict[str, str] = {}
+        self._failed = ""
+        self._mac = b""
+        self._socket: socket.socket | None = None
+
+    @property
+    def waits(self) -> bool:
+        return not self._failed and len(self._owners) < len(self._addresses)
+
+    def open(self) -> None:
+        try:
+            # Protocol 0: the socket receives nothing until it is bound, with its filter.
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            with contextlib.suppress(PermissionError):  # in a container: what the host allows each socket
+                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
+            attach_filter(self._socket, _filter(self._wire.tag))
+            self._socket.bind((self._wire.link, _ETH_P_ALL))
+            found = links.find_links(None, [self._wire.link])
+            self._mac = packed_mac(found[0].mac) if found else b""
+        except OSError as error:
+            self._fail(error)
+        if not self._mac:
+            self._failed = self._failed or f"{self._wire.link} is gone"
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def fileno(self) -> int:
+        return self._socket.fileno() if self._socket is not None else -1
+
+    def send(self) -> None:
+        """Send a probe for each address that has no owner yet."""
+        try:
+            for packed, address in self._addresses.items():
+                if self._socket is not None and not self._failed and address not in self._owners:
+                    self._socket.send(probe(packed, self._mac, self._wire.tag))
+        except OSError as error:
+            self._fail(error)
+
+    def receive(self) -> None:
+        """Take what has arrived."""
+        assert self._socket is not None
+        try:
+            while True:
+                data, sender = self._socket.recvfrom(_FRAME_BYTES_MAX, socket.MSG_DONTWAIT)
+                if sender[2] != _PACKET_OUTGOING:  # before Linux 4.20 outgoing frames are not ignored
+                    self._hear(data)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(error)
+
+    def heard(self) -> Heard:
+        return Heard(self._owners, self._probing, self._failed)
+
+    def _hear(self, data: bytes) -> None:
+        message = _decoded(data)
+        if message is None:
+            return
+        operation, mac, sender, target = message
+        if sender in self._addresses:
+            self._owners.setdefault(self._addresses[sender], mac_text(mac))
+        elif sender == _NOBODY and operation == REQUEST and target in self._addresses and mac != self._mac:
+            self._probing.setdefault(self._addresses[target], mac_text(mac))
+
+    def _fail(self, error: OSError) -> None:
+        self._failed = f"{self._wire.link}: {os.strerror(error.errno or 0)}"
+
+
+def probe(address: bytes, mac: bytes, tag: int = 0) -> bytes:
+    """An ARP probe for a packed address, a whole Ethernet frame."""
+    plain = FRAME.pack(BROADCAST, mac, ETHERTYPE_ARP, 1, 0x0800, 6, 4, REQUEST, mac, _NOBODY, bytes(6), address)
+    return plain if not tag else plain[:12] + struct.pack(">HH", _ETHERTYPE_VLAN, tag) + plain[12:]
+
+
+def _decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
+    """Operation, sender's MAC address, sender's and target's IPv4 address; None for what is not such a message."""
+    if len(data) < FRAME.size:
+        return None
+    _, _, kind, hardware, protocol, mac_bytes, ip_bytes, operation, mac, sender, _, target = FRAME.unpack_from(data)
+    formats = (hardware, mac_bytes), (protocol, ip_bytes)
+    if kind != ETHERTYPE_ARP or formats != (_ETHERNET, _IPV4) or operation not in (REQUEST, REPLY):
+        return None
+    if mac[0] & 1 or mac == bytes(6):  # no station has a group address, or none
+        return None
+    return operation, mac, sender, target
+
+
+def _filter(tag: int) -> Filter:
+    """ARP with this VLAN tag: the kernel has moved it out of the frame. Links of the host share a NIC by their tags."""
+    return (
+        (0x28, 0, 0, 12),  # ldh [12]
+        (0x15, 0, 4, ETHERTYPE_ARP),  # jeq
+        (0x20, 0, 0, _VLAN_TAG),  # ld
+        (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
+        (0x15, 0, 1, tag),  # jeq
+        (0x06, 0, 0, 0xFFFFFFFF),  # ret: the whole frame
+        (0x06, 0, 0, 0),  # ret: nothing
+    )
