@@ -15,12 +15,13 @@ The fields of a created connection were chosen by tests with packets:
 * The timeout is what was left at the source. The next packet sets it anew.
 
 **What is copied.** TCP that is established, in one direction closed, or about to end: all states in which an
-application still waits for data. Other protocols with addresses or with ports, when the other end has replied: UDP,
-UDP-Lite, GRE, ESP and the like. Without the copy, a translated flow would not receive anything until the guest sends
-again, and would then perhaps have another source port. In any state: connections whose mark has a bit of ``marked``.
+application still waits for data. Other protocols when the other end has replied: UDP, GRE, ESP and the like. Without
+the copy, a translated flow would not receive anything until the guest sends again, and would then perhaps have another
+source port. In any state: connections whose mark has a bit of ``marked``.
 
 **What is not copied.** Half-open TCP: the client repeats its SYN. TCP that is closed. Flows without a reply: their next
-packet makes a new entry. ICMP: the next echo request makes a new entry. SCTP and DCCP: their entries need more fields.
+packet makes a new entry. ICMP: the next echo request makes a new entry. SCTP, DCCP and UDP-Lite: their entries were not
+tried.
 Connections with a conntrack helper and the connections that it announced: their expectations and changed sequence
 numbers are not listed completely. Counters.
 
@@ -93,11 +94,11 @@ _WINDOW_SCALE_MAX = 14  # RFC 7323
 _TCP_FLAGS_COPIED = 0x07
 _TCP_BE_LIBERAL = 0x08
 
-_TCP, _UDP, _UDP_LITE, _GRE = 6, 17, 136, 47
-_WITH_PORTS = frozenset({_TCP, _UDP, _UDP_LITE, _GRE})  # GRE has a key in each direction instead
+_TCP, _UDP, _GRE = 6, 17, 47
+_WITH_PORTS = frozenset({_TCP, _UDP, _GRE})  # GRE has a key in each direction instead
 _WITH_TRANSLATED_PORTS = _WITH_PORTS - {_GRE}
-_ICMP, _DCCP, _ICMPV6, _SCTP = 1, 33, 58, 132
-_NEVER_COPIED = frozenset({0, _ICMP, _DCCP, _ICMPV6, _SCTP})
+_ICMP, _DCCP, _ICMPV6, _SCTP, _UDP_LITE = 1, 33, 58, 132, 136
+_NEVER_COPIED = frozenset({0, _ICMP, _DCCP, _ICMPV6, _SCTP, _UDP_LITE})
 
 # A difference contains a connection again if the source has renewed a timeout shorter than this: the target's might
 # run out meanwhile. Longer ones last until the last copy.
@@ -214,7 +215,7 @@ def _record(
     if protocol in _NEVER_COPIED:
         return None
     tcp = _tcp_state(values.get(_CTA_PROTOINFO)) if protocol == _TCP else _NO_TCP
-    if not mark & marked:  # guard: a-marked-connection-is-copied-in-any-state
+    if not mark & marked:
         if not status & SEEN_REPLY or status & (EXPECTED | _SEQ_ADJUST | _HELPER):
             return None
         if protocol == _TCP and tcp[0] not in _TCP_OPEN:
@@ -399,7 +400,7 @@ def create(namespace: str | None, listed: Sequence[Record]) -> Created:
                 if answer.errno in (0, errno.EEXIST):
                     standing += 1
                     continue
-                refused += 1  # guard: a-refused-connection-does-not-stop-the-others
+                refused += 1  # guard: a-refused-connection-is-counted
                 if not reason:
                     said = f"{os.strerror(answer.errno)} {answer.ext_ack}".rstrip()
                     reason = f"{described(record)}: {said}"
