@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from netloom.agent.kernel import conntrack, packets
+from netloom.agent.kernel import conntrack, conntrack_copy, packets
 from netloom.agent.kernel.conntrack import Entry
 from netloom.render.flows import FlowAction, FlowCheck, FlowPolicy, flow_check
 from netloom.render.marks import REVOKED
@@ -38,6 +38,14 @@ def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
     conntrack.set_mark(namespace, by_action["revoke"], REVOKED, REVOKED)
     conntrack.delete(namespace, by_action["delete"])
     return len(by_action["delete"]) + len(by_action["revoke"])
+
+
+def listed(namespace: str) -> list[conntrack_copy.Record]:
+    """The flows that another host must have to serve the scope instead of this one. Raises HostRefused.
+
+    Revoked flows are among them: without its entry such a flow would open again with the guest's next packet.
+    """
+    return conntrack_copy.records(namespace, marked=REVOKED)  # guard: a-revoked-flow-stays-revoked-elsewhere
 
 
 def _with_first_masters(entries: list[Entry]) -> Iterator[Entry]:

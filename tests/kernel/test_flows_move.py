@@ -1,0 +1,564 @@
+"""Open connections go on when a network moves to another host and its connection tracking was copied.
+
+There are two devices with the same scope (:class:`SecondDevice`). Connections are opened through the first one, its
+table is copied, and the VMs and the outside are connected to the second one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from kernel.ruleset_lab import CLIENT, CLIENT2, PATIENCE_S, STRANGER, Lab, echoes
+from kernel.second_device import SecondDevice
+from kernel.vpc_lab import HOMES, VpcLab, item, vpc
+from netloom.agent.host import flows
+from netloom.agent.kernel import conntrack, conntrack_copy
+from netloom.render.flows import FlowPolicy
+from netloom.render.marks import REVOKED, exit_of
+from netloom.state import Network, Scope
+from netns import inside
+from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
+
+QUIET_S = 0.5
+PREFIX_A, PREFIX_B = "2001:db8:50:1::", "2001:db8:50:2::"
+
+# The kinds of translation. A2 is the address of vm2, A1 and B1 have port forwards; replies of B1 need another exit.
+SCOPE = wish(
+    admit(A1, "all"), admit(A2, "all"), admit(B1, "all"),
+    held=(A1, A2, B1),
+    static=[static(A2, VM2)],
+    forwards=[
+        *(forward(A1, f"22{n}0", VM1, f"4{n}0") for n in range(4)),
+        *(forward(B1, f"22{n}0", VM3, f"4{n}0") for n in range(4)),
+        forward(A1, "53", VM1, "5300", protocol="udp"),
+    ],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How connections of a kind are opened: from where, to which address, and to whom they lead."""
+
+    client: str
+    target: str
+    port: str  # {n} is the number of the connection
+    server: str
+    own_port: str
+    source: str = ""
+    bind: str = ""
+
+
+KINDS = {
+    "source NAT": Kind("vm1", STRANGER, "70{n}1", "inet", "70{n}1", bind=STRANGER),
+    "outward by static NAT": Kind("vm2", STRANGER, "70{n}2", "inet", "70{n}2", bind=STRANGER),
+    "static NAT": Kind("inet", A2.address, "70{n}3", "vm2", "70{n}3", source=CLIENT),
+    "port forward": Kind("inet", A1.address, "22{n}0", "vm1", "4{n}0", source=CLIENT),
+    "port forward of another exit": Kind("inet", B1.address, "22{n}0", "vm3", "4{n}0", source=CLIENT2),
+    "hairpin": Kind("vm2", A1.address, "22{n}0", "vm1", "4{n}0"),
+}
+CLIENT_FIRST, SERVER_FIRST, BULK = range(3)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with VpcLab() as lab:
+        _give_ip6(lab)
+        lab.serve("dev", "tcp", 80)
+        lab.serve("inet", "tcp", 22, STRANGER)
+        yield lab
+
+
+def _give_ip6(lab: Lab) -> None:
+    """Give the VMs of the tiers IPv6 addresses."""
+    for space in ("dev", "a1", "b1"):
+        with inside(lab.ns(space)):
+            root = Path("/proc/sys/net/ipv6/conf")
+            for where in ("all", "default"):
+                (root / where / "accept_dad").write_text("0")
+            (root / "all/disable_ipv6").write_text("0")
+    for space, prefix in (("a1", PREFIX_A), ("b1", PREFIX_B)):
+        lab.ip(space, f"addr add {prefix}31/64 dev eth0 nodad", f"route add ::/0 via {prefix}1")
+
+
+@pytest.fixture
+def other(lab: Lab) -> Iterator[SecondDevice]:
+    with SecondDevice(lab) as other:
+        yield other
+
+
+Open = Callable[..., tuple[socket.socket, socket.socket]]
+
+
+@pytest.fixture
+def connect(lab: Lab) -> Iterator[Open]:
+    with contextlib.ExitStack() as stack:
+
+        def connect(kind: Kind, number: int) -> tuple[socket.socket, socket.socket]:
+            """Open a connection; returns its ends: the client's and the server's."""
+            listener = lab.open_socket(kind.server, socket.SOCK_STREAM, 0, kind.target)
+            with listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((kind.bind, int(kind.own_port.format(n=number))))
+                listener.listen(1)
+                listener.settimeout(PATIENCE_S)
+                client = stack.enter_context(lab.open_socket(kind.client, socket.SOCK_STREAM, 0, kind.target))
+                client.settimeout(PATIENCE_S)
+                if kind.source:
+                    client.bind((kind.source, 0))
+                client.connect((kind.target, int(kind.port.format(n=number))))
+                server = stack.enter_context(listener.accept()[0])
+            assert delivers(client, server) and delivers(server, client)
+            return client, server
+
+        yield connect
+
+
+def delivers(sender: socket.socket, receiver: socket.socket, patience_s: float = PATIENCE_S) -> bool:
+    """Whether data of one end reaches the other one."""
+    word = secrets.token_hex(8).encode()
+    receiver.settimeout(patience_s)
+    data = b""
+    try:
+        sender.sendall(word)
+        while len(data) < len(word):
+            more = receiver.recv(len(word) - len(data))
+            if not more:
+                return False
+            data += more
+    except OSError:
+        return False
+    return data == word
+
+
+class Bulk:
+    """Both ends of a connection send without reading, until all buffers on the way are full."""
+
+    def __init__(self, one: socket.socket, other: socket.socket) -> None:
+        self.ends = (one, other)
+        self._sent = {one: 0, other: 0}
+        self._read = {one: 0, other: 0}
+        for end in self.ends:
+            end.setblocking(False)
+        self._fill()
+
+    def _fill(self) -> None:
+        block = bytes(1 << 16)
+        poll = select.poll()
+        for end in self.ends:
+            poll.register(end, select.POLLOUT)
+        while ready := poll.poll(200):
+            for fd, _ in ready:
+                end = next(it for it in self.ends if it.fileno() == fd)
+                with contextlib.suppress(BlockingIOError):
+                    self._sent[end] += end.send(block)
+
+    def goes_on(self, patience_s: float = PATIENCE_S) -> bool:
+        """Whether all that was sent arrives, and the ends can go on talking."""
+        until = time.monotonic() + patience_s
+        expected = {self.ends[0]: self._sent[self.ends[1]], self.ends[1]: self._sent[self.ends[0]]}
+        while any(self._read[it] < expected[it] for it in self.ends):
+            waiting = [it for it in self.ends if self._read[it] < expected[it]]
+            ready = select.select(waiting, [], [], max(0.0, until - time.monotonic()))[0]
+            if not ready:
+                return False
+            for end in ready:
+                try:
+                    self._read[end] += len(end.recv(1 << 20))
+                except OSError:
+                    return False
+        one, other = self.ends
+        return delivers(one, other, patience_s) and delivers(other, one, patience_s)
+
+
+def copied(lab: Lab, other: SecondDevice) -> conntrack_copy.Created:
+    """Copy the table of the first device, as two hosts do it."""
+    chunks = conntrack_copy.encode(flows.listed(lab.ns("dev")))
+    created = [conntrack_copy.create(other.namespace, conntrack_copy.decode(it)) for it in chunks]
+    assert len(created) == 1
+    return created[0]
+
+
+def _open_all(connect: Open, kinds: Mapping[str, Kind]) -> dict[str, Callable[[float], bool]]:
+    """Open three connections of each kind; returns for each whether it goes on, to be asked after the move."""
+    goes_on: dict[str, Callable[[float], bool]] = {}
+    for name, kind in kinds.items():
+        for case in (CLIENT_FIRST, SERVER_FIRST):
+            client, server = connect(kind, case)
+            first, second = (client, server) if case == CLIENT_FIRST else (server, client)
+
+            def quiet(patience_s: float, first: socket.socket = first, second: socket.socket = second) -> bool:
+                return delivers(first, second, patience_s) and delivers(second, first, patience_s)
+
+            goes_on[f"{name}, {'client' if case == CLIENT_FIRST else 'server'} first"] = quiet
+        goes_on[f"{name}, bulk"] = Bulk(*connect(kind, BULK)).goes_on
+    return goes_on
+
+
+def _asked(goes_on: Mapping[str, Callable[[float], bool]], patience_s: float) -> dict[str, bool]:
+    """Which connections go on. All are asked at once, because each that does not go on takes ``patience_s``."""
+    with ThreadPoolExecutor(len(goes_on)) as pool:
+        answers = {name: pool.submit(it, patience_s) for name, it in goes_on.items()}
+        return {name: it.result() for name, it in answers.items()}
+
+
+# ----------------------------------------------------------------------------------------------------- translations
+
+
+def _move(lab: Lab, other: SecondDevice, connect: Open, *names: str) -> None:
+    """Assert that connections of these kinds go on at the other host."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    goes_on = _open_all(connect, {it: KINDS[it] for it in names})
+    assert copied(lab, other) == conntrack_copy.Created(standing=len(goes_on))
+    strays = lab.foreign_source_packets()
+    other.take_over()
+    assert _asked(goes_on, PATIENCE_S) == dict.fromkeys(goes_on, True)
+    assert lab.foreign_source_packets() == strays
+    # They are ordinary connections of the scope: the next check keeps them.
+    assert flows.enforce(other.namespace, None, SCOPE) == 0
+
+
+def test_open_connections_of_all_kinds_go_on_at_the_other_host(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    _move(lab, other, connect, *KINDS)
+
+
+@pytest.mark.mutation("a-translated-source-is-copied")
+def test_connections_of_guests_keep_their_source_address(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    _move(lab, other, connect, "source NAT", "outward by static NAT")
+
+
+@pytest.mark.mutation("a-translated-destination-is-copied")
+def test_connections_from_outside_keep_their_guest(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    _move(lab, other, connect, "static NAT", "port forward", "hairpin")
+
+
+@pytest.mark.mutation("a-mark-is-copied")
+def test_connections_keep_their_exit(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    _move(lab, other, connect, "port forward of another exit")
+
+
+def test_connections_that_are_not_copied_do_not_go_on(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    goes_on = _open_all(connect, KINDS)
+    other.take_over()
+    assert _asked(goes_on, QUIET_S) == dict.fromkeys(goes_on, False)
+
+
+@pytest.mark.mutation("a-copied-connection-has-no-window", instead="0")
+def test_a_copied_bulk_transfer_goes_on_where_windows_are_checked(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    goes_on = {name: Bulk(*connect(kind, BULK)).goes_on for name, kind in KINDS.items()}
+    with inside(other.namespace):
+        Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal").write_text("0")
+    copied(lab, other)
+    other.take_over()
+    assert _asked(goes_on, PATIENCE_S) == dict.fromkeys(goes_on, True)
+
+
+def test_a_connection_that_the_client_has_closed_in_one_direction_goes_on(
+    lab: Lab, other: SecondDevice, connect: Open
+) -> None:
+    """The client has sent its request and waits for the rest of the answer."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    client, server = connect(KINDS["port forward"], 0)
+    client.shutdown(socket.SHUT_WR)
+    server.settimeout(PATIENCE_S)
+    assert server.recv(10) == b""
+    copied(lab, other)
+    other.take_over()
+    assert delivers(server, client)
+    server.close()
+    assert client.recv(10) == b""
+
+
+@pytest.mark.mutation("a-copied-connection-is-assured")
+def test_copied_connections_are_kept_when_the_table_is_full(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    connect(KINDS["source NAT"], 0)
+    copied(lab, other)
+    there = [it for it in conntrack.dump(other.namespace) if it.protocol == 6]
+    assert [it.status & 0xE for it in there] == [conntrack.SEEN_REPLY | conntrack.ASSURED | conntrack.CONFIRMED]
+
+
+# ------------------------------------------------------------------------------------------------------------ tiers
+
+
+def _tiers(prefixes: Mapping[str, str]) -> Scope:
+    everything = (item(1, "allow", "ingress"), item(2, "allow", "egress"))
+    scope = vpc(everything, everything)
+
+    def with_ip6(network: Network) -> Network:
+        prefix = prefixes[network.network_id]
+        return replace(network, ip6_cidr=f"{prefix}/64", ip6_gateway=f"{prefix}1")
+
+    return replace(scope, networks={key: with_ip6(it) for key, it in scope.networks.items()})
+
+
+def test_connections_between_tiers_go_on_over_both_families(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    scope = _tiers({"310": PREFIX_A, "311": PREFIX_B})
+    lab.renew(scope)
+    other.apply(scope)
+    over_ip4 = Kind("a1", HOMES["b1"], "80{n}1", "b1", "80{n}1")
+    over_ip6 = Kind("b1", f"{PREFIX_A}31", "80{n}2", "a1", "80{n}2", bind="::")
+    goes_on = _open_all(connect, {"over IPv4": over_ip4, "over IPv6": over_ip6})
+    listed = flows.listed(lab.ns("dev"))
+    assert sorted({len(it) for it in listed if it[1] == 6}) == [30, 54]
+    copied(lab, other)
+    other.take_over()
+    assert _asked(goes_on, PATIENCE_S) == dict.fromkeys(goes_on, True)
+
+
+# -------------------------------------------------------------------------------------------------- other protocols
+
+
+@dataclass
+class Datagrams:
+    """A flow of a guest to STRANGER by source NAT, with a socket at each end."""
+
+    guest: socket.socket
+    outside: socket.socket
+    peer: tuple[str, int]
+
+    def reaches_guest(self, patience_s: float) -> bool:
+        """Whether the next message of the outside host arrives."""
+        word = secrets.token_bytes(16)
+        self.outside.sendto(_gre(word) if self.outside.proto == socket.IPPROTO_GRE else word, self.peer)
+        self.guest.settimeout(patience_s)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                if self.guest.recv(200).endswith(word):
+                    return True
+        return False
+
+
+def _gre(body: bytes) -> bytes:
+    return struct.pack(">HH", 0, 0x0800) + body  # RFC 2784: no options, version 0
+
+
+PROTOCOLS = {"UDP": socket.IPPROTO_UDP, "ESP": socket.IPPROTO_ESP, "GRE": socket.IPPROTO_GRE}
+
+
+def _datagrams(lab: Lab, protocol: int, stack: contextlib.ExitStack) -> Datagrams:
+    kind = socket.SOCK_DGRAM if protocol == socket.IPPROTO_UDP else socket.SOCK_RAW
+    port = 6000 if kind == socket.SOCK_DGRAM else 0
+    guest, outside = (stack.enter_context(lab.open_socket(it, kind, protocol)) for it in ("vm1", "inet"))
+    outside.bind((STRANGER, port))
+    guest.connect((STRANGER, port))
+    guest.send(_gre(b"hello") if protocol == socket.IPPROTO_GRE else b"hello")
+    outside.settimeout(PATIENCE_S)
+    peer = outside.recvfrom(100)[1]
+    assert peer[0] == A1.address
+    return Datagrams(guest, outside, (peer[0], peer[1]))
+
+
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_outside_still_reaches_a_guest_that_has_had_a_reply(lab: Lab, other: SecondDevice, copies: bool) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    with contextlib.ExitStack() as stack:
+        opened = {name: _datagrams(lab, number, stack) for name, number in PROTOCOLS.items()}
+        assert all(it.reaches_guest(PATIENCE_S) for it in opened.values())
+        if copies:
+            assert copied(lab, other).standing == len(opened)
+        other.take_over()
+        patience_s = PATIENCE_S if copies else QUIET_S
+        assert {name: it.reaches_guest(patience_s) for name, it in opened.items()} == dict.fromkeys(opened, copies)
+
+
+def test_a_server_answers_a_datagram_that_came_through_the_other_host(lab: Lab, other: SecondDevice) -> None:
+    """Without the entry the answer would have another source address and port."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    with lab.open_socket("inet", socket.SOCK_DGRAM) as client, lab.open_socket("vm1", socket.SOCK_DGRAM) as server:
+        client.bind((CLIENT, 0))
+        client.connect((A1.address, 53))
+        server.bind(("", 5300))
+        for end in (client, server):
+            end.settimeout(PATIENCE_S)
+        client.send(b"first")
+        data, peer = server.recvfrom(100)
+        server.sendto(data, peer)
+        assert client.recv(100) == b"first"
+        client.send(b"second")
+        assert server.recv(100) == b"second"
+        copied(lab, other)
+        other.take_over()
+        server.sendto(b"answer", peer)
+        assert client.recv(100) == b"answer"
+
+
+def test_flows_that_cannot_go_on_are_not_copied(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    """Half-open and closed TCP, flows without a reply, pings, and connections with a conntrack helper."""
+    scope = replace(SCOPE, helpers=("ftp",))
+    lab.renew(scope)
+    with contextlib.ExitStack() as stack:
+        ping = stack.enter_context(lab.open_socket("vm1", socket.SOCK_DGRAM, socket.IPPROTO_ICMP))
+        ping.settimeout(PATIENCE_S)
+        ping.sendto(b"\x08" + bytes(15), (STRANGER, 0))
+        assert ping.recv(100)
+        unanswered = stack.enter_context(lab.open_socket("vm1", socket.SOCK_DGRAM))
+        unanswered.sendto(b"?", (CLIENT2, 6001))
+        half_open = stack.enter_context(lab.open_socket("vm1", socket.SOCK_STREAM))
+        half_open.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            half_open.connect(("192.0.2.77", 9))  # nobody has this address
+        closed = stack.enter_context(lab.open_socket("vm1", socket.SOCK_STREAM))
+        with contextlib.suppress(ConnectionRefusedError):
+            closed.connect((STRANGER, 9))
+        connect(Kind("vm1", STRANGER, "21", "inet", "21", bind=STRANGER), 0)
+        entries = conntrack.dump(lab.ns("dev"))
+        assert {(it.protocol, it.dport) for it in entries} >= {(1, 0), (17, 6001), (6, 9), (6, 21)}
+        assert flows.listed(lab.ns("dev")) == []
+
+
+# ------------------------------------------------------------------------------------------- what is not allowed
+
+
+@pytest.mark.mutation("a-revoked-flow-stays-revoked-elsewhere", instead="conntrack_copy.records(namespace)")
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_revoked_flow_stays_revoked_at_the_other_host(lab: Lab, other: SecondDevice, answered: bool) -> None:
+    """The guest continues a conversation whose port forward was removed. Its datagrams would open the flow again."""
+    lab.renew(replace(SCOPE, static_nats={}))
+    revoked = replace(SCOPE, static_nats={}, port_forwards={})
+    with lab.open_socket("inet", socket.SOCK_DGRAM) as client, lab.open_socket("vm1", socket.SOCK_DGRAM) as guest:
+        client.bind((CLIENT, 5301))
+        client.connect((A1.address, 53))
+        guest.bind(("", 5300))
+        guest.settimeout(PATIENCE_S)
+        client.send(b"hello")
+        _, peer = guest.recvfrom(100)
+        if answered:
+            guest.sendto(b"hello", peer)
+            client.settimeout(PATIENCE_S)
+            assert client.recv(100) == b"hello"
+        lab.apply(revoked)
+        assert [it.mark & REVOKED for it in conntrack.dump(lab.ns("dev")) if it.protocol == 17] == [REVOKED]
+        other.apply(revoked)
+        assert copied(lab, other).standing == 1
+        other.take_over()
+        guest.sendto(b"more", peer)
+        # Of another flow, in the same direction, so that the one before would have arrived by now.
+        with lab.open_socket("inet", socket.SOCK_DGRAM) as witness:
+            witness.bind((CLIENT, 5302))
+            witness.settimeout(PATIENCE_S)
+            guest.sendto(b"seen", (CLIENT, 5302))
+            assert witness.recv(100) == b"seen"
+        there = [it for it in conntrack.dump(other.namespace) if it.protocol == 17 and it.mark & REVOKED]
+        assert [(it.src, it.dst, exit_of(it.mark)) for it in there] == [(CLIENT, A1.address, A1.exit)]
+        client.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            client.recv(100)
+        assert FlowPolicy(revoked).action(there[0]) == "keep"
+
+
+def test_a_copied_flow_whose_rule_is_gone_ends_at_the_other_host(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    now = replace(
+        SCOPE, port_forwards={key: it for key, it in SCOPE.port_forwards.items() if it.public_ip != A1.address}
+    )
+    other.apply(now)
+    ends = connect(KINDS["port forward"], 0)
+    stays = connect(KINDS["port forward of another exit"], 0)
+    copied(lab, other)
+    assert flows.enforce(other.namespace, SCOPE, now) == 1
+    other.take_over()
+    assert not delivers(*ends, QUIET_S)
+    assert delivers(*stays)
+
+
+def test_a_connection_of_a_host_process_is_reset_at_the_other_host(lab: Lab, other: SecondDevice) -> None:
+    """A server on the device takes the place of haproxy. It has no socket on the other host."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    with lab.connect("vm1", GATEWAY, 80) as client, lab.connect("vm1", STRANGER, 22) as through:
+        copied(lab, other)
+        other.take_over()
+        client.settimeout(PATIENCE_S)
+        client.sendall(b"more")
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+        assert echoes(through)
+
+
+# ------------------------------------------------------------------------------------------------- the last copy
+
+
+@pytest.mark.mutation("a-changed-connection-is-created-anew")
+def test_the_last_copy_has_only_what_changed(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    stays, changes, ends = (connect(KINDS["port forward"], case) for case in range(3))
+    before = flows.listed(lab.ns("dev"))
+    assert conntrack_copy.create(other.namespace, before).standing == 3
+    opened = connect(KINDS["static NAT"], 0)
+    changes[0].shutdown(socket.SHUT_WR)
+    assert changes[1].recv(10) == b""
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        end.close()
+    other.close_first()
+    now = flows.listed(lab.ns("dev"))
+    assert len(now) == 3
+    missing = conntrack_copy.difference(before, now)
+    assert (len(missing.delete), len(missing.create)) == (2, 2)
+    assert conntrack_copy.delete(other.namespace, missing.delete) == 2
+    assert conntrack_copy.create(other.namespace, missing.create) == conntrack_copy.Created(standing=2)
+    there = flows.listed(other.namespace)
+    assert conntrack_copy.difference(now, there) == conntrack_copy.Difference(delete=[], create=[])
+    other.take_over()
+    assert delivers(*stays) and delivers(*opened) and delivers(changes[1], changes[0])
+
+
+@pytest.mark.mutation("a-refused-connection-is-counted")
+def test_a_refused_connection_does_not_stop_the_others(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    connect(KINDS["source NAT"], 0)
+    connect(KINDS["static NAT"], 0)
+    first, second = sorted(flows.listed(lab.ns("dev")), key=conntrack_copy.described)
+    state = first[-14:]
+    unconfirmed = conntrack_copy.Record(first[:-14] + bytes((state[0] & ~conntrack.CONFIRMED,)) + state[1:])
+    created = conntrack_copy.create(other.namespace, [unconfirmed, second, second])
+    assert (created.standing, created.refused) == (2, 1)
+    assert created.reason == f"{conntrack_copy.described(first)}: Device or resource busy"
+    assert created.reason.startswith(f"6 {VM1}:")
+    assert [it.dst for it in conntrack.dump(other.namespace) if it.protocol == 6] == [A2.address]
+    assert conntrack_copy.create(other.namespace, []) == conntrack_copy.Created(standing=0)
+    assert conntrack_copy.delete(other.namespace, [first, second]) == 1
+    assert conntrack_copy.delete(other.namespace, []) == 0
+
+
+def test_a_large_table_is_copied_whole(lab: Lab, other: SecondDevice, connect: Open) -> None:
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    connect(KINDS["static NAT"], 0)
+    (one,) = flows.listed(lab.ns("dev"))
+    ports = slice(4 + 8, 4 + 10), slice(4 + 12 + 10, 4 + 12 + 12)  # of the client, in both tuples
+    many = []
+    for port in range(1024, 1024 + 15000):
+        record = bytearray(one)
+        for it in ports:
+            record[it] = port.to_bytes(2, "big")
+        many.append(conntrack_copy.Record(bytes(record)))
+    assert conntrack_copy.create(other.namespace, many) == conntrack_copy.Created(standing=len(many))
+    chunks = conntrack_copy.encode(flows.listed(other.namespace))
+    assert len(chunks) == 2
+    back = [record for it in chunks for record in conntrack_copy.decode(it)]
+    assert {it[:-4] for it in back} == {it[:-4] for it in many}
+    assert conntrack_copy.delete(other.namespace, back) == len(many)
