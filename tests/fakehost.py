@@ -24,20 +24,26 @@ import inspect
 import itertools
 import json
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.moves import Moves
 from netloom.agent.scopes.scopes import Scopes
-from netloom.agent.scopes.store import Unreadable
+from netloom.agent.scopes.store import HostRecord, Moved, Store, Unreadable
 from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import HostRefused
+from netloom.netobjects import Address
 from netloom.plan.have import Have, HostLink
 from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step
 from netloom.render.ruleset import Ruleset
@@ -189,6 +195,10 @@ class FakeHost:
         self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
         self.unused: list[str] = []  # links that the next tidy removes
         self.with_vms: set[str] = set()  # bridges
+        self.owners: dict[str, str] = {}  # of addresses, on other hosts
+        self.probing: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}
+        self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
 
     def fail(self, what: str, *errors: Exception) -> None:
         """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
@@ -216,8 +226,9 @@ class FakeHost:
             steps.append(CreateNamespace(want.namespace))
         new = [it for it in want.announce if had is None or it not in had.announce]
         steps += [AddAddress(want.namespace, it) for it in new]
+        opened = had is not None and had.gated and not want.gated
         self.present[scope_id] = want
-        return HostChanges(tuple(steps), tuple(Announcement(want.namespace, it.link, it.ip, "") for it in new))
+        return HostChanges(tuple(steps), () if want.gated else _announced(want, want.announce if opened else new))
 
     def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
         self.did.append(f"flows {old.revision if old else None} {new.revision}")
@@ -260,6 +271,32 @@ class FakeHost:
 
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         self.arp.append((self._clock.time(), [it.address for it in announcements]))
+
+    def serves(self, want: Want) -> bool:
+        return any(it.namespace == want.namespace and not it.gated for it in self.present.values())
+
+    def close_gate(self, scope_id: str, want: Want) -> None:
+        self.did.append(f"close {scope_id}")
+        self.present[scope_id] = replace(want, gated=True)
+
+    def open_gate(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        self.did.append(f"open {scope_id}")
+        self.present[scope_id] = want = replace(want, gated=False)
+        return _announced(want, want.announce)
+
+    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+        self.did.append(f"ask {scope_id}")
+        asked = {it.ip for it in want.announce}
+        heard = ({it: at[it] for it in asked & at.keys()} for at in (self.owners, self.probing, self.unknown))
+        return Occupied(*heard)
+
+    def read_flows(self, namespace: str) -> list[Record]:
+        return list(self.flows[namespace])
+
+    def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
+        kept = [it for it in self.flows[namespace] if it not in delete and it not in create]
+        self.flows[namespace] = kept + create
+        return Created(len(create))
 
     def _raise(self, what: str) -> None:
         if self._errors[what]:
@@ -343,7 +380,11 @@ class FakeWatcher:
         self.done.append(scope_id)
 
 
-class FakeStore:
+def _announced(want: Want, addresses: Iterable[Address]) -> tuple[Announcement, ...]:
+    return tuple(Announcement(want.namespace, it.link, it.ip, "") for it in addresses)
+
+
+class FakeStore(Store):
     """State files in memory. ``unreadable`` lists scopes whose file is broken; while ``full``, nothing can be saved."""
 
     def __init__(self, did: list[str]) -> None:
@@ -353,6 +394,8 @@ class FakeStore:
         self.unreadable: set[str] = set()
         self.full = False
         self.loads = 0
+        self.went: dict[str, Moved] = {}
+        self.record = HostRecord()
 
     def living(self) -> list[str]:
         return sorted(self.files.keys() | self.unreadable)
@@ -382,6 +425,21 @@ class FakeStore:
         self._did.append(f"forget {scope_id}")
         self.retired.discard(scope_id)
 
+    def moved(self) -> dict[str, Moved]:
+        return dict(self.went)
+
+    def save_moved(self, scope_id: str, moved: Moved) -> None:
+        self.went[scope_id] = moved
+
+    def forget_moved(self, scope_id: str) -> None:
+        self.went.pop(scope_id, None)
+
+    def host_record(self) -> HostRecord:
+        return self.record
+
+    def save_host_record(self, record: HostRecord) -> None:
+        self.record = record
+
 
 class FakeLog(Log):
     """A log in memory."""
@@ -404,7 +462,7 @@ class Agent:
         self.services = FakeServices(self.did)
         self.store = FakeStore(self.did)
         self._tasks: list[asyncio.Task[Any]] = []
-        self._ids = itertools.count(1)
+        self.numbers = itertools.count(1)
         self.restart()
 
     def restart(self) -> None:
@@ -427,8 +485,10 @@ class Agent:
             self.workers,
         )
         self.upkeep = Upkeep(self.scopes, self.host, self.services, self.watcher, self.log, self.clock)
+        self.moves = Moves(self.scopes, self.upkeep, self.host, self.store, self.log, self.clock)
         events.connect(self.upkeep)
         self.scopes.load()
+        self.moves.resume()
         self.registration = REGISTRATION
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -437,7 +497,9 @@ class Agent:
         self._tasks.append(task)
         return task
 
-    def send(self, fixture: str, command: str, *, remaining_ms: int = 60_000, **changes: object) -> asyncio.Task[Reply]:
+    def send(
+        self, fixture: str, command: str, *, remaining_ms: int = 60_000, epoch: int = 0, **changes: object
+    ) -> asyncio.Task[Reply]:
         """Start the call of a payload file. ``fixture`` is the number in its name; ``changes`` replace fields."""
         (file,) = PAYLOADS.glob(f"{fixture}-*.json")
         payload = json.loads(file.read_bytes())
@@ -445,12 +507,13 @@ class Agent:
         for details in ("physical-network-extension-details", "network-extension-details"):
             payload.pop(details, None)
         call = Call(
-            call_id=f"c{next(self._ids)}",
+            call_id=f"c{next(self.numbers)}",
             command=command,
             scope_id=f"net-{payload['network_id']}",
             registration=self.registration,
             payload=json.dumps(payload).encode(),
             remaining_ms=remaining_ms,
+            epoch=epoch,
         )
         return self.start(self.scopes.execute(call))
 

@@ -130,8 +130,8 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     """``open``: add these flows, open the gate and announce the addresses. ``ready``: from ``Received``.
 
     ``dead``: the host that served the scope is dead, so ``ready`` is not needed. The host asks first whether somebody
-    answers for the addresses, and refuses then. ``fenced``: it does not ask, because an operator says that the dead host
-    is off.
+    answers for the addresses, and refuses then. ``fenced``: it does not ask, because an operator says that the dead
+    host is off.
     """
 
     epoch: int

@@ -20,7 +20,7 @@ from netloom.wire import Reply
 @simulated
 async def test_a_call_is_saved_applied_and_answered(agent: Agent) -> None:
     reply = await agent.call("020", "implement-network")
-    assert reply == Reply(call_id="c1", status=0, holds=True, revision=1)
+    assert reply == Reply(call_id="c1", status=0, holds=True, revision=1, gate="open")
     assert agent.did == [
         "save net-204",
         "watch net-204",
@@ -102,6 +102,7 @@ async def test_a_call_that_waits_too_long_is_refused_and_names_the_work_in_its_w
         error=f"net-204 is busy with {busy_with}, for longer than this call had time",
         hint="CloudStack may repeat it",
         holds=True,
+        gate="open",
     )
     # The refused call is never executed; the others are.
     await agent.workers.release()
@@ -250,7 +251,7 @@ async def test_locate_takes_no_turn(agent: Agent) -> None:
     agent.workers.hold()
     agent.send("050", "assign-ip")
     await agent.clock.settle()
-    assert await agent.call("020", "locate") == Reply(call_id="c4", holds=True, revision=2)
+    assert await agent.call("020", "locate") == Reply(call_id="c4", holds=True, revision=2, gate="open")
 
 
 # ----------------------------------------------------------------------------------------------------- custom actions

@@ -146,7 +146,7 @@ def _bridge_mtu(have: Have, bridge: HostLink) -> int:
     only what the host itself sends.
     """
     ports = [have.host_links[name] for name in bridge.ports if name in have.host_links]
-    uplinks = [it.mtu for it in ports if not _leads_to_guests(bridge, it) and it.mtu]  # guard: guests-set-no-mtu
+    uplinks = [it.mtu for it in ports if not leads_to_guests(bridge.name, it) and it.mtu]  # guard: guests-set-no-mtu
     return min(uplinks, default=bridge.mtu or ETHERNET_MTU)
 
 

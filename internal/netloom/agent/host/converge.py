@@ -24,7 +24,8 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
-from netloom.agent.kernel import arp, modules, namespaces, sysctl
+from netloom.agent.kernel import arp, conntrack_copy, modules, namespaces, sysctl
+from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
@@ -184,6 +185,19 @@ class KernelHost:
     def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
         return occupied(self.placed(scope_id, want), timeout_s)
+
+    def serves(self, want: Want) -> bool:
+        """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""
+        return namespaces.exists(want.namespace) and gate.closed().isdisjoint(it.host_link for it in want.ports)
+
+    def read_flows(self, namespace: str) -> list[Record]:
+        """The open connections that another host can continue. Raises HostRefused."""
+        return flows.listed(namespace)
+
+    def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
+        """Create and delete these connections of another host. Raises HostRefused."""
+        conntrack_copy.delete(namespace, delete)
+        return conntrack_copy.create(namespace, create)
 
     def keep_gates_closed(self) -> tuple[Step, ...]:
         """Close the gates that scopes want closed and that are open; somebody may have deleted the table.

@@ -31,6 +31,13 @@ class Occupied(msgspec.Struct, frozen=True):
     probing: dict[str, str] = {}
     unknown: dict[str, str] = {}
 
+    def __str__(self) -> str:
+        """One line with an example of the strongest kind."""
+        for heard, verb in ((self.owners, "is answered by"), (self.probing, "is also asked for by")):
+            for address, mac in heard.items():
+                return f"{address} {verb} {mac}"
+        return next((f"nobody can be asked for {address}: {why}" for address, why in self.unknown.items()), "nothing")
+
 
 def occupied(want: Want, timeout_s: float) -> Occupied:
     """Ask for each address that ``want`` announces. Blocks for the time-out, so call it in a worker thread.

@@ -69,22 +69,22 @@ class Host(Protocol):
         """Send these announcements once. Errors are ignored: the link may be gone."""
 
     def serves(self, want: Want) -> bool:
-        """Whether the namespace exists and none of its ports is behind a closed gate."""
+        """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""
 
-    def close_gate(self, want: Want) -> None:
-        """From now on no frame leaves the ports, and none enters. Packets under way have left. Raises HostRefused."""
+    def close_gate(self, scope_id: str, want: Want) -> None:
+        """From now on no frame passes the ports of ``want``. Raises HostRefused."""
 
-    def open_gate(self, want: Want) -> tuple[Announcement, ...]:
-        """Let frames pass again and announce the addresses once; the announcements. Raises HostRefused."""
+    def open_gate(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        """Let frames pass the ports of ``want`` again; returns what is to be announced. Raises HostRefused."""
 
-    def occupied(self, want: Want) -> Occupied:
-        """Who else answers for the addresses, as far as this host can know. Raises HostRefused."""
+    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+        """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
 
     def read_flows(self, namespace: str) -> list[Record]:
         """The open connections that another host can continue. Raises HostRefused."""
 
     def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
-        """Create and delete these connections, which another host had. Raises HostRefused."""
+        """Create and delete these connections of another host. Raises HostRefused."""
 
 
 class ScopeServices(Protocol):

@@ -85,9 +85,8 @@ class Moves:
         reply = replace(reply, holds=bool(slot is not None and slot.scope is not None), revision=revision)
         outcome = f" error={reply.error}" if reply.status else ""
         if reply.status or call.command not in wire.READING:
-            self._log.line(
-                f"call={call.call_id} command={call.command} scope={call.scope_id or '-'} status={reply.status}{outcome}"
-            )
+            scope = call.scope_id or "-"
+            self._log.line(f"call={call.call_id} command={call.command} scope={scope} status={reply.status}{outcome}")
         return self._scopes.with_placement(reply, call.scope_id)
 
     async def _dispatch(self, call: Call) -> bytes:
@@ -227,12 +226,12 @@ class Moves:
         if asked.epoch <= placement.epoch:
             raise HostRefused(f"{slot.scope_id} has epoch {placement.epoch} here already", hint="repeat the command")
         want = self._scopes.placed_want(slot)
-        self._scopes.place(slot, replace(placement, gate="closed", peer=asked.to))  # guard: closed-is-saved-first
+        self._scopes.place(slot, replace(placement, gate="closed", peer=asked.to))
         token, before = slot.flows_read
         slot.flows_read = ("", [])
         if not want.namespace:
             return wire.packed(wire.Closed()), HostChanges()
-        self._host.close_gate(want)
+        self._host.close_gate(slot.scope_id, want)
         changed = conntrack_copy.difference(
             before if token and token == asked.token else [], self._host.read_flows(want.namespace)
         )
@@ -288,8 +287,8 @@ class Moves:
         placement = _incoming(slot, asked.epoch)
         want = self._scopes.placed_want(slot)
         if asked.dead and not asked.fenced and want.namespace:
-            found = self._host.occupied(want)
-            if found.answers or found.unknown:
+            found = self._scopes.occupied(slot, want)
+            if found.owners or found.probing or found.unknown:
                 raise HostRefused(
                     f"{found}: {slot.scope_id} is not opened here",
                     hint="switch the dead host off, and say so with --fenced",
@@ -301,7 +300,7 @@ class Moves:
         self._scopes.place(slot, replace(placement, gate="open", peer=""))
         if not want.namespace:
             return b"", HostChanges()
-        announcements = self._host.open_gate(want)
+        announcements = self._host.open_gate(slot.scope_id, want)
         if slot.moved is not None:
             self._store.forget_moved(slot.scope_id)
             slot.moved = None
@@ -355,17 +354,17 @@ class Moves:
         placement = slot.scope.placement
         want = self._scopes.placed_want(slot)
         if want.namespace:
-            found = self._host.occupied(want)
-            if found.answers:
+            found = self._scopes.occupied(slot, want)
+            if found.owners:
                 self._scopes.make_passive(slot, f"{found}: {placement.peer} has probably taken it over")
                 return b"", self._scopes.converge(slot)
-            if found.unknown:
-                raise HostRefused(f"no link on {', '.join(found.unknown)}, to ask whether {placement.peer} has opened")
+            if found.probing or found.unknown:
+                raise HostRefused(f"{found}, so whether {placement.peer} has opened is not known")
         self._scopes.place(slot, replace(placement, gate="open", peer=""))
         self._log.line(f"scope={slot.scope_id} the move to {placement.peer} was not finished; it is served here again")
         if not want.namespace:
             return b"", HostChanges()
-        announcements = self._host.open_gate(want)
+        announcements = self._host.open_gate(slot.scope_id, want)
         return b"", HostChanges(announcements=announcements)
 
     def _forget_incoming(self, slot: Slot) -> tuple[bytes, HostChanges]:

@@ -9,8 +9,8 @@ the other, in the order in which they came. Different scopes run at the same tim
 A call takes these steps. All but the first and the last run in one worker thread:
 
 1. ``execute`` waits until the earlier calls of the scope are done, at most for the time that the caller has left.
-2. If the scope moves to another host at that moment, ``execute`` waits until that is decided. If it has moved, the reply
-   says where to, and the call is not executed.
+2. If the scope is just moving to another host, ``execute`` waits until that is decided. If it has moved, the reply says
+   where to, and the call is not executed.
 3. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
 4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
 5. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
@@ -27,6 +27,7 @@ a kernel event, after the end of a process. It waits for the same lock.
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import threading
 import time
@@ -43,6 +44,7 @@ from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.host.occupied import Occupied
 from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
@@ -74,6 +76,8 @@ END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc",
 TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
+OCCUPIED_S = 0.3  # three ARP probes
+_ASK_AGAIN_MAX, _ASK_AGAIN_S = 6, (0.1, 1.5)
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
 
 
@@ -294,7 +298,7 @@ class Scopes:
             try:
                 async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
                     return await self.run_and_settle(slot, lambda: work(slot))
-            except _Moving as moving:  # guard: a-call-waits-for-the-end-of-a-move
+            except _Moving as moving:
                 await self._await_decision(slot, moving.decided, ends - self._clock.time())
 
     async def _await_decision(self, slot: Slot, decided: asyncio.Event, within_s: float) -> None:
@@ -413,7 +417,7 @@ class Scopes:
         if placement.gate == "open" or ends:
             return
         if placement.gate == "closed":
-            raise _Moving(slot.decided)
+            raise _Moving(slot.decided)  # guard: a-call-waits-for-the-end-of-a-move
         if placement.gate == "passive" and call.epoch > placement.epoch:
             self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why=""))
             slot.unproved = True
@@ -533,7 +537,7 @@ class Scopes:
         Raises HostRefused.
         """
         gate = slot.gate
-        if gate == "passive":  # guard: a-passive-scope-has-nothing-on-the-host
+        if gate == "passive":
             return render(None)
         want = self._host.placed(slot.scope_id, self._want(slot))
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
@@ -551,15 +555,25 @@ class Scopes:
         gated = replace(want, gated=True)
         changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
         slot.loaded_ruleset = want.ruleset
-        found = self._host.occupied(gated)
-        if found.answers:  # guard: an-occupied-address-is-not-taken
+        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
+        found = self.occupied(slot, gated)
+        for _ in range(_ASK_AGAIN_MAX):
+            if not found.probing or found.owners:
+                break
+            # Another host has started at the same moment. The one that asks again first opens; a random time tells
+            # which, and rather the one with the higher epoch.
+            time.sleep(random.uniform(*_ASK_AGAIN_S) / (1 + epoch))
+            found = self.occupied(slot, gated)
+        if found.owners:  # guard: an-occupied-address-is-not-taken
             self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
-        elif found.unknown:
-            raise HostRefused(
-                f"{slot.scope_id} waits for a link on {', '.join(found.unknown)}, to ask whether another host serves it"
-            )
+        elif found.probing or found.unknown:
+            raise HostRefused(f"{slot.scope_id} waits behind a closed gate: {found}")
         slot.unproved = False
         return changes.steps
+
+    def occupied(self, slot: Slot, want: Want) -> Occupied:
+        """Who else answers for the addresses of the scope. Blocks. Raises HostRefused."""
+        return self._host.occupied(slot.scope_id, want, OCCUPIED_S)
 
     def make_passive(self, slot: Slot, why: str) -> None:
         """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
