@@ -54,16 +54,72 @@ async def test_open_flows_are_checked_when_the_state_has_changed(agent: Agent) -
 
 
 @simulated
-async def test_the_calls_of_a_scope_run_one_after_the_other_in_their_order(agent: Agent) -> None:
+async def test_calls_that_wait_for_one_scope_are_applied_in_their_order_and_converged_once(agent: Agent) -> None:
     await agent.live()
     agent.workers.hold()
     calls = [agent.send("053", "add-port-forward", public_port=str(port)) for port in (2001, 2002, 2003)]
     await agent.clock.settle()
-    for done in range(3):
+    for done in (1, 3):
         assert len(agent.workers.pending) == 1
-        assert [call.done() for call in calls] == [number < done for number in range(3)]
         await agent.workers.step()
+        assert [call.done() for call in calls] == [number < done for number in range(3)]
     assert [call.result().revision for call in calls] == [3, 4, 5]
+    assert [it for it in agent.did if it.startswith(("save", "converge"))] == ["save net-204", "converge net-204"] * 2
+
+
+@simulated
+async def test_a_refused_call_stops_none_of_those_that_wait_with_it(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    first = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    calls = [agent.send("053", "add-port-forward", public_port=port) for port in ("2001", "no port", "2003")]
+    await agent.workers.release()
+    assert first.result().status == 0
+    assert [call.result().status for call in calls] == [0, 1, 0]
+    assert [call.result().revision for call in calls] == [4, 0, 5]
+    forwards = agent.store.files["net-204"].port_forwards.values()
+    assert sorted(it.public_ports.first for it in forwards) == [2001, 2003]
+
+
+@simulated
+async def test_all_calls_that_wait_together_fail_when_the_state_cannot_be_saved(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    first = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    calls = [agent.send("053", "add-port-forward", public_port=port) for port in ("2001", "2002")]
+    await agent.clock.settle()
+    await agent.workers.step()
+    assert first.done()
+    agent.store.full = True
+    await agent.workers.release()
+    assert [call.result().status for call in calls] == [3, 3]
+    assert not agent.store.files["net-204"].port_forwards
+
+
+@simulated
+async def test_an_end_in_the_middle_is_carried_out_between_the_others(agent: Agent) -> None:
+    await agent.live()
+    agent.workers.hold()
+    first = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    calls = [
+        agent.send("053", "add-port-forward"),
+        agent.send("131", "destroy-network"),
+        agent.send("020", "implement-network"),
+    ]
+    await agent.workers.release()
+    assert first.result().status == 0
+    assert [call.result().status for call in calls] == [0, 0, 0]
+    assert [call.result().holds for call in calls] == [True, False, True]
+    assert [it for it in agent.did if it.startswith(("save", "retire", "forget"))][-4:] == [
+        "save net-204",
+        "retire net-204",
+        "forget net-204",
+        "save net-204",
+    ]
+    assert not agent.store.files["net-204"].port_forwards
 
 
 @simulated

@@ -3,15 +3,16 @@
 Theory of operation
 ===================
 
-Each scope has a ``Slot`` with a lock. All work on the scope holds this lock, so the calls of one scope run one after
-the other, in the order in which they came. Different scopes run at the same time, each in a worker thread.
+Each scope has a ``Slot`` with a lock. All work on the scope holds this lock. Calls of one scope that wait for it are
+executed together, in the order in which they came: their transitions one after the other, then one convergence.
+Different scopes run at the same time, each in a worker thread.
 
 A call takes these steps. All but the first and the last run in one worker thread:
 
 1. ``execute`` waits until the earlier calls of the scope are done, at most for the time that the caller has left.
 2. If the scope is just moving to another host, ``execute`` waits until that is decided. If it has moved, the reply says
    where to, and the call is not executed.
-3. ``_transition`` reads the state from disk (the first time), decodes the payload, and computes the new state.
+3. ``_transitions`` reads the state from disk (the first time), decodes the payload, and computes the new state.
 4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
 5. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
    If nothing changed and the host is as it should be, this costs one observation of the kernel. A process that does
@@ -31,7 +32,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar
@@ -52,7 +54,7 @@ from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, Sco
 from netloom.agent.scopes.store import HostRecord, Moved, Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.asked import Asked
-from netloom.commands.transition import Context, with_network
+from netloom.commands.transition import Context, Transitioned, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 from netloom.plan.steps import Step
@@ -108,6 +110,7 @@ class Slot:
         self.retry: Timer | None = None
         self.announcing: list[Timer] = []
         self.current_work = ""  # for the error message of a call that waits too long
+        self.waiting: list[_Waiting] = []  # calls that no turn has taken yet
         self.moved: Moved | None = None  # where the scope went from here
         self.unproved = False  # restored from nothing: perhaps another host serves it by now
         self.decided = asyncio.Event()  # is set, and replaced, when a closed gate has opened or the scope is gone
@@ -125,6 +128,36 @@ class Slot:
     def gate(self) -> str:
         """The gate as in ``state.Placement``; empty without a state."""
         return self.scope.placement.gate if self.scope is not None else ""
+
+
+class _Waiting:
+    """A call that waits for its turn; afterwards it has a reply or an error. ``steps``: what was done on the host."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.payload: msgspec.Struct | None = None
+        self.outcome: Transitioned | None = None
+        self.reply: Reply | None = None
+        self.error: Exception | None = None
+        self.steps = 0
+
+    @property
+    def decoded(self) -> msgspec.Struct:
+        assert self.payload is not None
+        return self.payload
+
+    @property
+    def new_scope(self) -> Scope | None:
+        """The state after the call."""
+        assert self.outcome is not None
+        return self.outcome.scope
+
+    def result(self) -> tuple[Reply, int]:
+        """The reply and the steps. Raises the error."""
+        if self.error is not None:
+            raise self.error
+        assert self.reply is not None
+        return self.reply, self.steps
 
 
 class WorkHandler(Protocol):
@@ -275,8 +308,7 @@ class Scopes:
                 raise BadRequest(f"registration detail {detail}: {nic!r} is not a link name")
         if call.command == "custom-action":
             return await self._custom_action(call)
-        reply, changes = await self._run_in_turn(call, lambda slot: self._transition(slot, call))
-        return reply, changes.count
+        return await self._run_with_others(call)
 
     async def _custom_action(self, call: Call) -> tuple[Reply, int]:
         """A hook runs without the lock: it may take all the time of its call, and no other call waits for it."""
@@ -300,6 +332,38 @@ class Scopes:
                     return await self.run_and_settle(slot, lambda: work(slot))
             except _Moving as moving:
                 await self._await_decision(slot, moving.decided, ends - self._clock.time())
+
+    async def _run_with_others(self, call: Call) -> tuple[Reply, int]:
+        """Run the call, together with those of its scope that have come until its turn. The reply, and the steps.
+
+        Their transitions are applied in the order in which they came, then the state is saved and the host converges:
+        once for all of them.
+        """
+        slot, mine = self.slot(call.scope_id), _Waiting(call)
+        ends = self._clock.time() + call.remaining_ms / 1000
+        while True:
+            slot.waiting.append(mine)
+            try:
+                async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
+                    if mine in slot.waiting:
+                        await self._run_waiting(slot)
+                return mine.result()
+            except _Moving as moving:
+                mine.error = None
+                await self._await_decision(slot, moving.decided, ends - self._clock.time())
+            finally:
+                if mine in slot.waiting:
+                    slot.waiting.remove(mine)
+
+    async def _run_waiting(self, slot: Slot) -> None:
+        """Run all waiting calls of the scope. Each of them has its reply or its error afterwards."""
+        together, slot.waiting = slot.waiting, []
+        try:
+            await self.run_and_settle(slot, lambda: (None, self._apply_together(slot, together)))
+        except Exception as error:  # noqa: BLE001, the calls report it
+            for it in together:
+                if it.reply is None and it.error is None:
+                    it.error = error
 
     async def _await_decision(self, slot: Slot, decided: asyncio.Event, within_s: float) -> None:
         slot.users += 1
@@ -368,10 +432,30 @@ class Scopes:
 
     # ------------------------------------------------------------------- in a worker thread, the lock is held
 
-    def _transition(self, slot: Slot, call: Call) -> tuple[Reply, HostChanges]:
+    def _apply_together(self, slot: Slot, waiting: Sequence[_Waiting]) -> HostChanges:
+        """Apply the calls. If the last convergence fails, its error is raised; each call has its own already."""
         self.read_state(slot)
-        self._check_gate(slot, call)
-        return self._apply(slot, call, table.decode(call.command, call.payload))
+        changes, failure = HostChanges(), None
+        rest = deque(waiting)
+        while rest:
+            first, *_ = group = self._transitions(slot, rest)
+            if not group:
+                continue
+            try:
+                done, failure = self._settle(slot, group), None
+                first.steps = done.count
+                changes = HostChanges(
+                    changes.steps + done.steps,
+                    changes.announcements + done.announcements,
+                    changes.services + done.services,
+                )
+            except Exception as error:  # noqa: BLE001, raised below
+                failure = error
+                for it in group:
+                    it.error = error
+        if failure is not None:
+            raise failure
+        return changes
 
     def _run_action(self, slot: Slot, call: Call) -> tuple[tuple[str | Hook, int], HostChanges]:
         """The output or the hook that makes it, and the revision of the scope."""
@@ -433,41 +517,98 @@ class Scopes:
             slot.scope = scope
 
     def _apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:
-        """Change the state, save it, and converge. Until the state is saved, nothing has changed."""
+        """Apply one call, whose gate has been checked."""
+        it = _Waiting(call)
+        it.payload, it.outcome = payload, self._change(slot.scope, call, payload)
+        changes = self._settle(slot, [it])
+        reply, _ = it.result()
+        return reply, changes
+
+    def _transitions(self, slot: Slot, rest: deque[_Waiting]) -> list[_Waiting]:
+        """Take calls that can be saved at once from ``rest``, and compute their states, each from the one before.
+
+        A call that is refused gets its error and changes nothing. One that creates or ends the scope comes alone.
+        """
+        group: list[_Waiting] = []
+        while rest and (not group or slot.scope is not None):
+            it = rest[0]
+            try:
+                if it.payload is None:
+                    it.payload = table.decode(it.call.command, it.call.payload)
+                self._check_gate(slot, it.call)
+                outcome = self._change(group[-1].new_scope if group else slot.scope, it.call, it.payload)
+            except _Moving as moving:
+                for waiting in rest:
+                    waiting.error = moving
+                rest.clear()
+                break
+            except Exception as error:  # noqa: BLE001, the call reports it
+                rest.popleft().error = error
+                continue
+            if outcome.scope is None and group:
+                break
+            it.outcome = outcome
+            group.append(rest.popleft())
+            if outcome.scope is None:
+                break
+        return group
+
+    def _change(self, scope: Scope | None, call: Call, payload: msgspec.Struct) -> Transitioned:
+        """The transition of a call, with the number of the placement that the caller knows."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
-        outcome = table.apply(call.command, slot.scope, payload, context)
+        outcome = table.apply(call.command, scope, payload, context)
         if outcome.scope is not None and outcome.scope.placement.epoch < call.epoch:
             placement = replace(outcome.scope.placement, epoch=call.epoch)
             outcome = replace(outcome, scope=placed(outcome.scope, placement))
-        if outcome.scope is None:
+        return outcome
+
+    def _settle(self, slot: Slot, group: Sequence[_Waiting]) -> HostChanges:
+        """Save the state after the last of these calls, converge once, and make the replies.
+
+        Until the state is saved, nothing has changed.
+        """
+        scope = group[-1].new_scope
+        if scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
             # If the state was lost, its network may still exist on the host. Only an end command removes that.
-            if slot.scope is not None or call.command in END_COMMANDS:
+            if slot.scope is not None or group[-1].call.command in END_COMMANDS:
                 slot.ending = True
             slot.scope = None
-        elif outcome.scope != slot.scope:
-            self._store.save(outcome.scope)  # guard: state-is-saved-first
-            for command, reasons in outcome.scope.left_out.items():
+        elif scope != slot.scope:
+            self._store.save(scope)  # guard: state-is-saved-first
+            for command, reasons in scope.left_out.items():
                 if slot.scope is None or slot.scope.left_out.get(command) != reasons:
                     for reason in reasons:
                         self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
-            slot.scope, slot.ending = outcome.scope, False
-        asked = table.asked_of_services(call.command, payload)
-        exists = slot.scope is not None or slot.ending
-        changes = self.converge(slot, asked=asked.serve | asked.end) if exists else HostChanges()
+            slot.scope, slot.ending = scope, False
+        asked = [table.asked_of_services(it.call.command, it.decoded) for it in group]
+        changes = HostChanges()
+        if slot.scope is not None or slot.ending:
+            changes = self.converge(slot, asked=frozenset().union(*(it.serve | it.end for it in asked)))
         if slot.scope is not None and slot.scope.placement.gate == "passive":
             raise _not_served(slot.scope)  # another host was found when the scope was built
-        revision = slot.scope.revision if slot.scope else 0
-        reply = Reply(call_id=call.call_id, output=outcome.output, holds=slot.scope is not None, revision=revision)
-        network_id = str(getattr(payload, "network_id", ""))
+        for it, services in zip(group, asked, strict=True):
+            it.reply = self._reply(slot, it, services)
+        return changes
+
+    def _reply(self, slot: Slot, it: _Waiting, asked: Asked) -> Reply:
+        """The reply to a call whose state is saved and applied."""
+        scope = it.new_scope
+        reply = Reply(
+            call_id=it.call.call_id,
+            output=it.outcome.output if it.outcome is not None else "",
+            holds=scope is not None,
+            revision=scope.revision if scope is not None else 0,
+        )
+        network_id = str(getattr(it.decoded, "network_id", ""))
         failure = _failure_of(slot, asked, network_id)
         if failure is not None:
             slot.told |= {failure.name}
-        error = self._unbalanced_rules(slot, payload) if failure is None else failure.error
+        error = self._unbalanced_rules(slot, it.decoded) if failure is None else failure.error
         if error is not None:
             reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
-        return replace(reply, note=_untold(slot)), changes
+        return replace(reply, note=_untold(slot))
 
     def _unbalanced_rules(self, slot: Slot, payload: object) -> HostRefused | None:
         """The error if load-balancer rules of this call wait for their port. Other calls do not report them."""
