@@ -123,7 +123,8 @@ class _Probe:
         try:
             # Protocol 0: the socket receives nothing until it is bound, with its filter.
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            with contextlib.suppress(OSError):  # before Linux 4.20; then ``receive`` leaves them out
+                self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
             with contextlib.suppress(PermissionError):  # in a container: what the host allows each socket
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
             attach_filter(self._socket, _filter(self._wire.tag))
@@ -157,7 +158,7 @@ class _Probe:
         try:
             while True:
                 data, sender = self._socket.recvfrom(_FRAME_BYTES_MAX, socket.MSG_DONTWAIT)
-                if sender[2] != _PACKET_OUTGOING:  # before Linux 4.20 outgoing frames are not ignored
+                if sender[2] != _PACKET_OUTGOING:
                     self._hear(data)
         except BlockingIOError:
             return
@@ -207,7 +208,7 @@ def _filter(tag: int) -> Filter:
         (0x15, 0, 4, ETHERTYPE_ARP),  # jeq
         (0x20, 0, 0, _VLAN_TAG),  # ld
         (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
-        (0x15, 0, 1, tag),  # jeq
+        (0x15, 0, 1, tag),  # guard: probes-hear-their-own-vlan
         (0x06, 0, 0, 0xFFFFFFFF),  # ret: the whole frame
         (0x06, 0, 0, 0),  # ret: nothing
     )

@@ -97,7 +97,7 @@ def _remove_shared_links() -> tuple[list[str], list[str]]:
         found = our_shared_links()
         bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
         unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
-        gate.remove()
+        gate.remove()  # guard: no-gate-without-its-agent
     except HostRefused as error:
         return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in (*GUARD_TABLES, gate.TABLE)]
     kept, after = [], []
