@@ -158,7 +158,7 @@ class _Probe:
         try:
             while True:
                 data, sender = self._socket.recvfrom(_FRAME_BYTES_MAX, socket.MSG_DONTWAIT)
-                if sender[2] != _PACKET_OUTGOING:
+                if sender[2] != _PACKET_OUTGOING:  # guard: probes-leave-out-what-we-send
                     self._hear(data)
         except BlockingIOError:
             return
@@ -196,7 +196,7 @@ def _decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
     formats = (hardware, mac_bytes), (protocol, ip_bytes)
     if kind != ETHERTYPE_ARP or formats != (_ETHERNET, _IPV4) or operation not in (REQUEST, REPLY):
         return None
-    if mac[0] & 1 or mac == bytes(6):  # no station has a group address, or none
+    if mac[0] & 1 or mac == bytes(6):  # guard: an-owner-has-a-station-address
         return None
     return operation, mac, sender, target
 
