@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Iterator
 
@@ -14,6 +15,11 @@ import pytest
 from kernel.agent_host import AgentHost, agent_host, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
 from kernel.raw_frames import checksum, received, wire
+from kernel.scratch import scratch, tool
+from netloom.agent.host import gate
+from netloom.agent.kernel import netlink, nft_netlink
+from netloom.agent.kernel.netlink import NetlinkError, Socket
+from netns import inside
 
 # The golden scenario ip6.
 NS, GUEST, PUBLIC = "cs-net-520", "gst-520", "pub-101"
@@ -138,6 +144,84 @@ def test_no_frame_passes_a_closed_gate_and_all_pass_an_open_one(host: AgentHost,
         assert socket.inet_aton(address) in {it[28:32] for it in answers}
     assert all(len(it) >= 4 for it in traffic.into.values())
     assert all(learned(host, link) for link in PORTS)
+
+
+# ------------------------------------------------------------------------------------------------ in one namespace
+
+
+@pytest.fixture
+def namespace() -> Iterator[str]:
+    with scratch() as name, inside(name):
+        yield name
+
+
+def test_closing_and_opening_again_changes_nothing(namespace: str) -> None:
+    gate.open_(ENDS)
+    gate.remove()
+    assert tool(namespace, "nft", "list", "ruleset") == ""
+    gate.close([])
+    assert tool(namespace, "nft", "list", "ruleset") == ""
+    gate.close(ENDS)
+    before = tool(namespace, "nft", "list", "ruleset")
+    gate.close(ENDS)
+    gate.open_(["vnetg7"])
+    assert tool(namespace, "nft", "list", "ruleset") == before
+    gate.open_([*ENDS, "vnetg7"])
+    gate.open_(ENDS)
+    assert tool(namespace, "nft", "list", "ruleset") == ""
+
+
+def test_thousands_of_gates_close_and_open_at_once(namespace: str) -> None:
+    every = [f"vnetg{number}" for number in range(1, 5001)]
+    gate.close(every[:10])
+    gate.close(every)
+    assert gate.closed() == set(every)
+    gate.open_(every[1:])
+    assert gate.closed() == {every[0]}
+
+
+def test_a_refused_change_changes_nothing(namespace: str) -> None:
+    gate.close(["a"])
+    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        both = [
+            *nft_netlink.add_link_names(gate.FAMILY, gate.NAME, "closed", ["b"]),
+            *nft_netlink.delete_link_names(gate.FAMILY, gate.NAME, "closed", ["a", "nowhere"]),
+        ]
+        for _ in range(3):
+            with pytest.raises(NetlinkError, match="change set closed of table bridge netloom_gate: No such file"):
+                nft_netlink.change(nfnetlink, both)
+            assert gate.closed() == {"a"}
+        nft_netlink.change(nfnetlink, both[:1])
+    assert gate.closed() == {"a", "b"}
+
+
+def test_threads_and_others_change_gates_at_the_same_time(namespace: str) -> None:
+    """Each thread closes its own gate again after somebody has deleted the table, and no other is lost by that."""
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with inside(namespace):
+                for _ in range(50):
+                    gate.close([f"t{number}", "shared"])
+                    gate.open_([f"t{number}"])
+                gate.close([f"t{number}"])
+        except BaseException as error:  # noqa: BLE001, it fails the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for it in threads:
+        it.start()
+    while any(it.is_alive() for it in threads[:2]):
+        subprocess.run(["nft", "flush", "ruleset"], check=True)
+    for it in threads:
+        it.join()
+    gate.close([f"t{number}" for number in range(4)])
+    assert failures == []
+    assert gate.closed() >= {f"t{number}" for number in range(4)}
+
+
+# ------------------------------------------------------------------------------------------------------ on a host
 
 
 def sent_numbers(frames: list[bytes]) -> list[int]:

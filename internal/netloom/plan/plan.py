@@ -214,20 +214,20 @@ def _closed(have: Have, want: Want) -> Iterator[Step]:
 
 
 def _opened(have: Have, want: Want) -> Iterator[Step]:
-    stale = _host_ends(have, want) & (have.closed | _closed_meanwhile(have, want))
-    stale -= {port.host_link for port in want.ports if want.gated}
+    ports = have.host_ends | have.left | _wanted_ends(want)
+    stale = ports & (have.closed | _closed_meanwhile(have, want))
+    stale -= _wanted_ends(want) if want.gated else frozenset()
     if stale:
         yield OpenGate(tuple(sorted(stale)))
 
 
 def _closed_meanwhile(have: Have, want: Want) -> frozenset[str]:
     """The host ends that are closed during the plan of a gated scope: those that it will not have any longer, too."""
-    return _host_ends(have, want) if want.gated else frozenset()
+    return have.host_ends | _wanted_ends(want) if want.gated else frozenset()
 
 
-def _host_ends(have: Have, want: Want) -> frozenset[str]:
-    """The host ends of the ports that the scope has, had or wants."""
-    return have.host_ends | have.left | {port.host_link for port in want.ports}
+def _wanted_ends(want: Want) -> frozenset[str]:
+    return frozenset(port.host_link for port in want.ports)
 
 
 def _exists(have: Have, port: Port) -> bool:
