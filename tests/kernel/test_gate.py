@@ -124,9 +124,7 @@ class Traffic:
         return {it[12:14].hex() for it in self.out[place]}
 
 
-@pytest.mark.mutation("a-closed-gate-emits-nothing", instead='f"iifname @{_CLOSED} accept"')
 @pytest.mark.mutation("a-closed-gate-lets-nothing-in", instead='f"oifname @{_CLOSED} accept"')
-@pytest.mark.mutation("reserved-addresses-pass-no-gate", instead='f"iifname @{_CLOSED} accept"')
 def test_no_frame_passes_a_closed_gate_and_all_pass_an_open_one(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     host.plug("vm", BRIDGES[GUEST], VM_MAC)
@@ -253,6 +251,7 @@ class Stream:
         self._thread.join()
 
 
+@pytest.mark.mutation("a-closed-gate-emits-nothing", instead='f"iifname @{_CLOSED} accept"')
 def test_a_gate_opens_and_closes_between_two_frames(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
@@ -272,6 +271,18 @@ def test_a_gate_opens_and_closes_between_two_frames(host: AgentHost, agent: Gate
     assert runs == 5, numbers
     # The sender counts a frame after the bridge has it.
     assert numbers[-1] <= edges[-1]
+
+
+@pytest.mark.mutation("reserved-addresses-pass-no-gate", instead='f"iifname @{_CLOSED} accept"')
+def test_a_bridge_learns_nothing_from_frames_to_reserved_addresses(host: AgentHost, agent: GatedAgent) -> None:
+    agent("converge gated")
+    wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
+    with taps(host, (NS, PUBLIC)) as (mine,):
+        mine.send(frame(LACP, PUBLIC_MAC, TEST))
+        assert not learned(host, PUBLIC)
+        agent("open")
+        mine.send(frame(LACP, PUBLIC_MAC, TEST))
+        assert learned(host, PUBLIC)
 
 
 def test_one_plan_builds_opens_closes_and_removes(host: AgentHost, agent: GatedAgent) -> None:
