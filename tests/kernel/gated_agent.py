@@ -116,7 +116,7 @@ class Agent:
             case ["tidy"]:
                 return [str(it) for it in self.host.tidy()]
             case ["uninstall"]:
-                return uninstall._remove_shared_links()
+                return uninstall.remove_shared_links()
             case ["occupied", seconds]:
                 found = self.host.occupied(self.scope_id, want, float(seconds))
                 return {"owners": found.owners, "probing": found.probing, "unknown": found.unknown}

@@ -31,7 +31,7 @@ BRIDGES = {GUEST: "breth1-1520", PUBLIC: "breth1-101"}
 FABRIC = {GUEST: "sw-eth1.1520", PUBLIC: "sw-eth1.101"}
 
 VM_MAC, FAR_MAC = "02:01:00:cc:00:03", "02:00:00:00:00:77"
-ARP, IP, IP6, TEST = 0x0806, 0x0800, 0x86DD, 0x88B5  # 0x88b5: for experiments (IEEE 802)
+ARP, IP, TEST, LOGIN = 0x0806, 0x0800, 0x88B5, 0x888E  # 0x88b5: for experiments (IEEE 802); 0x888e: 802.1X
 EVERYBODY, ALL_NODES, LACP, LLDP = "ff" * 6, "333300000001", "0180c2000003", "0180c200000e"
 NOBODY = "020000000099"  # a bridge floods frames to it
 
@@ -278,10 +278,10 @@ def test_a_bridge_learns_nothing_from_frames_to_reserved_addresses(host: AgentHo
     agent("converge gated")
     wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
     with taps(host, (NS, PUBLIC)) as (mine,):
-        mine.send(frame(LACP, PUBLIC_MAC, TEST))
+        mine.send(frame(LACP, PUBLIC_MAC, LOGIN))
         assert not learned(host, PUBLIC)
         agent("open")
-        mine.send(frame(LACP, PUBLIC_MAC, TEST))
+        mine.send(frame(LACP, PUBLIC_MAC, LOGIN))
         assert learned(host, PUBLIC)
 
 

@@ -161,7 +161,7 @@ def test_garbage_is_ignored(pair: tuple[str, str]) -> None:
     with answering(right, "right", *long_enough):
         assert asked(left, FREE) == Heard()
     for it in GARBAGE:
-        decoded = arp_probe._decoded(it)
+        decoded = arp_probe.decoded(it)
         assert decoded is None or decoded[2] != socket.inet_aton(FREE)
 
 

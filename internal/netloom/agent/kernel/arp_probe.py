@@ -169,7 +169,7 @@ class _Probe:
         return Heard(self._owners, self._probing, self._failed)
 
     def _hear(self, data: bytes) -> None:
-        message = _decoded(data)
+        message = decoded(data)
         if message is None:
             return
         operation, mac, sender, target = message
@@ -188,7 +188,7 @@ def probe(address: bytes, mac: bytes, tag: int = 0) -> bytes:
     return plain if not tag else plain[:12] + struct.pack(">HH", _ETHERTYPE_VLAN, tag) + plain[12:]
 
 
-def _decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
+def decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
     """Operation, sender's MAC address, sender's and target's IPv4 address; None for what is not such a message."""
     if len(data) < FRAME.size:
         return None

@@ -82,7 +82,7 @@ def uninstall(networks: Networks) -> Kept:
                 kept = [f"{len(scopes)} networks with their bridges and guards: they run on"]
                 after = ["netloom agent install"]
             else:
-                kept, after = _remove_shared_links()
+                kept, after = remove_shared_links()
                 BridgedFrames().leave()
                 unmanaged.release()
                 restore(STATE / RECORD)
@@ -90,7 +90,7 @@ def uninstall(networks: Networks) -> Kept:
             return Kept(_remove_files(keep_networks=leave), kept, after)
 
 
-def _remove_shared_links() -> tuple[list[str], list[str]]:
+def remove_shared_links() -> tuple[list[str], list[str]]:
     """Remove all guards, and the unused links of segments; what stays, and the commands that remove it."""
     try:
         KernelHost().tidy()
