@@ -2,6 +2,7 @@
 
 It writes JSON. ``version``: of the library. ``loaded``: a digest of each golden ruleset in the kernel. ``wrong``:
 changes to golden rulesets that left the table with another marker. ``failed``: the needed tests of the selftest.
+``gates``: the closed gates after each change.
 ``host``: the rules of the host's own tables.
 """
 
@@ -13,7 +14,7 @@ import subprocess
 import sys
 
 from golden.rendered import load, scenarios
-from netloom.agent.host import frames
+from netloom.agent.host import frames, gate
 from netloom.agent.host.observe_nft import GUARD_TABLE, observe_table, table_digest
 from netloom.agent.kernel import links, namespaces, netlink, nft_netlink
 from netloom.agent.kernel.netlink import Socket
@@ -78,13 +79,38 @@ def host_chains() -> dict[str, int]:
     return found
 
 
+def gates() -> list[list[str]]:
+    """The closed gates after each change: of new, of further and of damaged ones, and after some and all were opened.
+
+    In a namespace of its own, for this thread for good.
+    """
+    namespaces.enter_scratch()
+    found = []
+    for change, links_of in (
+        (gate.close, ["a", "b"]),
+        (gate.close, ["c"]),
+        (damage, []),
+        (gate.close, ["d"]),
+        (gate.open_, ["b", "c"]),
+        (gate.open_, ["a", "d"]),
+    ):
+        change(links_of)
+        found.append(sorted(gate.closed()))
+    return found
+
+
+def damage(_: list[str]) -> None:
+    with Nft(None) as nft:
+        nft.run(f"flush chain {gate.TABLE} input")
+
+
 def main() -> None:
     namespace, part = sys.argv[1:]
     found: dict[str, object] = {"version": version()}
     if part == "loads":
         found["loaded"] = digests(namespace)
     else:
-        found |= {"wrong": wrong_changes(namespace), "failed": failed_tests(), "host": host_chains()}
+        found |= {"wrong": wrong_changes(namespace), "failed": failed_tests(), "host": host_chains(), "gates": gates()}
     sys.stdout.write(json.dumps(found))
 
 

@@ -474,6 +474,13 @@ def test_gates_of_other_scopes_are_left_alone() -> None:
     assert built(NOTHING, have).closed == {"vnetg7"}
 
 
+def test_the_gates_of_ports_that_were_removed_by_earlier_steps_are_opened() -> None:
+    have = replace(EMPTY, closed=frozenset({"vnetg7", "vnetg204"}), left=frozenset({"vnetg204", "vnetg205"}))
+    assert plan(have, NOTHING) == (OpenGate(("vnetg204",)),)
+    gated = wish(gated=True)
+    assert plan(replace(built(gated), left=frozenset({"vnetg205"})), gated) == ()
+
+
 def test_a_tidy_closes_wanted_gates_and_forgets_those_of_links_that_are_gone() -> None:
     closed, wanted, existing = frozenset({"a", "b", "c"}), frozenset({"b", "d"}), frozenset({"a", "b"})
     assert sweep_gates(closed, wanted, existing) == (CloseGate(("d",)), OpenGate(("c",)))

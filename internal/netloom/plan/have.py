@@ -113,3 +113,9 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     guarded: frozenset[str] = frozenset()  # bridges of ours whose frames never reach the host's own sockets
     others: Others = Others()  # the guard of bridges of others
     closed: frozenset[str] = frozenset()  # links of the host that no frame passes: the closed gates of all scopes
+    left: frozenset[str] = frozenset()  # host ends of ports that the scope had before the steps that are done already
+
+    @property
+    def host_ends(self) -> frozenset[str]:
+        """The host ends of the scope's ports."""
+        return frozenset(it.host_link for it in self.links.values() if it.host_link and not self.foreign)

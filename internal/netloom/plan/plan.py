@@ -81,7 +81,7 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
     """
     if not want.namespace:
         adopted, after = _adopted(have, wanted=frozenset())
-        unneeded = _unneeded(after, wanted=frozenset(), leaving=_our_ports(have))
+        unneeded = _unneeded(after, wanted=frozenset(), leaving=have.host_ends)
         return (*_closed(have, want), *adopted, *_tear_down(have), *unneeded, *_opened(have, want))
     if have.foreign:
         raise ForeignScope(
@@ -203,7 +203,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     yield from _missing_rules(have, want)
     guarded = have.guarded | {placement.bridge for placement in placements.values() if placement.ours}
     after = msgspec.structs.replace(after, guarded=guarded, others=others)
-    yield from _unneeded(after, wanted=bridges, leaving=_our_ports(have))
+    yield from _unneeded(after, wanted=bridges, leaving=have.host_ends)
     yield from _opened(have, want)
 
 
@@ -214,20 +214,20 @@ def _closed(have: Have, want: Want) -> Iterator[Step]:
 
 
 def _opened(have: Have, want: Want) -> Iterator[Step]:
-    stale = _host_ends(have, want) & (have.closed | _closed_meanwhile(have, want))
-    stale -= {port.host_link for port in want.ports if want.gated}
+    ports = have.host_ends | have.left | _wanted_ends(want)
+    stale = ports & (have.closed | _closed_meanwhile(have, want))
+    stale -= _wanted_ends(want) if want.gated else frozenset()
     if stale:
         yield OpenGate(tuple(sorted(stale)))
 
 
 def _closed_meanwhile(have: Have, want: Want) -> frozenset[str]:
     """The host ends that are closed during the plan of a gated scope: those that it will not have any longer, too."""
-    return _host_ends(have, want) if want.gated else frozenset()
+    return have.host_ends | _wanted_ends(want) if want.gated else frozenset()
 
 
-def _host_ends(have: Have, want: Want) -> frozenset[str]:
-    """The host ends of the ports that the scope has or wants."""
-    return _our_ports(have) | {port.host_link for port in want.ports}
+def _wanted_ends(want: Want) -> frozenset[str]:
+    return frozenset(port.host_link for port in want.ports)
 
 
 def _exists(have: Have, port: Port) -> bool:
@@ -395,10 +395,6 @@ def _tear_down(have: Have) -> Iterator[Step]:
 # ------------------------------------------------------------------------------------------------------------- bridges
 
 
-def _our_ports(have: Have) -> frozenset[str]:
-    return frozenset(link.host_link for link in have.links.values() if link.host_link and not have.foreign)
-
-
 def _unneeded(have: Have, *, wanted: frozenset[str], leaving: frozenset[str]) -> Iterator[Step]:
     """Remove our bridges that are not wanted and that nothing is plugged into once the ports ``leaving`` have left."""
     guarded = set(have.guarded)
@@ -426,7 +422,7 @@ def _adopted(have: Have, *, wanted: frozenset[str]) -> tuple[list[Step], Have]:
     The KVM agent removes its bridge of a VLAN with the last VM, unless the name of a port contains ``vnet``, as ours
     do, and it does not look again.
     """
-    leaving = _our_ports(have)
+    leaving = have.host_ends
     aliases: dict[str, str] = {}
     for bridge in sorted(have.host_links.values(), key=lambda link: link.name):
         if bridge.name in wanted or bridge.name in have.claimed or not _only_ours_keep(bridge, leaving):

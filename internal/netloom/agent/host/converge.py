@@ -310,7 +310,8 @@ class KernelHost:
             self._guarded = guarded_bridges(), guarded_others()
             bridges = frozenset(link.name for link in have.host_links.values() if link.kind == "bridge")
             lost = list(self._orphans)
-            rest = plan(self._observe(scope_id, want, known, bridges), want)
+            now = self._observe(scope_id, want, known, bridges)
+            rest = plan(msgspec.structs.replace(now, left=have.host_ends), want)
             self._apply(rest)
             # Not what was lost meanwhile: the next repair puts that back.
             for it in lost:

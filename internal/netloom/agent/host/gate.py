@@ -77,6 +77,8 @@ _kernel = _Kernel()
 def close(links: Iterable[str]) -> None:
     """Close the gates of these links of the host, which need not exist. Those that are closed stay closed.
 
+    Later frames do not pass. One that a CPU handles at this moment may; ``packets.settled`` waits for it.
+
     Raises HostRefused.
     """
     names = sorted(set(links))

@@ -10,7 +10,7 @@ import msgspec
 
 from netloom.agent.kernel import netlink
 from netloom.agent.kernel.arp_probe import Wire, ask
-from netloom.agent.kernel.bridge_vlans import list_port_vlans
+from netloom.agent.kernel.bridge_vlans import PortVlans, list_port_vlans
 from netloom.agent.kernel.links import Link, find_links_over, list_links_over
 from netloom.agent.kernel.netlink import Socket
 from netloom.names import UNTAGGED
@@ -65,7 +65,7 @@ def questions(want: Want) -> tuple[dict[Wire, tuple[str, ...]], dict[str, str]]:
     with Socket(netlink.NETLINK_ROUTE) as host:
         for port in want.ports:
             addresses = tuple(it.ip for it in want.announce if it.link == port.link)
-            found = _wires(host, port) if addresses else ()
+            found = _asked_for(host, port) if addresses else ()
             if isinstance(found, str):
                 unknown |= dict.fromkeys(addresses, found)
             else:
@@ -74,12 +74,19 @@ def questions(want: Want) -> tuple[dict[Wire, tuple[str, ...]], dict[str, str]]:
     return asked, unknown
 
 
-def _wires(host: Socket, port: Port) -> tuple[Wire, ...] | str:
-    """The uplinks of the port's bridge; the reason if one of them cannot be asked."""
+def _asked_for(host: Socket, port: Port) -> tuple[Wire, ...] | str:
     bridge = _bridge(host, port)
     if bridge is None:
         return f"the bridge of {port.host_link} does not exist"
-    ports = list_links_over(host, master=bridge.index)
+    vlans = list_port_vlans(host, bridge.index) if bridge.vlan_filtering else {}
+    return wires(port.host_link, bridge, list_links_over(host, master=bridge.index), vlans)
+
+
+def wires(host_link: str, bridge: Link, ports: list[Link], vlans: dict[int, PortVlans]) -> tuple[Wire, ...] | str:
+    """The uplinks of the port's bridge; the reason if one of them cannot be asked.
+
+    ``vlans``: of the bridge's ports by index, if it filters VLANs.
+    """
     uplinks = [it for it in ports if it.up and not leads_to_guests(bridge.name, _described(it))]
     if not uplinks:
         return f"bridge {bridge.name} has no uplink"
@@ -88,11 +95,10 @@ def _wires(host: Socket, port: Port) -> tuple[Wire, ...] | str:
             return f"{it.name} has no link"  # guard: a-link-without-carrier-proves-nothing
     if not bridge.vlan_filtering:
         return tuple(Wire(it.name) for it in uplinks)
-    vlans = list_port_vlans(host, bridge.index)
-    own = next((vlans[it.index].own for it in ports if it.name == port.host_link and it.index in vlans), 0)
+    own = next((vlans[it.index].own for it in ports if it.name == host_link and it.index in vlans), 0)
     tags = {it.name: vlans[it.index].tag_of(own) for it in uplinks if it.index in vlans and own}
-    wires = tuple(Wire(name, tag) for name, tag in tags.items() if tag is not None)
-    return wires or f"no uplink of bridge {bridge.name} carries the VLAN of {port.host_link}"
+    carrying = tuple(Wire(name, tag) for name, tag in tags.items() if tag is not None)
+    return carrying or f"no uplink of bridge {bridge.name} carries the VLAN of {host_link}"
 
 
 def _bridge(host: Socket, port: Port) -> Link | None:

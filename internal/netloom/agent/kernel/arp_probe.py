@@ -123,7 +123,8 @@ class _Probe:
         try:
             # Protocol 0: the socket receives nothing until it is bound, with its filter.
             self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            with contextlib.suppress(OSError):  # before Linux 4.20; then ``receive`` leaves them out
+                self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
             with contextlib.suppress(PermissionError):  # in a container: what the host allows each socket
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
             attach_filter(self._socket, _filter(self._wire.tag))
@@ -157,7 +158,7 @@ class _Probe:
         try:
             while True:
                 data, sender = self._socket.recvfrom(_FRAME_BYTES_MAX, socket.MSG_DONTWAIT)
-                if sender[2] != _PACKET_OUTGOING:  # before Linux 4.20 outgoing frames are not ignored
+                if sender[2] != _PACKET_OUTGOING:  # guard: probes-leave-out-what-we-send
                     self._hear(data)
         except BlockingIOError:
             return
@@ -168,7 +169,7 @@ class _Probe:
         return Heard(self._owners, self._probing, self._failed)
 
     def _hear(self, data: bytes) -> None:
-        message = _decoded(data)
+        message = decoded(data)
         if message is None:
             return
         operation, mac, sender, target = message
@@ -187,7 +188,7 @@ def probe(address: bytes, mac: bytes, tag: int = 0) -> bytes:
     return plain if not tag else plain[:12] + struct.pack(">HH", _ETHERTYPE_VLAN, tag) + plain[12:]
 
 
-def _decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
+def decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
     """Operation, sender's MAC address, sender's and target's IPv4 address; None for what is not such a message."""
     if len(data) < FRAME.size:
         return None
@@ -195,7 +196,7 @@ def _decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
     formats = (hardware, mac_bytes), (protocol, ip_bytes)
     if kind != ETHERTYPE_ARP or formats != (_ETHERNET, _IPV4) or operation not in (REQUEST, REPLY):
         return None
-    if mac[0] & 1 or mac == bytes(6):  # no station has a group address, or none
+    if mac[0] & 1 or mac == bytes(6):  # guard: an-owner-has-a-station-address
         return None
     return operation, mac, sender, target
 
@@ -207,7 +208,7 @@ def _filter(tag: int) -> Filter:
         (0x15, 0, 4, ETHERTYPE_ARP),  # jeq
         (0x20, 0, 0, _VLAN_TAG),  # ld
         (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
-        (0x15, 0, 1, tag),  # jeq
+        (0x15, 0, 1, tag),  # guard: probes-hear-their-own-vlan
         (0x06, 0, 0, 0xFFFFFFFF),  # ret: the whole frame
         (0x06, 0, 0, 0),  # ret: nothing
     )

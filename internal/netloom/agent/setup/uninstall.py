@@ -82,7 +82,7 @@ def uninstall(networks: Networks) -> Kept:
                 kept = [f"{len(scopes)} networks with their bridges and guards: they run on"]
                 after = ["netloom agent install"]
             else:
-                kept, after = _remove_shared_links()
+                kept, after = remove_shared_links()
                 BridgedFrames().leave()
                 unmanaged.release()
                 restore(STATE / RECORD)
@@ -90,14 +90,14 @@ def uninstall(networks: Networks) -> Kept:
             return Kept(_remove_files(keep_networks=leave), kept, after)
 
 
-def _remove_shared_links() -> tuple[list[str], list[str]]:
+def remove_shared_links() -> tuple[list[str], list[str]]:
     """Remove all guards, and the unused links of segments; what stays, and the commands that remove it."""
     try:
         KernelHost().tidy()
         found = our_shared_links()
         bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
         unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
-        gate.remove()
+        gate.remove()  # guard: no-gate-without-its-agent
     except HostRefused as error:
         return [f"guards and bridges: {error}"], [f"nft delete table {it}" for it in (*GUARD_TABLES, gate.TABLE)]
     kept, after = [], []

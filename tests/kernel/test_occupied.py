@@ -1,0 +1,128 @@
+"""Whether another host uses the addresses of a scope: asked below the bridges, with the scope's gate closed or open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kernel.agent_host import AgentHost, agent_host, wait_until
+from kernel.gated_agent import GatedAgent, gated_agent
+from kernel.raw_frames import wire
+
+# The golden scenario ip6.
+GATEWAY, ADDRESS = "10.50.1.1", "203.0.113.20"
+GUEST_MAC, PUBLIC_MAC = "0a:97:3e:a2:e0:51", "0a:1a:27:c8:5b:f9"
+GUEST_WIRE, PUBLIC_WIRE = "eth1.1520", "eth1.101"
+FREE: dict[str, dict[str, str]] = {"owners": {}, "probing": {}, "unknown": {}}
+ASK = "occupied 0.3"
+
+
+@pytest.fixture
+def host() -> Iterator[AgentHost]:
+    with agent_host(GUEST_WIRE, PUBLIC_WIRE) as it:
+        # Several links of the fabric are in the same subnets.
+        it.run("sysctl", "-qw", "net.ipv4.conf.all.arp_ignore=1", pid=it.fabric)
+        yield it
+
+
+@pytest.fixture
+def agent(host: AgentHost) -> Iterator[GatedAgent]:
+    with gated_agent(host) as it:
+        yield it
+
+
+def running(host: AgentHost) -> bool:
+    return all(host.links()[it]["operstate"] == "UP" for it in (GUEST_WIRE, PUBLIC_WIRE))
+
+
+def elsewhere(host: AgentHost, link: str, address: str, mac: str = "") -> str:
+    """Let another host behind a link of this host use the address; returns its MAC address."""
+    peer = f"sw-{link}"
+    if mac:
+        host.run("ip", "link", "set", peer, "address", mac, pid=host.fabric)
+    host.run("ip", "addr", "add", f"{address}/24", "dev", peer, pid=host.fabric)
+    found: str = json.loads(host.run("ip", "-j", "link", "show", peer, pid=host.fabric))[0]["address"]
+    return found
+
+
+@pytest.mark.parametrize("state", ["converge gated", "converge"])
+def test_addresses_that_nobody_uses_are_free_also_while_the_scope_itself_answers(
+    host: AgentHost, agent: GatedAgent, state: str
+) -> None:
+    agent(state)
+    wait_until(lambda: running(host))
+    assert agent(ASK) == FREE
+
+
+@pytest.mark.parametrize("mac", ["", PUBLIC_MAC], ids=["another MAC", "the MAC of our port"])
+def test_another_host_is_heard_behind_the_closed_gate(host: AgentHost, agent: GatedAgent, mac: str) -> None:
+    agent("converge gated")
+    wait_until(lambda: running(host))
+    public, guest = elsewhere(host, PUBLIC_WIRE, ADDRESS, mac), elsewhere(host, GUEST_WIRE, GATEWAY)
+    assert agent(ASK) == FREE | {"owners": {ADDRESS: public, GATEWAY: guest}}
+    entries = host.run("bridge", "fdb", "show", "dev", "vnetpn520.101")
+    assert PUBLIC_MAC not in entries
+
+
+def test_another_host_is_heard_before_the_scope_is_built(host: AgentHost, agent: GatedAgent) -> None:
+    public = elsewhere(host, PUBLIC_WIRE, ADDRESS)
+    for link in (GUEST_WIRE, PUBLIC_WIRE):
+        host.ip("link", "add", f"br{link.replace('.', '-')}", "type", "bridge")
+        host.ip("link", "set", link, "master", f"br{link.replace('.', '-')}", "up")
+    wait_until(lambda: running(host))
+    assert agent(ASK) == FREE | {"owners": {ADDRESS: public}}
+
+
+def unknown(found: dict[str, Any]) -> dict[str, str]:
+    assert found["owners"] == found["probing"] == {}
+    reasons: dict[str, str] = found["unknown"]
+    return reasons
+
+
+@pytest.mark.mutation("a-link-without-carrier-proves-nothing")
+def test_what_cannot_be_asked_is_not_known(host: AgentHost, agent: GatedAgent) -> None:
+    assert unknown(agent(ASK)) == {
+        GATEWAY: "the bridge of vnetg520 does not exist",
+        ADDRESS: "the bridge of vnetpn520.101 does not exist",
+    }
+    agent("converge gated")
+    wait_until(lambda: running(host))
+    host.run("ip", "link", "set", f"sw-{PUBLIC_WIRE}", "down", pid=host.fabric)
+    wait_until(lambda: not running(host))
+    assert unknown(agent(ASK)) == {ADDRESS: f"{PUBLIC_WIRE} has no link"}
+    host.ip("link", "set", GUEST_WIRE, "nomaster")
+    host.ip("link", "set", "vnetpn520.101", "nomaster")
+    assert unknown(agent(ASK)) == {
+        GATEWAY: "bridge breth1-1520 has no uplink",
+        ADDRESS: f"{PUBLIC_WIRE} has no link",
+    }
+
+
+@pytest.mark.mutation("a-link-that-fails-proves-nothing")
+def test_a_link_that_goes_down_meanwhile_proves_nothing(host: AgentHost, agent: GatedAgent) -> None:
+    agent("converge gated")
+    wait_until(lambda: running(host))
+    with wire(host, f"sw-{PUBLIC_WIRE}", fabric=True) as far:
+        far.settimeout(20)
+        asking = agent.start("occupied 20")
+        while far.recv(2048)[12:14] != b"\x08\x06":
+            pass
+    host.ip("link", "set", PUBLIC_WIRE, "down")
+    elsewhere(host, GUEST_WIRE, GATEWAY)  # the next probe is answered, so nothing is left to wait for
+    assert asking()["unknown"] == {ADDRESS: f"{PUBLIC_WIRE}: Network is down"}
+
+
+def test_a_bridge_of_others_is_asked_on_its_uplink_and_not_on_its_vms(host: AgentHost, agent: GatedAgent) -> None:
+    for link, bridge in ((PUBLIC_WIRE, "breth1-101"), (GUEST_WIRE, "breth1-1520")):
+        host.ip("link", "add", bridge, "type", "bridge")
+        host.ip("link", "set", link, "master", bridge, "up")
+        host.ip("link", "set", bridge, "up")
+    agent("converge gated")
+    host.plug("vm", "breth1-1520", "02:01:00:cc:00:03", f"{GATEWAY}/24")
+    wait_until(lambda: running(host))
+    assert agent(ASK) == FREE  # a VM of this host that takes the gateway's address is no other host
+    guest = elsewhere(host, GUEST_WIRE, GATEWAY)
+    assert agent(ASK) == FREE | {"owners": {GATEWAY: guest}}
