@@ -10,8 +10,9 @@ The fields of a created connection were chosen by tests with packets:
   translates nothing. With them the reply tuple must be the inverse of the original one: the kernel changes it itself.
 * ``CONFIRMED`` must be set (else EBUSY). The other bits of the status are ignored, except that a connection without
   ``ASSURED`` is the first to be removed when the table is full.
-* The TCP windows cannot be copied, so both directions are liberal: conntrack does not check windows. The window scales
-  are copied nevertheless.
+* The TCP windows cannot be copied. The kernel learns them from the next segments, and the window scales must be in
+  force for that: the scales, and the flag ``WINDOW_SCALE`` of both directions. Besides, both directions are liberal:
+  windows are not checked. With neither, transfers stall that were under way.
 * The timeout is what was left at the source. The next packet sets it anew.
 
 **What is copied.** TCP that is established, in one direction closed, or about to end: all states in which an
@@ -91,7 +92,7 @@ _TCP_OPEN = frozenset({3, 4, 5, 6})
 _TCP_STATE_MAX = 9
 _WINDOW_SCALE_MAX = 14  # RFC 7323
 # WINDOW_SCALE, SACK_PERM and CLOSE_INIT. MAXACK_SET would make the kernel compare resets with a number that it lacks.
-_TCP_FLAGS_COPIED = 0x07
+_TCP_FLAGS_COPIED = 0x07  # guard: window-scales-are-in-force
 _TCP_BE_LIBERAL = 0x08
 
 _TCP, _UDP, _GRE = 6, 17, 47
@@ -495,7 +496,7 @@ def _tuple_attribute(kind: int, family: _Family, protocol: int, encoded: bytes) 
 @lru_cache(maxsize=1024)
 def _protoinfo(tcp: bytes) -> bytes:
     state, scale, reply_scale, flags, reply_flags = tcp
-    liberal = _TCP_BE_LIBERAL  # guard: a-copied-connection-has-no-window
+    liberal = _TCP_BE_LIBERAL  # guard: windows-of-copied-connections-are-not-checked
     all_bits = 0xFF  # the mask of the bits to set
     return nested(
         _CTA_PROTOINFO,
