@@ -24,12 +24,12 @@ from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, CLIENT2, PATIENCE_S, STRANGER, Lab, echoes
 from kernel.second_device import SecondDevice
-from kernel.vpc_lab import HOMES, VpcLab, item, vpc
+from kernel.vpc_lab import BALANCED, HOMES, VpcLab, item, vpc
 from netloom.agent.host import flows
 from netloom.agent.kernel import conntrack, conntrack_copy
 from netloom.render.flows import FlowPolicy
 from netloom.render.marks import REVOKED, exit_of
-from netloom.state import Network, Scope
+from netloom.state import Backend, LbRule, Network, Scope
 from netns import inside
 from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
 
@@ -78,6 +78,7 @@ def lab() -> Iterator[Lab]:
     with VpcLab() as lab:
         _give_ip6(lab)
         lab.serve("dev", "tcp", 80)
+        lab.serve("dev", "tcp", BALANCED)
         lab.serve("inet", "tcp", 22, STRANGER)
         yield lab
 
@@ -544,11 +545,21 @@ def test_a_copied_flow_whose_rule_is_gone_ends_at_the_other_host(lab: Lab, other
     assert delivers(*stays)
 
 
-def test_a_connection_of_a_host_process_is_reset_at_the_other_host(lab: Lab, other: SecondDevice) -> None:
+@pytest.mark.parametrize(
+    ("space", "target", "port", "source"),
+    [("vm1", GATEWAY, 80, ""), ("inet", B1.address, BALANCED, CLIENT)],
+    ids=["of a guest", "from outside"],
+)
+def test_a_connection_to_a_host_process_is_reset_at_the_other_host(
+    lab: Lab, other: SecondDevice, space: str, target: str, port: int, source: str
+) -> None:
     """A server on the device takes the place of haproxy. It has no socket on the other host."""
-    lab.renew(SCOPE)
-    other.apply(SCOPE)
-    with lab.connect("vm1", GATEWAY, 80) as client, lab.connect("vm1", STRANGER, 22) as through:
+    rule = LbRule(rule_id=1, public_ip=B1.address, public_port=BALANCED, protocol="tcp", algorithm="roundrobin",
+                  backends=(Backend(ip=VM1, port=80),), network_id="204")  # fmt: skip
+    scope = replace(SCOPE, lb_rules={"1": rule})
+    lab.renew(scope)
+    other.apply(scope)
+    with lab.connect(space, target, port, source) as client, lab.connect("vm1", STRANGER, 22) as through:
         copied(lab, other)
         other.take_over()
         client.settimeout(PATIENCE_S)

@@ -22,13 +22,11 @@ source port. In any state: connections whose mark has a bit of ``marked``.
 
 **What is not copied.** Half-open TCP: the client repeats its SYN. TCP that is closed. Flows without a reply: their next
 packet makes a new entry. ICMP: the next echo request makes a new entry. SCTP, DCCP and UDP-Lite: their entries were not
-tried.
-Connections with a conntrack helper and the connections that it announced: their expectations and changed sequence
-numbers are not listed completely. Counters.
+tried. Connections with a conntrack helper and the connections that it announced: their expectations and changed
+sequence numbers are not listed completely. Counters.
 
-**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. The sockets are not. So on the
-target, the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
-Without the entry the segment would be invalid, and the ruleset would drop it.
+**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. Their sockets are not. So at the
+target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
 """
 
 from __future__ import annotations
