@@ -25,8 +25,8 @@ packet makes a new entry. ICMP: the next echo request makes a new entry. SCTP, D
 tried. Connections with a conntrack helper and the connections that it announced: their expectations and changed
 sequence numbers are not listed completely. Counters.
 
-**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. Their sockets are not. So at the
-target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
+**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. Their sockets are not. So at
+the target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
 """
 
 from __future__ import annotations
