@@ -257,9 +257,10 @@ def _decode_tuple(family: _Family, value: bytes | None) -> tuple[int, bytes]:
     source, destination = ip.get(family.source, b""), ip.get(family.destination, b"")
     ports = [proto.get(it, bytes(2)) for it in (_CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)]
     encoded = b"".join((source, destination, *ports))
-    if len(source) != family.address_bytes or len(encoded) != family.tuple_bytes:
-        raise NetlinkError(errno.EBADMSG, "connection", "an address is missing")
-    return _number(proto, _CTA_PROTO_NUM), encoded
+    protocol = _number(proto, _CTA_PROTO_NUM)
+    if len(source) != family.address_bytes or len(encoded) != family.tuple_bytes or protocol > 0xFF:
+        raise NetlinkError(errno.EBADMSG, "connection", "a direction cannot be decoded")
+    return protocol, encoded
 
 
 def _inverse(encoded: bytes, size: int) -> bytes:
