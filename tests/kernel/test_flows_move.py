@@ -26,7 +26,7 @@ from kernel.ruleset_lab import CLIENT, CLIENT2, PATIENCE_S, STRANGER, Lab, echoe
 from kernel.second_device import SecondDevice
 from kernel.vpc_lab import BALANCED, HOMES, VpcLab, item, vpc
 from netloom.agent.host import flows
-from netloom.agent.kernel import conntrack, conntrack_copy
+from netloom.agent.kernel import conntrack, conntrack_copy, tcp_sockets
 from netloom.render.flows import FlowPolicy
 from netloom.render.marks import REVOKED, exit_of
 from netloom.state import Backend, LbRule, Network, Scope
@@ -566,6 +566,20 @@ def test_a_connection_to_a_host_process_is_reset_at_the_other_host(
         client.sendall(b"more")
         with pytest.raises(ConnectionResetError):
             client.recv(10)
+        assert echoes(through)
+
+
+def test_a_client_that_waits_for_a_host_process_is_reset_before_the_move(lab: Lab, other: SecondDevice) -> None:
+    """It sends nothing to which the other host could answer."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    with lab.connect("vm1", GATEWAY, 80) as client, lab.connect("vm1", STRANGER, 22) as through:
+        assert tcp_sockets.reset_connections(lab.ns("dev"))
+        client.settimeout(PATIENCE_S)
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+        assert copied(lab, other).standing == 1
+        other.take_over()
         assert echoes(through)
 
 

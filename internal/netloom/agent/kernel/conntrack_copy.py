@@ -26,7 +26,8 @@ tried. Connections with a conntrack helper and the connections that it announced
 sequence numbers are not listed completely. Counters.
 
 **Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. Their sockets are not. So at
-the target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
+the target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset. A
+remote end that only waits sends none: see ``tcp_sockets.reset_connections``.
 """
 
 from __future__ import annotations
