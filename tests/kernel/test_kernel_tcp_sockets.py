@@ -64,7 +64,7 @@ def test_connections_of_other_namespaces_stay() -> None:
 
 def test_a_listing_that_is_cut_short_is_refused() -> None:
     with pytest.raises(NetlinkError, match="cut short"):
-        tcp_sockets._reset(socket.AF_INET, bytes(51))
+        tcp_sockets.reset_request(socket.AF_INET, bytes(51))
 
 
 def test_no_file_descriptor_leaks() -> None:

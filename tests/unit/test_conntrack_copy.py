@@ -174,7 +174,7 @@ def test_a_damaged_chunk_is_refused_or_has_records(at: int, value: int, more: by
     assert b"".join(decoded) == damaged[10:]
     for it in decoded:
         assert conntrack_copy.described(it)
-        assert conntrack_copy._creation(it)
+        assert conntrack_copy.creation(it)
 
 
 @pytest.mark.parametrize(

@@ -396,7 +396,7 @@ def create(namespace: str | None, listed: Sequence[Record]) -> Created:
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
         for at in range(0, len(listed), _BATCH):
             part = listed[at : at + _BATCH]
-            answers = ctnetlink.exchange([Message(_NEW, _CREATE, _creation(it)) for it in part])
+            answers = ctnetlink.exchange([Message(_NEW, _CREATE, creation(it)) for it in part])
             for record, answer in zip(part, answers, strict=True):
                 if answer.errno in (0, errno.EEXIST):
                     standing += 1
@@ -457,7 +457,8 @@ def _identity(record: Record) -> Iterator[bytes]:
         yield be16(_CTA_ZONE, zone)
 
 
-def _creation(record: Record) -> bytes:
+def creation(record: Record) -> bytes:
+    """The payload of the request that creates the connection."""
     return b"".join(_attributes(record))
 
 

@@ -34,7 +34,7 @@ def reset_connections(namespace: str | None) -> int:
             # ENOENT: the module tcp_diag is missing.
             listing = Message(_BY_FAMILY, payload=everything, what="list TCP sockets").even_if(errno.ENOENT)
             found = [payload for kind, payload in diag.dump(listing) if kind == _BY_FAMILY]
-            requests = [_reset(family, payload) for payload in found]
+            requests = [reset_request(family, payload) for payload in found]
             for request, answer in zip(requests, diag.exchange(requests), strict=True):
                 if answer.errno not in (0, errno.ENOENT, errno.EOPNOTSUPP):
                     raise NetlinkError(answer.errno, request.what, answer.ext_ack)
@@ -42,7 +42,7 @@ def reset_connections(namespace: str | None) -> int:
     return count
 
 
-def _reset(family: int, listed: bytes) -> Message:
+def reset_request(family: int, listed: bytes) -> Message:
     """The request for a socket as the kernel lists it. Raises NetlinkError (EBADMSG)."""
     identity = listed[_ID_AT : _ID_AT + _ID_BYTES]
     if len(identity) != _ID_BYTES:
