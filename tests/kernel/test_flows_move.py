@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import secrets
 import select
+import selectors
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +24,12 @@ from msgspec.structs import replace
 
 from kernel.ruleset_lab import CLIENT, CLIENT2, PATIENCE_S, STRANGER, Lab, echoes
 from kernel.second_device import SecondDevice
-from kernel.vpc_lab import HOMES, VpcLab, item, vpc
+from kernel.vpc_lab import BALANCED, HOMES, VpcLab, item, vpc
 from netloom.agent.host import flows
-from netloom.agent.kernel import conntrack, conntrack_copy
+from netloom.agent.kernel import conntrack, conntrack_copy, tcp_sockets
 from netloom.render.flows import FlowPolicy
 from netloom.render.marks import REVOKED, exit_of
-from netloom.state import Network, Scope
+from netloom.state import Backend, LbRule, Network, Scope
 from netns import inside
 from unit.scopes import A1, A2, B1, GATEWAY, VM1, VM2, VM3, admit, forward, static, wish
 
@@ -76,6 +78,7 @@ def lab() -> Iterator[Lab]:
     with VpcLab() as lab:
         _give_ip6(lab)
         lab.serve("dev", "tcp", 80)
+        lab.serve("dev", "tcp", BALANCED)
         lab.serve("inet", "tcp", 22, STRANGER)
         yield lab
 
@@ -182,6 +185,58 @@ class Bulk:
         return delivers(one, other, patience_s) and delivers(other, one, patience_s)
 
 
+class Transfers:
+    """Connections whose ends both send and read without a pause, in a thread of their own."""
+
+    ENOUGH = 8 << 20  # bytes that arrive after the move: more than the receive buffer can have held before
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._read: dict[socket.socket, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, one: socket.socket, other: socket.socket) -> None:
+        for end in (one, other):
+            end.setblocking(False)
+            self._read[end] = 0
+            self._selector.register(end, selectors.EVENT_READ | selectors.EVENT_WRITE)
+
+    def __enter__(self) -> Transfers:
+        return self
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self.go_on(PATIENCE_S)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._selector.close()
+
+    def _run(self) -> None:
+        block = bytes(1 << 16)
+        while not self._stop.is_set():
+            for key, events in self._selector.select(0.1):
+                end = key.fileobj
+                assert isinstance(end, socket.socket)
+                with contextlib.suppress(BlockingIOError):
+                    if events & selectors.EVENT_READ:
+                        self._read[end] += len(end.recv(1 << 20))
+                    if events & selectors.EVENT_WRITE:
+                        end.send(block)
+
+    def go_on(self, patience_s: float) -> bool:
+        """Whether each end receives ``ENOUGH`` bytes from now on."""
+        until = time.monotonic() + patience_s
+        wanted = {end: read + self.ENOUGH for end, read in self._read.items()}
+        while any(self._read[end] < count for end, count in wanted.items()):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+        return True
+
+
 def copied(lab: Lab, other: SecondDevice) -> conntrack_copy.Created:
     """Copy the table of the first device, as two hosts do it."""
     chunks = conntrack_copy.encode(flows.listed(lab.ns("dev")))
@@ -257,16 +312,24 @@ def test_connections_that_are_not_copied_do_not_go_on(lab: Lab, other: SecondDev
     assert _asked(goes_on, QUIET_S) == dict.fromkeys(goes_on, False)
 
 
-@pytest.mark.mutation("a-copied-connection-has-no-window", instead="0")
-def test_a_copied_bulk_transfer_goes_on_where_windows_are_checked(lab: Lab, other: SecondDevice, connect: Open) -> None:
+@pytest.mark.mutation("windows-of-copied-connections-are-not-checked", instead="0")
+@pytest.mark.mutation("window-scales-are-in-force", instead="0")
+@pytest.mark.parametrize("liberal", ["0", "1"])
+def test_transfers_under_way_go_on(lab: Lab, other: SecondDevice, connect: Open, liberal: str) -> None:
+    """The segments that are lost in the move are sent again. Also where the sysctl tells conntrack to check windows."""
     lab.renew(SCOPE)
     other.apply(SCOPE)
-    goes_on = {name: Bulk(*connect(kind, BULK)).goes_on for name, kind in KINDS.items()}
     with inside(other.namespace):
-        Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal").write_text("0")
-    copied(lab, other)
-    other.take_over()
-    assert _asked(goes_on, PATIENCE_S) == dict.fromkeys(goes_on, True)
+        Path("/proc/sys/net/netfilter/nf_conntrack_tcp_be_liberal").write_text(liberal)
+    with Transfers() as transfers:
+        for kind in KINDS.values():
+            transfers.add(*connect(kind, BULK))
+        transfers.start()
+        other.close_first()
+        assert not transfers.go_on(QUIET_S)
+        copied(lab, other)
+        other.take_over()
+        assert transfers.go_on(PATIENCE_S)
 
 
 def test_a_connection_that_the_client_has_closed_in_one_direction_goes_on(
@@ -482,17 +545,41 @@ def test_a_copied_flow_whose_rule_is_gone_ends_at_the_other_host(lab: Lab, other
     assert delivers(*stays)
 
 
-def test_a_connection_of_a_host_process_is_reset_at_the_other_host(lab: Lab, other: SecondDevice) -> None:
+@pytest.mark.parametrize(
+    ("space", "target", "port", "source"),
+    [("vm1", GATEWAY, 80, ""), ("inet", B1.address, BALANCED, CLIENT)],
+    ids=["of a guest", "from outside"],
+)
+def test_a_connection_to_a_host_process_is_reset_at_the_other_host(
+    lab: Lab, other: SecondDevice, space: str, target: str, port: int, source: str
+) -> None:
     """A server on the device takes the place of haproxy. It has no socket on the other host."""
-    lab.renew(SCOPE)
-    other.apply(SCOPE)
-    with lab.connect("vm1", GATEWAY, 80) as client, lab.connect("vm1", STRANGER, 22) as through:
+    rule = LbRule(rule_id=1, public_ip=B1.address, public_port=BALANCED, protocol="tcp", algorithm="roundrobin",
+                  backends=(Backend(ip=VM1, port=80),), network_id="204")  # fmt: skip
+    scope = replace(SCOPE, lb_rules={"1": rule})
+    lab.renew(scope)
+    other.apply(scope)
+    with lab.connect(space, target, port, source) as client, lab.connect("vm1", STRANGER, 22) as through:
         copied(lab, other)
         other.take_over()
         client.settimeout(PATIENCE_S)
         client.sendall(b"more")
         with pytest.raises(ConnectionResetError):
             client.recv(10)
+        assert echoes(through)
+
+
+def test_a_client_that_waits_for_a_host_process_is_reset_before_the_move(lab: Lab, other: SecondDevice) -> None:
+    """It sends nothing to which the other host could answer."""
+    lab.renew(SCOPE)
+    other.apply(SCOPE)
+    with lab.connect("vm1", GATEWAY, 80) as client, lab.connect("vm1", STRANGER, 22) as through:
+        assert tcp_sockets.reset_connections(lab.ns("dev"))
+        client.settimeout(PATIENCE_S)
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+        assert copied(lab, other).standing == 1
+        other.take_over()
         assert echoes(through)
 
 

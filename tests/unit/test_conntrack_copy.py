@@ -133,6 +133,11 @@ def test_a_damaged_listing_is_refused_or_becomes_a_record(
             assert conntrack_copy.decode(conntrack_copy.encode([made])[0]) == [made]
 
 
+def test_a_listing_with_a_protocol_of_two_bytes_is_refused() -> None:
+    with pytest.raises(NetlinkError):
+        conntrack_copy.record_of(listing(ESP).replace(u8(1, ESP), be16(1, 0x100 + ESP)))
+
+
 def test_a_large_table_is_split_into_chunks() -> None:
     many = [record(sport=port, translated=PUBLIC) for port in range(1, 40000)]
     chunks = conntrack_copy.encode(many)
@@ -169,7 +174,7 @@ def test_a_damaged_chunk_is_refused_or_has_records(at: int, value: int, more: by
     assert b"".join(decoded) == damaged[10:]
     for it in decoded:
         assert conntrack_copy.described(it)
-        assert conntrack_copy._creation(it)
+        assert conntrack_copy.creation(it)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ The fields of a created connection were chosen by tests with packets:
   translates nothing. With them the reply tuple must be the inverse of the original one: the kernel changes it itself.
 * ``CONFIRMED`` must be set (else EBUSY). The other bits of the status are ignored, except that a connection without
   ``ASSURED`` is the first to be removed when the table is full.
-* The TCP windows cannot be copied, so both directions are liberal: conntrack does not check windows. The window scales
-  are copied nevertheless.
+* The TCP windows cannot be copied. The kernel learns them from the next segments, and the window scales must be in
+  force for that: the scales, and the flag ``WINDOW_SCALE`` of both directions. Besides, both directions are liberal:
+  windows are not checked. With neither, transfers stall that were under way.
 * The timeout is what was left at the source. The next packet sets it anew.
 
 **What is copied.** TCP that is established, in one direction closed, or about to end: all states in which an
@@ -21,13 +22,12 @@ source port. In any state: connections whose mark has a bit of ``marked``.
 
 **What is not copied.** Half-open TCP: the client repeats its SYN. TCP that is closed. Flows without a reply: their next
 packet makes a new entry. ICMP: the next echo request makes a new entry. SCTP, DCCP and UDP-Lite: their entries were not
-tried.
-Connections with a conntrack helper and the connections that it announced: their expectations and changed sequence
-numbers are not listed completely. Counters.
+tried. Connections with a conntrack helper and the connections that it announced: their expectations and changed
+sequence numbers are not listed completely. Counters.
 
-**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. The sockets are not. So on the
-target, the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset.
-Without the entry the segment would be invalid, and the ruleset would drop it.
+**Connections of the host's own processes** (haproxy, dnsmasq) are copied as all others. Their sockets are not. So at
+the target the next segment of the remote end is for a port without a socket, and the kernel answers it with a reset. A
+remote end that only waits sends none: see ``tcp_sockets.reset_connections``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ _TCP_OPEN = frozenset({3, 4, 5, 6})
 _TCP_STATE_MAX = 9
 _WINDOW_SCALE_MAX = 14  # RFC 7323
 # WINDOW_SCALE, SACK_PERM and CLOSE_INIT. MAXACK_SET would make the kernel compare resets with a number that it lacks.
-_TCP_FLAGS_COPIED = 0x07
+_TCP_FLAGS_COPIED = 0x07  # guard: window-scales-are-in-force
 _TCP_BE_LIBERAL = 0x08
 
 _TCP, _UDP, _GRE = 6, 17, 47
@@ -258,9 +258,10 @@ def _decode_tuple(family: _Family, value: bytes | None) -> tuple[int, bytes]:
     source, destination = ip.get(family.source, b""), ip.get(family.destination, b"")
     ports = [proto.get(it, bytes(2)) for it in (_CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT)]
     encoded = b"".join((source, destination, *ports))
-    if len(source) != family.address_bytes or len(encoded) != family.tuple_bytes:
-        raise NetlinkError(errno.EBADMSG, "connection", "an address is missing")
-    return _number(proto, _CTA_PROTO_NUM), encoded
+    protocol = _number(proto, _CTA_PROTO_NUM)
+    if len(source) != family.address_bytes or len(encoded) != family.tuple_bytes or protocol > 0xFF:
+        raise NetlinkError(errno.EBADMSG, "connection", "a direction cannot be decoded")
+    return protocol, encoded
 
 
 def _inverse(encoded: bytes, size: int) -> bytes:
@@ -395,7 +396,7 @@ def create(namespace: str | None, listed: Sequence[Record]) -> Created:
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
         for at in range(0, len(listed), _BATCH):
             part = listed[at : at + _BATCH]
-            answers = ctnetlink.exchange([Message(_NEW, _CREATE, _creation(it)) for it in part])
+            answers = ctnetlink.exchange([Message(_NEW, _CREATE, creation(it)) for it in part])
             for record, answer in zip(part, answers, strict=True):
                 if answer.errno in (0, errno.EEXIST):
                     standing += 1
@@ -456,7 +457,8 @@ def _identity(record: Record) -> Iterator[bytes]:
         yield be16(_CTA_ZONE, zone)
 
 
-def _creation(record: Record) -> bytes:
+def creation(record: Record) -> bytes:
+    """The payload of the request that creates the connection."""
     return b"".join(_attributes(record))
 
 
@@ -495,7 +497,7 @@ def _tuple_attribute(kind: int, family: _Family, protocol: int, encoded: bytes) 
 @lru_cache(maxsize=1024)
 def _protoinfo(tcp: bytes) -> bytes:
     state, scale, reply_scale, flags, reply_flags = tcp
-    liberal = _TCP_BE_LIBERAL  # guard: a-copied-connection-has-no-window
+    liberal = _TCP_BE_LIBERAL  # guard: windows-of-copied-connections-are-not-checked
     all_bits = 0xFF  # the mask of the bits to set
     return nested(
         _CTA_PROTOINFO,
