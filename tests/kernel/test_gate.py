@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Self
 
 import pytest
 
@@ -227,14 +228,21 @@ def sent_numbers(frames: list[bytes]) -> list[int]:
 
 
 class Stream:
-    """Numbered broadcasts of the public port, about one each millisecond, until ``stop``; ``sent`` counts them."""
+    """Numbered broadcasts of the public port, about one each millisecond, within the block; ``sent`` counts them."""
 
     def __init__(self, tap: socket.socket) -> None:
         self._tap = tap
         self._stopped = threading.Event()
         self.sent = 0
         self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
 
     def _run(self) -> None:
         while not self._stopped.wait(0.001):
@@ -246,31 +254,25 @@ class Stream:
         until = self.sent + frames
         wait_until(lambda: self.sent >= until)
 
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
 
 @pytest.mark.mutation("a-closed-gate-emits-nothing", instead='f"iifname @{_CLOSED} accept"')
 def test_a_gate_opens_and_closes_between_two_frames(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
     with taps(host, ("", FABRIC[PUBLIC]), (NS, PUBLIC)) as (far, mine):
-        stream = Stream(mine)
-        edges = []
-        for _ in range(5):
+        with Stream(mine) as stream:
+            for _ in range(5):
+                stream.pass_on()
+                agent("open")
+                stream.pass_on()
+                agent("close")
+                closed_at = stream.sent
             stream.pass_on()
-            agent("open")
-            stream.pass_on()
-            agent("close")
-            edges.append(stream.sent)
-        stream.pass_on()
-        stream.stop()
         numbers = sent_numbers(heard(far))
     runs = sum(it != number + 1 for it, number in zip(numbers[1:], numbers, strict=False)) + 1
     assert runs == 5, numbers
     # The sender counts a frame after the bridge has it.
-    assert numbers[-1] <= edges[-1]
+    assert numbers[-1] <= closed_at
 
 
 @pytest.mark.mutation("reserved-addresses-pass-no-gate", instead='f"iifname @{_CLOSED} accept"')
@@ -387,16 +389,13 @@ def test_closed_gates_are_closed_again_when_somebody_flushes_all_rules(host: Age
     with gated_agent(host, "ip6", "watch") as agent:
         agent("converge gated")
         wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
-        with taps(host, ("", FABRIC[PUBLIC]), (NS, PUBLIC)) as (far, mine):
-            stream = Stream(mine)
+        with taps(host, ("", FABRIC[PUBLIC]), (NS, PUBLIC)) as (far, mine), Stream(mine) as stream:
             passed = 0
             for harm in ("flush ruleset", "flush set bridge netloom_gate closed", "delete table bridge netloom_gate"):
                 host.run("nft", harm)
                 wait_until(lambda: agent("closed") == ENDS)
                 stream.pass_on()
-                numbers = sent_numbers(heard(far))
-                passed += len(numbers)
+                passed += len(sent_numbers(heard(far)))
                 stream.pass_on()
                 assert sent_numbers(heard(far)) == []
-            stream.stop()
         assert passed < 1000  # of one each millisecond

@@ -209,8 +209,8 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
 
 def _closed(have: Have, want: Want) -> Iterator[Step]:
     missing = _closed_meanwhile(have, want) - have.closed
-    if missing:
-        yield CloseGate(tuple(sorted(missing)))  # guard: a-gate-closes-before-its-port-exists
+    if missing:  # guard: a-gate-closes-before-its-port-exists
+        yield CloseGate(tuple(sorted(missing)))
 
 
 def _opened(have: Have, want: Want) -> Iterator[Step]:
