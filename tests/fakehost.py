@@ -293,6 +293,9 @@ class FakeHost:
     def read_flows(self, namespace: str) -> list[Record]:
         return list(self.flows[namespace])
 
+    def reset_connections(self, namespace: str) -> None:
+        self.did.append(f"reset {namespace}")
+
     def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
         kept = [it for it in self.flows[namespace] if it not in delete and it not in create]
         self.flows[namespace] = kept + create

@@ -88,6 +88,14 @@ async def test_a_scope_moves_with_its_state_and_announces_itself(agent: Agent) -
 
 
 @simulated
+async def test_connections_of_processes_are_reset_while_their_packets_still_leave(agent: Agent) -> None:
+    await agent.live()
+    state, _ = await received(agent, Agent())
+    await closed(agent, state)
+    assert agent.did[-3:] == [f"save {NET}", f"reset {NAMESPACE}", f"close {NET}"]
+
+
+@simulated
 async def test_until_it_opens_the_new_host_has_everything_and_lets_nothing_pass(agent: Agent) -> None:
     await agent.live()
     new = Agent()

@@ -24,7 +24,7 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
-from netloom.agent.kernel import arp, conntrack_copy, modules, namespaces, sysctl
+from netloom.agent.kernel import arp, conntrack_copy, modules, namespaces, sysctl, tcp_sockets
 from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
@@ -193,6 +193,10 @@ class KernelHost:
     def read_flows(self, namespace: str) -> list[Record]:
         """The open connections that another host can continue. Raises HostRefused."""
         return flows.listed(namespace)
+
+    def reset_connections(self, namespace: str) -> None:
+        """Reset the TCP connections of processes in the namespace, at both ends. Raises HostRefused."""
+        tcp_sockets.reset_connections(namespace)
 
     def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
         """Create and delete these connections of another host. Raises HostRefused."""

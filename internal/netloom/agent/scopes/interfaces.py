@@ -83,6 +83,9 @@ class Host(Protocol):
     def read_flows(self, namespace: str) -> list[Record]:
         """The open connections that another host can continue. Raises HostRefused."""
 
+    def reset_connections(self, namespace: str) -> None:
+        """Reset the TCP connections of processes in the namespace, at both ends. Raises HostRefused."""
+
     def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
         """Create and delete these connections of another host. Raises HostRefused."""
 

@@ -231,6 +231,10 @@ class Moves:
         slot.flows_read = ("", [])
         if not want.namespace:
             return wire.packed(wire.Closed()), HostChanges()
+        try:
+            self._host.reset_connections(want.namespace)  # those of haproxy end with the move: tell both ends
+        except NetloomError as error:
+            self._log.line(f"scope={slot.scope_id} move: {error}")
         self._host.close_gate(slot.scope_id, want)
         changed = conntrack_copy.difference(
             before if token and token == asked.token else [], self._host.read_flows(want.namespace)
