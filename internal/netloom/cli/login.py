@@ -115,8 +115,8 @@ def _with_options(command: Callable[..., None], hosts: inspect.Parameter) -> Cal
         values = {field.name: given.pop(field.name) for field in fields(Remote)}
         command(None if values["hosts"] is None else Remote(**values), **given)
 
-    with_options.__signature__ = inspect.Signature([hosts, *others, *own])  # type: ignore[attr-defined]
-    with_options.__annotations__ = {it.name: it.annotation for it in [hosts, *others, *own]}
+    with_options.__signature__ = inspect.Signature([hosts, *own, *others])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {it.name: it.annotation for it in [hosts, *own, *others]}
     return with_options
 
 
