@@ -201,7 +201,7 @@ def _evacuate(
     archive_password_file: ArchivePassword = "",
     owner: Annotated[
         str,
-        typer.Option("--owner", metavar="NAME", help="The owner, if no other host has a network of the registration."),
+        typer.Option("--owner", metavar="NAME", help="The owner of the networks, if hosts have those of several."),
     ] = "",
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -519,7 +519,9 @@ def _hosts(inventory: Inventory) -> list[dict[str, object]]:
         {"host": host, "drained": view.drained, "evacuated": list(view.evacuated), "error": ""}
         for host, view in inventory.views.items()
     ]
-    silent: list[dict[str, object]] = [{"host": host, "error": str(error)} for host, error in inventory.failures.items()]
+    silent: list[dict[str, object]] = [
+        {"host": host, "error": str(error)} for host, error in inventory.failures.items()
+    ]
     return [*answered, *silent]
 
 

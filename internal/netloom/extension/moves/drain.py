@@ -118,8 +118,7 @@ async def undrain(mover: Mover, host: str, inventory: Inventory) -> list[str]:
                 (failed if remark else lines).append(remark or f"{scope_id}: {it.by} serves it; removed here")
     for other, view in inventory.views.items():
         if host in view.evacuated:
-            for owner in inventory.owners() or [""]:
-                await agents.tell(other, SET_EVACUATED, SetEvacuated(host=host, owner=owner))
+            await agents.tell(other, SET_EVACUATED, SetEvacuated(host=host))
             lines.append(f"{other} may not take its scopes any more")
     if failed:
         raise HostRefused(f"{host} stays drained: {'; '.join(failed)}")

@@ -45,7 +45,7 @@ class Evacuation:
     copies: tuple[Copy, ...]
     targets: Mapping[str, str]
     unknown: tuple[str, ...]
-    owners: tuple[str, ...]
+    owner: str
 
 
 async def refuse_if_it_answers(host: str, login: Login) -> None:
@@ -63,7 +63,9 @@ async def refuse_if_it_answers(host: str, login: Login) -> None:
 
 
 def plan_evacuation(dead: str, inventory: Inventory, archived: Sequence[Archived], owner: str = "") -> Evacuation:
-    """What to do with the scopes of ``dead``. ``owner``: a registration, if no host and no archive names one.
+    """What to do with the scopes of ``dead``.
+
+    ``owner``: of the registration; empty: the only one that hosts and the archive name.
 
     Raises NetloomError.
     """
@@ -81,16 +83,15 @@ def plan_evacuation(dead: str, inventory: Inventory, archived: Sequence[Archived
     loads = inventory.loads()
     if not loads:
         raise HostRefused("all other hosts are drained", hint="netloom undrain HOST")
-    owners = {*inventory.owners(), *(it.owner for it in archived), *([owner] if owner else [])}
-    if not owners:
-        raise BadRequest(
-            "no host that answers has a scope, so the registration's owner is not known", hint="--owner NAME"
-        )
+    owners = sorted({owner} if owner else {*inventory.owners(), *(it.owner for it in archived)})
+    if len(owners) != 1:
+        which = f"the hosts have networks of {', '.join(owners)}" if owners else "no host that answers has a network"
+        raise BadRequest(f"{which}, so whose networks {dead} had is not known", hint="--owner NAME")
     targets = {}
     for copy in sorted(copies, key=lambda it: -_load(it)):
         targets[copy.scope_id] = copy.host if copy.host in loads else min(loads, key=lambda host: loads[host])
         loads[targets[copy.scope_id]] += _load(copy)
-    return Evacuation(dead, tuple(copies), targets, tuple(unknown), tuple(sorted(owners)))
+    return Evacuation(dead, tuple(copies), targets, tuple(unknown), owners[0])
 
 
 def _newest_copy(dead: str, scope_id: str, inventory: Inventory, archived: Archived | None) -> Copy | None:
@@ -176,13 +177,13 @@ async def _place(mover: Mover, dead: str, copy: Copy, target: str, inventory: In
 async def set_evacuated(mover: Mover, evacuation: Evacuation, hosts: Sequence[str]) -> dict[str, NetloomError]:
     """Tell the remaining hosts that they may take the scopes of the dead one; the errors, by host."""
     until = int(time.time()) + RECORD_S
+    owner = evacuation.owner
 
     async def tell(host: str) -> NetloomError | None:
         try:
-            for owner in evacuation.owners:
-                proof = await mover.signer.sign(EvacuationClaim(owner, evacuation.dead, until, host))
-                message = SetEvacuated(host=evacuation.dead, owner=owner, until=until, proof=proof)
-                await mover.agents.tell(host, SET_EVACUATED, message, owner=owner)
+            proof = await mover.signer.sign(EvacuationClaim(owner, evacuation.dead, until, host))
+            message = SetEvacuated(host=evacuation.dead, owner=owner, until=until, proof=proof)
+            await mover.agents.tell(host, SET_EVACUATED, message, owner=owner)
         except NetloomError as error:
             return error
         return None

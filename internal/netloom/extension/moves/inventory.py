@@ -122,7 +122,10 @@ async def view_of(agents: Agents, host: str) -> HostView:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Move the scope from ``source``, which serves it, to the target. ``epoch``: the new one."""
+    """Move the scope from ``source``, which serves it, or has closed it for this target, to the target.
+
+    ``epoch``: the new one.
+    """
 
     source: str
     held: HeldScope
@@ -140,7 +143,7 @@ class TakeOver:
 
 @dataclass(frozen=True)
 class Await:
-    """A move has stopped halfway: ``source`` has closed the gate. Within seconds it is decided who serves."""
+    """A move to another host has stopped halfway: ``source`` has closed the gate. Within seconds it opens again."""
 
     source: str
 
@@ -154,33 +157,32 @@ class There:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A host that still has something of a scope which ``by`` serves. ``finish``: else it is dropped."""
+    """What ``host`` still has of a scope that ``by`` serves with ``epoch``."""
 
     host: str
+    held: HeldScope
     by: str
     epoch: int
-    finish: bool
-    owner: str
 
 
 def leftovers(scope_id: str, inventory: Inventory) -> list[Leftover]:
-    """What other hosts than the serving one still have of the scope. Empty while no host, or more than one, serves it
-    at the highest epoch."""
+    """What other hosts than the serving one still have of the scope, and can remove.
+
+    Empty while no host serves the scope, or more than one with the same epoch.
+    """
     held = inventory.held_by(scope_id)
     serving = serving_hosts(held)
     if len(serving) != 1:
         return []
     (by,) = serving
     epoch = held[by].epoch
-    found = []
-    for host, it in held.items():
-        if host == by:
-            continue
-        if it.gate == "incoming":
-            found.append(Leftover(host, by, it.epoch, finish=False, owner=it.owner))
-        elif it.epoch < epoch:  # guard: a-newer-copy-is-not-removed
-            found.append(Leftover(host, by, epoch, finish=True, owner=it.owner))
-    return found
+    return [
+        Leftover(host, it, by, epoch)
+        for host, it in held.items()
+        if host != by
+        and it.gate in ("open", "closed", "passive", "incoming")
+        and (it.gate == "incoming" or it.epoch < epoch)  # guard: a-newer-copy-is-not-removed
+    ]
 
 
 def serving_hosts(held: Mapping[str, HeldScope]) -> list[str]:
@@ -202,7 +204,8 @@ def next_step(scope_id: str, to: str, inventory: Inventory) -> Transfer | TakeOv
             return There(held[source].epoch)
         return Transfer(source, held[source], epoch)
     if closed := [host for host, it in held.items() if it.gate == "closed"]:
-        return Await(closed[0])
+        source = max(closed, key=lambda host: held[host].epoch)
+        return Transfer(source, held[source], epoch) if held[source].peer == to else Await(source)
     return _unserved(scope_id, inventory, epoch)
 
 
@@ -210,7 +213,8 @@ def _unserved(scope_id: str, inventory: Inventory, epoch: int) -> TakeOver:
     held = inventory.held_by(scope_id)
     silent = [str(error) for error in inventory.failures.values()]
     passive = [host for host, it in held.items() if it.gate == "passive"]
-    if not silent and passive:  # guard: nothing-is-taken-over-from-a-silent-host
+    unreadable = any(it.gate == "unreadable" for it in held.values())  # perhaps that host serves it still
+    if passive and not silent and not unreadable:  # guard: nothing-is-taken-over-while-a-host-is-silent
         newest = max(passive, key=lambda host: (held[host].epoch, held[host].revision))
         return TakeOver(newest, held[newest], epoch)
     if not held:

@@ -7,7 +7,7 @@ the hosts say:
 source             target              what the next ``move`` does
 =================  ==================  ===============================================================================
 open               nothing, incoming   moves, from the beginning
-closed             incoming            waits until the source has opened again by itself, then moves
+closed             incoming            the same; to another target, when the source has opened again by itself
 closed, open       open                the target has the higher epoch: tells the source to remove its copy
 moved              open                nothing
 =================  ==================  ===============================================================================
@@ -175,7 +175,7 @@ class Mover:
             rest = leftovers(scope_id, inventory)
             if isinstance(step, There):
                 note = await self._clear(scope_id, rest)
-                source = next((it.host for it in rest if it.finish), "")
+                source = next((it.host for it in rest if it.held.gate != "incoming"), "")
                 return Moved(scope_id, source, to, step.epoch, note=note)
             _check_target(to, inventory, force)
             if isinstance(step, TakeOver):
@@ -356,7 +356,7 @@ class Mover:
         """
         self.on_step(scope_id, f"reading it from {source}")
         state = await self.read_state(scope_id, source, held.owner)
-        await self.restore(scope_id, to, epoch, held.owner, state.data, peer=held.peer or source, fenced=fenced)
+        await self.restore(scope_id, to, epoch, held.owner, state.data, peer=held.peer, fenced=fenced)
         note = "" if source == to else await self._finish(scope_id, source, to, epoch, held.owner)
         return Moved(scope_id, source, to, epoch, note=note)
 
@@ -388,9 +388,16 @@ class Mover:
     async def clear(self, scope_id: str, it: Leftover) -> str:
         """Remove one leftover; a remark when that fails."""
         self.on_step(scope_id, f"removing what {it.host} still has of it")
-        if it.finish:
-            return await self._finish(scope_id, it.host, it.by, it.epoch, it.owner)
-        return await self._drop(scope_id, it.host, it.epoch, it.owner)
+        owner = it.held.owner
+        if it.held.gate == "incoming":
+            return await self._drop(scope_id, it.host, it.held.epoch, owner)
+        if it.held.gate == "open":  # it opened again because it could not see the other host
+            message = Close(epoch=it.epoch, to=it.by, revision=it.held.revision)
+            try:
+                await self.agents.tell(it.host, CLOSE, message, scope_id=scope_id, owner=owner)
+            except NetloomError as error:
+                return f"{it.host} serves {scope_id} as well: {error}; repeat the command"
+        return await self._finish(scope_id, it.host, it.by, it.epoch, owner)
 
     async def _drop(self, scope_id: str, host: str, epoch: int, owner: str) -> str:
         """Let ``host`` forget a scope that is incoming there; a remark when that fails.

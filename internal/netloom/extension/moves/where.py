@@ -57,6 +57,8 @@ def _remarks(scope_id: str, inventory: Inventory) -> Iterator[str]:
                     f"{host} has a copy of {scope_id} from a move that is under way, or was interrupted: "
                     f"netloom move {scope_id} --to {host} repeats it, with --to {by} the copy is removed"
                 )
+            case "unreadable":
+                yield f"{host} cannot read its state file of {scope_id}: repair or remove that file"
             case _ if host in removable:
                 why = f" ({it.why})" if it.why else ""
                 yield f"{host} has an old copy of {scope_id}, {it.gate}{why}: {remedy}"
@@ -78,6 +80,8 @@ def _unserved(scope_id: str, inventory: Inventory) -> Iterator[str]:
         return
     for host, it in held.items():
         match it.gate:
+            case "unreadable":
+                yield f"{host} cannot read its state file of {scope_id}, and leaves the network as it is: repair the file"
             case "closed":
                 yield (
                     f"{host} has closed {scope_id} for a move to {it.peer or 'another host'}, and opens it again "
