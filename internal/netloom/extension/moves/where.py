@@ -81,7 +81,7 @@ def _unserved(scope_id: str, inventory: Inventory) -> Iterator[str]:
     for host, it in held.items():
         match it.gate:
             case "unreadable":
-                yield f"{host} cannot read its state file of {scope_id}, and leaves the network as it is: repair the file"
+                yield f"{host} cannot read its state file of {scope_id}, and leaves the network as it is: repair that"
             case "closed":
                 yield (
                     f"{host} has closed {scope_id} for a move to {it.peer or 'another host'}, and opens it again "
