@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -178,7 +178,8 @@ class Hosts:
         self.cut = Cut()
         self.before_call: Callable[[str, Call], None] = lambda host, call: None
         self._calls: dict[str, _Calls] = {}
-        self._running: asyncio.Task[Any] | None = None
+        self._channels: list[_Channel] = []
+        self._killed: asyncio.Future[None] | None = None
         for name in names:
             self._add(name)
 
@@ -201,7 +202,7 @@ class Hosts:
         prepared = asyncio.Event()
         prepared.set()
         self._calls[name] = _Calls(agent.scopes, agent.moves, prepared)
-        agent.start(agent.upkeep.restore())
+        agent._tasks.append(self.loop.create_task(agent.upkeep.restore()))
 
     def check(self) -> None:
         """Note the scopes that two hosts serve now."""
@@ -224,16 +225,25 @@ class Hosts:
         return Mover(Agents(names or tuple(self.agents), self._client), _Signer())
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Run the work of an operator's process. None: ``cut`` has ended it."""
+        """Run the work of an operator's process. None: it was killed."""
         self.messages.clear()
+        self._channels.clear()
+        self._killed = self.loop.create_future()
         task = asyncio.ensure_future(work)
-        self._running = task
-        try:
-            return await task
-        except asyncio.CancelledError:
+        waiting: list[asyncio.Future[Any]] = [task, self._killed]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if self._killed.done():
+            task.cancel()  # what it still sends arrives nowhere
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
             return None
-        finally:
-            self._running = None
+        return task.result()
+
+    def kill_operator(self) -> None:
+        """End the operator's process that ``run`` runs: from now on nothing of it is sent or received."""
+        for channel in self._channels:
+            channel.broken = True
+        if self._killed is not None and not self._killed.done():
+            self._killed.set_result(None)
 
     # --- the network
 
@@ -244,12 +254,13 @@ class Hosts:
 
     def deliver(self, what: str, host: str, channel: _Channel, arrive: Callable[[], None]) -> None:
         """Let a message arrive later, or not at all."""
+        if channel.broken:
+            return
         self.messages.append(what)
         if len(self.messages) == self.cut.at:
             match self.cut.what:
                 case "operator":
-                    if self._running is not None:
-                        self._running.cancel()
+                    self.kill_operator()
                     return
                 case "connection":
                     channel.break_off()
@@ -300,7 +311,9 @@ class _Connection(SshConnection):
 
     async def run(self, received: Callable[[bytes], None]) -> AgentChannel:
         self.stage = "agent"
-        return _Channel(self._hosts, self.host, received)
+        channel = _Channel(self._hosts, self.host, received)
+        self._hosts._channels.append(channel)
+        return channel
 
 
 class _Channel(AgentChannel):
@@ -336,20 +349,25 @@ class _Channel(AgentChannel):
             self.lost.set_result(ConnectionResetError("reset"))
 
 
-def in_virtual_time(
-    scenario: Callable[[Hosts], Coroutine[Any, Any, T]], names: tuple[str, ...] = ("h1", "h2", "h3")
-) -> T:
-    """Run the scenario with new hosts."""
+@contextlib.contextmanager
+def virtual_hosts(names: tuple[str, ...] = ("h1", "h2", "h3")) -> Iterator[tuple[asyncio.Runner, Hosts]]:
+    """New hosts, and what runs coroutines in their time."""
     loop = _VirtualLoop()
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner(loop_factory=lambda: loop) as runner:
         patch.setattr(agent_moves, "_now", lambda: f"boot {int(loop.time() * 1e9)}")
 
-        async def run() -> T:
-            hosts = Hosts(loop, names)
-            try:
-                return await scenario(hosts)
-            finally:
-                for agent in hosts.agents.values():
-                    agent.close()
+        async def made() -> Hosts:
+            return Hosts(loop, names)
 
-        return runner.run(run())
+        hosts = runner.run(made())
+        yield runner, hosts
+        for agent in hosts.agents.values():
+            agent.close()
+
+
+def in_virtual_time(
+    scenario: Callable[[Hosts], Coroutine[Any, Any, T]], names: tuple[str, ...] = ("h1", "h2", "h3")
+) -> T:
+    """Run the scenario with new hosts."""
+    with virtual_hosts(names) as (runner, hosts):
+        return runner.run(scenario(hosts))

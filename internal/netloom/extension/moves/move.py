@@ -179,9 +179,9 @@ class Mover:
                 return Moved(scope_id, source, to, step.epoch, note=note)
             _check_target(to, inventory, force)
             for it in rest:
-                if it.host == to and it.held.gate != "incoming":  # an old copy there is of no use
-                    if remark := await self.clear(scope_id, it):
-                        raise HostRefused(remark)
+                old_copy = it.host == to and it.held.gate != "incoming"  # of no use
+                if old_copy and (remark := await self.clear(scope_id, it)):
+                    raise HostRefused(remark)
             if isinstance(step, TakeOver):
                 moved = await self.take_over(scope_id, step.source, step.held, step.epoch, to)
             else:
