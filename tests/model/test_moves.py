@@ -159,6 +159,7 @@ def test_a_slow_message_moves_the_scope_or_leaves_it(slow: str, seconds: float) 
     in_virtual_time(scenario)
 
 
+@pytest.mark.mutation("a-changed-state-is-read-again")
 def test_a_change_during_the_move_is_not_lost() -> None:
     async def scenario(hosts: Hosts) -> None:
         await hosts["h1"].live()

@@ -458,7 +458,7 @@ def with_secrets(operator: Operator) -> None:
     agent.scopes.slot("net-20").scope = scope
 
 
-@pytest.mark.mutation("an-archive-has-no-secret-in-plain-text", instead="msgspec.json.encode(scope, enc_hook=enc_hook)")
+@pytest.mark.mutation("an-archive-has-no-secret-in-plain-text", instead="state")
 @pytest.mark.parametrize("how", ["encrypted", "left out"])
 def test_an_archive_brings_networks_back_that_no_host_has(operator: Operator, tmp_path: Path, how: str) -> None:
     operator.live("h1", "20")
@@ -486,6 +486,17 @@ def test_an_archive_brings_networks_back_that_no_host_has(operator: Operator, tm
     expected = Secret("hunter22") if options else None
     assert nic.password == expected
     assert operator("import", str(archive), "net-20", *options) == 3
+
+
+@pytest.mark.mutation("an-import-replaces-nothing")
+def test_an_import_replaces_nothing(operator: Operator, tmp_path: Path) -> None:
+    operator.live("h1", "20")
+    archive = str(tmp_path / "archive")
+    assert operator("export", archive, "--without-secrets") == 0
+    assert operator("import", archive, "--to", "h2") == 3
+    assert operator("import", archive, "--to", "h2", "--dry-run") == 3
+    assert operator.serving("20") == ["h1"]
+    assert operator.hosts["h2"].store.files == {}
 
 
 @pytest.mark.mutation("an-import-asks-every-host")

@@ -214,7 +214,11 @@ def _unserved(scope_id: str, inventory: Inventory, epoch: int) -> TakeOver:
     silent = [str(error) for error in inventory.failures.values()]
     passive = [host for host, it in held.items() if it.gate == "passive"]
     unreadable = any(it.gate == "unreadable" for it in held.values())  # perhaps that host serves it still
-    if passive and not silent and not unreadable:  # guard: nothing-is-taken-over-while-a-host-is-silent
+    if (
+        passive
+        and not silent  # guard: nothing-is-taken-over-while-a-host-is-silent
+        and not unreadable
+    ):
         newest = max(passive, key=lambda host: (held[host].epoch, held[host].revision))
         return TakeOver(newest, held[newest], epoch)
     if not held:
