@@ -458,8 +458,8 @@ class FakeLog(Log):
 class Agent:
     """Scopes and Upkeep on a simulated host. ``restart`` is a new agent on the same host and state files."""
 
-    def __init__(self) -> None:
-        self.clock = FakeClock()
+    def __init__(self, clock: FakeClock | None = None) -> None:
+        self.clock = clock or FakeClock()
         self.did: list[str] = []
         self.host = FakeHost(self.clock, self.did)
         self.services = FakeServices(self.did)

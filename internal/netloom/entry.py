@@ -13,7 +13,21 @@ from netloom.fastos import os
 from netloom.program import take_environment
 
 # The commands for people. CloudStack's commands contain a hyphen and these do not, so the two cannot collide.
-PEOPLE = ("agent", "commands", "help", "hosts", "version")
+PEOPLE = (
+    "agent",
+    "commands",
+    "drain",
+    "evacuate",
+    "export",
+    "help",
+    "hosts",
+    "import",
+    "move",
+    "rebalance",
+    "undrain",
+    "version",
+    "where",
+)
 
 # The subcommands of ``agent`` for people; SSH and systemd start the others.
 AGENT_PEOPLE = ("install", "uninstall", "rollback", "selftest", "status", "-h", "--help")

@@ -380,6 +380,33 @@ async def test_a_state_that_cannot_be_read_is_refused(agent: Agent) -> None:
 
 
 @simulated
+@pytest.mark.mutation("a-passive-copy-outlives-an-attempt-to-open-it")
+@pytest.mark.parametrize("end", ["drop", "time", "service"])
+async def test_the_only_copy_is_kept_when_it_cannot_be_opened(agent: Agent, end: str) -> None:
+    await agent.live()
+    agent.scopes.make_passive(agent.scopes.slot(NET), "02:00:00:00:00:01 answers for 203.0.113.20")
+    state = await state_of(agent)
+    if end == "service":
+        agent.services.failed.append(
+            ServiceFailure(name="dnsmasq", message="dnsmasq is not installed", serves=frozenset({"dhcp"}))
+        )
+    receive = wire.Receive(epoch=1, host="h1", proof="", peer="", state=state.data)
+    for _ in range(2):
+        assert (await send(agent, wire.RECEIVE, receive)).status == (3 if end == "service" else 0)
+        receive = msgspec.structs.replace(receive, epoch=receive.epoch + 1)
+    agent.host.owners["203.0.113.20"] = "02:00:00:00:00:01"
+    if end == "drop":
+        assert (await send(agent, wire.OPEN, wire.Open(epoch=2, dead=True))).status == 3
+        assert (await send(agent, wire.DROP, wire.Drop(epoch=2))).status == 0
+    elif end == "time":
+        await agent.clock.advance(wire.INCOMING_S + 1)
+    placement = agent.store.files[NET].placement
+    assert (placement.gate, placement.epoch) == ("passive", 2)
+    assert placement.why == "02:00:00:00:00:01 answers for 203.0.113.20"
+    assert NET not in agent.host.present
+
+
+@simulated
 async def test_a_host_where_a_service_fails_does_not_take_the_scope(agent: Agent) -> None:
     await agent.live()
     new = Agent()

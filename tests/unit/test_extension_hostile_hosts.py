@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from netloom import program
-from netloom.cli.agent import host_row, print_rows
+from netloom.cli.rows import host_row, print_rows
 from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension import ssh
 from netloom.extension.agent_client import AgentClient

@@ -12,6 +12,7 @@ import typer
 from netloom import __version__
 from netloom.cli import table
 from netloom.cli.agent import agent
+from netloom.cli.placement import add_commands
 from netloom.commands.table import TABLE
 from netloom.errors import NetloomError
 from netloom.extension.directory import persistent
@@ -34,6 +35,7 @@ hosts = typer.Typer(
 )
 app.add_typer(hosts, name="hosts")
 app.add_typer(agent, name="agent")
+add_commands(app)
 
 # Help texts are arguments of Typer, because the one file is compiled without docstrings.
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for programs.")]

@@ -265,14 +265,20 @@ class Moves:
         known = max(had.placement.epoch if had else 0, slot.moved.epoch if slot.moved else 0, scope.placement.epoch)
         if asked.epoch <= known and not (had and had.placement.gate == "incoming" and had.placement.epoch == known):
             raise HostRefused(f"{slot.scope_id} has epoch {known} already, so {asked.epoch} is not a new one")
-        placement = Placement(epoch=asked.epoch, host=asked.host, proof=asked.proof, gate="incoming", peer=asked.peer)
+        # A copy that was here before is not forgotten if the scope is not opened: perhaps it is the only one.
+        kept = had.placement.why if had else ""
+        if had and had.placement.gate == "passive":
+            kept = kept or "it was passive before"
+        placement = Placement(
+            epoch=asked.epoch, host=asked.host, proof=asked.proof, gate="incoming", peer=asked.peer, why=kept
+        )
         scope = placed(scope, placement)
         self._store.save(scope)
         slot.scope, slot.ending, slot.unproved = scope, False, False
         changes = self._scopes.converge(slot)
         if slot.failed:
             failed = "; ".join(map(str, slot.failed))
-            self._scopes.remove(slot)
+            self._not_opened(slot)
             raise HostRefused(f"{slot.scope_id} cannot be served here: {failed}", hint="its host serves it as before")
         return wire.packed(wire.Received(ready=_now())), changes
 
@@ -301,7 +307,7 @@ class Moves:
             self._copy_flows(slot, asked.flows, asked.gone)
         if not asked.dead and not _within(asked.ready, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
             raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
-        self._scopes.place(slot, replace(placement, gate="open", peer=""))
+        self._scopes.place(slot, replace(placement, gate="open", peer="", why=""))
         if not want.namespace:
             return b"", HostChanges()
         announcements = self._host.open_gate(slot.scope_id, want)
@@ -315,7 +321,7 @@ class Moves:
         if slot.scope is None:
             return b"", HostChanges()
         _incoming(slot, asked.epoch)
-        return b"", self._scopes.remove(slot)
+        return b"", self._not_opened(slot)
 
     def _copy_flows(self, slot: Slot, flows: bytes, gone: bytes) -> Created:
         create: list[Record] = conntrack_copy.decode(flows) if flows else []
@@ -373,7 +379,15 @@ class Moves:
 
     def _forget_incoming(self, slot: Slot) -> tuple[bytes, HostChanges]:
         self._log.line(f"scope={slot.scope_id} the move to this host was not finished; it is forgotten here")
-        return b"", self._scopes.remove(slot)
+        return b"", self._not_opened(slot)
+
+    def _not_opened(self, slot: Slot) -> HostChanges:
+        """Forget an incoming scope, or make it passive again if it was that before."""
+        assert slot.scope is not None
+        if why := slot.scope.placement.why:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
+            self._scopes.make_passive(slot, why)
+            return self._scopes.converge(slot)
+        return self._scopes.remove(slot)
 
 
 def _served(slot: Slot) -> Scope:
