@@ -154,10 +154,11 @@ class Credentials:
         if self._public_keys is None:
             login = self._login
             if login.sshkey:
-                self._public_keys = [parse_key(login.sshkey)]
+                self._public_keys = [parse_key(login.sshkey).convert_to_public()]
             elif login.method == "own keys":
                 pairs = await agent_keys(login.ssh_auth_sock)
-                self._public_keys = [*(_public(it) for it in pairs if _pair_algorithm(it)), *own_keys(login.home)]
+                self._public_keys = [_public(pair) for pair in pairs if _pair_algorithm(pair)]
+                self._public_keys += [key.convert_to_public() for key in own_keys(login.home)]
             else:
                 self._public_keys = []
         return self._public_keys
