@@ -80,7 +80,7 @@ CASES: dict[str, tuple[Situation, object]] = {
     "only the stored host is asked": (situation("h2"), Ask(("h2",))),
     "only the stored host is waited for": (situation("h2", asked="h2"), Wait()),
     "the stored host answers and holds the scope": (situation("h2", h2=HOLDS), Use("h2")),
-    "the stored host answers and has nothing yet": (situation("h2", h2=HAS_NOT), Use("h2")),
+    "the stored host answers and has nothing yet": (situation("h2", h2=HAS_NOT, h1=HOLDS, h3=HAS_NOT), Use("h2")),
     "a stored host outside the candidates holds the scope": (situation("h4", h4=HOLDS), Use("h4")),
     "a stored host outside the candidates has nothing: all are asked": (
         situation("h4", h4=HAS_NOT),
@@ -126,7 +126,16 @@ MOVES: dict[str, tuple[Situation, object]] = {
         situation("h1", epoch=3, h1=HostAnswer(holds=True, epoch=3, gate="open", drained=True)),
         Use("h1", 3),
     ),
-    "also one that has nothing yet": (situation("h1", epoch=3, h1=DRAINED), Use("h1", 3)),
+    "also one that has nothing yet": (situation("h1", epoch=3, h1=DRAINED, h2=HAS_NOT, h3=HAS_NOT), Use("h1", 3)),
+    "the stored host has nothing: did it lose it?": (situation("h1", epoch=3, h1=HAS_NOT), Ask(("h2", "h3"))),
+    "its scopes were evacuated before it was installed anew": (
+        situation("h1", epoch=3, h1=HAS_NOT, h2=claims(4), h3=HAS_NOT),
+        Use("h2", 4),
+    ),
+    "it has nothing yet, and another one has an old proof": (
+        situation("h1", epoch=3, h1=HAS_NOT, h2=claims(3), h3=claims(9, proven=False)),
+        Use("h1", 3),
+    ),
     # The stored host says where the scope went.
     "the next host is asked": (situation("h1", epoch=3, h1=moved("h2", 4)), Ask(("h2",))),
     "and waited for": (situation("h1", "h2", epoch=3, h1=moved("h2", 4)), Wait()),
@@ -240,10 +249,11 @@ MOVES: dict[str, tuple[Situation, object]] = {
         situation(h1=claims(0, "closed"), h2=claims(1, "incoming"), h3=claims(7, proven=False)),
         AskAgain(("h1", "h2")),
     ),
-    "the scope left a host, and ended on another one": (
+    "a scope that was moved and has ended gets a new epoch": (
         situation(h1=moved("h2", 1), h2=HAS_NOT, h3=HAS_NOT),
-        Unplaced("h2"),
+        Unplaced("h1", 2),
     ),
+    "an absurd epoch is ignored": (situation(h1=moved("h2", 1 << 50), h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1", 0)),
     "a drained host gets no new scope": (situation(h1=DRAINED, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h2")),
     "to remove nothing, any host will do": (
         situation(removes=True, h1=DRAINED, h2=DRAINED, h3=DRAINED),
@@ -542,6 +552,7 @@ def test_every_decision_about_moves_has_a_reason(
                 assert number > epoch
             elif stored and host != stored and stored in now.order:
                 assert chosen.is_proven or chosen.evacuated or host in named
+                assert number > epoch or host in named
         case Unplaced(host):
             assert not now.answers[host].drained
             assert not any(it.answered and it.holds for name, it in now.answers.items() if name in now.order)

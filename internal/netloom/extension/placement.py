@@ -20,6 +20,10 @@ from netloom.errors import HostRefused, HostUnreachable, NetloomError
 Patience = Literal["stragglers", "moves"]
 
 
+# The largest epoch of a move that a host remembers and that counts for a new placement.
+_REMEMBERED_MAX = 1 << 31
+
+
 @dataclass(frozen=True)
 class HostAnswer:
     """The answer of one host to ``locate``. ``failure``: why it did not answer; empty when it did.
@@ -195,8 +199,9 @@ def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fai
     """The next step to find the host of a scope.
 
     The stored host is believed, and so is the host to which it says that the scope went. If that host does not answer,
-    or does not serve the scope, another host is believed only with a proof: a host cannot make one, and would get the
-    passwords of the VMs. Where nothing is stored, a host that serves the scope is believed, first one with a proof.
+    does not serve the scope or knows nothing of it (perhaps its disk was replaced), another host is believed only with
+    a proof: a host cannot make one, and would get the passwords of the VMs. Where nothing is stored, a host that serves
+    the scope is believed, first one with a proof.
     """
     now = situation
     if not now.stored:
@@ -213,9 +218,7 @@ def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fai
             return Use(named.host, max(answer.epoch, named.epoch))  # guard: a-host-off-the-list-keeps-its-networks
         if answer.holds and answer.gate == "closed" and "moves" not in now.over:
             return AskAgain((named.host,))
-        if not answer.holds and not named.by:
-            if now.stored in now.order:
-                return Use(now.stored, now.epoch)
+        if not answer.holds and not named.by and now.stored not in now.order:
             return _anywhere(now)
     return _successor(now, named)
 
@@ -287,6 +290,8 @@ def _successor(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use | F
         return Fail(_not_served(now, host, answer))
     if not of_named.answered:
         return _evacuated(now, named, others, floor)
+    if not of_named.holds and not named.by:
+        return Use(named.host, named.epoch)  # it was chosen by the command before this one
     return Fail(_not_served(now, named.host, of_named, named.by))
 
 
@@ -336,15 +341,22 @@ def _anywhere(now: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fail:
     answering = now.answering()
     if not answering:
         return Fail(nobody_answers(now))
-    # A host that the scope left refuses its commands.
-    possible = [host for host in answering if not now.answers[host].moved_to] or answering
     if free := [
         host
-        for host in possible
+        for host in answering
         if now.removes or not now.answers[host].drained  # guard: a-drained-host-gets-no-new-network
     ]:
-        return Unplaced(free[0], now.epoch)
-    return Fail(_all_drained(now, possible))
+        return Unplaced(free[0], max([now.epoch, *_next_epochs(now)]))
+    return Fail(_all_drained(now, answering))
+
+
+def _next_epochs(now: Situation) -> list[int]:
+    """The numbers that follow those of the moves that hosts remember. With a new one, the proofs of old moves are old.
+
+    A host can say any number; a very large one is ignored, so that the scope can always be moved.
+    """
+    told = (now.answers[host] for host in now.answering() if now.answers[host].moved_to)
+    return [it.epoch + 1 for it in told if it.epoch < _REMEMBERED_MAX]
 
 
 def decide_everywhere(situation: Situation) -> Ask | Wait | AllTold | Fail:
