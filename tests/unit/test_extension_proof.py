@@ -8,7 +8,9 @@ import hashlib
 import hmac
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +19,15 @@ import asyncssh
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from netloom.errors import BadRequest, LoginRefused
+from netloom.extension.deadline import Deadline
 from netloom.extension.hostkeys import KnownHosts, Trust
+from netloom.extension.hosts import Hosts, Inquiry
+from netloom.extension.placement import HostAnswer, Situation
+from netloom.extension.pool import Pool
+from netloom.extension.progress import Progress
 from netloom.extension.proof import (
     PROOF_CHARACTERS_MAX,
     Claim,
@@ -31,6 +39,7 @@ from netloom.extension.proof import (
 )
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
+from netloom.wire import Call, Evacuated, Registration, Reply
 
 TYPES = (
     "ssh-ed25519",
@@ -232,6 +241,92 @@ def test_a_password_is_not_used_itself() -> None:
 def test_any_password_and_owner(password: str, owner: str) -> None:
     claim = replace(CLAIM, owner=owner.replace("\0", ""))
     assert is_valid(claim, proof_of(claim, login(password=password)), login(password=password))
+
+
+# --- what a host says
+
+
+def heard(reply: Reply, *, host: str = "kvm2", stored: str = "kvm1", left_s: float = 10) -> HostAnswer:
+    """What a reply of ``host`` is worth, while ``stored`` is silent."""
+    hosts = Hosts(login(KEY), None, Deadline(left_s, time.monotonic()), Pool(), Progress(), installs=False)
+    call = Call(
+        call_id="a", command="implement-network", scope_id="net-42", registration=Registration(owner=CLAIM.owner)
+    )
+    situation = Situation(scope_id="net-42", order=("kvm2", "KVM3"), stored=stored, previous=("kvm0",))
+    return asyncio.run(Inquiry(hosts, call).answer(situation, host, reply))
+
+
+def record(dead: str, *, left_s: int = 600, key: str = KEY, host: str = "kvm2", owner: str = CLAIM.owner) -> Evacuated:
+    until = int(time.time()) + left_s
+    proof = proof_of(EvacuationClaim(owner, dead, until, host), login(key))
+    return Evacuated(host=dead, until=until, proof=proof)
+
+
+def test_a_claim_is_verified() -> None:
+    proof = proof_of(CLAIM, login(KEY))
+    reply = Reply(call_id="a", holds=True, gate="open", epoch=4, proof=proof)
+    assert heard(reply) == HostAnswer(holds=True, gate="open", epoch=4, is_proven=True)
+    for other in (
+        structs.replace(reply, proof=""),
+        structs.replace(reply, epoch=5),
+        structs.replace(reply, holds=False),
+        structs.replace(reply, moved_to="kvm3"),
+        structs.replace(reply, proof=proof_of(CLAIM, login(STRANGER))),
+    ):
+        assert not heard(other).is_proven, other
+    assert not heard(reply, host="KVM3").is_proven
+    for epoch in (-1, 1 << 53, (1 << 64) - 1):
+        assert heard(structs.replace(reply, epoch=epoch)).failure == f"kvm2: its agent says that the epoch is {epoch}"
+
+
+@pytest.mark.mutation("an-evacuation-ends")
+@pytest.mark.mutation("an-evacuation-needs-a-proof")
+def test_a_record_of_a_dead_host_is_verified() -> None:
+    good = record("kvm1")
+    expired = record("kvm1", left_s=-60)
+    refused = [
+        structs.replace(good, proof=""),
+        structs.replace(good, until=good.until + 1),
+        expired,
+        structs.replace(expired, until=good.until),
+        record("kvm1", key=STRANGER),
+        record("kvm1", host="kvm3"),
+        record("kvm1", owner="x"),
+        record("kvm9"),
+        structs.replace(record("kvm9"), host="kvm1"),
+    ]
+    for each in refused:
+        assert heard(Reply(call_id="a", evacuated=(each,))).evacuated == frozenset(), each
+    assert heard(Reply(call_id="a", evacuated=(*refused, good))).evacuated == {"kvm1"}
+
+
+def test_records_are_spelled_as_in_the_registration_and_bounded() -> None:
+    some = (record("KVM1"), record("kvm3"), record("kvm0"))
+    assert heard(Reply(call_id="a", evacuated=some)).evacuated == {"kvm1", "KVM3", "kvm0"}
+    many = tuple(structs.replace(record("kvm1"), proof="x" * 3000) for _ in range(100))
+    assert heard(Reply(call_id="a", evacuated=(*many, *some))).evacuated == frozenset()
+
+
+def test_the_stored_host_needs_no_proof_and_gives_none() -> None:
+    reply = Reply(call_id="a", holds=True, gate="passive", epoch=4, error="why", proof="x", evacuated=(record("kvm1"),))
+    expected = HostAnswer(holds=True, gate="passive", epoch=4, why="why")
+    assert heard(reply, host="kvm1") == expected
+    assert heard(structs.replace(reply, status=3), host="kvm1") == expected
+    assert heard(Reply(call_id="a", status=3, error="no"), host="kvm1") == HostAnswer(failure="kvm1: no")
+
+
+def test_a_proof_that_is_not_verified_in_time_does_not_count(tmp_path: Path) -> None:
+    """The caller's SSH agent hangs."""
+    reply = Reply(call_id="a", holds=True, gate="open", epoch=4, proof=proof_of(CLAIM, login(KEY)))
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(tmp_path / "agent"))
+        hung.listen(8)
+        credentials = login(agent=str(tmp_path / "agent"))
+        hosts = Hosts(credentials, None, Deadline(1, time.monotonic()), Pool(), Progress(), installs=False)
+        call = Call(call_id="a", command="x", scope_id="net-42", registration=Registration(owner=CLAIM.owner))
+        situation = Situation(scope_id="net-42", order=("kvm2",), stored="kvm1")
+        answer = asyncio.run(Inquiry(hosts, call).answer(situation, "kvm2", reply))
+    assert answer == HostAnswer(holds=True, gate="open", epoch=4)
 
 
 # --- the caller's own keys

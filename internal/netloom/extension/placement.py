@@ -242,7 +242,7 @@ def _followed(now: Situation) -> _Named | Ask | Wait | Fail:
                     hint="add that host to the registration detail hosts",
                 )
             )
-        if to in seen:  # guard: moves-in-a-circle-end
+        if to in seen:
             return Fail(
                 HostRefused(
                     f"{now.scope_id}: {' and '.join(seen)} say that it was moved away, and none of them has it",
