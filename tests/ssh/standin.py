@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "internal"))
 
@@ -16,6 +17,8 @@ from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
 SCRIPT = "/run/standin.json"
 JOURNAL = "/run/standin.log"
+
+answered: Counter[str] = Counter()  # over this connection
 
 
 def main() -> int:
@@ -60,7 +63,11 @@ def answer(call: Call, script: dict[str, object]) -> None:
     assert isinstance(replies, dict)
     holds = script.get("holds", [])
     assert isinstance(holds, list)
-    fields = {"holds": call.scope_id in holds, **replies.get(call.command, {})}
+    reply = replies.get(call.command, {})
+    if isinstance(reply, list):  # one after the other; the last one stays
+        reply = reply[min(answered[call.command], len(reply) - 1)]
+    answered[call.command] += 1
+    fields = {"holds": call.scope_id in holds, **reply}
     os.write(1, encode(Reply(call_id=call.call_id, **fields)))
 
 
@@ -70,6 +77,7 @@ def journal(call: Call) -> None:
         "command": call.command,
         "scope_id": call.scope_id,
         "payload": call.payload.decode(),
+        "epoch": call.epoch,
         "owner": call.registration.owner,
         "remaining_ms": call.remaining_ms,
         "uid": os.getuid(),

@@ -22,9 +22,11 @@ from netloom.extension import run
 from netloom.extension.deadline import Deadline, margin_s, parse_timeout, process_started
 from netloom.extension.directory import NoDirectory, candidates, home_of, persistent, unusable
 from netloom.extension.hostkeys import HostKey, KnownHosts, Trust, name_of, parse_pins
+from netloom.extension.hosts import EPOCH_MAX
 from netloom.extension.log import FILE, line, write_down
 from netloom.extension.outcome import DETAILS_CHARACTERS_MAX, ensured, error_in
 from netloom.extension.package import package
+from netloom.extension.placement import Use
 from netloom.extension.pool import Pool
 from netloom.extension.record import CallRecord
 from netloom.extension.registration import owner, registration
@@ -98,8 +100,8 @@ def test_the_registration_has_no_secrets() -> None:
 
 
 def test_ensure_prints_host_and_namespace() -> None:
-    assert ensured(StoredDetails(), "h1", "net-42") == '{"host":"h1","namespace":"cs-net-42"}'
-    assert ensured(StoredDetails(), "h1", "vpc-7") == '{"host":"h1","namespace":"cs-vpc-7","vpc_id":"7"}'
+    assert ensured(StoredDetails(), Use("h1"), "net-42") == '{"host":"h1","namespace":"cs-net-42"}'
+    assert ensured(StoredDetails(), Use("h1"), "vpc-7") == '{"host":"h1","namespace":"cs-vpc-7","vpc_id":"7"}'
 
 
 HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
@@ -107,15 +109,16 @@ HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
 
 @given(
     host=HOST,
-    epoch=st.integers(0, 2**31),
+    epoch=st.integers(0, EPOCH_MAX),
     previous=st.lists(HOST, max_size=20).map(tuple),
+    left=st.lists(HOST, max_size=2).map(tuple),
     scope_id=st.sampled_from(["net-1", "net-4294967295", "vpc-4294967295"]),
 )
 def test_the_output_of_ensure_can_always_be_stored(
-    host: str, epoch: int, previous: tuple[str, ...], scope_id: str
+    host: str, epoch: int, previous: tuple[str, ...], left: tuple[str, ...], scope_id: str
 ) -> None:
     """The output is one line of ASCII that fits CloudStack's column: a JSON object without a key ``status``."""
-    text = ensured(StoredDetails(host="x", epoch=epoch, previous=previous), host, scope_id)
+    text = ensured(StoredDetails(host="x", previous=previous), Use(host, epoch, left), scope_id)
     assert len(text) <= DETAILS_CHARACTERS_MAX
     assert text.isascii()
     assert "\n" not in text

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netloom.errors import HostUnreachable
+from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension.placement import (
     AllTold,
     Ask,
+    AskAgain,
     Fail,
     HostAnswer,
     Situation,
@@ -25,13 +27,39 @@ from netloom.extension.placement import (
 )
 
 HOLDS, HAS_NOT = HostAnswer(holds=True), HostAnswer()
+DRAINED = HostAnswer(drained=True)
+
+
+def claims(epoch: int, gate: str = "open", *, proven: bool = True) -> HostAnswer:
+    """A host says that it has the scope. By default it has a proof."""
+    return HostAnswer(
+        holds=True, epoch=epoch, gate=gate, is_proven=proven, why="h9 answers" if gate == "passive" else ""
+    )
+
+
+def moved(to: str, epoch: int) -> HostAnswer:
+    return HostAnswer(moved_to=to, epoch=epoch)
+
+
+def may_take(*hosts: str, holds: int = 0, gate: str = "open", drained: bool = False) -> HostAnswer:
+    """A host with the record that these hosts are dead. ``holds``: the epoch of the scope, if it has the scope."""
+    return HostAnswer(bool(holds), epoch=holds, gate=gate if holds else "", drained=drained, evacuated=frozenset(hosts))
 
 
 def down(host: str) -> HostAnswer:
     return HostAnswer(failure=f"{host}: connection refused")
 
 
-def situation(stored: str = "", asked: str = "", over: str = "", reached: str = "", **given: HostAnswer) -> Situation:
+def situation(
+    stored: str = "",
+    asked: str = "",
+    over: str = "",
+    reached: str = "",
+    epoch: int = 0,
+    previous: tuple[str, ...] = (),
+    removes: bool = False,
+    **given: HostAnswer,
+) -> Situation:
     """A situation with the candidates h1, h2 and h3. ``h4`` is a host that is no candidate any more."""
     return Situation(
         scope_id="net-42",
@@ -41,6 +69,9 @@ def situation(stored: str = "", asked: str = "", over: str = "", reached: str = 
         answers=given,
         over=frozenset(over.split()),  # type: ignore[arg-type]
         reached=frozenset(reached.split()),
+        epoch=epoch,
+        previous=previous,
+        removes=removes,
     )
 
 
@@ -49,7 +80,7 @@ CASES: dict[str, tuple[Situation, object]] = {
     "only the stored host is asked": (situation("h2"), Ask(("h2",))),
     "only the stored host is waited for": (situation("h2", asked="h2"), Wait()),
     "the stored host answers and holds the scope": (situation("h2", h2=HOLDS), Use("h2")),
-    "the stored host answers and has nothing yet": (situation("h2", h2=HAS_NOT), Use("h2")),
+    "the stored host answers and has nothing yet": (situation("h2", h2=HAS_NOT, h1=HOLDS, h3=HAS_NOT), Use("h2")),
     "a stored host outside the candidates holds the scope": (situation("h4", h4=HOLDS), Use("h4")),
     "a stored host outside the candidates has nothing: all are asked": (
         situation("h4", h4=HAS_NOT),
@@ -59,13 +90,14 @@ CASES: dict[str, tuple[Situation, object]] = {
         situation("h4", h4=HAS_NOT, h1=HAS_NOT, h2=HAS_NOT, h3=HAS_NOT),
         Unplaced("h1"),
     ),
-    "a candidate holds the scope": (situation("h4", "h1 h2", h4=HAS_NOT, h3=HOLDS), Use("h3")),
+    "a candidate holds the scope": (situation("h4", "h1 h2", "stragglers", h4=HAS_NOT, h3=HOLDS), Use("h3")),
     # No stored host.
     "no stored host: all are asked": (situation(), Ask(("h1", "h2", "h3"))),
     "no host has answered": (situation(asked="h1 h2 h3"), Wait()),
     "only failures so far": (situation(asked="h1 h2 h3", h1=down("h1")), Wait()),
-    "one holds the scope, the others may be silent": (situation(asked="h1 h2", h3=HOLDS), Use("h3")),
-    "two hold the scope: the preferred one": (situation(asked="h1", h2=HOLDS, h3=HOLDS), Use("h2")),
+    "one holds the scope, the others get a grace period": (situation(asked="h1 h2", h3=HOLDS), Wait("stragglers")),
+    "one holds the scope, the others may be silent": (situation("", "h1 h2", "stragglers", h3=HOLDS), Use("h3")),
+    "two hold the scope: the preferred one": (situation(h1=HAS_NOT, h2=HOLDS, h3=HOLDS), Use("h2")),
     "one has nothing: the others get a grace period": (situation(asked="h1 h2", h3=HAS_NOT), Wait("stragglers")),
     "the grace period is over": (situation(asked="h1 h2", over="stragglers", h3=HAS_NOT), Unplaced("h3")),
     "the grace period is over, and no host has answered": (
@@ -83,6 +115,279 @@ def test_decide(name: str) -> None:
     assert decide(now) == expected
 
 
+DOWN1, DOWN2, DOWN3 = (down(host) for host in ("h1", "h2", "h3"))
+
+# The scope has moved, or is being moved. The stored host is h1, with the epoch 3, unless a row says otherwise.
+MOVES: dict[str, tuple[Situation, object]] = {
+    # The stored host serves.
+    "the epoch is the host's": (situation("h1", epoch=3, h1=claims(5)), Use("h1", 5)),
+    "or the stored one, if the host has an older copy": (situation("h1", epoch=3, h1=claims(2)), Use("h1", 3)),
+    "a drained stored host keeps its scopes": (
+        situation("h1", epoch=3, h1=HostAnswer(holds=True, epoch=3, gate="open", drained=True)),
+        Use("h1", 3),
+    ),
+    "also one that has nothing yet": (situation("h1", epoch=3, h1=DRAINED, h2=HAS_NOT, h3=HAS_NOT), Use("h1", 3)),
+    "the stored host has nothing: did it lose it?": (situation("h1", epoch=3, h1=HAS_NOT), Ask(("h2", "h3"))),
+    "its scopes were evacuated before it was installed anew": (
+        situation("h1", epoch=3, h1=HAS_NOT, h2=claims(4), h3=HAS_NOT),
+        Use("h2", 4),
+    ),
+    "it has nothing yet, and another one has an old proof": (
+        situation("h1", epoch=3, h1=HAS_NOT, h2=claims(3), h3=claims(9, proven=False)),
+        Use("h1", 3),
+    ),
+    # The stored host says where the scope went.
+    "the next host is asked": (situation("h1", epoch=3, h1=moved("h2", 4)), Ask(("h2",))),
+    "and waited for": (situation("h1", "h2", epoch=3, h1=moved("h2", 4)), Wait()),
+    "and needs no proof": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=claims(4, proven=False)),
+        Use("h2", 4),
+    ),
+    "the registration's spelling counts": (situation("h1", epoch=3, h1=moved("H2", 4)), Ask(("h2",))),
+    "the next host has the next placement": (situation("h1", epoch=3, h1=moved("h2", 4), h2=claims(3)), Ask(("h3",))),
+    "it moved again": (situation("h1", epoch=3, h1=moved("h2", 4), h2=moved("h3", 5)), Ask(("h3",))),
+    "and is there": (situation("h1", epoch=3, h1=moved("h2", 4), h2=moved("h3", 5), h3=claims(5)), Use("h3", 5)),
+    "the next host is being opened": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=claims(4, "incoming"), h3=HAS_NOT),
+        AskAgain(("h2",)),
+    ),
+    "it came back, and CloudStack never knew": (
+        situation("h1", epoch=3, h1=claims(5, "incoming"), h2=claims(4), h3=HAS_NOT),
+        Use("h2", 4, ("h1",)),
+    ),
+    "the next host is silent: the others are asked": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=DOWN2),
+        Ask(("h3",)),
+    ),
+    "it was moved away from the next host, which is dead": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=DOWN2, h3=claims(5)),
+        Use("h3", 5, ("h2",)),
+    ),
+    # The last step of a move.
+    "the gate is closed for a moment": (situation("h1", epoch=3, h1=claims(3, "closed")), AskAgain(("h1",))),
+    "it stays closed: the others are asked": (
+        situation("h1", over="moves", epoch=3, h1=claims(3, "closed")),
+        Ask(("h2", "h3")),
+    ),
+    # The stored host is silent.
+    "others are asked for a proof": (situation("h1", epoch=3, h1=DOWN1), Ask(("h2", "h3"))),
+    "they are waited for": (situation("h1", "h2 h3", epoch=3, h1=DOWN1), Wait()),
+    "one has a proof, another may have a newer one": (
+        situation("h1", "h3", epoch=3, h1=DOWN1, h2=claims(4)),
+        Wait("stragglers"),
+    ),
+    "the grace period is over": (
+        situation("h1", "h3", "stragglers", epoch=3, h1=DOWN1, h2=claims(4)),
+        Use("h2", 4, ("h1",)),
+    ),
+    "the newest proof counts": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4), h3=claims(5)),
+        Use("h3", 5, ("h1",)),
+    ),
+    "an authorised host is about to open": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4, "incoming"), h3=may_take("h1")),
+        AskAgain(("h2",)),
+    ),
+    # The stored host is passive.
+    "a passive host: the others are asked": (situation("h1", epoch=3, h1=claims(3, "passive")), Ask(("h2", "h3"))),
+    "a passive host, and a proof": (
+        situation("h1", epoch=3, h1=claims(3, "passive"), h2=HAS_NOT, h3=claims(4)),
+        Use("h3", 4, ("h1",)),
+    ),
+    # The stored host is declared dead.
+    "a host that may take the scopes of a dead one": (
+        situation("h1", epoch=3, h1=DOWN1, h2=HAS_NOT, h3=may_take("h1")),
+        Use("h3", 4, ("h1",)),
+    ),
+    "the preferred one of them": (
+        situation("h3", epoch=3, h1=may_take("h3"), h2=may_take("h3"), h3=DOWN3),
+        Use("h1", 4, ("h3",)),
+    ),
+    "the one that has it already": (
+        situation("h3", epoch=3, h1=may_take("h3"), h2=may_take("h3", holds=4), h3=DOWN3),
+        Use("h2", 4, ("h3",)),
+    ),
+    "a proof comes first": (
+        situation("h3", epoch=3, h1=may_take("h3"), h2=claims(7), h3=DOWN3),
+        Use("h2", 7, ("h3",)),
+    ),
+    "a drained one takes nothing": (
+        situation("h3", epoch=3, h1=may_take("h3", drained=True), h2=may_take("h3"), h3=DOWN3),
+        Use("h2", 4, ("h3",)),
+    ),
+    "a host that the scope left takes nothing": (
+        situation(
+            "h3", epoch=3, h1=HostAnswer(moved_to="h9", evacuated=frozenset({"h3"})), h2=may_take("h3"), h3=DOWN3
+        ),
+        Use("h2", 4, ("h3",)),
+    ),
+    "two hosts are dead": (
+        situation("h1", epoch=3, h1=DOWN1, h2=DOWN2, h3=may_take("h1", "h2")),
+        Use("h3", 4, ("h1",)),
+    ),
+    "it was moved to a host that died, too": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=DOWN2, h3=may_take("h2")),
+        Use("h3", 5, ("h2",)),
+    ),
+    # Nothing is stored.
+    "a proof is better than a claim": (situation(h1=claims(9, proven=False), h2=claims(2), h3=HAS_NOT), Use("h2", 2)),
+    "the newest proof": (situation(h1=claims(1), h2=claims(2), h3=HAS_NOT), Use("h2", 2)),
+    "a number without a proof is no reason": (
+        situation(h1=HOLDS, h2=claims(9, proven=False), h3=HAS_NOT),
+        Use("h1", 0),
+    ),
+    "one is open, the other one is not yet": (
+        situation(h1=HOLDS, h2=claims(1, "incoming"), h3=HAS_NOT),
+        Use("h1", 0),
+    ),
+    "one is passive": (situation(h1=claims(1, "passive"), h2=claims(2), h3=HAS_NOT), Use("h2", 2)),
+    "one is closed, the other one is not yet open": (
+        situation(h1=claims(0, "closed"), h2=claims(1, "incoming"), h3=HAS_NOT),
+        AskAgain(("h1", "h2")),
+    ),
+    "somebody claims a network in the last step of its move": (
+        situation(h1=claims(0, "closed"), h2=claims(1, "incoming"), h3=claims(7, proven=False)),
+        AskAgain(("h1", "h2")),
+    ),
+    "a scope that was moved and has ended gets a new epoch": (
+        situation(h1=moved("h2", 1), h2=HAS_NOT, h3=HAS_NOT),
+        Unplaced("h1", 2),
+    ),
+    "an absurd epoch is ignored": (situation(h1=moved("h2", 1 << 50), h2=HAS_NOT, h3=HAS_NOT), Unplaced("h1", 0)),
+    "a drained host gets no new scope": (situation(h1=DRAINED, h2=HAS_NOT, h3=HAS_NOT), Unplaced("h2")),
+    "to remove nothing, any host will do": (
+        situation(removes=True, h1=DRAINED, h2=DRAINED, h3=DRAINED),
+        Unplaced("h1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_decide_about_moves(name: str) -> None:
+    now, expected = MOVES[name]
+    assert decide(now) == expected
+
+
+NO = "lives on h1 and was not moved: bring that host back; if it is dead: netloom evacuate h1"
+REFUSED: dict[str, tuple[Situation, str]] = {
+    "no proof": (situation("h1", epoch=3, h1=DOWN1, h2=claims(4, proven=False), h3=HAS_NOT), NO),
+    "an old proof": (situation("h1", epoch=3, h1=DOWN1, h2=claims(3), h3=HAS_NOT), NO),
+    "a record for another host": (situation("h1", epoch=3, h1=DOWN1, h2=may_take("h3"), h3=HAS_NOT), NO),
+    "a host that is not the stored one says where it went": (
+        situation("h1", epoch=3, h1=DOWN1, h2=moved("h2", 9), h3=moved("h2", 9)),
+        NO,
+    ),
+    "a host that may take it, and another silent one": (
+        situation("h1", epoch=3, h1=DOWN1, h2=DOWN2, h3=may_take("h1")),
+        "may be on h2 by now: bring h2 back; if it is dead: netloom evacuate h2",
+    ),
+    "the same, and late": (
+        situation("h1", "h2", "stragglers", epoch=3, h1=DOWN1, h3=may_take("h1")),
+        "h2: no answer in time (net-42 lived on h1, which is declared dead, and may be on h2 by now",
+    ),
+    "all that may take it are drained": (
+        situation("h1", epoch=3, h1=DOWN1, h2=may_take("h1", drained=True), h3=HAS_NOT),
+        "every host that could take it is drained: h2 (netloom undrain h2)",
+    ),
+    "the addresses of a dead host are still answered": (
+        situation("h1", epoch=3, h1=DOWN1, h2=may_take("h1", holds=4, gate="passive"), h3=may_take("h1")),
+        "h2: net-42 is not served there",
+    ),
+    "an authorised host does not serve": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4, "passive"), h3=may_take("h1")),
+        "h2: net-42 is not served there: h9 answers",
+    ),
+    "a passive stored host": (
+        situation("h1", epoch=3, h1=claims(3, "passive"), h2=may_take("h1"), h3=HAS_NOT),
+        "h1: net-42 is not served there: h9 answers (look: netloom where net-42)",
+    ),
+    "a passive stored host, and an old proof": (
+        situation("h1", epoch=3, h1=claims(5, "passive"), h2=claims(5), h3=claims(4)),
+        "h1: net-42 is not served there: h9 answers",
+    ),
+    "a stored host that stays closed": (
+        situation("h1", over="moves", epoch=3, h1=claims(3, "closed"), h2=HAS_NOT, h3=HAS_NOT),
+        "h1: net-42 is not served there: its move from this host is not finished",
+    ),
+    "moved to a host that is not registered": (
+        situation("h1", epoch=3, h1=moved("h9", 4)),
+        "h1: net-42 was moved to h9, which is not registered (add that host to the registration detail hosts)",
+    ),
+    "moved to a host that is no candidate any more": (
+        situation("h1", epoch=3, previous=("h4",), h1=moved("h4", 4)),
+        "h1: net-42 was moved to h4, which is not registered",
+    ),
+    "moved to a silent host": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=DOWN2, h3=HOLDS),
+        "h2: connection refused (net-42 was moved to h2: bring that host back; if it is dead: netloom evacuate h2)",
+    ),
+    "moved to a host that has nothing": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=HAS_NOT, h3=HOLDS),
+        "h2: net-42 is not there, but h1 says that it was moved there",
+    ),
+    "moved to a host that has an older copy": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=claims(3), h3=HAS_NOT),
+        "h2: net-42 is not served there: it has an older copy",
+    ),
+    "moved to itself": (situation("h1", epoch=3, h1=moved("h1", 4)), "net-42: h1 say"),
+    "moved in a circle": (situation("h1", epoch=3, h1=moved("h2", 4), h2=moved("h1", 5)), "h1 and h2 say"),
+    "nothing stored, and moved to a silent host": (
+        situation(h1=moved("h3", 1), h2=HAS_NOT, h3=DOWN3),
+        "h3: connection refused (net-42 was moved from h1 to h3: bring that host back)",
+    ),
+    "nothing stored, and a passive copy": (
+        situation(h1=HAS_NOT, h2=claims(1, "passive"), h3=HAS_NOT),
+        "h2: net-42 is not served there: h9 answers",
+    ),
+    "nothing stored, and a copy that never opens": (
+        situation(over="moves", h1=HAS_NOT, h2=claims(1, "incoming"), h3=HAS_NOT),
+        "h2: net-42 is not served there: its move to this host is not finished",
+    ),
+    "nothing stored, and all are drained": (
+        situation(h1=DOWN1, h2=DRAINED, h3=DRAINED),
+        "net-42 is on no host, and every host that could take it is drained: h2, h3 (netloom undrain h2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_network_is_not_given_to_a_host_that_nobody_has_authorised(name: str) -> None:
+    now, text = REFUSED[name]
+    decision = decide(now)
+    assert isinstance(decision, Fail)
+    assert text in str(decision.error)
+
+
+@pytest.mark.mutation("an-old-proof-proves-nothing")
+def test_an_old_proof_proves_nothing() -> None:
+    assert isinstance(decide(REFUSED["an old proof"][0]), Fail)
+
+
+@pytest.mark.mutation("the-next-host-has-the-new-placement")
+def test_the_next_host_has_the_new_placement() -> None:
+    assert isinstance(decide(REFUSED["moved to a host that has an older copy"][0]), Fail)
+
+
+@pytest.mark.mutation("a-drained-host-gets-no-new-network")
+def test_a_drained_host_gets_no_new_network() -> None:
+    assert decide(situation(h1=DRAINED, h2=HAS_NOT, h3=HAS_NOT)) == Unplaced("h2")
+
+
+@pytest.mark.mutation("a-silent-host-may-have-taken-the-network")
+def test_a_dead_hosts_network_is_not_created_while_another_host_may_have_it() -> None:
+    assert isinstance(decide(REFUSED["a host that may take it, and another silent one"][0]), Fail)
+
+
+@pytest.mark.mutation("a-network-is-not-created-beside-a-copy")
+def test_a_network_is_not_created_beside_a_passive_copy() -> None:
+    assert isinstance(decide(REFUSED["nothing stored, and a passive copy"][0]), Fail)
+
+
+@pytest.mark.mutation("a-moved-network-is-not-created-again")
+def test_a_network_is_not_created_while_the_host_it_was_moved_to_is_silent() -> None:
+    assert isinstance(decide(REFUSED["nothing stored, and moved to a silent host"][0]), Fail)
+
+
 def failed(decision: object) -> str:
     assert isinstance(decision, Fail)
     assert isinstance(decision.error, HostUnreachable)
@@ -91,12 +396,12 @@ def failed(decision: object) -> str:
 
 def test_a_scope_whose_host_is_down_is_not_moved() -> None:
     for now in (
-        situation("h2", h2=down("h2")),
         situation("h2", h2=down("h2"), h1=HAS_NOT, h3=HOLDS),
         situation("h2", h2=down("h2"), h1=down("h1"), h3=down("h3")),
     ):
         assert failed(decide(now)) == (
-            "h2: connection refused (net-42 lives on h2 and was not moved: bring that host back)"
+            "h2: connection refused (net-42 lives on h2 and was not moved: bring that host back; "
+            "if it is dead: netloom evacuate h2)"
         )
 
 
@@ -118,6 +423,24 @@ EVERYWHERE: dict[str, tuple[Situation, object]] = {
     "the stored host has time to finish": (situation("h2", asked="h1 h2", over="stragglers", h3=HOLDS), Wait()),
     "all hosts are done": (situation("h1", h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT), AllTold(("h1", "h2", "h3"))),
     "a candidate is down": (situation("h1", h1=HOLDS, h2=down("h2"), h3=HAS_NOT), AllTold(("h1", "h3"))),
+    "hosts that the scope left are told too": (situation("h1", previous=("h5",)), Ask(("h1", "h2", "h3", "h5"))),
+    "they may be down": (
+        situation("h1", previous=("h5",), h1=HOLDS, h2=HAS_NOT, h3=HAS_NOT, h5=down("h5")),
+        AllTold(("h1", "h2", "h3"), ("h5",)),
+    ),
+    "the stored host is down, and another one is authorised": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4), h3=HAS_NOT),
+        AllTold(("h2", "h3"), ("h1",)),
+    ),
+    "the stored host is declared dead": (
+        situation("h1", epoch=3, h1=DOWN1, h2=may_take("h1"), h3=HAS_NOT),
+        AllTold(("h2", "h3"), ("h1",)),
+    ),
+    "the host to which it went was told": (
+        situation("h1", epoch=3, h1=moved("h2", 4), h2=claims(4), h3=DOWN3),
+        AllTold(("h1", "h2")),
+    ),
+    "that host has time to finish": (situation("h1", "h2 h3", epoch=3, h1=moved("h2", 4)), Wait()),
 }
 
 
@@ -130,6 +453,125 @@ def test_decide_everywhere(name: str) -> None:
 def test_everywhere_needs_the_stored_host_and_at_least_one_host() -> None:
     assert failed(decide_everywhere(situation("h2", h1=HAS_NOT, h2=down("h2"), h3=HAS_NOT))).startswith("h2: ")
     assert failed(decide_everywhere(situation(h1=down("h1"), h2=down("h2"), h3=down("h3")))).startswith("none of")
+    for now in (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4, proven=False), h3=HAS_NOT),
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(3), h3=may_take("h2")),
+    ):
+        assert NO in failed(decide_everywhere(now))
+
+
+def test_everywhere_needs_the_host_to_which_the_network_was_moved() -> None:
+    gone = situation("h1", epoch=3, h1=moved("h2", 4), h2=DOWN2, h3=HAS_NOT)
+    assert failed(decide_everywhere(gone)).startswith("h2: connection refused (net-42 was moved to h2")
+    unknown = situation(h1=moved("h2", 4), h2=DOWN2, h3=HAS_NOT)
+    assert failed(decide_everywhere(unknown)).startswith("h2: connection refused (net-42 was moved from h1 to h2")
+    foreign = decide_everywhere(situation("h1", epoch=3, h1=moved("h9", 4), h2=HAS_NOT, h3=HAS_NOT))
+    assert isinstance(foreign, Fail)
+    assert "h9, which is not registered" in str(foreign.error)
+
+
+GATE = st.sampled_from(["", "open", "closed", "incoming", "passive", "nonsense"])
+ANY_ANSWER = st.builds(
+    HostAnswer,
+    holds=st.booleans(),
+    failure=st.sampled_from(["", "", "", "x: down"]),
+    epoch=st.integers(0, 6),
+    gate=GATE,
+    moved_to=st.sampled_from(["", "", "h1", "H2", "h3", "h4", "h9"]),
+    drained=st.booleans(),
+    is_proven=st.booleans(),
+    evacuated=st.frozensets(st.sampled_from(["h1", "h2", "h3", "h4"]), max_size=2),
+).map(lambda it: it if not it.moved_to else replace(it, holds=False, is_proven=False))
+UNPROVEN = ANY_ANSWER.map(lambda it: replace(it, is_proven=False, evacuated=frozenset()))
+HOSTS = ("h1", "h2", "h3", "h4")
+
+
+def play(now: Situation, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool) -> Situation:
+    """The situation of the decision, when the hosts answer in this order. ``grace``: when patience is at its end."""
+    for step in range(80):
+        decision = (decide_everywhere if everywhere else decide)(now)
+        if isinstance(decision, Ask):
+            assert not set(decision.hosts) & now.asked
+            assert set(decision.hosts) <= {*now.order, now.stored, *now.previous}  # nobody else gets a login
+            now = replace(now, asked=now.asked | set(decision.hosts))
+        elif isinstance(decision, AskAgain):
+            assert set(decision.hosts) <= set(now.answers)
+            now = replace(now, over=now.over | {"moves"})
+        elif isinstance(decision, Wait):
+            if decision.patience and step >= grace:
+                now = replace(now, over=now.over | {decision.patience})
+            else:
+                host = next(host for host in order if host in now.asked and host not in now.answers)
+                now = replace(now, answers={**now.answers, host: answers[host]})
+        else:
+            return now
+    raise AssertionError("no decision")
+
+
+@pytest.mark.mutation("a-claim-needs-a-proof")
+@given(
+    stored=st.sampled_from(HOSTS),
+    epoch=st.integers(0, 6),
+    stored_answer=st.sampled_from([down("x"), claims(3, "passive"), claims(0, "passive"), claims(3, "incoming")]),
+    answers=st.fixed_dictionaries(dict.fromkeys(HOSTS, UNPROVEN)),
+    order=st.permutations(HOSTS),
+    grace=st.integers(0, 20),
+)
+def test_no_answer_without_a_proof_takes_the_network_of_a_silent_host(
+    stored: str,
+    epoch: int,
+    stored_answer: HostAnswer,
+    answers: dict[str, HostAnswer],
+    order: list[str],
+    grace: int,
+) -> None:
+    now = play(situation(stored, epoch=epoch), {**answers, stored: stored_answer}, order, grace, everywhere=False)
+    assert isinstance(decide(now), Fail)
+
+
+@given(
+    stored=st.sampled_from(["", *HOSTS]),
+    epoch=st.integers(0, 6),
+    previous=st.sampled_from([(), ("h4",)]),
+    answers=st.fixed_dictionaries(dict.fromkeys(HOSTS, ANY_ANSWER)),
+    order=st.permutations(HOSTS),
+    grace=st.integers(0, 20),
+    everywhere=st.booleans(),
+)
+def test_every_decision_about_moves_has_a_reason(
+    stored: str,
+    epoch: int,
+    previous: tuple[str, ...],
+    answers: dict[str, HostAnswer],
+    order: list[str],
+    grace: int,
+    everywhere: bool,
+) -> None:
+    """In any order of any answers there is a decision, and who gets the network was authorised or named."""
+    now = play(situation(stored, epoch=epoch, previous=previous), answers, order, grace, everywhere)
+    decision = (decide_everywhere if everywhere else decide)(now)
+    match decision:
+        case Use(host, number):
+            chosen = now.answers[host]
+            assert chosen.answered
+            assert not chosen.moved_to
+            named = [it.moved_to.lower() for it in now.answers.values() if it.answered]
+            assert host == stored or chosen.serves or (chosen.evacuated and number > epoch)
+            if stored and now.answers[stored].failure:
+                assert chosen.is_proven or stored in chosen.evacuated
+                assert number > epoch
+            elif stored and host != stored and stored in now.order:
+                assert chosen.is_proven or chosen.evacuated or host in named
+                assert number > epoch or host in named
+        case Unplaced(host):
+            assert not now.answers[host].drained
+            assert not any(it.answered and it.holds for name, it in now.answers.items() if name in now.order)
+        case AllTold(hosts):
+            assert hosts
+            assert all(now.answers[host].answered for host in hosts)
+        case Fail(error):
+            assert isinstance(error, NetloomError)
+            assert "\n" not in str(error)
 
 
 ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
@@ -145,26 +587,9 @@ ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])
 def test_every_enquiry_terminates_and_never_abandons_the_stored_host(
     stored: str, answers: dict[str, HostAnswer], order: list[str], grace: int, everywhere: bool
 ) -> None:
-    """In any order of answers and grace periods there is a decision, for a host that answered. If the stored host does
-    not answer, only a host that holds the scope replaces it."""
-    now = situation(stored)
-    decision: object = None
-    for step in range(40):
-        decision = (decide_everywhere if everywhere else decide)(now)
-        if isinstance(decision, Ask):
-            assert not set(decision.hosts) & now.asked
-            now = situation(stored, " ".join((*now.asked, *decision.hosts)), " ".join(now.over), "", **now.answers)
-        elif isinstance(decision, Wait):
-            if decision.patience and step >= grace:
-                now = situation(
-                    stored, " ".join(now.asked), " ".join((*now.over, decision.patience)), "", **now.answers
-                )
-            else:
-                host = next(host for host in order if host in now.asked and host not in now.answers)
-                given = {**now.answers, host: answers[host]}
-                now = situation(stored, " ".join(now.asked), " ".join(now.over), "", **given)
-        else:
-            break
+    """In any order of answers and grace periods there is a decision, for a host that answered."""
+    now = play(situation(stored), answers, order, grace, everywhere)
+    decision = (decide_everywhere if everywhere else decide)(now)
     match decision:
         case Use(host):
             assert now.answers[host].answered

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import msgspec
 
-from netloom.errors import BadRequest, HostUnreachable
+from netloom.errors import BadRequest, HostRefused, HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
-from netloom.extension.hosts import Hosts, find, tell_all
+from netloom.extension.hosts import Hosts, Inquiry, is_elsewhere, tell_all
 from netloom.extension.log import note
 from netloom.extension.outcome import ensured, error_in, printed
 from netloom.extension.package import package
@@ -27,7 +27,6 @@ from netloom.protocol.envelope import PhysicalDetails
 from netloom.secret import Secret
 from netloom.wire import Call, Reply
 
-LOCATE = "locate"
 ENSURE = "ensure-network-device"
 
 # These commands end a scope and go to every candidate that answers. CloudStack calls ensure-network-device with {}
@@ -85,6 +84,9 @@ async def dispatch(
         scope_id=request.scope_id,
         order=preferred_order(request.scope_id.partition("-")[2], request.details.candidates),
         stored=request.stored.host,
+        epoch=request.stored.epoch,
+        previous=request.stored.previous,
+        removes=request.only_removes or request.ends,
     )
     if request.call.command in TO_ALL_HOSTS:
         return await _to_all(request, situation, hosts, record)
@@ -92,51 +94,71 @@ async def dispatch(
 
 
 async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: CallRecord) -> str:
-    call, reply = request.call, None
-    if call.command != ENSURE and situation.stored in situation.order and hosts.is_open(situation.stored):
-        reply, situation = await _to_stored(call, situation, hosts, record)
-    if reply is None:
-        locate = msgspec.structs.replace(call, call_id=f"{call.call_id}-{LOCATE}", command=LOCATE, payload=b"{}")
-        decision = await find(situation, hosts, locate)
+    inquiry = Inquiry(hosts, request.call)
+    host, reply, now = situation.stored, None, situation
+    if request.call.command != ENSURE and host in situation.order and hosts.is_open(host):
+        reply, now = await _to_stored(request.call, situation, inquiry, hosts, record)
+    # A scope can move between the question and the command, and then the command was not executed.
+    for _ in range(1 + len(situation.order)):
+        if reply is not None and not is_elsewhere(reply):
+            break
+        decision = await inquiry.find(now)
         if isinstance(decision, Fail):
             raise decision.error
         if isinstance(decision, Unplaced) and request.only_removes:
             return ""  # no host has the scope, so there is nothing to remove
-        record.host = decision.host
-        if call.command == ENSURE:
-            return ensured(request.stored, decision.host, request.scope_id)
-        record.doing = f"waiting for {decision.host}"
-        reply = await hosts.call(decision.host, call)  # guard: a-command-is-one-channel
+        host = record.host = decision.host
+        if request.call.command == ENSURE:
+            return ensured(request.stored, decision, request.scope_id)
+        record.doing = f"waiting for {host}"
+        call = msgspec.structs.replace(request.call, epoch=decision.epoch)  # guard: a-command-names-its-placement
+        reply = await hosts.call(host, call)  # guard: a-command-is-one-channel
+        now = await _after(reply, host, situation, inquiry)
+    assert reply is not None
     record.note = reply.note
-    if error := error_in(record.host, reply):
+    if error := error_in(host, reply):
         raise error
+    if reply.moved_to:
+        raise HostRefused(f"{host}: {request.scope_id} was moved again during the call", hint="repeat the command")
     return printed(request, reply)
 
 
 async def _to_stored(
-    call: Call, situation: Situation, hosts: Hosts, record: CallRecord
+    call: Call, situation: Situation, inquiry: Inquiry, hosts: Hosts, record: CallRecord
 ) -> tuple[Reply | None, Situation]:
-    """Send the call to the stored host at once, without ``locate`` first: ``placement`` would choose this host anyway,
-    because it is a candidate, whatever it answers.
+    """Send the call to the stored host at once, without ``locate`` first: ``placement`` would choose this host, unless
+    it says that the scope is elsewhere, and then it does not execute the call.
 
-    The reply; or None when the host fails, and the situation with its failure, so that it is not asked again.
+    The reply, or None when the host fails; and the situation with what the host said, so that it is not asked again.
     """
     host = situation.stored
     record.host, record.doing = host, f"waiting for {host}"
     try:
-        return await hosts.call(host, call), situation
+        reply = await hosts.call(host, call)
     except HostUnreachable as error:
         if not hosts.deadline.remaining_s():
             raise
-        return None, replace(situation, asked=frozenset((host,)), answers={host: HostAnswer(failure=str(error))})
+        answers = {host: HostAnswer(failure=str(error))}
+        return None, replace(situation, asked=frozenset((host,)), answers=answers)
+    return reply, await _after(reply, host, situation, inquiry)
+
+
+async def _after(reply: Reply, host: str, situation: Situation, inquiry: Inquiry) -> Situation:
+    """The situation in which the scope is looked for after this reply. What the stored host said is not asked again."""
+    if host != situation.stored or not is_elsewhere(reply):
+        return situation
+    answers = {host: await inquiry.answer(situation, host, reply)}
+    return replace(situation, asked=frozenset((host,)), answers=answers)
 
 
 async def _to_all(request: Request, situation: Situation, hosts: Hosts, record: CallRecord) -> str:
     decision, replies = await tell_all(situation, hosts, request.call)
     record.host = ",".join(replies) or "-"
-    failures = [error for host in replies if (error := error_in(host, replies[host]))]
+    failures = [error for host, reply in replies.items() if not reply.moved_to and (error := error_in(host, reply))]
     if failures:
         raise failures[0]
     if isinstance(decision, Fail):
-        raise HostUnreachable(decision.error.message, hint=decision.error.hint) from decision.error
+        raise decision.error
+    if decision.left:  # guard: what-is-left-behind-is-logged
+        record.note = f"{request.scope_id} may be left on {', '.join(decision.left)}, which did not answer"
     return ""

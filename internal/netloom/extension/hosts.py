@@ -7,6 +7,7 @@ Every host is asked in a task of its own, which ends with an answer or a failure
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from collections.abc import Set as AbstractSet
@@ -21,6 +22,7 @@ from netloom.extension.package import Package
 from netloom.extension.placement import (
     AllTold,
     Ask,
+    AskAgain,
     Fail,
     HostAnswer,
     Patience,
@@ -33,14 +35,26 @@ from netloom.extension.placement import (
 )
 from netloom.extension.pool import Pool, PooledChannel
 from netloom.extension.progress import Progress
+from netloom.extension.proof import Credentials, EvacuationClaim, PlacementClaim
 from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login, NoAgent
 from netloom.extension.without_agent import reply_without_agent
-from netloom.wire import Call, Reply
+from netloom.placementwire import CLOSED_S
+from netloom.wire import Call, Evacuated, Reply
 
 # The agent gets this much less than the remaining time (a tenth of it, if that is less), so that its reply is in time.
 _REPLY_RESERVE_S_MAX = 0.5
 
-NextStep = Ask | Wait | Use | Unplaced | AllTold | Fail
+# The last step of a move takes less than a second. If it fails, the old host serves again within this time.
+_MOVE_S_MAX = CLOSED_S + 2.0
+_AGAIN_S = 0.25
+_LAST_S = 1.0  # of the call's time; a host is not asked again then
+
+_EVACUATED_MAX = 16  # records of one host that are verified: a host may send any number
+EPOCH_MAX = (1 << 53) - 1  # as far as every reader of JSON counts
+
+LOCATE = "locate"
+
+NextStep = Ask | AskAgain | Wait | Use | Unplaced | AllTold | Fail
 
 
 class Hosts:
@@ -71,8 +85,10 @@ class Hosts:
     def is_open(self, host: str) -> bool:
         return self._pool.is_open(host, self.login, self._package)
 
-    async def call(self, host: str, call: Call) -> Reply:
+    async def call(self, host: str, call: Call, *, installs: bool = True) -> Reply:
         """The reply of ``host``. Raises HostUnreachable, also when there is no reply by the deadline.
+
+        Without ``installs``, nothing is installed there, whatever the call is.
 
         When the connection breaks during the call, it is opened once more and the call is repeated under its id: the
         agent answers a repeated call from memory.
@@ -81,10 +97,10 @@ class Hosts:
         try:
             async with asyncio.timeout(self.deadline.remaining_s()):
                 try:
-                    return await self._once(host, call)
+                    return await self._once(host, call, installs and self._installs)
                 except ConnectionLost as lost:
                     try:
-                        return await self._once(host, call)
+                        return await self._once(host, call, installs and self._installs)
                     except HostUnreachable as error:
                         raise HostUnreachable(
                             f"{lost.message} during {call.command}, and again: {error.message}", hint=error.hint
@@ -92,25 +108,25 @@ class Hosts:
         except TimeoutError:
             raise self._silence(host, call, time.monotonic() - began) from None
 
-    async def _once(self, host: str, call: Call) -> Reply:
+    async def _once(self, host: str, call: Call, installs: bool) -> Reply:
         with self._pool.channel(host, self.login, self._package, self._progress) as channel:
             try:
-                await self._open(host, channel)
+                await self._open(host, channel, installs)
             except NoAgent as missing:
-                if self._installs:
+                if installs:
                     raise
                 return await reply_without_agent(channel.agent.connection, call, missing)
-            if not (self._installs and channel.agent.outdated and self._pool.may_replace(host)):
+            if not (installs and channel.agent.outdated and self._pool.may_replace(host)):
                 return await self._reply(channel, call)
             await self._replace_agent(channel)
             if not channel.agent.is_broken:
                 return await self._reply(channel, call)
         # The older agent has ended, as intended. The agent that answers now is the new one, or the old one restarted.
         with self._pool.channel(host, self.login, self._package, self._progress) as channel:
-            await self._open(host, channel)
+            await self._open(host, channel, installs)
             return await self._reply(channel, call)
 
-    async def _open(self, host: str, channel: PooledChannel) -> None:
+    async def _open(self, host: str, channel: PooledChannel, installs: bool) -> None:
         self._asked[host] = channel.agent
         channel.listeners.add(self._progress)
         try:
@@ -121,16 +137,16 @@ class Hosts:
                 raise channel.agent.silence(time.monotonic() - began)
             # Shielded: two calls may wait for one channel, and cancelling one of them must not cancel the other's.
             if not channel.is_open:
-                await self._opened(channel)
+                await self._opened(channel, installs)
         finally:
             channel.listeners.discard(self._progress)
         self.reached.add(host)
 
-    async def _opened(self, channel: PooledChannel) -> None:
+    async def _opened(self, channel: PooledChannel, installs: bool) -> None:
         try:
             await asyncio.shield(channel.opening)
         except (NoAgent, OtherProtocol):
-            if not self._installs or self._package is None:  # guard: a-removal-installs-nothing
+            if not installs or self._package is None:  # guard: a-removal-installs-nothing
                 raise
             await asyncio.shield(channel.install())
 
@@ -179,6 +195,7 @@ class DecisionLoop:
 
     async def _decided(self, pending: dict[asyncio.Future[HostAnswer], str]) -> Use | Unplaced | AllTold | Fail:
         graces: dict[Patience, float] = {}
+        moves_end = time.monotonic() + min(_MOVE_S_MAX, self.deadline.remaining_s() - _LAST_S)
         now = self.situation
         while True:
             now = replace(now, reached=frozenset(self.reached))
@@ -188,6 +205,12 @@ class DecisionLoop:
                     for host in hosts:
                         pending[asyncio.ensure_future(self.ask(host))] = host
                     now = replace(now, asked=now.asked | set(hosts))
+                case AskAgain(hosts):
+                    if time.monotonic() + _AGAIN_S > moves_end:
+                        now = replace(now, over=now.over | {"moves"})
+                        continue
+                    await asyncio.sleep(_AGAIN_S)
+                    now = replace(now, answers={**now.answers, **await self._again(hosts)})
                 case Wait(patience):
                     left_s = None
                     if patience is not None:
@@ -202,34 +225,124 @@ class DecisionLoop:
                     self.situation = now
                     return decision
 
-
-async def find(situation: Situation, hosts: Hosts, locate: Call) -> Use | Unplaced | Fail:
-    """Where the scope lives, or where it would be created: asks the hosts that ``placement`` names by ``locate``."""
-
-    async def ask(host: str) -> HostAnswer:
+    async def _again(self, hosts: tuple[str, ...]) -> dict[str, HostAnswer]:
+        """The new answers of those that answer soon."""
+        asked = {asyncio.ensure_future(self.ask(host)): host for host in hosts}
         try:
-            reply = await hosts.call(host, locate)
-        except HostUnreachable as error:
-            return HostAnswer(failure=str(error))
-        if reply.status:
-            return HostAnswer(failure=f"{host}: {reply.error or 'its agent failed to look'}")
-        return HostAnswer(holds=reply.holds)
+            done, _ = await asyncio.wait(asked, timeout=self.deadline.grace_s())
+        finally:
+            for task in asked:
+                task.cancel()
+        return {asked[task]: task.result() for task in done}
 
-    decision = await DecisionLoop(situation, hosts.deadline, ask, decide).decision()
-    assert not isinstance(decision, AllTold)
-    return decision
+
+class Inquiry:
+    """Asks hosts by ``locate`` where the scope of ``call`` lives, and verifies what they say.
+
+    One object for all questions of a call: an agent answers a repeated call id from memory, so each has its own.
+    """
+
+    def __init__(self, hosts: Hosts, call: Call) -> None:
+        self._hosts = hosts
+        self._locate = msgspec.structs.replace(call, command=LOCATE, payload=b"{}")
+        self._credentials = Credentials(hosts.login)
+        self._count = itertools.count(1)
+
+    async def find(self, situation: Situation) -> Use | Unplaced | Fail:
+        """Where the scope lives, or where it would be created."""
+
+        async def ask(host: str) -> HostAnswer:
+            try:
+                # Nothing is installed where a network is only looked for.
+                return await self.look(situation, host, installs=situation.stored in ("", host))
+            except HostUnreachable as error:
+                return HostAnswer(failure=str(error))
+
+        decision = await DecisionLoop(situation, self._hosts.deadline, ask, decide).decision()
+        assert not isinstance(decision, AllTold)
+        return decision
+
+    async def look(self, situation: Situation, host: str, *, installs: bool = False) -> HostAnswer:
+        """The verified answer of one host to ``locate``. Raises HostUnreachable."""
+        number = next(self._count)
+        call_id = f"{self._locate.call_id}-{LOCATE}" + (f"-{number}" if number > 1 else "")
+        locate = msgspec.structs.replace(self._locate, call_id=call_id)
+        return await self.answer(situation, host, await self._hosts.call(host, locate, installs=installs))
+
+    async def answer(self, situation: Situation, host: str, reply: Reply) -> HostAnswer:
+        """What a reply says about the placement. The stored host proves nothing: it is believed as long as it answers.
+
+        The proofs are verified by the deadline of the call; one that was not verified does not count.
+        """
+        if reply.status and not is_elsewhere(reply):
+            return HostAnswer(failure=f"{host}: {reply.error or 'its agent failed to look'}")
+        if not 0 <= reply.epoch <= EPOCH_MAX:
+            return HostAnswer(failure=f"{host}: its agent says that the epoch is {reply.epoch}")
+        answer = HostAnswer(
+            holds=reply.holds and not reply.moved_to,
+            epoch=reply.epoch,
+            gate=reply.gate,
+            why=reply.error or reply.note,
+            moved_to=reply.moved_to,
+            drained=reply.drained,
+        )
+        if host == situation.stored:
+            return answer
+        try:
+            async with asyncio.timeout(self._hosts.deadline.remaining_s()):
+                return replace(
+                    answer,
+                    is_proven=answer.holds and await self._is_proven(host, reply),
+                    evacuated=await self._evacuated(situation, host, reply.evacuated)
+                    if situation.stored
+                    else frozenset(),
+                )
+        except TimeoutError:
+            return answer
+
+    async def _is_proven(self, host: str, reply: Reply) -> bool:
+        claim = PlacementClaim(self._owner, self._locate.scope_id, reply.epoch, host)
+        return bool(reply.epoch and reply.proof) and await self._credentials.holds(claim, reply.proof)
+
+    async def _evacuated(self, situation: Situation, host: str, records: tuple[Evacuated, ...]) -> frozenset[str]:
+        """The registered hosts for which ``host`` has a valid record, spelled as in the registration."""
+        valid = set()
+        known = {name.lower(): name for name in (*situation.previous, situation.stored, *situation.order) if name}
+        for record in [it for it in records if it.host.lower() in known][:_EVACUATED_MAX]:
+            claim = EvacuationClaim(self._owner, record.host, record.until, host)
+            if (
+                record.until > time.time()  # guard: an-evacuation-ends
+                and await self._credentials.holds(claim, record.proof)  # guard: an-evacuation-needs-a-proof
+            ):
+                valid.add(known[record.host.lower()])
+        return frozenset(valid)
+
+    @property
+    def _owner(self) -> str:
+        return self._locate.registration.owner
+
+
+def is_elsewhere(reply: Reply) -> bool:
+    """Whether the host did not execute the call, because it does not serve the scope."""
+    return bool(reply.moved_to) or bool(reply.status and reply.gate in ("passive", "incoming"))
 
 
 async def tell_all(situation: Situation, hosts: Hosts, call: Call) -> tuple[AllTold | Fail, dict[str, Reply]]:
-    """Send ``call`` to every candidate and the stored host: the decision, and the replies of those that answered."""
+    """Send ``call`` to every candidate, the stored host and those that the scope left: the decision, and the replies.
+
+    The call ends the scope, and with it the proof of the host that has it, so each host is asked for that before.
+    """
     replies: dict[str, Reply] = {}
+    inquiry = Inquiry(hosts, call)
 
     async def ask(host: str) -> HostAnswer:
         try:
-            replies[host] = await hosts.call(host, call)
+            before = await inquiry.look(situation, host) if situation.stored else HostAnswer()
+            reply = await hosts.call(host, call)
         except HostUnreachable as error:
             return HostAnswer(failure=str(error))
-        return HostAnswer(holds=replies[host].holds)
+        replies[host] = reply
+        return replace(before, failure="", moved_to=reply.moved_to or before.moved_to)
 
     decision = await DecisionLoop(situation, hosts.deadline, ask, decide_everywhere, hosts.reached).decision()
     assert isinstance(decision, AllTold | Fail)

@@ -8,6 +8,7 @@ from netloom import names
 from netloom.commands.actions import bounded_output
 from netloom.commands.network import broadcast_domain
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
+from netloom.extension.placement import Unplaced, Use
 from netloom.extension.request import Request
 from netloom.protocol.envelope import StoredDetails
 from netloom.wire import Reply
@@ -16,18 +17,18 @@ from netloom.wire import Reply
 DETAILS_CHARACTERS_MAX = 1023
 
 
-def ensured(stored: StoredDetails, host: str, scope_id: str) -> str:
+def ensured(stored: StoredDetails, placed: Use | Unplaced, scope_id: str) -> str:
     """The output of ensure-network-device, without a newline: one JSON object that replaces the stored details.
 
-    The same facts give the same text, because CloudStack writes to its database when the text differs. ``epoch`` and
-    ``previous`` are taken over from ``stored``; hosts in ``previous`` that do not fit are left out, oldest first.
+    The same facts give the same text, because CloudStack writes to its database when the text differs. ``previous`` are
+    the hosts that the scope left and that may still have it; those that do not fit are left out, oldest first.
     """
-    details: dict[str, object] = {"host": host, "namespace": names.namespace(scope_id)}
+    details: dict[str, object] = {"host": placed.host, "namespace": names.namespace(scope_id)}
     if scope_id.startswith("vpc-"):
         details["vpc_id"] = scope_id.removeprefix("vpc-")
-    if stored.epoch:
-        details["epoch"] = stored.epoch
-    previous = [left for left in stored.previous if left != host]
+    if placed.epoch:
+        details["epoch"] = placed.epoch
+    previous = list(dict.fromkeys(it for it in (*stored.previous, *placed.left) if it != placed.host))
     while True:
         kept = {**details, "previous": ",".join(previous)} if previous else details
         text = json.dumps(kept, separators=(",", ":"))

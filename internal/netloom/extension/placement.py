@@ -1,7 +1,9 @@
 """Decides which host a scope lives on, from the answers of the hosts. Pure functions: they ask no host themselves.
 
 ``decide`` and ``decide_everywhere`` are called again after each answer, until they name a host. A scope that lives on
-a host stays there: while that host does not answer, the decision is a failure and never another host.
+a host stays there until that host says where it went, or until somebody with the registration's credentials has
+authorised another host (``proof``). While the host does not answer and nobody is authorised, the decision is a failure
+and never another host.
 """
 
 from __future__ import annotations
@@ -11,22 +13,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from netloom.errors import HostUnreachable, NetloomError
+from netloom.errors import HostRefused, HostUnreachable, NetloomError
 
-# Which late answers we still wait for, up to one grace period: those of slow candidates.
-Patience = Literal["stragglers"]
+# What we wait for no longer. "stragglers": the late answers of slow candidates, for up to one grace period. "moves":
+# the end of a move that is in its last step.
+Patience = Literal["stragglers", "moves"]
+
+
+# The largest epoch of a move that a host remembers and that counts for a new placement.
+_REMEMBERED_MAX = 1 << 31
 
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """The answer of one host to ``locate``. ``failure``: why it did not answer; empty when it did."""
+    """The answer of one host to ``locate``. ``failure``: why it did not answer; empty when it did.
+
+    ``epoch``, ``gate``, ``drained``: as in ``wire.Reply``; agents of releases without moves send no gate.
+    ``moved_to``: the same; the host does not hold the scope then. ``why``: why the scope is not served.
+    ``is_proven``: the epoch is authorised for this host. ``evacuated``: the hosts that are declared dead and whose
+    scopes this host may take; authorised, and not expired.
+    """
 
     holds: bool = False
     failure: str = ""
+    epoch: int = 0
+    gate: str = ""
+    why: str = ""
+    moved_to: str = ""
+    drained: bool = False
+    is_proven: bool = False
+    evacuated: frozenset[str] = frozenset()
 
     @property
     def answered(self) -> bool:
         return not self.failure
+
+    @property
+    def serves(self) -> bool:
+        """Whether the host has the scope, and says that its gate is open."""
+        return self.holds and self.gate in ("", "open")
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether the scope is in the last step of a move from or to this host."""
+        return self.holds and self.gate in ("closed", "incoming")
 
 
 @dataclass(frozen=True)
@@ -34,23 +64,29 @@ class Situation:
     """The input of a decision.
 
     ``order``: the candidates, the preferred one first. ``stored``: the host that CloudStack remembers, empty when
-    unknown. ``asked``: hosts that were asked; ``answers``: their answers and failures so far. ``reached``: hosts whose
-    agents said hello and are still working. ``over``: grace periods that have passed.
+    unknown; ``epoch``: the number that it remembers; ``previous``: hosts that the scope left before. ``removes``: the
+    command creates nothing. ``asked``: hosts that were asked; ``answers``: their answers and failures so far.
+    ``reached``: hosts whose agents said hello and are still working. ``over``: what we do not wait for any longer.
     """
 
     scope_id: str
     order: tuple[str, ...]
     stored: str = ""
+    epoch: int = 0
+    previous: tuple[str, ...] = ()
+    removes: bool = False
     asked: frozenset[str] = frozenset()
     answers: Mapping[str, HostAnswer] = field(default_factory=dict)
     reached: frozenset[str] = frozenset()
     over: frozenset[Patience] = frozenset()
 
-    def holders(self) -> list[str]:
-        return [host for host in self.order if host in self.answers and self.answers[host].holds]
+    def answer(self, host: str) -> HostAnswer | None:
+        """The answer of the host; None when there is none, or a failure."""
+        answer = self.answers.get(host)
+        return answer if answer is not None and answer.answered else None
 
     def answering(self) -> list[str]:
-        return [host for host in self.order if host in self.answers and self.answers[host].answered]
+        return [host for host in self.order if self.answer(host)]
 
     def failures(self) -> list[str]:
         """One reason per candidate that did not answer."""
@@ -58,10 +94,25 @@ class Situation:
             self.answers[host].failure for host in self.order if host in self.answers and self.answers[host].failure
         ]
 
+    def waits_for(self, hosts: Sequence[str]) -> Wait | None:
+        """What to wait for until these hosts have answered, or have had their grace period; None: no longer."""
+        if all(host in self.answers for host in hosts):
+            return None
+        if not any(self.answer(host) for host in hosts):
+            return Wait()
+        return None if "stragglers" in self.over else Wait("stragglers")
+
 
 @dataclass(frozen=True)
 class Ask:
     """Ask these hosts in parallel."""
+
+    hosts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AskAgain:
+    """Ask these hosts again after a moment, for at most as long as the last step of a move takes."""
 
     hosts: tuple[str, ...]
 
@@ -75,9 +126,11 @@ class Wait:
 
 @dataclass(frozen=True)
 class Use:
-    """The scope lives here."""
+    """The scope lives here, with this epoch. ``left``: hosts that may still have it, and do not serve it."""
 
     host: str
+    epoch: int = 0
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,13 +138,16 @@ class Unplaced:
     """No host that answers has the scope; a new one would be created on ``host``."""
 
     host: str
+    epoch: int = 0
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class AllTold:
-    """Every host that had to get the command has answered."""
+    """Every host that had to get the command has answered. ``left``: hosts that may still have the scope."""
 
     hosts: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +155,18 @@ class Fail:
     """The decision is an error."""
 
     error: NetloomError
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The host that the stored details name, by way of the hosts that the scope left.
+
+    ``by``: the host that says so; empty for the stored host itself. ``epoch``: the number of this placement.
+    """
+
+    host: str
+    epoch: int
+    by: str = ""
 
 
 def cksum(data: bytes) -> int:
@@ -127,57 +195,207 @@ def preferred_order(key: str, candidates: Sequence[str]) -> tuple[str, ...]:
     return unique[first:] + unique[:first]
 
 
-def decide(situation: Situation) -> Ask | Wait | Use | Unplaced | Fail:
+def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fail:
     """The next step to find the host of a scope.
 
-    A stored host that does not answer is a failure, whatever other hosts claim: a host cannot prove that it has the
-    scope, and it would get the passwords of the VMs. A stored host that answers is the decision if it is a candidate or
-    has the scope. Otherwise it is a candidate that has the scope, else the first candidate in order that answers.
+    The stored host is believed, and so is the host to which it says that the scope went. If that host does not answer,
+    does not serve the scope or knows nothing of it (perhaps its disk was replaced), another host is believed only with
+    a proof: a host cannot make one, and would get the passwords of the VMs. Where nothing is stored, a host that serves
+    the scope is believed, first one with a proof.
     """
     now = situation
-    if now.stored:
-        stored = now.answers.get(now.stored)
-        if stored is None:
-            return Wait() if now.stored in now.asked else Ask((now.stored,))
-        if not stored.answered:
-            return Fail(_stays(now, stored.failure))  # guard: a-network-of-a-silent-host-stays
+    if not now.stored:
+        return _anywhere(now)
+    named = _followed(now)
+    if not isinstance(named, _Named):
+        return named
+    answer = now.answer(named.host)
+    if answer is not None:
         if (
-            stored.holds  # guard: a-host-off-the-list-keeps-its-networks
-            or now.stored in now.order
+            answer.serves
+            and (not named.by or answer.epoch >= named.epoch)  # guard: the-next-host-has-the-new-placement
         ):
-            return Use(now.stored)
+            return Use(named.host, max(answer.epoch, named.epoch))  # guard: a-host-off-the-list-keeps-its-networks
+        if answer.holds and answer.gate == "closed" and "moves" not in now.over:
+            return AskAgain((named.host,))
+        if not answer.holds and not named.by and now.stored not in now.order:
+            return _anywhere(now)
+    return _successor(now, named)
+
+
+def _followed(now: Situation) -> _Named | Ask | Wait | Fail:
+    """The host that the stored details name. A host that says where the scope went is asked no further question."""
+    named = _Named(now.stored, now.epoch)
+    seen: list[str] = []
+    while True:
+        if named.host not in now.answers:
+            return Wait() if named.host in now.asked else Ask((named.host,))
+        answer = now.answer(named.host)
+        if answer is None or not answer.moved_to:
+            return named
+        seen.append(named.host)
+        to = _registered(now, answer.moved_to)
+        if not to:  # guard: only-registered-hosts-are-contacted
+            return Fail(
+                HostRefused(
+                    f"{named.host}: {now.scope_id} was moved to {answer.moved_to[:255]}, which is not registered",
+                    hint="add that host to the registration detail hosts",
+                )
+            )
+        if to in seen:
+            return Fail(
+                HostRefused(
+                    f"{now.scope_id}: {' and '.join(seen)} say that it was moved away, and none of them has it",
+                    hint=_where(now),
+                )
+            )
+        named = _Named(to, max(named.epoch, answer.epoch), by=named.host)
+
+
+def _registered(now: Situation, name: str) -> str:
+    """The candidate of this name, or the stored host, spelled as the registration has it; empty when there is none.
+
+    The name is what a host says, and whoever it names would get a login, possibly with a password.
+    """
+    return next((host for host in (*now.order, now.stored) if host and host.lower() == name.lower()), "")
+
+
+def _successor(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use | Fail:
+    """The host that serves the scope although the named host does not: one that is authorised, and no other."""
+    others = tuple(host for host in now.order if host != named.host)
+    if missing := tuple(host for host in others if host not in now.asked):
+        return Ask(missing)
+    if wait := now.waits_for(others):
+        return wait
+    of_named = now.answers[named.host]
+    # The number of a placement that has not begun is no reason to refuse the one before it.
+    floor = named.epoch if of_named.gate == "incoming" else max(named.epoch, of_named.epoch)
+    left = () if of_named.answered and not of_named.holds else (named.host,)
+    authorised = [
+        (host, answer)
+        for host in others
+        if (answer := now.answer(host)) is not None
+        and answer.holds
+        and answer.is_proven  # guard: a-claim-needs-a-proof
+        and answer.epoch > floor  # guard: an-old-proof-proves-nothing
+    ]
+    if serving := [(host, answer) for host, answer in authorised if answer.serves]:
+        host, answer = max(serving, key=lambda it: it[1].epoch)
+        return Use(host, answer.epoch, left)
+    moving = [host for host, answer in (*authorised, (named.host, of_named)) if answer.is_moving]
+    if moving and "moves" not in now.over:
+        return AskAgain(tuple(moving))
+    if authorised:
+        host, answer = authorised[0]
+        return Fail(_not_served(now, host, answer))
+    if not of_named.answered:
+        return _evacuated(now, named, others, floor)
+    if not of_named.holds and not named.by:
+        return Use(named.host, named.epoch)  # it was chosen by the command before this one
+    return Fail(_not_served(now, named.host, of_named, named.by))
+
+
+def _evacuated(now: Situation, named: _Named, others: Sequence[str], floor: int) -> Use | Fail:
+    """A host that may take the scopes of the named one, which is dead; no host has a copy of this scope."""
+    takers = [
+        (host, answer)
+        for host in others
+        if (answer := now.answer(host)) is not None and named.host in answer.evacuated and not answer.moved_to
+    ]
+    if not takers:
+        return Fail(_stays(now, named))  # guard: a-network-of-a-silent-host-stays
+    for host, answer in takers:
+        if answer.holds and answer.epoch > floor:  # an earlier command has created it there
+            return Use(host, answer.epoch, (named.host,)) if answer.serves else Fail(_not_served(now, host, answer))
+    dead = {host for _, answer in takers for host in answer.evacuated}
+    for host in others:
+        if now.answer(host) is None and host not in dead:  # guard: a-silent-host-may-have-taken-the-network
+            return Fail(_may_be_there(now, named, host))
+    if free := [host for host, answer in takers if now.removes or not answer.drained]:
+        return Use(free[0], floor + 1, (named.host,))
+    return Fail(_all_drained(now, [host for host, _ in takers]))
+
+
+def _anywhere(now: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fail:
+    """Nothing is stored, or the stored host is no candidate and has nothing."""
     if missing := tuple(host for host in now.order if host not in now.asked):
         return Ask(missing)
-    if holders := now.holders():
-        return Use(holders[0])
-    all_answered = all(host in now.answers for host in now.order)
-    if not all_answered and ("stragglers" not in now.over or not now.answering()):
-        return Wait("stragglers" if now.answering() else None)
-    if answering := now.answering():
-        return Unplaced(answering[0])
-    return Fail(nobody_answers(now))
+    if wait := now.waits_for(now.order):
+        return wait
+    holding = [(host, it) for host in now.order if (it := now.answer(host)) is not None and it.holds]
+    serving = [(host, answer) for host, answer in holding if answer.serves]
+    moving = [host for host, answer in holding if answer.is_moving]
+    # A claim without a proof counts as never moved: any host can say any number.
+    best = max(serving, key=lambda it: it[1].epoch if it[1].is_proven else 0, default=None)
+    is_settled = best is not None and (best[1].is_proven or all(it.gate != "closed" for _, it in holding))
+    if moving and not is_settled and "moves" not in now.over:
+        return AskAgain(tuple(moving))
+    if best is not None:
+        return Use(best[0], best[1].epoch)
+    if holding:  # guard: a-network-is-not-created-beside-a-copy
+        return Fail(_not_served(now, *holding[0]))
+    for host in now.answering():
+        to = _registered(now, now.answers[host].moved_to)
+        if to and now.answer(to) is None:  # guard: a-moved-network-is-not-created-again
+            return Fail(_moved_to_a_silent_host(now, host, to))
+    answering = now.answering()
+    if not answering:
+        return Fail(nobody_answers(now))
+    if free := [
+        host
+        for host in answering
+        if now.removes or not now.answers[host].drained  # guard: a-drained-host-gets-no-new-network
+    ]:
+        return Unplaced(free[0], max([now.epoch, *_next_epochs(now)]))
+    return Fail(_all_drained(now, answering))
+
+
+def _next_epochs(now: Situation) -> list[int]:
+    """The numbers that follow those of the moves that hosts remember. With a new one, the proofs of old moves are old.
+
+    A host can say any number; a very large one is ignored, so that the scope can always be moved.
+    """
+    told = (now.answers[host] for host in now.answering() if now.answers[host].moved_to)
+    return [it.epoch + 1 for it in told if it.epoch < _REMEMBERED_MAX]
 
 
 def decide_everywhere(situation: Situation) -> Ask | Wait | AllTold | Fail:
-    """The next step to send a command to every candidate that answers. The stored host must answer.
+    """The next step to send a command to every candidate that answers, and to the hosts that the scope left.
 
-    An answer is here the reply to the command itself. A host that was reached is waited for until it answers.
+    The stored host must answer, or the host to which it says that the scope went, unless another host is authorised or
+    somebody has declared that host dead. An answer is here the reply to the command itself, with what the host said
+    about the scope before. A host that was reached is waited for until it answers.
     """
     now = situation
-    told = tuple(dict.fromkeys((*((now.stored,) if now.stored else ()), *now.order)))
+    told = tuple(dict.fromkeys((*((now.stored,) if now.stored else ()), *now.order, *now.previous)))
     if missing := tuple(host for host in told if host not in now.asked):
         return Ask(missing)
+    named = _followed(now) if now.stored else _Named("", 0)
+    if isinstance(named, Ask | Wait):
+        return named
     silent = [host for host in told if host not in now.answers]
-    if any(host == now.stored or host in now.reached for host in silent):
+    if any(host in now.reached for host in silent):
         return Wait()
     if silent and ("stragglers" not in now.over or not now.answers):
         return Wait("stragglers" if now.answers else None)
-    stored = now.answers.get(now.stored)
-    if stored is not None and not stored.answered:
-        return Fail(_stays(now, stored.failure))
-    if done := tuple(host for host in told if host in now.answers and now.answers[host].answered):
-        return AllTold(done)
-    return Fail(nobody_answers(now))
+    if isinstance(named, Fail):
+        return named
+    done = tuple(host for host in told if now.answer(host))
+    left = tuple(host for host in told if host in (named.host, *now.previous) and host not in done)
+    if named.host and named.host not in done and not _is_replaced(now, named):
+        return Fail(_stays(now, named))
+    if not now.stored:
+        for host in done:
+            to = _registered(now, now.answers[host].moved_to)
+            if to and to not in done:
+                return Fail(_moved_to_a_silent_host(now, host, to))
+    return AllTold(done, left) if done else Fail(nobody_answers(now))
+
+
+def _is_replaced(now: Situation, named: _Named) -> bool:
+    """Whether a host is authorised in place of the named one, or an operator has declared the named one dead."""
+    others = [it for host, it in now.answers.items() if host != named.host and it.answered]
+    return any((it.holds and it.is_proven and it.epoch > named.epoch) or named.host in it.evacuated for it in others)
 
 
 def nobody_answers(situation: Situation) -> HostUnreachable:
@@ -188,8 +406,48 @@ def nobody_answers(situation: Situation) -> HostUnreachable:
     return HostUnreachable("none of the hosts answers: " + "; ".join([*situation.failures(), *silent]))
 
 
-def _stays(situation: Situation, failure: str) -> HostUnreachable:
+def _stays(now: Situation, named: _Named) -> HostUnreachable:
+    lives = f"was moved to {named.host}" if named.by else f"lives on {named.host} and was not moved"
+    return HostUnreachable(
+        now.answers[named.host].failure,
+        hint=f"{now.scope_id} {lives}: bring that host back; if it is dead: netloom evacuate {named.host}",
+    )
+
+
+def _may_be_there(now: Situation, named: _Named, host: str) -> HostUnreachable:
+    failure = now.answers[host].failure if host in now.answers else f"{host}: no answer in time"
     return HostUnreachable(
         failure,
-        hint=f"{situation.scope_id} lives on {situation.stored} and was not moved: bring that host back",
+        hint=f"{now.scope_id} lived on {named.host}, which is declared dead, and may be on {host} by now: "
+        f"bring {host} back; if it is dead: netloom evacuate {host}",
     )
+
+
+def _moved_to_a_silent_host(now: Situation, host: str, to: str) -> HostUnreachable:
+    failure = now.answers[to].failure if to in now.answers else f"{to}: no answer in time"
+    return HostUnreachable(failure, hint=f"{now.scope_id} was moved from {host} to {to}: bring that host back")
+
+
+def _not_served(now: Situation, host: str, answer: HostAnswer, by: str = "") -> HostRefused:
+    """The host answers, and does not serve the scope."""
+    if not answer.holds:
+        return HostRefused(
+            f"{host}: {now.scope_id} is not there, but {by} says that it was moved there", hint=_where(now)
+        )
+    reason = answer.why[:300] or {
+        "incoming": "its move to this host is not finished",
+        "closed": "its move from this host is not finished",
+        "passive": "it is passive there",
+    }.get(answer.gate, "it has an older copy")
+    return HostRefused(f"{host}: {now.scope_id} is not served there: {reason}", hint=_where(now))
+
+
+def _all_drained(now: Situation, hosts: Sequence[str]) -> HostRefused:
+    return HostRefused(
+        f"{now.scope_id} is on no host, and every host that could take it is drained: {', '.join(hosts)}",
+        hint=f"netloom undrain {hosts[0]}",
+    )
+
+
+def _where(now: Situation) -> str:
+    return f"look: netloom where {now.scope_id}"

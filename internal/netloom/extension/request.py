@@ -18,7 +18,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     ``stored``: the host that CloudStack remembers, and what we stored with it. ``vlan``: the segment in the payload.
     ``installs``: whether the program is installed or upgraded on hosts that the call asks. ``only_removes``: see
-    commands/table.py.
+    commands/table.py. ``ends``: an ensure-network-device before the end of the network.
     """
 
     details: PhysicalDetails
@@ -27,6 +27,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     vlan: str = ""
     installs: bool = False
     only_removes: bool = False
+    ends: bool = False
 
     @property
     def scope_id(self) -> str:
@@ -46,7 +47,9 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
     stored = envelope.network_details
     removes = only_removes(command, payload)
     installs = kind == "builds" and not removes
+    ends = False
     if isinstance(payload, EnsureNetworkDevice):
+        ends = payload.is_ending
         current = parse_current_details(payload.current_details)
         stored = current if current.host else stored
         # CloudStack sends it before removals, too. A stored host stays the host, whatever it has: only look.
@@ -60,8 +63,10 @@ def check(command: str, payload_file: bytes, executable: str, call_id: str) -> R
             scope_id=scope_id_of(command, envelope.payload),
             registration=registration(envelope.details, executable),
             payload=payload_text,
+            epoch=stored.epoch,
         ),
         vlan=str(getattr(payload, "vlan", "")),
         installs=installs,
         only_removes=removes,
+        ends=ends,
     )
