@@ -32,6 +32,7 @@ from netloom.errors import HostRefused
 from netloom.files import replace_bytes, replace_text, sync_directory
 from netloom.program import build_id, is_newer, path
 from netloom.sockets import peer_credentials
+from netloom.state import Placement
 from netloom.wire import Activation, FrameReader, Hello
 
 LIBEXEC = Path("/usr/local/libexec/netloom")
@@ -499,19 +500,38 @@ def _restore_states(kept: Path, aside: Path | None = None) -> list[str]:
     """Replace the state files of the scopes that still exist by those of ``kept``; return the ids of changed scopes.
 
     A scope that was deleted since then is not restored, because its addresses may have another owner now. A scope that
-    was created since then keeps its state. Replaced files are copied to ``aside``.
+    was created since then keeps its state, and so does one that was moved: with its former placement, two hosts could
+    serve it. Replaced files are copied to ``aside``.
     """
     changed = []
     for file in sorted(kept.glob("*.json")):
         present = SCOPES / file.name
         if not present.exists() or present.read_bytes() == file.read_bytes():
             continue
+        now = _placement(present)
+        if now is not None and now != _placement(file):
+            continue  # guard: a-rollback-undoes-no-move
         if aside is not None:
             aside.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copy2(present, aside / file.name)
         replace_bytes(present, file.read_bytes())
         changed.append(file.stem)
     return changed
+
+
+class _Placed(msgspec.Struct):
+    """The part of a state file that says where the scope lives; older builds write none."""
+
+    placement: Placement = Placement()
+
+
+def _placement(file: Path) -> tuple[int, str] | None:
+    """Epoch and gate in a state file; None if it cannot be read."""
+    try:
+        placement = msgspec.json.decode(file.read_bytes(), type=_Placed).placement
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return placement.epoch, placement.gate
 
 
 def _remove_old() -> list[str]:
