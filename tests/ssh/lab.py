@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import processes
 
+SETTLE_S = 20.0
 REPO = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 MANAGEMENT = "stest-m"
@@ -394,3 +395,27 @@ class Caller:
     def log(self) -> str:
         path = self.home / "netloom.log"
         return path.read_text() if path.exists() else ""
+
+
+def helper_pids() -> list[int]:
+    """The pids of the helpers on the management server."""
+    pids = map(int, run("ip", "netns", "pids", MANAGEMENT).split())
+    return [pid for pid in pids if words_of(pid)[-1:] == [b"helper"]]
+
+
+def words_of(pid: int) -> list[bytes]:
+    """The command line of a process; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return []
+
+
+def until(what: Callable[[], object]) -> bool:
+    """Whether it comes true in time."""
+    ends = time.monotonic() + SETTLE_S
+    while not what():
+        if time.monotonic() > ends:
+            return False
+        time.sleep(0.05)
+    return True

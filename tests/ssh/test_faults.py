@@ -201,7 +201,7 @@ def test_a_connection_dropped_by_maxstartups_is_retried(lab: SshLab, caller: Cal
 
 @pytest.mark.mutation(
     "a-command-is-one-channel",
-    instead="await hosts.call(decision.host, locate) and await hosts.call(decision.host, call)",
+    instead="await inquiry.look(situation, host) and await hosts.call(host, call)",
 )
 def test_defect_66_a_command_uses_one_connection_and_one_channel(lab: SshLab, caller: Caller) -> None:
     before = len(lab.h1.logins())

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,22 @@ import pytest
 import processes
 from netloom.extension.helper_client import DOING, pack, unpack
 from netloom.wire import Reply, encode
-from ssh.lab import BLACK_HOLE, KEYS, MANAGEMENT, PYTHON, REPO, Caller, SshHost, SshLab, run
+from ssh.lab import (
+    BLACK_HOLE,
+    KEYS,
+    MANAGEMENT,
+    PYTHON,
+    REPO,
+    Caller,
+    SshHost,
+    SshLab,
+    helper_pids,
+    run,
+    until,
+    words_of,
+)
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
-SETTLE_S = 20.0
-
-
-def helper_pids() -> list[int]:
-    """The pids of the helpers on the management server."""
-    pids = map(int, run("ip", "netns", "pids", MANAGEMENT).split())
-    return [pid for pid in pids if _words(pid)[-1:] == [b"helper"]]
-
-
-def _words(pid: int) -> list[bytes]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-    except OSError:
-        return []
-
-
-def until(what: Callable[[], object]) -> bool:
-    ends = time.monotonic() + SETTLE_S
-    while not what():
-        if time.monotonic() > ends:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture
@@ -61,7 +51,7 @@ def caller(lab: SshLab, tmp_path: Path) -> Iterator[Caller]:
 def end_agents(host: SshHost) -> None:
     """Kill the stand-in agents of a host."""
     for pid in run("ip", "netns", "pids", host.netns).split():
-        if any(b"standin.py" in word for word in _words(int(pid))):
+        if any(b"standin.py" in word for word in words_of(int(pid))):
             processes.kill(int(pid))
 
 

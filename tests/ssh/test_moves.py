@@ -21,8 +21,7 @@ from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.proof import Claim, EvacuationClaim, PlacementClaim, sign
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
-from ssh.lab import HOSTILE, KEYS, MANAGEMENT, Caller, SshLab, run
-from ssh.test_helper import helper_pids, until
+from ssh.lab import HOSTILE, KEYS, MANAGEMENT, Caller, SshLab, helper_pids, run, until
 
 H1, H2 = "10.99.0.11", "10.99.0.12"
 REFUSING = "10.99.0.1"  # the management server itself: no SSH server listens there

@@ -139,7 +139,7 @@ def test_a_frame_that_is_too_long_ends_the_call_and_takes_no_memory(lab: SshLab,
     assert "frame that is too long" in ended.line
 
 
-@pytest.mark.mutation("a-host-off-the-list-keeps-its-networks")
+@pytest.mark.mutation("a-host-off-the-list-keeps-its-networks", instead="_anywhere(now)")
 def test_defect_60_a_host_removed_from_the_list_keeps_its_networks(lab: SshLab, caller: Caller) -> None:
     lab.h1.set_behaviour(holds=["net-42"])
     assert chosen_host(caller.ensure(details(lab, caller, H2), stored_details(H1))) == H1

@@ -280,6 +280,10 @@ def test_a_claim_is_verified() -> None:
 
 
 @pytest.mark.mutation("an-evacuation-ends")
+def test_a_record_of_a_dead_host_expires() -> None:
+    assert heard(Reply(call_id="a", evacuated=(record("kvm1", left_s=-60),))).evacuated == frozenset()
+
+
 @pytest.mark.mutation("an-evacuation-needs-a-proof")
 def test_a_record_of_a_dead_host_is_verified() -> None:
     good = record("kvm1")
