@@ -798,8 +798,11 @@ class Scopes:
         return self.converge(slot)
 
     def read_state(self, slot: Slot) -> None:
-        """Read the state from disk, once. If that fails, the next call tries again. Raises Unreadable."""
-        if slot.state_read:
+        """Read the state from disk, once, and again if it is unknown whether it lasts. Raises Unreadable.
+
+        If that fails, the next call tries again.
+        """
+        if slot.state_read and not self._store.unsettled(slot.scope_id):  # guard: a-state-that-may-not-last-is-read-again
             return
         try:
             slot.scope = self._store.load(slot.scope_id)
