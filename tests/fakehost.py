@@ -199,6 +199,7 @@ class FakeHost:
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
+        self.unplaced: dict[str, str] = {}  # scope -> why its bridge leads to no NIC
 
     def fail(self, what: str, *errors: Exception) -> None:
         """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
@@ -211,6 +212,8 @@ class FakeHost:
         self.did.append(f"claim {scope_id}")
 
     def placed(self, scope_id: str, want: Want) -> Want:
+        if scope_id in self.unplaced:
+            raise HostRefused(self.unplaced[scope_id])
         return want
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:

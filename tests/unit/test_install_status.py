@@ -37,7 +37,7 @@ def test_the_status_waits_until_every_network_is_restored(monkeypatch: pytest.Mo
     ("now", "says"),
     [
         (status(None), "after 0 s the agent does not answer"),
-        (status(2, "net-204", "net-205"), "after 0 s 2 networks are not restored: net-204 net-205"),
+        (status(2, "net-204", "net-205"), "after 0 s 2 networks are not restored: net-204, net-205"),
     ],
 )
 def test_a_wait_that_is_too_short_names_what_is_missing(

@@ -200,9 +200,12 @@ def _restored(task: asyncio.Future[None], log: Log) -> None:
 def _status(scopes: Scopes, upkeep: Upkeep) -> str:
     """One line for ``systemctl status``."""
     networks = sum(slot.scope is not None for slot in scopes.slots())
-    missing = len(upkeep.unrestored())
+    missing = upkeep.missing()
+    done = f"{networks} networks"
+    if missing:
+        failed = next((f"; {it}" for it in missing if it.endswith(")")), "")
+        done = f"restoring: {networks - len(missing)} of {networks} networks done{failed}"
     passive = sum(slot.gate == "passive" for slot in scopes.slots())
-    done = f"restoring: {networks - missing} of {networks} networks done" if missing else f"{networks} networks"
     return f"{done}, {passive} of them passive" if passive else done
 
 
@@ -318,7 +321,7 @@ class _Peer(asyncio.Protocol):
 
 
 def _hello(upkeep: Upkeep) -> Hello:
-    missing = upkeep.unrestored()
+    missing = upkeep.missing()
     return Hello(
         version=__version__, build=BUILD, held=held(), unrestored=len(missing), restoring=tuple(missing[:RESTORING_MAX])
     )

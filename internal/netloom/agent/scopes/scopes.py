@@ -35,7 +35,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -632,9 +632,13 @@ class Scopes:
         """
         slot.unconverged = True
         built: tuple[Step, ...] = ()
-        if slot.unproved:
-            built = self._find_out_who_serves(slot)
-        want = self.placed_want(slot)
+        try:
+            if slot.unproved:
+                built = self._find_out_who_serves(slot)
+            want = self.placed_want(slot)
+        except NetloomError:
+            self._watch_for_nics(slot)  # guard: a-bridge-without-a-nic-is-watched
+            raise
         did: list[str] = []
         if want.namespace:
             # From now on events are compared with the new want, so the changes that follow match it.
@@ -682,6 +686,14 @@ class Scopes:
             return render(None)
         want = self._host.placed(slot.scope_id, self._want(slot))
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
+
+    def _watch_for_nics(self, slot: Slot) -> None:
+        """Watch a scope that could not be built, because its NIC may appear later, or its bridge may get one."""
+        want = self._want(slot)
+        with suppress(NetloomError):
+            want = self.placed_want(slot)
+        if want.namespace:
+            self._watcher.watch(slot.scope_id, want)
 
     def _find_out_who_serves(self, slot: Slot) -> tuple[Step, ...]:
         """Build a scope that is not on this host behind a closed gate, and ask for its addresses before it opens.

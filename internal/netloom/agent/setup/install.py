@@ -276,7 +276,7 @@ def status_when_restored(within_s: float) -> Status:
         if time.monotonic() > until:
             missing = "the agent does not answer"
             if now.unrestored is not None:
-                missing = f"{now.unrestored} networks are not restored: {' '.join(now.restoring)}"
+                missing = f"{now.unrestored} networks are not restored: {', '.join(now.restoring)}"
             raise HostRefused(f"after {within_s:.0f} s {missing}", hint=f"look at {LOG}")
         time.sleep(0.2)
     return now
