@@ -78,7 +78,9 @@ def restored_by_events(host: AgentHost, since: int) -> None:
     def last(scope: str) -> str:
         return next((it for it in reversed(host.log()[since:].splitlines()) if f"scope={scope} " in it), "")
 
-    wait_until(lambda: all(re.search(r" watch: \S+: steps=[1-9]", last(f"net-{it}")) for it in ("204", "205")), WITHIN_S)
+    wait_until(
+        lambda: all(re.search(r" watch: \S+: steps=[1-9]", last(f"net-{it}")) for it in ("204", "205")), WITHIN_S
+    )
     with host.client() as client:
         assert client.hello.unrestored == 0
 

@@ -42,6 +42,7 @@ import msgspec
 from msgspec.structs import replace
 
 from netloom import names
+from netloom.agent import exhausted
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
@@ -262,23 +263,17 @@ class Scopes:
         try:
             reply, steps = await self._dispatch(call)
         except NetloomError as error:
-            reply = Reply(
-                call_id=call.call_id,
-                status=error.exit_code,
-                error=one_line(error.message),
-                hint=one_line(error.hint),
-                holds=self._holds(call.scope_id),
-            )
+            reply = self._refused(call, error)
         # A bug: the log gets the traceback, the caller gets one line.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
-            self._log.traceback(f"call={call.call_id}", error)
-            reply = Reply(
-                call_id=call.call_id,
-                status=3,
-                error=one_line(f"the agent failed: {type(error).__name__} in {call.command}"),
-                hint="its log has the traceback under the call's id",
-                holds=self._holds(call.scope_id),
-            )
+            refused = exhausted.refusal(error, call.command)
+            if refused is None:
+                self._log.traceback(f"call={call.call_id}", error)
+                refused = HostRefused(
+                    f"the agent failed: {type(error).__name__} in {call.command}",
+                    hint="its log has the traceback under the call's id",
+                )
+            reply = self._refused(call, refused)
         reply = self.with_placement(reply, call.scope_id)
         ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
@@ -287,6 +282,15 @@ class Scopes:
             f"steps={steps} ms={ms:.1f} status={reply.status}{outcome}"
         )
         return reply
+
+    def _refused(self, call: Call, error: NetloomError) -> Reply:
+        return Reply(
+            call_id=call.call_id,
+            status=error.exit_code,
+            error=one_line(error.message),
+            hint=one_line(error.hint or exhausted.remedy(error)),
+            holds=self._holds(call.scope_id),
+        )
 
     async def _dispatch(self, call: Call) -> tuple[Reply, int]:
         """The reply, and the number of steps that were done on the host."""

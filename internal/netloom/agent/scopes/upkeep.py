@@ -29,6 +29,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 
 from netloom import names
+from netloom.agent import exhausted
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -275,7 +276,11 @@ class Upkeep:
                 self._reasons[slot.scope_id] = one_line(error.message, REASON_MAX)
         # A bug must not end the agent.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-upkeep-does-not-end-the-agent
-            self._log.traceback(f"scope={slot.scope_id} {why}", error)
+            refused = exhausted.refusal(error, f"scope={slot.scope_id} {why} failed")
+            if refused is not None:
+                self._log.line(str(refused))
+            else:
+                self._log.traceback(f"scope={slot.scope_id} {why}", error)
         return None
 
     async def _erase_until_done(self, slot: Slot, taken: PasswordTaken) -> None:
