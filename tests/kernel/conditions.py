@@ -22,7 +22,10 @@ SCOPES = "/var/lib/netloom/scopes"
 
 @contextlib.contextmanager
 def failing(host: AgentHost, *injections: str, paths: Sequence[str] = ()) -> Iterator[None]:
-    """Let system calls of the agent fail, for example ``fsync:error=EIO``. ``paths``: only those that use one of them."""
+    """Let system calls of the agent fail, for example ``fsync:error=EIO``.
+
+    ``paths``: only those calls that use one of them.
+    """
     assert host.agent is not None
     pid = host.agent.pid
     calls = ",".join(it.partition(":")[0] for it in injections)
@@ -126,22 +129,27 @@ class Group:
         return not self._directory.exists()
 
 
-@contextlib.contextmanager
-def full_conntrack(host: AgentHost, namespace: str) -> Iterator[None]:
+PORTS = 60_000
+
+
+def fill_conntrack(host: AgentHost, namespace: str) -> None:
     """Fill the table of the namespace with open connections, which the kernel does not evict for new ones."""
     most = int(host.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max", namespace=namespace))
     file = host.path("/run/connections")
     with file.open("w") as lines:
         for at in range(most):
-            flow = f"-s 192.0.2.{1 + at // 60000} -d 198.51.100.1 -p udp --sport 7 --dport {1024 + at % 60000}"
+            flow = f"-s 192.0.2.{1 + at // PORTS} -d 198.51.100.1 -p udp --sport 7 --dport {1024 + at % PORTS}"
             lines.write(f"-I {flow} --timeout 600 -u ASSURED,SEEN_REPLY\n")
     host.run("conntrack", "-R", "/run/connections", namespace=namespace, check=False)
     file.unlink()
-    try:
-        yield
-    finally:
-        for at in range(1 + most // 60000):
-            host.run("conntrack", "-D", "-s", f"192.0.2.{1 + at}", namespace=namespace, check=False)
+    assert int(host.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count", namespace=namespace)) >= most
+
+
+def empty_conntrack(host: AgentHost, namespace: str) -> None:
+    """Delete these connections. It takes half a minute."""
+    most = int(host.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max", namespace=namespace))
+    for at in range(1 + most // PORTS):
+        host.run("conntrack", "-D", "-s", f"192.0.2.{1 + at}", namespace=namespace, check=False, timeout_s=120)
 
 
 class Pings:
@@ -173,7 +181,9 @@ _COUNTED = re.compile(r"(set \w+ \{[^{}]*flags [^\n]*dynamic[^{}]*?)\n\s*element
 
 def stands(host: AgentHost, *namespaces: str) -> str:
     """The kernel objects of these namespaces and the host's links as text, without counters, handles and states."""
-    parts = [json.dumps({name: (it.get("master"), it["mtu"], "UP" in it["flags"]) for name, it in host.links().items()})]
+    parts = [
+        json.dumps({name: (it.get("master"), it["mtu"], "UP" in it["flags"]) for name, it in host.links().items()})
+    ]
     for namespace in namespaces:
         parts += [
             host.run(*words, namespace=namespace)

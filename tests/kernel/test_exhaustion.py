@@ -9,24 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import resource
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 
+import jumping_clock
 from kernel import conditions
 from kernel.agent_host import NO_CHECKS, PROGRAM, AgentHost, act, agent_host, done, make_call, message, wait_until
 from kernel.conditions import SCOPES, Group, Pings, descriptors, failing, limited, stands
-from kernel.isolated_network import NS, WEB, WEB_IP, get, lease, live_with_vm
+from kernel.isolated_network import NS, WEB, WEB_IP, get, lease, live_with_vm, lookup
+from netloom.agent.processes.liveness import ANSWER_S, EVERY_S, FAILURES, PAUSE_S
 from netloom.wire import FrameReader, Hello, Message, Reply, encode
 
 OTHER_NS, OTHER = "cs-net-205", "other"
 OUTSIDE = "203.0.113.1"
 ANSWER_S_MAX = 20.0  # of the 60 that the calls have
+# By then a resolver that does not answer would have been killed.
+PROBED_S = EVERY_S + FAILURES * (2 * ANSWER_S + PAUSE_S)
 FILE = f"{SCOPES}/net-204.json"
 
 
@@ -226,3 +233,135 @@ def test_without_processes_only_calls_that_need_one_fail(networks: Networks) -> 
         assert message(act(host, "check", network_id="205")) == "nothing to do: all is as it should be"
         done(host.call("309", "remove-dns-subnet", network_id="205"))
     networks.release()
+
+
+def rules(number: int) -> dict[str, object]:
+    """A list of so many egress rules."""
+    made = [{"id": at, "type": "egress", "protocol": "tcp", "portStart": at, "portEnd": at} for at in range(1, number)]
+    return {"default_egress_allow": True, "rules": made}
+
+
+def test_without_memory_a_call_fails_and_the_agent_serves_on(networks: Networks) -> None:
+    """Lists of rules that grow until the agent has no memory for one."""
+    host = networks.host
+    with networks.carrying():
+        with limited(host, resource.RLIMIT_DATA, memory(host)):
+            number, reply = 4000, Reply(call_id="")
+            while not reply.status:
+                number += 4000
+                reply = host.call("070", "apply-fw-rules", fw_rules=rules(number))
+            assert (reply.status, reply.error) == (3, "apply-fw-rules: Cannot allocate memory")
+            assert "too little memory" in reply.hint
+            assert host.call("020", "implement-network", network_id="205", vlan="1377").status in (0, 3)
+        done(host.call("022", "apply-fw-rules"))
+        assert networks.now == networks.plain
+        assert message(act(host, "check")) == "nothing to do: all is as it should be"
+
+
+def memory(host: AgentHost) -> int:
+    """What the limit RLIMIT_DATA counts of the agent, in bytes."""
+    assert host.agent is not None
+    status = host.path(f"/proc/{host.agent.pid}/status").read_text()
+    return int(re.findall(r"VmData:\s+(\d+) kB", status)[0]) * 1024
+
+
+def test_an_agent_that_the_kernel_kills_for_its_memory_is_replaced_by_the_next_call(networks: Networks) -> None:
+    """The limit is that of a control group, as systemd's MemoryMax."""
+    host = networks.host
+    agent = host.agent
+    assert agent is not None
+    before = host.path(FILE).read_bytes()
+    with Pings(host, WEB, OUTSIDE), Pings(host, OTHER, OUTSIDE):
+        with Group(host, "memory") as group:
+            used = group.read("memory.usage_in_bytes", "memory.current")
+            group.limit("memory.limit_in_bytes", "memory.max", used + (8 << 20))
+            with pytest.raises(ConnectionResetError, match="hung up|reset by peer"):
+                host.call("070", "apply-fw-rules", fw_rules=rules(30_000))
+            assert agent.wait(60) == -signal.SIGKILL
+        assert host.path(FILE).read_bytes() == before
+        reply = relayed(host, "050", "assign-ip")
+        done(reply)
+        assert networks.now == networks.assigned
+
+
+def relayed(host: AgentHost, fixture: str, command: str) -> Reply:
+    """Make a call through ``netloom agent connect``, which starts an agent if none answers."""
+    relay = subprocess.Popen(
+        ["nsenter", "-t", str(host.pid), "-n", "-m", "--", *PROGRAM, "connect"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    assert relay.stdin is not None
+    assert relay.stdout is not None
+    relay.stdin.write(encode(Hello(version="test", build="test")) + encode(make_call(fixture, command)))
+    reader, messages = FrameReader(), list[Message]()
+    while len(messages) < 2:
+        messages += reader.feed(os.read(relay.stdout.fileno(), 65536))
+    relay.communicate(timeout=60)
+    assert isinstance(messages[1], Reply)
+    return messages[1]
+
+
+@pytest.mark.mutation("a-full-conntrack-table-is-named")
+def test_with_a_full_conntrack_table_calls_work_and_it_is_named(networks: Networks) -> None:
+    """Open connections go on, also in the full network; only new ones are dropped. The table stays full."""
+    host = networks.host
+    with networks.carrying():
+        conditions.fill_conntrack(host, NS)
+        assert "0 received" in host.run("ping", "-c", "3", "-i", "0.2", "-W", "1", OUTSIDE, namespace=WEB, check=False)
+        for action in ("check", "show"):
+            said = message(act(host, action))
+            assert re.search(rf"\d+ of \d+ connections of {NS} are in use.*nf_conntrack_max", said)
+        done(host.call("032", "add-dhcp-entry"))
+        host.run("ping", "-c", "1", "-W", "20", OUTSIDE, namespace=OTHER)
+
+
+@pytest.mark.long
+@pytest.mark.mutation("a-full-conntrack-table-proves-no-hang", instead="False")
+def test_a_network_whose_conntrack_table_was_full_works_again(networks: Networks) -> None:
+    """Each look at all connections takes seconds. The resolver, which no probe reaches, is not taken for hung."""
+    host = networks.host
+    (resolver,) = host.processes("dnsmasq")
+    with networks.carrying():
+        conditions.fill_conntrack(host, NS)
+        filled = time.monotonic()
+        done(networks.assign())
+        assert networks.now == networks.assigned
+        wait_until(lambda: time.monotonic() > filled + PROBED_S, 2 * PROBED_S)
+        conditions.empty_conntrack(host, NS)
+        host.run("ping", "-c", "1", "-W", "20", OUTSIDE, namespace=WEB)
+        assert lookup(host, WEB, "web-1") == WEB_IP
+        assert message(act(host, "check")) == "nothing to do: all is as it should be"
+    assert resolver in host.processes("dnsmasq")
+    assert "does not answer" not in host.log()
+    networks.release()
+
+
+@pytest.mark.parametrize("jump_s", [86400, -86400])
+def test_a_clock_that_jumps_a_day_changes_nothing(jump_s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases, tokens, retries and deadlines go by clocks that do not jump."""
+    with agent_host("eth1.1204", "eth2.101") as host:
+        host.run("ip", "addr", "add", f"{OUTSIDE}/24", "dev", "sw-eth2.101", pid=host.fabric)
+        clock = host.path("/run/clock")
+        jumping_clock.write(clock, 0)
+        program = [sys.executable, jumping_clock.__file__, "/run/clock", "agent"]
+        monkeypatch.setattr("kernel.agent_host.PROGRAM", program)
+        host.start("--check-every", "2")
+        live_with_vm(host)
+        before = lease(host, WEB)
+        failed = host.call("020", "implement-network", network_id="205", vlan="1377")
+        assert failed.status == 3  # its VLAN has no link yet
+        with Pings(host, WEB, OUTSIDE):
+            stood = stands(host, NS)
+            jumping_clock.write(clock, jump_s)
+            assert lease(host, WEB) == before
+            assert get(host, WEB, "/latest/meta-data/local-hostname") != ""
+            wait_until(lambda: "scope=net-205 retry 3 failed" in host.log())
+            host.add_vlan("eth1.1377")
+            wait_until(lambda: "cs-net-205" in host.run("ip", "netns"))
+            assert message(act(host, "check")) == "nothing to do: all is as it should be"
+            done(host.call("137", "implement-network", remaining_ms=int(ANSWER_S_MAX * 1000)))
+            assert stands(host, NS).partition("}")[2] == stood.partition("}")[2]  # without the host's links
+        assert host.agent is not None
+        assert host.agent.poll() is None
