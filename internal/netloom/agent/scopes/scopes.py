@@ -818,7 +818,9 @@ class Scopes:
 
         If that fails, the next call tries again.
         """
-        if slot.state_read and not self._store.unsettled(slot.scope_id):  # guard: a-state-that-may-not-last-is-read-again
+        if slot.state_read and not self._store.unsettled(
+            slot.scope_id
+        ):  # guard: a-state-that-may-not-last-is-read-again
             return
         try:
             slot.scope = self._store.load(slot.scope_id)

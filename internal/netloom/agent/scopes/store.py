@@ -1,8 +1,9 @@
 """The state directory of the agent: one JSON file per scope, replaced atomically.
 
 ``net-204.json`` is the state of a scope. ``net-204.ended`` is the state of a deleted scope; it exists until the scope
-is removed from the host. Beside a ``net-204.json`` it has no meaning: the scope was created again. ``net-204.moved`` names the host to which the scope was moved. ``placement.json``, beside the
-directory, has what an operator said about the host as a whole. The agent is the only writer while it runs.
+is removed from the host. Beside a ``net-204.json`` it has no meaning: the scope was created again. ``net-204.moved``
+names the host to which the scope was moved. ``placement.json``, beside the directory, has what an operator said about
+the host as a whole. The agent is the only writer while it runs.
 
 A change that cannot be flushed to disk is taken back, so that an error leaves the old state in place. Where that fails,
 too, the error says so, and the scope is not used until the directory can be flushed (``unsettled``).
