@@ -17,8 +17,8 @@ test: packages emulator venv build ## run all tests (root); TIMES=--times writes
 	@build/pages/venv
 	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs hosts-single kernel ssh e2e binary release mutants
 
-test-long: packages venv ## run all mutants; make test runs a sixth of them (root; half an hour)
-	@.venv/bin/python build/ci/groups.py mutants-all
+test-long: packages venv ## run the long tests, and all mutants, of which make test runs a sixth (root; half an hour)
+	@.venv/bin/python build/ci/groups.py kernel-long mutants-all
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all

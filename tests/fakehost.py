@@ -199,6 +199,7 @@ class FakeHost:
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
+        self.unplaced: dict[str, str] = {}  # scope -> why its bridge leads to no NIC
 
     def fail(self, what: str, *errors: Exception) -> None:
         """Let the next converge of a scope fail, or the next ``"tidy"``, or several of them in a row."""
@@ -211,6 +212,8 @@ class FakeHost:
         self.did.append(f"claim {scope_id}")
 
     def placed(self, scope_id: str, want: Want) -> Want:
+        if scope_id in self.unplaced:
+            raise HostRefused(self.unplaced[scope_id])
         return want
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
@@ -388,7 +391,10 @@ def _announced(want: Want, addresses: Iterable[Address]) -> tuple[Announcement, 
 
 
 class FakeStore(Store):
-    """State files in memory. ``unreadable`` lists scopes whose file is broken; while ``full``, nothing can be saved."""
+    """State files in memory. ``unreadable`` lists scopes whose file is broken; while ``full``, nothing can be saved.
+
+    While ``unflushed``, a change is made and may not last.
+    """
 
     def __init__(self, did: list[str]) -> None:
         self._did = did
@@ -396,6 +402,8 @@ class FakeStore(Store):
         self.retired: set[str] = set()
         self.unreadable: set[str] = set()
         self.full = False
+        self.unflushed = False
+        self.doubtful: set[str] = set()
         self.loads = 0
         self.went: dict[str, Moved] = {}
         self.record = HostRecord()
@@ -408,9 +416,18 @@ class FakeStore(Store):
 
     def load(self, scope_id: str) -> Scope | None:
         self.loads += 1
-        if scope_id in self.unreadable:
+        if scope_id in self.unreadable or self.unflushed:
             raise Unreadable(f"state file {scope_id}.json cannot be read")
+        self.doubtful.discard(scope_id)
         return self.files.get(scope_id)
+
+    def unsettled(self, scope_id: str) -> bool:
+        return scope_id in self.doubtful
+
+    def _flush(self, scope_id: str) -> None:
+        if self.unflushed:
+            self.doubtful.add(scope_id)
+            raise HostRefused("a power failure may undo that")
 
     def save(self, scope: Scope) -> None:
         self._did.append(f"save {scope.scope_id}")
@@ -418,11 +435,13 @@ class FakeStore(Store):
             raise HostRefused(f"state file {scope.scope_id}.json cannot be written: No space left on device")
         self.files[scope.scope_id] = scope
         self.retired.discard(scope.scope_id)
+        self._flush(scope.scope_id)
 
     def retire(self, scope_id: str) -> None:
         self._did.append(f"retire {scope_id}")
         if self.files.pop(scope_id, None) is not None:
             self.retired.add(scope_id)
+        self._flush(scope_id)
 
     def forget(self, scope_id: str) -> None:
         self._did.append(f"forget {scope_id}")

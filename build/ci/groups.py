@@ -48,13 +48,26 @@ SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
 # One group for each kind of emulated hosts: they run side by side, and "hosts" is all of them.
 HOSTS = {f"hosts-{path.stem.removeprefix('test_')}": str(path) for path in sorted(ROOT.glob("tests/hosts/test_*.py"))}
 HOST_TEST_S_MAX = 1500  # one test with a boot, on a slow machine
-PRIVILEGED = {"kernel", "ssh", "e2e", "binary", "binary-all", "release", "mutants", "mutants-all", *HOSTS}
+PRIVILEGED = {
+    "kernel",
+    "kernel-long",
+    "ssh",
+    "e2e",
+    "binary",
+    "binary-all",
+    "release",
+    "mutants",
+    "mutants-all",
+    *HOSTS,
+}
 # Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 WHERE = {
     **{group: [path, f"--override-ini=faulthandler_timeout={HOST_TEST_S_MAX}"] for group, path in HOSTS.items()},
     "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
     "binary-all": ["tests/binary", "tests/e2e"],
+    "kernel": ["tests/kernel", "-m", "not long"],
+    "kernel-long": ["tests/kernel", "-m", "long"],
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }

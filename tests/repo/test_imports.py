@@ -22,6 +22,7 @@ PRIVATE = {
     "_isolated",
     "_library_lock",
     "_programs",
+    "_restore_states",
     "_vpc",
     "_with_ip6",
 }

@@ -215,6 +215,20 @@ class SshHost:
         finally:
             self._sh(f"printf %s {shlex.quote(ours)} > /etc/hosts; : > /etc/resolv.conf")
 
+    @contextmanager
+    def without(self, program: str) -> Iterator[None]:
+        """Let the host not have this program."""
+        directory = os.path.dirname(program)
+        layers = "lowerdir=$D,upperdir=/run/layers/upper,workdir=/run/layers/work"
+        self._sh(
+            f"D={directory}; mkdir -p /run/layers; mount -t tmpfs none /run/layers; mkdir /run/layers/upper "
+            f"/run/layers/work; mount -t overlay -o {layers} overlay $D; rm {program}"
+        )
+        try:
+            yield
+        finally:
+            self._sh(f"umount -l {directory}; umount -l /run/layers; rmdir /run/layers")
+
     def _sh(self, script: str) -> str:
         return run("nsenter", "-t", str(self._sshd[0].pid), "-m", "sh", "-ec", script)
 

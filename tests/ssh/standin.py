@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "internal"))
 
@@ -34,7 +35,8 @@ def main() -> int:
         time.sleep(600)
     protocol = script.get("protocol", 1)
     hello = Hello(version="9.9", build="standin", protocol=protocol, oldest=script.get("oldest", protocol))
-    os.write(1, encode(hello))
+    write = drip if how == "drip" else write_at_once
+    (write if script.get("what") == "hello" else write_at_once)(encode(hello))
     reader = FrameReader()
     while data := os.read(0, 1 << 20):
         for message in reader.feed(data):
@@ -54,11 +56,22 @@ def main() -> int:
                     if how == "die" or (how == "die-once" and deaths() == 0):
                         journal_death()
                         os.kill(os.getppid(), 9) if script.get("with_shell") else os._exit(9)
-                answer(message, script)
+                answer(message, script, write if script.get("what") == "reply" else write_at_once)
     return 0
 
 
-def answer(call: Call, script: dict[str, object]) -> None:
+def write_at_once(data: bytes) -> None:
+    os.write(1, data)
+
+
+def drip(data: bytes) -> None:
+    """One byte a second."""
+    for at in range(len(data)):
+        os.write(1, data[at : at + 1])
+        time.sleep(1)
+
+
+def answer(call: Call, script: dict[str, object], write: Callable[[bytes], None]) -> None:
     replies = script.get("replies", {})
     assert isinstance(replies, dict)
     holds = script.get("holds", [])
@@ -68,7 +81,7 @@ def answer(call: Call, script: dict[str, object]) -> None:
         reply = reply[min(answered[call.command], len(reply) - 1)]
     answered[call.command] += 1
     fields = {"holds": call.scope_id in holds, **reply}
-    os.write(1, encode(Reply(call_id=call.call_id, **fields)))
+    write(encode(Reply(call_id=call.call_id, **fields)))
 
 
 def journal(call: Call) -> None:

@@ -18,7 +18,7 @@ from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.nft_watch import NftWatch, Transaction
-from netloom.agent.kernel.watch import Event
+from netloom.agent.kernel.watch import Event, Watch
 from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.netobjects import Address
@@ -53,6 +53,16 @@ class FakeWatch:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class Host:
+    """The watch of the host, for its names by index."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        self.names = names
+
+    def read(self) -> list[Event]:
+        return []
 
 
 class Scene:
@@ -316,6 +326,56 @@ async def test_a_bridge_that_is_lost_during_a_repair_is_repaired_once_more(scene
     scene.watcher.work_done(SCOPE)
     await scene.clock.advance(1)
     assert [why for _, why in scene.repairs] == [bridge]
+
+
+def heard(scene: Scene, row: Link, *, gone: bool = False) -> None:
+    scene.watcher._hear_host(Event(kind="link", gone=gone, row=row), row)
+
+
+@pytest.mark.mutation("scopes-wait-for-their-nics")
+@watched
+async def test_all_scopes_on_a_nic_are_repaired_when_it_appears(scene: Scene) -> None:
+    """Also if it appears during the work that fails without it, and however many of its events come."""
+    for number in range(3):
+        scene.watcher.watch(f"net-{number}", WANT)
+    await scene.clock.settle()
+    nic = host_link(WANT.ports[0].segment.nic, 9, "")
+    for _ in range(2):
+        scene.working = True
+        for up in (False, True, True):
+            heard(scene, replace(nic, up=up))
+        await scene.clock.advance(1)
+        assert scene.repairs == []
+        scene.working = False
+        await scene.clock.advance(1)
+        assert len(scene.repairs) == 4
+        heard(scene, nic, gone=True)
+        scene.repairs.clear()
+
+
+@watched
+async def test_a_scope_on_a_bridge_is_repaired_when_the_bridge_gets_its_nic(scene: Scene) -> None:
+    """A tap of a VM is no NIC, and a bridge of ours leads to no NIC."""
+    port = replace(WANT.ports[0], segment=replace(WANT.ports[0].segment, nic="cloudbr1"))
+    scene.watcher.watch(SCOPE, replace(WANT, ports=(port,)))
+    await scene.clock.settle()
+    scene.watcher._host = cast(Watch, Host({7: "cloudbr1", 8: port.segment.bridge}))
+    heard(scene, host_link("cloudbr1", 7, "bridge"))
+    await scene.clock.advance(1)
+    assert [why for _, why in scene.repairs] == ["cloudbr1"]
+    heard(scene, host_link("vnet5", 20, "tun", master_index=7))
+    heard(scene, replace(host_link(port.segment.bridge, 8, "bridge"), alias="netloom carries eth7.1"))
+    await scene.clock.advance(1)
+    assert len(scene.repairs) == 1
+    heard(scene, host_link("eth7", 21, ""))
+    heard(scene, host_link("eth7", 21, "", master_index=8))
+    await scene.clock.advance(1)
+    assert len(scene.repairs) == 1
+    for _ in range(2):
+        heard(scene, host_link("eth7", 21, "", master_index=7))
+    await scene.clock.advance(1)
+    assert [why for _, why in scene.repairs] == ["cloudbr1", "eth7"]
+    scene.watcher._host = None
 
 
 @watched

@@ -186,6 +186,36 @@ async def test_nothing_happens_when_the_state_cannot_be_saved(agent: Agent) -> N
     assert (await agent.call("050", "assign-ip")).revision == 3
 
 
+@pytest.mark.mutation("a-state-that-may-not-last-is-read-again", instead="slot.state_read")
+@simulated
+async def test_a_state_that_may_not_last_fails_calls_until_it_does(agent: Agent) -> None:
+    """The file has the new state, and the kernel has made the disk read-only."""
+    await agent.live()
+    agent.store.unflushed = True
+    for _ in range(2):  # the repeat would change nothing more, and is no success either
+        reply = await agent.call("050", "assign-ip")
+        assert (reply.status, reply.holds) == (3, True)
+    assert agent.did == ["save net-204"]
+    agent.store.unflushed = False
+    agent.did.clear()
+    reply = await agent.call("050", "assign-ip")
+    assert (reply.status, reply.revision) == (0, 3)
+    assert "save net-204" not in agent.did
+    assert agent.did != []  # the host follows the state
+
+
+@simulated
+async def test_a_removal_that_may_not_last_fails_and_its_repeat_completes_it(agent: Agent) -> None:
+    await agent.live()
+    agent.store.unflushed = True
+    assert (await agent.call("131", "destroy-network")).status == 3
+    assert agent.did == ["retire net-204"]
+    agent.store.unflushed = False
+    assert (await agent.call("131", "destroy-network")).status == 0
+    assert agent.did[-1] == "forget net-204"
+    assert agent.scopes.slots() == []
+
+
 @simulated
 async def test_a_bad_payload_changes_nothing(agent: Agent) -> None:
     reply = await agent.call("020", "implement-network", cidr="nonsense")

@@ -7,12 +7,14 @@ import resource
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from netloom import logfile
 from netloom.agent.log import Log
 from netloom.agent.scopes.store import Store, Unreadable
 from netloom.errors import HostRefused
 from netloom.state import Network, PublicIp, Scope
+from unit.failing_flush import FailingFlush
 
 SCOPE = Scope(
     scope_id="net-204",
@@ -52,10 +54,52 @@ def test_a_retired_scope_may_be_created_again_before_it_is_forgotten(tmp_path: P
 def test_a_partial_file_left_by_a_crash_is_removed(tmp_path: Path) -> None:
     Store(str(tmp_path)).save(SCOPE)
     (tmp_path / ".net-204.json.new").write_text('{"scope')
+    (tmp_path / ".net-204.json.old").write_text("{}")
     (tmp_path / "notes.txt").write_text("an operator's")
     store = Store(str(tmp_path))
     assert store.living() == ["net-204"]
     assert sorted(it.name for it in tmp_path.iterdir()) == ["net-204.json", "notes.txt"]
+
+
+@pytest.mark.parametrize("change", ["save", "retire"])
+def test_a_state_is_as_before_when_its_change_cannot_be_flushed(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.save(SCOPE)
+    with monkeypatch.context() as patch:
+        FailingFlush(patch)
+        with pytest.raises(HostRefused, match="nothing was changed: Input/output error") as refused:
+            store.save(replace(SCOPE, revision=8)) if change == "save" else store.retire("net-204")
+    assert refused.value.hint == "the host's disk fails: see dmesg"
+    assert (store.load("net-204"), store.living(), store.ended()) == (SCOPE, ["net-204"], [])
+    assert [it.name for it in tmp_path.iterdir()] == ["net-204.json"]
+
+
+@pytest.mark.mutation("an-unflushed-state-is-not-used")
+@pytest.mark.parametrize("change", ["save", "retire"])
+def test_a_state_that_a_power_failure_may_undo_is_not_used(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel makes a file system read-only after an error, so the old state cannot be put back."""
+    store = Store(str(tmp_path))
+    store.save(SCOPE)
+    with monkeypatch.context() as patch:
+        FailingFlush(patch, read_only=True)
+        with pytest.raises(HostRefused, match="a power failure may undo that: Input/output error"):
+            store.save(replace(SCOPE, revision=8)) if change == "save" else store.retire("net-204")
+        with pytest.raises(Unreadable, match="a power failure may undo that"):
+            store.load("net-204")
+        assert store.load("net-205") is None
+    assert store.load("net-204") == (replace(SCOPE, revision=8) if change == "save" else None)
+
+
+def test_a_scope_that_was_created_again_has_not_ended(tmp_path: Path) -> None:
+    """A crash may leave both files."""
+    store = Store(str(tmp_path))
+    store.save(SCOPE)
+    (tmp_path / "net-204.ended").write_text("{}")
+    assert (store.living(), store.ended()) == (["net-204"], [])
 
 
 def test_a_state_file_under_another_name_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from fakehost import Agent, simulated
-from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE
+from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE, TIDY_EVERY_S
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.names import guest_link
@@ -435,6 +435,21 @@ async def test_a_call_restores_its_scope_at_once_and_alone(agent: Agent) -> None
     assert len(agent.host.present) == len(networks)
 
 
+@pytest.mark.mutation("a-bridge-without-a-nic-is-watched")
+@simulated
+async def test_a_scope_that_waits_for_a_nic_is_watched_and_named_with_the_reason(agent: Agent) -> None:
+    await agent.live("300", "301")
+    agent.restart()
+    reason = "bridge cloudbr1 has no NIC"
+    agent.host.unplaced["net-300"] = reason
+    await agent.upkeep.restore()
+    assert agent.upkeep.missing() == [f"net-300 ({reason})"]
+    assert "net-300" in agent.watcher.watched
+    del agent.host.unplaced["net-300"]
+    assert await agent.upkeep.repair("net-300", "watch: eth1") is not None
+    assert agent.upkeep.missing() == []
+
+
 @simulated
 async def test_a_scope_that_cannot_be_restored_keeps_no_other_back(agent: Agent) -> None:
     await agent.live("204", "205", "206")
@@ -451,6 +466,18 @@ async def test_a_scope_that_cannot_be_restored_keeps_no_other_back(agent: Agent)
     await agent.clock.advance(1)
     assert agent.host.present.keys() == {"net-204", "net-205", "net-206"}
     assert agent.upkeep.unrestored() == []
+
+
+@pytest.mark.mutation("a-host-that-could-not-be-watched-is-watched-later")
+@simulated
+async def test_a_host_that_could_not_be_watched_is_watched_later(agent: Agent) -> None:
+    agent.watcher.error = HostRefused("Too many open files")
+    await agent.upkeep.prepare()
+    agent.start(agent.upkeep.keep_tidy())
+    agent.watcher.error = None
+    agent.did.clear()
+    await agent.clock.advance(2 * TIDY_EVERY_S + 1)
+    assert agent.did.count("open") == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- check

@@ -37,7 +37,7 @@ def test_the_status_waits_until_every_network_is_restored(monkeypatch: pytest.Mo
     ("now", "says"),
     [
         (status(None), "after 0 s the agent does not answer"),
-        (status(2, "net-204", "net-205"), "after 0 s 2 networks are not restored: net-204 net-205"),
+        (status(2, "net-204", "net-205"), "after 0 s 2 networks are not restored: net-204, net-205"),
     ],
 )
 def test_a_wait_that_is_too_short_names_what_is_missing(
@@ -62,3 +62,13 @@ def test_the_agent_asks_for_its_watchdog_and_the_unit_has_finite_times() -> None
     assert "WatchdogSec" not in service
     assert 0 < int(service["TimeoutAbortSec"]) <= 10
     assert 300 <= int(service["TimeoutStartSec"]) <= 900
+
+
+def test_the_unit_starts_after_the_network_is_configured_and_before_cloudstacks_agent() -> None:
+    unit = configparser.ConfigParser(strict=True)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string(install.UNIT_TEXT)
+    order = unit["Unit"]
+    assert "network-online.target" in order["Wants"].split()
+    assert {"network.target", "network-online.target"} <= set(order["After"].split())
+    assert order["Before"] == "cloudstack-agent.service"

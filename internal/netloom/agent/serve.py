@@ -35,10 +35,12 @@ import signal
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from netloom import __version__, placementwire
+from netloom.agent import exhausted
 from netloom.agent.actions.builtin import Actions
-from netloom.agent.clock import LoopClock
+from netloom.agent.clock import Clock, LoopClock
 from netloom.agent.connect import SOCKET
 from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
@@ -67,6 +69,7 @@ SPOKEN = Hello(version=__version__, build=BUILD)  # the protocols; ``held`` is r
 REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the reply came
 STOP_S_MAX = 5.0
 PREPARE_S_MAX = 20.0
+REPORT_EVERY_S = 60.0
 RESTORING_MAX = 20  # scopes that a Hello names
 
 
@@ -111,6 +114,7 @@ def serve(
 async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> None:
     loop = asyncio.get_running_loop()
     clock = LoopClock(loop)
+    loop.set_exception_handler(LoopErrors(log, clock))
     workers = start_workers()
     events = Events()
     host = KernelHost(store.directory.parent)
@@ -171,6 +175,30 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     log.line("stopped; what runs keeps running")
 
 
+class LoopErrors:
+    """Logs what the event loop reports, each message at most once in REPORT_EVERY_S seconds.
+
+    Without descriptors, for example, it reports 128 connections a second that it cannot accept, with a traceback each.
+    asyncio's own handler writes to stderr, which may be the log without its bound.
+    """
+
+    def __init__(self, log: Log, clock: Clock) -> None:
+        self._log = log
+        self._clock = clock
+        self._reported: dict[str, float] = {}
+
+    def __call__(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error, message, now = context.get("exception"), str(context["message"]), self._clock.time()
+        if now - self._reported.get(message, -REPORT_EVERY_S) < REPORT_EVERY_S:
+            return  # guard: the-loop-reports-an-error-once
+        self._reported[message] = now
+        refused = exhausted.refusal(error, message) if error is not None else None
+        if error is None or refused is not None:
+            self._log.line(f"event loop: {refused or message}")
+        else:
+            self._log.traceback(f"event loop: {message}", error)
+
+
 async def _restore(upkeep: Upkeep, prepared: asyncio.Event, status: Callable[[], str]) -> None:
     """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
 
@@ -200,9 +228,12 @@ def _restored(task: asyncio.Future[None], log: Log) -> None:
 def _status(scopes: Scopes, upkeep: Upkeep) -> str:
     """One line for ``systemctl status``."""
     networks = sum(slot.scope is not None for slot in scopes.slots())
-    missing = len(upkeep.unrestored())
+    missing = upkeep.missing()
+    done = f"{networks} networks"
+    if missing:
+        failed = next((f"; {it}" for it in missing if it.endswith(")")), "")
+        done = f"restoring: {networks - len(missing)} of {networks} networks done{failed}"
     passive = sum(slot.gate == "passive" for slot in scopes.slots())
-    done = f"restoring: {networks - missing} of {networks} networks done" if missing else f"{networks} networks"
     return f"{done}, {passive} of them passive" if passive else done
 
 
@@ -318,7 +349,7 @@ class _Peer(asyncio.Protocol):
 
 
 def _hello(upkeep: Upkeep) -> Hello:
-    missing = upkeep.unrestored()
+    missing = upkeep.missing()
     return Hello(
         version=__version__, build=BUILD, held=held(), unrestored=len(missing), restoring=tuple(missing[:RESTORING_MAX])
     )

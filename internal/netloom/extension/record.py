@@ -9,6 +9,8 @@ from __future__ import annotations
 from netloom.errors import NetloomError
 from netloom.fastos import os
 
+_NO_MEMORY = ("Cannot allocate memory", "failed to map segment")
+
 
 class CallRecord:
     """The facts known of a call so far. ``doing`` completes the sentence "not done in time: still ...".
@@ -38,4 +40,21 @@ def failure(error: Exception, record: CallRecord) -> tuple[int, str]:
     record.traceback = "".join(traceback.format_exception(error))
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{os.path.basename(where.filename)}:{where.lineno}"
+    if (scarce := _scarce(error)) is not None:
+        return 3, f"the management server has too {scarce}: {type(error).__name__} at {place} while {record.doing}"
     return 3, f"internal error: {type(error).__name__} at {place} while {record.doing}; the log has more"
+
+
+def _scarce(error: Exception) -> str | None:
+    """What the error says that this machine has too few of; None if it does not say so."""
+    import errno  # a C module, needed only for an internal error
+
+    text = str(error)
+    # An ImportError has only the words of the dynamic linker.
+    if isinstance(error, MemoryError) or any(it in text for it in _NO_MEMORY):
+        return "little memory for this call"
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return "few file descriptors for this call (raise LimitNOFILE of its service)"
+    if getattr(error, "errno", None) == errno.EAGAIN or "can't start new thread" in text:
+        return "few processes, or too little memory for a thread (raise TasksMax of its service, or kernel.pid_max)"
+    return None

@@ -236,7 +236,8 @@ def _limited(scope: Scope, context: ActionContext) -> list[str]:
         return []
     limited = context.services.limited(scope, context.want.namespace)
     privileged = context.services.privileged(scope.scope_id)
-    return [printable_ascii(it) for it in (*limited, *privileged, *room.scarce())]
+    connections = room.connections(context.want.namespace)
+    return [printable_ascii(it) for it in (*limited, *privileged, *connections, *room.scarce())]
 
 
 def _restarts(times: int) -> str:

@@ -1,4 +1,7 @@
-"""The room for more networks on this host: descriptors of the agent, processes of the host, space below ``/run``."""
+"""The room for more networks on this host: descriptors of the agent, processes of the host, space below ``/run``.
+
+And the room for more connections in a network.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ import os
 import resource
 from pathlib import Path
 
+from netloom.agent.kernel import sysctl
+from netloom.errors import HostRefused
+
 _SCARCE = 0.8  # the part in use from which a resource is named
+
+_CONNECTIONS, _CONNECTIONS_MAX = "net/netfilter/nf_conntrack_count", "net/netfilter/nf_conntrack_max"
 
 RUN = Path("/run")
 PROC = Path("/proc")
@@ -25,6 +33,21 @@ def scarce() -> list[str]:
         if most > 0 and now > _SCARCE * most:  # guard: a-scarce-resource-is-named
             found.append(f"host: {now} of {most} {what} are in use: {remedy} before more networks come")
     return found
+
+
+def connections(namespace: str) -> list[str]:
+    """A sentence if 80 % of the connections that the namespace may have are in use. Nothing for a missing one."""
+    try:
+        read = sysctl.read(namespace, [_CONNECTIONS, _CONNECTIONS_MAX])
+    except HostRefused:
+        return []
+    now, most = int(read[_CONNECTIONS] or 0), int(read[_CONNECTIONS_MAX] or 0)
+    if most == 0 or now <= _SCARCE * most:  # guard: a-full-conntrack-table-is-named
+        return []
+    return [
+        f"{now} of {most} connections of {namespace} are in use, and new ones are dropped when all are: raise "
+        "net.netfilter.nf_conntrack_max of the host, or conntrack -L in the namespace shows who has them"
+    ]
 
 
 def _listed(directory: Path) -> list[str]:

@@ -8,6 +8,9 @@ ignored. An event that does not match schedules one repair of the scope; further
 While a command or a repair works on the scope, only the latest event per object is kept; these are compared when the
 work is done. If something keeps undoing our repairs, the delay between repairs grows (exponential back-off).
 
+When a NIC or another link of the host appears, for example late at boot, all scopes that need it are repaired. A scope
+may have failed because of it, and would be tried again much later.
+
 When another program takes something from our tables on the host, a tidy loads what is missing, with the same back-off.
 Before that, and without a back-off, closed gates are closed again: another host may serve the addresses behind them.
 """
@@ -39,6 +42,7 @@ from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule
 from netloom.plan.have import ASK_MAIN, HostLink
 from netloom.plan.plan import alias_of
+from netloom.plan.uplinks import is_nic_name
 from netloom.render.want import Port, Want
 
 DEBOUNCE_S = 0.06
@@ -120,7 +124,7 @@ class Watcher:
         self._tables_timer: Timer | None = None
         self._firewall_changes: deque[float] = deque(maxlen=64)  # when somebody changed the host's other tables
         self._firewall_timer: Timer | None = None
-        self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index and its bridge's
+        self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index, and that of its bridge or 0
         self._mtus: dict[str, tuple[int, int]] = {}  # link of the host, no bridge -> its MTU, index of its bridge
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._own_bridges: set[int] = set()  # their indexes
@@ -369,8 +373,25 @@ class Watcher:
         if event.gone:
             self._seen.pop(link.name, None)
             self._handler.tidy_soon()
-        elif link.name in self._ports or scopes:
+        else:
+            self._follow_arrival(link, scopes)
             self._seen[link.name] = (link.index, link.master_index or 0)
+
+    def _follow_arrival(self, link: Link, scopes: set[str]) -> None:
+        """Have every scope repaired that needs a link of others which has appeared, or a bridge that it has joined.
+
+        A registered bridge leads to its NIC (``plan/uplinks.py``). Most scopes do not depend on it once they have one.
+        """
+        if HostLink(name=link.name, alias=link.alias).ours:
+            return
+        index, master = self._seen.get(link.name, (0, 0))
+        appeared = index != link.index
+        concerned = set(scopes) if appeared else set()
+        joined = link.master_index if appeared or master != link.master_index else None
+        if joined and joined not in self._own_bridges and is_nic_name(link.name) and self._host is not None:
+            concerned |= self._shared.get(self._host.names.get(joined, ""), set())
+        for watched in [self._watched[it] for it in sorted(concerned) if it in self._watched]:
+            self._schedule(watched, link.name)  # guard: scopes-wait-for-their-nics
 
     def _follow_mtu(self, event: Event, link: Link, scopes: set[str]) -> None:
         """Have every scope above a resized link repaired, because each sets the MTU of its own ports.

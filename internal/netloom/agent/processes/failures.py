@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from netloom.agent import exhausted
 from netloom.errors import HostRefused, one_line
 from netloom.state.served import Served
 
@@ -44,4 +45,6 @@ class ServicesFailed(HostRefused):
 
 def refusal(what: str, error: HostRefused | OSError) -> HostRefused:
     """An error of the operating system, for example a full /run, as the failure of one service."""
-    return HostRefused(f"{what}: {error.strerror or error}") if isinstance(error, OSError) else error
+    if not isinstance(error, OSError):
+        return error
+    return HostRefused(f"{what}: {error.strerror or error}", hint=exhausted.remedy(error))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
 from functools import partial
 
+from netloom.agent.host import room
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes.guest_process import GuestProcess
@@ -99,8 +100,9 @@ class LivenessProbes:
     async def _answers(self, target: ProbeTarget) -> bool:
         """Whether the process sent any reply.
 
-        True as well when it cannot be asked, because its namespace or its socket is gone: that does not prove that
-        it hangs. The next repair of the scope restarts a process whose namespace was replaced.
+        True as well when it cannot be asked, because its namespace or its socket is gone, or because the namespace has
+        no room for the connection of a question: that does not prove that it hangs. The next repair of the scope
+        restarts a process whose namespace was replaced.
         """
         for kind, question in _questions(target):
             try:
@@ -117,7 +119,10 @@ class LivenessProbes:
                     await self._loop.sock_sendall(sock, question)
                     if await self._loop.sock_recv(sock, 512):
                         return True
-        return False
+        if target.probe.kind == "haproxy":
+            return False
+        full = await self._loop.run_in_executor(None, room.connections, target.namespace)
+        return bool(full)  # guard: a-full-conntrack-table-proves-no-hang
 
 
 async def hung(answers: Callable[[], Awaitable[bool]], questions: int = 1) -> bool:

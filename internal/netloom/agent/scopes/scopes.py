@@ -35,13 +35,14 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from netloom import names
+from netloom.agent import exhausted
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
@@ -262,23 +263,17 @@ class Scopes:
         try:
             reply, steps = await self._dispatch(call)
         except NetloomError as error:
-            reply = Reply(
-                call_id=call.call_id,
-                status=error.exit_code,
-                error=one_line(error.message),
-                hint=one_line(error.hint),
-                holds=self._holds(call.scope_id),
-            )
+            reply = self._refused(call, error)
         # A bug: the log gets the traceback, the caller gets one line.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
-            self._log.traceback(f"call={call.call_id}", error)
-            reply = Reply(
-                call_id=call.call_id,
-                status=3,
-                error=one_line(f"the agent failed: {type(error).__name__} in {call.command}"),
-                hint="its log has the traceback under the call's id",
-                holds=self._holds(call.scope_id),
-            )
+            refused = exhausted.refusal(error, call.command)
+            if refused is None:
+                self._log.traceback(f"call={call.call_id}", error)
+                refused = HostRefused(
+                    f"the agent failed: {type(error).__name__} in {call.command}",
+                    hint="its log has the traceback under the call's id",
+                )
+            reply = self._refused(call, refused)
         reply = self.with_placement(reply, call.scope_id)
         ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
@@ -287,6 +282,15 @@ class Scopes:
             f"steps={steps} ms={ms:.1f} status={reply.status}{outcome}"
         )
         return reply
+
+    def _refused(self, call: Call, error: NetloomError) -> Reply:
+        return Reply(
+            call_id=call.call_id,
+            status=error.exit_code,
+            error=one_line(error.message),
+            hint=one_line(error.hint or exhausted.remedy(error)),
+            holds=self._holds(call.scope_id),
+        )
 
     async def _dispatch(self, call: Call) -> tuple[Reply, int]:
         """The reply, and the number of steps that were done on the host."""
@@ -632,9 +636,13 @@ class Scopes:
         """
         slot.unconverged = True
         built: tuple[Step, ...] = ()
-        if slot.unproved:
-            built = self._find_out_who_serves(slot)
-        want = self.placed_want(slot)
+        try:
+            if slot.unproved:
+                built = self._find_out_who_serves(slot)
+            want = self.placed_want(slot)
+        except NetloomError:
+            self._watch_for_nics(slot)  # guard: a-bridge-without-a-nic-is-watched
+            raise
         did: list[str] = []
         if want.namespace:
             # From now on events are compared with the new want, so the changes that follow match it.
@@ -682,6 +690,14 @@ class Scopes:
             return render(None)
         want = self._host.placed(slot.scope_id, self._want(slot))
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
+
+    def _watch_for_nics(self, slot: Slot) -> None:
+        """Watch a scope that could not be built, because its NIC may appear later, or its bridge may get one."""
+        want = self._want(slot)
+        with suppress(NetloomError):
+            want = self.placed_want(slot)
+        if want.namespace:
+            self._watcher.watch(slot.scope_id, want)
 
     def _find_out_who_serves(self, slot: Slot) -> tuple[Step, ...]:
         """Build a scope that is not on this host behind a closed gate, and ask for its addresses before it opens.
@@ -798,8 +814,13 @@ class Scopes:
         return self.converge(slot)
 
     def read_state(self, slot: Slot) -> None:
-        """Read the state from disk, once. If that fails, the next call tries again. Raises Unreadable."""
-        if slot.state_read:
+        """Read the state from disk, once, and again if it is unknown whether it lasts. Raises Unreadable.
+
+        If that fails, the next call tries again.
+        """
+        if slot.state_read and not self._store.unsettled(
+            slot.scope_id
+        ):  # guard: a-state-that-may-not-last-is-read-again
             return
         try:
             slot.scope = self._store.load(slot.scope_id)

@@ -1,8 +1,12 @@
 """The state directory of the agent: one JSON file per scope, replaced atomically.
 
 ``net-204.json`` is the state of a scope. ``net-204.ended`` is the state of a deleted scope; it exists until the scope
-is removed from the host. ``net-204.moved`` names the host to which the scope was moved. ``placement.json``, beside the
-directory, has what an operator said about the host as a whole. The agent is the only writer while it runs.
+is removed from the host. Beside a ``net-204.json`` it has no meaning: the scope was created again. ``net-204.moved``
+names the host to which the scope was moved. ``placement.json``, beside the directory, has what an operator said about
+the host as a whole. The agent is the only writer while it runs.
+
+A change that cannot be flushed to disk is taken back, so that an error leaves the old state in place. Where that fails,
+too, the error says so, and the scope is not used until the directory can be flushed (``unsettled``).
 """
 
 from __future__ import annotations
@@ -14,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
+from netloom.agent.exhausted import remedy
 from netloom.errors import HostRefused
-from netloom.files import replace_bytes, sync_directory
+from netloom.files import NotFlushed, rename_durably, replace_bytes, sync_directory
 from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
 from netloom.wire import Evacuated
@@ -58,10 +63,11 @@ class Store:
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
+        self._unflushed: set[str] = set()  # scopes with a change that a power failure may undo
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.directory.chmod(0o700)
-            for leftover in self.directory.glob(".*.new"):
+            for leftover in (*self.directory.glob(".*.new"), *self.directory.glob(".*.old")):
                 leftover.unlink()
         except OSError as error:
             raise HostRefused(f"state directory {directory}: {error.strerror}") from error
@@ -72,7 +78,7 @@ class Store:
 
     def ended(self) -> list[str]:
         """The ids of the deleted scopes that are not yet removed from the host."""
-        return self._ids("ended")
+        return sorted({*self._ids("ended")} - {*self._ids("json")})
 
     def moved(self) -> dict[str, Moved]:
         """Where scopes went from this host, by scope id. A file that cannot be read is left out: nobody needs it."""
@@ -120,12 +126,19 @@ class Store:
     def load(self, scope_id: str) -> Scope | None:
         """The state of the scope; None when it has none. Raises Unreadable."""
         path = self._path(scope_id)
+        if scope_id in self._unflushed:
+            try:
+                sync_directory(self.directory)  # guard: an-unflushed-state-is-not-used
+            except OSError as error:
+                raise Unreadable(_undoable(path, error), hint=remedy(error)) from error
+            self._unflushed.discard(scope_id)
         try:
             text = path.read_bytes()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise Unreadable(f"state file {path}: {error.strerror}", hint="repair or remove the file") from error
+            hint = remedy(error) or "repair or remove the file"
+            raise Unreadable(f"state file {path}: {error.strerror}", hint=hint) from error
         return self.decoded(scope_id, text, f"state file {path}")
 
     def decoded(self, scope_id: str, text: bytes, path: str) -> Scope:
@@ -144,23 +157,23 @@ class Store:
             raise Unreadable(f"{path} is about {scope.scope_id}", hint="rename it to match its scope")
         return scope
 
+    def unsettled(self, scope_id: str) -> bool:
+        """Whether the scope's files have a change that failed and may last: its state is to be loaded again."""
+        return scope_id in self._unflushed
+
     def save(self, scope: Scope) -> None:
-        """Replace the scope's state file. Raises HostRefused; the old file is intact then."""
-        path, ended = self._path(scope.scope_id), self._path(scope.scope_id, "ended")
-        text = self.encoded(scope)
+        """Replace the scope's state file. Raises HostRefused; the old file is in place then, or it is ``unsettled``."""
+        path = self._path(scope.scope_id)
         try:
             replace_bytes(
                 path,
-                text,
+                self.encoded(scope),
                 mode=0o600,  # guard: state-is-readable-by-root-alone
             )
-            with contextlib.suppress(FileNotFoundError):
-                ended.unlink()
-                sync_directory(self.directory)
         except OSError as error:
-            raise HostRefused(
-                f"state file {path} cannot be written: {error.strerror}", hint="nothing was changed"
-            ) from error
+            raise self._refused(scope.scope_id, "written", error) from error
+        with contextlib.suppress(OSError):  # beside the state it has no meaning, and the next one replaces it
+            self._path(scope.scope_id, "ended").unlink()
 
     @staticmethod
     def encoded(scope: Scope) -> bytes:
@@ -168,23 +181,40 @@ class Store:
         return msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
 
     def retire(self, scope_id: str) -> None:
-        """Mark the scope as deleted. This renames its file, so it works on a full disk. Raises HostRefused."""
+        """Mark the scope as deleted. This renames its file, so it works on a full disk.
+
+        Raises HostRefused; the scope has its state then, or it is ``unsettled``.
+        """
         path = self._path(scope_id)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                path.rename(self._path(scope_id, "ended"))
-            sync_directory(self.directory)
+            if path.exists():
+                rename_durably(path, self._path(scope_id, "ended"))
         except OSError as error:
-            raise HostRefused(f"state file {path} cannot be renamed: {error.strerror}") from error
+            raise self._refused(scope_id, "renamed", error) from error
 
     def forget(self, scope_id: str) -> None:
-        """Remove the file of a deleted scope, after the scope was removed from the host. Raises HostRefused."""
+        """Remove the file of a deleted scope, after the scope was removed from the host.
+
+        Raises HostRefused. The removal is repeated then: the file may be gone, and a power failure may bring it back.
+        """
         path = self._path(scope_id, "ended")
         try:
             path.unlink(missing_ok=True)
             sync_directory(self.directory)
         except OSError as error:
-            raise HostRefused(f"state file {path} cannot be removed: {error.strerror}") from error
+            raise HostRefused(
+                f"the network is gone, but its state file {path} cannot be removed: {error.strerror}",
+                hint=remedy(error),
+            ) from error
+
+    def _refused(self, scope_id: str, done: str, error: OSError) -> HostRefused:
+        """The error of a change of the scope's state file that could not be done."""
+        path = self._path(scope_id)
+        if isinstance(error, NotFlushed):
+            self._unflushed.add(scope_id)
+            return HostRefused(_undoable(path, error), hint=remedy(error))
+        what = f"state file {path} cannot be {done}, nothing was changed: {error.strerror}"
+        return HostRefused(what, hint=remedy(error))
 
     @property
     def _host_record(self) -> Path:
@@ -196,3 +226,7 @@ class Store:
     def _ids(self, suffix: str) -> list[str]:
         found = (_NAME.match(name) for name in os.listdir(self.directory))
         return sorted(match[1] for match in found if match and match[2] == suffix)
+
+
+def _undoable(path: Path, error: OSError) -> str:
+    return f"state file {path} was changed, and a power failure may undo that: {error.strerror}"

@@ -29,13 +29,14 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 
 from netloom import names
+from netloom.agent import exhausted
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeWatcher
 from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes, Slot
-from netloom.errors import NetloomError
+from netloom.errors import NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 
 RESTORING_AT_ONCE = WORKERS - 4  # the other workers are for calls that come meanwhile
@@ -45,6 +46,7 @@ ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
 TIDY_EVERY_S = 30.0
 TIDY_AFTER_S = 0.3
 LOOK_EVERY_S = 0.5
+REASON_MAX = 150  # characters
 CHECK_EVERY_S = 45.0  # between two checks of the same scope
 
 
@@ -61,7 +63,9 @@ class Upkeep:
         self._log = log
         self._clock = clock
         self._untidy = asyncio.Event()
+        self._unwatched = False  # the host could not be watched so far
         self._unrestored: set[str] = set()  # scopes that have not converged since the start
+        self._reasons: dict[str, str] = {}  # of those, why they failed last
         self._with_vms: frozenset[str] = frozenset()  # bridges
         self._looked = -LOOK_EVERY_S  # when ``_with_vms`` was read
         self._tasks: set[asyncio.Task[object]] = set()
@@ -80,10 +84,8 @@ class Upkeep:
             self._log.line(f"the host cannot be prepared: {error}")
         except Exception as error:  # noqa: BLE001, a bug here must not keep the agent from its calls
             self._log.traceback("prepare", error)
-        try:
-            await self._scopes.in_worker(self._watcher.open)
-        except NetloomError as error:
-            self._log.line(f"the host cannot be watched: {error}")
+        self._unwatched = True
+        await self._watch_host()
         await self._tidy_links()  # guard: the-host-is-guarded-before-calls
 
     async def restore(self) -> None:
@@ -116,6 +118,11 @@ class Upkeep:
         """
         slots = filter(None, map(self._scopes.get, sorted(self._unrestored)))
         return [slot.scope_id for slot in sorted(slots, key=self._urgency)]
+
+    def missing(self) -> list[str]:
+        """The scopes of ``unrestored``; those that failed, for example because a NIC is missing, with the reason."""
+        reasons = ((it, self._reasons.get(it, "")) for it in self.unrestored())
+        return [f"{scope_id} ({reason})" if reason else scope_id for scope_id, reason in reasons]
 
     def _unconverged(self) -> set[str]:
         return {it.scope_id for it in self._scopes.slots() if it.unconverged and (it.scope is not None or it.ending)}
@@ -226,6 +233,7 @@ class Upkeep:
 
         A service may have failed that the work did not ask for. Then a retry is scheduled as after a failure.
         """
+        self._reasons.pop(slot.scope_id, None)
         if slot.failed:
             self._unrestored.discard(slot.scope_id)
             self.work_failed(slot)
@@ -264,9 +272,15 @@ class Upkeep:
             return changes.count
         except NetloomError as error:
             self._log.line(f"scope={slot.scope_id} {why} failed: {error}")
+            if slot.scope_id in self._unrestored:
+                self._reasons[slot.scope_id] = one_line(error.message, REASON_MAX)
         # A bug must not end the agent.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-upkeep-does-not-end-the-agent
-            self._log.traceback(f"scope={slot.scope_id} {why}", error)
+            refused = exhausted.refusal(error, f"scope={slot.scope_id} {why} failed")
+            if refused is not None:
+                self._log.line(str(refused))
+            else:
+                self._log.traceback(f"scope={slot.scope_id} {why}", error)
         return None
 
     async def _erase_until_done(self, slot: Slot, taken: PasswordTaken) -> None:
@@ -275,6 +289,16 @@ class Upkeep:
         while await self._maintain(slot, "password taken", erase) is None:  # guard: erasing-is-tried-again
             await self._clock.sleep(BACKOFF.delay_s(failures))
             failures += 1
+
+    async def _watch_host(self) -> None:
+        """Watch the host, unless that is so already. It fails for example without descriptors."""
+        if not self._unwatched:
+            return
+        try:
+            await self._scopes.in_worker(self._watcher.open)
+            self._unwatched = False
+        except (NetloomError, OSError) as error:
+            self._log.line(f"the host cannot be watched: {error}")
 
     async def _tidy_links(self) -> None:
         try:
@@ -287,6 +311,7 @@ class Upkeep:
             self._log.traceback("tidy", error)
 
     async def _tidy(self) -> None:
+        await self._watch_host()  # guard: a-host-that-could-not-be-watched-is-watched-later
         await self._tidy_links()
         try:
             with_services = await self._scopes.in_worker(self._services.scopes)

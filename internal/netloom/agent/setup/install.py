@@ -57,7 +57,11 @@ _HELLO_S_MAX = 5.0
 
 UNIT_TEXT = f"""[Unit]
 Description=netloom agent: guest networks of Apache CloudStack
-After=network.target local-fs.target
+# The NICs, bonds and bridges of the host's own configuration come first. NICs that appear later are waited for anyway.
+Wants=network-online.target
+After=network.target network-online.target local-fs.target
+# CloudStack's agent plugs VMs into the bridges and starts them.
+Before=cloudstack-agent.service
 StartLimitIntervalSec=0
 
 [Service]
@@ -233,16 +237,17 @@ def rollback(*, keep_state: bool) -> Activation:
             raise HostRefused(f"there is no build before {now or 'this one'} on this host to go back to")
         restored: list[str] = []
         shutil.rmtree(REPLACED_STATES, ignore_errors=True)
-        if keep_state:
-            _switch(now, before, lambda: None, lambda: None)
-        else:
-            _switch(
-                now,
-                before,
-                lambda: restored.extend(_restore_states(PREVIOUS_STATES / "scopes", REPLACED_STATES)),
-                lambda: _restore_states(REPLACED_STATES),
-            )
-        replace_text(LIBEXEC / _HELD, f"{now}\n", mode=0o644)
+        # First: if it could not be written afterwards, the next call would undo the rollback.
+        with _holding(now):
+            if keep_state:
+                _switch(now, before, lambda: None, lambda: None)
+            else:
+                _switch(
+                    now,
+                    before,
+                    lambda: restored.extend(_restore_all_states(PREVIOUS_STATES / "scopes", REPLACED_STATES)),
+                    lambda: _restore_states(REPLACED_STATES),
+                )
         (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
         return Activation("activated", before, f"went back from {now} to {before}", tuple(restored))
 
@@ -272,7 +277,7 @@ def status_when_restored(within_s: float) -> Status:
         if time.monotonic() > until:
             missing = "the agent does not answer"
             if now.unrestored is not None:
-                missing = f"{now.unrestored} networks are not restored: {' '.join(now.restoring)}"
+                missing = f"{now.unrestored} networks are not restored: {', '.join(now.restoring)}"
             raise HostRefused(f"after {within_s:.0f} s {missing}", hint=f"look at {LOG}")
         time.sleep(0.2)
     return now
@@ -302,15 +307,48 @@ def copy_program() -> None:
         raise HostRefused(f"{target}: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def _holding(build: str) -> Iterator[None]:
+    """Record that an operator goes back from this build; an error takes the record back. Raises HostRefused."""
+    file, before = LIBEXEC / _HELD, held()
+    try:
+        replace_text(file, f"{build}\n", mode=0o644)
+    except OSError as error:
+        raise HostRefused(f"{file} cannot be written: {error.strerror}", hint="nothing was changed") from error
+    try:
+        yield
+    except BaseException:
+        if before:
+            replace_text(file, f"{before}\n", mode=0o644)
+        else:
+            file.unlink(missing_ok=True)
+        raise
+
+
 def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callable[[], object]) -> None:
     """Stop the agent, call ``while_stopped``, and start the build ``to``.
 
-    If the new agent does not answer, call ``undo``, start the build ``now`` again, and raise HostRefused.
+    If the new agent does not answer, or the link cannot be changed, call ``undo``, start the build ``now`` again, and
+    raise HostRefused. If ``while_stopped`` raises OSError, it has changed nothing, so there is no ``undo``.
     """
     with start_lock():
         stop()
-        while_stopped()
-        _link(_CURRENT, to)
+        done = False
+        try:
+            while_stopped()
+            done = True
+            _link(_CURRENT, to)
+        except OSError as error:
+            try:
+                if done:
+                    undo()
+            finally:
+                if now:
+                    _start()  # guard: an-agent-runs-after-a-failed-switch
+            back = "no agent runs"
+            if now:
+                back = f"{now} serves again" if _wait_for(now) else f"{now} does not answer either"
+            raise HostRefused(f"{to} cannot be put in use, {back}: {error}", hint="is the disk full?") from error
         _start()
         if _wait_for(to):
             return
@@ -468,11 +506,24 @@ def systemctl(*args: str) -> None:
 
 
 def _link(name: str, build: str) -> None:
-    new = LIBEXEC / f".{name}.{os.getpid()}"
+    """Let the symbolic link lead to this build. Raises OSError; it leads where it led then."""
+    link, new = LIBEXEC / name, LIBEXEC / f".{name}.{os.getpid()}"
+    before = os.readlink(link) if link.is_symlink() else ""
+    _replace_link(new, build, link)
+    try:
+        sync_directory(LIBEXEC)
+    except OSError:
+        if before:
+            _replace_link(new, before, link)  # guard: an-unflushed-link-is-put-back
+        else:
+            link.unlink()
+        raise
+
+
+def _replace_link(new: Path, target: str, link: Path) -> None:
     new.unlink(missing_ok=True)
-    new.symlink_to(build)
-    new.rename(LIBEXEC / name)
-    sync_directory(LIBEXEC)
+    new.symlink_to(target)
+    new.rename(link)
 
 
 def _save_states(build: str) -> None:
@@ -494,6 +545,15 @@ def _undo_save_states() -> None:
     """Undo :func:`_save_states` after a failed start: restore the state files; there is no rollback any more."""
     _restore_states(PREVIOUS_STATES / "scopes")
     (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
+
+
+def _restore_all_states(kept: Path, aside: Path) -> list[str]:
+    """:func:`_restore_states`. Raises OSError; the files that were replaced before are put back then."""
+    try:
+        return _restore_states(kept, aside)
+    except OSError:
+        _restore_states(aside)
+        raise
 
 
 def _restore_states(kept: Path, aside: Path | None = None) -> list[str]:
