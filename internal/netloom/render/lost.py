@@ -93,14 +93,14 @@ def chains(now: Active, outside: str) -> Iterable[Chain]:
             # A reset goes to one other machine, and comes from an address of one.
             "meta pkttype != host drop",  # guard: a-broadcast-has-no-answer
             "fib saddr type != unicast drop",  # guard: a-reset-goes-to-one-machine
-            "fib daddr type { broadcast, anycast, multicast } drop",
+            "fib daddr type { broadcast, anycast, multicast } drop",  # guard: a-broadcast-address-has-no-answer
             f"iifname {GUEST_LINKS} {_RESET}",
-            f"iifname {PUBLIC_LINKS} ip daddr @outward goto reset_outside",
+            f"iifname {PUBLIC_LINKS} ip daddr @outward goto reset_outside",  # guard: only-addresses-of-guests-answer
             *(f"iifname {PUBLIC_LINKS} ip6 daddr {it} goto reset_outside" for it in _prefixes6(now)),
-            "ip daddr vmap @held",  # guard: a-closed-address-stays-silent
+            "ip daddr vmap @held",
         ),
     )
-    rates = [f"update @{_rates('4')} {{ ip saddr limit rate {_RATE} }} {_RESET}"]
+    rates = [f"update @{_rates('4')} {{ ip saddr limit rate {_RATE} }} {_RESET}"]  # guard: resets-have-a-rate
     if _prefixes6(now):
         prefix = "ip6 saddr & ffff:ffff:ffff:ffff::"
         rates.append(f"update @{_rates('6')} {{ {prefix} limit rate {_RATE} }} {_RESET}")
