@@ -12,9 +12,9 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from kernel.ruleset_lab import PATIENCE_S, Lab
+from kernel.ruleset_lab import PATIENCE_S
 from netns import inside
 
 _CT_NEW, _REQUEST_CREATE_EXCLUSIVE = 1 << 8, 0x601
@@ -73,8 +73,14 @@ class Listener(NamedTuple):
     address: str = ""
 
 
+class Spaces(Protocol):
+    """Network namespaces with short names, as the ruleset lab has them."""
+
+    def open_socket(self, space: str, kind: int, protocol: int = 0, address: str = "") -> socket.socket: ...
+
+
 @contextlib.contextmanager
-def opened(lab: Lab, space: str, target: str, port: int, server: Listener, source: str = "") -> Iterator[Connection]:
+def opened(lab: Spaces, space: str, target: str, port: int, server: Listener, source: str = "") -> Iterator[Connection]:
     """An open connection from ``space`` to ``target:port`` that reaches ``server``. Data has passed."""
     family = target if ":" in target else server.address
     with lab.open_socket(server.space, socket.SOCK_STREAM, 0, family) as listener:
@@ -93,10 +99,11 @@ def opened(lab: Lab, space: str, target: str, port: int, server: Listener, sourc
         yield connection
 
 
-def fill_conntrack(namespace: str | Path) -> int:
+def fill_conntrack(namespace: str | Path, guest: str, public: str) -> int:
     """Add connections until the table of this network namespace is full; returns their number.
 
-    They are UDP, from addresses of 198.18.0.0/15 (RFC 2544), and assured: the kernel does not remove them early.
+    They are UDP, from ``guest`` to addresses of 198.18.0.0/15 (RFC 2544), with the source NAT address ``public``. They
+    are assured, so the kernel does not remove them early.
     """
     with inside(namespace):
         ctnetlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)  # NETLINK_NETFILTER
@@ -104,7 +111,7 @@ def fill_conntrack(namespace: str | Path) -> int:
     added = 0
     with ctnetlink:
         while added < room + _MESSAGES_AT_ONCE:
-            ctnetlink.send(b"".join(_connection(it) for it in range(added, added + _MESSAGES_AT_ONCE)))
+            ctnetlink.send(b"".join(_connection(it, guest, public) for it in range(added, added + _MESSAGES_AT_ONCE)))
             added += _MESSAGES_AT_ONCE
             with contextlib.suppress(BlockingIOError):
                 answer = ctnetlink.recv(1 << 16, socket.MSG_DONTWAIT)
@@ -114,12 +121,13 @@ def fill_conntrack(namespace: str | Path) -> int:
     raise AssertionError(f"{added} connections fit into a table of {room}")
 
 
-def _connection(number: int) -> bytes:
+def _connection(number: int, guest: str, public: str) -> bytes:
     """The request to create one connection, without an acknowledgement."""
-    source = socket.inet_aton(f"198.18.{number >> 16 & 255}.{number >> 8 & 255}")
-    there, port, far_port = socket.inet_aton("198.19.0.1"), 1024 + (number & 255), 9
+    far = socket.inet_aton(f"198.18.{number >> 16 & 255}.{number >> 8 & 255}")
+    port, far_port = 1024 + (number & 255), 9
     message = struct.pack("=IHHIIBBH", _MESSAGE_BYTES, _CT_NEW, _REQUEST_CREATE_EXCLUSIVE, 0, 0, socket.AF_INET, 0, 0)
-    for kind, src, dst, sport, dport in ((1, source, there, port, far_port), (2, there, source, far_port, port)):
+    original = (1, socket.inet_aton(guest), far, port, far_port)
+    for kind, src, dst, sport, dport in (original, (2, far, socket.inet_aton(public), far_port, port)):
         message += struct.pack("=HHHH", 52, kind | 0x8000, 20, 1 | 0x8000)
         message += struct.pack("=HH4sHH4s", 8, 1, src, 8, 2, dst)
         message += struct.pack("=HHHHB3x", 28, 2 | 0x8000, 5, 1, socket.IPPROTO_UDP)

@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from kernel.ip6_lab import FAR, HOMES, SixLab, tiers
-from kernel.lost_connections import Connection, Listener, opened
+from kernel.lost_connections import Connection, Listener, is_reset, opened
 from kernel.raw_frames import checksum, one_cpu
 from kernel.ruleset_lab import CLIENT, CLIENT2, NEIGHBOUR, PATIENCE_S, STRANGER, Lab, run
 from kernel.vpc_lab import FORWARDED, NAT, STATIC, item
@@ -93,8 +93,6 @@ def delete_each(lab: Lab) -> None:
 
 
 @pytest.mark.mutation("a-lost-connection-is-reset")
-@pytest.mark.mutation("a-lost-connection-of-the-device-is-reset")
-@pytest.mark.mutation("a-reset-leaves-by-its-exit")
 @pytest.mark.parametrize("first", ["client", "server"])
 @pytest.mark.parametrize("lose", [flush, delete_each])
 def test_both_ends_of_a_lost_connection_are_reset(lab: Lab, lose: Callable[[Lab], None], first: str) -> None:
@@ -106,6 +104,32 @@ def test_both_ends_of_a_lost_connection_are_reset(lab: Lab, lose: Callable[[Lab]
     # What opens afterwards is not disturbed.
     with all_opened(lab, ISOLATED) as connections:
         assert all(it.works() for it in connections.values())
+
+
+@pytest.mark.mutation("a-lost-connection-of-the-device-is-reset")
+@pytest.mark.parametrize("kind", [it for it in ISOLATED if "process" in it])
+def test_a_process_of_the_device_is_reset_although_the_other_end_is_silent(lab: Lab, kind: str) -> None:
+    lab.renew(SCOPE)
+    with opened(lab, *ISOLATED[kind]) as connection:
+        other, own = connection if kind.endswith("outside") else reversed(connection)
+        flush(lab)
+        # The other end does not answer any more.
+        space = ISOLATED[kind][0] if kind.endswith("outside") else "vm1"
+        lab.nft(space, "table ip quiet { chain out { type filter hook output priority 0; meta l4proto tcp drop; }; }\n")
+        try:
+            assert is_reset(own)
+        finally:
+            lab.nft(space, "delete table ip quiet\n")
+        assert is_reset(other)
+
+
+@pytest.mark.mutation("a-reset-leaves-by-its-exit")
+def test_a_reset_leaves_by_the_exit_of_its_address(lab: Lab) -> None:
+    """Through the other exit it would not arrive."""
+    lab.renew(SCOPE)
+    with opened(lab, *ISOLATED["a forward on another exit"]) as connection:
+        flush(lab)
+        assert is_reset(connection.client)
 
 
 @pytest.mark.parametrize("first", ["client", "server"])
@@ -225,19 +249,29 @@ def test_closed_addresses_and_ports_stay_silent(lab: Lab) -> None:
     assert resets(lab, [*silent, *answered]) == {it.reset for it in answered}
 
 
-@pytest.mark.mutation("a-broadcast-has-no-answer")
-@pytest.mark.mutation("a-broadcast-address-has-no-answer")
 @pytest.mark.mutation("a-reset-goes-to-one-machine")
-def test_forged_addresses_and_broadcasts_have_no_answer(lab: Lab) -> None:
+def test_forged_sources_have_no_answer(lab: Lab) -> None:
+    """Sources that the device does not accept on this link, its own addresses, and such that are of no machine."""
     lab.renew(SCOPE)
-    # Sources that the device does not accept on this link, its own addresses, and such that are of no machine.
-    forged = [Segment("vm1", it, STRANGER, 80) for it in ("10.9.9.9", STRANGER, A1.address, "0.0.0.0", "127.0.0.1")]
-    forged += [Segment("vm1", it, STRANGER, 80) for it in (GATEWAY, "10.1.1.255")]
-    forged += [Segment("nb", it, A1.address, 80) for it in (VM1, GATEWAY, A1.address, A2.address, "127.0.0.1")]
-    forged += [Segment("nb", it, A1.address, 80) for it in ("224.0.0.5", "255.255.255.255", "0.0.0.0")]
-    broadcast = [Segment("vm1", VM1, it, 80) for it in ("10.1.1.255", "255.255.255.255", "224.0.0.5")]
-    broadcast += [Segment("vm1", VM1, STRANGER, 81, to_all=True), Segment("nb", NEIGHBOUR, A1.address, 81, to_all=True)]
-    assert resets(lab, [*forged, *broadcast]) == set()
+    of_vm = ("10.9.9.9", STRANGER, A1.address, GATEWAY, "10.1.1.255", "0.0.0.0", "127.0.0.1", "224.0.0.5")
+    outside = (VM1, GATEWAY, A1.address, A2.address, "0.0.0.0", "127.0.0.1", "224.0.0.5", "255.255.255.255")
+    forged = [Segment("vm1", it, STRANGER, 80) for it in of_vm]
+    assert resets(lab, [*forged, *(Segment("nb", it, A1.address, 80) for it in outside)]) == set()
+
+
+@pytest.mark.mutation("a-broadcast-has-no-answer")
+def test_a_broadcast_frame_has_no_answer(lab: Lab) -> None:
+    lab.renew(SCOPE)
+    sent = [Segment("vm1", VM1, STRANGER, 81), Segment("nb", NEIGHBOUR, A1.address, 81)]
+    assert resets(lab, [it._replace(to_all=True) for it in sent]) == set()
+    assert resets(lab, sent) == {it.reset for it in sent}
+
+
+@pytest.mark.mutation("a-broadcast-address-has-no-answer")
+def test_a_broadcast_address_has_no_answer(lab: Lab) -> None:
+    lab.renew(SCOPE)
+    addresses = ("10.1.1.255", "255.255.255.255", "224.0.0.5")
+    assert resets(lab, [Segment("vm1", VM1, it, 80) for it in addresses]) == set()
 
 
 def test_segments_outside_the_window_of_an_open_connection_have_no_answer(lab: Lab) -> None:
