@@ -17,9 +17,9 @@ They name the guest's own port, so they are applied in ``through``, after DNAT.
 
 **Only the first packet of a connection is checked.** Conntrack recognises the others, and "established" accepts them
 early. A change of the rules would therefore leave open connections alone. ``flows`` computes which of them the new
-state forbids, and the agent deletes their conntrack entries. That ends a TCP connection. The next packet of a UDP flow
-would open it again, so such an entry stays and gets the mark ``REVOKED``. The first rule for received packets, and the
-first rule for the device's own packets, drop the packets of marked connections.
+state forbids, and the agent deletes their conntrack entries. That ends a TCP connection (``lost``). The next packet of
+a UDP flow would open it again, so such an entry stays and gets the mark ``REVOKED``. The first rule for received
+packets, and the first rule for the device's own packets, drop the packets of marked connections.
 
 **Marks select the exit.** A scope may have addresses on several public VLANs. An exit is a public VLAN with its
 gateway, and a reply must leave through the exit where its request came in: another provider would drop the source
