@@ -35,11 +35,11 @@ from netloom.render.device import GUEST_LINKS, PUBLIC_LINKS
 from netloom.render.pbr import PolicyNat
 from netloom.render.ruleset import Chain, NftSet
 
-# The set of rates allocates 11 to 32 bytes for each place at once. A network has thousands of open connections, but
-# few remote ends have more than two thousand of them.
+# The set of rates allocates 11 to 32 bytes for each place at once. Places are soon free again, because thousands of
+# clients may send at the same time after a power cut. Who gets no reset sends its segment again, ever more slowly.
 _SOURCES_MAX = 1024
-_RATE = "200/second burst 2000 packets"
-_RATE_TIMEOUT = "20s"  # longer than the burst needs to be full again
+_RATE = "200/second burst 500 packets"
+_RATE_TIMEOUT = "4s"  # longer than the burst needs to be full again
 
 _IN_THE_MIDDLE = "tcp flags & (syn | rst | ack) == ack"
 _RESET = "reject with tcp reset"
