@@ -73,7 +73,8 @@ class FtpServer:
         except OSError:
             return
         self._control = control
-        with control, control.makefile("rw", newline="\r\n") as lines:
+        # The device resets the session when its connection is no longer allowed.
+        with control, contextlib.suppress(ConnectionResetError), control.makefile("rw", newline="\r\n") as lines:
             print("220 ready", end="\r\n", file=lines, flush=True)
             for line in lines:
                 reply = "331 who?"

@@ -89,5 +89,15 @@ def test_the_path_of_a_packet_names_each_base_chain_at_its_priority() -> None:
         assert re.search(rf"(?<![\d-]){priorities[priority]}  {name}\b{dropped}", picture), name
     others = {re.sub(r"_(\d|[.])+", "_", it) for it in re.findall(r"chain ([\w.]+) \{\n\t\t(?!type)", ruleset)}
     shares = {"opened", "opened_by_others", "reached", "reached_others", "reached6", "reached6_others"}
-    assert others == {"arriving_ip6", "at_", "egress_", "acl_out_", "acl_in_", *shares}
+    assert others == {
+        "arriving_ip6",
+        "lost",
+        "reset_outside",
+        "lost_here",
+        "at_",
+        "egress_",
+        "acl_out_",
+        "acl_in_",
+        *shares,
+    }
     assert [name for name in others if name not in picture] == []

@@ -3,8 +3,8 @@
 The ruleset accepts the packets of established connections whatever the other rules say. So after a change that takes
 something away, each conntrack entry is checked: would the new state accept the first packet of this connection, with
 the same translation? If not, the entry is deleted. That ends a TCP connection, because the kernel does not pick up a
-connection in the middle. The guest's next packet of a UDP flow would open the flow again with the same ports. So the
-entry of such a flow stays and gets the mark ``marks.REVOKED``, and the ruleset drops its packets.
+connection in the middle (``lost``). The guest's next packet of a UDP flow would open the flow again with the same
+ports. So the entry of such a flow stays and gets the mark ``marks.REVOKED``, and the ruleset drops its packets.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import msgspec
 
 from netloom import names
 from netloom.netobjects import ANYWHERE_IP6, IP6_LINK_LOCAL, MAIN_TABLE, Address, Route
-from netloom.render import device, helpers
+from netloom.render import device, helpers, lost
 from netloom.render.active import Active
 from netloom.render.device import DNS_PORT, PUBLIC_LINKS, guest_link
 from netloom.render.ruleset import Chain
@@ -149,7 +149,7 @@ def arriving(now: Active, used: tuple[str, ...], *, from_outside: bool) -> list[
         f"iifname {PUBLIC_LINKS} {_TO_NEIGHBOURS} accept",
         "ct state established accept",
         *helpers.related(used),
-        "ct state invalid drop",
+        *lost.arriving(),
         *helpers.ip6_assignment(used, from_outside=from_outside),
     ]
     rules += [f"iifname {guest_link(network)} accept" for network in networks]

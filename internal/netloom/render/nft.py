@@ -17,9 +17,9 @@ They name the guest's own port, so they are applied in ``through``, after DNAT.
 
 **Only the first packet of a connection is checked.** Conntrack recognises the others, and "established" accepts them
 early. A change of the rules would therefore leave open connections alone. ``flows`` computes which of them the new
-state forbids, and the agent deletes their conntrack entries. That ends a TCP connection. The next packet of a UDP flow
-would open it again, so such an entry stays and gets the mark ``REVOKED``. The first rule for received packets, and the
-first rule for the device's own packets, drop the packets of marked connections.
+state forbids, and the agent deletes their conntrack entries. That ends a TCP connection (``lost``). The next packet of
+a UDP flow would open it again, so such an entry stays and gets the mark ``REVOKED``. The first rule for received
+packets, and the first rule for the device's own packets, drop the packets of marked connections.
 
 **Marks select the exit.** A scope may have addresses on several public VLANs. An exit is a public VLAN with its
 gateway, and a reply must leave through the exit where its request came in: another provider would drop the source
@@ -49,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from netloom import names
-from netloom.render import connections, helpers, ip6, plain_network, senders, share
+from netloom.render import connections, helpers, ip6, lost, plain_network, senders, share
 from netloom.render.acl import egress_lines, ingress_lines, lines_to_port
 from netloom.render.active import Active, active, target_port
 from netloom.render.device import (
@@ -87,6 +87,7 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
     egress_chains = [_egress(it) for it in now.networks]
     acl_chains = [_acl_chains(it, now) for it in now.networks if it.network_id in now.acls]
     counted = counters(now)
+    nats = policy_nats(scope.pbr, now)
     return Ruleset(
         family=FAMILY,
         table=TABLE,
@@ -109,6 +110,7 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             *helpers.opened_ports(now, scope.helpers),
             _balanced(now, in_vpc=scope.is_vpc),
             *(it for network in now.networks for it in senders.sets(network)),
+            *lost.sets(now, nats),
         ),
         chains=(
             _arriving(now, scope.helpers),
@@ -117,10 +119,11 @@ def _routed(scope: Scope, now: Active) -> Ruleset:
             _choose_exit(now, by_policy=bool(scope.pbr.rules)),
             _to_vpc_device(now) if scope.is_vpc else _to_device(now),
             _through(now, helpers.related(scope.helpers), open_to_all=scope.ingress_open),
-            _translate_from(now, policy_nats(scope.pbr, now)),
+            _translate_from(now, nats),
             _leaving(now),
             _from_device(now),
             senders.resets(now.networks),  # guard: a-reset-connection-to-the-resolver-counts
+            *lost.chains(now, _outside(now.guest_cidrs)),
             *(chain for chains in address_chains + egress_chains + acl_chains for chain in chains),
         ),
     )
@@ -151,7 +154,7 @@ def _arriving(now: Active, used: tuple[str, ...]) -> Chain:
             f"iifname {link} ip saddr != {network.cidr} drop",
             f"iifname {PUBLIC_LINKS} ip saddr {network.cidr} drop",
         ]
-    rules += ["ct state established accept", *helpers.related(used), "ct state invalid drop"]
+    rules += ["ct state established accept", *helpers.related(used), *lost.arriving()]
     rules += helpers.assignment(used)  # guard: a-helper-is-assigned-before-dnat
     rules.append("ip daddr vmap @held")
     # Drop for each address: if the lookup missed, a guest's packet would pass without the firewall of the address.
@@ -334,6 +337,7 @@ def _to_device(now: Active) -> Chain:
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
         "ct state established accept",
+        lost.to_device(),
         helpers.ICMP_ERRORS,
         # From a guest to the device's address, or to a public address whose chain has accepted the packet.
         "icmp type echo-request fib daddr type local accept",
@@ -357,6 +361,7 @@ def _to_vpc_device(now: Active) -> Chain:
         'iifname "lo" accept',
         *(rule for network in now.networks for rule in senders.guards(network)),
         "ct state established accept",
+        lost.to_device(),
         helpers.ICMP_ERRORS,
         *ip6.to_device(now),
     ]
@@ -535,7 +540,7 @@ def _from_device(now: Active) -> Chain:
 
     A changed mark makes the kernel route them again, so replies leave through the exit where the request came in.
     """
-    rules = [_REVOKED]
+    rules = [_REVOKED, lost.from_device()]
     if now.networks:
         outward = _outside(now.guest_cidrs)
         rules.append(f"{outward} ct mark & {EXIT_MASK:#010x} != 0 meta mark set ct mark & {EXIT_MASK:#010x}")

@@ -172,6 +172,7 @@ def _sysctls(guest_links: list[str], public_links: list[str], *, forwarding: str
         "net.ipv4.tcp_wmem": "4096\t16384\t1048576",
         "net.ipv4.tcp_max_tw_buckets": "32768",
         # Conntrack does not pick up a TCP connection in the middle. So the next segment does not revive a revoked one.
+        # Its sender gets a reset (``lost``).
         "net.netfilter.nf_conntrack_tcp_loose": "0",
         # Packets outside the TCP window count as valid. Otherwise the ruleset would drop them as invalid, and cut off a
         # connection whose window conntrack has lost track of.
