@@ -348,6 +348,14 @@ def test_an_incomplete_list_removes_no_vm(vms: list[Any]) -> None:
     assert set(restore(settled, vms=vms).networks["204"].nics) == {"u-1", "u-2"}
 
 
+@pytest.mark.mutation("a-restore-takes-a-nic-once", instead="data.vms.items")
+def test_a_restore_that_names_a_nic_twice_takes_the_first_and_can_be_repeated() -> None:
+    twice = [{**ONE, "device_id": "1"}, {"nic_uuid": ONE["nic_uuid"], "device_id": "2"}]
+    once = restore(deployed(), vms=twice)
+    assert [it.device_id for it in once.networks["204"].nics.values()] == ["1"]
+    assert restore(once, vms=twice) == once
+
+
 def test_one_bad_host_name_fails_no_other_vm_and_is_told() -> None:
     settled = implement(deployed(TWO)).scope
     assert settled is not None
