@@ -139,12 +139,18 @@ def test_descriptors_that_no_message_announces_are_bounded_and_closed() -> None:
 @pytest.mark.mutation("guest-messages-are-bounded", instead="Channel(sock)")
 async def test_a_hostile_guest_process_costs_the_agent_no_descriptors_and_little_memory(tmp_path: Path) -> None:
     lost: list[ChannelError] = []
+    ended = asyncio.Event()
+
+    def end(_: GuestClient, error: ChannelError) -> None:
+        lost.append(error)
+        ended.set()
+
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
         listening.listen(1)
         before = len(os.listdir("/proc/self/fd"))
         loop = asyncio.get_running_loop()
-        GuestClient(loop, tmp_path / "s", lambda _, event: None, lambda _, error: lost.append(error))
+        GuestClient(loop, tmp_path / "s", lambda _, event: None, end)
         there, _ = listening.accept()
         with there:
             for message in (
@@ -152,10 +158,8 @@ async def test_a_hostile_guest_process_costs_the_agent_no_descriptors_and_little
                 ServeNetwork(seq=9, network=NETWORK, listeners=(Listener("dhcp"),)),
             ):
                 socket.send_fds(there, [frame(encode(message))], [0])
-                await asyncio.sleep(0.01)
             there.send((64 << 20).to_bytes(4, "big"))
-            while not lost:
-                await asyncio.sleep(0)
+            await asyncio.wait_for(ended.wait(), 60)
         assert len(os.listdir("/proc/self/fd")) == before
     assert "too long" in str(lost[0])
 
