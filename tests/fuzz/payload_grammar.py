@@ -413,7 +413,11 @@ def _beginning(network: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 BEGINNINGS = {
     "net-204": _beginning(_NETWORK),
-    "vpc-7": [("implement-vpc", {**VPC_IDS, "vpc_cidr": "10.20.0.0/16"}), *_beginning(_TIERS[1]), *_beginning(_TIERS[0])],
+    "vpc-7": [
+        ("implement-vpc", {**VPC_IDS, "vpc_cidr": "10.20.0.0/16"}),
+        *_beginning(_TIERS[1]),
+        *_beginning(_TIERS[0]),
+    ],
 }
 
 

@@ -98,6 +98,7 @@ def tokens(target: str) -> list[bytes]:
     words: dict[tuple[str, ...], Iterable[str]] = {
         ("payload", "details"): _words_of_payloads(),
         ("metadata", "password"): _HTTP,
+        ("helper", "helper-client"): payload_grammar.words("beat doing answer nan inf 1e999 30"),
         ("host", "caller"): _WIRE,
         ("guest-process", "agent"): _GUEST_WIRE,
     }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import run, targets, wire_targets
+from fuzz import netlink_targets, run, targets, wire_targets
 from fuzz.pieces import Bytes, as_parts, stream
 from fuzz.targets import CORPUS, TARGETS, Target, corpus
+from netloom.agent.kernel import netlink
+from netloom.agent.kernel.netlink import Message
 from netloom.extension.helper_client import DOING, pack
 from netloom.frames import frame
 
@@ -94,6 +97,26 @@ def test_few_small_inputs_reach_all_that_many_do() -> None:
         return {pair for it in given for pair in run.pairs_of_lines(target, it)}
 
     assert reached(kept) == reached(inputs + padded)
+
+
+@pytest.mark.mutation("an-error-number-is-a-number-of-the-kernels")
+def test_an_answer_with_any_error_number_is_taken() -> None:
+    for code in (-(1 << 31), 1, (1 << 31) - 1):
+        refused = Message(netlink.NLMSG_ERROR, payload=struct.pack("=i", code) + bytes(16), sequence=1)
+        netlink_targets.take_answer(netlink_targets.as_answer(0, refused))
+
+
+@pytest.mark.mutation("an-nftables-object-has-a-head")
+def test_an_nftables_object_without_a_head_is_refused() -> None:
+    for listing in range(len(netlink_targets.LISTINGS)):
+        netlink_targets.take_answer(netlink_targets.as_answer(listing, Message(16, sequence=1)))
+
+
+@pytest.mark.mutation("a-client-has-a-deadline")
+@pytest.mark.parametrize("times", [b"nan 1", b"1 nan", b"inf 1"])
+def test_a_client_of_the_helper_without_a_deadline_is_disconnected(times: bytes) -> None:
+    request = pack(b"prepare-nic", b"/x", b"id", times, b"NETLOOM_DIR=/x", b"", b"{}")
+    wire_targets.take_helper_client(as_parts(request[4:]))
 
 
 @pytest.mark.mutation("a-helper-sends-any-fields", instead="[fields[0]]")
