@@ -228,6 +228,16 @@ def test_a_call_without_default_nic_leaves_it_as_it_was() -> None:
         assert found is not None and found.default is default
 
 
+@pytest.mark.mutation("a-changed-nic-shows-its-subnet-at-once")
+def test_a_netmask_alone_shows_the_subnet_at_once() -> None:
+    """The address comes from an earlier call."""
+    who: dict[str, Any] = {"nic_uuid": "other", "mac": "02:01:00:cc:00:09"}
+    scope = call(told("030"), "prepare-nic", **who, ip="10.10.1.9", netmask="255.255.255.0").scope
+    wider = call(scope, "prepare-nic", **who, netmask="255.255.0.0")
+    assert network(wider).cidr == "10.10.0.0/16"
+    assert call(wider.scope, "prepare-nic", **who, netmask="255.255.0.0").scope == wider.scope
+
+
 # --- a restore lists all VMs (docs/protocol.md, section 3)
 
 ONE: dict[str, Any] = {"nic_uuid": "u-1", "mac": "02:01:00:cc:00:01", "ip": "10.10.1.11", "hostname": "web"}
