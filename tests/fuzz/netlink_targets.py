@@ -194,7 +194,7 @@ def take_events(data: bytes) -> None:
 
 def _read_links(datagrams: list[bytes]) -> Callable[[], object]:
     made = watch.Watch.__new__(watch.Watch)
-    made._wanted = frozenset(watch._GROUPS)
+    made._wanted = frozenset(("link", "address", "route", "rule", "neighbour"))
     made.names = dict(NAMES)
     return _read(made, datagrams)
 
