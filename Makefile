@@ -15,10 +15,11 @@ demo: packages venv ## show the life of an isolated network on two simulated hos
 test: packages emulator venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
 	@build/package/venvs
 	@build/pages/venv
-	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs hosts-single kernel ssh e2e binary release mutants
+	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model fuzz golden repo docs hosts-single kernel ssh e2e binary release mutants
 
-test-long: packages venv ## run the long tests, and all mutants, of which make test runs a sixth (root; half an hour)
+test-long: packages venv ## run the long tests and all mutants, and fuzz each target (root; hours)
 	@.venv/bin/python build/ci/groups.py kernel-long mutants-all
+	@$(MAKE) fuzz
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all
@@ -29,6 +30,11 @@ build: ## compile dist/netloom, the self-contained executable (root; ten minutes
 test-hosts: packages emulator venv build ## run the tests on emulated hosts: kernels, distributions, firewalls (root; half an hour)
 	@.venv/bin/python build/ci/groups.py hosts
 	@.venv/bin/python build/ci/platforms.py
+
+fuzz: venv ## fuzz with atheris: TARGET=dhcp SECONDS=60; all targets in turn by default, two minutes each
+	@build/ci/fuzz-venv
+	@.venv/bin/python build/ci/fuzzing.py $(if $(TARGET),--target=$(TARGET)) $(if $(SECONDS),--seconds=$(SECONDS)) \
+		$(if $(INPUT),--input=$(INPUT)) $(if $(KEEP),--keep)
 
 bench: packages venv ## measure times beside reference values, without assertions (root)
 	@.venv/bin/python build/ci/checkout.py build/ci/bench.py
@@ -43,7 +49,7 @@ docs: venv ## make the documents a site in dist/docs, with search and checked li
 	@build/pages/build
 
 check: venv ## check format, lint, types and imports, and run the tests that need no root (half a minute)
-	@.venv/bin/python build/ci/groups.py static unit model golden repo
+	@.venv/bin/python build/ci/groups.py static unit model fuzz golden repo
 
 fix: venv ## format the code and apply the safe corrections of the linter
 	@.venv/bin/ruff check --quiet --fix-only .
@@ -62,7 +68,7 @@ lock: ## update the requirement files from pyproject.toml; LOCK=--upgrade takes 
 	@build/ci/lock $(LOCK)
 
 clean: ## remove virtual environments, caches and products
-	@rm -rf .venv .venv-docs .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-docs .venv-fuzz .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-long test-binary test-hosts build bench release audit docs check fix packages emulator venv lock clean
+.PHONY: help demo test test-long test-binary test-hosts build fuzz bench release audit docs check fix packages emulator venv lock clean

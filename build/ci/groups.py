@@ -44,7 +44,7 @@ STATIC = {
     "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", *TOOLS],
     "imports": ["lint-imports", "--no-logo"],
 }
-SIDE_BY_SIDE = {"static", "unit", "model", "golden", "repo", "docs"}
+SIDE_BY_SIDE = {"static", "unit", "model", "fuzz", "golden", "repo", "docs"}
 # One group for each kind of emulated hosts: they run side by side, and "hosts" is all of them.
 HOSTS = {f"hosts-{path.stem.removeprefix('test_')}": str(path) for path in sorted(ROOT.glob("tests/hosts/test_*.py"))}
 HOST_TEST_S_MAX = 1500  # one test with a boot, on a slow machine

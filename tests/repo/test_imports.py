@@ -14,9 +14,14 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 # Private names of the program that tests may use. Any other private name is an error, and so is a name in this list
 # that no test uses any more.
 PRIVATE = {
+    "_Broken",
+    "_Calls",
     "_ENVIRONMENT",
+    "_Peer",
     "_TESTS",
     "_ask",
+    "_attempt",
+    "_connect",
     "_decode_acknowledgement",
     "_decode_any",
     "_isolated",

@@ -110,6 +110,26 @@ def test_a_state_file_under_another_name_is_refused(tmp_path: Path) -> None:
         store.load("net-205")
 
 
+@pytest.mark.mutation("a-state-file-is-any-bytes")
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"",
+        b"{",
+        b'{"schema":1}',
+        b'{"schema":1,"\x9b":1}',  # not UTF-8
+        b'{"schema":1,"x":' + b"[" * 100_000,
+        b'{"schema":1,"scope_id":"net-204","owner":"\xff"}',
+    ],
+)
+def test_a_state_file_with_any_bytes_is_unreadable_and_nothing_else(damaged: bytes, tmp_path: Path) -> None:
+    """The agent answers that it holds the scope of an unreadable file, so that no other host takes it over."""
+    store = Store(str(tmp_path))
+    (tmp_path / "net-204.json").write_bytes(damaged)
+    with pytest.raises(Unreadable, match="cannot be read"):
+        store.load("net-204")
+
+
 def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostRefused, match="Not a directory|File exists"):

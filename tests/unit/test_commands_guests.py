@@ -228,6 +228,16 @@ def test_a_call_without_default_nic_leaves_it_as_it_was() -> None:
         assert found is not None and found.default is default
 
 
+@pytest.mark.mutation("a-changed-nic-shows-its-subnet-at-once")
+def test_a_netmask_alone_shows_the_subnet_at_once() -> None:
+    """The address comes from an earlier call."""
+    who: dict[str, Any] = {"nic_uuid": "other", "mac": "02:01:00:cc:00:09"}
+    scope = call(told("030"), "prepare-nic", **who, ip="10.10.1.9", netmask="255.255.255.0").scope
+    wider = call(scope, "prepare-nic", **who, netmask="255.255.0.0")
+    assert network(wider).cidr == "10.10.0.0/16"
+    assert call(wider.scope, "prepare-nic", **who, netmask="255.255.0.0").scope == wider.scope
+
+
 # --- a restore lists all VMs (docs/protocol.md, section 3)
 
 ONE: dict[str, Any] = {"nic_uuid": "u-1", "mac": "02:01:00:cc:00:01", "ip": "10.10.1.11", "hostname": "web"}
@@ -346,6 +356,14 @@ def test_an_incomplete_list_removes_no_vm(vms: list[Any]) -> None:
     settled = implement(deployed(ONE, TWO)).scope
     assert settled is not None
     assert set(restore(settled, vms=vms).networks["204"].nics) == {"u-1", "u-2"}
+
+
+@pytest.mark.mutation("a-restore-takes-a-nic-once", instead="data.vms.items")
+def test_a_restore_that_names_a_nic_twice_takes_the_first_and_can_be_repeated() -> None:
+    twice = [{**ONE, "device_id": "1"}, {"nic_uuid": ONE["nic_uuid"], "device_id": "2"}]
+    once = restore(deployed(), vms=twice)
+    assert [it.device_id for it in once.networks["204"].nics.values()] == ["1"]
+    assert restore(once, vms=twice) == once
 
 
 def test_one_bad_host_name_fails_no_other_vm_and_is_told() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
 from guestbed import network, nic
+from netloom.agent.processes.guest_client import GuestClient
+from netloom.frames import frame
 from netloom.guest import sandbox
-from netloom.guestwire import Ack, GuestMessage, LentSockets, Listener, ServeNetwork, option_bytes
+from netloom.guestwire import Ack, GuestMessage, LentSockets, Listener, ServeNetwork, encode, option_bytes
 from netloom.guestwire.channel import Channel, ChannelError
 from netloom.secret import Secret
 from unit.call_filters import ALLOW, KILL, REFUSE, judge
@@ -95,6 +99,69 @@ def test_the_end_of_the_stream_and_invalid_bytes_are_errors(ends: tuple[Channel,
         there.send(foreign)
         with here, there, pytest.raises(ChannelError):
             Channel(here).receive()
+
+
+@pytest.mark.mutation("a-message-is-any-bytes")
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x82\xa4type\xa4done\xa3seq\xa1\xff",  # not UTF-8
+        b"\x83\xa4type\xa4done\xa3seq\x01\xa1z" + b"\x91" * 200_000,  # an unknown field, deeply nested
+    ],
+)
+def test_any_bytes_are_a_message_or_an_error(body: bytes) -> None:
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(ChannelError, match="cannot be read"):
+        channel = Channel(one)
+        data = frame(body)
+        for at in range(0, len(data), 50_000):
+            other.send(data[at : at + 50_000])
+            channel.receive()
+
+
+@pytest.mark.mutation("waiting-descriptors-are-bounded")
+def test_descriptors_that_no_message_announces_are_bounded_and_closed() -> None:
+    """An attacker who controls the guest process must not use up the agent's descriptors."""
+    before = len(os.listdir("/proc/self/fd"))
+    here, there = socket.socketpair()
+    with there:
+        channel = Channel(here)
+        with pytest.raises(ChannelError, match="that no message announces"):
+            for _ in range(3):
+                socket.send_fds(there, [frame(encode(Ack(seq=1)))], [0] * 200)
+                channel.receive()
+        channel.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.mutation("unwanted-descriptors-are-closed")
+@pytest.mark.mutation("guest-messages-are-bounded", instead="Channel(sock)")
+async def test_a_hostile_guest_process_costs_the_agent_no_descriptors_and_little_memory(tmp_path: Path) -> None:
+    lost: list[ChannelError] = []
+    ended = asyncio.Event()
+
+    def end(_: GuestClient, error: ChannelError) -> None:
+        lost.append(error)
+        ended.set()
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen(1)
+        before = len(os.listdir("/proc/self/fd"))
+        loop = asyncio.get_running_loop()
+        GuestClient(loop, tmp_path / "s", lambda _, event: None, end)
+        there, _ = listening.accept()
+        with there:
+            for message in (
+                LentSockets(seq=9, listeners=(Listener("dhcp"),)),
+                ServeNetwork(seq=9, network=NETWORK, listeners=(Listener("dhcp"),)),
+            ):
+                socket.send_fds(there, [frame(encode(message))], [0])
+            there.send((64 << 20).to_bytes(4, "big"))
+            await asyncio.wait_for(ended.wait(), 60)
+        assert len(os.listdir("/proc/self/fd")) == before
+    assert "too long" in str(lost[0])
 
 
 def test_missing_descriptors_are_an_error(ends: tuple[Channel, Channel]) -> None:

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from fuzz.payload_grammar import Call, Place, walks
+from fuzz.payload_laws import play
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address, Neighbour, Route, Rule
@@ -54,6 +56,7 @@ from netloom.plan.steps import (
 )
 from netloom.render.ruleset import Chain, Ruleset, marker
 from netloom.render.ruleset import names as names_in
+from netloom.render.scope import render
 from netloom.render.want import Port, Segment, Want
 
 SCOPE = "net-204"
@@ -485,6 +488,19 @@ def test_a_tidy_closes_wanted_gates_and_forgets_those_of_links_that_are_gone() -
     closed, wanted, existing = frozenset({"a", "b", "c"}), frozenset({"b", "d"}), frozenset({"a", "b"})
     assert sweep_gates(closed, wanted, existing) == (CloseGate(("d",)), OpenGate(("c",)))
     assert sweep_gates(wanted, wanted, existing) == ()
+
+
+@given(walks())
+@settings(max_examples=50, deadline=None)
+def test_one_plan_reaches_what_any_sequence_of_calls_wants(walk: tuple[str, list[tuple[Call, Place]]]) -> None:
+    have = replace(EMPTY, scope_id=walk[0], namespace=f"cs-{walk[0]}")
+    for scope in play(walk):
+        try:
+            steps = plan(have, render(scope))
+        except HostRefused:  # a network without a VLAN on a NIC that the host itself uses
+            continue
+        have = carry_out(have, steps)
+        assert plan(have, render(scope)) == ()
 
 
 @given(WISHES, DAMAGES)

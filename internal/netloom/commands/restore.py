@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace
 
 from netloom.commands.dhcp import with_resolvers
@@ -31,8 +33,9 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
         network = replace(network, dhcp=True)
     if data.dns_enabled:
         network = replace(network, dns=True)
-    vms = tuple(vm for vm in data.vms.items if vm.mac or find_nic(network, vm))
-    all_known = len(vms) == len(data.vms.items)
+    listed_once = _once(data.vms.items)  # guard: a-restore-takes-a-nic-once
+    vms = tuple(vm for vm in listed_once if vm.mac or find_nic(network, vm))
+    all_known = len(vms) == len(listed_once)
     fresh = _fresh_others(network, vms)
     vms = tuple(
         vm
@@ -53,6 +56,21 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
     for nic in [network.nics[key] for key in listed & network.nics.keys()]:
         network = with_name_of(network, nic, network.nics.keys() - listed)
     return network
+
+
+def _once(vms: Iterable[RestoredVm]) -> tuple[RestoredVm, ...]:
+    """The VMs without those whose NIC an earlier one names, by uuid or MAC address.
+
+    Otherwise a repeated restore might do something else: the second one may be found only after the first one was put.
+    """
+    kept: list[RestoredVm] = []
+    named: set[str] = set()
+    for vm in vms:
+        names = {str(it) for it in (vm.nic_uuid, vm.mac) if it}
+        if named.isdisjoint(names):
+            kept.append(vm)
+        named |= names
+    return tuple(kept)
 
 
 def _fresh_others(network: Network, vms: tuple[RestoredVm, ...]) -> list[Nic]:

@@ -106,7 +106,10 @@ def for_network(change: Callable[[Network, N], Network]) -> Callable[[Scope, N, 
     """Make a transition of the scope from a function that changes one network. The network is added if necessary."""
 
     def transition(scope: Scope, payload: N, context: Context) -> Scope:
-        return with_network(scope, change(network_of(scope, payload, context), payload))
+        network = change(network_of(scope, payload, context), payload)
+        # A change of a NIC may show that the network's subnet is larger. The next command must not be the first to see.
+        network = with_facts(network, payload)  # guard: a-changed-nic-shows-its-subnet-at-once
+        return with_network(scope, network)
 
     return transition
 

@@ -8,6 +8,7 @@ and keeps their credentials in memory, never on disk.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import resource
 import signal
@@ -194,6 +195,8 @@ class HelperCall(asyncio.Protocol):
             command, executable, call_id, times, *settings, _, payload_file = unpack(request)
             environ = dict(_text(setting).split("=", 1) for setting in settings)
             timeout_s, started = map(float, times.split())
+            if not math.isfinite(timeout_s + started):  # guard: a-client-has-a-deadline
+                raise ValueError("a deadline that never comes")
             record = _ReportingRecord(self, started, call_id.decode())
         except ValueError:
             self.abort()

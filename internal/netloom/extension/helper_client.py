@@ -134,7 +134,8 @@ def _attempt(
                 status, output, error = fields
                 return int(status), output.decode(), error.decode()
             if kind == DOING:
-                record.doing = fields[0].decode()
+                (doing,) = fields  # guard: a-helper-sends-any-fields
+                record.doing = doing.decode()
     except TimeoutError:
         _abandon(directory, found)
         return None

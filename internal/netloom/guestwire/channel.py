@@ -33,12 +33,20 @@ class Channel:
 
     The owner polls ``fileno()``. It calls ``receive`` when the socket is readable, and ``flush`` when the socket is
     writable and ``pending`` is true. ``queue`` fails when more than ``pending_bytes_max`` waits.
+
+    ``message_bytes_max``: of a received message. An attacker may control the guest process.
     """
 
-    def __init__(self, sock: socket.socket, *, pending_bytes_max: int = FRAME_BYTES_MAX) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        pending_bytes_max: int = FRAME_BYTES_MAX,
+        message_bytes_max: int = FRAME_BYTES_MAX,
+    ) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._frames = FrameBuffer(decode)
+        self._frames = FrameBuffer(decode, message_bytes_max)
         self._arrived: deque[int] = deque()
         self._out: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._out_bytes = 0
@@ -78,15 +86,18 @@ class Channel:
             messages = self._frames.feed(data)
         except FrameTooLong as error:
             raise ChannelError(f"a frame of {error.length} bytes is too long") from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # guard: a-message-is-any-bytes
             raise ChannelError(f"a message cannot be read: {error}") from None
-        return [(message, self._descriptors_of(message)) for message in messages]
-
-    def _descriptors_of(self, message: GuestMessage) -> list[int]:
-        count = len(message.listeners) if isinstance(message, ServeNetwork | LentSockets) else 0
-        if len(self._arrived) < count:
-            raise ChannelError(f"{count} descriptors were announced and {len(self._arrived)} came")
-        return [self._arrived.popleft() for _ in range(count)]
+        counts = [_descriptors_of(message) for message in messages]
+        missing = sum(counts) - len(self._arrived)
+        if missing > 0:
+            raise ChannelError(f"{sum(counts)} descriptors were announced and {len(self._arrived)} came")
+        if -missing > DESCRIPTORS_MAX:  # guard: waiting-descriptors-are-bounded
+            raise ChannelError(f"{-missing} descriptors came that no message announces")
+        return [
+            (message, [self._arrived.popleft() for _ in range(count)])
+            for message, count in zip(messages, counts, strict=True)
+        ]
 
     def queue(self, message: GuestMessage, descriptors: Sequence[int] = ()) -> None:
         """Queue ``message`` for ``flush``. The descriptors must stay open until it is written.
@@ -123,3 +134,8 @@ class Channel:
             with contextlib.suppress(OSError):
                 os.close(self._arrived.popleft())
         self._out.clear()
+
+
+def _descriptors_of(message: GuestMessage) -> int:
+    """How many descriptors come with the message."""
+    return len(message.listeners) if isinstance(message, ServeNetwork | LentSockets) else 0

@@ -48,6 +48,8 @@ _ATTRIBUTE = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
 _BATCH = struct.Struct(">BBH")  # nfgenmsg: family, version, subsystem
 
+_ERRNO_MAX = 4095  # linux/err.h
+
 _BUFFER_BYTES = 4 << 20
 # The kernel drops acknowledgements that do not fit into the receive buffer; it accounts less than 2 KiB for each.
 _MESSAGES_PER_DATAGRAM = _BUFFER_BYTES // 2048
@@ -230,7 +232,7 @@ def decode_error(payload: bytes, flags: int) -> tuple[int, str]:
     """
     if len(payload) < 4:
         raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
-    code = -_ERROR.unpack_from(payload)[0]
+    code = _error_number(payload)
     return code, _ext_ack(payload[4:]) if flags & _NLM_F_ACK_TLVS else ""
 
 
@@ -238,13 +240,20 @@ def _decode_acknowledgement(payload: bytes, flags: int) -> tuple[int, str]:
     """As decode_error for an NLMSG_ERROR, which quotes the request's header, or the whole request if not capped."""
     if len(payload) < 4 + _HEADER.size:
         raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", "cut short")
-    code = -_ERROR.unpack_from(payload)[0]
+    code = _error_number(payload)
     if not flags & _NLM_F_ACK_TLVS:
         return code, ""
     quoted = _HEADER.size
     if code and not flags & _NLM_F_CAPPED:
         quoted = max(quoted, (_HEADER.unpack_from(payload, 4)[0] + 3) & ~3)
     return code, _ext_ack(payload[4 + quoted :])
+
+
+def _error_number(payload: bytes) -> int:
+    code = -int(_ERROR.unpack_from(payload)[0])
+    if not 0 <= code <= _ERRNO_MAX:  # guard: an-error-number-is-a-number-of-the-kernels
+        raise NetlinkError(errnos.EBADMSG, "netlink acknowledgement", f"error number {code}")
+    return code
 
 
 def _ext_ack(data: bytes) -> str:

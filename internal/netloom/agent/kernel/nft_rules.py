@@ -82,12 +82,13 @@ def list_chains(nfnetlink: Socket) -> list[Chain]:
     found = []
     for _, payload in nfnetlink.dump(Message(_GETCHAIN, payload=bytes(_HEAD_BYTES), what="list chains")):
         values = netlink.attribute_map(payload, _HEAD_BYTES)
-        if payload[0] not in _FAMILIES:
+        family = _family(payload)
+        if not family:
             continue
         hook = netlink.attribute_map(values.get(_CHAIN_HOOK, b"")).get(_HOOK_NUMBER)
         found.append(
             Chain(
-                table=Table(_FAMILIES[payload[0]], netlink.string(values.get(_TABLE))),
+                table=Table(family, netlink.string(values.get(_TABLE))),
                 name=netlink.string(values.get(_CHAIN_NAME)),
                 hook=None if hook is None else big(hook),
                 drops=hook is not None and big(values.get(_CHAIN_POLICY, b"\1")) == 0,
@@ -102,8 +103,9 @@ def owned_tables(nfnetlink: Socket) -> frozenset[Table]:
     found = set()
     for _, payload in nfnetlink.dump(Message(_GETTABLE, payload=bytes(_HEAD_BYTES), what="list tables")):
         values = netlink.attribute_map(payload, _HEAD_BYTES)
-        if payload[0] in _FAMILIES and big(values.get(_TABLE_FLAGS, b"")) & _TABLE_OWNED:
-            found.add(Table(_FAMILIES[payload[0]], netlink.string(values.get(_TABLE))))
+        family = _family(payload)
+        if family and big(values.get(_TABLE_FLAGS, b"")) & _TABLE_OWNED:
+            found.add(Table(family, netlink.string(values.get(_TABLE))))
     return frozenset(found)
 
 
@@ -133,6 +135,13 @@ def set_keys(nfnetlink: Socket, table: Table, name: str) -> tuple[int, frozenset
 def big(value: bytes) -> int:
     """A number inside an attribute."""
     return int.from_bytes(value, "big")
+
+
+def _family(payload: bytes) -> str:
+    """The family of an object; empty if it is none of ip, ip6 and inet. Raises NetlinkError (EBADMSG)."""
+    if len(payload) < _HEAD_BYTES:  # guard: an-nftables-object-has-a-head
+        raise NetlinkError(errno.EBADMSG, "nftables object", "cut short")
+    return _FAMILIES.get(payload[0], "")
 
 
 def _listed(nfnetlink: Socket, kind: int, table: Table, more: bytes = b"") -> list[dict[int, bytes]]:

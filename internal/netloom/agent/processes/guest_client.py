@@ -31,6 +31,8 @@ from netloom.guestwire.channel import Channel, ChannelError
 _A = TypeVar("_A", Ack, LentSockets)
 
 ANSWER_S = 10.0
+# The longest message of a guest process is its GuestHello: about 100 bytes for each network that it serves.
+_MESSAGE_BYTES_MAX = 16 << 20
 
 
 class GuestClient:
@@ -61,7 +63,7 @@ class GuestClient:
         except OSError:
             sock.close()
             raise
-        self._channel = Channel(sock)
+        self._channel = Channel(sock, message_bytes_max=_MESSAGE_BYTES_MAX)  # guard: guest-messages-are-bounded
         self._open = True
         loop.add_reader(sock, self._readable)
 
@@ -150,13 +152,15 @@ class GuestClient:
                     self._hello.set_result(message)
             elif isinstance(message, PasswordTaken | Notice):
                 self._event(self, message)
-            elif isinstance(message, Ack | LentSockets):
-                answer = self._answers.get(message.seq)
-                if answer is not None and not answer.done():
-                    answer.set_result((message, descriptors))
-                else:  # nobody waits for it any more
-                    for descriptor in descriptors:
-                        os.close(descriptor)
+            elif (
+                isinstance(message, Ack | LentSockets)
+                and (answer := self._answers.get(message.seq)) is not None
+                and not answer.done()
+            ):
+                answer.set_result((message, descriptors))
+            else:  # nobody waits for it any more, or it is none that a guest process sends
+                for descriptor in descriptors:
+                    os.close(descriptor)  # guard: unwanted-descriptors-are-closed
 
     def _flush(self) -> None:
         if not self._open:

@@ -151,7 +151,7 @@ class Store:
                     hint="a newer netloom wrote it: use that version or a later one",
                 )
             scope = _decoder.decode(text)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # guard: a-state-file-is-any-bytes
             raise Unreadable(f"{path} cannot be read: {error}", hint="repair or remove the file") from error
         if scope.scope_id != scope_id:
             raise Unreadable(f"{path} is about {scope.scope_id}", hint="rename it to match its scope")
