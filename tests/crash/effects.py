@@ -100,7 +100,7 @@ class Tracer:
     def start(self, argv: Sequence[str], *, before: Sequence[str] = (), **options: Any) -> subprocess.Popen[bytes]:
         """Start a program with the filter. ``before``: a command that executes the rest, such as nsenter(1)."""
         process = subprocess.Popen([*before, *LAUNCH, *argv], **options)
-        self._adopt(process)
+        self.adopt(process)
         return process
 
     @contextlib.contextmanager
@@ -128,7 +128,7 @@ class Tracer:
 
     # ------------------------------------------------------------------------------------------- in the own thread
 
-    def _adopt(self, process: subprocess.Popen[bytes]) -> None:
+    def adopt(self, process: subprocess.Popen[bytes]) -> None:
         """Take the listener out of a program that waits in its first execve(2)."""
         until = time.monotonic() + LISTENER_S_MAX
         while (number := _listener_of(process.pid)) < 0:
