@@ -15,10 +15,10 @@ demo: packages venv ## show the life of an isolated network on two simulated hos
 test: packages emulator venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
 	@build/package/venvs
 	@build/pages/venv
-	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs hosts-single kernel ssh e2e binary release mutants
+	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model golden repo docs hosts-single kernel crash ssh e2e binary release mutants
 
-test-long: packages venv ## run all mutants; make test runs a sixth of them (root; half an hour)
-	@.venv/bin/python build/ci/groups.py mutants-all
+test-long: packages venv ## run all mutants and all crash points; make test runs a sample of them (root; hours)
+	@.venv/bin/python build/ci/groups.py crash-all mutants-all
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)
 	@.venv/bin/python build/ci/groups.py binary-all

@@ -10,17 +10,28 @@ from crash.effects import Effect
 
 # Set by `make test-long` (build/ci/groups.py).
 EVERY = os.environ.get("NETLOOM_CRASH_POINTS") == "all"
-SAMPLE = 8  # of a call of the management server
 
 
-def chosen(effects: Sequence[Effect]) -> list[int]:
-    """The numbers of effects after which to kill: all, or one of each kind and every n-th."""
-    if EVERY:
-        return list(range(len(effects) + 1))
-    first = {effect.kind: number for number, effect in reversed(list(enumerate(effects)))}
-    return sorted({*first.values(), *range(0, len(effects) + 1, max(1, len(effects) // SAMPLE))})
+def chosen(effects: Sequence[Effect], sample: int = 6) -> list[int]:
+    """After how many effects of one piece of work to kill: after each number of them, or evenly spread ones."""
+    every = max(1, len(effects) // sample)
+    return list(range(0, len(effects) + 1, 1 if EVERY else every))
 
 
-def point(name: str, count: int) -> int:
-    """The point of one step that the sample tries. It depends on the name, so new steps change nothing for others."""
-    return zlib.crc32(name.encode()) % (count + 1)
+def one_of_each(steps: Sequence[tuple[str, Sequence[Effect]]]) -> dict[int, int]:
+    """One number of effects for every second step of a sequence, so that a kill comes before each kind of effect.
+
+    For a kind it is the first step that has it; for the other steps it depends on the name alone, so that a new step
+    changes nothing for others.
+    """
+    numbers: dict[int, int] = {}
+    for kind in sorted({it.kind for _, effects in steps for it in effects}):
+        for step, (_, effects) in enumerate(steps):
+            before = [number for number, it in enumerate(effects) if it.kind == kind]
+            if before and step not in numbers:
+                numbers[step] = before[0]
+                break
+    for step, (name, effects) in enumerate(steps):
+        if step % 2 == 0:
+            numbers.setdefault(step, zlib.crc32(name.encode()) % (len(effects) + 1))
+    return numbers

@@ -50,11 +50,34 @@ _FILES = re.compile(
     "(?:creat|rename|unlink|rmdir|mkdir|link|symlink|mknod|truncate|ftruncate|fallocate|chmod|fchmod|chown|fchown"
     "|lchown|utime|utimes|futimes|utimens|[fl]?setxattr|[fl]?removexattr)(?:at2?)?"
 )
-_MOUNTS = {"mount", "umount2", "pivot_root", "move_mount", "open_tree", "fsmount", "fsopen", "fsconfig", "mount_setattr"}
+_MOUNTS = {
+    "mount",
+    "umount2",
+    "pivot_root",
+    "move_mount",
+    "open_tree",
+    "fsmount",
+    "fsopen",
+    "fsconfig",
+    "mount_setattr",
+}
 _STARTS = {"clone", "clone3", "fork", "vfork", "execve", "execveat"}
 _FLUSHES = {"fsync", "fdatasync", "sync", "syncfs", "sync_file_range"}
 # Requests of ioctl(2) that ask or change the descriptor alone: terminals, FIONBIO, FIOCLEX; SIOCGIFCONF and the like, SIOCGSKNS.
-_IOCTLS = {0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, *range(0x8910, 0x8914), 0x8915, 0x8921, 0x8927, 0x8933, 0x894C}
+_IOCTLS = {
+    0x5401,
+    0x5413,
+    0x541B,
+    0x5421,
+    0x5450,
+    0x5451,
+    *range(0x8910, 0x8914),
+    0x8915,
+    0x8921,
+    0x8927,
+    0x8933,
+    0x894C,
+}
 
 # linux/netlink.h, linux/netfilter/nfnetlink.h
 _HEADER = struct.Struct("=IHHII")
@@ -229,7 +252,9 @@ class Tracer:
         family, protocol = self._sockets.get(path) or self._socket(thread, descriptor, path)
         if family != socket.AF_NETLINK:
             # One byte: an event loop wakes itself.
-            return None if len(data) <= 1 else ("packet" if family == socket.AF_PACKET else "sent", f"{len(data)} bytes")
+            return (
+                None if len(data) <= 1 else ("packet" if family == socket.AF_PACKET else "sent", f"{len(data)} bytes")
+            )
         types = list(_types(data))
         if protocol == _NETLINK_ROUTE:
             changes = [it for it in types if it >= _RTM_FIRST and (it - _RTM_FIRST) % 4 != _RTM_GET]

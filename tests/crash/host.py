@@ -64,6 +64,21 @@ class CrashHost(AgentHost):
             processes.kill(pid)
         wait_until(lambda: not self.processes("serve"))
 
+    def lose_everything(self) -> None:
+        """Remove what a power cut removes: processes, namespaces, links, rulesets and /run. The state stays."""
+        for pid in self.processes():
+            if pid != self._looker.pid:
+                processes.kill(pid)
+        for name in os.listdir(self.path("/run/netns")):
+            self.ip("netns", "del", name)
+        for name, link in self.links().items():
+            if "ifalias" in link or link.get("linkinfo", {}).get("info_kind") == "bridge":
+                self.run("ip", "link", "del", name, check=False)
+            elif "." in name:
+                self.ip("link", "set", name, "down")
+        self.run("nft", "flush", "ruleset")
+        shutil.rmtree(self.path("/run/netloom"))
+
     def close(self) -> None:
         self.kill_agents()
         for stream in (self._looker.stdin, self._looker.stdout):
@@ -159,7 +174,14 @@ class Relay:
 
     def answer(self, call: Call) -> Reply | None:
         """The reply to the call; None when the connection broke first."""
+        self.send(call)
+        return self.reply()
+
+    def send(self, call: Call) -> None:
         self._send(call)
+
+    def reply(self) -> Reply | None:
+        """The next reply; None when the connection breaks first."""
         reply = self._receive()
         return reply if isinstance(reply, Reply) else None
 

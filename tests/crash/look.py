@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from netns import NAMED, inside
 
 # They have process ids and times.
 VOLATILE = {"running.json", "draining.json", "guest.json", "guest.former.json", "agent.lock", "start.lock"}
+EMPTY = re.compile("/run/netloom/services/[^/]*/?")
 CLIENT = "198.51.100.9"  # the end outside of the flows that tests make
 _GENERATION = 10 << 8 | 16  # NFT_MSG_GETGEN
 
@@ -32,7 +34,8 @@ def look() -> dict[str, list[str]]:
     """Sorted names by category. Those that belong to a network contain its number."""
     found = objects(Control())
     del found["processes"]
-    found["files"] = [it for it in found["files"] if not it.endswith((".log", "/log"))]
+    # The directory of a scope's services may outlive the last of them until the scope ends.
+    found["files"] = [it for it in found["files"] if not it.endswith((".log", "/log")) and not EMPTY.fullmatch(it)]
     # The mounts of other hosts of this machine come and go.
     found["mounts"] = [it for it in found["mounts"] if not it.startswith(f"{NAMED}/") or "/cs-" in it]
     # Liveness probes and the guests' own packets open flows at any time.

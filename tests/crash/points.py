@@ -40,25 +40,47 @@ class Kill:
     recovery: Recovery
 
 
+class Strike:
+    """Decides for each effect whether to kill the process that is about to have it: once, after so many effects.
+
+    ``instead``: the process to kill, and the effect happens; 0: that of the effect.
+    """
+
+    def __init__(self, after: int, instead: int = 0) -> None:
+        self.effect: Effect | None = None
+        self._left = after
+        self._instead = instead
+
+    def __call__(self, effect: Effect) -> bool:
+        if self.effect is not None or self._left:
+            self._left = max(0, self._left - 1)
+            return False
+        self.effect = effect
+        if not self._instead:
+            return True
+        processes.kill(self._instead)
+        return False
+
+
 class Scene:
     """A host with a network beside, on which a sequence was carried out once without a fault."""
 
     def __init__(self, host: CrashHost, sequence: Sequence) -> None:
         self.host = host
         self.sequence = sequence
-        self._at = 0  # the moment that the host is at
+        self._at = -1  # the number of the moment that the host is at; -1: of none
+        self.started: list[Effect] = []  # the effects of the last start or repair
         host.start()
-        for step in BESIDE:
-            done(host.repeated(step.call()))
-        self.moments = [Moment(host.state(), self._settled())]
-        for step in sequence.steps:
-            with host.relay() as relay:
+        with host.relay() as relay:
+            for step in BESIDE:
+                self._carry_out(relay, step)
+            self.moments = [Moment(host.state(), self._settled())]
+            for step in sequence.steps:
                 self._open_flows(step)
                 with host.tracer.watching(lambda _: False) as effects:
-                    reply = relay.answer(step.call())
-                assert reply is not None
-                assert not reply.status, f"{step.name}: {reply.error}"
-            self.moments.append(Moment(host.state(), self._settled(), effects))
+                    self._carry_out(relay, step)
+                self.moments.append(Moment(host.state(), self._settled(), effects))
+        self._at = len(sequence.steps)
 
     def walk(self, kills: Mapping[int, Kill]) -> dict[int, Effect | None]:
         """Carry out the sequence once more, with a kill in these steps. Compare the host after each of them.
@@ -78,7 +100,7 @@ class Scene:
             except AssertionError as fault:
                 faults.append(f"step {number} ({self.sequence.steps[number].name}), {kills[number]}: {fault}")
                 assert len(faults) < FAULTS_MAX, "\n".join(faults)
-                self._rebuild(number + 1)
+                self.rebuild(number + 1)
         assert not faults, "\n".join(faults)
         return struck
 
@@ -110,38 +132,54 @@ class Scene:
         return struck
 
     def _struck(self, relay: Relay, call: Call, kill: Kill) -> tuple[Reply | None, Effect | None]:
-        struck: list[Effect] = []
-        count = 0
-
-        def strike(effect: Effect) -> bool:
-            nonlocal count
-            if struck or count < kill.after:
-                count += 1
-                return False
-            struck.append(effect)
-            if kill.recovery != "cut":
-                return True
-            processes.kill(relay.process.pid)
-            return False
-
+        strike = Strike(kill.after, relay.process.pid if kill.recovery == "cut" else 0)
         with self.host.tracer.watching(strike):
             reply = relay.answer(call)
-        return reply, struck[0] if struck else None
+        return reply, strike.effect
+
+    def kill_start(self, after: int) -> Effect | None:
+        """Boot the host, kill whoever is about to have another effect after so many of the agent's start, start it.
+
+        Returns the effect that did not happen. The host is at the last moment that ``rebuild`` made.
+        """
+        moment = self.moments[self._at]
+        self.host.lose_everything()
+        strike = Strike(after)
+        with self.host.tracer.watching(strike) as self.started:
+            before = self.host.log().count(" restored")
+            with self.host.relay():
+                wait_until(lambda: strike.effect or self.host.log().count(" restored") > before, 60)
+        self.host.kill_agents()
+        self.host.start()
+        self._assert_found(moment)
+        return strike.effect
+
+    def kill_repair(self, after: int, *harm: str) -> Effect | None:
+        """Damage the host, kill whoever is about to have another effect after so many of the repair, start an agent.
+
+        Returns the effect that did not happen.
+        """
+        moment = self.moments[self._at]
+        strike = Strike(after)
+        with self.host.tracer.watching(strike) as self.started:
+            self.host.run(*harm)
+            wait_until(lambda: strike.effect or self.host.look().found == moment.found, 60)
+        self.host.kill_agents()
+        self.host.start()
+        self._assert_found(moment)
+        return strike.effect
 
     def _go_to(self, number: int) -> None:
         """Carry out the steps before this one without a fault, from the beginning if the host is beyond them."""
         if self._at > number or self._at < 0:
-            self._rebuild(number)
-        for at in range(self._at, number):
-            step = self.sequence.steps[at]
-            with self.host.client() as client:
-                client.send(step.call())
-                reply = client.receive()
-            assert isinstance(reply, Reply)
-            assert not reply.status, f"{step.name}: {reply.error}"
-            self._at = at + 1
+            self.rebuild(number)
+        if self._at < number:
+            with self.host.relay() as relay:
+                for step in self.sequence.steps[self._at : number]:
+                    self._carry_out(relay, step)
+            self._at = number
 
-    def _rebuild(self, number: int) -> None:
+    def rebuild(self, number: int) -> None:
         """Make the host what it was before a step: the agent builds what its state files say."""
         moment = self.moments[number]
         if f"{self.sequence.scope_id}.json" not in moment.state:
@@ -152,6 +190,12 @@ class Scene:
             self.host.start()
         self._assert_found(moment)
         self._at = number
+
+    @staticmethod
+    def _carry_out(relay: Relay, step: Step) -> None:
+        reply = relay.answer(step.call())
+        assert reply is not None
+        assert not reply.status, f"{step.name}: {reply.error}"
 
     def _open_flows(self, step: Step) -> None:
         for flow in step.flows:

@@ -20,7 +20,8 @@ import pytest
 import processes
 from crash.choice import chosen
 from crash.effects import LAUNCH, Effect, Tracer
-from ssh.lab import KEYS, MANAGEMENT, PYTHON, REPO, CallResult, Caller, SshLab, run
+from crash.points import Strike
+from ssh.lab import KEYS, MANAGEMENT, PYTHON, REPO, Caller, CallResult, SshLab, run
 
 # Compiled modules are no files of ours.
 TRACED = ["env", "PYTHONDONTWRITEBYTECODE=1", *LAUNCH, PYTHON, str(REPO / "cmd" / "netloom" / "main.py")]
@@ -70,33 +71,23 @@ class Scene:
         details = caller.details(sshkey=self.lab.key("good"), port=KEYS)
         if self.connected:
             assert self._call(caller, details).output == ""
-        struck: list[Effect] = []
-        count = 0
-
-        def strike(effect: Effect) -> bool:
-            nonlocal count
-            count += 1
-            if count <= after or struck:
-                return False
-            struck.append(effect)
-            return True
-
+        strike = Strike(after)
         path = caller.payload(details, STORED, {"vlan": "1204"})
         process = caller.start("implement-network", str(path), "60", executable=TRACED)
         with self.tracer.watching(strike) as effects:
             self.tracer.adopt(process)
             ended = caller.finish(process, time.monotonic())
-        if struck and struck[0].pid == process.pid:
+        if strike.effect is not None and strike.effect.pid == process.pid:
             assert ended.status in (0, -signal.SIGKILL)
         else:
-            assert ended.output == "", f"after {after} effects, before {struck}"
+            assert ended.output == "", f"after {after} effects, before {strike.effect}"
         began = time.monotonic()
         again = caller.finish(caller.start("implement-network", str(path), "60"), began)
         assert again.output == ""
         assert again.took_s < SETTLE_S
         self._check_calls()
         assert not list(caller.home.glob(".*")), "a temporary file is left"
-        return (struck[0] if struck else None), effects
+        return strike.effect, effects
 
     def _call(self, caller: Caller, details: dict[str, Any]) -> CallResult:
         path = caller.payload(details, STORED, {"vlan": "1204"})
