@@ -73,15 +73,15 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
             os.close(payload)
 
     def _note_start(self) -> None:
-        """Record that the hook is started for this call. Raises HostRefused if it was before, or nothing can be written."""
+        """Record that the hook is started for this call. Raises HostRefused if it was before, or on a full disk."""
         key = hashlib.sha256(self.call_id.encode()).hexdigest()
         try:
             with _started_lock:
                 earlier = STARTED.read_text().splitlines() if STARTED.exists() else []
                 if key in earlier:  # guard: a-hook-runs-once
                     raise HostRefused(
-                        f"hook {self.action} was started for this call, and the agent was restarted meanwhile: it may have "
-                        "been carried out, and is not run again",
+                        f"hook {self.action} was started for this call, and the agent was restarted meanwhile: "
+                        "it may have been carried out, and is not run again",
                         hint="look at what it has done before you repeat the action",
                     )
                 kept = [*earlier[-STARTED_MAX:], key]
