@@ -19,15 +19,16 @@ _INDEX = {it["file"][:3]: it["command"] for it in json.loads((PAYLOADS / "index.
 
 @dataclass(frozen=True)
 class Step:
-    """One call. ``fixture``: the number of a payload file. ``flows``: open connections that exist before the call.
+    """One call. ``fixture``: the number of a payload file; empty: ``changes`` are the payload, for ``scope_id``.
 
-    A flow is the arguments of ``conntrack -I`` in the namespace of the scope.
+    ``flows``: open connections that exist before the call, as arguments of ``conntrack -I`` in the scope's namespace.
     """
 
     fixture: str
     command: str = ""
     changes: dict[str, Any] = field(default_factory=dict)
     flows: tuple[str, ...] = ()
+    scope_id: str = ""
 
     @property
     def name(self) -> str:
@@ -35,16 +36,18 @@ class Step:
 
     def call(self) -> Call:
         """The call, with an id of its own."""
-        (file,) = PAYLOADS.glob(f"{self.fixture}-*.json")
-        content = json.loads(file.read_bytes())
-        payload = content.get("payload", content) | self.changes
+        payload = dict(self.changes)
+        if self.fixture:
+            (file,) = PAYLOADS.glob(f"{self.fixture}-*.json")
+            content = json.loads(file.read_bytes())
+            payload = content.get("payload", content) | self.changes
         for details in ("physical-network-extension-details", "network-extension-details"):
             payload.pop(details, None)
         vpc = payload.get("vpc_id")
         return Call(
             call_id=f"crash-{next(_ids)}",
             command=self.name,
-            scope_id=f"vpc-{vpc}" if vpc else f"net-{payload['network_id']}",
+            scope_id=self.scope_id or (f"vpc-{vpc}" if vpc else f"net-{payload['network_id']}"),
             registration=REGISTRATION,
             payload=json.dumps(payload).encode(),
             remaining_ms=60_000,
