@@ -63,7 +63,7 @@ _MOUNTS = {
 }
 _STARTS = {"clone", "clone3", "fork", "vfork", "execve", "execveat"}
 _FLUSHES = {"fsync", "fdatasync", "sync", "syncfs", "sync_file_range"}
-# Requests of ioctl(2) that ask or change the descriptor alone: terminals, FIONBIO, FIOCLEX; SIOCGIFCONF and the like, SIOCGSKNS.
+# Requests of ioctl(2) that ask, or change the descriptor alone: of terminals, FIONBIO, FIOCLEX, SIOCGIFCONF and so on.
 _IOCTLS = {
     0x5401,
     0x5413,
@@ -151,7 +151,7 @@ class Tracer:
 
     # ------------------------------------------------------------------------------------------- in the own thread
 
-    def adopt(self, process: subprocess.Popen[bytes]) -> None:
+    def adopt(self, process: subprocess.Popen[Any]) -> None:
         """Take the listener out of a program that waits in its first execve(2)."""
         until = time.monotonic() + LISTENER_S_MAX
         while (number := _listener_of(process.pid)) < 0:
@@ -230,7 +230,7 @@ class Tracer:
             named_file = int.from_bytes(address[:2], sys.byteorder) == socket.AF_UNIX and address[2:3].strip(b"\0")
             return ("file", f"bind {address[2:].rstrip(bytes(1)).decode()}") if named_file else None
         if _FILES.fullmatch(name):
-            by_descriptor = name.startswith("f") or name.endswith("at") or name.endswith("at2")
+            by_descriptor = name.startswith("f") or name.endswith(("at", "at2"))
             pointer = second if by_descriptor else first
             own_file = name in ("fchmod", "fchown", "ftruncate", "fallocate")
             path = _opened(thread, first) if own_file else _path(thread, pointer)
