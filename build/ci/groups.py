@@ -51,6 +51,8 @@ HOST_TEST_S_MAX = 1500  # one test with a boot, on a slow machine
 PRIVILEGED = {
     "kernel",
     "kernel-long",
+    "crash",
+    "crash-all",
     "ssh",
     "e2e",
     "binary",
@@ -60,14 +62,20 @@ PRIVILEGED = {
     "mutants-all",
     *HOSTS,
 }
+LONG_GROUP_LIMIT_S = 10800  # of a group of make test-long
 # Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
+EVERY_POINT = {"NETLOOM_CRASH_POINTS": "all"}
 WHERE = {
     **{group: [path, f"--override-ini=faulthandler_timeout={HOST_TEST_S_MAX}"] for group, path in HOSTS.items()},
     "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
     "binary-all": ["tests/binary", "tests/e2e"],
+<<<<<<< HEAD
     "kernel": ["tests/kernel", "-m", "not long"],
     "kernel-long": ["tests/kernel", "-m", "long"],
+=======
+    "crash-all": ["tests/crash", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
+>>>>>>> fd9cee1b65a37de726b9668cef68b28081a81604
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }
@@ -264,13 +272,15 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
         command += [f"--hypothesis-profile={profile}", f"--junit-xml={report}"]
         if output and sys.stdout.isatty():
             command.append("--color=yes")
-        process = PROCESSES.start(command, output, **(ONE_FILE if group.startswith(("binary", "hosts")) else {}))
+        environment = ONE_FILE if group.startswith(("binary", "hosts")) else EVERY_POINT if group == "crash-all" else {}
+        limit_s = LONG_GROUP_LIMIT_S if group == "crash-all" else GROUP_LIMIT_S
+        process = PROCESSES.start(command, output, **environment)
         try:
-            status = process.wait(GROUP_LIMIT_S)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             PROCESSES.terminate(process)
             result.failed += 1
-            result.remarks.append(f"stopped after {GROUP_LIMIT_S} s")
+            result.remarks.append(f"stopped after {limit_s} s")
             return result
         _count(report, result)
     # An exception before the first test gives status 1, too, and then no report names a failure.

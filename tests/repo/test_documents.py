@@ -61,9 +61,25 @@ def test_every_invariant_names_existing_tests() -> None:
         named = re.findall(r"^- `([\w/.]+)`:?\n((?: {2}`\w+`,?\n)*)", guards, re.MULTILINE)
         assert len(named) == guards.count("- `"), f"invariant {number}: {guards}"
         for path, functions in named:
-            assert (ROOT / path).exists(), f"invariant {number}: {path}"
-            for function in re.findall(r"`(\w+)`", functions):
-                assert re.search(rf"\bdef {function}\b", (ROOT / path).read_text()), f"invariant {number}: {function}"
+            check_tests_exist(f"invariant {number}", path, functions)
+
+
+def check_tests_exist(what: str, path: str, functions: str) -> None:
+    """Check that the file exists, and has the functions of this text of names between backticks."""
+    assert (ROOT / path).exists(), f"{what}: {path}"
+    for function in re.findall(r"`(\w+)`", functions):
+        assert re.search(rf"\bdef {function}\b", (ROOT / path).read_text()), f"{what}: {function}"
+
+
+def test_every_fault_names_existing_tests() -> None:
+    table, tests = (ROOT / "docs/faults.md").read_text().split("\n## The faults\n")[1].split("\n## Their tests\n")
+    numbers = [int(number) for number in re.findall(r"^\| (\d+) \| [^|]+ \| [^|]+ \|$", table, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    named = re.findall(r"^- (\d+): `([\w/.]+)`\n((?: {2}`\w+`,?\n)+)", tests, re.MULTILINE)
+    assert len(named) == tests.count("- ")
+    assert sorted({int(number) for number, _, _ in named}) == numbers
+    for number, path, functions in named:
+        check_tests_exist(f"fault {number}", path, functions)
 
 
 def test_the_worked_command_matches_the_code() -> None:

@@ -107,6 +107,7 @@ class Actions:
                 described = [*describe.summary(scope), *self._status(scope, context)]
                 return success_json(printable_ascii("\n".join(described))), HostChanges()
         hook = Hook(
+            call_id=call.call_id,
             path=self._hooks.path(action),
             action=action,
             scope_id=call.scope_id,

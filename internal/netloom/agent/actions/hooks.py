@@ -8,12 +8,14 @@ could not get back to the host's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import selectors
 import signal
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +25,26 @@ import msgspec
 from netloom.agent.environment import PATH
 from netloom.commands.actions import OUTPUT_CHARACTERS_MAX, hook_output, printable_ascii
 from netloom.errors import HostRefused, one_line
+from netloom.files import replace_text
 
 _FILE = re.compile(r"custom-action-([A-Za-z0-9_-][A-Za-z0-9._-]{0,199})\.sh\Z")
+# The calls that started a hook, for the next agent. This one remembers its replies (serve.py).
+STARTED = Path("/run/netloom/hooks.started")
+STARTED_MAX = 1024
+
+_started_lock = threading.Lock()
+
 _OUTPUT_BYTES_MAX = 4 * OUTPUT_CHARACTERS_MAX
 _TAIL_BYTES = 4096
 
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a hook. ``payload`` is CloudStack's payload in JSON, without the two objects of details."""
+    """One run of a hook. ``payload`` is CloudStack's payload in JSON, without the two objects of details.
 
+    ``call_id``: of the call that asked for it. A call whose connection breaks is repeated under its id.
+    """
+
+    call_id: str
     path: str
     action: str
     scope_id: str
@@ -43,12 +56,14 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
 
         The hook's only argument is the path of the payload, a file in memory, which it may read repeatedly. At
         ``deadline``, in seconds of the monotonic clock, the hook is killed with its process group.
-        Raises HostRefused, with the hook's last line, if it fails or is killed.
+        Raises HostRefused, with the hook's last line, if it fails or is killed; also if it was started for this call by
+        an agent that has ended since. Nobody knows then what the hook has done.
         """
         if time.monotonic() >= deadline:
             raise HostRefused(
                 f"hook {self.action} was not started: the call had no time left", hint="do other hooks hang?"
             )
+        self._note_start()
         payload = os.memfd_create("netloom.payload", os.MFD_CLOEXEC)
         try:
             with open(payload, "wb", closefd=False) as file:
@@ -56,6 +71,23 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True):
             return self._run(payload, deadline)
         finally:
             os.close(payload)
+
+    def _note_start(self) -> None:
+        """Record that the hook is started for this call. Raises HostRefused if it was before, or on a full disk."""
+        key = hashlib.sha256(self.call_id.encode()).hexdigest()
+        try:
+            with _started_lock:
+                earlier = STARTED.read_text().splitlines() if STARTED.exists() else []
+                if key in earlier:  # guard: a-hook-runs-once
+                    raise HostRefused(
+                        f"hook {self.action} was started for this call, and the agent was restarted meanwhile: "
+                        "it may have been carried out, and is not run again",
+                        hint="look at what it has done before you repeat the action",
+                    )
+                kept = [*earlier[-STARTED_MAX:], key]
+                replace_text(STARTED, "".join(f"{it}\n" for it in kept), durable=False)  # no hook survives a power cut
+        except OSError as error:
+            raise HostRefused(f"hook {self.action} was not started: {STARTED}: {error.strerror}") from error
 
     def _run(self, payload: int, deadline: float) -> str:
         try:

@@ -19,6 +19,7 @@ import msgspec
 
 from netloom import program
 from netloom.agent import connect
+from netloom.agent.actions.hooks import STARTED
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
 from netloom.agent.host import gate, unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
@@ -219,7 +220,7 @@ def _remove_files(*, keep_networks: bool) -> list[str]:
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
     _remove(
-        [DIRECTORY / name for name in ("agent.sock", "guest.sock", "guest.json", FORMER, "guest.log")],
+        [DIRECTORY / it for it in ("agent.sock", "guest.sock", "guest.json", FORMER, "guest.log", STARTED.name)],
         DIRECTORY.glob("*.lock"),
     )
     _remove_directories(DIRECTORY / "empty", *([] if keep_networks else [DIRECTORY / "services"]), DIRECTORY)
