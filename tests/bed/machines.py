@@ -106,6 +106,15 @@ class Transferred:
 
 
 @dataclass(frozen=True)
+class Steady:
+    """Datagrams at a steady rate. ``gap_s``: the longest time between two answers."""
+
+    sent: int
+    answered: int
+    gap_s: float
+
+
+@dataclass(frozen=True)
 class Flooded:
     """New flows by port: the number sent and the number answered."""
 
@@ -270,6 +279,13 @@ class Machine:
         """Start a long transfer; it is connected when this returns. It ends after ``seconds``, or when stopped."""
         running = self.client.start(
             "transfer", lambda value: Transferred(**value), address=address, port=port, seconds=seconds, **options
+        )
+        return running.wait_ready()
+
+    def steady_udp(self, address: str, port: int, *, seconds: float = 60.0, **options: Any) -> Running[Steady]:
+        """Send datagrams at a steady rate; the first is answered when this returns. Options: every_s."""
+        running = self.client.start(
+            "steady_udp", lambda value: Steady(**value), address=address, port=port, seconds=seconds, **options
         )
         return running.wait_ready()
 

@@ -476,6 +476,38 @@ def transfer(
     }
 
 
+def steady_udp(
+    stop: Control, address: str, port: int, *, seconds: float = 30.0, every_s: float = 0.005
+) -> dict[str, Any]:
+    """Send a datagram each ``every_s`` seconds on one flow until stopped; returns the numbers of datagrams and answers,
+    and the longest time between two answers.
+    """
+    _bounded(seconds)
+    sent, answered, gap_s = 0, 0, 0.0
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as client:
+        client.connect((address, port))
+        began = time.monotonic()
+        last: float | None = None
+        while time.monotonic() < began + seconds and not stop.is_set():
+            with contextlib.suppress(OSError):  # an ICMP error is a missing answer
+                client.settimeout(0)
+                client.send(b"x")
+            sent += 1
+            due = began + sent * every_s
+            while (left_s := due - time.monotonic()) > 0:
+                client.settimeout(left_s)
+                try:
+                    client.recv(4096)
+                except OSError:
+                    continue
+                now = time.monotonic()
+                gap_s, last = max(gap_s, now - last if last is not None else 0.0), now
+                if not answered:
+                    stop.ready()
+                answered += 1
+    return {"sent": sent, "answered": answered, "gap_s": round(gap_s, 4)}
+
+
 # --- floods ---------------------------------------------------------------------------------------
 
 
@@ -703,6 +735,7 @@ PROBES: dict[str, Callable[..., Any]] = {
         hear_on,
         close_tcp,
         transfer,
+        steady_udp,
         flood_udp,
         flood_tcp,
         watch_arp,

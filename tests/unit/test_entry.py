@@ -43,6 +43,8 @@ DOORS: list[tuple[str, str]] = [
     ("help agent install", "people"),
     ("hosts list --json", "people"),
     ("hosts forget kvm1", "people"),
+    ("move net-204 --to h2", "people"),
+    ("export archive net-204", "people"),
     ("frobnicate", "people"),
 ]
 

@@ -64,7 +64,7 @@ class Remote:
         """The login of these options. May ask for the password. Raises BadRequest when a file cannot be read."""
         from netloom.extension.directory import home_of, persistent  # asyncssh: twenty bare start-ups
         from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
-        from netloom.extension.ssh import Login
+        from netloom.extension.ssh import Login, agent_of
 
         return Login(
             trust=Trust(parse_pins(self.hostkeys), KnownHosts(persistent())),
@@ -72,6 +72,7 @@ class Remote:
             port=self.port,
             sshkey=Secret(read_file(self.sshkey)) if self.sshkey else Secret(),
             password=self._password(),
+            agent=agent_of(os.environ),
             home=home_of(os.environ, os.geteuid()),
             ssh_auth_sock=os.environ.get("SSH_AUTH_SOCK", ""),
         )

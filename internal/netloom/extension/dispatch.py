@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
 
-from netloom.errors import BadRequest, HostRefused, HostUnreachable
+from netloom.errors import HostRefused, HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
@@ -22,7 +21,7 @@ from netloom.extension.pool import Pool
 from netloom.extension.progress import Installing, Progress
 from netloom.extension.record import CallRecord
 from netloom.extension.request import Request
-from netloom.extension.ssh import AGENT, Login
+from netloom.extension.ssh import Login, agent_of
 from netloom.protocol.envelope import PhysicalDetails
 from netloom.secret import Secret
 from netloom.wire import Call, Reply
@@ -54,20 +53,13 @@ def login(details: PhysicalDetails, environ: Mapping[str, str]) -> Login:
 
     Raises NoDirectory when there is no directory for host keys, and BadRequest when NETLOOM_AGENT is not a command.
     """
-    agent = environ.get("NETLOOM_AGENT") or AGENT
-    try:
-        argv = shlex.split(agent)
-    except ValueError:
-        argv = []
-    if not argv:
-        raise BadRequest(f"NETLOOM_AGENT is not a command: {agent[:100]!r}", hint="quote it as a shell would want it")
     return Login(
         trust=Trust(parse_pins(details.hostkeys), KnownHosts(persistent(environ))),
         username=str(details.username),
         port=int(details.port),
         sshkey=details.sshkey or Secret(),
         password=details.password or Secret(),
-        agent=agent,
+        agent=agent_of(environ),
         home=home_of(environ, os.geteuid()),
         ssh_auth_sock=environ.get("SSH_AUTH_SOCK", ""),
     )

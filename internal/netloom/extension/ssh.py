@@ -14,7 +14,7 @@ import random
 import shlex
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,6 +77,18 @@ NAME_IN_HOSTS = "put the host's own name into its /etc/hosts: sudo looks it up e
 
 # How far a connection is. "agent": logged in, and the agent was started.
 Stage = Literal["own keys", "resolve", "connect", "handshake", "login", "agent"]
+
+
+def agent_of(environ: Mapping[str, str]) -> str:
+    """The agent's command on the hosts. Raises BadRequest when NETLOOM_AGENT is not a command."""
+    agent = environ.get("NETLOOM_AGENT") or AGENT
+    try:
+        argv = shlex.split(agent)
+    except ValueError:
+        argv = []
+    if not argv:
+        raise BadRequest(f"NETLOOM_AGENT is not a command: {agent[:100]!r}", hint="quote it as a shell would want it")
+    return agent
 
 
 class ConnectionLost(HostUnreachable):
