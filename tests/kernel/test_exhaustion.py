@@ -155,7 +155,7 @@ def test_a_removal_that_cannot_be_saved_is_refused_and_nothing_is_changed(networ
         assert sorted(it.name for it in host.path(SCOPES).iterdir()) == ["net-204.json", "net-205.json"]
 
 
-@pytest.mark.mutation("a-state-that-may-not-last-is-read-again")
+@pytest.mark.mutation("a-state-that-may-not-last-is-read-again", instead="slot.state_read")
 def test_a_state_that_a_power_failure_may_undo_is_no_success(networks: Networks) -> None:
     """The disk fails in the middle of a change: the new file cannot be flushed, and the old one cannot be put back."""
     host = networks.host
@@ -308,7 +308,7 @@ def relayed(host: AgentHost, fixture: str, command: str) -> Reply:
     return messages[1]
 
 
-@pytest.mark.mutation("a-full-conntrack-table-is-named")
+@pytest.mark.mutation("a-full-conntrack-table-is-named", instead="True")
 def test_with_a_full_conntrack_table_calls_work_and_it_is_named(networks: Networks) -> None:
     """Open connections go on, also in the full network; only new ones are dropped. The table stays full."""
     host = networks.host
