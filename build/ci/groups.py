@@ -70,12 +70,9 @@ WHERE = {
     **{group: [path, f"--override-ini=faulthandler_timeout={HOST_TEST_S_MAX}"] for group, path in HOSTS.items()},
     "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
     "binary-all": ["tests/binary", "tests/e2e"],
-<<<<<<< HEAD
     "kernel": ["tests/kernel", "-m", "not long"],
     "kernel-long": ["tests/kernel", "-m", "long"],
-=======
     "crash-all": ["tests/crash", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
->>>>>>> fd9cee1b65a37de726b9668cef68b28081a81604
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }

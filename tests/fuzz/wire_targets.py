@@ -152,7 +152,7 @@ async def _peered(pieces: list[bytes]) -> None:
     prepared = asyncio.Event()
     prepared.set()
     log, transport = _Log(), _Transport()
-    peer = _Peer(_Calls(cast(Any, _Scopes()), prepared), log, lambda: SPOKEN)
+    peer = _Peer(_Calls(cast(Any, _Scopes()), cast(Any, _Scopes()), prepared), log, lambda: SPOKEN)
     peer._transport = transport
     for piece in pieces:
         if transport.aborted:

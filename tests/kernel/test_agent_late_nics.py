@@ -93,7 +93,6 @@ def host() -> Iterator[AgentHost]:
         yield it
 
 
-@pytest.mark.mutation("scopes-wait-for-their-nics")
 def test_networks_are_restored_when_their_nics_appear(host: AgentHost) -> None:
     """The NICs appear one after the other. The last one is shared by both networks."""
     live(host, REGISTRATION)

@@ -233,8 +233,8 @@ def test_rollback_can_keep_the_current_state(bed: Bed, host: Host, older: Path, 
 # The moments of a replacement at which it is killed: the call of install.py that would be next, by function and a
 # condition on its arguments.
 KILLED = {
-    "the old agent has ended": ("_save_states", "True"),
-    "the state is kept": ("_link", "arguments[0] == _CURRENT"),
+    "the old agent has ended": ("save_states", "True"),
+    "the state is kept": ("set_link", "arguments[0] == _CURRENT"),
     "the link is set": ("_start", "True"),
     "the new agent has started": ("_wait_for", "True"),
     "nothing is removed yet": ("_remove_old", "True"),

@@ -38,11 +38,11 @@ class Builds:
         patch.setattr(install, "stop", lambda: self.did.append("stop"))
         patch.setattr(install, "_start", lambda: self.did.append(f"start {install.current()}"))
         patch.setattr(install, "_wait_for", lambda build: self.did[-1] == f"start {build}")
-        install._link("current", OLD)
+        install.set_link("current", OLD)
 
     def switch(self) -> None:
         """What ``activate`` does for a newer build."""
-        install._switch(OLD, NEW, lambda: install._save_states(OLD), install._undo_save_states)
+        install.switch(OLD, NEW, lambda: install.save_states(OLD), install.undo_save_states)
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_link_that_cannot_be_flushed_leads_where_it_led(builds: Builds, monkey
         FailingFlush(patch)
         for name in ("current", "previous"):
             with pytest.raises(OSError, match="Input/output error"):
-                install._link(name, NEW)
+                install.set_link(name, NEW)
     assert install.current() == OLD
     assert not (builds.libexec / "previous").is_symlink()
 
@@ -114,7 +114,7 @@ def test_a_rollback_that_fails_changes_nothing(failing: str, builds: Builds, mon
 
             patch.setattr(install, "replace_bytes", second)
         else:
-            patch.setattr(install, "_link", failed)
+            patch.setattr(install, "set_link", failed)
         with pytest.raises(HostRefused, match="Input/output error"):
             install.rollback(keep_state=False)
     assert (install.current(), install.previous(), install.held()) == (NEW, OLD, "")

@@ -7,12 +7,8 @@ said so (``guest.limits``).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from netloom.agent.kernel import conntrack
-from netloom.agent.kernel.namespaces import NamespaceError
-from netloom.agent.kernel.netlink import NetlinkError
 from netloom.agent.kernel.nft import Nft, NftError
 from netloom.guestwire import Notice
 from netloom.render.connections import NOTED_OTHERS, NOTED_SENDERS, NOTED_TARGETS, REACHED_TIMES
@@ -21,8 +17,6 @@ from netloom.render.senders import DNS_CONNECTIONS, DNS_QUERIES_PER_S, limited_s
 from netloom.state import Network, Nic, Scope
 
 _SHOWN = 20  # per network
-_SCARCE = 0.8  # the part of the conntrack table in use from which it is named
-_CONNTRACK_MAX = Path("/proc/sys/net/netfilter/nf_conntrack_max")
 _LIMITED = "are limited to {} at the same time (conntrack.max.per.vm)"
 
 _WHAT = {
@@ -63,21 +57,6 @@ def connected(scope: Scope, namespace: str) -> list[str]:
         found.add(f"connections of addresses without a NIC, through {link}, {_LIMITED.format(share)}")
     lines = sorted(found)
     return lines[:_SHOWN] + ([f"and connections of {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
-
-
-def crowded(namespace: str) -> list[str]:
-    """A sentence if most of the connections that conntrack can hold for a namespace are in use.
-
-    Empty as well if the namespace is missing: then ``check`` names it.
-    """
-    try:
-        used = conntrack.count(namespace)
-    except (NamespaceError, NetlinkError):
-        return []
-    most = int(_CONNTRACK_MAX.read_text())
-    if used <= _SCARCE * most:  # guard: a-full-conntrack-table-is-named
-        return []
-    return [f"connections: {used} of {most} (nf_conntrack_max) are in use; new ones are dropped when all are"]
 
 
 def _elements(namespace: str, name: str) -> list[Any]:

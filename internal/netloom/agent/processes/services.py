@@ -88,16 +88,12 @@ class Services:
         return self._waiting.get(scope_id, {})
 
     def limited(self, scope: Scope, namespace: str) -> list[str]:
-        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute.
-
-        Also one if the conntrack table is nearly full.
-        """
+        """A sentence for each rule, client and VM that has used up its share of a service now or in the last minute."""
         balancing = self.running(scope.scope_id).get(haproxy.NAME)
         return [
             *(balancer.limited(scope, frozenset(self.waiting(scope.scope_id)), balancing) if balancing else ()),
             *limited_vms.limited(scope, namespace),
             *limited_vms.connected(scope, namespace),
-            *limited_vms.crowded(namespace),
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
         ]
 

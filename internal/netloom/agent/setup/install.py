@@ -216,9 +216,9 @@ def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activa
         require()
         _write_unit()
         if now in ("", build):
-            _switch(now, build, lambda: None, lambda: None)
+            switch(now, build, lambda: None, lambda: None)
         else:
-            _switch(now, build, lambda: _save_states(now), _undo_save_states)
+            switch(now, build, lambda: save_states(now), undo_save_states)
         if is_newer(build, than=held()) or forced_by_operator:
             (LIBEXEC / _HELD).unlink(missing_ok=True)
         return Activation("activated", build, did=tuple(_remove_old()))
@@ -240,9 +240,9 @@ def rollback(*, keep_state: bool) -> Activation:
         # First: if it could not be written afterwards, the next call would undo the rollback.
         with _holding(now):
             if keep_state:
-                _switch(now, before, lambda: None, lambda: None)
+                switch(now, before, lambda: None, lambda: None)
             else:
-                _switch(
+                switch(
                     now,
                     before,
                     lambda: restored.extend(_restore_all_states(PREVIOUS_STATES / "scopes", REPLACED_STATES)),
@@ -325,7 +325,7 @@ def _holding(build: str) -> Iterator[None]:
         raise
 
 
-def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callable[[], object]) -> None:
+def switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callable[[], object]) -> None:
     """Stop the agent, call ``while_stopped``, and start the build ``to``.
 
     If the new agent does not answer, or the link cannot be changed, call ``undo``, start the build ``now`` again, and
@@ -337,7 +337,7 @@ def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callab
         try:
             while_stopped()
             done = True
-            _link(_CURRENT, to)
+            set_link(_CURRENT, to)
         except OSError as error:
             try:
                 if done:
@@ -357,7 +357,7 @@ def _switch(now: str, to: str, while_stopped: Callable[[], object], undo: Callab
         if now in ("", to):
             raise HostRefused(f"the agent of {to} does not answer: {why}", hint=f"look at {LOG}")
         undo()
-        _link(_CURRENT, now)
+        set_link(_CURRENT, now)
         _start()
         back = "serves again" if _wait_for(now) else "does not answer either"
         raise HostRefused(f"the agent of {to} does not answer, {now} {back}: {why}", hint=f"look at {LOG}")
@@ -505,7 +505,7 @@ def systemctl(*args: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _link(name: str, build: str) -> None:
+def set_link(name: str, build: str) -> None:
     """Let the symbolic link lead to this build. Raises OSError; it leads where it led then."""
     link, new = LIBEXEC / name, LIBEXEC / f".{name}.{os.getpid()}"
     before = os.readlink(link) if link.is_symlink() else ""
@@ -526,7 +526,7 @@ def _replace_link(new: Path, target: str, link: Path) -> None:
     new.rename(link)
 
 
-def _save_states(build: str) -> None:
+def save_states(build: str) -> None:
     """Copy the state files for a later rollback to ``build``. The copy replaces the previous one."""
     new = STATE / f".previous.{os.getpid()}"
     shutil.rmtree(new, ignore_errors=True)
@@ -538,11 +538,11 @@ def _save_states(build: str) -> None:
     shutil.rmtree(PREVIOUS_STATES, ignore_errors=True)
     new.rename(PREVIOUS_STATES)
     sync_directory(STATE)
-    _link(_PREVIOUS, build)
+    set_link(_PREVIOUS, build)
 
 
-def _undo_save_states() -> None:
-    """Undo :func:`_save_states` after a failed start: restore the state files; there is no rollback any more."""
+def undo_save_states() -> None:
+    """Undo :func:`save_states` after a failed start: restore the state files; there is no rollback any more."""
     _restore_states(PREVIOUS_STATES / "scopes")
     (LIBEXEC / _PREVIOUS).unlink(missing_ok=True)
 
