@@ -201,7 +201,7 @@ def _read_links(datagrams: list[bytes]) -> Callable[[], object]:
 
 def _read_nftables(datagrams: list[bytes]) -> Callable[[], object]:
     made = nft_watch.NftWatch.__new__(nft_watch.NftWatch)
-    made._names, made._lost = frozenset((b"netloom\0",)), False
+    made._names, made._lost = [b"netloom\0"], False
     return _read(made, datagrams)
 
 
