@@ -16,6 +16,7 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 PRIVATE = {
     "_Broken",
     "_Calls",
+    "_COMPARED_MAX",
     "_ENVIRONMENT",
     "_Peer",
     "_TESTS",
@@ -26,6 +27,7 @@ PRIVATE = {
     "_decode_any",
     "_isolated",
     "_library_lock",
+    "_one_by_one",
     "_programs",
     "_restore_states",
     "_vpc",

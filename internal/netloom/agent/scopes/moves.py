@@ -384,7 +384,8 @@ class Moves:
     def _not_opened(self, slot: Slot) -> HostChanges:
         """Forget an incoming scope, or make it passive again if it was that before."""
         assert slot.scope is not None
-        if why := slot.scope.placement.why:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
+        why = slot.scope.placement.why
+        if why:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
             self._scopes.make_passive(slot, why)
             return self._scopes.converge(slot)
         return self._scopes.remove(slot)

@@ -64,7 +64,8 @@ def plan_import(archived: Sequence[Archived], inventory: Inventory, to: str) -> 
         silent = "; ".join(map(str, inventory.failures.values()))
         raise HostUnreachable(f"a host does not answer, and may hold these scopes: {silent}")
     for it in archived:
-        if held := inventory.held_by(it.scope_id):  # guard: an-import-replaces-nothing
+        held = inventory.held_by(it.scope_id)
+        if held:  # guard: an-import-replaces-nothing
             raise HostRefused(
                 f"{next(iter(held))} holds {it.scope_id}", hint="name the scopes that are to be imported, without it"
             )
