@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from netloom.wire import Call, FrameReader, Hello, Message, Reply, encode
 LOOK = [sys.executable, "-E", str(Path(__file__).with_name("look.py"))]
 STATE = "/var/lib/netloom/scopes"
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+
+# Its number alone may also be in a process id or a digest.
+_OF_OTHER = re.compile(rf"(?:net-|vnetg|vnetpn|gst-|eth1[.-]1){OTHER}\b")
 
 State = dict[str, bytes]  # the state files by name
 Found = dict[str, list[str]]
@@ -87,19 +91,24 @@ class CrashHost(AgentHost):
         self._looker.wait(60)
         super().close()
 
+    def open_relay(self) -> Relay:
+        """Start a traced relay. It starts an agent if there is none."""
+        return Relay(
+            self.tracer.start(
+                [*PROGRAM, "connect", *NO_CHECKS],
+                before=self._entered,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={"PATH": PATH},
+            )
+        )
+
     @contextlib.contextmanager
     def relay(self) -> Iterator[Relay]:
-        """A traced relay. It starts an agent if there is none."""
-        process = self.tracer.start(
-            [*PROGRAM, "connect", *NO_CHECKS],
-            before=self._entered,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            env={"PATH": PATH},
-        )
-        relay = Relay(process)
+        """A relay that is closed after the block."""
+        relay = self.open_relay()
         try:
             yield relay
         finally:
@@ -141,7 +150,7 @@ class CrashHost(AgentHost):
         running = self._services(found["namespaces"])
         found["services"] = sorted({it.partition(" as ")[0] for it in running})
         everything = {**found, "services": running, "generations": generations}
-        beside = {kind: [it for it in entries if OTHER in it] for kind, entries in everything.items()}
+        beside = {kind: [it for it in entries if _OF_OTHER.search(it)] for kind, entries in everything.items()}
         return Look(found, beside)
 
     def _services(self, namespaces: list[str]) -> list[str]:
