@@ -168,6 +168,8 @@ def test_a_state_that_a_power_failure_may_undo_is_no_success(networks: Networks)
                 assert reply.error.endswith("was changed, and a power failure may undo that: Input/output error")
             assert networks.now == networks.plain
             done(host.call("020", "implement-network", network_id="205", vlan="1377"))  # the others are used
+        done(host.call("022", "apply-fw-rules"))  # it changes nothing, and finds the state of the file
+        assert networks.now == networks.assigned
         done(networks.assign())
         assert networks.now == networks.assigned
         networks.release()
