@@ -17,6 +17,7 @@ from bed import Bed
 from bed.cloudstack import FakeCloudStack, IsolatedNetwork
 from bed.lab import Host, Internet, Vm, agent_command, difference
 from bed.machines import until
+from bed.operator import Operator
 from bed.payloads import LoadBalancerRule, Nic
 
 OUTSIDE = "198.51.100.1"
@@ -136,6 +137,8 @@ def _life(show: Show, bed: Bed, cloud: FakeCloudStack, internet: Internet) -> tu
         rule = _balance(show, network, internet, one, two)
         print(_picture(network, host, other))
 
+        _maintenance(show, bed, network, internet, host, other)
+
     show.chapter("A power cut")
     host.power_cut()
     host.boot()
@@ -250,6 +253,36 @@ def _restart(show: Show, network: IsolatedNetwork, internet: Internet) -> None:
         "the network is restarted with cleanup",
         (f"a transfer continued without loss: {moved.echoed >> 10} KiB", moved.failure == "" and moved.intact),
         ("203.0.113.21:8085 answers", internet.tcp("203.0.113.21", 8085).ok),
+    )
+
+
+def _maintenance(show: Show, bed: Bed, network: IsolatedNetwork, internet: Internet, host: Host, other: Host) -> None:
+    """Empty the host of the network while a client downloads, and move the network back."""
+    show.chapter("A host is emptied for maintenance, in the middle of a download")
+    operator = Operator(bed)
+    transfer = internet.transfer("203.0.113.21", 8080, seconds=120)
+    drained = operator.run("drain", host.address, check=False)
+    time.sleep(1)  # of the download, on the other host
+    went = transfer.stop()
+    network.ensure()
+    gone = not any("cs-net-204" in it for it in host.objects()["namespaces"])
+    show.step(
+        f"operator: netloom drain {host.name}",
+        (f"{other.name} serves the network, and {host.name} has nothing of it", network.host == other.address and gone),
+        (
+            f"the download went on: {went.echoed >> 10} KiB without loss, longest pause {went.stall_s * 1000:.0f} ms",
+            drained.status == 0 and went.failure == "" and went.intact,
+        ),
+        ("203.0.113.21:8080 reaches web-1, which stayed where it was", internet.tcp("203.0.113.21", 8080).ok),
+    )
+    print(textwrap.indent(drained.out, "  | "))
+    operator.run("undrain", host.address)
+    operator.run("move", "net-204", "--to", host.address)
+    network.ensure()
+    show.step(
+        f"operator: netloom undrain {host.name}, move net-204",
+        (f"{host.name} serves the network again", network.host == host.address),
+        ("203.0.113.21:8080 reaches web-1", internet.tcp("203.0.113.21", 8080).server == "web-1"),
     )
 
 

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 from bed import Bed
-from bed.lab import REPOSITORY, Host, Internet, agent_command, program_from_source
-from bed.machines import Done, until
+from bed.lab import REPOSITORY, Internet, agent_command, program_from_source
+from bed.machines import until
+from bed.operator import Operator
 from e2e.networks import OUTSIDE, Life, MakeLife, answers_arp
-
-
-class Operator:
-    """Runs netloom as root on the management server, with the key of the registration."""
-
-    def __init__(self, bed: Bed) -> None:
-        self.bed = bed
-        bed.management.write("/root/key", bed.private_key, mode=0o600)
-
-    def run(self, *words: str, check: bool = True, hosts: list[Host] | None = None) -> Done:
-        hosts_option = ",".join(it.address for it in hosts or self.bed.hosts)
-        login = ["--hosts", hosts_option, "--sshkey", "/root/key"]
-        return self.bed.management.run(
-            *program_from_source(), *words, *login, check=check, HOME="/root", NETLOOM_AGENT=agent_command()
-        )
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self.run(*words, "--json").out)
-
-    def where(self, life: Life) -> list[str]:
-        """The addresses of the hosts that serve the network."""
-        told = self.json("where")["scopes"]
-        return [it["host"] for it in told if it["scope"] == f"net-{life.network.facts.network_id}"]
 
 
 @pytest.fixture
@@ -78,7 +54,7 @@ def test_open_connections_go_on_while_a_network_moves(
     record_testsuite_property("gap_ms_by_the_command", moved["gap_ms"])
     record_testsuite_property("tcp_stall_ms", round(transferred.stall_s * 1000))
     assert measured.gap_s < 5, "a loose limit: the machine may be busy"
-    assert operator.where(life) == [target.address]
+    assert operator.where(scope(life)) == [target.address]
     assert not source.sh("ip netns list").count(f"cs-{scope(life)}")
     # CloudStack's next command follows the network.
     network.ensure()
@@ -108,7 +84,7 @@ def test_a_host_is_emptied_and_takes_networks_again(
         assert [it.ask() for it in connections] == ["answered"] * 3
     assert "is drained from now on. Moving" in done.err
     for life in lives:
-        assert operator.where(life) == [other.address]
+        assert operator.where(scope(life)) == [other.address]
     assert not any(name.startswith("cs-") for name in full.sh("ip netns list").split())
     new = make_life(brisk=True)
     new.vm("placed-elsewhere")
@@ -156,5 +132,5 @@ def test_the_operators_machine_fails_between_the_two_gates(
         assert internet.who_has(life.public(0)) != []
         operator.run("move", scope(life), "--to", target.address)
         assert connection.ask() == "answered"
-    assert operator.where(life) == [target.address]
+    assert operator.where(scope(life)) == [target.address]
     life.network.ensure()

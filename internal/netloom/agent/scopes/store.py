@@ -116,10 +116,14 @@ class Store:
             raise HostRefused(f"file {path} cannot be read: {error}", hint="remove it, and drain again") from error
 
     def save_host_record(self, record: HostRecord) -> None:
-        """Replace what an operator said about this host. Raises HostRefused."""
+        """Replace what an operator said about this host; nothing leaves no file. Raises HostRefused."""
         path = self._host_record
         try:
-            replace_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+            if record == HostRecord():
+                path.unlink(missing_ok=True)
+                sync_directory(path.parent)
+            else:
+                replace_bytes(path, msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
         except OSError as error:
             raise HostRefused(f"file {path} cannot be written: {error.strerror}") from error
 
