@@ -1,0 +1,198 @@
+"""Hosts that die, are cut off, and return: never do two hosts answer for one address, and no network is lost.
+
+The table of cases in docs/operators/moves.md names these tests.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from bed import Bed
+from bed.lab import Host, Internet, Vm, agent_command
+from bed.machines import until
+from bed.operator import Operator
+from bed.payloads import Nic, PublicAddress
+from e2e.networks import Life, impatient
+
+SOON = {"timeout_s": 0.5}
+_LOG = "/var/log/netloom/agent.log"
+
+
+@pytest.fixture
+def operator(bed: Bed) -> Operator:
+    return Operator(bed)
+
+
+class Served:
+    """A network with static NAT for a VM on the host that stays alive."""
+
+    def __init__(self, life: Life, internet: Internet) -> None:
+        self.life, self.internet = life, internet
+        self.network = life.network
+        self.scope = f"net-{life.network.facts.network_id}"
+        self.vm: Vm
+        self.nic: Nic
+        life.network.implement()
+        self.dead, self.alive = life.host, life.elsewhere
+        self.vm, self.nic = life.vm("web-1", host=self.alive)
+        self.address: PublicAddress = self.network.associate(life.public(1))
+        self.network.enable_static_nat(self.address, self.nic)
+        self.network.add_firewall_rule(self.address, "tcp", 22)
+
+    def answers(self) -> int:
+        """How many answers one ARP request for the public address gets."""
+        return len(self.internet.who_has(self.address.ip))
+
+    def works(self) -> bool:
+        return self.internet.tcp(self.address.ip, 22, **SOON).server == "web-1"
+
+    def is_built_on(self, host: Host) -> bool:
+        return f"cs-{self.scope}" in host.objects()["namespaces"]
+
+    @contextmanager
+    def never_two(self) -> Iterator[None]:
+        """Ask all the time, and assert that no request gets two answers."""
+        counts: list[int] = []
+        done = threading.Event()
+
+        def ask() -> None:
+            while not done.is_set():
+                counts.append(len(self.internet.who_has(self.address.ip, timeout_s=0.05)))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            yield
+        finally:
+            done.set()
+            asking.join()
+        assert counts
+        assert max(counts) <= 1
+
+
+@pytest.fixture
+def served(brisk_life: Life, internet: Internet) -> Iterator[Served]:
+    it = Served(brisk_life, internet)
+    yield it
+    for host in it.life.bed.hosts:
+        host.heal()
+        if not host.running:
+            host.boot()
+    # A host that was evacuated may take networks again, and has no copy left.
+    Operator(it.life.bed).run("undrain", it.dead.address, check=False)
+
+
+def boot(host: Host) -> None:
+    host.boot()
+    host.sh(f"{agent_command()} serve --log {_LOG} </dev/null >/dev/null 2>&1 &")
+
+
+def backup(operator: Operator, served: Served) -> list[str]:
+    """Write an archive of the network; the options that name it."""
+    operator.bed.management.write("/root/archive-password", "a password of the archive\n", mode=0o600)
+    options = ["--archive-password-file", "/root/archive-password"]
+    operator.run("export", "/root/backup", served.scope, *options)
+    return ["--state", "/root/backup", *options]
+
+
+def is_passive(host: Host, scope_id: str) -> bool:
+    return f"scope={scope_id} warning: passive" in host.read(_LOG)
+
+
+def test_a_network_goes_on_from_an_archive_and_its_old_host_stays_passive(served: Served, operator: Operator) -> None:
+    with served.vm.serve_tcp(22):
+        assert served.works()
+        archive = backup(operator, served)
+        served.dead.power_cut()
+        operator.run("evacuate", served.dead.address, *archive)
+        assert until(served.works)
+        with impatient(served.life.cloud):
+            assert served.network.ensure().ok
+        assert served.network.host == served.alive.address
+        assert served.network.details["epoch"] == 1
+        with served.never_two():
+            boot(served.dead)
+            assert until(lambda: is_passive(served.dead, served.scope), seconds=60)
+        assert not served.is_built_on(served.dead)
+        assert served.works()
+        told = operator.run("where", served.scope).out
+        assert "passive" in told and served.dead.address in told
+        operator.run("undrain", served.dead.address)
+        assert "passive" not in operator.run("where", served.scope).out
+        assert served.works()
+
+
+def test_the_death_of_both_hosts_and_their_return_in_any_order(served: Served, operator: Operator) -> None:
+    """The old host finds nobody and serves again; the one that replaced it finds the old one, and stays passive."""
+    with served.vm.serve_tcp(22):
+        archive = backup(operator, served)
+        served.dead.power_cut()
+        operator.run("evacuate", served.dead.address, *archive)
+        assert until(served.works)
+    served.alive.power_cut()
+    with served.never_two():
+        boot(served.dead)
+        assert until(lambda: served.answers() == 1)
+        boot(served.alive)
+        assert until(lambda: is_passive(served.alive, served.scope), seconds=60)
+    assert served.is_built_on(served.dead) and not served.is_built_on(served.alive)
+    # An operator decides which one is right.
+    operator.run("move", served.scope, "--to", served.alive.address)
+    assert operator.where(served.scope) == [served.alive.address]
+
+
+def test_two_hosts_that_boot_at_once_do_not_both_open(served: Served, operator: Operator) -> None:
+    with served.vm.serve_tcp(22):
+        archive = backup(operator, served)
+        served.dead.power_cut()
+        operator.run("evacuate", served.dead.address, *archive)
+    served.alive.power_cut()
+    with served.never_two():
+        boot(served.dead)
+        boot(served.alive)
+        assert until(lambda: served.answers() == 1, seconds=60)
+        assert until(
+            lambda: [it for it in (served.dead, served.alive) if is_passive(it, served.scope)] != [], seconds=60
+        )
+    assert [served.is_built_on(it) for it in (served.dead, served.alive)].count(True) == 1
+
+
+def test_a_host_without_its_management_network_is_not_evacuated(served: Served, operator: Operator) -> None:
+    """It serves its networks: whoever asks on their VLANs hears it."""
+    with served.vm.serve_tcp(22):
+        archive = backup(operator, served)
+        served.dead.partition("mgmt")
+        refused = operator.run("evacuate", served.dead.address, *archive, check=False)
+        assert refused.status != 0
+        assert "is answered by" in refused.out + refused.err
+        assert served.works()
+        assert served.answers() == 1
+        served.dead.heal()
+        assert served.network.ensure().ok
+        assert served.network.host == served.dead.address
+
+
+def test_a_host_without_its_guest_networks_answers_and_is_not_evacuated(served: Served, operator: Operator) -> None:
+    served.dead.partition("guest")
+    refused = operator.run("evacuate", served.dead.address, check=False)
+    assert refused.status != 0
+    assert "netloom drain" in refused.err
+
+
+def test_a_network_without_a_copy_is_built_by_the_next_commands(served: Served, operator: Operator) -> None:
+    with served.vm.serve_tcp(22):
+        served.dead.power_cut()
+        told = operator.run("evacuate", served.dead.address)
+        assert "restart" in told.out
+        with impatient(served.life.cloud, timeout_s=20):
+            served.network.restart(cleanup=True)
+        assert served.network.host == served.alive.address
+        assert until(served.works)
+        with served.never_two():
+            boot(served.dead)
+            assert until(lambda: is_passive(served.dead, served.scope), seconds=60)
+        assert served.works()
