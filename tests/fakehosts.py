@@ -28,7 +28,6 @@ from fakehost import Agent, FakeClock, FakeHost
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
 from netloom.agent.scopes import moves as agent_moves
-from netloom.agent.serve import _Calls
 from netloom.extension.agent_client import AgentClient
 from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.moves.agents import Agents
@@ -38,7 +37,7 @@ from netloom.extension.proof import Claim
 from netloom.extension.ssh import AgentChannel, Login, SshConnection
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
-from netloom.wire import Call, FrameReader, Hello, encode
+from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
 T = TypeVar("T")
 
@@ -177,7 +176,7 @@ class Hosts:
         self.slow: dict[str, float] = {}
         self.cut = Cut()
         self.before_call: Callable[[str, Call], None] = lambda host, call: None
-        self._calls: dict[str, _Calls] = {}
+        self._replies: dict[tuple[str, str], asyncio.Task[Reply]] = {}  # by host and call, as in agent/serve.py
         self._channels: list[_Channel] = []
         self._killed: asyncio.Future[None] | None = None
         for name in names:
@@ -194,14 +193,11 @@ class Hosts:
 
     def restart(self, name: str) -> None:
         """A new agent on the same host."""
-        if name in self._calls:
-            for task in self._calls[name]._running.values():
-                task.cancel()
+        for host, call_id in list(self._replies):
+            if host == name:
+                self._replies.pop((host, call_id)).cancel()
         agent = self.agents[name]
         agent.restart()
-        prepared = asyncio.Event()
-        prepared.set()
-        self._calls[name] = _Calls(agent.scopes, agent.moves, prepared)
         agent._tasks.append(self.loop.create_task(agent.upkeep.restore()))
 
     def check(self) -> None:
@@ -284,7 +280,10 @@ class Hosts:
         self.before_call(host, call)
 
         async def execute() -> None:
-            reply = await self._calls[host].answer(call)
+            if (host, call.call_id) not in self._replies:
+                task = self.loop.create_task(self.agents[host].moves.execute(call))
+                self._replies[host, call.call_id] = task
+            reply = await asyncio.shield(self._replies[host, call.call_id])
             self.deliver(f"{call.command} < {host}", host, channel, lambda: channel.arrived(encode(reply)))
 
         self.agents[host].start(execute())

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from netloom.extension.moves import balance
-from netloom.extension.moves.balance import Planned, after, balanced, difference, spread, tolerance
+from netloom.extension.moves.balance import (
+    COMPARED_MAX,
+    Planned,
+    after,
+    balanced,
+    difference,
+    one_by_one,
+    spread,
+    tolerance,
+)
 
 Scopes = Mapping[str, Mapping[str, int]]
 
@@ -43,7 +51,7 @@ def assert_plan_fits(hosts: Scopes, plan: list[Planned]) -> None:
 @settings(max_examples=100)
 @given(HOSTS)
 def test_no_other_placement_is_as_even_with_fewer_moves(hosts: Scopes) -> None:
-    assume(len(hosts) ** sum(map(len, hosts.values())) <= balance._COMPARED_MAX)
+    assume(len(hosts) ** sum(map(len, hosts.values())) <= COMPARED_MAX)
     plan = balanced(hosts)
     assert_plan_fits(hosts, plan)
     loads = loads_of(hosts)
@@ -74,7 +82,7 @@ def test_many_scopes_get_more_even_with_each_move(hosts: Scopes) -> None:
 @given(st.lists(st.integers(0, 60), min_size=2, max_size=6), st.integers(1, 9))
 def test_scopes_of_one_size_take_exactly_the_fewest_moves(counts: list[int], size: int) -> None:
     hosts = {f"h{host}": {f"net-{host}{n:02}": size for n in range(count)} for host, count in enumerate(counts)}
-    plan = balance._one_by_one(hosts)
+    plan = one_by_one(hosts)
     loads = loads_of(hosts)
     each, more = divmod(sum(counts), len(counts))
     fewest = sum(max(0, count - each - (place < more)) for place, count in enumerate(sorted(counts, reverse=True)))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 # Up to so many placements all are compared, and the best one is found. With more scopes, moves are chosen one by one.
-_COMPARED_MAX = 20_000
+COMPARED_MAX = 20_000
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def balanced(hosts: Mapping[str, Mapping[str, int]]) -> list[Planned]:
     """The fewest moves that make the hosts even, the largest scopes first.
 
     ``hosts``: the scopes of each host that takes scopes, with their loads. Of plans with equally few moves, it is the
-    one after which the loads differ least. If there are more than ``_COMPARED_MAX`` possible placements, the plan may
+    one after which the loads differ least. If there are more than ``COMPARED_MAX`` possible placements, the plan may
     be longer than necessary by some moves; each of its moves makes the loads more even.
     """
     if len(hosts) < 2:
         return []
     count = sum(map(len, hosts.values()))
-    plan = _best(hosts, count) if len(hosts) ** count <= _COMPARED_MAX else _one_by_one(hosts)
+    plan = _best(hosts, count) if len(hosts) ** count <= COMPARED_MAX else one_by_one(hosts)
     return sorted(plan, key=lambda it: (-it.load, it.scope_id))
 
 
@@ -91,7 +91,7 @@ def _plans(hosts: Mapping[str, Mapping[str, int]], moves: int) -> Iterator[list[
             yield [Planned(*it[:2], to, it[2]) for it, to in zip(chosen, targets, strict=True)]
 
 
-def _one_by_one(hosts: Mapping[str, Mapping[str, int]]) -> list[Planned]:
+def one_by_one(hosts: Mapping[str, Mapping[str, int]]) -> list[Planned]:
     """Each move goes from the host with the highest load to the one with the lowest, and halves the difference best."""
     now = {host: dict(scopes) for host, scopes in hosts.items()}
     home = {scope_id: host for host, scopes in hosts.items() for scope_id in scopes}
