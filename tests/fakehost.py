@@ -287,7 +287,7 @@ class FakeHost:
         self.present[scope_id] = want = replace(want, gated=False)
         return _announced(want, want.announce)
 
-    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+    def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         self.did.append(f"ask {scope_id}")
         asked = {it.ip for it in want.announce}
         heard = ({it: at[it] for it in asked & at.keys()} for at in (self.owners, self.probing, self.unknown))

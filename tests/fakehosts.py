@@ -136,7 +136,7 @@ class _Kernel(FakeHost):
         finally:
             self._hosts.check()
 
-    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+    def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         for name, other in self._hosts.agents.items():
             kernel = other.host
             assert isinstance(kernel, _Kernel)
@@ -144,7 +144,7 @@ class _Kernel(FakeHost):
                 if {name, self._name} & self._hosts.blind:
                     continue
                 return Occupied({it.ip: name for it in want.announce}, {}, {})
-        return super().occupied(scope_id, want, timeout_s)
+        return super().occupied(scope_id, want, timeout_s, claim)
 
 
 @dataclass

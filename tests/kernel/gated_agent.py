@@ -118,7 +118,7 @@ class Agent:
             case ["uninstall"]:
                 return uninstall.remove_shared_links()
             case ["occupied", seconds]:
-                found = self.host.occupied(self.scope_id, want, float(seconds))
+                found = self.host.occupied(self.scope_id, want, float(seconds), bytes(11))
                 return {"owners": found.owners, "probing": found.probing, "unknown": found.unknown}
             case ["closed"]:
                 return sorted(gate.closed())

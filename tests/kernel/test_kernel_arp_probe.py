@@ -125,13 +125,32 @@ def test_every_message_of_an_owner_counts(pair: tuple[str, str], frame: bytes) -
     assert heard == Heard(owners={FREE: ":".join(f"{it:02x}" for it in frame[6:12])})
 
 
-def test_a_probe_of_another_host_is_reported_apart_and_our_own_is_not(pair: tuple[str, str]) -> None:
+def claimed(claim: bytes) -> bytes:
+    """A probe for FREE, from another host of netloom with this claim."""
+    return arp_probe.probe(socket.inet_aton(FREE), bytes.fromhex(OTHER_MAC.replace(":", "")), claim=claim)
+
+
+@pytest.mark.mutation("the-stronger-claim-goes-first", instead="True")
+@pytest.mark.parametrize(
+    ("theirs", "goes_first"),
+    [
+        (claimed(b"\0\0\0\2" + bytes(7)), True),
+        (claimed(b"\0\0\0\1\x81" + bytes(6)), True),
+        (claimed(b"\0\0\0\1\x80" + bytes(6)), False),  # our own, reflected
+        (claimed(b"\0\0\0\1\x7f" + b"\xff" * 6), False),
+        (message(operation=1, sender="0.0.0.0", target=FREE), False),
+        (message(operation=1, sender="0.0.0.0", target=FREE) + b"\xff" * 18, False),
+        (claimed(b"\xff" * 3), True),
+    ],
+    ids=["epoch", "number", "own", "weaker", "stranger", "padded stranger", "cut short"],
+)
+def test_of_two_hosts_that_ask_at_once_only_the_weaker_hears_of_the_other(
+    pair: tuple[str, str], theirs: bytes, goes_first: bool
+) -> None:
     left, right = pair
-    mine = bytes.fromhex(mac_of(left, "left").replace(":", ""))
-    theirs = message(operation=1, sender="0.0.0.0", target=FREE)
-    reflected = arp_probe.probe(socket.inet_aton(TAKEN), mine)
-    with answering(right, "right", reflected, theirs):
-        assert asked(left, FREE, TAKEN) == Heard(probing={FREE: OTHER_MAC})
+    with answering(right, "right", theirs), inside(left):
+        heard = answers("left", [FREE, TAKEN], timeout_s=0.5, claim=b"\0\0\0\1\x80" + bytes(6))
+    assert heard == Heard(probing={FREE: OTHER_MAC} if goes_first else {})
 
 
 GARBAGE = [

@@ -182,9 +182,9 @@ class KernelHost:
         gate.open_(opened.links)
         return _announcements(want, [opened])
 
-    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+    def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
-        return occupied(self.placed(scope_id, want), timeout_s)
+        return occupied(self.placed(scope_id, want), timeout_s, claim)
 
     def serves(self, want: Want) -> bool:
         """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""

@@ -23,8 +23,8 @@ class Occupied(msgspec.Struct, frozen=True):
     """What was heard of the IPv4 addresses of a scope.
 
     ``owners``: addresses that another host uses, with its MAC address. ``probing``: addresses that another host is
-    about to use (see ``arp_probe.ask``). ``unknown``: addresses that nobody could be asked for, with the reason.
-    Nobody answered for the other addresses.
+    about to use with a stronger claim (``arp_probe.ask``). ``unknown``: addresses that nobody could be asked for, with
+    the reason. Nobody answered for the other addresses.
     """
 
     owners: dict[str, str] = {}
@@ -33,21 +33,23 @@ class Occupied(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         """One line with an example of the strongest kind."""
-        for heard, verb in ((self.owners, "is answered by"), (self.probing, "is also asked for by")):
+        for heard, verb in ((self.owners, "is answered by"), (self.probing, "is about to be used by")):
             for address, mac in heard.items():
                 return f"{address} {verb} {mac}"
         return next((f"nobody can be asked for {address}: {why}" for address, why in self.unknown.items()), "nothing")
 
 
-def occupied(want: Want, timeout_s: float) -> Occupied:
+def occupied(want: Want, timeout_s: float, claim: bytes) -> Occupied:
     """Ask for each address that ``want`` announces. Blocks for the time-out, so call it in a worker thread.
+
+    ``claim``: see ``arp_probe.ask``.
 
     Raises HostRefused when the kernel does not list its links.
     """
     asked, unknown = questions(want)
     owners: dict[str, str] = {}
     probing: dict[str, str] = {}
-    for wire, heard in ask(asked, timeout_s).items():
+    for wire, heard in ask(asked, timeout_s, claim).items():
         owners |= heard.owners
         probing |= heard.probing
         if heard.failed:

@@ -3,6 +3,10 @@
 A probe (RFC 5227 section 2.1.1) has the sender address 0.0.0.0, so it changes no neighbour's table. Its sender is the
 MAC address of the link itself: no switch learns the address of another port from it.
 
+The padding of the frame says that the probe is one of netloom, and how strong its claim is: of two hosts that ask at
+the same moment, only the one with the weaker claim hears of the other. Probes of anybody else say nothing: a VM that
+checks its address sends them, too, and whoever wants to see who owns an address.
+
 The answers are read by a packet socket for all protocols, which gets the frames of a link before a bridge takes them.
 What this host sends itself, its VMs included, is left out.
 """
@@ -38,6 +42,8 @@ _FRAME_BYTES_MAX = 256  # what follows an ARP message is padding
 _PROBES = 3
 _ETHERNET, _IPV4 = (1, 6), (0x0800, 4)  # type and length of addresses
 _NOBODY = bytes(4)
+_MAGIC = b"netloom"
+CLAIM_BYTES = 11  # with the magic, the padding of the shortest Ethernet frame: 60 bytes without the checksum
 
 
 class Wire(NamedTuple):
@@ -48,7 +54,7 @@ class Wire(NamedTuple):
 
 
 class Heard(msgspec.Struct, frozen=True):
-    """Who was heard on one link, by address: ``owners`` use the address, ``probing`` ask whether they may use it.
+    """Who was heard on one link, by address: ``owners`` use the address, ``probing`` ask with a stronger claim.
 
     ``failed``: why the link could not be asked until the end; then an address without an owner is not known to be free.
     """
@@ -58,25 +64,28 @@ class Heard(msgspec.Struct, frozen=True):
     failed: str = ""
 
 
-def answers(link: str, addresses: Iterable[str], *, timeout_s: float, tag: int = 0) -> Heard:
+def answers(
+    link: str, addresses: Iterable[str], *, timeout_s: float, tag: int = 0, claim: bytes = bytes(CLAIM_BYTES)
+) -> Heard:
     """Ask on one link, see :func:`ask`."""
     wire = Wire(link, tag)
-    return ask({wire: addresses}, timeout_s)[wire]
+    return ask({wire: addresses}, timeout_s, claim)[wire]
 
 
-def ask(asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> dict[Wire, Heard]:
+def ask(asked: Mapping[Wire, Iterable[str]], timeout_s: float, claim: bytes = bytes(CLAIM_BYTES)) -> dict[Wire, Heard]:
     """Send three probes for each IPv4 address out of its link: now, after a third and after two thirds of the time.
 
     Each ARP message that arrives on the link with one of the addresses as its sender's shows an owner: an answer, a
-    request of the owner for another address, and an announcement. Another host's probe for one of the addresses is
+    request of the owner for another address, and an announcement. Another host's probe with a stronger claim is
     reported apart: that host does not use the address yet, but will unless somebody answers. Two hosts that start at
-    the same time hear nothing else of each other.
+    the same time hear nothing else of each other. ``claim``: CLAIM_BYTES bytes, compared from the left; the greater is
+    stronger.
 
     Returns when the time is over, or when all addresses have an owner. Blocks, so call it in a worker thread.
     ValueError for an invalid address.
     """
     with ExitStack() as stack:
-        probes = {wire: _Probe(wire, addresses) for wire, addresses in asked.items()}
+        probes = {wire: _Probe(wire, addresses, claim) for wire, addresses in asked.items()}
         for it in probes.values():
             stack.callback(it.close)
             it.open()
@@ -106,8 +115,9 @@ class _Probe:
     ``waits``: whether an answer could still tell something.
     """
 
-    def __init__(self, wire: Wire, addresses: Iterable[str]) -> None:
+    def __init__(self, wire: Wire, addresses: Iterable[str], claim: bytes) -> None:
         self._wire = wire
+        self._claim = claim
         self._addresses = {ipaddress.IPv4Address(it).packed: it for it in addresses}
         self._owners: dict[str, str] = {}
         self._probing: dict[str, str] = {}
@@ -148,7 +158,7 @@ class _Probe:
         try:
             for packed, address in self._addresses.items():
                 if self._socket is not None and not self._failed and address not in self._owners:
-                    self._socket.send(probe(packed, self._mac, self._wire.tag))
+                    self._socket.send(probe(packed, self._mac, self._wire.tag, self._claim))
         except OSError as error:
             self._fail(error)
 
@@ -175,17 +185,29 @@ class _Probe:
         operation, mac, sender, target = message
         if sender in self._addresses:
             self._owners.setdefault(self._addresses[sender], mac_text(mac))
-        elif sender == _NOBODY and operation == REQUEST and target in self._addresses and mac != self._mac:
+        elif (
+            sender == _NOBODY
+            and operation == REQUEST
+            and target in self._addresses
+            and _claim(data) > self._claim  # guard: the-stronger-claim-goes-first
+        ):
             self._probing.setdefault(self._addresses[target], mac_text(mac))
 
     def _fail(self, error: OSError) -> None:
         self._failed = f"{self._wire.link}: {os.strerror(error.errno or 0)}"
 
 
-def probe(address: bytes, mac: bytes, tag: int = 0) -> bytes:
-    """An ARP probe for a packed address, a whole Ethernet frame."""
+def probe(address: bytes, mac: bytes, tag: int = 0, claim: bytes = b"") -> bytes:
+    """An ARP probe for a packed address, a whole Ethernet frame; with ``claim`` it is one of netloom."""
     plain = FRAME.pack(BROADCAST, mac, ETHERTYPE_ARP, 1, 0x0800, 6, 4, REQUEST, mac, _NOBODY, bytes(6), address)
+    plain += _MAGIC + claim if claim else b""
     return plain if not tag else plain[:12] + struct.pack(">HH", _ETHERTYPE_VLAN, tag) + plain[12:]
+
+
+def _claim(data: bytes) -> bytes:
+    """The claim of a probe of netloom; empty for others."""
+    padding = data[FRAME.size :]
+    return padding[len(_MAGIC) :][:CLAIM_BYTES] if padding.startswith(_MAGIC) else b""
 
 
 def decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:

@@ -77,7 +77,7 @@ class Host(Protocol):
     def open_gate(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         """Let frames pass the ports of ``want`` again; returns what is to be announced. Raises HostRefused."""
 
-    def occupied(self, scope_id: str, want: Want, timeout_s: float) -> Occupied:
+    def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
 
     def read_flows(self, namespace: str) -> list[Record]:

@@ -28,7 +28,7 @@ a kernel event, after the end of a process. It waits for the same lock.
 from __future__ import annotations
 
 import asyncio
-import random
+import os
 import re
 import threading
 import time
@@ -48,6 +48,7 @@ from netloom.agent.actions.hooks import Hook
 from netloom.agent.clock import Clock, Timer
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.arp_probe import CLAIM_BYTES
 from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
@@ -80,7 +81,7 @@ TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
 OCCUPIED_S = 0.3  # three ARP probes
-_ASK_AGAIN_MAX, _ASK_AGAIN_S = 6, (0.1, 1.5)
+_ASK_AGAIN_MAX = 6
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
 
 
@@ -197,6 +198,7 @@ class Scopes:
         self._workers = workers
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
+        self._random = os.urandom(CLAIM_BYTES - 4)
         self.work_done = 0  # works that worker threads have ended
         self.host_record = HostRecord()  # what an operator said about this host
 
@@ -712,14 +714,11 @@ class Scopes:
         gated = replace(want, gated=True)
         changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
         slot.loaded_ruleset = want.ruleset
-        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
         found = self.occupied(slot, gated)
         for _ in range(_ASK_AGAIN_MAX):
             if not found.probing or found.owners:
                 break
-            # Another host has started at the same moment. The one that asks again first opens; a random time tells
-            # which, and rather the one with the higher epoch.
-            time.sleep(random.uniform(*_ASK_AGAIN_S) / (1 + epoch))
+            time.sleep(OCCUPIED_S)  # another host has started at the same moment: it opens first
             found = self.occupied(slot, gated)
         if found.owners:  # guard: an-occupied-address-is-not-taken
             self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
@@ -729,8 +728,13 @@ class Scopes:
         return changes.steps
 
     def occupied(self, slot: Slot, want: Want) -> Occupied:
-        """Who else answers for the addresses of the scope. Blocks. Raises HostRefused."""
-        return self._host.occupied(slot.scope_id, want, OCCUPIED_S)
+        """Who else answers for the addresses of the scope. Blocks. Raises HostRefused.
+
+        Of two hosts that ask at the same moment, the one with the higher epoch goes first, else a random number tells.
+        """
+        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
+        claim = min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
+        return self._host.occupied(slot.scope_id, want, OCCUPIED_S, claim)
 
     def make_passive(self, slot: Slot, why: str) -> None:
         """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
