@@ -97,8 +97,9 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     ``data``: the answer to a command about placements.
 
     About the placement, in every reply: ``epoch`` and ``gate`` are those of ``state.Placement``; ``gate`` is empty
-    without a state. ``proof``: its authorisation. ``moved_to``: the host to which the scope went from here; the call
-    was not executed then, and ``epoch`` is the number of that placement. ``drained``: no scope is placed here any more.
+    without a state. ``proof``: its authorisation. ``moved_to``: the host to which the scope went from here; ``epoch``
+    is the number of that placement then, and a call that failed was not executed. ``drained``: no scope is placed here
+    any more.
     ``evacuated``: the dead hosts whose scopes this host may take, each with the time limit and the authorisation.
     """
 

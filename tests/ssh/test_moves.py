@@ -21,7 +21,7 @@ from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.proof import Claim, EvacuationClaim, PlacementClaim, sign
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
-from ssh.lab import HOSTILE, KEYS, MANAGEMENT, Caller, SshLab, helper_pids, run, until
+from ssh.lab import HOSTILE, KEYS, MANAGEMENT, Caller, CallResult, SshLab, helper_pids, run, until
 
 H1, H2 = "10.99.0.11", "10.99.0.12"
 REFUSING = "10.99.0.1"  # the management server itself: no SSH server listens there
@@ -263,6 +263,40 @@ def test_a_move_between_the_question_and_the_command(lab: SshLab, caller: Caller
     lab.h2.set_behaviour(replies={"locate": serves()})
     assert caller.call("save-password", details(lab, caller), stored_details(H1), NIC).output == ""
     assert [it["command"] for it in lab.h2.calls_received(but="")] == ["locate", "save-password"]
+
+
+@pytest.mark.mutation("an-action-is-not-sent-twice")
+def test_a_custom_action_is_sent_to_one_host(lab: SshLab, caller: Caller) -> None:
+    """It ran while the network was moved, or before. Nobody knows, if it failed."""
+    failed = {"moved_to": H2, "epoch": EPOCH + 1, "status": 3, "error": "the hook failed"}
+    lab.h1.set_behaviour(replies={"locate": serves(epoch=EPOCH), "custom-action": failed})
+    lab.h2.set_behaviour(replies={"locate": serves()})
+    ended = custom_action(lab, caller)
+    assert (ended.status, ended.line) == (3, f"{H1}: the hook failed")
+    assert lab.h2.calls_received() == []
+    done = {"moved_to": H2, "epoch": EPOCH + 1, "output": "done"}
+    lab.h1.set_behaviour(replies={"locate": serves(epoch=EPOCH), "custom-action": done})
+    assert custom_action(lab, caller).output == "done"
+    assert lab.h2.calls_received() == []
+
+
+def test_a_custom_action_follows_a_move_also_when_the_old_host_is_connected(lab: SshLab, caller: Caller) -> None:
+    lab.h1.set_behaviour(replies={"locate": [serves(epoch=EPOCH), {"moved_to": H2, "epoch": EPOCH + 1}]})
+    lab.h2.set_behaviour(replies={"locate": serves(), "custom-action": {"output": "done"}})
+    with helper(caller):
+        assert caller.call("save-password", details(lab, caller), stored_details(H1), NIC).output == ""
+        assert custom_action(lab, caller).output == "done"
+    assert [it["command"] for it in lab.h1.calls_received()] == ["save-password"]
+
+
+def custom_action(lab: SshLab, caller: Caller) -> CallResult:
+    """The file of a custom action has its fields beside the details."""
+    path = caller.payload(details(lab, caller), stored_details(H1))
+    file = json.loads(path.read_text())
+    del file["payload"]
+    path.write_text(json.dumps({**file, "network_id": "42", "action": "greet", "action_params": {}}))
+    began = time.monotonic()
+    return caller.finish(caller.start("custom-action", str(path), "30"), began)
 
 
 def test_hosts_that_send_a_call_to_each_other_end_it(lab: SshLab, caller: Caller) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
-from netloom.errors import HostRefused, HostUnreachable
+from netloom.errors import HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
@@ -27,6 +27,8 @@ from netloom.secret import Secret
 from netloom.wire import Call, Reply
 
 ENSURE = "ensure-network-device"
+
+ACTION = "custom-action"
 
 # These commands end a scope and go to every candidate that answers. CloudStack calls ensure-network-device with {}
 # before them, so the stored host may be another one than the host where something was left (protocol section 3,
@@ -88,11 +90,14 @@ async def dispatch(
 async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: CallRecord) -> str:
     inquiry = Inquiry(hosts, request.call)
     host, reply, now = situation.stored, None, situation
-    if request.call.command != ENSURE and host in situation.order and hosts.is_open(host):
+    if request.call.command not in (ENSURE, ACTION) and host in situation.order and hosts.is_open(host):
         reply, now = await _to_stored(request.call, situation, inquiry, hosts, record)
-    # A scope can move between the question and the command, and then the command was not executed.
+    # A scope can move between the question and the command, and then the command was refused. Of an action that failed
+    # it is not known whether it ran before the move: it is not sent again.
     for _ in range(1 + len(situation.order)):
         if reply is not None and not is_elsewhere(reply):
+            break
+        if reply is not None and request.call.command == ACTION:  # guard: an-action-is-not-sent-twice
             break
         decision = await inquiry.find(now)
         if isinstance(decision, Fail):
@@ -110,8 +115,6 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
     record.note = reply.note
     if error := error_in(host, reply):
         raise error
-    if reply.moved_to:
-        raise HostRefused(f"{host}: {request.scope_id} was moved again during the call", hint="repeat the command")
     return printed(request, reply)
 
 

@@ -323,8 +323,11 @@ class Inquiry:
 
 
 def is_elsewhere(reply: Reply) -> bool:
-    """Whether the host did not execute the call, because it does not serve the scope."""
-    return bool(reply.moved_to) or bool(reply.status and reply.gate in ("passive", "incoming"))
+    """Whether the host refused the call because it does not serve the scope.
+
+    A call that succeeded was executed: the scope has left only afterwards, while a hook was running for example.
+    """
+    return bool(reply.status and (reply.moved_to or reply.gate in ("passive", "incoming")))
 
 
 async def tell_all(situation: Situation, hosts: Hosts, call: Call) -> tuple[AllTold | Fail, dict[str, Reply]]:
