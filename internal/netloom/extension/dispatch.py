@@ -99,6 +99,8 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
             not is_elsewhere(reply) or request.call.command == ACTION  # guard: an-action-is-not-sent-twice
         ):
             break
+        if reply is not None and request.call.command == ACTION:  # guard: an-action-is-not-sent-twice
+            break
         decision = await inquiry.find(now)
         if isinstance(decision, Fail):
             raise decision.error
