@@ -59,7 +59,8 @@ def limited(host: AgentHost, limit: int, value: int) -> Iterator[None]:
     try:
         yield
     finally:
-        resource.prlimit(host.agent.pid, limit, before)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(host.agent.pid, limit, before)
 
 
 def descriptors(host: AgentHost) -> int:

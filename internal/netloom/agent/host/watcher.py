@@ -40,7 +40,7 @@ from netloom.agent.log import Log
 from netloom.errors import NetloomError
 from netloom.names import UNTAGGED
 from netloom.netobjects import MAIN_TABLE, Rule
-from netloom.plan.have import ASK_MAIN, HostLink
+from netloom.plan.have import ASK_MAIN, CARRIERS, HostLink
 from netloom.plan.plan import alias_of
 from netloom.plan.uplinks import is_nic_name
 from netloom.render.want import Port, Want
@@ -382,16 +382,26 @@ class Watcher:
 
         A registered bridge leads to its NIC (``plan/uplinks.py``). Most scopes do not depend on it once they have one.
         """
-        if HostLink(name=link.name, alias=link.alias).ours:
-            return
         index, master = self._seen.get(link.name, (0, 0))
         appeared = index != link.index
-        concerned = set(scopes) if appeared else set()
+        concerned = {it for it in scopes if appeared and self._needs(it, link)}
         joined = link.master_index if appeared or master != link.master_index else None
-        if joined and joined not in self._own_bridges and is_nic_name(link.name) and self._host is not None:
-            concerned |= self._shared.get(self._host.names.get(joined, ""), set())
+        if joined and is_nic_name(link.name) and self._host is not None:
+            bridge = self._host.names.get(joined, "")
+            concerned |= {it for it in self._shared.get(bridge, ()) if self._needs_bridge(it, bridge)}
         for watched in [self._watched[it] for it in sorted(concerned) if it in self._watched]:
             self._schedule(watched, link.name)  # guard: scopes-wait-for-their-nics
+
+    def _needs(self, scope_id: str, link: Link) -> bool:
+        """Whether the scope needs this link, and netloom does not make it. The alias of a new link comes later."""
+        segments = [port.segment for port in self._watched[scope_id].want.ports] if scope_id in self._watched else []
+        own = link.kind in CARRIERS
+        return any(link.name == it.nic or (link.name == it.vlan_link and not own) for it in segments)
+
+    def _needs_bridge(self, scope_id: str, bridge: str) -> bool:
+        """Whether the scope's registered device is this bridge, and it has led to no NIC so far."""
+        watched = self._watched.get(scope_id)
+        return watched is not None and any(port.segment.nic == bridge for port in watched.want.ports)
 
     def _follow_mtu(self, event: Event, link: Link, scopes: set[str]) -> None:
         """Have every scope above a resized link repaired, because each sets the MTU of its own ports.
