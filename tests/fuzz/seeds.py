@@ -14,7 +14,7 @@ from fuzz.netlink_targets import DECODERS, LISTINGS, as_answer
 from fuzz.payload_grammar import REAL, as_json
 from fuzz.pieces import as_parts
 from fuzz.targets import CORPUS
-from fuzz.wire_targets import CALL
+from fuzz.wire_targets import CALL, MESSAGES
 from guestbed.dhcp import message
 from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
 from netloom.agent.kernel.netlink import Message
@@ -33,6 +33,7 @@ from netloom.guestwire import (
     encode,
 )
 from netloom.netobjects import Address, Neighbour, Route, Rule
+from netloom.placementwire import ReadPart, packed
 from netloom.wire import Hello, Reply
 from netloom.wire import encode as wire_encode
 
@@ -139,6 +140,7 @@ def seeds() -> dict[str, list[bytes]]:
             b"\0Welcome to host1\r\n",
         ],
         "caller": [as_parts(_body(wire_encode(HELLO)), _body(wire_encode(CALL)))],
+        "placement": [bytes((at,)) + packed(ReadPart(token="t")) for at in range(len(MESSAGES))],
         "helper": [as_parts(_body(pack(BEAT)), _body(pack(DOING, b"x")), _body(pack(ANSWER, b"1", b"out", b"error")))],
         "helper-client": [as_parts(_body(pack(*_CALL)))],
         "guest-process": [b"\1" + as_parts(*(encode(it) for it in answers))],

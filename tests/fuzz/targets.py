@@ -66,6 +66,7 @@ TARGETS: dict[str, Target] = {
     "state-file": take_state_file,
     "host": wire_targets.take_host,
     "caller": wire_targets.take_caller,
+    "placement": wire_targets.take_placement,
     "helper": wire_targets.take_helper,
     "helper-client": wire_targets.take_helper_client,
     "guest-process": guest_targets.take_guest_process,

@@ -108,8 +108,9 @@ def test_an_answer_with_any_error_number_is_taken() -> None:
 
 @pytest.mark.mutation("an-nftables-object-has-a-head")
 def test_an_nftables_object_without_a_head_is_refused() -> None:
+    end = Message(netlink.NLMSG_DONE, netlink.NLM_F_MULTI, bytes(4), sequence=1)
     for listing in range(len(netlink_targets.LISTINGS)):
-        netlink_targets.take_answer(netlink_targets.as_answer(listing, Message(16, sequence=1)))
+        netlink_targets.take_answer(netlink_targets.as_answer(listing, Message(16, sequence=1), end))
 
 
 @pytest.mark.mutation("a-client-has-a-deadline")

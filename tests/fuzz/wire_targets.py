@@ -14,8 +14,11 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar, cast
 
-from fuzz.payload_laws import check_refusal
+import msgspec
+
+from fuzz.payload_laws import check_refusal, done
 from fuzz.pieces import Bytes, stream
+from netloom import placementwire
 from netloom.agent.log import Log
 from netloom.agent.serve import SPOKEN, _Calls, _Peer
 from netloom.errors import HostUnreachable
@@ -163,6 +166,23 @@ async def _peered(pieces: list[bytes]) -> None:
     assert transport.aborted == any(line.startswith("connection dropped: ") for line in log.lines)
     if not transport.aborted:
         assert all(isinstance(it, Reply) for it in FrameReader().feed(bytes(transport.written)))
+
+
+# ---- placements: hostile agents and operators
+
+MESSAGES: list[type[msgspec.Struct]] = [
+    it
+    for _, it in sorted(vars(placementwire).items())
+    if isinstance(it, type) and issubclass(it, msgspec.Struct) and it.__module__ == placementwire.__name__
+]
+
+
+def take_placement(data: bytes) -> None:
+    """A message about a placement. The first byte chooses its type."""
+    given = Bytes(data)
+    shape = MESSAGES[given.number() % len(MESSAGES)]
+    body = given.rest()
+    done(lambda: placementwire.unpacked(body, shape))
 
 
 # ---- the helper: a hostile client, and a hostile helper

@@ -130,6 +130,18 @@ def test_a_state_file_with_any_bytes_is_unreadable_and_nothing_else(damaged: byt
         store.load("net-204")
 
 
+@pytest.mark.parametrize("damaged", [b"", b'{"to":"\x9b","epoch":1,"drained":"\x9b"}', b'{"x":' + b"[" * 100_000])
+def test_damaged_files_about_moves_and_about_the_host_stop_nothing_else(damaged: bytes, tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "scopes"))
+    store.save_host_record(store.host_record())
+    (record,) = (it for it in tmp_path.rglob("*") if it.is_file())
+    record.write_bytes(damaged)
+    (tmp_path / "scopes" / "net-204.moved").write_bytes(damaged)
+    assert store.moved() == {}
+    with pytest.raises(HostRefused, match="cannot be read"):
+        store.host_record()
+
+
 def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostRefused, match="Not a directory|File exists"):

@@ -364,3 +364,11 @@ def leases(outcome: Transitioned) -> list[GuestNic]:
     assert outcome.scope is not None
     (table,) = tables(outcome.scope)
     return [it for it in table.nics if it.dhcp]
+
+
+@pytest.mark.mutation("a-prefix-can-be-advertised")
+@pytest.mark.parametrize("cidr", ["2001:db8:50::/48", "2001:db8:50:1::/65", "::/0"])
+def test_an_ipv6_prefix_that_cannot_be_advertised_is_refused(cidr: str) -> None:
+    """dnsmasq would not start with it. CloudStack accepts prefixes of 64 bits alone."""
+    with pytest.raises(BadRequest, match=r"network_ip6_cidr: \S+ is not a prefix of 64 bits"):
+        implement(network_ip6_cidr=cidr)

@@ -110,7 +110,10 @@ def implemented_if_complete(network: Network, payload: NetworkPayload, scope: Sc
 
 
 def check_addresses(network: Network) -> None:
-    """Raise BadRequest if the device's address, or an isolated network's gateway, is in none of the subnets."""
+    """Raise BadRequest if the device's address, or an isolated network's gateway, is in none of the subnets.
+
+    Also for an IPv6 prefix that cannot be advertised.
+    """
     addresses = [("extension_ip", network.extension_ip)]
     if network.guest_type == "isolated":
         addresses.append(("gateway", network.gateway))
@@ -119,6 +122,9 @@ def check_addresses(network: Network) -> None:
             raise BadRequest(f"payload.{field}: {value} is not in the network's {network.cidr}")
     if network.ip6_gateway and network.ip6_cidr and not _is_in6(network.ip6_gateway, network.ip6_cidr):
         raise BadRequest(f"payload.network_ip6_gateway: {network.ip6_gateway} is not in {network.ip6_cidr}")
+    # VMs derive their addresses from an advertised prefix of 64 bits (RFC 4862), and dnsmasq advertises no other.
+    if network.ip6_cidr and not network.ip6_cidr.endswith("/64"):  # guard: a-prefix-can-be-advertised
+        raise BadRequest(f"payload.network_ip6_cidr: {network.ip6_cidr} is not a prefix of 64 bits")
 
 
 def check_segment(vlan: str, sent: Vlan, registration: Registration) -> None:

@@ -27,6 +27,9 @@ from netloom.wire import Evacuated
 
 _NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended|moved)\Z")
 
+# What msgspec raises for text that is not what it should be.
+_NOT_READABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 _decoder = msgspec.json.Decoder(Scope, dec_hook=dec_hook)
 
 
@@ -84,7 +87,7 @@ class Store:
         """Where scopes went from this host, by scope id. A file that cannot be read is left out: nobody needs it."""
         found: dict[str, Moved] = {}
         for scope_id in self._ids("moved"):
-            with contextlib.suppress(OSError, msgspec.MsgspecError):
+            with contextlib.suppress(OSError, *_NOT_READABLE):
                 found[scope_id] = msgspec.json.decode(self._path(scope_id, "moved").read_bytes(), type=Moved)
         return found
 
@@ -112,7 +115,7 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=HostRecord)
         except FileNotFoundError:
             return HostRecord()
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *_NOT_READABLE) as error:
             raise HostRefused(f"file {path} cannot be read: {error}", hint="remove it, and drain again") from error
 
     def save_host_record(self, record: HostRecord) -> None:
@@ -155,7 +158,7 @@ class Store:
                     hint="a newer netloom wrote it: use that version or a later one",
                 )
             scope = _decoder.decode(text)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:  # guard: a-state-file-is-any-bytes
+        except _NOT_READABLE as error:  # guard: a-state-file-is-any-bytes
             raise Unreadable(f"{path} cannot be read: {error}", hint="repair or remove the file") from error
         if scope.scope_id != scope_id:
             raise Unreadable(f"{path} is about {scope.scope_id}", hint="rename it to match its scope")
