@@ -402,7 +402,7 @@ def test_a_revoked_rule_ends_only_its_own_flows(host: AgentHost, rules: Any) -> 
                 if lives:
                     assert receiver.recv(20) == b"still there?"
                 else:
-                    with pytest.raises(TimeoutError):
+                    with pytest.raises((TimeoutError, ConnectionResetError)):  # it was reset as a sender
                         receiver.recv(20)
 
 
