@@ -16,7 +16,6 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 PRIVATE = {
     "_Broken",
     "_Calls",
-    "_COMPARED_MAX",
     "_ENVIRONMENT",
     "_Peer",
     "_TESTS",
@@ -27,7 +26,6 @@ PRIVATE = {
     "_decode_any",
     "_isolated",
     "_library_lock",
-    "_one_by_one",
     "_programs",
     "_restore_states",
     "_vpc",

@@ -95,9 +95,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
     # A scope can move between the question and the command, and then the command was refused. Of an action that failed
     # it is not known whether it ran before the move: it is not sent again.
     for _ in range(1 + len(situation.order)):
-        if reply is not None and (
-            not is_elsewhere(reply) or request.call.command == ACTION  # guard: an-action-is-not-sent-twice
-        ):
+        if reply is not None and not is_elsewhere(reply):
             break
         if reply is not None and request.call.command == ACTION:  # guard: an-action-is-not-sent-twice
             break
