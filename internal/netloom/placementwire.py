@@ -196,7 +196,10 @@ class SetDrained(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SetEvacuated(msgspec.Struct, frozen=True, kw_only=True):
-    """``set-evacuated``: this host may take any scope of ``host``, which is dead. ``proof`` empty: not any more."""
+    """``set-evacuated``: this host may take the scopes of ``owner`` from ``host``, which is dead.
+
+    ``proof`` empty: not any more; with ``owner`` empty, too: those of nobody.
+    """
 
     host: str
     owner: str = ""

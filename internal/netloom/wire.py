@@ -81,12 +81,13 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
 class Evacuated(msgspec.Struct, frozen=True, kw_only=True):
     """A host that an operator declared dead, and the proof that this host may take its scopes (extension/proof.py).
 
-    ``until``: UTC, in seconds since 1970.
+    ``until``: UTC, in seconds since 1970. ``owner``: the registration whose scopes these are.
     """
 
     host: str
     until: int
     proof: str
+    owner: str = ""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):

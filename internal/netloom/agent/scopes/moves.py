@@ -161,7 +161,7 @@ class Moves:
             scopes=tuple(_held(it) for it in rest[:_LISTED_MAX]),
             more=len(rest) > _LISTED_MAX,
             drained=record.drained,
-            evacuated=tuple(it.host for it in record.evacuated),
+            evacuated=tuple(dict.fromkeys(it.host for it in record.evacuated)),
         )
 
     async def _set_drained(self, asked: wire.SetDrained) -> None:
@@ -169,9 +169,10 @@ class Moves:
 
     async def _set_evacuated(self, asked: wire.SetEvacuated) -> None:
         record = self._scopes.host_record
-        others = tuple(it for it in record.evacuated if it.host != asked.host)
-        new = (Evacuated(host=asked.host, until=asked.until, proof=asked.proof),) if asked.proof else ()
-        await self._save_record(replace(record, evacuated=others + new))
+        kept = [it for it in record.evacuated if it.host != asked.host or (asked.owner and it.owner != asked.owner)]
+        if asked.proof:
+            kept.append(Evacuated(host=asked.host, until=asked.until, proof=asked.proof, owner=asked.owner))
+        await self._save_record(replace(record, evacuated=tuple(kept)))
 
     async def _save_record(self, record: HostRecord) -> None:
         await self._scopes.in_worker(partial(self._store.save_host_record, record))
