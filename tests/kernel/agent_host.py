@@ -101,7 +101,10 @@ class AgentHost:
 
     def close(self) -> None:
         self.kill()
-        # Programs that the agent started outlive it. End those of this host.
+        # Programs that the agent started outlive it. End those of this host, and first an agent that a relay started:
+        # it would start others.
+        for pid in self.processes("serve"):
+            processes.kill(pid)
         for pid in self.processes():
             processes.kill(pid)
         for holder in self._holders:
