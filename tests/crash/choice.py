@@ -12,14 +12,14 @@ from crash.effects import Effect
 EVERY = os.environ.get("NETLOOM_CRASH_POINTS") == "all"
 
 
-def chosen(effects: Sequence[Effect], sample: int = 6) -> list[int]:
+def chosen(effects: Sequence[Effect], sample: int = 4) -> list[int]:
     """After how many effects of one piece of work to kill: after each number of them, or evenly spread ones."""
     every = max(1, len(effects) // sample)
     return list(range(0, len(effects) + 1, 1 if EVERY else every))
 
 
 def one_of_each(steps: Sequence[tuple[str, Sequence[Effect]]]) -> dict[int, int]:
-    """One number of effects for every second step of a sequence, so that a kill comes before each kind of effect.
+    """One number of effects for every fourth step of a sequence, so that a kill comes before each kind of effect.
 
     For a kind it is the first step that has it; for the other steps it depends on the name alone, so that a new step
     changes nothing for others.
@@ -32,6 +32,6 @@ def one_of_each(steps: Sequence[tuple[str, Sequence[Effect]]]) -> dict[int, int]
                 numbers[step] = before[0]
                 break
     for step, (name, effects) in enumerate(steps):
-        if step % 2 == 0:
+        if step % 4 == 0:
             numbers.setdefault(step, zlib.crc32(name.encode()) % (len(effects) + 1))
     return numbers
