@@ -32,6 +32,9 @@ agent = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for programs.")]
 
 
+_HERE = "for this machine, leave the option out"
+
+
 @agent.command("install", help="Install this program and start its agent. The first call of CloudStack does the same.")
 @also_remote
 def _install(remote: Remote | None, as_json: Json = False) -> None:
@@ -43,7 +46,7 @@ def _install(remote: Remote | None, as_json: Json = False) -> None:
     from netloom.extension.package import package
     from netloom.extension.remote import install_on  # asyncssh: twenty bare start-ups
 
-    login, hosts = remote.login(), remote.names()
+    login, hosts = remote.login(), remote.names(_HERE)
     display = InstallDisplay(hosts)
     results = asyncio.run(install_on(hosts, login, package(), display))
     display.end()
@@ -157,7 +160,7 @@ def _run_on(remote: Remote, args: Sequence[str]) -> list[dict[str, object]]:
 
     login = remote.login()
     rows = []
-    for result in asyncio.run(run_on(remote.names(), login, args)):
+    for result in asyncio.run(run_on(remote.names(_HERE), login, args)):
         answer = result.answer
         if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) and "host" in answer[0]:
             answer = {key: value for key, value in answer[0].items() if key not in ("host", "status", "error")}

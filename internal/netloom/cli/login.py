@@ -53,11 +53,11 @@ class Remote:
         typer.Option("--hostkeys", metavar="PINS", help="Accept only these host keys, written as in the registration."),
     ] = ""
 
-    def names(self) -> list[str]:
-        """The hosts, without duplicates. Raises BadRequest when there is none."""
+    def names(self, hint: str = "names or addresses, as in the registration") -> list[str]:
+        """The hosts, without duplicates. Raises BadRequest, with this hint, when there is none."""
         names = [host.strip() for host in self.hosts.split(",") if host.strip()]
         if not names:
-            raise BadRequest("--hosts names no host", hint="names or addresses, as in the registration")
+            raise BadRequest("--hosts names no host", hint=hint)
         return list(dict.fromkeys(names))
 
     def login(self) -> Login:
