@@ -120,7 +120,7 @@ def delete(namespace: str | None, entries: Iterable[Entry]) -> int:
         )
         for entry in entries
     ]
-    return _carry_out(namespace, requests)
+    return carry_out(namespace, requests)
 
 
 def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: int = 0xFFFFFFFF) -> int:
@@ -135,7 +135,7 @@ def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: i
         Message(_NEW, payload=_request_for(entry) + new, what=f"mark connection {_described(entry)}")
         for entry in entries
     ]
-    return _carry_out(namespace, requests)
+    return carry_out(namespace, requests)
 
 
 def count(namespace: str | None) -> int:
@@ -265,7 +265,11 @@ def _request_for(entry: Entry) -> bytes:
     return payload + be16(_CTA_ZONE, entry.zone) if entry.zone else payload
 
 
-def _carry_out(namespace: str | None, requests: Sequence[Message]) -> int:
+def carry_out(namespace: str | None, requests: Sequence[Message]) -> int:
+    """Send these changes of connections; return how many of the connections existed.
+
+    Raises NamespaceError, NetlinkError.
+    """
     if not requests:
         return 0
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:

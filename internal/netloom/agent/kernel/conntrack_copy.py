@@ -44,7 +44,7 @@ from typing import NewType
 import msgspec
 
 from netloom.agent.kernel import netlink
-from netloom.agent.kernel.conntrack import ASSURED, CONFIRMED, EXPECTED, SEEN_REPLY
+from netloom.agent.kernel.conntrack import ASSURED, CONFIRMED, EXPECTED, SEEN_REPLY, carry_out
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket, attribute, attribute_map, be16, be32, nested, u8
 from netloom.errors import HostRefused
 
@@ -411,14 +411,7 @@ def create(namespace: str | None, listed: Sequence[Record]) -> Created:
 def delete(namespace: str | None, listed: Iterable[Record]) -> int:
     """Delete these connections; return how many of them existed. Raises NamespaceError, NetlinkError."""
     requests = [Message(_DELETE, payload=b"".join(_identity(it)), what=f"delete {described(it)}") for it in listed]
-    if not requests:
-        return 0
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
-        answers = ctnetlink.exchange(requests)
-    for request, answer in zip(requests, answers, strict=True):
-        if answer.errno not in (0, errno.ENOENT):
-            raise NetlinkError(answer.errno, request.what, answer.ext_ack)
-    return sum(answer.errno == 0 for answer in answers)
+    return carry_out(namespace, requests)
 
 
 def described(record: Record) -> str:
