@@ -33,7 +33,7 @@ from netloom.agent.scopes.interfaces import Host, ScopeStore
 from netloom.agent.scopes.scopes import SCOPE_ID, Scopes, Slot, placed
 from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.agent.scopes.upkeep import Upkeep
-from netloom.errors import BadRequest, ForeignScope, HostRefused, NetloomError, one_line
+from netloom.errors import BadRequest, ForeignScope, HostRefused, NetloomError
 from netloom.state import Placement, Scope
 from netloom.wire import Call, Evacuated, Reply
 
@@ -65,21 +65,9 @@ class Moves:
             data = await self._dispatch(call)
             reply = Reply(call_id=call.call_id, data=data)
         except NetloomError as error:
-            reply = Reply(
-                call_id=call.call_id,
-                status=error.exit_code,
-                error=one_line(error.message),
-                hint=one_line(error.hint),
-            )
-        # A bug: the log gets the traceback, the caller gets one line.
-        except Exception as error:  # noqa: BLE001
-            self._log.traceback(f"call={call.call_id}", error)
-            reply = Reply(
-                call_id=call.call_id,
-                status=3,
-                error=one_line(f"the agent failed: {type(error).__name__} in {call.command}"),
-                hint="its log has the traceback under the call's id",
-            )
+            reply = self._scopes.refused(call, error)
+        except Exception as error:  # noqa: BLE001, the reply has it
+            reply = self._scopes.refused(call, self._scopes.explained(call, error))
         slot = self._scopes.get(call.scope_id)
         revision = slot.scope.revision if slot is not None and slot.scope is not None else 0
         reply = replace(reply, holds=bool(slot is not None and slot.scope is not None), revision=revision)

@@ -265,17 +265,10 @@ class Scopes:
         try:
             reply, steps = await self._dispatch(call)
         except NetloomError as error:
-            reply = self._refused(call, error)
+            reply = self.refused(call, error)
         # A bug: the log gets the traceback, the caller gets one line.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
-            refused = exhausted.refusal(error, call.command)
-            if refused is None:
-                self._log.traceback(f"call={call.call_id}", error)
-                refused = HostRefused(
-                    f"the agent failed: {type(error).__name__} in {call.command}",
-                    hint="its log has the traceback under the call's id",
-                )
-            reply = self._refused(call, refused)
+            reply = self.refused(call, self.explained(call, error))
         reply = self.with_placement(reply, call.scope_id)
         ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
@@ -285,7 +278,19 @@ class Scopes:
         )
         return reply
 
-    def _refused(self, call: Call, error: NetloomError) -> Reply:
+    def explained(self, call: Call, error: Exception) -> NetloomError:
+        """What the caller is told of an error that nobody expected. A bug goes to the log with its traceback."""
+        refused = exhausted.refusal(error, call.command)
+        if refused is not None:
+            return refused
+        self._log.traceback(f"call={call.call_id}", error)
+        return HostRefused(
+            f"the agent failed: {type(error).__name__} in {call.command}",
+            hint="its log has the traceback under the call's id",
+        )
+
+    def refused(self, call: Call, error: NetloomError) -> Reply:
+        """The reply with the error."""
         return Reply(
             call_id=call.call_id,
             status=error.exit_code,
