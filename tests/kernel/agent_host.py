@@ -36,7 +36,7 @@ for d in /run /var/lib /var/log; do mount -t tmpfs -o mode=755 none $d; done
 mkdir -p /run/netns
 ip link set lo up
 echo ready
-exec sleep 1000
+exec sleep "$LIVES_S"
 """
 
 
@@ -45,10 +45,13 @@ NO_CHECKS = ("--check-every", "3600")
 
 
 class AgentHost:
-    """One host. ``vlans`` are the names of its VLAN links, each connected to the fabric."""
+    """One host. ``vlans`` are the names of its VLAN links, each connected to the fabric.
 
-    def __init__(self, vlans: Sequence[str] = ("eth1.1204", "eth1.1377", "eth2.101")) -> None:
-        self._holders = [self._start_holder("--net", "--mount"), self._start_holder("--net", "--mount")]
+    ``lives_s``: its namespaces end after so many seconds, even if the test is killed.
+    """
+
+    def __init__(self, vlans: Sequence[str] = ("eth1.1204", "eth1.1377", "eth2.101"), lives_s: int = 1000) -> None:
+        self._holders = [self._start_holder(lives_s, "--net", "--mount") for _ in range(2)]
         self.pid, self.fabric = (holder.pid for holder in self._holders)
         self.agent: subprocess.Popen[bytes] | None = None
         # Otherwise the fabric gets an address of a guest segment, and its replies to VMs do not pass the device.
@@ -67,12 +70,12 @@ class AgentHost:
         self.run("sysctl", "-qw", f"net/ipv6/conf/{name}/disable_ipv6=1")
 
     @staticmethod
-    def _start_holder(*kinds: str) -> subprocess.Popen[bytes]:
+    def _start_holder(lives_s: int, *kinds: str) -> subprocess.Popen[bytes]:
         holder = subprocess.Popen(
             ["unshare", *kinds, "sh", "-ec", _SETUP],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            env={"PATH": _PATH},
+            env={"PATH": _PATH, "LIVES_S": str(lives_s)},
         )
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"ready\n"
