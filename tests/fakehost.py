@@ -258,7 +258,7 @@ class FakeHost:
         done, self.blocking_changes = self.blocking_changes, ()
         return done
 
-    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
+    def blocked(self, ports: tuple[Port, ...], *, seen_within_s: float = 0.0) -> list[str]:
         self._raise("blocked")
         bridges = {it.segment.bridge for it in ports}
         return [it for it in self.blocking if it.split()[0] in bridges]

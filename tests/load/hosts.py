@@ -191,6 +191,9 @@ class Hosts:
                 for vlan in guest_vlans
             ],
         )
+        # Otherwise a VLAN would have no carrier while no network of the other host uses it.
+        for host in (first, second):
+            host.batch(("ip", "-batch"), [f"link set eth1.{vlan} up" for vlan in guest_vlans])
         first.run("sysctl", "-qw", "net/ipv6/conf/default/disable_ipv6=1", pid=internet)
         for number, vlan in enumerate(public_vlans):
             bridge = f"sw{vlan}"

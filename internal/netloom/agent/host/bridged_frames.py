@@ -15,9 +15,11 @@ same addresses. A bridge with a port that the host's rules name is tracked: thes
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -117,6 +119,8 @@ class BridgedFrames:
         self._lock = threading.Lock()
         self._refused: dict[str, str] = {}  # what the last ``let_through`` could not change, and why
         self._known: tuple[object, Plan] | None = None  # what was examined, and the result
+        self._last = Plan()  # the result of the last look at the firewall
+        self._looked = -math.inf  # when that was
 
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of the guarded bridges through, those of no other. Returns what was changed.
@@ -128,13 +132,13 @@ class BridgedFrames:
 
     def leave(self) -> None:
         """Remove all chains of ours, whatever is guarded. Raises HostRefused as ``let_through``."""
-        self._change(_Bridges)
+        self._change(lambda: (_Bridges(), []))
 
-    def _change(self, find: Callable[[], _Bridges]) -> tuple[str, ...]:
+    def _change(self, find: Callable[[], tuple[_Bridges, list[Link]]]) -> tuple[str, ...]:
         done: list[str] = []
         with self._lock:
             for _ in range(_TRIES):  # the rules may change meanwhile
-                changes = self._plan(find()).changes
+                changes = self._plan(*find()).changes
                 refused = {}
                 for change in changes:
                     try:
@@ -148,20 +152,30 @@ class BridgedFrames:
                 self._known = None
         return tuple(done)
 
-    def examine(self) -> Plan:
-        """What ``let_through`` would do, and what stays blocked; change nothing. Raises HostRefused."""
+    def examine(self, *, seen_within_s: float = 0.0) -> Plan:
+        """What ``let_through`` would do, and what stays blocked; change nothing. Raises HostRefused.
+
+        ``seen_within_s``: a result of so many seconds ago is good enough. A look costs more with each link of the host.
+        """
         with self._lock:
-            plan = self._plan(_guarded())
+            seen = time.monotonic() - self._looked <= seen_within_s  # guard: a-look-at-the-firewall-serves-all-scopes
+            plan = self._last if seen else self._plan(*_guarded())
             said = (": ".join(filter(None, (it.what, self._refused.get(it.what)))) for it in plan.changes)
             return msgspec.structs.replace(plan, changes=tuple(map(Change, said)))
 
-    def _plan(self, bridges: _Bridges) -> Plan:
+    def _plan(self, bridges: _Bridges, host_links: list[Link]) -> Plan:
+        plan = self._examined(bridges, host_links)
+        self._last, self._looked = plan, time.monotonic()
+        return plan
+
+    def _examined(self, bridges: _Bridges, host_links: list[Link]) -> Plan:
         calls = sysctl.read(None, _CALLS.values())
         in_force = {
             name: tuple(family for family, key in _CALLS.items() if calls[key] == "1" or _calls_itself(link, family))
             for name, link in bridges.links.items()
         }
-        ports = _guests(bridges.links[it] for it in bridges.own) if any(in_force.values()) else {}
+        own = [bridges.links[it] for it in bridges.own]
+        ports = _guests(own, host_links) if any(in_force.values()) else {}
         legacy = {family: _legacy_tables(names_file) for family, (_, names_file) in _LEGACY.items()}
         with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
             generation = nft_netlink.generation(nfnetlink)
@@ -176,8 +190,12 @@ class BridgedFrames:
         return plan
 
 
-def _guarded() -> _Bridges:
-    """The guarded bridges, and those of the selftest. Raises HostRefused."""
+def _guarded() -> tuple[_Bridges, list[Link]]:
+    """The guarded bridges, with those of the selftest, and all links of the host. Raises HostRefused.
+
+    All links are listed at once: a request for each bridge would take longer with each network, and the kernel looks at
+    all links to list the ports of one bridge.
+    """
     guard = guarded_others()
     own = guarded_bridges() | {
         # The host takes no frames from a closed bridge, so all that is forwarded there is bridged.
@@ -185,13 +203,12 @@ def _guarded() -> _Bridges:
         for it in guard.closed & guard.bridges
         if names.carrier_of(it) in guard.uplinks  # guard: bridges-of-the-kvm-agent-are-let-through
     }
-    found = {it.name: it for it in links.find_links(None, sorted(own | guard.bridges))}
-    with Socket(netlink.NETLINK_ROUTE) as host:
-        bridges = links.list_links_over(host, kind="bridge")
-    tested = {it.name: it for it in bridges if it.alias == TEST_ALIAS}
+    host_links = links.list_links(None)
+    found = {it.name: it for it in host_links if it.name in own or it.name in guard.bridges}
+    tested = {it.name: it for it in host_links if it.kind == "bridge" and it.alias == TEST_ALIAS}
     others = guard.bridges & found.keys() - own
     accepted = frozenset(it for it in others if found[it].alias == ACCEPTED)
-    return _Bridges((own & found.keys()) | tested.keys(), accepted, others - accepted, found | tested)
+    return _Bridges((own & found.keys()) | tested.keys(), accepted, others - accepted, found | tested), host_links
 
 
 def _joined(one: Plan, other: Plan) -> Plan:
@@ -202,16 +219,13 @@ def _calls_itself(link: Link, family: int) -> bool:
     return link.calls_iptables if family == 4 else link.calls_ip6tables
 
 
-def _guests(bridges: Iterable[Link]) -> dict[str, tuple[str, ...]]:
+def _guests(bridges: Iterable[Link], host_links: Iterable[Link]) -> dict[str, tuple[str, ...]]:
     """The names of the ports of each bridge that are not ours."""
-    found = {}
-    with Socket(netlink.NETLINK_ROUTE) as host:
-        for bridge in bridges:
-            ports = links.list_links_over(host, master=bridge.index)
-            found[bridge.name] = tuple(
-                sorted(it.name for it in ports if not HostLink(name=it.name, alias=it.alias).ours)
-            )
-    return found
+    ports: dict[int | None, list[str]] = defaultdict(list)
+    for it in host_links:
+        if it.master_index is not None and not HostLink(name=it.name, alias=it.alias).ours:
+            ports[it.master_index].append(it.name)
+    return {bridge.name: tuple(sorted(ports[bridge.index])) for bridge in bridges}
 
 
 def _listed(bridges: list[str]) -> str:

@@ -271,11 +271,14 @@ class KernelHost:
         with self._shared:
             return self._bridged.let_through()
 
-    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
-        """Why the host's own firewall drops frames on the bridges of these ports, a sentence each; change nothing."""
+    def blocked(self, ports: tuple[Port, ...], *, seen_within_s: float = 0.0) -> list[str]:
+        """Why the host's own firewall drops frames on the bridges of these ports, a sentence each; change nothing.
+
+        ``seen_within_s`` as in ``BridgedFrames.examine``.
+        """
         found = find_links(None, [it.host_link for it in ports])
         bridges = {it.name for it in find_links(None, [it.master_index for it in found if it.master_index])}
-        plan = self._bridged.examine()
+        plan = self._bridged.examine(seen_within_s=seen_within_s)
         return [it.what for it in plan.changes] + [str(it) for it in plan.blocked if it.bridge in bridges]
 
     def bridges_with_vms(self) -> frozenset[str]:

@@ -53,8 +53,11 @@ class Host(Protocol):
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; what was changed. Raises HostRefused."""
 
-    def blocked(self, ports: tuple[Port, ...]) -> list[str]:
-        """What keeps frames from passing the bridges of these ports, a sentence each. Raises HostRefused."""
+    def blocked(self, ports: tuple[Port, ...], *, seen_within_s: float = 0.0) -> list[str]:
+        """What keeps frames from passing the bridges of these ports, a sentence each, as it was so many seconds ago.
+
+        Raises HostRefused.
+        """
 
     def bridges_with_vms(self) -> frozenset[str]:
         """The bridges with a port that is neither ours nor an uplink: a VM is plugged in. Raises HostRefused."""

@@ -80,6 +80,7 @@ END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc",
 TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
+FIREWALL_SEEN_S = 40.0  # longer than tidy waits, so tidy looks for all scopes
 OCCUPIED_S = 0.3  # three ARP probes
 _ASK_AGAIN_MAX = 6
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
@@ -665,8 +666,10 @@ class Scopes:
                 # The namespace may be new, and a watch belongs to one namespace.
                 self._watcher.watch(slot.scope_id, want)
         slot.loaded_ruleset = want.ruleset
-        if thorough or any(step.shared for step in changes.steps):
+        if any(step.shared for step in changes.steps):
             self._let_through(slot, want)
+        elif thorough:  # tidy lets frames through, for all scopes at once
+            self._note_blocked(slot, self._blocked(want))
         if slot.scope is not None:
             if want.namespace and slot.enforced_scope is not slot.scope:
                 self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
@@ -780,13 +783,24 @@ class Scopes:
         return self.converge(slot)
 
     def _let_through(self, slot: Slot, want: Want) -> None:
-        """Let frames pass the host's own firewall. What keeps them from passing is logged once, and fails no call."""
+        """Let frames pass the host's own firewall, and note what keeps them from passing."""
         try:
             for change in self._host.let_through():
                 self._log.line(f"host firewall: {change}")
-            blocked = self._host.blocked(want.ports)
         except NetloomError as error:
-            blocked = [f"the host's firewall: {error}"]
+            self._note_blocked(slot, [f"the host's firewall: {error}"])
+        else:
+            self._note_blocked(slot, self._blocked(want))
+
+    def _blocked(self, want: Want) -> list[str]:
+        """What keeps frames from passing the host's own firewall, as it was last seen."""
+        try:
+            return self._host.blocked(want.ports, seen_within_s=FIREWALL_SEEN_S)
+        except NetloomError as error:
+            return [f"the host's firewall: {error}"]
+
+    def _note_blocked(self, slot: Slot, blocked: list[str]) -> None:
+        """Log what keeps frames from passing, once. It fails no call."""
         for reason in blocked:
             if reason not in slot.blocked:
                 slot.blocked_untold.append(reason)
