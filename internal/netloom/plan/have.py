@@ -48,11 +48,11 @@ class HostLink(msgspec.Struct, frozen=True, kw_only=True):
     alias: str = ""
     parent: str = ""  # of a VLAN link
     vlan_id: int = 0  # the tag of a VLAN link, the VNI of a VXLAN
-    ports: tuple[str, ...] = ()  # of a bridge
+    ports: tuple[str, ...] = ()  # of a bridge; not observed for one of ours that other scopes claim
     # The host's own addresses on this link. Observed only where a decision needs them: for NICs that may have to join
     # a bridge, for the link that VXLAN sends from, and for bridges of others that our ports are in.
     addresses: tuple[str, ...] = ()
-    ipv6: bool = False  # whether the host speaks IPv6 on this link; observed for links that are ours
+    ipv6: bool = False  # whether the host speaks IPv6 on this link; observed for wanted links that are ours
     mtu: int = 0  # 0: not observed
     vlan_filtering: bool = False  # of a bridge: the operator told it which tags pass which port
     above: bool = False  # of a bridge of others: the host has a link above it (VLAN, macvlan, VRF)

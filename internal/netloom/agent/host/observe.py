@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Iterable
 
 import msgspec
@@ -73,7 +74,7 @@ def observe(
     exists = namespaces.exists(namespace)
     inside = _inside(namespace, ip6=any(":" in it.cidr for it in want.addresses)) if exists else _Inside()
     with Socket(netlink.NETLINK_ROUTE) as host:
-        found = _host_links(host, want, inside.links, also)
+        found = _host_links(host, want, inside.links, also, claimed)
         host_links = _described(host, found, want)
     host_ends = _host_ends(inside.links, found, alias_of(scope_id), want)
     have = Have(
@@ -145,7 +146,8 @@ def devices(want: Want) -> dict[str, HostLink]:
             found |= _by_index(links.list_links_over(host, master=bridge.index))
         if above:  # the NIC may have a VLAN link under another name; all links are listed only where that matters
             found |= _by_index(links.list_links_over(host, kind="vlan"))
-    return {link.name: _described_by_itself(link, found) for link in found.values()}
+    ports = _ports(found)
+    return {link.name: _described_by_itself(link, found, ports) for link in found.values()}
 
 
 def our_shared_links() -> dict[str, HostLink]:
@@ -154,11 +156,16 @@ def our_shared_links() -> dict[str, HostLink]:
     Also the ports of all these bridges. Raises HostRefused.
     """
     with Socket(netlink.NETLINK_ROUTE) as host:
-        listed = [link for kind in ("bridge", *CARRIERS) for link in links.list_links_over(host, kind=kind)]
-        joined = {it.master_index for it in links.list_links_over(host, kind="veth") if _ours(it)}
-        found = _by_index(link for link in listed if _ours(link) or (link.kind == "bridge" and link.index in joined))
-        for bridge in [link for link in found.values() if link.kind == "bridge"]:
-            found |= _by_index(links.list_links_over(host, master=bridge.index))
+        # At once: to list the ports of one bridge the kernel looks at all links.
+        listed = links.list_links_over(host)
+        joined = {it.master_index for it in listed if it.kind == "veth" and _ours(it)}
+        found = _by_index(
+            link
+            for link in listed
+            if (link.kind in ("bridge", *CARRIERS) and _ours(link)) or (link.kind == "bridge" and link.index in joined)
+        )
+        bridges = {link.index for link in found.values() if link.kind == "bridge"}
+        found |= _by_index(link for link in listed if link.master_index in bridges)
         return _described(host, found, Want(namespace=""))
 
 
@@ -265,10 +272,13 @@ def _process_in(namespace: str) -> str:
 # ---------------------------------------------------------------------------------------------------- on the host
 
 
-def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str]) -> dict[int, Link]:
+def _host_links(
+    host: Socket, want: Want, inside: Iterable[Link], also: frozenset[str], claimed: frozenset[str]
+) -> dict[int, Link]:
     """The links, by index, that the scope uses or used: its ports, their bridges, and what carries the segments.
 
-    Of a bridge all ports are added if the bridge may have to be removed, carries a segment itself, or is another's.
+    Of a bridge all ports are added if the bridge may have to be removed, carries a segment itself, or is another's. A
+    bridge of ours that other scopes claim stays: it may have a port for each network of the host.
     """
     found = _by_index(links.find_links_over(host, also | _names_in(want)))
     other_ends = {link.parent_index for link in inside if link.kind == "veth" and link.parent_index}
@@ -277,7 +287,9 @@ def _host_links(host: Socket, want: Want, inside: Iterable[Link], also: frozense
     bridges = {link.master_index for link in found.values() if link.master_index}
     found |= _by_index(links.find_links_over(host, bridges - found.keys()))
     left = _bridges_to_leave(found, want)
-    ours = {it.index for it in found.values() if it.kind == "bridge" and _ours(it)}
+    stay = claimed - {it for port in want.ports for it in _besides(port.segment)}
+    ours = {it.index for it in found.values() if it.kind == "bridge" and _ours(it) and it.name not in stay}
+    left = {index for index in left if not _ours(found[index]) or found[index].name not in stay}
     bridges = ours | left | _of_others(found, want)
     for bridge in [it for it in found.values() if it.kind == "bridge" and it.index in bridges]:
         found |= _by_index(links.list_links_over(host, master=bridge.index))
@@ -356,10 +368,11 @@ def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, Ho
     addresses_of = _host_addresses(host, found, _addresses_needed(found, want))
     others = _of_others(found, want)
     below = _below(host, others) | {index for index in others if found[index].master_index}
-    speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link))
+    speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link)) if want.ports else set()
+    ports = _ports(found)
     return {
         link.name: replace(
-            _described_by_itself(link, found),
+            _described_by_itself(link, found, ports),
             addresses=addresses_of.get(link.index, ()),
             ipv6=link.name in speaking_ip6,
             above=link.index in below,
@@ -368,7 +381,15 @@ def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, Ho
     }
 
 
-def _described_by_itself(link: Link, found: dict[int, Link]) -> HostLink:
+def _ports(found: dict[int, Link]) -> dict[int | None, list[str]]:
+    """The names of the ports by the index of their bridge."""
+    ports: dict[int | None, list[str]] = defaultdict(list)
+    for link in found.values():
+        ports[link.master_index].append(link.name)
+    return ports
+
+
+def _described_by_itself(link: Link, found: dict[int, Link], ports: dict[int | None, list[str]]) -> HostLink:
     return HostLink(
         name=link.name,
         kind=link.kind,
@@ -377,7 +398,7 @@ def _described_by_itself(link: Link, found: dict[int, Link]) -> HostLink:
         alias=link.alias,
         parent=_name(found, link.parent_index) if link.kind == "vlan" else "",
         vlan_id=link.vlan_id or 0,
-        ports=tuple(sorted(port.name for port in found.values() if port.master_index == link.index)),
+        ports=tuple(sorted(ports.get(link.index, ()))),
         mtu=link.mtu,
         vlan_filtering=link.vlan_filtering,
         elsewhere=link.peer_netns is not None,
