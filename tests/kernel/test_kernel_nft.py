@@ -281,3 +281,27 @@ def test_a_lack_of_file_descriptors_is_an_error_and_no_exit(ns: str) -> None:
     )
     words = "nftables: fewer than 16 file descriptors are free: Too many open files (raise LimitNOFILE)"
     assert (done.stdout.splitlines(), done.stderr) == ([words, words, "alive"], "")
+
+
+WITH_MANY_DESCRIPTORS = """
+import os, resource, sys
+from netloom.agent.kernel.nft import Nft
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+for _ in range(1100):
+    os.open("/", os.O_RDONLY)
+with Nft(sys.argv[1]) as nft:
+    nft.run("add table inet many")
+print("alive")
+"""
+
+
+@pytest.mark.mutation("libnftables-gets-low-descriptors")
+def test_a_process_with_more_than_a_thousand_descriptors_loads_rulesets(ns: str) -> None:
+    """libnftables waits with select(2), and glibc aborts a process that passes a number above 1023 to it."""
+    assert load_library() is not None
+    environment = os.environ | {"PYTHONPATH": str(Path(netloom.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_MANY_DESCRIPTORS, ns], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("alive\n", "", 0)
+    assert "table inet many" in tool(ns, "nft", "list", "tables")

@@ -15,6 +15,7 @@ from typing import Any
 from kernel.agent_host import wait_until
 from load.hosts import Host
 from netloom import names
+from netloom.agent.kernel.descriptors import SELECTABLE
 from netloom.agent.scopes.store import Store
 from netloom.render.scope import render
 from netloom.render.services import services
@@ -27,6 +28,7 @@ SERVICES = "/run/netloom/services"
 # metadata and passwords. For each service: a pidfd.
 PER_NETWORK = 4
 PER_SERVICE = 1
+LOW_MAX = 100  # of all descriptors: those that select(2) knows are for libnftables
 
 
 def states(host: Host) -> dict[str, dict[str, Any]]:
@@ -108,6 +110,8 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     have = process_figures(pid).descriptors
     if have != descriptors:
         found.append(f"descriptors of the agent: {have} instead of {descriptors}: {descriptors_by_kind(pid)}")
+    low = sum(int(it) < SELECTABLE for it in os.listdir(f"/proc/{pid}/fd"))
+    found += [f"{low} descriptors of the agent have low numbers"] if low > LOW_MAX else []
     return [f"{host.name}: {it}" for it in found]
 
 

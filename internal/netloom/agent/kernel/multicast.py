@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from netloom.agent.kernel import netlink
+from netloom.agent.kernel.descriptors import high_socket
 from netloom.agent.kernel.netlink import NetlinkError
 
 Filter = tuple[tuple[int, int, int, int], ...]  # linux/filter.h: code, jump if true, jump if false, constant
@@ -32,7 +33,7 @@ class Multicast:
     ) -> None:
         """``what``: what is done here, for errors. Raises NamespaceError, NetlinkError, OSError."""
         self._what = what
-        self._socket = netlink.open_socket(protocol, namespace)
+        self._socket = high_socket(netlink.open_socket(protocol, namespace))
         try:
             self._socket.setblocking(False)
             if filtered:

@@ -2,7 +2,8 @@
 
 A script is one transaction. The library (``nftables/libnftables.h``, libnftables(3)) exits the process when it gets no
 file descriptor, so a call is refused while fewer than 16 are free. Only one thread at a time may use the library, so
-large scripts, and listings of any length, go to the program. The program is also used where the library is missing.
+large scripts, and listings of any length, go to the program. The program is also used where the library is missing, and
+while it would get descriptors that it cannot wait for (descriptors.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from netloom.agent.environment import PATH
+from netloom.agent.kernel import descriptors
 from netloom.agent.kernel.namespaces import inside
 from netloom.errors import HostRefused
 
@@ -71,6 +73,8 @@ class Nft:
         library = None if use == "program" else load_library()
         if use == "library" and library is None:
             raise NftError(f"{_LIBRARY} cannot be loaded", hint="apt install libnftables1")
+        if library is not None and not _can_wait():  # guard: libnftables-gets-low-descriptors
+            library = None
         self._turn: AbstractContextManager[object] = _library_lock if library else threading.Lock()
         with self._turn, inside(namespace):
             self._inode = _here()
@@ -254,6 +258,16 @@ def _in_memory(script: str) -> IO[bytes]:
 
 def _here() -> int:
     return os.stat("/proc/thread-self/ns/net").st_ino
+
+
+def _can_wait() -> bool:
+    """Whether the library can wait for the socket that it would open now. Raises NftError when none can be opened."""
+    try:
+        return descriptors.low_is_free()
+    except OSError as error:
+        raise NftError(
+            f"no file descriptor is free: {os.strerror(error.errno or 0)}", hint="raise LimitNOFILE"
+        ) from error
 
 
 def _spare_descriptors() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from netloom.agent.kernel.descriptors import high_socket
 from netloom.agent.processes.guest_sockets import LISTENERS, lengthen_queues
 from netloom.errors import HostRefused
 from netloom.guestwire import (
@@ -95,7 +96,7 @@ class GuestClient:
         """Copies of the sockets of a network that is served; none if they are others than those of ``LISTENERS``."""
         request = LendSockets(seq=next(self._seq), scope_id=scope_id, network_id=network_id)
         lent, descriptors = await self._request(request, LentSockets)
-        sockets = [socket.socket(fileno=it) for it in descriptors]
+        sockets = [high_socket(socket.socket(fileno=it)) for it in descriptors]
         if lent.listeners == LISTENERS:
             lengthen_queues(sockets)  # guard: queues-of-an-earlier-version-are-lengthened
             return sockets

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 
 from netloom.agent.kernel import namespaces
+from netloom.agent.kernel.descriptors import high_socket
 from netloom.errors import HostRefused
 from netloom.guestwire import GuestNetwork, Listener, ListenerKind
 from netloom.names import guest_link
@@ -43,7 +44,9 @@ def open_sockets(namespace: str, table: GuestNetwork) -> list[socket.socket]:
         with namespaces.inside(namespace):
             for listener in LISTENERS:
                 datagrams = listener.kind == "dhcp"
-                sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM)
+                sock = high_socket(
+                    socket.socket(socket.AF_INET, socket.SOCK_DGRAM if datagrams else socket.SOCK_STREAM)
+                )
                 opened.append(sock)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, link)

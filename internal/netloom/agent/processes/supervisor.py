@@ -21,6 +21,7 @@ import msgspec
 
 from netloom.agent.backoff import Backoff
 from netloom.agent.environment import PATH
+from netloom.agent.kernel.descriptors import high
 from netloom.agent.kernel.namespaces import identity
 from netloom.agent.processes import denials, files
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed, refusal
@@ -284,7 +285,7 @@ class Supervisor:
                 had.record, had.service, had.namespace = record, service, namespace
                 return had
         try:
-            pidfd = os.pidfd_open(record.pid)
+            pidfd = high(os.pidfd_open(record.pid))
         except ProcessLookupError:
             raise HostRefused(f"{service.name} of {scope_id} ended immediately: {files.last_output(service)}") from None
         running = _Running(scope_id, namespace, service, record, pidfd)
