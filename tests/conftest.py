@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-PRIVILEGED = {"kernel", "crash", "ssh", "e2e", "mutants"}
+PRIVILEGED = {"kernel", "crash", "load", "ssh", "e2e", "mutants"}
 
 # Tests share two cores with everything else that runs, so a slow example is no failure.
 settings.register_profile("full", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -53,6 +53,8 @@ PRIVILEGED = {
     "kernel-long",
     "crash",
     "crash-all",
+    "load",
+    "load-long",
     "ssh",
     "e2e",
     "binary",
@@ -73,6 +75,8 @@ WHERE = {
     "kernel": ["tests/kernel", "-m", "not long"],
     "kernel-long": ["tests/kernel", "-m", "long"],
     "crash-all": ["tests/crash", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
+    "load": ["tests/load", "-m", "not long"],
+    "load-long": ["tests/load", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }
@@ -270,7 +274,7 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
         if output and sys.stdout.isatty():
             command.append("--color=yes")
         environment = ONE_FILE if group.startswith(("binary", "hosts")) else EVERY_POINT if group == "crash-all" else {}
-        limit_s = LONG_GROUP_LIMIT_S if group == "crash-all" else GROUP_LIMIT_S
+        limit_s = LONG_GROUP_LIMIT_S if group in ("crash-all", "load-long") else GROUP_LIMIT_S
         process = PROCESSES.start(command, output, **environment)
         try:
             status = process.wait(limit_s)

@@ -1,4 +1,4 @@
-"""What stands on a host, compared with what the states there say, with an earlier time, and with a host without networks."""
+"""What stands on a host, compared with what its states say, with an earlier time, and with a host without networks."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     others = {pid: line for pid, line in host.processes().items() if pid not in explained}
     found += _differences("processes", Counter(f"{' '.join(it)[:60]}" for it in others.values()), Counter())
     directories = [f"{it}/" for it in os.listdir(host.path(SERVICES))] if host.path(SERVICES).exists() else []
-    found += _differences("service directories", Counter(directories), Counter(f"{it}/" for it, n in running.items() if n))
+    found += _differences(
+        "service directories", Counter(directories), Counter(f"{it}/" for it, n in running.items() if n)
+    )
     files = Counter(it for it in os.listdir(host.path(STATES)) if not it.endswith(".moved"))
     found += _differences("state files", files, Counter(f"{it}.json" for it in held))
     tables = host.run("nft", "list", "table", "bridge", "netloom_gate", check=False)

@@ -161,7 +161,9 @@ class CloudNetwork:
         for vm in sorted(self.vms):
             nic = self.nic(vm)
             data = [{"dir": "metadata", "file": "instance-id", "content": nic["nic_uuid"]}]
-            data += [{"dir": "userdata", "file": "user_data", "content": f"#cloud-config\nhostname: {nic['hostname']}\n"}]
+            data += [
+                {"dir": "userdata", "file": "user_data", "content": f"#cloud-config\nhostname: {nic['hostname']}\n"}
+            ]
             named = {key: nic[key] for key in ("nic_uuid", "mac", "ip", "hostname")}
             vms.append({**named, **DNS, "default_nic": True, "device_id": "0", "vm_data": data})
         told = {"dhcp_enabled": True, "dns_enabled": self.resolves, "userdata_enabled": True, "vms": vms}
@@ -268,11 +270,11 @@ class CloudNetwork:
         network = state["networks"].get(self.network_id, {})
         nics = {it["ip"]: it for it in network.get("nics", {}).values() if it.get("leased")}
         found: dict[str, Any] = {
-            "forwards": {str(it["public_ports"]["first"]): it["private_ip"] for it in state.get("port_forwards", {}).values()},
+            "forwards": {
+                str(it["public_ports"]["first"]): it["private_ip"] for it in state.get("port_forwards", {}).values()
+            },
             "static NATs": {ip: it["private_ip"] for ip, it in state.get("static_nats", {}).items()},
-            "firewall": sorted(
-                str(it["ports"]["first"]) for it in (network.get("firewall") or {}).get("rules", ())
-            ),
+            "firewall": sorted(str(it["ports"]["first"]) for it in (network.get("firewall") or {}).get("rules", ())),
             "VMs": {ip: it["mac"] for ip, it in nics.items()},
             "passwords": {ip: it["password"] for ip, it in nics.items() if it.get("password")},
             "balanced": sorted(

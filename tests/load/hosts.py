@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost, wait_until
+from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost
 from netloom.errors import HostUnreachable
 from netloom.extension.moves.agents import Agents
 from netloom.extension.moves.move import Mover
@@ -28,6 +30,7 @@ ECHO_PORT = 7
 NAMES = ("h1", "h2")
 PREFIX_LENGTH = 16  # of a public subnet
 _PATH = os.environ["PATH"]
+_FRAME = re.compile(r" \S+\.py:[0-9]+ in \S+$")  # of a traceback
 
 
 def public_address(vlan: int, number: int) -> str:
@@ -90,7 +93,7 @@ class Host(AgentHost):
             file.seek(offset)
             while (line := file.readline()).endswith("\n"):
                 offset = file.tell()
-                if " bug: " in line or "bug: " in line or ":" in line and " in " in line and ".py:" in line:
+                if " bug: " in line or _FRAME.search(line):
                     self.bugs.append(f"{self.name}: {line.strip()}")
         return offset
 
@@ -119,7 +122,7 @@ class Line:
         """The agent's reply. Raises ConnectionLost."""
         if self.is_broken or self._writer is None:
             raise ConnectionLost(f"{self._host.name}: the connection is broken")
-        reply = asyncio.get_running_loop().create_future()
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._replies[call.call_id] = reply
         try:
             self._writer.write(encode(call))
@@ -180,16 +183,11 @@ class Hosts:
     def _connect(self, guest_vlans: Sequence[int], public_vlans: Sequence[int]) -> None:
         first, second = self.by_name.values()
         internet = first.fabric
-        settings = ["net/ipv6/conf/default/disable_ipv6"]
         for host in (first, second):
-            host.run("sysctl", "-qw", *(f"{it}=1" for it in settings))
-        host_pids = {host.name: host.pid for host in (first, second)}
+            host.run("sysctl", "-qw", "net/ipv6/conf/default/disable_ipv6=1")
         first.batch(
             ("ip", "-batch"),
-            [
-                f"link add eth1.{vlan} type veth peer name eth1.{vlan} netns {host_pids[second.name]}"
-                for vlan in guest_vlans
-            ],
+            [f"link add eth1.{vlan} type veth peer name eth1.{vlan} netns {second.pid}" for vlan in guest_vlans],
         )
         # Otherwise a VLAN would have no carrier while no network of the other host uses it.
         for host in (first, second):
@@ -207,13 +205,11 @@ class Hosts:
             first.run("ip", "link", "set", bridge, "up", pid=internet)
         first.run("ip", "link", "set", "lo", "up", pid=internet)
         for host in (first, second):
-            host.run("sysctl", "-qw", *(f"{it}=0" for it in settings))
+            host.run("sysctl", "-qw", "net/ipv6/conf/default/disable_ipv6=0")
         self._listen()
 
     def _listen(self) -> None:
         """Start the server of the internet."""
-        import socket
-
         with self.first.within():
             server = socket.create_server(("", ECHO_PORT), backlog=64)
         server.settimeout(0.2)
@@ -262,7 +258,9 @@ class Hosts:
         for name in NAMES:
             while True:
                 try:
-                    call = Call(call_id=os.urandom(8).hex(), command="locate", scope_id="net-1", registration=REGISTRATION)
+                    call = Call(
+                        call_id=os.urandom(8).hex(), command="locate", scope_id="net-1", registration=REGISTRATION
+                    )
                     await (await self.line(name)).call(call)
                     break
                 except ConnectionLost:
@@ -282,6 +280,3 @@ def two_hosts(guest_vlans: Sequence[int], public_vlans: Sequence[int], lives_s: 
         yield hosts
     finally:
         hosts.close()
-
-
-__all__ = ["ECHO_PORT", "NAMES", "Host", "Hosts", "kill_agent", "public_address", "public_gateway", "two_hosts", "wait_until"]

@@ -121,7 +121,9 @@ async def load(hosts: Hosts, size: Size) -> list[Cost]:
     await hosts.serving()
     hosts.hang_up()  # a connection is a descriptor of the agent
     before = {name: await asyncio.to_thread(everything, host) for name, host in hosts.by_name.items()}
-    descriptors = {name: process_figures(host.agent.pid).descriptors for name, host in hosts.by_name.items() if host.agent}
+    descriptors = {
+        name: process_figures(host.agent.pid).descriptors for name, host in hosts.by_name.items() if host.agent
+    }
 
     began, costs = time.monotonic(), []
     waiting = list(reversed(networks))
@@ -200,11 +202,11 @@ def run(size: Size, lives_s: int) -> list[Cost]:
         return asyncio.run(load(hosts, size))
 
 
-@pytest.mark.short
 def test_a_random_walk_over_some_networks_leaves_nothing_behind() -> None:
     run(Size(networks=12, walk_s=float(os.environ.get("NETLOOM_LOAD_S", "24"))), lives_s=1000)
 
 
+@pytest.mark.long
 def test_a_random_walk_over_many_networks_leaves_nothing_behind() -> None:
     networks = min(int(os.environ.get("NETLOOM_LOAD_NETWORKS", "1000")), NETWORKS_MAX - 1)
     size = Size(

@@ -24,7 +24,6 @@ from kernel.agent_host import make_call
 from load.accounts import guest_pid, service_pids, states
 from load.cloud import GATEWAY, CloudNetwork, Command, vm_ip
 from load.hosts import ECHO_PORT, NAMES, Host, Hosts, kill_agent, public_gateway
-from netloom.errors import NetloomError
 from netloom.extension.moves.inventory import take_inventory
 from netloom.extension.ssh import ConnectionLost
 from netloom.wire import Reply

@@ -158,7 +158,7 @@ class BridgedFrames:
         ``seen_within_s``: a result of so many seconds ago is good enough. A look costs more with each link of the host.
         """
         with self._lock:
-            seen = time.monotonic() - self._looked <= seen_within_s  # guard: a-look-at-the-firewall-serves-all-scopes
+            seen = time.monotonic() - self._looked <= seen_within_s
             plan = self._last if seen else self._plan(*_guarded())
             said = (": ".join(filter(None, (it.what, self._refused.get(it.what)))) for it in plan.changes)
             return msgspec.structs.replace(plan, changes=tuple(map(Change, said)))

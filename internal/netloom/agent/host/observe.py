@@ -146,8 +146,8 @@ def devices(want: Want) -> dict[str, HostLink]:
             found |= _by_index(links.list_links_over(host, master=bridge.index))
         if above:  # the NIC may have a VLAN link under another name; all links are listed only where that matters
             found |= _by_index(links.list_links_over(host, kind="vlan"))
-    ports = _ports(found)
-    return {link.name: _described_by_itself(link, found, ports) for link in found.values()}
+    ports_of = _ports(found)
+    return {link.name: _described_by_itself(link, found, ports_of) for link in found.values()}
 
 
 def our_shared_links() -> dict[str, HostLink]:
@@ -288,9 +288,10 @@ def _host_links(
     found |= _by_index(links.find_links_over(host, bridges - found.keys()))
     left = _bridges_to_leave(found, want)
     stay = claimed - {it for port in want.ports for it in _besides(port.segment)}
-    ours = {it.index for it in found.values() if it.kind == "bridge" and _ours(it) and it.name not in stay}
-    left = {index for index in left if not _ours(found[index]) or found[index].name not in stay}
+    ours = {it.index for it in found.values() if it.kind == "bridge" and _ours(it)}
+    staying = {index for index in ours if found[index].name in stay}
     bridges = ours | left | _of_others(found, want)
+    bridges -= staying  # guard: ports-of-a-shared-bridge-are-not-listed
     for bridge in [it for it in found.values() if it.kind == "bridge" and it.index in bridges]:
         found |= _by_index(links.list_links_over(host, master=bridge.index))
     return found
@@ -368,7 +369,9 @@ def _described(host: Socket, found: dict[int, Link], want: Want) -> dict[str, Ho
     addresses_of = _host_addresses(host, found, _addresses_needed(found, want))
     others = _of_others(found, want)
     below = _below(host, others) | {index for index in others if found[index].master_index}
-    speaking_ip6 = _with_ip6(link.name for link in found.values() if _ours(link)) if want.ports else set()
+    wanted = {port.host_link for port in want.ports}
+    own = [it.name for it in found.values() if _ours(it) and (it.kind != "veth" or it.name in wanted)]
+    speaking_ip6 = _with_ip6(own) if wanted else set()
     ports = _ports(found)
     return {
         link.name: replace(
