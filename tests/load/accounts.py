@@ -204,6 +204,19 @@ class HostFigures:
     dnsmasq: list[int] = field(default_factory=list)
     haproxy: list[int] = field(default_factory=list)
 
+    def row(self) -> str:
+        """The figures in one line, memory in MiB."""
+        each = [
+            f"{len(kib)} {name} with {sum(kib) / len(kib) / 1024:.1f} MiB each"
+            for name, kib in (("dnsmasq", self.dnsmasq), ("haproxy", self.haproxy))
+            if kib
+        ]
+        processes = [
+            f"{name} {it.pss_kib / 1024:.0f} MiB, {it.descriptors} descriptors, {it.threads} threads"
+            for name, it in (("agent", self.agent), ("guest process", self.guest))
+        ]
+        return "; ".join([f"{self.networks} networks", *processes, *each])
+
 
 def host_figures(host: Host) -> HostFigures:
     assert host.agent is not None

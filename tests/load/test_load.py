@@ -59,6 +59,12 @@ class Cost:
     idle_cpu: float = 0.0
     figures: HostFigures | None = None
 
+    def row(self) -> str:
+        """The row of the table in docs/operators/limits.md, with the CPU time of the agent in parentheses."""
+        times = [f"{self.ms[name]:.0f} ms ({self.cpu_ms[name]:.0f})" for name in self.ms]
+        figures = self.figures.row() if self.figures else ""
+        return f"{self.networks} networks: {' | '.join(times)} | idle {self.idle_cpu:.1%} of a core | {figures}"
+
 
 async def measured(walk: Walk, probe: CloudNetwork, *, idle_s: float) -> Cost:
     """Time commands on random networks of the first host, and a network that comes and goes."""
@@ -136,7 +142,7 @@ async def load(hosts: Hosts, size: Size) -> list[Cost]:
         await asyncio.gather(*(build_some() for _ in range(4)))
         if goal in size.measured_at:
             costs.append(await measured(walk, probe, idle_s=50))
-            say(f"{costs[-1]}")
+            say(costs[-1].row())
     say(f"{size.networks} networks built in {time.monotonic() - began:.0f} s")
     for network in networks[:: size.with_vm]:
         await asyncio.to_thread(walk.plug, network)
@@ -160,8 +166,8 @@ async def load(hosts: Hosts, size: Size) -> list[Cost]:
     # The first host's agent lives from now on, so that its memory can be compared.
     await walk.run(size.walk_s / 2, NAMES[1:], stage="second", faults_per_s=size.faults_per_s)
     end = await account("second half")
-    say(f"at half time: {half['h1']}")
-    say(f"at the end:   {end['h1']}")
+    say(f"at half time: {half['h1'].row()}")
+    say(f"at the end:   {end['h1'].row()}")
     assert_no_growth(half["h1"], end["h1"])
 
     for network in networks:
@@ -219,4 +225,4 @@ def test_a_random_walk_over_many_networks_leaves_nothing_behind() -> None:
     )
     costs = run(size, lives_s=4 * 3600)
     for cost in costs:
-        say(f"{cost}")
+        say(cost.row())
