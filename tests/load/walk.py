@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import closing, suppress
 
@@ -31,6 +32,8 @@ from netloom.wire import Reply
 CALLERS, MOVERS = 6, 2
 CALL_S_MAX = 300.0  # with all repetitions
 SETTLED_S_MAX = 600.0
+HARMED_S = 30.0  # a call that began before the damage, on a slow machine
+HARM = r"No such (file or directory|device)|Cannot find device|Invalid argument|Network is (down|unreachable)"
 _RIGHT = "nothing to do: all is as it should be"
 
 # Why a call or a move may fail during the walk, and be repeated then: the pattern of the error, and who made it.
@@ -55,10 +58,11 @@ class Walk:
         self.seed = seed
         self.done: Counter[str] = Counter()  # commands, moves and faults
         self.reasons: Counter[str] = Counter()
+        self.failures: deque[str] = deque(maxlen=40)  # the last calls that failed, for a reader of a failed test
         self.wrong: list[str] = []
+        self._harmed: dict[str, float] = {}  # by scope, when its objects on a host were last damaged
         self.gaps_ms: list[float] = []
         self._mover = hosts.mover()
-        self._restarts: set[str] = set()
 
     # ------------------------------------------------------------------------------------------------------- calls
 
@@ -73,7 +77,7 @@ class Walk:
                 line = await self.hosts.line(host)
                 reply = await asyncio.wait_for(line.call(call), 90)
             except ConnectionLost as error:
-                self._failed(f"{name} {network.scope_id}", str(error))
+                self._failed(f"{name} {network.scope_id}", str(error), network)
             except TimeoutError:
                 self.wrong.append(f"{name} of {network.scope_id} on {host} did not end before its deadline")
                 raise
@@ -83,15 +87,19 @@ class Walk:
                 if not reply.status:
                     self.done[name] += 1
                     return reply
-                if not self._failed(f"{name} {network.scope_id} on {host}", reply.error):
+                if not self._failed(f"{name} {network.scope_id} on {host}", reply.error, network):
                     raise AssertionError(self.wrong[-1])
             if time.monotonic() > ends:
                 self.wrong.append(f"{name} of {network.scope_id} did not succeed in {CALL_S_MAX:.0f} s")
                 raise AssertionError(self.wrong[-1])
             await asyncio.sleep(0.2)
 
-    def _failed(self, what: str, error: str) -> bool:
+    def _failed(self, what: str, error: str, network: CloudNetwork) -> bool:
         """Note the failure; whether the walk explains it."""
+        self.failures.append(f"{time.monotonic():.1f} {what}: {error}")
+        if time.monotonic() - self._harmed.get(network.scope_id, -math.inf) < HARMED_S and re.search(HARM, error):
+            self.reasons["objects of the network were deleted at that moment"] += 1
+            return True
         for pattern, reason in EXPECTED.items():
             if re.search(pattern, error):
                 self.reasons[reason] += 1
@@ -156,7 +164,7 @@ class Walk:
             if moved.gap_ms is not None:
                 self.gaps_ms.append(moved.gap_ms)
             return True
-        self._failed(f"move of {network.scope_id} to {to}", str(moved.error))
+        self._failed(f"move of {network.scope_id} to {to}", str(moved.error), network)
         return False
 
     def faults(self, chance: random.Random, kill: tuple[str, ...]) -> None:
@@ -181,7 +189,9 @@ class Walk:
         if kill:
             faults["agent killed"] = (4, lambda: self._restart(self.hosts.by_name[chance.choice(kill)]))
         (name,) = chance.choices([*faults], [weight for weight, _ in faults.values()])
+        self._harmed[network.scope_id] = time.monotonic()
         faults[name][1]()
+        self.failures.append(f"{time.monotonic():.1f} {name}: {host.name} {network.scope_id}")
         self.done[name] += 1
 
     @staticmethod

@@ -74,7 +74,9 @@ steps = st.builds(
     forwards | lists,
     st.booleans(),
 )
-events = st.builds(Event, st.sampled_from((0.0, 0.1, 0.2, 0.5, 1.0, 3.0)), st.sampled_from(HOSTS), st.sampled_from((*NETWORKS, "")))
+events = st.builds(
+    Event, st.sampled_from((0.0, 0.1, 0.2, 0.5, 1.0, 3.0)), st.sampled_from(HOSTS), st.sampled_from((*NETWORKS, ""))
+)
 
 
 def call_of(step: Step, epoch: int) -> Call:
@@ -190,7 +192,10 @@ def parts_of(hosts: Hosts, network: str) -> dict[str, str]:
 
 
 @settings(max_examples=60)
-@given(walks=st.tuples(*(st.lists(steps, min_size=4, max_size=10) for _ in range(2))), happenings=st.lists(events, min_size=1, max_size=4))
+@given(
+    walks=st.tuples(*(st.lists(steps, min_size=4, max_size=10) for _ in range(2))),
+    happenings=st.lists(events, min_size=1, max_size=4),
+)
 def test_simultaneous_calls_and_moves_end_as_some_serial_order(
     walks: tuple[list[Step], list[Step]], happenings: list[Event]
 ) -> None:
