@@ -141,14 +141,16 @@ class Line:
         self._break()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                for message in self._frames.feed(data):
-                    waiting = self._replies.get(message.call_id) if isinstance(message, Reply) else None
-                    if waiting is not None and not waiting.done():
-                        assert isinstance(message, Reply)
-                        waiting.set_result(message)
-        self._break()
+        try:
+            with contextlib.suppress(OSError):
+                while data := await reader.read(1 << 16):
+                    for message in self._frames.feed(data):
+                        waiting = self._replies.get(message.call_id) if isinstance(message, Reply) else None
+                        if waiting is not None and not waiting.done():
+                            assert isinstance(message, Reply)
+                            waiting.set_result(message)
+        finally:
+            self._break()  # nobody waits for an answer that is not read any more
 
     def _break(self) -> None:
         self.is_broken = True

@@ -33,7 +33,8 @@ CALLERS, MOVERS = 6, 2
 CALL_S_MAX = 300.0  # with all repetitions
 SETTLED_S_MAX = 600.0
 HARMED_S = 30.0  # a call that began before the damage, on a slow machine
-HARM = r"No such (file or directory|device)|Cannot find device|Invalid argument|Network is (down|unreachable)"
+HARM = r"No such (file or directory|device)|is not a namespace|Cannot find device|Network is (down|unreachable)"
+KILLED = r" ended (immediately|before)|keeps its old configuration|guest process does not answer"
 _RIGHT = "nothing to do: all is as it should be"
 
 # Why a call or a move may fail during the walk, and be repeated then: the pattern of the error, and who made it.
@@ -44,7 +45,6 @@ EXPECTED = {
     r"is passive on this host": "the network is being moved",
     r"has changed meanwhile|changes all the time|were? read anew": "the network changed during its move",
     r"was not opened in time|is not expected here|keeps net-\d+ closed": "the agent was killed during a move",
-    r" ended (immediately|before)": "a service was killed while it started",
     r"waits behind a closed gate": "the agent was killed, and the namespace was deleted",
 }
 
@@ -60,7 +60,7 @@ class Walk:
         self.reasons: Counter[str] = Counter()
         self.failures: deque[str] = deque(maxlen=40)  # the last calls that failed, for a reader of a failed test
         self.wrong: list[str] = []
-        self._harmed: dict[str, float] = {}  # by scope, when its objects on a host were last damaged
+        self._harmed: dict[str, float] = {}  # by scope, when its objects were last damaged; "services": a kill
         self.gaps_ms: list[float] = []
         self._mover = hosts.mover()
 
@@ -97,9 +97,13 @@ class Walk:
     def _failed(self, what: str, error: str, network: CloudNetwork) -> bool:
         """Note the failure; whether the walk explains it."""
         self.failures.append(f"{time.monotonic():.1f} {what}: {error}")
-        if time.monotonic() - self._harmed.get(network.scope_id, -math.inf) < HARMED_S and re.search(HARM, error):
-            self.reasons["objects of the network were deleted at that moment"] += 1
-            return True
+        for harmed, pattern, reason in (
+            (network.scope_id, HARM, "objects of the network were deleted at that moment"),
+            ("services", KILLED, "a service was killed at that moment"),
+        ):
+            if time.monotonic() - self._harmed.get(harmed, -math.inf) < HARMED_S and re.search(pattern, error):
+                self.reasons[reason] += 1
+                return True
         for pattern, reason in EXPECTED.items():
             if re.search(pattern, error):
                 self.reasons[reason] += 1
@@ -189,7 +193,7 @@ class Walk:
         if kill:
             faults["agent killed"] = (4, lambda: self._restart(self.hosts.by_name[chance.choice(kill)]))
         (name,) = chance.choices([*faults], [weight for weight, _ in faults.values()])
-        self._harmed[network.scope_id] = time.monotonic()
+        self._harmed["services" if name.endswith("killed") else network.scope_id] = time.monotonic()
         faults[name][1]()
         self.failures.append(f"{time.monotonic():.1f} {name}: {host.name} {network.scope_id}")
         self.done[name] += 1

@@ -68,7 +68,7 @@ seconds = st.sampled_from((0.0, 0.0, 0.05, 0.1, 0.2, 2.0))
 forwards = st.tuples(st.sampled_from(PORTS), st.sampled_from(("", "10.10.1.45", "10.10.1.162")))
 lists = st.tuples(st.just("rules"), st.sampled_from(("", "22", "80", "443")))
 steps = st.builds(
-    lambda after_s, network, change, twice: Step(after_s, network, *change, twice),
+    lambda after_s, network, change, twice: Step(after_s, network, change[0], change[1], twice),
     seconds,
     st.sampled_from(NETWORKS),
     forwards | lists,
@@ -227,7 +227,7 @@ def test_simultaneous_calls_and_moves_end_as_some_serial_order(
         for network in NETWORKS:
             for part, value in parts_of(hosts, network).items():
                 assert value in allowed((network, part), done), (network, part, value, done)
-        for it in (*servers, operator):
-            it.agents.close()
+        for agents in (operator.agents, *(it.agents for it in servers)):
+            agents.close()
 
     in_virtual_time(scenario, HOSTS)
