@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import pytest
 
 from fakehost import Agent, FakeClock, FakeHost
+from netloom import placementwire
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
 from netloom.agent.scopes import moves as agent_moves
@@ -281,7 +282,9 @@ class Hosts:
 
         async def execute() -> None:
             if (host, call.call_id) not in self._replies:
-                task = self.loop.create_task(self.agents[host].moves.execute(call))
+                agent = self.agents[host]
+                about_placements = call.command in placementwire.COMMANDS
+                task = self.loop.create_task((agent.moves if about_placements else agent.scopes).execute(call))
                 self._replies[host, call.call_id] = task
             reply = await asyncio.shield(self._replies[host, call.call_id])
             self.deliver(f"{call.command} < {host}", host, channel, lambda: channel.arrived(encode(reply)))
