@@ -191,7 +191,7 @@ def parts_of(hosts: Hosts, network: str) -> dict[str, str]:
     return {**dict.fromkeys(PORTS, ""), **found, "rules": ",".join(str(it.ports.first) for it in rules if it.ports)}
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(
     walks=st.tuples(*(st.lists(steps, min_size=4, max_size=10) for _ in range(2))),
     happenings=st.lists(events, min_size=1, max_size=4),
