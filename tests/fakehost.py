@@ -82,9 +82,10 @@ class FakeClock:
         self._timers: list[tuple[float, int, FakeTimer]] = []
         self.activity = 0  # grows with each timer and each work, see settle
 
-    def cancel_timers(self) -> None:
-        """Cancel all timers, as the end of a process does."""
+    def of_next_agent(self) -> FakeClock:
+        """The clock for a new agent. What the earlier one waited for does not come: its process has ended."""
         self._timers.clear()
+        return self
 
     def time(self) -> float:
         return self._now
@@ -488,7 +489,7 @@ class Agent:
         self.restart()
 
     def restart(self) -> None:
-        self.clock.cancel_timers()
+        self.clock = self.clock.of_next_agent()
         self.did.clear()
         self.workers = FakeWorkers(self.clock)
         self.watcher = FakeWatcher(self.did)

@@ -87,11 +87,13 @@ class _Clock(FakeClock):
         super().__init__()
         self._loop = loop
         self._handles: list[asyncio.TimerHandle] = []
+        self._ended = False
 
-    def cancel_timers(self) -> None:
+    def of_next_agent(self) -> _Clock:
         for handle in self._handles:
             handle.cancel()
-        self._handles = []
+        self._ended = True
+        return _Clock(self._loop)
 
     def time(self) -> float:
         return self._loop.time()
@@ -100,6 +102,8 @@ class _Clock(FakeClock):
         self._handles = [it for it in self._handles if not it.cancelled() and it.when() >= self._loop.time()]
         handle = self._loop.call_later(delay_s, callback)
         self._handles.append(handle)
+        if self._ended:
+            handle.cancel()  # tasks of an ended process still run, to be cancelled
         return handle
 
     async def sleep(self, delay_s: float) -> None:

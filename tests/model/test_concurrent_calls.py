@@ -111,14 +111,15 @@ def address_of(network: str) -> str:
 
 def slow_down(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
     """Let each work of a worker thread take some time, so that calls wait for each other."""
-    at_once = agent.workers.submit
+    workers = agent.workers
+    at_once = workers.submit
 
     def submit(work: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
 
         def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
+            if agent.workers is not workers or not future.set_running_or_notify_cancel():
+                return  # the process has ended, or the work was cancelled
             ended = at_once(work, *args, **kwargs)
             error = ended.exception()
             if error is None:
@@ -129,7 +130,7 @@ def slow_down(agent: Agent, loop: asyncio.AbstractEventLoop) -> None:
         loop.call_later(0.05, run)
         return future
 
-    agent.workers.submit = submit  # type: ignore[method-assign]
+    workers.submit = submit  # type: ignore[method-assign]
 
 
 class Server:
