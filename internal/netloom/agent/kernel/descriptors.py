@@ -31,7 +31,8 @@ def high_socket(sock: socket.socket) -> socket.socket:
     """:func:`high` for a socket, which is closed; returns the one with the new number."""
     timeout_s = sock.gettimeout()
     moved = socket.socket(fileno=high(sock.detach()))
-    moved.settimeout(timeout_s)
+    if timeout_s is not None:  # O_NONBLOCK belongs to the open file, which other processes may have, too
+        moved.settimeout(timeout_s)
     return moved
 
 
