@@ -513,7 +513,7 @@ def test_an_agent_whose_workers_all_hang_stops_its_heartbeat_and_aborts(bare: Ag
 
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
-@pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(scope)")
+@pytest.mark.mutation("state-is-saved-first", instead='__import__("time").sleep(0.05) or self._store.save(scope)')
 def test_defect_51_concurrent_commands_of_one_network_lose_nothing(host: AgentHost) -> None:
     """Calls of several management servers for one network overlap."""
     host.call("020", "implement-network")

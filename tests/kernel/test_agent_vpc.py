@@ -84,7 +84,7 @@ def test_defect_39_shutdown_vpc_removes_its_remaining_tiers(host: AgentHost) -> 
 
 
 @pytest.mark.mutation("one-call-of-a-scope-at-a-time", instead="asyncio.Semaphore(99)")
-@pytest.mark.mutation("state-is-saved-first", instead="time.sleep(0.05) or self._store.save(scope)")
+@pytest.mark.mutation("state-is-saved-first", instead='__import__("time").sleep(0.05) or self._store.save(scope)')
 def test_defect_68_commands_of_a_vpc_and_its_tiers_are_serialized(host: AgentHost) -> None:
     two_tiers(host)
 

@@ -384,7 +384,7 @@ async def test_a_state_that_cannot_be_read_is_refused(agent: Agent) -> None:
 @pytest.mark.parametrize("end", ["drop", "time", "service"])
 async def test_the_only_copy_is_kept_when_it_cannot_be_opened(agent: Agent, end: str) -> None:
     await agent.live()
-    agent.scopes.make_passive(agent.scopes.slot(NET), "02:00:00:00:00:01 answers for 203.0.113.20")
+    agent.scopes.placements.make_passive(agent.scopes.slot(NET), "02:00:00:00:00:01 answers for 203.0.113.20")
     state = await state_of(agent)
     if end == "service":
         agent.services.failed.append(

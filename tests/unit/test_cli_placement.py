@@ -429,7 +429,7 @@ def test_an_archive_gives_back_what_the_dead_host_had_and_nothing_else(operator:
 def test_a_passive_copy_is_opened_on_demand(operator: Operator) -> None:
     operator.live("h1", "20")
     agent = operator.hosts["h1"]
-    agent.scopes.make_passive(agent.scopes.slot("net-20"), "02:00:00:00:00:01 answers for 203.0.113.20")
+    agent.scopes.placements.make_passive(agent.scopes.slot("net-20"), "02:00:00:00:00:01 answers for 203.0.113.20")
     agent.host.present.clear()
     operator.hosts.dead.add("h3")
     assert operator("move", "net-20", "--to", "h1") == 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from netloom.agent.scopes.scopes import placed
+from netloom.agent.scopes.placements import placed
 from netloom.agent.scopes.store import Store
 from netloom.agent.setup import install
 from netloom.state import Gate, Placement, Scope

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from netloom.agent.host.changes import Announcement
 from netloom.agent.host.watcher import WatchHandler
-from netloom.agent.scopes.scopes import Slot, WorkHandler
+from netloom.agent.scopes.scopes import WorkHandler
+from netloom.agent.scopes.slot import Slot
 from netloom.guestwire import PasswordTaken
 
 

@@ -30,7 +30,9 @@ from netloom.agent.kernel import conntrack_copy
 from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.log import Log
 from netloom.agent.scopes.interfaces import Host, ScopeStore
-from netloom.agent.scopes.scopes import SCOPE_ID, Scopes, Slot, placed
+from netloom.agent.scopes.placements import placed
+from netloom.agent.scopes.scopes import SCOPE_ID, Scopes
+from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import BadRequest, ForeignScope, HostRefused, NetloomError
@@ -75,7 +77,7 @@ class Moves:
         if reply.status or call.command not in wire.READING:
             scope = call.scope_id or "-"
             self._log.line(f"call={call.call_id} command={call.command} scope={scope} status={reply.status}{outcome}")
-        return self._scopes.with_placement(reply, call.scope_id)
+        return self._scopes.placements.with_placement(reply, slot)
 
     async def _dispatch(self, call: Call) -> bytes:
         match call.command:
@@ -144,7 +146,7 @@ class Moves:
             key=lambda it: it.scope_id,
         )
         rest = [it for it in slots if it.scope_id > asked.after]
-        record = self._scopes.host_record
+        record = self._scopes.placements.host_record
         return wire.Placements(
             scopes=tuple(_held(it) for it in rest[:_LISTED_MAX]),
             more=len(rest) > _LISTED_MAX,
@@ -153,10 +155,10 @@ class Moves:
         )
 
     async def _set_drained(self, asked: wire.SetDrained) -> None:
-        await self._save_record(replace(self._scopes.host_record, drained=asked.drained))
+        await self._save_record(replace(self._scopes.placements.host_record, drained=asked.drained))
 
     async def _set_evacuated(self, asked: wire.SetEvacuated) -> None:
-        record = self._scopes.host_record
+        record = self._scopes.placements.host_record
         kept = [it for it in record.evacuated if it.host != asked.host or (asked.owner and it.owner != asked.owner)]
         if asked.proof:
             kept.append(Evacuated(host=asked.host, until=asked.until, proof=asked.proof, owner=asked.owner))
@@ -164,7 +166,7 @@ class Moves:
 
     async def _save_record(self, record: HostRecord) -> None:
         await self._scopes.in_worker(partial(self._store.save_host_record, record))
-        self._scopes.host_record = record
+        self._scopes.placements.host_record = record
 
     # --------------------------------------------------------------- on the old host; in a worker, the lock is held
 
@@ -215,7 +217,7 @@ class Moves:
         if asked.epoch <= placement.epoch:
             raise HostRefused(f"{slot.scope_id} has epoch {placement.epoch} here already", hint="repeat the command")
         want = self._scopes.placed_want(slot)
-        self._scopes.place(slot, replace(placement, gate="closed", peer=asked.to))
+        self._scopes.placements.place(slot, replace(placement, gate="closed", peer=asked.to))
         token, before = slot.flows_read
         slot.flows_read = ("", [])
         if not want.namespace:
@@ -238,8 +240,8 @@ class Moves:
             raise HostRefused(f"{slot.scope_id} is {scope.placement.gate} here", hint="move it away first")
         if scope is not None and scope.placement.epoch >= asked.epoch:
             raise HostRefused(f"{slot.scope_id} has epoch {scope.placement.epoch} here, not older than {asked.epoch}")
-        changes = self._scopes.remove_moved(slot, Moved(to=asked.to, epoch=asked.epoch))
-        return b"", changes
+        self._scopes.placements.retire(slot, Moved(to=asked.to, epoch=asked.epoch))
+        return b"", self._scopes.converge(slot) if slot.ending else HostChanges()
 
     # --------------------------------------------------------------- on the new host; in a worker, the lock is held
 
@@ -286,7 +288,7 @@ class Moves:
         placement = _incoming(slot, asked.epoch)
         want = self._scopes.placed_want(slot)
         if asked.dead and not asked.fenced and want.namespace:
-            found = self._scopes.occupied(slot, want)
+            found = self._scopes.placements.occupied(slot, want)
             if found.owners or found.probing or found.unknown:
                 raise HostRefused(
                     f"{found}: {slot.scope_id} is not opened here",
@@ -296,7 +298,7 @@ class Moves:
             self._copy_flows(slot, asked.flows, asked.gone)
         if not asked.dead and not _within(asked.ready, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
             raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
-        self._scopes.place(slot, replace(placement, gate="open", peer="", why=""))
+        self._scopes.placements.place(slot, replace(placement, gate="open", peer="", why=""))
         if not want.namespace:
             return b"", HostChanges()
         announcements = self._host.open_gate(slot.scope_id, want)
@@ -353,13 +355,13 @@ class Moves:
         placement = slot.scope.placement
         want = self._scopes.placed_want(slot)
         if want.namespace:
-            found = self._scopes.occupied(slot, want)
+            found = self._scopes.placements.occupied(slot, want)
             if found.owners:
-                self._scopes.make_passive(slot, f"{found}: {placement.peer} has probably taken it over")
+                self._scopes.placements.make_passive(slot, f"{found}: {placement.peer} has probably taken it over")
                 return b"", self._scopes.converge(slot)
             if found.probing or found.unknown:
                 raise HostRefused(f"{found}, so whether {placement.peer} has opened is not known")
-        self._scopes.place(slot, replace(placement, gate="open", peer=""))
+        self._scopes.placements.place(slot, replace(placement, gate="open", peer=""))
         self._log.line(f"scope={slot.scope_id} the move to {placement.peer} was not finished; it is served here again")
         if not want.namespace:
             return b"", HostChanges()
@@ -375,9 +377,10 @@ class Moves:
         assert slot.scope is not None
         why = slot.scope.placement.why
         if why:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
-            self._scopes.make_passive(slot, why)
+            self._scopes.placements.make_passive(slot, why)
             return self._scopes.converge(slot)
-        return self._scopes.remove(slot)
+        self._scopes.placements.retire(slot)
+        return self._scopes.converge(slot)
 
 
 def _served(slot: Slot) -> Scope:

@@ -12,7 +12,7 @@ A call takes these steps. All but the first and the last run in one worker threa
 1. ``execute`` waits until the earlier calls of the scope are done, at most for the time that the caller has left.
 2. If the scope is just moving to another host, ``execute`` waits until that is decided. If it has moved, the reply says
    where to, and the call is not executed.
-3. ``_transitions`` reads the state from disk (the first time), decodes the payload, and computes the new state.
+3. The state is read from disk (the first time). ``CallBatches`` decodes the payload and computes the new state.
 4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
 5. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
    If nothing changed and the host is as it should be, this costs one observation of the kernel. A process that does
@@ -28,45 +28,37 @@ a kernel event, after the end of a process. It waits for the same lock.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol, TypeVar
 
-import msgspec
 from msgspec.structs import replace
 
-from netloom import names
 from netloom.agent import exhausted
 from netloom.agent.actions.builtin import ActionContext, Actions
 from netloom.agent.actions.hooks import Hook
-from netloom.agent.clock import Clock, Timer
+from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.host.occupied import Occupied
-from netloom.agent.kernel.arp_probe import CLAIM_BYTES
-from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
+from netloom.agent.scopes.call_batch import CallBatches
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
-from netloom.agent.scopes.store import HostRecord, Moved, Unreadable
+from netloom.agent.scopes.placements import Placements, ScopeMoving
+from netloom.agent.scopes.slot import Slot, WaitingCall
+from netloom.agent.scopes.store import Unreadable
 from netloom.commands import pbr, table, userdata
-from netloom.commands.asked import Asked
-from netloom.commands.transition import Context, Transitioned, with_network
+from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 from netloom.plan.steps import Step
 from netloom.protocol.custom import CustomAction
-from netloom.protocol.lb import ApplyLbRules
 from netloom.render import helpers
-from netloom.render.ruleset import Ruleset
 from netloom.render.scope import render
 from netloom.render.want import Want
-from netloom.state import Placement, Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Reply
 
@@ -74,93 +66,10 @@ _T = TypeVar("_T")
 
 WORKERS = 16
 HOOKS_AT_ONCE = 16
-# These commands end a scope even if its state is lost.
-END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
-# These go to all hosts (extension/dispatch.py).
-TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
 FIREWALL_SEEN_S = 40.0  # longer than tidy waits, so tidy looks for all scopes
-OCCUPIED_S = 0.3  # three ARP probes
-_ASK_AGAIN_MAX = 6
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
-
-
-class Slot:
-    """A scope in the memory of the agent.
-
-    ``users``, ``retry``, ``failures`` and ``announcing`` belong to the event loop, all else to the holder of ``lock``.
-    """
-
-    def __init__(self, scope_id: str) -> None:
-        self.scope_id = scope_id
-        self.lock = asyncio.Lock()  # guard: one-call-of-a-scope-at-a-time
-        self.users = 0  # calls and tasks that hold the lock or wait for it
-        self.scope: Scope | None = None
-        self.state_read = False
-        self.unreadable = False  # the scope has a state file, but it cannot be used
-        self.ending = False  # a command ended the scope, and parts of it may still exist on the host
-        self.unconverged = False  # the host may differ from the state
-        self.failed: tuple[ServiceFailure, ...] = ()  # the services that do not do what the state says
-        self.told: frozenset[str] = frozenset()  # the names of those that a reply has named
-        self.rendered: tuple[Scope | None, Want] | None = None
-        self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
-        self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
-        self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
-        self.blocked: list[str] = []  # what keeps frames from passing the host's firewall, as it was logged
-        self.blocked_untold: list[str] = []  # of that, what no reply has named yet
-        self.failures = 0  # convergences that failed in a row
-        self.retry: Timer | None = None
-        self.announcing: list[Timer] = []
-        self.current_work = ""  # for the error message of a call that waits too long
-        self.waiting: list[_Waiting] = []  # calls that no turn has taken yet
-        self.moved: Moved | None = None  # where the scope went from here
-        self.unproved = False  # restored from nothing: perhaps another host serves it by now
-        self.decided = asyncio.Event()  # is set, and replaced, when a closed gate has opened or the scope is gone
-        self.flows_read: tuple[str, list[Record]] = ("", [])  # token and connections, as they were read for a move
-        self.state_read_for: tuple[str, bytes] = ("", b"")  # token and state, as it is read for a move
-        self.undecided: Timer | None = None  # ends the time in which a move must be decided
-
-    @property
-    def idle(self) -> bool:
-        """Whether the slot has no information that would be lost with it."""
-        nothing = self.scope is None and not self.ending and not self.unreadable
-        return nothing and not self.users and self.retry is None and self.moved is None
-
-    @property
-    def gate(self) -> str:
-        """The gate as in ``state.Placement``; empty without a state."""
-        return self.scope.placement.gate if self.scope is not None else ""
-
-
-class _Waiting:
-    """A call that waits for its turn; afterwards it has a reply or an error. ``steps``: what was done on the host."""
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.payload: msgspec.Struct | None = None
-        self.outcome: Transitioned | None = None
-        self.reply: Reply | None = None
-        self.error: Exception | None = None
-        self.steps = 0
-
-    @property
-    def decoded(self) -> msgspec.Struct:
-        assert self.payload is not None
-        return self.payload
-
-    @property
-    def new_scope(self) -> Scope | None:
-        """The state after the call."""
-        assert self.outcome is not None
-        return self.outcome.scope
-
-    def result(self) -> tuple[Reply, int]:
-        """The reply and the steps. Raises the error."""
-        if self.error is not None:
-            raise self.error
-        assert self.reply is not None
-        return self.reply, self.steps
 
 
 class WorkHandler(Protocol):
@@ -199,17 +108,13 @@ class Scopes:
         self._workers = workers
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
-        self._random = os.urandom(CLAIM_BYTES - 4)
+        self.placements = Placements(store, host, log)
+        self._batches = CallBatches(store, services, self.placements, self.converge, log)
         self.work_done = 0  # works that worker threads have ended
-        self.host_record = HostRecord()  # what an operator said about this host
 
     def load(self) -> None:
         """Read every state file and claim the shared bridges of every scope, before anything on the host changes."""
-        try:
-            self.host_record = self._store.host_record()
-        except NetloomError as error:
-            self._log.line(f"load failed: {error}")
-            self.host_record = HostRecord(drained=True)  # the safe reading: nothing new is placed here
+        self.placements.load()
         for scope_id, moved in self._store.moved().items():
             self.slot(scope_id).moved = moved
         for scope_id in self._store.ended():
@@ -221,7 +126,7 @@ class Scopes:
             try:
                 self.read_state(slot)
                 if slot.moved is not None and slot.scope is not None and slot.moved.epoch > slot.scope.placement.epoch:
-                    self._retire_moved(slot)  # the agent was ended in the middle of ``finish``
+                    self.placements.retire(slot)  # the agent was ended in the middle of ``finish``
                     continue
                 slot.loaded_ruleset = self._want(slot).ruleset
                 self._host.claim(scope_id, self._want(slot))
@@ -270,7 +175,7 @@ class Scopes:
         # A bug: the log gets the traceback, the caller gets one line.
         except Exception as error:  # noqa: BLE001 # guard: a-bug-in-a-call-becomes-its-reply
             reply = self.refused(call, self.explained(call, error))
-        reply = self.with_placement(reply, call.scope_id)
+        reply = self.placements.with_placement(reply, self.get(call.scope_id))
         ms = (self._clock.time() - started) * 1000
         outcome = f" error={reply.error}" if reply.status else ""
         self._log.line(
@@ -342,7 +247,7 @@ class Scopes:
             try:
                 async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
                     return await self.run_and_settle(slot, lambda: work(slot))
-            except _Moving as moving:
+            except ScopeMoving as moving:
                 await self._await_decision(slot, moving.decided, ends - self._clock.time())
 
     async def _run_with_others(self, call: Call) -> tuple[Reply, int]:
@@ -351,7 +256,7 @@ class Scopes:
         Their transitions are applied in the order in which they came, then the state is saved and the host converges:
         once for all of them.
         """
-        slot, mine = self.slot(call.scope_id), _Waiting(call)
+        slot, mine = self.slot(call.scope_id), WaitingCall(call)
         ends = self._clock.time() + call.remaining_ms / 1000
         while True:
             slot.waiting.append(mine)
@@ -360,7 +265,7 @@ class Scopes:
                     if mine in slot.waiting:
                         await self._run_waiting(slot)
                 return mine.result()
-            except _Moving as moving:
+            except ScopeMoving as moving:
                 mine.error = None
                 await self._await_decision(slot, moving.decided, ends - self._clock.time())
             finally:
@@ -444,39 +349,18 @@ class Scopes:
 
     # ------------------------------------------------------------------- in a worker thread, the lock is held
 
-    def _apply_together(self, slot: Slot, waiting: Sequence[_Waiting]) -> HostChanges:
-        """Apply the calls. If the last convergence fails, its error is raised; each call has its own already."""
+    def _apply_together(self, slot: Slot, waiting: Sequence[WaitingCall]) -> HostChanges:
         self.read_state(slot)
-        changes, failure = HostChanges(), None
-        rest = deque(waiting)
-        while rest:
-            first, *_ = group = self._transitions(slot, rest)
-            if not group:
-                continue
-            try:
-                done, failure = self._settle(slot, group), None
-                first.steps = done.count
-                changes = HostChanges(
-                    changes.steps + done.steps,
-                    changes.announcements + done.announcements,
-                    changes.services + done.services,
-                )
-            except Exception as error:  # noqa: BLE001, raised below
-                failure = error
-                for it in group:
-                    it.error = error
-        if failure is not None:
-            raise failure
-        return changes
+        return self._batches.apply_together(slot, waiting)
 
     def _run_action(self, slot: Slot, call: Call) -> tuple[tuple[str | Hook, int], HostChanges]:
         """The output or the hook that makes it, and the revision of the scope."""
         self.read_state(slot)
-        self._check_gate(slot, call)
+        self.placements.check_gate(slot, call)
         action = table.decode(call.command, call.payload)
         assert isinstance(action, CustomAction)
         if action.action in pbr.ACTIONS:
-            reply, changes = self._apply(slot, call, action)
+            reply, changes = self._batches.apply(slot, call, action)
             return (reply.output, reply.revision), changes
         context = Context(scope_id=call.scope_id, registration=call.registration)
         table.check_scope(call.command, slot.scope, action, context)
@@ -492,149 +376,6 @@ class Scopes:
         result, changes = self._actions.run(call, action, action_context)
         return (result, slot.scope.revision if slot.scope else 0), changes
 
-    def _check_gate(self, slot: Slot, call: Call) -> None:
-        """Raise HostRefused, or _Moving, if this host does not serve the scope; then nothing is executed.
-
-        Commands that go to all hosts end the scope here, too, whatever is left of it.
-        """
-        ends = call.command in TO_ALL_HOSTS
-        if slot.scope is None:
-            if slot.moved is None:
-                slot.unproved = call.epoch > 0  # its host has died: perhaps it has not
-            elif ends or call.epoch > slot.moved.epoch:  # the scope is placed here again
-                self._store.forget_moved(slot.scope_id)
-                slot.moved = None
-            else:
-                raise HostRefused(  # guard: a-call-follows-a-move
-                    f"{slot.scope_id} was moved to {slot.moved.to}", hint="the next call of CloudStack goes there"
-                )
-            return
-        placement = slot.scope.placement
-        if placement.gate == "open" or ends:
-            return
-        if placement.gate == "closed":
-            raise _Moving(slot.decided)  # guard: a-call-waits-for-the-end-of-a-move
-        if placement.gate == "passive" and call.epoch > placement.epoch:
-            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why=""))
-            slot.unproved = True
-            return
-        raise _not_served(slot.scope)
-
-    def place(self, slot: Slot, placement: Placement) -> None:
-        """Save the placement of the scope. Raises HostRefused; nothing has changed then."""
-        assert slot.scope is not None
-        scope = placed(slot.scope, placement)
-        if scope != slot.scope:
-            self._store.save(scope)
-            slot.scope = scope
-
-    def _apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:
-        """Apply one call, whose gate has been checked."""
-        it = _Waiting(call)
-        it.payload, it.outcome = payload, self._change(slot.scope, call, payload)
-        changes = self._settle(slot, [it])
-        reply, _ = it.result()
-        return reply, changes
-
-    def _transitions(self, slot: Slot, rest: deque[_Waiting]) -> list[_Waiting]:
-        """Take calls that can be saved at once from ``rest``, and compute their states, each from the one before.
-
-        A call that is refused gets its error and changes nothing. One that creates or ends the scope comes alone.
-        """
-        group: list[_Waiting] = []
-        while rest and (not group or slot.scope is not None):
-            it = rest[0]
-            try:
-                if it.payload is None:
-                    it.payload = table.decode(it.call.command, it.call.payload)
-                self._check_gate(slot, it.call)
-                outcome = self._change(group[-1].new_scope if group else slot.scope, it.call, it.payload)
-            except _Moving as moving:
-                for waiting in rest:
-                    waiting.error = moving
-                rest.clear()
-                break
-            except Exception as error:  # noqa: BLE001, the call reports it
-                rest.popleft().error = error
-                continue
-            if outcome.scope is None and group:
-                break
-            it.outcome = outcome
-            group.append(rest.popleft())
-            if outcome.scope is None:
-                break
-        return group
-
-    def _change(self, scope: Scope | None, call: Call, payload: msgspec.Struct) -> Transitioned:
-        """The transition of a call, with the number of the placement that the caller knows."""
-        context = Context(scope_id=call.scope_id, registration=call.registration)
-        outcome = table.apply(call.command, scope, payload, context)
-        if outcome.scope is not None and outcome.scope.placement.epoch < call.epoch:
-            placement = replace(outcome.scope.placement, epoch=call.epoch)
-            outcome = replace(outcome, scope=placed(outcome.scope, placement))
-        return outcome
-
-    def _settle(self, slot: Slot, group: Sequence[_Waiting]) -> HostChanges:
-        """Save the state after the last of these calls, converge once, and make the replies.
-
-        Until the state is saved, nothing has changed.
-        """
-        scope = group[-1].new_scope
-        if scope is None:
-            if slot.scope is not None:
-                self._store.retire(slot.scope_id)
-            # If the state was lost, its network may still exist on the host. Only an end command removes that.
-            if slot.scope is not None or group[-1].call.command in END_COMMANDS:
-                slot.ending = True
-            slot.scope = None
-        elif scope != slot.scope:
-            self._store.save(scope)  # guard: state-is-saved-first
-            for command, reasons in scope.left_out.items():
-                if slot.scope is None or slot.scope.left_out.get(command) != reasons:
-                    for reason in reasons:
-                        self._log.line(f"scope={slot.scope_id} warning: not in force: {command}: {reason}")
-            slot.scope, slot.ending = scope, False
-        asked = [table.asked_of_services(it.call.command, it.decoded) for it in group]
-        changes = HostChanges()
-        if slot.scope is not None or slot.ending:
-            changes = self.converge(slot, asked=frozenset().union(*(it.serve | it.end for it in asked)))
-        if slot.scope is not None and slot.scope.placement.gate == "passive":
-            raise _not_served(slot.scope)  # another host was found when the scope was built
-        for it, services in zip(group, asked, strict=True):
-            it.reply = self._reply(slot, it, services)
-        return changes
-
-    def _reply(self, slot: Slot, it: _Waiting, asked: Asked) -> Reply:
-        """The reply to a call whose state is saved and applied."""
-        scope = it.new_scope
-        reply = Reply(
-            call_id=it.call.call_id,
-            output=it.outcome.output if it.outcome is not None else "",
-            holds=scope is not None,
-            revision=scope.revision if scope is not None else 0,
-        )
-        network_id = str(getattr(it.decoded, "network_id", ""))
-        failure = _failure_of(slot, asked, network_id)
-        if failure is not None:
-            slot.told |= {failure.name}
-        error = self._unbalanced_rules(slot, it.decoded) if failure is None else failure.error
-        if error is not None:
-            reply = replace(reply, status=error.exit_code, error=one_line(error.message), hint=one_line(error.hint))
-        return replace(reply, note=_untold(slot))
-
-    def _unbalanced_rules(self, slot: Slot, payload: object) -> HostRefused | None:
-        """The error if load-balancer rules of this call wait for their port. Other calls do not report them."""
-        if not isinstance(payload, ApplyLbRules):
-            return None
-        waiting = self._services.waiting(slot.scope_id)
-        named = [f"rule {int(it.id)} ({waiting[int(it.id)]})" for it in payload.lb_rules.items if int(it.id) in waiting]
-        if not named:
-            return None
-        return HostRefused(
-            f"another process in {names.namespace(slot.scope_id)} uses the port of {', '.join(named[:5])}",
-            hint="the other rules are in force; ss -ltnp in the namespace shows that process",
-        )
-
     def converge(self, slot: Slot, *, thorough: bool = False, asked: frozenset[Served] | None = None) -> HostChanges:
         """Make the host what the state says. The network comes first: it is right even if a service then fails.
 
@@ -646,7 +387,7 @@ class Scopes:
         built: tuple[Step, ...] = ()
         try:
             if slot.unproved:
-                built = self._find_out_who_serves(slot)
+                built = self.placements.find_out_who_serves(slot, self.placed_want(slot))
             want = self.placed_want(slot)
         except NetloomError:
             self._watch_for_nics(slot)  # guard: a-bridge-without-a-nic-is-watched
@@ -708,79 +449,6 @@ class Scopes:
             want = self.placed_want(slot)
         if want.namespace:
             self._watcher.watch(slot.scope_id, want)
-
-    def _find_out_who_serves(self, slot: Slot) -> tuple[Step, ...]:
-        """Build a scope that is not on this host behind a closed gate, and ask for its addresses before it opens.
-
-        While this host was down, the scope may have been placed on another one. If somebody answers, the scope becomes
-        passive. Raises HostRefused when nobody can be asked; then the gate stays closed. Returns the steps.
-        """
-        want = self.placed_want(slot)
-        if slot.gate != "open" or not want.namespace or self._host.serves(want):
-            slot.unproved = slot.gate != "open"
-            return ()
-        gated = replace(want, gated=True)
-        changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
-        slot.loaded_ruleset = want.ruleset
-        found = self.occupied(slot, gated)
-        for _ in range(_ASK_AGAIN_MAX):
-            if not found.probing or found.owners:
-                break
-            time.sleep(OCCUPIED_S)  # another host has started at the same moment: it opens first
-            found = self.occupied(slot, gated)
-        if found.owners:  # guard: an-occupied-address-is-not-taken
-            self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
-        elif found.probing or found.unknown:
-            raise HostRefused(f"{slot.scope_id} waits behind a closed gate: {found}")
-        slot.unproved = False
-        return changes.steps
-
-    def occupied(self, slot: Slot, want: Want) -> Occupied:
-        """Who else answers for the addresses of the scope. Blocks. Raises HostRefused.
-
-        Of two hosts that ask at the same moment, the one with the higher epoch goes first, else a random number tells.
-        """
-        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
-        claim = min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
-        return self._host.occupied(slot.scope_id, want, OCCUPIED_S, claim)
-
-    def make_passive(self, slot: Slot, why: str) -> None:
-        """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
-        assert slot.scope is not None
-        self.place(slot, replace(slot.scope.placement, gate="passive", why=why))
-        self._log.line(f"scope={slot.scope_id} warning: passive: {why}")
-
-    def with_placement(self, reply: Reply, scope_id: str) -> Reply:
-        """The reply with what this host knows of the scope's placement, and of its own."""
-        reply = replace(reply, drained=self.host_record.drained, evacuated=self.host_record.evacuated)
-        slot = self._slots.get(scope_id)
-        if slot is None:
-            return reply
-        if slot.scope is not None:
-            it = slot.scope.placement
-            return replace(reply, epoch=it.epoch, gate=it.gate, proof=it.proof)
-        if slot.moved is not None:
-            return replace(reply, epoch=slot.moved.epoch, moved_to=slot.moved.to)
-        return reply
-
-    def _retire_moved(self, slot: Slot) -> None:
-        """The scope is served by another host: its state goes, and soon its network. Raises HostRefused."""
-        self._store.retire(slot.scope_id)
-        slot.scope, slot.ending, slot.unconverged = None, True, True
-
-    def remove_moved(self, slot: Slot, moved: Moved) -> HostChanges:
-        """Remember where the scope went, and remove it from this host. Raises HostRefused."""
-        self._store.save_moved(slot.scope_id, moved)
-        slot.moved = moved
-        if slot.scope is not None or slot.ending:
-            self._retire_moved(slot)
-            return self.converge(slot)
-        return HostChanges()
-
-    def remove(self, slot: Slot) -> HostChanges:
-        """Remove a scope that this host does not serve. Raises HostRefused."""
-        self._retire_moved(slot)
-        return self.converge(slot)
 
     def _let_through(self, slot: Slot, want: Want) -> None:
         """Let frames pass the host's own firewall, and note what keeps them from passing."""
@@ -867,47 +535,6 @@ class Scopes:
                     self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
             slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
         return slot.rendered[1]
-
-
-def placed(scope: Scope, placement: Placement) -> Scope:
-    """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
-    return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
-
-
-def _not_served(scope: Scope) -> HostRefused:
-    placement = scope.placement
-    if placement.gate == "incoming":
-        return HostRefused(
-            f"{scope.scope_id} is being moved here from {placement.peer}", hint="netloom where shows what holds"
-        )
-    return HostRefused(
-        f"{scope.scope_id} is passive on this host: {placement.why}", hint="netloom where shows which host serves it"
-    )
-
-
-class _Moving(HostRefused):
-    """The scope is about to leave this host. ``decided`` is set when that is done, or given up."""
-
-    def __init__(self, decided: asyncio.Event) -> None:
-        super().__init__("the scope is being moved")
-        self.decided = decided
-
-
-def _failure_of(slot: Slot, asked: Asked, network_id: str) -> ServiceFailure | None:
-    """The failed service that the call asked for, if there is one: in its own network, or in the whole scope."""
-    for it in slot.failed:
-        needed = asked.serve | (asked.end if it.stale else frozenset())
-        if it.serves & needed and it.network_id in ("", network_id):  # guard: a-call-fails-for-what-it-asked
-            return it
-    return None
-
-
-def _untold(slot: Slot) -> str:
-    """The services that fail, and what the host's firewall drops, in one line, without what an earlier reply named."""
-    new = [it for it in slot.failed if it.name not in slot.told]
-    slot.told |= {it.name for it in new}
-    dropped, slot.blocked_untold = slot.blocked_untold, []
-    return one_line("; ".join([*map(str, new), *dropped]))
 
 
 def start_workers() -> ThreadPoolExecutor:

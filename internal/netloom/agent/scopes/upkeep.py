@@ -35,7 +35,8 @@ from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeWatcher
-from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes, Slot
+from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes
+from netloom.agent.scopes.slot import Slot
 from netloom.errors import NetloomError, one_line
 from netloom.guestwire import PasswordTaken
 

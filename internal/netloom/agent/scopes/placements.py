@@ -1,0 +1,177 @@
+"""Whether this host serves a scope: what it does before the scope's gate opens, and where a scope went from here.
+
+``state.Placement`` has the gates. All that changes a placement is here; ``Moves`` and the calls of CloudStack use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from msgspec.structs import replace
+
+from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.arp_probe import CLAIM_BYTES
+from netloom.agent.log import Log
+from netloom.agent.scopes.interfaces import Host, ScopeStore
+from netloom.agent.scopes.slot import Slot
+from netloom.agent.scopes.store import HostRecord, Moved
+from netloom.errors import HostRefused, NetloomError
+from netloom.plan.steps import Step
+from netloom.render.want import Want
+from netloom.state import Placement, Scope
+from netloom.wire import Call, Reply
+
+# These go to all hosts (extension/dispatch.py).
+TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
+OCCUPIED_S = 0.3  # three ARP probes
+_ASK_AGAIN_MAX = 6
+
+
+class Placements:
+    """The placements of all scopes of this host, and ``host_record``: what an operator said about the host.
+
+    Methods with a slot are called in a worker thread that holds its lock, ``with_placement`` on the event loop.
+    """
+
+    def __init__(self, store: ScopeStore, host: Host, log: Log) -> None:
+        self._store = store
+        self._host = host
+        self._log = log
+        self._random = os.urandom(CLAIM_BYTES - 4)
+        self.host_record = HostRecord()
+
+    def load(self) -> None:
+        """Read what an operator said about this host."""
+        try:
+            self.host_record = self._store.host_record()
+        except NetloomError as error:
+            self._log.line(f"load failed: {error}")
+            self.host_record = HostRecord(drained=True)  # the safe reading: nothing new is placed here
+
+    def with_placement(self, reply: Reply, slot: Slot | None) -> Reply:
+        """The reply with what this host knows of the scope's placement, and of its own."""
+        reply = replace(reply, drained=self.host_record.drained, evacuated=self.host_record.evacuated)
+        if slot is None:
+            return reply
+        if slot.scope is not None:
+            it = slot.scope.placement
+            return replace(reply, epoch=it.epoch, gate=it.gate, proof=it.proof)
+        if slot.moved is not None:
+            return replace(reply, epoch=slot.moved.epoch, moved_to=slot.moved.to)
+        return reply
+
+    def check_gate(self, slot: Slot, call: Call) -> None:
+        """Raise HostRefused, or ScopeMoving, if this host does not serve the scope; then nothing is executed.
+
+        Commands that go to all hosts end the scope here, too, whatever is left of it.
+        """
+        ends = call.command in TO_ALL_HOSTS
+        if slot.scope is None:
+            if slot.moved is None:
+                slot.unproved = call.epoch > 0  # its host has died: perhaps it has not
+            elif ends or call.epoch > slot.moved.epoch:  # the scope is placed here again
+                self._store.forget_moved(slot.scope_id)
+                slot.moved = None
+            else:
+                raise HostRefused(  # guard: a-call-follows-a-move
+                    f"{slot.scope_id} was moved to {slot.moved.to}", hint="the next call of CloudStack goes there"
+                )
+            return
+        placement = slot.scope.placement
+        if placement.gate == "open" or ends:
+            return
+        if placement.gate == "closed":
+            raise ScopeMoving(slot.decided)  # guard: a-call-waits-for-the-end-of-a-move
+        if placement.gate == "passive" and call.epoch > placement.epoch:
+            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why=""))
+            slot.unproved = True
+            return
+        raise not_served(slot.scope)
+
+    def place(self, slot: Slot, placement: Placement) -> None:
+        """Save the placement of the scope. Raises HostRefused; nothing has changed then."""
+        assert slot.scope is not None
+        scope = placed(slot.scope, placement)
+        if scope != slot.scope:
+            self._store.save(scope)
+            slot.scope = scope
+
+    def find_out_who_serves(self, slot: Slot, want: Want) -> tuple[Step, ...]:
+        """Build a scope that is not on this host behind a closed gate, and ask for its addresses before it opens.
+
+        While this host was down, the scope may have been placed on another one. If somebody answers, the scope becomes
+        passive. Raises HostRefused when nobody can be asked; then the gate stays closed. Returns the steps.
+        """
+        if slot.gate != "open" or not want.namespace or self._host.serves(want):
+            slot.unproved = slot.gate != "open"
+            return ()
+        gated = replace(want, gated=True)
+        changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
+        slot.loaded_ruleset = want.ruleset
+        found = self.occupied(slot, gated)
+        for _ in range(_ASK_AGAIN_MAX):
+            if not found.probing or found.owners:
+                break
+            time.sleep(OCCUPIED_S)  # another host has started at the same moment: it opens first
+            found = self.occupied(slot, gated)
+        if found.owners:  # guard: an-occupied-address-is-not-taken
+            self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
+        elif found.probing or found.unknown:
+            raise HostRefused(f"{slot.scope_id} waits behind a closed gate: {found}")
+        slot.unproved = False
+        return changes.steps
+
+    def occupied(self, slot: Slot, want: Want) -> Occupied:
+        """Who else answers for the addresses of the scope. Blocks. Raises HostRefused.
+
+        Of two hosts that ask at the same moment, the one with the higher epoch goes first, else a random number tells.
+        """
+        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
+        claim = min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
+        return self._host.occupied(slot.scope_id, want, OCCUPIED_S, claim)
+
+    def make_passive(self, slot: Slot, why: str) -> None:
+        """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
+        assert slot.scope is not None
+        self.place(slot, replace(slot.scope.placement, gate="passive", why=why))
+        self._log.line(f"scope={slot.scope_id} warning: passive: {why}")
+
+    def retire(self, slot: Slot, moved: Moved | None = None) -> None:
+        """This host serves the scope no longer: its state goes now, and its network with the next convergence.
+
+        ``moved``: where the scope went; this is remembered, also of a scope that has no state here. Raises HostRefused.
+        """
+        if moved is not None:
+            self._store.save_moved(slot.scope_id, moved)
+            slot.moved = moved
+            if slot.scope is None and not slot.ending:
+                return
+        self._store.retire(slot.scope_id)
+        slot.scope, slot.ending, slot.unconverged = None, True, True
+
+
+def placed(scope: Scope, placement: Placement) -> Scope:
+    """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
+    return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
+
+
+def not_served(scope: Scope) -> HostRefused:
+    """The error of a call whose scope this host has, but does not serve."""
+    placement = scope.placement
+    if placement.gate == "incoming":
+        return HostRefused(
+            f"{scope.scope_id} is being moved here from {placement.peer}", hint="netloom where shows what holds"
+        )
+    return HostRefused(
+        f"{scope.scope_id} is passive on this host: {placement.why}", hint="netloom where shows which host serves it"
+    )
+
+
+class ScopeMoving(HostRefused):
+    """The scope is about to leave this host. ``decided`` is set when that is done, or given up."""
+
+    def __init__(self, decided: asyncio.Event) -> None:
+        super().__init__("the scope is being moved")
+        self.decided = decided
