@@ -197,6 +197,7 @@ class FakeHost:
         self.unused: list[str] = []  # links that the next tidy removes
         self.with_vms: set[str] = set()  # bridges
         self.owners: dict[str, str] = {}  # of addresses, on other hosts
+        self.asked: list[set[str]] = []  # the addresses of each question
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
@@ -291,6 +292,7 @@ class FakeHost:
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         self.did.append(f"ask {scope_id}")
         asked = {it.ip for it in want.announce}
+        self.asked.append(asked)
         heard = ({it: at[it] for it in asked & at.keys()} for at in (self.owners, self.probing, self.unknown))
         return Occupied(*heard)
 

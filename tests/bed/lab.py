@@ -29,7 +29,7 @@ EXTENSIONS = "/usr/share/cloudstack-management/extensions"
 # Every character that a shell, a JSON text, an XML text or a careless split would trip over.
 HOSTILE_PASSWORD = "p\u00e4 \"ss'$(x)`id`;|&<>=#%{}*~!\\"
 
-Cut = Literal["mgmt", "guest", "all"]
+Cut = Literal["mgmt", "guest", "all but public", "all"]
 
 _USERS = "netadmin:x:1500:1500::/home/netadmin:/bin/bash\nplainuser:x:1501:1501::/home/plainuser:/bin/bash\n"
 _GROUPS = "netadmin:x:1500:\nplainuser:x:1501:\n"
@@ -216,8 +216,10 @@ class Host(Machine):
     def _ports(self, what: Cut) -> list[str]:
         ports = [f"h{self.number}m"] if what != "guest" else []
         if what != "mgmt":
-            ports += [f"h{self.number}e1", f"h{self.number}e2"]
-            ports += [f"h{self.number}e{nic[-1]}.{vlan}" for nic, vlan in self._segments if vlan != "untagged"]
+            nics = [1] if what == "all but public" else [1, 2]
+            ports += [f"h{self.number}e{nic}" for nic in nics]
+            tagged = [(int(nic[-1]), vlan) for nic, vlan in self._segments if vlan != "untagged"]
+            ports += [f"h{self.number}e{nic}.{vlan}" for nic, vlan in tagged if nic in nics]
         return ports
 
     # --- VMs

@@ -325,7 +325,7 @@ class Machine:
         return self.client.start("watch_arp", shape, link=link, seconds=seconds, announced=announced).wait_ready()
 
     def who_has(self, address: str, *, link: str = "eth0", **options: Any) -> list[str]:
-        """The MAC addresses that answer ARP for an address. Options: source, timeout_s."""
+        """The MAC address of each answer to one ARP request. Options: source, timeout_s."""
         return list(self.client.call("who_has", link=link, address=address, **options))
 
     def send_frame(self, frame: str, *, link: str = "eth0", count: int = 1) -> None:

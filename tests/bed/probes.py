@@ -670,7 +670,11 @@ def watch_arp(stop: Control, link: str, *, seconds: float = 10.0, announced: str
 
 
 def who_has(stop: Control, link: str, address: str, *, source: str = "0.0.0.0", timeout_s: float = 0.5) -> list[str]:
-    """Send an ARP request; returns the MAC addresses that answer within the time."""
+    """Send an ARP request; returns the MAC address of each answer within the time.
+
+    Two hosts that serve one network have the same MAC addresses, so equal ones are listed, too. Answers to a request
+    with another ``source`` are left out.
+    """
     _bounded(timeout_s)
     own = bytes.fromhex(link_mac(link).replace(":", ""))
     target = socket.inet_aton(address)
@@ -687,8 +691,8 @@ def who_has(stop: Control, link: str, address: str, *, source: str = "0.0.0.0", 
                 frame = raw.recv(2048)
             except (TimeoutError, BlockingIOError):
                 break
-            is_reply = frame[20:22] == b"\0\2" and frame[28:32] == target
-            if is_reply and _mac(frame[22:28]) not in found:
+            is_reply = frame[20:22] == b"\0\2" and frame[28:32] == target and frame[38:42] == socket.inet_aton(source)
+            if is_reply:
                 found.append(_mac(frame[22:28]))
     return found
 

@@ -5,7 +5,9 @@ The table of cases in docs/operators/moves.md names these tests.
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from bed import Bed
+from bed.cloudstack import Failed
 from bed.lab import Host, Internet, Vm, agent_command
 from bed.machines import until
 from bed.operator import Operator
@@ -61,10 +64,12 @@ class Served:
         """Ask all the time, and assert that no request gets two answers."""
         counts: list[int] = []
         done = threading.Event()
+        # An answer that comes late counts for its own request.
+        sources = itertools.cycle(f"203.0.113.{last}" for last in range(2, 10))
 
         def ask() -> None:
             while not done.is_set():
-                counts.append(len(self.internet.who_has(self.address.ip, timeout_s=0.05)))
+                counts.append(len(self.internet.who_has(self.address.ip, source=next(sources), timeout_s=0.05)))
 
         asking = threading.Thread(target=ask)
         asking.start()
@@ -200,3 +205,31 @@ def test_a_network_without_a_copy_is_built_by_the_next_commands(served: Served, 
             boot(served.dead)
             assert until(lambda: is_passive(served.dead, served.scope), seconds=60)
         assert served.works()
+
+
+@pytest.mark.mutation("gained-addresses-are-asked-for")
+def test_a_host_that_counts_as_dead_and_answers_on_its_public_network_keeps_its_addresses(
+    served: Served, operator: Operator
+) -> None:
+    """The guest gateway is free, so the network is built elsewhere; public addresses come with later commands."""
+    served.dead.partition("all but public")
+    operator.run("evacuate", served.dead.address, "--owner", served.owner)
+    path = f"/var/lib/netloom/scopes/{served.scope}.json"
+    with served.vm.serve_tcp(22), served.never_two():
+        with impatient(served.life.cloud, timeout_s=20), pytest.raises(Failed) as failed:
+            served.network.restart(cleanup=True)
+        told = str(failed.value)
+        assert re.search(rf"{re.escape(served.address.ip)} is answered by 0a(:[0-9a-f]{{2}}){{5}}", told), told
+        assert f"power {served.dead.address} off" in told
+        assert served.network.host == served.alive.address
+        assert not json.loads(served.alive.read(path))["static_nats"]
+        assert served.answers() == 1
+        # What the network has is served: its gateway.
+        gateway = served.network.facts.gateway
+        assert until(lambda: served.vm.ping(gateway).ok)
+        assert served.vm.who_has(gateway) != []
+        # The host is powered off indeed.
+        served.dead.power_cut()
+        with impatient(served.life.cloud, timeout_s=20):
+            served.network.restart(cleanup=True)
+        assert until(served.works)

@@ -83,6 +83,19 @@ async def test_a_refused_call_stops_none_of_those_that_wait_with_it(agent: Agent
 
 
 @simulated
+async def test_a_call_that_is_refused_after_a_new_network_does_not_keep_it_from_being_announced(agent: Agent) -> None:
+    agent.workers.hold()
+    first = agent.send("131", "destroy-network")
+    await agent.clock.settle()
+    calls = [agent.send("020", "implement-network"), agent.send("053", "add-port-forward", public_port="no port")]
+    await agent.workers.release()
+    assert first.result().status == 0
+    assert [call.result().status for call in calls] == [0, 1]
+    await agent.clock.advance(1)
+    assert [addresses for _, addresses in agent.host.arp][:1] == [["10.10.1.1"]]
+
+
+@simulated
 async def test_all_calls_that_wait_together_fail_when_the_state_cannot_be_saved(agent: Agent) -> None:
     await agent.live()
     agent.workers.hold()

@@ -216,14 +216,14 @@ def _closed(have: Have, want: Want) -> Iterator[Step]:
 def _opened(have: Have, want: Want) -> Iterator[Step]:
     ports = have.host_ends | have.left | _wanted_ends(want)
     stale = ports & (have.closed | _closed_meanwhile(have, want))
-    stale -= _wanted_ends(want) if want.gated else frozenset()
+    stale -= want.closed_ends
     if stale:
         yield OpenGate(tuple(sorted(stale)))
 
 
 def _closed_meanwhile(have: Have, want: Want) -> frozenset[str]:
-    """The host ends that are closed during the plan of a gated scope: those that it will not have any longer, too."""
-    return have.host_ends | _wanted_ends(want) if want.gated else frozenset()
+    """The host ends that are closed during the plan: of a gated scope those that it will not have any longer, too."""
+    return have.host_ends | want.closed_ends if want.gated else want.closed_ends
 
 
 def _wanted_ends(want: Want) -> frozenset[str]:

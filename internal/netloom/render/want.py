@@ -73,7 +73,8 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     and gateways learn the new MAC address. IPv6 addresses are not announced.
 
     ``gated``: everything exists on the host, but no frame passes the host ends of the ports, and nothing is announced.
-    Rendering leaves it False; whoever knows that another host serves the scope sets it.
+    Rendering leaves it False; whoever knows that another host serves the scope sets it. ``gated_ports``: the host ends
+    of ports for which the same holds although the scope is not gated.
     """
 
     namespace: str
@@ -86,3 +87,9 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     ruleset: Ruleset | None = None
     announce: tuple[Address, ...] = ()
     gated: bool = False
+    gated_ports: frozenset[str] = frozenset()
+
+    @property
+    def closed_ends(self) -> frozenset[str]:
+        """The host ends of the ports that no frame passes."""
+        return frozenset(port.host_link for port in self.ports if self.gated or port.host_link in self.gated_ports)

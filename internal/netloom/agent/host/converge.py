@@ -100,7 +100,7 @@ class KernelHost:
     def claim(self, scope_id: str, want: Want) -> None:
         """Record which shared bridges and closed gates the scope wants; they are kept from now on."""
         with self._gates:
-            self._gated[scope_id] = frozenset(port.host_link for port in want.ports if want.gated)
+            self._gated[scope_id] = want.closed_ends
             if not self._gated[scope_id]:
                 del self._gated[scope_id]
         bridges = frozenset(port.segment.bridge for port in want.ports)

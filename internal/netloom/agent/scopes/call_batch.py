@@ -14,13 +14,15 @@ from netloom.agent.host.changes import HostChanges
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.interfaces import ScopeServices, ScopeStore
-from netloom.agent.scopes.placements import Placements, ScopeMoving, not_served, placed
+from netloom.agent.scopes.placements import Placements, ScopeMoving, not_served, placed_by
 from netloom.agent.scopes.slot import Slot, WaitingCall
 from netloom.commands import table
 from netloom.commands.asked import Asked
 from netloom.commands.transition import Context, Transitioned
 from netloom.errors import HostRefused, one_line
+from netloom.plan.steps import Step
 from netloom.protocol.lb import ApplyLbRules
+from netloom.render.want import Want
 from netloom.state import Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Reply
@@ -29,50 +31,54 @@ from netloom.wire import Call, Reply
 END_COMMANDS = frozenset({"shutdown-network", "destroy-network", "shutdown-vpc", "destroy-vpc"})
 
 
-class Converge(Protocol):
-    """``Scopes.converge``."""
+class Convergence(Protocol):
+    """What a batch needs of ``Scopes``, which describes the methods."""
 
-    def __call__(self, slot: Slot, *, asked: frozenset[Served]) -> HostChanges: ...
+    def read_state(self, slot: Slot) -> None: ...
+    def converge(self, slot: Slot, *, asked: frozenset[Served]) -> HostChanges: ...
+    def placed_want(self, slot: Slot) -> Want: ...
+    def placed_want_of(self, scope: Scope) -> Want: ...
 
 
 class CallBatches:
-    """Applies calls whose state has been read, in a worker thread that holds the lock of the slot."""
+    """Applies calls, in a worker thread that holds the lock of the slot."""
 
     def __init__(
-        self, store: ScopeStore, services: ScopeServices, placements: Placements, converge: Converge, log: Log
+        self, store: ScopeStore, services: ScopeServices, placements: Placements, scopes: Convergence, log: Log
     ) -> None:
         self._store = store
         self._services = services
         self._placements = placements
-        self._converge = converge
+        self._scopes = scopes
         self._log = log
 
-    def apply_together(self, slot: Slot, waiting: Sequence[WaitingCall]) -> HostChanges:
-        """Apply the calls. If the last convergence fails, its error is raised; each call has its own already."""
-        changes, failure = HostChanges(), None
-        rest = deque(waiting)
-        while rest:
-            first, *_ = group = self._transitions(slot, rest)
-            if not group:
-                continue
-            try:
-                done, failure = self._settle(slot, group), None
-                first.steps = done.count
-                changes = HostChanges(
-                    changes.steps + done.steps,
-                    changes.announcements + done.announcements,
-                    changes.services + done.services,
-                )
-            except Exception as error:  # noqa: BLE001, raised below
-                failure = error
-                for it in group:
-                    it.error = error
-        if failure is not None:
-            raise failure
+    def apply_some(self, slot: Slot, rest: deque[WaitingCall]) -> HostChanges:
+        """Take the first of these calls, and those that can be applied together with it. Raises their error.
+
+        Each of them has its reply or its error afterwards. If the state cannot be read, ``rest`` is as before.
+        """
+        self._scopes.read_state(slot)
+        waiting = list(rest)
+        group = self._transitions(slot, rest)
+        if not group:
+            assert waiting[-1].error is not None
+            raise waiting[-1].error
+        if (
+            slot.unproved and slot.scope is not None and self._asks_first(group)
+        ):  # guard: what-a-scope-has-comes-before-what-it-gains
+            rest.extendleft(reversed(group))
+            return self._scopes.converge(slot, asked=frozenset())
+        try:
+            changes = self._settle(slot, group)
+        except Exception as error:
+            for it in group:
+                it.error = error
+            raise
+        group[0].steps = changes.count
         return changes
 
     def apply(self, slot: Slot, call: Call, payload: msgspec.Struct) -> tuple[Reply, HostChanges]:
-        """Apply one call, whose gate has been checked."""
+        """Apply one call, whose state has been read and whose gate has been checked."""
         it = WaitingCall(call)
         it.payload, it.outcome = payload, self._change(slot.scope, call, payload)
         changes = self._settle(slot, [it])
@@ -82,7 +88,8 @@ class CallBatches:
     def _transitions(self, slot: Slot, rest: deque[WaitingCall]) -> list[WaitingCall]:
         """Take calls that can be saved at once from ``rest``, and compute their states, each from the one before.
 
-        A call that is refused gets its error and changes nothing. One that creates or ends the scope comes alone.
+        A call that is refused gets its error and changes nothing. One that creates or ends the scope comes alone, and
+        one whose new addresses may turn out to be in use.
         """
         group: list[WaitingCall] = []
         while rest and (not group or slot.scope is not None):
@@ -100,22 +107,26 @@ class CallBatches:
             except Exception as error:  # noqa: BLE001, the call reports it
                 rest.popleft().error = error
                 continue
-            if outcome.scope is None and group:
+            alone = outcome.scope is None or self._placements.asks_first(
+                outcome.scope
+            )  # guard: a-call-that-may-be-refused-late-comes-alone
+            if alone and group:
                 break
             it.outcome = outcome
             group.append(rest.popleft())
-            if outcome.scope is None:
+            if alone:
                 break
         return group
+
+    def _asks_first(self, group: Sequence[WaitingCall]) -> bool:
+        scope = group[-1].new_scope
+        return scope is not None and self._placements.asks_first(scope)
 
     def _change(self, scope: Scope | None, call: Call, payload: msgspec.Struct) -> Transitioned:
         """The transition of a call, with the number of the placement that the caller knows."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, scope, payload, context)
-        if outcome.scope is not None and outcome.scope.placement.epoch < call.epoch:
-            placement = replace(outcome.scope.placement, epoch=call.epoch)
-            outcome = replace(outcome, scope=placed(outcome.scope, placement))
-        return outcome
+        return replace(outcome, scope=placed_by(outcome.scope, call)) if outcome.scope is not None else outcome
 
     def _settle(self, slot: Slot, group: Sequence[WaitingCall]) -> HostChanges:
         """Save the state after the last of these calls, converge once, and make the replies.
@@ -123,6 +134,7 @@ class CallBatches:
         Until the state is saved, nothing has changed.
         """
         scope = group[-1].new_scope
+        built: tuple[Step, ...] = ()
         if scope is None:
             if slot.scope is not None:
                 self._store.retire(slot.scope_id)
@@ -131,6 +143,10 @@ class CallBatches:
                 slot.ending = True
             slot.scope = None
         elif scope != slot.scope:
+            # A scope that is new here is asked for as a whole, behind closed gates.
+            if self._asks_first(group) and not slot.unproved:  # guard: gained-addresses-are-asked-for
+                have, want = self._scopes.placed_want(slot), self._scopes.placed_want_of(scope)
+                built = self._placements.ask_first(slot, have, want, scope.owner)
             self._store.save(scope)  # guard: state-is-saved-first
             for command, reasons in scope.left_out.items():
                 if slot.scope is None or slot.scope.left_out.get(command) != reasons:
@@ -140,12 +156,12 @@ class CallBatches:
         asked = [table.asked_of_services(it.call.command, it.decoded) for it in group]
         changes = HostChanges()
         if slot.scope is not None or slot.ending:
-            changes = self._converge(slot, asked=frozenset().union(*(it.serve | it.end for it in asked)))
+            changes = self._scopes.converge(slot, asked=frozenset().union(*(it.serve | it.end for it in asked)))
         if slot.scope is not None and slot.scope.placement.gate == "passive":
             raise not_served(slot.scope)  # another host was found when the scope was built
         for it, services in zip(group, asked, strict=True):
             it.reply = self._reply(slot, it, services)
-        return changes
+        return replace(changes, steps=built + changes.steps)
 
     def _reply(self, slot: Slot, it: WaitingCall, asked: Asked) -> Reply:
         """The reply to a call whose state is saved and applied."""

@@ -261,7 +261,13 @@ class Moves:
         if had and had.placement.gate == "passive":
             kept = kept or "it was passive before"
         placement = Placement(
-            epoch=asked.epoch, host=asked.host, proof=asked.proof, gate="incoming", peer=asked.peer, why=kept
+            epoch=asked.epoch,
+            host=asked.host,
+            proof=asked.proof,
+            gate="incoming",
+            peer=asked.peer,
+            why=kept,
+            from_dead=scope.placement.from_dead,
         )
         scope = placed(scope, placement)
         self._store.save(scope)
@@ -298,7 +304,8 @@ class Moves:
             self._copy_flows(slot, asked.flows, asked.gone)
         if not asked.dead and not _within(asked.ready, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
             raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
-        self._scopes.placements.place(slot, replace(placement, gate="open", peer="", why=""))
+        from_dead = placement.from_dead or (asked.dead and not asked.fenced)
+        self._scopes.placements.place(slot, replace(placement, gate="open", peer="", why="", from_dead=from_dead))
         if not want.namespace:
             return b"", HostChanges()
         announcements = self._host.open_gate(slot.scope_id, want)

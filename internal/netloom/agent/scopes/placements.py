@@ -85,7 +85,7 @@ class Placements:
         if placement.gate == "closed":
             raise ScopeMoving(slot.decided)  # guard: a-call-waits-for-the-end-of-a-move
         if placement.gate == "passive" and call.epoch > placement.epoch:
-            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why=""))
+            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why="", from_dead=True))
             slot.unproved = True
             return
         raise not_served(slot.scope)
@@ -110,18 +110,76 @@ class Placements:
         gated = replace(want, gated=True)
         changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
         slot.loaded_ruleset = want.ruleset
-        found = self.occupied(slot, gated)
-        for _ in range(_ASK_AGAIN_MAX):
-            if not found.probing or found.owners:
-                break
-            time.sleep(OCCUPIED_S)  # another host has started at the same moment: it opens first
-            found = self.occupied(slot, gated)
+        found = self._occupied_at_last(slot, gated, may_be_unknown=True)
         if found.owners:  # guard: an-occupied-address-is-not-taken
             self.make_passive(slot, f"{found}; another host may serve {slot.scope_id}")
         elif found.probing or found.unknown:
             raise HostRefused(f"{slot.scope_id} waits behind a closed gate: {found}")
         slot.unproved = False
         return changes.steps
+
+    def asks_first(self, scope: Scope) -> bool:
+        """Whether each address that the scope gains is asked for: its host before may answer for it still.
+
+        That ends with the permission to take scopes of the dead host: when an operator says that it is back, or after
+        the seven days.
+        """
+        return scope.placement.from_dead and bool(self._evacuated(scope.owner))
+
+    def ask_first(self, slot: Slot, have: Want, want: Want, owner: str) -> tuple[Step, ...]:
+        """Ask for the addresses of ``want`` that ``have`` lacks, before the state with them is saved.
+
+        ``have``: what the scope wants on this host now; ``want``: with the new state. The question needs the bridges
+        of new ports. So these ports are built, behind closed gates and without addresses. Returns the steps.
+
+        Raises HostRefused if somebody answers, or nobody can be asked. The host is as before then, and the scope goes
+        on with the addresses that it has.
+        """
+        gained = tuple(it for it in want.announce if it not in have.announce)
+        if not gained:
+            return ()
+        links = {port.link for port in have.ports}
+        new = tuple(port for port in want.ports if port.link not in links)
+        steps: tuple[Step, ...] = ()
+        was_unconverged = slot.unconverged
+        if new:
+            slot.unconverged = True
+            silent = replace(want, gated=True)
+            if have.namespace:
+                closed = frozenset(port.host_link for port in new)
+                silent = replace(have, ports=(*have.ports, *new), gated_ports=closed)
+            steps = self._host.converge(slot.scope_id, silent, slot.loaded_ruleset).steps
+            slot.loaded_ruleset = silent.ruleset
+        # A NIC that was down until now may need some seconds.
+        found = self._occupied_at_last(slot, replace(want, announce=gained), may_be_unknown=not new)
+        if not (found.owners or found.probing or found.unknown):
+            return steps
+        if new:
+            self._host.converge(slot.scope_id, have, slot.loaded_ruleset)
+            slot.loaded_ruleset, slot.unconverged = have.ruleset, was_unconverged
+        dead = " and ".join(self._evacuated(owner))
+        raise HostRefused(
+            f"{found}, so {slot.scope_id} does not take the address; nothing was changed",
+            hint=f"power {dead} off and repeat the command; if it is reachable: netloom undrain {dead}",
+        )
+
+    def _evacuated(self, owner: str) -> list[str]:
+        """The dead hosts whose scopes of this owner this host may take."""
+        records = self.host_record.evacuated
+        return [it.host for it in records if it.owner in ("", owner) and it.until > time.time()]
+
+    def _occupied_at_last(self, slot: Slot, want: Want, *, may_be_unknown: bool) -> Occupied:
+        """:meth:`occupied`, again for some seconds while another host asks with a stronger claim: it goes first.
+
+        Also while nobody can be asked, unless ``may_be_unknown``.
+        """
+        found = self.occupied(slot, want)
+        for _ in range(_ASK_AGAIN_MAX):
+            if found.owners or not (found.probing or (found.unknown and not may_be_unknown)):
+                break
+            time.sleep(OCCUPIED_S)
+            found = self.occupied(slot, want)
+        return found
 
     def occupied(self, slot: Slot, want: Want) -> Occupied:
         """Who else answers for the addresses of the scope. Blocks. Raises HostRefused.
@@ -155,6 +213,17 @@ class Placements:
 def placed(scope: Scope, placement: Placement) -> Scope:
     """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
     return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
+
+
+def placed_by(scope: Scope, call: Call) -> Scope:
+    """``scope`` after the call, with the number of the placement that the caller knows.
+
+    A number that no move announced here comes with a call that follows an evacuation: another host served the scope.
+    This includes a scope that this host restored from nothing, with fewer addresses, if another one took it meanwhile.
+    """
+    if scope.placement.epoch >= call.epoch:
+        return scope
+    return placed(scope, replace(scope.placement, epoch=call.epoch, from_dead=True))
 
 
 def not_served(scope: Scope) -> HostRefused:

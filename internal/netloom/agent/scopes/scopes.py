@@ -13,7 +13,8 @@ A call takes these steps. All but the first and the last run in one worker threa
 2. If the scope is just moving to another host, ``execute`` waits until that is decided. If it has moved, the reply says
    where to, and the call is not executed.
 3. The state is read from disk (the first time). ``CallBatches`` decodes the payload and computes the new state.
-4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was.
+4. The new state is written to disk. Until then nothing has changed, and an error leaves everything as it was. New
+   addresses of a scope whose host was declared dead are asked for by ARP before that.
 5. ``converge`` makes the host what the state says: the kernel objects, then the open flows, then the processes.
    If nothing changed and the host is as it should be, this costs one observation of the kernel. A process that does
    not start fails the call only if the call asked for it (``commands/asked.py``).
@@ -31,7 +32,8 @@ import asyncio
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol, TypeVar
@@ -59,6 +61,7 @@ from netloom.protocol.custom import CustomAction
 from netloom.render import helpers
 from netloom.render.scope import render
 from netloom.render.want import Want
+from netloom.state import Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Reply
 
@@ -109,7 +112,7 @@ class Scopes:
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
         self.placements = Placements(store, host, log)
-        self._batches = CallBatches(store, services, self.placements, self.converge, log)
+        self._batches = CallBatches(store, services, self.placements, self, log)
         self.work_done = 0  # works that worker threads have ended
 
     def load(self) -> None:
@@ -274,13 +277,16 @@ class Scopes:
 
     async def _run_waiting(self, slot: Slot) -> None:
         """Run all waiting calls of the scope. Each of them has its reply or its error afterwards."""
-        together, slot.waiting = slot.waiting, []
-        try:
-            await self.run_and_settle(slot, lambda: (None, self._apply_together(slot, together)))
-        except Exception as error:  # noqa: BLE001, the calls report it
-            for it in together:
-                if it.reply is None and it.error is None:
-                    it.error = error
+        rest, slot.waiting = deque(slot.waiting), []
+        while rest:
+            count = len(rest)
+            try:
+                await self.run_and_settle(slot, lambda: (None, self._batches.apply_some(slot, rest)))
+            except Exception as error:  # noqa: BLE001, the calls report it
+                if len(rest) == count:
+                    for it in rest:
+                        it.error = error
+                    rest.clear()
 
     async def _await_decision(self, slot: Slot, decided: asyncio.Event, within_s: float) -> None:
         slot.users += 1
@@ -348,10 +354,6 @@ class Scopes:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     # ------------------------------------------------------------------- in a worker thread, the lock is held
-
-    def _apply_together(self, slot: Slot, waiting: Sequence[WaitingCall]) -> HostChanges:
-        self.read_state(slot)
-        return self._batches.apply_together(slot, waiting)
 
     def _run_action(self, slot: Slot, call: Call) -> tuple[tuple[str | Hook, int], HostChanges]:
         """The output or the hook that makes it, and the revision of the scope."""
@@ -442,6 +444,10 @@ class Scopes:
         want = self._host.placed(slot.scope_id, self._want(slot))
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
 
+    def placed_want_of(self, scope: Scope) -> Want:
+        """What the scope would want on this host with this state. Raises HostRefused."""
+        return self._host.placed(scope.scope_id, _rendered(scope, self._missing_helpers(scope)))
+
     def _watch_for_nics(self, slot: Slot) -> None:
         """Watch a scope that could not be built, because its NIC may appear later, or its bridge may get one."""
         want = self._want(slot)
@@ -524,17 +530,23 @@ class Scopes:
     def _want(self, slot: Slot) -> Want:
         """What the scope wants on the host. Rendered once per state, because most calls change nothing."""
         scope = slot.scope
-        # The kernel would refuse the whole ruleset, for example after a restart without the module.
-        missing = self._host.missing_helpers(scope.helpers) if scope is not None and scope.helpers else ()
+        missing = self._missing_helpers(scope)
         if slot.rendered is None or slot.rendered[0] is not scope or slot.missing_helpers != missing:
-            offered = scope
-            if scope is not None and missing:
-                offered = replace(scope, helpers=tuple(it for it in scope.helpers if it not in missing))
             if missing and slot.missing_helpers != missing:
                 for reason in helpers.not_offered(missing):
                     self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
-            slot.rendered, slot.missing_helpers = (scope, render(offered)), missing
+            slot.rendered, slot.missing_helpers = (scope, _rendered(scope, missing)), missing
         return slot.rendered[1]
+
+    def _missing_helpers(self, scope: Scope | None) -> tuple[str, ...]:
+        return self._host.missing_helpers(scope.helpers) if scope is not None and scope.helpers else ()
+
+
+def _rendered(scope: Scope | None, missing: tuple[str, ...]) -> Want:
+    """What the scope wants without these helpers. With one that the kernel lacks, it would refuse the whole ruleset."""
+    if scope is not None and missing:
+        scope = replace(scope, helpers=tuple(it for it in scope.helpers if it not in missing))
+    return render(scope)
 
 
 def start_workers() -> ThreadPoolExecutor:
