@@ -5,11 +5,9 @@ A call whose process is killed is repeated once, as CloudStack does. A call whos
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ import processes
 from crash.choice import chosen
 from crash.effects import LAUNCH, Effect, Tracer
 from crash.points import Strike
-from ssh.lab import KEYS, MANAGEMENT, PYTHON, REPO, Caller, CallResult, SshLab, run
+from ssh.lab import KEYS, MANAGEMENT, PYTHON, REPO, Caller, CallResult, SshLab, run, running_lab
 
 # Compiled modules are no files of ours.
 TRACED = ["env", "PYTHONDONTWRITEBYTECODE=1", *LAUNCH, PYTHON, str(REPO / "cmd" / "netloom" / "main.py")]
@@ -31,14 +29,8 @@ SETTLE_S = 20.0
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lab = SshLab(tmp_path_factory.mktemp("stest"))
-        try:
-            lab.up()
-            yield lab
-        finally:
-            lab.down()
+    with running_lab(tmp_path_factory.mktemp("stest")) as lab:
+        yield lab
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ import h11
 from fuzz.payload_grammar import SECRET_MARK
 from fuzz.pieces import Bytes, stream
 from fuzz.wire_targets import loop, run
-from guestbed import SERVER, network, nic
-from guestbed.dhcp import options_of, reply_to
+from guestbed import network, nic
+from guestbed.dhcp import check_reply, reply_to
+from guestbed.http import converse
 from netloom.agent.processes.guest_client import GuestClient
 from netloom.errors import HostRefused
-from netloom.guest import http, limits, metadata, password
-from netloom.guest.dhcp import BROADCAST_IP, MessageType
+from netloom.guest import http, metadata, password
 from netloom.guest.main import GuestServer
 from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestHello, Listener, Notice, PasswordTaken, Served, ServeNetwork
@@ -43,18 +43,8 @@ def take_datagram(packet: bytes) -> None:
     """Any datagram gets a well-formed reply for its own NIC, or none."""
     packet = packet[:DATAGRAM_BYTES_MAX]
     reply = reply_to(packet, TABLE)
-    if reply is None:
-        return
-    asked_by = NICS[packet[28:34]]
-    found: dict[int, bytes] = {}
-    for code, value in options_of(reply.packet):
-        found[code] = found.get(code, b"") + value
-    assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
-    assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
-    assert found[54] == socket.inet_aton(SERVER)
-    assert 300 <= len(reply.packet) <= 1472
-    assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
-    assert reply.to in (BROADCAST_IP, asked_by.ip)
+    if reply is not None:
+        check_reply(packet, reply, NICS[packet[28:34]])
 
 
 # ---- HTTP
@@ -88,28 +78,7 @@ def _conversation(data: Bytes, site: http.Site) -> bytes:
     whole = data.rest()
     size = size or len(whole) or 1
 
-    async def talk() -> bytes:
-        ours, theirs = socket.socketpair()
-        ended = asyncio.Event()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        connection = http.HttpConnection(loop(), ours, site, lambda _: ended.set(), limits.Unread())
-        said = b""
-        try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                for at in range(0, len(whole), size):
-                    await loop().sock_sendall(theirs, whole[at : at + size])
-                    await asyncio.sleep(0)
-                theirs.shutdown(socket.SHUT_WR)
-                while more := await loop().sock_recv(theirs, 65536):
-                    said += more
-        finally:
-            theirs.close()
-            connection.close()
-        await ended.wait()
-        return said
-
-    return run(talk())
+    return run(converse([whole[at : at + size] for at in range(0, len(whole), size)], site))
 
 
 # ---- the agent's connection to the guest process, both ends

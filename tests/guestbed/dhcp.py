@@ -6,8 +6,10 @@ import socket
 import struct
 from collections.abc import Mapping
 
-from netloom.guest.dhcp import DhcpReply, MessageType, parse, respond
+from guestbed import SERVER
+from netloom.guest.dhcp import BROADCAST_IP, DhcpReply, MessageType, parse, respond
 from netloom.guest.table import GuestTable
+from netloom.guestwire import GuestNic
 
 MAGIC = b"\x63\x82\x53\x63"
 COMMON = bytes([1, 3, 6, 12, 15, 26, 28, 119])
@@ -52,6 +54,27 @@ def reply_to(packet: bytes, table: GuestTable) -> DhcpReply | None:
     """The reply of the guest process to ``packet``, or None."""
     request = parse(packet)
     return None if request is None else respond(request, table)
+
+
+def check_reply(packet: bytes, reply: DhcpReply, asked_by: GuestNic) -> None:
+    """Assert that the reply to ``packet`` is well formed, and has nothing but what this NIC may get."""
+    found: dict[int, bytes] = {}
+    for code, value in options_of(reply.packet):
+        found[code] = found.get(code, b"") + value
+    assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
+    assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
+    assert found[54] == socket.inet_aton(SERVER)
+    assert 300 <= len(reply.packet) <= 1472
+    # The reply offers only the NIC's own address, and goes only to it or to the broadcast address.
+    assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
+    assert reply.to in (BROADCAST_IP, asked_by.ip)
+    if found[53][0] == MessageType.NAK:
+        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (BROADCAST_IP, bytes(4), {53, 54, 56})
+    elif not asked_by.default_nic:
+        assert not {3, 6, 15, 119} & set(found)
+    if 51 in found:
+        assert 0 < int.from_bytes(found[58], "big") < int.from_bytes(found[59], "big")
+        assert int.from_bytes(found[59], "big") < int.from_bytes(found[51], "big") < 0xFFFFFFFF
 
 
 def options_of(packet: bytes) -> list[tuple[int, bytes]]:

@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guestbed import SERVER, network, nic
-from guestbed.dhcp import message, options_of, reply_to
-from netloom.guest import http, limits, metadata, password
-from netloom.guest.dhcp import BROADCAST_IP, MessageType
+from guestbed.dhcp import check_reply, message, reply_to
+from guestbed.http import converse
+from netloom.guest import http, metadata, password
+from netloom.guest.dhcp import MessageType
 from netloom.guest.table import GuestTable, mac_bytes
 from netloom.guestwire import GuestNic
 from netloom.secret import Secret
@@ -62,26 +63,8 @@ def damaged(draw: st.DrawFn) -> bytes:
 @example(b"")
 def test_any_packet_gets_a_valid_reply_or_none(packet: bytes) -> None:
     reply = reply_to(packet, TABLE)
-    if reply is None:
-        return
-    asked_by = NICS[packet[28:34]]
-    found: dict[int, bytes] = {}
-    for code, value in options_of(reply.packet):
-        found[code] = found.get(code, b"") + value
-    assert (reply.packet[0], reply.packet[4:8], reply.packet[28:44]) == (2, packet[4:8], packet[28:44])
-    assert found[53][0] in (MessageType.OFFER, MessageType.ACK, MessageType.NAK)
-    assert found[54] == socket.inet_aton(SERVER)
-    assert 300 <= len(reply.packet) <= 1472
-    # The reply offers only the NIC's own address, and goes only to it or to the broadcast address.
-    assert reply.packet[16:20] in (bytes(4), socket.inet_aton(asked_by.ip))
-    assert reply.to in (BROADCAST_IP, asked_by.ip)
-    if found[53][0] == MessageType.NAK:
-        assert (reply.to, reply.packet[16:20], set(found) - {61}) == (BROADCAST_IP, bytes(4), {53, 54, 56})
-    elif asked_by is OTHER:
-        assert not {3, 6, 15, 119} & set(found)
-    if 51 in found:
-        assert 0 < int.from_bytes(found[58], "big") < int.from_bytes(found[59], "big")
-        assert int.from_bytes(found[59], "big") < int.from_bytes(found[51], "big") < 0xFFFFFFFF
+    if reply is not None:
+        check_reply(packet, reply, NICS[packet[28:34]])
 
 
 @given(messages)
@@ -94,33 +77,10 @@ def test_the_same_request_gets_the_same_reply(packet: bytes) -> None:
 
 def conversation(chunks: list[bytes], site: http.Site) -> bytes:
     """The bytes that one connection answers to ``chunks``."""
-
-    async def talk() -> bytes:
-        loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        ended = asyncio.Event()
-        ours.setblocking(False)
-        theirs.setblocking(False)
-        http.HttpConnection(loop, ours, site, lambda _: ended.set(), limits.Unread())
-        said = b""
-        try:
-            for chunk in chunks:
-                await loop.sock_sendall(theirs, chunk)
-                await asyncio.sleep(0)
-            theirs.shutdown(socket.SHUT_WR)
-            while data := await loop.sock_recv(theirs, 65536):
-                said += data
-        except (BrokenPipeError, ConnectionResetError):
-            pass
-        theirs.close()
-        await asyncio.wait_for(ended.wait(), 60)
-        return said
-
     failures: list[dict[str, object]] = []
-    runner = asyncio.Runner()
-    with runner:
+    with asyncio.Runner() as runner:
         runner.get_loop().set_exception_handler(lambda _, context: failures.append(context))
-        said = runner.run(talk())
+        said = runner.run(converse(chunks, site))
     assert failures == []
     return said
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,21 +10,14 @@ import pytest
 from bed import Bed
 from bed.lab import Host
 from ssh.deploy_lab import BALLAST_MB, ONE, TWO, deploying, wipe
-from ssh.lab import Caller, SshLab
+from ssh.lab import Caller, SshLab, running_lab
 from ssh.onefile import OneFiles
 
 
 @pytest.fixture(scope="session")
 def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    # The namespaces have fixed names, so a run removes those of a killed earlier run.
-    with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lab = SshLab(tmp_path_factory.mktemp("stest"))
-        try:
-            lab.up()
-            yield lab
-        finally:
-            lab.down()
+    with running_lab(tmp_path_factory.mktemp("stest")) as lab:
+        yield lab
 
 
 @pytest.fixture

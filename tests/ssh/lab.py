@@ -6,12 +6,14 @@ configurations. The management server is a network namespace without a route to 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -299,6 +301,22 @@ class SshLab:
 
     def _in(self, netns: str, script: str) -> None:
         run("ip", "netns", "exec", netns, "sh", "-ec", script)
+
+
+@contextmanager
+def running_lab(directory: Path) -> Iterator[SshLab]:
+    """The lab, for one test run of this machine at a time: its namespaces have fixed names.
+
+    Those of a killed earlier run are removed.
+    """
+    with Path(tempfile.gettempdir(), "stest.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lab = SshLab(directory)
+        try:
+            lab.up()
+            yield lab
+        finally:
+            lab.down()
 
 
 class Caller:

@@ -450,7 +450,7 @@ def _only_ours_keep(bridge: HostLink, leaving: frozenset[str]) -> bool:
     return (
         bridge.kind == "bridge"
         and bool(link)
-        and link != names.vxlan_link(bridge.name.removeprefix("brvx-"))
+        and not link.startswith(names.vxlan_link(""))
         and bool(leaving & set(bridge.ports))
         and set(bridge.ports) - leaving <= {link}
         and not bridge.alias

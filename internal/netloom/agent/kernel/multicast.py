@@ -8,7 +8,6 @@ import itertools
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from types import TracebackType
 from typing import Self
 
 from netloom.agent.kernel import netlink
@@ -49,9 +48,7 @@ class Multicast:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ import subprocess
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import TracebackType
 from typing import IO, Any, Self
 
 from netloom.agent.environment import PATH
@@ -84,9 +83,7 @@ class Nft:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def run(self, script: str) -> None:
