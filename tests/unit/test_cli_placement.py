@@ -522,7 +522,7 @@ def test_a_network_that_came_back_has_a_higher_epoch_than_every_host_knows(opera
         operator.hosts.restart(name)
     assert operator("import", archive, "--to", "h2") == 0
     assert operator.hosts["h2"].store.files["net-20"].placement == Placement(
-        epoch=8, host="h2", proof="PlacementClaim(owner='test', scope_id='net-20', epoch=8, host='h2')"
+        epoch=8, host="h2", proof="PlacementClaim(owner='test', scope_id='net-20', epoch=8, host='h2')", from_dead=True
     )
 
 

@@ -14,7 +14,7 @@ from netloom.agent.host.changes import HostChanges
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.interfaces import ScopeServices, ScopeStore
-from netloom.agent.scopes.placements import Placements, ScopeMoving, not_served, placed_by
+from netloom.agent.scopes.placements import Placements, ScopeMoving, not_served
 from netloom.agent.scopes.slot import Slot, WaitingCall
 from netloom.commands import table
 from netloom.commands.asked import Asked
@@ -126,7 +126,9 @@ class CallBatches:
         """The transition of a call, with the number of the placement that the caller knows."""
         context = Context(scope_id=call.scope_id, registration=call.registration)
         outcome = table.apply(call.command, scope, payload, context)
-        return replace(outcome, scope=placed_by(outcome.scope, call)) if outcome.scope is not None else outcome
+        if outcome.scope is None:
+            return outcome
+        return replace(outcome, scope=self._placements.placed_by(outcome.scope, call))
 
     def _settle(self, slot: Slot, group: Sequence[WaitingCall]) -> HostChanges:
         """Save the state after the last of these calls, converge once, and make the replies.

@@ -85,7 +85,8 @@ class Placements:
         if placement.gate == "closed":
             raise ScopeMoving(slot.decided)  # guard: a-call-waits-for-the-end-of-a-move
         if placement.gate == "passive" and call.epoch > placement.epoch:
-            self.place(slot, replace(placement, epoch=call.epoch, gate="open", peer="", why="", from_dead=True))
+            placement = self.placed_by(slot.scope, call).placement
+            self.place(slot, replace(placement, gate="open", peer="", why=""))
             slot.unproved = True
             return
         raise not_served(slot.scope)
@@ -117,6 +118,17 @@ class Placements:
             raise HostRefused(f"{slot.scope_id} waits behind a closed gate: {found}")
         slot.unproved = False
         return changes.steps
+
+    def placed_by(self, scope: Scope, call: Call) -> Scope:
+        """``scope`` after the call, with the number of the placement that the caller knows.
+
+        A number that no move announced here comes with a call that follows an evacuation: another host served the
+        scope. This includes a scope that this host restored from nothing if another one took it meanwhile.
+        """
+        if scope.placement.epoch >= call.epoch:
+            return scope
+        from_dead = scope.placement.from_dead or bool(self._evacuated(scope.owner))
+        return placed(scope, replace(scope.placement, epoch=call.epoch, from_dead=from_dead))
 
     def asks_first(self, scope: Scope) -> bool:
         """Whether each address that the scope gains is asked for: its host before may answer for it still.
@@ -213,17 +225,6 @@ class Placements:
 def placed(scope: Scope, placement: Placement) -> Scope:
     """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
     return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
-
-
-def placed_by(scope: Scope, call: Call) -> Scope:
-    """``scope`` after the call, with the number of the placement that the caller knows.
-
-    A number that no move announced here comes with a call that follows an evacuation: another host served the scope.
-    This includes a scope that this host restored from nothing, with fewer addresses, if another one took it meanwhile.
-    """
-    if scope.placement.epoch >= call.epoch:
-        return scope
-    return placed(scope, replace(scope.placement, epoch=call.epoch, from_dead=True))
 
 
 def not_served(scope: Scope) -> HostRefused:
