@@ -28,10 +28,13 @@ def high(descriptor: int) -> int:
 
 
 def high_socket(sock: socket.socket) -> socket.socket:
-    """:func:`high` for a socket, which is closed; returns the one with the new number."""
+    """:func:`high` for a socket, which is closed; returns the one with the new number.
+
+    O_NONBLOCK belongs to the open file, which other processes may have, too.
+    """
     timeout_s = sock.gettimeout()
     moved = socket.socket(fileno=high(sock.detach()))
-    if timeout_s is not None:  # O_NONBLOCK belongs to the open file, which other processes may have, too
+    if timeout_s is not None:  # guard: a-lent-socket-does-not-block
         moved.settimeout(timeout_s)
     return moved
 
