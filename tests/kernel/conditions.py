@@ -6,6 +6,7 @@ Errors of system calls are injected from outside by strace, so the agent is the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -65,8 +66,26 @@ def limited(host: AgentHost, limit: int, value: int) -> Iterator[None]:
 
 def descriptors(host: AgentHost) -> int:
     """The number of open files of the agent."""
+    return len(_descriptors(host))
+
+
+def _descriptors(host: AgentHost) -> set[int]:
     assert host.agent is not None
-    return len(os.listdir(f"/proc/{host.agent.pid}/fd"))
+    return set(map(int, os.listdir(f"/proc/{host.agent.pid}/fd")))
+
+
+def without_descriptors(host: AgentHost, *, spare: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Let the agent open only ``spare`` more files. The limit is one of numbers, and some open files have high ones."""
+    taken = _descriptors(host)
+    free = (it for it in itertools.count() if it not in taken)
+    return limited(host, resource.RLIMIT_NOFILE, next(itertools.islice(free, spare, None)))
+
+
+def spare_descriptors(host: AgentHost) -> int:
+    """How many more files the agent may open."""
+    assert host.agent is not None
+    limit, _ = resource.prlimit(host.agent.pid, resource.RLIMIT_NOFILE)
+    return len(set(range(limit)) - _descriptors(host))
 
 
 @contextlib.contextmanager
