@@ -451,6 +451,9 @@ class Bed:
             f"address add {MANAGEMENT_NET6}::1/64 dev eth0 nodad",
             "link set eth0 up",
         )
+        # ARP tells within 2 s that a host is off or cut off, and not after the times of the tests.
+        for name, value in (("base_reachable_time_ms", 1000), ("delay_first_probe_time", 1), ("retrans_time_ms", 250)):
+            self.management.sysctl(f"net.ipv4.neigh.eth0.{name}", str(value))
 
     def __enter__(self) -> Bed:
         return self

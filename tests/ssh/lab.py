@@ -264,6 +264,8 @@ class SshLab:
         run("ip", "netns", "add", MANAGEMENT)
         self._in(MANAGEMENT, "ip link set lo up; ip link add sw type bridge; ip link set sw up")
         self._in(MANAGEMENT, "ip address add 10.99.0.1/24 dev sw; ip -6 address add fd99::1/64 dev sw nodad")
+        # An address that nobody has is unreachable after three of these times, by default after 3 s.
+        self._in(MANAGEMENT, "sysctl -qw net.ipv4.neigh.sw.retrans_time_ms=250")
         for host in (self.h1, self.h2):
             port = host.netns.replace("stest", "p")
             run("ip", "netns", "add", host.netns)

@@ -16,13 +16,32 @@ import pytest
 
 import jumping_clock
 from netns import inside
-from ssh.lab import KEYS, PYTHON, REPO, Caller, SshLab
+from ssh.lab import KEYS, PYTHON, REPO, Caller, CallResult, SshLab
 
 STORED = {"host": "10.99.0.11", "namespace": "cs-net-42"}
 MAIN = (PYTHON, str(REPO / "cmd" / "netloom" / "main.py"))
 DRIPPING = 2210
 TIMEOUT_S = 6
 UID = 4300
+
+
+@pytest.fixture
+def callers(lab: SshLab, tmp_path: Path) -> tuple[Caller, Caller]:
+    """A caller without a helper, and one with its own. They call at the same time, because each waits for seconds."""
+    made = []
+    for helper in ("0", "1"):
+        (tmp_path / helper).mkdir()
+        caller = Caller(lab, tmp_path / helper)
+        caller.helper = helper
+        made.append(caller)
+    return made[0], made[1]
+
+
+def ended_calls(callers: tuple[Caller, Caller], command: str, details: dict[str, Any]) -> list[CallResult]:
+    """The results of one call of each caller."""
+    began = time.monotonic()
+    running = [it.start(command, str(it.payload(details, STORED)), str(TIMEOUT_S)) for it in callers]
+    return [it.finish(process, began) for it, process in zip(callers, running, strict=True)]
 
 
 @contextlib.contextmanager
@@ -57,31 +76,28 @@ def dripping(lab: SshLab, quick: bytes, slow: bytes) -> Iterator[None]:
 BANNER = b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n"
 
 
-@pytest.mark.parametrize("helper", ["0", "1"])
 @pytest.mark.parametrize("quick", [b"", BANNER], ids=["banner", "key exchange"])
 def test_an_ssh_server_of_one_byte_a_second_is_reported_before_the_deadline(
-    quick: bytes, helper: str, lab: SshLab, caller: Caller
+    quick: bytes, lab: SshLab, callers: tuple[Caller, Caller]
 ) -> None:
-    caller.helper = helper
+    details = callers[0].details(sshkey=lab.key("good"), port=DRIPPING)
     with dripping(lab, quick, BANNER + bytes(1000)):
-        ended = caller.ensure(caller.details(sshkey=lab.key("good"), port=DRIPPING), timeout=TIMEOUT_S)
-    assert ended.status == 2
-    assert ended.line.startswith(f"10.99.0.11: port {DRIPPING} is open, but no SSH answers within"), ended.line
-    assert ended.took_s < TIMEOUT_S
+        for ended in ended_calls(callers, "implement-network", details):
+            assert ended.status == 2
+            assert ended.line.startswith(f"10.99.0.11: port {DRIPPING} is open, but no SSH answers within"), ended.line
+            assert ended.took_s < TIMEOUT_S
 
 
-@pytest.mark.parametrize("helper", ["0", "1"])
 @pytest.mark.parametrize("what", ["hello", "reply"])
 def test_an_agent_of_one_byte_a_second_is_reported_before_the_deadline(
-    what: str, helper: str, lab: SshLab, caller: Caller
+    what: str, lab: SshLab, callers: tuple[Caller, Caller]
 ) -> None:
-    caller.helper = helper
     lab.h1.set_behaviour("drip", what=what)
-    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=TIMEOUT_S)
-    assert ended.status == 2
-    assert "10.99.0.11: " in ended.line
-    assert "answer" in ended.line
-    assert ended.took_s < TIMEOUT_S
+    for ended in ended_calls(callers, "implement-network", callers[0].details(sshkey=lab.key("good"))):
+        assert ended.status == 2
+        assert "10.99.0.11: " in ended.line
+        assert "answer" in ended.line
+        assert ended.took_s < TIMEOUT_S
 
 
 def test_a_host_without_sudo_is_reported_with_a_remedy(lab: SshLab, caller: Caller) -> None:
@@ -168,28 +184,30 @@ def test_a_call_with_little_memory_ends_in_one_line_or_succeeds(mib: int, lab: S
     assert ended.took_s < TIMEOUT_S
 
 
-@pytest.mark.parametrize("helper", ["0", "1"])
 @pytest.mark.parametrize("jump_s", [86400, -86400])
 def test_a_clock_that_jumps_a_day_does_not_move_the_deadline(
-    jump_s: int, helper: str, lab: SshLab, caller: Caller
+    jump_s: int, lab: SshLab, callers: tuple[Caller, Caller], tmp_path: Path
 ) -> None:
-    caller.helper = helper
-    clock = caller.home.parent / "clock"
+    clock = tmp_path / "clock"
     jumping_clock.write(clock, 0)
     program = (PYTHON, jumping_clock.__file__, str(clock))
-    details = caller.details(sshkey=lab.key("good"), port=KEYS)
+    details = callers[0].details(sshkey=lab.key("good"), port=KEYS)
     lab.h1.set_behaviour("hang", on=["implement-network"])
-    path = caller.payload(details, STORED)
     began = time.monotonic()
-    process = caller.start("implement-network", str(path), str(TIMEOUT_S), executable=program)
-    while "implement-network" not in [it["command"] for it in lab.h1.calls_received()]:
-        assert process.poll() is None
+    running = [
+        it.start("implement-network", str(it.payload(details, STORED)), str(TIMEOUT_S), executable=program)
+        for it in callers
+    ]
+    while [it["command"] for it in lab.h1.calls_received()] != ["implement-network"] * 2:
+        assert [it.poll() for it in running] == [None, None]
         time.sleep(0.05)
     jumping_clock.write(clock, jump_s)
-    ended = caller.finish(process, began)
-    assert ended.status == 2
-    assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
-    assert 1 < ended.took_s < TIMEOUT_S
-    caller.helper = "0"  # the stand-in on the helper's connection still sleeps
+    for caller, process in zip(callers, running, strict=True):
+        ended = caller.finish(process, began)
+        assert ended.status == 2
+        assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
+        assert 1 < ended.took_s < TIMEOUT_S
     lab.h1.set_behaviour()
-    assert caller.call("implement-network", details, STORED, executable=program, timeout=TIMEOUT_S).output == ""
+    (without_helper, _) = callers  # the stand-in on the helper's connection still sleeps
+    again = without_helper.call("implement-network", details, STORED, executable=program, timeout=TIMEOUT_S)
+    assert again.output == ""
