@@ -43,7 +43,7 @@ DEPLOY = [
 ]
 FILE = "/var/lib/netloom/scopes/net-204.json"
 PASSWORD = "FAKE-pass-4711"
-BRIEFLY = ("--max-time", "5")
+BRIEFLY = ("--max-time", "1")
 UDHCPC = """#!/bin/sh
 [ "$1" = bound ] || [ "$1" = renew ] || exit 0
 ip addr replace "$ip/$mask" dev "$interface"
@@ -102,8 +102,11 @@ def live_with_vm(host: AgentHost) -> None:
 
 
 def lease(host: AgentHost, vm: str, *, check: bool = True) -> dict[str, str]:
-    """Run busybox's DHCP client; returns the values of its lease, or nothing when it got none."""
-    tries = "20" if check else "8"
+    """Run busybox's DHCP client with a try each second; returns the values of its lease, or nothing when it got none.
+
+    ``check``: a lease must come. Without it the client tries twice.
+    """
+    tries = "20" if check else "2"
     words = ["busybox", "udhcpc", "-i", "eth0", "-f", "-q", "-n", "-t", tries, "-T", "1", "-s", "/run/udhcpc"]
     said = host.run(*words, "-x", "hostname:x", namespace=vm, check=check)
     line = next((line for line in said.splitlines() if line.startswith("ip=")), "")

@@ -132,7 +132,8 @@ def _has_netlink_socket(pid: int) -> bool:
     return any(it.startswith("socket:") for it in found)
 
 
-@pytest.mark.parametrize("after_ms", [0, 5, 12, 25, 50])
+# tests/crash kills the agent after each of its effects.
+@pytest.mark.parametrize("after_ms", [5, 25, *(pytest.param(it, marks=pytest.mark.long) for it in (0, 12, 50))])
 def test_a_command_interrupted_by_kill_is_completed_at_the_next_start(host: AgentHost, after_ms: int) -> None:
     before = host.inventory()
     for fixture, command in [*FIRST_LIFE[:2], LAST_WORDS[-1]]:
@@ -203,7 +204,7 @@ WALK = [
 ]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_after_random_commands_the_host_equals_a_rebuild_from_state(seed: int) -> None:
     """The kernel objects depend only on the stored state, not on the commands that led to it."""
     with agent_host("eth1.1204", "eth1.1377", "eth2.101") as host:

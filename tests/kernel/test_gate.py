@@ -102,8 +102,8 @@ class Traffic:
                     mine.send(frame(destination, PORTS[link], TEST))
                 mine.send(frame(EVERYBODY, PORTS[link], IP, broadcast_packet()))
             # What the kernel of the namespace sends itself: ARP, neighbour discovery, MLD.
-            for words in (["-c1", "10.50.1.77"], ["-c1", "203.0.113.1"], ["-6", "-c1", f"ff02::1%{GUEST}"]):
-                host.run("ping", "-W1", *words, namespace=NS, check=False)
+            pings = (f"ping -W1 {it} &" for it in ("-c1 10.50.1.77", "-c1 203.0.113.1", f"-6 -c1 ff02::1%{GUEST}"))
+            host.run("sh", "-c", f"{' '.join(pings)} wait", namespace=NS)
             for tap, source, sender, target in (
                 (vm, VM_MAC, "10.50.1.5", GATEWAY),
                 (far_guest, FAR_MAC, "10.50.1.6", GATEWAY),

@@ -107,7 +107,7 @@ def test_a_link_that_goes_down_meanwhile_proves_nothing(host: AgentHost, agent: 
     wait_until(lambda: running(host))
     with wire(host, f"sw-{PUBLIC_WIRE}", fabric=True) as far:
         far.settimeout(20)
-        asking = agent.start("occupied 20")
+        asking = agent.start("occupied 12")
         while far.recv(2048)[12:14] != b"\x08\x06":
             pass
     host.ip("link", "set", PUBLIC_WIRE, "down")

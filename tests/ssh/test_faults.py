@@ -46,11 +46,11 @@ def test_silent_hosts_are_reported_long_before_the_deadline(lab: SshLab, caller:
 def test_defect_59_a_network_of_a_silent_host_is_not_moved(lab: SshLab, caller: Caller) -> None:
     details = caller.details(hosts="10.99.0.11, 10.99.0.12", sshkey=lab.key("good"), port=KEYS)
     lab.h1.set_behaviour("silent")
-    ended = caller.ensure(details, STORED, timeout=8)
+    ended = caller.ensure(details, STORED, timeout=6)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: SSH is fine, but the agent does not answer within")
     assert "net-42 lives on 10.99.0.11 and was not moved: bring that host back" in ended.line
-    assert ended.took_s < 8
+    assert ended.took_s < 6
 
 
 @pytest.mark.parametrize(("host", "why"), [("10.99.0.99", "No route to host"), ("10.99.0.11", "Connection refused")])
@@ -62,24 +62,24 @@ def test_an_unreachable_host_is_reported_at_once(host: str, why: str, lab: SshLa
 
 def test_a_hung_agent_gives_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
     lab.h1.set_behaviour("hang", on=["implement-network"])
-    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=8)
+    ended = caller.call("implement-network", caller.details(sshkey=lab.key("good")), STORED, timeout=6)
     assert ended.status == 2
     assert ended.line.startswith("10.99.0.11: its agent did not answer implement-network within")
     assert "/var/log/netloom/agent.log" in ended.line
-    assert ended.took_s < 8
+    assert ended.took_s < 6
     (call,) = lab.h1.calls_received()
-    assert 0 < call["remaining_ms"] < 7000  # the agent's deadline is before ours
+    assert 0 < call["remaining_ms"] < 5000  # the agent's deadline is before ours
 
 
 def test_a_stopped_ssh_server_gives_status_2_before_the_deadline(lab: SshLab, caller: Caller) -> None:
     """The host is disconnected during a call, like a hung machine that answers no packet of an open connection."""
     lab.h1.set_behaviour("hang", on=["implement-network"])
-    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 8, lab.h1, STORED)
+    process, began = caller.start_and_wait_for_call(caller.details(sshkey=lab.key("good")), 6, lab.h1, STORED)
     with lab.disconnected(lab.h1):
         ended = caller.finish(process, began)
     assert ended.status == 2
     assert "10.99.0.11: " in ended.line
-    assert ended.took_s < 8
+    assert ended.took_s < 6
 
 
 def test_a_call_whose_connection_breaks_is_repeated_once_with_its_id(lab: SshLab, caller: Caller) -> None:
