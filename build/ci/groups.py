@@ -56,7 +56,9 @@ PRIVILEGED = {
     "load",
     "load-long",
     "ssh",
+    "ssh-long",
     "e2e",
+    "e2e-long",
     "binary",
     "binary-all",
     "release",
@@ -77,6 +79,11 @@ WHERE = {
     "crash-all": ["tests/crash", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "load": ["tests/load", "-m", "not long"],
     "load-long": ["tests/load", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
+    "ssh": ["tests/ssh", "-m", "not long"],
+    "ssh-long": ["tests/ssh", "-m", "long"],
+    # The marked end-to-end tests run with the one file in the group "binary", with the sources in "e2e-long".
+    "e2e": ["tests/e2e", "-m", "not binary"],
+    "e2e-long": ["tests/e2e", "-m", "binary"],
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }

@@ -192,8 +192,13 @@ def test_frames_to_reserved_addresses_reach_no_socket_of_the_host(
 
 
 @pytest.mark.mutation("no-moment-without-a-guard")
-@pytest.mark.parametrize("stp", ["0", "1"])
-@pytest.mark.parametrize("owner", ["agent", "operator"])
+@pytest.mark.parametrize(
+    ("owner", "stp"),
+    [
+        *(("agent", "0"), ("operator", "1")),
+        *(pytest.param(*it, marks=pytest.mark.long) for it in (("agent", "1"), ("operator", "0"))),
+    ],
+)
 def test_frames_to_reserved_addresses_reach_no_socket_through_a_bridge_of_others(
     host: AgentHost, listening: list[socket.socket], tunnel: None, owner: str, stp: str
 ) -> None:
