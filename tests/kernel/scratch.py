@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import select
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from kernel.rtnetlink import add_address
 from netloom.agent.kernel import links, namespaces
@@ -82,3 +83,16 @@ def settled(namespace: str, *names: str) -> None:
 def descriptors() -> int:
     """The number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
+
+
+class Watched(Protocol):
+    """A socket, or what has one."""
+
+    def fileno(self) -> int: ...
+
+
+def readable(watch: Watched, within_s: float = 10.0) -> bool:
+    """Whether there is something to read within the time. select(2) does not know the numbers of long-lived sockets."""
+    poll = select.poll()
+    poll.register(watch, select.POLLIN)
+    return bool(poll.poll(within_s * 1000))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from kernel.scratch import scratch, tool
+from kernel.scratch import readable, scratch, tool
 from netloom.agent.kernel.nft import Nft
 from netloom.agent.kernel.nft_watch import NftWatch, Transaction
 
@@ -28,8 +27,7 @@ def ns() -> Iterator[str]:
 def until(watch: NftWatch, enough: Callable[[list[Transaction]], object]) -> list[Transaction]:
     found: list[Transaction] = []
     while not enough(found):
-        ready, _, _ = select.select([watch], [], [], 10)
-        assert ready, found
+        assert readable(watch), found
         found += watch.read()
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import select
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,7 +16,7 @@ from kernel.rtnetlink import (
     delete_rule,
     replace_neighbour,
 )
-from kernel.scratch import descriptors, joined, scratch, settled, tool
+from kernel.scratch import descriptors, joined, readable, scratch, settled, tool
 from netloom.agent.kernel import links
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
@@ -36,8 +35,7 @@ def ns() -> Iterator[str]:
 def until(watch: Watch, enough: Callable[[list[Event]], bool]) -> list[Event]:
     events: list[Event] = []
     while not enough(events):
-        ready, _, _ = select.select([watch], [], [], 10)
-        assert ready, events
+        assert readable(watch), events
         events += watch.read()
     return events
 
@@ -130,8 +128,7 @@ def test_removed_namespace_names_are_reported() -> None:
             assert name not in (watch.read() or ())
         gone: set[str] = set()
         while name not in gone:
-            ready, _, _ = select.select([watch], [], [], 10)
-            assert ready
+            assert readable(watch)
             gone |= watch.read() or set()
     finally:
         watch.close()
