@@ -80,6 +80,9 @@ def vxlan_group(vni: int) -> str:
     return ".".join(str(octet) for octet in (239, *vni.to_bytes(3, "big")))
 
 
+HOST_PORTS = ("vnetg", "vnetp", "vnetx")  # how the names of guest_port and public_port begin
+
+
 def guest_port(network_id: str) -> str:
     """The host end of a network's guest link: ``vnetg204``.
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -246,3 +246,61 @@ def test_a_host_that_counts_as_dead_and_answers_on_its_public_network_keeps_its_
         with impatient(served.life.cloud, timeout_s=20):
             served.network.restart(cleanup=True)
         assert until(served.works)
+
+
+def is_fenced(host: Host) -> bool:
+    return "fenced" in host.read(_LOG) and "netloom_fence" in host.run("nft", "list", "tables").out
+
+
+def no_carrier(host: Host) -> None:
+    """Pull all cables: every link of the host loses its carrier."""
+    for port in host._ports("all"):
+        host.bed.fabric.run("ip", "link", "set", port, "down")
+
+
+def carrier(host: Host) -> None:
+    for port in host._ports("all"):
+        host.bed.fabric.run("ip", "link", "set", port, "up")
+
+
+@pytest.mark.parametrize(
+    ("cut", "heal"), [(Host.partition, Host.heal), (no_carrier, carrier)], ids=["silence", "no carrier"]
+)
+def test_a_host_that_is_cut_off_from_everything_gives_way_when_it_is_back(
+    served: Served, operator: Operator, cut: Callable[[Host], None], heal: Callable[[Host], None]
+) -> None:
+    """It lives on and is not switched off; another host serves its network meanwhile."""
+    with served.vm.serve_tcp(22):
+        archive = backup(operator, served)
+        cut(served.dead)
+        assert until(lambda: is_fenced(served.dead))
+        operator.run("evacuate", served.dead.address, *archive)
+        assert until(served.works)
+        with served.never_two():
+            heal(served.dead)
+            assert until(lambda: is_passive(served.dead, served.scope))
+            assert until(lambda: not is_fenced(served.dead))
+        assert until(lambda: not served.is_built_on(served.dead))
+        assert served.works()
+        with impatient(served.life.cloud):
+            assert served.network.ensure().ok
+        assert served.network.host == served.alive.address
+
+
+@pytest.mark.parametrize(
+    ("cut", "heal"), [(Host.partition, Host.heal), (no_carrier, carrier)], ids=["silence", "no carrier"]
+)
+def test_a_host_that_was_cut_off_and_not_replaced_goes_on(
+    served: Served, cut: Callable[[Host], None], heal: Callable[[Host], None]
+) -> None:
+    with served.vm.serve_tcp(22):
+        assert served.works()
+        cut(served.dead)
+        assert until(lambda: is_fenced(served.dead))
+        with served.never_two():
+            heal(served.dead)
+            assert until(served.works)
+        assert until(lambda: not is_fenced(served.dead))
+        assert not is_passive(served.dead, served.scope)
+        assert served.network.ensure().ok
+        assert served.network.host == served.dead.address

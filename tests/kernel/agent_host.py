@@ -56,10 +56,24 @@ class AgentHost:
         self.agent: subprocess.Popen[bytes] | None = None
         # Otherwise the fabric gets an address of a guest segment, and its replies to VMs do not pass the device.
         self.run("sysctl", "-qw", "net/ipv6/conf/default/accept_ra=0", pid=self.fabric)
+        self._add_management()
         for nic in sorted({name.partition(".")[0] for name in vlans}):
             self.ip("link", "add", nic, "type", "veth", "peer", "name", f"{nic}-x")
         for name in vlans:
             self.add_vlan(name)
+
+    def _add_management(self) -> None:
+        """A network with one other machine, which answers ARP. A host that hears nobody is cut off, and acts so."""
+        self.ip("link", "add", "mgmt0", "type", "veth", "peer", "name", "sw-mgmt0", "netns", str(self.fabric))
+        for pid, link, address in (
+            (self.pid, "mgmt0", "198.19.255.1/30"),
+            (self.fabric, "sw-mgmt0", "198.19.255.2/30"),
+        ):
+            self.run("sysctl", "-qw", f"net/ipv6/conf/{link}/disable_ipv6=1", pid=pid)
+            self.run("ip", "addr", "add", address, "dev", link, pid=pid)
+            self.run("ip", "link", "set", link, "up", pid=pid)
+        there = json.loads(self.run("ip", "-j", "link", "show", "sw-mgmt0", pid=self.fabric))[0]["address"]
+        self.ip("neigh", "replace", "198.19.255.2", "lladdr", there, "dev", "mgmt0", "nud", "permanent")
 
     def add_vlan(self, name: str) -> None:
         """Add a link of this name and set it up; its other end is ``sw-<name>`` in the fabric."""

@@ -101,7 +101,7 @@ def gates() -> list[list[str]]:
 
 def damage(_: list[str]) -> None:
     with Nft(None) as nft:
-        nft.run(f"flush chain {gate.TABLE} input")
+        nft.run(f"flush chain {gate.TABLE.label} input")
 
 
 def main() -> None:

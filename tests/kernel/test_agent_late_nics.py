@@ -36,7 +36,7 @@ def power_off(host: AgentHost) -> None:
     for name, link in host.links().items():
         if name != "lo" and (link.get("linkinfo", {}).get("info_kind") == "bridge" or name.startswith("eth")):
             host.run("ip", "link", "del", name, check=False)
-    wait_until(lambda: set(host.links()) == {"lo"})
+    wait_until(lambda: set(host.links()) == {"lo", "mgmt0"})
 
 
 def appear(host: AgentHost, *vlans: str) -> None:

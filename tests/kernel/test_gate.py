@@ -17,7 +17,7 @@ from kernel.agent_host import AgentHost, agent_host, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
 from kernel.raw_frames import checksum, received, wire
 from kernel.scratch import scratch, tool
-from netloom.agent.host import gate
+from netloom.agent.host import gate, link_table
 from netloom.agent.kernel import netlink, nft_netlink
 from netloom.agent.kernel.netlink import NetlinkError, Socket
 from netns import inside
@@ -125,7 +125,7 @@ class Traffic:
         return {it[12:14].hex() for it in self.out[place]}
 
 
-@pytest.mark.mutation("a-closed-gate-lets-nothing-in", instead='f"oifname @{_CLOSED} accept"')
+@pytest.mark.mutation("a-closed-gate-lets-nothing-in", instead='(f"oifname @{_CLOSED} accept",)')
 def test_no_frame_passes_a_closed_gate_and_all_pass_an_open_one(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     host.plug("vm", BRIDGES[GUEST], VM_MAC)
@@ -183,8 +183,8 @@ def test_a_refused_change_changes_nothing(namespace: str) -> None:
     gate.close(["a"])
     with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
         both = [
-            *nft_netlink.add_link_names(gate.FAMILY, gate.NAME, "closed", ["b"]),
-            *nft_netlink.delete_link_names(gate.FAMILY, gate.NAME, "closed", ["a", "nowhere"]),
+            *nft_netlink.add_link_names(link_table.FAMILY, gate.TABLE.name, "closed", ["b"]),
+            *nft_netlink.delete_link_names(link_table.FAMILY, gate.TABLE.name, "closed", ["a", "nowhere"]),
         ]
         for _ in range(3):
             with pytest.raises(NetlinkError, match="change set closed of table bridge netloom_gate: No such file"):
@@ -255,7 +255,7 @@ class Stream:
         wait_until(lambda: self.sent >= until)
 
 
-@pytest.mark.mutation("a-closed-gate-emits-nothing", instead='f"iifname @{_CLOSED} accept"')
+@pytest.mark.mutation("a-closed-gate-emits-nothing", instead='(f"iifname @{_CLOSED} accept",)')
 def test_a_gate_opens_and_closes_between_two_frames(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
@@ -275,7 +275,7 @@ def test_a_gate_opens_and_closes_between_two_frames(host: AgentHost, agent: Gate
     assert numbers[-1] <= closed_at
 
 
-@pytest.mark.mutation("reserved-addresses-pass-no-gate", instead='f"iifname @{_CLOSED} accept"')
+@pytest.mark.mutation("reserved-addresses-pass-no-gate", instead='(f"iifname @{_CLOSED} accept",)')
 def test_a_bridge_learns_nothing_from_frames_to_reserved_addresses(host: AgentHost, agent: GatedAgent) -> None:
     agent("converge gated")
     wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in ENDS))
@@ -369,7 +369,7 @@ def test_a_gate_whose_rules_are_gone_is_not_closed(host: AgentHost, agent: Gated
     assert agent("closed") == ENDS
 
 
-@pytest.mark.mutation("a-bridge-sends-nothing-through-a-gate", instead='f"oifname @{_CLOSED} accept"')
+@pytest.mark.mutation("a-bridge-sends-nothing-through-a-gate", instead='(f"oifname @{_CLOSED} accept",)')
 def test_spanning_tree_of_an_operators_bridge_stays_outside(host: AgentHost, agent: GatedAgent) -> None:
     bridge = BRIDGES[PUBLIC]
     host.ip("link", "add", bridge, "type", "bridge", "stp_state", "1", "forward_delay", "200", "hello_time", "100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -45,7 +46,8 @@ def scopes(host: Host) -> dict[str, Scope]:
 def service_pids(host: Host, scope_id: str = "*") -> dict[str, int]:
     """The processes that the records of services name: pid by path of the service."""
     found = {}
-    for path in host.path(SERVICES).glob(f"{scope_id}/*/running.json"):
+    # Not Path.glob: it fails when a directory goes meanwhile.
+    for path in map(Path, glob.glob(f"{host.path(SERVICES)}/{scope_id}/*/running.json")):
         with contextlib.suppress(OSError, ValueError):
             found[f"{path.parent.parent.name}/{path.parent.name}"] = int(json.loads(path.read_bytes())["pid"])
     return found
@@ -103,6 +105,8 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     found += _differences("state files", files, Counter(f"{it}.json" for it in held))
     tables = host.run("nft", "list", "table", "bridge", "netloom_gate", check=False)
     found += [f"{host.name}: a gate is closed: {tables}"] if "elements" in tables else []
+    fence = host.run("nft", "list", "table", "bridge", "netloom_fence", check=False)
+    found += [f"{host.name}: uplinks are fenced: {fence}"] if fence else []
 
     active = sum(1 for scope in held.values() for it in scope.networks.values() if it.is_active)
     descriptors = base_descriptors + PER_NETWORK * active + PER_SERVICE * len(wanted)

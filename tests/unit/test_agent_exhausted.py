@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import netloom
 from fakehost import FakeClock, FakeLog
 from netloom.agent import exhausted
 from netloom.agent.kernel.namespaces import NamespaceError
@@ -64,3 +68,31 @@ def test_the_event_loop_reports_the_same_error_once_a_minute() -> None:
     assert first.startswith("event loop: socket.accept() out of system resource: Too many open files (")
     assert bug[0] == "event loop: a task failed bug: KeyError"
     assert "FAKE-secret" not in "".join(bug)
+
+
+LOST_THREADS = {
+    "a thread": "import threading; it = threading.Thread(target=broken); it.start(); it.join()",
+    # The result of the work cannot be stored either.
+    "a worker": "from concurrent.futures import Future, ThreadPoolExecutor; Future.set_exception = broken; "
+    "ThreadPoolExecutor().submit(broken); time.sleep(20)",
+}
+
+
+@pytest.mark.mutation("an-agent-that-lost-a-thread-ends")
+@pytest.mark.mutation("an-agent-that-lost-a-worker-ends")
+@pytest.mark.parametrize("lost", LOST_THREADS)
+def test_an_agent_that_lost_a_thread_ends(lost: str) -> None:
+    program = f"""
+import time
+from netloom.agent.serve import end_with_any_thread
+def broken(*_):
+    raise MemoryError
+end_with_any_thread()
+{LOST_THREADS[lost]}
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(netloom.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert b"a thread ended by an exception" in done.stderr

@@ -29,9 +29,11 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
+import logging
 import os
 import resource
 import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +46,7 @@ from netloom.agent.clock import Clock, LoopClock
 from netloom.agent.connect import SOCKET
 from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
+from netloom.agent.host.outside import Outside
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
@@ -52,6 +55,7 @@ from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.isolation import Isolation
 from netloom.agent.scopes.moves import Moves
 from netloom.agent.scopes.scopes import Scopes, start_workers
 from netloom.agent.scopes.store import Store
@@ -100,6 +104,7 @@ def serve(
         return 3
     _raise_descriptor_limit()
     _trace_aborts()
+    end_with_any_thread()
     try:
         asyncio.run(_serve(socket_path, store, log, check_every_s))
     except (OSError, NetloomError) as error:
@@ -121,12 +126,16 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)
-    watcher = Watcher(loop, clock, log, events, host.orphaned, host.keep_gates_closed)
+    outside = Outside(host.placed, host.serves)
+    watcher = Watcher(
+        loop, clock, log, events, host.orphaned, partial(_keep_closed, host, outside), events.uplink_changed
+    )
     actions = Actions(host, store.directory.parent / "hooks")
     scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)
     upkeep = Upkeep(scopes, host, services, watcher, log, clock)
     moves = Moves(scopes, upkeep, host, store, log, clock)
-    events.connect(upkeep)
+    isolation = Isolation(scopes, upkeep, outside, log, clock)
+    events.connect(upkeep, isolation)
     scopes.load()
     moves.resume()
     try:
@@ -144,7 +153,9 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     status = partial(_status, scopes, upkeep)
-    restoring = asyncio.ensure_future(_restore(upkeep, prepared, status))  # guard: the-agent-restores-at-its-start
+    restoring = asyncio.ensure_future(
+        _restore(upkeep, isolation, prepared, status)
+    )  # guard: the-agent-restores-at-its-start
     heartbeat = Heartbeat(
         clock,
         log,
@@ -159,6 +170,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         asyncio.ensure_future(upkeep.keep_checked(check_every_s)),
         asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
         asyncio.ensure_future(_beat(heartbeat, prepared)),
+        asyncio.ensure_future(isolation.run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
@@ -173,6 +185,12 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     workers.shutdown(wait=False, cancel_futures=True)
     guest_process.stop()
     log.line("stopped; what runs keeps running")
+
+
+def _keep_closed(host: KernelHost, outside: Outside) -> None:
+    """Close the gates and fence the uplinks that have to be: somebody changed our tables. Raises HostRefused."""
+    host.keep_gates_closed()
+    outside.keep_fenced()
 
 
 class LoopErrors:
@@ -199,18 +217,23 @@ class LoopErrors:
             self._log.traceback(f"event loop: {message}", error)
 
 
-async def _restore(upkeep: Upkeep, prepared: asyncio.Event, status: Callable[[], str]) -> None:
+async def _restore(upkeep: Upkeep, isolation: Isolation, prepared: asyncio.Event, status: Callable[[], str]) -> None:
     """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
 
     Calls do not wait for a preparation that hangs, for example because another process holds the lock of /run/netns.
     """
-    preparing = asyncio.ensure_future(upkeep.prepare())
+    preparing = asyncio.ensure_future(_prepare(upkeep, isolation))
     await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
     prepared.set()
     notify(f"{ready(os.environ.get('WATCHDOG_USEC', ''))}\nSTATUS={status()}")
     await preparing
     await upkeep.restore()
     notify(f"STATUS={status()}")
+
+
+async def _prepare(upkeep: Upkeep, isolation: Isolation) -> None:
+    await isolation.begin()
+    await upkeep.prepare()
 
 
 async def _beat(heartbeat: Heartbeat, prepared: asyncio.Event) -> None:
@@ -380,6 +403,30 @@ def _raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def end_with_any_thread() -> None:
+    """End the agent when one of its threads ends by an exception, as it may without memory.
+
+    The call that this thread worked on would never be answered, and its scope never be free. Systemd or the next call
+    starts the agent again.
+    """
+
+    threading.excepthook = _end  # guard: an-agent-that-lost-a-thread-ends
+    # A worker of concurrent.futures reports the exception that ends it, and no other of this level, to its logger.
+    logging.getLogger("concurrent.futures").addHandler(  # guard: an-agent-that-lost-a-worker-ends
+        _Ending(logging.CRITICAL)
+    )
+
+
+def _end(_: object) -> None:
+    os.write(2, b"netloom agent: a thread ended by an exception, so the agent ends; is there too little memory?\n")
+    os._exit(3)
+
+
+class _Ending(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _end(record)
 
 
 def _trace_aborts() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from netloom import names
-from netloom.agent.host import flows, gate, unmanaged
+from netloom.agent.host import fence, flows, gate, unmanaged
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -272,14 +272,24 @@ class KernelHost:
             return self._bridged.let_through()
 
     def blocked(self, ports: tuple[Port, ...], *, seen_within_s: float = 0.0) -> list[str]:
-        """Why the host's own firewall drops frames on the bridges of these ports, a sentence each; change nothing.
+        """Why frames are dropped on the bridges of these ports, a sentence each; change nothing.
+
+        By the host's own firewall, or because the host is cut off.
 
         ``seen_within_s`` as in ``BridgedFrames.examine``.
         """
         found = find_links(None, [it.host_link for it in ports])
-        bridges = {it.name for it in find_links(None, [it.master_index for it in found if it.master_index])}
+        bridges = {it.index: it.name for it in find_links(None, [it.master_index for it in found if it.master_index])}
         plan = self._bridged.examine(seen_within_s=seen_within_s)
-        return [it.what for it in plan.changes] + [str(it) for it in plan.blocked if it.bridge in bridges]
+        return [
+            *(it.what for it in plan.changes),
+            *(str(it) for it in plan.blocked if it.bridge in bridges.values()),
+            *(
+                f"uplink {it.name} is fenced: this host hears nobody there"
+                for it in find_links(None, sorted(fence.TABLE.links()))
+                if it.master_index in bridges
+            ),
+        ]
 
     def bridges_with_vms(self) -> frozenset[str]:
         """The bridges with a port that is neither ours nor an uplink: a VM is plugged in."""

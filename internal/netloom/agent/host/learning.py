@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from netloom import names
 from netloom.agent.host.observe_nft import FRAMES_FAMILY, GUARD_TABLE
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftRefused
 from netloom.agent.log import complain
 
 VM_PORTS = '"vnet*"'
-_OUR_PORTS = ('"vnetg*"', '"vnetp*"', '"vnetx*"')  # names.guest_port, names.public_port
+_OUR_PORTS = tuple(f'"{prefix}*"' for prefix in names.HOST_PORTS)
 FORGOTTEN_AFTER_S = 300  # IFLA_BR_AGEING_TIME, the kernel's default
 FRESH_PER_S, FRESH_BURST = 2, 256
 _ADDRESSES_MAX = 1 << 18  # of all VMs of the host: 300 that send from as many addresses as they can

@@ -6,6 +6,9 @@ a closed gate meanwhile, and neighbours on this host are not asked.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Self
+
 import msgspec
 
 from netloom.agent.kernel import netlink
@@ -57,31 +60,98 @@ def occupied(want: Want, timeout_s: float, claim: bytes) -> Occupied:
     return Occupied(owners, probing, {it: why for it, why in unknown.items() if it not in owners})
 
 
-def questions(want: Want) -> tuple[dict[Wire, tuple[str, ...]], dict[str, str]]:
+def questions(want: Want, look: Look | None = None) -> tuple[dict[Wire, tuple[str, ...]], dict[str, str]]:
     """The addresses to ask for by link, and the addresses that cannot be asked for with the reason.
 
     Raises HostRefused when the kernel does not list its links.
     """
+    if look is None:
+        with Look() as own:
+            return questions(want, own)
     asked: dict[Wire, tuple[str, ...]] = {}
     unknown: dict[str, str] = {}
-    with Socket(netlink.NETLINK_ROUTE) as host:
-        for port in want.ports:
-            addresses = tuple(it.ip for it in want.announce if it.link == port.link)
-            found = _asked_for(host, port) if addresses else ()
-            if isinstance(found, str):
-                unknown |= dict.fromkeys(addresses, found)
-            else:
-                for wire in found:
-                    asked[wire] = (*asked.get(wire, ()), *addresses)
+    for port in want.ports:
+        addresses = tuple(it.ip for it in want.announce if it.link == port.link)
+        found = look.wires(port) if addresses else ()
+        if isinstance(found, str):
+            unknown |= dict.fromkeys(addresses, found)
+        else:
+            for wire in found:
+                asked[wire] = (*asked.get(wire, ()), *addresses)
     return asked, unknown
 
 
-def _asked_for(host: Socket, port: Port) -> tuple[Wire, ...] | str:
-    bridge = _bridge(host, port)
-    if bridge is None:
-        return f"the bridge of {port.host_link} does not exist"
-    vlans = list_port_vlans(host, bridge.index) if bridge.vlan_filtering else {}
-    return wires(port.host_link, bridge, list_links_over(host, master=bridge.index), vlans)
+class Look:
+    """A look at the links of the host. ``whole``: list them at once, for questions about many ports.
+
+    Its methods raise HostRefused when the kernel does not list its links.
+    """
+
+    def __init__(self, *, whole: bool = False) -> None:
+        """Raises HostRefused."""
+        self._socket = Socket(netlink.NETLINK_ROUTE)
+        self._listed: list[Link] | None = None
+        self._ports: dict[int, list[Link]] = {}
+        try:
+            if whole:
+                self._listed = list_links_over(self._socket)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._known: dict[str | int, Link] = {}
+        for it in self._listed or ():
+            self._known |= {it.name: it, it.index: it}
+            if it.master_index:
+                self._ports.setdefault(it.master_index, []).append(it)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def all(self) -> list[Link]:
+        """All links of the host."""
+        return list_links_over(self._socket) if self._listed is None else self._listed
+
+    def wires(self, port: Port) -> tuple[Wire, ...] | str:
+        """Where the frames of a port leave this host; the reason if one of these uplinks cannot be asked."""
+        bridge = self._bridge(port)
+        if bridge is None:
+            return f"the bridge of {port.host_link} does not exist"
+        vlans = list_port_vlans(self._socket, bridge.index) if bridge.vlan_filtering else {}
+        return wires(port.host_link, bridge, self.ports(bridge.index), vlans)
+
+    def uplinks(self, port: Port) -> list[Link]:
+        """The links through which the frames of a port leave this host, also those that are down."""
+        bridge = self._bridge(port)
+        return [] if bridge is None else uplinks(bridge, self.ports(bridge.index))
+
+    def ports(self, bridge: int) -> list[Link]:
+        """The ports of the bridge with this index."""
+        if self._listed is None:
+            return list_links_over(self._socket, master=bridge)
+        return self._ports.get(bridge, [])
+
+    def _find(self, wanted: Iterable[str | int]) -> list[Link]:
+        if self._listed is None:
+            return find_links_over(self._socket, wanted)
+        return [self._known[it] for it in wanted if it in self._known]
+
+    def _bridge(self, port: Port) -> Link | None:
+        """The bridge that the port is in; if the port does not exist, the one that it would join."""
+        segment = port.segment
+        carrier = segment.nic if segment.vlan == UNTAGGED else segment.vlan_link
+        named = {it.name: it for it in self._find([port.host_link, carrier, segment.bridge])}
+        masters = [named[it].master_index for it in (port.host_link, carrier) if it in named]
+        above = self._find([it for it in masters if it])
+        found = [*above, *(it for name, it in named.items() if name == segment.bridge)]
+        return next((it for it in found if it.kind == "bridge"), None)
+
+
+def uplinks(bridge: Link, ports: list[Link]) -> list[Link]:
+    """Those ports of a bridge that lead to other hosts."""
+    return [it for it in ports if not leads_to_guests(bridge.name, _described(it))]
 
 
 def wires(host_link: str, bridge: Link, ports: list[Link], vlans: dict[int, PortVlans]) -> tuple[Wire, ...] | str:
@@ -89,29 +159,18 @@ def wires(host_link: str, bridge: Link, ports: list[Link], vlans: dict[int, Port
 
     ``vlans``: of the bridge's ports by index, if it filters VLANs.
     """
-    uplinks = [it for it in ports if it.up and not leads_to_guests(bridge.name, _described(it))]
-    if not uplinks:
+    found = [it for it in uplinks(bridge, ports) if it.up]
+    if not found:
         return f"bridge {bridge.name} has no uplink"
-    for it in uplinks:
+    for it in found:
         if not it.running:
             return f"{it.name} has no link"  # guard: a-link-without-carrier-proves-nothing
     if not bridge.vlan_filtering:
-        return tuple(Wire(it.name) for it in uplinks)
+        return tuple(Wire(it.name) for it in found)
     own = next((vlans[it.index].own for it in ports if it.name == host_link and it.index in vlans), 0)
-    tags = {it.name: vlans[it.index].tag_of(own) for it in uplinks if it.index in vlans and own}
+    tags = {it.name: vlans[it.index].tag_of(own) for it in found if it.index in vlans and own}
     carrying = tuple(Wire(name, tag) for name, tag in tags.items() if tag is not None)
     return carrying or f"no uplink of bridge {bridge.name} carries the VLAN of {host_link}"
-
-
-def _bridge(host: Socket, port: Port) -> Link | None:
-    """The bridge that the port is in; if the port does not exist, the one that it would join."""
-    segment = port.segment
-    carrier = segment.nic if segment.vlan == UNTAGGED else segment.vlan_link
-    named = {it.name: it for it in find_links_over(host, [port.host_link, carrier, segment.bridge])}
-    masters = [named[it].master_index for it in (port.host_link, carrier) if it in named]
-    above = find_links_over(host, [it for it in masters if it])
-    found = [*above, *(it for name, it in named.items() if name == segment.bridge)]
-    return next((it for it in found if it.kind == "bridge"), None)
 
 
 def _described(link: Link) -> HostLink:

@@ -27,7 +27,7 @@ from typing import Literal, Protocol
 from netloom import names
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock, Timer
-from netloom.agent.host import gate
+from netloom.agent.host import fence, gate
 from netloom.agent.host.observe_nft import GUARD_TABLE
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
@@ -93,7 +93,8 @@ class Watcher:
     """``open``, ``watch`` and ``unwatch`` are called by worker threads, everything else on the event loop.
 
     ``orphaned`` is called with a bridge that somebody deleted and the links that were in it. ``keep_gates_closed`` is
-    called in a thread of its own when our tables have lost something; it may raise HostRefused.
+    called in a thread of its own when our tables have lost something; it may raise HostRefused. ``uplink_changed`` is
+    called with a port of a bridge that may be its uplink and has no carrier (False), or has it again (True).
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Watcher:
         handler: WatchHandler,
         orphaned: Callable[[str, frozenset[str]], None],
         keep_gates_closed: Callable[[], object],
+        uplink_changed: Callable[[str, bool], None] = lambda link, running: None,
     ) -> None:
         self._loop = loop
         self._clock = clock
@@ -111,6 +113,7 @@ class Watcher:
         self._handler = handler
         self._orphaned = orphaned
         self._keep_gates_closed = keep_gates_closed
+        self._uplink_changed = uplink_changed
         self._closing: asyncio.Task[None] | None = None
         self._close_again = False  # when the one that runs has ended
         self._lock = threading.Lock()
@@ -125,6 +128,7 @@ class Watcher:
         self._firewall_changes: deque[float] = deque(maxlen=64)  # when somebody changed the host's other tables
         self._firewall_timer: Timer | None = None
         self._seen: dict[str, tuple[int, int]] = {}  # link of the host -> its index, and that of its bridge or 0
+        self._without_carrier: set[str] = set()  # ports of bridges that are not ours
         self._mtus: dict[str, tuple[int, int]] = {}  # link of the host, no bridge -> its MTU, index of its bridge
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._own_bridges: set[int] = set()  # their indexes
@@ -137,7 +141,11 @@ class Watcher:
 
     def open(self) -> None:
         """Start watching the host. Raises HostRefused."""
-        host, gone, tables = Watch(None, "link", "address"), NamesWatch(), NftWatch(None, GUARD_TABLE, gate.NAME)
+        host, gone, tables = (
+            Watch(None, "link", "address"),
+            NamesWatch(),
+            NftWatch(None, GUARD_TABLE, gate.TABLE.name, fence.TABLE.name),
+        )
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}
 
@@ -147,6 +155,9 @@ class Watcher:
             self._masters |= {link.name: link.master_index for link in listed if link.master_index}
             self._own_bridges |= {link.index for link in listed if _is_own_bridge(link)}
             self._mtus |= {it.name: (it.mtu, it.master_index or 0) for it in listed if it.kind != "bridge"}
+            for it in filter(_is_dead_uplink, listed):
+                self._without_carrier.add(it.name)
+                self._uplink_changed(it.name, False)
             self._loop.add_reader(host, self._read_host)
             self._loop.add_reader(gone, self._read_names)
             self._loop.add_reader(tables, self._read_tables)
@@ -359,6 +370,7 @@ class Watcher:
 
     def _hear_host(self, event: Event, link: Link) -> None:
         self._follow_master(event, link)
+        self._follow_carrier(event, link)
         owner = self._watched.get(self._ports[link.name][0]) if link.name in self._ports else None
         if owner is not None:
             self._hear(owner, "host", event)
@@ -376,6 +388,15 @@ class Watcher:
         else:
             self._follow_arrival(link, scopes)
             self._seen[link.name] = (link.index, link.master_index or 0)
+
+    def _follow_carrier(self, event: Event, link: Link) -> None:
+        was_lost = link.name in self._without_carrier
+        if not event.gone and _is_dead_uplink(link) and not was_lost:
+            self._without_carrier.add(link.name)
+            self._uplink_changed(link.name, False)
+        elif was_lost and (link.running or event.gone):
+            self._without_carrier.discard(link.name)
+            self._uplink_changed(link.name, True)
 
     def _follow_arrival(self, link: Link, scopes: set[str]) -> None:
         """Have every scope repaired that needs a link of others which has appeared, or a bridge that it has joined.
@@ -576,6 +597,12 @@ def _unwanted_ip6(want: Want, prefix: str) -> bool:
     """Whether this is IPv6 of the kernel's own: link-local, or in a namespace that should have none."""
     has_ip6 = any(":" in it.cidr for it in want.addresses)
     return ":" in prefix and (not has_ip6 or prefix.startswith(("fe80:", "ff")))
+
+
+def _is_dead_uplink(link: Link) -> bool:
+    """Whether it may be an uplink of a bridge, and has no carrier. Ends of our own and taps of VMs are none."""
+    own = link.name.startswith(names.HOST_PORTS)
+    return bool(link.master_index) and not link.running and link.kind != "tun" and not own
 
 
 def _links_under(port: Port) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ from netloom.agent.kernel.rtnetlink import (
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 18, 20, 28, 29, 37
+_IFLA_STATS64 = 23
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL, _IFLA_VXLAN_LIMIT = 2, 3, 5, 9
@@ -123,6 +124,18 @@ def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> li
     found = rtnetlink.dump(Message(RTM_GETLINK, payload=payload, what="list links"))
     links = (decode_link(payload) for message, payload in found if message == RTM_NEWLINK)
     return [link for link in links if (not kind or link.kind == kind) and (not master or link.master_index == master)]
+
+
+def received_packets(rtnetlink: Socket, index: int) -> int | None:
+    """How many packets the link has received; None when there is no such link. Raises NetlinkError."""
+    asked = Message(RTM_GETLINK, payload=_HEAD.pack(0, 0, index, 0, 0), what=f"read the counters of link {index}")
+    (answer,) = rtnetlink.exchange([asked])
+    if answer.errno == errno.ENODEV:
+        return None
+    if answer.errno:
+        raise NetlinkError(answer.errno, asked.what, answer.ext_ack)
+    (data,) = answer.data
+    return number(attribute_map(data.payload, _HEAD.size).get(_IFLA_STATS64, b"")[:8])  # rtnl_link_stats64.rx_packets
 
 
 def decode_link(payload: bytes) -> Link:

@@ -18,6 +18,12 @@ class EventHandler(WatchHandler, WorkHandler, Protocol):
     def password_taken(self, taken: PasswordTaken) -> None: ...
 
 
+class UplinkFollower(Protocol):
+    """Follows the carriers of uplinks. ``Isolation`` implements it."""
+
+    def uplink_changed(self, link: str, running: bool) -> None: ...
+
+
 class Events:
     """Passes each event to the handler.
 
@@ -27,9 +33,10 @@ class Events:
 
     def __init__(self) -> None:
         self._handler: EventHandler | None = None
+        self._follower: UplinkFollower | None = None
 
-    def connect(self, handler: EventHandler) -> None:
-        self._handler = handler
+    def connect(self, handler: EventHandler, follower: UplinkFollower | None = None) -> None:
+        self._handler, self._follower = handler, follower
 
     def busy(self, scope_id: str) -> bool:
         return self._connected().busy(scope_id)
@@ -42,6 +49,10 @@ class Events:
 
     def firewall_changed(self) -> None:
         self._connected().firewall_changed()
+
+    def uplink_changed(self, link: str, running: bool) -> None:
+        if self._follower is not None:
+            self._follower.uplink_changed(link, running)
 
     def revive(self, scope_id: str, why: str) -> None:
         self._connected().revive(scope_id, why)

@@ -198,9 +198,12 @@ class Placements:
 
         Of two hosts that ask at the same moment, the one with the higher epoch goes first, else a random number tells.
         """
-        epoch = slot.scope.placement.epoch if slot.scope is not None else 0
-        claim = min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
-        return self._host.occupied(slot.scope_id, want, OCCUPIED_S, claim)
+        return self._host.occupied(slot.scope_id, want, OCCUPIED_S, self.claim(slot))
+
+    def claim(self, slot: Slot | None) -> bytes:
+        """How strong this host's claim to the scope is, see ``arp_probe.ask``."""
+        epoch = slot.scope.placement.epoch if slot is not None and slot.scope is not None else 0
+        return min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
 
     def make_passive(self, slot: Slot, why: str) -> None:
         """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""

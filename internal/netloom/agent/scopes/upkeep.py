@@ -206,6 +206,23 @@ class Upkeep:
         if slot is not None and slot.scope is not None:
             self.start_task(self._reconcile(slot, why))
 
+    async def step_aside(self, scope_id: str, why: str) -> bool:
+        """Serve the scope no longer, because another host does. Returns whether that is so; else it is to be repeated.
+
+        The scope may have been moved or ended meanwhile; then nothing changes.
+        """
+        slot = self._scopes.get(scope_id)
+        if slot is None:
+            return True
+
+        def yield_() -> HostChanges:
+            if slot.gate != "open":
+                return HostChanges()
+            self._scopes.placements.make_passive(slot, why)
+            return self._scopes.converge(slot)
+
+        return await self._maintain(slot, "another host serves it", yield_) is not None
+
     def password_taken(self, taken: PasswordTaken) -> None:
         """Erase a password that a VM has acknowledged, from the state file and from memory."""
         slot = self._scopes.get(taken.scope_id)

@@ -1,0 +1,280 @@
+"""What the host hears from others, and its fenced uplinks: for a host that may be cut off (``scopes/isolation.py``).
+
+"Others" are the machines behind the ways out of this host: the uplinks of bridges, and the links with an address of the
+host's own. VMs and containers on this host are none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+
+import msgspec
+from msgspec.structs import replace
+
+from netloom.agent.host.fence import TABLE
+from netloom.agent.host.occupied import Look, Occupied, uplinks
+from netloom.agent.kernel import netlink
+from netloom.agent.kernel.addresses import list_addresses_over
+from netloom.agent.kernel.arp_probe import Heard, Wire, ask, probe
+from netloom.agent.kernel.descriptors import high_socket
+from netloom.agent.kernel.links import Link, find_links_over, received_packets
+from netloom.agent.kernel.multicast import Filter, attach_filter
+from netloom.agent.kernel.neighbours import list_neighbours_over
+from netloom.agent.kernel.netlink import Socket
+from netloom.agent.kernel.rtnetlink import packed_mac
+from netloom.errors import NetloomError
+from netloom.render.want import Port, Want
+
+_CALLED_MAX = 32  # machines that are asked for a sign of life in one round
+_ETH_P_ALL = 0x0003
+_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
+_PACKET_OUTGOING = 4
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What was heard on one uplink of the addresses of one scope."""
+
+    uplink: str
+    scope_id: str
+    occupied: Occupied
+
+
+class Outside:
+    """The ways out of this host. Methods that block raise HostRefused; call them in a worker thread, one at a time.
+
+    ``keep_fenced`` may be called by any thread.
+    """
+
+    def __init__(self, placed: Callable[[str, Want], Want], serves: Callable[[Want], bool]) -> None:
+        """``placed`` and ``serves``: see ``KernelHost``."""
+        self._placed = placed
+        self._serves = serves
+        self._fenced: set[str] = set()
+        self._changing = threading.Lock()
+        self._counters: dict[int, int] = {}  # packets by index of a way out, the last one that heard something first
+        self._round = 0
+
+    # ------------------------------------------------------------------------------------------------- who is heard
+
+    def watch(self, wants: Mapping[str, Want]) -> None:
+        """Find the ways out of this host again. ``wants``: by scope. Blocks."""
+        with Look(whole=True) as look, Socket(netlink.NETLINK_ROUTE) as host:
+            ways = {it.index for port in self._ports(wants) for it in look.uplinks(port)}
+            names = {it.index: it.name for it in look.all()}
+            own = {row.address.link for row in list_addresses_over(host, names) if not row.link_local} - {"lo"}
+            for link in look.all():
+                if link.name in own:
+                    ways |= {it.index for it in uplinks(link, look.ports(link.index))} or {link.index}
+            known = {index: count for index, count in self._counters.items() if index in ways}
+            fresh = {index: received_packets(host, index) for index in ways - known.keys()}
+            self._counters = known | {index: count for index, count in fresh.items() if count is not None}
+
+    def heard(self) -> bool:
+        """Whether anything has arrived on a way out since the last call. Blocks for moments."""
+        with Socket(netlink.NETLINK_ROUTE) as host:
+            for index, had in list(self._counters.items()):
+                now = received_packets(host, index)
+                if now is None:
+                    del self._counters[index]
+                elif now != had:
+                    del self._counters[index]
+                    self._counters = {index: now} | self._counters
+                    return True
+        return False
+
+    def call(self, wants: Mapping[str, Want]) -> None:
+        """Ask some machines that are known outside for a sign of life: ARP requests. Blocks for moments.
+
+        They are neighbours of the host itself, public gateways and VMs. Further ones are asked in later rounds.
+        """
+        with Look(whole=True) as look, Socket(netlink.NETLINK_ROUTE) as host:
+            names = {it.index: it.name for it in look.all()}
+            rows = [it.neighbour for it in list_neighbours_over(host, names)]
+            asked = [(Wire(it.link), it.address) for it in rows if it.mac and it.link != "lo"][:_CALLED_MAX]
+            known = [it for scope_id in wants for it in _known_outside(look, self._want(wants, scope_id))]
+            if known:
+                start = self._round % len(known)
+                asked += islice([*known[start:], *known[:start]], _CALLED_MAX)
+                self._round += _CALLED_MAX
+            links = {it.name: it for it in find_links_over(host, sorted({wire.link for wire, _ in asked}))}
+        for wire, address in asked:
+            if wire.link in links:
+                _send(links[wire.link], wire, address)
+
+    # ---------------------------------------------------------------------------------------------------- the fence
+
+    def uplinks(self, wants: Mapping[str, Want]) -> frozenset[str]:
+        """The links through which frames of these scopes leave this host. Blocks."""
+        with Look(whole=True) as look:
+            return frozenset(it.name for port in self._ports(wants) for it in look.uplinks(port))
+
+    def unbuilt(self, wants: Mapping[str, Want]) -> frozenset[str]:
+        """The uplinks that these scopes have, or will have, if none of them is on this host yet; else none. Blocks."""
+        if any(self._serves(it) for it in wants.values()):
+            return frozenset()  # a fence would cut off what runs
+        segments = [port.segment for port in self._ports(wants)]
+        return self.uplinks(wants) | {it.vlan_link or it.nic for it in segments}
+
+    def fenced(self) -> frozenset[str]:
+        """The uplinks that are fenced, by an earlier agent, too. Blocks for moments."""
+        with self._changing:
+            self._fenced |= TABLE.links()
+            return frozenset(self._fenced)
+
+    def fence(self, links: Iterable[str]) -> None:
+        """Fence these uplinks; those that are fenced stay so. Blocks for moments."""
+        with self._changing:
+            self._fenced |= set(links)
+            TABLE.add(self._fenced)
+
+    def lift(self, links: Iterable[str]) -> None:
+        """Let frames pass these uplinks again. Blocks for moments."""
+        with self._changing:
+            gone = set(links)
+            self._fenced -= gone
+            TABLE.discard(gone)
+
+    def keep_fenced(self) -> None:
+        """Fence what has to be fenced: somebody may have deleted the table."""
+        with self._changing:
+            if self._fenced - TABLE.links():
+                TABLE.add(self._fenced)
+
+    def ask(
+        self, wants: Mapping[str, Want], links: frozenset[str], timeout_s: float, claim: Callable[[str], bytes]
+    ) -> list[Answer]:
+        """Ask on these uplinks who else answers for the addresses of the scopes. Blocks for the time-out.
+
+        ``wants`` and ``claim`` (see ``arp_probe.ask``) are by scope. A scope has an answer for each of the uplinks that
+        its frames leave through.
+        """
+        asked: dict[bytes, dict[Wire, list[str]]] = {}
+        scopes: dict[bytes, dict[tuple[Wire, str], str]] = {}  # address on a link -> scope
+        answers: list[Answer] = []
+        with Look(whole=True) as look:
+            for scope_id in wants:
+                want = self._want(wants, scope_id)
+                for port in want.ports:
+                    addresses = [it.ip for it in want.announce if it.link == port.link]
+                    mine = {it.name for it in look.uplinks(port)} & links
+                    found = look.wires(port) if mine else ()
+                    if isinstance(found, str):
+                        silent = Occupied(unknown=dict.fromkeys(addresses or [port.link], found))
+                        answers += [Answer(it, scope_id, silent) for it in sorted(mine)]
+                        continue
+                    for wire in found:
+                        if wire.link in mine:
+                            own = claim(scope_id)
+                            asked.setdefault(own, {}).setdefault(wire, []).extend(addresses)
+                            scopes.setdefault(own, {}).update(((wire, it), scope_id) for it in addresses)
+        for own, questions in asked.items():
+            answers += _heard(ask(questions, timeout_s, own), scopes[own])
+        return answers
+
+    def _want(self, wants: Mapping[str, Want], scope_id: str) -> Want:
+        """What the scope wants, with the NICs of this host; as it was rendered while they are missing."""
+        try:
+            return self._placed(scope_id, wants[scope_id])
+        except NetloomError:
+            return wants[scope_id]
+
+    def _ports(self, wants: Mapping[str, Want]) -> list[Port]:
+        return [port for scope_id in wants for port in self._want(wants, scope_id).ports]
+
+
+class Listener:
+    """Hears frames on a link, on the event loop.
+
+    Frames to reserved addresses (spanning tree, LLDP) say nothing: a switch sends them also through a port on which it
+    forwards nothing yet.
+    """
+
+    def __init__(self, link: str) -> None:
+        """Raises OSError: there is no such link."""
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        try:
+            with contextlib.suppress(OSError):  # before Linux 4.20; then ``heard`` leaves them out
+                self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+            attach_filter(self._socket, _NOT_RESERVED)
+            self._socket.bind((link, _ETH_P_ALL))
+            self._socket.setblocking(False)
+            self._socket = high_socket(self._socket)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def fileno(self) -> int:
+        """The descriptor to wait on, for ``loop.add_reader``."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def heard(self) -> bool:
+        """Whether a frame has arrived. Raises OSError when the link is gone; one that is down hears nothing."""
+        found = False
+        while True:
+            try:
+                _, sender = self._socket.recvfrom(1)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENETDOWN or not self._socket.getsockname()[0]:
+                    raise  # a socket whose link was deleted has no name, and hears nothing any more
+                return found
+            found = found or sender[2] != _PACKET_OUTGOING
+
+
+_NOT_RESERVED: Filter = (
+    (0x20, 0, 0, 0),  # ld [0]: the first four octets of the destination
+    (0x15, 0, 1, 0x0180C200),  # guard: spanning-tree-frames-are-nobody
+    (0x06, 0, 0, 0),  # ret: nothing
+    (0x06, 0, 0, 14),  # ret: the header
+)
+
+
+def _known_outside(look: Look, want: Want) -> list[tuple[Wire, str]]:
+    """The addresses behind the uplinks of the scope: of VMs and gateways."""
+    known = []
+    for port in want.ports:
+        addresses = [it.address for it in want.neighbours if it.link == port.link and _is_ip4(it.address)]
+        addresses += [it.via for it in want.routes if it.link == port.link and it.via and _is_ip4(it.via)]
+        if addresses:
+            found = look.wires(port)
+            known += [(wire, it) for it in addresses for wire in ([] if isinstance(found, str) else found)]
+    return known
+
+
+def _is_ip4(address: str) -> bool:
+    return ":" not in address
+
+
+def _send(link: Link, wire: Wire, address: str) -> None:
+    """Send one ARP request, if the link lets us: one that is down or gone reaches nobody."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as out:
+        out.bind((wire.link, 0))
+        out.send(probe(ipaddress.IPv4Address(address).packed, packed_mac(link.mac), wire.tag))
+
+
+def _heard(found: Mapping[Wire, Heard], asked: Mapping[tuple[Wire, str], str]) -> list[Answer]:
+    """The answers by scope. ``asked``: the scope by address on a link."""
+    answers: dict[tuple[str, str], Occupied] = {}
+    for (wire, address), scope_id in asked.items():
+        heard = found.get(wire)
+        if heard is None:
+            continue
+        it = answers.get((wire.link, scope_id), Occupied())
+        if address in heard.owners:
+            it = replace(it, owners=it.owners | {address: heard.owners[address]})
+        elif heard.failed:
+            it = replace(it, unknown=it.unknown | {address: heard.failed})
+        elif address in heard.probing:
+            it = replace(it, probing=it.probing | {address: heard.probing[address]})
+        answers[wire.link, scope_id] = it
+    return [Answer(link, scope_id, it) for (link, scope_id), it in answers.items()]

@@ -1,0 +1,303 @@
+"""A host that is cut off fences its uplinks, and gives up what another host serves before it lifts the fence."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+import pytest
+
+from fakehost import Agent, simulated
+from netloom.agent.host.occupied import Occupied
+from netloom.agent.host.outside import Answer
+from netloom.agent.scopes.isolation import SILENT_ROUNDS, Isolation
+from netloom.render.want import Want
+
+GUEST, OTHER_GUEST, PUBLIC = "eth1.1204", "eth1.1205", "eth2.101"  # uplinks, by the VLANs of Agent.live
+UPLINKS = {"net-204": {GUEST, PUBLIC}, "net-205": {OTHER_GUEST, PUBLIC}}
+
+
+class FakeOutside:
+    """What is behind the ways out. ``owners``: who answers, by scope. ``fence_``: the kernel's; it outlives agents."""
+
+    def __init__(self) -> None:
+        self.alive = True
+        self.bare = False  # none of the networks is on the host
+        self.fence_: set[str] = set()
+        self.owners: dict[str, str] = {}
+        self.probing: dict[str, str] = {}
+        self.down: set[str] = set()
+        self.called = 0
+        self.asked: list[frozenset[str]] = []
+
+    def watch(self, wants: dict[str, Want]) -> None:
+        pass
+
+    def heard(self) -> bool:
+        return self.alive
+
+    def call(self, wants: dict[str, Want]) -> None:
+        self.called += 1
+
+    def uplinks(self, wants: dict[str, Want]) -> frozenset[str]:
+        return frozenset().union(*(UPLINKS[it] for it in wants))
+
+    def unbuilt(self, wants: dict[str, Want]) -> frozenset[str]:
+        return self.uplinks(wants) if self.bare else frozenset()
+
+    def fenced(self) -> frozenset[str]:
+        return frozenset(self.fence_)
+
+    def fence(self, links: Iterable[str]) -> None:
+        self.fence_ |= set(links)
+
+    def lift(self, links: Iterable[str]) -> None:
+        self.fence_ -= set(links)
+
+    def ask(
+        self, wants: dict[str, Want], links: frozenset[str], timeout_s: float, claim: Callable[[str], bytes]
+    ) -> list[Answer]:
+        self.asked.append(links)
+        answers = []
+        for scope_id, want in wants.items():
+            for link in sorted(UPLINKS[scope_id] & links):
+                address = want.announce[0].ip
+                found = Occupied(
+                    {address: self.owners[scope_id]} if scope_id in self.owners else {},
+                    {address: self.probing[scope_id]} if scope_id in self.probing else {},
+                    {address: "no link"} if link in self.down else {},
+                )
+                answers.append(Answer(link, scope_id, found))
+        return answers
+
+
+class Followed:
+    """An agent with two networks whose ways out are simulated."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.outside = FakeOutside()
+        self.start()
+
+    def start(self) -> None:
+        agent = self.agent
+        self.isolation = Isolation(agent.scopes, agent.upkeep, self.outside, agent.log, agent.clock)
+        agent.start(self.isolation.run())
+
+    async def cut_off(self) -> None:
+        self.outside.alive = False
+        await self.agent.clock.advance(SILENT_ROUNDS + 1)
+        assert self.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+
+    async def hear(self, *links: str) -> None:
+        for link in links:
+            self.isolation.hear(link)
+        await self.agent.clock.advance(0.3)
+
+    def gate(self, scope_id: str) -> str:
+        slot = self.agent.scopes.get(scope_id)
+        assert slot is not None
+        return slot.gate
+
+
+async def followed(agent: Agent) -> Followed:
+    await agent.live("204", "205")
+    return Followed(agent)
+
+
+@pytest.mark.mutation("a-silent-host-fences-its-uplinks")
+@simulated
+async def test_a_host_that_hears_nobody_asks_for_a_sign_of_life_and_then_fences_its_uplinks(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(10)
+    assert it.outside.called == 0
+    it.outside.alive = False
+    await agent.clock.advance(SILENT_ROUNDS - 1)
+    assert it.outside.called == SILENT_ROUNDS - 1
+    assert it.outside.fence_ == set()
+    await agent.clock.advance(1)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+    assert "fenced: nobody is heard" in agent.log.lines[-1]
+    await agent.clock.advance(60)
+    assert sum("fenced" in line for line in agent.log.lines) == 1
+    assert it.outside.called > 50  # the first answer shows that somebody is there again
+    assert [it.gate(scope) for scope in UPLINKS] == ["open", "open"]  # VMs on this host are served
+
+
+@simulated
+async def test_a_sign_of_life_in_time_is_enough(agent: Agent) -> None:
+    it = await followed(agent)
+    for _ in range(5):
+        it.outside.alive = False
+        await agent.clock.advance(SILENT_ROUNDS - 1.5)
+        it.outside.alive = True
+        await agent.clock.advance(1.5)
+    assert it.outside.fence_ == set()
+
+
+@simulated
+async def test_an_uplink_is_asked_about_when_it_hears_somebody_and_serves_again(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    await it.hear(GUEST)
+    assert it.outside.asked == [{GUEST}]
+    assert it.outside.fence_ == {OTHER_GUEST, PUBLIC}
+    await it.hear(PUBLIC, OTHER_GUEST)
+    assert it.outside.asked[1:] == [{PUBLIC, OTHER_GUEST}]
+    assert it.outside.fence_ == set()
+    assert [it.gate(scope) for scope in UPLINKS] == ["open", "open"]
+
+
+@pytest.mark.mutation("a-scope-that-was-taken-over-is-given-up")
+@simulated
+async def test_what_another_host_serves_is_given_up_before_the_fence_is_lifted(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.outside.owners["net-204"] = "02:00:00:00:00:99"
+    gates: list[str] = []
+    lift = it.outside.lift
+
+    def noted(links: Iterable[str]) -> None:
+        gates.append(it.gate("net-204"))
+        lift(links)
+
+    it.outside.lift = noted  # type: ignore[method-assign]
+    await it.hear(GUEST, PUBLIC)
+    assert gates == ["passive"]
+    assert it.outside.fence_ == {OTHER_GUEST}
+    assert it.gate("net-205") == "open"
+    assert "net-204" not in agent.host.present
+    assert any("passive: 10.10.1.1 is answered by 02:00:00:00:00:99" in line for line in agent.log.lines)
+
+
+@simulated
+async def test_an_uplink_stays_fenced_until_what_another_host_serves_is_given_up(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.outside.owners["net-204"] = "02:00:00:00:00:99"
+    agent.store.full = True
+    await it.hear(GUEST)
+    await agent.clock.advance(5)
+    assert GUEST in it.outside.fence_
+    agent.store.full = False
+    await agent.clock.advance(1)
+    assert it.outside.fence_ == {OTHER_GUEST, PUBLIC}
+    assert it.gate("net-204") == "passive"
+
+
+@simulated
+async def test_of_two_hosts_that_come_back_at_once_the_stronger_claim_goes_first(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.outside.probing["net-204"] = "02:00:00:00:00:99"
+    await it.hear(GUEST)
+    await agent.clock.advance(2)
+    assert GUEST in it.outside.fence_
+    it.outside.owners = it.outside.probing
+    await agent.clock.advance(1)
+    assert it.gate("net-204") == "passive"
+
+
+@simulated
+async def test_an_uplink_that_is_down_again_is_asked_about_when_it_hears_somebody(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.outside.down.add(GUEST)
+    await it.hear(GUEST)
+    await agent.clock.advance(30)
+    assert GUEST in it.outside.fence_
+    assert len(it.outside.asked) == 1
+    it.outside.down.clear()
+    await it.hear(GUEST)
+    assert GUEST not in it.outside.fence_
+
+
+@simulated
+async def test_an_uplink_without_a_carrier_is_fenced_and_asked_about_unless_it_was_for_a_moment(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(1)
+    it.isolation.uplink_changed(GUEST, False)
+    it.isolation.uplink_changed("vnet7", False)  # no uplink of a network
+    await agent.clock.advance(0.1)
+    assert it.outside.fence_ == {GUEST}
+    it.isolation.uplink_changed(GUEST, True)
+    await agent.clock.advance(0.1)
+    assert it.outside.fence_ == set()
+    assert it.outside.asked == []
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(5)
+    it.isolation.uplink_changed(GUEST, True)
+    await agent.clock.advance(0.1)
+    assert it.outside.fence_ == {GUEST}
+    await it.hear(GUEST)
+    assert it.outside.fence_ == set()
+    assert it.outside.asked == [{GUEST}]
+
+
+@pytest.mark.mutation("a-new-agent-keeps-the-fence")
+@simulated
+async def test_a_new_agent_asks_about_what_an_earlier_one_has_fenced(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    agent.restart()
+    it.outside.alive = True
+    it.start()
+    await agent.clock.advance(30)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+    await it.hear(*it.outside.fence_)
+    assert it.outside.fence_ == set()
+    assert it.outside.asked
+
+
+@pytest.mark.mutation("a-host-that-starts-is-cut-off")
+@simulated
+async def test_a_host_that_starts_from_nothing_is_fenced_until_somebody_is_heard(agent: Agent) -> None:
+    it = await followed(agent)
+    agent.restart()
+    it.outside.bare = True
+    it.start()
+    await it.isolation.begin()
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+    await agent.clock.advance(5)
+    assert it.outside.called > 3
+    it.outside.owners["net-205"] = "02:00:00:00:00:99"
+    await it.hear(*it.outside.fence_)
+    assert it.outside.fence_ == set()
+    assert [it.gate(scope) for scope in UPLINKS] == ["open", "passive"]
+
+
+@simulated
+async def test_an_agent_that_is_restarted_fences_nothing(agent: Agent) -> None:
+    it = await followed(agent)
+    agent.restart()
+    it.start()
+    await it.isolation.begin()
+    await agent.clock.advance(5)
+    assert it.outside.fence_ == set()
+
+
+@simulated
+async def test_a_host_without_networks_has_no_fence(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    for network_id in ("204", "205"):
+        assert (await agent.call("131", "destroy-network", network_id=network_id)).status == 0
+    await agent.clock.advance(2)
+    assert it.outside.fence_ == set()
+    await agent.clock.advance(60)
+    assert it.outside.fence_ == set()
+
+
+@simulated
+async def test_an_error_of_the_kernel_ends_no_round(agent: Agent) -> None:
+    it = await followed(agent)
+    heard = it.outside.heard
+
+    def fails() -> bool:
+        raise RuntimeError("a bug")
+
+    it.outside.heard = fails  # type: ignore[method-assign]
+    await agent.clock.advance(3)
+    it.outside.heard = heard  # type: ignore[method-assign]
+    await it.cut_off()
+    await asyncio.sleep(0)
