@@ -200,8 +200,8 @@ def _guarded() -> tuple[_Bridges, list[Link]]:
     own = guarded_bridges() | {
         # The host takes no frames from a closed bridge, so all that is forwarded there is bridged.
         it
-        for it in guard.closed & guard.bridges
-        if names.carrier_of(it) in guard.uplinks  # guard: bridges-of-the-kvm-agent-are-let-through
+        for it in guard.closed & guard.bridges  # guard: bridges-of-the-kvm-agent-are-let-through
+        if names.carrier_of(it) in guard.uplinks  # guard: a-bridge-with-another-name-belongs-to-others
     }
     host_links = links.list_links(None)
     found = {it.name: it for it in host_links if it.name in own or it.name in guard.bridges}
