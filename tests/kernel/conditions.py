@@ -153,7 +153,11 @@ PORTS = 60_000
 
 
 def fill_conntrack(host: AgentHost, namespace: str) -> None:
-    """Fill the table of the namespace with open connections, which the kernel does not evict for new ones."""
+    """Fill the table of the namespace with open connections, which the kernel does not evict for new ones.
+
+    The entries of earlier UDP packets are deleted first: they would expire after 30 s and leave room for new ones.
+    """
+    host.run("conntrack", "-D", "-p", "udp", namespace=namespace, check=False)
     most = int(host.run("cat", "/proc/sys/net/netfilter/nf_conntrack_max", namespace=namespace))
     file = host.path("/run/connections")
     with file.open("w") as lines:

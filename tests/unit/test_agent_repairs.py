@@ -235,7 +235,7 @@ async def test_another_firewall_is_followed_soon_and_less_often_when_it_keeps_ch
     for _ in range(600):
         scene.told(replace(FLUSHED, lost=False), replace(FLUSHED, lost=False))
         await scene.clock.advance(0.2)
-    assert scene.followed[0] == 1 + FIREWALL_S
+    assert scene.followed[:1] == [1 + FIREWALL_S]
     assert REPAIRS_AT_ONCE < len(scene.followed) < 30  # in two minutes
     assert scene.tidied == []
 
