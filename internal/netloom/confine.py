@@ -157,7 +157,7 @@ def _enter(
     uid: int, directory: str, places: list[tuple[str, str]], kept: list[int], demanded: list[int], data_bytes: int
 ) -> None:
     machine = os.uname().machine
-    if demanded and not _tell_of(kept + demanded, machine, uid):
+    if demanded and not _tell_of(kept + demanded, machine, uid):  # guard: a-resolver-is-no-network-administrator
         os.write(
             2, b"this host does not let netloom answer system calls: the service has all capabilities it demands\n"
         )

@@ -268,7 +268,9 @@ def test_a_deleted_namespace_is_restored_with_its_services() -> None:
         assert len(after["dnsmasq"]) == 1
 
 
-@pytest.mark.mutation("the-agent-restores-at-its-start", instead="asyncio.ensure_future(asyncio.sleep(0))")
+@pytest.mark.mutation(
+    "the-agent-restores-at-its-start", instead="asyncio.ensure_future(asyncio.sleep(0, prepared.set()))"
+)
 def test_defect_61_after_a_power_cut_every_network_is_restored_from_its_state_file() -> None:
     vlans = [f"eth1.{2000 + number}" for number in range(8)]
     with agent_host("eth1.1204", "eth2.101", *vlans) as host:

@@ -75,10 +75,8 @@ def two_scopes() -> Iterator[tuple[Supervisor, dict[str, int], dict[str, int]]]:
             stop_all(it)
 
 
-@pytest.mark.mutation("a-service-has-the-user-of-its-scope")
-@pytest.mark.mutation("a-service-gets-no-new-privileges")
-@pytest.mark.mutation("a-service-has-a-filter")
-def test_services_have_their_own_user_and_few_privileges() -> None:
+@pytest.mark.mutation("a-service-has-the-user-of-its-scope", instead="os.setresuid(*[uid + 1] * 3)")
+def test_services_have_their_own_user() -> None:
     with two_scopes() as (_, pids, users):
         assert len(set(users.values())) == 2
         for scope_id, leader in ((SCOPE, pids["dns-9204"]), (SCOPE, pids["lb"]), (OTHER, pids["other"])):
@@ -86,6 +84,15 @@ def test_services_have_their_own_user_and_few_privileges() -> None:
                 seen = status(pid)
                 assert seen["Uid"].split() == seen["Gid"].split() == [str(users[scope_id])] * 4
                 assert seen["Groups"].split() == []
+
+
+@pytest.mark.mutation("a-service-gets-no-new-privileges")
+@pytest.mark.mutation("a-service-has-a-filter")
+def test_services_have_few_privileges() -> None:
+    with two_scopes() as (_, pids, _users):
+        for leader in pids.values():
+            for pid in process.group(leader):
+                seen = status(pid)
                 for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                     assert int(seen[kind], 16) == NET_BIND, kind
                 assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
@@ -97,7 +104,7 @@ def test_services_have_their_own_user_and_few_privileges() -> None:
         assert limits(pids["lb"])["Max data size"] == (512 + 8000 // 16) << 20
 
 
-@pytest.mark.mutation("a-resolver-is-no-network-administrator")
+@pytest.mark.mutation("a-resolver-is-no-network-administrator", instead="demanded")
 def test_a_resolver_that_advertises_an_ipv6_prefix_cannot_change_links() -> None:
     """dnsmasq does not start without CAP_NET_ADMIN. It is told that it has it."""
     known = replace(NETWORK, implemented=True, vlan="9", cidr="10.10.1.0/24")
@@ -247,7 +254,6 @@ print(json.dumps([outcome(os.kill, int(pid), signal.SIGTERM), *reads]))
 
 
 @pytest.mark.mutation("users-differ", instead="next(iter(candidates))")
-@pytest.mark.mutation("a-service-has-the-user-of-its-scope")
 def test_a_process_of_one_scope_cannot_signal_those_of_another_nor_read_their_files(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -220,11 +220,15 @@ class Transfers:
             for key, events in self._selector.select(0.1):
                 end = key.fileobj
                 assert isinstance(end, socket.socket)
-                with contextlib.suppress(BlockingIOError):
+                try:
                     if events & selectors.EVENT_READ:
                         self._read[end] += len(end.recv(1 << 20))
                     if events & selectors.EVENT_WRITE:
                         end.send(block)
+                except BlockingIOError:
+                    continue
+                except ConnectionError:
+                    self._selector.unregister(end)  # it does not go on
 
     def go_on(self, patience_s: float) -> bool:
         """Whether each end receives ``ENOUGH`` bytes from now on."""

@@ -64,7 +64,7 @@ def service(scope_id: str, network: Network, build: Build = DEBIAN_12, vpc: Scop
         # To send router advertisements, dnsmasq needs a raw socket. It also demands CAP_NET_ADMIN, which it needs only
         # for DHCP over IPv4, and does not start without it. With it, it could change the links of the host.
         capabilities=("net_bind_service", "net_raw") if network.has_ip6 else ("net_bind_service",),
-        demanded=("net_admin",) if network.has_ip6 else (),  # guard: a-resolver-is-no-network-administrator
+        demanded=("net_admin",) if network.has_ip6 else (),
         listens=(("udp", 53), ("tcp", 53)) if network.dns else (),
         probe=Probe("dns", network.device_ip) if network.dns else None,
         places=_PLACES,  # guard: files-of-a-resolver-are-where-its-profile-allows-them
