@@ -34,7 +34,8 @@ from msgspec.structs import replace
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
-from netloom.agent.kernel.conntrack_copy import Created, Record
+from netloom.agent.kernel.conntrack_changes import Listing
+from netloom.agent.kernel.conntrack_copy import Created, Difference, Record, difference
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.events import Events
@@ -277,6 +278,10 @@ class FakeHost:
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         self.arp.append((self._clock.time(), [it.address for it in announcements]))
 
+    def announce(self, announcements: tuple[Announcement, ...]) -> Callable[[], None]:
+        self.send_arp(announcements)
+        return lambda: self.did.append("announced")
+
     def serves(self, want: Want) -> bool:
         return any(it.namespace == want.namespace and not it.gated for it in self.present.values())
 
@@ -296,15 +301,20 @@ class FakeHost:
         heard = ({it: at[it] for it in asked & at.keys()} for at in (self.owners, self.probing, self.unknown))
         return Occupied(*heard)
 
-    def read_flows(self, namespace: str) -> list[Record]:
-        return list(self.flows[namespace])
+    def read_flows(self, namespace: str) -> Listing:
+        listing = Listing()
+        listing.records = list(self.flows[namespace])
+        return listing
+
+    def changed_flows(self, namespace: str, before: Listing) -> Difference:
+        return difference(before.records, self.flows[namespace])
 
     def reset_connections(self, namespace: str) -> None:
         self.did.append(f"reset {namespace}")
 
     def copy_flows(self, namespace: str, create: list[Record], delete: list[Record]) -> Created:
-        kept = [it for it in self.flows[namespace] if it not in delete and it not in create]
-        self.flows[namespace] = kept + create
+        gone = {*delete, *create}
+        self.flows[namespace] = [it for it in self.flows[namespace] if it not in gone] + create
         return Created(len(create))
 
     def _raise(self, what: str) -> None:

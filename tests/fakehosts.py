@@ -29,6 +29,7 @@ from netloom import placementwire
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
 from netloom.agent.scopes import moves as agent_moves
+from netloom.errors import HostUnreachable
 from netloom.extension.agent_client import AgentClient
 from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.moves.agents import Agents
@@ -157,7 +158,8 @@ class Cut:
     """What happens at the message with this number, counted over all hosts and directions from 1.
 
     "operator": the message is lost, and the operator's process with it. "connection": the message is lost, and the
-    channel breaks. "agent": the same, and the agent of the host restarts.
+    channel breaks. "agent": the same, and the agent of the host restarts. "management": as "connection", and from then
+    on no operator can connect to the host.
     """
 
     at: int = 0
@@ -168,7 +170,8 @@ class Hosts:
     """The hosts h1, h2, ... and the network between them and the operator.
 
     ``slow``: seconds that messages take whose text begins so; others take a millisecond. ``dead``: hosts that answer
-    nothing. ``blind``: hosts that hear no ARP of others.
+    nothing. ``blind``: hosts that hear no ARP of others. ``refusing``: hosts whose disk is full when they are told to
+    ``open``.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, names: tuple[str, ...]) -> None:
@@ -176,6 +179,8 @@ class Hosts:
         self.agents: dict[str, Agent] = {}
         self.dead: set[str] = set()
         self.blind: set[str] = set()
+        self.refusing: set[str] = set()
+        self.unreachable: set[str] = set()  # no operator can connect to them
         self.wrong: list[str] = []
         self.messages: list[str] = []
         self.slow: dict[str, float] = {}
@@ -266,6 +271,10 @@ class Hosts:
                 case "connection":
                     channel.break_off()
                     return
+                case "management":
+                    self.unreachable.add(host)
+                    channel.break_off()
+                    return
                 case "agent":
                     channel.break_off()
                     self.restart(host)
@@ -287,6 +296,7 @@ class Hosts:
         async def execute() -> None:
             if (host, call.call_id) not in self._replies:
                 agent = self.agents[host]
+                agent.store.full = call.command == placementwire.OPEN and host in self.refusing
                 about_placements = call.command in placementwire.COMMANDS
                 task = self.loop.create_task((agent.moves if about_placements else agent.scopes).execute(call))
                 self._replies[host, call.call_id] = task
@@ -312,6 +322,8 @@ class _Connection(SshConnection):
 
     async def open(self) -> None:
         self.stage = "connect"
+        if self.host in self._hosts.unreachable:
+            raise HostUnreachable(f"{self.host}: connection refused")
         if self.host in self._hosts.dead:
             await asyncio.Event().wait()
 

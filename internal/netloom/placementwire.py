@@ -6,13 +6,20 @@ host A to host B takes these commands; ARCHITECTURE.md has the reasons::
     A  read-state      the state, in parts
     B  receive         stores the state as "incoming", and builds the scope behind a closed gate
     A  read-flows      the open connections; B  add-flows   (A still serves: most of the table is copied now)
-    A  close           closes the gate, if the state is still that revision; the flows that changed since
+    A  close           closes the gate, if the state is still that revision; the flows that changed since, in parts
+    A  read-flows      a further part; B  add-flows   (only if there are several)
     B  open            adds these flows, opens the gate, announces the addresses
     A  finish          remembers where the scope went, and removes it
 
 Until ``close`` nothing has changed for the network. After ``close`` the old host opens again by itself, unless it hears
 within ``CLOSED_S`` that the move is finished, or that somebody else answers for the addresses. The new host may open
-until ``OPEN_WITHIN_S`` after its last ``receive`` or ``add-flows`` only, so the two cannot both be open.
+until ``OPEN_WITHIN_S`` after its last ``receive`` or ``add-flows`` before ``close`` only, so the two cannot both be
+open.
+
+If the new host does not open, two more commands end the move before that time::
+
+    B  drop            forgets the scope, so no later ``open`` is obeyed
+    A  reopen          opens the gate again; only after the answer to ``drop``
 """
 
 from __future__ import annotations
@@ -31,10 +38,11 @@ RECEIVE = "receive"
 READ_FLOWS = "read-flows"
 ADD_FLOWS = "add-flows"
 CLOSE = "close"
+REOPEN = "reopen"
 OPEN = "open"
 FINISH = "finish"
 DROP = "drop"
-SCOPE_COMMANDS = frozenset({READ_STATE, RECEIVE, READ_FLOWS, ADD_FLOWS, CLOSE, OPEN, FINISH, DROP})
+SCOPE_COMMANDS = frozenset({READ_STATE, RECEIVE, READ_FLOWS, ADD_FLOWS, CLOSE, REOPEN, OPEN, FINISH, DROP})
 
 # Commands about a host: the call's ``scope_id`` is empty.
 PLACEMENTS = "placements"
@@ -53,7 +61,10 @@ PART_BYTES_MAX = 512 * 1024  # of a state or a table of flows in one reply
 
 
 class ReadPart(msgspec.Struct, frozen=True, kw_only=True):
-    """``read-state``, ``read-flows``: part ``number`` of the copy that ``token`` names. Part 0 makes a new copy."""
+    """``read-state``, ``read-flows``: part ``number`` of the copy that ``token`` names. Part 0 makes a new copy.
+
+    ``read-flows`` also reads what follows the first part in ``Closed``.
+    """
 
     number: int = 0
     token: str = ""
@@ -62,12 +73,14 @@ class ReadPart(msgspec.Struct, frozen=True, kw_only=True):
 class Part(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a state (JSON, with secrets) or of a table of flows. ``parts``: how many there are.
 
-    The data of the parts of a state is joined. Each part of a table of flows is for an ``add-flows`` of its own.
+    The data of the parts of a state is joined. Each part of a table of flows is for an ``add-flows`` of its own, with
+    its ``gone``.
     """
 
-    token: str
-    parts: int
-    data: bytes
+    token: str = ""
+    parts: int = 1
+    data: bytes = b""
+    gone: bytes = b""
     revision: int = 0
     epoch: int = 0
     owner: str = ""
@@ -87,12 +100,15 @@ class Receive(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Received(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to ``receive`` and ``add-flows``. ``ready``: the time on the host's own clock, for ``open``.
+    """The answer to ``receive``, ``add-flows`` and ``open``.
+
+    ``ready``: for ``open``. It holds until its time is over, until ``drop``, and until the next ``receive``. Use only
+    one from before ``close``, because the old host counts from its own ``close``.
 
     ``flows``: how many connections of this part stand now. ``refused``: how many the kernel refused, ``why`` the first.
     """
 
-    ready: str
+    ready: str = ""
     flows: int = 0
     refused: int = 0
     why: str = ""
@@ -118,12 +134,25 @@ class Close(msgspec.Struct, frozen=True, kw_only=True):
 class Closed(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to ``close``: the connections that are new or changed since ``read-flows``, and those that ended.
 
-    ``lost``: how many further connections did not fit into the reply, so they are not copied.
+    ``counts``: how many new or changed ones each part has. This is the first part; ``read-flows`` with ``token`` reads
+    the others.
     """
 
     flows: bytes = b""
     gone: bytes = b""
-    lost: int = 0
+    counts: tuple[int, ...] = (0,)
+    token: str = ""
+
+
+class Reopen(msgspec.Struct, frozen=True, kw_only=True):
+    """``reopen``: open the gate again, because the new host has not opened and never will by that ``close``.
+
+    All values are those of ``close``: a host that was closed for another move since stays closed.
+    """
+
+    epoch: int
+    to: str
+    token: str
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True):

@@ -243,7 +243,7 @@ class Transfers:
 
 def copied(lab: Lab, other: SecondDevice) -> conntrack_copy.Created:
     """Copy the table of the first device, as two hosts do it."""
-    chunks = conntrack_copy.encode(flows.listed(lab.ns("dev")))
+    chunks = conntrack_copy.encode(flows.listing(lab.ns("dev")).records)
     created = [conntrack_copy.create(other.namespace, conntrack_copy.decode(it)) for it in chunks]
     assert len(created) == 1
     return created[0]
@@ -384,7 +384,7 @@ def test_connections_between_tiers_go_on_over_both_families(lab: Lab, other: Sec
     over_ip4 = Kind("a1", HOMES["b1"], "80{n}1", "b1", "80{n}1")
     over_ip6 = Kind("b1", f"{PREFIX_A}31", "80{n}2", "a1", "80{n}2", bind="::")
     goes_on = _open_all(connect, {"over IPv4": over_ip4, "over IPv6": over_ip6})
-    listed = flows.listed(lab.ns("dev"))
+    listed = flows.listing(lab.ns("dev")).records
     assert sorted({len(it) for it in listed if it[1] == 6}) == [30, 54]
     copied(lab, other)
     other.take_over()
@@ -491,13 +491,13 @@ def test_flows_that_cannot_go_on_are_not_copied(lab: Lab, other: SecondDevice, c
         connect(Kind("vm1", STRANGER, "21", "inet", "21", bind=STRANGER), 0)
         entries = conntrack.dump(lab.ns("dev"))
         assert {(it.protocol, it.dport) for it in entries} >= {(1, 0), (17, 6001), (6, 9), (6, 21)}
-        assert flows.listed(lab.ns("dev")) == []
+        assert flows.listing(lab.ns("dev")).records == []
 
 
 # ------------------------------------------------------------------------------------------- what is not allowed
 
 
-@pytest.mark.mutation("a-revoked-flow-stays-revoked-elsewhere", instead="conntrack_copy.records(namespace)")
+@pytest.mark.mutation("a-revoked-flow-stays-revoked-elsewhere", instead="conntrack_changes.listing(namespace)")
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_revoked_flow_stays_revoked_at_the_other_host(lab: Lab, other: SecondDevice, answered: bool) -> None:
     """The guest continues a conversation whose port forward was removed. Its datagrams would open the flow again."""
@@ -595,7 +595,7 @@ def test_the_last_copy_has_only_what_changed(lab: Lab, other: SecondDevice, conn
     lab.renew(SCOPE)
     other.apply(SCOPE)
     stays, changes, ends = (connect(KINDS["port forward"], case) for case in range(3))
-    before = flows.listed(lab.ns("dev"))
+    before = flows.listing(lab.ns("dev")).records
     assert conntrack_copy.create(other.namespace, before).standing == 3
     opened = connect(KINDS["static NAT"], 0)
     changes[0].shutdown(socket.SHUT_WR)
@@ -604,13 +604,13 @@ def test_the_last_copy_has_only_what_changed(lab: Lab, other: SecondDevice, conn
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         end.close()
     other.close_first()
-    now = flows.listed(lab.ns("dev"))
+    now = flows.listing(lab.ns("dev")).records
     assert len(now) == 3
     missing = conntrack_copy.difference(before, now)
     assert (len(missing.delete), len(missing.create)) == (2, 2)
     assert conntrack_copy.delete(other.namespace, missing.delete) == 2
     assert conntrack_copy.create(other.namespace, missing.create) == conntrack_copy.Created(standing=2)
-    there = flows.listed(other.namespace)
+    there = flows.listing(other.namespace).records
     assert conntrack_copy.difference(now, there) == conntrack_copy.Difference(delete=[], create=[])
     other.take_over()
     assert delivers(*stays) and delivers(*opened) and delivers(changes[1], changes[0])
@@ -622,7 +622,7 @@ def test_a_refused_connection_does_not_stop_the_others(lab: Lab, other: SecondDe
     other.apply(SCOPE)
     connect(KINDS["source NAT"], 0)
     connect(KINDS["static NAT"], 0)
-    first, second = sorted(flows.listed(lab.ns("dev")), key=conntrack_copy.described)
+    first, second = sorted(flows.listing(lab.ns("dev")).records, key=conntrack_copy.described)
     state = first[-14:]
     unconfirmed = conntrack_copy.Record(first[:-14] + bytes((state[0] & ~conntrack.CONFIRMED,)) + state[1:])
     created = conntrack_copy.create(other.namespace, [unconfirmed, second, second])
@@ -639,7 +639,7 @@ def test_a_large_table_is_copied_whole(lab: Lab, other: SecondDevice, connect: O
     lab.renew(SCOPE)
     other.apply(SCOPE)
     connect(KINDS["static NAT"], 0)
-    (one,) = flows.listed(lab.ns("dev"))
+    (one,) = flows.listing(lab.ns("dev")).records
     ports = slice(4 + 8, 4 + 10), slice(4 + 12 + 10, 4 + 12 + 12)  # of the client, in both tuples
     many = []
     for port in range(1024, 1024 + 15000):
@@ -648,7 +648,7 @@ def test_a_large_table_is_copied_whole(lab: Lab, other: SecondDevice, connect: O
             record[it] = port.to_bytes(2, "big")
         many.append(conntrack_copy.Record(bytes(record)))
     assert conntrack_copy.create(other.namespace, many) == conntrack_copy.Created(standing=len(many))
-    chunks = conntrack_copy.encode(flows.listed(other.namespace))
+    chunks = conntrack_copy.encode(flows.listing(other.namespace).records)
     assert len(chunks) == 2
     back = [record for it in chunks for record in conntrack_copy.decode(it)]
     assert {it[:-4] for it in back} == {it[:-4] for it in many}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -10,9 +12,11 @@ import pytest
 
 from fakehost import REGISTRATION, Agent, simulated
 from netloom import placementwire as wire
+from netloom.agent.kernel import conntrack_copy
+from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.store import Moved
-from netloom.state import Placement
+from netloom.state import Placement, Scope
 from netloom.wire import Call, Evacuated, Reply
 
 T = TypeVar("T")
@@ -85,6 +89,30 @@ async def test_a_scope_moves_with_its_state_and_announces_itself(agent: Agent) -
     assert agent.store.files == {} and agent.store.retired == set()
     await new.clock.advance(3)
     assert [sorted(set(addresses)) for _, addresses in new.host.arp][:1] == [["10.10.1.1", "203.0.113.20"]]
+
+
+@simulated
+@pytest.mark.mutation("an-open-gate-is-announced-at-once")
+async def test_an_opened_scope_is_announced_before_anything_else_is_done(agent: Agent) -> None:
+    await agent.live()
+    new = Agent()
+    state, ready = await received(agent, new)
+    await closed(agent, state)
+    new.workers.hold()
+    reply = new.start(new.moves.execute(_open_call(new, ready.ready)))
+    await new.clock.settle()
+    await new.workers.step()
+    assert [sorted(set(addresses)) for _, addresses in new.host.arp] == [["10.10.1.1", "203.0.113.20"]]
+    assert (await reply).status == 0, "the announcer is not closed yet"
+    assert "announced" not in new.did
+    await new.workers.release()
+    await new.clock.settle()
+    assert "announced" in new.did
+
+
+def _open_call(agent: Agent, ready: str) -> Call:
+    payload = wire.packed(wire.Open(epoch=1, ready=ready))
+    return Call(call_id="open", command=wire.OPEN, scope_id=NET, registration=REGISTRATION, payload=payload)
 
 
 @simulated
@@ -168,6 +196,73 @@ async def test_nobody_finishes_a_move_and_the_new_host_answers(agent: Agent) -> 
     assert agent.store.went == {NET: Moved(to="h2", epoch=1)}
 
 
+async def _closed_with_token(old: Agent) -> wire.Reopen:
+    """Close the scope for a move to h2; returns what opens it again."""
+    state = await state_of(old)
+    token = (await ask(old, wire.READ_FLOWS, wire.ReadPart(), wire.Part)).token
+    await closed(old, state, token)
+    return wire.Reopen(epoch=1, to="h2", token=token)
+
+
+@simulated
+async def test_the_old_host_opens_at_once_when_the_new_one_never_will(agent: Agent) -> None:
+    await agent.live()
+    reopen = await _closed_with_token(agent)
+    waiting = agent.send("050", "assign-ip")
+    await agent.clock.settle()
+    assert not serves(agent) and not waiting.done()
+    for _ in range(2):
+        assert (await send(agent, wire.REOPEN, reopen)).status == 0
+        assert serves(agent)
+    assert (await waiting).status == 0
+    placement = agent.store.files[NET].placement
+    assert (placement.gate, placement.peer) == ("open", "")
+    await agent.clock.advance(3)
+    assert agent.host.arp, "its addresses are announced"
+
+
+@simulated
+@pytest.mark.mutation("a-host-that-closed-for-another-move-stays-closed")
+async def test_the_old_host_opens_only_for_the_move_that_closed_it_last(agent: Agent) -> None:
+    await agent.live()
+    reopen = await _closed_with_token(agent)
+    for other in ({"epoch": 2}, {"to": "h3"}, {"token": ""}, {"token": "x"}):
+        assert (await send(agent, wire.REOPEN, msgspec.structs.replace(reopen, **other))).status == 3
+    await _closed_with_token(agent)  # by another operator
+    reply = await send(agent, wire.REOPEN, reopen)
+    assert (reply.status, reply.error) == (3, "net-204 was closed for another move, or by an earlier agent")
+    reopen = await _closed_with_token(agent)
+    agent.restart()
+    assert (await send(agent, wire.REOPEN, reopen)).status == 3
+    assert not serves(agent)
+
+
+@simulated
+async def test_a_host_without_a_token_or_a_scope_opens_nothing(agent: Agent) -> None:
+    await agent.live()
+    await closed(agent, await state_of(agent))
+    assert (await send(agent, wire.REOPEN, wire.Reopen(epoch=1, to="h2", token=""))).status == 3
+    assert (await send(agent, wire.FINISH, wire.Finish(epoch=1, to="h2"))).status == 0
+    reply = await send(agent, wire.REOPEN, wire.Reopen(epoch=1, to="h2", token=""))
+    assert (reply.status, reply.error) == (3, "net-204 was moved to h2")
+
+
+@simulated
+@pytest.mark.mutation("an-opened-scope-is-not-dropped")
+async def test_drop_does_not_deny_that_the_scope_was_opened(agent: Agent) -> None:
+    """It was opened here, and has moved on: another host serves it."""
+    await agent.live()
+    new = Agent()
+    await moved(agent, new)
+    assert (
+        await send(new, wire.CLOSE, wire.Close(epoch=2, to="h3", revision=new.store.files[NET].revision))
+    ).status == 0
+    assert (await send(new, wire.FINISH, wire.Finish(epoch=2, to="h3"))).status == 0
+    reply = await send(new, wire.DROP, wire.Drop(epoch=1))
+    assert (reply.status, reply.error) == (3, "net-204 was opened here, and moved to h3")
+    assert (await send(new, wire.DROP, wire.Drop(epoch=3))).status == 0
+
+
 @simulated
 async def test_the_old_host_does_not_open_while_it_cannot_ask(agent: Agent) -> None:
     await agent.live()
@@ -189,11 +284,30 @@ async def test_a_host_does_not_open_when_its_time_is_over(agent: Agent) -> None:
     new = Agent()
     state, ready = await received(agent, new)
     await closed(agent, state)
-    boot, _, at = ready.ready.partition(" ")
+    boot, at, reception = ready.ready.split(" ")
     for late in (f"{boot} {int(at) - 6_000_000_000}", f"other {at}", "", "x y", f"{boot} {int(at) + 10**12}"):
-        reply = await send(new, wire.OPEN, wire.Open(epoch=1, ready=late))
+        reply = await send(new, wire.OPEN, wire.Open(epoch=1, ready=f"{late} {reception}"))
         assert (reply.status, reply.error) == (3, "net-204 was not opened in time")
     assert not serves(new)
+
+
+@simulated
+@pytest.mark.mutation("no-opening-by-an-earlier-reception")
+async def test_a_host_does_not_open_by_an_earlier_reception(agent: Agent) -> None:
+    """An ``open`` that was on its way for long comes after the scope was dropped, and received once more."""
+    await agent.live()
+    new = Agent()
+    _, ready = await received(agent, new)
+    assert (await send(new, wire.DROP, wire.Drop(epoch=1))).status == 0
+    assert (await send(new, wire.OPEN, wire.Open(epoch=1, ready=ready.ready))).status == 3
+    state, ready_again = await received(agent, new)
+    for earlier in (ready.ready, ready.ready.rpartition(" ")[0], ""):
+        reply = await send(new, wire.OPEN, wire.Open(epoch=1, ready=earlier))
+        assert (reply.status, reply.error) == (3, "net-204 was received anew, or the agent restarted")
+    added = await ask(new, wire.ADD_FLOWS, wire.AddFlows(epoch=1), wire.Received)
+    await closed(agent, state)
+    assert added.ready.split()[2] == ready_again.ready.split()[2]
+    assert (await send(new, wire.OPEN, wire.Open(epoch=1, ready=added.ready))).status == 0
 
 
 @simulated
@@ -391,9 +505,12 @@ async def test_the_only_copy_is_kept_when_it_cannot_be_opened(agent: Agent, end:
             ServiceFailure(name="dnsmasq", message="dnsmasq is not installed", serves=frozenset({"dhcp"}))
         )
     receive = wire.Receive(epoch=1, host="h1", proof="", peer="", state=state.data)
+    why = "02:00:00:00:00:01 answers for 203.0.113.20"
     for _ in range(2):
         assert (await send(agent, wire.RECEIVE, receive)).status == (3 if end == "service" else 0)
         receive = msgspec.structs.replace(receive, epoch=receive.epoch + 1)
+        placement = agent.store.files[NET].placement
+        assert (placement.why, placement.was_passive) == ((why, "") if end == "service" else ("", why))
     agent.host.owners["203.0.113.20"] = "02:00:00:00:00:01"
     if end == "drop":
         assert (await send(agent, wire.OPEN, wire.Open(epoch=2, dead=True))).status == 3
@@ -402,7 +519,7 @@ async def test_the_only_copy_is_kept_when_it_cannot_be_opened(agent: Agent, end:
         await agent.clock.advance(wire.INCOMING_S + 1)
     placement = agent.store.files[NET].placement
     assert (placement.gate, placement.epoch) == ("passive", 2)
-    assert placement.why == "02:00:00:00:00:01 answers for 203.0.113.20"
+    assert (placement.why, placement.was_passive) == (why, "")
     assert NET not in agent.host.present
 
 
@@ -460,3 +577,36 @@ async def test_messages_that_cannot_be_read_change_nothing(agent: Agent) -> None
                 assert reply.status == 3, (command, payload)
     assert serves(agent)
     await asyncio.sleep(0)
+
+
+@simulated
+async def test_a_large_state_and_many_connections_are_encoded_once_and_read_in_parts(agent: Agent) -> None:
+    await agent.live()
+    scope = agent.scopes.slot(NET).scope
+    assert scope is not None
+    encoded = json.dumps({"of": "any content"}).encode() * 100_000
+    records = [Record(bytes([4, 6, 0, 0]) + number.to_bytes(12, "big") + bytes(14)) for number in range(40_000)]
+    agent.host.flows[NAMESPACE] = records
+    calls: list[str] = []
+
+    def state(_: Scope) -> bytes:
+        calls.append("state")
+        return encoded
+
+    def listed(_: Iterable[Record]) -> list[bytes]:
+        calls.append("flows")
+        return chunks
+
+    chunks = conntrack_copy.encode(records)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agent.store, "encoded", state)
+        patch.setattr(conntrack_copy, "encode", listed)
+        assert (await state_of(agent)).data == encoded
+        first = await ask(agent, wire.READ_FLOWS, wire.ReadPart(), wire.Part)
+        rest = [
+            await ask(agent, wire.READ_FLOWS, wire.ReadPart(number=it, token=first.token), wire.Part)
+            for it in range(1, first.parts)
+        ]
+    assert [it.data for it in (first, *rest)] == chunks
+    assert first.parts > 2 and len(encoded) > 2 * wire.PART_BYTES_MAX
+    assert calls == ["state", "flows"]

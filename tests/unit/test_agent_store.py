@@ -13,7 +13,7 @@ from netloom import logfile
 from netloom.agent.log import Log
 from netloom.agent.scopes.store import HostRecord, Store, Unreadable
 from netloom.errors import HostRefused
-from netloom.state import Network, PublicIp, Scope
+from netloom.state import Network, Placement, PublicIp, Scope
 from unit.failing_flush import FailingFlush
 
 SCOPE = Scope(
@@ -35,6 +35,21 @@ def test_a_saved_scope_is_loaded_unchanged(tmp_path: Path) -> None:
     assert Store(str(tmp_path / "scopes")).load("net-204") == SCOPE
     assert (store.living(), store.ended()) == (["net-204"], [])
     assert store.load("net-205") is None
+
+
+@pytest.mark.mutation("the-only-copy-is-known-in-older-states")
+def test_an_older_state_of_an_incoming_scope_tells_that_it_was_passive(tmp_path: Path) -> None:
+    """In earlier builds ``why`` had that, while the scope was incoming."""
+    store = Store(str(tmp_path))
+    placement = Placement(epoch=2, host="h1", gate="incoming", peer="h2", why="somebody answers for 203.0.113.20")
+    encoded = store.encoded(replace(SCOPE, placement=placement, schema=2))
+    (tmp_path / "net-204.json").write_bytes(encoded.replace(b"was_passive", b"unknown"))
+    loaded = store.load("net-204")
+    assert loaded is not None
+    assert loaded.placement == replace(placement, why="", was_passive="somebody answers for 203.0.113.20")
+    passive = replace(SCOPE, placement=replace(placement, gate="passive"), schema=2)
+    store.save(passive)
+    assert store.load("net-204") == passive
 
 
 def test_a_retired_scope_may_be_created_again_before_it_is_forgotten(tmp_path: Path) -> None:

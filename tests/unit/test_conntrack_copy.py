@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
-import struct
-from ipaddress import ip_address
 
 import pytest
 from hypothesis import example, given
@@ -13,56 +10,20 @@ from hypothesis import strategies as st
 
 from netloom.agent.kernel import conntrack, conntrack_copy
 from netloom.agent.kernel.conntrack_copy import Difference, Record, RecordsInvalid
-from netloom.agent.kernel.netlink import NetlinkError, attribute, be16, be32, nested, u8
+from netloom.agent.kernel.netlink import NetlinkError, be16, u8
 from netloom.errors import NetloomError
-
-REPLIED = conntrack.SEEN_REPLY | conntrack.ASSURED | conntrack.CONFIRMED
-SRC_NAT, HELPER = conntrack.SRC_NAT, 0x2000
-ESTABLISHED, TIME_WAIT = 3, 7
-TCP, UDP, ESP, ICMP = 6, 17, 50, 1
-GUEST, SERVER, PUBLIC = "10.1.1.11", "192.0.2.10", "203.0.113.20"
-
-
-def direction(kind: int, protocol: int, source: str, destination: str, sport: int, dport: int) -> bytes:
-    at = 1 if "." in source else 3
-    addresses = [attribute(at + n, ip_address(it).packed) for n, it in enumerate((source, destination))]
-    proto = [u8(1, protocol), *((be16(2, sport), be16(3, dport)) if protocol in (TCP, UDP) else ())]
-    return nested(kind, nested(1, *addresses), nested(2, *proto))
-
-
-def listing(
-    protocol: int = TCP,
-    *,
-    source: str = GUEST,
-    destination: str = SERVER,
-    translated: str = "",
-    status: int = REPLIED,
-    state: int = ESTABLISHED,
-    scales: tuple[int, int] = (7, 9),
-    flags: int = 0x23,
-    mark: int = 0,
-    timeout_s: int = 432000,
-    zone: int = 0,
-    sport: int = 40001,
-) -> bytes:
-    """A connection as the kernel lists it."""
-    family = socket.AF_INET if "." in source else socket.AF_INET6
-    scaled = (u8(2, scales[0]), u8(3, scales[1]))
-    tcp = nested(4, nested(1, u8(1, state), *scaled, attribute(4, bytes((flags, 0))), attribute(5, b"\3\0")))
-    return b"".join((
-        struct.pack(">BBH", family, 0, 0),
-        direction(1, protocol, source, destination, sport, 80),
-        direction(2, protocol, destination, translated or source, 80, sport),
-        be32(3, status), be32(8, mark), be32(12, 4711), be32(7, timeout_s),
-        be16(18, zone) if zone else b"",
-        tcp if protocol == TCP else b"",
-    ))  # fmt: skip
-
-
-def record(protocol: int = TCP, **fields: object) -> Record:
-    made = conntrack_copy.record_of(listing(protocol, **fields))  # type: ignore[arg-type]
-    assert made is not None
-    return made
+from unit.conntrack_messages import (
+    ESP,
+    HELPER,
+    ICMP,
+    PUBLIC,
+    REPLIED,
+    SRC_NAT,
+    TIME_WAIT,
+    UDP,
+    listing,
+    record,
+)
 
 
 # 40001 is 9c41, 80 is 0050, 432000 is 00069780. The flag MAXACK_SET (0x20) is not copied.
@@ -225,3 +186,30 @@ def test_a_renewed_short_timeout_is_sent_again() -> None:
     before, now = record(UDP, timeout_s=3), record(UDP, timeout_s=30)
     assert conntrack_copy.difference([before], [now]) == Difference(delete=[before], create=[now])
     assert conntrack_copy.difference([now], [before]) == Difference(delete=[], create=[])
+
+
+def test_a_difference_is_carried_out_in_portions_of_a_bounded_size() -> None:
+    many = 40_000
+    ended = [record(sport=it, translated=PUBLIC) for it in range(many // 4)]
+    earlier = [record(UDP, sport=it % 65536, source=f"10.1.{it >> 8}.1") for it in range(many)]
+    later = [Record(it[:-5] + b"\1" + it[-4:]) for it in earlier]  # another mark
+    portions = conntrack_copy.encode_difference(conntrack_copy.difference([*ended, *earlier], later))
+    assert len(portions) > 2
+    delete, create = ([conntrack_copy.decode(getattr(it, name)) for it in portions] for name in ("delete", "create"))
+    assert all(len(it.delete) + len(it.create) <= conntrack_copy.CHUNK_BYTES_MAX for it in portions)
+    assert [it.created for it in portions] == [len(it) for it in create]
+    assert [record for part in create for record in part] == later
+    # What has ended comes first, then each changed connection in the portion that creates it again.
+    assert [record for part in delete for record in part] == [*ended, *earlier]
+    gone: set[bytes] = {it[1:16] for it in ended}
+    for removed, made in zip(delete, create, strict=True):
+        assert {it[1:16] for it in removed} - gone == {it[1:16] for it in made}
+
+
+def test_no_difference_is_one_empty_portion() -> None:
+    (portion,) = conntrack_copy.encode_difference(Difference(delete=[], create=[]))
+    assert (conntrack_copy.decode(portion.delete), conntrack_copy.decode(portion.create), portion.created) == (
+        [],
+        [],
+        0,
+    )

@@ -17,8 +17,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     ``epoch``: the number of the placement, one more with each move; 0 for a scope that was never moved. ``host``: the
     name of this host in the registration, and ``proof``: who moved the scope here was allowed to (extension/proof.py);
-    both are empty at epoch 0. ``why``: one line, why the gate is passive. ``from_dead``: no host handed the scope over:
-    an operator declared the one before dead, or the state is from an archive. Perhaps that host still answers.
+    both are empty at epoch 0. ``why``: one line, why the gate is passive. ``was_passive``: while the gate is incoming,
+    why an earlier copy here was passive; it becomes passive again if the scope is not opened. ``from_dead``: no host
+    handed the scope over: an operator declared the one before dead, or the state is from an archive. Perhaps that host
+    still answers.
     """
 
     epoch: int = 0
@@ -28,3 +30,4 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     peer: str = ""
     why: str = ""
     from_dead: bool = False
+    was_passive: str = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
-from netloom.agent.kernel import arp, conntrack_copy, modules, namespaces, sysctl, tcp_sockets
-from netloom.agent.kernel.conntrack_copy import Created, Record
+from netloom.agent.kernel import arp, conntrack_changes, conntrack_copy, modules, namespaces, sysctl, tcp_sockets
+from netloom.agent.kernel.conntrack_changes import Listing
+from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
@@ -190,9 +192,13 @@ class KernelHost:
         """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""
         return namespaces.exists(want.namespace) and gate.closed().isdisjoint(it.host_link for it in want.ports)
 
-    def read_flows(self, namespace: str) -> list[Record]:
+    def read_flows(self, namespace: str) -> Listing:
         """The open connections that another host can continue. Raises HostRefused."""
-        return flows.listed(namespace)
+        return flows.listing(namespace)
+
+    def changed_flows(self, namespace: str, before: Listing) -> Difference:
+        """What has changed since ``before``, which is used up. Raises HostRefused."""
+        return conntrack_changes.changes(namespace, before)
 
     def reset_connections(self, namespace: str) -> None:
         """Reset the TCP connections of processes in the namespace, at both ends. Raises HostRefused."""
@@ -304,13 +310,20 @@ class KernelHost:
         """Whether there is a namespace of this name."""
         return namespaces.exists(namespace)
 
+    def announce(self, announcements: tuple[Announcement, ...]) -> Callable[[], None]:
+        """Send these announcements once. Call the result when there is time: it waits for the kernel."""
+        announcers: dict[str, arp.Announcer] = {}
+        stack = contextlib.ExitStack()
+        for it in announcements:
+            with contextlib.suppress(OSError, NetloomError):  # the link is gone, so nobody needs to know its addresses
+                if it.namespace not in announcers:
+                    announcers[it.namespace] = stack.enter_context(arp.Announcer(it.namespace))
+                announcers[it.namespace].announce(it.link, it.address, it.mac)
+        return stack.close
+
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         """Send these announcements once."""
-        for it in announcements:
-            try:
-                arp.gratuitous(it.namespace, it.link, it.address, it.mac)
-            except (OSError, NetloomError):
-                return  # the link is gone, so nobody needs to know its addresses
+        self.announce(announcements)()
 
     def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[Step, ...]:
         have = self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=thorough)

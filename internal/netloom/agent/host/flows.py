@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from netloom.agent.kernel import conntrack, conntrack_copy, packets
+from netloom.agent.kernel import conntrack, conntrack_changes, packets
 from netloom.agent.kernel.conntrack import Entry
+from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.render.flows import FlowAction, FlowCheck, FlowPolicy, flow_check
 from netloom.render.marks import REVOKED
 from netloom.state import Scope
@@ -40,12 +41,12 @@ def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
     return len(by_action["delete"]) + len(by_action["revoke"])
 
 
-def listed(namespace: str) -> list[conntrack_copy.Record]:
+def listing(namespace: str) -> Listing:
     """The flows that another host must have to serve the scope instead of this one. Raises HostRefused.
 
     Revoked flows are among them: without its entry such a flow would open again with the guest's next packet.
     """
-    return conntrack_copy.records(namespace, marked=REVOKED)  # guard: a-revoked-flow-stays-revoked-elsewhere
+    return conntrack_changes.listing(namespace, marked=REVOKED)  # guard: a-revoked-flow-stays-revoked-elsewhere
 
 
 def _with_first_masters(entries: list[Entry]) -> Iterator[Entry]:

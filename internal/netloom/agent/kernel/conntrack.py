@@ -141,8 +141,13 @@ def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: i
 def count(namespace: str | None) -> int:
     """The number of connections in a namespace. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
-        ask = Message(_GET_STATS, payload=_HEAD.pack(socket.AF_UNSPEC, 0, 0), what="count connections")
-        answers = ctnetlink.request([ask])
+        return count_over(ctnetlink)
+
+
+def count_over(ctnetlink: Socket) -> int:
+    """:func:`count` of the namespace of the socket, those included that no packet has confirmed yet."""
+    ask = Message(_GET_STATS, payload=_HEAD.pack(socket.AF_UNSPEC, 0, 0), what="count connections")
+    answers = ctnetlink.request([ask])
     for answer in answers:
         values = attribute_map(answer.payload, _HEAD.size)
         if _CTA_STATS_GLOBAL_ENTRIES in values:

@@ -1,8 +1,8 @@
 """Copy the connections of a namespace to a namespace of another host, so that they go on there.
 
-The source lists its connections as records (:func:`records`) and sends them as chunks (:func:`encode`,
-:func:`decode`). The target creates them (:func:`create`). When the source receives no more packets, and the target does
-not yet receive any, the source makes a second list and sends only the :func:`difference`.
+The source lists its connections as records (``conntrack_changes.listing``, :func:`record_of`) and sends them as chunks
+(:func:`encode`, :func:`decode`). The target creates them (:func:`create`). When the source receives no more packets,
+and the target does not yet receive any, the source looks once more and sends only the :func:`difference`.
 
 The fields of a created connection were chosen by tests with packets:
 
@@ -45,7 +45,18 @@ import msgspec
 
 from netloom.agent.kernel import netlink
 from netloom.agent.kernel.conntrack import ASSURED, CONFIRMED, EXPECTED, SEEN_REPLY, carry_out
-from netloom.agent.kernel.netlink import Message, NetlinkError, Socket, attribute, attribute_map, be16, be32, nested, u8
+from netloom.agent.kernel.netlink import (
+    ATTRIBUTE,
+    Message,
+    NetlinkError,
+    Socket,
+    attribute,
+    attribute_map,
+    be16,
+    be32,
+    nested,
+    u8,
+)
 from netloom.errors import HostRefused
 
 # A connection that is copied. It begins with the family (4 or 6; ``_TRANSLATED`` is added if the reply tuple is not the
@@ -68,7 +79,6 @@ _SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
 _NEW, _GET, _DELETE = _SUBSYSTEM, _SUBSYSTEM | 1, _SUBSYSTEM | 2
 _CREATE = netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
 _NFGENMSG = struct.Struct(">BBH")  # family, version, resource id
-_ATTRIBUTE = struct.Struct("=HH")
 
 # linux/netfilter/nfnetlink_conntrack.h
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_PROTOINFO, _CTA_NAT_SRC = 1, 2, 3, 4, 6
@@ -102,7 +112,7 @@ _NEVER_COPIED = frozenset({0, _ICMP, _DCCP, _ICMPV6, _SCTP, _UDP_LITE})
 
 # A difference contains a connection again if the source has renewed a timeout shorter than this: the target's might
 # run out meanwhile. Longer ones last until the last copy.
-_SHORT_TIMEOUT_S = 60
+SHORT_TIMEOUT_S = 60
 
 _BATCH = 2048
 
@@ -146,7 +156,7 @@ class _Family:
 
 
 def _family(code: int, number: int, size: int, source: int, destination: int, nat_min: int, nat_max: int) -> _Family:
-    header, nest = _ATTRIBUTE.pack, netlink.NLA_F_NESTED
+    header, nest = ATTRIBUTE.pack, netlink.NLA_F_NESTED
     addresses = 4 + 2 * (4 + size)
     headers: list[bytes] = []
     for kind in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY):
@@ -170,18 +180,6 @@ _BY_NUMBER = {it.number: it for it in (_IPV4, _IPV6)}
 
 
 # List
-
-
-def records(namespace: str | None, *, marked: int = 0) -> list[Record]:
-    """The connections of a namespace that can go on elsewhere, and all whose mark has a bit of ``marked``.
-
-    Raises NamespaceError, NetlinkError.
-    """
-    list_all = Message(_GET, payload=_NFGENMSG.pack(socket.AF_UNSPEC, 0, 0), what="list connections")
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
-        found = ctnetlink.dump(list_all)
-    made = (record_of(payload, marked=marked) for kind, payload in found if kind == _NEW)
-    return [it for it in made if it is not None]
 
 
 def record_of(payload: bytes, *, marked: int = 0) -> Record | None:
@@ -231,7 +229,7 @@ def _record(
 def _values(payload: bytes, offset: int) -> dict[int, bytes]:
     """As netlink.attribute_map, without a list in between: a namespace may have 100,000 connections."""
     found = {}
-    unpack, end, mask = _ATTRIBUTE.unpack_from, len(payload), netlink.NLA_TYPE_MASK
+    unpack, end, mask = ATTRIBUTE.unpack_from, len(payload), netlink.NLA_TYPE_MASK
     while offset + 4 <= end:
         length, kind = unpack(payload, offset)
         if length < 4 or offset + length > end:
@@ -285,6 +283,41 @@ def _tcp_state(protoinfo: bytes | None) -> bytes:
 
 
 # Send
+
+
+class Portion(msgspec.Struct, frozen=True):
+    """A part of a :class:`Difference`: two chunks, of at most ``CHUNK_BYTES_MAX`` bytes together."""
+
+    delete: bytes
+    create: bytes
+    created: int  # records in ``create``
+
+
+def encode_difference(changes: Difference) -> list[Portion]:
+    """The difference in portions that a target carries out in this order; at least one.
+
+    First what has ended: a new connection may need its address and port. A changed connection is deleted and created by
+    the same portion, so no portion takes away what a later one would give back.
+    """
+    ended = {_key(it): it for it in changes.delete}
+    pairs = [(ended.pop(_key(it), None), it) for it in changes.create]
+    portions: list[Portion] = []
+    delete: list[Record] = []
+    create: list[Record] = []
+    size = empty = 2 * _CHUNK_HEAD.size
+    for old, new in (*((it, None) for it in ended.values()), *pairs):
+        added = len(old or b"") + len(new or b"")
+        if size + added > CHUNK_BYTES_MAX:
+            portions.append(Portion(_chunk(delete), _chunk(create), len(create)))
+            delete, create, size = [], [], empty
+        if old is not None:
+            delete.append(old)
+        if new is not None:
+            create.append(new)
+        size += added
+    if delete or create or not portions:
+        portions.append(Portion(_chunk(delete), _chunk(create), len(create)))
+    return portions
 
 
 def encode(listed: Iterable[Record]) -> list[bytes]:
@@ -374,12 +407,17 @@ def _key(record: Record) -> bytes:
     return record[1 : _RECORD_HEAD.size + _BY_CODE[record[0] & ~_TRANSLATED].tuple_bytes]
 
 
+def timeout_of(record: Record) -> int:
+    """The seconds after which the connection ended without a packet, when it was listed."""
+    return int.from_bytes(record[-_TIMEOUT_BYTES:], "big")
+
+
 def _stands(earlier: Record, record: Record) -> bool:
     """Whether a target that created ``earlier`` needs nothing for ``record``."""
     if earlier[0] != record[0] or earlier[:-_TIMEOUT_BYTES] != record[:-_TIMEOUT_BYTES]:
         return False
-    left, now = (int.from_bytes(it[-_TIMEOUT_BYTES:], "big") for it in (earlier, record))
-    return now <= left or left >= _SHORT_TIMEOUT_S  # guard: a-renewed-short-timeout-is-sent-again
+    left, now = timeout_of(earlier), timeout_of(record)
+    return now <= left or left >= SHORT_TIMEOUT_S  # guard: a-renewed-short-timeout-is-sent-again
 
 
 # Create

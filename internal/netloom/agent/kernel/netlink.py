@@ -43,7 +43,7 @@ _NETLINK_CAP_ACK, _NETLINK_EXT_ACK = 10, 11
 _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 _HEADER = struct.Struct("=IHHII")
-_ATTRIBUTE = struct.Struct("=HH")
+ATTRIBUTE = struct.Struct("=HH")  # length, type
 _ERROR = struct.Struct("=i")
 _BATCH = struct.Struct(">BBH")  # nfgenmsg: family, version, subsystem
 
@@ -125,7 +125,7 @@ def attribute(kind: int, value: bytes) -> bytes:
     length = len(value) + 4
     if length > 0xFFFF:
         raise ValueError(f"netlink attribute {kind}: {len(value)} bytes do not fit")
-    return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length & 3)
+    return ATTRIBUTE.pack(length, kind) + value + b"\0" * (-length & 3)
 
 
 def nested(kind: int, *attributes: bytes) -> bytes:
@@ -198,7 +198,7 @@ def attributes(data: bytes, offset: int = 0) -> list[tuple[int, bytes]]:
     while offset < end:
         if end - offset < 4:
             raise NetlinkError(errnos.EBADMSG, "netlink attribute", "cut short")
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
+        length, kind = ATTRIBUTE.unpack_from(data, offset)
         if length < 4 or offset + length > end:
             raise NetlinkError(errnos.EBADMSG, f"netlink attribute {kind & NLA_TYPE_MASK}", f"length {length}")
         found.append((kind & NLA_TYPE_MASK, data[offset + 4 : offset + length]))

@@ -6,11 +6,13 @@ scheduler have simulated ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
-from netloom.agent.kernel.conntrack_copy import Created, Record
+from netloom.agent.kernel.conntrack_changes import Listing
+from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.plan.have import Have
 from netloom.plan.steps import Step
@@ -71,6 +73,9 @@ class Host(Protocol):
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         """Send these announcements once. Errors are ignored: the link may be gone."""
 
+    def announce(self, announcements: tuple[Announcement, ...]) -> Callable[[], None]:
+        """As ``send_arp``, but return as soon as the frames are sent. Call the result when there is time."""
+
     def serves(self, want: Want) -> bool:
         """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""
 
@@ -83,8 +88,11 @@ class Host(Protocol):
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
 
-    def read_flows(self, namespace: str) -> list[Record]:
+    def read_flows(self, namespace: str) -> Listing:
         """The open connections that another host can continue. Raises HostRefused."""
+
+    def changed_flows(self, namespace: str, before: Listing) -> Difference:
+        """What has changed since ``before``, which is used up. Raises HostRefused."""
 
     def reset_connections(self, namespace: str) -> None:
         """Reset the TCP connections of processes in the namespace, at both ends. Raises HostRefused."""

@@ -6,6 +6,8 @@
   and nobody answers for the addresses. Whoever answers is then the new host, and the scope becomes passive here.
 - The new host opens only within ``OPEN_WITHIN_S`` after it was ready, which was before the old one closed. Both times
   are measured on a host's own clock. It saves "open" before it opens the gate.
+- The old host opens earlier when it is told that the new one has forgotten the scope, by the operator's command that
+  closed it last. An ``open`` that comes to the new host after that, on its way for long, is of an earlier ``receive``.
 
 An agent that restarts finds the gate in the state, and the gate itself in the kernel, where it was.
 """
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,12 @@ from msgspec.structs import replace
 
 from netloom import placementwire as wire
 from netloom.agent.clock import Clock
-from netloom.agent.host.changes import HostChanges
+from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.kernel import conntrack_copy
+from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.log import Log
+from netloom.agent.scopes.handover import Copy, Handover
 from netloom.agent.scopes.interfaces import Host, ScopeStore
 from netloom.agent.scopes.placements import placed
 from netloom.agent.scopes.scopes import SCOPE_ID, Scopes
@@ -36,6 +39,7 @@ from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import BadRequest, ForeignScope, HostRefused, NetloomError
+from netloom.render.want import Want
 from netloom.state import Placement, Scope
 from netloom.wire import Call, Evacuated, Reply
 
@@ -102,6 +106,8 @@ class Moves:
                 return await self._in_turn(call, wire.AddFlows, self._add_flows)
             case wire.CLOSE:
                 return await self._in_turn(call, wire.Close, self._close)
+            case wire.REOPEN:
+                return await self._in_turn(call, wire.Reopen, self._reopen)
             case wire.OPEN:
                 return await self._in_turn(call, wire.Open, self._open)
             case wire.FINISH:
@@ -130,6 +136,11 @@ class Moves:
         try:
             data, _ = await self._scopes.run_and_settle(slot, with_state)
         finally:
+            if slot.handover.rest is not None:
+                self._upkeep.start_task(self._scopes.in_worker(slot.handover.rest))
+                slot.handover.rest = None
+            if slot.scope is None:
+                slot.handover = Handover()
             if was == "closed" != slot.gate:
                 slot.decided.set()
                 slot.decided = asyncio.Event()
@@ -175,37 +186,28 @@ class Moves:
         if scope is None:
             raise HostRefused(f"{slot.scope_id} is not on this host")
         if asked.number == 0:
-            slot.state_read_for = (uuid.uuid4().hex, self._store.encoded(scope))
-        token, text = slot.state_read_for
-        if asked.number and asked.token != token:
-            raise HostRefused(f"{slot.scope_id}: its state was read anew meanwhile", hint="repeat the command")
-        parts = -(-len(text) // wire.PART_BYTES_MAX)
-        start = asked.number * wire.PART_BYTES_MAX
-        if asked.number + 1 >= parts:
-            slot.state_read_for = ("", b"")
-        return wire.packed(
-            wire.Part(
-                token=token,
-                parts=parts,
-                data=text[start : start + wire.PART_BYTES_MAX],
-                revision=scope.revision,
-                epoch=scope.placement.epoch,
-                owner=scope.owner,
+            text, size = self._store.encoded(scope), wire.PART_BYTES_MAX
+            slot.handover.state = Copy(
+                [
+                    wire.Part(
+                        data=text[at : at + size],
+                        revision=scope.revision,
+                        epoch=scope.placement.epoch,
+                        owner=scope.owner,
+                    )
+                    for at in range(0, len(text), size)
+                ]
             )
-        ), HostChanges()
+        return wire.packed(slot.handover.state.part(asked, f"the state of {slot.scope_id}")), HostChanges()
 
     def _read_flows(self, slot: Slot, asked: wire.ReadPart) -> tuple[bytes, HostChanges]:
         _served(slot)
-        want = self._scopes.placed_want(slot)
+        handover = slot.handover
         if asked.number == 0:
-            listed = self._host.read_flows(want.namespace) if want.namespace else []
-            slot.flows_read = (uuid.uuid4().hex, listed)
-        token, listed = slot.flows_read
-        if asked.number and asked.token != token:
-            raise HostRefused(f"{slot.scope_id}: its connections were read anew meanwhile", hint="repeat the command")
-        chunks = conntrack_copy.encode(listed)
-        data = chunks[asked.number] if asked.number < len(chunks) else b""
-        return wire.packed(wire.Part(token=token, parts=len(chunks), data=data)), HostChanges()
+            want = self._scopes.placed_want(slot)
+            handover.before = self._host.read_flows(want.namespace) if want.namespace else Listing()
+            handover.flows = Copy([wire.Part(data=it) for it in conntrack_copy.encode(handover.before.records)])
+        return wire.packed(handover.flows.part(asked, f"the connections of {slot.scope_id}")), HostChanges()
 
     def _close(self, slot: Slot, asked: wire.Close) -> tuple[bytes, HostChanges]:
         scope = _served(slot)
@@ -218,8 +220,8 @@ class Moves:
             raise HostRefused(f"{slot.scope_id} has epoch {placement.epoch} here already", hint="repeat the command")
         want = self._scopes.placed_want(slot)
         self._scopes.placements.place(slot, replace(placement, gate="closed", peer=asked.to))
-        token, before = slot.flows_read
-        slot.flows_read = ("", [])
+        handover, slot.handover = slot.handover, Handover()
+        slot.handover.closing = asked
         if not want.namespace:
             return wire.packed(wire.Closed()), HostChanges()
         try:
@@ -227,12 +229,29 @@ class Moves:
         except NetloomError as error:
             self._log.line(f"scope={slot.scope_id} move: {error}")
         self._host.close_gate(slot.scope_id, want)
-        changed = conntrack_copy.difference(
-            before if token and token == asked.token else [], self._host.read_flows(want.namespace)
-        )
-        flows, gone = conntrack_copy.encode(changed.create), conntrack_copy.encode(changed.delete)
-        lost = sum(len(conntrack_copy.decode(it)) for it in flows[1:])
-        return wire.packed(wire.Closed(flows=flows[0], gone=gone[0], lost=lost)), HostChanges()
+        before = handover.before if asked.token == handover.flows.token else Listing()
+        changed = self._host.changed_flows(want.namespace, before)
+        portions = conntrack_copy.encode_difference(changed)
+        what = f"the connections of {slot.scope_id}"
+        slot.handover.flows = rest = Copy([wire.Part(data=it.create, gone=it.delete) for it in portions])
+        first = rest.part(wire.ReadPart(), what)
+        counts = tuple(it.created for it in portions)
+        return wire.packed(
+            wire.Closed(flows=first.data, gone=first.gone, counts=counts, token=first.token)
+        ), HostChanges()
+
+    def _reopen(self, slot: Slot, asked: wire.Reopen) -> tuple[bytes, HostChanges]:
+        scope = _served(slot)
+        if scope.placement.gate == "open":
+            return b"", HostChanges()
+        closing = slot.handover.closing
+        if (
+            closing is None
+            or not asked.token
+            or (closing.epoch, closing.to, closing.token) != (asked.epoch, asked.to, asked.token)
+        ):  # guard: a-host-that-closed-for-another-move-stays-closed
+            raise HostRefused(f"{slot.scope_id} was closed for another move, or by an earlier agent")
+        return self._opened_again(slot)
 
     def _finish(self, slot: Slot, asked: wire.Finish) -> tuple[bytes, HostChanges]:
         scope = slot.scope
@@ -257,39 +276,41 @@ class Moves:
         if asked.epoch <= known and not (had and had.placement.gate == "incoming" and had.placement.epoch == known):
             raise HostRefused(f"{slot.scope_id} has epoch {known} already, so {asked.epoch} is not a new one")
         # A copy that was here before is not forgotten if the scope is not opened: perhaps it is the only one.
-        kept = had.placement.why if had else ""
+        was_passive = had.placement.was_passive if had else ""
         if had and had.placement.gate == "passive":
-            kept = kept or "it was passive before"
+            was_passive = had.placement.why or "it was passive before"
         placement = Placement(
             epoch=asked.epoch,
             host=asked.host,
             proof=asked.proof,
             gate="incoming",
             peer=asked.peer,
-            why=kept,
+            was_passive=was_passive,
             from_dead=scope.placement.from_dead,
         )
         scope = placed(scope, placement)
         self._store.save(scope)
         slot.scope, slot.ending, slot.unproved = scope, False, False
+        slot.handover = Handover()
         changes = self._scopes.converge(slot)
         if slot.failed:
             failed = "; ".join(map(str, slot.failed))
             self._not_opened(slot)
             raise HostRefused(f"{slot.scope_id} cannot be served here: {failed}", hint="its host serves it as before")
-        return wire.packed(wire.Received(ready=_now())), changes
+        namespace = self._scopes.placed_want(slot).namespace
+        if namespace and had and had.placement.gate == "incoming":  # guard: a-repeated-move-begins-with-an-empty-table
+            self._host.copy_flows(namespace, [], self._host.read_flows(namespace).records)
+        return wire.packed(wire.Received(ready=_ready(slot))), changes
 
     def _add_flows(self, slot: Slot, asked: wire.AddFlows) -> tuple[bytes, HostChanges]:
         _incoming(slot, asked.epoch)
-        created = self._copy_flows(slot, asked.flows, asked.gone)
-        return wire.packed(
-            wire.Received(ready=_now(), flows=created.standing, refused=created.refused, why=created.reason)
-        ), HostChanges()
+        created = self._copy_flows(self._scopes.placed_want(slot).namespace, asked.flows, asked.gone)
+        return wire.packed(_received(created, ready=_ready(slot))), HostChanges()
 
     def _open(self, slot: Slot, asked: wire.Open) -> tuple[bytes, HostChanges]:
         if slot.scope is not None and slot.scope.placement.gate == "open":
             if slot.scope.placement.epoch == asked.epoch:
-                return b"", HostChanges()  # the reply was lost
+                return wire.packed(wire.Received()), HostChanges()  # the reply was lost
             raise HostRefused(f"{slot.scope_id} is open here with epoch {slot.scope.placement.epoch}")
         placement = _incoming(slot, asked.epoch)
         want = self._scopes.placed_want(slot)
@@ -300,34 +321,40 @@ class Moves:
                     f"{found}: {slot.scope_id} is not opened here",
                     hint="switch the dead host off, and say so with --fenced",
                 )
-        if want.namespace:
-            self._copy_flows(slot, asked.flows, asked.gone)
-        if not asked.dead and not _within(asked.ready, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
+        created = self._copy_flows(want.namespace, asked.flows, asked.gone)
+        at, _, reception = asked.ready.rpartition(" ")
+        if not asked.dead and reception != slot.handover.reception:  # guard: no-opening-by-an-earlier-reception
+            raise HostRefused(f"{slot.scope_id} was received anew, or the agent restarted", hint="repeat the command")
+        if not asked.dead and not _within(at, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
             raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
         from_dead = placement.from_dead or (asked.dead and not asked.fenced)
-        self._scopes.placements.place(slot, replace(placement, gate="open", peer="", why="", from_dead=from_dead))
+        self._scopes.placements.place(
+            slot, replace(placement, gate="open", peer="", was_passive="", from_dead=from_dead)
+        )
+        reply = wire.packed(_received(created))
         if not want.namespace:
-            return b"", HostChanges()
-        announcements = self._host.open_gate(slot.scope_id, want)
+            return reply, HostChanges()
+        announcements = self._open_gate(slot, want)
         if slot.moved is not None:
             self._store.forget_moved(slot.scope_id)
             slot.moved = None
         slot.enforced_scope = None  # the flows are those of another host: check them all
-        return b"", HostChanges(announcements=announcements)
+        return reply, HostChanges(announcements=announcements)
 
     def _drop(self, slot: Slot, asked: wire.Drop) -> tuple[bytes, HostChanges]:
         if slot.scope is None:
+            if slot.moved and slot.moved.epoch >= asked.epoch:  # guard: an-opened-scope-is-not-dropped
+                raise HostRefused(f"{slot.scope_id} was opened here, and moved to {slot.moved.to}")
             return b"", HostChanges()
         _incoming(slot, asked.epoch)
         return b"", self._not_opened(slot)
 
-    def _copy_flows(self, slot: Slot, flows: bytes, gone: bytes) -> Created:
+    def _copy_flows(self, namespace: str, flows: bytes, gone: bytes) -> Created:
         create: list[Record] = conntrack_copy.decode(flows) if flows else []
         delete: list[Record] = conntrack_copy.decode(gone) if gone else []
-        want = self._scopes.placed_want(slot)
-        if not want.namespace or not (create or delete):
+        if not namespace or not (create or delete):
             return Created(0)
-        return self._host.copy_flows(want.namespace, create, delete)
+        return self._host.copy_flows(namespace, create, delete)
 
     # ------------------------------------------------------------------------------------- a move without an end
 
@@ -368,12 +395,24 @@ class Moves:
                 return b"", self._scopes.converge(slot)
             if found.probing or found.unknown:
                 raise HostRefused(f"{found}, so whether {placement.peer} has opened is not known")
+        return self._opened_again(slot)
+
+    def _opened_again(self, slot: Slot) -> tuple[bytes, HostChanges]:
+        """Open the gate of a scope that was closed for a move."""
+        assert slot.scope is not None
+        placement, want = slot.scope.placement, self._scopes.placed_want(slot)
         self._scopes.placements.place(slot, replace(placement, gate="open", peer=""))
         self._log.line(f"scope={slot.scope_id} the move to {placement.peer} was not finished; it is served here again")
         if not want.namespace:
             return b"", HostChanges()
+        return b"", HostChanges(announcements=self._open_gate(slot, want))
+
+    def _open_gate(self, slot: Slot, want: Want) -> tuple[Announcement, ...]:
+        """Open the gate and announce the addresses; returns the announcements, to be repeated."""
         announcements = self._host.open_gate(slot.scope_id, want)
-        return b"", HostChanges(announcements=announcements)
+        # At once, before any other work: until then the frames for this host go to the other one.
+        slot.handover.rest = self._host.announce(announcements)  # guard: an-open-gate-is-announced-at-once
+        return announcements
 
     def _forget_incoming(self, slot: Slot) -> tuple[bytes, HostChanges]:
         self._log.line(f"scope={slot.scope_id} the move to this host was not finished; it is forgotten here")
@@ -382,9 +421,11 @@ class Moves:
     def _not_opened(self, slot: Slot) -> HostChanges:
         """Forget an incoming scope, or make it passive again if it was that before."""
         assert slot.scope is not None
-        why = slot.scope.placement.why
-        if why:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
-            self._scopes.placements.make_passive(slot, why)
+        placement = slot.scope.placement
+        if placement.was_passive:  # guard: a-passive-copy-outlives-an-attempt-to-open-it
+            self._scopes.placements.place(
+                slot, replace(placement, gate="passive", why=placement.was_passive, was_passive="")
+            )
             return self._scopes.converge(slot)
         self._scopes.placements.retire(slot)
         return self._scopes.converge(slot)
@@ -410,6 +451,10 @@ def _incoming(slot: Slot, epoch: int) -> Placement:
     return placement
 
 
+def _received(created: Created, ready: str = "") -> wire.Received:
+    return wire.Received(ready=ready, flows=created.standing, refused=created.refused, why=created.reason)
+
+
 def _held(slot: Slot) -> wire.HeldScope:
     scope = slot.scope
     if scope is None:
@@ -429,6 +474,11 @@ def _held(slot: Slot) -> wire.HeldScope:
         public_ips=len(scope.public_ips),
         why=it.why or "; ".join(map(str, slot.failed)),
     )
+
+
+def _ready(slot: Slot) -> str:
+    """What ``open`` must bring: this moment, and the name of the last ``receive``."""
+    return f"{_now()} {slot.handover.reception}"
 
 
 def _now() -> str:

@@ -7,8 +7,8 @@ import asyncio
 import msgspec
 
 from netloom.agent.clock import Timer
-from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.processes.failures import ServiceFailure
+from netloom.agent.scopes.handover import Handover
 from netloom.agent.scopes.store import Moved
 from netloom.commands.transition import Transitioned
 from netloom.render.ruleset import Ruleset
@@ -48,8 +48,7 @@ class Slot:
         self.moved: Moved | None = None  # where the scope went from here
         self.unproved = False  # restored from nothing: perhaps another host serves it by now
         self.decided = asyncio.Event()  # is set, and replaced, when a closed gate has opened or the scope is gone
-        self.flows_read: tuple[str, list[Record]] = ("", [])  # token and connections, as they were read for a move
-        self.state_read_for: tuple[str, bytes] = ("", b"")  # token and state, as it is read for a move
+        self.handover = Handover()  # while the scope moves away
         self.undecided: Timer | None = None  # ends the time in which a move must be decided
 
     @property

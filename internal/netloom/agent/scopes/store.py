@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from netloom.agent.exhausted import remedy
 from netloom.errors import HostRefused
@@ -162,6 +163,10 @@ class Store:
             raise Unreadable(f"{path} cannot be read: {error}", hint="repair or remove the file") from error
         if scope.scope_id != scope_id:
             raise Unreadable(f"{path} is about {scope.scope_id}", hint="rename it to match its scope")
+        placement = scope.placement
+        if placement.gate == "incoming" and placement.why:  # guard: the-only-copy-is-known-in-older-states
+            # Written before there was ``was_passive``.
+            return replace(scope, placement=replace(placement, why="", was_passive=placement.why))
         return scope
 
     def unsettled(self, scope_id: str) -> bool:

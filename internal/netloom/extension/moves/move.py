@@ -18,10 +18,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
-from netloom.extension.moves.agents import BUILD_S, Agents, Refused
+from netloom.extension.moves.agents import ANSWER_S, BUILD_S, Agents, Refused
 from netloom.extension.moves.inventory import (
     Await,
     Inventory,
@@ -33,7 +33,6 @@ from netloom.extension.moves.inventory import (
     next_step,
     serving_hosts,
     take_inventory,
-    view_of,
 )
 from netloom.extension.proof import Claim, PlacementClaim
 from netloom.placementwire import (
@@ -47,6 +46,7 @@ from netloom.placementwire import (
     READ_FLOWS,
     READ_STATE,
     RECEIVE,
+    REOPEN,
     AddFlows,
     Close,
     Closed,
@@ -58,12 +58,15 @@ from netloom.placementwire import (
     ReadPart,
     Receive,
     Received,
+    Reopen,
 )
 
 # How often a state that changes while it is copied is read again.
 _TRIES = 10
 # ``close`` waits for the scope's other calls. If it comes too late, the target may not open any more.
 _CLOSE_S = OPEN_WITHIN_S / 2
+# Of OPEN_WITHIN_S, for ``open`` itself: its way, and the connections that it brings.
+_RESERVED_S = 1.5
 # A host that opens a gate writes to its disk before.
 _OPEN_S = 2 * OPEN_WITHIN_S
 _LOOK_AGAIN_S = 0.5
@@ -107,10 +110,11 @@ class Moved:
 
 @dataclass
 class _Flows:
-    """The connections of one move, so far. ``ready``: from the target, for ``open``."""
+    """The connections of one move, so far. ``ready``: from the target, for ``open``; when that was asked for."""
 
     token: str = ""
     ready: str = ""
+    asked_at: float = 0.0
     copied: int = 0
     lost: int = 0
 
@@ -229,13 +233,12 @@ class Mover:
         closed = await self._close(scope_id, step, to, state.revision, flows.token)
         if closed is None:
             return None
-        note = await self._open(scope_id, step, to, flows.ready, closed)
+        last, lost_note = await self._copy_changes(scope_id, step, to, flows, closed)
+        note = await self._open(scope_id, step, to, flows, last)
         gap_ms = (_now() - began) * 1000
         self.on_step(scope_id, f"removing it from {source}")
-        note = "; ".join(filter(None, [note, await self._finish(scope_id, source, to, epoch, owner)]))
-        return Moved(
-            scope_id, source, to, epoch, gap_ms=gap_ms, flows=flows.copied, lost=flows.lost + closed.lost, note=note
-        )
+        note = "; ".join(filter(None, [lost_note, note, await self._finish(scope_id, source, to, epoch, owner)]))
+        return Moved(scope_id, source, to, epoch, gap_ms=gap_ms, flows=flows.copied, lost=flows.lost, note=note)
 
     async def read_state(self, scope_id: str, host: str, owner: str) -> _State:
         """The whole state of the scope on this host. Raises Refused, HostUnreachable."""
@@ -246,8 +249,10 @@ class Mover:
             data.append(more.data)
         return _State(b"".join(data), part.revision, part.owner)
 
-    async def _part(self, command: str, scope_id: str, host: str, owner: str, wanted: ReadPart) -> Part:
-        return await self.agents.ask(host, command, wanted, Part, scope_id=scope_id, owner=owner)
+    async def _part(
+        self, command: str, scope_id: str, host: str, owner: str, wanted: ReadPart, within_s: float = ANSWER_S
+    ) -> Part:
+        return await self.agents.ask(host, command, wanted, Part, scope_id=scope_id, owner=owner, within_s=within_s)
 
     async def _receive(
         self, scope_id: str, to: str, epoch: int, proof: str, peer: str, state: bytes, owner: str
@@ -261,6 +266,7 @@ class Mover:
         number = 0
         while True:
             message = AddFlows(epoch=epoch, flows=part.data)
+            flows.asked_at = _now()
             added = await self.agents.ask(to, ADD_FLOWS, message, Received, scope_id=scope_id, owner=owner)
             flows.ready = added.ready  # the latest: the target may open only for some seconds after it
             flows.copied += added.flows
@@ -283,56 +289,110 @@ class Mover:
         except Refused as refused:
             if refused.reply.holds and refused.reply.revision != revision:  # guard: a-changed-state-is-read-again
                 return None
-            await self._drop(scope_id, to, step.epoch, owner)
-            raise
+            again = await self._give_up(scope_id, step, to, token)
+            if refused.reply.gate != "closed":
+                raise
+            raise HostRefused(f"{refused.message}; {again}", hint=refused.hint) from refused
         except NetloomError as error:
             # Nobody has asked the target to open, and nobody will: the source goes on, or opens again.
-            await self._drop(scope_id, to, step.epoch, owner)
-            stays = f"{scope_id} stays on {source}, which opens it again within {CLOSED_S:.0f} s if it has closed it"
-            raise HostUnreachable(f"{error}; {stays}", hint="repeat the command") from error
+            again = await self._give_up(scope_id, step, to, token)
+            raise HostUnreachable(f"{error}; {again} if it has closed it", hint="repeat the command") from error
 
-    async def _open(self, scope_id: str, step: Transfer, to: str, ready: str, closed: Closed) -> str:
-        """Open the gate on the target; a remark about it. Raises NetloomError when the target does not open."""
-        message = Open(epoch=step.epoch, ready=ready, flows=closed.flows, gone=closed.gone)
-        owner = step.held.owner
-        again = f"{step.source} serves it again within {CLOSED_S:.0f} s"
+    async def _copy_changes(
+        self, scope_id: str, step: Transfer, to: str, flows: _Flows, closed: Closed
+    ) -> tuple[Part, str]:
+        """Copy the connections that have changed, in all parts but the last one, which is left for ``open``.
+
+        Returns that part, and a remark if something failed. What the time does not allow is lost.
+        """
+        owner, counts = step.held.owner, closed.counts
+        until = flows.asked_at + OPEN_WITHIN_S - _RESERVED_S
+        at, part = 0, Part(data=closed.flows, gone=closed.gone)
+        took_s = 0.0  # the last part; the next one will take as long
         try:
-            await self.agents.tell(to, OPEN, message, scope_id=scope_id, owner=owner, within_s=_OPEN_S)
+            while at + 1 < len(counts) and (began := _now()) + took_s < until:  # guard: the-last-copy-ends-in-time
+                left_s = until - began
+                message = AddFlows(epoch=step.epoch, flows=part.data, gone=part.gone)
+                part = Part()
+                added = await self.agents.ask(
+                    to, ADD_FLOWS, message, Received, scope_id=scope_id, owner=owner, within_s=left_s
+                )
+                flows.lost += added.refused
+                at += 1
+                wanted = ReadPart(number=at, token=closed.token)
+                part = await self._part(READ_FLOWS, scope_id, step.source, owner, wanted, within_s=left_s)
+                took_s = _now() - began
+        except NetloomError as error:
+            flows.lost += sum(counts[at:])
+            return part, f"connections that had just changed were not copied: {error}"
+        flows.lost += sum(counts[at + 1 :])  # guard: connections-without-time-are-counted
+        return part, ""
+
+    async def _open(self, scope_id: str, step: Transfer, to: str, flows: _Flows, last: Part) -> str:
+        """Open the gate on the target; a remark about it. Raises NetloomError when the target does not open."""
+        message = Open(epoch=step.epoch, ready=flows.ready, flows=last.data, gone=last.gone)
+        owner = step.held.owner
+        try:
+            opened = await self.agents.ask(
+                to, OPEN, message, Received, scope_id=scope_id, owner=owner, within_s=_OPEN_S
+            )
+            flows.lost += opened.refused
             return ""
-        except Refused as refused:
-            await self._drop(scope_id, to, step.epoch, owner)
-            raise HostRefused(f"{refused.message}; {again}", hint=refused.hint or "repeat the command") from refused
         except NetloomError as error:
             self.on_step(scope_id, f"asking {to} whether it has opened")
-            gate = await self._gate(scope_id, to, step.epoch)
-            if gate == "open":
+            ended = await self._withdraw(scope_id, to, step.epoch, owner)
+            if ended == "open":
                 return str(error)
-            if gate is None:
+            again = await self._open_again(scope_id, step, to, flows.token, ended)
+            if isinstance(error, Refused):
+                raise HostRefused(f"{error.message}; {again}", hint=error.hint or "repeat the command") from error
+            if ended == "unknown":
                 raise HostUnreachable(
                     f"{error}; if {to} has opened {scope_id}, {step.source} notices it and stays closed, else {again}",
                     hint="repeat the command when it answers",
                 ) from error
-            await self._drop(scope_id, to, step.epoch, owner)
             raise HostUnreachable(
                 f"{error}, and did not open {scope_id}; {again}", hint="repeat the command"
             ) from error
 
-    async def _gate(self, scope_id: str, host: str, epoch: int) -> str | None:
-        """The gate once it is decided whether the host opened it with this epoch; None when the host does not answer.
+    async def _withdraw(
+        self, scope_id: str, host: str, epoch: int, owner: str
+    ) -> Literal["open", "dropped", "unknown"]:
+        """Let ``host`` forget the scope, unless it has opened it.
 
-        A host that has not opened in time never will.
+        Once it has forgotten the scope, it never opens it by this move, even if an ``open`` is still on its way.
         """
         ends = _now() + OPEN_WITHIN_S
-        gate: str | None = None
         while True:
             try:
-                held = (await view_of(self.agents, host)).scopes.get(scope_id)
-                gate = held.gate if held is not None and held.epoch == epoch else ""
+                await self.agents.tell(host, DROP, Drop(epoch=epoch), scope_id=scope_id, owner=owner)
+                return "dropped"
+            except Refused as refused:
+                opened = refused.reply.gate == "open" and refused.reply.epoch == epoch
+                return "open" if opened else "unknown"
             except NetloomError:
-                gate = None
-            if gate == "open" or _now() > ends:
-                return gate
+                if _now() > ends:
+                    return "unknown"
             await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def _give_up(self, scope_id: str, step: Transfer, to: str, token: str) -> str:
+        """End a move whose ``open`` was not sent; says when the source serves the scope again."""
+        ended = await self._withdraw(scope_id, to, step.epoch, step.held.owner)
+        return await self._open_again(scope_id, step, to, token, ended)
+
+    async def _open_again(self, scope_id: str, step: Transfer, to: str, token: str, ended: str) -> str:
+        """Let the source open the gate if the target has forgotten the scope; says when the source serves it again."""
+        by_itself = f"{step.source} serves it again within {CLOSED_S:.0f} s"
+        if ended != "dropped":  # guard: a-source-opens-only-when-the-target-never-will
+            return by_itself
+        message = Reopen(epoch=step.epoch, to=to, token=token)
+        try:
+            await self.agents.tell(
+                step.source, REOPEN, message, scope_id=scope_id, owner=step.held.owner, within_s=CLOSED_S
+            )
+        except NetloomError as error:
+            return f"{by_itself} ({error})"
+        return f"{step.source} serves it again"
 
     async def _finish(self, scope_id: str, host: str, to: str, epoch: int, owner: str) -> str:
         """Tell ``host`` that ``to`` serves the scope; a remark when that fails.
