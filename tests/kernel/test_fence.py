@@ -9,9 +9,7 @@ import pytest
 
 from kernel.agent_host import AgentHost, act, agent_host, message, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
-from kernel.isolated_network import live
-from kernel.scratch import scratch, tool
-from kernel.test_gate import (
+from kernel.gated_frames import (
     ADDRESS,
     BRIDGES,
     ENDS,
@@ -33,6 +31,8 @@ from kernel.test_gate import (
     of,
     taps,
 )
+from kernel.isolated_network import live
+from kernel.scratch import scratch, tool
 from netloom.agent.host import fence
 from netloom.agent.host.outside import Listener
 from netns import inside

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import struct
@@ -15,26 +14,39 @@ import pytest
 
 from kernel.agent_host import AgentHost, agent_host, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
-from kernel.raw_frames import checksum, received, wire
+from kernel.gated_frames import (
+    ADDRESS,
+    ALL_NODES,
+    BRIDGES,
+    ENDS,
+    EVERYBODY,
+    FABRIC,
+    FAR_MAC,
+    GATEWAY,
+    GUEST,
+    IP,
+    LACP,
+    LLDP,
+    LOGIN,
+    NOBODY,
+    NS,
+    PORTS,
+    PUBLIC,
+    PUBLIC_MAC,
+    TEST,
+    VM_MAC,
+    arp_request,
+    frame,
+    heard,
+    of,
+    taps,
+)
+from kernel.raw_frames import checksum
 from kernel.scratch import scratch, tool
 from netloom.agent.host import gate, link_table
 from netloom.agent.kernel import netlink, nft_netlink
 from netloom.agent.kernel.netlink import NetlinkError, Socket
 from netns import inside
-
-# The golden scenario ip6.
-NS, GUEST, PUBLIC = "cs-net-520", "gst-520", "pub-101"
-GUEST_MAC, PUBLIC_MAC = "0a:97:3e:a2:e0:51", "0a:1a:27:c8:5b:f9"
-GATEWAY, ADDRESS, GATEWAY6 = "10.50.1.1", "203.0.113.20", "2001:db8:50:1::1"
-PORTS = {GUEST: GUEST_MAC, PUBLIC: PUBLIC_MAC}
-ENDS = ["vnetg520", "vnetpn520.101"]
-BRIDGES = {GUEST: "breth1-1520", PUBLIC: "breth1-101"}
-FABRIC = {GUEST: "sw-eth1.1520", PUBLIC: "sw-eth1.101"}
-
-VM_MAC, FAR_MAC = "02:01:00:cc:00:03", "02:00:00:00:00:77"
-ARP, IP, TEST, LOGIN = 0x0806, 0x0800, 0x88B5, 0x888E  # 0x88b5: for experiments (IEEE 802); 0x888e: 802.1X
-EVERYBODY, ALL_NODES, LACP, LLDP = "ff" * 6, "333300000001", "0180c2000003", "0180c200000e"
-NOBODY = "020000000099"  # a bridge floods frames to it
 
 
 @pytest.fixture
@@ -49,17 +61,6 @@ def agent(host: AgentHost) -> Iterator[GatedAgent]:
         yield it
 
 
-def frame(destination: str, source: str, kind: int, payload: bytes = b"") -> bytes:
-    head = bytes.fromhex(destination) + bytes.fromhex(source.replace(":", "")) + struct.pack("!H", kind)
-    return (head + payload).ljust(60, b"\0")
-
-
-def arp_request(source: str, sender: str, target: str) -> bytes:
-    mac = bytes.fromhex(source.replace(":", ""))
-    ends = mac + socket.inet_aton(sender) + bytes(6) + socket.inet_aton(target)
-    return frame(EVERYBODY, source, ARP, struct.pack("!HHBBH", 1, IP, 6, 4, 1) + ends)
-
-
 def broadcast_packet() -> bytes:
     """An empty UDP packet over IPv4 to 255.255.255.255."""
     ends = socket.inet_aton("10.50.1.1") + b"\xff" * 4
@@ -67,25 +68,10 @@ def broadcast_packet() -> bytes:
     return head[:10] + struct.pack("!H", checksum(head + ends)) + ends + struct.pack("!HHHH", 9, 9, 8, 0)
 
 
-def of(source: str, frames: list[bytes]) -> list[bytes]:
-    return [it for it in frames if it[6:12].hex(":") == source]
-
-
 def learned(host: AgentHost, link: str) -> bool:
     """Whether the bridge of the port has learned its MAC address."""
     entries = json.loads(host.run("bridge", "-j", "fdb", "show", "br", BRIDGES[link]))
     return any(it["mac"] == PORTS[link] for it in entries)
-
-
-@contextlib.contextmanager
-def taps(host: AgentHost, *places: tuple[str, str]) -> Iterator[list[socket.socket]]:
-    """Packet sockets on links: in a namespace of the host, on the host (``-``), or in the fabric (empty)."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(wire(host, link, "" if it == "-" else it, fabric=not it)) for it, link in places]
-
-
-def heard(tap: socket.socket) -> list[bytes]:
-    return list(received(tap))
 
 
 class Traffic:
