@@ -85,3 +85,22 @@ def test_rules_whose_vlan_is_not_known_are_told_until_the_assign_ip(command: str
     revoked = call(scope, command, **none).scope
     assert revoked is not None
     assert revoked.left_out == {}
+
+
+def test_rules_that_swap_their_ports_are_in_force_and_a_repeat_changes_nothing() -> None:
+    one, two = {**GOOD, "id": 1, "publicPort": 80}, {**GOOD, "id": 2, "publicPort": 81}
+    scope, _ = lb(with_address(), one, two)
+    swapped = [{**one, "publicPort": 81}, {**two, "publicPort": 80}]
+    after, reasons = lb(scope, *swapped)
+    assert {it.rule_id: it.public_port for it in after.lb_rules.values()} == {1: 81, 2: 80}
+    assert reasons == ()
+    assert lb(after, *swapped)[0] == after
+
+
+def test_of_a_rule_that_is_listed_twice_the_last_one_is_in_force_and_a_repeat_changes_nothing() -> None:
+    first, last = {**GOOD, "id": 1, "publicPort": 80}, {**GOOD, "id": 1, "publicPort": 81}
+    other = {**GOOD, "id": 2, "publicPort": 80}
+    after, (reason,) = lb(with_address(), first, last, other, other)
+    assert {it.rule_id: it.public_port for it in after.lb_rules.values()} == {1: 81, 2: 80}
+    assert reason == "rule 1 (203.0.113.20:80): the list has this rule again"
+    assert lb(after, first, last, other, other) == (after, (reason,))

@@ -18,15 +18,16 @@ def apply_lb_rules(scope: Scope, payload: protocol.ApplyLbRules, context: Contex
     """
     network_id = str(payload.network_id)
     rules = dict(scope.lb_rules)
-    # Revoke first: another rule of the same call may use the port of a revoked one.
-    for rule_id in payload.lb_rules.revoked:
-        rules.pop(str(int(rule_id)), None)
+    listed = [_rule(rule, network_id) for rule in payload.lb_rules.items]
+    last = {it.rule_id: it for it in listed}
+    # Revoke first: another rule of the same call may use the port of a revoked one, or of one that moves to another.
+    for rule_id in (*map(int, payload.lb_rules.revoked), *last):
+        rules.pop(str(rule_id), None)
     complaints = list(payload.lb_rules.invalid)
     addresses = dict(scope.public_ips)
-    for rule in payload.lb_rules.items:
-        wanted = _rule(rule, network_id)
+    for wanted in listed:
         at = f"rule {wanted.rule_id} ({wanted.public_ip}:{wanted.public_port})"
-        taken = _taken(scope, rules, wanted)
+        taken = _taken(scope, rules, wanted) if wanted == last[wanted.rule_id] else "the list has this rule again"
         if taken:
             complaints.append(f"{at}: {taken}")
             continue
