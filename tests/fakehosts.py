@@ -301,6 +301,8 @@ class Hosts:
                 task = self.loop.create_task((agent.moves if about_placements else agent.scopes).execute(call))
                 self._replies[host, call.call_id] = task
             reply = await asyncio.shield(self._replies[host, call.call_id])
+            if reply.elsewhere:
+                self._replies.pop((host, call.call_id), None)
             self.deliver(f"{call.command} < {host}", host, channel, lambda: channel.arrived(encode(reply)))
 
         self.agents[host].start(execute())

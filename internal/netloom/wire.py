@@ -120,6 +120,14 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     drained: bool = False
     evacuated: tuple[Evacuated, ...] = ()
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the call was refused, and not executed, because the host does not serve the scope.
+
+        A call that succeeded was executed: the scope has left only afterwards, while a hook was running for example.
+        """
+        return bool(self.status and (self.moved_to or self.gate in ("passive", "incoming")))
+
 
 class Activation(msgspec.Struct, frozen=True):
     """The result of ``netloom agent activate``, which prints it as JSON. ``build``: the one in use now."""

@@ -96,7 +96,7 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     for pid in recorded.values():
         explained |= family(pid)
     others = {pid: line for pid, line in host.processes().items() if pid not in explained}
-    found += _differences("processes", Counter(' '.join(it)[-100:] for it in others.values()), Counter())
+    found += _differences("processes", Counter(" ".join(it)[-100:] for it in others.values()), Counter())
     directories = [f"{it}/" for it in os.listdir(host.path(SERVICES))] if host.path(SERVICES).exists() else []
     found += _differences(
         "service directories", Counter(directories), Counter(f"{it}/" for it, n in running.items() if n)

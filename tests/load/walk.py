@@ -27,7 +27,7 @@ from load.cloud import GATEWAY, CloudNetwork, Command, vm_ip
 from load.hosts import ECHO_PORT, NAMES, Host, Hosts, kill_agent, public_gateway
 from netloom.extension.moves.inventory import take_inventory
 from netloom.extension.ssh import ConnectionLost
-from netloom.wire import Reply
+from netloom.wire import Call, Reply
 
 CALLERS, MOVERS = 6, 2
 CALL_S_MAX = 300.0  # with all repetitions
@@ -69,8 +69,11 @@ class Walk:
     async def send(self, network: CloudNetwork, command: Command, where: str = "") -> Reply:
         """Send a command until it succeeds. It follows the network to another host, unless ``where`` is given."""
         fixture, name, changes = command
-        call = make_call(fixture, name, **{**network.fields(), **changes})
-        ends = time.monotonic() + CALL_S_MAX
+
+        def made() -> Call:
+            return make_call(fixture, name, **{**network.fields(), **changes})
+
+        call, ends = made(), time.monotonic() + CALL_S_MAX
         while True:
             host = where or network.where
             try:
@@ -89,6 +92,8 @@ class Walk:
                     return reply
                 if not self._failed(f"{name} {network.scope_id} on {host}", reply.error, network):
                     raise AssertionError(self.wrong[-1])
+                if not reply.elsewhere:
+                    call = made()  # the agent remembers replies by the call's id
             if time.monotonic() > ends:
                 self.wrong.append(f"{name} of {network.scope_id} did not succeed in {CALL_S_MAX:.0f} s")
                 raise AssertionError(self.wrong[-1])
@@ -325,6 +330,13 @@ class Walk:
         links = host.links()
         for network in self.networks:
             tap = f"tap-{self.vm(network)}"
+            if tap in links and network.bridge not in links:
+                # The network is on the other host, so nobody but the operator makes the bridge again.
+                carrier = f"eth1.{network.vlan}"
+                host.ip("link", "add", network.bridge, "type", "bridge")
+                host.ip("link", "set", carrier, "master", network.bridge)
+                host.ip("link", "set", carrier, "up")
+                host.ip("link", "set", network.bridge, "up")
             if tap in links and links[tap].get("master") != network.bridge:
                 host.run("ip", "link", "set", tap, "master", network.bridge, check=False)
 

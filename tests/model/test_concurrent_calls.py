@@ -159,8 +159,8 @@ class Server:
             while (reply := await self._once(step.network, call)) is None or reply.status:
                 if reply is not None:
                     assert any(it in reply.error for it in _REPEATED), reply
-                    # CloudStack's next call is another one.
-                    call = call_of(step, self.epochs[step.network])
+                    if not reply.elsewhere:  # CloudStack's next call is another one
+                        call = call_of(step, self.epochs[step.network])
                 await asyncio.sleep(0.2)
         self.done.append(Done((step.network, step.part), step.value, began, self.loop.time()))
 

@@ -304,7 +304,10 @@ class _Calls:
     def _remember(self, call_id: str, done: asyncio.Task[Reply]) -> None:
         self._running.pop(call_id, None)
         if not done.cancelled() and done.exception() is None:
-            self._replies[call_id] = done.result()
+            reply = done.result()
+            if reply.elsewhere:  # guard: a-call-may-come-back-after-a-move
+                return
+            self._replies[call_id] = reply
             while len(self._replies) > REMEMBERED_MAX:
                 self._replies.popitem(last=False)
 

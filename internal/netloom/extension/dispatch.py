@@ -12,7 +12,7 @@ from netloom.errors import HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
-from netloom.extension.hosts import Hosts, Inquiry, is_elsewhere, tell_all
+from netloom.extension.hosts import Hosts, Inquiry, tell_all
 from netloom.extension.log import note
 from netloom.extension.outcome import ensured, error_in, printed
 from netloom.extension.package import package
@@ -95,7 +95,7 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
     # A scope can move between the question and the command, and then the command was refused. Of an action that failed
     # it is not known whether it ran before the move: it is not sent again.
     for _ in range(1 + len(situation.order)):
-        if reply is not None and not is_elsewhere(reply):
+        if reply is not None and not reply.elsewhere:
             break
         if reply is not None and request.call.command == ACTION:  # guard: an-action-is-not-sent-twice
             break
@@ -140,7 +140,7 @@ async def _to_stored(
 
 async def _after(reply: Reply, host: str, situation: Situation, inquiry: Inquiry) -> Situation:
     """The situation in which the scope is looked for after this reply. What the stored host said is not asked again."""
-    if host != situation.stored or not is_elsewhere(reply):
+    if host != situation.stored or not reply.elsewhere:
         return situation
     answers = {host: await inquiry.answer(situation, host, reply)}
     return replace(situation, asked=frozenset((host,)), answers=answers)

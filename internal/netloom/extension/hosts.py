@@ -274,7 +274,7 @@ class Inquiry:
 
         The proofs are verified by the deadline of the call; one that was not verified does not count.
         """
-        if reply.status and not is_elsewhere(reply):
+        if reply.status and not reply.elsewhere:
             return HostAnswer(failure=f"{host}: {reply.error or 'its agent failed to look'}")
         if not 0 <= reply.epoch <= EPOCH_MAX:
             return HostAnswer(failure=f"{host}: its agent says that the epoch is {reply.epoch}")
@@ -320,14 +320,6 @@ class Inquiry:
     @property
     def _owner(self) -> str:
         return self._locate.registration.owner
-
-
-def is_elsewhere(reply: Reply) -> bool:
-    """Whether the host refused the call because it does not serve the scope.
-
-    A call that succeeded was executed: the scope has left only afterwards, while a hook was running for example.
-    """
-    return bool(reply.status and (reply.moved_to or reply.gate in ("passive", "incoming")))
 
 
 async def tell_all(situation: Situation, hosts: Hosts, call: Call) -> tuple[AllTold | Fail, dict[str, Reply]]:
