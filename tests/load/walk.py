@@ -62,6 +62,7 @@ class Walk:
         self.wrong: list[str] = []
         self._harmed: dict[str, float] = {}  # by scope, when its objects were last damaged; "services": a kill
         self.gaps_ms: list[float] = []
+        self._own_bridges: dict[str, str] = {}  # bridge on the first host that the operator made -> VLAN link
         self._mover = hosts.mover()
 
     # ------------------------------------------------------------------------------------------------------- calls
@@ -334,6 +335,7 @@ class Walk:
                 # The network is on the other host, so nobody but the operator makes the bridge again.
                 carrier = f"eth1.{network.vlan}"
                 host.ip("link", "add", network.bridge, "type", "bridge")
+                self._own_bridges[network.bridge] = carrier
                 host.ip("link", "set", carrier, "master", network.bridge)
                 host.ip("link", "set", carrier, "up")
                 host.ip("link", "set", network.bridge, "up")
@@ -368,5 +370,10 @@ class Walk:
         return [f"seed {self.seed}: {did}", f"repeated: {why or 'nothing'}{gap}"]
 
     async def close(self) -> None:
+        """Close all connections, and remove what the operator made."""
         self._mover.agents.close()
         self.hosts.hang_up()
+        host = self.hosts.first
+        for bridge, carrier in self._own_bridges.items():
+            host.ip("link", "set", carrier, "nomaster", "down")
+            host.run("ip", "link", "del", bridge, check=False)  # netloom deletes it with the last network of its own
