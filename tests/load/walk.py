@@ -62,7 +62,6 @@ class Walk:
         self.wrong: list[str] = []
         self._harmed: dict[str, float] = {}  # by scope, when its objects were last damaged; "services": a kill
         self.gaps_ms: list[float] = []
-        self._own_bridges: dict[str, str] = {}  # bridge on the first host that the operator made -> VLAN link
         self._mover = hosts.mover()
 
     # ------------------------------------------------------------------------------------------------------- calls
@@ -312,8 +311,10 @@ class Walk:
             wrong += [f"{host.name} has {it}, and should not" for it in sorted(held.keys() - mine.keys())]
             wrong += [f"{host.name} has no {it}" for it in sorted(mine.keys() - held.keys())]
             wrong += [line for it in held.keys() & mine.keys() for line in mine[it].wrong(held[it])]
+        bridges = await asyncio.to_thread(self.hosts.first.links)
         for network in self.networks:
-            if self.plugged(network):
+            # A bridge that was deleted on a host without its network comes back with the next network or VM there.
+            if self.plugged(network) and network.bridge in bridges:
                 # The first tries may be the ones that bring the neighbours up to date.
                 tries = [await asyncio.to_thread(self.talks, network, 3.0)]
                 while not tries[-1] and len(tries) < 10:
@@ -331,14 +332,6 @@ class Walk:
         links = host.links()
         for network in self.networks:
             tap = f"tap-{self.vm(network)}"
-            if tap in links and network.bridge not in links:
-                # The network is on the other host, so nobody but the operator makes the bridge again.
-                carrier = f"eth1.{network.vlan}"
-                host.ip("link", "add", network.bridge, "type", "bridge")
-                self._own_bridges[network.bridge] = carrier
-                host.ip("link", "set", carrier, "master", network.bridge)
-                host.ip("link", "set", carrier, "up")
-                host.ip("link", "set", network.bridge, "up")
             if tap in links and links[tap].get("master") != network.bridge:
                 host.run("ip", "link", "set", tap, "master", network.bridge, check=False)
 
@@ -370,10 +363,5 @@ class Walk:
         return [f"seed {self.seed}: {did}", f"repeated: {why or 'nothing'}{gap}"]
 
     async def close(self) -> None:
-        """Close all connections, and remove what the operator made."""
         self._mover.agents.close()
         self.hosts.hang_up()
-        host = self.hosts.first
-        for bridge, carrier in self._own_bridges.items():
-            host.ip("link", "set", carrier, "nomaster", "down")
-            host.run("ip", "link", "del", bridge, check=False)  # netloom deletes it with the last network of its own
