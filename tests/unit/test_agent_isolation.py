@@ -22,7 +22,6 @@ class FakeOutside:
 
     def __init__(self) -> None:
         self.alive = True
-        self.bare = False  # none of the networks is on the host
         self.fence_: set[str] = set()
         self.owners: dict[str, str] = {}
         self.probing: dict[str, str] = {}
@@ -41,9 +40,6 @@ class FakeOutside:
 
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]:
         return frozenset().union(*(UPLINKS[it] for it in wants))
-
-    def unbuilt(self, wants: dict[str, Want]) -> frozenset[str]:
-        return self.uplinks(wants) if self.bare else frozenset()
 
     def fenced(self) -> frozenset[str]:
         return frozenset(self.fence_)
@@ -247,33 +243,6 @@ async def test_a_new_agent_asks_about_what_an_earlier_one_has_fenced(agent: Agen
     await it.hear(*it.outside.fence_)
     assert it.outside.fence_ == set()
     assert it.outside.asked
-
-
-@pytest.mark.mutation("a-host-that-starts-is-cut-off")
-@simulated
-async def test_a_host_that_starts_from_nothing_is_fenced_until_somebody_is_heard(agent: Agent) -> None:
-    it = await followed(agent)
-    agent.restart()
-    it.outside.bare = True
-    it.start()
-    await it.isolation.begin()
-    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
-    await agent.clock.advance(5)
-    assert it.outside.called > 3
-    it.outside.owners["net-205"] = "02:00:00:00:00:99"
-    await it.hear(*it.outside.fence_)
-    assert it.outside.fence_ == set()
-    assert [it.gate(scope) for scope in UPLINKS] == ["open", "passive"]
-
-
-@simulated
-async def test_an_agent_that_is_restarted_fences_nothing(agent: Agent) -> None:
-    it = await followed(agent)
-    agent.restart()
-    it.start()
-    await it.isolation.begin()
-    await agent.clock.advance(5)
-    assert it.outside.fence_ == set()
 
 
 @simulated

@@ -126,7 +126,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)
-    outside = Outside(host.placed, host.serves)
+    outside = Outside(host.placed)
     watcher = Watcher(
         loop, clock, log, events, host.orphaned, partial(_keep_closed, host, outside), events.uplink_changed
     )
@@ -153,9 +153,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     status = partial(_status, scopes, upkeep)
-    restoring = asyncio.ensure_future(
-        _restore(upkeep, isolation, prepared, status)
-    )  # guard: the-agent-restores-at-its-start
+    restoring = asyncio.ensure_future(_restore(upkeep, prepared, status))  # guard: the-agent-restores-at-its-start
     heartbeat = Heartbeat(
         clock,
         log,
@@ -217,23 +215,18 @@ class LoopErrors:
             self._log.traceback(f"event loop: {message}", error)
 
 
-async def _restore(upkeep: Upkeep, isolation: Isolation, prepared: asyncio.Event, status: Callable[[], str]) -> None:
+async def _restore(upkeep: Upkeep, prepared: asyncio.Event, status: Callable[[], str]) -> None:
     """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
 
     Calls do not wait for a preparation that hangs, for example because another process holds the lock of /run/netns.
     """
-    preparing = asyncio.ensure_future(_prepare(upkeep, isolation))
+    preparing = asyncio.ensure_future(upkeep.prepare())
     await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
     prepared.set()
     notify(f"{ready(os.environ.get('WATCHDOG_USEC', ''))}\nSTATUS={status()}")
     await preparing
     await upkeep.restore()
     notify(f"STATUS={status()}")
-
-
-async def _prepare(upkeep: Upkeep, isolation: Isolation) -> None:
-    await isolation.begin()
-    await upkeep.prepare()
 
 
 async def _beat(heartbeat: Heartbeat, prepared: asyncio.Event) -> None:

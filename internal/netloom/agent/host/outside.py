@@ -51,10 +51,9 @@ class Outside:
     ``keep_fenced`` may be called by any thread.
     """
 
-    def __init__(self, placed: Callable[[str, Want], Want], serves: Callable[[Want], bool]) -> None:
-        """``placed`` and ``serves``: see ``KernelHost``."""
+    def __init__(self, placed: Callable[[str, Want], Want]) -> None:
+        """``placed``: see ``KernelHost.placed``."""
         self._placed = placed
-        self._serves = serves
         self._fenced: set[str] = set()
         self._changing = threading.Lock()
         self._counters: dict[int, int] = {}  # packets by index of a way out, the last one that heard something first
@@ -113,13 +112,6 @@ class Outside:
         """The links through which frames of these scopes leave this host. Blocks."""
         with Look(whole=True) as look:
             return frozenset(it.name for port in self._ports(wants) for it in look.uplinks(port))
-
-    def unbuilt(self, wants: Mapping[str, Want]) -> frozenset[str]:
-        """The uplinks that these scopes have, or will have, if none of them is on this host yet; else none. Blocks."""
-        if any(self._serves(it) for it in wants.values()):
-            return frozenset()  # a fence would cut off what runs
-        segments = [port.segment for port in self._ports(wants)]
-        return self.uplinks(wants) | {it.vlan_link or it.nic for it in segments}
 
     def fenced(self) -> frozenset[str]:
         """The uplinks that are fenced, by an earlier agent, too. Blocks for moments."""

@@ -3,8 +3,7 @@
 To the others, a host that is cut off looks like one that is dead. An operator may have had another host serve its
 scopes meanwhile, with the same addresses. So an uplink is fenced (``host/fence.py``)
 
-- when it has no carrier any more,
-- when the host starts and has none of its scopes yet, and
+- when it has no carrier any more, and
 - with all others, when the host has heard nobody for ``SILENT_ROUNDS`` seconds: no frame on any way out, although it
   has asked neighbours, gateways and VMs for a sign of life.
 
@@ -48,7 +47,6 @@ class Outside(Protocol):
     def heard(self) -> bool: ...
     def call(self, wants: dict[str, Want]) -> None: ...
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]: ...
-    def unbuilt(self, wants: dict[str, Want]) -> frozenset[str]: ...
     def fenced(self) -> frozenset[str]: ...
     def fence(self, links: Iterable[str]) -> None: ...
     def lift(self, links: Iterable[str]) -> None: ...
@@ -75,21 +73,6 @@ class Isolation:
         self._heard: set[str] = set()  # fenced uplinks that have heard somebody
         self._asking: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()  # for ``outside``
-
-    async def begin(self) -> None:
-        """Fence the uplinks of a host that starts from nothing, before its scopes are restored. Never raises.
-
-        A restored scope is asked about before its gate opens, but a switch may not forward yet on a port that has a
-        carrier (spanning tree). Then nobody answers.
-        """
-        await self._reported(self._fence_unbuilt())
-
-    async def _fence_unbuilt(self) -> None:
-        wants = self._served()
-        if wants:  # guard: a-host-that-starts-is-cut-off
-            await self._fence(
-                await self._in_worker(partial(self._outside.unbuilt, wants)), "this host has just started"
-            )
 
     async def run(self) -> None:
         """Look once a second whether anybody is heard, for ever."""
