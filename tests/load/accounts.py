@@ -251,7 +251,7 @@ def everything(host: Host) -> dict[str, Counter[str]]:
     found = {what: Counter(host.run(*words, check=False).splitlines()) for what, words in looks.items()}
     # The kernel sets the queueing discipline of a link when the link is set up for the first time.
     found["links"] = Counter(re.sub(r" qdisc \w+| state \w+|NO-CARRIER,", "", it) for it in found["links"].elements())
-    found["processes"] = Counter(re.sub(r"\d+", "", " ".join(it)[:100]) for it in host.processes().values())
+    found["processes"] = Counter(re.sub(r"\d+", "", " ".join(it)) for it in host.processes().values())
     return found
 
 
