@@ -16,6 +16,7 @@ OWN = {"netloom", *(path.stem if path.suffix else path.name for path in TESTS.it
 PRIVATE = {
     "_Broken",
     "_Calls",
+    "_FINISH",
     "_ENVIRONMENT",
     "_Peer",
     "_TESTS",

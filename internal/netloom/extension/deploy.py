@@ -77,16 +77,19 @@ _FINISH = (
     _COMMON
     + r"""
 directory=$1 build=$2 hash=$3 size=$4
-part=$directory/$build/.part-$hash new=$directory/$build/.new.$$
-[ -f "$part" ] || exit 65
+part=$directory/$build/.part-$hash new=$directory/$build/.new.$$ program=$directory/$build/netloom
+# Another sender of the same build may have finished it, and removed the uploaded part.
+installed() { [ -f "$program" ] && [ "$(sha256sum <"$program" | cut -d ' ' -f 1)" = "$hash" ]; }
+[ -f "$part" ] || { installed && exit 0; exit 65; }
 trap 'rm -f "$new"' EXIT
 flush() { sync "$1" 2>/dev/null || sync; }
-cp "$part" "$new" && chmod 755 "$new" && flush "$new" || exit 1
+if ! cp "$part" "$new"; then installed && exit 0; exit 1; fi
+chmod 755 "$new" && flush "$new" || exit 1
 if [ "$(wc -c <"$new")" -ne "$size" ] || [ "$(sha256sum <"$new" | cut -d ' ' -f 1)" != "$hash" ]; then
     rm -f "$part"
     exit 65
 fi
-mv -f "$new" "$directory/$build/netloom" && rm -f "$part" && flush "$directory/$build"
+mv -f "$new" "$program" && rm -f "$part" && flush "$directory/$build"
 """
 )
 _WRONG_HASH = 65
