@@ -12,10 +12,13 @@ import pytest
 
 from fakehost import REGISTRATION, Agent, simulated
 from netloom import placementwire as wire
+from netloom.agent.host.changes import Announcement
 from netloom.agent.kernel import conntrack_copy
 from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.store import Moved
+from netloom.errors import HostRefused
+from netloom.render.want import Want
 from netloom.state import Placement, Scope
 from netloom.wire import Call, Evacuated, Reply
 
@@ -275,6 +278,31 @@ async def test_the_old_host_does_not_open_while_it_cannot_ask(agent: Agent) -> N
     agent.host.unknown.clear()
     await agent.clock.advance(wire.CLOSED_S + 1)
     assert serves(agent)
+
+
+@pytest.mark.mutation("a-gate-that-did-not-open-is-asked-about")
+@simulated
+async def test_a_gate_that_did_not_open_opens_later_only_if_nobody_answers(agent: Agent) -> None:
+    """The state was saved as open. The operator fails, too, and the old host opens again."""
+    await agent.live()
+    new = Agent()
+    state, ready = await received(agent, new)
+    await closed(agent, state)
+    open_gate = new.host.open_gate
+
+    def refused(scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        raise HostRefused("Cannot allocate memory")
+
+    new.host.open_gate = refused  # type: ignore[method-assign]
+    assert (await send(new, wire.OPEN, wire.Open(epoch=1, ready=ready.ready))).status == 3
+    new.host.open_gate = open_gate  # type: ignore[method-assign]
+    assert not serves(new)
+    await agent.clock.advance(wire.CLOSED_S + 1)
+    assert serves(agent)
+    new.host.owners["10.10.1.1"] = "02:00:00:00:00:01"
+    await new.clock.advance(60)
+    assert not serves(new)
+    assert new.scopes.slot(NET).gate == "passive"
 
 
 @simulated

@@ -334,7 +334,13 @@ class Moves:
         reply = wire.packed(_received(created))
         if not want.namespace:
             return reply, HostChanges()
-        announcements = self._open_gate(slot, want)
+        try:
+            announcements = self._open_gate(slot, want)
+        except BaseException:
+            # The state says open, and this host tries again. Meanwhile the old host may have opened.
+            slot.unconverged = True
+            slot.unproved = True  # guard: a-gate-that-did-not-open-is-asked-about
+            raise
         if slot.moved is not None:
             self._store.forget_moved(slot.scope_id)
             slot.moved = None
