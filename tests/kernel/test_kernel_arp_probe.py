@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from kernel.scratch import descriptors, joined, tool
-from netloom.agent.kernel import arp, arp_probe, links
+from netloom.agent.kernel import arp, arp_probe, links, packet_socket
 from netloom.agent.kernel.arp_probe import Heard, Wire, answers, ask
 from netns import inside
 
@@ -187,7 +187,7 @@ def test_garbage_is_ignored(pair: tuple[str, str]) -> None:
 @pytest.mark.mutation("probes-leave-out-what-we-send", instead="True")
 def test_what_this_host_sends_is_no_answer(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     left, right = pair
-    monkeypatch.setattr(arp_probe, "_PACKET_IGNORE_OUTGOING", 0x7FFF)  # as a kernel that does not know the option
+    monkeypatch.setattr(packet_socket, "_PACKET_IGNORE_OUTGOING", 0x7FFF)  # as a kernel that does not know the option
     with packets(left, "left") as tap, packets(right, "right") as far:
         done = threading.Event()
 

@@ -287,12 +287,13 @@ class KernelHost:
         found = find_links(None, [it.host_link for it in ports])
         bridges = {it.index: it.name for it in find_links(None, [it.master_index for it in found if it.master_index])}
         plan = self._bridged.examine(seen_within_s=seen_within_s)
+        fenced = fence.TABLE.links()
         return [
             *(it.what for it in plan.changes),
             *(str(it) for it in plan.blocked if it.bridge in bridges.values()),
             *(
                 f"uplink {it.name} is fenced: this host hears nobody there"
-                for it in find_links(None, sorted(fence.TABLE.links()))
+                for it in (find_links(None, sorted(fenced)) if fenced else ())
                 if it.master_index in bridges
             ),
         ]

@@ -1,4 +1,4 @@
-"""What the host hears from others, and its fenced uplinks: for a host that may be cut off (``scopes/isolation.py``).
+"""Find out whether the host hears other machines, and fence its uplinks when it is told to (``scopes/isolation.py``).
 
 "Others" are the machines behind the ways out of this host: the uplinks of bridges, and the links with an address of the
 host's own. VMs and containers on this host are none.
@@ -23,22 +23,20 @@ from netloom.agent.kernel import netlink
 from netloom.agent.kernel.addresses import list_addresses_over
 from netloom.agent.kernel.arp_probe import Heard, Wire, ask, probe
 from netloom.agent.kernel.descriptors import high_socket
-from netloom.agent.kernel.links import Link, find_links_over, received_packets
-from netloom.agent.kernel.multicast import Filter, attach_filter
+from netloom.agent.kernel.links import Link, received_packets
+from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.neighbours import list_neighbours_over
 from netloom.agent.kernel.netlink import Socket
+from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
 from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.errors import NetloomError
 from netloom.render.want import Port, Want
 
 _CALLED_MAX = 32  # machines that are asked for a sign of life in one round
-_ETH_P_ALL = 0x0003
-_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
-_PACKET_OUTGOING = 4
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What was heard on one uplink of the addresses of one scope."""
+    """The answers that came through one uplink, about the addresses of one scope."""
 
     uplink: str
     scope_id: str
@@ -93,15 +91,14 @@ class Outside:
         They are neighbours of the host itself, public gateways and VMs. Further ones are asked in later rounds.
         """
         with Look(whole=True) as look, Socket(netlink.NETLINK_ROUTE) as host:
-            names = {it.index: it.name for it in look.all()}
-            rows = [it.neighbour for it in list_neighbours_over(host, names)]
+            links = {it.name: it for it in look.all()}
+            rows = [it.neighbour for it in list_neighbours_over(host, {it.index: it.name for it in links.values()})]
             asked = [(Wire(it.link), it.address) for it in rows if it.mac and it.link != "lo"][:_CALLED_MAX]
             known = [it for scope_id in wants for it in _known_outside(look, self._want(wants, scope_id))]
             if known:
                 start = self._round % len(known)
                 asked += islice([*known[start:], *known[:start]], _CALLED_MAX)
                 self._round += _CALLED_MAX
-            links = {it.name: it for it in find_links_over(host, sorted({wire.link for wire, _ in asked}))}
         for wire, address in asked:
             if wire.link in links:
                 _send(links[wire.link], wire, address)
@@ -189,17 +186,8 @@ class Listener:
 
     def __init__(self, link: str) -> None:
         """Raises OSError: there is no such link."""
-        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-        try:
-            with contextlib.suppress(OSError):  # before Linux 4.20; then ``heard`` leaves them out
-                self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-            attach_filter(self._socket, _NOT_RESERVED)
-            self._socket.bind((link, _ETH_P_ALL))
-            self._socket.setblocking(False)
-            self._socket = high_socket(self._socket)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = high_socket(open_packet_socket(link, _NOT_RESERVED))
+        self._socket.setblocking(False)
 
     def fileno(self) -> int:
         """The descriptor to wait on, for ``loop.add_reader``."""
@@ -220,7 +208,7 @@ class Listener:
                 if error.errno != errno.ENETDOWN or not self._socket.getsockname()[0]:
                     raise  # a socket whose link was deleted has no name, and hears nothing any more
                 return found
-            found = found or sender[2] != _PACKET_OUTGOING
+            found = found or sender[2] != PACKET_OUTGOING
 
 
 _NOT_RESERVED: Filter = (

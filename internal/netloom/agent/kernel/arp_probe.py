@@ -13,7 +13,6 @@ What this host sends itself, its VMs included, is left out.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import select
@@ -28,15 +27,12 @@ import msgspec
 
 from netloom.agent.kernel import links
 from netloom.agent.kernel.arp import BROADCAST, ETHERTYPE_ARP, FRAME, REPLY, REQUEST
-from netloom.agent.kernel.multicast import Filter, attach_filter
+from netloom.agent.kernel.multicast import Filter
+from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
 from netloom.agent.kernel.rtnetlink import mac_text, packed_mac
 
-_ETH_P_ALL = 0x0003
 _ETHERTYPE_VLAN = 0x8100
-_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
-_PACKET_OUTGOING = 4  # a type of packets
 _VLAN_TAG = 0xFFFFF000 + 44  # SKF_AD_OFF + SKF_AD_VLAN_TAG, linux/filter.h: the tag that is not in the frame any more
-_SO_RCVBUFFORCE = 33
 _RECEIVE_BYTES = 1 << 20  # a broadcast storm must not displace the answers
 _FRAME_BYTES_MAX = 256  # what follows an ARP message is padding
 _PROBES = 3
@@ -131,14 +127,8 @@ class _Probe:
 
     def open(self) -> None:
         try:
-            # Protocol 0: the socket receives nothing until it is bound, with its filter.
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
-            with contextlib.suppress(OSError):  # before Linux 4.20; then ``receive`` leaves them out
-                self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-            with contextlib.suppress(PermissionError):  # in a container: what the host allows each socket
-                self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BYTES)
-            attach_filter(self._socket, _filter(self._wire.tag))
-            self._socket.bind((self._wire.link, _ETH_P_ALL))
+            program = _filter(self._wire.tag)
+            self._socket = open_packet_socket(self._wire.link, program, receive_bytes=_RECEIVE_BYTES)
             found = links.find_links(None, [self._wire.link])
             self._mac = packed_mac(found[0].mac) if found else b""
         except OSError as error:
@@ -168,7 +158,7 @@ class _Probe:
         try:
             while True:
                 data, sender = self._socket.recvfrom(_FRAME_BYTES_MAX, socket.MSG_DONTWAIT)
-                if sender[2] != _PACKET_OUTGOING:  # guard: probes-leave-out-what-we-send
+                if sender[2] != PACKET_OUTGOING:  # guard: probes-leave-out-what-we-send
                     self._hear(data)
         except BlockingIOError:
             return

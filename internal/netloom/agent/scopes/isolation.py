@@ -71,18 +71,13 @@ class Isolation:
         self._fencing = False  # uplinks without a carrier will be, within moments
         self._listeners: dict[str, Listener] = {}  # by fenced uplink
         self._heard: set[str] = set()  # fenced uplinks that have heard somebody
-        self._asking: asyncio.Task[None] | None = None
+        self._asking = False
         self._turn = asyncio.Lock()  # for ``outside``
 
     async def run(self) -> None:
         """Look once a second whether anybody is heard, for ever."""
         while True:
-            try:
-                await self._round()
-            except NetloomError as error:
-                self._log.line(f"isolation: {error}")
-            except Exception as error:  # noqa: BLE001, a bug in one round must not be the end of all later ones
-                self._log.traceback("isolation", error)
+            await self._reported(self._round())
             await self._clock.sleep(ROUND_S)
 
     def uplink_changed(self, link: str, running: bool) -> None:
@@ -152,7 +147,9 @@ class Isolation:
 
     def _note_fenced(self, links: Iterable[str], why: str) -> None:
         self._fenced |= set(links)
-        self._log.line(f"warning: uplink {_listed(links)} fenced: {why}; when somebody is heard, it asks who serves")
+        self._log.line(
+            f"warning: uplink {_listed(links)} fenced: {why}; with the first frame there, ARP tells who serves"
+        )
         self._listen()
 
     async def _lift(self, links: set[str], why: str) -> None:
@@ -191,9 +188,9 @@ class Isolation:
         if link not in self._fenced:
             return
         self._heard.add(link)
-        if self._asking is None:
-            self._asking = asyncio.ensure_future(self._ask_until_answered())
-            self._upkeep.start_task(asyncio.wait([self._asking]))
+        if not self._asking:
+            self._asking = True
+            self._upkeep.start_task(self._ask_until_answered())
 
     # -------------------------------------------------------------------------------------------------- the question
 
@@ -205,7 +202,7 @@ class Isolation:
                 wait_s = ASK_AGAIN_S
                 await self._reported(self._ask(frozenset(self._heard)))
         finally:
-            self._asking = None
+            self._asking = False
 
     async def _ask(self, links: frozenset[str]) -> None:
         """Ask on these uplinks, and lift their fence where everything is clear."""
@@ -234,7 +231,7 @@ class Isolation:
             await work
         except NetloomError as error:
             self._log.line(f"isolation: {error}")
-        except Exception as error:  # noqa: BLE001, a bug must not end the agent
+        except Exception as error:  # noqa: BLE001, a bug must end neither the agent nor the rounds
             self._log.traceback("isolation", error)
 
     async def _in_worker(self, work: Callable[[], _T]) -> _T:
