@@ -34,10 +34,12 @@ from msgspec.structs import replace
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record, difference
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
+from netloom.agent.scopes.claims import Claims
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.moves import Moves
 from netloom.agent.scopes.scopes import Scopes
@@ -301,6 +303,10 @@ class FakeHost:
         heard = ({it: at[it] for it in asked & at.keys()} for at in (self.owners, self.probing, self.unknown))
         return Occupied(*heard)
 
+    def claim_wires(self, scope_id: str, want: Want) -> frozenset[ClaimWire]:
+        carriers = {it.segment.nic + it.segment.vlan for it in want.ports}
+        return frozenset(ClaimWire(it, 1, "02:00:00:00:00:01") for it in carriers)
+
     def read_flows(self, namespace: str) -> Listing:
         listing = Listing()
         listing.records = list(self.flows[namespace])
@@ -320,6 +326,25 @@ class FakeHost:
     def _raise(self, what: str) -> None:
         if self._errors[what]:
             raise self._errors[what].popleft()
+
+
+class FakeSockets:
+    """The frames that the simulated host sends, each with its link. ``on_send`` gets each of them."""
+
+    def __init__(self, heard: Callable[[ClaimWire, bytes], None], lost: Callable[[ClaimWire], None]) -> None:
+        self.heard = heard
+        self.lost = lost
+        self.followed: frozenset[ClaimWire] = frozenset()
+        self.sent: list[tuple[ClaimWire, bytes]] = []
+        self.on_send: Callable[[ClaimWire, bytes], None] = lambda wire, payload: None
+
+    def follow(self, wires: Iterable[ClaimWire]) -> list[str]:
+        self.followed = frozenset(wires)
+        return []
+
+    def send(self, wire: ClaimWire, payload: bytes) -> None:
+        self.sent.append((wire, payload))
+        self.on_send(wire, payload)
 
 
 class FakeServices:
@@ -521,10 +546,17 @@ class Agent:
         )
         self.upkeep = Upkeep(self.scopes, self.host, self.services, self.watcher, self.log, self.clock)
         self.moves = Moves(self.scopes, self.upkeep, self.host, self.store, self.log, self.clock)
+        self.claims = Claims(self.scopes, self.upkeep, self.host, self.log, self.clock, self._make_sockets)
         events.connect(self.upkeep)
         self.scopes.load()
         self.moves.resume()
         self.registration = REGISTRATION
+
+    def _make_sockets(
+        self, heard: Callable[[ClaimWire, bytes], None], lost: Callable[[ClaimWire], None]
+    ) -> FakeSockets:
+        self.sockets = FakeSockets(heard, lost)
+        return self.sockets
 
     def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something in the background. It is cancelled at the end of the test."""

@@ -22,12 +22,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import asyncssh
 import pytest
 
 from fakehost import Agent, FakeClock, FakeHost
 from netloom import placementwire
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.scopes import moves as agent_moves
 from netloom.errors import HostUnreachable
 from netloom.extension.agent_client import AgentClient
@@ -35,15 +37,18 @@ from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.moves.agents import Agents
 from netloom.extension.moves.move import Mover
 from netloom.extension.progress import Progress
-from netloom.extension.proof import Claim
+from netloom.extension.proof import Credentials
 from netloom.extension.ssh import AgentChannel, Login, SshConnection
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Want
+from netloom.secret import Secret
 from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
 T = TypeVar("T")
 
-_LOGIN = Login(trust=Trust((), KnownHosts("/nonexistent")))
+_KEY = asyncssh.generate_private_key("ssh-ed25519").export_private_key().decode()
+_LOGIN = Login(trust=Trust((), KnownHosts("/nonexistent")), sshkey=Secret(_KEY))
+CREDENTIALS = Credentials(_LOGIN)
 _TURNS_MAX = 2_000_000
 
 
@@ -170,8 +175,8 @@ class Hosts:
     """The hosts h1, h2, ... and the network between them and the operator.
 
     ``slow``: seconds that messages take whose text begins so; others take a millisecond. ``dead``: hosts that answer
-    nothing. ``blind``: hosts that hear no ARP of others. ``refusing``: hosts whose disk is full when they are told to
-    ``open``.
+    nothing. ``blind``: hosts that hear no ARP and no claims of others. ``refusing``: hosts whose disk is
+    full when they are told to ``open``.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, names: tuple[str, ...]) -> None:
@@ -181,6 +186,7 @@ class Hosts:
         self.blind: set[str] = set()
         self.refusing: set[str] = set()
         self.unreachable: set[str] = set()  # no operator can connect to them
+        self.claims = False
         self.wrong: list[str] = []
         self.messages: list[str] = []
         self.slow: dict[str, float] = {}
@@ -209,6 +215,27 @@ class Hosts:
         agent = self.agents[name]
         agent.restart()
         agent._tasks.append(self.loop.create_task(agent.upkeep.restore()))
+        agent.sockets.on_send = lambda wire, payload: self._broadcast(name, wire, payload)
+        if self.claims:
+            agent._tasks.append(self.loop.create_task(agent.claims.run()))
+
+    def with_claims(self) -> None:
+        """From now on the hosts claim scopes, and hear each other's claims. It is some work for each second."""
+        self.claims = True
+        for agent in self.agents.values():
+            agent._tasks.append(self.loop.create_task(agent.claims.run()))
+
+    def broadcast(self, wire: ClaimWire, payload: bytes) -> None:
+        """Anybody sends a frame to all hosts."""
+        self._broadcast("", wire, payload)
+
+    def _broadcast(self, sender: str, wire: ClaimWire, payload: bytes) -> None:
+        def arrive(name: str) -> None:
+            if not {sender, name} & self.blind:
+                self.agents[name].sockets.heard(wire, payload)
+
+        for name in self.agents.keys() - {sender}:
+            self.loop.call_later(0.001, arrive, name)
 
     def check(self) -> None:
         """Note the scopes that two hosts serve now."""
@@ -228,7 +255,7 @@ class Hosts:
 
     def operator(self, *names: str) -> Mover:
         """An operator's process with no open channel yet, for these hosts or all."""
-        return Mover(Agents(names or tuple(self.agents), self._client), _Signer())
+        return Mover(Agents(names or tuple(self.agents), self._client, CREDENTIALS.signers), CREDENTIALS)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """Run the work of an operator's process. None: it was killed."""
@@ -297,6 +324,7 @@ class Hosts:
             if (host, call.call_id) not in self._replies:
                 agent = self.agents[host]
                 agent.store.full = call.command == placementwire.OPEN and host in self.refusing
+                await agent.claims.learn(call)
                 about_placements = call.command in placementwire.COMMANDS
                 task = self.loop.create_task((agent.moves if about_placements else agent.scopes).execute(call))
                 self._replies[host, call.call_id] = task
@@ -306,13 +334,6 @@ class Hosts:
             self.deliver(f"{call.command} < {host}", host, channel, lambda: channel.arrived(encode(reply)))
 
         self.agents[host].start(execute())
-
-
-class _Signer:
-    """Signs without a key: the claim itself."""
-
-    async def sign(self, claim: Claim) -> str:
-        return str(claim)
 
 
 class _Connection(SshConnection):

@@ -57,6 +57,8 @@ OPEN_WITHIN_S = 5.0
 CLOSED_S = 6.0  # more than OPEN_WITHIN_S, by more than the rates of two clocks differ
 INCOMING_S = 900.0  # a host forgets a scope that was never opened there
 
+RECORD_S = 7 * 86_400  # so long a host may take the scopes of a dead one
+
 PART_BYTES_MAX = 512 * 1024  # of a state or a table of flows in one reply
 
 
@@ -160,7 +162,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
 
     ``dead``: the host that served the scope is dead, so ``ready`` is not needed. The host asks first whether somebody
     answers for the addresses, and refuses then. ``fenced``: it does not ask, because an operator says that the dead
-    host is off.
+    host is off. ``taken_from``: the dead host, if it may still have a copy; the scope is claimed on its VLANs then.
     """
 
     epoch: int
@@ -169,6 +171,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True):
     gone: bytes = b""
     dead: bool = False
     fenced: bool = False
+    taken_from: str = ""
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,7 +213,10 @@ class HeldScope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Placements(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to ``placements``. ``more``: there are scopes after the last one."""
+    """The answer to ``placements``. ``more``: there are scopes after the last one.
+
+    ``evacuated``: the dead hosts whose scopes this host may take, or has taken.
+    """
 
     scopes: tuple[HeldScope, ...] = ()
     more: bool = False
@@ -219,15 +225,20 @@ class Placements(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SetDrained(msgspec.Struct, frozen=True, kw_only=True):
-    """``set-drained``: whether no scope is placed on this host any more."""
+    """``set-drained``: whether no scope is placed on this host any more.
+
+    ``over``: records about this host that hold at most until then are over: it was declared dead, and is back.
+    """
 
     drained: bool
+    over: int = 0  # UTC, in seconds since 1970
 
 
 class SetEvacuated(msgspec.Struct, frozen=True, kw_only=True):
     """``set-evacuated``: this host may take the scopes of ``owner`` from ``host``, which is dead.
 
-    ``proof`` empty: not any more; with ``owner`` empty, too: those of nobody.
+    ``proof`` empty: not any more; with ``owner`` empty, too: those of nobody. Scopes that were taken from it are not
+    claimed any more then.
     """
 
     host: str

@@ -58,13 +58,23 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True):
     conntrack_max_per_vm: int = 32_000  # conntrack.max.per.vm; 0: no maximum
 
 
+class Signers(msgspec.Struct, frozen=True, kw_only=True):
+    """Who can sign placements of a registration: ``keys``, public, as SubjectPublicKeyInfo in DER (RFC 5280).
+
+    ``host``: the name of this host in the registration.
+    """
+
+    host: str
+    keys: tuple[bytes, ...]
+
+
 class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     """One command for one scope of one host.
 
     ``command`` is a command of the Network Extension Script Protocol, or ``locate`` (does this host have the scope?).
     ``payload`` is the JSON text of CloudStack's ``payload`` object (for custom-action: of the file without the two
     details). ``remaining_ms`` is the time until the caller's deadline. ``epoch``: the number of the placement that the
-    caller knows; 0 for a scope that was never moved.
+    caller knows; 0 for a scope that was never moved. ``signers``: of the registration, as the caller knows them.
 
     Operators' commands about placements have their own commands and payloads (placementwire.py).
     """
@@ -76,6 +86,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
     payload: bytes = b"{}"
     remaining_ms: int = 60_000
     epoch: int = 0
+    signers: Signers | None = None
 
 
 class Evacuated(msgspec.Struct, frozen=True, kw_only=True):

@@ -50,7 +50,12 @@ Subsystem sftp internal-sftp
 
 _SWITCH = """table bridge bed {
   set cut { type ifname; }
-  chain wires { type filter hook forward priority -200; iifname @cut drop; oifname @cut drop; }
+  set apart { type ifname . ifname; }
+  chain wires {
+    type filter hook forward priority -200
+    iifname @cut drop; oifname @cut drop
+    iifname . oifname @apart drop
+  }
 }
 """
 
@@ -89,6 +94,11 @@ class Internet(Machine):
         super().__init__(name, client)
         self._bed = bed
         self._legs = 0
+        self._ports: list[str] = []
+
+    def ports(self) -> list[str]:
+        """The ports of the switch at which the machine is."""
+        return list(self._ports)
 
     def attach(self, vlan: int | str, address: str, *, nic: str = "eth2", mac: str = "") -> str:
         """Add a link on a VLAN of the fabric; returns its name. ``address`` includes the prefix length."""
@@ -96,6 +106,7 @@ class Internet(Machine):
         link = f"eth{self._legs}"
         self._legs += 1
         port = f"i{self.client.pid}.{link}"
+        self._ports.append(port)
         hardware = f" address {mac}" if mac else ""
         self._bed.fabric.links(
             f"link add {port} type veth peer name {link}{hardware} netns {self.client.pid}",
@@ -206,9 +217,24 @@ class Host(Machine):
         names = ", ".join(f'"{port}"' for port in self._ports(what))
         self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed cut {{ {names} }}\n")
 
+    def separate(self, others: Iterable[Host | Internet | Management]) -> None:
+        """Let no frame pass between this host and those machines. It still reaches all other machines."""
+        theirs = [port for it in others for port in it.ports()]
+        pairs = [
+            f'"{one}" . "{two}"'
+            for port in self._ports("all")
+            for it in theirs
+            for one, two in ((port, it), (it, port))
+        ]
+        self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed apart {{ {', '.join(pairs)} }}\n")
+
+    def ports(self) -> list[str]:
+        """The ports of the switch at which the host is."""
+        return self._ports("all")
+
     def heal(self) -> None:
         """End every partition of this host."""
-        lines = ""
+        lines = "flush set bridge bed apart\n"
         for port in self._ports("all"):
             lines += f'add element bridge bed cut {{ "{port}" }}\ndelete element bridge bed cut {{ "{port}" }}\n'
         self.bed.fabric.run("nft", "-f", "-", input=lines)
@@ -344,6 +370,10 @@ class Management(Machine):
         super().__init__("management", client)
         self.bed = bed
         self.home = "/var/cloudstack/management"
+
+    def ports(self) -> list[str]:
+        """The ports of the switch at which the machine is."""
+        return ["ms"]
 
     def install(self, name: str, program: Sequence[str] | Path) -> str:
         """Install an extension's executable where CloudStack expects it; returns its path.

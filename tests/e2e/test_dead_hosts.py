@@ -5,13 +5,17 @@ The table of cases in docs/operators/moves.md names these tests.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import asyncssh
 import pytest
 
 from bed import Bed
@@ -20,7 +24,12 @@ from bed.lab import Host, Internet, Vm, agent_command
 from bed.machines import until
 from bed.operator import Operator
 from bed.payloads import Nic, PublicAddress
-from e2e.networks import Life, impatient
+from e2e.networks import PUBLIC_VLAN, Life, impatient
+from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim, ethernet_frame, payloads, signatures_in
+from netloom.extension.hostkeys import KnownHosts, Trust
+from netloom.extension.proof import Credentials
+from netloom.extension.ssh import Login
+from netloom.secret import Secret
 
 SOON = {"timeout_s": 0.5}
 _LOG = "/var/log/netloom/agent.log"
@@ -203,6 +212,151 @@ def test_a_host_without_its_guest_networks_answers_and_is_not_evacuated(served: 
     refused = operator.run("evacuate", served.dead.address, check=False)
     assert refused.status != 0
     assert "netloom drain" in refused.err
+
+
+class Answers:
+    """Counts the answers to ARP that leave a host for an address, at its port of the switch, while somebody asks."""
+
+    def __init__(self, served: Served, host: Host) -> None:
+        self._fabric = served.life.bed.fabric
+        self._served = served
+        self._chain = f"answers-{host.name}"
+        ports = ", ".join(f'"{port}"' for port in host.ports())
+        rule = f"iifname {{ {ports} }} arp operation reply arp saddr ip {served.address.ip} counter"
+        hook = "type filter hook prerouting priority -300;"
+        lines = f"add chain bridge bed {self._chain} {{ {hook} }}\nadd rule bridge bed {self._chain} {rule}\n"
+        self._fabric.run("nft", "-f", "-", input=lines)
+
+    def count(self) -> int:
+        listed = json.loads(self._fabric.run("nft", "-j", "list", "chain", "bridge", "bed", self._chain).out)
+        (counter,) = [it["counter"] for row in listed["nftables"] if "rule" in row for it in row["rule"]["expr"][-1:]]
+        return int(counter["packets"])
+
+    def end(self) -> None:
+        self._fabric.run("nft", "delete", "chain", "bridge", "bed", self._chain)
+
+
+@contextmanager
+def asking(served: Served) -> Iterator[list[float]]:
+    """Ask for the public address every few milliseconds; the times of the answers."""
+    answered: list[float] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            if served.internet.who_has(served.address.ip, timeout_s=0.005):
+                answered.append(time.monotonic())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answered
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def talking(bed: Bed) -> Iterator[Internet]:
+    """A machine of the public VLAN that sends all the time, so that no link is silent."""
+    neighbour = bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.2/24", name="neighbour")
+    done = threading.Event()
+
+    def talk() -> None:
+        while not done.is_set():
+            neighbour.who_has("203.0.113.3", timeout_s=0.2)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    try:
+        yield neighbour
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("copy", ["an archive", "no copy"])
+def test_a_host_that_was_evacuated_and_lives_stops_when_its_links_come_back(
+    copy: str, served: Served, operator: Operator
+) -> None:
+    """A part of the data centre is cut off from the rest. The host in it notices nothing: it has neighbours there."""
+    bed, internet = served.life.bed, served.internet
+    with served.vm.serve_tcp(22), talking(bed) as neighbour:
+        archive = backup(operator, served) if copy == "an archive" else ["--owner", served.owner]
+        served.dead.separate([served.alive, internet, bed.management])
+        operator.run("evacuate", served.dead.address, "--fenced", *archive)
+        if copy == "no copy":
+            with impatient(served.life.cloud, timeout_s=20):
+                served.network.restart(cleanup=True)
+        assert until(served.works)
+        assert neighbour.who_has(served.address.ip) != []
+        old, new = Answers(served, served.dead), Answers(served, served.alive)
+        with asking(served) as answered:
+            assert until(lambda: new.count() > 10)
+            before = old.count()
+            served.dead.heal()
+            healed = time.monotonic()
+            last, heard = healed, before
+            while time.monotonic() < healed + 8:
+                if (count := old.count()) != heard:
+                    last, heard = time.monotonic(), count
+            assert heard > before, "both hosts answered for a moment"
+            # 0.6 s on an idle machine. Of two seconds, one is that of the next claim.
+            assert last - healed < 2, f"{heard - before} answers, the last one after {last - healed:.2f} s"
+            assert answered[-1] > healed + 7
+        assert is_passive(served.dead, served.scope)
+        assert until(lambda: not served.is_built_on(served.dead))
+        assert served.works()
+        old.end()
+        new.end()
+        operator.run("undrain", served.dead.address)
+        assert operator.where(served.scope) == [served.alive.address]
+
+
+def frames(served: Served, claim: Claim, *, scope_id: str = "", key: str = "") -> list[str]:
+    """The frames of a claim, signed with the key of the registration or another one, in hexadecimal."""
+    login = Login(Trust((), KnownHosts("/nonexistent")), sshkey=Secret(key or served.life.bed.private_key))
+    signatures = signatures_in(asyncio.run(Credentials(login).sign(claim)))
+    some, _ = payloads(scope_id or served.scope, claim, signatures)
+    return [ethernet_frame(bytes.fromhex("024c00000099"), 0, it).hex() for it in some]
+
+
+def test_forged_claims_change_nothing(served: Served, operator: Operator) -> None:
+    """The attacker answers ARP for the address, too. What a VM of the host sends is not heard, whatever it is."""
+    host, attacker, owner, net = served.dead, served.internet, served.owner, served.scope
+    me, other = host.address, served.alive.address
+    soon = int(time.time()) + 3600
+    stranger = asyncssh.generate_private_key("ssh-ed25519").export_private_key().decode()
+    good = PlacementClaim(owner, net, 5, other)
+    forged = {
+        "wrong key": frames(served, good, key=stranger),
+        "other owner": frames(served, replace(good, owner="netloom/other")),
+        "lower epoch": frames(served, replace(good, epoch=0)),
+        "another scope": frames(served, replace(good, scope_id="net-1")),
+        "another host is dead": frames(served, EvacuationClaim(owner, other, soon, "192.0.2.1")),
+        "over": frames(served, EvacuationClaim(owner, me, int(time.time()) - 1, other)),
+        "damaged": [it[:-2] + ("00" if it[-2:] != "00" else "01") for it in frames(served, good)],
+        "too long": [it + "00" * 1300 for it in frames(served, good)],
+    }
+    vm, _ = served.life.vm("web-2", 46, host=host)
+    assert served.network.ensure().ok  # it brings the keys
+    attacker.links(f"address add {served.address.ip}/32 dev lo")
+    try:
+        for _ in range(3):
+            for frame in [it for some in forged.values() for it in some]:
+                attacker.send_frame(frame, count=5)
+            for frame in frames(served, good):
+                vm.send_frame(frame, count=5)
+            time.sleep(0.7)
+        assert not is_passive(host, net)
+        assert served.is_built_on(host)
+        log = host.read(_LOG)
+        assert f"scope={net} {other} claims it on" in log  # the wrong key
+        for frame in frames(served, good):
+            attacker.send_frame(frame)
+        assert until(lambda: is_passive(host, net), seconds=5)
+    finally:
+        attacker.links(f"address delete {served.address.ip}/32 dev lo")
 
 
 def test_a_network_without_a_copy_is_built_by_the_next_commands(served: Served, operator: Operator) -> None:

@@ -18,6 +18,7 @@ from fuzz.wire_targets import CALL, MESSAGES
 from guestbed.dhcp import message
 from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
 from netloom.agent.kernel.netlink import Message
+from netloom.claimwire import EvacuationClaim, PlacementClaim, payloads
 from netloom.extension.helper_client import ANSWER, BEAT, DOING, pack
 from netloom.guest.dhcp import MessageType
 from netloom.guestwire import (
@@ -109,6 +110,21 @@ def _nftables() -> list[Message]:
     ]
 
 
+def _claims() -> list[bytes]:
+    """Both kinds of claims, with a signature of each kind of key."""
+    frames = []
+    for claim in (PlacementClaim("o", "net-204", 2, "h2"), EvacuationClaim("o", "h1", 1 << 31, "h2")):
+        for name, body in (
+            (b"ssh-ed25519", bytes(64)),
+            (b"rsa-sha2-512", bytes(256)),
+            (b"ecdsa-sha2-nistp256", b"\0\0\0\1\1" * 2),
+            (b"ecdsa-sha2-nistp521", b"\0\0\0\2\1\1" * 2),
+        ):
+            signature = b"".join(len(it).to_bytes(4, "big") + it for it in (name, body))
+            frames += payloads("net-204", claim, [signature])[0]
+    return frames
+
+
 def seeds() -> dict[str, list[bytes]]:
     """The first inputs, by target."""
     done = Message(netlink.NLMSG_DONE, 2, struct.pack("=i", 0), 1)
@@ -141,6 +157,7 @@ def seeds() -> dict[str, list[bytes]]:
         ],
         "caller": [as_parts(_body(wire_encode(HELLO)), _body(wire_encode(CALL)))],
         "placement": [bytes((at,)) + packed(ReadPart(token="t")) for at in range(len(MESSAGES))],
+        "claim": _claims(),
         "helper": [as_parts(_body(pack(BEAT)), _body(pack(DOING, b"x")), _body(pack(ANSWER, b"1", b"out", b"error")))],
         "helper-client": [as_parts(_body(pack(*_CALL)))],
         "guest-process": [b"\1" + as_parts(*(encode(it) for it in answers))],

@@ -67,6 +67,7 @@ TARGETS: dict[str, Target] = {
     "host": wire_targets.take_host,
     "caller": wire_targets.take_caller,
     "placement": wire_targets.take_placement,
+    "claim": wire_targets.take_claim,
     "helper": wire_targets.take_helper,
     "helper-client": wire_targets.take_helper_client,
     "guest-process": guest_targets.take_guest_process,

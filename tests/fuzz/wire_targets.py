@@ -14,11 +14,13 @@ import time
 from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar, cast
 
+import asyncssh
 import msgspec
 
 from fuzz.payload_laws import check_refusal, done
 from fuzz.pieces import Bytes, stream
-from netloom import placementwire
+from netloom import claimwire, placementwire
+from netloom.agent import signatures
 from netloom.agent.log import Log
 from netloom.agent.serve import SPOKEN, _Calls, _Peer
 from netloom.errors import HostUnreachable
@@ -127,6 +129,9 @@ class _Scopes:
     async def execute(self, call: Call) -> Reply:
         return Reply(call_id=call.call_id)
 
+    async def learn(self, call: Call) -> None:
+        """Who signs placements is of no interest here."""
+
 
 class _Log(Log):
     def __init__(self) -> None:
@@ -155,7 +160,9 @@ async def _peered(pieces: list[bytes]) -> None:
     prepared = asyncio.Event()
     prepared.set()
     log, transport = _Log(), _Transport()
-    peer = _Peer(_Calls(cast(Any, _Scopes()), cast(Any, _Scopes()), prepared), log, lambda: SPOKEN)
+    peer = _Peer(
+        _Calls(cast(Any, _Scopes()), cast(Any, _Scopes()), cast(Any, _Scopes()), prepared), log, lambda: SPOKEN
+    )
     peer._transport = transport
     for piece in pieces:
         if transport.aborted:
@@ -183,6 +190,31 @@ def take_placement(data: bytes) -> None:
     shape = MESSAGES[given.number() % len(MESSAGES)]
     body = given.rest()
     done(lambda: placementwire.unpacked(body, shape))
+
+
+# ---- claims: hostile hosts and VMs on a VLAN
+
+
+def take_claim(data: bytes) -> None:
+    """What follows the Ethernet header of a frame: it is read or not, and its signatures are right or not."""
+    claimed = claimwire.decode(data)
+    if claimed is None:
+        return
+    assert len(data) <= claimwire.PAYLOAD_BYTES_MAX
+    text = claimed.claim.text
+    for key, signature in signatures.checks(public_keys(), claimed.signatures):
+        assert not signatures.is_signed(key, signature, text), "nobody has these private keys any more"
+    again, _ = claimwire.payloads(claimed.scope_id, claimed.claim, claimed.signatures)
+    read = [claimwire.decode(it) for it in again]
+    assert all(it is not None and it.claim.text == text for it in read)
+
+
+@functools.cache
+def public_keys() -> tuple[bytes, ...]:
+    """A key of each kind."""
+    kinds = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp521", "ssh-rsa")
+    keys = (asyncssh.generate_private_key(kind).convert_to_public() for kind in kinds)
+    return tuple(it.export_public_key("pkcs8-der") for it in keys)
 
 
 # ---- the helper: a hostile client, and a hostile helper

@@ -19,7 +19,7 @@ BRIDGES = {GUEST: "breth1-1520", PUBLIC: "breth1-101"}
 FABRIC = {GUEST: "sw-eth1.1520", PUBLIC: "sw-eth1.101"}
 
 VM_MAC, FAR_MAC = "02:01:00:cc:00:03", "02:00:00:00:00:77"
-ARP, IP, TEST, LOGIN = 0x0806, 0x0800, 0x88B5, 0x888E  # 0x88b5: for experiments (IEEE 802); 0x888e: 802.1X
+ARP, IP, TEST, LOGIN = 0x0806, 0x0800, 0x88B6, 0x888E  # 0x88b6: for experiments (IEEE 802); 0x888e: 802.1X
 EVERYBODY, ALL_NODES, LACP, LLDP = "ff" * 6, "333300000001", "0180c2000003", "0180c200000e"
 NOBODY = "020000000099"  # a bridge floods frames to it
 

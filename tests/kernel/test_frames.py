@@ -267,6 +267,7 @@ NOT_ORDINARY = {
     "LLDP in SNAP": llc("020000000099", bytes.fromhex("aaaa0300000088cc") + DATA[:30]),
     "802.1Q in SNAP": llc("ff" * 6, bytes.fromhex("aaaa030000008100") + struct.pack("!HH", 1301, IP) + DATA[:30]),
     "loop detection": frame("cf0000000000", 0x9000, DATA),
+    "a claim of a host": frame("ff" * 6, 0x88B5, b"netloom" + DATA),
     "ISL": frame("01000c000000", 0x0100, DATA),
     "LACP": frame("0180c2000002", 0x8809, DATA),
     "LLDP": frame("0180c200000e", 0x88CC, DATA),
@@ -314,6 +315,32 @@ def test_only_ordinary_frames_of_a_vm_leave_on_the_wire(host: AgentHost, vlan: s
     without_repairs(host)
     host.run("nft", "delete", "table", "bridge", "netloom")
     assert {"STP", "PVST", "CDP", "LLDP", "802.1Q", "802.1ad", "tag 0x9100"} <= leaving(host, vlan == "1204")
+
+
+def reaching(host: AgentHost, is_tagged: bool) -> set[str]:
+    """Have the wire send a claim, and an ordinary frame; those that reach the VM."""
+    place = partial(wire, host, "sw-eth1.1204", fabric=True) if is_tagged else partial(wire, host, "eth1-x")
+    with place() as far, wire(host, "eth0", VM) as vm:
+        far.send(frame("ff" * 6, 0x88B5, b"netloom" + DATA))
+        far.send(frame("ff" * 6, IP, udp(9, b"ordinary" + DATA)))
+        seen = list(received(vm))
+    return {name for name in ("netloom", "ordinary") if any(name.encode() in it for it in seen)}
+
+
+@pytest.mark.mutation("vms-hear-no-claims")
+@pytest.mark.parametrize("vlan", ["1204", "untagged"])
+def test_a_vm_hears_nothing_that_hosts_say_to_each_other(host: AgentHost, vlan: str) -> None:
+    build(host, vlan)
+    host.ip("link", "set", "eth1-x", "up")
+    wait_until(lambda: forwards(host, f"tap-{VM}", "eth1.1204" if vlan == "1204" else "eth1"))
+    assert reaching(host, vlan == "1204") == {"ordinary"}
+
+
+@pytest.mark.mutation("nor-behind-others")
+@pytest.mark.parametrize("owner", ["agent", "operator"])
+def test_a_vm_on_a_bridge_of_others_hears_nothing_that_hosts_say(host: AgentHost, owner: str) -> None:
+    build_on(host, owner)
+    assert reaching(host, owner == "agent") == {"ordinary"}
 
 
 @pytest.mark.mutation("lldp-frames-are-filtered")

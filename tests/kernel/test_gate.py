@@ -121,9 +121,9 @@ def test_no_frame_passes_a_closed_gate_and_all_pass_an_open_one(host: AgentHost,
     assert not any(learned(host, link) for link in PORTS)
     assert agent("open") == [GATEWAY, ADDRESS]
     traffic = Traffic(host)
-    assert traffic.kinds("wire") >= {"0806", "0800", "88b5", "86dd"}
-    assert traffic.kinds("public wire") >= {"0806", "0800", "88b5"}
-    assert traffic.kinds("vm") >= {"0806", "88b5"}
+    assert traffic.kinds("wire") >= {"0806", "0800", "88b6", "86dd"}
+    assert traffic.kinds("public wire") >= {"0806", "0800", "88b6"}
+    assert traffic.kinds("vm") >= {"0806", "88b6"}
     for place, address in (("wire", GATEWAY), ("public wire", ADDRESS), ("vm", GATEWAY)):
         answers = [it for it in traffic.out[place] if it[12:14].hex() == "0806" and it[20:22] == b"\0\2"]
         assert socket.inet_aton(address) in {it[28:32] for it in answers}
@@ -210,7 +210,7 @@ def test_threads_and_others_change_gates_at_the_same_time(namespace: str) -> Non
 
 
 def sent_numbers(frames: list[bytes]) -> list[int]:
-    return [int.from_bytes(it[14:18], "big") for it in of(PUBLIC_MAC, frames) if it[12:14] == b"\x88\xb5"]
+    return [int.from_bytes(it[14:18], "big") for it in of(PUBLIC_MAC, frames) if it[12:14] == b"\x88\xb6"]
 
 
 class Stream:

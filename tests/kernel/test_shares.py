@@ -141,7 +141,7 @@ def test_a_bridge_learns_a_bounded_number_of_addresses(host: AgentHost) -> None:
 
     for first in range(0, 6000, 500):
         macs = (struct.pack("!HI", 0x0202, at) for at in range(first, first + 500))
-        send(host, *(b"\xff" * 6 + mac + b"\x88\xb5" + bytes(46) for mac in macs))
+        send(host, *(b"\xff" * 6 + mac + b"\x88\xb6" + bytes(46) for mac in macs))
     assert 1000 < learned() <= 4200
     assert known_vm_is_served(host)
 

@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kernel.agent_host import LOG, PROGRAM, REGISTRATION, AgentHost
+from netloom.claimwire import Claim
 from netloom.errors import HostUnreachable
 from netloom.extension.moves.agents import Agents
 from netloom.extension.moves.move import Mover
-from netloom.extension.proof import Claim
 from netloom.extension.ssh import ConnectionLost
 from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
@@ -159,6 +159,10 @@ class Line:
                 reply.set_exception(ConnectionLost(f"{self._host.name}: the agent has ended"))
 
 
+async def no_signers(owner: str, host: str) -> None:
+    """The agents of this test verify nothing."""
+
+
 class _Signer:
     """Signs without a key: these agents believe their operator."""
 
@@ -252,7 +256,7 @@ class Hosts:
 
     def mover(self) -> Mover:
         """An operator's moves. The operator of the test does not log in: the agents are reached directly."""
-        return Mover(Agents(NAMES, lambda name: Line(self.by_name[name])), _Signer())
+        return Mover(Agents(NAMES, lambda name: Line(self.by_name[name]), no_signers), _Signer())
 
     async def serving(self, within_s: float = 600) -> None:
         """Return when both agents answer."""

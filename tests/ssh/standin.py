@@ -92,6 +92,7 @@ def journal(call: Call) -> None:
         "payload": call.payload.decode(),
         "epoch": call.epoch,
         "owner": call.registration.owner,
+        "signers": None if call.signers is None else [call.signers.host, *(it.hex() for it in call.signers.keys)],
         "remaining_ms": call.remaining_ms,
         "uid": os.getuid(),
     }

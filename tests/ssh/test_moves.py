@@ -17,8 +17,9 @@ import asyncssh
 import pytest
 
 import processes
+from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim
 from netloom.extension.hostkeys import KnownHosts, Trust
-from netloom.extension.proof import Claim, EvacuationClaim, PlacementClaim, sign
+from netloom.extension.proof import sign
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
 from ssh.lab import HOSTILE, KEYS, MANAGEMENT, Caller, CallResult, SshLab, helper_pids, run, until

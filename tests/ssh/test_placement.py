@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import pytest
 
 from netloom.wire import Reply, encode
@@ -257,3 +258,15 @@ def test_defect_17_registration_secrets_are_not_sent_to_hosts(lab: SshLab, calle
     sent = json.dumps(lab.h1.calls_received(but=""))
     assert "hunter2" not in sent
     assert "PRIVATE" not in sent
+
+
+def test_hosts_get_the_public_half_of_what_signs_placements_and_their_own_name(lab: SshLab, caller: Caller) -> None:
+    given = details(lab, caller, password="hunter2 hunter2")
+    assert caller.call("implement-network", given, stored_details(H1)).output == ""
+    told = {tuple(call["signers"]) for call in lab.h1.calls_received(but="")}
+    ((host, *keys),) = told
+    assert host == H1
+    registered = asyncssh.import_private_key(lab.key("good")).convert_to_public()
+    public = [asyncssh.import_public_key(bytes.fromhex(it)) for it in keys]
+    assert [it.get_algorithm() for it in public] == [registered.get_algorithm(), "ssh-ed25519"]
+    assert public[0] == registered

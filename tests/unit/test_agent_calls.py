@@ -15,6 +15,11 @@ CALL = Call(call_id="c1", command="assign-ip", scope_id="net-204", registration=
 DONE = Reply(call_id="c1", revision=7)
 
 
+class NoClaims:
+    async def learn(self, call: Call) -> None:
+        """Calls bring public keys; these bring none."""
+
+
 class Scripted:
     """Answers each execution with the next reply."""
 
@@ -31,7 +36,7 @@ def answers(*replies: Reply) -> list[Reply]:
     async def twice() -> list[Reply]:
         prepared = asyncio.Event()
         prepared.set()
-        calls = _Calls(cast(Any, Scripted(*replies)), cast(Any, None), prepared)
+        calls = _Calls(cast(Any, Scripted(*replies)), cast(Any, None), cast(Any, NoClaims()), prepared)
         return [await calls.answer(CALL), await calls.answer(CALL)]
 
     return asyncio.run(twice())

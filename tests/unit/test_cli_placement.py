@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from fakehosts import Hosts, virtual_hosts
+from fakehosts import CREDENTIALS, Hosts, virtual_hosts
 from netloom.agent.scopes import store
+from netloom.claimwire import EvacuationClaim, PlacementClaim
 from netloom.cli.app import run
 from netloom.errors import HostRefused
 from netloom.extension.moves import agents, evacuate
@@ -355,7 +356,8 @@ def test_a_dead_host_is_evacuated_with_what_is_known(operator: Operator) -> None
     ]
     assert operator.serving("20") == ["h2"]
     (record,) = operator.hosts["h3"].store.record.evacuated
-    assert record.host == "h1" and "dead='h1'" in record.proof and "host='h3'" in record.proof
+    claim = EvacuationClaim("test", "h1", record.until, "h3")
+    assert record.host == "h1" and operator.runner.run(CREDENTIALS.holds(claim, record.proof))
     # The host returns with its old copies. They stay passive, and are removed when it takes scopes again.
     operator.hosts.dead.discard("h1")
     operator.hosts.restart("h1")
@@ -521,9 +523,9 @@ def test_a_network_that_came_back_has_a_higher_epoch_than_every_host_knows(opera
     for name in ("h1", "h2"):
         operator.hosts.restart(name)
     assert operator("import", archive, "--to", "h2") == 0
-    assert operator.hosts["h2"].store.files["net-20"].placement == Placement(
-        epoch=8, host="h2", proof="PlacementClaim(owner='test', scope_id='net-20', epoch=8, host='h2')", from_dead=True
-    )
+    placement = operator.hosts["h2"].store.files["net-20"].placement
+    assert placement == Placement(epoch=8, host="h2", proof=placement.proof, from_dead=True)
+    assert operator.runner.run(CREDENTIALS.holds(PlacementClaim("test", "net-20", 8, "h2"), placement.proof))
 
 
 def test_help_names_what_is_needed(operator: Operator) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import hmac
 import os
 import signal
 import socket
@@ -17,10 +16,12 @@ from pathlib import Path
 
 import asyncssh
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
+from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim
 from netloom.errors import BadRequest, LoginRefused
 from netloom.extension.deadline import Deadline
 from netloom.extension.hostkeys import KnownHosts, Trust
@@ -28,15 +29,7 @@ from netloom.extension.hosts import Hosts, Inquiry
 from netloom.extension.placement import HostAnswer, Situation
 from netloom.extension.pool import Pool
 from netloom.extension.progress import Progress
-from netloom.extension.proof import (
-    PROOF_CHARACTERS_MAX,
-    Claim,
-    Credentials,
-    EvacuationClaim,
-    PlacementClaim,
-    holds,
-    sign,
-)
+from netloom.extension.proof import PROOF_CHARACTERS_MAX, Credentials, holds, sign
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
 from netloom.wire import Call, Evacuated, Registration, Reply
@@ -227,11 +220,12 @@ def test_credentials_that_are_not_registered_do_not_count(tmp_path: Path) -> Non
 
 
 def test_a_password_is_not_used_itself() -> None:
-    """A host sees the proof. It is made with a derived key, so that trying passwords takes time."""
+    """Others see the proof. It is made with a derived key, so that trying passwords takes time and memory."""
     proof = proof_of(CLAIM, login(password="Sesame-1"))
-    salt = b"netloom proof 1\0netloom/phys-1"
-    key = hashlib.scrypt(b"Sesame-1", salt=salt, n=1 << 14, r=8, p=1, dklen=32)
-    assert proof == "mac:" + base64.b64encode(hmac.digest(key, CLAIM.text, "sha256")).decode()
+    salt = b"netloom proof 2\0netloom/phys-1"
+    seed = hashlib.scrypt(b"Sesame-1", salt=salt, n=1 << 16, r=8, p=1, dklen=32, maxmem=1 << 27)
+    signature = Ed25519PrivateKey.from_private_bytes(seed).sign(CLAIM.text)
+    assert proof == "key:" + base64.b64encode(pieces(b"ssh-ed25519", signature)).decode()
     other = proof_of(replace(CLAIM, owner="x"), login(password="Sesame-1"))
     assert other != proof
 

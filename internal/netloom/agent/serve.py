@@ -48,12 +48,14 @@ from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.outside import Outside
 from netloom.agent.host.watcher import Watcher
+from netloom.agent.kernel.claims_socket import ClaimSockets
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
 from netloom.agent.processes.liveness import LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
+from netloom.agent.scopes.claims import Claims
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.isolation import Isolation
 from netloom.agent.scopes.moves import Moves
@@ -143,7 +145,8 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     except NetloomError as error:
         log.line(f"guest process: {error}")
     prepared = asyncio.Event()
-    calls = _Calls(scopes, moves, prepared)
+    claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop))
+    calls = _Calls(scopes, moves, claims, prepared)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     server = await loop.create_unix_server(lambda: _Peer(calls, log, partial(_hello, upkeep)), path=path, backlog=128)
@@ -169,6 +172,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
         asyncio.ensure_future(_beat(heartbeat, prepared)),
         asyncio.ensure_future(isolation.run()),
+        asyncio.ensure_future(claims.run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
@@ -266,9 +270,10 @@ async def _greeted(path: str) -> None:
 class _Calls:
     """The running calls and the last replies. A call that is repeated gets the same reply and is not executed twice."""
 
-    def __init__(self, scopes: Scopes, moves: Moves, prepared: asyncio.Event) -> None:
+    def __init__(self, scopes: Scopes, moves: Moves, claims: Claims, prepared: asyncio.Event) -> None:
         self._scopes = scopes
         self._moves = moves
+        self._claims = claims
         self._prepared = prepared  # until then a call waits
         self._running: dict[str, asyncio.Task[Reply]] = {}
         self._replies: OrderedDict[str, Reply] = OrderedDict()
@@ -287,6 +292,7 @@ class _Calls:
 
     async def _execute(self, call: Call) -> Reply:
         await self._prepared.wait()
+        await self._claims.learn(call)
         return await (self._moves if call.command in placementwire.COMMANDS else self._scopes).execute(call)
 
     async def finish(self, wait_s: float) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from netloom.claimwire import EvacuationClaim, PlacementClaim
 from netloom.errors import HostUnreachable
 from netloom.extension.agent_client import AgentClient, OtherProtocol
 from netloom.extension.deadline import Deadline
@@ -35,11 +36,11 @@ from netloom.extension.placement import (
 )
 from netloom.extension.pool import Pool, PooledChannel
 from netloom.extension.progress import Progress
-from netloom.extension.proof import Credentials, EvacuationClaim, PlacementClaim
+from netloom.extension.proof import Credentials
 from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login, NoAgent
 from netloom.extension.without_agent import reply_without_agent
 from netloom.placementwire import CLOSED_S
-from netloom.wire import Call, Evacuated, Reply
+from netloom.wire import Call, Evacuated, Reply, Signers
 
 # The agent gets this much less than the remaining time (a tenth of it, if that is less), so that its reply is in time.
 _REPLY_RESERVE_S_MAX = 0.5
@@ -48,6 +49,8 @@ _REPLY_RESERVE_S_MAX = 0.5
 _MOVE_S_MAX = CLOSED_S + 2.0
 _AGAIN_S = 0.25
 _LAST_S = 1.0  # of the call's time; a host is not asked again then
+
+_SSH_AGENT_S = 1.0
 
 _EVACUATED_MAX = 16  # records of one host that are verified: a host may send any number
 EPOCH_MAX = (1 << 53) - 1  # as far as every reader of JSON counts
@@ -75,6 +78,7 @@ class Hosts:
     ) -> None:
         self.login = login
         self.deadline = deadline
+        self.credentials = Credentials(login)
         self.reached: set[str] = set()
         self._package = package
         self._installs = installs
@@ -151,9 +155,18 @@ class Hosts:
             await asyncio.shield(channel.install())
 
     async def _reply(self, channel: PooledChannel, call: Call) -> Reply:
+        signers = await self._signers(call.registration.owner, channel.agent.host)
         left_s = self.deadline.remaining_s()
         left_ms = int((left_s - min(_REPLY_RESERVE_S_MAX, left_s / 10)) * 1000)
-        return await channel.agent.call(msgspec.structs.replace(call, remaining_ms=left_ms))
+        return await channel.agent.call(msgspec.structs.replace(call, remaining_ms=left_ms, signers=signers))
+
+    async def _signers(self, owner: str, host: str) -> Signers | None:
+        """Who can sign placements; None if the caller's SSH agent does not say it soon. The next call brings them."""
+        try:
+            async with asyncio.timeout(_SSH_AGENT_S if self.login.method == "own keys" else None):
+                return await self.credentials.signers(owner, host)
+        except TimeoutError:
+            return None
 
     async def _replace_agent(self, channel: PooledChannel) -> None:
         """In the background if the pool outlives this call; otherwise wait for it, for half of the remaining time."""
@@ -245,7 +258,7 @@ class Inquiry:
     def __init__(self, hosts: Hosts, call: Call) -> None:
         self._hosts = hosts
         self._locate = msgspec.structs.replace(call, command=LOCATE, payload=b"{}")
-        self._credentials = Credentials(hosts.login)
+        self._credentials = hosts.credentials
         self._count = itertools.count(1)
 
     async def find(self, situation: Situation) -> Use | Unplaced | Fail:

@@ -5,7 +5,9 @@ host does not have the credentials, so it cannot make a proof. With password log
 at the login, and can; see docs/operators/threat-model.md.
 
 A proof is printable ASCII: signatures, separated by commas, of which one has to be right. ``key:`` is followed by an
-SSH signature in base64, ``mac:`` by an HMAC with a key that is derived from the password.
+SSH signature in base64. A password signs with an Ed25519 key that is derived from it, so hosts can verify and not sign.
+
+Agents get the public keys (``Credentials.signers``): they verify what other hosts claim on the wire (claimwire.py).
 """
 
 from __future__ import annotations
@@ -13,18 +15,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 import hashlib
-import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import asyncssh
 from asyncssh.agent import SSHAgentKeyPair
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from netloom.claimwire import KEY, Claim
 from netloom.errors import BadRequest, LoginRefused
 from netloom.extension.ssh import Login, agent_keys, own_keys, parse_key
 from netloom.secret import Secret
+from netloom.wire import Signers
 
+KEYS_MAX = 16  # that agents get
 PROOF_CHARACTERS_MAX = 4096  # one signature of an RSA key of 16,384 bits, or several of shorter keys
 
 # How each type of key signs. No SHA-1, and no security keys: somebody would have to touch them for each signature.
@@ -38,51 +44,8 @@ _ALGORITHMS = {
     "ssh-rsa": "rsa-sha2-512",
 }
 
-_KEY, _MAC = "key:", "mac:"
-
-
-@dataclass(frozen=True)
-class PlacementClaim:
-    """``host`` serves the scope with the number ``epoch``."""
-
-    owner: str
-    scope_id: str
-    epoch: int
-    host: str
-
-    @property
-    def text(self) -> bytes:
-        """What is signed. Raises ValueError when a field contains NUL."""
-        return _text("netloom placement 1", self.owner, self.scope_id, str(self.epoch), self.host.lower())
-
-
-@dataclass(frozen=True)
-class EvacuationClaim:
-    """``dead`` is dead, and ``host`` may take its scopes. ``until``: UTC, in seconds since 1970."""
-
-    owner: str
-    dead: str
-    until: int
-    host: str
-
-    @property
-    def text(self) -> bytes:
-        """What is signed. Raises ValueError when a field contains NUL."""
-        return _text("netloom evacuation 1", self.owner, self.dead.lower(), str(self.until), self.host.lower())
-
-
-Claim = PlacementClaim | EvacuationClaim
-
-
-def _text(*fields: str) -> bytes:
-    """The fields, separated by NUL.
-
-    Host names are compared in lower case, as DNS does. The text begins with "netloom". What SSH signs in a login begins
-    with the length of a hash, and a signed file with "SSHSIG", so no signature serves two purposes.
-    """
-    if any("\0" in field for field in fields):
-        raise ValueError("a field contains NUL")
-    return "\0".join(fields).encode("utf-8", "surrogatepass")
+# Any host of a VLAN may hear a signature during an evacuation and try passwords: each try takes 64 MiB and 0.2 s.
+_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1, "maxmem": 80 << 20}
 
 
 async def sign(login: Login, claim: Claim) -> str:
@@ -101,7 +64,6 @@ class Credentials:
     def __init__(self, login: Login) -> None:
         self._login = login
         self._public_keys: list[asyncssh.SSHKey] | None = None
-        self._mac_keys: dict[str, bytes] = {}  # by owner
 
     async def sign(self, claim: Claim) -> str:
         """The proof of the claim, at most PROOF_CHARACTERS_MAX characters.
@@ -118,7 +80,7 @@ class Credentials:
         if login.method == "sshkey":
             return _signature(parse_key(login.sshkey), text)
         if login.method == "password":
-            return await self._mac(claim.owner, text)
+            return _signature(await _password_key(login.password, claim.owner), text)
         signatures = [await _agent_signature(pair, text) for pair in await agent_keys(login.ssh_auth_sock)]
         signatures += [_signature(key, text) for key in own_keys(login.home) if _algorithm(key)]
         proof = ""
@@ -140,17 +102,17 @@ class Credentials:
             return False
         if len(proof) > PROOF_CHARACTERS_MAX or not proof.isascii():  # guard: a-proof-is-short
             return False
-        parts = proof.split(",")
-        keys = [part.removeprefix(_KEY) for part in parts if part.startswith(_KEY)]
-        if keys and _is_signed(keys, await self._verifying_keys(), text):
-            return True
-        if not self._login.password or not any(part.startswith(_MAC) for part in parts):
-            return False
-        expected = await self._mac(claim.owner, text)
-        return any(hmac.compare_digest(part, expected) for part in parts)
+        signatures = [it.removeprefix(KEY) for it in proof.split(",") if it.startswith(KEY)]
+        return bool(signatures) and _is_signed(signatures, await self._verifying_keys(claim.owner), text)
 
-    async def _verifying_keys(self) -> list[asyncssh.SSHKey]:
-        """The keys whose signatures count: the registered one, or the caller's own where nothing is registered."""
+    async def signers(self, owner: str, host: str) -> Signers:
+        """What the agent of ``host`` needs to verify claims of the owner's scopes. It is no secret."""
+        keys = [it for it in await self._verifying_keys(owner) if _algorithm(it)]
+        return Signers(host=host, keys=tuple(it.export_public_key("pkcs8-der") for it in keys[:KEYS_MAX]))
+
+    async def _verifying_keys(self, owner: str) -> list[asyncssh.SSHKey]:
+        """The keys whose signatures count: the registered one, that of the registered password, or the caller's own
+        where nothing is registered."""
         if self._public_keys is None:
             login = self._login
             if login.sshkey:
@@ -161,20 +123,23 @@ class Credentials:
                 self._public_keys += [key.convert_to_public() for key in own_keys(login.home)]
             else:
                 self._public_keys = []
-        return self._public_keys
-
-    async def _mac(self, owner: str, text: bytes) -> str:
-        if owner not in self._mac_keys:
-            self._mac_keys[owner] = await asyncio.to_thread(_mac_key, self._login.password, owner)
-        digest = hmac.digest(self._mac_keys[owner], text, "sha256")
-        return _MAC + base64.b64encode(digest).decode()
+        if not self._login.password:
+            return self._public_keys
+        return [*self._public_keys, (await _password_key(self._login.password, owner)).convert_to_public()]
 
 
-def _mac_key(password: Secret, owner: str) -> bytes:
-    """Takes 16 MiB and some 50 ms: a host sees proofs, and must not be able to try many passwords."""
-    salt = _text("netloom proof 1", owner)
+async def _password_key(password: Secret, owner: str) -> asyncssh.SSHKey:
+    """The key that signs for a registration with a password: derived from the password and the owner."""
+    return await asyncio.to_thread(_derived_key, password, owner)
+
+
+@functools.lru_cache(maxsize=16)  # each call of CloudStack hands the public key out
+def _derived_key(password: Secret, owner: str) -> asyncssh.SSHKey:
+    salt = b"netloom proof 2\0" + owner.encode("utf-8", "surrogatepass")
     secret = password.reveal().encode("utf-8", "surrogatepass")
-    return hashlib.scrypt(secret, salt=salt, n=1 << 14, r=8, p=1, dklen=32)
+    seed = hashlib.scrypt(secret, salt=salt, dklen=32, **_SCRYPT)
+    key = Ed25519PrivateKey.from_private_bytes(seed)
+    return asyncssh.import_private_key(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
 
 
 def _algorithm(key: asyncssh.SSHKey) -> str:
@@ -188,7 +153,7 @@ def _signature(key: asyncssh.SSHKey, text: bytes) -> str:
         raise BadRequest(
             f"sshkey: a key of type {key.get_algorithm()} cannot sign a placement", hint="use Ed25519, ECDSA or RSA"
         )
-    return _KEY + base64.b64encode(key.sign(text, algorithm.encode())).decode()
+    return KEY + base64.b64encode(key.sign(text, algorithm.encode())).decode()
 
 
 def _pair_algorithm(pair: asyncssh.SSHKeyPair) -> str:
@@ -204,7 +169,7 @@ async def _agent_signature(pair: asyncssh.SSHKeyPair, text: bytes) -> str:
     assert isinstance(pair, SSHAgentKeyPair)
     pair.set_sig_algorithm(algorithm.encode())
     try:
-        return _KEY + base64.b64encode(await pair.sign_async(text)).decode()
+        return KEY + base64.b64encode(await pair.sign_async(text)).decode()
     except (OSError, ValueError, asyncssh.Error):
         return ""
 

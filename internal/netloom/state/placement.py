@@ -20,7 +20,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     both are empty at epoch 0. ``why``: one line, why the gate is passive. ``was_passive``: while the gate is incoming,
     why an earlier copy here was passive; it becomes passive again if the scope is not opened. ``from_dead``: no host
     handed the scope over: an operator declared the one before dead, or the state is from an archive. Perhaps that host
-    still answers.
+    still answers. ``taken_from``: the hosts that were declared dead and may have a copy; while the scope is served
+    here, it is claimed on its VLANs (claimwire.py).
     """
 
     epoch: int = 0
@@ -31,3 +32,4 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     why: str = ""
     from_dead: bool = False
     was_passive: str = ""
+    taken_from: tuple[str, ...] = ()

@@ -20,12 +20,14 @@ from netloom.agent.host import fence, flows, gate, unmanaged
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
+from netloom.agent.host.claim_wires import claim_wires
 from netloom.agent.host.helpers import missing
 from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
 from netloom.agent.kernel import arp, conntrack_changes, conntrack_copy, modules, namespaces, sysctl, tcp_sockets
+from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.kernel.links import find_links
@@ -187,6 +189,10 @@ class KernelHost:
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
         return occupied(self.placed(scope_id, want), timeout_s, claim)
+
+    def claim_wires(self, scope_id: str, want: Want) -> frozenset[ClaimWire]:
+        """The uplinks on which the scope is claimed. Raises HostRefused."""
+        return claim_wires(self.placed(scope_id, want))
 
     def serves(self, want: Want) -> bool:
         """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""

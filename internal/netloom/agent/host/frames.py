@@ -15,7 +15,8 @@ there, ARP included, and all are dropped. Forwarded frames do not pass there.
 - ``input``: the kernel delivers frames to the reserved addresses from the *port*, so the chain above does not see them.
   Only the control protocols that these addresses are reserved for may pass, and only to bridges of others: the rule
   holds for all bridges of the host. 01:80:c2:00:00:0e passes this hook because the bridge's group_fwd_mask has bit 14.
-- ``forward``: only ordinary frames leave for the wire. The set ``uplinks`` names the links that lead there.
+- ``forward``: only ordinary frames leave for the wire. The set ``uplinks`` names the links that lead there. What agents
+  say to each other on the wire reaches no VM.
 
 Bridges that others created are guarded while a port of ours is in them, in the same tables:
 
@@ -59,6 +60,7 @@ from netloom.agent.host.observe_nft import (
 )
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.claimwire import ETHERTYPE
 from netloom.plan.have import Others
 
 _TYPE = "@ll,96,16"  # the EtherType, or the length of an IEEE 802.3 frame (below 0x600)
@@ -69,6 +71,7 @@ _TAGS = "0x8100, 0x88a8, 0x9100, 0x9200, 0x9300, 0x88e7, 0x8926, 0x893f, 0x8903,
 # On a closed bridge the host can still ask for an address; the bridge is open again when it has one.
 _ASKED_FOR = "udp dport { 68, 546 } accept"
 _LOOPS = "0x9000, 0x88e3"  # loop detection of switches (Ethernet Configuration Testing), rings (IEC 62439-2)
+_HOSTS = f"0x{ETHERTYPE:04x}"  # what agents say to each other (claimwire.py)
 _VENDORS = ("00000c", "00e02b", "00e052", "000081")  # switch protocols in SNAP: Cisco, Extreme, Foundry, Nortel
 _ETHERNET_IN_SNAP = ("000000", "0000f8")  # an EtherType follows: RFC 1042, IEEE 802.1H
 _TRIES = 3
@@ -96,6 +99,9 @@ _RULES = {
     ),
     "forward": (
         f"iifname @{UPLINKS} ether daddr 01:80:c2:00:00:0e drop",
+        # The protocol first: it differs for nearly every packet.
+        f"meta protocol {_HOSTS} iifname @{UPLINKS} drop",  # guard: vms-hear-no-claims
+        f"meta protocol {_HOSTS} iifname @{OTHERS_UPLINKS} oifname @{OTHERS_GUESTS} drop",  # guard: nor-behind-others
         f"oifname @{UPLINKS} jump wire",
         f"iifname != @{OTHERS_UPLINKS} oifname @{OTHERS_UPLINKS} jump wire",
         f"iifname != @{OTHERS_TRUNKS} oifname @{OTHERS_TRUNKS} jump trunk",  # guard: no-second-tag-leaves
@@ -108,14 +114,14 @@ _RULES = {
         "ether daddr & ff:ff:ff:ff:ff:00 == 01:80:c2:00:00:00 drop",
         "ether daddr & ff:ff:ff:00:00:00 == 01:00:0c:00:00:00 drop",
         # The same protocols to another address, by EtherType.
-        f"meta protocol {{ {_CONTROL}, {_LOOPS} }} drop",
+        f"meta protocol {{ {_CONTROL}, {_LOOPS}, {_HOSTS} }} drop",
         f"{_LLC} jump llc",
     ),
     # A chain of its own: nft 1.0.6 aborts when it lists such matches of bytes behind "meta protocol" in one rule.
     "llc": (
         "@nh,0,16 0x4242 drop",  # STP
         *(f"@nh,0,48 0xaaaa03{vendor} drop" for vendor in _VENDORS),
-        *(f"@nh,0,48 0xaaaa03{it} @nh,48,16 {{ {_TAGS}, {_CONTROL} }} drop" for it in _ETHERNET_IN_SNAP),
+        *(f"@nh,0,48 0xaaaa03{it} @nh,48,16 {{ {_TAGS}, {_CONTROL}, {_HOSTS} }} drop" for it in _ETHERNET_IN_SNAP),
     ),
 }
 

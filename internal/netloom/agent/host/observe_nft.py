@@ -21,7 +21,7 @@ OTHERS_GUESTS, OTHERS_TRUNKS = "others_guests", "others_trunks"  # their ports t
 TO_BRIDGE, FROM_PORT = "to-", "from-"  # begin the names of the chains for bridges of others and for their ports
 STACK_FAMILY, RESERVED = "inet", "reserved_addresses"  # the family and the chain that guard the host's own protocols
 FORMER_RESERVED = "reserved"  # this chain's name in older builds; nft 0.9.8 has a keyword of this name
-RULES = {"inet": 1, "arp": 1, FRAMES_FAMILY: 22}  # how many rules these tables on the host have (frames.py)
+RULES = {"inet": 1, "arp": 1, FRAMES_FAMILY: 24}  # how many rules these tables on the host have (frames.py)
 
 
 class Table(msgspec.Struct, frozen=True):

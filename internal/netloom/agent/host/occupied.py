@@ -119,8 +119,15 @@ class Look:
         bridge = self._bridge(port)
         if bridge is None:
             return f"the bridge of {port.host_link} does not exist"
-        vlans = list_port_vlans(self._socket, bridge.index) if bridge.vlan_filtering else {}
-        return wires(port.host_link, bridge, self.ports(bridge.index), vlans)
+        return wires(port.host_link, bridge, self.ports(bridge.index), self._vlans(bridge))
+
+    def carrying(self, port: Port) -> list[tuple[Link, int]]:
+        """The uplinks that carry the frames of the port, with their tag (:func:`tagged`); those that are down, too."""
+        bridge = self._bridge(port)
+        if bridge is None:
+            return []
+        ports = self.ports(bridge.index)
+        return tagged(port.host_link, bridge, uplinks(bridge, ports), ports, self._vlans(bridge))
 
     def uplinks(self, port: Port) -> list[Link]:
         """The links through which the frames of a port leave this host, also those that are down."""
@@ -132,6 +139,9 @@ class Look:
         if self._listed is None:
             return list_links_over(self._socket, master=bridge)
         return self._ports.get(bridge, [])
+
+    def _vlans(self, bridge: Link) -> dict[int, PortVlans]:
+        return list_port_vlans(self._socket, bridge.index) if bridge.vlan_filtering else {}
 
     def _find(self, wanted: Iterable[str | int]) -> list[Link]:
         if self._listed is None:
@@ -159,18 +169,28 @@ def wires(host_link: str, bridge: Link, ports: list[Link], vlans: dict[int, Port
 
     ``vlans``: of the bridge's ports by index, if it filters VLANs.
     """
-    found = [it for it in uplinks(bridge, ports) if it.up]
-    if not found:
+    up = [it for it in uplinks(bridge, ports) if it.up]
+    if not up:
         return f"bridge {bridge.name} has no uplink"
-    for it in found:
+    for it in up:
         if not it.running:
             return f"{it.name} has no link"  # guard: a-link-without-carrier-proves-nothing
-    if not bridge.vlan_filtering:
-        return tuple(Wire(it.name) for it in found)
-    own = next((vlans[it.index].own for it in ports if it.name == host_link and it.index in vlans), 0)
-    tags = {it.name: vlans[it.index].tag_of(own) for it in found if it.index in vlans and own}
-    carrying = tuple(Wire(name, tag) for name, tag in tags.items() if tag is not None)
+    carrying = tuple(Wire(it.name, tag) for it, tag in tagged(host_link, bridge, up, ports, vlans))
     return carrying or f"no uplink of bridge {bridge.name} carries the VLAN of {host_link}"
+
+
+def tagged(
+    host_link: str, bridge: Link, leading: list[Link], ports: list[Link], vlans: dict[int, PortVlans]
+) -> list[tuple[Link, int]]:
+    """Those of the uplinks ``leading`` that carry the frames of the port, with the tag of these frames; 0 for none.
+
+    ``vlans`` as for :func:`wires`.
+    """
+    if not bridge.vlan_filtering:
+        return [(it, 0) for it in leading]
+    own = next((vlans[it.index].own for it in ports if it.name == host_link and it.index in vlans), 0)
+    tags = [(it, vlans[it.index].tag_of(own)) for it in leading if it.index in vlans and own]
+    return [(it, tag) for it, tag in tags if tag is not None]
 
 
 def _described(link: Link) -> HostLink:

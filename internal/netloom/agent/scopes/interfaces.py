@@ -11,6 +11,7 @@ from typing import Protocol
 
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
+from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.scopes.store import HostRecord, Moved
@@ -87,6 +88,9 @@ class Host(Protocol):
 
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
+
+    def claim_wires(self, scope_id: str, want: Want) -> frozenset[ClaimWire]:
+        """The uplinks on which the scope is claimed. Raises HostRefused."""
 
     def read_flows(self, namespace: str) -> Listing:
         """The open connections that another host can continue. Raises HostRefused."""

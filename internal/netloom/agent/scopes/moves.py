@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ from netloom.agent.kernel import conntrack_copy
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Record
 from netloom.agent.log import Log
+from netloom.agent.scopes.claims import end_claims
 from netloom.agent.scopes.handover import Copy, Handover
 from netloom.agent.scopes.interfaces import Host, ScopeStore
 from netloom.agent.scopes.placements import placed
@@ -162,22 +163,24 @@ class Moves:
             scopes=tuple(_held(it) for it in rest[:_LISTED_MAX]),
             more=len(rest) > _LISTED_MAX,
             drained=record.drained,
-            evacuated=tuple(dict.fromkeys(it.host for it in record.evacuated)),
+            evacuated=tuple(dict.fromkeys((*(it.host for it in record.evacuated), *_taken_from(slots)))),
         )
 
     async def _set_drained(self, asked: wire.SetDrained) -> None:
-        await self._save_record(replace(self._scopes.placements.host_record, drained=asked.drained))
+        await self._scopes.change_record(
+            lambda record: replace(record, drained=asked.drained, over=max(record.over, asked.over))
+        )
 
     async def _set_evacuated(self, asked: wire.SetEvacuated) -> None:
-        record = self._scopes.placements.host_record
-        kept = [it for it in record.evacuated if it.host != asked.host or (asked.owner and it.owner != asked.owner)]
-        if asked.proof:
-            kept.append(Evacuated(host=asked.host, until=asked.until, proof=asked.proof, owner=asked.owner))
-        await self._save_record(replace(record, evacuated=tuple(kept)))
+        def changed(record: HostRecord) -> HostRecord:
+            kept = [it for it in record.evacuated if it.host != asked.host or (asked.owner and it.owner != asked.owner)]
+            if asked.proof:
+                kept.append(Evacuated(host=asked.host, until=asked.until, proof=asked.proof, owner=asked.owner))
+            return replace(record, evacuated=tuple(kept))
 
-    async def _save_record(self, record: HostRecord) -> None:
-        await self._scopes.in_worker(partial(self._store.save_host_record, record))
-        self._scopes.placements.host_record = record
+        await self._scopes.change_record(changed)
+        if not asked.proof:
+            await end_claims(self._scopes, asked.host, asked.owner)
 
     # --------------------------------------------------------------- on the old host; in a worker, the lock is held
 
@@ -287,6 +290,7 @@ class Moves:
             peer=asked.peer,
             was_passive=was_passive,
             from_dead=scope.placement.from_dead,
+            taken_from=tuple(it for it in scope.placement.taken_from if it.lower() != asked.host.lower()),
         )
         scope = placed(scope, placement)
         self._store.save(scope)
@@ -328,9 +332,9 @@ class Moves:
         if not asked.dead and not _within(at, wire.OPEN_WITHIN_S):  # guard: no-opening-after-its-time
             raise HostRefused(f"{slot.scope_id} was not opened in time", hint="repeat the command")
         from_dead = placement.from_dead or (asked.dead and not asked.fenced)
-        self._scopes.placements.place(
-            slot, replace(placement, gate="open", peer="", was_passive="", from_dead=from_dead)
-        )
+        taken_from = tuple(dict.fromkeys((*placement.taken_from, *filter(None, [asked.taken_from]))))
+        opened = replace(placement, gate="open", peer="", was_passive="", from_dead=from_dead, taken_from=taken_from)
+        self._scopes.placements.place(slot, opened)
         reply = wire.packed(_received(created))
         if not want.namespace:
             return reply, HostChanges()
@@ -485,6 +489,11 @@ def _held(slot: Slot) -> wire.HeldScope:
 def _ready(slot: Slot) -> str:
     """What ``open`` must bring: this moment, and the name of the last ``receive``."""
     return f"{_now()} {slot.handover.reception}"
+
+
+def _taken_from(slots: Iterable[Slot]) -> list[str]:
+    """The dead hosts from which these scopes were taken."""
+    return [it for slot in slots if slot.scope is not None for it in slot.scope.placement.taken_from]
 
 
 def _now() -> str:

@@ -127,8 +127,12 @@ class Placements:
         """
         if scope.placement.epoch >= call.epoch:
             return scope
-        from_dead = scope.placement.from_dead or bool(self._evacuated(scope.owner))
-        return placed(scope, replace(scope.placement, epoch=call.epoch, from_dead=from_dead))
+        dead = self._evacuated(scope.owner)
+        taken_from = tuple(dict.fromkeys((*scope.placement.taken_from, *dead)))
+        from_dead = scope.placement.from_dead or bool(dead)
+        # The proof is that of an earlier placement, here or elsewhere.
+        placement = replace(scope.placement, epoch=call.epoch, host="", proof="")
+        return placed(scope, replace(placement, from_dead=from_dead, taken_from=taken_from))
 
     def asks_first(self, scope: Scope) -> bool:
         """Whether each address that the scope gains is asked for: its host before may answer for it still.
@@ -175,10 +179,9 @@ class Placements:
             hint=f"power {dead} off and repeat the command; if it is reachable: netloom undrain {dead}",
         )
 
-    def _evacuated(self, owner: str) -> list[str]:
+    def _evacuated(self, owner: str) -> tuple[str, ...]:
         """The dead hosts whose scopes of this owner this host may take."""
-        records = self.host_record.evacuated
-        return [it.host for it in records if it.owner in ("", owner) and it.until > time.time()]
+        return self.host_record.dead_hosts(owner, time.time())
 
     def _occupied_at_last(self, slot: Slot, want: Want, *, may_be_unknown: bool) -> Occupied:
         """:meth:`occupied`, again for some seconds while another host asks with a stronger claim: it goes first.

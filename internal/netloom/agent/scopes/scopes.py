@@ -51,7 +51,7 @@ from netloom.agent.scopes.call_batch import CallBatches
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.scopes.placements import Placements, ScopeMoving
 from netloom.agent.scopes.slot import Slot, WaitingCall
-from netloom.agent.scopes.store import Unreadable
+from netloom.agent.scopes.store import HostRecord, Unreadable
 from netloom.commands import pbr, table, userdata
 from netloom.commands.transition import Context, with_network
 from netloom.errors import BadRequest, HostRefused, NetloomError, one_line
@@ -114,6 +114,7 @@ class Scopes:
         self.placements = Placements(store, host, log)
         self._batches = CallBatches(store, services, self.placements, self, log)
         self.work_done = 0  # works that worker threads have ended
+        self._record_changes = asyncio.Lock()
 
     def load(self) -> None:
         """Read every state file and claim the shared bridges of every scope, before anything on the host changes."""
@@ -164,6 +165,16 @@ class Scopes:
     def _holds(self, scope_id: str) -> bool:
         slot = self._slots.get(scope_id)
         return slot is not None and (slot.scope is not None or slot.unreadable)
+
+    async def change_record(self, change: Callable[[HostRecord], HostRecord]) -> None:
+        """Save what an operator said about this host, as ``change`` makes it from what was said before.
+
+        Raises HostRefused; nothing has changed then.
+        """
+        async with self._record_changes:
+            record = change(self.placements.host_record)
+            await self.in_worker(lambda: self._store.save_host_record(record))
+            self.placements.host_record = record
 
     # ------------------------------------------------------------------------------------------------------- calls
 

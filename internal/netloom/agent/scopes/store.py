@@ -24,7 +24,7 @@ from netloom.errors import HostRefused
 from netloom.files import NotFlushed, rename_durably, replace_bytes, sync_directory
 from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
-from netloom.wire import Evacuated
+from netloom.wire import Evacuated, Signers
 
 _NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended|moved)\Z")
 
@@ -44,11 +44,19 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
 class HostRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What an operator said about this host. ``drained``: no scope is placed here any more.
 
-    ``evacuated``: the dead hosts whose scopes may be placed here.
+    ``evacuated``: the dead hosts whose scopes may be placed here. ``over``: records of other hosts about this one that
+    hold at most until then are over (UTC, in seconds since 1970). ``signers``: by owner, as the last call said.
     """
 
     drained: bool = False
     evacuated: tuple[Evacuated, ...] = ()
+    over: int = 0
+    signers: dict[str, Signers] = {}
+
+    def dead_hosts(self, owner: str, now: float) -> tuple[str, ...]:
+        """The hosts whose scopes of this owner may be placed here. ``now``: UTC, in seconds since 1970."""
+        valid = (it.host for it in self.evacuated if it.until > now and it.owner in ("", owner))
+        return tuple(dict.fromkeys(valid))
 
 
 class _Head(msgspec.Struct):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -12,9 +12,10 @@ import msgspec
 from netloom.errors import HostRefused, HostUnreachable, NetloomError
 from netloom.extension.agent_client import AgentClient
 from netloom.extension.progress import Progress
+from netloom.extension.proof import Credentials
 from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login, NoAgent
 from netloom.placementwire import packed, unpacked
-from netloom.wire import Call, Registration, Reply
+from netloom.wire import Call, Registration, Reply, Signers
 
 T = TypeVar("T")
 
@@ -46,12 +47,19 @@ class Refused(HostRefused):
 class Agents:
     """Sends commands to the agents of ``hosts``. A channel is opened when it is first needed, and again when it broke.
 
-    ``channel`` makes a channel to a host, which is not open yet.
+    ``channel`` makes a channel to a host, which is not open yet. ``signers``: of an owner, for a host; a command that
+    names an owner brings them.
     """
 
-    def __init__(self, hosts: Iterable[str], channel: Callable[[str], Channel]) -> None:
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        channel: Callable[[str], Channel],
+        signers: Callable[[str, str], Awaitable[Signers | None]],
+    ) -> None:
         self.hosts = tuple(hosts)
         self._make = channel
+        self._signers = signers
         self._open: dict[str, Channel] = {}
         self._opening = {host: asyncio.Lock() for host in self.hosts}
 
@@ -96,6 +104,7 @@ class Agents:
             registration=Registration(owner=owner),
             payload=packed(message),
             remaining_ms=int(within_s * 1000),
+            signers=await self._signers(owner, host) if owner else None,
         )
         try:
             async with asyncio.timeout(within_s):
@@ -145,7 +154,7 @@ class Agents:
 
 def agents_over_ssh(hosts: Iterable[str], login: Login) -> Agents:
     """The agents of these hosts. Nothing is installed on a host."""
-    return Agents(hosts, lambda host: AgentClient(host, login, None, Progress()))
+    return Agents(hosts, lambda host: AgentClient(host, login, None, Progress()), Credentials(login).signers)
 
 
 def reason(error: NetloomError, host: str) -> str:

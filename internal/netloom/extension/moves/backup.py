@@ -85,8 +85,9 @@ def plan_import(archived: Sequence[Archived], inventory: Inventory, to: str) -> 
 async def put_back(mover: Mover, it: Archived, to: str, inventory: Inventory, *, peer: str, fenced: bool) -> Moved:
     """Let ``to`` serve an archived scope that no host serves. Never raises NetloomError: it is in the result."""
     epoch = max(it.epoch, inventory.epoch(it.scope_id)) + 1
+    taken_from = "" if peer in inventory.views else peer  # guard: an-import-from-a-host-that-is-gone-is-claimed
     try:
-        await mover.restore(it.scope_id, to, epoch, it.owner, it.state, peer=peer, fenced=fenced)
+        await mover.restore(it.scope_id, to, epoch, it.owner, it.state, peer=peer, fenced=fenced, taken_from=taken_from)
     except NetloomError as error:
         return Moved(it.scope_id, it.host, to, epoch, error=error)
     return Moved(it.scope_id, it.host, to, epoch, note="from the archive")

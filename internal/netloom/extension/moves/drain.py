@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from netloom.extension.moves.agents import Agents, Refused
 from netloom.extension.moves.balance import Planned, balanced, spread
 from netloom.extension.moves.inventory import Inventory, leftovers, load, scope_order, serving_hosts
 from netloom.extension.moves.move import Interrupted, Moved, Mover
-from netloom.placementwire import SET_DRAINED, SET_EVACUATED, SetDrained, SetEvacuated
+from netloom.placementwire import RECORD_S, SET_DRAINED, SET_EVACUATED, SetDrained, SetEvacuated
 
 AT_ONCE = 4
 PER_TARGET = 2  # building a scope costs a target most of its time
@@ -104,7 +105,8 @@ async def undrain(mover: Mover, host: str, inventory: Inventory) -> list[str]:
     """Let ``host`` take scopes again: what was done, and what failed, in lines.
 
     Copies of scopes that others serve with a higher epoch are removed from it. Other hosts may not take its scopes any
-    more. Raises NetloomError when the host does not answer, or cannot be told.
+    more, and do not claim them; not before the copies are removed. Raises NetloomError when the host does not answer,
+    or cannot be told.
     """
     agents = mover.agents
     if host in inventory.failures:
@@ -116,13 +118,14 @@ async def undrain(mover: Mover, host: str, inventory: Inventory) -> list[str]:
             if it.host == host:
                 remark = await mover.clear(scope_id, it)
                 (failed if remark else lines).append(remark or f"{scope_id}: {it.by} serves it; removed here")
+    if failed:
+        raise HostRefused(f"{host} stays drained: {'; '.join(failed)}")
     for other, view in inventory.views.items():
         if host in view.evacuated:
             await agents.tell(other, SET_EVACUATED, SetEvacuated(host=host))
             lines.append(f"{other} may not take its scopes any more")
-    if failed:
-        raise HostRefused(f"{host} stays drained: {'; '.join(failed)}")
-    await set_drained(agents, host, False)
+    over = int(time.time()) + RECORD_S  # guard: records-about-a-host-that-is-back-are-over
+    await agents.tell(host, SET_DRAINED, SetDrained(drained=False, over=over))
     silent = [it for it in inventory.failures if it != host]
     if silent:
         raise HostUnreachable(

@@ -12,17 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from netloom.claimwire import EvacuationClaim
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
 from netloom.extension.moves.archive import Archived, load_of
 from netloom.extension.moves.backup import put_back
 from netloom.extension.moves.inventory import Inventory, load, scope_order, serving_hosts
 from netloom.extension.moves.move import Interrupted, Moved, Mover
-from netloom.extension.proof import EvacuationClaim
 from netloom.extension.ssh import Login, SshConnection
-from netloom.placementwire import SET_EVACUATED, HeldScope, SetEvacuated
+from netloom.placementwire import RECORD_S, SET_EVACUATED, HeldScope, SetEvacuated
 
 REACH_S = 8.0  # a host that was just powered off answers nothing
-RECORD_S = 7 * 86_400
 AT_ONCE = 4
 
 
@@ -168,7 +167,9 @@ async def _place(mover: Mover, dead: str, copy: Copy, target: str, inventory: In
         return await put_back(mover, copy.archived, target, inventory, peer=dead, fenced=fenced)
     epoch = inventory.epoch(copy.scope_id) + 1
     try:
-        moved = await mover.take_over(copy.scope_id, copy.host, copy.held, epoch, target, fenced=fenced)
+        moved = await mover.take_over(
+            copy.scope_id, copy.host, copy.held, epoch, target, fenced=fenced, taken_from=dead
+        )
     except NetloomError as error:
         return Moved(copy.scope_id, dead, target, epoch, error=error)
     return Moved(copy.scope_id, dead, target, epoch, note=moved.note or f"from the copy on {copy.host}")

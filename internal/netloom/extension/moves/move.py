@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
+from netloom.claimwire import Claim, PlacementClaim
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
 from netloom.extension.moves.agents import ANSWER_S, BUILD_S, Agents, Refused
 from netloom.extension.moves.inventory import (
@@ -34,7 +35,6 @@ from netloom.extension.moves.inventory import (
     serving_hosts,
     take_inventory,
 )
-from netloom.extension.proof import Claim, PlacementClaim
 from netloom.placementwire import (
     ADD_FLOWS,
     CLOSE,
@@ -422,31 +422,43 @@ class Mover:
         to: str,
         *,
         fenced: bool = False,
+        taken_from: str = "",
     ) -> Moved:
         """Let ``to`` continue the scope, which no host serves, with the state that ``source`` has.
 
-        Raises NetloomError.
+        ``taken_from``: as for ``restore``. Raises NetloomError.
         """
         self.on_step(scope_id, f"reading it from {source}")
         state = await self.read_state(scope_id, source, held.owner)
-        await self.restore(scope_id, to, epoch, held.owner, state.data, peer=held.peer, fenced=fenced)
+        await self.restore(
+            scope_id, to, epoch, held.owner, state.data, peer=held.peer, fenced=fenced, taken_from=taken_from
+        )
         note = "" if source == to else await self._finish(scope_id, source, to, epoch, held.owner)
         return Moved(scope_id, source, to, epoch, note=note)
 
     async def restore(
-        self, scope_id: str, to: str, epoch: int, owner: str, state: bytes, *, peer: str, fenced: bool = False
+        self,
+        scope_id: str,
+        to: str,
+        epoch: int,
+        owner: str,
+        state: bytes,
+        *,
+        peer: str,
+        fenced: bool = False,
+        taken_from: str = "",
     ) -> None:
         """Let ``to`` serve the scope, which no host serves, with this state.
 
-        It asks first who answers for the addresses, unless ``fenced``. Raises NetloomError; ``to`` has nothing of the
-        scope then.
+        It asks first who answers for the addresses, unless ``fenced``. ``taken_from``: a host that does not answer and
+        may have a copy. Raises NetloomError; ``to`` has nothing of the scope then.
         """
         proof = await self.signer.sign(PlacementClaim(owner, scope_id, epoch, to))
         self.on_step(scope_id, f"building it on {to}")
         try:
             received = await self._receive(scope_id, to, epoch, proof, peer, state, owner)
             self.on_step(scope_id, "asking who answers for its addresses" if not fenced else "opening")
-            message = Open(epoch=epoch, ready=received.ready, dead=True, fenced=fenced)
+            message = Open(epoch=epoch, ready=received.ready, dead=True, fenced=fenced, taken_from=taken_from)
             await self.agents.tell(to, OPEN, message, scope_id=scope_id, owner=owner)
         except NetloomError:
             await self._drop(scope_id, to, epoch, owner)
