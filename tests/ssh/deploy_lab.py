@@ -119,10 +119,14 @@ class Server:
         return until(lambda: re.search(pattern, self.log()), seconds=SETTLE_S)
 
 
+_background: list[threading.Thread] = []  # calls that may still run
+
+
 def in_background(server: Server) -> Callable[[], Execution]:
     """Start a call in a thread; returns a function that waits for its result."""
     ended: list[Execution] = []
     thread = threading.Thread(target=lambda: ended.append(server.ask()))
+    _background.append(thread)
     thread.start()
 
     def end() -> Execution:
@@ -133,7 +137,12 @@ def in_background(server: Server) -> Callable[[], Execution]:
 
 
 def wipe(bed: Bed) -> None:
-    """End all helpers, restart the host and delete netloom's files from it."""
+    """Wait for calls in the background, end all helpers, restart the host and delete netloom's files from it.
+
+    A call of a test that failed would install its build in the middle of the next test.
+    """
+    while _background:
+        _background.pop().join()
     for line in bed.management.sh("ps -A -o pid=,args=").splitlines():
         if line.endswith(" helper"):
             pid = line.split()[0]
