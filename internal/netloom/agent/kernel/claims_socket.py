@@ -16,13 +16,12 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from netloom.agent.kernel.multicast import Filter, attach_filter
+from netloom.agent.kernel.descriptors import high_socket
+from netloom.agent.kernel.multicast import Filter
+from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
 from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.claimwire import ETHERTYPE, MAGIC, PAYLOAD_BYTES_MAX, ethernet_frame
 
-_ETH_P_ALL = 0x0003
-_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
-_PACKET_OUTGOING = 4  # a type of packets
 _VLAN_TAG = 0xFFFFF000 + 44  # SKF_AD_OFF + SKF_AD_VLAN_TAG, linux/filter.h: the tag that is not in the frame any more
 _HEADER_BYTES = 14
 _RECEIVE_BYTES = 64 << 10
@@ -103,7 +102,7 @@ class ClaimSockets:
             except OSError:
                 self._lost(wire)
                 return
-            if sender[2] != _PACKET_OUTGOING:
+            if sender[2] != PACKET_OUTGOING:
                 self._received(wire, data[_HEADER_BYTES:])
         # Whoever sends so many sends rubbish. The kernel drops the rest.
         self._loop.remove_reader(opened.fileno())  # guard: a-flood-of-claims-costs-little
@@ -116,16 +115,11 @@ def _close(sockets: list[socket.socket]) -> None:
 
 
 def _open(wire: ClaimWire) -> socket.socket:
-    # Protocol 0: the socket receives nothing until it is bound, with its filter.
-    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+    opened = high_socket(open_packet_socket(wire.link, _filter(wire.tag), receive_bytes=_RECEIVE_BYTES))
     try:
-        with contextlib.suppress(OSError):  # before Linux 4.20; then ``_read`` leaves them out
-            opened.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
-        attach_filter(opened, _filter(wire.tag))
-        opened.bind((wire.link, _ETH_P_ALL))
         if opened.getsockname()[0] != wire.link or socket.if_nametoindex(wire.link) != wire.index:
             raise OSError(0, "another link has its name now")
+        opened.setblocking(False)
     except BaseException:
         opened.close()
         raise
