@@ -22,10 +22,11 @@ import processes
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import files, guest_process, guest_sockets, liveness, process, supervisor
+from netloom.agent.processes.guest_client import GuestClient
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
 from netloom.errors import HostRefused
-from netloom.guestwire import PasswordTaken
+from netloom.guestwire import GuestNetwork, PasswordTaken
 from netloom.render.guest import tables
 from netloom.secret import Secret
 from netloom.state import Network, Nic, Scope
@@ -238,6 +239,91 @@ def test_a_hung_guest_process_is_killed_without_losing_passwords(
         said = f"guest process (pid {hung}) does not answer: killed"
         it.wait_until(lambda: said in (tmp_path / "agent.log").read_text())
         assert it.in_worker(lambda: _get("/", 8080, "DomU_Request: send_my_password\r\n")).strip() == "first"
+
+
+@pytest.mark.mutation("closed-sockets-are-not-handed-over")
+def test_a_network_that_ends_while_another_process_gets_the_networks_does_not_disturb_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = replace(tables(SCOPE)[0], scope_id="net-1", network_id="1")
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        process = it.process
+        key = (ends.scope_id, ends.network_id)
+        sockets = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in guest_sockets.LISTENERS]
+        process.networks[key] = guest_process.ServedNetwork(ends, ends.revision, sockets)
+        serve, served = GuestClient.serve, []
+
+        async def serve_and_end(client: GuestClient, table: GuestNetwork, sockets: list[socket.socket]) -> None:
+            served.append(table.scope_id)
+            await serve(client, table, sockets)
+            if key in process.networks:
+                process.networks.pop(key).close()
+
+        monkeypatch.setattr(GuestClient, "serve", serve_and_end)
+        os.kill(process.pid, signal.SIGKILL)
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+        it.wait_until(lambda: "guest process" in (tmp_path / "agent.log").read_text().splitlines()[-1])
+        assert served == [SCOPE.scope_id]
+        assert process.crashes == 1
+
+
+@pytest.mark.mutation("a-process-that-was-given-up-ends")
+def test_a_guest_process_whose_connection_is_lost_is_ended(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        it = agent("b1")
+        it.converge(SCOPE)
+        before = it.process.pid
+        # The process gives up the connection of its agent for a later one.
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(str(tmp_path / "guest.sock"))
+            it.wait_until(lambda: it.process.pid != before)
+        it.wait_until(lambda: not _is_running(before), 5)
+        assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
+
+
+def test_a_guest_process_that_its_agent_could_not_record_is_recorded_by_the_next_one(tmp_path: Path) -> None:
+    with _agents(tmp_path) as agent:
+        pid = agent("b1").process.pid
+        (tmp_path / "guest.json").unlink()
+        second = agent("b1")
+        assert second.process.pid == pid
+        assert second.process.kill_hung(pid)
+        second.wait_until(lambda: second.process.pid != pid)
+
+
+_LIAR = f"""
+import socket, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[2] / "internal")!r})
+from netloom.guestwire import GUEST_PROTOCOL, GuestHello
+from netloom.guestwire.channel import Channel
+control = socket.socket(fileno=int(sys.argv[sys.argv.index("--control") + 1]))
+channel = Channel(control.accept()[0])
+channel.queue(GuestHello(version="", build="b1", pid=int(sys.argv[1]), layers=(), served=()))
+channel.flush()
+time.sleep(60)
+"""
+
+
+@pytest.mark.mutation("only-a-guest-process-is-recorded", instead="True")
+def test_a_guest_process_cannot_have_another_process_recorded_as_itself(tmp_path: Path) -> None:
+    innocent = subprocess.Popen(["sleep", "60"])
+    command = [sys.executable, "-c", _LIAR, str(innocent.pid)]
+    loop = asyncio.new_event_loop()
+    liar = GuestProcess(loop, Log(str(tmp_path / "agent.log")), command, "b1", print, tmp_path)
+    try:
+        loop.run_until_complete(liar.adopt())
+        assert not liar.kill_hung(liar.pid)
+        assert innocent.poll() is None
+    finally:
+        record = process.read_record(tmp_path / "guest.json")
+        liar.stop()
+        loop.close()
+        innocent.kill()
+        innocent.wait()
+        assert record is not None
+        process.kill(record)
 
 
 def test_a_pid_claimed_by_the_guest_process_is_not_killed_unverified(tmp_path: Path) -> None:

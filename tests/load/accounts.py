@@ -109,7 +109,8 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     found += [f"{host.name}: uplinks are fenced: {fence}"] if fence else []
 
     active = sum(1 for scope in held.values() for it in scope.networks.values() if it.is_active)
-    descriptors = base_descriptors + PER_NETWORK * active + PER_SERVICE * len(wanted)
+    # The agent listens for claims on the uplink of each bridge.
+    descriptors = base_descriptors + PER_NETWORK * active + PER_SERVICE * len(wanted) + len(bridges)
     pid = host.agent.pid
     with contextlib.suppress(AssertionError):
         wait_until(lambda: process_figures(pid).descriptors == descriptors, 10)  # the agent closes connections at once

@@ -273,6 +273,7 @@ class GuestProcess:
     async def _welcome(self, hello: GuestHello) -> None:
         """Borrow the networks that only the process knows, and give it those that it does not serve yet."""
         self.pid, self._since = hello.pid, time.monotonic()
+        self._record_adopted()
         served = {(it.scope_id, it.network_id): it.revision for it in hello.served}
         for key, revision in served.items():
             if key not in self.networks and (sockets := await self._connected().borrow(*key)):
@@ -282,6 +283,8 @@ class GuestProcess:
             await self._replace(hello)
             return
         for key, network in list(self.networks.items()):
+            if self.networks.get(key) is not network:
+                continue  # guard: closed-sockets-are-not-handed-over
             try:
                 if key not in served:
                     await self._hand_over(network)
@@ -294,6 +297,25 @@ class GuestProcess:
                 # The process refuses this table. Its scope gets the error when it converges.
                 self._log.line(f"scope={key[0]} network={key[1]} {error}")
         self._log.line(f"guest process {hello.pid}: {len(served)} networks, sandboxed by {', '.join(hello.layers)}")
+
+    def _record_adopted(self) -> None:
+        """Record the connected process: an earlier agent may have been killed after it had started it.
+
+        The pid comes from the process itself, which an attacker may control. So it has to be that of a guest process.
+        """
+        path = self._directory / _RECORD
+        record = read_record(path)
+        if (record is None or record.pid != self.pid) and self._is_guest_process(self.pid):
+            with contextlib.suppress(OSError):
+                write_record(path, record_of(self.pid))
+
+    def _is_guest_process(self, pid: int) -> bool:
+        root = str(self._directory / "empty").encode()
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return b"guest" in words and b"--control" in words and root in words  # guard: only-a-guest-process-is-recorded
 
     # -------------------------------------------------------------------------------------------------------- replace
 
@@ -347,13 +369,19 @@ class GuestProcess:
             self._log.line(f"scope={message.scope_id} network={message.network_id} nic={message.nic} {message.text}")
 
     def _lost(self, client: GuestClient, error: ChannelError) -> None:
-        """Start another process when the connected one has ended, or has sent something that is no message."""
+        """Start another process when the connected one has ended, or has sent something that is no message.
+
+        If it still runs it is killed: nothing would find it again.
+        """
         if client is not self._client:
             return  # of a replaced process
         self._disconnect()
         if not client.greeted or self._stopped:
             return  # _connect() raises the error
         self.crashes += 1
+        record = read_record(self._directory / _RECORD)
+        if record is not None and record.pid == self.pid:
+            kill(record)  # guard: a-process-that-was-given-up-ends
         failures = BACKOFF.earlier(self._failures, ran_s=time.monotonic() - self._since)
         self._failures = failures + 1
         wait_s = BACKOFF.delay_s(failures)
