@@ -545,6 +545,31 @@ async def test_links_are_looked_for_again_when_they_change_and_rarely_otherwise(
     assert agent.sockets.followed == followed
 
 
+@pytest.mark.mutation("links-that-are-built-are-looked-for-again", instead="True")
+@pytest.mark.parametrize("why", ["a call works on the scope", "links cannot be listed"])
+@simulated
+async def test_links_that_are_not_there_yet_are_found_soon(
+    agent: Agent, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serving(agent)
+    slot = agent.scopes.get(NET)
+    assert slot is not None
+
+    def some(*_: object) -> frozenset[ClaimWire]:
+        if why == "links cannot be listed":
+            raise HostRefused("busy")
+        return frozenset([GUEST])
+
+    with monkeypatch.context() as building:
+        building.setattr(agent.host, "claim_wires", some)
+        async with agent.scopes.turn(slot, "a call"):
+            agent.sockets.lost(PUBLIC)
+            await agent.clock.advance(3)
+    await agent.clock.advance(3)
+    assert agent.sockets.followed == {PUBLIC, GUEST}
+    assert await heard(agent, frame(NEW)) == "passive"
+
+
 @simulated
 async def test_a_bug_does_not_end_the_loop(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     await serving(agent)

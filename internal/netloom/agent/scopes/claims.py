@@ -111,7 +111,8 @@ class Claims:
     async def _follow(self) -> None:
         """Listen on the links of all scopes that are served here.
 
-        They are looked for when the scope has other ports, when a link was lost, and after LOOK_EVERY_S.
+        They are looked for when the scope has other ports, when a link was lost, and after LOOK_EVERY_S; again, if the
+        scope was being built.
         """
         now = self._clock.time()
         wants = {slot.scope_id: slot.rendered[1] for slot in self._scopes.slots() if _serves(slot) and slot.rendered}
@@ -123,11 +124,13 @@ class Claims:
         if due:
             first = sorted(due, key=lambda it: self._links[it].looked if it in self._links else 0.0)
             some = first[: max(_LOOKS_MIN, len(wants) // _LOOKS_IN_STEPS)]
+            built = {it for it in some if not self._scopes.busy(it)}
             found = await self._scopes.in_worker_uncounted(lambda: [self._look(it, wants[it]) for it in some])
             for scope_id, wires in zip(some, found, strict=True):
                 had = self._links.get(scope_id)
                 kept = had.wires if had is not None and wires is None else wires or frozenset()
-                self._links[scope_id] = _Links(wants[scope_id], kept, now)
+                settled = wires is not None and scope_id in built  # guard: links-that-are-built-are-looked-for-again
+                self._links[scope_id] = _Links(wants[scope_id], kept, now, settled=settled)
         for error in self._sockets.follow(frozenset().union(*(it.wires for it in self._links.values()))):
             self._log_rarely("", error, error)
 
@@ -320,17 +323,21 @@ class Claims:
 
 
 class _Links:
-    """The links of a scope, as they were found at the time ``looked`` for ``want``."""
+    """The links of a scope, as they were found at the time ``looked`` for ``want``.
 
-    def __init__(self, want: Want, wires: frozenset[ClaimWire], looked: float) -> None:
+    ``settled``: all could be listed, and nothing was being built.
+    """
+
+    def __init__(self, want: Want, wires: frozenset[ClaimWire], looked: float, *, settled: bool) -> None:
         self.want = want
         self.wires = wires
         self.looked = looked
+        self.settled = settled
 
     def is_due(self, want: Want, now: float) -> bool:
         if want is not self.want and _ports(want) == _ports(self.want):
             self.want = want  # most changes are about rules
-        changed = want is not self.want or not self.wires
+        changed = want is not self.want or not self.wires or not self.settled
         return now - self.looked >= (EVERY_S if changed else LOOK_EVERY_S)
 
 
