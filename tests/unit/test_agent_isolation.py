@@ -27,6 +27,7 @@ class FakeOutside:
         self.probing: dict[str, str] = {}
         self.down: set[str] = set()
         self.called = 0
+        self.meanwhile: Callable[[], None] = lambda: None  # happens while the fence is changed
         self.asked: list[frozenset[str]] = []
 
     def watch(self, wants: dict[str, Want]) -> None:
@@ -41,14 +42,23 @@ class FakeOutside:
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]:
         return frozenset().union(*(UPLINKS[it] for it in wants))
 
+    def unused(self, wants: dict[str, Want], links: Iterable[str]) -> frozenset[str]:
+        return frozenset(links) - self.uplinks(wants)
+
     def fenced(self) -> frozenset[str]:
         return frozenset(self.fence_)
 
     def fence(self, links: Iterable[str]) -> None:
         self.fence_ |= set(links)
+        self._happens()
 
     def lift(self, links: Iterable[str]) -> None:
         self.fence_ -= set(links)
+        self._happens()
+
+    def _happens(self) -> None:
+        happens, self.meanwhile = self.meanwhile, lambda: None
+        happens()
 
     def ask(
         self, wants: dict[str, Want], links: frozenset[str], timeout_s: float, claim: Callable[[str], bytes]
@@ -230,6 +240,76 @@ async def test_an_uplink_without_a_carrier_is_fenced_and_asked_about_unless_it_w
     assert it.outside.asked == [{GUEST}]
 
 
+@simulated
+async def test_a_carrier_that_comes_back_while_its_uplink_is_fenced_is_noticed(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(1)
+    it.outside.meanwhile = lambda: it.isolation.uplink_changed(GUEST, True)
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(0.1)
+    assert it.outside.fence_ == set()
+    assert it.outside.asked == []
+
+
+@simulated
+async def test_a_carrier_that_goes_while_the_fence_is_lifted_is_noticed(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.outside.meanwhile = lambda: it.isolation.uplink_changed(GUEST, False)
+    await it.hear(GUEST)
+    await agent.clock.advance(1)
+    assert GUEST in it.outside.fence_
+
+
+@simulated
+async def test_an_uplink_without_a_carrier_stays_fenced_whatever_was_heard(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    it.isolation.uplink_changed(GUEST, False)
+    await it.hear(GUEST, PUBLIC)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST}
+
+
+async def stays_fenced_until_it_was_asked_about(it: Followed) -> None:
+    await it.agent.clock.advance(0.5)
+    assert GUEST in it.outside.fence_
+    await it.hear(GUEST)
+    assert GUEST not in it.outside.fence_
+    assert it.outside.asked == [{GUEST}]
+
+
+@pytest.mark.mutation("a-silent-uplink-is-asked-about-after-a-moment-without-carrier")
+@simulated
+async def test_an_uplink_that_was_silent_before_its_carrier_went_for_a_moment_is_asked_about(agent: Agent) -> None:
+    """As when the switch starts again that has cut the host off."""
+    it = await followed(agent)
+    await agent.clock.advance(1.5)
+    it.outside.alive = False
+    await agent.clock.advance(SILENT_ROUNDS - 1)
+    assert it.outside.fence_ == set()
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(1)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+    it.isolation.uplink_changed(GUEST, True)
+    it.outside.alive = True
+    await stays_fenced_until_it_was_asked_about(it)
+
+
+@pytest.mark.mutation("a-long-absence-is-asked-about-after-another-moment")
+@simulated
+async def test_an_uplink_that_was_away_for_long_is_asked_about_after_another_moment(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(1)
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(5)
+    it.isolation.uplink_changed(GUEST, True)
+    await agent.clock.advance(5)
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(0.5)
+    it.isolation.uplink_changed(GUEST, True)
+    await stays_fenced_until_it_was_asked_about(it)
+
+
 @pytest.mark.mutation("a-new-agent-keeps-the-fence")
 @simulated
 async def test_a_new_agent_asks_about_what_an_earlier_one_has_fenced(agent: Agent) -> None:
@@ -255,6 +335,35 @@ async def test_a_host_without_networks_has_no_fence(agent: Agent) -> None:
     assert it.outside.fence_ == set()
     await agent.clock.advance(60)
     assert it.outside.fence_ == set()
+
+
+@simulated
+async def test_an_uplink_that_no_network_uses_any_more_is_not_fenced(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(1)
+    it.isolation.uplink_changed(OTHER_GUEST, False)
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(5)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST}
+    assert (await agent.call("131", "destroy-network", network_id="205")).status == 0
+    await agent.clock.advance(2)
+    assert it.outside.fence_ == {GUEST}
+
+
+@pytest.mark.mutation("a-fence-stays-until-its-networks-are-known", instead="self._fenced")
+@simulated
+async def test_a_fence_stays_while_an_agent_that_starts_does_not_know_all_networks(agent: Agent) -> None:
+    it = await followed(agent)
+    await it.cut_off()
+    agent.restart()
+    slot = agent.scopes.get("net-205")
+    assert slot is not None
+    rendered, slot.rendered = slot.rendered, None
+    it.outside.alive = True
+    it.start()
+    await agent.clock.advance(5)
+    assert OTHER_GUEST in it.outside.fence_
+    slot.rendered = rendered
 
 
 @simulated

@@ -110,6 +110,12 @@ class Outside:
         with Look(whole=True) as look:
             return frozenset(it.name for port in self._ports(wants) for it in look.uplinks(port))
 
+    def unused(self, wants: Mapping[str, Want], links: Iterable[str]) -> frozenset[str]:
+        """Those of ``links`` that are there and carry no frames of these scopes. Blocks."""
+        used = self.uplinks(wants)
+        with Look(whole=True) as look:
+            return frozenset(links) & ({it.name for it in look.all()} - used)
+
     def fenced(self) -> frozenset[str]:
         """The uplinks that are fenced, by an earlier agent, too. Blocks for moments."""
         with self._changing:

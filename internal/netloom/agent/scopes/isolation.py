@@ -11,7 +11,8 @@ While it is fenced, nobody outside is served, and nobody is there. VMs on this h
 frame that arrives the agent asks by ARP who else answers for the addresses behind the uplink. A scope that another host
 serves becomes passive; then the fence is lifted.
 
-An uplink whose carrier was away for less than ``MOMENT_S`` is not asked about: nobody gives up a host that fast.
+An uplink whose carrier was away for less than ``MOMENT_S`` is not asked about: nobody gives up a host that fast. If it
+was fenced for the silence, it is.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Outside(Protocol):
     def heard(self) -> bool: ...
     def call(self, wants: dict[str, Want]) -> None: ...
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]: ...
+    def unused(self, wants: dict[str, Want], links: Iterable[str]) -> frozenset[str]: ...
     def fenced(self) -> frozenset[str]: ...
     def fence(self, links: Iterable[str]) -> None: ...
     def lift(self, links: Iterable[str]) -> None: ...
@@ -67,6 +69,7 @@ class Isolation:
         self._silent = 0  # rounds in which nothing was heard
         self._begun = self._watched = False
         self._fenced: set[str] = set()
+        self._brief: set[str] = set()  # those that were fenced for their carrier alone
         self._lost: dict[str, float] = {}  # port of a bridge without a carrier, since when
         self._fencing = False  # uplinks without a carrier will be, within moments
         self._listeners: dict[str, Listener] = {}  # by fenced uplink
@@ -89,8 +92,11 @@ class Isolation:
                 self._upkeep.start_task(self._reported(self._fence_lost()))
         elif link in self._lost:
             away_s = self._clock.time() - self._lost.pop(link)
-            if link in self._fenced and away_s < MOMENT_S:
-                self._upkeep.start_task(self._reported(self._lift({link}, "it was without a carrier for a moment")))
+            if away_s >= MOMENT_S:
+                self._brief.discard(link)  # guard: a-long-absence-is-asked-about-after-another-moment
+            elif link in self._brief:
+                moment = "it was without a carrier for a moment"
+                self._upkeep.start_task(self._reported(self._lift({link}, moment)))
 
     # ---------------------------------------------------------------------------------------------------- the rounds
 
@@ -104,7 +110,7 @@ class Isolation:
         if not wants:
             self._silent = 0
             if self._fenced and not any(it.scope is not None or it.unreadable for it in self._scopes.slots()):
-                await self._lift(set(self._fenced), "this host has no network")
+                await self._free(self._fenced)
             return
         if self._silent or not self._watched:  # otherwise the ways out that are known suffice
             await self._in_worker(partial(self._outside.watch, wants))
@@ -115,7 +121,10 @@ class Isolation:
             self._silent += 1
             if self._silent >= SILENT_ROUNDS:  # guard: a-silent-host-fences-its-uplinks
                 uplinks = await self._in_worker(partial(self._outside.uplinks, wants))
+                self._brief -= uplinks  # guard: a-silent-uplink-is-asked-about-after-a-moment-without-carrier
                 await self._fence(uplinks, "nobody is heard on any link of this host")
+        if self._fenced and self._all_rendered():  # guard: a-fence-stays-until-its-networks-are-known
+            await self._free(await self._in_worker(partial(self._outside.unused, wants, set(self._fenced))))
         self._listen()
         if self._silent or self._fenced:
             await self._in_worker(partial(self._outside.call, wants))
@@ -128,7 +137,18 @@ class Isolation:
             if it.gate == "open" and it.rendered is not None and it.rendered[1].namespace
         }
 
+    def _all_rendered(self) -> bool:
+        """Whether it is known what all scopes want. An agent that has just started does not know it."""
+        slots = [it for it in self._scopes.slots() if it.gate == "open" or it.unreadable]
+        return all(it.rendered is not None and not it.unreadable for it in slots)
+
     # ----------------------------------------------------------------------------------------------------- the fence
+
+    async def _free(self, links: Iterable[str]) -> None:
+        """Lift the fence of links through which no scope is served any more. Nothing more is heard of their carrier."""
+        for link in links:
+            self._lost.pop(link, None)
+        await self._lift(set(links), "no network of this host uses it")
 
     async def _fence_lost(self) -> None:
         """Fence the uplinks without a carrier. The VLAN links of a NIC lose theirs together."""
@@ -137,7 +157,9 @@ class Isolation:
         finally:
             self._fencing = False
         uplinks = await self._in_worker(partial(self._outside.uplinks, self._served()))
-        await self._fence(uplinks & self._lost.keys(), "no carrier")
+        lost = uplinks & self._lost.keys()
+        self._brief |= lost - self._fenced  # first: the carrier may come back while the fence is made
+        await self._fence(lost, "no carrier")
 
     async def _fence(self, links: Iterable[str], why: str) -> None:
         fresh = set(links) - self._fenced
@@ -153,12 +175,17 @@ class Isolation:
         self._listen()
 
     async def _lift(self, links: set[str], why: str) -> None:
+        """Lift the fence of those uplinks that have a carrier."""
+        links = links - self._lost.keys()
+        if not links:
+            return
         await self._in_worker(partial(self._outside.lift, links))
         self._fenced -= links
+        self._brief -= links
         for link in links:
             self._heard.discard(link)
             self._deafen(link)
-        self._log.line(f"uplink {_listed(links)} serves again: {why}")
+        self._log.line(f"uplink {_listed(links)} is fenced no longer: {why}")
 
     def _listen(self) -> None:
         """Listen on the fenced uplinks, those that have come back, too."""
@@ -219,9 +246,7 @@ class Isolation:
                 unclear.add(it.uplink)
             elif it.occupied.probing:
                 unclear.add(it.uplink)  # another host has come back at the same moment, and goes first
-        clear = set(links) - unclear
-        if clear:
-            await self._lift(clear, "nobody else answers for what is served through it")
+        await self._lift(set(links) - unclear, "nobody else answers for what is served through it")
 
     def _claim(self, scope_id: str) -> bytes:
         return self._scopes.placements.claim(self._scopes.get(scope_id))
