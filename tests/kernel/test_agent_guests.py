@@ -275,11 +275,15 @@ def test_a_guest_process_whose_connection_is_lost_is_ended(tmp_path: Path) -> No
         it = agent("b1")
         it.converge(SCOPE)
         before = it.process.pid
-        # The process gives up the connection of its agent for a later one.
-        with socket.socket(socket.AF_UNIX) as other:
-            other.connect(str(tmp_path / "guest.sock"))
-            it.wait_until(lambda: it.process.pid != before)
-        it.wait_until(lambda: not _is_running(before), 5)
+        try:
+            # The process gives up the connection of its agent for a later one.
+            with socket.socket(socket.AF_UNIX) as other:
+                other.connect(str(tmp_path / "guest.sock"))
+                it.wait_until(lambda: it.process.pid != before)
+            it.wait_until(lambda: not _is_running(before), 5)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(before, signal.SIGKILL)
         assert it.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
