@@ -26,7 +26,7 @@ from kernel.rtnetlink import (
     replace_route,
 )
 from kernel.scratch import ip_json, joined, scratch, settled, tool
-from netloom.agent.kernel import links, namespaces
+from netloom.agent.kernel import links, namespaces, netlink
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.netobjects import Rule
@@ -314,6 +314,18 @@ def test_a_listing_may_be_filtered_by_kind_and_by_bridge(pair: tuple[str, str]) 
         bridge = link(host, "breth1-7").index
         assert [it.name for it in links.list_links_over(rtnetlink, master=bridge)] == ["vnetg7"]
         assert links.list_links_over(rtnetlink, kind="vlan") == []
+
+
+def test_counters_of_one_link_and_of_all_are_those_of_ip(ns: str) -> None:
+    tool(ns, "ip", "link", "set", "lo", "up")
+    tool(ns, "ping", "-c3", "-i0.01", "127.0.0.1")
+    links.change(ns, [links.make_bridge("breth1-7", alias="netloom")])
+    want = {it["ifindex"]: it["stats64"]["rx"]["packets"] for it in ip_json(ns, "-s", "link")}
+    assert want[1] >= 6
+    with Socket(netlink.NETLINK_ROUTE, ns) as sock:
+        assert links.all_received_packets(sock) == want
+        assert {index: links.received_packets(sock, index) for index in want} == want
+        assert links.received_packets(sock, 4711) is None
 
 
 def test_replacing_a_route_leaves_one(pair: tuple[str, str]) -> None:

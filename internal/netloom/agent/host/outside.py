@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import random
 import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ from netloom.agent.kernel import netlink
 from netloom.agent.kernel.addresses import list_addresses_over
 from netloom.agent.kernel.arp_probe import Heard, Wire, ask, probe
 from netloom.agent.kernel.descriptors import high_socket
-from netloom.agent.kernel.links import Link, received_packets
+from netloom.agent.kernel.links import Link, all_received_packets, received_packets
 from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.neighbours import list_neighbours_over
 from netloom.agent.kernel.netlink import Socket
@@ -32,7 +33,9 @@ from netloom.agent.kernel.rtnetlink import packed_mac
 from netloom.errors import NetloomError
 from netloom.render.want import Port, Want
 
-_CALLED_MAX = 32  # machines that are asked for a sign of life in one round
+_CALLED_MAX = 32  # neighbours that are asked for a sign of life in one round, and as many VMs and gateways
+_SCOPES_MAX = 32  # whose VMs and gateways are asked
+_ALONE_MAX = 8  # counters that are read one by one, before all are
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -55,7 +58,6 @@ class Outside:
         self._fenced: set[str] = set()
         self._changing = threading.Lock()
         self._counters: dict[int, int] = {}  # packets by index of a way out, the last one that heard something first
-        self._round = 0
 
     # ------------------------------------------------------------------------------------------------- who is heard
 
@@ -69,36 +71,38 @@ class Outside:
                 if link.name in own:
                     ways |= {it.index for it in uplinks(link, look.ports(link.index))} or {link.index}
             known = {index: count for index, count in self._counters.items() if index in ways}
-            fresh = {index: received_packets(host, index) for index in ways - known.keys()}
-            self._counters = known | {index: count for index, count in fresh.items() if count is not None}
+            counts = all_received_packets(host)
+            self._counters = known | {index: counts[index] for index in ways - known.keys() if index in counts}
 
     def heard(self) -> bool:
         """Whether anything has arrived on a way out since the last call. Blocks for moments."""
+        had = self._counters
         with Socket(netlink.NETLINK_ROUTE) as host:
-            for index, had in list(self._counters.items()):
+            for index in islice(list(had), _ALONE_MAX):
                 now = received_packets(host, index)
-                if now is None:
-                    del self._counters[index]
-                elif now != had:
-                    del self._counters[index]
-                    self._counters = {index: now} | self._counters
+                if now not in (None, had[index]):
+                    self._counters = {index: now, **{it: count for it, count in had.items() if it != index}}
                     return True
-        return False
+            counts = all_received_packets(host)
+        heard = {index for index, count in had.items() if counts.get(index, count) != count}
+        order = sorted(had, key=lambda index: index not in heard)
+        self._counters = {index: counts[index] for index in order if index in counts}
+        return bool(heard)
 
     def call(self, wants: Mapping[str, Want]) -> None:
         """Ask some machines that are known outside for a sign of life: ARP requests. Blocks for moments.
 
-        They are neighbours of the host itself, public gateways and VMs. Further ones are asked in later rounds.
+        They are neighbours of the host itself, and public gateways and VMs of some scopes: other ones in each round.
         """
         with Look(whole=True) as look, Socket(netlink.NETLINK_ROUTE) as host:
             links = {it.name: it for it in look.all()}
             rows = [it.neighbour for it in list_neighbours_over(host, {it.index: it.name for it in links.values()})]
             asked = [(Wire(it.link), it.address) for it in rows if it.mac and it.link != "lo"][:_CALLED_MAX]
-            known = [it for scope_id in wants for it in _known_outside(look, self._want(wants, scope_id))]
-            if known:
-                start = self._round % len(known)
-                asked += islice([*known[start:], *known[:start]], _CALLED_MAX)
-                self._round += _CALLED_MAX
+            for scope_id in random.sample(sorted(wants), min(len(wants), _SCOPES_MAX)):
+                known = _known_outside(look, self._want(wants, scope_id))
+                asked += random.sample(known, min(len(known), _CALLED_MAX // 4))
+                if len(asked) >= 2 * _CALLED_MAX:
+                    break
         for wire, address in asked:
             if wire.link in links:
                 _send(links[wire.link], wire, address)

@@ -35,6 +35,7 @@ from netloom.agent.kernel.netlink import (
 from netloom.agent.kernel.rtnetlink import (
     RTM_DELLINK,
     RTM_GETLINK,
+    RTM_GETSTATS,
     RTM_NEWLINK,
     RTM_SETLINK,
     fixed_part,
@@ -45,7 +46,6 @@ from netloom.agent.kernel.rtnetlink import (
 
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINK, _IFLA_MASTER = 1, 3, 4, 5, 10
 _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD, _IFLA_EXT_MASK, _IFLA_LINK_NETNSID = 18, 20, 28, 29, 37
-_IFLA_STATS64 = 23
 _IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
 _IFLA_VLAN_ID = _IFLA_VXLAN_ID = 1
 _IFLA_VXLAN_GROUP, _IFLA_VXLAN_LINK, _IFLA_VXLAN_TTL, _IFLA_VXLAN_LIMIT = 2, 3, 5, 9
@@ -63,6 +63,7 @@ _SKIP_STATS = u32(_IFLA_EXT_MASK, 8)  # RTEXT_FILTER_SKIP_STATS: statistics are 
 _IFF_UP, _IFF_LOWER_UP = 0x1, 0x10000
 
 _HEAD = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+_STATS, _STATS_LINK_64 = struct.Struct("=BxxxII"), 1  # if_stats_msg: family, index, filter: a bit for each attribute
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,14 +129,24 @@ def list_links_over(rtnetlink: Socket, *, kind: str = "", master: int = 0) -> li
 
 def received_packets(rtnetlink: Socket, index: int) -> int | None:
     """How many packets the link has received; None when there is no such link. Raises NetlinkError."""
-    asked = Message(RTM_GETLINK, payload=_HEAD.pack(0, 0, index, 0, 0), what=f"read the counters of link {index}")
+    asked = Message(RTM_GETSTATS, payload=_STATS.pack(0, index, 1), what=f"read the counters of link {index}")
     (answer,) = rtnetlink.exchange([asked])
     if answer.errno == errno.ENODEV:
         return None
     if answer.errno:
         raise NetlinkError(answer.errno, asked.what, answer.ext_ack)
     (data,) = answer.data
-    return number(attribute_map(data.payload, _HEAD.size).get(_IFLA_STATS64, b"")[:8])  # rtnl_link_stats64.rx_packets
+    return _received(data.payload)
+
+
+def all_received_packets(rtnetlink: Socket) -> dict[int, int]:
+    """How many packets each link of the namespace has received, by its index. Raises NetlinkError."""
+    found = rtnetlink.dump(Message(RTM_GETSTATS, payload=_STATS.pack(0, 0, 1), what="read the counters of the links"))
+    return {_STATS.unpack_from(payload)[1]: _received(payload) for _, payload in found}
+
+
+def _received(payload: bytes) -> int:
+    return number(attribute_map(payload, _STATS.size).get(_STATS_LINK_64, b"")[:8])  # rtnl_link_stats64.rx_packets
 
 
 def decode_link(payload: bytes) -> Link:

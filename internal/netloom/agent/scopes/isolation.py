@@ -36,6 +36,7 @@ _T = TypeVar("_T")
 
 ROUND_S = 1.0
 SILENT_ROUNDS = 4  # the first one shows that nothing comes by itself
+_WATCH_ROUNDS = 10  # while it is silent
 MOMENT_S = 2.0
 TOGETHER_S = 0.05  # uplinks that are lost, or heard, within this time are handled together
 ASK_AGAIN_S = 0.4
@@ -112,7 +113,7 @@ class Isolation:
             if self._fenced and not any(it.scope is not None or it.unreadable for it in self._scopes.slots()):
                 await self._free(self._fenced)
             return
-        if self._silent or not self._watched:  # otherwise the ways out that are known suffice
+        if self._silent % _WATCH_ROUNDS == 1 or not self._watched:  # otherwise the ways out that are known suffice
             await self._in_worker(partial(self._outside.watch, wants))
             self._watched = True
         if await self._in_worker(self._outside.heard):
