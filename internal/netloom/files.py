@@ -75,6 +75,14 @@ def rename_durably(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> 
         raise
 
 
+def remove_leftovers(directory: str | os.PathLike[str]) -> None:
+    """Remove the temporary files that a crash during a replacement has left in ``directory``. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for it in entries:
+            if it.name.startswith(".") and it.name.endswith((".new", ".old")):
+                os.unlink(it.path)
+
+
 def sync_directory(directory: str | os.PathLike[str]) -> None:
     """Flush the names in ``directory`` to disk: renames and removals then survive a power failure. Raises OSError."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -412,6 +412,25 @@ def test_defect_40_a_refused_configuration_leaves_the_old_process_serving() -> N
         assert it.converge(SCOPE, NAMESPACE, (wanted,)) == []
 
 
+@pytest.mark.mutation("a-killed-replacement-leaves-no-file")
+def test_files_that_a_killed_agent_was_about_to_replace_are_removed() -> None:
+    with running_supervisor() as (it, _, _wait_until):
+        wanted = dnsmasq.service(SCOPE, NETWORK)
+        it.converge(SCOPE, NAMESPACE, (wanted,))
+        directory = Path(wanted.directory)
+        names = sorted(str(path) for path in directory.rglob("*"))
+        for left in (
+            ".dnsmasq.conf.candidate.new",
+            "dnsmasq.conf.candidate",
+            f"{wanted.watched_directory}/.device.new",
+        ):
+            (directory / left).write_text("")
+        loop = asyncio.new_event_loop()
+        supervisor.Supervisor(loop, print)
+        loop.close()
+        assert sorted(str(path) for path in directory.rglob("*")) == names
+
+
 @pytest.mark.mutation(
     "the-end-is-of-one-scope", instead="[step for key in list(self._running) for step in self._stop(*key)]"
 )

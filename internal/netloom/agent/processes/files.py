@@ -18,7 +18,7 @@ import msgspec
 
 from netloom.agent.processes.process import open_log, run
 from netloom.errors import HostRefused, one_line
-from netloom.files import replace_text
+from netloom.files import remove_leftovers, replace_text
 from netloom.render.service import SERVICES_DIR, Service
 
 # The users and groups of scopes. They are in no passwd file and in no range that is assigned to users of a directory,
@@ -31,6 +31,7 @@ LOG_BYTES_MAX = 256 << 10
 _RECORD = "running.json"
 _DRAINING = "draining.json"
 _LOG = "log"
+_CANDIDATE = ".candidate"  # ends the name of a configuration that the program has not accepted yet
 
 _users_lock = threading.Lock()  # two scopes must not find the same number free
 
@@ -83,10 +84,18 @@ def last_output(service: Service) -> str:
 
 
 def make_services_directory() -> None:
-    """Make the directory of all services. It belongs to the host and stays when the last network is deleted."""
+    """Make the directory of all services. It belongs to the host and stays when the last network is deleted.
+
+    Files that an agent was about to replace when it was killed are removed, those that were refused, too.
+    """
     directory = Path(SERVICES_DIR)
     directory.mkdir(parents=True, exist_ok=True)
     directory.chmod(0o711)
+    for service in directory.glob("*/*/"):
+        for each in (service, *filter(Path.is_dir, service.iterdir())):
+            remove_leftovers(each)  # guard: a-killed-replacement-leaves-no-file
+        for refused in service.glob(f"*{_CANDIDATE}"):
+            refused.unlink()
 
 
 def make_directory(service: Service) -> int:
@@ -184,9 +193,9 @@ def replace_configuration(namespace: str, service: Service, user: int) -> None:
     """
     directory = Path(service.directory)
     for name, text in service.config.items():
-        replace_text(directory / f"{name}.candidate", text, mode=0o640, group=user, durable=False)
+        replace_text(directory / f"{name}{_CANDIDATE}", text, mode=0o640, group=user, durable=False)
     if service.check:
-        candidates = {f"{directory}/{name}": f"{directory}/{name}.candidate" for name in service.config}
+        candidates = {f"{directory}/{name}": f"{directory}/{name}{_CANDIDATE}" for name in service.config}
         argv = [candidates.get(argument, argument) for argument in service.check]
         checked = run(namespace, argv, f"{service.name}: ")
         if checked.returncode != 0:
@@ -194,7 +203,7 @@ def replace_configuration(namespace: str, service: Service, user: int) -> None:
                 f"{service.name}: the configuration was refused: {one_line(checked.stdout, 400)}"
             )  # guard: a-refused-file-stays-a-candidate
     for name in service.config:
-        (directory / f"{name}.candidate").rename(directory / name)
+        (directory / f"{name}{_CANDIDATE}").rename(directory / name)
 
 
 # ------------------------------------------------------------------------------------------------- watched files

@@ -25,6 +25,7 @@ from netloom.agent.processes.files import bound_log
 from netloom.agent.processes.guest_client import GuestClient
 from netloom.agent.processes.process import Record, alive, kill, open_log, read_record, record_of, write_record
 from netloom.errors import HostRefused
+from netloom.files import remove_leftovers
 from netloom.guestwire import GUEST_PROTOCOL, GuestHello, GuestNetwork, Notice, PasswordTaken
 from netloom.guestwire.channel import ChannelError
 
@@ -185,6 +186,8 @@ class GuestProcess:
 
         Raises HostRefused; ``serve`` tries again then.
         """
+        with contextlib.suppress(OSError):
+            remove_leftovers(self._directory)
         self._end_former()
         async with self._starting:
             if self._client is not None:

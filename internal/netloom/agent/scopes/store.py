@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from netloom.agent.exhausted import remedy
 from netloom.errors import HostRefused
-from netloom.files import NotFlushed, rename_durably, replace_bytes, sync_directory
+from netloom.files import NotFlushed, remove_leftovers, rename_durably, replace_bytes, sync_directory
 from netloom.secret import dec_hook, enc_hook
 from netloom.state import SCHEMA, Scope
 from netloom.wire import Evacuated, Signers
@@ -79,8 +79,8 @@ class Store:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.directory.chmod(0o700)
-            for leftover in (*self.directory.glob(".*.new"), *self.directory.glob(".*.old")):
-                leftover.unlink()
+            remove_leftovers(self.directory)
+            remove_leftovers(self.directory.parent)
         except OSError as error:
             raise HostRefused(f"state directory {directory}: {error.strerror}") from error
 
