@@ -69,6 +69,12 @@ def descriptors(host: AgentHost) -> int:
     return len(_descriptors(host))
 
 
+def packet_sockets(host: AgentHost) -> int:
+    """The number of packet sockets of the host: on each uplink the agent listens for claims, within seconds."""
+    assert host.agent is not None
+    return len(Path(f"/proc/{host.agent.pid}/net/packet").read_text().splitlines()) - 1
+
+
 def _descriptors(host: AgentHost) -> set[int]:
     assert host.agent is not None
     return set(map(int, os.listdir(f"/proc/{host.agent.pid}/fd")))

@@ -45,6 +45,7 @@ ANSWER_S_MAX = 20.0  # of the 60 that the calls have
 # By then a resolver that does not answer would have been killed.
 PROBED_S = EVERY_S + FAILURES * (2 * ANSWER_S + PAUSE_S)
 FILE = f"{SCOPES}/net-204.json"
+UPLINKS = ("eth1.1204", "eth1.1377", "eth2.101")  # of both networks
 
 
 @dataclass
@@ -107,6 +108,7 @@ def living_networks() -> Iterator[Networks]:
         it.assigned = it.now
         done(host.call("060", "release-ip"))
         it.plain = it.now
+        wait_until(lambda: conditions.packet_sockets(host) == len(UPLINKS))
         yield it
 
 

@@ -227,11 +227,20 @@ def _remove_files(*, keep_networks: bool) -> list[str]:
         DIRECTORY.glob("*.lock"),
     )
     _remove_directories(DIRECTORY / "empty", *([] if keep_networks else [DIRECTORY / "services"]), DIRECTORY)
+    if not keep_networks:
+        _forget_keys()
     _remove_directories(*([] if keep_networks else [SCOPES]), STATE / "hooks", STATE, Path(LOG).parent, LIBEXEC)
     if made_parent:
         _remove_directories(LIBEXEC.parent)
     ours = (LIBEXEC, STATE, DIRECTORY, Path(LOG).parent)
     return [str(path) for it in ours for path in (it.rglob("*") if it.exists() else ()) if not path.is_dir()]
+
+
+def _forget_keys() -> None:
+    """Forget who can sign placements. What an operator said about this host stays."""
+    with contextlib.suppress(HostRefused):  # a file that cannot be read stays, and is named
+        store = Store(str(SCOPES))
+        store.save_host_record(msgspec.structs.replace(store.host_record(), signers={}, over=0))
 
 
 def _remove_unpacked(builds: list[str]) -> None:
