@@ -493,6 +493,20 @@ async def test_a_scope_comes_back_to_the_host_that_it_left(agent: Agent) -> None
     assert (reply.holds, reply.epoch, reply.proof, reply.gate) == (True, 2, "again", "open")
 
 
+@pytest.mark.mutation("what-is-served-here-was-not-moved", instead="False")
+@simulated
+async def test_an_agent_that_died_after_it_had_opened_a_scope_forgets_where_that_was(agent: Agent) -> None:
+    await agent.live()
+    scope = agent.store.files[NET]
+    agent.store.files[NET] = msgspec.structs.replace(scope, placement=msgspec.structs.replace(scope.placement, epoch=2))
+    agent.store.went[NET] = Moved(to="h2", epoch=1)
+    agent.restart()
+    await agent.upkeep.restore()
+    await agent.clock.settle()
+    assert serves(agent)
+    assert agent.store.went == {}
+
+
 @simulated
 async def test_an_old_epoch_is_refused_and_a_foreign_scope_too(agent: Agent) -> None:
     await agent.live()

@@ -134,6 +134,9 @@ class Scopes:
                     continue
                 slot.loaded_ruleset = self._want(slot).ruleset
                 self._host.claim(scope_id, self._want(slot))
+                if slot.moved is not None and slot.gate == "open":  # guard: what-is-served-here-was-not-moved
+                    self._store.forget_moved(scope_id)  # the agent was ended at the end of ``open``
+                    slot.moved = None
             except NetloomError as error:
                 self._log.line(f"scope={scope_id} load failed: {error}")
             except Exception as error:  # noqa: BLE001, a bug that one scope triggers must not stop the others
