@@ -16,12 +16,12 @@ import asyncio
 import base64
 import binascii
 import functools
-import hashlib
 from collections.abc import Iterable
 
 import asyncssh
 from asyncssh.agent import SSHAgentKeyPair
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from netloom.claimwire import KEY, Claim
@@ -45,7 +45,7 @@ _ALGORITHMS = {
 }
 
 # Any host of a VLAN may hear a signature during an evacuation and try passwords: each try takes 64 MiB and 0.2 s.
-_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1, "maxmem": 80 << 20}
+_SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 
 
 async def sign(login: Login, claim: Claim) -> str:
@@ -137,7 +137,8 @@ async def _password_key(password: Secret, owner: str) -> asyncssh.SSHKey:
 def _derived_key(password: Secret, owner: str) -> asyncssh.SSHKey:
     salt = b"netloom proof 2\0" + owner.encode("utf-8", "surrogatepass")
     secret = password.reveal().encode("utf-8", "surrogatepass")
-    seed = hashlib.scrypt(secret, salt=salt, dklen=32, **_SCRYPT)
+    # Not hashlib's: the interpreter of the one file has none.
+    seed = Scrypt(salt=salt, length=32, **_SCRYPT).derive(secret)
     key = Ed25519PrivateKey.from_private_bytes(seed)
     return asyncssh.import_private_key(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
 
