@@ -112,13 +112,12 @@ class Outside:
     def uplinks(self, wants: Mapping[str, Want]) -> frozenset[str]:
         """The links through which frames of these scopes leave this host. Blocks."""
         with Look(whole=True) as look:
-            return frozenset(it.name for port in self._ports(wants) for it in look.uplinks(port))
+            return self._used(look, wants)
 
     def unused(self, wants: Mapping[str, Want], links: Iterable[str]) -> frozenset[str]:
         """Those of ``links`` that are there and carry no frames of these scopes. Blocks."""
-        used = self.uplinks(wants)
         with Look(whole=True) as look:
-            return frozenset(links) & ({it.name for it in look.all()} - used)
+            return frozenset(links) & ({it.name for it in look.all()} - self._used(look, wants))
 
     def fenced(self) -> frozenset[str]:
         """The uplinks that are fenced, by an earlier agent, too. Blocks for moments."""
@@ -182,6 +181,9 @@ class Outside:
             return self._placed(scope_id, wants[scope_id])
         except NetloomError:
             return wants[scope_id]
+
+    def _used(self, look: Look, wants: Mapping[str, Want]) -> frozenset[str]:
+        return frozenset(it.name for port in self._ports(wants) for it in look.uplinks(port))
 
     def _ports(self, wants: Mapping[str, Want]) -> list[Port]:
         return [port for scope_id in wants for port in self._want(wants, scope_id).ports]
