@@ -11,8 +11,8 @@ While it is fenced, nobody outside is served, and nobody is there. VMs on this h
 frame that arrives the agent asks by ARP who else answers for the addresses behind the uplink. A scope that another host
 serves becomes passive; then the fence is lifted.
 
-An uplink whose carrier was away for less than ``MOMENT_S`` is not asked about: nobody gives up a host that fast. If it
-was fenced for the silence, it is.
+An uplink that lost its carrier for less than ``MOMENT_S`` serves again without a question: nobody gives up a host that
+fast. An uplink that was fenced because the host heard nobody always needs the question.
 """
 
 from __future__ import annotations
