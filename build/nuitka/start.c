@@ -36,7 +36,7 @@
 #endif
 #define PROGRAM "netloom.bin"
 #define UNPACKING "NETLOOM_UNPACKING"
-#define UNPACKED_BYTES (64UL << 20) /* the required free space; build/nuitka/build checks it */
+#define UNPACKED_BYTES (80UL << 20) /* the required free space; build/nuitka/build checks it */
 #define FOREIGN ".foreign-" /* the beginning of the names of other users' directories in ours; directory.py knows it */
 #define TOUCH_AFTER_S 600           /* program.py keeps builds whose directory is younger than an hour */
 
