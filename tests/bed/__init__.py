@@ -6,6 +6,8 @@
         internet = bed.internet(vlan=101, address="203.0.113.1/24", also=["198.51.100.1/32"])
         cloud = FakeCloudStack(bed.management)
 
+bed/standby.py has a larger one, for hosts that take over from each other.
+
 Each machine is held by a process that ends when its pipe to the test closes. So a killed test leaves no process, link,
 mount or file. Nothing is made in the root namespaces.
 """

@@ -19,6 +19,7 @@ from bed import syscalls
 from bed.client import BedError, Client
 from bed.cloudstack import CLOUD_UID
 from bed.machines import Execution, Machine
+from bed.observation import MAC_PREFIX as OBSERVER_MAC_PREFIX
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MANAGEMENT_NET = "198.18.0"
@@ -29,7 +30,12 @@ EXTENSIONS = "/usr/share/cloudstack-management/extensions"
 # Every character that a shell, a JSON text, an XML text or a careless split would trip over.
 HOSTILE_PASSWORD = "p\u00e4 \"ss'$(x)`id`;|&<>=#%{}*~!\\"
 
-Cut = Literal["mgmt", "guest", "all but public", "all"]
+# "guest" is both of "vlan" (eth1) and "public" (eth2).
+Cut = Literal["mgmt", "guest", "vlan", "public", "all but public", "all"]
+Direction = Literal["both", "from", "to"]  # which frames are lost: those from the host, those to it
+_NICS: dict[Cut, list[int]] = {
+    "mgmt": [], "guest": [1, 2], "vlan": [1], "public": [2], "all but public": [1], "all": [1, 2]
+}  # fmt: skip
 
 _USERS = "netadmin:x:1500:1500::/home/netadmin:/bin/bash\nplainuser:x:1501:1501::/home/plainuser:/bin/bash\n"
 _GROUPS = "netadmin:x:1500:\nplainuser:x:1501:\n"
@@ -48,16 +54,24 @@ Subsystem sftp internal-sftp
 """
 
 
+# What is lost on a wire comes before the switch learns a MAC address from it. So do the answers to the observer.
 _SWITCH = """table bridge bed {
-  set cut { type ifname; }
+  set off { type ifname; }
+  set cut_from { type ifname; }
+  set cut_to { type ifname; }
   set apart { type ifname . ifname; }
+  chain arriving {
+    type filter hook prerouting priority -200
+    iifname @off drop; iifname @cut_from drop
+    ether daddr & ff:ff:ff:ff:00:00 == {observer}:00:00 drop
+  }
   chain wires {
     type filter hook forward priority -200
-    iifname @cut drop; oifname @cut drop
+    oifname @off drop; oifname @cut_to drop
     iifname . oifname @apart drop
   }
 }
-"""
+""".replace("{observer}", OBSERVER_MAC_PREFIX)
 
 
 @dataclass
@@ -156,12 +170,12 @@ class Host(Machine):
         client = Client(self.name, {"role": "worker", "enter": entered})
         n = self.number
         lines = [
-            f"link add h{n}m type veth peer name eth0 address 02:4c:00:00:00:{n:02x} netns {pid}",
+            f"link add h{n}m group {n} type veth peer name eth0 address 02:4c:00:00:00:{n:02x} netns {pid}",
             f"link set h{n}m master mgmt up",
         ]
         for digit in (1, 2):
             lines += [
-                f"link add h{n}e{digit} type veth peer name eth{digit} netns {pid}"
+                f"link add h{n}e{digit} group {n} type veth peer name eth{digit} netns {pid}"
                 f" address 02:4c:00:00:0{digit}:{n:02x}",
                 f"link set h{n}e{digit} master eth{digit} up",
             ]
@@ -182,7 +196,13 @@ class Host(Machine):
             return
         assert self._init is not None
         self.running = False
+        # A host without power says no goodbye: the connections of its processes end after its wires are dead.
+        names = ", ".join(f'"{port}"' for port in self._ports("all"))
+        self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed off {{ {names} }}\n")
         processes.kill(self._init.pid)
+        # These two fail if the kernel has deleted all links of the group with the namespaces of the host.
+        group = str(self.number)
+        self.bed.fabric.run("ip", "link", "set", "group", group, "down", check=False)
         self._init.end()
         self.client.end()
         for vm in self.vms:
@@ -190,7 +210,8 @@ class Host(Machine):
         self.vms = []
         # Delete the links now. The kernel may keep a namespace, and so its links, for minutes: as long as a TCP
         # connection in it waits for an acknowledgement.
-        self.bed.fabric.sh("".join(f"ip link delete {port}\n" for port in self._ports("all")), check=False)
+        self.bed.fabric.run("ip", "link", "delete", "group", group, check=False)
+        self.bed.fabric.run("nft", "-f", "-", input=f"delete element bridge bed off {{ {names} }}\n")
 
     # --- links
 
@@ -205,17 +226,19 @@ class Host(Machine):
                 continue
             port = f"h{self.number}e{nic[-1]}.{vlan}"
             lines += [
-                f"link add {port} type veth peer name {nic}.{vlan} netns {self.pid}",
+                f"link add {port} group {self.number} type veth peer name {nic}.{vlan} netns {self.pid}",
                 f"link set {port} master {nic}.{vlan} up",
             ]
             ups.append(f"link set {nic}.{vlan} up")
         self.bed.fabric.links(*lines)
         self.links(*ups)
 
-    def partition(self, what: Cut = "all") -> None:
+    def partition(self, what: Cut = "all", direction: Direction = "both") -> None:
         """Disconnect the host without a sign of it: the switch drops its frames, and every link stays up."""
         names = ", ".join(f'"{port}"' for port in self._ports(what))
-        self.bed.fabric.run("nft", "-f", "-", input=f"add element bridge bed cut {{ {names} }}\n")
+        sets = ["cut_from", "cut_to"] if direction == "both" else [f"cut_{direction}"]
+        lines = "".join(f"add element bridge bed {it} {{ {names} }}\n" for it in sets)
+        self.bed.fabric.run("nft", "-f", "-", input=lines)
 
     def separate(self, others: Iterable[Host | Internet | Management]) -> None:
         """Let no frame pass between this host and those machines. It still reaches all other machines."""
@@ -235,18 +258,22 @@ class Host(Machine):
     def heal(self) -> None:
         """End every partition of this host."""
         lines = "flush set bridge bed apart\n"
-        for port in self._ports("all"):
-            lines += f'add element bridge bed cut {{ "{port}" }}\ndelete element bridge bed cut {{ "{port}" }}\n'
+        names = ", ".join(f'"{port}"' for port in self._ports("all"))
+        for it in ("cut_from", "cut_to"):
+            lines += f"add element bridge bed {it} {{ {names} }}\ndelete element bridge bed {it} {{ {names} }}\n"
         self.bed.fabric.run("nft", "-f", "-", input=lines)
 
     def _ports(self, what: Cut) -> list[str]:
-        ports = [f"h{self.number}m"] if what != "guest" else []
-        if what != "mgmt":
-            nics = [1] if what == "all but public" else [1, 2]
-            ports += [f"h{self.number}e{nic}" for nic in nics]
-            tagged = [(int(nic[-1]), vlan) for nic, vlan in self._segments if vlan != "untagged"]
-            ports += [f"h{self.number}e{nic}.{vlan}" for nic, vlan in tagged if nic in nics]
-        return ports
+        ports = [f"h{self.number}m"] if what in ("mgmt", "all but public", "all") else []
+        nics = _NICS[what]
+        ports += [f"h{self.number}e{nic}" for nic in nics]
+        tagged = [(int(nic[-1]), vlan) for nic, vlan in self._segments if vlan != "untagged"]
+        return ports + [f"h{self.number}e{nic}.{vlan}" for nic, vlan in tagged if nic in nics]
+
+    def port(self, nic: str, vlan: int | str) -> str:
+        """The port of the switch at which the host is on this VLAN."""
+        tag = "" if str(vlan) == "untagged" else f".{vlan}"
+        return f"h{self.number}e{nic[-1]}{tag}"
 
     # --- VMs
 

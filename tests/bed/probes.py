@@ -23,7 +23,7 @@ TIMEOUT_S_MAX = 120.0
 PATIENCE_S = 20.0
 FLOOD_COUNT_MAX = 200_000
 FLOWS_MAX = 2000  # of a flood at a time
-_FAILURES = {
+FAILURES = {
     errno.ECONNREFUSED: "refused",
     errno.ECONNRESET: "reset",
     errno.EPIPE: "reset",
@@ -57,7 +57,7 @@ def _bounded(seconds: float) -> float:
 def _outcome(error: OSError) -> str:
     if isinstance(error, TimeoutError):
         return "timeout"
-    return _FAILURES.get(error.errno or 0, f"error {error}")
+    return FAILURES.get(error.errno or 0, f"error {error}")
 
 
 def _line(connection: socket.socket) -> bytes:

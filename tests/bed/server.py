@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from bed import inventory, probes, trunk
+from bed import crafted, flow_probes, inventory, observation, probes, trunk
 from bed.probes import Control
 
 RUN_TIMEOUT_S = 120.0
@@ -174,6 +174,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **probes.PROBES,
     **{function.__name__: function for function in (run, execute, read, write, sysctl, remove, listing, many)},
     "objects": inventory.objects,
+    **{function.__name__: function for function in (observation.observe, observation.observed, crafted.craft_flows)},
+    **flow_probes.OPERATIONS,
     "switch_trunks": trunk.switch_trunks,
     "add_access": trunk.add_access,
     "frames_seen": trunk.frames_seen,

@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +21,13 @@ from bed import Bed
 from bed.cloudstack import Failed
 from bed.lab import Host, Internet, Vm, agent_command
 from bed.machines import until
+from bed.observer import Observer, Question
 from bed.operator import Operator
 from bed.payloads import Nic, PublicAddress
 from e2e.networks import PUBLIC_VLAN, Life, impatient
-from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim, ethernet_frame, payloads, signatures_in
+from meanwhile import meanwhile
+from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim, payloads, signatures_in
+from netloom.ethernet import ethernet_frame
 from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.proof import Credentials
 from netloom.extension.ssh import Login
@@ -72,21 +74,14 @@ class Served:
     def never_two(self) -> Iterator[None]:
         """Ask all the time, and assert that no request gets two answers."""
         counts: list[int] = []
-        done = threading.Event()
         # An answer that comes late counts for its own request.
         sources = itertools.cycle(f"203.0.113.{last}" for last in range(2, 10))
 
         def ask() -> None:
-            while not done.is_set():
-                counts.append(len(self.internet.who_has(self.address.ip, source=next(sources), timeout_s=0.05)))
+            counts.append(len(self.internet.who_has(self.address.ip, source=next(sources), timeout_s=0.05)))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
-        try:
+        with meanwhile(ask):
             yield
-        finally:
-            done.set()
-            asking.join()
         assert counts
         assert max(counts) <= 1
 
@@ -140,7 +135,7 @@ def test_a_network_goes_on_from_an_archive_and_its_old_host_stays_passive(served
         served.dead.power_cut()
         operator.run("evacuate", served.dead.address, *archive)
         assert until(served.works)
-        with impatient(served.life.cloud):
+        with impatient(served.life.cloud, timeout_s=25):  # 15 of them for an open connection to it
             assert served.network.ensure().ok
         assert served.network.host == served.alive.address
         assert served.network.details["epoch"] == 1
@@ -214,65 +209,12 @@ def test_a_host_without_its_guest_networks_answers_and_is_not_evacuated(served: 
     assert "netloom drain" in refused.err
 
 
-class Answers:
-    """Counts the answers to ARP that leave a host for an address, at its port of the switch, while somebody asks."""
-
-    def __init__(self, served: Served, host: Host) -> None:
-        self._fabric = served.life.bed.fabric
-        self._served = served
-        self._chain = f"answers-{host.name}"
-        ports = ", ".join(f'"{port}"' for port in host.ports())
-        rule = f"iifname {{ {ports} }} arp operation reply arp saddr ip {served.address.ip} counter"
-        hook = "type filter hook prerouting priority -300;"
-        lines = f"add chain bridge bed {self._chain} {{ {hook} }}\nadd rule bridge bed {self._chain} {rule}\n"
-        self._fabric.run("nft", "-f", "-", input=lines)
-
-    def count(self) -> int:
-        listed = json.loads(self._fabric.run("nft", "-j", "list", "chain", "bridge", "bed", self._chain).out)
-        (counter,) = [it["counter"] for row in listed["nftables"] if "rule" in row for it in row["rule"]["expr"][-1:]]
-        return int(counter["packets"])
-
-    def end(self) -> None:
-        self._fabric.run("nft", "delete", "chain", "bridge", "bed", self._chain)
-
-
-@contextmanager
-def asking(served: Served) -> Iterator[list[float]]:
-    """Ask for the public address every few milliseconds; the times of the answers."""
-    answered: list[float] = []
-    done = threading.Event()
-
-    def ask() -> None:
-        while not done.is_set():
-            if served.internet.who_has(served.address.ip, timeout_s=0.005):
-                answered.append(time.monotonic())
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield answered
-    finally:
-        done.set()
-        thread.join()
-
-
 @contextmanager
 def talking(bed: Bed) -> Iterator[Internet]:
     """A machine of the public VLAN that sends all the time, so that no link is silent."""
     neighbour = bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.2/24", name="neighbour")
-    done = threading.Event()
-
-    def talk() -> None:
-        while not done.is_set():
-            neighbour.who_has("203.0.113.3", timeout_s=0.2)
-
-    thread = threading.Thread(target=talk)
-    thread.start()
-    try:
+    with meanwhile(lambda: neighbour.who_has("203.0.113.3", timeout_s=0.2)):
         yield neighbour
-    finally:
-        done.set()
-        thread.join()
 
 
 @pytest.mark.parametrize("copy", ["an archive", "no copy"])
@@ -290,25 +232,19 @@ def test_a_host_that_was_evacuated_and_lives_stops_when_its_links_come_back(
                 served.network.restart(cleanup=True)
         assert until(served.works)
         assert neighbour.who_has(served.address.ip) != []
-        old, new = Answers(served, served.dead), Answers(served, served.alive)
-        with asking(served) as answered:
-            assert until(lambda: new.count() > 10)
-            before = old.count()
+        with Observer(bed, [Question("eth2", PUBLIC_VLAN, served.address.ip)]) as observer:
+            observer.wait_for(served.alive)
+            observer.wait_for(served.dead)
             served.dead.heal()
             healed = time.monotonic()
-            last, heard = healed, before
-            while time.monotonic() < healed + 8:
-                if (count := old.count()) != heard:
-                    last, heard = time.monotonic(), count
-            assert heard > before, "both hosts answered for a moment"
+            time.sleep(8)
+            last = observer.answers(host=served.dead)[-1].at
             # 0.6 s on an idle machine. Of two seconds, one is that of the next claim.
-            assert last - healed < 2, f"{heard - before} answers, the last one after {last - healed:.2f} s"
-            assert answered[-1] > healed + 7
+            assert last - healed < 2, observer.story()
+            assert observer.answers(host=served.alive)[-1].at > healed + 7
         assert is_passive(served.dead, served.scope)
         assert until(lambda: not served.is_built_on(served.dead))
         assert served.works()
-        old.end()
-        new.end()
         operator.run("undrain", served.dead.address)
         assert operator.where(served.scope) == [served.alive.address]
 

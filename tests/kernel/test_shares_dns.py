@@ -9,7 +9,6 @@ import contextlib
 import random
 import socket
 import struct
-import threading
 import time
 from collections.abc import Iterator
 
@@ -17,6 +16,7 @@ import pytest
 
 from kernel.agent_host import AgentHost, act, agent_host, done, message, wait_until
 from kernel.isolated_network import BRIDGE, DB, DB_IP, DB_MAC, DB_NIC, NS, SERVER, WEB, WEB_IP, live_with_vm
+from meanwhile import meanwhile
 
 UPSTREAM = "198.51.100.53"
 UNKNOWN_MAC = "02:01:00:cc:00:99"
@@ -48,27 +48,19 @@ def upstream(host: AgentHost) -> Iterator[set[bytes]]:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
     sock.bind((UPSTREAM, 53))
     sock.settimeout(0.2)
-    stop = threading.Event()
 
     def serve() -> None:
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                query, peer = sock.recvfrom(2000)
-                label = query[13 : 13 + query[12]]
-                asked.add(label)
-                if label.startswith(b"good"):
-                    end = query.index(b"\0", 12) + 5
-                    answer = b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton("192.0.2.7")
-                    sock.sendto(query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:end] + answer, peer)
+        with contextlib.suppress(TimeoutError):
+            query, peer = sock.recvfrom(2000)
+            label = query[13 : 13 + query[12]]
+            asked.add(label)
+            if label.startswith(b"good"):
+                end = query.index(b"\0", 12) + 5
+                answer = b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton("192.0.2.7")
+                sock.sendto(query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12:end] + answer, peer)
 
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
+    with sock, meanwhile(serve):
         yield asked
-    finally:
-        stop.set()
-        thread.join()
-        sock.close()
 
 
 def question(name: str) -> bytes:

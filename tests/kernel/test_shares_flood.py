@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import socket
 import struct
-import threading
+import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 
 from kernel.agent_host import AgentHost, agent_host, done, wait_until
 from kernel.raw_frames import checksum, one_cpu, wire
+from meanwhile import meanwhile
 from netloom.wire import Registration
 
 THRESHOLDS = {"gc_thresh1": "128", "gc_thresh2": "512", "gc_thresh3": "1024"}  # the kernel's defaults
@@ -207,7 +208,6 @@ def flooded(host: AgentHost, *kinds: Callable[[str], bytes], public: bool = Fals
     """A flood by the VM of network 520, or by a machine in the public network, as long as the block lasts."""
     link, namespace, device = ("sw-eth2.101", "", "pub-101") if public else ("eth0", "vm-520", "gst-520")
     mac = host.links("cs-net-520")[device]["address"]
-    over = threading.Event()
     with wire(host, link, namespace, fabric=public) as sender:
 
         def burst(count: int) -> None:
@@ -216,17 +216,12 @@ def flooded(host: AgentHost, *kinds: Callable[[str], bytes], public: bool = Fals
                     sender.send(make(mac))
 
         def go_on() -> None:
-            while not over.wait(0.02):
-                burst(LATER)
+            time.sleep(0.02)
+            burst(LATER)
 
         burst(AT_ONCE)
-        thread = threading.Thread(target=go_on)
-        thread.start()
-        try:
+        with meanwhile(go_on):
             yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def is_answered(place: contextlib.AbstractContextManager[None], source: str, target: str, port: int) -> bool:
