@@ -18,7 +18,7 @@ test: packages emulator venv build ## run all tests (root); TIMES=--times writes
 	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model fuzz golden repo docs hosts-single kernel crash load ssh e2e binary release mutants
 
 test-long: packages venv ## run the long tests, all crash points and all mutants, 1,000 networks, and fuzz each target (root; hours)
-	@.venv/bin/python build/ci/groups.py kernel-long crash-all load-long ssh-long e2e-long mutants-all
+	@.venv/bin/python build/ci/groups.py model-long kernel-long crash-all load-long ssh-long e2e-long mutants-all
 	@$(MAKE) fuzz
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)

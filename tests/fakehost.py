@@ -24,13 +24,14 @@ import inspect
 import itertools
 import json
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
+from netloom import pairwire
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
@@ -41,16 +42,23 @@ from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.claims import Claims
 from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.flow_copies import FlowCopies
 from netloom.agent.scopes.moves import Moves
+from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes
+from netloom.agent.scopes.standby import Standbys
 from netloom.agent.scopes.store import HostRecord, Moved, Store, Unreadable
 from netloom.agent.scopes.upkeep import Upkeep
+from netloom.agent.standby.member import GroupView
 from netloom.errors import HostRefused
 from netloom.netobjects import Address
+from netloom.pairwire import PairMessage
 from netloom.plan.have import Have, HostLink
 from netloom.plan.steps import AddAddress, CreateNamespace, RemoveHostPort, RemoveNamespace, Step
 from netloom.render.ruleset import Ruleset
 from netloom.render.want import Port, Want
+from netloom.standby.decision import Local
+from netloom.standbywire import GroupSpec
 from netloom.state import Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Registration, Reply
@@ -201,6 +209,7 @@ class FakeHost:
         self.with_vms: set[str] = set()  # bridges
         self.owners: dict[str, str] = {}  # of addresses, on other hosts
         self.asked: list[set[str]] = []  # the addresses of each question
+        self.answering: bool | None = True  # what ``anybody_answers`` says
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
@@ -234,7 +243,7 @@ class FakeHost:
             steps.append(CreateNamespace(want.namespace))
         new = [it for it in want.announce if had is None or it not in had.announce]
         steps += [AddAddress(want.namespace, it) for it in new]
-        opened = had is not None and had.gated and not want.gated
+        opened = had is not None and not want.gated and (had.gated or (had.lease and not want.lease))
         self.present[scope_id] = want
         return HostChanges(tuple(steps), () if want.gated else _announced(want, want.announce if opened else new))
 
@@ -277,6 +286,9 @@ class FakeHost:
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}
 
+    def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        return _announced(want, want.announce)
+
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         self.arp.append((self._clock.time(), [it.address for it in announcements]))
 
@@ -306,6 +318,11 @@ class FakeHost:
     def claim_wires(self, scope_id: str, want: Want) -> frozenset[ClaimWire]:
         carriers = {it.segment.nic + it.segment.vlan for it in want.ports}
         return frozenset(ClaimWire(it, 1, "02:00:00:00:00:01") for it in carriers)
+
+    def anybody_answers(self, scope_id: str, want: Want, timeout_s: float) -> bool | None:
+        (port,) = want.ports
+        self.did.append(f"neighbours of {port.link}")
+        return self.answering
 
     def read_flows(self, namespace: str) -> Listing:
         listing = Listing()
@@ -474,12 +491,14 @@ class FakeStore(Store):
         self.files[scope.scope_id] = scope
         self.retired.discard(scope.scope_id)
         self._flush(scope.scope_id)
+        self.on_saved(scope, self.encoded(scope))
 
     def retire(self, scope_id: str) -> None:
         self._did.append(f"retire {scope_id}")
         if self.files.pop(scope_id, None) is not None:
             self.retired.add(scope_id)
         self._flush(scope_id)
+        self.on_retired(scope_id)
 
     def forget(self, scope_id: str) -> None:
         self._did.append(f"forget {scope_id}")
@@ -501,6 +520,151 @@ class FakeStore(Store):
         self.record = record
 
 
+class FakeEngine:
+    """Whose turn it is in each group: as the test says. ``local`` is what the agent said of itself.
+
+    ``promises``: another member promises to dissolve a group when it is asked. ``forgotten``: groups.
+    """
+
+    def __init__(self) -> None:
+        self.groups: dict[str, GroupView] = {}
+        self.promises = True
+        self.forgotten: list[str] = []
+        self.local: dict[str, Local] = {}
+        self.wires: dict[str, dict[ClaimWire, int]] = {}
+        self.suspected: list[int] = []
+        self.answers: list[tuple[int, bool | None]] = []
+
+    def views(self) -> Mapping[str, GroupView]:
+        return self.groups
+
+    def set_group(self, spec: GroupSpec, me: str) -> None:
+        self.groups[spec.group_id] = GroupView(
+            spec=spec,
+            me=me,
+            term=0,
+            active=spec.first.name,
+            released=False,
+            serves=spec.first.name == me,
+            lease_s=1.0,
+            heard={},
+            partner_ready=True,
+            last=None,
+        )
+
+    def dissolve(self, group_id: str) -> None:
+        if self.promises:
+            self.groups[group_id] = replace(self.groups[group_id], dissolved=True)
+
+    def forget_group(self, group_id: str) -> None:
+        del self.groups[group_id]
+        self.forgotten.append(group_id)
+
+    def set_local(self, group_id: str, local: Local) -> None:
+        self.local[group_id] = local
+
+    def set_wires(self, group_id: str, wires: Mapping[ClaimWire, int]) -> None:
+        self.wires[group_id] = dict(wires)
+
+    def suspect(self, group_id: str, segment: int) -> None:
+        self.suspected.append(segment)
+
+    def answered(self, group_id: str, segment: int, answer: bool | None) -> None:
+        self.answers.append((segment, answer))
+
+
+class FakeFlows:
+    """The connections of the simulated host, as the standby sees them. ``did``: what the standby did with them."""
+
+    def __init__(self) -> None:
+        self.did: list[tuple[Any, ...]] = []
+        self.followed: frozenset[str] = frozenset()
+        self.listed: dict[str, list[Record]] = defaultdict(list)
+        self.changed: Callable[[str, list[Record], list[Record]], None] = lambda *_: None
+        self.gap: Callable[[frozenset[str]], None] = lambda _: None
+
+    def source(
+        self, changed: Callable[[str, list[Record], list[Record]], None], gap: Callable[[frozenset[str]], None]
+    ) -> FakeFlows:
+        self.changed, self.gap = changed, gap
+        return self
+
+    def follow(self, wanted: Iterable[str]) -> None:
+        fresh = frozenset(wanted) - self.followed
+        self.followed = frozenset(wanted)
+        if fresh:
+            self.gap(fresh)
+
+    async def listing(self, namespace: str) -> AsyncIterator[list[Record]]:
+        if self.listed[namespace]:
+            yield list(self.listed[namespace])
+
+    def change(self, namespace: str, create: list[Record], delete: list[Record]) -> None:
+        self.did.append(("change", namespace, create, delete))
+
+    def begin(self, namespace: str, token: int) -> None:
+        self.did.append(("begin", namespace))
+
+    def end(self, namespace: str, token: int) -> None:
+        self.did.append(("end", namespace))
+
+    def flush(self, namespace: str) -> None:
+        self.did.append(("flush", namespace))
+
+    def serve(self, namespace: str) -> None:
+        self.did.append(("serve", namespace))
+
+
+class FakePairs:
+    """The connection to the other host of each group. ``cut`` and ``connect`` change it; ``sent`` has all messages."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._peer: FakePairs | None = None
+        self._groups: tuple[str, ...] = ()
+        self.sent: list[PairMessage] = []
+        self.dropped: tuple[type[Any], ...] = ()  # messages of these types are lost
+
+    def set_groups(self, specs: Iterable[tuple[GroupSpec, str]]) -> None:
+        self._groups = tuple(spec.group_id for spec, _ in specs)
+
+    def connected(self, group_id: str) -> bool:
+        return self._peer is not None
+
+    def send(self, group_id: str, message: PairMessage) -> bool:
+        if self._peer is None:
+            return False
+        self.sent.append(message)
+        if not isinstance(message, self.dropped):
+            self._agent.clock.activity += 1
+            received = pairwire.decode(pairwire.encode(message))
+            receiver = self._peer
+            asyncio.get_running_loop().call_soon(receiver.receive, group_id, received)
+        return True
+
+    async def drained(self, group_id: str) -> bool:
+        return self._peer is not None
+
+    def receive(self, group_id: str, message: PairMessage | None) -> None:
+        assert message is not None
+        if self._peer is not None:
+            self._agent.standbys.pair_received(group_id, message)
+
+    def connect(self, peer: FakePairs) -> None:
+        self._peer, peer._peer = peer, self
+        for it in (self, peer):
+            for group_id in it._agent.engine.groups:
+                it._agent.standbys.pair_connected(group_id)
+
+    def cut(self) -> None:
+        peer = self._peer
+        assert peer is not None
+        self._peer = peer._peer = None
+        for it in (self, peer):
+            for group_id in it._agent.engine.groups:
+                it._agent.standbys.pair_lost(group_id)
+
+
 class FakeLog(Log):
     """A log in memory."""
 
@@ -515,8 +679,10 @@ class FakeLog(Log):
 class Agent:
     """Scopes and Upkeep on a simulated host. ``restart`` is a new agent on the same host and state files."""
 
-    def __init__(self, clock: FakeClock | None = None) -> None:
+    def __init__(self, clock: FakeClock | None = None, name: str = "h1") -> None:
         self.clock = clock or FakeClock()
+        self.name = name
+        self.engine = FakeEngine()
         self.did: list[str] = []
         self.host = FakeHost(self.clock, self.did)
         self.services = FakeServices(self.did)
@@ -543,6 +709,7 @@ class Agent:
             self.log,
             self.clock,
             self.workers,
+            roles := Roles(self.engine.views),
         )
         self.upkeep = Upkeep(self.scopes, self.host, self.services, self.watcher, self.log, self.clock)
         self.moves = Moves(self.scopes, self.upkeep, self.host, self.store, self.log, self.clock)
@@ -551,6 +718,33 @@ class Agent:
         self.scopes.load()
         self.moves.resume()
         self.registration = REGISTRATION
+        self.flows = FakeFlows()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return  # a test of what is stored: no group
+        flows = FlowCopies(
+            loop,
+            self.log,
+            self.upkeep.start_task,
+            self.flows.source,
+            lambda lost: self.flows,
+        )
+        self.standbys = Standbys(
+            loop,
+            self.engine,
+            roles,
+            self.scopes,
+            self.upkeep,
+            self.host,
+            self.store,
+            self.log,
+            self.clock,
+            flows,
+        )
+        self.pairs = FakePairs(self)
+        self.standbys.connect(self.pairs)
+        self.store.on_saved, self.store.on_retired = self.standbys.saved, self.standbys.retired
 
     def _make_sockets(
         self, heard: Callable[[ClaimWire, bytes], None], lost: Callable[[ClaimWire], None]

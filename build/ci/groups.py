@@ -44,7 +44,7 @@ STATIC = {
     "types": ["mypy", "--no-error-summary", "internal", "cmd/netloom/main.py", "tests", *TOOLS],
     "imports": ["lint-imports", "--no-logo"],
 }
-SIDE_BY_SIDE = {"static", "unit", "model", "fuzz", "golden", "repo", "docs"}
+SIDE_BY_SIDE = {"static", "unit", "model", "model-long", "fuzz", "golden", "repo", "docs"}
 # One group for each kind of emulated hosts: they run side by side, and "hosts" is all of them.
 HOSTS = {f"hosts-{path.stem.removeprefix('test_')}": str(path) for path in sorted(ROOT.glob("tests/hosts/test_*.py"))}
 HOST_TEST_S_MAX = 1500  # one test with a boot, on a slow machine
@@ -72,7 +72,9 @@ ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
 EVERY_POINT = {"NETLOOM_CRASH_POINTS": "all"}
 WHERE = {
     **{group: [path, f"--override-ini=faulthandler_timeout={HOST_TEST_S_MAX}"] for group, path in HOSTS.items()},
-    "binary": ["tests/binary", "tests/e2e", "-m", "binary"],
+    "model": ["tests/model", "-m", "not long"],
+    "model-long": ["tests/model", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
+    "binary": ["tests/binary", "tests/e2e", "-m", "binary and not long"],
     "binary-all": ["tests/binary", "tests/e2e"],
     "kernel": ["tests/kernel", "-m", "not long"],
     "kernel-long": ["tests/kernel", "-m", "long"],
@@ -81,9 +83,9 @@ WHERE = {
     "load-long": ["tests/load", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "ssh": ["tests/ssh", "-m", "not long"],
     "ssh-long": ["tests/ssh", "-m", "long"],
-    # The marked end-to-end tests run with the one file in the group "binary", with the sources in "e2e-long".
-    "e2e": ["tests/e2e", "-m", "not binary"],
-    "e2e-long": ["tests/e2e", "-m", "binary"],
+    # The tests with the mark "binary" run with the one file in that group, with the sources in "e2e-long".
+    "e2e": ["tests/e2e", "-m", "not binary and not long"],
+    "e2e-long": ["tests/e2e", "-m", "binary or long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "mutants": ["tests/mutants", "-m", "short"],
     "mutants-all": ["tests/mutants"],
 }

@@ -3,13 +3,8 @@
 A host that serves a scope of a dead host broadcasts a claim once a second, below its bridges. If the dead host lives
 and its links come back, it hears the claim, verifies the signature, asks by ARP, and serves the scope no longer.
 
-The frames have the EtherType 0x88b5 (IEEE 802, local experimental). After the Ethernet header come::
-
-    "netloom"  7 bytes
-    kind       1 byte; 1: a claim. Other kinds are ignored
-    version    1 byte; 1. Other versions are ignored
-    length     2 bytes, big endian: of the body; what follows the body is padding
-    body       MessagePack: an array of scope, owner, host, epoch, dead host, until, signatures
+``ethernet.py`` has the head of the frames; the kind is ``CLAIM`` and the version 1. The body is MessagePack: an array
+of scope, owner, host, epoch, dead host, until, signatures.
 
 A claim of an evacuation has a dead host and no epoch. A signature is that of SSH (RFC 4253, section 6.6).
 """
@@ -23,17 +18,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-ETHERTYPE = 0x88B5
-MAGIC = b"netloom"
-CLAIM = 1  # the kind
-PAYLOAD_BYTES_MAX = 1280  # every link of an IPv6 network carries that, also in a tunnel
+from netloom.ethernet import CLAIM, HEAD_BYTES, PAYLOAD_BYTES_MAX, body_of, payload
+
 SIGNATURES_MAX = 16  # in one frame
 KEY = "key:"  # begins a signature in a proof
 
 _VERSION = 1
-_HEAD_BYTES = len(MAGIC) + 4
-_BROADCAST = b"\xff" * 6
-_ETHERTYPE_VLAN = 0x8100
 
 
 @dataclass(frozen=True)
@@ -66,7 +56,26 @@ class EvacuationClaim:
         return signed_text("netloom evacuation 1", self.owner, self.dead.lower(), str(self.until), self.host.lower())
 
 
-Claim = PlacementClaim | EvacuationClaim
+@dataclass(frozen=True)
+class StandbyClaim:
+    """``host`` may serve the scope with ``epoch`` and any higher number: it belongs to a group (standbywire.py) since.
+
+    Each take-over in the group raises the number by itself. No host broadcasts such a claim.
+    """
+
+    owner: str
+    scope_id: str
+    epoch: int
+    host: str
+
+    @property
+    def text(self) -> bytes:
+        """What is signed. Raises ValueError when a field contains NUL."""
+        return signed_text("netloom standby 1", self.owner, self.scope_id, str(self.epoch), self.host.lower())
+
+
+Claim = PlacementClaim | EvacuationClaim  # what a host broadcasts
+Signable = Claim | StandbyClaim
 
 
 def signed_text(*fields: str) -> bytes:
@@ -126,11 +135,11 @@ def payloads(scope_id: str, claim: Claim, signatures: Sequence[bytes]) -> tuple[
                 bodies.append([signature])
         else:
             too_long += 1
-    return [_payload(_body(scope_id, claim, it)) for it in bodies], too_long
+    return [payload(CLAIM, _VERSION, _body(scope_id, claim, it)) for it in bodies], too_long
 
 
 def _fits(scope_id: str, claim: Claim, signatures: Sequence[bytes]) -> bool:
-    return _HEAD_BYTES + len(_body(scope_id, claim, signatures)) <= PAYLOAD_BYTES_MAX
+    return HEAD_BYTES + len(_body(scope_id, claim, signatures)) <= PAYLOAD_BYTES_MAX
 
 
 def _body(scope_id: str, claim: Claim, signatures: Sequence[bytes]) -> bytes:
@@ -138,28 +147,13 @@ def _body(scope_id: str, claim: Claim, signatures: Sequence[bytes]) -> bytes:
     return _encoder.encode(_Body(scope_id, claim.owner, claim.host, epoch, dead, until, tuple(signatures)))
 
 
-def _payload(body: bytes) -> bytes:
-    return MAGIC + bytes((CLAIM, _VERSION)) + len(body).to_bytes(2, "big") + body
-
-
-def ethernet_frame(mac: bytes, tag: int, payload: bytes) -> bytes:
-    """A whole broadcast frame. ``mac``: the sender's, 6 bytes. ``tag``: the VLAN tag, 0 for none."""
-    vlan = _ETHERTYPE_VLAN.to_bytes(2, "big") + tag.to_bytes(2, "big") if tag else b""
-    return _BROADCAST + mac + vlan + ETHERTYPE.to_bytes(2, "big") + payload
-
-
-def decode(payload: bytes) -> Claimed | None:
-    """The claim in what follows an Ethernet header; None for anything else. ``payload``: any bytes."""
-    start, kind, version = payload[: len(MAGIC)], payload[len(MAGIC) :][:1], payload[len(MAGIC) + 1 :][:1]
-    if start != MAGIC or kind != bytes((CLAIM,)) or version != bytes((_VERSION,)):
-        return None
-    if not _HEAD_BYTES <= len(payload) <= PAYLOAD_BYTES_MAX:  # guard: a-claim-is-short
-        return None
-    length = int.from_bytes(payload[_HEAD_BYTES - 2 : _HEAD_BYTES], "big")
-    if length > len(payload) - _HEAD_BYTES:
+def decode(data: bytes) -> Claimed | None:
+    """The claim in what follows an Ethernet header; None for anything else. ``data``: any bytes."""
+    packed = body_of(data, CLAIM, _VERSION)
+    if packed is None:
         return None
     try:
-        body = _decoder.decode(payload[_HEAD_BYTES : _HEAD_BYTES + length])
+        body = _decoder.decode(packed)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # guard: a-claim-is-any-bytes
         return None
     if len(body.signatures) > SIGNATURES_MAX:  # guard: a-claim-has-few-signatures

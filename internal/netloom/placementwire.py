@@ -196,6 +196,11 @@ class ListPlacements(msgspec.Struct, frozen=True, kw_only=True):
 class HeldScope(msgspec.Struct, frozen=True, kw_only=True):
     """One scope of a host. ``gate`` as in ``state.Placement``, or "moved", then ``peer`` has the scope.
 
+    Of a scope with a standby (standbywire.py): ``group`` is its group, ``standby`` the host that stands by, ``term``
+    that of the group, and ``epoch`` grows with each take-over. The gate of the copy that stands by is "standby", and
+    ``peer`` is the active host. The active host has the same gate without a ``peer`` while it has no lease.
+    ``behind``: one line, why the standby lacks something. ``took_over``: one line about the last take-over.
+
     ``size``: what a move of it costs, roughly: its networks, public addresses and NICs together. ``failed``: the state
     cannot be read, or the host does not do what it says.
     """
@@ -210,6 +215,12 @@ class HeldScope(msgspec.Struct, frozen=True, kw_only=True):
     nics: int = 0
     public_ips: int = 0
     why: str = ""
+    group: str = ""
+    standby: str = ""
+    witness: str = ""
+    term: int = 0
+    behind: str = ""
+    took_over: str = ""
 
 
 class Placements(msgspec.Struct, frozen=True, kw_only=True):

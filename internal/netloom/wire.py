@@ -101,6 +101,25 @@ class Evacuated(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = ""
 
 
+class StandbyReply(msgspec.Struct, frozen=True, kw_only=True):
+    """The group that a scope belongs to (standbywire.py), as one of its hosts knows it.
+
+    ``host``: the one that stands by, ``witness``: the third one, by their names in the registration. ``term``: of the
+    group. ``behind``: one line, why the standby lacks something of the scope; empty: it has all, as far as is known.
+    ``serving``: whether the host that replies is active and has a lease. ``standby_silent_s``, ``witness_silent_s``:
+    for how many seconds it has not heard them.
+    """
+
+    group_id: str
+    host: str
+    witness: str
+    term: int = 0
+    behind: str = ""
+    serving: bool = False
+    standby_silent_s: int = 0
+    witness_silent_s: int = 0
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     """The result of a call: ``status`` is the exit status, ``output`` goes to stdout, ``error`` is one line.
 
@@ -113,6 +132,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     is the number of that placement then, and a call that failed was not executed. ``drained``: no scope is placed here
     any more.
     ``evacuated``: the dead hosts whose scopes this host may take, each with the time limit and the authorisation.
+
+    Of a scope with a standby: ``standby`` is its group. ``epoch`` grows with each take-over, and ``proof`` holds from
+    the number ``proof_from`` on; 0: for ``epoch`` only. The gate is "standby" on the host that stands by, which does
+    not hold the scope then and names the active host in ``moved_to``. It is the same on the active host while that has
+    no lease: it holds the scope, and ``moved_to`` is empty.
     """
 
     call_id: str
@@ -130,6 +154,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     moved_to: str = ""
     drained: bool = False
     evacuated: tuple[Evacuated, ...] = ()
+    standby: StandbyReply | None = None
+    proof_from: int = 0
 
     @property
     def elsewhere(self) -> bool:
@@ -137,7 +163,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
 
         A call that succeeded was executed: the scope has left only afterwards, while a hook was running for example.
         """
-        return bool(self.status and (self.moved_to or self.gate in ("passive", "incoming")))
+        return bool(self.status and (self.moved_to or self.gate in ("passive", "incoming", "standby")))
 
 
 class Activation(msgspec.Struct, frozen=True):

@@ -132,6 +132,8 @@ LISTINGS: tuple[Callable[[Socket], object], ...] = (
     lambda it: nft_netlink.rules(it, "inet", "netloom"),
     lambda it: nft_netlink.sets(it, "inet", "netloom"),
     lambda it: nft_netlink.link_names(it, "inet", "netloom", "x"),
+    lambda it: nft_netlink.link_marks(it, "bridge", "netloom", "x"),
+    lambda it: nft_netlink.lives(it, "bridge", "netloom", "x"),
     lambda it: nft_netlink.counters(it, "inet", "netloom"),
     nft_netlink.generation,
     nft_rules.list_chains,
@@ -201,7 +203,8 @@ def _read_links(datagrams: list[bytes]) -> Callable[[], object]:
 
 def _read_nftables(datagrams: list[bytes]) -> Callable[[], object]:
     made = nft_watch.NftWatch.__new__(nft_watch.NftWatch)
-    made._names, made._lost = [b"netloom\0"], False
+    made._names, made._without = [b"netloom\0"], {(b"netloom\0", b"alive\0")}
+    made._lost = made._ignored = made._others = False
     return _read(made, datagrams)
 
 

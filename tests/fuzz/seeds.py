@@ -9,12 +9,14 @@ import hashlib
 import struct
 import sys
 
+from msgspec.structs import replace
+
 from fuzz.guest_targets import GUEST_HELLO, OTHER, SERVE, WEB
 from fuzz.netlink_targets import DECODERS, LISTINGS, as_answer
 from fuzz.payload_grammar import REAL, as_json
 from fuzz.pieces import as_parts
 from fuzz.targets import CORPUS
-from fuzz.wire_targets import CALL, MESSAGES
+from fuzz.wire_targets import CALL, HEARTBEAT_KEY, MESSAGES
 from guestbed.dhcp import message
 from netloom.agent.kernel import addresses, links, neighbours, netlink, routes, rules
 from netloom.agent.kernel.netlink import Message
@@ -33,7 +35,11 @@ from netloom.guestwire import (
     Ping,
     encode,
 )
+from netloom.heartbeatwire import NOBODY, PROOF_BYTES, Beat, Echo
+from netloom.heartbeatwire import pack as pack_beat
 from netloom.netobjects import Address, Neighbour, Route, Rule
+from netloom.pairwire import Flows, FlowsEnd, Gone, Held, Holds, PairMessage, State, Stored, hello
+from netloom.pairwire import encode as encode_pair
 from netloom.placementwire import ReadPart, packed
 from netloom.wire import Hello, Reply
 from netloom.wire import encode as wire_encode
@@ -125,6 +131,45 @@ def _claims() -> list[bytes]:
     return frames
 
 
+def _heartbeats() -> list[Beat]:
+    """One of each member, with all kinds of echoes."""
+    echo = Echo(b"12345678", 1 << 40)
+    first = Beat(
+        group_id="0000002a",
+        sender=0,
+        boot=b"abcdefgh",
+        seq=1,
+        sent=1 << 41,
+        heard=(None, echo, None),
+        greeting=(None, None, echo),
+        term=2,
+        active=0,
+        released=False,
+        voted=3,
+        grants=NOBODY,
+        grants_term=0,
+        wants=5,
+        ready=True,
+    )
+    second = replace(first, sender=1, heard=(echo, None, echo), greeting=(None, None, None), grants=0, grants_term=2)
+    return [first, second, replace(second, sender=2, heard=(echo, echo, None), released=True, wants=0)]
+
+
+def _pair() -> list[bytes]:
+    """Messages of two hosts, whole and in several records, and what a stranger may repeat."""
+    messages: tuple[PairMessage, ...] = (
+        Gone(scope_id="net-205"),
+        Holds(scopes=(Held("net-204", 2, 1, 9),)),
+        State(scope_id="net-204", epoch=2, joined=1, revision=9, data=b"{}"),
+        Stored(scope_id="net-204", revision=9),
+        Flows(scope_id="net-204", create=bytes(30), delete=bytes(30)),
+        FlowsEnd(scope_id="net-204", token=1),
+    )
+    bodies = [encode_pair(it) for it in messages]
+    halves = [part for body in bodies for part in (b"\1" + body[:9], b"\0" + body[9:])]
+    return [as_parts(*(b"\0" + it for it in bodies)), as_parts(*halves), hello(bytes(32), 1, bytes(32))]
+
+
 def seeds() -> dict[str, list[bytes]]:
     """The first inputs, by target."""
     done = Message(netlink.NLMSG_DONE, 2, struct.pack("=i", 0), 1)
@@ -158,6 +203,8 @@ def seeds() -> dict[str, list[bytes]]:
         "caller": [as_parts(_body(wire_encode(HELLO)), _body(wire_encode(CALL)))],
         "placement": [bytes((at,)) + packed(ReadPart(token="t")) for at in range(len(MESSAGES))],
         "claim": _claims(),
+        "heartbeat": [pack_beat(it, HEARTBEAT_KEY)[:-PROOF_BYTES] for it in _heartbeats()],
+        "pair": _pair(),
         "helper": [as_parts(_body(pack(BEAT)), _body(pack(DOING, b"x")), _body(pack(ANSWER, b"1", b"out", b"error")))],
         "helper-client": [as_parts(_body(pack(*_CALL)))],
         "guest-process": [b"\1" + as_parts(*(encode(it) for it in answers))],

@@ -68,6 +68,8 @@ TARGETS: dict[str, Target] = {
     "caller": wire_targets.take_caller,
     "placement": wire_targets.take_placement,
     "claim": wire_targets.take_claim,
+    "heartbeat": wire_targets.take_heartbeat,
+    "pair": wire_targets.take_pair,
     "helper": wire_targets.take_helper,
     "helper-client": wire_targets.take_helper_client,
     "guest-process": guest_targets.take_guest_process,
@@ -92,6 +94,9 @@ _HTTP = (
     *("DomU_Request: send_my_password\r\n", "DomU_Request: saved_password\r\n", "\r\n\r\n"),
 )
 _WIRE = payload_grammar.words("type hello call reply call_id status output payload registration")
+_PAIR = payload_grammar.words(
+    "type greets holds scopes state data stored wanted gone digest flows create delete token ping"
+)
 _GUEST_WIRE = payload_grammar.words("type seq serve update drop lend ping done lent taken notice listeners network")
 
 
@@ -103,6 +108,7 @@ def tokens(target: str) -> list[bytes]:
         ("helper", "helper-client"): payload_grammar.words("beat doing answer nan inf 1e999 30"),
         ("host", "caller"): _WIRE,
         ("guest-process", "agent"): _GUEST_WIRE,
+        ("pair",): _PAIR,
     }
     return [it.encode("utf-8", "surrogatepass") for names, own in words.items() if target in names for it in own]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hmac
 import math
 import os
 import socket
@@ -19,11 +20,13 @@ import msgspec
 
 from fuzz.payload_laws import check_refusal, done
 from fuzz.pieces import Bytes, stream
-from netloom import claimwire, placementwire
+from netloom import claimwire, heartbeatwire, pairwire, placementwire
 from netloom.agent import signatures
 from netloom.agent.log import Log
 from netloom.agent.serve import SPOKEN, _Calls, _Peer
+from netloom.agent.standby.boots import Boots
 from netloom.errors import HostUnreachable
+from netloom.ethernet import PAYLOAD_BYTES_MAX
 from netloom.extension import helper_client
 from netloom.extension.agent_client import AgentClient
 from netloom.extension.deadline import Deadline
@@ -159,10 +162,8 @@ class _Transport(asyncio.Transport):
 async def _peered(pieces: list[bytes]) -> None:
     prepared = asyncio.Event()
     prepared.set()
-    log, transport = _Log(), _Transport()
-    peer = _Peer(
-        _Calls(cast(Any, _Scopes()), cast(Any, _Scopes()), cast(Any, _Scopes()), prepared), log, lambda: SPOKEN
-    )
+    log, transport, others = _Log(), _Transport(), cast(Any, _Scopes())
+    peer = _Peer(_Calls(others, others, others, others, prepared), log, lambda: SPOKEN)
     peer._transport = transport
     for piece in pieces:
         if transport.aborted:
@@ -200,7 +201,7 @@ def take_claim(data: bytes) -> None:
     claimed = claimwire.decode(data)
     if claimed is None:
         return
-    assert len(data) <= claimwire.PAYLOAD_BYTES_MAX
+    assert len(data) <= PAYLOAD_BYTES_MAX
     text = claimed.claim.text
     for key, signature in signatures.checks(public_keys(), claimed.signatures):
         assert not signatures.is_signed(key, signature, text), "nobody has these private keys any more"
@@ -209,12 +210,64 @@ def take_claim(data: bytes) -> None:
     assert all(it is not None and it.claim.text == text for it in read)
 
 
+# ---- heartbeats: hostile hosts and VMs on a VLAN, and whoever sends to the port
+
+
+HEARTBEAT_KEY = bytes(32)
+
+
+def take_heartbeat(data: bytes) -> None:
+    """Any bytes prove nothing. With a proof they are read or not; what is read is what is sent again."""
+    assert heartbeatwire.unpack(data, HEARTBEAT_KEY) is None, "nobody has this key"
+    heartbeatwire.from_ethernet(data)
+    heartbeatwire.group_of(data)
+    message = data + hmac.digest(HEARTBEAT_KEY, data, "sha256")[: heartbeatwire.PROOF_BYTES]
+    beat = heartbeatwire.unpack(message, HEARTBEAT_KEY)
+    if beat is None:
+        return
+    assert heartbeatwire.group_of(message) == beat.group_id
+    again = heartbeatwire.pack(beat, HEARTBEAT_KEY)
+    assert heartbeatwire.unpack(again, HEARTBEAT_KEY) == beat
+    assert heartbeatwire.from_ethernet(heartbeatwire.in_ethernet(again)) == again
+    boots, me = Boots(), (beat.sender + 1) % 3
+    boots.judge(beat, me, b"12345678", (1 << 40) + 1)
+    assert boots.judge(beat, me, b"12345678", (1 << 40) + 1) == "dropped"
+
+
 @functools.cache
 def public_keys() -> tuple[bytes, ...]:
     """A key of each kind."""
     kinds = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp521", "ssh-rsa")
     keys = (asyncssh.generate_private_key(kind).convert_to_public() for kind in kinds)
     return tuple(it.export_public_key("pkcs8-der") for it in keys)
+
+
+# ---- the connection of two hosts: strangers, and a host of another build
+
+SECRET = os.urandom(32)
+
+
+class _NoCipher:
+    """Nothing is encrypted, so that any record arrives."""
+
+    def encrypt(self, number: int, text: bytes) -> bytes:
+        return text
+
+    def decrypt(self, number: int, sealed: memoryview) -> bytes | None:
+        return bytes(sealed)
+
+
+def take_pair(data: bytes) -> None:
+    """Any bytes of a stranger prove nothing. Any records of a host that knows the secret are read or refused."""
+    assert not pairwire.is_hello(SECRET, data), "nobody knows the secret"
+    said = pairwire.hello(SECRET, 1, bytes(32))
+    assert not pairwire.is_answer(SECRET, said, data)
+    assert not pairwire.is_proof(SECRET, said, data, data[-pairwire.PROOF_BYTES :])
+    reader = pairwire.Reader(_NoCipher())
+    with contextlib.suppress(pairwire.PairError):
+        for piece in stream(Bytes(data)):
+            for message in reader.feed(piece):
+                assert pairwire.decode(pairwire.encode(message)) == message
 
 
 # ---- the helper: a hostile client, and a hostile helper

@@ -1,8 +1,10 @@
-"""A small agent with one scope, for tests of gates. It runs in the namespaces of an :class:`AgentHost`.
+"""A small agent with one scope, for tests of gates and leases. It runs in the namespaces of an :class:`AgentHost`.
 
-It reads a line for each command from standard input, and writes a line of JSON for each answer: ``converge gated``,
-``converge``, ``converge gone``, ``open``, ``close``, ``closed``, ``tidy``, ``uninstall``, ``occupied <seconds>``. With
-the argument ``watch`` it watches the host as the agent does.
+It reads a line for each command from standard input, and writes a line of JSON for each answer: ``converge``,
+``converge gated``, ``converge leased``, ``converge gated leased``, ``converge gone``, ``open``, ``close``, ``closed``,
+``tidy``, ``uninstall``, ``occupied <seconds>``, ``answers <link>``, ``guard <link> <mark>``, ``guarded``,
+``renew <mark> <seconds> <at>``, ``end <mark>``, ``alive``. With the argument ``watch`` it watches the host as the
+agent does.
 
 :class:`GatedAgent` is its other end, in the test.
 """
@@ -25,7 +27,7 @@ import netloom
 from golden.rendered import load
 from kernel.agent_host import AgentHost
 from netloom.agent.clock import LoopClock
-from netloom.agent.host import gate
+from netloom.agent.host import gate, lease
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.watcher import Watcher
@@ -36,6 +38,7 @@ from netloom.render.scope import render
 from netloom.render.want import Want
 
 TESTS = Path(__file__).parents[1]
+MARK = 0x0A1B2C3D  # of the group
 
 
 class GatedAgent:
@@ -68,6 +71,10 @@ class GatedAgent:
     def _answer(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
+
+    def stopped(self, signal_number: int) -> None:
+        """Stop the agent (SIGSTOP), or let it go on (SIGCONT)."""
+        self._process.send_signal(signal_number)
 
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
@@ -106,7 +113,10 @@ class Agent:
         want = self.want
         match command.split():
             case ["converge", *how]:
-                wanted = {"gated": replace(want, gated=True), "gone": Want(namespace="")}.get("".join(how), want)
+                leased = MARK if "leased" in how else 0
+                wanted = replace(want, gated="gated" in how, lease=leased)
+                if "gone" in how:
+                    wanted = Want(namespace="")
                 return self.described(self.host.converge(self.scope_id, self.host.placed(self.scope_id, wanted), None))
             case ["open"]:
                 return self.announced(self.host.open_gate(self.scope_id, want))
@@ -120,8 +130,22 @@ class Agent:
             case ["occupied", seconds]:
                 found = self.host.occupied(self.scope_id, want, float(seconds), bytes(11))
                 return {"owners": found.owners, "probing": found.probing, "unknown": found.unknown}
+            case ["answers", link]:
+                ports = tuple(it for it in want.ports if it.link == link)
+                return self.host.anybody_answers(self.scope_id, replace(want, ports=ports), 0.3)
             case ["closed"]:
                 return sorted(gate.closed())
+            case ["guard", link, mark]:
+                lease.guard({link: int(mark)})
+                return None
+            case ["renew", mark, seconds, at]:
+                return lease.renew({int(mark): float(seconds)}, float(at))
+            case ["end", mark]:
+                return lease.end([int(mark)])
+            case ["alive"]:
+                return lease.alive()
+            case ["guarded"]:
+                return lease.guarded()
         raise ValueError(command)
 
     def described(self, changes: HostChanges) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 It writes JSON. ``version``: of the library. ``loaded``: a digest of each golden ruleset in the kernel. ``wrong``:
 changes to golden rulesets that left the table with another marker. ``failed``: the needed tests of the selftest.
-``gates``: the closed gates after each change.
+``gates``: the closed gates after each change. ``leases``: the same for the ports that need a lease.
 ``host``: the rules of the host's own tables.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 
 from golden.rendered import load, scenarios
-from netloom.agent.host import frames, gate
+from netloom.agent.host import frames, gate, lease
 from netloom.agent.host.observe_nft import GUARD_TABLE, observe_table, table_digest
 from netloom.agent.kernel import links, namespaces, netlink, nft_netlink
 from netloom.agent.kernel.netlink import Socket
@@ -104,6 +104,20 @@ def damage(_: list[str]) -> None:
         nft.run(f"flush chain {gate.TABLE.label} input")
 
 
+def leases() -> list[dict[str, int]]:
+    """The ports that need a lease after each change, as ``gates``."""
+    namespaces.enter_scratch()
+    found = []
+    for ports in ({"a": 1, "b": 2}, {"b": 1}, {}, {"a": 2, "c": 1}):
+        if ports:
+            lease.guard(ports)
+        else:
+            with Nft(None) as nft:
+                nft.run(f"flush chain {lease.TABLE.label} pass")
+        found.append(lease.guarded())
+    return found
+
+
 def main() -> None:
     namespace, part = sys.argv[1:]
     found: dict[str, object] = {"version": version()}
@@ -111,6 +125,7 @@ def main() -> None:
         found["loaded"] = digests(namespace)
     else:
         found |= {"wrong": wrong_changes(namespace), "failed": failed_tests(), "host": host_chains(), "gates": gates()}
+        found["leases"] = leases()
     sys.stdout.write(json.dumps(found))
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator
-from typing import Self
 
 import pytest
 
@@ -16,32 +13,26 @@ from kernel.agent_host import AgentHost, agent_host, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
 from kernel.gated_frames import (
     ADDRESS,
-    ALL_NODES,
     BRIDGES,
     ENDS,
-    EVERYBODY,
     FABRIC,
-    FAR_MAC,
     GATEWAY,
     GUEST,
-    IP,
     LACP,
-    LLDP,
     LOGIN,
-    NOBODY,
     NS,
     PORTS,
     PUBLIC,
     PUBLIC_MAC,
-    TEST,
     VM_MAC,
-    arp_request,
+    Stream,
+    Traffic,
     frame,
     heard,
-    of,
+    learned,
+    sent_numbers,
     taps,
 )
-from kernel.raw_frames import checksum
 from kernel.scratch import scratch, tool
 from netloom.agent.host import gate, link_table
 from netloom.agent.kernel import netlink, nft_netlink
@@ -59,56 +50,6 @@ def host() -> Iterator[AgentHost]:
 def agent(host: AgentHost) -> Iterator[GatedAgent]:
     with gated_agent(host) as it:
         yield it
-
-
-def broadcast_packet() -> bytes:
-    """An empty UDP packet over IPv4 to 255.255.255.255."""
-    ends = socket.inet_aton("10.50.1.1") + b"\xff" * 4
-    head = struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, 17, 0)
-    return head[:10] + struct.pack("!H", checksum(head + ends)) + ends + struct.pack("!HHHH", 9, 9, 8, 0)
-
-
-def learned(host: AgentHost, link: str) -> bool:
-    """Whether the bridge of the port has learned its MAC address."""
-    entries = json.loads(host.run("bridge", "-j", "fdb", "show", "br", BRIDGES[link]))
-    return any(it["mac"] == PORTS[link] for it in entries)
-
-
-class Traffic:
-    """What passes the ports of the scope when everybody sends all kinds of frames."""
-
-    def __init__(self, host: AgentHost) -> None:
-        self.out: dict[str, list[bytes]] = {}
-        self.into: dict[str, list[bytes]] = {}
-        with taps(host, ("", FABRIC[GUEST]), ("", FABRIC[PUBLIC]), ("vm", "eth0"), (NS, GUEST), (NS, PUBLIC)) as open_:
-            far_guest, far_public, vm, guest, public = open_
-            for link, mine in ((GUEST, guest), (PUBLIC, public)):
-                mine.send(arp_request(PORTS[link], "0.0.0.0", "10.50.1.77"))
-                for destination in (EVERYBODY, ALL_NODES, LACP, LLDP, NOBODY):
-                    mine.send(frame(destination, PORTS[link], TEST))
-                mine.send(frame(EVERYBODY, PORTS[link], IP, broadcast_packet()))
-            # What the kernel of the namespace sends itself: ARP, neighbour discovery, MLD.
-            pings = (f"ping -W1 {it} &" for it in ("-c1 10.50.1.77", "-c1 203.0.113.1", f"-6 -c1 ff02::1%{GUEST}"))
-            host.run("sh", "-c", f"{' '.join(pings)} wait", namespace=NS)
-            for tap, source, sender, target in (
-                (vm, VM_MAC, "10.50.1.5", GATEWAY),
-                (far_guest, FAR_MAC, "10.50.1.6", GATEWAY),
-                (far_public, FAR_MAC, "203.0.113.1", ADDRESS),
-            ):
-                tap.send(arp_request(source, sender, target))
-                for destination in (EVERYBODY, ALL_NODES, NOBODY, *(it.replace(":", "") for it in PORTS.values())):
-                    tap.send(frame(destination, source, TEST))
-            for name, tap in (("wire", far_guest), ("public wire", far_public), ("vm", vm)):
-                self.out[name] = [it for it in heard(tap) if it[6:12].hex(":") in PORTS.values()]
-            for name, tap in ((GUEST, guest), (PUBLIC, public)):
-                self.into[name] = [it for it in heard(tap) if it[6:12].hex(":") in (VM_MAC, FAR_MAC)]
-
-    @property
-    def none(self) -> bool:
-        return not any((*self.out.values(), *self.into.values()))
-
-    def kinds(self, place: str) -> set[str]:
-        return {it[12:14].hex() for it in self.out[place]}
 
 
 @pytest.mark.mutation("a-closed-gate-lets-nothing-in", instead='(f"oifname @{_CLOSED} accept",)')
@@ -207,38 +148,6 @@ def test_threads_and_others_change_gates_at_the_same_time(namespace: str) -> Non
 
 
 # ------------------------------------------------------------------------------------------------------ on a host
-
-
-def sent_numbers(frames: list[bytes]) -> list[int]:
-    return [int.from_bytes(it[14:18], "big") for it in of(PUBLIC_MAC, frames) if it[12:14] == b"\x88\xb6"]
-
-
-class Stream:
-    """Numbered broadcasts of the public port, about one each millisecond, within the block; ``sent`` counts them."""
-
-    def __init__(self, tap: socket.socket) -> None:
-        self._tap = tap
-        self._stopped = threading.Event()
-        self.sent = 0
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(0.001):
-            self._tap.send(frame(EVERYBODY, PUBLIC_MAC, TEST, self.sent.to_bytes(4, "big")))
-            self.sent += 1
-
-    def pass_on(self, frames: int = 20) -> None:
-        """Wait until so many more are sent."""
-        until = self.sent + frames
-        wait_until(lambda: self.sent >= until)
 
 
 @pytest.mark.mutation("a-closed-gate-emits-nothing", instead='(f"iifname @{_CLOSED} accept",)')

@@ -12,7 +12,7 @@ import pytest
 
 from kernel.scratch import descriptors, joined, tool
 from netloom.agent.kernel import arp, arp_probe, links, packet_socket
-from netloom.agent.kernel.arp_probe import Heard, Wire, answers, ask
+from netloom.agent.kernel.arp_probe import Heard, Wire, answers, any_answer, ask
 from netns import inside
 
 # What kernel.scratch.joined makes.
@@ -240,3 +240,41 @@ def test_a_link_that_is_missing_or_down_fails_alone(pair: tuple[str, str]) -> No
     assert descriptors() == before
     with pytest.raises(ValueError, match="10.9.0"):
         asked(left, "10.9.0")
+
+
+def answered(namespace: str, *addresses: str, timeout_s: float = BRIEFLY_S) -> bool:
+    with inside(namespace):
+        return any_answer({Wire("left"): addresses}, timeout_s)
+
+
+def test_one_answer_is_enough_and_shows_that_the_link_works(pair: tuple[str, str]) -> None:
+    # Without the early end the test would take hours.
+    assert answered(pair[0], FREE, OWNER, timeout_s=10_000)
+    assert not answered(pair[0], FREE, TAKEN)
+    assert not answered(pair[0])
+
+
+@pytest.mark.mutation("what-is-broadcast-is-no-answer", instead="message is None")
+@pytest.mark.parametrize(
+    "frame",
+    [message(), message(operation=1, target=OWNER), arp.frames(FREE, OTHER_MAC)[1]],
+    ids=["broadcast answer", "request of the owner", "gratuitous answer"],
+)
+def test_what_is_broadcast_does_not_show_that_the_link_works(pair: tuple[str, str], frame: bytes) -> None:
+    left, right = pair
+    with answering(right, "right", frame):
+        assert not answered(left, FREE)
+
+
+def test_only_an_answer_for_an_address_in_question_counts(pair: tuple[str, str]) -> None:
+    left, right = pair
+    mine = bytes.fromhex(mac_of(left, "left").replace(":", ""))
+    with answering(right, "right", mine + message(sender=TAKEN)[6:], mine + message(operation=1)[6:]):
+        assert not answered(left, FREE)
+    with answering(right, "right", mine + message()[6:]):
+        assert answered(left, FREE, timeout_s=PATIENTLY_S)
+
+
+def test_a_link_that_is_down_has_no_answer(pair: tuple[str, str]) -> None:
+    tool(pair[1], "ip", "link", "set", "right", "down")
+    assert not answered(pair[0], OWNER)

@@ -13,7 +13,7 @@ import pytest
 from kernel.scratch import joined, tool
 from netloom.agent.kernel import links
 from netloom.agent.kernel.claims_socket import AT_ONCE, PAUSE_S, ClaimSockets, ClaimWire
-from netloom.claimwire import MAGIC, PAYLOAD_BYTES_MAX, ethernet_frame
+from netloom.ethernet import MAGIC, PAYLOAD_BYTES_MAX, ethernet_frame
 from netns import inside
 
 MAC = b"\2\0\0\0\0\x99"
@@ -96,6 +96,7 @@ async def test_only_frames_of_this_type_with_this_tag_are_heard(pair: tuple[str,
             ethernet_frame(MAC, 0 if tag else 204, PAYLOAD),
             ethernet_frame(MAC, tag, b"Netloom" + PAYLOAD[7:]),
             ethernet_frame(MAC, tag, b"netlooM" + PAYLOAD[7:]),
+            ethernet_frame(MAC, tag, MAGIC + b"\2" + PAYLOAD[8:]),
             ethernet_frame(MAC, tag, b"netloom")[:-3],
             good.replace(b"\x88\xb5", b"\x08\x00"),
             ethernet_frame(MAC, tag, b""),
@@ -111,7 +112,7 @@ async def test_only_frames_of_this_type_with_this_tag_are_heard(pair: tuple[str,
 async def test_a_frame_of_any_length_is_cut(pair: tuple[str, str]) -> None:
     heard = Heard(pair[0])
     with raw(pair[1], "right") as tap:
-        tap.send(ethernet_frame(MAC, 0, MAGIC + bytes(1400)))
+        tap.send(ethernet_frame(MAC, 0, MAGIC + b"\1" + bytes(1400)))
         tap.send(ethernet_frame(MAC, 0, PAYLOAD))
     await heard.until(PAYLOAD)
     assert [len(it) for it in heard.payloads] == [PAYLOAD_BYTES_MAX + 1, len(PAYLOAD)]

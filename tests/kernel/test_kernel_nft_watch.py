@@ -60,6 +60,26 @@ def test_a_transaction_says_whether_our_tables_lost_something(ns: str, change: s
             assert own.thread != told.thread
 
 
+@pytest.mark.mutation("a-renewed-lease-is-no-loss", instead="False")
+def test_changes_of_elements_that_expire_anyway_are_not_reported(ns: str) -> None:
+    with Nft(ns) as nft:
+        nft.run(TABLE)
+        nft.run("add set bridge netloom alive { type mark; flags timeout; }\n")
+        with NftWatch(ns, "netloom", without=[("netloom", "alive"), ("other", "guarded")]) as watch:
+            for line in (
+                "add element bridge netloom alive { 5 timeout 10s }",
+                "delete element bridge netloom alive { 5 }",
+                "flush set bridge netloom alive",
+            ):
+                nft.run(line + "\n")
+            nft.run("add element bridge netloom alive { 5 timeout 10s }\nadd table inet theirs\n")
+            nft.run("add table inet theirs2\nadd element bridge netloom alive { 6 timeout 10s }\n")
+            nft.run('delete element bridge netloom alive { 5 }\ndelete element bridge netloom guarded { "breth1-5" }\n')
+            nft.run("delete set bridge netloom alive\n")
+            told = until(watch, lambda seen: len(seen) >= 4)
+            assert [it.lost for it in told] == [False, False, True, True]
+
+
 def test_a_ruleset_with_thousands_of_elements_costs_little(ns: str) -> None:
     ports = ", ".join(map(str, range(1, 30001, 2)))
     with Nft(ns) as nft, NftWatch(ns, "netloom") as watch:

@@ -126,3 +126,43 @@ def test_a_bridge_of_others_is_asked_on_its_uplink_and_not_on_its_vms(host: Agen
     assert agent(ASK) == FREE  # a VM of this host that takes the gateway's address is no other host
     guest = elsewhere(host, GUEST_WIRE, GATEWAY)
     assert agent(ASK) == FREE | {"owners": {GATEWAY: guest}}
+
+
+# --- a sign of life
+
+# The golden scenario guests.
+VM, VM_WIRE, GATEWAY_WIRE = "10.10.1.45", "eth1.1204", "eth2.101"
+
+
+@pytest.mark.mutation("a-link-without-carrier-answers-nobody")
+def test_vms_and_gateways_behind_an_uplink_are_asked_for_a_sign_of_life() -> None:
+    with agent_host(VM_WIRE, GATEWAY_WIRE) as host, gated_agent(host, "guests") as agent:
+        assert agent("answers gst-204") is None, "there is no bridge yet"
+        agent("converge leased")  # without a lease no frame passes
+        wait_until(lambda: all(host.links()[it]["operstate"] == "UP" for it in (VM_WIRE, GATEWAY_WIRE)))
+        assert agent("answers gst-204") is False
+        assert agent("answers pub-101") is False
+        elsewhere(host, VM_WIRE, VM)
+        elsewhere(host, GATEWAY_WIRE, "203.0.113.1")
+        assert agent("answers gst-204") is True
+        assert agent("answers pub-101") is True
+        host.run("ip", "link", "set", f"sw-{GATEWAY_WIRE}", "down", pid=host.fabric)
+        wait_until(lambda: host.links()[GATEWAY_WIRE]["operstate"] != "UP")
+        assert agent("answers pub-101") is False
+
+
+def test_vms_on_this_host_are_no_sign_of_life() -> None:
+    with agent_host(VM_WIRE, GATEWAY_WIRE) as host, gated_agent(host, "guests") as agent:
+        host.ip("link", "add", "breth1-1204", "type", "bridge")
+        host.ip("link", "set", VM_WIRE, "master", "breth1-1204", "up")
+        host.ip("link", "set", "breth1-1204", "up")
+        host.plug("vm", "breth1-1204", "02:01:00:cc:00:03", f"{VM}/24")
+        agent("converge")
+        wait_until(lambda: host.links()[VM_WIRE]["operstate"] == "UP")
+        assert agent("answers gst-204") is False
+
+
+def test_where_nobody_is_known_nobody_can_be_asked(host: AgentHost, agent: GatedAgent) -> None:
+    agent("converge")
+    wait_until(lambda: running(host))
+    assert agent("answers gst-520") is None

@@ -59,4 +59,5 @@ def test_the_oldest_nft_changes_every_ruleset_and_passes_the_selftest(tmp_path: 
     assert {"netdev to-cloudbr0", "netdev from-port", "bridge llc", "bridge learning", "inet reserved_addresses",
             "arp reserved_addresses"} <= found["host"].keys()  # fmt: skip
     assert found["failed"] == []
+    assert found["leases"] == [{"a": 1, "b": 2}, {"a": 1, "b": 1}, {}, {"a": 2, "b": 1, "c": 1}]
     assert found["gates"] == [["a", "b"], ["a", "b", "c"], [], ["a", "b", "c", "d"], ["a", "d"], []]

@@ -11,8 +11,13 @@ from repo.files import ROOT
 
 NETLOOM = ROOT / "internal" / "netloom"
 CORE = sorted(
-    [path for stage in ("protocol", "commands", "state", "render", "plan") for path in (NETLOOM / stage).rglob("*.py")]
+    [
+        path
+        for stage in ("protocol", "commands", "state", "render", "plan", "standby")
+        for path in (NETLOOM / stage).rglob("*.py")
+    ]
     + [NETLOOM / name for name in ("wire.py", "claimwire.py", "names.py", "errors.py", "secret.py", "netobjects.py")]
+    + [NETLOOM / name for name in ("standbywire.py", "heartbeatwire.py", "pairwire.py", "ethernet.py")]
 )
 FORBIDDEN = {"open", "print", "input", "exec", "eval", "compile", "breakpoint", "__import__", "globals"}
 

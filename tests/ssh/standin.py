@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "internal"))
 
+from netloom.standbywire import SET_GROUP, GroupAnswer, SetGroup, packed, unpacked
 from netloom.wire import Call, FrameReader, Hello, Reply, encode
 
 SCRIPT = "/run/standin.json"
@@ -81,6 +82,8 @@ def answer(call: Call, script: dict[str, object], write: Callable[[bytes], None]
         reply = reply[min(answered[call.command], len(reply) - 1)]
     answered[call.command] += 1
     fields = {"holds": call.scope_id in holds, **reply}
+    if call.command == SET_GROUP:  # every host has the group that it gets
+        fields["data"] = packed(GroupAnswer(group=unpacked(call.payload, SetGroup).group))
     write(encode(Reply(call_id=call.call_id, **fields)))
 
 
@@ -89,7 +92,7 @@ def journal(call: Call) -> None:
         "call_id": call.call_id,
         "command": call.command,
         "scope_id": call.scope_id,
-        "payload": call.payload.decode(),
+        "payload": call.payload.decode(errors="replace"),
         "epoch": call.epoch,
         "owner": call.registration.owner,
         "signers": None if call.signers is None else [call.signers.host, *(it.hex() for it in call.signers.keys)],

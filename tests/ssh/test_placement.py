@@ -53,6 +53,24 @@ def test_the_stored_host_is_kept(lab: SshLab, caller: Caller) -> None:
     assert lab.h2.calls_received(but="") == []
 
 
+def test_a_group_gets_the_addresses_under_which_its_hosts_were_reached(lab: SshLab, caller: Caller) -> None:
+    """The third host is the first one, by another address. Each gets the group over the connection that is open."""
+    for host in (lab.h1, lab.h2):
+        host.set_behaviour(holds=["net-42"])
+    third = lab.h1.address6
+    registered = details(lab, caller, f"{H1},{H2},{third}", standby="required", **{"standby.port": "9000"})
+    ended = caller.ensure(registered, stored_details(H1, epoch=6))
+    assert ended.output == '{"host":"10.99.0.11","namespace":"cs-net-42","epoch":7,"standby":"10.99.0.12"}'
+    h1, h2 = lab.h1.calls_received(), lab.h2.calls_received()
+    assert [call["command"] for call in h1] == ["set-group", "set-group", "join-group"]
+    assert [call["command"] for call in h2] == ["set-group"]
+    for call in (*h1[:2], *h2):
+        assert (call["scope_id"], call["owner"]) == ("", h1[0]["owner"])
+        assert all(f"address\ufffd{it}" in call["payload"] for it in (H1, H2)), call["payload"]
+        assert f"address\ufffd{third}" in call["payload"]
+    assert h1[2]["scope_id"] == "net-42" and "key:" in h1[2]["payload"]
+
+
 def test_an_earlier_move_is_remembered(lab: SshLab, caller: Caller) -> None:
     ended = caller.ensure(details(lab, caller), stored_details(H1, epoch=3, previous=H2))
     assert ended.output == '{"host":"10.99.0.11","namespace":"cs-net-42","epoch":3,"previous":"10.99.0.12"}'

@@ -36,7 +36,7 @@ def answers(*replies: Reply) -> list[Reply]:
     async def twice() -> list[Reply]:
         prepared = asyncio.Event()
         prepared.set()
-        calls = _Calls(cast(Any, Scripted(*replies)), cast(Any, None), cast(Any, NoClaims()), prepared)
+        calls = _Calls(cast(Any, Scripted(*replies)), cast(Any, None), cast(Any, None), cast(Any, NoClaims()), prepared)
         return [await calls.answer(CALL), await calls.answer(CALL)]
 
     return asyncio.run(twice())

@@ -9,18 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from netloom.claimwire import (
-    ETHERTYPE,
-    PAYLOAD_BYTES_MAX,
     SIGNATURES_MAX,
     Claim,
     Claimed,
     EvacuationClaim,
     PlacementClaim,
     decode,
-    ethernet_frame,
     payloads,
     signatures_in,
 )
+from netloom.ethernet import ETHERTYPE, PAYLOAD_BYTES_MAX, ethernet_frame
 
 PLACED = PlacementClaim("netloom/phys-1", "net-204", 4, "kvm2")
 EVACUATED = EvacuationClaim("netloom/phys-1", "kvm1", 1_800_000_000, "kvm2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from fakehost import Agent
 from fakehosts import CREDENTIALS, Hosts, virtual_hosts
+from netloom import standbywire
 from netloom.agent.scopes import store
 from netloom.claimwire import EvacuationClaim, PlacementClaim
 from netloom.cli.app import run
@@ -20,10 +22,11 @@ from netloom.errors import HostRefused
 from netloom.extension.moves import agents, evacuate
 from netloom.extension.moves.inventory import take_inventory
 from netloom.extension.moves.move import Moved
-from netloom.placementwire import CLOSED_S
+from netloom.placementwire import CLOSED_S, PLACEMENTS, HeldScope, Placements, packed, unpacked
 from netloom.secret import Secret
+from netloom.standbywire import LEAVE_GROUP, LeaveGroup
 from netloom.state import Nic, Placement
-from netloom.wire import Call
+from netloom.wire import Call, Reply
 
 HOSTS = ("h1", "h2", "h3")
 
@@ -238,6 +241,106 @@ def test_where_says_what_an_interrupted_move_has_left(operator: Operator) -> Non
     assert operator("move", "net-20", "--to", "h3") == 0  # it waits until h1 has opened again
     stopped_halfway(operator, "finish", after_s=0.1)
     operator.hosts.dead.add("h3")
+
+
+# ---------------------------------------------------------------------------------------------------------- standby
+
+GROUP = "1a2b3c4d"
+
+
+def with_standby(operator: Operator, *, epoch: int = 4) -> list[str]:
+    """Let h2 stand by for net-20 on h1, as far as the hosts say. The commands that they get, from then on.
+
+    The group ends with ``leave-group``.
+    """
+    heard: list[str] = []
+    has_group = True
+    active, standby = operator.hosts["h1"], operator.hosts["h2"]
+
+    def listed(reply: Reply, scopes: tuple[HeldScope, ...]) -> Reply:
+        return replace(reply, data=packed(replace(unpacked(reply.data, Placements), scopes=scopes)))
+
+    def replace_execute(agent: Agent, of_group: Callable[[HeldScope], HeldScope]) -> None:
+        execute, others = agent.moves.execute, agent.scopes.execute
+
+        async def moves(call: Call) -> Reply:
+            reply = await execute(call)
+            if call.command != PLACEMENTS or not has_group:
+                return reply
+            of_active = unpacked((await active_moves(call)).data, Placements).scopes
+            return listed(reply, tuple(of_group(it) for it in of_active if it.scope_id == "net-20"))
+
+        async def scopes(call: Call) -> Reply:
+            nonlocal has_group
+            if call.command != LEAVE_GROUP:
+                return await others(call)
+            assert (agent, call.scope_id) == (active, "net-20")
+            assert standbywire.unpacked(call.payload, LeaveGroup).group_id == GROUP
+            has_group = False
+            return Reply(call_id=call.call_id, holds=True)
+
+        agent.moves.execute = moves  # type: ignore[method-assign]
+        agent.scopes.execute = scopes  # type: ignore[method-assign]
+
+    active_moves = active.moves.execute
+    took_over = "2026-11-30 09:00:00 from h2, which was silent: 1.1 s"
+    group: dict[str, Any] = {"group": GROUP, "standby": "h2", "witness": "h3", "term": 4, "epoch": epoch}
+    replace_execute(active, lambda it: replace(it, took_over=took_over, behind="it lacks revision 7", **group))
+    replace_execute(standby, lambda it: replace(it, gate="standby", peer="h1", **group))
+
+    def note(host: str, call: Call) -> None:
+        heard.append(f"{call.command} {host}")
+
+    operator.hosts.before_call = note
+    return heard
+
+
+def test_where_shows_a_network_with_its_standby(operator: Operator) -> None:
+    operator.live("h1", "20")
+    with_standby(operator)
+    assert operator("where") == 0
+    assert operator.lines == [
+        "SCOPE HOST EPOCH GATE NETWORKS NICS ADDRESSES STANDBY WITNESS TERM BEHIND TOOK_OVER",
+        "net-20 h1 4 open 1 0 1 h2 h3 4 it lacks revision 7 2026-11-30 09:00:00 from h2, which was silent: 1.1 s",
+        "net-20 h2 4 stands by for h1 1 0 1 h2 h3 4 - -",
+    ]
+    rows = operator.json("where")["scopes"]
+    assert [(it["host"], it["gate"], it["standby"], it["witness"], it["term"]) for it in rows] == [
+        ("h1", "open", "h2", "h3", 4),
+        ("h2", "stands by for h1", "h2", "h3", 4),
+    ]
+
+
+def test_a_network_leaves_its_group_before_it_moves(operator: Operator) -> None:
+    operator.live("h1", "20")
+    heard = with_standby(operator)
+    assert operator("move", "net-20", "--to", "h1") == 0
+    assert not any("leave-group" in it for it in heard)
+    assert operator("undrain", "h2") == 0
+    assert operator.lines == ["h2 takes scopes again"]
+    assert operator("drain", "h2") == 0
+    assert operator.lines == ["h2 is drained: it had nothing."]
+    heard.clear()
+    assert operator("move", "net-20", "--to", "h3") == 0
+    assert [it for it in heard if not it.startswith("placements")][:3] == [
+        "leave-group h1",
+        "read-state h1",
+        "receive h3",
+    ]
+    assert operator.serving("20") == ["h3"]
+
+
+def test_a_network_that_cannot_leave_its_group_stays(operator: Operator) -> None:
+    operator.live("h1", "20")
+    with_standby(operator)
+
+    async def refuse(call: Call) -> Reply:
+        return Reply(call_id=call.call_id, status=3, error="its disk is full")
+
+    operator.hosts["h1"].scopes.execute = refuse  # type: ignore[method-assign]
+    assert operator("move", "net-20", "--to", "h3") == 3
+    assert operator.err == "netloom: h1: its disk is full\n"
+    assert operator.serving("20") == ["h1"]
 
 
 # ------------------------------------------------------------------------------------------------- drain, rebalance

@@ -10,17 +10,20 @@ from hypothesis import strategies as st
 
 from netloom.agent.kernel import conntrack, conntrack_copy
 from netloom.agent.kernel.conntrack_copy import Difference, Record, RecordsInvalid
-from netloom.agent.kernel.netlink import NetlinkError, be16, u8
+from netloom.agent.kernel.netlink import NetlinkError, be16, be32, u8
 from netloom.errors import NetloomError
 from unit.conntrack_messages import (
     ESP,
+    GUEST,
     HELPER,
     ICMP,
     PUBLIC,
     REPLIED,
     SRC_NAT,
+    TCP,
     TIME_WAIT,
     UDP,
+    direction,
     listing,
     record,
 )
@@ -74,6 +77,50 @@ def test_a_marked_connection_has_a_record_without_a_reply() -> None:
     assert conntrack_copy.record_of(listed, marked=0x40000000) is None
 
 
+def test_a_connection_that_must_be_assured_has_no_record_with_a_reply_only() -> None:
+    listed = listing(UDP, status=REPLIED & ~conntrack.ASSURED)
+    assert conntrack_copy.record_of(listed, status=REPLIED) is None
+    assert conntrack_copy.record_of(listing(UDP), status=REPLIED) is not None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"translated": PUBLIC, "mark": 5},
+        {"source": "fd09::1", "destination": "fd09::2"},
+        {"zone": 5},
+        {"protocol": ESP},
+    ],
+)
+@pytest.mark.parametrize("reported", [True, False])
+def test_the_record_of_an_ended_connection_identifies_it(fields: dict[str, object], reported: bool) -> None:
+    """A report has the zone, if any, and the identifier right after the directions."""
+    listed = listing(**fields)  # type: ignore[arg-type]
+    both = 4 + 2 * len(direction(1, *_ends(fields)))
+    more = (be16(18, 5) if "zone" in fields else b"") + be32(12, 4711) if reported else b""
+    made = conntrack_copy.ended(listed[:both] + more + listed[both:])
+    assert made is not None
+    assert conntrack_copy.key_of(made) == conntrack_copy.key_of(record(**fields))  # type: ignore[arg-type]
+    assert conntrack_copy.decode(conntrack_copy.encode([made])[0]) == [made]
+
+
+def _ends(fields: dict[str, object]) -> tuple[int, str, str, int, int]:
+    protocol, source = fields.get("protocol", TCP), fields.get("source", GUEST)
+    assert isinstance(protocol, int) and isinstance(source, str)
+    return protocol, source, source, 0, 0
+
+
+@pytest.mark.parametrize("protocol", [ICMP, 132, 136])
+def test_a_connection_that_is_not_copied_has_no_end(protocol: int) -> None:
+    assert conntrack_copy.ended(listing(protocol)) is None
+    assert conntrack_copy.ended(b"") is None
+
+
+def test_tcp_is_closed_when_no_end_waits_for_data() -> None:
+    assert [state for state in range(10) if conntrack_copy.has_closed(listing(state=state))] == [1, 2, 7, 8, 9]
+    assert not conntrack_copy.has_closed(listing(UDP))
+
+
 LISTED = [listing(translated=PUBLIC), listing(ESP), listing(source="fd09::1", destination="fd09::2")]
 
 
@@ -88,6 +135,9 @@ def test_a_damaged_listing_is_refused_or_becomes_a_record(
     damaged = bytearray(listed)
     for at, value in changes:
         damaged[at % len(damaged)] = value
+    with contextlib.suppress(NetlinkError):
+        over = conntrack_copy.ended(bytes(damaged[:length]))
+        assert over is None or conntrack_copy.decode(conntrack_copy.encode([over])[0]) == [over]
     with contextlib.suppress(NetlinkError):
         made = conntrack_copy.record_of(bytes(damaged[:length]))
         if made is not None and made[-14] & conntrack.CONFIRMED:

@@ -13,6 +13,8 @@ import pytest
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
 from netloom.extension.moves import archive
 from netloom.extension.moves.archive import Archived, load_of, read_archive, without_secrets, write_archive
+from netloom.extension.moves.balance import Planned
+from netloom.extension.moves.drain import plan_drain, plan_rebalance
 from netloom.extension.moves.evacuate import plan_evacuation
 from netloom.extension.moves.inventory import (
     Await,
@@ -34,11 +36,24 @@ NET = "net-204"
 
 
 def inventory(silent: str = "", **hosts: str) -> Inventory:
-    """Hosts by what they say: ``open 3``, ``closed 2 h2``, ``moved 3 h2``; "-": nothing."""
+    """Hosts by what they say: ``open 3``, ``closed 2 h2``, ``moved 3 h2``, ``standby 3 h1 GROUP``; "-": nothing.
+
+    A peer "-" is none.
+    """
     views = {}
     for host, text in hosts.items():
-        gate, epoch, peer = (*text.split(), "", "", "")[:3]
-        held = HeldScope(scope_id=NET, owner="o", gate=gate, epoch=int(epoch or 0), peer=peer, why="it says so")
+        gate, epoch, peer, group = (*text.split(), "", "", "", "")[:4]
+        held = HeldScope(
+            scope_id=NET,
+            owner="o",
+            gate=gate,
+            epoch=int(epoch or 0),
+            peer=peer.strip("-"),
+            why="it says so",
+            group=group,
+            standby="h2" if group else "",
+            witness="h3" if group else "",
+        )
         views[host] = HostView({} if text == "-" else {NET: held})
     failures: dict[str, NetloomError] = {it: HostUnreachable(f"{it}: no answer") for it in silent.split()}
     return Inventory(views, failures)
@@ -60,6 +75,8 @@ def inventory(silent: str = "", **hosts: str) -> Inventory:
         (inventory(h1="passive 5", h2="passive 3"), (TakeOver, "h1", 6)),
         (inventory(h1="passive 5", h2="incoming 6"), (TakeOver, "h1", 7)),
         (inventory(silent="h3", h1="open 5", h2="-"), (Transfer, "h1", 6)),
+        (inventory(h1="open 5 - G", h2="standby 5 h1 G"), (Transfer, "h1", 6)),
+        (inventory(h1="standby 6 h2 G", h2="open 6 - G"), (There, "", 6)),
     ],
 )
 def test_the_next_step_follows_from_what_the_hosts_say(now: Inventory, step: tuple[type, str, int]) -> None:
@@ -80,6 +97,8 @@ def test_the_next_step_follows_from_what_the_hosts_say(now: Inventory, step: tup
         ),
         (inventory(silent="h3", h2="incoming 3 h3"), "h2 has it incoming from h3 (it says so); h3: no answer"),
         (inventory(h1="unreadable", h2="passive 3"), "h1 has it unreadable (it says so)"),
+        (inventory(h1="standby 5 - G", h2="standby 5 h1 G"), "no host that answers serves net-204; h1 has it standby"),
+        (inventory(silent="h1", h2="standby 5 h1 G"), "h2 has it standby (it says so); h1: no answer (bring that host"),
     ],
 )
 def test_what_has_no_next_step_is_an_error_with_a_remedy(now: Inventory, error: str) -> None:
@@ -101,10 +120,60 @@ def test_what_has_no_next_step_is_an_error_with_a_remedy(now: Inventory, error: 
         (inventory(h1="open 3", h2="open 3", h3="passive 2"), []),
         (inventory(h1="open 3", h2="unreadable"), []),
         (inventory(h1="closed 3 h2", h2="passive 2"), []),
+        (inventory(h1="open 3 - G", h2="standby 2 h1 OLD", h3="passive 2"), ["h2", "h3"]),
+        (inventory(h1="open 3", h2="standby 2 h1 OLD"), ["h2"]),
     ],
 )
 def test_only_what_is_older_than_the_serving_host_is_left_over(now: Inventory, hosts: list[str]) -> None:
     assert [it.host for it in leftovers(NET, now)] == hosts
+
+
+@pytest.mark.mutation("a-standby-is-no-leftover")
+@pytest.mark.parametrize(
+    ("now", "hosts"),
+    [
+        (inventory(h1="open 3 - G", h2="standby 3 h1 G"), []),
+        (inventory(h1="open 3 - G", h2="standby 2 h1 G", h3="passive 2"), ["h3"]),
+        (inventory(h1="open 3 - G", h2="open 2 - G"), []),  # it has no lease, and learns of the take-over
+    ],
+)
+def test_nothing_is_removed_from_a_host_that_stands_by(now: Inventory, hosts: list[str]) -> None:
+    assert [it.host for it in leftovers(NET, now)] == hosts
+
+
+def test_a_standby_copy_is_no_load_and_stays_in_a_drain() -> None:
+    now = inventory(h1="open 3 - G", h2="standby 3 h1 G", h3="-")
+    assert now.loads() == {"h1": 1, "h2": 0, "h3": 0}
+    assert plan_drain("h2", now) == []
+    assert plan_drain("h1", now) == [Planned(NET, "h1", "h2", 1)]
+    held = now.views["h1"].scopes[NET]
+    many = {f"net-{number}": msgspec.structs.replace(held, scope_id=f"net-{number}") for number in (1, 2)}
+    copies = {it: msgspec.structs.replace(held, scope_id=it, gate="standby", peer="h1") for it in many}
+    both = Inventory({"h1": HostView(many), "h2": HostView(copies)})
+    assert [(it.source, it.target) for it in plan_rebalance(both)] == [("h1", "h2")]
+
+
+def test_the_copy_of_the_standby_is_used_when_its_host_is_dead_and_it_has_not_taken_over() -> None:
+    plan = plan_evacuation("h1", inventory(silent="h1", h2="standby 3 h1 G", h3="-"), [])
+    assert [(it.scope_id, it.host) for it in plan.copies] == [(NET, "h2")]
+    assert plan.targets == {NET: "h2"}
+    assert plan_evacuation("h1", inventory(silent="h1", h2="open 4 - G", h3="-"), []).copies == ()
+
+
+@pytest.mark.mutation("a-standby-is-not-bypassed", instead="copy.host in loads")
+def test_a_standby_copy_is_used_where_it_is_because_it_could_still_take_over() -> None:
+    now = inventory(silent="h1", h2="standby 3 h1 G", h3="-")
+    views = {**now.views, "h2": HostView(now.views["h2"].scopes, drained=True)}
+    newer = archived(epoch=9)
+    plan = plan_evacuation("h1", Inventory(views, now.failures), [newer])
+    assert [(it.scope_id, it.host, it.archived) for it in plan.copies] == [(NET, "h2", None)]
+    assert plan.targets == {NET: "h2"}
+
+
+@pytest.mark.mutation("a-standby-may-take-over", instead="False")
+def test_no_copy_is_taken_over_beside_a_standby() -> None:
+    with pytest.raises(HostRefused, match="no host that answers serves net-204"):
+        next_step(NET, "h3", inventory(h1="passive 3", h2="standby 3 h1 G", h3="-"))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +198,28 @@ def test_only_what_is_older_than_the_serving_host_is_left_over(now: Inventory, h
         (inventory(h1="unreadable"), ["h1 cannot read its state file of net-204, and leaves the network as it is"]),
         (inventory(h1="moved 4 h2", h2="-"), ["h1 gave net-204 to h2, which does not have it any more"]),
         (inventory(h1="moved 4 h9", h2="-"), ["h1 gave net-204 to h9, which did not answer"]),
+        (inventory(h1="open 3 - G", h2="standby 3 h1 G", h3="-"), []),
+        (inventory(h1="standby 4 h2 G", h2="open 4 - G", h3="-"), []),
+        (
+            inventory(h1="open 3 - G", h2="open 4 - G"),
+            ["h1 and h2 both say that they are active for net-204 in the group G: look again"],
+        ),
+        (inventory(h1="open 3 - G", h2="standby 3 h9 G"), ["h2 stands by for h9, but h1 serves net-204: look again"]),
+        (
+            inventory(h1="open 3 - G", h2="standby 2 h1 OLD"),
+            ["h2 stands by for net-204 in a group that h1 has left: netloom move net-204 --to h1 removes it"],
+        ),
+        (
+            inventory(silent="h1", h2="standby 3 h1 G"),
+            ["h2 stands by for h1, which did not answer, and has not taken net-204 over: bring h1 or h3 back; if h1"],
+        ),
+        (
+            inventory(h1="standby 3 - G", h2="standby 3 h1 G"),
+            [
+                "h1 is active for net-204 without a lease: it hears neither h2 nor h3",
+                "h2 stands by for h1, which does not serve net-204: look again",
+            ],
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_plain_words(now: Inventory, texts: list[str]) -> None:

@@ -102,6 +102,8 @@ def test_the_registration_has_no_secrets() -> None:
 def test_ensure_prints_host_and_namespace() -> None:
     assert ensured(StoredDetails(), Use("h1"), "net-42") == '{"host":"h1","namespace":"cs-net-42"}'
     assert ensured(StoredDetails(), Use("h1"), "vpc-7") == '{"host":"h1","namespace":"cs-vpc-7","vpc_id":"7"}'
+    with_standby = ensured(StoredDetails(previous=("h2", "h3")), Use("h1", 4), "net-42", "h2")
+    assert with_standby == '{"host":"h1","namespace":"cs-net-42","epoch":4,"standby":"h2","previous":"h3"}'
 
 
 HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
@@ -113,12 +115,13 @@ HOST = st.from_regex(r"h[a-z0-9]{0,60}(\.h[a-z0-9]{0,60}){0,3}", fullmatch=True)
     previous=st.lists(HOST, max_size=20).map(tuple),
     left=st.lists(HOST, max_size=2).map(tuple),
     scope_id=st.sampled_from(["net-1", "net-4294967295", "vpc-4294967295"]),
+    standby=st.one_of(st.just(""), HOST),
 )
 def test_the_output_of_ensure_can_always_be_stored(
-    host: str, epoch: int, previous: tuple[str, ...], left: tuple[str, ...], scope_id: str
+    host: str, epoch: int, previous: tuple[str, ...], left: tuple[str, ...], scope_id: str, standby: str
 ) -> None:
     """The output is one line of ASCII that fits CloudStack's column: a JSON object without a key ``status``."""
-    text = ensured(StoredDetails(host="x", previous=previous), Use(host, epoch, left), scope_id)
+    text = ensured(StoredDetails(host="x", previous=previous), Use(host, epoch, left), scope_id, standby)
     assert len(text) <= DETAILS_CHARACTERS_MAX
     assert text.isascii()
     assert "\n" not in text
@@ -126,8 +129,9 @@ def test_the_output_of_ensure_can_always_be_stored(
     assert printed_details["host"] == host
     assert "status" not in printed_details
     again = parse_current_details(text)
-    assert again.epoch == epoch
+    assert (again.epoch, again.standby) == (epoch, standby)
     assert host not in again.previous
+    assert standby not in again.previous
 
 
 @given(st.text())

@@ -25,6 +25,7 @@ from netloom.extension.placement import (
     decide_everywhere,
     preferred_order,
 )
+from netloom.wire import StandbyReply
 
 HOLDS, HAS_NOT = HostAnswer(holds=True), HostAnswer()
 DRAINED = HostAnswer(drained=True)
@@ -39,6 +40,17 @@ def claims(epoch: int, gate: str = "open", *, proven: bool = True) -> HostAnswer
 
 def moved(to: str, epoch: int) -> HostAnswer:
     return HostAnswer(moved_to=to, epoch=epoch)
+
+
+def stands_by(active: str, epoch: int, *, proven: bool = True) -> HostAnswer:
+    """A host says that it stands by for the scope. By default it has a proof."""
+    return HostAnswer(moved_to=active, epoch=epoch, gate="standby", is_proven=proven)
+
+
+def leases(epoch: int, gate: str = "open", *, proven: bool = True) -> HostAnswer:
+    """A host says that it is the active one of a group, and has its lease."""
+    group = StandbyReply(group_id="1a2b3c4d", host="h1", witness="h3", serving=True)
+    return replace(claims(epoch, gate, proven=proven), standby=group)
 
 
 def may_take(*hosts: str, holds: int = 0, gate: str = "open", drained: bool = False) -> HostAnswer:
@@ -57,6 +69,7 @@ def situation(
     reached: str = "",
     epoch: int = 0,
     previous: tuple[str, ...] = (),
+    standby: str = "",
     removes: bool = False,
     **given: HostAnswer,
 ) -> Situation:
@@ -71,6 +84,7 @@ def situation(
         reached=frozenset(reached.split()),
         epoch=epoch,
         previous=previous,
+        standby=standby,
         removes=removes,
     )
 
@@ -268,6 +282,121 @@ def test_decide_about_moves(name: str) -> None:
     assert decide(now) == expected
 
 
+# The scope has a standby. Its group is h1, h2, and h3 as the witness.
+STANDBY: dict[str, tuple[Situation, object]] = {
+    "the active host serves: no other is asked": (situation("h1", epoch=3, h1=claims(3)), Use("h1", 3)),
+    "the other one took over": (situation("h1", epoch=3, h1=stands_by("h2", 4)), Ask(("h2",))),
+    "and serves": (situation("h1", epoch=3, h1=stands_by("h2", 4), h2=claims(4, proven=False)), Use("h2", 4)),
+    "it gave way again since": (situation("h1", epoch=3, h1=claims(5)), Use("h1", 5)),
+    "the active host is dead, and the other one took over": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4), h3=HAS_NOT),
+        Use("h2", 4, ("h1",)),
+    ),
+    "it has not taken over yet": (
+        situation("h1", epoch=3, h1=DOWN1, h2=stands_by("h1", 3), h3=HAS_NOT),
+        AskAgain(("h2",)),
+    ),
+    "the active host has no lease: the others are asked": (
+        situation("h1", epoch=3, h1=claims(3, "standby")),
+        Ask(("h2", "h3")),
+    ),
+    "one of the two will serve soon": (
+        situation("h1", epoch=3, h1=claims(3, "standby"), h2=stands_by("h1", 3), h3=HAS_NOT),
+        AskAgain(("h1", "h2")),
+    ),
+    "the active host is cut off from its group, and does not know that the other one serves": (
+        situation("h1", epoch=3, h1=claims(3, "standby"), h2=claims(4), h3=HAS_NOT),
+        Use("h2", 4, ("h1",)),
+    ),
+    "both say that the other one is active, for a moment": (
+        situation("h1", epoch=3, h1=stands_by("h2", 4), h2=stands_by("h1", 4)),
+        AskAgain(("h1", "h2")),
+    ),
+    "the host that took over is dead: the stored host will be active again": (
+        situation("h1", epoch=3, h1=stands_by("h2", 4), h2=DOWN2, h3=HAS_NOT),
+        AskAgain(("h1",)),
+    ),
+    "the stored host was installed anew": (
+        situation("h1", epoch=3, h1=HAS_NOT, h2=stands_by("h1", 3), h3=HAS_NOT),
+        AskAgain(("h2",)),
+    ),
+    "nothing is stored": (situation(h1=claims(3), h2=stands_by("h1", 3), h3=HAS_NOT), Use("h1", 3)),
+    "nothing is stored, and it has not taken over yet": (
+        situation(h1=DOWN1, h2=stands_by("h1", 3), h3=HAS_NOT),
+        AskAgain(("h2",)),
+    ),
+    "nothing is stored, and no host has a lease yet": (
+        situation(h1=claims(3, "standby"), h2=stands_by("h1", 3), h3=HAS_NOT),
+        AskAgain(("h1", "h2")),
+    ),
+}
+
+
+# The same while the active host has not answered, and CloudStack knows of the standby.
+SILENT: dict[str, tuple[Situation, object]] = {
+    "it gets a moment": (situation("h1", "h1", epoch=3, standby="h2"), Wait("host")),
+    "the others are asked, too": (situation("h1", "h1", "host", epoch=3, standby="h2"), Ask(("h2", "h3"))),
+    "nobody has answered": (situation("h1", "h1 h2 h3", "host", epoch=3, standby="h2"), Wait()),
+    "the standby has taken over": (
+        situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=leases(4)),
+        Use("h2", 4, ("h1",)),
+    ),
+    "it will": (
+        situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=stands_by("h1", 3)),
+        AskAgain(("h2",)),
+    ),
+    "it does not": (situation("h1", "h1 h3", "host moves", epoch=3, standby="h2", h2=stands_by("h1", 3)), Wait()),
+    "another host is the standby now": (
+        situation("h1", "h1", "host", epoch=3, standby="h2", h2=HAS_NOT, h3=leases(5)),
+        Use("h3", 5, ("h1",)),
+    ),
+    "no proof": (situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=leases(4, proven=False)), Wait()),
+    "an old lease": (situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=leases(3)), Wait()),
+    "no lease": (situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=leases(4, "standby")), Wait()),
+    "a placement without a lease": (situation("h1", "h1 h3", "host", epoch=3, standby="h2", h2=claims(4)), Wait()),
+    "the active host answers after all": (
+        situation("h1", "h3", "host", epoch=3, standby="h2", h1=claims(3), h2=stands_by("h1", 3)),
+        Use("h1", 3),
+    ),
+    "the active host is given up: its witness is not waited for": (
+        situation("h1", "h3", epoch=3, standby="h2", h1=DOWN1, h2=leases(4)),
+        Use("h2", 4, ("h1",)),
+    ),
+    "the host that took over is silent, and the stored host stands by for it": (
+        situation("h1", "h2 h3", "host", epoch=3, standby="h2", h1=stands_by("h2", 4)),
+        AskAgain(("h1",)),
+    ),
+    "CloudStack knows of no standby": (situation("h1", "h1", "host", epoch=3), Wait()),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+def test_decide_while_the_active_host_is_silent(name: str) -> None:
+    now, expected = SILENT[name]
+    assert decide(now) == expected
+
+
+@pytest.mark.mutation("a-placement-without-a-lease-waits-for-all-answers")
+def test_a_placement_without_a_lease_waits_for_all_answers() -> None:
+    assert decide(SILENT["a placement without a lease"][0]) == Wait()
+
+
+@pytest.mark.mutation("a-take-over-needs-a-proof")
+def test_a_take_over_needs_a_proof() -> None:
+    assert decide(SILENT["no proof"][0]) == Wait()
+
+
+@pytest.mark.mutation("an-old-lease-is-no-take-over")
+def test_an_old_lease_is_no_take_over() -> None:
+    assert decide(SILENT["an old lease"][0]) == Wait()
+
+
+@pytest.mark.parametrize("name", STANDBY)
+def test_decide_about_a_standby(name: str) -> None:
+    now, expected = STANDBY[name]
+    assert decide(now) == expected
+
+
 NO = "lives on h1 and was not moved: bring that host back; if it is dead: netloom evacuate h1"
 REFUSED: dict[str, tuple[Situation, str]] = {
     "no proof": (situation("h1", epoch=3, h1=DOWN1, h2=claims(4, proven=False), h3=HAS_NOT), NO),
@@ -343,6 +472,24 @@ REFUSED: dict[str, tuple[Situation, str]] = {
         situation(over="moves", h1=HAS_NOT, h2=claims(1, "incoming"), h3=HAS_NOT),
         "h2: net-42 is not served there: its move to this host is not finished",
     ),
+    "a standby that does not take over": (
+        situation("h1", over="moves", epoch=3, h1=DOWN1, h2=stands_by("h1", 3), h3=may_take("h1")),
+        "h1: connection refused (h2 stands by for net-42 and has not taken over: bring h1 or the witness back; if h1 "
+        "is dead: netloom evacuate h1)",
+    ),
+    "somebody says that it stands by": (
+        situation("h1", epoch=3, h1=DOWN1, h2=stands_by("h1", 3, proven=False), h3=HAS_NOT),
+        NO,
+    ),
+    "a standby of an earlier group": (situation("h1", epoch=3, h1=DOWN1, h2=stands_by("h1", 2), h3=HAS_NOT), NO),
+    "an active host that gets no lease": (
+        situation("h1", over="moves", epoch=3, h1=claims(3, "standby"), h2=HAS_NOT, h3=HAS_NOT),
+        "h1: net-42 is not served there: that host is the active one of its group, but has no lease",
+    ),
+    "nothing stored, and a standby that does not take over": (
+        situation(over="moves", h1=HAS_NOT, h2=stands_by("h1", 3), h3=HAS_NOT),
+        "h1: net-42 is not served there (h2 stands by for net-42 and has not taken over",
+    ),
     "nothing stored, and all are drained": (
         situation(h1=DOWN1, h2=DRAINED, h3=DRAINED),
         "net-42 is on no host, and every host that could take it is drained: h2, h3 (netloom undrain h2)",
@@ -386,6 +533,17 @@ def test_a_network_is_not_created_beside_a_passive_copy() -> None:
 @pytest.mark.mutation("a-moved-network-is-not-created-again")
 def test_a_network_is_not_created_while_the_host_it_was_moved_to_is_silent() -> None:
     assert isinstance(decide(REFUSED["nothing stored, and moved to a silent host"][0]), Fail)
+
+
+@pytest.mark.mutation("a-network-is-not-created-beside-its-standby")
+def test_a_network_is_not_created_beside_its_standby() -> None:
+    """Its host was declared dead, so another host may build it."""
+    assert isinstance(decide(REFUSED["a standby that does not take over"][0]), Fail)
+
+
+@pytest.mark.mutation("a-standby-needs-a-proof")
+def test_no_call_waits_for_a_host_that_only_says_that_it_stands_by() -> None:
+    assert isinstance(decide(REFUSED["somebody says that it stands by"][0]), Fail)
 
 
 def failed(decision: object) -> str:
@@ -441,6 +599,18 @@ EVERYWHERE: dict[str, tuple[Situation, object]] = {
         AllTold(("h1", "h2")),
     ),
     "that host has time to finish": (situation("h1", "h2 h3", epoch=3, h1=moved("h2", 4)), Wait()),
+    "the host that stands by was told": (
+        situation("h1", epoch=3, h1=claims(3), h2=stands_by("h1", 3), h3=HAS_NOT),
+        AllTold(("h1", "h2", "h3")),
+    ),
+    "the stored host stands by by now": (
+        situation("h1", epoch=3, h1=stands_by("h2", 4), h2=claims(4), h3=HAS_NOT),
+        AllTold(("h1", "h2", "h3")),
+    ),
+    "the stored host is dead, and its standby took over": (
+        situation("h1", epoch=3, h1=DOWN1, h2=claims(4), h3=HAS_NOT),
+        AllTold(("h2", "h3"), ("h1",)),
+    ),
 }
 
 
@@ -470,7 +640,7 @@ def test_everywhere_needs_the_host_to_which_the_network_was_moved() -> None:
     assert "h9, which is not registered" in str(foreign.error)
 
 
-GATE = st.sampled_from(["", "open", "closed", "incoming", "passive", "nonsense"])
+GATE = st.sampled_from(["", "open", "closed", "incoming", "passive", "standby", "nonsense"])
 ANY_ANSWER = st.builds(
     HostAnswer,
     holds=st.booleans(),
@@ -481,7 +651,7 @@ ANY_ANSWER = st.builds(
     drained=st.booleans(),
     is_proven=st.booleans(),
     evacuated=st.frozensets(st.sampled_from(["h1", "h2", "h3", "h4"]), max_size=2),
-).map(lambda it: it if not it.moved_to else replace(it, holds=False, is_proven=False))
+).map(lambda it: replace(it, holds=False, is_proven=it.is_proven and it.stands_by) if it.moved_to else it)
 UNPROVEN = ANY_ANSWER.map(lambda it: replace(it, is_proven=False, evacuated=frozenset()))
 HOSTS = ("h1", "h2", "h3", "h4")
 
@@ -565,13 +735,51 @@ def test_every_decision_about_moves_has_a_reason(
                 assert number > epoch or host in named
         case Unplaced(host):
             assert not now.answers[host].drained
-            assert not any(it.answered and it.holds for name, it in now.answers.items() if name in now.order)
+            others = [it for name, it in now.answers.items() if name in now.order and it.answered]
+            assert not any(it.holds or it.stands_by for it in others)
         case AllTold(hosts):
             assert hosts
             assert all(now.answers[host].answered for host in hosts)
         case Fail(error):
             assert isinstance(error, NetloomError)
             assert "\n" not in str(error)
+
+
+@given(
+    terms=st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)).map(sorted),
+    has_lease=st.booleans(),
+    silent=st.sets(st.sampled_from(["h1", "h2", "h3"])),
+    is_stored=st.booleans(),
+    order=st.permutations(["h1", "h2", "h3"]),
+    grace=st.integers(0, 20),
+    evacuated=st.booleans(),
+)
+def test_a_network_with_a_standby_is_used_on_its_active_host_only(
+    terms: list[int], has_lease: bool, silent: set[str], is_stored: bool, order: list[str], grace: int, evacuated: bool
+) -> None:
+    """h1 is active in even terms, h2 in odd ones. CloudStack, and the host that is not active, know an older term."""
+    stored, known, term = terms
+    active, other = ("h1", "h2") if term % 2 == 0 else ("h2", "h1")
+    other_view = claims(10 + known, "standby") if (known - term) % 2 else stands_by(active, 10 + known)
+    answers = {
+        active: claims(10 + term, "open" if has_lease else "standby"),
+        other: other_view,
+        "h3": may_take("h1", "h2") if evacuated else HAS_NOT,
+        **{host: down(host) for host in silent},
+    }
+    before = situation(("h1", "h2")[stored % 2], epoch=10 + stored) if is_stored else situation()
+    now = play(before, answers, order, grace, everywhere=False)
+    decision = decide(now)
+    heard = {host for host in (active, other) if now.answer(host)}
+    if isinstance(decision, Unplaced):
+        assert not is_stored and not heard
+    elif isinstance(decision, Use) and decision.host == "h3":
+        assert evacuated and not heard  # an operator said that they are dead
+    elif isinstance(decision, Use):
+        assert (decision.host, decision.epoch) == (active, 10 + term)
+        assert has_lease and active in heard
+    else:
+        assert active not in heard or not has_lease
 
 
 ANSWER = st.sampled_from([HOLDS, HAS_NOT, down("x")])

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
-from netloom.claimwire import Claim, EvacuationClaim, PlacementClaim
+from netloom.claimwire import EvacuationClaim, PlacementClaim, Signable, StandbyClaim
 from netloom.errors import BadRequest, LoginRefused
 from netloom.extension.deadline import Deadline
 from netloom.extension.hostkeys import KnownHosts, Trust
@@ -32,7 +32,7 @@ from netloom.extension.progress import Progress
 from netloom.extension.proof import PROOF_CHARACTERS_MAX, Credentials, holds, sign
 from netloom.extension.ssh import Login
 from netloom.secret import Secret
-from netloom.wire import Call, Evacuated, Registration, Reply
+from netloom.wire import Call, Evacuated, Registration, Reply, StandbyReply
 
 TYPES = (
     "ssh-ed25519",
@@ -45,6 +45,7 @@ TYPES = (
 )
 CLAIM = PlacementClaim("netloom/phys-1", "net-42", 4, "kvm2")
 DEAD = EvacuationClaim("netloom/phys-1", "kvm1", 1_800_000_000, "kvm2")
+STANDBY = StandbyClaim("netloom/phys-1", "net-42", 4, "kvm2")
 
 
 def login(sshkey: str = "", password: str = "", home: str = "", agent: str = "") -> Login:
@@ -66,17 +67,17 @@ def new_key(kind: str = "ssh-ed25519", form: str = "openssh", bits: int = 2048) 
 KEY, STRANGER = new_key(), new_key()
 
 
-def proof_of(claim: Claim, credentials: Login) -> str:
+def proof_of(claim: Signable, credentials: Login) -> str:
     return asyncio.run(sign(credentials, claim))
 
 
-def is_valid(claim: Claim, proof: str, credentials: Login) -> bool:
+def is_valid(claim: Signable, proof: str, credentials: Login) -> bool:
     return asyncio.run(holds(credentials, claim, proof))
 
 
 @pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("claim", [CLAIM, DEAD], ids=["placement", "evacuation"])
-def test_a_key_of_every_type_makes_proofs(kind: str, claim: Claim) -> None:
+@pytest.mark.parametrize("claim", [CLAIM, DEAD, STANDBY], ids=["placement", "evacuation", "standby"])
+def test_a_key_of_every_type_makes_proofs(kind: str, claim: Signable) -> None:
     credentials = login(new_key(kind))
     proof = proof_of(claim, credentials)
     assert proof.isascii()
@@ -110,7 +111,7 @@ def test_keys_that_make_no_proofs_are_refused_in_one_line() -> None:
 
 # --- what is no proof
 
-OTHERS: list[Claim] = [
+OTHERS: list[Signable] = [
     replace(CLAIM, owner="netloom/phys-2"),
     replace(CLAIM, scope_id="net-43"),
     replace(CLAIM, scope_id="vpc-42"),
@@ -119,6 +120,7 @@ OTHERS: list[Claim] = [
     replace(CLAIM, host="kvm3"),
     replace(CLAIM, owner="netloom/phys-1\0net-42", scope_id="4"),
     EvacuationClaim("netloom/phys-1", "net-42", 4, "kvm2"),  # the same fields
+    StandbyClaim("netloom/phys-1", "net-42", 4, "kvm2"),
 ]
 
 
@@ -271,6 +273,38 @@ def test_a_claim_is_verified() -> None:
     assert not heard(reply, host="KVM3").is_proven
     for epoch in (-1, 1 << 53, (1 << 64) - 1):
         assert heard(structs.replace(reply, epoch=epoch)).failure == f"kvm2: its agent says that the epoch is {epoch}"
+
+
+@pytest.mark.mutation("a-standbys-proof-has-a-beginning")
+def test_the_proof_of_a_standby_holds_from_its_number_on() -> None:
+    proof = proof_of(STANDBY, login(KEY))
+    group = StandbyReply(group_id="1a2b3c4d", host="kvm1", witness="kvm3", term=5, serving=True)
+    reply = Reply(call_id="a", holds=True, gate="open", epoch=9, proof=proof, proof_from=4, standby=group)
+    assert heard(reply) == HostAnswer(holds=True, gate="open", epoch=9, is_proven=True, standby=group)
+    copy = structs.replace(reply, holds=False, gate="standby", moved_to="kvm1")
+    assert heard(copy).is_proven and heard(copy).stands_by
+    for other in (
+        structs.replace(reply, proof_from=0),
+        structs.replace(reply, proof_from=5),
+        structs.replace(reply, proof_from=-4),
+        structs.replace(reply, epoch=3),
+        structs.replace(reply, holds=False),
+        structs.replace(reply, moved_to="kvm3"),
+        structs.replace(copy, moved_to=""),
+        structs.replace(reply, proof=proof_of(StandbyClaim("x", "net-42", 4, "kvm2"), login(KEY))),
+        structs.replace(reply, proof=proof_of(StandbyClaim(STANDBY.owner, "net-43", 4, "kvm2"), login(KEY))),
+        structs.replace(reply, proof=proof_of(StandbyClaim(STANDBY.owner, "net-42", 4, "kvm3"), login(KEY))),
+        structs.replace(reply, proof=proof_of(PlacementClaim(STANDBY.owner, "net-42", 4, "kvm2"), login(KEY))),
+        structs.replace(reply, proof=proof_of(STANDBY, login(STRANGER))),
+    ):
+        assert not heard(other).is_proven, other
+    assert not heard(reply, host="KVM3").is_proven
+
+
+def test_an_active_host_without_a_lease_does_not_serve() -> None:
+    group = StandbyReply(group_id="1a2b3c4d", host="kvm1", witness="kvm3", term=5)
+    answer = heard(Reply(call_id="a", holds=True, gate="open", epoch=9, standby=group))
+    assert (answer.gate, answer.holds, answer.serves, answer.is_moving) == ("standby", True, False, True)
 
 
 @pytest.mark.mutation("an-evacuation-ends")

@@ -13,7 +13,7 @@ from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink, Others
-from netloom.plan.plan import alias_of, plan, sweep, sweep_gates
+from netloom.plan.plan import alias_of, plan, sweep, sweep_gates, sweep_leases
 from netloom.plan.steps import (
     AddAddress,
     AddRule,
@@ -28,11 +28,13 @@ from netloom.plan.steps import (
     CreateVxlanLink,
     GuardBridge,
     GuardOthers,
+    LeasePorts,
     LoadRuleset,
     MarkPort,
     OpenGate,
     PutNeighbour,
     PutRoute,
+    ReleasePorts,
     RemoveAddress,
     RemoveBridge,
     RemoveHostPort,
@@ -103,6 +105,7 @@ def wish(
     policy: tuple[Route | Rule, ...] = (),
     gated: bool = False,
     gated_ports: frozenset[str] = frozenset(),
+    lease: int = 0,
 ) -> Want:
     """A network with public addresses 203.0.113.x by VLAN, and one exit for each VLAN.
 
@@ -137,13 +140,16 @@ def wish(
         announce=held,
         gated=gated,
         gated_ports=gated_ports,
+        lease=lease,
     )
 
 
-def swept(have: Have, gated: frozenset[str] = frozenset()) -> Have:
-    """The host after a tidy, when no scope claims a bridge, and scopes want these gates closed."""
+def swept(have: Have, want: Want | None = None) -> Have:
+    """The host after a tidy, when no scope claims a bridge, and scopes want the gates and leases of ``want``."""
+    gated, leased = (want.closed_ends, want.leased_ends) if want is not None else (frozenset[str](), {})
     have = carry_out(have, sweep(have.host_links, frozenset(), have.guarded, have.others))
-    return carry_out(have, sweep_gates(have.closed, gated, have.closed & have.host_links.keys()))
+    have = carry_out(have, sweep_gates(have.closed, gated, have.closed & have.host_links.keys()))
+    return carry_out(have, sweep_leases(have.leased, leased, frozenset(have.host_links)))
 
 
 def carry_out(have: Have, steps: tuple[Step, ...]) -> Have:
@@ -168,6 +174,7 @@ def _after(have: Have, step: Step) -> Have:
                 guarded=have.guarded,
                 others=have.others,
                 closed=have.closed,
+                leased=have.leased,
             )
         case SetSysctl(_, key, value):
             assert all(word in inside for word in key.split(".") if word.startswith(("gst-", "pub-")))
@@ -255,6 +262,12 @@ def _after(have: Have, step: Step) -> Have:
         case OpenGate(links):
             assert have.closed >= set(links)
             return replace(have, closed=have.closed - set(links))
+        case LeasePorts(links, mark):
+            assert all(have.leased.get(it) != mark for it in links)
+            return replace(have, leased=have.leased | dict.fromkeys(links, mark))
+        case ReleasePorts(links):
+            assert have.leased.keys() >= set(links)
+            return replace(have, leased={it: mark for it, mark in have.leased.items() if it not in links})
         case AttachCarrier(link, bridge) | AttachPort(link, bridge):
             assert host[bridge].kind == "bridge"
             have = _with_host_link(have, replace(host[link], master=bridge))
@@ -352,6 +365,7 @@ WISHES = st.one_of(
         POLICIES,
         st.booleans(),
         st.sets(st.sampled_from(["vnetg204", "vnetpn204.101", "vnetpn204.102"])).map(frozenset),
+        st.sampled_from([0, 7, 8]),
     ),
 )
 DAMAGES = st.lists(
@@ -373,6 +387,8 @@ DAMAGES = st.lists(
             "table",
             "gates",
             "gate",
+            "leases",
+            "lease",
         ]
     )
 )
@@ -421,6 +437,10 @@ def damaged(have: Have, kinds: list[str]) -> Have:
                 have = replace(have, closed=frozenset())
             case "gate":
                 have = replace(have, closed=frozenset(sorted(have.closed)[1:]))
+            case "leases":
+                have = replace(have, leased={})
+            case "lease":
+                have = replace(have, leased=dict(sorted(have.leased.items())[1:]))
     return have
 
 
@@ -437,12 +457,10 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
     assert set(after.rules) == set(then.rules)
     assert set(after.neighbours) == set(then.neighbours)
     assert set(after.links) == {port.link for port in then.ports}
-    assert after.closed & after.host_links.keys() == gates_of(then)
-    assert swept(after, gates_of(then)).closed == gates_of(then)
-
-
-def gates_of(want: Want) -> frozenset[str]:
-    return want.closed_ends
+    assert after.closed & after.host_links.keys() == then.closed_ends
+    assert {it: mark for it, mark in after.leased.items() if it in after.host_links} == then.leased_ends
+    assert swept(after, then).closed == then.closed_ends
+    assert swept(after, then).leased == then.leased_ends
 
 
 def through(have: Have) -> set[str]:
@@ -481,12 +499,46 @@ def test_a_gate_opens_with_the_last_step(first: Want, harm: list[str], then: Wan
         assert have.closed == carry_out(have, steps[:number]).closed
 
 
+def without(have: Have, mark: int) -> set[str]:
+    """The host ends of the scope that frames pass without the lease with this mark."""
+    ports = {it.name for it in have.host_links.values() if it.alias == alias_of(SCOPE) and it.master}
+    return {it for it in ports if have.leased.get(it) != mark}
+
+
+@pytest.mark.mutation("a-port-needs-its-lease-before-it-exists")
+@given(WISHES, DAMAGES, WISHES)
+@settings(max_examples=300, deadline=None)
+def test_no_frame_passes_without_the_lease_after_the_first_steps(first: Want, harm: list[str], then: Want) -> None:
+    then = replace(then, lease=9)
+    have = damaged(built(first), harm)
+    steps = plan(have, then)
+    begun = [it for it in range(len(steps)) if isinstance(steps[it], LeasePorts | CloseGate)]
+    assert begun == list(range(len(begun)))
+    for number in range(len(begun), len(steps) + 1):
+        assert not without(carry_out(have, steps[:number]), 9), steps
+
+
+@given(WISHES, DAMAGES, WISHES)
+@settings(max_examples=300, deadline=None)
+def test_ports_are_released_when_all_else_is_in_place(first: Want, harm: list[str], then: Want) -> None:
+    have = damaged(built(replace(first, lease=9)), harm)
+    steps = plan(have, replace(then, lease=0))
+    assert not any(isinstance(step, LeasePorts) for step in steps)
+    for number, step in enumerate(steps):
+        assert have.leased == carry_out(have, steps[:number]).leased or isinstance(step, OpenGate)
+
+
 def test_gates_of_other_scopes_are_left_alone() -> None:
     others = replace(EMPTY, closed=frozenset({"vnetg7"}))
     have = built(wish(gated=True), others)
     assert have.closed == {"vnetg7", "vnetg204", "vnetpn204.101"}
     assert built(wish(), have).closed == {"vnetg7"}
     assert built(NOTHING, have).closed == {"vnetg7"}
+    others = replace(EMPTY, leased={"vnetg7": 5})
+    have = built(wish(lease=6), others)
+    assert have.leased == {"vnetg7": 5, "vnetg204": 6, "vnetpn204.101": 6}
+    assert built(wish(), have).leased == {"vnetg7": 5}
+    assert built(NOTHING, have).leased == {"vnetg7": 5}
 
 
 def test_the_gates_of_ports_that_were_removed_by_earlier_steps_are_opened() -> None:
@@ -494,12 +546,21 @@ def test_the_gates_of_ports_that_were_removed_by_earlier_steps_are_opened() -> N
     assert plan(have, NOTHING) == (OpenGate(("vnetg204",)),)
     gated = wish(gated=True)
     assert plan(replace(built(gated), left=frozenset({"vnetg205"})), gated) == ()
+    have = replace(EMPTY, leased={"vnetg7": 5, "vnetg204": 6}, left=frozenset({"vnetg204", "vnetg205"}))
+    assert plan(have, NOTHING) == (ReleasePorts(("vnetg204",)),)
 
 
 def test_a_tidy_closes_wanted_gates_and_forgets_those_of_links_that_are_gone() -> None:
     closed, wanted, existing = frozenset({"a", "b", "c"}), frozenset({"b", "d"}), frozenset({"a", "b"})
     assert sweep_gates(closed, wanted, existing) == (CloseGate(("d",)), OpenGate(("c",)))
     assert sweep_gates(wanted, wanted, existing) == ()
+
+
+def test_a_tidy_restores_wanted_leases_and_forgets_those_of_links_that_are_gone() -> None:
+    leased, wanted, existing = {"a": 1, "b": 1, "c": 2}, {"b": 2, "d": 1}, frozenset({"a", "b"})
+    restored = (LeasePorts(("d",), 1), LeasePorts(("b",), 2), ReleasePorts(("c",)))
+    assert sweep_leases(leased, wanted, existing) == restored
+    assert sweep_leases(wanted, wanted, existing) == ()
 
 
 @given(walks())

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from netloom import standbywire
 from netloom.errors import BadRequest
 from netloom.names import CONNTRACK_HELPERS
 from netloom.protocol.envelope import (
+    STANDBY_DEFAULT,
     Envelope,
     StoredDetails,
     parse_current_details,
@@ -57,6 +59,30 @@ def test_limits_of_connections_have_bounds(detail: str, accepted: str, refused: 
     for value in refused:
         with pytest.raises(BadRequest, match=detail):
             envelope(**{detail: value})
+
+
+@pytest.mark.mutation("a-host-alone-stops")
+def test_the_details_of_the_standby() -> None:
+    details = envelope().details
+    assert (details.standby, details.standby_alone, details.standby_port) == (STANDBY_DEFAULT, "stop", standbywire.PORT)
+    for policy in ("auto", "off", "required"):
+        assert envelope(standby=policy.upper()).details.standby == policy
+    assert envelope(**{"standby.port": "9000"}).details.standby_port == 9000
+    for wrong, text in (
+        ({"standby": "yes"}, "standby: 'yes' is none of auto, off, required"),
+        ({"standby.alone": "go"}, "standby.alone: 'go' is none of stop, gateway"),
+        ({"standby.alone": "gateway"}, "standby.alone: gateway is not there yet"),
+        ({"standby.port": "0"}, "standby.port: '0' is not a port that a program can listen on"),
+    ):
+        with pytest.raises(BadRequest) as raised:
+            envelope(**wrong)
+        assert text in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.mutation("the-hosts-do-not-meet-at-the-port-of-ssh")
+def test_the_hosts_of_a_group_do_not_meet_at_the_port_of_ssh() -> None:
+    with pytest.raises(BadRequest, match="standby.port and port are both 2222, and SSH listens there"):
+        envelope(**{"standby.port": "2222", "port": "2222"})
 
 
 def test_empty_and_null_details_are_absent_ones() -> None:
@@ -243,6 +269,7 @@ def test_current_details_as_we_print_them() -> None:
 
 def test_current_details_of_another_scope_are_unknown() -> None:
     assert parse_current_details('{"host":"192.0.2.12","namespace":"cs-net-9"}', "net-204") == StoredDetails()
+    assert parse_current_details('{"host":"192.0.2.12","standby":"kvm2"}').standby == "kvm2"
 
 
 @pytest.mark.parametrize(

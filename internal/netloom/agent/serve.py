@@ -39,16 +39,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from netloom import __version__, placementwire
+from netloom import __version__, placementwire, standbywire
 from netloom.agent import exhausted
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.clock import Clock, LoopClock
 from netloom.agent.connect import SOCKET
 from netloom.agent.heartbeat import Heartbeat, notify, ready
 from netloom.agent.host.converge import KernelHost
+from netloom.agent.host.lease import Leases
 from netloom.agent.host.outside import Outside
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.kernel.claims_socket import ClaimSockets
+from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
@@ -57,12 +59,18 @@ from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes.claims import Claims
 from netloom.agent.scopes.events import Events
+from netloom.agent.scopes.flow_copies import FlowCopies
 from netloom.agent.scopes.isolation import Isolation
 from netloom.agent.scopes.moves import Moves
+from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes, start_workers
+from netloom.agent.scopes.standby import Standbys
 from netloom.agent.scopes.store import Store
 from netloom.agent.scopes.upkeep import CHECK_EVERY_S, Upkeep
 from netloom.agent.setup.install import held
+from netloom.agent.standby.engine import Engine
+from netloom.agent.standby.flows import FlowSink, FlowSource
+from netloom.agent.standby.pair import Pairs
 from netloom.errors import HostRefused, NetloomError
 from netloom.program import build_id, command
 from netloom.sockets import peer_credentials
@@ -125,6 +133,9 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     workers = start_workers()
     events = Events()
     host = KernelHost(store.directory.parent)
+    engine = Engine(store.directory.parent, log, events.turn_changed, Leases())
+    engine.start()  # first: the lease of an earlier agent runs out within a second
+    roles = Roles(engine.views)
     guest_process = GuestProcess(loop, log, [*command(), "guest"], BUILD, events.password_taken)
     supervisor = Supervisor(loop, events.revive)
     services = Services(Guests(loop, guest_process), supervisor, log)
@@ -133,20 +144,25 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         loop, clock, log, events, host.orphaned, partial(_keep_closed, host, outside), events.uplink_changed
     )
     actions = Actions(host, store.directory.parent / "hooks")
-    scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers)
+    scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers, roles)
     upkeep = Upkeep(scopes, host, services, watcher, log, clock)
     moves = Moves(scopes, upkeep, host, store, log, clock)
     isolation = Isolation(scopes, upkeep, outside, log, clock)
-    events.connect(upkeep, isolation)
+    flows = FlowCopies(loop, log, upkeep.start_task, partial(_started_source, log), partial(_started_sink, log))
+    standbys = Standbys(loop, engine, roles, scopes, upkeep, host, store, log, clock, flows)
+    pairs = Pairs(loop, log, standbys)
+    store.on_saved, store.on_retired = standbys.saved, standbys.retired
+    events.connect(upkeep, isolation, standbys)
     scopes.load()
     moves.resume()
+    standbys.connect(pairs)
     try:
         await guest_process.adopt()
     except NetloomError as error:
         log.line(f"guest process: {error}")
     prepared = asyncio.Event()
     claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop))
-    calls = _Calls(scopes, moves, claims, prepared)
+    calls = _Calls(scopes, moves, standbys, claims, prepared)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     server = await loop.create_unix_server(lambda: _Peer(calls, log, partial(_hello, upkeep)), path=path, backlog=128)
@@ -173,6 +189,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         asyncio.ensure_future(_beat(heartbeat, prepared)),
         asyncio.ensure_future(isolation.run()),
         asyncio.ensure_future(claims.run()),
+        asyncio.ensure_future(standbys.run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
@@ -182,11 +199,27 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     watcher.stop()
     for task in (restoring, *loops):
         task.cancel()
+    pairs.close()
     await calls.finish(STOP_S_MAX)
     await upkeep.stop(STOP_S_MAX)
+    engine.stop()
     workers.shutdown(wait=False, cancel_futures=True)
     guest_process.stop()
     log.line("stopped; what runs keeps running")
+
+
+def _started_source(
+    log: Log, changed: Callable[[str, list[Record], list[Record]], None], gap: Callable[[frozenset[str]], None]
+) -> FlowSource:
+    source = FlowSource(log, changed, gap)
+    source.start()
+    return source
+
+
+def _started_sink(log: Log, lost: Callable[[str], None]) -> FlowSink:
+    sink = FlowSink(log, lost)
+    sink.start()
+    return sink
 
 
 def _keep_closed(host: KernelHost, outside: Outside) -> None:
@@ -253,8 +286,10 @@ def _status(scopes: Scopes, upkeep: Upkeep) -> str:
     if missing:
         failed = next((f"; {it}" for it in missing if it.endswith(")")), "")
         done = f"restoring: {networks - len(missing)} of {networks} networks done{failed}"
-    passive = sum(slot.gate == "passive" for slot in scopes.slots())
-    return f"{done}, {passive} of them passive" if passive else done
+    for gate, what in (("passive", "passive"), ("standby", "on standby")):
+        count = sum(slot.gate == gate for slot in scopes.slots())
+        done += f", {count} of them {what}" if count else ""
+    return done
 
 
 async def _greeted(path: str) -> None:
@@ -270,9 +305,12 @@ async def _greeted(path: str) -> None:
 class _Calls:
     """The running calls and the last replies. A call that is repeated gets the same reply and is not executed twice."""
 
-    def __init__(self, scopes: Scopes, moves: Moves, claims: Claims, prepared: asyncio.Event) -> None:
+    def __init__(
+        self, scopes: Scopes, moves: Moves, standbys: Standbys, claims: Claims, prepared: asyncio.Event
+    ) -> None:
         self._scopes = scopes
         self._moves = moves
+        self._standbys = standbys
         self._claims = claims
         self._prepared = prepared  # until then a call waits
         self._running: dict[str, asyncio.Task[Reply]] = {}
@@ -293,6 +331,8 @@ class _Calls:
     async def _execute(self, call: Call) -> Reply:
         await self._prepared.wait()
         await self._claims.learn(call)
+        if call.command in standbywire.COMMANDS:
+            return await self._standbys.execute(call)
         return await (self._moves if call.command in placementwire.COMMANDS else self._scopes).execute(call)
 
     async def finish(self, wait_s: float) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from netloom.extension.moves.balance import Planned
     from netloom.extension.moves.inventory import Inventory
     from netloom.extension.moves.move import Moved, Mover
+    from netloom.placementwire import HeldScope
 
 T = TypeVar("T")
 
@@ -163,10 +164,15 @@ def _where(
             "scope": it.scope_id,
             "host": it.host,
             "epoch": it.held.epoch,
-            "gate": f"moved to {it.held.peer}" if it.held.gate == "moved" else it.held.gate,
+            "gate": _gate(it.held),
             "networks": it.held.networks,
             "nics": it.held.nics,
             "addresses": it.held.public_ips,
+            "standby": it.held.standby,
+            "witness": it.held.witness,
+            "term": it.held.term if it.held.group else None,
+            "behind": it.held.behind,
+            "took_over": it.held.took_over,
             "why": it.held.why,
         }
         for it in places(inventory, wanted)
@@ -448,6 +454,12 @@ def _shown(display: MovesDisplay) -> Callable[[Moved], None]:
 # ------------------------------------------------------------------------------------------------------ output
 
 
+def _gate(held: HeldScope) -> str:
+    if held.gate == "standby":
+        return f"stands by for {held.peer}" if held.peer else "no lease"
+    return f"moved to {held.peer}" if held.gate == "moved" else held.gate
+
+
 def _row(moved: Moved) -> dict[str, object]:
     return {
         "scope": moved.scope_id,
@@ -511,7 +523,7 @@ def _load_of(host: str, inventory: Inventory) -> int:
     from netloom.extension.moves.inventory import load  # asyncssh: twenty bare start-ups
 
     view = inventory.views.get(host)
-    return sum(load(it) for it in view.scopes.values() if it.gate != "moved") if view else 0
+    return sum(load(it) for it in view.scopes.values() if it.gate not in ("moved", "standby")) if view else 0
 
 
 def _hosts(inventory: Inventory) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,16 +13,17 @@ from netloom.errors import HostUnreachable
 from netloom.extension.deadline import Deadline
 from netloom.extension.directory import home_of, persistent
 from netloom.extension.hostkeys import KnownHosts, Trust, parse_pins
-from netloom.extension.hosts import Hosts, Inquiry, tell_all
+from netloom.extension.hosts import HESITATES_S, Hosts, Inquiry, tell_all
 from netloom.extension.log import note
 from netloom.extension.outcome import ensured, error_in, printed
 from netloom.extension.package import package
-from netloom.extension.placement import Fail, HostAnswer, Situation, Unplaced, preferred_order
+from netloom.extension.placement import Fail, HostAnswer, Situation, Unplaced, Use, preferred_order
 from netloom.extension.pool import Pool
 from netloom.extension.progress import Installing, Progress
 from netloom.extension.record import CallRecord
 from netloom.extension.request import Request
 from netloom.extension.ssh import Login, agent_of
+from netloom.extension.standby import with_standby
 from netloom.protocol.envelope import PhysicalDetails
 from netloom.secret import Secret
 from netloom.wire import Call, Reply
@@ -79,7 +81,8 @@ async def dispatch(
         order=preferred_order(request.scope_id.partition("-")[2], request.details.candidates),
         stored=request.stored.host,
         epoch=request.stored.epoch,
-        previous=request.stored.previous,
+        previous=(*request.stored.previous, *filter(None, [request.stored.standby])),
+        standby=request.stored.standby,
         removes=request.only_removes or request.ends,
     )
     if request.call.command in TO_ALL_HOSTS:
@@ -89,9 +92,12 @@ async def dispatch(
 
 async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: CallRecord) -> str:
     inquiry = Inquiry(hosts, request.call)
-    host, reply, now = situation.stored, None, situation
+    host, now = situation.stored, situation
+    reply: Reply | None = None
+    decision: Use | Unplaced | Fail | None = None
     if request.call.command not in (ENSURE, ACTION) and host in situation.order and hosts.is_open(host):
-        reply, now = await _to_stored(request.call, situation, inquiry, hosts, record)
+        record.host = host
+        reply, decision, now = await _to_stored(request.call, situation, inquiry, hosts, record)
     # A scope can move between the question and the command, and then the command was refused. Of an action that failed
     # it is not known whether it ran before the move: it is not sent again.
     for _ in range(1 + len(situation.order)):
@@ -99,18 +105,23 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
             break
         if reply is not None and request.call.command == ACTION:  # guard: an-action-is-not-sent-twice
             break
-        decision = await inquiry.find(now)
+        decision = decision or await inquiry.find(now)
         if isinstance(decision, Fail):
             raise decision.error
         if isinstance(decision, Unplaced) and request.only_removes:
             return ""  # no host has the scope, so there is nothing to remove
         host = record.host = decision.host
         if request.call.command == ENSURE:
-            return ensured(request.stored, decision, request.scope_id)
+            standby = ""
+            if isinstance(decision, Use):
+                decision, standby = await with_standby(request, decision, now, inquiry, hosts, record)
+            return ensured(request.stored, decision, request.scope_id, standby)
         record.doing = f"waiting for {host}"
         call = msgspec.structs.replace(request.call, epoch=decision.epoch)  # guard: a-command-names-its-placement
-        reply = await hosts.call(host, call)  # guard: a-command-is-one-channel
-        now = await _after(reply, host, situation, inquiry)
+        sent = await _send(call, host, situation, inquiry, hosts)  # guard: a-command-is-one-channel
+        reply, decision = (None, sent) if isinstance(sent, Use) else (sent, None)
+        if reply is not None:
+            now = await _after(reply, host, situation, inquiry)
     assert reply is not None
     record.note = reply.note
     if error := error_in(host, reply):
@@ -120,22 +131,59 @@ async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: 
 
 async def _to_stored(
     call: Call, situation: Situation, inquiry: Inquiry, hosts: Hosts, record: CallRecord
-) -> tuple[Reply | None, Situation]:
+) -> tuple[Reply | None, Use | None, Situation]:
     """Send the call to the stored host at once, without ``locate`` first: ``placement`` would choose this host, unless
     it says that the scope is elsewhere, and then it does not execute the call.
 
-    The reply, or None when the host fails; and the situation with what the host said, so that it is not asked again.
+    The reply, or None when the host fails; the host that has taken over then, if that is known; and the situation with
+    what the host said, so that it is not asked again.
     """
     host = situation.stored
-    record.host, record.doing = host, f"waiting for {host}"
+    record.doing = f"waiting for {host}"
     try:
-        reply = await hosts.call(host, call)
+        sent = await _send(call, host, situation, inquiry, hosts)
     except HostUnreachable as error:
         if not hosts.deadline.remaining_s():
             raise
         answers = {host: HostAnswer(failure=str(error))}
-        return None, replace(situation, asked=frozenset((host,)), answers=answers)
-    return reply, await _after(reply, host, situation, inquiry)
+        return None, None, replace(situation, asked=frozenset((host,)), answers=answers)
+    if isinstance(sent, Use):
+        return None, sent, situation
+    return sent, None, await _after(sent, host, situation, inquiry)
+
+
+async def _send(call: Call, host: str, situation: Situation, inquiry: Inquiry, hosts: Hosts) -> Reply | Use:
+    """The reply of ``host`` to the call. If it lets us wait, and another host has taken over: that one.
+
+    The call may be sent to that one then: ``host`` has no lease any more, so it executes nothing, and what it executed
+    before can be repeated. An action cannot. Raises HostUnreachable.
+    """
+    if not situation.standby or call.command == ACTION:  # guard: an-action-stays-where-it-was-sent
+        return await hosts.call(host, call)
+    replying = asyncio.ensure_future(hosts.call(host, call))
+    pause_s = HESITATES_S
+    try:
+        while True:
+            await asyncio.wait([replying], timeout=pause_s)
+            if replying.done():
+                return replying.result()
+            finding = asyncio.ensure_future(inquiry.find(situation))
+            try:
+                await asyncio.wait([replying, finding], return_when=asyncio.FIRST_COMPLETED)
+                if replying.done():
+                    return replying.result()
+                found = finding.result()
+            finally:
+                finding.cancel()
+            if (
+                isinstance(found, Use)
+                and found.host != host
+                and found.epoch > max(call.epoch, situation.epoch)  # guard: a-call-is-sent-again-after-a-take-over
+            ):
+                return found
+            pause_s *= 2  # a command may take long
+    finally:
+        replying.cancel()
 
 
 async def _after(reply: Reply, host: str, situation: Situation, inquiry: Inquiry) -> Situation:

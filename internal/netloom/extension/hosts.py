@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import msgspec
 
-from netloom.claimwire import EvacuationClaim, PlacementClaim
+from netloom.claimwire import EvacuationClaim, PlacementClaim, Signable, StandbyClaim
 from netloom.errors import HostUnreachable
 from netloom.extension.agent_client import AgentClient, OtherProtocol
 from netloom.extension.deadline import Deadline
@@ -34,12 +34,13 @@ from netloom.extension.placement import (
     decide,
     decide_everywhere,
 )
-from netloom.extension.pool import Pool, PooledChannel
+from netloom.extension.pool import Pool, PooledChannel, Retries
 from netloom.extension.progress import Progress
 from netloom.extension.proof import Credentials
 from netloom.extension.ssh import LOOK_THERE, ConnectionLost, Login, NoAgent
 from netloom.extension.without_agent import reply_without_agent
 from netloom.placementwire import CLOSED_S
+from netloom.standbywire import COMMANDS as STANDBY_COMMANDS
 from netloom.wire import Call, Evacuated, Reply, Signers
 
 # The agent gets this much less than the remaining time (a tenth of it, if that is less), so that its reply is in time.
@@ -48,6 +49,9 @@ _REPLY_RESERVE_S_MAX = 0.5
 # The last step of a move takes less than a second. If it fails, the old host serves again within this time.
 _MOVE_S_MAX = CLOSED_S + 2.0
 _AGAIN_S = 0.25
+# How long the host of a scope with a standby may take before the others are asked, too. A host that works answers in
+# milliseconds; a standby takes over within 1.2 s.
+HESITATES_S = 0.7
 _LAST_S = 1.0  # of the call's time; a host is not asked again then
 
 _SSH_AGENT_S = 1.0
@@ -89,6 +93,23 @@ class Hosts:
     def is_open(self, host: str) -> bool:
         return self._pool.is_open(host, self.login, self._package)
 
+    def address(self, host: str) -> str:
+        """The numeric address of a host with an open channel. Raises HostUnreachable when there is none."""
+        address = self._pool.address(host, self.login, self._package)
+        if not address:
+            raise HostUnreachable(f"{host}: the connection to it is lost", hint="repeat the command")
+        return address
+
+    @property
+    def standby_retries(self) -> Retries:
+        """When a standby may be set up again."""
+        return self._pool.standby_retries
+
+    @property
+    def standby_losses(self) -> Retries:
+        """When a host that its active host did not hear may be in a group again."""
+        return self._pool.standby_losses
+
     async def call(self, host: str, call: Call, *, installs: bool = True) -> Reply:
         """The reply of ``host``. Raises HostUnreachable, also when there is no reply by the deadline.
 
@@ -117,7 +138,7 @@ class Hosts:
             try:
                 await self._open(host, channel, installs)
             except NoAgent as missing:
-                if installs:
+                if installs or call.command in STANDBY_COMMANDS:
                     raise
                 return await reply_without_agent(channel.agent.connection, call, missing)
             if not (installs and channel.agent.outdated and self._pool.may_replace(host)):
@@ -223,17 +244,18 @@ class DecisionLoop:
                         now = replace(now, over=now.over | {"moves"})
                         continue
                     await asyncio.sleep(_AGAIN_S)
-                    now = replace(now, answers={**now.answers, **await self._again(hosts)})
+                    again = await self._again(hosts)
+                    now = replace(now, answers={**now.answers, **again, **_ended(pending, pending)})
                 case Wait(patience):
                     left_s = None
                     if patience is not None:
-                        ends = graces.setdefault(patience, time.monotonic() + self.deadline.grace_s())
+                        patience_s = HESITATES_S if patience == "host" else self.deadline.grace_s()
+                        ends = graces.setdefault(patience, time.monotonic() + patience_s)
                         left_s = max(0.0, ends - time.monotonic())
                     done, _ = await asyncio.wait(pending, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                     if not done and patience is not None:
                         now = replace(now, over=now.over | {patience})
-                    answers = {pending.pop(task): task.result() for task in done}
-                    now = replace(now, answers={**now.answers, **answers})
+                    now = replace(now, answers={**now.answers, **_ended(pending, done)})
                 case Use() | Unplaced() | AllTold() | Fail() as decision:
                     self.situation = now
                     return decision
@@ -249,10 +271,18 @@ class DecisionLoop:
         return {asked[task]: task.result() for task in done}
 
 
+def _ended(
+    pending: dict[asyncio.Future[HostAnswer], str], tasks: Iterable[asyncio.Future[HostAnswer]]
+) -> dict[str, HostAnswer]:
+    """The answers of those of the tasks that have ended, by host. They are pending no longer."""
+    return {pending.pop(task): task.result() for task in list(tasks) if task.done()}
+
+
 class Inquiry:
     """Asks hosts by ``locate`` where the scope of ``call`` lives, and verifies what they say.
 
     One object for all questions of a call: an agent answers a repeated call id from memory, so each has its own.
+    ``answers``: the last one of each host.
     """
 
     def __init__(self, hosts: Hosts, call: Call) -> None:
@@ -260,6 +290,7 @@ class Inquiry:
         self._locate = msgspec.structs.replace(call, command=LOCATE, payload=b"{}")
         self._credentials = hosts.credentials
         self._count = itertools.count(1)
+        self.answers: dict[str, HostAnswer] = {}
 
     async def find(self, situation: Situation) -> Use | Unplaced | Fail:
         """Where the scope lives, or where it would be created."""
@@ -271,6 +302,7 @@ class Inquiry:
             except HostUnreachable as error:
                 return HostAnswer(failure=str(error))
 
+        self.answers.update(situation.answers)
         decision = await DecisionLoop(situation, self._hosts.deadline, ask, decide).decision()
         assert not isinstance(decision, AllTold)
         return decision
@@ -280,7 +312,9 @@ class Inquiry:
         number = next(self._count)
         call_id = f"{self._locate.call_id}-{LOCATE}" + (f"-{number}" if number > 1 else "")
         locate = msgspec.structs.replace(self._locate, call_id=call_id)
-        return await self.answer(situation, host, await self._hosts.call(host, locate, installs=installs))
+        answer = await self.answer(situation, host, await self._hosts.call(host, locate, installs=installs))
+        self.answers[host] = answer
+        return answer
 
     async def answer(self, situation: Situation, host: str, reply: Reply) -> HostAnswer:
         """What a reply says about the placement. The stored host proves nothing: it is believed as long as it answers.
@@ -294,10 +328,11 @@ class Inquiry:
         answer = HostAnswer(
             holds=reply.holds and not reply.moved_to,
             epoch=reply.epoch,
-            gate=reply.gate,
+            gate="standby" if _has_no_lease(reply) else reply.gate,
             why=reply.error or reply.note,
             moved_to=reply.moved_to,
             drained=reply.drained,
+            standby=reply.standby,
         )
         if host == situation.stored:
             return answer
@@ -305,7 +340,7 @@ class Inquiry:
             async with asyncio.timeout(self._hosts.deadline.remaining_s()):
                 return replace(
                     answer,
-                    is_proven=answer.holds and await self._is_proven(host, reply),
+                    is_proven=(answer.holds or answer.stands_by) and await self._is_proven(host, reply),
                     evacuated=await self._evacuated(situation, host, reply.evacuated)
                     if situation.stored
                     else frozenset(),
@@ -314,7 +349,12 @@ class Inquiry:
             return answer
 
     async def _is_proven(self, host: str, reply: Reply) -> bool:
-        claim = PlacementClaim(self._owner, self._locate.scope_id, reply.epoch, host)
+        scope_id = self._locate.scope_id
+        claim: Signable = PlacementClaim(self._owner, scope_id, reply.epoch, host)
+        if reply.proof_from:
+            if reply.epoch < reply.proof_from:  # guard: a-standbys-proof-has-a-beginning
+                return False
+            claim = StandbyClaim(self._owner, scope_id, reply.proof_from, host)
         return bool(reply.epoch and reply.proof) and await self._credentials.holds(claim, reply.proof)
 
     async def _evacuated(self, situation: Situation, host: str, records: tuple[Evacuated, ...]) -> frozenset[str]:
@@ -333,6 +373,11 @@ class Inquiry:
     @property
     def _owner(self) -> str:
         return self._locate.registration.owner
+
+
+def _has_no_lease(reply: Reply) -> bool:
+    """Whether the host is the active one of a group, and does not serve the scope at the moment."""
+    return reply.gate == "open" and reply.standby is not None and not reply.standby.serving
 
 
 async def tell_all(situation: Situation, hosts: Hosts, call: Call) -> tuple[AllTold | Fail, dict[str, Reply]]:

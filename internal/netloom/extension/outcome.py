@@ -17,18 +17,22 @@ from netloom.wire import Reply
 DETAILS_CHARACTERS_MAX = 1023
 
 
-def ensured(stored: StoredDetails, placed: Use | Unplaced, scope_id: str) -> str:
+def ensured(stored: StoredDetails, placed: Use | Unplaced, scope_id: str, standby: str = "") -> str:
     """The output of ensure-network-device, without a newline: one JSON object that replaces the stored details.
 
-    The same facts give the same text, because CloudStack writes to its database when the text differs. ``previous`` are
-    the hosts that the scope left and that may still have it; those that do not fit are left out, oldest first.
+    The same facts give the same text, because CloudStack writes to its database when the text differs. ``standby``: the
+    host that stands by for the scope; empty: none. ``previous`` are the hosts that the scope left and that may still
+    have it; those that do not fit are left out, oldest first.
     """
     details: dict[str, object] = {"host": placed.host, "namespace": names.namespace(scope_id)}
     if scope_id.startswith("vpc-"):
         details["vpc_id"] = scope_id.removeprefix("vpc-")
     if placed.epoch:
         details["epoch"] = placed.epoch
-    previous = list(dict.fromkeys(it for it in (*stored.previous, *placed.left) if it != placed.host))
+    if standby:
+        details["standby"] = standby
+    left = (*stored.previous, *placed.left)
+    previous = list(dict.fromkeys(it for it in left if it not in (placed.host, standby)))
     while True:
         kept = {**details, "previous": ",".join(previous)} if previous else details
         text = json.dumps(kept, separators=(",", ":"))

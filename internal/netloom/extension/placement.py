@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from netloom.errors import HostRefused, HostUnreachable, NetloomError
+from netloom.wire import StandbyReply
 
 # What we wait for no longer. "stragglers": the late answers of slow candidates, for up to one grace period. "moves":
-# the end of a move that is in its last step.
-Patience = Literal["stragglers", "moves"]
+# the end of a move that is in its last step, or of a take-over. "host": the host of a scope that has a standby.
+Patience = Literal["stragglers", "moves", "host"]
 
 
 # The largest epoch of a move that a host remembers and that counts for a new placement.
@@ -31,7 +32,7 @@ class HostAnswer:
     ``epoch``, ``gate``, ``drained``: as in ``wire.Reply``; agents of releases without moves send no gate.
     ``moved_to``: the same; the host does not hold the scope then. ``why``: why the scope is not served.
     ``is_proven``: the epoch is authorised for this host. ``evacuated``: the hosts that are declared dead and whose
-    scopes this host may take; authorised, and not expired.
+    scopes this host may take; authorised, and not expired. ``standby``: the group of the scope, as in ``wire.Reply``.
     """
 
     holds: bool = False
@@ -43,6 +44,7 @@ class HostAnswer:
     drained: bool = False
     is_proven: bool = False
     evacuated: frozenset[str] = frozenset()
+    standby: StandbyReply | None = None
 
     @property
     def answered(self) -> bool:
@@ -55,8 +57,13 @@ class HostAnswer:
 
     @property
     def is_moving(self) -> bool:
-        """Whether the scope is in the last step of a move from or to this host."""
-        return self.holds and self.gate in ("closed", "incoming")
+        """Whether the scope is in the last step of a move from or to this host, or this active host has no lease."""
+        return self.holds and self.gate in ("closed", "incoming", "standby")
+
+    @property
+    def stands_by(self) -> bool:
+        """Whether the host stands by for the host ``moved_to``, and takes over when that one is dead."""
+        return self.gate == "standby" and bool(self.moved_to)
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,9 @@ class Situation:
     """The input of a decision.
 
     ``order``: the candidates, the preferred one first. ``stored``: the host that CloudStack remembers, empty when
-    unknown; ``epoch``: the number that it remembers; ``previous``: hosts that the scope left before. ``removes``: the
-    command creates nothing. ``asked``: hosts that were asked; ``answers``: their answers and failures so far.
+    unknown; ``epoch``: the number that it remembers; ``previous``: hosts that the scope left before; ``standby``: the
+    one that stands by. ``removes``: the command creates nothing. ``asked``: hosts that were asked; ``answers``: their
+    answers and failures so far.
     ``reached``: hosts whose agents said hello and are still working. ``over``: what we do not wait for any longer.
     """
 
@@ -74,6 +82,7 @@ class Situation:
     stored: str = ""
     epoch: int = 0
     previous: tuple[str, ...] = ()
+    standby: str = ""
     removes: bool = False
     asked: frozenset[str] = frozenset()
     answers: Mapping[str, HostAnswer] = field(default_factory=dict)
@@ -84,6 +93,14 @@ class Situation:
         """The answer of the host; None when there is none, or a failure."""
         answer = self.answers.get(host)
         return answer if answer is not None and answer.answered else None
+
+    def registered(self, name: str) -> str:
+        """The candidate of this name, or the stored host, spelled as the registration has it; empty: there is none.
+
+        The name is what a host says. Whoever it names would get a login, possibly with a password.
+        """
+        known = (*self.order, self.stored)
+        return next((host for host in known if host and host.lower() == name.lower()), "")
 
     def answering(self) -> list[str]:
         return [host for host in self.order if self.answer(host)]
@@ -112,14 +129,14 @@ class Ask:
 
 @dataclass(frozen=True)
 class AskAgain:
-    """Ask these hosts again after a moment, for at most as long as the last step of a move takes."""
+    """Ask these hosts again after a moment, for at most as long as the last step of a move, or a take-over, takes."""
 
     hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait for the next answer; with ``patience``, for at most one grace period."""
+    """Wait for the next answer; with ``patience``, for at most one grace period; for "host", for a moment."""
 
     patience: Patience | None = None
 
@@ -202,6 +219,10 @@ def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fai
     does not serve the scope or knows nothing of it (perhaps its disk was replaced), another host is believed only with
     a proof: a host cannot make one, and would get the passwords of the VMs. Where nothing is stored, a host that serves
     the scope is believed, first one with a proof.
+
+    A host that stands by for the scope says so as if the scope had moved away. While its active host is silent or has
+    no lease, it is asked again until it has taken over. Where CloudStack knows of a standby, nobody waits until the
+    named host is given up.
     """
     now = situation
     if not now.stored:
@@ -209,6 +230,8 @@ def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fai
     named = _followed(now)
     if not isinstance(named, _Named):
         return named
+    if named.host not in now.answers:
+        return _unanswered(now, named)
     answer = now.answer(named.host)
     if answer is not None:
         if (
@@ -223,18 +246,19 @@ def decide(situation: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fai
     return _successor(now, named)
 
 
-def _followed(now: Situation) -> _Named | Ask | Wait | Fail:
-    """The host that the stored details name. A host that says where the scope went is asked no further question."""
+def _followed(now: Situation) -> _Named | AskAgain | Fail:
+    """The host that the stored details name. It may not have answered, or not been asked.
+
+    A host that says where the scope went is asked no further question.
+    """
     named = _Named(now.stored, now.epoch)
     seen: list[str] = []
     while True:
-        if named.host not in now.answers:
-            return Wait() if named.host in now.asked else Ask((named.host,))
         answer = now.answer(named.host)
         if answer is None or not answer.moved_to:
             return named
         seen.append(named.host)
-        to = _registered(now, answer.moved_to)
+        to = now.registered(answer.moved_to)
         if not to:  # guard: only-registered-hosts-are-contacted
             return Fail(
                 HostRefused(
@@ -243,6 +267,8 @@ def _followed(now: Situation) -> _Named | Ask | Wait | Fail:
                 )
             )
         if to in seen:
+            if answer.stands_by and "moves" not in now.over:  # a take-over of which one of the two has not heard yet
+                return AskAgain(tuple(seen))
             return Fail(
                 HostRefused(
                     f"{now.scope_id}: {' and '.join(seen)} say that it was moved away, and none of them has it",
@@ -252,12 +278,37 @@ def _followed(now: Situation) -> _Named | Ask | Wait | Fail:
         named = _Named(to, max(named.epoch, answer.epoch), by=named.host)
 
 
-def _registered(now: Situation, name: str) -> str:
-    """The candidate of this name, or the stored host, spelled as the registration has it; empty when there is none.
+def _unanswered(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use:
+    """What to do while the named host has not answered: a standby may have taken over."""
+    if named.host not in now.asked:
+        return Ask((named.host,))
+    if not now.standby:
+        return Wait()
+    if "host" not in now.over:
+        return Wait("host")
+    others = tuple(host for host in now.order if host != named.host)
+    if missing := tuple(host for host in others if host not in now.asked):
+        return Ask(missing)
+    if taken_over := _taken_over(now, named):
+        return taken_over
+    standbys = _standbys(now, named)
+    return AskAgain(tuple(standbys)) if standbys and "moves" not in now.over else Wait()
 
-    The name is what a host says, and whoever it names would get a login, possibly with a password.
-    """
-    return next((host for host in (*now.order, now.stored) if host and host.lower() == name.lower()), "")
+
+def _taken_over(now: Situation, named: _Named) -> Use | None:
+    """The host that has taken over from the named one. It has the lease, so no other answer can change this."""
+    for host in now.order:
+        answer = now.answer(host)
+        if (
+            host != named.host
+            and answer is not None
+            and answer.serves
+            and answer.standby is not None  # guard: a-placement-without-a-lease-waits-for-all-answers
+            and answer.is_proven  # guard: a-take-over-needs-a-proof
+            and answer.epoch > named.epoch  # guard: an-old-lease-is-no-take-over
+        ):
+            return Use(host, answer.epoch, (named.host,))
+    return None
 
 
 def _successor(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use | Fail:
@@ -265,6 +316,8 @@ def _successor(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use | F
     others = tuple(host for host in now.order if host != named.host)
     if missing := tuple(host for host in others if host not in now.asked):
         return Ask(missing)
+    if not now.answers[named.host].answered and (taken_over := _taken_over(now, named)):
+        return taken_over
     if wait := now.waits_for(others):
         return wait
     of_named = now.answers[named.host]
@@ -283,16 +336,36 @@ def _successor(now: Situation, named: _Named) -> Ask | AskAgain | Wait | Use | F
         host, answer = max(serving, key=lambda it: it[1].epoch)
         return Use(host, answer.epoch, left)
     moving = [host for host, answer in (*authorised, (named.host, of_named)) if answer.is_moving]
-    if moving and "moves" not in now.over:
-        return AskAgain(tuple(moving))
+    standbys = _standbys(now, named)
+    if (moving or standbys) and "moves" not in now.over:
+        return AskAgain((*moving, *standbys))
     if authorised:
         host, answer = authorised[0]
         return Fail(_not_served(now, host, answer))
+    if standbys:  # guard: a-network-is-not-created-beside-its-standby
+        return Fail(_not_taken_over(now, named.host, standbys[0]))
     if not of_named.answered:
         return _evacuated(now, named, others, floor)
     if not of_named.holds and not named.by:
         return Use(named.host, named.epoch)  # it was chosen by the command before this one
     return Fail(_not_served(now, named.host, of_named, named.by))
+
+
+def _standbys(now: Situation, named: _Named) -> list[str]:
+    """The hosts that stand by for the scope while the named host does not serve it.
+
+    A call waits for them, so a host that says so needs a proof, unless it is the stored one.
+    """
+    return [
+        host
+        for host in dict.fromkeys((*now.order, now.stored))
+        if host != named.host
+        and (answer := now.answer(host)) is not None
+        and answer.stands_by
+        and answer.moved_to.lower() == named.host.lower()
+        and answer.epoch >= named.epoch
+        and (answer.is_proven or host == now.stored)  # guard: a-standby-needs-a-proof
+    ]
 
 
 def _evacuated(now: Situation, named: _Named, others: Sequence[str], floor: int) -> Use | Fail:
@@ -328,16 +401,20 @@ def _anywhere(now: Situation) -> Ask | AskAgain | Wait | Use | Unplaced | Fail:
     # A claim without a proof counts as never moved: any host can say any number.
     best = max(serving, key=lambda it: it[1].epoch if it[1].is_proven else 0, default=None)
     is_settled = best is not None and (best[1].is_proven or all(it.gate != "closed" for _, it in holding))
-    if moving and not is_settled and "moves" not in now.over:
-        return AskAgain(tuple(moving))
+    standbys = [host for host in now.answering() if now.answers[host].stands_by] if best is None else []
+    if (moving or standbys) and not is_settled and "moves" not in now.over:
+        return AskAgain((*moving, *standbys))
     if best is not None:
         return Use(best[0], best[1].epoch)
     if holding:  # guard: a-network-is-not-created-beside-a-copy
         return Fail(_not_served(now, *holding[0]))
     for host in now.answering():
-        to = _registered(now, now.answers[host].moved_to)
+        to = now.registered(now.answers[host].moved_to)
         if to and now.answer(to) is None:  # guard: a-moved-network-is-not-created-again
             return Fail(_moved_to_a_silent_host(now, host, to))
+    if standbys:
+        active = now.registered(now.answers[standbys[0]].moved_to)
+        return Fail(_not_taken_over(now, active or now.answers[standbys[0]].moved_to[:255], standbys[0]))
     answering = now.answering()
     if not answering:
         return Fail(nobody_answers(now))
@@ -370,9 +447,11 @@ def decide_everywhere(situation: Situation) -> Ask | Wait | AllTold | Fail:
     told = tuple(dict.fromkeys((*((now.stored,) if now.stored else ()), *now.order, *now.previous)))
     if missing := tuple(host for host in told if host not in now.asked):
         return Ask(missing)
-    named = _followed(now) if now.stored else _Named("", 0)
-    if isinstance(named, Ask | Wait):
-        return named
+    # A host that stands by is told as well: there is nothing to wait for.
+    named = _followed(replace(now, over=now.over | {"moves"})) if now.stored else _Named("", 0)
+    assert not isinstance(named, AskAgain)
+    if isinstance(named, _Named) and named.host and named.host not in now.answers:
+        return Wait() if named.host in now.asked else Ask((named.host,))
     silent = [host for host in told if host not in now.answers]
     if any(host in now.reached for host in silent):
         return Wait()
@@ -386,7 +465,7 @@ def decide_everywhere(situation: Situation) -> Ask | Wait | AllTold | Fail:
         return Fail(_stays(now, named))
     if not now.stored:
         for host in done:
-            to = _registered(now, now.answers[host].moved_to)
+            to = now.registered(now.answers[host].moved_to)
             if to and to not in done:
                 return Fail(_moved_to_a_silent_host(now, host, to))
     return AllTold(done, left) if done else Fail(nobody_answers(now))
@@ -438,8 +517,21 @@ def _not_served(now: Situation, host: str, answer: HostAnswer, by: str = "") -> 
         "incoming": "its move to this host is not finished",
         "closed": "its move from this host is not finished",
         "passive": "it is passive there",
+        "standby": "that host is the active one of its group, but has no lease: it hears neither of the two others",
     }.get(answer.gate, "it has an older copy")
     return HostRefused(f"{host}: {now.scope_id} is not served there: {reason}", hint=_where(now))
+
+
+def _not_taken_over(now: Situation, active: str, standby: str) -> HostUnreachable:
+    answer = now.answer(active)
+    failure = f"{active}: {now.scope_id} is not served there"
+    if answer is None:
+        failure = now.answers[active].failure if active in now.answers else f"{active}: no answer in time"
+    return HostUnreachable(
+        failure,
+        hint=f"{standby} stands by for {now.scope_id} and has not taken over: bring {active} or the witness back; "
+        f"if {active} is dead: netloom evacuate {active}",
+    )
 
 
 def _all_drained(now: Situation, hosts: Sequence[str]) -> HostRefused:

@@ -17,6 +17,10 @@ from netloom.extension.ssh import Login, NoAgent
 
 # After an attempt to replace an older agent, the next attempt on the same host waits this long.
 _REPLACE_AGAIN_S = 300.0
+# The same for the standby of a scope, after an attempt that failed.
+_STANDBY_AGAIN_S = 60.0
+# And for a host that its active host did not hear, before it is in a group with that one again.
+_LOST_S = 600.0
 
 _Key = tuple[str, Login, Package | None]
 
@@ -104,21 +108,46 @@ def _retrieve_exception(done: asyncio.Task[None]) -> None:
         done.exception()
 
 
+class Retries:
+    """When something that failed may be tried again: ``after_s`` later. By key."""
+
+    def __init__(self, after_s: float) -> None:
+        self._after_s = after_s
+        self._failed: dict[object, float] = {}
+
+    def may_try(self, *keys: object) -> bool:
+        """Whether none of these has failed of late."""
+        old = time.monotonic() - self._after_s
+        self._failed = {key: at for key, at in self._failed.items() if at > old}
+        return not any(key in self._failed for key in keys)
+
+    def failed(self, key: object) -> None:
+        self._failed[key] = time.monotonic()
+
+
 class Pool:
     """Channels by host, login and package: a call with other credentials or other trusted keys gets its own channel.
 
-    ``resident``: the pool outlives the calls.
+    ``resident``: the pool outlives the calls. ``standby_retries``: of the standbys that could not be set up.
+    ``standby_losses``: of the hosts that their active hosts did not hear.
     """
 
     def __init__(self, *, resident: bool = False) -> None:
         self.resident = resident
         self._channels: dict[_Key, PooledChannel] = {}
+        self.standby_retries = Retries(_STANDBY_AGAIN_S)
+        self.standby_losses = Retries(_LOST_S)
         self._replaced: dict[str, float] = {}  # host -> when replacing its older agent was last tried
 
     def is_open(self, host: str, login: Login, package: Package | None) -> bool:
         """Whether a call to ``host`` would find an open channel."""
         channel = self._channels.get((host, login, package))
         return channel is not None and channel.is_open
+
+    def address(self, host: str, login: Login, package: Package | None) -> str:
+        """The numeric address of the host at the other end of its open channel; empty when there is none."""
+        channel = self._channels.get((host, login, package))
+        return channel.agent.connection.address if channel is not None and channel.is_open else ""
 
     @property
     def is_installing(self) -> bool:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from netloom.claimwire import KEY, Claim
+from netloom.claimwire import KEY, Signable
 from netloom.errors import BadRequest, LoginRefused
 from netloom.extension.ssh import Login, agent_keys, own_keys, parse_key
 from netloom.secret import Secret
@@ -48,12 +48,12 @@ _ALGORITHMS = {
 _SCRYPT = {"n": 1 << 16, "r": 8, "p": 1}
 
 
-async def sign(login: Login, claim: Claim) -> str:
+async def sign(login: Login, claim: Signable) -> str:
     """The proof of the claim, by the credentials of ``login``. See Credentials.sign."""
     return await Credentials(login).sign(claim)
 
 
-async def holds(login: Login, claim: Claim, proof: str) -> bool:
+async def holds(login: Login, claim: Signable, proof: str) -> bool:
     """Whether ``proof`` proves the claim, for a registration with the credentials of ``login``."""
     return await Credentials(login).holds(claim, proof)
 
@@ -65,7 +65,7 @@ class Credentials:
         self._login = login
         self._public_keys: list[asyncssh.SSHKey] | None = None
 
-    async def sign(self, claim: Claim) -> str:
+    async def sign(self, claim: Signable) -> str:
         """The proof of the claim, at most PROOF_CHARACTERS_MAX characters.
 
         It is made by the method of the login. If that is the caller's own keys, each of them signs, because only the
@@ -94,7 +94,7 @@ class Credentials:
             )
         return proof
 
-    async def holds(self, claim: Claim, proof: str) -> bool:
+    async def holds(self, claim: Signable, proof: str) -> bool:
         """Whether ``proof`` proves the claim. ``proof`` may be any text; it comes from a host."""
         try:
             text = claim.text

@@ -63,6 +63,8 @@ _NEXT_ADDRESS_S = 0.25
 # calls at once. No login was tried then, so we try again after about this many seconds each.
 _RETRY_DROPPED_S = (0.25, 0.5, 1.0)
 _KEEPALIVE_S = 5.0
+# What the host's kernel has not acknowledged for so long breaks the connection. A host that is overloaded acknowledges.
+_UNACKNOWLEDGED_S_MAX = 4.0
 _STDERR_BYTES_MAX = 4096
 # Of the output of a program on a host. The answers of ``netloom agent`` have a few kilobytes.
 _OUTPUT_BYTES_MAX = 1 << 20
@@ -268,6 +270,12 @@ class SshConnection:
         """Whether the host has not answered at all. If only sshd hangs, its kernel still accepts the connection."""
         return self.stage in ("own keys", "resolve", "connect")
 
+    @property
+    def address(self) -> str:
+        """The numeric address of the host at the other end; empty while there is no connection."""
+        peer = None if self._connection is None else self._connection.get_extra_info("peername")
+        return str(peer[0]) if peer else ""
+
     def _at(self, stage: Stage) -> None:
         self.stage = stage
 
@@ -295,6 +303,7 @@ class SshConnection:
 
     async def _log_in(self, keys: Sequence[asyncssh.SSHKey | asyncssh.SSHKeyPair]) -> None:
         sock = await self._dial()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNACKNOWLEDGED_S_MAX * 1000))
         self._at("handshake")
         client = _Client(self.host, self.login, self._at)
         try:

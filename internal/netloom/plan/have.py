@@ -113,6 +113,7 @@ class Have(msgspec.Struct, frozen=True, kw_only=True):
     guarded: frozenset[str] = frozenset()  # bridges of ours whose frames never reach the host's own sockets
     others: Others = Others()  # the guard of bridges of others
     closed: frozenset[str] = frozenset()  # links of the host that no frame passes: the closed gates of all scopes
+    leased: dict[str, int] = {}  # links of the host that frames pass only with a lease -> its mark; of all scopes
     left: frozenset[str] = frozenset()  # host ends of ports that the scope had before the steps that are done already
 
     @property

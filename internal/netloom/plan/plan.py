@@ -13,7 +13,7 @@ The order, and why:
 6. Bridges that are no longer needed are removed.
 
 A gate closes before all other steps, so no frame passes a port of a gated scope from its creation on. It opens after
-all other steps: then everything that answers is in place.
+all other steps: then everything that answers is in place. The same holds for ports that need a lease.
 
 Where ``have`` is already as wanted, there is no step. The same steps are computed for a first call, a repeated call, a
 repair and a restore after a reboot.
@@ -21,7 +21,7 @@ repair and a restore after a reboot.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from operator import or_
 from typing import TypeVar
@@ -43,11 +43,13 @@ from netloom.plan.steps import (
     CreatePort,
     GuardBridge,
     GuardOthers,
+    LeasePorts,
     LoadRuleset,
     MarkPort,
     OpenGate,
     PutNeighbour,
     PutRoute,
+    ReleasePorts,
     RemoveAddress,
     RemoveBridge,
     RemoveHostPort,
@@ -151,6 +153,20 @@ def sweep_gates(closed: frozenset[str], wanted: frozenset[str], existing: frozen
     )
 
 
+def sweep_leases(leased: Mapping[str, int], wanted: Mapping[str, int], existing: frozenset[str]) -> tuple[Step, ...]:
+    """As ``sweep_gates``, for the links that need a lease, with its mark."""
+    missing = {it: mark for it, mark in wanted.items() if leased.get(it) != mark}
+    stale = leased.keys() - wanted.keys() - existing
+    return (
+        *(LeasePorts(_with(missing, mark), mark) for mark in sorted(set(missing.values()))),
+        *([ReleasePorts(tuple(sorted(stale)))] if stale else []),
+    )
+
+
+def _with(leased: Mapping[str, int], mark: int) -> tuple[str, ...]:
+    return tuple(sorted(it for it, other in leased.items() if other == mark))
+
+
 def _joined(bridge: HostLink, links: dict[str, HostLink]) -> bool:
     """Whether somebody else created the bridge and a port of ours is in it."""
     ports = [links[name] for name in bridge.ports if name in links]
@@ -211,10 +227,17 @@ def _closed(have: Have, want: Want) -> Iterator[Step]:
     missing = _closed_meanwhile(have, want) - have.closed
     if missing:  # guard: a-gate-closes-before-its-port-exists
         yield CloseGate(tuple(sorted(missing)))
+    without = {it for it in _leased_meanwhile(have, want) if have.leased.get(it) != want.lease}
+    if without:  # guard: a-port-needs-its-lease-before-it-exists
+        yield LeasePorts(tuple(sorted(without)), want.lease)
 
 
 def _opened(have: Have, want: Want) -> Iterator[Step]:
     ports = have.host_ends | have.left | _wanted_ends(want)
+    released = ports & (have.leased.keys() | _leased_meanwhile(have, want))
+    released -= want.leased_ends.keys()
+    if released:
+        yield ReleasePorts(tuple(sorted(released)))
     stale = ports & (have.closed | _closed_meanwhile(have, want))
     stale -= want.closed_ends
     if stale:
@@ -224,6 +247,11 @@ def _opened(have: Have, want: Want) -> Iterator[Step]:
 def _closed_meanwhile(have: Have, want: Want) -> frozenset[str]:
     """The host ends that are closed during the plan: of a gated scope those that it will not have any longer, too."""
     return have.host_ends | want.closed_ends if want.gated else want.closed_ends
+
+
+def _leased_meanwhile(have: Have, want: Want) -> frozenset[str]:
+    """The host ends that need the lease during the plan: those that the scope will not have any longer, too."""
+    return have.host_ends | want.leased_ends.keys() if want.lease else frozenset()
 
 
 def _wanted_ends(want: Want) -> frozenset[str]:

@@ -206,6 +206,25 @@ class OpenGate(Step, frozen=True):
         return f"open the gate of {', '.join(self.links)}"
 
 
+class LeasePorts(Step, frozen=True):
+    """Let frames pass these host ends of ports, which need not exist yet, only while the lease with this mark lives."""
+
+    links: tuple[str, ...]
+    mark: int
+
+    def __str__(self) -> str:
+        return f"let frames pass {', '.join(self.links)} only with lease {self.mark:08x}"
+
+
+class ReleasePorts(Step, frozen=True):
+    """Let frames pass these host ends of ports without a lease; of links that are gone nothing is left."""
+
+    links: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"let frames pass {', '.join(self.links)} without a lease"
+
+
 class CreateBridge(SharedStep, frozen=True):
     """Create a bridge, down and without an address. Its alias names its carrier."""
 

@@ -30,8 +30,12 @@ from netloom.protocol.scalars import (
     string,
 )
 from netloom.secret import Secret
+from netloom.standbywire import PORT as STANDBY_PORT
 
 CUSTOM_ACTION = "custom-action"
+
+# Of the detail ``standby``, until a take-over is complete. It becomes "auto" then.
+STANDBY_DEFAULT = "off"
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -78,6 +82,22 @@ class FirewallDetail(Choice[Literal["present", "absent"]]):
 
 class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
     """How guest networks are separated on the physical network."""
+
+
+class StandbyPolicy(Choice[Literal["auto", "off", "required"]]):
+    """Whether networks get a standby host. ``auto``: where at least three hosts answer. ``required``: without one, the
+    call fails."""
+
+
+class StandbyAlone(Choice[Literal["stop", "gateway"]]):
+    """What the last of the three hosts does when the two others are silent. ``stop``: it stops."""
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        choice = super().parse(value)
+        if choice == "gateway":  # guard: a-host-alone-stops
+            raise ValueError("gateway is not there yet: a host that hears neither of the two others stops")
+        return choice
 
 
 class IdleTimeout(Number):
@@ -146,12 +166,17 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     lb_max_conn: MaxConnections = msgspec.field(name="loadbalancer.max.conn", default=MaxConnections(8000))
     conntrack_helpers: HelperList = msgspec.field(name="conntrack.helpers", default=HelperList())
     conntrack_max_per_vm: ConnectionShare = msgspec.field(name="conntrack.max.per.vm", default=ConnectionShare(32_000))
+    standby: StandbyPolicy = StandbyPolicy(STANDBY_DEFAULT)
+    standby_alone: StandbyAlone = msgspec.field(name="standby.alone", default=StandbyAlone("stop"))
+    standby_port: ServicePort = msgspec.field(name="standby.port", default=ServicePort(STANDBY_PORT))
     # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
     metrics_listen: Text = msgspec.field(name="metrics.listen", default=Text(""))
 
     def __post_init__(self) -> None:
         if bool(self.public_ip6_gateway) != bool(self.public_ip6_address):
             raise ValueError("public.ip6.gateway and public.ip6.address go together, and one of them is missing")
+        if self.standby_port == self.port:  # guard: the-hosts-do-not-meet-at-the-port-of-ssh
+            raise ValueError(f"standby.port and port are both {self.port}, and SSH listens there")
 
     @property
     def candidates(self) -> tuple[str, ...]:
@@ -162,13 +187,14 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
 class StoredDetails(msgspec.Struct, frozen=True, kw_only=True):
     """The details that ensure-network-device printed last. All empty: unknown; the scope may exist nevertheless.
 
-    ``epoch`` grows by one with each move of the scope. ``previous``: hosts that the scope left and that were not yet
-    told to delete it.
+    ``epoch`` grows with each move and take-over of the scope. ``previous``: hosts that the scope left and that were not
+    yet told to delete it. ``standby``: the host that stood by for it.
     """
 
     host: str = ""
     namespace: str = ""
     epoch: int = 0
+    standby: str = ""
     previous: tuple[str, ...] = ()
 
 
@@ -176,6 +202,7 @@ class _Stored(msgspec.Struct, frozen=True, kw_only=True):
     host: HostList = HostList()
     namespace: Text = Text("")
     epoch: Number = Number(0)
+    standby: HostList = HostList()
     previous: HostList = HostList()
 
 
@@ -261,5 +288,6 @@ def _stored(value: object) -> StoredDetails:
         host=str(found.host[0]) if len(found.host) == 1 else "",
         namespace=str(found.namespace),
         epoch=int(found.epoch),
+        standby=str(found.standby[0]) if len(found.standby) == 1 else "",
         previous=tuple(map(str, found.previous)),
     )

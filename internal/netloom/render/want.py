@@ -75,6 +75,9 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     ``gated``: everything exists on the host, but no frame passes the host ends of the ports, and nothing is announced.
     Rendering leaves it False; whoever knows that another host serves the scope sets it. ``gated_ports``: the host ends
     of ports for which the same holds although the scope is not gated.
+
+    ``lease``: if not 0, frames pass the ports only while the lease with this mark lives (``agent/host/lease.py``).
+    Rendering leaves it 0.
     """
 
     namespace: str
@@ -88,8 +91,14 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     announce: tuple[Address, ...] = ()
     gated: bool = False
     gated_ports: frozenset[str] = frozenset()
+    lease: int = 0
 
     @property
     def closed_ends(self) -> frozenset[str]:
         """The host ends of the ports that no frame passes."""
         return frozenset(port.host_link for port in self.ports if self.gated or port.host_link in self.gated_ports)
+
+    @property
+    def leased_ends(self) -> dict[str, int]:
+        """The host ends of the ports that frames pass only while a lease lives, with its mark."""
+        return {port.host_link: self.lease for port in self.ports if self.lease}

@@ -9,6 +9,7 @@ import msgspec
 # "open": this host serves the scope. All others: no frame leaves its ports, and none enters.
 # "incoming": it moves to this host, and ``peer`` still serves it. "closed": it moves from this host to ``peer``.
 # "passive": somebody else answers for its addresses, or another host serves it.
+# In a group, "open" means that the active host of the group serves the scope; which one that is, is not in the state.
 Gate = Literal["open", "incoming", "closed", "passive"]
 
 
@@ -22,6 +23,11 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     handed the scope over: an operator declared the one before dead, or the state is from an archive. Perhaps that host
     still answers. ``taken_from``: the hosts that were declared dead and may have a copy; while the scope is served
     here, it is claimed on its VLANs (claimwire.py).
+
+    ``group``: the group of hosts that the scope belongs to (standbywire.py); empty: none. ``joined``: the term of the
+    group in which ``epoch`` was the number of the placement; each later term counts one more. ``partner_proof``: the
+    authorisation of the other host of the group. ``leaving``: the scope is about to leave the group, and stays here.
+    ``proof_from``: the proof holds for each number from this one on; 0: for ``epoch`` alone.
     """
 
     epoch: int = 0
@@ -33,3 +39,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     from_dead: bool = False
     was_passive: str = ""
     taken_from: tuple[str, ...] = ()
+    group: str = ""
+    joined: int = 0
+    partner_proof: str = ""
+    leaving: bool = False
+    proof_from: int = 0

@@ -14,7 +14,7 @@ from netloom.state.nic import Nic
 from netloom.state.pbr import Pbr
 from netloom.state.placement import Placement
 
-SCHEMA = 2  # the newest that can be read
+SCHEMA = 3  # the newest that can be read
 
 
 class Uplinks(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,8 +106,8 @@ class Scope(msgspec.Struct, frozen=True, kw_only=True):
     """The desired state of one network namespace.
 
     Identity: ``scope_id``, and ``owner``, the registration that the scope belongs to. ``revision`` increases by one
-    with each change. ``schema`` is the version of the document on disk: 2 while the gate is not open, because builds
-    that know only 1 would serve the scope.
+    with each change. ``schema`` is the version of the document on disk: 2 while the gate is not open, and 3 in a group,
+    because builds that do not know that would serve the scope.
 
     Placement: ``placement``, where the scope lives. It has no part in ``revision``.
 

@@ -42,7 +42,8 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
 
     ``scope`` is its state, None without one; ``want`` the desired state of the host; ``known`` the ruleset that was
     loaded last; ``missing_helpers`` the registered conntrack helpers that the host lacks, and ``want`` leaves out;
-    ``converge`` applies ``want`` to the host; ``failed`` returns the services that then do not do what the state says.
+    ``converge`` applies ``want`` to the host; ``failed`` returns the services that then do not do what the state says;
+    ``standby`` describes the group of the scope.
     """
 
     scope: Scope | None
@@ -52,6 +53,7 @@ class ActionContext(msgspec.Struct, frozen=True, kw_only=True):
     services: ScopeServices
     converge: Callable[[], HostChanges]
     failed: Callable[[], tuple[ServiceFailure, ...]]
+    standby: Callable[[], list[str]] = list
 
 
 class Actions:
@@ -168,6 +170,7 @@ class Actions:
             f"{len(deviations)} things are not as they should be: see check"
             if deviations
             else "all is as it should be",
+            *map(printable_ascii, context.standby()),
             *map(printable_ascii, self._blocked(context.want)),
             *_limited(scope, context),
         ]

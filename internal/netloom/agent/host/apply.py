@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Literal
 
-from netloom.agent.host import gate
+from netloom.agent.host import gate, lease
 from netloom.agent.host.frames import guard, guard_others, unguard
 from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
@@ -34,12 +34,14 @@ from netloom.plan.steps import (
     CreateVxlanLink,
     GuardBridge,
     GuardOthers,
+    LeasePorts,
     LoadRuleset,
     MarkPort,
     NamespaceStep,
     OpenGate,
     PutNeighbour,
     PutRoute,
+    ReleasePorts,
     RemoveAddress,
     RemoveBridge,
     RemoveHostPort,
@@ -77,6 +79,8 @@ _INTERFACES: dict[type[Step], _Interface] = {
     UnguardBridge: "guard",
     CloseGate: "gate",
     OpenGate: "gate",
+    LeasePorts: "gate",
+    ReleasePorts: "gate",
     SetSysctl: "sysctl",
     SilenceIpv6: "sysctl",
 }
@@ -123,6 +127,10 @@ def _one(step: Step) -> None:
             gate.close(closed)
         case OpenGate(opened):
             gate.open_(opened)
+        case LeasePorts(links_of, mark):
+            lease.guard(dict.fromkeys(links_of, mark))
+        case ReleasePorts(released):
+            lease.release(released)
 
 
 def _load(step: LoadRuleset) -> None:

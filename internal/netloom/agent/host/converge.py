@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from netloom import names
-from netloom.agent.host import fence, flows, gate, unmanaged
+from netloom.agent.host import fence, flows, gate, lease, unmanaged
+from netloom.agent.host.answers import anybody_answers
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -34,13 +35,14 @@ from netloom.agent.kernel.links import find_links
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
-from netloom.plan.plan import plan, sweep, sweep_gates
+from netloom.plan.plan import plan, sweep, sweep_gates, sweep_leases
 from netloom.plan.steps import (
     AddAddress,
     AttachPort,
     CreatePort,
     LoadRuleset,
     OpenGate,
+    ReleasePorts,
     RemoveBridge,
     RemoveHostPort,
     RemoveVlanLink,
@@ -78,7 +80,9 @@ class KernelHost:
         self._shared = threading.Lock()
         self._claims: dict[str, frozenset[str]] = {}
         self._gated: dict[str, frozenset[str]] = {}  # by scope, the host ends whose gate it wants closed
+        self._leased: dict[str, dict[str, int]] = {}  # by scope, the host ends that need a lease, with its mark
         # Held while gates are closed as ``_gated`` says. So no gate closes after its scope has begun to want it open.
+        # Likewise for leases.
         self._gates = threading.Lock()
         self._links: dict[str, int] = {}  # by scope, the number of its links
         self._links_allowed = 0  # the number for which the neighbour tables are large enough
@@ -102,11 +106,14 @@ class KernelHost:
                 raise_to({_INOTIFY_INSTANCES: str(_INOTIFY_INSTANCES_MIN)}, self._raised_sysctls)
 
     def claim(self, scope_id: str, want: Want) -> None:
-        """Record which shared bridges and closed gates the scope wants; they are kept from now on."""
+        """Record which shared bridges, closed gates and leases the scope wants; they are kept from now on."""
         with self._gates:
             self._gated[scope_id] = want.closed_ends
             if not self._gated[scope_id]:
                 del self._gated[scope_id]
+            self._leased[scope_id] = want.leased_ends
+            if not self._leased[scope_id]:
+                del self._leased[scope_id]
         bridges = frozenset(port.segment.bridge for port in want.ports)
         if bridges:
             self._claims[scope_id] = bridges
@@ -186,6 +193,10 @@ class KernelHost:
         gate.open_(opened.links)
         return _announcements(want, [opened])
 
+    def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
+        return _announcements(self.placed(scope_id, want), [OpenGate(tuple(port.host_link for port in want.ports))])
+
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""
         return occupied(self.placed(scope_id, want), timeout_s, claim)
@@ -194,8 +205,15 @@ class KernelHost:
         """The uplinks on which the scope is claimed. Raises HostRefused."""
         return claim_wires(self.placed(scope_id, want))
 
+    def anybody_answers(self, scope_id: str, want: Want, timeout_s: float) -> bool | None:
+        """Whether a VM or gateway behind the uplinks of these ports answers. ``answers.anybody_answers``."""
+        return anybody_answers(self.placed(scope_id, want), timeout_s)
+
     def serves(self, want: Want) -> bool:
-        """Whether the namespace exists and none of its ports is behind a closed gate. Raises HostRefused."""
+        """Whether the namespace exists and none of its ports is behind a closed gate, whatever leases live.
+
+        Raises HostRefused.
+        """
         return namespaces.exists(want.namespace) and gate.closed().isdisjoint(it.host_link for it in want.ports)
 
     def read_flows(self, namespace: str) -> Listing:
@@ -218,11 +236,16 @@ class KernelHost:
     def keep_gates_closed(self) -> tuple[Step, ...]:
         """Close the gates that scopes want closed and that are open; somebody may have deleted the table.
 
+        The same for ports that need a lease: until the next ``lease.renew`` none passes a frame then.
+
         Any thread may call this. Raises HostRefused.
         """
         with self._gates:
             wanted = frozenset().union(*self._gated.values())
             steps = sweep_gates(gate.closed(), wanted, wanted) if wanted else ()
+            leased = self._leases()
+            if leased:  # guard: lost-leases-are-put-back
+                steps += sweep_leases(lease.guarded(), leased, frozenset(leased))
             apply(steps)
         return steps
 
@@ -269,14 +292,20 @@ class KernelHost:
         return closed + strays + steps + self._forget_gates()
 
     def _forget_gates(self) -> tuple[Step, ...]:
-        """Delete what the gates of links that are gone have left."""
-        closed = gate.closed()  # first: a scope wants a gate closed before it closes it
+        """Delete what the gates and leases of links that are gone have left."""
+        closed, guarded = gate.closed(), lease.guarded()  # first: a scope wants a gate closed before it closes it
         with self._gates:
             wanted = closed & frozenset().union(*self._gated.values())
-            existing = {it.name for it in find_links(None, sorted(closed - wanted))}
-            steps = sweep_gates(closed, wanted, frozenset(existing))
+            claimed = self._leases()
+            leased = {it: mark for it, mark in guarded.items() if it in claimed}
+            asked = sorted((closed - wanted) | (guarded.keys() - leased.keys()))
+            existing = frozenset(it.name for it in find_links(None, asked))
+            steps = sweep_gates(closed, wanted, existing) + sweep_leases(guarded, leased, existing)
             apply(steps)
         return steps
+
+    def _leases(self) -> dict[str, int]:
+        return {link: mark for leased in self._leased.values() for link, mark in leased.items()}
 
     def let_through(self) -> tuple[str, ...]:
         """Let the frames of our bridges pass the host's own firewall; returns what was changed there."""
@@ -383,7 +412,12 @@ class KernelHost:
             it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.carrier_was_down
         }
         return msgspec.structs.replace(
-            have, were_down=self._were_down, orphans=orphans, others=guarded[1], closed=gate.closed()
+            have,
+            were_down=self._were_down,
+            orphans=orphans,
+            others=guarded[1],
+            closed=gate.closed(),
+            leased=lease.guarded(),
         )
 
     def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
@@ -442,7 +476,7 @@ def _announcements(want: Want, steps: list[Step]) -> tuple[Announcement, ...]:
     """The announcements for addresses that are new, or whose link was attached to its bridge again, or opened."""
     if want.gated:
         return ()  # guard: a-gated-scope-announces-nothing
-    opened = {link for step in steps if isinstance(step, OpenGate) for link in step.links}
+    opened = {link for step in steps if isinstance(step, OpenGate | ReleasePorts) for link in step.links}
     added = {step.address for step in steps if isinstance(step, AddAddress)}
     links = {step.port.link for step in steps if isinstance(step, CreatePort)}
     host_links = {step.link for step in steps if isinstance(step, AttachPort)}

@@ -60,7 +60,7 @@ from netloom.agent.host.observe_nft import (
 )
 from netloom.agent.kernel import links
 from netloom.agent.kernel.nft import Nft, NftRefused
-from netloom.claimwire import ETHERTYPE
+from netloom.ethernet import ETHERTYPE
 from netloom.plan.have import Others
 
 _TYPE = "@ll,96,16"  # the EtherType, or the length of an IEEE 802.3 frame (below 0x600)

@@ -27,7 +27,7 @@ from typing import Literal, Protocol
 from netloom import names
 from netloom.agent.backoff import Backoff
 from netloom.agent.clock import Clock, Timer
-from netloom.agent.host import fence, gate
+from netloom.agent.host import fence, gate, lease
 from netloom.agent.host.observe_nft import GUARD_TABLE
 from netloom.agent.kernel import links, namespaces, rules
 from netloom.agent.kernel.addresses import AddressRow
@@ -144,7 +144,7 @@ class Watcher:
         host, gone, tables = (
             Watch(None, "link", "address"),
             NamesWatch(),
-            NftWatch(None, GUARD_TABLE, gate.TABLE.name, fence.TABLE.name),
+            NftWatch(None, GUARD_TABLE, gate.TABLE.name, lease.TABLE.name, fence.TABLE.name, without=lease.LIVES),
         )
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}

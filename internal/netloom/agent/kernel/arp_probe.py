@@ -19,7 +19,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -93,7 +93,29 @@ def ask(asked: Mapping[Wire, Iterable[str]], timeout_s: float, claim: bytes = by
         return {wire: it.heard() for wire, it in probes.items()}
 
 
-def _receive(probes: list[_Probe], until: float) -> None:
+def any_answer(asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> bool:
+    """Whether a machine with one of these addresses answers this host. Then both directions of its link work.
+
+    Sends probes like :func:`ask`, without a claim. Only replies to the link's own MAC address count: what a machine
+    broadcasts by itself shows one direction. Returns with the first answer, or when the time is over. Blocks, so call
+    it in a worker thread. ValueError for an invalid address.
+    """
+    with ExitStack() as stack:
+        probes = [_SignOfLife(wire, addresses) for wire, addresses in asked.items()]
+        for it in probes:
+            stack.callback(it.close)
+            it.open()
+        begun = time.monotonic()
+        for number in range(1, _PROBES + 1):
+            for it in probes:
+                it.send()
+            if _receive(probes, begun + timeout_s * number / _PROBES, lambda: any(it.has_answer for it in probes)):
+                return True
+        return False
+
+
+def _receive(probes: Sequence[_Probe], until: float, is_enough: Callable[[], bool] = lambda: False) -> bool:
+    """Take what arrives until then; whether it is enough."""
     while waiting := {it.fileno(): it for it in probes if it.waits}:
         poll = select.poll()  # not select(), which takes no descriptor above 1,023
         for descriptor in waiting:
@@ -101,8 +123,11 @@ def _receive(probes: list[_Probe], until: float) -> None:
         ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
         for descriptor, _ in ready:
             waiting[descriptor].receive()
+        if is_enough():
+            return True
         if not ready and time.monotonic() >= until:
-            return
+            break
+    return False
 
 
 class _Probe:
@@ -185,6 +210,25 @@ class _Probe:
 
     def _fail(self, error: OSError) -> None:
         self._failed = f"{self._wire.link}: {os.strerror(error.errno or 0)}"
+
+
+class _SignOfLife(_Probe):
+    """The question whether anybody answers."""
+
+    def __init__(self, wire: Wire, addresses: Iterable[str]) -> None:
+        super().__init__(wire, addresses, b"")
+
+    @property
+    def has_answer(self) -> bool:
+        return bool(self._owners)
+
+    def _hear(self, data: bytes) -> None:
+        message = decoded(data)
+        if message is None or data[:6] != self._mac:  # guard: what-is-broadcast-is-no-answer
+            return
+        operation, mac, sender, _ = message
+        if operation == REPLY and sender in self._addresses:
+            self._owners.setdefault(self._addresses[sender], mac_text(mac))
 
 
 def probe(address: bytes, mac: bytes, tag: int = 0, claim: bytes = b"") -> bytes:

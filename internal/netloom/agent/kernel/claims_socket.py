@@ -1,4 +1,4 @@
-"""Frames of netloom's own EtherType on the uplinks of bridges: sent and heard below the bridge.
+"""Frames of netloom's own EtherType (ethernet.py) on the uplinks of bridges: sent and heard below the bridge.
 
 Each uplink has a packet socket of its own. A flood on one VLAN fills the buffer of that socket alone, and the frames of
 other links pass no filter of ours. VMs of this host neither get what is sent here, nor are they heard.
@@ -20,10 +20,10 @@ from netloom.agent.kernel.descriptors import high_socket
 from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
 from netloom.agent.kernel.rtnetlink import packed_mac
-from netloom.claimwire import ETHERTYPE, MAGIC, PAYLOAD_BYTES_MAX, ethernet_frame
+from netloom.ethernet import CLAIM, ETHERTYPE, MAGIC, PAYLOAD_BYTES_MAX, ethernet_frame
 
 _VLAN_TAG = 0xFFFFF000 + 44  # SKF_AD_OFF + SKF_AD_VLAN_TAG, linux/filter.h: the tag that is not in the frame any more
-_HEADER_BYTES = 14
+HEADER_BYTES = 14
 _RECEIVE_BYTES = 64 << 10
 AT_ONCE = 16  # frames of one link that are read before other work of the agent has its turn
 PAUSE_S = 0.1  # after that many
@@ -68,7 +68,7 @@ class ClaimSockets:
             self._loop.run_in_executor(None, _close, gone)
         for wire in sorted(wanted - self._sockets.keys(), key=lambda it: it.link):
             try:
-                self._sockets[wire] = opened = _open(wire)
+                self._sockets[wire] = opened = open_wire(wire, CLAIM)
             except OSError as error:
                 errors.append(f"claims cannot be heard on {wire.link}: {error.strerror}")
                 continue
@@ -96,14 +96,14 @@ class ClaimSockets:
     def _read(self, wire: ClaimWire, opened: socket.socket) -> None:
         for _ in range(AT_ONCE):
             try:
-                data, sender = opened.recvfrom(_HEADER_BYTES + PAYLOAD_BYTES_MAX + 1)
+                data, sender = opened.recvfrom(HEADER_BYTES + PAYLOAD_BYTES_MAX + 1)
             except BlockingIOError:
                 return
             except OSError:
                 self._lost(wire)
                 return
             if sender[2] != PACKET_OUTGOING:
-                self._received(wire, data[_HEADER_BYTES:])
+                self._received(wire, data[HEADER_BYTES:])
         # Whoever sends so many sends rubbish. The kernel drops the rest.
         self._loop.remove_reader(opened.fileno())  # guard: a-flood-of-claims-costs-little
         self._loop.call_later(PAUSE_S, self._listen, wire, opened)
@@ -114,8 +114,9 @@ def _close(sockets: list[socket.socket]) -> None:
         it.close()
 
 
-def _open(wire: ClaimWire) -> socket.socket:
-    opened = high_socket(open_packet_socket(wire.link, _filter(wire.tag), receive_bytes=_RECEIVE_BYTES))
+def open_wire(wire: ClaimWire, kind: int) -> socket.socket:
+    """A socket that does not block, for frames of this kind (ethernet.py) on this link. Raises OSError."""
+    opened = high_socket(open_packet_socket(wire.link, _filter(wire.tag, kind), receive_bytes=_RECEIVE_BYTES))
     try:
         if opened.getsockname()[0] != wire.link or socket.if_nametoindex(wire.link) != wire.index:
             raise OSError(0, "another link has its name now")
@@ -126,15 +127,18 @@ def _open(wire: ClaimWire) -> socket.socket:
     return opened
 
 
-def _filter(tag: int) -> Filter:
-    """Our frames with this VLAN tag: the kernel has moved it out of the frame. After 14 bytes comes the magic."""
+def _filter(tag: int, kind: int) -> Filter:
+    """Our frames of this kind with this VLAN tag: the kernel has moved it out of the frame. The magic follows 14 bytes,
+    and the kind follows the magic."""
     return (
         (0x28, 0, 0, 12),  # ldh [12]
-        (0x15, 0, 8, ETHERTYPE),  # jeq
+        (0x15, 0, 10, ETHERTYPE),  # jeq
         (0x20, 0, 0, 14),  # ld [14]
-        (0x15, 0, 6, int.from_bytes(MAGIC[:4], "big")),  # jeq
+        (0x15, 0, 8, int.from_bytes(MAGIC[:4], "big")),  # jeq
         (0x20, 0, 0, 17),  # ld [17]
-        (0x15, 0, 4, int.from_bytes(MAGIC[3:7], "big")),  # jeq
+        (0x15, 0, 6, int.from_bytes(MAGIC[3:7], "big")),  # jeq
+        (0x30, 0, 0, 21),  # ldb [21]
+        (0x15, 0, 4, kind),  # jeq
         (0x20, 0, 0, _VLAN_TAG),  # ld
         (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
         (0x15, 0, 1, tag),  # guard: claims-are-heard-on-their-own-vlan

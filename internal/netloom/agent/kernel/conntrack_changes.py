@@ -114,6 +114,17 @@ def listing(namespace: str, *, marked: int = 0) -> Listing:
         return Listing(_messages(ctnetlink), marked=marked)
 
 
+def list_records(namespace: str, *, marked: int, status: int) -> list[Record]:
+    """The connections of a namespace that are copied; arguments as for ``conntrack_copy.record_of``.
+
+    Raises NamespaceError, NetlinkError.
+    """
+    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+        messages = _messages(ctnetlink)
+    records = (record_of(it, marked=marked, status=status) for it in messages)
+    return [it for it in records if it is not None]
+
+
 def changes(namespace: str, before: Listing) -> Difference:
     """What has changed in a namespace since ``before``, which is used up. Raises NamespaceError, NetlinkError."""
     with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:

@@ -71,6 +71,7 @@ _MAGIC, _VERSION = b"NLCT", 1
 _CHUNK_HEAD = struct.Struct(">4sHI")  # magic, version, number of records
 _RECORD_HEAD = struct.Struct(">BBH")  # family, protocol, zone
 _STATE = struct.Struct(">B5sII")  # status, TCP (state, both window scales, both flags), mark, timeout in seconds
+_STATE_OF_ENDED = _STATE.pack(CONFIRMED, bytes(5), 0, 0)
 _TIMEOUT_BYTES = 4
 _TRANSLATED = 0x80
 _NO_TCP = bytes(5)
@@ -82,7 +83,8 @@ _NFGENMSG = struct.Struct(">BBH")  # family, version, resource id
 
 # linux/netfilter/nfnetlink_conntrack.h
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_PROTOINFO, _CTA_NAT_SRC = 1, 2, 3, 4, 6
-_CTA_TIMEOUT, _CTA_MARK, _CTA_NAT_DST, _CTA_ZONE = 7, 8, 13, 18
+_CTA_TIMEOUT, _CTA_MARK, _CTA_ID, _CTA_NAT_DST, _CTA_ZONE = 7, 8, 12, 13, 18
+_ID_FOLLOWS = ATTRIBUTE.pack(8, _CTA_ID)
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_IP_V4_SRC, _CTA_IP_V4_DST, _CTA_IP_V6_SRC, _CTA_IP_V6_DST = 1, 2, 3, 4
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
@@ -97,7 +99,8 @@ _SEQ_ADJUST, _HELPER = 0x40, 0x2000
 _STATUS_BITS = SEEN_REPLY | ASSURED | CONFIRMED
 
 # linux/netfilter/nf_conntrack_tcp.h: the states from ESTABLISHED to LAST_ACK.
-_TCP_OPEN = frozenset({3, 4, 5, 6})
+_TCP_ESTABLISHED = 3
+_TCP_OPEN = frozenset({_TCP_ESTABLISHED, 4, 5, 6})
 _TCP_STATE_MAX = 9
 _WINDOW_SCALE_MAX = 14  # RFC 7323
 # WINDOW_SCALE, SACK_PERM and CLOSE_INIT. MAXACK_SET would make the kernel compare resets with a number that it lacks.
@@ -182,8 +185,10 @@ _BY_NUMBER = {it.number: it for it in (_IPV4, _IPV6)}
 # List
 
 
-def record_of(payload: bytes, *, marked: int = 0) -> Record | None:
+def record_of(payload: bytes, *, marked: int = 0, status: int = SEEN_REPLY) -> Record | None:
     """The record of a connection as the kernel lists it; None if the connection is not copied.
+
+    ``status``: the bits that a connection must have, except one with a bit of ``marked``.
 
     Raises NetlinkError (EBADMSG) when ``payload`` is not an nfgenmsg with a connection's attributes.
     """
@@ -199,22 +204,58 @@ def record_of(payload: bytes, *, marked: int = 0) -> Record | None:
             values = _values(payload, family.both.size)
             original = source + destination + sport + dport
             reply = reply_source + reply_destination + reply_sport + reply_dport
-            return _record(family, protocol, original, reply, values, marked)
+            return _record(family, protocol, original, reply, values, marked, status)
     values = _values(payload, _NFGENMSG.size)
     protocol, original = _decode_tuple(family, values.get(_CTA_TUPLE_ORIG))
     _, reply = _decode_tuple(family, values.get(_CTA_TUPLE_REPLY))
-    return _record(family, protocol, original, reply, values, marked)
+    return _record(family, protocol, original, reply, values, marked, status)
+
+
+def ended(payload: bytes) -> Record | None:
+    """A record that only identifies the connection, for :func:`delete`; None if its protocol is not copied.
+
+    Raises NetlinkError (EBADMSG) as :func:`record_of`.
+    """
+    family = _BY_NUMBER.get(payload[0]) if payload else None
+    if family is None:
+        return None
+    size = family.both.size
+    if payload[size : size + 4] == _ID_FOLLOWS:  # the zone would come first
+        h0, source, h1, destination, h2, protocol, h3, sport, h4, dport, *_ = family.both.unpack_from(payload)
+        if (h0, h1, h2, h3, h4) == family.headers[:5]:
+            if protocol in _NEVER_COPIED:
+                return None
+            head = _RECORD_HEAD.pack(family.code, protocol, 0)
+            return Record(head + source + destination + sport + dport + _STATE_OF_ENDED)
+    values = _values(payload, _NFGENMSG.size)
+    protocol, original = _decode_tuple(family, values.get(_CTA_TUPLE_ORIG))
+    if protocol in _NEVER_COPIED:
+        return None
+    head = _RECORD_HEAD.pack(family.code, protocol, _number(values, _CTA_ZONE) & 0xFFFF)
+    return Record(head + original + _STATE_OF_ENDED)
+
+
+def has_closed(payload: bytes) -> bool:
+    """Whether it is a TCP connection in which no end waits for data (any more)."""
+    state = _tcp_state(_values(payload, _NFGENMSG.size).get(_CTA_PROTOINFO))[0]
+    return state != 0 and state not in _TCP_OPEN
 
 
 def _record(
-    family: _Family, protocol: int, original: bytes, reply: bytes, values: dict[int, bytes], marked: int
+    family: _Family,
+    protocol: int,
+    original: bytes,
+    reply: bytes,
+    values: dict[int, bytes],
+    marked: int,
+    required: int,
 ) -> Record | None:
     status, mark = _number(values, _CTA_STATUS), _number(values, _CTA_MARK)
     if protocol in _NEVER_COPIED:
         return None
     tcp = _tcp_state(values.get(_CTA_PROTOINFO)) if protocol == _TCP else _NO_TCP
     if not mark & marked:
-        if not status & SEEN_REPLY or status & (EXPECTED | _SEQ_ADJUST | _HELPER):
+        if status & required != required or status & (EXPECTED | _SEQ_ADJUST | _HELPER):
             return None
         if protocol == _TCP and tcp[0] not in _TCP_OPEN:
             return None
@@ -299,8 +340,8 @@ def encode_difference(changes: Difference) -> list[Portion]:
     First what has ended: a new connection may need its address and port. A changed connection is deleted and created by
     the same portion, so no portion takes away what a later one would give back.
     """
-    ended = {_key(it): it for it in changes.delete}
-    pairs = [(ended.pop(_key(it), None), it) for it in changes.create]
+    ended = {key_of(it): it for it in changes.delete}
+    pairs = [(ended.pop(key_of(it), None), it) for it in changes.create]
     portions: list[Portion] = []
     delete: list[Record] = []
     create: list[Record] = []
@@ -389,11 +430,11 @@ def difference(before: Iterable[Record], now: Iterable[Record]) -> Difference:
     A connection is changed if its translation, its state or its mark differs, or if a short timeout was renewed. Other
     timeouts run at the target as at the source, and the first packet sets them anew.
     """
-    old = {_key(it): it for it in before}
+    old = {key_of(it): it for it in before}
     changed: list[Record] = []
     ended: list[Record] = []
     for record in now:
-        earlier = old.pop(_key(record), None)
+        earlier = old.pop(key_of(record), None)
         if earlier is None:
             changed.append(record)
         elif not _stands(earlier, record):
@@ -402,7 +443,7 @@ def difference(before: Iterable[Record], now: Iterable[Record]) -> Difference:
     return Difference(delete=[*ended, *old.values()], create=changed)
 
 
-def _key(record: Record) -> bytes:
+def key_of(record: Record) -> bytes:
     """What identifies the connection: protocol, zone and original tuple. Its length tells the family."""
     return record[1 : _RECORD_HEAD.size + _BY_CODE[record[0] & ~_TRANSLATED].tuple_bytes]
 
@@ -446,6 +487,63 @@ def create(namespace: str | None, listed: Sequence[Record]) -> Created:
     return Created(standing, refused, reason)
 
 
+def replicate(ctnetlink: Socket, gone: Iterable[Record], listed: Sequence[Record]) -> Created:
+    """Delete the connections of ``gone`` that exist, then create these, in the namespace of the socket.
+
+    A connection that exists is replaced, and so is another one with the same reply direction: it has ended at the
+    source, where there can be only one. ``standing`` counts what was created. Raises NetlinkError when no request can
+    be sent.
+    """
+    deletions = [Message(_DELETE, payload=b"".join(_identity(it))) for it in gone]
+    creations = [Message(_NEW, _CREATE, creation(it)) for it in listed]
+    failed = ctnetlink.failures([*deletions, *creations])
+    refused = {at - len(deletions): code for at, code in failed.items() if at >= len(deletions)}
+    there = [at for at, code in refused.items() if code == errno.EEXIST]
+    if there:
+        again: list[Message] = []
+        for at in there:
+            again += [Message(_DELETE, payload=b"".join(_identity(listed[at])))]
+            again += [Message(_DELETE, payload=b"".join(_identity_of_reply(listed[at]))), creations[at]]
+        failed = ctnetlink.failures(again)
+        for place, at in enumerate(there):
+            code = failed.get(3 * place + 2, 0)
+            if code:
+                refused[at] = code
+            else:
+                del refused[at]
+    reason = ""
+    if refused:
+        at, code = min(refused.items())
+        reason = f"{described(listed[at])}: {os.strerror(code)}"
+    return Created(len(listed) - len(refused), len(refused), reason)
+
+
+def flush(ctnetlink: Socket) -> None:
+    """Delete all connections in the namespace of the socket. Raises NetlinkError."""
+    ctnetlink.request([Message(_DELETE, payload=_NFGENMSG.pack(socket.AF_UNSPEC, 0, 0), what="delete all connections")])
+
+
+def set_timeouts(ctnetlink: Socket, listed: Iterable[Record], timeout_s: int) -> None:
+    """Make these connections end after so many seconds without a packet; no error for those that exist no more.
+
+    Raises NetlinkError when no request can be sent.
+    """
+    wanted = be32(_CTA_TIMEOUT, timeout_s)
+    ctnetlink.failures([Message(_NEW, payload=b"".join(_identity(it)) + wanted) for it in listed])
+
+
+def is_open_tcp(record: Record) -> bool:
+    """Whether it is an established TCP connection that neither end has closed."""
+    return record[1] == _TCP and _STATE.unpack_from(record, len(record) - _STATE.size)[1][0] == _TCP_ESTABLISHED
+
+
+def lasting(record: Record, timeout_s: int) -> Record:
+    """The same, with at least this timeout."""
+    if timeout_of(record) >= timeout_s:
+        return record
+    return Record(record[:-_TIMEOUT_BYTES] + timeout_s.to_bytes(_TIMEOUT_BYTES, "big"))
+
+
 def delete(namespace: str | None, listed: Iterable[Record]) -> int:
     """Delete these connections; return how many of them existed. Raises NamespaceError, NetlinkError."""
     requests = [Message(_DELETE, payload=b"".join(_identity(it)), what=f"delete {described(it)}") for it in listed]
@@ -483,6 +581,16 @@ def _identity(record: Record) -> Iterator[bytes]:
     family, original, _ = _tuples(record)
     yield _NFGENMSG.pack(family.number, 0, 0)
     yield _tuple_attribute(_CTA_TUPLE_ORIG, family, record[1], original)
+    zone = int.from_bytes(record[2:4], "big")
+    if zone:
+        yield be16(_CTA_ZONE, zone)
+
+
+def _identity_of_reply(record: Record) -> Iterator[bytes]:
+    """As :func:`_identity`, with the reply tuple."""
+    family, _, reply = _tuples(record)
+    yield _NFGENMSG.pack(family.number, 0, 0)
+    yield _tuple_attribute(_CTA_TUPLE_REPLY, family, record[1], reply)
     zone = int.from_bytes(record[2:4], "big")
     if zone:
         yield be16(_CTA_ZONE, zone)

@@ -211,6 +211,15 @@ def enter_scratch() -> None:
     _check(_libc.mount(b"netloom", run, b"tmpfs", 0, None))
 
 
+def enter_private() -> None:
+    """Move the calling thread to a new namespace without a name, which lasts as long as the thread and its sockets.
+
+    Raises NamespaceError.
+    """
+    if _libc.unshare(_CLONE_NEWNET) != 0:
+        raise NamespaceError("make a namespace for a thread", errno=ctypes.get_errno())
+
+
 @contextmanager
 def _locked() -> Iterator[None]:
     """Hold the lock of the directory, which ``ip netns add`` also takes while it prepares the directory."""

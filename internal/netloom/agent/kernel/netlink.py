@@ -299,14 +299,18 @@ class Socket:
     While it is open, the kernel keeps the namespace, even a deleted one.
     """
 
-    def __init__(self, protocol: int, namespace: str | None = None) -> None:
-        """Raises NamespaceError when the namespace does not exist, OSError when the kernel lacks the protocol."""
+    def __init__(self, protocol: int, namespace: str | None = None, *, port: int = 0) -> None:
+        """``port``: the address of the socket, which is in the kernel's reports of its changes; 0: any free one.
+
+        Raises NamespaceError when the namespace does not exist, OSError when the kernel lacks the protocol, or the port
+        is in use in the namespace.
+        """
         self._socket = open_socket(protocol, namespace)
         try:
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_EXT_ACK, 1)
             self._socket.setsockopt(_SOL_NETLINK, _NETLINK_CAP_ACK, 1)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _ANSWER_S_MAX, 0))
-            self._socket.bind((0, 0))
+            self._socket.bind((port, 0))
             booked = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         except BaseException:
             self._socket.close()
@@ -340,6 +344,39 @@ class Socket:
             if answer.errno and answer.errno not in message.harmless:
                 raise NetlinkError(answer.errno, message.what or f"netlink request {message.type}", answer.ext_ack)
         return [data for answer in answers for data in answer.data]
+
+    def failures(self, messages: Sequence[Message]) -> dict[int, int]:
+        """Send the messages; return the error number of each that failed, by its place in ``messages``.
+
+        Much cheaper than :meth:`exchange`: only failures and the last message of a datagram are acknowledged. The order
+        is kept, and each message is processed on its own.
+
+        Raises NetlinkError when the kernel cannot be asked.
+        """
+        failed: dict[int, int] = {}
+        for begin in range(0, len(messages), self._messages_max):
+            part = messages[begin : begin + self._messages_max]
+            first = self._sequence + 1
+            self._sequence = (self._sequence + len(part)) % 0x40000000
+            last = len(part) - 1
+            batch = []
+            for at, it in enumerate(part):
+                payload = it.payload
+                flags = it.flags | NLM_F_REQUEST | (NLM_F_ACK if at == last else 0)
+                batch.append(_HEADER.pack(_HEADER.size + len(payload), it.type, flags, first + at, 0))
+                batch.append(payload + b"\0" * (-len(payload) & 3))
+            self._send(b"".join(batch))
+            answered = False
+            while not answered:
+                for kind, flags, sequence, start, end in _messages(received := self._receive()):
+                    at = sequence - first
+                    if kind != NLMSG_ERROR or not 0 <= at <= last:
+                        continue  # the late answer to an earlier request
+                    code, _ = _decode_acknowledgement(bytes(received[start:end]), flags)
+                    if code:
+                        failed[begin + at] = code
+                    answered = answered or at == last
+        return failed
 
     def transaction(self, subsystem: int, messages: Sequence[Message]) -> None:
         """Send the messages as one transaction of nfnetlink: all of them take effect, or none. Not for long ones.

@@ -8,6 +8,7 @@ of elements and change often, so only the messages about the tables of certain n
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import msgspec
 
@@ -18,9 +19,11 @@ from netloom.agent.kernel.multicast import Multicast
 _GROUP_NFTABLES = 7
 _SUBSYSTEM = 10 << 8
 _DELETIONS = {_SUBSYSTEM | it for it in (2, 5, 8, 11, 14, 20)}  # a table, chain, rule, set, element, named object
+_ELEMENTS = {_SUBSYSTEM | it for it in (12, 14)}  # added, deleted
 _NEWGEN = _SUBSYSTEM | 15
 _NFTA_GEN_PROC_PID, _NFTA_GEN_PROC_NAME = 2, 3
 _TABLE = 1
+_NFTA_SET_ELEM_LIST_SET = 2
 _HEAD_BYTES = 4  # nfgenmsg
 
 _DATAGRAMS_AT_ONCE = 256  # the event loop has other work, too; the descriptor stays readable
@@ -49,13 +52,20 @@ class Transaction(msgspec.Struct, frozen=True, kw_only=True):
 class NftWatch(Multicast):
     """The nftables transactions of one namespace since this was created. ``fileno`` is readable when there are some."""
 
-    def __init__(self, namespace: str | None, *tables: str) -> None:
+    def __init__(self, namespace: str | None, *tables: str, without: Iterable[tuple[str, str]] = ()) -> None:
         """``tables``: the names of the tables, of any family, whose losses are reported.
+
+        ``without``: sets of these tables, as table and set. Changes of their elements are no losses, and a transaction
+        that consists of such changes is not reported.
 
         Raises NamespaceError, OSError.
         """
         self._names = [it.encode() + b"\0" for it in tables]
-        self._lost = False  # so far in the transaction whose end has not come yet
+        self._without = {(table.encode() + b"\0", name.encode() + b"\0") for table, name in without}
+        # So far in the transaction whose end has not come yet:
+        self._lost = False
+        self._ignored = False  # it changes elements of ``without``
+        self._others = False  # it changes something else
         super().__init__(netlink.NETLINK_NETFILTER, namespace, [_GROUP_NFTABLES], what="watch nftables")
 
     def read(self) -> list[Transaction]:
@@ -66,7 +76,8 @@ class NftWatch(Multicast):
         found: list[Transaction] = []
         for data in self._datagrams(_DATAGRAMS_AT_ONCE):
             if data is None:
-                self._lost = False
+                self._lost = self._ignored = False
+                self._others = True  # perhaps: what was dropped is not known
                 found.append(Transaction(overrun=True))
             else:
                 found += self._transactions(data)
@@ -76,14 +87,23 @@ class NftWatch(Multicast):
         found = []
         ours = any(it in data for it in self._names)
         # The message that ends a transaction is the first of its datagram; the objects need no decoding then.
-        for message in netlink.decode(data) if ours or netlink.kind_of(data) == _NEWGEN else ():
-            if message.type in _DELETIONS:
-                attributes = netlink.attributes(message.payload, _HEAD_BYTES)
-                self._lost = self._lost or any((_TABLE, it) in attributes for it in self._names)
-            elif message.type == _NEWGEN:
-                values = netlink.attribute_map(message.payload, _HEAD_BYTES)
-                thread = int.from_bytes(values.get(_NFTA_GEN_PROC_PID, b""), "big")
-                name = netlink.string(values.get(_NFTA_GEN_PROC_NAME))
-                found.append(Transaction(lost=self._lost, thread=thread, process=name))
-                self._lost = False
+        if not ours and netlink.kind_of(data) != _NEWGEN:
+            self._others = True
+            return []
+        for message in netlink.decode(data):
+            if message.type == _NEWGEN:
+                if self._others or not self._ignored:
+                    values = netlink.attribute_map(message.payload, _HEAD_BYTES)
+                    thread = int.from_bytes(values.get(_NFTA_GEN_PROC_PID, b""), "big")
+                    name = netlink.string(values.get(_NFTA_GEN_PROC_NAME))
+                    found.append(Transaction(lost=self._lost, thread=thread, process=name))
+                self._lost = self._ignored = self._others = False
+                continue
+            values = netlink.attribute_map(message.payload, _HEAD_BYTES)
+            table = values.get(_TABLE, b"")
+            if message.type in _ELEMENTS and (table, values.get(_NFTA_SET_ELEM_LIST_SET)) in self._without:
+                self._ignored = True  # guard: a-renewed-lease-is-no-loss
+                continue
+            self._others = True
+            self._lost = self._lost or (message.type in _DELETIONS and table in self._names)
         return found

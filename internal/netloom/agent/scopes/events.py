@@ -24,6 +24,13 @@ class UplinkFollower(Protocol):
     def uplink_changed(self, link: str, running: bool) -> None: ...
 
 
+class TurnFollower(Protocol):
+    """Follows whose turn it is in each group. ``Standbys`` implements it."""
+
+    def changed(self, group_id: str) -> None: ...
+    def uplink_changed(self, link: str, running: bool) -> None: ...
+
+
 class Events:
     """Passes each event to the handler.
 
@@ -34,9 +41,12 @@ class Events:
     def __init__(self) -> None:
         self._handler: EventHandler | None = None
         self._follower: UplinkFollower | None = None
+        self._turns: TurnFollower | None = None
 
-    def connect(self, handler: EventHandler, follower: UplinkFollower | None = None) -> None:
-        self._handler, self._follower = handler, follower
+    def connect(
+        self, handler: EventHandler, follower: UplinkFollower | None = None, turns: TurnFollower | None = None
+    ) -> None:
+        self._handler, self._follower, self._turns = handler, follower, turns
 
     def busy(self, scope_id: str) -> bool:
         return self._connected().busy(scope_id)
@@ -53,6 +63,13 @@ class Events:
     def uplink_changed(self, link: str, running: bool) -> None:
         if self._follower is not None:
             self._follower.uplink_changed(link, running)
+        if self._turns is not None:
+            self._turns.uplink_changed(link, running)
+
+    def turn_changed(self, group_id: str) -> None:
+        """In the engine's thread. What changes before ``connect`` is noticed by the first look."""
+        if self._turns is not None:
+            self._turns.changed(group_id)
 
     def revive(self, scope_id: str, why: str) -> None:
         self._connected().revive(scope_id, why)

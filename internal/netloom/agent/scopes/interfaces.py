@@ -71,6 +71,9 @@ class Host(Protocol):
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 
+    def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
+        """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
+
     def send_arp(self, announcements: tuple[Announcement, ...]) -> None:
         """Send these announcements once. Errors are ignored: the link may be gone."""
 
@@ -91,6 +94,12 @@ class Host(Protocol):
 
     def claim_wires(self, scope_id: str, want: Want) -> frozenset[ClaimWire]:
         """The uplinks on which the scope is claimed. Raises HostRefused."""
+
+    def anybody_answers(self, scope_id: str, want: Want, timeout_s: float) -> bool | None:
+        """Whether a VM or gateway behind the uplinks of these ports answers ARP; None: there is nobody to ask.
+
+        False at once if no uplink has a carrier. Blocks up to the time-out. Raises HostRefused.
+        """
 
     def read_flows(self, namespace: str) -> Listing:
         """The open connections that another host can continue. Raises HostRefused."""

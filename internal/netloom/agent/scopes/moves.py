@@ -160,7 +160,7 @@ class Moves:
         rest = [it for it in slots if it.scope_id > asked.after]
         record = self._scopes.placements.host_record
         return wire.Placements(
-            scopes=tuple(_held(it) for it in rest[:_LISTED_MAX]),
+            scopes=tuple(self._scopes.placements.in_group(it, _held(it)) for it in rest[:_LISTED_MAX]),
             more=len(rest) > _LISTED_MAX,
             drained=record.drained,
             evacuated=tuple(dict.fromkeys((*(it.host for it in record.evacuated), *_taken_from(slots)))),
@@ -217,6 +217,8 @@ class Moves:
         placement = scope.placement
         if placement.gate == "closed" and placement.peer != asked.to:
             raise HostRefused(f"{slot.scope_id} is being moved to {placement.peer}", hint="finish that move first")
+        if placement.group:
+            raise HostRefused(f"{slot.scope_id} has a standby", hint="netloom move ends that first")
         if scope.revision != asked.revision:
             raise HostRefused(f"{slot.scope_id} has changed meanwhile", hint="repeat the command")
         if asked.epoch <= placement.epoch:
@@ -258,10 +260,10 @@ class Moves:
 
     def _finish(self, slot: Slot, asked: wire.Finish) -> tuple[bytes, HostChanges]:
         scope = slot.scope
-        if scope is not None and scope.placement.gate not in ("closed", "passive"):
-            raise HostRefused(f"{slot.scope_id} is {scope.placement.gate} here", hint="move it away first")
-        if scope is not None and scope.placement.epoch >= asked.epoch:
-            raise HostRefused(f"{slot.scope_id} has epoch {scope.placement.epoch} here, not older than {asked.epoch}")
+        if scope is not None and slot.gate not in ("closed", "passive", "standby"):
+            raise HostRefused(f"{slot.scope_id} is {slot.gate} here", hint="move it away first")
+        if scope is not None and slot.epoch >= asked.epoch:
+            raise HostRefused(f"{slot.scope_id} has epoch {slot.epoch} here, not older than {asked.epoch}")
         self._scopes.placements.retire(slot, Moved(to=asked.to, epoch=asked.epoch))
         return b"", self._scopes.converge(slot) if slot.ending else HostChanges()
 
@@ -273,13 +275,15 @@ class Moves:
         if had is not None:
             if had.owner != scope.owner:
                 raise ForeignScope(f"{slot.scope_id} belongs to {had.owner} on this host, not to {scope.owner}")
-            if had.placement.gate in ("open", "closed"):
-                raise HostRefused(f"{slot.scope_id} is {had.placement.gate} here with epoch {had.placement.epoch}")
-        known = max(had.placement.epoch if had else 0, slot.moved.epoch if slot.moved else 0, scope.placement.epoch)
+            if slot.gate in ("open", "closed"):
+                raise HostRefused(f"{slot.scope_id} is {slot.gate} here with epoch {slot.epoch}")
+        known = max(slot.epoch, slot.moved.epoch if slot.moved else 0, scope.placement.epoch)
         if asked.epoch <= known and not (had and had.placement.gate == "incoming" and had.placement.epoch == known):
             raise HostRefused(f"{slot.scope_id} has epoch {known} already, so {asked.epoch} is not a new one")
         # A copy that was here before is not forgotten if the scope is not opened: perhaps it is the only one.
         was_passive = had.placement.was_passive if had else ""
+        if had and slot.gate == "standby":
+            was_passive = "this host stood by for it before"
         if had and had.placement.gate == "passive":
             was_passive = had.placement.why or "it was passive before"
         placement = Placement(

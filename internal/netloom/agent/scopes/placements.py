@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -15,13 +16,15 @@ from netloom.agent.host.occupied import Occupied
 from netloom.agent.kernel.arp_probe import CLAIM_BYTES
 from netloom.agent.log import Log
 from netloom.agent.scopes.interfaces import Host, ScopeStore
+from netloom.agent.scopes.roles import NO_GROUPS, Role, Roles
 from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.store import HostRecord, Moved
 from netloom.errors import HostRefused, NetloomError
+from netloom.placementwire import HeldScope
 from netloom.plan.steps import Step
 from netloom.render.want import Want
 from netloom.state import Placement, Scope
-from netloom.wire import Call, Reply
+from netloom.wire import Call, Reply, StandbyReply
 
 # These go to all hosts (extension/dispatch.py).
 TO_ALL_HOSTS = frozenset({"destroy-network", "destroy-vpc", "shutdown-vpc"})
@@ -35,10 +38,15 @@ class Placements:
     Methods with a slot are called in a worker thread that holds its lock, ``with_placement`` on the event loop.
     """
 
-    def __init__(self, store: ScopeStore, host: Host, log: Log) -> None:
+    def __init__(self, store: ScopeStore, host: Host, log: Log, roles: Roles = NO_GROUPS) -> None:
         self._store = store
         self._host = host
         self._log = log
+        self.roles = roles
+        self.in_group: Callable[[Slot, HeldScope], HeldScope] = lambda slot, held: (
+            held
+        )  # with what is known of its group
+        self.behind: Callable[[str, Role], str] = lambda scope_id, role: ""  # why the standby has not the newest state
         self._random = os.urandom(CLAIM_BYTES - 4)
         self.host_record = HostRecord()
 
@@ -57,7 +65,24 @@ class Placements:
             return reply
         if slot.scope is not None:
             it = slot.scope.placement
-            return replace(reply, epoch=it.epoch, gate=it.gate, proof=it.proof)
+            reply = replace(reply, epoch=slot.epoch, gate=slot.gate, proof=it.proof, proof_from=it.proof_from)
+            role = self.roles.of(it)
+            if role is None:
+                return reply
+            if reply.gate == "standby":
+                return replace(reply, holds=False, moved_to=role.host)
+            behind = self.behind(slot.scope_id, role)
+            standby = StandbyReply(
+                group_id=it.group,
+                host=role.standby,
+                witness=role.witness,
+                term=role.term,
+                serving=role.serves,
+                behind=behind,
+                standby_silent_s=int(role.standby_silent_s),
+                witness_silent_s=int(role.witness_silent_s),
+            )
+            return replace(reply, standby=standby)
         if slot.moved is not None:
             return replace(reply, epoch=slot.moved.epoch, moved_to=slot.moved.to)
         return reply
@@ -80,6 +105,17 @@ class Placements:
                 )
             return
         placement = slot.scope.placement
+        role = self.roles.of(placement)
+        if role is not None and placement.gate == "open":
+            if not role.active:  # guard: a-standby-executes-nothing
+                raise HostRefused(
+                    f"{slot.scope_id} is served by {role.host or 'another host'}; this host stands by",
+                    hint="netloom where shows which host serves it",
+                )
+            if ends:
+                return
+            if not role.serves:  # guard: a-host-without-a-lease-executes-nothing
+                raise ScopeMoving(slot.decided)
         if placement.gate == "open" or ends:
             return
         if placement.gate == "closed":
@@ -105,8 +141,9 @@ class Placements:
         While this host was down, the scope may have been placed on another one. If somebody answers, the scope becomes
         passive. Raises HostRefused when nobody can be asked; then the gate stays closed. Returns the steps.
         """
-        if slot.gate != "open" or not want.namespace or self._host.serves(want):
-            slot.unproved = slot.gate != "open"
+        in_group = bool(slot.scope is not None and slot.scope.placement.group)  # its lease tells who serves
+        if in_group or slot.gate != "open" or not want.namespace or self._host.serves(want):
+            slot.unproved = slot.gate != "open" and not in_group
             return ()
         gated = replace(want, gated=True)
         changes = self._host.converge(slot.scope_id, gated, slot.loaded_ruleset)
@@ -125,7 +162,7 @@ class Placements:
         A number that no move announced here comes with a call that follows an evacuation: another host served the
         scope. This includes a scope that this host restored from nothing if another one took it meanwhile.
         """
-        if scope.placement.epoch >= call.epoch:
+        if self.roles.epoch(scope.placement) >= call.epoch:
             return scope
         dead = self._evacuated(scope.owner)
         taken_from = tuple(dict.fromkeys((*scope.placement.taken_from, *dead)))
@@ -205,13 +242,13 @@ class Placements:
 
     def claim(self, slot: Slot | None) -> bytes:
         """How strong this host's claim to the scope is, see ``arp_probe.ask``."""
-        epoch = slot.scope.placement.epoch if slot is not None and slot.scope is not None else 0
+        epoch = slot.epoch if slot is not None else 0
         return min(epoch, 0xFFFFFFFF).to_bytes(4, "big") + self._random
 
     def make_passive(self, slot: Slot, why: str) -> None:
         """Serve the scope no longer, because somebody else answers for its addresses. Raises HostRefused."""
         assert slot.scope is not None
-        self.place(slot, replace(slot.scope.placement, gate="passive", why=why))
+        self.place(slot, replace(slot.scope.placement, gate="passive", why=why, group=""))
         self._log.line(f"scope={slot.scope_id} warning: passive: {why}")
 
     def retire(self, slot: Slot, moved: Moved | None = None) -> None:
@@ -229,8 +266,9 @@ class Placements:
 
 
 def placed(scope: Scope, placement: Placement) -> Scope:
-    """``scope`` with this placement. Builds that do not know closed gates must not read its file then."""
-    return replace(scope, placement=placement, schema=1 if placement.gate == "open" else 2)
+    """``scope`` with this placement. Builds that do not know closed gates, or groups, must not read its file then."""
+    schema = 1 if placement.gate == "open" else 2
+    return replace(scope, placement=placement, schema=3 if placement.group else schema)
 
 
 def not_served(scope: Scope) -> HostRefused:

@@ -20,7 +20,8 @@ A call takes these steps. All but the first and the last run in one worker threa
    not start fails the call only if the call asked for it (``commands/asked.py``).
 6. ``run_and_settle`` reports to ``WorkHandler`` whether the work failed; ``Upkeep`` then tries again later, or
    announces new addresses. The watcher compares the kernel events that came during the work.
-7. ``execute`` returns the reply. It never raises.
+7. In a group, ``execute`` waits until the standby has the new state on its disk, or does not answer in time.
+8. ``execute`` returns the reply. It never raises.
 
 ``Upkeep`` runs the same ``converge`` when no call asks for it: at the start of the agent, in the periodic check, after
 a kernel event, after the end of a process. It waits for the same lock.
@@ -50,6 +51,7 @@ from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
 from netloom.agent.scopes.call_batch import CallBatches
 from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore, ScopeWatcher
 from netloom.agent.scopes.placements import Placements, ScopeMoving
+from netloom.agent.scopes.roles import NO_GROUPS, Roles
 from netloom.agent.scopes.slot import Slot, WaitingCall
 from netloom.agent.scopes.store import HostRecord, Unreadable
 from netloom.commands import pbr, table, userdata
@@ -82,6 +84,13 @@ class WorkHandler(Protocol):
     def work_succeeded(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None: ...
 
 
+class Replication(Protocol):
+    """Copies the states of scopes to their standbys. ``StateSender`` implements it."""
+
+    async def settled(self, scope_id: str, reply: Reply, within_s: float) -> Reply:
+        """The reply to a call that was executed, when the standby has what the call has changed."""
+
+
 class Scopes:
     """The slots of all scopes. Executes calls. Created and used on the event loop.
 
@@ -99,6 +108,7 @@ class Scopes:
         log: Log,
         clock: Clock,
         workers: Executor,
+        roles: Roles = NO_GROUPS,
     ) -> None:
         self._store = store
         self._host = host
@@ -111,7 +121,10 @@ class Scopes:
         self._workers = workers
         self._hooks = ThreadPoolExecutor(HOOKS_AT_ONCE, thread_name_prefix="hook")
         self._slots: dict[str, Slot] = {}
-        self.placements = Placements(store, host, log)
+        self._roles = roles
+        self.placements = Placements(store, host, log, roles)
+        self.replication: Replication | None = None  # None: no scope belongs to a group
+        self.describe_group: Callable[[Scope], list[str]] = lambda scope: []  # in lines for people
         self._batches = CallBatches(store, services, self.placements, self, log)
         self.work_done = 0  # works that worker threads have ended
         self._record_changes = asyncio.Lock()
@@ -129,7 +142,7 @@ class Scopes:
             slot.unconverged = slot.unproved = True
             try:
                 self.read_state(slot)
-                if slot.moved is not None and slot.scope is not None and slot.moved.epoch > slot.scope.placement.epoch:
+                if slot.moved is not None and slot.scope is not None and slot.moved.epoch > slot.epoch:
                     self.placements.retire(slot)  # the agent was ended in the middle of ``finish``
                     continue
                 slot.loaded_ruleset = self._want(slot).ruleset
@@ -146,7 +159,7 @@ class Scopes:
 
     def slot(self, scope_id: str) -> Slot:
         """The slot of the scope, created if there is none."""
-        return self._slots.setdefault(scope_id, Slot(scope_id))
+        return self._slots.setdefault(scope_id, Slot(scope_id, self._roles))
 
     def get(self, scope_id: str) -> Slot | None:
         """The slot of the scope, None if there is none."""
@@ -187,6 +200,9 @@ class Scopes:
         steps = 0
         try:
             reply, steps = await self._dispatch(call)
+            if self.replication is not None:
+                within_s = call.remaining_ms / 1000 - (self._clock.time() - started)
+                reply = await self.replication.settled(call.scope_id, reply, within_s)
         except NetloomError as error:
             reply = self.refused(call, error)
         # A bug: the log gets the traceback, the caller gets one line.
@@ -382,12 +398,13 @@ class Scopes:
         table.check_scope(call.command, slot.scope, action, context)
         action_context = ActionContext(
             scope=slot.scope,
-            want=self._want(slot),
+            want=self._leased(slot.scope, self._want(slot)),
             known=slot.loaded_ruleset,
             missing_helpers=slot.missing_helpers,
             services=self._services,
             converge=lambda: self.converge(slot),
             failed=lambda: slot.failed,
+            standby=lambda: self.describe_group(slot.scope) if slot.scope is not None else [],
         )
         result, changes = self._actions.run(call, action, action_context)
         return (result, slot.scope.revision if slot.scope else 0), changes
@@ -456,11 +473,18 @@ class Scopes:
         if gate == "passive":
             return render(None)
         want = self._host.placed(slot.scope_id, self._want(slot))
+        want = self._leased(slot.scope, want)
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
+
+    def _leased(self, scope: Scope | None, want: Want) -> Want:
+        """``want`` with the mark of the scope's group: frames pass its ports only while this host has the lease."""
+        role = self._roles.of(scope.placement) if scope is not None else None
+        return replace(want, lease=role.mark) if role is not None and want.namespace else want
 
     def placed_want_of(self, scope: Scope) -> Want:
         """What the scope would want on this host with this state. Raises HostRefused."""
-        return self._host.placed(scope.scope_id, _rendered(scope, self._missing_helpers(scope)))
+        want = self._host.placed(scope.scope_id, _rendered(scope, self._missing_helpers(scope)))
+        return self._leased(scope, want)
 
     def _watch_for_nics(self, slot: Slot) -> None:
         """Watch a scope that could not be built, because its NIC may appear later, or its bridge may get one."""

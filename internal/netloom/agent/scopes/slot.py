@@ -9,6 +9,7 @@ import msgspec
 from netloom.agent.clock import Timer
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.handover import Handover
+from netloom.agent.scopes.roles import NO_GROUPS, Roles
 from netloom.agent.scopes.store import Moved
 from netloom.commands.transition import Transitioned
 from netloom.render.ruleset import Ruleset
@@ -23,8 +24,9 @@ class Slot:
     ``users``, ``retry``, ``failures`` and ``announcing`` belong to the event loop, all else to the holder of ``lock``.
     """
 
-    def __init__(self, scope_id: str) -> None:
+    def __init__(self, scope_id: str, roles: Roles = NO_GROUPS) -> None:
         self.scope_id = scope_id
+        self._roles = roles
         self.lock = asyncio.Lock()  # guard: one-call-of-a-scope-at-a-time
         self.users = 0  # calls and tasks that hold the lock or wait for it
         self.scope: Scope | None = None
@@ -59,8 +61,15 @@ class Slot:
 
     @property
     def gate(self) -> str:
-        """The gate as in ``state.Placement``; empty without a state."""
-        return self.scope.placement.gate if self.scope is not None else ""
+        """The gate as in ``Roles.gate``; empty without a state."""
+        scope = self.scope
+        return self._roles.gate(scope.placement) if scope is not None else ""
+
+    @property
+    def epoch(self) -> int:
+        """The number of the placement now; 0 without a state."""
+        scope = self.scope
+        return self._roles.epoch(scope.placement) if scope is not None else 0
 
 
 class WaitingCall:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -71,7 +72,12 @@ class Store:
     """The state files in ``directory``, which is created if it is missing. Directory mode 0700, file mode 0600.
 
     The constructor removes temporary files that a crash has left, and raises HostRefused.
+
+    ``on_saved`` and ``on_retired`` are called after each change of a scope's state, in the thread that changed it.
     """
+
+    on_saved: Callable[[Scope, bytes], None] = staticmethod(lambda scope, text: None)
+    on_retired: Callable[[str], None] = staticmethod(lambda scope_id: None)
 
     def __init__(self, directory: str) -> None:
         self.directory = Path(directory)
@@ -184,16 +190,18 @@ class Store:
     def save(self, scope: Scope) -> None:
         """Replace the scope's state file. Raises HostRefused; the old file is in place then, or it is ``unsettled``."""
         path = self._path(scope.scope_id)
+        text = self.encoded(scope)
         try:
             replace_bytes(
                 path,
-                self.encoded(scope),
+                text,
                 mode=0o600,  # guard: state-is-readable-by-root-alone
             )
         except OSError as error:
             raise self._refused(scope.scope_id, "written", error) from error
         with contextlib.suppress(OSError):  # beside the state it has no meaning, and the next one replaces it
             self._path(scope.scope_id, "ended").unlink()
+        self.on_saved(scope, text)
 
     @staticmethod
     def encoded(scope: Scope) -> bytes:
@@ -211,6 +219,7 @@ class Store:
                 rename_durably(path, self._path(scope_id, "ended"))
         except OSError as error:
             raise self._refused(scope_id, "renamed", error) from error
+        self.on_retired(scope_id)
 
     def forget(self, scope_id: str) -> None:
         """Remove the file of a deleted scope, after the scope was removed from the host.

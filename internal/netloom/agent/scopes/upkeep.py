@@ -216,8 +216,8 @@ class Upkeep:
             return True
 
         def yield_() -> HostChanges:
-            if slot.gate != "open":
-                return HostChanges()
+            if slot.gate != "open" or (slot.scope is not None and slot.scope.placement.group):
+                return HostChanges()  # guard: the-lease-tells-who-serves-a-group
             self._scopes.placements.make_passive(slot, why)
             return self._scopes.converge(slot)
 
@@ -263,10 +263,14 @@ class Upkeep:
                     slot.retry.cancel()  # guard: a-success-cancels-the-retry
                     slot.retry = None
         if announcements:
-            now = self._clock.time()
-            slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
-            send = partial(self._send_arp, slot, announcements)
-            slot.announcing += [self._clock.call_later(after_s, send) for after_s in ANNOUNCE_AFTER_S]
+            self.announce(slot, announcements)
+
+    def announce(self, slot: Slot, announcements: tuple[Announcement, ...]) -> None:
+        """Announce these addresses several times."""
+        now = self._clock.time()
+        slot.announcing = [timer for timer in slot.announcing if timer.when() > now]
+        send = partial(self._send_arp, slot, announcements)
+        slot.announcing += [self._clock.call_later(after_s, send) for after_s in ANNOUNCE_AFTER_S]
 
     # --------------------------------------------------------------------------------------------------- the work
 

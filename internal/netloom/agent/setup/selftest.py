@@ -21,6 +21,7 @@ import msgspec
 
 from netloom import names
 from netloom.agent import packages
+from netloom.agent.host import lease
 from netloom.agent.host.converge import KernelHost, load_modules
 from netloom.agent.kernel import conntrack, links, namespaces, neighbours
 from netloom.agent.kernel import nft as kernel_nft
@@ -339,6 +340,20 @@ def _keep_first_packet(host: _ScratchHost) -> None:
             ) from error
 
 
+def _renew_a_lease(host: _ScratchHost) -> None:
+    """Lengthen, shorten and end a lease; old kernels keep the timeout of an element that exists."""
+    lease.guard({"trial": 1})
+    for life_s in (5.0, 60.0, 20.0):
+        lease.renew({1: life_s})
+        left_s = lease.alive().get(1, 0.0)
+        if not life_s - 4 < left_s < life_s:
+            raise HostRefused(f"an element with a timeout of {life_s:.0f} s lives {left_s:.0f} s")
+    lease.end([1])
+    if lease.alive():
+        raise HostRefused("an element with a timeout cannot be deleted")
+    lease.release(["trial"])
+
+
 def _build_with_ip6(host: _ScratchHost) -> None:
     for scope in (_with_ip6(host.scope), _with_ip6(_vpc())):
         host.host.converge(scope.scope_id, render(scope), None)
@@ -370,6 +385,7 @@ _TESTS: tuple[tuple[str, Callable[[_ScratchHost], None], bool, str], ...] = (
         "Linux 5.10; with an older kernel no DHCP, metadata and passwords",
     ),
     (_IP6, _build_with_ip6, False, "boot without ipv6.disable; only networks with IPv6 need it"),
+    ("leases", _renew_a_lease, False, "Linux 5.10; with an older kernel this host cannot stand by for another one"),
     ("802.1Q", _make_vlan, False, "load the module 8021q; without it links <nic>.<vlan> must exist"),
     ("VXLAN", _make_vxlan, False, "load the module vxlan; only guest.isolation=vxlan needs it"),
 )

@@ -21,7 +21,7 @@ from netloom import program
 from netloom.agent import connect
 from netloom.agent.actions.hooks import STARTED
 from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
-from netloom.agent.host import fence, gate, unmanaged
+from netloom.agent.host import fence, gate, lease, unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.frames import GUARD_TABLES, unguard_all
@@ -99,10 +99,11 @@ def remove_shared_links() -> tuple[list[str], list[str]]:
         bridges = [link for _, link in sorted(found.items()) if link.kind == "bridge" and link.ours]
         unguard_all([it.name for it in bridges])  # guard: no-guard-without-its-agent
         gate.remove()  # guard: no-gate-without-its-agent
+        lease.remove()  # guard: no-lease-without-its-agent
         fence.TABLE.remove()  # guard: no-fence-without-its-agent
     except HostRefused as error:
         return [f"guards and bridges: {error}"], [
-            f"nft delete table {it}" for it in (*GUARD_TABLES, gate.TABLE.label, fence.TABLE.label)
+            f"nft delete table {it}" for it in (*GUARD_TABLES, gate.TABLE.label, lease.TABLE.label, fence.TABLE.label)
         ]
     kept, after = [], []
     for bridge in bridges:

@@ -63,10 +63,14 @@ async def _one(mover: Mover, it: Planned, inventory: Inventory) -> Moved:
 
 
 def plan_drain(host: str, inventory: Inventory) -> list[Planned]:
-    """Every scope that the host holds, and where it goes. Raises NetloomError when no other host takes scopes."""
+    """Every scope that the host holds, and where it goes. Raises NetloomError when no other host takes scopes.
+
+    Copies that stand by for another host stay.
+    """
     if host in inventory.failures:
         raise inventory.failures[host]
-    held = {it: scope for it, scope in inventory.views[host].scopes.items() if scope.gate != "moved"}
+    gone = ("moved", "standby")
+    held = {it: scope for it, scope in inventory.views[host].scopes.items() if scope.gate not in gone}
     settled: list[Planned] = []
     moving: dict[str, int] = {}
     for scope_id in sorted(held, key=scope_order):
@@ -85,14 +89,15 @@ def plan_drain(host: str, inventory: Inventory) -> list[Planned]:
 def plan_rebalance(inventory: Inventory) -> list[Planned]:
     """The fewest moves that even the load of the hosts that answer and are not drained.
 
-    Scopes that more than one host holds stay where they are: ``where`` says what is wrong with them.
+    Scopes that more than one host holds stay where they are: ``where`` says what is wrong with them. A copy that
+    stands by counts for nothing.
     """
     hosts: dict[str, dict[str, int]] = {host: {} for host in inventory.loads()}
     for scope_id in inventory.scope_ids():
         held = inventory.held_by(scope_id)
-        ((host, it), *others) = held.items()
-        if not others and it.gate == "open" and host in hosts:
-            hosts[host][scope_id] = load(it)
+        copies = [(host, it) for host, it in held.items() if it.gate != "standby"]
+        if len(copies) == 1 and copies[0][1].gate == "open" and copies[0][0] in hosts:
+            hosts[copies[0][0]][scope_id] = load(copies[0][1])
     return balanced(hosts)
 
 

@@ -88,13 +88,17 @@ def plan_evacuation(dead: str, inventory: Inventory, archived: Sequence[Archived
         raise BadRequest(f"{which}, so whose networks {dead} had is not known", hint="--owner NAME")
     targets = {}
     for copy in sorted(copies, key=lambda it: -_load(it)):
-        targets[copy.scope_id] = copy.host if copy.host in loads else min(loads, key=lambda host: loads[host])
-        loads[targets[copy.scope_id]] += _load(copy)
+        stays = copy.host in loads or copy.held.gate == "standby"  # guard: a-standby-is-not-bypassed
+        target = targets[copy.scope_id] = copy.host if stays else min(loads, key=lambda host: loads[host])
+        loads[target] = loads.get(target, 0) + _load(copy)
     return Evacuation(dead, tuple(copies), targets, tuple(unknown), owners[0])
 
 
 def _newest_copy(dead: str, scope_id: str, inventory: Inventory, archived: Archived | None) -> Copy | None:
-    """The newest copy of a scope that the dead host served; None if a remaining host serves it, or there is no copy."""
+    """The newest copy of a scope that the dead host served; None if a remaining host serves it, or there is no copy.
+
+    That of a standby comes first, and goes on where it is, also on a drained host: the standby could still take over.
+    """
     held = inventory.held_by(scope_id)
     if serving_hosts(held) or any(
         it.gate == "closed" for it in held.values()
@@ -111,7 +115,8 @@ def _newest_copy(dead: str, scope_id: str, inventory: Inventory, archived: Archi
             peer=dead,
         )
         copies.append(Copy(scope_id, "", as_held, archived))
-    return max(copies, key=lambda it: (_state_epoch(it.held), it.held.revision), default=None)
+    standbys = [it for it in copies if it.held.gate == "standby"]
+    return max(standbys or copies, key=lambda it: (_state_epoch(it.held), it.held.revision), default=None)
 
 
 def _state_epoch(held: HeldScope) -> int:

@@ -180,9 +180,15 @@ def leftovers(scope_id: str, inventory: Inventory) -> list[Leftover]:
         Leftover(host, it, by, epoch)
         for host, it in held.items()
         if host != by
-        and it.gate in ("open", "closed", "passive", "incoming")
+        and it.gate in ("open", "closed", "passive", "incoming", "standby")
+        and not stands_by(it, held[by])  # guard: a-standby-is-no-leftover
         and (it.gate == "incoming" or it.epoch < epoch)  # guard: a-newer-copy-is-not-removed
     ]
+
+
+def stands_by(copy: HeldScope, served: HeldScope) -> bool:
+    """Whether the host with this copy belongs to the group of the host that serves the scope."""
+    return bool(copy.group) and copy.group == served.group
 
 
 def serving_hosts(held: Mapping[str, HeldScope]) -> list[str]:
@@ -213,7 +219,8 @@ def _unserved(scope_id: str, inventory: Inventory, epoch: int) -> TakeOver:
     held = inventory.held_by(scope_id)
     silent = [str(error) for error in inventory.failures.values()]
     passive = [host for host, it in held.items() if it.gate == "passive"]
-    unreadable = any(it.gate == "unreadable" for it in held.values())  # perhaps that host serves it still
+    # Perhaps such a host serves it still, or takes it over.
+    unreadable = any(it.gate in ("unreadable", "standby") for it in held.values())  # guard: a-standby-may-take-over
     if (
         passive
         and not silent  # guard: nothing-is-taken-over-while-a-host-is-silent

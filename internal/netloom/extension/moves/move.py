@@ -11,6 +11,8 @@ closed             incoming            the same; to another target, when the sou
 closed, open       open                the target has the higher epoch: tells the source to remove its copy
 moved              open                nothing
 =================  ==================  ===============================================================================
+
+A scope with a standby leaves its group first.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ from netloom.placementwire import (
     Received,
     Reopen,
 )
+from netloom.standbywire import LEAVE_GROUP, LeaveGroup
 
 # How often a state that changes while it is copied is read again.
 _TRIES = 10
@@ -182,12 +185,27 @@ class Mover:
                 source = next((it.host for it in rest if it.held.gate != "incoming"), "")
                 return Moved(scope_id, source, to, step.epoch, note=note)
             _check_target(to, inventory, force)
+            if isinstance(step, Transfer) and step.held.group:
+                await self._leave_group(scope_id, step)
+                inventory = await take_inventory(self.agents)
+                if not isinstance(again := next_step(scope_id, to, inventory), Transfer) or again.held.group:
+                    raise HostRefused(f"{step.source}: {scope_id} still has a standby", hint="repeat the command")
+                step, rest = again, leftovers(scope_id, inventory)
             notes = [await self._clear_before(scope_id, it, to) for it in rest]
             if isinstance(step, TakeOver):
                 moved = await self.take_over(scope_id, step.source, step.held, step.epoch, to)
             else:
                 moved = await self._transfer(scope_id, step, to)
             return replace(moved, note="; ".join(filter(None, [moved.note, *notes])))
+
+    async def _leave_group(self, scope_id: str, step: Transfer) -> None:
+        """End the standby of the scope: its host alone serves it from now on. CloudStack's next call sets one up again.
+
+        Otherwise the standby would take over when the source closes the gate.
+        """
+        self.on_step(scope_id, f"ending the standby on {step.held.standby}")
+        message = LeaveGroup(group_id=step.held.group)
+        await self.agents.tell(step.source, LEAVE_GROUP, message, scope_id=scope_id, owner=step.held.owner)
 
     async def _clear_before(self, scope_id: str, it: Leftover, to: str) -> str:
         """Remove a leftover before the scope moves; a remark when that fails and does not matter.

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from netloom.extension.moves.inventory import Inventory, leftovers, scope_order, serving_hosts, two_serve
+from netloom.extension.moves.inventory import (
+    Inventory,
+    leftovers,
+    scope_order,
+    serving_hosts,
+    stands_by,
+    two_serve,
+)
 from netloom.placementwire import HeldScope
 
 
@@ -29,13 +37,23 @@ def places(inventory: Inventory, scope_ids: Sequence[str] = ()) -> list[Place]:
 
 
 def remarks(scope_id: str, inventory: Inventory) -> list[str]:
-    """What is wrong with the placement of a scope, each with a remedy. Empty when one host serves it and no other has
-    anything of it."""
+    """What is wrong with the placement of a scope, each with a remedy.
+
+    Empty when one host serves it, at most one other stands by for it, and no further host has anything of it.
+    """
     return list(_remarks(scope_id, inventory))
 
 
 def _remarks(scope_id: str, inventory: Inventory) -> Iterator[str]:
     held = inventory.held_by(scope_id)
+    groups = Counter(it.group for it in held.values() if it.gate == "open" and it.group)
+    if twice := [group for group, count in groups.items() if count > 1]:
+        active = [host for host, it in held.items() if it.gate == "open" and it.group == twice[0]]
+        yield (
+            f"{' and '.join(active)} both say that they are active for {scope_id} in the group {twice[0]}: "
+            f"look again; if they still do, stop the agent of the one with the lower epoch"
+        )
+        return
     serving = serving_hosts(held)
     if len(serving) > 1:
         yield str(two_serve(scope_id, serving, held))
@@ -48,6 +66,10 @@ def _remarks(scope_id: str, inventory: Inventory) -> Iterator[str]:
     for host, it in held.items():
         if host == by:
             continue
+        if it.gate == "standby" and stands_by(it, held[by]):
+            if it.peer.lower() != by.lower():
+                yield f"{host} stands by for {it.peer or 'nobody'}, but {by} serves {scope_id}: look again"
+            continue
         remedy = f"netloom move {scope_id} --to {by} removes it"
         match it.gate:
             case "open":
@@ -59,6 +81,8 @@ def _remarks(scope_id: str, inventory: Inventory) -> Iterator[str]:
                 )
             case "unreadable":
                 yield f"{host} cannot read its state file of {scope_id}: repair or remove that file"
+            case "standby" if host in removable:
+                yield f"{host} stands by for {scope_id} in a group that {by} has left: {remedy}"
             case _ if host in removable:
                 why = f" ({it.why})" if it.why else ""
                 yield f"{host} has an old copy of {scope_id}, {it.gate}{why}: {remedy}"
@@ -87,6 +111,16 @@ def _unserved(scope_id: str, inventory: Inventory) -> Iterator[str]:
                     f"{host} has closed {scope_id} for a move to {it.peer or 'another host'}, and opens it again "
                     f"within seconds unless the move ends: look again"
                 )
+            case "standby" if not it.peer:
+                yield f"{host} is active for {scope_id} without a lease: it hears neither {it.standby} nor {it.witness}"
+            case "standby" if it.peer not in inventory.views:
+                why = f" ({it.behind})" if it.behind else ""
+                yield (
+                    f"{host} stands by for {it.peer}, which did not answer, and has not taken {scope_id} over{why}: "
+                    f"bring {it.peer} or {it.witness} back; if {it.peer} is dead: netloom evacuate {it.peer}"
+                )
+            case "standby":
+                yield f"{host} stands by for {it.peer}, which does not serve {scope_id}: look again"
             case "incoming":
                 peer = it.peer or "its host"
                 yield (

@@ -1,0 +1,221 @@
+"""The commands about groups (``standbywire``): a host becomes a member, a scope joins a group or leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+
+from netloom import pairwire as wire
+from netloom import standbywire
+from netloom.agent.clock import Clock
+from netloom.agent.host.changes import HostChanges
+from netloom.agent.log import Log
+from netloom.agent.scopes.roles import Roles
+from netloom.agent.scopes.scopes import SCOPE_ID, Scopes
+from netloom.agent.scopes.slot import Slot
+from netloom.agent.scopes.standby_groups import Groups, Turns, run
+from netloom.errors import BadRequest, HostRefused, NetloomError
+from netloom.state import Placement
+from netloom.wire import Call, Reply
+
+LEASE_WITHIN_S = 5.0
+GONE_WITHIN_S = 3.0
+SILENT_S = 5.0  # a standby that was not heard for so long does not answer
+DISSOLVED_WITHIN_S = 2.0
+
+
+class GroupCommands:
+    """On the event loop.
+
+    A scope leaves its group only when the standby has forgotten it, or never serves again (``standby_end.py``).
+    ``Placement.leaving`` is saved first, so an agent that is ended in between goes on with it.
+    """
+
+    def __init__(self, groups: Groups, engine: Turns, roles: Roles, scopes: Scopes, log: Log, clock: Clock) -> None:
+        self._groups = groups
+        self._engine = engine
+        self._roles = roles
+        self._scopes = scopes
+        self._log = log
+        self._clock = clock
+        self._forgotten: dict[tuple[str, str], asyncio.Event] = {}  # by group and scope that leaves it: it is forgotten
+
+    async def execute(self, call: Call) -> Reply:
+        """Execute a command of ``standbywire`` and return its reply. Never raises: the reply has the error."""
+        try:
+            reply = Reply(call_id=call.call_id, data=await self._dispatch(call))
+        except NetloomError as error:
+            reply = self._scopes.refused(call, error)
+        except Exception as error:  # noqa: BLE001, the reply has it
+            reply = self._scopes.refused(call, self._scopes.explained(call, error))
+        outcome = f" error={reply.error}" if reply.status else ""
+        scope = call.scope_id or "-"
+        self._log.line(f"call={call.call_id} command={call.command} scope={scope} status={reply.status}{outcome}")
+        return self._scopes.placements.with_placement(reply, self._scopes.get(call.scope_id))
+
+    async def _dispatch(self, call: Call) -> bytes:
+        if call.command == standbywire.SET_GROUP:
+            return await self._set_group(standbywire.unpacked(call.payload, standbywire.SetGroup))
+        if not SCOPE_ID.match(call.scope_id):
+            raise BadRequest(f"scope {call.scope_id!r} is not a scope id", hint="net-<id> or vpc-<id>")
+        slot = self._scopes.slot(call.scope_id)
+        within_s = call.remaining_ms / 1000
+        match call.command:
+            case standbywire.JOIN_GROUP:
+                asked = standbywire.unpacked(call.payload, standbywire.JoinGroup)
+                await self._lease(asked.group_id, min(within_s, LEASE_WITHIN_S))
+                async with self._scopes.turn(slot, call.command, within_s=within_s):
+                    await run(self._scopes, slot, lambda: self._join(slot, asked))
+            case standbywire.LEAVE_GROUP:
+                await self._leave(slot, standbywire.unpacked(call.payload, standbywire.LeaveGroup), within_s)
+            case _:
+                raise BadRequest(f"{call.command} is not a command about groups")
+        return b""
+
+    async def _set_group(self, asked: standbywire.SetGroup) -> bytes:
+        spec = asked.group
+        if asked.reuses:
+            for view in self._groups.views().values():
+                it = view.spec
+                same = it.owner == spec.owner and it.hosts == spec.hosts and it.lease_ms == spec.lease_ms
+                mine = view.me == asked.host and view.active == view.me
+                if same and mine and not view.dissolved:  # guard: a-dissolved-group-is-not-used-again
+                    if it.group_id in self._groups.known:
+                        self._groups.known[it.group_id].empty_since = None
+                    return standbywire.packed(standbywire.GroupAnswer(group=it))
+        await self._scopes.in_worker(lambda: self._engine.set_group(spec, asked.host))
+        self._groups.follow()
+        return standbywire.packed(standbywire.GroupAnswer(group=spec))
+
+    async def _lease(self, group_id: str, within_s: float) -> None:
+        """Wait until this host has the lease of the group. Raises HostRefused."""
+        ends = self._clock.time() + within_s
+        while True:
+            role = self._roles.of(Placement(group=group_id))
+            if role is None or not role.host:
+                raise HostRefused(f"group {group_id} is not known here", hint="set it first")
+            if role.serves:
+                return
+            if self._clock.time() > ends:
+                raise HostRefused(
+                    f"this host has no lease in group {group_id}: it hears neither {role.standby} nor {role.witness}",
+                    hint="do firewalls between the hosts let UDP and TCP of port 7788 pass?",
+                )
+            await self._clock.sleep(0.05)
+
+    def _join(self, slot: Slot, asked: standbywire.JoinGroup) -> HostChanges:
+        self._scopes.read_state(slot)
+        scope = slot.scope
+        if scope is None:
+            raise HostRefused(f"{slot.scope_id} is not on this host")
+        placement = scope.placement
+        if placement.group == asked.group_id:
+            return HostChanges()
+        if placement.group or placement.gate != "open":
+            what = f"belongs to group {placement.group}" if placement.group else f"is {placement.gate} here"
+            raise HostRefused(f"{slot.scope_id} {what}")
+        if placement.taken_from:
+            hosts = " and ".join(placement.taken_from)
+            raise HostRefused(f"{slot.scope_id} was taken from {hosts}", hint="netloom undrain it first, if it is back")
+        if asked.epoch <= placement.epoch:
+            raise HostRefused(f"{slot.scope_id} has epoch {placement.epoch} here already", hint="repeat the command")
+        view = self._groups.views()[asked.group_id]
+        if view.spec.owner != scope.owner:
+            raise HostRefused(f"group {asked.group_id} is not one of the owner of {slot.scope_id}")
+        if view.dissolved:  # guard: a-dissolved-group-takes-no-scope
+            raise HostRefused(f"group {asked.group_id} is dissolved", hint="repeat the command")
+        if not view.serves:  # guard: a-scope-joins-under-a-lease
+            raise HostRefused(f"this host has no lease in group {asked.group_id} any more", hint="repeat the command")
+        joined = replace(
+            placement,
+            epoch=asked.epoch,
+            host=view.me,
+            proof=asked.proof,
+            proof_from=asked.epoch,
+            group=asked.group_id,
+            joined=view.term,
+            partner_proof=asked.standby_proof,
+        )
+        self._scopes.placements.place(slot, joined)
+        return self._scopes.converge(slot)
+
+    async def _leave(self, slot: Slot, asked: standbywire.LeaveGroup, within_s: float) -> None:
+        async with self._scopes.turn(slot, standbywire.LEAVE_GROUP, within_s=within_s):
+            scope = slot.scope
+            if scope is None or scope.placement.group != asked.group_id:
+                return
+            if not self._groups.is_active(asked.group_id):
+                raise HostRefused(f"{slot.scope_id} is not served by this host")
+            placement = scope.placement
+            await run(self._scopes, slot, lambda: self._place(slot, replace(placement, leaving=True)))
+            if await self._standby_forgets(slot, asked.group_id) or await self._dissolved(asked.group_id):
+                await run(self._scopes, slot, lambda: serve_alone(self._scopes, slot))
+                return
+            if not self._groups.is_active(asked.group_id):  # guard: a-scope-that-leaves-is-not-lost
+                # Perhaps the other host has forgotten it. The list of what it has decides when it comes.
+                raise HostRefused(f"{slot.scope_id}: this host lost its turn", hint="CloudStack may repeat it")
+            await run(self._scopes, slot, lambda: self._place(slot, replace(placement, leaving=False)))
+            raise HostRefused(
+                f"{slot.scope_id}: its standby does not answer, so the group stays",
+                hint="repeat it when the standby or the witness answers",
+            )
+
+    async def go_on_leaving(self, slot: Slot) -> None:
+        """Go on with what an agent before this one has begun."""
+        try:
+            async with self._scopes.turn(slot, standbywire.LEAVE_GROUP):
+                scope = slot.scope
+                if scope is None or not scope.placement.leaving:
+                    return
+                if await self._standby_forgets(slot, scope.placement.group):
+                    await run(self._scopes, slot, lambda: serve_alone(self._scopes, slot))
+        except NetloomError as error:
+            self._log.line(f"scope={slot.scope_id} standby: {error}")
+
+    async def _dissolved(self, group_id: str) -> bool:
+        """Whether the group is dissolved, so that the standby need not answer. Asks for it if the standby is silent."""
+        view = self._groups.views().get(group_id)
+        if view is None or view.alone:
+            return view is not None
+        silent_s = view.silent_s.get(view.spec.names.partner(view.me), 0.0)
+        if silent_s < SILENT_S:  # guard: a-standby-that-is-heard-keeps-its-group
+            return False
+        self._engine.dissolve(group_id)
+        ends = self._clock.time() + DISSOLVED_WITHIN_S
+        while view is not None and not view.alone and self._clock.time() < ends:
+            await self._clock.sleep(0.05)
+            view = self._groups.views().get(group_id)
+        return view is not None and view.alone  # guard: a-silent-standby-that-may-serve-keeps-its-group
+
+    async def _standby_forgets(self, slot: Slot, group_id: str) -> bool:
+        """Whether the standby has said that it has forgotten the scope."""
+        forgotten = self._forgotten[group_id, slot.scope_id] = asyncio.Event()
+        try:
+            if not self._groups.send(group_id, wire.Gone(scope_id=slot.scope_id)):
+                return False
+            async with self._clock.timeout(GONE_WITHIN_S):
+                await forgotten.wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._forgotten[group_id, slot.scope_id]
+        return True
+
+    def _place(self, slot: Slot, placement: Placement) -> HostChanges:
+        self._scopes.placements.place(slot, placement)
+        return HostChanges()
+
+    def forgotten(self, group_id: str, scope_id: str) -> None:
+        """The other host of the group has forgotten the scope."""
+        if (group_id, scope_id) in self._forgotten:
+            self._forgotten[group_id, scope_id].set()
+
+
+def serve_alone(scopes: Scopes, slot: Slot) -> HostChanges:
+    """Serve the scope without a standby from now on. In a worker thread."""
+    assert slot.scope is not None
+    placement = slot.scope.placement
+    alone = replace(placement, epoch=slot.epoch, group="", joined=0, partner_proof="", leaving=False)
+    scopes.placements.place(slot, alone)
+    return scopes.converge(slot)

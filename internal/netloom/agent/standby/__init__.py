@@ -1,0 +1,1 @@
+"""Hosts that stand by for each other."""

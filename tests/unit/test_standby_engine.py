@@ -1,0 +1,159 @@
+"""The engine's file, what it refuses, and leases that took too long to renew.
+
+The engine's thread and sockets: kernel/test_standby_engine.py.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from netloom import files
+from netloom.agent.standby.engine import Engine
+from netloom.agent.standby.group_file import NAME, Contents, GroupFile, Record
+from netloom.agent.standby.member import NANOSECONDS
+from netloom.errors import HostRefused
+from netloom.secret import Secret
+from netloom.standby.decision import Kept
+from netloom.standbywire import GroupHost, GroupSpec
+from unit.standby_group import SPEC, Group, Leases, Lines
+
+
+def engine(directory: Path, log: Lines | None = None) -> Engine:
+    return Engine(directory, log or Lines(), lambda _: None, Leases(lambda: 0.0))
+
+
+def test_a_group_is_on_disk_with_its_secret_for_root_alone(tmp_path: Path) -> None:
+    engine(tmp_path).set_group(SPEC, "kvm2")
+    path = tmp_path / NAME
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert SPEC.secret.reveal() in path.read_text()
+    assert GroupFile(tmp_path).load().groups == (Record(spec=SPEC, me="kvm2", kept=Kept(active="kvm1")),)
+    again = engine(tmp_path)
+    before = path.stat().st_ino
+    again.set_group(SPEC, "kvm2")
+    assert path.stat().st_ino == before  # nothing was written
+
+
+def test_a_group_may_get_other_addresses_and_nothing_else(tmp_path: Path) -> None:
+    it = engine(tmp_path)
+    it.set_group(SPEC, "kvm1")
+    moved = replace(SPEC, first=GroupHost(name="kvm1", address="198.51.100.1", port=9))
+    it.set_group(moved, "kvm1")
+    assert GroupFile(tmp_path).load().groups[0].spec == moved
+    for other, me in (
+        (replace(SPEC, secret=Secret("11" * 32)), "kvm1"),
+        (replace(SPEC, first=SPEC.second, second=SPEC.first), "kvm1"),
+        (replace(SPEC, lease_ms=500), "kvm1"),
+        (SPEC, "kvm2"),
+    ):
+        with pytest.raises(HostRefused, match="never changes"):
+            it.set_group(other, me)
+    assert GroupFile(tmp_path).load().groups[0].spec == moved
+
+
+@pytest.mark.parametrize(
+    ("spec", "me", "why"),
+    [
+        (replace(SPEC, group_id="xyz"), "kvm1", "8 hexadecimal digits"),
+        (replace(SPEC, group_id="00000000"), "kvm1", "8 hexadecimal digits"),
+        (SPEC, "kvm9", "none of its hosts"),
+        (replace(SPEC, witness=SPEC.first), "kvm1", "three different hosts"),
+        (replace(SPEC, first=GroupHost(name="kvm1", address="host.example")), "kvm1", "not numeric"),
+        (replace(SPEC, first=GroupHost(name="kvm1", address="fe80::1%eth0")), "kvm1", "not numeric"),
+        (replace(SPEC, first=GroupHost(name="kvm1", address="192.0.2.1", port=0)), "kvm1", "no port 0"),
+        (replace(SPEC, secret=Secret("xx" * 32)), "kvm1", "not hexadecimal"),
+        (replace(SPEC, secret=Secret("5a" * 8)), "kvm1", "32 bytes"),
+        (replace(SPEC, lease_ms=0), "kvm1", "a lease lasts"),
+    ],
+)
+def test_a_group_that_cannot_work_is_refused(tmp_path: Path, spec: GroupSpec, me: str, why: str) -> None:
+    with pytest.raises(HostRefused, match=why) as caught:
+        engine(tmp_path).set_group(spec, me)
+    assert spec.secret.reveal() not in str(caught.value)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_group_that_was_left_is_not_joined_again(tmp_path: Path) -> None:
+    """Its promises are forgotten."""
+    it = engine(tmp_path)
+    it.set_group(SPEC, "kvm3")
+    it.forget_group(SPEC.group_id)
+    it.forget_group(SPEC.group_id)
+    for again in (it, engine(tmp_path)):
+        with pytest.raises(HostRefused, match="has left it"):
+            again.set_group(SPEC, "kvm3")
+    assert GroupFile(tmp_path).load() == Contents(forgotten=(SPEC.group_id,))
+
+
+def test_a_group_that_cannot_be_saved_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    it = engine(tmp_path)
+    monkeypatch.setattr(files, "sync_directory", fails)
+    with pytest.raises(HostRefused, match=r"cannot be written: No space left on device \(free space"):
+        it.set_group(SPEC, "kvm1")
+    monkeypatch.undo()
+    assert not (tmp_path / NAME).exists()
+    it.set_group(SPEC, "kvm1")
+
+
+@pytest.mark.mutation("an-unreadable-file-serves-nothing", instead="None")
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{}x", '{"groups": [{}]}', '{"version": 2}', "kept", "\0" * 500],
+    ids=["empty", "no JSON", "no group", "newer", "a host that is none", "zeros"],
+)
+def test_a_file_that_cannot_be_read_is_left_and_no_group_is_served(tmp_path: Path, damage: str) -> None:
+    engine(tmp_path).set_group(SPEC, "kvm1")
+    path = tmp_path / NAME
+    path.write_text(path.read_text().replace('"active": "kvm1"', '"active": "kvm3"') if damage == "kept" else damage)
+    before, log = path.read_text(), Lines()
+    it = engine(tmp_path, log)
+    assert it.refused is not None
+    assert len(log.with_("cannot be read")) == 1 and SPEC.secret.reveal() not in log.lines[0]
+    with pytest.raises(HostRefused, match="cannot be read"):
+        it.set_group(SPEC, "kvm1")
+    with pytest.raises(HostRefused, match="cannot be read"):
+        it.forget_group(SPEC.group_id)
+    it.start()
+    it.stop()
+    assert it.views() == {}
+    assert path.read_text() == before
+
+
+class StoppedLeases(Leases):
+    """The thread is stopped before the kernel carries out the renewal: the lease counts from ``at`` all the same."""
+
+    def __init__(self, group: Group, stopped_s: float) -> None:
+        super().__init__(lambda: group.now)
+        self.group = group
+        self.stopped_s = stopped_s
+
+    def renew(self, lives: Mapping[int, float], at: float) -> bool:
+        self.group.now_ns += round(self.stopped_s * NANOSECONDS)
+        return super().renew({mark: s - self.stopped_s for mark, s in lives.items()}, at)
+
+
+@pytest.mark.parametrize("stopped_s", [0.0, 0.3, 0.8])
+def test_all_leases_are_renewed_in_one_change_to_what_the_decision_says(tmp_path: Path, stopped_s: float) -> None:
+    group, other = Group().start(), Group().start()
+    leases = StoppedLeases(group, stopped_s)
+    it = Engine(tmp_path, Lines(), lambda _: None, leases, clock_ns=lambda: group.now_ns)
+    members = [one.first.member for one in (group, other) if one.first.member is not None]
+    members[1].spec = replace(SPEC, group_id="0000002b")
+    ends = [group.now + 1.3, group.now + 1.2]
+    for member, until in zip(members, ends, strict=True):
+        assert member._member is not None
+        member._member.lease_until = until
+    it._renew(members)
+    assert [leases.until[mark] for mark in (0x2A, 0x2B)] == pytest.approx(ends, abs=0.001)
+    assert [member.view(group.now).lease_s for member in members] == pytest.approx([s - group.now for s in ends])
+    leases.until.clear()
+    it._renew(members)
+    assert leases.until == {}  # nothing to do
