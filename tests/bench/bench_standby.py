@@ -1,0 +1,181 @@
+"""Time take-overs of a network beside keepalived with conntrackd, with the same observer and flows. Needs root.
+
+PYTHONPATH=internal:tests python tests/bench/bench_standby.py [rounds] [flows of each kind]
+
+The first packet is timed from the last answer of the old host to the first one of the new host. Both figures are upper
+bounds on a busy machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bed import faults
+from bed.crafted import crafted_flows
+from bed.flows import FlowKind, Flows
+from bed.keepalived import keepalived_bed
+from bed.lab import Host
+from bed.machines import until
+from bed.observer import Observer, Question, outage
+from bed.standby import GATEWAY, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
+from netloom.extension.placement import preferred_order
+
+SETTLE_S = 2.0  # before a fault: heartbeats and copies of the flows are under way
+CPU_S = 10.0
+FLOWS_PER_S = 5000
+MANY = 200
+MANY_EVERY_S = 0.1  # asking so many addresses takes time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One take-over. ``overlap``: how many answers of the old host came after the first one of the new host."""
+
+    first_packet_ms: float
+    tcp_gap_s: float
+    kept: int
+    flows: int
+    overlap: int
+
+
+def power_cut(host: Host) -> None:
+    host.power_cut()
+
+
+def freeze(host: Host) -> None:
+    faults.freeze(host, "all")
+
+
+FAULTS: dict[str, Callable[[Host], None]] = {"power cut": power_cut, "all processes frozen": freeze}
+
+
+def take_over(observer: Observer, kinds: Sequence[FlowKind], active: Host, standby: Host, fault: str) -> Measured:
+    """Let the active host fail while flows go on, and wait until the standby serves."""
+    with Flows(kinds) as flows:
+        flows.wait_open()
+        time.sleep(SETTLE_S)
+        FAULTS[fault](active)
+        first = observer.wait_for(standby)
+        flows.go_on(seconds=30)
+        living = [it for it in flows.seen() if not it.failure]
+        stuck = flows.stuck(first)
+        gap_s = flows.gap()
+    after = [it for it in observer.answers(host=active) if it.at > first]
+    turns_s = outage(observer) if not after else 0.0
+    kept = len(living) - sum(not it.failure for it in stuck)
+    return Measured(turns_s * 1000, gap_s, kept, sum(it.count for it in kinds), len(after))
+
+
+def keepalived(fault: str, each: int) -> Measured:
+    with keepalived_bed() as it, it.observer() as observer:
+        time.sleep(SETTLE_S)
+        (name,) = observer.serving()
+        active, standby = sorted(it.routers, key=lambda router: router.name != name)
+        return take_over(observer, it.kinds(each), active, standby, fault)
+
+
+@contextmanager
+def with_standby() -> Iterator[StandbyBed]:
+    with standby_bed() as it:
+        if not it.network.details.get("standby"):
+            raise SystemExit("netloom has chosen no standby")
+        yield it
+
+
+def netloom(fault: str, each: int) -> Measured:
+    with with_standby() as it, it.observer(over6=False) as observer:
+        return take_over(observer, it.kinds(each), it.active, it.standby, fault)
+
+
+def agents_cpu() -> None:
+    """Print how much of a core each agent uses, with and without new flows."""
+    with with_standby() as it:
+        hosts = {"active": it.active, "standby": it.standby, "witness": it.witness}
+        time.sleep(SETTLE_S)
+        for per_s in (0, FLOWS_PER_S):
+            before = {name: cpu_s(host) for name, host in hosts.items()}
+            made = 0
+            if per_s:
+                ends = it.internet, it.vm, STATIC_NAT, it.vm.ip
+                with crafted_flows(*ends, gateway=GATEWAY, per_s=per_s, seconds=CPU_S) as running:
+                    made = running.result()
+            else:
+                time.sleep(CPU_S)
+            used = [f"{name} {(cpu_s(host) - before[name]) / CPU_S * 100:.1f} %" for name, host in hosts.items()]
+            sys.stdout.write(f"CPU of the agents at {made / CPU_S:.0f} new flows a second: {', '.join(used)}\n")
+            sys.stdout.flush()
+
+
+def many_networks(count: int) -> None:
+    """Print how long it takes until networks of a host that fails are all served by their standby."""
+    with with_standby() as it:
+        names = [host.address for host in it.candidates]
+        numbers = (number for number in itertools.count(1000) if preferred_order(str(number), names)[0] == names[0])
+        questions = []
+        for at, number in enumerate(itertools.islice(numbers, count)):
+            address = f"203.0.{114 + at // 200}.{10 + at % 200}"  # .1 is the gateway
+            it.bed.add_segments([("eth1", str(VLAN + 1 + at))])
+            network = it.cloud.isolated_network(
+                number, vlan=VLAN + 1 + at, cidr="10.20.1.0/24", source_nat=address, public_vlan=PUBLIC_VLAN
+            )
+            network.ensures_always = False
+            network.implement()
+            if network.host == names[0]:
+                questions.append(Question("eth2", PUBLIC_VLAN, address))
+        time.sleep(SETTLE_S)
+        first = it.candidates[0]
+        with Observer(it.bed, questions, hosts=it.candidates, every_s=MANY_EVERY_S) as observer:
+            observer.wait_for(first)
+            first.power_cut()
+            if not until(lambda: all(len(observer.turns(address=it.address)) > 1 for it in questions), pause_s=0.5):
+                sys.stdout.write("not all networks were taken over within 30 s\n")
+                return
+            turns = {it.address: observer.turns(address=it.address) for it in questions}
+        outages = sorted(later.first - earlier.last for earlier, later, *_ in turns.values())
+        each_s = f"the first after {outages[0]:.2f} s, the last after {outages[-1]:.2f} s"
+        sys.stdout.write(f"{len(outages)} networks at once, asked each {MANY_EVERY_S * 1000:.0f} ms: {each_s}\n")
+
+
+def cpu_s(host: Host) -> float:
+    """The processor time of the host's agent so far."""
+    (pid,) = faults.agents_of(host)
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+SYSTEMS: dict[str, Callable[[str, int], Measured]] = {"keepalived": keepalived, "netloom": netloom}
+
+
+def main(rounds: int, each: int) -> None:
+    """Print the best and median of each fault and system, in turns."""
+    head = f"{'':34}{'first packet, ms':>22}{'TCP gap, s':>16}{'flows kept':>16}{'both answered':>16}\n"
+    sys.stdout.write(head + f"{'':34}{'best':>11}{'median':>11}{'best':>8}{'median':>8}\n")
+    for fault in FAULTS:
+        taken: dict[str, list[Measured]] = {name: [] for name in SYSTEMS}
+        for _ in range(rounds):
+            for name, system in SYSTEMS.items():
+                taken[name].append(system(fault, each))
+        for name, results in taken.items():
+            first = [it.first_packet_ms for it in results if not it.overlap]
+            gaps = [it.tcp_gap_s for it in results]
+            shown = f"{min(first):11.0f}{statistics.median(first):11.0f}" if first else f"{'-':>11}{'-':>11}"
+            shown += f"{min(gaps):8.2f}{statistics.median(gaps):8.2f}"
+            kept = f"{sum(it.kept for it in results)} of {sum(it.flows for it in results)}"
+            both = f"{sum(it.overlap > 0 for it in results)} of {len(results)}"
+            sys.stdout.write(f"{name + ', ' + fault:34}{shown}{kept:>16}{both:>16}\n")
+            sys.stdout.flush()
+    agents_cpu()
+    many_networks(MANY)
+
+
+if __name__ == "__main__":
+    numbers = [int(it) for it in sys.argv[1:]]
+    main(*[*numbers, *(3, 200)[len(numbers) :]])

@@ -1,0 +1,620 @@
+"""A network survives its host: take-overs with connections, and never two hosts that answer.
+
+Each scenario is watched at every host and on both sides, each 5 ms (bed/observer.py), while TCP connections through
+source NAT, static NAT and a forwarded port go on. The pages about standby hosts name these tests.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from bed import faults
+from bed.flows import FlowKind, Flows
+from bed.lab import Cut, Direction, Host
+from bed.machines import Machine, until
+from bed.observer import Observer, gap, never_two, outage
+from bed.standby import GATEWAY, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
+from e2e.networks import impatient
+from meanwhile import meanwhile
+from netloom.ethernet import ETHERTYPE
+from netloom.standbywire import LEASE_MS
+
+LEASE_S = LEASE_MS / 1000
+# Machines are shared and noisy: these limits are loose. The measured times go into the report of the tests.
+TAKES_OVER_WITHIN_S = 4 * LEASE_S
+NOBODY_TAKES_OVER_S = 4 * LEASE_S  # so long nothing may happen
+HAND_OVER_WITHIN_S = 1.0
+# The management server's connection to a dead host breaks after four seconds, and a new one gets no answer for longer.
+FOLLOWS_WITHIN_S = 6.0
+
+
+@pytest.fixture(scope="module")
+def the_bed() -> Iterator[StandbyBed]:
+    with standby_bed(details={"standby": "auto"}) as it:
+        yield it
+
+
+@pytest.fixture
+def it(the_bed: StandbyBed) -> Iterator[StandbyBed]:
+    """The bed with a standby that is ready: every host is up, and the standby is not behind."""
+    make_ready(the_bed)
+    yield the_bed
+    the_bed.settle()
+
+
+def make_ready(it: StandbyBed) -> None:
+    it.settle()
+    assert until(lambda: is_ready(it), seconds=60), shown(it)
+
+
+def shown(it: StandbyBed) -> str:
+    return it.network.custom_action("show")
+
+
+def is_ready(it: StandbyBed) -> bool:
+    """Whether the standby could take over now: it has the state, the flows, and hears the other two."""
+    it.network.ensure()
+    return bool(it.network.details.get("standby")) and "standby: ready" in shown(it)
+
+
+@dataclass
+class Watch:
+    """What the observer and the flows have seen of one scenario."""
+
+    it: StandbyBed
+    observer: Observer
+    flows: Flows
+    active: Host
+    standby: Host
+    witness: Host
+
+    def takes_over(self, by: Host, *, within_s: float = TAKES_OVER_WITHIN_S, flows: bool = True) -> float:
+        """Assert that the host serves soon, and the connections go on; returns the outage in seconds."""
+        self.observer.wait_for(by)
+        assert self.observer.turns()[-1].host == by.name, self.observer.story()
+        assert outage(self.observer) < within_s, self.observer.story()
+        assert not flows or self.flows.go_on(), self.flows.story()
+        return outage(self.observer)
+
+    def goes_on(self, host: Host, *, seconds: float = NOBODY_TAKES_OVER_S, gap_s: float = 0.5 * LEASE_S) -> None:
+        """Assert that this host, and no other, serves for so long, without a gap."""
+        since = time.monotonic()
+        time.sleep(seconds)
+        assert {each.host for each in self.observer.answers(since=since)} == {host.name}, self.observer.story()
+        assert self.flows.go_on(), self.flows.story()
+        late = [ended for _, ended in self.observer.late() if ended > since]  # then gaps say nothing
+        assert late or gap(self.observer, since) < gap_s, self.observer.story()
+
+    def stops(self, host: Host) -> None:
+        """Assert that the host stops serving by itself, and nobody else begins."""
+        assert until(lambda: self.observer.serving() == set(), seconds=TAKES_OVER_WITHIN_S), self.observer.story()
+        time.sleep(NOBODY_TAKES_OVER_S)
+        assert self.observer.turns()[-1].host == host.name
+        assert self.observer.serving() == set()
+
+
+@contextmanager
+def watched(
+    it: StandbyBed, *turns: str, each: int = 3, udp: int = 1, over6: int = 1, more: Sequence[FlowKind] = ()
+) -> Iterator[Watch]:
+    """Watch the block. At its end the hosts have served in these ``turns``, "active", "standby", never two at once."""
+    active, standby, witness = it.active, it.standby, it.witness
+    with it.observer() as observer, it.flows(each, *more, udp=udp, over6=over6, every_s=0.1) as flows:
+        flows.wait_open()
+        time.sleep(2.5)  # UDP is assured from then on, and the copies have arrived
+        watch = Watch(it, observer, flows, active, standby, witness)
+        yield watch
+        assert flows.disordered() == 0
+    hosts = {"active": active, "standby": standby, "witness": witness}
+    never_two(observer, *(hosts[name] for name in turns))
+
+
+def returns_as_standby(it: StandbyBed, host: Host, serving: Host) -> None:
+    """Assert that a host that is back stands by, without serving for a moment, and is ready again."""
+    assert until(lambda: is_ready(it) and it.standby is host and it.active is serving, seconds=90), shown(it)
+
+
+Record = Callable[[str, object], None]
+
+
+# --- power cuts
+
+
+def power_cut_with_everything(it: StandbyBed) -> float:
+    """600 connections and one more each millisecond until the cut; returns the outage."""
+    with watched(it, "active", "standby", each=200, more=[it.opening(count=4000)]) as watch:
+        halted = watch.flows.open_no_more()
+        watch.active.power_cut()
+        watch.observer.wait_for(watch.standby)
+        # What was opened in the last moments may be lost: a reset, or a retry, and no connection that hangs.
+        assert watch.flows.go_on(opened_before=halted - 0.05), watch.flows.story()
+        outage_s = outage(watch.observer)
+        assert watch.standby.name in watch.observer.serving()
+        faults.boot(watch.active)
+        returns_as_standby(it, watch.active, watch.standby)
+    return outage_s
+
+
+@pytest.mark.binary
+def test_all_connections_survive_a_power_cut(it: StandbyBed, record_testsuite_property: Record) -> None:
+    outage_s = power_cut_with_everything(it)
+    record_testsuite_property("outage_s", round(outage_s, 3))
+    assert outage_s < TAKES_OVER_WITHIN_S
+
+
+@pytest.mark.long
+def test_twenty_power_cuts(it: StandbyBed, record_testsuite_property: Record) -> None:
+    """The hosts take turns: each is the active one ten times."""
+    outages = []
+    for _ in range(20):
+        make_ready(it)
+        outages.append(power_cut_with_everything(it))
+    record_testsuite_property("outages_s", [round(each, 3) for each in outages])
+    assert max(outages) < TAKES_OVER_WITHIN_S
+
+
+def test_cloudstacks_next_command_follows_the_network(it: StandbyBed, record_testsuite_property: Record) -> None:
+    """The helper's connection to the dead host is still open. The first command comes before the take-over."""
+    active, standby = it.active, it.standby
+    with watched(it, "active", "standby") as watch, impatient(it.cloud, timeout_s=25):
+        active.power_cut()
+        began = time.monotonic()
+        rule = it.network.add_firewall_rule(it.network.addresses[0], "tcp", 443)
+        command_s = time.monotonic() - began
+        watch.takes_over(standby)
+        assert not it.network.failures
+        began = time.monotonic()
+        assert it.network.ensure().ok
+        ensure_s = time.monotonic() - began
+        assert it.active is standby
+        assert it.network.details["epoch"] > 0
+        it.network.delete_firewall_rule(rule)
+    record_testsuite_property("seconds", [round(command_s, 2), round(ensure_s, 2)])
+    assert command_s < FOLLOWS_WITHIN_S + TAKES_OVER_WITHIN_S
+    assert ensure_s < FOLLOWS_WITHIN_S
+
+
+# --- frozen and killed
+
+
+@pytest.mark.parametrize("what", ["the agent", "all"])
+def test_a_frozen_host_falls_silent_before_the_standby_serves(it: StandbyBed, what: faults.What) -> None:
+    """The kernel of a frozen host goes on; its lease ends by itself. Thawed, the host notices and stands by."""
+    with watched(it, "active", "standby") as watch:
+        with faults.frozen(watch.active, what):
+            watch.takes_over(watch.standby)
+        watch.goes_on(watch.standby)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.3])
+def test_an_agent_that_is_back_within_the_lease_goes_on(it: StandbyBed, pause_s: float) -> None:
+    with watched(it, "active") as watch:
+        faults.kill_agent(watch.active)
+        time.sleep(pause_s)
+        faults.start_agent(watch.active)
+        watch.goes_on(watch.active)
+
+
+def test_an_agent_that_is_back_too_late_stands_by(it: StandbyBed) -> None:
+    with watched(it, "active", "standby") as watch:
+        faults.kill_agent(watch.active)
+        time.sleep(1.5 * LEASE_S)
+        faults.start_agent(watch.active)
+        watch.takes_over(watch.standby)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+@pytest.mark.parametrize("member", ["standby", "witness"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Host.power_cut,
+        pytest.param(faults.kill_agent, marks=pytest.mark.long),
+        pytest.param(faults.freeze, marks=pytest.mark.long),
+    ],
+    ids=["power", "kill", "freeze"],
+)
+def test_nothing_happens_while_one_of_the_others_is_dead(
+    it: StandbyBed, member: str, fault: Callable[[Host], object]
+) -> None:
+    with watched(it, "active") as watch:
+        fault(getattr(watch, member))
+        watch.goes_on(watch.active)
+
+
+def test_an_active_host_without_both_others_stops(it: StandbyBed) -> None:
+    """Nobody acknowledges it, and it cannot tell that from being cut off. It serves again when one of them is back."""
+    with watched(it, "active", each=1, udp=0, over6=0) as watch:
+        watch.standby.power_cut()
+        watch.witness.power_cut()
+        watch.stops(watch.active)
+        faults.boot(watch.witness)
+        watch.observer.wait_for(watch.active, seconds=60)
+        assert watch.flows.go_on(), watch.flows.story()
+
+
+def test_an_agent_that_is_killed_while_its_standby_is_dead_serves_again(it: StandbyBed) -> None:
+    """Nobody else may serve meanwhile: the witness has no state."""
+    with watched(it, "active", each=1, udp=0, over6=0) as watch:
+        watch.standby.power_cut()
+        faults.kill_agent(watch.active)
+        assert until(lambda: watch.observer.serving() == set())
+        faults.start_agent(watch.active)
+        watch.observer.wait_for(watch.active)
+        assert watch.flows.go_on(), watch.flows.story()
+
+
+# --- partitions
+
+# Who is cut off from what, which way; whether the standby takes over.
+PARTITIONS: list[tuple[str, Cut, Direction, bool]] = [
+    ("active", "mgmt", "both", False),  # heartbeats go on over the VLAN
+    ("active", "vlan", "both", True),  # the active host gives its turn away
+    ("active", "all", "both", True),
+    ("active", "all", "to", True),  # it is heard, and hears nobody: no acknowledgement reaches it
+    ("standby", "all", "both", False),
+]
+MORE_PARTITIONS: list[tuple[str, Cut, Direction, bool]] = [
+    ("active", "mgmt", "from", False),
+    ("active", "mgmt", "to", False),
+    ("active", "vlan", "from", True),
+    ("active", "vlan", "to", True),
+    ("active", "public", "both", True),
+    ("active", "guest", "both", True),
+    ("active", "all", "from", True),  # it hears, and nobody hears it
+    ("standby", "mgmt", "both", False),
+    ("standby", "vlan", "both", False),
+    ("standby", "all", "from", False),
+    ("standby", "all", "to", False),
+    ("witness", "all", "both", False),
+    ("witness", "all", "from", False),
+    ("witness", "all", "to", False),
+]
+
+
+@pytest.mark.parametrize(
+    ("member", "what", "direction", "moves"),
+    [*PARTITIONS, *(pytest.param(*it, marks=pytest.mark.long) for it in MORE_PARTITIONS)],
+)
+def test_a_partition_and_its_healing(it: StandbyBed, member: str, what: Cut, direction: Direction, moves: bool) -> None:
+    turns = ["active", "standby"] if moves else ["active"]
+    with watched(it, *turns) as watch:
+        cut_off: Host = getattr(watch, member)
+        cut_off.partition(what, direction)
+        if moves:
+            watch.takes_over(watch.standby)
+        else:
+            watch.goes_on(watch.active)
+        cut_off.heal()
+        serving = watch.standby if moves else watch.active
+        watch.goes_on(serving)
+        if moves:
+            returns_as_standby(it, watch.active, watch.standby)
+
+
+@contextmanager
+def unplugged(it: StandbyBed, host: Host, nic: str, vlan: int) -> Iterator[None]:
+    """The host's link to a VLAN has no carrier."""
+    port = host.port(nic, vlan)
+    it.bed.fabric.links(f"link set {port} down")
+    try:
+        yield
+    finally:
+        it.bed.fabric.links(f"link set {port} up")
+
+
+@pytest.mark.parametrize(("nic", "vlan"), [("eth1", VLAN), ("eth2", PUBLIC_VLAN)], ids=["guests", "public"])
+def test_an_active_host_that_loses_a_carrier_gives_its_turn_away_at_once(
+    it: StandbyBed, nic: str, vlan: int, record_testsuite_property: Record
+) -> None:
+    with watched(it, "active", "standby") as watch:
+        cut = time.monotonic()
+        with unplugged(it, watch.active, nic, vlan):
+            outage_s = watch.takes_over(watch.standby)
+            first = min(each.at for each in watch.observer.answers(since=cut) if each.host == watch.standby.name)
+            record_testsuite_property(f"no_carrier_{nic}_s", [round(each, 3) for each in (first - cut, outage_s)])
+        watch.goes_on(watch.standby)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+def test_a_standby_that_loses_a_carrier_changes_nothing(it: StandbyBed) -> None:
+    with watched(it, "active") as watch:
+        with unplugged(it, watch.standby, "eth1", VLAN):
+            watch.goes_on(watch.active)
+        watch.goes_on(watch.active)
+    assert until(lambda: is_ready(it), seconds=60), shown(it)
+
+
+def test_active_host_and_standby_do_not_hear_each_other(it: StandbyBed) -> None:
+    """The witness hears both. It has promised the active host, so the standby gets no vote."""
+    with watched(it, "active") as watch:
+        watch.standby.separate([watch.active])
+        watch.goes_on(watch.active)
+        watch.standby.heal()
+        watch.goes_on(watch.active)
+
+
+def test_active_host_and_witness_are_cut_off_together(it: StandbyBed) -> None:
+    """The standby is alone and gets no vote, so the active host serves those who reach it."""
+    with watched(it, "active") as watch:
+        for host in (watch.active, watch.witness):
+            host.separate([watch.standby])
+        watch.goes_on(watch.active)
+
+
+def test_a_link_that_comes_and_goes(it: StandbyBed) -> None:
+    """The active host is cut off again and again, for less and for more than its lease. There are never two."""
+    with it.observer() as observer:
+        for pause_s in (0.2, 0.5, 0.9, 1.0, 1.1, 1.3, 2.0):
+            active = next(host for host in it.candidates if host.name in observer.serving())
+            active.partition("all")
+            time.sleep(pause_s * LEASE_S)
+            active.heal()
+            assert until(lambda: len(observer.serving()) == 1), observer.story()
+            time.sleep(LEASE_S)
+    # Hosts may come back here; each turn ends before the next one begins, so there are few.
+    assert len(observer.turns()) <= 8, observer.story()
+
+
+# --- reboots of both
+
+
+@pytest.mark.parametrize("order", [("active", "standby"), ("standby", "active")])
+def test_both_hosts_reboot(it: StandbyBed, order: tuple[str, str]) -> None:
+    """The one that served last serves again, whichever is back first. Connections start anew."""
+    with watched(it, "active", each=0, udp=1, over6=0) as watch:
+        watch.standby.power_cut()
+        watch.active.power_cut()
+        for name in order:
+            faults.boot(getattr(watch, name))
+            time.sleep(0.2)
+        watch.observer.wait_for(watch.active, seconds=60)
+        watch.goes_on(watch.active, gap_s=float("inf"))
+
+
+def test_the_standby_alone_comes_back_after_both_died(it: StandbyBed) -> None:
+    """It was not behind, and the witness votes for it. The other one stands by when it is back."""
+    with watched(it, "active", "standby", each=0, udp=1, over6=0) as watch:
+        watch.active.power_cut()
+        watch.standby.power_cut()
+        faults.boot(watch.standby)
+        watch.observer.wait_for(watch.standby, seconds=60)
+        faults.boot(watch.active)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+def test_a_host_that_returns_has_no_stale_connections(it: StandbyBed) -> None:
+    """What ended on the other host meanwhile is not in its table when its turn comes again."""
+    with watched(it, "active", "standby", "active", each=5) as watch:
+        with faults.frozen(watch.active, "all"):
+            watch.takes_over(watch.standby)
+        with Flows([FlowKind("ended meanwhile", it.internet, it.vm, STATIC_NAT, 8005, 5)]) as ended_meanwhile:
+            ended_meanwhile.wait_open()
+        returns_as_standby(it, watch.active, watch.standby)
+        it.operator.run("move", it.scope, "--to", watch.active.address, hosts=it.candidates)
+        watch.observer.wait_for(watch.active)
+        assert watch.flows.go_on(), watch.flows.story()
+        established = conntrack(it, watch.active, "ESTABLISHED")
+        assert established == 5 * 3 + 1, "the connections of this test, and the one over IPv6"
+
+
+def conntrack(it: StandbyBed, host: Host, state: str) -> int:
+    """The number of TCP connections in this state in the network's namespace on a host."""
+    count = 0
+    with host.within(it.network.namespace) as inside:
+        for family in ("ipv4", "ipv6"):
+            count += inside.run("conntrack", "-L", "-f", family, "-p", "tcp", check=False).out.count(state)
+    return count
+
+
+# --- the state
+
+
+def test_a_standby_that_is_behind_does_not_take_over(it: StandbyBed) -> None:
+    """It missed one change. When it has caught up, it takes over with the change."""
+    address = it.network.addresses[0]
+    with watched(it, "active", "standby") as watch:
+        with faults.frozen(watch.standby):
+            rule = it.network.add_firewall_rule(address, "tcp", 8443)
+        assert until(lambda: is_ready(it))
+        watch.active.power_cut()
+        watch.takes_over(watch.standby)
+        with it.vm.serve_tcp(8443):
+            assert it.internet.tcp(STATIC_NAT, 8443).ok
+        it.network.delete_firewall_rule(rule)
+
+
+def test_a_standby_that_is_behind_serves_if_nobody_else_has_the_revision(it: StandbyBed) -> None:
+    """The host that has it is dead, so the standby serves with what it has, after a longer wait."""
+    with watched(it, "active", "standby", each=1, udp=0, over6=0) as watch:
+        watch.standby.separate([watch.active])
+        with impatient(it.cloud, timeout_s=25):
+            it.network.add_firewall_rule(it.network.addresses[0], "tcp", 8444)
+        assert "behind" in shown(it)
+        watch.active.power_cut()
+        watch.standby.heal()
+        watch.takes_over(watch.standby, within_s=8 * LEASE_S)
+
+
+def test_both_hosts_have_the_same_state(it: StandbyBed) -> None:
+    """But each has its own name, and its own proof first."""
+    one, other = (json.loads(it.state(host)) for host in (it.active, it.standby))
+    mine, theirs = one["placement"], other["placement"]
+    assert (mine.pop("host"), theirs.pop("host")) == (it.active.address, it.standby.address)
+    assert (mine["proof"], mine["partner_proof"]) == (theirs.pop("partner_proof"), theirs.pop("proof"))
+    del mine["proof"], mine["partner_proof"]
+    assert one == other
+
+
+def test_a_password_that_was_taken_is_gone_on_both_hosts(it: StandbyBed) -> None:
+    it.network.reset_password(it.nics[0], "correct horse")
+    asked = ["curl", "-s", "-m", "20", "-H"]
+    assert it.vm.run(*asked, "DomU_Request: send_my_password", f"http://{GATEWAY}:8080/").out == "correct horse"
+    it.vm.run(*asked, "DomU_Request: saved_password", f"http://{GATEWAY}:8080/")
+    standby = it.standby
+    it.active.power_cut()
+    with it.observer() as observer:
+        observer.wait_for(standby)
+        told = it.vm.run(*asked, "DomU_Request: send_my_password", f"http://{GATEWAY}:8080/").out
+        assert told.strip() == "saved_password"
+    assert "correct horse" not in it.state(standby)
+
+
+def test_services_are_the_same_after_a_take_over(it: StandbyBed) -> None:
+    """A lease, metadata and names, without a command of CloudStack."""
+
+    def served() -> tuple[str, str, str]:
+        lease = it.vm.run("busybox", "udhcpc", "-fqn", "-t20", "-T1", "-ieth0", "-s/bin/true", check=False)
+        metadata = it.vm.run("curl", "-s", "-m", "20", f"http://{GATEWAY}/latest/meta-data/local-hostname").out
+        domain = it.network.facts.domain
+        name = it.vm.run("dig", f"@{GATEWAY}", "+short", "+time=5", "+tries=4", f"db-1.{domain}").out
+        assert "lease of 10.10.1.45 obtained" in lease.out + lease.err
+        return it.vm.ip, metadata, name
+
+    before = served()
+    with watched(it, "active", "standby", each=1, udp=0, over6=0) as watch:
+        watch.active.power_cut()
+        watch.takes_over(watch.standby)
+        assert served() == before
+
+
+# --- hand-overs
+
+
+@pytest.mark.parametrize(
+    "words", [["move", "{scope}", "--to", "{standby}"], ["drain", "{active}"]], ids=["move", "drain"]
+)
+def test_a_network_with_a_standby_is_handed_over(
+    it: StandbyBed, words: list[str], record_testsuite_property: Record
+) -> None:
+    with watched(it, "active", "standby") as watch:
+        names = {"scope": it.scope, "active": watch.active.address, "standby": watch.standby.address}
+        it.operator.run(*(word.format(**names) for word in words), hosts=it.candidates)
+        outage_s = watch.takes_over(watch.standby, within_s=HAND_OVER_WITHIN_S)
+        record_testsuite_property("hand_over_ms", round(outage_s * 1000, 1))
+        it.operator.run("undrain", watch.active.address, hosts=it.candidates)
+        assert until(lambda: is_ready(it) and it.active is watch.standby, seconds=90), shown(it)
+
+
+def test_both_agents_are_replaced_one_after_the_other(it: StandbyBed) -> None:
+    """As an upgrade does it: the new agent is there within the lease. No datagram is lost."""
+    with watched(it, "active") as watch, it.vm.serve_udp(53):
+        steady = it.internet.steady_udp(STATIC_NAT, 53)
+        for host in (watch.standby, watch.active):
+            faults.kill_agent(host)
+            faults.start_agent(host)
+            watch.goes_on(watch.active)
+        measured = steady.stop()
+    assert measured.sent - measured.answered <= 1, "the last one may be on its way"
+
+
+# --- CloudStack's commands
+
+
+@contextmanager
+def commands(it: StandbyBed) -> Iterator[list[bool]]:
+    """CloudStack adds and deletes a rule all the time. Yields whether each command succeeded."""
+    address = it.network.addresses[0]
+    results: list[bool] = []
+
+    def change() -> None:
+        before = len(it.network.failures)
+        rule = it.network.add_firewall_rule(address, "tcp", 9000)
+        it.network.delete_firewall_rule(rule)
+        results.append(len(it.network.failures) == before)
+        time.sleep(0.3)  # a move needs a moment without changes
+
+    with impatient(it.cloud, timeout_s=25), meanwhile(change):
+        assert until(lambda: results)
+        yield results
+        count = len(results)
+        assert until(lambda: len(results) > count + 1, seconds=90), "commands go on after the event"
+    assert results[-1]
+
+
+EVENTS: dict[str, Callable[[Watch], object]] = {
+    "power cut": lambda watch: watch.active.power_cut(),
+    "frozen": lambda watch: faults.freeze(watch.active, "all"),
+    "cut off": lambda watch: watch.active.partition("all"),
+    "no VLAN": lambda watch: watch.active.partition("vlan"),
+    "hand-over": lambda watch: watch.it.operator.run(
+        "move", watch.it.scope, "--to", watch.standby.address, hosts=watch.it.candidates
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "event", [it if it in ("power cut", "hand-over") else pytest.param(it, marks=pytest.mark.long) for it in EVENTS]
+)
+def test_commands_in_the_middle_of_a_take_over(it: StandbyBed, event: str) -> None:
+    with watched(it, "active", "standby", each=1) as watch, commands(it):
+        EVENTS[event](watch)
+        watch.takes_over(watch.standby)
+    assert it.network.ensure().ok
+    (network,) = json.loads(it.state(watch.standby))["networks"].values()
+    assert "9000" not in json.dumps(network["firewall"]), "the last command took the rule away"
+
+
+# --- load, and intruders
+
+
+@pytest.mark.long
+def test_a_busy_machine_raises_no_suspicion(it: StandbyBed) -> None:
+    """Eight busy loops for a minute."""
+    loop = "import time; until = time.monotonic() + 60\nwhile time.monotonic() < until: pass"
+    with ExitStack() as stack, watched(it, "active") as watch:
+        machine = stack.enter_context(it.bed.hosts[-1].vm("busy", vlan="untagged"))
+        running = [machine.client.start("run", dict, argv=["python3", "-c", loop]) for _ in range(8)]
+        watch.goes_on(watch.active, seconds=60, gap_s=float("inf"))
+        for each in running:
+            each.result()
+
+
+def heartbeats(machine: Machine, link: str) -> list[str]:
+    """The frames with heartbeats that arrive there within a second.
+
+    A bridge takes the frames of its ports before a socket for one EtherType sees them. So all are captured.
+    """
+    frames = machine.capture(link, seconds=1.0).result()
+    return [it for it in frames if it[24:28] == f"{ETHERTYPE:04x}"]
+
+
+def test_a_vm_neither_hears_nor_forges_heartbeats(it: StandbyBed) -> None:
+    """It sends recorded heartbeats of all members while the active host is dead: the standby takes over."""
+    recorded = heartbeats(it.bed.fabric, it.active.port("eth1", 1204))
+    assert recorded, "the active host sends heartbeats on the VLAN"
+    with it.standby.vm("listener", vlan=1204) as listener:
+        assert heartbeats(listener, "eth0") == []
+    with it.witness.vm("intruder", vlan=1204) as intruder:
+
+        def forge() -> None:
+            for frame in recorded[-20:]:
+                intruder.send_frame(frame)
+
+        with watched(it, "active", "standby") as watch, meanwhile(forge):
+            watch.goes_on(watch.active)
+            watch.active.power_cut()
+            watch.takes_over(watch.standby)
+
+
+def test_a_recorded_heartbeat_does_not_keep_a_dead_host_alive(it: StandbyBed) -> None:
+    """Somebody on the wire repeats frames, also those over management, that the members themselves have sent."""
+    port = it.active.port("eth1", 1204)
+    recorded = heartbeats(it.bed.fabric, port)
+    with watched(it, "active", "standby") as watch:
+
+        def repeat() -> None:
+            for frame in recorded:
+                for host in (watch.standby, watch.witness):
+                    it.bed.fabric.send_frame(frame, link=host.port("eth1", 1204))
+
+        watch.active.power_cut()
+        with meanwhile(repeat):
+            watch.takes_over(watch.standby)
