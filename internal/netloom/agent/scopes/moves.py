@@ -68,13 +68,7 @@ class Moves:
 
     async def execute(self, call: Call) -> Reply:
         """Execute the call and return its reply. Never raises: the reply has the error."""
-        try:
-            data = await self._dispatch(call)
-            reply = Reply(call_id=call.call_id, data=data)
-        except NetloomError as error:
-            reply = self._scopes.refused(call, error)
-        except Exception as error:  # noqa: BLE001, the reply has it
-            reply = self._scopes.refused(call, self._scopes.explained(call, error))
+        reply = await self._scopes.answered(call, self._dispatch(call))
         slot = self._scopes.get(call.scope_id)
         revision = slot.scope.revision if slot is not None and slot.scope is not None else 0
         reply = replace(reply, holds=bool(slot is not None and slot.scope is not None), revision=revision)

@@ -34,10 +34,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
 
@@ -216,6 +216,15 @@ class Scopes:
             f"steps={steps} ms={ms:.1f} status={reply.status}{outcome}"
         )
         return reply
+
+    async def answered(self, call: Call, work: Coroutine[Any, Any, bytes]) -> Reply:
+        """The reply with the data that ``work`` returns, or with its error. Never raises."""
+        try:
+            return Reply(call_id=call.call_id, data=await work)
+        except NetloomError as error:
+            return self.refused(call, error)
+        except Exception as error:  # noqa: BLE001, the reply has it
+            return self.refused(call, self.explained(call, error))
 
     def explained(self, call: Call, error: Exception) -> NetloomError:
         """What the caller is told of an error that nobody expected. A bug goes to the log with its traceback."""

@@ -43,12 +43,7 @@ class GroupCommands:
 
     async def execute(self, call: Call) -> Reply:
         """Execute a command of ``standbywire`` and return its reply. Never raises: the reply has the error."""
-        try:
-            reply = Reply(call_id=call.call_id, data=await self._dispatch(call))
-        except NetloomError as error:
-            reply = self._scopes.refused(call, error)
-        except Exception as error:  # noqa: BLE001, the reply has it
-            reply = self._scopes.refused(call, self._scopes.explained(call, error))
+        reply = await self._scopes.answered(call, self._dispatch(call))
         outcome = f" error={reply.error}" if reply.status else ""
         scope = call.scope_id or "-"
         self._log.line(f"call={call.call_id} command={call.command} scope={scope} status={reply.status}{outcome}")
@@ -98,9 +93,10 @@ class GroupCommands:
             if role.serves:
                 return
             if self._clock.time() > ends:
+                ports = sorted({it.port for it in self._groups.views()[group_id].spec.hosts})
                 raise HostRefused(
                     f"this host has no lease in group {group_id}: it hears neither {role.standby} nor {role.witness}",
-                    hint="do firewalls between the hosts let UDP and TCP of port 7788 pass?",
+                    hint=f"do firewalls between the hosts let UDP and TCP of port {', '.join(map(str, ports))} pass?",
                 )
             await self._clock.sleep(0.05)
 

@@ -74,7 +74,7 @@ class StateReceiver:
         if not message.complete:  # guard: an-unreadable-state-removes-no-copy
             gone = set()
         for scope_id in gone:
-            self._take(group_id, _NotHeld(scope_id))
+            self.take(group_id, _NotHeld(scope_id))
         group.missing = {it for it, key in listing.items() if it not in slots or _key(slots[it]) != key}
         for scope_id in listing.keys() - group.missing:
             self._acknowledge(group_id, scope_id, listing[scope_id][2])
@@ -84,15 +84,12 @@ class StateReceiver:
         if group.missing:
             self._groups.send(group_id, wire.Wanted(scope_ids=tuple(sorted(group.missing))))
 
-    def take(self, group_id: str, message: wire.State | wire.Gone) -> None:
-        """Do what the active host says about a scope, one message after the other; of several, the newest."""
-        self._take(group_id, message)
-
     def forgets(self, scope_id: str) -> bool:
         """Whether the scope is being deleted because the active host says so. In any thread."""
         return scope_id in self._forgetting
 
-    def _take(self, group_id: str, message: _Message) -> None:
+    def take(self, group_id: str, message: _Message) -> None:
+        """Do what the active host says about a scope, one message after the other; of several, the newest."""
         scope_id = message.scope_id
         self._inbox[scope_id] = group_id, message
         if scope_id not in self._working:

@@ -108,14 +108,12 @@ class StateSender:
         if self._has.get(scope_id, 0) >= reply.revision:
             return reply
         if role is None or not role.serves:
-            raise HostRefused(
-                f"{scope_id}: this host lost its turn while it executed the command", hint="CloudStack may repeat it"
-            )
+            raise _lost_turn(scope_id)
         if scope_id not in self._behind:
             why = "is behind: it lacks the newest state" if scope_id in self._has else "is behind: it has no state yet"
             self._behind[scope_id] = f"{role.standby} {why}"
             self._log.line(f"scope={scope_id} standby {self._behind[scope_id]}")
-        return replace(reply, note="; ".join(filter(None, [reply.note, f"standby: {self._behind[scope_id]}"])))
+        return _noted(reply, self._behind[scope_id])
 
     async def _settled_end(self, scope_id: str, reply: Reply, within_s: float) -> Reply:
         """The reply to a call that has ended the scope."""
@@ -130,10 +128,8 @@ class StateSender:
         if forgotten.is_set():
             return reply
         if not self._groups.is_active(group_id):  # guard: an-end-that-the-active-host-does-not-know-is-no-success
-            raise HostRefused(
-                f"{scope_id}: this host lost its turn while it executed the command", hint="CloudStack may repeat it"
-            )
-        return replace(reply, note="; ".join(filter(None, [reply.note, "standby: it has not forgotten the scope yet"])))
+            raise _lost_turn(scope_id)
+        return _noted(reply, "it has not forgotten the scope yet")
 
     def stored(self, slot: Slot, message: wire.Stored) -> None:
         """The standby has this state on its disk, or says why not."""
@@ -204,6 +200,17 @@ class StateSender:
             self._differs.add(slot.scope_id)
         else:
             self._differs.discard(slot.scope_id)
+
+
+def _lost_turn(scope_id: str) -> HostRefused:
+    return HostRefused(
+        f"{scope_id}: this host lost its turn while it executed the command", hint="CloudStack may repeat it"
+    )
+
+
+def _noted(reply: Reply, why: str) -> Reply:
+    """The reply with a note about the standby."""
+    return replace(reply, note="; ".join(filter(None, [reply.note, f"standby: {why}"])))
 
 
 def digest_of(want: Want) -> bytes:
