@@ -116,7 +116,10 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
         wait_until(lambda: process_figures(pid).descriptors == descriptors, 10)  # the agent closes connections at once
     have = process_figures(pid).descriptors
     if have != descriptors:
-        found.append(f"descriptors of the agent: {have} instead of {descriptors}: {descriptors_by_kind(pid)}")
+        links = {name: it["ifindex"] for name, it in host.links().items()}
+        found.append(
+            f"descriptors of the agent: {have} instead of {descriptors}: {descriptors_by_kind(pid)}; bridges {bridges}, links {links}"
+        )
     low = sum(int(it) < SELECTABLE for it in os.listdir(f"/proc/{pid}/fd"))
     found += [f"{low} descriptors of the agent have low numbers"] if low > LOW_MAX else []
     return [f"{host.name}: {it}" for it in found]
@@ -164,10 +167,17 @@ def family(pid: int) -> set[int]:
 
 
 def descriptors_by_kind(pid: int) -> dict[str, int]:
+    """How many descriptors of each kind the process has; packet sockets by the index of their link."""
+    sockets = {}
+    for family, inode in (("unix", 6), ("netlink", 9), ("packet", 8), ("tcp", 9), ("udp", 9)):
+        for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
+            words = line.split()
+            sockets[f"socket:[{words[inode]}]"] = f"{family} {words[4]}" if family == "packet" else family
     kinds: Counter[str] = Counter()
     for it in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(OSError):
-            kinds[os.readlink(f"/proc/{pid}/fd/{it}").partition(":[")[0]] += 1
+            name = os.readlink(f"/proc/{pid}/fd/{it}")
+            kinds[sockets.get(name, name.partition(":[")[0])] += 1
     return dict(kinds)
 
 
