@@ -75,12 +75,14 @@ class SetGroup(msgspec.Struct, frozen=True, kw_only=True):
     """``set-group``: this host, ``host`` in the registration, is a member of the group.
 
     The answer is a ``GroupAnswer`` with the group that the host has: if ``reuses``, perhaps an older one with the same
-    hosts, in which this host is active, with its secret.
+    hosts, in which this host is active, with its secret. ``exists``: the group is such an older one. A member that does
+    not know it has lost its disk, and with it a vote perhaps, so it refuses.
     """
 
     host: str
     group: GroupSpec
     reuses: bool = False
+    exists: bool = False
 
 
 class GroupAnswer(msgspec.Struct, frozen=True, kw_only=True):

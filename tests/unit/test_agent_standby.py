@@ -334,6 +334,17 @@ async def test_a_dissolved_group_is_not_used_again(agent: Agent) -> None:
     assert agent.store.files["net-300"].placement.group == ""
 
 
+@pytest.mark.mutation("a-member-that-forgot-votes-no-more")
+@simulated
+async def test_a_member_that_has_forgotten_a_group_does_not_come_back_into_it(agent: Agent) -> None:
+    witness = Agent(agent.clock, "h3")
+    reply = await send(witness, standbywire.SET_GROUP, SetGroup(host="h3", group=GROUP, exists=True), "")
+    assert "not known here any more" in reply.error and not witness.engine.groups
+    for exists in (False, True):
+        reply = await send(witness, standbywire.SET_GROUP, SetGroup(host="h3", group=GROUP, exists=exists), "")
+        assert reply.status == 0
+
+
 @simulated
 async def test_a_group_that_is_empty_for_long_is_forgotten_by_all(agent: Agent) -> None:
     standby = await grouped(agent)

@@ -247,7 +247,10 @@ class Bed:
         reply, data = host.reply, b""
         if call.command == SET_GROUP:
             assert call.scope_id == ""
-            data = self._set_group(host, unpacked(call.payload, SetGroup))
+            asked = unpacked(call.payload, SetGroup)
+            if asked.exists and asked.group.group_id not in host.groups:
+                return Reply(call_id=call.call_id, status=3, error="not known here any more")
+            data = self._set_group(host, asked)
         elif call.command == JOIN_GROUP:
             await self._join(host, call, unpacked(call.payload, JoinGroup))
         elif call.command == LEAVE_GROUP:
@@ -343,6 +346,23 @@ def test_a_second_network_joins_the_group_that_its_host_has(bed: Callable[..., B
     it.stored = {"host": "h1"}
     assert it.ensure(network_id="41") == {"host": "h1", "namespace": "cs-net-41", "epoch": 7, "standby": "h2"}
     assert all(len(host.groups) == 1 for host in it.hosts.values())
+
+
+@pytest.mark.parametrize("anew", ["h2", "h3"])
+def test_a_host_that_was_installed_anew_gets_a_new_group(bed: Callable[..., Bed], anew: str) -> None:
+    """It does not know what it has promised in the old one."""
+    it = bed()
+    it.serve("h1")
+    it.ensure()
+    it.hosts[anew].groups.clear()
+    for host in it.hosts.values():
+        host.reply = Reply(call_id="")
+    it.serve("h1", epoch=6)
+    it.stored = {"host": "h1"}
+    assert it.ensure(network_id="41")["standby"] == "h2"
+    assert it.asked.count("h1 set-group") == 2
+    group = it.hosts["h1"].reply.standby
+    assert group is not None and list(it.hosts[anew].groups) == [group.group_id]
 
 
 def test_calls_follow_a_take_over(bed: Callable[..., Bed]) -> None:

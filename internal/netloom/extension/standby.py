@@ -230,8 +230,15 @@ class _Setup:
         answers = self._inquiry.answers
         chosen = choose(self._situation.order, active, answers, standby=self.standby, lost=self._lost)
         self._record.doing = f"setting up {chosen.standby} as a standby for {active}"
-        group = await self._group(active, chosen)
-        await asyncio.gather(*(self._set_group(host, group) for host in (chosen.standby, chosen.witness)))
+        group, is_new = await self._group(active, chosen)
+        try:
+            await self._set_groups(chosen, group, exists=not is_new)
+        except HostRefused:
+            if is_new:
+                raise
+            # A member was installed anew, or an earlier attempt ended before it was told.
+            group, _ = await self._group(active, chosen, reuses=False)
+            await self._set_groups(chosen, group)
         if leaving:
             await self.leave(leaving)
         try:
@@ -273,8 +280,8 @@ class _Setup:
         for task in done:
             task.result()
 
-    async def _group(self, active: str, chosen: Chosen) -> GroupSpec:
-        """The group to use: one that the active host has already with these hosts, or a new one."""
+    async def _group(self, active: str, chosen: Chosen, *, reuses: bool = True) -> tuple[GroupSpec, bool]:
+        """The group to use: one that the active host has already with these hosts, or a new one; whether it is new."""
         first, second, witness = (self._member(it) for it in (active, chosen.standby, chosen.witness))
         new = GroupSpec(
             group_id=f"{1 + int.from_bytes(os.urandom(4)) % 0xFFFFFFFF:0{GROUP_ID_CHARACTERS}x}",
@@ -284,20 +291,25 @@ class _Setup:
             witness=witness,
             secret=Secret(os.urandom(_SECRET_BYTES).hex()),
         )
-        data = await self._tell(active, SET_GROUP, SetGroup(host=active, group=new, reuses=True))
+        data = await self._tell(active, SET_GROUP, SetGroup(host=active, group=new, reuses=reuses))
         try:
             group = unpacked(data, GroupAnswer).group
         except HostRefused as error:
             raise HostRefused(f"{active}: {error.message}", hint=error.hint) from error
         if not is_as_chosen(group, new):
             raise HostRefused(f"{active}: its group has other hosts than {new.names}", hint="are all builds the same?")
-        return group
+        return group, group.group_id == new.group_id
 
     def _member(self, host: str) -> GroupHost:
         return member(host, self._hosts.address(host), int(self._request.details.standby_port))
 
-    async def _set_group(self, host: str, group: GroupSpec) -> None:
-        await self._tell(host, SET_GROUP, SetGroup(host=host, group=group))
+    async def _set_groups(self, chosen: Chosen, group: GroupSpec, *, exists: bool = False) -> None:
+        await asyncio.gather(
+            *(
+                self._tell(host, SET_GROUP, SetGroup(host=host, group=group, exists=exists))
+                for host in (chosen.standby, chosen.witness)
+            )
+        )
 
     async def _join(self, group: GroupSpec, active: str, chosen: Chosen) -> None:
         call, epoch = self._request.call, self.placed.epoch + 1

@@ -71,7 +71,7 @@ class GroupCommands:
     async def _set_group(self, asked: standbywire.SetGroup) -> bytes:
         spec = asked.group
         if asked.reuses:
-            for view in self._groups.views().values():
+            for view in reversed(list(self._groups.views().values())):  # the newest: all its members may know it
                 it = view.spec
                 same = it.owner == spec.owner and it.hosts == spec.hosts and it.lease_ms == spec.lease_ms
                 mine = view.me == asked.host and view.active == view.me
@@ -79,6 +79,8 @@ class GroupCommands:
                     if it.group_id in self._groups.known:
                         self._groups.known[it.group_id].empty_since = None
                     return standbywire.packed(standbywire.GroupAnswer(group=it))
+        if asked.exists and spec.group_id not in self._groups.views():  # guard: a-member-that-forgot-votes-no-more
+            raise HostRefused(f"group {spec.group_id} is not known here any more", hint="make another group")
         await self._scopes.in_worker(lambda: self._engine.set_group(spec, asked.host))
         self._groups.follow()
         return standbywire.packed(standbywire.GroupAnswer(group=spec))

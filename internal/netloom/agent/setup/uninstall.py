@@ -11,7 +11,7 @@ import os
 import select
 import shutil
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +33,7 @@ from netloom.agent.processes.process import alive, read_record
 from netloom.agent.scopes.store import Store
 from netloom.agent.setup import install
 from netloom.agent.setup.install import LIBEXEC, SCOPES, STATE
+from netloom.agent.standby.group_file import GroupFile
 from netloom.errors import HostRefused
 from netloom.guestwire import GuestHello
 from netloom.guestwire.channel import Channel, ChannelError
@@ -61,11 +62,13 @@ def uninstall(networks: Networks) -> Kept:
 
     ``networks``, if there are networks on the host: ``refuse`` changes nothing and raises HostRefused; ``remove``
     deletes them first; ``leave`` keeps them and their state files, but nothing answers DHCP or metadata requests.
+    A network with a standby cannot be left: without an agent its lease ends. Nor is a host removed that stands by.
     A bridge with a VM stays, without its guard: nobody would maintain it. Networks that are left keep their guards.
     Raises HostRefused also when the agent, the guest process or a network cannot be stopped.
     """
     with install.locked():
         scopes = _scopes()
+        check_groups(grouped_scopes(Store(str(SCOPES)), scopes, STATE), networks)
         if scopes and networks == "refuse":
             raise HostRefused(
                 f"{len(scopes)} networks live on this host: {', '.join(scopes[:10])}",
@@ -121,6 +124,35 @@ def _scopes() -> list[str]:
         return []
     store = Store(str(SCOPES))
     return sorted({*store.living(), *store.ended()})
+
+
+def grouped_scopes(store: Store, scopes: Iterable[str], directory: Path) -> dict[str, tuple[str, str]]:
+    """The scopes that have a standby: this host's name, and that of the host that serves them, as its disk says.
+
+    Both are empty if that is not known. Raises HostRefused for a state or a ``standby.json`` that cannot be read.
+    """
+    loaded = ((scope_id, store.load(scope_id)) for scope_id in scopes)
+    group_of = {scope_id: it.placement.group for scope_id, it in loaded if it is not None and it.placement.group}
+    if not group_of:
+        return {}
+    known = {it.spec.group_id: (it.me, it.kept.active) for it in GroupFile(directory).load().groups}
+    return {scope_id: known.get(group_id, ("", "")) for scope_id, group_id in group_of.items()}
+
+
+def check_groups(grouped: Mapping[str, tuple[str, str]], networks: Networks) -> None:
+    """Raises HostRefused if networks would stop, or lose their standby, and nobody asked for that."""
+    copies = {scope_id: active for scope_id, (me, active) in grouped.items() if me != active}
+    if copies:  # guard: a-standby-is-not-removed
+        raise HostRefused(
+            f"this host stands by for {len(copies)} networks: {', '.join(sorted(copies)[:10])}",
+            hint="take it out of the registration detail hosts: CloudStack's next calls choose other hosts; "
+            "or register standby=off",
+        )
+    if grouped and networks == "leave":  # guard: a-network-with-a-lease-is-not-left
+        raise HostRefused(
+            f"{len(grouped)} networks have a standby, and would stop here: {', '.join(sorted(grouped)[:10])}",
+            hint="netloom drain this host first, or register standby=off",
+        )
 
 
 def _delete_all(scopes: Iterable[str]) -> None:
@@ -222,7 +254,7 @@ def _remove_files(*, keep_networks: bool) -> list[str]:
     _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("previous", "held", install.MADE_PARENT)])
     shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
-    _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"))
+    _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"), [GroupFile(STATE).path])
     _remove(
         [DIRECTORY / it for it in ("agent.sock", "guest.sock", "guest.json", FORMER, "guest.log", STARTED.name)],
         DIRECTORY.glob("*.lock"),
