@@ -213,6 +213,7 @@ class FakeHost:
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
+        self.hides_heartbeats = False
         self.unplaced: dict[str, str] = {}  # scope -> why its bridge leads to no NIC
 
     def fail(self, what: str, *errors: Exception) -> None:
@@ -285,6 +286,9 @@ class FakeHost:
 
     def namespace_exists(self, namespace: str) -> bool:
         return namespace in self.named | {want.namespace for want in self.present.values()}
+
+    def hide_heartbeats(self, is_member: bool) -> None:
+        self.hides_heartbeats = is_member
 
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         return _announced(want, want.announce)

@@ -617,6 +617,7 @@ def test_a_vm_neither_hears_nor_forges_heartbeats(it: StandbyBed) -> None:
     with it.standby.vm("listener", vlan=1204) as listener:
         assert heartbeats(listener, "eth0") == []
     with it.witness.vm("intruder", vlan=1204) as intruder:
+        assert heartbeats(intruder, "eth0") == []
 
         def forge() -> None:
             for frame in recorded[-20:]:

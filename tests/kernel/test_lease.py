@@ -43,6 +43,7 @@ from netloom.agent.host import lease
 from netloom.agent.host.link_table import FAMILY
 from netloom.agent.kernel import netlink, nft_netlink
 from netloom.agent.kernel.netlink import Message, Socket
+from netloom.ethernet import ETHERTYPE, MAGIC
 from netns import inside
 
 OTHER = MARK + 1
@@ -498,3 +499,46 @@ def test_a_life_ends_in_time_although_the_agent_was_stopped_while_it_renewed(
         end = at + life_s
         lease.renew({1: life_s}, at)
         assert left(time.monotonic()) <= end
+
+
+# ------------------------------------------------------------------------------------------------- heartbeats and VMs
+
+
+def frames_between(name: str, kind: int, body: bytes) -> int:
+    """How many of these frames reach ``vm-b`` when ``vm-a`` sends one, and then an ordinary one; both are VMs of a bridge."""
+    with inside(name):
+        taken = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    with taken, sender:
+        taken.bind(("vm-b", 3))
+        sender.bind(("vm-a", 0))
+        taken.settimeout(10)
+        sender.send(frame(EVERYBODY, VM_MAC, kind, body))
+        sender.send(frame(EVERYBODY, VM_MAC, 0x88B6, b"the end"))
+        seen = 0
+        while b"the end" not in (received := taken.recv(2000)):
+            seen += body in received
+        return seen
+
+
+@pytest.mark.mutation("vms-hear-no-heartbeats", instead="()")
+def test_a_bridge_passes_no_heartbeats_on_a_host_of_a_group() -> None:
+    with scratch() as name:
+        tool(name, "ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+        for vm in ("vm-a", "vm-b"):
+            tool(name, "ip", "link", "add", vm, "type", "veth", "peer", "name", f"tap-{vm}")
+            tool(name, "ip", "link", "set", f"tap-{vm}", "master", "br0", "up")
+            tool(name, "ip", "link", "set", vm, "up")
+        tool(name, "ip", "link", "set", "br0", "up")
+        wait_until(lambda: tool(name, "bridge", "link").count("state forwarding") == 2)
+        heartbeat = MAGIC + b"\2\1"
+        assert frames_between(name, ETHERTYPE, heartbeat) == 1
+        with inside(name):
+            lease.hide_heartbeats(True)
+        assert frames_between(name, ETHERTYPE, heartbeat) == 0
+        assert frames_between(name, ETHERTYPE, b"of somebody else") == 1
+        assert frames_between(name, 0x88B7, heartbeat) == 1
+        with inside(name):
+            lease.hide_heartbeats(False)
+        assert frames_between(name, ETHERTYPE, heartbeat) == 1
+        assert "netloom_lease" not in tool(name, "nft", "list", "tables")

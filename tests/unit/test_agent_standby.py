@@ -970,3 +970,17 @@ def test_segments_are_those_where_somebody_can_be_asked() -> None:
     moved = replace(vms, ports=(port("gst-2", "3"),))
     assert wire_questions.segments({"net-2": moved})[0].number != chosen[0].number
     assert wire_questions.segments({}) == []
+
+
+@simulated
+async def test_a_member_of_a_group_hides_heartbeats_from_its_vms(agent: Agent) -> None:
+    """The witness has no scope of the group, and VMs on its bridges."""
+    agent.start(agent.standbys.run())
+    await agent.clock.advance(1)
+    assert not agent.host.hides_heartbeats
+    assert (await send(agent, standbywire.SET_GROUP, SetGroup(host="h3", group=GROUP), "")).status == 0
+    await agent.clock.advance(1)
+    assert agent.host.hides_heartbeats
+    agent.engine.groups.clear()
+    await agent.clock.advance(1)
+    assert not agent.host.hides_heartbeats

@@ -193,6 +193,10 @@ class KernelHost:
         gate.open_(opened.links)
         return _announcements(want, [opened])
 
+    def hide_heartbeats(self, is_member: bool) -> None:
+        """Let no VM of this host hear or send heartbeats, while the host is a member of a group. Raises HostRefused."""
+        lease.hide_heartbeats(is_member)
+
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
         return _announcements(self.placed(scope_id, want), [OpenGate(tuple(port.host_link for port in want.ports))])

@@ -4,6 +4,8 @@ A group of hosts has two that can serve its scopes (``standby/decision.py``). Bo
 up and in their bridges. The ports of the one whose lease lives are served; the other one is silent, and the bridges
 learn nothing from its ports. No process takes part when a lease ends, so it also ends when all of them are stopped.
 
+The table also keeps heartbeats from VMs, so it exists on each host of a group.
+
 The table ``bridge netloom_lease`` on the host itself has the map ``ports`` from the host ends of the ports to the mark
 of their group, two sets of marks, ``alive_1`` and ``alive_2``, whose elements expire, and the hooks of ``gate.py``.
 Frames of a port pass while its mark is in both sets. Frames of other links pass untouched.
@@ -27,6 +29,7 @@ from collections.abc import Iterable, Mapping
 from netloom.agent.host.link_table import FAMILY, MarkTable, OpenSocket
 from netloom.agent.kernel import nft_netlink
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
+from netloom.ethernet import ETHERTYPE, MAGIC
 
 _PORTS = "ports"  # the map
 _ALIVE = ("alive_1", "alive_2")
@@ -38,6 +41,10 @@ _SHORTEST_S = 0.01
 
 # The map has no mark of other links. The rule ends there then, and changes nothing.
 _FROM_PORTS, _TO_PORTS = (f"meta mark set {it} map @{_PORTS} goto pass" for it in ("iifname", "oifname"))
+
+# What the hosts of groups say to each other on VLANs is sent and heard below the bridges. So a bridge need not pass it:
+# neither to a VM, nor from one. @nh is what follows the EtherType.
+_HEARTBEATS = f"meta protocol 0x{ETHERTYPE:04x} @nh,0,{8 * len(MAGIC)} 0x{MAGIC.hex()} drop"
 
 TABLE = MarkTable(
     "netloom_lease",
@@ -53,6 +60,7 @@ TABLE = MarkTable(
         "input": (_FROM_PORTS,),  # guard: reserved-addresses-pass-no-port
         "output": (_TO_PORTS,),  # guard: a-bridge-sends-nothing-without-a-lease
         "postrouting": (_TO_PORTS,),  # guard: without-a-lease-nothing-comes-in
+        "forward": (_HEARTBEATS,),  # guard: vms-hear-no-heartbeats
     },
 )
 
@@ -88,6 +96,17 @@ def guarded() -> dict[str, int]:
     Raises HostRefused.
     """
     return TABLE.marks()
+
+
+def hide_heartbeats(is_member: bool) -> None:
+    """Let no VM of this host hear or send heartbeats, while the host is a member of a group: no bridge passes them.
+
+    Raises HostRefused.
+    """
+    if is_member:
+        TABLE.put({})
+    elif not guarded():
+        TABLE.remove()
 
 
 class Leases:

@@ -71,6 +71,9 @@ class Host(Protocol):
     def namespace_exists(self, namespace: str) -> bool:
         """Whether there is a namespace of this name."""
 
+    def hide_heartbeats(self, is_member: bool) -> None:
+        """Let no VM of this host hear or send heartbeats, while the host is a member of a group. Raises HostRefused."""
+
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
 

@@ -76,6 +76,8 @@ class Standbys:
         self._clock = clock
         self._flows = flows
         self._questions = WireQuestions(engine, scopes, host, log, clock, upkeep.start_task)
+        self._hides = False  # heartbeats from VMs
+        self._hidden_at = -WIRES_EVERY_S
         self._groups = Groups(engine, roles, scopes)
         self._sender = StateSender(self._groups, roles, scopes, store, log, clock, flows)
         self._receiver = StateReceiver(self._groups, scopes, upkeep, store, log, clock, flows)
@@ -122,11 +124,24 @@ class Standbys:
         while True:
             try:
                 self._groups.follow()
+                await self._hide_heartbeats()
                 for group_id in list(self._groups.views()):
                     await self._look(group_id)
             except Exception as error:  # noqa: BLE001, a bug here must not end the loop
                 self._log.traceback("standby", error)
             await self._clock.sleep(LOOK_EVERY_S)
+
+    async def _hide_heartbeats(self) -> None:
+        """Hide heartbeats from VMs, also on the host of a witness, which has no port of a scope."""
+        is_member, now = bool(self._groups.views()), self._clock.time()
+        if is_member == self._hides and (not is_member or now - self._hidden_at < WIRES_EVERY_S):
+            return
+        self._hidden_at = now
+        try:
+            await self._scopes.in_worker_uncounted(partial(self._host.hide_heartbeats, is_member))
+            self._hides = is_member
+        except NetloomError as error:
+            self._log.line(f"standby: {error}")
 
     async def _look(self, group_id: str) -> None:
         try:
