@@ -13,12 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from bed import Bed
+from bed import Bed, faults
 from bed.cloudstack import FakeCloudStack, IsolatedNetwork
 from bed.lab import Host, Internet, Vm, agent_command, difference
 from bed.machines import until
+from bed.observer import Observer, outage
 from bed.operator import Operator
 from bed.payloads import LoadBalancerRule, Nic
+from bed.standby import STATIC_NAT, StandbyBed, standby_bed
 
 OUTSIDE = "198.51.100.1"
 SOON = {"timeout_s": 0.5}
@@ -94,6 +96,12 @@ def main() -> int:
         hosts = " and ".join(f"{host.name} ({host.address})" for host in bed.hosts)
         print(f"{hosts} accept SSH after {time.monotonic() - started:.1f} s. netloom is not running there yet.")
         failed, proofs = _life(Show(cloud), bed, cloud, internet)
+    print("\nThe same on three hosts that stand by for each other; the VMs run on a fourth one")
+    with standby_bed(details={"standby": "auto"}) as it:
+        show = Show(it.cloud)
+        _take_over(show, it)
+        failed += show.failed
+        proofs += show.proofs
     print()
     for each in failed:
         print(f"FAILED: {each}")
@@ -284,6 +292,48 @@ def _maintenance(show: Show, bed: Bed, network: IsolatedNetwork, internet: Inter
         (f"{host.name} serves the network again", network.host == host.address),
         ("203.0.113.21:8080 reaches web-1", internet.tcp("203.0.113.21", 8080).server == "web-1"),
     )
+
+
+def _take_over(show: Show, it: StandbyBed) -> None:
+    """Cut the power of the active host in the middle of a download."""
+
+    def is_ready() -> bool:
+        return it.network.ensure().ok and "standby: ready" in it.network.custom_action("show")
+
+    ready = until(is_ready, seconds=60)
+    active, standby = it.active, it.standby
+    show.forget()
+    show.chapter("The active host loses power, in the middle of a download")
+    with it.vm.serve_tcp(8080), it.observer() as observer:
+        transfer = it.internet.transfer(STATIC_NAT, 8080, seconds=120)
+        time.sleep(2)
+        active.power_cut()
+        observer.wait_for(standby)
+        time.sleep(2)  # of the download, on the other host
+        went, outage_s = transfer.stop(), outage(observer)
+        never = turns_of(observer) == [active.name, standby.name]
+    followed = it.network.ensure().ok and it.active is standby
+    show.step(
+        f"{active.name} loses power; {standby.name} stood by",
+        (f"{standby.name} answers ARP {outage_s:.2f} s after the last answer of {active.name}", ready),
+        ("never two hosts answered", never),
+        (
+            f"the download went on: {went.echoed >> 10} KiB without loss, longest pause {went.stall_s:.2f} s",
+            went.failure == "" and went.intact,
+        ),
+        (f"CloudStack's next command goes to {standby.name}", followed),
+    )
+    faults.boot(active)
+    back = until(lambda: is_ready() and it.standby is active, seconds=60)
+    show.step(
+        f"{active.name} boots",
+        (f"it stands by, and {standby.name} serves on", back and it.active is standby),
+    )
+
+
+def turns_of(observer: Observer) -> list[str]:
+    """The hosts that answered, one after the other."""
+    return [it.host for it in observer.turns()]
 
 
 def _services(show: Show, network: IsolatedNetwork, web: Vm, nic: Nic, database: Vm) -> None:
