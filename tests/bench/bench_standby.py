@@ -84,10 +84,14 @@ def keepalived(fault: str, each: int) -> Measured:
 
 @contextmanager
 def with_standby() -> Iterator[StandbyBed]:
-    with standby_bed() as it:
-        if not it.network.details.get("standby"):
-            raise SystemExit("netloom has chosen no standby")
+    with standby_bed(details={"standby": "auto"}) as it:
+        if not until(lambda: is_ready(it), seconds=60):
+            raise SystemExit(f"the standby is not ready: {it.network.custom_action('show')}")
         yield it
+
+
+def is_ready(it: StandbyBed) -> bool:
+    return it.network.ensure().ok and "standby: ready" in it.network.custom_action("show")
 
 
 def netloom(fault: str, each: int) -> Measured:
@@ -128,6 +132,7 @@ def many_networks(count: int) -> None:
             )
             network.ensures_always = False
             network.implement()
+            network.ensure()  # the standby
             if network.host == names[0]:
                 questions.append(Question("eth2", PUBLIC_VLAN, address))
         time.sleep(SETTLE_S)
