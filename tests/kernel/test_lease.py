@@ -505,7 +505,10 @@ def test_a_life_ends_in_time_although_the_agent_was_stopped_while_it_renewed(
 
 
 def frames_between(name: str, kind: int, body: bytes) -> int:
-    """How many of these frames reach ``vm-b`` when ``vm-a`` sends one, and then an ordinary one; both are VMs of a bridge."""
+    """How many of these frames reach ``vm-b`` when ``vm-a`` sends one, and then an ordinary one.
+
+    Both are VMs of one bridge.
+    """
     with inside(name):
         taken = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
         sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)

@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from load.accounts import HostFigures, everything, host_figures, left_behind, process_figures, unaccounted
+from load.accounts import (
+    HostFigures,
+    everything,
+    fewest_descriptors,
+    host_figures,
+    left_behind,
+    process_figures,
+    unaccounted,
+)
 from load.cloud import FIRST_PUBLIC_VLAN, FIRST_VLAN, NETWORKS_MAX, CloudNetwork
 from load.hosts import NAMES, Hosts, two_hosts
 from load.walk import Walk
@@ -145,7 +153,9 @@ async def live(hosts: Hosts, size: Size, walk: Walk, probe: CloudNetwork) -> lis
     hosts.hang_up()  # a connection is a descriptor of the agent
     before = {name: await asyncio.to_thread(everything, host) for name, host in hosts.by_name.items()}
     descriptors = {
-        name: process_figures(host.agent.pid).descriptors for name, host in hosts.by_name.items() if host.agent
+        name: await asyncio.to_thread(fewest_descriptors, host.agent.pid)
+        for name, host in hosts.by_name.items()
+        if host.agent
     }
 
     began, costs = time.monotonic(), []

@@ -182,14 +182,13 @@ class Walk:
         network = chance.choice(self.networks)
         inside, number = network.namespace, network.network_id
         service = "".join(sorted(service_pids(host))[:1])
+        delete_address = ("ip", "addr", "del", f"{GATEWAY}/24", "dev", f"gst-{number}")
         faults: dict[str, tuple[int, Callable[[], object]]] = {
             "service killed": (10, lambda: self._kill_service(host, chance, service)),
             "guest process killed": (2, lambda: processes.kill(guest_pid(host)) if guest_pid(host) else None),
             "guest link deleted": (5, lambda: host.run("ip", "link", "del", f"vnetg{number}", check=False)),
-            "guest address deleted": (
-                5,
-                lambda: host.run("ip", "addr", "flush", "dev", f"gst-{number}", namespace=inside, check=False),
-            ),
+            # Not "ip addr flush": it goes on as long as it finds an address, also one that was repaired meanwhile.
+            "guest address deleted": (5, lambda: host.run(*delete_address, namespace=inside, check=False)),
             "ruleset flushed": (5, lambda: host.run("nft", "flush", "ruleset", namespace=inside, check=False)),
             "bridge deleted": (5, lambda: host.run("ip", "link", "del", network.bridge, check=False)),
             "namespace deleted": (3, lambda: host.run("ip", "netns", "del", inside, check=False)),
