@@ -15,10 +15,10 @@ demo: packages venv ## show the life of an isolated network on two simulated hos
 test: packages emulator venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
 	@build/package/venvs
 	@build/pages/venv
-	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model fuzz golden repo docs hosts-single kernel crash load ssh e2e binary release mutants
+	@.venv/bin/python build/ci/groups.py $(TIMES) static unit model fuzz golden repo docs hosts-single e2e kernel ssh binary mutants crash release load kernel-machine
 
 test-long: packages venv ## run the long tests, all crash points and all mutants, 1,000 networks, and fuzz each target (root; hours)
-	@.venv/bin/python build/ci/groups.py model-long kernel-long crash-all load-long ssh-long e2e-long mutants-all
+	@.venv/bin/python build/ci/groups.py model-long mutants-all e2e-long load-long crash-all kernel-long ssh-long mutants-machine
 	@$(MAKE) fuzz
 
 test-binary: packages venv build ## run all end-to-end tests with the one file instead of the sources (root)

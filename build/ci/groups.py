@@ -1,8 +1,10 @@
 """Run the named groups of checks and end with a table of their results and times.
 
-Each group is a separate process, so that a crash, a hang or a change of namespace does not affect the others. Groups
-that need no root run first and in parallel, as many as there are cores; the output of each is printed when it ends. The
-other groups measure times and share namespace names, so they run one after the other.
+Each group is a separate process, so that a crash, a hang or a change of namespace does not affect the others. As many
+run at the same time as there are cores, in the order in which they are named; the output of each is printed when it
+ends. Groups that need no root, and emulated machines, come first. The others wait more than they compute. They have
+namespaces of their own (apart.py), because they name links and files alike. Groups that change what all namespaces of a
+machine share run alone at the end.
 
 A group fails when a test fails, is skipped or exceeds the time limit of the group, when it has no tests, and when it
 leaves something on the machine. The last line is ``N passed, N failed``. ``--times`` writes the numbers and times to
@@ -51,6 +53,7 @@ HOST_TEST_S_MAX = 1500  # one test with a boot, on a slow machine
 PRIVILEGED = {
     "kernel",
     "kernel-long",
+    "kernel-machine",
     "crash",
     "crash-all",
     "load",
@@ -64,8 +67,11 @@ PRIVILEGED = {
     "release",
     "mutants",
     "mutants-all",
+    "mutants-machine",
     *HOSTS,
 }
+# They change what all namespaces of a machine share, so nothing runs beside them.
+ALONE = {"kernel-machine", "mutants-machine"}
 LONG_GROUP_LIMIT_S = 10800  # of a group of make test-long
 # Tests of the one file: its start, and the marked end-to-end tests with the one file instead of the sources.
 ONE_FILE = {"NETLOOM_ONE_FILE": str(ROOT / "dist" / "netloom")}
@@ -76,8 +82,9 @@ WHERE = {
     "model-long": ["tests/model", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "binary": ["tests/binary", "tests/e2e", "-m", "binary and not long"],
     "binary-all": ["tests/binary", "tests/e2e"],
-    "kernel": ["tests/kernel", "-m", "not long"],
+    "kernel": ["tests/kernel", "-m", "not long and not machine"],
     "kernel-long": ["tests/kernel", "-m", "long"],
+    "kernel-machine": ["tests/kernel", "-m", "machine"],
     "crash-all": ["tests/crash", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
     "load": ["tests/load", "-m", "not long"],
     "load-long": ["tests/load", "-m", "long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
@@ -86,8 +93,9 @@ WHERE = {
     # The tests with the mark "binary" run with the one file in that group, with the sources in "e2e-long".
     "e2e": ["tests/e2e", "-m", "not binary and not long"],
     "e2e-long": ["tests/e2e", "-m", "binary or long", f"--override-ini=faulthandler_timeout={LONG_GROUP_LIMIT_S}"],
-    "mutants": ["tests/mutants", "-m", "short"],
-    "mutants-all": ["tests/mutants"],
+    "mutants": ["tests/mutants", "-m", "short and not machine"],
+    "mutants-all": ["tests/mutants", "-m", "not machine"],
+    "mutants-machine": ["tests/mutants", "-m", "machine"],
 }
 # Files and links that tests of networks might leave on the machine, where they would affect the next run.
 TRACES = (
@@ -133,7 +141,7 @@ class Processes:
         self._running: list[subprocess.Popen[bytes]] = []
         self._terminated = False
 
-    def start(self, command: list[str], output: IO[bytes] | None, **environment: str) -> subprocess.Popen[bytes]:
+    def start(self, command: list[str], output: IO[bytes], **environment: str) -> subprocess.Popen[bytes]:
         """Start a command in a new session. Raises Interrupted."""
         with self._lock:
             if self._terminated:
@@ -144,7 +152,7 @@ class Processes:
                 env=ENVIRONMENT | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT if output else None,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
             self._running.append(process)
@@ -214,20 +222,19 @@ def main(arguments: list[str]) -> int:
 def _run_all(groups: list[str], profile: str, where: str) -> list[Result]:
     """The results of all groups. Raises Interrupted."""
     # Emulated machines come first: they take longest, and use one core each.
-    side_by_side = sorted((it for it in groups if it in SIDE_BY_SIDE or it in HOSTS), key=lambda it: it not in HOSTS)
-    results = _run_side_by_side(side_by_side, profile, where)
-    for group in groups:
-        if group not in SIDE_BY_SIDE and group not in HOSTS:
-            print(f"== {group}", flush=True)
-            before = _traces(where)
-            results.append(_run(group, profile, None))
-            _check_traces(where, before, results[-1])
-    return results
-
-
-def _run_side_by_side(groups: list[str], profile: str, where: str) -> list[Result]:
-    """The results in the order of ``groups``, and a result "machine" when something was left on the machine."""
+    first = sorted((it for it in groups if it in SIDE_BY_SIDE or it in HOSTS), key=lambda it: it not in HOSTS)
     before = _traces(where)
+    results = _run_side_by_side(first, profile)
+    results += _run_side_by_side([it for it in groups if it not in first and it not in ALONE], profile)
+    for group in groups:
+        results += _run_side_by_side([group], profile) if group in ALONE else []
+    machine = Result("machine")
+    _check_traces(where, before, machine)
+    return [*results, machine] if machine.failed else results
+
+
+def _run_side_by_side(groups: list[str], profile: str) -> list[Result]:
+    """The results in the order of ``groups``."""
     printing = threading.Lock()
 
     def run(group: str) -> Result:
@@ -241,20 +248,17 @@ def _run_side_by_side(groups: list[str], profile: str, where: str) -> list[Resul
         return result
 
     with ThreadPoolExecutor(max(2, CORES)) as pool:
-        results = list(pool.map(run, groups))
-    machine = Result("machine")
-    _check_traces(where, before, machine)
-    return [*results, machine] if machine.failed else results
+        return list(pool.map(run, groups))
 
 
-def _run(group: str, profile: str, output: IO[bytes] | None) -> Result:
+def _run(group: str, profile: str, output: IO[bytes]) -> Result:
     started = time.monotonic()
     result = _static(output) if group == "static" else _pytest(group, profile, output)
     result.time_s = time.monotonic() - started
     return result
 
 
-def _static(output: IO[bytes] | None) -> Result:
+def _static(output: IO[bytes]) -> Result:
     result = Result("static")
     with tempfile.TemporaryDirectory(prefix="netloom-static-") as directory:
         running = {}
@@ -268,20 +272,23 @@ def _static(output: IO[bytes] | None) -> Result:
             if process.wait() == 0:
                 result.passed += 1
             else:
-                (output or sys.stdout.buffer).write(f"{name} failed:\n".encode() + output_path.read_bytes())
+                output.write(f"{name} failed:\n".encode() + output_path.read_bytes())
                 result.failed += 1
                 result.remarks.append(name)
     return result
 
 
-def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
+def _pytest(group: str, profile: str, output: IO[bytes]) -> Result:
     result = Result(group)
     with tempfile.TemporaryDirectory(prefix="netloom-report-") as directory:
         report = Path(directory, "report.xml")
         command = [str(BIN / "python"), "-m", "pytest", *WHERE.get(group, [f"tests/{group}"])]
         command += [f"--hypothesis-profile={profile}", f"--junit-xml={report}"]
-        if output and sys.stdout.isatty():
+        if sys.stdout.isatty():
             command.append("--color=yes")
+        left = Path(directory, "left")
+        if group in PRIVILEGED and group not in HOSTS and group not in ALONE:
+            command = [str(BIN / "python"), str(ROOT / "build/ci/apart.py"), str(left), *command]
         environment = ONE_FILE if group.startswith(("binary", "hosts")) else EVERY_POINT if group == "crash-all" else {}
         limit_s = LONG_GROUP_LIMIT_S if group in ("crash-all", "load-long") else GROUP_LIMIT_S
         process = PROCESSES.start(command, output, **environment)
@@ -293,6 +300,7 @@ def _pytest(group: str, profile: str, output: IO[bytes] | None) -> Result:
             result.remarks.append(f"stopped after {limit_s} s")
             return result
         _count(report, result)
+        _note_left(left.read_text().splitlines() if left.exists() else [], result)
     # An exception before the first test gives status 1, too, and then no report names a failure.
     if status not in (0, 1) or (status == 1 and not result.failed):
         result.failed += 1
@@ -308,9 +316,13 @@ def _check_traces(where: str, before: set[str], result: Result) -> None:
     until = time.monotonic() + TRACES_GO_WITHIN_S
     while (left := _traces(where) - before) and time.monotonic() < until:
         time.sleep(0.1)
+    _note_left(sorted(left), result)
+
+
+def _note_left(left: list[str], result: Result) -> None:
     if left:
         result.failed += 1
-        result.remarks.append(f"left behind: {', '.join(sorted(left))}")
+        result.remarks.append(f"left behind: {', '.join(left)}")
 
 
 def _count(report: Path, result: Result) -> None:

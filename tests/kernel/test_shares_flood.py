@@ -35,6 +35,8 @@ WAY_OUT = Registration(
 MANAGEMENT, MANAGEMENT6 = "192.168.77.1", "fd00:77::1"
 PORT = 8022
 
+pytestmark = pytest.mark.machine
+
 numbers = itertools.count(1)
 
 

@@ -40,7 +40,12 @@ def _short(mutant: Mutant) -> bool:
     return zlib.crc32(_named(mutant).encode()) % 9 == 0
 
 
-MUTANTS = [pytest.param(it, marks=pytest.mark.short if _short(it) else ()) for it in mutants()]
+def _marks(mutant: Mutant) -> list[pytest.MarkDecorator]:
+    of_machine = "pytestmark = pytest.mark.machine" in (ROOT / mutant.test.partition("::")[0]).read_text()
+    return [*([pytest.mark.short] if _short(mutant) else []), *([pytest.mark.machine] if of_machine else [])]
+
+
+MUTANTS = [pytest.param(it, marks=_marks(it)) for it in mutants()]
 
 
 @pytest.fixture(scope="module")
