@@ -722,8 +722,33 @@ def test_a_lost_standby_that_cannot_be_replaced_fails_no_call(bed: Callable[...,
 # --- when there is to be none
 
 
-def test_without_the_detail_there_is_no_standby(bed: Callable[..., Bed]) -> None:
+def test_by_default_a_network_has_a_standby_where_there_are_three_hosts(bed: Callable[..., Bed]) -> None:
     it = bed(standby="")
+    it.serve("h1")
+    assert it.ensure()["standby"] == "h2"
+
+
+@pytest.mark.mutation("two-hosts-need-no-note")
+@pytest.mark.parametrize("names", ["h1", "h1,h2"])
+def test_by_default_fewer_hosts_are_neither_asked_nor_noted(bed: Callable[..., Bed], names: str) -> None:
+    it = bed(names, standby="")
+    it.serve("h1")
+    it.ensure()
+    assert it.ensure() == {"host": "h1", "namespace": "cs-net-42"}
+    assert it.asked == ["h1 locate"] and it.record.note == ""
+
+
+def test_a_group_whose_witness_is_registered_no_more_stays_with_a_note(bed: Callable[..., Bed]) -> None:
+    it = bed(standby="")
+    it.serve("h1")
+    assert it.ensure()["standby"] == "h2"
+    it.details["hosts"] = "h1,h2"
+    assert it.ensure()["standby"] == "h2"
+    assert "keeps its standby, with a witness that is not registered" in it.record.note
+
+
+def test_without_a_standby_nobody_else_is_asked(bed: Callable[..., Bed]) -> None:
+    it = bed(standby="off")
     it.serve("h1")
     assert it.ensure() == {"host": "h1", "namespace": "cs-net-42"}
     assert it.asked == LOCATED

@@ -12,7 +12,6 @@ from netloom import standbywire
 from netloom.errors import BadRequest
 from netloom.names import CONNTRACK_HELPERS
 from netloom.protocol.envelope import (
-    STANDBY_DEFAULT,
     Envelope,
     StoredDetails,
     parse_current_details,
@@ -64,7 +63,7 @@ def test_limits_of_connections_have_bounds(detail: str, accepted: str, refused: 
 @pytest.mark.mutation("a-host-alone-stops")
 def test_the_details_of_the_standby() -> None:
     details = envelope().details
-    assert (details.standby, details.standby_alone, details.standby_port) == (STANDBY_DEFAULT, "stop", standbywire.PORT)
+    assert (details.standby, details.standby_alone, details.standby_port) == ("auto", "stop", standbywire.PORT)
     for policy in ("auto", "off", "required"):
         assert envelope(standby=policy.upper()).details.standby == policy
     assert envelope(**{"standby.port": "9000"}).details.standby_port == 9000

@@ -137,7 +137,8 @@ async def with_standby(
     silent = _silent(standby, witness, answer)
     lost = _lost(request.call.registration.owner, placed.host, silent, situation, hosts)
     is_replaced = bool(silent) and len({*situation.order} - lost) > 2  # guard: a-lost-host-is-replaced-if-possible
-    is_as_wanted = group is None if policy == "off" else has_group and not is_replaced
+    too_few = policy == "auto" and len(situation.order) < 3  # guard: two-hosts-need-no-note
+    is_as_wanted = group is None if policy == "off" or too_few else has_group and not is_replaced
     if is_as_wanted or request.ends:
         return placed, standby  # guard: a-standby-costs-no-question
     scope = (request.call.registration.owner, request.scope_id)

@@ -34,9 +34,6 @@ from netloom.standbywire import PORT as STANDBY_PORT
 
 CUSTOM_ACTION = "custom-action"
 
-# Of the detail ``standby``, until a take-over is complete. It becomes "auto" then.
-STANDBY_DEFAULT = "off"
-
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 # CloudStack's client sends both names with dashes; its documentation has underscores.
@@ -85,8 +82,8 @@ class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
 
 
 class StandbyPolicy(Choice[Literal["auto", "off", "required"]]):
-    """Whether networks get a standby host. ``auto``: where at least three hosts answer. ``required``: without one, the
-    call fails."""
+    """Whether networks get a standby host. ``auto``: where at least three hosts are registered and answer.
+    ``required``: without one, the call fails."""
 
 
 class StandbyAlone(Choice[Literal["stop", "gateway"]]):
@@ -166,7 +163,7 @@ class PhysicalDetails(msgspec.Struct, frozen=True, kw_only=True):
     lb_max_conn: MaxConnections = msgspec.field(name="loadbalancer.max.conn", default=MaxConnections(8000))
     conntrack_helpers: HelperList = msgspec.field(name="conntrack.helpers", default=HelperList())
     conntrack_max_per_vm: ConnectionShare = msgspec.field(name="conntrack.max.per.vm", default=ConnectionShare(32_000))
-    standby: StandbyPolicy = StandbyPolicy(STANDBY_DEFAULT)
+    standby: StandbyPolicy = StandbyPolicy("auto")
     standby_alone: StandbyAlone = msgspec.field(name="standby.alone", default=StandbyAlone("stop"))
     standby_port: ServicePort = msgspec.field(name="standby.port", default=ServicePort(STANDBY_PORT))
     # Reserved: nothing reads it yet. It is checked, so that no registration gets an invalid value meanwhile.
