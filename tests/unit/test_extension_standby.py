@@ -728,7 +728,7 @@ def test_by_default_a_network_has_a_standby_where_there_are_three_hosts(bed: Cal
     assert it.ensure()["standby"] == "h2"
 
 
-@pytest.mark.mutation("two-hosts-need-no-note")
+@pytest.mark.mutation("two-hosts-need-no-note", instead="False")
 @pytest.mark.parametrize("names", ["h1", "h1,h2"])
 def test_by_default_fewer_hosts_are_neither_asked_nor_noted(bed: Callable[..., Bed], names: str) -> None:
     it = bed(names, standby="")
