@@ -2,10 +2,10 @@
 
     .venv/bin/python build/ci/apart.py LEFT COMMAND...
 
-Tests that give their network namespaces, links and files the same names can so run at the same time. /run and /var/tmp
-are empty, and there is only the loopback link. What the command leaves of these is written to the file LEFT, one line
-each. Processes that it leaves are killed. The exit status is the command's; 128 + N if signal N ended it. SIGINT and
-SIGTERM are passed on.
+Tests that give their network namespaces, links and files the same names can so run at the same time. /run is empty, and
+there is only the loopback link. What the command leaves of these is written to the file LEFT, one line each. Processes
+that it leaves are killed. The exit status is the command's; 128 + N if signal N ended it. SIGINT and SIGTERM are passed
+on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from pathlib import Path
 from types import FrameType
 
 NEW_NETWORK, NEW_MOUNTS, NEW_PROCESSES = 0x40000000, 0x00020000, 0x20000000  # CLONE_NEW*, linux/sched.h
-EMPTY = {"/run": "mode=755", "/var/tmp": "mode=1777"}
-# Files that tests of networks might leave there.
-TRACES = ("/run/netloom*", "/run/netns/*", "/var/tmp/netloom*")
+# Files that tests of networks might leave.
+TRACES = ("/run/netloom*", "/run/netns/*")
 TRACES_GO_WITHIN_S = 10.0  # the kernel deletes namespaces asynchronously
 
 
@@ -75,8 +74,7 @@ def _run(left: Path, command: Sequence[str]) -> int:
     """As the first process of its namespace: run the command, and reap all processes until it has ended."""
     pass_on = PassOn()
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    for directory, mode in EMPTY.items():
-        subprocess.run(["mount", "-t", "tmpfs", "-o", mode, "tmpfs", directory], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run"], check=True)
     subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     links = set(_links())

@@ -15,7 +15,7 @@ LIMIT_S = 60
 MEET = """
 ip netns add same
 ip link add same type veth peer name other
-touch /run/netloom-same /var/tmp/netloom-same
+touch /run/netloom-same /run/netloom-left
 touch {mine}
 for i in $(seq 600); do test -e {other} && break; sleep 0.05; done
 ip netns del same; rm /run/netloom-same
@@ -37,8 +37,8 @@ def test_two_commands_use_the_same_names(tmp_path: Path) -> None:
         assert (first.wait(LIMIT_S), second.wait(LIMIT_S)) == (3, 3)
     for name in ("left-1", "left-2"):
         left = (tmp_path / name).read_text().splitlines()
-        assert left == ["/var/tmp/netloom-same", "link other", "link same"]
-    assert not Path("/var/tmp/netloom-same").exists()
+        assert left == ["/run/netloom-left", "link other", "link same"]
+    assert not Path("/run/netloom-left").exists()
 
 
 def test_a_signal_reaches_the_command_and_what_it_leaves_is_killed(tmp_path: Path) -> None:
