@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-demo: packages venv ## show the life of an isolated network on two simulated hosts, step by step (root)
+demo: packages venv ## show the life of a network on simulated hosts, and a take-over, step by step (root)
 	@.venv/bin/python build/ci/checkout.py -m bed.demo
 
 test: packages emulator venv build ## run all tests (root); TIMES=--times writes the time of each group to the docs
