@@ -42,6 +42,7 @@ def witness(it: StandbyBed) -> Host:
     return it.host(address)
 
 
+@pytest.mark.long
 def test_a_standby_that_is_dead_is_replaced_and_does_not_come_between(it: StandbyBed) -> None:
     """The new standby takes over from the active host. The old one is back then, with a copy, and serves nothing."""
     active, dead = it.active, it.standby

@@ -651,6 +651,20 @@ async def test_a_standby_asks_for_the_connections_when_it_has_built_the_scope(ag
 
 
 @simulated
+async def test_a_standby_that_is_still_being_restored_asks_when_it_is_built(agent: Agent) -> None:
+    """As after a boot: it compares its states with those of the active host long before all scopes are built."""
+    standby = await grouped(agent)
+    agent.pairs.cut()
+    standby.scopes.slot(NET).unconverged = True
+    agent.pairs.connect(standby.pairs)
+    await agent.clock.advance(5)
+    assert agent.flows.followed == set()
+    standby.scopes.slot(NET).unconverged = False
+    await agent.clock.advance(1)
+    assert agent.flows.followed == {"cs-net-204"}
+
+
+@simulated
 async def test_all_connections_are_sent_again_after_a_gap(agent: Agent) -> None:
     standby = await grouped(agent)
     agent.flows.listed["cs-net-204"] = [FLOW]

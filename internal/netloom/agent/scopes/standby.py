@@ -191,6 +191,11 @@ class Standbys:
         standing_by = view.active != view.me and view.me != view.spec.witness.name
         if standing_by and now - group.asked > COMPARE_EVERY_S:
             self._receiver.compare(group_id)
+        if standing_by and group.compared:
+            for slot in slots:
+                # Also one that is restored or repaired long after the comparison.
+                if slot.scope_id not in group.missing and not slot.unconverged:
+                    self._flows.ask(group_id, slot.scope_id)
         behind = bool(group.missing) or not group.compared
         partner_behind = self._sender.is_behind(slots)
         self._sender.compare_digests(slots)

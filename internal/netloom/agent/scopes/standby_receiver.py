@@ -78,8 +78,6 @@ class StateReceiver:
         group.missing = {it for it, key in listing.items() if it not in slots or _key(slots[it]) != key}
         for scope_id in listing.keys() - group.missing:
             self._acknowledge(group_id, scope_id, listing[scope_id][2])
-            if not slots[scope_id].unconverged:
-                self._flows.ask(group_id, scope_id)
         group.compared = True
         if group.missing:
             self._groups.send(group_id, wire.Wanted(scope_ids=tuple(sorted(group.missing))))
@@ -143,7 +141,6 @@ class StateReceiver:
         self._groups.known[group_id].missing.discard(slot.scope_id)
         if slot.scope_id not in self._inbox:
             await run(self._scopes, slot, lambda: self._scopes.converge(slot))
-            self._flows.ask(group_id, slot.scope_id)
             if slot.rendered is not None:
                 digest = digest_of(slot.rendered[1])
                 self._groups.send(
