@@ -158,6 +158,19 @@ async def test_a_turn_begins_with_announcements_and_nothing_to_build(agent: Agen
 
 
 @simulated
+async def test_a_turn_begins_with_all_backends_of_balanced_ports(agent: Agent) -> None:
+    """The checks of the standby's haproxy have failed so far: none of their frames passed."""
+    standby = await grouped(agent)
+    assert (await agent.call("080", "apply-lb-rules")).status == 0
+    await agent.clock.advance(1)
+    agent.pairs.cut()
+    turn((standby,), "h2", 1)
+    await agent.clock.settle()
+    assert standby.did.count(f"revive backends {NET}") == 1
+    assert f"revive backends {NET}" not in agent.did
+
+
+@simulated
 async def test_the_old_host_returns_as_standby_and_gets_the_newer_state(agent: Agent) -> None:
     standby = await grouped(agent)
     agent.pairs.cut()

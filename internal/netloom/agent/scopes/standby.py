@@ -26,7 +26,7 @@ from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement
 from netloom.agent.log import Log
 from netloom.agent.scopes.flow_copies import FlowCopies
-from netloom.agent.scopes.interfaces import Host, ScopeStore
+from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore
 from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes
 from netloom.agent.scopes.slot import Slot
@@ -62,6 +62,7 @@ class Standbys:
         scopes: Scopes,
         upkeep: Upkeep,
         host: Host,
+        services: ScopeServices,
         store: ScopeStore,
         log: Log,
         clock: Clock,
@@ -72,6 +73,7 @@ class Standbys:
         self._scopes = scopes
         self._upkeep = upkeep
         self._host = host
+        self._services = services
         self._log = log
         self._clock = clock
         self._flows = flows
@@ -209,6 +211,9 @@ class Standbys:
         self._flows.serve(it.scope_id for it in slots)
         self._announce(slots)
         for slot in slots:
+            if slot.scope is not None and slot.scope.lb_rules:
+                self._upkeep.start_task(self._revive_backends(slot.scope))
+        for slot in slots:
             slot.enforced_scope = None  # the flows are those of another host: check them all
             self._upkeep.revive(slot.scope_id, "a turn has begun")
 
@@ -227,6 +232,12 @@ class Standbys:
             self._log.line(f"scope={slot.scope_id} announce: {error}")
             return
         self._upkeep.announce(slot, announcements)
+
+    async def _revive_backends(self, scope: Scope) -> None:
+        try:
+            await self._scopes.in_worker_uncounted(partial(self._services.revive_backends, scope))
+        except NetloomError as error:
+            self._log.line(f"scope={scope.scope_id} {error}")
 
     def _announce_now(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         announcements = self._host.announcements(scope_id, want)
