@@ -664,6 +664,22 @@ async def test_a_standby_asks_for_the_connections_when_it_has_built_the_scope(ag
 
 
 @simulated
+async def test_a_standby_that_returns_asks_for_the_connections_as_soon_as_it_has_built_the_scope(agent: Agent) -> None:
+    """The other host has said before that the state has not changed."""
+    standby = await grouped(agent)
+    agent.pairs.cut()
+    slot = standby.scopes.get(NET)
+    assert slot is not None
+    slot.unconverged = True
+    agent.pairs.connect(standby.pairs)
+    await agent.clock.advance(1)
+    assert agent.flows.followed == frozenset()
+    slot.unconverged = False
+    await agent.clock.advance(1)
+    assert agent.flows.followed == {"cs-net-204"}
+
+
+@simulated
 async def test_all_connections_are_sent_again_after_a_gap(agent: Agent) -> None:
     standby = await grouped(agent)
     agent.flows.listed["cs-net-204"] = [FLOW]

@@ -193,6 +193,8 @@ class Standbys:
         standing_by = view.active != view.me and view.me != view.spec.witness.name
         if standing_by and now - group.asked > COMPARE_EVERY_S:
             self._receiver.compare(group_id)
+        if standing_by:
+            self._receiver.ask_for_flows(group_id)
         behind = bool(group.missing) or not group.compared
         partner_behind = self._sender.is_behind(slots)
         self._sender.compare_digests(slots)
