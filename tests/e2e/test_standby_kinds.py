@@ -12,7 +12,6 @@ import pytest
 
 from bed import faults
 from bed.lab import Host, Vm
-from bed.client import Running
 from bed.machines import until
 from bed.observer import never_two
 from bed.payloads import AclItem
@@ -35,7 +34,7 @@ from meanwhile import meanwhile
 from netloom.guest.dhcp import MessageType
 
 CLOSED = {"timeout_s": 0.4}
-ASK_DHCP_EVERY_S = 0.02
+ASK_DHCP_EVERY_S = 0.05
 NEW_OUTWARD_PORT = 8010  # for connections beside the flows
 
 Record = Callable[[str, object], None]
@@ -119,18 +118,14 @@ class DhcpAnswers:
 def asking_dhcp(it: SharedBed, vm: Vm) -> Iterator[DhcpAnswers]:
     """A VM asks for a lease all the time. The answers are counted at the ports of the hosts, after the block."""
     answers = DhcpAnswers()
-    ports = {host.name: host.port("eth1", it.vlan) for host in it.candidates}
-    fabric = it.bed.fabric
-    heard: dict[str, Running[list[str]]] = {
-        name: fabric.capture(port, seconds=110.0, count_max=500_000) for name, port in ports.items()
-    }
+    names = {host.port("eth1", it.vlan): host.name for host in it.candidates}
+    listening = it.bed.fabric.client.start("dhcp_answers", list).wait_ready()
     discover = dhcp_message(MessageType.DISCOVER, vm.mac)
-    numbers = itertools.count(1)
     asked = 0
 
     def ask() -> None:
         nonlocal asked
-        asked = next(numbers)
+        asked += 1
         data = discover[:4] + asked.to_bytes(4) + discover[8:]
         vm.send_frame(broadcast_frame(vm.mac, data).hex())
         time.sleep(ASK_DHCP_EVERY_S)
@@ -138,10 +133,9 @@ def asking_dhcp(it: SharedBed, vm: Vm) -> Iterator[DhcpAnswers]:
     with meanwhile(ask):
         yield answers
     found: dict[int, list[str]] = {}
-    for name, running in heard.items():
-        for frame in map(bytes.fromhex, running.stop()):
-            if frame[12:14] == b"\x08\x00" and frame[23] == 17 and frame[34:36] == b"\x00\x43":
-                found.setdefault(int.from_bytes(frame[46:50]), []).append(name)
+    for port, number in listening.stop():
+        if port in names:
+            found.setdefault(number, []).append(names[port])
     answers.hosts = [found.get(number, []) for number in range(1, asked + 1)]
 
 

@@ -143,8 +143,7 @@ def _listen(rule: LbRule, share: Shares) -> str:
         f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
     lines += [
-        f"    server {server(backend)} {backend.ip}:{backend.port} check{proxy}"
-        for backend in sorted(rule.backends)
+        f"    server {server(backend)} {backend.ip}:{backend.port} check{proxy}" for backend in sorted(rule.backends)
     ]
     return "\n".join(lines) + "\n"
 
