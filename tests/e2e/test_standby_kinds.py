@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,9 @@ import pytest
 from bed import faults
 from bed.lab import Host, Vm
 from bed.machines import until
-from bed.observer import never_two
+from bed.observer import Observer, never_two
 from bed.payloads import AclItem
-from bed.standby import OUTSIDE, ScopeBed
+from bed.standby import OUTSIDE, PUBLIC_VLAN, ScopeBed
 from bed.standby_kinds import (
     BALANCED_PORT,
     CLOSED_PORT,
@@ -26,7 +27,7 @@ from bed.standby_kinds import (
     VpcBed,
     kinds_bed,
 )
-from e2e.networks import Traces, impatient, lease
+from e2e.networks import impatient, lease
 from e2e.takeovers import returns_as_standby, watched
 from guestbed.dhcp import message as dhcp_message
 from guestbed.packets import broadcast_frame
@@ -328,42 +329,55 @@ def _shared_changes(it: SharedBed) -> None:
 
 Make = Callable[[KindsBed, int], VpcBed | SharedBed]
 KINDS: list[Make] = [KindsBed.vpc, KindsBed.shared]
+# What is looked at. Its names have the number of the scope, of a network or of a VLAN in them.
+LEFT = ("namespaces", "links", "files", "mounts", "processes", "nftables", "addresses", "routes", "rules")
 
 
-def built(make: KindsBed, kind: Make, number: int) -> VpcBed | SharedBed:
-    it = kind(make, number)
-    it.build()
-    it.make_ready()
-    return it
+def traces(it: VpcBed | SharedBed, host: Host) -> set[tuple[str, str]]:
+    """What the host has of the network, as (category, name)."""
+    numbers = {it.scope.rpartition("-")[2]}
+    for question in it.questions():
+        numbers |= {str(question.vlan)} - {str(PUBLIC_VLAN)}
+    if isinstance(it, VpcBed):
+        numbers |= {tier.facts.network_id for tier in it.tiers}
+    named = re.compile(rf"(?<![0-9.:])({'|'.join(sorted(numbers))})(?![0-9])")
+    found = host.objects()
+    return {(kind, name) for kind in LEFT for name in found[kind] if named.search(name)}
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS, ids=["vpc", "shared"])
 @pytest.mark.parametrize("dead", ["", "standby", "witness", "active"])
 def test_a_deleted_network_leaves_nothing_on_any_host(kinds: Kinds, kind: Make, dead: str) -> None:
-    """Also if one of the three is dead then, and comes back later. Its copy serves nobody when it is back.
-
-    The group of the first one stays for ten minutes, and the second one joins it.
-    """
-    first = built(kinds.make, kind, 3)
-    group = first.active
-    first.delete()
-    before = Traces(kinds.make.bed)
-    it = built(kinds.make, kind, 4)
-    assert it.active is group
+    """Also if one of the three is dead then, and comes back later. Its copy serves nobody when it is back."""
+    it = kind(kinds.make, 3)
+    it.build()
+    it.make_ready()
     hosts = {"active": it.active, "standby": it.standby, "witness": it.witness}
-    with it.observer() as observer:
-        observer.wait_for(it.active)
+    told = it.questions()
+    for name in ("active", "standby"):
+        found = traces(it, hosts[name])
+        assert {category for category, _ in found} >= {"namespaces", "links", "nftables", "processes"}
+        assert ("files", f"/var/lib/netloom/scopes/{it.scope}.json") in found
+    assert traces(it, hosts["witness"]) == set()
+    with Observer(it.bed, told, hosts=it.candidates) as observer:
+        observer.wait_for(hosts["active"])
         if dead:
             hosts[dead].power_cut()
         if dead == "active":
-            observer.wait_for(it.standby)
-        with impatient(kinds.make.cloud, timeout_s=25):
+            observer.wait_for(hosts["standby"])
+        with impatient(it.cloud, timeout_s=25):
             it.delete()
-        assert until(lambda: observer.serving() == set())
+        assert until(lambda: observer.serving() == set()), observer.story()
         if dead:
             faults.boot(hosts[dead])
-            time.sleep(3)
-        assert before.left() == {}
+        left: dict[str, set[tuple[str, str]]] = {}
+
+        def is_gone() -> bool:
+            left.clear()
+            left.update({host.name: found for host in it.candidates if (found := traces(it, host))})
+            return not left and all(faults.agents_of(host) for host in it.candidates)
+
+        assert until(is_gone, seconds=60, pause_s=0.5), left
         assert observer.serving() == set()
     never_two(observer, *([hosts["active"], hosts["standby"]] if dead == "active" else [hosts["active"]]))
