@@ -10,6 +10,7 @@ from fakehost import REGISTRATION, Agent, simulated
 from netloom import pairwire, placementwire, standbywire
 from netloom.agent.scopes import wire_questions
 from netloom.agent.scopes.standby_groups import WIRES_EVERY_S
+from netloom.agent.scopes.store import Moved
 from netloom.agent.scopes.wire_questions import ASK_EVERY_S
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
@@ -243,6 +244,21 @@ async def test_an_unreadable_state_removes_no_copy(agent: Agent) -> None:
     agent.pairs.connect(standby.pairs)
     await agent.clock.advance(1)
     assert NET in standby.store.files
+
+
+@simulated
+async def test_a_scope_that_has_moved_away_hides_no_end_of_another_one(agent: Agent) -> None:
+    """It has no state here, so nothing of the group can be unknown."""
+    standby = await grouped(agent)
+    agent.pairs.cut()
+    assert (await agent.call("110", "destroy-network")).status == 0
+    agent.store.save_moved("net-300", Moved(to="h3", epoch=4))
+    agent.restart()
+    agent.start(agent.standbys.run())
+    await agent.clock.advance(1)
+    agent.pairs.connect(standby.pairs)
+    await agent.clock.advance(1)
+    assert NET not in standby.store.files and NET not in standby.host.present
 
 
 @simulated
