@@ -172,6 +172,19 @@ async def test_a_turn_begins_with_all_backends_of_balanced_ports(agent: Agent) -
 
 
 @simulated
+async def test_a_lease_that_comes_back_brings_all_backends_of_balanced_ports(agent: Agent) -> None:
+    standby = await grouped(agent)
+    assert (await agent.call("080", "apply-lb-rules")).status == 0
+    await agent.clock.advance(1)
+    turn((agent, standby), "h1", 0, serves=False)
+    await agent.clock.advance(1)
+    assert f"revive backends {NET}" not in agent.did
+    turn((agent, standby), "h1", 0)
+    await agent.clock.advance(1)
+    assert agent.did.count(f"revive backends {NET}") == 1
+
+
+@simulated
 async def test_the_old_host_returns_as_standby_and_gets_the_newer_state(agent: Agent) -> None:
     standby = await grouped(agent)
     agent.pairs.cut()

@@ -180,6 +180,7 @@ class Standbys:
             self._stand_by(view, slots)
         elif view.serves and not had_served:
             self._announce(slots)  # behind a gate that was shut, neighbours may have learned another way
+            self._revive_backends(slots)
 
     async def _look_after(self, group_id: str) -> None:
         view, group = self._groups.views()[group_id], self._groups.known[group_id]
@@ -212,9 +213,7 @@ class Standbys:
         self._flows.lost(group_id)
         self._flows.serve(it.scope_id for it in slots)
         self._announce(slots)
-        for slot in slots:
-            if slot.scope is not None and slot.scope.lb_rules:
-                self._upkeep.start_task(self._revive_backends(slot.scope))
+        self._revive_backends(slots)
         for slot in slots:
             slot.enforced_scope = None  # the flows are those of another host: check them all
             self._upkeep.revive(slot.scope_id, "a turn has begun")
@@ -235,7 +234,13 @@ class Standbys:
             return
         self._upkeep.announce(slot, announcements)
 
-    async def _revive_backends(self, scope: Scope) -> None:
+    def _revive_backends(self, slots: list[Slot]) -> None:
+        """No frame has passed so far, so the checks of all balanced ports have failed."""
+        for slot in slots:
+            if slot.scope is not None and slot.scope.lb_rules:
+                self._upkeep.start_task(self._revive_backends_of(slot.scope))
+
+    async def _revive_backends_of(self, scope: Scope) -> None:
         try:
             await self._scopes.in_worker_uncounted(partial(self._services.revive_backends, scope))
         except NetloomError as error:
