@@ -404,6 +404,9 @@ class FakeServices:
     def limited(self, scope: Scope, namespace: str) -> list[str]:
         return []
 
+    def revive_backends(self, scope: Scope) -> None:
+        self._did.append(f"revive backends {scope.scope_id}")
+
     def privileged(self, scope_id: str) -> list[str]:
         return []
 
@@ -741,6 +744,7 @@ class Agent:
             self.scopes,
             self.upkeep,
             self.host,
+            self.services,
             self.store,
             self.log,
             self.clock,

@@ -71,11 +71,20 @@ def _answered(frame: bytes) -> bytes:
     return b""
 
 
-def _listener() -> socket.socket:
-    """A socket that receives the frames to the observer on every port of the switch, with the kernel's time."""
-    prefix = int.from_bytes(_mac(0)[:4], "big")
-    # ld [0]; jeq prefix; ret all; ret nothing
-    code = [(0x20, 0, 0, 0), (0x15, 0, 1, prefix), (0x06, 0, 0, 0x40000), (0x06, 0, 0, 0)]
+# Instructions of classic BPF: code, jump if true, jump if false, operand.
+_Program = list[tuple[int, int, int, int]]
+_ENDS = [(0x06, 0, 0, 0x40000), (0x06, 0, 0, 0)]  # ret all; ret nothing
+# ld [0]; jeq prefix
+_TO_OBSERVER: _Program = [(0x20, 0, 0, 0), (0x15, 0, 1, int.from_bytes(_mac(0)[:4], "big")), *_ENDS]
+# ldh [12]; jeq IPv4; ldb [23]; jeq UDP; ldh [34]; jeq port 67
+_DHCP_ANSWERS: _Program = [
+    (0x28, 0, 0, 12), (0x15, 0, 5, 0x0800), (0x30, 0, 0, 23), (0x15, 0, 3, 17), (0x28, 0, 0, 34), (0x15, 0, 1, 67),
+    *_ENDS,
+]  # fmt: skip
+
+
+def _listener(code: _Program) -> socket.socket:
+    """A socket that receives such frames on every port of the switch, with the kernel's time."""
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *it) for it in code))
     raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     raw.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(code), ctypes.addressof(program)))
@@ -118,7 +127,7 @@ def observe(
     ]
     # The observer must see what happens on a busy machine, and needs some per cent of a core.
     os.setpriority(os.PRIO_PROCESS, 0, -10)
-    with _listener() as raw, socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
+    with _listener(_TO_OBSERVER) as raw, socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as sender:
         stop.ready()
         poll = select.poll()
         poll.register(raw, select.POLLIN)
@@ -143,3 +152,20 @@ def observe(
 def observed(stop: Control, *, answers: int, late: int) -> dict[str, Any]:
     """What was noted after the first ``answers`` answers and ``late`` late rounds."""
     return {"answers": _answers[answers:], "late": _late[late:]}
+
+
+def dhcp_answers(stop: Control, *, seconds: float = SECONDS_MAX) -> list[list[Any]]:
+    """Note each answer of a DHCP server until stopped: the port of the switch at which it arrives, and its number."""
+    if not 0 < seconds <= SECONDS_MAX:
+        raise ValueError(f"{seconds} s is not within 0 and {SECONDS_MAX:.0f} s")
+    found: list[list[Any]] = []
+    with _listener(_DHCP_ANSWERS) as raw:
+        stop.ready()
+        poll = select.poll()
+        poll.register(raw, select.POLLIN)
+        until = time.monotonic() + seconds
+        while poll.poll(50) or not (stop.is_set() or time.monotonic() > until):
+            with contextlib.suppress(BlockingIOError):
+                frame, (port, *_) = raw.recvfrom(128)
+                found.append([port, int.from_bytes(frame[46:50], "big")])
+    return found

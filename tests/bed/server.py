@@ -174,7 +174,10 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     **probes.PROBES,
     **{function.__name__: function for function in (run, execute, read, write, sysctl, remove, listing, many)},
     "objects": inventory.objects,
-    **{function.__name__: function for function in (observation.observe, observation.observed, crafted.craft_flows)},
+    **{
+        function.__name__: function
+        for function in (observation.observe, observation.observed, observation.dhcp_answers, crafted.craft_flows)
+    },
     **flow_probes.OPERATIONS,
     "switch_trunks": trunk.switch_trunks,
     "add_access": trunk.add_access,

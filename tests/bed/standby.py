@@ -13,12 +13,14 @@ The last host has the VMs, and netloom is not told of it. So each candidate can 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from bed import faults
-from bed.cloudstack import ALL_SERVICES, FakeCloudStack, IsolatedNetwork
+from bed.cloudstack import ALL_SERVICES, FakeCloudStack, IsolatedNetwork, Sent
 from bed.flows import FlowKind, Flows
 from bed.lab import Bed, Host, Internet, Vm
 from bed.machines import until
@@ -47,23 +49,44 @@ def tcp_kinds(vm: Vm, second_vm: Vm, internet: Internet, each: int, *, every_s: 
     ]
 
 
+class Device(Protocol):
+    """A network or a VPC in CloudStack's database, as far as its host matters."""
+
+    @property
+    def details(self) -> dict[str, Any]: ...
+
+    @property
+    def host(self) -> str: ...
+
+    @property
+    def namespace(self) -> str: ...
+
+    def ensure(self) -> Sent: ...
+
+    def custom_action(self, action: str, **params: str) -> str: ...
+
+
 @dataclass
-class StandbyBed:
-    """What ``standby_bed`` makes. ``candidates`` are the hosts of the registration; the VMs are on ``vm_host``."""
+class ScopeBed(ABC):
+    """A bed whose ``candidates``, the hosts of the registration, serve a network or a VPC. The VMs are on ``vm_host``.
+
+    ``each``, ``udp``, ``over6``: how many flows of each kind of TCP, of UDP and of IPv6.
+    """
 
     bed: Bed
     cloud: FakeCloudStack
-    network: IsolatedNetwork
     internet: Internet
     operator: Operator
     candidates: list[Host]
-    vm: Vm  # it has the static NAT, the forwarded port, and IPv6
-    second_vm: Vm  # it leaves by source NAT
-    nics: list[Nic] = field(default_factory=list)
+
+    @property
+    @abstractmethod
+    def device(self) -> Device:
+        """What the candidates serve."""
 
     @property
     def scope(self) -> str:
-        return f"net-{self.network.facts.network_id}"
+        return self.device.namespace.removeprefix("cs-")
 
     @property
     def vm_host(self) -> Host:
@@ -76,12 +99,12 @@ class StandbyBed:
     @property
     def active(self) -> Host:
         """The host that CloudStack was told last."""
-        return self.host(self.network.host)
+        return self.host(self.device.host)
 
     @property
     def standby(self) -> Host:
         """The host that stands by, as CloudStack was told last."""
-        return self.host(str(self.network.details["standby"]))
+        return self.host(str(self.device.details["standby"]))
 
     @property
     def witness(self) -> Host:
@@ -98,37 +121,36 @@ class StandbyBed:
         """The state file of the network on a host."""
         return host.read(f"/var/lib/netloom/scopes/{self.scope}.json")
 
+    def shown(self) -> str:
+        """What the active host says about the network and its standby."""
+        return self.device.custom_action("show")
+
+    def is_ready(self) -> bool:
+        """CloudStack asks who serves. Whether the standby could take over now: it has the state and the flows, makes
+        the same of the state, and hears the other two."""
+        self.device.ensure()
+        return bool(self.device.details.get("standby")) and "standby: ready" in self.shown()
+
     # --- packets
 
+    @abstractmethod
     def questions(self, *, over6: bool = True) -> list[Question]:
-        """Both sides: the guests' gateway and the public addresses, and the gateway of IPv6."""
-        asked = [Question("eth1", VLAN, GATEWAY)]
-        asked += [Question("eth2", PUBLIC_VLAN, it) for it in (SOURCE_NAT, STATIC_NAT)]
-        return [*asked, Question("eth1", VLAN, GATEWAY6)] if over6 else asked
+        """The addresses of the network on all sides. One host answers for all of them."""
 
     def observer(self, *, over6: bool = True) -> Observer:
         return Observer(self.bed, self.questions(over6=over6), hosts=self.candidates)
 
     def kinds(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
-        """TCP through source NAT, static NAT and a forwarded port: ``each`` so many."""
-        return tcp_kinds(self.vm, self.second_vm, self.internet, each, every_s=every_s)
+        """TCP over IPv4."""
+        return []
 
     def udp_kinds(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
-        """UDP through source NAT and static NAT. conntrack calls such flows assured after two seconds."""
-        return [
-            FlowKind("UDP out", self.second_vm, self.internet, OUTSIDE, OUTWARD_UDP_PORT, each, "udp", every_s),
-            FlowKind("UDP in", self.internet, self.vm, STATIC_NAT, UDP_PORT, each, "udp", every_s),
-        ]
+        """UDP over IPv4. conntrack calls such flows assured after two seconds."""
+        return []
 
     def kinds6(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
-        """TCP over IPv6, from the VM."""
-        return [FlowKind("IPv6", self.vm, self.internet, OUTSIDE6, OUTWARD_PORT, each, every_s=every_s)]
-
-    def opening(self, *, per_s: float = 1000.0, count: int = 3000) -> FlowKind:
-        """Further TCP connections through static NAT, one each millisecond, until ``open_no_more``."""
-        return FlowKind(
-            "opened each ms", self.internet, self.vm, STATIC_NAT, STATIC_PORT, count, every_s=1.0, per_s=per_s
-        )
+        """TCP over IPv6."""
+        return []
 
     def flows(self, each: int = 1, *more: FlowKind, every_s: float = 0.25, udp: int = 0, over6: int = 0) -> Flows:
         """``each`` flows of each kind of TCP, ``udp`` of each kind of UDP, ``over6`` over IPv6, and ``more``."""
@@ -149,13 +171,77 @@ class StandbyBed:
                 faults.thaw(host)
                 if not faults.agents_of(host):
                     faults.start_agent(host)
-        self.network.ensure()
+        self.device.ensure()
+
+    def make_ready(self) -> None:
+        """The same, and wait until the standby is ready."""
+        self.settle()
+        assert until(self.is_ready, seconds=60), self.shown()
 
     def serve_on(self, host: Host) -> None:
         """Move the network to a host, unless it is there."""
         if self.active is not host:
             self.operator.run("move", self.scope, "--to", host.address, hosts=self.candidates)
-            self.network.ensure()
+            self.device.ensure()
+
+
+@dataclass
+class StandbyBed(ScopeBed):
+    """What ``standby_bed`` makes: an isolated network with two VMs."""
+
+    network: IsolatedNetwork
+    vm: Vm  # it has the static NAT, the forwarded port, and IPv6
+    second_vm: Vm  # it leaves by source NAT
+    nics: list[Nic] = field(default_factory=list)
+
+    @property
+    def device(self) -> IsolatedNetwork:
+        return self.network
+
+    def questions(self, *, over6: bool = True) -> list[Question]:
+        """Both sides: the guests' gateway and the public addresses, and the gateway of IPv6."""
+        asked = [Question("eth1", VLAN, GATEWAY)]
+        asked += [Question("eth2", PUBLIC_VLAN, it) for it in (SOURCE_NAT, STATIC_NAT)]
+        return [*asked, Question("eth1", VLAN, GATEWAY6)] if over6 else asked
+
+    def kinds(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
+        """TCP through source NAT, static NAT and a forwarded port: ``each`` so many."""
+        return tcp_kinds(self.vm, self.second_vm, self.internet, each, every_s=every_s)
+
+    def udp_kinds(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
+        """UDP through source NAT and static NAT."""
+        return [
+            FlowKind("UDP out", self.second_vm, self.internet, OUTSIDE, OUTWARD_UDP_PORT, each, "udp", every_s),
+            FlowKind("UDP in", self.internet, self.vm, STATIC_NAT, UDP_PORT, each, "udp", every_s),
+        ]
+
+    def kinds6(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
+        """TCP over IPv6, from the VM."""
+        return [FlowKind("IPv6", self.vm, self.internet, OUTSIDE6, OUTWARD_PORT, each, every_s=every_s)]
+
+    def opening(self, *, per_s: float = 1000.0, count: int = 3000) -> FlowKind:
+        """Further TCP connections through static NAT, one each millisecond, until ``open_no_more``."""
+        return FlowKind(
+            "opened each ms", self.internet, self.vm, STATIC_NAT, STATIC_PORT, count, every_s=1.0, per_s=per_s
+        )
+
+
+@contextmanager
+def candidates_bed(
+    candidates: int, *, details: Mapping[str, str] | None = None
+) -> Iterator[tuple[Bed, FakeCloudStack, Internet]]:
+    """A bed of so many candidates and one more host for VMs, and a CloudStack with these ``details`` registered."""
+    with Bed(hosts=candidates + 1, vlans=[VLAN], public_vlans=[PUBLIC_VLAN]) as bed:
+        internet = bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
+        cloud = FakeCloudStack.on(bed.management)
+        cloud.register(hosts=bed.hosts[:candidates], **bed.login("root", by="key"), **(details or {}))
+        yield bed, cloud, internet
+
+
+def wait_for_agents(it: ScopeBed) -> None:
+    """Wait until all candidates have an agent. Raises TimeoutError."""
+    if not until(lambda: it.device.ensure().ok and all(faults.agents_of(host) for host in it.candidates), seconds=120):
+        raise TimeoutError("not all agents run")
 
 
 @contextmanager
@@ -165,11 +251,8 @@ def standby_bed(candidates: int = 3, *, details: Mapping[str, str] | None = None
     ``details`` are further ones of the registration. The network has source NAT, static NAT, a forwarded port, IPv6
     and two VMs.
     """
-    with Bed(hosts=candidates + 1, vlans=[VLAN], public_vlans=[PUBLIC_VLAN]) as bed:
-        internet = bed.internet(vlan=PUBLIC_VLAN, address="203.0.113.1/24", also=[f"{OUTSIDE}/32"])
-        cloud = FakeCloudStack.on(bed.management)
-        six = {"public.ip6.gateway": ROUTER6, "public.ip6.address": PUBLIC6}
-        cloud.register(hosts=bed.hosts[:candidates], **bed.login("root", by="key"), **six, **(details or {}))
+    six = {"public.ip6.gateway": ROUTER6, "public.ip6.address": PUBLIC6}
+    with candidates_bed(candidates, details={**six, **(details or {})}) as (bed, cloud, internet):
         network = cloud.isolated_network(
             204, vlan=VLAN, cidr="10.10.1.0/24", offering=ALL_SERVICES, source_nat=SOURCE_NAT, public_vlan=PUBLIC_VLAN
         )
@@ -187,12 +270,10 @@ def standby_bed(candidates: int = 3, *, details: Mapping[str, str] | None = None
         network.enable_static_nat(static, nics[0])
         network.add_firewall_rule(static, "all")
         network.add_port_forward(forwarded, FORWARDED_PORT, nics[0], 22, open_firewall=True)
-        it = StandbyBed(bed, cloud, network, internet, Operator(bed), bed.hosts[:candidates], vm, second_vm, nics)
+        hosts = bed.hosts[:candidates]
+        it = StandbyBed(bed, cloud, internet, Operator(bed), hosts, network, vm, second_vm, nics)
         _connect6(it)
-        if not until(
-            lambda: network.ensure().ok and all(faults.agents_of(host) for host in it.candidates), seconds=120
-        ):
-            raise TimeoutError("not all agents run")
+        wait_for_agents(it)
         yield it
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import pytest
 
@@ -18,17 +17,13 @@ from bed import faults
 from bed.flows import FlowKind, Flows
 from bed.lab import Cut, Direction, Host
 from bed.machines import Machine, until
-from bed.observer import Observer, gap, never_two, outage
+from bed.observer import Observer, never_two, outage
 from bed.standby import GATEWAY, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
 from e2e.networks import impatient
+from e2e.takeovers import LEASE_S, TAKES_OVER_WITHIN_S, Watch, returns_as_standby, watched
 from meanwhile import meanwhile
 from netloom.ethernet import ETHERTYPE
-from netloom.standbywire import LEASE_MS
 
-LEASE_S = LEASE_MS / 1000
-# Machines are shared and noisy: these limits are loose. The measured times go into the report of the tests.
-TAKES_OVER_WITHIN_S = 4 * LEASE_S
-NOBODY_TAKES_OVER_S = 4 * LEASE_S  # so long nothing may happen
 HAND_OVER_WITHIN_S = 1.0
 # The management server's connection to a dead host breaks after four seconds, and a new one gets no answer for longer.
 FOLLOWS_WITHIN_S = 6.0
@@ -43,81 +38,9 @@ def the_bed() -> Iterator[StandbyBed]:
 @pytest.fixture
 def it(the_bed: StandbyBed) -> Iterator[StandbyBed]:
     """The bed with a standby that is ready: every host is up, and the standby is not behind."""
-    make_ready(the_bed)
+    the_bed.make_ready()
     yield the_bed
     the_bed.settle()
-
-
-def make_ready(it: StandbyBed) -> None:
-    it.settle()
-    assert until(lambda: is_ready(it), seconds=60), shown(it)
-
-
-def shown(it: StandbyBed) -> str:
-    return it.network.custom_action("show")
-
-
-def is_ready(it: StandbyBed) -> bool:
-    """Whether the standby could take over now: it has the state, the flows, and hears the other two."""
-    it.network.ensure()
-    return bool(it.network.details.get("standby")) and "standby: ready" in shown(it)
-
-
-@dataclass
-class Watch:
-    """What the observer and the flows have seen of one scenario."""
-
-    it: StandbyBed
-    observer: Observer
-    flows: Flows
-    active: Host
-    standby: Host
-    witness: Host
-
-    def takes_over(self, by: Host, *, within_s: float = TAKES_OVER_WITHIN_S, flows: bool = True) -> float:
-        """Assert that the host serves soon, and the connections go on; returns the outage in seconds."""
-        self.observer.wait_for(by)
-        assert self.observer.turns()[-1].host == by.name, self.observer.story()
-        assert outage(self.observer) < within_s, self.observer.story()
-        assert not flows or self.flows.go_on(), self.flows.story()
-        return outage(self.observer)
-
-    def goes_on(self, host: Host, *, seconds: float = NOBODY_TAKES_OVER_S, gap_s: float = 0.5 * LEASE_S) -> None:
-        """Assert that this host, and no other, serves for so long, without a gap."""
-        since = time.monotonic()
-        time.sleep(seconds)
-        assert {each.host for each in self.observer.answers(since=since)} == {host.name}, self.observer.story()
-        assert self.flows.go_on(), self.flows.story()
-        late = [ended for _, ended in self.observer.late() if ended > since]  # then gaps say nothing
-        assert late or gap(self.observer, since) < gap_s, self.observer.story()
-
-    def stops(self, host: Host) -> None:
-        """Assert that the host stops serving by itself, and nobody else begins."""
-        assert until(lambda: self.observer.serving() == set(), seconds=TAKES_OVER_WITHIN_S), self.observer.story()
-        time.sleep(NOBODY_TAKES_OVER_S)
-        assert self.observer.turns()[-1].host == host.name
-        assert self.observer.serving() == set()
-
-
-@contextmanager
-def watched(
-    it: StandbyBed, *turns: str, each: int = 3, udp: int = 1, over6: int = 1, more: Sequence[FlowKind] = ()
-) -> Iterator[Watch]:
-    """Watch the block. At its end the hosts have served in these ``turns``, "active", "standby", never two at once."""
-    active, standby, witness = it.active, it.standby, it.witness
-    with it.observer() as observer, it.flows(each, *more, udp=udp, over6=over6, every_s=0.1) as flows:
-        flows.wait_open()
-        time.sleep(2.5)  # UDP is assured from then on, and the copies have arrived
-        watch = Watch(it, observer, flows, active, standby, witness)
-        yield watch
-        assert flows.disordered() == 0
-    hosts = {"active": active, "standby": standby, "witness": witness}
-    never_two(observer, *(hosts[name] for name in turns))
-
-
-def returns_as_standby(it: StandbyBed, host: Host, serving: Host) -> None:
-    """Assert that a host that is back stands by, without serving for a moment, and is ready again."""
-    assert until(lambda: is_ready(it) and it.standby is host and it.active is serving, seconds=90), shown(it)
 
 
 Record = Callable[[str, object], None]
@@ -153,7 +76,7 @@ def test_twenty_power_cuts(it: StandbyBed, record_testsuite_property: Record) ->
     """The hosts take turns: each is the active one ten times."""
     outages = []
     for _ in range(20):
-        make_ready(it)
+        it.make_ready()
         outages.append(power_cut_with_everything(it))
     record_testsuite_property("outages_s", [round(each, 3) for each in outages])
     assert max(outages) < TAKES_OVER_WITHIN_S
@@ -337,7 +260,7 @@ def test_a_standby_that_loses_a_carrier_changes_nothing(it: StandbyBed) -> None:
         with unplugged(it, watch.standby, "eth1", VLAN):
             watch.goes_on(watch.active)
         watch.goes_on(watch.active)
-    assert until(lambda: is_ready(it), seconds=60), shown(it)
+    assert until(it.is_ready, seconds=60), it.shown()
 
 
 @pytest.mark.long
@@ -449,7 +372,7 @@ def test_a_standby_that_is_behind_does_not_take_over(it: StandbyBed) -> None:
     with watched(it, "active", "standby") as watch:
         with faults.frozen(watch.standby):
             rule = it.network.add_firewall_rule(address, "tcp", 8443)
-        assert until(lambda: is_ready(it))
+        assert until(it.is_ready)
         watch.active.power_cut()
         watch.takes_over(watch.standby)
         with it.vm.serve_tcp(8443):
@@ -463,7 +386,7 @@ def test_a_standby_that_is_behind_serves_if_nobody_else_has_the_revision(it: Sta
         watch.standby.separate([watch.active])
         with impatient(it.cloud, timeout_s=25):
             it.network.add_firewall_rule(it.network.addresses[0], "tcp", 8444)
-        assert "behind" in shown(it)
+        assert "behind" in it.shown()
         watch.active.power_cut()
         watch.standby.heal()
         watch.takes_over(watch.standby, within_s=8 * LEASE_S)
@@ -535,7 +458,7 @@ def test_a_network_with_a_standby_is_handed_over(
         assert outage(observer) < HAND_OVER_WITHIN_S, observer.story()
         record_testsuite_property("hand_over_ms", round(outage(observer) * 1000, 1))
         it.operator.run("undrain", active.address, hosts=it.candidates)
-        assert until(lambda: is_ready(it) and it.active is taker, seconds=90), shown(it)
+        assert until(lambda: it.is_ready() and it.active is taker, seconds=90), it.shown()
     never_two(observer, active, taker)
 
 

@@ -22,23 +22,12 @@ def the_bed() -> Iterator[StandbyBed]:
 
 @pytest.fixture
 def it(the_bed: StandbyBed) -> StandbyBed:
-    the_bed.settle()
-    assert until(lambda: is_ready(the_bed), seconds=60), shown(the_bed)
+    the_bed.make_ready()
     return the_bed
 
 
-def shown(it: StandbyBed) -> str:
-    return it.network.custom_action("show")
-
-
-def is_ready(it: StandbyBed) -> bool:
-    """CloudStack asks who serves; whether the standby could take over now."""
-    it.network.ensure()
-    return bool(it.network.details.get("standby")) and "standby: ready" in shown(it)
-
-
 def witness(it: StandbyBed) -> Host:
-    address = shown(it).partition(" is the witness")[0].split()[-1]
+    address = it.shown().partition(" is the witness")[0].split()[-1]
     return it.host(address)
 
 
@@ -49,7 +38,7 @@ def test_a_standby_that_is_dead_is_replaced_and_does_not_come_between(it: Standb
     dead.power_cut()
     with it.observer() as observer, it.flows(3, every_s=0.1) as flows:
         flows.wait_open()
-        assert until(lambda: is_ready(it) and it.standby is not dead, seconds=REPLACE_AFTER_S + 90), shown(it)
+        assert until(lambda: it.is_ready() and it.standby is not dead, seconds=REPLACE_AFTER_S + 90), it.shown()
         new = it.standby
         assert it.active is active and witness(it) is not dead
         assert flows.go_on(), flows.story()
@@ -60,7 +49,7 @@ def test_a_standby_that_is_dead_is_replaced_and_does_not_come_between(it: Standb
         it.network.ensure()
         assert it.active is new
         faults.boot(active)
-        assert until(lambda: is_ready(it) and it.standby is active, seconds=90), shown(it)
+        assert until(lambda: it.is_ready() and it.standby is active, seconds=90), it.shown()
         copy = f"{it.scope}.json"
         assert until(lambda: copy not in dead.listing("/var/lib/netloom/scopes"), seconds=60), "its group is dissolved"
         assert observer.serving() == {new.name}
@@ -71,7 +60,7 @@ def test_a_witness_that_is_dead_is_replaced_and_the_standby_stays(it: StandbyBed
     active, standby, dead = it.active, it.standby, witness(it)
     dead.power_cut()
     with it.observer() as observer:
-        assert until(lambda: is_ready(it) and witness(it) is not dead, seconds=REPLACE_AFTER_S + 90), shown(it)
+        assert until(lambda: it.is_ready() and witness(it) is not dead, seconds=REPLACE_AFTER_S + 90), it.shown()
         assert it.active is active and it.standby is standby
         active.power_cut()
         observer.wait_for(standby)

@@ -18,6 +18,7 @@ import pytest
 
 from guestbed.dhcp import message as dhcp_message
 from guestbed.dhcp import options_of
+from guestbed.packets import broadcast_frame, checksum, frame
 from kernel.agent_host import PAYLOADS, AgentHost, agent_host, done, steps, wait_until
 from netloom.guest.dhcp import MessageType
 from netloom.wire import Reply
@@ -149,33 +150,12 @@ def lookup(host: AgentHost, vm: str, name: str, pid: int = 0, patience_s: int = 
     return " ".join(line.rpartition(" ")[2] for line in answers.splitlines() if "Address" in line)
 
 
-def frame(to: str, mac: str, protocol: int, source: str, target: str, data: bytes) -> bytes:
-    """An IPv4 packet in an Ethernet frame."""
-    head = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 20 + len(data), 1, 0, 64, protocol, 0,
-                       socket.inet_aton(source), socket.inet_aton(target))  # fmt: skip
-    head = head[:10] + checksum(head) + head[12:]
-    return bytes.fromhex((to + mac).replace(":", "")) + b"\x08\x00" + head + data
-
-
-def checksum(data: bytes) -> bytes:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total >> 16) + (total & 0xFFFF)
-    return struct.pack("!H", ~total & 0xFFFF)
-
-
 def connection_request(to: str, mac: str, source: str, target: str, sport: int, dport: int) -> bytes:
     """The first packet of a TCP connection."""
     segment = struct.pack("!HHIIBBHHH", sport, dport, 1, 0, 0x50, 0x02, 64000, 0, 0)
     pseudo = socket.inet_aton(source) + socket.inet_aton(target) + struct.pack("!HH", socket.IPPROTO_TCP, len(segment))
     segment = segment[:16] + checksum(pseudo + segment) + segment[18:]
     return frame(to, mac, socket.IPPROTO_TCP, source, target, segment)
-
-
-def broadcast_frame(mac: str, data: bytes) -> bytes:
-    """A DHCP request of a client without an address."""
-    datagram = struct.pack("!HHHH", 68, 67, 8 + len(data), 0) + data
-    return frame("ff:ff:ff:ff:ff:ff", mac, socket.IPPROTO_UDP, "0.0.0.0", "255.255.255.255", datagram)
 
 
 def pings(host: AgentHost, vm: str, address: str, patience_s: int = 20) -> bool:

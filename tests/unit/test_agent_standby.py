@@ -10,6 +10,7 @@ from fakehost import REGISTRATION, Agent, simulated
 from netloom import pairwire, placementwire, standbywire
 from netloom.agent.scopes import wire_questions
 from netloom.agent.scopes.standby_groups import WIRES_EVERY_S
+from netloom.agent.scopes.store import Moved
 from netloom.agent.scopes.wire_questions import ASK_EVERY_S
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
@@ -158,6 +159,32 @@ async def test_a_turn_begins_with_announcements_and_nothing_to_build(agent: Agen
 
 
 @simulated
+async def test_a_turn_begins_with_all_backends_of_balanced_ports(agent: Agent) -> None:
+    """The checks of the standby's haproxy have failed so far: none of their frames passed."""
+    standby = await grouped(agent)
+    assert (await agent.call("080", "apply-lb-rules")).status == 0
+    await agent.clock.advance(1)
+    agent.pairs.cut()
+    turn((standby,), "h2", 1)
+    await agent.clock.settle()
+    assert standby.did.count(f"revive backends {NET}") == 1
+    assert f"revive backends {NET}" not in agent.did
+
+
+@simulated
+async def test_a_lease_that_comes_back_brings_all_backends_of_balanced_ports(agent: Agent) -> None:
+    standby = await grouped(agent)
+    assert (await agent.call("080", "apply-lb-rules")).status == 0
+    await agent.clock.advance(1)
+    turn((agent, standby), "h1", 0, serves=False)
+    await agent.clock.advance(1)
+    assert f"revive backends {NET}" not in agent.did
+    turn((agent, standby), "h1", 0)
+    await agent.clock.advance(1)
+    assert agent.did.count(f"revive backends {NET}") == 1
+
+
+@simulated
 async def test_the_old_host_returns_as_standby_and_gets_the_newer_state(agent: Agent) -> None:
     standby = await grouped(agent)
     agent.pairs.cut()
@@ -230,6 +257,21 @@ async def test_an_unreadable_state_removes_no_copy(agent: Agent) -> None:
     agent.pairs.connect(standby.pairs)
     await agent.clock.advance(1)
     assert NET in standby.store.files
+
+
+@simulated
+async def test_a_scope_that_has_moved_away_hides_no_end_of_another_one(agent: Agent) -> None:
+    """It has no state here, so nothing of the group can be unknown."""
+    standby = await grouped(agent)
+    agent.pairs.cut()
+    assert (await agent.call("110", "destroy-network")).status == 0
+    agent.store.save_moved("net-300", Moved(to="h3", epoch=4))
+    agent.restart()
+    agent.start(agent.standbys.run())
+    await agent.clock.advance(1)
+    agent.pairs.connect(standby.pairs)
+    await agent.clock.advance(1)
+    assert NET not in standby.store.files and NET not in standby.host.present
 
 
 @simulated
@@ -651,15 +693,17 @@ async def test_a_standby_asks_for_the_connections_when_it_has_built_the_scope(ag
 
 
 @simulated
-async def test_a_standby_that_is_still_being_restored_asks_when_it_is_built(agent: Agent) -> None:
-    """As after a boot: it compares its states with those of the active host long before all scopes are built."""
+async def test_a_standby_that_returns_asks_for_the_connections_as_soon_as_it_has_built_the_scope(agent: Agent) -> None:
+    """The other host has said before that the state has not changed."""
     standby = await grouped(agent)
     agent.pairs.cut()
-    standby.scopes.slot(NET).unconverged = True
+    slot = standby.scopes.get(NET)
+    assert slot is not None
+    slot.unconverged = True
     agent.pairs.connect(standby.pairs)
-    await agent.clock.advance(5)
-    assert agent.flows.followed == set()
-    standby.scopes.slot(NET).unconverged = False
+    await agent.clock.advance(1)
+    assert agent.flows.followed == frozenset()
+    slot.unconverged = False
     await agent.clock.advance(1)
     assert agent.flows.followed == {"cs-net-204"}
 

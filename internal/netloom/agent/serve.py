@@ -149,7 +149,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     moves = Moves(scopes, upkeep, host, store, log, clock)
     isolation = Isolation(scopes, upkeep, outside, log, clock)
     flows = FlowCopies(loop, log, upkeep.start_task, partial(_started_source, log), partial(_started_sink, log))
-    standbys = Standbys(loop, engine, roles, scopes, upkeep, host, store, log, clock, flows)
+    standbys = Standbys(loop, engine, roles, scopes, upkeep, host, services, store, log, clock, flows)
     pairs = Pairs(loop, log, standbys)
     store.on_saved, store.on_retired = standbys.saved, standbys.retired
     events.connect(upkeep, isolation, standbys)

@@ -15,11 +15,11 @@ from __future__ import annotations
 import msgspec
 
 from netloom.render.service import Probe, Service, directory_of
-from netloom.state import LbRule, Scope
+from netloom.state import Backend, LbRule, Scope
 
 NAME = "lb"
 # In the root directory of the process, the only place where it can write (netloom/confine.py).
-MASTER, _ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
+MASTER, ADMIN = "/sockets/master.sock", "/sockets/admin.sock"
 
 _RULE_MIN = 50  # a smaller share would not be useful
 _CLIENTS = 4  # so many clients can use up the share of a rule, or all connections
@@ -70,6 +70,11 @@ def section(rule: LbRule) -> str:
     return f"rule-{rule.rule_id}"
 
 
+def server(backend: Backend) -> str:
+    """The name of a server in the section of its rule. It stays the same when another server is removed."""
+    return f"{backend.ip}:{backend.port}"
+
+
 def service(scope: Scope, without: frozenset[int] = frozenset()) -> Service | None:
     """The haproxy of ``scope``; None if it has no rule to serve. ``without``: ids of rules that are left out."""
     rules = tuple(rule for rule in balanced(scope) if rule.rule_id not in without)
@@ -98,7 +103,7 @@ def _configuration(scope: Scope, rules: tuple[LbRule, ...]) -> str:
 global
     maxconn {share.in_all}
     hard-stop-after 1h
-    stats socket {_ADMIN} mode 600 level admin expose-fd listeners
+    stats socket {ADMIN} mode 600 level admin expose-fd listeners
 
 defaults
     mode tcp
@@ -137,10 +142,8 @@ def _listen(rule: LbRule, share: Shares) -> str:
         *(_borrowing(share) if share.reserved < share.rule else ()),  # guard: rules-have-reserved-connections
         f"    balance {rule.algorithm}",  # haproxy and CloudStack use the same names
     ]
-    # A server is named after its address, so it keeps its name when another server is removed.
     lines += [
-        f"    server {backend.ip}:{backend.port} {backend.ip}:{backend.port} check{proxy}"
-        for backend in sorted(rule.backends)
+        f"    server {server(backend)} {backend.ip}:{backend.port} check{proxy}" for backend in sorted(rule.backends)
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,7 @@
-"""Ask a running haproxy which rules, and which clients, have used up their share of connections."""
+"""Ask a running haproxy which rules, and which clients, have used up their share of connections.
+
+And tell it that all servers are healthy, on a host whose checks could not reach them until now.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from netloom.state import LbRule, Scope
 ANSWER_S = 2.0
 _ANSWER_BYTES_MAX = 16 << 20  # some hundred bytes for each rule, or each client
 _CLIENTS_SHOWN = 5  # per rule
+_COMMANDS_BYTES_MAX = 8192  # haproxy reads a line of commands into one buffer, of 16 KiB by default
 _RULES_SHOWN = 20  # that have no more than what is reserved for them
 
 _KEY = re.compile(r"\bkey=(\S+) .*\bconn_cur=(\d+)")
@@ -52,6 +56,26 @@ def limited(scope: Scope, without: frozenset[int], pid: int) -> list[str]:
     except (OSError, ValueError, KeyError):
         return []
     return found
+
+
+def revive_servers(scope: Scope, without: frozenset[int], pid: int) -> None:
+    """Let haproxy take all servers for healthy, as after its start. Checks that fail from now on count as usual.
+
+    Parameters as those of ``limited``. Raises OSError, or ValueError if haproxy does not know a server.
+    """
+    commands = [
+        f"set server {haproxy.section(rule)}/{haproxy.server(backend)} health up"
+        for rule in haproxy.balanced(scope)
+        if rule.rule_id not in without
+        for backend in rule.backends
+    ]
+    while commands:
+        line, length = [], 0
+        while commands and length < _COMMANDS_BYTES_MAX:
+            line.append(commands.pop())
+            length += len(line[-1]) + 2
+        if complaint := _ask(pid, "; ".join(line), at=haproxy.ADMIN).strip():
+            raise ValueError(complaint)
 
 
 def _restricted(rules: tuple[LbRule, ...], current: dict[str, int], share: haproxy.Shares) -> list[str]:
@@ -94,16 +118,19 @@ def _table(text: str) -> csv.DictReader[str]:
     return csv.DictReader(io.StringIO(text))
 
 
-def _ask(pid: int, command: str) -> str:
-    """The answer of the current worker to a command. Raises OSError, also when it is too long or takes too long."""
+def _ask(pid: int, command: str, *, at: str = haproxy.MASTER) -> str:
+    """The answer of the current worker to a command. Raises OSError, also when it is too long or takes too long.
+
+    ``at``: the socket of the master, which passes on one command, or that of the worker for a line of commands.
+    """
     until, answer = time.monotonic() + ANSWER_S, bytearray()
-    with socket.socket(socket.AF_UNIX) as master:
-        master.settimeout(ANSWER_S)
-        with socket_inside(pid, haproxy.MASTER) as path:
-            master.connect(path)
-        master.sendall(f"@1 {command}\n".encode())
-        master.shutdown(socket.SHUT_WR)
-        while data := master.recv(1 << 16):
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.settimeout(ANSWER_S)
+        with socket_inside(pid, at) as path:
+            asking.connect(path)
+        asking.sendall(f"{'@1 ' if at == haproxy.MASTER else ''}{command}\n".encode())
+        asking.shutdown(socket.SHUT_WR)
+        while data := asking.recv(1 << 16):
             answer += data
             if len(answer) > _ANSWER_BYTES_MAX or time.monotonic() > until:
                 raise OSError(errno.EMSGSIZE, "haproxy answers without end")

@@ -97,6 +97,21 @@ class Services:
             *limited_vms.noticed(scope, self._guests.process.limited(scope.scope_id)),
         ]
 
+    def revive_backends(self, scope: Scope) -> None:
+        """Let the balancer of the scope use all backends, until its next checks fail. Raises HostRefused.
+
+        No frame of a standby passes, so its checks have failed. In its turn it would refuse clients for seconds.
+        """
+        balancing = self.running(scope.scope_id).get(haproxy.NAME)
+        if balancing:
+            try:
+                balancer.revive_servers(scope, frozenset(self.waiting(scope.scope_id)), balancing)
+            except (OSError, ValueError) as error:
+                raise HostRefused(
+                    f"haproxy waits until its checks have found the backends: {error}",
+                    hint="nothing to do: this takes some seconds",
+                ) from error
+
     def privileged(self, scope_id: str) -> list[str]:
         """A sentence for each process with more privileges than it needs, because this host cannot take them away."""
         return [f"{it} {_PRIVILEGED}" for it in self._supervisor.privileged(scope_id)]

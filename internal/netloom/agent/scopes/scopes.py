@@ -137,7 +137,10 @@ class Scopes:
         for scope_id in self._store.ended():
             slot = self.slot(scope_id)
             slot.ending = slot.unconverged = True
-        for scope_id in self._store.living():
+        living = self._store.living()
+        for slot in self.slots():
+            slot.state_read = slot.scope_id not in living  # else there is none
+        for scope_id in living:
             slot = self.slot(scope_id)
             slot.unconverged = slot.unproved = True
             try:

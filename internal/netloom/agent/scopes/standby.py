@@ -26,7 +26,7 @@ from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement
 from netloom.agent.log import Log
 from netloom.agent.scopes.flow_copies import FlowCopies
-from netloom.agent.scopes.interfaces import Host, ScopeStore
+from netloom.agent.scopes.interfaces import Host, ScopeServices, ScopeStore
 from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes
 from netloom.agent.scopes.slot import Slot
@@ -62,6 +62,7 @@ class Standbys:
         scopes: Scopes,
         upkeep: Upkeep,
         host: Host,
+        services: ScopeServices,
         store: ScopeStore,
         log: Log,
         clock: Clock,
@@ -72,6 +73,7 @@ class Standbys:
         self._scopes = scopes
         self._upkeep = upkeep
         self._host = host
+        self._services = services
         self._log = log
         self._clock = clock
         self._flows = flows
@@ -178,6 +180,7 @@ class Standbys:
             self._stand_by(view, slots)
         elif view.serves and not had_served:
             self._announce(slots)  # behind a gate that was shut, neighbours may have learned another way
+            self._revive_backends(slots)
 
     async def _look_after(self, group_id: str) -> None:
         view, group = self._groups.views()[group_id], self._groups.known[group_id]
@@ -191,11 +194,8 @@ class Standbys:
         standing_by = view.active != view.me and view.me != view.spec.witness.name
         if standing_by and now - group.asked > COMPARE_EVERY_S:
             self._receiver.compare(group_id)
-        if standing_by and group.compared:
-            for slot in slots:
-                # Also one that is restored or repaired long after the comparison.
-                if slot.scope_id not in group.missing and not slot.unconverged:
-                    self._flows.ask(group_id, slot.scope_id)
+        if standing_by:
+            self._receiver.ask_for_flows(group_id)
         behind = bool(group.missing) or not group.compared
         partner_behind = self._sender.is_behind(slots)
         self._sender.compare_digests(slots)
@@ -213,6 +213,7 @@ class Standbys:
         self._flows.lost(group_id)
         self._flows.serve(it.scope_id for it in slots)
         self._announce(slots)
+        self._revive_backends(slots)
         for slot in slots:
             slot.enforced_scope = None  # the flows are those of another host: check them all
             self._upkeep.revive(slot.scope_id, "a turn has begun")
@@ -232,6 +233,18 @@ class Standbys:
             self._log.line(f"scope={slot.scope_id} announce: {error}")
             return
         self._upkeep.announce(slot, announcements)
+
+    def _revive_backends(self, slots: list[Slot]) -> None:
+        """No frame has passed so far, so the checks of all balanced ports have failed."""
+        for slot in slots:
+            if slot.scope is not None and slot.scope.lb_rules:
+                self._upkeep.start_task(self._revive_backends_of(slot.scope))
+
+    async def _revive_backends_of(self, scope: Scope) -> None:
+        try:
+            await self._scopes.in_worker_uncounted(partial(self._services.revive_backends, scope))
+        except NetloomError as error:
+            self._log.line(f"scope={scope.scope_id} {error}")
 
     def _announce_now(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         announcements = self._host.announcements(scope_id, want)

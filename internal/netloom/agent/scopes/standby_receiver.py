@@ -79,8 +79,21 @@ class StateReceiver:
         for scope_id in listing.keys() - group.missing:
             self._acknowledge(group_id, scope_id, listing[scope_id][2])
         group.compared = True
+        self.ask_for_flows(group_id)
         if group.missing:
             self._groups.send(group_id, wire.Wanted(scope_ids=tuple(sorted(group.missing))))
+
+    def ask_for_flows(self, group_id: str) -> None:
+        """Ask for the connections of all scopes that are built here, unless that was done.
+
+        After a start the other host says what it has before all scopes are built here.
+        """
+        group = self._groups.known[group_id]
+        if not group.compared or not self._groups.connected(group_id):
+            return
+        for slot in self._groups.slots(group_id):
+            if slot.scope_id not in group.missing and not slot.unconverged:
+                self._flows.ask(group_id, slot.scope_id)
 
     def forgets(self, scope_id: str) -> bool:
         """Whether the scope is being deleted because the active host says so. In any thread."""

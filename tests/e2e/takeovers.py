@@ -1,0 +1,77 @@
+"""What the tests of standby hosts watch: who serves a network, and whether its connections go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bed.flows import FlowKind, Flows
+from bed.lab import Host
+from bed.machines import until
+from bed.observer import Observer, gap, never_two, outage
+from bed.standby import ScopeBed
+from netloom.standbywire import LEASE_MS
+
+LEASE_S = LEASE_MS / 1000
+# Machines are shared and noisy: these limits are loose. The measured times go into the report of the tests.
+TAKES_OVER_WITHIN_S = 4 * LEASE_S
+NOBODY_TAKES_OVER_S = 4 * LEASE_S  # so long nothing may happen
+
+
+@dataclass
+class Watch:
+    """What the observer and the flows have seen of one scenario."""
+
+    it: ScopeBed
+    observer: Observer
+    flows: Flows
+    active: Host
+    standby: Host
+    witness: Host
+
+    def takes_over(self, by: Host, *, within_s: float = TAKES_OVER_WITHIN_S, flows: bool = True) -> float:
+        """Assert that the host serves soon, and the connections go on; returns the outage in seconds."""
+        self.observer.wait_for(by)
+        assert self.observer.turns()[-1].host == by.name, self.observer.story()
+        assert outage(self.observer) < within_s, self.observer.story()
+        assert not flows or self.flows.go_on(), self.flows.story()
+        return outage(self.observer)
+
+    def goes_on(self, host: Host, *, seconds: float = NOBODY_TAKES_OVER_S, gap_s: float = 0.5 * LEASE_S) -> None:
+        """Assert that this host, and no other, serves for so long, without a gap."""
+        since = time.monotonic()
+        time.sleep(seconds)
+        assert {each.host for each in self.observer.answers(since=since)} == {host.name}, self.observer.story()
+        assert self.flows.go_on(), self.flows.story()
+        late = [ended for _, ended in self.observer.late() if ended > since]  # then gaps say nothing
+        assert late or gap(self.observer, since) < gap_s, self.observer.story()
+
+    def stops(self, host: Host) -> None:
+        """Assert that the host stops serving by itself, and nobody else begins."""
+        assert until(lambda: self.observer.serving() == set(), seconds=TAKES_OVER_WITHIN_S), self.observer.story()
+        time.sleep(NOBODY_TAKES_OVER_S)
+        assert self.observer.turns()[-1].host == host.name
+        assert self.observer.serving() == set()
+
+
+@contextmanager
+def watched(
+    it: ScopeBed, *turns: str, each: int = 3, udp: int = 1, over6: int = 1, more: Sequence[FlowKind] = ()
+) -> Iterator[Watch]:
+    """Watch the block. At its end the hosts have served in these ``turns``, "active", "standby", never two at once."""
+    active, standby, witness = it.active, it.standby, it.witness
+    with it.observer() as observer, it.flows(each, *more, udp=udp, over6=over6, every_s=0.1) as flows:
+        flows.wait_open()
+        time.sleep(2.5)  # UDP is assured from then on, and the copies have arrived
+        watch = Watch(it, observer, flows, active, standby, witness)
+        yield watch
+        assert flows.disordered() == 0
+    hosts = {"active": active, "standby": standby, "witness": witness}
+    never_two(observer, *(hosts[name] for name in turns))
+
+
+def returns_as_standby(it: ScopeBed, host: Host, serving: Host) -> None:
+    """Assert that a host that is back stands by, without serving for a moment, and is ready again."""
+    assert until(lambda: it.is_ready() and it.standby is host and it.active is serving, seconds=90), it.shown()
