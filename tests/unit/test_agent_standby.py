@@ -491,6 +491,19 @@ async def test_a_difference_of_what_two_hosts_make_of_a_state_shows(agent: Agent
     assert [it for it in agent.log.lines if "makes something else" in it]
 
 
+@simulated
+async def test_a_difference_shows_when_the_standby_returns_as_another_build(agent: Agent) -> None:
+    standby = await grouped(agent)
+    assert not [it for it in agent.log.lines if "makes something else" in it]
+    agent.pairs.cut()
+    slot = standby.scopes.get(NET)
+    assert slot is not None and slot.rendered is not None
+    slot.rendered = slot.rendered[0], msgspec.structs.replace(slot.rendered[1], namespace="cs-other")
+    agent.pairs.connect(standby.pairs)
+    await agent.clock.advance(1)
+    assert [it for it in agent.log.lines if "makes something else" in it]
+
+
 @pytest.mark.mutation("a-copy-replaces-nothing-that-is-served")
 @simulated
 async def test_a_standby_never_takes_the_state_of_a_network_that_it_serves(agent: Agent) -> None:

@@ -142,15 +142,17 @@ class FlowCopies:
 
     # -------------------------------------------------------------------------------------------- on the standby
 
-    def ask(self, group_id: str, scope_id: str) -> None:
-        """Ask the active host for the connections of a scope that is built here, unless it was asked."""
+    def ask(self, group_id: str, scope_id: str) -> bool:
+        """Ask the active host for the connections of a scope that is built here; False if it was asked before."""
         namespace = names.namespace(scope_id)
         if self.pairs is None or self._asked.get(namespace) == group_id:
-            return
+            return False
         if namespace in self._served:  # guard: a-host-that-served-takes-connections-again
             self.flush([scope_id])
-        if self.pairs.send(group_id, pairwire.FlowsWanted(scope_id=scope_id)):
-            self._asked[namespace] = group_id
+        if not self.pairs.send(group_id, pairwire.FlowsWanted(scope_id=scope_id)):
+            return False
+        self._asked[namespace] = group_id
+        return True
 
     def lost(self, group_id: str) -> None:
         """The other host of the group has to be asked again, when it is there."""

@@ -84,16 +84,19 @@ class StateReceiver:
             self._groups.send(group_id, wire.Wanted(scope_ids=tuple(sorted(group.missing))))
 
     def ask_for_flows(self, group_id: str) -> None:
-        """Ask for the connections of all scopes that are built here, unless that was done.
+        """Ask for the connections of all scopes that are built here, unless that was done, and tell what was built.
 
-        After a start the other host says what it has before all scopes are built here.
+        After a start the other host says what it has before all scopes are built here. The agent may be another build
+        than the one that got the state.
         """
         group = self._groups.known[group_id]
         if not group.compared or not self._groups.connected(group_id):
             return
         for slot in self._groups.slots(group_id):
-            if slot.scope_id not in group.missing and not slot.unconverged:
-                self._flows.ask(group_id, slot.scope_id)
+            if slot.scope_id in group.missing or slot.unconverged:
+                continue
+            if self._flows.ask(group_id, slot.scope_id):
+                self._tell_digest(group_id, slot)
 
     def forgets(self, scope_id: str) -> bool:
         """Whether the scope is being deleted because the active host says so. In any thread."""
@@ -154,11 +157,15 @@ class StateReceiver:
         self._groups.known[group_id].missing.discard(slot.scope_id)
         if slot.scope_id not in self._inbox:
             await run(self._scopes, slot, lambda: self._scopes.converge(slot))
-            if slot.rendered is not None:
-                digest = digest_of(slot.rendered[1])
-                self._groups.send(
-                    group_id, wire.Digest(scope_id=slot.scope_id, revision=message.revision, digest=digest)
-                )
+            self._tell_digest(group_id, slot)
+
+    def _tell_digest(self, group_id: str, slot: Slot) -> None:
+        """Tell what this host has made of the state, so that a difference shows."""
+        if slot.rendered is None or slot.rendered[0] is None:
+            return
+        revision, want = slot.rendered[0].revision, slot.rendered[1]
+        message = wire.Digest(scope_id=slot.scope_id, revision=revision, digest=digest_of(want))
+        self._groups.send(group_id, message)
 
     def drop(self, scope_id: str) -> None:
         """What the other host has said about the scope has no meaning any more: it is this host's turn."""
