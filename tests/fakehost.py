@@ -214,6 +214,7 @@ class FakeHost:
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
         self.hides_heartbeats = False
+        self.looked_for: set[str] = set()  # next hops of routes
         self.unplaced: dict[str, str] = {}  # scope -> why its bridge leads to no NIC
 
     def fail(self, what: str, *errors: Exception) -> None:
@@ -289,6 +290,9 @@ class FakeHost:
 
     def hide_heartbeats(self, is_member: bool) -> None:
         self.hides_heartbeats = is_member
+
+    def look_for_gateways(self, want: Want) -> None:
+        self.looked_for |= {it.via for it in want.routes if it.via}
 
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         return _announced(want, want.announce)

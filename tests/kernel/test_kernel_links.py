@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pyroute2 import IPRoute
 
+from kernel.agent_host import wait_until
 from kernel.rtnetlink import (
     add_address,
     add_route,
@@ -28,6 +29,7 @@ from kernel.rtnetlink import (
 from kernel.scratch import ip_json, joined, scratch, settled, tool
 from netloom.agent.kernel import links, namespaces, netlink
 from netloom.agent.kernel.links import Link
+from netloom.agent.kernel.neighbours import look_for_neighbour
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.netobjects import Rule
 
@@ -352,6 +354,17 @@ def test_a_vlan_link_is_created_or_the_missing_support_is_reported(ns: str) -> N
     else:
         with pytest.raises(NetlinkError, match=r"make VLAN link eth1\.1204 with tag 1204 on eth1: Operation not supp"):
             links.change(ns, [message])
+
+
+def test_the_kernel_looks_for_a_neighbour_before_there_is_a_packet() -> None:
+    with joined() as (left, _):
+        settled(left, "left")
+        links.change(left, [look_for_neighbour("left", "10.9.0.2"), look_for_neighbour("left", "10.9.0.99")])
+        wait_until(lambda: [it.neighbour.mac for it in list_neighbours(left) if it.neighbour.mac])
+        assert {(it.neighbour.address, it.neighbour.mac) for it in list_neighbours(left)} == {
+            ("10.9.0.2", "0a:00:00:00:09:02"),
+            ("10.9.0.99", ""),
+        }
 
 
 def test_permanent_neighbours_override_learned_ones_and_table_limits() -> None:

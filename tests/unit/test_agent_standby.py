@@ -143,6 +143,7 @@ async def test_a_standby_refuses_calls_and_says_whose_turn_it_is(agent: Agent) -
     assert reply.epoch == 1
 
 
+@pytest.mark.mutation("a-turn-begins-with-known-gateways", instead="None")
 @simulated
 async def test_a_turn_begins_with_announcements_and_nothing_to_build(agent: Agent) -> None:
     standby = await grouped(agent)
@@ -151,6 +152,7 @@ async def test_a_turn_begins_with_announcements_and_nothing_to_build(agent: Agen
     turn((standby,), "h2", 1)
     await agent.clock.settle()
     assert standby.host.arp
+    assert standby.host.looked_for == {"203.0.113.1"}
     assert not [it for it in standby.did if it.startswith(("save", "close", "open"))]
     reply = await standby.call("021", "assign-ip", vlan="1204", public_ip="203.0.113.99", epoch=2)
     assert reply.status == 0 and reply.gate == "open"

@@ -27,7 +27,17 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
-from netloom.agent.kernel import arp, conntrack_changes, conntrack_copy, modules, namespaces, sysctl, tcp_sockets
+from netloom.agent.kernel import (
+    arp,
+    conntrack_changes,
+    conntrack_copy,
+    links,
+    modules,
+    namespaces,
+    neighbours,
+    sysctl,
+    tcp_sockets,
+)
 from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
@@ -200,6 +210,15 @@ class KernelHost:
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
         return _announcements(self.placed(scope_id, want), [OpenGate(tuple(port.host_link for port in want.ports))])
+
+    def look_for_gateways(self, want: Want) -> None:
+        """Let the kernel look for the next hops of all routes now. Raises HostRefused.
+
+        Packets of open connections would wait for them in a short queue, and those that find no room there are lost.
+        """
+        known = {(it.link, it.address) for it in want.neighbours}
+        hops = {(it.link, it.via) for it in want.routes if it.link and it.via} - known
+        links.change(want.namespace, [neighbours.look_for_neighbour(*hop) for hop in sorted(hops)])
 
     def occupied(self, scope_id: str, want: Want, timeout_s: float, claim: bytes) -> Occupied:
         """Whether other hosts use the addresses of the scope. Blocks for the time-out. Raises HostRefused."""

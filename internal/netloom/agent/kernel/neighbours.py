@@ -23,6 +23,8 @@ from netloom.netobjects import Neighbour
 
 NUD_FAILED, NUD_PERMANENT = 0x20, 0x80  # states, linux/neighbour.h
 
+_NTF_USE = 0x01
+
 _HEAD = struct.Struct("=BxxxiHBB")  # ndmsg: family, index, state, flags, type
 _LINK_INDEX_AT = 4
 _NDA_DST, _NDA_LLADDR = 1, 2
@@ -64,6 +66,17 @@ def replace_neighbour(neighbour: Neighbour) -> Message:
     """
     payload = _address(neighbour, NUD_PERMANENT) + attribute(_NDA_LLADDR, packed_mac(neighbour.mac))
     return _message(RTM_NEWNEIGH, NLM_F_CREATE | NLM_F_REPLACE, neighbour, payload, f"replace neighbour {neighbour}")
+
+
+def look_for_neighbour(link: str, address: str) -> Message:
+    """Let the kernel look for a neighbour now, as a packet to it would.
+
+    Not for a permanent one: since Linux 5.16 it would be permanent no more (``__neigh_update``).
+    """
+    family = family_of(ipaddress.ip_address(address).version)
+    payload = _HEAD.pack(family, 0, 0, _NTF_USE, 0) + attribute(_NDA_DST, ipaddress.ip_address(address).packed)
+    what = f"look for neighbour {address} dev {link}"
+    return Message(RTM_NEWNEIGH, NLM_F_CREATE, payload, what=what, links=((_LINK_INDEX_AT, link),))
 
 
 def delete_neighbour(neighbour: Neighbour) -> Message:

@@ -74,6 +74,9 @@ class Host(Protocol):
     def hide_heartbeats(self, is_member: bool) -> None:
         """Let no VM of this host hear or send heartbeats, while the host is a member of a group. Raises HostRefused."""
 
+    def look_for_gateways(self, want: Want) -> None:
+        """Let the kernel look for the next hops of all routes now. Raises HostRefused."""
+
     def announcements(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         """What is to be announced when frames begin to pass all ports of ``want``. Raises HostRefused."""
 

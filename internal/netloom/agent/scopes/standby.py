@@ -249,6 +249,10 @@ class Standbys:
     def _announce_now(self, scope_id: str, want: Want) -> tuple[Announcement, ...]:
         announcements = self._host.announcements(scope_id, want)
         self._host.send_arp(announcements)
+        try:
+            self._host.look_for_gateways(want)  # guard: a-turn-begins-with-known-gateways
+        except NetloomError as error:
+            self._log.line(f"scope={scope_id} {error}")
         return announcements
 
     def _stand_by(self, view: GroupView, slots: list[Slot]) -> None:
