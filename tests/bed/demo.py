@@ -297,10 +297,7 @@ def _maintenance(show: Show, bed: Bed, network: IsolatedNetwork, internet: Inter
 def _take_over(show: Show, it: StandbyBed) -> None:
     """Cut the power of the active host in the middle of a download."""
 
-    def is_ready() -> bool:
-        return it.network.ensure().ok and "standby: ready" in it.network.custom_action("show")
-
-    ready = until(is_ready, seconds=60)
+    ready = until(it.is_ready, seconds=60)
     active, standby = it.active, it.standby
     show.forget()
     show.chapter("The active host loses power, in the middle of a download")
@@ -324,7 +321,7 @@ def _take_over(show: Show, it: StandbyBed) -> None:
         (f"CloudStack's next command goes to {standby.name}", followed),
     )
     faults.boot(active)
-    back = until(lambda: is_ready() and it.standby is active, seconds=60)
+    back = until(lambda: it.is_ready() and it.standby is active, seconds=60)
     show.step(
         f"{active.name} boots",
         (f"it stands by, and {standby.name} serves on", back and it.active is standby),

@@ -85,13 +85,8 @@ def keepalived(fault: str, each: int) -> Measured:
 @contextmanager
 def with_standby() -> Iterator[StandbyBed]:
     with standby_bed(details={"standby": "auto"}) as it:
-        if not until(lambda: is_ready(it), seconds=60):
-            raise SystemExit(f"the standby is not ready: {it.network.custom_action('show')}")
+        it.make_ready()
         yield it
-
-
-def is_ready(it: StandbyBed) -> bool:
-    return it.network.ensure().ok and "standby: ready" in it.network.custom_action("show")
 
 
 def netloom(fault: str, each: int) -> Measured:
