@@ -192,7 +192,7 @@ class World:
         """Ask the upstream. The thread that asks may run while that of the decision does not."""
         self.at(ASK_S * self.chance.uniform(0.9, 1.3), lambda: self.ask(name))
         host = self.hosts[name]
-        if host.member is None or name in self.without_upstream or self.chance.random() < self.loss**2:
+        if host.member is None or name in self.without_upstream or self.chance.random() < self.loss**3:  # three probes
             return
         if self._is_split():
             host.reached_at = self.now

@@ -332,8 +332,7 @@ class Member:
         if self.wants and is_alone:  # guard: a-candidate-hears-nobody
             self._begin(self.wants)
         # While it hears the other host, that one decides. It may have begun a term because it does not hear this one.
-        heard, _ = self._heard.get(self.group.partner(self.me), (_NEVER, None))
-        is_silent = asked_at - heard >= timing.silence_s  # guard: the-upstream-decides-only-in-silence
+        is_silent = asked_at - self._silent_since >= timing.silence_s  # guard: the-upstream-decides-only-in-silence
         lives = self.lease_until > now
         if self.may_serve and (is_silent if lives else is_alone):  # guard: a-lease-that-ended-needs-a-longer-silence
             # Until the newest message that the other host may have heard: its promise counts from there.
