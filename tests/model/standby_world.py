@@ -110,7 +110,7 @@ class World:
         self.now = 0.0
         self.loss, self.delay_s, self.late = loss, delay_s, late
         self.hosts = {
-            name: Host(name, 1 + self.chance.uniform(-DRIFT, DRIFT), self.chance.uniform(0, 1000)) for name in self.names
+            it: Host(it, 1 + self.chance.uniform(-DRIFT, DRIFT), self.chance.uniform(0, 1000)) for it in self.names
         }
         self.cut: set[tuple[str, str]] = set()
         self.without_upstream: set[str] = set()
@@ -368,7 +368,6 @@ class World:
         paths = set(paths)
         self.cut |= paths
         self.at(s, lambda: self.cut.difference_update(paths))
-
 
     def without_upstream_for(self, names: Iterable[str], s: float) -> None:
         names = set(names)

@@ -336,8 +336,8 @@ class Member:
         lives = self.lease_until > now
         if self.may_serve and (is_silent if lives else is_alone):  # guard: a-lease-that-ended-needs-a-longer-silence
             # Until the newest message that the other host may have heard: its promise counts from there.
-            until = min(asked_at, self._said_at) + timing.lease_s  # guard: a-lease-of-the-upstream-ends-before-a-promise
-            self.lease_until = max(self.lease_until, until)
+            newest = min(asked_at, self._said_at)  # guard: a-lease-of-the-upstream-ends-before-a-promise
+            self.lease_until = max(self.lease_until, newest + timing.lease_s)
 
     def _gives_way(self, now: float) -> bool:
         """Whether the active host gives its turn away: it is to, or its network is dead, and the other one can serve.

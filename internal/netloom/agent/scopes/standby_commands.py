@@ -97,7 +97,8 @@ class GroupCommands:
             if self._clock.time() > ends:
                 ports = sorted({it.port for it in self._groups.views()[group_id].spec.hosts})
                 raise HostRefused(
-                    f"this host has no lease in group {group_id}: it hears neither {role.standby} nor {role.witness}",
+                    f"this host has no lease in group {group_id}: it hears "
+                    + (f"neither {role.standby} nor {role.witness}" if role.witness else f"nothing of {role.standby}"),
                     hint=f"do firewalls between the hosts let UDP and TCP of port {', '.join(map(str, ports))} pass?",
                 )
             await self._clock.sleep(0.05)
