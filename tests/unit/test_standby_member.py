@@ -439,7 +439,9 @@ def test_without_a_witness_the_second_host_takes_over_when_the_gateway_answers_i
         assert group.now < died + 2
     last = group.second.view.last
     assert last is not None
-    assert last.reason.startswith("no heartbeat of kvm1 for 1.") and last.reason.endswith("the gateway answers this host")
+    assert last.reason.startswith("no heartbeat of kvm1 for 1.") and last.reason.endswith(
+        "the gateway answers this host"
+    )
     assert last.outage_s is not None and 1.0 < last.outage_s <= 1.5
     group.first.start()
     group.run(4)

@@ -82,7 +82,7 @@ class Upstreams:
             return
         if self._segments.get(group_id) != segment:
             port = segment.want.ports[0].host_link
-            what = ", ".join(it.via or "" for it in segment.want.routes) or f"{len(segment.want.neighbours)} VMs"
+            what = ", ".join(sorted({it.via for it in segment.want.routes})) or f"{len(segment.want.neighbours)} VMs"
             self._log.line(f"group={group_id} the second vote is that of {what} on {port} of {segment.scope_id}")
         self._segments[group_id] = segment
         if group_id not in self._asking:
@@ -100,10 +100,12 @@ class Upstreams:
 
     def ask(self, group_id: str) -> float | None:
         """Ask once; for how long to wait then. None: the group has ended."""
-        segment = self._segments.get(group_id)
-        if segment is None or group_id not in self._engine.views():
+        if group_id not in self._engine.views():
             self._segments.pop(group_id, None)
             return None
+        segment = self._segments.get(group_id)
+        if segment is None:
+            return ASK_EVERY_S
         asked_at = self._engine.now()
         try:
             answer = self._host.anybody_answers(segment.scope_id, segment.want, ANSWER_WITHIN_S)
