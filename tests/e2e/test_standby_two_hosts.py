@@ -1,0 +1,101 @@
+"""Two hosts without a witness: the public gateway has the second vote (``standby.alone=gateway``)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from bed import faults
+from bed.machines import until
+from bed.standby import StandbyBed, standby_bed
+from e2e.takeovers import NOBODY_TAKES_OVER_S, TAKES_OVER_WITHIN_S, returns_as_standby, watched
+
+Record = Callable[[str, object], None]
+
+
+@pytest.fixture(scope="module")
+def the_bed() -> Iterator[StandbyBed]:
+    with standby_bed(candidates=2, details={"standby": "auto", "standby.alone": "gateway"}) as it:
+        yield it
+
+
+@pytest.fixture
+def it(the_bed: StandbyBed) -> Iterator[StandbyBed]:
+    """The bed with a standby that is ready: both hosts are up, and the gateway answers the active one."""
+    the_bed.make_ready()
+    yield the_bed
+    the_bed.settle()
+
+
+def test_all_connections_survive_a_power_cut(it: StandbyBed, record_testsuite_property: Record) -> None:
+    assert "the gateway has the second vote" in it.shown()
+    with watched(it, "active", "standby") as watch:
+        watch.active.power_cut()
+        outage_s = watch.takes_over(watch.standby)
+        record_testsuite_property("two_hosts_outage_s", round(outage_s, 3))
+        watch.goes_on(watch.standby)  # alone
+        faults.boot(watch.active)
+        returns_as_standby(it, watch.active, watch.standby)
+    assert ": no heartbeat of" in it.shown() and "the gateway answers this host" in it.shown()
+    where = it.operator.run("where", it.scope, hosts=it.candidates)
+    assert "gateway" in where.out
+
+
+@pytest.mark.long
+def test_the_active_host_goes_on_without_its_standby(it: StandbyBed) -> None:
+    with watched(it, "active") as watch:
+        watch.standby.power_cut()
+        watch.goes_on(watch.active)
+        faults.boot(watch.standby)
+        returns_as_standby(it, watch.standby, watch.active)
+
+
+@pytest.mark.long
+def test_an_active_host_that_is_cut_off_from_everything_stops_and_the_standby_serves(it: StandbyBed) -> None:
+    with watched(it, "active", "standby") as watch:
+        watch.active.partition("all")
+        watch.takes_over(watch.standby)
+        watch.goes_on(watch.standby)
+        watch.active.heal()
+        watch.goes_on(watch.standby)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+@pytest.mark.long
+def test_two_hosts_that_do_not_hear_each_other_on_management_go_on(it: StandbyBed) -> None:
+    """Their heartbeats arrive on the VLANs."""
+    with watched(it, "active") as watch:
+        watch.standby.partition("mgmt")
+        watch.goes_on(watch.active)
+        watch.standby.heal()
+        watch.goes_on(watch.active)
+
+
+@pytest.mark.long
+def test_a_host_that_nobody_answers_stops_and_goes_on_later(it: StandbyBed) -> None:
+    """The standby is dead, and then the gateway."""
+    with watched(it, "active", each=0, udp=0, over6=0) as watch:
+        watch.standby.power_cut()
+        watch.goes_on(watch.active)
+        watch.active.separate([it.internet])
+        watch.stops(watch.active)
+        watch.active.heal()
+        watch.observer.wait_for(watch.active)
+
+
+@pytest.mark.long
+def test_both_serve_while_they_are_split_and_one_stops_when_they_hear_each_other(it: StandbyBed) -> None:
+    """This is the limit of two hosts: each of them reaches the gateway, and not the other one."""
+    active, standby = it.active, it.standby
+    both = {active.name, standby.name}
+    with it.observer() as observer:
+        standby.separate([active])
+        assert until(lambda: observer.serving() == both, seconds=TAKES_OVER_WITHIN_S), observer.story()
+        standby.heal()
+        assert until(lambda: observer.serving() == {standby.name}, seconds=TAKES_OVER_WITHIN_S), observer.story()
+        healed = time.monotonic()
+        time.sleep(NOBODY_TAKES_OVER_S)
+        assert {each.host for each in observer.answers(since=healed)} == {standby.name}, observer.story()
+    returns_as_standby(it, active, standby)
