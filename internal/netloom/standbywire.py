@@ -106,9 +106,14 @@ class JoinGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaveGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """``leave-group``: the scope is served by this host alone from now on. ``group_id``: the one that it has."""
+    """``leave-group``: the scope is served by this host alone from now on. ``group_id``: the one that it has.
+
+    ``is_forgotten``: the standby has just said to the sender that it does not have the scope. That counts only in a
+    group without a witness, and if the standby has been silent for long, so that it cannot have got it since.
+    """
 
     group_id: str
+    is_forgotten: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from fakehost import REGISTRATION, Agent, simulated
 from netloom import pairwire, placementwire, standbywire
 from netloom.agent.scopes import upstream, wire_questions
+from netloom.agent.scopes.standby_commands import FORGOTTEN_AFTER_S
 from netloom.agent.scopes.standby_groups import WIRES_EVERY_S
 from netloom.agent.scopes.store import Moved
 from netloom.agent.scopes.wire_questions import ASK_EVERY_S
@@ -1139,3 +1140,25 @@ async def test_without_a_witness_people_read_of_the_gateway(agent: Agent, monkey
     assert "gateway" not in agent.scopes.describe_group(slot.scope)[0]
     held = agent.scopes.placements.in_group(slot, placementwire.HeldScope(scope_id=NET))
     assert (held.standby, held.witness) == ("h2", placementwire.GATEWAY)
+
+
+@simulated
+@pytest.mark.mutation("a-standby-may-have-it", instead="True")
+async def test_a_scope_leaves_a_standby_that_forgot_it_only_after_a_long_silence(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word of the management side that the standby does not have the scope may be some seconds old."""
+    monkeypatch.setattr(agent.standbys._upstreams, "_start", lambda _: None)
+    await grouped(agent, PAIR)
+    agent.pairs.cut()
+    agent.engine.promises = False
+    leave = LeaveGroup(group_id=PAIR.group_id, is_forgotten=True)
+    view = agent.engine.groups[PAIR.group_id]
+    agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S - 1})
+    reply = await send(agent, standbywire.LEAVE_GROUP, leave)
+    assert (reply.status, reply.hint) == (3, "repeat it when the standby answers")
+    agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S})
+    reply = await send(agent, standbywire.LEAVE_GROUP, replace(leave, is_forgotten=False))
+    assert reply.status != 0
+    reply = await send(agent, standbywire.LEAVE_GROUP, leave)
+    assert reply.status == 0 and agent.store.files[NET].placement.group == ""

@@ -206,6 +206,7 @@ class Host:
     down: bool = False
     fails: dict[str, str] = field(default_factory=dict)  # an error by command
     status: int = 3  # of these errors
+    standby_is_silent: bool = False  # so no scope leaves its group
     forged: GroupSpec | None = None  # what it answers to set-group
 
 
@@ -284,7 +285,10 @@ class Bed:
         elif call.command == JOIN_GROUP:
             await self._join(host, call, unpacked(call.payload, JoinGroup))
         elif call.command == LEAVE_GROUP:
-            assert unpacked(call.payload, LeaveGroup).group_id == (reply.standby and reply.standby.group_id)
+            leave = unpacked(call.payload, LeaveGroup)
+            assert leave.group_id == (reply.standby and reply.standby.group_id)
+            if host.standby_is_silent and not leave.is_forgotten:
+                return Reply(call_id=call.call_id, status=3, error="its standby does not answer")
             host.reply = replace(reply, standby=None)
         elif reply.moved_to and call.command != "locate":
             return replace(reply, call_id=call.call_id, status=3, error="it stands by")
@@ -907,3 +911,20 @@ def test_a_group_whose_witness_is_registered_no_more_becomes_a_pair(bed: Callabl
     it.details["hosts"] = "h1,h2"
     assert it.ensure() == {"host": "h1", "namespace": "cs-net-42", "epoch": 2, "standby": "h2"}
     assert pair(it) == [("h1", "h2", "h3"), ("h1", "h2")]
+
+
+@pytest.mark.mutation("a-standby-says-what-it-has", instead="True")
+def test_a_network_leaves_a_standby_that_was_installed_anew_and_no_other_silent_one(bed: Callable[..., Bed]) -> None:
+    """The active host does not hear it. This server asks it, and it does not have the network any more."""
+    it = bed("h1,h2", **PAIR)
+    it.serve("h1")
+    it.ensure()
+    it.hosts["h1"].standby_is_silent = True
+    it.details["standby"] = "off"
+    assert it.ensure()["standby"] == "h2"
+    assert it.asked == ["h1 locate", "h1 leave-group", "h2 locate"]
+    assert it.record.note == "net-42 still has a standby: h1: its standby does not answer"
+    it.pool.standby_retries = Retries(60.0)
+    it.hosts["h2"].reply = Reply(call_id="")
+    assert "standby" not in it.ensure()
+    assert it.asked == ["h1 locate", "h1 leave-group", "h2 locate", "h1 leave-group", "h1 locate"]

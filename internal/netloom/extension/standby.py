@@ -266,8 +266,25 @@ class _Setup:
     async def leave(self, group_id: str) -> None:
         """Let the scope leave its group. Raises NetloomError."""
         self._record.doing = f"ending the standby of {self._request.scope_id}"
-        await self._tell(self.placed.host, LEAVE_GROUP, LeaveGroup(group_id=group_id), self._request.scope_id)
+        active, scope_id = self.placed.host, self._request.scope_id
+        try:
+            await self._tell(active, LEAVE_GROUP, LeaveGroup(group_id=group_id), scope_id)
+        except HostRefused:
+            if not await self._standby_lacks_it():
+                raise
+            await self._tell(active, LEAVE_GROUP, LeaveGroup(group_id=group_id, is_forgotten=True), scope_id)
         await self._look()
+
+    async def _standby_lacks_it(self) -> bool:
+        """Whether the standby of a group without a witness says that it does not have the scope: it was installed anew.
+
+        With a witness, the group is dissolved.
+        """
+        group = self._inquiry.answers[self.placed.host].standby
+        if group is None or group.witness or not self.standby:
+            return False
+        answer = await self._inquiry.look(self._situation, self.standby)
+        return answer.answered and not answer.holds and not answer.moved_to  # guard: a-standby-says-what-it-has
 
     async def _look(self) -> None:
         """What the host of the scope says about it now. Raises HostUnreachable."""
