@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from bed import faults
+from bed.lab import Host
 from bed.machines import until
+from bed.observer import never_two
 from bed.standby import StandbyBed, standby_bed
 from e2e.takeovers import NOBODY_TAKES_OVER_S, TAKES_OVER_WITHIN_S, returns_as_standby, watched
 
@@ -27,6 +29,11 @@ def it(the_bed: StandbyBed) -> Iterator[StandbyBed]:
     the_bed.make_ready()
     yield the_bed
     the_bed.settle()
+
+
+def log(host: Host) -> str:
+    """The log of its agent."""
+    return host.read("/var/log/netloom/agent.log")
 
 
 def test_all_connections_survive_a_power_cut(it: StandbyBed, record_testsuite_property: Record) -> None:
@@ -99,3 +106,41 @@ def test_both_serve_while_they_are_split_and_one_stops_when_they_hear_each_other
         time.sleep(NOBODY_TAKES_OVER_S)
         assert {each.host for each in observer.answers(since=healed)} == {standby.name}, observer.story()
     returns_as_standby(it, active, standby)
+
+
+@pytest.mark.long
+def test_a_busy_machine_ends_no_lease_of_the_gateway(it: StandbyBed) -> None:
+    """Eight busy loops for 20 s, while the standby is dead: each lease is one of the gateway."""
+    loop = "import time; until = time.monotonic() + 20\nwhile time.monotonic() < until: pass"
+    with watched(it, "active") as watch:
+        watch.standby.power_cut()
+        watch.goes_on(watch.active)
+        ran_out = log(watch.active).count("has run out")
+        running = [it.bed.hosts[-1].client.start("run", dict, argv=["python3", "-c", loop]) for _ in range(8)]
+        watch.goes_on(watch.active, seconds=20, gap_s=float("inf"))  # the observer is late, too
+        for each in running:
+            each.result()
+        assert log(watch.active).count("has run out") == ran_out, log(watch.active)[-4000:]
+
+
+@pytest.mark.long
+def test_a_witness_comes_and_goes() -> None:
+    """The third host is registered no more, and then again. Then two hosts are to have no standby."""
+    with standby_bed(candidates=3, details={"standby": "auto", "standby.alone": "gateway"}) as it:
+        it.make_ready()
+        active = it.active
+        three = it.cloud.registration["hosts"]
+        two = ",".join((active.address, it.standby.address))
+        with it.observer() as observer, it.flows(3, every_s=0.1) as flows:
+            flows.wait_open()
+            for hosts, has_witness in ((two, False), (three, True), (two, False)):
+                it.cloud.registration["hosts"] = hosts
+                vote = "is the witness" if has_witness else "the gateway has the second vote"
+                # An attempt may come a minute after the one before.
+                assert until(it.is_ready, seconds=90) and vote in it.shown(), it.shown()
+                assert flows.go_on(), flows.story()
+            it.cloud.registration["standby.alone"] = "stop"
+            it.device.ensure()
+            assert "standby" not in it.device.details
+            assert flows.go_on(), flows.story()
+        never_two(observer, active)
