@@ -457,7 +457,7 @@ def test_without_a_witness_and_without_the_gateway_nobody_takes_over() -> None:
     group.first.cut_power(loses=False)
     group.run(10)
     assert group.serving == []
-    assert len(group.second.log.with_("the gateway does not answer this host")) == 1
+    assert len(group.second.log.with_("no gateway answers this host")) == 1
     group.upstream = {"kvm2"}
     group.run(1.5)
     assert group.serving == ["kvm2"]

@@ -18,12 +18,12 @@ whatever is lost, repeated, delayed or cut off, and whoever crashes:
 
 A group may have no witness. The second vote is that of the *upstream* then, a machine outside of both hosts:
 
-7. While the active host does not hear the other one, the upstream gives it its lease, which ends ``lease_s`` after the
-   later question that was answered, and after the newest message that this host sent.
+7. While the active host does not hear the other one, each answer of the upstream renews its lease: until ``lease_s``
+   after the question, but not longer than ``lease_s`` after the newest message that this host sent.
 8. A host begins a term, or goes on after its lease has ended, when the upstream has answered it for longer than a
    promise without a break, and it has heard nothing of the other one meanwhile.
 
-The upstream promises nothing. So two hosts serve if both reach it and do not hear each other.
+The upstream promises nothing. So two hosts may serve while both reach it and do not hear each other.
 
 docs/group-protocol.md has the reasons. Times are in seconds of this host's clock CLOCK_BOOTTIME, which also runs while
 all processes are stopped.

@@ -54,7 +54,7 @@ class GroupReports:
         if silent:
             lacks.append(f"no heartbeat of {' and '.join(sorted(silent))}")
         elif not role.witness and view.upstream_s > view.spec.lease_ms / 1000:
-            lacks.append("the gateway does not answer this host")
+            lacks.append("no gateway answers this host")
         elif view.silent:
             lacks.append(f"no heartbeat of {role.standby} on a VLAN")
         behind = self._sender.behind(scope.scope_id, role)

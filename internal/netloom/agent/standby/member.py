@@ -510,7 +510,7 @@ class GroupMember:
         answers = now - self._upstream_at < self.timing.lease_s
         if answers != self._upstream_answers and (answers or now - self._began_at > GATEWAY_WITHIN_S):
             self._upstream_answers = answers
-            self._log("the gateway answers this host" if answers else "the gateway does not answer this host")
+            self._log("the gateway answers this host" if answers else "no gateway answers this host")
 
     def _watch_lease(self, now: float) -> None:
         kept = self.record.kept
