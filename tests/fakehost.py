@@ -545,6 +545,14 @@ class FakeEngine:
         self.wires: dict[str, dict[ClaimWire, int]] = {}
         self.suspected: list[int] = []
         self.answers: list[tuple[int, bool | None]] = []
+        self.time = 100.0
+        self.votes: list[float] = []  # of the upstream: when it was asked
+
+    def now(self) -> float:
+        return self.time
+
+    def upstream_answered(self, group_id: str, asked_at: float) -> None:
+        self.votes.append(asked_at)
 
     def views(self) -> Mapping[str, GroupView]:
         return self.groups

@@ -4,7 +4,7 @@ A heartbeat is one message to both other members. It travels over UDP, and as th
 ``HEARTBEAT`` (ethernet.py) on the VLANs that the hosts have in common. It has a fixed size; numbers are big endian::
 
     group      4 bytes
-    sender     1 byte: 0 the first host, 1 the second, 2 the witness; so are all hosts below
+    sender     1 byte: 0 the first host, 1 the second, 2 the witness, if there is one; so are all hosts below
     flags      1 byte; 1: ``released``, 2: ``ready``, 4: ``dissolved``, 8: ``gives_way``, 16: ``partner_behind``
     active     1 byte
     grants     1 byte; 255: nobody

@@ -32,6 +32,8 @@ from netloom.errors import HostRefused
 
 T = TypeVar("T")
 
+GATEWAY = "gateway"  # as the ``witness`` of a scope whose group has none
+
 # Commands about one scope: the call's ``scope_id`` names it.
 READ_STATE = "read-state"
 RECEIVE = "receive"
@@ -199,7 +201,8 @@ class HeldScope(msgspec.Struct, frozen=True, kw_only=True):
     Of a scope with a standby (standbywire.py): ``group`` is its group, ``standby`` the host that stands by, ``term``
     that of the group, and ``epoch`` grows with each take-over. The gate of the copy that stands by is "standby", and
     ``peer`` is the active host. The active host has the same gate without a ``peer`` while it has no lease.
-    ``behind``: one line, why the standby lacks something. ``took_over``: one line about the last take-over.
+    ``witness``: of the group, or GATEWAY. ``behind``: one line, why the standby lacks something. ``took_over``: one
+    line about the last take-over.
 
     ``size``: what a move of it costs, roughly: its networks, public addresses and NICs together. ``failed``: the state
     cannot be read, or the host does not do what it says.

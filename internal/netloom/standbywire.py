@@ -1,8 +1,8 @@
 """Groups of hosts that stand by for each other: what the management side hands out, and the commands about it.
 
-A *group* is a host that serves scopes, a host that stands by for it, and a witness. Its hosts talk to each other with
-a secret that the management side hands out over SSH. A group never changes: another standby or another witness is
-another group. ``standby/decision.py`` decides which of its hosts serves.
+A *group* is a host that serves scopes, a host that stands by for it, and perhaps a witness. Its hosts talk to each
+other with a secret that the management side hands out over SSH. A group never changes: another standby or another
+witness is another group. ``standby/decision.py`` decides which of its hosts serves.
 
 The commands travel in the ``payload`` of a ``Call`` and the ``data`` of a ``Reply``, as MessagePack::
 
@@ -45,25 +45,26 @@ class GroupHost(msgspec.Struct, frozen=True, kw_only=True):
 class GroupSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A group. ``group_id``: 8 hexadecimal digits, random. ``secret``: 64 hexadecimal digits.
 
-    ``first`` is active in term 0, ``second`` stands by. ``owner``: the registration whose scopes the group has.
+    ``first`` is active in term 0, ``second`` stands by. ``witness``: None if the upstream has the second vote; agents
+    before 2026-12 refuse such a group. ``owner``: the registration whose scopes the group has.
     """
 
     group_id: str
     owner: str
     first: GroupHost
     second: GroupHost
-    witness: GroupHost
+    witness: GroupHost | None
     secret: Secret = Secret()
     lease_ms: int = LEASE_MS
 
     @property
-    def hosts(self) -> tuple[GroupHost, GroupHost, GroupHost]:
-        return self.first, self.second, self.witness
+    def hosts(self) -> tuple[GroupHost, ...]:
+        return (self.first, self.second) if self.witness is None else (self.first, self.second, self.witness)
 
     @property
     def names(self) -> Group:
         """The names of the hosts, for the decision."""
-        return Group(self.first.name, self.second.name, self.witness.name)
+        return Group(self.first.name, self.second.name, self.witness.name if self.witness is not None else "")
 
     @property
     def mark(self) -> int:
@@ -105,9 +106,14 @@ class JoinGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LeaveGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """``leave-group``: the scope is served by this host alone from now on. ``group_id``: the one that it has."""
+    """``leave-group``: the scope is served by this host alone from now on. ``group_id``: the one that it has.
+
+    ``is_forgotten``: the standby has just said to the sender that it does not have the scope. That counts only in a
+    group without a witness, and if the standby has been silent for long, so that it cannot have got it since.
+    """
 
     group_id: str
+    is_forgotten: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)

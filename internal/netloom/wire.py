@@ -104,7 +104,7 @@ class Evacuated(msgspec.Struct, frozen=True, kw_only=True):
 class StandbyReply(msgspec.Struct, frozen=True, kw_only=True):
     """The group that a scope belongs to (standbywire.py), as one of its hosts knows it.
 
-    ``host``: the one that stands by, ``witness``: the third one, by their names in the registration. ``term``: of the
+    ``host``: the one that stands by, ``witness``: the third one, or empty, by their names there. ``term``: of the
     group. ``behind``: one line, why the standby lacks something of the scope; empty: it has all, as far as is known.
     ``serving``: whether the host that replies is active and has a lease. ``standby_silent_s``, ``witness_silent_s``:
     for how many seconds it has not heard them.

@@ -29,7 +29,12 @@ class Watch:
     flows: Flows
     active: Host
     standby: Host
-    witness: Host
+    others: list[Host]  # the candidates that are neither
+
+    @property
+    def witness(self) -> Host:
+        (found,) = self.others
+        return found
 
     def takes_over(self, by: Host, *, within_s: float = TAKES_OVER_WITHIN_S, flows: bool = True) -> float:
         """Assert that the host serves soon, and the connections go on; returns the outage in seconds."""
@@ -61,14 +66,15 @@ def watched(
     it: ScopeBed, *turns: str, each: int = 3, udp: int = 1, over6: int = 1, more: Sequence[FlowKind] = ()
 ) -> Iterator[Watch]:
     """Watch the block. At its end the hosts have served in these ``turns``, "active", "standby", never two at once."""
-    active, standby, witness = it.active, it.standby, it.witness
+    active, standby = it.active, it.standby
+    others = [each for each in it.candidates if each not in (active, standby)]
     with it.observer() as observer, it.flows(each, *more, udp=udp, over6=over6, every_s=0.1) as flows:
         flows.wait_open()
         time.sleep(2.5)  # UDP is assured from then on, and the copies have arrived
-        watch = Watch(it, observer, flows, active, standby, witness)
+        watch = Watch(it, observer, flows, active, standby, others)
         yield watch
         assert flows.disordered() == 0
-    hosts = {"active": active, "standby": standby, "witness": witness}
+    hosts = {"active": active, "standby": standby}
     never_two(observer, *(hosts[name] for name in turns))
 
 

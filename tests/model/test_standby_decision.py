@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from model.standby_world import BEAT_S, GROUP, KINDS, PATHS, TIMING, Fault, World, play
+from model.standby_world import ASK_S, BEAT_S, GROUP, KINDS, PAIR, PAIR_KINDS, PATHS, TIMING, Fault, World, play
 from netloom.standby.decision import Kept, Local, Member, Says
 
 LASTS_S = st.floats(0, 4) | st.sampled_from([0.3, 0.9, 1.0, 1.1, 1.2])  # a lease and a promise last about a second
@@ -465,3 +465,233 @@ def test_a_host_takes_only_the_term_after_the_released_one() -> None:
     assert (b.kept.term, b.may_serve) == (1, True)
     tell(1, b, w)
     assert w.says(1, 1).grants == ""
+
+
+# ------------------------------------------------------------------------------------------------ without a witness
+
+
+def check_pair(faults: list[Fault], seed: int, loss: float, delay_s: float) -> None:
+    """Two hosts serve only if both reach the upstream and do not hear each other: ``World.split``."""
+    world = play(faults, seed, loss, delay_s, PAIR)
+    assert not world.two
+    assert all(world.hosts[it].alone for it in world.alone)
+    assert len(world.serving) == 1, [(it.disk, it.member and it.member.wants) for it in world.hosts.values()]
+    assert all(it.disk.term == world.term for it in world.hosts.values())
+
+
+PAIR_FAULTS = st.lists(
+    st.tuples(st.floats(0, 3), st.sampled_from(PAIR_KINDS), st.integers(0, 30), LASTS_S), min_size=1, max_size=12
+)
+
+
+@given(PAIR_FAULTS, *WORLDS[1:])
+@settings(max_examples=300, deadline=None)
+def test_without_a_witness_two_hosts_serve_only_while_both_reach_the_upstream_and_not_each_other(
+    faults: list[Fault], seed: int, loss: float, delay_s: float
+) -> None:
+    check_pair(faults, seed, loss, delay_s)
+
+
+@pytest.mark.long
+@given(PAIR_FAULTS, *WORLDS[1:])
+@settings(max_examples=40_000, deadline=None)
+def test_without_a_witness_many_thousand_runs(faults: list[Fault], seed: int, loss: float, delay_s: float) -> None:
+    check_pair(faults, seed, loss, delay_s)
+
+
+def pair_world(seed: int, *, loss: float = 0.0) -> World:
+    """As ``world``, without a witness."""
+    it = World(seed, loss=loss, group=PAIR)
+    it.run(5 + it.chance.uniform(0, BEAT_S))
+    assert it.serving == ["a"]
+    it.gaps.clear()
+    return it
+
+
+@pytest.mark.parametrize("kind", ["power", "freeze", "cut off"])
+def test_without_a_witness_the_standby_takes_over_if_the_upstream_answers(kind: str) -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        began = it.now
+        it.fault(kind, A, 5.0)
+        it.run_for(TAKES_OVER_WITHIN_S)
+        assert it.serving == ["b"] and it.now - began < 1.31
+        it.run_for(10)
+        assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])
+
+
+def test_without_a_witness_a_standby_that_the_upstream_does_not_answer_takes_nothing_over() -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.fault("no upstream for one", B, 10.0)
+        it.power("a", False)
+        it.run_for(8)
+        assert (it.serving, it.term) == ([], 0)
+        it.run_for(2 + TIMING.promise_s + 3 * ASK_S)
+        assert (it.serving, it.term) == (["b"], 1)
+
+
+@pytest.mark.parametrize("kind", ["power", "freeze", "cut off"])
+def test_without_a_witness_the_active_host_serves_on_without_its_standby(kind: str) -> None:
+    for seed in SEEDS:
+        it = pair_world(seed, loss=0.05)
+        it.fault(kind, B, 5.0)
+        it.run_for(10)
+        assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
+
+
+@pytest.mark.parametrize("kind", ["no upstream", "no upstream for one"])
+def test_without_a_witness_the_upstream_is_not_missed_while_the_hosts_hear_each_other(kind: str) -> None:
+    for seed in SEEDS:
+        it = pair_world(seed, loss=0.05)
+        it.fault(kind, A, 5.0)
+        it.run_for(10)
+        assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
+
+
+def test_without_a_witness_a_host_that_nobody_answers_stops_and_goes_on_later() -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.fault("power", B, 30.0)
+        it.fault("no upstream", A, 5.0)
+        it.run_for(1.1)
+        assert it.serving == []
+        it.run_for(7)
+        assert (it.serving, it.term) == (["a"], 0)
+
+
+@pytest.mark.mutation("silence-counts-while-the-upstream-answers")
+def test_without_a_witness_one_serves_after_all_was_cut() -> None:
+    """The upstream answers before the other host is heard."""
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.fault("cut off", A, 5.0)
+        it.fault("no upstream", B, 5.0)
+        it.run_for(2)
+        assert it.serving == []
+        it.run_for(6)
+        assert (it.serving, it.term, it.two, it.split) == (["a"], 0, [], [])
+
+
+def test_without_a_witness_one_serves_again_after_a_split() -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.fault("between", A, 5.0)
+        it.run_for(4)
+        assert it.serving == ["a", "b"] and it.split  # this is what cannot be prevented
+        it.run_for(1 + 2 * BEAT_S)
+        assert (it.serving, it.term) == (["b"], 1)
+        it.run_for(5)
+        assert (it.serving, it.term, it.two) == (["b"], 1, [])
+
+
+@pytest.mark.mutation("the-upstream-decides-only-in-silence", instead="True")
+def test_without_a_witness_an_active_host_that_is_not_heard_is_replaced() -> None:
+    """It hears its standby, which does not hear it. Both reach the upstream."""
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.part([("a", "b")], 5.0)
+        it.run_for(4)
+        assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])
+        it.run_for(5)
+        assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])
+
+
+def test_without_a_witness_an_active_host_that_does_not_hear_its_standby_serves_on() -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.part([("b", "a")], 5.0)
+        it.run_for(10)
+        assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_without_a_witness_one_serves_after_a_reboot_of_both(first: str, pause_s: float) -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        for name in it.hosts:
+            it.power(name, False)
+        it.run_for(3)
+        for name in (first, PAIR.partner(first)):
+            it.power(name, True)
+            it.run_for(pause_s)
+        it.run_for(5)
+        served = "a" if first == "a" or pause_s < 1.5 else "b"
+        assert (it.serving, it.two, it.split) == ([served], [], [])
+
+
+def test_without_a_witness_a_turn_that_is_given_away_is_taken_at_once() -> None:
+    for seed in SEEDS:
+        it = pair_world(seed)
+        it.fault("not ready", A, 20.0)
+        it.run_for(0.2)
+        assert (it.serving, it.term) == (["b"], 1)
+
+
+def test_without_a_witness_a_group_is_dissolved_by_its_standby() -> None:
+    it = pair_world(0)
+    it.fault("dissolve", A, 0.0)
+    it.run_for(0.5)
+    assert it.alone == {"a"}
+    it.power("a", False)
+    it.run_for(10)
+    assert it.serving == ["a"] and not it.two
+    it = pair_world(0)
+    it.power("b", False)
+    it.fault("dissolve", A, 0.0)
+    it.run_for(5)
+    assert (it.serving, it.alone) == (["a"], set())  # nobody has promised anything
+
+
+def pair_member(name: str, now: float = 0.0, **kept: int | str | bool) -> Member:
+    return Member(PAIR, name, TIMING, Kept(**{"active": "a"} | kept), now)  # type: ignore[arg-type]
+
+
+def answered(it: Member, begin: float, end: float, *, every_s: float = ASK_S) -> None:
+    """The upstream answers each question at once, and a message is sent each time."""
+    while begin <= end:
+        it.says(begin, -1)
+        it.answered(begin, begin)
+        begin += every_s
+
+
+@pytest.mark.mutation("a-candidate-hears-nobody", instead="self.wants")
+def test_a_candidate_begins_when_the_upstream_has_answered_for_longer_than_a_promise() -> None:
+    b = pair_member("b")
+    b.tick(10, READY)
+    assert b.wants == 1
+    answered(b, 10, 10 + TIMING.promise_s - SOON_S)
+    assert not b.may_serve
+    b.tick(10 + TIMING.promise_s + SOON_S, READY)
+    assert b.may_serve and b.lease_until == pytest.approx(12)  # from the last question on
+
+
+@pytest.mark.mutation("a-lease-that-ended-needs-a-longer-silence", instead="is_silent")
+def test_a_lease_that_has_ended_comes_back_only_after_a_long_silence() -> None:
+    a = pair_member("a")
+    answered(a, 10, 11)
+    assert a.lease_until < 0
+    answered(a, 11.1, 11.3)
+    assert a.lease_until > 12
+
+
+@pytest.mark.mutation("a-lease-of-the-upstream-ends-before-a-promise", instead="asked_at")
+def test_a_lease_of_the_upstream_ends_before_the_other_host_may_begin() -> None:
+    """The standby counts from the newest message. A host that dies now does not send another one."""
+    a, b = pair_member("a"), pair_member("b")
+    answered(a, 8, 10)
+    assert a.lease_until == pytest.approx(11)
+    tell(10, a, b)
+    a.answered(10.4, 10.4)
+    assert a.lease_until <= b.promised_until - TIMING.lease_s * 0.05
+
+
+@pytest.mark.mutation("the-upstream-has-no-vote-with-a-witness", instead="False")
+def test_an_old_answer_of_the_upstream_and_one_in_a_group_with_a_witness_count_nothing() -> None:
+    with_witness, late = member("a"), pair_member("a")
+    answered(with_witness, 8, 10)
+    assert with_witness.lease_until < 0
+    answered(late, 8, 8.9)
+    late.tick(9.6, READY)
+    assert late.lease_until < 0

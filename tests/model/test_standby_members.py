@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from netloom.files import NotFlushed
 from netloom.standby.decision import Local
-from unit.standby_group import NAMES, Group, Host, full_disk
+from unit.standby_group import NAMES, PAIR, Group, Host, full_disk
 
 
 def _stop(group: Group, host: Host, chance: random.Random) -> None:
@@ -127,6 +127,44 @@ def test_never_two_hosts_have_a_lease_and_in_the_end_one_has(
             what(group, host, chance)
         if host.member is None:
             host.start()
+    group.run(8)
+    assert len(group.serving) == 1, [it.member and it.view for it in group.hosts.values()]
+    assert {it.view.active for it in group.hosts.values()} == set(group.serving)
+
+
+def _reach_upstream(group: Group, host: Host, chance: random.Random) -> None:
+    """Only this host reaches it from now on."""
+    group.upstream = {host.name}
+
+
+def _lose_upstream(group: Group, host: Host, chance: random.Random) -> None:
+    group.upstream = set()
+
+
+PAIR_FAULTS = [*FAULTS, _reach_upstream, _reach_upstream, _lose_upstream]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(PAIR_FAULTS), st.sampled_from(NAMES[:2]), st.integers(0, 15)), max_size=25),
+    st.integers(0, 1 << 32),
+)
+@settings(max_examples=150, deadline=None)
+def test_without_a_witness_never_two_hosts_have_a_lease_while_the_upstream_answers_only_one(
+    faults: list[tuple[Callable[[Group, Host, random.Random], None], str, int]], seed: int
+) -> None:
+    group, chance = Group(PAIR).start(), random.Random(seed)
+    group.upstream = set()
+    for fault, name, ticks in faults:
+        fault(group, group.hosts[name], chance)
+        group.settle()
+        group.run(ticks / 10, each=lambda: _replay(group, chance.choice(list(group.hosts.values())), chance))
+    for host in group.hosts.values():
+        host.thaw()
+        for what in (_writable, _accept_leases, _heal, _be_ready):
+            what(group, host, chance)
+        if host.member is None:
+            host.start()
+    group.upstream = {it.name for it in group.hosts.values()}
     group.run(8)
     assert len(group.serving) == 1, [it.member and it.view for it in group.hosts.values()]
     assert {it.view.active for it in group.hosts.values()} == set(group.serving)

@@ -1,9 +1,11 @@
-"""The three members of a group without threads, sockets and kernel: their clock is advanced by hand."""
+"""The members of a group without threads, sockets and kernel: their clock is advanced by hand."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Mapping
+
+from msgspec.structs import replace
 
 from netloom.agent.log import Log
 from netloom.agent.standby.group_file import Record
@@ -23,6 +25,7 @@ SPEC = GroupSpec(
     witness=GroupHost(name="kvm3", address="2001:db8::3"),
     secret=Secret("5a" * 32),
 )
+PAIR = replace(SPEC, witness=None)
 KEY = key_of(SPEC.secret)
 NAMES = ("kvm1", "kvm2", "kvm3")
 TICK_S = 0.1
@@ -80,7 +83,7 @@ class Host:
         self.group = group
         self.log = Lines()
         self.leases = Leases(lambda: group.now)
-        self.disk = Record(spec=SPEC, me=name, kept=Kept(active="kvm1"))
+        self.disk = Record(spec=group.spec, me=name, kept=Kept(active="kvm1"))
         self.refusal: OSError | None = None  # what each write raises
         self.perhaps: Record | None = None  # what a power failure may leave on the disk instead
         self.is_frozen = False
@@ -175,16 +178,23 @@ class Group:
     """The hosts, and the paths between them. ``cut``: pairs of sender and receiver that have none.
 
     ``cut_off_vlan``: hosts whose VLAN is dead. ``neighbours``: whether those who ask there hear anybody else.
+    ``upstream``: whom it answers, in a group without a witness.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spec: GroupSpec = SPEC) -> None:
+        self.spec = spec
+        self.upstream = set(NAMES)
         self.now_ns = 5_000 * NANOSECONDS
         self.cut: set[tuple[str, str]] = set()
         self.cut_off_vlan: set[str] = set()
         self.neighbours = True
-        self.hosts = {name: Host(name, self) for name in NAMES}
-        self.first, self.second, self.witness = self.hosts.values()
+        self.hosts = {it.name: Host(it.name, self) for it in spec.hosts}
+        self.first, self.second = list(self.hosts.values())[:2]
         self.messages: list[tuple[str, bytes]] = []  # all that were sent
+
+    @property
+    def witness(self) -> Host:
+        return self.hosts["kvm3"]
 
     @property
     def now(self) -> float:
@@ -207,6 +217,8 @@ class Group:
                 if it.member is not None and not it.is_frozen:
                     it.member.tick(self.now)
                     self.ask(it)
+                    if self.spec.witness is None and it.name in self.upstream:
+                        it.member.upstream_answered(self.now, self.now)
                     it.renew()
                     self.send(it)
             self.settle()
@@ -235,7 +247,7 @@ class Group:
             host.member.is_urgent = False
             return
         self.messages.append((host.name, message))
-        for to in NAMES:
+        for to in self.hosts:
             if to != host.name and (host.name, to) not in self.cut:
                 self.hosts[to].hear(message)
                 if to != "kvm3" and not {host.name, to} & self.cut_off_vlan:

@@ -8,13 +8,14 @@ from msgspec.structs import replace
 
 from fakehost import REGISTRATION, Agent, simulated
 from netloom import pairwire, placementwire, standbywire
-from netloom.agent.scopes import wire_questions
+from netloom.agent.scopes import upstream, wire_questions
+from netloom.agent.scopes.standby_commands import FORGOTTEN_AFTER_S
 from netloom.agent.scopes.standby_groups import WIRES_EVERY_S
 from netloom.agent.scopes.store import Moved
 from netloom.agent.scopes.wire_questions import ASK_EVERY_S
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
-from netloom.netobjects import Neighbour
+from netloom.netobjects import Neighbour, Route
 from netloom.render.want import Port, Segment, Want
 from netloom.secret import Secret
 from netloom.standbywire import GroupHost, GroupSpec, JoinGroup, LeaveGroup, SetGroup
@@ -58,12 +59,12 @@ def turn(agents: tuple[Agent, ...], active: str, term: int, *, serves: bool = Tr
         agent.standbys.changed(GROUP.group_id)
 
 
-async def grouped(agent: Agent) -> Agent:
+async def grouped(agent: Agent, group: GroupSpec = GROUP) -> Agent:
     """The network of the agent gets a standby: the result."""
     await agent.live()
     standby = Agent(agent.clock, "h2")
     for it in (agent, standby):
-        reply = await send(it, standbywire.SET_GROUP, SetGroup(host=it.name, group=GROUP), "")
+        reply = await send(it, standbywire.SET_GROUP, SetGroup(host=it.name, group=group), "")
         assert reply.status == 0, reply
         it.start(it.standbys.run())
     agent.pairs.connect(standby.pairs)
@@ -1057,3 +1058,107 @@ async def test_a_member_of_a_group_hides_heartbeats_from_its_vms(agent: Agent) -
     agent.engine.groups.clear()
     await agent.clock.advance(1)
     assert not agent.host.hides_heartbeats
+
+
+# --- without a witness
+
+PAIR = replace(GROUP, witness=None)
+
+
+def asked_addresses(wants: dict[str, Want]) -> tuple[str, list[str]] | None:
+    """The link on which the upstream is asked, and for which addresses."""
+    segment = upstream.upstream(wants)
+    if segment is None:
+        return None
+    (port,) = segment.want.ports
+    return port.link, [it.via for it in segment.want.routes] + [it.address for it in segment.want.neighbours]
+
+
+def test_the_upstream_is_a_public_gateway_else_one_of_guests_else_vms() -> None:
+    def port(link: str, vlan: str) -> Port:
+        segment = Segment(bridge=f"br{vlan}", nic="eth1", vlan=vlan, vlan_link=f"eth1.{vlan}")
+        return Port(link=link, host_link=f"v{link}", mac="02:00:00:00:00:01", segment=segment)
+
+    vm = Neighbour(link="gst-1", address="10.1.1.5", mac="02:00:00:00:00:02")
+    six = Neighbour(link="gst-1", address="2001:db8::5", mac="02:00:00:00:00:02")
+    public = Route(table=1, destination="0.0.0.0/0", link="pub-9", via="203.0.113.1")
+    guests = Route(table=1, destination="0.0.0.0/0", link="gst-1", via="10.1.1.1")
+    want = Want(namespace="cs-net-1", ports=(port("gst-1", "1"), port("pub-9", "9")), neighbours=(vm, six))
+    assert asked_addresses({"net-1": replace(want, routes=(public,))}) == ("pub-9", ["203.0.113.1"])
+    assert asked_addresses({"net-1": replace(want, routes=(guests, public))}) == ("pub-9", ["203.0.113.1"])
+    assert asked_addresses({"net-1": replace(want, routes=(guests,))}) == ("gst-1", ["10.1.1.1"])
+    assert asked_addresses({"net-1": want}) == ("gst-1", ["10.1.1.5"])
+    assert asked_addresses({"net-1": replace(want, neighbours=(six,))}) is None
+    assert asked_addresses({}) is None
+
+
+@simulated
+async def test_without_a_witness_the_upstream_is_asked_and_the_engine_hears_its_answers(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr(agent.standbys._upstreams, "_start", started.append)
+    await grouped(agent, PAIR)
+    await agent.clock.advance(WIRES_EVERY_S + 1)
+    assert len(started) == 1
+    upstreams, engine = agent.standbys._upstreams, agent.engine
+    assert upstreams.knows(PAIR.group_id)
+    assert upstreams.ask(PAIR.group_id) == pytest.approx(upstream.ASK_EVERY_S)
+    assert engine.votes == [engine.time]
+    assert agent.host.did[-1] == "neighbours of pub-101"
+    agent.host.answering = False
+    assert upstreams.ask(PAIR.group_id) is not None
+    with monkeypatch.context() as failing:
+
+        def refuse(*_: object) -> None:
+            raise HostRefused("no links today")
+
+        failing.setattr(agent.host, "anybody_answers", refuse)
+        for _ in range(3):
+            assert upstreams.ask(PAIR.group_id) is not None
+    assert len([it for it in agent.log.lines if "no links today" in it]) == 1
+    assert engine.votes == [engine.time]
+    upstreams.follow(PAIR.group_id, None)
+    count = len(agent.host.did)
+    assert upstreams.ask(PAIR.group_id) == upstream.ASK_EVERY_S and len(agent.host.did) == count
+    del engine.groups[PAIR.group_id]
+    assert upstreams.ask(PAIR.group_id) is None
+    assert not upstreams.knows(PAIR.group_id)
+
+
+@simulated
+async def test_without_a_witness_people_read_of_the_gateway(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent.standbys._upstreams, "_start", lambda _: None)
+    await grouped(agent, PAIR)
+    slot = agent.scopes.slot(NET)
+    assert slot.scope is not None
+    lines = agent.scopes.describe_group(slot.scope)
+    assert "no gateway answers this host" in lines[0]
+    assert lines[1].endswith("h1 serves in term 0, h2 stands by, the gateway has the second vote")
+    view = agent.engine.groups[PAIR.group_id]
+    agent.engine.groups[PAIR.group_id] = replace(view, upstream_s=0.1)
+    assert "gateway" not in agent.scopes.describe_group(slot.scope)[0]
+    held = agent.scopes.placements.in_group(slot, placementwire.HeldScope(scope_id=NET))
+    assert (held.standby, held.witness) == ("h2", placementwire.GATEWAY)
+
+
+@simulated
+@pytest.mark.mutation("a-standby-may-have-it", instead="True")
+async def test_a_scope_leaves_a_standby_that_forgot_it_only_after_a_long_silence(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word of the management side that the standby does not have the scope may be some seconds old."""
+    monkeypatch.setattr(agent.standbys._upstreams, "_start", lambda _: None)
+    await grouped(agent, PAIR)
+    agent.pairs.cut()
+    agent.engine.promises = False
+    leave = LeaveGroup(group_id=PAIR.group_id, is_forgotten=True)
+    view = agent.engine.groups[PAIR.group_id]
+    agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S - 1})
+    reply = await send(agent, standbywire.LEAVE_GROUP, leave)
+    assert (reply.status, reply.hint) == (3, "repeat it when the standby answers")
+    agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S})
+    reply = await send(agent, standbywire.LEAVE_GROUP, replace(leave, is_forgotten=False))
+    assert reply.status != 0
+    reply = await send(agent, standbywire.LEAVE_GROUP, leave)
+    assert reply.status == 0 and agent.store.files[NET].placement.group == ""

@@ -28,7 +28,7 @@ from netloom.extension.moves.inventory import (
     next_step,
 )
 from netloom.extension.moves.where import remarks
-from netloom.placementwire import HeldScope
+from netloom.placementwire import GATEWAY, HeldScope
 from netloom.secret import Secret, enc_hook
 from netloom.state import Network, Nic, Scope
 
@@ -226,6 +226,13 @@ def test_what_is_wrong_is_said_in_plain_words(now: Inventory, texts: list[str]) 
     found = remarks(NET, now)
     assert len(found) == len(texts)
     assert all(text in line for text, line in zip(texts, found, strict=True))
+
+
+def test_of_a_group_without_a_witness_the_gateway_is_named() -> None:
+    held = inventory(h1="standby 3 - G").views["h1"].scopes[NET]
+    now = Inventory({"h1": HostView({NET: msgspec.structs.replace(held, witness=GATEWAY)})})
+    (line,) = remarks(NET, now)
+    assert line.endswith("without a lease: it hears neither h2 nor the gateway")
 
 
 def test_names_of_scopes() -> None:

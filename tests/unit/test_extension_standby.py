@@ -91,6 +91,35 @@ def test_too_few_hosts_are_an_error_with_a_remedy(
     assert raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("order", "active", "answers", "chosen"),
+    [
+        (ORDER[:2], "h2", (UP, UP), Chosen("h1", "")),
+        (ORDER[:3], "h1", (UP, DOWN, UP), Chosen("h3", "")),
+        (ORDER[:3], "h1", (UP, UP, UP), Chosen("h2", "h3")),
+        (ORDER[:3], "h1", (UP, DRAINED, UP), Chosen("h3", "h2")),
+    ],
+)
+def test_two_hosts_are_a_pair_where_no_third_one_answers(
+    order: tuple[str, ...], active: str, answers: tuple[HostAnswer, ...], chosen: Chosen
+) -> None:
+    assert choose(order, active, dict(zip(order, answers, strict=True)), as_pair=True) == chosen
+
+
+@pytest.mark.parametrize(
+    ("order", "answers", "error"),
+    [
+        (ORDER[:2], (UP, DOWN), "1 of 2 hosts answer, and a standby takes two; h?: no answer (bring them back)"),
+        (ORDER[:1], (UP,), "1 of 1 hosts answer, and a standby takes two (register two hosts, or standby=off)"),
+        (ORDER[:2], (UP, DRAINED), "all hosts but h1 are drained: h2"),
+    ],
+)
+def test_too_few_hosts_for_a_pair(order: tuple[str, ...], answers: tuple[HostAnswer, ...], error: str) -> None:
+    with pytest.raises(TooFewHosts) as raised:
+        choose(order, "h1", dict(zip(order, answers, strict=True)), as_pair=True)
+    assert error in str(raised.value)
+
+
 @given(
     answers=st.dictionaries(st.sampled_from(ORDER), st.sampled_from([UP, DRAINED, DOWN])),
     active=st.sampled_from(ORDER),
@@ -126,9 +155,10 @@ def test_a_host_cannot_bring_others_into_its_group() -> None:
     assert is_as_chosen(replace(GROUP, first=GROUP.second, second=GROUP.first), GROUP)
     assert is_as_chosen(replace(GROUP, group_id="00000001", secret=Secret("00" * 32)), GROUP)
     for other in (
-        replace(GROUP, second=GROUP.witness, witness=GROUP.second),
+        replace(GROUP, second=GroupHost(name="h3", address="192.0.2.3"), witness=GROUP.second),
         replace(GROUP, second=replace(GROUP.second, address="192.0.2.9")),
-        replace(GROUP, witness=replace(GROUP.witness, port=1)),
+        replace(GROUP, witness=GroupHost(name="h3", address="192.0.2.3", port=1)),
+        replace(GROUP, witness=None),
         replace(GROUP, first=GROUP.second),
         replace(GROUP, owner="other"),
         replace(GROUP, lease_ms=60_000),
@@ -176,6 +206,7 @@ class Host:
     down: bool = False
     fails: dict[str, str] = field(default_factory=dict)  # an error by command
     status: int = 3  # of these errors
+    standby_is_silent: bool = False  # so no scope leaves its group
     forged: GroupSpec | None = None  # what it answers to set-group
 
 
@@ -254,7 +285,10 @@ class Bed:
         elif call.command == JOIN_GROUP:
             await self._join(host, call, unpacked(call.payload, JoinGroup))
         elif call.command == LEAVE_GROUP:
-            assert unpacked(call.payload, LeaveGroup).group_id == (reply.standby and reply.standby.group_id)
+            leave = unpacked(call.payload, LeaveGroup)
+            assert leave.group_id == (reply.standby and reply.standby.group_id)
+            if host.standby_is_silent and not leave.is_forgotten:
+                return Reply(call_id=call.call_id, status=3, error="its standby does not answer")
             host.reply = replace(reply, standby=None)
         elif reply.moved_to and call.command != "locate":
             return replace(reply, call_id=call.call_id, status=3, error="it stands by")
@@ -277,8 +311,9 @@ class Bed:
             assert self.hosts[name].groups[asked.group_id] == group
             claim = StandbyClaim(call.registration.owner, call.scope_id, asked.epoch, name)
             assert await CREDENTIALS.holds(claim, proof)
-        assert self.hosts[group.witness.name].groups[asked.group_id] == group
-        standby = StandbyReply(group_id=group.group_id, host=other.name, witness=group.witness.name, serving=True)
+        witness = group.names.witness
+        assert not witness or self.hosts[witness].groups[asked.group_id] == group
+        standby = StandbyReply(group_id=group.group_id, host=other.name, witness=witness, serving=True)
         host.reply = Reply(
             call_id="", holds=True, gate="open", epoch=asked.epoch, proof=asked.proof, proof_from=asked.epoch,
             standby=standby,
@@ -734,6 +769,7 @@ def test_by_default_fewer_hosts_are_neither_asked_nor_noted(bed: Callable[..., B
     it = bed(names, standby="")
     it.serve("h1")
     it.ensure()
+    assert it.record.note == ""
     assert it.ensure() == {"host": "h1", "namespace": "cs-net-42"}
     assert it.asked == ["h1 locate"] and it.record.note == ""
 
@@ -785,7 +821,7 @@ def test_a_drained_host_becomes_the_witness(bed: Callable[..., Bed]) -> None:
     it.hosts["h2"].reply = Reply(call_id="", drained=True)
     assert it.ensure()["standby"] == "h3"
     (group,) = it.hosts["h1"].groups.values()
-    assert group.witness.name == "h2"
+    assert group.names.witness == "h2"
 
 
 def test_the_end_of_a_network_is_told_to_both_hosts(bed: Callable[..., Bed]) -> None:
@@ -797,3 +833,99 @@ def test_the_end_of_a_network_is_told_to_both_hosts(bed: Callable[..., Bed]) -> 
     assert sorted(set(it.asked)) == [
         f"{host} {command}" for host in ("h1", "h2", "h3") for command in ("destroy-network", "locate")
     ]
+
+
+# --- two hosts without a witness
+
+PAIR = {"standby": "auto", "standby.alone": "gateway"}
+
+
+def pair(it: Bed) -> list[tuple[str, ...]]:
+    """The hosts of each group that the first host knows."""
+    return [tuple(host.name for host in group.hosts) for group in it.hosts["h1"].groups.values()]
+
+
+@pytest.mark.parametrize("policy", ["auto", "required"])
+def test_two_hosts_are_a_group_if_the_registration_says_so(bed: Callable[..., Bed], policy: str) -> None:
+    it = bed("h1,h2", **PAIR | {"standby": policy})
+    it.serve("h1")
+    assert it.ensure() == {"host": "h1", "namespace": "cs-net-42", "epoch": 1, "standby": "h2"}
+    assert it.asked[2:] == ["h1 set-group", "h2 set-group", "h1 join-group"]
+    assert pair(it) == [("h1", "h2")]
+    it.ensure()
+    assert it.asked == ["h1 locate"]
+    silence(it, standby_s=REPLACE_AFTER_S)
+    it.hosts["h2"].down = True
+    assert it.ensure()["standby"] == "h2"
+    assert it.asked == ["h1 locate"] and it.record.note == ""
+
+
+def test_a_pair_gets_a_witness_when_a_third_host_answers(bed: Callable[..., Bed]) -> None:
+    it = bed("h1,h2,h3", **PAIR)
+    it.hosts["h3"].down = True
+    it.serve("h1")
+    assert it.ensure()["standby"] == "h2"
+    assert pair(it) == [("h1", "h2")]
+    assert it.ensure()["standby"] == "h2"
+    few = "2 of 3 hosts answer, and a standby takes three; h3: no answer (bring them back)"
+    assert it.record.note == f"net-42 keeps its standby, without a witness: {few}"
+    it.ensure()
+    assert it.asked == ["h1 locate"]  # the next attempt comes a minute later
+    it.pool.standby_retries = Retries(60.0)
+    it.hosts["h3"].down = False
+    assert it.ensure()["standby"] == "h2"
+    assert it.asked[-3:] == ["h1 leave-group", "h1 locate", "h1 join-group"]
+    assert pair(it) == [("h1", "h2"), ("h1", "h2", "h3")]
+    it.ensure()
+    assert it.asked == ["h1 locate"]
+
+
+@pytest.mark.mutation("a-lost-host-is-replaced-if-possible", instead="more")
+def test_a_pair_whose_standby_is_silent_stays(bed: Callable[..., Bed]) -> None:
+    """It may serve, if it does not hear the active host. Only its word ends the group."""
+    it = bed("h1,h2,h3,h4", **PAIR)
+    it.details["hosts"] = "h1,h2"
+    it.serve("h1")
+    it.ensure()
+    it.details["hosts"] = "h1,h2,h3,h4"
+    silence(it, standby_s=REPLACE_AFTER_S)
+    assert it.ensure()["standby"] == "h2"
+    assert it.asked == ["h1 locate"] and it.record.note == ""
+
+
+@pytest.mark.mutation("a-pair-ends-with-its-registration", instead='policy == "off"')
+def test_a_pair_ends_when_the_registration_says_stop(bed: Callable[..., Bed]) -> None:
+    it = bed("h1,h2", **PAIR)
+    it.serve("h1")
+    it.ensure()
+    it.details["standby.alone"] = "stop"
+    assert it.ensure() == {"host": "h1", "namespace": "cs-net-42", "epoch": 1}
+    assert it.asked == ["h1 locate", "h1 leave-group", "h1 locate"]
+    it.ensure()
+    assert it.asked == ["h1 locate"] and it.record.note == ""
+
+
+def test_a_group_whose_witness_is_registered_no_more_becomes_a_pair(bed: Callable[..., Bed]) -> None:
+    it = bed("h1,h2,h3", **PAIR)
+    it.serve("h1")
+    it.ensure()
+    it.details["hosts"] = "h1,h2"
+    assert it.ensure() == {"host": "h1", "namespace": "cs-net-42", "epoch": 2, "standby": "h2"}
+    assert pair(it) == [("h1", "h2", "h3"), ("h1", "h2")]
+
+
+@pytest.mark.mutation("a-standby-says-what-it-has", instead="True")
+def test_a_network_leaves_a_standby_that_was_installed_anew_and_no_other_silent_one(bed: Callable[..., Bed]) -> None:
+    """The active host does not hear it. This server asks it, and it does not have the network any more."""
+    it = bed("h1,h2", **PAIR)
+    it.serve("h1")
+    it.ensure()
+    it.hosts["h1"].standby_is_silent = True
+    it.details["standby"] = "off"
+    assert it.ensure()["standby"] == "h2"
+    assert it.asked == ["h1 locate", "h1 leave-group", "h2 locate"]
+    assert it.record.note == "net-42 still has a standby: h1: its standby does not answer"
+    it.pool.standby_retries = Retries(60.0)
+    it.hosts["h2"].reply = Reply(call_id="")
+    assert "standby" not in it.ensure()
+    assert it.asked == ["h1 locate", "h1 leave-group", "h2 locate", "h1 leave-group", "h1 locate"]

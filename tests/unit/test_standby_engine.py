@@ -9,10 +9,11 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
-from netloom import files
+from netloom import files, standbywire
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.group_file import NAME, Contents, GroupFile, Record
 from netloom.agent.standby.member import NANOSECONDS
@@ -20,7 +21,7 @@ from netloom.errors import HostRefused
 from netloom.secret import Secret
 from netloom.standby.decision import Kept
 from netloom.standbywire import GroupHost, GroupSpec
-from unit.standby_group import SPEC, Group, Leases, Lines
+from unit.standby_group import PAIR, SPEC, Group, Leases, Lines
 
 
 def engine(directory: Path, log: Lines | None = None) -> Engine:
@@ -62,7 +63,7 @@ def test_a_group_may_get_other_addresses_and_nothing_else(tmp_path: Path) -> Non
         (replace(SPEC, group_id="xyz"), "kvm1", "8 hexadecimal digits"),
         (replace(SPEC, group_id="00000000"), "kvm1", "8 hexadecimal digits"),
         (SPEC, "kvm9", "none of its hosts"),
-        (replace(SPEC, witness=SPEC.first), "kvm1", "three different hosts"),
+        (replace(SPEC, witness=SPEC.first), "kvm1", "has different hosts"),
         (replace(SPEC, first=GroupHost(name="kvm1", address="host.example")), "kvm1", "not numeric"),
         (replace(SPEC, first=GroupHost(name="kvm1", address="fe80::1%eth0")), "kvm1", "not numeric"),
         (replace(SPEC, first=GroupHost(name="kvm1", address="192.0.2.1", port=0)), "kvm1", "no port 0"),
@@ -157,3 +158,40 @@ def test_all_leases_are_renewed_in_one_change_to_what_the_decision_says(tmp_path
     leases.until.clear()
     it._renew(members)
     assert leases.until == {}  # nothing to do
+
+
+def test_a_group_without_a_witness_is_on_disk_and_gets_none_later(tmp_path: Path) -> None:
+    it = engine(tmp_path)
+    it.set_group(PAIR, "kvm2")
+    assert GroupFile(tmp_path).load().groups == (Record(spec=PAIR, me="kvm2", kept=Kept(active="kvm1")),)
+    with pytest.raises(HostRefused, match="never changes"):
+        it.set_group(SPEC, "kvm2")
+    with pytest.raises(HostRefused, match="none of its hosts"):
+        engine(tmp_path / "other").set_group(PAIR, "kvm3")
+
+
+class SpecOfEarlierBuilds(msgspec.Struct, frozen=True, kw_only=True):
+    """``GroupSpec`` before there were groups without a witness."""
+
+    group_id: str
+    owner: str
+    first: GroupHost
+    second: GroupHost
+    witness: GroupHost
+    secret: Secret = Secret()
+    lease_ms: int = 1000
+
+
+def test_earlier_builds_read_groups_with_a_witness_and_refuse_the_others() -> None:
+    as_before = SpecOfEarlierBuilds(
+        group_id=SPEC.group_id,
+        owner=SPEC.owner,
+        first=SPEC.first,
+        second=SPEC.second,
+        witness=GroupHost(name="kvm3", address="2001:db8::3"),
+        secret=SPEC.secret,
+    )
+    assert standbywire.packed(SPEC) == standbywire.packed(as_before)
+    assert standbywire.unpacked(standbywire.packed(as_before), GroupSpec) == SPEC
+    with pytest.raises(HostRefused, match="cannot be read.*use one version"):
+        standbywire.unpacked(standbywire.packed(PAIR), SpecOfEarlierBuilds)

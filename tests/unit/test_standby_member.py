@@ -11,7 +11,7 @@ from netloom.agent.standby.member import NANOSECONDS
 from netloom.files import NotFlushed
 from netloom.heartbeatwire import Echo, pack, unpack
 from netloom.standby.decision import Local
-from unit.standby_group import KEY, SPEC, Group, Host, full_disk
+from unit.standby_group import KEY, PAIR, SPEC, Group, Host, full_disk
 
 
 def test_the_first_host_serves_and_all_know() -> None:
@@ -425,3 +425,87 @@ def test_nobody_is_alone_without_a_promise() -> None:
     group.witness.start()
     group.run(1)
     assert group.serving == ["kvm1"] and group.first.view.alone
+
+
+# --- two hosts without a witness
+
+
+def test_without_a_witness_the_second_host_takes_over_when_the_gateway_answers_it() -> None:
+    group = Group(PAIR).start()
+    group.first.cut_power(loses=False)
+    died = group.now
+    while not group.second.lives:
+        group.run(0.1)
+        assert group.now < died + 2
+    last = group.second.view.last
+    assert last is not None
+    assert last.reason.startswith("no heartbeat of kvm1 for 1.") and last.reason.endswith(
+        "the gateway answers this host"
+    )
+    assert last.outage_s is not None and 1.0 < last.outage_s <= 1.5
+    group.first.start()
+    group.run(4)
+    assert group.serving == ["kvm2"] and group.first.view.active == "kvm2"
+
+
+def test_without_a_witness_and_without_the_gateway_nobody_takes_over() -> None:
+    group = Group(PAIR).start()
+    group.upstream = set()
+    group.run(5)
+    assert group.serving == ["kvm1"]  # it is not needed while the hosts hear each other
+    assert group.first.view.upstream_s > 4
+    group.first.cut_power(loses=False)
+    group.run(10)
+    assert group.serving == []
+    assert len(group.second.log.with_("no gateway answers this host")) == 1
+    group.upstream = {"kvm2"}
+    group.run(1.5)
+    assert group.serving == ["kvm2"]
+    assert group.second.log.with_("the gateway answers this host")
+
+
+def test_without_a_witness_an_active_host_that_the_gateway_answers_goes_on_alone() -> None:
+    group = Group(PAIR).start()
+    group.second.stop()
+    for _ in range(50):
+        group.run(0.1)
+        assert group.serving == ["kvm1"]
+    group.upstream = set()
+    group.run(1.2)
+    assert group.serving == []
+    assert group.first.log.with_("the lease of this host has run out: nobody answers it")
+    group.upstream = {"kvm1"}
+    group.run(1.5)
+    assert (group.serving, group.first.view.term) == (["kvm1"], 0)
+
+
+def test_without_a_witness_a_host_that_is_cut_off_from_all_stops() -> None:
+    group = Group(PAIR).start()
+    group.cut_off("kvm1")
+    group.upstream = {"kvm2"}
+    group.run(3)
+    assert group.serving == ["kvm2"]
+    group.cut.clear()
+    group.upstream = {"kvm1", "kvm2"}
+    group.run(3)
+    assert (group.serving, group.first.view.active) == (["kvm2"], "kvm2")
+
+
+def test_without_a_witness_a_term_that_cannot_be_written_is_not_begun() -> None:
+    group = Group(PAIR).start()
+    group.second.refusal = full_disk()
+    group.first.cut_power(loses=False)
+    group.run(5)
+    assert group.serving == [] and group.second.view.term == 0
+    group.second.refusal = None
+    group.run(2)
+    assert (group.serving, group.second.view.term) == (["kvm2"], 1)
+
+
+def test_messages_of_a_witness_that_does_not_exist_are_ignored() -> None:
+    """Whoever has the key of the group is one of its hosts, so this is a bug of the other one."""
+    group = Group(PAIR).start()
+    beat = replace(group.beats_of("kvm2")[-1], sender=2, heard=(None, None, None), greeting=(None, None, None))
+    group.first.hear(pack(beat, KEY))
+    group.run(1)
+    assert group.serving == ["kvm1"]

@@ -517,7 +517,7 @@ def _not_served(now: Situation, host: str, answer: HostAnswer, by: str = "") -> 
         "incoming": "its move to this host is not finished",
         "closed": "its move from this host is not finished",
         "passive": "it is passive there",
-        "standby": "that host is the active one of its group, but has no lease: it hears neither of the two others",
+        "standby": "that host is the active one of its group, but has no lease: nobody else of the group answers it",
     }.get(answer.gate, "it has an older copy")
     return HostRefused(f"{host}: {now.scope_id} is not served there: {reason}", hint=_where(now))
 

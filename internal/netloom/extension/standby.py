@@ -10,6 +10,9 @@
 A scope that has a standby costs no question. A failure fails the call only if the registration requires a standby; else
 it is noted in the log, and the next attempt comes a minute later.
 
+Two hosts form a group without a witness if the registration says so (``standby.alone=gateway``), and if no third one
+answers. It ends when the registration does not say so any more, and with a third host a group with a witness follows.
+
 A standby or a witness that its active host has not heard for ``REPLACE_AFTER_S`` is *lost*. If enough other hosts are
 left, the scope leaves its group, and joins one without the lost host.
 """
@@ -59,14 +62,14 @@ _SECRET = re.compile(rf"[0-9a-f]{{{2 * _SECRET_BYTES}}}\Z")
 
 @dataclass(frozen=True)
 class Chosen:
-    """The two other hosts of a group: the one that stands by, and the witness."""
+    """The other hosts of a group: the one that stands by, and the witness; empty: there is none."""
 
     standby: str
     witness: str
 
 
 class TooFewHosts(HostUnreachable):
-    """There are no two other hosts for a group."""
+    """There are not enough other hosts for a group."""
 
 
 def choose(
@@ -76,12 +79,14 @@ def choose(
     *,
     standby: str = "",
     lost: Collection[str] = (),
+    as_pair: bool = False,
 ) -> Chosen:
     """The standby and the witness of a scope that ``active`` serves. Raises TooFewHosts.
 
     ``order``: the candidates of the scope. They are taken from the active host on, as in a circle, which is the same
     for all scopes: so the scopes of one host share one group. A drained host can be the witness: it serves nothing.
     ``standby``: the host that stands by now; it is kept if possible. ``lost``: hosts that ``active`` does not hear.
+    ``as_pair``: without a witness if only one host is left.
     """
     if active not in order:
         raise TooFewHosts(f"{active} is not registered", hint="add it to the registration detail hosts")
@@ -92,12 +97,14 @@ def choose(
         for host in circle
         if host in answers and answers[host].answered and host not in lost  # guard: a-lost-host-is-not-chosen-again
     ]
-    if len(others) < 2:
+    if len(others) < (needed := 1 if as_pair else 2):
         silent = [_silence(it, active, answers, lost) for it in circle if it not in others]
-        few = f"{len(others) + 1} of {len(order)} hosts answer, and a standby takes three"
+        takes = "two" if as_pair else "three"
+        few = f"{len(others) + 1} of {len(order)} hosts answer, and a standby takes {takes}"
+        missing = f"register {takes} hosts, or standby=off"
         raise TooFewHosts(
             "; ".join([few, *silent]),
-            hint="bring them back" if len(order) > 2 else "register three hosts, or standby=off",
+            hint="bring them back" if len(order) > needed else missing,
         )
     ready = [
         host
@@ -109,7 +116,7 @@ def choose(
             f"all hosts but {active} are drained: {', '.join(others)}", hint=f"netloom undrain {others[0]}"
         )
     first = standby if standby in ready else ready[0]
-    return Chosen(first, next(host for host in others if host != first))
+    return Chosen(first, next((host for host in others if host != first), ""))
 
 
 def _silence(host: str, active: str, answers: Mapping[str, HostAnswer], lost: Collection[str]) -> str:
@@ -133,12 +140,17 @@ async def with_standby(
     group, policy = answer.standby, request.details.standby
     # A group with a host that is not registered any more, or that is lost, is replaced.
     standby, witness = map(situation.registered, (group.host, group.witness)) if group else ("", "")
-    has_group = bool(standby and witness)
+    is_pair = group is not None and not group.witness
+    has_group = bool(standby and (witness or is_pair))
     silent = _silent(standby, witness, answer)
     lost = _lost(request.call.registration.owner, placed.host, silent, situation, hosts)
-    is_replaced = bool(silent) and len({*situation.order} - lost) > 2  # guard: a-lost-host-is-replaced-if-possible
-    too_few = policy == "auto" and len(situation.order) < 3  # guard: two-hosts-need-no-note
-    is_as_wanted = group is None if policy == "off" or too_few else has_group and not is_replaced
+    with_pairs = request.details.standby_alone == "gateway"
+    more = len({*situation.order} - lost) > 2
+    # A lost host of a pair cannot be replaced: nobody else can say that it does not serve.
+    is_replaced = more and (not silent if is_pair else bool(silent))  # guard: a-lost-host-is-replaced-if-possible
+    too_few = policy == "auto" and len(situation.order) < (2 if with_pairs else 3)  # guard: two-hosts-need-no-note
+    is_off = policy == "off" or (is_pair and not with_pairs)  # guard: a-pair-ends-with-its-registration
+    is_as_wanted = group is None if is_off or too_few else has_group and not is_replaced
     if is_as_wanted or request.ends:
         return placed, standby  # guard: a-standby-costs-no-question
     scope = (request.call.registration.owner, request.scope_id)
@@ -150,8 +162,8 @@ async def with_standby(
     within_s = hosts.deadline.remaining_s() * _SHARE
     try:
         async with asyncio.timeout(within_s):
-            if policy != "off":
-                await setup.join(group.group_id if group else "")
+            if not is_off:
+                await setup.join(group.group_id if group else "", as_pair=with_pairs and not (is_pair and has_group))
             elif group is not None:
                 await setup.leave(group.group_id)
         return setup.placed, setup.standby
@@ -169,7 +181,8 @@ async def with_standby(
     if setup.standby:
         dead = " and ".join(sorted(silent))
         how = f"though {placed.host} does not hear {dead}" if dead else "with a witness that is not registered"
-        what = "still has a standby" if policy == "off" else f"keeps its standby, {how}"
+        how = "without a witness" if is_pair else how
+        what = "still has a standby" if is_off else f"keeps its standby, {how}"
     record.note = f"{request.scope_id} {what}: {error}"  # guard: a-missing-standby-is-logged
     return setup.placed, setup.standby
 
@@ -220,16 +233,17 @@ class _Setup:
         self._record = record
         self._lost = lost
 
-    async def join(self, leaving: str = "") -> None:
+    async def join(self, leaving: str = "", *, as_pair: bool = False) -> None:
         """Let the scope join a group. Raises NetloomError.
 
-        ``leaving``: the group that it has; it leaves that one as late as possible.
+        ``leaving``: the group that it has; it leaves that one as late as possible. ``as_pair``: see ``choose``.
         """
         active = self.placed.host
         self._record.doing = f"asking which hosts can stand by for {active}"
         await self._ask_all()
         answers = self._inquiry.answers
-        chosen = choose(self._situation.order, active, answers, standby=self.standby, lost=self._lost)
+        order = self._situation.order
+        chosen = choose(order, active, answers, standby=self.standby, lost=self._lost, as_pair=as_pair)
         self._record.doing = f"setting up {chosen.standby} as a standby for {active}"
         group, is_new = await self._group(active, chosen)
         try:
@@ -252,8 +266,25 @@ class _Setup:
     async def leave(self, group_id: str) -> None:
         """Let the scope leave its group. Raises NetloomError."""
         self._record.doing = f"ending the standby of {self._request.scope_id}"
-        await self._tell(self.placed.host, LEAVE_GROUP, LeaveGroup(group_id=group_id), self._request.scope_id)
+        active, scope_id = self.placed.host, self._request.scope_id
+        try:
+            await self._tell(active, LEAVE_GROUP, LeaveGroup(group_id=group_id), scope_id)
+        except HostRefused:
+            if not await self._standby_lacks_it():
+                raise
+            await self._tell(active, LEAVE_GROUP, LeaveGroup(group_id=group_id, is_forgotten=True), scope_id)
         await self._look()
+
+    async def _standby_lacks_it(self) -> bool:
+        """Whether the standby of a group without a witness says that it does not have the scope: it was installed anew.
+
+        With a witness, the group is dissolved.
+        """
+        group = self._inquiry.answers[self.placed.host].standby
+        if group is None or group.witness or not self.standby:
+            return False
+        answer = await self._inquiry.look(self._situation, self.standby)
+        return answer.answered and not answer.holds and not answer.moved_to  # guard: a-standby-says-what-it-has
 
     async def _look(self) -> None:
         """What the host of the scope says about it now. Raises HostUnreachable."""
@@ -283,12 +314,12 @@ class _Setup:
 
     async def _group(self, active: str, chosen: Chosen, *, reuses: bool = True) -> tuple[GroupSpec, bool]:
         """The group to use: one that the active host has already with these hosts, or a new one; whether it is new."""
-        first, second, witness = (self._member(it) for it in (active, chosen.standby, chosen.witness))
+        witness = self._member(chosen.witness) if chosen.witness else None
         new = GroupSpec(
             group_id=f"{1 + int.from_bytes(os.urandom(4)) % 0xFFFFFFFF:0{GROUP_ID_CHARACTERS}x}",
             owner=self._request.call.registration.owner,
-            first=first,
-            second=second,
+            first=self._member(active),
+            second=self._member(chosen.standby),
             witness=witness,
             secret=Secret(os.urandom(_SECRET_BYTES).hex()),
         )
@@ -309,6 +340,7 @@ class _Setup:
             *(
                 self._tell(host, SET_GROUP, SetGroup(host=host, group=group, exists=exists))
                 for host in (chosen.standby, chosen.witness)
+                if host
             )
         )
 

@@ -82,19 +82,14 @@ class SegmentKind(Choice[Literal["vlan", "vxlan"]]):
 
 
 class StandbyPolicy(Choice[Literal["auto", "off", "required"]]):
-    """Whether networks get a standby host. ``auto``: where at least three hosts are registered and answer.
+    """Whether networks get a standby host. ``auto``: where enough hosts are registered and answer: three, or two with
+    ``standby.alone=gateway``.
     ``required``: without one, the call fails."""
 
 
 class StandbyAlone(Choice[Literal["stop", "gateway"]]):
-    """What the last of the three hosts does when the two others are silent. ``stop``: it stops."""
-
-    @classmethod
-    def parse(cls, value: object) -> Self:
-        choice = super().parse(value)
-        if choice == "gateway":  # guard: a-host-alone-stops
-            raise ValueError("gateway is not there yet: a host that hears neither of the two others stops")
-        return choice
+    """What two hosts without a witness do when they do not hear each other. ``stop``: there is no such group.
+    ``gateway``: the one that a gateway answers serves, and both if one answers both."""
 
 
 class IdleTimeout(Number):

@@ -16,6 +16,15 @@ whatever is lost, repeated, delayed or cut off, and whoever crashes:
 6. A group is dissolved when the witness or the standby has promised, on disk, to help only the active host until that
    gives its turn away. The active host then serves without a lease, and never gives its turn away.
 
+A group may have no witness. The second vote is that of the *upstream* then, a machine outside of both hosts:
+
+7. While the active host does not hear the other one, each answer of the upstream renews its lease: until ``lease_s``
+   after the question, but not longer than ``lease_s`` after the newest message that this host sent.
+8. A host begins a term, or goes on after its lease has ended, when the upstream has answered it for longer than a
+   promise without a break, and it has heard nothing of the other one meanwhile.
+
+The upstream promises nothing. So two hosts may serve while both reach it and do not hear each other.
+
 docs/group-protocol.md has the reasons. Times are in seconds of this host's clock CLOCK_BOOTTIME, which also runs while
 all processes are stopped.
 """
@@ -47,13 +56,18 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
         """How long a promise lasts."""
         return self.lease_s * (1 + MARGIN)
 
+    @property
+    def silence_s(self) -> float:
+        """After how long without a message an active host turns to the upstream: four heartbeats."""
+        return 0.4 * self.lease_s
+
 
 class Group(msgspec.Struct, frozen=True):
-    """The names of the hosts. ``first`` is active in term 0."""
+    """The names of the hosts. ``first`` is active in term 0. ``witness``: empty if the upstream has the second vote."""
 
     first: str
     second: str
-    witness: str
+    witness: str = ""
 
     def partner(self, host: str) -> str:
         """The other one of the two hosts that can serve."""
@@ -141,6 +155,10 @@ class Member:
         self._heard: dict[str, tuple[float, Says]] = {}  # the newest message of each member, and when it was heard
         self._heard_by = {group.first: now, group.second: now, group.witness: now}  # our newest that they have heard
         self._voted_elsewhere = 0  # the highest vote of another member
+        # For groups without a witness:
+        self._silent_since = now  # nobody was heard from then on, though the upstream has answered all the time
+        self._said_at = _NEVER  # when the newest message was sent
+        self._asked_at = _NEVER  # the newest question that the upstream has answered
 
     @property
     def may_serve(self) -> bool:
@@ -180,6 +198,7 @@ class Member:
     def says(self, now: float, heard_at: float) -> Says:
         """The message to a member. ``heard_at``: see ``Says``."""
         kept, local, (term, host) = self.kept, self._local, self._granted
+        self._said_at = now
         grants = host != self.me and self._renewed == term and now < self.promised_until
         steady = local.ready and now - self._unready_at >= self._timing.steady_s
         return Says(
@@ -200,6 +219,7 @@ class Member:
     def hear(self, now: float, sender: str, says: Says) -> None:
         """A message of another member, which is no repetition."""
         self._heard[sender] = now, says
+        self._silent_since = now
         self._heard_by[sender] = max(self._heard_by[sender], says.heard_at)
         self._voted_elsewhere = max(self._voted_elsewhere, says.voted)
         self._adopt(says)
@@ -210,6 +230,14 @@ class Member:
         else:
             self._take_released()
         self._promise(now, sender, says)
+
+    def answered(self, now: float, asked_at: float) -> None:
+        """The upstream has answered a question that this host asked then."""
+        if now - self._asked_at > self._timing.lease_s / 2:
+            # Perhaps nobody could be heard meanwhile, and the other host is about to be.
+            self._silent_since = now  # guard: silence-counts-while-the-upstream-answers
+        self._asked_at = max(self._asked_at, asked_at)
+        self._take_upstream(now)
 
     def _adopt(self, says: Says) -> None:
         """Learn of a later term, of the end of this one, or of the end of the group."""
@@ -293,6 +321,23 @@ class Member:
                 self.wants = 0
             elif self.wants <= kept.term or self.wants < self._voted_elsewhere:
                 self.wants = self.group.next_term(self.me, max(kept.term, self._voted_elsewhere))
+        self._take_upstream(now)
+
+    def _take_upstream(self, now: float) -> None:
+        """Begin the wanted term, or renew the lease, if the vote of the upstream suffices."""
+        timing, asked_at = self._timing, self._asked_at
+        if self.group.witness or now - asked_at >= timing.lease_s / 2:  # guard: the-upstream-has-no-vote-with-a-witness
+            return
+        is_alone = now - self._silent_since >= timing.promise_s
+        if self.wants and is_alone:  # guard: a-candidate-hears-nobody
+            self._begin(self.wants)
+        # While it hears the other host, that one decides. It may have begun a term because it does not hear this one.
+        is_silent = asked_at - self._silent_since >= timing.silence_s  # guard: the-upstream-decides-only-in-silence
+        lives = self.lease_until > now
+        if self.may_serve and (is_silent if lives else is_alone):  # guard: a-lease-that-ended-needs-a-longer-silence
+            # Until the newest message that the other host may have heard: its promise counts from there.
+            newest = min(asked_at, self._said_at)  # guard: a-lease-of-the-upstream-ends-before-a-promise
+            self.lease_until = max(self.lease_until, newest + timing.lease_s)
 
     def _gives_way(self, now: float) -> bool:
         """Whether the active host gives its turn away: it is to, or its network is dead, and the other one can serve.

@@ -230,7 +230,8 @@ class KernelHost:
 
     def anybody_answers(self, scope_id: str, want: Want, timeout_s: float) -> bool | None:
         """Whether a VM or gateway behind the uplinks of these ports answers. ``answers.anybody_answers``."""
-        return anybody_answers(self.placed(scope_id, want), timeout_s)
+        # Not ``placed``: it remembers what the scope wants, and this is a part of that.
+        return anybody_answers(follow(want, devices(want)), timeout_s)
 
     def serves(self, want: Want) -> bool:
         """Whether the namespace exists and none of its ports is behind a closed gate, whatever leases live.

@@ -15,7 +15,7 @@ class Role(msgspec.Struct, frozen=True, kw_only=True):
 
     ``active``: it is this host's turn. ``serves``: it has a lease, too, so its gates are open. ``host``: whose turn it
     is; empty: not known. ``mark``: of the group in the lease table (agent/host/lease.py). ``standby_silent_s``,
-    ``witness_silent_s``: since when they were heard last.
+    ``witness_silent_s``: since when they were heard last. ``witness``: empty: the upstream has the second vote.
     """
 
     active: bool
@@ -46,7 +46,8 @@ class Roles:
         view = self._views().get(placement.group)
         if view is None:
             return _UNKNOWN
-        partner, witness = view.spec.names.partner(view.me), view.spec.witness.name
+        names = view.spec.names
+        partner, witness = names.partner(view.me), names.witness
         return Role(
             active=view.active == view.me and not view.released,
             serves=view.serves,

@@ -37,6 +37,7 @@ from netloom.agent.scopes.standby_receiver import StateReceiver
 from netloom.agent.scopes.standby_report import GroupReports
 from netloom.agent.scopes.standby_sender import StateSender
 from netloom.agent.scopes.upkeep import Upkeep
+from netloom.agent.scopes.upstream import Upstreams, upstream
 from netloom.agent.scopes.wire_questions import WireQuestions
 from netloom.agent.standby.member import GroupView
 from netloom.errors import NetloomError
@@ -78,6 +79,7 @@ class Standbys:
         self._clock = clock
         self._flows = flows
         self._questions = WireQuestions(engine, scopes, host, log, clock, upkeep.start_task)
+        self._upstreams = Upstreams(engine, host, log)
         self._hides = False  # heartbeats from VMs
         self._hidden_at = -WIRES_EVERY_S
         self._groups = Groups(engine, roles, scopes)
@@ -176,7 +178,7 @@ class Standbys:
         is_new = view.term != had[0]  # perhaps the other host had a turn in between, and nobody here looked
         if active and (is_new or not was_active):  # guard: each-turn-begins
             self._begin(group_id, slots)
-        elif not active and (is_new or was_active) and view.me != view.spec.witness.name:
+        elif not active and (is_new or was_active) and view.me != view.spec.names.witness:
             self._stand_by(view, slots)
         elif view.serves and not had_served:
             self._announce(slots)  # behind a gate that was shut, neighbours may have learned another way
@@ -186,12 +188,16 @@ class Standbys:
         view, group = self._groups.views()[group_id], self._groups.known[group_id]
         now = self._clock.time()
         slots = self._groups.slots(group_id)
-        if now - group.looked > WIRES_EVERY_S or (slots and not group.wires and now - group.looked > 1.0):
+        witness = view.spec.names.witness
+        lacks = slots and not (group.wires and (witness or self._upstreams.knows(group_id)))
+        if now - group.looked > WIRES_EVERY_S or (lacks and now - group.looked > 1.0):
             group.looked = now
             wants = {it.scope_id: it.rendered[1] for it in slots if it.rendered is not None}
             group.wires = await self._questions.choose(group_id, wants)
             self._engine.set_wires(group_id, group.wires)
-        standing_by = view.active != view.me and view.me != view.spec.witness.name
+            if not witness:
+                self._upstreams.follow(group_id, upstream(wants))
+        standing_by = view.active != view.me and view.me != view.spec.names.witness
         if standing_by and now - group.asked > COMPARE_EVERY_S:
             self._receiver.compare(group_id)
         if standing_by:

@@ -23,6 +23,7 @@ LEASE_WITHIN_S = 5.0
 GONE_WITHIN_S = 3.0
 SILENT_S = 5.0  # a standby that was not heard for so long does not answer
 DISSOLVED_WITHIN_S = 2.0
+FORGOTTEN_AFTER_S = 60.0  # longer than a call of CloudStack
 
 
 class GroupCommands:
@@ -97,7 +98,8 @@ class GroupCommands:
             if self._clock.time() > ends:
                 ports = sorted({it.port for it in self._groups.views()[group_id].spec.hosts})
                 raise HostRefused(
-                    f"this host has no lease in group {group_id}: it hears neither {role.standby} nor {role.witness}",
+                    f"this host has no lease in group {group_id}: it hears "
+                    + (f"neither {role.standby} nor {role.witness}" if role.witness else f"nothing of {role.standby}"),
                     hint=f"do firewalls between the hosts let UDP and TCP of port {', '.join(map(str, ports))} pass?",
                 )
             await self._clock.sleep(0.05)
@@ -147,7 +149,8 @@ class GroupCommands:
                 raise HostRefused(f"{slot.scope_id} is not served by this host")
             placement = scope.placement
             await run(self._scopes, slot, lambda: self._place(slot, replace(placement, leaving=True)))
-            if await self._standby_forgets(slot, asked.group_id) or await self._dissolved(asked.group_id):
+            is_over = await self._standby_forgets(slot, asked.group_id) or await self._dissolved(asked.group_id)
+            if is_over or (asked.is_forgotten and self._cannot_have_it(asked.group_id)):
                 await run(self._scopes, slot, lambda: serve_alone(self._scopes, slot))
                 return
             if not self._groups.is_active(asked.group_id):  # guard: a-scope-that-leaves-is-not-lost
@@ -156,8 +159,21 @@ class GroupCommands:
             await run(self._scopes, slot, lambda: self._place(slot, replace(placement, leaving=False)))
             raise HostRefused(
                 f"{slot.scope_id}: its standby does not answer, so the group stays",
-                hint="repeat it when the standby or the witness answers",
+                hint="repeat it when the standby answers"
+                + (", or the witness" if self._witness(asked.group_id) else ""),
             )
+
+    def _witness(self, group_id: str) -> str:
+        view = self._groups.views().get(group_id)
+        return view.spec.names.witness if view is not None else ""
+
+    def _cannot_have_it(self, group_id: str) -> bool:
+        """Whether the standby of a group without a witness cannot have got a scope during a call."""
+        view = self._groups.views().get(group_id)
+        if view is None or view.spec.witness is not None:
+            return False
+        silent_s = view.silent_s.get(view.spec.names.partner(view.me), 0.0)
+        return silent_s >= FORGOTTEN_AFTER_S and not self._groups.connected(group_id)  # guard: a-standby-may-have-it
 
     async def go_on_leaving(self, slot: Slot) -> None:
         """Go on with what an agent before this one has begun."""

@@ -70,7 +70,7 @@ class GroupEnd:
 
     def _is_over(self, view: GroupView, group: Group, now: float, empty_s: float) -> bool:
         """Whether no other member needs to hear from this one any more."""
-        if view.me == view.spec.witness.name:
+        if view.me == view.spec.names.witness:
             return view.silent_s.get(view.active, 0.0) > FORGET_AFTER_S
         if view.active != view.me:
             return empty_s > 2 * FORGET_AFTER_S  # the active host forgets it first

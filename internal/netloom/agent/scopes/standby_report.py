@@ -10,7 +10,7 @@ from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.standby_groups import Groups
 from netloom.agent.scopes.standby_sender import StateSender
 from netloom.agent.standby.member import GroupView, TakeOver
-from netloom.placementwire import HeldScope
+from netloom.placementwire import GATEWAY, HeldScope
 from netloom.state import Scope
 
 
@@ -32,10 +32,10 @@ class GroupReports:
         if view is None:
             return [f"standby: group {scope.placement.group} is not known on this host: no frame passes"]
         lacks = self._lacks(scope, role, view)
+        vote = f"{role.witness} is the witness" if role.witness else "the gateway has the second vote"
         lines = [
             f"standby: {'; '.join(lacks) if lacks else 'ready'}",
-            f"group {view.spec.group_id}: {view.active} serves in term {view.term}, {role.standby} stands by, "
-            f"{role.witness} is the witness",
+            f"group {view.spec.group_id}: {view.active} serves in term {view.term}, {role.standby} stands by, {vote}",
         ]
         if view.last is not None:
             lines.append(f"took over: {took_over(view.last)}")
@@ -53,6 +53,8 @@ class GroupReports:
         silent = [name for name, since_s in view.heard.items() if since_s > view.spec.lease_ms / 1000]
         if silent:
             lacks.append(f"no heartbeat of {' and '.join(sorted(silent))}")
+        elif not role.witness and view.upstream_s > view.spec.lease_ms / 1000:
+            lacks.append("no gateway answers this host")
         elif view.silent:
             lacks.append(f"no heartbeat of {role.standby} on a VLAN")
         behind = self._sender.behind(scope.scope_id, role)
@@ -78,7 +80,7 @@ class GroupReports:
             peer="" if role.active else role.host,
             group=scope.placement.group,
             standby=role.standby,
-            witness=role.witness,
+            witness=role.witness or GATEWAY,
             term=role.term,
             behind=self._sender.behind(slot.scope_id, role) if role.active else "",
             took_over=took_over(view.last) if view is not None and view.last is not None else "",

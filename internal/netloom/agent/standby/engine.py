@@ -154,6 +154,15 @@ class Engine:
         """Whether neighbours on the segment answer this host; None: there is nobody to ask. Holds for a short time."""
         self._post(lambda: self._tell(group_id, lambda it, now: it.answered(segment, answer, now)))
 
+    def upstream_answered(self, group_id: str, asked_at: float) -> None:
+        """The upstream has answered a question of this host, asked at this time of ``now``. For a group without a
+        witness: there it has the second vote."""
+        self._post(lambda: self._tell(group_id, lambda it, now: it.upstream_answered(asked_at, now)))
+
+    def now(self) -> float:
+        """The clock of the leases, in seconds."""
+        return self._now()
+
     def _post(self, what: Callable[[], object]) -> Future[object]:
         done: Future[object] = Future()
         self._inbox.append((what, done))

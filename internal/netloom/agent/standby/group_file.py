@@ -76,7 +76,7 @@ def check(spec: GroupSpec, me: str) -> None:
     if not _ID.match(spec.group_id):
         raise HostRefused(f"a group's id is {GROUP_ID_CHARACTERS} hexadecimal digits")
     if len(set(names)) != len(names) or "" in names:
-        raise HostRefused(f"group {spec.group_id}: a group has three different hosts")
+        raise HostRefused(f"group {spec.group_id}: a group has different hosts")
     if me not in names:
         raise HostRefused(f"group {spec.group_id}: {me} is none of its hosts")
     for it in spec.hosts:

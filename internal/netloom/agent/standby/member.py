@@ -28,6 +28,7 @@ from netloom.standbywire import GroupSpec
 
 NANOSECONDS = 1_000_000_000
 RETRY_S = 1.0  # after a file could not be written
+GATEWAY_WITHIN_S = 10.0  # after the start: until then a gateway may not be known
 HURRY_S = 2.0  # for so long after a promise has ended the member looks more often
 _NEVER = -math.inf
 _WITNESS = 2
@@ -54,6 +55,8 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 
     ``silent``: the segments on which heartbeats do not arrive in both directions, although the hosts hear each other.
     ``dead``: those of them where nobody answers this host, and somebody the other one.
+    ``upstream_s``: the seconds since the upstream has answered this host; infinite: it never has. Only without a
+    witness.
     """
 
     spec: GroupSpec
@@ -70,6 +73,7 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
     dead: frozenset[int] = frozenset()
     dissolved: bool = False
     silent_s: dict[str, float] = {}
+    upstream_s: float = math.inf
 
     @property
     def alone(self) -> bool:
@@ -105,6 +109,7 @@ class _Snapshot(NamedTuple):
     last: TakeOver | None
     silent: frozenset[int]
     dead: frozenset[int]
+    upstream_at: float
 
 
 class GroupMember:
@@ -128,7 +133,7 @@ class GroupMember:
         self.latest: dict[int, tuple[bytes, Beat]] = {}
         self._boot = boot
         self._around = around
-        self._peers = {at: Boots() for at in range(3) if at != self.me}
+        self._peers = {at: Boots() for at in range(len(self.names)) if at != self.me}
         self._local: Local | None = None
         self._wires = Wires()
         self._seq = 0
@@ -142,6 +147,8 @@ class GroupMember:
         self._began_at = now
         self._silent: dict[int, float] = {}  # members that are not heard; since when they are heard again
         self._partner_served_at = self._partner_ready_at = _NEVER
+        self._upstream_at = _NEVER  # when it answered last
+        self._upstream_answers: bool | None = None  # as it was logged; None: it has not been asked for long enough
         self._released = -1  # the term in which the other host gave its turn away, as the newest message says
         self._begun: tuple[str, datetime] | None = None
         self._last: TakeOver | None = None
@@ -162,7 +169,7 @@ class GroupMember:
     def hear(self, beat: Beat, now_ns: int, segment: int | None = None) -> None:
         """A message that a member has sent, new or not. ``segment``: where it came; 0: on another
         one; None: over UDP."""
-        if beat.sender == self.me:
+        if beat.sender not in self._peers:
             return
         now, peer = now_ns / NANOSECONDS, self._peers[beat.sender]
         verdict = peer.judge(beat, self.me, self._boot, now_ns)
@@ -276,6 +283,12 @@ class GroupMember:
         """See ``Engine.answered``."""
         self._wires.answered(segment, answer, now)
         self.tick(now)
+
+    def upstream_answered(self, asked_at: float, now: float) -> None:
+        """See ``Engine.upstream_answered``."""
+        self._upstream_at = now
+        if self._member is not None:
+            self._attempt(now, lambda it: it.answered(now, asked_at))
 
     def dissolve(self) -> None:
         """Ask the others to dissolve the group, if this host is the active one."""
@@ -429,6 +442,7 @@ class GroupMember:
             dead=it.dead,
             dissolved=it.kept.dissolved,
             silent_s={name: now - max(at, self._began_at) for name, at in it.heard_at.items()},
+            upstream_s=now - it.upstream_at,
         )
 
     def _snapshot(self) -> None:
@@ -441,6 +455,7 @@ class GroupMember:
             self._last,
             self._wires.silent,
             self._wires.dead,
+            self._upstream_at,
         )
 
     def _adopt(self, before: Kept, kept: Kept, now: float) -> None:
@@ -462,18 +477,18 @@ class GroupMember:
         self._snapshot()
 
     def _reason(self, before: Kept, now: float) -> str:
-        partner, witness = self.names[self._partner], self.names[_WITNESS]
-        if before.active == self.record.me:
+        partner, witness = self.names[self._partner], self.record.spec.names.witness
+        if before.active == self.record.me and witness:
             return f"{witness} did not know the last term"
         if before.released or self._released >= before.term:
             why = ": nobody answers it on a VLAN" if self._wires.is_dead_there else ""
             return f"{partner} gave its turn away{why}"
         silent_s = now - self._peers[self._partner].heard_at
         since = f"no heartbeat of {partner} for {silent_s:.1f} s" if math.isfinite(silent_s) else f"{partner} is silent"
-        return f"{since}, {witness} voted"
+        return f"{since}, {f'{witness} voted' if witness else 'the gateway answers this host'}"
 
     def _watch(self, now: float) -> None:
-        """Log who is silent and who is heard again, and whether the lease lives."""
+        """Log who is silent and who is heard again, whether the upstream answers, and whether the lease lives."""
         for at, peer in self._peers.items():
             silent_s = now - max(peer.heard_at, self._began_at)
             if at not in self._silent:
@@ -487,7 +502,15 @@ class GroupMember:
                 if now - since > self.timing.lease_s:  # not one line for each gap
                     del self._silent[at]
                     self._log(f"heartbeats of {self.names[at]} again")
+        if not self.record.spec.names.witness:
+            self._watch_upstream(now)
         self._watch_lease(now)
+
+    def _watch_upstream(self, now: float) -> None:
+        answers = now - self._upstream_at < self.timing.lease_s
+        if answers != self._upstream_answers and (answers or now - self._began_at > GATEWAY_WITHIN_S):
+            self._upstream_answers = answers
+            self._log("the gateway answers this host" if answers else "no gateway answers this host")
 
     def _watch_lease(self, now: float) -> None:
         kept = self.record.kept
@@ -497,7 +520,9 @@ class GroupMember:
             if serves:
                 self._log(f"this host has a lease and serves in term {kept.term}")
             elif kept.active == self.record.me and not kept.released:
-                self._log("the lease of this host has run out: no other member confirms its heartbeats")
+                has_witness = bool(self.record.spec.names.witness)
+                why = "no other member confirms its heartbeats" if has_witness else "nobody answers it"
+                self._log(f"the lease of this host has run out: {why}")
                 if not self._is_ended:
                     # While a machine sleeps, its kernel does not count the time of leases.
                     self._end(now)  # guard: a-lease-that-is-over-ends

@@ -14,7 +14,7 @@ from netloom.extension.moves.inventory import (
     stands_by,
     two_serve,
 )
-from netloom.placementwire import HeldScope
+from netloom.placementwire import GATEWAY, HeldScope
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ def _unserved(scope_id: str, inventory: Inventory) -> Iterator[str]:
                     f"within seconds unless the move ends: look again"
                 )
             case "standby" if not it.peer:
-                yield f"{host} is active for {scope_id} without a lease: it hears neither {it.standby} nor {it.witness}"
+                yield f"{host} is active for {scope_id} without a lease: it hears neither {it.standby} nor {_voter(it)}"
             case "standby" if it.peer not in inventory.views:
                 why = f" ({it.behind})" if it.behind else ""
                 yield (
                     f"{host} stands by for {it.peer}, which did not answer, and has not taken {scope_id} over{why}: "
-                    f"bring {it.peer} or {it.witness} back; if {it.peer} is dead: netloom evacuate {it.peer}"
+                    f"bring {it.peer} or {_voter(it)} back; if {it.peer} is dead: netloom evacuate {it.peer}"
                 )
             case "standby":
                 yield f"{host} stands by for {it.peer}, which does not serve {scope_id}: look again"
@@ -133,3 +133,8 @@ def _unserved(scope_id: str, inventory: Inventory) -> Iterator[str]:
                     f"no host that answers serves {scope_id}; {host} has it, but stays passive{why}: when nobody "
                     f"uses its addresses any more, netloom move {scope_id} --to {host}"
                 )
+
+
+def _voter(it: HeldScope) -> str:
+    """Who has the second vote in the group of a scope, in a sentence."""
+    return "the gateway" if it.witness == GATEWAY else it.witness
