@@ -734,6 +734,7 @@ def test_by_default_fewer_hosts_are_neither_asked_nor_noted(bed: Callable[..., B
     it = bed(names, standby="")
     it.serve("h1")
     it.ensure()
+    assert it.record.note == ""
     assert it.ensure() == {"host": "h1", "namespace": "cs-net-42"}
     assert it.asked == ["h1 locate"] and it.record.note == ""
 
