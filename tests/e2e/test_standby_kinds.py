@@ -222,16 +222,23 @@ def test_a_vpc_and_a_shared_network_are_handed_over(kinds: Kinds) -> None:
 # --- changes while the standby is there
 
 
+@contextmanager
+def built(it: VpcBed | SharedBed) -> Iterator[None]:
+    """A network that is there within the block only."""
+    it.build()
+    try:
+        yield
+    finally:
+        it.settle()
+        it.delete()
+
+
 @pytest.mark.long
 def test_changes_of_a_vpc_reach_its_standby(kinds: Kinds) -> None:
     """A new tier with a VM, a rule of an ACL, a removed tier: each is there after the take-over."""
     it = kinds.make.vpc(2)
-    it.build()
-    try:
+    with built(it):
         _vpc_changes(it)
-    finally:
-        it.settle()
-        it.delete()
 
 
 def _vpc_changes(it: VpcBed) -> None:
@@ -289,12 +296,8 @@ def _links(it: ScopeBed, host: Host) -> list[str]:
 def test_changes_of_a_shared_network_reach_its_standby(kinds: Kinds) -> None:
     """A new VM, an expunged one, a password: the other host answers accordingly after the take-over."""
     it = kinds.make.shared(2)
-    it.build()
-    try:
+    with built(it):
         _shared_changes(it)
-    finally:
-        it.settle()
-        it.delete()
 
 
 def _shared_changes(it: SharedBed) -> None:
