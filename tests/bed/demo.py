@@ -296,7 +296,6 @@ def _maintenance(show: Show, bed: Bed, network: IsolatedNetwork, internet: Inter
 
 def _take_over(show: Show, it: StandbyBed) -> None:
     """Cut the power of the active host in the middle of a download."""
-
     ready = until(it.is_ready, seconds=60)
     active, standby = it.active, it.standby
     show.forget()

@@ -87,7 +87,6 @@ class Standbys:
         self._receiver = StateReceiver(self._groups, scopes, upkeep, store, log, clock, flows)
         self._commands = GroupCommands(self._groups, engine, roles, scopes, log, clock)
         self._end = GroupEnd(self._groups, engine, scopes, log, clock, upkeep.start_task)
-        self._questions = WireQuestions(engine, scopes, host, log, clock, upkeep.start_task)
         reports = GroupReports(self._groups, roles, self._sender, flows)
         scopes.replication = self._sender
         scopes.describe_group = reports.described
