@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO
 from xml.etree import ElementTree
 
+import apart
 import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +112,6 @@ TRACES = (
     "/root/.cache/netloom",
     "/usr/local/libexec/netloom",
 )
-TRACES_GO_WITHIN_S = 10.0  # the kernel deletes namespaces asynchronously
 GROUP_LIMIT_S = 1800
 INTERRUPT_GRACE_S = 60
 LOOK_S = 0.1  # between two looks for an interrupt
@@ -290,7 +290,7 @@ def _pytest(group: str, profile: str, output: IO[bytes]) -> Result:
         if group in PRIVILEGED and group not in HOSTS and group not in ALONE:
             command = [str(BIN / "python"), str(ROOT / "build/ci/apart.py"), str(left), *command]
         environment = ONE_FILE if group.startswith(("binary", "hosts")) else EVERY_POINT if group == "crash-all" else {}
-        limit_s = LONG_GROUP_LIMIT_S if group in ("crash-all", "load-long") else GROUP_LIMIT_S
+        limit_s = LONG_GROUP_LIMIT_S if group.endswith(("-long", "-all")) else GROUP_LIMIT_S
         process = PROCESSES.start(command, output, **environment)
         try:
             status = process.wait(limit_s)
@@ -313,7 +313,7 @@ def _traces(where: str) -> set[str]:
 
 
 def _check_traces(where: str, before: set[str], result: Result) -> None:
-    until = time.monotonic() + TRACES_GO_WITHIN_S
+    until = time.monotonic() + apart.TRACES_GO_WITHIN_S
     while (left := _traces(where) - before) and time.monotonic() < until:
         time.sleep(0.1)
     _note_left(sorted(left), result)

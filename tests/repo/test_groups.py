@@ -68,7 +68,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "tests/conftest.py").write_text(CONFTEST)
     (tmp_path / "times.md").write_text(DOCUMENT)
     (tmp_path / "build/ci").mkdir(parents=True)
-    for name in ("groups.py", "checkout.py"):
+    for name in ("groups.py", "checkout.py", "apart.py"):
         shutil.copy(ROOT / "build/ci" / name, tmp_path / "build/ci")
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "-q -p no:cacheprovider"\n')
     return tmp_path
@@ -107,8 +107,8 @@ def test_groups_run_in_parallel_and_print_one_block_each(checkout: Path) -> None
 
 
 def test_what_a_group_leaves_behind_is_a_failure(checkout: Path) -> None:
-    runner = checkout / "build/ci/groups.py"
-    runner.write_text(runner.read_text().replace("TRACES_GO_WITHIN_S = 10.0", "TRACES_GO_WITHIN_S = 0.0"))
+    apart = checkout / "build/ci/apart.py"
+    apart.write_text(apart.read_text().replace("TRACES_GO_WITHIN_S = 10.0", "TRACES_GO_WITHIN_S = 0.0"))
     namespace = checkout / "run/netns/left"
     namespace.parent.mkdir(parents=True)
     write(checkout, "unit", f"from pathlib import Path\n\ndef test_a():\n    Path({str(namespace)!r}).touch()\n")
