@@ -180,8 +180,7 @@ class Standbys:
         elif not active and (is_new or was_active) and view.me != view.spec.names.witness:
             self._stand_by(view, slots)
         elif view.serves and not had_served:
-            self._announce(slots)  # behind a gate that was shut, neighbours may have learned another way
-            self._revive_backends(slots)
+            self._appear(slots)  # behind a gate that was shut, neighbours may have learned another way
 
     async def _look_after(self, group_id: str) -> None:
         view, group = self._groups.views()[group_id], self._groups.known[group_id]
@@ -217,18 +216,21 @@ class Standbys:
             self._sender.start_anew(slot.scope_id)
         self._flows.lost(group_id)
         self._flows.serve(it.scope_id for it in slots)
-        self._announce(slots)
-        self._revive_backends(slots)
+        self._appear(slots)
         for slot in slots:
             slot.enforced_scope = None  # the flows are those of another host: check them all
             self._upkeep.revive(slot.scope_id, "a turn has begun")
 
-    def _announce(self, slots: list[Slot]) -> None:
-        """Tell the neighbours where the addresses are: all at once, and some times again."""
+    def _appear(self, slots: list[Slot]) -> None:
+        """Frames of these scopes pass from now on: tell the neighbours, and open the balanced ports."""
         for slot in slots:
-            self._upkeep.start_task(self._announce_one(slot))
+            self._upkeep.start_task(self._announce(slot))
+        for slot in slots:  # later: an address that nobody knows does more harm
+            if slot.scope is not None and slot.scope.lb_rules:
+                self._upkeep.start_task(self._revive_backends(slot.scope))
 
-    async def _announce_one(self, slot: Slot) -> None:
+    async def _announce(self, slot: Slot) -> None:
+        """Tell the neighbours where the addresses are: at once, and some times again."""
         if slot.rendered is None:
             return
         want = slot.rendered[1]
@@ -239,13 +241,8 @@ class Standbys:
             return
         self._upkeep.announce(slot, announcements)
 
-    def _revive_backends(self, slots: list[Slot]) -> None:
+    async def _revive_backends(self, scope: Scope) -> None:
         """No frame has passed so far, so the checks of all balanced ports have failed."""
-        for slot in slots:
-            if slot.scope is not None and slot.scope.lb_rules:
-                self._upkeep.start_task(self._revive_backends_of(slot.scope))
-
-    async def _revive_backends_of(self, scope: Scope) -> None:
         try:
             await self._scopes.in_worker_uncounted(partial(self._services.revive_backends, scope))
         except NetloomError as error:
