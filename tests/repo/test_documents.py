@@ -38,6 +38,14 @@ def test_lines_have_at_most_120_characters(document: Path) -> None:
     assert [number for number, line in lines if len(line) > LINE_LENGTH_MAX] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_section_stands_twice(document: Path) -> None:
+    """A wrong merge repeats sections. The subsections of a changelog have the same names in each release."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#{1,2} .*", text, re.MULTILINE)
+    assert sorted({it for it in headings if headings.count(it) > 1}) == []
+
+
 def test_the_commands_page_describes_every_protocol_command() -> None:
     text = (ROOT / "docs/commands.md").read_text()
     section = text.split("\n## The commands of the protocol\n")[1].split("\n## ")[0]
