@@ -131,31 +131,55 @@ def event_cost(rounds: int) -> None:
     """Print how long CloudStack's events take with a standby and without one, in turns, on the same host.
 
     First a process for each command, as CloudStack runs it, with ``ensure-network-device`` before it. Then the same
-    events inside of the agent, from the call to its reply.
+    events inside of the agent, from the call to its reply. All of it twice: all hosts share the processors, and the
+    active host has one of its own.
     """
     with with_standby() as it:
         networks = {WITH: event_network(it, 1, it.cloud), WITHOUT: event_network(it, 2, without_standby(it))}
         if not until(lambda: "standby: ready" in networks[WITH].custom_action("show"), seconds=60):
             raise SystemExit("the standby is not ready")
         time.sleep(SETTLE_S)
-        active = it.host(networks[WITH].host)
-        logged = len(active.read(AGENT_LOG))
-        outside: dict[str, dict[str, list[float]]] = {name: {} for name in networks}
-        for at in range(rounds):
-            for name in (WITH, WITHOUT) if at % 2 else (WITHOUT, WITH):
-                for sent in run_events(networks[name], at):
-                    outside[name].setdefault(sent.command, []).append(sent.execution.seconds * 1000)
-                time.sleep(EVENT_PAUSE_S)
-        log = active.read(AGENT_LOG)[logged:]
+        active = it.candidates[0]
+        if any(network.host != active.address for network in networks.values()):
+            raise SystemExit("the networks are not on the same host")
+        time_events("shared processors", networks, active, rounds)
+        keep_apart(active, [host for host in it.candidates if host is not active])
+        time_events("a processor of its own", networks, active, rounds)
+
+
+def time_events(processors: str, networks: dict[str, IsolatedNetwork], active: Host, rounds: int) -> None:
+    """Send the events of both networks in turns, and print their times."""
+    logged = len(active.read(AGENT_LOG))
+    outside: dict[str, dict[str, list[float]]] = {name: {} for name in networks}
+    for at in range(rounds):
+        for name in (WITH, WITHOUT) if at % 2 else (WITHOUT, WITH):
+            for sent in run_events(networks[name], at):
+                outside[name].setdefault(sent.command, []).append(sent.execution.seconds * 1000)
+            time.sleep(EVENT_PAUSE_S)
+    log = active.read(AGENT_LOG)[logged:]
     if " is behind" in log:  # then a call is answered without waiting for the standby
         raise SystemExit("the standby was behind")
     inside = {name: inside_ms(log, network) for name, network in networks.items()}
-    head = f"{'event, ms':42}{WITH:>22}{WITHOUT:>18}{'ratio':>14}\n"
-    sys.stdout.write(head + f"{'':42}{'best':>12}{'median':>10}{'best':>8}{'median':>10}{'best':>7}{'median':>7}\n")
+    write_head(f"ms, {processors}")
     for where, taken in ((", as CloudStack runs it", outside), (", in the agent", inside)):
         for command in outside[WITH]:
             if command in taken[WITH]:
                 write_ratio(command + where, taken[WITH][command], taken[WITHOUT][command])
+
+
+def keep_apart(active: Host, others: Sequence[Host]) -> None:
+    """Give the active host's processes a processor that the other hosts do not use, as real hosts have their own."""
+    first, *rest = sorted(os.sched_getaffinity(0))
+    for host, processors in ((active, {first}), *((it, set(rest)) for it in others if rest)):
+        for pid in faults.processes_of(host):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), processors)
+
+
+def write_head(what: str) -> None:
+    """Print the head of a table of ``write_ratio``."""
+    sys.stdout.write(f"{what:42}{WITH:>22}{WITHOUT:>18}{'ratio':>14}\n")
+    sys.stdout.write(f"{'':42}{'best':>12}{'median':>10}{'best':>8}{'median':>10}{'best':>7}{'median':>7}\n")
 
 
 def write_ratio(what: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
@@ -174,7 +198,7 @@ def without_standby(it: StandbyBed) -> FakeCloudStack:
 
 
 def event_network(it: StandbyBed, at: int, cloud: FakeCloudStack) -> IsolatedNetwork:
-    """A network with a VM and an address, on the host that is active for the network of the bed."""
+    """A network with a VM, a forwarded port and a firewall rule, on the first candidate."""
     names = [host.address for host in it.candidates]
     numbers = (number for number in itertools.count(1000 * at) if preferred_order(str(number), names)[0] == names[0])
     it.bed.add_segments([("eth1", str(VLAN + at))])
@@ -233,7 +257,7 @@ def packet_cost(rounds: int) -> None:
         it.internet.run("nft", "-f", "-", input=BURST_TABLE)
         for host in (*it.passive, active):
             faults.kill_agent(host)
-        sys.stdout.write(f"{'microseconds for a datagram':42}{WITH:>22}{WITHOUT:>18}{'ratio':>14}\n")
+        write_head("microseconds for a datagram")
         for size in BURST_SIZES:
             taken: dict[str, list[float]] = {WITH: [], WITHOUT: []}
             for at in range(rounds):
@@ -244,7 +268,7 @@ def packet_cost(rounds: int) -> None:
                     if arrived(it.internet) - before != BURST:
                         raise SystemExit("datagrams were lost")
                     taken[name].append(burst_s / BURST * 1e6)
-            write_ratio(f"{size} bytes, best and median of {rounds}", taken[WITH], taken[WITHOUT])
+            write_ratio(f"{size} bytes", taken[WITH], taken[WITHOUT])
             ratios = [ours / theirs for ours, theirs in zip(taken[WITH], taken[WITHOUT], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             sys.stdout.write(
