@@ -1,4 +1,6 @@
-"""Time take-overs of a network beside keepalived with conntrackd, with the same observer and flows. Needs root.
+"""Time take-overs of a network beside keepalived with conntrackd, and events beside a network without a standby.
+
+Needs root.
 
 PYTHONPATH=internal:tests python tests/bench/bench_standby.py [rounds] [flows of each kind]
 
