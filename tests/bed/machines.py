@@ -289,6 +289,10 @@ class Machine:
         )
         return running.wait_ready()
 
+    def burst_udp(self, address: str, port: int, *, count: int, size: int = 18) -> float:
+        """Send so many datagrams of one flow without a pause; returns the seconds. Nobody needs to answer."""
+        return float(self.client.call("burst_udp", address=address, port=port, count=count, size=size))
+
     def flood_udp(
         self, address: str, ports: Sequence[int], *, count: int = 1000, rate: int = 1000, **options: Any
     ) -> Running[Flooded]:

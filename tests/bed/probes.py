@@ -508,6 +508,22 @@ def steady_udp(
     return {"sent": sent, "answered": answered, "gap_s": round(gap_s, 4)}
 
 
+def burst_udp(stop: Control, address: str, port: int, *, count: int, size: int = 18) -> float:
+    """Send so many datagrams of one flow without a pause; returns the seconds. Nobody needs to answer.
+
+    On a bed the kernel forwards a datagram within the system call that sends it, so this is the time of the whole path.
+    """
+    if not 0 < count <= FLOOD_COUNT_MAX:
+        raise ValueError(f"{count} is not within 0 and {FLOOD_COUNT_MAX}")
+    data = bytes(size)
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as client:
+        client.connect((address, port))
+        began = time.perf_counter()
+        for _ in range(count):
+            client.send(data)
+        return time.perf_counter() - began
+
+
 # --- floods ---------------------------------------------------------------------------------------
 
 
@@ -740,6 +756,7 @@ PROBES: dict[str, Callable[..., Any]] = {
         close_tcp,
         transfer,
         steady_udp,
+        burst_udp,
         flood_udp,
         flood_tcp,
         watch_arp,

@@ -1,4 +1,6 @@
-"""Time take-overs of a network beside keepalived with conntrackd, with the same observer and flows. Needs root.
+"""Time take-overs of a network beside keepalived with conntrackd, and events beside a network without a standby.
+
+Needs root.
 
 PYTHONPATH=internal:tests python tests/bench/bench_standby.py [rounds] [flows of each kind]
 
@@ -10,22 +12,25 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bed import faults
+from bed import faults, payloads
+from bed.cloudstack import FakeCloudStack, IsolatedNetwork, Sent
 from bed.crafted import crafted_flows
 from bed.flows import FlowKind, Flows
 from bed.keepalived import keepalived_bed
-from bed.lab import Host
+from bed.lab import Host, Internet
 from bed.machines import until
 from bed.observer import Observer, Question, outage
-from bed.standby import GATEWAY, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
+from bed.standby import GATEWAY, OUTSIDE, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
+from netloom.agent.host import lease
 from netloom.extension.placement import preferred_order
 
 SETTLE_S = 2.0  # before a fault: heartbeats and copies of the flows are under way
@@ -33,6 +38,17 @@ CPU_S = 10.0
 FLOWS_PER_S = 5000
 MANY = 200
 MANY_EVERY_S = 0.1  # asking so many addresses takes time
+AGENT_LOG = "/var/log/netloom/agent.log"
+EVENT_ROUNDS, BURST_ROUNDS = 40, 100
+EVENT_PAUSE_S = 0.15  # the standby builds what it has stored, on the same processors
+WITH, WITHOUT = "with a standby", "without"
+BURST = 900  # datagrams; the kernel queues 1,000 at most
+BURST_PORT = 6998
+BURST_SIZES = (18, 1472)  # frames of 60 and 1,514 bytes
+BURST_TABLE = f"""table inet burst {{
+  chain arrived {{ type filter hook prerouting priority raw; udp dport {BURST_PORT} counter drop; }}
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,161 @@ def agents_cpu() -> None:
             sys.stdout.flush()
 
 
+def event_cost(rounds: int) -> None:
+    """Print how long CloudStack's events take with a standby and without one, in turns, on the same host.
+
+    First a process for each command, as CloudStack runs it, with ``ensure-network-device`` before it. Then the same
+    events inside of the agent, from the call to its reply. All of it twice: all hosts share the processors, and the
+    active host has one of its own.
+    """
+    with with_standby() as it:
+        networks = {WITH: event_network(it, 1, it.cloud), WITHOUT: event_network(it, 2, without_standby(it))}
+        if not until(lambda: "standby: ready" in networks[WITH].custom_action("show"), seconds=60):
+            raise SystemExit("the standby is not ready")
+        time.sleep(SETTLE_S)
+        active = it.candidates[0]
+        if any(network.host != active.address for network in networks.values()):
+            raise SystemExit("the networks are not on the same host")
+        time_events("shared processors", networks, active, rounds)
+        keep_apart(active, [host for host in it.candidates if host is not active])
+        time_events("a processor of its own", networks, active, rounds)
+
+
+def time_events(processors: str, networks: dict[str, IsolatedNetwork], active: Host, rounds: int) -> None:
+    """Send the events of both networks in turns, and print their times."""
+    logged = len(active.read(AGENT_LOG))
+    outside: dict[str, dict[str, list[float]]] = {name: {} for name in networks}
+    for at in range(rounds):
+        for name in (WITH, WITHOUT) if at % 2 else (WITHOUT, WITH):
+            for sent in run_events(networks[name], at):
+                outside[name].setdefault(sent.command, []).append(sent.execution.seconds * 1000)
+            time.sleep(EVENT_PAUSE_S)
+    log = active.read(AGENT_LOG)[logged:]
+    if " is behind" in log:  # then a call is answered without waiting for the standby
+        raise SystemExit("the standby was behind")
+    inside = {name: inside_ms(log, network) for name, network in networks.items()}
+    write_head(f"ms, {processors}")
+    for where, taken in ((", as CloudStack runs it", outside), (", in the agent", inside)):
+        for command in outside[WITH]:
+            if command in taken[WITH]:
+                write_ratio(command + where, taken[WITH][command], taken[WITHOUT][command])
+
+
+def keep_apart(active: Host, others: Sequence[Host]) -> None:
+    """Give the active host's processes a processor that the other hosts do not use, as real hosts have their own."""
+    first, *rest = sorted(os.sched_getaffinity(0))
+    for host, processors in ((active, {first}), *((it, set(rest)) for it in others if rest)):
+        for pid in faults.processes_of(host):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), processors)
+
+
+def write_head(what: str) -> None:
+    """Print the head of a table of ``write_ratio``."""
+    sys.stdout.write(f"{what:42}{WITH:>22}{WITHOUT:>18}{'ratio':>14}\n")
+    sys.stdout.write(f"{'':42}{'best':>12}{'median':>10}{'best':>8}{'median':>10}{'best':>7}{'median':>7}\n")
+
+
+def write_ratio(what: str, ours: Sequence[float], theirs: Sequence[float]) -> None:
+    """Print the best and the median of both, and the ratios of these."""
+    best, middle = (min(ours), min(theirs)), (statistics.median(ours), statistics.median(theirs))
+    shown = f"{best[0]:12.1f}{middle[0]:10.1f}{best[1]:8.1f}{middle[1]:10.1f}"
+    sys.stdout.write(f"{what:42}{shown}{best[0] / best[1]:7.2f}{middle[0] / middle[1]:7.2f}\n")
+    sys.stdout.flush()
+
+
+def without_standby(it: StandbyBed) -> FakeCloudStack:
+    """A CloudStack whose registration is the same but for the standby."""
+    cloud = FakeCloudStack.on(it.bed.management)
+    cloud.registration = {**it.cloud.registration, "standby": "off"}
+    return cloud
+
+
+def event_network(it: StandbyBed, at: int, cloud: FakeCloudStack) -> IsolatedNetwork:
+    """A network with a VM, a forwarded port and a firewall rule, on the first candidate."""
+    names = [host.address for host in it.candidates]
+    numbers = (number for number in itertools.count(1000 * at) if preferred_order(str(number), names)[0] == names[0])
+    it.bed.add_segments([("eth1", str(VLAN + at))])
+    network = cloud.isolated_network(
+        next(numbers), vlan=VLAN + at, cidr="10.20.1.0/24", source_nat=f"203.0.113.{100 + at}", public_vlan=PUBLIC_VLAN
+    )
+    network.implement()
+    network.deploy_vm(f"vm-{at}", ip="10.20.1.10", mac=f"02:01:00:dd:00:0{at}")
+    network.add_firewall_rule(network.addresses[0], "tcp", 22)
+    network.add_port_forward(network.addresses[0], "8080", network.nics[0], "80")
+    return network
+
+
+def run_events(network: IsolatedNetwork, at: int) -> list[Sent]:
+    """Send what changes the network, and what changes it back. Returns all executions."""
+    facts, nic, address = network.facts, network.nics[0], network.addresses[0]
+    forward = payloads.PortForwardRule(1, address, str(9000 + at), nic.ip, "90", "tcp")
+    opened = payloads.FirewallRule(2, "tcp", address, 9000 + at, 9000 + at)
+    second = replace(nic, nic_id="7001", uuid="", mac="02:01:00:de:00:01", ip="10.20.1.11")
+    since = len(network.cloud.history)
+    for command, payload in (
+        ("add-port-forward", payloads.port_forward(facts, forward)),
+        ("delete-port-forward", payloads.port_forward(facts, forward)),
+        ("apply-fw-rules", payloads.fw_rules(facts, [*network.firewall, opened])),
+        ("add-dhcp-entry", payloads.add_dhcp_entry(facts, second)),
+        ("remove-dhcp-entry", payloads.remove_dhcp_entry(facts, second)),
+    ):
+        if not network.send(command, payload).ok:
+            raise SystemExit(f"{command} failed: {network.cloud.history[-1].output}")
+    return network.cloud.history[since:]
+
+
+def inside_ms(log: str, network: IsolatedNetwork) -> dict[str, list[float]]:
+    """By command: how long the agent took from each call to its reply, as its log says."""
+    found: dict[str, list[float]] = {}
+    scope = network.namespace.removeprefix("cs-")
+    for command, ms in re.findall(rf" command=(\S+) scope={scope} .* ms=([0-9.]+) ", log):
+        found.setdefault(command, []).append(float(ms))
+    return found
+
+
+def packet_cost(rounds: int) -> None:
+    """Print how long a datagram takes from a VM to the internet, with and without the lease table on the active host.
+
+    There are no agents then: they would repair the table, and use a processor. The table is the one that was there,
+    with a lease of an hour.
+    """
+    with with_standby() as it:
+        time.sleep(SETTLE_S)
+        active = it.active
+        listed = active.run("nft", "list", "table", "bridge", lease.TABLE.name).out
+        table, leases = re.subn(r"timeout \S+ expires \S+", "timeout 1h", listed)
+        if leases != len(lease.LIVES):
+            raise SystemExit(f"no lease: {listed}")
+        removal = f"table bridge {lease.TABLE.name}\ndelete table bridge {lease.TABLE.name}\n"
+        it.internet.run("nft", "-f", "-", input=BURST_TABLE)
+        for host in (*it.passive, active):
+            faults.kill_agent(host)
+        write_head("microseconds for a datagram")
+        for size in BURST_SIZES:
+            taken: dict[str, list[float]] = {WITH: [], WITHOUT: []}
+            for at in range(rounds):
+                for name in (WITH, WITHOUT) if at % 2 else (WITHOUT, WITH):
+                    active.run("nft", "-f", "-", input=removal + (table if name == WITH else ""))
+                    before = arrived(it.internet)
+                    burst_s = it.second_vm.burst_udp(OUTSIDE, BURST_PORT, count=BURST, size=size)
+                    if arrived(it.internet) - before != BURST:
+                        raise SystemExit("datagrams were lost")
+                    taken[name].append(burst_s / BURST * 1e6)
+            write_ratio(f"{size} bytes", taken[WITH], taken[WITHOUT])
+            ratios = [ours / theirs for ours, theirs in zip(taken[WITH], taken[WITHOUT], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            sys.stdout.write(
+                f"{'':4}ratio of neighbouring bursts: {middle:.2f}, half of them {low:.2f} to {high:.2f}\n"
+            )
+
+
+def arrived(internet: Internet) -> int:
+    """How many datagrams of all bursts have come."""
+    listed = internet.run("nft", "list", "table", "inet", "burst").out
+    return int(listed.partition("counter packets ")[2].split()[0])
+
+
 def many_networks(count: int) -> None:
     """Print how long it takes until networks of a host that fails are all served by their standby."""
     with with_standby() as it:
@@ -174,6 +345,8 @@ def main(rounds: int, each: int) -> None:
             sys.stdout.flush()
     agents_cpu()
     many_networks(MANY)
+    event_cost(EVENT_ROUNDS)
+    packet_cost(BURST_ROUNDS)
 
 
 if __name__ == "__main__":

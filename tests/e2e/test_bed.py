@@ -76,6 +76,9 @@ def test_vms_of_two_hosts_share_only_their_vlan(own_bed: Bed) -> None:
         assert transferred.intact
         assert transferred.sent > 0
         assert a.flood_udp("10.0.0.2", [53, 55], count=200, rate=2000).result().answered == {53: 100, 55: 100}
+        with b.serve_udp(56) as service:
+            assert a.burst_udp("10.0.0.2", 56, count=100) > 0
+            assert until(lambda: service.received() == 100)
         assert a.flood_udp("10.0.0.2", [54], count=10, linger_s=0.2).result().answered == {54: 0}
     for vm in (a, b, stranger):
         vm.destroy()

@@ -101,6 +101,16 @@ async def test_a_call_is_answered_when_the_standby_has_stored_it(agent: Agent) -
 
 
 @simulated
+async def test_the_standby_gets_a_state_before_the_host_is_changed(agent: Agent) -> None:
+    """So both hosts work at the same time, and a call takes hardly longer than without a standby."""
+    standby = await grouped(agent)
+    agent.host.fail(NET, HostRefused("a link is busy"))
+    reply = await agent.call("021", "assign-ip", vlan="1204", public_ip="203.0.113.99")
+    assert reply.status != 0
+    assert standby.store.files[NET].revision == agent.store.files[NET].revision
+
+
+@simulated
 async def test_a_standby_that_does_not_answer_delays_one_call_and_is_behind(agent: Agent) -> None:
     standby = await grouped(agent)
     standby.pairs.dropped = (pairwire.Stored,)

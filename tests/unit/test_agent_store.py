@@ -91,6 +91,23 @@ def test_a_state_is_as_before_when_its_change_cannot_be_flushed(
     assert [it.name for it in tmp_path.iterdir()] == ["net-204.json"]
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("change", ["save", "retire"])
+def test_a_standby_is_told_of_a_change_only_if_it_will_last(
+    change: str, read_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call fails otherwise, and a standby that takes over must not have what failed."""
+    store = Store(str(tmp_path))
+    told: list[object] = []
+    store.on_saved, store.on_retired = (lambda scope, text: told.append(scope)), told.append
+    store.save(SCOPE)
+    with monkeypatch.context() as patch:
+        FailingFlush(patch, read_only=read_only)
+        with pytest.raises(HostRefused):
+            store.save(replace(SCOPE, revision=8)) if change == "save" else store.retire("net-204")
+    assert told == [SCOPE]
+
+
 @pytest.mark.mutation("an-unflushed-state-is-not-used")
 @pytest.mark.parametrize("change", ["save", "retire"])
 def test_a_state_that_a_power_failure_may_undo_is_not_used(
