@@ -575,6 +575,12 @@ class FakeEngine:
         if self.promises:
             self.groups[group_id] = replace(self.groups[group_id], dissolved=True)
 
+    def continue_alone(self, group_id: str) -> None:
+        view = self.groups[group_id]
+        self.groups[group_id] = replace(
+            view, term=view.term + 1, active=view.me, released=False, serves=True, dissolved=True
+        )
+
     def forget_group(self, group_id: str) -> None:
         del self.groups[group_id]
         self.forgotten.append(group_id)

@@ -110,10 +110,17 @@ class LeaveGroup(msgspec.Struct, frozen=True, kw_only=True):
 
     ``is_forgotten``: the standby has just said to the sender that it does not have the scope. That counts only in a
     group without a witness, and if the standby has been silent for long, so that it cannot have got it since.
+    ``fenced``: the other host of the group, of which an operator says that it is off. A host that stands by serves the
+    scope then, too. ``asks_first``: only if nobody answers for the addresses.
+
+    ``moves``: a move of the scope follows, so it joins no group here in the next minute.
     """
 
     group_id: str
     is_forgotten: bool = False
+    fenced: str = ""
+    asks_first: bool = False
+    moves: bool = False
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=enc_hook)

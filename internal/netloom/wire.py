@@ -136,7 +136,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     Of a scope with a standby: ``standby`` is its group. ``epoch`` grows with each take-over, and ``proof`` holds from
     the number ``proof_from`` on; 0: for ``epoch`` only. The gate is "standby" on the host that stands by, which does
     not hold the scope then and names the active host in ``moved_to``. It is the same on the active host while that has
-    no lease: it holds the scope, and ``moved_to`` is empty.
+    no lease: it holds the scope, and ``moved_to`` is empty. ``about_to_move``: the scope has left its group for a move
+    that begins now, so it gets no standby here.
     """
 
     call_id: str
@@ -156,6 +157,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag="reply"):
     evacuated: tuple[Evacuated, ...] = ()
     standby: StandbyReply | None = None
     proof_from: int = 0
+    about_to_move: bool = False
 
     @property
     def elsewhere(self) -> bool:

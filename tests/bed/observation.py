@@ -28,7 +28,8 @@ LATE_S = 0.03  # a round of questions that comes so much later than the one befo
 _ETH_P_IPV6 = 0x86DD
 _SO_ATTACH_FILTER, _SO_TIMESTAMPNS = 26, 35
 _SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
-_OFF = {errno.ENODEV, errno.ENXIO, errno.ENETDOWN}  # the host has no power: its port is down or away
+# The host has no power: its port is down or away, or just losing its other end (veth refuses the frame then).
+_OFF = {errno.ENODEV, errno.ENXIO, errno.ENETDOWN, errno.ENOBUFS}
 
 # What is noted: [time, host number, index of the address]; and the rounds that came late: [from, to].
 _answers: list[tuple[float, int, int]] = []

@@ -33,6 +33,7 @@ GATEWAY, GATEWAY6, PREFIX6 = "10.10.1.1", "2001:db8:50:1::1", "2001:db8:50:1::/6
 SOURCE_NAT, STATIC_NAT, FORWARDED = "203.0.113.20", "203.0.113.21", "203.0.113.22"
 OUTSIDE, OUTSIDE6 = "198.51.100.1", "2001:db8:ffff::1"
 ROUTER6, PUBLIC6 = "2001:db8:99::1", "2001:db8:99::/64"
+REGISTERED6 = {"public.ip6.gateway": ROUTER6, "public.ip6.address": PUBLIC6}
 OUTWARD_PORT, STATIC_PORT, FORWARDED_PORT, UDP_PORT, OUTWARD_UDP_PORT = 8000, 8001, 2222, 8002, 8003
 TCP_KINDS = ("source NAT", "static NAT", "port forward")
 VM_IP, VM6, MAC = "10.10.1.45", "2001:db8:50:1:1:ff:fecc:3", "02:01:00:cc:00:03"
@@ -70,7 +71,8 @@ class Device(Protocol):
 class ScopeBed(ABC):
     """A bed whose ``candidates``, the hosts of the registration, serve a network or a VPC. The VMs are on ``vm_host``.
 
-    ``each``, ``udp``, ``over6``: how many flows of each kind of TCP, of UDP and of IPv6.
+    ``each``, ``udp``, ``over6``: how many flows of each kind of TCP, of UDP and of IPv6. ``has_commands``: CloudStack
+    sends commands while the bed is watched.
     """
 
     bed: Bed
@@ -78,6 +80,7 @@ class ScopeBed(ABC):
     internet: Internet
     operator: Operator
     candidates: list[Host]
+    has_commands: bool = field(default=False, kw_only=True)
 
     @property
     @abstractmethod
@@ -251,8 +254,7 @@ def standby_bed(candidates: int = 3, *, details: Mapping[str, str] | None = None
     ``details`` are further ones of the registration. The network has source NAT, static NAT, a forwarded port, IPv6
     and two VMs.
     """
-    six = {"public.ip6.gateway": ROUTER6, "public.ip6.address": PUBLIC6}
-    with candidates_bed(candidates, details={**six, **(details or {})}) as (bed, cloud, internet):
+    with candidates_bed(candidates, details={**REGISTERED6, **(details or {})}) as (bed, cloud, internet):
         network = cloud.isolated_network(
             204, vlan=VLAN, cidr="10.10.1.0/24", offering=ALL_SERVICES, source_nat=SOURCE_NAT, public_vlan=PUBLIC_VLAN
         )
@@ -288,14 +290,17 @@ def _connect6(it: StandbyBed) -> None:
     it.vm.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")
     # It computes the same address from the router advertisement, if that has come.
     it.vm.links(f"address replace {VM6}/64 dev eth0 nodad", f"route replace ::/0 via {GATEWAY6} dev eth0")
+    connect6(it.internet, it.network.custom_action("show"), PREFIX6)
+
+
+def connect6(internet: Internet, shown: str, *prefixes: str) -> None:
+    """Let the internet route these prefixes to the device, as a provider does. ``shown``: what it says of itself."""
     for name in ("all", "default", "eth0", "lo"):
-        it.internet.sysctl(f"net.ipv6.conf.{name}.disable_ipv6", "0")
-    it.internet.sysctl("net.ipv6.conf.all.forwarding", "1")
-    shown = it.network.custom_action("show")
-    words = shown.partition("IPv6 leaves as ")[2].split()
-    device = words[0].partition("/")[0]
-    it.internet.links(
-        f"address add {ROUTER6}/64 dev eth0 nodad",
-        f"address add {OUTSIDE6}/128 dev lo nodad",
-        f"route add {PREFIX6} via {device} dev eth0",
+        internet.sysctl(f"net.ipv6.conf.{name}.disable_ipv6", "0")
+    internet.sysctl("net.ipv6.conf.all.forwarding", "1")
+    device = shown.partition("IPv6 leaves as ")[2].split()[0].partition("/")[0]
+    internet.links(
+        f"address replace {ROUTER6}/64 dev eth0 nodad",
+        f"address replace {OUTSIDE6}/128 dev lo nodad",
+        *(f"route replace {it} via {device} dev eth0" for it in prefixes),
     )

@@ -8,19 +8,29 @@ with kinds_bed() as make:
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from bed.cloudstack import FakeCloudStack
 from bed.flows import FlowKind
 from bed.lab import Bed, Host, Internet, Vm
-from bed.machines import Machine
+from bed.machines import Machine, until
 from bed.observer import Question
 from bed.operator import Operator
 from bed.payloads import AclItem, Nic, PublicAddress, VirtualMachine, VpcFacts
 from bed.shared import SharedNetwork
-from bed.standby import OUTSIDE, PUBLIC_VLAN, ScopeBed, candidates_bed
+from bed.standby import (
+    OUTSIDE,
+    OUTSIDE6,
+    PUBLIC_VLAN,
+    REGISTERED6,
+    ScopeBed,
+    candidates_bed,
+    connect6,
+)
 from bed.vpc import Tier, Vpc
 
 WEB_PORT, APP_PORT, OUTWARD_PORT, FORWARDED_PORT, BALANCED_PORT = 8001, 8004, 8000, 2222, 80
@@ -28,11 +38,44 @@ WEB_UDP_PORT, APP_UDP_PORT, OUTWARD_UDP_PORT = 8002, 8006, 8003
 NEW_WEB_PORT, NEW_APP_PORT = 8011, 8014  # for connections beside the flows
 CLOSED_PORT = 8005  # no ACL allows it
 TIER_KINDS = ("source NAT", "static NAT", "port forward", "web to app", "app to web")
+ANYWHERE = ("0.0.0.0/0", "::/0")
 
 _BOUND = """#!/bin/sh
 [ "$1" = bound ] && env | grep -E '^(ip|mask|router|dns|domain|search|serverid|lease|hostname|mtu|staticroutes)='
 exit 0
 """
+
+
+# Sends a router solicitation, and prints the router's address and its advertisement (RFC 4861 sections 4.1 and 4.2).
+_SOLICIT = r"""
+import socket
+with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as it:
+    number = socket.if_nametoindex("eth0")
+    it.setsockopt(socket.IPPROTO_ICMPV6, 1, b"\xff" * 16 + b"\xbf" + b"\xff" * 15)  # ICMPV6_FILTER: only 134
+    it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+    it.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, number)
+    it.settimeout(1.0)
+    for _ in range(20):
+        it.sendto(bytes((133, 0, 0, 0, 0, 0, 0, 0)), ("ff02::2", 0, 0, number))
+        try:
+            data, sender = it.recvfrom(2048)
+        except TimeoutError:
+            continue
+        print(sender[0].partition("%")[0], data[:2].hex(), data[4:].hex())  # without the checksum
+        break
+"""
+
+
+def advertised(vm: Machine) -> str:
+    """The router's address and its advertisement in hexadecimal, as a guest gets it for a solicitation."""
+    return vm.run("python3", "-c", _SOLICIT).out
+
+
+def address6(prefix: str, mac: str) -> str:
+    """The address that a guest with this MAC address computes from a prefix of 64 bits (RFC 4291, appendix A)."""
+    octets = bytes.fromhex(mac.replace(":", ""))
+    identifier = bytes([octets[0] ^ 2]) + octets[1:3] + b"\xff\xfe" + octets[3:]
+    return str(ipaddress.IPv6Network(prefix)[int.from_bytes(identifier)])
 
 
 def served(vm: Machine, server: str, names: dict[str, str]) -> dict[str, str]:
@@ -57,7 +100,7 @@ def _guest(name: str, number: str) -> VirtualMachine:
 
 @dataclass
 class VpcBed(ScopeBed):
-    """A VPC with the tiers web and app, a VM in each, ACLs, and source NAT.
+    """A VPC with the tiers web and app, both with IPv6, a VM in each, ACLs, and source NAT.
 
     The VM of web has the static NAT, that of app a forwarded and a balanced port on one address. ``number``: of the
     VPC, from 1 to 9. No two have an address or a VLAN in common.
@@ -74,14 +117,20 @@ class VpcBed(ScopeBed):
     def device(self) -> Vpc:
         return self.vpc
 
-    def add_tier(self, digit: int) -> Tier:
-        """Add a tier, 10.<100+n>.<digit>.0/24. Its first VM implements it."""
+    def add_tier(self, digit: int, *, over6: bool = False) -> Tier:
+        """Add a tier, 10.<100+n>.<digit>.0/24. Its first VM implements it.
+
+        ``over6``: with 2001:db8:7<n>:<digit>::/64, too.
+        """
         vlan = 2000 + 10 * self.number + digit
         self.bed.add_segments([("eth1", str(vlan))])
         cidr = f"10.{100 + self.number}.{digit}.0/24"
         tier = self.vpc.add_tier(7000 + 10 * self.number + digit, vlan=vlan, cidr=cidr)
         tier.facts.domain = f"tier{digit}.example.internal"
         tier.ensures_always = False
+        if over6:
+            prefix = f"2001:db8:7{self.number}:{digit}::"
+            tier.facts.ip6_gateway, tier.facts.ip6_cidr = f"{prefix}1", f"{prefix}/64"
         self.tiers.append(tier)
         return tier
 
@@ -92,8 +141,12 @@ class VpcBed(ScopeBed):
         mac = f"02:02:{self.number:02x}:{digit:02x}:00:{last:02x}"
         number = f"{self.number}{digit}{last}"
         nic = Nic(number, f"6b7c2a10-0000-4000-8000-{number:0>12}", mac, f"{subnet}.{last}", _guest(name, number))
+        if prefix := tier.facts.ip6_cidr:
+            nic.ip6_address, nic.ip6_gateway, nic.ip6_cidr = address6(prefix, mac), tier.facts.ip6_gateway, prefix
         tier.add_nic(nic)
         vm = self.vm_host.vm(name, vlan=tier.facts.vlan, mac=mac, ip=f"{nic.ip}/24", gateway=tier.facts.gateway)
+        if prefix:
+            vm.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")
         self.nics.append(nic)
         self.vms.append(vm)
         return vm
@@ -101,14 +154,15 @@ class VpcBed(ScopeBed):
     def build(self) -> None:
         """Let CloudStack create everything."""
         self.vpc.implement()
-        web, app = self.add_tier(1), self.add_tier(2)
+        web, app = self.add_tier(1, over6=True), self.add_tier(2, over6=True)
         self.add_vm(web, f"web-{self.number}")
         self.add_vm(app, f"app-{self.number}")
-        allowed = [AclItem(9, "allow", "egress", "all")]
+        allowed = [AclItem(9, "allow", "egress", "all", cidrs=ANYWHERE)]
+        of_web = (web.facts.cidr, web.facts.ip6_cidr)
         web.replace_acl(
             [
-                AclItem(1, "allow", "ingress", "tcp", WEB_PORT),
-                AclItem(2, "allow", "ingress", "tcp", NEW_WEB_PORT),
+                AclItem(1, "allow", "ingress", "tcp", WEB_PORT, cidrs=ANYWHERE),
+                AclItem(2, "allow", "ingress", "tcp", NEW_WEB_PORT, cidrs=ANYWHERE),
                 AclItem(3, "allow", "ingress", "udp", WEB_UDP_PORT),
                 *allowed,
             ]
@@ -116,8 +170,8 @@ class VpcBed(ScopeBed):
         app.replace_acl(
             [
                 AclItem(1, "allow", "ingress", "tcp", 22),
-                AclItem(2, "allow", "ingress", "tcp", APP_PORT, cidrs=(web.facts.cidr,)),
-                AclItem(3, "allow", "ingress", "tcp", NEW_APP_PORT, cidrs=(web.facts.cidr,)),
+                AclItem(2, "allow", "ingress", "tcp", APP_PORT, cidrs=of_web),
+                AclItem(3, "allow", "ingress", "tcp", NEW_APP_PORT, cidrs=of_web),
                 AclItem(4, "allow", "ingress", "udp", APP_UDP_PORT, cidrs=(web.facts.cidr,)),
                 AclItem(5, "allow", "ingress", "tcp", BALANCED_PORT),
                 *allowed,
@@ -128,6 +182,10 @@ class VpcBed(ScopeBed):
         app.add_port_forward(app.associate(forwarded), FORWARDED_PORT, self.nics[1], 22)
         self.app.serve_tcp(BALANCED_PORT)  # while the VM lives: the balancer asks for it all the time
         app.add_lb_rule(forwarded, "balanced", BALANCED_PORT, BALANCED_PORT, [self.nics[1]])
+        connect6(self.internet, self.vpc.custom_action("show"), *of_web[1:], app.facts.ip6_cidr)
+        for vm, address in ((self.web, self.web6), (self.app, self.app6)):
+            if not until(partial(_has_address6, vm, address)):
+                raise TimeoutError(f"{vm.name} has not got {address}")
 
     def delete(self) -> None:
         """End the VMs, and let CloudStack delete everything."""
@@ -145,9 +203,19 @@ class VpcBed(ScopeBed):
     def app(self) -> Vm:
         return self.vms[1]
 
+    @property
+    def web6(self) -> str:
+        return self.nics[0].ip6_address
+
+    @property
+    def app6(self) -> str:
+        return self.nics[1].ip6_address
+
     def questions(self, *, over6: bool = True) -> list[Question]:
-        """The gateway of each tier, and the public addresses."""
-        asked = [Question("eth1", it.facts.vlan, it.facts.gateway) for it in self.vpc.tiers if it.facts.vlan]
+        """The gateways of each tier, and the public addresses."""
+        tiers = [it.facts for it in self.vpc.tiers if it.facts.vlan]
+        asked = [Question("eth1", it.vlan, it.gateway) for it in tiers]
+        asked += [Question("eth1", it.vlan, it.ip6_gateway) for it in tiers if over6 and it.ip6_gateway]
         return asked + [Question("eth2", PUBLIC_VLAN, it.ip) for it in self.public]
 
     def kinds(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
@@ -172,18 +240,39 @@ class VpcBed(ScopeBed):
             FlowKind("UDP between tiers", web, app, app.ip, APP_UDP_PORT, each, "udp", every_s),
         ]
 
+    def kinds6(self, each: int = 1, *, every_s: float = 0.25) -> list[FlowKind]:
+        """TCP over IPv6: to the internet, from it, and between the tiers."""
+        web, app, internet = self.web, self.app, self.internet
+        return [
+            FlowKind("IPv6 out", app, internet, OUTSIDE6, OUTWARD_PORT, each, every_s=every_s),
+            FlowKind("IPv6 in", internet, web, self.web6, WEB_PORT, each, every_s=every_s),
+            FlowKind("IPv6 between tiers", web, app, self.app6, APP_PORT, each, every_s=every_s),
+        ]
+
     def served(self) -> list[dict[str, str]]:
         """What each VM gets from its tier. Names of the VMs of its own tier are resolved."""
-        return [
-            served(vm, tier.facts.gateway, {f"{nic.vm.name}.{tier.facts.domain}": nic.ip})
-            for vm, nic, tier in self._places()
-        ]
+        found = []
+        for vm, nic, tier in self._places():
+            name = f"{nic.vm.name}.{tier.facts.domain}"
+            got = served(vm, tier.facts.gateway, {name: nic.ip})
+            if server := tier.facts.ip6_gateway:
+                got["AAAA"] = vm.run("dig", f"@{server}", "+short", "+time=5", "+tries=4", "AAAA", name).out.strip()
+                got["router advertisement"] = advertised(vm)
+                assert got["AAAA"] == nic.ip6_address
+                assert ipaddress.IPv6Address(server).packed.hex() in got["router advertisement"], "its own resolver"
+            found.append(got)
+        return found
 
     def _places(self) -> Iterator[tuple[Vm, Nic, Tier]]:
         for vm, nic in zip(self.vms, self.nics, strict=True):
             for tier in self.vpc.tiers:
                 if nic in tier.nics:
                     yield vm, nic, tier
+
+
+def _has_address6(vm: Vm, address: str) -> bool:
+    """Whether the guest has computed the address, and nobody else uses it."""
+    return address in vm.run("ip", "-6", "address", "show", "dev", "eth0", "-tentative").out
 
 
 @dataclass
@@ -269,5 +358,5 @@ class KindsBed:
 @contextmanager
 def kinds_bed() -> Iterator[KindsBed]:
     """A bed of three candidates and a host for the VMs, whose networks get a standby."""
-    with candidates_bed(3, details={"standby": "auto"}) as (bed, cloud, internet):
+    with candidates_bed(3, details={"standby": "auto", **REGISTERED6}) as (bed, cloud, internet):
         yield KindsBed(bed, cloud, internet, Operator(bed), bed.hosts[:3])

@@ -12,6 +12,7 @@ from bed.lab import Host
 from bed.machines import until
 from bed.observer import Observer, gap, never_two, outage
 from bed.standby import ScopeBed
+from e2e.commands import amid
 from netloom.standbywire import LEASE_MS
 
 LEASE_S = LEASE_MS / 1000
@@ -71,8 +72,8 @@ def watched(
     with it.observer() as observer, it.flows(each, *more, udp=udp, over6=over6, every_s=0.1) as flows:
         flows.wait_open()
         time.sleep(2.5)  # UDP is assured from then on, and the copies have arrived
-        watch = Watch(it, observer, flows, active, standby, others)
-        yield watch
+        with amid(it):
+            yield Watch(it, observer, flows, active, standby, others)
         assert flows.disordered() == 0
     hosts = {"active": active, "standby": standby}
     never_two(observer, *(hosts[name] for name in turns))

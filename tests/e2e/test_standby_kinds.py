@@ -16,7 +16,7 @@ from bed.lab import Host, Vm
 from bed.machines import until
 from bed.observer import Observer, never_two
 from bed.payloads import AclItem
-from bed.standby import OUTSIDE, PUBLIC_VLAN, ScopeBed
+from bed.standby import OUTSIDE, OUTSIDE6, PUBLIC_VLAN, ROUTER6, ScopeBed
 from bed.standby_kinds import (
     BALANCED_PORT,
     CLOSED_PORT,
@@ -85,7 +85,7 @@ def _make_ready(kinds: Kinds) -> None:
 
 
 def check_rules(it: VpcBed) -> None:
-    """New connections: source NAT, static NAT, a balanced port, and what the ACLs allow and deny."""
+    """New connections: source NAT, static NAT, a balanced port, IPv6, and what the ACLs allow and deny."""
     web, app, internet = it.web, it.app, it.internet
     source, static, forwarded = (address.ip for address in it.public)
     assert internet.tcp(forwarded, BALANCED_PORT).server == app.name
@@ -94,9 +94,16 @@ def check_rules(it: VpcBed) -> None:
         assert web.tcp(app.ip, NEW_APP_PORT).saw == web.ip
         for client, address in ((internet, static), (web, app.ip), (app, web.ip)):
             assert not client.tcp(address, CLOSED_PORT, **CLOSED).ok, (client, address)
+    with web.serve_tcp(NEW_WEB_PORT, CLOSED_PORT, address=it.web6):
+        assert internet.tcp(it.web6, NEW_WEB_PORT).saw == ROUTER6
+        assert app.tcp(it.web6, NEW_WEB_PORT).saw == it.app6
+        for client in (internet, app):
+            assert not client.tcp(it.web6, CLOSED_PORT, **CLOSED).ok, client
     with internet.serve_tcp(NEW_OUTWARD_PORT):
         assert web.tcp(OUTSIDE, NEW_OUTWARD_PORT).saw == static
         assert app.tcp(OUTSIDE, NEW_OUTWARD_PORT).saw == source
+    with internet.serve_tcp(NEW_OUTWARD_PORT, address=OUTSIDE6):
+        assert web.tcp(OUTSIDE6, NEW_OUTWARD_PORT).saw == it.web6
 
 
 # --- DHCP answers
@@ -152,7 +159,7 @@ def test_a_vpc_and_a_shared_network_survive_a_power_cut(kinds: Kinds, record_tes
     with (
         asking_dhcp(shared, shared.vms[0]) as answers,
         watched(shared, "active", "standby", each=0, udp=0, over6=0) as services,
-        watched(vpc, "active", "standby", each=3, over6=0) as watch,
+        watched(vpc, "active", "standby", each=3) as watch,
     ):
         active.power_cut()
         outages = [watch.takes_over(standby), services.takes_over(standby)]
@@ -173,7 +180,7 @@ def test_a_frozen_host_and_the_standby_never_answer_both(kinds: Kinds, what: fau
     with (
         asking_dhcp(shared, shared.vms[0]) as answers,
         watched(shared, "active", "standby", each=0, udp=0, over6=0) as services,
-        watched(vpc, "active", "standby", over6=0) as watch,
+        watched(vpc, "active", "standby") as watch,
     ):
         with faults.frozen(active, what):
             watch.takes_over(standby)
@@ -191,7 +198,7 @@ def test_a_host_that_is_cut_off_and_the_standby_never_answer_both(kinds: Kinds) 
     with (
         asking_dhcp(shared, shared.vms[0]) as answers,
         watched(shared, "active", "standby", each=0, udp=0, over6=0) as services,
-        watched(vpc, "active", "standby", over6=0) as watch,
+        watched(vpc, "active", "standby") as watch,
     ):
         active.partition("all")
         watch.takes_over(standby)
@@ -208,7 +215,7 @@ def test_a_vpc_and_a_shared_network_are_handed_over(kinds: Kinds) -> None:
     """And CloudStack's next commands go to the other host."""
     for it in kinds.all:
         active, standby = it.active, it.standby
-        with it.observer() as observer, it.flows(2, udp=1, every_s=0.1) as flows:
+        with it.observer() as observer, it.flows(2, udp=1, over6=1, every_s=0.1) as flows:
             flows.wait_open()
             time.sleep(2.5)
             it.operator.run("move", it.scope, "--to", standby.address, hosts=it.candidates)
@@ -263,7 +270,7 @@ def _vpc_changes(it: VpcBed) -> None:
     before = it.served()
     links = _links(it, it.active)
     assert links == _links(it, it.standby), "the same tiers on both hosts"
-    with watched(it, "active", "standby", over6=0) as watch, data.serve_tcp(5432, CLOSED_PORT):
+    with watched(it, "active", "standby") as watch, data.serve_tcp(5432, CLOSED_PORT):
         kept = it.web.open(data.ip, 5432)
         time.sleep(2.5)
         watch.active.power_cut()

@@ -12,6 +12,7 @@ from bed.lab import Host
 from bed.machines import until
 from bed.observer import never_two
 from bed.standby import StandbyBed, standby_bed
+from e2e.commands import with_commands
 from e2e.takeovers import NOBODY_TAKES_OVER_S, TAKES_OVER_WITHIN_S, returns_as_standby, watched
 
 Record = Callable[[str, object], None]
@@ -24,9 +25,13 @@ def the_bed() -> Iterator[StandbyBed]:
 
 
 @pytest.fixture
-def it(the_bed: StandbyBed) -> Iterator[StandbyBed]:
-    """The bed with a standby that is ready: both hosts are up, and the gateway answers the active one."""
+def it(the_bed: StandbyBed, request: pytest.FixtureRequest) -> Iterator[StandbyBed]:
+    """The bed with a standby that is ready: both hosts are up, and the gateway answers the active one.
+
+    ``with_commands`` repeats a test while CloudStack sends commands.
+    """
     the_bed.make_ready()
+    the_bed.has_commands = getattr(request, "param", "") == "commands"
     yield the_bed
     the_bed.settle()
 
@@ -36,6 +41,7 @@ def log(host: Host) -> str:
     return host.read("/var/log/netloom/agent.log")
 
 
+@with_commands
 def test_all_connections_survive_a_power_cut(it: StandbyBed, record_testsuite_property: Record) -> None:
     assert "the gateway has the second vote" in it.shown()
     with watched(it, "active", "standby") as watch:
@@ -50,6 +56,7 @@ def test_all_connections_survive_a_power_cut(it: StandbyBed, record_testsuite_pr
     assert "gateway" in where.out
 
 
+@with_commands
 @pytest.mark.long
 def test_the_active_host_goes_on_without_its_standby(it: StandbyBed) -> None:
     with watched(it, "active") as watch:
@@ -59,6 +66,46 @@ def test_the_active_host_goes_on_without_its_standby(it: StandbyBed) -> None:
         returns_as_standby(it, watch.standby, watch.active)
 
 
+@pytest.mark.long
+def test_an_operator_says_that_the_standby_is_dead_for_good(it: StandbyBed) -> None:
+    """The network leaves the group without a gap. When the dead host is back, it serves nothing, and stands by anew."""
+    with watched(it, "active") as watch:
+        watch.standby.power_cut()
+        watch.goes_on(watch.active)
+        told = it.operator.run("evacuate", watch.standby.address, hosts=it.candidates)
+        assert f"Still in a group with {watch.standby.address}: {it.scope}. --fenced ends that." in told.out
+        it.operator.run("evacuate", watch.standby.address, "--fenced", hosts=it.candidates)
+        watch.goes_on(watch.active)
+        assert it.network.ensure().ok
+        assert "standby" not in it.network.details and it.active is watch.active
+        rule = it.network.add_firewall_rule(it.network.addresses[0], "tcp", 443)
+        it.network.delete_firewall_rule(rule)
+        faults.boot(watch.standby)
+        it.operator.run("undrain", watch.standby.address, hosts=it.candidates)
+        returns_as_standby(it, watch.standby, watch.active)
+        watch.goes_on(watch.active)
+
+
+@pytest.mark.long
+def test_an_operator_says_that_the_active_host_is_dead_while_the_gateway_does_not_answer(it: StandbyBed) -> None:
+    """The standby serves with all connections. The dead host is back later, and does not serve for a moment."""
+    with watched(it, "active", "standby") as watch:
+        watch.standby.separate([it.internet])
+        watch.active.power_cut()
+        watch.stops(watch.active)
+        it.operator.run("evacuate", watch.active.address, "--fenced", hosts=it.candidates)
+        watch.observer.wait_for(watch.standby)
+        watch.standby.heal()
+        watch.goes_on(watch.standby)
+        assert it.network.ensure().ok
+        assert it.active is watch.standby
+        faults.boot(watch.active)
+        watch.goes_on(watch.standby)
+        it.operator.run("undrain", watch.active.address, hosts=it.candidates)
+        returns_as_standby(it, watch.active, watch.standby)
+
+
+@with_commands
 @pytest.mark.long
 def test_an_active_host_that_is_cut_off_from_everything_stops_and_the_standby_serves(it: StandbyBed) -> None:
     with watched(it, "active", "standby") as watch:

@@ -399,6 +399,24 @@ def test_a_dissolved_standby_wants_no_turn() -> None:
     assert not b.may_serve
 
 
+@pytest.mark.mutation("a-host-that-is-heard-is-not-off")
+def test_a_host_whose_partner_is_off_serves_alone_and_the_partner_stands_by_when_it_is_back() -> None:
+    """An operator says that it is off. That counts only while nothing is heard of it."""
+    for name, other, active in (("b", "a", "a"), ("a", "b", "a")):
+        it, off = member(name, active=active), member(other, active=active)
+        tell(10, off, it)
+        it.continue_alone(10 + TIMING.promise_s / 2)
+        assert not it.alone
+        it.continue_alone(10 + TIMING.promise_s + SOON_S)
+        assert it.alone and it.kept.term > 0
+        tell(20, it, off, heard_at=-1.0)
+        assert not off.may_serve
+        off.tick(30, READY)
+        assert off.wants == 0
+        it.continue_alone(30)
+        assert it.kept.term <= 2, "once is enough"
+
+
 @pytest.mark.mutation("a-candidate-that-learns-of-the-end-gives-up")
 def test_a_candidate_that_dissolves_the_group_does_not_begin() -> None:
     b, w = voted(10)

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from fakehost import REGISTRATION, Agent, simulated
 from netloom import pairwire, placementwire, standbywire
 from netloom.agent.scopes import upstream, wire_questions
-from netloom.agent.scopes.standby_commands import FORGOTTEN_AFTER_S
+from netloom.agent.scopes.standby_commands import FORGOTTEN_AFTER_S, MOVE_BEGINS_WITHIN_S, SILENT_S
 from netloom.agent.scopes.standby_groups import WIRES_EVERY_S
 from netloom.agent.scopes.store import Moved
 from netloom.agent.scopes.wire_questions import ASK_EVERY_S
@@ -225,6 +225,33 @@ async def test_a_host_without_its_lease_executes_nothing_until_it_is_decided(age
     await agent.clock.settle()
     reply = await task
     assert reply.elsewhere and reply.moved_to == "h2" and reply.epoch == 2
+
+
+@simulated
+async def test_a_call_that_waits_for_a_lease_in_vain_says_who_is_missing(agent: Agent) -> None:
+    standby = await grouped(agent)
+    turn((agent, standby), "h1", 0, serves=False)
+    await agent.clock.settle()
+    task = agent.send("021", "assign-ip", vlan="1204", public_ip="203.0.113.99", remaining_ms=2000)
+    await agent.clock.advance(2.5)
+    reply = await task
+    assert (reply.status, reply.hint) == (3, "bring h2 or h3 back; CloudStack may repeat the call")
+    assert "this host has no lease" in reply.error
+
+
+@pytest.mark.mutation("a-question-needs-no-standby")
+@simulated
+async def test_a_question_does_not_fail_because_the_standby_lacks_a_state(agent: Agent) -> None:
+    """The call that made it has failed. CloudStack learns from the answer that nobody serves the network."""
+    standby = await grouped(agent)
+    standby.pairs.dropped = (pairwire.Stored,)
+    task = agent.send("021", "assign-ip", vlan="1204", public_ip="203.0.113.99")
+    await agent.clock.advance(0.2)
+    turn((agent, standby), "h1", 0, serves=False)
+    await agent.clock.advance(1.1)
+    assert (await task).status != 0
+    answer = await agent.call("021", "locate")
+    assert answer.status == 0 and answer.standby is not None and not answer.standby.serving
 
 
 @simulated
@@ -1166,9 +1193,97 @@ async def test_a_scope_leaves_a_standby_that_forgot_it_only_after_a_long_silence
     view = agent.engine.groups[PAIR.group_id]
     agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S - 1})
     reply = await send(agent, standbywire.LEAVE_GROUP, leave)
-    assert (reply.status, reply.hint) == (3, "repeat it when the standby answers")
+    remedy = "repeat it when the standby answers; if h2 is off for good: netloom evacuate h2 --fenced"
+    assert (reply.status, reply.hint) == (3, remedy)
     agent.engine.groups[PAIR.group_id] = replace(view, silent_s={"h2": FORGOTTEN_AFTER_S})
     reply = await send(agent, standbywire.LEAVE_GROUP, replace(leave, is_forgotten=False))
     assert reply.status != 0
     reply = await send(agent, standbywire.LEAVE_GROUP, leave)
     assert reply.status == 0 and agent.store.files[NET].placement.group == ""
+
+
+# --- the other host is off, as an operator says
+
+
+def not_heard(agent: Agent, seconds: float) -> str:
+    """The agent has not heard the other host of the group for so long, and has no connection to it; its name."""
+    view = agent.engine.groups[GROUP.group_id]
+    partner = view.spec.names.partner(view.me)
+    agent.pairs.cut()
+    agent.engine.groups[GROUP.group_id] = replace(view, silent_s={partner: seconds})
+    return partner
+
+
+@pytest.mark.parametrize("group", [GROUP, PAIR], ids=["with a witness", "without"])
+@pytest.mark.parametrize("name", ["h1", "h2"])
+@simulated
+async def test_a_host_whose_partner_is_off_serves_alone(
+    agent: Agent, name: str, group: GroupSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it was the active host or stood by, and without an answer of anybody."""
+    standby = await grouped(agent, group)
+    for each in (agent, standby):
+        monkeypatch.setattr(each.standbys._upstreams, "_start", lambda _: None)
+    it = agent if name == "h1" else standby
+    it.engine.promises = False
+    dead = not_heard(it, SILENT_S)
+    epoch = it.scopes.slot(NET).epoch
+    reply = await send(it, standbywire.LEAVE_GROUP, LeaveGroup(group_id=GROUP.group_id, fenced=dead))
+    assert reply.status == 0, reply
+    placement = it.store.files[NET].placement
+    assert (placement.group, placement.gate) == ("", "open") and placement.epoch > epoch
+    assert it.host.present[NET].lease == 0
+    assert (await it.call("021", "assign-ip", vlan="1204", public_ip="203.0.113.99")).status == 0
+
+
+@pytest.mark.mutation("a-host-that-was-heard-is-not-off")
+@simulated
+async def test_a_host_that_was_heard_a_moment_ago_is_not_off(agent: Agent) -> None:
+    standby = await grouped(agent)
+    dead = not_heard(standby, SILENT_S - 1)
+    reply = await send(standby, standbywire.LEAVE_GROUP, LeaveGroup(group_id=GROUP.group_id, fenced=dead))
+    assert reply.status == 3 and "was heard here" in reply.error
+    assert standby.store.files[NET].placement.group == GROUP.group_id
+
+
+@simulated
+async def test_only_the_other_host_of_the_group_can_be_off(agent: Agent) -> None:
+    await grouped(agent)
+    not_heard(agent, SILENT_S)
+    reply = await send(agent, standbywire.LEAVE_GROUP, LeaveGroup(group_id=GROUP.group_id, fenced="h3"))
+    assert (reply.status, reply.error) == (3, "net-204 has no group with h3 on this host")
+
+
+@pytest.mark.mutation("a-standby-asks-before-it-continues-alone")
+@simulated
+async def test_a_standby_asks_who_answers_unless_its_partner_is_fenced(agent: Agent) -> None:
+    standby = await grouped(agent)
+    dead = not_heard(standby, SILENT_S)
+    rendered = standby.scopes.slot(NET).rendered
+    assert rendered is not None
+    standby.host.owners = {rendered[1].announce[0].ip: "02:00:00:00:00:01"}
+    leave = LeaveGroup(group_id=GROUP.group_id, fenced=dead, asks_first=True)
+    reply = await send(standby, standbywire.LEAVE_GROUP, leave)
+    assert reply.status == 3 and "is not served here" in reply.error, reply
+    assert standby.store.files[NET].placement.group == GROUP.group_id
+    reply = await send(standby, standbywire.LEAVE_GROUP, replace(leave, asks_first=False))
+    assert reply.status == 0, reply
+
+
+# --- a move begins
+
+
+@pytest.mark.mutation("a-scope-that-is-about-to-move-joins-no-group")
+@simulated
+async def test_a_scope_that_left_its_group_for_a_move_joins_none_for_a_minute(agent: Agent) -> None:
+    """CloudStack's next call would give it a standby again, and the move could not close its gate."""
+    await grouped(agent)
+    leave = LeaveGroup(group_id=GROUP.group_id, moves=True)
+    reply = await send(agent, standbywire.LEAVE_GROUP, leave)
+    assert reply.status == 0 and reply.about_to_move
+    join = JoinGroup(group_id=GROUP.group_id, epoch=reply.epoch + 1, proof="p1", standby_proof="p2")
+    refused = await send(agent, standbywire.JOIN_GROUP, join)
+    assert (refused.status, refused.error) == (3, "net-204 is about to move")
+    await agent.clock.advance(MOVE_BEGINS_WITHIN_S)
+    reply = await send(agent, standbywire.JOIN_GROUP, join)
+    assert reply.status == 0 and not reply.about_to_move

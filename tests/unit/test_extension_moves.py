@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
 from netloom.errors import BadRequest, HostRefused, HostUnreachable, NetloomError
 from netloom.extension.moves import archive
+from netloom.extension.moves.agents import Agents
 from netloom.extension.moves.archive import Archived, load_of, read_archive, without_secrets, write_archive
 from netloom.extension.moves.balance import Planned
 from netloom.extension.moves.drain import plan_drain, plan_rebalance
-from netloom.extension.moves.evacuate import plan_evacuation
+from netloom.extension.moves.evacuate import place_copies, plan_evacuation
 from netloom.extension.moves.inventory import (
     Await,
     HostView,
@@ -27,10 +30,13 @@ from netloom.extension.moves.inventory import (
     leftovers,
     next_step,
 )
+from netloom.extension.moves.move import Mover, Signer
 from netloom.extension.moves.where import remarks
 from netloom.placementwire import GATEWAY, HeldScope
 from netloom.secret import Secret, enc_hook
+from netloom.standbywire import LeaveGroup
 from netloom.state import Network, Nic, Scope
+from netloom.wire import Reply
 
 NET = "net-204"
 
@@ -155,19 +161,62 @@ def test_a_standby_copy_is_no_load_and_stays_in_a_drain() -> None:
 
 def test_the_copy_of_the_standby_is_used_when_its_host_is_dead_and_it_has_not_taken_over() -> None:
     plan = plan_evacuation("h1", inventory(silent="h1", h2="standby 3 h1 G", h3="-"), [])
-    assert [(it.scope_id, it.host) for it in plan.copies] == [(NET, "h2")]
-    assert plan.targets == {NET: "h2"}
-    assert plan_evacuation("h1", inventory(silent="h1", h2="open 4 - G", h3="-"), []).copies == ()
+    assert [(it.scope_id, it.host, it.served) for it in plan.partners] == [(NET, "h2", False)]
+    served = plan_evacuation("h1", inventory(silent="h1", h2="open 4 - G", h3="-"), [])
+    assert (served.partners, served.copies) == ((), ())
 
 
-@pytest.mark.mutation("a-standby-is-not-bypassed", instead="copy.host in loads")
+@pytest.mark.mutation("a-standby-is-not-bypassed", instead="False")
 def test_a_standby_copy_is_used_where_it_is_because_it_could_still_take_over() -> None:
     now = inventory(silent="h1", h2="standby 3 h1 G", h3="-")
     views = {**now.views, "h2": HostView(now.views["h2"].scopes, drained=True)}
     newer = archived(epoch=9)
     plan = plan_evacuation("h1", Inventory(views, now.failures), [newer])
-    assert [(it.scope_id, it.host, it.archived) for it in plan.copies] == [(NET, "h2", None)]
-    assert plan.targets == {NET: "h2"}
+    assert [(it.scope_id, it.host) for it in plan.partners] == [(NET, "h2")]
+    assert plan.copies == ()
+
+
+class ToldAgents:
+    """What agents are told to do. They do it."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, object]] = []
+
+    async def tell(self, host: str, command: str, message: object, **about: object) -> Reply:
+        self.told.append((host, message))
+        return Reply(call_id="")
+
+
+def evacuated(now: Inventory, dead: str, *, fenced: bool) -> list[tuple[str, object]]:
+    """What the hosts are told about their groups with the dead one."""
+    agents = ToldAgents()
+    mover = Mover(cast(Agents, agents), cast(Signer, None))
+    asyncio.run(place_copies(mover, plan_evacuation(dead, now, []), now, fenced=fenced))
+    return agents.told
+
+
+@pytest.mark.parametrize(
+    ("now", "dead", "fenced", "asks_first"),
+    [
+        (inventory(h1="open 3 - G", silent="h2"), "h2", True, False),  # it serves: nobody else answers
+        (inventory(h1="standby 3 - G", silent="h2"), "h2", True, True),  # it has no lease, and h2 is silent
+        (inventory(h1="standby 3 - G"), "h2", True, False),
+        (inventory(h2="standby 3 h1 G"), "h1", True, False),
+        (inventory(h2="standby 3 h1 G", silent="h3"), "h1", True, True),
+        (inventory(h2="standby 3 h1 G"), "h1", False, True),
+    ],
+)
+def test_the_other_host_of_a_group_serves_alone_if_one_is_off(
+    now: Inventory, dead: str, fenced: bool, asks_first: bool
+) -> None:
+    (host,) = now.views
+    message = LeaveGroup(group_id="G", fenced=dead, asks_first=asks_first)
+    assert evacuated(now, dead, fenced=fenced) == [(host, message)]
+
+
+@pytest.mark.mutation("a-group-ends-by-the-operators-word")
+def test_without_the_operators_word_a_served_network_stays_in_its_group() -> None:
+    assert evacuated(inventory(h1="open 3 - G"), "h2", fenced=False) == []
 
 
 @pytest.mark.mutation("a-standby-may-take-over", instead="False")

@@ -533,6 +533,32 @@ def test_a_standby_host_cannot_take_the_network_of_another_registration(bed: Cal
 # --- what goes wrong
 
 
+@pytest.mark.mutation("a-move-is-not-disturbed-by-a-standby")
+@pytest.mark.parametrize("policy", ["auto", "required"])
+def test_a_network_that_is_about_to_move_gets_no_standby_before(bed: Callable[..., Bed], policy: str) -> None:
+    it = bed(standby=policy)
+    it.serve("h1", epoch=3)
+    it.hosts["h1"].reply = replace(it.hosts["h1"].reply, about_to_move=True)
+    assert "standby" not in it.ensure()
+    assert not it.record.note
+    it.serve("h1", epoch=3)
+    assert it.ensure()["standby"] == "h2"
+
+
+def test_a_network_that_leaves_for_a_move_while_its_standby_is_set_up_is_no_failure(bed: Callable[..., Bed]) -> None:
+    it = bed()
+    it.serve("h1", epoch=3)
+
+    def move(host: str, call: Call) -> None:
+        if call.command == JOIN_GROUP:
+            it.hosts[host].fails[JOIN_GROUP] = "net-42 is about to move"
+            it.hosts[host].reply = replace(it.hosts[host].reply, about_to_move=True)
+
+    it.before = move
+    assert "standby" not in it.ensure()
+    assert not it.record.note
+
+
 @pytest.mark.mutation("a-failed-standby-waits")
 def test_a_standby_that_cannot_be_set_up_is_noted_once_in_a_while(bed: Callable[..., Bed]) -> None:
     it = bed()

@@ -199,7 +199,7 @@ def _evacuate(
     remote: Remote,
     host: Annotated[str, typer.Argument(metavar="HOST", help="The dead host, written as in --hosts.")],
     fenced: Annotated[
-        bool, typer.Option("--fenced", help="The host is powered off, for sure: do not ask who answers for addresses.")
+        bool, typer.Option("--fenced", help="The host is powered off, for sure: end its groups, and ask nobody.")
     ] = False,
     state: Annotated[
         str, typer.Option("--state", metavar="FILE", help="Use the states in this archive of netloom export.")
@@ -229,7 +229,7 @@ def _evacuate(
         plan = evacuate.plan_evacuation(host, inventory, archived, owner)
         if dry_run:
             return plan, inventory, [], {}
-        display = MovesDisplay(len(plan.copies))
+        display = MovesDisplay(len(plan.copies) + len(plan.partners))
         mover.on_step = display.step
         moved = await evacuate.place_copies(mover, plan, inventory, fenced=fenced, done=_shown(display))
         display.end()
@@ -243,6 +243,11 @@ def _evacuate(
         rows = [
             {"scope": it.scope_id, "to": plan.targets[it.scope_id], "from": it.host or "the archive", "status": 0}
             for it in plan.copies
+        ]
+        rows += [
+            {"scope": it.scope_id, "to": it.host, "from": it.host, "status": 0}
+            for it in plan.partners
+            if fenced or not it.served
         ]
         _print_rows_or(rows, as_json, "No host that answers has a copy of a network of this host.")
         return
@@ -260,6 +265,9 @@ def _evacuate(
     else:
         for line in _evacuated(host, plan.unknown, moved, recorded):
             typer.echo(one_line(line))
+        kept = [] if fenced else [it.scope_id for it in plan.partners if it.served]
+        if kept:
+            typer.echo(one_line(f"Still in a group with {host}: {', '.join(kept)}. --fenced ends that."))
     _complain([*inventory.failures.values(), *errors.values()], as_json=as_json)
     failed = [it.error for it in moved if it.error]
     if failed:

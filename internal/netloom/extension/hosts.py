@@ -333,6 +333,7 @@ class Inquiry:
             moved_to=reply.moved_to,
             drained=reply.drained,
             standby=reply.standby,
+            about_to_move=reply.about_to_move,
         )
         if host == situation.stored:
             return answer

@@ -32,7 +32,7 @@ class HostAnswer:
     ``epoch``, ``gate``, ``drained``: as in ``wire.Reply``; agents of releases without moves send no gate.
     ``moved_to``: the same; the host does not hold the scope then. ``why``: why the scope is not served.
     ``is_proven``: the epoch is authorised for this host. ``evacuated``: the hosts that are declared dead and whose
-    scopes this host may take; authorised, and not expired. ``standby``: the group of the scope, as in ``wire.Reply``.
+    scopes this host may take; authorised, and not expired. ``standby``, ``about_to_move``: as in ``wire.Reply``.
     """
 
     holds: bool = False
@@ -45,6 +45,7 @@ class HostAnswer:
     is_proven: bool = False
     evacuated: frozenset[str] = frozenset()
     standby: StandbyReply | None = None
+    about_to_move: bool = False
 
     @property
     def answered(self) -> bool:

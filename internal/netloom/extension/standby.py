@@ -135,7 +135,7 @@ async def with_standby(
     and there is none.
     """
     answer = inquiry.answers.get(placed.host)
-    if answer is None or not answer.serves:
+    if answer is None or not answer.serves or answer.about_to_move:  # guard: a-move-is-not-disturbed-by-a-standby
         return placed, ""
     group, policy = answer.standby, request.details.standby
     # A group with a host that is not registered any more, or that is lost, is replaced.
@@ -259,8 +259,8 @@ class _Setup:
         try:
             await self._join(group, active, chosen)
         except NetloomError:
-            await self._look()  # another call has done it, or the reply was lost
-            if not self.standby:
+            answer = await self._look()  # another call has done it, or the reply was lost
+            if not self.standby and not answer.about_to_move:
                 raise
 
     async def leave(self, group_id: str) -> None:
@@ -286,11 +286,12 @@ class _Setup:
         answer = await self._inquiry.look(self._situation, self.standby)
         return answer.answered and not answer.holds and not answer.moved_to  # guard: a-standby-says-what-it-has
 
-    async def _look(self) -> None:
+    async def _look(self) -> HostAnswer:
         """What the host of the scope says about it now. Raises HostUnreachable."""
         answer = await self._inquiry.look(self._situation, self.placed.host)
         self.placed = replace(self.placed, epoch=max(self.placed.epoch, answer.epoch))
         self.standby = self._situation.registered(answer.standby.host) if answer.standby else ""
+        return answer
 
     async def _ask_all(self) -> None:
         """Ask the candidates that were not asked yet. Slow ones are not waited for."""

@@ -14,7 +14,8 @@ whatever is lost, repeated, delayed or cut off, and whoever crashes:
 5. A member that has just started does not know its promises. It can have promised something only to the host that its
    disk names. So it helps only that one, until the longest promise would be over.
 6. A group is dissolved when the witness or the standby has promised, on disk, to help only the active host until that
-   gives its turn away. The active host then serves without a lease, and never gives its turn away.
+   gives its turn away. The active host then serves without a lease, and never gives its turn away. An operator who says
+   that the other host is off dissolves the group, too (``continue_alone``).
 
 A group may have no witness. The second vote is that of the *upstream* then, a machine outside of both hosts:
 
@@ -173,6 +174,17 @@ class Member:
     def dissolve(self) -> None:
         """Ask the others to dissolve the group. Nothing happens unless this host is the active one."""
         self._dissolves = self.may_serve
+
+    def continue_alone(self, now: float) -> None:
+        """An operator says that the other host is off: begin a term, and serve without a lease for ever.
+
+        A later term, also if this host is active: so the other host stands by when it is back. Nothing happens while
+        it is heard.
+        """
+        heard, _ = self._heard.get(self.group.partner(self.me), (_NEVER, None))
+        if now - heard >= self._timing.promise_s and not self.alone:  # guard: a-host-that-is-heard-is-not-off
+            self._begin(self.group.next_term(self.me, max(self.kept.term, self._voted_elsewhere)))
+            self.kept = replace(self.kept, dissolved=True)
 
     @property
     def _granted(self) -> tuple[int, str]:

@@ -221,6 +221,7 @@ class Moves:
         self._scopes.placements.place(slot, replace(placement, gate="closed", peer=asked.to))
         handover, slot.handover = slot.handover, Handover()
         slot.handover.closing = asked
+        slot.about_to_move = None
         if not want.namespace:
             return wire.packed(wire.Closed()), HostChanges()
         try:

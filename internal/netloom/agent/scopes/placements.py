@@ -65,7 +65,14 @@ class Placements:
             return reply
         if slot.scope is not None:
             it = slot.scope.placement
-            reply = replace(reply, epoch=slot.epoch, gate=slot.gate, proof=it.proof, proof_from=it.proof_from)
+            reply = replace(
+                reply,
+                epoch=slot.epoch,
+                gate=slot.gate,
+                proof=it.proof,
+                proof_from=it.proof_from,
+                about_to_move=slot.about_to_move is not None,
+            )
             role = self.roles.of(it)
             if role is None:
                 return reply

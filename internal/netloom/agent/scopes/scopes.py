@@ -63,7 +63,7 @@ from netloom.protocol.custom import CustomAction
 from netloom.render import helpers
 from netloom.render.scope import render
 from netloom.render.want import Want
-from netloom.state import Scope
+from netloom.state import Placement, Scope
 from netloom.state.served import Served
 from netloom.wire import Call, Reply
 
@@ -203,7 +203,7 @@ class Scopes:
         steps = 0
         try:
             reply, steps = await self._dispatch(call)
-            if self.replication is not None:
+            if self.replication is not None and call.command != "locate":  # guard: a-question-needs-no-standby
                 within_s = call.remaining_ms / 1000 - (self._clock.time() - started)
                 reply = await self.replication.settled(call.scope_id, reply, within_s)
         except NetloomError as error:
@@ -330,16 +330,27 @@ class Scopes:
                         it.error = error
                     rest.clear()
 
+    def _undecided(self, slot: Slot) -> HostRefused:
+        placement = slot.scope.placement if slot.scope else Placement()
+        role = self._roles.of(placement)
+        if role is not None and placement.gate == "open":
+            others = f"{role.standby} or {role.witness}" if role.witness else role.standby
+            return HostRefused(
+                f"{slot.scope_id}: this host has no lease, because no other member of its group answers it",
+                hint=f"bring {others} back; CloudStack may repeat the call",
+            )
+        return HostRefused(
+            f"{slot.scope_id} is being moved to {placement.peer or 'another host'}",
+            hint="CloudStack may repeat the call; netloom where shows what holds",
+        )
+
     async def _await_decision(self, slot: Slot, decided: asyncio.Event, within_s: float) -> None:
         slot.users += 1
         try:
             async with self._clock.timeout(within_s):
                 await decided.wait()
         except TimeoutError:
-            raise HostRefused(
-                f"{slot.scope_id} is being moved to {slot.scope.placement.peer if slot.scope else 'another host'}",
-                hint="CloudStack may repeat the call; netloom where shows what holds",
-            ) from None
+            raise self._undecided(slot) from None
         finally:
             slot.users -= 1
 

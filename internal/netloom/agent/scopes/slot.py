@@ -52,6 +52,7 @@ class Slot:
         self.decided = asyncio.Event()  # is set, and replaced, when a closed gate has opened or the scope is gone
         self.handover = Handover()  # while the scope moves away
         self.undecided: Timer | None = None  # ends the time in which a move must be decided
+        self.about_to_move: Timer | None = None  # ends the time in which a move may begin
 
     @property
     def idle(self) -> bool:

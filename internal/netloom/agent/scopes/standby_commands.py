@@ -15,6 +15,7 @@ from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import SCOPE_ID, Scopes
 from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.standby_groups import Groups, Turns, run
+from netloom.agent.standby.member import GroupView
 from netloom.errors import BadRequest, HostRefused, NetloomError
 from netloom.state import Placement
 from netloom.wire import Call, Reply
@@ -24,6 +25,7 @@ GONE_WITHIN_S = 3.0
 SILENT_S = 5.0  # a standby that was not heard for so long does not answer
 DISSOLVED_WITHIN_S = 2.0
 FORGOTTEN_AFTER_S = 60.0  # longer than a call of CloudStack
+MOVE_BEGINS_WITHIN_S = 60.0  # after its scope has left the group: the gate closes when the other host has the state
 
 
 class GroupCommands:
@@ -64,7 +66,10 @@ class GroupCommands:
                 async with self._scopes.turn(slot, call.command, within_s=within_s):
                     await run(self._scopes, slot, lambda: self._join(slot, asked))
             case standbywire.LEAVE_GROUP:
-                await self._leave(slot, standbywire.unpacked(call.payload, standbywire.LeaveGroup), within_s)
+                leaves = standbywire.unpacked(call.payload, standbywire.LeaveGroup)
+                if leaves.moves:
+                    self._expect_move(slot)
+                await (self._continue_alone if leaves.fenced else self._leave)(slot, leaves, within_s)
             case _:
                 raise BadRequest(f"{call.command} is not a command about groups")
         return b""
@@ -112,6 +117,8 @@ class GroupCommands:
         placement = scope.placement
         if placement.group == asked.group_id:
             return HostChanges()
+        if slot.about_to_move is not None:  # guard: a-scope-that-is-about-to-move-joins-no-group
+            raise HostRefused(f"{slot.scope_id} is about to move", hint="its new host gives it a standby")
         if placement.group or placement.gate != "open":
             what = f"belongs to group {placement.group}" if placement.group else f"is {placement.gate} here"
             raise HostRefused(f"{slot.scope_id} {what}")
@@ -140,6 +147,15 @@ class GroupCommands:
         self._scopes.placements.place(slot, joined)
         return self._scopes.converge(slot)
 
+    def _expect_move(self, slot: Slot) -> None:
+        """Else CloudStack's next call gives the scope a standby again, before the move has begun."""
+
+        def end() -> None:
+            if slot.about_to_move is timer:
+                slot.about_to_move = None
+
+        slot.about_to_move = timer = self._clock.call_later(MOVE_BEGINS_WITHIN_S, end)
+
     async def _leave(self, slot: Slot, asked: standbywire.LeaveGroup, within_s: float) -> None:
         async with self._scopes.turn(slot, standbywire.LEAVE_GROUP, within_s=within_s):
             scope = slot.scope
@@ -159,13 +175,65 @@ class GroupCommands:
             await run(self._scopes, slot, lambda: self._place(slot, replace(placement, leaving=False)))
             raise HostRefused(
                 f"{slot.scope_id}: its standby does not answer, so the group stays",
-                hint="repeat it when the standby answers"
-                + (", or the witness" if self._witness(asked.group_id) else ""),
+                hint=self._remedy(asked.group_id),
             )
 
-    def _witness(self, group_id: str) -> str:
+    def _remedy(self, group_id: str) -> str:
         view = self._groups.views().get(group_id)
-        return view.spec.names.witness if view is not None else ""
+        if view is None:
+            return "repeat it when the standby answers"
+        answers = "the standby, or the witness, answers" if view.spec.witness else "the standby answers"
+        dead = view.spec.names.partner(view.me)
+        return f"repeat it when {answers}; if {dead} is off for good: netloom evacuate {dead} --fenced"
+
+    async def _continue_alone(self, slot: Slot, asked: standbywire.LeaveGroup, within_s: float) -> None:
+        """Serve the scope, because an operator says that the other host of its group is off.
+
+        The whole group is dissolved by this host, so that the other one stands by when it is back. All scopes of the
+        group leave it then (standby_end.py).
+        """
+        async with self._scopes.turn(slot, standbywire.LEAVE_GROUP, within_s=within_s):
+            scope = slot.scope
+            if scope is None or scope.placement.group != asked.group_id:
+                return
+            view = self._groups.views().get(asked.group_id)
+            if view is None or asked.fenced.lower() != view.spec.names.partner(view.me).lower():
+                raise HostRefused(f"{slot.scope_id} has no group with {asked.fenced} on this host")
+            if not view.alone:
+                await self._dissolve_alone(slot, view, asked)
+            await run(self._scopes, slot, lambda: serve_alone(self._scopes, slot))
+
+    async def _dissolve_alone(self, slot: Slot, view: GroupView, asked: standbywire.LeaveGroup) -> None:
+        """Raises HostRefused if the other host may serve, or if this one cannot write that it is off."""
+        silent_s = view.silent_s.get(view.spec.names.partner(view.me), 0.0)
+        if silent_s < SILENT_S or self._groups.connected(asked.group_id):  # guard: a-host-that-was-heard-is-not-off
+            raise HostRefused(
+                f"{asked.fenced} was heard here within the last {SILENT_S:.0f} s, or this agent has just started",
+                hint="power it off, and repeat the command",
+            )
+        if asked.asks_first:
+            want = self._scopes.placed_want(slot)
+            found = await self._scopes.in_worker(lambda: self._scopes.placements.occupied(slot, want))
+            if found.owners or found.probing or found.unknown:  # guard: a-standby-asks-before-it-continues-alone
+                raise HostRefused(
+                    f"{found}: {slot.scope_id} is not served here",
+                    hint=f"switch {asked.fenced} off, and say so with --fenced",
+                )
+        self._engine.continue_alone(asked.group_id)
+        if not await self._is_alone(asked.group_id):
+            raise HostRefused(
+                f"{slot.scope_id}: this host cannot serve it alone: it hears {asked.fenced}, or cannot write its file",
+                hint="look at /var/log/netloom/agent.log there",
+            )
+
+    async def _is_alone(self, group_id: str) -> bool:
+        """Wait until the group is dissolved, so that this host alone serves; whether it is, after some seconds."""
+        ends = self._clock.time() + DISSOLVED_WITHIN_S
+        while (view := self._groups.views().get(group_id)) is not None and not view.alone:
+            if self._clock.time() > ends:
+                break
+            await self._clock.sleep(0.05)
+        return view is not None and view.alone
 
     def _cannot_have_it(self, group_id: str) -> bool:
         """Whether the standby of a group without a witness cannot have got a scope during a call."""
@@ -196,11 +264,7 @@ class GroupCommands:
         if silent_s < SILENT_S:  # guard: a-standby-that-is-heard-keeps-its-group
             return False
         self._engine.dissolve(group_id)
-        ends = self._clock.time() + DISSOLVED_WITHIN_S
-        while view is not None and not view.alone and self._clock.time() < ends:
-            await self._clock.sleep(0.05)
-            view = self._groups.views().get(group_id)
-        return view is not None and view.alone  # guard: a-silent-standby-that-may-serve-keeps-its-group
+        return await self._is_alone(group_id)  # guard: a-silent-standby-that-may-serve-keeps-its-group
 
     async def _standby_forgets(self, slot: Slot, group_id: str) -> bool:
         """Whether the standby has said that it has forgotten the scope."""

@@ -135,6 +135,11 @@ class Engine:
         One of them is enough. The scopes of the group should leave it then."""
         self._post(lambda: self._dissolve(group_id))
 
+    def continue_alone(self, group_id: str) -> None:
+        """An operator says that the other host of the group is off: this one serves alone from now on, and the group is
+        dissolved. ``views`` tells when it is done. Nothing happens while the other host is heard."""
+        self._post(lambda: self._tell(group_id, lambda it, now: it.continue_alone(now)))
+
     def set_local(self, group_id: str, local: Local) -> None:
         """What this host knows about itself; its effect, such as giving the turn away, begins at once."""
         self._post(lambda: self._set_local(group_id, local))

@@ -296,6 +296,12 @@ class GroupMember:
             self._member.dissolve()
             self.is_urgent = True
 
+    def continue_alone(self, now: float) -> None:
+        """See ``Engine.continue_alone``."""
+        if self._member is not None and not self.is_witness:
+            self._attempt(now, lambda it: it.continue_alone(now))
+            self.is_urgent = True
+
     def tick(self, now: float) -> None:
         """Look what is to do."""
         silent = self._wires.silent

@@ -90,9 +90,9 @@ class Agents:
         scope_id: str = "",
         owner: str = "",
         within_s: float = ANSWER_S,
-    ) -> None:
-        """:meth:`ask` for a command whose answer has no data."""
-        await self._reply(host, command, message, scope_id, owner, within_s)
+    ) -> Reply:
+        """:meth:`ask` for a command whose answer has no data; returns the whole reply."""
+        return await self._reply(host, command, message, scope_id, owner, within_s)
 
     async def _reply(
         self, host: str, command: str, message: msgspec.Struct, scope_id: str, owner: str, within_s: float

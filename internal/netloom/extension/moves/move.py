@@ -204,7 +204,7 @@ class Mover:
         Otherwise the standby would take over when the source closes the gate.
         """
         self.on_step(scope_id, f"ending the standby on {step.held.standby}")
-        message = LeaveGroup(group_id=step.held.group)
+        message = LeaveGroup(group_id=step.held.group, moves=True)
         await self.agents.tell(step.source, LEAVE_GROUP, message, scope_id=scope_id, owner=step.held.owner)
 
     async def _clear_before(self, scope_id: str, it: Leftover, to: str) -> str:
