@@ -510,15 +510,28 @@ def test_a_network_with_a_standby_is_handed_over(
 
 @with_commands
 def test_both_agents_are_replaced_one_after_the_other(it: StandbyBed) -> None:
-    """As an upgrade does it: the new agent is there within the lease. No datagram is lost."""
-    with watched(it, "active") as watch, it.vm.serve_udp(53):
+    """As an upgrade does it: the new agent is there within the lease. No datagram is lost.
+
+    A machine may be too busy to start an agent so soon. Then the standby takes over, and it is tried again.
+    """
+    assert any(_are_replaced_within_the_lease(it) for _ in range(3))
+
+
+def _are_replaced_within_the_lease(it: StandbyBed) -> bool:
+    """False: an agent was not there within the lease, so the standby has taken over."""
+    assert until(it.is_ready, seconds=90)
+    with watched(it) as watch, it.vm.serve_udp(53):
         steady = it.internet.steady_udp(STATIC_NAT, 53)
         for host in (watch.standby, watch.active):
-            faults.kill_agent(host)
-            faults.start_agent(host)
+            killed = faults.kill_agent(host)
+            was_late = faults.start_agent(host) - killed > LEASE_S
+            if was_late and until(lambda: watch.observer.turns()[-1].host == watch.standby.name, seconds=3 * LEASE_S):
+                steady.stop()
+                return False
             watch.goes_on(watch.active)
         measured = steady.stop()
     assert measured.sent - measured.answered <= 1, "the last one may be on its way"
+    return True
 
 
 # --- CloudStack's commands
