@@ -332,6 +332,9 @@ class FakeHost:
         self.did.append(f"neighbours of {port.link}")
         return self.answering
 
+    def neighbours(self, want: Want) -> FakeNeighbours:
+        return FakeNeighbours(self, want)
+
     def read_flows(self, namespace: str) -> Listing:
         listing = Listing()
         listing.records = list(self.flows[namespace])
@@ -351,6 +354,23 @@ class FakeHost:
     def _raise(self, what: str) -> None:
         if self._errors[what]:
             raise self._errors[what].popleft()
+
+
+class FakeNeighbours:
+    """``open``: how many are."""
+
+    open = 0
+
+    def __init__(self, host: FakeHost, want: Want) -> None:
+        self._host = host
+        self._want = want
+        FakeNeighbours.open += 1
+
+    def anybody_answers(self, timeout_s: float) -> bool | None:
+        return self._host.anybody_answers("", self._want, timeout_s)
+
+    def close(self) -> None:
+        FakeNeighbours.open -= 1
 
 
 class FakeSockets:

@@ -15,7 +15,7 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -114,9 +114,8 @@ class Engine:
             self._take_inbox()
 
     def views(self) -> Mapping[str, GroupView]:
-        """What is known about each group now. Waits for nobody."""
-        now = self._clock_ns() / NANOSECONDS
-        return {group_id: it.view(now) for group_id, it in self._members.items()}
+        """What is known about each group when it is looked up. Waits for nobody; the groups stay the same."""
+        return _Views(self._members, self._now)
 
     def set_group(self, spec: GroupSpec, me: str) -> None:
         """This host, ``me``, is a member of the group; that is on disk when this returns.
@@ -138,8 +137,13 @@ class Engine:
         self._post(lambda: self._dissolve(group_id))
 
     def set_local(self, group_id: str, local: Local) -> None:
-        """What this host knows about itself; its effect, such as giving the turn away, begins at once."""
-        self._post(lambda: self._set_local(group_id, local))
+        """What this host knows about itself; its effect, such as giving the turn away, begins at once.
+
+        For one thread. The same again wakes up nobody."""
+        member = self._members.get(group_id)
+        if member is not None and member.told != local:  # guard: only-news-wake-the-engine
+            member.told = local
+            self._post(lambda: self._set_local(group_id, local))
 
     def set_wires(self, group_id: str, wires: Mapping[ClaimWire, int]) -> None:
         """The links on which the heartbeats of the group travel, beside UDP, each with the number of its segment.
@@ -408,3 +412,23 @@ class Engine:
             self._log.traceback("standby", error)
             self._bug_at = now + 10
         time.sleep(HURRY_TICK_S)  # it may come back at once
+
+
+class _Views(Mapping[str, GroupView]):
+    """The views of some members, each made when it is looked up: most callers want one of many."""
+
+    def __init__(self, members: Mapping[str, GroupMember], now: Callable[[], float]) -> None:
+        self._members = members
+        self._now = now
+
+    def __getitem__(self, group_id: str) -> GroupView:
+        return self._members[group_id].view(self._now())
+
+    def __contains__(self, group_id: object) -> bool:
+        return group_id in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
