@@ -210,6 +210,7 @@ class FakeHost:
         self.owners: dict[str, str] = {}  # of addresses, on other hosts
         self.asked: list[set[str]] = []  # the addresses of each question
         self.answering: bool | None = True  # what ``anybody_answers`` says
+        self.open_neighbours = 0
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
@@ -357,20 +358,16 @@ class FakeHost:
 
 
 class FakeNeighbours:
-    """``open``: how many are."""
-
-    open = 0
-
     def __init__(self, host: FakeHost, want: Want) -> None:
         self._host = host
         self._want = want
-        FakeNeighbours.open += 1
+        host.open_neighbours += 1
 
     def anybody_answers(self, timeout_s: float) -> bool | None:
         return self._host.anybody_answers("", self._want, timeout_s)
 
     def close(self) -> None:
-        FakeNeighbours.open -= 1
+        self._host.open_neighbours -= 1
 
 
 class FakeSockets:
