@@ -14,7 +14,8 @@ from kernel.raw_frames import wire
 from kernel.scratch import carried, descriptors, joined, tool
 from netloom.agent.host import answers
 from netloom.agent.host.answers import Neighbours
-from netloom.render.want import Port, Route, Segment, Want
+from netloom.netobjects import Route
+from netloom.render.want import Port, Segment, Want
 from netns import inside
 
 # The golden scenario ip6.

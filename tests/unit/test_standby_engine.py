@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from netloom import files, standbywire
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.group_file import NAME, Contents, GroupFile, Record
-from netloom.agent.standby.member import NANOSECONDS
+from netloom.agent.standby.member import NANOSECONDS, GroupMember, GroupView
 from netloom.errors import HostRefused
 from netloom.secret import Secret
 from netloom.standby.decision import Kept, Local
@@ -213,16 +213,20 @@ def test_what_the_engine_was_told_before_wakes_nobody(tmp_path: Path, monkeypatc
     assert len(posted) == 4
 
 
-def test_a_view_is_made_when_it_is_looked_up(tmp_path: Path) -> None:
+def test_a_view_is_made_when_it_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     it = engine(tmp_path)
     others = [replace(SPEC, group_id=f"000000{number:02x}") for number in range(1, 21)]
     for spec in others:
         it.set_group(spec, "kvm1")
     it._begin()
     made: list[str] = []
-    for group_id, member in it._members.items():
-        view = member.view
-        member.view = lambda now, group_id=group_id, view=view: (made.append(group_id), view(now))[1]  # type: ignore[method-assign, misc]
+    view = GroupMember.view
+
+    def noted(member: GroupMember, now: float) -> GroupView:
+        made.append(member.spec.group_id)
+        return view(member, now)
+
+    monkeypatch.setattr(GroupMember, "view", noted)
     views = it.views()
     assert len(views) == 20 and others[3].group_id in views and set(views) == {spec.group_id for spec in others}
     assert made == []
