@@ -210,6 +210,7 @@ class FakeHost:
         self.owners: dict[str, str] = {}  # of addresses, on other hosts
         self.asked: list[set[str]] = []  # the addresses of each question
         self.answering: bool | None = True  # what ``anybody_answers`` says
+        self.open_neighbours = 0
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
@@ -332,6 +333,9 @@ class FakeHost:
         self.did.append(f"neighbours of {port.link}")
         return self.answering
 
+    def neighbours(self, want: Want) -> FakeNeighbours:
+        return FakeNeighbours(self, want)
+
     def read_flows(self, namespace: str) -> Listing:
         listing = Listing()
         listing.records = list(self.flows[namespace])
@@ -351,6 +355,19 @@ class FakeHost:
     def _raise(self, what: str) -> None:
         if self._errors[what]:
             raise self._errors[what].popleft()
+
+
+class FakeNeighbours:
+    def __init__(self, host: FakeHost, want: Want) -> None:
+        self._host = host
+        self._want = want
+        host.open_neighbours += 1
+
+    def anybody_answers(self, timeout_s: float) -> bool | None:
+        return self._host.anybody_answers("", self._want, timeout_s)
+
+    def close(self) -> None:
+        self._host.open_neighbours -= 1
 
 
 class FakeSockets:

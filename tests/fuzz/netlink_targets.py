@@ -203,8 +203,8 @@ def _read_links(datagrams: list[bytes]) -> Callable[[], object]:
 
 def _read_nftables(datagrams: list[bytes]) -> Callable[[], object]:
     made = nft_watch.NftWatch.__new__(nft_watch.NftWatch)
-    made._names, made._without = [b"netloom\0"], {(b"netloom\0", b"alive\0")}
-    made._lost = made._ignored = made._others = False
+    made._names = [b"netloom\0"]
+    made._lost = False
     return _read(made, datagrams)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from kernel.scratch import descriptors, joined, tool
 from netloom.agent.kernel import arp, arp_probe, links, packet_socket
-from netloom.agent.kernel.arp_probe import Heard, Wire, answers, any_answer, ask
+from netloom.agent.kernel.arp_probe import Heard, SignsOfLife, Wire, answers, ask
 from netns import inside
 
 # What kernel.scratch.joined makes.
@@ -243,8 +243,8 @@ def test_a_link_that_is_missing_or_down_fails_alone(pair: tuple[str, str]) -> No
 
 
 def answered(namespace: str, *addresses: str, timeout_s: float = BRIEFLY_S) -> bool:
-    with inside(namespace):
-        return any_answer({Wire("left"): addresses}, timeout_s)
+    with inside(namespace), SignsOfLife() as signs:
+        return signs.any_answer({Wire("left"): addresses}, timeout_s)
 
 
 def test_one_answer_is_enough_and_shows_that_the_link_works(pair: tuple[str, str]) -> None:
@@ -278,3 +278,59 @@ def test_only_an_answer_for_an_address_in_question_counts(pair: tuple[str, str])
 def test_a_link_that_is_down_has_no_answer(pair: tuple[str, str]) -> None:
     tool(pair[1], "ip", "link", "set", "right", "down")
     assert not answered(pair[0], OWNER)
+
+
+def frames_to(namespace: str, *frames: bytes) -> None:
+    """Send these frames from the right end of the pair."""
+    with packets(namespace, "right") as tap:
+        for it in frames:
+            tap.send(it)
+
+
+@pytest.mark.mutation("late-answers-are-not-those-to-the-next-question", instead="self._owners")
+def test_each_question_has_answers_of_its_own(pair: tuple[str, str]) -> None:
+    left, right = pair
+    wire = {Wire("left"): [OWNER]}
+    with inside(left), SignsOfLife() as signs:
+        assert signs.any_answer(wire, PATIENTLY_S)
+        open_ = descriptors()
+        assert signs.any_answer(wire, PATIENTLY_S)
+        assert descriptors() == open_
+        tool(right, "ip", "addr", "del", f"{OWNER}/24", "dev", "right")
+        frames_to(right, bytes.fromhex(mac_of(left, "left").replace(":", "")) + message(sender=OWNER)[6:])
+        assert not signs.any_answer(wire, BRIEFLY_S)
+        assert signs.any_answer({Wire("left"): [FREE]}, BRIEFLY_S) is False
+        assert descriptors() == open_
+        tool(right, "ip", "addr", "add", f"{OWNER}/24", "dev", "right")
+        assert signs.any_answer(wire, PATIENTLY_S)
+    with inside(left):
+        assert descriptors() < open_
+
+
+@pytest.mark.mutation("a-link-that-came-back-gets-a-new-socket", instead="self._failed")
+@pytest.mark.parametrize("change", ["down", "renamed", "replaced", "other mac"])
+def test_a_link_that_was_away_is_asked_again(pair: tuple[str, str], change: str) -> None:
+    left, right = pair
+    wire = {Wire("left"): [OWNER]}
+    with inside(left), SignsOfLife() as signs:
+        assert signs.any_answer(wire, PATIENTLY_S)
+        match change:
+            case "down":
+                tool(left, "ip", "link", "set", "left", "down")
+                assert not signs.any_answer(wire, BRIEFLY_S)
+                tool(left, "ip", "link", "set", "left", "up")
+            case "renamed":
+                tool(left, "ip", "link", "set", "left", "name", "other")  # Linux 6.2 does that while it is up
+                assert not signs.any_answer(wire, BRIEFLY_S)
+                assert signs.any_answer({Wire("other"): [OWNER]}, PATIENTLY_S)
+                tool(left, "ip", "link", "set", "other", "name", "left")
+            case "replaced":
+                tool(left, "ip", "link", "del", "left")
+                assert not signs.any_answer(wire, BRIEFLY_S)
+                tool(left, "ip", "link", "add", "left", "type", "veth", "peer", "name", "right", "netns", right)
+                tool(left, "ip", "link", "set", "left", "up")
+                tool(right, "ip", "addr", "add", f"{OWNER}/24", "dev", "right")
+                tool(right, "ip", "link", "set", "right", "up")
+            case "other mac":
+                tool(left, "ip", "link", "set", "left", "address", "0a:00:00:00:09:77")
+        assert signs.any_answer(wire, PATIENTLY_S)

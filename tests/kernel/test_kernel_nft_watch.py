@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from kernel.scratch import readable, scratch, tool
+from netloom.agent.kernel import netlink, nft_netlink
+from netloom.agent.kernel.netlink import Message
 from netloom.agent.kernel.nft import Nft
 from netloom.agent.kernel.nft_watch import NftWatch, Transaction
 
@@ -60,24 +62,27 @@ def test_a_transaction_says_whether_our_tables_lost_something(ns: str, change: s
             assert own.thread != told.thread
 
 
-@pytest.mark.mutation("a-renewed-lease-is-no-loss", instead="False")
-def test_changes_of_elements_that_expire_anyway_are_not_reported(ns: str) -> None:
+@pytest.mark.mutation("a-renewed-lease-is-no-loss", instead="(0x15, 1, 1, 0)")
+def test_renewals_of_leases_are_not_reported_and_other_changes_of_their_sets_are(ns: str) -> None:
+    def put(mark: int) -> list[Message]:
+        return nft_netlink.put_lives("bridge", "netloom", "alive", {mark: 10_000})
+
     with Nft(ns) as nft:
         nft.run(TABLE)
         nft.run("add set bridge netloom alive { type mark; flags timeout; }\n")
-        with NftWatch(ns, "netloom", without=[("netloom", "alive"), ("other", "guarded")]) as watch:
-            for line in (
-                "add element bridge netloom alive { 5 timeout 10s }",
-                "delete element bridge netloom alive { 5 }",
-                "flush set bridge netloom alive",
-            ):
-                nft.run(line + "\n")
-            nft.run("add element bridge netloom alive { 5 timeout 10s }\nadd table inet theirs\n")
-            nft.run("add table inet theirs2\nadd element bridge netloom alive { 6 timeout 10s }\n")
-            nft.run('delete element bridge netloom alive { 5 }\ndelete element bridge netloom guarded { "breth1-5" }\n')
-            nft.run("delete set bridge netloom alive\n")
-            told = until(watch, lambda seen: len(seen) >= 4)
-            assert [it.lost for it in told] == [False, False, True, True]
+        with (
+            netlink.marked_socket(netlink.NETLINK_NETFILTER, ns, netlink.OF_LEASES) as renewals,
+            netlink.marked_socket(netlink.NETLINK_NETFILTER, ns, netlink.OF_LEASES) as of_another_agent,
+            NftWatch(ns, "netloom") as watch,
+        ):
+            for number in range(20):
+                nft_netlink.change(renewals, put(number))
+                nft_netlink.change(of_another_agent, nft_netlink.end_lives("bridge", "netloom", "alive", [number]))
+            nft.run("add table inet theirs\n")
+            nft_netlink.change(renewals, put(5))
+            nft.run("flush set bridge netloom alive\n")
+            told = until(watch, lambda seen: len(seen) >= 2)
+            assert [it.lost for it in told] == [False, True]
 
 
 def test_a_ruleset_with_thousands_of_elements_costs_little(ns: str) -> None:

@@ -11,6 +11,12 @@ import pytest
 from kernel.agent_host import AgentHost, agent_host, wait_until
 from kernel.gated_agent import GatedAgent, gated_agent
 from kernel.raw_frames import wire
+from kernel.scratch import carried, descriptors, joined, tool
+from netloom.agent.host import answers
+from netloom.agent.host.answers import Neighbours
+from netloom.netobjects import Route
+from netloom.render.want import Port, Segment, Want
+from netns import inside
 
 # The golden scenario ip6.
 GATEWAY, ADDRESS = "10.50.1.1", "203.0.113.20"
@@ -18,6 +24,7 @@ GUEST_MAC, PUBLIC_MAC = "0a:97:3e:a2:e0:51", "0a:1a:27:c8:5b:f9"
 GUEST_WIRE, PUBLIC_WIRE = "eth1.1520", "eth1.101"
 FREE: dict[str, dict[str, str]] = {"owners": {}, "probing": {}, "unknown": {}}
 ASK = "occupied 0.3"
+PATIENTLY_S = 20.0
 
 
 @pytest.fixture
@@ -166,3 +173,46 @@ def test_where_nobody_is_known_nobody_can_be_asked(host: AgentHost, agent: Gated
     agent("converge")
     wait_until(lambda: running(host))
     assert agent("answers gst-520") is None
+
+
+@pytest.mark.mutation("after-silence-the-uplinks-are-looked-up", instead="self._look_at")
+def test_the_uplinks_of_a_port_are_looked_up_after_silence_and_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sockets stay open. ``looks``: how often the uplinks were looked up."""
+    segment = Segment(bridge="brleft-204", nic="left", vlan="204", vlan_link="left.204")
+    port = Port(link="gst-1", host_link="vnetg1", mac="02:00:00:00:00:01", segment=segment)
+    route = Route(table=1, destination="0.0.0.0/0", link="gst-1", via="10.9.0.2")
+    want = Want(namespace="cs-1", ports=(port,), routes=(route,))
+    looks = 0
+
+    def find() -> Want:
+        nonlocal looks
+        looks += 1
+        return want
+
+    with joined() as (left, right), inside(left), Neighbours(find) as neighbours:
+        for line in (
+            "set left down",
+            "set left name left.204",  # as the VLAN link below this bridge
+            "set left.204 up",
+            "add brleft-204 type bridge",
+            "set brleft-204 up",
+            "set left.204 master brleft-204",
+        ):
+            tool(left, "ip", "link", *line.split())
+        carried(left, "left.204")
+        monkeypatch.setattr(answers, "LOOK_EVERY_S", 1000.0)
+        assert neighbours.anybody_answers(PATIENTLY_S)
+        open_ = descriptors()
+        assert all(neighbours.anybody_answers(PATIENTLY_S) for _ in range(3))
+        assert (looks, descriptors()) == (1, open_)
+        tool(right, "ip", "link", "set", "right", "down")
+        assert not neighbours.anybody_answers(0.1)
+        assert neighbours.anybody_answers(0.1) is False, "no carrier"
+        assert looks == 2
+        tool(right, "ip", "link", "set", "right", "up")
+        monkeypatch.setattr(answers, "LOOK_EVERY_S", 0.0)
+        wait_until(lambda: neighbours.anybody_answers(0.3))
+        tool(left, "ip", "link", "set", "left.204", "nomaster")
+        assert neighbours.anybody_answers(PATIENTLY_S) is None
+        neighbours.close()
+        assert descriptors() < open_

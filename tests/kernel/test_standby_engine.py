@@ -18,7 +18,7 @@ from kernel.scratch import joined, scratch, tool
 from kernel.standby_agent import Agent
 from kernel.standby_hosts import TAG, Bed, Host, now, standby_bed
 from netloom.agent.kernel import links
-from netloom.agent.kernel.arp_probe import Wire, any_answer
+from netloom.agent.kernel.arp_probe import SignsOfLife, Wire
 from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.standby.sockets import AT_ONCE, HeartbeatSockets
 from netloom.ethernet import ethernet_frame
@@ -202,7 +202,8 @@ def asking(bed: Bed, *, neighbour: bool = True) -> Iterator[None]:
                 if host.engine is None:
                     continue
                 for segment in host.view.silent:
-                    answer = any_answer({Wire(host.wire.link): [NEIGHBOUR]}, 0.25)
+                    with SignsOfLife() as signs:
+                        answer = signs.any_answer({Wire(host.wire.link): [NEIGHBOUR]}, 0.25)
                     host.engine.answered(bed.spec.group_id, segment, answer)
 
     threads = [threading.Thread(target=ask, args=(it,)) for it in (bed.first, bed.second)]

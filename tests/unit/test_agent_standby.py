@@ -1143,6 +1143,7 @@ async def test_without_a_witness_the_upstream_is_asked_and_the_engine_hears_its_
     assert upstreams.ask(PAIR.group_id) == pytest.approx(upstream.ASK_EVERY_S)
     assert engine.votes == [engine.time]
     assert agent.host.did[-1] == "neighbours of pub-101"
+    assert agent.host.open_neighbours == 1
     agent.host.answering = False
     assert upstreams.ask(PAIR.group_id) is not None
     with monkeypatch.context() as failing:
@@ -1155,12 +1156,21 @@ async def test_without_a_witness_the_upstream_is_asked_and_the_engine_hears_its_
             assert upstreams.ask(PAIR.group_id) is not None
     assert len([it for it in agent.log.lines if "no links today" in it]) == 1
     assert engine.votes == [engine.time]
+    segment = upstreams._segments[PAIR.group_id]
+    upstreams.follow(PAIR.group_id, replace(segment, number=segment.number + 1))
+    upstreams.ask(PAIR.group_id)
+    assert agent.host.open_neighbours == 1
     upstreams.follow(PAIR.group_id, None)
     count = len(agent.host.did)
     assert upstreams.ask(PAIR.group_id) == upstream.ASK_EVERY_S and len(agent.host.did) == count
+    assert agent.host.open_neighbours == 0
+    upstreams.follow(PAIR.group_id, segment)
+    upstreams.ask(PAIR.group_id)
     del engine.groups[PAIR.group_id]
     assert upstreams.ask(PAIR.group_id) is None
     assert not upstreams.knows(PAIR.group_id)
+    upstreams._run(PAIR.group_id)
+    assert agent.host.open_neighbours == 0
 
 
 @simulated

@@ -16,10 +16,10 @@ from msgspec.structs import replace
 from netloom import files, standbywire
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.group_file import NAME, Contents, GroupFile, Record
-from netloom.agent.standby.member import NANOSECONDS
+from netloom.agent.standby.member import NANOSECONDS, GroupMember, GroupView
 from netloom.errors import HostRefused
 from netloom.secret import Secret
-from netloom.standby.decision import Kept
+from netloom.standby.decision import Kept, Local
 from netloom.standbywire import GroupHost, GroupSpec
 from unit.standby_group import PAIR, SPEC, Group, Leases, Lines
 
@@ -195,3 +195,42 @@ def test_earlier_builds_read_groups_with_a_witness_and_refuse_the_others() -> No
     assert standbywire.unpacked(standbywire.packed(as_before), GroupSpec) == SPEC
     with pytest.raises(HostRefused, match="cannot be read.*use one version"):
         standbywire.unpacked(standbywire.packed(PAIR), SpecOfEarlierBuilds)
+
+
+@pytest.mark.mutation("only-news-wake-the-engine", instead="member is not None")
+def test_what_the_engine_was_told_before_wakes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    posted: list[object] = []
+    it = engine(tmp_path)
+    it.set_local(SPEC.group_id, Local())  # no such group
+    it.set_group(SPEC, "kvm1")
+    it._begin()
+    monkeypatch.setattr(it, "_post", posted.append)
+    for local, count in ((Local(), 1), (Local(), 1), (Local(behind=True), 2), (Local(), 3), (Local(), 3)):
+        it.set_local(SPEC.group_id, local)
+        assert len(posted) == count
+    it._begin()  # after a restart of the engine its members know nothing
+    it.set_local(SPEC.group_id, Local())
+    assert len(posted) == 4
+
+
+def test_a_view_is_made_when_it_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = engine(tmp_path)
+    others = [replace(SPEC, group_id=f"000000{number:02x}") for number in range(1, 21)]
+    for spec in others:
+        it.set_group(spec, "kvm1")
+    it._begin()
+    made: list[str] = []
+    view = GroupMember.view
+
+    def noted(member: GroupMember, now: float) -> GroupView:
+        made.append(member.spec.group_id)
+        return view(member, now)
+
+    monkeypatch.setattr(GroupMember, "view", noted)
+    views = it.views()
+    assert len(views) == 20 and others[3].group_id in views and set(views) == {spec.group_id for spec in others}
+    assert made == []
+    assert views[others[3].group_id].spec == others[3] and views.get("0000ffff") is None
+    assert made == [others[3].group_id]
+    it._members = {}
+    assert views.get(others[3].group_id) is not None, "the groups of one look stay the same"

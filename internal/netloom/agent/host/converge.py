@@ -17,7 +17,7 @@ import msgspec
 
 from netloom import names
 from netloom.agent.host import fence, flows, gate, lease, unmanaged
-from netloom.agent.host.answers import anybody_answers
+from netloom.agent.host.answers import Neighbours
 from netloom.agent.host.apply import apply
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -229,9 +229,14 @@ class KernelHost:
         return claim_wires(self.placed(scope_id, want))
 
     def anybody_answers(self, scope_id: str, want: Want, timeout_s: float) -> bool | None:
-        """Whether a VM or gateway behind the uplinks of these ports answers. ``answers.anybody_answers``."""
+        """Whether a VM or gateway behind the uplinks of these ports answers. ``answers.Neighbours``."""
+        with self.neighbours(want) as asked:
+            return asked.anybody_answers(timeout_s)
+
+    def neighbours(self, want: Want) -> Neighbours:
+        """The VMs and gateways behind the uplinks of these ports."""
         # Not ``placed``: it remembers what the scope wants, and this is a part of that.
-        return anybody_answers(follow(want, devices(want)), timeout_s)
+        return Neighbours(lambda: follow(want, devices(want)))
 
     def serves(self, want: Want) -> bool:
         """Whether the namespace exists and none of its ports is behind a closed gate, whatever leases live.

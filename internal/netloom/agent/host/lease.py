@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Mapping
 
 from netloom.agent.host.link_table import FAMILY, MarkTable, OpenSocket
-from netloom.agent.kernel import nft_netlink
+from netloom.agent.kernel import netlink, nft_netlink
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.ethernet import ETHERTYPE, MAGIC
 
@@ -64,9 +64,10 @@ TABLE = MarkTable(
     },
 )
 
-LIVES = tuple((TABLE.name, it) for it in _ALIVE)  # the sets that change with each renewal
+LIVES = tuple((TABLE.name, it) for it in _ALIVE)
 
-_kernel = OpenSocket()  # not shared with other tables: loading those may take long
+# Not shared with other tables: loading those may take long. What it changes is not reported to ``NftWatch``.
+_kernel = OpenSocket(netlink.OF_LEASES)
 _in_doubt: dict[int, int] = {}  # mark -> the index of the set in which its element may be too long
 
 

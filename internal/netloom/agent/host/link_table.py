@@ -24,9 +24,13 @@ _HOOKS = frozenset({"prerouting", "input", "forward", "output", "postrouting"})
 
 
 class OpenSocket:
-    """A netlink socket that stays open, in the namespace of the calling thread, used by one thread at a time."""
+    """A netlink socket that stays open, in the namespace of the calling thread, used by one thread at a time.
 
-    def __init__(self) -> None:
+    ``mark``: see ``netlink.marked_socket``; 0: none.
+    """
+
+    def __init__(self, mark: int = 0) -> None:
+        self._mark = mark
         self._turn = threading.Lock()
         self._socket: Socket | None = None
         self._inode = 0
@@ -39,7 +43,11 @@ class OpenSocket:
                 if self._socket is not None:
                     self._socket.close()
                     self._socket = None
-                self._socket, self._inode = Socket(netlink.NETLINK_NETFILTER), inode
+                if self._mark:
+                    self._socket = netlink.marked_socket(netlink.NETLINK_NETFILTER, None, self._mark)
+                else:
+                    self._socket = Socket(netlink.NETLINK_NETFILTER)
+                self._inode = inode
         except BaseException:
             self._turn.release()
             raise

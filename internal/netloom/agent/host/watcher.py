@@ -144,7 +144,7 @@ class Watcher:
         host, gone, tables = (
             Watch(None, "link", "address"),
             NamesWatch(),
-            NftWatch(None, GUARD_TABLE, gate.TABLE.name, lease.TABLE.name, fence.TABLE.name, without=lease.LIVES),
+            NftWatch(None, GUARD_TABLE, gate.TABLE.name, lease.TABLE.name, fence.TABLE.name),
         )
         listed = links.list_links(None)
         seen = {link.name: (link.index, link.master_index or 0) for link in listed}

@@ -21,15 +21,14 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
-from netloom.agent.kernel import links
 from netloom.agent.kernel.arp import BROADCAST, ETHERTYPE_ARP, FRAME, REPLY, REQUEST
 from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
-from netloom.agent.kernel.rtnetlink import mac_text, packed_mac
+from netloom.agent.kernel.rtnetlink import mac_text
 
 _ETHERTYPE_VLAN = 0x8100
 _VLAN_TAG = 0xFFFFF000 + 44  # SKF_AD_OFF + SKF_AD_VLAN_TAG, linux/filter.h: the tag that is not in the frame any more
@@ -93,18 +92,36 @@ def ask(asked: Mapping[Wire, Iterable[str]], timeout_s: float, claim: bytes = by
         return {wire: it.heard() for wire, it in probes.items()}
 
 
-def any_answer(asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> bool:
-    """Whether a machine with one of these addresses answers this host. Then both directions of its link work.
+class SignsOfLife:
+    """Asks whether machines answer this host, perhaps again and again: sockets stay open until ``close``."""
 
-    Sends probes like :func:`ask`, without a claim. Only replies to the link's own MAC address count: what a machine
-    broadcasts by itself shows one direction. Returns with the first answer, or when the time is over. Blocks, so call
-    it in a worker thread. ValueError for an invalid address.
-    """
-    with ExitStack() as stack:
-        probes = [_SignOfLife(wire, addresses) for wire, addresses in asked.items()]
-        for it in probes:
-            stack.callback(it.close)
-            it.open()
+    def __init__(self) -> None:
+        self._probes: dict[tuple[Wire, tuple[str, ...]], _SignOfLife] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._probes:
+            self._probes.popitem()[1].close()
+
+    def any_answer(self, asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> bool:
+        """Whether a machine with one of these addresses answers this host. Then both directions of its link work.
+
+        Sends probes like :func:`ask`, without a claim. Only replies to the link's own MAC address count: what a machine
+        broadcasts by itself shows one direction. Returns with the first answer, or when the time is over. Blocks, so
+        call it in a worker thread. ValueError for an invalid address.
+        """
+        wanted = {(wire, tuple(addresses)) for wire, addresses in asked.items()}
+        for gone in self._probes.keys() - wanted:
+            self._probes.pop(gone).close()
+        for key in wanted:
+            if key not in self._probes or not self._probes[key].begin_again():
+                self._open(key)
+        probes = list(self._probes.values())
         begun = time.monotonic()
         for number in range(1, _PROBES + 1):
             for it in probes:
@@ -112,6 +129,12 @@ def any_answer(asked: Mapping[Wire, Iterable[str]], timeout_s: float) -> bool:
             if _receive(probes, begun + timeout_s * number / _PROBES, lambda: any(it.has_answer for it in probes)):
                 return True
         return False
+
+    def _open(self, key: tuple[Wire, tuple[str, ...]]) -> None:
+        if key in self._probes:
+            self._probes.pop(key).close()
+        self._probes[key] = opened = _SignOfLife(*key)
+        opened.open()
 
 
 def _receive(probes: Sequence[_Probe], until: float, is_enough: Callable[[], bool] = lambda: False) -> bool:
@@ -130,11 +153,43 @@ def _receive(probes: Sequence[_Probe], until: float, is_enough: Callable[[], boo
     return False
 
 
+def _all(tag: int) -> Filter:
+    """ARP with this VLAN tag: the kernel has moved it out of the frame. Links of the host share a NIC by their tags."""
+    return (
+        (0x28, 0, 0, 12),  # ldh [12]
+        (0x15, 0, 4, ETHERTYPE_ARP),  # jeq
+        *_tagged(tag),
+    )
+
+
+def _replies(tag: int) -> Filter:
+    """As ``_all``, but only replies: a socket that stays open need not take the questions of everybody."""
+    return (
+        (0x28, 0, 0, 12),  # ldh [12]
+        (0x15, 0, 6, ETHERTYPE_ARP),  # jeq
+        (0x28, 0, 0, 20),  # ldh [20]
+        (0x15, 0, 4, REPLY),  # jeq
+        *_tagged(tag),
+    )
+
+
+def _tagged(tag: int) -> Filter:
+    return (
+        (0x20, 0, 0, _VLAN_TAG),  # ld
+        (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
+        (0x15, 0, 1, tag),  # guard: probes-hear-their-own-vlan
+        (0x06, 0, 0, 0xFFFFFFFF),  # ret: the whole frame
+        (0x06, 0, 0, 0),  # ret: nothing
+    )
+
+
 class _Probe:
     """The question on one link. It fails for good with the first error of its socket, for example a link that is down.
 
     ``waits``: whether an answer could still tell something.
     """
+
+    _filter = staticmethod(_all)
 
     def __init__(self, wire: Wire, addresses: Iterable[str], claim: bytes) -> None:
         self._wire = wire
@@ -152,14 +207,19 @@ class _Probe:
 
     def open(self) -> None:
         try:
-            program = _filter(self._wire.tag)
+            program = self._filter(self._wire.tag)
             self._socket = open_packet_socket(self._wire.link, program, receive_bytes=_RECEIVE_BYTES)
-            found = links.find_links(None, [self._wire.link])
-            self._mac = packed_mac(found[0].mac) if found else b""
         except OSError as error:
             self._fail(error)
-        if not self._mac:
-            self._failed = self._failed or f"{self._wire.link} is gone"
+        else:
+            self._look()
+
+    def _look(self) -> None:
+        """The MAC address of the link, as it is now; the link may have gone, or have another name."""
+        if self._socket is not None and not self._failed:
+            name, _, _, _, self._mac = self._socket.getsockname()
+            if not self._mac or name != self._wire.link:
+                self._failed = f"{self._wire.link} is gone"  # guard: a-link-that-came-back-gets-a-new-socket
 
     def close(self) -> None:
         if self._socket is not None:
@@ -215,12 +275,23 @@ class _Probe:
 class _SignOfLife(_Probe):
     """The question whether anybody answers."""
 
+    _filter = staticmethod(_replies)
+
     def __init__(self, wire: Wire, addresses: Iterable[str]) -> None:
         super().__init__(wire, addresses, b"")
 
     @property
     def has_answer(self) -> bool:
         return bool(self._owners)
+
+    def begin_again(self) -> bool:
+        """Forget all that was heard so far; False: the socket is of no use any more."""
+        if self._socket is None or self._failed:
+            return False
+        self.receive()
+        self._owners = {}  # guard: late-answers-are-not-those-to-the-next-question
+        self._look()
+        return not self._failed
 
     def _hear(self, data: bytes) -> None:
         message = decoded(data)
@@ -255,16 +326,3 @@ def decoded(data: bytes) -> tuple[int, bytes, bytes, bytes] | None:
     if mac[0] & 1 or mac == bytes(6):  # guard: an-owner-has-a-station-address
         return None
     return operation, mac, sender, target
-
-
-def _filter(tag: int) -> Filter:
-    """ARP with this VLAN tag: the kernel has moved it out of the frame. Links of the host share a NIC by their tags."""
-    return (
-        (0x28, 0, 0, 12),  # ldh [12]
-        (0x15, 0, 4, ETHERTYPE_ARP),  # jeq
-        (0x20, 0, 0, _VLAN_TAG),  # ld
-        (0x54, 0, 0, 0x0FFF),  # and: without the priority; the tag 0 is none
-        (0x15, 0, 1, tag),  # guard: probes-hear-their-own-vlan
-        (0x06, 0, 0, 0xFFFFFFFF),  # ret: the whole frame
-        (0x06, 0, 0, 0),  # ret: nothing
-    )

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import os
 import select
 import socket
@@ -41,7 +40,7 @@ from netloom.agent.kernel import namespaces, netlink, sysctl
 from netloom.agent.kernel.conntrack import ASSURED, SEEN_REPLY
 from netloom.agent.kernel.conntrack_copy import Record, ended, has_closed, key_of, record_of
 from netloom.agent.kernel.descriptors import high_socket
-from netloom.agent.kernel.multicast import Filter, Multicast, attach_filter
+from netloom.agent.kernel.multicast import MARK_AT, Filter, Multicast, attach_filter
 from netloom.agent.kernel.namespaces import NamespaceError
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket
 from netloom.errors import HostRefused
@@ -66,10 +65,6 @@ _NONE = -1
 _SOL_NETLINK, _ADD_MEMBERSHIP, _LISTEN_ALL_NSID = 270, 1, 8
 _SO_RCVBUFFORCE = 33  # not in the socket module of Python 3.11
 _EVENTS = "net.netfilter.nf_conntrack_events"
-
-# Addresses of netlink sockets: process numbers are below 1 << 22, those that the kernel chooses are above 1 << 31.
-_OWN_PORTS = 0x4E4C
-_ports = itertools.count(os.getpid() * 31)
 
 _HEADER = struct.Struct("=IHHII")
 _AT_ONCE = 64
@@ -392,12 +387,7 @@ def enable(namespace: str) -> None:
 
 def connection_socket(namespace: str) -> Socket:
     """A socket for changes of connections that are not reported. Raises NamespaceError, NetlinkError, OSError."""
-    while True:
-        try:
-            return Socket(netlink.NETLINK_NETFILTER, namespace, port=_OWN_PORTS << 16 | next(_ports) & 0xFFFF)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
+    return netlink.marked_socket(netlink.NETLINK_NETFILTER, namespace, netlink.OF_CONNECTIONS)
 
 
 # linux/filter.h. Loads are big endian; the header of netlink is in the host's byte order.
@@ -408,7 +398,6 @@ _EQUAL, _ANY_BIT, _RETURN = 0x15, 0x45, 0x06
 _ATTRIBUTE_AT, _NESTED_AT = 0xFFFFF000 + 12, 0xFFFFF000 + 16  # SKF_AD_NLATTR, SKF_AD_NLATTR_NEST
 _FIRST = 20  # the attributes begin after nlmsghdr and nfgenmsg
 _KIND_AT = 4 if sys.byteorder == "little" else 5  # the message within its subsystem
-_PORT_AT = 14 if sys.byteorder == "little" else 12  # the upper half of nlmsg_pid
 
 # States of TCP, linux/netfilter/nf_conntrack_tcp.h.
 _HALF_CLOSED = (4, 5, 6)  # FIN_WAIT, CLOSE_WAIT, LAST_ACK
@@ -435,8 +424,8 @@ def _filter(marked: int) -> Filter:
     def label(name: str) -> None:
         labels[name] = len(lines)
 
-    add(_LOAD_16, _PORT_AT)
-    add(_EQUAL, socket.htons(_OWN_PORTS), drop)  # guard: own-changes-of-connections-are-not-reported
+    add(_LOAD_16, MARK_AT)
+    add(_EQUAL, socket.htons(netlink.OF_CONNECTIONS), drop)  # guard: own-changes-of-connections-are-not-reported
     if marked:
         look_up(_CTA_MARK, "unmarked")
         add(_A_TO_X, 0)

@@ -7,6 +7,7 @@ import errno
 import itertools
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Self
 
@@ -15,6 +16,8 @@ from netloom.agent.kernel.descriptors import high_socket
 from netloom.agent.kernel.netlink import NetlinkError
 
 Filter = tuple[tuple[int, int, int, int], ...]  # linux/filter.h: code, jump if true, jump if false, constant
+
+MARK_AT = 14 if sys.byteorder == "little" else 12  # the upper half of nlmsg_pid, see ``netlink.marked_socket``
 
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h

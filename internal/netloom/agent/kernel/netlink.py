@@ -8,6 +8,7 @@ host's byte order unless a family says otherwise. Encoding and decoding are pure
 from __future__ import annotations
 
 import errno as errnos
+import itertools
 import os
 import socket
 import struct
@@ -277,6 +278,12 @@ def _messages(data: bytes | memoryview) -> Iterable[tuple[int, int, int, int, in
         offset += (length + 3) & ~3
 
 
+# The upper halves of the addresses of sockets whose changes are told apart from all others, see ``marked_socket``.
+# Process numbers are below 1 << 22, and the addresses that the kernel chooses are above 1 << 31.
+OF_CONNECTIONS, OF_LEASES = 0x4E4C, 0x4E4D
+_ports = itertools.count(os.getpid() * 31)
+
+
 def open_socket(protocol: int, namespace: str | None) -> socket.socket:
     """Open a netlink socket in a namespace, with large buffers. Raises NamespaceError, OSError."""
     with inside(namespace):
@@ -383,24 +390,31 @@ class Socket:
 
         Raises NetlinkError for the first message that was refused.
         """
+        if not messages:
+            return
         first = self._sequence + 1
-        self._sequence = (self._sequence + len(messages) + 2) % 0x40000000
+        last = len(messages)  # the begin has the place 0
+        self._sequence = (self._sequence + last + 2) % 0x40000000
         head = _BATCH.pack(0, 0, subsystem)
-        # Without NLM_F_ACK: before Linux 6.10 the begin and the end of a transaction are not acknowledged.
-        framed = [Message(_NFNL_MSG_BATCH_BEGIN, NLM_F_REQUEST, head)]
-        framed += [replace(it, flags=it.flags | NLM_F_REQUEST | NLM_F_ACK) for it in messages]
-        framed += [Message(_NFNL_MSG_BATCH_END, NLM_F_REQUEST, head)]
-        self._send(b"".join(encode(replace(it, sequence=first + at)) for at, it in enumerate(framed)))
-        missing = {first + 1 + at: it for at, it in enumerate(messages)}
-        while missing:
-            for answer in decode(self._receive()):
-                at = answer.sequence - first
-                if answer.type != NLMSG_ERROR or not 0 <= at < len(framed):
+        framed = [Message(_NFNL_MSG_BATCH_BEGIN, payload=head), *messages, Message(_NFNL_MSG_BATCH_END, payload=head)]
+        batch = []
+        for at, it in enumerate(framed):
+            # A refusal is reported in any case, and before this acknowledgement. Not that of the end: before Linux 6.10
+            # the begin and the end of a transaction are not acknowledged.
+            flags = it.flags | NLM_F_REQUEST | (NLM_F_ACK if at == last else 0)
+            batch.append(_HEADER.pack(_HEADER.size + len(it.payload), it.type, flags, first + at, 0))
+            batch.append(it.payload + b"\0" * (-len(it.payload) & 3))
+        self._send(b"".join(batch))
+        while True:
+            for kind, flags, sequence, start, end in _messages(received := self._receive()):
+                at = sequence - first
+                if kind != NLMSG_ERROR or not 0 <= at < len(framed):
                     continue  # the late answer to an earlier request
-                code, words = _decode_acknowledgement(answer.payload, answer.flags)
+                code, words = _decode_acknowledgement(bytes(received[start:end]), flags)
                 if code:  # that of the first message: the transaction as a whole was refused
                     raise NetlinkError(code, framed[at].what or framed[1].what, words)
-                missing.pop(answer.sequence, None)
+                if at == last:
+                    return
 
     def exchange(self, messages: Sequence[Message]) -> list[Answer]:
         """As :meth:`request`, but return an answer per message instead of raising an error."""
@@ -504,3 +518,16 @@ class Socket:
             if flags & socket.MSG_TRUNC:
                 raise NetlinkError(errnos.EMSGSIZE, "receive from netlink")
             return memoryview(self._buffer)[:length]
+
+
+def marked_socket(protocol: int, namespace: str | None, mark: int) -> Socket:
+    """A socket whose changes can be told apart: ``mark`` is the upper half of its address, which is in all reports.
+
+    Raises NamespaceError, OSError.
+    """
+    while True:
+        try:
+            return Socket(protocol, namespace, port=mark << 16 | next(_ports) & 0xFFFF)
+        except OSError as error:
+            if error.errno != errnos.EADDRINUSE:
+                raise

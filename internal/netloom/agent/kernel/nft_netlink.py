@@ -10,6 +10,7 @@ attributes are big endian.
 from __future__ import annotations
 
 import errno
+import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -40,6 +41,14 @@ _IFNAMSIZ = 16  # a key of the type ifname is padded to this length
 _ELEMENTS_MAX = 1000  # in one message: the length of a list is a number of 16 bits
 _NFTA_OBJ_NAME, _NFTA_OBJ_TYPE = 2, 3
 _LONG_MS = 60_000  # for an element that does not outlast its transaction
+
+# Elements with a mark as their key, and with a timeout, too: leases are renewed ten times a second.
+_ONE_MARK, _LIFE = struct.Struct("=HHHHHHI"), struct.Struct("=HHHHHHIHH8s")
+_KEY = (
+    *(_NFTA_LIST_ELEM | netlink.NLA_F_NESTED, 12),
+    *(_NFTA_SET_ELEM_KEY | netlink.NLA_F_NESTED, 8),
+    _NFTA_DATA_VALUE,
+)
 
 _NFT_SET_ANONYMOUS, _NFT_SET_MAP, _NFT_SET_EVAL = 0x1, 0x8, 0x20
 _NFT_OBJECT_COUNTER = 1
@@ -180,16 +189,16 @@ def end_lives(family: str, table: str, name: str, marks: Iterable[int]) -> list[
 
 
 def _add_lives(family: str, table: str, name: str, lives_ms: Mapping[int, int]) -> list[Message]:
-    added = (
-        _data(_NFTA_SET_ELEM_KEY, _mark(mark)) + netlink.attribute(_NFTA_SET_ELEM_TIMEOUT, ms.to_bytes(8, "big"))
+    added = [
+        _LIFE.pack(_LIFE.size, *_KEY, mark, 12, _NFTA_SET_ELEM_TIMEOUT, ms.to_bytes(8, "big"))
         for mark, ms in lives_ms.items()
-    )
-    return _elements_messages(_NEWSETELEM, netlink.NLM_F_CREATE, family, table, name, added)
+    ]
+    return _list_messages(_NEWSETELEM, netlink.NLM_F_CREATE, family, table, name, added)
 
 
 def _delete_marks(family: str, table: str, name: str, marks: Iterable[int]) -> list[Message]:
-    keys = (_data(_NFTA_SET_ELEM_KEY, _mark(it)) for it in marks)
-    return _elements_messages(_DELSETELEM, 0, family, table, name, keys)
+    keys = [_ONE_MARK.pack(_ONE_MARK.size, *_KEY, it) for it in marks]
+    return _list_messages(_DELSETELEM, 0, family, table, name, keys)
 
 
 def delete_table(family: str, table: str) -> Message:
@@ -223,9 +232,14 @@ def _elements_messages(
     kind: int, flags: int, family: str, table: str, name: str, elements: Iterable[bytes]
 ) -> list[Message]:
     """``elements``: the encoded attributes of each."""
+    nested = [netlink.nested(_NFTA_LIST_ELEM, it) for it in elements]
+    return _list_messages(kind, flags, family, table, name, nested)
+
+
+def _list_messages(kind: int, flags: int, family: str, table: str, name: str, nested: Sequence[bytes]) -> list[Message]:
+    """``nested``: the encoded elements."""
     head = bytes((_FAMILIES[family], 0, 0, 0)) + netlink.text(_TABLE, table)
     head += netlink.text(_NFTA_SET_ELEM_LIST_SET, name)
-    nested = [netlink.nested(_NFTA_LIST_ELEM, it) for it in elements]
     listed = (nested[at : at + _ELEMENTS_MAX] for at in range(0, len(nested), _ELEMENTS_MAX))
     what = f"change set {name} of table {family} {table}"
     return [

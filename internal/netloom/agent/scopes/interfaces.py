@@ -23,6 +23,13 @@ from netloom.state import Scope
 from netloom.state.served import Served
 
 
+class Neighbours(Protocol):
+    """VMs and gateways. ``agent/host/answers.py`` describes the methods."""
+
+    def anybody_answers(self, timeout_s: float) -> bool | None: ...
+    def close(self) -> None: ...
+
+
 class Host(Protocol):
     """The kernel objects of this machine. Every method may block, except ``claim`` and ``renewed``."""
 
@@ -106,6 +113,9 @@ class Host(Protocol):
 
         False at once if no uplink has a carrier. Blocks up to the time-out. Raises HostRefused.
         """
+
+    def neighbours(self, want: Want) -> Neighbours:
+        """The same machines, to be asked again and again."""
 
     def read_flows(self, namespace: str) -> Listing:
         """The open connections that another host can continue. Raises HostRefused."""

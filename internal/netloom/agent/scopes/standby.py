@@ -204,7 +204,7 @@ class Standbys:
         partner_behind = self._sender.is_behind(slots)
         self._sender.compare_digests(slots)
         self._engine.set_local(group_id, Local(behind=standing_by and behind, partner_behind=partner_behind))
-        await self._end.look(view, group)
+        await self._end.look(view, group, self._groups.slots(group_id))
 
     # ------------------------------------------------------------------------------------------------ turns
 

@@ -47,16 +47,14 @@ class GroupEnd:
         self._clock = clock
         self._start_task = start_task
 
-    async def look(self, view: GroupView, group: Group) -> None:
-        """Do what is due."""
+    async def look(self, view: GroupView, group: Group, slots: list[Slot]) -> None:
+        """Do what is due. ``slots``: the scopes of the group."""
         now, group_id = self._clock.time(), view.spec.group_id
-        slots = self._groups.slots(group_id)
         if view.alone and slots and now - group.left > LEAVE_AGAIN_S:
             group.left = now
             for slot in slots:
                 self._start_task(self._leave(slot, group_id))
-        unknown = any(it.unreadable or not it.state_read or it.unconverged for it in self._scopes.slots())
-        if slots or unknown:  # guard: a-group-that-may-have-scopes-stays
+        if slots or self._may_have_scopes():  # guard: a-group-that-may-have-scopes-stays
             group.empty_since = group.told_since = None
             return
         group.empty_since = now if group.empty_since is None else group.empty_since
@@ -67,6 +65,10 @@ class GroupEnd:
             await self._scopes.in_worker_uncounted(partial(self._engine.forget_group, group_id))
             self._groups.known.pop(group_id, None)
             self._log.line(f"group={group_id} is dissolved and has no networks: forgotten")
+
+    def _may_have_scopes(self) -> bool:
+        """Whether some scopes are not known well enough to say that they belong to no group."""
+        return any(it.unreadable or not it.state_read or it.unconverged for it in self._scopes.slots())
 
     def _is_over(self, view: GroupView, group: Group, now: float, empty_s: float) -> bool:
         """Whether no other member needs to hear from this one any more."""

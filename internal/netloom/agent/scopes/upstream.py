@@ -15,7 +15,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from netloom.agent.log import Log
-from netloom.agent.scopes.interfaces import Host
+from netloom.agent.scopes.interfaces import Host, Neighbours
 from netloom.agent.scopes.wire_questions import Segment, segments
 from netloom.agent.standby.member import GroupView
 from netloom.errors import NetloomError
@@ -68,6 +68,7 @@ class Upstreams:
         self._log = log
         self._start = start
         self._segments: dict[str, Segment] = {}
+        self._neighbours: dict[str, tuple[Segment, Neighbours]] = {}  # each is for the thread of its group
         self._asking: set[str] = set()
         self._refused: set[str] = set()
 
@@ -96,6 +97,7 @@ class Upstreams:
         except Exception as error:  # noqa: BLE001, the thread's last words
             self._log.traceback("upstream", error)
         finally:
+            self._close(group_id)
             self._asking.discard(group_id)
 
     def ask(self, group_id: str) -> float | None:
@@ -105,10 +107,11 @@ class Upstreams:
             return None
         segment = self._segments.get(group_id)
         if segment is None:
+            self._close(group_id)
             return ASK_EVERY_S
         asked_at = self._engine.now()
         try:
-            answer = self._host.anybody_answers(segment.scope_id, segment.want, ANSWER_WITHIN_S)
+            answer = self._neighbours_on(group_id, segment).anybody_answers(ANSWER_WITHIN_S)
         except NetloomError as error:
             if group_id not in self._refused:
                 self._log.line(f"group={group_id} upstream: {error}")
@@ -119,3 +122,15 @@ class Upstreams:
             return _PAUSE_S
         self._engine.upstream_answered(group_id, asked_at)
         return max(_PAUSE_S, asked_at + ASK_EVERY_S - self._engine.now())
+
+    def _neighbours_on(self, group_id: str, segment: Segment) -> Neighbours:
+        asked, neighbours = self._neighbours.get(group_id, (None, None))
+        if neighbours is None or asked != segment:
+            self._close(group_id)
+            neighbours = self._host.neighbours(segment.want)
+            self._neighbours[group_id] = segment, neighbours
+        return neighbours
+
+    def _close(self, group_id: str) -> None:
+        if group_id in self._neighbours:
+            self._neighbours.pop(group_id)[1].close()

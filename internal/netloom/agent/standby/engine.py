@@ -15,7 +15,7 @@ import selectors
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -28,6 +28,7 @@ from netloom.agent.log import Log
 from netloom.agent.standby.group_file import Contents, GroupFile, Record, check
 from netloom.agent.standby.member import NANOSECONDS, GroupMember, GroupView, LeaseTable, Surroundings
 from netloom.agent.standby.sockets import HeartbeatSockets, Waker, family_of
+from netloom.agent.standby.ticks import TICK_S, Ticks
 from netloom.errors import HostRefused
 from netloom.heartbeatwire import BOOT_BYTES, group_of, unpack
 from netloom.standby.decision import Kept, Local
@@ -35,8 +36,8 @@ from netloom.standbywire import GroupSpec
 
 T = TypeVar("T")
 
-TICK_S = 0.1
 HURRY_TICK_S = 0.02  # while the other host may just have died
+GATHER_S = 0.001  # within this time after a message its copies come on the other paths
 _ANSWER_S = 60.0
 
 
@@ -73,6 +74,7 @@ class Engine:
         self._contents = Contents()
         self._members: dict[str, GroupMember] = {}  # replaced as a whole
         self._wires: dict[str, dict[ClaimWire, int]] = {}
+        self._ticks = Ticks(self._now())
         self._turn = threading.Lock()  # of the thread, and of the inbox while there is none
         self._thread: threading.Thread | None = None
         self._is_stopping = False
@@ -112,9 +114,8 @@ class Engine:
             self._take_inbox()
 
     def views(self) -> Mapping[str, GroupView]:
-        """What is known about each group now. Waits for nobody."""
-        now = self._clock_ns() / NANOSECONDS
-        return {group_id: it.view(now) for group_id, it in self._members.items()}
+        """What is known about each group when it is looked up. Waits for nobody; the groups stay the same."""
+        return _Views(self._members, self._now)
 
     def set_group(self, spec: GroupSpec, me: str) -> None:
         """This host, ``me``, is a member of the group; that is on disk when this returns.
@@ -141,8 +142,13 @@ class Engine:
         self._post(lambda: self._tell(group_id, lambda it, now: it.continue_alone(now)))
 
     def set_local(self, group_id: str, local: Local) -> None:
-        """What this host knows about itself; its effect, such as giving the turn away, begins at once."""
-        self._post(lambda: self._set_local(group_id, local))
+        """What this host knows about itself; its effect, such as giving the turn away, begins at once.
+
+        For one thread. The same again wakes up nobody."""
+        member = self._members.get(group_id)
+        if member is not None and member.told != local:  # guard: only-news-wake-the-engine
+            member.told = local
+            self._post(lambda: self._set_local(group_id, local))
 
     def set_wires(self, group_id: str, wires: Mapping[ClaimWire, int]) -> None:
         """The links on which the heartbeats of the group travel, beside UDP, each with the number of its segment.
@@ -195,13 +201,13 @@ class Engine:
             selector.register(self._waker, selectors.EVENT_READ, lambda _: self._waker.clear())
             try:
                 self._follow()
-                next_tick = self._now()
+                self._ticks = Ticks(self._now())
                 while not self._is_stopping:
                     try:
-                        next_tick = self._round(selector, next_tick)
+                        self._round(selector)
                     except Exception as error:  # noqa: BLE001, leases of other groups must not end by it
                         self._bug(error)
-                        next_tick = self._now() + TICK_S
+                        self._ticks = Ticks(self._now() + TICK_S)
             except Exception as error:  # noqa: BLE001, the thread's last words
                 self._log.traceback("standby", error)
             finally:
@@ -222,18 +228,19 @@ class Engine:
             for it in self._contents.groups
         }
 
-    def _round(self, selector: selectors.BaseSelector, next_tick: float) -> float:
-        """Wait, and do what has come; returns when the next tick is due."""
-        hurried = any(it.is_hurried(self._now()) for it in self._members.values())
-        due = min(next_tick, self._now() + HURRY_TICK_S) if hurried else next_tick
-        for key, _ in selector.select(max(0.0, due - self._now()) if self._members else None):
-            key.data(self._now())
+    def _round(self, selector: selectors.BaseSelector) -> None:
+        """Wait, and do what has come or is due."""
+        now = self._now()
+        hurried = any(it.is_hurried(now) for it in self._members.values())
+        due = min(self._ticks.due, now + HURRY_TICK_S) if hurried else self._ticks.due
+        if selector.select(max(0.0, due - now) if self._members else None):
+            time.sleep(GATHER_S)  # most of what a message costs is to wake up for it
+            for key, _ in selector.select(0):
+                key.data(self._now())
         self._take_inbox()
         now = self._now()
         members = list(self._members.values())
-        if now >= next_tick:
-            # Of the ticks that were missed, one is made up for.
-            next_tick = max(next_tick + TICK_S, now)
+        if self._ticks.begin(now):
             assert self._sockets is not None
             self._sockets.look(now)
             for it in members:
@@ -246,7 +253,6 @@ class Engine:
                 it.tick(now)
             self._send(it for it in hasty if it.wants)
         self._urgent()
-        return next_tick
 
     def _urgent(self) -> None:
         """Do at once what cannot wait for the next tick."""
@@ -272,6 +278,7 @@ class Engine:
         heard = unpack(data, member.key)
         if heard is not None:
             member.latest[heard.sender] = data, heard
+            self._ticks.heard(self._now())
             member.hear(heard, self._clock_ns(), segment)
 
     def _send(self, members: Iterable[GroupMember]) -> None:
@@ -410,3 +417,23 @@ class Engine:
             self._log.traceback("standby", error)
             self._bug_at = now + 10
         time.sleep(HURRY_TICK_S)  # it may come back at once
+
+
+class _Views(Mapping[str, GroupView]):
+    """The views of some members, each made when it is looked up: most callers want one of many."""
+
+    def __init__(self, members: Mapping[str, GroupMember], now: Callable[[], float]) -> None:
+        self._members = members
+        self._now = now
+
+    def __getitem__(self, group_id: str) -> GroupView:
+        return self._members[group_id].view(self._now())
+
+    def __contains__(self, group_id: object) -> bool:
+        return group_id in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)

@@ -116,7 +116,8 @@ class GroupMember:
     """The member of this host in the group of ``record``. For one thread; only ``view`` is for any thread.
 
     ``boot``: random bytes of this start of the agent. ``lease_s``: what the kernel says is left of the lease.
-    ``latest``: the last message of each sender, so that its copies cost no proof.
+    ``latest``: the last message of each sender, so that its copies cost no proof. ``told``: what ``Engine.set_local``
+    was last called with for this member.
     ``is_urgent``: there is something to send at once. ``is_changed``: who serves has changed, whether it
     serves, or which segments are silent.
     """
@@ -131,6 +132,7 @@ class GroupMember:
         self.is_urgent = True
         self.is_changed = False
         self.latest: dict[int, tuple[bytes, Beat]] = {}
+        self.told: Local | None = None
         self._boot = boot
         self._around = around
         self._peers = {at: Boots() for at in range(len(self.names)) if at != self.me}
