@@ -153,6 +153,15 @@ def amid(it: ScopeBed) -> AbstractContextManager[object]:
     return commands(it) if it.has_commands else nullcontext()
 
 
+@contextmanager
+def ready(bed: StandbyBed, request: pytest.FixtureRequest) -> Iterator[StandbyBed]:
+    """For the fixture ``it``: every host is up, and the standby is not behind. Sees to ``with_commands``."""
+    bed.make_ready()
+    bed.has_commands = getattr(request, "param", "") == "commands"
+    yield bed
+    bed.settle()
+
+
 with_commands = pytest.mark.parametrize(
     "it", ["", pytest.param("commands", marks=pytest.mark.long)], indirect=True, ids=["alone", "with commands"]
 )

@@ -19,7 +19,7 @@ from bed.lab import Cut, Direction, Host
 from bed.machines import Machine, until
 from bed.observer import Observer, never_two, outage
 from bed.standby import FORWARDED, GATEWAY, PUBLIC_VLAN, STATIC_NAT, VLAN, StandbyBed, standby_bed
-from e2e.commands import amid, commands, with_commands
+from e2e.commands import amid, commands, ready, with_commands
 from e2e.networks import impatient
 from e2e.takeovers import LEASE_S, TAKES_OVER_WITHIN_S, returns_as_standby, watched
 from meanwhile import meanwhile
@@ -38,14 +38,8 @@ def the_bed() -> Iterator[StandbyBed]:
 
 @pytest.fixture
 def it(the_bed: StandbyBed, request: pytest.FixtureRequest) -> Iterator[StandbyBed]:
-    """The bed with a standby that is ready: every host is up, and the standby is not behind.
-
-    ``with_commands`` repeats a test while CloudStack sends commands.
-    """
-    the_bed.make_ready()
-    the_bed.has_commands = getattr(request, "param", "") == "commands"
-    yield the_bed
-    the_bed.settle()
+    with ready(the_bed, request) as it:
+        yield it
 
 
 Record = Callable[[str, object], None]

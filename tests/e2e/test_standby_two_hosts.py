@@ -12,7 +12,7 @@ from bed.lab import Host
 from bed.machines import until
 from bed.observer import never_two
 from bed.standby import StandbyBed, standby_bed
-from e2e.commands import with_commands
+from e2e.commands import ready, with_commands
 from e2e.takeovers import NOBODY_TAKES_OVER_S, TAKES_OVER_WITHIN_S, returns_as_standby, watched
 
 Record = Callable[[str, object], None]
@@ -26,14 +26,8 @@ def the_bed() -> Iterator[StandbyBed]:
 
 @pytest.fixture
 def it(the_bed: StandbyBed, request: pytest.FixtureRequest) -> Iterator[StandbyBed]:
-    """The bed with a standby that is ready: both hosts are up, and the gateway answers the active one.
-
-    ``with_commands`` repeats a test while CloudStack sends commands.
-    """
-    the_bed.make_ready()
-    the_bed.has_commands = getattr(request, "param", "") == "commands"
-    yield the_bed
-    the_bed.settle()
+    with ready(the_bed, request) as it:
+        yield it
 
 
 def log(host: Host) -> str:

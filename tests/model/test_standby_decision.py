@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from model.standby_world import ASK_S, BEAT_S, GROUP, KINDS, PAIR, PAIR_KINDS, PATHS, TIMING, Fault, World, play
-from netloom.standby.decision import Kept, Local, Member, Says
+from netloom.standby.decision import Group, Kept, Local, Member, Says
 
 LASTS_S = st.floats(0, 4) | st.sampled_from([0.3, 0.9, 1.0, 1.1, 1.2])  # a lease and a promise last about a second
 FAULTS = st.lists(
@@ -26,8 +26,9 @@ TAKES_OVER_WITHIN_S = TIMING.promise_s + 2 * BEAT_S
 # ----------------------------------------------------------------------------------------------------------- any faults
 
 
-def check(faults: list[Fault], seed: int, loss: float, delay_s: float) -> None:
-    world = play(faults, seed, loss, delay_s)
+def check(faults: list[Fault], seed: int, loss: float, delay_s: float, group: Group = GROUP) -> None:
+    """Without a witness two hosts may serve if both reach the upstream and do not hear each other: ``World.split``."""
+    world = play(faults, seed, loss, delay_s, group)
     assert not world.two
     assert all(world.hosts[it].alone for it in world.alone)
     assert len(world.serving) == 1, [(it.disk, it.member and it.member.wants) for it in world.hosts.values()]
@@ -54,25 +55,29 @@ def test_two_hosts_never_serve_at_once_in_many_thousand_runs(
 # -------------------------------------------------------------------------------------------------------- a fault alone
 
 
-def world(seed: int, *, loss: float = 0.0) -> World:
+def world(seed: int, *, loss: float = 0.0, group: Group = GROUP) -> World:
     """All is well for some seconds, and the fault comes at any moment between two heartbeats."""
-    it = World(seed, loss=loss)
+    it = World(seed, loss=loss, group=group)
     it.run(5 + it.chance.uniform(0, BEAT_S))
     assert it.serving == ["a"]
     it.gaps.clear()
     return it
 
 
+both_groups = pytest.mark.parametrize("group", [GROUP, PAIR], ids=["witness", "upstream"])
+
+
+@both_groups
 @pytest.mark.parametrize("kind", ["power", "freeze", "cut off"])
-def test_the_standby_takes_over_from_a_host_that_is_gone(kind: str) -> None:
+def test_the_standby_takes_over_from_a_host_that_is_gone(kind: str, group: Group) -> None:
     for seed in SEEDS:
-        it = world(seed)
+        it = world(seed, group=group)
         began = it.now
         it.fault(kind, A, 5.0)
         it.run_for(TAKES_OVER_WITHIN_S)
         assert it.serving == ["b"] and it.now - began < 1.31
         it.run_for(10)
-        assert (it.serving, it.term, it.two) == (["b"], 1, [])  # the old host does not take it back
+        assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])  # the old host does not take it back
 
 
 @pytest.mark.parametrize(
@@ -122,20 +127,21 @@ def test_an_active_host_that_each_hears_but_none_answers_is_replaced() -> None:
     assert it.serving == ["b"]
 
 
+@both_groups
 @pytest.mark.parametrize("first", ["a", "b"])
 @pytest.mark.parametrize("pause_s", [0.0, 1.0, 5.0])
-def test_after_a_reboot_of_all_one_serves(first: str, pause_s: float) -> None:
+def test_after_a_reboot_of_all_one_serves(first: str, pause_s: float, group: Group) -> None:
     for seed in SEEDS:
-        it = world(seed)
+        it = world(seed, group=group)
         for name in it.hosts:
             it.power(name, False)
         it.run_for(3)
-        for name in (first, "w", GROUP.partner(first)):
+        for name in filter(None, (first, group.witness, group.partner(first))):
             it.power(name, True)
             it.run_for(pause_s)
         it.run_for(5)
         served = "a" if first == "a" or pause_s < 1.5 else "b"
-        assert (it.serving, it.two) == ([served], [])
+        assert (it.serving, it.two, it.split) == ([served], [], [])
 
 
 def test_after_a_reboot_of_both_hosts_the_active_one_needs_no_witness() -> None:
@@ -488,15 +494,6 @@ def test_a_host_takes_only_the_term_after_the_released_one() -> None:
 # ------------------------------------------------------------------------------------------------ without a witness
 
 
-def check_pair(faults: list[Fault], seed: int, loss: float, delay_s: float) -> None:
-    """Two hosts serve only if both reach the upstream and do not hear each other: ``World.split``."""
-    world = play(faults, seed, loss, delay_s, PAIR)
-    assert not world.two
-    assert all(world.hosts[it].alone for it in world.alone)
-    assert len(world.serving) == 1, [(it.disk, it.member and it.member.wants) for it in world.hosts.values()]
-    assert all(it.disk.term == world.term for it in world.hosts.values())
-
-
 PAIR_FAULTS = st.lists(
     st.tuples(st.floats(0, 3), st.sampled_from(PAIR_KINDS), st.integers(0, 30), LASTS_S), min_size=1, max_size=12
 )
@@ -507,40 +504,19 @@ PAIR_FAULTS = st.lists(
 def test_without_a_witness_two_hosts_serve_only_while_both_reach_the_upstream_and_not_each_other(
     faults: list[Fault], seed: int, loss: float, delay_s: float
 ) -> None:
-    check_pair(faults, seed, loss, delay_s)
+    check(faults, seed, loss, delay_s, PAIR)
 
 
 @pytest.mark.long
 @given(PAIR_FAULTS, *WORLDS[1:])
 @settings(max_examples=40_000, deadline=None)
 def test_without_a_witness_many_thousand_runs(faults: list[Fault], seed: int, loss: float, delay_s: float) -> None:
-    check_pair(faults, seed, loss, delay_s)
-
-
-def pair_world(seed: int, *, loss: float = 0.0) -> World:
-    """As ``world``, without a witness."""
-    it = World(seed, loss=loss, group=PAIR)
-    it.run(5 + it.chance.uniform(0, BEAT_S))
-    assert it.serving == ["a"]
-    it.gaps.clear()
-    return it
-
-
-@pytest.mark.parametrize("kind", ["power", "freeze", "cut off"])
-def test_without_a_witness_the_standby_takes_over_if_the_upstream_answers(kind: str) -> None:
-    for seed in SEEDS:
-        it = pair_world(seed)
-        began = it.now
-        it.fault(kind, A, 5.0)
-        it.run_for(TAKES_OVER_WITHIN_S)
-        assert it.serving == ["b"] and it.now - began < 1.31
-        it.run_for(10)
-        assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])
+    check(faults, seed, loss, delay_s, PAIR)
 
 
 def test_without_a_witness_a_standby_that_the_upstream_does_not_answer_takes_nothing_over() -> None:
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.fault("no upstream for one", B, 10.0)
         it.power("a", False)
         it.run_for(8)
@@ -552,7 +528,7 @@ def test_without_a_witness_a_standby_that_the_upstream_does_not_answer_takes_not
 @pytest.mark.parametrize("kind", ["power", "freeze", "cut off"])
 def test_without_a_witness_the_active_host_serves_on_without_its_standby(kind: str) -> None:
     for seed in SEEDS:
-        it = pair_world(seed, loss=0.05)
+        it = world(seed, loss=0.05, group=PAIR)
         it.fault(kind, B, 5.0)
         it.run_for(10)
         assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
@@ -561,7 +537,7 @@ def test_without_a_witness_the_active_host_serves_on_without_its_standby(kind: s
 @pytest.mark.parametrize("kind", ["no upstream", "no upstream for one"])
 def test_without_a_witness_the_upstream_is_not_missed_while_the_hosts_hear_each_other(kind: str) -> None:
     for seed in SEEDS:
-        it = pair_world(seed, loss=0.05)
+        it = world(seed, loss=0.05, group=PAIR)
         it.fault(kind, A, 5.0)
         it.run_for(10)
         assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
@@ -569,7 +545,7 @@ def test_without_a_witness_the_upstream_is_not_missed_while_the_hosts_hear_each_
 
 def test_without_a_witness_a_host_that_nobody_answers_stops_and_goes_on_later() -> None:
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.fault("power", B, 30.0)
         it.fault("no upstream", A, 5.0)
         it.run_for(1.1)
@@ -582,7 +558,7 @@ def test_without_a_witness_a_host_that_nobody_answers_stops_and_goes_on_later() 
 def test_without_a_witness_one_serves_after_all_was_cut() -> None:
     """The upstream answers before the other host is heard."""
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.fault("cut off", A, 5.0)
         it.fault("no upstream", B, 5.0)
         it.run_for(2)
@@ -593,7 +569,7 @@ def test_without_a_witness_one_serves_after_all_was_cut() -> None:
 
 def test_without_a_witness_one_serves_again_after_a_split() -> None:
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.fault("between", A, 5.0)
         it.run_for(4)
         assert it.serving == ["a", "b"] and it.split  # this is what cannot be prevented
@@ -607,7 +583,7 @@ def test_without_a_witness_one_serves_again_after_a_split() -> None:
 def test_without_a_witness_an_active_host_that_is_not_heard_is_replaced() -> None:
     """It hears its standby, which does not hear it. Both reach the upstream."""
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.part([("a", "b")], 5.0)
         it.run_for(4)
         assert (it.serving, it.term, it.two, it.split) == (["b"], 1, [], [])
@@ -617,45 +593,29 @@ def test_without_a_witness_an_active_host_that_is_not_heard_is_replaced() -> Non
 
 def test_without_a_witness_an_active_host_that_does_not_hear_its_standby_serves_on() -> None:
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.part([("b", "a")], 5.0)
         it.run_for(10)
         assert (it.serving, it.term, it.gaps) == (["a"], 0, [])
 
 
-@pytest.mark.parametrize("pause_s", [0.0, 1.0, 5.0])
-@pytest.mark.parametrize("first", ["a", "b"])
-def test_without_a_witness_one_serves_after_a_reboot_of_both(first: str, pause_s: float) -> None:
-    for seed in SEEDS:
-        it = pair_world(seed)
-        for name in it.hosts:
-            it.power(name, False)
-        it.run_for(3)
-        for name in (first, PAIR.partner(first)):
-            it.power(name, True)
-            it.run_for(pause_s)
-        it.run_for(5)
-        served = "a" if first == "a" or pause_s < 1.5 else "b"
-        assert (it.serving, it.two, it.split) == ([served], [], [])
-
-
 def test_without_a_witness_a_turn_that_is_given_away_is_taken_at_once() -> None:
     for seed in SEEDS:
-        it = pair_world(seed)
+        it = world(seed, group=PAIR)
         it.fault("not ready", A, 20.0)
         it.run_for(0.2)
         assert (it.serving, it.term) == (["b"], 1)
 
 
 def test_without_a_witness_a_group_is_dissolved_by_its_standby() -> None:
-    it = pair_world(0)
+    it = world(0, group=PAIR)
     it.fault("dissolve", A, 0.0)
     it.run_for(0.5)
     assert it.alone == {"a"}
     it.power("a", False)
     it.run_for(10)
     assert it.serving == ["a"] and not it.two
-    it = pair_world(0)
+    it = world(0, group=PAIR)
     it.power("b", False)
     it.fault("dissolve", A, 0.0)
     it.run_for(5)
