@@ -376,7 +376,6 @@ def test_a_restarted_agent_adopts_the_guest_process(tmp_path: Path) -> None:
         assert second.in_worker(lambda: _get("/latest/meta-data/instance-id")) == "i-1"
 
 
-@pytest.mark.mutation("a-lent-socket-does-not-block")
 def test_a_new_build_takes_over_without_losing_requests(tmp_path: Path) -> None:
     with _agents(tmp_path) as agent:
         first = agent("b1")

@@ -99,7 +99,6 @@ def test_where_nobody_answers_either_host_no_link_is_dead(answer: bool | None) -
     assert pair.silent == [{GUEST}, {GUEST}]
 
 
-@pytest.mark.mutation("a-host-that-is-silent-everywhere-is-not-asked-about", instead="self._told")
 def test_a_host_that_dies_leaves_no_silent_segment() -> None:
     """That is for the lease and the vote; and the standby must be ready then, whatever it knew before."""
     pair = Pair()
@@ -111,6 +110,7 @@ def test_a_host_that_dies_leaves_no_silent_segment() -> None:
         assert pair.silent[1] == pair.dead[1] == set()
 
 
+@pytest.mark.mutation("a-host-that-is-silent-everywhere-is-not-asked-about", instead="self._told")
 def test_a_dead_link_is_forgotten_when_the_other_host_dies() -> None:
     pair = Pair()
     pair.run(1)
