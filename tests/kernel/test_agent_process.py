@@ -273,6 +273,25 @@ def test_sigterm_stops_the_agent_and_keeps_the_network(host: AgentHost) -> None:
     assert host.log().splitlines()[-1].endswith("stopped; what runs keeps running")
 
 
+def test_sigterm_is_handled_as_soon_as_the_socket_is_there(bare: AgentHost) -> None:
+    """The signal comes at the first moment at which anybody can see the socket: when it is bound."""
+    told = (
+        "import os, runpy, signal, socket, sys\n"
+        "bind = socket.socket.bind\n"
+        "def bind_and_send(self, address):\n"
+        "    bind(self, address)\n"
+        f"    address == {SOCKET!r} and os.kill(os.getpid(), signal.SIGTERM)\n"
+        "socket.socket.bind = bind_and_send\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    serve = [PROGRAM[0], "-c", told, PROGRAM[1], "agent", "serve", "--log", LOG]
+    agent = subprocess.run(["nsenter", "-t", str(bare.pid), "-n", "-m", "--", *serve], cwd="/", timeout=60, check=False)
+    assert agent.returncode == 0
+    assert not bare.path(SOCKET).exists()
+    assert " stopped; what runs keeps running\n" in bare.log()
+
+
 def indexes_and_states(host: AgentHost) -> dict[str, tuple[int, bool]]:
     """Index of each link, and whether it is set up. The kernel changes other flags a moment later, as NO-CARRIER."""
     return {name: (it["ifindex"], "UP" in it["flags"]) for name, it in host.links().items()}

@@ -163,13 +163,13 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     prepared = asyncio.Event()
     claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop))
     calls = _Calls(scopes, moves, standbys, claims, prepared)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # before the socket: who has seen it may send them
+        loop.add_signal_handler(number, stop.set)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     server = await loop.create_unix_server(lambda: _Peer(calls, log, partial(_hello, upkeep)), path=path, backlog=128)
     os.chmod(path, 0o600)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     status = partial(_status, scopes, upkeep)
     restoring = asyncio.ensure_future(_restore(upkeep, prepared, status))  # guard: the-agent-restores-at-its-start
