@@ -290,7 +290,18 @@ def _connect6(it: StandbyBed) -> None:
     it.vm.sysctl("net.ipv6.conf.eth0.disable_ipv6", "0")
     # It computes the same address from the router advertisement, if that has come.
     it.vm.links(f"address replace {VM6}/64 dev eth0 nodad", f"route replace ::/0 via {GATEWAY6} dev eth0")
+    wait_for_address6(it.vm, VM6)
     connect6(it.internet, it.network.custom_action("show"), PREFIX6)
+
+
+def wait_for_address6(vm: Vm, address: str) -> None:
+    """Wait until the VM sends from the address: it has computed it, and nobody else uses it. Raises TimeoutError.
+
+    A connection that is opened earlier comes from the link-local address, and is never answered.
+    """
+    shown = ("ip", "-6", "address", "show", "dev", "eth0", "-tentative")
+    if not until(lambda: address in vm.run(*shown).out):
+        raise TimeoutError(f"{vm.name} has not got {address}")
 
 
 def connect6(internet: Internet, shown: str, *prefixes: str) -> None:

@@ -12,12 +12,11 @@ import ipaddress
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 from bed.cloudstack import FakeCloudStack
 from bed.flows import FlowKind
 from bed.lab import Bed, Host, Internet, Vm
-from bed.machines import Machine, until
+from bed.machines import Machine
 from bed.observer import Question
 from bed.operator import Operator
 from bed.payloads import AclItem, Nic, PublicAddress, VirtualMachine, VpcFacts
@@ -30,6 +29,7 @@ from bed.standby import (
     ScopeBed,
     candidates_bed,
     connect6,
+    wait_for_address6,
 )
 from bed.vpc import Tier, Vpc
 
@@ -184,8 +184,7 @@ class VpcBed(ScopeBed):
         app.add_lb_rule(forwarded, "balanced", BALANCED_PORT, BALANCED_PORT, [self.nics[1]])
         connect6(self.internet, self.vpc.custom_action("show"), *of_web[1:], app.facts.ip6_cidr)
         for vm, address in ((self.web, self.web6), (self.app, self.app6)):
-            if not until(partial(_has_address6, vm, address)):
-                raise TimeoutError(f"{vm.name} has not got {address}")
+            wait_for_address6(vm, address)
 
     def delete(self) -> None:
         """End the VMs, and let CloudStack delete everything."""
@@ -268,11 +267,6 @@ class VpcBed(ScopeBed):
             for tier in self.vpc.tiers:
                 if nic in tier.nics:
                     yield vm, nic, tier
-
-
-def _has_address6(vm: Vm, address: str) -> bool:
-    """Whether the guest has computed the address, and nobody else uses it."""
-    return address in vm.run("ip", "-6", "address", "show", "dev", "eth0", "-tentative").out
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from bed import faults
 from bed.flows import FlowKind, Flows
 from bed.lab import Host
 from bed.machines import until
@@ -18,6 +19,8 @@ from netloom.standbywire import LEASE_MS
 LEASE_S = LEASE_MS / 1000
 # Machines are shared and noisy: these limits are loose. The measured times go into the report of the tests.
 TAKES_OVER_WITHIN_S = 4 * LEASE_S
+# A lease may have been renewed a heartbeat before its agent was killed, and a new agent says that it is there first.
+IN_TIME_S = 0.75 * LEASE_S
 NOBODY_TAKES_OVER_S = 4 * LEASE_S  # so long nothing may happen
 
 
@@ -53,6 +56,16 @@ class Watch:
         assert self.flows.go_on(), self.flows.story()
         late = [ended for _, ended in self.observer.late() if ended > since]  # then gaps say nothing
         assert late or gap(self.observer, since) < gap_s, self.observer.story()
+
+    def restarted_in_time(self, host: Host, pause_s: float = 0.0) -> bool:
+        """Kill the host's agent and start another one. False: it came too late for the lease, and the standby serves.
+
+        A machine may be too busy to start an agent so soon; then the standby does what it should.
+        """
+        killed = faults.kill_agent(host)
+        time.sleep(pause_s)
+        was_late = faults.start_agent(host) - killed > IN_TIME_S
+        return not (was_late and until(lambda: self.observer.turns()[-1].host != self.active.name, seconds=3 * LEASE_S))
 
     def stops(self, host: Host) -> None:
         """Assert that the host stops serving by itself, and nobody else begins."""
