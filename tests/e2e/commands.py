@@ -155,7 +155,10 @@ def amid(it: ScopeBed) -> AbstractContextManager[object]:
 
 @contextmanager
 def ready(bed: StandbyBed, request: pytest.FixtureRequest) -> Iterator[StandbyBed]:
-    """For the fixture ``it``: every host is up, and the standby is not behind. Sees to ``with_commands``."""
+    """The bed for the fixture ``it``: every host is up, and the standby is not behind.
+
+    ``with_commands`` repeats a test while CloudStack sends commands.
+    """
     bed.make_ready()
     bed.has_commands = getattr(request, "param", "") == "commands"
     yield bed

@@ -19,7 +19,8 @@ from netloom.standbywire import LEASE_MS
 LEASE_S = LEASE_MS / 1000
 # Machines are shared and noisy: these limits are loose. The measured times go into the report of the tests.
 TAKES_OVER_WITHIN_S = 4 * LEASE_S
-# A lease may have been renewed a heartbeat before its agent was killed, and a new agent says that it is there first.
+# From the kill of an agent to the start of the next one. The lease was renewed a heartbeat before the kill, and the new
+# agent needs an acknowledgement to renew it.
 IN_TIME_S = 0.75 * LEASE_S
 NOBODY_TAKES_OVER_S = 4 * LEASE_S  # so long nothing may happen
 
@@ -58,9 +59,9 @@ class Watch:
         assert late or gap(self.observer, since) < gap_s, self.observer.story()
 
     def restarted_in_time(self, host: Host, pause_s: float = 0.0) -> bool:
-        """Kill the host's agent and start another one. False: it came too late for the lease, and the standby serves.
+        """Kill the host's agent and start another one. False: it came too late for the lease, so the standby serves.
 
-        A machine may be too busy to start an agent so soon; then the standby does what it should.
+        A busy machine may need more than a second to start an agent. Then the take-over is right.
         """
         killed = faults.kill_agent(host)
         time.sleep(pause_s)

@@ -119,7 +119,7 @@ def test_a_frozen_host_falls_silent_before_the_standby_serves(it: StandbyBed, wh
 @pytest.mark.parametrize("pause_s", [0.3, pytest.param(0.0, marks=pytest.mark.long)])
 @with_commands
 def test_an_agent_that_is_back_within_the_lease_goes_on(it: StandbyBed, pause_s: float) -> None:
-    """It is tried again when the machine was too busy to start the agent so soon."""
+    """The test is repeated when the machine was too busy to start the agent so soon."""
     assert any(_goes_on_after_a_restart(it, pause_s) for _ in range(3))
 
 
@@ -129,6 +129,7 @@ def _goes_on_after_a_restart(it: StandbyBed, pause_s: float) -> bool:
         if not watch.restarted_in_time(watch.active, pause_s):
             return False
         watch.goes_on(watch.active)
+        never_two(watch.observer, watch.active)
     return True
 
 
@@ -512,7 +513,7 @@ def test_a_network_with_a_standby_is_handed_over(
 def test_both_agents_are_replaced_one_after_the_other(it: StandbyBed) -> None:
     """As an upgrade does it: the new agent is there within the lease. No datagram is lost.
 
-    It is tried again when the machine was too busy to start an agent so soon.
+    The test is repeated when the machine was too busy to start an agent so soon.
     """
     assert any(_are_replaced_within_the_lease(it) for _ in range(3))
 

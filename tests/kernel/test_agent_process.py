@@ -273,23 +273,23 @@ def test_sigterm_stops_the_agent_and_keeps_the_network(host: AgentHost) -> None:
     assert host.log().splitlines()[-1].endswith("stopped; what runs keeps running")
 
 
-def test_sigterm_is_handled_as_soon_as_the_socket_is_there(bare: AgentHost) -> None:
-    """The signal comes at the first moment at which anybody can see the socket: when it is bound."""
-    told = (
-        "import os, runpy, signal, socket, sys\n"
-        "bind = socket.socket.bind\n"
-        "def bind_and_send(self, address):\n"
-        "    bind(self, address)\n"
-        f"    address == {SOCKET!r} and os.kill(os.getpid(), signal.SIGTERM)\n"
-        "socket.socket.bind = bind_and_send\n"
-        "del sys.argv[0]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    serve = [PROGRAM[0], "-c", told, PROGRAM[1], "agent", "serve", "--log", LOG]
-    agent = subprocess.run(["nsenter", "-t", str(bare.pid), "-n", "-m", "--", *serve], cwd="/", timeout=60, check=False)
-    assert agent.returncode == 0
+# Sends itself SIGTERM when its socket is bound: nobody can see the socket earlier.
+STOPS_AT_ITS_SOCKET = f"""
+import os, signal, socket
+bind = socket.socket.bind
+def bind_and_stop(self, address):
+    bind(self, address)
+    if address == {SOCKET!r}:
+        os.kill(os.getpid(), signal.SIGTERM)
+socket.socket.bind = bind_and_stop
+"""
+
+
+def test_sigterm_is_handled_as_soon_as_the_socket_is_there(bare: AgentHost, tmp_path: Path) -> None:
+    with notified_agent(bare, changed_program(STOPS_AT_ITS_SOCKET, tmp_path)) as (agent, _):
+        assert b"\nstopped; what runs keeps running\n" in agent.communicate(timeout=60)[1]
+        assert agent.returncode == 0
     assert not bare.path(SOCKET).exists()
-    assert " stopped; what runs keeps running\n" in bare.log()
 
 
 def indexes_and_states(host: AgentHost) -> dict[str, tuple[int, bool]]:
@@ -371,10 +371,17 @@ def test_the_socket_of_a_dead_agent_is_replaced(bare: AgentHost) -> None:
     assert second.end() == (0, b"")
 
 
-# The program with shorter limits for an agent that does not answer (1.5 s) and for workers that end nothing (1 s).
+def changed_program(change: str, directory: Path) -> list[str]:
+    """The program after the Python statements of ``change``; it is written to the directory."""
+    script = directory / "main.py"
+    internal = str(Path(PROGRAM[1]).parents[2] / "internal")
+    start = "from netloom.entry import main\nsys.exit(main(sys.argv))\n"
+    script.write_text(f"import sys\nsys.path[0] = {internal!r}\n{change}{start}")
+    return [PROGRAM[0], str(script), "agent"]
+
+
+# Shorter limits for an agent that does not answer (1.5 s) and for workers that end nothing (1 s).
 IMPATIENT = """
-import sys
-sys.path[0] = "INTERNAL"
 from netloom.agent import connect, hung
 hung.SAMPLE_S, connect.QUIET_S = 0.05, 0.3
 if "serve" in sys.argv:
@@ -382,16 +389,12 @@ if "serve" in sys.argv:
     signal.signal(signal.SIGUSR1, lambda *_: time.sleep(300))  # the main thread hangs
     from netloom.agent import heartbeat, serve
     heartbeat.STUCK_S_MAX, serve.PREPARE_S_MAX = 1.0, 0.5
-from netloom.entry import main
-sys.exit(main(sys.argv))
 """
 
 
 @pytest.fixture
 def impatient(tmp_path: Path) -> list[str]:
-    script = tmp_path / "main.py"
-    script.write_text(IMPATIENT.replace("INTERNAL", str(Path(PROGRAM[1]).parents[2] / "internal")))
-    return [PROGRAM[0], str(script), "agent"]
+    return changed_program(IMPATIENT, tmp_path)
 
 
 @pytest.mark.mutation("an-agent-that-hung-leaves-its-stacks")

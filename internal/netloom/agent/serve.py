@@ -164,7 +164,8 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop))
     calls = _Calls(scopes, moves, standbys, claims, prepared)
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # before the socket: who has seen it may send them
+    # Before the socket exists: a program that finds it may send them at once.
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
