@@ -53,7 +53,7 @@ def wrong_changes(namespace: str) -> list[str]:
                 text = ruleset.swap(have, want) if known else ruleset.take_over(ruleset.names(have), want)
                 if text:
                     nft.run(text)
-                if observe_table(namespace).marker != ruleset.marker(want):
+                if observe_table(namespace).marker != want.marker:
                     wrong.append(name)
                 have = want
     return wrong

@@ -22,7 +22,7 @@ from netloom.agent.kernel.nft import _ENVIRONMENT as NFT_ENVIRONMENT
 from netloom.agent.kernel.nft import Nft, NftError, load_library
 from netloom.agent.kernel.nft import _library_lock as library_lock
 from netloom.plan.steps import LoadRuleset
-from netloom.render.ruleset import Chain, Ruleset, marker, names
+from netloom.render.ruleset import Chain, Ruleset, names
 
 TABLE = """
 table inet t {
@@ -160,7 +160,7 @@ def test_a_table_is_recreated_only_when_the_script_is_rejected(
     other = msgspec.structs.replace(have, chains=(Chain(name="out", hook=hook, rules=many),), counters=())
     apply([LoadRuleset(ns, other, want, names(want))])
     with Nft(ns) as nft:
-        assert marker(other) in nft.list_text("list table inet netloom")
+        assert other.marker in nft.list_text("list table inet netloom")
 
 
 def test_listing_a_missing_table_is_an_error(nft: Nft) -> None:

@@ -22,7 +22,7 @@ WANT = Want(
 
 def observed(host: str, claimed: frozenset[str]) -> Have:
     with inside(host):
-        return observe("net-1", WANT, None, known_marker="", claimed=claimed, guarded=frozenset({BRIDGE}))
+        return observe("net-1", WANT, None, claimed=claimed, guarded=frozenset({BRIDGE}))
 
 
 @pytest.mark.mutation("ports-of-a-shared-bridge-are-not-listed")

@@ -11,7 +11,6 @@ import pytest
 
 from golden.rendered import load, scenarios
 from kernel.ruleset_lab import run
-from netloom.render import ruleset
 from netloom.render.scope import render
 
 
@@ -32,7 +31,7 @@ def test_nft_accepts_each_golden_ruleset(namespace: str, scenario: Path) -> None
     run(*nft, "-f", "-", stdin=text)
     want = render(load(scenario)).ruleset
     if want is not None:
-        assert f"set {ruleset.marker(want)} {{" in run(*nft, "list", "table", "inet", "netloom")
+        assert f"set {want.marker} {{" in run(*nft, "list", "table", "inet", "netloom")
         # Loading the listing gives the same ruleset, so the text is unambiguous.
         listed = run(*nft, "list", "table", "inet", "netloom")
         run(*nft, "-f", "-", stdin=f"delete table inet netloom\n{listed}")

@@ -132,7 +132,7 @@ def test_the_marker_identifies_the_loaded_ruleset(bench: Bench) -> None:
     for have, want in ((one, two), (two, one)):
         bench.load(ruleset.swap(have, want))
         markers = {name for kind, name in bench.names() if kind == "set" and name.startswith(ruleset.MARKER_PREFIX)}
-        assert markers == {ruleset.marker(want)}
+        assert markers == {want.marker}
 
 
 def test_a_rejected_ruleset_changes_nothing(bench: Bench) -> None:

@@ -56,7 +56,7 @@ from netloom.plan.steps import (
     Step,
     UnguardBridge,
 )
-from netloom.render.ruleset import Chain, Ruleset, marker
+from netloom.render.ruleset import Chain, Ruleset
 from netloom.render.ruleset import names as names_in
 from netloom.render.scope import render
 from netloom.render.want import Port, Segment, Want
@@ -211,7 +211,7 @@ def _after(have: Have, step: Step) -> Have:
             return replace(have, neighbours=(*rest, neighbour))
         case LoadRuleset(_, want):
             assert have.exists
-            return replace(have, marker=marker(want), ruleset=want, table=names_in(want))
+            return replace(have, marker=want.marker, ruleset=want, table=names_in(want))
         case RemovePort(_, link):
             have = _without_host_link(have, inside[link].host_link)
             return replace(

@@ -22,8 +22,8 @@ def test_a_new_forward_is_one_element_and_the_marker() -> None:
     want = nft.ruleset(replace(ONE, port_forwards={**ONE.port_forwards, "x": forward(A2, "80", VM2)}))
     assert ruleset.swap(have, want) == (
         "add element inet netloom forwards_tcp { 203.0.113.21 . 80 : 10.1.1.12 . 80 }\n"
-        f"add set inet netloom {ruleset.marker(want)} {{ type mark; }}\n"
-        f"delete set inet netloom {ruleset.marker(have)}\n"
+        f"add set inet netloom {want.marker} {{ type mark; }}\n"
+        f"delete set inet netloom {have.marker}\n"
     )
 
 
@@ -42,7 +42,7 @@ def test_a_changed_rule_rewrites_the_rules_and_keeps_sets_and_base_chains() -> N
     lines = ruleset.swap(have, want).splitlines()
     assert lines[:2] == ["add table inet netloom", "flush table inet netloom"]
     assert [it for it in lines if it.startswith(("delete", "flush set", "flush map", "add element"))] == [
-        f"delete set inet netloom {ruleset.marker(have)}"
+        f"delete set inet netloom {have.marker}"
     ]
 
 
@@ -64,11 +64,11 @@ def test_the_marker_depends_on_the_whole_text_and_names_lists_every_object() -> 
         sets=(NftSet(name="s", kind="set", type="mark"), NftSet(name="m", kind="map", type="mark : verdict")),
         counters=("n",),
     )
-    marker = ruleset.marker(table)
+    marker = table.marker
     assert len(marker) == len("applied_") + 12
     assert ruleset.names(table) == {("chain", "c"), ("set", "s"), ("map", "m"), ("counter", "n"), ("set", marker)}
     other = replace(table, sets=(replace(table.sets[0], elements={"0x1": ""}), table.sets[1]))
-    assert ruleset.marker(other) != marker
+    assert other.marker != marker
     assert marker in ruleset.fresh(table)
 
 
@@ -84,7 +84,7 @@ def test_fresh_contains_the_whole_table() -> None:
     )  # fmt: skip
     assert ruleset.fresh(table) == (
         "add table inet t\ndelete table inet t\ntable inet t {\n"
-        f"\tset {ruleset.marker(table)} {{\n\t\ttype mark;\n\t}}\n"
+        f"\tset {table.marker} {{\n\t\ttype mark;\n\t}}\n"
         "\tcounter n {\n\t}\n"
         "\n\tset s {\n\t\ttype ipv4_addr;\n\t\tflags interval;\n"
         "\t\telements = {\n\t\t\t1.2.3.4,\n\t\t\t10.0.0.0/8\n\t\t};\n\t}\n"
@@ -97,7 +97,7 @@ def test_fresh_contains_the_whole_table() -> None:
 def test_taking_over_deletes_unwanted_objects_and_creates_sets_again() -> None:
     want = nft.ruleset(ONE)
     present = {*ruleset.names(want), ("chain", "old"), ("map", "gone"), ("set", "applied_000000000000")}
-    lines = ruleset.take_over(present - {("set", ruleset.marker(want))}, want).splitlines()
+    lines = ruleset.take_over(present - {("set", want.marker)}, want).splitlines()
     assert {"delete chain inet netloom old", "delete map inet netloom gone", "delete map inet netloom held",
             "delete set inet netloom applied_000000000000"} <= set(lines)  # fmt: skip
     assert lines.index("delete map inet netloom held") < lines.index("add map inet netloom held {")

@@ -69,7 +69,6 @@ from netloom.plan.steps import (
     Step,
     UnguardBridge,
 )
-from netloom.render.ruleset import marker
 from netloom.render.want import Port, Segment, Want
 
 _T = TypeVar("_T")
@@ -323,8 +322,7 @@ def _stale_links(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:
 def _ruleset(have: Have, want: Want) -> Iterator[Step]:
     if want.ruleset is not None and have.tampered:
         yield LoadRuleset(want.namespace, want.ruleset, None, have.table)
-    # The identical object needs no digest, which takes 25 ms with ten thousand forwards.
-    elif want.ruleset is not None and have.ruleset is not want.ruleset and have.marker != marker(want.ruleset):
+    elif want.ruleset is not None and have.marker != want.ruleset.marker:
         yield LoadRuleset(want.namespace, want.ruleset, have.ruleset, have.table)
 
 

@@ -60,7 +60,7 @@ from netloom.plan.steps import (
     Step,
 )
 from netloom.plan.uplinks import follow
-from netloom.render.ruleset import Ruleset, marker
+from netloom.render.ruleset import Ruleset
 from netloom.render.want import Port, Want
 from netloom.state import Scope
 
@@ -98,7 +98,6 @@ class KernelHost:
         self._links_allowed = 0  # the number for which the neighbour tables are large enough
         self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
-        self._markers: dict[str, tuple[Ruleset, str]] = {}  # by scope, of what was last known to be loaded
         self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
@@ -432,10 +431,7 @@ class KernelHost:
             if at > since:
                 orphans[bridge] = orphans.get(bridge, frozenset()) | those
         asked = also.union(*(orphans.get(port.segment.bridge, ()) for port in want.ports))
-        known_marker = self._marker_of(scope_id, known)
-        have = observe(
-            scope_id, want, known, known_marker=known_marker, claimed=claimed, guarded=guarded[0], also=asked
-        )
+        have = observe(scope_id, want, known, claimed=claimed, guarded=guarded[0], also=asked)
         # The alias of a bridge says that its carrier was down. Remember it, in case somebody deletes the bridge.
         self._were_down |= {
             it.carrier for it in have.host_links.values() if it.kind == "bridge" and it.carrier_was_down
@@ -448,16 +444,6 @@ class KernelHost:
             closed=gate.closed(),
             leased=lease.guarded(),
         )
-
-    def _marker_of(self, scope_id: str, ruleset: Ruleset | None) -> str:
-        """The ruleset's marker, computed once: it takes milliseconds with thousands of forwards."""
-        if ruleset is None:
-            self._markers.pop(scope_id, None)
-            return ""
-        had = self._markers.get(scope_id)
-        if had is None or had[0] is not ruleset:
-            had = self._markers[scope_id] = ruleset, marker(ruleset)
-        return had[1]
 
     def _checked_for_tampering(self, have: Have, *, thorough: bool) -> Have:
         """``have``, with ``tampered`` set if its table has our marker but is not what we loaded.

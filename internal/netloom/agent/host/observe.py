@@ -58,7 +58,6 @@ def observe(
     want: Want,
     known: Ruleset | None,
     *,
-    known_marker: str,
     claimed: frozenset[str],
     guarded: frozenset[str],
     also: frozenset[str] = frozenset(),
@@ -112,7 +111,7 @@ def observe(
         foreign=_foreign(have, want) if table.names is None else "",
         sysctls={key: it for key, it in sysctl.read(namespace, want.sysctls).items() if it is not None},
         marker=table.marker,
-        ruleset=known if known_marker and known_marker == table.marker else None,
+        ruleset=known if known is not None and known.marker == table.marker else None,
         table=table.names,
         generation=table.generation,
     )
