@@ -228,7 +228,7 @@ class FakeHost:
     def claim(self, scope_id: str, want: Want) -> None:
         self.did.append(f"claim {scope_id}")
 
-    def placed(self, scope_id: str, want: Want) -> Want:
+    def placed(self, scope_id: str, want: Want, *, anew: bool = False) -> Want:
         if scope_id in self.unplaced:
             raise HostRefused(self.unplaced[scope_id])
         return want

@@ -143,6 +143,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     watcher = Watcher(
         loop, clock, log, events, host.orphaned, partial(_keep_closed, host, outside), events.uplink_changed
     )
+    host.unexpected = watcher.unexpected
     actions = Actions(host, store.directory.parent / "hooks")
     scopes = Scopes(store, host, services, watcher, actions, events, log, clock, workers, roles)
     upkeep = Upkeep(scopes, host, services, watcher, log, clock)

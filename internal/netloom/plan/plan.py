@@ -31,7 +31,7 @@ import msgspec
 from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import IP6_MTU_MIN, Address
-from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, Others
+from netloom.plan.have import ALIAS, ASK_MAIN, CARRIERS, Have, HostLink, InsideLink, Others
 from netloom.plan.segments import SegmentPlacement, guard_of, is_guest, place
 from netloom.plan.steps import (
     AddAddress,
@@ -93,6 +93,58 @@ def plan(have: Have, want: Want) -> tuple[Step, ...]:
     narrow = {port.link for port in want.ports if placements[port.segment].mtu < IP6_MTU_MIN}
     want = _without_ip6(want, narrow)  # guard: a-narrow-segment-has-no-ipv6
     return tuple(_build(have, want, placements))
+
+
+def change(before: Want, want: Want) -> tuple[Step, ...] | None:
+    """The steps of ``plan`` from a scope that is as ``before`` says, computed without an observation.
+
+    None if that takes one: the ports, gates, leases or sysctls differ, or IPv6, which a segment may not have.
+    """
+    if _base(before) != _base(want):
+        return None
+    links = {it.link: InsideLink(name=it.link, kind="veth", mac=it.mac, up=True) for it in want.ports}
+    have = Have(
+        scope_id="",
+        namespace=want.namespace,
+        exists=True,
+        links=links,
+        addresses=before.addresses,
+        routes=before.routes,
+        rules=before.rules,
+        neighbours=before.neighbours,
+        marker=before.ruleset.marker if before.ruleset is not None else "",
+        ruleset=before.ruleset,
+        table=frozenset(),  # needed only where the ruleset is not known
+    )
+    existing = set(links)
+    return (
+        *_stale_routes(have, want, existing),
+        *_stale_rules(have, want),
+        *_stale_addresses(have, want, existing),
+        *_stale_neighbours(have, want, existing),
+        *_ruleset(have, want),
+        *_missing_addresses(have, want, existing),
+        *_replaced_addresses(have, want, existing),
+        *_missing_neighbours(have, want, existing),
+        *_missing_routes(have, want, existing),
+        *_missing_rules(have, want),
+    )
+
+
+def _base(want: Want) -> tuple[object, ...]:
+    """What ``change`` does not change."""
+    return (
+        want.namespace,
+        want.ports,
+        want.sysctls,
+        want.gated,
+        want.gated_ports,
+        want.lease,
+        want.ruleset is None,
+        [it for it in want.addresses if ":" in it.cidr],
+        [it for it in want.routes if ":" in it.destination],
+        [it for it in want.neighbours if ":" in it.address],
+    )
 
 
 def _without_ip6(want: Want, links: set[str]) -> Want:

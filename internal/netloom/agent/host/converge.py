@@ -35,6 +35,8 @@ from netloom.agent.kernel import (
     modules,
     namespaces,
     neighbours,
+    netlink,
+    nft_netlink,
     sysctl,
     tcp_sockets,
 )
@@ -42,19 +44,22 @@ from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.kernel.links import find_links
+from netloom.agent.kernel.netlink import Socket
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
-from netloom.plan.plan import plan, sweep, sweep_gates, sweep_leases
+from netloom.plan.plan import change, plan, sweep, sweep_gates, sweep_leases
 from netloom.plan.steps import (
     AddAddress,
     AttachPort,
     CreatePort,
     LoadRuleset,
     OpenGate,
+    PutNeighbour,
     ReleasePorts,
     RemoveBridge,
     RemoveHostPort,
+    RemoveNeighbour,
     RemoveVlanLink,
     SetHostLinkDown,
     Step,
@@ -66,6 +71,8 @@ from netloom.state import Scope
 
 _ROUNDS_MAX = 3
 ORPHANS_S = 30.0  # later, CloudStack's KVM agent has plugged the VMs in again
+# Steps without further effects, so nobody has to look after them. The deletion of an address takes routes with it.
+_SIMPLE = (LoadRuleset, AddAddress, PutNeighbour, RemoveNeighbour)
 _INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
 _INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q", "vxlan")
@@ -79,10 +86,25 @@ class _Table(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
+class _Settled(msgspec.Struct, frozen=True):
+    """A scope that has converged. ``unexpected``: the number of the last event before that which did not match.
+
+    ``generation``: the kernel's counter of nftables transactions in the namespace.
+    """
+
+    want: Want
+    unexpected: int
+    generation: int
+
+
 class KernelHost:
     """The kernel objects of this machine, and which bridges each scope claims. Implements ``Host``.
 
     ``state_dir``: the directory for the record of raised sysctls.
+
+    ``unexpected``: ``Watcher.unexpected``. As long as its number stays the same, a scope is as it was when it
+    converged. So a call that changes only its namespace needs no look at the host. What the kernel does not report is
+    left to the thorough checks: sysctls, and settings of links that the watcher does not compare.
     """
 
     def __init__(self, state_dir: Path = Path("/var/lib/netloom")) -> None:
@@ -99,6 +121,8 @@ class KernelHost:
         self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
         self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
+        self._settled: dict[str, _Settled] = {}
+        self.unexpected: Callable[[str], int] | None = None  # None: nobody watches
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
         self._bridged = BridgedFrames()
@@ -133,15 +157,20 @@ class KernelHost:
             self._placed.pop(scope_id, None)
         self._raise_limits()
 
-    def placed(self, scope_id: str, want: Want) -> Want:
+    def placed(self, scope_id: str, want: Want, *, anew: bool = False) -> Want:
         """``want`` with the NICs of this host where the registration names a bridge; the same object while it holds.
 
-        Raises HostRefused.
+        ``anew``: look at the bridges even if nothing was heard of them. Raises HostRefused.
         """
+        had, settled = self._placed.get(scope_id), self._settled.get(scope_id)
+        if not anew and had is not None and settled is not None and had[0].ports == want.ports:
+            assert self.unexpected is not None
+            if settled.unexpected == self.unexpected(scope_id):
+                if had[0] is not want:
+                    found = want if had[1].ports == want.ports else msgspec.structs.replace(want, ports=had[1].ports)
+                    had = self._placed[scope_id] = want, found
+                return had[1]
         found = follow(want, devices(want))  # guard: a-bridge-is-followed-to-its-nic
-        if found is want:
-            return want
-        had = self._placed.get(scope_id)
         if had is None or had[0] is not want or had[1].ports != found.ports:
             had = self._placed[scope_id] = want, found
         return had[1]
@@ -166,21 +195,53 @@ class KernelHost:
         Raises HostRefused (or ForeignScope) naming the step and the object. Objects that existed before stay.
         """
         self.claim(scope_id, want)
+        # The number of before the look: an event that comes during it may be about something that it has passed.
+        unexpected = self.unexpected(scope_id) if self.unexpected is not None else 0
+        settled = self._settled.pop(scope_id, None)
         done: list[Step] = []
-        for _ in range(_ROUNDS_MAX):
-            try:
-                steps = self._round(scope_id, want, known, thorough)
-            except HostRefused:
-                self.keep_gates_closed()  # guard: a-gate-closes-whatever-else-fails
-                raise
-            done += steps
-            if any(isinstance(step, LoadRuleset) for step in steps):
-                known = want.ruleset
-            if not steps:
-                if not want.namespace:
-                    namespaces.clear(names.namespace(scope_id))
-                return HostChanges(tuple(done), _announcements(want, done))
-        raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint="does something undo it?")
+        try:
+            if settled is not None and settled.unexpected == unexpected and not thorough:
+                steps = self._change(scope_id, settled, want)
+                if steps is not None:
+                    return HostChanges(steps, _announcements(want, list(steps)))
+            for _ in range(_ROUNDS_MAX):
+                steps, generation = self._round(scope_id, want, known, thorough)
+                done += steps
+                if any(isinstance(step, LoadRuleset) for step in steps):
+                    known = want.ruleset
+                if not steps:
+                    break
+            else:
+                hint = "does something undo it?"
+                raise HostRefused(f"{done[-1]}: done {_ROUNDS_MAX} times, and it does not hold", hint=hint)
+        except HostRefused:
+            self.keep_gates_closed()  # guard: a-gate-closes-whatever-else-fails
+            raise
+        if not want.namespace:
+            namespaces.clear(names.namespace(scope_id))
+        elif self.unexpected is not None:
+            self._settled[scope_id] = _Settled(want, unexpected, generation)
+        return HostChanges(tuple(done), _announcements(want, done))
+
+    def _change(self, scope_id: str, settled: _Settled, want: Want) -> tuple[Step, ...] | None:
+        """Change what is different in ``want``, without a look at the host; returns the steps.
+
+        None if that cannot be done, or somebody else has changed the table. Raises HostRefused.
+        """
+        steps = change(settled.want, want)
+        if steps is None or not all(isinstance(step, _SIMPLE) for step in steps):
+            return None
+        with Socket(netlink.NETLINK_NETFILTER, want.namespace) as nfnetlink:
+            if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
+                return None
+            loads = sum(isinstance(step, LoadRuleset) for step in steps)
+            if loads:
+                self._tables.pop(scope_id, None)
+            apply(steps)
+            generation = nft_netlink.generation(nfnetlink)
+        if generation == settled.generation + loads:  # guard: a-table-that-changed-meanwhile-is-looked-at
+            self._settled[scope_id] = _Settled(want, settled.unexpected, generation)
+        return steps
 
     def close_gate(self, scope_id: str, want: Want) -> None:
         """Close the gate of each port of ``want`` at once. Converge the scope with ``gated`` from now on.
@@ -188,6 +249,7 @@ class KernelHost:
         Raises HostRefused.
         """
         want = msgspec.structs.replace(want, gated=True)
+        self._settled.pop(scope_id, None)
         self.claim(scope_id, want)
         gate.close(port.host_link for port in want.ports)
 
@@ -197,6 +259,7 @@ class KernelHost:
         For a scope that has converged with ``gated``. Converge it without from now on. Raises HostRefused.
         """
         want = msgspec.structs.replace(want, gated=False)
+        self._settled.pop(scope_id, None)
         self.claim(scope_id, want)  # guard: an-open-gate-stays-open
         opened = OpenGate(tuple(port.host_link for port in want.ports))
         gate.open_(opened.links)
@@ -296,6 +359,7 @@ class KernelHost:
     def renewed(self, scope_id: str) -> None:
         """Record that another part of the agent loaded the scope's ruleset, so the table is not tampered with."""
         self._tables.pop(scope_id, None)
+        self._settled.pop(scope_id, None)
 
     def orphaned(self, bridge: str, links: frozenset[str]) -> None:
         """Record that somebody deleted a bridge, and which links (VMs' taps) were in it. Does not block."""
@@ -389,7 +453,8 @@ class KernelHost:
         """Send these announcements once."""
         self.announce(announcements)()
 
-    def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[Step, ...]:
+    def _round(self, scope_id: str, want: Want, known: Ruleset | None, thorough: bool) -> tuple[tuple[Step, ...], int]:
+        """Look, and do what is to be done. The steps, and the generation that was seen."""
         have = self._checked_for_tampering(self._observe(scope_id, want, known, frozenset()), thorough=thorough)
         steps = plan(have, want)
         unshared = tuple(takewhile(lambda step: not step.shared, steps))
@@ -397,7 +462,7 @@ class KernelHost:
             self._tables.pop(scope_id, None)
         apply(unshared)
         if len(unshared) == len(steps):
-            return steps
+            return steps, have.generation
         with self._shared:
             # Observe again: while we waited for the lock, another thread may have created or removed the bridge. Name
             # the bridges that our ports were in, because the ports may just have left them.
@@ -411,7 +476,7 @@ class KernelHost:
             for it in lost:
                 if it[0] in {port.segment.bridge for port in want.ports}:
                     self._orphans.pop(it, None)
-        return unshared + rest
+        return unshared + rest, now.generation
 
     def _observe(
         self,

@@ -18,6 +18,8 @@ Before that, and without a back-off, closed gates are closed again: another host
 from __future__ import annotations
 
 import asyncio
+import itertools
+import select
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -70,6 +72,7 @@ class _Watched:
         self.inside: Watch | None = None
         self.identity = 0
         self.pending: dict[_Key, Event] = {}  # the latest event per object, while the scope is being worked on
+        self.unexpected = 0  # the number of the last event that did not match
         self.repairs: deque[tuple[float, str]] = deque(maxlen=64)  # when, which object
 
 
@@ -90,7 +93,7 @@ class WatchHandler(Protocol):
 
 
 class Watcher:
-    """``open``, ``watch`` and ``unwatch`` are called by worker threads, everything else on the event loop.
+    """``open``, ``watch``, ``unwatch`` and ``unexpected`` are called by worker threads, all else on the event loop.
 
     ``orphaned`` is called with a bridge that somebody deleted and the links that were in it. ``keep_gates_closed`` is
     called in a thread of its own when our tables have lost something; it may raise HostRefused. ``uplink_changed`` is
@@ -133,6 +136,7 @@ class Watcher:
         self._masters: dict[str, int] = {}  # link of the host -> index of its bridge
         self._own_bridges: set[int] = set()  # their indexes
         self._released: dict[int, dict[str, float]] = {}  # index of a bridge -> link that left it, when
+        self._numbers = itertools.count(1)  # of unexpected events, for all scopes
         self._timers: dict[str, Timer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopped = False
@@ -180,6 +184,8 @@ class Watcher:
         if fresh is None and watched.want is want and identity == watched.identity and watched.inside is not None:
             return
         watched.identity = identity
+        if fresh is not None:
+            watched.unexpected = next(self._numbers)
         self._loop.call_soon_threadsafe(self._watch, watched, want, fresh)
 
     def unwatch(self, scope_id: str) -> None:
@@ -188,6 +194,29 @@ class Watcher:
             watched = self._watched.pop(scope_id, None)
         if watched is not None:
             self._loop.call_soon_threadsafe(self._unwatch, watched)
+
+    def unexpected(self, scope_id: str) -> int:
+        """A number that stays the same while all events of the scope match what it wants.
+
+        Events that nobody has read yet do not match. A scope that is not watched has another number each time.
+        """
+        watched = self._watched.get(scope_id)
+        if watched is None:
+            return next(self._numbers)
+        if watched.pending or self._unread(watched):  # guard: unread-events-are-unexpected
+            watched.unexpected = next(self._numbers)
+        return watched.unexpected
+
+    def _unread(self, watched: _Watched) -> bool:
+        waiting = select.poll()
+        try:
+            for it in (self._host, self._names, watched.inside):
+                if it is None:
+                    return True
+                waiting.register(it, select.POLLIN)
+        except ValueError:  # the event loop has just closed it
+            return True
+        return bool(waiting.poll(0))
 
     # ------------------------------------------------------------------------------------------- on the event loop
 
@@ -497,6 +526,7 @@ class Watcher:
     # ------------------------------------------------------------------------------------------------------ repairs
 
     def _schedule(self, watched: _Watched, why: str) -> None:
+        watched.unexpected = next(self._numbers)  # guard: what-is-repaired-is-looked-at
         if self._stopped or watched.scope_id in self._timers:
             return
         since = self._clock.time() - REPEATED_S

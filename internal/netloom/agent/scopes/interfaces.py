@@ -39,8 +39,11 @@ class Host(Protocol):
     def claim(self, scope_id: str, want: Want) -> None:
         """Record which shared bridges the scope wants; they are not removed from now on."""
 
-    def placed(self, scope_id: str, want: Want) -> Want:
-        """``want`` with the NICs of this host where the registration names a bridge. Raises HostRefused."""
+    def placed(self, scope_id: str, want: Want, *, anew: bool = False) -> Want:
+        """``want`` with the NICs of this host where the registration names a bridge. Raises HostRefused.
+
+        ``anew``: look at the bridges even if nothing was heard of them.
+        """
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants. Raises HostRefused or ForeignScope."""

@@ -444,7 +444,7 @@ class Scopes:
         try:
             if slot.unproved:
                 built = self.placements.find_out_who_serves(slot, self.placed_want(slot))
-            want = self.placed_want(slot)
+            want = self.placed_want(slot, anew=thorough)
         except NetloomError:
             self._watch_for_nics(slot)  # guard: a-bridge-without-a-nic-is-watched
             raise
@@ -487,15 +487,15 @@ class Scopes:
         slot.unconverged = bool(slot.failed)  # guard: a-failed-service-is-tried-again
         return replace(changes, steps=built + changes.steps, services=tuple(did))
 
-    def placed_want(self, slot: Slot) -> Want:
+    def placed_want(self, slot: Slot, *, anew: bool = False) -> Want:
         """What the scope wants on this host, with its NICs and its gate. Nothing while it is passive.
 
-        Raises HostRefused.
+        ``anew`` as in ``Host.placed``. Raises HostRefused.
         """
         gate = slot.gate
         if gate == "passive":
             return render(None)
-        want = self._host.placed(slot.scope_id, self._want(slot))
+        want = self._host.placed(slot.scope_id, self._want(slot), anew=anew)
         want = self._leased(slot.scope, want)
         return replace(want, gated=True) if gate in ("incoming", "closed") else want
 
