@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, cast
 
 import pytest
@@ -18,7 +19,7 @@ from netloom.agent.kernel import namespaces
 from netloom.agent.kernel.addresses import AddressRow
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.nft_watch import NftWatch, Transaction
-from netloom.agent.kernel.watch import Event, Watch
+from netloom.agent.kernel.watch import Event, NamesWatch, Watch
 from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.netobjects import Address
@@ -116,6 +117,18 @@ class Scene:
         self.watcher._read_tables()
         self.watcher._tables = None
 
+    @contextlib.contextmanager
+    def host_is_watched(self) -> Iterator[tuple[FakeWatch, FakeWatch]]:
+        """Have a watch of the host's links, and one of the names of namespaces."""
+        host, names = FakeWatch(None), FakeWatch(None)
+        self.watcher._host, self.watcher._names = cast(Watch, host), cast(NamesWatch, names)
+        try:
+            yield host, names
+        finally:
+            self.watcher._host = self.watcher._names = None
+            host.close()
+            names.close()
+
     async def events(self, *events: Event) -> None:
         """Let the kernel report these events."""
         watched = self.watcher._watched[SCOPE].inside
@@ -165,6 +178,53 @@ async def test_events_that_match_cause_no_repair(scene: Scene) -> None:
     await scene.events(lost(back=True))
     await scene.clock.advance(1)
     assert scene.repairs == []
+
+
+@pytest.mark.mutation("what-is-repaired-is-looked-at")
+@watched
+async def test_a_scope_is_as_it_was_left_while_its_events_match(scene: Scene) -> None:
+    with scene.host_is_watched():
+        before = scene.watcher.unexpected(SCOPE)
+        await scene.events(lost(back=True))
+        assert scene.watcher.unexpected(SCOPE) == before
+        await scene.events(lost())
+        assert scene.watcher.unexpected(SCOPE) != before
+        assert scene.watcher.unexpected(SCOPE) == scene.watcher.unexpected(SCOPE)
+
+
+@pytest.mark.mutation("unread-events-are-unexpected")
+@watched
+async def test_events_that_nobody_has_read_may_not_match(scene: Scene) -> None:
+    with scene.host_is_watched() as (host, names):
+        inside = cast(FakeWatch, scene.watcher._watched[SCOPE].inside)
+        for it in (host, names, inside):
+            before = scene.watcher.unexpected(SCOPE)
+            os.eventfd_write(it.fileno(), 1)
+            assert scene.watcher.unexpected(SCOPE) != before
+            os.eventfd_read(it.fileno())
+            assert scene.watcher.unexpected(SCOPE) == scene.watcher.unexpected(SCOPE)
+        before = scene.watcher.unexpected(SCOPE)
+        scene.working = True
+        await scene.events(lost(back=True))
+        assert scene.watcher.unexpected(SCOPE) != before  # it is compared when the work is done
+
+
+@watched
+async def test_a_scope_that_is_not_watched_may_have_changed(scene: Scene) -> None:
+    assert scene.watcher.unexpected(SCOPE) != scene.watcher.unexpected(SCOPE)  # the host is not watched
+    with scene.host_is_watched():
+        assert scene.watcher.unexpected(SCOPE) == scene.watcher.unexpected(SCOPE)
+        assert scene.watcher.unexpected("net-205") != scene.watcher.unexpected("net-205")
+
+
+@pytest.mark.mutation("a-new-namespace-is-unexpected")
+@watched
+async def test_another_namespace_of_the_name_is_no_longer_as_it_was_left(scene: Scene) -> None:
+    with scene.host_is_watched(), pytest.MonkeyPatch.context() as patch:
+        before = scene.watcher.unexpected(SCOPE)
+        patch.setattr(namespaces, "identity", lambda name: 2)
+        scene.watcher.watch(SCOPE, WANT)
+        assert scene.watcher.unexpected(SCOPE) != before  # at once, before the event loop knows of it
 
 
 @watched

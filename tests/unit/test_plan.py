@@ -13,7 +13,7 @@ from netloom import names
 from netloom.errors import ForeignScope, HostRefused
 from netloom.netobjects import Address, Neighbour, Route, Rule
 from netloom.plan.have import ASK_MAIN, Have, HostLink, InsideLink, Others
-from netloom.plan.plan import alias_of, plan, sweep, sweep_gates, sweep_leases
+from netloom.plan.plan import alias_of, change, plan, sweep, sweep_gates, sweep_leases
 from netloom.plan.steps import (
     AddAddress,
     AddRule,
@@ -368,6 +368,10 @@ WISHES = st.one_of(
         st.sampled_from([0, 7, 8]),
     ),
 )
+CONTENTS = st.tuples(
+    st.lists(st.lists(st.integers(20, 29), max_size=4, unique=True), min_size=2, max_size=2),
+    st.fixed_dictionaries({"rules": st.sampled_from(["accept", "drop"]), "guests": GUESTS, "policy": POLICIES}),
+)
 DAMAGES = st.lists(
     st.sampled_from(
         [
@@ -461,6 +465,34 @@ def test_one_plan_reaches_the_desired_state_and_the_next_is_empty(first: Want, h
     assert {it: mark for it, mark in after.leased.items() if it in after.host_links} == then.leased_ends
     assert swept(after, then).closed == then.closed_ends
     assert swept(after, then).leased == then.leased_ends
+
+
+# A wish, and another one with the same ports, gates and lease.
+CHANGES = st.builds(
+    lambda base, *contents: tuple(
+        wish(publics=dict(zip(("101", "102"), held, strict=True)), **base, **more) for held, more in contents
+    ),
+    st.fixed_dictionaries(
+        {"guest_vlan": st.sampled_from(["1204", "16777215"]), "gated": st.booleans(), "lease": st.sampled_from([0, 7])}
+    ),
+    *2 * (CONTENTS,),
+)
+
+
+@given(CHANGES)
+@settings(max_examples=300, deadline=None)
+def test_a_change_of_what_has_converged_is_what_a_plan_would_do(wishes: tuple[Want, Want]) -> None:
+    first, then = wishes
+    have = built(first)
+    assert change(first, then) == plan(have, then)
+
+
+@given(WISHES, WISHES)
+@settings(max_examples=300, deadline=None)
+def test_what_takes_a_look_at_the_host_is_no_change(first: Want, then: Want) -> None:
+    steps = change(first, then)
+    same = [getattr(first, it) == getattr(then, it) for it in ("namespace", "ports", "gated", "gated_ports", "lease")]
+    assert (steps is not None) == all(same)
 
 
 def through(have: Have) -> set[str]:

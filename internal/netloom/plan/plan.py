@@ -69,6 +69,7 @@ from netloom.plan.steps import (
     Step,
     UnguardBridge,
 )
+from netloom.render.ruleset import names as names_in
 from netloom.render.want import Port, Segment, Want
 
 _T = TypeVar("_T")
@@ -114,7 +115,7 @@ def change(before: Want, want: Want) -> tuple[Step, ...] | None:
         neighbours=before.neighbours,
         marker=before.ruleset.marker if before.ruleset is not None else "",
         ruleset=before.ruleset,
-        table=frozenset(),  # needed only where the ruleset is not known
+        table=names_in(before.ruleset) if before.ruleset is not None else None,
     )
     existing = set(links)
     return (

@@ -27,6 +27,7 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
+from netloom.agent.host.settled import Changed, Settled, change_settled
 from netloom.agent.kernel import (
     arp,
     conntrack_changes,
@@ -35,8 +36,6 @@ from netloom.agent.kernel import (
     modules,
     namespaces,
     neighbours,
-    netlink,
-    nft_netlink,
     sysctl,
     tcp_sockets,
 )
@@ -44,22 +43,19 @@ from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.kernel.links import find_links
-from netloom.agent.kernel.netlink import Socket
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
-from netloom.plan.plan import change, plan, sweep, sweep_gates, sweep_leases
+from netloom.plan.plan import plan, sweep, sweep_gates, sweep_leases
 from netloom.plan.steps import (
     AddAddress,
     AttachPort,
     CreatePort,
     LoadRuleset,
     OpenGate,
-    PutNeighbour,
     ReleasePorts,
     RemoveBridge,
     RemoveHostPort,
-    RemoveNeighbour,
     RemoveVlanLink,
     SetHostLinkDown,
     Step,
@@ -71,8 +67,6 @@ from netloom.state import Scope
 
 _ROUNDS_MAX = 3
 ORPHANS_S = 30.0  # later, CloudStack's KVM agent has plugged the VMs in again
-# Steps without further effects, so nobody has to look after them. The deletion of an address takes routes with it.
-_SIMPLE = (LoadRuleset, AddAddress, PutNeighbour, RemoveNeighbour)
 _INOTIFY_INSTANCES = "fs/inotify/max_user_instances"
 _INOTIFY_INSTANCES_MIN = 8192  # Debian's 128 would be 128 networks with a resolver
 _MODULES = ("nf_conntrack", "bridge", "veth", "8021q", "vxlan")
@@ -86,25 +80,13 @@ class _Table(msgspec.Struct, frozen=True):
     digest: str = ""
 
 
-class _Settled(msgspec.Struct, frozen=True):
-    """A scope that has converged. ``unexpected``: the number of the last event before that which did not match.
-
-    ``generation``: the kernel's counter of nftables transactions in the namespace.
-    """
-
-    want: Want
-    unexpected: int
-    generation: int
-
-
 class KernelHost:
     """The kernel objects of this machine, and which bridges each scope claims. Implements ``Host``.
 
     ``state_dir``: the directory for the record of raised sysctls.
 
     ``unexpected``: ``Watcher.unexpected``. As long as its number stays the same, a scope is as it was when it
-    converged. So a call that changes only its namespace needs no look at the host. What the kernel does not report is
-    left to the thorough checks: sysctls, and settings of links that the watcher does not compare.
+    converged (``settled.py``).
     """
 
     def __init__(self, state_dir: Path = Path("/var/lib/netloom")) -> None:
@@ -121,7 +103,7 @@ class KernelHost:
         self._guarded: tuple[frozenset[str], Others] | None = None
         self._tables: dict[str, _Table] = {}
         self._placed: dict[str, tuple[Want, Want]] = {}  # by scope: as rendered, with the NICs of this host
-        self._settled: dict[str, _Settled] = {}
+        self._settled: dict[str, Settled] = {}
         self.unexpected: Callable[[str], int] | None = None  # None: nobody watches
         self._were_down: frozenset[str] = frozenset()
         self._orphans: dict[tuple[str, float], frozenset[str]] = {}  # bridge, and when it was lost -> what was in it
@@ -201,9 +183,10 @@ class KernelHost:
         done: list[Step] = []
         try:
             if settled is not None and settled.unexpected == unexpected and not thorough:
-                steps = self._change(scope_id, settled, want)
-                if steps is not None:
-                    return HostChanges(steps, _announcements(want, list(steps)))
+                changed = change_settled(settled, want)
+                if changed is not None:
+                    self._keep_settled(scope_id, changed)
+                    return HostChanges(changed.steps, _announcements(want, list(changed.steps)))
             for _ in range(_ROUNDS_MAX):
                 steps, generation = self._round(scope_id, want, known, thorough)
                 done += steps
@@ -220,28 +203,14 @@ class KernelHost:
         if not want.namespace:
             namespaces.clear(names.namespace(scope_id))
         elif self.unexpected is not None:
-            self._settled[scope_id] = _Settled(want, unexpected, generation)
+            self._settled[scope_id] = Settled(want, unexpected, generation)
         return HostChanges(tuple(done), _announcements(want, done))
 
-    def _change(self, scope_id: str, settled: _Settled, want: Want) -> tuple[Step, ...] | None:
-        """Change what is different in ``want``, without a look at the host; returns the steps.
-
-        None if that cannot be done, or somebody else has changed the table. Raises HostRefused.
-        """
-        steps = change(settled.want, want)
-        if steps is None or not all(isinstance(step, _SIMPLE) for step in steps):
-            return None
-        with Socket(netlink.NETLINK_NETFILTER, want.namespace) as nfnetlink:
-            if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
-                return None
-            loads = sum(isinstance(step, LoadRuleset) for step in steps)
-            if loads:
-                self._tables.pop(scope_id, None)
-            apply(steps)
-            generation = nft_netlink.generation(nfnetlink)
-        if generation == settled.generation + loads:  # guard: a-table-that-changed-meanwhile-is-looked-at
-            self._settled[scope_id] = _Settled(want, settled.unexpected, generation)
-        return steps
+    def _keep_settled(self, scope_id: str, changed: Changed) -> None:
+        if any(isinstance(step, LoadRuleset) for step in changed.steps):
+            self._tables.pop(scope_id, None)
+        if changed.settled is not None:
+            self._settled[scope_id] = changed.settled
 
     def close_gate(self, scope_id: str, want: Want) -> None:
         """Close the gate of each port of ``want`` at once. Converge the scope with ``gated`` from now on.

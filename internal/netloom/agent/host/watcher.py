@@ -185,7 +185,7 @@ class Watcher:
             return
         watched.identity = identity
         if fresh is not None:
-            watched.unexpected = next(self._numbers)
+            watched.unexpected = next(self._numbers)  # guard: a-new-namespace-is-unexpected
         self._loop.call_soon_threadsafe(self._watch, watched, want, fresh)
 
     def unwatch(self, scope_id: str) -> None:
