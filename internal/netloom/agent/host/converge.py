@@ -27,7 +27,7 @@ from netloom.agent.host.host_sysctls import RECORD, raise_to
 from netloom.agent.host.observe import bridges_with_vms, devices, observe, our_shared_links, stray_ports
 from netloom.agent.host.observe_nft import guarded_bridges, guarded_others, table_digest
 from netloom.agent.host.occupied import Occupied, occupied
-from netloom.agent.host.settled import Changed, Settled, change_settled
+from netloom.agent.host.settled import Settled, change_settled
 from netloom.agent.kernel import (
     arp,
     conntrack_changes,
@@ -185,8 +185,11 @@ class KernelHost:
             if settled is not None and settled.unexpected == unexpected and not thorough:
                 changed = change_settled(settled, want)
                 if changed is not None:
-                    self._keep_settled(scope_id, changed)
-                    return HostChanges(changed.steps, _announcements(want, list(changed.steps)))
+                    steps, settled = changed
+                    self._settled[scope_id] = settled
+                    if any(isinstance(step, LoadRuleset) for step in steps) and want.ruleset is not None:
+                        self._tables[scope_id] = _Table(want.ruleset.marker, settled.generation)
+                    return HostChanges(steps, _announcements(want, list(steps)))
             for _ in range(_ROUNDS_MAX):
                 steps, generation = self._round(scope_id, want, known, thorough)
                 done += steps
@@ -205,12 +208,6 @@ class KernelHost:
         elif self.unexpected is not None:
             self._settled[scope_id] = Settled(want, unexpected, generation)
         return HostChanges(tuple(done), _announcements(want, done))
-
-    def _keep_settled(self, scope_id: str, changed: Changed) -> None:
-        if any(isinstance(step, LoadRuleset) for step in changed.steps):
-            self._tables.pop(scope_id, None)
-        if changed.settled is not None:
-            self._settled[scope_id] = changed.settled
 
     def close_gate(self, scope_id: str, want: Want) -> None:
         """Close the gate of each port of ``want`` at once. Converge the scope with ``gated`` from now on.

@@ -26,7 +26,7 @@ _SIMPLE = (LoadRuleset, AddAddress, PutNeighbour, RemoveNeighbour)
 class Settled(msgspec.Struct, frozen=True):
     """A scope that has converged to ``want``. ``unexpected``: the number of the last event that did not match, then.
 
-    ``generation``: the kernel's counter of nftables transactions in the namespace.
+    ``generation``: the kernel's counter of nftables transactions in the namespace, as it should be.
     """
 
     want: Want
@@ -34,15 +34,8 @@ class Settled(msgspec.Struct, frozen=True):
     generation: int
 
 
-class Changed(msgspec.Struct, frozen=True):
-    """The steps that were done. ``settled`` None: somebody else has changed the ruleset meanwhile."""
-
-    steps: tuple[Step, ...]
-    settled: Settled | None
-
-
-def change_settled(settled: Settled, want: Want) -> Changed | None:
-    """Make a scope that is as it was left what it wants now.
+def change_settled(settled: Settled, want: Want) -> tuple[tuple[Step, ...], Settled] | None:
+    """Make a scope that is as it was left what it wants now; returns the steps, and how it is left.
 
     None if that takes a look at the host. Nothing has changed then. Raises HostRefused.
     """
@@ -52,9 +45,7 @@ def change_settled(settled: Settled, want: Want) -> Changed | None:
     with Socket(netlink.NETLINK_NETFILTER, want.namespace) as nfnetlink:
         if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
             return None
-        apply(steps)
-        generation = nft_netlink.generation(nfnetlink)
-    expected = settled.generation + sum(isinstance(step, LoadRuleset) for step in steps)
-    if generation != expected:  # guard: a-table-that-changes-meanwhile-is-looked-at
-        return Changed(steps, None)
-    return Changed(steps, Settled(want, settled.unexpected, generation))
+    apply(steps)
+    # Of the transactions that we made. If somebody else made one meanwhile, the next call finds another number.
+    generation = settled.generation + sum(isinstance(step, LoadRuleset) for step in steps)
+    return steps, Settled(want, settled.unexpected, generation)
