@@ -93,16 +93,3 @@ def test_a_call_repairs_what_somebody_changed_a_moment_ago(module_host: AgentHos
         assert isinstance(reply, Reply)
         done(reply)
         assert snapshot(host) == good
-
-
-def test_a_ruleset_that_somebody_changes_with_ours_is_repaired_by_the_next_call(module_host: AgentHost) -> None:
-    host = module_host
-    with host.client() as client:
-        send(client, not_forwarded())
-        good = snapshot(host)
-        send(client, forwarded())
-        # As if it had come between the transaction of the call and its end.
-        host.run("nft", "insert rule inet netloom through accept", namespace=NS)
-        send(client, not_forwarded())
-        assert steps(host) == 1
-        assert snapshot(host) == good
