@@ -7,20 +7,19 @@
  * new directory, which is renamed when all of it is on the disk. So an incomplete program is never executed, and two
  * first starts at the same time do no harm.
  *
- * The directories are those of extension/directory.py, on a mount that allows exec. Code is executed only from a
- * directory of our own, which nobody else can enter or replace.
+ * Before it starts Python, it lets the door in C (call.c) try to answer a call by the resident helper.
+ *
+ * The directories are those of extension/directory.py (directories.c), on a mount that allows exec. Code is executed only
+ * from a directory of our own, which nobody else can enter or replace.
  *
  * The object is linked into the unpacked program, too. There it only has to exit at once while unpacking.
  */
 #define _GNU_SOURCE
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <ftw.h>
 #include <limits.h>
-#include <pwd.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,89 +30,18 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "call.h"
+#include "directories.h"
+
 #ifndef BUILD_ID
 #error "BUILD_ID: the name of the directory that this build is unpacked into"
 #endif
 #define PROGRAM "netloom.bin"
 #define UNPACKING "NETLOOM_UNPACKING"
 #define UNPACKED_BYTES (80UL << 20) /* the required free space; build/nuitka/build checks it */
-#define FOREIGN ".foreign-" /* the beginning of the names of other users' directories in ours; directory.py knows it */
 #define TOUCH_AFTER_S 600           /* program.py keeps builds whose directory is younger than an hour */
 
 extern int Py_IsInitialized(void) __attribute__((weak)); /* defined in the unpacked program only */
-
-static char reasons[2048];
-
-/* Note why a directory cannot be used, for the error message. Returns 0. */
-static int no(const char *path, const char *format, ...) {
-    size_t used = strlen(reasons);
-    int wrote = snprintf(reasons + used, sizeof reasons - used, "%s%s: ", used ? "; " : "", path);
-    if (wrote > 0 && used + wrote < sizeof reasons) {
-        va_list values;
-        va_start(values, format);
-        vsnprintf(reasons + used + wrote, sizeof reasons - used - wrote, format, values);
-        va_end(values);
-    }
-    return 0;
-}
-
-/* Whether nobody else can replace ``path``: checks the directories above it. Creates those that are missing. */
-static int is_safe_above(const char *path) {
-    char above[PATH_MAX];
-    struct stat found;
-    snprintf(above, sizeof above, "%s", path);
-    for (char *end = strchr(above + 1, '/'); end; end = strchr(end + 1, '/')) {
-        *end = 0;
-        if (lstat(above, &found) && (errno != ENOENT || (mkdir(above, 0700) && errno != EEXIST) || lstat(above, &found)))
-            return no(path, "%s", strerror(errno));
-        if (found.st_uid && found.st_uid != geteuid())
-            return no(path, "%s is owned by uid %u", above, (unsigned)found.st_uid);
-        /* Homes that their own group may write to are common. A sticky directory protects our entries in it. */
-        int others = S_IWOTH | (found.st_gid && found.st_gid != getegid() ? S_IWGRP : 0);
-        if (!S_ISLNK(found.st_mode) && !(found.st_mode & S_ISVTX) && (found.st_mode & others))
-            return no(path, "others may write to %s", above);
-        *end = '/';
-    }
-    return 1;
-}
-
-static int remove_entry(const char *path, const struct stat *found, int kind, struct FTW *walk) {
-    (void)found, (void)kind, (void)walk;
-    return remove(path);
-}
-
-/* Make a directory of ours private again, and remove what other users may have put into it. Their directories may have
- * content that only they can remove: these get a name that netloom does not use. */
-static int repair_mode(const char *path) {
-    char entry[PATH_MAX], aside[PATH_MAX];
-    struct stat found;
-    if (chmod(path, 0700)) return no(path, "%s", strerror(errno));
-    DIR *listed = opendir(path);
-    if (!listed) return no(path, "%s", strerror(errno));
-    for (struct dirent *each; (each = readdir(listed));) {
-        if (!strcmp(each->d_name, ".") || !strcmp(each->d_name, "..")) continue;
-        if (snprintf(entry, sizeof entry, "%s/%s", path, each->d_name) >= (int)sizeof entry) continue;
-        if (lstat(entry, &found) || found.st_uid == geteuid()) continue;
-        nftw(entry, remove_entry, 8, FTW_DEPTH | FTW_PHYS);
-        if (!lstat(entry, &found) && strncmp(each->d_name, FOREIGN, strlen(FOREIGN)) &&
-            snprintf(aside, sizeof aside, "%s/" FOREIGN "%ld-%ld", path, (long)time(NULL), (long)found.st_ino) < (int)sizeof aside)
-            rename(entry, aside);
-    }
-    closedir(listed);
-    return 1;
-}
-
-/* Whether ``path`` is a directory of our own with mode 0700, and no link. Creates it if it is missing. ``is_ours``: it
- * is netloom's alone, so another mode is repaired. */
-static int is_private(const char *path, int is_ours) {
-    struct stat found;
-    if (lstat(path, &found) && (errno != ENOENT || (mkdir(path, 0700) && errno != EEXIST) || lstat(path, &found)))
-        return no(path, "%s", strerror(errno));
-    if (!S_ISDIR(found.st_mode)) return no(path, S_ISLNK(found.st_mode) ? "a link" : "not a directory");
-    if (found.st_uid != geteuid()) return no(path, "owned by uid %u", (unsigned)found.st_uid);
-    if ((found.st_mode & 0777) == 0700) return 1;
-    return is_ours ? repair_mode(path) : no(path, "mode %04o, not 0700", (unsigned)(found.st_mode & 07777));
-}
 
 static int allows_exec(const char *path) {
     struct statvfs mount;
@@ -223,13 +151,6 @@ static int start_from(const char *directory, int is_ours, char **argv) {
     return 0;
 }
 
-static const char *home(void) {
-    const char *set = getenv("HOME");
-    if (set && set[0] == '/') return set;
-    struct passwd *user = getpwuid(geteuid());
-    return user && user->pw_dir && user->pw_dir[0] == '/' ? user->pw_dir : NULL;
-}
-
 /* Remove the caller's PYTHON* variables: the interpreter would obey them, and some stop it or make it print. */
 static void forget_settings_of_python(void) {
     for (char **entry = environ; *entry;) {
@@ -247,7 +168,6 @@ static void forget_settings_of_python(void) {
 
 __attribute__((constructor)) static void start(int argc, char **argv) {
     char directory[PATH_MAX];
-    const char *set = getenv("NETLOOM_DIR"), *at_home;
     if (Py_IsInitialized) {
         if (getenv(UNPACKING)) _exit(0);
         return;
@@ -255,17 +175,13 @@ __attribute__((constructor)) static void start(int argc, char **argv) {
     if (argc < 1) _exit(1);
     unsetenv(UNPACKING);
     unsetenv("NETLOOM_TIDY");
+    unsetenv(BEGUN); /* only call_helper sets it */
     unsetenv("NUITKA_ONEFILE_PARENT");
     forget_settings_of_python();
     signal(SIGCHLD, SIG_DFL); /* if the caller ignores it, we inherit that, and waitpid fails */
-    if (set && *set && start_from(set, 0, argv)) return;
-    if ((at_home = home()) && snprintf(directory, sizeof directory, "%s/.cache/netloom", at_home) < (int)sizeof directory &&
-        start_from(directory, 1, argv))
-        return;
-    snprintf(directory, sizeof directory, "/var/cache/netloom/%u", (unsigned)geteuid());
-    if (start_from(directory, 1, argv)) return;
-    snprintf(directory, sizeof directory, "/var/tmp/netloom-%u", (unsigned)geteuid());
-    if (start_from(directory, 1, argv)) return;
+    call_helper(argc, argv);
+    for (enum candidate which = 0; which < CANDIDATES; which++)
+        if (which != RUNTIME && candidate(which, directory) && start_from(directory, which != CHOSEN, argv)) return;
     fprintf(stderr, "netloom: no directory to unpack this program into: %s (run: install -d -m 755 /var/cache/netloom && install -d -m 700 -o %u /var/cache/netloom/%u; or set NETLOOM_DIR to a directory of uid %u with mode 0700, where programs may run)\n",
             reasons, (unsigned)geteuid(), (unsigned)geteuid(), (unsigned)geteuid());
     _exit(1);

@@ -29,11 +29,17 @@ _BUILD_CHARACTERS_MAX = 100  # guard: a-hosts-build-is-any-text
 _PACKAGE = os.path.dirname(__file__)
 
 _path: str | None = None
+_begun = ""
 
 
 def path() -> str | None:
     """The absolute path of the one file that is running; None in a checkout."""
     return _path
+
+
+def begun() -> str:
+    """What the one file's door in C has done of this call, in the form of build/nuitka/call.h; empty: nothing."""
+    return _begun
 
 
 def build_id() -> str:
@@ -126,8 +132,8 @@ def _seen(path: str) -> tuple[int, ...]:
 
 def take_environment(environ: MutableMapping[str, str]) -> None:
     """Read and remove the variables that the one file's start code has set, so that no child inherits them."""
-    global _path
-    executable, tidy_is_due = environ.pop("NETLOOM_EXE", None), environ.pop("NETLOOM_TIDY", None)
+    global _begun, _path
+    begun, executable, tidy_is_due = (environ.pop(f"NETLOOM_{it}", None) for it in ("BEGUN", "EXE", "TIDY"))
     for name in _COMPILER_VARIABLES:
         environ.pop(name, None)
     search = environ.pop("NETLOOM_PATH", None)
@@ -136,7 +142,7 @@ def take_environment(environ: MutableMapping[str, str]) -> None:
         environ["PATH"] = search
         if not search:
             environ.pop("PATH")
-    _path = executable if "__compiled__" in globals() else None
+    _path, _begun = (executable, begun or "") if "__compiled__" in globals() else (None, "")
     if tidy_is_due and _path is not None:  # at the first start of this build, and after some minutes without a start
         tidy(os.path.dirname(_unpacked()), build_id())
 

@@ -5,7 +5,6 @@ Each test has its own mounts. In them the directories that the start may choose 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -17,93 +16,19 @@ from pathlib import Path
 
 import pytest
 
-import processes
 from bed.machines import until
 from binary.onefile import build_id, one_file
+from binary.room import HOME, NOBODY, RUN, Room, helper_of
 
 pytestmark = pytest.mark.binary
 
-NOBODY = 65534
 SAYS = "netloom 0.1.0 (build "
-# Empty mounts over the candidate directories of extension/directory.py, and a directory for the executable.
-_ROOM = """
-mount --make-rprivate /
-for d in /var/cache /var/tmp /root /tmp /opt /run; do mount -t tmpfs -o mode=$(stat -c %a $d) none $d; done
-mkdir /opt/extension; cp "$ONE_FILE" /opt/extension/any-name.sh; chmod 755 /opt/extension /opt/extension/any-name.sh
-"""
-RUN = "/opt/extension/any-name.sh"
-HOME = "/root/.cache/netloom"
 
 
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The path of the one file. A room reads it from an open descriptor, because its mounts hide /tmp and /opt."""
     return one_file()
-
-
-class Room:
-    """A mount and network namespace, kept alive by a shell."""
-
-    def __init__(self, file: Path) -> None:
-        with file.open("rb") as source:
-            self.holder = subprocess.Popen(
-                ["unshare", "--mount", "--net", "sh", "-ec", f"{_ROOM}\necho ready; exec sleep 600"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                pass_fds=[source.fileno()],
-                env={"PATH": os.environ["PATH"], "ONE_FILE": f"/proc/self/fd/{source.fileno()}"},
-            )
-            assert self.holder.stdout is not None
-            assert self.holder.stdout.readline() == b"ready\n"
-
-    def popen(self, script: str, *, uid: int = 0, **environ: str) -> subprocess.Popen[str]:
-        drop = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
-        where = ["nsenter", "-t", str(self.holder.pid), "-m", "-n", f"--wd={self.path('/')}"]
-        bare = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *(f"{name}={it}" for name, it in environ.items())]
-        return subprocess.Popen(
-            [*where, *drop, *bare, "sh", "-c", script],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, script: str, *, uid: int = 0, **environ: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell script in the room. HOME is unset unless given."""
-        process = self.popen(script, uid=uid, **environ)
-        out, err = process.communicate(timeout=120)
-        return subprocess.CompletedProcess(script, process.returncode, out, err)
-
-    def path(self, path: str) -> Path:
-        return Path(f"/proc/{self.holder.pid}/root{path}")
-
-    def unpacked(self, directory: str = HOME) -> list[str]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return sorted(os.listdir(self.path(f"{directory}/programs")))
-        return []
-
-    def processes(self, word: str = "") -> list[int]:
-        """The processes started in the room. ``word`` selects those with this first argument."""
-        found = []
-        here = os.stat(f"/proc/{self.holder.pid}/ns/mnt").st_ino
-        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                if (
-                    os.stat(f"/proc/{pid}/ns/mnt").st_ino == here
-                    and pid != self.holder.pid
-                    and word in ("", *words[1:2])
-                ):
-                    found.append(pid)
-        return found
-
-    def close(self) -> None:
-        for pid in self.processes():
-            processes.kill(pid)
-        self.holder.kill()
-        self.holder.wait()
-        assert self.holder.stdout is not None
-        self.holder.stdout.close()
 
 
 @pytest.fixture
@@ -113,24 +38,6 @@ def room(held: Path) -> Iterator[Room]:
         yield it
     finally:
         it.close()
-
-
-def helper_of(room: Room) -> int:
-    """The pid of the only helper, once it executes the unpacked program of this build. A call does not wait for it."""
-
-    def found() -> list[int]:
-        return [pid for pid in room.processes("helper") if executable(pid).endswith(f"/{build_id()}/netloom.bin")]
-
-    assert until(lambda: len(found()) == 1), room.processes("helper")
-    (helper,) = room.processes("helper")
-    return helper
-
-
-def executable(pid: int) -> str:
-    """The path of the file that a process executes; empty when it has ended."""
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/{pid}/exe")
-    return ""
 
 
 def test_version_prints_the_build(room: Room) -> None:
@@ -458,4 +365,5 @@ def test_a_signal_during_any_import_is_reported(room: Room, unanswered: str) -> 
 def _catches(pid: int, number: int) -> bool:
     """Whether the process has installed a handler for the signal."""
     told = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return bool(int(told["SigCgt"], 16) & 1 << (number - 1)) and told["Name"].startswith("netloom")
+    # The door in C has the name of the one file, and the program that it executes has its own.
+    return bool(int(told["SigCgt"], 16) & 1 << (number - 1)) and told["Name"] in ("any-name.sh", "netloom.bin")

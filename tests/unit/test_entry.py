@@ -11,6 +11,7 @@ import pytest
 from typer.main import get_command
 
 import processes
+from entry_points import LINES
 from netloom.agent import main as agent
 from netloom.cli.app import app
 from netloom.commands.table import TABLE
@@ -19,37 +20,7 @@ from netloom.sockets import peer_credentials
 
 REPO = Path(__file__).resolve().parents[2]
 
-DOORS: list[tuple[str, str]] = [
-    ("ensure-network-device /tmp/cs-extnet.payload 60", "call"),
-    ("ensure-network-device", "call"),  # a protocol command with too few arguments: one line, no help text
-    ("frobnicate /tmp/cs-extnet.payload 60", "call"),  # a newer CloudStack's command
-    ("agent serve", "agent"),
-    ("agent connect --socket", "agent"),
-    ("agent", "agent"),
-    ("agent activate --by-word", "agent"),
-    ("agent install --hosts h1,h2", "people"),
-    ("agent uninstall --networks remove", "people"),
-    ("agent --help", "people"),
-    ("guest", "guest"),
-    ("confine 1 /run", "confine"),
-    ("helper", "helper"),
-    ("", "people"),
-    ("--help", "people"),
-    ("version", "people"),
-    ("--version", "people"),
-    ("-V", "people"),
-    ("-h", "people"),
-    ("help", "people"),
-    ("help agent install", "people"),
-    ("hosts list --json", "people"),
-    ("hosts forget kvm1", "people"),
-    ("move net-204 --to h2", "people"),
-    ("export archive net-204", "people"),
-    ("frobnicate", "people"),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), DOORS)
+@pytest.mark.parametrize(("line", "expected"), LINES)
 def test_arguments_select_the_entry_point(line: str, expected: str) -> None:
     assert door(line.split()) == expected
 

@@ -1,5 +1,7 @@
 """CloudStack's call, ``<command> <payload-file> <timeout-seconds>``, from the first instruction to the exit.
 
+In the one file, build/nuitka/call.c answers most calls before Python starts. This module gets the others.
+
 Import only modules that the interpreter has already loaded (tests/unit/test_entry.py lists them): every call pays for
 them. CloudStack waits for our exit without a timeout, so we enforce the deadline ourselves: a timer and the signals end
 the process wherever it is, and ``os._exit`` does not wait for threads.
@@ -15,6 +17,7 @@ from netloom.extension.deadline import Deadline, parse_timeout, process_started
 from netloom.extension.helper_client import ask_helper
 from netloom.extension.record import CallRecord, failure
 from netloom.fastos import os
+from netloom.program import begun
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,12 +102,13 @@ def _run(arguments: list[str], executable: str, ending: Ending) -> str:
     if len(arguments) != 3:
         raise BadRequest(f"{len(arguments)} arguments instead of 3", hint=USAGE)
     command, path, timeout = arguments
+    failed = _take_over(begun(), ending)
     deadline = Deadline(parse_timeout(timeout), record.started)
     _end_on_time(deadline, ending)
     record.doing = "reading the payload"
     payload_file = read_payload(path)
     record.doing = "asking the helper"
-    answer = ask_helper(command, executable, payload_file, deadline, record, os.environ)
+    answer = ask_helper(command, executable, payload_file, deadline, record, os.environ, failed)
     if answer is not None:
         status, output, error = answer
         ending.end(status, output=output, error=error, logged=True)
@@ -112,6 +116,24 @@ def _run(arguments: list[str], executable: str, ending: Ending) -> str:
     from netloom.extension.run import run_blocking  # msgspec, asyncio and asyncssh: thirty bare start-ups
 
     return run_blocking(command, payload_file, deadline, executable, record)
+
+
+def _take_over(begun: str, ending: Ending) -> tuple[str, ...]:
+    """Continue the call that build/nuitka/call.c has begun with the helper; its call.h has the form of ``begun``.
+
+    Returns how the helper failed, for ask_helper; nothing when no call was begun. A complete answer is printed.
+    """
+    if not begun:
+        return ()
+    # The same call id: the agents must recognise what the helper may have sent them already.
+    ending.record.call_id, started, *what = begun.split(" ", 4)
+    ending.record.started = float(started)
+    match what:
+        case "output", status, text:
+            ending.end(int(status), output=text, logged=True)
+        case "error", status, text:
+            ending.end(int(status), error=text, logged=True)
+    return tuple(what)
 
 
 def read_payload(path: str) -> bytes:

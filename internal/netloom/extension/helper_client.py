@@ -1,6 +1,9 @@
 """The client of the resident helper: send it the call and wait for its answer; start it when it does not run.
 
-Every call of CloudStack's loads this module, so it imports one C module and nothing else that is new. The helper is
+In the one file, build/nuitka/call.c does the same in C, before Python is started. This module begins the calls that the
+C code leaves to it, and continues those that it has begun and cannot end.
+
+Each of them loads this module, so it imports one C module and nothing else that is new. The helper is
 optional: when it does not answer correctly, the call does the work itself under the same call id. The agents recognise
 a repeated call id and answer it from memory.
 """
@@ -8,6 +11,7 @@ a repeated call id and answer it from memory.
 from __future__ import annotations
 
 import _socket  # the C module: socket.py adds enums and selectors to it, half a bare start-up
+import sys
 import time
 
 from netloom.extension.directory import for_sockets
@@ -78,16 +82,22 @@ def ask_helper(
     deadline: Deadline,
     record: CallRecord,
     environ: Mapping[str, str],
+    failed: tuple[str, ...] = (),
 ) -> tuple[int, str, str] | None:
     """The helper's answer: exit status, output, error. None when there is no helper or it does not answer.
 
     ``executable``: the path by which this program was called. When the helper dies during the call, another one is
-    started. When it hangs, its socket is removed, so that the next call starts a new one.
+    started. When it hangs, its socket is removed, so that the next call starts a new one. ``failed``: how an attempt of
+    build/nuitka/call.c has failed, ``("broken",)`` or ``("hung", <inode of the socket>)``.
     """
     if environ.get(SETTING) == "0":
         return None
     directory = for_sockets(environ)
     if directory is None:
+        return None
+    try:
+        executable = os.path.abspath(executable)  # the helper's working directory is another one
+    except OSError:  # the caller's was removed
         return None
     request = pack(
         *(text.encode("utf-8", "surrogateescape") for text in (command, executable)),
@@ -102,7 +112,10 @@ def ask_helper(
     except OSError:
         return None
     try:
-        for pause_s in _ATTEMPT_PAUSES_S:
+        if failed[:1] == ("hung",):
+            _abandon(fd, int(failed[1]))
+            return None
+        for pause_s in _ATTEMPT_PAUSES_S[1:] if failed else _ATTEMPT_PAUSES_S:
             time.sleep(pause_s)
             try:
                 return _attempt(fd, request, deadline, record, environ)
@@ -169,14 +182,22 @@ def inode(directory: int) -> int:
 
 
 def _connect(directory: int) -> _socket.socket | None:
+    """A connection to the helper; None when there is none, or it is another user's, or it hangs."""
     helper = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     helper.settimeout(_PATIENCE_S_MIN)  # in case the helper hangs and its backlog is full
     try:
         helper.connect(_path(directory))
+        if _peer_uid(helper) != os.geteuid():  # guard: a-helper-is-our-own
+            raise ConnectionRefusedError
     except (FileNotFoundError, ConnectionRefusedError, TimeoutError):
         helper.close()
         return None
     return helper
+
+
+def _peer_uid(helper: _socket.socket) -> int:
+    """The user who listens at the other end: the second of three numbers of 4 bytes (unix(7), SO_PEERCRED)."""
+    return int.from_bytes(helper.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)[4:8], sys.byteorder)
 
 
 def _connect_new(directory: int, patience_s: float, environ: Mapping[str, str]) -> _socket.socket | None:
