@@ -69,8 +69,10 @@ class FakeHelper:
         with peer, contextlib.suppress(OSError):
             if not reply.deaf:
                 with peer.makefile("rb") as stream:
-                    length = int.from_bytes(stream.read(4), "big")
-                    self.requests.append(unpack(stream.read(length)))
+                    head = stream.read(4)
+                    if not head:  # the client has left without a request
+                        return
+                    self.requests.append(unpack(stream.read(int.from_bytes(head, "big"))))
             time.sleep(reply.pause_s)
             for at in range(0, len(reply.data), reply.piece_bytes):
                 peer.sendall(reply.data[at : at + reply.piece_bytes])

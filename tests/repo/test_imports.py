@@ -29,6 +29,7 @@ PRIVATE = {
     "_library_lock",
     "_programs",
     "_restore_states",
+    "_take_over",
     "_vpc",
     "_with_ip6",
 }

@@ -20,6 +20,7 @@ from netloom.sockets import peer_credentials
 
 REPO = Path(__file__).resolve().parents[2]
 
+
 @pytest.mark.parametrize(("line", "expected"), LINES)
 def test_arguments_select_the_entry_point(line: str, expected: str) -> None:
     assert door(line.split()) == expected

@@ -14,7 +14,7 @@ from netloom import __version__, program
 
 
 def test_variables_of_the_start_are_removed_from_the_environment() -> None:
-    environ = {"NETLOOM_EXE": "/opt/netloom", "NETLOOM_TIDY": "1", "NETLOOM_DIR": "/var/lib/x"}
+    environ = {"NETLOOM_EXE": "/opt/netloom", "NETLOOM_TIDY": "1", "NETLOOM_BEGUN": "x", "NETLOOM_DIR": "/var/lib/x"}
     environ |= {"NUITKA_ORIGINAL_ARGV0": "netloom", "NUITKA_ONEFILE_DIRECTORY": "/opt", "NUITKA_ONEFILE_PARENT": "7"}
     program.take_environment(environ)
     assert environ == {"NETLOOM_DIR": "/var/lib/x"}
@@ -31,8 +31,9 @@ def test_variables_hidden_by_the_compiler_are_restored(told: str, left: dict[str
 
 
 def test_a_checkout_is_not_the_one_file() -> None:
-    program.take_environment({"NETLOOM_EXE": "/opt/netloom"})
+    program.take_environment({"NETLOOM_EXE": "/opt/netloom", "NETLOOM_BEGUN": "id 1.0 output 0 injected"})
     assert program.path() is None
+    assert program.begun() == ""
     assert program.build_id() == f"source-{__version__}"
 
 
