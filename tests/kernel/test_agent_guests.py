@@ -19,6 +19,7 @@ import pytest
 from msgspec.structs import replace
 
 import processes
+from netloom.agent.budget import Budget
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import files, guest_process, guest_sockets, liveness, process, supervisor
@@ -232,7 +233,7 @@ def test_a_hung_guest_process_is_killed_without_losing_passwords(
         no_services = supervisor.Supervisor(it.loop, print)
         probes = liveness.LivenessProbes(it.loop, log, no_services, it.process, lambda it: False)
         os.kill(hung, signal.SIGSTOP)
-        probing = it.loop.create_task(probes.run(0.2))
+        probing = it.loop.create_task(probes.run(Budget().checks(0.2, liveness.PROBE_CPU_S)))
         it.wait_until(lambda: it.process.pid != hung)
         probing.cancel()
         assert not _is_running(hung)

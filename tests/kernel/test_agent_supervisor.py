@@ -20,6 +20,7 @@ import pytest
 from msgspec.structs import replace
 
 from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
+from netloom.agent.budget import Budget
 from netloom.agent.backoff import Backoff
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
@@ -303,6 +304,7 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     it = supervisor.Supervisor(loop, lambda scope_id, why: died.append(why))
     guest_process = GuestProcess(loop, Log(str(log)), ["false"], "b", lambda taken: None, tmp_path)
 
+    often = Budget(share=1.0).checks(0.1, liveness.PROBE_CPU_S)
     busy = False
     # The results of the probes that the process answered or not, and of those that decide about it.
     answers: list[bool] = []
@@ -334,7 +336,7 @@ def test_a_hung_process_is_killed_and_a_slow_one_is_not(
     async def scenario() -> None:
         nonlocal busy
         probing = asyncio.ensure_future(
-            liveness.LivenessProbes(loop, Log(str(log)), it, guest_process, lambda scope_id: busy).run(0.1)
+            liveness.LivenessProbes(loop, Log(str(log)), it, guest_process, lambda scope_id: busy).run(often)
         )
         await loop.run_in_executor(None, it.converge, SCOPE, NAMESPACE, (wanted,))
         pid = it.states()[SCOPE][name]
@@ -371,7 +373,8 @@ def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.
     loop = asyncio.new_event_loop()
     it = supervisor.Supervisor(loop, print)
     it.converge(SCOPE, NAMESPACE, (dnsmasq.service(SCOPE, NETWORK),))
-    (target,) = it.probe_targets()
+    target = it.next_probe_target()
+    assert target is not None
     # Drop UDP datagrams to port 53, as a full socket buffer does.
     drop = "add table t; add chain t c { type filter hook input priority 0; }; add rule t c udp dport 53 drop"
     subprocess.run(["ip", "netns", "exec", NAMESPACE, "nft", drop], check=True)

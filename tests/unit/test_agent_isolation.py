@@ -26,15 +26,28 @@ class FakeOutside:
         self.owners: dict[str, str] = {}
         self.probing: dict[str, str] = {}
         self.down: set[str] = set()
-        self.called = 0
+        self.is_lately = True  # what is heard comes on a way where something came last
+        self.before = False  # something had come on another way before the silence
+        self.has_neighbours = False
+        self.looked = 0
+        self.called = self.called_neighbours = 0
         self.meanwhile: Callable[[], None] = lambda: None  # happens while the fence is changed
         self.asked: list[frozenset[str]] = []
 
     def watch(self, wants: dict[str, Want]) -> None:
         pass
 
+    def heard_lately(self) -> bool:
+        return self.alive and self.is_lately
+
     def heard(self) -> bool:
-        return self.alive
+        self.looked += 1
+        heard, self.before = self.alive or self.before, False
+        return heard
+
+    def call_neighbours(self) -> bool:
+        self.called_neighbours += 1
+        return self.has_neighbours
 
     def call(self, wants: dict[str, Want]) -> None:
         self.called += 1

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from fakehost import Agent, simulated
-from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, RESTORING_AT_ONCE, TIDY_EVERY_S
+from netloom.agent.budget import Budget, Checks
+from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, CHECK_CPU_S, RESTORING_AT_ONCE, TIDY_EVERY_S
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.names import guest_link
@@ -483,10 +484,16 @@ async def test_a_host_that_could_not_be_watched_is_watched_later(agent: Agent) -
 # -------------------------------------------------------------------------------------------------------------- check
 
 
+def checks(every_s: float) -> Checks:
+    """On a budget that suffices on any machine."""
+    return Budget(share=1000.0).checks(every_s, CHECK_CPU_S)
+
+
+@pytest.mark.mutation("each-scope-is-checked-in-turn", instead="existing[0]")
 @simulated
 async def test_each_scope_is_checked_once_in_a_period_and_evenly(agent: Agent) -> None:
     await agent.live("204", "205", "206")
-    agent.start(agent.upkeep.keep_checked(45.0))
+    agent.start(agent.upkeep.keep_checked(checks(45.0)))
     for network_id in ("204", "205", "206", "204"):
         agent.did.clear()
         await agent.clock.advance(14.9)
@@ -500,8 +507,33 @@ async def test_each_scope_is_checked_once_in_a_period_and_evenly(agent: Agent) -
 
 
 @simulated
+async def test_dear_checks_become_rarer_and_each_scope_has_its_turn(agent: Agent) -> None:
+    await agent.live("204", "205")
+    agent.start(agent.upkeep.keep_checked(Budget(share=0.001).checks(10.0, cpu_s=0.1)))
+    agent.did.clear()
+    await agent.clock.advance(99)  # two scopes would need 20 times as much as there is
+    assert converged(agent) == []
+    await agent.clock.advance(2000)
+    done = converged(agent)
+    assert {"converge net-204 thoroughly", "converge net-205 thoroughly"} == set(done)
+    assert all(one != other for one, other in itertools.pairwise(done))
+    assert len(done) < 200
+
+
+@simulated
+async def test_a_new_scope_does_not_wait_for_a_turn_of_all_others(agent: Agent) -> None:
+    await agent.live("204", "205")
+    agent.start(agent.upkeep.keep_checked(checks(40.0)))
+    await agent.clock.advance(25)
+    await agent.live("206")
+    agent.did.clear()
+    await agent.clock.advance(16)
+    assert converged(agent) == ["converge net-206 thoroughly"]
+
+
+@simulated
 async def test_the_check_waits_for_the_first_scope(agent: Agent) -> None:
-    agent.start(agent.upkeep.keep_checked(45.0))
+    agent.start(agent.upkeep.keep_checked(checks(45.0)))
     await agent.clock.advance(44)
     await agent.live()
     await agent.clock.advance(45)
@@ -511,7 +543,7 @@ async def test_the_check_waits_for_the_first_scope(agent: Agent) -> None:
 @simulated
 async def test_a_scope_that_waits_for_its_retry_or_has_ended_is_not_checked(agent: Agent) -> None:
     await agent.live("204", "205")
-    agent.start(agent.upkeep.keep_checked(2.0))
+    agent.start(agent.upkeep.keep_checked(checks(2.0)))
     await agent.clock.advance(0.5)
     agent.host.fail("net-204", REFUSED)
     await agent.call("050", "assign-ip")
@@ -528,7 +560,7 @@ async def test_a_scope_that_waits_for_its_retry_or_has_ended_is_not_checked(agen
 @simulated
 async def test_a_bug_does_not_end_the_checks(agent: Agent) -> None:
     await agent.live()
-    agent.start(agent.upkeep.keep_checked(10.0))
+    agent.start(agent.upkeep.keep_checked(checks(10.0)))
     agent.host.fail("net-204", RuntimeError("bug"))
     await agent.clock.advance(10)
     assert agent.log.lines[0] == "scope=net-204 check bug: RuntimeError"

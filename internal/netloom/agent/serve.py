@@ -42,6 +42,7 @@ from typing import Any
 from netloom import __version__, placementwire, standbywire
 from netloom.agent import exhausted
 from netloom.agent.actions.builtin import Actions
+from netloom.agent.budget import Budget
 from netloom.agent.clock import Clock, LoopClock
 from netloom.agent.connect import SOCKET
 from netloom.agent.heartbeat import Heartbeat, notify, ready
@@ -54,7 +55,8 @@ from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
-from netloom.agent.processes.liveness import LivenessProbes
+from netloom.agent.processes.liveness import PROBE_CPU_S, LivenessProbes
+from netloom.agent.processes.liveness import EVERY_S as PROBE_EVERY_S
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes.claims import Claims
@@ -66,7 +68,7 @@ from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes, start_workers
 from netloom.agent.scopes.standby import Standbys
 from netloom.agent.scopes.store import Store
-from netloom.agent.scopes.upkeep import CHECK_EVERY_S, Upkeep
+from netloom.agent.scopes.upkeep import CHECK_CPU_S, CHECK_EVERY_S, Upkeep
 from netloom.agent.setup.install import held
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.flows import FlowSink, FlowSource
@@ -95,7 +97,8 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT. Exit status 0; 1 without root; 3 if another agent serves, or the host forbids it.
 
-    ``log_path`` empty: log to stderr. ``check_every_s``: seconds between two checks of the same scope.
+    ``log_path`` empty: log to stderr. ``check_every_s``: seconds between two checks of the same scope, if the budget
+    suffices.
     """
     os.umask(0o077)  # guard: agent-creates-private-files
     if os.geteuid() != 0:
@@ -184,10 +187,12 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         status,
         notify,
     )
+    probes = LivenessProbes(loop, log, supervisor, guest_process, scopes.busy)
+    budget = Budget()
     loops = [
         asyncio.ensure_future(upkeep.keep_tidy()),
-        asyncio.ensure_future(upkeep.keep_checked(check_every_s)),
-        asyncio.ensure_future(LivenessProbes(loop, log, supervisor, guest_process, scopes.busy).run()),
+        asyncio.ensure_future(upkeep.keep_checked(budget.checks(check_every_s, CHECK_CPU_S))),
+        asyncio.ensure_future(probes.run(budget.checks(PROBE_EVERY_S, PROBE_CPU_S))),
         asyncio.ensure_future(_beat(heartbeat, prepared)),
         asyncio.ensure_future(isolation.run()),
         asyncio.ensure_future(claims.run()),

@@ -24,7 +24,7 @@ from netloom.agent.kernel import netlink
 from netloom.agent.kernel.addresses import list_addresses_over
 from netloom.agent.kernel.arp_probe import Heard, Wire, ask, probe
 from netloom.agent.kernel.descriptors import high_socket
-from netloom.agent.kernel.links import Link, all_received_packets, received_packets
+from netloom.agent.kernel.links import Link, all_received_packets, find_links_over, received_packets
 from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.neighbours import list_neighbours_over
 from netloom.agent.kernel.netlink import Socket
@@ -35,7 +35,7 @@ from netloom.render.want import Port, Want
 
 _CALLED_MAX = 32  # neighbours that are asked for a sign of life in one round, and as many VMs and gateways
 _SCOPES_MAX = 32  # whose VMs and gateways are asked
-_ALONE_MAX = 8  # counters that are read one by one, before all are
+_ALONE_MAX = 8  # counters that are read one by one
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -58,6 +58,7 @@ class Outside:
         self._fenced: set[str] = set()
         self._changing = threading.Lock()
         self._counters: dict[int, int] = {}  # packets by index of a way out, the last one that heard something first
+        self._fresh: set[int] = set()  # those of ``_counters`` that were read in the last round
 
     # ------------------------------------------------------------------------------------------------- who is heard
 
@@ -72,40 +73,73 @@ class Outside:
                     ways |= {it.index for it in uplinks(link, look.ports(link.index))} or {link.index}
             known = {index: count for index, count in self._counters.items() if index in ways}
             counts = all_received_packets(host)
-            self._counters = known | {index: counts[index] for index in ways - known.keys() if index in counts}
+            found = {index: counts[index] for index in ways - known.keys() if index in counts}
+            self._counters = known | found
+            self._fresh |= found.keys()
+
+    def heard_lately(self) -> bool:
+        """Whether anything has arrived since the last call on one of the few ways out that heard something last.
+
+        A counter that the last call did not read tells nothing now. Blocks for moments; the cost does not grow with the
+        number of ways.
+        """
+        fresh, self._fresh = self._fresh, set()
+        with Socket(netlink.NETLINK_ROUTE) as host:
+            for index in islice(list(self._counters), _ALONE_MAX):
+                now = received_packets(host, index)
+                if now is None:
+                    continue
+                self._fresh.add(index)
+                had, self._counters[index] = self._counters[index], now
+                if now != had and index in fresh:  # guard: an-old-counter-is-no-sign-of-life
+                    self._put_first(index)
+                    return True
+        return False
+
+    def _put_first(self, index: int) -> None:
+        if next(iter(self._counters)) != index:
+            now = self._counters.pop(index)
+            self._counters = {index: now, **self._counters}
 
     def heard(self) -> bool:
-        """Whether anything has arrived on a way out since the last call. Blocks for moments."""
+        """Whether anything has arrived on any way out since its counter was read last. Blocks for moments."""
         had = self._counters
         with Socket(netlink.NETLINK_ROUTE) as host:
-            for index in islice(list(had), _ALONE_MAX):
-                now = received_packets(host, index)
-                if now not in (None, had[index]):
-                    self._counters = {index: now, **{it: count for it, count in had.items() if it != index}}
-                    return True
             counts = all_received_packets(host)
         heard = {index for index, count in had.items() if counts.get(index, count) != count}
         order = sorted(had, key=lambda index: index not in heard)
         self._counters = {index: counts[index] for index in order if index in counts}
+        self._fresh = set(self._counters)
         return bool(heard)
+
+    def call_neighbours(self) -> bool:
+        """Ask neighbours of the host itself for a sign of life: ARP requests. Returns whether there are any.
+
+        Blocks for moments; the cost does not grow with the number of links.
+        """
+        with Socket(netlink.NETLINK_ROUTE) as host:
+            rows = [it for it in list_neighbours_over(host, {}) if it.neighbour.mac]
+            found = find_links_over(host, {it.link_index for it in rows})
+        links = {it.index: it for it in found if it.name != "lo"}
+        asked = [(links[it.link_index], it.neighbour.address) for it in rows if it.link_index in links][:_CALLED_MAX]
+        _send([(link, Wire(link.name), address) for link, address in asked])
+        return bool(asked)
 
     def call(self, wants: Mapping[str, Want]) -> None:
         """Ask some machines that are known outside for a sign of life: ARP requests. Blocks for moments.
 
         They are neighbours of the host itself, and public gateways and VMs of some scopes: other ones in each round.
         """
-        with Look(whole=True) as look, Socket(netlink.NETLINK_ROUTE) as host:
+        self.call_neighbours()
+        asked: list[tuple[Wire, str]] = []
+        with Look(whole=True) as look:
             links = {it.name: it for it in look.all()}
-            rows = [it.neighbour for it in list_neighbours_over(host, {it.index: it.name for it in links.values()})]
-            asked = [(Wire(it.link), it.address) for it in rows if it.mac and it.link != "lo"][:_CALLED_MAX]
             for scope_id in random.sample(sorted(wants), min(len(wants), _SCOPES_MAX)):
                 known = _known_outside(look, self._want(wants, scope_id))
                 asked += random.sample(known, min(len(known), _CALLED_MAX // 4))
-                if len(asked) >= 2 * _CALLED_MAX:
+                if len(asked) >= _CALLED_MAX:
                     break
-        for wire, address in asked:
-            if wire.link in links:
-                _send(links[wire.link], wire, address)
+        _send([(links[wire.link], wire, address) for wire, address in asked if wire.link in links])
 
     # ---------------------------------------------------------------------------------------------------- the fence
 
@@ -247,11 +281,14 @@ def _is_ip4(address: str) -> bool:
     return ":" not in address
 
 
-def _send(link: Link, wire: Wire, address: str) -> None:
-    """Send one ARP request, if the link lets us: one that is down or gone reaches nobody."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as out:
-        out.bind((wire.link, 0))
-        out.send(probe(ipaddress.IPv4Address(address).packed, packed_mac(link.mac), wire.tag))
+def _send(asked: Iterable[tuple[Link, Wire, str]]) -> None:
+    """Send an ARP request for each of these addresses, if its link lets us: one that is down or gone reaches nobody."""
+    # One socket for all: the kernel waits for all CPUs when one is closed.
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as out:
+        for link, wire, address in asked:
+            with contextlib.suppress(OSError):
+                frame = probe(ipaddress.IPv4Address(address).packed, packed_mac(link.mac), wire.tag)
+                out.sendto(frame, (wire.link, 0))
 
 
 def _heard(found: Mapping[Wire, Heard], asked: Mapping[tuple[Wire, str], str]) -> list[Answer]:

@@ -35,6 +35,7 @@ class NeighbourRow(msgspec.Struct, frozen=True, kw_only=True):
 
     neighbour: Neighbour
     permanent: bool
+    link_index: int = 0
 
 
 def list_neighbours_over(rtnetlink: Socket, names: dict[int, str], family: int = socket.AF_INET) -> list[NeighbourRow]:
@@ -55,6 +56,7 @@ def decode_neighbour(payload: bytes, names: dict[int, str]) -> NeighbourRow:
             mac=mac_text(values.get(_NDA_LLADDR, b"")),
         ),
         permanent=bool(state & NUD_PERMANENT),
+        link_index=index,
     )
 
 

@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ class Supervisor:
         self._loop = loop
         self._revive = revive
         self._lock = threading.Lock()
-        self._running: dict[_Key, _Running] = {}
+        self._running: OrderedDict[_Key, _Running] = OrderedDict()  # whose turn it is first
         self._failures: dict[_Key, int] = {}  # in a row
         self._failed: dict[_Key, ServiceFailure] = {}  # the services that failed when they were last converged
         self._crashes: dict[_Key, int] = {}  # in all
@@ -201,14 +202,21 @@ class Supervisor:
         for service in services:
             files.bound_log(files.log_path(service))
 
-    def probe_targets(self) -> list[ProbeTarget]:
-        """The running processes that can be probed."""
+    def next_probe_target(self) -> ProbeTarget | None:
+        """The running process whose turn it is: each has one, and then all others. None if it cannot be probed."""
         with self._lock:
-            return [
-                ProbeTarget(it.scope_id, it.namespace, it.service.name, it.record, it.service.probe)
-                for _, it in sorted(self._running.items())
-                if it.service.probe is not None
-            ]
+            it = next(iter(self._running.values()), None)
+            if it is None:
+                return None
+            self._running.move_to_end((it.scope_id, it.service.name))  # guard: each-process-is-probed-in-turn
+            if it.service.probe is None:
+                return None
+            return ProbeTarget(it.scope_id, it.namespace, it.service.name, it.record, it.service.probe)
+
+    @property
+    def number(self) -> int:
+        """The number of the running processes."""
+        return len(self._running)
 
     def kill_hung(self, target: ProbeTarget) -> bool:
         """Kill the whole group of a process that does not answer. It is revived as after a crash.

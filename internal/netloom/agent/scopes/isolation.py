@@ -28,6 +28,7 @@ from netloom.agent.host.outside import Answer, Listener
 from netloom.agent.log import Log
 from netloom.agent.scopes.placements import OCCUPIED_S
 from netloom.agent.scopes.scopes import Scopes
+from netloom.agent.scopes.slot import Slot
 from netloom.agent.scopes.upkeep import Upkeep
 from netloom.errors import NetloomError
 from netloom.render.want import Want
@@ -35,7 +36,7 @@ from netloom.render.want import Want
 _T = TypeVar("_T")
 
 ROUND_S = 1.0
-SILENT_ROUNDS = 4  # the first one shows that nothing comes by itself
+SILENT_ROUNDS = 4  # the first one shows that nothing comes by itself on the ways where something came last
 _WATCH_ROUNDS = 10  # while it is silent
 MOMENT_S = 2.0
 TOGETHER_S = 0.05  # uplinks that are lost, or heard, within this time are handled together
@@ -46,7 +47,9 @@ class Outside(Protocol):
     """``host.outside.Outside``, which describes the methods."""
 
     def watch(self, wants: dict[str, Want]) -> None: ...
+    def heard_lately(self) -> bool: ...
     def heard(self) -> bool: ...
+    def call_neighbours(self) -> bool: ...
     def call(self, wants: dict[str, Want]) -> None: ...
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]: ...
     def unused(self, wants: dict[str, Want], links: Iterable[str]) -> frozenset[str]: ...
@@ -107,36 +110,54 @@ class Isolation:
             if left:  # guard: a-new-agent-keeps-the-fence
                 self._note_fenced(left, "an earlier agent was cut off")
             self._begun = True
-        wants = self._served()
-        if not wants:
+        if not any(map(_serves, self._scopes.slots())):
             self._silent = 0
             if self._fenced and not any(it.scope is not None or it.unreadable for it in self._scopes.slots()):
                 await self._free(self._fenced)
             return
-        if self._silent % _WATCH_ROUNDS == 1 or not self._watched:  # otherwise the ways out that are known suffice
-            await self._in_worker(partial(self._outside.watch, wants))
-            self._watched = True
-        if await self._in_worker(self._outside.heard):
+        if await self._hears():
             self._silent = 0
         else:
             self._silent += 1
             if self._silent >= SILENT_ROUNDS:  # guard: a-silent-host-fences-its-uplinks
-                uplinks = await self._in_worker(partial(self._outside.uplinks, wants))
+                uplinks = await self._in_worker(partial(self._outside.uplinks, self._served()))
                 self._brief -= uplinks  # guard: a-silent-uplink-is-asked-about-after-a-moment-without-carrier
                 await self._fence(uplinks, "nobody is heard on any link of this host")
         if self._fenced and self._all_rendered():  # guard: a-fence-stays-until-its-networks-are-known
-            await self._free(await self._in_worker(partial(self._outside.unused, wants, set(self._fenced))))
+            unused = partial(self._outside.unused, self._served(), set(self._fenced))
+            await self._free(await self._in_worker(unused))
         self._listen()
         if self._silent or self._fenced:
-            await self._in_worker(partial(self._outside.call, wants))
+            await self._call()
+
+    async def _hears(self) -> bool:
+        """Whether somebody was heard since the last round.
+
+        Most rounds look at a few ways out. All of them, and what they are, is looked at from the second silent round
+        on. That look is the first of its kind for long, so it tells only what was heard at some time before.
+        """
+        if not self._watched:
+            await self._in_worker(partial(self._outside.watch, self._served()))
+            self._watched = True
+        if await self._in_worker(self._outside.heard_lately):
+            return True
+        if not self._silent:
+            return False
+        if self._silent % _WATCH_ROUNDS == 1:  # otherwise the ways out that are known suffice
+            await self._in_worker(partial(self._outside.watch, self._served()))
+        heard = await self._in_worker(self._outside.heard)
+        return heard and self._silent > 1  # guard: what-came-before-the-silence-does-not-end-it
+
+    async def _call(self) -> None:
+        """Ask for a sign of life: at first neighbours of the host alone, then machines behind all ways out, too."""
+        enough = self._silent == 1 and not self._fenced
+        if enough and await self._in_worker(self._outside.call_neighbours):
+            return
+        await self._in_worker(partial(self._outside.call, self._served()))
 
     def _served(self) -> dict[str, Want]:
         """What the scopes want that this host serves, as it was rendered last."""
-        return {
-            it.scope_id: it.rendered[1]
-            for it in self._scopes.slots()
-            if it.gate == "open" and it.rendered is not None and it.rendered[1].namespace
-        }
+        return {it.scope_id: it.rendered[1] for it in self._scopes.slots() if _serves(it) and it.rendered is not None}
 
     def _all_rendered(self) -> bool:
         """Whether it is known what all scopes want. An agent that has just started does not know it."""
@@ -263,6 +284,11 @@ class Isolation:
     async def _in_worker(self, work: Callable[[], _T]) -> _T:
         async with self._turn:
             return await self._scopes.in_worker_uncounted(work)
+
+
+def _serves(slot: Slot) -> bool:
+    """Whether this host serves the scope, and has rendered what it wants."""
+    return slot.gate == "open" and slot.rendered is not None and bool(slot.rendered[1].namespace)
 
 
 def _listed(links: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import msgspec
 
@@ -21,7 +22,8 @@ from netloom.wire import Call, Reply
 class Slot:
     """A scope in the memory of the agent.
 
-    ``users``, ``retry``, ``failures`` and ``announcing`` belong to the event loop, all else to the holder of ``lock``.
+    ``users``, ``retry``, ``failures``, ``announcing`` and ``checked`` belong to the event loop, all else to the holder of
+    ``lock``.
     """
 
     def __init__(self, scope_id: str, roles: Roles = NO_GROUPS) -> None:
@@ -45,6 +47,7 @@ class Slot:
         self.failures = 0  # convergences that failed in a row
         self.retry: Timer | None = None
         self.announcing: list[Timer] = []
+        self.checked = -math.inf  # when the last periodic check began
         self.current_work = ""  # for the error message of a call that waits too long
         self.waiting: list[WaitingCall] = []  # calls that no turn has taken yet
         self.moved: Moved | None = None  # where the scope went from here

@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 
 from netloom import names
 from netloom.agent import exhausted
 from netloom.agent.backoff import Backoff
+from netloom.agent.budget import Checks
 from netloom.agent.clock import Clock
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.log import Log
@@ -48,7 +50,9 @@ TIDY_EVERY_S = 30.0
 TIDY_AFTER_S = 0.3
 LOOK_EVERY_S = 0.5
 REASON_MAX = 150  # characters
-CHECK_EVERY_S = 45.0  # between two checks of the same scope
+CHECK_EVERY_S = 45.0  # between two checks of the same scope, while the budget suffices (agent/budget.py)
+CHECK_CPU_S = 0.010  # of one check; the first guess, until some were measured
+CHECK_LOOP_CPU_S = 0.001  # of that, outside the worker thread
 
 
 class Upkeep:
@@ -157,19 +161,29 @@ class Upkeep:
             self._untidy.clear()
             await self._tidy()
 
-    async def keep_checked(self, every_s: float = CHECK_EVERY_S) -> None:
-        """Check every scope once in ``every_s`` seconds: rules, settings and processes, for which there are no events.
+    async def keep_checked(self, checks: Checks) -> None:
+        """Check every scope in turn: rules, settings and processes, for which there are no events.
 
-        The checks are evenly spread over this time.
+        The checks are evenly spread over the time that a turn of all scopes takes.
         """
         while True:
             existing = [slot for slot in self._scopes.slots() if slot.scope is not None]
+            await self._clock.sleep(checks.pause_s(max(1, len(existing))))
+            existing = [slot for slot in self._scopes.slots() if slot.scope is not None]
             if not existing:
-                await self._clock.sleep(every_s)
-            for slot in existing:
-                await self._clock.sleep(every_s / len(existing))
-                if slot.scope is not None and slot.retry is None:
-                    await self._maintain(slot, "check", partial(self._scopes.converge, slot, thorough=True), quiet=True)
+                continue
+            slot = min(existing, key=lambda it: it.checked)  # guard: each-scope-is-checked-in-turn
+            slot.checked = self._clock.time()
+            if slot.retry is None:
+                await self._maintain(slot, "check", partial(self._check, slot, checks), quiet=True)
+
+    def _check(self, slot: Slot, checks: Checks) -> HostChanges:
+        """In a worker thread."""
+        began = time.thread_time()
+        try:
+            return self._scopes.converge(slot, thorough=True)
+        finally:
+            checks.used(time.thread_time() - began + CHECK_LOOP_CPU_S)
 
     async def stop(self, wait_s: float) -> None:
         """Cancel all timers, and wait at most ``wait_s`` seconds for running work. The host stays as it is."""
