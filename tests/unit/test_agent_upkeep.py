@@ -474,7 +474,7 @@ async def test_a_scope_that_cannot_be_restored_keeps_no_other_back(agent: Agent)
 async def test_a_host_that_could_not_be_watched_is_watched_later(agent: Agent) -> None:
     agent.watcher.error = HostRefused("Too many open files")
     await agent.upkeep.prepare()
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     agent.watcher.error = None
     agent.did.clear()
     await agent.clock.advance(2 * TIDY_EVERY_S + 1)
@@ -482,6 +482,17 @@ async def test_a_host_that_could_not_be_watched_is_watched_later(agent: Agent) -
 
 
 # -------------------------------------------------------------------------------------------------------------- check
+
+
+def dear(every_s: float, cpu_s: float) -> Checks:
+    """Checks on a budget of a thousandth of a CPU. They have this cost: no CPU time passes in a simulated one."""
+    made = Budget(share=0.001).checks(every_s, cpu_s)
+    made.used = lambda cpu_s: None  # type: ignore[method-assign]
+    return made
+
+
+def tidies() -> Checks:
+    return checks(TIDY_EVERY_S)
 
 
 def checks(every_s: float) -> Checks:
@@ -509,7 +520,7 @@ async def test_each_scope_is_checked_once_in_a_period_and_evenly(agent: Agent) -
 @simulated
 async def test_dear_checks_become_rarer_and_each_scope_has_its_turn(agent: Agent) -> None:
     await agent.live("204", "205")
-    agent.start(agent.upkeep.keep_checked(Budget(share=0.001).checks(10.0, cpu_s=0.1)))
+    agent.start(agent.upkeep.keep_checked(dear(10.0, cpu_s=0.1)))
     agent.did.clear()
     await agent.clock.advance(99)  # two scopes would need 20 times as much as there is
     assert converged(agent) == []
@@ -574,7 +585,7 @@ async def test_a_bug_does_not_end_the_checks(agent: Agent) -> None:
 
 @simulated
 async def test_the_host_is_tidied_periodically_and_soon_after_links_have_gone(agent: Agent) -> None:
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     await agent.clock.advance(29.9)
     assert agent.did == []
     await agent.clock.advance(0.1)
@@ -589,6 +600,28 @@ async def test_the_host_is_tidied_periodically_and_soon_after_links_have_gone(ag
     assert agent.log.lines == ["tidy: remove stray link vnetg204"]
     await agent.clock.advance(29)
     assert agent.did == ["tidy", "tidy"]
+
+
+@pytest.mark.mutation("a-failed-tidy-is-tried-again-soon", instead="(await self._tidy(), wanted)[1]")
+@simulated
+async def test_a_tidy_of_a_large_host_is_rare_while_nothing_changes(agent: Agent) -> None:
+    await agent.live("204")
+    agent.start(agent.upkeep.keep_tidy(dear(TIDY_EVERY_S, cpu_s=0.3)))  # so it is due once in 300 s
+    await agent.clock.advance(35)
+    agent.did.clear()
+    await agent.clock.advance(240)
+    assert "tidy" not in agent.did
+    await agent.clock.advance(60)
+    assert agent.did.count("tidy") == 1
+    assert (await agent.call("020", "implement-network", network_id="205", vlan="1205")).status == 0
+    await agent.clock.advance(31)
+    assert agent.did.count("tidy") == 2  # of a host with new links
+    agent.host.fail("tidy", HostRefused("busy"))
+    agent.upkeep.tidy_soon()
+    await agent.clock.advance(1)
+    assert agent.log.lines[-1] == "tidy failed: busy"
+    await agent.clock.advance(31)
+    assert agent.did.count("tidy") == 4
 
 
 @simulated
@@ -607,7 +640,7 @@ async def test_frames_are_let_through_another_firewall_and_an_error_is_logged(ag
 
 @simulated
 async def test_a_failed_tidy_is_logged_and_the_next_one_comes(agent: Agent) -> None:
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     agent.host.fail("tidy", HostRefused("busy"))
     await agent.clock.advance(60)
     assert agent.log.lines == ["tidy failed: busy"]
@@ -616,7 +649,7 @@ async def test_a_failed_tidy_is_logged_and_the_next_one_comes(agent: Agent) -> N
 
 @simulated
 async def test_a_bug_in_tidy_has_its_traceback_in_the_log_and_the_next_one_comes(agent: Agent) -> None:
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     agent.host.fail("tidy", RuntimeError("a bug"))
     await agent.clock.advance(60)
     assert agent.did == ["tidy", "tidy"]
@@ -647,7 +680,7 @@ async def test_services_without_a_state_end_when_their_namespace_has_no_name(age
     agent.services.of[row.scope_id] = f"cs-{row.scope_id}"
     if row.namespace_has_its_name:
         agent.host.named.add(f"cs-{row.scope_id}")
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     await agent.clock.advance(30)
     assert (row.scope_id in agent.services.of) == row.stays
     assert "net-204" in agent.services.of
@@ -660,7 +693,7 @@ async def test_services_of_a_scope_with_an_unreadable_state_go_on(agent: Agent) 
     agent.store.unreadable.add("net-204")
     agent.services.of["net-204"] = "cs-net-204"
     agent.restart()
-    agent.start(agent.upkeep.keep_tidy())
+    agent.start(agent.upkeep.keep_tidy(tidies()))
     await agent.clock.advance(30)
     assert "net-204" in agent.services.of
 

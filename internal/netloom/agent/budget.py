@@ -38,6 +38,7 @@ class Checks:
         self.every_s = every_s
         self._cpu_s = cpu_s
         self._number = 0
+        self._measured = 0
 
     @property
     def demand(self) -> float:
@@ -46,7 +47,8 @@ class Checks:
 
     def used(self, cpu_s: float) -> None:
         """A check has used so much CPU time. The mean of the last checks counts. Any thread, one at a time."""
-        self._cpu_s += (cpu_s - self._cpu_s) / _AVERAGED
+        self._measured += 1
+        self._cpu_s += (cpu_s - self._cpu_s) / min(self._measured, _AVERAGED)
 
     def pause_s(self, number: int) -> float:
         """The time until the next check, if ``number`` objects share the checks. At least one object."""

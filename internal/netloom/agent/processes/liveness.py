@@ -24,7 +24,7 @@ from netloom.agent.processes.supervisor import ProbeTarget, Supervisor
 from netloom.errors import HostRefused
 
 EVERY_S = 10.0  # between two probes of the same process, while the budget suffices (agent/budget.py)
-PROBE_CPU_S = 0.001  # of one probe that is answered: measured
+PROBE_CPU_S = 0.0005  # of one probe that is answered: measured
 AT_ONCE_S = 0.05  # a process that is well has answered after this time
 ANSWER_S = 2.0
 PAUSE_S = 2.0  # after a failed probe, before the next

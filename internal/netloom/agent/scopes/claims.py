@@ -85,6 +85,7 @@ class Claims:
         self._clock = clock
         self._sockets = sockets(self.heard, self.lost)
         self._links: dict[str, _Links] = {}  # by scope
+        self._unheard = False  # a link could not be listened on
         self._own: dict[str, tuple[tuple[Scope, HostRecord], list[bytes]]] = {}  # by scope: what is claimed, the frames
         self._budget = Budget(clock)
         self._right: OrderedDict[bytes, None] = OrderedDict()  # digests of claims that were verified
@@ -116,7 +117,8 @@ class Claims:
         """
         now = self._clock.time()
         wants = {slot.scope_id: slot.rendered[1] for slot in self._scopes.slots() if _serves(slot) and slot.rendered}
-        for scope_id in self._links.keys() - wants.keys():
+        ended = self._links.keys() - wants.keys()
+        for scope_id in ended:
             del self._links[scope_id]
             self._own.pop(scope_id, None)
             self._asked.pop(scope_id, None)
@@ -131,8 +133,12 @@ class Claims:
                 kept = had.wires if had is not None and wires is None else wires or frozenset()
                 settled = wires is not None and scope_id in built  # guard: links-that-are-built-are-looked-for-again
                 self._links[scope_id] = _Links(wants[scope_id], kept, now, settled=settled)
-        for error in self._sockets.follow(frozenset().union(*(it.wires for it in self._links.values()))):
-            self._log_rarely("", error, error)
+        if ended or due or self._unheard:  # otherwise the links are the same
+            wires = frozenset().union(*(it.wires for it in self._links.values()))
+            errors = self._sockets.follow(wires)
+            self._unheard = bool(errors)  # guard: a-link-that-could-not-be-heard-is-tried-again
+            for error in errors:
+                self._log_rarely("", error, error)
 
     def _look(self, scope_id: str, want: Want) -> frozenset[ClaimWire] | None:
         """In a worker thread: the links of the scope; None if they cannot be listed now."""

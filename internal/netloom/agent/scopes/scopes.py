@@ -73,7 +73,7 @@ WORKERS = 16
 HOOKS_AT_ONCE = 16
 
 SCOPE_ID = re.compile(r"(?:net|vpc)-(?:0|[1-9][0-9]{0,9})\Z")
-FIREWALL_SEEN_S = 40.0  # longer than tidy waits, so tidy looks for all scopes
+FIREWALL_SEEN_S = 900.0  # longer than a tidy of a large host waits, so tidy looks for all scopes
 _NIC = re.compile(r"(?!\.)[A-Za-z0-9_.:@-]{1,15}\Z")
 
 

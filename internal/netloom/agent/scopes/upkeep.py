@@ -28,6 +28,7 @@ import contextlib
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
+from typing import TypeVar
 
 from netloom import names
 from netloom.agent import exhausted
@@ -41,12 +42,16 @@ from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes
 from netloom.agent.scopes.slot import Slot
 from netloom.errors import NetloomError, one_line
 from netloom.guestwire import PasswordTaken
+from netloom.render.want import Want
+
+_T = TypeVar("_T")
 
 RESTORING_AT_ONCE = WORKERS - 4  # the other workers are for calls that come meanwhile
 BACKOFF = Backoff.doubling(1.0, 60.0)
 # More than once: the bridge port of a neighbour comes up together with ours, and until then it receives nothing.
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
-TIDY_EVERY_S = 30.0
+TIDY_EVERY_S = 30.0  # while networks change; else while the budget suffices
+TIDY_CPU_S = 0.05  # of one tidy; the first guess
 TIDY_AFTER_S = 0.3
 LOOK_EVERY_S = 0.5
 REASON_MAX = 150  # characters
@@ -68,6 +73,7 @@ class Upkeep:
         self._log = log
         self._clock = clock
         self._untidy = asyncio.Event()
+        self._tidy_cpu_s = 0.0  # of the tidy that runs, so far
         self._unwatched = False  # the host could not be watched so far
         self._unrestored: set[str] = set()  # scopes that have not converged since the start
         self._reasons: dict[str, str] = {}  # of those, why they failed last
@@ -148,18 +154,27 @@ class Upkeep:
         with contextlib.suppress(NetloomError):  # then the order is not the best
             self._with_vms = await self._scopes.in_worker(self._host.bridges_with_vms)
 
-    async def keep_tidy(self) -> None:
+    async def keep_tidy(self, tidies: Checks) -> None:
         """Remove shared links that are not used any more, periodically and soon after a link of the host has gone.
 
         A VM's tap may go after its network, and with the tap the last use of the bridge.
         """
+        tidied: dict[str, Want | None] | None = None  # what the scopes wanted at the last tidy; None: it failed
+        began = self._clock.time()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with self._clock.timeout(TIDY_EVERY_S):
                     await self._untidy.wait()
                 await self._clock.sleep(TIDY_AFTER_S)  # other links often go at the same time
+            wanted = {slot.scope_id: slot.rendered and slot.rendered[1] for slot in self._scopes.slots()}
+            rested_s = self._clock.time() - began
+            # A tidy looks at all links of the host. Its budget counts only while nothing changes.
+            if not self._untidy.is_set() and wanted == tidied and rested_s < tidies.pause_s(1) - TIDY_AFTER_S:
+                continue
             self._untidy.clear()
-            await self._tidy()
+            began, self._tidy_cpu_s = self._clock.time(), 0.0
+            tidied = wanted if await self._tidy() else None  # guard: a-failed-tidy-is-tried-again-soon
+            tidies.used(self._tidy_cpu_s)
 
     async def keep_checked(self, checks: Checks) -> None:
         """Check every scope in turn: rules, settings and processes, for which there are no events.
@@ -336,35 +351,53 @@ class Upkeep:
         except (NetloomError, OSError) as error:
             self._log.line(f"the host cannot be watched: {error}")
 
-    async def _tidy_links(self) -> None:
+    async def _tidy_links(self) -> bool:
+        """Returns whether it has succeeded."""
         try:
-            for step in await self._scopes.in_worker(self._host.tidy):
+            for step in await self._metered(self._host.tidy):
                 self._log.line(f"tidy: {step}")
             await self._let_through()
+            return True
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
         except Exception as error:  # noqa: BLE001, a bug in one tidy must not be the end of all later ones
             self._log.traceback("tidy", error)
+        return False
 
-    async def _tidy(self) -> None:
+    async def _tidy(self) -> bool:
+        """Returns whether everything has succeeded."""
         await self._watch_host()  # guard: a-host-that-could-not-be-watched-is-watched-later
-        await self._tidy_links()
+        is_tidy = await self._tidy_links()
         try:
-            with_services = await self._scopes.in_worker(self._services.scopes)
+            with_services = await self._metered(self._services.scopes)
         except NetloomError as error:
             self._log.line(f"tidy failed: {error}")
-            return
+            return False
         except Exception as error:  # noqa: BLE001, a bug in one tidy must not be the end of all later ones
             self._log.traceback("tidy", error)
-            return
+            return False
         for scope_id in sorted(with_services - {slot.scope_id for slot in self._scopes.slots()}):
             if SCOPE_ID.match(scope_id):
                 slot = self._scopes.slot(scope_id)
-                await self._maintain(slot, "in no file", partial(self._stop_leftovers, slot), quiet=True)
+                stopped = await self._maintain(slot, "in no file", partial(self._stop_leftovers, slot), quiet=True)
+                is_tidy = is_tidy and stopped is not None
+        return is_tidy and not self._unwatched
+
+    async def _metered(self, work: Callable[[], _T]) -> _T:
+        """Run a part of a tidy in a worker thread."""
+
+        def metered() -> _T:
+            began = time.thread_time()
+            try:
+                return work()
+            finally:
+                self._tidy_cpu_s += time.thread_time() - began
+
+        return await self._scopes.in_worker(metered)
 
     async def _let_through(self) -> None:
         """Let the frames of our bridges pass the host's own firewall. Raises HostRefused."""
-        for change in await self._scopes.in_worker(self._host.let_through):
+        for change in await self._metered(self._host.let_through):
             self._log.line(f"host firewall: {change}")
 
     async def _follow_firewall(self) -> None:
