@@ -57,7 +57,9 @@ def host_with(networks: int) -> Iterator[Host]:
         _add_vlans(host, [f"eth1.{FIRST_VLAN + at}" for at in range(networks)])
         _add_vlans(host, [f"eth2.{FIRST_PUBLIC_VLAN + at}" for at in range(public_vlans)])
         host.start()
-        _build(host, [CloudNetwork(at, public_vlans, resolves=True, balances=False, where="h1") for at in range(networks)])
+        _build(
+            host, [CloudNetwork(at, public_vlans, resolves=True, balances=False, where="h1") for at in range(networks)]
+        )
         time.sleep(SETTLED_S)
         yield host
     finally:

@@ -20,8 +20,8 @@ import pytest
 from msgspec.structs import replace
 
 from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespace, running_supervisor  # noqa: F401
-from netloom.agent.budget import Budget
 from netloom.agent.backoff import Backoff
+from netloom.agent.budget import Budget
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.log import Log
 from netloom.agent.processes import liveness, process, supervisor
@@ -388,6 +388,22 @@ def test_a_resolver_flooded_over_udp_does_not_count_as_hung(monkeypatch: pytest.
     it.stop(SCOPE)
     loop.run_until_complete(asyncio.sleep(0.05))
     loop.close()
+
+
+@pytest.mark.mutation("each-process-is-probed-in-turn", instead="None")
+def test_each_process_has_its_turn_to_be_probed_and_a_new_one_is_the_last() -> None:
+    balancer, resolver = haproxy.service(BALANCED), dnsmasq.service(SCOPE, NETWORK)
+    assert balancer is not None
+    with running_supervisor() as (it, _, _wait_until):
+        assert (it.next_probe_target(), it.number) == (None, 0)
+        for services, turns in (
+            ((balancer,), ["lb", "lb"]),
+            ((balancer, resolver), ["lb", "dns-9204", "lb", "dns-9204"]),
+        ):
+            it.converge(SCOPE, NAMESPACE, services)
+            targets = [it.next_probe_target() for _ in turns]
+            assert [target and target.name for target in targets] == turns
+            assert it.number == len(services)
 
 
 @pytest.mark.mutation("a-late-prober-proves-nothing")

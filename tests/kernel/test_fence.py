@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ from kernel.gated_frames import (
 from kernel.isolated_network import live
 from kernel.scratch import scratch, tool
 from netloom.agent.host import fence
-from netloom.agent.host.outside import Listener
+from netloom.agent.host.outside import Listener, Outside
 from netns import inside
 
 UPLINKS = {GUEST: "eth1.1520", PUBLIC: "eth1.101"}
@@ -220,3 +221,72 @@ def test_a_fence_that_somebody_deletes_is_back_at_once() -> None:
         for harm in ("delete table bridge netloom_fence", "flush ruleset", "flush chain bridge netloom_fence inwards"):
             host.run("nft", harm)
             wait_until(lambda: fenced(host) == {"eth1.1204", "eth2.101"})
+
+
+# ------------------------------------------------------------------------------------------------------ who is heard
+
+
+class Ways:
+    """Links with addresses of the host's own, each with another machine, and what the host hears of them."""
+
+    def __init__(self, host: AgentHost, number: int) -> None:
+        self._host = host
+        self._outside = Outside(lambda scope_id, want: want)
+        for at in range(number):
+            host.add_vlan(f"way{at}")
+            host.run("sysctl", "-qw", f"net/ipv6/conf/sw-way{at}/disable_ipv6=1", pid=host.fabric)
+            host.ip("addr", "add", f"198.18.{at}.1/24", "dev", f"way{at}")
+            host.ip("link", "set", f"way{at}", "up")
+            host.run("ip", "addr", "add", f"198.18.{at}.2/24", "dev", f"sw-way{at}", pid=host.fabric)
+        wait_until(lambda: all(host.links()[f"way{at}"]["operstate"] == "UP" for at in range(number)))
+        with host.inside_host():
+            self._outside.watch({})
+        wait_until(lambda: not self("heard"))  # what the kernels sent when the links came up
+
+    def __call__(self, asked: str) -> bool:
+        with self._host.inside_host():
+            return bool(getattr(self._outside, asked)())
+
+    def frame_on(self, *ways: int) -> None:
+        """Another machine sends a frame on each of these."""
+        with taps(self._host, *[("", f"sw-way{at}") for at in ways]) as open_:
+            for it in open_:
+                it.send(frame(EVERYBODY, FAR_MAC, TEST))
+
+
+@pytest.fixture
+def ways(host: AgentHost) -> Ways:
+    return Ways(host, 12)
+
+
+def test_frames_on_ways_where_some_came_lately_are_heard_without_a_look_at_all(ways: Ways) -> None:
+    ways.frame_on(11)
+    assert not ways("heard_lately")  # of 13 ways it is the last one
+    assert ways("heard")
+    for _ in range(3):
+        assert not ways("heard_lately")
+        ways.frame_on(11)
+        assert ways("heard_lately")
+    assert not ways("heard")
+
+
+@pytest.mark.mutation("an-old-counter-is-no-sign-of-life", instead="now != had")
+def test_what_came_before_the_last_look_is_no_sign_of_life(ways: Ways) -> None:
+    ways.frame_on(3, 5)
+    assert ways("heard")
+    ways.frame_on(3)
+    assert ways("heard_lately")
+    ways.frame_on(3, 5)
+    assert ways("heard_lately")  # the first one tells, so the other counters are not read
+    assert not ways("heard_lately")
+    ways.frame_on(5)
+    assert ways("heard_lately")
+
+
+def test_neighbours_of_the_host_are_asked_and_answer(host: AgentHost, ways: Ways) -> None:
+    for at in (2, 7):
+        there = json.loads(host.run("ip", "-j", "link", "show", f"sw-way{at}", pid=host.fabric))[0]["address"]
+        host.ip("neigh", "replace", f"198.18.{at}.2", "lladdr", there, "dev", f"way{at}")
+    assert not ways("heard")
+    assert ways("call_neighbours")
+    wait_until(lambda: ways("heard"))

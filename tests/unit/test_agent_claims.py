@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -574,8 +575,31 @@ async def test_links_that_are_not_there_yet_are_found_soon(
 async def test_a_bug_does_not_end_the_loop(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
     await serving(agent)
     monkeypatch.setattr(agent.sockets, "follow", lambda wires: 1 // 0)
+    agent.sockets.lost(PUBLIC)
     await agent.clock.advance(3)
     assert any("ZeroDivisionError" in it for it in agent.log.lines)
     monkeypatch.undo()
     await agent.clock.advance(3)
     assert await heard(agent, frame(NEW)) == "passive"
+
+
+@pytest.mark.mutation("a-link-that-could-not-be-heard-is-tried-again", instead="True")
+@simulated
+async def test_links_are_followed_when_they_change_and_while_one_cannot_be_heard(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serving(agent)
+    await agent.clock.advance(3)
+    asked: list[list[str]] = []
+    results = [["claims cannot be heard on eth1.1204: Too many open files"]] * 2
+
+    def follow(wires: Iterable[ClaimWire]) -> list[str]:
+        asked.append(sorted(it.link for it in wires))
+        return results.pop() if results else []
+
+    monkeypatch.setattr(agent.sockets, "follow", follow)
+    await agent.clock.advance(10)
+    assert asked == []
+    agent.sockets.lost(PUBLIC)
+    await agent.clock.advance(10)
+    assert asked == [sorted([PUBLIC.link, GUEST.link])] * 3

@@ -154,6 +154,55 @@ async def test_a_sign_of_life_in_time_is_enough(agent: Agent) -> None:
     assert it.outside.fence_ == set()
 
 
+@pytest.mark.mutation("what-came-before-the-silence-does-not-end-it", instead="heard")
+@simulated
+async def test_frames_that_came_before_the_silence_do_not_delay_the_fence(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(10)
+    it.outside.alive, it.outside.before = False, True
+    await agent.clock.advance(SILENT_ROUNDS)
+    assert it.outside.fence_ == {GUEST, OTHER_GUEST, PUBLIC}
+
+
+@simulated
+async def test_a_host_that_is_heard_looks_at_few_links(agent: Agent) -> None:
+    it = await followed(agent)
+    await agent.clock.advance(100)
+    assert (it.outside.looked, it.outside.called_neighbours, it.outside.called) == (0, 0, 0)
+
+
+@simulated
+async def test_a_host_whose_neighbours_answer_looks_at_few_links(agent: Agent) -> None:
+    """Nothing comes by itself."""
+    it = await followed(agent)
+    it.outside.has_neighbours, it.outside.alive = True, False
+    asked = it.outside.call_neighbours
+
+    def call_neighbours() -> bool:
+        it.outside.alive = True
+        return asked()
+
+    def heard_lately() -> bool:
+        alive, it.outside.alive = it.outside.alive, False
+        return alive
+
+    it.outside.call_neighbours = call_neighbours  # type: ignore[method-assign]
+    it.outside.heard_lately = heard_lately  # type: ignore[method-assign]
+    await agent.clock.advance(100)
+    assert it.outside.fence_ == set()
+    assert it.outside.called_neighbours == pytest.approx(50, abs=1)
+    assert (it.outside.looked, it.outside.called) == (0, 0)
+
+
+@simulated
+async def test_frames_on_a_link_where_none_came_for_long_are_a_sign_of_life(agent: Agent) -> None:
+    it = await followed(agent)
+    it.outside.is_lately, it.outside.has_neighbours = False, True
+    await agent.clock.advance(100)
+    assert it.outside.fence_ == set()
+    assert it.outside.called > 0  # machines behind all ways out
+
+
 @simulated
 async def test_an_uplink_is_asked_about_when_it_hears_somebody_and_serves_again(agent: Agent) -> None:
     it = await followed(agent)
@@ -382,13 +431,13 @@ async def test_a_fence_stays_while_an_agent_that_starts_does_not_know_all_networ
 @simulated
 async def test_an_error_of_the_kernel_ends_no_round(agent: Agent) -> None:
     it = await followed(agent)
-    heard = it.outside.heard
+    heard = it.outside.heard_lately
 
     def fails() -> bool:
         raise RuntimeError("a bug")
 
-    it.outside.heard = fails  # type: ignore[method-assign]
+    it.outside.heard_lately = fails  # type: ignore[method-assign]
     await agent.clock.advance(3)
-    it.outside.heard = heard  # type: ignore[method-assign]
+    it.outside.heard_lately = heard  # type: ignore[method-assign]
     await it.cut_off()
     await asyncio.sleep(0)

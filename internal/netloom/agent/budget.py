@@ -19,7 +19,7 @@ class Budget:
         self._all: list[Checks] = []
 
     def checks(self, every_s: float, cpu_s: float) -> Checks:
-        """A kind of checks: each object is due once in ``every_s``. ``cpu_s``: the cost of a check, as a first guess."""
+        """A kind of checks: each object is due once in ``every_s``. ``cpu_s``: a first guess of what a check costs."""
         made = Checks(self, every_s, cpu_s)
         self._all.append(made)
         return made
@@ -31,7 +31,7 @@ class Budget:
 
 
 class Checks:
-    """One kind of checks. ``Budget.checks`` makes it. ``every_s``: between two checks of an object, unless stretched."""
+    """One kind of checks, made by ``Budget.checks``. ``every_s``: between two checks of an object, unless stretched."""
 
     def __init__(self, budget: Budget, every_s: float, cpu_s: float) -> None:
         self._budget = budget

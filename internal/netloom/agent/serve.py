@@ -55,8 +55,8 @@ from netloom.agent.kernel.conntrack_copy import Record
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
-from netloom.agent.processes.liveness import PROBE_CPU_S, LivenessProbes
 from netloom.agent.processes.liveness import EVERY_S as PROBE_EVERY_S
+from netloom.agent.processes.liveness import PROBE_CPU_S, LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.agent.scopes.claims import Claims

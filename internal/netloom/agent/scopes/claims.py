@@ -85,7 +85,7 @@ class Claims:
         self._clock = clock
         self._sockets = sockets(self.heard, self.lost)
         self._links: dict[str, _Links] = {}  # by scope
-        self._unheard = False  # a link could not be listened on
+        self._hears_all = False  # the links that were found last are all listened on
         self._own: dict[str, tuple[tuple[Scope, HostRecord], list[bytes]]] = {}  # by scope: what is claimed, the frames
         self._budget = Budget(clock)
         self._right: OrderedDict[bytes, None] = OrderedDict()  # digests of claims that were verified
@@ -133,10 +133,10 @@ class Claims:
                 kept = had.wires if had is not None and wires is None else wires or frozenset()
                 settled = wires is not None and scope_id in built  # guard: links-that-are-built-are-looked-for-again
                 self._links[scope_id] = _Links(wants[scope_id], kept, now, settled=settled)
-        if ended or due or self._unheard:  # otherwise the links are the same
-            wires = frozenset().union(*(it.wires for it in self._links.values()))
-            errors = self._sockets.follow(wires)
-            self._unheard = bool(errors)  # guard: a-link-that-could-not-be-heard-is-tried-again
+        if ended or due or not self._hears_all:  # otherwise the links are the same
+            self._hears_all = False
+            errors = self._sockets.follow(frozenset().union(*(it.wires for it in self._links.values())))
+            self._hears_all = not errors  # guard: a-link-that-could-not-be-heard-is-tried-again
             for error in errors:
                 self._log_rarely("", error, error)
 

@@ -22,8 +22,8 @@ from netloom.wire import Call, Reply
 class Slot:
     """A scope in the memory of the agent.
 
-    ``users``, ``retry``, ``failures``, ``announcing`` and ``checked`` belong to the event loop, all else to the holder of
-    ``lock``.
+    ``users``, ``retry``, ``failures``, ``announcing`` and ``checked`` belong to the event loop, all else to the holder
+    of ``lock``.
     """
 
     def __init__(self, scope_id: str, roles: Roles = NO_GROUPS) -> None:
