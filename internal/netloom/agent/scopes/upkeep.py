@@ -51,12 +51,12 @@ BACKOFF = Backoff.doubling(1.0, 60.0)
 # More than once: the bridge port of a neighbour comes up together with ours, and until then it receives nothing.
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
 TIDY_EVERY_S = 30.0  # while networks change; else while the budget suffices
-TIDY_CPU_S = 0.001  # of one tidy, for each network; the first guess, as above
+TIDY_CPU_S = 0.001  # of a tidy, for each network; also the first guess of a whole one
 TIDY_AFTER_S = 0.3
 LOOK_EVERY_S = 0.5
 REASON_MAX = 150  # characters
 CHECK_EVERY_S = 45.0  # between two checks of the same scope, while the budget suffices (agent/budget.py)
-CHECK_CPU_S = 0.010  # of one check; the first guess, until some were measured
+CHECK_CPU_S = 0.008  # of one check; the first guess, until some were measured
 CHECK_LOOP_CPU_S = 0.001  # of that, outside the worker thread
 
 
