@@ -33,6 +33,7 @@ from msgspec.structs import replace
 
 from netloom import pairwire
 from netloom.agent.actions.builtin import Actions
+from netloom.agent.budget import Budget, Checks
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
 from netloom.agent.kernel.claims_socket import ClaimWire
@@ -40,7 +41,7 @@ from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record, difference
 from netloom.agent.log import Log
 from netloom.agent.processes.failures import ServiceFailure, ServicesFailed
-from netloom.agent.scopes.claims import Claims
+from netloom.agent.scopes.claims import LOOK_CPU_S, LOOK_EVERY_S, Claims
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.flow_copies import FlowCopies
 from netloom.agent.scopes.moves import Moves
@@ -845,6 +846,11 @@ class Agent:
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+
+def looks() -> Checks:
+    """For ``Claims.run``, on a budget that suffices on any machine."""
+    return Budget(share=1000.0).checks(LOOK_EVERY_S, LOOK_CPU_S)
 
 
 def simulated(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

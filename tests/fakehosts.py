@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import asyncssh
 import pytest
 
-from fakehost import Agent, FakeClock, FakeHost
+from fakehost import Agent, FakeClock, FakeHost, looks
 from netloom import placementwire
 from netloom.agent.host.changes import Announcement, HostChanges
 from netloom.agent.host.occupied import Occupied
@@ -217,13 +217,13 @@ class Hosts:
         agent._tasks.append(self.loop.create_task(agent.upkeep.restore()))
         agent.sockets.on_send = lambda wire, payload: self._broadcast(name, wire, payload)
         if self.claims:
-            agent._tasks.append(self.loop.create_task(agent.claims.run()))
+            agent._tasks.append(self.loop.create_task(agent.claims.run(looks())))
 
     def with_claims(self) -> None:
         """From now on the hosts claim scopes, and hear each other's claims. It is some work for each second."""
         self.claims = True
         for agent in self.agents.values():
-            agent._tasks.append(self.loop.create_task(agent.claims.run()))
+            agent._tasks.append(self.loop.create_task(agent.claims.run(looks())))
 
     def broadcast(self, wire: ClaimWire, payload: bytes) -> None:
         """Anybody sends a frame to all hosts."""

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fakehost import REGISTRATION, Agent, simulated
+from fakehost import REGISTRATION, Agent, looks, simulated
 from netloom.agent import signatures
 from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.scopes import claims
@@ -69,7 +69,7 @@ async def serving(agent: Agent, *, known: bool = True) -> None:
     await agent.live()
     if known:
         await learn(agent)
-    agent.start(agent.claims.run())
+    agent.start(agent.claims.run(looks()))
     await agent.clock.advance(2.5)
     agent.host.owners[ADDRESS] = MAC
     agent.forget()
@@ -431,7 +431,7 @@ async def taken(agent: Agent, *numbers: str, **placement: object) -> None:
         slot = agent.scopes.slot(f"net-{number}")
         given = {"epoch": 1, "host": "kvm1", "proof": proof(NEW), "taken_from": ("kvm0",), **placement}
         agent.scopes.placements.place(slot, Placement(**given))  # type: ignore[arg-type]
-    agent.start(agent.claims.run())
+    agent.start(agent.claims.run(looks()))
     await agent.clock.advance(3)
     agent.sockets.sent.clear()
 
@@ -476,7 +476,7 @@ async def test_a_scope_that_was_built_under_a_record_is_claimed_with_it(agent: A
             it, evacuated=(Evacuated(host="kvm0", until=LATER, proof="key:AAAA", owner=OWNER), ended, strange)
         )
     )
-    agent.start(agent.claims.run())
+    agent.start(agent.claims.run(looks()))
     assert (await agent.call("020", "implement-network", epoch=3)).status == 0
     placement = agent.store.files[NET].placement
     assert (placement.epoch, placement.taken_from) == (3, ("kvm0",))
@@ -519,22 +519,22 @@ async def test_links_are_looked_for_again_when_they_change_and_rarely_otherwise(
     agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await serving(agent)
-    looks: list[float] = []
+    looked: list[float] = []
     links = agent.host.claim_wires
 
     def noted(scope_id: str, want: object) -> frozenset[ClaimWire]:
-        looks.append(agent.clock.time())
+        looked.append(agent.clock.time())
         return links(scope_id, want)  # type: ignore[arg-type]
 
     monkeypatch.setattr(agent.host, "claim_wires", noted)
     await agent.clock.advance(2 * claims.LOOK_EVERY_S)
-    assert len(looks) == 2
+    assert len(looked) == 2
     await agent.call("050", "assign-ip")  # it has no further port
     await agent.clock.advance(5)
-    assert len(looks) == 2
+    assert len(looked) == 2
     agent.sockets.lost(PUBLIC)
     await agent.clock.advance(3)
-    assert len(looks) == 3
+    assert len(looked) == 3
 
     def failing(*_: object) -> frozenset[ClaimWire]:
         raise HostRefused("busy")

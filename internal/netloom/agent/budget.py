@@ -50,7 +50,11 @@ class Checks:
         self._measured += 1
         self._cpu_s += (cpu_s - self._cpu_s) / min(self._measured, _AVERAGED)
 
+    def turn_s(self, number: int) -> float:
+        """The time in which each of ``number`` objects is checked once."""
+        self._number = number
+        return self.every_s * self._budget.factor  # guard: checks-keep-to-their-budget
+
     def pause_s(self, number: int) -> float:
         """The time until the next check, if ``number`` objects share the checks. At least one object."""
-        self._number = number
-        return self.every_s / number * self._budget.factor  # guard: checks-keep-to-their-budget
+        return self.turn_s(number) / number

@@ -59,7 +59,7 @@ from netloom.agent.processes.liveness import EVERY_S as PROBE_EVERY_S
 from netloom.agent.processes.liveness import PROBE_CPU_S, LivenessProbes
 from netloom.agent.processes.services import Services
 from netloom.agent.processes.supervisor import Supervisor
-from netloom.agent.scopes.claims import Claims
+from netloom.agent.scopes.claims import LOOK_CPU_S, LOOK_EVERY_S, Claims
 from netloom.agent.scopes.events import Events
 from netloom.agent.scopes.flow_copies import FlowCopies
 from netloom.agent.scopes.isolation import Isolation
@@ -195,7 +195,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         asyncio.ensure_future(probes.run(budget.checks(PROBE_EVERY_S, PROBE_CPU_S))),
         asyncio.ensure_future(_beat(heartbeat, prepared)),
         asyncio.ensure_future(isolation.run()),
-        asyncio.ensure_future(claims.run()),
+        asyncio.ensure_future(claims.run(budget.checks(LOOK_EVERY_S, LOOK_CPU_S))),
         asyncio.ensure_future(standbys.run()),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))

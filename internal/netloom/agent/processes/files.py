@@ -54,10 +54,10 @@ def log_path(service: Service) -> Path:
 def bound_log(path: Path) -> None:
     """Keep only the end of a log that is too long. A process that has the file open appends to this end."""
     try:
+        size = os.stat(path).st_size
+        if size <= LOG_BYTES_MAX:
+            return
         with path.open("r+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size <= LOG_BYTES_MAX:
-                return
             file.seek(size - LOG_BYTES_MAX // 2)
             file.readline()
             end = file.read(LOG_BYTES_MAX // 2)

@@ -26,6 +26,7 @@ from typing import Protocol
 from msgspec.structs import replace
 
 from netloom.agent import signatures
+from netloom.agent.budget import Checks
 from netloom.agent.clock import Clock
 from netloom.agent.host.changes import HostChanges
 from netloom.agent.kernel.claims_socket import ClaimWire
@@ -43,7 +44,8 @@ from netloom.wire import Call
 
 EVERY_S = 1.0  # between two claims of a scope
 _STEPS = 20  # in this time: the claims of a step are sent together
-LOOK_EVERY_S = 300.0  # for the links of a scope, if nothing has changed: it takes some 2 ms
+LOOK_EVERY_S = 300.0  # for the links of a scope, if nothing has changed and the budget suffices (agent/budget.py)
+LOOK_CPU_S = 0.002  # of one look; the first guess, until some were measured
 ASK_EVERY_S = 1.0  # for the addresses of a scope, while claims of it are heard
 REMOVE_AFTER_S = 3.0  # behind the closed gate: until then the gates of other scopes are closed
 LOG_EVERY_S = 60.0  # about one scope
@@ -96,11 +98,11 @@ class Claims:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    async def run(self) -> None:
+    async def run(self, looks: Checks) -> None:
         """Follow the links of the scopes, and claim those that were taken from a dead host. Never returns."""
         while True:
             try:
-                await self._follow()
+                await self._follow(looks)
                 await self._claim_all()
             except NetloomError as error:
                 self._log_rarely("", "loop", f"claims: {error}")
@@ -109,11 +111,11 @@ class Claims:
                 self._log.traceback("claims", error)
                 await self._clock.sleep(EVERY_S)
 
-    async def _follow(self) -> None:
+    async def _follow(self, looks: Checks) -> None:
         """Listen on the links of all scopes that are served here.
 
-        They are looked for when the scope has other ports, when a link was lost, and after LOOK_EVERY_S; again, if the
-        scope was being built.
+        They are looked for when the scope has other ports, when a link was lost, and as the budget allows. If the scope
+        was being built, they are looked for again.
         """
         now = self._clock.time()
         wants = {slot.scope_id: slot.rendered[1] for slot in self._scopes.slots() if _serves(slot) and slot.rendered}
@@ -122,12 +124,13 @@ class Claims:
             del self._links[scope_id]
             self._own.pop(scope_id, None)
             self._asked.pop(scope_id, None)
-        due = [it for it, want in wants.items() if it not in self._links or self._links[it].is_due(want, now)]
+        every_s = looks.turn_s(len(wants))
+        due = [it for it, want in wants.items() if it not in self._links or self._links[it].is_due(want, now, every_s)]
         if due:
             first = sorted(due, key=lambda it: self._links[it].looked if it in self._links else 0.0)
             some = first[: max(_LOOKS_MIN, len(wants) // _LOOKS_IN_STEPS)]
             built = {it for it in some if not self._scopes.busy(it)}
-            found = await self._scopes.in_worker_uncounted(lambda: [self._look(it, wants[it]) for it in some])
+            found = await self._scopes.in_worker_uncounted(lambda: [self._look(it, wants[it], looks) for it in some])
             for scope_id, wires in zip(some, found, strict=True):
                 had = self._links.get(scope_id)
                 kept = had.wires if had is not None and wires is None else wires or frozenset()
@@ -140,18 +143,21 @@ class Claims:
             for error in errors:
                 self._log_rarely("", error, error)
 
-    def _look(self, scope_id: str, want: Want) -> frozenset[ClaimWire] | None:
+    def _look(self, scope_id: str, want: Want, looks: Checks) -> frozenset[ClaimWire] | None:
         """In a worker thread: the links of the scope; None if they cannot be listed now."""
+        began = time.thread_time()
         try:
             return self._host.claim_wires(scope_id, want)
         except NetloomError:
             return None  # the next look tells
+        finally:
+            looks.used(time.thread_time() - began)
 
     def lost(self, wire: ClaimWire) -> None:
         """A link has gone or is down."""
         for links in self._links.values():
             if wire in links.wires:
-                links.looked = -LOOK_EVERY_S
+                links.looked = -math.inf
 
     async def _claim_all(self) -> None:
         """Send each claim once, spread over EVERY_S. Returns after that time."""
@@ -340,11 +346,11 @@ class _Links:
         self.looked = looked
         self.settled = settled
 
-    def is_due(self, want: Want, now: float) -> bool:
+    def is_due(self, want: Want, now: float, every_s: float) -> bool:
         if want is not self.want and _ports(want) == _ports(self.want):
             self.want = want  # most changes are about rules
         changed = want is not self.want or not self.wires or not self.settled
-        return now - self.looked >= (EVERY_S if changed else LOOK_EVERY_S)
+        return now - self.looked >= (EVERY_S if changed else every_s)
 
 
 def _ports(want: Want) -> tuple[object, ...]:
