@@ -29,7 +29,7 @@ class FakeOutside:
         self.is_lately = True  # what is heard comes on a way where something came last
         self.before = False  # something had come on another way before the silence
         self.has_neighbours = False
-        self.looked = 0
+        self.looked = self.found_uplinks = 0
         self.called = self.called_neighbours = 0
         self.meanwhile: Callable[[], None] = lambda: None  # happens while the fence is changed
         self.asked: list[frozenset[str]] = []
@@ -53,6 +53,7 @@ class FakeOutside:
         self.called += 1
 
     def uplinks(self, wants: dict[str, Want]) -> frozenset[str]:
+        self.found_uplinks += 1
         return frozenset().union(*(UPLINKS[it] for it in wants))
 
     def unused(self, wants: dict[str, Want], links: Iterable[str]) -> frozenset[str]:
@@ -441,3 +442,40 @@ async def test_an_error_of_the_kernel_ends_no_round(agent: Agent) -> None:
     it.outside.heard_lately = heard  # type: ignore[method-assign]
     await it.cut_off()
     await asyncio.sleep(0)
+
+
+@pytest.mark.mutation("a-carrier-that-is-back-needs-no-look", instead="True")
+@simulated
+async def test_a_host_that_builds_many_networks_does_not_look_for_its_uplinks_each_time(agent: Agent) -> None:
+    it = await followed(agent)
+    for at in range(100):  # new links in bridges, which have a carrier a moment later
+        it.isolation.uplink_changed(f"eth1.{2000 + at}", False)
+        it.isolation.uplink_changed(f"eth1.{2000 + at}", True)
+        await agent.clock.advance(0.03)
+    await agent.clock.advance(1)
+    assert it.outside.found_uplinks == 0
+    for at in range(100):
+        it.isolation.uplink_changed(f"eth1.{2000 + at}", False)
+    it.isolation.uplink_changed(PUBLIC, False)
+    await agent.clock.advance(0.1)
+    assert it.outside.found_uplinks == 1
+    assert it.outside.fence_ == {PUBLIC}
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(0.1)
+    assert it.outside.fence_ == {GUEST, PUBLIC}
+
+
+@simulated
+async def test_an_uplink_is_fenced_although_the_kernel_did_not_list_the_links_before(agent: Agent) -> None:
+    it = await followed(agent)
+    uplinks = it.outside.uplinks
+
+    def fails(wants: dict[str, Want]) -> frozenset[str]:
+        it.isolation.uplink_changed(PUBLIC, False)
+        it.outside.uplinks = uplinks  # type: ignore[method-assign]
+        raise RuntimeError("a bug")
+
+    it.outside.uplinks = fails  # type: ignore[method-assign]
+    it.isolation.uplink_changed(GUEST, False)
+    await agent.clock.advance(0.2)
+    assert it.outside.fence_ == {GUEST, PUBLIC}

@@ -75,6 +75,7 @@ class Isolation:
         self._fenced: set[str] = set()
         self._brief: set[str] = set()  # those that were fenced for their carrier alone
         self._lost: dict[str, float] = {}  # port of a bridge without a carrier, since when
+        self._unseen: set[str] = set()  # of those, the ones that ``_fence_lost`` has not looked at
         self._fencing = False  # uplinks without a carrier will be, within moments
         self._listeners: dict[str, Listener] = {}  # by fenced uplink
         self._heard: set[str] = set()  # fenced uplinks that have heard somebody
@@ -91,9 +92,10 @@ class Isolation:
         """A port of a bridge has lost its carrier, or has it again."""
         if not running:
             self._lost.setdefault(link, self._clock.time())
+            self._unseen.add(link)
             if not self._fencing:
                 self._fencing = True
-                self._upkeep.start_task(self._reported(self._fence_lost()))
+                self._upkeep.start_task(self._fence_lost())
         elif link in self._lost:
             away_s = self._clock.time() - self._lost.pop(link)
             if away_s >= MOMENT_S:
@@ -173,11 +175,20 @@ class Isolation:
         await self._lift(set(links), "no network of this host uses it")
 
     async def _fence_lost(self) -> None:
-        """Fence the uplinks without a carrier. The VLAN links of a NIC lose theirs together."""
+        """Fence the uplinks without a carrier. The VLAN links of a NIC lose theirs together.
+
+        A new link of a bridge has none for a moment. Which links are uplinks is asked only if it stays so.
+        """
         try:
-            await self._clock.sleep(TOGETHER_S)
+            while self._unseen:
+                await self._clock.sleep(TOGETHER_S)
+                lost, self._unseen = self._unseen & self._lost.keys(), set()
+                if lost:  # guard: a-carrier-that-is-back-needs-no-look
+                    await self._reported(self._fence_uplinks())
         finally:
             self._fencing = False
+
+    async def _fence_uplinks(self) -> None:
         uplinks = await self._in_worker(partial(self._outside.uplinks, self._served()))
         lost = uplinks & self._lost.keys()
         self._brief |= lost - self._fenced  # first: the carrier may come back while the fence is made
