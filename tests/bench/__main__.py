@@ -1,0 +1,113 @@
+"""`make bench`: measure the rows, print a line for each, and write the samples to a file. Needs root.
+
+    .venv/bin/python build/ci/checkout.py -m bench [--quick] [--into DIRECTORY] [ROW ...]
+
+A part that fails does not stop the others. The last line names those that failed; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import calls
+from bench.report import HEAD, line, missed
+from bench.rows import BY_NAME, Part, Results, Run, chosen
+from bench.stand import NotBuilt, build_of, one_file
+
+NETWORKS, QUICK_NETWORKS = 1000, 30
+ROUNDS, QUICK_ROUNDS = 20, 6
+QUICK = ("call", "event", "sixteen", "rules-1000", "first")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A part, and the rows that it measures."""
+
+    part: Part
+    rows: tuple[str, ...]
+
+
+PARTS = {
+    "calls": Group(
+        calls.calls, ("call", "event", "life", "sixteen", "fifty", "rules-1000", "rules-10000", "restore")
+    ),
+    "bare": Group(calls.first, ("first",)),
+}
+
+
+class Show:
+    """Prints a line for each row; on a terminal also what is being measured meanwhile."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._status = self._console.status("")
+
+    def __enter__(self) -> Show:
+        self._status.start()  # nothing is shown where there is no terminal
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def say(self, what: str) -> None:
+        self._status.update(what)
+
+    def print(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def measured(show: Show, run: Run, results: Results, into: Path) -> Iterator[str]:
+    """Measure all parts; yields the names of those that failed. The file is written after each row."""
+    for name, group in PARTS.items():
+        if not run.wants(*group.rows):
+            continue
+        try:
+            for key, pairs in group.part(run):
+                results.samples[key] = pairs
+                results.write(into)
+                if key in BY_NAME:
+                    show.print(line(results, BY_NAME[key]))
+        except Exception:  # noqa: BLE001, the other parts are measured all the same
+            show.print(traceback.format_exc())
+            yield name
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status."""
+    parser = argparse.ArgumentParser(prog="bench", description="Measure netloom beside its yardsticks.")
+    parser.add_argument("--quick", action="store_true", help="a part of the rows, in two minutes")
+    parser.add_argument("--into", default="dist/bench", help="the directory of results.json")
+    parser.add_argument("rows", nargs="*", help="rows, or the first words of their names; all by default")
+    options = parser.parse_args(arguments)
+    words = options.rows or (QUICK if options.quick else ())
+    networks = int(os.environ.get("NETLOOM_BENCH_NETWORKS") or (QUICK_NETWORKS if options.quick else NETWORKS))
+    try:
+        wanted = chosen(words, {name: group.rows for name, group in PARTS.items()})
+        results = Results.now(build_of(one_file()))
+    except (NotBuilt, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    into = Path(options.into, "results.json")
+    with Show() as show:
+        show.print(f"{results.build}; {results.machine}")
+        show.print(HEAD)
+        rounds = QUICK_ROUNDS if options.quick else ROUNDS
+        failed = list(measured(show, Run(wanted, rounds, networks, options.quick, show.say), results, into))
+        if over := missed(results):
+            show.print(f"not at their target: {'; '.join(over)}")
+        show.print(f"samples: {into}")
+    if failed:
+        sys.stderr.write(f"failed: {', '.join(failed)}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
