@@ -17,13 +17,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import calls
+from bench import calls, dataplane, scale
 from bench.report import HEAD, line, missed
 from bench.rows import BY_NAME, Part, Results, Run, chosen
 from bench.stand import NotBuilt, build_of, one_file
 
 NETWORKS, QUICK_NETWORKS = 1000, 30
 ROUNDS, QUICK_ROUNDS = 20, 6
+IDLE_S, QUICK_IDLE_S = 15.0, 5.0
 QUICK = ("call", "event", "sixteen", "rules-1000", "first")
 
 
@@ -40,6 +41,11 @@ PARTS = {
         calls.calls, ("call", "event", "life", "sixteen", "fifty", "rules-1000", "rules-10000", "restore")
     ),
     "bare": Group(calls.first, ("first",)),
+    "scale": Group(
+        scale.scale,
+        tuple(name for name in BY_NAME if name.startswith(("event-", "idle-", "restart-", "memory-"))),
+    ),
+    "dataplane": Group(dataplane.dataplane, ("forwards", "through-forwards", "through-rules")),
 }
 
 
@@ -99,8 +105,9 @@ def main(arguments: list[str]) -> int:
     with Show() as show:
         show.print(f"{results.build}; {results.machine}")
         show.print(HEAD)
-        rounds = QUICK_ROUNDS if options.quick else ROUNDS
-        failed = list(measured(show, Run(wanted, rounds, networks, options.quick, show.say), results, into))
+        rounds, idle_s = (QUICK_ROUNDS, QUICK_IDLE_S) if options.quick else (ROUNDS, IDLE_S)
+        run = Run(wanted, rounds, networks, options.quick, idle_s, show.say)
+        failed = list(measured(show, run, results, into))
         if over := missed(results):
             show.print(f"not at their target: {'; '.join(over)}")
         show.print(f"samples: {into}")

@@ -48,9 +48,9 @@ ROWS = [
     Row("event-120", "one event, 120 networks on the host", 1.2, "with one network", "ssh"),
     Row("event-1000", "one event, 1,000 networks on the host", 1.5, "with one network", "ssh"),
     Row("idle-60", "CPU of the agent while nothing happens, 60 networks", 2, "", "%"),
-    Row("idle-120", "the same, 120 networks", 2, "", "%"),
-    Row("idle-241", "the same, 241 networks", 2, "", "%"),
-    Row("idle-1000", "the same, 1,000 networks", 2, "", "%"),
+    Row("idle-120", "CPU of the agent while nothing happens, 120 networks", 2, "", "%"),
+    Row("idle-241", "CPU of the agent while nothing happens, 241 networks", 2, "", "%"),
+    Row("idle-1000", "CPU of the agent while nothing happens, 1,000 networks", 2, "", "%"),
     Row("life", "life of an isolated network, 21 operations", 1.5, reference=262),
     Row("sixteen", "16 port forwards at once on one network, until the last", 0.5, reference=90),
     Row("fifty", "50 events, ten at a time, over 30 networks", 0.5),
@@ -64,8 +64,10 @@ ROWS = [
     Row("forwards", "add-port-forward with 10,000 forwards", 2, "with 10 forwards"),
     Row("through-forwards", "new connections through 10,000 forwards", 0.9, "through 10 forwards", "/s", at_least=True),
     Row("through-rules", "new connections through 10,000 rules", 0.8, "through 10 rules", "/s", at_least=True),
-    Row("memory", "memory of the host per idle network with DNS and a VM", 0.8, "", "MB", reference=17),
-    Row("memory-agent", "memory of the agent and the guest process, 1,000 networks", 120, "", "MB"),
+    Row("memory-120", "memory per idle network with DNS and a VM, 120 networks", 0.8, "", "MB", reference=17),
+    Row("memory-1000", "memory per idle network with DNS and a VM, 1,000 networks", 0.8, "", "MB", reference=17),
+    Row("memory-agent-241", "memory of the agent and the guest process, 241 networks", 120, "", "MB"),
+    Row("memory-agent-1000", "memory of the agent and the guest process, 1,000 networks", 120, "", "MB"),
     Row("dhcp", "DHCP offers of the guest process", 1.3, "dnsmasq", "/s", at_least=True),
     Row("metadata", "metadata requests of the guest process", 0.8, "a bare loop of h11", "/s", at_least=True),
 ]
@@ -126,6 +128,7 @@ class Run:
     rounds: int
     networks: int
     quick: bool
+    idle_s: float
     say: Callable[[str], None]
 
     def wants(self, *names: str) -> bool:

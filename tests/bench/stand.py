@@ -22,7 +22,7 @@ from pathlib import Path
 from bed import Bed, faults, payloads
 from bed.cloudstack import CLOUD_UID, FakeCloudStack, IsolatedNetwork
 from bed.lab import Host
-from bed.machines import Execution
+from bed.machines import Execution, until
 from bed.payloads import FirewallRule, Nic, PortForwardRule, PublicAddress, VirtualMachine
 from kernel.agent_host import Client
 from netloom.wire import Call, Registration, Reply
@@ -36,6 +36,7 @@ SCRIPT_PATH = "/var/cloudstack/management/equivalent.sh"
 STATES = "/var/lib/netloom/scopes"
 SEGMENTS_AT_ONCE = 200
 BUILDERS = 4
+BUSY_PERCENT, SETTLE_S_MAX = 60.0, 300.0
 _CPUCLOCK_SCHED = 2  # linux/posix-timers.h: the clock of a process, in nanoseconds; /proc has 10 ms
 
 
@@ -210,6 +211,11 @@ class Stand:
         if found is None or found.agents != faults.agents_of(self.host):
             found = self._clients.client = DirectClient(path, faults.agents_of(self.host))
         return found
+
+    def settle(self) -> None:
+        """Wait until the agent uses little of a core: what it does after a start is done."""
+        if not until(lambda: self.agent_cpu(1.0) < BUSY_PERCENT, seconds=SETTLE_S_MAX):
+            raise CommandFailed(f"the agent is still busy after {SETTLE_S_MAX:.0f} s")
 
     # --- what the host uses
 
