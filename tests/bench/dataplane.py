@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from bed import payloads
+from bed import faults, payloads
 from bed.cloudstack import IsolatedNetwork
 from bed.lab import Internet, Vm
 from bed.payloads import FirewallRule, PortForwardRule
 
 from bench.rows import Measured, Run, in_turns
-from bench.stand import FIRST_VLAN, GATEWAY, CommandFailed, Stand, standing
+from bench.stand import FIRST_VLAN, GATEWAY, PUBLIC_VLANS, STATES, CommandFailed, Stand, standing
 
 FEW, MANY, QUICK_MANY = 10, 10_000, 1_000
 FIRST_PORT = 20_000
@@ -29,46 +30,45 @@ ARRIVED = """table inet arrived {
 
 
 def dataplane(run: Run) -> Iterator[Measured]:
-    """Two networks on one host: one with few forwards or rules, and one with many."""
+    """Four networks on one host: with few and with many forwards, and with few and with many rules."""
     many = QUICK_MANY if run.quick else MANY
     with standing() as stand:
-        stand.grow_to(2)
-        internet = stand.bed.internet(vlan=101, address="100.64.255.254/16")
-        internet.attach(102, "100.65.255.254/16")
-        few, full = stand.networks
-        full.ensure()
+        stand.grow_to(4)
+        internet = stand.bed.internet(vlan=PUBLIC_VLANS[0], address="100.64.255.254/16")
+        for at, vlan in enumerate(PUBLIC_VLANS[1:], 1):
+            internet.attach(vlan, f"100.{64 + at}.255.254/16")
         vms = [with_vm(stand, network) for network in stand.networks]
+        few, full, few_rules, full_rules = stand.networks
         if run.wants("forwards", "through-forwards"):
             run.say(f"{many} forwards")
-            for network, count in ((few, FEW), (full, many)):
-                open_all(stand, network)
-                with stand.directly(network):
-                    for rule in forwards(network, count):
-                        network.send_or_fail("add-port-forward", payloads.port_forward(network.facts, rule))
+            for network in (few, full):
+                allow(stand, network, [FirewallRule(1, "udp", network.addresses[0], 1, 65_535, source_cidrs=ANYWHERE)])
+            put_forwards(stand, {few: FEW, full: many})
+        if run.wants("forwards"):
             run.say("add-port-forward")
-            if run.wants("forwards"):
-                numbers = itertools.count(FIRST_PORT + MANY)
-                yield from in_turns(
-                    run.rounds // 2,
-                    lambda: one_more_ms(few, next(numbers)),
-                    {"forwards": lambda: one_more_ms(full, next(numbers))},
-                ).items()
+            numbers = itertools.count(FIRST_PORT + MANY)
+            yield from in_turns(
+                run.rounds // 2,
+                lambda: one_more_ms(few, next(numbers)),
+                {"forwards": lambda: one_more_ms(full, next(numbers))},
+            ).items()
+        if run.wants("through-forwards"):
             run.say("new connections through forwards")
-            found = in_turns(
-                FLOW_ROUNDS,
-                lambda: flows_per_s(stand, internet, few, vms[0], FEW),
-                {"through-forwards": lambda: flows_per_s(stand, internet, full, vms[1], many)},
-            )
-            yield from found.items()
-        if run.wants("through-rules"):
-            run.say(f"{many} rules")
-            for network, count in ((few, FEW), (full, many)):
-                behind_rules(stand, network, count)
-            run.say("new connections through rules")
             yield from in_turns(
                 FLOW_ROUNDS,
                 lambda: flows_per_s(stand, internet, few, vms[0], FEW),
-                {"through-rules": lambda: flows_per_s(stand, internet, full, vms[1], many)},
+                {"through-forwards": lambda: flows_per_s(stand, internet, full, vms[1], many)},
+            ).items()
+        if run.wants("through-rules"):
+            run.say(f"{many} rules")
+            for network, count in ((few_rules, FEW), (full_rules, many)):
+                forward_all(stand, network)
+                allow(stand, network, exact_ports(network, count))
+            run.say("new connections through rules")
+            yield from in_turns(
+                FLOW_ROUNDS,
+                lambda: flows_per_s(stand, internet, few_rules, vms[2], FEW),
+                {"through-rules": lambda: flows_per_s(stand, internet, full_rules, vms[3], many)},
             ).items()
 
 
@@ -81,42 +81,53 @@ def with_vm(stand: Stand, network: IsolatedNetwork) -> Vm:
     return vm
 
 
-def forwards(network: IsolatedNetwork, count: int) -> list[PortForwardRule]:
-    ip = network.nics[0].ip
-    return [
-        PortForwardRule(port, network.addresses[0], str(port), ip, str(port), "udp")
-        for port in range(FIRST_PORT, FIRST_PORT + count)
-    ]
+def put_forwards(stand: Stand, counts: Mapping[IsolatedNetwork, int]) -> None:
+    """Give networks so many forwards. They are written into the states, because 10,000 commands take too long."""
+    for network in counts:
+        with stand.directly(network):
+            network.send_or_fail("add-port-forward", payloads.port_forward(network.facts, forward(network, FIRST_PORT)))
+    faults.kill_agent(stand.host)
+    for network, count in counts.items():
+        path = f"{STATES}/net-{network.facts.network_id}.json"
+        state = json.loads(stand.host.read(path))
+        ((key, one),) = state["port_forwards"].items()
+        for port in range(FIRST_PORT, FIRST_PORT + count):
+            ports = {"first": port, "last": port}
+            name = key.replace(str(FIRST_PORT), str(port))
+            state["port_forwards"][name] = {**one, "public_ports": ports, "private_ports": ports}
+        stand.host.write(path, json.dumps(state), mode=0o600)
+    stand.networks[-1].ensure()
+    for network in counts:
+        stand.event_ms(network, forward(network, FIRST_PORT + MANY - 1))  # an agent runs, and has restored both
 
 
-def open_all(stand: Stand, network: IsolatedNetwork) -> None:
-    """A firewall rule for all ports."""
-    rule = FirewallRule(1, "udp", network.addresses[0], 1, 65_535, source_cidrs=ANYWHERE)
+def forward(network: IsolatedNetwork, port: int) -> PortForwardRule:
+    return PortForwardRule(port, network.addresses[0], str(port), network.nics[0].ip, str(port), "udp")
+
+
+def forward_all(stand: Stand, network: IsolatedNetwork) -> None:
+    """One forward of all ports."""
+    ports = f"{FIRST_PORT}-{FIRST_PORT + MANY}"
+    rule = PortForwardRule(1, network.addresses[0], ports, network.nics[0].ip, ports, "udp")
     with stand.directly(network):
-        network.send_or_fail("apply-fw-rules", payloads.fw_rules(network.facts, [rule]))
+        network.send_or_fail("add-port-forward", payloads.port_forward(network.facts, rule))
 
 
-def behind_rules(stand: Stand, network: IsolatedNetwork, count: int) -> None:
-    """One forward of all ports, and a firewall rule for each of ``count`` ports."""
+def exact_ports(network: IsolatedNetwork, count: int) -> list[FirewallRule]:
+    """A rule for each of so many ports."""
     address = network.addresses[0]
-    every = PortForwardRule(1, address, f"{FIRST_PORT}-{FIRST_PORT + MANY}", network.nics[0].ip, "", "udp")
-    every.private_ports = every.public_ports
-    listed = [
-        FirewallRule(port, "udp", address, port, port, source_cidrs=ANYWHERE)
-        for port in range(FIRST_PORT, FIRST_PORT + count)
-    ]
+    ports = range(FIRST_PORT, FIRST_PORT + count)
+    return [FirewallRule(port, "udp", address, port, port, source_cidrs=ANYWHERE) for port in ports]
+
+
+def allow(stand: Stand, network: IsolatedNetwork, rules: list[FirewallRule]) -> None:
     with stand.directly(network):
-        for rule in reversed([*forwards(network, count), *network.port_forwards]):
-            network.send("delete-port-forward", payloads.port_forward(network.facts, rule))
-        network.port_forwards.clear()
-        network.send_or_fail("add-port-forward", payloads.port_forward(network.facts, every))
-        network.send_or_fail("apply-fw-rules", payloads.fw_rules(network.facts, listed))
+        network.send_or_fail("apply-fw-rules", payloads.fw_rules(network.facts, rules))
 
 
 def one_more_ms(network: IsolatedNetwork, port: int) -> float:
     """add-port-forward, without the ensure-network-device before it."""
-    rule = PortForwardRule(port, network.addresses[0], str(port), network.nics[0].ip, str(port), "udp")
-    network.port_forwards.append(rule)
+    rule = forward(network, port)
     sent = network.cloud.execute("add-port-forward", network.details, payloads.port_forward(network.facts, rule))
     if not sent.ok:
         raise CommandFailed(f"add-port-forward: {sent.output}")
