@@ -98,11 +98,11 @@ def main(arguments: list[str]) -> int:
     networks = int(os.environ.get("NETLOOM_BENCH_NETWORKS") or (QUICK_NETWORKS if options.quick else NETWORKS))
     try:
         wanted = chosen(words, {name: group.rows for name, group in PARTS.items()})
-        results = Results.now(build_of(one_file()))
+        into = Path(options.into, "results.json")
+        results = Results.now(build_of(one_file()), into)
     except (NotBuilt, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    into = Path(options.into, "results.json")
     with Show() as show:
         show.print(f"{results.build}; {results.machine}")
         show.print(HEAD)

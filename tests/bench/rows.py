@@ -84,9 +84,15 @@ class Results:
     samples: dict[str, list[Pair]] = field(default_factory=dict)
 
     @classmethod
-    def now(cls, build: str) -> Results:
-        machine = f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}"
-        return cls(build, time.strftime("%Y-%m-%d", time.gmtime()), machine)
+    def now(cls, build: str, earlier: Path) -> Results:
+        """Without samples, or with those that the file ``earlier`` has of the same build and machine."""
+        machine = f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release().partition('-')[0]}"
+        found = cls(build, time.strftime("%Y-%m-%d", time.gmtime()), machine)
+        if earlier.exists():
+            had = cls.read(earlier)
+            if (had.build, had.machine) == (build, machine):
+                found.samples = had.samples
+        return found
 
     @classmethod
     def read(cls, path: Path) -> Results:
