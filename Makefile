@@ -36,8 +36,14 @@ fuzz: venv ## fuzz with atheris: TARGET=dhcp SECONDS=60; all targets in turn by 
 	@.venv/bin/python build/ci/fuzzing.py $(if $(TARGET),--target=$(TARGET)) $(if $(SECONDS),--seconds=$(SECONDS)) \
 		$(if $(INPUT),--input=$(INPUT)) $(if $(KEEP),--keep)
 
-bench: packages venv ## measure times beside reference values, without assertions (root)
-	@.venv/bin/python build/ci/checkout.py build/ci/bench.py
+bench: packages venv ## measure speed beside yardsticks, without assertions; ROWS="event life" chooses (root; an hour)
+	@build/ci/bench $(ROWS)
+
+bench-quick: packages venv ## measure some of it in two minutes (root)
+	@build/ci/bench --quick $(ROWS)
+
+bench-docs: venv ## copy the results of make bench to docs/operators/speed.md
+	@PYTHONPATH=tests .venv/bin/python -m bench.document dist/bench docs/operators/speed.md
 
 release: venv build ## make all files of a release in dist/, and test the packages in new root file systems (root)
 	@build/package/release
@@ -68,7 +74,7 @@ lock: ## update the requirement files from pyproject.toml; LOCK=--upgrade takes 
 	@build/ci/lock $(LOCK)
 
 clean: ## remove virtual environments, caches and products
-	@rm -rf .venv .venv-docs .venv-fuzz .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf .venv .venv-bench .venv-docs .venv-fuzz .venv-release .venv-runtime dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help demo test test-long test-binary test-hosts build fuzz bench release audit docs check fix packages emulator venv lock clean
+.PHONY: help demo test test-long test-binary test-hosts build fuzz bench bench-quick bench-docs release audit docs check fix packages emulator venv lock clean

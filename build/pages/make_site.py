@@ -45,11 +45,19 @@ def pages(root: Path) -> dict[Path, str]:
     return found | {root / name: page for name, page in ELSEWHERE.items()}
 
 
+def images(root: Path) -> dict[Path, str]:
+    """Every image of a page, with its path on the site."""
+    return {path: str(path.relative_to(root / "docs")) for path in sorted((root / "docs").rglob("*.svg"))}
+
+
 def collect(root: Path, target: Path) -> None:
-    """Copy the documents to ``target``, with their links changed to links between pages. Raises SiteError."""
+    """Copy documents and images to ``target``, with the links changed to links between pages. Raises SiteError."""
     faults: list[str] = []
-    known = pages(root)
-    targets = known | {root / name: page for name, page in INSTEAD.items()}
+    known, shown = pages(root), images(root)
+    targets = known | shown | {root / name: page for name, page in INSTEAD.items()}
+    for source, image in shown.items():
+        (target / image).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target / image)
     for source, page in known.items():
         written = target / page
         written.parent.mkdir(parents=True, exist_ok=True)

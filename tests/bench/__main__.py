@@ -2,13 +2,16 @@
 
     .venv/bin/python build/ci/checkout.py -m bench [--quick] [--into DIRECTORY] [ROW ...]
 
-A part that fails does not stop the others. The last line names those that failed; the exit status is then 1.
+The scripts bench_*.py compare parts of the program with other tools and print tables of their own. They run after the
+rows, by the name of the script without "bench_" or without any name. A part or a script that fails does not stop the
+others. The last line names those that failed; the exit status is then 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,7 +26,7 @@ from bench.rows import BY_NAME, Part, Results, Run, chosen
 from bench.stand import NotBuilt, build_of, one_file
 
 NETWORKS, QUICK_NETWORKS = 1000, 30
-ROUNDS, QUICK_ROUNDS = 20, 6
+ROUNDS, QUICK_ROUNDS = 12, 6
 IDLE_S, QUICK_IDLE_S = 15.0, 5.0
 QUICK = ("call", "event", "sixteen", "rules-1000", "first")
 
@@ -37,9 +40,7 @@ class Group:
 
 
 PARTS = {
-    "calls": Group(
-        calls.calls, ("call", "event", "life", "sixteen", "fifty", "rules-1000", "rules-10000", "restore")
-    ),
+    "calls": Group(calls.calls, ("call", "event", "life", "sixteen", "fifty", "rules-1000", "rules-10000", "restore")),
     "bare": Group(calls.first, ("first",)),
     "scale": Group(
         scale.scale,
@@ -48,6 +49,10 @@ PARTS = {
     "services": Group(services.services, ("dhcp", "metadata")),
     "dataplane": Group(dataplane.dataplane, ("forwards", "through-forwards", "through-rules")),
 }
+
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
 
 
 class Show:
@@ -95,9 +100,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("rows", nargs="*", help="rows, or the first words of their names; all by default")
     options = parser.parse_args(arguments)
     words = options.rows or (QUICK if options.quick else ())
+    scripts = [name for name in SCRIPTS if name in words or not words]
+    words = [word for word in words if word not in SCRIPTS]
     networks = int(os.environ.get("NETLOOM_BENCH_NETWORKS") or (QUICK_NETWORKS if options.quick else NETWORKS))
     try:
-        wanted = chosen(words, {name: group.rows for name, group in PARTS.items()})
+        named = {name: group.rows for name, group in PARTS.items()}
+        wanted = frozenset[str]() if scripts and options.rows and not words else chosen(words, named)
         into = Path(options.into, "results.json")
         results = Results.now(build_of(one_file()), into)
     except (NotBuilt, ValueError) as error:
@@ -112,6 +120,11 @@ def main(arguments: list[str]) -> int:
         if over := missed(results):
             show.print(f"not at their target: {'; '.join(over)}")
         show.print(f"samples: {into}")
+    for name in scripts:
+        sys.stdout.write(f"== {SCRIPTS[name].name}\n")
+        sys.stdout.flush()
+        if subprocess.run([sys.executable, SCRIPTS[name]], check=False).returncode:
+            failed.append(SCRIPTS[name].name)
     if failed:
         sys.stderr.write(f"failed: {', '.join(failed)}\n")
     return 1 if failed else 0

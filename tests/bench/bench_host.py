@@ -6,22 +6,16 @@ PYTHONPATH=internal:tests python tests/bench/bench_host.py [rounds]
 from __future__ import annotations
 
 import itertools
-import socket
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
 from typing import Any
 
-from guestbed.dhcp import message
 from kernel.agent_host import AgentHost, Client, agent_host
-from netloom.guest.dhcp import MessageType
 from netloom.wire import Reply
 
 NS = "cs-net-204"
-MAC = "02:01:00:cc:00:03"  # of payload 032, as its address is
-VMS = 500
 NETWORKS = 20
 PUBLIC = {"public_vlan": "101", "public_cidr": "198.51.100.0/24", "public_gateway": "198.51.100.254"}
 
@@ -68,73 +62,6 @@ def bench_firewall(host: AgentHost, client: Client, rounds: int) -> Iterator[tup
         file.write_text(f"table inet netloom {{}}\ndelete table inet netloom\n{text}")
         yield ours, timed_ms(lambda: host.run("nft", "-f", "/run/yardstick.nft", namespace="yardstick"))
     host.run("ip", "netns", "del", "yardstick")
-
-
-# ----------------------------------------------------------------------------------------------------------------- DHCP
-
-
-@contextmanager
-def dnsmasq(host: AgentHost) -> Iterator[None]:
-    """A dnsmasq with the same number of VMs, on a second link of the same VM."""
-    host.run("ip", "netns", "add", "dnsmasq")
-    host.ip("link", "add", "d0", "netns", "dnsmasq", "type", "veth", "peer", "name", "eth1", "netns", "vm")
-    host.ip("-n", "dnsmasq", "addr", "add", "10.10.1.1/24", "dev", "d0")
-    host.ip("-n", "dnsmasq", "link", "set", "d0", "up")
-    host.ip("-n", "vm", "link", "set", "eth1", "up")
-    known = [f"{MAC},10.10.1.45", *(f"02:02:00:00:{at // 256:02x}:{at % 256:02x}" for at in range(VMS))]
-    host.path("/run/known").write_text("\n".join(known) + "\n")
-    words = "--port=0 --bind-interfaces --interface=d0 --dhcp-range=10.10.1.0,static --dhcp-hostsfile=/run/known"
-    files = "--conf-file=/dev/null --leasefile-ro --dhcp-authoritative --no-ping --user=root --pid-file=/run/d.pid"
-    host.run("dnsmasq", *words.split(), *files.split(), namespace="dnsmasq")
-    try:
-        yield
-    finally:
-        host.run("kill", host.path("/run/d.pid").read_text().strip())
-        host.run("ip", "netns", "del", "dnsmasq")
-
-
-def asker(host: AgentHost, link: str) -> socket.socket:
-    with host.within("vm"):
-        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, link.encode())
-    client.bind(("", 68))
-    client.settimeout(5)
-    return client
-
-
-def bench_dhcp(host: AgentHost, client: Client, rounds: int) -> Iterator[tuple[float, float]]:
-    """The time from a DISCOVER to its OFFER with 500 configured VMs, against a dnsmasq with the same number."""
-    nic = {"dns": "192.0.2.53", "default_nic": "true", "extension_ip": "10.10.1.1"}
-    vms = [
-        {
-            "ip": f"10.10.{2 + at // 250}.{at % 250}",
-            "mac": f"02:02:00:00:{at // 256:02x}:{at % 256:02x}",
-            "nic_uuid": f"00000000-0000-0000-0000-{at:012}",
-            "hostname": f"vm-{at}",
-            "device_id": "0",
-            "default_nic": "true",
-            "vm_data": [],
-        }
-        for at in range(VMS)
-    ]
-    data = {"dhcp_enabled": True, "dns_enabled": False, "userdata_enabled": False, "vms": vms}
-    wide = {"cidr": "10.10.0.0/20"}
-    done(client.call("110", "restore-network", **nic, **wide, restore_data=data))
-    done(client.call("032", "add-dhcp-entry", **wide))
-    host.plug("vm", "breth1-1204", MAC)
-    discover = message(MessageType.DISCOVER, MAC, flags=0x8000)
-    with dnsmasq(host), closing(asker(host, "eth0")) as ours, closing(asker(host, "eth1")) as theirs:
-
-        def offered(by: socket.socket) -> None:
-            by.sendto(discover, ("255.255.255.255", 67))
-            by.recv(2000)
-
-        offered(ours)
-        offered(theirs)
-        for _ in range(rounds * 10):
-            yield timed_ms(lambda: offered(ours)), timed_ms(lambda: offered(theirs))
 
 
 # -------------------------------------------------------------------------------------------------------- the power cut
@@ -194,7 +121,6 @@ def bench_power_cut(host: AgentHost, client: Client, rounds: int) -> Iterator[tu
 
 BENCHES = {
     "a firewall of 1,000 rules, nft -f": bench_firewall,
-    f"DHCP offer, {VMS} VMs, dnsmasq": bench_dhcp,
     f"power cut, {NETWORKS} networks, programs": bench_power_cut,
 }
 

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from bed import Bed, payloads
 from bed.cloudstack import CLOUD_UID, FakeCloudStack, IsolatedNetwork
 from bed.payloads import Backend, LoadBalancerRule
-
 from bench.rows import SCRIPT, Measured, Pair, Run, in_turns, timed_ms
 from bench.stand import (
     FIRST_ID,
@@ -210,5 +209,3 @@ def first(run: Run) -> Iterator[Measured]:
             took = took_ms(network, lambda: network.send_or_fail("implement-network", payload))  # noqa: B023
             pairs.append((took, yardstick.seconds * 1000))
         yield "first", pairs[1:]  # the first one also unpacked the program on the management server
-
-

@@ -12,7 +12,6 @@ from bed import faults, payloads
 from bed.cloudstack import IsolatedNetwork
 from bed.lab import Internet, Vm
 from bed.payloads import FirewallRule, PortForwardRule
-
 from bench.rows import Measured, Run, in_turns
 from bench.stand import FIRST_VLAN, GATEWAY, PUBLIC_VLANS, STATES, CommandFailed, Stand, standing
 

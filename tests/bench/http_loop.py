@@ -1,6 +1,6 @@
 """The least that a metadata server can be: an event loop that reads requests and writes answers with h11.
 
-    http_loop.py PORT
+http_loop.py PORT
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             http.receive_data(await reader.read(16_384))
         elif isinstance(event, h11.EndOfMessage):
             length = str(len(BODY))
-            response = h11.Response(status_code=200, headers=[("Content-Type", "text/plain"), ("Content-Length", length)])
+            response = h11.Response(
+                status_code=200, headers=[("Content-Type", "text/plain"), ("Content-Length", length)]
+            )
             parts = [http.send(it) for it in (response, h11.Data(data=BODY), h11.EndOfMessage())]
             writer.write(b"".join(part or b"" for part in parts))
             if http.our_state is not h11.DONE:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 
 from bed import faults
-
 from bench.rows import Measured, Pair, Run, in_turns
 from bench.stand import Stand, standing
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from bed import payloads
 from bed.lab import Vm
 from bed.machines import until
+from bench.rows import Measured, Run, in_turns
+from bench.stand import FIRST_VLAN, GATEWAY, CommandFailed, Stand, nic, standing
 from guestbed.dhcp import message
 from netloom.guest.dhcp import MessageType
 from netns import inside
-
-from bench.rows import Measured, Run, in_turns
-from bench.stand import FIRST_VLAN, GATEWAY, CommandFailed, Stand, nic, standing
 
 VMS = 500
 OFFER_ROUNDS, REQUEST_ROUNDS = 5, 4
@@ -102,7 +101,7 @@ def offers_per_s(vm: Vm, macs: list[str], *, pause_s: float = 0.0) -> float:
 
 def discover(mac: str) -> bytes:
     """The frame of a DISCOVER, which asks for a broadcast reply."""
-    said = message(MessageType.DISCOVER, mac, flags=0x8000)
+    said: bytes = message(MessageType.DISCOVER, mac, flags=0x8000)
     udp = struct.pack("!HHHH", 68, 67, 8 + len(said), 0) + said
     head = struct.pack(
         "!BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes(4), socket.inet_aton("255.255.255.255")

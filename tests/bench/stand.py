@@ -13,10 +13,9 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from bed import Bed, faults, payloads
@@ -266,10 +265,9 @@ def standing() -> Iterator[Stand]:
         yield Stand(bed, program)
 
 
-def took_ms(network: IsolatedNetwork, work: object) -> float:
+def took_ms(network: IsolatedNetwork, work: Callable[[], object]) -> float:
     """The time of all executions of the network's CloudStack during ``work``."""
     since = len(network.cloud.history)
-    assert callable(work)
     work()
     return sum(sent.execution.seconds for sent in network.cloud.history[since:]) * 1000
 
@@ -280,10 +278,6 @@ def rules(address: PublicAddress, count: int) -> list[FirewallRule]:
         FirewallRule(at, "tcp", address, 1000 + at, 1000 + at, source_cidrs=(f"10.{at // 250 % 250}.{at % 250}.0/24",))
         for at in range(count)
     ]
-
-
-def renamed(rule: PortForwardRule, port: int) -> PortForwardRule:
-    return replace(rule, rule_id=port, public_ports=str(port))
 
 
 def cpu_s(pid: int) -> float:

@@ -22,7 +22,7 @@ def pins(name: str) -> dict[str, str]:
     return {line.split("==")[0]: line for line in lines}
 
 
-@pytest.mark.parametrize("name", ["runtime", "dev", "build", "release", "docs", "fuzz", "lock"])
+@pytest.mark.parametrize("name", ["runtime", "dev", "build", "release", "docs", "fuzz", "bench", "lock"])
 def test_every_requirement_is_pinned_and_hashed(name: str) -> None:
     entries = pins(f"{name}.txt")
     assert entries
