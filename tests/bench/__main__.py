@@ -117,8 +117,8 @@ def main(arguments: list[str]) -> int:
         rounds, idle_s = (QUICK_ROUNDS, QUICK_IDLE_S) if options.quick else (ROUNDS, IDLE_S)
         run = Run(wanted, rounds, networks, options.quick, idle_s, show.say)
         failed = list(measured(show, run, results, into))
-        if over := missed(results):
-            show.print(f"not at their target: {'; '.join(over)}")
+        if over := [name for name in missed(results) if name in run.wanted]:
+            show.print(f"not at their target: {' '.join(over)}")
         show.print(f"samples: {into}")
     for name in scripts:
         sys.stdout.write(f"== {SCRIPTS[name].name}\n")

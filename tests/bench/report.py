@@ -25,8 +25,8 @@ def table(results: Results) -> list[str]:
 
 
 def missed(results: Results) -> list[str]:
-    """The measured rows that do not reach their target."""
-    return [row.figure for row in ROWS if row.name in results.samples and not row.reaches(results.value(row.name))]
+    """The names of the measured rows that do not reach their target."""
+    return [row.name for row in ROWS if row.name in results.samples and not row.reaches(results.value(row.name))]
 
 
 def _cells(results: Results, row: Row) -> list[str]:

@@ -112,7 +112,7 @@ def discover(mac: str) -> bytes:
 
 def checksum(head: bytes) -> bytes:
     """That of an IPv4 header."""
-    total = sum(struct.unpack(f"!{len(head) // 2}H", head))
+    total: int = sum(struct.unpack(f"!{len(head) // 2}H", head))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return (~total & 0xFFFF).to_bytes(2, "big")
