@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from bed import faults
-from bench.rows import Measured, Pair, Run, in_turns
+from bench.rows import BY_NAME, Measured, Pair, Run, in_turns
 from bench.stand import Stand, standing
 
 POINTS = (1, 30, 60, 120, 241, 1000)
@@ -30,19 +30,24 @@ def scale(run: Run) -> Iterator[Measured]:
             yield f"event@{networks}", found
             single = single or found
             alone = sorted(ours / theirs for ours, theirs in single)[len(single) // 2]
-            yield f"event-{networks}", [(ours / theirs, alone) for ours, theirs in found]
+            if f"event-{networks}" in BY_NAME:
+                yield f"event-{networks}", [(ours / theirs, alone) for ours, theirs in found]
             if run.wants(*(f"idle-{it}" for it in POINTS)):
                 run.say(f"{networks} networks: idle")
                 percents = [(stand.agent_cpu(run.idle_s), 1.0) for _ in range(IDLE_ROUNDS)]
                 yield f"idle@{networks}", percents
-                yield f"idle-{networks}", percents
+                if f"idle-{networks}" in BY_NAME:
+                    yield f"idle-{networks}", percents
             memory = stand.memory_mb()
             if networks == FIRST_OF_MEMORY:
                 before = networks, memory
             elif before[0]:
                 each = (memory - before[1]) / (networks - before[0])
-                yield f"memory-{networks}", [(each, 1.0)]
-                yield f"memory-agent-{networks}", [(stand.memory_mb(" agent serve", " guest "), 1.0)]
+                yield f"memory@{networks}", [(each, 1.0)]
+                two = stand.memory_mb(" agent serve", " guest ")
+                for name, value in ((f"memory-{networks}", each), (f"memory-agent-{networks}", two)):
+                    if name in BY_NAME:
+                        yield name, [(value, 1.0)]
             if run.wants(f"restart-{networks}"):
                 run.say(f"{networks} networks: restart")
                 once = {f"restart-{networks}": lambda: restart_ms(stand)}
