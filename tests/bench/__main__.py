@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import calls, dataplane, scale, services
+from bench import calls, dataplane, rebuild, scale, services
 from bench.report import HEAD, line, missed
 from bench.rows import BY_NAME, Part, Results, Run, chosen
 from bench.stand import NotBuilt, build_of, one_file
@@ -47,6 +47,7 @@ PARTS = {
         tuple(name for name in BY_NAME if name.startswith(("event-", "idle-", "restart-", "memory-"))),
     ),
     "services": Group(services.services, ("dhcp", "metadata")),
+    "power": Group(rebuild.rebuild, ("rebuild",)),
     "dataplane": Group(dataplane.dataplane, ("forwards", "through-forwards", "through-rules")),
 }
 

@@ -61,6 +61,7 @@ ROWS = [
     Row("restart-120", "first event after the agent was killed, 120 networks", 1),
     Row("restart-1000", "first event after the agent was killed, 1,000 networks", 1),
     Row("first", "first command on a bare host: upload, install, selftest", 4),
+    Row("rebuild", "rebuild of all networks after a power cut", 1.5, "replay of its bytes", "s"),
     Row("forwards", "add-port-forward with 10,000 forwards", 2, "with 10 forwards"),
     Row("through-forwards", "new connections through 10,000 forwards", 0.9, "through 10 forwards", "/s", at_least=True),
     Row("through-rules", "new connections through 10,000 rules", 0.8, "through 10 rules", "/s", at_least=True),
