@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from netloom.agent.host import settled
 from netloom.agent.host.settled import Settled, change_settled
+from netloom.agent.kernel import nft_netlink
 from netloom.plan.steps import Step
 from netloom.render.scope import render
 from unit.scopes import A1, A2, B1, wish
@@ -24,7 +25,7 @@ class Kernel:
         self.generation = generation
         self.did: list[Step] = []
         monkeypatch.setattr(settled, "Socket", lambda *of: self)
-        monkeypatch.setattr(settled.nft_netlink, "generation", lambda socket: self.generation)
+        monkeypatch.setattr(nft_netlink, "generation", lambda socket: self.generation)
         monkeypatch.setattr(settled, "apply", self.apply)
 
     def __enter__(self) -> Kernel:
