@@ -1,4 +1,4 @@
-"""A call does not look at what nobody has touched. That it repairs what somebody has: test_agent_network.py."""
+"""A call does not look at a network that nobody has touched. test_agent_network.py tests what a call repairs."""
 
 from __future__ import annotations
 

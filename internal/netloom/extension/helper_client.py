@@ -3,9 +3,9 @@
 In the one file, build/nuitka/call.c does the same in C, before Python is started. This module begins the calls that the
 C code leaves to it, and continues those that it has begun and cannot end.
 
-Each of them loads this module, so it imports one C module and nothing else that is new. The helper is
-optional: when it does not answer correctly, the call does the work itself under the same call id. The agents recognise
-a repeated call id and answer it from memory.
+Each of them loads this module, so it imports one C module and nothing else that is new. The helper is optional: when it
+does not answer correctly, the call does the work itself under the same call id. The agents recognise a repeated call id
+and answer it from memory.
 """
 
 from __future__ import annotations

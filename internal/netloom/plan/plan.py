@@ -108,7 +108,9 @@ def change(before: Want, want: Want) -> tuple[Step, ...] | None:
         scope_id="",
         namespace=want.namespace,
         exists=True,
+        loopback_up=True,
         links=links,
+        host_links={it.host_link: HostLink(name=it.host_link, up=True) for it in want.ports},
         addresses=before.addresses,
         routes=before.routes,
         rules=before.rules,
@@ -117,19 +119,7 @@ def change(before: Want, want: Want) -> tuple[Step, ...] | None:
         ruleset=before.ruleset,
         table=names_in(before.ruleset) if before.ruleset is not None else None,
     )
-    existing = set(links)
-    return (
-        *_stale_routes(have, want, existing),
-        *_stale_rules(have, want),
-        *_stale_addresses(have, want, existing),
-        *_stale_neighbours(have, want, existing),
-        *_ruleset(have, want),
-        *_missing_addresses(have, want, existing),
-        *_replaced_addresses(have, want, existing),
-        *_missing_neighbours(have, want, existing),
-        *_missing_routes(have, want, existing),
-        *_missing_rules(have, want),
-    )
+    return (*_until_ruleset(have, want, set(links)), *_after_ports(have, want, set(links)))
 
 
 def _base(want: Want) -> tuple[object, ...]:
@@ -247,12 +237,7 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
     for key, value in want.sysctls.items():
         if _link_of(key, links) is None and have.sysctls.get(key) != value:
             yield SetSysctl(ns, key, value)
-    yield from _stale_routes(have, want, existing)
-    yield from _stale_rules(have, want)
-    yield from _stale_addresses(have, want, existing)
-    yield from _stale_neighbours(have, want, existing)
-    yield from _stale_links(have, want, existing)
-    yield from _ruleset(have, want)
+    yield from _until_ruleset(have, want, existing)
     others = reduce(or_, (placement.others for placement in placements.values()), have.others)
     if others != have.others:
         yield GuardOthers(others)
@@ -263,16 +248,31 @@ def _build(have: Have, want: Want, placements: dict[Segment, SegmentPlacement]) 
         link = _link_of(key, links)
         if link is not None and (link not in existing or have.sysctls.get(key) != value):
             yield SetSysctl(ns, key, value)
+    yield from _after_ports(have, want, existing)
+    guarded = have.guarded | {placement.bridge for placement in placements.values() if placement.ours}
+    after = msgspec.structs.replace(after, guarded=guarded, others=others)
+    yield from _unneeded(after, wanted=bridges, leaving=have.host_ends)
+    yield from _opened(have, want)
+
+
+def _until_ruleset(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:
+    """Inside the namespace: the deletions, then the ruleset. ``existing``: the links of ports that exist already."""
+    yield from _stale_routes(have, want, existing)
+    yield from _stale_rules(have, want)
+    yield from _stale_addresses(have, want, existing)
+    yield from _stale_neighbours(have, want, existing)
+    yield from _stale_links(have, want, existing)
+    yield from _ruleset(have, want)
+
+
+def _after_ports(have: Have, want: Want, existing: set[str]) -> Iterator[Step]:
+    """Inside the namespace: the additions, when all ports exist. ``existing`` as above."""
     yield from _missing_addresses(have, want, existing)
     yield from _replaced_addresses(have, want, existing)
     yield from _links_up(have, want, existing)
     yield from _missing_neighbours(have, want, existing)
     yield from _missing_routes(have, want, existing)
     yield from _missing_rules(have, want)
-    guarded = have.guarded | {placement.bridge for placement in placements.values() if placement.ours}
-    after = msgspec.structs.replace(after, guarded=guarded, others=others)
-    yield from _unneeded(after, wanted=bridges, leaving=have.host_ends)
-    yield from _opened(have, want)
 
 
 def _closed(have: Have, want: Want) -> Iterator[Step]:

@@ -177,7 +177,7 @@ class KernelHost:
         Raises HostRefused (or ForeignScope) naming the step and the object. Objects that existed before stay.
         """
         self.claim(scope_id, want)
-        # The number of before the look: an event that comes during it may be about something that it has passed.
+        # Read before the look: an event during the look may concern an object that it has listed already.
         unexpected = self.unexpected(scope_id) if self.unexpected is not None else 0
         settled = self._settled.pop(scope_id, None)
         done: list[Step] = []

@@ -46,6 +46,6 @@ def change_settled(settled: Settled, want: Want) -> tuple[tuple[Step, ...], Sett
         if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
             return None
     apply(steps)
-    # Of the transactions that we made. If somebody else made one meanwhile, the next call finds another number.
+    # Count our own transactions only. If somebody else made one meanwhile, the next call finds another number.
     generation = settled.generation + sum(isinstance(step, LoadRuleset) for step in steps)
     return steps, Settled(want, settled.unexpected, generation)
