@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
 
 # The zones that no server on the internet can answer (RFC 6303 section 4, RFC 7793): questions about them must not
@@ -37,7 +38,8 @@ def reverse_options(own: Iterable[str], resolvers: Iterable[str]) -> list[str]:
     return lines
 
 
-def zones(prefix: str) -> list[str]:
+@lru_cache(256)
+def zones(prefix: str) -> tuple[str, ...]:
     """The reverse zones that cover exactly a prefix (RFC 1035 section 3.5, RFC 3596 section 2.5); at most 128.
 
     A zone ends at an octet of an IPv4 address, and at four bits of an IPv6 address.
@@ -45,12 +47,12 @@ def zones(prefix: str) -> list[str]:
     network = ip_network(prefix, strict=False)
     if isinstance(network, IPv6Network):
         digits = max(1, -(-network.prefixlen // 4))
-        return [
+        return tuple(
             ".".join(reversed(it.network_address.exploded.replace(":", "")[:digits])) + ".ip6.arpa"
             for it in network.subnets(new_prefix=max(network.prefixlen, digits * 4))
-        ]
+        )
     octets = max(1, -(-network.prefixlen // 8))
-    return [
+    return tuple(
         ".".join(reversed(str(it.network_address).split(".")[:octets])) + ".in-addr.arpa"
         for it in network.subnets(new_prefix=octets * 8)
-    ]
+    )

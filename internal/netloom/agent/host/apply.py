@@ -14,9 +14,9 @@ from typing import Literal
 
 from netloom.agent.host import gate, lease
 from netloom.agent.host.frames import guard, guard_others, unguard
-from netloom.agent.kernel import addresses, links, namespaces, neighbours, routes, rules, sysctl
+from netloom.agent.kernel import addresses, kept, links, namespaces, neighbours, routes, rules, sysctl
 from netloom.agent.kernel.netlink import Message, NetlinkError
-from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.agent.kernel.nft import NftRefused
 from netloom.errors import HostRefused
 from netloom.names import vxlan_group
 from netloom.plan.have import ALIAS
@@ -114,6 +114,7 @@ def _one(step: Step) -> None:
         case CreateNamespace(namespace):
             namespaces.create(namespace)
         case RemoveNamespace(namespace):
+            kept.forget(namespace)
             namespaces.delete(namespace)
         case LoadRuleset():
             _load(step)
@@ -134,15 +135,20 @@ def _one(step: Step) -> None:
 
 
 def _load(step: LoadRuleset) -> None:
-    with Nft(step.namespace) as nft:
-        if step.table is None:
-            nft.run(fresh(step.want))
-            return
+    if step.table is not None:
+        change = swap(step.have, step.want) if step.have is not None else take_over(step.table, step.want)
         try:
-            nft.run(swap(step.have, step.want) if step.have is not None else take_over(step.table, step.want))
+            _run(step.namespace, change)
         except NftRefused:
             # Somebody changed the table by hand. The transaction changed nothing; replace the whole table.
-            nft.run(fresh(step.want))
+            _run(step.namespace, fresh(step.want))
+    else:
+        _run(step.namespace, fresh(step.want))
+
+
+def _run(namespace: str, script: str) -> None:
+    with kept.nft(namespace) as nft:
+        nft.run(script)
 
 
 def _sysctls(namespace: str, steps: Sequence[Step]) -> None:

@@ -40,10 +40,9 @@ from netloom.agent.host.host_firewall import (
     parse,
 )
 from netloom.agent.host.observe_nft import GUARD_TABLE, guarded_bridges, guarded_others
-from netloom.agent.kernel import links, netlink, nft_netlink, nft_rules, sysctl
+from netloom.agent.kernel import kept, links, nft_netlink, nft_rules, sysctl
 from netloom.agent.kernel.links import Link
 from netloom.agent.kernel.netlink import Socket
-from netloom.agent.kernel.nft import Nft
 from netloom.agent.kernel.nft_rules import FORWARD, PREROUTING, Chain, Table
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import HostLink
@@ -177,7 +176,7 @@ class BridgedFrames:
         own = [bridges.links[it] for it in bridges.own]
         ports = _guests(own, host_links) if any(in_force.values()) else {}
         legacy = {family: _legacy_tables(names_file) for family, (_, names_file) in _LEGACY.items()}
-        with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+        with kept.netfilter(None) as nfnetlink:
             generation = nft_netlink.generation(nfnetlink)
             key = (generation, bridges, tuple(sorted(in_force.items())), tuple(sorted(ports.items())))
             if self._known is not None and self._known[0] == key and not any(legacy.values()):
@@ -235,7 +234,7 @@ def _listed(bridges: list[str]) -> str:
 
 def _carry_out(change: Change) -> None:
     if change.script:
-        with Nft(None) as nft:
+        with kept.nft(None) as nft:
             nft.run(change.script)
     for command in change.commands:
         _legacy(command)

@@ -17,11 +17,15 @@ class Announcement(msgspec.Struct, frozen=True):
 
 
 class HostChanges(msgspec.Struct, frozen=True):
-    """The steps that were done, the services that changed, and the addresses to announce."""
+    """The steps that were done, the services that changed, and the addresses to announce.
+
+    ``settled``: the scope was as it was left, so nobody looked at the host (settled.py).
+    """
 
     steps: tuple[Step, ...] = ()
     announcements: tuple[Announcement, ...] = ()
     services: tuple[str, ...] = ()
+    settled: bool = False
 
     @property
     def count(self) -> int:

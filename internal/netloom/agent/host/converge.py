@@ -189,7 +189,7 @@ class KernelHost:
                     self._settled[scope_id] = settled
                     if any(isinstance(step, LoadRuleset) for step in steps) and want.ruleset is not None:
                         self._tables[scope_id] = _Table(want.ruleset.marker, settled.generation)
-                    return HostChanges(steps, _announcements(want, list(steps)))
+                    return HostChanges(steps, _announcements(want, list(steps)), settled=True)
             for _ in range(_ROUNDS_MAX):
                 steps, generation = self._round(scope_id, want, known, thorough)
                 done += steps

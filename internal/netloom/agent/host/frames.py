@@ -58,8 +58,8 @@ from netloom.agent.host.observe_nft import (
     guarded_others,
     guarded_uplinks,
 )
-from netloom.agent.kernel import links
-from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.agent.kernel import kept, links
+from netloom.agent.kernel.nft import NftRefused
 from netloom.ethernet import ETHERTYPE
 from netloom.plan.have import Others
 
@@ -136,7 +136,7 @@ def guard(bridge: str, uplinks: tuple[str, ...]) -> None:
         *_elements("add", GUARDED, (bridge,)),
         *_elements("add", UPLINKS, uplinks),  # guard: only-ordinary-frames-leave
     ]
-    with Nft(None) as nft:
+    with kept.nft(None) as nft:
         nft.run("\n".join(lines) + "\n")
     links.change(None, [links.confine_bridge(bridge)])  # guard: lldp-frames-are-filtered
     bound_learning([bridge])
@@ -152,13 +152,13 @@ def unguard(bridge: str, *, last: bool) -> None:
     lines += _elements("delete", UPLINKS, sorted(_former_uplinks(guarded_bridges() - {bridge})))
     if last:
         lines += [f"delete table {family} {GUARD_TABLE}" for family in _FAMILIES]
-    with Nft(None) as nft:
+    with kept.nft(None) as nft:
         nft.run("\n".join(lines) + "\n")
 
 
 def unguard_all(bridges: Iterable[str]) -> None:
     """Delete all guards, and the settings that they need on these bridges of ours. Raises HostRefused."""
-    with Nft(None) as nft:
+    with kept.nft(None) as nft:
         nft.run("\n".join(_without_tables()) + "\n")
     links.change(None, [links.release_bridge(bridge) for bridge in bridges])
 
@@ -171,7 +171,7 @@ def guard_others(others: Others) -> None:
     for tries_left in reversed(range(_TRIES)):
         lines = _others_lines(others) if others.bridges or guarded_bridges() else _without_tables()
         try:
-            with Nft(None) as nft:
+            with kept.nft(None) as nft:
                 nft.run("\n".join(lines) + "\n")
             bound_learning(others.bridges)
             return

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 
 from netloom import names
 from netloom.agent.host.observe_nft import FRAMES_FAMILY, GUARD_TABLE
-from netloom.agent.kernel import links
-from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.agent.kernel import kept, links
+from netloom.agent.kernel.nft import NftRefused
 from netloom.agent.log import complain
 
 VM_PORTS = '"vnet*"'
@@ -44,11 +44,11 @@ def bound_learning(bridges: Iterable[str]) -> None:
     if all(it.learned_max for it in links.find_links(None, list(bridges))):  # guard: bridges-without-a-bound-get-rules
         return
     table = f"{FRAMES_FAMILY} {GUARD_TABLE}"
-    kept = f"flags dynamic,timeout; timeout {FORGOTTEN_AFTER_S}s;"
+    forgets = f"flags dynamic,timeout; timeout {FORGOTTEN_AFTER_S}s;"
     lines = [
         f"add table {table}",
-        f"add set {table} vm_macs {{ type ifname . ether_addr; size {_ADDRESSES_MAX}; {kept} }}",
-        f"add set {table} vm_fresh_macs {{ type ifname; size {_PORTS_MAX}; {kept} }}",
+        f"add set {table} vm_macs {{ type ifname . ether_addr; size {_ADDRESSES_MAX}; {forgets} }}",
+        f"add set {table} vm_fresh_macs {{ type ifname; size {_PORTS_MAX}; {forgets} }}",
         f"add chain {table} learning",
         f"flush chain {table} learning",
         *(f"add rule {table} learning {it}" for it in _RULES),
@@ -63,7 +63,7 @@ def bound_learning(bridges: Iterable[str]) -> None:
             f"add rule {chain} iifname {VM_PORTS} jump learning",
         ]
     try:
-        with Nft(None) as nft:
+        with kept.nft(None) as nft:
             nft.run("\n".join(lines) + "\n")
     except NftRefused as refused:
         complain(f"warning: what VMs add to the MAC addresses of bridges is not bounded: {refused}")

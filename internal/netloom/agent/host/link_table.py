@@ -13,9 +13,9 @@ import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-from netloom.agent.kernel import netlink, nft_netlink
+from netloom.agent.kernel import kept, netlink, nft_netlink
 from netloom.agent.kernel.netlink import NetlinkError, Socket
-from netloom.agent.kernel.nft import Nft, NftRefused
+from netloom.agent.kernel.nft import NftRefused
 
 FAMILY = "bridge"
 _FIRST = -400  # before all other chains: br_netfilter hands frames to the host's rules at 0, and at the end
@@ -123,7 +123,7 @@ class _Table:
             lines.append(f"flush chain {self.label} {chain}")
             lines += [f"add rule {self.label} {chain} {rule}" for rule in rules]
         lines += [f"{verb} element {self.label} {self._links} {{ {listed} }}" for verb, listed in changes if listed]
-        with Nft(None) as nft:
+        with kept.nft(None) as nft:
             nft.run("\n".join(lines) + "\n")
 
 

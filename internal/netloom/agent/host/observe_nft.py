@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from netloom.agent.kernel import netlink, nft_netlink
+from netloom.agent.kernel import kept, nft_netlink
 from netloom.agent.kernel.netlink import Socket
 from netloom.plan.have import Others
 from netloom.render.nft import FAMILY, TABLE
@@ -38,7 +38,7 @@ class Table(msgspec.Struct, frozen=True):
 
 def observe_table(namespace: str) -> Table:
     """The names of the objects in our table. Raises HostRefused."""
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+    with kept.netfilter(namespace) as nfnetlink:
         generation = nft_netlink.generation(nfnetlink)
         sets = nft_netlink.sets(nfnetlink, FAMILY, TABLE)
         if sets is None:
@@ -58,7 +58,7 @@ def table_digest(namespace: str) -> str:
     load. The table of the family arp is part of it. Raises HostRefused.
     """
     parts: list[bytes] = []
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as nfnetlink:
+    with kept.netfilter(namespace) as nfnetlink:
         for family in (FAMILY, "arp"):
             for chain in nft_netlink.chains(nfnetlink, family, TABLE):
                 parts.append(b"chain" + b"\0".join((chain.name.encode(), chain.hook, chain.policy)))
@@ -80,7 +80,7 @@ def guarded_bridges() -> frozenset[str]:
     A bridge that an older build guarded has no element, or the chain ``RESERVED`` is missing. It is guarded again.
     Raises HostRefused.
     """
-    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+    with kept.netfilter(None) as nfnetlink:
         if not _is_current(nfnetlink):
             return frozenset()
         chains = frozenset(it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE))
@@ -89,13 +89,13 @@ def guarded_bridges() -> frozenset[str]:
 
 def guarded_uplinks() -> frozenset[str]:
     """The links to which only ordinary frames are forwarded. Raises HostRefused."""
-    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+    with kept.netfilter(None) as nfnetlink:
         return nft_netlink.link_names(nfnetlink, FRAMES_FAMILY, GUARD_TABLE, UPLINKS)
 
 
 def guarded_others() -> Others:
     """The guard of the bridges of others, as it is loaded. Raises HostRefused."""
-    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+    with kept.netfilter(None) as nfnetlink:
         current = _is_current(nfnetlink)
         chains = [it.name for it in nft_netlink.chains(nfnetlink, GUARD_FAMILY, GUARD_TABLE)]
         return Others(
@@ -110,7 +110,7 @@ def guarded_others() -> Others:
 
 def former_chains(families: Iterable[str]) -> list[str]:
     """Our chains on the host that have the name of an older build: family, table and name. Raises HostRefused."""
-    with Socket(netlink.NETLINK_NETFILTER) as nfnetlink:
+    with kept.netfilter(None) as nfnetlink:
         return [
             f"{family} {GUARD_TABLE} {it.name}"
             for family in families

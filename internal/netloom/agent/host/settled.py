@@ -13,8 +13,7 @@ from __future__ import annotations
 import msgspec
 
 from netloom.agent.host.apply import apply
-from netloom.agent.kernel import netlink, nft_netlink
-from netloom.agent.kernel.netlink import Socket
+from netloom.agent.kernel import kept, nft_netlink
 from netloom.plan.plan import change
 from netloom.plan.steps import AddAddress, LoadRuleset, PutNeighbour, RemoveNeighbour, Step
 from netloom.render.want import Want
@@ -42,7 +41,7 @@ def change_settled(settled: Settled, want: Want) -> tuple[tuple[Step, ...], Sett
     steps = change(settled.want, want)
     if steps is None or not all(isinstance(step, _SIMPLE) for step in steps):
         return None
-    with Socket(netlink.NETLINK_NETFILTER, want.namespace) as nfnetlink:
+    with kept.netfilter(want.namespace) as nfnetlink:
         if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
             return None
     apply(steps)

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import msgspec
 
-from netloom.agent.kernel import netlink
+from netloom.agent.kernel import kept, netlink
 from netloom.agent.kernel.netlink import Message, NetlinkError, Socket, attribute, attribute_map, be16, be32
 
 _SUBSYSTEM = 1 << 8  # NFNL_SUBSYS_CTNETLINK
@@ -99,7 +99,7 @@ def dump(namespace: str | None, *, mark: int = 0, mask: int = 0) -> list[Entry]:
     payload = _HEAD.pack(socket.AF_UNSPEC, 0, 0)
     if mask:
         payload += be32(_CTA_MARK, mark) + be32(_CTA_MARK_MASK, mask)
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+    with kept.netfilter(namespace) as ctnetlink:
         found = ctnetlink.dump(Message(_GET, payload=payload, what="list connections"))
     return [decode_entry(payload) for kind, payload in found if kind == _NEW]
 
@@ -140,7 +140,7 @@ def set_mark(namespace: str | None, entries: Iterable[Entry], mark: int, mask: i
 
 def count(namespace: str | None) -> int:
     """The number of connections in a namespace. Raises NamespaceError, NetlinkError."""
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+    with kept.netfilter(namespace) as ctnetlink:
         return count_over(ctnetlink)
 
 
@@ -277,7 +277,7 @@ def carry_out(namespace: str | None, requests: Sequence[Message]) -> int:
     """
     if not requests:
         return 0
-    with Socket(netlink.NETLINK_NETFILTER, namespace) as ctnetlink:
+    with kept.netfilter(namespace) as ctnetlink:
         answers = ctnetlink.exchange(requests)
     for request, answer in zip(requests, answers, strict=True):
         if answer.errno not in (0, errno.ENOENT):

@@ -73,6 +73,10 @@ class Guests:
             and usable(network.sockets, namespace, table)
         )
 
+    def serves_all(self, scope_id: str) -> bool:
+        """Whether the process that is connected now serves all networks of the scope that it should serve."""
+        return all(it.served for (scope, _), it in list(self.process.networks.items()) if scope == scope_id)
+
     def scopes(self) -> set[str]:
         """The scopes that have networks which are served."""
         return {scope_id for scope_id, _ in list(self.process.networks)}

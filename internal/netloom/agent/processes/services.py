@@ -22,7 +22,7 @@ from netloom.errors import HostRefused
 from netloom.names import guest_link
 from netloom.render import dns_names, dnsmasq, haproxy
 from netloom.render.guest import tables
-from netloom.render.services import services
+from netloom.render.services import same_services, services
 from netloom.state import Scope
 from netloom.state.served import Served
 
@@ -39,12 +39,20 @@ class Services:
         self._waiting: dict[str, dict[int, str]] = {}  # scope id to what waiting() returns
         self._unnamed: dict[str, dict[str, str]] = {}  # scope id to NIC to reserved name
         self._unserved: dict[str, tuple[ServiceFailure, ...]] = {}  # scope id to failures of the guest process
+        self._running: dict[str, tuple[Scope, frozenset[str]]] = {}  # scope id to what runs, and its processes
 
-    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]:
+    def converge(
+        self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None, *, settled: bool = False
+    ) -> list[str]:
         """Run the services that the scope needs in its namespace, and stop all others; return a text for each step.
 
-        ``asked``: as in ``Supervisor.converge``. Raises ServicesFailed when some fail, after all others.
+        ``asked``: as in ``Supervisor.converge``. ``settled``: nothing of the scope was changed by others, as far as the
+        kernel reports it. Then nothing is done for a state that has the same services as the last one. Raises
+        ServicesFailed when some fail, after all others.
         """
+        if settled and self._runs(scope):
+            return []
+        self._running.pop(scope.scope_id, None)
         did: list[str] = []
         failed: list[ServiceFailure] = []
         taken = taken_ports(scope, namespace, self._supervisor.user(scope.scope_id, haproxy.NAME))
@@ -74,7 +82,19 @@ class Services:
             failed += error.failures
         if failed:
             raise ServicesFailed(failed, did)
+        if not taken:
+            self._running[scope.scope_id] = scope, frozenset(it.name for it in wanted)
         return did
+
+    def _runs(self, scope: Scope) -> bool:
+        """Whether all services of the scope run as this state wants them, as far as we know without asking."""
+        before, names = self._running.get(scope.scope_id, (None, frozenset()))
+        return (
+            before is not None
+            and same_services(before, scope)
+            and self._supervisor.runs_all(scope.scope_id, names)  # guard: a-dead-process-is-noticed-by-the-next-call
+            and self._guests.serves_all(scope.scope_id)
+        )
 
     def _log_reserved_names(self, scope: Scope) -> None:
         """Log each NIC whose name is reserved, once."""
@@ -138,6 +158,7 @@ class Services:
 
     def renew(self, scope_id: str) -> None:
         """Make the next ``converge`` reload or restart every process of the scope, even if nothing has changed."""
+        self._running.pop(scope_id, None)
         self._supervisor.renew(scope_id)
 
     def stop(self, scope_id: str) -> list[str]:
@@ -145,6 +166,7 @@ class Services:
         self._waiting.pop(scope_id, None)
         self._unnamed.pop(scope_id, None)
         self._unserved.pop(scope_id, None)
+        self._running.pop(scope_id, None)
         return self._supervisor.stop(scope_id) + self._guests.drop(scope_id)
 
 

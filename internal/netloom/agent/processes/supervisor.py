@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import msgspec
@@ -174,6 +174,12 @@ class Supervisor:
             for (scope_id, name), running in sorted(self._running.items()):
                 table.setdefault(scope_id, {})[name] = running.record.pid
             return table
+
+    def runs_all(self, scope_id: str, names: Collection[str]) -> bool:
+        """Whether these services of the scope ran when we last looked, each with its last configuration."""
+        with self._lock:
+            running = [self._running.get((scope_id, name)) for name in names]
+        return all(it is not None and it.record.digest for it in running)
 
     def privileged(self, scope_id: str) -> list[str]:
         """The services of the scope whose processes have capabilities that they should only be told to have."""

@@ -474,7 +474,7 @@ class Scopes:
             failed: tuple[ServiceFailure, ...] = ()
             if want.namespace:
                 try:
-                    did += self._services.converge(slot.scope, want.namespace, asked)
+                    did += self._services.converge(slot.scope, want.namespace, asked, settled=changes.settled)
                 except ServicesFailed as error:
                     did += error.did
                     failed = error.failures
