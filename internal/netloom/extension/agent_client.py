@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
+from collections import OrderedDict
 from contextlib import suppress
+from typing import NamedTuple
+
+import msgspec
 
 from netloom import __version__
 from netloom.errors import HostRefused, HostUnreachable, NetloomError
@@ -20,7 +25,7 @@ from netloom.extension.ssh import (
     why_no_agent,
 )
 from netloom.program import build_id, is_newer
-from netloom.wire import PROTOCOL_VERSION, REPLY_BYTES_MAX, Call, FrameReader, Hello, Message, Reply, encode
+from netloom.wire import PROTOCOL_VERSION, REPLY_BYTES_MAX, Call, FrameReader, Hello, Message, Reply, Signers, encode
 
 HELLO = Hello(version=__version__, build=build_id())
 
@@ -32,6 +37,17 @@ _SUDO_S_MAX = 5.0
 
 # An installation goes on without the calls that waited for it. A slow upload is continued by the next call.
 _INSTALLATION_S_MAX = 3600.0
+
+
+# A host that replied within this time is not asked where a scope lives if it said so within the other.
+HEARD_S = 1.0
+SERVED_S = 10.0
+_SERVED_MAX = 4096
+
+
+class _Served(NamedTuple):
+    at: float  # on the monotonic clock
+    reply: Reply
 
 
 class OtherProtocol(HostUnreachable):
@@ -49,6 +65,7 @@ class AgentClient:
         self.connection = SshConnection(host, login)
         self.outdated = False  # the host's build is older than the package, and may be replaced
         self.deployment: Deployment | None = None
+        self.signers: dict[str, Signers] = {}  # by owner, what the agent gets to verify claims; as long as the login
         self._package = package
         self._progress = progress
         self._reset()
@@ -63,6 +80,33 @@ class AgentClient:
         self._unanswered = 0  # calls that were sent without a reply so far
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
+        self._heard = -math.inf  # when the last reply came, on the monotonic clock
+        self._served: OrderedDict[tuple[str, str], _Served] = OrderedDict()  # by owner and scope
+
+    def remembered(self, owner: str, scope_id: str) -> Reply | None:
+        """What the agent would reply to ``locate``, if it said so of late, and that it serves the scope; else None.
+
+        It has replied to some call within the last second, so the host lives. Whatever changes the placement makes the
+        agent refuse the next command of the scope, and that command finds the other host.
+        """
+        now = time.monotonic()
+        served = self._served.get((owner, scope_id))
+        if self.is_broken or served is None or now - self._heard > HEARD_S or now - served.at > SERVED_S:
+            return None
+        return served.reply
+
+    def _remember(self, call: Call, reply: Reply) -> None:
+        self._heard = time.monotonic()
+        key = call.registration.owner, call.scope_id
+        self._served.pop(key, None)
+        if (
+            reply.holds and reply.gate == "open" and not (reply.status or reply.moved_to or reply.about_to_move)
+        ):  # guard: only-a-served-scope-is-remembered
+            # A reply to locate has no output and no data, and no note is told twice.
+            said = msgspec.structs.replace(reply, output="", data=b"", note="")
+            self._served[key] = _Served(self._heard, said)
+            if len(self._served) > _SERVED_MAX:
+                self._served.popitem(last=False)
 
     async def open(self) -> None:
         """Log in, start the agent's command and exchange hellos. Installs nothing.
@@ -173,7 +217,9 @@ class AgentClient:
         try:
             self._send(call)
             self._unanswered += 1
-            return await reply
+            said = await reply
+            self._remember(call, said)
+            return said
         finally:
             del self._replies[call.call_id]
 

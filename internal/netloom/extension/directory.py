@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _FOREIGN = ".foreign-"
 
 
+_homes: dict[int, str] = {}  # by user, as passwd said it: the resident helper asks for each call
+
+
 class NoDirectory(BadRequest):
     """No candidate directory can be used, so host keys cannot be remembered."""
 
@@ -38,12 +41,14 @@ def home_of(environ: Mapping[str, str], uid: int) -> str:
     """HOME, else the home directory in passwd (CloudStack's service has no HOME); empty when there is neither."""
     if environ.get("HOME", "").startswith("/"):
         return environ["HOME"]
-    import pwd  # a C module, needed only without HOME
+    if uid not in _homes:
+        import pwd  # a C module, needed only without HOME
 
-    try:
-        return pwd.getpwuid(uid).pw_dir
-    except KeyError:
-        return ""
+        try:
+            _homes[uid] = pwd.getpwuid(uid).pw_dir
+        except KeyError:  # perhaps the name server of the users does not answer
+            return ""
+    return _homes[uid]
 
 
 def unusable(path: str, uid: int, *, repair: bool = False) -> str:

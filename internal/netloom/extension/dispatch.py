@@ -91,7 +91,7 @@ async def dispatch(
 
 
 async def _to_one(request: Request, situation: Situation, hosts: Hosts, record: CallRecord) -> str:
-    inquiry = Inquiry(hosts, request.call)
+    inquiry = Inquiry(hosts, request.call, from_memory=request.call.command == ENSURE)
     host, now = situation.stored, situation
     reply: Reply | None = None
     decision: Use | Unplaced | Fail | None = None

@@ -41,6 +41,9 @@ CLIENTS_MAX = 512
 # The largest payload file (call.py), and room for the other fields.
 _REQUEST_BYTES_MAX = (1 << 30) + (1 << 20)
 
+# A step of a call that takes less is not reported to the caller.
+REPORT_AFTER_S = 0.02
+
 # The descriptors that the helper inherits from the call that starts it: its socket and the socket's directory.
 _LISTENER, _DIRECTORY = 0, 3
 
@@ -238,6 +241,7 @@ class HelperCall(asyncio.Protocol):
             output = await run(record.command, payload_file, deadline, executable, record, environ, pool)
         except Exception as raised:  # noqa: BLE001  # as in call.py: the only place in a call that catches everything
             status, error = failure(raised, record)
+        record.ended()
         write_down(record, status, error, environ)
         self.send(ANSWER, str(status).encode(), ascii_only(output).encode(), error.encode())
         if self._transport is not None:
@@ -245,12 +249,16 @@ class HelperCall(asyncio.Protocol):
 
 
 class _ReportingRecord(CallRecord):
-    """A record that sends each change of ``doing`` to the caller, which needs it for its message about a timeout."""
+    """A record that sends what it is ``doing`` to the caller, which needs it for its message about a timeout.
 
-    __slots__ = ("_call", "_doing")
+    It sends nothing of what has changed again, or ended, within ``REPORT_AFTER_S``: most calls take less.
+    """
+
+    __slots__ = ("_call", "_doing", "_report")
 
     def __init__(self, call: HelperCall, started: float, call_id: str) -> None:
         self._call = call
+        self._report: asyncio.TimerHandle | None = None
         super().__init__(started)
         self.call_id = call_id
 
@@ -261,7 +269,17 @@ class _ReportingRecord(CallRecord):
     @doing.setter
     def doing(self, what: str) -> None:
         self._doing = what
-        self._call.send(DOING, what.encode())
+        if self._report is None:
+            self._report = asyncio.get_running_loop().call_later(REPORT_AFTER_S, self._send)
+
+    def _send(self) -> None:
+        self._report = None
+        self._call.send(DOING, self._doing.encode())
+
+    def ended(self) -> None:
+        """Send nothing any more."""
+        if self._report is not None:
+            self._report.cancel()
 
 
 def _text(field: bytes) -> str:

@@ -93,6 +93,11 @@ class Hosts:
     def is_open(self, host: str) -> bool:
         return self._pool.is_open(host, self.login, self._package)
 
+    def remembered(self, host: str, owner: str, scope_id: str) -> Reply | None:
+        """As ``AgentClient.remembered``, over the open channel to the host."""
+        client = self._pool.client(host, self.login, self._package)
+        return client.remembered(owner, scope_id) if client is not None else None
+
     def address(self, host: str) -> str:
         """The numeric address of a host with an open channel. Raises HostUnreachable when there is none."""
         address = self._pool.address(host, self.login, self._package)
@@ -176,18 +181,25 @@ class Hosts:
             await asyncio.shield(channel.install())
 
     async def _reply(self, channel: PooledChannel, call: Call) -> Reply:
-        signers = await self._signers(call.registration.owner, channel.agent.host)
+        signers = await self._signers(call.registration.owner, channel.agent)
         left_s = self.deadline.remaining_s()
         left_ms = int((left_s - min(_REPLY_RESERVE_S_MAX, left_s / 10)) * 1000)
         return await channel.agent.call(msgspec.structs.replace(call, remaining_ms=left_ms, signers=signers))
 
-    async def _signers(self, owner: str, host: str) -> Signers | None:
+    async def _signers(self, owner: str, client: AgentClient) -> Signers | None:
         """Who can sign placements; None if the caller's SSH agent does not say it soon. The next call brings them."""
+        known = client.signers.get(owner)
+        if known is not None:
+            return known
+        own_keys = self.login.method == "own keys"
         try:
-            async with asyncio.timeout(_SSH_AGENT_S if self.login.method == "own keys" else None):
-                return await self.credentials.signers(owner, host)
+            async with asyncio.timeout(_SSH_AGENT_S if own_keys else None):
+                signers = await self.credentials.signers(owner, client.host)
         except TimeoutError:
             return None
+        if not own_keys:  # those can change while the login stays the same
+            client.signers[owner] = signers
+        return signers
 
     async def _replace_agent(self, channel: PooledChannel) -> None:
         """In the background if the pool outlives this call; otherwise wait for it, for half of the remaining time."""
@@ -282,10 +294,12 @@ class Inquiry:
     """Asks hosts by ``locate`` where the scope of ``call`` lives, and verifies what they say.
 
     One object for all questions of a call: an agent answers a repeated call id from memory, so each has its own.
-    ``answers``: the last one of each host.
+    ``answers``: the last one of each host. ``from_memory``: the stored host is not asked if it has just said that it
+    serves the scope.
     """
 
-    def __init__(self, hosts: Hosts, call: Call) -> None:
+    def __init__(self, hosts: Hosts, call: Call, *, from_memory: bool = False) -> None:
+        self._from_memory = from_memory
         self._hosts = hosts
         self._locate = msgspec.structs.replace(call, command=LOCATE, payload=b"{}")
         self._credentials = hosts.credentials
@@ -309,6 +323,15 @@ class Inquiry:
 
     async def look(self, situation: Situation, host: str, *, installs: bool = False) -> HostAnswer:
         """The verified answer of one host to ``locate``. Raises HostUnreachable."""
+        if self._from_memory and host == situation.stored:
+            self._from_memory = False  # whoever asks once more wants to know what has changed
+            remembered = self._hosts.remembered(host, self._owner, situation.scope_id)
+            if (
+                remembered is not None
+                and remembered.epoch >= situation.epoch  # guard: no-older-placement-is-remembered
+            ):
+                self.answers[host] = answer = await self.answer(situation, host, remembered)
+                return answer
         number = next(self._count)
         call_id = f"{self._locate.call_id}-{LOCATE}" + (f"-{number}" if number > 1 else "")
         locate = msgspec.structs.replace(self._locate, call_id=call_id)

@@ -141,13 +141,17 @@ class Pool:
 
     def is_open(self, host: str, login: Login, package: Package | None) -> bool:
         """Whether a call to ``host`` would find an open channel."""
+        return self.client(host, login, package) is not None
+
+    def client(self, host: str, login: Login, package: Package | None) -> AgentClient | None:
+        """The client of an open channel to ``host``; None when there is none."""
         channel = self._channels.get((host, login, package))
-        return channel is not None and channel.is_open
+        return channel.agent if channel is not None and channel.is_open else None
 
     def address(self, host: str, login: Login, package: Package | None) -> str:
         """The numeric address of the host at the other end of its open channel; empty when there is none."""
-        channel = self._channels.get((host, login, package))
-        return channel.agent.connection.address if channel is not None and channel.is_open else ""
+        client = self.client(host, login, package)
+        return client.connection.address if client is not None else ""
 
     @property
     def is_installing(self) -> bool:

@@ -321,6 +321,7 @@ class SshConnection:
                 known_hosts=([], [], []),  # no keys known to asyncssh, so that it asks our Trust about each
                 x509_trusted_certs=None,
                 server_host_key_algs=self._host_key_algorithms(),
+                encryption_algs="^aes256-gcm@openssh.com",  # before asyncssh's default: a fifth of its time per packet
                 compression_algs=["none"],
                 keepalive_interval=_KEEPALIVE_S,
                 keepalive_count_max=3,
