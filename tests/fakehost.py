@@ -402,7 +402,9 @@ class FakeServices:
         self.asked: list[frozenset[Served] | None] = []
         self.of: dict[str, str] = {}  # scope id to namespace
 
-    def converge(self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None) -> list[str]:
+    def converge(
+        self, scope: Scope, namespace: str, asked: frozenset[Served] | None = None, *, settled: bool = False
+    ) -> list[str]:
         self._did.append(f"services {scope.scope_id}")
         self.asked.append(asked)
         if self.failed:

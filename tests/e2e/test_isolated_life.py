@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ from bed.cloudstack import ALL_SERVICES, Failed, FakeCloudStack
 from bed.lab import Internet
 from bed.machines import until
 from e2e.networks import OUTSIDE, Life, MakeLife, Traces, answers_arp, impatient, lease
+from netloom.extension.agent_client import HEARD_S
 
 CLOSED = {"timeout_s": 0.4}
 
@@ -294,6 +296,7 @@ def test_networks_are_restored_after_a_power_cut(brisk_life: Life, internet: Int
     host = life.host
     vm.destroy()
     host.power_cut()
+    time.sleep(HEARD_S)  # until then the helper answers for a host that has just replied
     with impatient(life.cloud):
         sent = network.ensure()
     assert sent.execution.status == 2, "the host of the network does not answer"

@@ -51,7 +51,7 @@ def test_reserved_names_are_not_given_to_vms(name: str) -> None:
     ],
 )
 def test_the_reverse_zones_cover_a_prefix_exactly(prefix: str, expected: list[str]) -> None:
-    assert dns_zones.zones(prefix) == expected
+    assert list(dns_zones.zones(prefix)) == expected
 
 
 @pytest.mark.parametrize("length", range(33))
