@@ -27,6 +27,8 @@ from model.calls import (
 from netloom.commands import TABLE, Context, apply, check_payload, decode
 from netloom.errors import NetloomError
 from netloom.protocol.envelope import parse_current_details, read_envelope, scope_id_of
+from netloom.render.guest import tables
+from netloom.render.services import same_services, services
 from netloom.secret import dec_hook
 from netloom.state import Pbr, PortForward, Scope
 from netloom.wire import Registration
@@ -181,6 +183,17 @@ def test_any_sequence_of_calls_keeps_the_invariants_and_each_change_raises_the_r
 def test_a_repeated_call_changes_nothing_and_keeps_the_revision(walk: list[Call], call: Call) -> None:
     once = carry_out(walked(walk), call)
     assert carry_out(once, call) == once
+
+
+@given(walks, st.lists(changes, min_size=3, max_size=10))
+def test_states_that_are_said_to_have_the_same_services_have_them(walk: list[Call], more: list[Call]) -> None:
+    before = walked(walk)
+    for call in more:
+        after = carry_out(before, call)
+        if before is not None and after is not None and same_services(before, after):
+            assert (services(after), tables(after)) == (services(before), tables(before))
+            event("the same services" if after == before else "the same services of other states")
+        before = after
 
 
 @given(walks)

@@ -24,7 +24,7 @@ class Kernel:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, generation: int = 40) -> None:
         self.generation = generation
         self.did: list[Step] = []
-        monkeypatch.setattr(settled, "Socket", lambda *of: self)
+        monkeypatch.setattr(settled.kept, "netfilter", lambda *of: self)
         monkeypatch.setattr(nft_netlink, "generation", lambda socket: self.generation)
         monkeypatch.setattr(settled, "apply", self.apply)
 
