@@ -2,7 +2,7 @@
 
     netloom confine <uid> <directory> <places> <capabilities> <demanded> <data MiB> <program> [<argument>...]
 
-The agent starts it as root, in the network namespace of the scope. The process keeps its pid. What the program gets:
+It is started as root, in the network namespace of the scope. The process keeps its pid. What the program gets:
 
 * a user and a group of its own number, that of its scope;
 * a root directory of its own: the host's programs and libraries, and ``directory``, read-only; and ``/sockets``, a few
@@ -16,6 +16,8 @@ The agent starts it as root, in the network namespace of the scope. The process 
 
 It runs before each start of a service, so it imports only what it needs. After the root directory has changed nothing
 can be imported.
+
+``netloom confine serve`` does this in a fork of itself for each request of the agent (agent/processes/launcher.py).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import struct
 from collections.abc import Sequence
 
@@ -52,7 +55,7 @@ STACK_BYTES_MAX = 1 << 20
 CAPABILITIES = {"net_bind_service": 10, "net_admin": 12, "net_raw": 13}
 
 # linux/sched.h, linux/mount.h, linux/prctl.h
-_CLONE_NEWNS, _CLONE_NEWIPC = 0x00020000, 0x08000000
+_CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWNET = 0x00020000, 0x08000000, 0x40000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_SLAVE = (
     0x1, 0x2, 0x4, 0x8, 0x20, 0x1000, 0x4000, 0x80000,
 )  # fmt: skip
@@ -118,6 +121,11 @@ _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
 _NOTIF_BYTES = 80
 _NOTIF_S_MAX = 10.0
 
+# The word that makes it serve requests; and the number of seconds after the last one, when it ends.
+SERVE = "serve"
+IDLE_S = 30.0
+REQUEST_BYTES_MAX = 1 << 16
+
 _USAGE = (
     "usage: netloom confine <uid> <directory> <places> <capabilities> <demanded> <data MiB> <program> [<argument>...]"
 )
@@ -127,6 +135,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error, with one line on stderr: 1 for wrong arguments, else 3."""
+    if list(args) == [SERVE]:
+        return _serve(socket.socket(fileno=os.dup(0)))
     try:
         uid, directory, placed, capabilities, demanded, data_mib, program, *arguments = args
         user, data_bytes = int(uid), int(data_mib) << 20
@@ -141,6 +151,47 @@ def main(args: Sequence[str]) -> int:
         os.execve(program, [program, *arguments], environ)
     except OSError as error:
         os.write(2, f"the service cannot be confined: {error}\n".encode())
+    return 3
+
+
+def _serve(requests: socket.socket) -> int:
+    """Answer each request with the pid of a new process, until nobody asks any more.
+
+    A request is the arguments, with zero bytes between them, and two descriptors: of the network namespace, and for
+    stdout and stderr.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps what the agent has started through us
+    requests.settimeout(IDLE_S)
+    while True:
+        try:
+            request, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 2)
+        except TimeoutError:
+            return 0
+        if not request:  # the agent has ended
+            return 0
+        pid = os.fork()
+        if pid == 0:
+            requests.close()
+            os._exit(_started(request.decode("utf-8", "surrogateescape").split("\0"), *descriptors))
+        for descriptor in descriptors:
+            os.close(descriptor)
+        requests.send(str(pid).encode())
+
+
+def _started(args: Sequence[str], namespace: int, output: int) -> int:
+    """In a new process: execute the program as ``main`` does. Returns only on an error."""
+    try:
+        for descriptor in (1, 2):
+            os.dup2(output, descriptor)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may wait for its children
+        os.setsid()
+        _check("setns", _libc.setns(namespace, _CLONE_NEWNET))
+        nothing = os.open("/dev/null", os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.closerange(3, max(nothing, namespace, output) + 1)
+        return main(args)
+    except BaseException as error:  # noqa: BLE001, it must not go on as another launcher
+        os.write(2, f"the service cannot be started: {error}\n".encode())
     return 3
 
 

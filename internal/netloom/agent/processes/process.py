@@ -11,9 +11,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -21,16 +20,17 @@ import msgspec
 from netloom.agent import packages
 from netloom.agent.environment import PATH
 from netloom.agent.kernel.namespaces import inside
+from netloom.agent.processes.launcher import Launcher
 from netloom.confine import CAPABILITIES
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes
-from netloom.program import path
 from netloom.render.service import Service
 
 TERMINATE_S = 2.0  # for SIGTERM, and again for SIGKILL
 RUN_S_MAX = 20.0
 
 _libc = ctypes.CDLL(None)
+_launcher = Launcher()
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -84,36 +84,15 @@ def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     log.unlink(missing_ok=True)  # an earlier process may still write to the old one
     output = open_log(log)
     try:
-        with inside(namespace):
-            process = subprocess.Popen(
-                [*_confine(), *confined, program, *service.argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                cwd="/",
-                env={"PATH": PATH, "LANG": "C"},
-                start_new_session=True,
-            )
+        return _launcher.launch([*confined, program, *service.argv[1:]], namespace, output)
     finally:
         os.close(output)
-    # The caller watches the pidfd and calls reap(). Popen would warn about a child that it did not reap itself.
-    process.returncode = 0
-    return process.pid
 
 
 def open_log(path: Path) -> int:
     """Open a log for the output of a process. Appended text has no gap before it after the file was shortened."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW  # guard: a-shortened-log-has-no-hole
     return os.open(path, flags, 0o600)
-
-
-def _confine() -> list[str]:
-    """The argv of ``netloom confine``. In a checkout, an interpreter that loads only this module."""
-    if (program := path()) is not None:
-        return [program, "confine"]
-    packages = str(Path(__file__).parents[3])
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from netloom.confine import main; main(sys.argv[1:])"
-    return [sys.executable, "-S", "-E", "-P", "-c", f"{code}; sys.exit(3)", packages]
 
 
 def run(namespace: str | None, argv: list[str], who: str = "") -> subprocess.CompletedProcess[str]:
@@ -262,25 +241,32 @@ def groups_with_arguments(arguments: tuple[str, ...], namespace: int) -> set[int
     for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
         with contextlib.suppress(OSError):
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")[:-1]
-            # Before it executes the program, ``netloom confine`` has these arguments at the end of its own.
             if tuple(argv[1:][-len(arguments) :]) == arguments and namespace_of(pid) == namespace:
                 groups.add(os.getpgid(pid))
     return groups
 
 
-def listening(pid: int, members: Iterable[int] | None = None) -> set[tuple[str, int]]:
+def listening(
+    pid: int, members: Iterable[int] | None = None, *, among: Collection[tuple[str, int]] | None = None
+) -> set[tuple[str, int]]:
     """The protocols and ports on which a process of ``members`` listens; None: any process of the group of ``pid``.
 
-    Read from /proc/<pid>/net (proc(5)), which lists all sockets of the namespace. Sockets of other processes, for
-    example of an older one of the same service, are left out.
+    ``among``: only these count. Read from /proc/<pid>/net (proc(5)), which lists all sockets of the namespace. Sockets
+    of other processes, for example of an older one of the same service, are left out.
     """
-    own = {inode for member in (group(pid) if members is None else members) for inode in _socket_inodes(member)}
-    found = set()
+    open_: dict[str, tuple[str, int]] = {}  # by inode
     for protocol, state in (("tcp", "0A"), ("udp", "07")):
         with contextlib.suppress(OSError):
             for fields in map(str.split, Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]):
-                if fields[3] == state and fields[9] in own:
-                    found.add((protocol, int(fields[1].rpartition(":")[2], 16)))
+                at = protocol, int(fields[1].rpartition(":")[2], 16)
+                if fields[3] == state and (among is None or at in among):
+                    open_[fields[9]] = at
+    found: set[tuple[str, int]] = set()
+    # Most services are one process, and a look for the others of a group looks at all processes of the host.
+    for those in ([pid], None) if members is None else (members,):
+        if open_:
+            for member in group(pid) if those is None else those:
+                found |= {open_.pop(it) for it in _socket_inodes(member) & open_.keys()}
     return found
 
 

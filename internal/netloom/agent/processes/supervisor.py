@@ -398,7 +398,7 @@ def _wait_ready(pid: int, service: Service, within_s: float = READY_S_MAX) -> No
     while True:
         if start_time(pid) is None:
             raise _not_ready(pid, service, "ended immediately")
-        if listening(pid) >= set(service.listens):
+        if listening(pid, among=service.listens) >= set(service.listens):
             return
         if time.monotonic() > until:
             raise _not_ready(pid, service, "does not listen")

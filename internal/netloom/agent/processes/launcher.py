@@ -1,0 +1,104 @@
+"""The process that starts the services: ``netloom confine serve``, a child of the agent.
+
+It has loaded what ``netloom confine`` needs, so a service starts with a fork instead of an interpreter. It ends when
+nothing was started for ``confine.IDLE_S`` seconds, and with the agent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from netloom.agent.environment import PATH
+from netloom.agent.kernel.namespaces import descriptor
+from netloom.confine import REQUEST_BYTES_MAX, SERVE
+from netloom.errors import HostRefused
+from netloom.program import path
+
+_ANSWER_S_MAX = 10.0
+
+
+class Launcher:
+    """Starts confined programs. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket: socket.socket | None = None
+
+    def launch(self, arguments: Sequence[str], namespace: str, output: int) -> int:
+        """Start ``netloom confine`` with these arguments in the namespace, as leader of a session; returns its pid.
+
+        ``output``: the descriptor for stdout and stderr. Raises HostRefused, also when there is no such namespace.
+        """
+        request = "\0".join(arguments).encode("utf-8", "surrogateescape")
+        if len(request) > REQUEST_BYTES_MAX:
+            raise HostRefused(f"the arguments of {arguments[6]} are longer than {REQUEST_BYTES_MAX} bytes")
+        with descriptor(namespace) as there, self._lock:
+            for _ in range(2):
+                answer = self._asked(request, [there, output])
+                if answer.isdigit():
+                    return int(answer)
+                status = self._end()
+                if answer or status:
+                    break
+                # It had been idle for so long that it ended just before it read this.
+        why = answer.decode("utf-8", "replace") or f"it ended with status {status}"
+        raise HostRefused(f"the process that starts services failed: {why}", hint="the agent tries again")
+
+    def close(self) -> None:
+        """End the process; the next ``launch`` starts another one."""
+        with self._lock:
+            self._end()
+
+    def _asked(self, request: bytes, descriptors: list[int]) -> bytes:
+        """The answer: a pid, or why there is none; empty when the process has ended."""
+        try:
+            sock = self._socket or self._start()
+            socket.send_fds(sock, [request], descriptors)
+            return sock.recv(4096)
+        except TimeoutError:
+            return b"no answer"
+        except OSError as error:
+            # EPIPE and ECONNRESET: the process has ended.
+            return b"" if isinstance(error, ConnectionError) else str(error).encode()
+
+    def _start(self) -> socket.socket:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_ANSWER_S_MAX)
+        with theirs:
+            self._process = subprocess.Popen(
+                [*_confine(), SERVE],
+                stdin=theirs.fileno(),
+                cwd="/",
+                env={"PATH": PATH, "LANG": "C"},
+                start_new_session=True,
+            )
+        return self._socket
+
+    def _end(self) -> int:
+        """Have the process end, and return its exit status; negative: the signal that ended it."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(_ANSWER_S_MAX)
+        process.kill()
+        return process.wait()
+
+
+def _confine() -> list[str]:
+    """The argv of ``netloom confine``. In a checkout, an interpreter that loads only this module."""
+    if (program := path()) is not None:
+        return [program, "confine"]
+    packages = str(Path(__file__).parents[3])
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from netloom.confine import main"
+    return [sys.executable, "-S", "-E", "-P", "-c", f"{code}; sys.exit(main(sys.argv[1:]))", packages]
