@@ -215,6 +215,8 @@ class FakeHost:
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
+        self.revoked = True  # whether a flow is marked as revoked, once the flows are checked
+        self.told_revoked: list[bool] = []  # what each check of the flows was told about that
         self.hides_heartbeats = False
         self.looked_for: set[str] = set()  # next hops of routes
         self.unplaced: dict[str, str] = {}  # scope -> why its bridge leads to no NIC
@@ -251,8 +253,10 @@ class FakeHost:
         self.present[scope_id] = want
         return HostChanges(tuple(steps), () if want.gated else _announced(want, want.announce if opened else new))
 
-    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope, *, revoked: bool) -> bool:
         self.did.append(f"flows {old.revision if old else None} {new.revision}")
+        self.told_revoked.append(revoked)
+        return self.revoked
 
     def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(it for it in helpers if it in self.without_helpers)

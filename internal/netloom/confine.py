@@ -17,7 +17,8 @@ It is started as root, in the network namespace of the scope. The process keeps 
 It runs before each start of a service, so it imports only what it needs. After the root directory has changed nothing
 can be imported.
 
-``netloom confine serve`` does this in a fork of itself for each request of the agent (agent/processes/launcher.py).
+``netloom confine serve <idle seconds>`` does this in a fork of itself for each request of the agent
+(agent/processes/launcher.py).
 """
 
 from __future__ import annotations
@@ -121,9 +122,7 @@ _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
 _NOTIF_BYTES = 80
 _NOTIF_S_MAX = 10.0
 
-# The word that makes it serve requests; and the number of seconds after the last one, when it ends.
 SERVE = "serve"
-IDLE_S = 30.0
 REQUEST_BYTES_MAX = 1 << 16
 
 _USAGE = (
@@ -135,8 +134,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main(args: Sequence[str]) -> int:
     """Execute the program. Returns only on an error, with one line on stderr: 1 for wrong arguments, else 3."""
-    if list(args) == [SERVE]:
-        return _serve(socket.socket(fileno=os.dup(0)))
+    if args[:1] == [SERVE]:
+        return _serve(socket.socket(fileno=os.dup(0)), float(args[1]))
     try:
         uid, directory, placed, capabilities, demanded, data_mib, program, *arguments = args
         user, data_bytes = int(uid), int(data_mib) << 20
@@ -154,14 +153,14 @@ def main(args: Sequence[str]) -> int:
     return 3
 
 
-def _serve(requests: socket.socket) -> int:
-    """Answer each request with the pid of a new process, until nobody asks any more.
+def _serve(requests: socket.socket, idle_s: float) -> int:
+    """Answer each request with the pid of a new process, until there was none for ``idle_s`` seconds.
 
     A request is the arguments, with zero bytes between them, and two descriptors: of the network namespace, and for
     stdout and stderr.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps what the agent has started through us
-    requests.settimeout(IDLE_S)
+    requests.settimeout(idle_s)
     while True:
         try:
             request, descriptors, _, _ = socket.recv_fds(requests, REQUEST_BYTES_MAX, 2)

@@ -24,7 +24,7 @@ from kernel.supervised import BALANCED, NAMESPACE, NETWORK, RULE, SCOPE, namespa
 from netloom import confine
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.processes import balancer as asked_balancer
-from netloom.agent.processes import files, process, services
+from netloom.agent.processes import files, launcher, process, services
 from netloom.agent.processes.supervisor import Supervisor
 from netloom.render import dnsmasq, haproxy
 from netloom.render.service import Service, directory_of
@@ -154,7 +154,8 @@ def test_a_resolver_with_ipv6_starts_where_answers_are_impossible_and_is_named(
     main = Path(__file__).parents[2] / "cmd/netloom/main.py"
     program.write_text(HOST_WITHOUT_ANSWERS.format(python=sys.executable, number=number, error=error, main=main))
     program.chmod(0o755)
-    monkeypatch.setattr(process, "path", lambda: str(program))
+    monkeypatch.setattr(launcher, "path", lambda: str(program))
+    monkeypatch.setattr(process, "launcher", starting := launcher.Launcher())
     known = replace(NETWORK, implemented=True, vlan="9", cidr="10.10.1.0/24")
     resolver = dnsmasq.service(SCOPE, replace(known, ip6_cidr="fd00:9204::/64", ip6_gateway="fd00:9204::1"))
     subprocess.run(["ip", "-n", NAMESPACE, "addr", "add", "fd00:9204::1/64", "dev", "gst-9204", "nodad"], check=True)
@@ -165,6 +166,7 @@ def test_a_resolver_with_ipv6_starts_where_answers_are_impossible_and_is_named(
         assert (seen["NoNewPrivs"], seen["Seccomp"]) == ("1", "2")
         assert it.privileged(SCOPE) == ["dns-9204"]
         assert "does not let netloom answer system calls" in files.log_path(resolver).read_text()
+    starting.close()
 
 
 def advertises(host: socket.socket) -> bool:

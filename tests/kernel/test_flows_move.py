@@ -148,7 +148,7 @@ def _move(lab: Lab, other: SecondDevice, connect: Open, *names: str) -> None:
     assert asked(goes_on, PATIENCE_S) == dict.fromkeys(goes_on, True)
     assert lab.foreign_source_packets() == strays
     # They are ordinary connections of the scope: the next check keeps them.
-    assert flows.enforce(other.namespace, None, SCOPE) == 0
+    assert flows.enforce(other.namespace, None, SCOPE).ended == 0
 
 
 def test_open_connections_of_all_kinds_go_on_at_the_other_host(lab: Lab, other: SecondDevice, connect: Open) -> None:
@@ -354,7 +354,7 @@ def test_a_copied_flow_whose_rule_is_gone_ends_at_the_other_host(lab: Lab, other
     ends = connect(KINDS["port forward"], 0)
     stays = connect(KINDS["port forward of another exit"], 0)
     copied(lab, other)
-    assert flows.enforce(other.namespace, SCOPE, now) == 1
+    assert flows.enforce(other.namespace, SCOPE, now).ended == 1
     other.take_over()
     assert not delivers(*ends, QUIET_S)
     assert delivers(*stays)

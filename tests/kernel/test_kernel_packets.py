@@ -35,7 +35,9 @@ def test_revocations_wait_for_packets_in_flight_before_reading_conntrack(monkeyp
         host.start()
         done(host.call("020", "implement-network"))
         with host.within("cs-net-204"):
-            assert flows.enforce(None, open_, closed) == 0  # type: ignore[arg-type]
+            assert flows.enforce(None, open_, closed) == (0, False)  # type: ignore[arg-type]
             assert order == ["settled", "count"]
-            assert flows.enforce(None, closed, open_) == 0  # type: ignore[arg-type]
-    assert order == ["settled", "count", "count"]
+            assert flows.enforce(None, closed, open_) == (0, False)  # type: ignore[arg-type]
+            assert order == ["settled", "count", "count"]
+            assert flows.enforce(None, closed, open_, revoked=False) == (0, False)  # type: ignore[arg-type]
+    assert order == ["settled", "count", "count"], "nothing is asked if no flow is revoked"

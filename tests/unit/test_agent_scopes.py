@@ -50,6 +50,15 @@ async def test_open_flows_are_checked_when_the_state_has_changed(agent: Agent) -
     assert [it for it in agent.did if it.startswith("flows")] == ["flows 2 3"]
 
 
+@simulated
+async def test_each_check_of_the_flows_knows_what_the_last_one_left(agent: Agent) -> None:
+    await agent.live()
+    for port, left in (("2001", False), ("2002", False), ("2003", True), ("2004", False)):
+        agent.host.revoked = left
+        await agent.call("053", "add-port-forward", public_port=port)
+    assert agent.host.told_revoked[-4:] == [True, False, False, True]
+
+
 # ------------------------------------------------------------------------------------------------------------- order
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from netloom.agent.host import settled
 from netloom.agent.host.settled import Settled, change_settled
-from netloom.agent.kernel import nft_netlink
+from netloom.agent.kernel import kept, nft_netlink
 from netloom.plan.steps import Step
 from netloom.render.scope import render
 from unit.scopes import A1, A2, B1, wish
@@ -24,7 +24,7 @@ class Kernel:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, generation: int = 40) -> None:
         self.generation = generation
         self.did: list[Step] = []
-        monkeypatch.setattr(settled.kept, "netfilter", lambda *of: self)
+        monkeypatch.setattr(kept, "netfilter", lambda *of: self)
         monkeypatch.setattr(nft_netlink, "generation", lambda socket: self.generation)
         monkeypatch.setattr(settled, "apply", self.apply)
 

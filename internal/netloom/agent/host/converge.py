@@ -306,12 +306,12 @@ class KernelHost:
             apply(steps)
         return steps
 
-    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope, *, revoked: bool) -> bool:
         """Delete the open flows in ``namespace`` that ``new`` does not allow. ``old`` None: not known.
 
-        Raises HostRefused.
+        ``revoked``: whether a flow may be revoked; returns the same for afterwards. Raises HostRefused.
         """
-        flows.enforce(namespace, old, new)
+        return flows.enforce(namespace, old, new, revoked=revoked).revoked
 
     def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these conntrack helpers that the kernel does not offer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
@@ -16,20 +17,29 @@ from netloom.state import Scope
 _ANNOUNCEMENTS_MAX = 8  # in a row, of one connection by another
 
 
-def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
-    """Delete or revoke the flows in ``namespace`` that ``new`` does not allow, and return their number.
+class Enforced(NamedTuple):
+    """How many flows were deleted or revoked, and whether a revoked one may be left."""
+
+    ended: int
+    revoked: bool
+
+
+def enforce(namespace: str, old: Scope | None, new: Scope, *, revoked: bool = True) -> Enforced:
+    """Delete or revoke the flows in ``namespace`` that ``new`` does not allow.
 
     Call it when the ruleset of ``new`` is loaded: under the old ruleset, a deleted flow could open again. ``old`` None:
-    what was allowed before is not known, so all flows are checked. Raises HostRefused.
+    what was allowed before is not known, so all flows are checked. ``revoked``: whether a flow may be revoked. If none
+    is, an added rule needs no list of the flows. For that the kernel looks at all flows of the host, which takes 10 ms.
+    Raises HostRefused.
     """
     check: FlowCheck = "all" if old is None else flow_check(old, new)
-    if check == "none":
-        return 0
+    if check == "none" or (check == "revoked_only" and not revoked):
+        return Enforced(0, revoked)
     if check == "all":
         # A packet that passed the old rules could otherwise confirm its flow after we listed the flows.
         packets.settled()  # guard: packets-under-way-are-awaited
     if not conntrack.count(namespace):
-        return 0
+        return Enforced(0, revoked=False)
     mask = REVOKED if check == "revoked_only" else 0
     policy = FlowPolicy(new)
     by_action: dict[FlowAction, list[Entry]] = {"keep": [], "delete": [], "revoke": []}
@@ -38,7 +48,8 @@ def enforce(namespace: str, old: Scope | None, new: Scope) -> int:
     # Mark first, then delete, so that no packet of a revoked flow passes in between.
     conntrack.set_mark(namespace, by_action["revoke"], REVOKED, REVOKED)
     conntrack.delete(namespace, by_action["delete"])
-    return len(by_action["delete"]) + len(by_action["revoke"])
+    left = any(entry.mark & REVOKED for entry in by_action["keep"])
+    return Enforced(len(by_action["delete"]) + len(by_action["revoke"]), left or bool(by_action["revoke"]))
 
 
 def listing(namespace: str) -> Listing:

@@ -21,7 +21,7 @@ from netloom.agent.kernel.netlink import Socket
 from netloom.agent.kernel.nft import Nft
 
 KEPT_S = 1.0
-_KEPT_MAX = 16  # of each kind; libnftables needs low descriptors
+_KEPT_MAX = 64  # of each kind; libnftables needs low descriptors
 
 
 class _Closable(Protocol):

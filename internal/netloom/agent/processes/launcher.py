@@ -1,7 +1,7 @@
 """The process that starts the services: ``netloom confine serve``, a child of the agent.
 
 It has loaded what ``netloom confine`` needs, so a service starts with a fork instead of an interpreter. It ends when
-nothing was started for ``confine.IDLE_S`` seconds, and with the agent.
+nothing was started for ``IDLE_S`` seconds, and with the agent.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from netloom.confine import REQUEST_BYTES_MAX, SERVE
 from netloom.errors import HostRefused
 from netloom.program import path
 
+IDLE_S = 30.0
 _ANSWER_S_MAX = 10.0
 
 
 class Launcher:
     """Starts confined programs. Any thread may use it."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_s: float = IDLE_S) -> None:
+        self._idle_s = idle_s
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -73,7 +75,7 @@ class Launcher:
         self._socket.settimeout(_ANSWER_S_MAX)
         with theirs:
             self._process = subprocess.Popen(
-                [*_confine(), SERVE],
+                [*_confine(), SERVE, str(self._idle_s)],
                 stdin=theirs.fileno(),
                 cwd="/",
                 env={"PATH": PATH, "LANG": "C"},

@@ -30,7 +30,7 @@ TERMINATE_S = 2.0  # for SIGTERM, and again for SIGKILL
 RUN_S_MAX = 20.0
 
 _libc = ctypes.CDLL(None)
-_launcher = Launcher()
+launcher = Launcher()
 
 
 class Record(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ def start(service: Service, namespace: str, uid: int, log: Path) -> int:
     log.unlink(missing_ok=True)  # an earlier process may still write to the old one
     output = open_log(log)
     try:
-        return _launcher.launch([*confined, program, *service.argv[1:]], namespace, output)
+        return launcher.launch([*confined, program, *service.argv[1:]], namespace, output)
     finally:
         os.close(output)
 

@@ -48,8 +48,11 @@ class Host(Protocol):
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         """Make the host what the scope wants. Raises HostRefused or ForeignScope."""
 
-    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope) -> None:
-        """Delete the open flows that ``new`` does not allow. ``old`` None: not known. Raises HostRefused."""
+    def enforce_flows(self, namespace: str, old: Scope | None, new: Scope, *, revoked: bool) -> bool:
+        """Delete the open flows that ``new`` does not allow. ``old`` None: not known. Raises HostRefused.
+
+        ``revoked``: whether a flow may be revoked; returns the same for afterwards.
+        """
 
     def missing_helpers(self, helpers: tuple[str, ...]) -> tuple[str, ...]:
         """Those of these conntrack helpers that the kernel does not offer."""

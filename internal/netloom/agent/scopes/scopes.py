@@ -469,7 +469,9 @@ class Scopes:
             self._note_blocked(slot, self._blocked(want))
         if slot.scope is not None:
             if want.namespace and slot.enforced_scope is not slot.scope:
-                self._host.enforce_flows(want.namespace, slot.enforced_scope, slot.scope)
+                slot.revoked = self._host.enforce_flows(
+                    want.namespace, slot.enforced_scope, slot.scope, revoked=slot.revoked
+                )
             slot.enforced_scope = slot.scope
             failed: tuple[ServiceFailure, ...] = ()
             if want.namespace:

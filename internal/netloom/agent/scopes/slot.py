@@ -41,6 +41,7 @@ class Slot:
         self.rendered: tuple[Scope | None, Want] | None = None
         self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
         self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
+        self.revoked = True  # with that: whether a flow may be revoked
         self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
         self.blocked: list[str] = []  # what keeps frames from passing the host's firewall, as it was logged
         self.blocked_untold: list[str] = []  # of that, what no reply has named yet
