@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from itertools import groupby, islice
+from operator import attrgetter, lt
 
 import msgspec
 from msgspec.structs import replace
@@ -14,6 +17,8 @@ from netloom.state import PROTOCOLS_WITH_PORTS, Firewall, FirewallRule, Ports, P
 
 ICMP_MAX = 255  # the largest type and code (RFC 792)
 _PORT_MAX = 65535
+_RULES_KEPT = 20_000  # a list comes as a whole with each change of it
+_by_id = attrgetter("rule_id")
 
 
 def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Scope:
@@ -27,19 +32,27 @@ def apply_fw_rules(scope: Scope, payload: ApplyFwRules, context: Context) -> Sco
     rules: list[FirewallRule] = []
     for rule in given.items:
         denies = rule.type == "egress" and given.default_egress_allow
-        rules += _rules(rule, denies=denies)
+        rules += _known_rules(rule, denies)
         if rule.type == "ingress" and not rule.public_ip:
             left_out.append(f"rule {int(rule.id)}: CloudStack did not find its public address")
         if not rule.protocol:
             left_out.append(f"rule {int(rule.id)}: its protocol is not a whole name of a protocol")
-    rules.sort(key=lambda rule: (rule.rule_id, msgspec.json.encode(rule)))
-    firewall = Firewall(default_egress_allow=given.default_egress_allow, rules=tuple(rules))
+    firewall = Firewall(default_egress_allow=given.default_egress_allow, rules=_sorted(rules))
     network = replace(network_of(scope, payload, context), firewall=firewall)
-    scope = replace(scope, public_ips=_with_addresses(scope, payload, rules))
+    scope = replace(scope, public_ips=_with_addresses(scope, payload, firewall.ingress))
     return with_left_out(with_network(scope, network), "apply-fw-rules", network.network_id, left_out)
 
 
-def _with_addresses(scope: Scope, payload: ApplyFwRules, rules: Iterable[FirewallRule]) -> dict[str, PublicIp]:
+def _sorted(rules: list[FirewallRule]) -> tuple[FirewallRule, ...]:
+    """By id. A rule with several protocols gives several rules with its id."""
+    rules.sort(key=_by_id)
+    if all(map(lt, map(_by_id, rules), map(_by_id, islice(rules, 1, None)))):
+        return tuple(rules)
+    same_id = (list(group) for _, group in groupby(rules, key=_by_id))
+    return tuple(it for group in same_id for it in sorted(group, key=msgspec.json.encode))
+
+
+def _with_addresses(scope: Scope, payload: ApplyFwRules, named: Iterable[str]) -> dict[str, PublicIp]:
     """The public addresses with those of the rules: CloudStack may send a rule before assign-ip.
 
     While CloudStack shuts the network down, it still sends the rules, and nothing is assigned anew.
@@ -47,10 +60,16 @@ def _with_addresses(scope: Scope, payload: ApplyFwRules, rules: Iterable[Firewal
     assigned = dict(scope.public_ips)
     if is_shutting_down(payload):
         return assigned
-    for address in sorted({it.public_ip for it in rules} - assigned.keys() - {""}):
+    for address in sorted(set(named) - assigned.keys()):
         if held := address_next_to(assigned.values(), address, str(payload.network_id)):
             assigned[address] = held
     return assigned
+
+
+@lru_cache(maxsize=_RULES_KEPT)
+def _known_rules(rule: FwRule, denies: bool) -> tuple[FirewallRule, ...]:
+    """``_rules``, once for each rule, so that a rule of the list before is the same object."""
+    return tuple(_rules(rule, denies=denies))
 
 
 def _rules(rule: FwRule, *, denies: bool) -> Iterator[FirewallRule]:

@@ -75,8 +75,7 @@ def with_unassigned_told(scope: Scope) -> Scope:
     The lists of firewall and load balancer rules name addresses without their VLAN (:func:`address_next_to`).
     """
     for network in scope.networks.values():
-        firewall = network.firewall.rules if network.firewall is not None else ()
-        named = {it.public_ip for it in firewall if it.public_ip}
+        named = set(network.firewall.ingress) if network.firewall is not None else set()
         named |= {it.public_ip for it in scope.lb_rules.values() if it.network_id == network.network_id}
         reasons = [
             f"the rules of {address}: its VLAN is not known before its assign-ip"
@@ -193,7 +192,7 @@ def address_next_to(assigned: Iterable[PublicIp], address: str, network_id: str)
 def _firewalled_addresses(scope: Scope) -> set[str]:
     """The public addresses with ingress rules. CloudStack counts these rules, too, before it releases an address."""
     firewalls = [network.firewall for network in scope.networks.values() if network.firewall is not None]
-    return {rule.public_ip for firewall in firewalls for rule in firewall.rules if rule.public_ip}
+    return {address for firewall in firewalls for address in firewall.ingress}
 
 
 def _required(public_ip: str) -> str:

@@ -63,7 +63,7 @@ def _protocol(text: str) -> str:
     return text if text in ("tcp", "udp", "icmp", "all") else _NUMBERS.get(text, "")
 
 
-class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class FwRule(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
     """One rule. Absent ports, ICMP numbers and empty CIDR lists mean any."""
 
     type: Direction

@@ -6,6 +6,7 @@ disagree. The result does not depend on the order in which CloudStack sent its c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
@@ -19,7 +20,7 @@ from netloom.render.acl import Acl, acl_of
 from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
 
-class ForwardedPorts(msgspec.Struct, frozen=True):
+class ForwardedPorts(msgspec.Struct, frozen=True, gc=False):
     """Ports of a public address that are translated by exactly one forward. No two of these ranges overlap."""
 
     ports: Ports
@@ -104,7 +105,19 @@ class Active(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def active(scope: Scope | None) -> Active:
-    """The active part of ``scope``."""
+    """The active part of ``scope``. It is computed once for each of the last states: all of ``render`` asks for it."""
+    for known, found in tuple(_recent):
+        if known is scope:
+            return found
+    found = _active(scope)
+    _recent.append((scope, found))
+    return found
+
+
+_recent: deque[tuple[Scope | None, Active]] = deque(maxlen=32)  # twice as many as worker threads
+
+
+def _active(scope: Scope | None) -> Active:
     networks = _networks(scope)
     if scope is None or not (networks or scope.vpc_implemented):
         return Active()
@@ -197,16 +210,16 @@ def _ingress(
     An address of a VPC has a firewall only if CloudStack sent firewall rules for the tier that uses the address.
     """
     with_firewall = {network.network_id for network in networks if network.firewall is not None}
-    found: dict[str, list[FirewallRule]] = {
-        it.address: []
+    found: dict[str, tuple[FirewallRule, ...]] = {
+        it.address: ()
         for it in held
         if not scope.is_vpc or it.network_id in with_firewall  # guard: a-tiers-firewall-is-asked-too
     }
     for network in networks:
-        for rule in network.firewall.rules if network.firewall else ():
-            if rule.direction == "ingress" and rule.public_ip in found:
-                found[rule.public_ip].append(rule)
-    return {address: tuple(rules) for address, rules in found.items()}
+        for address, rules in (network.firewall.ingress if network.firewall else {}).items():
+            if address in found:
+                found[address] += rules
+    return found
 
 
 def _plain(scope: Scope, networks: tuple[Network, ...]) -> bool:

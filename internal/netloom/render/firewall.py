@@ -11,7 +11,9 @@ of lines and not with all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from ipaddress import IPv6Network, collapse_addresses
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -27,12 +29,13 @@ ANY_PORT = (0, 65535)
 # A chain of some dozens of lines costs a new flow less than 10 us, a chain of a thousand lines 32 us (measured 2026).
 LINES_MAX = 64
 _LINES_PER_CHAIN = 32
+_KEPT = 20_000  # rules whose lines are kept: of a list that changes, all but one rule are those of the list before
 
 Cidrs = tuple[str, ...]  # sorted, collapsed; empty: any
 Ranges = tuple[tuple[int, int], ...]  # sorted, disjoint; empty: any
 
 
-class Line(msgspec.Struct, frozen=True, order=True):
+class Line(msgspec.Struct, frozen=True, order=True, gc=False):
     """A rule without its verdict, and the range of ports that it can match."""
 
     first: int
@@ -40,7 +43,7 @@ class Line(msgspec.Struct, frozen=True, order=True):
     text: str  # empty: every packet
 
 
-class Match(msgspec.Struct, frozen=True, kw_only=True):
+class Match(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The packets that one rule, or several merged rules, match. Empty and ``None`` mean any.
 
     ``family``: 4 or 6 restricts the match to one family. 0: no restriction besides that of the prefixes.
@@ -54,14 +57,14 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
     sources: Cidrs = ()
     dests: Cidrs = ()
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> tuple[Line, ...]:
         """The nftables expressions: one line for each combination of port range and prefix length."""
-        return [
+        return tuple(
             Line(first, last, " ".join(part for part in (self._family(source + dest), source, dest, protocol) if part))
             for source in _addresses("saddr", self.sources)
             for dest in _addresses("daddr", self.dests)
             for first, last, protocol in self._protocols()
-        ]
+        )
 
     def _family(self, addresses: str) -> str:
         return f"meta nfproto ipv{self.family}" if self.family and not addresses else ""
@@ -81,6 +84,11 @@ class Match(msgspec.Struct, frozen=True, kw_only=True):
                 return [(*ANY_PORT, "")]
             case number:
                 return [(first, last, _by_number(number, first, last)) for first, last in self.ports or (ANY_PORT,)]
+
+
+_BUT_FOR = {
+    field: attrgetter(*(it for it in Match.__struct_fields__ if it != field)) for field in ("sources", "dests", "ports")
+}
 
 
 def cidrs(given: Iterable[str], family: Family = 4) -> Cidrs | None:
@@ -115,25 +123,29 @@ def matches(rules: Iterable[FirewallRule], *, ip6: bool = False) -> list[Match]:
 
 
 def _matches(rules: Iterable[FirewallRule], family: Literal[0, 4, 6]) -> list[Match]:
-    found: list[Match] = []
-    for rule in rules:
-        sources, dests = cidrs(rule.source_cidrs, family or 4), cidrs(rule.dest_cidrs, family or 4)
-        if sources is None or dests is None:
-            continue
-        if rule.protocol in PROTOCOLS_WITH_PORTS:
-            ports = (rule.ports.first, rule.ports.last) if rule.ports else ANY_PORT
-            found.append(Match(protocol=rule.protocol, ports=(ports,), sources=sources, dests=dests))
-        elif rule.protocol == "icmp":
-            # CloudStack's -1 means any. A code without a type is ignored.
-            type_ = rule.icmp_type if rule.icmp_type is not None and rule.icmp_type >= 0 else None
-            code = rule.icmp_code if type_ is not None and (rule.icmp_code or 0) >= 0 else None
-            found.append(Match(protocol="icmp", icmp_type=type_, icmp_code=code, sources=sources, dests=dests))
-        else:
-            found.append(Match(protocol=rule.protocol, sources=sources, dests=dests))
-    found = [msgspec.structs.replace(it, family=family) for it in found]
+    found = [match for rule in rules if (match := _match(rule, family)) is not None]
     found = _merge(found, "sources")
     found = _merge(found, "dests")
     return _merge(found, "ports")
+
+
+@lru_cache(maxsize=_KEPT)
+def _match(rule: FirewallRule, family: Literal[0, 4, 6]) -> Match | None:
+    """The packets of this family that one rule matches; None: it matches none."""
+    sources, dests = cidrs(rule.source_cidrs, family or 4), cidrs(rule.dest_cidrs, family or 4)
+    if sources is None or dests is None:
+        return None
+    if rule.protocol in PROTOCOLS_WITH_PORTS:
+        ports = (rule.ports.first, rule.ports.last) if rule.ports else ANY_PORT
+        return Match(protocol=rule.protocol, family=family, ports=(ports,), sources=sources, dests=dests)
+    if rule.protocol == "icmp":
+        # CloudStack's -1 means any. A code without a type is ignored.
+        type_ = rule.icmp_type if rule.icmp_type is not None and rule.icmp_type >= 0 else None
+        code = rule.icmp_code if type_ is not None and (rule.icmp_code or 0) >= 0 else None
+        return Match(
+            protocol="icmp", family=family, icmp_type=type_, icmp_code=code, sources=sources, dests=dests
+        )
+    return Match(protocol=rule.protocol, family=family, sources=sources, dests=dests)
 
 
 def verdicts(
@@ -146,9 +158,12 @@ def verdicts(
     wanted = matches(rules, ip6=ip6)
     written: list[str] = []
     chains: list[Chain] = []
-    numbers = sorted({it.protocol for it in wanted if it.protocol.isdigit()}, key=int)
+    by_protocol: dict[str, list[Line]] = {}
+    for match in wanted:
+        by_protocol.setdefault(match.protocol, []).extend(_lines(match))
+    numbers = sorted(filter(str.isdigit, by_protocol), key=int)
     for protocol in ("all", "icmp", *numbers, "tcp", "udp"):
-        lines = sorted(line for match in wanted if match.protocol == protocol for line in match.lines())
+        lines = sorted(by_protocol.get(protocol, ()))
         if len(lines) <= LINES_MAX or protocol not in ("tcp", "udp"):
             written += [f"{line.text} {verdict}".strip() for line in lines]
             continue
@@ -160,15 +175,26 @@ def verdicts(
     return tuple(written), chains
 
 
+@lru_cache(maxsize=_KEPT)
+def _lines(match: Match) -> tuple[Line, ...]:
+    """The lines of a match, written once."""
+    return match.lines()
+
+
 def _merge(found: list[Match], field: Literal["sources", "dests", "ports"]) -> list[Match]:
     """Replace matches that differ in this field only by one match with the union of the field."""
-    groups: dict[Match, list[Match]] = {}
+    but_for = _BUT_FOR[field]
+    if len(set(map(but_for, found))) == len(found):
+        return found
+    groups: dict[tuple[object, ...], list[Match]] = {}
     for match in found:
-        groups.setdefault(msgspec.structs.replace(match, **{field: ()}), []).append(match)
+        groups.setdefault(but_for(match), []).append(match)
     union = _union_of_ports if field == "ports" else _union_of_prefixes
     return [
-        msgspec.structs.replace(base, **{field: union([getattr(match, field) for match in group])})
-        for base, group in groups.items()
+        msgspec.structs.replace(group[0], **{field: union([getattr(match, field) for match in group])})
+        if len(group) > 1
+        else group[0]
+        for group in groups.values()
     ]
 
 

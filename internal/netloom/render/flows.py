@@ -9,9 +9,9 @@ ports. So the entry of such a flow stays and gets the mark ``marks.REVOKED``, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +33,9 @@ _UNSPECIFIED = "0.0.0.0"
 _ECHO_REQUEST_V6 = 128
 _DNS = {(UDP, DNS_PORT), (TCP, DNS_PORT)}
 _SERVICES = {*((UDP, port) for port in SERVICE_PORTS_UDP), *((TCP, port) for port in SERVICE_PORTS_TCP)}
+
+_T = TypeVar("_T")
+_List = tuple[bool, tuple[FirewallRule, ...]]  # a list of rules, after what holds without a rule
 
 FlowAction = Literal["keep", "delete", "revoke"]
 FlowCheck = Literal["none", "revoked_only", "all"]
@@ -120,7 +123,7 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
-    same = _flow_rules(before, _open_to_all(old)) == _flow_rules(after, _open_to_all(new))
+    same = _flow_rules(before) == _flow_rules(after) and _same_lists(before, after, _open_to_all(old), _open_to_all(new))
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -411,8 +414,8 @@ def _open_to_all(scope: Scope | None) -> bool:
     return scope is not None and scope.ingress_open
 
 
-def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
-    """Everything that decides about flows, as a value that can be compared."""
+def _flow_rules(now: Active) -> tuple[object, ...]:
+    """Everything that decides about flows, as a value that can be compared, except the firewall's rules."""
     return (
         _subnets(now),
         _exits_by_address(now),
@@ -423,9 +426,22 @@ def _flow_rules(now: Active, open_to_all: bool) -> tuple[object, ...]:
         now.port_forwards,
         _balancing(now),
         now.acls,
-        open_to_all or {address: _without_ids(rules) for address, rules in now.ingress.items()},
-        {it.network_id: _egress(it) for it in now.networks},
     )
+
+
+def _same_lists(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
+    """Whether the firewall's rules are the same, whatever their ids."""
+    was, now = (_firewall_lists(*it) for it in ((before, was_open), (after, is_open)))
+    return was.keys() == now.keys() and all(
+        default == now[key][0] and not lacks(now[key][1], rules, _without_id) and not lacks(rules, now[key][1], _without_id)
+        for key, (default, rules) in was.items()
+    )
+
+
+def _firewall_lists(now: Active, open_to_all: bool) -> dict[tuple[str, str], _List]:
+    """The default and the rules of each list: the ingress of addresses, the egress of networks."""
+    ingress = {} if open_to_all else {("ingress", address): (False, rules) for address, rules in now.ingress.items()}
+    return ingress | {("egress", it.network_id): _egress(it) for it in now.networks} | {("open", ""): (open_to_all, ())}
 
 
 def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
@@ -441,10 +457,10 @@ def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: boo
     ):
         return True
     # With new static NAT the address no longer replies itself, so any difference counts.
-    if before.static_nats != after.static_nats or not set(before.port_forwards) <= set(after.port_forwards):
+    if before.static_nats != after.static_nats or lacks(after.port_forwards, before.port_forwards):
         return True
     # A guest may have an open flow with the port that is now forwarded to another guest.
-    if not set(forwarded_udp(after)) <= set(forwarded_udp(before)):
+    if lacks(forwarded_udp(before), forwarded_udp(after)):
         return True
     if not _balancing(before) <= _balancing(after):
         return True
@@ -493,27 +509,40 @@ def _balancing(now: Active) -> frozenset[tuple[str, int, str, int]]:
     return frozenset(udp | tcp | tiers)
 
 
-def _egress(network: Network) -> tuple[bool, frozenset[FirewallRule]]:
+def _egress(network: Network) -> _List:
     """Whether egress is allowed by default, and the rules that are exceptions from the default."""
     if network.firewall is None:
-        return True, frozenset()
-    rules = _without_ids(it for it in network.firewall.rules if it.direction == "egress")
-    return network.firewall.default_egress_allow, rules
+        return True, ()
+    return network.firewall.default_egress_allow, network.firewall.egress
 
 
-def _egress_narrowed(was: tuple[bool, frozenset[FirewallRule]], now: tuple[bool, frozenset[FirewallRule]]) -> bool:
+def _egress_narrowed(was: _List, now: _List) -> bool:
     """Whether the change forbids egress that was allowed. If unsure, True."""
     if now[0]:
-        return not now[1] <= (was[1] if was[0] else frozenset())
-    return was[0] or not was[1] <= now[1]
+        return lacks(was[1] if was[0] else (), now[1], _without_id)
+    return was[0] or lacks(now[1], was[1], _without_id)
 
 
 def _ingress_narrowed(before: Active, after: Active, address: str) -> bool:
     """Whether the change forbids ingress to an address. An address without a firewall allows everything."""
     was, now = before.ingress.get(address), after.ingress.get(address)
-    return now is not None and (was is None or not _without_ids(was) <= _without_ids(now))
+    return now is not None and (was is None or lacks(now, was, _without_id))
 
 
-def _without_ids(rules: Iterable[FirewallRule]) -> frozenset[FirewallRule]:
-    """Rules without their ids, because CloudStack may send the same rule with another id."""
-    return frozenset(msgspec.structs.replace(it, rule_id=0) for it in rules)
+def lacks(
+    these: Collection[_T], others: Collection[_T], value: Callable[[_T], object] = lambda it: it
+) -> bool:
+    """Whether one of ``others`` has a value that none of ``these`` has.
+
+    Of two states, most objects are the same in both. Values are computed and compared only for those that are not.
+    """
+    same = set(map(id, these)).intersection(map(id, others))
+    left = {value(it) for it in others if id(it) not in same}
+    if left:
+        left -= {value(it) for it in these if id(it) not in same}
+    return bool(left) and not left <= set(map(value, these))
+
+
+def _without_id(rule: FirewallRule) -> FirewallRule:
+    """A rule without its id, because CloudStack may send the same rule with another id."""
+    return msgspec.structs.replace(rule, rule_id=0)

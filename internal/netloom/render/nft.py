@@ -454,9 +454,8 @@ def _egress(network: Network) -> list[Chain]:
     if firewall is None:
         return [Chain(name=name, rules=("accept",))]
     default, listed = ("accept", "drop") if firewall.default_egress_allow else ("drop", "accept")
-    rules = (it for it in firewall.rules if it.direction == "egress")
     lines, chains = verdicts(
-        rules,
+        firewall.egress,
         listed,
         name,
         ip6=network.has_ip6,  # guard: egress-rules-are-about-ipv6-too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -12,7 +13,7 @@ from netloom.state.nat import Ports
 PROTOCOLS_WITH_PORTS = frozenset({"tcp", "udp", "33", "132", "136"})
 
 
-class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
+class FirewallRule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One rule. None and empty mean any."""
 
     rule_id: int
@@ -26,7 +27,7 @@ class FirewallRule(msgspec.Struct, frozen=True, kw_only=True):
     dest_cidrs: tuple[str, ...] = ()
 
 
-class Firewall(msgspec.Struct, frozen=True, kw_only=True):
+class Firewall(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The firewall's rules and its egress policy (docs/protocol.md, section 3, fw_rules).
 
     ``default_egress_allow``: if True, egress is allowed and egress rules deny; otherwise egress rules allow.
@@ -34,3 +35,17 @@ class Firewall(msgspec.Struct, frozen=True, kw_only=True):
 
     default_egress_allow: bool
     rules: tuple[FirewallRule, ...] = ()
+
+    @cached_property
+    def egress(self) -> tuple[FirewallRule, ...]:
+        """The egress rules."""
+        return tuple(it for it in self.rules if it.direction == "egress")
+
+    @cached_property
+    def ingress(self) -> dict[str, tuple[FirewallRule, ...]]:
+        """The ingress rules by their public address."""
+        found: dict[str, list[FirewallRule]] = {}
+        for rule in self.rules:
+            if rule.direction == "ingress" and rule.public_ip:
+                found.setdefault(rule.public_ip, []).append(rule)
+        return {address: tuple(rules) for address, rules in found.items()}

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 
-class Ports(msgspec.Struct, frozen=True, order=True):
+class Ports(msgspec.Struct, frozen=True, order=True, gc=False):
     """An inclusive range of ports, 0 to 65535; a single port is a range of one."""
 
     first: int
@@ -47,7 +47,7 @@ class StaticNat(msgspec.Struct, frozen=True, kw_only=True):
     network_id: str
 
 
-class PortForward(msgspec.Struct, frozen=True, kw_only=True):
+class PortForward(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Ports of a public address that are translated to ports of a guest: each to its own, or all to one port."""
 
     public_ip: str
