@@ -7,10 +7,11 @@ disagree. The result does not depend on the order in which CloudStack sent its c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_network
 from itertools import pairwise
+from operator import attrgetter, lt
 
 import msgspec
 from msgspec.structs import replace
@@ -18,6 +19,9 @@ from msgspec.structs import replace
 from netloom.render import second_nics
 from netloom.render.acl import Acl, acl_of
 from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
+
+
+_FIRST_PORT, _LAST_PORT = attrgetter("public_ports.first"), attrgetter("public_ports.last")
 
 
 class ForwardedPorts(msgspec.Struct, frozen=True, gc=False):
@@ -132,10 +136,7 @@ def _active(scope: Scope | None) -> Active:
     for nat in static_nats:
         # A guest with several public addresses uses the lowest, so that its source address does not change.
         static_sources.setdefault(nat.private_ip, held_at[nat.public_ip])
-    forwards = [
-        it for it in scope.port_forwards.values() if it.public_ip in held_at and _network_of(networks, it.private_ip)
-    ]
-    forwards.sort(key=lambda it: (as_number(it.public_ip), it.protocol, it.public_ports, it.key))
+    forwards = _effective_forwards(scope, networks, held_at)
     balanced = [
         replace(it, backends=tuple(end for end in it.backends if _network_of(networks, end.ip)))
         for it in scope.lb_rules.values()
@@ -151,8 +152,8 @@ def _active(scope: Scope | None) -> Active:
         source_nat=next((it for it in held if it.source_nat), None),
         static_nats=static_nats,
         static_sources=static_sources,
-        port_forwards=tuple(forwards),
-        forwarded=tuple(_forwarded(forwards)),
+        port_forwards=tuple(it for group in forwards for it in group),
+        forwarded=tuple(it for group in forwards for it in _forwarded(group)),
         ingress=_ingress(scope, networks, held),
         balanced=tuple(sorted(balanced, key=lambda it: it.rule_id)),
         device_for_all=second_nics.device_for_all(networks),
@@ -162,9 +163,10 @@ def _active(scope: Scope | None) -> Active:
 
 def target_port(forward: PortForward, public_port: int) -> int:
     """The guest's port for a public port. Ranges of equal size map one to one, otherwise all ports map to one."""
-    if forward.private_ports.count != forward.public_ports.count:
-        return forward.private_ports.first
-    return forward.private_ports.first + public_port - forward.public_ports.first
+    private, public = forward.private_ports, forward.public_ports
+    if private.last - private.first != public.last - public.first:
+        return private.first
+    return private.first + public_port - public.first
 
 
 @lru_cache(maxsize=65536)
@@ -247,17 +249,28 @@ def _exits(held: Iterable[PublicIp]) -> tuple[Exit, ...]:
     )
 
 
-def _forwarded(forwards: list[PortForward]) -> list[ForwardedPorts]:
-    found: list[ForwardedPorts] = []
+def _effective_forwards(
+    scope: Scope, networks: tuple[Network, ...], held: Collection[str]
+) -> list[list[PortForward]]:
+    """The port forwards of held addresses to guests, for each address and protocol, by their ports."""
     groups: dict[tuple[str, str], list[PortForward]] = {}
-    for forward in forwards:
-        groups.setdefault((forward.public_ip, forward.protocol), []).append(forward)
+    guests: dict[str, bool] = {}  # many forwards lead to the same guest
+    for it in scope.port_forwards.values():
+        if it.private_ip not in guests:
+            guests[it.private_ip] = _network_of(networks, it.private_ip) is not None
+        if guests[it.private_ip] and it.public_ip in held:
+            groups.setdefault((it.public_ip, it.protocol), []).append(it)
     for group in groups.values():
-        if all(before.public_ports.last < after.public_ports.first for before, after in pairwise(group)):
-            found += [ForwardedPorts(it.public_ports, it) for it in group]
-        else:
-            found += _disjoint(group)
-    return found
+        group.sort(key=_LAST_PORT)
+        group.sort(key=_FIRST_PORT)
+    return [groups[key] for key in sorted(groups, key=lambda it: (as_number(it[0]), it[1]))]
+
+
+def _forwarded(forwards: list[PortForward]) -> list[ForwardedPorts]:
+    """Of forwards of one address and protocol, by their ports."""
+    if all(map(lt, map(_LAST_PORT, forwards), map(_FIRST_PORT, forwards[1:]))):
+        return [ForwardedPorts(it.public_ports, it) for it in forwards]
+    return _disjoint(forwards)
 
 
 def _disjoint(forwards: list[PortForward]) -> list[ForwardedPorts]:

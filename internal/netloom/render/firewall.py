@@ -15,6 +15,7 @@ from functools import lru_cache
 from ipaddress import IPv6Network, collapse_addresses
 from operator import attrgetter
 from typing import Literal
+from zlib import crc32
 
 import msgspec
 
@@ -28,7 +29,7 @@ ANY_PORT = (0, 65535)
 
 # A chain of some dozens of lines costs a new flow less than 10 us, a chain of a thousand lines 32 us (measured 2026).
 LINES_MAX = 64
-_LINES_PER_CHAIN = 32
+_LINES_PER_CHAIN = 32  # on average
 _KEPT = 20_000  # rules whose lines are kept: of a list that changes, all but one rule are those of the list before
 
 Cidrs = tuple[str, ...]  # sorted, collapsed; empty: any
@@ -41,6 +42,7 @@ class Line(msgspec.Struct, frozen=True, order=True, gc=False):
     first: int
     last: int
     text: str  # empty: every packet
+    ends_chain: bool
 
 
 class Match(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -60,7 +62,7 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def lines(self) -> tuple[Line, ...]:
         """The nftables expressions: one line for each combination of port range and prefix length."""
         return tuple(
-            Line(first, last, " ".join(part for part in (self._family(source + dest), source, dest, protocol) if part))
+            _line(first, last, " ".join(part for part in (self._family(source + dest), source, dest, protocol) if part))
             for source in _addresses("saddr", self.sources)
             for dest in _addresses("daddr", self.dests)
             for first, last, protocol in self._protocols()
@@ -167,10 +169,15 @@ def verdicts(
         if len(lines) <= LINES_MAX or protocol not in ("tcp", "udp"):
             written += [f"{line.text} {verdict}".strip() for line in lines]
             continue
-        for at in range(0, len(lines), _LINES_PER_CHAIN):
-            near = lines[at : at + _LINES_PER_CHAIN]
-            chain = f"{prefix}_{protocol}_{at // _LINES_PER_CHAIN}"
-            written.append(f"{protocol} dport {_span(near[0].first, max(it.last for it in near))} jump {chain}")
+        parts = _parts(lines)
+        for at, near in enumerate(parts):
+            first, last = near[0].first, max(it.last for it in near)
+            # To where the next part begins, so that a new line in the middle of a part changes this part only.
+            last = max(last, parts[at + 1][0].first - 1 if at + 1 < len(parts) else ANY_PORT[1])
+            chain = f"{prefix}_{protocol}_{first}"
+            if at and parts[at - 1][0].first == first:
+                chain += f"_{at}"
+            written.append(f"{protocol} dport {_span(first, last)} jump {chain}")
             chains.append(Chain(name=chain, rules=tuple(f"{line.text} {verdict}" for line in near)))
     return tuple(written), chains
 
@@ -179,6 +186,23 @@ def verdicts(
 def _lines(match: Match) -> tuple[Line, ...]:
     """The lines of a match, written once."""
     return match.lines()
+
+
+def _line(first: int, last: int, text: str) -> Line:
+    return Line(first, last, text, crc32(text.encode()) % _LINES_PER_CHAIN == 0)
+
+
+def _parts(lines: list[Line]) -> list[list[Line]]:
+    """Sorted lines in parts of ``LINES_MAX`` at most.
+
+    The lines themselves say where a part ends, not their number. So one line more or less changes one part.
+    """
+    parts: list[list[Line]] = [[]]
+    for line in lines:
+        parts[-1].append(line)
+        if line.ends_chain or len(parts[-1]) == LINES_MAX:
+            parts.append([])
+    return parts if parts[-1] else parts[:-1]
 
 
 def _merge(found: list[Match], field: Literal["sources", "dests", "ports"]) -> list[Match]:

@@ -229,17 +229,25 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
 
     No other guest may use such a port as its source port outside. Otherwise, after the forward has moved to another
     guest, the next datagram of the old guest would take over the new guest's remote end.
+
+    Single ports and ranges have their own sets: nft lists all elements of an interval set before it adds one.
     """
-    forwarded: dict[str, str] = {}
-    own: dict[str, str] = {}
+    forwarded: tuple[dict[str, str], dict[str, str]] = {}, {}
+    own: tuple[dict[str, str], dict[str, str]] = {}, {}
     for part in forwarded_udp(now):
-        forwarded[str(part.ports)] = ""
-        if keeps_port(part, part.ports.first):
-            last = max(at for at in (part.ports.first, part.ports.last) if keeps_port(part, at))
-            own[f"{part.forward.private_ip} . {Ports(part.ports.first, last)}"] = ""
-    return (
-        NftSet(name="forwarded_udp", kind="set", type="inet_service", flags="interval", elements=forwarded),
-        NftSet(name="forwarded_udp_own", kind="set", type="ipv4_addr . inet_service", flags="interval", elements=own),
+        first, last = part.ports.first, part.ports.last
+        is_range = first != last
+        forwarded[is_range][str(part.ports)] = ""
+        if keeps_port(part, first):
+            kept = Ports(first, last if is_range and keeps_port(part, last) else first)
+            own[is_range][f"{part.forward.private_ip} . {kept}"] = ""
+    return tuple(
+        NftSet(name=name + suffix, kind="set", type=type_, flags=flags, elements=elements[is_range])
+        for name, type_, elements in (
+            ("forwarded_udp", "inet_service", forwarded),
+            ("forwarded_udp_own", "ipv4_addr . inet_service", own),
+        )
+        for is_range, (suffix, flags) in enumerate((("", ""), ("_ranges", "interval")))
     )
 
 
@@ -482,8 +490,9 @@ def _translate_from(now: Active, nats: tuple[PolicyNat, ...]) -> Chain:
         for network in now.networks:
             guests = f"oifname {PUBLIC_LINKS} ip saddr {network.cidr}{static}"
             if free is not None:
-                taken = "udp sport @forwarded_udp ip saddr . udp sport != @forwarded_udp_own"
-                rules.append(f"{guests} {taken} snat ip to {now.source_nat.address}:{free}")
+                for kind in ("", "_ranges"):
+                    taken = f"udp sport @forwarded_udp{kind} ip saddr . udp sport != @forwarded_udp_own{kind}"
+                    rules.append(f"{guests} {taken} snat ip to {now.source_nat.address}:{free}")
             rules.append(f"{guests} snat ip to {now.source_nat.address}")
     return Chain(
         name="translate_from",

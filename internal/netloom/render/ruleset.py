@@ -108,9 +108,10 @@ def fresh(ruleset: Ruleset) -> str:
 def swap(have: Ruleset, want: Ruleset) -> str:
     """One transaction that turns the present table ``have`` into ``want``; empty if they are equal.
 
-    If only elements differ, only these elements are changed. Otherwise all rules are flushed and written again: base
-    chains stay hooked, sets and maps keep common elements, named counters keep their values, and objects that ``want``
-    does not have are deleted. Elements are not flushed, because an interval map that is flushed and refilled loses
+    If only elements differ, only these elements are changed. Otherwise the chains that differ are flushed and written
+    again, or all of them if a set or a base chain is created again. Base chains stay hooked, sets and maps keep common
+    elements, named counters keep their values, and objects that ``want`` does not have are deleted. Elements are not
+    flushed, because an interval map that is flushed and refilled loses
     packets (tried, kernel 6.18). A base chain with another type, hook or priority is created again in the same
     transaction; until it has rules, its policy applies.
 
@@ -134,7 +135,10 @@ def _changes(have: Ruleset, want: Ruleset) -> list[str]:
     in_both = [(present_sets[it.name], it) for it in want.sets if it.name in present_sets]
     created_again |= {(old.kind, old.name) for old, new in in_both if not _same_set(old, new)}
     kept = {old.name for old, new in in_both if _same_set(old, new)}
-    return [*_refill(names(have), created_again, want, kept, removed, added), *beside]
+    present = {it.name: it for it in have.chains}
+    # What is created again may be in use by rules that stay the same.
+    changed = {it.name for it in want.chains if created_again or present.get(it.name) != it}
+    return [*_refill(names(have), created_again, want, kept, changed, removed, added), *beside]
 
 
 def take_over(present: Collection[Name], want: Ruleset) -> str:
@@ -146,7 +150,8 @@ def take_over(present: Collection[Name], want: Ruleset) -> str:
     """
     wanted = names(want)
     created_again = {it for it in present if it[0] in ("set", "map") and it in wanted and it[1] != want.marker}
-    return _text([*_refill(present, created_again, want, frozenset(), [], []), *_replaced(want.beside)])
+    chains = {it.name for it in want.chains}
+    return _text([*_refill(present, created_again, want, frozenset(), chains, [], []), *_replaced(want.beside)])
 
 
 def _refill(
@@ -154,17 +159,30 @@ def _refill(
     created_again: set[Name],
     want: Ruleset,
     kept: Collection[str],
+    changed: Collection[str],
     removed: list[str],
     added: list[str],
 ) -> list[str]:
     table, wanted = _table(want), names(want)
     gone = {it for it in present if it not in wanted}
-    refilled = msgspec.structs.replace(want, sets=tuple(it for it in want.sets if it.name not in kept))
+    refilled = msgspec.structs.replace(
+        want,
+        sets=tuple(it for it in want.sets if it.name not in kept),
+        chains=tuple(it for it in want.chains if it.name in changed),  # guard: unchanged-chains-keep-their-rules
+    )
     declared = _commands(refilled, want.marker)  # guard: sets-are-declared-by-commands
     return [
         # First, because the flush fails if there is no table.
         f"add table {table}",
-        f"flush table {table}",
+        *(
+            [f"flush table {table}"]
+            if len(changed) == len(want.chains)
+            else (
+                f"flush chain {table} {name}"
+                for kind, name in sorted(present)
+                if kind == "chain" and (name in changed or (kind, name) in gone)
+            )
+        ),
         *removed,
         # Maps first: their elements refer to chains and counters, which cannot be deleted while in use.
         *(
