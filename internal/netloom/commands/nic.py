@@ -28,53 +28,110 @@ def release_nic(network: Network, payload: ReleaseNic) -> Network:
     return network if nic is None else put_nic(network, replace(nic, fresh=True), nic)
 
 
+class Nics:
+    """The NICs of a network while a command changes them. Each NIC is found without a search."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._nics = dict(network.nics)
+        self._unlisted = dict(network.unlisted)
+        self._numbers: set[str] = set()  # of NICs that are gone
+        self._with: dict[tuple[str, str], dict[str, Nic]] = {}  # by a field and its value: the NICs by key
+        for nic in self._nics.values():
+            self._note(nic)
+
+    @property
+    def network(self) -> Network:
+        """The network with these NICs, and without the options of those that are gone."""
+        return replace(_without_options(self._network, self._numbers), nics=self._nics, unlisted=self._unlisted)
+
+    def find(self, payload: NicPayload | VmNic) -> Nic | None:
+        """The NIC that ``payload`` names by uuid, MAC or number. Never by IP address: another may have it by now."""
+        if payload.nic_uuid:
+            found = self._nics.get(payload.nic_uuid) or self._first("mac", payload.mac)
+            return None if found is not None and found.nic_uuid not in ("", payload.nic_uuid) else found
+        if payload.mac:
+            return self._first("mac", payload.mac)
+        return self._first("nic_id", getattr(payload, "nic_id", ""))
+
+    def take(self, payload: NicPayload | VmNic) -> Nic:
+        """Put the NIC as ``payload`` describes it, and return it. Fields that are absent from it stay as they are.
+
+        A NIC that the last restore did not list has its lease and its name again. Raises BadRequest if the MAC address
+        is not known.
+        """
+        previous = self.find(payload)
+        unlisted = _find(self._unlisted, payload) if previous is None else None  # guard: an-unlisted-nic-comes-back
+        nic = replace(previous or unlisted or Nic(mac=str(payload.mac)), **_given_fields(payload))
+        if not nic.mac:
+            raise BadRequest("payload.mac is missing, and the NIC is not known")
+        self.put(nic, previous)
+        return nic
+
+    def put(self, nic: Nic, previous: Nic | None = None) -> None:
+        """Put ``nic`` instead of ``previous``, and remove other NICs that have its IP or MAC address."""
+        gone = {
+            **self._with.get(("mac", nic.mac), {}),
+            **self._with.get(("ip", nic.ip), {}),  # guard: an-address-has-one-vm
+            **self._with.get(("ip6", nic.ip6), {}),
+        }
+        if previous is not None and previous.key in self._nics:
+            gone[previous.key] = self._nics[previous.key]
+        if nic.key in self._nics:
+            gone[nic.key] = self._nics[nic.key]
+        for key, other in gone.items():
+            del self._nics[key]
+            self._note(other, gone=True)
+        self._numbers |= {other.nic_id for other in gone.values()} - {nic.nic_id}
+        self._nics[nic.key] = nic
+        self._note(nic)
+        if self._unlisted:
+            self._unlisted = {
+                key: other
+                for key, other in self._unlisted.items()
+                if key != nic.key and other.mac != nic.mac and other.ip != nic.ip
+            }
+
+    def update(self, nic: Nic) -> None:
+        """Replace the NIC with this key in its place, whoever else has its addresses."""
+        self._note(self._nics[nic.key], gone=True)
+        self._nics[nic.key] = nic
+        self._note(nic)
+
+    def _first(self, field: str, value: str) -> Nic | None:
+        return next(iter(self._with.get((field, value), {}).values()), None)
+
+    def _note(self, nic: Nic, *, gone: bool = False) -> None:
+        for field in (("mac", nic.mac), ("ip", nic.ip), ("ip6", nic.ip6), ("nic_id", nic.nic_id)):
+            if not field[1]:
+                continue
+            if gone:
+                del self._with[field][nic.key]
+            else:
+                self._with.setdefault(field, {})[nic.key] = nic
+
+
 def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
-    """The NIC that ``payload`` names by uuid, MAC or number. Never by IP address: another NIC may have it by now."""
+    """The NIC that ``payload`` names (``Nics.find``)."""
     return _find(network.nics, payload)
 
 
 def _find(nics: dict[str, Nic], payload: NicPayload | VmNic) -> Nic | None:
-    if payload.nic_uuid:
-        return nics.get(payload.nic_uuid) or _by_mac(nics, payload.mac, without_uuid=True)
-    if payload.mac:
-        return _by_mac(nics, payload.mac)
-    nic_id = getattr(payload, "nic_id", "")
-    return next((nic for nic in nics.values() if nic_id and nic.nic_id == nic_id), None)
+    return Nics(Network(network_id="", nics=nics)).find(payload) if nics else None
 
 
 def with_nic(network: Network, payload: NicPayload | VmNic) -> tuple[Network, Nic]:
-    """``network`` with the NIC as ``payload`` describes it, and that NIC.
-
-    Fields that are absent from the payload stay as they are. A NIC that the last restore did not list has its lease and
-    its name again. Raises BadRequest if the MAC address is not known.
-    """
-    previous = find_nic(network, payload)
-    unlisted = _find(network.unlisted, payload) if previous is None else None  # guard: an-unlisted-nic-comes-back
-    nic = replace(previous or unlisted or Nic(mac=str(payload.mac)), **_given_fields(payload))
-    if not nic.mac:
-        raise BadRequest("payload.mac is missing, and the NIC is not known")
-    return put_nic(network, nic, previous), nic
+    """``network`` with the NIC as ``payload`` describes it, and that NIC (``Nics.take``)."""
+    nics = Nics(network)
+    nic = nics.take(payload)
+    return nics.network, nic
 
 
 def put_nic(network: Network, nic: Nic, previous: Nic | None = None) -> Network:
-    """``network`` with ``nic`` instead of ``previous``, and without other NICs that have its IP or MAC address."""
-    gone = {
-        key
-        for key, other in network.nics.items()
-        if other.mac == nic.mac
-        or (nic.ip and other.ip == nic.ip)  # guard: an-address-has-one-vm
-        or (nic.ip6 and other.ip6 == nic.ip6)
-    }
-    if previous is not None:
-        gone.add(previous.key)
-    kept = {key: other for key, other in network.nics.items() if key not in gone}
-    unlisted = {
-        key: other
-        for key, other in network.unlisted.items()
-        if key != nic.key and other.mac != nic.mac and other.ip != nic.ip
-    }
-    numbers = {network.nics[key].nic_id for key in gone & network.nics.keys()} - {nic.nic_id}
-    return replace(_without_options(network, numbers), nics={**kept, nic.key: nic}, unlisted=unlisted)
+    """``network`` with ``nic`` instead of ``previous`` (``Nics.put``)."""
+    nics = Nics(network)
+    nics.put(nic, previous)
+    return nics.network
 
 
 def without_unlisted(network: Network, listed: Collection[str]) -> Network:
@@ -108,11 +165,10 @@ def with_name_of(network: Network, nic: Nic, others: Collection[str]) -> Network
 
     Names are unique in a network, so the other VM is expunged. Another NIC of the same VM keeps the name.
     """
-    nics = {
-        key: replace(other, named=False) if key in others and _has_name_of(other, nic) else other
-        for key, other in network.nics.items()
+    unnamed = {
+        key: replace(network.nics[key], named=False) for key in others if _has_name_of(network.nics[key], nic)
     }
-    return replace(network, nics=nics)
+    return replace(network, nics={**network.nics, **unnamed}) if unnamed else network
 
 
 def _has_name_of(other: Nic, nic: Nic) -> bool:
@@ -138,11 +194,6 @@ def without_nic(network: Network, payload: NicPayload) -> Network:
 def _without_options(network: Network, numbers: Collection[str]) -> Network:
     kept = {nic_id: options for nic_id, options in network.dhcp_options.items() if nic_id not in numbers}
     return network if len(kept) == len(network.dhcp_options) else replace(network, dhcp_options=kept)
-
-
-def _by_mac(nics: dict[str, Nic], mac: str, *, without_uuid: bool = False) -> Nic | None:
-    found = next((nic for nic in nics.values() if mac and nic.mac == mac), None)
-    return None if found is not None and without_uuid and found.nic_uuid else found
 
 
 def _gateway(payload: NicPayload) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from msgspec.structs import replace
 
 from netloom.commands.dhcp import with_resolvers
-from netloom.commands.nic import find_nic, put_nic, with_name_of, with_nic, without_unlisted
+from netloom.commands.nic import Nics, with_name_of, without_unlisted
 from netloom.commands.transition import Context, for_network, with_left_out
 from netloom.commands.userdata import with_known_items
 from netloom.protocol.restore import RestoredVm, RestoreNetwork
@@ -33,28 +33,31 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
         network = replace(network, dhcp=True)
     if data.dns_enabled:
         network = replace(network, dns=True)
+    nics = Nics(network)
     listed_once = _once(data.vms.items)  # guard: a-restore-takes-a-nic-once
-    vms = tuple(vm for vm in listed_once if vm.mac or find_nic(network, vm))
+    vms = tuple(vm for vm in listed_once if vm.mac or nics.find(vm))
     all_known = len(vms) == len(listed_once)
-    fresh = _fresh_others(network, vms)
+    fresh = _fresh_others(network, {nic.key for vm in vms if (nic := nics.find(vm)) is not None})
+    macs, addresses = {it.mac for it in fresh}, {it.ip for it in fresh} - {""}
     vms = tuple(
-        vm
-        for vm in vms
-        if not any(vm.mac == it.mac or (vm.ip and vm.ip == it.ip) for it in fresh)  # guard: a-list-may-be-old
+        vm for vm in vms if vm.mac not in macs and vm.ip not in addresses  # guard: a-list-may-be-old
     )
-    network = _without_moved_addresses(network, vms)  # guard: a-restore-keeps-other-vms
+    _drop_moved_addresses(nics, vms)  # guard: a-restore-keeps-other-vms
     listed = set()
     for vm in vms:
-        network, nic = with_nic(network, vm)
+        nic = nics.take(vm)
         restored = replace(nic, leased=nic.leased or bool(data.dhcp_enabled), named=nic.named or bool(data.dns_enabled))
         if data.userdata_enabled:
             restored = with_known_items(restored, vm.vm_data)
-        network = put_nic(network, restored, nic)
+        nics.put(restored, nic)
         listed.add(restored.key)
+    network = nics.network
     if data.vms.items and data.vms.complete and all_known:
         network = without_unlisted(network, listed)  # guard: a-restore-lists-all-vms
-    for nic in [network.nics[key] for key in listed & network.nics.keys()]:
-        network = with_name_of(network, nic, network.nics.keys() - listed)
+    others = network.nics.keys() - listed
+    if others:
+        for nic in [network.nics[key] for key in listed & network.nics.keys()]:
+            network = with_name_of(network, nic, others)
     return network
 
 
@@ -73,22 +76,19 @@ def _once(vms: Iterable[RestoredVm]) -> tuple[RestoredVm, ...]:
     return tuple(kept)
 
 
-def _fresh_others(network: Network, vms: tuple[RestoredVm, ...]) -> list[Nic]:
+def _fresh_others(network: Network, known: Collection[str]) -> list[Nic]:
     """The NICs that are not in the list and have had commands of their own since implement-network.
 
     Such a command is newer than the list. So a VM of the list with the address of such a NIC is expunged already.
     """
-    known = {nic.key for vm in vms if (nic := find_nic(network, vm)) is not None}
     return [nic for nic in network.nics.values() if nic.fresh and nic.key not in known]
 
 
-def _without_moved_addresses(network: Network, vms: tuple[RestoredVm, ...]) -> Network:
+def _drop_moved_addresses(nics: Nics, vms: tuple[RestoredVm, ...]) -> None:
     """Remove the old addresses of the listed VMs that have new ones, so that two VMs can exchange their addresses."""
-    nics = dict(network.nics)
     for vm in vms:
-        nic = find_nic(network, vm)
+        nic = nics.find(vm)
         if nic is not None:
             ip = "" if vm.ip and nic.ip != vm.ip else nic.ip
             ip6 = "" if vm.ip6_address and nic.ip6 != vm.ip6_address else nic.ip6
-            nics[nic.key] = replace(nic, ip=ip, ip6=ip6)
-    return replace(network, nics=nics)
+            nics.update(replace(nic, ip=ip, ip6=ip6))

@@ -108,7 +108,7 @@ class FwRules(Items[FwRule]):
             denies = given.default_egress_allow and str(rule.get("type")).lower() == "egress"
             return widened(rule, ("type",)) if denies else iter(())
 
-        rules, invalid = convert_items(given.rules, FwRule, root="payload.fw_rules.rules", wider=wider)
+        rules, invalid = convert_items(given.rules, FwRule, root="payload.fw_rules.rules", wider=wider, remember=True)
         return cls(bool(given.default_egress_allow), rules, invalid)
 
 

@@ -31,7 +31,8 @@ _HTML_SAFE = {it.encode(): f"\\u{ord(it):04x}".encode() for it in "<>&='"}
 _ONLY_DIGITS = bytes(ord("0") if chr(it).isdigit() else ord(" ") for it in range(128)) + b" " * 128
 
 # A list of rules comes as a whole with each change, and most of its items are those of the list before.
-_ITEMS_KEPT = 20_000
+_ITEMS_KEPT, _ITEM_BYTES_KEPT = 20_000, 512
+_ITEM = "(item)"  # in an error, until the place of the item in its list is known
 _LIST_LONG = 64
 
 # A restore has about 25 objects and lists for each VM: enough for 20,000 VMs.
@@ -157,26 +158,27 @@ def convert_items(
     *,
     root: str,
     wider: Callable[[dict[str, Any]], Iterable[dict[str, Any]]] = lambda item: (),
+    remember: bool = False,
 ) -> tuple[list[T], list[str]]:
     """Convert the items of a list one by one: the items that are valid, and the errors of the others.
 
     ``wider`` gives objects to take instead of an item that is not valid, the best first; without one it is left out.
+    ``remember``: a valid item is converted once, and each later one with the same text is the same object.
     Raises BadRequest if ``value`` is not a list of objects.
     """
     if not isinstance(value, list) or not all(isinstance(it, dict) for it in value):
         raise BadRequest(f"{root}: expected a list of objects")
     items: list[T] = []
     errors: list[str] = []
+    known: Any = shape
     for at, item in enumerate(value):
         try:
-            items.append(_known_item(shape, msgspec.msgpack.encode(item)))
-            continue
-        except (BadRequest, ValueError, OverflowError):  # is not valid, or has no such spelling
-            pass
-        try:
-            items.append(convert(item, shape, root=f"{root}[{at}]"))
+            if remember and (packed := _packed(item)):
+                items.append(_known_item(known, packed))
+            else:
+                items.append(convert(item, shape, root=f"{root}[{at}]"))
         except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
-            errors.append(error.message)
+            errors.append(error.message.replace(_ITEM, f"{root}[{at}]", 1))
             for instead in wider(item):
                 with contextlib.suppress(BadRequest):
                     items.append(convert(instead, shape, root=root))
@@ -184,10 +186,18 @@ def convert_items(
     return items, errors
 
 
+def _packed(item: dict[str, Any]) -> bytes:
+    """The item in MessagePack, which has each value that JSON text can have; empty if it is not to be kept."""
+    try:
+        packed = msgspec.msgpack.encode(item)
+    except (OverflowError, RecursionError):  # a number of more than 64 bits
+        return b""
+    return packed if len(packed) <= _ITEM_BYTES_KEPT else b""
+
+
 @lru_cache(maxsize=_ITEMS_KEPT)
 def _known_item(shape: Any, packed: bytes) -> Any:
-    """The item of a list with this MessagePack text, converted once. Equal items are the same object."""
-    return convert(msgspec.msgpack.decode(packed), shape, root="")
+    return convert(msgspec.msgpack.decode(packed), shape, root=_ITEM)
 
 
 def _parse(shape: Any, value: object) -> object:
