@@ -269,8 +269,14 @@ def _effective_forwards(
 def _forwarded(forwards: list[PortForward]) -> list[ForwardedPorts]:
     """Of forwards of one address and protocol, by their ports."""
     if all(map(lt, map(_LAST_PORT, forwards), map(_FIRST_PORT, forwards[1:]))):
-        return [ForwardedPorts(it.public_ports, it) for it in forwards]
+        return [_whole(it) for it in forwards]
     return _disjoint(forwards)
+
+
+@lru_cache(maxsize=65536)
+def _whole(forward: PortForward) -> ForwardedPorts:
+    """All ports of a forward; the same object for the same forward."""
+    return ForwardedPorts(forward.public_ports, forward)
 
 
 def _disjoint(forwards: list[PortForward]) -> list[ForwardedPorts]:

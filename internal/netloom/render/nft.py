@@ -235,12 +235,12 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
     forwarded: tuple[dict[str, str], dict[str, str]] = {}, {}
     own: tuple[dict[str, str], dict[str, str]] = {}, {}
     for part in forwarded_udp(now):
-        first, last = part.ports.first, part.ports.last
-        is_range = first != last
-        forwarded[is_range][str(part.ports)] = ""
-        if keeps_port(part, first):
-            kept = Ports(first, last if is_range and keeps_port(part, last) else first)
-            own[is_range][f"{part.forward.private_ip} . {kept}"] = ""
+        ports, guest = part.ports, part.forward.private_ip
+        is_range = ports.first != ports.last
+        forwarded[is_range][str(ports)] = ""
+        if keeps_port(part, ports.first):
+            kept = ports if keeps_port(part, ports.last) else ports.first
+            own[is_range][f"{guest} . {kept}"] = ""
     return tuple(
         NftSet(name=name + suffix, kind="set", type=type_, flags=flags, elements=elements[is_range])
         for name, type_, elements in (

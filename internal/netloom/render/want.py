@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -41,7 +42,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True, order=True):
     segment: Segment
 
 
-class Want(msgspec.Struct, frozen=True, kw_only=True):
+class Want(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Everything that one scope needs on one host.
 
     ``namespace``: the name of the network namespace, e.g. ``cs-net-204``. Empty: the scope must not exist on the host.
@@ -92,6 +93,11 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     gated: bool = False
     gated_ports: frozenset[str] = frozenset()
     lease: int = 0
+
+    @cached_property
+    def neighbour_at(self) -> dict[tuple[str, str], Neighbour]:
+        """The neighbours by link and address: each of a thousand events asks for one."""
+        return {(it.link, it.address): it for it in self.neighbours}
 
     @property
     def closed_ends(self) -> frozenset[str]:

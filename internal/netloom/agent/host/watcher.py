@@ -617,7 +617,7 @@ def _about_rule(want: Want, gone: bool, rule: Rule) -> str:
 
 def _about_neighbour(want: Want, gone: bool, row: NeighbourRow) -> str:
     link, address = row.neighbour.link, row.neighbour.address
-    wanted = next((it for it in want.neighbours if (it.link, it.address) == (link, address)), None)
+    wanted = want.neighbour_at.get((link, address))
     if wanted is None:
         return address if row.permanent and not gone and link.startswith("gst-") else ""
     return "" if row.neighbour == wanted and row.permanent and not gone else f"neighbour {address}"

@@ -29,6 +29,8 @@ from netloom.wire import Evacuated, Signers
 
 _NAME = re.compile(r"((?:net|vpc)-(?:0|[1-9][0-9]{0,9}))\.(json|ended|moved)\Z")
 
+_IN_LINES_MAX = 256 << 10  # of 10,000 rules, lines would take twice the time and space
+
 # What msgspec raises for text that is not what it should be.
 _NOT_READABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -205,8 +207,9 @@ class Store:
 
     @staticmethod
     def encoded(scope: Scope) -> bytes:
-        """The content of the scope's state file."""
-        return msgspec.json.format(msgspec.json.encode(scope, enc_hook=enc_hook), indent=2) + b"\n"
+        """The content of the scope's state file, with lines for people as long as it is short."""
+        text = msgspec.json.encode(scope, enc_hook=enc_hook)
+        return (text if len(text) > _IN_LINES_MAX else msgspec.json.format(text, indent=2)) + b"\n"
 
     def retire(self, scope_id: str) -> None:
         """Mark the scope as deleted. This renames its file, so it works on a full disk.
