@@ -37,6 +37,14 @@ def test_a_saved_scope_is_loaded_unchanged(tmp_path: Path) -> None:
     assert store.load("net-205") is None
 
 
+def test_a_long_state_is_one_line(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    addresses = {f"10.0.{at >> 8}.{at & 255}": SCOPE.public_ips["203.0.113.20"] for at in range(5000)}
+    store.save(replace(SCOPE, public_ips=addresses))
+    assert (tmp_path / "net-204.json").read_bytes().count(b"\n") == 1
+    assert store.encoded(SCOPE).count(b"\n") > 30
+
+
 @pytest.mark.mutation("the-only-copy-is-known-in-older-states")
 def test_an_older_state_of_an_incoming_scope_tells_that_it_was_passive(tmp_path: Path) -> None:
     """In earlier builds ``why`` had that, while the scope was incoming."""

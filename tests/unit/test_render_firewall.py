@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Literal
 
+import pytest
+from msgspec.structs import replace
+
+from netloom.render import firewall
 from netloom.render.firewall import LINES_MAX, cidrs, verdicts
 from netloom.state import FirewallRule
 from unit.scopes import A1, admit, egress
@@ -67,6 +71,33 @@ def test_many_lines_are_divided_into_chains_by_port() -> None:
         for rule in chain.rules:
             ports = [int(it) for it in rule.split("dport ")[1].split()[0].split("-")]
             assert span[0] <= ports[0] <= ports[-1] <= span[-1]
+
+
+def many(count: int) -> list[FirewallRule]:
+    return [replace(admit(A1, "tcp", str(at), f"10.0.{at % 250}.{at // 250}/32"), rule_id=at) for at in range(count)]
+
+
+def test_one_rule_more_changes_one_part() -> None:
+    rules = many(1000)
+    lines, chains = verdicts(rules, "accept", "at")
+    for left_out in range(0, 1000, 97):
+        fewer, others = verdicts([it for it in rules if it.rule_id != left_out], "accept", "at")
+        # At the end of a part, two parts become one, or one has another name.
+        assert len(set(chains) ^ set(others)) <= 4
+        assert len(set(lines) ^ set(fewer)) <= 4
+
+
+def test_a_rule_that_stays_is_not_rendered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts(many(300), "accept", "at")
+    rendered: list[tuple[str, ...]] = []
+
+    def counted(given: tuple[str, ...], family: Literal[4, 6] = 4) -> tuple[str, ...] | None:
+        rendered.append(given)
+        return cidrs(given, family)
+
+    monkeypatch.setattr(firewall, "cidrs", counted)
+    verdicts([*many(300), replace(admit(A1, "tcp", "5000", "192.0.2.77/32"), rule_id=300)], "accept", "at")
+    assert rendered == [("192.0.2.77/32",), ()]
 
 
 def test_a_thousand_ports_open_to_all_are_one_line() -> None:

@@ -36,14 +36,33 @@ def test_a_moved_forward_is_deleted_and_added_in_one_transaction() -> None:
     ]
 
 
-def test_a_changed_rule_rewrites_the_rules_and_keeps_sets_and_base_chains() -> None:
+@pytest.mark.mutation("unchanged-chains-keep-their-rules")
+def test_a_changed_rule_rewrites_its_chain_and_nothing_else() -> None:
     have = nft.ruleset(ONE)
     want = nft.ruleset(wish(admit(A1, "tcp", "80"), held=(A1, A2), forwards=[forward(A1, "22", VM1)]))
-    lines = ruleset.swap(have, want).splitlines()
-    assert lines[:2] == ["add table inet netloom", "flush table inet netloom"]
-    assert [it for it in lines if it.startswith(("delete", "flush set", "flush map", "add element"))] == [
-        f"delete set inet netloom {have.marker}"
+    assert ruleset.swap(have, want).splitlines() == [
+        "add table inet netloom",
+        "flush chain inet netloom at_203.0.113.20",
+        f"delete set inet netloom {have.marker}",
+        "add chain inet netloom at_203.0.113.20",
+        f"add set inet netloom {want.marker} {{ type mark; }}",
+        "table inet netloom {",
+        "\t",
+        "\tchain at_203.0.113.20 {",
+        '\t\tiifname "pub-*" ct mark set 0x00000001',
+        "\t\ttcp dport 80 accept",
+        "\t\tdrop",
+        "\t}",
+        "}",
     ]
+
+
+def test_a_set_of_another_type_rewrites_all_rules() -> None:
+    have = nft.ruleset(ONE)
+    want = replace(have, sets=tuple(replace(it, flags="interval") if it.name == "held" else it for it in have.sets))
+    lines = ruleset.swap(have, want).splitlines()
+    assert lines[:3] == ["add table inet netloom", "flush table inet netloom", "delete map inet netloom held"]
+    assert sum("\tchain " in it for it in lines) == len(want.chains)
 
 
 def test_a_removed_address_removes_its_chain_and_elements() -> None:

@@ -70,11 +70,8 @@ class Nics:
 
     def put(self, nic: Nic, previous: Nic | None = None) -> None:
         """Put ``nic`` instead of ``previous``, and remove other NICs that have its IP or MAC address."""
-        gone = {
-            **self._with.get(("mac", nic.mac), {}),
-            **self._with.get(("ip", nic.ip), {}),  # guard: an-address-has-one-vm
-            **self._with.get(("ip6", nic.ip6), {}),
-        }
+        gone = self._with.get(("mac", nic.mac), {}) | self._with.get(("ip6", nic.ip6), {})
+        gone |= self._with.get(("ip", nic.ip), {})  # guard: an-address-has-one-vm
         if previous is not None and previous.key in self._nics:
             gone[previous.key] = self._nics[previous.key]
         if nic.key in self._nics:

@@ -40,7 +40,9 @@ def restore_network(network: Network, payload: RestoreNetwork) -> Network:
     fresh = _fresh_others(network, {nic.key for vm in vms if (nic := nics.find(vm)) is not None})
     macs, addresses = {it.mac for it in fresh}, {it.ip for it in fresh} - {""}
     vms = tuple(
-        vm for vm in vms if vm.mac not in macs and vm.ip not in addresses  # guard: a-list-may-be-old
+        vm
+        for vm in vms
+        if vm.mac not in macs and vm.ip not in addresses  # guard: a-list-may-be-old
     )
     _drop_moved_addresses(nics, vms)  # guard: a-restore-keeps-other-vms
     listed = set()

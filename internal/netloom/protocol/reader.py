@@ -114,9 +114,9 @@ def dump(value: dict[str, Any]) -> bytes:
     """
     try:
         text = msgspec.json.encode(value)
-        if b"null" not in text:  # guard: an-infinite-number-is-refused
-            return text
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        if b"null" in text:  # guard: an-infinite-number-is-refused
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return text
     except (ValueError, RecursionError) as error:
         raise BadRequest("payload: a number that is out of range") from error
 
@@ -259,7 +259,7 @@ def _without_empty(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_have_empty(text: bytes) -> bool:
-    return b"null" in text or b'""' in text  # guard: an-empty-field-is-seen
+    return b"null" in text or b'""' in text
 
 
 def _inner_without_empty(value: Any) -> Any:

@@ -168,6 +168,7 @@ def _refill(
     gone = {it for it in present if it not in wanted}
     refilled = msgspec.structs.replace(
         want,
+        counters=tuple(it for it in want.counters if ("counter", it) not in present),
         sets=tuple(it for it in want.sets if it.name not in kept),
         chains=tuple(it for it in want.chains if it.name in changed),  # guard: unchanged-chains-keep-their-rules
     )
