@@ -1,4 +1,4 @@
-"""The fast way through a payload gives what the strict parser gives, and a rule that is known is not converted again."""
+"""The fast parser gives what the strict one gives, and a rule that is known is not converted again."""
 
 from __future__ import annotations
 

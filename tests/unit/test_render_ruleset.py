@@ -47,7 +47,7 @@ def test_a_changed_rule_rewrites_its_chain_and_nothing_else() -> None:
         "add chain inet netloom at_203.0.113.20",
         f"add set inet netloom {want.marker} {{ type mark; }}",
         "table inet netloom {",
-        "\t",
+        "",
         "\tchain at_203.0.113.20 {",
         '\t\tiifname "pub-*" ct mark set 0x00000001',
         "\t\ttcp dport 80 accept",

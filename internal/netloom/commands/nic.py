@@ -162,9 +162,7 @@ def with_name_of(network: Network, nic: Nic, others: Collection[str]) -> Network
 
     Names are unique in a network, so the other VM is expunged. Another NIC of the same VM keeps the name.
     """
-    unnamed = {
-        key: replace(network.nics[key], named=False) for key in others if _has_name_of(network.nics[key], nic)
-    }
+    unnamed = {key: replace(network.nics[key], named=False) for key in others if _has_name_of(network.nics[key], nic)}
     return replace(network, nics={**network.nics, **unnamed}) if unnamed else network
 
 

@@ -20,7 +20,6 @@ from netloom.render import second_nics
 from netloom.render.acl import Acl, acl_of
 from netloom.state import FirewallRule, LbRule, Network, PortForward, Ports, PublicIp, Scope, StaticNat
 
-
 _FIRST_PORT, _LAST_PORT = attrgetter("public_ports.first"), attrgetter("public_ports.last")
 
 
@@ -249,9 +248,7 @@ def _exits(held: Iterable[PublicIp]) -> tuple[Exit, ...]:
     )
 
 
-def _effective_forwards(
-    scope: Scope, networks: tuple[Network, ...], held: Collection[str]
-) -> list[list[PortForward]]:
+def _effective_forwards(scope: Scope, networks: tuple[Network, ...], held: Collection[str]) -> list[list[PortForward]]:
     """The port forwards of held addresses to guests, for each address and protocol, by their ports."""
     groups: dict[tuple[str, str], list[PortForward]] = {}
     guests: dict[str, bool] = {}  # many forwards lead to the same guest

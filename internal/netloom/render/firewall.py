@@ -144,9 +144,7 @@ def _match(rule: FirewallRule, family: Literal[0, 4, 6]) -> Match | None:
         # CloudStack's -1 means any. A code without a type is ignored.
         type_ = rule.icmp_type if rule.icmp_type is not None and rule.icmp_type >= 0 else None
         code = rule.icmp_code if type_ is not None and (rule.icmp_code or 0) >= 0 else None
-        return Match(
-            protocol="icmp", family=family, icmp_type=type_, icmp_code=code, sources=sources, dests=dests
-        )
+        return Match(protocol="icmp", family=family, icmp_type=type_, icmp_code=code, sources=sources, dests=dests)
     return Match(protocol=rule.protocol, family=family, sources=sources, dests=dests)
 
 

@@ -123,7 +123,9 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
-    same = _flow_rules(before) == _flow_rules(after) and _same_lists(before, after, _open_to_all(old), _open_to_all(new))
+    same = _flow_rules(before) == _flow_rules(after) and _same_lists(
+        before, after, _open_to_all(old), _open_to_all(new)
+    )
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -433,7 +435,9 @@ def _same_lists(before: Active, after: Active, was_open: bool, is_open: bool) ->
     """Whether the firewall's rules are the same, whatever their ids."""
     was, now = (_firewall_lists(*it) for it in ((before, was_open), (after, is_open)))
     return was.keys() == now.keys() and all(
-        default == now[key][0] and not lacks(now[key][1], rules, _without_id) and not lacks(rules, now[key][1], _without_id)
+        default == now[key][0]
+        and not lacks(now[key][1], rules, _without_id)
+        and not lacks(rules, now[key][1], _without_id)
         for key, (default, rules) in was.items()
     )
 
@@ -529,9 +533,7 @@ def _ingress_narrowed(before: Active, after: Active, address: str) -> bool:
     return now is not None and (was is None or lacks(now, was, _without_id))
 
 
-def lacks(
-    these: Collection[_T], others: Collection[_T], value: Callable[[_T], object] = lambda it: it
-) -> bool:
+def lacks(these: Collection[_T], others: Collection[_T], value: Callable[[_T], object] = lambda it: it) -> bool:
     """Whether one of ``others`` has a value that none of ``these`` has.
 
     Of two states, most objects are the same in both. Values are computed and compared only for those that are not.

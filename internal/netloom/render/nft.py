@@ -67,7 +67,7 @@ from netloom.render.pbr import PolicyNat, policy_nats
 from netloom.render.prefixes import by_length, is_not_in
 from netloom.render.ruleset import Chain, NftSet, Ruleset
 from netloom.render.source_ports import forwarded_udp, free_ports, keeps_port
-from netloom.state import LbRule, Network, Ports, PublicIp, Scope
+from netloom.state import LbRule, Network, PublicIp, Scope
 
 FAMILY, TABLE = "inet", "netloom"
 
