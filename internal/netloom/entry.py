@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
             return run(args)
         case "guest":
-            from netloom.guest.main import main as guest  # asyncio and h11: four bare start-ups
+            from netloom.guest.main import main as guest  # h11, msgspec: seven bare start-ups
 
             return guest(args[1:])
         case "confine":

@@ -11,7 +11,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from netloom.guest.table import MTU, SUBNET_MASK, GuestTable, TableRow
+from netloom.guest.table import SUBNET_MASK, GuestTable, TableRow, encoded_option
 
 CLIENT_PORT = 68
 BROADCAST_IP = "255.255.255.255"
@@ -23,8 +23,9 @@ _BOOTREQUEST, _BOOTREPLY = 1, 2
 _ETHERNET = 1
 
 _PAD, _END = 0, 255
-_REQUESTED_IP, _LEASE_TIME, _OVERLOAD, _TYPE, _SERVER_ID, _PARAMETER_LIST, _MESSAGE_TEXT = 50, 51, 52, 53, 54, 55, 56
-_MAX_SIZE, _T1, _T2, _CLIENT_ID = 57, 58, 59, 61
+_REQUESTED_IP, _OVERLOAD, _TYPE, _SERVER_ID, _PARAMETER_LIST, _MESSAGE_TEXT, _MAX_SIZE, _CLIENT_ID = (
+    *(50, 52, 53, 54, 55, 56, 57, 61),
+)
 
 # Every client accepts datagrams of 576 bytes (RFC 2131 section 2). The maximum avoids IP fragments.
 _DATAGRAM_BYTES_MIN, _DATAGRAM_BYTES_MAX = 576, 1500
@@ -44,6 +45,11 @@ class MessageType(IntEnum):
     NAK = 6
     RELEASE = 7
     INFORM = 8
+
+
+_TYPES = {kind: encoded_option(_TYPE, bytes([kind])) for kind in MessageType}
+_NOT_YOUR_ADDRESS = encoded_option(_MESSAGE_TEXT, b"this is not your address")
+_END_OPTION = bytes([_END])
 
 
 class DhcpRequest(NamedTuple):
@@ -128,14 +134,11 @@ def _requested_ip(request: DhcpRequest, table: GuestTable) -> bytes | None:
 
 
 def _offer_or_ack(kind: MessageType, request: DhcpRequest, row: TableRow, table: GuestTable) -> DhcpReply:
-    seconds = table.lease_s
-    times = {_LEASE_TIME: seconds, _T1: seconds // 2, _T2: seconds * 7 // 8}
-    fixed = {code: struct.pack("!I", value) for code, value in times.items()}
     # Unicast only to a client that already has the address. Otherwise broadcast, which every client accepts; unicast
     # would need a packet socket (RFC 2131 section 4.1).
     renews = kind is MessageType.ACK and request.ciaddr == row.ip
     ciaddr = row.ip if renews else _NO_ADDRESS
-    packet = _packet(kind, request, table, ciaddr=ciaddr, yiaddr=row.ip, fixed=fixed, row=row)
+    packet = _packet(kind, request, table, ciaddr, row.ip, table.lease, _options_for(request, row))
     return DhcpReply(packet, row.nic.ip if renews else BROADCAST_IP)
 
 
@@ -143,16 +146,13 @@ def _ack_inform(request: DhcpRequest, row: TableRow, table: GuestTable) -> DhcpR
     # Answer a DHCPINFORM only from the NIC's own address; otherwise the reply would go to another machine.
     if request.ciaddr != row.ip:
         return None
-    return DhcpReply(
-        _packet(MessageType.ACK, request, table, ciaddr=row.ip, yiaddr=_NO_ADDRESS, fixed={}, row=row), row.nic.ip
-    )
+    packet = _packet(MessageType.ACK, request, table, row.ip, _NO_ADDRESS, [], _options_for(request, row))
+    return DhcpReply(packet, row.nic.ip)
 
 
 def _nak(request: DhcpRequest, table: GuestTable) -> DhcpReply:
-    text = {_MESSAGE_TEXT: b"this is not your address"}
     return DhcpReply(
-        _packet(MessageType.NAK, request, table, ciaddr=_NO_ADDRESS, yiaddr=_NO_ADDRESS, fixed=text, row=None),
-        BROADCAST_IP,
+        _packet(MessageType.NAK, request, table, _NO_ADDRESS, _NO_ADDRESS, [_NOT_YOUR_ADDRESS], []), BROADCAST_IP
     )
 
 
@@ -160,45 +160,49 @@ def _packet(
     kind: MessageType,
     request: DhcpRequest,
     table: GuestTable,
-    *,
     ciaddr: bytes,
     yiaddr: bytes,
-    fixed: dict[int, bytes],
-    row: TableRow | None,
+    ours: list[bytes],
+    asked: list[bytes],
 ) -> bytes:
+    """A reply with as many of the encoded options as fit: those that the protocol needs first."""
+    options = [_TYPES[kind], table.server_id, *ours]
+    # RFC 6842: return the client identifier, so that clients with the same MAC recognise their own reply.
+    if (client_id := request.options.get(_CLIENT_ID)) is not None:
+        options.append(encoded_option(_CLIENT_ID, client_id))
+    options += asked
+
     announced = request.options.get(_MAX_SIZE, b"")
     datagram = int.from_bytes(announced, "big") if len(announced) == 2 else 0
-    room = min(max(datagram, _DATAGRAM_BYTES_MIN), table.network.mtu or _DATAGRAM_BYTES_MAX) - _IP_UDP_BYTES
-
-    packet = bytearray(
-        _HEADER.pack(
-            *(_BOOTREPLY, _ETHERNET, 6, 0, request.xid, 0, request.flags),
-            *(ciaddr, yiaddr, _NO_ADDRESS, _NO_ADDRESS, request.chaddr, b"", b"", _MAGIC),
-        )
+    room = min(max(datagram, _DATAGRAM_BYTES_MIN), table.network.mtu or _DATAGRAM_BYTES_MAX)
+    room -= _IP_UDP_BYTES + _HEADER.size + 1  # the end option
+    encoded = b"".join(options)
+    if len(encoded) > room:
+        encoded = _that_fit(options, room)
+    header = _HEADER.pack(
+        *(_BOOTREPLY, _ETHERNET, 6, 0, request.xid, 0, request.flags),
+        *(ciaddr, yiaddr, _NO_ADDRESS, _NO_ADDRESS, request.chaddr, b"", b"", _MAGIC),
     )
-    ours = {_TYPE: bytes([kind]), _SERVER_ID: table.server_ip} | fixed
-    # RFC 6842: return the client identifier, so that clients with the same MAC recognise their own reply.
-    if _CLIENT_ID in request.options:
-        ours[_CLIENT_ID] = request.options[_CLIENT_ID]
-    for code, value in [*ours.items(), *_options_for(request, row)]:
-        encoded = _encode(code, value)
-        if len(packet) + len(encoded) < room:  # leaves one byte for the end option
-            packet += encoded
-    packet.append(_END)
-    return bytes(packet.ljust(_PACKET_BYTES_MIN, b"\0"))
+    return (header + encoded + _END_OPTION).ljust(_PACKET_BYTES_MIN, b"\0")
 
 
-def _options_for(request: DhcpRequest, row: TableRow | None) -> list[tuple[int, bytes]]:
+def _that_fit(options: list[bytes], room: int) -> bytes:
+    """The options, without each that does not fit into what the ones before it have left."""
+    kept = b""
+    for option in options:
+        if len(kept) + len(option) <= room:
+            kept += option
+    return kept
+
+
+def _options_for(request: DhcpRequest, row: TableRow) -> list[bytes]:
     """The options for a client in the order of its request, with the mask before the router (RFC 2132 section 3.3).
 
     The mask, the MTU of the network, and the options of the NIC itself are sent even if they were not requested.
     """
-    if row is None:
-        return []
-    wanted = request.options.get(_PARAMETER_LIST, b"") or bytes(row.options)
-    unasked = (code for code in row.options if code == MTU or code in row.nic.options)
-    codes = dict.fromkeys((SUBNET_MASK, *wanted, *unasked))
-    return [(code, row.options[code]) for code in codes if code in row.options]
+    wanted = request.options.get(_PARAMETER_LIST) or row.options
+    codes = dict.fromkeys((SUBNET_MASK, *wanted, *row.always))
+    return [row.options[code] for code in codes if code in row.options]
 
 
 def _parse_options(area: bytes, options: dict[int, bytes]) -> None:
@@ -215,10 +219,3 @@ def _parse_options(area: bytes, options: dict[int, bytes]) -> None:
         if at > len(area):
             return
         options[code] = options.get(code, b"") + area[start:at]
-
-
-def _encode(code: int, value: bytes) -> bytes:
-    if len(value) < 256:
-        return bytes([code, len(value)]) + value
-    pieces = [value[at : at + 255] for at in range(0, len(value), 255)]
-    return b"".join(bytes([code, len(piece)]) + piece for piece in pieces)

@@ -5,7 +5,6 @@ A ``Site`` is a function from a request to an answer. It gets no request body: a
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import h11
 
 from netloom.guest.limits import Unread
+from netloom.guest.loop import Loop
 
 # Time for a request to be complete, from the start of the connection or the end of the last answer.
 REQUEST_S = 5.0
@@ -50,7 +50,7 @@ class HttpConnection:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        loop: Loop,
         sock: socket.socket,
         site: Site,
         ended: Callable[[HttpConnection], None],
@@ -68,8 +68,11 @@ class HttpConnection:
         self._body: bytes | None = None  # of the answer that is being sent
         self._lingering = False
         self._open = True
-        self._timer = loop.call_later(REQUEST_S, self.close)
-        loop.add_reader(sock, self._readable)
+        self._descriptor = sock.fileno()
+        self._blocked = False  # the socket accepts no more of the answer now
+        self._deadline = self._checked_at = loop.time() + REQUEST_S
+        self._timer = loop.call_later(REQUEST_S, self._check_deadline)
+        loop.add_reader(self._descriptor, self._readable)
 
     def close(self) -> None:
         """Close the connection at once, even in the middle of an answer."""
@@ -77,8 +80,8 @@ class HttpConnection:
             return
         self._open = False
         self._timer.cancel()
-        self._loop.remove_reader(self._sock)
-        self._loop.remove_writer(self._sock)
+        self._loop.remove_reader(self._descriptor)
+        self._loop.remove_writer(self._descriptor)
         self._sock.close()
         self._release()
         self._ended(self)
@@ -89,8 +92,21 @@ class HttpConnection:
         return self._body is not None
 
     def _close_after(self, seconds: float) -> None:
-        self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self.close)
+        self._deadline = self._loop.time() + seconds
+        if self._deadline < self._checked_at:
+            self._timer.cancel()
+            self._check_after(seconds)
+
+    def _check_after(self, seconds: float) -> None:
+        self._checked_at = self._loop.time() + seconds
+        self._timer = self._loop.call_later(seconds, self._check_deadline)
+
+    def _check_deadline(self) -> None:
+        # A later deadline does not change the timer: most connections end before it.
+        if (left_s := self._deadline - self._loop.time()) > 0:
+            self._check_after(left_s)
+        else:
+            self.close()
 
     def _readable(self) -> None:
         try:
@@ -154,7 +170,6 @@ class HttpConnection:
             self._queue(h11.Data(data=self._body))
         self._queue(h11.EndOfMessage())
         self._close_after(ANSWER_S)
-        self._loop.remove_reader(self._sock)
         self._write()
 
     def _queue(self, event: h11.Event) -> None:
@@ -178,19 +193,25 @@ class HttpConnection:
                 if sent:
                     self._out[0] = self._out[0][sent:]
         except (BlockingIOError, InterruptedError):
-            self._loop.add_writer(self._sock, self._write)
+            if not self._blocked:
+                self._blocked = True
+                self._loop.remove_reader(self._descriptor)
+                self._loop.add_writer(self._descriptor, self._write)
             return
         except OSError:
             self.close()
             return
         self._release()
-        self._loop.remove_writer(self._sock)
-        self._loop.add_reader(self._sock, self._readable)
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._descriptor)
+            self._loop.add_reader(self._descriptor, self._readable)
         if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
             self._http.start_next_cycle()
             self._request = None
             self._close_after(REQUEST_S)
-            self._loop.call_soon(self._advance)
+            if self._http.trailing_data[0]:
+                self._loop.call_soon(self._advance)
         else:
             self._linger()
 

@@ -9,7 +9,6 @@ tables and sockets of the networks (guestwire).
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import linecache  # noqa: F401 - a traceback imports it, and inside the sandbox nothing can be imported
 import os
@@ -22,6 +21,7 @@ from collections.abc import Sequence
 from netloom import __version__
 from netloom.errors import NetloomError, one_line
 from netloom.guest import sandbox
+from netloom.guest.loop import EpollLoop, Loop
 from netloom.guest.serve import Networks
 from netloom.guestwire import (
     Ack,
@@ -49,7 +49,7 @@ class GuestServer:
     Without a connected agent the networks are served as before.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, control: socket.socket, build: str) -> None:
+    def __init__(self, loop: Loop, control: socket.socket, build: str) -> None:
         self._loop = loop
         self._control = control
         self._build = build
@@ -57,7 +57,7 @@ class GuestServer:
         self.layers: tuple[str, ...] = ()
         self.networks = Networks(loop, self._send)
         control.setblocking(False)
-        loop.add_reader(control, self._accept)
+        loop.add_reader(control.fileno(), self._accept)
 
     def _accept(self) -> None:
         try:
@@ -69,7 +69,7 @@ class GuestServer:
             return
         self._disconnect_agent()
         self._agent = Channel(sock, pending_bytes_max=_UNREAD_BYTES_MAX)
-        self._loop.add_reader(sock, self._readable)
+        self._loop.add_reader(sock.fileno(), self._readable)
         self._send(
             GuestHello(
                 version=__version__,
@@ -167,9 +167,9 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"netloom guest: only the agent starts it, with a socket and a directory: {error}\n")
         return 1
     close_all_but(0, 1, 2, options.control)
-    loop = asyncio.new_event_loop()
+    loop = EpollLoop(_log_failure)
     guest = GuestServer(loop, control, options.build)
-    loop.add_signal_handler(signal.SIGTERM, guest.stop)
+    loop.on_signal(signal.SIGTERM, guest.stop)
     for ignored in (signal.SIGHUP, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
     with contextlib.suppress(ValueError):
@@ -179,16 +179,14 @@ def main(argv: Sequence[str]) -> int:
     except NetloomError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
-    loop.set_exception_handler(_log_failure)
-    loop.run_forever()
+    loop.run()
     return 0
 
 
-def _log_failure(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+def _log_failure(error: Exception) -> None:
     # One callback failed, for one packet or request; the process goes on. The message of the exception is left out,
     # because it may contain data of a tenant.
-    error = context.get("exception")
-    where = traceback.extract_tb(error.__traceback__) if isinstance(error, BaseException) else []
+    where = traceback.extract_tb(error.__traceback__)
     at = f" at {os.path.basename(where[-1].filename)}:{where[-1].lineno}" if where else ""
     with contextlib.suppress(OSError):  # the log is full
         sys.stderr.write(one_line(f"netloom guest: {type(error).__name__}{at}") + "\n")

@@ -6,17 +6,17 @@ that floods its sockets delays the other networks a little, but they lose no ans
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import socket
-import struct
 from collections.abc import Callable
+from functools import partial
 
 import h11
 
 from netloom.guest import dhcp, limits, metadata, password, peer
 from netloom.guest.http import TOO_MANY_REQUESTS, TOO_MUCH_UNREAD, HttpAnswer, HttpConnection
+from netloom.guest.loop import Loop
 from netloom.guest.table import GuestTable, TableRow
 from netloom.guestwire import (
     Ack,
@@ -39,8 +39,7 @@ _PACKET_BYTES_MAX = 2048
 # How long a listening socket is not polled after accept() ran out of file descriptors.
 _OUT_OF_DESCRIPTORS_S = 0.2
 
-# linux/in.h, asm-generic/socket.h
-_IP_PKTINFO = 8
+# asm-generic/socket.h
 _SO_NO_CHECK = 11
 
 Key = tuple[str, str]  # scope_id, network_id
@@ -63,7 +62,7 @@ class Networks:
     ``unconfirmed``.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, send: Callable[[GuestMessage], None]) -> None:
+    def __init__(self, loop: Loop, send: Callable[[GuestMessage], None]) -> None:
         self._loop = loop
         self._send = send
         self._networks: dict[Key, _NetworkRuntime] = {}
@@ -171,7 +170,7 @@ class Networks:
 
     def _close_sockets(self, network: _NetworkRuntime) -> None:
         for _, sock in network.sockets:
-            self._loop.remove_reader(sock)
+            self._loop.remove_reader(sock.fileno())
             sock.close()
         network.sockets = []
 
@@ -179,9 +178,9 @@ class Networks:
         if sock.fileno() < 0:
             return
         if listener.kind == "dhcp":
-            self._loop.add_reader(sock, self._receive_dhcp, key, network, sock)
+            self._loop.add_reader(sock.fileno(), partial(self._receive_dhcp, key, network, sock))
         else:
-            self._loop.add_reader(sock, self._accept, key, network, listener, sock)
+            self._loop.add_reader(sock.fileno(), partial(self._accept, key, network, listener, sock))
 
     # ---- requests of the VMs
 
@@ -200,11 +199,9 @@ class Networks:
             reply = dhcp.respond(request, network.table)
             if reply is None:
                 continue
-            # Send from the address that the reply gives as server identifier; the link may have several addresses.
-            source = struct.pack("=I4s4s", 0, network.table.server_ip, b"\0\0\0\0")
             to = (reply.to, dhcp.CLIENT_PORT)
             try:
-                sock.sendmsg([reply.packet], [(socket.IPPROTO_IP, _IP_PKTINFO, source)], socket.MSG_DONTWAIT, to)
+                sock.sendmsg([reply.packet], network.table.reply_source, socket.MSG_DONTWAIT, to)
             except OSError as error:
                 row = network.table.by_mac[request.mac]
                 self._notice(key, network, row.nic, f"the DHCP reply to {reply.to} cannot be sent: {error.strerror}")
@@ -216,8 +213,9 @@ class Networks:
             except (BlockingIOError, InterruptedError, ConnectionError):
                 return
             except OSError:
-                self._loop.remove_reader(sock)
-                self._loop.call_later(_OUT_OF_DESCRIPTORS_S, self._watch, key, network, listener, sock)
+                self._loop.remove_reader(sock.fileno())
+                again = partial(self._watch, key, network, listener, sock)
+                self._loop.call_later(_OUT_OF_DESCRIPTORS_S, again)
                 return
             owner = _owner(network, listener, connection, address)
             if owner is None:

@@ -1,17 +1,21 @@
 """The table of a network, prepared for fast look-ups by MAC address and by IP address.
 
 It is prepared and checked once, when the agent sends it. So a table that cannot be served is refused then, and not
-when a VM asks.
+when a VM asks. The DHCP options are encoded then too: a boot storm sends the same ones thousands of times.
 """
 
 from __future__ import annotations
 
+import socket
+import struct
 from ipaddress import IPv4Address, IPv4Network
 from typing import NamedTuple
 
 from netloom.guestwire import GuestNetwork, GuestNic, domain_bytes
 
 SUBNET_MASK, ROUTER, DNS, HOSTNAME, DOMAIN, MTU, BROADCAST, SEARCH = 1, 3, 6, 12, 15, 26, 28, 119
+_IP_PKTINFO = 8  # linux/in.h
+_LEASE_TIME, _SERVER_ID, _T1, _T2 = 51, 54, 58, 59
 
 # RFC 2131 section 3.3: a lease time of all ones means "infinity", which we never grant. The minimum is a value that
 # clients can work with.
@@ -19,12 +23,16 @@ LEASE_S_MIN, LEASE_S_MAX = 60, 0x7FFFFFFF
 
 
 class TableRow(NamedTuple):
-    """One NIC: its MAC and IP addresses as bytes, and the values of its DHCP options by code."""
+    """One NIC: its MAC and IP addresses as bytes, and its encoded DHCP options by code.
+
+    ``always``: the codes of the options that are sent even if they were not requested.
+    """
 
     nic: GuestNic
     mac: bytes
     ip: bytes
     options: dict[int, bytes]
+    always: tuple[int, ...]
 
 
 class GuestTable:
@@ -35,11 +43,18 @@ class GuestTable:
         self.server_ip = IPv4Address(network.server_ip).packed
         if not LEASE_S_MIN <= network.lease_s <= LEASE_S_MAX:
             raise ValueError(f"lease_s {network.lease_s} is not between {LEASE_S_MIN} and {LEASE_S_MAX}")
-        self.lease_s = network.lease_s
+        # DHCP replies come from the address that they give as server identifier; the link may have several addresses.
+        source = struct.pack("=I4s4s", 0, self.server_ip, bytes(4))
+        self.reply_source = [(socket.IPPROTO_IP, _IP_PKTINFO, source)]
+        self.server_id = encoded_option(_SERVER_ID, self.server_ip)
+        times = ((_LEASE_TIME, network.lease_s), (_T1, network.lease_s // 2), (_T2, network.lease_s * 7 // 8))
+        self.lease = [encoded_option(code, struct.pack("!I", seconds)) for code, seconds in times]
         self.by_mac: dict[bytes, TableRow] = {}
         self.by_ip: dict[str, TableRow] = {}
         for nic in network.nics:
-            row = TableRow(nic, mac_bytes(nic.mac), IPv4Address(nic.ip).packed, _options(network, nic))
+            options = {code: encoded_option(code, value) for code, value in _options(network, nic).items()}
+            always = (SUBNET_MASK, *(code for code in options if code == MTU or code in nic.options))
+            row = TableRow(nic, mac_bytes(nic.mac), IPv4Address(nic.ip).packed, options, always)
             if row.mac in self.by_mac:
                 raise ValueError(f"two NICs with MAC {nic.mac}")
             if nic.ip in self.by_ip:
@@ -53,6 +68,14 @@ def mac_bytes(mac: str) -> bytes:
     if len(octets) != 6 or any(len(octet) != 2 for octet in octets):
         raise ValueError(f"{mac!r} is not a MAC address")
     return bytes(int(octet, 16) for octet in octets)
+
+
+def encoded_option(code: int, value: bytes) -> bytes:
+    """A DHCP option. A value of more than 255 bytes is split (RFC 3396)."""
+    if len(value) < 256:
+        return bytes((code, len(value))) + value
+    pieces = [value[at : at + 255] for at in range(0, len(value), 255)]
+    return b"".join(bytes((code, len(piece))) + piece for piece in pieces)
 
 
 def _options(network: GuestNetwork, nic: GuestNic) -> dict[int, bytes]:
