@@ -85,8 +85,8 @@ def test_after_a_pause_there_is_another_launcher(namespace: str, tmp_path: Path)
     assert start_time(first) is not None, "what it started goes on"
     second, _ = launched(launcher, namespace, tmp_path, "sleep 60")
     assert start_time(second) is not None
-    for pid in (first, second):
-        os.kill(pid, signal.SIGKILL)
+    os.killpg(first, signal.SIGKILL)
+    os.killpg(second, signal.SIGKILL)
     launcher.close()
 
 
