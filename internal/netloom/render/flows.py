@@ -123,9 +123,8 @@ def flow_check(old: Scope | None, new: Scope | None) -> FlowCheck:
     ip6_before, ip6_after = _ip6_outside_address(old, before), _ip6_outside_address(new, after)
     if _policy_sources(old, before) - _policy_sources(new, after) or ip6_before - ip6_after:
         return "all"
-    same = _flow_rules(before) == _flow_rules(after) and _same_lists(
-        before, after, _open_to_all(old), _open_to_all(new)
-    )
+    same = _flow_rules(before) == _flow_rules(after)
+    same = same and _same_lists(_lists(before, _open_to_all(old)), _lists(after, _open_to_all(new)))
     return "none" if same and ip6_before == ip6_after else "revoked_only"
 
 
@@ -431,21 +430,21 @@ def _flow_rules(now: Active) -> tuple[object, ...]:
     )
 
 
-def _same_lists(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
-    """Whether the firewall's rules are the same, whatever their ids."""
-    was, now = (_firewall_lists(*it) for it in ((before, was_open), (after, is_open)))
-    return was.keys() == now.keys() and all(
-        default == now[key][0]
-        and not lacks(now[key][1], rules, _without_id)
-        and not lacks(rules, now[key][1], _without_id)
-        for key, (default, rules) in was.items()
+def _lists(now: Active, open_to_all: bool) -> dict[str, _List]:
+    """The firewall's lists: of the ingress of addresses, and of the egress of networks."""
+    ingress = {} if open_to_all else {address: (False, rules) for address, rules in now.ingress.items()}
+    return {"open": (open_to_all, ()), **ingress, **{it.network_id: _egress(it) for it in now.networks}}
+
+
+def _same_lists(before: dict[str, _List], after: dict[str, _List]) -> bool:
+    """Whether the lists have the same rules, whatever their ids."""
+    if before.keys() != after.keys():
+        return False
+    pairs = [(was, after[key]) for key, was in before.items()]
+    return all(
+        was[0] == now[0] and not lacks(now[1], was[1], _without_id) and not lacks(was[1], now[1], _without_id)
+        for was, now in pairs
     )
-
-
-def _firewall_lists(now: Active, open_to_all: bool) -> dict[tuple[str, str], _List]:
-    """The default and the rules of each list: the ingress of addresses, the egress of networks."""
-    ingress = {} if open_to_all else {("ingress", address): (False, rules) for address, rules in now.ingress.items()}
-    return ingress | {("egress", it.network_id): _egress(it) for it in now.networks} | {("open", ""): (open_to_all, ())}
 
 
 def _may_break_flows(before: Active, after: Active, was_open: bool, is_open: bool) -> bool:
