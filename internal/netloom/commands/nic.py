@@ -7,7 +7,7 @@ names, options, metadata and password.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from msgspec.structs import replace
 
@@ -33,26 +33,19 @@ class Nics:
 
     def __init__(self, network: Network) -> None:
         self._network = network
-        self._nics = dict(network.nics)
-        self._unlisted = dict(network.unlisted)
+        self._listed = _Table(network.nics)
+        self._unlisted = _Table(network.unlisted)
         self._numbers: set[str] = set()  # of NICs that are gone
-        self._with: dict[tuple[str, str], dict[str, Nic]] = {}  # by a field and its value: the NICs by key
-        for nic in self._nics.values():
-            self._note(nic)
 
     @property
     def network(self) -> Network:
         """The network with these NICs, and without the options of those that are gone."""
-        return replace(_without_options(self._network, self._numbers), nics=self._nics, unlisted=self._unlisted)
+        network = _without_options(self._network, self._numbers)
+        return replace(network, nics=self._listed.nics, unlisted=self._unlisted.nics)
 
     def find(self, payload: NicPayload | VmNic) -> Nic | None:
         """The NIC that ``payload`` names by uuid, MAC or number. Never by IP address: another may have it by now."""
-        if payload.nic_uuid:
-            found = self._nics.get(payload.nic_uuid) or self._first("mac", payload.mac)
-            return None if found is not None and found.nic_uuid not in ("", payload.nic_uuid) else found
-        if payload.mac:
-            return self._first("mac", payload.mac)
-        return self._first("nic_id", getattr(payload, "nic_id", ""))
+        return self._listed.find(payload)
 
     def take(self, payload: NicPayload | VmNic) -> Nic:
         """Put the NIC as ``payload`` describes it, and return it. Fields that are absent from it stay as they are.
@@ -61,7 +54,7 @@ class Nics:
         is not known.
         """
         previous = self.find(payload)
-        unlisted = _find(self._unlisted, payload) if previous is None else None  # guard: an-unlisted-nic-comes-back
+        unlisted = self._unlisted.find(payload) if previous is None else None  # guard: an-unlisted-nic-comes-back
         nic = replace(previous or unlisted or Nic(mac=str(payload.mac)), **_given_fields(payload))
         if not nic.mac:
             raise BadRequest("payload.mac is missing, and the NIC is not known")
@@ -70,51 +63,72 @@ class Nics:
 
     def put(self, nic: Nic, previous: Nic | None = None) -> None:
         """Put ``nic`` instead of ``previous``, and remove other NICs that have its IP or MAC address."""
-        gone = self._with.get(("mac", nic.mac), {}) | self._with.get(("ip6", nic.ip6), {})
-        gone |= self._with.get(("ip", nic.ip), {})  # guard: an-address-has-one-vm
-        if previous is not None and previous.key in self._nics:
-            gone[previous.key] = self._nics[previous.key]
-        if nic.key in self._nics:
-            gone[nic.key] = self._nics[nic.key]
-        for key, other in gone.items():
-            del self._nics[key]
-            self._note(other, gone=True)
-        self._numbers |= {other.nic_id for other in gone.values()} - {nic.nic_id}
-        self._nics[nic.key] = nic
-        self._note(nic)
-        if self._unlisted:
-            self._unlisted = {
-                key: other
-                for key, other in self._unlisted.items()
-                if key != nic.key and other.mac != nic.mac and other.ip != nic.ip
-            }
+        gone = self._listed.having("mac", nic.mac) | self._listed.having("ip6", nic.ip6) | {nic.key}
+        gone |= self._listed.having("ip", nic.ip)  # guard: an-address-has-one-vm
+        if previous is not None:
+            gone.add(previous.key)
+        self._numbers |= {it.nic_id for it in self._listed.drop(gone)} - {nic.nic_id}
+        self._listed.put(nic)
+        self._unlisted.drop({nic.key} | self._unlisted.having("mac", nic.mac) | self._unlisted.having("ip", nic.ip))
 
     def update(self, nic: Nic) -> None:
         """Replace the NIC with this key in its place, whoever else has its addresses."""
-        self._note(self._nics[nic.key], gone=True)
-        self._nics[nic.key] = nic
-        self._note(nic)
+        self._listed.put(nic)
+
+
+class _Table:
+    """NICs by key, and the keys of those that have a certain address or number."""
+
+    def __init__(self, nics: dict[str, Nic]) -> None:
+        self.nics: dict[str, Nic] = {}
+        self._keys: dict[tuple[str, str], dict[str, None]] = {}  # by a field and its value, in the order of the NICs
+        for nic in nics.values():
+            self.put(nic)
+
+    def find(self, payload: NicPayload | VmNic) -> Nic | None:
+        if payload.nic_uuid:
+            if payload.nic_uuid in self.nics:
+                return self.nics[payload.nic_uuid]
+            found = self._first("mac", payload.mac)
+            return None if found is not None and found.nic_uuid else found
+        if payload.mac:
+            return self._first("mac", payload.mac)
+        return self._first("nic_id", getattr(payload, "nic_id", ""))
+
+    def having(self, field: str, value: str) -> set[str]:
+        return set(self._keys.get((field, value), ()))
+
+    def put(self, nic: Nic) -> None:
+        key = nic.key
+        if key in self.nics:
+            self._forget(self.nics[key])
+        self.nics[key] = nic
+        for field in _fields(nic):
+            self._keys.setdefault(field, {})[key] = None
+
+    def drop(self, keys: Iterable[str]) -> list[Nic]:
+        """Remove these NICs; returns those that were there."""
+        dropped = [self.nics.pop(key) for key in keys if key in self.nics]
+        for nic in dropped:
+            self._forget(nic)
+        return dropped
 
     def _first(self, field: str, value: str) -> Nic | None:
-        return next(iter(self._with.get((field, value), {}).values()), None)
+        return next((self.nics[key] for key in self._keys.get((field, value), ())), None)
 
-    def _note(self, nic: Nic, *, gone: bool = False) -> None:
-        for field in (("mac", nic.mac), ("ip", nic.ip), ("ip6", nic.ip6), ("nic_id", nic.nic_id)):
-            if not field[1]:
-                continue
-            if gone:
-                del self._with[field][nic.key]
-            else:
-                self._with.setdefault(field, {})[nic.key] = nic
+    def _forget(self, nic: Nic) -> None:
+        for field in _fields(nic):
+            del self._keys[field][nic.key]
+
+
+def _fields(nic: Nic) -> list[tuple[str, str]]:
+    found = (("mac", nic.mac), ("ip", nic.ip), ("ip6", nic.ip6), ("nic_id", nic.nic_id))
+    return [field for field in found if field[1]]
 
 
 def find_nic(network: Network, payload: NicPayload | VmNic) -> Nic | None:
     """The NIC that ``payload`` names (``Nics.find``)."""
-    return _find(network.nics, payload)
-
-
-def _find(nics: dict[str, Nic], payload: NicPayload | VmNic) -> Nic | None:
-    return Nics(Network(network_id="", nics=nics)).find(payload) if nics else None
+    return _Table(network.nics).find(payload)
 
 
 def with_nic(network: Network, payload: NicPayload | VmNic) -> tuple[Network, Nic]:
@@ -177,7 +191,7 @@ def _has_name_of(other: Nic, nic: Nic) -> bool:
 def without_nic(network: Network, payload: NicPayload) -> Network:
     """``network`` without every NIC that the payload names, by uuid, MAC or number, and without their options."""
     numbers = {str(payload.nic_id)}
-    while (unlisted := _find(network.unlisted, payload)) is not None:
+    while (unlisted := _Table(network.unlisted).find(payload)) is not None:
         numbers.add(unlisted.nic_id)
         network = replace(network, unlisted={key: it for key, it in network.unlisted.items() if key != unlisted.key})
     while (nic := find_nic(network, payload)) is not None:
