@@ -65,7 +65,9 @@ def load_object(data: bytes, *, root: str) -> dict[str, Any]:
             raise BadRequest(f"{root}: {quoted(value)}, where an object is expected")  # guard: a-payload-is-an-object
         if _HALF_SURROGATE.search(data):
             _refuse_half_characters(value, root)
-        return _without_empty(value) if _may_have_empty(data) else value
+        if _may_have_empty(data):
+            _remove_empty(value)
+        return value
     except json.JSONDecodeError as error:
         raise BadRequest(f"{root}: not JSON: {error.msg} (character {error.pos} of {len(text)})") from error
     except RecursionError as error:
@@ -250,21 +252,29 @@ def _refuse_half_characters(value: object, path: str) -> None:
             _refuse_half_characters(item, f"{path}[{index}]")
 
 
-def _without_empty(value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: item if key in _OPAQUE or not isinstance(item, dict | list) else _inner_without_empty(item)
-        for key, item in value.items()
-        if item is not None and item != ""
-    }
-
-
 def _may_have_empty(text: bytes) -> bool:
     return b"null" in text or b'""' in text
 
 
-def _inner_without_empty(value: Any) -> Any:
-    if isinstance(value, dict):
-        return _without_empty(value)
-    if len(value) > _LIST_LONG and not _may_have_empty(msgspec.json.encode(value)):
-        return value
-    return [_inner_without_empty(it) if isinstance(it, dict | list) else it for it in value]
+def _remove_empty(value: dict[str, Any]) -> None:
+    """Remove the fields that are null or empty, here and in the objects inside."""
+    values = value.values()
+    if None in values or "" in values:
+        for key in [key for key, item in value.items() if item is None or item == ""]:
+            del value[key]
+    for key, item in value.items():
+        if isinstance(item, dict):
+            if key not in _OPAQUE:
+                _remove_empty(item)
+        elif isinstance(item, list) and item and key not in _OPAQUE:
+            _remove_empty_in_list(item)
+
+
+def _remove_empty_in_list(items: list[Any]) -> None:
+    if len(items) > _LIST_LONG and not _may_have_empty(msgspec.json.encode(items)):
+        return
+    for item in items:
+        if isinstance(item, dict):
+            _remove_empty(item)
+        elif isinstance(item, list):
+            _remove_empty_in_list(item)

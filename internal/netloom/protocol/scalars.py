@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
+from functools import lru_cache
 from typing import ClassVar, Generic, Literal, Self, TypeVar, cast, get_args
 
 from netloom.errors import one_line
@@ -545,6 +546,7 @@ class ItemName(str):
         return cls(text)
 
 
+@lru_cache(maxsize=1024)  # most VMs have the same names
 def is_item_name(text: str) -> bool:
     """Whether ``text`` is a valid name: at most 255 characters, and a path below the VM's own directory."""
     return (
