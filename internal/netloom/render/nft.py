@@ -30,8 +30,8 @@ selects the route table by this mark. Connections of a guest with static NAT use
 the operator (``pbr``) if the bit ``POLICY`` is set. ``translate_from`` then chooses a source address of the same exit.
 
 **Packets pass while the table is replaced.** The agent loads a new ruleset in one transaction (``ruleset.swap``). The
-chains that differ are written again; base chains, named maps and counters stay, and only changed elements of maps are written. Three
-conventions keep this safe at every instant:
+chains that differ are written again; base chains, named maps and counters stay, and only changed elements of maps are
+written. Three conventions keep this safe at every instant:
 
 * No rule accepts or translates a packet because a lookup misses. So ``arriving`` drops packets to each held address by
   name after the lookup in ``@held``, before it accepts packets of guests.
