@@ -537,10 +537,10 @@ def lacks(these: Collection[_T], others: Collection[_T], value: Callable[[_T], o
 
     Of two states, most objects are the same in both. Values are computed and compared only for those that are not.
     """
-    same = set(map(id, these)).intersection(map(id, others))
-    left = {value(it) for it in others if id(it) not in same}
+    mine, theirs = dict(zip(map(id, these), these, strict=True)), dict(zip(map(id, others), others, strict=True))
+    left = {value(theirs[it]) for it in theirs.keys() - mine.keys()}
     if left:
-        left -= {value(it) for it in these if id(it) not in same}
+        left -= {value(mine[it]) for it in mine.keys() - theirs.keys()}
     return bool(left) and not left <= set(map(value, these))
 
 

@@ -235,11 +235,12 @@ def _source_ports(now: Active) -> tuple[NftSet, ...]:
     forwarded: tuple[dict[str, str], dict[str, str]] = {}, {}
     own: tuple[dict[str, str], dict[str, str]] = {}, {}
     for part in forwarded_udp(now):
-        ports, guest = part.ports, part.forward.private_ip
-        is_range = ports.first != ports.last
-        forwarded[is_range][str(ports)] = ""
-        if keeps_port(part, ports.first):
-            kept = ports if keeps_port(part, ports.last) else ports.first
+        first, last, guest = part.ports.first, part.ports.last, part.forward.private_ip
+        is_range = first != last
+        text = f"{first}-{last}" if is_range else f"{first}"
+        forwarded[is_range][text] = ""
+        if keeps_port(part, first):
+            kept = text if not is_range or keeps_port(part, last) else f"{first}"
             own[is_range][f"{guest} . {kept}"] = ""
     return tuple(
         NftSet(name=name + suffix, kind="set", type=type_, flags=flags, elements=elements[is_range])
