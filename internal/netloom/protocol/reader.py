@@ -178,9 +178,9 @@ def convert_items(
             if remember and (packed := _packed(item)):
                 items.append(_known_item(known, packed))
             else:
-                items.append(convert(item, shape, root=f"{root}[{at}]"))
+                items.append(convert(item, shape, root=_ITEM))
         except BadRequest as error:  # guard: an-unreadable-rule-keeps-no-other-out
-            errors.append(error.message.replace(_ITEM, f"{root}[{at}]", 1))
+            errors.append(f"{root}[{at}]{error.message.removeprefix(_ITEM)}")
             for instead in wider(item):
                 with contextlib.suppress(BadRequest):
                     items.append(convert(instead, shape, root=root))

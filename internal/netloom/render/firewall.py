@@ -118,8 +118,10 @@ def matches(rules: Iterable[FirewallRule], *, ip6: bool = False) -> list[Match]:
     listed = list(rules)
     if not ip6:
         return _matches(listed, 0)
-    both = [it for it in listed if not it.source_cidrs and not it.dest_cidrs and it.protocol != "icmp"]
-    single = [it for it in listed if it not in both]
+    both: list[FirewallRule] = []
+    single: list[FirewallRule] = []
+    for it in listed:
+        (single if it.source_cidrs or it.dest_cidrs or it.protocol == "icmp" else both).append(it)
     for_ip6 = [it for it in single if it.protocol != "icmp" or it.icmp_type is None or it.icmp_type < 0]
     return [*_matches(both, 0), *_matches(single, 4), *_matches(for_ip6, 6)]
 
