@@ -41,7 +41,7 @@ from functools import partial
 from typing import Any
 
 from netloom import __version__, placementwire, standbywire
-from netloom.agent import exhausted
+from netloom.agent import exhausted, heap
 from netloom.agent.actions.builtin import Actions
 from netloom.agent.budget import Budget
 from netloom.agent.clock import Clock, LoopClock
@@ -137,6 +137,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     loop = asyncio.get_running_loop()
     clock = LoopClock(loop)
     loop.set_exception_handler(LoopErrors(log, clock))
+    heap.share_one_arena()
     workers = start_workers()
     events = Events()
     host = KernelHost(store.directory.parent)
@@ -201,6 +202,9 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
         asyncio.ensure_future(isolation.run()),
         asyncio.ensure_future(claims.run(budget.checks(LOOK_EVERY_S, LOOK_CPU_S))),
         asyncio.ensure_future(standbys.run()),
+        asyncio.ensure_future(
+            heap.keep_trimmed(clock, lambda: scopes.work_done, partial(scopes.in_worker_uncounted, heap.trim))
+        ),
     ]
     restoring.add_done_callback(lambda task: _restored(task, log))
     await stop.wait()
