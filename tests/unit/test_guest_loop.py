@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import h11
 import pytest
@@ -214,12 +215,24 @@ class Clock:
         self.now = at
 
 
+class Recorded(socket.socket):
+    """A socket that notes the flags of its messages."""
+
+    flags: list[int]
+
+    def sendmsg(self, buffers: Any, ancillary: Any = (), flags: int = 0, address: Any = None, /) -> int:
+        self.flags.append(flags)
+        return super().sendmsg(buffers, ancillary, flags)
+
+
 class Visit:
     """A client, and its connection to a site that answers every request with ``body``."""
 
     def __init__(self, body: bytes = b"answer") -> None:
         self.clock = Clock()
-        self.ours, self.theirs = socket.socketpair()
+        ours, self.theirs = socket.socketpair()
+        self.ours = Recorded(fileno=ours.detach())
+        self.ours.flags = []
         self.ours.setblocking(False)
         self.theirs.setblocking(False)
         self.ended_at = -1.0
@@ -280,6 +293,14 @@ def test_a_connection_has_one_timer_however_many_requests_it_sends(visit: Visit)
     for _ in range(http.REQUESTS_MAX - 1):
         visit.ask()
     assert len(visit.clock.timers) == 1
+
+
+@pytest.mark.mutation("the-end-travels-with-the-answer", instead="socket.MSG_NOSIGNAL")
+def test_only_the_last_answer_waits_for_the_end_of_the_connection(visit: Visit) -> None:
+    for more in ("", "", "Connection: close\r\n"):
+        visit.ask(more)
+    assert [bool(it & socket.MSG_MORE) for it in visit.ours.flags] == [False, False, True]
+    assert visit.read().count(b"answer") == 3
 
 
 def test_an_unread_answer_is_written_when_the_client_reads_and_ends_after_its_time() -> None:

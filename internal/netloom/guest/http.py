@@ -185,9 +185,12 @@ class HttpConnection:
             self._body = None
 
     def _write(self) -> None:
+        lasts = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
+        # The last bytes of a connection wait for its end, and travel in the same packet.
+        flags = socket.MSG_NOSIGNAL | (0 if lasts else socket.MSG_MORE)  # guard: the-end-travels-with-the-answer
         try:
             while self._out:
-                sent = self._sock.sendmsg(self._out, [], socket.MSG_NOSIGNAL)
+                sent = self._sock.sendmsg(self._out, [], flags)
                 while self._out and sent >= len(self._out[0]):
                     sent -= len(self._out.popleft())
                 if sent:
@@ -206,7 +209,7 @@ class HttpConnection:
             self._blocked = False
             self._loop.remove_writer(self._descriptor)
             self._loop.add_reader(self._descriptor, self._readable)
-        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+        if lasts:
             self._http.start_next_cycle()
             self._request = None
             self._close_after(REQUEST_S)
