@@ -12,8 +12,12 @@ import hashlib
 import re
 from collections.abc import Collection
 from functools import cached_property
+from sys import intern
 
 import msgspec
+from msgspec.structs import force_setattr
+
+_SHARED_RULES_MAX = 100  # of a chain; rules of tenants are rarely the same
 
 
 class Chain(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +26,11 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     hook: str = ""
     rules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Share the text of the rules with the other networks: most rules are the same for all. A long list is not."""
+        if len(self.rules) <= _SHARED_RULES_MAX:
+            force_setattr(self, "rules", tuple(map(intern, self.rules)))  # guard: rules-are-shared
 
 
 class NftSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +47,10 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
     size: int = 0  # 0: the kernel's own
     timeout: str = ""  # of elements that packets add
     elements: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "name", intern(self.name))
+        force_setattr(self, "type", intern(self.type))
 
 
 class Helper(msgspec.Struct, frozen=True, kw_only=True):
