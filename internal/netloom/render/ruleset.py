@@ -11,13 +11,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection
-from functools import cached_property
-from sys import intern
+from functools import cached_property, lru_cache
 
 import msgspec
 from msgspec.structs import force_setattr
 
 _SHARED_RULES_MAX = 100  # of a chain; rules of tenants are rarely the same
+_SHARED_MAX = 2048  # texts; a network has about 250, and most of them are the same for all
+
+
+@lru_cache(_SHARED_MAX)
+def _shared(text: str) -> str:
+    """The same object for equal texts."""
+    return text
 
 
 class Chain(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,7 +36,7 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Share the text of the rules with the other networks: most rules are the same for all. A long list is not."""
         if len(self.rules) <= _SHARED_RULES_MAX:
-            force_setattr(self, "rules", tuple(map(intern, self.rules)))  # guard: rules-are-shared
+            force_setattr(self, "rules", tuple(map(_shared, self.rules)))  # guard: rules-are-shared
 
 
 class NftSet(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +55,8 @@ class NftSet(msgspec.Struct, frozen=True, kw_only=True):
     elements: dict[str, str] = {}
 
     def __post_init__(self) -> None:
-        force_setattr(self, "name", intern(self.name))
-        force_setattr(self, "type", intern(self.type))
+        force_setattr(self, "name", _shared(self.name))
+        force_setattr(self, "type", _shared(self.type))
 
 
 class Helper(msgspec.Struct, frozen=True, kw_only=True):
