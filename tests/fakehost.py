@@ -24,7 +24,7 @@ import inspect
 import itertools
 import json
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,8 @@ class FakeHost:
         self.probing: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self.flows: dict[str, list[Record]] = defaultdict(list)  # by namespace
+        self.counted: list[list[str]] = []  # the scopes of each ``changed_rulesets``
+        self.changed: set[str] = set()  # scopes in whose namespace others have changed nftables
         self.revoked = True  # whether a flow is marked as revoked, once the flows are checked
         self.told_revoked: list[bool] = []  # what each check of the flows was told about that
         self.hides_heartbeats = False
@@ -265,6 +267,11 @@ class FakeHost:
         nics = {it.segment.nic for it in want.ports}
         links = {it: HostLink(name=it, up=True) for it in nics}
         return Have(scope_id=scope_id, namespace=want.namespace, host_links=links)
+
+    def changed_rulesets(self, scope_ids: Sequence[str]) -> list[str]:
+        self.counted.append(list(scope_ids))
+        self._raise("count")
+        return [it for it in scope_ids if it in self.changed]
 
     def renewed(self, scope_id: str) -> None:
         self.did.append(f"renewed {scope_id}")

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from kernel.agent_host import NO_CHECKS, agent_host, done, steps
+import re
+
+from kernel.agent_host import NO_CHECKS, agent_host, done, steps, wait_until
 from kernel.isolated_network import DEPLOY, NS, live, snapshot
 
 FORWARD = {"public_port": "2222", "private_port": "22"}
 SYSCTL = "net.ipv4.conf.pub-101.rp_filter"
+
+
+def test_what_others_change_in_a_ruleset_is_repaired_without_a_call() -> None:
+    """By the counts of transactions, which come more often than the checks."""
+    with agent_host() as host:
+        host.start("--check-every", "45")
+        live(host)
+        table = host.run("nft", "list", "table", "inet", "netloom", namespace=NS)
+        chain, *_ = re.findall(r"chain (\S+) \{\s+type filter hook forward", table)
+        good = host.run("nft", "list", "chain", "inet", "netloom", chain, namespace=NS)
+        host.run("nft", "flush", "chain", "inet", "netloom", chain, namespace=NS)
+        wait_until(lambda: host.run("nft", "list", "chain", "inet", "netloom", chain, namespace=NS) == good)
+        assert "nftables changed: steps=1" in host.log()
 
 
 def test_a_call_does_not_look_at_a_network_that_nobody_has_touched() -> None:

@@ -10,7 +10,15 @@ import pytest
 from netloom.agent.budget import SHARE, Budget
 from netloom.agent.processes import liveness
 from netloom.agent.scopes.claims import LOOK_CPU_S, LOOK_EVERY_S
-from netloom.agent.scopes.upkeep import CHECK_CPU_S, CHECK_EVERY_S, TIDY_CPU_S, TIDY_EVERY_S
+from netloom.agent.scopes.upkeep import (
+    CHECK_CPU_S,
+    CHECK_EVERY_S,
+    COUNT_CPU_S,
+    COUNTED_AT_ONCE,
+    COUNTS_PER_CHECK,
+    TIDY_CPU_S,
+    TIDY_EVERY_S,
+)
 
 LIMITS = (Path(__file__).parents[2] / "docs" / "operators" / "limits.md").read_text()
 SIZES = (10, 100, 1000)
@@ -65,19 +73,22 @@ def told(seconds: float) -> str:
 
 
 def test_the_documented_times_until_a_fault_is_noticed_follow_from_the_budget() -> None:
-    times: dict[str, list[str]] = {"dnsmasq": [], "haproxy": [], "ruleset": [], "iptables-legacy": [], "uplink,": []}
+    kinds = ("dnsmasq", "haproxy", "ruleset", "setting", "iptables-legacy", "uplink,")
+    times: dict[str, list[str]] = {it: [] for it in kinds}
     for number in SIZES:
         budget = Budget()
         checks = budget.checks(CHECK_EVERY_S, CHECK_CPU_S)
+        counts = budget.checks(CHECK_EVERY_S / COUNTS_PER_CHECK, COUNT_CPU_S)
         probes = budget.checks(liveness.EVERY_S, liveness.PROBE_CPU_S)
         tidies = budget.checks(TIDY_EVERY_S, TIDY_CPU_S * number)
         looks = budget.checks(LOOK_EVERY_S, LOOK_CPU_S + LOOK_CPU_S_PER_NETWORK * number)
-        for kind, objects in ((checks, number), (probes, number), (tidies, 1), (looks, number)):
+        for kind, objects in ((checks, number), (counts, number), (probes, number), (tidies, 1), (looks, number)):
             kind.pause_s(objects)
         probed_s = probes.pause_s(number) * number + (liveness.FAILURES - 1) * liveness.PAUSE_S
         times["dnsmasq"].append(told(probed_s + liveness.FAILURES * 2 * liveness.ANSWER_S))
         times["haproxy"].append(told(probed_s + liveness.FAILURES * liveness.ANSWER_S))
-        times["ruleset"].append(told(checks.pause_s(number) * number))
+        times["ruleset"].append(told(counts.turn_s(number) + counts.pause_s(number) * min(number, COUNTED_AT_ONCE)))
+        times["setting"].append(told(checks.pause_s(number) * number))
         times["iptables-legacy"].append(told(tidies.pause_s(1)))
         times["uplink,"].append(told(looks.turn_s(number)))
     section = LIMITS.partition("## How soon a fault is noticed")[2].partition("\n## ")[0]
@@ -86,6 +97,6 @@ def test_the_documented_times_until_a_fault_is_noticed_follow_from_the_budget() 
     assert found == times
     costs = re.findall(r"([\d.]+) ms", section)
     assert [float(it) / 1000 for it in costs] == pytest.approx(
-        [CHECK_CPU_S, liveness.PROBE_CPU_S, TIDY_CPU_S, LOOK_CPU_S, LOOK_CPU_S_PER_NETWORK]
+        [CHECK_CPU_S, COUNT_CPU_S, liveness.PROBE_CPU_S, TIDY_CPU_S, LOOK_CPU_S, LOOK_CPU_S_PER_NETWORK]
     )
     assert f"{SHARE:.1%}" in section

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from netloom.agent.host import settled
+from netloom.agent.host import converge, settled
+from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.settled import Settled, change_settled
 from netloom.agent.kernel import kept, nft_netlink
 from netloom.plan.steps import Step
@@ -50,6 +52,27 @@ def test_nothing_to_do_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch)
     assert change_settled(SETTLED, render(wish(held=(A1, A2)))) == ((), SETTLED)
     assert kernel.did == []
+
+
+@pytest.mark.mutation("own-transactions-are-no-change", instead="not same")
+def test_a_ruleset_that_a_call_changes_meanwhile_was_not_changed_by_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    host = KernelHost(tmp_path)
+    kernel = Kernel(monkeypatch)
+    monkeypatch.setattr(converge, "Socket", lambda *of: kernel)
+    host._settled["net-204"] = SETTLED
+    assert host.changed_rulesets(["net-204", "net-205"]) == []
+    kernel.generation = 41
+    assert host.changed_rulesets(["net-204", "net-205"]) == ["net-204"]
+
+    def meanwhile(socket: object) -> int:
+        host._settled["net-204"] = replace(SETTLED, generation=41)
+        return 41
+
+    host._settled["net-204"] = SETTLED
+    monkeypatch.setattr(nft_netlink, "generation", meanwhile)
+    assert host.changed_rulesets(["net-204"]) == []
 
 
 @pytest.mark.parametrize("held", [(A1,), (A1, A2, B1), (B1,)])

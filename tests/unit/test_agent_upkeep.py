@@ -532,6 +532,36 @@ async def test_dear_checks_become_rarer_and_a_fault_is_noticed_in_the_time_that_
 
 
 @simulated
+async def test_the_transactions_of_each_scope_are_counted_in_turn_and_changes_are_repaired(agent: Agent) -> None:
+    networks = [str(204 + at) for at in range(50)]
+    await agent.live(*networks)
+    agent.start(agent.upkeep.keep_counted(checks(5.0)))
+    agent.host.changed = {"net-230"}
+    await agent.clock.advance(1.9)
+    assert agent.host.counted == []
+    for _ in range(31):
+        await agent.clock.advance(0.1)
+    assert [len(it) for it in agent.host.counted] == [20, 20]
+    assert converged(agent) == ["converge net-230"]
+    await agent.clock.advance(2)
+    assert sorted(it for some in agent.host.counted for it in some) == sorted(f"net-{it}" for it in networks)
+    assert len(agent.host.counted[2]) == 10
+
+
+@simulated
+async def test_one_scope_is_counted_at_the_shortest_interval_and_an_error_does_not_end_it(agent: Agent) -> None:
+    await agent.live()
+    agent.start(agent.upkeep.keep_counted(checks(5.0)))
+    agent.host.fail("count", ZeroDivisionError())
+    await agent.clock.advance(5)
+    assert any("ZeroDivisionError" in it for it in agent.log.lines)
+    agent.host.changed = {"net-204"}
+    await agent.clock.advance(5)
+    assert agent.host.counted == [["net-204"], ["net-204"]]
+    assert converged(agent) == ["converge net-204"]
+
+
+@simulated
 async def test_a_new_scope_does_not_wait_for_a_turn_of_all_others(agent: Agent) -> None:
     await agent.live("204", "205")
     agent.start(agent.upkeep.keep_checked(checks(40.0)))

@@ -69,7 +69,15 @@ from netloom.agent.scopes.roles import Roles
 from netloom.agent.scopes.scopes import Scopes, start_workers
 from netloom.agent.scopes.standby import Standbys
 from netloom.agent.scopes.store import Store
-from netloom.agent.scopes.upkeep import CHECK_CPU_S, CHECK_EVERY_S, TIDY_CPU_S, TIDY_EVERY_S, Upkeep
+from netloom.agent.scopes.upkeep import (
+    CHECK_CPU_S,
+    CHECK_EVERY_S,
+    COUNT_CPU_S,
+    COUNTS_PER_CHECK,
+    TIDY_CPU_S,
+    TIDY_EVERY_S,
+    Upkeep,
+)
 from netloom.agent.setup.install import held
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.flows import FlowSink, FlowSource
@@ -197,6 +205,7 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     loops = [
         asyncio.ensure_future(upkeep.keep_tidy(budget.checks(TIDY_EVERY_S, TIDY_CPU_S))),
         asyncio.ensure_future(upkeep.keep_checked(budget.checks(check_every_s, CHECK_CPU_S))),
+        asyncio.ensure_future(upkeep.keep_counted(budget.checks(check_every_s / COUNTS_PER_CHECK, COUNT_CPU_S))),
         asyncio.ensure_future(probes.run(budget.checks(PROBE_EVERY_S, PROBE_CPU_S))),
         asyncio.ensure_future(_beat(heartbeat, prepared)),
         asyncio.ensure_future(isolation.run()),

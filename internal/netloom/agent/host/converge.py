@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -36,6 +36,8 @@ from netloom.agent.kernel import (
     modules,
     namespaces,
     neighbours,
+    netlink,
+    nft_netlink,
     sysctl,
     tcp_sockets,
 )
@@ -43,6 +45,7 @@ from netloom.agent.kernel.claims_socket import ClaimWire
 from netloom.agent.kernel.conntrack_changes import Listing
 from netloom.agent.kernel.conntrack_copy import Created, Difference, Record
 from netloom.agent.kernel.links import find_links
+from netloom.agent.kernel.netlink import Socket
 from netloom.errors import HostRefused, NetloomError
 from netloom.plan.have import CARRIERS, Have, HostLink, Others
 from netloom.plan.limits import NEIGHBOUR_LIMITS, neighbour_limits
@@ -208,6 +211,23 @@ class KernelHost:
         elif self.unexpected is not None:
             self._settled[scope_id] = Settled(want, unexpected, generation)
         return HostChanges(tuple(done), _announcements(want, done))
+
+    def changed_rulesets(self, scope_ids: Sequence[str]) -> list[str]:
+        """Those of these scopes whose namespace has had nftables transactions that are not ours, or is gone."""
+        changed = []
+        for scope_id in scope_ids:
+            settled = self._settled.get(scope_id)
+            if settled is None:
+                continue
+            try:
+                with Socket(netlink.NETLINK_NETFILTER, settled.want.namespace) as nfnetlink:
+                    same = nft_netlink.generation(nfnetlink) == settled.generation
+            except (NetloomError, OSError):
+                same = False
+            # A call may have changed it between the two readings.
+            if not same and self._settled.get(scope_id) is settled:  # guard: own-transactions-are-no-change
+                changed.append(scope_id)
+        return changed
 
     def close_gate(self, scope_id: str, want: Want) -> None:
         """Close the gate of each port of ``want`` at once. Converge the scope with ``gated`` from now on.

@@ -6,7 +6,7 @@ scheduler have simulated ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from netloom.agent.host.changes import Announcement, HostChanges
@@ -59,6 +59,9 @@ class Host(Protocol):
 
     def look(self, scope_id: str, want: Want, known: Ruleset | None) -> Have:
         """Observe what exists of the scope; change nothing. Raises HostRefused."""
+
+    def changed_rulesets(self, scope_ids: Sequence[str]) -> list[str]:
+        """Those of these scopes in whose namespace others have changed nftables, or that is gone."""
 
     def renewed(self, scope_id: str) -> None:
         """Record that another part of the agent loaded the scope's ruleset."""

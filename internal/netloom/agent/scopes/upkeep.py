@@ -10,6 +10,7 @@ start of the agent     ``serve``                                                
 a kernel event         ``Watcher``                                                  ``repair``
 time                   ``keep_checked``: rules, settings and processes, for which   ``keep_checked``
                        there are no events
+time                   ``keep_counted``: nftables transactions                      ``repair``
 end of a process       ``Supervisor``                                               ``revive``
 a link has gone, or    ``Watcher``                                                  ``tidy_soon``
 joined others' bridge
@@ -58,6 +59,10 @@ REASON_MAX = 150  # characters
 CHECK_EVERY_S = 45.0  # between two checks of the same scope, while the budget suffices (agent/budget.py)
 CHECK_CPU_S = 0.008  # of one check; the first guess, until some were measured
 CHECK_LOOP_CPU_S = 0.001  # of that, outside the worker thread
+COUNTS_PER_CHECK = 9  # looks at the number of nftables transactions
+COUNT_CPU_S = 0.0002
+COUNT_LOOP_CPU_S = 0.0005  # of some scopes at once, outside the worker thread
+COUNTED_AT_ONCE = 20
 
 
 class Upkeep:
@@ -191,6 +196,38 @@ class Upkeep:
             slot.checked = self._clock.time()
             if slot.retry is None:
                 await self._maintain(slot, "check", partial(self._check, slot, checks), quiet=True)
+
+    async def keep_counted(self, counts: Checks) -> None:
+        """Ask the kernel how many nftables transactions each scope has had, and repair those with others' changes.
+
+        It costs much less than a check, so it comes more often. Some scopes are asked for at once.
+        """
+        turn: list[str] = []  # the scopes whose turn is still to come
+        while True:
+            existing = [it.scope_id for it in self._scopes.slots() if it.scope is not None and it.retry is None]
+            number = max(1, len(existing))
+            await self._clock.sleep(counts.pause_s(number) * min(number, COUNTED_AT_ONCE))
+            turn = turn or existing
+            some, turn = turn[:COUNTED_AT_ONCE], turn[COUNTED_AT_ONCE:]
+            if some:
+                for scope_id in await self._counted(some, counts):
+                    await self.repair(scope_id, "nftables changed")
+
+    async def _counted(self, scope_ids: list[str], counts: Checks) -> list[str]:
+        """Those of the scopes in whose namespace others have changed nftables. Never raises."""
+
+        def counted() -> list[str]:
+            began = time.thread_time()
+            try:
+                return self._host.changed_rulesets(scope_ids)
+            finally:
+                counts.used((time.thread_time() - began + COUNT_LOOP_CPU_S) / len(scope_ids))
+
+        try:
+            return await self._scopes.in_worker_uncounted(counted)
+        except Exception as error:  # noqa: BLE001, a bug must not end the loop
+            self._log.traceback("nftables transactions", error)
+            return []
 
     def _check(self, slot: Slot, checks: Checks) -> HostChanges:
         """In a worker thread."""
