@@ -1,7 +1,7 @@
 """The event loop of the guest process: readiness of file descriptors by epoll(7), timers, and one signal.
 
-asyncio makes more objects and calls for each event, which was a quarter of the CPU time of a DHCP reply. It also loads
-TLS, threads and processes, which the guest process never uses.
+asyncio makes more objects and calls for each event. It also loads TLS, threads and processes, which the guest process
+never uses.
 """
 
 from __future__ import annotations
