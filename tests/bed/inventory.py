@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from typing import Any
 
@@ -52,7 +53,10 @@ def _mounts() -> list[str]:
 
 
 def _processes() -> list[str]:
-    """Command lines of the host's processes, without those of the bed and of sshd's sessions and their descendants."""
+    """Command lines of the host's processes, without those of the bed and of sshd's sessions and their descendants.
+
+    Without the process that starts services, too: it ends some seconds after the last start.
+    """
     parents: dict[int, int] = {}
     lines: dict[int, str] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
@@ -74,7 +78,8 @@ def _processes() -> list[str]:
             pid = parents.get(pid, 0)
         return False
 
-    return sorted(line for pid, line in lines.items() if pid != 1 and not is_bed(pid))
+    others = (line for pid, line in lines.items() if pid != 1 and not is_bed(pid))
+    return sorted(line for line in others if not re.search(r"\bconfine\b.* serve [0-9.]+$", line))
 
 
 def _ip(namespace: str, *arguments: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from bed import Bed
 from bed.cloudstack import CLOUD_UID, NAT_SERVICES, Failed, FakeCloudStack
 from e2e.networks import MakeLife, Traces, impatient
+from netloom.extension.agent_client import HEARD_S
 
 
 def cloud_of(bed: Bed, **options: str) -> FakeCloudStack:
@@ -100,6 +102,7 @@ def test_a_network_stays_on_a_disconnected_host(bed: Bed, make_life: MakeLife) -
     life.network.implement()
     host = life.host
     host.partition("mgmt")
+    time.sleep(HEARD_S)  # until then the helper answers for a host that has just replied
     try:
         with impatient(life.cloud):
             sent = life.network.ensure()

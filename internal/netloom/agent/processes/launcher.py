@@ -20,7 +20,7 @@ from netloom.confine import REQUEST_BYTES_MAX, SERVE
 from netloom.errors import HostRefused
 from netloom.program import path
 
-IDLE_S = 30.0
+IDLE_S = 10.0
 _ANSWER_S_MAX = 10.0
 
 
