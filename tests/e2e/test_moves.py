@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from bed.lab import REPOSITORY, Internet, agent_command, program_from_source
 from bed.machines import until
 from bed.operator import Operator
 from e2e.networks import OUTSIDE, Life, MakeLife, answers_arp
+from netloom.extension.agent_client import HEARD_S
 
 
 @pytest.fixture
@@ -57,6 +59,7 @@ def test_open_connections_go_on_while_a_network_moves(
     assert operator.where(scope(life)) == [target.address]
     assert not source.sh("ip netns list").count(f"cs-{scope(life)}")
     # CloudStack's next command follows the network.
+    time.sleep(HEARD_S)  # until then the helper answers for a host that has just replied
     network.ensure()
     assert network.host == target.address
     network.add_firewall_rule(static, "tcp", 443)
@@ -90,6 +93,7 @@ def test_a_host_is_emptied_and_takes_networks_again(
     new.vm("placed-elsewhere")
     assert new.host == other, "nothing new is placed on a drained host"
     assert operator.run("undrain", full.address).out.splitlines()[-1] == f"{full.address} takes scopes again"
+    time.sleep(HEARD_S)
     for life in lives:
         life.network.ensure()
         assert life.host == other

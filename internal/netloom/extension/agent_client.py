@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import OrderedDict
 from contextlib import suppress
@@ -39,9 +38,8 @@ _SUDO_S_MAX = 5.0
 _INSTALLATION_S_MAX = 3600.0
 
 
-# A host that replied within this time is not asked where a scope lives if it said so within the other.
+# A host that has said within this time that it serves a scope is not asked again where the scope lives.
 HEARD_S = 1.0
-SERVED_S = 10.0
 _SERVED_MAX = 4096
 
 
@@ -80,23 +78,20 @@ class AgentClient:
         self._unanswered = 0  # calls that were sent without a reply so far
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
-        self._heard = -math.inf  # when the last reply came, on the monotonic clock
         self._served: OrderedDict[tuple[str, str], _Served] = OrderedDict()  # by owner and scope
 
     def remembered(self, owner: str, scope_id: str) -> Reply | None:
-        """What the agent would reply to ``locate``, if it said so of late, and that it serves the scope; else None.
+        """What the agent would reply to ``locate``, if it has just said that it serves the scope; else None.
 
-        It has replied to some call within the last second, so the host lives. Whatever changes the placement makes the
-        agent refuse the next command of the scope, and that command finds the other host.
+        Whatever changes the placement makes the agent refuse the next command of the scope, and that command finds the
+        other host.
         """
-        now = time.monotonic()
         served = self._served.get((owner, scope_id))
-        if self.is_broken or served is None or now - self._heard > HEARD_S or now - served.at > SERVED_S:
+        if self.is_broken or served is None or time.monotonic() - served.at > HEARD_S:
             return None
         return served.reply
 
     def _remember(self, call: Call, reply: Reply) -> None:
-        self._heard = time.monotonic()
         key = call.registration.owner, call.scope_id
         self._served.pop(key, None)
         if (
@@ -104,7 +99,7 @@ class AgentClient:
         ):  # guard: only-a-served-scope-is-remembered
             # A reply to locate has no output and no data, and no note is told twice.
             said = msgspec.structs.replace(reply, output="", data=b"", note="")
-            self._served[key] = _Served(self._heard, said)
+            self._served[key] = _Served(time.monotonic(), said)
             if len(self._served) > _SERVED_MAX:
                 self._served.popitem(last=False)
 
