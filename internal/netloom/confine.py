@@ -157,7 +157,7 @@ def _serve(requests: socket.socket, idle_s: float) -> int:
     """Answer each request with the pid of a new process, until there was none for ``idle_s`` seconds.
 
     A request is the arguments, with zero bytes between them, and two descriptors: of the network namespace, and for
-    stdout and stderr.
+    stdout and stderr. If there can be no process, the answer is the error number with a minus sign.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps what the agent has started through us
     requests.settimeout(idle_s)
@@ -168,13 +168,30 @@ def _serve(requests: socket.socket, idle_s: float) -> int:
             return 0
         if not request:  # the agent has ended
             return 0
+        try:
+            answer = _forked(requests, request.decode("utf-8", "surrogateescape").split("\0"), descriptors)
+        except OSError as error:
+            answer = -(error.errno or errno.EIO)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        requests.send(str(answer).encode())
+
+
+def _forked(requests: socket.socket, args: Sequence[str], descriptors: Sequence[int]) -> int:
+    """The pid of a new process that executes the program, and leads its session by now. Raises OSError."""
+    leads, leading = os.pipe()
+    try:
         pid = os.fork()
         if pid == 0:
             requests.close()
-            os._exit(_started(request.decode("utf-8", "surrogateescape").split("\0"), *descriptors))
-        for descriptor in descriptors:
-            os.close(descriptor)
-        requests.send(str(pid).encode())
+            os.setsid()
+            os.close(leading)
+            os._exit(_started(args, *descriptors))
+    finally:
+        os.close(leading)
+    os.read(leads, 1)  # guard: a-process-has-its-group-when-it-is-known
+    os.close(leads)
+    return pid
 
 
 def _started(args: Sequence[str], namespace: int, output: int) -> int:
@@ -183,7 +200,6 @@ def _started(args: Sequence[str], namespace: int, output: int) -> int:
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the program may wait for its children
-        os.setsid()
         _check("setns", _libc.setns(namespace, _CLONE_NEWNET))
         nothing = os.open("/dev/null", os.O_RDWR)
         os.dup2(nothing, 0)

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from kernel.scratch import descriptors, joined, scratch, tool
-from netloom.agent.kernel import conntrack
+from netloom.agent.kernel import conntrack, kept
 from netloom.agent.kernel.conntrack import Entry
 from netloom.agent.kernel.namespaces import inside
 from netloom.agent.kernel.nft import Nft
@@ -213,10 +213,12 @@ def test_thousands_of_connections_are_listed_and_deleted(link: Link) -> None:
 
 def test_no_file_descriptor_leaks(link: Link) -> None:
     link.udp(1001)
+    kept.forget(link.left)
     before = descriptors()
     for _ in range(20):
         entries = conntrack.dump(link.left)
         conntrack.set_mark(link.left, entries, 1)
         conntrack.count(link.left)
     conntrack.delete(link.left, entries)
+    kept.forget(link.left)
     assert descriptors() == before

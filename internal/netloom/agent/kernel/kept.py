@@ -101,9 +101,9 @@ class Keeper(Generic[_T]):
 
 
 def _identity(namespace: str | None) -> int:
-    """The inode number of the namespace; 0 for the host's, and for one that does not exist."""
+    """The inode number of the namespace, without a name of that of the calling thread; 0 for one that is missing."""
     if not namespace:
-        return 0
+        return namespaces.own_identity()
     try:
         return namespaces.identity(namespace)
     except FileNotFoundError:

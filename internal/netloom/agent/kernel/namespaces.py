@@ -104,6 +104,11 @@ def identity(name: str) -> int:
     return os.stat(_path(name)).st_ino
 
 
+def own_identity() -> int:
+    """The same of the namespace that the calling thread is in."""
+    return os.stat(_OWN).st_ino
+
+
 def create(name: str) -> None:
     """Create a named namespace, which exists without a process in it; keep one that exists.
 

@@ -21,7 +21,7 @@ from typing import IO, Any, Self
 
 from netloom.agent.environment import PATH
 from netloom.agent.kernel import descriptors
-from netloom.agent.kernel.namespaces import inside
+from netloom.agent.kernel.namespaces import inside, own_identity
 from netloom.errors import HostRefused
 
 _LIBRARY = "libnftables.so.1"
@@ -76,7 +76,7 @@ class Nft:
             library = None
         self._turn: AbstractContextManager[object] = _library_lock if library else threading.Lock()
         with self._turn, inside(namespace):
-            self._inode = _here()
+            self._inode = own_identity()
             self._engine: _Library | _Program = _Library(library) if library else _Program()
         self._aside = _Program() if library and not use else None
 
@@ -128,7 +128,7 @@ class Nft:
         # Enter the namespace although the context has its socket: the library looks up link indexes with new sockets,
         # and before 0.9.9 it reopens its own socket when a listing was interrupted.
         with turn, inside(self.namespace):
-            if _here() != self._inode:
+            if own_identity() != self._inode:
                 raise NftError(
                     f"namespace {self.namespace} was replaced by another since it was opened", hint="open it again"
                 )
@@ -251,10 +251,6 @@ def _in_memory(script: str) -> IO[bytes]:
     file.write(script.encode() + b"\n")
     file.seek(0)
     return file
-
-
-def _here() -> int:
-    return os.stat("/proc/thread-self/ns/net").st_ino
 
 
 def _can_wait() -> bool:

@@ -7,6 +7,7 @@ nothing was started for ``IDLE_S`` seconds, and with the agent.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -36,7 +37,8 @@ class Launcher:
     def launch(self, arguments: Sequence[str], namespace: str, output: int) -> int:
         """Start ``netloom confine`` with these arguments in the namespace, as leader of a session; returns its pid.
 
-        ``output``: the descriptor for stdout and stderr. Raises HostRefused, also when there is no such namespace.
+        ``output``: the descriptor for stdout and stderr. Raises HostRefused, also when there is no such namespace, and
+        OSError when there can be no process.
         """
         request = "\0".join(arguments).encode("utf-8", "surrogateescape")
         if len(request) > REQUEST_BYTES_MAX:
@@ -44,14 +46,17 @@ class Launcher:
         with descriptor(namespace) as there, self._lock:
             for _ in range(2):
                 answer = self._asked(request, [there, output])
-                if answer.isdigit():
-                    return int(answer)
+                if answer.lstrip(b"-").isdigit():
+                    pid = int(answer)
+                    if pid < 0:
+                        raise OSError(-pid, os.strerror(-pid))
+                    return pid
                 status = self._end()
                 if answer or status:
                     break
                 # It had been idle for so long that it ended just before it read this.
         why = answer.decode("utf-8", "replace") or f"it ended with status {status}"
-        raise HostRefused(f"the process that starts services failed: {why}", hint="the agent tries again")
+        raise HostRefused(f"the process that starts services: {why}", hint="the agent tries again")
 
     def close(self) -> None:
         """End the process; the next ``launch`` starts another one."""
@@ -59,29 +64,33 @@ class Launcher:
             self._end()
 
     def _asked(self, request: bytes, descriptors: list[int]) -> bytes:
-        """The answer: a pid, or why there is none; empty when the process has ended."""
+        """The answer: a number, or why there is none; empty when the process has ended. Raises OSError."""
+        sock = self._socket or self._start()
         try:
-            sock = self._socket or self._start()
             socket.send_fds(sock, [request], descriptors)
             return sock.recv(4096)
         except TimeoutError:
             return b"no answer"
-        except OSError as error:
-            # EPIPE and ECONNRESET: the process has ended.
-            return b"" if isinstance(error, ConnectionError) else str(error).encode()
+        except ConnectionError:  # EPIPE, ECONNRESET
+            return b""
 
     def _start(self) -> socket.socket:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.settimeout(_ANSWER_S_MAX)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.settimeout(_ANSWER_S_MAX)
         with theirs:
-            self._process = subprocess.Popen(
-                [*_confine(), SERVE, str(self._idle_s)],
-                stdin=theirs.fileno(),
-                cwd="/",
-                env={"PATH": PATH, "LANG": "C"},
-                start_new_session=True,
-            )
-        return self._socket
+            try:
+                self._process = subprocess.Popen(
+                    [*_confine(), SERVE, str(self._idle_s)],
+                    stdin=theirs.fileno(),
+                    cwd="/",
+                    env={"PATH": PATH, "LANG": "C"},
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
+        self._socket = ours
+        return ours
 
     def _end(self) -> int:
         """Have the process end, and return its exit status; negative: the signal that ended it."""
