@@ -1,9 +1,9 @@
 """Sockets of nftables and conntrack that stay open for a moment after their use.
 
 To close one may take long: the kernel first waits until everything is freed that the transactions of its namespace have
-deleted. That takes an RCU grace period, some 10 ms (``nft_rcv_nl_event`` in net/netfilter/nf_tables_api.c). So whoever
-changes a namespace gets the socket of the change before it, and a thread closes those that nobody has used for
-``KEPT_S`` seconds.
+deleted. That takes an RCU grace period, some 10 ms (``nft_rcv_nl_event`` in net/netfilter/nf_tables_api.c). So a thread
+closes them later, when nobody waits for it. Until then our own sockets are used again. The contexts of libnftables are
+not: those of 0.9.8 free memory twice if they are used for many scripts.
 
 A socket keeps its namespace alive, so whoever deletes a namespace calls :func:`forget` before.
 """
@@ -21,6 +21,7 @@ from netloom.agent.kernel.netlink import Socket
 from netloom.agent.kernel.nft import Nft
 
 KEPT_S = 1.0
+_CLOSED_AFTER_S = 0.1  # a context of libnftables
 _KEPT_MAX = 64  # of each kind; libnftables needs low descriptors
 
 
@@ -32,18 +33,24 @@ _T = TypeVar("_T", bound=_Closable)
 
 
 class _Kept(NamedTuple, Generic[_T]):
+    namespace: str | None
     identity: int  # of the namespace; a later one of the same name has another
     it: _T
     ends: float
 
 
 class Keeper(Generic[_T]):
-    """Lends what ``open_`` opens in a namespace, to one thread at a time."""
+    """Lends what ``open_`` opens in a namespace, to one thread at a time. It is closed ``kept_s`` seconds later.
 
-    def __init__(self, open_: Callable[[str | None], _T]) -> None:
+    ``reuse``: until then it is lent again.
+    """
+
+    def __init__(self, open_: Callable[[str | None], _T], kept_s: float = KEPT_S, *, reuse: bool = True) -> None:
         self._open = open_
+        self._kept_s = kept_s
+        self._reuse = reuse
         self._changed = threading.Condition()
-        self._kept: dict[str | None, _Kept[_T]] = {}  # the one that was used last is the last one
+        self._kept: list[_Kept[_T]] = []  # in the order in which they are closed
         self._closing: threading.Thread | None = None
 
     @contextmanager
@@ -53,32 +60,40 @@ class Keeper(Generic[_T]):
         Call it outside of ``namespaces.inside``: it may start a thread.
         """
         identity = _identity(namespace)
-        with self._changed:
-            had = self._kept.pop(namespace, None)
-        if had is not None and had.identity != identity:  # guard: a-new-namespace-gets-a-new-socket
-            had.it.close()
-            had = None
-        it = had.it if had is not None else self._open(namespace)
+        had = self._taken(namespace, identity) if self._reuse else None
+        it = had if had is not None else self._open(namespace)
         try:
             yield it
         except BaseException:
             it.close()
             raise
-        self._keep(namespace, identity, it)
+        self._keep(_Kept(namespace, identity, it, time.monotonic() + self._kept_s))
 
     def forget(self, namespace: str) -> None:
         """Close what is kept for the namespace."""
         with self._changed:
-            had = self._kept.pop(namespace, None)
-        if had is not None:
+            gone = [it for it in self._kept if it.namespace == namespace]
+            self._kept = [it for it in self._kept if it.namespace != namespace]
+        for had in gone:
             had.it.close()
 
-    def _keep(self, namespace: str | None, identity: int, it: _T) -> None:
+    def _taken(self, namespace: str | None, identity: int) -> _T | None:
+        """The one that is kept for this very namespace, which is kept no longer."""
         with self._changed:
-            too_many = [self._kept.pop(namespace)] if namespace in self._kept else []
-            self._kept[namespace] = _Kept(identity, it, time.monotonic() + KEPT_S)
+            for at in range(len(self._kept) - 1, -1, -1):
+                had = self._kept[at]
+                if had.namespace == namespace and had.identity == identity:  # guard: a-new-namespace-gets-a-new-socket
+                    del self._kept[at]
+                    return had.it
+        return None
+
+    def _keep(self, kept: _Kept[_T]) -> None:
+        too_many: list[_Kept[_T]] = []
+        with self._changed:
+            self._kept.append(kept)
             if len(self._kept) > _KEPT_MAX:
-                too_many.append(self._kept.pop(next(iter(self._kept))))
+                too_many = self._kept[:1]
+                del self._kept[:1]
             if self._closing is None:
                 self._closing = threading.Thread(target=self._close_unused, name="closing", daemon=True)
                 self._closing.start()
@@ -91,12 +106,11 @@ class Keeper(Generic[_T]):
             with self._changed:
                 while not self._kept:
                     self._changed.wait()
-                oldest = next(iter(self._kept))
-                left_s = self._kept[oldest].ends - time.monotonic()
+                left_s = self._kept[0].ends - time.monotonic()
                 if left_s > 0:
                     self._changed.wait(left_s)
                     continue
-                had = self._kept.pop(oldest)
+                had = self._kept.pop(0)
             had.it.close()
 
 
@@ -111,7 +125,7 @@ def _identity(namespace: str | None) -> int:
 
 
 _netfilter = Keeper(lambda namespace: Socket(netlink.NETLINK_NETFILTER, namespace))
-_nft = Keeper(Nft)
+_nft = Keeper(Nft, _CLOSED_AFTER_S, reuse=False)
 
 netfilter = _netfilter.lent
 nft = _nft.lent
