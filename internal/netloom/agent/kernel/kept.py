@@ -2,8 +2,9 @@
 
 To close one may take long: the kernel first waits until everything is freed that the transactions of its namespace have
 deleted. That takes an RCU grace period, some 10 ms (``nft_rcv_nl_event`` in net/netfilter/nf_tables_api.c). So a thread
-closes them later, when nobody waits for it. Until then our own sockets are used again. The contexts of libnftables are
-not: those of 0.9.8 free memory twice if they are used for many scripts.
+closes them later, when nobody waits for it. Until then our own sockets are used again, and the contexts of libnftables
+are not. With a libnftables that has not been tried, each context is closed at once, and there is one at a time: those
+of 0.9.8 have tables in common, which it frees with each context.
 
 A socket keeps its namespace alive, so whoever deletes a namespace calls :func:`forget` before.
 """
@@ -14,14 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from netloom.agent.kernel import namespaces, netlink
 from netloom.agent.kernel.netlink import Socket
-from netloom.agent.kernel.nft import Nft
+from netloom.agent.kernel.nft import Nft, version
 
 KEPT_S = 1.0
 _CLOSED_AFTER_S = 0.1  # a context of libnftables
+_INDEPENDENT_SINCE = (1, 0, 6)  # of the versions that were tried
 _KEPT_MAX = 64  # of each kind; libnftables needs low descriptors
 
 
@@ -128,7 +131,23 @@ _netfilter = Keeper(lambda namespace: Socket(netlink.NETLINK_NETFILTER, namespac
 _nft = Keeper(Nft, _CLOSED_AFTER_S, reuse=False)
 
 netfilter = _netfilter.lent
-nft = _nft.lent
+_alone = threading.Lock()
+
+
+@contextmanager
+def nft(namespace: str | None) -> Iterator[Nft]:
+    """nftables of the namespace, for one script. Call it outside of ``namespaces.inside``. Raises as ``Nft``."""
+    if _contexts_are_independent():  # guard: old-contexts-have-tables-in-common
+        with _nft.lent(namespace) as it:
+            yield it
+    else:
+        with _alone, Nft(namespace) as it:
+            yield it
+
+
+@cache
+def _contexts_are_independent() -> bool:
+    return version() >= _INDEPENDENT_SINCE
 
 
 def forget(namespace: str) -> None:
