@@ -12,6 +12,7 @@ from netloom.agent.host import converge, settled
 from netloom.agent.host.converge import KernelHost
 from netloom.agent.host.settled import Settled, change_settled
 from netloom.agent.kernel import kept, nft_netlink
+from netloom.agent.kernel.namespaces import NamespaceError
 from netloom.plan.steps import Step
 from netloom.render.scope import render
 from unit.scopes import A1, A2, B1, wish
@@ -46,6 +47,16 @@ def test_a_new_address_takes_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
     changed = change_settled(replace(SETTLED, want=before), WANT)
     assert changed == (tuple(kernel.did), replace(SETTLED, generation=41))
     assert {type(it).__name__ for it in kernel.did} == {"LoadRuleset", "AddAddress"}
+
+
+def test_a_namespace_without_its_name_takes_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(namespace: str | None) -> Kernel:
+        raise NamespaceError(f"namespace {namespace}")
+
+    kernel = Kernel(monkeypatch)
+    monkeypatch.setattr(kept, "netfilter", missing)
+    assert change_settled(replace(SETTLED, want=render(wish(held=(A1,)))), WANT) is None
+    assert kernel.did == []
 
 
 def test_nothing_to_do_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:

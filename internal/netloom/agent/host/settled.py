@@ -14,6 +14,7 @@ import msgspec
 
 from netloom.agent.host.apply import apply
 from netloom.agent.kernel import kept, nft_netlink
+from netloom.agent.kernel.namespaces import NamespaceError
 from netloom.plan.plan import change
 from netloom.plan.steps import AddAddress, LoadRuleset, PutNeighbour, RemoveNeighbour, Step
 from netloom.render.want import Want
@@ -41,9 +42,12 @@ def change_settled(settled: Settled, want: Want) -> tuple[tuple[Step, ...], Sett
     steps = change(settled.want, want)
     if steps is None or not all(isinstance(step, _SIMPLE) for step in steps):
         return None
-    with kept.netfilter(want.namespace) as nfnetlink:
-        if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
-            return None
+    try:
+        with kept.netfilter(want.namespace) as nfnetlink:
+            if nft_netlink.generation(nfnetlink) != settled.generation:  # guard: a-changed-table-is-looked-at
+                return None
+    except NamespaceError:  # somebody has removed its name
+        return None
     apply(steps)
     # Count our own transactions only. If somebody else made one meanwhile, the next call finds another number.
     generation = settled.generation + sum(isinstance(step, LoadRuleset) for step in steps)
