@@ -12,11 +12,12 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from golden.rendered import load, scenarios
 from netloom.agent.host import frames, gate, lease
 from netloom.agent.host.observe_nft import GUARD_TABLE, observe_table, table_digest
-from netloom.agent.kernel import links, namespaces, netlink, nft_netlink
+from netloom.agent.kernel import kept, links, namespaces, netlink, nft_netlink
 from netloom.agent.kernel.netlink import Socket
 from netloom.agent.kernel.nft import Nft, version
 from netloom.agent.setup import selftest
@@ -118,11 +119,24 @@ def leases() -> list[dict[str, int]]:
     return found
 
 
+def many_scripts(namespace: str) -> int:
+    """Run scripts in four threads, as the worker threads of an agent do. The number of those that were accepted."""
+
+    def run(at: int) -> None:
+        with kept.nft(namespace) as nft:
+            nft.run(f"add table inet t{at}")
+
+    with ThreadPoolExecutor(4) as pool:
+        return len(list(pool.map(run, range(200))))
+
+
 def main() -> None:
     namespace, part = sys.argv[1:]
     found: dict[str, object] = {"version": version()}
     if part == "loads":
         found["loaded"] = digests(namespace)
+    elif part == "threads":
+        found["scripts"] = many_scripts(namespace)
     else:
         found |= {"wrong": wrong_changes(namespace), "failed": failed_tests(), "host": host_chains(), "gates": gates()}
         found["leases"] = leases()

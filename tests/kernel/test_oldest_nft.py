@@ -45,6 +45,11 @@ def with_the_oldest_nft(part: str, directory: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.mutation("old-contexts-have-tables-in-common", instead="True")
+def test_many_scripts_in_several_threads_do_not_crash_the_oldest_nft(tmp_path: Path) -> None:
+    assert with_the_oldest_nft("threads", tmp_path)["scripts"] == 200
+
+
 @pytest.mark.mutation("two-values-are-named-in-the-rule", instead='f"dnat ip to {key} map @forwards_{protocol}"')
 def test_the_oldest_nft_loads_every_ruleset_like_the_installed_one(tmp_path: Path) -> None:
     found = with_the_oldest_nft("loads", tmp_path)
