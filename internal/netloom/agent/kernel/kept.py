@@ -136,7 +136,7 @@ _alone = threading.Lock()
 
 @contextmanager
 def nft(namespace: str | None) -> Iterator[Nft]:
-    """``Nft`` of the namespace, for one script. Call it outside of ``namespaces.inside``. Raises what ``Nft`` raises."""
+    """``Nft`` of the namespace, for one script. Call it outside of ``namespaces.inside``. Raises as ``Nft`` does."""
     if _contexts_are_independent():  # guard: old-contexts-have-tables-in-common
         with _nft.lent(namespace) as it:
             yield it
