@@ -6,12 +6,13 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kernel.agent_host import wait_until
-from kernel.scratch import scratch
+from kernel.scratch import descriptors, scratch
 from netloom.agent.kernel.namespaces import NamespaceError, identity
 from netloom.agent.processes.launcher import Launcher
 from netloom.agent.processes.process import namespace_of, open_log, start_time
@@ -100,13 +101,28 @@ def test_after_a_pause_there_is_another_launcher(namespace: str, tmp_path: Path)
     launcher.close()
 
 
-def test_a_killed_launcher_fails_one_start_and_no_other(launcher: Launcher, namespace: str, tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_during_a_start_fails_it_and_no_other(
+    launcher: Launcher, namespace: str, tmp_path: Path
+) -> None:
     """Perhaps it has started the process, so it is not started once more at once."""
     launched(launcher, namespace, tmp_path, "exit 0")
-    os.kill(pid_of(launcher), signal.SIGKILL)
-    with pytest.raises(HostRefused, match="status -9"):
-        launched(launcher, namespace, tmp_path, "exit 0")
+    pid = pid_of(launcher)
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(launched, launcher, namespace, tmp_path, "exit 0")
+        wait_until(lambda: launcher._lock.locked())
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(HostRefused, match="status -9"):
+            starting.result()
     launched(launcher, namespace, tmp_path, "exit 0")
+
+
+def test_a_launcher_that_ends_by_itself_leaves_nothing(namespace: str, tmp_path: Path) -> None:
+    before = descriptors()
+    launcher = Launcher(idle_s=0.1)
+    launched(launcher, namespace, tmp_path, "exit 0")
+    pid = pid_of(launcher)
+    wait_until(lambda: ended(pid) and descriptors() == before)
 
 
 def test_what_cannot_be_started_is_refused(launcher: Launcher, namespace: str, tmp_path: Path) -> None:

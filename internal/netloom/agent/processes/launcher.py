@@ -26,7 +26,7 @@ _ANSWER_S_MAX = 10.0
 
 
 class Launcher:
-    """Starts confined programs. Any thread may use it."""
+    """Starts confined programs. Any thread may use it, outside of ``namespaces.inside``: it may start a thread."""
 
     def __init__(self, idle_s: float = IDLE_S) -> None:
         self._idle_s = idle_s
@@ -90,7 +90,16 @@ class Launcher:
                 ours.close()
                 raise
         self._socket = ours
+        threading.Thread(target=self._forget_ended, args=(self._process, ours), name="launcher", daemon=True).start()
         return ours
+
+    def _forget_ended(self, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+        """In a thread of its own: reap the process when it ends by itself, and close our socket."""
+        process.wait()
+        with self._lock:
+            if self._socket is ours:
+                ours.close()
+                self._socket = self._process = None
 
     def _end(self) -> int:
         """Have the process end, and return its exit status; negative: the signal that ended it."""
