@@ -110,7 +110,7 @@ def test_a_launcher_that_is_killed_during_a_start_fails_it_and_no_other(
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(launched, launcher, namespace, tmp_path, "exit 0")
-        wait_until(lambda: launcher._lock.locked())
+        wait_until(launcher._lock.locked)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(HostRefused, match="status -9"):
             starting.result()

@@ -27,6 +27,8 @@ PRIVATE = {
     "_decode_any",
     "_isolated",
     "_library_lock",
+    "_netfilter",
+    "_nft",
     "_programs",
     "_restore_states",
     "_take_over",
