@@ -42,7 +42,7 @@ CLIENTS_MAX = 512
 # The largest payload file (call.py), and room for the other fields.
 _REQUEST_BYTES_MAX = (1 << 30) + (1 << 20)
 
-# A step of a call that takes less is not reported to the caller.
+# A call that takes less does not report to the caller what it is doing.
 REPORT_AFTER_S = 0.02
 
 # The descriptors that the helper inherits from the call that starts it: its socket and the socket's directory.
@@ -253,14 +253,15 @@ class HelperCall(asyncio.Protocol):
 class _ReportingRecord(CallRecord):
     """A record that sends what it is ``doing`` to the caller, which needs it for its message about a timeout.
 
-    It sends nothing of what has changed again, or ended, within ``REPORT_AFTER_S``: most calls take less.
+    It sends nothing in the first ``REPORT_AFTER_S`` seconds, in which most calls end, and then each change at once.
     """
 
-    __slots__ = ("_call", "_doing", "_report")
+    __slots__ = ("_call", "_doing", "_is_slow", "_report")
 
     def __init__(self, call: HelperCall, started: float, call_id: str) -> None:
         self._call = call
         self._report: asyncio.TimerHandle | None = None
+        self._is_slow = False
         super().__init__(started)
         self.call_id = call_id
 
@@ -273,9 +274,11 @@ class _ReportingRecord(CallRecord):
         self._doing = what
         if self._report is None:
             self._report = asyncio.get_running_loop().call_later(REPORT_AFTER_S, self._send)
+        elif self._is_slow:
+            self._send()
 
     def _send(self) -> None:
-        self._report = None
+        self._is_slow = True
         self._call.send(DOING, self._doing.encode())
 
     def ended(self) -> None:
