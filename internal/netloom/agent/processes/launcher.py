@@ -7,6 +7,7 @@ nothing was started for ``IDLE_S`` seconds, and with the agent.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -90,7 +91,12 @@ class Launcher:
                 ours.close()
                 raise
         self._socket = ours
-        threading.Thread(target=self._forget_ended, args=(self._process, ours), name="launcher", daemon=True).start()
+        reaping = threading.Thread(target=self._forget_ended, args=(self._process, ours), name="launcher", daemon=True)
+        try:
+            reaping.start()
+        except RuntimeError as error:  # there can be no further thread
+            self._end()
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
         return ours
 
     def _forget_ended(self, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
