@@ -1,7 +1,7 @@
 """The memory that the C library keeps for later use (mallopt(3), malloc_trim(3)).
 
 By default each worker thread has an arena, and keeps there what its largest ruleset once needed: after thirty networks
-that was more than half of the agent's memory. Without them the memory depends on the number of networks alone.
+that was more than half of the agent's memory.
 """
 
 from __future__ import annotations

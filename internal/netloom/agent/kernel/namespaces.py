@@ -105,7 +105,7 @@ def identity(name: str) -> int:
 
 
 def own_identity() -> int:
-    """The same of the namespace that the calling thread is in."""
+    """The inode number of the namespace that the calling thread is in."""
     return os.stat(_OWN).st_ino
 
 
