@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Sequence, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -350,7 +350,7 @@ class _Connection(SshConnection):
         if self.host in self._hosts.dead:
             await asyncio.Event().wait()
 
-    async def run(self, received: Callable[[bytes], None]) -> AgentChannel:
+    async def run(self, received: Callable[[bytes], None], argv: Sequence[str] = ()) -> AgentChannel:
         self.stage = "agent"
         channel = _Channel(self._hosts, self.host, received)
         self._hosts._channels.append(channel)
@@ -382,7 +382,7 @@ class _Channel(AgentChannel):
 
     def arrived(self, data: bytes) -> None:
         if not self.broken:
-            self._received(data)
+            self.received(data)
 
     def break_off(self) -> None:
         self.broken = True

@@ -12,17 +12,20 @@ import msgspec
 
 from netloom import __version__
 from netloom.errors import HostRefused, HostUnreachable, NetloomError
-from netloom.extension.deploy import CannotInstall, Deployment
+from netloom.extension.deploy import CannotInstall, Deployment, install_shell
 from netloom.extension.package import Package
 from netloom.extension.progress import Progress
 from netloom.extension.ssh import (
+    INSTALL_IT,
     NAME_IN_HOSTS,
     AgentChannel,
     ConnectionLost,
     Login,
+    NoAgent,
     SshConnection,
     why_no_agent,
 )
+from netloom.extension.step_shell import StepShell
 from netloom.program import build_id, is_newer
 from netloom.wire import PROTOCOL_VERSION, REPLY_BYTES_MAX, Call, FrameReader, Hello, Message, Reply, Signers, encode
 
@@ -65,6 +68,7 @@ class AgentClient:
         self.deployment: Deployment | None = None
         self.signers: dict[str, Signers] = {}  # by owner, what the agent gets to verify claims; as long as the login
         self._package = package
+        self._shell: StepShell | None = None  # becomes the relay to the agent, or stays and installs it
         self._progress = progress
         self._reset()
 
@@ -109,6 +113,9 @@ class AgentClient:
         Raises HostUnreachable, or LoginRefused, with a remedy: NoAgent and OtherProtocol if ``install`` may help.
         """
         await self.connection.open()
+        # A sudo that allows nothing but the agent's command allows no shell.
+        if self._package is not None and not self.connection.login.by_sudo:
+            self._shell = install_shell(self.connection, self._package)
         self._accept(await self._greet())
 
     async def install(self, why: HostUnreachable) -> None:
@@ -153,6 +160,8 @@ class AgentClient:
             await self._deploy()
         except HostUnreachable as error:
             self._progress.log(f"{error}; the older agent is used")
+        finally:
+            self._close_shell()
 
     def silence(self, waited_s: float) -> HostUnreachable:
         """The error when the host is not ready after ``waited_s`` seconds."""
@@ -164,7 +173,14 @@ class AgentClient:
     async def _greet(self) -> Hello:
         self._reset()
         began = time.monotonic()
-        self._channel = await self.connection.run(self._received)
+        if self._shell is None:
+            channel = await self.connection.run(self._received)
+        else:
+            relay = await self._shell.connect(self._received)
+            if relay is None:
+                raise NoAgent(f"{self.host}: no agent at {self.connection.login.agent}", hint=INSTALL_IT)
+            self._shell, channel = None, relay
+        self._channel = channel
         self._watch = asyncio.create_task(self._watch_channel(self._channel))
         self._send(HELLO)
         hello = await self._greeted
@@ -175,7 +191,9 @@ class AgentClient:
 
     async def _deploy(self, *, only_if_missing: bool = False) -> None:
         assert self._package is not None
-        self.deployment = Deployment(self.connection, self._package, self._progress)
+        if self._shell is None or not self._shell.is_open:
+            self._shell = install_shell(self.connection, self._package)
+        self.deployment = Deployment(self.connection, self._package, self._progress, self._shell)
         try:
             async with asyncio.timeout(_INSTALLATION_S_MAX):
                 await self.deployment.run(only_if_missing=only_if_missing)
@@ -183,6 +201,7 @@ class AgentClient:
             raise CannotInstall(f"{self.deployment.now}, for {_INSTALLATION_S_MAX / 60:.0f} minutes") from None
         except (CannotInstall, ConnectionLost) as error:
             self._progress.log(f"installing {self._package.build} failed: {error}")
+            self._close_shell()
             raise
         finally:
             self.deployment = None
@@ -227,6 +246,11 @@ class AgentClient:
         if self._watch is not None:
             self._watch.cancel()
         self.connection.close()
+
+    def _close_shell(self) -> None:
+        if self._shell is not None:
+            self._shell.close()
+            self._shell = None
 
     def _send(self, message: Message) -> None:
         assert self._channel is not None

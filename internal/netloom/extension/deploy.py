@@ -5,14 +5,14 @@ the package. Each block is written at its own offset, so two uploads at the same
 bytes, and a later upload resumes where the file ends. The complete file is copied, verified and renamed, so that no
 incomplete program, and none that is still being written, can be executed.
 
-The shell scripts are constants. Their arguments are our directory, the build, sizes and the hash.
+All of this is done by one shell, over one channel (step_shell.py). The shell scripts are constants. Their arguments are
+our directory, the build, sizes and the hash.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -20,11 +20,13 @@ from netloom.errors import HostUnreachable
 from netloom.extension.package import Package
 from netloom.extension.progress import Installing, Progress, Step
 from netloom.extension.ssh import CompletedCommand, SshConnection
+from netloom.extension.step_shell import StepShell
 from netloom.wire import Activation
 
 DIRECTORY = "/usr/local/libexec/netloom"
 
 _BLOCK = 1 << 16
+_BLOCKS_AT_ONCE = 8  # one write of this size takes less time than one for each block
 _LOG_EVERY_S = 5.0  # how often a slow upload writes its percentage to the log
 _UPLOADS_MAX = 2  # when the uploaded bytes do not have the right hash
 # Free space that the host must keep for its logs and states, in addition to the upload and its copy.
@@ -64,11 +66,14 @@ fi
 _UPLOAD = (
     _COMMON
     + r"""
-directory=$1 build=$2 hash=$3 blocks=$4
+directory=$1 build=$2 hash=$3 blocks=$4 bytes=$5
 part=$directory/$build/.part-$hash
 if [ ! -d "${directory%/*}" ]; then mkdir -p "$directory" && : >"$directory/.made-parent"; fi
 mkdir -p "$directory/$build" || exit 1
-dd of="$part" bs=65536 seek="$blocks" conv=notrunc || { rm -f "$part"; rmdir "$directory/$build"; exit 1; }
+dd of="$part" bs=65536 seek="$blocks" conv=notrunc count="$bytes" iflag=fullblock,count_bytes && exit 0
+rm -f "$part"
+rmdir "$directory/$build"
+exit 1
 """
 )
 
@@ -94,6 +99,30 @@ mv -f "$new" "$program" && rm -f "$part" && flush "$directory/$build"
 )
 _WRONG_HASH = 65
 
+# Reads exactly the lines of its steps and the bytes of the upload. It ends after an upload that failed, because the
+# remaining bytes would be read as steps.
+_STEPS = f"""
+directory=$1 build=$2 hash=$3 size=$4 step=$5
+look() ({_LOOK})
+upload() ({_UPLOAD})
+finish() ({_FINISH})
+[ -n "$step" ] || read -r step first second || exit 0
+while :; do
+    case $step in
+    look) look "$directory" "$build" "$hash" </dev/null 2>&1 ;;
+    upload) upload "$directory" "$build" "$hash" "$first" "$second" 2>&1 ;;
+    finish) finish "$directory" "$build" "$hash" "$size" </dev/null 2>&1 ;;
+    activate) "$directory/$build/netloom" agent activate $first </dev/null 2>&1 ;;
+    connect) [ ! -x "$directory/current/netloom" ] || exec "$directory/current/netloom" agent connect; false ;;
+    *) exit 64 ;;
+    esac
+    status=$?
+    printf '\nnetloom-end %s\n' "$status"
+    [ "$step" != upload ] || [ "$status" = 0 ] || exit 1
+    read -r step first second || exit 0
+done
+"""
+
 
 class CannotInstall(HostUnreachable):
     """The program cannot be installed on the host, or does not run there, so no agent answers."""
@@ -109,6 +138,13 @@ def _bytes(text: str, otherwise: int) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else otherwise
 
 
+def install_shell(connection: SshConnection, package: Package) -> StepShell:
+    """A shell that can install ``package``, and that can become the relay to the agent."""
+    return StepShell(
+        connection, ["sh", "-c", _STEPS, "netloom", DIRECTORY, package.build, package.sha256, str(package.size)]
+    )
+
+
 class Deployment:
     """The installation of ``package`` on one host. ``now``: how far it is."""
 
@@ -117,19 +153,20 @@ class Deployment:
         connection: SshConnection,
         package: Package,
         progress: Progress,
+        shell: StepShell,
         *,
         forced_by_operator: bool = False,
     ) -> None:
-        """``forced_by_operator``: install the package even if an operator went back from this build on the host."""
+        """``shell``: of ``install_shell``.
+
+        ``forced_by_operator``: install the package even if an operator went back from this build on the host.
+        """
         self.now = Installing(connection.host, "looking at the host")
-        self._connection = connection
+        self._host = connection.host
+        self._shell = shell
         self._package = package
         self._progress = progress
         self._forced_by_operator = forced_by_operator
-
-    @property
-    def _host(self) -> str:
-        return self._connection.host
 
     async def run(self, *, only_if_missing: bool = False) -> Activation | None:
         """Upload the package unless the host has it, and activate it. Another deployment can resume a failed upload.
@@ -157,7 +194,7 @@ class Deployment:
         return await self._activate()
 
     async def _look(self) -> dict[str, str]:
-        done = await self._shell(_LOOK, self._package.sha256)
+        done = await self._shell.step("look")
         found = (
             line.removeprefix("netloom-").partition(" ") for line in done.out.splitlines() if line[:8] == "netloom-"
         )
@@ -206,7 +243,7 @@ class Deployment:
         began = logged = time.monotonic()
         self._progress.log(f"{self._host}: uploading {package.build}, {package.size} bytes, from byte {sent}")
 
-        def chunks() -> Sequence[bytes]:
+        def chunk() -> bytes:
             nonlocal sent, percent, logged
             now = sent * 100 // package.size
             if now != percent:
@@ -215,13 +252,13 @@ class Deployment:
                 if time.monotonic() - logged > _LOG_EVERY_S:
                     logged = time.monotonic()
                     self._progress.log(f"{self._host}: uploading {package.build}, {percent} %")
-            data = os.pread(file, _BLOCK, sent)
+            data = os.pread(file, min(_BLOCK * _BLOCKS_AT_ONCE, package.size - sent), sent)
             sent += len(data)
-            return [data] if data else []
+            return data
 
         file = os.open(package.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            done = await self._shell(_UPLOAD, package.sha256, str(blocks), feed=chunks)
+            done = await self._shell.step("upload", str(blocks), str(package.size - sent), feed=chunk)
         finally:
             os.close(file)
         if done.status != 0:
@@ -233,7 +270,7 @@ class Deployment:
         """Verify the upload and move it into place. False: its hash was wrong, and the partial file was removed."""
         self._report("checking")
         package = self._package
-        done = await self._shell(_FINISH, package.sha256, str(package.size))
+        done = await self._shell.step("finish")
         if done.status == 0:
             return True
         if done.status == _WRONG_HASH:
@@ -245,8 +282,7 @@ class Deployment:
     async def _activate(self) -> Activation:
         self._report("starting")
         package = self._package
-        forced = ["--by-word"] if self._forced_by_operator else []
-        done = await self._connection.execute([f"{DIRECTORY}/{package.build}/netloom", "agent", "activate", *forced])
+        done = await self._shell.step("activate", *(["--by-word"] if self._forced_by_operator else []))
         line = next((line for line in done.out.splitlines() if line.startswith("{")), "")
         if done.status != 0 or not line:
             complaint = done.complaint.removeprefix("netloom agent: ").removeprefix("netloom: ")
@@ -261,12 +297,6 @@ class Deployment:
             raise CannotInstall(f"{self._host}: its answer to the installation cannot be read: {error}") from error
         self._progress.log(f"{self._host}: {activation.outcome}: {activation.build} {activation.reason}".rstrip())
         return activation
-
-    async def _shell(
-        self, script: str, *arguments: str, feed: Callable[[], Sequence[bytes]] | None = None
-    ) -> CompletedCommand:
-        argv = ["sh", "-c", script, "netloom", DIRECTORY, self._package.build, *arguments]
-        return await self._connection.execute(argv, feed=feed)
 
     def _report(self, step: Step, percent: int | None = None) -> None:
         self.now = Installing(self._host, step, percent)

@@ -12,7 +12,7 @@ from contextlib import suppress
 import msgspec
 
 from netloom.errors import BadRequest, HostRefused, NetloomError
-from netloom.extension.deploy import DIRECTORY, Deployment
+from netloom.extension.deploy import DIRECTORY, Deployment, install_shell
 from netloom.extension.package import Package
 from netloom.extension.progress import Progress
 from netloom.extension.ssh import CompletedCommand, Login, SshConnection
@@ -38,7 +38,8 @@ async def install_on(
 
     async def install(connection: SshConnection) -> HostResult:
         host = connection.host
-        activation = await Deployment(connection, package, progress, forced_by_operator=True).run()
+        shell = install_shell(connection, package)
+        activation = await Deployment(connection, package, progress, shell, forced_by_operator=True).run()
         assert activation is not None
         if activation.build != package.build:
             raise HostRefused(f"{host}: {activation.reason}", hint="netloom agent rollback on that host goes back")

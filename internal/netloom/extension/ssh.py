@@ -15,6 +15,7 @@ import shlex
 import socket
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +53,8 @@ AGENT = "/usr/local/libexec/netloom/current/netloom agent"
 
 # The remedy when an agent does not answer.
 LOOK_THERE = "look at /var/log/netloom/agent.log on the host"
+# The remedy when there is none.
+INSTALL_IT = "install netloom there, or let NETLOOM_AGENT name its command"
 
 # Plain keys only, best first: a host certificate would be accepted without being remembered in known_hosts.
 _KEY_TYPES = ("ssh-ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521", "ssh-rsa")
@@ -67,7 +70,7 @@ _KEEPALIVE_S = 5.0
 _UNACKNOWLEDGED_S_MAX = 4.0
 _STDERR_BYTES_MAX = 4096
 # Of the output of a program on a host. The answers of ``netloom agent`` have a few kilobytes.
-_OUTPUT_BYTES_MAX = 1 << 20
+OUTPUT_BYTES_MAX = 1 << 20
 _DEFAULT_IDENTITIES = ("id_ed25519", "id_ecdsa", "id_rsa")
 
 _SUDO_WANTS_PASSWORD = ("a password is required", "a terminal is required", "must have a tty", "no tty present")
@@ -102,7 +105,7 @@ class NoAgent(HostUnreachable):
 
 
 class TooMuchOutput(Exception):
-    """A program printed more than ``_OUTPUT_BYTES_MAX`` bytes."""
+    """A program printed more than ``OUTPUT_BYTES_MAX`` bytes."""
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,15 @@ class Login:
 
 
 class AgentChannel(asyncssh.SSHClientSession[bytes]):
-    """The SSH channel to the stdin and stdout of the agent's command."""
+    """The SSH channel to the stdin and stdout of the agent's command, or of the shell that installs it.
+
+    ``received`` gets the output and must not raise.
+    """
 
     def __init__(self, received: Callable[[bytes], None]) -> None:
-        self._received = received
+        self.received = received
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._channel: asyncssh.SSHClientChannel[bytes] | None = None
         self._stderr = bytearray()
         self.exit_status: int | None = None
@@ -169,7 +177,7 @@ class AgentChannel(asyncssh.SSHClientSession[bytes]):
         if datatype == asyncssh.EXTENDED_DATA_STDERR:
             self._stderr += data[: _STDERR_BYTES_MAX - len(self._stderr)]
         else:
-            self._received(data)
+            self.received(data)
 
     def exit_status_received(self, status: int) -> None:
         self.exit_status = status
@@ -180,7 +188,14 @@ class AgentChannel(asyncssh.SSHClientSession[bytes]):
     def eof_received(self) -> bool:
         return True  # the exit status is still to come
 
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        self._writable.set()
         if not self.lost.done():
             self.lost.set_result(exc)
 
@@ -188,6 +203,14 @@ class AgentChannel(asyncssh.SSHClientSession[bytes]):
         """Queue ``data``. Raises BrokenPipeError when the other end is gone."""
         assert self._channel is not None
         self._channel.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the host has taken most of what was written, or the channel is lost."""
+        await self._writable.wait()
+
+    def close(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
 
     @property
     def stderr(self) -> str:
@@ -335,15 +358,15 @@ class SshConnection:
                 raise _Dropped(failure) from error
             raise failure from error
 
-    async def run(self, received: Callable[[bytes], None]) -> AgentChannel:
-        """Start the agent's command. Its output goes to ``received``, which must not raise."""
+    async def run(self, received: Callable[[bytes], None], argv: Sequence[str] = ()) -> AgentChannel:
+        """Start ``argv`` as root; without it, the agent's command. Its output goes to ``received``."""
         assert self._connection is not None
         self._at("agent")
         try:
             channel = AgentChannel(received)
             await self._connection.create_session(
                 lambda: channel,
-                self.login.command,
+                self.login.as_root(argv) if argv else self.login.command,
                 encoding=None,
                 request_pty=False,
             )
@@ -354,33 +377,17 @@ class SshConnection:
             ) from error
         return channel
 
-    async def execute(
-        self, argv: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None
-    ) -> CompletedCommand:
-        """Run ``argv`` as root and wait for its end.
-
-        ``feed`` is called for the next chunks of stdin, as fast as the host takes them, until it returns none.
-        Raises ConnectionLost.
-        """
+    async def execute(self, argv: Sequence[str]) -> CompletedCommand:
+        """Run ``argv`` as root, without stdin, and wait for its end. Raises ConnectionLost."""
         assert self._connection is not None
         try:
             process = await self._connection.create_process(self.login.as_root(argv), encoding=None, request_pty=False)
-            # Reads stdout and stderr while stdin is written.
-            output = asyncio.gather(self._read(process.stdout), self._read(process.stderr))
-            try:
-                if feed is not None:
-                    while chunks := feed():
-                        process.stdin.writelines(chunks)
-                        await process.stdin.drain()
+            with suppress(OSError):  # the command has ended already
                 process.stdin.write_eof()
-            except OSError:  # the command has ended; its status and stderr say why
-                pass
-            out, err = await output
+            out, err = await asyncio.gather(self._read(process.stdout), self._read(process.stderr))
             await process.wait_closed()
         except TooMuchOutput:
-            raise HostUnreachable(
-                f"{self.host}: a command there printed more than {_OUTPUT_BYTES_MAX >> 20} MiB", hint=LOOK_THERE
-            ) from None
+            raise self.too_much_output() from None
         except (asyncssh.Error, OSError) as error:
             raise ConnectionLost(f"{self.host}: the connection broke: {_reason(error)}") from error
         if process.exit_status is None and not process.exit_signal:
@@ -394,10 +401,16 @@ class SshConnection:
         data = bytearray()
         while piece := await stream.read(1 << 16):
             data += piece
-            if len(data) > _OUTPUT_BYTES_MAX:  # guard: the-output-of-a-program-ends
+            if len(data) > OUTPUT_BYTES_MAX:  # guard: the-output-of-a-program-ends
                 self.close()
                 raise TooMuchOutput
         return bytes(data)
+
+    def too_much_output(self) -> HostUnreachable:
+        """The error for a command that printed more than OUTPUT_BYTES_MAX."""
+        return HostUnreachable(
+            f"{self.host}: a command there printed more than {OUTPUT_BYTES_MAX >> 20} MiB", hint=LOOK_THERE
+        )
 
     def close(self) -> None:
         if self._connection is not None:
@@ -622,7 +635,7 @@ def why_no_agent(host: str, login: Login, channel: AgentChannel) -> HostUnreacha
         path = next(iter(shlex.split(login.agent)), "")
         return NoAgent(
             f"{host}: no agent at {path}" + (f": {stderr}" if stderr else ""),
-            hint="install netloom there, or let NETLOOM_AGENT name its command",
+            hint=INSTALL_IT,
         )
     how = f"signal {channel.exit_signal}" if channel.exit_signal else f"status {channel.exit_status}"
     if channel.exit_status is None and not channel.exit_signal:
