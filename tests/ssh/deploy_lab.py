@@ -39,8 +39,9 @@ words = dict(word.split("=", 1) for word in sys.argv[1:])
 stop = int(open("/run/dd-stop").read()) if os.path.exists("/run/dd-stop") else 1 << 60
 fd = os.open(words["of"], os.O_WRONLY | os.O_CREAT, 0o644)
 at = int(words["seek"]) * int(words["bs"])
-while True:
-    data = os.read(0, min(1 << 16, max(1, stop - at)))
+end = at + int(words["count"])  # in bytes, by iflag=count_bytes
+while at < end:
+    data = os.read(0, min(1 << 16, end - at, max(1, stop - at)))
     if not data:
         break
     if at == 0 and os.path.exists("/run/dd-spoil"):
