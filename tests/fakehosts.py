@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
-from collections.abc import AsyncIterator, Sequence, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 

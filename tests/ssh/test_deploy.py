@@ -27,6 +27,7 @@ from ssh.deploy_lab import (
     succeeded,
     uploaded_bytes,
 )
+from ssh.onefile import OneFiles
 
 
 @pytest.mark.parametrize("user", ["root", "netadmin"])
@@ -175,9 +176,44 @@ def test_a_failed_selftest_is_reported_with_the_missing_feature(bed: Bed, host: 
     assert "apt-get install nftables" in ended.output
     assert current(host) == ""
     assert running_agents(host) == []
+    assert host.listing(LIBEXEC) == [".made-parent", ONE]
     host.sh("for f in /usr/sbin/nft /usr/lib/*/libnftables.so.1; do umount $f; done")
     assert succeeded(server.ask())  # the program was already uploaded
     assert server.log().count(" from byte ") == 1
+
+
+# The selftest lasts until a file exists.
+WAITS = {"netloom/agent/setup/selftest.py": "def require():\n    while not os.path.exists('/run/go'): time.sleep(0.01)"}
+
+
+def agent_waits(host: Host) -> bool:
+    """Whether a started agent waits for a lock (proc_locks(5))."""
+    return any("->" in line for line in host.read("/proc/locks").splitlines())
+
+
+def test_the_agent_starts_during_the_selftest_and_serves_after_it(bed: Bed, host: Host, files: OneFiles) -> None:
+    server = Server(bed, files.make("0.1.0-1-dddd", changes=WAITS))
+    asked = in_background(server)
+    assert until(lambda: agent_waits(host), seconds=SETTLE_S)
+    assert host.listing("/run/netloom") == ["agent.lock", "install.lock", "start.lock"]
+    assert host.sh("ls /var/lib/netloom 2>/dev/null", check=False) == ""
+    host.write("/run/go", "")
+    assert succeeded(asked())
+    assert host.listing(LIBEXEC) == [".made-parent", "0.1.0-1-dddd", "current"]
+
+
+@pytest.mark.mutation("an-untested-host-is-not-served")
+@pytest.mark.mutation("an-untested-host-is-installed-again")
+def test_an_agent_whose_selftest_was_killed_does_not_serve(bed: Bed, host: Host, files: OneFiles) -> None:
+    server = Server(bed, files.make("0.1.0-1-dddd", changes=WAITS))
+    asked = in_background(server)
+    assert until(lambda: agent_waits(host), seconds=SETTLE_S)
+    host.sh("kill -9 $(ps -A -o pid=,args= | sed -n 's/^ *\\([0-9]*\\) .* agent activate$/\\1/p')")
+    assert asked().status == 2
+    assert until(lambda: " agent serve" not in host.sh("ps -A -o args="), seconds=SETTLE_S)
+    assert "the selftest of this host has not passed" in host.read("/var/log/netloom/agent.log")
+    host.write("/run/go", "")
+    assert succeeded(server.ask())  # the next installation tests the host
 
 
 def test_a_program_corrupted_on_the_host_is_uploaded_again(bed: Bed, host: Host, one: Path) -> None:

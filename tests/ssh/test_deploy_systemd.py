@@ -126,6 +126,19 @@ def test_systemd_starts_and_restarts_the_agent(machine: SystemdHost, programs: O
     assert host.run("ip", "netns") == ""
 
 
+def test_a_failed_selftest_leaves_no_unit_and_no_agent(machine: SystemdHost, programs: OneFiles) -> None:
+    host = machine
+    fails = {"netloom/agent/setup/selftest.py": "def require():\n    time.sleep(1)\n    raise HostRefused('it fails')"}
+    program = str(programs.make("0.1.0-1-ffff", changes=fails))
+    assert "it fails" in host.run("sh", "-c", f"{program} agent install 2>&1", check=False)
+    assert host.run("find", "/etc/systemd", "-name", "netloom*") == ""
+    assert host.run("systemctl", "is-active", UNIT, check=False) == "inactive"
+    assert not host.path("/run/netloom/agent.sock").exists()
+    assert host.run("ls", "-A", LIBEXEC).split() == [".made-parent", "0.1.0-1-ffff"]
+    host.run(str(programs.make(ONE)), "agent", "install")
+    assert status(host)["serves"] == ONE
+
+
 def test_an_agent_started_without_its_unit_is_taken_over(machine: SystemdHost, programs: OneFiles) -> None:
     host = machine
     host.run(str(programs.make(ONE)), "agent", "install")

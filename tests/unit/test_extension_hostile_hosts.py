@@ -17,11 +17,12 @@ from netloom.cli.rows import host_row, print_rows
 from netloom.errors import HostUnreachable, NetloomError
 from netloom.extension import ssh
 from netloom.extension.agent_client import AgentClient
-from netloom.extension.deploy import CannotInstall, Deployment
+from netloom.extension.deploy import CannotInstall, Deployment, install_shell
 from netloom.extension.hostkeys import KnownHosts, Trust
 from netloom.extension.package import Package
 from netloom.extension.progress import Progress
-from netloom.extension.ssh import CompletedCommand, Login, SshConnection
+from netloom.extension.ssh import AgentChannel, Login, SshConnection
+from netloom.extension.step_shell import StepShell
 from netloom.wire import Call, Hello, Registration, Reply, encode
 
 PACKAGE = Package("/nonexistent", "0.1.0-abc", 1 << 20, "ff" * 32, "x86_64")
@@ -36,17 +37,38 @@ def login(directory: Path) -> Login:
 # --- the answers of programs on a host
 
 
-class HostileShell(SshConnection):
-    """A host that answers each command with ``answers``, one after the other."""
+class HostileHost(SshConnection):
+    """A host whose shell answers each step with one of ``answers``; ``begins``: what it prints before the first one."""
 
-    def __init__(self, directory: Path, *answers: str) -> None:
+    def __init__(self, directory: Path, *answers: str, begins: str = "") -> None:
         super().__init__("h1", login(directory))
-        self._answers = list(answers)
+        self.answers = list(answers)
+        self.begins = begins
+        self.closed = False
 
-    async def execute(
-        self, argv: Sequence[str], *, feed: Callable[[], Sequence[bytes]] | None = None
-    ) -> CompletedCommand:
-        return CompletedCommand(0, self._answers.pop(0), "nothing")
+    async def run(self, received: Callable[[bytes], None], argv: Sequence[str] = ()) -> AgentChannel:
+        if self.begins:
+            received(self.begins.encode())
+        return HostileChannel(received, self)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class HostileChannel(AgentChannel):
+    """The channel to its shell."""
+
+    def __init__(self, received: Callable[[bytes], None], host: HostileHost) -> None:
+        super().__init__(received)
+        self._host = host
+
+    def write(self, data: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self.received, self._host.answers.pop(0).encode())
+
+
+def ended(answer: str, status: int = 0) -> str:
+    """The output of a step."""
+    return f"{answer}\nnetloom-end {status}\n"
 
 
 def facts(**given: str) -> str:
@@ -71,12 +93,66 @@ def facts(**given: str) -> str:
     ],
 )
 def test_any_answer_to_an_installation_is_an_error_of_one_line(answers: tuple[str, ...], tmp_path: Path) -> None:
-    deployment = Deployment(HostileShell(tmp_path, *answers), PACKAGE, Progress())
+    async def deploy() -> None:
+        host = HostileHost(tmp_path, *map(ended, answers))
+        await Deployment(host, PACKAGE, Progress(), install_shell(host, PACKAGE)).run()
+
     with pytest.raises(CannotInstall) as raised:
-        asyncio.run(deployment.run())
+        asyncio.run(deploy())
     assert str(raised.value).isprintable()
     assert str(raised.value).isascii()
     assert str(raised.value).startswith("h1: ")
+
+
+@pytest.mark.mutation("the-output-of-a-step-ends")
+def test_a_step_that_prints_for_ever_is_given_up(tmp_path: Path) -> None:
+    async def step() -> None:
+        host = HostileHost(tmp_path, "x" * (2 << 20))
+        shell = StepShell(host, ["sh"])
+        with pytest.raises(HostUnreachable, match="h1: a command there printed more than 1 MiB"):
+            await asyncio.wait_for(shell.step("look"), 5)
+        assert host.closed
+
+    asyncio.run(step())
+
+
+def test_the_end_of_a_step_is_found_in_pieces(tmp_path: Path) -> None:
+    async def step() -> None:
+        shell = StepShell(HostileHost(tmp_path, ""), ["sh"])
+        waiting = asyncio.ensure_future(shell.step("look"))
+        await asyncio.sleep(0)
+        text = ended('netloom-end 0\nnetloom-a b\n{"c": 1}\nit\nfailed', 65)
+        for byte in text.encode():
+            assert not waiting.done()
+            shell._received(bytes([byte]))
+        done = await waiting
+        assert (done.status, done.complaint) == (65, "it failed")
+        assert "netloom-a b" in done.out.splitlines()
+
+    asyncio.run(step())
+
+
+@pytest.mark.parametrize(
+    ("begins", "relays"), [("\0\0\0\x10hello", True), ("\nWelcome!\n", True), (ended("", 1), False)]
+)
+def test_a_shell_becomes_the_relay_if_the_host_has_one(begins: str, relays: bool, tmp_path: Path) -> None:
+    """All that is not the end of a step belongs to the relay, also what a login shell prints."""
+
+    async def connect() -> None:
+        received = bytearray()
+        host = HostileHost(tmp_path, ended("here"), begins=begins)
+        shell = StepShell(host, ["sh"])
+        channel = await shell.connect(received.extend)
+        assert (channel is not None) is relays
+        assert received.decode() == (begins if relays else "")
+        if channel is not None:
+            channel.received(b"more")
+            assert received.decode() == f"{begins}more"
+        else:
+            assert shell.is_open
+            assert (await shell.step("look")).out == "here"
+
+    asyncio.run(connect())
 
 
 @pytest.mark.mutation("the-output-of-a-program-ends")

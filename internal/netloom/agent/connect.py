@@ -29,6 +29,8 @@ UNIT = "netloom-agent.service"
 UNIT_FILE = f"/etc/systemd/system/{UNIT}"
 _SYSTEMD_RUNS = "/run/systemd/system"  # sd_booted(3)
 
+UNTESTED = ".untested"  # beside the builds: the selftest of a first installation has not passed (setup/install.py)
+
 START_S_MAX = 20.0  # until a started agent answers; it listens before it restores the scopes
 
 QUIET_S = 5.0  # without a byte from the agent: ask over another connection whether it lives
@@ -38,7 +40,7 @@ _STDERR = 2
 
 
 class Uninstalled(Exception):
-    """The program was removed from the host since this process was started."""
+    """The program was removed from the host since this process was started, or its installation is not complete."""
 
 
 def connect(arguments: list[str]) -> int:
@@ -111,8 +113,13 @@ def _start_another(path: str, arguments: list[str], silent: int) -> socket.socke
 
 
 def _check_installed() -> None:
-    """Raise Uninstalled if neither our file nor the unit is there any more. An uninstall holds the lock meanwhile."""
+    """Raise Uninstalled if neither our file nor the unit is there any more. An uninstall holds the lock meanwhile.
+
+    Raise it also before the selftest of the first installation has passed, so that the caller installs us (again).
+    """
     file = program_path()
+    if file is not None and os.path.exists(f"{os.path.dirname(os.path.dirname(file))}/{UNTESTED}"):
+        raise Uninstalled("the selftest of this host has not passed")  # guard: an-untested-host-is-installed-again
     if file is not None and not os.path.exists(file) and not has_unit():
         raise Uninstalled(f"{file} is not installed any more")
 

@@ -69,11 +69,18 @@ def _activate(*, forced_by_operator: bool) -> int:
     import msgspec  # here, because connect does not need it
 
     from netloom.agent.log import complain
-    from netloom.agent.setup import install, selftest
+    from netloom.agent.setup import install
     from netloom.errors import NetloomError
 
+    def require() -> None:
+        from netloom.agent.setup import (
+            selftest,  # all of the agent: at a first installation, the agent starts meanwhile
+        )
+
+        selftest.require()
+
     try:
-        activation = install.activate(forced_by_operator=forced_by_operator, require=selftest.require)
+        activation = install.activate(forced_by_operator=forced_by_operator, require=require)
     except (NetloomError, OSError) as error:
         complain(str(error))
         return 3

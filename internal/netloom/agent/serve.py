@@ -78,7 +78,7 @@ from netloom.agent.scopes.upkeep import (
     TIDY_EVERY_S,
     Upkeep,
 )
-from netloom.agent.setup.install import held
+from netloom.agent.setup.install import held, wait_for_selftest
 from netloom.agent.standby.engine import Engine
 from netloom.agent.standby.flows import FlowSink, FlowSource
 from netloom.agent.standby.pair import Pairs
@@ -121,6 +121,7 @@ def serve(
         return 3
     try:
         lock = _lock(socket_path)
+        wait_for_selftest()
         store = Store(state_dir)
     except (OSError, NetloomError) as error:
         log.fatal("not serving", error)

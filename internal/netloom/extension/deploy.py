@@ -45,7 +45,7 @@ say machine "$(uname -m)"
 for tool in sha256sum dd df cp mv rm mkdir chmod wc sed sync; do command -v $tool >/dev/null || say missing $tool; done
 if [ -L "$directory" ]; then say foreign "a link"; exit 0; fi
 if [ -e "$directory" ] && [ ! -d "$directory" ]; then say foreign "no directory"; exit 0; fi
-say current "$(readlink "$directory/current")"
+[ -e "$directory/.untested" ] || say current "$(readlink "$directory/current")"
 program=$directory/$build/netloom part=$directory/$build/.part-$hash
 if [ -f "$program" ]; then say installed "$(sha256sum <"$program" | cut -d ' ' -f 1)"; fi
 if [ -f "$part" ]; then say part "$(wc -c <"$part")"; fi

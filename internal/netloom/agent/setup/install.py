@@ -4,6 +4,7 @@
     /usr/local/libexec/netloom/current           a symbolic link to the build in use, replaced atomically
     /usr/local/libexec/netloom/previous          the build before it; its state files are in /var/lib/netloom/previous
     /usr/local/libexec/netloom/held              the name of the build that an operator rolled back from
+    /usr/local/libexec/netloom/.untested         there while the selftest of a first installation has not passed
 
 If an installation is killed between two steps, the next start uses a complete build, and the next installation
 continues. The networks are not touched: namespaces, rules, resolvers and the guest process keep running without an
@@ -13,6 +14,7 @@ agent.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import select
@@ -27,7 +29,7 @@ from pathlib import Path
 import msgspec
 
 from netloom.agent import connect, hung
-from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
+from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE, UNTESTED
 from netloom.errors import HostRefused
 from netloom.files import replace_bytes, replace_text, sync_directory
 from netloom.program import build_id, is_newer, path
@@ -191,7 +193,7 @@ def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activa
     """Put this build in use, unless a newer one is in use.
 
     ``forced_by_operator``: activate it although an operator rolled back from it (``held``).
-    ``require`` raises HostRefused when the host lacks something that networks need; nothing has changed then.
+    ``require`` raises HostRefused when the host lacks something that networks need; the host is as before then.
     Raises HostRefused also when the new agent does not answer; the previous build is in use again then.
     """
     build = build_id()
@@ -213,15 +215,78 @@ def activate(*, forced_by_operator: bool, require: Callable[[], None]) -> Activa
             and connect.has_unit() == connect.systemd_runs()
         ):
             return Activation("current", build)
-        require()
-        _write_unit()
-        if now in ("", build):
-            switch(now, build, lambda: None, lambda: None)
+        if not now and serves is None:
+            _start_first(build, require)
         else:
-            switch(now, build, lambda: save_states(now), undo_save_states)
+            require()
+            (LIBEXEC / UNTESTED).unlink(missing_ok=True)
+            _write_unit()
+            if now in ("", build):
+                switch(now, build, lambda: None, lambda: None)
+            else:
+                switch(now, build, lambda: save_states(now), undo_save_states)
         if is_newer(build, than=held()) or forced_by_operator:
             (LIBEXEC / _HELD).unlink(missing_ok=True)
         return Activation("activated", build, did=tuple(_remove_old()))
+
+
+def _start_first(build: str, require: Callable[[], None]) -> None:
+    """Start the agent of the first build on this host while ``require`` tests the host.
+
+    The agent waits for the end of the test before it changes or serves anything (:func:`wait_for_selftest`). Raises
+    HostRefused.
+    """
+    had_unit = Path(UNIT_FILE).exists()
+    with start_lock():
+        stop()
+        untested = os.open(LIBEXEC / UNTESTED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(untested, fcntl.LOCK_EX)
+            try:
+                set_link(_CURRENT, build)
+                _write_unit()
+                _start()
+                require()
+            except BaseException:
+                _take_back(had_unit)
+                raise
+            (LIBEXEC / UNTESTED).unlink()
+        finally:
+            os.close(untested)  # releases the lock
+        if not _wait_for(build):
+            why = _last_log_line() or "its log is empty"
+            stop()
+            raise HostRefused(f"the agent of {build} does not answer: {why}", hint=f"look at {LOG}")
+
+
+def wait_for_selftest() -> None:
+    """Wait while the selftest of a first installation runs. Raises HostRefused if it has not passed."""
+    try:
+        untested = os.open(LIBEXEC / UNTESTED, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(untested, fcntl.LOCK_SH)
+        if (LIBEXEC / UNTESTED).exists():  # guard: an-untested-host-is-not-served
+            raise HostRefused("the selftest of this host has not passed", hint="netloom agent install")
+    finally:
+        os.close(untested)
+
+
+def _take_back(had_unit: bool) -> None:
+    """End the agent that waits for the selftest, and remove what :func:`_start_first` made. Raises HostRefused."""
+    if connect.has_unit():
+        systemctl("stop", UNIT)
+    until = time.monotonic() + STOP_S_MAX
+    while not connect.has_unit() and time.monotonic() < until:  # it may still be starting
+        if pid := hung.agent_pid(os.path.dirname(SOCKET)):
+            terminate(pid)
+            break
+        time.sleep(0.02)
+    if not had_unit:
+        remove_unit()
+    (LIBEXEC / _CURRENT).unlink(missing_ok=True)
+    (LIBEXEC / UNTESTED).unlink()  # last: an agent that starts before does not serve
 
 
 def rollback(*, keep_state: bool) -> Activation:
@@ -407,7 +472,7 @@ def _wait_for(build: str) -> bool:
         agent = running()
         if agent is not None and agent.build == build:
             return True
-        time.sleep(0.05)
+        time.sleep(0.02)
     return False
 
 
@@ -491,6 +556,17 @@ def _write_unit() -> None:
         replace_text(unit, UNIT_TEXT, mode=0o644)
         systemctl("daemon-reload")
     systemctl("enable", "--quiet", UNIT)
+
+
+def remove_unit() -> None:
+    """Disable and remove the agent's systemd unit, if there is one. Raises HostRefused."""
+    if not Path(UNIT_FILE).exists():
+        return
+    if connect.systemd_runs():
+        systemctl("disable", "--quiet", UNIT)
+    Path(UNIT_FILE).unlink()
+    if connect.systemd_runs():
+        systemctl("daemon-reload")
 
 
 def systemctl(*args: str) -> None:

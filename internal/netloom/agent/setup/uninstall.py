@@ -18,9 +18,8 @@ from typing import Literal
 import msgspec
 
 from netloom import program
-from netloom.agent import connect
 from netloom.agent.actions.hooks import STARTED
-from netloom.agent.connect import LOG, SOCKET, UNIT, UNIT_FILE
+from netloom.agent.connect import LOG, SOCKET, UNTESTED
 from netloom.agent.host import fence, gate, lease, unmanaged
 from netloom.agent.host.bridged_frames import BridgedFrames
 from netloom.agent.host.converge import KernelHost
@@ -80,7 +79,7 @@ def uninstall(networks: Networks) -> Kept:
         with install.start_lock():
             install.stop()
             _stop_guest_process()
-            _remove_unit()
+            install.remove_unit()
             leave = bool(scopes) and networks == "leave"
             if leave:
                 kept = [f"{len(scopes)} networks with their bridges and guards: they run on"]
@@ -235,23 +234,13 @@ def _started_pid(claimed: int) -> int:
     return claimed
 
 
-def _remove_unit() -> None:
-    if not Path(UNIT_FILE).exists():
-        return
-    if connect.systemd_runs():
-        install.systemctl("disable", "--quiet", UNIT)
-    Path(UNIT_FILE).unlink()
-    if connect.systemd_runs():
-        install.systemctl("daemon-reload")
-
-
 def _remove_files(*, keep_networks: bool) -> list[str]:
     made_parent = (LIBEXEC / install.MADE_PARENT).exists()
     _remove([LIBEXEC / "current"])  # first: calls that come meanwhile start no program that is being removed
     _remove_unpacked(install.builds())
     for build in install.builds():
         install.remove_build(build)
-    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("previous", "held", install.MADE_PARENT)])
+    _remove(LIBEXEC.glob(".*.*"), [LIBEXEC / name for name in ("previous", "held", UNTESTED, install.MADE_PARENT)])
     shutil.rmtree(install.PREVIOUS_STATES, ignore_errors=True)
     shutil.rmtree(install.REPLACED_STATES, ignore_errors=True)
     _remove(Path(LOG).parent.glob(f"{Path(LOG).name}*"), [GroupFile(STATE).path])
