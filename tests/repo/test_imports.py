@@ -17,6 +17,7 @@ PRIVATE = {
     "_Broken",
     "_Calls",
     "_FINISH",
+    "_STEPS",
     "_ENVIRONMENT",
     "_Peer",
     "_TESTS",

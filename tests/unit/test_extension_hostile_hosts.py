@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -102,6 +103,21 @@ def test_any_answer_to_an_installation_is_an_error_of_one_line(answers: tuple[st
     assert str(raised.value).isprintable()
     assert str(raised.value).isascii()
     assert str(raised.value).startswith("h1: ")
+
+
+@pytest.mark.mutation("a-shorter-file-ends-the-upload")
+def test_a_program_that_is_replaced_during_its_upload_is_an_error(tmp_path: Path) -> None:
+    """The host would wait for the rest."""
+    file = tmp_path / "netloom"
+    file.write_bytes(b"short")
+    package = replace(PACKAGE, path=str(file))
+
+    async def deploy() -> None:
+        host = HostileHost(tmp_path, ended(facts(installed="")), "", "")
+        await asyncio.wait_for(Deployment(host, package, Progress(), install_shell(host, package)).run(), 5)
+
+    with pytest.raises(CannotInstall, match="was changed while it was uploaded"):
+        asyncio.run(deploy())
 
 
 @pytest.mark.mutation("the-output-of-a-step-ends")

@@ -26,7 +26,6 @@ from netloom.wire import Activation
 DIRECTORY = "/usr/local/libexec/netloom"
 
 _BLOCK = 1 << 16
-_BLOCKS_AT_ONCE = 8  # one write of this size takes less time than one for each block
 _LOG_EVERY_S = 5.0  # how often a slow upload writes its percentage to the log
 _UPLOADS_MAX = 2  # when the uploaded bytes do not have the right hash
 # Free space that the host must keep for its logs and states, in addition to the upload and its copy.
@@ -252,7 +251,9 @@ class Deployment:
                 if time.monotonic() - logged > _LOG_EVERY_S:
                     logged = time.monotonic()
                     self._progress.log(f"{self._host}: uploading {package.build}, {percent} %")
-            data = os.pread(file, min(_BLOCK * _BLOCKS_AT_ONCE, package.size - sent), sent)
+            data = os.pread(file, min(_BLOCK, package.size - sent), sent)
+            if not data and sent < package.size:  # guard: a-shorter-file-ends-the-upload
+                raise CannotInstall(f"{package.path} was changed while it was uploaded", hint="repeat the call")
             sent += len(data)
             return data
 
