@@ -202,18 +202,27 @@ def test_the_agent_starts_during_the_selftest_and_serves_after_it(bed: Bed, host
     assert host.listing(LIBEXEC) == [".made-parent", "0.1.0-1-dddd", "current"]
 
 
-@pytest.mark.mutation("an-untested-host-is-not-served")
-@pytest.mark.mutation("an-untested-host-is-installed-again")
-def test_an_agent_whose_selftest_was_killed_does_not_serve(bed: Bed, host: Host, files: OneFiles) -> None:
-    server = Server(bed, files.make("0.1.0-1-dddd", changes=WAITS))
+def kill_selftest(server: Server, host: Host) -> None:
+    """Make a call, and kill the installation during the selftest."""
     asked = in_background(server)
     assert until(lambda: agent_waits(host), seconds=SETTLE_S)
     host.sh("kill -9 $(ps -A -o pid=,args= | sed -n 's/^ *\\([0-9]*\\) .* agent activate$/\\1/p')")
     assert asked().status == 2
+
+
+@pytest.mark.mutation("an-untested-host-is-not-served")
+def test_an_agent_whose_selftest_was_killed_does_not_serve(bed: Bed, host: Host, files: OneFiles) -> None:
+    kill_selftest(Server(bed, files.make("0.1.0-1-dddd", changes=WAITS)), host)
     assert until(lambda: " agent serve" not in host.sh("ps -A -o args="), seconds=SETTLE_S)
     assert "the selftest of this host has not passed" in host.read("/var/log/netloom/agent.log")
+
+
+@pytest.mark.mutation("an-untested-host-is-installed-again")
+def test_the_next_call_tests_a_host_whose_selftest_was_killed(bed: Bed, host: Host, files: OneFiles) -> None:
+    server = Server(bed, files.make("0.1.0-1-dddd", changes=WAITS))
+    kill_selftest(server, host)
     host.write("/run/go", "")
-    again = server.ask()  # the next installation tests the host
+    again = server.ask()
     assert succeeded(again)
     assert again.seconds < 15
 

@@ -64,7 +64,9 @@ class HostileChannel(AgentChannel):
         self._host = host
 
     def write(self, data: bytes) -> None:
-        asyncio.get_running_loop().call_soon(self.received, self._host.answers.pop(0).encode())
+        asyncio.get_running_loop().call_soon(
+            self.received, self._host.answers.pop(0).encode("utf-8", "surrogateescape")
+        )
 
 
 def ended(answer: str, status: int = 0) -> str:
@@ -208,6 +210,31 @@ def test_a_host_cannot_change_the_rows_of_others_or_the_terminal(
 
 
 # --- the messages of an agent
+
+
+@pytest.mark.mutation("a-login-shell-that-reads-no-script")
+def test_an_agent_behind_a_login_shell_that_reads_no_script_answers(tmp_path: Path) -> None:
+    """csh refuses a quoted text of several lines. It executes the agent's command."""
+
+    class Csh(HostileHost):
+        async def open(self) -> None:
+            pass
+
+        async def run(self, received: Callable[[bytes], None], argv: Sequence[str] = ()) -> AgentChannel:
+            channel = HostileChannel(received, self)
+            if argv:
+                channel.exit_status = 1
+                channel.connection_lost(None)
+            return channel
+
+    async def opened() -> None:
+        client = AgentClient("h1", login(tmp_path), PACKAGE, Progress())
+        client.connection = Csh(tmp_path, HELLO.decode("utf-8", "surrogateescape"))
+        await asyncio.wait_for(client.open(), 5)
+        assert not client.is_broken
+        client.close()
+
+    asyncio.run(opened())
 
 
 def after(directory: Path, *messages: bytes, calls: int = 0) -> AgentClient:

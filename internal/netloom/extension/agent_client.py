@@ -180,6 +180,8 @@ class AgentClient:
             if relay is None:
                 raise NoAgent(f"{self.host}: no agent at {self.connection.login.agent}", hint=INSTALL_IT)
             self._shell, channel = None, relay
+            if relay.exit_status == 1:  # guard: a-login-shell-that-reads-no-script
+                channel = await self.connection.run(self._received)  # csh wants one line
         self._channel = channel
         self._watch = asyncio.create_task(self._watch_channel(self._channel))
         self._send(HELLO)
