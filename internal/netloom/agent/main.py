@@ -39,6 +39,8 @@ def main(args: list[str]) -> int:
 def _serve(options: dict[str, str]) -> int:
     import math
 
+    # asyncio would load OpenSSL, a tenth of the time to start. The agent has no TLS.
+    sys.modules["ssl"] = None  # type: ignore[assignment]
     # asyncio, msgspec, the renderers
     from netloom.agent.connect import SOCKET
     from netloom.agent.log import complain

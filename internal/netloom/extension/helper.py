@@ -8,7 +8,6 @@ and keeps their credentials in memory, never on disk.
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import os
 import resource
@@ -61,7 +60,6 @@ def main() -> int:
     _, descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))  # exit at once
-    gc.set_threshold(100_000, 20, 100)  # as the agent, for large payloads (agent/serve.py)
     asyncio.run(Helper(listener, idle_s(os.environ.get(SETTING, ""))).serve())
     os._exit(0)  # does not wait for a resolver thread that hangs
 
