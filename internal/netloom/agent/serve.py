@@ -29,7 +29,6 @@ import contextlib
 import errno
 import faulthandler
 import fcntl
-import gc
 import logging
 import os
 import resource
@@ -53,6 +52,7 @@ from netloom.agent.host.outside import Outside
 from netloom.agent.host.watcher import Watcher
 from netloom.agent.kernel.claims_socket import ClaimSockets
 from netloom.agent.kernel.conntrack_copy import Record
+from netloom.agent.kernel.keeper import Keeper, start_keeper
 from netloom.agent.log import Log, complain
 from netloom.agent.processes.guest_process import GuestProcess
 from netloom.agent.processes.guests import Guests
@@ -95,7 +95,6 @@ REMEMBERED_MAX = 512  # replies, for callers whose connection broke before the r
 STOP_S_MAX = 5.0
 PREPARE_S_MAX = 20.0
 REPORT_EVERY_S = 60.0
-COLLECT_AFTER = 100_000, 20, 100  # new objects; younger collections between two of the next generation
 RESTORING_MAX = 20  # scopes that a Hello names
 
 
@@ -114,6 +113,8 @@ def serve(
     if os.geteuid() != 0:
         complain("serve needs root")
         return 1
+    _raise_descriptor_limit()
+    keeper = start_keeper()
     try:
         log = Log(log_path)
     except OSError as error:
@@ -126,13 +127,10 @@ def serve(
     except (OSError, NetloomError) as error:
         log.fatal("not serving", error)
         return 3
-    _raise_descriptor_limit()
     _trace_aborts()
     end_with_any_thread()
-    # A list of 10,000 rules has 30,000 objects and no cycle. By default Python would look at all objects many times.
-    gc.set_threshold(*COLLECT_AFTER)
     try:
-        asyncio.run(_serve(socket_path, store, log, check_every_s))
+        asyncio.run(_serve(socket_path, store, log, check_every_s, keeper))
     except (OSError, NetloomError) as error:
         log.fatal("serve failed", error)
         return 3
@@ -142,7 +140,7 @@ def serve(
     os._exit(0)
 
 
-async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> None:
+async def _serve(path: str, store: Store, log: Log, check_every_s: float, keeper: Keeper) -> None:
     loop = asyncio.get_running_loop()
     clock = LoopClock(loop)
     loop.set_exception_handler(LoopErrors(log, clock))
@@ -174,12 +172,8 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     scopes.load()
     moves.resume()
     standbys.connect(pairs)
-    try:
-        await guest_process.adopt()
-    except NetloomError as error:
-        log.line(f"guest process: {error}")
     prepared = asyncio.Event()
-    claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop))
+    claims = Claims(scopes, upkeep, host, log, clock, partial(ClaimSockets, loop, keeper=keeper))
     calls = _Calls(scopes, moves, standbys, claims, prepared)
     stop = asyncio.Event()
     # Before the socket exists: a program that finds it may send them at once.
@@ -191,7 +185,9 @@ async def _serve(path: str, store: Store, log: Log, check_every_s: float) -> Non
     os.chmod(path, 0o600)
     log.line(f"serving: version={__version__} build={BUILD} pid={os.getpid()} socket={path}")
     status = partial(_status, scopes, upkeep)
-    restoring = asyncio.ensure_future(_restore(upkeep, prepared, status))  # guard: the-agent-restores-at-its-start
+    adopting = asyncio.ensure_future(_adopt(guest_process, log))
+    restore = partial(_restore, upkeep, adopting, prepared, status)
+    restoring = asyncio.ensure_future(restore())  # guard: the-agent-restores-at-its-start
     heartbeat = Heartbeat(
         clock,
         log,
@@ -277,13 +273,23 @@ class LoopErrors:
             self._log.traceback(f"event loop: {message}", error)
 
 
-async def _restore(upkeep: Upkeep, prepared: asyncio.Event, status: Callable[[], str]) -> None:
+async def _adopt(guest_process: GuestProcess, log: Log) -> None:
+    try:
+        await guest_process.adopt()
+    except NetloomError as error:
+        log.line(f"guest process: {error}")
+
+
+async def _restore(
+    upkeep: Upkeep, adopting: asyncio.Future[None], prepared: asyncio.Event, status: Callable[[], str]
+) -> None:
     """Prepare the host, let the calls begin, and restore the scopes. A call restores its own scope first.
 
     Calls do not wait for a preparation that hangs, for example because another process holds the lock of /run/netns.
     """
     preparing = asyncio.ensure_future(upkeep.prepare())
     await asyncio.wait([preparing], timeout=PREPARE_S_MAX)
+    await adopting
     prepared.set()
     notify(f"{ready(os.environ.get('WATCHDOG_USEC', ''))}\nSTATUS={status()}")
     await preparing

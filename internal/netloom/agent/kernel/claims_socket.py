@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from netloom.agent.kernel.descriptors import high_socket
+from netloom.agent.kernel.keeper import Keeper
 from netloom.agent.kernel.multicast import Filter
 from netloom.agent.kernel.packet_socket import PACKET_OUTGOING, open_packet_socket
 from netloom.agent.kernel.rtnetlink import packed_mac
@@ -51,8 +52,12 @@ class ClaimSockets:
         loop: asyncio.AbstractEventLoop,
         received: Callable[[ClaimWire, bytes], None],
         lost: Callable[[ClaimWire], None],
+        *,
+        keeper: Keeper | None = None,
     ) -> None:
+        """``keeper``: closes the sockets after the agent has ended."""
         self._loop = loop
+        self._keeper = keeper or Keeper()
         self._received = received
         self._lost = lost
         self._sockets: dict[ClaimWire, socket.socket] = {}
@@ -65,13 +70,14 @@ class ClaimSockets:
             self._loop.remove_reader(it.fileno())
         if gone:
             # The kernel waits until no packet is on its way to the socket: milliseconds for each.
-            self._loop.run_in_executor(None, _close, gone)
+            self._loop.run_in_executor(None, self._close, gone)
         for wire in sorted(wanted - self._sockets.keys(), key=lambda it: it.link):
             try:
                 self._sockets[wire] = opened = open_wire(wire, CLAIM)
             except OSError as error:
                 errors.append(f"claims cannot be heard on {wire.link}: {error.strerror}")
                 continue
+            self._keeper.keep(opened.fileno())
             self._listen(wire, opened)
         return errors
 
@@ -86,8 +92,13 @@ class ClaimSockets:
         """Stop listening."""
         for opened in self._sockets.values():
             self._loop.remove_reader(opened.fileno())
-            opened.close()
+        self._close(self._sockets.values())
         self._sockets.clear()
+
+    def _close(self, sockets: Iterable[socket.socket]) -> None:
+        for it in sockets:
+            self._keeper.drop(it.fileno())
+            it.close()
 
     def _listen(self, wire: ClaimWire, opened: socket.socket) -> None:
         if self._sockets.get(wire) is opened:
@@ -107,11 +118,6 @@ class ClaimSockets:
         # Whoever sends so many sends rubbish. The kernel drops the rest.
         self._loop.remove_reader(opened.fileno())  # guard: a-flood-of-claims-costs-little
         self._loop.call_later(PAUSE_S, self._listen, wire, opened)
-
-
-def _close(sockets: list[socket.socket]) -> None:
-    for it in sockets:
-        it.close()
 
 
 def open_wire(wire: ClaimWire, kind: int) -> socket.socket:

@@ -35,6 +35,7 @@ _RECORD = "guest.json"  # of the process that was started last
 FORMER = "guest.former.json"  # of the process that this one replaces, until it has ended
 
 HELLO_S_MAX = 10.0
+BORROWED_AT_ONCE = 64  # networks
 RETIRE_S_MAX = 30.0  # a replaced process ends after this time at the latest
 BACKOFF = Backoff((0.0, 0.2, 0.5, 1.0, 3.0, 10.0), settled_s=30.0)
 
@@ -278,10 +279,14 @@ class GuestProcess:
         self.pid, self._since = hello.pid, time.monotonic()
         self._record_adopted()
         served = {(it.scope_id, it.network_id): it.revision for it in hello.served}
-        for key, revision in served.items():
-            if key not in self.networks and (sockets := await self._connected().borrow(*key)):
-                self.networks[key] = ServedNetwork(None, revision, sockets)
-                self.networks[key].served = True
+        unknown = [it for it in served if it not in self.networks]
+        for at in range(0, len(unknown), BORROWED_AT_ONCE):
+            keys = unknown[at : at + BORROWED_AT_ONCE]
+            found = await asyncio.gather(*(self._connected().borrow(*it) for it in keys))
+            for key, sockets in zip(keys, found, strict=True):
+                if sockets:
+                    self.networks[key] = ServedNetwork(None, served[key], sockets)
+                    self.networks[key].served = True
         if (hello.build, hello.protocol) != (self._build, GUEST_PROTOCOL):
             await self._replace(hello)
             return
