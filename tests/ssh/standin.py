@@ -30,6 +30,9 @@ def main() -> int:
     if how == "refuse":
         sys.stderr.write("netloom agent: the socket is on fire\n")
         return 3
+    if how == "cut-once" and not deaths():
+        journal_death()
+        os.kill(ssh_session(), 9)
     if how == "noise":
         os.write(1, script["noise"].encode())
     if how == "silent":
@@ -59,6 +62,17 @@ def main() -> int:
                         os.kill(os.getppid(), 9) if script.get("with_shell") else os._exit(9)
                 answer(message, script, write if script.get("what") == "reply" else write_at_once)
     return 0
+
+
+def ssh_session() -> int:
+    """The process of sshd that this one was started by."""
+    pid = os.getppid()
+    while True:
+        with open(f"/proc/{pid}/stat") as file:
+            name, _, rest = file.read().partition("(")[2].rpartition(")")
+        if name.startswith("sshd"):
+            return pid
+        pid = int(rest.split()[1])
 
 
 def write_at_once(data: bytes) -> None:

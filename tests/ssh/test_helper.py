@@ -304,10 +304,15 @@ def test_a_call_works_without_a_helper(lab: SshLab, caller: Caller) -> None:
     assert helper_pids() == []
 
 
+def break_connections(host: SshHost) -> None:
+    """End the host's SSH connections."""
+    subprocess.run(["ip", "netns", "exec", host.netns, "ss", "-K", "sport", "= :22"], capture_output=True, check=True)
+
+
 def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: Caller) -> None:
     details = caller.details(sshkey=lab.key("good"))
     assert caller.call("implement-network", details, STORED).output == ""
-    subprocess.run(["ip", "netns", "exec", lab.h1.netns, "ss", "-K", "sport", "= :22"], capture_output=True, check=True)
+    break_connections(lab.h1)
     assert caller.call("implement-network", details, STORED).output == ""
     lab.h1.set_behaviour(
         "die-once", on=["shutdown-network"]
@@ -315,6 +320,34 @@ def test_a_connection_broken_between_two_calls_is_reopened(lab: SshLab, caller: 
     end_agents(lab.h1)
     assert caller.call("shutdown-network", details, STORED).output == ""
     assert len(helper_pids()) == 1
+
+
+def test_an_agent_that_ended_is_started_again_over_the_same_connection(lab: SshLab, caller: Caller) -> None:
+    """Between two calls, during a call, and after an attempt that failed."""
+    details = caller.details(sshkey=lab.key("good"))
+    before = len(lab.h1.logins())
+    assert caller.call("implement-network", details, STORED).output == ""
+    lab.h1.set_behaviour("die-once", on=["shutdown-network"])
+    end_agents(lab.h1)
+    assert caller.call("implement-network", details, STORED).output == ""
+    assert caller.call("shutdown-network", details, STORED).output == ""
+    lab.h1.set_behaviour("refuse")
+    end_agents(lab.h1)
+    assert "the socket is on fire" in caller.call("implement-network", details, STORED).line
+    assert lab.h1.logins()[before:].count("Accepted publickey") == 1
+    lab.h1.set_behaviour("answer")
+    assert caller.call("implement-network", details, STORED).output == ""
+
+
+@pytest.mark.mutation("a-lost-connection-is-replaced")
+def test_a_connection_that_breaks_when_the_agent_is_started_again_is_replaced(lab: SshLab, caller: Caller) -> None:
+    details = caller.details(sshkey=lab.key("good"))
+    assert caller.call("implement-network", details, STORED).output == ""
+    lab.h1.set_behaviour("cut-once")
+    before = len(lab.h1.logins())
+    end_agents(lab.h1)
+    assert caller.call("implement-network", details, STORED).output == ""
+    assert lab.h1.logins()[before:].count("Accepted publickey") == 1
 
 
 def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, caller: Caller) -> None:
@@ -328,7 +361,7 @@ def test_a_login_refused_after_a_broken_connection_is_not_repeated(lab: SshLab, 
     text = authorized.read_text()
     authorized.write_text("")
     try:
-        end_agents(lab.h1)
+        break_connections(lab.h1)
         ended = caller.finish(process, began)
     finally:
         authorized.write_text(text)

@@ -61,9 +61,17 @@ class AgentClient:
     ``package``: what ``install`` and ``replace`` install. None: nothing is installed.
     """
 
-    def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        host: str,
+        login: Login,
+        package: Package | None,
+        progress: Progress,
+        connection: SshConnection | None = None,
+    ) -> None:
+        """``connection``: one that is logged in, from ``hand_over``."""
         self.host = host
-        self.connection = SshConnection(host, login)
+        self.connection = connection or SshConnection(host, login)
         self.outdated = False  # the host's build is older than the package, and may be replaced
         self.deployment: Deployment | None = None
         self.signers: dict[str, Signers] = {}  # by owner, what the agent gets to verify claims; as long as the login
@@ -82,6 +90,7 @@ class AgentClient:
         self._unanswered = 0  # calls that were sent without a reply so far
         self._watch: asyncio.Task[None] | None = None
         self._broken: HostUnreachable | None = None
+        self._agent_ended = False
         self._served: OrderedDict[tuple[str, str], _Served] = OrderedDict()  # by owner and scope
 
     def remembered(self, owner: str, scope_id: str) -> Reply | None:
@@ -112,11 +121,32 @@ class AgentClient:
 
         Raises HostUnreachable, or LoginRefused, with a remedy: NoAgent and OtherProtocol if ``install`` may help.
         """
+        if self.connection.is_open:
+            try:
+                self._accept(await self._greet())
+                return
+            except HostUnreachable:
+                if self.connection.is_open:
+                    raise
+            self.connection = SshConnection(self.host, self.connection.login)  # guard: a-lost-connection-is-replaced
         await self.connection.open()
         # A sudo that allows nothing but the agent's command allows no shell.
         if self._package is not None and not self.connection.login.by_sudo:
             self._shell = install_shell(self.connection, self._package)
         self._accept(await self._greet())
+
+    @property
+    def may_be_continued(self) -> bool:
+        """Whether only the agent has ended, so that another one can be started over the same SSH connection."""
+        return self._agent_ended and self.connection.is_open
+
+    def hand_over(self) -> SshConnection | None:
+        """The SSH connection if it ``may_be_continued``: the new client closes it."""
+        if not self.may_be_continued:
+            return None
+        self._agent_ended = False
+        connection, self.connection = self.connection, SshConnection(self.host, self.connection.login)
+        return connection
 
     async def install(self, why: HostUnreachable) -> None:
         """Install our build after ``open`` failed by ``why``: the agent is missing, or its protocol is too old.
@@ -296,6 +326,7 @@ class AgentClient:
         if not self._greeted.done():
             self._break(self._not_an_agent() or why_no_agent(self.host, self.connection.login, channel))
             return
+        self._agent_ended = error is None
         why = channel.stderr or (str(error) if error else "the agent's end was closed")
         self._break(ConnectionLost(f"{self.host}: the connection to the agent broke: {why}"))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from netloom.extension.agent_client import AgentClient, OtherProtocol
 from netloom.extension.package import Package
 from netloom.extension.progress import Installing, Progress
-from netloom.extension.ssh import Login, NoAgent
+from netloom.extension.ssh import Login, NoAgent, SshConnection
 
 # After an attempt to replace an older agent, the next attempt on the same host waits this long.
 _REPLACE_AGAIN_S = 300.0
@@ -47,10 +47,17 @@ class PooledChannel:
     when the calls that waited for it have ended.
     """
 
-    def __init__(self, host: str, login: Login, package: Package | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        host: str,
+        login: Login,
+        package: Package | None,
+        progress: Progress,
+        connection: SshConnection | None = None,
+    ) -> None:
         self._broadcast = _Broadcast(progress)
         self.listeners = self._broadcast.listeners
-        self.agent = AgentClient(host, login, package, self._broadcast)
+        self.agent = AgentClient(host, login, package, self._broadcast, connection)
         self.opening = asyncio.create_task(self.agent.open())
         self.opening.add_done_callback(_retrieve_exception)
         self.installing: asyncio.Task[None] | None = None
@@ -71,6 +78,11 @@ class PooledChannel:
         if self.installing is not None:
             return self.installing.done()
         return not (self.users and self._may_be_installed)
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether the channel is worth keeping while no call uses it."""
+        return self.is_open or self.is_installing or self.agent.may_be_continued
 
     @property
     def _may_be_installed(self) -> bool:
@@ -168,18 +180,22 @@ class Pool:
 
     @contextmanager
     def channel(self, host: str, login: Login, package: Package | None, progress: Progress) -> Iterator[PooledChannel]:
-        """The channel for the key, opened if necessary. A channel that is lost, or not open at the end, is dropped."""
+        """The channel for the key, opened if necessary. A channel that is of no use at the end is dropped.
+
+        If only the agent has ended, the next channel goes over the same SSH connection.
+        """
         key = (host, login, package)
         channel = self._channels.get(key)
         if channel is None or channel.is_lost:
-            channel = self._channels[key] = PooledChannel(host, login, package, progress)
+            connection = channel.agent.hand_over() if channel is not None else None
+            channel = self._channels[key] = PooledChannel(host, login, package, progress, connection)
         channel.users += 1
         try:
             yield channel
         finally:
             channel.users -= 1
             channel.left = time.monotonic()
-            if not channel.users and not channel.is_open and not channel.is_installing:
+            if not channel.users and not channel.is_of_use:
                 self._drop(key, channel)
 
     def abandon(self, channel: PooledChannel) -> None:
@@ -193,7 +209,7 @@ class Pool:
         """Close the channels that are lost, or unused for ``idle_s`` seconds, and forget their credentials."""
         old = time.monotonic() - idle_s
         for key, channel in list(self._channels.items()):
-            if not channel.users and (channel.left < old or channel.is_lost) and not channel.is_installing:
+            if not channel.users and (channel.left < old or not channel.is_of_use) and not channel.is_installing:
                 self._drop(key, channel)
 
     def close(self) -> None:

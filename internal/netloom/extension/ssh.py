@@ -299,6 +299,11 @@ class SshConnection:
         peer = None if self._connection is None else self._connection.get_extra_info("peername")
         return str(peer[0]) if peer else ""
 
+    @property
+    def is_open(self) -> bool:
+        """Whether we are logged in, as far as we know."""
+        return self._connection is not None and not self._connection.is_closed()
+
     def _at(self, stage: Stage) -> None:
         self.stage = stage
 
@@ -361,7 +366,8 @@ class SshConnection:
     async def run(self, received: Callable[[bytes], None], argv: Sequence[str] = ()) -> AgentChannel:
         """Start ``argv`` as root; without it, the agent's command. Its output goes to ``received``."""
         assert self._connection is not None
-        self._at("agent")
+        # Until the host answers on a connection that is not new, it may be down.
+        self._at("connect" if self.stage == "agent" else "agent")
         try:
             channel = AgentChannel(received)
             await self._connection.create_session(
@@ -370,6 +376,7 @@ class SshConnection:
                 encoding=None,
                 request_pty=False,
             )
+            self._at("agent")
         except (asyncssh.Error, OSError) as error:
             raise HostUnreachable(
                 f"{self.host}: logged in, but no command may be run: {_reason(error)}",
