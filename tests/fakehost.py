@@ -194,6 +194,7 @@ class FakeHost:
     """The kernel of the simulated host: for each scope what it wanted when it last converged.
 
     ``did`` lists what was done, in order. ``arp`` has the announcements, each with its time.
+    ``known``: for each convergence, the ruleset that the host was said to have.
     """
 
     def __init__(self, clock: FakeClock, did: list[str]) -> None:
@@ -203,6 +204,7 @@ class FakeHost:
         self.present: dict[str, Want] = {}
         self.without_helpers: frozenset[str] = frozenset()
         self.arp: list[tuple[float, list[str]]] = []
+        self.known: list[Ruleset | None] = []
         self.named: set[str] = set()  # further namespaces
         self.blocking_changes: tuple[str, ...] = ()  # what the next ``let_through`` changes
         self.blocking: list[str] = []  # what ``blocked`` says, each with a bridge as its first word
@@ -240,6 +242,7 @@ class FakeHost:
 
     def converge(self, scope_id: str, want: Want, known: Ruleset | None, *, thorough: bool = False) -> HostChanges:
         self.did.append(f"converge {scope_id}{' thoroughly' if thorough else ''}")
+        self.known.append(known)
         self._raise(scope_id)
         had = self.present.get(scope_id)
         steps: list[Step] = []

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from golden.rendered import UPDATE, scenarios, texts
+from golden.rendered import UPDATE, load, scenarios, texts
+from netloom.render.scope import guest_bridges, outline, render
 
 
 def test_there_are_scenarios() -> None:
@@ -22,3 +23,11 @@ def test_rendered_output_matches_the_golden_files(scenario: Path) -> None:
         if UPDATE:
             file.write_text(text)
         assert file.read_text() == text, f"{file}: UPDATE_GOLDEN=1 writes it again"
+
+
+@pytest.mark.parametrize("scenario", scenarios(), ids=lambda it: it.name)
+def test_the_outline_has_what_a_scope_uses_of_the_host(scenario: Path) -> None:
+    scope = load(scenario)
+    whole, short = render(scope), outline(scope)
+    assert (short.namespace, short.ports) == (whole.namespace, whole.ports)
+    assert guest_bridges(scope) >= {it.segment.bridge for it in whole.ports if it.link.startswith("gst-")}

@@ -329,6 +329,19 @@ async def test_a_slot_that_a_call_waits_for_is_not_dropped(agent: Agent) -> None
 
 
 @simulated
+async def test_nothing_is_rendered_before_a_scope_is_needed(agent: Agent) -> None:
+    """Then the host is told which ruleset it has, that of the state at the start, before a call has changed it."""
+    await agent.live("204", "205")
+    before = agent.host.present["net-204"].ruleset
+    agent.restart()
+    assert [it.rendered for it in agent.scopes.slots()] == [None, None]
+    agent.host.known.clear()
+    assert (await agent.call("053", "add-port-forward", public_port="2001")).status == 0
+    assert agent.host.known == [before]
+    assert agent.host.present["net-204"].ruleset != before
+
+
+@simulated
 async def test_the_end_of_a_scope_is_remembered_until_nothing_of_it_is_left(agent: Agent) -> None:
     await agent.live()
     agent.host.fail("net-204", HostRefused("a link is busy"), HostRefused("a link is busy"))

@@ -9,7 +9,14 @@ import pytest
 
 from fakehost import Agent, simulated
 from netloom.agent.budget import Budget, Checks
-from netloom.agent.scopes.upkeep import ANNOUNCE_AFTER_S, CHECK_CPU_S, RESTORING_AT_ONCE, TIDY_EVERY_S
+from netloom.agent.scopes.upkeep import (
+    ANNOUNCE_AFTER_S,
+    CHECK_CPU_S,
+    RAMP_S,
+    RESTORING_AT_ONCE,
+    RESTORING_BESIDE_CALLS,
+    TIDY_EVERY_S,
+)
 from netloom.errors import HostRefused
 from netloom.guestwire import PasswordTaken
 from netloom.names import guest_link
@@ -334,16 +341,34 @@ async def test_a_bug_during_a_repair_becomes_lines_in_the_log_and_is_tried_again
 # ------------------------------------------------------------------------------------------------------------ restore
 
 
-@pytest.mark.mutation("the-host-is-guarded-before-calls")
 @simulated
-async def test_the_host_is_prepared_and_guarded_before_any_scope(agent: Agent) -> None:
+async def test_the_host_is_prepared_and_watched_before_calls(agent: Agent) -> None:
     await agent.live()
     agent.restart()
     agent.did.clear()
-    agent.host.fail("tidy", REFUSED)
     await agent.upkeep.prepare()
-    assert agent.did == ["prepare", "open", "tidy"]
-    assert agent.log.lines == ["tidy failed: no such bridge"]
+    assert agent.did == ["prepare", "open"]
+
+
+@pytest.mark.mutation("the-host-is-guarded-at-once")
+@simulated
+async def test_bridges_are_guarded_while_scopes_are_still_restored(agent: Agent) -> None:
+    networks = [str(number) for number in range(300, 310 + RESTORING_AT_ONCE)]
+    await agent.live(*networks)
+    agent.restart()
+    agent.did.clear()
+    agent.host.fail("tidy", REFUSED)
+    agent.workers.hold()
+    agent.start(agent.upkeep.restore())
+    await agent.clock.settle()
+    await agent.workers.step()  # the look for VMs
+    await agent.clock.advance(RAMP_S)
+    for _ in range(RESTORING_AT_ONCE + 1):
+        await agent.workers.step()
+    assert "tidy" in agent.did
+    assert "tidy failed: no such bridge" in agent.log.lines
+    assert agent.upkeep.unrestored()
+    await agent.workers.release()
 
 
 @pytest.mark.mutation("a-restore-leaves-workers-for-calls", instead="999")
@@ -359,6 +384,8 @@ async def test_a_restore_takes_the_scopes_in_order_and_leaves_workers_for_calls(
     await agent.clock.settle()
     assert len(agent.workers.pending) == 1  # the look for VMs
     await agent.workers.step()
+    assert len(agent.workers.pending) == RESTORING_BESIDE_CALLS
+    await agent.clock.advance(RAMP_S)
     assert len(agent.workers.pending) == RESTORING_AT_ONCE
     await agent.workers.step()
     assert len(agent.workers.pending) == RESTORING_AT_ONCE
@@ -368,7 +395,7 @@ async def test_a_restore_takes_the_scopes_in_order_and_leaves_workers_for_calls(
     assert agent.did[-1] == "tidy"
     assert restoring.done()
     assert agent.upkeep.unrestored() == []
-    assert all(line.endswith("restore: steps=0 ms=0.0") for line in agent.log.lines)
+    assert all("restore: steps=0 ms=" in line for line in agent.log.lines)
 
 
 @pytest.mark.mutation("networks-with-vms-are-restored-first", instead="False")
@@ -393,6 +420,7 @@ async def test_networks_with_vms_are_restored_first(agent: Agent) -> None:
     agent.start(agent.upkeep.restore())
     await agent.clock.settle()
     await agent.workers.step()  # the look for VMs; then the workers take one scope each
+    await agent.clock.advance(RAMP_S)
     for _ in range(2):
         await agent.workers.step()
     last, *with_vms = networks[-1], networks[-3], networks[-2]
@@ -419,6 +447,7 @@ async def test_a_call_restores_its_scope_at_once_and_alone(agent: Agent) -> None
     agent.start(agent.upkeep.restore())
     await agent.clock.settle()
     await agent.workers.step()
+    await agent.clock.advance(RAMP_S)
     last = networks[-1]
     call = agent.send("020", "implement-network", network_id=last, vlan=str(1204 + len(networks) - 1))
     await agent.clock.settle()
@@ -434,6 +463,29 @@ async def test_a_call_restores_its_scope_at_once_and_alone(agent: Agent) -> None
     await agent.workers.release()
     assert f"converge net-{last}" not in agent.did
     assert len(agent.host.present) == len(networks)
+
+
+@pytest.mark.mutation("a-restore-lets-calls-go-first")
+@simulated
+async def test_most_workers_of_a_restore_pause_while_a_call_runs(agent: Agent) -> None:
+    networks = [str(number) for number in range(300, 310 + RESTORING_AT_ONCE)]
+    await agent.live(*networks)
+    agent.restart()
+    agent.workers.hold()
+    restoring = agent.start(agent.upkeep.restore())
+    await agent.clock.settle()
+    await agent.workers.step()
+    call = agent.send("020", "implement-network", network_id=networks[-1], vlan=str(1204 + len(networks) - 1))
+    await agent.clock.advance(RAMP_S)
+    assert len(agent.workers.pending) == RESTORING_BESIDE_CALLS + 1
+    work = agent.workers.pending.pop()
+    work()
+    await agent.clock.settle()
+    assert call.done()
+    assert len(agent.workers.pending) == RESTORING_AT_ONCE
+    await agent.workers.release()
+    assert restoring.done()
+    assert agent.upkeep.unrestored() == []
 
 
 @pytest.mark.mutation("a-bridge-without-a-nic-is-watched")

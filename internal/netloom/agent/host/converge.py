@@ -116,8 +116,10 @@ class KernelHost:
         """Prepare what a host needs once: kernel modules, the directory of named namespaces, inotify instances."""
         load_modules()
         namespaces.prepare()
-        with contextlib.suppress(HostRefused):  # the first tidy tries again
-            unmanaged.mark(_ours(our_shared_links()))
+        self._raise_limits()
+        if not unmanaged.is_marked():  # else the first tidy looks
+            with contextlib.suppress(HostRefused):
+                unmanaged.mark(_ours(our_shared_links()))
         # Each dnsmasq uses one inotify instance. Those of earlier versions all run as one user.
         with contextlib.suppress(HostRefused):  # not allowed in a container; a dnsmasq without an instance reports it
             if int(sysctl.read(None, [_INOTIFY_INSTANCES])[_INOTIFY_INSTANCES] or 0) < _INOTIFY_INSTANCES_MIN:
@@ -140,7 +142,6 @@ class KernelHost:
             self._claims.pop(scope_id, None)
             self._links.pop(scope_id, None)
             self._placed.pop(scope_id, None)
-        self._raise_limits()
 
     def placed(self, scope_id: str, want: Want, *, anew: bool = False) -> Want:
         """``want`` with the NICs of this host where the registration names a bridge; the same object while it holds.
@@ -180,6 +181,7 @@ class KernelHost:
         Raises HostRefused (or ForeignScope) naming the step and the object. Objects that existed before stay.
         """
         self.claim(scope_id, want)
+        self._raise_limits()
         # Read before the look: an event during the look may concern an object that it has listed already.
         unexpected = self.unexpected(scope_id) if self.unexpected is not None else 0
         settled = self._settled.pop(scope_id, None)

@@ -92,6 +92,11 @@ def mark(links: Iterable[str]) -> None:
                 _reload(program)
 
 
+def is_marked() -> bool:
+    """Whether both programs have been told of some links, as far as they run. Not after a boot."""
+    return all(os.path.exists(it.file) for it in PROGRAMS if os.path.isdir(it.place))
+
+
 def release() -> None:
     """Remove the files, and have the programs forget them."""
     for program in PROGRAMS:

@@ -37,6 +37,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from msgspec.structs import replace
@@ -61,7 +62,8 @@ from netloom.guestwire import PasswordTaken
 from netloom.plan.steps import Step
 from netloom.protocol.custom import CustomAction
 from netloom.render import helpers
-from netloom.render.scope import render
+from netloom.render.ruleset import Ruleset
+from netloom.render.scope import outline, render
 from netloom.render.want import Want
 from netloom.state import Placement, Scope
 from netloom.state.served import Served
@@ -126,6 +128,9 @@ class Scopes:
         self.replication: Replication | None = None  # None: no scope belongs to a group
         self.describe_group: Callable[[Scope], list[str]] = lambda scope: []  # in lines for people
         self._batches = CallBatches(store, services, self.placements, self, log)
+        self.no_call = asyncio.Event()  # set while no call is executed; a hook of an action does not count
+        self.no_call.set()
+        self._calls = 0
         self.work_done = 0  # works that worker threads have ended
         self._record_changes = asyncio.Lock()
 
@@ -148,8 +153,9 @@ class Scopes:
                 if slot.moved is not None and slot.scope is not None and slot.moved.epoch > slot.epoch:
                     self.placements.retire(slot)  # the agent was ended in the middle of ``finish``
                     continue
-                slot.loaded_ruleset = self._want(slot).ruleset
-                self._host.claim(scope_id, self._want(slot))
+                # A thousand rulesets would take a second, in which no call is answered.
+                slot.loaded_ruleset = partial(self._ruleset_of, slot, slot.scope)
+                self._host.claim(scope_id, outline(slot.scope))
                 if slot.moved is not None and slot.gate == "open":  # guard: what-is-served-here-was-not-moved
                     self._store.forget_moved(scope_id)  # the agent was ended at the end of ``open``
                     slot.moved = None
@@ -290,7 +296,7 @@ class Scopes:
         ends = self._clock.time() + call.remaining_ms / 1000
         while True:
             try:
-                async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
+                async with self._executed(), self.turn(slot, call.command, within_s=ends - self._clock.time()):
                     return await self.run_and_settle(slot, lambda: work(slot))
             except ScopeMoving as moving:
                 await self._await_decision(slot, moving.decided, ends - self._clock.time())
@@ -306,7 +312,7 @@ class Scopes:
         while True:
             slot.waiting.append(mine)
             try:
-                async with self.turn(slot, call.command, within_s=ends - self._clock.time()):
+                async with self._executed(), self.turn(slot, call.command, within_s=ends - self._clock.time()):
                     if mine in slot.waiting:
                         await self._run_waiting(slot)
                 return mine.result()
@@ -316,6 +322,18 @@ class Scopes:
             finally:
                 if mine in slot.waiting:
                     slot.waiting.remove(mine)
+
+    @asynccontextmanager
+    async def _executed(self) -> AsyncIterator[None]:
+        """While a call is executed, or waits for its turn."""
+        self._calls += 1
+        self.no_call.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self.no_call.set()
 
     async def _run_waiting(self, slot: Slot) -> None:
         """Run all waiting calls of the scope. Each of them has its reply or its error afterwards."""
@@ -463,7 +481,7 @@ class Scopes:
                 # The namespace may be new, and a watch belongs to one namespace.
                 self._watcher.watch(slot.scope_id, want)
         slot.loaded_ruleset = want.ruleset
-        if any(step.shared for step in changes.steps):
+        if any(step.shared for step in built + changes.steps):
             self._let_through(slot, want)
         elif thorough:  # tidy lets frames through, for all scopes at once
             self._note_blocked(slot, self._blocked(want))
@@ -600,6 +618,12 @@ class Scopes:
                     self._log.line(f"scope={slot.scope_id} warning: not in force: {reason}")
             slot.rendered, slot.missing_helpers = (scope, _rendered(scope, missing)), missing
         return slot.rendered[1]
+
+    def _ruleset_of(self, slot: Slot, scope: Scope | None) -> Ruleset | None:
+        """The ruleset of a state that is the scope's, or was it."""
+        if scope is slot.scope:
+            return self._want(slot).ruleset
+        return _rendered(scope, self._missing_helpers(scope)).ruleset
 
     def _missing_helpers(self, scope: Scope | None) -> tuple[str, ...]:
         return self._host.missing_helpers(scope.helpers) if scope is not None and scope.helpers else ()

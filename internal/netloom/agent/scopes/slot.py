@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 
 import msgspec
 
@@ -42,7 +43,7 @@ class Slot:
         self.missing_helpers: tuple[str, ...] = ()  # of conntrack; without them it was rendered
         self.enforced_scope: Scope | None = None  # the state that open flows were last checked against; None: not known
         self.revoked = True  # with that: whether a flow may be revoked
-        self.loaded_ruleset: Ruleset | None = None  # the ruleset that was loaded last, as far as the agent knows
+        self._loaded_ruleset: Ruleset | Callable[[], Ruleset | None] | None = None
         self.blocked: list[str] = []  # what keeps frames from passing the host's firewall, as it was logged
         self.blocked_untold: list[str] = []  # of that, what no reply has named yet
         self.failures = 0  # convergences that failed in a row
@@ -57,6 +58,18 @@ class Slot:
         self.handover = Handover()  # while the scope moves away
         self.undecided: Timer | None = None  # ends the time in which a move must be decided
         self.about_to_move: Timer | None = None  # ends the time in which a move may begin
+
+    @property
+    def loaded_ruleset(self) -> Ruleset | None:
+        """The ruleset that was loaded last, as far as the agent knows."""
+        if callable(self._loaded_ruleset):
+            self._loaded_ruleset = self._loaded_ruleset()
+        return self._loaded_ruleset
+
+    @loaded_ruleset.setter
+    def loaded_ruleset(self, ruleset: Ruleset | Callable[[], Ruleset | None] | None) -> None:
+        """A function is called when somebody asks."""
+        self._loaded_ruleset = ruleset
 
     @property
     def idle(self) -> bool:

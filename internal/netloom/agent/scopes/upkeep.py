@@ -43,11 +43,14 @@ from netloom.agent.scopes.scopes import SCOPE_ID, WORKERS, Scopes
 from netloom.agent.scopes.slot import Slot
 from netloom.errors import NetloomError, one_line
 from netloom.guestwire import PasswordTaken
+from netloom.render.scope import guest_bridges
 from netloom.render.want import Want
 
 _T = TypeVar("_T")
 
 RESTORING_AT_ONCE = WORKERS - 4  # the other workers are for calls that come meanwhile
+RESTORING_BESIDE_CALLS = 2  # the others pause while calls run
+RAMP_S = 0.3  # the others begin later
 BACKOFF = Backoff.doubling(1.0, 60.0)
 # More than once: the bridge port of a neighbour comes up together with ours, and until then it receives nothing.
 ANNOUNCE_AFTER_S = (0.0, 0.7, 2.0)
@@ -89,7 +92,7 @@ class Upkeep:
     # ------------------------------------------------------------------------------------------------- the loops
 
     async def prepare(self) -> None:
-        """What comes before the first call: the host is prepared and watched, and the shared bridges are guarded.
+        """What comes before the first call: the host is prepared and watched.
 
         Never raises: without it the scopes report what is missing.
         """
@@ -102,29 +105,53 @@ class Upkeep:
             self._log.traceback("prepare", error)
         self._unwatched = True
         await self._watch_host()
-        await self._tidy_links()  # guard: the-host-is-guarded-before-calls
 
     async def restore(self) -> None:
         """Adopt what runs and repair what does not, scope by scope. Errors are logged and tried again.
 
         Each worker takes the scope that is most urgent at that moment, see ``unrestored``. A call restores its own
-        scope at once.
+        scope at once, and most workers pause while calls run, which would wait for the processor.
         """
-        waiting = self._unconverged()
-        self._unrestored = set(waiting)
+        self._unrestored = self._unconverged()
+        waiting, order, all_taken = set(self._unrestored), list[str](), asyncio.Event()
+        ordered_by: frozenset[str] | None = None
 
-        async def restore_most_urgent() -> None:
-            while waiting & self._unrestored:
-                await self._look_for_vms()
-                scope_id = next((it for it in self.unrestored() if it in waiting), "")
-                slot = self._scopes.get(scope_id)
+        def most_urgent() -> str:
+            nonlocal ordered_by
+            if ordered_by != self._with_vms:
+                ordered_by = self._with_vms
+                order[:] = [it for it in reversed(self.unrestored()) if it in waiting]
+            while order:
+                scope_id = order.pop()
                 waiting.discard(scope_id)
+                if scope_id in self._unrestored:  # else a call has restored it
+                    return scope_id
+            all_taken.set()
+            return ""
+
+        async def restore_most_urgent(number: int) -> None:
+            others, guards = number >= RESTORING_BESIDE_CALLS, number == RESTORING_BESIDE_CALLS
+            if others:  # the calls that waited for the agent come now
+                with contextlib.suppress(TimeoutError):
+                    async with self._clock.timeout(RAMP_S):
+                        await all_taken.wait()
+            while True:
+                if others:  # guard: a-restore-lets-calls-go-first
+                    await self._scopes.no_call.wait()
+                if guards:
+                    guards = False
+                    await self._tidy_links()  # guard: the-host-is-guarded-at-once
+                    continue
+                await self._look_for_vms()
+                slot = self._scopes.get(scope_id := most_urgent())
                 if slot is not None:
                     await self._reconcile(slot, "restore")
+                elif not scope_id:
+                    return
 
         await self._look_for_vms()
         at_once = RESTORING_AT_ONCE  # guard: a-restore-leaves-workers-for-calls
-        await asyncio.gather(*(restore_most_urgent() for _ in range(min(at_once, len(waiting)))))
+        await asyncio.gather(*(restore_most_urgent(it) for it in range(min(at_once, len(waiting)))))
         await self._tidy()
 
     def unrestored(self) -> list[str]:
@@ -145,10 +172,8 @@ class Upkeep:
 
     def _urgency(self, slot: Slot) -> tuple[bool, int]:
         networks = slot.scope.networks if slot.scope is not None else {}
-        guest_links = {names.guest_link(it) for it in networks}
-        ports = slot.rendered[1].ports if slot.rendered is not None else ()
-        guest_bridges = {it.segment.bridge for it in ports if it.link in guest_links}
-        plugged = not self._with_vms.isdisjoint(guest_bridges)  # guard: networks-with-vms-are-restored-first
+        bridges = guest_bridges(slot.scope)
+        plugged = not self._with_vms.isdisjoint(bridges)  # guard: networks-with-vms-are-restored-first
         return not plugged, -sum(len(it.nics) for it in networks.values())
 
     async def _look_for_vms(self) -> None:
