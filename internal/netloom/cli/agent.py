@@ -16,7 +16,7 @@ import typer
 from netloom.agent.setup import install, selftest, uninstall
 from netloom.cli import table
 from netloom.cli.login import Remote, also_remote
-from netloom.cli.progress import InstallDisplay
+from netloom.cli.progress import HostsDisplay, InstallDisplay
 from netloom.cli.rows import echo_json, host_row, print_rows, worst_status
 from netloom.errors import BadRequest, HostRefused, one_line
 from netloom.program import build_id
@@ -158,9 +158,12 @@ def _need_root() -> None:
 def _run_on(remote: Remote, args: Sequence[str]) -> list[dict[str, object]]:
     from netloom.extension.remote import run_on  # asyncssh: twenty bare start-ups
 
-    login = remote.login()
+    login, hosts = remote.login(), remote.names(_HERE)
+    display = HostsDisplay(hosts)
+    results = asyncio.run(run_on(hosts, login, args, display.answered))
+    display.end()
     rows = []
-    for result in asyncio.run(run_on(remote.names(_HERE), login, args)):
+    for result in results:
         answer = result.answer
         if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], dict) and "host" in answer[0]:
             answer = {key: value for key, value in answer[0].items() if key not in ("host", "status", "error")}

@@ -65,6 +65,30 @@ class InstallDisplay(Progress):
         self._lines.draw([f"{host:<{self._width}}  {state}" for host, state in self._state.items()])
 
 
+class HostsDisplay:
+    """Shows on a terminal how many hosts have answered, and which ones have not."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._total = len(hosts)
+        self._waiting = dict.fromkeys(hosts)
+        self._lines = _Lines()
+        self._draw()
+
+    def answered(self, host: str) -> None:
+        self._waiting.pop(host, None)
+        self._draw()
+
+    def end(self) -> None:
+        """Remove the line from the terminal."""
+        self._lines.draw([])
+
+    def _draw(self) -> None:
+        done = self._total - len(self._waiting)
+        line = f"{bar(done * 100 // self._total)}  {done} of {self._total} hosts"
+        rest = f"; waiting for {', '.join(self._waiting)}" if self._waiting else ""
+        self._lines.draw([one_line(line + rest, _LINE)])
+
+
 class MovesDisplay:
     """Shows the progress of moves: a terminal has a bar, and a line for each scope that is being moved now.
 

@@ -48,8 +48,13 @@ async def install_on(
     return await _on_each(hosts, login, install)
 
 
-async def run_on(hosts: Sequence[str], login: Login, args: Sequence[str]) -> list[HostResult]:
-    """Run ``netloom agent <args> --json`` on every host; the answers are the decoded outputs."""
+async def run_on(
+    hosts: Sequence[str], login: Login, args: Sequence[str], answered: Callable[[str], None]
+) -> list[HostResult]:
+    """Run ``netloom agent <args> --json`` on every host; the answers are the decoded outputs.
+
+    ``answered`` is called with each host that has answered or failed.
+    """
 
     async def run(connection: SshConnection) -> HostResult:
         done = await connection.execute([PROGRAM, "agent", *args, "--json"])
@@ -60,7 +65,7 @@ async def run_on(hosts: Sequence[str], login: Login, args: Sequence[str]) -> lis
             raise _failure(connection.host, done)
         return HostResult(host=connection.host, status=done.status or 0, answer=answer)
 
-    return await _on_each(hosts, login, run)
+    return await _on_each(hosts, login, run, answered)
 
 
 def _failure(host: str, done: CompletedCommand) -> NetloomError:
@@ -70,7 +75,10 @@ def _failure(host: str, done: CompletedCommand) -> NetloomError:
 
 
 async def _on_each(
-    hosts: Sequence[str], login: Login, work: Callable[[SshConnection], Awaitable[HostResult]]
+    hosts: Sequence[str],
+    login: Login,
+    work: Callable[[SshConnection], Awaitable[HostResult]],
+    answered: Callable[[str], None] = lambda host: None,
 ) -> list[HostResult]:
     async def one(host: str) -> HostResult:
         connection = SshConnection(host, login)
@@ -81,5 +89,6 @@ async def _on_each(
             return HostResult(host=host, status=error.exit_code, error=str(error))
         finally:
             connection.close()
+            answered(host)
 
     return list(await asyncio.gather(*(one(host) for host in hosts)))
