@@ -207,6 +207,8 @@ class Pings:
 
 # Who sent lately: packets fill these sets, and not the agent.
 _COUNTED = re.compile(r"(set \w+ \{[^{}]*flags [^\n]*dynamic[^{}]*?)\n\s*elements = \{[^}]*\}")
+_TABLE = re.compile(r"^table [^\n]*\{\n.*?^\}$", re.MULTILINE | re.DOTALL)
+_OBJECT = re.compile(r"^\t(?:set|map|chain|counter|ct)\b[^\n]*\{\n.*?^\t\}\n+", re.MULTILINE | re.DOTALL)
 
 
 def stands(host: AgentHost, *namespaces: str) -> str:
@@ -224,4 +226,10 @@ def stands(host: AgentHost, *namespaces: str) -> str:
             )
         ]
         parts.append(host.run("ip", "route", "show", "table", "all", namespace=namespace).replace(" linkdown", ""))
-    return _COUNTED.sub(r"\1", "\n".join(parts))
+    return _COUNTED.sub(r"\1", _TABLE.sub(_in_order, "\n".join(parts)))
+
+
+def _in_order(table: re.Match[str]) -> str:
+    """The listing of a table, with its objects in alphabetical order. A set that is made again comes last."""
+    objects = _OBJECT.findall(table[0])
+    return _OBJECT.sub("", table[0]) + "".join(sorted(objects))
