@@ -18,6 +18,7 @@ from kernel.agent_host import wait_until
 from load.hosts import Host
 from netloom import names
 from netloom.agent.kernel.descriptors import SELECTABLE
+from netloom.agent.kernel.keeper import TITLE
 from netloom.agent.scopes.store import Store
 from netloom.render.scope import render
 from netloom.render.services import services
@@ -93,7 +94,9 @@ def unaccounted(host: Host, own_links: set[str], own_namespaces: set[str], base_
     wanted = {f"{scope_id}/{name}" for scope_id, its in running.items() for name in its}
     found += _differences("services", Counter(recorded.keys()), Counter(wanted))
     assert host.agent is not None
-    explained = {host.agent.pid, guest_pid(host)}
+    keepers = [pid for pid, words in host.processes().items() if words[:3] == TITLE.decode().split()]
+    found += [f"{host.name}: {len(keepers)} processes that close sockets"] if len(keepers) != 1 else []
+    explained = {host.agent.pid, guest_pid(host), *keepers}
     for pid in recorded.values():
         explained |= family(pid)
     # The process that starts services ends some seconds after the last start.
