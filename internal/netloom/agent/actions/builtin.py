@@ -15,8 +15,8 @@ from netloom.agent.actions.hooks import Hook, Hooks
 from netloom.agent.host import room
 from netloom.agent.host.apply import apply
 from netloom.agent.host.changes import Announcement, HostChanges
-from netloom.agent.kernel import links
-from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.kernel import kept, links
+from netloom.agent.kernel.nft import NftError
 from netloom.agent.processes.failures import ServiceFailure
 from netloom.agent.scopes.interfaces import Host, ScopeServices
 from netloom.commands.actions import as_sections, check_known, page_of, printable_ascii, success_json, truncated
@@ -266,7 +266,7 @@ def _host_links(have: Have) -> list[str]:
 
 def _table(namespace: str) -> list[str]:
     try:
-        with Nft(namespace) as nft:
+        with kept.nft(namespace) as nft:
             return nft.list_text(f"list table {FAMILY} {TABLE}").expandtabs(2).splitlines()
     except NftError as error:
         return [str(error)]
@@ -285,7 +285,7 @@ def _counters(scope: Scope, want: Want) -> list[str]:
     """
     if want.ruleset is None or not want.ruleset.counters:
         return []
-    with Nft(want.namespace) as nft:
+    with kept.nft(want.namespace) as nft:
         found = nft.list_json(f"list counters table {FAMILY} {TABLE}")["nftables"]
     counted = {it["counter"]["name"]: it["counter"] for it in found if "counter" in it}
     missing = [it for it in want.ruleset.counters if it not in counted]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
-from netloom.agent.kernel import modules
-from netloom.agent.kernel.nft import Nft, NftError, NftRefused
+from netloom.agent.kernel import kept, modules
+from netloom.agent.kernel.nft import NftError, NftRefused
 from netloom.render import helpers
 from netloom.render.ruleset import Ruleset, fresh
 
@@ -25,7 +25,7 @@ def missing(names: Iterable[str]) -> tuple[str, ...]:
     # The kernel loads nf_conntrack_<name> by itself, but not always nf_nat_<name>.
     modules.load(module for name in unknown for module in helpers.modules(name))
     try:
-        with Nft(None) as nft:
+        with kept.nft(None) as nft:
             for name in unknown:
                 probe = Ruleset(family="inet", table="netloom_probe", helpers=helpers.objects([name]))
                 with contextlib.suppress(NftRefused):

@@ -145,8 +145,13 @@ def nft(namespace: str | None) -> Iterator[Nft]:
             yield it
 
 
-@cache
 def _contexts_are_independent() -> bool:
+    with _alone:  # the first question uses a context, too
+        return _is_tried()
+
+
+@cache
+def _is_tried() -> bool:
     return version() >= _INDEPENDENT_SINCE
 
 

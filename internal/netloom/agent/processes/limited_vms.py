@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from netloom.agent.kernel.nft import Nft, NftError
+from netloom.agent.kernel import kept
+from netloom.agent.kernel.nft import NftError
 from netloom.guestwire import Notice
 from netloom.render.connections import NOTED_OTHERS, NOTED_SENDERS, NOTED_TARGETS, REACHED_TIMES
 from netloom.render.nft import FAMILY, TABLE
@@ -62,7 +63,7 @@ def connected(scope: Scope, namespace: str) -> list[str]:
 def _elements(namespace: str, name: str) -> list[Any]:
     """The elements of a set that packets add to; none as well if it does not exist."""
     try:
-        with Nft(namespace) as nft:
+        with kept.nft(namespace) as nft:
             listed = nft.list_json(f"list set {FAMILY} {TABLE} {name}")["nftables"]
     except NftError:
         return []
