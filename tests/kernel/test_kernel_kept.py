@@ -11,7 +11,7 @@ from kernel.agent_host import wait_until
 from kernel.scratch import scratch
 from netloom.agent.host.apply import apply
 from netloom.agent.kernel import kept, links, namespaces, nft_netlink
-from netloom.agent.kernel.kept import Keeper
+from netloom.agent.kernel.kept import Lender
 from netloom.agent.kernel.nft import NftRefused
 from netloom.plan.steps import CreateNamespace, RemoveNamespace
 
@@ -31,7 +31,7 @@ class Opened:
 
 
 def test_the_next_user_gets_the_same_one() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     with keeper.lent(None) as first:
         pass
     with keeper.lent(None) as second:
@@ -40,7 +40,7 @@ def test_the_next_user_gets_the_same_one() -> None:
 
 
 def test_two_users_at_once_get_two() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     with keeper.lent(None) as first, keeper.lent(None) as second:
         assert first is not second
     with keeper.lent(None) as third, keeper.lent(None) as fourth:
@@ -48,7 +48,7 @@ def test_two_users_at_once_get_two() -> None:
 
 
 def test_what_is_not_used_again_is_closed_later() -> None:
-    keeper = Keeper(Opened, 0.1, reuse=False)
+    keeper = Lender(Opened, 0.1, reuse=False)
     with keeper.lent(None) as first:
         pass
     with keeper.lent(None) as second:
@@ -57,7 +57,7 @@ def test_what_is_not_used_again_is_closed_later() -> None:
 
 
 def test_many_threads_never_share_one() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     in_use: set[int] = set()
 
     def use(_: int) -> None:
@@ -72,7 +72,7 @@ def test_many_threads_never_share_one() -> None:
 
 
 def test_after_an_exception_it_is_closed() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     with pytest.raises(ZeroDivisionError), keeper.lent(None) as first:
         raise ZeroDivisionError
     assert first.closed
@@ -81,7 +81,7 @@ def test_after_an_exception_it_is_closed() -> None:
 
 
 def test_one_that_nobody_uses_is_closed() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     with keeper.lent(None) as first:
         pass
     wait_until(lambda: first.closed)
@@ -90,7 +90,7 @@ def test_one_that_nobody_uses_is_closed() -> None:
 
 
 def test_not_more_than_a_few_are_kept() -> None:
-    keeper = Keeper(Opened)
+    keeper = Lender(Opened)
     used = []
     for at in range(100):
         with keeper.lent(f"missing-{at}") as it:

@@ -75,9 +75,8 @@ def _activate(*, forced_by_operator: bool) -> int:
     from netloom.errors import NetloomError
 
     def require() -> None:
-        from netloom.agent.setup import (
-            selftest,  # all of the agent: at a first installation, the agent starts meanwhile
-        )
+        # This loads all of the agent. At a first installation, the agent starts meanwhile.
+        from netloom.agent.setup import selftest
 
         selftest.require()
 

@@ -42,7 +42,7 @@ class _Kept(NamedTuple, Generic[_T]):
     ends: float
 
 
-class Keeper(Generic[_T]):
+class Lender(Generic[_T]):
     """Lends what ``open_`` opens in a namespace, to one thread at a time. It is closed ``kept_s`` seconds later.
 
     ``reuse``: until then it is lent again.
@@ -127,8 +127,8 @@ def _identity(namespace: str | None) -> int:
         return 0
 
 
-_netfilter = Keeper(lambda namespace: Socket(netlink.NETLINK_NETFILTER, namespace))
-_nft = Keeper(Nft, _CLOSED_AFTER_S, reuse=False)
+_netfilter = Lender(lambda namespace: Socket(netlink.NETLINK_NETFILTER, namespace))
+_nft = Lender(Nft, _CLOSED_AFTER_S, reuse=False)
 
 netfilter = _netfilter.lent
 _alone = threading.Lock()
